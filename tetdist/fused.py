@@ -1,0 +1,260 @@
+"""Normalisation, an added shortcut and the neuron as one operation: the fast path.
+
+`NormNeuron` is what models are built of. Its definition is three lines (`NormNeuron.reference`);
+the fused path computes the same in one pass over memory each way. The forward pass keeps the
+convolution's output and two numbers per channel; the backward pass computes the normalised
+current and the membranes again from them, in registers, so nothing of the size of T membranes is
+ever stored.
+
+The passes are written in PyTorch and compiled by torch.compile: C++ on a CPU, Triton on a GPU.
+They see every activation as (T, N, C), N = B*H*W with channels last, and are compiled with N and
+C symbolic, so that one kernel serves all layers of a network. Without a working compiler the
+definition is used, with one warning.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tetdist import neurons
+from tetdist.neurons import SURROGATES, NeuronConfig
+from tetdist.normalization import BatchNorm
+
+logger = logging.getLogger(__name__)
+
+# One code object serves every variant of neuron, T, type and stem; beyond this many compilations
+# of it torch would silently run it uncompiled.
+_MAX_VARIANTS = 128
+
+
+class NormNeuron(nn.Module):
+    """Batch norm, an optional shortcut added to the normalised current, and the neuron.
+
+    Args:
+        num_channels: C.
+        neuron: The neuron.
+        norm_scale: See `BatchNorm`.
+    """
+
+    def __init__(self, num_channels: int, neuron: NeuronConfig, *, norm_scale: float = 1.0) -> None:
+        super().__init__()
+        self.norm = BatchNorm(num_channels, scale=norm_scale)
+        self.neuron = neuron
+        self.execution = "fused"
+
+    def forward(self, current: Tensor, timesteps: int, shortcut: Tensor | None = None) -> Tensor:
+        """Spikes (T, B, C, H, W), of the current's type.
+
+        Args:
+            current: Output of a convolution, (T, B, C, H, W); or (1, B, C, H, W) when it is the
+                same at all timesteps (the stem of a static image).
+            timesteps: T.
+            shortcut: Added to the normalised current, (T, B, C, H, W).
+        """
+        if self.execution == "fused" and _compiler_works():
+            return self._fused(current, timesteps, shortcut)
+        return self.reference(current, timesteps, shortcut)
+
+    def reference(self, current: Tensor, timesteps: int, shortcut: Tensor | None = None) -> Tensor:
+        """The definition of `forward`."""
+        normalized = self.norm(current).expand(timesteps, *current.shape[1:])
+        total = normalized if shortcut is None else normalized + shortcut
+        return neurons.run(total, self.neuron)[0]
+
+    def _fused(self, current: Tensor, timesteps: int, shortcut: Tensor | None) -> Tensor:
+        norm = self.norm
+        x = _channels_last_rows(current)
+        added = None if shortcut is None else _channels_last_rows(shortcut)
+        kernels = _kernels(self.neuron, timesteps, x.shape[0] == 1)
+        if norm.training:
+            mean, var = kernels.statistics(x.detach())
+            norm.record(mean, var, x.shape[0] * x.shape[1])
+        else:
+            mean, var = norm.running_mean, norm.running_var
+        spikes = _FusedNormNeuron.apply(x, added, norm.weight, norm.bias, mean, var, norm, kernels)
+        batch, channels, height, width = current.shape[1:]
+        return spikes.view(timesteps, batch, height, width, channels).permute(0, 1, 4, 2, 3)
+
+    def extra_repr(self) -> str:
+        return str(self.neuron)
+
+
+def _channels_last_rows(x: Tensor) -> Tensor:
+    """(T, B, C, H, W) as (T, B*H*W, C): a view where the channels are the last in memory."""
+    return x.permute(0, 1, 3, 4, 2).flatten(1, 3).contiguous()
+
+
+class _FusedNormNeuron(torch.autograd.Function):
+    """Forward and backward of norm + shortcut + neuron on (T, N, C) tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shortcut: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        norm: BatchNorm,
+        kernels: "_Kernels",
+    ) -> Tensor:
+        rstd = torch.rsqrt(var + norm.eps)
+        gain = norm.scale * weight * rstd
+        offset = bias - gain * mean
+        ctx.save_for_backward(x, shortcut, gain, offset, mean, rstd)
+        ctx.scale, ctx.training, ctx.kernels = norm.scale, norm.training, kernels
+        return kernels.spikes(x, shortcut, gain, offset)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, shortcut, gain, offset, mean, rstd = ctx.saved_tensors
+        # Gradient of the total current, of the convolution's own part of it (which is summed over
+        # time where one output serves all timesteps), and its two sums per channel.
+        grad_total, grad_y, sum_grad, sum_grad_xhat = ctx.kernels.current_gradient(
+            x, shortcut, gain, offset, mean, rstd, grad_outputs[0].contiguous()
+        )
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            if ctx.training:
+                grad_x = ctx.kernels.input_gradient(
+                    x, grad_y, gain, mean, rstd, sum_grad, sum_grad_xhat
+                )
+            else:
+                grad_x = (grad_y * gain).to(x.dtype)
+        grad_shortcut = None if shortcut is None else grad_total.to(shortcut.dtype)
+        return grad_x, grad_shortcut, ctx.scale * sum_grad_xhat, sum_grad, None, None, None, None
+
+
+class _Kernels(NamedTuple):
+    """The compiled passes of one variant: neuron, T, and whether all timesteps share one x."""
+
+    statistics: Callable[..., tuple[Tensor, Tensor]]
+    spikes: Callable[..., Tensor]
+    current_gradient: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    input_gradient: Callable[..., Tensor]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel of (T, N, C)."""
+    x = _wide(x)
+    num_values = x.shape[0] * x.shape[1]
+    # Two passes: the difference of the mean square and the squared mean cancels in float32.
+    mean = x.sum((0, 1)) / num_values
+    return mean, (x - mean).square().sum((0, 1)) / num_values
+
+
+def _input_gradient(
+    x: Tensor,
+    grad_y: Tensor,
+    gain: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    sum_grad: Tensor,
+    sum_grad_xhat: Tensor,
+) -> Tensor:
+    """Batch norm's backward pass, (T, N, C), given its two sums per channel."""
+    num_values = x.shape[0] * x.shape[1]
+    xhat = (_wide(x) - mean) * rstd
+    grad = _wide(grad_y) - sum_grad / num_values - xhat * (sum_grad_xhat / num_values)
+    return (gain * grad).to(x.dtype)
+
+
+@functools.cache
+def _kernels(config: NeuronConfig, timesteps: int, shared: bool) -> _Kernels:
+    decay, threshold, hard = config.decay, config.threshold, config.reset == "hard"
+    surrogate, width, detach = (
+        SURROGATES[config.surrogate],
+        config.surrogate_width,
+        config.detach_reset,
+    )
+
+    def membranes(
+        x: Tensor, shortcut: Tensor | None, gain: Tensor, offset: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Membrane before the reset and spike (bool), each T times (N, C)."""
+        u, us, spikes = None, [], []
+        for t in range(timesteps):
+            current = _wide(x[0 if shared else t]) * gain + offset
+            if shortcut is not None:
+                current = current + _wide(shortcut[t])
+            u = current if u is None else decay * u + current
+            fires = u - threshold > 0
+            us.append(u)
+            spikes.append(fires)
+            u = torch.where(fires, 0.0 if hard else u - threshold, u)
+        return us, spikes
+
+    def spikes(x: Tensor, shortcut: Tensor | None, gain: Tensor, offset: Tensor) -> Tensor:
+        return torch.stack([s.to(x.dtype) for s in membranes(x, shortcut, gain, offset)[1]])
+
+    def current_gradient(
+        x: Tensor,
+        shortcut: Tensor | None,
+        gain: Tensor,
+        offset: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        grad_spikes: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        us, spikes = membranes(x, shortcut, gain, offset)
+        grad_u: Tensor | None = None
+        grads: list[Tensor] = []
+        for t in reversed(range(timesteps)):
+            u, fires, grad_s = us[t], spikes[t], _wide(grad_spikes[t])
+            slope = surrogate(u - threshold, width)
+            if grad_u is None:
+                grad_u = grad_s * slope
+            else:
+                after_reset = decay * grad_u
+                through_reset = 0.0 if detach else after_reset * (u if hard else threshold)
+                kept = torch.where(fires, 0.0, after_reset) if hard else after_reset
+                grad_u = (grad_s - through_reset) * slope + kept
+            grads.insert(0, grad_u)
+        # The gradient of a current is that of its membrane: du/dI = 1.
+        sum_over_time = functools.reduce(torch.add, grads)
+        if shared:
+            with_xhat = sum_over_time * (_wide(x[0]) - mean)
+        else:
+            with_xhat = functools.reduce(
+                torch.add, [g * (_wide(x[t]) - mean) for t, g in enumerate(grads)]
+            )
+        total = torch.stack([g.to(x.dtype) for g in grads])
+        own = sum_over_time.to(x.dtype)[None] if shared else total
+        return total, own, sum_over_time.sum(0), with_xhat.sum(0) * rstd
+
+    return _Kernels(
+        _compile(_statistics),
+        _compile(spikes),
+        _compile(current_gradient),
+        _compile(_input_gradient),
+    )
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_VARIANTS)
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+@functools.lru_cache(maxsize=1)
+def _compiler_works() -> bool:
+    """Whether torch.compile can build a kernel here; says so once where it cannot."""
+    try:
+        _compile(lambda x: x + 1)(torch.zeros(3, 5))
+    except Exception as error:  # torch raises many kinds: no compiler, no headers, no write access
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        logger.warning(
+            "torch.compile does not work here (%s): normalisation and neurons run uncompiled, "
+            "slower and with more memory. A C++ compiler (Debian: apt-get install g++) mends it.",
+            reason,
+        )
+        return False
+    return True

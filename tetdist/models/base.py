@@ -1,0 +1,215 @@
+"""What all spiking networks share: time first, logits per timestep, timm's methods."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from timm.models import build_model_with_cfg
+from torch import Tensor, nn
+
+from tetdist import neurons, normalization
+from tetdist.fused import NormNeuron
+
+INV_SQRT_2 = 1 / math.sqrt(2)
+
+
+def timewise(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a module of (N, ...) tensors to each timestep of (T, B, ...)."""
+    return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=bias)
+
+
+def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+
+
+class SpikingNetwork(nn.Module):
+    """Base of all models: ``encode`` the input, ``body`` of blocks, pooled ``head``.
+
+    Subclasses set ``stem``, ``blocks`` (an ``nn.Sequential`` of (T, B, C, H, W) modules),
+    ``num_features``, ``fc`` and call `init_weights` when done.
+
+    Args:
+        num_classes: K; 0 makes ``fc`` the identity.
+        timesteps: T, how often a static image is shown; for events, how many of the input's
+            bins are used.
+        input_kind: ``image`` for (B, C, H, W), ``events`` for (B, T, C, H, W).
+    """
+
+    stem: nn.Module
+    blocks: nn.Sequential
+    fc: nn.Module
+    num_features: int
+    # timm's builder sets these.
+    pretrained_cfg: dict[str, Any]
+    default_cfg: dict[str, Any]
+
+    def __init__(self, *, num_classes: int, timesteps: int, input_kind: str = "image") -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.input_kind = input_kind
+        self.set_timesteps(timesteps)
+        self.grad_checkpointing = False
+
+    def set_timesteps(self, timesteps: int) -> None:
+        """Change T; weights and running statistics stay.
+
+        Raises:
+            ValueError: T is below 1.
+        """
+        if timesteps < 1:
+            raise ValueError(f"timesteps must be at least 1, not {timesteps}")
+        self.timesteps = timesteps
+
+    def set_execution(self, execution: str) -> None:
+        """``fused``, or ``reference`` to run the plain definitions everywhere."""
+        if execution not in ("fused", "reference"):
+            raise ValueError(f"execution must be 'fused' or 'reference', not {execution!r}")
+        for module in self.modules():
+            if isinstance(module, NormNeuron):
+                module.execution = execution
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input for the backward pass and compute the block again there.
+
+        Gradients, losses and running statistics are the same as without.
+        """
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the last layer by a new one for ``num_classes`` (0: none)."""
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool must be 'avg', not {global_pool!r}")
+        self.num_classes = num_classes
+        old = next(self.parameters())
+        self.fc = new_classifier(self.num_features, num_classes).to(old.device, old.dtype)
+
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    def time_first(self, x: Tensor) -> Tensor:
+        """The input as (1, B, C, H, W) for an image, which is the same at all timesteps, or
+        (T, B, C, H, W) for events.
+
+        Raises:
+            ValueError: The shape does not suit, or has fewer than T time bins.
+        """
+        if self.input_kind == "image":
+            if x.ndim != 4:
+                raise ValueError(f"an image batch is (B, C, H, W), not {tuple(x.shape)}")
+            # channels_last, so that every activation after it is, too (fused.py relies on it to
+            # be fast).
+            return x.contiguous(memory_format=torch.channels_last)[None]
+        if x.ndim != 5:
+            raise ValueError(f"an event batch is (B, T, C, H, W), not {tuple(x.shape)}")
+        if x.shape[1] < self.timesteps:
+            raise ValueError(
+                f"the model runs {self.timesteps} timesteps, the input has {x.shape[1]} bins"
+            )
+        frames = x[:, : self.timesteps].transpose(0, 1)
+        flat = frames.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        return flat.unflatten(0, frames.shape[:2])
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Spikes of the last block, (T, B, C, H, W)."""
+        x = self.forward_stem(self.time_first(x))
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(
+                    block,
+                    x,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=lambda: (contextlib.nullcontext(), normalization.recomputing()),
+                )
+            else:
+                x = block(x)
+        return x
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """(1 or T, B, C, H, W) to spikes (T, B, C', H', W')."""
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(T, B, C, H, W) to logits (T, B, K), or to pooled features (T, B, C)."""
+        x = x.mean((3, 4))
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
+        """Logits: their mean over time, (B, K), or each timestep's own, (T, B, K).
+
+        The output layer neither decays nor fires: O(t) is its input at t.
+        """
+        logits = self.forward_head(self.forward_features(x))
+        return logits if per_timestep else logits.mean(0)
+
+
+class ConvNormNeuron(nn.Module):
+    """Convolution, batch norm, neuron: (T, B, C, H, W) to spikes (T, B, C', H', W')."""
+
+    def __init__(
+        self, conv: nn.Conv2d, neuron: neurons.NeuronConfig, *, norm_scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.conv = conv
+        self.neuron = NormNeuron(conv.out_channels, neuron, norm_scale=norm_scale)
+
+    def forward(self, x: Tensor, timesteps: int | None = None) -> Tensor:
+        """``timesteps`` is needed only where ``x`` is (1, ...), one input for all of them."""
+        return self.neuron(timewise(self.conv, x), timesteps or x.shape[0])
+
+
+def new_classifier(num_features: int, num_classes: int) -> nn.Module:
+    return nn.Linear(num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+
+def init_weights(model: nn.Module) -> None:
+    """Kaiming (fan out, ReLU gain) for convolutions, as in the papers; torch's own elsewhere."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def model_cfg(image_size: int = 224, **overrides: Any) -> dict[str, Any]:
+    """timm's description of a model; by default one for ImageNet."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, image_size, image_size),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "stem.conv",
+        "classifier": "fc",
+        "license": "apache-2.0",
+    } | overrides
+
+
+def build(
+    cls: type[SpikingNetwork],
+    variant: str,
+    pretrained: bool,
+    *,
+    neuron: neurons.NeuronConfig | dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> SpikingNetwork:
+    """Build a registered model through timm. ``neuron`` may be a mapping of `NeuronConfig`."""
+    if not isinstance(neuron, neurons.NeuronConfig):
+        neuron = neurons.NeuronConfig(**(neuron or {}))
+    # timm's train.py and benchmark.py pass what spiking networks have no use for.
+    for unused in ("drop_rate", "global_pool", "scriptable"):
+        kwargs.pop(unused, None)
+    return build_model_with_cfg(cls, variant, pretrained, neuron=neuron, **kwargs)

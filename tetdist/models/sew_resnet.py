@@ -1,0 +1,163 @@
+"""SEW-ResNet (Fang et al., NeurIPS 2021): residual blocks joined spike by spike.
+
+A block is conv-BN-neuron twice (three times in the bottleneck), and its spikes are joined with
+those of its input by a connect function: ADD (sums of spikes, small integers), AND, or IAND
+((1 - residual) * identity). A shortcut that changes the shape is conv-BN-neuron, too. The stem
+convolves and normalises a static image once; all timesteps share it.
+"""
+
+from typing import Any, Literal
+
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from tetdist.models import base
+from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3, timewise
+from tetdist.neurons import NeuronConfig
+
+Connect = Literal["add", "and", "iand"]
+
+
+def connect(residual: Tensor, identity: Tensor, function: Connect) -> Tensor:
+    """Join a block's spikes with its input's (paper of SEW-ResNet, table 1)."""
+    if function == "add":
+        return residual + identity
+    if function == "and":
+        return residual * identity
+    return (1 - residual) * identity
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(
+        self, in_channels: int, width: int, stride: int, function: Connect, neuron: NeuronConfig
+    ) -> None:
+        super().__init__()
+        self.function = function
+        self.conv1 = ConvNormNeuron(conv3x3(in_channels, width, stride), neuron)
+        self.conv2 = ConvNormNeuron(conv3x3(width, width), neuron)
+        self.downsample = _downsample(in_channels, width, stride, neuron)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return connect(self.conv2(self.conv1(x)), self.downsample(x), self.function)
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(
+        self, in_channels: int, width: int, stride: int, function: Connect, neuron: NeuronConfig
+    ) -> None:
+        super().__init__()
+        self.function = function
+        self.conv1 = ConvNormNeuron(conv1x1(in_channels, width), neuron)
+        self.conv2 = ConvNormNeuron(conv3x3(width, width, stride), neuron)
+        self.conv3 = ConvNormNeuron(conv1x1(width, 4 * width), neuron)
+        self.downsample = _downsample(in_channels, 4 * width, stride, neuron)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.conv3(self.conv2(self.conv1(x)))
+        return connect(residual, self.downsample(x), self.function)
+
+
+def _downsample(
+    in_channels: int, out_channels: int, stride: int, neuron: NeuronConfig
+) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return ConvNormNeuron(conv1x1(in_channels, out_channels, stride), neuron)
+
+
+class SEWResNet(SpikingNetwork):
+    """SEW-ResNet.
+
+    Args:
+        block: Kind of block.
+        layers: Number of blocks in each of the stages.
+        neuron: All neurons of the network.
+        connect_function: How a block's spikes join its input's.
+        width: Channels of the first stage; they double from stage to stage.
+        in_chans: Channels of the input.
+        num_classes, timesteps: See `SpikingNetwork`.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: tuple[int, ...],
+        *,
+        neuron: NeuronConfig,
+        connect_function: Connect = "add",
+        width: int = 64,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        timesteps: int = 4,
+    ) -> None:
+        super().__init__(num_classes=num_classes, timesteps=timesteps)
+        if connect_function not in ("add", "and", "iand"):
+            raise ValueError(f"connect_function must be add, and or iand, not {connect_function!r}")
+        self.stem = ConvNormNeuron(
+            nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False), neuron
+        )
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+        blocks: list[nn.Module] = []
+        channels = width
+        for stage, num_blocks in enumerate(layers):
+            stage_width = width * 2**stage
+            for i in range(num_blocks):
+                stride = 2 if stage > 0 and i == 0 else 1
+                blocks.append(block(channels, stage_width, stride, connect_function, neuron))
+                channels = stage_width * block.expansion
+        self.blocks = nn.Sequential(*blocks)
+        self.num_features = self.head_hidden_size = channels
+        self.fc = base.new_classifier(channels, num_classes)
+        base.init_weights(self)
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        return timewise(self.pool, self.stem(x, self.timesteps))
+
+
+default_cfgs = generate_default_cfgs(
+    {f"sew_resnet{depth}": base.model_cfg() for depth in (18, 34, 50, 101, 152)}
+)
+
+
+@register_model
+def sew_resnet18(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+    """SEW-ResNet-18."""
+    return base.build(
+        SEWResNet, "sew_resnet18", pretrained, block=BasicBlock, layers=(2, 2, 2, 2), **kwargs
+    )
+
+
+@register_model
+def sew_resnet34(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+    """SEW-ResNet-34: 21.79 million parameters at 1000 classes."""
+    return base.build(
+        SEWResNet, "sew_resnet34", pretrained, block=BasicBlock, layers=(3, 4, 6, 3), **kwargs
+    )
+
+
+@register_model
+def sew_resnet50(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+    """SEW-ResNet-50."""
+    return base.build(
+        SEWResNet, "sew_resnet50", pretrained, block=Bottleneck, layers=(3, 4, 6, 3), **kwargs
+    )
+
+
+@register_model
+def sew_resnet101(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+    """SEW-ResNet-101."""
+    return base.build(
+        SEWResNet, "sew_resnet101", pretrained, block=Bottleneck, layers=(3, 4, 23, 3), **kwargs
+    )
+
+
+@register_model
+def sew_resnet152(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+    """SEW-ResNet-152."""
+    return base.build(
+        SEWResNet, "sew_resnet152", pretrained, block=Bottleneck, layers=(3, 8, 36, 3), **kwargs
+    )

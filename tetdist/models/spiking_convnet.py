@@ -1,0 +1,61 @@
+"""A small convolutional network for small images: the one that `make quickstart` trains."""
+
+import itertools
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from tetdist.models import base
+from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv3x3
+from tetdist.neurons import NeuronConfig
+
+
+class SpikingConvNet(SpikingNetwork):
+    """3x3 convolutions, each with batch norm and neurons; all but the first have stride 2.
+
+    Args:
+        neuron: All neurons of the network.
+        channels: Output channels of the convolutions.
+        in_chans: Channels of the input.
+        num_classes, timesteps: See `SpikingNetwork`.
+    """
+
+    def __init__(
+        self,
+        *,
+        neuron: NeuronConfig,
+        channels: tuple[int, ...] = (32, 64, 128),
+        in_chans: int = 3,
+        num_classes: int = 10,
+        timesteps: int = 4,
+    ) -> None:
+        super().__init__(num_classes=num_classes, timesteps=timesteps)
+        self.stem = ConvNormNeuron(conv3x3(in_chans, channels[0]), neuron)
+        self.blocks = nn.Sequential(
+            *(
+                ConvNormNeuron(conv3x3(narrow, wide, stride=2), neuron)
+                for narrow, wide in itertools.pairwise(channels)
+            )
+        )
+        self.num_features = self.head_hidden_size = channels[-1]
+        self.fc = base.new_classifier(channels[-1], num_classes)
+        base.init_weights(self)
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        return self.stem(x, self.timesteps)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "spiking_convnet": base.model_cfg(
+            28, num_classes=10, crop_pct=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+        )
+    }
+)
+
+
+@register_model
+def spiking_convnet(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+    """Small spiking network: 94,000 parameters at 10 classes."""
+    return base.build(SpikingConvNet, "spiking_convnet", pretrained, **kwargs)

@@ -1,0 +1,231 @@
+"""Spiking ResNets: the shortcut joins as a current, before the neuron.
+
+`spiking_resnet18/34/50` are the ImageNet networks of tdBN (Zheng et al., AAAI 2021), trained with
+TET in its paper: batch norms are scaled to the threshold, by a further 1/sqrt(2) where two
+branches are added. `spiking_resnet19` is the CIFAR network as released with TET: plain batch norm
+and a hidden spiking layer in the head.
+"""
+
+from typing import Any, Literal
+
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from tetdist import neurons
+from tetdist.fused import NormNeuron
+from tetdist.models import base
+from tetdist.models.base import (
+    INV_SQRT_2,
+    ConvNormNeuron,
+    SpikingNetwork,
+    conv1x1,
+    conv3x3,
+    timewise,
+)
+from tetdist.neurons import NeuronConfig
+from tetdist.normalization import BatchNorm
+
+Norm = Literal["bn", "tdbn"]
+
+
+class _Merge(nn.Module):
+    """conv-BN of the residual branch, plus the shortcut, into the block's last neuron."""
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        in_channels: int,
+        stride: int,
+        neuron: NeuronConfig,
+        norm_scale: float,
+    ) -> None:
+        super().__init__()
+        self.conv = conv
+        self.neuron = NormNeuron(conv.out_channels, neuron, norm_scale=norm_scale)
+        self.downsample: nn.Module = nn.Identity()
+        self.downsample_norm: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != conv.out_channels:
+            self.downsample = conv1x1(in_channels, conv.out_channels, stride)
+            self.downsample_norm = BatchNorm(conv.out_channels, scale=norm_scale)
+
+    def forward(self, residual: Tensor, x: Tensor) -> Tensor:
+        shortcut = self.downsample_norm(timewise(self.downsample, x))
+        return self.neuron(timewise(self.conv, residual), x.shape[0], shortcut)
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(
+        self, in_channels: int, width: int, stride: int, neuron: NeuronConfig, norm: Norm
+    ) -> None:
+        super().__init__()
+        scale, merged_scale = _norm_scales(neuron, norm)
+        self.conv1 = ConvNormNeuron(conv3x3(in_channels, width, stride), neuron, norm_scale=scale)
+        self.merge = _Merge(conv3x3(width, width), in_channels, stride, neuron, merged_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(self.conv1(x), x)
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(
+        self, in_channels: int, width: int, stride: int, neuron: NeuronConfig, norm: Norm
+    ) -> None:
+        super().__init__()
+        scale, merged_scale = _norm_scales(neuron, norm)
+        self.conv1 = ConvNormNeuron(conv1x1(in_channels, width), neuron, norm_scale=scale)
+        self.conv2 = ConvNormNeuron(conv3x3(width, width, stride), neuron, norm_scale=scale)
+        self.merge = _Merge(conv1x1(width, 4 * width), in_channels, stride, neuron, merged_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(self.conv2(self.conv1(x)), x)
+
+
+def _norm_scales(neuron: NeuronConfig, norm: Norm) -> tuple[float, float]:
+    """Batch norm's scale in a chain, and where two branches meet."""
+    if norm == "bn":
+        return 1.0, 1.0
+    if norm == "tdbn":
+        return neuron.threshold, neuron.threshold * INV_SQRT_2
+    raise ValueError(f"norm must be 'bn' or 'tdbn', not {norm!r}")
+
+
+class SpikingResNet(SpikingNetwork):
+    """Spiking ResNet.
+
+    Args:
+        block: Kind of block.
+        layers: Number of blocks in each stage.
+        neuron: All neurons of the network.
+        norm: ``tdbn`` scales batch norms to the threshold, ``bn`` does not.
+        stem: ``imagenet`` is a 7x7 convolution of stride 2 and max-pooling, ``cifar`` a 3x3 one.
+        stem_width: Channels of the stem.
+        width: Channels of the first stage; they double from stage to stage.
+        hidden_features: Width of a spiking layer before the classifier; 0 is none.
+        in_chans: Channels of the input.
+        num_classes, timesteps: See `SpikingNetwork`.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: tuple[int, ...],
+        *,
+        neuron: NeuronConfig,
+        norm: Norm = "tdbn",
+        stem: Literal["imagenet", "cifar"] = "imagenet",
+        stem_width: int = 64,
+        width: int = 64,
+        hidden_features: int = 0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        timesteps: int = 4,
+    ) -> None:
+        super().__init__(num_classes=num_classes, timesteps=timesteps)
+        scale, _ = _norm_scales(neuron, norm)
+        self.pool: nn.Module = nn.Identity()
+        if stem == "imagenet":
+            conv = nn.Conv2d(in_chans, stem_width, 7, stride=2, padding=3, bias=False)
+            self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+        else:
+            conv = conv3x3(in_chans, stem_width)
+        self.stem = ConvNormNeuron(conv, neuron, norm_scale=scale)
+        blocks: list[nn.Module] = []
+        channels = stem_width
+        for stage, num_blocks in enumerate(layers):
+            stage_width = width * 2**stage
+            for i in range(num_blocks):
+                stride = 2 if stage > 0 and i == 0 else 1
+                blocks.append(block(channels, stage_width, stride, neuron, norm))
+                channels = stage_width * block.expansion
+        self.blocks = nn.Sequential(*blocks)
+        self.hidden: nn.Module = nn.Identity()
+        if hidden_features:
+            self.hidden = nn.Sequential(
+                nn.Linear(channels, hidden_features), neurons.Neuron(neuron)
+            )
+        self.num_features = self.head_hidden_size = hidden_features or channels
+        self.fc = base.new_classifier(self.num_features, num_classes)
+        base.init_weights(self)
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        return timewise(self.pool, self.stem(x, self.timesteps))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.hidden(x.mean((3, 4)))
+        return x if pre_logits else self.fc(x)
+
+
+_CIFAR = {
+    "num_classes": 10,
+    "crop_pct": 1.0,
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+}
+default_cfgs = generate_default_cfgs(
+    {f"spiking_resnet{depth}": base.model_cfg() for depth in (18, 34, 50)}
+    | {"spiking_resnet19": base.model_cfg(32, **_CIFAR)}
+)
+
+
+@register_model
+def spiking_resnet18(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+    """Spiking ResNet-18 with tdBN."""
+    return base.build(
+        SpikingResNet,
+        "spiking_resnet18",
+        pretrained,
+        block=BasicBlock,
+        layers=(2, 2, 2, 2),
+        **kwargs,
+    )
+
+
+@register_model
+def spiking_resnet34(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+    """Spiking ResNet-34 with tdBN."""
+    return base.build(
+        SpikingResNet,
+        "spiking_resnet34",
+        pretrained,
+        block=BasicBlock,
+        layers=(3, 4, 6, 3),
+        **kwargs,
+    )
+
+
+@register_model
+def spiking_resnet50(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+    """Spiking ResNet-50 with tdBN."""
+    return base.build(
+        SpikingResNet,
+        "spiking_resnet50",
+        pretrained,
+        block=Bottleneck,
+        layers=(3, 4, 6, 3),
+        **kwargs,
+    )
+
+
+@register_model
+def spiking_resnet19(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+    """ResNet-19 for 32x32 images: 12.63 million parameters at 10 classes."""
+    defaults: dict[str, Any] = {
+        "norm": "bn",
+        "stem": "cifar",
+        "stem_width": 64,
+        "width": 128,
+        "hidden_features": 256,
+        "num_classes": 10,
+    }
+    return base.build(
+        SpikingResNet,
+        "spiking_resnet19",
+        pretrained,
+        block=BasicBlock,
+        layers=(3, 3, 2),
+        **(defaults | kwargs),
+    )

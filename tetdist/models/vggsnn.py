@@ -1,0 +1,82 @@
+"""VGGSNN, the network of TET for 48x48 two-channel event frames (CIFAR10-DVS)."""
+
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from tetdist.models import base
+from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv3x3, timewise
+from tetdist.neurons import NeuronConfig
+
+
+class _Pool(nn.Module):
+    """Average pooling of each timestep; its output is not spiked again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return timewise(nn.AvgPool2d(2), x)
+
+
+class VGGSNN(SpikingNetwork):
+    """64C3-128C3-AP2-256C3-256C3-AP2-512C3-512C3-AP2-512C3-512C3-AP2-FC.
+
+    Args:
+        neuron: All neurons of the network.
+        input_size: Height and width of the frames; the classifier sees all positions, so it
+            depends on this.
+        in_chans: Channels of the input: two polarities.
+        num_classes, timesteps: See `SpikingNetwork`.
+    """
+
+    def __init__(
+        self,
+        *,
+        neuron: NeuronConfig,
+        input_size: int = 48,
+        in_chans: int = 2,
+        num_classes: int = 10,
+        timesteps: int = 10,
+    ) -> None:
+        super().__init__(num_classes=num_classes, timesteps=timesteps, input_kind="events")
+        if input_size < 16:
+            raise ValueError(f"input_size must be at least 16 (four poolings), not {input_size}")
+
+        def layer(in_channels: int, out_channels: int) -> nn.Module:
+            return ConvNormNeuron(conv3x3(in_channels, out_channels, bias=True), neuron)
+
+        self.stem = layer(in_chans, 64)
+        self.blocks = nn.Sequential(
+            nn.Sequential(layer(64, 128), _Pool()),
+            nn.Sequential(layer(128, 256), layer(256, 256), _Pool()),
+            nn.Sequential(layer(256, 512), layer(512, 512), _Pool()),
+            nn.Sequential(layer(512, 512), layer(512, 512), _Pool()),
+        )
+        self.num_features = self.head_hidden_size = 512 * (input_size // 16) ** 2
+        self.fc = base.new_classifier(self.num_features, num_classes)
+        base.init_weights(self)
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        return self.stem(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = x.flatten(2)
+        return x if pre_logits else self.fc(x)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vggsnn": base.model_cfg(
+            num_classes=10,
+            input_size=(2, 48, 48),
+            crop_pct=1.0,
+            mean=(0.0, 0.0),
+            std=(1.0, 1.0),
+        )
+    }
+)
+
+
+@register_model
+def vggsnn(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+    """VGGSNN: 9.27 million parameters at 48x48 and 10 classes."""
+    return base.build(VGGSNN, "vggsnn", pretrained, **kwargs)

@@ -1,0 +1,158 @@
+"""Batch normalisation over micro-batch x time, and when its running statistics move.
+
+Plain batch norm and the threshold-dependent one (tdBN, Zheng et al., AAAI 2021) are one module:
+tdBN multiplies the normalised current by ``alpha * V_th``, so that it has the scale of the
+threshold, with ``alpha = 1/sqrt(2)`` where two branches are added.
+
+In an ordinary training loop the running statistics move at every forward pass, as everywhere.
+tetdist's trainer defers them instead (`defer_running_statistics`): each forward adds its batch
+mean and variance to an accumulator, and one `update_running_statistics` per optimiser step moves
+the running values once, by the average over all micro-batches of all processes. So they depend
+neither on the number of processes nor on how many micro-batches each accumulates, they are the
+same on all processes, and a forward repeated for activation checkpointing is not counted twice.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+_recomputation = threading.local()
+
+
+@contextlib.contextmanager
+def recomputing() -> Iterator[None]:
+    """Within this context a forward pass is a repetition and adds nothing to the statistics."""
+    _recomputation.active = True
+    try:
+        yield
+    finally:
+        _recomputation.active = False
+
+
+class BatchNorm(nn.Module):
+    """Batch norm of a current (T, B, C, H, W) per channel, over T, B, H and W jointly.
+
+    Args:
+        num_channels: C.
+        scale: Factor on the normalised current before weight and bias: ``alpha * V_th`` for
+            tdBN, 1 for plain batch norm. It is a constant, not folded into the initial weight,
+            so that weight decay pulls towards the same network whatever the threshold.
+        eps: Added to the variance.
+        momentum: Weight of the newest statistics in the running ones.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    running_mean: Tensor
+    running_var: Tensor
+    pending_mean: Tensor
+    pending_var: Tensor
+    pending_count: int
+
+    def __init__(
+        self, num_channels: int, *, scale: float = 1.0, eps: float = 1e-5, momentum: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.num_channels, self.scale, self.eps, self.momentum = num_channels, scale, eps, momentum
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+        self.register_buffer("running_mean", torch.zeros(num_channels))
+        self.register_buffer("running_var", torch.ones(num_channels))
+        self.register_buffer("pending_mean", torch.zeros(num_channels), persistent=False)
+        self.register_buffer("pending_var", torch.zeros(num_channels), persistent=False)
+        self.pending_count = 0
+        self.deferred = False
+
+    def forward(self, current: Tensor) -> Tensor:
+        """Normalise (T, B, C, H, W); computes in float32 at least, returns the current's type."""
+        x = current.to(torch.promote_types(current.dtype, torch.float32))
+        if self.training:
+            mean, var = batch_statistics(x)
+            self.record(mean, var, x.numel() // self.num_channels)
+        else:
+            mean, var = self.running_mean, self.running_var
+        gain, offset = self.affine(mean, var)
+        y = x * gain.view(-1, 1, 1) + offset.view(-1, 1, 1)
+        return y.to(current.dtype)
+
+    def affine(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Gain and offset, each (C,), such that the output is ``gain * x + offset``."""
+        gain = self.scale * self.weight * torch.rsqrt(var + self.eps)
+        return gain, self.bias - gain * mean
+
+    @torch.no_grad()
+    def record(self, mean: Tensor, var: Tensor, num_values: int) -> None:
+        """Count one batch's mean and (biased) variance, each (C,), towards the running ones."""
+        if getattr(_recomputation, "active", False):
+            return
+        self.pending_mean += mean
+        # The running variance estimates that of the population: unbiased, as in torch.
+        self.pending_var += var * (num_values / max(num_values - 1, 1))
+        self.pending_count += 1
+        if not self.deferred:
+            self._move(self.pending_mean, self.pending_var, self.pending_count)
+
+    @torch.no_grad()
+    def _move(self, sum_mean: Tensor, sum_var: Tensor, count: int) -> None:
+        self.running_mean.lerp_(sum_mean / count, self.momentum)
+        self.running_var.lerp_(sum_var / count, self.momentum)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what was recorded since the running statistics last moved."""
+        self.pending_mean.zero_()
+        self.pending_var.zero_()
+        self.pending_count = 0
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}, scale={self.scale:.4g}, momentum={self.momentum}"
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel, each (C,), of (T, B, C, H, W)."""
+    var, mean = torch.var_mean(x, dim=(0, 1, 3, 4), correction=0)
+    return mean, var
+
+
+def _norms(model: nn.Module) -> list[BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, BatchNorm)]
+
+
+def defer_running_statistics(model: nn.Module) -> None:
+    """Leave the running statistics alone until `update_running_statistics` is called."""
+    for norm in _norms(model):
+        norm.deferred = True
+
+
+@torch.no_grad()
+def update_running_statistics(
+    model: nn.Module,
+    average_over_ranks: Callable[[Tensor], Tensor],
+    apply: Tensor | None = None,
+) -> None:
+    """Move all running statistics once: call it once per optimiser step, on every process.
+
+    Args:
+        model: Its forward passes since the last call are what is averaged. Every process must
+            have made the same number of them.
+        average_over_ranks: Maps a flat vector to its mean over all processes (one collective
+            call for the whole model).
+        apply: 0-dimensional bool tensor on the model's device; where it is False the step was
+            given up and the statistics stay what they were. Not read on the host.
+    """
+    norms = [norm for norm in _norms(model) if norm.pending_count]
+    if not norms:
+        return
+    flat = average_over_ranks(
+        torch.cat([t / n.pending_count for n in norms for t in (n.pending_mean, n.pending_var)])
+    )
+    sizes = [norm.num_channels for norm in norms for _ in range(2)]
+    parts = iter(flat.split(sizes))
+    for norm in norms:
+        for running in (norm.running_mean, norm.running_var):
+            moved = torch.lerp(running, next(parts), norm.momentum)
+            running.copy_(moved if apply is None else torch.where(apply, moved, running))
+        norm.discard()
