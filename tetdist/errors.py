@@ -8,3 +8,7 @@ class UserError(ValueError):
     print it and exit with status 2; anything else that is raised is a fault of ours and keeps its
     traceback.
     """
+
+
+class Stopped(Exception):
+    """A signal ended the run after a saved step; the same command continues it."""

@@ -1,0 +1,132 @@
+"""Order and randomness: what they depend on, what they do not, and that they never change."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tetdist.data import order
+from tetdist.errors import UserError
+
+MASK = 2**64 - 1
+
+
+def splitmix(key: int, word: int) -> int:
+    """The hash again, in Python's integers."""
+    z = ((key ^ word) + 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def test_the_hash_is_splitmix64():
+    # The first output of the published generator from state 0.
+    assert splitmix(0, 0) == 0xE220A8397B1DCDAF
+    draws = order.uniforms(7, 3, np.array([1_281_166]), 3)[0]
+    key = splitmix(splitmix(splitmix(2, 7), 3), 1_281_166)
+    assert draws.tolist() == [(splitmix(key, j) >> 11) / 2**53 for j in range(3)]
+
+
+def test_order_and_draws_never_change():
+    assert order.permutation(10, 0, 0).tolist() == [2, 5, 8, 9, 1, 4, 6, 0, 3, 7]
+    assert order.permutation(10, 7, 3).tolist() == [4, 8, 2, 0, 9, 7, 6, 5, 3, 1]
+    draws = order.uniforms(0, 0, np.arange(2), 2)
+    assert [x.hex() for x in draws.ravel().tolist()] == [
+        "0x1.214b9676ab681p-1",
+        "0x1.d1d4a38575426p-1",
+        "0x1.112053d4f5c40p-3",
+        "0x1.b3af4d84dff5ep-2",
+    ]
+
+
+@given(
+    st.integers(1, 3000), st.integers(0, 2**64 - 1), st.integers(0, 2**32), st.integers(0, 2**32)
+)
+def test_a_permutation_holds_each_sample_once_and_depends_on_the_epoch(n, seed, epoch, other):
+    first = order.permutation(n, seed, epoch)
+    assert np.array_equal(np.sort(first), np.arange(n))
+    if n > 20 and epoch != other:
+        assert not np.array_equal(first, order.permutation(n, seed, other))
+        assert not np.array_equal(first, order.permutation(n, (seed + 1) % 2**64, epoch))
+
+
+def test_a_permutation_mixes():
+    n = 50_000
+    first, second = order.permutation(n, 0, 0), order.permutation(n, 0, 1)
+    # Standard error of a correlation of n pairs: 1 / sqrt(n) = 0.0045.
+    assert abs(np.corrcoef(first, np.arange(n))[0, 1]) < 0.02
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.02
+    # On average one sample keeps its place.
+    assert np.count_nonzero(first == second) < 10
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63])
+def test_draws_are_uniform_and_uncorrelated(seed):
+    n, bins = 100_000, 64
+    draws = order.uniforms(seed, 5, np.arange(n), 4)
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    for column in draws.T:
+        counts = np.histogram(column, bins, (0, 1))[0]
+        chi_square = ((counts - n / bins) ** 2 / (n / bins)).sum()
+        # 63 degrees of freedom: mean 63, standard deviation 11; the bounds are 4 of them away.
+        assert 19 < chi_square < 108
+    neighbours = [draws[:-1, 0], draws[1:, 0], draws[:-1, 1], draws[:-1, 2]]
+    neighbours.append(order.uniforms(seed, 6, np.arange(n), 1)[:-1, 0])
+    neighbours.append(order.uniforms(seed + 1, 5, np.arange(n), 1)[:-1, 0])
+    correlation = np.corrcoef(neighbours) - np.eye(6)
+    assert np.abs(correlation).max() < 0.016  # 5 standard errors
+
+
+def test_draws_depend_on_the_position_alone():
+    whole = order.uniforms(3, 1, np.arange(100), 5)
+    assert np.array_equal(order.uniforms(3, 1, np.array([70, 4]), 3), whole[[70, 4], :3])
+
+
+def samples_of_a_step(world_size: int, step: int) -> list[list[int]]:
+    epoch_order = order.permutation(100, 0, 0)
+    return [
+        epoch_order[order.micro_batch_positions(step, i, 24, 2)].tolist()
+        for rank in range(world_size)
+        for i in order.rank_micro_batches(rank, world_size, 24, 2)
+    ]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_any_number_of_processes_works_on_the_same_micro_batches(world_size):
+    for step in range(order.steps_per_epoch(100, 24)):
+        assert samples_of_a_step(world_size, step) == samples_of_a_step(1, step)
+
+
+def test_an_epoch_takes_each_sample_at_most_once_and_drops_others_each_time():
+    steps = order.steps_per_epoch(100, 24)
+    assert steps == 4
+    taken = [x for step in range(steps) for batch in samples_of_a_step(2, step) for x in batch]
+    assert len(taken) == len(set(taken)) == 96
+    dropped = [set(order.permutation(100, 0, epoch)[96:]) for epoch in range(2)]
+    assert dropped[0] != dropped[1]
+
+
+@given(st.integers(0, 200), st.integers(1, 20), st.integers(1, 5))
+def test_evaluation_takes_each_sample_once_and_every_rank_as_often(n, batch_size, world_size):
+    ranks = [
+        list(order.evaluation_batches(n, batch_size, rank, world_size))
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert all(len(ids) == batch_size for batches in ranks for ids in batches[:-1])
+    assert all(len(ids) <= batch_size for batches in ranks for ids in batches)
+    assert sorted(i for batches in ranks for ids in batches for i in ids) == list(range(n))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: order.steps_per_epoch(31, 32), "31 samples"),
+        (lambda: order.rank_micro_batches(0, 1, 32, 5), "multiple"),
+        (lambda: order.rank_micro_batches(0, 3, 32, 8), "4 micro-batches"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(call, words):
+    with pytest.raises(UserError, match=words):
+        call()

@@ -1,0 +1,471 @@
+"""Loaders: what comes out, in which order, on any number of processes, and how they end."""
+
+import dataclasses
+import gc
+import os
+import subprocess
+import sys
+import threading
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from samples import SHARED, picture
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tv
+
+from tetdist.data import order, pipeline, transforms
+from tetdist.data.index import build_event_index, build_index
+from tetdist.errors import UserError
+
+WORKERS = pipeline.Workers(device="cpu", device_id=None, threads=2, prefetch=2)
+SHARE = pipeline.Share(
+    seed=5, global_batch=4, micro_batch=2, rank=0, world_size=1, epoch=0, step_in_epoch=0
+)
+# With these, an image comes out as its pixel values.
+RAW = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
+CROPS = {"image_size": 32, "scale": (0.2, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5}
+MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+
+
+def train(index, root, *, interpolation="bilinear", share=SHARE, **changes):
+    options = CROPS | RAW | changes
+    return pipeline.train_batches(
+        index, root, share, WORKERS, interpolation=interpolation, **options
+    )
+
+
+def evaluate(index, root, *, batch_size=5, rank=0, world_size=1, **changes):
+    options = {"image_size": 32, "resize": 36, "interpolation": "bilinear"} | RAW | changes
+    return pipeline.eval_batches(
+        index,
+        root,
+        WORKERS,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        **options,
+    )
+
+
+def indexed(root, split="train"):
+    index, bad = build_index(root, split, workers=1)
+    assert bad == []
+    return index
+
+
+def difference(images, expected):
+    """Mean and maximum distance of pixel values from those of PIL images."""
+    stacked = np.stack([np.asarray(image, np.float32) for image in expected])
+    distance = (images - torch.from_numpy(stacked).permute(0, 3, 1, 2)).abs()
+    return distance.mean().item(), distance.max().item()
+
+
+def test_a_batch_is_what_the_trainer_expects(image_root):
+    root = image_root()
+    index = indexed(root)
+    with train(index, root, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.5)) as batches:
+        batch = next(batches)
+    assert batch.images.shape == (2, 3, 32, 32)
+    assert batch.images.dtype == torch.float32
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.labels.dtype == torch.int64
+    assert batch.ids.dtype == np.int64
+    assert batch.labels.tolist() == index.labels[batch.ids].tolist()
+    with train(index, root) as batches:
+        raw = next(batches).images
+    deviation = torch.tensor([0.5, 0.25, 0.5]).reshape(3, 1, 1)
+    assert torch.allclose(batch.images, (raw / 255 - 0.5) / deviation, atol=1e-5)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_training_crops_are_torchvisions(image_root, interpolation):
+    root = image_root()
+    index = indexed(root)
+    with train(index, root, interpolation=interpolation) as loader:
+        batches = list(islice(loader, 6))
+    flipped = 0
+    for number, batch in enumerate(batches):
+        positions = np.arange(2 * number, 2 * number + 2)
+        draws = order.uniforms(SHARE.seed, 0, positions, 23)
+        windows = transforms.random_resized_crop(
+            index.heights[batch.ids],
+            index.widths[batch.ids],
+            draws[:, :22],
+            CROPS["scale"],
+            CROPS["ratio"],
+        )
+        expected = []
+        for i, window, draw in zip(batch.ids, windows.tolist(), draws[:, 22], strict=True):
+            image = Image.open(root / index.path(i))
+            image = tv.resized_crop(image, *window, [32, 32], MODES[interpolation])
+            expected.append(tv.hflip(image) if draw < CROPS["flip"] else image)
+            flipped += draw < CROPS["flip"]
+        mean, _ = difference(batch.images, expected)
+        assert mean < 0.5  # of 255
+    assert 0 < flipped < 12
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_evaluation_crops_are_torchvisions(image_root, interpolation):
+    root = image_root(size=(41, 67))
+    index = indexed(root)
+    for batch in evaluate(index, root, interpolation=interpolation):
+        expected = [
+            tv.center_crop(
+                tv.resize(Image.open(root / index.path(i)), 36, MODES[interpolation]), 32
+            )
+            for i in batch.ids
+        ]
+        mean, largest = difference(batch.images, expected)
+        assert mean < 0.5
+        assert largest <= (1 if interpolation == "bilinear" else 8)
+
+
+def test_every_kind_of_image_is_decoded_as_pil_does(tmp_path):
+    image = picture(48, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    folder = tmp_path / "val" / "odd"
+    folder.mkdir(parents=True)
+    image.save(folder / "a.jpg", quality=95)
+    image.save(folder / "b_turned.jpg", exif=exif)
+    image.convert("L").save(folder / "c_gray.jpg")
+    image.convert("CMYK").save(folder / "d_cmyk.jpg", quality=95)
+    image.save(folder / "e_png_named.jpg", "PNG")
+    image.convert("P").save(folder / "f_palette.png")
+    image.convert("RGBA").save(folder / "g_alpha.png")
+    image.save(folder / "h_progressive.jpg", progressive=True)
+    image.save(folder / "i.webp")
+    picture(75, 56).save(folder / "j_75x56.jpg")
+    (tmp_path / "val" / "plain").mkdir()
+    image.save(tmp_path / "val" / "plain" / "z.bmp")
+    index = indexed(tmp_path, "val")
+    # All in one batch, at their own size, but for the one that is not 48 x 40.
+    (batch,) = evaluate(index, tmp_path, image_size=40, resize=40, batch_size=11)
+    assert len(batch.ids) == 11
+    for i, got in zip(batch.ids, batch.images, strict=True):
+        expected = Image.open(tmp_path / index.path(i)).convert("RGB")
+        expected = tv.center_crop(tv.resize(expected, 40), 40)
+        mean, largest = difference(got[None], [expected])
+        assert mean < 0.3, index.path(i)
+        assert largest <= 1, index.path(i)
+
+
+def images_and_ids(loader, count=None):
+    with loader:
+        return [(batch.images.clone(), batch.ids.tolist()) for batch in islice(loader, count)]
+
+
+def same(first, second):
+    return len(first) == len(second) and all(
+        a[1] == b[1] and torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_a_run_resumed_anywhere_gets_the_very_same_batches(image_root):
+    root = image_root()  # 12 samples: 3 steps of 2 micro-batches an epoch
+    index = indexed(root)
+    straight = images_and_ids(train(index, root), 18)
+    for epoch, step in [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (0, 3)]:
+        share = dataclasses.replace(SHARE, epoch=epoch, step_in_epoch=step)
+        done = 2 * (3 * epoch + step)
+        assert same(images_and_ids(train(index, root, share=share), 18 - done), straight[done:])
+    for epoch in range(3):
+        ids = [i for _, batch in straight[6 * epoch : 6 * epoch + 6] for i in batch]
+        assert sorted(ids) == list(range(12))
+    assert not same(straight[:6], straight[6:12])
+    other = dataclasses.replace(SHARE, seed=6)
+    assert not same(images_and_ids(train(index, root, share=other), 6), straight[:6])
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_any_number_of_processes_sees_the_same_images(image_root, world_size):
+    root = image_root(per_class=9)  # 27 samples, 2 steps of 12
+    index = indexed(root)
+    alone = dataclasses.replace(SHARE, global_batch=12, micro_batch=1)
+    straight = images_and_ids(train(index, root, share=alone), 24)
+    each = 12 // world_size
+    for rank in range(world_size):
+        share = dataclasses.replace(alone, rank=rank, world_size=world_size)
+        mine = images_and_ids(train(index, root, share=share), 2 * each)
+        expected = [straight[12 * step + rank * each + i] for step in (0, 1) for i in range(each)]
+        assert same(mine, expected)
+
+
+def test_batches_do_not_depend_on_threads_or_prefetch(image_root):
+    root = image_root()
+    index = indexed(root)
+    straight = images_and_ids(train(index, root), 8)
+    workers = dataclasses.replace(WORKERS, threads=1, prefetch=4)
+    loader = pipeline.train_batches(
+        index, root, SHARE, workers, interpolation="bilinear", **CROPS, **RAW
+    )
+    assert same(images_and_ids(loader, 8), straight)
+
+
+@pytest.mark.parametrize(
+    ("per_class", "batch_size", "world_size", "sizes"),
+    [
+        (4, 5, 1, [[5, 5, 2]]),
+        (4, 5, 2, [[5, 2], [5, 0]]),
+        (4, 12, 3, [[12], [0], [0]]),
+        (4, 4, 3, [[4], [4], [4]]),
+    ],
+)
+def test_evaluation_sees_every_sample_once(image_root, per_class, batch_size, world_size, sizes):
+    root = image_root(per_class)
+    index = indexed(root)
+    seen, got = [], []
+    for rank in range(world_size):
+        got.append([])
+        for batch in evaluate(index, root, batch_size=batch_size, rank=rank, world_size=world_size):
+            assert batch.images.shape == (len(batch.ids), 3, 32, 32)
+            assert batch.images.dtype == torch.float32
+            assert batch.labels.tolist() == index.labels[batch.ids].tolist()
+            got[-1].append(len(batch.ids))
+            seen.extend(batch.ids.tolist())
+    assert got == sizes
+    assert sorted(seen) == list(range(3 * per_class))
+
+
+def test_evaluation_refuses_a_crop_larger_than_the_image(image_root):
+    root = image_root()
+    with pytest.raises(UserError, match="cannot crop"):
+        evaluate(indexed(root), root, image_size=40)
+
+
+def test_sizes_that_do_not_fit_are_refused_before_the_first_batch(image_root):
+    root = image_root()
+    index = indexed(root)
+    with pytest.raises(UserError, match="12 samples"):
+        train(index, root, share=dataclasses.replace(SHARE, global_batch=16))
+    with pytest.raises(UserError, match="shared equally"):
+        train(index, root, share=dataclasses.replace(SHARE, world_size=3))
+
+
+def damage(file):
+    """The same size and a good header, but nothing behind it."""
+    data = file.read_bytes()
+    file.write_bytes(data[:700] + bytes(len(data) - 700))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda file: file.unlink(), "cannot be read .No such file"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-9]), "bytes where the index says"),
+        (lambda file: file.write_bytes(b"x" * file.stat().st_size), "not an image"),
+        (damage, "does not decode"),
+    ],
+)
+def test_a_file_that_went_bad_is_named(image_root, spoil, words):
+    root = image_root()
+    index = indexed(root)
+    spoil(root / index.path(7))
+    loader = evaluate(index, root)
+    with pytest.raises(UserError, match=words) as error:
+        list(loader)
+    assert "train/bee/bee3.jpg" in str(error.value)
+    assert "tools/images.py index" in str(error.value)
+    assert list(loader) == []
+
+
+def test_an_image_that_was_replaced_by_a_smaller_one_is_named(image_root):
+    root = image_root()
+    index = indexed(root)
+    file = root / index.path(7)
+    size = file.stat().st_size
+    picture(10, 10).save(file)
+    with file.open("ab") as stream:
+        stream.write(bytes(size - file.stat().st_size))
+    with pytest.raises(UserError, match=r"bee3.jpg \(its size is not the index's"):
+        list(evaluate(index, root))
+
+
+def tasks():
+    return len(os.listdir("/proc/self/task"))  # noqa: PTH208
+
+
+def test_a_loader_that_is_closed_early_leaves_nothing_running(image_root):
+    root = image_root()
+    index = indexed(root)
+    with train(index, root) as loader:  # DALI keeps a few threads of its own after the first.
+        next(loader)
+    gc.collect()  # Of the tests before: a traceback keeps the pipeline that it went through.
+    before, threads = tasks(), threading.active_count()
+    for _ in range(3):
+        with train(index, root) as loader:
+            batch = next(loader)
+            assert tasks() > before
+        assert list(loader) == []
+        loader.close()
+    assert tasks() == before
+    assert threading.active_count() == threads
+    # What was taken is still there, and still the same.
+    with train(index, root) as loader:
+        assert torch.equal(next(loader).images, batch.images)
+
+
+def test_a_loader_at_its_end_leaves_nothing_running(image_root):
+    root = image_root()
+    index = indexed(root)
+    list(evaluate(index, root))
+    gc.collect()
+    before = tasks()
+    list(evaluate(index, root))
+    assert tasks() == before
+
+
+def test_batches_may_be_kept(image_root):
+    root = image_root()
+    index = indexed(root)
+    kept = list(evaluate(index, root, batch_size=2))
+    copies = images_and_ids(evaluate(index, root, batch_size=2))
+    assert same([(batch.images, batch.ids.tolist()) for batch in kept], copies)
+
+
+def test_dali_is_imported_late_and_an_open_loader_does_not_hold_the_process(image_root):
+    # A process that hangs at exit holds its node of the cluster.
+    root = image_root()
+    code = (
+        "import sys\n"
+        "from tetdist.data import index, order, pipeline as p, transforms\n"
+        "assert 'nvidia.dali' not in sys.modules\n"
+        f"i, _ = index.build_index({str(root)!r}, 'train', 1)\n"
+        f"b = p.train_batches(i, {str(root)!r}, p.{SHARE}, p.{WORKERS}, interpolation='bilinear',"
+        f" **{CROPS | RAW})\n"
+        "next(b)\n"
+        "raise KeyboardInterrupt\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.stderr.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_without_dali_the_way_out_is_named(image_root, monkeypatch):
+    root = image_root()
+    index = indexed(root)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(UserError, match=r"pip install 'tetdist\[cuda130\]'"):
+        train(index, root)
+
+
+def event_train(index, root, share=SHARE, flip=0.5, roll=2):
+    return pipeline.event_train_batches(index, root, share, WORKERS, flip=flip, roll=roll)
+
+
+def event_eval(index, root, batch_size=4, rank=0, world_size=1):
+    return pipeline.event_eval_batches(
+        index, root, WORKERS, batch_size=batch_size, rank=rank, world_size=world_size
+    )
+
+
+def stored(index, root, ids):
+    return np.stack([np.load(root / index.path(i)) for i in ids]).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16])
+def test_events_come_out_as_stored(event_root, dtype):
+    root = event_root(dtype)
+    index, _ = build_event_index(root, "val", workers=1)
+    seen = []
+    for rank in range(2):
+        batches = list(event_eval(index, root, rank=rank, world_size=2))
+        assert [len(batch.ids) for batch in batches] == ([4, 2] if rank == 0 else [4, 0])
+        for batch in batches:
+            assert batch.images.dtype == torch.float32
+            assert batch.images.shape == (len(batch.ids), 3, 2, 8, 6)
+            assert batch.labels.tolist() == index.labels[batch.ids].tolist()
+            if len(batch.ids):
+                assert np.array_equal(batch.images.numpy(), stored(index, root, batch.ids))
+            seen.extend(batch.ids.tolist())
+    assert sorted(seen) == list(range(10))
+
+
+def test_event_augmentation_is_one_flip_and_one_roll_a_sample(event_root):
+    root = event_root()
+    index, _ = build_event_index(root, "train", workers=1)
+    found = set()
+    with event_train(index, root) as loader:
+        for batch in islice(loader, 40):
+            for got, frames in zip(
+                batch.images.numpy(), stored(index, root, batch.ids), strict=True
+            ):
+                ways = [
+                    (flip, down, right)
+                    for flip in (False, True)
+                    for down in range(-2, 3)
+                    for right in range(-2, 3)
+                    if np.array_equal(
+                        np.roll(frames[..., ::-1] if flip else frames, (down, right), (2, 3)), got
+                    )
+                ]
+                assert len(ways) == 1
+                found.update(ways)
+    # 80 samples, 50 ways.
+    assert len(found) > 25
+    assert {way[0] for way in found} == {False, True}
+    assert {way[1] for way in found} == {way[2] for way in found} == set(range(-2, 3))
+
+
+def test_events_resume_and_share_out_as_images_do(event_root):
+    root = event_root()
+    index, _ = build_event_index(root, "train", workers=1)  # 10 samples: 2 steps of 4
+    straight = images_and_ids(event_train(index, root), 12)
+    resumed = dataclasses.replace(SHARE, epoch=1, step_in_epoch=1)
+    assert same(images_and_ids(event_train(index, root, resumed), 6), straight[6:])
+    second = dataclasses.replace(SHARE, rank=1, world_size=2)
+    assert same(images_and_ids(event_train(index, root, second), 6), straight[1::2])
+    plain = images_and_ids(event_train(index, root, flip=0.0, roll=0), 1)
+    assert np.array_equal(plain[0][0].numpy(), stored(index, root, plain[0][1]))
+
+
+def test_an_event_file_that_went_bad_is_named(event_root):
+    root = event_root()
+    index, _ = build_event_index(root, "val", workers=1)
+    file = root / index.path(3)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"val/left/3.npy .* index --events"):
+        list(event_eval(index, root))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no real images here")
+def test_real_imagenet_files_evaluate_as_in_torchvision():
+    index = indexed(SHARED, "imagenet-sample")
+    total, largest = 0.0, 0.0
+    for batch in evaluate(index, SHARED, batch_size=32, image_size=224, resize=256):
+        images = [Image.open(SHARED / index.path(i)).convert("RGB") for i in batch.ids]
+        expected = [tv.center_crop(tv.resize(image, 256), 224) for image in images]
+        mean, worst = difference(batch.images, expected)
+        total += mean * len(images)
+        largest = max(largest, worst)
+    assert total / len(index) < 0.3
+    assert largest <= 1
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no real images here")
+def test_real_imagenet_files_train_as_in_torchvision():
+    index = indexed(SHARED, "imagenet-sample")
+    share = dataclasses.replace(SHARE, global_batch=78, micro_batch=78)
+    with train(index, SHARED, share=share, image_size=224, scale=(0.08, 1.0)) as loader:
+        batches = list(islice(loader, 2))
+    for number, batch in enumerate(batches):
+        draws = order.uniforms(SHARE.seed, 0, np.arange(78) + 78 * number, 23)
+        windows = transforms.random_resized_crop(
+            index.heights[batch.ids],
+            index.widths[batch.ids],
+            draws[:, :22],
+            (0.08, 1.0),
+            CROPS["ratio"],
+        )
+        expected = []
+        for i, window, draw in zip(batch.ids, windows.tolist(), draws[:, 22], strict=True):
+            image = Image.open(SHARED / index.path(i)).convert("RGB")
+            image = tv.resized_crop(image, *window, [224, 224])
+            expected.append(tv.hflip(image) if draw < 0.5 else image)
+        mean, _ = difference(batch.images, expected)
+        assert mean < 0.3

@@ -1,0 +1,223 @@
+"""tools/images.py and tools/digits.py, as a user runs them."""
+
+import fcntl
+import importlib.util
+import os
+import pty
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from samples import picture
+
+from tetdist.data.index import check_fresh, load_index
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def run(tool, *arguments, cwd, **options):
+    return subprocess.run(
+        [sys.executable, TOOLS / tool, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a tool in this process, which saves the seconds of its imports: status and output."""
+
+    def run_main(tool, *arguments):
+        spec = importlib.util.spec_from_file_location("tool", TOOLS / tool)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
+        try:
+            status = module.main()
+        except SystemExit as e:
+            status = e.code
+        return status, "".join(capsys.readouterr())
+
+    return run_main
+
+
+def test_a_good_data_set_is_indexed(image_root, tmp_path):
+    root = image_root()
+    # From elsewhere, with a relative root.
+    done = run("images.py", "index", root.name, "--workers", 1, cwd=tmp_path)
+    assert (done.returncode, done.stdout.count("12 images in 3 classes")) == (0, 2), done.stderr
+    for split in ("train", "val"):
+        index = load_index(root / "index" / f"{split}.npz")
+        assert len(index) == 12
+        check_fresh(index, root)
+    assert sorted(p.name for p in (root / "index").iterdir()) == ["train.npz", "val.npz"]
+
+
+def test_bad_files_are_named_and_nothing_is_written(image_root, tmp_path):
+    root = image_root()
+    (root / "train" / "ant" / "bad.jpg").write_text("hello")
+    (root / "val" / "cow" / "worse.jpg").touch()
+    done = run("images.py", "index", root, "--workers", 1, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "bad: train/ant/bad.jpg: not an image" in done.stderr
+    assert "bad: val/cow/worse.jpg: the file is empty" in done.stderr
+    assert "2 of 26 files are bad" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (root / "index").exists()
+
+    out = tmp_path / "elsewhere"
+    options = ["--skip-bad", "--out", out, "--workers", 1]
+    done = run("images.py", "index", root, *options, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "bad: train/ant/bad.jpg" in done.stderr
+    assert load_index(out / "val.npz").skipped == ("val/cow/worse.jpg",)
+    assert not (root / "index").exists()
+
+
+def test_a_class_of_bad_files_only_is_refused(image_root, call):
+    root = image_root(per_class=1)
+    (root / "train" / "bee" / "bee0.jpg").write_text("hello")
+    status, output = call("images.py", "index", root, "--skip-bad", "--workers", 1)
+    assert status == 2
+    assert "class 'bee' of train is all bad" in output
+    assert not (root / "index").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "words"),
+    [
+        (lambda root: shutil.rmtree(root / "val"), [], "no folder 'val'"),
+        (lambda root: (root / "val" / "bee").rename(root / "val" / "wasp"), [], "'bee' is in tra"),
+        (None, ["--splits", "train,test"], "no folder 'test'"),
+        (None, ["--workers", "0"], "--workers"),
+        (None, ["--splits", ","], "--splits"),
+        (None, ["--events", "--no-decode"], "--no-decode"),
+        (None, ["--events"], "holds no events (.npy)"),
+        (None, ["--out", "/dev/null/index"], "/dev/null/index cannot be written"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(image_root, call, spoil, options, words):
+    root = image_root(per_class=1)
+    if spoil is not None:
+        spoil(root)
+    status, output = call("images.py", "index", root, *options)
+    assert status == 2
+    assert words in output
+    assert not (root / "index").exists()
+
+
+def test_event_tensors_are_indexed(event_root, call):
+    root = event_root()
+    assert call("images.py", "index", "--events", root)[0] == 0
+    assert load_index(root / "index" / "train.npz").timesteps == 3
+
+
+def test_a_missing_package_is_named(image_root, tmp_path):
+    root = image_root(per_class=1)
+    (tmp_path / "hidden" / "PIL").mkdir(parents=True)
+    (tmp_path / "hidden" / "PIL" / "__init__.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'PIL'\", name='PIL')"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "hidden")}
+    done = run("images.py", "index", root, "--workers", 1, cwd=tmp_path, env=environment)
+    assert done.returncode == 2
+    assert done.stderr == "error: PIL is not installed: pip install 'tetdist[train]'\n"
+
+
+def test_a_terminal_gets_a_bar_and_ctrl_c_writes_nothing(tmp_path):
+    root = tmp_path / "images"
+    image = picture(1200, 1600)
+    for name in ("ant", "bee"):
+        (root / "train" / name).mkdir(parents=True)
+        image.save(root / "train" / name / "0.jpg")
+        for i in range(1, 1500):
+            os.link(root / "train" / name / "0.jpg", root / "train" / name / f"{i}.jpg")
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, TOOLS / "images.py", "index", root, "--splits", "train"]
+    process = subprocess.Popen(
+        [*command, "--workers", "2"], stdin=end, stdout=end, stderr=end, start_new_session=True
+    )
+    os.close(end)
+    output = b""
+    while b"/3000" not in output:  # The bar shows that decoding is under way.
+        output += os.read(terminal, 4096)
+    os.killpg(process.pid, signal.SIGINT)  # As a terminal does it: to parent and workers alike.
+    start = time.monotonic()
+    while True:
+        try:
+            output += os.read(terminal, 4096)
+        except OSError:  # The last process has closed its end.
+            break
+    assert process.wait(timeout=60) == 130
+    assert time.monotonic() - start < 20
+    os.close(terminal)
+    assert b"file/s" in output
+    assert b"stopped; no index was written" in output
+    assert b"Traceback" not in output
+    assert not (root / "index").exists()
+
+
+def test_the_digits_are_made_once_and_completely(tmp_path, call):
+    dest = tmp_path / "digits"
+    aside = tmp_path / "digits.tmp"
+    (aside / "train" / "3").mkdir(parents=True)  # What a kill leaves.
+    (aside / "train" / "3" / "0001.png").write_bytes(b"half")
+    done = run("digits.py", dest, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "4,000 to train" in done.stdout
+    assert not aside.exists()
+    names = {}
+    for split, count in (("train", 400), ("val", 100)):
+        index = load_index(dest / "index" / f"{split}.npz")
+        check_fresh(index, dest)
+        assert index.classes == tuple("0123456789")
+        assert np.bincount(index.labels).tolist() == [count] * 10
+        assert set(zip(index.heights, index.widths, strict=True)) == {(28, 28)}
+        names[split] = {Path(index.path(i)).name for i in range(len(index))}
+    assert names["train"] | names["val"] == {f"{i:04d}.png" for i in range(5000)}
+    # The split is of the digits' numbers and must not change.
+    assert sorted(p.name for p in (dest / "val" / "7").iterdir())[:3] == [
+        "3500.png",
+        "3501.png",
+        "3506.png",
+    ]
+    image = Image.open(dest / index.path(0))
+    assert (image.mode, image.getextrema()) == ("L", (0, 255))
+
+    before = (dest / "index" / "val.npz").stat().st_mtime_ns
+    assert call("digits.py", dest) == (0, f"{dest} holds the 5,000 digits already\n")
+    assert (dest / "index" / "val.npz").stat().st_mtime_ns == before
+
+    shutil.rmtree(dest / "train" / "5")
+    status, output = call("digits.py", dest)
+    assert status == 2
+    assert "train/5" in output
+
+
+def test_the_digits_take_nothing_elses_place(tmp_path, call):
+    dest = tmp_path / "mine"
+    dest.mkdir()
+    (dest / "thesis.txt").write_text("all of it")
+    status, output = call("digits.py", dest)
+    assert status == 2
+    assert "is not this tool's digits" in output
+    (tmp_path / "other.tmp").mkdir()
+    (tmp_path / "other.tmp" / "thesis.txt").write_text("all of it")
+    status, output = call("digits.py", tmp_path / "other")
+    assert status == 2
+    assert "is in the way" in output
+    for folder in ("mine", "other.tmp"):
+        assert (tmp_path / folder / "thesis.txt").read_text() == "all of it"

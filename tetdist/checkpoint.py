@@ -1,0 +1,294 @@
+"""Checkpoints: written whole or not at all, verified before they are believed.
+
+    runs/NAME/checkpoints/
+        step-00001000/
+            model.safetensors   weights and running statistics; its header holds the configuration
+            optimizer.pt        the optimiser's tensors (read with weights_only=True)
+            state.json          step, metrics so far, versions
+            manifest.json       size and SHA-256 of the other files; written last
+        last                    name of the newest
+        best                    name of the one with the best validation accuracy
+
+A checkpoint is made in a hidden folder beside its place, forced to the disk, and renamed. A kill
+or a full disk at any moment leaves the earlier ones as they were. Nothing that is loaded here can
+execute code.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tetdist.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.pt", "state.json"
+MANIFEST_FILE = "manifest.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory.
+
+    Attributes:
+        path: Where it was read from.
+        state: What the trainer put in: step, accumulated metrics, best result, ...
+        model: Model state, on the CPU.
+        optimizer: The optimiser's ``state_dict``.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+
+def save(
+    folder: Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    description: dict[str, Any],
+    state: dict[str, Any],
+    keep_last: int,
+    best: bool,
+) -> Path:
+    """Write the checkpoint of ``state["step"]`` and delete those no longer wanted.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        model: Its state goes to model.safetensors.
+        optimizer: Its state goes to optimizer.pt.
+        description: Goes to the header of model.safetensors: all that `load_model_file` needs to
+            build the model again and evaluate it.
+        state: JSON values.
+        keep_last: How many of the newest to keep, besides the best one.
+        best: Whether this is the best one so far.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        UserError: It could not be written; the earlier checkpoints are still there.
+    """
+    name = f"step-{state['step']:08d}"
+    target, aside = folder / name, folder / f".{name}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove(aside)
+        aside.mkdir()
+        weights = {
+            key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()
+        }
+        save_file(weights, aside / MODEL_FILE, metadata={"tetdist": json.dumps(description)})
+        torch.save(optimizer.state_dict(), aside / OPTIMIZER_FILE)
+        (aside / STATE_FILE).write_text(json.dumps({"format": FORMAT_VERSION} | state, indent=1))
+        files = {path.name: _describe(path) for path in sorted(aside.iterdir())}
+        (aside / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=1))
+        for path in aside.iterdir():
+            _sync(path)
+        _sync(aside)
+        # The same step saved again: after a run that was stopped while it evaluated.
+        replaced = folder / f".{name}.old"
+        if target.exists():
+            _remove(replaced)
+            target.rename(replaced)
+        aside.rename(target)
+        _sync(folder)
+        _remove(replaced)
+        _point(folder / "last", name)
+        if best:
+            _point(folder / "best", name)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save and safetensors report a full disk as errors of their own.
+        _remove(aside)
+        raise UserError(
+            f"the checkpoint of step {state['step']} could not be written to {folder} "
+            f"({_reason(error)}); the earlier ones are untouched: make room and run the same "
+            "command again"
+        ) from error
+    _delete_old(folder, keep_last)
+    return target
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole; damaged ones are named and passed over.
+
+    Returns:
+        None where there is no checkpoint at all.
+
+    Raises:
+        UserError: There are checkpoints and none is whole.
+    """
+    paths = sorted(_all(folder), reverse=True)
+    for path in paths:
+        problem = verify(path)
+        if problem is None:
+            return read(path)
+        logger.warning("checkpoint %s is not used: %s", path, problem)
+    if paths:
+        raise UserError(
+            f"none of the {len(paths)} checkpoints in {folder} is whole; restore one, or set "
+            "resume=never and another name to start anew"
+        )
+    return None
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        files = json.loads((path / MANIFEST_FILE).read_text())["files"]
+    except FileNotFoundError:
+        return f"{MANIFEST_FILE} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST_FILE} cannot be read ({error})"
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+        if _describe(file) != expected:
+            return f"{name} is damaged (its checksum differs)"
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint that `verify` found whole."""
+    state = json.loads((path / STATE_FILE).read_text())
+    if state["format"] != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has checkpoint format {state['format']}, this version reads "
+            f"{FORMAT_VERSION}; use the version of tetdist that wrote it"
+        )
+    return Checkpoint(
+        path,
+        state,
+        load_file(path / MODEL_FILE),
+        torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True),
+    )
+
+
+def load_model_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and description of a run folder, a checkpoint folder or a .safetensors file.
+
+    A run folder stands for its best checkpoint, or its last where none was evaluated.
+
+    Raises:
+        UserError: There is no such checkpoint, it is damaged, or it is not one of tetdist.
+    """
+    file = _model_file(path)
+    try:
+        weights = load_file(file)
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            metadata = json.loads(stream.read(length)).get("__metadata__", {})
+    except (OSError, SafetensorError, ValueError, struct.error) as error:
+        raise UserError(f"{file} is not a readable model file ({_reason(error)})") from error
+    if "tetdist" not in metadata:
+        raise UserError(
+            f"{file} does not say which model it is of; it was not written by tetdist's training"
+        )
+    return weights, json.loads(metadata["tetdist"])
+
+
+def _model_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}; give a run folder or a .safetensors file")
+    if (path / MODEL_FILE).is_file():
+        folder = path
+    else:
+        checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        pointers = [checkpoints / name for name in ("best", "last")]
+        targets = [checkpoints / p.read_text().strip() for p in pointers if p.is_file()]
+        targets += sorted(_all(checkpoints), reverse=True)
+        found = next((t for t in targets if t.is_dir()), None)
+        if found is None:
+            raise UserError(f"there is no checkpoint in {path}")
+        folder = found
+    problem = verify(folder)
+    if problem is not None:
+        raise UserError(f"the checkpoint {folder} is not whole: {problem}")
+    return folder / MODEL_FILE
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+    """Put weights into a model, all of them and nothing else.
+
+    Raises:
+        UserError: They are of another model; the text says what does not fit.
+    """
+    own = model.state_dict()
+    problems = [f"{key} is missing" for key in own.keys() - weights.keys()]
+    problems += [f"{key} is unknown to it" for key in weights.keys() - own.keys()]
+    problems += [
+        f"{key} has shape {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own.keys() & weights.keys()
+        if own[key].shape != weights[key].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:3])
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{source} is a checkpoint of another model: {shown}{more}")
+    model.load_state_dict(weights)
+
+
+def _all(folder: Path) -> Iterable[Path]:
+    return folder.glob("step-????????")
+
+
+def _delete_old(folder: Path, keep_last: int) -> None:
+    best = folder / "best"
+    kept = {best.read_text().strip()} if best.is_file() else set()
+    for path in sorted(_all(folder))[:-keep_last]:
+        if path.name not in kept:
+            _remove(path)
+    for leftover in folder.glob(".step-*"):
+        _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _point(pointer: Path, name: str) -> None:
+    aside = pointer.with_name(f".{pointer.name}.tmp")
+    aside.write_text(name + "\n")
+    _sync(aside)
+    aside.replace(pointer)
+    _sync(pointer.parent)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

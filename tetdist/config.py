@@ -1,0 +1,525 @@
+"""The configuration of a run: typed, strict, from YAML plus ``key=value`` overrides.
+
+A configuration describes one run completely; every default is written out in the run folder's
+config.yaml. Keys that do not exist, values of the wrong type or range and settings that
+contradict each other end in a `UserError` that names the dotted key.
+"""
+
+import difflib
+import logging
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from tetdist.errors import UserError
+from tetdist.neurons import NeuronConfig
+
+logger = logging.getLogger(__name__)
+
+CONFIGS_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+# A probability below 1: a share of 1 would leave nothing.
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    # strict: "yes" is no bool and 1.5 no int; an int where a float is asked is fine.
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        populate_by_name=True,
+        serialize_by_alias=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class ModelSection(Section):
+    name: str
+    """A model registered with timm, such as sew_resnet34."""
+    num_classes: Annotated[int, Field(gt=1)] | None = None
+    """Null: as many as the data set has."""
+    neuron: dict[str, Any] = {}
+    """Fields of NeuronConfig: decay, threshold, reset, detach_reset, surrogate, surrogate_width."""
+    arguments: dict[str, Any] = {}
+    """Further arguments of the model, such as connect_function: add."""
+
+
+class DataSection(Section):
+    kind: Literal["images", "events"] = "images"
+    """images: decoded and augmented here. events: pre-binned tensors (T, 2, H, W)."""
+    root: str
+    """Folder that holds train/ and val/, each with one folder a class."""
+    index: str | None = None
+    """Folder of the index files; null: ROOT/index."""
+    image_size: Positive = 224
+    """Height and width that the network sees."""
+    resize: Positive | None = None
+    """Shorter side before evaluation's centre crop; null: image_size / 0.875."""
+    scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    """RandomResizedCrop: share of the area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """RandomResizedCrop: width / height."""
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    roll: Annotated[int, Field(ge=0)] = 0
+    """Events: largest shift in pixels, wrapping around, of a training sample."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Where DALI decodes; gpu needs a GPU."""
+    threads: Positive = 2
+    """DALI's threads, per process."""
+    prefetch: Positive = 2
+    """Batches decoded ahead."""
+
+    @property
+    def index_dir(self) -> Path:
+        return Path(self.index) if self.index else Path(self.root) / "index"
+
+    @property
+    def resize_side(self) -> int:
+        return self.resize or round(self.image_size / 0.875)
+
+
+class BatchSection(Section):
+    global_: Positive = Field(alias="global")
+    """Samples of one optimiser step, whatever the number of processes."""
+    micro: Positive
+    """Samples of one forward pass on one process: what batch norm normalises over."""
+    eval: Positive = 64
+    """Samples of one evaluation batch on one process."""
+
+
+class LossSection(Section):
+    kind: Literal["tet", "sdt"] = "tet"
+    lambda_: Fraction = Field(default=0.001, alias="lambda")
+    """TET's weight of the pull towards phi."""
+    phi: float = 1.0
+    """TET's target of all outputs; the paper takes the threshold."""
+    label_smoothing: Share = 0.0
+
+
+class OptimizerSection(Section):
+    kind: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate, for the global batch as it is: nothing is scaled behind your back."""
+    momentum: Share = 0.9
+    nesterov: bool = False
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    decay_norms: bool = True
+    """Whether weight decay applies to batch norm parameters and biases, too."""
+
+
+class PhaseSection(Section):
+    """A stretch of training with its own T, optimiser and schedule."""
+
+    epochs: Positive
+    timesteps: Positive
+    optimizer: OptimizerSection
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine: from lr to 0 over the phase's steps."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Linear from 0 at the phase's start."""
+
+
+class SaveSection(Section):
+    every_steps: Positive | None = None
+    """Besides each epoch's end; null: only there."""
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    """At least 2: the newest could be the one that a failing disk ruined."""
+
+
+class TrackingSection(Section):
+    mlflow: bool = True
+    uri: str | None = None
+    """MLflow's tracking URI; null: the SQLite file RUNS_DIR/mlflow.db."""
+    experiment: str = "tetdist"
+
+
+class RunConfig(Section):
+    name: str
+    """Of the run and its folder."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    model: ModelSection
+    data: DataSection
+    batch: BatchSection
+    loss: LossSection = LossSection()
+    phases: Annotated[tuple[PhaseSection, ...], Field(min_length=1)]
+    precision: Literal["bf16", "fp32"] = "bf16"
+    execution: Literal["fused", "reference"] = "fused"
+    """reference runs the plain definitions of normalisation and neurons."""
+    checkpoint: Literal["none", "blocks"] = "none"
+    """Activation memory. blocks: keep each block's input only, compute the rest again."""
+    gradient_clipping: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the gradient."""
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """torch: a few lines of plain torch, the check on DeepSpeed's result."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False
+    """Only algorithms that repeat to the bit on a GPU; slower. (On a CPU they all do.)"""
+    max_steps: Positive | None = None
+    """End after so many optimiser steps in all, for a try; schedules stay those of the phases."""
+    log_every: Positive = 20
+    """Optimiser steps between two lines of metrics."""
+    evaluate_every: Positive = 1
+    """Epochs between two evaluations; the last epoch is always evaluated."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """What to do about checkpoints in the run folder: auto continues if there are any."""
+    runs_dir: str = "runs"
+    save: SaveSection = SaveSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def tracking_uri(self) -> str | None:
+        if not self.tracking.mlflow:
+            return None
+        if self.tracking.uri:
+            return self.tracking.uri
+        return f"sqlite:///{(Path(self.runs_dir) / 'mlflow.db').resolve()}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested dictionaries and lists, as in YAML."""
+        return self.model_dump(mode="json")
+
+    def as_yaml(self) -> str:
+        return yaml.safe_dump(self.as_dict(), sort_keys=False)
+
+
+# What may differ between a run and its continuation: where things are and how much is shown or
+# kept, nothing that changes the result. (The data set's content is compared by the index's
+# fingerprint.)
+OPERATIONAL_KEYS = (
+    "data.root",
+    "data.index",
+    "data.device",
+    "data.threads",
+    "data.prefetch",
+    "batch.eval",
+    "checkpoint",
+    "device",
+    "max_steps",
+    "log_every",
+    "resume",
+    "runs_dir",
+    "save.every_steps",
+    "save.keep_last",
+    "tracking.mlflow",
+    "tracking.uri",
+    "tracking.experiment",
+)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries and lists as one dictionary of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{dotted}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            flat |= flatten({str(i): item for i, item in enumerate(value)}, f"{dotted}.")
+        else:
+            flat[dotted] = value
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What makes two configurations different runs, a sentence part each."""
+    a, b = flatten(old), flatten(new)
+    return [
+        f"{key} is {b.get(key)!r} and was {a.get(key)!r}"
+        for key in sorted(a.keys() | b.keys())
+        if key not in OPERATIONAL_KEYS and a.get(key) != b.get(key)
+    ]
+
+
+def find(name: str) -> Path:
+    """The file of a configuration: a path, or a name (with or without .yaml) in configs/."""
+    candidates = [Path(name), CONFIGS_DIR / name, CONFIGS_DIR / f"{name}.yaml"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = sorted(path.name for path in CONFIGS_DIR.glob("*.yaml"))
+    close = difflib.get_close_matches(f"{name}.yaml".replace(".yaml.yaml", ".yaml"), known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else f"; in configs/ there are {', '.join(known)}"
+    raise UserError(f"no configuration {name!r}, neither as a file nor in configs/{hint}")
+
+
+def load(name: str, overrides: list[str] | None = None) -> RunConfig:
+    """Read, override and check a configuration.
+
+    Args:
+        name: A file or a name in configs/.
+        overrides: ``dotted.key=value``; the value is YAML, list items are numbered from 0
+            (``phases.0.epochs=1``).
+
+    Raises:
+        UserError: Anything about it is wrong; the text says what and where.
+    """
+    path = find(name)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold keys and values, not {type(raw).__name__}")
+    raw.setdefault("name", path.stem)
+    for override in overrides or []:
+        _override(raw, override)
+    return parse(raw, str(path))
+
+
+def parse(raw: dict[str, Any], source: str) -> RunConfig:
+    """Check a configuration given as nested dictionaries; ``source`` is named in errors."""
+    try:
+        config = RunConfig.model_validate_json(_as_json(raw, source))
+    except pydantic.ValidationError as error:
+        problems = "; ".join(_explain(e) for e in error.errors())
+        raise UserError(f"{source}: {problems}") from None
+    _check(config)
+    _warn_without_effect(config)
+    return config
+
+
+def _as_json(raw: dict[str, Any], source: str) -> str:
+    import json
+
+    try:
+        # Through JSON, because strict validation of JSON takes a list for a tuple, and nothing
+        # else that it should not.
+        return json.dumps(raw)
+    except TypeError as error:
+        raise UserError(
+            f"{source}: a value is neither text, number, list nor mapping ({error}); "
+            "quote it if it is meant as text"
+        ) from error
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"{override!r} is not an override; write it as dotted.key=value")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"the value of {key!r} is not valid YAML: {' '.join(str(error).split())}"
+        ) from error
+    # YAML 1.1 takes 1e-4 for text; nobody who types it means that.
+    value = _number(value)
+    node: Any = raw
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        node = _child(node, part, ".".join(parents[: depth + 1]), create=True)
+    if isinstance(node, list):
+        position = _position(node, last, key)
+        node[position] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"{key!r} cannot be set: {'.'.join(parents)} is a single value")
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() else value
+        except ValueError:
+            return value
+    return value
+
+
+def _child(node: Any, part: str, dotted: str, create: bool) -> Any:
+    if isinstance(node, list):
+        return node[_position(node, part, dotted)]
+    if not isinstance(node, dict):
+        raise UserError(f"{dotted!r} cannot be reached: a value before it is single")
+    if node.get(part) is None and create:
+        node[part] = {}
+    return node[part]
+
+
+def _position(items: list[Any], part: str, dotted: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise UserError(f"{dotted!r}: {part!r} is not one of the items 0 to {len(items) - 1}")
+    return int(part)
+
+
+def _explain(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    dotted = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        every = [*schema(), *known]
+        prefix = "".join(f"{part}." for part in location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        anywhere = [k for k in every if k.split(".")[-1] == location[-1]]
+        if close:
+            return f"unknown key {dotted!r}; the nearest known one is {prefix + close[0]!r}"
+        if anywhere:
+            return f"unknown key {dotted!r}; there is {anywhere[0]!r}"
+        return f"unknown key {dotted!r}; known here are {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{dotted!r} is missing"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    given = error["input"]
+    shown = "" if isinstance(given, dict) else f", not {given!r}"
+    return f"{dotted!r}: {message}{shown}"
+
+
+def _section_at(location: list[str]) -> type[BaseModel] | None:
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        if part.isdigit():
+            continue
+        field = next((f for n, f in section.model_fields.items() if part in (n, f.alias)), None)
+        found = _section_in(field.annotation) if field else None
+        if found is None:
+            return None
+        section = found
+    return section
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((s for a in get_args(annotation) if (s := _section_in(a))), None)
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    section = _section_at(location)
+    return [f.alias or n for n, f in section.model_fields.items()] if section else []
+
+
+def schema(section: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, str]:
+    """Every key of the configuration, dotted (list items as ``N``), with its documentation."""
+    keys: dict[str, str] = {}
+    for name, field in section.model_fields.items():
+        dotted = f"{prefix}{field.alias or name}"
+        inner = _section_in(field.annotation)
+        if inner is None:
+            keys[dotted] = field.description or ""
+        elif inner is PhaseSection:
+            keys |= schema(inner, f"{dotted}.N.")
+        else:
+            keys |= schema(inner, f"{dotted}.")
+    return keys
+
+
+def _check(config: RunConfig) -> None:
+    """Contradictions between keys that are each fine on their own."""
+    import timm
+
+    import tetdist.models
+
+    if "/" in config.name or config.name in ("", ".", ".."):
+        raise UserError(f"name: {config.name!r} is not the name of a folder")
+    batch = config.batch
+    if batch.global_ % batch.micro:
+        raise UserError(
+            f"batch.global: {batch.global_} is not a multiple of batch.micro, {batch.micro}; "
+            f"{batch.global_ // batch.micro * batch.micro or batch.micro} is"
+        )
+    known = [m for module in tetdist.models.MODEL_MODULES for m in timm.list_models(module=module)]
+    if config.model.name not in known:
+        close = difflib.get_close_matches(config.model.name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+        raise UserError(f"model.name: {config.model.name!r} is not a spiking model{hint}")
+    try:
+        NeuronConfig(**config.model.neuron)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.neuron: {_neuron_error(error)}") from error
+    for key in ("num_classes", "neuron", "timesteps"):
+        if key in config.model.arguments:
+            raise UserError(f"model.arguments.{key}: has a key of its own; set it there")
+    kind = model_input_kind(config.model.name)
+    if kind != config.data.kind:
+        raise UserError(
+            f"data.kind is {config.data.kind!r} and model.name {config.model.name!r} "
+            f"takes {kind!r}: choose a model or data that suit each other"
+        )
+    data = config.data
+    if data.scale[0] > data.scale[1] or data.scale[1] == 0:
+        raise UserError(f"data.scale: {list(data.scale)} must rise from the first to the second")
+    if not 0 < data.ratio[0] <= data.ratio[1]:
+        raise UserError(f"data.ratio: {list(data.ratio)} must be positive and rise")
+    if min(data.std) <= 0:
+        raise UserError(f"data.std: {list(data.std)} must be above 0")
+    if data.resize is not None and data.resize < data.image_size:
+        raise UserError(
+            f"data.resize: {data.resize} is smaller than data.image_size, {data.image_size}: "
+            "the centre crop would not fit"
+        )
+    for i, phase in enumerate(config.phases):
+        if phase.warmup_epochs >= phase.epochs:
+            raise UserError(
+                f"phases.{i}.warmup_epochs: {phase.warmup_epochs} must be below the phase's "
+                f"{phase.epochs} epochs"
+            )
+    epsilon = config.loss.label_smoothing
+    assert math.isfinite(epsilon)
+
+
+def _neuron_error(error: Exception) -> str:
+    text = str(error)
+    if "unexpected keyword" not in text:
+        return text
+    unknown = text.rsplit("'", 2)[-2]
+    known = list(NeuronConfig.__dataclass_fields__)
+    close = difflib.get_close_matches(unknown, known, n=1)
+    hint = f"the nearest known one is {close[0]!r}" if close else f"known are {', '.join(known)}"
+    return f"unknown key {unknown!r}; {hint}"
+
+
+def model_input_kind(name: str) -> str:
+    """``images`` or ``events``, by the model's number of input channels."""
+    import timm
+
+    return "events" if timm.get_pretrained_cfg(name).input_size[0] == 2 else "images"
+
+
+def _warn_without_effect(config: RunConfig) -> None:
+    """Say which keys were set that nothing reads."""
+    ignored: list[str] = []
+
+    def unread(section: BaseModel, prefix: str, names: tuple[str, ...], because: str) -> None:
+        for name in names:
+            if name in section.model_fields_set:
+                alias = type(section).model_fields[name].alias or name
+                ignored.append(f"{prefix}{alias} has no effect with {because}")
+
+    if config.loss.kind == "sdt":
+        unread(config.loss, "loss.", ("lambda_", "phi"), "loss.kind=sdt")
+    if config.data.kind == "events":
+        for_images = ("image_size", "resize", "scale", "ratio", "interpolation", "mean", "std")
+        unread(config.data, "data.", for_images, "data.kind=events")
+    else:
+        unread(config.data, "data.", ("roll",), "data.kind=images")
+    for i, phase in enumerate(config.phases):
+        prefix = f"phases.{i}.optimizer."
+        if phase.optimizer.kind == "sgd":
+            unread(phase.optimizer, prefix, ("betas",), "kind=sgd")
+        else:
+            names = ("momentum", "nesterov")
+            unread(phase.optimizer, prefix, names, f"kind={phase.optimizer.kind}")
+        if phase.optimizer.weight_decay == 0:
+            unread(phase.optimizer, prefix, ("decay_norms",), "weight_decay=0")
+    if not config.tracking.mlflow:
+        unread(config.tracking, "tracking.", ("uri", "experiment"), "tracking.mlflow=false")
+    for sentence in ignored:
+        logger.warning("%s", sentence)

@@ -1,0 +1,120 @@
+"""Who sees which sample when, and with what random numbers: pure functions of integers.
+
+The order of an epoch is a function of (seed, epoch); every random number of a sample's augmentation
+is one of (seed, epoch, position in the epoch). Nothing here has state, so a run resumes at any step
+from one integer, and the number of processes decides only who works on what. The generator is our
+own, in numpy's exact integer arithmetic, so that no release of a library can change an old run.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from tetdist.errors import UserError
+
+# Streams keep the keys of the permutation and the draws of the augmentation apart.
+_PERMUTATION, _AUGMENTATION = 1, 2
+
+
+def uniforms(
+    seed: int, epoch: int, positions: npt.NDArray[np.int64], num_draws: int
+) -> npt.NDArray[np.float64]:
+    """Random numbers for the samples at some positions of an epoch, uniform in [0, 1).
+
+    Column j does not depend on `num_draws`, so an augmentation may be added behind the others
+    without changing theirs.
+
+    Args:
+        positions: (B,) positions in the epoch's order.
+        num_draws: numbers for each sample.
+
+    Returns:
+        (B, num_draws), multiples of 2**-53.
+    """
+    keys = _absorb(_key(_AUGMENTATION, seed, epoch), positions.astype(np.uint64))
+    words = _absorb(keys[:, None], np.arange(num_draws, dtype=np.uint64))
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permutation(num_samples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The epoch's order: (num_samples,) sample numbers, each once."""
+    keys = _absorb(_key(_PERMUTATION, seed, epoch), np.arange(num_samples, dtype=np.uint64))
+    return np.argsort(keys, kind="stable")
+
+
+def _key(stream: int, seed: int, epoch: int) -> npt.NDArray[np.uint64]:
+    key = np.array([stream], np.uint64)
+    for word in (seed, epoch):
+        key = _absorb(key, np.array([word], np.uint64))
+    return key
+
+
+def _absorb(key: npt.NDArray[np.uint64], word: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Hash of a key and one more word: the step and the finaliser of the splitmix64 generator.
+
+    For one key it is a bijection of the words, so different positions never share a hash.
+    """
+    z = (key ^ word) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def steps_per_epoch(num_samples: int, global_batch: int) -> int:
+    """Optimiser steps in an epoch; the samples left over, others in every epoch, are dropped.
+
+    Raises:
+        UserError: if there are fewer samples than one step takes.
+    """
+    if num_samples < global_batch:
+        raise UserError(
+            f"the training split has {num_samples} samples, fewer than one global batch of"
+            f" {global_batch}: make the global batch smaller"
+        )
+    return num_samples // global_batch
+
+
+def rank_micro_batches(rank: int, world_size: int, global_batch: int, micro_batch: int) -> range:
+    """Which micro-batches of each step a rank works on: an equal, contiguous share.
+
+    Raises:
+        UserError: if the global batch is not a multiple of the micro-batch, or its micro-batches
+            cannot be shared out equally.
+    """
+    assert 0 <= rank < world_size
+    if global_batch % micro_batch:
+        raise UserError(
+            f"a global batch of {global_batch} cannot be cut into micro-batches of {micro_batch}:"
+            " it must be a multiple"
+        )
+    count = global_batch // micro_batch
+    if count % world_size:
+        raise UserError(
+            f"{count} micro-batches a step (global batch {global_batch}, micro-batch {micro_batch})"
+            f" cannot be shared equally by {world_size} processes"
+        )
+    share = count // world_size
+    return range(rank * share, (rank + 1) * share)
+
+
+def micro_batch_positions(
+    step_in_epoch: int, index_in_step: int, global_batch: int, micro_batch: int
+) -> npt.NDArray[np.int64]:
+    """(micro_batch,) positions in the epoch's order that make up one micro-batch of one step."""
+    start = step_in_epoch * global_batch + index_in_step * micro_batch
+    return np.arange(start, start + micro_batch, dtype=np.int64)
+
+
+def evaluation_batches(
+    num_samples: int, batch_size: int, rank: int, world_size: int
+) -> Iterator[npt.NDArray[np.int64]]:
+    """A rank's share of an evaluation: over all ranks each sample once, and every rank as often.
+
+    The samples, in the index's order, are cut into batches that are dealt out in turn. In the last
+    round a rank's batch may be smaller, or empty.
+    """
+    assert 0 <= rank < world_size
+    for start in range(0, num_samples, batch_size * world_size):
+        first = min(start + rank * batch_size, num_samples)
+        yield np.arange(first, min(first + batch_size, num_samples), dtype=np.int64)

@@ -1,0 +1,196 @@
+"""Who this process is among all processes of the run, and the few collectives that are not the
+engine's."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tetdist.errors import UserError
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+Result = TypeVar("Result")
+
+# A peer that is silent for so long is taken for dead.
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all.
+
+    Attributes:
+        rank: Number of this process, 0 to world_size - 1.
+        world_size: Number of processes.
+        device: Where this process computes.
+        control: Group of CPU collectives for flags and numbers that the host must know, so that
+            asking for them does not wait for the GPU.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: Any
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over all processes, in float64, on the host."""
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        """Average a tensor over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.world_size
+        return tensor
+
+    def from_rank_0(self, value: Any) -> Any:
+        """Rank 0's value (numbers, text, lists of them) on every process."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+    def together(self, action: Callable[[], Result]) -> Result:
+        """Do something on every process that may fail on some, and fail on all if it does.
+
+        Raises:
+            UserError: Of the action, on the lowest rank where it failed.
+            SystemExit: With status 2, on all other ranks.
+        """
+        result: Any = None
+        failure: UserError | None = None
+        try:
+            result = action()
+        except UserError as error:
+            failure = error
+        failed: list[bool] = [False] * self.world_size
+        dist.all_gather_object(failed, failure is not None, group=self.control)
+        if not any(failed):
+            return result
+        if failure is not None and failed.index(True) == self.rank:
+            raise failure
+        raise SystemExit(2)
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(device: str) -> World:
+    """Join the other processes, as the launcher's environment says; alone without a launcher.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        UserError: Only some of the launcher's variables are set, or there is no GPU where one
+            is asked for.
+    """
+    present = [name for name in _VARIABLES if name in os.environ]
+    # LOCAL_RANK and the master's address mean nothing without these two.
+    if not {"RANK", "WORLD_SIZE"} & set(present):
+        rank, world_size, local_rank = 0, 1, 0
+        store: Any = dist.HashStore()
+    elif len(present) == len(_VARIABLES):
+        rank, world_size, local_rank = (
+            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        )
+        store = None
+    else:
+        absent = [name for name in _VARIABLES if name not in os.environ]
+        raise UserError(
+            f"the distributed environment is only partly set: {', '.join(present)} are there, "
+            f"{', '.join(absent)} are not; unset them all to run alone, or use a launcher "
+            "(deepspeed, torchrun, launch/slurm.py)"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no GPU here; set device=cpu or device=auto")
+    use_cuda = torch.cuda.is_available() and device != "cpu"
+    if use_cuda:
+        # Under a launcher that shows each process its own GPU only, that one is number 0.
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    dist.init_process_group(
+        "nccl" if use_cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=TIMEOUT,
+    )
+    control = dist.new_group(backend="gloo")
+    this_device = torch.device("cuda", torch.cuda.current_device()) if use_cuda else "cpu"
+    return World(rank, world_size, torch.device(this_device), control)
+
+
+class StopRequest:
+    """Turns signals into an agreement of all processes to stop after the same step.
+
+    SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 to any process are requests to save and end. A
+    second SIGINT ends the process at once.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self, world: World) -> None:
+        self.signal: signal.Signals | None = None
+        self._world = world
+        self._flag = torch.zeros(1)
+        self._exchange: Any = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        # The deepspeed launcher sends SIGTERM after the terminal's SIGINT: still one request.
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+
+    def agreed(self) -> bool:
+        """Whether all processes are to stop now; to be asked equally often on every process.
+
+        What the processes tell each other at one call is read at the next, so nobody waits for
+        the slowest in between: they stop one call later than they could, all at the same one.
+        """
+        if self._world.world_size == 1:
+            return self.signal is not None
+        if self._exchange is not None:
+            self._exchange.wait()
+            if self._flag.item() > 0:
+                return True
+        self._flag = torch.tensor([float(self.signal or 0)])
+        self._exchange = dist.all_reduce(
+            self._flag, op=dist.ReduceOp.MAX, group=self._world.control, async_op=True
+        )
+        return False
+
+    @property
+    def exit_status(self) -> int:
+        """As a shell reports a process that a signal ended."""
+        number = self.signal or int(self._flag.item())
+        return 128 + int(number)

@@ -1,0 +1,73 @@
+"""What a person sees of a run: a bar on a terminal, plain lines in a log."""
+
+import sys
+import time
+from datetime import timedelta
+from typing import Any, Self
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Progress of the whole run, on standard error.
+
+    Args:
+        step, last_step: Optimiser steps done, and in all.
+        steps_per_epoch: Of the run.
+        global_batch: Samples a step.
+        silent: Show nothing (all processes but one).
+    """
+
+    def __init__(
+        self, step: int, last_step: int, steps_per_epoch: int, global_batch: int, *, silent: bool
+    ) -> None:
+        self.silent = silent
+        self.on_terminal = sys.stderr.isatty()
+        self.last_step, self.steps_per_epoch = last_step, steps_per_epoch
+        self.first_step, self.started = step, time.monotonic()
+        self.bar = tqdm(
+            total=last_step * global_batch,
+            initial=step * global_batch,
+            unit="img",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=silent or not self.on_terminal,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def advance(self, num_samples: int) -> None:
+        self.bar.update(num_samples)
+
+    def report_training(self, step: int, values: dict[str, Any]) -> None:
+        if self.silent:
+            return
+        loss, lr = f"{values['loss']:.3f}", f"{values['lr']:.2g}"
+        if self.on_terminal:
+            self.bar.set_description(f"epoch {values['epoch']:.1f}")
+            self.bar.set_postfix_str(f"loss {loss}, top-1 {values['top1']:.1f} %, lr {lr}")
+            return
+        pace = (time.monotonic() - self.started) / max(step - self.first_step, 1)
+        eta = timedelta(seconds=round((self.last_step - step) * pace))
+        print(
+            f"epoch {values['epoch']:.2f}  step {step}/{self.last_step}  loss {loss}  "
+            f"top-1 {values['top1']:.1f} %  lr {lr}  {values['samples_per_s']:.0f} images/s  "
+            f"data wait {values['data_wait']:.0f} %  ETA {eta}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def report_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        if self.silent:
+            return
+        by_timestep = " ".join(f"{top1:.1f}" for top1 in values["per_timestep_top1"])
+        tqdm.write(
+            f"evaluation at epoch {values['epoch']:g}, step {step}: top-1 {values['top1']:.2f} %  "
+            f"top-5 {values['top5']:.2f} %  loss {values['loss']:.3f}  "
+            f"by timestep {by_timestep} %  ({values['samples']} images)",
+            file=sys.stderr,
+        )

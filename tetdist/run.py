@@ -1,0 +1,210 @@
+"""A run's folder and the things that are opened before its first step."""
+
+import fcntl
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import timm
+import yaml
+
+from tetdist import checkpoint, tracking
+from tetdist.config import RunConfig, differences, flatten, parse
+from tetdist.data import index as data_index
+from tetdist.data.index import Index
+from tetdist.distributed import World
+from tetdist.errors import Stopped, UserError
+from tetdist.models import SpikingNetwork
+
+logger = logging.getLogger(__name__)
+
+
+def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
+    """Indexes of the training and validation splits, checked against the files and each other.
+
+    Raises:
+        UserError: Something is missing, outdated or does not suit the configuration.
+    """
+    root = Path(config.data.root)
+    if not root.is_dir():
+        raise UserError(f"data.root: there is no folder {root}; set data.root=FOLDER")
+    indexes = []
+    for split in ("train", "val"):
+        file = data_index.index_file(config.data.index_dir, split)
+        if not file.is_file():
+            command = data_index.index_command(root, split, config.data.kind)
+            raise UserError(f"there is no index {file}; make it with `{command}`")
+        index = data_index.load_index(file)
+        if world.rank == 0:
+            data_index.check_fresh(index, root)
+        if index.kind != config.data.kind:
+            raise UserError(f"data.kind is {config.data.kind!r} and {file} is of {index.kind}")
+        most = max(phase.timesteps for phase in config.phases)
+        if index.timesteps is not None and most > index.timesteps:
+            raise UserError(
+                f"phases.*.timesteps: {most} is more than the {index.timesteps} time bins of the "
+                f"data in {root}"
+            )
+        indexes.append(index)
+    train, val = indexes
+    if train.classes != val.classes:
+        raise UserError(f"train/ and val/ of {root} do not have the same classes")
+    wanted = config.model.num_classes
+    if wanted is not None and wanted < len(train.classes):
+        raise UserError(
+            f"model.num_classes is {wanted} and the data has {len(train.classes)} classes"
+        )
+    return train, val
+
+
+def make_model(config: RunConfig, num_classes: int) -> SpikingNetwork:
+    """The configured model, at the first phase's T, with initial weights.
+
+    Raises:
+        UserError: ``model.arguments`` does not suit the model.
+    """
+    section = config.model
+    try:
+        model: SpikingNetwork = timm.create_model(
+            section.name,
+            num_classes=section.num_classes or num_classes,
+            timesteps=config.phases[0].timesteps,
+            neuron=section.neuron,
+            **section.arguments,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.arguments: {error}") from error
+    model.set_execution(config.execution)
+    model.set_grad_checkpointing(config.checkpoint == "blocks")
+    return model
+
+
+class RunFolder:
+    """``runs/NAME``: configuration, environment, metrics, checkpoints and plots of one run.
+
+    Opened by every process of the run, written by rank 0, which holds it locked.
+
+    Raises:
+        UserError: The folder is of another run, in use, or not what ``resume`` asks for.
+    """
+
+    def __init__(self, config: RunConfig, index: Index, world: World) -> None:
+        self.config, self.world, self.index = config, world, index
+        self.path = config.run_dir
+        self.checkpoints = self.path / "checkpoints"
+        if world.rank == 0:
+            self._claim()
+
+    def _claim(self) -> None:
+        has_checkpoints = any(self.checkpoints.glob("step-*"))
+        if self.config.resume == "never" and (self.path / "config.yaml").exists():
+            raise UserError(
+                f"resume=never, and {self.path} already holds a run; choose another name=..., or "
+                "resume=auto to continue it"
+            )
+        if self.config.resume == "must" and not has_checkpoints:
+            raise UserError(f"resume=must, and there is no checkpoint in {self.checkpoints}")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another process is running in {self.path}; wait for it, stop it, or give this "
+                "run another name=..."
+            ) from error
+        self._check_same_run()
+        _write(self.path / "config.yaml", self.config.as_yaml())
+        _write(self.path / "environment.json", json.dumps(tracking.environment(), indent=1) + "\n")
+
+    def _check_same_run(self) -> None:
+        file = self.path / "config.yaml"
+        if not file.exists():
+            return
+        earlier = yaml.safe_load(file.read_text())
+        try:
+            # Keys that are new since then have their defaults in the earlier run.
+            earlier = parse(earlier, str(file)).as_dict()
+        except UserError:
+            logger.warning("%s is of another version; its keys are compared as they are", file)
+        changed = differences(earlier, self.config.as_dict())
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run of another configuration: {'; '.join(changed)}. Give "
+                "this one another name=..., or set these back to continue"
+            )
+
+    def newest_checkpoint(self) -> checkpoint.Checkpoint | None:
+        """The checkpoint to continue from, the same on every process."""
+        found = self.world.together(
+            lambda: checkpoint.newest(self.checkpoints) if self.world.rank == 0 else None
+        )
+        name = self.world.from_rank_0(found.path.name if found else None)
+        if name is None or found is not None:
+            return found
+        return checkpoint.read(self.checkpoints / name)
+
+    @contextmanager
+    def tracker(self, step: int) -> Iterator[tracking.Tracker | None]:
+        """Rank 0's record of the run, from ``step`` on; None elsewhere."""
+        if self.world.rank != 0:
+            yield None
+            return
+        config = self.config
+        tracker = tracking.Tracker(
+            self.path,
+            run_name=config.name,
+            params=flatten(config.as_dict()),
+            tags=self._tags(),
+            tracking_uri=config.tracking_uri,
+            experiment=config.tracking.experiment,
+            artifact_root=Path(config.runs_dir).resolve() / "mlartifacts",
+            resume_step=step if (self.path / "metrics.jsonl").exists() else None,
+        )
+        tracker.artifact(self.path / "config.yaml")
+        tracker.artifact(self.path / "environment.json")
+        status: tracking.Status = "FAILED"
+        try:
+            yield tracker
+            status = "FINISHED"
+        except Stopped:
+            status = "KILLED"
+            raise
+        finally:
+            tracker.close(status)
+
+    def farewell(self, best: dict[str, float]) -> None:
+        """Say that the run is finished, what came out and where to look."""
+        if self.world.rank != 0:
+            return
+        lines = [f"{self.path} is finished"]
+        if best:
+            lines[0] += f": best top-1 {best['top1']:.2f} %, at step {best['step']:.0f}"
+        lines.append(f"  evaluate  python tools/eval.py --checkpoint {self.path}")
+        if self.config.tracking_uri:
+            lines.append(f"  look      {tracking.ui_command(self.config.tracking_uri)}")
+        logger.info("%s", "\n".join(lines))
+
+    def _tags(self) -> dict[str, str]:
+        config = self.config
+        return {
+            "model": config.model.name,
+            "timesteps": " then ".join(str(phase.timesteps) for phase in config.phases),
+            "loss": config.loss.kind,
+            "seed": str(config.seed),
+            "precision": config.precision,
+            "world_size": str(self.world.world_size),
+            "run_dir": str(self.path.resolve()),
+            "data": self.index.fingerprint[:16],
+        }
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text)
+    aside.replace(path)

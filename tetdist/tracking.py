@@ -1,0 +1,735 @@
+"""What a run measured, kept in a file and shown in MLflow.
+
+`metrics.jsonl` in the run folder is the truth; MLflow follows it. The training loop only ever
+appends a line to the file. A daemon thread reads the file, asks MLflow how far it is, and sends the
+rest, so a tracker that is slow, down or new is caught up whenever it answers, in this process or in
+a later one, and every step is there once.
+
+A line is strict JSON: `{"kind": "train", "step": 120, "time": 1700000000.123, ...}`. `time` is Unix
+time in seconds. JSON has no word for a value that is not finite; here such a value is one of the
+strings "NaN", "Infinity" and "-Infinity", which `float()` understands and `read_metrics` restores.
+
+In MLflow a value is called `kind/key` and stands at its optimiser step. A list has one metric a
+timestep, counted from 1 (`per_timestep_top1` of an evaluation: `val/top1_t1`, `val/top1_t2`, ...),
+a dict one an entry (`val/firing_rate/layer1.0.sn1`). Text stays in the file.
+"""
+
+import contextlib
+import getpass
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from tetdist.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Status = Literal["FINISHED", "FAILED", "KILLED", "RUNNING"]
+
+SEND_EVERY = 2.0  # seconds; a call to MLflow costs about the same for one point as for a hundred
+LONGEST_PAUSE = 60.0  # seconds between two attempts to reach a tracker that is down
+BATCH = 1000  # the most metrics that MLflow takes in one call
+
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class Tracker:
+    """Records what a run measures; one per run, on rank 0."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        run_name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        tracking_uri: str | None,
+        experiment: str,
+        artifact_root: Path,
+        resume_step: int | None,
+    ) -> None:
+        """Opens the run's file and starts to follow it.
+
+        Args:
+            run_dir: The run's folder, which exists.
+            run_name: The run's name in MLflow.
+            params: The resolved configuration, flattened. What MLflow already knows of an earlier
+                start is left as it is, since MLflow lets no parameter change.
+            tags: The run's tags in MLflow; unlike `params` they may change between starts.
+            tracking_uri: A server's http(s) address or an absolute sqlite:/// URI; None: no MLflow.
+            experiment: The experiment's name, made when missing.
+            artifact_root: Where a new experiment in a local store keeps its files. A server decides
+                for itself.
+            resume_step: The optimiser step of the checkpoint that the run continues from; lines of
+                later steps are removed, because those steps are computed again. None: a new run.
+
+        Raises:
+            UserError: A new run finds the file of another, a line of the file is damaged, or MLflow
+                is asked for and not installed.
+        """
+        self.path = run_dir / "metrics.jsonl"
+        self._resume_step = resume_step
+        self._last: dict[str, int] = {}
+        self._lines = 0
+        if resume_step is None:
+            if self.path.exists():
+                raise UserError(
+                    f"{self.path} belongs to an earlier run: resume that run, or give this one "
+                    "another folder"
+                )
+        else:
+            self._last, self._lines = _keep_until(self.path, resume_step)
+        if tracking_uri is not None and importlib.util.find_spec("mlflow") is None:
+            raise UserError(
+                "MLflow is not installed: pip install 'tetdist[train]', or train without a tracker"
+            )
+        # Unbuffered, so that a line is with the operating system, and survives our death, when
+        # log() returns.
+        self._file = self.path.open("ab" if resume_step is not None else "xb", buffering=0)
+        self._size = self._file.seek(0, os.SEEK_END)
+        self._follower: _Follower | None = None
+        if tracking_uri is not None:
+            self._follower = _Follower(
+                self.path,
+                run_name=run_name,
+                params=dict(params),
+                tags=dict(tags),
+                uri=tracking_uri,
+                experiment=experiment,
+                artifact_root=artifact_root,
+                resume_step=resume_step,
+            )
+            self._follower.thread.start()
+
+    def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one line; never waits for MLflow.
+
+        A line that the file holds from before a resume is not written again: a run that was killed
+        between its checkpoint and its last line of that step computes the same line anew.
+
+        Args:
+            kind: "train", "val", ...; each kind's steps must increase.
+            step: The optimiser step.
+            values: Numbers, text, None, lists of numbers and dicts of numbers, by name.
+
+        Raises:
+            UserError: The line cannot be written (disk full); the file is left as it was.
+        """
+        assert not self._file.closed, "log() after close()"
+        assert kind.isidentifier(), kind
+        assert kind != "system", "MLflow's own system metrics have that name"
+        assert not values.keys() & {"kind", "step", "time"}, values.keys()
+        last = self._last.get(kind, -1)
+        if step == last == self._resume_step:
+            return
+        assert step > last, f"{kind}: step {step} after step {last}"
+        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        raw = json.dumps(_strict(line), allow_nan=False).encode() + b"\n"
+        try:
+            written = 0
+            while written < len(raw):
+                written += self._file.write(raw[written:])
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), self._size)
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        self._size += len(raw)
+        self._last[kind] = step
+        self._lines += 1
+
+    def sync(self) -> None:
+        """Forces the file to the disk.
+
+        Called before a checkpoint is written, it keeps a power cut from leaving a checkpoint that
+        knows of more steps than the file.
+        """
+        os.fsync(self._file.fileno())
+
+    def artifact(self, path: Path) -> None:
+        """Has a file copied to MLflow, under its path relative to the run folder.
+
+        It is read when it is sent, so it should only ever be replaced by renaming. Announce it
+        again when it has changed.
+        """
+        if self._follower is not None:
+            artifacts = self._follower.artifacts
+            artifacts[path] = artifacts.get(path, 0) + 1
+
+    def set_tag(self, key: str, value: str) -> None:
+        """Sets a tag of the run in MLflow."""
+        if self._follower is not None:
+            self._follower.tags[key] = value
+
+    def close(self, status: Status, timeout: float = 30) -> None:
+        """Ends the record and waits, at most `timeout` seconds, until MLflow has all of it.
+
+        Args:
+            status: The run's state in MLflow from now on. "RUNNING" is for a run that goes on in
+                another process.
+            timeout: In seconds.
+        """
+        self._file.close()
+        follower = self._follower
+        if follower is None:
+            return
+        follower.status = status
+        follower.closing.set()
+        follower.thread.join(timeout)
+        if not follower.complete:
+            missing = self._lines - follower.sent
+            log.warning(
+                "MLflow at %s has not taken everything (%s): it lacks up to %d of the %d points in "
+                "%s. It gets them when this run is opened again",
+                _shown(follower.uri),
+                follower.trouble or f"no answer within {timeout:g} s",
+                missing,
+                self._lines,
+                self.path,
+            )
+
+
+class _Follower:
+    """The thread that keeps MLflow level with the file.
+
+    The training thread only sets `tags`, `artifacts`, `status` and `closing`; this one only reads
+    them. Single operations on a dict are atomic, hence no locks.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        run_name: str,
+        params: dict[str, Any],
+        tags: dict[str, str],
+        uri: str,
+        experiment: str,
+        artifact_root: Path,
+        resume_step: int | None,
+    ) -> None:
+        self.path = path
+        self.run_name = run_name
+        self.params = params
+        self.tags = tags
+        self.uri = uri
+        self.experiment = experiment
+        self.artifact_root = artifact_root
+        self.resume_step = resume_step
+
+        self.artifacts: dict[Path, int] = {}  # how often each was announced
+        self.status: Status = "RUNNING"
+        self.closing = threading.Event()
+
+        self.sent = 0  # lines of the file that MLflow has
+        self.complete = False
+        self.trouble = ""
+        self.thread = threading.Thread(target=self._follow, name="mlflow-follower", daemon=True)
+
+        # By default MLflow tries for four minutes, then 120 s more for the last answer: close()
+        # would leave everything behind. Here the pauses between attempts are ours.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        # Usage statistics would go out to the internet, which compute nodes seldom reach.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+    def _follow(self) -> None:
+        session: _Session | None = None
+        failures = 0
+        while True:
+            # Asked before sending: what was logged before close() is then surely sent.
+            closing = self.closing.is_set()
+            try:
+                if session is None:
+                    session = _Session(self, system_metrics=not closing)
+                session.send_points()
+                if closing:
+                    # Before the artifacts, lest a full artifact store leave the run unfinished.
+                    session.end(self.status)
+                session.send_artifacts()
+            except Exception as error:
+                failures += 1
+                self.trouble = _first_line(error)
+                # One failure is often two jobs that open the same database; it passes.
+                if failures == 2:
+                    log.warning(
+                        "MLflow at %s: %s. Training goes on, %s has everything, and MLflow gets it "
+                        "when it is back",
+                        _shown(self.uri),
+                        self.trouble,
+                        self.path,
+                    )
+                if session is not None:
+                    session.stop_system_metrics()
+                    session = None
+                if closing and failures >= 3:
+                    return
+                pause = min(2.0 ** (failures - 1), LONGEST_PAUSE)
+            else:
+                if failures >= 2:
+                    log.info("MLflow at %s is back and has everything", _shown(self.uri))
+                failures, self.trouble = 0, ""
+                if closing:
+                    self.complete = True
+                    return
+                pause = SEND_EVERY
+            if closing:
+                time.sleep(0.3)
+            else:
+                self.closing.wait(pause)
+
+
+class _Session:
+    """One unbroken acquaintance with MLflow.
+
+    After any failure a new one begins and asks MLflow afresh what it has, so it does not matter
+    whether a request that failed had its effect or not.
+    """
+
+    def __init__(self, follower: _Follower, *, system_metrics: bool) -> None:
+        import mlflow
+
+        if "MLFLOW_LOGGING_LEVEL" not in os.environ:
+            for name in ("mlflow", "alembic", "urllib3.connectionpool"):
+                logging.getLogger(name).setLevel(logging.ERROR)
+
+        self._follower = follower
+        self._run_dir = follower.path.parent
+        if follower.uri.startswith("sqlite:///"):
+            _prepare_database(Path(follower.uri.removeprefix("sqlite:///")))
+        self._client = mlflow.MlflowClient(tracking_uri=follower.uri)
+        run = self._known_run()
+        if run is None:
+            run = self._new_run()
+        elif run.info.status != "RUNNING":
+            self._client.update_run(run.info.run_id, status="RUNNING")
+        self._run_id: str = run.info.run_id
+
+        if follower.resume_step is not None:
+            # setdefault: noted once by each process that resumes, not once a session.
+            noted = run.data.tags.get("resumed_at_step")
+            follower.tags.setdefault(
+                "resumed_at_step",
+                f"{noted}, {follower.resume_step}" if noted else str(follower.resume_step),
+            )
+        params = [
+            mlflow.entities.Param(key, str(value))
+            for name, value in follower.params.items()
+            if (key := _allowed(name)) not in run.data.params
+        ]
+        self._client.log_batch(self._run_id, params=params)
+
+        # The protobuf form is the public one that shows the step of each metric's newest value.
+        self._have: dict[str, int] = {}
+        for metric in run.data.to_proto().metrics:
+            kind = metric.key.partition("/")[0]
+            self._have[kind] = max(metric.step, self._have.get(kind, -1))
+
+        self._offset = 0
+        self._lines = 0
+        self._tags: dict[str, str] = {}
+        self._artifacts: dict[Path, int] = {}
+        self._monitor: Any = None
+        if system_metrics:
+            self._start_system_metrics()
+
+    def _known_run(self) -> Any:
+        """Returns the run of an earlier session, or None."""
+        import mlflow
+
+        id_file = self._run_dir / "mlflow_run_id"
+        if not id_file.exists():
+            return None
+        run_id = id_file.read_text().strip()
+        try:
+            run = self._client.get_run(run_id)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            run = None
+        if run is None or run.info.lifecycle_stage != "active":
+            log.warning(
+                "MLflow at %s does not know run %s (any more): sending all of %s to a new one",
+                _shown(self._follower.uri),
+                run_id,
+                self._follower.path,
+            )
+            return None
+        return run
+
+    def _new_run(self) -> Any:
+        import mlflow
+
+        follower = self._follower
+        name = follower.experiment
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is not None:
+            experiment_id = experiment.experiment_id
+        else:
+            # A server's own location works for all who can reach the server; a path of this
+            # machine would not.
+            location = (
+                None if _is_server(follower.uri) else follower.artifact_root.absolute().as_uri()
+            )
+            try:
+                experiment_id = self._client.create_experiment(name, artifact_location=location)
+            except mlflow.exceptions.MlflowException:
+                # Another run may have been faster.
+                experiment = self._client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise
+                experiment_id = experiment.experiment_id
+        run = self._client.create_run(experiment_id, run_name=follower.run_name, tags=_origin())
+        id_file = self._run_dir / "mlflow_run_id"
+        aside = id_file.with_name(id_file.name + ".tmp")
+        aside.write_text(run.info.run_id + "\n")
+        aside.replace(id_file)
+        return run
+
+    def _start_system_metrics(self) -> None:
+        try:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            monitor = SystemMetricsMonitor(
+                self._run_id, resume_logging=True, tracking_uri=self._follower.uri
+            )
+        except Exception as error:  # no psutil, or a device that it cannot read
+            log.debug("no system metrics: %s", error)
+            return
+        monitor.start()
+        self._monitor = monitor
+
+    def stop_system_metrics(self) -> None:
+        if self._monitor is not None:
+            self._monitor.finish()
+            self._monitor = None
+
+    def send_points(self) -> None:
+        """Sends the lines that are new in the file, and the tags that have changed."""
+        import mlflow
+
+        lines, self._offset = _read_from(self._follower.path, self._offset)
+        batch: list[Any] = []
+        for line in lines:
+            self._lines += 1
+            if line["step"] <= self._have.get(line["kind"], -1):
+                continue
+            points = [
+                mlflow.entities.Metric(name, value, int(line["time"] * 1000), line["step"])
+                for name, value in _points(line)
+            ]
+            # A line goes whole, because what MLflow has is asked by step.
+            if len(batch) + len(points) > BATCH:
+                self._client.log_batch(self._run_id, metrics=batch)
+                self._follower.sent = max(self._follower.sent, self._lines - 1)
+                batch = []
+            batch += points
+        if batch:
+            self._client.log_batch(self._run_id, metrics=batch)
+        self._follower.sent = max(self._follower.sent, self._lines)
+
+        tags = dict(self._follower.tags)
+        if tags != self._tags:
+            entities = [mlflow.entities.RunTag(_allowed(key), tags[key]) for key in tags]
+            self._client.log_batch(self._run_id, tags=entities)
+            self._tags = tags
+
+    def send_artifacts(self) -> None:
+        for path, version in list(self._follower.artifacts.items()):
+            if version == self._artifacts.get(path) or not path.is_file():
+                continue
+            folder = path.parent
+            inside = folder != self._run_dir and folder.is_relative_to(self._run_dir)
+            where = folder.relative_to(self._run_dir).as_posix() if inside else None
+            self._client.log_artifact(self._run_id, str(path), where)
+            self._artifacts[path] = version
+
+    def end(self, status: Status) -> None:
+        # First, because the monitor ends by itself, without its last values, when it sees a run
+        # that does not run.
+        self.stop_system_metrics()
+        if status != "RUNNING":
+            self._client.set_terminated(self._run_id, status)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Reads a metrics.jsonl, also while it is being written.
+
+    Values that are not finite are floats again; a last line that a kill tore is left out.
+
+    Raises:
+        UserError: A line is damaged.
+    """
+    return _read_from(path, 0)[0]
+
+
+def _read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """Reads the whole lines from `offset` on; returns them and where the next one will begin."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read()
+    data = data[: data.rfind(b"\n") + 1]
+    return [_restored(line) for _, line in _parsed(path, data)], offset + len(data)
+
+
+def _parsed(path: Path, data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    for number, raw in enumerate(data.splitlines(keepends=True), start=1):
+        try:
+            line = json.loads(raw)
+            whole = isinstance(line["kind"], str) and isinstance(line["step"], int)
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise UserError(
+                f"{path}: line {number} is damaged: {raw[:80].decode(errors='replace')}"
+            )
+        yield raw, line
+
+
+def _keep_until(path: Path, step: int) -> tuple[dict[str, int], int]:
+    """Removes the lines of later steps, and a last one that a kill tore.
+
+    Returns:
+        The last step of each kind, and the number of lines that are left.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    kept = [(raw, line) for raw, line in _parsed(path, whole) if line["step"] <= step]
+    last: dict[str, int] = {}
+    for _, line in kept:
+        last[line["kind"]] = line["step"]
+    result = b"".join(raw for raw, _ in kept)
+    if result != data:
+        aside = path.with_name(path.name + ".tmp")
+        with aside.open("wb") as file:
+            file.write(result)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    return last, len(kept)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _restored(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_restored(item) for item in value]
+    return NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _points(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yields the numbers of a line under their names in MLflow."""
+    kind = line["kind"]
+    for key, value in line.items():
+        if key in ("kind", "step", "time"):
+            continue
+        if isinstance(value, dict):
+            pairs = [(f"{kind}/{key}/{entry}", item) for entry, item in value.items()]
+        elif isinstance(value, list):
+            stem = f"{kind}/{key.removeprefix('per_timestep_')}"
+            pairs = [(f"{stem}_t{t}", item) for t, item in enumerate(value, start=1)]
+        else:
+            pairs = [(f"{kind}/{key}", value)]
+        for name, item in pairs:
+            if isinstance(item, int | float):
+                yield _allowed(name), float(item)
+
+
+def _allowed(name: str) -> str:
+    """Replaces what MLflow takes in no name."""
+    return re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII)[:250]
+
+
+def _prepare_database(path: Path) -> None:
+    """Makes MLflow's SQLite database if there is none, and sees that it can be read.
+
+    MLflow sets it up over seconds and many steps. Two processes at once, or a kill in between,
+    leave a database that no later attempt can mend; so it appears all at once, set up.
+    """
+    import mlflow
+
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent) as folder:
+            draft, ready = Path(folder, "draft.db"), Path(folder, "ready.db")
+            mlflow.MlflowClient(tracking_uri=f"sqlite:///{draft}").search_experiments()
+            # Another file than the one that MLflow holds open.
+            shutil.copyfile(draft, ready)
+            try:
+                path.hardlink_to(ready)  # unlike a rename, never over the one of a faster process
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links
+                if not path.exists():
+                    ready.rename(path)
+    # MLflow itself would try for 100 s before it says that it cannot open a database.
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA schema_version")
+
+
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
+def _shown(text: str) -> str:
+    """Hides user and password of an address."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    # The reason of a refused connection is at the end of a long line, the request at its start.
+    reason = re.search(r"Caused by \w+\((.*)\)\)?$", text.splitlines()[0])
+    return _shown((reason[1] if reason else text.splitlines()[0]).strip("\"'"))[:300]
+
+
+def _origin() -> dict[str, str]:
+    """The tags that MLflow's pages show as a run's user, source and version."""
+    tags = {
+        "mlflow.source.name": Path(sys.argv[0]).name,
+        "mlflow.source.type": "JOB" if "SLURM_JOB_ID" in os.environ else "LOCAL",
+    }
+    # No name for the user's number: common in containers.
+    with contextlib.suppress(KeyError, OSError):
+        tags["mlflow.user"] = getpass.getuser()
+    commit = _git().get("commit")
+    if commit:
+        tags["mlflow.source.git.commit"] = commit
+    return tags
+
+
+PACKAGES = (
+    "tetdist",
+    "torch",
+    "torchvision",
+    "timm",
+    "deepspeed",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "mlflow",
+    "numpy",
+)
+
+SLURM_VARIABLES = (
+    "SLURM_CLUSTER_NAME",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NAME",
+    "SLURM_JOB_PARTITION",
+    "SLURM_JOB_NODELIST",
+    "SLURM_JOB_NUM_NODES",
+    "SLURM_NTASKS",
+    "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_RESTART_COUNT",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Describes where and with what this process runs, ready for JSON.
+
+    Nothing is imported for it, and what cannot be found out is None, empty or left out.
+    """
+    versions: dict[str, str] = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    gpus = _output(
+        ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    )
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": platform.platform(),
+        "hostname": socket.gethostname(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "gpus": gpus.splitlines(),
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "command": shlex.join(sys.argv),
+        "git": _git() or None,
+        "slurm": {name: os.environ[name] for name in SLURM_VARIABLES if name in os.environ},
+    }
+
+
+def ui_command(tracking_uri: str) -> str:
+    """Says how to look at a tracker: the command for a local store, the address of a server.
+
+    MLflow listens on 127.0.0.1:5000 unless told otherwise, so no address is needed to keep it from
+    the network.
+    """
+    if _is_server(tracking_uri):
+        return _shown(tracking_uri)
+    # In an environment that is not activated, `mlflow` alone would not be found.
+    program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
+    return shlex.join([program, "ui", "--backend-store-uri", tracking_uri])
+
+
+def _cpu_model() -> str | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or None
+
+
+def _git() -> dict[str, Any]:
+    """Describes the checkout that tetdist is imported from; empty if it is none."""
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root)]
+    top = _output([*git, "rev-parse", "--show-toplevel"])
+    # An environment inside some other project's checkout is not a checkout of ours.
+    if Path(top.strip()) != root:
+        return {}
+    status = _output([*git, "status", "--porcelain"])
+    return {
+        "commit": _output([*git, "rev-parse", "HEAD"]).strip(),
+        "dirty": bool(status),
+        "status": status,
+        "diff": _output([*git, "diff", "HEAD"]),
+    }
+
+
+def _output(command: list[str]) -> str:
+    """Returns what a command prints; nothing if it fails or does not exist."""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            check=True,
+            timeout=20,
+            # `git status` would else lock the index against the user's own commands.
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode(errors="replace")

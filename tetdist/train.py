@@ -1,0 +1,123 @@
+"""Train a spiking network.
+
+    deepspeed tetdist/train.py --config sew34_t4.yaml data.root=/data/imagenet
+    python tetdist/train.py --config quickstart.yaml        (one process)
+
+The same command continues a run that was stopped.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Run as a file, Python looks for modules beside this one first, where names such as config and
+# data would hide other packages' modules; and a launcher may start it where tetdist is not
+# installed.
+if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+if TYPE_CHECKING:
+    from tetdist.config import RunConfig
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tetdist/train.py",
+        description="Train a spiking network. The same command continues a stopped run.",
+        epilog="examples: deepspeed tetdist/train.py --config sew34_t4.yaml data.root=/imagenet"
+        "   |   python tetdist/train.py --config quickstart.yaml seed=1 name=second",
+    )
+    parser.add_argument(
+        "--config", metavar="NAME", help="a YAML file, or the name of one in configs/"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="override a key of the configuration: seed=1, phases.0.epochs=2, data.root=...",
+    )
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="show the resolved configuration, with all defaults, and stop",
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="list every key of a configuration, and stop"
+    )
+    # The deepspeed launcher adds it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args(arguments)
+    if not options.config and not options.explain:
+        parser.error("--config is missing: a YAML file, or the name of one in configs/")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 finished, 2 a mistake of the user's, 128 + n stopped by signal n."""
+    options = parse_arguments(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from tetdist.errors import UserError
+
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        logging.getLogger().setLevel(logging.ERROR)
+    try:
+        config = read_config(options)
+    except (UserError, ModuleNotFoundError) as error:
+        # All processes make this mistake; one says it.
+        return fail(error) if rank == "0" else 2
+    if config is None:
+        return 0
+    try:
+        return train(config)
+    except (UserError, ModuleNotFoundError) as error:
+        return fail(error, "" if rank == "0" else f"rank {rank}: ")
+
+
+def fail(error: Exception, prefix: str = "") -> int:
+    text = str(error)
+    if isinstance(error, ModuleNotFoundError):
+        text = (
+            f"the package {error.name} is not installed; "
+            "pip install 'tetdist[train,cuda130]' installs all that training needs"
+        )
+    print(f"{prefix}error: {text}", file=sys.stderr)
+    return 2
+
+
+def read_config(options: argparse.Namespace) -> "RunConfig | None":
+    """The configuration; None where showing it was all that was asked for."""
+    from tetdist import config as configuration
+
+    if options.explain:
+        for key, text in configuration.schema().items():
+            print(f"{key:32} {' '.join(text.split())}".rstrip())
+        return None
+    config = configuration.load(options.config, options.overrides)
+    if options.print_config:
+        print(config.as_yaml(), end="")
+        return None
+    return config
+
+
+def train(config: "RunConfig") -> int:
+    from tetdist.distributed import StopRequest, join
+    from tetdist.errors import Stopped
+    from tetdist.trainer import Trainer
+
+    with join(config.device) as world, StopRequest(world) as stop:
+        trainer = Trainer(config, world, stop)
+        try:
+            trainer.run()
+        except Stopped:
+            logging.info("stopped at step %d, all saved; the same command continues", trainer.step)
+            return stop.exit_status
+        trainer.folder.farewell(trainer.best)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
