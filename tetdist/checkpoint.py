@@ -188,15 +188,17 @@ def read(path: Path) -> Checkpoint:
     )
 
 
-def load_model_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_model_file(path: Path, which: str = "last") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and description of a run folder, a checkpoint folder or a .safetensors file.
 
-    A run folder stands for its best checkpoint, or its last where none was evaluated.
+    Args:
+        path: One of these three.
+        which: Of a run folder: the ``last`` checkpoint, or the ``best`` one.
 
     Raises:
         UserError: There is no such checkpoint, it is damaged, or it is not one of tetdist.
     """
-    file = _model_file(path)
+    file = _model_file(path, which)
     try:
         weights = load_file(file)
         with file.open("rb") as stream:
@@ -211,7 +213,7 @@ def load_model_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return weights, json.loads(metadata["tetdist"])
 
 
-def _model_file(path: Path) -> Path:
+def _model_file(path: Path, which: str) -> Path:
     if path.is_file():
         return path
     if not path.exists():
@@ -220,13 +222,10 @@ def _model_file(path: Path) -> Path:
         folder = path
     else:
         checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        pointers = [checkpoints / name for name in ("best", "last")]
-        targets = [checkpoints / p.read_text().strip() for p in pointers if p.is_file()]
-        targets += sorted(_all(checkpoints), reverse=True)
-        found = next((t for t in targets if t.is_dir()), None)
-        if found is None:
-            raise UserError(f"there is no checkpoint in {path}")
-        folder = found
+        pointer = checkpoints / which
+        if not pointer.is_file():
+            raise UserError(f"there is no {which} checkpoint in {path}")
+        folder = checkpoints / pointer.read_text().strip()
     problem = verify(folder)
     if problem is not None:
         raise UserError(f"the checkpoint {folder} is not whole: {problem}")

@@ -284,7 +284,7 @@ def load(name: str, overrides: list[str] | None = None) -> RunConfig:
     return parse(raw, str(path))
 
 
-def parse(raw: dict[str, Any], source: str) -> RunConfig:
+def parse(raw: dict[str, Any], source: str, *, warn: bool = True) -> RunConfig:
     """Check a configuration given as nested dictionaries; ``source`` is named in errors."""
     try:
         config = RunConfig.model_validate_json(_as_json(raw, source))
@@ -292,7 +292,8 @@ def parse(raw: dict[str, Any], source: str) -> RunConfig:
         problems = "; ".join(_explain(e) for e in error.errors())
         raise UserError(f"{source}: {problems}") from None
     _check(config)
-    _warn_without_effect(config)
+    if warn:
+        _warn_without_effect(config)
     return config
 
 

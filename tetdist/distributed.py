@@ -124,6 +124,7 @@ def join(device: str) -> World:
         )
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no GPU here; set device=cpu or device=auto")
+    _share_cores()
     use_cuda = torch.cuda.is_available() and device != "cpu"
     if use_cuda:
         # Under a launcher that shows each process its own GPU only, that one is number 0.
@@ -138,6 +139,17 @@ def join(device: str) -> World:
     control = dist.new_group(backend="gloo")
     this_device = torch.device("cuda", torch.cuda.current_device()) if use_cuda else "cpu"
     return World(rank, world_size, torch.device(this_device), control)
+
+
+def _share_cores() -> None:
+    """Divide the host's cores among its processes, unless the environment already has.
+
+    Otherwise each would take them all, and processes would spin waiting for each other.
+    """
+    # torchrun's name, and that of the deepspeed launcher.
+    on_host = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if on_host > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_host))
 
 
 class StopRequest:

@@ -91,10 +91,9 @@ def evaluate(
     finally:
         rates.remove()
         model.train(was_training)
-    names = sorted(rates.sums)
+    names = list(rates.sums)
     flat = counts.flatten().tolist()
-    # A process without a single sample has no layers to report; all layers are known by name from
-    # the model, so the vectors match.
+    # The names come from the model, so the vectors match on a process without a single sample, too.
     flat += [float(rates.sums[name][i]) for name in names for i in (0, 1)]
     total, *flat = world.sum([float(samples), *flat])
     samples = int(total)

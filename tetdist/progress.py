@@ -71,3 +71,15 @@ class Progress:
             f"by timestep {by_timestep} %  ({values['samples']} images)",
             file=sys.stderr,
         )
+
+
+def sample_bar(total: int, title: str, *, silent: bool) -> "tqdm[Any]":
+    """A bar over samples on a terminal, nothing elsewhere."""
+    return tqdm(
+        total=total,
+        desc=title,
+        unit="img",
+        dynamic_ncols=True,
+        disable=silent or not sys.stderr.isatty(),
+        leave=False,
+    )

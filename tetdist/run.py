@@ -27,30 +27,15 @@ def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
     Raises:
         UserError: Something is missing, outdated or does not suit the configuration.
     """
-    root = Path(config.data.root)
-    if not root.is_dir():
-        raise UserError(f"data.root: there is no folder {root}; set data.root=FOLDER")
-    indexes = []
-    for split in ("train", "val"):
-        file = data_index.index_file(config.data.index_dir, split)
-        if not file.is_file():
-            command = data_index.index_command(root, split, config.data.kind)
-            raise UserError(f"there is no index {file}; make it with `{command}`")
-        index = data_index.load_index(file)
-        if world.rank == 0:
-            data_index.check_fresh(index, root)
-        if index.kind != config.data.kind:
-            raise UserError(f"data.kind is {config.data.kind!r} and {file} is of {index.kind}")
-        most = max(phase.timesteps for phase in config.phases)
-        if index.timesteps is not None and most > index.timesteps:
-            raise UserError(
-                f"phases.*.timesteps: {most} is more than the {index.timesteps} time bins of the "
-                f"data in {root}"
-            )
-        indexes.append(index)
-    train, val = indexes
+    train, val = (open_split(config, split, world) for split in ("train", "val"))
     if train.classes != val.classes:
-        raise UserError(f"train/ and val/ of {root} do not have the same classes")
+        raise UserError(f"train/ and val/ of {config.data.root} do not have the same classes")
+    most = max(phase.timesteps for phase in config.phases)
+    if train.timesteps is not None and most > train.timesteps:
+        raise UserError(
+            f"phases.*.timesteps: {most} is more than the {train.timesteps} time bins of the data "
+            f"in {config.data.root}"
+        )
     wanted = config.model.num_classes
     if wanted is not None and wanted < len(train.classes):
         raise UserError(
@@ -59,23 +44,51 @@ def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
     return train, val
 
 
-def make_model(config: RunConfig, num_classes: int) -> SpikingNetwork:
-    """The configured model, at the first phase's T, with initial weights.
+def open_split(config: RunConfig, split: str, world: World) -> Index:
+    """Index of one split, checked against its files.
 
     Raises:
-        UserError: ``model.arguments`` does not suit the model.
+        UserError: It is missing, outdated or does not suit the configuration.
+    """
+    root = Path(config.data.root)
+    if not root.is_dir():
+        raise UserError(f"data.root: there is no folder {root}; set data.root=FOLDER")
+    file = data_index.index_file(config.data.index_dir, split)
+    if not file.is_file():
+        command = data_index.index_command(root, split, config.data.kind)
+        raise UserError(f"there is no index {file}; make it with `{command}`")
+    index = data_index.load_index(file)
+    if world.rank == 0:
+        data_index.check_fresh(index, root)
+    if index.kind != config.data.kind:
+        raise UserError(f"data.kind is {config.data.kind!r} and {file} is of {index.kind}")
+    return index
+
+
+def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
+    """The configured model for the data of ``index``, at the first phase's T, initialised.
+
+    Raises:
+        UserError: ``model.arguments`` does not suit the model or the data.
     """
     section = config.model
+    is_events = config.data.kind == "events"
+    image_size = int(index.heights[0]) if is_events else config.data.image_size
     try:
         model: SpikingNetwork = timm.create_model(
             section.name,
-            num_classes=section.num_classes or num_classes,
+            num_classes=section.num_classes or len(index.classes),
             timesteps=config.phases[0].timesteps,
             neuron=section.neuron,
             **section.arguments,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"model.arguments: {error}") from error
+    if model.input_size not in (None, image_size):
+        raise UserError(
+            f"{section.name} is built for {model.input_size}x{model.input_size} pixels and the "
+            f"data has {image_size}x{image_size}; set model.arguments.input_size={image_size}"
+        )
     model.set_execution(config.execution)
     model.set_grad_checkpointing(config.checkpoint == "blocks")
     return model
@@ -129,7 +142,7 @@ class RunFolder:
         earlier = yaml.safe_load(file.read_text())
         try:
             # Keys that are new since then have their defaults in the earlier run.
-            earlier = parse(earlier, str(file)).as_dict()
+            earlier = parse(earlier, str(file), warn=False).as_dict()
         except UserError:
             logger.warning("%s is of another version; its keys are compared as they are", file)
         changed = differences(earlier, self.config.as_dict())
@@ -178,13 +191,16 @@ class RunFolder:
         finally:
             tracker.close(status)
 
-    def farewell(self, best: dict[str, float]) -> None:
+    def farewell(self, result: dict[str, float]) -> None:
         """Say that the run is finished, what came out and where to look."""
         if self.world.rank != 0:
             return
         lines = [f"{self.path} is finished"]
-        if best:
-            lines[0] += f": best top-1 {best['top1']:.2f} %, at step {best['step']:.0f}"
+        if result:
+            lines[0] += (
+                f": top-1 {result['top1']:.2f} %; at best {result['best_top1']:.2f} %, "
+                f"at step {result['best_step']:.0f}"
+            )
         lines.append(f"  evaluate  python tools/eval.py --checkpoint {self.path}")
         if self.config.tracking_uri:
             lines.append(f"  look      {tracking.ui_command(self.config.tracking_uri)}")

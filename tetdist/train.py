@@ -115,7 +115,7 @@ def train(config: "RunConfig") -> int:
         except Stopped:
             logging.info("stopped at step %d, all saved; the same command continues", trainer.step)
             return stop.exit_status
-        trainer.folder.farewell(trainer.best)
+        trainer.folder.farewell(trainer.result)
     return 0
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tetdist import checkpoint, losses, normalization, plots
 from tetdist.config import LossSection, RunConfig
 from tetdist.data import order, pipeline
-from tetdist.data.index import Index
+from tetdist.data.loaders import eval_loader, train_loader
 from tetdist.distributed import StopRequest, World
 from tetdist.engine import Engine, make_engine, make_optimizer
 from tetdist.errors import Stopped, UserError
@@ -52,12 +52,12 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         torch.use_deterministic_algorithms(config.deterministic)
-        self.model = make_model(config, len(self.train_index.classes)).to(world.device)
+        self.model = make_model(config, self.train_index).to(world.device)
         normalization.defer_running_statistics(self.model)
 
         self.step = 0  # optimiser steps done
         self.evaluated_step = 0
-        self.best: dict[str, float] = {}
+        self.result: dict[str, float] = {}  # of the last evaluation, and the best one so far
         # float64, so that it does not matter where a stop cuts the sums in two.
         self.window = torch.zeros(3, dtype=torch.float64, device=world.device)
         self.optimizer_state: dict[str, Any] | None = None
@@ -250,9 +250,10 @@ class Trainer:
             self._save()
             raise Stopped from None
         self.evaluated_step = self.step
-        is_best = not self.best or result.top1 > self.best["top1"]
+        is_best = not self.result or result.top1 > self.result["best_top1"]
         if is_best:
-            self.best = {"top1": result.top1, "step": self.step}
+            self.result |= {"best_top1": result.top1, "best_step": self.step}
+        self.result["top1"] = result.top1
         values = {
             "epoch": round(self.step / self.steps_per_epoch, 6),
             "phase": self._phase_number(),
@@ -261,7 +262,7 @@ class Trainer:
             "loss": result.loss,
             "top1": result.top1,
             "top5": result.top5,
-            "best_top1": self.best["top1"],
+            "best_top1": self.result["best_top1"],
             "per_timestep_top1": result.per_timestep_top1,
             "firing_rate": result.firing_rate,
             "seconds": time.monotonic() - started,
@@ -286,7 +287,7 @@ class Trainer:
         state = {
             "step": self.step,
             "evaluated_step": self.evaluated_step,
-            "best": self.best,
+            "result": self.result,
             "window": self._window_sums(),
             "world_size": self.world.world_size,
             "data": self.train_index.fingerprint,
@@ -329,7 +330,7 @@ class Trainer:
                 "now describes; restore the data, or give the run another name"
             )
         self.step, self.evaluated_step = state["step"], state["evaluated_step"]
-        self.best, self.optimizer_state = state["best"], found.optimizer
+        self.result, self.optimizer_state = state["result"], found.optimizer
         if self.world.rank == 0:
             self.window += torch.tensor(state["window"], dtype=torch.float64).to(self.window.device)
             logger.info("continuing %s from step %d", self.folder.path, self.step)
@@ -357,70 +358,6 @@ def compute_loss(section: LossSection, logits: Tensor, labels: Tensor) -> Tensor
         regularization=section.lambda_,
         phi=section.phi,
         label_smoothing=section.label_smoothing,
-    )
-
-
-def train_loader(
-    config: RunConfig, index: Index, share: pipeline.Share, world: World
-) -> pipeline.Loader:
-    """This process's training batches from ``share`` on, for ever."""
-    data, workers = config.data, loader_workers(config, world)
-    if data.kind == "events":
-        return pipeline.event_train_batches(
-            index, data.root, share, workers, flip=data.flip, roll=data.roll
-        )
-    return pipeline.train_batches(
-        index,
-        data.root,
-        share,
-        workers,
-        image_size=data.image_size,
-        scale=data.scale,
-        ratio=data.ratio,
-        flip=data.flip,
-        mean=data.mean,
-        std=data.std,
-        interpolation=data.interpolation,
-    )
-
-
-def eval_loader(config: RunConfig, index: Index, world: World) -> pipeline.Loader:
-    """This process's share of an evaluation on the split of ``index``."""
-    data, workers = config.data, loader_workers(config, world)
-    batch_size, rank, world_size = config.batch.eval, world.rank, world.world_size
-    if data.kind == "events":
-        return pipeline.event_eval_batches(
-            index, data.root, workers, batch_size=batch_size, rank=rank, world_size=world_size
-        )
-    return pipeline.eval_batches(
-        index,
-        data.root,
-        workers,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        image_size=data.image_size,
-        resize=data.resize_side,
-        mean=data.mean,
-        std=data.std,
-        interpolation=data.interpolation,
-    )
-
-
-def loader_workers(config: RunConfig, world: World) -> pipeline.Workers:
-    """Who decodes, and where.
-
-    Raises:
-        UserError: Decoding on a GPU is asked for where the model runs on the CPU.
-    """
-    on_gpu = config.data.device == "gpu"
-    if on_gpu and world.device.type != "cuda":
-        raise UserError("data.device=gpu needs a GPU, and this run is on the CPU; set it to cpu")
-    return pipeline.Workers(
-        device=config.data.device,
-        device_id=world.device.index if on_gpu else None,
-        threads=config.data.threads,
-        prefetch=config.data.prefetch,
     )
 
 

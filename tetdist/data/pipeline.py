@@ -373,10 +373,6 @@ def _import_dali() -> Any:
         ) from e
 
 
-# PIL does not turn images by their EXIF orientation, and the index has their sizes as stored.
-_AS_STORED = {"adjust_orientation": False}
-
-
 def _train_graph(
     workers: Workers, image_size: int, mean: Channels, std: Channels, interpolation: Interpolation
 ) -> _Graph:
@@ -390,14 +386,7 @@ def _train_graph(
             dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
             ndim=[1, 1, 1, 0],
         )
-        images = fn.decoders.image_slice(
-            fn.io.file.read(path),
-            device=_decoder(workers),
-            start=corner,
-            shape=size,
-            axis_names="HW",
-            **_AS_STORED,
-        )
+        images = _decode(dali, workers, path, corner, size)
         images = fn.resize(images, **_resizing(dali, image_size, interpolation))
         return fn.crop_mirror_normalize(images, mirror=mirror, **_normalising(dali, mean, std))
 
@@ -411,10 +400,15 @@ def _eval_graph(
 
     def graph(dali: Any, source: _Source) -> Any:
         fn, types = dali.fn, dali.types
-        path, start, end = fn.external_source(
-            source, num_outputs=3, dtype=[types.UINT8, types.FLOAT, types.FLOAT], ndim=[1, 1, 1]
+        path, size, start, end = fn.external_source(
+            source,
+            num_outputs=4,
+            dtype=[types.UINT8, types.INT32, types.FLOAT, types.FLOAT],
+            ndim=[1, 1, 1, 1],
         )
-        images = fn.decoders.image(fn.io.file.read(path), device=_decoder(workers), **_AS_STORED)
+        # Resizing a region outside the image is a segmentation fault. Asking for the size that the
+        # index knows makes an image that has become smaller an error of the decoder instead.
+        images = _decode(dali, workers, path, (0, 0), size)
         images = fn.resize(
             images, roi_start=start, roi_end=end, **_resizing(dali, image_size, interpolation)
         )
@@ -423,9 +417,18 @@ def _eval_graph(
     return graph
 
 
-def _decoder(workers: Workers) -> str:
-    # All that follows a decoder works where its output is.
-    return "mixed" if workers.device == "gpu" else "cpu"
+def _decode(dali: Any, workers: Workers, path: Any, corner: Any, size: Any) -> Any:
+    """Decode a window of an image file; what follows works where this puts its output."""
+    return dali.fn.decoders.image_slice(
+        dali.fn.io.file.read(path),
+        device="mixed" if workers.device == "gpu" else "cpu",
+        start=corner,
+        shape=size,
+        axis_names="HW",
+        # PIL does not turn images by their EXIF orientation, and the index has their sizes as
+        # stored.
+        adjust_orientation=False,
+    )
 
 
 def _resizing(dali: Any, image_size: int, interpolation: Interpolation) -> dict[str, Any]:
@@ -522,14 +525,15 @@ def _regions(
     """Inputs of `_eval_graph`."""
     for ids in batches:
         if ids.size:
-            yield _Inputs(ids, (_paths(index, root, ids), *_halves(regions[ids])))
+            size = np.stack([index.heights[ids], index.widths[ids]], axis=1)
+            yield _Inputs(ids, (_paths(index, root, ids), size, *_halves(regions[ids])))
 
 
 def _paths(
     index: Index, root: str | Path, ids: npt.NDArray[np.int64]
 ) -> list[npt.NDArray[np.uint8]]:
-    paths = (os.fsencode(Path(root, index.path(int(i))).absolute()) for i in ids)
-    return [np.frombuffer(path, np.uint8) for path in paths]
+    prefix = f"{Path(root).absolute()}/"
+    return [np.frombuffer(os.fsencode(prefix + index.path(i)), np.uint8) for i in ids.tolist()]
 
 
 def _halves(quadruples: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

@@ -46,6 +46,8 @@ class SpikingNetwork(nn.Module):
     blocks: nn.Sequential
     fc: nn.Module
     num_features: int
+    # Height and width of the input where the classifier depends on it.
+    input_size: int | None = None
     # timm's builder sets these.
     pretrained_cfg: dict[str, Any]
     default_cfg: dict[str, Any]

@@ -41,6 +41,8 @@ class VGGSNN(SpikingNetwork):
         if input_size < 16:
             raise ValueError(f"input_size must be at least 16 (four poolings), not {input_size}")
 
+        self.input_size = input_size
+
         def layer(in_channels: int, out_channels: int) -> nn.Module:
             return ConvNormNeuron(conv3x3(in_channels, out_channels, bias=True), neuron)
 

@@ -1,0 +1,71 @@
+"""From the configuration to the pipeline: which batches this process gets."""
+
+from tetdist.config import RunConfig
+from tetdist.data import pipeline
+from tetdist.data.index import Index
+from tetdist.distributed import World
+from tetdist.errors import UserError
+
+
+def train_loader(
+    config: RunConfig, index: Index, share: pipeline.Share, world: World
+) -> pipeline.Loader:
+    """This process's training batches from ``share`` on, for ever."""
+    data, workers = config.data, loader_workers(config, world)
+    if data.kind == "events":
+        return pipeline.event_train_batches(
+            index, data.root, share, workers, flip=data.flip, roll=data.roll
+        )
+    return pipeline.train_batches(
+        index,
+        data.root,
+        share,
+        workers,
+        image_size=data.image_size,
+        scale=data.scale,
+        ratio=data.ratio,
+        flip=data.flip,
+        mean=data.mean,
+        std=data.std,
+        interpolation=data.interpolation,
+    )
+
+
+def eval_loader(config: RunConfig, index: Index, world: World) -> pipeline.Loader:
+    """This process's share of an evaluation on the split of ``index``."""
+    data, workers = config.data, loader_workers(config, world)
+    batch_size, rank, world_size = config.batch.eval, world.rank, world.world_size
+    if data.kind == "events":
+        return pipeline.event_eval_batches(
+            index, data.root, workers, batch_size=batch_size, rank=rank, world_size=world_size
+        )
+    return pipeline.eval_batches(
+        index,
+        data.root,
+        workers,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        image_size=data.image_size,
+        resize=data.resize_side,
+        mean=data.mean,
+        std=data.std,
+        interpolation=data.interpolation,
+    )
+
+
+def loader_workers(config: RunConfig, world: World) -> pipeline.Workers:
+    """Who decodes, and where.
+
+    Raises:
+        UserError: Decoding on a GPU is asked for where the model runs on the CPU.
+    """
+    on_gpu = config.data.device == "gpu"
+    if on_gpu and world.device.type != "cuda":
+        raise UserError("data.device=gpu needs a GPU, and this run is on the CPU; set it to cpu")
+    return pipeline.Workers(
+        device=config.data.device,
+        device_id=world.device.index if on_gpu else None,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+    )
