@@ -1,0 +1,26 @@
+# tetdist with CUDA 13. Build: docker build -t tetdist .
+# Run: docker run --gpus all --shm-size 8g -v /data:/data -v $PWD/runs:/opt/tetdist/runs tetdist \
+#        deepspeed tetdist/train.py --config sew34_t4.yaml data.root=/data/imagenet
+# For CUDA 12 drivers: --build-arg CUDA=12.8.1 --build-arg DALI=cuda120
+ARG CUDA=13.0.1
+FROM nvidia/cuda:${CUDA}-base-ubuntu24.04
+ARG DALI=cuda130
+
+# g++ and the Python headers are for torch.compile, which builds the fused kernels at run time.
+RUN apt-get update \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+      g++ git make python3 python3-dev python3-venv \
+ && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /opt/tetdist
+ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
+RUN python3 -m venv /opt/venv
+
+# The dependencies change less often than the code.
+COPY pyproject.toml README.md LICENSE ./
+COPY tetdist/__init__.py tetdist/__init__.py
+RUN pip install --no-cache-dir ".[train,${DALI},quickstart]"
+COPY . .
+RUN pip install --no-cache-dir --no-deps -e .
+
+CMD ["python", "tetdist/train.py", "--help"]

@@ -1,0 +1,56 @@
+# `make help` lists the targets. Variables that may be set:
+#   PYTHON     interpreter to make the environment with (3.11 or newer)
+#   DALI       cuda130 (CUDA 13, or no GPU) or cuda120
+#   PIP_FLAGS  further flags of pip install
+PYTHON ?= python3
+VENV ?= .venv
+DALI ?= cuda130
+PIP_FLAGS ?=
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test test-long lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: $(VENV)/.installed ## make .venv with everything in it
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; give another: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "error: $(PYTHON) lacks venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing tetdist and what it needs into $(VENV) (minutes, the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+	  -e '.[train,$(DALI),quickstart,test,lint]'
+	@touch $@
+
+quickstart: venv ## real data, a trained and evaluated spiking network, in minutes
+	@$(BIN)/python tools/digits.py data/digits
+	@$(BIN)/deepspeed --num_gpus 1 --log_level warning tetdist/train.py --config quickstart.yaml
+	@$(BIN)/python tools/eval.py --checkpoint $(RUN) --json $(RUN)/evaluation.json
+	@echo
+	@echo "The run is in $(RUN), its curves are in $(RUN)/plots/learning_curves.png. To watch it:"
+	@echo "  $(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db"
+
+test: venv ## run the tests (minutes)
+	@$(BIN)/python -m pytest -m "not long" $(PYTEST_FLAGS)
+
+test-long: venv ## run the tests that take longer
+	@$(BIN)/python -m pytest -m long $(PYTEST_FLAGS)
+
+lint: venv ## ruff and the type checker
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: venv ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove caches (neither .venv nor data nor runs)
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
