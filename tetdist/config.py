@@ -6,8 +6,8 @@ contradict each other end in a `UserError` that names the dotted key.
 """
 
 import difflib
+import json
 import logging
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -289,7 +289,10 @@ def parse(raw: dict[str, Any], source: str, *, warn: bool = True) -> RunConfig:
     try:
         config = RunConfig.model_validate_json(_as_json(raw, source))
     except pydantic.ValidationError as error:
-        problems = "; ".join(_explain(e) for e in error.errors())
+        errors = error.errors()
+        # A list whose item is wrong is also reported as too short; the item says enough.
+        inner = [e for e in errors if not any(_contains(e, other) for other in errors)]
+        problems = "; ".join(_explain(e) for e in inner)
         raise UserError(f"{source}: {problems}") from None
     _check(config)
     if warn:
@@ -298,8 +301,6 @@ def parse(raw: dict[str, Any], source: str, *, warn: bool = True) -> RunConfig:
 
 
 def _as_json(raw: dict[str, Any], source: str) -> str:
-    import json
-
     try:
         # Through JSON, because strict validation of JSON takes a list for a tuple, and nothing
         # else that it should not.
@@ -326,7 +327,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     node: Any = raw
     *parents, last = key.split(".")
     for depth, part in enumerate(parents):
-        node = _child(node, part, ".".join(parents[: depth + 1]), create=True)
+        node = _child(node, part, ".".join(parents[: depth + 1]))
     if isinstance(node, list):
         position = _position(node, last, key)
         node[position] = value
@@ -345,12 +346,12 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _child(node: Any, part: str, dotted: str, create: bool) -> Any:
+def _child(node: Any, part: str, dotted: str) -> Any:
     if isinstance(node, list):
         return node[_position(node, part, dotted)]
     if not isinstance(node, dict):
         raise UserError(f"{dotted!r} cannot be reached: a value before it is single")
-    if node.get(part) is None and create:
+    if node.get(part) is None:
         node[part] = {}
     return node[part]
 
@@ -359,6 +360,11 @@ def _position(items: list[Any], part: str, dotted: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
         raise UserError(f"{dotted!r}: {part!r} is not one of the items 0 to {len(items) - 1}")
     return int(part)
+
+
+def _contains(error: Any, other: Any) -> bool:
+    outer, inner = error["loc"], other["loc"]
+    return len(outer) < len(inner) and inner[: len(outer)] == outer
 
 
 def _explain(error: Any) -> str:
@@ -472,8 +478,6 @@ def _check(config: RunConfig) -> None:
                 f"phases.{i}.warmup_epochs: {phase.warmup_epochs} must be below the phase's "
                 f"{phase.epochs} epochs"
             )
-    epsilon = config.loss.label_smoothing
-    assert math.isfinite(epsilon)
 
 
 def _neuron_error(error: Exception) -> str:

@@ -198,13 +198,15 @@ class Trainer:
         since = (self.step - 1) // self.config.log_every * self.config.log_every + 1
         at_once = self.world.device.type == "cpu"
         where = f"step {self.step}" if at_once else f"one of the steps {since} to {self.step}"
-        last = f"step {self.saved_step}" if self.saved_step else "none yet"
+        saved = "no checkpoint has been saved yet"
+        if self.saved_step:
+            saved = f"the last good checkpoint is of step {self.saved_step}, in "
+            saved += str(self.folder.checkpoints)
 
         def fail() -> None:
             raise UserError(
-                f"the loss or its gradient is not finite at {where} (learning rate {lr:.4g}); "
-                f"that step changed nothing, and the last good checkpoint is {last}, in "
-                f"{self.folder.checkpoints}. A smaller phases.*.optimizer.lr, a warm-up "
+                f"the loss or its gradient is not finite at {where} (learning rate {lr:.4g}); that "
+                f"step changed nothing, and {saved}. A smaller phases.*.optimizer.lr, a warm-up "
                 "(phases.*.warmup_epochs) or gradient_clipping are the usual remedies"
             )
 

@@ -130,6 +130,7 @@ def test_bad_files_are_named_with_reasons_and_left_out(image_root):
         assert expected[path] in reason
     assert len(index) == 12
     assert index.skipped == tuple(expected)
+    os.utime(root / "train" / "ant", ns=(1, 1))  # So that the names are compared.
     ix.check_fresh(index, root)
 
 

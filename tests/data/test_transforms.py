@@ -43,22 +43,23 @@ def test_windows_lie_inside(height, width, scale_1, scale_2, ratio_1, ratio_2, s
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "scale"),
+    ("height", "width", "scale", "ratio"),
     [
-        (375, 500, SCALE),
-        (500, 333, SCALE),
-        (75, 56, SCALE),
-        (32, 32, (0.5, 1.0)),
+        (375, 500, SCALE, RATIO),
+        (500, 333, SCALE, RATIO),
+        (75, 56, SCALE, RATIO),
+        (32, 32, (0.5, 1.0), RATIO),
         # Wide images refuse most tries, and some fall back to the centre.
-        (100, 300, (0.4, 1.0)),
+        (100, 300, (0.4, 1.0), RATIO),
+        (300, 400, SCALE, (0.5, 0.9)),
     ],
 )
-def test_windows_are_distributed_as_torchvisions(height, width, scale):
+def test_windows_are_distributed_as_torchvisions(height, width, scale, ratio):
     n = 4000
-    ours = windows(height, width, n, scale)
+    ours = windows(height, width, n, scale, ratio)
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
-    theirs = np.array([RandomResizedCrop.get_params(image, scale, RATIO) for _ in range(n)])
+    theirs = np.array([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(n)])
 
     def statistics(window):
         top, left, rows, columns = window.T.astype(float)

@@ -116,5 +116,5 @@ def evaluation_batches(
     """
     assert 0 <= rank < world_size
     for start in range(0, num_samples, batch_size * world_size):
-        first = min(start + rank * batch_size, num_samples)
+        first = start + rank * batch_size
         yield np.arange(first, min(first + batch_size, num_samples), dtype=np.int64)

@@ -556,6 +556,7 @@ def _rolled(
     flip: float,
     roll: int,
 ) -> Iterator[_Reading]:
+    """Samples to be read, flipped and rolled."""
     for epoch, positions, ids in places:
         draws = uniforms(seed, epoch, positions, 3)
         yield _rolled_reading(
@@ -582,6 +583,8 @@ def _rolled_reading(
 def _as_stored(
     index: Index, root: str | Path, batches: list[npt.NDArray[np.int64]]
 ) -> Iterator[_Reading]:
+    """Samples to be read and no more."""
+
     def reading(ids: npt.NDArray[np.int64]) -> _Reading:
         return _Reading(ids, lambda k: _read_frames(index, root, int(ids[k])))
 
