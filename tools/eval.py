@@ -16,6 +16,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# See tetdist/train.py: threads that spin while they wait take the cores from those that decode.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 if TYPE_CHECKING:
     from tetdist.config import RunConfig
     from tetdist.evaluate import Evaluation
