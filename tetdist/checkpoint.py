@@ -20,7 +20,6 @@ import logging
 import os
 import shutil
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,9 +84,13 @@ def save(
         UserError: It could not be written; the earlier checkpoints are still there.
     """
     name = f"step-{state['step']:08d}"
-    target, aside = folder / name, folder / f".{name}.tmp"
+    aside = folder / f".{name}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # The same step is saved twice by a run that was stopped while it evaluated, or one that
+        # comes by a damaged checkpoint again. To replace a folder takes a moment without either.
+        repeats = [int(path.suffix[1:] or 0) for path in folder.glob(f"{name}*")]
+        target = folder / (f"{name}.{max(repeats) + 1}" if repeats else name)
         _remove(aside)
         aside.mkdir()
         weights = {
@@ -101,17 +104,11 @@ def save(
         for path in aside.iterdir():
             _sync(path)
         _sync(aside)
-        # The same step saved again: after a run that was stopped while it evaluated.
-        replaced = folder / f".{name}.old"
-        if target.exists():
-            _remove(replaced)
-            target.rename(replaced)
         aside.rename(target)
         _sync(folder)
-        _remove(replaced)
-        _point(folder / "last", name)
+        _point(folder / "last", target.name)
         if best:
-            _point(folder / "best", name)
+            _point(folder / "best", target.name)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch.save and safetensors report a full disk as errors of their own.
         _remove(aside)
@@ -139,7 +136,7 @@ def newest(folder: Path) -> Checkpoint | None:
     Raises:
         UserError: There are checkpoints and none is whole.
     """
-    paths = sorted(_all(folder), reverse=True)
+    paths = _all(folder)[::-1]
     for path in paths:
         problem = verify(path)
         if problem is None:
@@ -161,6 +158,9 @@ def verify(path: Path) -> str | None:
         return f"{MANIFEST_FILE} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST_FILE} cannot be read ({error})"
+    missing = {MODEL_FILE, OPTIMIZER_FILE, STATE_FILE} - set(files)
+    if missing:
+        return f"{MANIFEST_FILE} does not list {', '.join(sorted(missing))}"
     for name, expected in files.items():
         file = path / name
         if not file.is_file():
@@ -253,14 +253,18 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> 
     model.load_state_dict(weights)
 
 
-def _all(folder: Path) -> Iterable[Path]:
-    return folder.glob("step-????????")
+def _all(folder: Path) -> list[Path]:
+    """All checkpoints, oldest first; one that repeats a step comes after the first of it."""
+    return sorted(folder.glob("step-*"))
 
 
 def _delete_old(folder: Path, keep_last: int) -> None:
     best = folder / "best"
     kept = {best.read_text().strip()} if best.is_file() else set()
-    for path in sorted(_all(folder))[:-keep_last]:
+    *older, newest_path = _all(folder)
+    repeated = [path for path in older if path.name.split(".")[0] == newest_path.name.split(".")[0]]
+    distinct = [path for path in older if path not in repeated]
+    for path in repeated + distinct[: -keep_last + 1]:
         if path.name not in kept:
             _remove(path)
     for leftover in folder.glob(".step-*"):

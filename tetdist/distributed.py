@@ -118,9 +118,9 @@ def join(device: str) -> World:
     else:
         absent = [name for name in _VARIABLES if name not in os.environ]
         raise UserError(
-            f"the distributed environment is only partly set: {', '.join(present)} are there, "
-            f"{', '.join(absent)} are not; unset them all to run alone, or use a launcher "
-            "(deepspeed, torchrun, launch/slurm.py)"
+            f"the distributed environment is only partly set: there is {', '.join(present)}, "
+            f"but no {', '.join(absent)}; unset them all to run alone, or use a launcher "
+            "(deepspeed, torchrun)"
         )
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no GPU here; set device=cpu or device=auto")
@@ -129,13 +129,20 @@ def join(device: str) -> World:
     if use_cuda:
         # Under a launcher that shows each process its own GPU only, that one is number 0.
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    dist.init_process_group(
-        "nccl" if use_cuda else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=TIMEOUT,
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=TIMEOUT,
+        )
+    except dist.DistNetworkError as error:
+        raise UserError(
+            f"the processes cannot meet at {os.environ.get('MASTER_ADDR')}, port "
+            f"{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0]}); if another run of "
+            "this host has the port, choose one with the launcher's --master_port"
+        ) from error
     control = dist.new_group(backend="gloo")
     this_device = torch.device("cuda", torch.cuda.current_device()) if use_cuda else "cpu"
     return World(rank, world_size, torch.device(this_device), control)

@@ -161,6 +161,8 @@ class DeepSpeedEngine:
             "train_micro_batch_size_per_gpu": config.batch.micro,
             "gradient_accumulation_steps": accumulation,
             "zero_optimization": {"stage": 0},
+            # Its default is 1.0. Clipping is ours, in update().
+            "gradient_clipping": 0.0,
             "steps_per_print": 2**31,
         }
         if config.precision == "bf16":

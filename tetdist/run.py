@@ -139,7 +139,15 @@ class RunFolder:
         file = self.path / "config.yaml"
         if not file.exists():
             return
-        earlier = yaml.safe_load(file.read_text())
+        try:
+            earlier = yaml.safe_load(file.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            earlier = None
+        if not isinstance(earlier, dict):
+            raise UserError(
+                f"{file} is damaged, so that it cannot be told which run this is; restore it, "
+                "remove it if you know that the run is the same, or give this one another name=..."
+            )
         try:
             # Keys that are new since then have their defaults in the earlier run.
             earlier = parse(earlier, str(file), warn=False).as_dict()

@@ -32,7 +32,7 @@ class Phase:
         warmup = self.section.warmup_epochs * self.steps_per_epoch
         peak = self.section.optimizer.lr
         if done < warmup:
-            return peak * (done + 1) / warmup
+            return peak * min(1.0, (done + 1) / warmup)
         if self.section.schedule == "constant":
             return peak
         share = (done - warmup) / (self.end_step - self.first_step - warmup)

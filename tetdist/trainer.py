@@ -40,19 +40,24 @@ class Trainer:
 
     def __init__(self, config: RunConfig, world: World, stop: StopRequest) -> None:
         self.config, self.world, self.stop = config, world, stop
-        self.train_index, self.val_index = world.together(lambda: open_data(config, world))
         batch = config.batch
-        self.num_micro_batches = len(
-            order.rank_micro_batches(world.rank, world.world_size, batch.global_, batch.micro)
+        self.num_micro_batches = world.together(
+            lambda: len(
+                order.rank_micro_batches(world.rank, world.world_size, batch.global_, batch.micro)
+            )
         )
-        self.steps_per_epoch = order.steps_per_epoch(len(self.train_index), batch.global_)
+        self.train_index, self.val_index = world.together(lambda: open_data(config, world))
+        self.steps_per_epoch = world.together(
+            lambda: order.steps_per_epoch(len(self.train_index), batch.global_)
+        )
         self.phases = place(config.phases, self.steps_per_epoch)
         end = self.phases[-1].end_step
         self.last_step = min(end, config.max_steps or end)
 
         torch.manual_seed(config.seed)
         torch.use_deterministic_algorithms(config.deterministic)
-        self.model = make_model(config, self.train_index).to(world.device)
+        self.model = world.together(lambda: make_model(config, self.train_index))
+        self.model.to(world.device)
         normalization.defer_running_statistics(self.model)
 
         self.step = 0  # optimiser steps done

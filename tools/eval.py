@@ -104,15 +104,17 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist.progress import sample_bar
     from tetdist.run import make_model, open_split
 
-    weights, description = checkpoint.load_model_file(
-        options.checkpoint, "best" if options.best else "last"
-    )
-    config = evaluation_config(description["config"], options)
     with join(options.device) as world:
+        weights, description = world.together(
+            lambda: checkpoint.load_model_file(
+                options.checkpoint, "best" if options.best else "last"
+            )
+        )
+        config = world.together(lambda: evaluation_config(description["config"], options))
         index = world.together(lambda: open_split(config, options.split, world))
         world.together(lambda: check_classes(description["classes"], index.classes, options))
-        model = make_model(config, index).to(world.device)
-        checkpoint.load_weights(model, weights, options.checkpoint)
+        model = world.together(lambda: make_model(config, index)).to(world.device)
+        world.together(lambda: checkpoint.load_weights(model, weights, options.checkpoint))
         trained_timesteps = description["timesteps"]
         wanted = options.timesteps or list(range(1, trained_timesteps + 1))
         if index.timesteps is not None and wanted[-1] > index.timesteps:

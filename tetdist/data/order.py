@@ -70,7 +70,7 @@ def steps_per_epoch(num_samples: int, global_batch: int) -> int:
     if num_samples < global_batch:
         raise UserError(
             f"the training split has {num_samples} samples, fewer than one global batch of"
-            f" {global_batch}: make the global batch smaller"
+            f" {global_batch} (batch.global): make it smaller"
         )
     return num_samples // global_batch
 
@@ -90,9 +90,11 @@ def rank_micro_batches(rank: int, world_size: int, global_batch: int, micro_batc
         )
     count = global_batch // micro_batch
     if count % world_size:
+        suitable = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
         raise UserError(
             f"{count} micro-batches a step (global batch {global_batch}, micro-batch {micro_batch})"
-            f" cannot be shared equally by {world_size} processes"
+            f" cannot be shared equally by {world_size} processes: take {suitable} of them, or"
+            " other batch sizes"
         )
     share = count // world_size
     return range(rank * share, (rank + 1) * share)

@@ -1,0 +1,107 @@
+"""The tiny data set and the ways to train on it that several test files share."""
+
+import contextlib
+import gc
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from tiny import Farm, Outcome
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data set, indexed; to be read only."""
+    from tetdist.data import index
+
+    root = tmp_path_factory.mktemp("tiny") / "data"
+    tiny.make_images(root)
+    for split in ("train", "val"):
+        built, bad = index.build_index(root, split, workers=1)
+        assert not bad
+        index.save_index(built, index.index_file(root / "index", split))
+    return root
+
+
+@pytest.fixture
+def tiny_copy(tiny_root: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny data set, to be spoilt."""
+    return Path(shutil.copytree(tiny_root, tmp_path / "data"))
+
+
+@pytest.fixture
+def tiny_config(tiny_root: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes tiny.yaml: ({dotted key: value}) -> file; its runs go to tmp_path / "runs"."""
+
+    def write(changes: dict[str, Any] | None = None) -> Path:
+        return tiny.write_config(tmp_path / "tiny.yaml", tiny_root, changes)
+
+    return write
+
+
+@pytest.fixture
+def main(
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[..., Outcome]]:
+    """Runs the training program in this process, with the plain engine: (file, *overrides).
+
+    A start takes milliseconds here and seconds as a process of its own.
+    """
+    import torch
+
+    from tetdist import train
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(file: Path | str, *overrides: str) -> Outcome:
+        # A lock is held until the last traceback that knows of it is gone.
+        gc.collect()
+        caplog.clear()
+        capfd.readouterr()
+        with caplog.at_level("INFO"):
+            try:
+                status = train.main(["--config", str(file), "engine=torch", *overrides])
+            except SystemExit as ended:  # argparse
+                status = int(ended.code or 0)
+        return Outcome(status, capfd.readouterr().err + caplog.text)
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
+    folder = tmp_path_factory.mktemp("farm")
+    command = tiny.python(Path(__file__).with_name("farm.py"))
+    with (
+        (folder / "farm.log").open("w") as errors,
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env=tiny.clean_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            while (line := process.stdout.readline()) != "ready\n":
+                assert line, (folder / "farm.log").read_text()
+            yield Farm(process, folder / "log")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,144 @@
+"""Runs the training program many times, each in processes of their own, and imports it once.
+
+A start of Python with torch and DeepSpeed takes seconds, a tiny run a fraction of one. This script
+imports all, then forks for each job that comes in on standard input, one JSON object a line:
+
+    arguments  the command line of tetdist/train.py
+    world      number of processes
+    stop       null, or [point, number, signal, rank]: the process of that rank sends itself the
+               signal at the number-th passage (from 1) of the point
+    log        file for what the processes print
+    timeout    seconds, after which they are killed
+
+Answers, a line a job, are lists of the processes' exit statuses (-n: ended by signal n).
+"""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def passing(point: str, number: int, action: Callable[[], None]) -> None:
+    """Have ``action`` called at the number-th passage of a point of the program."""
+    import torch
+
+    from tetdist import engine, evaluate, trainer
+
+    calls = itertools.count(1)
+
+    def wrap(owner: Any, name: str, *, after: bool = False) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            due = next(calls) == number
+            if due and not after:
+                action()
+            result = original(*args, **kwargs)
+            if due and after:
+                action()
+            return result
+
+        setattr(owner, name, wrapped)
+
+    if point == "micro":  # within the accumulation of a step
+        wrap(engine.TorchEngine, "backward", after=True)
+        wrap(engine.DeepSpeedEngine, "backward", after=True)
+    elif point == "step":  # after a step's update, before it is logged
+        wrap(trainer.Trainer, "_train_step", after=True)
+    elif point == "evaluate":  # after a batch of an evaluation
+        wrap(evaluate, "_count", after=True)
+    elif point == "save":  # the weights are written, the rest is not
+        wrap(torch, "save")
+    elif point == "saved":  # the checkpoint is in its place
+        wrap(trainer.checkpoint, "save", after=True)
+    elif point == "log":  # the line of metrics is written
+        wrap(trainer.Trainer, "_log", after=True)
+    else:
+        raise ValueError(point)
+
+
+def run(job: dict[str, Any], rank: int, port: int) -> int:
+    """In the child: the program, as if it had been started by itself."""
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if job["world"] > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(job["world"]),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    if job["stop"]:
+        point, number, which, on_rank = job["stop"]
+        if on_rank == rank:
+            passing(point, number, lambda: os.kill(os.getpid(), which))
+    from tetdist import train
+
+    return train.main(job["arguments"])
+
+
+def child(job: dict[str, Any], rank: int, port: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        status = run(job, rank, port)
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(pids: list[int], seconds: float) -> list[int]:
+    end = time.monotonic() + seconds
+    statuses: dict[int, int] = {}
+    while len(statuses) < len(pids):
+        for pid in pids:
+            if pid not in statuses:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    statuses[pid] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            for pid in pids:
+                if pid not in statuses:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                    statuses[pid] = -999  # it hung
+        time.sleep(0.005)
+    return [statuses[pid] for pid in pids]
+
+
+def main() -> None:
+    import deepspeed.ops  # noqa: F401  # for the children
+    import matplotlib.pyplot  # noqa: F401
+
+    import tetdist.trainer  # noqa: F401
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        pids = [child(job, rank, port) for rank in range(job["world"])]
+        print(json.dumps(wait(pids, job["timeout"])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""How tests of the fused path and of the models run its passes, and how they compare."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tetdist import fused
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Fused passes as the Python that is compiled elsewhere: the same arithmetic, no waiting.
+
+    It needs no compiler either, and does not let the question whether one works be answered
+    while nothing is compiled.
+    """
+    with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
+        patch.setattr(fused, "_compiler_works", lambda: True)
+        yield
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """The tensors here are small; a second thread would only wait for the first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def randomize(module: nn.Module, seed: int = 0) -> None:
+    """Weights, biases and running statistics of all norms that are neither 0 nor 1 nor equal."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(like: Tensor, low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(like.shape, generator=generator, dtype=torch.float64)
+
+    with torch.no_grad():
+        for norm in module.modules():
+            if isinstance(norm, fused.BatchNorm):
+                norm.weight.copy_(uniform(norm.weight, 0.6, 1.6))
+                norm.bias.copy_(uniform(norm.bias, 0.1, 0.5))
+                norm.running_mean.copy_(uniform(norm.running_mean, -0.3, 0.3))
+                norm.running_var.copy_(uniform(norm.running_var, 0.5, 1.5))
+
+
+def results_of(
+    module: nn.Module, call: Callable[[nn.Module], Tensor], inputs: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Output, all gradients and the running statistics of a copy of ``module`` after one call.
+
+    The gradient is that of a weighted sum of the output with fixed random weights.
+    """
+    module = copy.deepcopy(module)
+    for leaf in inputs.values():
+        leaf.grad = None
+    output = call(module)
+    generator = torch.Generator().manual_seed(17)
+    weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    (output * weight.to(output.dtype)).sum().backward()
+    results = {"output": output.detach()}
+    for name, tensor in [*inputs.items(), *module.named_parameters()]:
+        if tensor.requires_grad:
+            assert tensor.grad is not None, name
+            results[f"gradient of {name}"] = tensor.grad.detach()
+    return results | dict(module.named_buffers())
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-9) -> None:
+    """Every named result within ``rtol`` of the largest value that its tensor has."""
+    assert got.keys() == expected.keys()
+    for name, right in expected.items():
+        scale = max(1.0, right.abs().max().item()) if right.numel() else 1.0
+        torch.testing.assert_close(
+            got[name], right, rtol=rtol, atol=rtol * scale, msg=lambda text, n=name: f"{n}: {text}"
+        )

@@ -1,0 +1,170 @@
+"""Losses: the paper's formulas written out with loops, and what its lemma says of the two."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tetdist.losses import sdt_loss, tet_loss
+
+
+def _cross_entropy(logits: list[float], target: int, smoothing: float = 0.0) -> float:
+    """Cross-entropy of one sample against its class, a share ``smoothing`` spread over all."""
+    log_total = math.log(sum(math.exp(z) for z in logits))
+    num_classes = len(logits)
+    return -sum(
+        ((1 - smoothing) * (k == target) + smoothing / num_classes) * (z - log_total)
+        for k, z in enumerate(logits)
+    )
+
+
+def _paper_sdt(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> float:
+    """Equation 7."""
+    timesteps, batch, num_classes = logits.shape
+    total = 0.0
+    for b in range(batch):
+        mean = [
+            sum(logits[t, b, k].item() for t in range(timesteps)) / timesteps
+            for k in range(num_classes)
+        ]
+        total += _cross_entropy(mean, int(target[b]), smoothing)
+    return total / batch
+
+
+def _paper_tet(
+    logits: Tensor, target: Tensor, regularization: float, phi: float, smoothing: float = 0.0
+) -> float:
+    """Equations 9 to 13: the mean over time of each timestep's loss, and the pull to phi."""
+    timesteps, batch, num_classes = logits.shape
+    cross_entropy = pull = 0.0
+    for t in range(timesteps):
+        for b in range(batch):
+            row = logits[t, b].tolist()
+            cross_entropy += _cross_entropy(row, int(target[b]), smoothing) / (timesteps * batch)
+            pull += sum((z - phi) ** 2 for z in row) / (timesteps * batch * num_classes)
+    return (1 - regularization) * cross_entropy + regularization * pull
+
+
+def _random(
+    timesteps: int, batch: int, num_classes: int, seed: int = 0, scale: float = 3.0
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (timesteps, batch, num_classes)
+    logits = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return logits, torch.randint(num_classes, (batch,), generator=generator)
+
+
+SHAPES = [(1, 1, 2), (1, 4, 3), (4, 3, 10), (6, 5, 2)]
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-B{}-K{}".format(*s))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+@each_shape
+def test_sdt_equals_the_papers_formula(shape: tuple[int, int, int], smoothing: float) -> None:
+    logits, target = _random(*shape)
+    loss = sdt_loss(logits, target, label_smoothing=smoothing)
+    assert loss.item() == pytest.approx(_paper_sdt(logits, target, smoothing), rel=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("phi", [0.0, 1.0, -0.5])
+@pytest.mark.parametrize("regularization", [0.0, 0.001, 0.05, 1.0])
+@each_shape
+def test_tet_equals_the_papers_formula(
+    shape: tuple[int, int, int], regularization: float, phi: float, smoothing: float
+) -> None:
+    logits, target = _random(*shape)
+    loss = tet_loss(
+        logits, target, regularization=regularization, phi=phi, label_smoothing=smoothing
+    )
+    expected = _paper_tet(logits, target, regularization, phi, smoothing)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_pull_is_to_1_where_nothing_is_said() -> None:
+    logits, target = _random(3, 4, 5)
+    assert tet_loss(logits, target, regularization=0.3) == tet_loss(
+        logits, target, regularization=0.3, phi=1.0
+    )
+    assert tet_loss(torch.ones_like(logits), target, regularization=1.0) == 0
+
+
+def test_tet_gradient() -> None:
+    logits, target = _random(3, 4, 5)
+    logits.requires_grad_()
+    tet_loss(logits, target, regularization=0.05, phi=1.5).backward()
+    assert logits.grad is not None
+    for t in range(3):
+        for b in range(4):
+            row = logits[t, b].tolist()
+            total = sum(math.exp(z) for z in row)
+            for k, z in enumerate(row):
+                own = (math.exp(z) / total - (k == int(target[b]))) / (3 * 4)
+                pull = 2 * (z - 1.5) / (3 * 4 * 5)
+                expected = 0.95 * own + 0.05 * pull
+                assert logits.grad[t, b, k].item() == pytest.approx(expected, rel=1e-9, abs=1e-13)
+
+
+def test_sdt_gives_every_timestep_the_same_gradient_and_tet_its_own() -> None:
+    logits, target = _random(3, 4, 5)
+    logits.requires_grad_()
+    (shared,) = torch.autograd.grad(sdt_loss(logits, target), logits)
+    (own,) = torch.autograd.grad(tet_loss(logits, target, regularization=0.0), logits)
+    assert torch.equal(shared[0], shared[1])
+    assert not torch.allclose(own[0], own[1])
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=100)
+@given(
+    timesteps=st.integers(1, 8),
+    batch=st.integers(1, 4),
+    num_classes=st.integers(2, 12),
+    seed=st.integers(0, 2**31),
+    scale=st.sampled_from([0.0, 1e-3, 1.0, 10.0, 1e3]),
+    smoothing=st.sampled_from([0.0, 0.1, 0.9]),
+)
+def test_sdt_is_at_most_tet(
+    timesteps: int, batch: int, num_classes: int, seed: int, scale: float, smoothing: float
+) -> None:
+    logits, target = _random(timesteps, batch, num_classes, seed, scale)
+    sdt = sdt_loss(logits, target, label_smoothing=smoothing).item()
+    tet = tet_loss(logits, target, regularization=0.0, label_smoothing=smoothing).item()
+    assert sdt <= tet * (1 + 1e-12) + 1e-12
+    if timesteps == 1:
+        assert sdt == pytest.approx(tet, rel=1e-12)
+
+
+def test_sdt_is_well_below_tet_where_timesteps_contradict_each_other() -> None:
+    logits = torch.tensor([[[9.0, 0.0]], [[0.0, 9.0]]])
+    target = torch.tensor([0])
+    assert sdt_loss(logits, target).item() == pytest.approx(math.log(2))
+    assert tet_loss(logits, target, regularization=0.0).item() == pytest.approx(4.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype, autocast: bool) -> None:
+    logits, target = _random(4, 8, 10)
+    half = logits.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        sdt = sdt_loss(half, target)
+        tet = tet_loss(half, target, regularization=0.05)
+    assert sdt.dtype == tet.dtype == torch.float32
+    # The widened logits are exact; a sum in the half type would be off by 1e-3.
+    assert sdt.item() == pytest.approx(_paper_sdt(half.double(), target), rel=1e-6)
+    assert tet.item() == pytest.approx(_paper_tet(half.double(), target, 0.05, 1.0), rel=1e-6)
+
+
+def test_float16_logits_whose_squares_overflow() -> None:
+    logits = torch.tensor([[[3e4, 0.0]]], dtype=torch.float16, requires_grad=True)
+    loss = tet_loss(logits, torch.tensor([0]), regularization=1.0, phi=0.0)
+    assert loss.item() == pytest.approx(9e8 / 2, rel=1e-3)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    logits = torch.tensor([[[1e4, -1e4]]])
+    assert sdt_loss(logits, torch.tensor([1])).item() == pytest.approx(2e4)
+    assert tet_loss(logits, torch.tensor([1]), regularization=0.0).item() == pytest.approx(2e4)

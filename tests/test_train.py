@@ -1,0 +1,726 @@
+"""Whole runs: the same whatever stops them, and a sentence for whatever is wrong with them."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import Farm, Outcome
+
+ConfigWriter = Callable[..., Path]
+Main = Callable[..., Outcome]
+
+TERM, INT, KILL, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGUSR1
+# Of the default configuration: 2 epochs of 5 steps of 4 micro-batches, evaluated in 4 batches.
+LAST_STEP = 10
+
+TWO_PHASES = [
+    {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05}},
+    {"epochs": 1, "timesteps": 3, "optimizer": {"kind": "adam", "lr": 0.01}},
+]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # Lines of metrics that a stop cuts in two, checkpoints between them, clipped gradients.
+    "sparse": {"log_every": 3, "save.every_steps": 2, "gradient_clipping": 1.0},
+    "phases": {"phases": TWO_PHASES, "log_every": 4},
+    "rare": {"evaluate_every": 2, "log_every": 2, "precision": "bf16"},
+    "torch": {"engine": "torch"},
+}
+
+
+@pytest.fixture(scope="module")
+def straight(
+    farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The run folder of a variant that nothing stopped; made once."""
+    folder = tmp_path_factory.mktemp("straight")
+    made: set[str] = set()
+
+    def get(variant: str) -> Path:
+        if variant not in made:
+            file = tiny.write_config(folder / f"{variant}.yaml", tiny_root, VARIANTS[variant])
+            outcome = farm(file)
+            assert outcome.status == 0, outcome.text
+            made.add(variant)
+        return folder / "runs" / variant
+
+    return get
+
+
+STOPS = [
+    *(("default", point, number, sig) for point, number, sig in [
+        ("micro", 1, TERM), ("micro", 3, KILL), ("micro", 14, INT), ("micro", 26, KILL),
+        ("step", 1, KILL), ("step", 1, USR1), ("step", 5, TERM), ("step", 6, INT),
+        ("step", 10, TERM), ("step", 10, KILL), ("evaluate", 1, TERM), ("evaluate", 4, TERM),
+        ("evaluate", 3, KILL), ("evaluate", 7, INT), ("evaluate", 8, KILL), ("save", 1, KILL),
+        ("save", 2, KILL), ("save", 2, TERM), ("saved", 1, KILL), ("saved", 2, TERM),
+        ("log", 5, KILL), ("log", 6, KILL), ("log", 12, KILL),
+    ]),
+    *(("sparse", point, number, sig) for point, number, sig in [
+        ("step", 2, TERM), ("step", 4, TERM), ("step", 7, TERM), ("step", 8, KILL),
+        ("micro", 33, KILL), ("save", 2, KILL), ("evaluate", 2, TERM), ("log", 2, KILL),
+        ("step", 9, INT),
+    ]),
+    *(("phases", point, number, sig) for point, number, sig in [
+        ("step", 4, TERM), ("step", 5, TERM), ("step", 5, KILL), ("evaluate", 2, TERM),
+        ("saved", 1, KILL), ("saved", 1, TERM), ("step", 6, TERM), ("step", 7, KILL),
+        ("evaluate", 6, TERM),
+    ]),
+    *(("rare", point, number, sig) for point, number, sig in [
+        ("step", 5, TERM), ("step", 7, INT), ("save", 1, KILL), ("saved", 1, KILL),
+    ]),
+    ("torch", "step", 7, TERM),
+    ("torch", "micro", 30, KILL),
+]  # fmt: skip
+
+
+# Of the many, one of each kind is enough for every day.
+EVERY_DAY = {
+    ("default", "micro", 3), ("default", "step", 6), ("default", "evaluate", 1),
+    ("default", "evaluate", 8), ("default", "save", 2), ("default", "log", 6),
+    ("sparse", "step", 7), ("sparse", "micro", 33), ("phases", "step", 4), ("phases", "step", 5),
+    ("phases", "saved", 1), ("phases", "step", 7), ("rare", "step", 7), ("torch", "step", 7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variant", "point", "number", "sig"),
+    [
+        pytest.param(
+            *stop,
+            id=f"{stop[0]}-{stop[1]}-{stop[2]}-{stop[3].name}",
+            marks=() if stop[:3] in EVERY_DAY else pytest.mark.long,
+        )
+        for stop in STOPS
+    ],
+)
+def test_stopped_and_continued_is_the_straight_run(
+    variant: str,
+    point: str,
+    number: int,
+    sig: signal.Signals,
+    farm: Farm,
+    straight: Callable[[str], Path],
+    tiny_config: ConfigWriter,
+    tmp_path: Path,
+) -> None:
+    expected = straight(variant)
+    file = tiny_config({"name": variant} | VARIANTS[variant])
+    first = farm(file, stop=(point, number, sig))
+    if sig == KILL:
+        assert first.status == -KILL, first.text
+    elif first.status != 0:  # 0: the signal came when all was done
+        assert first.status == 128 + sig, first.text
+        assert "all saved" in first.text
+    second = farm(file)
+    assert second.status == 0, second.text
+    assert "finished" in second.text
+    tiny.assert_same_run(tmp_path / "runs" / variant, expected)
+
+
+@pytest.mark.long
+def test_stopped_again_and_again(
+    farm: Farm, straight: Callable[[str], Path], tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    expected = straight("sparse")
+    file = tiny_config({"name": "sparse"} | VARIANTS["sparse"])
+    starts = 0
+    while (outcome := farm(file, stop=("step", 1, TERM))).status == 128 + TERM:
+        starts += 1
+        assert starts < 20
+    assert outcome.status == 0, outcome.text
+    assert starts >= 9
+    tiny.assert_same_run(tmp_path / "runs" / "sparse", expected)
+
+
+# --- several processes -------------------------------------------------------------------------
+
+
+def assert_close_runs(a: Path, b: Path, steps: int = 3) -> None:
+    for kind, keys in (("train", ("loss", "grad_norm", "lr", "epoch")),):
+        for ours, theirs in zip(
+            tiny.metrics(a, kind)[:steps], tiny.metrics(b, kind)[:steps], strict=True
+        ):
+            assert ours["step"] == theirs["step"]
+            for key in keys:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (ours["step"], key)
+
+
+@pytest.mark.parametrize("variant", ["default", "torch"])
+def test_two_processes_are_the_run_of_one(
+    variant: str,
+    farm: Farm,
+    straight: Callable[[str], Path],
+    tiny_config: ConfigWriter,
+    tmp_path: Path,
+) -> None:
+    file = tiny_config({"name": variant} | VARIANTS[variant])
+    outcome = farm(file, world=2)
+    assert outcome.status == 0, outcome.text
+    run = tmp_path / "runs" / variant
+    assert_close_runs(run, straight(variant))
+    assert [line["samples"] for line in tiny.metrics(run, "val")] == [23, 23]
+    assert [line["step"] for line in tiny.metrics(run)] == [
+        line["step"] for line in tiny.metrics(straight(variant))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (1, 2),
+        pytest.param(2, 4, marks=pytest.mark.long),
+        pytest.param(2, 1, marks=pytest.mark.long),
+    ],
+)
+def test_continued_at_another_world_size(
+    before: int,
+    after: int,
+    farm: Farm,
+    tiny_config: ConfigWriter,
+    tmp_path: Path,
+) -> None:
+    """In mid-epoch, in the middle of a line of metrics."""
+    changes = {"log_every": 5, "phases.0.epochs": 1, "phases.0.optimizer.lr": 0.001}
+    expected = farm(tiny_config({"name": "one"} | changes))
+    assert expected.status == 0, expected.text
+    file = tiny_config({"name": "run"} | changes)
+    first = farm(file, world=before, stop=("step", 2, TERM), rank=before - 1)
+    assert first.status == 128 + TERM, first.text
+    step = json.loads((tiny.newest(tmp_path / "runs/run") / "state.json").read_text())["step"]
+    assert 2 <= step <= 4
+    second = farm(file, world=after)
+    assert second.status == 0, second.text
+    (ours,) = tiny.metrics(tmp_path / "runs/run", "train")
+    (theirs,) = tiny.metrics(tmp_path / "runs/one", "train")
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    weights = [load_file(tiny.newest(tmp_path / "runs" / n) / "model.safetensors")
+               for n in ("run", "one")]  # fmt: skip
+    for key, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("point", "number", "sig"),
+    [
+        ("step", 7, TERM),
+        pytest.param("evaluate", 2, TERM, marks=pytest.mark.long),
+        pytest.param("micro", 13, INT, marks=pytest.mark.long),
+    ],
+)
+def test_two_processes_stop_together_and_continue_to_the_bit(
+    point: str,
+    number: int,
+    sig: signal.Signals,
+    farm: Farm,
+    tiny_config: ConfigWriter,
+    tmp_path: Path,
+) -> None:
+    assert farm(tiny_config({"name": "straight"}), world=2).status == 0
+    file = tiny_config({"name": "run"})
+    first = farm(file, world=2, stop=(point, number, sig), rank=1)
+    assert first.status == 128 + sig, first.text
+    second = farm(file, world=2)
+    assert second.status == 0, second.text
+    tiny.assert_same_run(tmp_path / "runs/run", tmp_path / "runs/straight")
+
+
+@pytest.mark.parametrize("world", [3, 8])
+def test_world_size_that_does_not_divide(world: int, farm: Farm, tiny_config: ConfigWriter) -> None:
+    """4 micro-batches a step."""
+    outcome = farm(tiny_config(), world=world)
+    assert outcome.status == 2, outcome.text
+    assert outcome.text.count("error:") == 1, outcome.text
+    assert "Traceback" not in outcome.text
+    assert "1, 2" in outcome.text
+
+
+def test_user_error_on_two_processes_is_said_once(farm: Farm, tiny_config: ConfigWriter) -> None:
+    for override in ("data.root=/nowhere", "sede=1"):
+        outcome = farm(tiny_config(), override, world=2)
+        assert outcome.status == 2, outcome.text
+        assert outcome.text.count("error:") == 1
+        assert "Traceback" not in outcome.text
+
+
+def test_both_engines_are_the_same_run(straight: Callable[[str], Path]) -> None:
+    assert tiny.metrics(straight("default")) == tiny.metrics(straight("torch"))
+
+
+def test_non_finite_on_two_processes(farm: Farm, tiny_config: ConfigWriter) -> None:
+    outcome = farm(tiny_config({"phases.0.optimizer.lr": 1e30}), world=2)
+    assert outcome.status == 2, outcome.text
+    assert outcome.text.count("error:") == 1
+    assert "Traceback" not in outcome.text
+
+
+# --- whole programs ----------------------------------------------------------------------------
+
+
+def test_ctrl_c_from_outside(tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    """The real command, started alone and interrupted by its pid somewhere in the middle."""
+    changes = {"phases.0.epochs": 400, "evaluate_every": 1000}
+    command = tiny.python(tiny.TRAIN, "--config", tiny_config(changes))
+    with tiny.started(command, tmp_path) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "step 12/" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "all saved; the same command continues" in output
+    assert "Traceback" not in output
+    step = json.loads((tiny.newest(tmp_path / "runs/tiny") / "state.json").read_text())["step"]
+    assert 12 <= step < 2000
+    assert tiny.metrics(tmp_path / "runs/tiny")[-1]["step"] == step
+
+
+def test_launcher_with_two_processes(
+    straight: Callable[[str], Path], tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    file = tiny_config({"name": "default"})
+    command = tiny.launched(2, tiny.TRAIN, "--config", file)
+    status, output = tiny.execute(command, tmp_path)
+    assert status == 0, output
+    assert output.count("is finished") == 1
+    assert_close_runs(tmp_path / "runs/default", straight("default"))
+
+
+def test_ctrl_c_under_the_launcher(tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    """A terminal's Ctrl-C goes to the launcher and to all processes: they save, nobody dies."""
+    changes = {"phases.0.epochs": 4000, "evaluate_every": 4000}
+    command = tiny.launched(2, tiny.TRAIN, "--config", tiny_config(changes))
+    with tiny.started(command, tmp_path) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "step 12/" in line:
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert "all saved; the same command continues" in output, output
+    step = json.loads((tiny.newest(tmp_path / "runs/tiny") / "state.json").read_text())["step"]
+    assert tiny.metrics(tmp_path / "runs/tiny")[-1]["step"] == step >= 12
+
+
+@pytest.mark.long
+def test_user_error_under_the_launcher(tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    command = tiny.launched(2, tiny.TRAIN, "--config", tiny_config(), "data.root=/nowhere")
+    status, output = tiny.execute(command, tmp_path)
+    assert status == 2, output
+    assert output.count("error: data.root") == 1, output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--config",),
+        (),
+        ("--nonsense",),
+        ("--config", "quickstar"),
+        ("--config", "quickstart", "a=1"),
+    ],
+)
+def test_wrong_command_line(arguments: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+    from tetdist import train
+
+    try:
+        status = train.main(list(arguments))
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    text = capfd.readouterr().err
+    assert "error:" in text
+    assert "Traceback" not in text
+
+
+def test_missing_package_is_named(tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    for package in ("pydantic",):
+        (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{package!r}] = None\n")
+        env = tiny.clean_environment(PYTHONPATH=str(tmp_path))
+        command = tiny.python(tiny.TRAIN, "--config", tiny_config())
+        status, output = tiny.execute(command, tmp_path, env=env)
+        assert status == 2, output
+        assert "Traceback" not in output
+        assert f"the package {package} is not installed" in output
+        assert "pip install" in output
+
+
+# --- what a run leaves and says ----------------------------------------------------------------
+
+
+def ended(outcome: Outcome, *parts: str, status: int = 2) -> None:
+    assert outcome.status == status, outcome.text
+    assert "Traceback" not in outcome.text, outcome.text
+    assert [part for part in parts if part not in outcome.text] == [], outcome.text
+
+
+def test_finished_run_says_so_and_changes_nothing(
+    main: Main, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    file = tiny_config()
+    ended(main(file), "runs/tiny is finished", "top-1", "tools/eval.py", status=0)
+    run = tmp_path / "runs/tiny"
+    assert sorted(path.name for path in run.iterdir()) == [
+        ".lock",
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "plots",
+    ]
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    ended(main(file), "runs/tiny is finished", "top-1", status=0)
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert before.keys() == after.keys()
+    changed = {path.name for path in before if before[path] != after[path]}
+    assert changed <= {"environment.json"}
+    best = max(tiny.metrics(run, "val"), key=lambda line: line["top1"])
+    assert tiny.metrics(run, "val")[-1]["best_top1"] == best["top1"]
+
+
+def test_it_learns(main: Main, tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    """Chance is 25 %."""
+    ended(main(tiny_config({"phases.0.epochs": 8, "evaluate_every": 8})), status=0)
+    (val,) = tiny.metrics(tmp_path / "runs/tiny", "val")
+    assert val["top1"] > 60
+    lines = tiny.metrics(tmp_path / "runs/tiny", "train")
+    assert [line["step"] for line in lines] == list(range(1, 41))
+
+
+def test_max_steps_ends_evaluated_and_can_be_raised(
+    main: Main, straight: Callable[[str], Path], tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    file = tiny_config({"name": "torch"})
+    ended(main(file, "max_steps=3"), "is finished", status=0)
+    run = tmp_path / "runs/torch"
+    assert [line["step"] for line in tiny.metrics(run, "train")] == [1, 2, 3]
+    assert [line["step"] for line in tiny.metrics(run, "val")] == [3]
+    ended(main(file), "is finished", status=0)
+    assert tiny.metrics(run, "train") == tiny.metrics(straight("torch"), "train")
+
+
+def test_resume_never_and_must(main: Main, tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    file = tiny_config({"max_steps": 2})
+    ended(main(file, "resume=must"), "resume=must", str(tmp_path / "runs/tiny/checkpoints"))
+    ended(main(file, "resume=never"), status=0)
+    ended(main(file, "resume=never"), "resume=never", str(tmp_path / "runs/tiny"), "name=")
+    ended(main(file, "resume=must", "max_steps=4"), "continuing", "step 2", status=0)
+
+
+def test_refused_start_leaves_no_run_folder(
+    main: Main, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    ended(main(tiny_config(), "resume=must"))
+    ended(main(tiny_config(), "data.root=/nowhere"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_run_folder_of_another_configuration(
+    main: Main, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    file = tiny_config({"max_steps": 2})
+    ended(main(file), status=0)
+    kept = (tmp_path / "runs/tiny/config.yaml").read_text()
+    outcome = main(file, "phases.0.optimizer.lr=0.1", "seed=5")
+    ended(outcome, "seed is 5 and was 0", "phases.0.optimizer.lr is 0.1 and was 0.05", "name=")
+    assert (tmp_path / "runs/tiny/config.yaml").read_text() == kept
+    # What does not change the result may change.
+    ended(main(file, "log_every=2", "data.prefetch=3", "max_steps=4"), status=0)
+
+
+def test_damaged_config_of_the_run_folder(
+    main: Main, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    file = tiny_config({"max_steps": 1})
+    ended(main(file), status=0)
+    for text in ("", "a: [1", "- 1\n"):
+        (tmp_path / "runs/tiny/config.yaml").write_text(text)
+        ended(main(file, "max_steps=2"), "config.yaml")
+
+
+def test_locked_run_folder(main: Main, tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    file = tiny_config({"max_steps": 1})
+    ended(main(file), status=0)
+    with (tmp_path / "runs/tiny/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ended(main(file), "another process is running in", "runs/tiny")
+    ended(main(file), status=0)
+
+
+def test_two_runs_in_one_folder_at_once(
+    main: Main, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    changes = {"phases.0.epochs": 4000, "evaluate_every": 4000}
+    file = tiny_config(changes | {"engine": "torch"})
+    with tiny.started(tiny.python(tiny.TRAIN, "--config", file), tmp_path) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "step 1/" in line:
+                break
+        ended(main(file), "another process is running")
+        process.terminate()
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+
+
+def test_read_only_place(main: Main, tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    ended(main(tiny_config()), "cannot write to", str(tmp_path / "runs"))
+
+
+def test_other_data_than_the_checkpoint(
+    main: Main, tiny_copy: Path, tiny_config: ConfigWriter
+) -> None:
+    from tetdist.data import index
+
+    file = tiny_config({"max_steps": 2, "data.root": str(tiny_copy)})
+    ended(main(file), status=0)
+    (tiny_copy / "train/up/11.png").unlink()
+    built, _ = index.build_index(tiny_copy, "train", workers=1)
+    index.save_index(built, index.index_file(tiny_copy / "index", "train"))
+    ended(main(file, "max_steps=4"), "trained on other data", "another name")
+
+
+def test_data_may_move(
+    main: Main, tiny_root: Path, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    file = tiny_config({"max_steps": 2})
+    ended(main(file), status=0)
+    moved = Path(shutil.copytree(tiny_root, tmp_path / "elsewhere"))
+    ended(main(file, "max_steps=4", f"data.root={moved}"), "continuing", status=0)
+
+
+def spoil_nothing_there(root: Path) -> None:
+    shutil.rmtree(root)
+
+
+def spoil_no_index(root: Path) -> None:
+    shutil.rmtree(root / "index")
+
+
+def spoil_no_val_index(root: Path) -> None:
+    (root / "index/val.npz").unlink()
+
+
+def spoil_no_val(root: Path) -> None:
+    shutil.rmtree(root / "val")
+
+
+def spoil_no_class(root: Path) -> None:
+    shutil.rmtree(root / "val/up")
+
+
+def spoil_new_file(root: Path) -> None:
+    shutil.copy(root / "train/up/00.png", root / "train/up/99.png")
+
+
+def spoil_size(root: Path) -> None:
+    with (root / "train/down/00.png").open("ab") as stream:
+        stream.write(b"more")
+
+
+def spoil_index(root: Path) -> None:
+    file = root / "index/train.npz"
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "parts"),
+    [
+        (spoil_nothing_there, ("data.root", "there is no folder")),
+        (spoil_no_index, ("train.npz", "python tools/images.py index")),
+        (spoil_no_val_index, ("val.npz", "python tools/images.py index")),
+        (spoil_no_val, ("val", "no folder")),
+        (spoil_no_class, ("val/up", "index the data again")),
+        (spoil_new_file, ("train/up/99.png", "index the data again")),
+        (spoil_size, ("train/down/00.png", "index the data again")),
+        (spoil_index, ("train.npz", "damaged")),
+    ],
+)
+def test_data_that_is_not_there(
+    spoil: Callable[[Path], None],
+    parts: tuple[str, ...],
+    main: Main,
+    tiny_copy: Path,
+    tiny_config: ConfigWriter,
+    tmp_path: Path,
+) -> None:
+    spoil(tiny_copy)
+    ended(main(tiny_config({"data.root": str(tiny_copy)})), "error:", *parts)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_file_that_breaks_after_indexing(
+    main: Main, tiny_copy: Path, tiny_config: ConfigWriter
+) -> None:
+    """Same size and name, so that only decoding finds out: in training, and in evaluation."""
+    for split in ("train", "val"):
+        file = tiny_copy / split / "left/03.png"
+        whole = file.read_bytes()
+        file.write_bytes(whole[:60] + bytes(len(whole) - 60))
+        config = tiny_config({"data.root": str(tiny_copy), "name": split})
+        ended(main(config), "error:", f"{split}/left/03.png")
+        file.write_bytes(whole)
+        ended(main(config), "is finished", status=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"model.num_classes": 3}, ("model.num_classes", "3", "4 classes")),
+        ({"model.arguments": {"channls": [4]}}, ("model.arguments", "channls")),
+        ({"model.arguments": {"channels": [4, 8]}}, ("16x16", "input_size=16")),
+        ({"batch.global": 64, "batch.micro": 2}, ("global batch", "64", "47")),
+        ({"data.device": "gpu"}, ("data.device",)),
+        ({"device": "cuda"}, ("device=cuda",)),
+    ],
+    ids=str,
+)
+def test_what_does_not_suit_the_data(
+    changes: dict[str, Any], parts: tuple[str, ...], main: Main, tiny_config: ConfigWriter
+) -> None:
+    if "device" in str(changes) and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    ended(main(tiny_config(changes)), "error:", *parts)
+
+
+def test_more_classes_than_the_data_is_fine(
+    main: Main, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    ended(main(tiny_config({"model.num_classes": 7, "max_steps": 1})), status=0)
+    weights = load_file(tiny.newest(tmp_path / "runs/tiny") / "model.safetensors")
+    assert weights["fc.weight"].shape[0] == 7
+
+
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_non_finite_loss_names_step_rate_and_checkpoint(
+    engine: str, farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    file = tiny_config({"engine": engine, "save.every_steps": 1, "phases.0.optimizer.lr": 1e30})
+    outcome = farm(file)
+    ended(outcome, "not finite at step ", "learning rate ", "step 1, in")
+    run = tmp_path / "runs/tiny"
+    bad = int(outcome.text.split("not finite at step ")[1].split()[0])
+    assert f"step {bad - 1}, in {run / 'checkpoints'}" in outcome.text
+    assert bad > 1
+    for value in load_file(tiny.newest(run) / "model.safetensors").values():
+        assert torch.isfinite(value).all()
+    # Nothing of the bad step is in the file, and the same command fails in the same way.
+    assert tiny.metrics(run)[-1]["step"] == bad - 1
+    assert f"not finite at step {bad} " in farm(file).text
+
+
+def test_checkpoint_of_another_model(main: Main, tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    """By hand only, since another configuration is refused before."""
+    from tetdist import checkpoint
+
+    file = tiny_config({"max_steps": 2})
+    ended(main(file), status=0)
+    path = tiny.newest(tmp_path / "runs/tiny")
+    weights = load_file(path / "model.safetensors")
+    weights["fc.weight"] = weights["fc.weight"][:2].clone()
+    save_file(weights, path / "model.safetensors")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"] = checkpoint._describe(path / "model.safetensors")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    ended(main(file, "max_steps=4"), "another model", "fc.weight")
+
+
+def test_damaged_checkpoints(main: Main, tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    file = tiny_config({"name": "run"})
+    ended(main(file), status=0)
+    run, straight = tmp_path / "runs/run", tmp_path / "runs/straight"
+    shutil.copytree(run, straight)
+    os.truncate(tiny.newest(run) / "optimizer.pt", 100)
+    ended(main(file), "step-00000010 is not used: optimizer.pt has 100 bytes", status=0)
+    tiny.assert_same_run(run, straight)
+    for path in (run / "checkpoints").glob("step-*"):
+        os.truncate(path / "model.safetensors", 100)
+    ended(main(file), "none of the 2 checkpoints")
+    assert len(list((run / "checkpoints").glob("step-*"))) == 2
+
+
+def test_full_disk_in_training(main: Main, tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    """A checkpoint that cannot be written ends the run; with room it goes on to the same end."""
+    code = f"""
+import resource, signal, sys
+from tetdist import train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from tetdist import trainer
+enter = trainer.Trainer._train_epoch
+def train_epoch(self):
+    if self.step == 5:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    enter(self)
+trainer.Trainer._train_epoch = train_epoch
+sys.exit(train.main(["--config", {str(tiny_config())!r}, "engine=torch"]))
+"""
+    status, output = tiny.execute(tiny.python("-c", code), tmp_path)
+    assert status == 2, output
+    assert "could not be written" in output or "cannot write" in output
+    assert "Traceback" not in output
+    ended(main(tiny_config()), "continuing", "step 5", "is finished", status=0)
+    ended(main(tiny_config(), "name=straight"), status=0)
+    tiny.assert_same_run(tmp_path / "runs/tiny", tmp_path / "runs/straight")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "sew_resnet18", "arguments": {"width": 4}},
+        {"name": "spiking_convnet", "arguments": {"channels": [4, 8, 8], "input_size": 16}},
+    ],
+    ids=lambda model: model["name"],
+)
+def test_recomputed_blocks_are_the_same_run(
+    model: dict[str, Any], main: Main, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    for mode in ("none", "blocks"):
+        file = tiny_config({"name": mode, "model": model, "checkpoint": mode, "max_steps": 4})
+        ended(main(file), status=0)
+    tiny.assert_same_run(tmp_path / "runs/none", tmp_path / "runs/blocks")
+
+
+def test_mlflow_has_the_run(farm: Farm, tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    file = tiny_config({"tracking": {"mlflow": True, "experiment": "tiny"}})
+    first = farm(file, stop=("step", 4, TERM))
+    assert first.status == 143, first.text
+    second = farm(file)
+    assert second.status == 0, second.text
+    assert "mlflow ui --backend-store-uri" in second.text
+    run = tmp_path / "runs/tiny"
+    with sqlite3.connect(tmp_path / "runs/mlflow.db") as store:
+
+        def rows(query: str) -> list[Any]:
+            return store.execute(query).fetchall()
+
+        ((name, status),) = rows("select name, status from runs")
+        assert (name, status) == ("tiny", "FINISHED")
+        params = dict(rows("select key, value from params"))
+        assert params["phases.0.optimizer.lr"] == "0.05"
+        tags = dict(rows("select key, value from tags"))
+        assert tags["resumed_at_step"] == "4"
+        assert Path(tags["run_dir"]) == run
+        losses = rows("select step, value from metrics where key = 'train/loss' order by step")
+    assert losses == [(line["step"], line["loss"]) for line in tiny.metrics(run, "train")]
+
+
+def test_description_in_the_model_file(straight: Callable[[str], Path]) -> None:
+    from tetdist import checkpoint
+
+    _, description = checkpoint.load_model_file(straight("phases"))
+    assert description["classes"] == list(tiny.CLASSES)
+    assert (description["timesteps"], description["step"]) == (3, LAST_STEP)
+    last = tiny.metrics(straight("phases"), "val")[-1]
+    assert description["validation"]["top1"] == last["top1"]

@@ -1,0 +1,232 @@
+"""A data set, a configuration and a network so small that a whole run takes a second of steps."""
+
+import copy
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+PROJECT = Path(__file__).resolve().parent.parent
+TRAIN, EVAL = PROJECT / "tetdist" / "train.py", PROJECT / "tools" / "eval.py"
+DEEPSPEED = Path(sys.executable).with_name("deepspeed")
+
+CLASSES = ("down", "left", "right", "up")
+# No size divides by a batch size or by a number of processes.
+TRAIN_SIZES, VAL_SIZES = (11, 12, 12, 12), (5, 5, 6, 7)
+STEPS_PER_EPOCH = sum(TRAIN_SIZES) // 8
+
+CONFIG: dict[str, Any] = {
+    "model": {"name": "spiking_convnet", "arguments": {"channels": [4, 8], "input_size": 16}},
+    "data": {"image_size": 16, "resize": 16, "scale": [0.5, 1.0], "threads": 1},
+    "batch": {"global": 8, "micro": 2, "eval": 7},
+    "phases": [{"epochs": 2, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05}}],
+    "precision": "fp32",
+    "execution": "reference",
+    "log_every": 1,
+    "tracking": {"mlflow": False},
+}
+
+# What may differ between two runs that are the same.
+_OF_THE_CLOCK = ("time", "samples_per_s", "data_wait", "seconds")
+
+
+def make_images(root: Path, seed: int = 0) -> None:
+    """Noise with one bright half; which half is the class."""
+    rng = np.random.default_rng(seed)
+    for split, sizes in (("train", TRAIN_SIZES), ("val", VAL_SIZES)):
+        for label, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(sizes[label]):
+                height, width = 20 + i % 3, 22
+                pixels = rng.integers(0, 90, (height, width, 3))
+                half = (
+                    np.s_[height // 2 :],
+                    np.s_[:, : width // 2],
+                    np.s_[:, width // 2 :],
+                    np.s_[: height // 2],
+                )[label]
+                pixels[half] += 130
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02}.png")
+
+
+def changed(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with dotted keys set (list items by number) or, where the value is ..., removed."""
+    values = copy.deepcopy(values)
+    for dotted, value in changes.items():
+        *parents, last = dotted.split(".")
+        node: Any = values
+        for part in parents:
+            node = node[int(part)] if part.isdigit() else node.setdefault(part, {})
+        if value is ...:
+            node.pop(last, None)
+        else:
+            node[int(last) if last.isdigit() else last] = value
+    return values
+
+
+def write_config(file: Path, root: Path | str, changes: Mapping[str, Any] | None = None) -> Path:
+    values = changed(CONFIG, {"data.root": str(root), "runs_dir": str(file.parent / "runs")})
+    file.write_text(yaml.safe_dump(changed(values, changes or {})))
+    return file
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """This environment without a launcher's variables, and with one thread a process."""
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    return env | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | extra
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def python(*arguments: object) -> list[str]:
+    return [sys.executable, *map(str, arguments)]
+
+
+def launched(processes: int, *arguments: object) -> list[str]:
+    """The deepspeed launcher's command line, with a port of its own."""
+    options = ("--num_gpus", processes, "--master_port", free_port(), "--log_level", "warning")
+    # A hostfile of the machine is none of the tests' business.
+    options += ("--hostfile", "/nonexistent")
+    return [str(DEEPSPEED), *map(str, options), *map(str, arguments)]
+
+
+@contextmanager
+def started(
+    command: list[str], cwd: Path, env: Mapping[str, str] | None = None
+) -> Iterator["subprocess.Popen[str]"]:
+    """A process in a session of its own, of which nothing is left afterwards."""
+    with subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=dict(env or clean_environment()),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def execute(
+    command: list[str], cwd: Path, *, env: Mapping[str, str] | None = None, timeout: float = 120
+) -> tuple[int, str]:
+    """Exit status and output (both streams) of a command."""
+    with started(command, cwd, env) as process:
+        output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+def side_by_side(processes: int, command: list[str], cwd: Path) -> list[tuple[int, str]]:
+    """Exit status and output of each process of one run, started without a launcher's seconds."""
+    common = {"WORLD_SIZE": str(processes), "LOCAL_SIZE": str(processes)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common["PYTHONPATH"] = str(PROJECT)
+    with ExitStack() as stack:
+        running = [
+            stack.enter_context(
+                started(command, cwd, clean_environment(RANK=str(i), LOCAL_RANK=str(i), **common))
+            )
+            for i in range(processes)
+        ]
+        outputs = [process.communicate(timeout=90)[0] for process in running]
+        return [(p.returncode, text) for p, text in zip(running, outputs, strict=True)]
+
+
+def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if key not in _OF_THE_CLOCK}
+        for line in lines
+        if kind in (None, line["kind"])
+    ]
+
+
+def newest(run: Path) -> Path:
+    return run / "checkpoints" / (run / "checkpoints" / "last").read_text().strip()
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Metrics, weights, running statistics and optimiser state are the same to the bit."""
+    import torch
+    from safetensors.torch import load_file
+
+    assert metrics(a) == metrics(b)
+    # One that was saved again at the same step has a number after it.
+    assert newest(a).name.split(".")[0] == newest(b).name.split(".")[0]
+    ours, theirs = (load_file(newest(run) / "model.safetensors") for run in (a, b))
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    ours, theirs = (torch.load(newest(run) / "optimizer.pt", weights_only=True) for run in (a, b))
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for i, state in ours["state"].items():
+        for key, value in state.items():
+            other = theirs["state"][i][key]
+            assert value is other is None or torch.equal(value, other), (i, key)
+    states = [json.loads((newest(run) / "state.json").read_text()) for run in (a, b)]
+    assert states[0] == states[1]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: int
+    text: str  # what a person saw: standard error and log
+
+
+class Farm:
+    """Trains in real processes, quickly: see farm.py."""
+
+    def __init__(self, process: "subprocess.Popen[str]", log: Path) -> None:
+        self._process, self._log = process, log
+
+    def __call__(
+        self,
+        file: Path,
+        *overrides: str,
+        world: int = 1,
+        stop: tuple[str, int, int] | None = None,
+        rank: int = 0,
+        timeout: float = 60,
+    ) -> Outcome:
+        """Train; the status is that of the only process, or of all where they agree."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._log.unlink(missing_ok=True)
+        job = {
+            "arguments": ["--config", str(file), *overrides],
+            "world": world,
+            "stop": [*stop, rank] if stop else None,
+            "log": str(self._log),
+            "timeout": timeout,
+        }
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        statuses = json.loads(self._process.stdout.readline())
+        text = self._log.read_text()
+        assert len(set(statuses)) == 1, (statuses, text)
+        return Outcome(statuses[0], text)
