@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before anything imports torch; see tetdist/train.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import tiny
 from tiny import Farm, Outcome
 

@@ -26,8 +26,8 @@ from tetdist.normalization import BatchNorm
 
 logger = logging.getLogger(__name__)
 
-# One code object serves every variant of neuron, T, type and stem; beyond this many compilations
-# of it torch would silently run it uncompiled.
+# One code object serves every variant of neuron, T, type and stem; torch's own limit of 8
+# compilations of it is for code that changes shape by mistake.
 _MAX_VARIANTS = 128
 
 
@@ -55,7 +55,8 @@ class NormNeuron(nn.Module):
             timesteps: T.
             shortcut: Added to the normalised current, (T, B, C, H, W).
         """
-        if self.execution == "fused" and _compiler_works():
+        assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
+        if self.execution == "fused" and _compiler_works(current.device.type):
             return self._fused(current, timesteps, shortcut)
         return self.reference(current, timesteps, shortcut)
 
@@ -241,14 +242,22 @@ def _kernels(config: NeuronConfig, timesteps: int, shared: bool) -> _Kernels:
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_VARIANTS)
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*tensors: Tensor | None) -> Any:
+        # Of a tensor that is a view for autograd, torch.compile also guards the shape of the base,
+        # and compiles again for another: twice as often as there is anything new.
+        return compiled(*(None if tensor is None else tensor.detach() for tensor in tensors))
+
+    return call
 
 
-@functools.lru_cache(maxsize=1)
-def _compiler_works() -> bool:
-    """Whether torch.compile can build a kernel here; says so once where it cannot."""
+@functools.lru_cache(maxsize=None)
+def _compiler_works(device_type: str) -> bool:
+    """Whether torch.compile can build a kernel for the device; says so once where it cannot."""
     try:
-        _compile(lambda x: x + 1)(torch.zeros(3, 5))
+        _compile(lambda x: x + 1)(torch.zeros(3, 5, device=device_type))
     except Exception as error:  # torch raises many kinds: no compiler, no headers, no write access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         logger.warning(

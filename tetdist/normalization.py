@@ -25,11 +25,12 @@ _recomputation = threading.local()
 @contextlib.contextmanager
 def recomputing() -> Iterator[None]:
     """Within this context a forward pass is a repetition and adds nothing to the statistics."""
+    outer = getattr(_recomputation, "active", False)
     _recomputation.active = True
     try:
         yield
     finally:
-        _recomputation.active = False
+        _recomputation.active = outer
 
 
 class BatchNorm(nn.Module):
