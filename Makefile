@@ -34,7 +34,7 @@ quickstart: venv ## real data, a trained and evaluated spiking network, in minut
 	@$(BIN)/python tools/eval.py --checkpoint $(RUN) --json $(RUN)/evaluation.json
 	@echo
 	@echo "The run is in $(RUN), its curves are in $(RUN)/plots/learning_curves.png. To watch it:"
-	@echo "  $(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db"
+	@echo "  $(BIN)/mlflow ui --backend-store-uri 'sqlite:///$(CURDIR)/runs/mlflow.db'"
 
 test: venv ## run the tests (minutes)
 	@$(BIN)/python -m pytest -m "not long" $(PYTEST_FLAGS)

@@ -43,7 +43,7 @@ def save(folder: Path, step: int, *, keep_last: int = 10, best: bool = False) ->
         folder,
         model=model,
         optimizer=optimizer,
-        description={"config": {"name": "x"}, "step": step},
+        description={"config": {}, "classes": ["a"], "timesteps": 1, "step": step},
         state={"step": step, "result": {"top1": step / 3}},
         keep_last=keep_last,
         best=best,
@@ -71,7 +71,7 @@ def test_round_trip(tmp_path: Path) -> None:
     for i, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(state[key], theirs[i][key]) for key in state)
     weights, description = checkpoint.load_model_file(path)
-    assert description == {"config": {"name": "x"}, "step": 7}
+    assert description == {"config": {}, "classes": ["a"], "timesteps": 1, "step": 7}
     assert weights.keys() == model.state_dict().keys()
 
 
@@ -412,10 +412,18 @@ def test_model_file_errors(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for length in (0, 4, 100, len(whole) - 1):
         file.write_bytes(whole[:length])
-        assert "not a readable model file" in problem(file)
+        assert "part of a checkpoint that is not whole" in problem(file)
+        # Alone, without the manifest that knows its checksum.
+        (tmp_path / "alone.safetensors").write_bytes(whole[:length])
+        assert "not a readable model file" in problem(tmp_path / "alone.safetensors")
         assert "model.safetensors has" in problem(path)
         assert "is not whole" in problem(tmp_path / "run")
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "checksum" in problem(file)
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    for text in ("{}", "not json"):
+        save_file({"a": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={"tetdist": text})
+        assert "damaged or of another version" in problem(tmp_path / "odd.safetensors")
     assert "does not say which model" in problem(tmp_path / "foreign.safetensors")
     (tmp_path / "text.safetensors").write_text("hello world, this is no tensor")
     assert "not a readable model file" in problem(tmp_path / "text.safetensors")

@@ -73,11 +73,13 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"model": {"name": "vggsnn"}}, ("data.kind", "images", "vggsnn", "events")),
         ({"model": {"name": "sew_resnet43"}}, ("model.name", "did you mean sew_resnet34")),
         ({"model": {"name": "resnet50"}}, ("model.name", "not a spiking model")),
-        ({"model.neuron": {"decai": 0.5}}, ("model.neuron", "'decai'", "'decay'")),
-        ({"model.neuron": {"decay": 2.0}}, ("model.neuron", "decay", "2.0")),
-        ({"model.neuron": {"surrogate": "step"}}, ("model.neuron", "surrogate", "triangle")),
-        ({"model.neuron": {"decay": "half"}}, ("model.neuron",)),
-        ({"model.neuron": {"reset": "none"}}, ("model.neuron", "reset", "'none'")),
+        ({"model.neuron": {"decai": 0.5}}, ("'model.neuron.decai'", "'model.neuron.decay'")),
+        ({"model.neuron": {"decay": 2.0}}, ("'model.neuron.decay'", "2.0")),
+        ({"model.neuron": {"surrogate": "step"}}, ("'model.neuron.surrogate'", "triangle")),
+        ({"model.neuron": {"decay": "half"}}, ("'model.neuron.decay'",)),
+        ({"model.neuron": {"detach_reset": "false"}}, ("'model.neuron.detach_reset'",)),
+        ({"model.arguments": {"chanels": [4]}}, ("model.arguments.chanels", "'channels'")),
+        ({"model.neuron": {"reset": "none"}}, ("'model.neuron.reset'", "'none'")),
         ({"model.arguments": {"num_classes": 3}}, ("model.arguments.num_classes",)),
         ({"model.arguments": {"timesteps": 3}}, ("model.arguments.timesteps",)),
         ({"data.scale": [1.0, 0.5]}, ("data.scale",)),
@@ -155,7 +157,7 @@ def test_overrides(tiny_config: ConfigWriter) -> None:
     assert config.data.resize is None
     assert config.data.index is None
     assert config.data.resize_side == round(16 / 0.875)
-    assert config.model.neuron == {"decay": 1.0}
+    assert config.model.neuron.decay == 1.0
     assert config.save.every_steps == 3
     assert config.loss.lambda_ == 0.05
 

@@ -210,11 +210,24 @@ def load_model_file(path: Path, which: str = "last") -> tuple[dict[str, Tensor],
         raise UserError(
             f"{file} does not say which model it is of; it was not written by tetdist's training"
         )
-    return weights, json.loads(metadata["tetdist"])
+    try:
+        description = json.loads(metadata["tetdist"])
+        missing = {"config", "classes", "timesteps", "step"} - set(description)
+    except (ValueError, TypeError):
+        missing = {"all of it"}
+    if missing:
+        raise UserError(
+            f"the description in {file} is damaged or of another version: "
+            f"{', '.join(sorted(missing))} cannot be read"
+        )
+    return weights, description
 
 
 def _model_file(path: Path, which: str) -> Path:
     if path.is_file():
+        problem = verify(path.parent) if (path.parent / MANIFEST_FILE).is_file() else None
+        if problem is not None:
+            raise UserError(f"{path} is part of a checkpoint that is not whole: {problem}")
         return path
     if not path.exists():
         raise UserError(f"there is no checkpoint {path}; give a run folder or a .safetensors file")

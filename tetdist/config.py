@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from tetdist.errors import UserError
-from tetdist.neurons import NeuronConfig
+from tetdist.neurons import SurrogateName
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +42,27 @@ class Section(BaseModel):
     )
 
 
+class NeuronSection(Section):
+    """See `tetdist.neurons.NeuronConfig`, whose fields and defaults these are."""
+
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the membrane kept from one timestep to the next; 1 is the IF neuron."""
+    threshold: Annotated[float, Field(gt=0)] = 1.0
+    reset: Literal["hard", "soft"] = "hard"
+    """hard: to 0; soft: by the threshold."""
+    detach_reset: bool = False
+    """Whether the reset is a constant to the backward pass."""
+    surrogate: SurrogateName = "triangle"
+    surrogate_width: Annotated[float, Field(gt=0)] = 1.0
+    """Half-width of triangle and rectangle, steepness of atan and sigmoid."""
+
+
 class ModelSection(Section):
     name: str
     """A model registered with timm, such as sew_resnet34."""
     num_classes: Annotated[int, Field(gt=1)] | None = None
     """Null: as many as the data set has."""
-    neuron: dict[str, Any] = {}
-    """Fields of NeuronConfig: decay, threshold, reset, detach_reset, surrogate, surrogate_width."""
+    neuron: NeuronSection = NeuronSection()
     arguments: dict[str, Any] = {}
     """Further arguments of the model, such as connect_function: add."""
 
@@ -447,13 +461,14 @@ def _check(config: RunConfig) -> None:
         close = difflib.get_close_matches(config.model.name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
         raise UserError(f"model.name: {config.model.name!r} is not a spiking model{hint}")
-    try:
-        NeuronConfig(**config.model.neuron)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model.neuron: {_neuron_error(error)}") from error
-    for key in ("num_classes", "neuron", "timesteps"):
-        if key in config.model.arguments:
+    allowed = tetdist.models.arguments_of(config.model.name)
+    for key in config.model.arguments:
+        if key in ("num_classes", "neuron", "timesteps"):
             raise UserError(f"model.arguments.{key}: has a key of its own; set it there")
+        if key not in allowed:
+            close = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"the nearest known one is {close[0]!r}" if close else f"known: {allowed}"
+            raise UserError(f"model.arguments.{key}: {config.model.name} has no such; {hint}")
     kind = model_input_kind(config.model.name)
     if kind != config.data.kind:
         raise UserError(
@@ -478,17 +493,6 @@ def _check(config: RunConfig) -> None:
                 f"phases.{i}.warmup_epochs: {phase.warmup_epochs} must be below the phase's "
                 f"{phase.epochs} epochs"
             )
-
-
-def _neuron_error(error: Exception) -> str:
-    text = str(error)
-    if "unexpected keyword" not in text:
-        return text
-    unknown = text.rsplit("'", 2)[-2]
-    known = list(NeuronConfig.__dataclass_fields__)
-    close = difflib.get_close_matches(unknown, known, n=1)
-    hint = f"the nearest known one is {close[0]!r}" if close else f"known are {', '.join(known)}"
-    return f"unknown key {unknown!r}; {hint}"
 
 
 def model_input_kind(name: str) -> str:

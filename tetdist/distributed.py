@@ -58,21 +58,19 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def barrier(self) -> None:
-        dist.barrier(group=self.control)
-
     def together(self, action: Callable[[], Result]) -> Result:
         """Do something on every process that may fail on some, and fail on all if it does.
 
         Raises:
-            UserError: Of the action, on the lowest rank where it failed.
+            UserError: Of the action (or whatever else it raised), on the lowest rank where it
+                failed.
             SystemExit: With status 2, on all other ranks.
         """
         result: Any = None
-        failure: UserError | None = None
+        failure: Exception | None = None
         try:
             result = action()
-        except UserError as error:
+        except Exception as error:
             failure = error
         failed: list[bool] = [False] * self.world_size
         dist.all_gather_object(failed, failure is not None, group=self.control)

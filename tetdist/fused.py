@@ -253,7 +253,7 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiler_works(device_type: str) -> bool:
     """Whether torch.compile can build a kernel for the device; says so once where it cannot."""
     try:

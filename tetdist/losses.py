@@ -4,8 +4,6 @@ All are computed in float32 (float64 for float64 logits), outside autocast, what
 network's precision.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,6 +52,3 @@ def tet_loss(
     )
     pull = (logits - phi).square().mean()
     return (1 - regularization) * cross_entropy + regularization * pull
-
-
-Loss = Callable[[Tensor, Tensor], Tensor]

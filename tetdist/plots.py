@@ -40,9 +40,7 @@ def learning_curves(metrics_file: Path, out: Path) -> None:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ModuleNotFoundError as error:
-        raise UserError(
-            "matplotlib is not installed: pip install 'tetdist[train]', or switch plots off"
-        ) from error
+        raise UserError("matplotlib is not installed: pip install 'tetdist[train]'") from error
 
     # The object interface: pyplot would keep every figure and look for a display.
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)

@@ -52,10 +52,11 @@ class Progress:
             self.bar.set_postfix_str(f"loss {loss}, top-1 {values['top1']:.1f} %, lr {lr}")
             return
         pace = (time.monotonic() - self.started) / max(step - self.first_step, 1)
+        rate = values["samples_per_s"]
         eta = timedelta(seconds=round((self.last_step - step) * pace))
         print(
             f"epoch {values['epoch']:.2f}  step {step}/{self.last_step}  loss {loss}  "
-            f"top-1 {values['top1']:.1f} %  lr {lr}  {values['samples_per_s']:.0f} images/s  "
+            f"top-1 {values['top1']:.1f} %  lr {lr}  {rate:.{0 if rate >= 10 else 1}f} images/s  "
             f"data wait {values['data_wait']:.0f} %  ETA {eta}",
             file=sys.stderr,
             flush=True,

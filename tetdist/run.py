@@ -3,6 +3,8 @@
 import fcntl
 import json
 import logging
+import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,14 +54,17 @@ def open_split(config: RunConfig, split: str, world: World) -> Index:
     """
     root = Path(config.data.root)
     if not root.is_dir():
-        raise UserError(f"data.root: there is no folder {root}; set data.root=FOLDER")
+        raise UserError(
+            f"data.root: there is no folder {root}; set data.root=FOLDER (tools/eval.py: --data "
+            "FOLDER)"
+        )
     file = data_index.index_file(config.data.index_dir, split)
     if not file.is_file():
         command = data_index.index_command(root, split, config.data.kind)
         raise UserError(f"there is no index {file}; make it with `{command}`")
     index = data_index.load_index(file)
     if world.rank == 0:
-        data_index.check_fresh(index, root)
+        data_index.check_fresh(index, root, file)
     if index.kind != config.data.kind:
         raise UserError(f"data.kind is {config.data.kind!r} and {file} is of {index.kind}")
     return index
@@ -79,11 +84,13 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
             section.name,
             num_classes=section.num_classes or len(index.classes),
             timesteps=config.phases[0].timesteps,
-            neuron=section.neuron,
+            neuron=section.neuron.model_dump(),
             **section.arguments,
         )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model.arguments: {error}") from error
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"model.arguments: {section.name} cannot be built with {section.arguments} ({error})"
+        ) from error
     if model.input_size not in (None, image_size):
         raise UserError(
             f"{section.name} is built for {model.input_size}x{model.input_size} pixels and the "
@@ -108,7 +115,13 @@ class RunFolder:
         self.path = config.run_dir
         self.checkpoints = self.path / "checkpoints"
         if world.rank == 0:
-            self._claim()
+            try:
+                self._claim()
+            except OSError as error:
+                raise UserError(
+                    f"cannot write to {self.path}: {error.strerror}; make room or choose another "
+                    "runs_dir=..."
+                ) from error
 
     def _claim(self) -> None:
         has_checkpoints = any(self.checkpoints.glob("step-*"))
@@ -119,14 +132,11 @@ class RunFolder:
             )
         if self.config.resume == "must" and not has_checkpoints:
             raise UserError(f"resume=must, and there is no checkpoint in {self.checkpoints}")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(
                 f"another process is running in {self.path}; wait for it, stop it, or give this "
                 "run another name=..."
@@ -209,7 +219,7 @@ class RunFolder:
                 f": top-1 {result['top1']:.2f} %; at best {result['best_top1']:.2f} %, "
                 f"at step {result['best_step']:.0f}"
             )
-        lines.append(f"  evaluate  python tools/eval.py --checkpoint {self.path}")
+        lines.append(f"  evaluate  python tools/eval.py --checkpoint {shlex.quote(str(self.path))}")
         if self.config.tracking_uri:
             lines.append(f"  look      {tracking.ui_command(self.config.tracking_uri)}")
         logger.info("%s", "\n".join(lines))
@@ -225,10 +235,13 @@ class RunFolder:
             "world_size": str(self.world.world_size),
             "run_dir": str(self.path.resolve()),
             "data": self.index.fingerprint[:16],
-        }
+        } | {f"version.{name}": version for name, version in tracking.versions().items()}
 
 
 def _write(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text)
+    with aside.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
     aside.replace(path)

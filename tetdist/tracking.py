@@ -651,22 +651,27 @@ SLURM_VARIABLES = (
 )
 
 
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result may depend on; nothing is imported for it."""
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
 def environment() -> dict[str, Any]:
     """Describes where and with what this process runs, ready for JSON.
 
     Nothing is imported for it, and what cannot be found out is None, empty or left out.
     """
-    versions: dict[str, str] = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     gpus = _output(
         ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     )
     return {
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": versions(),
         "platform": platform.platform(),
         "hostname": socket.gethostname(),
         "cpu": _cpu_model(),

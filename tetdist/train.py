@@ -63,11 +63,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 finished, 2 a mistake of the user's, 128 + n stopped by signal n."""
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from tetdist.errors import UserError
-
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         logging.getLogger().setLevel(logging.ERROR)
+    try:
+        from tetdist.errors import UserError
+    except ModuleNotFoundError as error:
+        return fail(error) if rank == "0" else 2
+    except KeyboardInterrupt:
+        return 130
     try:
         config = read_config(options)
     except (UserError, ModuleNotFoundError) as error:
@@ -79,6 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
         return train(config)
     except (UserError, ModuleNotFoundError) as error:
         return fail(error, "" if rank == "0" else f"rank {rank}: ")
+    except KeyboardInterrupt:
+        # Before the run began, or for the second time.
+        print("interrupted; what was saved before is there", file=sys.stderr)
+        return 130
 
 
 def fail(error: Exception, prefix: str = "") -> int:

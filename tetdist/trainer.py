@@ -6,7 +6,9 @@ and some running sums, and to resume is to put those back.
 """
 
 import logging
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +57,9 @@ class Trainer:
         self.last_step = min(end, config.max_steps or end)
 
         torch.manual_seed(config.seed)
+        if config.deterministic:
+            # cuBLAS reads it when it is first used, and torch refuses to go on without it.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic)
         self.model = world.together(lambda: make_model(config, self.train_index))
         self.model.to(world.device)
@@ -167,7 +172,7 @@ class Trainer:
         for _ in range(self.num_micro_batches):
             with clock.waiting():
                 images, labels, _ = next(self.loader)
-            images, labels = images.to(self.world.device), labels.to(self.world.device)
+            images, labels = self._on_device(images), self._on_device(labels)
             logits = self.engine.forward(images)  # (T, B, K)
             loss = compute_loss(self.config.loss, logits, labels)
             self.engine.backward(loss)
@@ -183,6 +188,12 @@ class Trainer:
         if self.world.device.type == "cpu" and not applied:
             self._end_non_finite(lr)
         return lr, grad_norm
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cpu" and self.world.device.type == "cuda":
+            # From pinned memory the host need not wait for the copy.
+            return tensor.pin_memory().to(self.world.device, non_blocking=True)
+        return tensor.to(self.world.device)
 
     def _count(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
         correct = (logits.mean(0).argmax(-1) == labels).sum()
@@ -276,12 +287,20 @@ class Trainer:
         }
         self._log("val", values)
         self.progress.report_evaluation(self.step, values)
-        if self.tracker:
-            plot = self.folder.path / "plots" / "learning_curves.png"
-            plot.parent.mkdir(exist_ok=True)
-            plots.learning_curves(self.tracker.path, plot)
-            self.tracker.artifact(plot)
         self._save(best=is_best, validation={"top1": result.top1, "top5": result.top5})
+        if self.tracker:
+            self._plot(self.tracker)
+
+    def _plot(self, tracker: Tracker) -> None:
+        plot = self.folder.path / "plots" / "learning_curves.png"
+        try:
+            plot.parent.mkdir(exist_ok=True)
+            plots.learning_curves(tracker.path, plot)
+        except (UserError, OSError) as error:
+            # Training is worth more than its picture.
+            logger.warning("no plot was made: %s", error)
+            return
+        tracker.artifact(plot)
 
     def _log(self, kind: str, values: dict[str, Any]) -> None:
         if self.tracker:
@@ -299,8 +318,12 @@ class Trainer:
             "world_size": self.world.world_size,
             "data": self.train_index.fingerprint,
         }
+        described = self.config.as_dict()
+        # So that it can be evaluated from another folder.
+        described["data"]["root"] = str(Path(self.config.data.root).resolve())
+        described["data"]["index"] = str(self.config.data.index_dir.resolve())
         description = {
-            "config": self.config.as_dict(),
+            "config": described,
             "classes": list(self.train_index.classes),
             "timesteps": self.model.timesteps,
             "step": self.step,

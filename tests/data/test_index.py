@@ -5,6 +5,7 @@ import os
 import time
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -328,3 +329,18 @@ def test_real_images_are_all_good():
     index, bad = build(SHARED, "imagenet-sample")
     assert (len(index), bad) == (157, [])
     ix.check_fresh(index, SHARED)
+
+
+def test_files_newer_than_the_index_are_refused(image_root, tmp_path):
+    root = image_root()
+    index, _ = ix.build_index(root, "train", workers=1)
+    file = ix.index_file(tmp_path / "index", "train")
+    ix.save_index(index, file)
+    ix.check_fresh(index, root, file)
+    newer = Path(root, index.path(1))
+    stamp = file.stat().st_mtime_ns + 1
+    os.utime(newer, ns=(stamp, stamp))
+    with pytest.raises(UserError, match=f"{index.path(1)} is newer than the index .* touch "):
+        ix.check_fresh(index, root, file)
+    os.utime(file)
+    ix.check_fresh(index, root, file)

@@ -39,7 +39,7 @@ _EXIF_ORIENTATION = 0x0112
 
 _FORMAT_VERSION = 1
 _FILES_PER_TASK = 64
-_SAMPLED_FILES = 512
+_SAMPLED_FILES = 10_000
 # What reading an .npz raises where its bytes are not what was written.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -290,12 +290,13 @@ def check_same_classes(classes: Mapping[str, tuple[str, ...]]) -> None:
             )
 
 
-def check_fresh(index: Index, root: str | Path) -> None:
+def check_fresh(index: Index, root: str | Path, file: str | Path | None = None) -> None:
     """Make sure that the files are still those of the index.
 
     A class folder whose modification time is the recorded one lists the same names, so nothing of
     it is read; where the time differs, as in a copy, the names are compared. File sizes are
-    compared for at most 512 files, evenly spread.
+    compared for at most 10,000 files, evenly spread, and with ``file`` (the index's own) their
+    modification times, too.
 
     Raises:
         UserError: if they are not; it names the first difference and the command to index again.
@@ -324,12 +325,18 @@ def check_fresh(index: Index, root: str | Path) -> None:
     for i in sample:
         path = index.path(i)
         try:
-            size = Path(root, path).stat().st_size
+            status = Path(root, path).stat()
         except OSError as e:
             raise UserError(f"{path} cannot be read ({e.strerror}): {again}") from e
+        size = status.st_size
         if size != index.file_sizes[i]:
             raise UserError(
                 f"{path} has {size} bytes where the index says {index.file_sizes[i]}: {again}"
+            )
+        if file is not None and status.st_mtime_ns > Path(file).stat().st_mtime_ns:
+            raise UserError(
+                f"{path} is newer than the index {file}: {again}, or, if the files were only"
+                f" copied, `touch {shlex.quote(str(file))}`"
             )
 
 

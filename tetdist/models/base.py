@@ -65,8 +65,8 @@ class SpikingNetwork(nn.Module):
         Raises:
             ValueError: T is below 1.
         """
-        if timesteps < 1:
-            raise ValueError(f"timesteps must be at least 1, not {timesteps}")
+        if not isinstance(timesteps, int) or timesteps < 1:
+            raise ValueError(f"timesteps must be a whole number and at least 1, not {timesteps!r}")
         self.timesteps = timesteps
 
     def set_execution(self, execution: str) -> None:
@@ -113,6 +113,11 @@ class SpikingNetwork(nn.Module):
             return x.contiguous(memory_format=torch.channels_last)[None]
         if x.ndim != 5:
             raise ValueError(f"an event batch is (B, T, C, H, W), not {tuple(x.shape)}")
+        if self.input_size not in (None, x.shape[-1]):
+            raise ValueError(
+                f"the model is built for {self.input_size}x{self.input_size} pixels, the input "
+                f"has {x.shape[-2]}x{x.shape[-1]}"
+            )
         if x.shape[1] < self.timesteps:
             raise ValueError(
                 f"the model runs {self.timesteps} timesteps, the input has {x.shape[1]} bins"
