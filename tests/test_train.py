@@ -567,11 +567,14 @@ def test_file_that_breaks_after_indexing(
     """Same size and name, so that only decoding finds out: in training, and in evaluation."""
     for split in ("train", "val"):
         file = tiny_copy / split / "left/03.png"
-        whole = file.read_bytes()
+        whole, status = file.read_bytes(), file.stat()
         file.write_bytes(whole[:60] + bytes(len(whole) - 60))
+        # As a failing disk does it: nobody has touched the file.
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
         config = tiny_config({"data.root": str(tiny_copy), "name": split})
         ended(main(config), "error:", f"{split}/left/03.png")
         file.write_bytes(whole)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
         ended(main(config), "is finished", status=0)
 
 

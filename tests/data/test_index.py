@@ -340,7 +340,7 @@ def test_files_newer_than_the_index_are_refused(image_root, tmp_path):
     newer = Path(root, index.path(1))
     stamp = file.stat().st_mtime_ns + 1
     os.utime(newer, ns=(stamp, stamp))
-    with pytest.raises(UserError, match=f"{index.path(1)} is newer than the index .* touch "):
+    with pytest.raises(UserError, match=f"{index.path(1)} is newer than the index .*`touch "):
         ix.check_fresh(index, root, file)
     os.utime(file)
     ix.check_fresh(index, root, file)
