@@ -363,7 +363,10 @@ class Trainer:
         self.result, self.optimizer_state = state["result"], found.optimizer
         if self.world.rank == 0:
             self.window += torch.tensor(state["window"], dtype=torch.float64).to(self.window.device)
-            logger.info("continuing %s from step %d", self.folder.path, self.step)
+            if self.finished:
+                logger.info("%s was trained before: nothing to do", self.folder.path)
+            else:
+                logger.info("continuing %s from step %d", self.folder.path, self.step)
 
     def _progress(self) -> Progress:
         return Progress(
