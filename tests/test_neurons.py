@@ -52,7 +52,7 @@ def test_sequence_by_hand(case: str) -> None:
 @pytest.mark.parametrize("threshold", [0.25, 1.0, 3.0])
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 def test_membrane_exactly_at_the_threshold_is_silent(threshold: float, reset: str) -> None:
-    config = NeuronConfig(threshold=threshold, reset=reset)  # type: ignore[arg-type]
+    config = NeuronConfig(threshold=threshold, reset=reset)
     just_above = math.nextafter(threshold, math.inf)
     current = torch.tensor([[threshold, just_above]], dtype=torch.float64)
     fired, u = run(current, config)
@@ -69,7 +69,7 @@ def test_given_membrane_is_where_the_neuron_starts() -> None:
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 @pytest.mark.parametrize("first", [1, 3])
 def test_two_segments_with_the_membrane_carried_equal_one_run(reset: str, first: int) -> None:
-    config = NeuronConfig(reset=reset, surrogate="sigmoid", surrogate_width=3.0)  # type: ignore[arg-type]
+    config = NeuronConfig(reset=reset, surrogate="sigmoid", surrogate_width=3.0)
     generator = torch.Generator().manual_seed(0)
     current = torch.rand(6, 4, 5, generator=generator, dtype=torch.float64) * 1.5
     weight = torch.randn(6, 4, 5, generator=generator, dtype=torch.float64)
@@ -188,7 +188,7 @@ def test_surrogates_at_values_from_the_papers() -> None:
 
 @each_surrogate
 def test_spike_is_a_step_with_the_surrogates_gradient(surrogate: str) -> None:
-    config = NeuronConfig(surrogate=surrogate, surrogate_width=1.5)  # type: ignore[arg-type]
+    config = NeuronConfig(surrogate=surrogate, surrogate_width=1.5)
     x = torch.linspace(-2, 2, 41, dtype=torch.float64, requires_grad=True)
     weight = torch.linspace(1, 3, 41, dtype=torch.float64)
     fired = spike(x, config)
@@ -240,9 +240,9 @@ def test_gradient_through_time(
     config = NeuronConfig(
         decay=decay,
         threshold=0.75,
-        reset=reset,  # type: ignore[arg-type]
+        reset=reset,
         detach_reset=detach_reset,
-        surrogate=surrogate,  # type: ignore[arg-type]
+        surrogate=surrogate,
         surrogate_width=1.25,
     )
     generator = torch.Generator().manual_seed(1)
@@ -317,17 +317,17 @@ _BAD = list(itertools.chain(*([(k, v) for v in values] for k, values in BAD_VALU
 @pytest.mark.parametrize(("key", "value"), _BAD, ids=[f"{k}={v}" for k, v in _BAD])
 def test_error_names_the_key_and_the_value(key: str, value: float | str) -> None:
     with pytest.raises(ValueError, match=rf"^{key} must be .*not '?{value}'?$"):
-        NeuronConfig(**{key: value})  # type: ignore[arg-type]
+        NeuronConfig(**{key: value})
 
 
 def test_unknown_surrogate_is_answered_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="triangle, atan, sigmoid, rectangle"):
-        NeuronConfig(surrogate="arctan")  # type: ignore[arg-type]
+        NeuronConfig(surrogate="arctan")
 
 
 def test_unknown_key_is_refused() -> None:
     with pytest.raises(TypeError, match="tau"):
-        NeuronConfig(tau=2.0)  # type: ignore[call-arg]
+        NeuronConfig(tau=2.0)
 
 
 def test_defaults_are_the_papers_neuron() -> None:

@@ -189,7 +189,7 @@ def test_a_norm_that_was_not_used_stays_and_the_others_get_their_own_statistics(
     defer_running_statistics(model)
     first, unused, last = model
     batches = {first: _currents(2, 3, seed=1), last: _currents(1, 2, seed=2)}
-    expected = {norm: _moved(norm, batch) for norm, batch in batches.items()}  # type: ignore[arg-type]
+    expected = {norm: _moved(norm, batch) for norm, batch in batches.items()}
     for norm, used in batches.items():
         for batch in used:
             norm(batch)
@@ -202,7 +202,7 @@ def test_a_norm_that_was_not_used_stays_and_the_others_get_their_own_statistics(
     update_running_statistics(model, average)
     assert calls == [(2 * (3 + 2),)]  # one collective call for the whole model
     for norm, moved in expected.items():
-        torch.testing.assert_close(_statistics(norm), moved)  # type: ignore[arg-type]
+        torch.testing.assert_close(_statistics(norm), moved)
     assert unused.running_mean.tolist() == [0] * 5
     assert unused.running_var.tolist() == [1] * 5
 

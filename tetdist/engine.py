@@ -227,7 +227,8 @@ def _clip(grads: list[Tensor], max_norm: float | None) -> Update:
 def _set(optimizer: torch.optim.Optimizer, lr: float, apply: Tensor) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-    # How torch's GradScaler tells fused optimisers to leave everything as it is.
+    # How torch's GradScaler tells fused optimisers to leave everything as it is; the attributes are
+    # read there by name and declared nowhere.
     optimizer.found_inf = (~apply).to(torch.float32)  # type: ignore[attr-defined]
     optimizer.grad_scale = None  # type: ignore[attr-defined]
 

@@ -143,7 +143,7 @@ class SpikingNetwork(nn.Module):
         return x
 
     def forward_stem(self, x: Tensor) -> Tensor:
-        """(1 or T, B, C, H, W) to spikes (T, B, C', H', W')."""
+        """(1 or T, B, C, H, W) to spikes (T, B, C', H', W'); each family has its own."""
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
