@@ -42,7 +42,7 @@ def save(folder: Path, step: int, *, keep_last: int = 10, best: bool = False) ->
     return checkpoint.save(
         folder,
         model=model,
-        optimizer=optimizer,
+        optimizer=optimizer.state_dict(),
         description={"config": {}, "classes": ["a"], "timesteps": 1, "step": step},
         state={"step": step, "result": {"top1": step / 3}},
         keep_last=keep_last,
@@ -157,7 +157,7 @@ def test_same_step_again_replaces(tmp_path: Path) -> None:
     checkpoint.save(
         tmp_path,
         model=model,
-        optimizer=optimizer,
+        optimizer=optimizer.state_dict(),
         description={},
         state={"step": 1},
         keep_last=2,

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -610,18 +611,27 @@ def test_more_classes_than_the_data_is_fine(
 def test_non_finite_loss_names_step_rate_and_checkpoint(
     engine: str, farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
-    file = tiny_config({"engine": engine, "save.every_steps": 1, "phases.0.optimizer.lr": 1e30})
+    lr = {"phases.0.optimizer.lr": 1e30}
+    file = tiny_config({"engine": engine, "save.every_steps": 1, "non_finite_limit": 3} | lr)
     outcome = farm(file)
-    ended(outcome, "not finite at step ", "learning rate ", "step 1, in")
+    ended(outcome, "not finite in 3 steps in a row, at last at step ", "learning rate ")
     run = tmp_path / "runs/tiny"
-    bad = int(outcome.text.split("not finite at step ")[1].split()[0])
-    assert f"step {bad - 1}, in {run / 'checkpoints'}" in outcome.text
-    assert bad > 1
+    last = int(outcome.text.split("at last at step ")[1].split()[0])
+    assert f"the last checkpoint is of step {last - 1}, in {run / 'checkpoints'}" in outcome.text
+    assert re.search(r"Rank 0: loss .*; largest gradients .*stem.*; largest weights ", outcome.text)
     for value in load_file(tiny.newest(run) / "model.safetensors").values():
         assert torch.isfinite(value).all()
-    # Nothing of the bad step is in the file, and the same command fails in the same way.
-    assert tiny.metrics(run)[-1]["step"] == bad - 1
-    assert f"not finite at step {bad} " in farm(file).text
+    # The steps that changed nothing are counted, and have left nothing but that.
+    bad = [line["step"] for line in tiny.metrics(run, "train") if line["non_finite_steps"]]
+    assert bad == [last - 2, last - 1]
+    good = farm(file, "name=good", f"max_steps={last - 3}")
+    assert good.status == 0, good.text
+    ours, theirs = (
+        load_file(tiny.newest(r) / "model.safetensors") for r in (run, run.parent / "good")
+    )
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    # The same command goes on counting where it was, and fails in the same step.
+    assert f"at last at step {last} " in farm(file).text
 
 
 def test_checkpoint_of_another_model(main: Main, tiny_config: ConfigWriter, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def save(
     folder: Path,
     *,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: dict[str, Any],
     description: dict[str, Any],
     state: dict[str, Any],
     keep_last: int,
@@ -70,7 +70,7 @@ def save(
     Args:
         folder: The run's ``checkpoints`` folder.
         model: Its state goes to model.safetensors.
-        optimizer: Its state goes to optimizer.pt.
+        optimizer: The optimiser's ``state_dict``; goes to optimizer.pt.
         description: Goes to the header of model.safetensors: all that `load_model_file` needs to
             build the model again and evaluate it.
         state: JSON values.
@@ -93,11 +93,13 @@ def save(
         target = folder / (f"{name}.{max(repeats) + 1}" if repeats else name)
         _remove(aside)
         aside.mkdir()
+        # Copies: at ZeRO stages above 0 the parameters are views of one buffer.
         weights = {
-            key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()
+            key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for key, tensor in model.state_dict().items()
         }
         save_file(weights, aside / MODEL_FILE, metadata={"tetdist": json.dumps(description)})
-        torch.save(optimizer.state_dict(), aside / OPTIMIZER_FILE)
+        torch.save(optimizer, aside / OPTIMIZER_FILE)
         (aside / STATE_FILE).write_text(json.dumps({"format": FORMAT_VERSION} | state, indent=1))
         files = {path.name: _describe(path) for path in sorted(aside.iterdir())}
         (aside / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=1))

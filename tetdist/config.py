@@ -147,6 +147,17 @@ class PhaseSection(Section):
     """Linear from 0 at the phase's start."""
 
 
+class SegmentsSection(Section):
+    timesteps: Positive
+    """Run each block over segments of so many timesteps, and recompute segment by segment."""
+
+
+class BatchNormSection(Section):
+    sync: bool = False
+    """Normalise over the micro-batches of all processes together, not over each one's own. The
+    result then depends on the number of processes, as it does not otherwise."""
+
+
 class SaveSection(Section):
     every_steps: Positive | None = None
     """Besides each epoch's end; null: only there."""
@@ -170,15 +181,24 @@ class RunConfig(Section):
     batch: BatchSection
     loss: LossSection = LossSection()
     phases: Annotated[tuple[PhaseSection, ...], Field(min_length=1)]
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32", "fp16", "fp64"] = "bf16"
+    """bf16, fp16 (GPU only): of convolutions, beside parameters in float32. fp64: for checks."""
+    batch_norm: BatchNormSection = BatchNormSection()
     execution: Literal["fused", "reference"] = "fused"
     """reference runs the plain definitions of normalisation and neurons."""
-    checkpoint: Literal["none", "blocks"] = "none"
-    """Activation memory. blocks: keep each block's input only, compute the rest again."""
+    checkpoint: Literal["none", "blocks"] | SegmentsSection = "none"
+    """Activation memory. blocks: keep each block's input only, compute the rest again; the same
+    result to the bit. {timesteps: k}: the same over segments of k timesteps, for long T; batch
+    norm then normalises each segment by itself, which is another network in training."""
     gradient_clipping: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the gradient."""
+    non_finite_limit: Positive = 5
+    """Steps in a row without a finite gradient after which the run ends; until then each of them
+    changes nothing and is counted."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """torch: a few lines of plain torch, the check on DeepSpeed's result."""
+    zero_stage: Literal[0, 1, 2] = 0
+    """DeepSpeed's ZeRO. 1: the optimiser's state is divided among processes; 2: gradients, too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
     """Only algorithms that repeat to the bit on a GPU; slower. (On a CPU they all do.)"""
@@ -188,6 +208,15 @@ class RunConfig(Section):
     """Optimiser steps between two lines of metrics."""
     evaluate_every: Positive = 1
     """Epochs between two evaluations; the last epoch is always evaluated."""
+    init_checkpoint: str | None = None
+    """Weights and running statistics to begin with: a run folder (its last checkpoint), a
+    checkpoint folder or a .safetensors file. The optimiser starts anew."""
+    start_phase: Annotated[int, Field(ge=0)] = 0
+    """Begin with this phase, from init_checkpoint, as if those before it were done."""
+    peer_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds without any progress of a process after which all others end."""
+    record_samples: bool = False
+    """Debugging aid: write ids and checksums of the samples of each step to samples-RANK.jsonl."""
     resume: Literal["auto", "never", "must"] = "auto"
     """What to do about checkpoints in the run folder: auto continues if there are any."""
     runs_dir: str = "runs"
@@ -214,9 +243,9 @@ class RunConfig(Section):
         return yaml.safe_dump(self.as_dict(), sort_keys=False)
 
 
-# What may differ between a run and its continuation: where things are and how much is shown or
-# kept, nothing that changes the result. (The data set's content is compared by the index's
-# fingerprint.)
+# What may differ between a run and its continuation: where things are, how much is shown or kept,
+# and how the same numbers are computed, nothing that changes the result beyond rounding. (The data
+# set's content is compared by the index's fingerprint.)
 OPERATIONAL_KEYS = (
     "data.root",
     "data.index",
@@ -225,6 +254,11 @@ OPERATIONAL_KEYS = (
     "data.prefetch",
     "batch.eval",
     "checkpoint",
+    "engine",
+    "zero_stage",
+    "non_finite_limit",
+    "peer_timeout",
+    "record_samples",
     "device",
     "max_steps",
     "log_every",
@@ -303,10 +337,10 @@ def parse(raw: dict[str, Any], source: str, *, warn: bool = True) -> RunConfig:
     try:
         config = RunConfig.model_validate_json(_as_json(raw, source))
     except pydantic.ValidationError as error:
-        errors = error.errors()
+        errors = [_united(e) for e in error.errors()]
         # A list whose item is wrong is also reported as too short; the item says enough.
         inner = [e for e in errors if not any(_contains(e, other) for other in errors)]
-        problems = "; ".join(_explain(e) for e in inner)
+        problems = "; ".join(dict.fromkeys(_explain(e) for e in inner))
         raise UserError(f"{source}: {problems}") from None
     _check(config)
     if warn:
@@ -376,6 +410,14 @@ def _position(items: list[Any], part: str, dotted: str) -> int:
     return int(part)
 
 
+def _united(error: Any) -> Any:
+    """One sentence for a key of two kinds, of which pydantic complains once a kind."""
+    if error["loc"][0] != "checkpoint":
+        return error
+    message = "must be none, blocks or {timesteps: K} with a whole number K above 0"
+    return {"loc": ("checkpoint",), "type": "union", "msg": message, "input": ...}
+
+
 def _contains(error: Any, other: Any) -> bool:
     outer, inner = error["loc"], other["loc"]
     return len(outer) < len(inner) and inner[: len(outer)] == outer
@@ -399,7 +441,7 @@ def _explain(error: Any) -> str:
         return f"{dotted!r} is missing"
     message = error["msg"][0].lower() + error["msg"][1:]
     given = error["input"]
-    shown = "" if isinstance(given, dict) else f", not {given!r}"
+    shown = "" if given is ... or isinstance(given, dict) else f", not {given!r}"
     return f"{dotted!r}: {message}{shown}"
 
 
@@ -433,9 +475,11 @@ def schema(section: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, 
     for name, field in section.model_fields.items():
         dotted = f"{prefix}{field.alias or name}"
         inner = _section_in(field.annotation)
-        if inner is None:
+        if inner is None or field.description:
             keys[dotted] = field.description or ""
-        elif inner is PhaseSection:
+        if inner is None:
+            continue
+        if inner is PhaseSection:
             keys |= schema(inner, f"{dotted}.N.")
         else:
             keys |= schema(inner, f"{dotted}.")
@@ -487,12 +531,36 @@ def _check(config: RunConfig) -> None:
             f"data.resize: {data.resize} is smaller than data.image_size, {data.image_size}: "
             "the centre crop would not fit"
         )
+    _check_precision_and_engine(config)
+    if config.start_phase >= len(config.phases):
+        raise UserError(
+            f"start_phase: {config.start_phase} is none of the phases 0 to {len(config.phases) - 1}"
+        )
+    if config.start_phase and config.init_checkpoint is None:
+        raise UserError(
+            f"start_phase: {config.start_phase} begins after phases that this run did not train; "
+            "set init_checkpoint to what they left"
+        )
     for i, phase in enumerate(config.phases):
         if phase.warmup_epochs >= phase.epochs:
             raise UserError(
                 f"phases.{i}.warmup_epochs: {phase.warmup_epochs} must be below the phase's "
                 f"{phase.epochs} epochs"
             )
+
+
+def _check_precision_and_engine(config: RunConfig) -> None:
+    if config.precision == "fp64" and config.engine != "torch":
+        raise UserError("precision: DeepSpeed does not train in fp64; set engine=torch with it")
+    if config.zero_stage and config.engine != "deepspeed":
+        raise UserError(
+            f"zero_stage: {config.zero_stage} is DeepSpeed's; set engine=deepspeed or zero_stage=0"
+        )
+    if config.zero_stage and config.precision == "fp16":
+        raise UserError(
+            "precision: fp16 needs zero_stage=0 (DeepSpeed never lowers its loss scale at stages 1 "
+            "and 2); bf16 goes with all of them"
+        )
 
 
 def model_input_kind(name: str) -> str:

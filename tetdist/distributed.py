@@ -18,8 +18,8 @@ from tetdist.errors import UserError
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 Result = TypeVar("Result")
 
-# A peer that is silent for so long is taken for dead.
-TIMEOUT = timedelta(minutes=10)
+# How much longer a collective waits than watch.py, which can name whom it waits for.
+MARGIN = timedelta(seconds=60)
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,12 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value (numbers, text, lists of them), by rank, on every process."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def together(self, action: Callable[[], Result]) -> Result:
         """Do something on every process that may fail on some, and fail on all if it does.
 
@@ -72,8 +78,7 @@ class World:
             result = action()
         except Exception as error:
             failure = error
-        failed: list[bool] = [False] * self.world_size
-        dist.all_gather_object(failed, failure is not None, group=self.control)
+        failed = self.gather(failure is not None)
         if not any(failed):
             return result
         if failure is not None and failed.index(True) == self.rank:
@@ -93,11 +98,12 @@ class World:
             dist.destroy_process_group()
 
 
-def join(device: str) -> World:
+def join(device: str, timeout: float = 600) -> World:
     """Join the other processes, as the launcher's environment says; alone without a launcher.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
+        timeout: Seconds that a process may keep the others waiting.
 
     Raises:
         UserError: Only some of the launcher's variables are set, or there is no GPU where one
@@ -133,7 +139,7 @@ def join(device: str) -> World:
             store=store,
             rank=rank,
             world_size=world_size,
-            timeout=TIMEOUT,
+            timeout=timedelta(seconds=timeout) + MARGIN,
         )
     except dist.DistNetworkError as error:
         raise UserError(

@@ -1,13 +1,16 @@
 """Backward pass, gradient averaging and update: DeepSpeed, or the same in a few lines of torch.
 
-The one file that knows DeepSpeed. Both engines do the same: a step is ``accumulation``
+The one file that knows DeepSpeed. All engines do the same: a step is ``accumulation``
 micro-batches, each ``forward`` then ``backward``; then ``update`` averages the gradients over
 micro-batches and processes, clips them and applies them, unless a gradient is not finite, in which
 case no process changes a parameter. Whether it was is a tensor on the device: the host does not
 wait for it.
+
+The optimiser's state leaves and enters an engine in one form, that of torch: whole tensors, one a
+parameter. So a checkpoint of any engine and ZeRO stage continues on any other, and on any number
+of processes.
 """
 
-import contextlib
 import importlib
 import importlib.util
 import logging
@@ -21,6 +24,7 @@ from tetdist.config import OptimizerSection, RunConfig
 from tetdist.distributed import World
 from tetdist.errors import UserError
 from tetdist.normalization import BatchNorm
+from tetdist.precision import LOW_PRECISION, autocast
 
 
 class Update(NamedTuple):
@@ -36,7 +40,7 @@ class Update(NamedTuple):
 
 
 class Engine(Protocol):
-    optimizer: torch.optim.Optimizer
+    loss_scale: "LossScale | None"
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits per timestep, (T, B, K), in the configured precision."""
@@ -47,8 +51,52 @@ class Engine(Protocol):
     def update(self, lr: float) -> Update:
         """Apply the average gradient of the step's micro-batches, with learning rate ``lr``."""
 
+    def optimizer_state(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`; to be called on every process together."""
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Take over what `optimizer_state` of any engine returned."""
+
     def close(self) -> None:
         """Let go of the model, which another engine may take over."""
+
+
+class LossScale:
+    """Dynamic loss scaling for float16, whose smallest gradients would else be zeros.
+
+    A number of the host, not of the device: a step whose gradient overflowed is taken again with
+    half the scale, so the host has to know.
+
+    Attributes:
+        value: What the loss is multiplied by before its backward pass.
+        good_steps: Steps without an overflow since the value last changed.
+        overflows: How often a step was taken again, in all.
+    """
+
+    START, GROWTH_INTERVAL = 2.0**16, 2000
+
+    def __init__(self) -> None:
+        self.value, self.good_steps, self.overflows = self.START, 0, 0
+
+    def succeeded(self) -> None:
+        self.good_steps += 1
+        if self.good_steps == self.GROWTH_INTERVAL:
+            self.value, self.good_steps = self.value * 2, 0
+
+    def overflowed(self) -> bool:
+        """Halve the scale; False where it is 1 already, so that the scale is not to blame."""
+        if self.value <= 1:
+            return False
+        self.overflows += 1
+        self.value, self.good_steps = self.value / 2, 0
+        return True
+
+    def state_dict(self) -> dict[str, float]:
+        return vars(self).copy()
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.value = float(state["value"])
+        self.good_steps, self.overflows = int(state["good_steps"]), int(state["overflows"])
 
 
 def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
@@ -92,7 +140,8 @@ def make_engine(
     """The configured engine for one phase.
 
     Args:
-        config: Its ``engine``, ``precision``, ``batch`` and ``gradient_clipping`` are read.
+        config: Its ``engine``, ``zero_stage``, ``precision``, ``batch`` and ``gradient_clipping``
+            are read.
         model: On its device, the same on every process.
         optimizer: From `make_optimizer`.
         accumulation: Micro-batches that this process contributes to each step.
@@ -101,12 +150,17 @@ def make_engine(
     Raises:
         UserError: DeepSpeed is not installed.
     """
-    cls = DeepSpeedEngine if config.engine == "deepspeed" else TorchEngine
+    cls: type[TorchEngine] | type[DeepSpeedEngine] | type[ZeroEngine] = TorchEngine
+    if config.engine == "deepspeed":
+        cls = ZeroEngine if config.zero_stage else DeepSpeedEngine
     return cls(config, model, optimizer, accumulation, world)
 
 
 class TorchEngine:
-    """Plain torch: autocast, accumulation, one flat all-reduce."""
+    """Plain torch: autocast, accumulation, one flat all-reduce.
+
+    The only engine for float64, which DeepSpeed does not reduce.
+    """
 
     def __init__(
         self,
@@ -118,16 +172,17 @@ class TorchEngine:
     ) -> None:
         self.model, self.optimizer, self.world = model, optimizer, world
         self.accumulation, self.max_norm = accumulation, config.gradient_clipping
-        self.bf16 = config.precision == "bf16"
+        self.precision = config.precision
+        self.loss_scale = LossScale() if config.precision == "fp16" else None
         _lay_out(model, torch.channels_last)
         self.optimizer.zero_grad()
 
     def forward(self, images: Tensor) -> Tensor:
-        with _autocast(images.device, self.bf16):
+        with autocast(images.device, self.precision):
             return self.model(images, per_timestep=True)
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self.accumulation).backward()
+        (_scaled(loss, self.loss_scale) / self.accumulation).backward()
 
     def update(self, lr: float) -> Update:
         grads = _gradients(self.optimizer)
@@ -135,11 +190,17 @@ class TorchEngine:
             flat = self.world.mean_(torch.cat([grad.flatten() for grad in grads]))
             for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
-        update = _clip(grads, self.max_norm)
+        update = _unscale_and_clip(grads, self.loss_scale, self.max_norm)
         _set(self.optimizer, lr, update.applied)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return update
+
+    def optimizer_state(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
 
     def close(self) -> None:
         pass
@@ -156,29 +217,14 @@ class DeepSpeedEngine:
         accumulation: int,
         world: World,
     ) -> None:
-        deepspeed = _import_deepspeed(world.device)
-        settings: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": config.batch.micro,
-            "gradient_accumulation_steps": accumulation,
-            "zero_optimization": {"stage": 0},
-            # Its default is 1.0. Clipping is ours, in update().
-            "gradient_clipping": 0.0,
-            "steps_per_print": 2**31,
-        }
-        if config.precision == "bf16":
-            # The empty list: gradients are averaged as the float32 numbers they are. By default
-            # those of convolutions would travel in bfloat16, and the result depend on the number
-            # of processes.
-            settings["torch_autocast"] = {
-                "enabled": True,
-                "dtype": "bfloat16",
-                "lower_precision_safe_modules": [],
-            }
         # initialize broadcasts parameters through a view that channels_last weights do not have.
         _lay_out(model, torch.contiguous_format)
-        self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, dist_init_required=False
-        )
+        # Its gradient_clipping is 1.0 by default. Clipping is ours, in update().
+        settings = _settings(config, accumulation) | {"gradient_clipping": 0.0}
+        self.engine = _initialize(model, optimizer, settings, world)
+        # It skips overflows, and neither says so nor saves its scale: the scaling is ours, too.
+        self.engine.torch_autocast_z0_gradscaler = None
+        self.loss_scale = LossScale() if config.precision == "fp16" else None
         _lay_out(model, torch.channels_last)
         self.optimizer, self.max_norm = optimizer, config.gradient_clipping
 
@@ -186,29 +232,174 @@ class DeepSpeedEngine:
         return self.engine(images, per_timestep=True)
 
     def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss)
-        # Inside a step this only counts; at its last micro-batch it would update, which is left to
-        # update(), when the averaged gradient has been looked at.
-        if not self.engine.is_gradient_accumulation_boundary():
-            self.engine.step()
+        _accumulate(self.engine, _scaled(loss, self.loss_scale))
 
     def update(self, lr: float) -> Update:
         assert self.engine.is_gradient_accumulation_boundary()
-        update = _clip(_gradients(self.optimizer), self.max_norm)
+        update = _unscale_and_clip(_gradients(self.optimizer), self.loss_scale, self.max_norm)
         _set(self.optimizer, lr, update.applied)
         self.engine.step()
         return update
 
+    def optimizer_state(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
     def close(self) -> None:
         self.engine.destroy()
+
+
+class ZeroEngine:
+    """DeepSpeed at ZeRO stage 1 (the optimiser's state is divided among the processes) or 2 (the
+    gradients, too).
+
+    Parameters become views of flat buffers, so weights cannot be channels_last here, and
+    convolutions are slower than at stage 0.
+    """
+
+    loss_scale: LossScale | None = None  # config.py refuses fp16 here
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accumulation: int,
+        world: World,
+    ) -> None:
+        _lay_out(model, torch.contiguous_format)
+        self.device = world.device
+        # In the order that numbers them in a state_dict; initialize puts flat partitions in their
+        # place.
+        self.groups = [list(group["params"]) for group in optimizer.param_groups]
+        settings = _settings(config, accumulation) | {
+            # Norm, clipping and the look for what is not finite are DeepSpeed's here, since no
+            # process has the whole gradient.
+            "gradient_clipping": config.gradient_clipping or 0.0,
+            "zero_allow_untested_optimizer": True,
+        }
+        self.engine = _initialize(model, optimizer, settings, world)
+        self.optimizer = optimizer
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.engine(images, per_timestep=True)
+
+    def backward(self, loss: Tensor) -> None:
+        _accumulate(self.engine, loss)
+
+    def update(self, lr: float) -> Update:
+        assert self.engine.is_gradient_accumulation_boundary()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        zero = self.engine.optimizer
+        norm = torch.as_tensor(zero._global_grad_norm, dtype=torch.float32, device=self.device)
+        return Update(norm, torch.tensor(not zero.overflow, device=self.device))
+
+    def optimizer_state(self) -> dict[str, Any]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        states: dict[int, dict[str, Any]] = {}
+        groups: list[dict[str, Any]] = []
+        number = 0
+        for group, parameters in zip(self.optimizer.param_groups, self.groups, strict=True):
+            (flat,) = group["params"]
+            shared = self.optimizer.state.get(flat, {})
+            for parameter in parameters:
+                own: dict[str, Any] = {}
+                for key, value in shared.items():
+                    if torch.is_tensor(value) and value.shape == flat.shape:
+                        own[key] = safe_get_full_optimizer_state(parameter, key)
+                    else:
+                        # A copy each: torch's Adam counts in place, once a parameter.
+                        own[key] = value.clone() if torch.is_tensor(value) else value
+                if own:
+                    states[number] = own
+                number += 1
+            groups.append(
+                {key: value for key, value in group.items() if key != "params"}
+                | {"params": list(range(number - len(parameters), number))}
+            )
+        return {"state": states, "param_groups": groups}
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        number = 0
+        for group, parameters in zip(self.optimizer.param_groups, self.groups, strict=True):
+            (flat,) = group["params"]
+            own: dict[str, Any] = {}
+            for parameter in parameters:
+                for key, value in state["state"].get(number, {}).items():
+                    if not torch.is_tensor(value) or value.shape != parameter.shape:
+                        own[key] = value
+                        continue
+                    partition = own.setdefault(key, torch.zeros_like(flat))
+                    self._put(parameter, value, partition)
+                number += 1
+            if own:
+                self.optimizer.state[flat] = own
+        if self.optimizer.state:
+            # Else it would learn of the state at its first step, and not give it out before.
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    @staticmethod
+    def _put(parameter: nn.Parameter, value: Tensor, partition: Tensor) -> None:
+        """Copy the part of a parameter's tensor that lies in this process's partition."""
+        where = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's mark
+        if where is None:
+            return
+        source, target = where.lp_fragment_address, where.hp_fragment_address
+        part = value.reshape(-1).narrow(0, source.start, source.numel)
+        partition.detach().narrow(0, target.start, target.numel).copy_(part)
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+def _settings(config: RunConfig, accumulation: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.batch.micro,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": config.zero_stage},
+        "steps_per_print": 2**31,
+    }
+    if config.precision in LOW_PRECISION:
+        # The empty list: gradients are averaged as the float32 numbers they are. By default
+        # those of convolutions would travel in bfloat16, and the result depend on the number
+        # of processes.
+        settings["torch_autocast"] = {
+            "enabled": True,
+            "dtype": str(LOW_PRECISION[config.precision]).removeprefix("torch."),
+            "lower_precision_safe_modules": [],
+        }
+    return settings
+
+
+def _initialize(
+    model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], world: World
+) -> Any:
+    deepspeed = _import_deepspeed(world.device)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=settings, dist_init_required=False
+    )
+    return engine
+
+
+def _accumulate(engine: Any, loss: Tensor) -> None:
+    engine.backward(loss)
+    # Inside a step this only counts; at its last micro-batch it would update, which is left to
+    # update(), when the averaged gradient has been looked at.
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
 
 
 def _lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
     model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
 
 
-def _autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+def _scaled(loss: Tensor, scale: LossScale | None) -> Tensor:
+    return loss if scale is None else loss * scale.value
 
 
 def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -216,8 +407,12 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def _clip(grads: list[Tensor], max_norm: float | None) -> Update:
-    """Scale the gradients in place to at most ``max_norm``, without asking the device."""
+def _unscale_and_clip(
+    grads: list[Tensor], scale: LossScale | None, max_norm: float | None
+) -> Update:
+    """Undo the loss's scale and limit the norm, in place, without asking the device."""
+    if scale is not None:
+        torch._foreach_mul_(grads, 1 / scale.value)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     if max_norm is not None:
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -13,6 +13,7 @@ from tetdist.distributed import World
 from tetdist.fused import NormNeuron
 from tetdist.models import SpikingNetwork
 from tetdist.neurons import Neuron
+from tetdist.precision import autocast, parameter_type
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def evaluate(
     num_samples: int,
     world: World,
     *,
-    bf16: bool,
+    precision: str,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], Any] = lambda _: None,
 ) -> Evaluation:
@@ -64,7 +65,7 @@ def evaluate(
             batches, of which some may be empty.
         num_samples: Size of the split; the count over all processes is checked against it.
         world: All processes.
-        bf16: Whether to run under bfloat16 autocast.
+        precision: Of the forward pass, see precision.py.
         stop: Asked before each batch, on every process the same answer; True gives up.
         progress: Told the number of samples of each batch.
 
@@ -83,8 +84,9 @@ def evaluate(
             if stop():
                 raise Interrupted
             if len(batch.labels):
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-                    logits = model(batch.images.to(device), per_timestep=True)
+                images = batch.images.to(device, parameter_type(precision))
+                with autocast(device, precision):
+                    logits = model(images, per_timestep=True)
                 counts += _count(logits, batch.labels.to(device))
                 samples += len(batch.labels)
             progress(len(batch.labels))

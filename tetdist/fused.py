@@ -12,9 +12,10 @@ C symbolic, so that one kernel serves all layers of a network. Without a working
 definition is used, with one warning.
 """
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,9 @@ class NormNeuron(nn.Module):
         self.norm = BatchNorm(num_channels, scale=norm_scale)
         self.neuron = neuron
         self.execution = "fused"
+        # See carrying_membranes.
+        self.carries = False
+        self.membrane: Tensor | None = None
 
     def forward(self, current: Tensor, timesteps: int, shortcut: Tensor | None = None) -> Tensor:
         """Spikes (T, B, C, H, W), of the current's type.
@@ -64,20 +68,30 @@ class NormNeuron(nn.Module):
         """The definition of `forward`."""
         normalized = self.norm(current).expand(timesteps, *current.shape[1:])
         total = normalized if shortcut is None else normalized + shortcut
-        return neurons.run(total, self.neuron)[0]
+        spikes, membrane = neurons.run(total, self.neuron, self.membrane)
+        if self.carries:
+            self.membrane = membrane
+        return spikes
 
     def _fused(self, current: Tensor, timesteps: int, shortcut: Tensor | None) -> Tensor:
         norm = self.norm
         x = _channels_last_rows(current)
         added = None if shortcut is None else _channels_last_rows(shortcut)
-        kernels = _kernels(self.neuron, timesteps, x.shape[0] == 1)
+        kernels = _kernels(self.neuron, timesteps, x.shape[0] == 1, self.carries)
         if norm.training:
-            mean, var = kernels.statistics(x.detach())
+            mean, var = norm.over_processes(*kernels.statistics(x.detach()))
             norm.record(mean, var, x.shape[0] * x.shape[1])
         else:
             mean, var = norm.running_mean, norm.running_var
-        spikes = _FusedNormNeuron.apply(x, added, norm.weight, norm.bias, mean, var, norm, kernels)
         batch, channels, height, width = current.shape[1:]
+        start = None
+        if self.membrane is not None:
+            start = self.membrane.permute(0, 2, 3, 1).reshape(-1, channels)
+        spikes, end = _FusedNormNeuron.apply(
+            x, added, norm.weight, norm.bias, start, mean, var, norm, kernels
+        )
+        if self.carries:
+            self.membrane = end.view(batch, height, width, channels).permute(0, 3, 1, 2)
         return spikes.view(timesteps, batch, height, width, channels).permute(0, 1, 4, 2, 3)
 
     def extra_repr(self) -> str:
@@ -90,7 +104,10 @@ def _channels_last_rows(x: Tensor) -> Tensor:
 
 
 class _FusedNormNeuron(torch.autograd.Function):
-    """Forward and backward of norm + shortcut + neuron on (T, N, C) tensors."""
+    """Forward and backward of norm + shortcut + neuron on (T, N, C) tensors.
+
+    Returns the spikes and, where it is to be carried on, the membrane after the last reset, (N, C).
+    """
 
     @staticmethod
     def forward(
@@ -99,44 +116,59 @@ class _FusedNormNeuron(torch.autograd.Function):
         shortcut: Tensor | None,
         weight: Tensor,
         bias: Tensor,
+        membrane: Tensor | None,
         mean: Tensor,
         var: Tensor,
         norm: BatchNorm,
         kernels: "_Kernels",
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         rstd = torch.rsqrt(var + norm.eps)
         gain = norm.scale * weight * rstd
         offset = bias - gain * mean
-        ctx.save_for_backward(x, shortcut, gain, offset, mean, rstd)
-        ctx.scale, ctx.training, ctx.kernels = norm.scale, norm.training, kernels
-        return kernels.spikes(x, shortcut, gain, offset)
+        ctx.save_for_backward(x, shortcut, gain, offset, mean, rstd, membrane)
+        ctx.norm, ctx.training, ctx.kernels = norm, norm.training, kernels
+        ctx.set_materialize_grads(False)
+        return kernels.spikes(x, shortcut, gain, offset, membrane)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, shortcut, gain, offset, mean, rstd = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, shortcut, gain, offset, mean, rstd, membrane = ctx.saved_tensors
+        grad_spikes, grad_end = grad_outputs
+        if grad_spikes is None:
+            grad_spikes = torch.zeros_like(x if shortcut is None else shortcut)
         # Gradient of the total current, of the convolution's own part of it (which is summed over
-        # time where one output serves all timesteps), and its two sums per channel.
-        grad_total, grad_y, sum_grad, sum_grad_xhat = ctx.kernels.current_gradient(
-            x, shortcut, gain, offset, mean, rstd, grad_outputs[0].contiguous()
+        # time where one output serves all timesteps), its two sums per channel, and the gradient
+        # of the membrane at the start.
+        grad_total, grad_y, sum_grad, sum_grad_xhat, grad_start = ctx.kernels.current_gradient(
+            x,
+            shortcut,
+            gain,
+            offset,
+            mean,
+            rstd,
+            membrane,
+            grad_spikes.contiguous(),
+            None if grad_end is None else grad_end.contiguous(),
         )
         grad_x = None
         if ctx.needs_input_grad[0]:
             if ctx.training:
-                grad_x = ctx.kernels.input_gradient(
-                    x, grad_y, gain, mean, rstd, sum_grad, sum_grad_xhat
-                )
+                sums = ctx.norm.average_over_processes(torch.stack([sum_grad, sum_grad_xhat]))
+                grad_x = ctx.kernels.input_gradient(x, grad_y, gain, mean, rstd, *sums)
             else:
                 grad_x = (grad_y * gain).to(x.dtype)
         grad_shortcut = None if shortcut is None else grad_total.to(shortcut.dtype)
-        return grad_x, grad_shortcut, ctx.scale * sum_grad_xhat, sum_grad, None, None, None, None
+        grad_weight = ctx.norm.scale * sum_grad_xhat
+        return grad_x, grad_shortcut, grad_weight, sum_grad, grad_start, None, None, None, None
 
 
 class _Kernels(NamedTuple):
-    """The compiled passes of one variant: neuron, T, and whether all timesteps share one x."""
+    """The compiled passes of one variant: neuron, T, whether all timesteps share one x, and whether
+    membranes are carried on."""
 
     statistics: Callable[..., tuple[Tensor, Tensor]]
-    spikes: Callable[..., Tensor]
-    current_gradient: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    spikes: Callable[..., tuple[Tensor, Tensor | None]]
+    current_gradient: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]
     input_gradient: Callable[..., Tensor]
 
 
@@ -170,7 +202,7 @@ def _input_gradient(
 
 
 @functools.cache
-def _kernels(config: NeuronConfig, timesteps: int, shared: bool) -> _Kernels:
+def _kernels(config: NeuronConfig, timesteps: int, shared: bool, carries: bool) -> _Kernels:
     decay, threshold, hard = config.decay, config.threshold, config.reset == "hard"
     surrogate, width, detach = (
         SURROGATES[config.surrogate],
@@ -179,10 +211,10 @@ def _kernels(config: NeuronConfig, timesteps: int, shared: bool) -> _Kernels:
     )
 
     def membranes(
-        x: Tensor, shortcut: Tensor | None, gain: Tensor, offset: Tensor
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Membrane before the reset and spike (bool), each T times (N, C)."""
-        u, us, spikes = None, [], []
+        x: Tensor, shortcut: Tensor | None, gain: Tensor, offset: Tensor, start: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Membrane before the reset and spike (bool), each T times (N, C); membrane at the end."""
+        u, us, spikes = start, [], []
         for t in range(timesteps):
             current = _wide(x[0 if shared else t]) * gain + offset
             if shortcut is not None:
@@ -192,10 +224,14 @@ def _kernels(config: NeuronConfig, timesteps: int, shared: bool) -> _Kernels:
             us.append(u)
             spikes.append(fires)
             u = torch.where(fires, 0.0 if hard else u - threshold, u)
-        return us, spikes
+        assert u is not None
+        return us, spikes, u
 
-    def spikes(x: Tensor, shortcut: Tensor | None, gain: Tensor, offset: Tensor) -> Tensor:
-        return torch.stack([s.to(x.dtype) for s in membranes(x, shortcut, gain, offset)[1]])
+    def spikes(
+        x: Tensor, shortcut: Tensor | None, gain: Tensor, offset: Tensor, start: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        _, spikes, end = membranes(x, shortcut, gain, offset, start)
+        return torch.stack([s.to(x.dtype) for s in spikes]), end if carries else None
 
     def current_gradient(
         x: Tensor,
@@ -204,22 +240,24 @@ def _kernels(config: NeuronConfig, timesteps: int, shared: bool) -> _Kernels:
         offset: Tensor,
         mean: Tensor,
         rstd: Tensor,
+        start: Tensor | None,
         grad_spikes: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        us, spikes = membranes(x, shortcut, gain, offset)
-        grad_u: Tensor | None = None
+        grad_end: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        us, spikes, _ = membranes(x, shortcut, gain, offset, start)
+        after_reset = grad_end  # gradient of the membrane after the reset
         grads: list[Tensor] = []
         for t in reversed(range(timesteps)):
             u, fires, grad_s = us[t], spikes[t], _wide(grad_spikes[t])
             slope = surrogate(u - threshold, width)
-            if grad_u is None:
+            if after_reset is None:
                 grad_u = grad_s * slope
             else:
-                after_reset = decay * grad_u
                 through_reset = 0.0 if detach else after_reset * (u if hard else threshold)
                 kept = torch.where(fires, 0.0, after_reset) if hard else after_reset
                 grad_u = (grad_s - through_reset) * slope + kept
             grads.insert(0, grad_u)
+            after_reset = decay * grad_u
         # The gradient of a current is that of its membrane: du/dI = 1.
         sum_over_time = functools.reduce(torch.add, grads)
         if shared:
@@ -230,7 +268,8 @@ def _kernels(config: NeuronConfig, timesteps: int, shared: bool) -> _Kernels:
             )
         total = torch.stack([g.to(x.dtype) for g in grads])
         own = sum_over_time.to(x.dtype)[None] if shared else total
-        return total, own, sum_over_time.sum(0), with_xhat.sum(0) * rstd
+        grad_start = None if start is None else after_reset
+        return total, own, sum_over_time.sum(0), with_xhat.sum(0) * rstd, grad_start
 
     return _Kernels(
         _compile(_statistics),
@@ -251,6 +290,34 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
         return compiled(*(None if tensor is None else tensor.detach() for tensor in tensors))
 
     return call
+
+
+@contextlib.contextmanager
+def carrying_membranes(
+    modules: list[NormNeuron], membranes: list[Tensor] | None
+) -> Iterator[Callable[[], list[Tensor]]]:
+    """Within this context the neurons start from the given membranes and keep their last ones.
+
+    Args:
+        modules: Each is to run once.
+        membranes: Of each, after its last reset, (B, C, H, W); None: all at rest.
+
+    Yields:
+        Returns, when they have run, their membranes after the last reset.
+    """
+    for i, module in enumerate(modules):
+        module.carries, module.membrane = True, membranes[i] if membranes else None
+
+    def ends() -> list[Tensor]:
+        found = [module.membrane for module in modules]
+        assert all(end is not None for end in found)
+        return [end for end in found if end is not None]
+
+    try:
+        yield ends
+    finally:
+        for module in modules:
+            module.carries, module.membrane = False, None
 
 
 @functools.cache

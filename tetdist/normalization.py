@@ -15,6 +15,7 @@ same on all processes, and a forward repeated for activation checkpointing is no
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,18 +67,35 @@ class BatchNorm(nn.Module):
         self.register_buffer("pending_var", torch.zeros(num_channels), persistent=False)
         self.pending_count = 0
         self.deferred = False
+        # See synchronize().
+        self.average: Callable[[Tensor], Tensor] | None = None
+        self.num_processes = 1
 
     def forward(self, current: Tensor) -> Tensor:
         """Normalise (T, B, C, H, W); computes in float32 at least, returns the current's type."""
         x = current.to(torch.promote_types(current.dtype, torch.float32))
         if self.training:
-            mean, var = batch_statistics(x)
+            mean, var = self.over_processes(*batch_statistics(x))
             self.record(mean, var, x.numel() // self.num_channels)
         else:
             mean, var = self.running_mean, self.running_var
         gain, offset = self.affine(mean, var)
         y = x * gain.view(-1, 1, 1) + offset.view(-1, 1, 1)
         return y.to(current.dtype)
+
+    def over_processes(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Statistics of all processes' values, each (C,), from this one's."""
+        if self.average is None:
+            return mean, var
+        # In float64, where the mean square and the squared mean may be subtracted.
+        mean64, var64 = mean.double(), var.double()
+        moments = torch.stack([mean64, var64 + mean64.square()])
+        mean64, square = self.average_over_processes(moments)
+        return mean64.to(mean.dtype), (square - mean64.square()).to(var.dtype)
+
+    def average_over_processes(self, x: Tensor) -> Tensor:
+        """Mean over the processes that normalise together, for autograd, too."""
+        return x if self.average is None else _AverageOverProcesses.apply(x, self.average)
 
     def affine(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Gain and offset, each (C,), such that the output is ``gain * x + offset``."""
@@ -86,9 +104,13 @@ class BatchNorm(nn.Module):
 
     @torch.no_grad()
     def record(self, mean: Tensor, var: Tensor, num_values: int) -> None:
-        """Count one batch's mean and (biased) variance, each (C,), towards the running ones."""
+        """Count one batch's mean and (biased) variance, each (C,), towards the running ones.
+
+        ``num_values`` is that of this process.
+        """
         if getattr(_recomputation, "active", False):
             return
+        num_values *= self.num_processes
         self.pending_mean += mean
         # The running variance estimates that of the population: unbiased, as in torch.
         self.pending_var += var * (num_values / max(num_values - 1, 1))
@@ -116,6 +138,35 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel, each (C,), of (T, B, C, H, W)."""
     var, mean = torch.var_mean(x, dim=(0, 1, 3, 4), correction=0)
     return mean, var
+
+
+class _AverageOverProcesses(torch.autograd.Function):
+    """The mean over processes. The loss that is differentiated is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, average: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.average = average
+        return average(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return ctx.average(grad_outputs[0].clone()), None
+
+
+def synchronize(
+    model: nn.Module, average_over_ranks: Callable[[Tensor], Tensor], num_processes: int
+) -> None:
+    """Normalise over the values of all processes, in training.
+
+    Each of ``num_processes`` must run the same forward and backward passes, with equal batch sizes.
+
+    Args:
+        model: Its batch norms are changed.
+        average_over_ranks: Maps a tensor, in place, to its mean over all processes.
+        num_processes: How many there are.
+    """
+    for norm in _norms(model):
+        norm.average, norm.num_processes = average_over_ranks, num_processes
 
 
 def _norms(model: nn.Module) -> list[BatchNorm]:

@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,14 +14,18 @@ import timm
 import yaml
 
 from tetdist import checkpoint, tracking
-from tetdist.config import RunConfig, differences, flatten, parse
+from tetdist.config import RunConfig, SegmentsSection, differences, flatten, parse
 from tetdist.data import index as data_index
 from tetdist.data.index import Index
+from tetdist.data.pipeline import Batch
 from tetdist.distributed import World
 from tetdist.errors import Stopped, UserError
 from tetdist.models import SpikingNetwork
 
 logger = logging.getLogger(__name__)
+
+# Takes down a micro-batch of an optimiser step (counted from 1).
+SampleRecord = Callable[[int, Batch], None]
 
 
 def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
@@ -97,7 +102,9 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
             f"data has {image_size}x{image_size}; set model.arguments.input_size={image_size}"
         )
     model.set_execution(config.execution)
-    model.set_grad_checkpointing(config.checkpoint == "blocks")
+    model.set_grad_checkpointing(config.checkpoint != "none")
+    if isinstance(config.checkpoint, SegmentsSection):
+        model.set_segment(config.checkpoint.timesteps)
     return model
 
 
@@ -208,6 +215,34 @@ class RunFolder:
             raise
         finally:
             tracker.close(status)
+
+    @contextmanager
+    def sample_record(self, step: int) -> Iterator[SampleRecord]:
+        """Takes down what this process trains on, from ``step`` on, where that was asked for."""
+        if not self.config.record_samples:
+            yield lambda _step, _batch: None
+            return
+        self.world.together(lambda: self._forget_samples_after(step))
+        path = self.path / f"samples-{self.world.rank}.jsonl"
+        with path.open("a", buffering=1) as stream:
+
+            def record(step: int, batch: Batch) -> None:
+                sums = [zlib.crc32(image.contiguous().numpy()) for image in batch.images.cpu()]
+                line = {"step": step, "ids": batch.ids.tolist(), "crc32": sums}
+                stream.write(json.dumps(line) + "\n")
+
+            yield record
+
+    def _forget_samples_after(self, step: int) -> None:
+        """Remove what was taken down of steps that are computed again, and a line torn by a kill.
+
+        Rank 0 does it for all: there may have been more processes before.
+        """
+        if self.world.rank != 0:
+            return
+        for path in self.path.glob("samples-*.jsonl"):
+            whole = path.read_text().rpartition("\n")[0].splitlines(keepends=True)
+            _write(path, "".join(x.rstrip() + "\n" for x in whole if json.loads(x)["step"] <= step))
 
     def farewell(self, result: dict[str, float]) -> None:
         """Say that the run is finished, what came out and where to look."""

@@ -60,7 +60,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 finished, 2 a mistake of the user's, 128 + n stopped by signal n."""
+    """Exit status: 0 finished, 2 a mistake of the user's, 3 another process of the run died or
+    hangs, 128 + n stopped by signal n."""
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rank = os.environ.get("RANK", "0")
@@ -119,9 +120,14 @@ def train(config: "RunConfig") -> int:
     from tetdist.distributed import StopRequest, join
     from tetdist.errors import Stopped
     from tetdist.trainer import Trainer
+    from tetdist.watch import Watch
 
-    with join(config.device) as world, StopRequest(world) as stop:
-        trainer = Trainer(config, world, stop)
+    with (
+        join(config.device, config.peer_timeout) as world,
+        StopRequest(world) as stop,
+        Watch(world, config.peer_timeout) as watch,
+    ):
+        trainer = Trainer(config, world, stop, watch)
         try:
             trainer.run()
         except Stopped:

@@ -6,26 +6,30 @@ and some running sums, and to resume is to put those back.
 """
 
 import logging
+import math
 import os
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tetdist import checkpoint, losses, normalization, plots
+from tetdist import checkpoint, health, losses, normalization, plots
 from tetdist.config import LossSection, RunConfig
 from tetdist.data import order, pipeline
 from tetdist.data.loaders import eval_loader, train_loader
 from tetdist.distributed import StopRequest, World
-from tetdist.engine import Engine, make_engine, make_optimizer
+from tetdist.engine import Engine, Update, make_engine, make_optimizer
 from tetdist.errors import Stopped, UserError
 from tetdist.evaluate import Interrupted, evaluate
+from tetdist.precision import autocast, parameter_type
 from tetdist.progress import Progress
-from tetdist.run import RunFolder, make_model, open_data
+from tetdist.run import RunFolder, SampleRecord, make_model, open_data
 from tetdist.schedule import Phase, phase_at, place
 from tetdist.tracking import Tracker
+from tetdist.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +44,9 @@ class Trainer:
         UserError: Data, checkpoint or run folder do not suit the configuration.
     """
 
-    def __init__(self, config: RunConfig, world: World, stop: StopRequest) -> None:
-        self.config, self.world, self.stop = config, world, stop
+    def __init__(self, config: RunConfig, world: World, stop: StopRequest, watch: Watch) -> None:
+        self.config, self.world, self.stop, self.watch = config, world, stop, watch
+        world.together(lambda: _check_device(config, world))
         batch = config.batch
         self.num_micro_batches = world.together(
             lambda: len(
@@ -62,18 +67,26 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic)
         self.model = world.together(lambda: make_model(config, self.train_index))
-        self.model.to(world.device)
+        self.model.to(world.device, parameter_type(config.precision))
         normalization.defer_running_statistics(self.model)
+        if config.batch_norm.sync and world.world_size > 1:
+            normalization.synchronize(self.model, world.mean_, world.world_size)
 
-        self.step = 0  # optimiser steps done
-        self.evaluated_step = 0
+        # Optimiser steps done.
+        self.step = self.evaluated_step = self.phases[config.start_phase].first_step
         self.result: dict[str, float] = {}  # of the last evaluation, and the best one so far
         # float64, so that it does not matter where a stop cuts the sums in two.
         self.window = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self.non_finite = health.NonFiniteSteps(world.device, config.non_finite_limit)
         self.optimizer_state: dict[str, Any] | None = None
+        self.loss_scale_state: dict[str, float] | None = None
+        world.together(self._initialize)
         self.folder = world.together(lambda: RunFolder(config, self.train_index, world))
-        self._restore(self.folder.newest_checkpoint())
-        self.saved_step = self.step
+        found = self.folder.newest_checkpoint()
+        self.saved_step: int | None = None
+        if found is not None:
+            world.together(lambda: self._restore(found))
+            self.saved_step = self.step
 
         self.phase: Phase | None = None
         self.engine: Engine
@@ -88,7 +101,13 @@ class Trainer:
             Stopped: A signal asked for it; all is saved.
             UserError: The loss is not finite, a file cannot be read, the disk is full, ...
         """
-        with self.folder.tracker(self.step) as self.tracker, self._progress() as self.progress:
+        with (
+            self.folder.tracker(self.step) as self.tracker,
+            self.folder.sample_record(self.step) as self.record,
+            self._progress() as self.progress,
+        ):
+            if (tracker := self.tracker) is not None:
+                self.watch.before_end = lambda: tracker.close("FAILED", timeout=5)
             try:
                 while not self.finished:
                     if self._evaluation_due():
@@ -123,9 +142,16 @@ class Trainer:
         )
         # At the very start of a phase a checkpoint holds the optimiser of the one before.
         if self.optimizer_state is not None and self.step > phase.first_step:
-            optimizer.load_state_dict(self.optimizer_state)
+            self.engine.load_optimizer_state(self.optimizer_state)
+        if self.loss_scale_state is not None and self.engine.loss_scale:
+            self.engine.loss_scale.load_state_dict(self.loss_scale_state)
         self.optimizer_state = None
-        epoch, step_in_epoch = divmod(self.step, self.steps_per_epoch)
+        self.loader = self._open_loader(self.step)
+        self.phase = phase
+
+    def _open_loader(self, step: int) -> pipeline.Loader:
+        """This process's micro-batches from a step on."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         share = pipeline.Share(
             seed=self.config.seed,
             global_batch=self.config.batch.global_,
@@ -135,11 +161,12 @@ class Trainer:
             epoch=epoch,
             step_in_epoch=step_in_epoch,
         )
-        self.loader = train_loader(self.config, self.train_index, share, self.world)
-        self.phase = phase
+        return train_loader(self.config, self.train_index, share, self.world)
 
     def _leave(self) -> None:
         if self.phase is not None:
+            if self.engine.loss_scale:
+                self.loss_scale_state = self.engine.loss_scale.state_dict()
             self.loader.close()
             self.engine.close()
             self.phase = None
@@ -152,10 +179,10 @@ class Trainer:
         clock = _Clock()
         end = min((self.step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.last_step)
         while self.step < end:
-            lr, grad_norm = self._train_step(clock)
+            lr, update = self._train_step(clock)
             self.progress.advance(self.config.batch.global_)
             if self.step % self.config.log_every == 0 or self.step == end:
-                self._log_window(lr, float(grad_norm), clock)
+                self._log_window(lr, float(update.grad_norm), clock)
             if self.stop.agreed():
                 self._save()
                 raise Stopped
@@ -165,68 +192,108 @@ class Trainer:
         if not self._evaluation_due():
             self._save()
 
-    def _train_step(self, clock: "_Clock") -> tuple[float, Tensor]:
-        """One optimiser step. Returns its learning rate and the norm of its gradient."""
+    def _train_step(self, clock: "_Clock") -> tuple[float, Update]:
+        """One optimiser step. Returns its learning rate and what the update did."""
         assert self.phase is not None
         lr = self.phase.learning_rate(self.step)
+        batches: Iterable[tuple[Tensor, Tensor]] = self._micro_batches(clock)
+        scale = self.engine.loss_scale
+        if scale is not None:
+            batches = list(batches)
+        update, sums = self._forward_backward_update(batches, lr)
+        # float16: the gradient overflowed for its scale, so the same step again with half of it.
+        while scale is not None and not update.applied and scale.overflowed():
+            update, sums = self._forward_backward_update(batches, lr)
+        if scale is not None and update.applied:
+            scale.succeeded()
+        self.step += 1
+        clock.samples += self.config.batch.global_
+        # A step whose gradient is not finite has changed nothing, and its sums are left out. On a
+        # GPU the device is not asked at every step whether that was so.
+        self.window += torch.where(update.applied, sums, 0.0)
+        self.non_finite.record(update.applied)
+        if self.world.device.type == "cpu" and self.non_finite.too_many:
+            self._end_non_finite()
+        return lr, update
+
+    def _micro_batches(self, clock: "_Clock") -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's images and labels of one step, on the device."""
         for _ in range(self.num_micro_batches):
             with clock.waiting():
-                images, labels, _ = next(self.loader)
-            images, labels = self._on_device(images), self._on_device(labels)
+                batch = next(self.loader)
+            self.record(self.step + 1, batch)
+            yield self._on_device(batch.images), self._on_device(batch.labels)
+            self.watch.progress(f"step {self.step + 1}")
+
+    def _forward_backward_update(
+        self, batches: Iterable[tuple[Tensor, Tensor]], lr: float
+    ) -> tuple[Update, Tensor]:
+        """One update from the step's micro-batches; also their sums for the metrics."""
+        sums = torch.zeros_like(self.window)
+        for images, labels in batches:
             logits = self.engine.forward(images)  # (T, B, K)
             loss = compute_loss(self.config.loss, logits, labels)
             self.engine.backward(loss)
-            self._count(logits.detach(), labels, loss.detach())
-        grad_norm, applied = self.engine.update(lr)
-        normalization.update_running_statistics(self.model, self.world.mean_, applied)
-        self.step += 1
-        clock.samples += self.config.batch.global_
-        # On a GPU the device is not asked at every step: a step whose gradient is not finite
-        # changes nothing and leaves its mark in the sums, which are looked at before they are
-        # logged or saved.
-        self.window[LOSS] += torch.where(applied, 0.0, torch.nan)
-        if self.world.device.type == "cpu" and not applied:
-            self._end_non_finite(lr)
-        return lr, grad_norm
+            sums += _sums(logits.detach(), labels, loss.detach())
+        update = self.engine.update(lr)
+        normalization.update_running_statistics(self.model, self.world.mean_, update.applied)
+        return update, sums
 
     def _on_device(self, tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            tensor = tensor.to(parameter_type(self.config.precision))
         if tensor.device.type == "cpu" and self.world.device.type == "cuda":
             # From pinned memory the host need not wait for the copy.
             return tensor.pin_memory().to(self.world.device, non_blocking=True)
         return tensor.to(self.world.device)
 
-    def _count(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
-        correct = (logits.mean(0).argmax(-1) == labels).sum()
-        num_samples = len(labels)
-        self.window[LOSS] += loss.double() * num_samples
-        self.window[CORRECT] += correct
-        self.window[SAMPLES] += num_samples
-
     def _window_sums(self) -> list[float]:
         """The sums over all processes, checked."""
-        sums = self.world.sum(self.window.tolist())
-        if sums[LOSS] != sums[LOSS]:
-            assert self.phase is not None
-            self._end_non_finite(self.phase.learning_rate(self.step - 1))
-        return sums
+        if self.non_finite.too_many:
+            self._end_non_finite()
+        return self.world.sum(self.window.tolist())
 
-    def _end_non_finite(self, lr: float) -> None:
-        since = (self.step - 1) // self.config.log_every * self.config.log_every + 1
-        at_once = self.world.device.type == "cpu"
-        where = f"step {self.step}" if at_once else f"one of the steps {since} to {self.step}"
+    def _end_non_finite(self) -> None:
+        """End the run, on all processes, with what can be found out about its last step."""
+        assert self.phase is not None
+        lr = self.phase.learning_rate(self.step - 1)
+        limit = self.config.non_finite_limit
+        reports = self.world.gather(self._examine_last_step())
         saved = "no checkpoint has been saved yet"
-        if self.saved_step:
-            saved = f"the last good checkpoint is of step {self.saved_step}, in "
+        if self.saved_step is not None:
+            saved = f"the last checkpoint is of step {self.saved_step}, in "
             saved += str(self.folder.checkpoints)
 
         def fail() -> None:
             raise UserError(
-                f"the loss or its gradient is not finite at {where} (learning rate {lr:.4g}); that "
-                f"step changed nothing, and {saved}. A smaller phases.*.optimizer.lr, a warm-up "
-                "(phases.*.warmup_epochs) or gradient_clipping are the usual remedies"
+                f"the loss or its gradient was not finite in {limit} steps in a row, at last at "
+                f"step {self.step} (learning rate {lr:.4g}). They changed nothing, and {saved}. "
+                f"{'; '.join(report for report in reports if report)}. A smaller "
+                "phases.*.optimizer.lr, a warm-up (phases.*.warmup_epochs) or gradient_clipping "
+                "are the usual remedies"
             )
 
         self.world.together(fail)
+
+    def _examine_last_step(self) -> str | None:
+        """What this process's share of the last step shows, layer by layer; None: nothing bad."""
+
+        def loss(images: Tensor, labels: Tensor) -> Tensor:
+            with autocast(self.world.device, self.config.precision):
+                logits = self.model(images, per_timestep=True)
+            return compute_loss(self.config.loss, logits, labels)
+
+        loader = self._open_loader(self.step - 1)
+        try:
+            batches = (next(loader) for _ in range(self.num_micro_batches))
+            found = health.examine(
+                self.model,
+                ((self._on_device(b.images), self._on_device(b.labels)) for b in batches),
+                loss,
+            )
+        finally:
+            loader.close()
+        return None if found.is_finite else f"Rank {self.world.rank}: {found}"
 
     def _log_window(self, lr: float, grad_norm: float, clock: "_Clock") -> None:
         sums = self._window_sums()
@@ -234,13 +301,23 @@ class Trainer:
         values: dict[str, Any] = {
             "epoch": round(self.step / self.steps_per_epoch, 6),
             "phase": self._phase_number(),
-            "loss": sums[LOSS] / sums[SAMPLES],
-            "top1": 100 * sums[CORRECT] / sums[SAMPLES],
+            "loss": sums[LOSS] / sums[SAMPLES] if sums[SAMPLES] else math.nan,
+            "top1": 100 * sums[CORRECT] / sums[SAMPLES] if sums[SAMPLES] else math.nan,
             "lr": lr,
             "grad_norm": grad_norm,
+            "non_finite_steps": self.non_finite.new(),
             "samples_per_s": clock.samples / clock.seconds(),
             "data_wait": 100 * clock.waited / clock.seconds(),
         }
+        if self.engine.loss_scale:
+            values["loss_scale"] = self.engine.loss_scale.value
+            values["overflows"] = self.engine.loss_scale.overflows
+        if values["non_finite_steps"] and self.world.rank == 0:
+            logger.warning(
+                "step %d: since the last line %d step(s) had no finite gradient, and changed nothing",
+                self.step,
+                values["non_finite_steps"],
+            )
         self._log("train", values)
         self.progress.report_training(self.step, values)
         clock.restart()
@@ -261,8 +338,9 @@ class Trainer:
                     batches,
                     len(self.val_index),
                     self.world,
-                    bf16=self.config.precision == "bf16",
+                    precision=self.config.precision,
                     stop=self.stop.agreed,
+                    progress=lambda _: self.watch.progress(f"evaluation after step {self.step}"),
                 )
         except Interrupted:
             self._save()
@@ -315,6 +393,8 @@ class Trainer:
             "evaluated_step": self.evaluated_step,
             "result": self.result,
             "window": self._window_sums(),
+            "non_finite": self.non_finite.state_dict(),
+            "loss_scale": self.engine.loss_scale and self.engine.loss_scale.state_dict(),
             "world_size": self.world.world_size,
             "data": self.train_index.fingerprint,
         }
@@ -330,13 +410,15 @@ class Trainer:
             "validation": validation,
         }
 
+        optimizer = self.engine.optimizer_state()
+
         def write() -> None:
             if self.tracker:
                 self.tracker.sync()
                 path = checkpoint.save(
                     self.folder.checkpoints,
                     model=self.model,
-                    optimizer=self.engine.optimizer,
+                    optimizer=optimizer,
                     description=description,
                     state=state,
                     keep_last=self.config.save.keep_last,
@@ -349,9 +431,23 @@ class Trainer:
         self.world.together(write)
         self.saved_step = self.step
 
-    def _restore(self, found: checkpoint.Checkpoint | None) -> None:
-        if found is None:
+    def _initialize(self) -> None:
+        """Begin with somebody's weights, where the configuration names them."""
+        source = self.config.init_checkpoint
+        # Which a run that goes on from its own checkpoint needs no more.
+        if source is None or any((self.config.run_dir / "checkpoints").glob("step-*")):
             return
+        weights, description = checkpoint.load_model_file(Path(source))
+        checkpoint.load_weights(self.model, weights, Path(source))
+        if self.world.rank == 0:
+            logger.info(
+                "beginning with the weights of %s (step %s, T=%s)",
+                source,
+                description["step"],
+                description["timesteps"],
+            )
+
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
         checkpoint.load_weights(self.model, found.model, found.path)
         state = found.state
         if state["data"] != self.train_index.fingerprint:
@@ -359,7 +455,15 @@ class Trainer:
                 f"{found.path} was trained on other data than what {self.config.data.index_dir} "
                 "now describes; restore the data, or give the run another name"
             )
+        if self.config.batch_norm.sync and state["world_size"] != self.world.world_size:
+            raise UserError(
+                f"batch_norm.sync normalises over all processes, and {found.path} was trained on "
+                f"{state['world_size']} of them, not {self.world.world_size}; continue it on as "
+                "many"
+            )
         self.step, self.evaluated_step = state["step"], state["evaluated_step"]
+        self.non_finite.load_state_dict(state["non_finite"])
+        self.loss_scale_state = state["loss_scale"]
         self.result, self.optimizer_state = state["result"], found.optimizer
         if self.world.rank == 0:
             self.window += torch.tensor(state["window"], dtype=torch.float64).to(self.window.device)
@@ -378,7 +482,20 @@ class Trainer:
         )
 
     tracker: Tracker | None
+    record: SampleRecord
     progress: Progress
+
+
+def _check_device(config: RunConfig, world: World) -> None:
+    if config.precision == "fp16" and world.device.type == "cpu":
+        raise UserError("precision: fp16 needs a GPU; on a CPU train with bf16 or fp32")
+
+
+def _sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
+    """LOSS, CORRECT and SAMPLES of a micro-batch with logits (T, B, K)."""
+    correct = (logits.mean(0).argmax(-1) == labels).sum().double()
+    num_samples = torch.full_like(correct, len(labels))
+    return torch.stack([loss.double() * num_samples, correct, num_samples])
 
 
 def compute_loss(section: LossSection, logits: Tensor, labels: Tensor) -> Tensor:

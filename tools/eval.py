@@ -65,7 +65,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=positive, metavar="N", help="samples of one forward pass")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads that decode")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: as in training")
+    parser.add_argument("--precision", choices=["bf16", "fp32", "fp16", "fp64"])
     parser.add_argument("--execution", choices=["fused", "reference"], help="default: fused")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result there, too")
@@ -101,6 +101,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist.data.loaders import eval_loader
     from tetdist.distributed import join
     from tetdist.evaluate import evaluate
+    from tetdist.precision import parameter_type
     from tetdist.progress import sample_bar
     from tetdist.run import make_model, open_split
 
@@ -113,7 +114,8 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         config = world.together(lambda: evaluation_config(description["config"], options))
         index = world.together(lambda: open_split(config, options.split, world))
         world.together(lambda: check_classes(description["classes"], index.classes, options))
-        model = world.together(lambda: make_model(config, index)).to(world.device)
+        model = world.together(lambda: make_model(config, index))
+        model.to(world.device, parameter_type(config.precision))
         world.together(lambda: checkpoint.load_weights(model, weights, options.checkpoint))
         trained_timesteps = description["timesteps"]
         wanted = options.timesteps or list(range(1, trained_timesteps + 1))
@@ -129,7 +131,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
                 batches,
                 len(index),
                 world,
-                bf16=config.precision == "bf16",
+                precision=config.precision,
                 progress=lambda count: bar.update(count * world.world_size),
             )
         if world.rank == 0:

@@ -1,17 +1,16 @@
 """What all spiking networks share: time first, logits per timestep, timm's methods."""
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
-from tetdist import neurons, normalization
+from tetdist import neurons
 from tetdist.fused import NormNeuron
+from tetdist.recompute import Block
 
 INV_SQRT_2 = 1 / math.sqrt(2)
 
@@ -46,6 +45,8 @@ class SpikingNetwork(nn.Module):
     blocks: nn.Sequential
     fc: nn.Module
     num_features: int
+    # What blocks exchange is a multiple of 1 / spike_levels (recompute.py keeps it in a byte).
+    spike_levels: int | None = 1
     # Height and width of the input where the classifier depends on it.
     input_size: int | None = None
     # timm's builder sets these.
@@ -58,6 +59,7 @@ class SpikingNetwork(nn.Module):
         self.input_kind = input_kind
         self.set_timesteps(timesteps)
         self.grad_checkpointing = False
+        self.segment: int | None = None
 
     def set_timesteps(self, timesteps: int) -> None:
         """Change T; weights and running statistics stay.
@@ -83,6 +85,21 @@ class SpikingNetwork(nn.Module):
         Gradients, losses and running statistics are the same as without.
         """
         self.grad_checkpointing = enable
+
+    def set_segment(self, timesteps: int | None) -> None:
+        """Train over segments of so many timesteps, carrying membranes from one to the next.
+
+        With activation checkpointing the backward pass then needs the activations of one segment
+        of one block only. Batch norm normalises over each segment by itself, so in training this is
+        another network than without segments (and the same one with and without checkpointing).
+        A static image's stem, whose current is the same at all timesteps, is run at once.
+
+        Raises:
+            ValueError: Fewer than one timestep.
+        """
+        if timesteps is not None and timesteps < 1:
+            raise ValueError(f"a segment has at least one timestep, not {timesteps}")
+        self.segment = timesteps
 
     def get_classifier(self) -> nn.Module:
         return self.fc
@@ -128,19 +145,23 @@ class SpikingNetwork(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Spikes of the last block, (T, B, C, H, W)."""
-        x = self.forward_stem(self.time_first(x))
+        x = self._run(self.forward_stem, self.time_first(x), self.stem, levels=None)
         for block in self.blocks:
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(
-                    block,
-                    x,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                    context_fn=lambda: (contextlib.nullcontext(), normalization.recomputing()),
-                )
-            else:
-                x = block(x)
+            x = self._run(block, x, block, levels=self.spike_levels)
         return x
+
+    def _run(
+        self, function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module, levels: int | None
+    ) -> Tensor:
+        """Stem or block, in segments or recomputed where that was asked for."""
+        if not self.training or not (self.segment or self.grad_checkpointing):
+            return function(x)
+        # One timestep in: an image, the same at all timesteps.
+        segment = self.segment if x.shape[0] > 1 else None
+        block = Block(function, module, segment=segment, levels=levels)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return block.recomputed(x)
+        return block.run_all(x)
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """(1 or T, B, C, H, W) to spikes (T, B, C', H', W'); each family has its own."""

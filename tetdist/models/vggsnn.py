@@ -28,6 +28,8 @@ class VGGSNN(SpikingNetwork):
         num_classes, timesteps: See `SpikingNetwork`.
     """
 
+    spike_levels = 4  # means of 2x2 spikes
+
     def __init__(
         self,
         *,
