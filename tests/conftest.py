@@ -14,6 +14,7 @@ import pytest
 
 # Before anything imports torch; see tetdist/train.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import tiny
 from tiny import Farm, Outcome

@@ -200,7 +200,7 @@ class TorchEngine:
         return self.optimizer.state_dict()
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
+        _load_whole_state(self.optimizer, state)
 
     def close(self) -> None:
         pass
@@ -245,7 +245,7 @@ class DeepSpeedEngine:
         return self.optimizer.state_dict()
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
+        _load_whole_state(self.optimizer, state)
 
     def close(self) -> None:
         self.engine.destroy()
@@ -355,6 +355,17 @@ class ZeroEngine:
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+def _load_whole_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                # In the parameter's memory layout, which another engine's state may not have:
+                # fused kernels go through both in the order of memory, and would pair the wrong
+                # elements.
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _settings(config: RunConfig, accumulation: int) -> dict[str, Any]:

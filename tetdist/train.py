@@ -22,6 +22,8 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 # Threads that spin while they wait for each other take the cores from those that decode images; on
 # a busy machine that cost a factor of three. It must be said before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# When a process has died, torch prints a C++ stack of each that notices; watch.py says which.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if TYPE_CHECKING:
     from tetdist.config import RunConfig

@@ -54,7 +54,8 @@ class Watch:
         self.before_end: Callable[[], None] = lambda: None
         self._count, self._where, self._ended = 0, "the start", ""
         self._closing = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self._answered = time.monotonic()  # when rank 0's store last did
         # Of each process, on rank 0: its last message, when it came, when its count last changed.
         self._seen: dict[int, tuple[dict[str, Any], float, float]] = {}
 
@@ -77,8 +78,10 @@ class Watch:
             self._store = self._connect(port)
         self._say_alive()
         dist.barrier(group=world.control)
-        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
-        self._thread.start()
+        # Two, because a store whose process is stopped does not answer, and the call never returns.
+        for target in (self._talk, self._guard):
+            self._threads.append(threading.Thread(target=target, name="watch", daemon=True))
+            self._threads[-1].start()
         return self
 
     def _connect(self, port: int) -> Any:
@@ -96,12 +99,13 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._thread is None:
+        if not self._threads:
             return
         if error is not None and not isinstance(error, Stopped | UserError | SystemExit):
             self._report(error)
         self._closing.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(5 * BEAT)
         if error is None or isinstance(error, Stopped):
             self._ended = "well"
         else:
@@ -122,22 +126,28 @@ class Watch:
                 # Long enough for the others to read it: the store may end with this process.
                 self._closing.wait(3 * BEAT)
 
-    # --- in the thread ------------------------------------------------------------------------
+    # --- in the threads -----------------------------------------------------------------------
 
-    def _watch(self) -> None:
+    def _talk(self) -> None:
         while not self._closing.wait(BEAT):
             try:
                 self._say_alive()
-                verdict = self._judge() if self.world.rank == 0 else self._rank_0_is_silent()
-                if verdict:
+                if self.world.rank == 0 and (verdict := self._judge()):
                     self._store.set(_VERDICT, verdict)
                 if self._store.check([_VERDICT]):
-                    self._end(self._store.get(_VERDICT).decode())
+                    self._end(self._store.get(_VERDICT).decode(), said_by_rank_0=True)
+                self._answered = time.monotonic()
             except (dist.DistError, RuntimeError) as error:
                 # The store has gone with rank 0; if that has ended well, so does this process.
                 if not self._closing.wait(5 * BEAT):
                     logger.debug("the store of rank 0: %s", error)
                     self._end("rank 0 has died or cannot be reached")
+
+    def _guard(self) -> None:
+        while not self._closing.wait(BEAT):
+            silent = time.monotonic() - self._answered
+            if silent > min(SILENCE, self.timeout):
+                self._end(f"rank 0 has stopped or cannot be reached: no answer for {silent:.0f} s")
 
     def _say_alive(self) -> None:
         message = {
@@ -189,25 +199,18 @@ class Watch:
             )
         return None
 
-    def _rank_0_is_silent(self) -> str | None:
-        now = time.monotonic()
-        message = json.loads(self._store.get("0"))
-        old, heard, _ = self._seen.get(0, (None, now, now))
-        if old is None or message["time"] != old["time"]:
-            heard = now
-        self._seen[0] = message, heard, now
-        if now - heard > min(SILENCE, self.timeout):
-            return f"rank 0 has stopped: nothing was heard of it for {now - heard:.0f} s"
-        return None
-
-    def _end(self, verdict: str) -> None:
-        prefix = "" if self.world.rank == 0 else f"rank {self.world.rank}: "
-        print(
-            f"{prefix}error: {verdict}. All processes end; the same command continues from the "
-            "last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
+    def _end(self, verdict: str, *, said_by_rank_0: bool = False) -> None:
+        if self.world.rank == 0 or not said_by_rank_0:
+            prefix = "" if self.world.rank == 0 else f"rank {self.world.rank}: "
+            print(
+                f"{prefix}error: {verdict}. All processes end; the same command continues from "
+                "the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+        if self.world.rank == 0:
+            # Until the others have read it: the store ends with this process.
+            time.sleep(3 * BEAT)
         with contextlib.suppress(Exception):
             self.before_end()
         sys.stdout.flush()

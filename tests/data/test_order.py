@@ -84,11 +84,13 @@ def test_draws_depend_on_the_position_alone():
 
 
 def samples_of_a_step(world_size: int, step: int) -> list[list[int]]:
+    """By the time at which the processes, side by side, come to them."""
     epoch_order = order.permutation(100, 0, 0)
+    shares = [order.rank_micro_batches(rank, world_size, 24, 2) for rank in range(world_size)]
     return [
         epoch_order[order.micro_batch_positions(step, i, 24, 2)].tolist()
-        for rank in range(world_size)
-        for i in order.rank_micro_batches(rank, world_size, 24, 2)
+        for at_a_time in zip(*shares, strict=True)
+        for i in at_a_time
     ]
 
 

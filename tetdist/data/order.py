@@ -76,7 +76,10 @@ def steps_per_epoch(num_samples: int, global_batch: int) -> int:
 
 
 def rank_micro_batches(rank: int, world_size: int, global_batch: int, micro_batch: int) -> range:
-    """Which micro-batches of each step a rank works on: an equal, contiguous share.
+    """Which micro-batches of each step a rank works on: every world_size-th, an equal share.
+
+    So those that all ranks work on at the same time are neighbours, and where batch norm is
+    synchronised two processes normalise over what one with micro-batches twice as large would.
 
     Raises:
         UserError: if the global batch is not a multiple of the micro-batch, or its micro-batches
@@ -96,8 +99,7 @@ def rank_micro_batches(rank: int, world_size: int, global_batch: int, micro_batc
             f" cannot be shared equally by {world_size} processes: take {suitable} of them, or"
             " other batch sizes"
         )
-    share = count // world_size
-    return range(rank * share, (rank + 1) * share)
+    return range(rank, count, world_size)
 
 
 def micro_batch_positions(
