@@ -152,7 +152,7 @@ class Tracker:
             return
         assert step > last, f"{kind}: step {step} after step {last}"
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-        raw = json.dumps(_strict(line), allow_nan=False).encode() + b"\n"
+        raw = json.dumps(strict(line), allow_nan=False).encode() + b"\n"
         try:
             written = 0
             while written < len(raw):
@@ -614,7 +614,7 @@ def _parsed(path: Path, data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
             whole = False
         if not whole:
             raise UserError(
-                f"{path}: line {number} is damaged: {raw[:80].decode(errors='replace')}"
+                f"{path}: line {number} is damaged: {raw[:80].decode(errors='replace').strip()}"
             )
         yield raw, line
 
@@ -642,11 +642,11 @@ def _keep_until(path: Path, step: int) -> tuple[dict[str, int], int]:
     return last, len(kept)
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
