@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -92,6 +93,27 @@ class Store:
             return []
         run_id = (run_dir / "mlflow_run_id").read_text().strip()
         return sorted((m.step, m.value) for m in self.client.get_metric_history(run_id, key))
+
+    def phases(self, run_dir: Path) -> list[Any]:
+        """The child runs that stand for phases, in their order."""
+        if not (run_dir / "mlflow_run_id").exists():
+            return []
+        parent = self.run(run_dir).info
+        found = self.client.search_runs(
+            [parent.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.run_id}'"
+        )
+        phases = [run for run in found if run.data.tags.get("phase", "").isdecimal()]
+        return sorted(phases, key=lambda run: int(run.data.tags["phase"]))
+
+    def statuses(self, run_dir: Path) -> list[str]:
+        return [run.info.status for run in self.phases(run_dir)]
+
+    def steps(self, run_dir: Path, key: str) -> list[list[int]]:
+        """The steps at which each phase's run has a metric."""
+        return [
+            sorted(m.step for m in self.client.get_metric_history(run.info.run_id, key))
+            for run in self.phases(run_dir)
+        ]
 
 
 @pytest.fixture
@@ -475,6 +497,226 @@ def test_an_outage_is_one_line_and_is_caught_up(
     assert [step for step, _ in store.history(run_dir, "train/loss")] == list(range(1, 7))
 
 
+# The phases below a run.
+
+PHASES: list[dict[str, Any]] = [
+    {"timesteps": 4, "epochs": 90, "optimizer.kind": "sgd", "optimizer.lr": 0.1},
+    {"timesteps": 6, "epochs": 30, "optimizer.kind": "adam", "optimizer.lr": 0.001},
+]
+
+
+def log_steps(tracker: Tracker, phase: int, first: int, last: int) -> None:
+    """One line a step, and an evaluation at every fifth."""
+    for step in range(first, last + 1):
+        tracker.log("train", step, {"phase": phase, "loss": float(step)})
+        if step % 5 == 0:
+            tracker.log("val", step, {"phase": phase, "top1": float(step)})
+
+
+def assert_all_there(store: Store, run_dir: Path) -> None:
+    """Ten steps of each phase, each once."""
+    expected = [(step, float(step)) for step in range(1, 21)]
+    assert store.history(run_dir, "train/loss") == expected
+    assert store.history(run_dir, "val/top1") == expected[4::5]
+    assert store.steps(run_dir, "train/loss") == [list(range(1, 11)), list(range(11, 21))]
+    assert store.steps(run_dir, "val/top1") == [[5, 10], [15, 20]]
+    assert store.statuses(run_dir) == ["FINISHED", "FINISHED"]
+    assert store.run(run_dir).info.status == "FINISHED"
+
+
+def test_each_phase_is_a_run_below_the_run(store: Store, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    tracker = store.open(run_dir, phases=PHASES)
+    tracker.enter_phase(0)
+    wait_until(lambda: store.statuses(run_dir) == ["RUNNING"])  # before its first line
+    log_steps(tracker, 0, 1, 10)
+    tracker.enter_phase(1)
+    wait_until(lambda: store.statuses(run_dir) == ["FINISHED", "RUNNING"])
+    assert store.steps(run_dir, "train/loss") == [list(range(1, 11)), []]
+    log_steps(tracker, 1, 11, 20)
+    tracker.close("FINISHED")
+
+    assert_all_there(store, run_dir)
+    first, second = store.phases(run_dir)
+    assert [first.info.run_name, second.info.run_name] == ["phase 1: T=4", "phase 2: T=6"]
+    assert first.data.params == {name: str(value) for name, value in PHASES[0].items()}
+    assert second.data.params["optimizer.kind"] == "adam"
+    assert second.data.metrics["train/phase"] == 1
+    parent = store.run(run_dir)
+    assert first.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert parent.data.params == {"model.name": "sew_resnet18", "lr": "0.1"}
+    assert "mlflow.parentRunId" not in parent.data.tags
+
+
+def test_a_single_phase_has_no_run_below_it(store: Store, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    tracker = store.open(run_dir, phases=PHASES[:1])
+    tracker.enter_phase(0)
+    log_steps(tracker, 0, 1, 5)
+    tracker.close("FINISHED")
+    assert len(store.client.search_runs([store.run(run_dir).info.experiment_id])) == 1
+    assert store.history(run_dir, "val/top1") == [(5, 5.0)]
+
+
+@pytest.mark.parametrize("status", ["FAILED", "KILLED"])
+def test_the_phase_that_stops_has_the_state_of_its_run(
+    store: Store, tmp_path: Path, status: tracking.Status
+) -> None:
+    run_dir = tmp_path / "run"
+    tracker = store.open(run_dir, phases=PHASES)
+    tracker.enter_phase(0)
+    log_steps(tracker, 0, 1, 10)
+    tracker.enter_phase(1)  # and before its first line, say, memory runs out
+    tracker.close(status)
+    assert store.statuses(run_dir) == ["FINISHED", status]
+    ended = store.phases(run_dir)[0].info.end_time
+
+    tracker = store.open(run_dir, 10, phases=PHASES)
+    wait_until(lambda: store.run(run_dir).info.status == "RUNNING")
+    tracker.enter_phase(1)
+    wait_until(lambda: store.statuses(run_dir) == ["FINISHED", "RUNNING"])
+    log_steps(tracker, 1, 11, 13)
+    tracker.close("RUNNING")  # a requeued job
+    assert store.statuses(run_dir) == ["FINISHED", "RUNNING"]
+
+    tracker = store.open(run_dir, 12, phases=PHASES)
+    tracker.enter_phase(1)
+    log_steps(tracker, 1, 13, 20)
+    tracker.close("FINISHED")
+    assert_all_there(store, run_dir)
+    assert store.phases(run_dir)[0].info.end_time == ended
+
+    # Started again though nothing is left to do.
+    store.open(run_dir, 20, phases=PHASES).close("FINISHED")
+    assert_all_there(store, run_dir)
+
+
+KILLED_IN_PHASE_2 = """
+import os, sys, time
+from pathlib import Path
+from tetdist import tracking
+
+tracking.SEND_EVERY = 0.01
+run_dir, uri = Path(sys.argv[1]), sys.argv[2]
+phases = [{"timesteps": 4}, {"timesteps": 6}]
+tracker = tracking.Tracker(run_dir, run_name="a run", params={}, tags={}, tracking_uri=uri,
+                           experiment="trials", artifact_root=run_dir.parent / "artifacts",
+                           resume_step=None, phases=phases)
+end = time.monotonic() + 40
+for step in range(1, 18):
+    phase = 0 if step <= 10 else 1
+    tracker.enter_phase(phase)
+    tracker.log("train", step, {"phase": phase, "loss": float(step)})
+    if step % 5 == 0:
+        tracker.log("val", step, {"phase": phase, "top1": float(step)})
+    # MLflow is behind by a different number of lines at each kill.
+    while tracker._follower.sent < min(step, int(sys.argv[3])) and time.monotonic() < end:
+        time.sleep(0.005)
+os._exit(9)
+"""
+
+
+@pytest.mark.parametrize(("sent", "checkpoint"), [(17, 8), (17, 10), (4, 14), (13, 14)])
+def test_phases_of_a_killed_run_have_every_step_once(
+    store: Store, tmp_path: Path, sent: int, checkpoint: int
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    done = run_python(KILLED_IN_PHASE_2, run_dir, store.uri, sent)
+    assert done.returncode == 9, done.stderr
+
+    tracker = store.open(run_dir, checkpoint, phases=PHASES)
+    if checkpoint <= 10:
+        tracker.enter_phase(0)
+        if sent == 17:  # the second phase, which had begun, does not run now
+            wait_until(lambda: store.statuses(run_dir) == ["RUNNING", "KILLED"])
+        log_steps(tracker, 0, checkpoint + 1, 10)
+    tracker.enter_phase(1)
+    log_steps(tracker, 1, max(checkpoint, 10) + 1, 20)
+    tracker.close("FINISHED")
+    assert_all_there(store, run_dir)
+
+
+def test_phases_that_mlflow_forgot_are_sent_anew(
+    store: Store, empty_store: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    tracker = store.open(run_dir)  # by a version that knew nothing of phases
+    log_steps(tracker, 0, 1, 10)
+    tracker.close("KILLED")
+    tracker = store.open(run_dir, 10, phases=PHASES)
+    tracker.enter_phase(1)
+    log_steps(tracker, 1, 11, 20)
+    tracker.close("FINISHED")
+    assert_all_there(store, run_dir)
+
+    elsewhere = Store(tmp_path / "other")
+    elsewhere.folder.mkdir()
+    shutil.copy(empty_store, elsewhere.folder / "mlflow.db")
+    elsewhere.open(run_dir, 20, phases=PHASES).close("FINISHED")
+    assert_all_there(elsewhere, run_dir)
+
+    # One that was deleted by hand, beside runs that others have hung below ours.
+    client, parent = elsewhere.client, elsewhere.run(run_dir).info
+    client.delete_run(elsewhere.phases(run_dir)[0].info.run_id)
+    below = {"mlflow.parentRunId": parent.run_id}
+    for tags in (below, below | {"phase": "of the moon"}):
+        client.create_run(parent.experiment_id, tags=tags)
+    before = {run.info.run_id for run in client.search_runs([parent.experiment_id])}
+    elsewhere.open(run_dir, 20, phases=PHASES).close("FINISHED")
+    after = {run.info.run_id for run in client.search_runs([parent.experiment_id])}
+    assert before < after
+    assert len(after - before) == 1
+    assert_all_there(elsewhere, run_dir)
+
+
+def test_points_that_only_the_run_got_reach_its_phase_later(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = tmp_path / "run"
+    tracker = store.open(run_dir, phases=PHASES)
+    tracker.enter_phase(0)
+    log_steps(tracker, 0, 1, 7)
+    wait_until(lambda: store.steps(run_dir, "train/loss") == [list(range(1, 8))])
+    # A store that refuses the points of phases.
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute(
+            "create trigger refuse before insert on metrics when new.run_uuid in "
+            "(select run_uuid from tags where key = 'phase') "
+            "begin select raise(abort, 'no more'); end"
+        )
+    log_steps(tracker, 0, 8, 10)
+    tracker.enter_phase(1)
+    log_steps(tracker, 1, 11, 20)
+    wait_until(lambda: len(store.history(run_dir, "train/loss")) == 20)
+    wait_until(lambda: "Training goes on" in caplog.text)
+    assert store.steps(run_dir, "train/loss")[0] == list(range(1, 8))
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute("drop trigger refuse")
+    tracker.close("FINISHED")
+    assert_all_there(store, run_dir)
+
+
+def test_a_twin_of_a_phases_run_is_let_be(store: Store, tmp_path: Path) -> None:
+    # As a request leaves it whose answer was lost.
+    run_dir = tmp_path / "run"
+    tracker = store.open(run_dir, phases=PHASES)
+    tracker.enter_phase(0)
+    log_steps(tracker, 0, 1, 4)
+    tracker.close("KILLED")
+    phase, parent = store.phases(run_dir)[0], store.run(run_dir).info
+    tags = {"mlflow.parentRunId": parent.run_id, "phase": "0"}
+    for start in (1, 2**42):
+        store.client.create_run(parent.experiment_id, start_time=start, tags=tags)
+    tracker = store.open(run_dir, 4, phases=PHASES)
+    tracker.enter_phase(0)
+    log_steps(tracker, 0, 5, 9)
+    tracker.close("FINISHED")
+    history = store.client.get_metric_history(phase.info.run_id, "train/loss")
+    assert sorted(metric.step for metric in history) == list(range(1, 10))
+    assert sorted(map(len, store.steps(run_dir, "train/loss"))) == [0, 0, 9]
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -547,6 +789,28 @@ def test_a_server_comes_late_and_goes_early(
     assert caplog.records == []
     assert [step for step, _ in store.history(run_dir, "train/loss")] == list(range(1, 1011))
     assert store.run(run_dir).info.status == "FINISHED"
+
+
+def test_a_server_is_away_while_the_next_phase_begins(
+    store: Store, server: Callable[[int], subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    port = free_port()
+    process = server(port)
+    tracker = store.open(run_dir, tracking_uri=f"http://127.0.0.1:{port}", phases=PHASES)
+    tracker.enter_phase(0)
+    log_steps(tracker, 0, 1, 8)
+    # Over the store that the server uses.
+    wait_until(lambda: len(store.history(run_dir, "val/top1")) == 1)
+    end_group(process)
+    log_steps(tracker, 0, 9, 10)
+    tracker.enter_phase(1)
+    log_steps(tracker, 1, 11, 14)
+    server(port)
+    wait_until(lambda: store.statuses(run_dir) == ["FINISHED", "RUNNING"])
+    log_steps(tracker, 1, 15, 20)
+    tracker.close("FINISHED")
+    assert_all_there(store, run_dir)
 
 
 SHORT_RUN = """

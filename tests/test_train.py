@@ -729,6 +729,51 @@ def test_mlflow_has_the_run(farm: Farm, tiny_config: ConfigWriter, tmp_path: Pat
     assert losses == [(line["step"], line["loss"]) for line in tiny.metrics(run, "train")]
 
 
+def test_mlflow_has_the_phases(farm: Farm, tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    file = tiny_config({"tracking": {"mlflow": True}, "phases": TWO_PHASES})
+    run = tmp_path / "runs/tiny"
+
+    def rows(query: str) -> list[Any]:
+        with sqlite3.connect(tmp_path / "runs/mlflow.db") as store:
+            return store.execute(query).fetchall()
+
+    def statuses() -> dict[str, str]:
+        return dict(rows("select name, status from runs"))
+
+    # After the first phase's last step, before its evaluation.
+    first = farm(file, stop=("step", 5, TERM))
+    assert first.status == 143, first.text
+    assert statuses() == {"tiny": "KILLED", "phase 1: T=2": "KILLED"}
+    # After the second phase's first step.
+    second = farm(file, stop=("step", 1, TERM))
+    assert second.status == 143, second.text
+    begun = {"tiny": "KILLED", "phase 1: T=2": "FINISHED", "phase 2: T=3": "KILLED"}
+    assert statuses() == begun
+    # Nothing is saved, and the store may have more than the checkpoint knows of.
+    third = farm(file, stop=("step", 3, KILL))
+    assert third.status == -KILL, third.text
+    assert farm(file).status == 0
+    assert statuses() == dict.fromkeys(begun, "FINISHED")
+    assert len(rows("select * from runs")) == 3
+
+    ((parent,),) = rows("select run_uuid from runs where name = 'tiny'")
+    parents = rows("select value from tags where key = 'mlflow.parentRunId'")
+    assert parents == [(parent,)] * 2
+    for number, (name, kind) in enumerate([("phase 1: T=2", "sgd"), ("phase 2: T=3", "adam")]):
+        ((child,),) = rows(f"select run_uuid from runs where name = '{name}'")
+        params = dict(rows(f"select key, value from params where run_uuid = '{child}'"))
+        assert params["timesteps"] == str(TWO_PHASES[number]["timesteps"])
+        assert params["optimizer.kind"] == kind
+        for key in ("train/loss", "val/top1"):
+            of_key = f"from metrics where key = '{key}' and run_uuid ="
+            points = rows(f"select step, value {of_key} '{child}' order by step")
+            lines = tiny.metrics(run, key.split("/")[0])
+            value = key.split("/")[1]
+            assert points == [(x["step"], x[value]) for x in lines if x["phase"] == number]
+            points = rows(f"select step, value {of_key} '{parent}' order by step")
+            assert points == [(x["step"], x[value]) for x in lines]
+
+
 def test_description_in_the_model_file(straight: Callable[[str], Path]) -> None:
     from tetdist import checkpoint
 

@@ -203,6 +203,7 @@ class RunFolder:
             experiment=config.tracking.experiment,
             artifact_root=Path(config.runs_dir).resolve() / "mlartifacts",
             resume_step=step if (self.path / "metrics.jsonl").exists() else None,
+            phases=[flatten(phase) for phase in config.as_dict()["phases"]],
         )
         tracker.artifact(self.path / "config.yaml")
         tracker.artifact(self.path / "environment.json")

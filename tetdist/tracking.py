@@ -12,6 +12,9 @@ strings "NaN", "Infinity" and "-Infinity", which `float()` understands and `read
 In MLflow a value is called `kind/key` and stands at its optimiser step. A list has one metric a
 timestep, counted from 1 (`per_timestep_top1` of an evaluation: `val/top1_t1`, `val/top1_t2`, ...),
 a dict one an entry (`val/firing_rate/layer1.0.sn1`). Text stays in the file.
+
+A run of several phases has a child run a phase below it in MLflow, with the phase's parameters and
+those points whose lines say `"phase": N`. The run itself has all points.
 """
 
 import contextlib
@@ -33,7 +36,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +49,9 @@ Status = Literal["FINISHED", "FAILED", "KILLED", "RUNNING"]
 SEND_EVERY = 2.0  # seconds; a call to MLflow costs about the same for one point as for a hundred
 LONGEST_PAUSE = 60.0  # seconds between two attempts to reach a tracker that is down
 BATCH = 1000  # the most metrics that MLflow takes in one call
+
+PARENT_TAG = "mlflow.parentRunId"  # by which MLflow's pages nest runs
+PHASE_TAG = "phase"  # the phase's number, as in the file and in the configuration: from 0
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -64,6 +70,7 @@ class Tracker:
         experiment: str,
         artifact_root: Path,
         resume_step: int | None,
+        phases: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Opens the run's file and starts to follow it.
 
@@ -79,6 +86,8 @@ class Tracker:
                 for itself.
             resume_step: The optimiser step of the checkpoint that the run continues from; lines of
                 later steps are removed, because those steps are computed again. None: a new run.
+            phases: The configuration of each phase, flattened, with its `timesteps`. If there are
+                several, each gets a child run in MLflow when it begins.
 
         Raises:
             UserError: A new run finds the file of another, a line of the file is damaged, or MLflow
@@ -115,6 +124,8 @@ class Tracker:
                 experiment=experiment,
                 artifact_root=artifact_root,
                 resume_step=resume_step,
+                # A single phase is the run itself.
+                phases=[dict(phase) for phase in phases] if len(phases) > 1 else [],
             )
             self._follower.thread.start()
 
@@ -141,7 +152,7 @@ class Tracker:
             return
         assert step > last, f"{kind}: step {step} after step {last}"
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-        raw = json.dumps(_strict(line), allow_nan=False).encode() + b"\n"
+        raw = json.dumps(strict(line), allow_nan=False).encode() + b"\n"
         try:
             written = 0
             while written < len(raw):
@@ -176,6 +187,11 @@ class Tracker:
         if self._follower is not None:
             self._follower.tags[key] = value
 
+    def enter_phase(self, number: int) -> None:
+        """Says which phase runs from now on; what was logged before belongs to those before it."""
+        if self._follower is not None:
+            self._follower.phase = number
+
     def close(self, status: Status, timeout: float = 30) -> None:
         """Ends the record and waits, at most `timeout` seconds, until MLflow has all of it.
 
@@ -207,8 +223,8 @@ class Tracker:
 class _Follower:
     """The thread that keeps MLflow level with the file.
 
-    The training thread only sets `tags`, `artifacts`, `status` and `closing`; this one only reads
-    them. Single operations on a dict are atomic, hence no locks.
+    The training thread only sets `tags`, `artifacts`, `phase`, `status` and `closing`; this one
+    only reads them. Single operations on a dict are atomic, hence no locks.
     """
 
     def __init__(
@@ -222,6 +238,7 @@ class _Follower:
         experiment: str,
         artifact_root: Path,
         resume_step: int | None,
+        phases: list[dict[str, Any]],
     ) -> None:
         self.path = path
         self.run_name = run_name
@@ -231,7 +248,9 @@ class _Follower:
         self.experiment = experiment
         self.artifact_root = artifact_root
         self.resume_step = resume_step
+        self.phases = phases  # empty: no child runs
 
+        self.phase: int | None = None  # the one that runs; None: none was entered yet
         self.artifacts: dict[Path, int] = {}  # how often each was announced
         self.status: Status = "RUNNING"
         self.closing = threading.Event()
@@ -254,12 +273,14 @@ class _Follower:
         session: _Session | None = None
         failures = 0
         while True:
-            # Asked before sending: what was logged before close() is then surely sent.
-            closing = self.closing.is_set()
+            # Both asked before sending: what was logged before close(), or before the next phase
+            # began, is then surely sent before a run is called finished.
+            closing, phase = self.closing.is_set(), self.phase
             try:
                 if session is None:
                     session = _Session(self, system_metrics=not closing)
                 session.send_points()
+                session.show_phases(phase, self.status if closing else None)
                 if closing:
                     # Before the artifacts, lest a full artifact store leave the run unfinished.
                     session.end(self.status)
@@ -296,6 +317,25 @@ class _Follower:
                 self.closing.wait(pause)
 
 
+class _Receiver:
+    """A run in MLflow: what it has, and what is about to be sent to it."""
+
+    def __init__(self, run: Any) -> None:
+        self.run_id: str = run.info.run_id
+        self.status: str = run.info.status
+        self.params = set(run.data.params)
+        # The last step of each kind. The protobuf form is the public one that shows the step of
+        # each metric's newest value.
+        self.have: dict[str, int] = {}
+        for metric in run.data.to_proto().metrics:
+            kind = metric.key.partition("/")[0]
+            self.have[kind] = max(metric.step, self.have.get(kind, -1))
+        self.batch: list[Any] = []
+
+    def lacks(self, line: dict[str, Any]) -> bool:
+        return line["step"] > self.have.get(line["kind"], -1)
+
+
 class _Session:
     """One unbroken acquaintance with MLflow.
 
@@ -318,9 +358,9 @@ class _Session:
         run = self._known_run()
         if run is None:
             run = self._new_run()
-        elif run.info.status != "RUNNING":
-            self._client.update_run(run.info.run_id, status="RUNNING")
-        self._run_id: str = run.info.run_id
+        self._run = _Receiver(run)
+        self._run_id = self._run.run_id
+        self._set_status(self._run, "RUNNING")
 
         if follower.resume_step is not None:
             # setdefault: noted once by each process that resumes, not once a session.
@@ -329,18 +369,11 @@ class _Session:
                 "resumed_at_step",
                 f"{noted}, {follower.resume_step}" if noted else str(follower.resume_step),
             )
-        params = [
-            mlflow.entities.Param(key, str(value))
-            for name, value in follower.params.items()
-            if (key := _allowed(name)) not in run.data.params
-        ]
-        self._client.log_batch(self._run_id, params=params)
+        self._send_params(self._run, follower.params)
 
-        # The protobuf form is the public one that shows the step of each metric's newest value.
-        self._have: dict[str, int] = {}
-        for metric in run.data.to_proto().metrics:
-            kind = metric.key.partition("/")[0]
-            self._have[kind] = max(metric.step, self._have.get(kind, -1))
+        self._experiment_id: str = run.info.experiment_id
+        self._phases = self._known_phases() if follower.phases else {}
+        self._last_phase: int | None = None  # of the lines read so far
 
         self._offset = 0
         self._lines = 0
@@ -421,35 +454,119 @@ class _Session:
             self._monitor.finish()
             self._monitor = None
 
+    def _known_phases(self) -> dict[int, _Receiver]:
+        """Finds the phases' runs of earlier sessions, by their tags."""
+        found: dict[int, _Receiver] = {}
+        for run in self._client.search_runs(
+            [self._experiment_id],
+            f"tags.`{PARENT_TAG}` = '{self._run_id}'",
+            order_by=["attributes.start_time ASC"],
+        ):
+            number = run.data.tags.get(PHASE_TAG, "")
+            # A user may have hung runs of another kind below ours.
+            if not number.isdecimal() or int(number) >= len(self._follower.phases):
+                continue
+            phase = _Receiver(run)
+            # A request to create a run whose answer was lost leaves a twin. The one that got
+            # points, or else the older one, goes on.
+            twin = found.get(int(number))
+            if twin is None or (phase.have and not twin.have):
+                found[int(number)] = phase
+        for number, phase in found.items():
+            self._send_params(phase, self._follower.phases[number])
+        return found
+
+    def _phase(self, number: int) -> _Receiver:
+        """Returns the run of a phase, made when missing."""
+        if number not in self._phases:
+            params = self._follower.phases[number]
+            run = self._client.create_run(
+                self._experiment_id,
+                run_name=f"phase {number + 1}: T={params['timesteps']}",
+                tags=_origin() | {PARENT_TAG: self._run_id, PHASE_TAG: str(number)},
+            )
+            self._phases[number] = _Receiver(run)
+            self._send_params(self._phases[number], params)
+        return self._phases[number]
+
+    def _send_params(self, receiver: _Receiver, params: Mapping[str, Any]) -> None:
+        import mlflow
+
+        missing = [
+            mlflow.entities.Param(key, str(value))
+            for name, value in params.items()
+            if (key := _allowed(name)) not in receiver.params
+        ]
+        self._client.log_batch(receiver.run_id, params=missing)
+
+    def _set_status(self, receiver: _Receiver, status: Status) -> None:
+        if receiver.status == status:
+            return
+        if status == "RUNNING":
+            self._client.update_run(receiver.run_id, status=status)
+        else:
+            self._client.set_terminated(receiver.run_id, status)
+        receiver.status = status
+
     def send_points(self) -> None:
         """Sends the lines that are new in the file, and the tags that have changed."""
         import mlflow
 
         lines, self._offset = _read_from(self._follower.path, self._offset)
-        batch: list[Any] = []
         for line in lines:
-            self._lines += 1
-            if line["step"] <= self._have.get(line["kind"], -1):
-                continue
+            receivers = [self._run]
+            number = line.get("phase")
+            if isinstance(number, int) and number < len(self._follower.phases):
+                receivers.append(self._phase(number))
+                self._last_phase = number
             points = [
                 mlflow.entities.Metric(name, value, int(line["time"] * 1000), line["step"])
                 for name, value in _points(line)
             ]
-            # A line goes whole, because what MLflow has is asked by step.
-            if len(batch) + len(points) > BATCH:
-                self._client.log_batch(self._run_id, metrics=batch)
-                self._follower.sent = max(self._follower.sent, self._lines - 1)
-                batch = []
-            batch += points
-        if batch:
-            self._client.log_batch(self._run_id, metrics=batch)
-        self._follower.sent = max(self._follower.sent, self._lines)
+            for receiver in receivers:
+                if not receiver.lacks(line):
+                    continue
+                # A line goes whole, because what MLflow has is asked by step.
+                if len(receiver.batch) + len(points) > BATCH:
+                    self._send_batches()
+                receiver.batch += points
+            self._lines += 1
+        self._send_batches()
 
         tags = dict(self._follower.tags)
         if tags != self._tags:
             entities = [mlflow.entities.RunTag(_allowed(key), tags[key]) for key in tags]
             self._client.log_batch(self._run_id, tags=entities)
             self._tags = tags
+
+    def _send_batches(self) -> None:
+        for receiver in (self._run, *self._phases.values()):
+            if receiver.batch:
+                self._client.log_batch(receiver.run_id, metrics=receiver.batch)
+                receiver.batch = []
+        self._follower.sent = max(self._follower.sent, self._lines)
+
+    def show_phases(self, present: int | None, ending: Status | None) -> None:
+        """Gives the phases' runs the states that they are in.
+
+        Args:
+            present: The phase that was entered last, if any was.
+            ending: The run's state from now on, if it ends; None while it runs.
+        """
+        if present is None and ending is not None:
+            # Ended before any phase was entered, as a finished run that is started again.
+            present = self._last_phase
+        if present is None or not self._follower.phases:
+            return
+        self._phase(present)
+        for number, phase in self._phases.items():
+            if number < present:
+                self._set_status(phase, "FINISHED")
+            elif number == present:
+                self._set_status(phase, ending or "RUNNING")
+            else:
+                # It began before a resume from an earlier phase, and will begin again.
+                self._set_status(phase, "KILLED")
 
     def send_artifacts(self) -> None:
         for path, version in list(self._follower.artifacts.items()):
@@ -465,8 +582,7 @@ class _Session:
         # First, because the monitor ends by itself, without its last values, when it sees a run
         # that does not run.
         self.stop_system_metrics()
-        if status != "RUNNING":
-            self._client.set_terminated(self._run_id, status)
+        self._set_status(self._run, status)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -498,7 +614,7 @@ def _parsed(path: Path, data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
             whole = False
         if not whole:
             raise UserError(
-                f"{path}: line {number} is damaged: {raw[:80].decode(errors='replace')}"
+                f"{path}: line {number} is damaged: {raw[:80].decode(errors='replace').strip()}"
             )
         yield raw, line
 
@@ -526,11 +642,11 @@ def _keep_until(path: Path, step: int) -> tuple[dict[str, int], int]:
     return last, len(kept)
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -135,6 +135,8 @@ class Trainer:
         if self.phase is phase:
             return
         self._leave()
+        if self.tracker:
+            self.tracker.enter_phase(phase.number)
         self.model.set_timesteps(phase.section.timesteps)
         optimizer = make_optimizer(self.model, phase.section.optimizer)
         self.engine = make_engine(
