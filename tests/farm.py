@@ -49,6 +49,7 @@ def passing(point: str, number: int, action: Callable[[], None]) -> None:
     if point == "micro":  # within the accumulation of a step
         wrap(engine.TorchEngine, "backward", after=True)
         wrap(engine.DeepSpeedEngine, "backward", after=True)
+        wrap(engine.ZeroEngine, "backward", after=True)
     elif point == "step":  # after a step's update, before it is logged
         wrap(trainer.Trainer, "_train_step", after=True)
     elif point == "evaluate":  # after a batch of an evaluation
@@ -57,6 +58,12 @@ def passing(point: str, number: int, action: Callable[[], None]) -> None:
         wrap(torch, "save")
     elif point == "saved":  # the checkpoint is in its place
         wrap(trainer.checkpoint, "save", after=True)
+    elif point == "raise":  # an error of this process alone, instead of the signal
+
+        def action() -> None:
+            raise LookupError("made for the test")
+
+        wrap(trainer, "_sums", after=True)
     elif point == "log":  # the line of metrics is written
         wrap(trainer.Trainer, "_log", after=True)
     else:

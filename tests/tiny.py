@@ -166,6 +166,16 @@ def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
     ]
 
 
+def samples(run: Path) -> dict[int, list[tuple[int, int]]]:
+    """Of each step, by record_samples: (id, checksum of pixels) over all processes, sorted."""
+    steps: dict[int, list[tuple[int, int]]] = {}
+    for path in run.glob("samples-*.jsonl"):
+        for line in map(json.loads, path.read_text().splitlines()):
+            pairs = zip(line["ids"], line["crc32"], strict=True)
+            steps[line["step"]] = sorted([*steps.get(line["step"], []), *pairs])
+    return steps
+
+
 def newest(run: Path) -> Path:
     return run / "checkpoints" / (run / "checkpoints" / "last").read_text().strip()
 
@@ -214,6 +224,31 @@ class Farm:
         timeout: float = 60,
     ) -> Outcome:
         """Train; the status is that of the only process, or of all where they agree."""
+        statuses, text = self.each(
+            file, *overrides, world=world, stop=stop, rank=rank, timeout=timeout
+        )
+        assert len(set(statuses)) == 1, (statuses, text)
+        return Outcome(statuses[0], text)
+
+    def each(
+        self,
+        file: Path,
+        *overrides: str,
+        world: int,
+        stop: tuple[str, int, int] | None,
+        rank: int,
+        timeout: float = 60,
+    ) -> tuple[list[int], str]:
+        """Train; the status of each process, and what they printed.
+
+        Args:
+            file: The configuration.
+            overrides: ``key=value``.
+            world: Number of processes.
+            stop: Point, how often it has been passed, and signal: see farm.py.
+            rank: Which process the signal comes to.
+            timeout: Seconds after which they are killed (status -999).
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._log.unlink(missing_ok=True)
@@ -226,7 +261,4 @@ class Farm:
         }
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        statuses = json.loads(self._process.stdout.readline())
-        text = self._log.read_text()
-        assert len(set(statuses)) == 1, (statuses, text)
-        return Outcome(statuses[0], text)
+        return json.loads(self._process.stdout.readline()), self._log.read_text()

@@ -21,41 +21,52 @@ from tetdist.fused import NormNeuron, carrying_membranes
 
 
 class Block:
-    """A part of a network as a function of (T, B, C, H, W).
+    """A part of a network as a function of (T, B, C, H, W), or of one input for all T.
 
     Args:
-        forward: The function; a causal one, that is, its output at t depends on inputs up to t.
+        forward: The function of an input and its number of timesteps; a causal one, that is, its
+            output at t depends on inputs up to t.
         modules: Those that it runs, each once.
+        timesteps: T.
         segment: Length of a segment in timesteps; None: all at once.
         levels: Inputs are multiples of ``1 / levels`` and below ``256 / levels``; None: anything.
     """
 
     def __init__(
         self,
-        forward: Callable[[Tensor], Tensor],
+        forward: Callable[[Tensor, int], Tensor],
         *modules: nn.Module,
+        timesteps: int,
         segment: int | None,
         levels: int | None,
     ) -> None:
-        self.forward, self.segment, self.levels = forward, segment, levels
+        self.forward, self.levels = forward, levels
+        self.lengths = [timesteps]
+        if segment is not None:
+            self.lengths = [min(segment, timesteps - t) for t in range(0, timesteps, segment)]
         self.neurons = [m for top in modules for m in top.modules() if isinstance(m, NormNeuron)]
         self.parameters = [p for top in modules for p in top.parameters() if p.requires_grad]
 
-    def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (x,) if self.segment is None else x.split(self.segment)
+    def split(self, x: Tensor) -> list[Tensor]:
+        """The input of each segment; where it is one for all timesteps, that."""
+        if x.shape[0] == 1 or len(self.lengths) == 1:
+            return [x] * len(self.lengths)
+        return list(x.split(self.lengths))
 
-    def run(self, x: Tensor, membranes: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+    def run(
+        self, x: Tensor, timesteps: int, membranes: list[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Output of one segment, and the membranes that the next one starts from."""
-        if self.segment is None:
-            return self.forward(x), []
+        if len(self.lengths) == 1:
+            return self.forward(x, timesteps), []
         with carrying_membranes(self.neurons, membranes) as ends:
-            return self.forward(x), ends()
+            return self.forward(x, timesteps), ends()
 
     def run_all(self, x: Tensor) -> Tensor:
         """The output over all segments."""
         outputs, membranes = [], None
-        for part in self.split(x):
-            output, membranes = self.run(part, membranes)
+        for part, length in zip(self.split(x), self.lengths, strict=True):
+            output, membranes = self.run(part, length, membranes)
             outputs.append(output)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -90,35 +101,42 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         block: Block = ctx.block
         (packed,) = ctx.saved_tensors
-        parts = block.split(block.unpack(packed, ctx.dtype))
+        x = block.unpack(packed, ctx.dtype)
+        segments = list(zip(block.split(x), block.lengths, strict=True))
         with normalization.recomputing(), ctx.autocast():
             starts: list[list[Tensor] | None] = [None]
             with torch.no_grad():
-                for part in parts[:-1]:
-                    starts.append(block.run(part, starts[-1])[1])
-            grad_input: list[Tensor] = []
+                for part, length in segments[:-1]:
+                    starts.append(block.run(part, length, starts[-1])[1])
+            grads_x: list[Tensor] = []
             grad_parameters: list[Tensor | None] = [None] * len(block.parameters)
             grad_ends: list[Tensor] = []
-            for part, start, grad in reversed(
-                list(zip(parts, starts, block.split(grad_outputs[0]), strict=True))
+            grads = grad_outputs[0].split(block.lengths)
+            for (part, length), start, grad in reversed(
+                list(zip(segments, starts, grads, strict=True))
             ):
-                gradients = _segment_gradients(
-                    block, part, start, grad, grad_ends, ctx.needs_input_grad[0]
+                grad_part, grad_ends, grad_own = _segment_gradients(
+                    block, part, length, start, grad, grad_ends, ctx.needs_input_grad[0]
                 )
-                grad_part, grad_ends, grad_own = gradients
                 if grad_part is not None:
-                    grad_input.insert(0, grad_part)
+                    grads_x.insert(0, grad_part)
                 grad_parameters = [
                     b if a is None else a + b
                     for a, b in zip(grad_parameters, grad_own, strict=True)
                 ]
-        grad_x = torch.cat(grad_input) if len(grad_input) > 1 else next(iter(grad_input), None)
-        return grad_x, None, *grad_parameters
+        return _joined(grads_x, one_for_all=x.shape[0] == 1), None, *grad_parameters
+
+
+def _joined(grads: list[Tensor], *, one_for_all: bool) -> Tensor | None:
+    if len(grads) < 2:
+        return grads[0] if grads else None
+    return torch.stack(grads).sum(0) if one_for_all else torch.cat(grads)
 
 
 def _segment_gradients(
     block: Block,
     x: Tensor,
+    timesteps: int,
     start: list[Tensor] | None,
     grad_output: Tensor,
     grad_ends: list[Tensor],
@@ -128,7 +146,7 @@ def _segment_gradients(
     with torch.enable_grad():
         x = x.detach().requires_grad_(needs_input_grad)
         start = start and [membrane.detach().requires_grad_() for membrane in start]
-        output, ends = block.run(x, start)
+        output, ends = block.run(x, timesteps, start)
     inputs = [x] if needs_input_grad else []
     inputs += start or []
     outputs = [output, *ends] if grad_ends else [output]

@@ -224,8 +224,8 @@ class Trainer:
             with clock.waiting():
                 batch = next(self.loader)
             self.record(self.step + 1, batch)
-            yield self._on_device(batch.images), self._on_device(batch.labels)
             self.watch.progress(f"step {self.step + 1}")
+            yield self._on_device(batch.images), self._on_device(batch.labels)
 
     def _forward_backward_update(
         self, batches: Iterable[tuple[Tensor, Tensor]], lr: float
@@ -316,7 +316,7 @@ class Trainer:
             values["overflows"] = self.engine.loss_scale.overflows
         if values["non_finite_steps"] and self.world.rank == 0:
             logger.warning(
-                "step %d: since the last line %d step(s) had no finite gradient, and changed nothing",
+                "step %d: %d step(s) since the last line had no finite gradient: nothing changed",
                 self.step,
                 values["non_finite_steps"],
             )

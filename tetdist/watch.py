@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
@@ -53,6 +54,7 @@ class Watch:
         self.world, self.timeout = world, timeout
         self.before_end: Callable[[], None] = lambda: None
         self._count, self._where, self._ended = 0, "the start", ""
+        self._failed = False  # by an error of its own, which it shows itself
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
         self._answered = time.monotonic()  # when rank 0's store last did
@@ -101,7 +103,8 @@ class Watch:
     ) -> None:
         if not self._threads:
             return
-        if error is not None and not isinstance(error, Stopped | UserError | SystemExit):
+        alone = error is not None and not isinstance(error, Stopped | UserError | SystemExit)
+        if error is not None and alone:
             self._report(error)
         self._closing.set()
         for thread in self._threads:
@@ -112,6 +115,8 @@ class Watch:
             self._ended = " ".join(str(error).split())[:300] or type(error).__name__
         with contextlib.suppress(dist.DistError, RuntimeError):
             self._say_alive()
+        if alone:
+            raise SystemExit(1)  # the traceback has been shown
 
     def _report(self, error: BaseException) -> None:
         """Tell the others of an error of this process only; or learn that theirs is behind it."""
@@ -121,10 +126,13 @@ class Watch:
                 self._store.set(_TROUBLE, text)
                 # The thread of this process ends it when there is a verdict.
                 self._closing.wait(SILENCE_IN_TROUBLE + 6 * BEAT)
-            else:
-                self._store.set(_VERDICT, f"rank {self.world.rank} has failed ({text})")
-                # Long enough for the others to read it: the store may end with this process.
-                self._closing.wait(3 * BEAT)
+        # Before the others' messages.
+        traceback.print_exception(error)
+        self._failed = True
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            self._store.set(_VERDICT, f"rank {self.world.rank} has failed ({text})")
+            # Long enough for the others to read it: the store may end with this process.
+            self._closing.wait(3 * BEAT)
 
     # --- in the threads -----------------------------------------------------------------------
 
@@ -134,7 +142,7 @@ class Watch:
                 self._say_alive()
                 if self.world.rank == 0 and (verdict := self._judge()):
                     self._store.set(_VERDICT, verdict)
-                if self._store.check([_VERDICT]):
+                if self._store.check([_VERDICT]) and not self._failed:
                     self._end(self._store.get(_VERDICT).decode(), said_by_rank_0=True)
                 self._answered = time.monotonic()
             except (dist.DistError, RuntimeError) as error:

@@ -92,7 +92,6 @@ class SpikingNetwork(nn.Module):
         With activation checkpointing the backward pass then needs the activations of one segment
         of one block only. Batch norm normalises over each segment by itself, so in training this is
         another network than without segments (and the same one with and without checkpointing).
-        A static image's stem, whose current is the same at all timesteps, is run at once.
 
         Raises:
             ValueError: Fewer than one timestep.
@@ -147,23 +146,27 @@ class SpikingNetwork(nn.Module):
         """Spikes of the last block, (T, B, C, H, W)."""
         x = self._run(self.forward_stem, self.time_first(x), self.stem, levels=None)
         for block in self.blocks:
-            x = self._run(block, x, block, levels=self.spike_levels)
+            x = self._run(_of_any_length(block), x, block, levels=self.spike_levels)
         return x
 
     def _run(
-        self, function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module, levels: int | None
+        self,
+        function: Callable[[Tensor, int], Tensor],
+        x: Tensor,
+        module: nn.Module,
+        levels: int | None,
     ) -> Tensor:
         """Stem or block, in segments or recomputed where that was asked for."""
         if not self.training or not (self.segment or self.grad_checkpointing):
-            return function(x)
-        # One timestep in: an image, the same at all timesteps.
-        segment = self.segment if x.shape[0] > 1 else None
-        block = Block(function, module, segment=segment, levels=levels)
+            return function(x, self.timesteps)
+        block = Block(
+            function, module, timesteps=self.timesteps, segment=self.segment, levels=levels
+        )
         if self.grad_checkpointing and torch.is_grad_enabled():
             return block.recomputed(x)
         return block.run_all(x)
 
-    def forward_stem(self, x: Tensor) -> Tensor:
+    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
         """(1 or T, B, C, H, W) to spikes (T, B, C', H', W'); each family has its own."""
         raise NotImplementedError
 
@@ -194,6 +197,11 @@ class ConvNormNeuron(nn.Module):
     def forward(self, x: Tensor, timesteps: int | None = None) -> Tensor:
         """``timesteps`` is needed only where ``x`` is (1, ...), one input for all of them."""
         return self.neuron(timewise(self.conv, x), timesteps or x.shape[0])
+
+
+def _of_any_length(block: nn.Module) -> Callable[[Tensor, int], Tensor]:
+    """A block as `Block` wants it; it sees T in its input's shape."""
+    return lambda x, _timesteps: block(x)
 
 
 def new_classifier(num_features: int, num_classes: int) -> nn.Module:

@@ -114,8 +114,8 @@ class SEWResNet(SpikingNetwork):
         self.fc = base.new_classifier(channels, num_classes)
         base.init_weights(self)
 
-    def forward_stem(self, x: Tensor) -> Tensor:
-        return timewise(self.pool, self.stem(x, self.timesteps))
+    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
+        return timewise(self.pool, self.stem(x, timesteps))
 
 
 default_cfgs = generate_default_cfgs(

@@ -151,8 +151,8 @@ class SpikingResNet(SpikingNetwork):
         self.fc = base.new_classifier(self.num_features, num_classes)
         base.init_weights(self)
 
-    def forward_stem(self, x: Tensor) -> Tensor:
-        return timewise(self.pool, self.stem(x, self.timesteps))
+    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
+        return timewise(self.pool, self.stem(x, timesteps))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.hidden(x.mean((3, 4)))

@@ -59,8 +59,8 @@ class VGGSNN(SpikingNetwork):
         self.fc = base.new_classifier(self.num_features, num_classes)
         base.init_weights(self)
 
-    def forward_stem(self, x: Tensor) -> Tensor:
-        return self.stem(x)
+    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
+        return self.stem(x, timesteps)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = x.flatten(2)
