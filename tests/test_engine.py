@@ -15,7 +15,7 @@ import tetdist.models
 from tetdist import engine, normalization
 from tetdist.config import OptimizerSection, RunConfig, parse
 from tetdist.distributed import World, join
-from tetdist.engine import DeepSpeedEngine, TorchEngine, make_optimizer
+from tetdist.engine import DeepSpeedEngine, TorchEngine, ZeroEngine, make_optimizer
 from tetdist.normalization import BatchNorm
 
 MICRO_BATCHES = 4
@@ -206,6 +206,27 @@ def test_non_finite_gradient_changes_nothing(
     assert differing(after, state(again, opt)) == []
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+@pytest.mark.parametrize(
+    ("cls", "stage"), [(TorchEngine, 0), (DeepSpeedEngine, 0), (ZeroEngine, 1)]
+)
+def test_non_finite_first_step(
+    cls: type[Any], stage: int, optimizer: dict[str, Any], world: World
+) -> None:
+    """Where the optimiser has no state yet."""
+    cfg = config({"phases.0.optimizer": optimizer, "zero_stage": stage})
+    vectors = []
+    for numbers in ((0, 1, 2), (1, 2)):
+        model = network()
+        eng = cls(cfg, model, make_optimizer(model, cfg.phases[0].optimizer), MICRO_BATCHES, world)
+        for number in numbers:
+            step(eng, model, number, poison=float("nan") if number == 0 else None)
+        vectors.append(vector(model))
+        eng.close()
+    assert torch.isfinite(vectors[0]).all()
+    assert torch.equal(*vectors)
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
 def test_decay_norms_spares_norms_and_biases(kind: str) -> None:
     model = network()
@@ -224,6 +245,139 @@ def test_decay_norms_spares_norms_and_biases(kind: str) -> None:
     assert {names[id(p)] for p in spared["params"]} == expected
     assert {names[id(p)] for p in decayed["params"]} == set(names.values()) - expected
     assert "fc.bias" in expected
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+@pytest.mark.parametrize("clipping", [None, 0.5])
+def test_stages_are_the_torch_engine(
+    stage: int, optimizer: dict[str, Any], clipping: float | None, world: World
+) -> None:
+    """Weights are laid out differently, so that rounding differs."""
+    changes = {"phases.0.optimizer": optimizer, "gradient_clipping": clipping}
+    results = []
+    for zero_stage, cls in ((0, TorchEngine), (stage, ZeroEngine)):
+        cfg = config(changes | {"zero_stage": zero_stage})
+        model = network()
+        opt = make_optimizer(model, cfg.phases[0].optimizer)
+        eng = cls(cfg, model, opt, MICRO_BATCHES, world)
+        updates = [step(eng, model, i, lr=0.05 / (i + 1)) for i in range(3)]
+        assert all(update.applied for update in updates)
+        results.append(
+            (vector(model), [float(u.grad_norm) for u in updates], eng.optimizer_state())
+        )
+        eng.close()
+    (ours, norms, state_0), (theirs, other_norms, state_1) = results
+    assert norms == pytest.approx(other_norms, rel=1e-4)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert state_0["param_groups"] == state_1["param_groups"]
+    for number, values in state_0["state"].items():
+        for key, value in values.items():
+            other = state_1["state"][number][key]
+            torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4, msg=f"{number}.{key}")
+
+
+ENGINES = [(TorchEngine, 0), (DeepSpeedEngine, 0), (ZeroEngine, 1), (ZeroEngine, 2)]
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("source", ENGINES, ids=lambda pair: f"{pair[0].__name__}{pair[1]}")
+@pytest.mark.parametrize("target", ENGINES, ids=lambda pair: f"{pair[0].__name__}{pair[1]}")
+def test_optimizer_state_moves_between_engines(
+    source: tuple[type[Any], int], target: tuple[type[Any], int], kind: str, world: World
+) -> None:
+    """Given out and taken over unchanged, before and after the next step."""
+    model = network()
+    section = config({"phases.0.optimizer": OPTIMIZERS[kind]}).phases[0].optimizer
+
+    def engine_of(pair: tuple[type[Any], int]) -> Any:
+        cls, stage = pair
+        cfg = config({"phases.0.optimizer": OPTIMIZERS[kind], "zero_stage": stage})
+        return cls(cfg, model, make_optimizer(model, section), MICRO_BATCHES, world)
+
+    eng = engine_of(source)
+    step(eng, model, 0)
+    given = copy.deepcopy(eng.optimizer_state())
+    eng.close()
+    eng = engine_of(target)
+    eng.load_optimizer_state(copy.deepcopy(given))
+    taken = eng.optimizer_state()
+    assert taken["param_groups"] == given["param_groups"]
+    for number, values in given["state"].items():
+        for key, value in values.items():
+            assert torch.equal(value, taken["state"][number][key]), (number, key)
+    # The next step uses it, element by element: the same as where it came from.
+    before = vector(model)
+    step(eng, model, 1)
+    moved = vector(model) - before
+    eng.close()
+    again = network()
+    model = again
+    eng = engine_of(source)
+    step(eng, again, 0)
+    before = vector(again)
+    step(eng, again, 1)
+    torch.testing.assert_close(moved, vector(again) - before, rtol=1e-2, atol=1e-5)
+    eng.close()
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_non_finite_gradient_changes_nothing_at_higher_stages(
+    stage: int, kind: str, world: World
+) -> None:
+    cfg = config({"phases.0.optimizer": OPTIMIZERS[kind], "zero_stage": stage})
+    model = network()
+    eng = ZeroEngine(
+        cfg, model, make_optimizer(model, cfg.phases[0].optimizer), MICRO_BATCHES, world
+    )
+    assert step(eng, model, 0).applied
+    before, held = vector(model), copy.deepcopy(eng.optimizer_state())
+    update = step(eng, model, 1, poison=float("nan"))
+    assert not update.applied
+    assert not torch.isfinite(update.grad_norm)
+    assert torch.equal(before, vector(model))
+    for number, values in eng.optimizer_state()["state"].items():
+        for key, value in values.items():
+            assert torch.equal(value, held["state"][number][key])
+    assert step(eng, model, 2).applied
+    eng.close()
+
+
+@pytest.mark.parametrize("cls", [TorchEngine, DeepSpeedEngine])
+def test_loss_scale_cancels_out(cls: type[Any], world: World) -> None:
+    """A power of two: to the bit, for gradients that it lets neither overflow nor vanish."""
+    states = []
+    for start in (1.0, 2.0**10):
+        # float32, so that the scale is all that differs.
+        cfg = config({"gradient_clipping": 0.5})
+        model = network()
+        opt = make_optimizer(model, cfg.phases[0].optimizer)
+        eng = cls(cfg, model, opt, MICRO_BATCHES, world)
+        eng.loss_scale = engine.LossScale()
+        eng.loss_scale.value = start
+        for number in range(3):
+            assert step(eng, model, number).applied
+        states.append(state(model, opt))
+        eng.close()
+    assert differing(*states) == []
+
+
+def test_loss_scale_moves() -> None:
+    scale = engine.LossScale()
+    assert scale.value == 2.0**16
+    assert scale.overflowed()
+    assert (scale.value, scale.overflows) == (2.0**15, 1)
+    for _ in range(engine.LossScale.GROWTH_INTERVAL):
+        scale.succeeded()
+    assert (scale.value, scale.good_steps) == (2.0**16, 0)
+    other = engine.LossScale()
+    scale.succeeded()
+    other.load_state_dict(scale.state_dict())
+    assert vars(other) == vars(scale)
+    scale.value = 1.0
+    assert not scale.overflowed()
+    assert scale.value == 1.0
 
 
 def test_missing_deepspeed_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -634,6 +634,144 @@ def test_non_finite_loss_names_step_rate_and_checkpoint(
     assert f"at last at step {last} " in farm(file).text
 
 
+def test_non_finite_on_one_process_names_it(tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    """Pixels that are not numbers, on rank 1 alone: no update anywhere, and rank 1 is to blame."""
+    file = tiny_config({"engine": "torch", "non_finite_limit": 2})
+    code = f"""
+import os, sys
+from tetdist import train
+from tetdist.data.pipeline import Loader
+take = Loader.__next__
+def spoilt(self):
+    batch = take(self)
+    if os.environ["RANK"] == "1":
+        batch.images[:] = float("inf")
+    return batch
+Loader.__next__ = spoilt
+sys.exit(train.main(["--config", {str(file)!r}]))
+"""
+    (status_0, first), (status_1, second) = tiny.side_by_side(2, tiny.python("-c", code), tmp_path)
+    assert (status_0, status_1) == (2, 2), first + second
+    assert "not finite in 2 steps in a row, at last at step 2" in first
+    assert "Rank 1: loss nan; not finite first after stem.conv; largest gradients" in first
+    assert "Rank 0:" not in first
+    assert "no checkpoint has been saved yet" in first
+    (line,) = tiny.metrics(tmp_path / "runs/tiny", "train")
+    assert line["non_finite_steps"] == 1
+
+
+def test_a_few_non_finite_steps_end_nothing(
+    main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 4 and 5 change nothing and count for nothing but themselves."""
+    from tetdist import trainer
+
+    compute = trainer.compute_loss
+    calls = iter(range(1000))
+
+    def spoilt(*arguments: Any) -> torch.Tensor:
+        bad = next(calls) // 4 + 1 in (4, 5)
+        return compute(*arguments) * (float("nan") if bad else 1.0)
+
+    monkeypatch.setattr(trainer, "compute_loss", spoilt)
+    outcome = main(tiny_config({"log_every": 5, "phases.0.schedule": "constant"}))
+    ended(outcome, "2 step(s) since the last line had no finite gradient", status=0)
+    first, second = tiny.metrics(tmp_path / "runs/tiny", "train")
+    assert (first["non_finite_steps"], second["non_finite_steps"]) == (2, 0)
+    monkeypatch.undo()
+    ended(main(tiny_config({"log_every": 5, "name": "three"}), "max_steps=3"), status=0)
+    (three,) = tiny.metrics(tmp_path / "runs/three", "train")
+    assert first["loss"] == pytest.approx(three["loss"], rel=0.2)
+
+
+def test_float16_is_refused_on_a_cpu(main: Main, tiny_config: ConfigWriter) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    ended(main(tiny_config({"precision": "fp16"})), "fp16 needs a GPU", "bf16 or fp32")
+
+
+def test_float16_takes_overflowed_steps_again(
+    main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where only the tests let it run: the arithmetic is the same."""
+    from tetdist import engine, trainer
+
+    monkeypatch.setattr(trainer, "_check_device", lambda *_: None)
+    monkeypatch.setattr(engine.LossScale, "START", 2.0**40)
+    monkeypatch.setattr(engine.LossScale, "GROWTH_INTERVAL", 3)
+    changes = {"precision": "fp16", "record_samples": True}
+    ended(main(tiny_config(changes | {"name": "straight"})), status=0)
+    straight = tmp_path / "runs/straight"
+    lines = tiny.metrics(straight, "train")
+    # Not counted as steps: each has its samples once, and the schedule's learning rate.
+    assert [line["step"] for line in lines] == list(range(1, LAST_STEP + 1))
+    assert all(len(pairs) == 8 for pairs in tiny.samples(straight).values())
+    assert lines[0]["overflows"] > 5
+    assert lines[0]["loss_scale"] < 2.0**35
+    assert [line["non_finite_steps"] for line in lines] == [0] * LAST_STEP
+    assert lines[-1]["loss_scale"] != lines[0]["loss_scale"]  # it grows, or overflows again
+    # The scale is part of the checkpoint.
+    ended(main(tiny_config(changes | {"name": "run"}), "max_steps=4"), status=0)
+    run = tmp_path / "runs/run"
+    state = json.loads((tiny.newest(run) / "state.json").read_text())
+    assert state["loss_scale"]["value"] == lines[3]["loss_scale"]
+    ended(main(tiny_config(changes | {"name": "run"})), status=0)
+    assert tiny.metrics(run, "train") == lines
+
+
+# --- starting from a checkpoint ----------------------------------------------------------------
+
+
+def test_init_checkpoint(
+    main: Main, straight: Callable[[str], Path], tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    """Somebody's weights at T=2, trained on at T=3: they are where it begins."""
+    source = straight("torch")
+    config = tiny_config({"phases.0.timesteps": 3, "phases.0.optimizer.lr": 1e-12, "max_steps": 1})
+    outcome = main(config, f"init_checkpoint={source}")
+    ended(outcome, f"beginning with the weights of {source} (step {LAST_STEP}, T=2)", status=0)
+    weights = [
+        load_file(tiny.newest(run) / "model.safetensors")
+        for run in (source, tmp_path / "runs/tiny")
+    ]
+    for key, value in weights[0].items():
+        if "running" not in key:
+            torch.testing.assert_close(value, weights[1][key], rtol=1e-5, atol=1e-9, msg=key)
+    # Continuing does not need it any more.
+    ended(main(config, "init_checkpoint=/nowhere", "max_steps=2"), "another configuration")
+    (tmp_path / "runs/tiny/config.yaml").write_text(
+        (tmp_path / "runs/tiny/config.yaml").read_text().replace(str(source), "/nowhere")
+    )
+    ended(main(config, "init_checkpoint=/nowhere", "max_steps=2"), "from step 1", status=0)
+
+
+def test_init_checkpoint_that_does_not_suit(
+    main: Main, straight: Callable[[str], Path], tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    source = f"init_checkpoint={straight('torch')}"
+    ended(main(tiny_config(), "init_checkpoint=/nowhere"), "/nowhere")
+    ended(main(tiny_config({"model.num_classes": 7}), source), "another model", "fc.weight")
+    ended(main(tiny_config(), "start_phase=1", source), "start_phase: 1 is none of the phases")
+    ended(main(tiny_config({"phases": TWO_PHASES}), "start_phase=1"), "set init_checkpoint")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_start_phase_is_the_rest_of_the_recipe(
+    main: Main, farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    """What the second phase does from the first one's checkpoint, another run does from there."""
+    changes = {"phases": TWO_PHASES}
+    assert farm(tiny_config({"name": "both"} | changes)).status == 0
+    ended(main(tiny_config({"name": "first"} | changes), "max_steps=5"), status=0)
+    start = [f"init_checkpoint={tmp_path / 'runs/first'}", "start_phase=1"]
+    ended(main(tiny_config({"name": "second"} | changes), *start), status=0)
+    both, second = tmp_path / "runs/both", tmp_path / "runs/second"
+    theirs = [line for line in tiny.metrics(both, "train") if line["phase"] == 1]
+    assert tiny.metrics(second, "train") == theirs
+    weights = [load_file(tiny.newest(run) / "model.safetensors") for run in (both, second)]
+    assert [key for key in weights[0] if not torch.equal(weights[0][key], weights[1][key])] == []
+
+
 def test_checkpoint_of_another_model(main: Main, tiny_config: ConfigWriter, tmp_path: Path) -> None:
     """By hand only, since another configuration is refused before."""
     from tetdist import checkpoint

@@ -45,11 +45,16 @@ class World:
         dist.all_reduce(total, group=self.control)
         return total.tolist()
 
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     def mean_(self, tensor: Tensor) -> Tensor:
         """Average a tensor over all processes, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
-            tensor /= self.world_size
+            self.sum_(tensor).div_(self.world_size)
         return tensor
 
     def from_rank_0(self, value: Any) -> Any:

@@ -175,6 +175,7 @@ class TorchEngine:
         self.precision = config.precision
         self.loss_scale = LossScale() if config.precision == "fp16" else None
         _lay_out(model, torch.channels_last)
+        _start_momentum(optimizer)
         self.optimizer.zero_grad()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -226,6 +227,7 @@ class DeepSpeedEngine:
         self.engine.torch_autocast_z0_gradscaler = None
         self.loss_scale = LossScale() if config.precision == "fp16" else None
         _lay_out(model, torch.channels_last)
+        _start_momentum(optimizer)
         self.optimizer, self.max_norm = optimizer, config.gradient_clipping
 
     def forward(self, images: Tensor) -> Tensor:
@@ -270,7 +272,7 @@ class ZeroEngine:
         world: World,
     ) -> None:
         _lay_out(model, torch.contiguous_format)
-        self.device = world.device
+        self.world = world
         # In the order that numbers them in a state_dict; initialize puts flat partitions in their
         # place.
         self.groups = [list(group["params"]) for group in optimizer.param_groups]
@@ -295,66 +297,88 @@ class ZeroEngine:
             group["lr"] = lr
         self.engine.step()
         zero = self.engine.optimizer
-        norm = torch.as_tensor(zero._global_grad_norm, dtype=torch.float32, device=self.device)
-        return Update(norm, torch.tensor(not zero.overflow, device=self.device))
+        norm = torch.as_tensor(
+            zero._global_grad_norm, dtype=torch.float32, device=self.world.device
+        )
+        return Update(norm, torch.tensor(not zero.overflow, device=self.world.device))
 
     def optimizer_state(self) -> dict[str, Any]:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
         states: dict[int, dict[str, Any]] = {}
         groups: list[dict[str, Any]] = []
-        number = 0
+        first = 0
         for group, parameters in zip(self.optimizer.param_groups, self.groups, strict=True):
+            numbers = range(first, first + len(parameters))
+            first += len(parameters)
             (flat,) = group["params"]
-            shared = self.optimizer.state.get(flat, {})
-            for parameter in parameters:
-                own: dict[str, Any] = {}
-                for key, value in shared.items():
-                    if torch.is_tensor(value) and value.shape == flat.shape:
-                        own[key] = safe_get_full_optimizer_state(parameter, key)
-                    else:
-                        # A copy each: torch's Adam counts in place, once a parameter.
-                        own[key] = value.clone() if torch.is_tensor(value) else value
-                if own:
-                    states[number] = own
-                number += 1
+            for key, value in self.optimizer.state.get(flat, {}).items():
+                whole = self._whole(parameters, value, flat)
+                for number, own in zip(numbers, whole, strict=True):
+                    states.setdefault(number, {})[key] = own
             groups.append(
                 {key: value for key, value in group.items() if key != "params"}
-                | {"params": list(range(number - len(parameters), number))}
+                | {"params": list(numbers)}
             )
         return {"state": states, "param_groups": groups}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        number = 0
-        for group, parameters in zip(self.optimizer.param_groups, self.groups, strict=True):
+        first = 0
+        for group, parameters, given in zip(
+            self.optimizer.param_groups, self.groups, state["param_groups"], strict=True
+        ):
             (flat,) = group["params"]
+            group.update({key: value for key, value in given.items() if key != "params"})
             own: dict[str, Any] = {}
-            for parameter in parameters:
+            for number, parameter in enumerate(parameters, start=first):
                 for key, value in state["state"].get(number, {}).items():
                     if not torch.is_tensor(value) or value.shape != parameter.shape:
-                        own[key] = value
-                        continue
-                    partition = own.setdefault(key, torch.zeros_like(flat))
-                    self._put(parameter, value, partition)
-                number += 1
+                        own[key] = value  # one for the whole partition, such as Adam's step
+                    elif fragment := _fragment(parameter):
+                        partition = own.setdefault(key, torch.zeros_like(flat.detach()))
+                        source, target, length = fragment
+                        part = value.reshape(-1).narrow(0, source, length)
+                        partition.narrow(0, target, length).copy_(part)
+                    else:
+                        own.setdefault(key, torch.zeros_like(flat.detach()))
+            first += len(parameters)
             if own:
                 self.optimizer.state[flat] = own
-        if self.optimizer.state:
-            # Else it would learn of the state at its first step, and not give it out before.
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    @staticmethod
-    def _put(parameter: nn.Parameter, value: Tensor, partition: Tensor) -> None:
-        """Copy the part of a parameter's tensor that lies in this process's partition."""
-        where = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's mark
-        if where is None:
-            return
-        source, target = where.lp_fragment_address, where.hp_fragment_address
-        part = value.reshape(-1).narrow(0, source.start, source.numel)
-        partition.detach().narrow(0, target.start, target.numel).copy_(part)
+    def _whole(self, parameters: list[nn.Parameter], value: Any, flat: Tensor) -> list[Any]:
+        """A state of the partition as one of each parameter, put together from all processes."""
+        if not torch.is_tensor(value):
+            return [value] * len(parameters)
+        if value.shape != flat.shape:
+            # A copy each: torch's Adam counts in place, once a parameter.
+            return [value.clone() for _ in parameters]
+        sizes = [parameter.numel() for parameter in parameters]
+        gathered = torch.zeros(sum(sizes), dtype=value.dtype, device=value.device)
+        parts = gathered.split(sizes)
+        for parameter, part in zip(parameters, parts, strict=True):
+            if fragment := _fragment(parameter):
+                target, source, length = fragment
+                part.narrow(0, target, length).copy_(value.narrow(0, source, length))
+        # Each element is on one process, and 0 on all others.
+        self.world.sum_(gathered)
+        return [
+            part.view(parameter.shape).clone()
+            for parameter, part in zip(parameters, parts, strict=True)
+        ]
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+def _fragment(parameter: nn.Parameter) -> tuple[int, int, int] | None:
+    """Which part of a parameter lies in this process's partition at ZeRO stages 1 and 2.
+
+    Returns:
+        Its start in the parameter, its start in the partition, and its length; None: no part.
+    """
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
+    if mapping is None:
+        return None
+    inside, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return inside.start, there.start, inside.numel
 
 
 def _load_whole_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -428,6 +452,20 @@ def _unscale_and_clip(
     if max_norm is not None:
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return Update(norm, torch.isfinite(norm))
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Begin SGD's momentum at 0, from which its first step is the same.
+
+    Left to itself torch allocates it at the first step, and if that step is given up, leaves it
+    with whatever was in memory.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if group["momentum"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _set(optimizer: torch.optim.Optimizer, lr: float, apply: Tensor) -> None:

@@ -260,7 +260,8 @@ class Trainer:
         assert self.phase is not None
         lr = self.phase.learning_rate(self.step - 1)
         limit = self.config.non_finite_limit
-        reports = self.world.gather(self._examine_last_step())
+        reports = [text for text in self.world.gather(self._examine_last_step()) if text]
+        found = "; ".join(reports) or "Repeated, it is finite on all processes: suspect a device"
         saved = "no checkpoint has been saved yet"
         if self.saved_step is not None:
             saved = f"the last checkpoint is of step {self.saved_step}, in "
@@ -270,9 +271,8 @@ class Trainer:
             raise UserError(
                 f"the loss or its gradient was not finite in {limit} steps in a row, at last at "
                 f"step {self.step} (learning rate {lr:.4g}). They changed nothing, and {saved}. "
-                f"{'; '.join(report for report in reports if report)}. A smaller "
-                "phases.*.optimizer.lr, a warm-up (phases.*.warmup_epochs) or gradient_clipping "
-                "are the usual remedies"
+                f"{found}. A smaller phases.*.optimizer.lr, a warm-up (phases.*.warmup_epochs) or "
+                "gradient_clipping are the usual remedies"
             )
 
         self.world.together(fail)
