@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tetdist.errors import UserError
+from tetdist.errors import UserError, way_out
 
 logger = logging.getLogger(__name__)
 
@@ -112,12 +112,11 @@ def save(
         if best:
             _point(folder / "best", target.name)
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch.save and safetensors report a full disk as errors of their own.
         _remove(aside)
         raise UserError(
             f"the checkpoint of step {state['step']} could not be written to {folder} "
-            f"({_reason(error)}); the earlier ones are untouched: make room and run the same "
-            "command again"
+            f"({_reason(error)}); the earlier ones are untouched: {way_out(error)}, and run the "
+            "same command again"
         ) from error
     _delete_old(folder, keep_last)
     return target

@@ -19,7 +19,7 @@ from tetdist.data import index as data_index
 from tetdist.data.index import Index
 from tetdist.data.pipeline import Batch
 from tetdist.distributed import World
-from tetdist.errors import Stopped, UserError
+from tetdist.errors import Stopped, UserError, way_out
 from tetdist.models import SpikingNetwork
 
 logger = logging.getLogger(__name__)
@@ -126,8 +126,7 @@ class RunFolder:
                 self._claim()
             except OSError as error:
                 raise UserError(
-                    f"cannot write to {self.path}: {error.strerror}; make room or choose another "
-                    "runs_dir=..."
+                    f"cannot write to {self.path}: {error.strerror}; {way_out(error)}"
                 ) from error
 
     def _claim(self) -> None:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 # See tetdist/train.py: threads that spin while they wait take the cores from those that decode.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+HANGS_AFTER = 600  # seconds without progress of one of several processes
+
 if TYPE_CHECKING:
     from tetdist.config import RunConfig
     from tetdist.evaluate import Evaluation
@@ -104,8 +106,9 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist.precision import parameter_type
     from tetdist.progress import sample_bar
     from tetdist.run import make_model, open_split
+    from tetdist.watch import Watch
 
-    with join(options.device) as world:
+    with join(options.device) as world, Watch(world, HANGS_AFTER) as watch:
         weights, description = world.together(
             lambda: checkpoint.load_model_file(
                 options.checkpoint, "best" if options.best else "last"
@@ -125,6 +128,11 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         # T also gives the result at all smaller ones.
         model.set_timesteps(wanted[-1])
         bar = sample_bar(len(index), "evaluate", silent=world.rank != 0)
+
+        def progress(count: int) -> None:
+            bar.update(count * world.world_size)
+            watch.progress("the evaluation")
+
         with bar, eval_loader(config, index, world) as batches:
             result = evaluate(
                 model,
@@ -132,7 +140,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
                 len(index),
                 world,
                 precision=config.precision,
-                progress=lambda count: bar.update(count * world.world_size),
+                progress=progress,
             )
         if world.rank == 0:
             print(table(result, wanted, options, description))
