@@ -379,9 +379,19 @@ def test_events_are_convolved_bin_by_bin_and_surplus_bins_ignored() -> None:
 def test_connect_functions_on_spikes() -> None:
     residual = torch.tensor([0.0, 0.0, 1.0, 1.0])
     identity = torch.tensor([0.0, 1.0, 0.0, 1.0])
-    assert sew_resnet.connect(residual, identity, "add").tolist() == [0, 1, 1, 2]
-    assert sew_resnet.connect(residual, identity, "and").tolist() == [0, 0, 0, 1]
-    assert sew_resnet.connect(residual, identity, "iand").tolist() == [0, 1, 0, 0]
+
+    class Layer(nn.Module):
+        """Its input is its output."""
+
+        def forward(self, x: Tensor, identity: Tensor | None = None) -> Tensor:
+            return x if identity is None else x + identity
+
+    for layer in (Layer().train(), Layer().eval()):
+        joined = {
+            function: sew_resnet.connect(layer, residual, identity, function).tolist()
+            for function in ("add", "and", "iand")
+        }
+        assert joined == {"add": [0, 1, 1, 2], "and": [0, 0, 0, 1], "iand": [0, 1, 0, 0]}
 
 
 def _normalized(conv: nn.Conv2d, norm: BatchNorm, scale: float, x: Tensor) -> Tensor:

@@ -220,7 +220,7 @@ def test_bytes_kept_for_the_backward_pass() -> None:
     none = {t: saved_bytes(t, recompute=False, segment=None) for t in (4, 8, 16)}
     blocks = {t: saved_bytes(t, recompute=True, segment=None) for t in (4, 8, 16)}
     parts = {t: saved_bytes(t, recompute=True, segment=2) for t in (8, 16)}
-    assert blocks[4] < 0.15 * none[4]
+    assert blocks[4] < 0.25 * none[4]
     assert parts[16] - parts[8] < 0.15 * (none[16] - none[8])
 
 

@@ -1,6 +1,6 @@
-"""Normalisation, an added shortcut and the neuron as one operation: the fast path.
+"""Normalisation, an added shortcut, the neuron and added spikes as one operation: the fast path.
 
-`NormNeuron` is what models are built of. Its definition is three lines (`NormNeuron.reference`);
+`NormNeuron` is what models are built of. Its definition is a few lines (`NormNeuron.reference`);
 the fused path computes the same in one pass over memory each way. The forward pass keeps the
 convolution's output and two numbers per channel; the backward pass computes the normalised
 current and the membranes again from them, in registers, so nothing of the size of T membranes is
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tetdist import neurons
 from tetdist.neurons import SURROGATES, NeuronConfig
 from tetdist.normalization import BatchNorm
+from tetdist.spikes import Packed, carry
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,13 @@ class NormNeuron(nn.Module):
         self.carries = False
         self.membrane: Tensor | None = None
 
-    def forward(self, current: Tensor, timesteps: int, shortcut: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        current: Tensor,
+        timesteps: int,
+        shortcut: Tensor | None = None,
+        identity: Tensor | None = None,
+    ) -> Tensor:
         """Spikes (T, B, C, H, W), of the current's type.
 
         Args:
@@ -58,26 +65,37 @@ class NormNeuron(nn.Module):
                 same at all timesteps (the stem of a static image).
             timesteps: T.
             shortcut: Added to the normalised current, (T, B, C, H, W).
+            identity: Spikes (T, B, C, H, W) that are added to those of the neurons.
         """
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
         if self.execution == "fused" and _compiler_works(current.device.type):
-            return self._fused(current, timesteps, shortcut)
-        return self.reference(current, timesteps, shortcut)
+            return self._fused(current, timesteps, shortcut, identity)
+        return self.reference(current, timesteps, shortcut, identity)
 
-    def reference(self, current: Tensor, timesteps: int, shortcut: Tensor | None = None) -> Tensor:
+    def reference(
+        self,
+        current: Tensor,
+        timesteps: int,
+        shortcut: Tensor | None = None,
+        identity: Tensor | None = None,
+    ) -> Tensor:
         """The definition of `forward`."""
         normalized = self.norm(current).expand(timesteps, *current.shape[1:])
         total = normalized if shortcut is None else normalized + shortcut
         spikes, membrane = neurons.run(total, self.neuron, self.membrane)
         if self.carries:
             self.membrane = membrane
-        return spikes
+        return spikes if identity is None else spikes + identity
 
-    def _fused(self, current: Tensor, timesteps: int, shortcut: Tensor | None) -> Tensor:
+    def _fused(
+        self, current: Tensor, timesteps: int, shortcut: Tensor | None, identity: Tensor | None
+    ) -> Tensor:
         norm = self.norm
         x = _channels_last_rows(current)
         added = None if shortcut is None else _channels_last_rows(shortcut)
-        kernels = _kernels(self.neuron, timesteps, x.shape[0] == 1, self.carries)
+        joined = None if identity is None else _channels_last_rows(identity)
+        packs = norm.training and torch.is_grad_enabled()
+        kernels = _kernels(self.neuron, timesteps, x.shape[0] == 1, self.carries, packs)
         if norm.training:
             mean, var = norm.over_processes(*kernels.statistics(x.detach()))
             norm.record(mean, var, x.shape[0] * x.shape[1])
@@ -87,12 +105,16 @@ class NormNeuron(nn.Module):
         start = None
         if self.membrane is not None:
             start = self.membrane.permute(0, 2, 3, 1).reshape(-1, channels)
-        spikes, end = _FusedNormNeuron.apply(
-            x, added, norm.weight, norm.bias, start, mean, var, norm, kernels
+        rows, packed, end = _FusedNormNeuron.apply(
+            x, added, joined, norm.weight, norm.bias, start, mean, var, norm, kernels
         )
         if self.carries:
             self.membrane = end.view(batch, height, width, channels).permute(0, 3, 1, 2)
-        return spikes.view(timesteps, batch, height, width, channels).permute(0, 1, 4, 2, 3)
+
+        def image(rows: Tensor) -> Tensor:
+            return rows.view(timesteps, batch, height, width, channels).permute(0, 1, 4, 2, 3)
+
+        return carry(image(rows), Packed(image(packed), 1)) if packs else image(rows)
 
     def extra_repr(self) -> str:
         return str(self.neuron)
@@ -104,9 +126,10 @@ def _channels_last_rows(x: Tensor) -> Tensor:
 
 
 class _FusedNormNeuron(torch.autograd.Function):
-    """Forward and backward of norm + shortcut + neuron on (T, N, C) tensors.
+    """Forward and backward of norm + shortcut + neuron + identity on (T, N, C) tensors.
 
-    Returns the spikes and, where it is to be carried on, the membrane after the last reset, (N, C).
+    Returns the spikes; where they are to be packed, the same in bytes; where it is to be carried
+    on, the membrane after the last reset, (N, C).
     """
 
     @staticmethod
@@ -114,6 +137,7 @@ class _FusedNormNeuron(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         shortcut: Tensor | None,
+        identity: Tensor | None,
         weight: Tensor,
         bias: Tensor,
         membrane: Tensor | None,
@@ -121,21 +145,26 @@ class _FusedNormNeuron(torch.autograd.Function):
         var: Tensor,
         norm: BatchNorm,
         kernels: "_Kernels",
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         rstd = torch.rsqrt(var + norm.eps)
         gain = norm.scale * weight * rstd
         offset = bias - gain * mean
         ctx.save_for_backward(x, shortcut, gain, offset, mean, rstd, membrane)
         ctx.norm, ctx.training, ctx.kernels = norm, norm.training, kernels
+        ctx.has_identity = identity is not None
         ctx.set_materialize_grads(False)
-        return kernels.spikes(x, shortcut, gain, offset, membrane)
+        spikes, packed, end = kernels.spikes(x, shortcut, gain, offset, membrane, identity)
+        if packed is not None:
+            ctx.mark_non_differentiable(packed)
+        return spikes, packed, end
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         x, shortcut, gain, offset, mean, rstd, membrane = ctx.saved_tensors
-        grad_spikes, grad_end = grad_outputs
+        grad_spikes, _, grad_end = grad_outputs
         if grad_spikes is None:
-            grad_spikes = torch.zeros_like(x if shortcut is None else shortcut)
+            assert grad_end is not None
+            grad_spikes = x.new_zeros(()).expand(ctx.kernels.timesteps, *grad_end.shape)
         # Gradient of the total current, of the convolution's own part of it (which is summed over
         # time where one output serves all timesteps), its two sums per channel, and the gradient
         # of the membrane at the start.
@@ -157,17 +186,24 @@ class _FusedNormNeuron(torch.autograd.Function):
                 grad_x = ctx.kernels.input_gradient(x, grad_y, gain, mean, rstd, *sums)
             else:
                 grad_x = (grad_y * gain).to(x.dtype)
-        grad_shortcut = None if shortcut is None else grad_total.to(shortcut.dtype)
-        grad_weight = ctx.norm.scale * sum_grad_xhat
-        return grad_x, grad_shortcut, grad_weight, sum_grad, grad_start, None, None, None, None
+        return (
+            grad_x,
+            None if shortcut is None else grad_total.to(shortcut.dtype),
+            grad_spikes if ctx.has_identity else None,
+            ctx.norm.scale * sum_grad_xhat,
+            sum_grad,
+            grad_start,
+            *(None,) * 4,
+        )
 
 
 class _Kernels(NamedTuple):
-    """The compiled passes of one variant: neuron, T, whether all timesteps share one x, and whether
-    membranes are carried on."""
+    """The compiled passes of one variant: neuron, T, whether all timesteps share one x, whether
+    membranes are carried on, and whether spikes are packed, too."""
 
+    timesteps: int
     statistics: Callable[..., tuple[Tensor, Tensor]]
-    spikes: Callable[..., tuple[Tensor, Tensor | None]]
+    spikes: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
     current_gradient: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]
     input_gradient: Callable[..., Tensor]
 
@@ -202,7 +238,9 @@ def _input_gradient(
 
 
 @functools.cache
-def _kernels(config: NeuronConfig, timesteps: int, shared: bool, carries: bool) -> _Kernels:
+def _kernels(
+    config: NeuronConfig, timesteps: int, shared: bool, carries: bool, packs: bool
+) -> _Kernels:
     decay, threshold, hard = config.decay, config.threshold, config.reset == "hard"
     surrogate, width, detach = (
         SURROGATES[config.surrogate],
@@ -228,10 +266,18 @@ def _kernels(config: NeuronConfig, timesteps: int, shared: bool, carries: bool) 
         return us, spikes, u
 
     def spikes(
-        x: Tensor, shortcut: Tensor | None, gain: Tensor, offset: Tensor, start: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        _, spikes, end = membranes(x, shortcut, gain, offset, start)
-        return torch.stack([s.to(x.dtype) for s in spikes]), end if carries else None
+        x: Tensor,
+        shortcut: Tensor | None,
+        gain: Tensor,
+        offset: Tensor,
+        start: Tensor | None,
+        identity: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        _, fired, end = membranes(x, shortcut, gain, offset, start)
+        spikes = torch.stack([s.to(x.dtype) for s in fired])
+        if identity is not None:
+            spikes = spikes + identity
+        return spikes, spikes.to(torch.uint8) if packs else None, end if carries else None
 
     def current_gradient(
         x: Tensor,
@@ -272,6 +318,7 @@ def _kernels(config: NeuronConfig, timesteps: int, shared: bool, carries: bool) 
         return total, own, sum_over_time.sum(0), with_xhat.sum(0) * rstd, grad_start
 
     return _Kernels(
+        timesteps,
         _compile(_statistics),
         _compile(spikes),
         _compile(current_gradient),

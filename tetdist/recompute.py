@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tetdist import normalization
+from tetdist import normalization, spikes
 from tetdist.fused import NormNeuron, carrying_membranes
 
 
@@ -51,7 +51,12 @@ class Block:
         """The input of each segment; where it is one for all timesteps, that."""
         if x.shape[0] == 1 or len(self.lengths) == 1:
             return [x] * len(self.lengths)
-        return list(x.split(self.lengths))
+        parts = list(x.split(self.lengths))
+        if packed := spikes.carried(x):
+            values = packed.values.split(self.lengths)
+            for part, own in zip(parts, values, strict=True):
+                spikes.carry(part, packed._replace(values=own))
+        return parts
 
     def run(
         self, x: Tensor, timesteps: int, membranes: list[Tensor] | None
@@ -77,13 +82,15 @@ class Block:
     def pack(self, x: Tensor) -> Tensor:
         if self.levels is None:
             return x
-        return (x if self.levels == 1 else x * self.levels).to(torch.uint8)
+        packed = spikes.carried(x)
+        assert packed is None or packed.levels == self.levels
+        return (packed or spikes.pack(x, self.levels)).values
 
-    def unpack(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
+    def unpack(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         if self.levels is None:
-            return packed
-        x = packed.to(dtype)
-        return x if self.levels == 1 else x / self.levels
+            return values
+        packed = spikes.Packed(values, self.levels)
+        return spikes.carry(packed.unpack(dtype), packed)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -144,7 +151,10 @@ def _segment_gradients(
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """Run one segment again, and back: gradients of its input, its first membranes, parameters."""
     with torch.enable_grad():
+        packed = spikes.carried(x)
         x = x.detach().requires_grad_(needs_input_grad)
+        if packed:
+            spikes.carry(x, packed)
         start = start and [membrane.detach().requires_grad_() for membrane in start]
         output, ends = block.run(x, timesteps, start)
     inputs = [x] if needs_input_grad else []

@@ -11,13 +11,9 @@ from torch import Tensor, nn
 from tetdist import neurons
 from tetdist.fused import NormNeuron
 from tetdist.recompute import Block
+from tetdist.spikes import convolve
 
 INV_SQRT_2 = 1 / math.sqrt(2)
-
-
-def timewise(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply a module of (N, ...) tensors to each timestep of (T, B, ...)."""
-    return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
@@ -194,9 +190,14 @@ class ConvNormNeuron(nn.Module):
         self.conv = conv
         self.neuron = NormNeuron(conv.out_channels, neuron, norm_scale=norm_scale)
 
-    def forward(self, x: Tensor, timesteps: int | None = None) -> Tensor:
-        """``timesteps`` is needed only where ``x`` is (1, ...), one input for all of them."""
-        return self.neuron(timewise(self.conv, x), timesteps or x.shape[0])
+    def forward(
+        self, x: Tensor, timesteps: int | None = None, identity: Tensor | None = None
+    ) -> Tensor:
+        """Spikes, plus those of ``identity`` if there is one.
+
+        ``timesteps`` is needed only where ``x`` is (1, ...), one input for all of them.
+        """
+        return self.neuron(convolve(self.conv, x), timesteps or x.shape[0], identity=identity)
 
 
 def _of_any_length(block: nn.Module) -> Callable[[Tensor, int], Tensor]:

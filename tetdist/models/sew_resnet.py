@@ -12,19 +12,31 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from tetdist.models import base
-from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3, timewise
+from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.neurons import NeuronConfig
+from tetdist.spikes import MaxPool, carry, pack
 
 Connect = Literal["add", "and", "iand"]
 
 
-def connect(residual: Tensor, identity: Tensor, function: Connect) -> Tensor:
-    """Join a block's spikes with its input's (paper of SEW-ResNet, table 1)."""
+def connect(last: ConvNormNeuron, x: Tensor, identity: Tensor, function: Connect) -> Tensor:
+    """Join the spikes of a block's last layer with its input's (paper of SEW-ResNet, table 1).
+
+    Args:
+        last: The layer.
+        x: Its input, (T, B, C, H, W).
+        identity: Spikes of the shortcut, of the shape of the layer's output.
+        function: How.
+    """
+    # In training the sum is part of the layer's one pass. In evaluation the layer's output stays
+    # what it says, spikes, which are counted there.
+    if function == "add" and last.training:
+        return last(x, identity=identity)
+    residual = last(x)
     if function == "add":
         return residual + identity
-    if function == "and":
-        return residual * identity
-    return (1 - residual) * identity
+    joined = residual * identity if function == "and" else (1 - residual) * identity
+    return carry(joined, pack(joined.detach())) if last.training else joined
 
 
 class BasicBlock(nn.Module):
@@ -40,7 +52,7 @@ class BasicBlock(nn.Module):
         self.downsample = _downsample(in_channels, width, stride, neuron)
 
     def forward(self, x: Tensor) -> Tensor:
-        return connect(self.conv2(self.conv1(x)), self.downsample(x), self.function)
+        return connect(self.conv2, self.conv1(x), self.downsample(x), self.function)
 
 
 class Bottleneck(nn.Module):
@@ -57,8 +69,8 @@ class Bottleneck(nn.Module):
         self.downsample = _downsample(in_channels, 4 * width, stride, neuron)
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.conv3(self.conv2(self.conv1(x)))
-        return connect(residual, self.downsample(x), self.function)
+        hidden = self.conv2(self.conv1(x))
+        return connect(self.conv3, hidden, self.downsample(x), self.function)
 
 
 def _downsample(
@@ -100,7 +112,7 @@ class SEWResNet(SpikingNetwork):
         self.stem = ConvNormNeuron(
             nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False), neuron
         )
-        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.pool = MaxPool(3, stride=2, padding=1)
         blocks: list[nn.Module] = []
         channels = width
         for stage, num_blocks in enumerate(layers):
@@ -115,7 +127,7 @@ class SEWResNet(SpikingNetwork):
         base.init_weights(self)
 
     def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        return timewise(self.pool, self.stem(x, timesteps))
+        return self.pool(self.stem(x, timesteps))
 
 
 default_cfgs = generate_default_cfgs(

@@ -20,10 +20,10 @@ from tetdist.models.base import (
     SpikingNetwork,
     conv1x1,
     conv3x3,
-    timewise,
 )
 from tetdist.neurons import NeuronConfig
 from tetdist.normalization import BatchNorm
+from tetdist.spikes import MaxPool, convolve
 
 Norm = Literal["bn", "tdbn"]
 
@@ -49,8 +49,10 @@ class _Merge(nn.Module):
             self.downsample_norm = BatchNorm(conv.out_channels, scale=norm_scale)
 
     def forward(self, residual: Tensor, x: Tensor) -> Tensor:
-        shortcut = self.downsample_norm(timewise(self.downsample, x))
-        return self.neuron(timewise(self.conv, residual), x.shape[0], shortcut)
+        shortcut = x
+        if isinstance(self.downsample, nn.Conv2d):
+            shortcut = self.downsample_norm(convolve(self.downsample, x))
+        return self.neuron(convolve(self.conv, residual), x.shape[0], shortcut)
 
 
 class BasicBlock(nn.Module):
@@ -129,7 +131,7 @@ class SpikingResNet(SpikingNetwork):
         self.pool: nn.Module = nn.Identity()
         if stem == "imagenet":
             conv = nn.Conv2d(in_chans, stem_width, 7, stride=2, padding=3, bias=False)
-            self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+            self.pool = MaxPool(3, stride=2, padding=1)
         else:
             conv = conv3x3(in_chans, stem_width)
         self.stem = ConvNormNeuron(conv, neuron, norm_scale=scale)
@@ -152,7 +154,7 @@ class SpikingResNet(SpikingNetwork):
         base.init_weights(self)
 
     def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        return timewise(self.pool, self.stem(x, timesteps))
+        return self.pool(self.stem(x, timesteps))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.hidden(x.mean((3, 4)))

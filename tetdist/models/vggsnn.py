@@ -6,15 +6,9 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from tetdist.models import base
-from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv3x3, timewise
+from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv3x3
 from tetdist.neurons import NeuronConfig
-
-
-class _Pool(nn.Module):
-    """Average pooling of each timestep; its output is not spiked again."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return timewise(nn.AvgPool2d(2), x)
+from tetdist.spikes import AvgPool
 
 
 class VGGSNN(SpikingNetwork):
@@ -50,10 +44,10 @@ class VGGSNN(SpikingNetwork):
 
         self.stem = layer(in_chans, 64)
         self.blocks = nn.Sequential(
-            nn.Sequential(layer(64, 128), _Pool()),
-            nn.Sequential(layer(128, 256), layer(256, 256), _Pool()),
-            nn.Sequential(layer(256, 512), layer(512, 512), _Pool()),
-            nn.Sequential(layer(512, 512), layer(512, 512), _Pool()),
+            nn.Sequential(layer(64, 128), AvgPool()),
+            nn.Sequential(layer(128, 256), layer(256, 256), AvgPool()),
+            nn.Sequential(layer(256, 512), layer(512, 512), AvgPool()),
+            nn.Sequential(layer(512, 512), layer(512, 512), AvgPool()),
         )
         self.num_features = self.head_hidden_size = 512 * (input_size // 16) ** 2
         self.fc = base.new_classifier(self.num_features, num_classes)

@@ -1,0 +1,117 @@
+"""Operations on packed spikes are torch's own, in value and gradient, and keep bytes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tetdist import spikes
+from tetdist.precision import autocast
+
+SHAPE = (3, 2, 4, 9, 7)  # (T, B, C, H, W), with an odd height
+
+
+def some(levels: int = 1, highest: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, highest * levels + 1, SHAPE, generator=generator) / levels
+    # Channels last in memory, as everywhere.
+    flat = values.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    return flat.unflatten(0, SHAPE[:2]).to(dtype).requires_grad_()
+
+
+def with_packed(x: Tensor, levels: int) -> Tensor:
+    y = x * 1
+    return spikes.carry(y, spikes.pack(x.detach(), levels))
+
+
+def timewise(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+CONVOLUTIONS = {
+    "3x3": nn.Conv2d(4, 5, 3, padding=1, bias=False),
+    "strided": nn.Conv2d(4, 5, 3, stride=2, padding=1),
+    "1x1": nn.Conv2d(4, 5, 1, stride=2, bias=False),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("levels", [1, 4])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution(name: str, levels: int, precision: str) -> None:
+    conv = CONVOLUTIONS[name].to(memory_format=torch.channels_last)
+    results = []
+    for packed in (False, True):
+        conv.zero_grad()
+        x = some(levels)
+        with autocast(x.device, precision):
+            if packed:
+                y = spikes.convolve(conv, with_packed(x, levels))
+            else:
+                y = timewise(conv, x)
+        y.float().square().sum().backward()
+        results.append((y.detach(), x.grad, *(p.grad.clone() for p in conv.parameters())))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+def test_max_pool() -> None:
+    """The first of equal maxima gets the gradient, as in torch."""
+    pool = spikes.MaxPool(3, stride=2, padding=1)
+    results = []
+    for packed in (False, True):
+        x = some(highest=1)
+        y = pool(with_packed(x, 1)) if packed else timewise(nn.MaxPool2d(3, 2, 1), x)
+        (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
+        results.append((y.detach(), x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_average_pool() -> None:
+    results = []
+    for packed in (False, True):
+        x = some(highest=1)
+        y = spikes.AvgPool()(with_packed(x, 1)) if packed else timewise(nn.AvgPool2d(2), x)
+        (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
+        results.append((y.detach(), x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    y = spikes.AvgPool()(with_packed(some(highest=1), 1))
+    found = spikes.carried(y)
+    assert found is not None
+    assert found.levels == 4
+    assert torch.equal(found.unpack(torch.float32), y)
+
+
+@pytest.mark.parametrize("operation", ["conv", "max"])
+def test_bytes_are_kept_instead_of_numbers(operation: str) -> None:
+    module = CONVOLUTIONS["3x3"] if operation == "conv" else spikes.MaxPool(3, 2, 1)
+    kept: list[Tensor] = []
+    x = with_packed(some(), 1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = spikes.convolve(module, x) if operation == "conv" else module(x)
+    weights = {p.data_ptr() for p in module.parameters()}
+    activations = [t for t in kept if t.data_ptr() not in weights]
+    assert [t.dtype for t in activations] == [torch.uint8]
+    assert y.requires_grad
+
+
+def test_note_is_void_after_a_write() -> None:
+    x = with_packed(some(), 1)
+    assert spikes.carried(x) is not None
+    with torch.no_grad():
+        x += 1
+    assert spikes.carried(x) is None
+    # And torch's own operation is used.
+    conv = CONVOLUTIONS["3x3"]
+    assert torch.equal(spikes.convolve(conv, x), timewise(conv, x))
+
+
+def test_without_gradients_nothing_is_packed() -> None:
+    conv = CONVOLUTIONS["3x3"]
+    with torch.no_grad():
+        x = with_packed(some(), 1)
+        assert torch.equal(spikes.convolve(conv, x), timewise(conv, x))
+        assert torch.equal(
+            spikes.MaxPool(3, 2, 1)(x), F.max_pool2d(x.flatten(0, 1), 3, 2, 1).unflatten(0, (3, 2))
+        )
