@@ -169,6 +169,17 @@ def test_same_step_again_replaces(tmp_path: Path) -> None:
     assert names(tmp_path) == ["last", "step-00000001.1"]
 
 
+def test_same_step_more_than_ten_times(tmp_path: Path) -> None:
+    """Numbers, not text: .10 comes after .9."""
+    save(tmp_path, 1)
+    for number in range(13):
+        path = save(tmp_path, 2, keep_last=2)
+        assert path.name == ("step-00000002" if number == 0 else f"step-00000002.{number}")
+        assert checkpoint.newest(tmp_path).path == path
+        assert (tmp_path / "last").read_text().strip() == path.name
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000001", path.name]
+
+
 def test_leftovers_of_a_kill_are_ignored_and_then_removed(tmp_path: Path) -> None:
     save(tmp_path, 1)
     for name in (".step-00000002.tmp", ".step-00000001.old"):

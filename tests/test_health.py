@@ -18,24 +18,25 @@ assert tetdist.models
 def counted(answers: str, limit: int = 3) -> NonFiniteSteps:
     """Of a string of steps: x is one that was given up."""
     steps = NonFiniteSteps(torch.device("cpu"), limit)
-    for answer in answers:
-        steps.record(torch.tensor(answer != "x"))
+    for i, answer in enumerate(answers, start=1):
+        steps.record(i, torch.tensor(answer != "x"))
     return steps
 
 
 @pytest.mark.parametrize(
-    ("answers", "too_many"),
-    [("", False), ("xx", False), ("xx.x.xx", False), ("xxx", True), (".xxxx.", True)],
+    ("answers", "reached_at"),
+    [("", 0), ("xx", 0), ("xx.x.xx", 0), ("xxx", 3), (".xxxx.xxx", 4)],
 )
-def test_too_many_are_so_many_in_a_row(answers: str, too_many: bool) -> None:
-    """Also when they ended before anybody asked."""
-    assert counted(answers).too_many == too_many
+def test_too_many_are_so_many_in_a_row(answers: str, reached_at: int) -> None:
+    """Also when they ended before anybody asked: the step is the one where it was enough."""
+    assert counted(answers).too_many == (reached_at > 0)
+    assert counted(answers).limit_reached_at == reached_at
 
 
 def test_new_ones_since_the_last_question() -> None:
     steps = counted("x.x")
     assert (steps.new(), steps.new()) == (2, 0)
-    steps.record(torch.tensor(False))
+    steps.record(4, torch.tensor(False))
     assert steps.new() == 1
 
 
@@ -44,7 +45,7 @@ def test_count_goes_on_after_a_stop() -> None:
     second = NonFiniteSteps(torch.device("cpu"), 3)
     second.load_state_dict(first.state_dict())
     assert second.state_dict() == first.state_dict()
-    second.record(torch.tensor(False))
+    second.record(5, torch.tensor(False))
     assert second.too_many
     assert second.new() == 3
 

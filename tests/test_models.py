@@ -337,10 +337,10 @@ def test_unknown_execution_is_refused() -> None:
 def test_stem_of_a_static_image_is_convolved_once_as_if_it_were_repeated(name: str) -> None:
     model, x = create(name), inputs_for(name)
     naive = copy.deepcopy(model)
-    seen: list[int] = []
-    model.stem.conv.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0]))
+    seen: list[tuple[int, ...]] = []
+    model.stem.conv.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape[:2])))
     spikes = model.forward_stem(model.time_first(x), model.timesteps)
-    assert seen == [2]  # the batch, not T times the batch
+    assert seen == [(1, 2)]  # the batch, not T times the batch
 
     norm, repeated = naive.stem.neuron.norm, x.repeat(3, 1, 1, 1)
     current = F.batch_norm(

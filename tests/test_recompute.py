@@ -167,14 +167,33 @@ def test_no_segment_below_one() -> None:
         network("spiking_convnet", recompute=False, segment=0, execution="fused")
 
 
-@pytest.mark.parametrize("levels", [1, 4])
+@pytest.mark.parametrize(
+    ("levels", "highest", "share"),
+    [(1, 1, 0.5), (1, 15, 0.5), (4, 3, 0.5), (1, 16, 1.0), (4, 63, 1.0), (1, 255, 1.0)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_packing_is_exact(levels: int, dtype: torch.dtype) -> None:
-    block = Block(lambda x, _: x, timesteps=1, segment=None, levels=levels)
-    x = (torch.arange(256) / levels).to(dtype)
-    packed = block.pack(x)
-    assert packed.dtype == torch.uint8
-    assert torch.equal(block.unpack(packed, dtype), x)
+def test_packing_is_exact(levels: int, highest: int, share: float, dtype: torch.dtype) -> None:
+    block = Block(lambda x, _: x, timesteps=3, segment=None, levels=levels, highest=highest)
+    for shape in ((3, 2, 4, 5, 6), (3, 1, 3, 5, 7)):
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randint(0, highest * levels + 1, shape, generator=generator)
+        x = (values / levels).to(dtype)
+        x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        packed = block.pack(x)
+        assert packed.values.dtype == torch.uint8
+        assert packed.values.numel() == pytest.approx(share * x.numel(), abs=1)
+        again = block.unpack(packed, dtype)
+        assert torch.equal(again, x)
+        assert again.stride() == x.stride()
+
+
+def test_highest_sums_of_spikes() -> None:
+    """(3, 4, 6, 3) blocks; the shortcut of a stage's first block is spikes again."""
+    model = timm.create_model("sew_resnet34", width=4)
+    assert model.highest_inputs == (1, 2, 3, 4, 2, 3, 4, 5, 2, 3, 4, 5, 6, 7, 2, 3)
+    assert set(
+        timm.create_model("sew_resnet34", width=4, connect_function="and").highest_inputs
+    ) == {1}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -185,10 +204,10 @@ def test_what_blocks_exchange_can_be_packed(name: str) -> None:
         block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(images(name, 16))
     assert len(seen) == len(model.blocks)
-    for x in seen:
+    for x, highest in zip(seen, model.highest_inputs or [1] * len(seen), strict=True):
         levels = x * model.spike_levels
         assert torch.equal(levels, levels.round())
-        assert 0 <= levels.min() <= levels.max() <= 255
+        assert 0 <= x.min() <= x.max() <= highest < 256 / model.spike_levels
 
 
 @contextlib.contextmanager

@@ -773,8 +773,18 @@ def test_init_checkpoint_that_does_not_suit(
     ended(main(tiny_config(), "init_checkpoint=/nowhere"), "/nowhere")
     ended(main(tiny_config({"model.num_classes": 7}), source), "another model", "fc.weight")
     ended(main(tiny_config(), "start_phase=1", source), "start_phase: 1 is none of the phases")
-    ended(main(tiny_config({"phases": TWO_PHASES}), "start_phase=1"), "set init_checkpoint")
+    two = tiny_config({"phases": TWO_PHASES})
+    ended(main(two, "start_phase=1"), "set init_checkpoint")
+    ended(main(two, "start_phase=1", source, "max_steps=3"), "max_steps: 3 ends before phase 1")
     assert not (tmp_path / "runs").exists()
+
+
+def test_init_checkpoint_of_another_neuron_is_said(
+    main: Main, straight: Callable[[str], Path], tiny_config: ConfigWriter
+) -> None:
+    changes = {"model.neuron.decay": 1.0, "max_steps": 1}
+    outcome = main(tiny_config(changes), f"init_checkpoint={straight('torch')}")
+    ended(outcome, "another network: model.neuron.decay is 1.0 and was 0.5", status=0)
 
 
 def test_start_phase_is_the_rest_of_the_recipe(

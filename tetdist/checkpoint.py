@@ -14,6 +14,7 @@ or a full disk at any moment leaves the earlier ones as they were. Nothing that 
 execute code.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -111,15 +112,27 @@ def save(
         _point(folder / "last", target.name)
         if best:
             _point(folder / "best", target.name)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as raised:
+        error = _disk_full(folder) or raised
         _remove(aside)
         raise UserError(
             f"the checkpoint of step {state['step']} could not be written to {folder} "
             f"({_reason(error)}); the earlier ones are untouched: {way_out(error)}, and run the "
             "same command again"
-        ) from error
+        ) from raised
     _delete_old(folder, keep_last)
     return target
+
+
+def _disk_full(folder: Path) -> OSError | None:
+    """torch.save and safetensors have errors of their own that do not say so."""
+    try:
+        free = os.statvfs(folder)
+    except OSError:
+        return None
+    if free.f_bavail * free.f_frsize > 2**20:
+        return None
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _reason(error: BaseException) -> str:
@@ -269,7 +282,12 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> 
 
 def _all(folder: Path) -> list[Path]:
     """All checkpoints, oldest first; one that repeats a step comes after the first of it."""
-    return sorted(folder.glob("step-*"))
+
+    def order(path: Path) -> tuple[str, int]:
+        step, _, repeat = path.name.partition(".")
+        return step, int(repeat) if repeat.isdigit() else 0
+
+    return sorted(folder.glob("step-*"), key=order)
 
 
 def _delete_old(folder: Path, keep_last: int) -> None:

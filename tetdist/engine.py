@@ -330,8 +330,12 @@ class ZeroEngine:
             own: dict[str, Any] = {}
             for number, parameter in enumerate(parameters, start=first):
                 for key, value in state["state"].get(number, {}).items():
-                    if not torch.is_tensor(value) or value.shape != parameter.shape:
-                        own[key] = value  # one for the whole partition, such as Adam's step
+                    if not torch.is_tensor(value):
+                        own[key] = value
+                    elif value.shape != parameter.shape:
+                        # One for the whole partition, such as Adam's step, which fused kernels
+                        # want on their device.
+                        own[key] = value.to(flat.device, torch.float32, copy=True)
                     elif fragment := _fragment(parameter):
                         partition = own.setdefault(key, torch.zeros_like(flat.detach()))
                         source, target, length = fragment

@@ -17,8 +17,7 @@ def way_out(error: BaseException) -> str:
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "give yourself permission to write there, or choose another runs_dir=..."
-    if number in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        # torch.save and safetensors report a full disk as errors of their own.
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "make room, or choose another runs_dir=..."
     return "mend that, or choose another runs_dir=..."
 

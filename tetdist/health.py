@@ -24,20 +24,26 @@ class NonFiniteSteps:
 
     def __init__(self, device: torch.device, limit: int) -> None:
         self.limit = limit
-        self._in_a_row, self._longest, self._total, self._reported = torch.zeros(
+        self._in_a_row, self._reached_at, self._total, self._reported = torch.zeros(
             4, dtype=torch.int64, device=device
         )
 
-    def record(self, applied: Tensor) -> None:
-        """Count a step; ``applied`` is the engine's answer, () bool."""
+    def record(self, step: int, applied: Tensor) -> None:
+        """Count a step (from 1); ``applied`` is the engine's answer, () bool."""
         self._in_a_row = torch.where(applied, 0, self._in_a_row + 1)
-        self._longest = torch.maximum(self._longest, self._in_a_row)
+        reached = (self._in_a_row >= self.limit) & (self._reached_at == 0)
+        self._reached_at = torch.where(reached, step, self._reached_at)
         self._total = self._total + ~applied
+
+    @property
+    def limit_reached_at(self) -> int:
+        """The step that was the ``limit``-th in a row; 0: there is none. Asks the device."""
+        return int(self._reached_at)
 
     @property
     def too_many(self) -> bool:
         """Whether there have ever been ``limit`` in a row. Asks the device."""
-        return int(self._longest) >= self.limit
+        return self.limit_reached_at > 0
 
     def new(self) -> int:
         """How many since the last call."""

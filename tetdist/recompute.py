@@ -1,7 +1,7 @@
 """Activation checkpointing: run a block again in the backward pass instead of keeping what it made.
 
 Of each block only the input is kept, and that packed: spikes, and the small sums of spikes that
-blocks exchange, are whole numbers (or halves, or quarters) that a byte holds exactly. The repeated
+blocks exchange, are whole numbers (or quarters) that half a byte holds exactly. The repeated
 forward computes the same to the bit, so gradients are those of the ordinary backward pass.
 
 A block may also be run over segments of its timesteps, one after another, with the membranes
@@ -29,7 +29,8 @@ class Block:
         modules: Those that it runs, each once.
         timesteps: T.
         segment: Length of a segment in timesteps; None: all at once.
-        levels: Inputs are multiples of ``1 / levels`` and below ``256 / levels``; None: anything.
+        levels: Inputs are multiples of ``1 / levels``; None: anything.
+        highest: The largest input, of such; below ``256 / levels``.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class Block:
         timesteps: int,
         segment: int | None,
         levels: int | None,
+        highest: int = 1,
     ) -> None:
         self.forward, self.levels = forward, levels
+        self.halves = levels is not None and levels * highest < 16
         self.lengths = [timesteps]
         if segment is not None:
             self.lengths = [min(segment, timesteps - t) for t in range(0, timesteps, segment)]
@@ -79,18 +82,21 @@ class Block:
         """`run_all`, keeping only the packed input for the backward pass."""
         return _Recomputed.apply(x, self, *self.parameters)
 
-    def pack(self, x: Tensor) -> Tensor:
+    def pack(self, x: Tensor) -> "Kept":
+        """What is kept of an input."""
         if self.levels is None:
             return x
-        packed = spikes.carried(x)
-        assert packed is None or packed.levels == self.levels
-        return (packed or spikes.pack(x, self.levels)).values
+        packed = spikes.carried(x) or spikes.pack(x.detach(), self.levels)
+        assert packed.levels == self.levels
+        return spikes.halve(packed.values) if self.halves else packed
 
-    def unpack(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.levels is None:
-            return values
-        packed = spikes.Packed(values, self.levels)
-        return spikes.carry(packed.unpack(dtype), packed)
+    def unpack(self, kept: "Kept", dtype: torch.dtype) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        if isinstance(kept, spikes.Halved):
+            assert self.levels is not None
+            kept = spikes.Packed(kept.whole(), self.levels)
+        return spikes.carry(kept.unpack(dtype), kept)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -101,14 +107,17 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, block: Block, *_parameters: Tensor) -> Tensor:
         ctx.block, ctx.dtype = block, x.dtype
         ctx.autocast = _present_autocast(x.device.type)
-        ctx.save_for_backward(block.pack(x))
+        kept = block.pack(x)
+        # The tensor goes autograd's own way, to be freed with the graph.
+        ctx.save_for_backward(kept if isinstance(kept, Tensor) else kept.values)
+        ctx.rebuild = _rebuilder(kept)
         return block.run_all(x)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         block: Block = ctx.block
-        (packed,) = ctx.saved_tensors
-        x = block.unpack(packed, ctx.dtype)
+        (values,) = ctx.saved_tensors
+        x = block.unpack(ctx.rebuild(values), ctx.dtype)
         segments = list(zip(block.split(x), block.lengths, strict=True))
         with normalization.recomputing(), ctx.autocast():
             starts: list[list[Tensor] | None] = [None]
@@ -132,6 +141,20 @@ class _Recomputed(torch.autograd.Function):
                     for a, b in zip(grad_parameters, grad_own, strict=True)
                 ]
         return _joined(grads_x, one_for_all=x.shape[0] == 1), None, *grad_parameters
+
+
+Kept = Tensor | spikes.Packed | spikes.Halved
+
+
+def _rebuilder(kept: Kept) -> Callable[[Tensor], Kept]:
+    """Makes what was kept from its tensor again, without holding that."""
+    if isinstance(kept, spikes.Packed):
+        levels = kept.levels
+        return lambda values: spikes.Packed(values, levels)
+    if isinstance(kept, spikes.Halved):
+        shape, strides = kept.shape, kept.strides
+        return lambda values: spikes.Halved(values, shape, strides)
+    return lambda values: values
 
 
 def _joined(grads: list[Tensor], *, one_for_all: bool) -> Tensor | None:

@@ -35,6 +35,34 @@ def pack(x: Tensor, levels: int = 1) -> Packed:
     return Packed((x if levels == 1 else x * levels).to(torch.uint8), levels)
 
 
+class Halved(NamedTuple):
+    """Bytes below 16, two in each, in their order in memory.
+
+    Attributes:
+        values: uint8, flat.
+        shape: Of the bytes.
+        strides: Likewise, so that what comes back is laid out as before: a convolution of another
+            layout rounds differently.
+    """
+
+    values: Tensor
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+    def whole(self) -> Tensor:
+        flat = torch.stack([self.values & 15, self.values >> 4], dim=1).flatten()
+        return flat.as_strided(self.shape, self.strides)
+
+
+def halve(values: Tensor) -> Halved:
+    """Pack bytes below 16, of a tensor that fills its memory without gaps."""
+    flat = values.as_strided((values.numel(),), (1,), values.storage_offset())
+    if flat.numel() % 2:
+        flat = F.pad(flat, (0, 1))
+    low, high = flat.view(-1, 2).unbind(1)
+    return Halved(low | (high << 4), values.shape, values.stride())
+
+
 def carry(x: Tensor, packed: Packed) -> Tensor:
     """Note a tensor's packed form on it, for the operations that come next."""
     # With its version: whoever writes into the tensor makes the note invalid.
@@ -48,22 +76,33 @@ def carried(x: Tensor) -> Packed | None:
     return packed if version == x._version else None
 
 
-def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+class Conv2d(nn.Conv2d):
     """A convolution of each timestep of (T, B, C, H, W)."""
-    packed = carried(x)
-    if packed is None or not torch.is_grad_enabled():
-        return conv(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    y = _Convolution.apply(
-        x.flatten(0, 1).to(dtype),
-        conv.weight,
-        conv.bias,
-        packed._replace(values=packed.values.flatten(0, 1)),
-        conv,
-    )
-    return y.unflatten(0, x.shape[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = carried(x)
+        flat = x.flatten(0, 1)
+        if x.device.type == "cpu" and flat.shape[2:] == (1, 1) and _is_low(x):
+            # torch 2.13 on a CPU: the weight's gradient of a strided bfloat16 convolution of a
+            # single pixel is whatever was in memory.
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(flat.float()).unflatten(0, x.shape[:2]).to(_compute_type(x))
+        if packed is None or not torch.is_grad_enabled():
+            return super().forward(flat).unflatten(0, x.shape[:2])
+        flat_packed = packed._replace(values=packed.values.flatten(0, 1))
+        y = _Convolution.apply(flat.to(_compute_type(x)), self.weight, self.bias, flat_packed, self)
+        return y.unflatten(0, x.shape[:2])
+
+
+def _is_low(x: Tensor) -> bool:
+    return _compute_type(x) in (torch.bfloat16, torch.float16)
+
+
+def _compute_type(x: Tensor) -> torch.dtype:
+    """The type in which a convolution of ``x`` computes here and now."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 class _Convolution(torch.autograd.Function):

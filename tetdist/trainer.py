@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tetdist import checkpoint, health, losses, normalization, plots
-from tetdist.config import LossSection, RunConfig
+from tetdist.config import LossSection, RunConfig, differences
 from tetdist.data import order, pipeline
 from tetdist.data.loaders import eval_loader, train_loader
 from tetdist.distributed import StopRequest, World
@@ -60,6 +60,12 @@ class Trainer:
         self.phases = place(config.phases, self.steps_per_epoch)
         end = self.phases[-1].end_step
         self.last_step = min(end, config.max_steps or end)
+        first = self.phases[config.start_phase].first_step
+        if self.last_step <= first:
+            raise UserError(
+                f"max_steps: {config.max_steps} ends before phase {config.start_phase} begins, "
+                f"after step {first}; steps are counted from the first phase on"
+            )
 
         torch.manual_seed(config.seed)
         if config.deterministic:
@@ -73,7 +79,7 @@ class Trainer:
             normalization.synchronize(self.model, world.mean_, world.world_size)
 
         # Optimiser steps done.
-        self.step = self.evaluated_step = self.phases[config.start_phase].first_step
+        self.step = self.evaluated_step = first
         self.result: dict[str, float] = {}  # of the last evaluation, and the best one so far
         # float64, so that it does not matter where a stop cuts the sums in two.
         self.window = torch.zeros(3, dtype=torch.float64, device=world.device)
@@ -213,7 +219,7 @@ class Trainer:
         # A step whose gradient is not finite has changed nothing, and its sums are left out. On a
         # GPU the device is not asked at every step whether that was so.
         self.window += torch.where(update.applied, sums, 0.0)
-        self.non_finite.record(update.applied)
+        self.non_finite.record(self.step, update.applied)
         if self.world.device.type == "cpu" and self.non_finite.too_many:
             self._end_non_finite()
         return lr, update
@@ -235,6 +241,7 @@ class Trainer:
         for images, labels in batches:
             logits = self.engine.forward(images)  # (T, B, K)
             loss = compute_loss(self.config.loss, logits, labels)
+            self.watch.progress(f"step {self.step + 1}")
             self.engine.backward(loss)
             sums += _sums(logits.detach(), labels, loss.detach())
         update = self.engine.update(lr)
@@ -258,9 +265,9 @@ class Trainer:
     def _end_non_finite(self) -> None:
         """End the run, on all processes, with what can be found out about its last step."""
         assert self.phase is not None
-        lr = self.phase.learning_rate(self.step - 1)
-        limit = self.config.non_finite_limit
-        reports = [text for text in self.world.gather(self._examine_last_step()) if text]
+        step, limit = self.non_finite.limit_reached_at, self.config.non_finite_limit
+        lr = self.phase.learning_rate(step - 1)
+        reports = [text for text in self.world.gather(self._examine(step)) if text]
         found = "; ".join(reports) or "Repeated, it is finite on all processes: suspect a device"
         saved = "no checkpoint has been saved yet"
         if self.saved_step is not None:
@@ -270,22 +277,22 @@ class Trainer:
         def fail() -> None:
             raise UserError(
                 f"the loss or its gradient was not finite in {limit} steps in a row, at last at "
-                f"step {self.step} (learning rate {lr:.4g}). They changed nothing, and {saved}. "
+                f"step {step} (learning rate {lr:.4g}). They changed nothing, and {saved}. "
                 f"{found}. A smaller phases.*.optimizer.lr, a warm-up (phases.*.warmup_epochs) or "
                 "gradient_clipping are the usual remedies"
             )
 
         self.world.together(fail)
 
-    def _examine_last_step(self) -> str | None:
-        """What this process's share of the last step shows, layer by layer; None: nothing bad."""
+    def _examine(self, step: int) -> str | None:
+        """What this process's share of a step shows, layer by layer; None: nothing bad."""
 
         def loss(images: Tensor, labels: Tensor) -> Tensor:
             with autocast(self.world.device, self.config.precision):
                 logits = self.model(images, per_timestep=True)
             return compute_loss(self.config.loss, logits, labels)
 
-        loader = self._open_loader(self.step - 1)
+        loader = self._open_loader(step - 1)
         try:
             batches = (next(loader) for _ in range(self.num_micro_batches))
             found = health.examine(
@@ -442,6 +449,12 @@ class Trainer:
         weights, description = checkpoint.load_model_file(Path(source))
         checkpoint.load_weights(self.model, weights, Path(source))
         if self.world.rank == 0:
+            theirs, ours = description["config"]["model"], self.config.as_dict()["model"]
+            for change in differences({"model": theirs}, {"model": ours}):
+                if not change.startswith("model.num_classes"):
+                    logger.warning("init_checkpoint is of another network: %s", change)
+            if description["classes"] != list(self.train_index.classes):
+                logger.warning("init_checkpoint knows other classes than the data has")
             logger.info(
                 "beginning with the weights of %s (step %s, T=%s)",
                 source,

@@ -198,12 +198,15 @@ class Watch:
         if all(now - moved > self.timeout for _, _, moved in present.values()):
             least = min(message["count"] for message, _, _ in present.values())
             behind = [rank for rank, seen in present.items() if seen[0]["count"] == least]
-            first = present[behind[0]][0]
-            names = ", ".join(map(str, behind))
+            who = ", ".join(
+                f"rank {rank} (process {present[rank][0]['pid']} on {present[rank][0]['host']})"
+                for rank in behind[:4]
+            )
+            who += f" and {len(behind) - 4} more" if len(behind) > 4 else ""
+            others = ", and the others wait" if len(behind) < len(present) else ""
             return (
-                f"rank {names} hangs: no progress for {self.timeout:.0f} s at {first['where']} "
-                f"(process {first['pid']} on {first['host']}), and the others wait for it; "
-                "peer_timeout=SECONDS allows for more"
+                f"no progress for {self.timeout:.0f} s: {who} hangs at "
+                f"{present[behind[0]][0]['where']}{others}; peer_timeout=SECONDS allows for more"
             )
         return None
 

@@ -126,6 +126,7 @@ def measure_model(options: argparse.Namespace) -> dict[str, Any]:
         step()
         step()
         warm_up[name] = time.perf_counter() - started
+        print(f"{name}: first two steps {warm_up[name]:.1f} s", file=sys.stderr, flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(options.repeats):
         for name, step in contestants.items():
@@ -362,6 +363,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
             one, two = (
                 _held(options, timesteps, recompute, segment, batch=batch) for batch in (1, 2)
             )
+            print(f"measured T={timesteps}, {mode}", file=sys.stderr, flush=True)
             rows.append(
                 {
                     "timesteps": timesteps,

@@ -164,7 +164,11 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
     changed = {
         **raw,
         "data": data,
+        # What only training knows of.
         "checkpoint": "none",
+        "engine": "torch",
+        "zero_stage": 0,
+        "batch_norm": {"sync": False},
         "execution": options.execution or "fused",
         "precision": options.precision or raw["precision"],
     }

@@ -300,7 +300,7 @@ def stages(runs: Runs, quick: bool) -> str:
     one = runs("float32-0-1")
     cases = [(0, 2), (1, 2)] if quick else [(0, 2), (0, 4), (1, 1), (1, 2), (1, 4), (2, 2), (2, 4)]
     found = [
-        (f"stage {stage}, {world} processes", runs(
+        (f"stage {stage}, {world} process" + "es" * (world > 1), runs(
             f"float32-{stage}-{world}", f"zero_stage={stage}", world=world))
         for stage, world in cases
     ]  # fmt: skip

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from tetdist import neurons
 from tetdist.fused import NormNeuron
 from tetdist.recompute import Block
-from tetdist.spikes import convolve
+from tetdist.spikes import Conv2d
 
 INV_SQRT_2 = 1 / math.sqrt(2)
 
 
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=bias)
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, bias: bool = False) -> Conv2d:
+    return Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=bias)
 
 
-def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> Conv2d:
+    return Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
 
 
 class SpikingNetwork(nn.Module):
@@ -41,8 +41,10 @@ class SpikingNetwork(nn.Module):
     blocks: nn.Sequential
     fc: nn.Module
     num_features: int
-    # What blocks exchange is a multiple of 1 / spike_levels (recompute.py keeps it in a byte).
+    # What blocks exchange is a multiple of 1 / spike_levels and, where it is more than 1, at most
+    # what highest_inputs says of each block's input: recompute.py keeps it in half a byte or one.
     spike_levels: int | None = 1
+    highest_inputs: tuple[int, ...] = ()
     # Height and width of the input where the classifier depends on it.
     input_size: int | None = None
     # timm's builder sets these.
@@ -141,8 +143,11 @@ class SpikingNetwork(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Spikes of the last block, (T, B, C, H, W)."""
         x = self._run(self.forward_stem, self.time_first(x), self.stem, levels=None)
-        for block in self.blocks:
-            x = self._run(_of_any_length(block), x, block, levels=self.spike_levels)
+        for i, block in enumerate(self.blocks):
+            highest = self.highest_inputs[i] if self.highest_inputs else 1
+            x = self._run(
+                _of_any_length(block), x, block, levels=self.spike_levels, highest=highest
+            )
         return x
 
     def _run(
@@ -151,12 +156,18 @@ class SpikingNetwork(nn.Module):
         x: Tensor,
         module: nn.Module,
         levels: int | None,
+        highest: int = 1,
     ) -> Tensor:
         """Stem or block, in segments or recomputed where that was asked for."""
         if not self.training or not (self.segment or self.grad_checkpointing):
             return function(x, self.timesteps)
         block = Block(
-            function, module, timesteps=self.timesteps, segment=self.segment, levels=levels
+            function,
+            module,
+            timesteps=self.timesteps,
+            segment=self.segment,
+            levels=levels,
+            highest=highest,
         )
         if self.grad_checkpointing and torch.is_grad_enabled():
             return block.recomputed(x)
@@ -184,7 +195,7 @@ class ConvNormNeuron(nn.Module):
     """Convolution, batch norm, neuron: (T, B, C, H, W) to spikes (T, B, C', H', W')."""
 
     def __init__(
-        self, conv: nn.Conv2d, neuron: neurons.NeuronConfig, *, norm_scale: float = 1.0
+        self, conv: Conv2d, neuron: neurons.NeuronConfig, *, norm_scale: float = 1.0
     ) -> None:
         super().__init__()
         self.conv = conv
@@ -197,7 +208,7 @@ class ConvNormNeuron(nn.Module):
 
         ``timesteps`` is needed only where ``x`` is (1, ...), one input for all of them.
         """
-        return self.neuron(convolve(self.conv, x), timesteps or x.shape[0], identity=identity)
+        return self.neuron(self.conv(x), timesteps or x.shape[0], identity=identity)
 
 
 def _of_any_length(block: nn.Module) -> Callable[[Tensor, int], Tensor]:

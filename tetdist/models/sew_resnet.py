@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.neurons import NeuronConfig
-from tetdist.spikes import MaxPool, carry, pack
+from tetdist.spikes import Conv2d, MaxPool, carry, pack
 
 Connect = Literal["add", "and", "iand"]
 
@@ -110,17 +110,22 @@ class SEWResNet(SpikingNetwork):
         if connect_function not in ("add", "and", "iand"):
             raise ValueError(f"connect_function must be add, and or iand, not {connect_function!r}")
         self.stem = ConvNormNeuron(
-            nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False), neuron
+            Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False), neuron
         )
         self.pool = MaxPool(3, stride=2, padding=1)
         blocks: list[nn.Module] = []
-        channels = width
+        channels, highest, highest_inputs = width, 1, []
         for stage, num_blocks in enumerate(layers):
             stage_width = width * 2**stage
             for i in range(num_blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
                 blocks.append(block(channels, stage_width, stride, connect_function, neuron))
+                highest_inputs.append(highest)
+                if connect_function == "add":
+                    is_identity = isinstance(blocks[-1].downsample, nn.Identity)
+                    highest = 1 + (highest if is_identity else 1)
                 channels = stage_width * block.expansion
+        self.highest_inputs = tuple(highest_inputs)
         self.blocks = nn.Sequential(*blocks)
         self.num_features = self.head_hidden_size = channels
         self.fc = base.new_classifier(channels, num_classes)

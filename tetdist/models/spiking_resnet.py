@@ -23,7 +23,7 @@ from tetdist.models.base import (
 )
 from tetdist.neurons import NeuronConfig
 from tetdist.normalization import BatchNorm
-from tetdist.spikes import MaxPool, convolve
+from tetdist.spikes import Conv2d, MaxPool
 
 Norm = Literal["bn", "tdbn"]
 
@@ -33,7 +33,7 @@ class _Merge(nn.Module):
 
     def __init__(
         self,
-        conv: nn.Conv2d,
+        conv: Conv2d,
         in_channels: int,
         stride: int,
         neuron: NeuronConfig,
@@ -49,10 +49,8 @@ class _Merge(nn.Module):
             self.downsample_norm = BatchNorm(conv.out_channels, scale=norm_scale)
 
     def forward(self, residual: Tensor, x: Tensor) -> Tensor:
-        shortcut = x
-        if isinstance(self.downsample, nn.Conv2d):
-            shortcut = self.downsample_norm(convolve(self.downsample, x))
-        return self.neuron(convolve(self.conv, residual), x.shape[0], shortcut)
+        shortcut = self.downsample_norm(self.downsample(x))
+        return self.neuron(self.conv(residual), x.shape[0], shortcut)
 
 
 class BasicBlock(nn.Module):
@@ -130,7 +128,7 @@ class SpikingResNet(SpikingNetwork):
         scale, _ = _norm_scales(neuron, norm)
         self.pool: nn.Module = nn.Identity()
         if stem == "imagenet":
-            conv = nn.Conv2d(in_chans, stem_width, 7, stride=2, padding=3, bias=False)
+            conv = Conv2d(in_chans, stem_width, 7, stride=2, padding=3, bias=False)
             self.pool = MaxPool(3, stride=2, padding=1)
         else:
             conv = conv3x3(in_chans, stem_width)
