@@ -180,6 +180,15 @@ class Cluster:
                 found.append(int(folder.name))
         return found
 
+    def tasks_of(self, node: str) -> list[int]:
+        """The training processes of jobs on a node."""
+
+        def trains(pid: int) -> bool:
+            line = Path(f"/proc/{pid}/cmdline").read_bytes()
+            return b"submitit.core._submit" in line and b"python" in line.split(b"\0")[0]
+
+        return [pid for pid in self.processes_of(node) if trains(pid)]
+
     def leftovers(self) -> list[str]:
         """The command lines of jobs' processes on all nodes: everything but the daemons."""
         lines: list[str] = []
@@ -193,6 +202,10 @@ class Cluster:
                 if pid != daemon and "slurmd" not in line.split(" ")[0]:
                     lines.append(f"{node}: {line}")
         return lines
+
+    def wait_until_clean(self) -> None:
+        """Of jobs, no process is left on any node (some take a moment after the job's end)."""
+        wait_until(lambda: not self.leftovers(), f"left: {self.leftovers()}", 15)
 
     # --- parts --------------------------------------------------------------------------------
 
@@ -230,8 +243,9 @@ class Cluster:
             "SlurmUser": "root",
             "SlurmdUser": "root",
             "AuthType": "auth/munge",
-            # cred_expire is also how long a requeued job waits before it may start again.
-            "AuthInfo": f"socket={auth},cred_expire=4",
+            # cred_expire is also how long a requeued job waits before it may start again, and 5 the
+            # least that is allowed.
+            "AuthInfo": f"socket={auth},cred_expire=5",
             "StateSaveLocation": f"{folder}/state",
             "SlurmdSpoolDir": f"{folder}/spool/%n",
             "SlurmctldPidFile": f"{folder}/slurmctld.pid",
@@ -251,8 +265,9 @@ class Cluster:
             "PreemptType": "preempt/partition_prio",
             "PreemptMode": "REQUEUE",
             "PreemptParameters": "send_user_signal",
-            # Quick to notice a dead node, to end a cancelled job and to look for work.
-            "SlurmdTimeout": 6,
+            # Quick to end a cancelled job, to look for work, and to notice a dead node, though not
+            # before its peers do.
+            "SlurmdTimeout": 12,
             "ReturnToService": 2,
             "KillWait": KILL_WAIT,
             "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,bf_interval=1",
