@@ -71,14 +71,13 @@ class Job:
 
 def run(job: Job, find_place: Callable[[], Place]) -> int:
     """One process's part of one start of the job; its exit status."""
-    rank = "?"
+    rank = os.environ.get("SLURM_PROCID", "?")
     try:
         place = find_place()
-        rank = str(place.rank)
         place.export()
-        return _Start(job, place).run()
     except (UserError, ModuleNotFoundError) as error:
-        return train.fail(error, "" if rank == "0" else f"rank {rank}: ")
+        return train.fail(error, f"rank {rank}: ")
+    return _Start(job, place).run()
 
 
 class _Start:
@@ -88,29 +87,29 @@ class _Start:
         self.job, self.place = job, place
         self.run_dir, self.log = Path(job.run_dir), Path(job.log)
         self.is_first = place.rank == 0
+        self.config: RunConfig | None = None
 
     def run(self) -> int:
         self._configure_logging()
         try:
             self._check_code()
+            self.config = self._read_config()
             tags = self._begin() if self.is_first else {}
             launcher = train.Launcher(
                 tags=tags, goes_on_after=RESTART_AFTER, on_failure=self._on_failure
             )
-            status = train.train(self._config(), launcher)
+            status = train.train(self.config, launcher)
         except (UserError, ModuleNotFoundError) as error:
             self._write_failure(error)
-            self._note("failed", str(error))
-            raise
-        except SystemExit:
-            # Another rank says why.
-            self._note("failed", "on another rank")
-            raise
+            status = train.fail(error, "" if self.is_first else f"rank {self.place.rank}: ")
+            return self._end_failed(status, str(error))
+        except SystemExit as ended:
+            return self._end_failed(int(ended.code or 0), "another process says why")
         except Exception as error:
             self._write_failure(error)
             self._show_first_failure()
-            self._note("failed", f"{type(error).__name__}: {error}".splitlines()[0])
-            raise
+            traceback.print_exc()
+            return self._end_failed(1, f"{type(error).__name__}: {error}".splitlines()[0])
         return self._end(status)
 
     def _configure_logging(self) -> None:
@@ -119,7 +118,7 @@ class _Start:
         level = logging.INFO if self.is_first else logging.ERROR
         logging.basicConfig(level=level, format="%(message)s", force=True)
 
-    def _config(self) -> "RunConfig":
+    def _read_config(self) -> "RunConfig":
         import yaml
 
         from tetdist import config
@@ -205,6 +204,15 @@ class _Start:
             return status
         print(f"{why}: all is saved, the job is started again", file=sys.stderr, flush=True)
         return self.place.start_again()
+
+    def _end_failed(self, status: int, why: str) -> int:
+        """Write a failure down, on rank 0, while srun ends the others, and this process soon."""
+        if self.is_first:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self._note("failed", why)
+            if self.config is not None:
+                record.announce(self.config, "FAILED", {})
+        return status
 
     def _note(self, kind: str, text: str = "") -> None:
         if self.is_first:

@@ -19,9 +19,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tetdist import tracking
 from tetdist.errors import UserError
+
+if TYPE_CHECKING:
+    from tetdist.config import RunConfig
 
 # In place of a job's id, without Slurm.
 LOCAL = "local"
@@ -173,3 +177,17 @@ def submitting(run_dir: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise UserError(f"{run_dir} is being submitted by another command") from error
         yield
+
+
+def announce(config: "RunConfig", status: str | None, tags: dict[str, str]) -> None:
+    """Tell MLflow about a run that no process trains now; see `tracking.announce`."""
+    if config.tracking_uri is not None:
+        tracking.announce(
+            config.run_dir,
+            run_name=config.name,
+            uri=config.tracking_uri,
+            experiment=config.tracking.experiment,
+            artifact_root=Path(config.runs_dir).absolute() / "mlartifacts",
+            tags=tags,
+            status=status,
+        )

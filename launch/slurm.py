@@ -220,7 +220,7 @@ def status(options: argparse.Namespace) -> int:
 
 
 def cancel(options: argparse.Namespace) -> int:
-    from launch import queued
+    from launch import queued, record
     from launch import status as show
     from launch import submit as submission
 
@@ -231,9 +231,8 @@ def cancel(options: argparse.Namespace) -> int:
         print(f"{run_dir} is not queued: job {job.job} is {state.name} ({state.text})")
         return 0
     queued.cancel(job.job)
-    if state.name == "PENDING":
-        # No process is there to say so.
-        submission.announce(submission.config_of(job), "KILLED", {})
+    # A process that trains says so itself; but there may be none yet.
+    record.announce(submission.config_of(job), "KILLED", {})
     print(f"cancelled job {job.job}; `{PROGRAM} resume {run_dir}` continues the run")
     return 0
 

@@ -227,21 +227,7 @@ def _submission(run: Prepared, job: Job, job_id: str) -> Submission:
 
 
 def _announce(run: Prepared, status: str | None, tags: dict[str, str]) -> None:
-    announce(run.config, status, tags)
-
-
-def announce(config: RunConfig, status: str | None, tags: dict[str, str]) -> None:
-    """Tell MLflow about a run that no process trains now."""
-    if config.tracking_uri is not None:
-        tracking.announce(
-            config.run_dir,
-            run_name=config.name,
-            uri=config.tracking_uri,
-            experiment=config.tracking.experiment,
-            artifact_root=Path(config.runs_dir).absolute() / "mlartifacts",
-            tags=tags,
-            status=status,
-        )
+    record.announce(run.config, status, tags)
 
 
 def _announce_parent(runs: list[Prepared], name: str) -> str | None:

@@ -20,6 +20,7 @@ from launch.cluster import ClusterSection
 from launch.job import Job
 from launch.place import interface_towards
 from launch.record import Event
+from tetdist import config as configuration
 from tetdist.errors import UserError
 
 ConfigWriter = Callable[..., Path]
@@ -170,6 +171,17 @@ def test_sweeps() -> None:
             submit.combinations(wrong)
     with pytest.raises(UserError, match="two of its runs are the same"):
         submit.sweep_names("run", ["seed=1,1"])
+
+
+def test_tracker_that_is_down_stops_no_submission(
+    tiny_config: ConfigWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tiny_config({"tracking": {"mlflow": True, "uri": "http://127.0.0.1:9"}})
+    config = configuration.load(str(file))
+    config.run_dir.mkdir(parents=True)
+    record.announce(config, "SCHEDULED", {"a": "b"})
+    assert "MLflow at http://127.0.0.1:9: " in caplog.text
+    assert not (config.run_dir / "mlflow_run_id").exists()
 
 
 def test_interface() -> None:

@@ -239,6 +239,7 @@ def test_configuration_error_is_not_tried_again(
     job = cluster.job(run.job)
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
     assert run.log.count("error: there is no index") == 1
+    assert mlflow_status(run) == "FAILED"
     capsys.readouterr()
     assert slurm.main(["status", str(run.path)]) == 0
     assert "error: there is no index" in capsys.readouterr().out
