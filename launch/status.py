@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -87,7 +86,7 @@ def failure_of(events: list[Event], submission: Submission) -> str | None:
     return text or (last.text if last.kind == "failed" else None)
 
 
-def follow(run_dir: Path, write: Callable[[str], object] = sys.stdout.write) -> int:
+def follow(run_dir: Path) -> int:
     """Show the log as it grows, and changes of state, until the job has left the queue.
 
     Returns:
@@ -104,14 +103,14 @@ def follow(run_dir: Path, write: Callable[[str], object] = sys.stdout.write) -> 
         if time.monotonic() - asked >= ASK_EVERY:
             state, asked = queued.state_of(submission.job), time.monotonic()
             if state.name != shown:
-                write(f"--- job {submission.job} is {state.name} ({state.text})\n")
+                print(f"--- job {submission.job} is {state.name} ({state.text})")
                 shown = state.name
-        position = _copy_new(log, position, write)
+        position = _show_new(log, position)
         if state.is_queued:
             sys.stdout.flush()
             time.sleep(LOOK_EVERY)
-    _copy_new(log, position, write)
-    write(describe(run_dir) + "\n")
+    _show_new(log, position)
+    print(describe(run_dir))
     return 0 if is_finished(run_dir) else 1
 
 
@@ -119,14 +118,14 @@ def is_finished(run_dir: Path) -> bool:
     return [event.kind for event in record.history(run_dir)][-1:] == ["finished"]
 
 
-def _copy_new(log: Path, position: int, write: Callable[[str], object]) -> int:
-    """Write what a log has from ``position`` on; returns where it ends."""
+def _show_new(log: Path, position: int) -> int:
+    """Print what a log has from ``position`` on; returns where it ends."""
     if not log.exists():
         return position
     with log.open("rb") as file:
         file.seek(position)
         data = file.read()
-    write(data.decode(errors="replace"))
+    print(data.decode(errors="replace"), end="")
     return position + len(data)
 
 
