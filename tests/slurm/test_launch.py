@@ -13,7 +13,6 @@ import pytest
 import tiny
 import yaml
 from cluster import wait_until
-from tiny import Farm
 
 from launch import batch, cluster, local, record, slurm, snapshot, submit
 from launch.cluster import ClusterSection
@@ -260,13 +259,13 @@ def test_wrong_command_line(capfd: pytest.CaptureFixture[str]) -> None:
 # --- without Slurm --------------------------------------------------------------------------------
 
 
-def test_local_run_starts_again_after_a_warning(
-    farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
+def test_local_run_starts_again_after_a_warning(tiny_config: ConfigWriter, tmp_path: Path) -> None:
     """The job's own function in two processes: warned, saved, started again, to the bit."""
     changes: dict[str, Any] = {"engine": "torch", "phases.0.epochs": 30, "evaluate_every": 30}
-    straight, file = tiny_config(changes | {"name": "straight"}), tmp_path / "warned.yaml"
-    assert farm(straight, world=2).status == 0
+    straight = tiny_config(changes | {"name": "straight"})
+    assert (
+        tiny.execute(tiny.python(LAUNCHER, "--config", straight, "--local", "2"), tmp_path)[0] == 0
+    )
     file = tiny_config(changes | {"name": "warned"})
     command = tiny.python(LAUNCHER, "--config", file, "--local", "2")
     run = tmp_path / "runs" / "warned"
