@@ -222,6 +222,8 @@ class RunConfig(Section):
     runs_dir: str = "runs"
     save: SaveSection = SaveSection()
     tracking: TrackingSection = TrackingSection()
+    cluster: dict[str, Any] = {}
+    """For launch/slurm.py, which checks it: partition, nodes, gpus_per_node, time, ..."""
 
     @property
     def run_dir(self) -> Path:
@@ -292,7 +294,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{key} is {b.get(key)!r} and was {a.get(key)!r}"
         for key in sorted(a.keys() | b.keys())
-        if key not in OPERATIONAL_KEYS and a.get(key) != b.get(key)
+        if key not in OPERATIONAL_KEYS
+        and key.partition(".")[0] != "cluster"
+        and a.get(key) != b.get(key)
     ]
 
 

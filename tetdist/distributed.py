@@ -186,6 +186,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._previous = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
+        # A launcher holds them back until somebody is there to receive them.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         return self
 
     def __exit__(self, *_: object) -> None:

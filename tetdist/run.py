@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -121,6 +121,10 @@ class RunFolder:
         self.config, self.world, self.index = config, world, index
         self.path = config.run_dir
         self.checkpoints = self.path / "checkpoints"
+        # Of a launcher that starts the run again after some signals: further tags for MLflow, and
+        # whether this is such a stop.
+        self.launcher_tags: Mapping[str, str] = {}
+        self.goes_on: Callable[[], bool] = lambda: False
         if world.rank == 0:
             try:
                 self._claim()
@@ -211,7 +215,7 @@ class RunFolder:
             yield tracker
             status = "FINISHED"
         except Stopped:
-            status = "KILLED"
+            status = "RUNNING" if self.goes_on() else "KILLED"
             raise
         finally:
             tracker.close(status)
@@ -270,6 +274,7 @@ class RunFolder:
             "world_size": str(self.world.world_size),
             "run_dir": str(self.path.resolve()),
             "data": self.index.fingerprint[:16],
+            **self.launcher_tags,
         } | {f"version.{name}": version for name, version in tracking.versions().items()}
 
 

@@ -260,14 +260,7 @@ class _Follower:
         self.trouble = ""
         self.thread = threading.Thread(target=self._follow, name="mlflow-follower", daemon=True)
 
-        # By default MLflow tries for four minutes, then 120 s more for the last answer: close()
-        # would leave everything behind. Here the pauses between attempts are ours.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        # Usage statistics would go out to the internet, which compute nodes seldom reach.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        _set_mlflow_up()
 
     def _follow(self) -> None:
         session: _Session | None = None
@@ -346,10 +339,7 @@ class _Session:
     def __init__(self, follower: _Follower, *, system_metrics: bool) -> None:
         import mlflow
 
-        if "MLFLOW_LOGGING_LEVEL" not in os.environ:
-            for name in ("mlflow", "alembic", "urllib3.connectionpool"):
-                logging.getLogger(name).setLevel(logging.ERROR)
-
+        _quieten_mlflow()
         self._follower = follower
         self._run_dir = follower.path.parent
         if follower.uri.startswith("sqlite:///"):
@@ -408,33 +398,15 @@ class _Session:
         return run
 
     def _new_run(self) -> Any:
-        import mlflow
-
         follower = self._follower
-        name = follower.experiment
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is not None:
-            experiment_id = experiment.experiment_id
-        else:
-            # A server's own location works for all who can reach the server; a path of this
-            # machine would not.
-            location = (
-                None if _is_server(follower.uri) else follower.artifact_root.absolute().as_uri()
-            )
-            try:
-                experiment_id = self._client.create_experiment(name, artifact_location=location)
-            except mlflow.exceptions.MlflowException:
-                # Another run may have been faster.
-                experiment = self._client.get_experiment_by_name(name)
-                if experiment is None:
-                    raise
-                experiment_id = experiment.experiment_id
-        run = self._client.create_run(experiment_id, run_name=follower.run_name, tags=_origin())
-        id_file = self._run_dir / "mlflow_run_id"
-        aside = id_file.with_name(id_file.name + ".tmp")
-        aside.write_text(run.info.run_id + "\n")
-        aside.replace(id_file)
-        return run
+        return _create_run(
+            self._client,
+            self._run_dir,
+            uri=follower.uri,
+            experiment=follower.experiment,
+            artifact_root=follower.artifact_root,
+            run_name=follower.run_name,
+        )
 
     def _start_system_metrics(self) -> None:
         try:
@@ -583,6 +555,122 @@ class _Session:
         # that does not run.
         self.stop_system_metrics()
         self._set_status(self._run, status)
+
+
+def announce(
+    run_dir: Path,
+    *,
+    run_name: str,
+    uri: str,
+    experiment: str,
+    artifact_root: Path,
+    tags: Mapping[str, str],
+    status: str | None,
+) -> str | None:
+    """Tells MLflow of a run from outside of it, while no process trains: queued, cancelled, ...
+
+    The run is made if MLflow does not have it yet; the training process will find and use it.
+
+    Args:
+        run_dir: The run's folder, which exists.
+        status: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED; None: as it is.
+        run_name, uri, experiment, artifact_root, tags: As of `Tracker`.
+
+    Returns:
+        The run's MLflow id; None if MLflow does not answer, which is only warned of: the run gets
+        there when it trains.
+    """
+    _set_mlflow_up()
+    try:
+        import mlflow
+
+        _quieten_mlflow()
+        if uri.startswith("sqlite:///"):
+            _prepare_database(Path(uri.removeprefix("sqlite:///")))
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        id_file = run_dir / "mlflow_run_id"
+        run_id = id_file.read_text().strip() if id_file.exists() else None
+        if run_id is None:
+            run = _create_run(
+                client,
+                run_dir,
+                uri=uri,
+                experiment=experiment,
+                artifact_root=artifact_root,
+                run_name=run_name,
+            )
+            run_id = str(run.info.run_id)
+        for key, value in tags.items():
+            client.set_tag(run_id, _allowed(key), value)
+        if status in ("FINISHED", "FAILED", "KILLED"):
+            client.set_terminated(run_id, status)
+        elif status is not None:
+            client.update_run(run_id, status=status)
+    except Exception as error:
+        log.warning("MLflow at %s: %s; the run goes on without it", _shown(uri), _first_line(error))
+        return None
+    return run_id
+
+
+def run_address(uri: str, run_id: str) -> str | None:
+    """Where a server shows a run; None for a local store, which no server shows by itself."""
+    if not _is_server(uri):
+        return None
+    try:
+        import mlflow
+
+        run = mlflow.MlflowClient(tracking_uri=uri).get_run(run_id)
+    except Exception:  # what it says has been said by announce()
+        return None
+    return f"{_shown(uri).rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
+
+
+def _set_mlflow_up() -> None:
+    """Bounds how long MLflow tries, before it is imported; what the environment says stands."""
+    # By default MLflow tries for four minutes, then 120 s more for the last answer: close() would
+    # leave everything behind. Here the pauses between attempts are ours.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # Usage statistics would go out to the internet, which compute nodes seldom reach.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def _quieten_mlflow() -> None:
+    """Silences what MLflow has to say of itself; to be called when it is imported."""
+    if "MLFLOW_LOGGING_LEVEL" not in os.environ:
+        for name in ("mlflow", "alembic", "urllib3.connectionpool"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _create_run(
+    client: Any, run_dir: Path, *, uri: str, experiment: str, artifact_root: Path, run_name: str
+) -> Any:
+    """Makes a run, and its experiment when missing, and notes its id in the run's folder."""
+    import mlflow
+
+    found = client.get_experiment_by_name(experiment)
+    if found is not None:
+        experiment_id = found.experiment_id
+    else:
+        # A server's own location works for all who can reach the server; a path of this machine
+        # would not.
+        location = None if _is_server(uri) else artifact_root.absolute().as_uri()
+        try:
+            experiment_id = client.create_experiment(experiment, artifact_location=location)
+        except mlflow.exceptions.MlflowException:
+            # Another run may have been faster.
+            found = client.get_experiment_by_name(experiment)
+            if found is None:
+                raise
+            experiment_id = found.experiment_id
+    run = client.create_run(experiment_id, run_name=run_name, tags=_origin())
+    id_file = run_dir / "mlflow_run_id"
+    aside = id_file.with_name(id_file.name + ".tmp")
+    aside.write_text(run.info.run_id + "\n")
+    aside.replace(id_file)
+    return run
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

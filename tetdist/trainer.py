@@ -113,7 +113,7 @@ class Trainer:
             self._progress() as self.progress,
         ):
             if (tracker := self.tracker) is not None:
-                self.watch.before_end = lambda: tracker.close("FAILED", timeout=5)
+                self.watch.before_end.append(lambda _: tracker.close("FAILED", timeout=5))
             try:
                 while not self.finished:
                     if self._evaluation_due():

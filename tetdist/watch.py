@@ -39,20 +39,26 @@ _VERDICT, _TROUBLE = "verdict", "trouble"
 _CONNECTION = re.compile(r"gloo|nccl|connection|peer|timed out|socket", re.IGNORECASE)
 
 
+class PeerFailed(Exception):
+    """Another process of the run has died, hangs or failed; the text says which."""
+
+
 class Watch:
     """Ends this process, with status `PEER_FAILED`, when another one has died or hangs.
 
     Attributes:
-        before_end: Called before that, to close what a killed process would leave open.
+        before_end: Called one after another before that, with what is wrong, to close what a killed
+            process would leave open.
 
     Args:
         world: All processes; a single one is not watched.
         timeout: Seconds without progress of a process after which it is said to hang.
+        shows_errors: Whether what this process alone raises is shown here, before the others end.
     """
 
-    def __init__(self, world: World, timeout: float) -> None:
-        self.world, self.timeout = world, timeout
-        self.before_end: Callable[[], None] = lambda: None
+    def __init__(self, world: World, timeout: float, *, shows_errors: bool = True) -> None:
+        self.world, self.timeout, self.shows_errors = world, timeout, shows_errors
+        self.before_end: list[Callable[[str], None]] = []
         self._count, self._where, self._ended = 0, "the start", ""
         self._failed = False  # by an error of its own, which it shows itself
         self._closing = threading.Event()
@@ -104,6 +110,7 @@ class Watch:
         if not self._threads:
             return
         alone = error is not None and not isinstance(error, Stopped | UserError | SystemExit)
+        alone = alone and self.shows_errors
         if error is not None and alone:
             self._report(error)
         self._closing.set()
@@ -222,8 +229,9 @@ class Watch:
         if self.world.rank == 0:
             # Until the others have read it: the store ends with this process.
             time.sleep(3 * BEAT)
-        with contextlib.suppress(Exception):
-            self.before_end()
+        for action in self.before_end:
+            with contextlib.suppress(Exception):
+                action(verdict)
         sys.stdout.flush()
         # The main thread waits in a collective, and cannot be told otherwise.
         os._exit(PEER_FAILED)

@@ -1,0 +1,86 @@
+"""What Slurm says of a job: in the queue, or how it ended."""
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch import record
+from tetdist.errors import UserError
+
+
+@dataclass(frozen=True)
+class State:
+    """Of a job.
+
+    Attributes:
+        name: RUNNING, PENDING, COMPLETED, FAILED, ... in Slurm's words; ``unknown`` of a job that
+            Slurm has forgotten.
+        text: Where it runs, why it waits, how it ended.
+    """
+
+    name: str
+    text: str
+    is_queued: bool
+
+
+def state_of(job: str) -> State:
+    """Ask Slurm.
+
+    Raises:
+        UserError: It does not answer.
+    """
+    status, output, errors = _ask("squeue", "-h", "-j", job, "-o", "%T|%r|%N|%M|%l|%S")
+    if status == 0 and output:
+        name, reason, nodes, elapsed, limit, start = output.splitlines()[0].split("|")
+        if nodes:
+            text = f"on {nodes}, for {elapsed} of {limit}"
+        else:
+            text = f"waiting: {reason}" + (f", may start {start}" if start != "N/A" else "")
+        return State(name, text, is_queued=True)
+    # A job that has left the queue long ago is an error to squeue.
+    if status != 0 and "Invalid job id" not in errors:
+        raise UserError(f"Slurm does not answer: {errors.strip() or 'squeue failed'}")
+    status, output, _ = _ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode,End")
+    if status == 0 and output:
+        name, exit_code, end = output.splitlines()[-1].split("|")
+        return State(name.split()[0], f"exit status {exit_code}, {end}", is_queued=False)
+    return State("unknown", "Slurm does not know the job any more", is_queued=False)
+
+
+def refuse_if_queued(run_dir: Path) -> None:
+    """Two jobs must not train in one folder.
+
+    Raises:
+        UserError: One is queued or runs.
+    """
+    submission = record.newest_submission(run_dir)
+    if submission is None or submission.job == record.LOCAL:
+        return
+    state = state_of(submission.job)
+    if state.is_queued:
+        raise UserError(
+            f"{run_dir} is queued already, as job {submission.job} ({state.name}): watch it with "
+            f"`launch/slurm.py status {run_dir}`, end it with `launch/slurm.py cancel {run_dir}`, "
+            "or give this run another name=..."
+        )
+
+
+def cancel(job: str) -> None:
+    """Have Slurm end a job; a running one saves first.
+
+    Raises:
+        UserError: Slurm does not take it.
+    """
+    status, _, errors = _ask("scancel", job)
+    if status != 0:
+        raise UserError(f"Slurm does not cancel job {job}: {errors.strip()}")
+
+
+def _ask(*command: str) -> tuple[int, str, str]:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no Slurm here (no {command[0]} on the PATH)") from error
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"Slurm does not answer: {command[0]} took more than 60 s") from error
+    return done.returncode, done.stdout.strip(), done.stderr

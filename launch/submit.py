@@ -1,0 +1,327 @@
+"""From a configuration to a queued job: check, write down, copy the code, submit."""
+
+import itertools
+import shlex
+import shutil
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from launch import batch, plan, queued, record, snapshot
+from launch.cluster import ClusterSection
+from launch.job import Job
+from launch.plan import Plan
+from launch.record import Event, Submission
+from tetdist import config as configuration
+from tetdist import tracking
+from tetdist.config import RunConfig
+from tetdist.data.index import Index
+from tetdist.distributed import World
+from tetdist.errors import UserError
+from tetdist.run import RunFolder, make_model, open_data
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has passed every check which can be made before it is submitted."""
+
+    config: RunConfig
+    cluster: ClusterSection
+    plan: Plan
+    index: Index
+    world: World
+
+
+def prepare(config: RunConfig, cluster: ClusterSection) -> Prepared:
+    """Check configuration, data, model and the batch arithmetic, as the run itself will.
+
+    Raises:
+        UserError: One of them is not right.
+    """
+    world = World(0, cluster.processes, torch.device("cpu"), control=None)
+    train_index, val_index = open_data(config, world)
+    model = make_model(config, train_index)
+    parameters = sum(p.numel() for p in model.parameters())
+    made = plan.make(
+        config,
+        cluster,
+        train_images=len(train_index),
+        val_images=len(val_index),
+        parameters=parameters,
+        buffers=sum(b.numel() for b in model.buffers()),
+    )
+    return Prepared(config, cluster, made, train_index, world)
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The configuration of the job, which runs in another folder, again and again.
+
+    ``resume`` becomes auto: whether the run may exist is asked once, when it is submitted.
+    """
+    values = config.as_dict()
+    values["runs_dir"] = str(Path(config.runs_dir).absolute())
+    values["data"]["root"] = str(Path(config.data.root).absolute())
+    if config.data.index:
+        values["data"]["index"] = str(Path(config.data.index).absolute())
+    values["cluster"], values["resume"] = {}, "auto"
+    return configuration.parse(values, config.name, warn=False)
+
+
+def combinations(sweep: list[str]) -> list[list[str]]:
+    """Every combination of ``key=a,b,...`` items as a list of overrides.
+
+    Raises:
+        UserError: An item is not of this form.
+    """
+    choices: list[list[str]] = []
+    for item in sweep:
+        key, separator, text = item.partition("=")
+        values = _split(text)
+        if not separator or not key or not all(values):
+            raise UserError(f"--sweep: {item!r} is not of the form key=value,value,...")
+        choices.append([f"{key}={value}" for value in values])
+    return [list(each) for each in itertools.product(*choices)]
+
+
+def _split(text: str) -> list[str]:
+    """At commas, but not at those in brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def sweep_names(name: str, sweep: list[str]) -> list[str]:
+    """A run's name for each of the combinations: NAME_seed-0_kind-tet."""
+    varied = [item.partition("=")[0] for item in sweep if len(_split(item.partition("=")[2])) > 1]
+    names: list[str] = []
+    for overrides in combinations(sweep):
+        pairs = [override.split("=", 1) for override in overrides]
+        parts = [f"{k.split('.')[-1]}-{v}".replace("/", "-") for k, v in pairs if k in varied]
+        names.append("_".join([name, *parts]))
+    if len(set(names)) < len(names):
+        raise UserError("--sweep: two of its runs are the same; name each value once")
+    return names
+
+
+# --- submission -----------------------------------------------------------------------------------
+
+
+def submit(runs: list[Prepared], name: str, code: Path | None = None) -> list[Submission]:
+    """Queue one run, or several as an array; returns what was submitted.
+
+    Args:
+        runs: Checked; of one cluster and size.
+        name: Of the job; for several runs, of the MLflow run above them, too.
+        code: Run the code of an earlier submission instead of a new copy of this one.
+
+    Raises:
+        UserError: A run is queued already or its folder is in use, or there is no Slurm.
+    """
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise UserError(
+            "there is no Slurm here (no sbatch on the PATH): run this on a login node, or use "
+            "--dry-run to look at the job, or --local N to train here"
+        )
+    for run in runs:
+        queued.refuse_if_queued(run.config.run_dir)
+        _claim(run)
+    parent = _announce_parent(runs, name) if len(runs) > 1 else None
+    folder = record.next_submission(_home(runs, name))
+    code = code or _snapshot(folder / "code")
+    jobs: list[Job] = []
+    for run in runs:
+        _announce(run, "SCHEDULED", {"mlflow.parentRunId": parent} if parent else {})
+        jobs.append(_job(run, folder, code))
+    cluster = runs[0].cluster
+    try:
+        submissions = _submit_once(runs, jobs, batch.parameters(name, cluster, code), folder)
+    except UserError:
+        for run in runs:
+            _announce(run, "KILLED", {})
+        raise
+    for run, submission in zip(runs, submissions, strict=True):
+        _announce(run, None, {"slurm_job": submission.job})
+    return submissions
+
+
+def _submit_once(
+    runs: list[Prepared], jobs: list[Job], values: dict[str, Any], folder: Path
+) -> list[Submission]:
+    """Submit unless somebody else has just done so."""
+    with ExitStack() as locks:
+        for run in runs:
+            locks.enter_context(record.submitting(run.config.run_dir))
+            queued.refuse_if_queued(run.config.run_dir)
+        ids = batch.submit(jobs, values, folder)
+        submissions: list[Submission] = []
+        for run, job, job_id in zip(runs, jobs, ids, strict=True):
+            submission = _submission(run, job, job_id)
+            # Before the lock is given up, so that the next one sees it.
+            record.write_submission(Path(job.config).parent, submission)
+            record.note(run.config.run_dir, Event("submitted", job_id))
+            submissions.append(submission)
+    return submissions
+
+
+def _home(runs: list[Prepared], name: str) -> Path:
+    """The folder of the run, or of a sweep."""
+    return runs[0].config.run_dir if len(runs) == 1 else Path(runs[0].config.runs_dir) / name
+
+
+def _claim(run: Prepared) -> None:
+    """Make the run's folder, or see that it is of this very run and not in use."""
+    # Its lock is given up when this function ends, for the job to take.
+    RunFolder(run.config, run.index, run.world)
+
+
+def _snapshot(target: Path) -> Path:
+    git = snapshot.take(target)
+    print(f"code      {snapshot.describe(git)}, copied to {target}")
+    return target
+
+
+def _job(run: Prepared, folder: Path, code: Path) -> Job:
+    """Writes the job's configuration down; in a sweep each run has a folder for that."""
+    run_dir, cluster = run.config.run_dir, run.cluster
+    own = folder if folder.is_relative_to(run_dir) else record.next_submission(run_dir)
+    file = own / "config.yaml"
+    file.write_text(absolute(run.config).as_yaml())
+    return Job(
+        run_dir=str(run_dir.absolute()),
+        config=str(file.absolute()),
+        code=str(code.absolute()),
+        log=str(folder.absolute()),
+        give_up_after=cluster.give_up_after,
+        warn_before_end=cluster.warn_before_end,
+        interface=cluster.interface,
+    )
+
+
+def _submission(run: Prepared, job: Job, job_id: str) -> Submission:
+    return Submission(
+        job=job_id,
+        run_dir=job.run_dir,
+        config=job.config,
+        code=job.code,
+        log=job.log,
+        cluster=run.cluster.model_dump(mode="json"),
+        last_step=run.plan.last_step,
+        steps_per_epoch=run.plan.steps_per_epoch,
+        global_batch=run.config.batch.global_,
+        time=round(time.time(), 3),
+    )
+
+
+# --- MLflow ---------------------------------------------------------------------------------------
+
+
+def _announce(run: Prepared, status: str | None, tags: dict[str, str]) -> None:
+    record.announce(run.config, status, tags)
+
+
+def _announce_parent(runs: list[Prepared], name: str) -> str | None:
+    """A run in MLflow under which those of a sweep are; it is a heading, hence finished."""
+    config = runs[0].config
+    folder = _home(runs, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.tracking_uri is None:
+        return None
+    return tracking.announce(
+        folder,
+        run_name=name,
+        uri=config.tracking_uri,
+        experiment=config.tracking.experiment,
+        artifact_root=Path(config.runs_dir).absolute() / "mlartifacts",
+        tags={"sweep": ", ".join(run.config.name for run in runs)},
+        status="FINISHED",
+    )
+
+
+def where_to_look(config: RunConfig) -> str | None:
+    """Address of the run in MLflow, or the command that shows it."""
+    uri, id_file = config.tracking_uri, config.run_dir / "mlflow_run_id"
+    if uri is None:
+        return None
+    address = tracking.run_address(uri, id_file.read_text().strip()) if id_file.exists() else None
+    return address or tracking.ui_command(uri)
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+
+def farewell(submission: Submission, config: RunConfig) -> str:
+    """What a person needs after submitting."""
+    run_dir = shlex.quote(str(config.run_dir))
+    program = f"{Path(sys.executable).name} launch/slurm.py"
+    lines = [
+        f"submitted job {submission.job}: {config.run_dir}",
+        f"  log     {submission.log_file}",
+        f"  watch   {program} status {run_dir} --follow",
+        f"  stop    {program} cancel {run_dir}",
+        f"  resume  {program} resume {run_dir}",
+    ]
+    look = where_to_look(config)
+    if look:
+        lines.insert(2, f"  MLflow  {look}")
+    return "\n".join(lines)
+
+
+def dry_run(runs: list[Prepared], name: str, speed: plan.Speed | None) -> str:
+    """The batch script, the configuration and the plan; nothing is written."""
+    first = runs[0]
+    folder = _home(runs, name).absolute() / "slurm" / "submission-N"
+    values = batch.parameters(name, first.cluster, folder / "code")
+    config = absolute(first.config).as_dict() | {"cluster": first.cluster.model_dump(mode="json")}
+    parts = [
+        "# --- batch script",
+        batch.text(values, folder, len(runs)),
+        "# --- configuration" + (f" of the first of {len(runs)} runs" if len(runs) > 1 else ""),
+        yaml.safe_dump(config, sort_keys=False),
+        "# --- plan" + (f" of each of the {len(runs)} runs" if len(runs) > 1 else ""),
+        plan.describe(first.plan, speed),
+    ]
+    if len(runs) > 1:
+        parts.append("\nruns  " + "\n      ".join(run.config.name for run in runs))
+    return "\n".join(parts)
+
+
+# --- without Slurm --------------------------------------------------------------------------------
+
+
+def run_here(run: Prepared) -> int:
+    """The job on this machine, in as many processes as the cluster section says; exit status."""
+    from launch import local
+
+    if shutil.which("squeue"):
+        queued.refuse_if_queued(run.config.run_dir)
+    _claim(run)
+    folder = record.next_submission(run.config.run_dir)
+    code = _snapshot(folder / "code")
+    _announce(run, "SCHEDULED", {})
+    job = _job(run, folder, code)
+    record.write_submission(folder, _submission(run, job, record.LOCAL))
+    record.note(run.config.run_dir, Event("submitted", record.LOCAL))
+    return local.run_here(job, run.cluster.processes)
+
+
+def config_of(submission: Submission) -> RunConfig:
+    """The configuration that a job was submitted with."""
+    file = Path(submission.config)
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file} cannot be read ({error}); submit the run again with --config"
+        ) from error
+    return configuration.parse(values, str(file), warn=False)

@@ -1,0 +1,391 @@
+"""A real Slurm cluster on one machine, for as long as the tests run.
+
+Every node is a process tree in a network namespace of its own, with its own address, host name,
+loopback and /etc/hosts, so that an address which only works on one host fails here as it fails on
+a real cluster. As on Debian, a node's own name leads to its loopback, 127.0.1.1. Files are shared.
+Accounting is on: a database, its daemon, and so `sacct`.
+
+The daemons run in the foreground, as children of this process, and die with it. The namespaces have
+no names: they, and the network cables into them, vanish with their last process.
+
+    main      partition by default; its jobs are preempted by those in urgent, 8 s after a warning
+    abrupt    as main, without these seconds
+    urgent    preempts
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+# Debian's names, by what they bring.
+PACKAGES = {
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
+    "slurmdbd": "slurmdbd",
+    "munged": "munge",
+    "mariadbd": "mariadb-server-core",
+    "my_print_defaults": "mariadb-client-core",  # mariadb-install-db calls it
+    "ip": "iproute2",
+    "setpriv": "util-linux",
+}
+
+GRACE = 8  # seconds between preemption's warning and its end, in the partition main
+KILL_WAIT = 5  # seconds between SIGTERM and SIGKILL
+
+
+def obstacle() -> str | None:
+    """Why there can be no cluster here, or None."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    missing = [p for program, p in PACKAGES.items() if shutil.which(program, path=path) is None]
+    if missing:
+        return f"Slurm is not installed: apt-get install {' '.join(missing)}"
+    if os.geteuid() != 0:
+        return "a Slurm cluster needs root, for its network namespaces"
+    return None
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    """Ask again and again, for a bounded time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        time.sleep(0.05)
+
+
+def output(*command: str, env: dict[str, str] | None = None, timeout: float = 20) -> str:
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+class Cluster:
+    """``nodes`` nodes, node1 and following, of 8 claimed CPUs and no GPU each."""
+
+    def __init__(self, folder: Path, nodes: int = 3) -> None:
+        assert obstacle() is None, obstacle()
+        self.folder = folder  # of everything that the cluster writes
+        self.nodes = [f"node{i + 1}" for i in range(nodes)]
+        self.conf = folder / "slurm.conf"
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._namespaces: dict[str, str] = {}
+        # Two of these at once must not meet: names and addresses from the number of this process.
+        number = os.getpid() % (250 * 250)
+        self._bridge = f"tetdist{os.getpid()}"[:15]
+        self._net = f"10.{64 + number // (250 * 16) % 16}.{number % 250}"
+        self.env = {
+            "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+            "SLURM_CONF": str(self.conf),
+        }
+
+    # --- up and down --------------------------------------------------------------------------
+
+    def start(self) -> None:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self) -> None:
+        for name in ("log", "state", "spool"):
+            (self.folder / name).mkdir(parents=True)
+        self._network()
+        self._configure()
+        socket_of_munge = self.folder / "munge.socket"
+        self._run("munged", "--foreground", "--force", f"--key-file={self.folder}/munge.key",
+                  f"--socket={socket_of_munge}", f"--pid-file={self.folder}/munged.pid",
+                  f"--seed-file={self.folder}/munged.seed",
+                  f"--log-file={self.folder}/log/munge")  # fmt: skip
+        self._start_database()
+        wait_until(socket_of_munge.exists, "munge's socket")
+        self._run("slurmdbd", "-D")
+        wait_until(lambda: self._answers("sacctmgr", "-n", "show", "cluster"), "slurmdbd")
+        self._run("slurmctld", "-D", "-c")
+        wait_until(lambda: self._answers("scontrol", "ping"), "slurmctld")
+        for node in self.nodes:
+            self._start_node(node)
+        wait_until(lambda: set(self.node_states().values()) == {"idle"}, "all nodes idle")
+
+    def stop(self) -> None:
+        """End every daemon and job, and leave no process, namespace or network device."""
+        # The controller before the nodes, or it would see them failing.
+        self._end("slurmctld")
+        for node in self.nodes:
+            self.crash(node)
+        for name in ("slurmdbd", "mariadbd", "munged"):
+            self._end(name)
+        for process in self._daemons.values():  # a node whose start failed half-way
+            if process.poll() is None:
+                process.kill()
+                process.wait(10)
+        if Path("/sys/class/net", self._bridge).exists():
+            output("ip", "link", "del", self._bridge)
+
+    def cancel_all(self) -> None:
+        """Cancel what is queued, and wait until it is gone."""
+        if self.squeue():
+            self.run("scancel", "--user=root")
+            wait_until(lambda: not self.squeue(), "an empty queue", 60)
+
+    def crash(self, node: str) -> None:
+        """Kill all that runs on a node, at once and without telling anybody, as a power cut."""
+        end = time.monotonic() + 10
+        while pids := self.processes_of(node):
+            for pid in pids:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            if (daemon := self._daemons.get(node)) is not None:
+                daemon.poll()
+            assert time.monotonic() < end, f"these processes do not end: {pids}"
+
+    # --- asking -------------------------------------------------------------------------------
+
+    def run(self, *command: str, timeout: float = 20) -> str:
+        """What a client command prints; its failure is one of the test."""
+        return output(*command, env=os.environ | self.env, timeout=timeout)
+
+    def squeue(self) -> list[str]:
+        return self.run("squeue", "-h", "-o", "%A %T").splitlines()
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """What the controller knows of a job: JobState, Restarts, NodeList, ..."""
+        text = self.run("scontrol", "show", "job", "--oneliner", job_id)
+        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+    def node_states(self) -> dict[str, str]:
+        lines = self.run("sinfo", "-h", "-N", "-o", "%N %T").splitlines()
+        return dict(line.split() for line in lines)
+
+    def processes_of(self, node: str) -> list[int]:
+        """All processes in a node's network namespace that are not dead already."""
+        namespace = self._namespaces.get(node)
+        found: list[int] = []
+        for folder in Path("/proc").glob("[0-9]*") if namespace else ():
+            try:
+                same = str((folder / "ns/net").readlink()) == namespace
+                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue  # it ended meanwhile
+            if same and state not in "ZX":
+                found.append(int(folder.name))
+        return found
+
+    def tasks_of(self, node: str) -> list[int]:
+        """The training processes of jobs on a node."""
+
+        def trains(pid: int) -> bool:
+            line = Path(f"/proc/{pid}/cmdline").read_bytes()
+            return b"submitit.core._submit" in line and b"python" in line.split(b"\0")[0]
+
+        return [pid for pid in self.processes_of(node) if trains(pid)]
+
+    def leftovers(self) -> list[str]:
+        """The command lines of jobs' processes on all nodes: everything but the daemons."""
+        lines: list[str] = []
+        for node in self.nodes:
+            for pid in self.processes_of(node):
+                try:
+                    line = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+                except OSError:
+                    continue
+                daemon = self._daemons[node].pid
+                if pid != daemon and "slurmd" not in line.split(" ")[0]:
+                    lines.append(f"{node}: {line}")
+        return lines
+
+    def wait_until_clean(self) -> None:
+        """Of jobs, no process is left on any node (some take a moment after the job's end)."""
+        wait_until(lambda: not self.leftovers(), f"left: {self.leftovers()}", 15)
+
+    # --- parts --------------------------------------------------------------------------------
+
+    def _network(self) -> None:
+        output("ip", "link", "add", self._bridge, "type", "bridge")
+        output("ip", "address", "add", f"{self._net}.1/24", "dev", self._bridge)
+        output("ip", "link", "set", self._bridge, "up")
+
+    def _free_port(self) -> int:
+        with socket.socket() as s:
+            s.bind((f"{self._net}.1", 0))
+            return int(s.getsockname()[1])
+
+    def _configure(self) -> None:
+        folder, host, head = self.folder, socket.gethostname(), f"{self._net}.1"
+        key = folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(1024))
+        (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        (folder / "nothing").touch()
+        self._database_port = self._free_port()
+        accounting_port = self._free_port()
+        auth = f"{folder}/munge.socket"
+
+        addresses = {node: f"{self._net}.{i + 11}" for i, node in enumerate(self.nodes)}
+        for node in self.nodes:
+            lines = [f"127.0.0.1 localhost\n127.0.1.1 {node}\n{head} {host}\n"]
+            lines += [f"{a} {name}\n" for name, a in addresses.items() if name != node]
+            (folder / f"hosts-{node}").write_text("".join(lines))
+
+        settings = {
+            "ClusterName": "tests",
+            "SlurmctldHost": f"{host}({head})",
+            "SlurmctldPort": self._free_port(),
+            "SlurmUser": "root",
+            "SlurmdUser": "root",
+            "AuthType": "auth/munge",
+            # cred_expire is also how long a requeued job waits before it may start again, and 5 the
+            # least that is allowed.
+            "AuthInfo": f"socket={auth},cred_expire=5",
+            "StateSaveLocation": f"{folder}/state",
+            "SlurmdSpoolDir": f"{folder}/spool/%n",
+            "SlurmctldPidFile": f"{folder}/slurmctld.pid",
+            "SlurmdPidFile": f"{folder}/slurmd-%n.pid",
+            "SlurmctldLogFile": f"{folder}/log/slurmctld",
+            "SlurmdLogFile": f"{folder}/log/slurmd-%n",
+            "MailProg": "/bin/true",
+            "MpiDefault": "none",
+            # No cgroups and no pinning: nodes claim more CPUs than the machine has.
+            "ProctrackType": "proctrack/linuxproc",
+            "TaskPlugin": "task/none",
+            "JobAcctGatherType": "jobacct_gather/none",
+            "SelectType": "select/cons_tres",
+            "SelectTypeParameters": "CR_Core",
+            "SlurmdParameters": "config_overrides",
+            "JobRequeue": 1,
+            "PreemptType": "preempt/partition_prio",
+            "PreemptMode": "REQUEUE",
+            "PreemptParameters": "send_user_signal",
+            # Quick to end a cancelled job, to look for work, and to notice a dead node, though not
+            # before its peers do.
+            "SlurmdTimeout": 12,
+            "ReturnToService": 2,
+            "KillWait": KILL_WAIT,
+            "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,bf_interval=1",
+            "AccountingStorageType": "accounting_storage/slurmdbd",
+            "AccountingStorageHost": head,
+            "AccountingStoragePort": accounting_port,
+            "AccountingStoragePass": auth,
+        }
+        lines = [f"{key}={value}\n" for key, value in settings.items()]
+        lines += [f"NodeName={n} NodeAddr={a} CPUs=8 RealMemory=64000\n"
+                  for n, a in addresses.items()]  # fmt: skip
+        lines += [
+            f"PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime={GRACE}\n",
+            "PartitionName=abrupt Nodes=ALL PriorityTier=1 GraceTime=0\n",
+            "PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF\n",
+        ]
+        self.conf.write_text("".join(lines))
+
+        accounting = {
+            "DbdHost": host,
+            "DbdAddr": head,
+            "DbdPort": accounting_port,
+            "SlurmUser": "root",
+            "AuthType": "auth/munge",
+            "AuthInfo": f"socket={auth}",
+            "PidFile": f"{folder}/slurmdbd.pid",
+            "LogFile": f"{folder}/log/slurmdbd",
+            "StorageType": "accounting_storage/mysql",
+            "StorageHost": head,
+            "StoragePort": self._database_port,
+            "StorageUser": "slurm",
+            "StorageLoc": "accounts",
+        }
+        file = folder / "slurmdbd.conf"
+        file.touch(mode=0o600)  # slurmdbd refuses another mode
+        file.write_text("".join(f"{key}={value}\n" for key, value in accounting.items()))
+
+    def _start_database(self) -> None:
+        folder = self.folder
+        output("mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={folder}/db",
+               "--skip-test-db", "--skip-name-resolve", timeout=60)  # fmt: skip
+        # slurmdbd would make its database itself, but its first connection then fails (seen with
+        # Debian 13's client library).
+        (folder / "database.sql").write_text(
+            "CREATE DATABASE accounts;\n"
+            f"CREATE USER slurm@'{self._net}.1';\n"
+            f"GRANT ALL ON accounts.* TO slurm@'{self._net}.1';\n"
+        )
+        self._run("mariadbd", "--no-defaults", "--user=root", f"--datadir={folder}/db",
+                  f"--bind-address={self._net}.1", f"--port={self._database_port}",
+                  f"--socket={folder}/mariadb.socket", f"--pid-file={folder}/mariadb.pid",
+                  f"--init-file={folder}/database.sql", "--skip-name-resolve",
+                  "--innodb-buffer-pool-size=32M", "--innodb-log-file-size=8M",
+                  "--innodb-flush-log-at-trx-commit=0")  # fmt: skip
+
+        def listens() -> bool:
+            with socket.socket() as s:
+                return s.connect_ex((f"{self._net}.1", self._database_port)) == 0
+
+        wait_until(listens, "the database")
+
+    def _start_node(self, node: str) -> None:
+        """A node: first its namespaces, then its cable, then its daemon in them."""
+        script = f"""
+            hostname {node} && ip link set lo up &&
+            mount --bind {self.folder}/hosts-{node} /etc/hosts &&
+            mount --bind {self.folder}/nothing /etc/resolv.conf &&
+            echo ready >{self.folder}/ready-{node} && read -r _ && exec slurmd -D </dev/null"""
+        process = self._run(
+            "unshare", "--net", "--uts", "--mount", "sh", "-c", script, name=node, talk=True
+        )
+        wait_until((self.folder / f"ready-{node}").exists, f"namespaces of {node}")
+        self._namespaces[node] = str(Path(f"/proc/{process.pid}/ns/net").readlink())
+        cable, number = f"{self._bridge}{node[-1]}"[-15:], self.nodes.index(node) + 11
+        output("ip", "link", "add", cable, "type", "veth",
+               "peer", "name", "eth0", "netns", str(process.pid))  # fmt: skip
+        output("ip", "link", "set", cable, "master", self._bridge, "up")
+        inside = ("nsenter", f"--net=/proc/{process.pid}/ns/net")
+        output(*inside, "ip", "address", "add", f"{self._net}.{number}/24", "dev", "eth0")
+        output(*inside, "ip", "link", "set", "eth0", "up")
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.close()
+
+    def _run(self, *command: str, name: str = "", talk: bool = False) -> subprocess.Popen[bytes]:
+        """Start a daemon in the foreground that dies with this process."""
+        name = name or command[0]
+        log: IO[bytes]
+        with (self.folder / "log" / f"{name}.out").open("ab") as log:
+            self._daemons[name] = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *command],
+                env=os.environ | self.env,
+                stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a Ctrl-C is for the tests
+            )
+        return self._daemons[name]
+
+    def _alive(self, name: str) -> bool:
+        return name in self._daemons and self._daemons[name].poll() is None
+
+    def _end(self, name: str) -> None:
+        if self._alive(name):
+            self._daemons[name].terminate()
+            try:
+                self._daemons[name].wait(15)
+            except subprocess.TimeoutExpired:
+                self._daemons[name].kill()
+                self._daemons[name].wait(10)
+
+    def _answers(self, *command: str) -> bool:
+        for name, process in self._daemons.items():
+            assert process.poll() is None, f"{name} has ended; see {self.folder}/log"
+        done = subprocess.run(command, env=os.environ | self.env, capture_output=True, timeout=20)
+        return done.returncode == 0 and b"DOWN" not in done.stdout
+
+
+def devices() -> set[str]:
+    """Names of the network devices of this machine."""
+    return {link["ifname"] for link in json.loads(output("ip", "-json", "link"))}

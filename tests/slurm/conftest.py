@@ -1,0 +1,71 @@
+"""One Slurm cluster for the whole session, and none where there can be none."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import cluster as slurm_cluster
+import pytest
+import runs
+import tiny
+from cluster import Cluster
+from runs import Launcher, Run
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The running cluster. With CI set it must come up; elsewhere its absence is a reason to skip.
+
+    Afterwards none of its processes, namespaces and network devices is left.
+    """
+    why_not = slurm_cluster.obstacle()
+    if why_not and not os.environ.get("CI"):
+        pytest.skip(why_not)
+    assert why_not is None, why_not
+    devices = slurm_cluster.devices()
+    cluster = Cluster(tmp_path_factory.mktemp("slurm") / "cluster")
+    environment = dict(os.environ)
+    cluster.start()
+    try:
+        # For the launcher, which runs in this process.
+        os.environ.clear()
+        os.environ |= tiny.clean_environment(**cluster.env)
+        yield cluster
+    finally:
+        os.environ.clear()
+        os.environ |= environment
+        cluster.stop()
+    assert [cluster.processes_of(node) for node in cluster.nodes] == [[]] * len(cluster.nodes)
+    assert slurm_cluster.devices() == devices
+
+
+@pytest.fixture(scope="session")
+def launcher(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Launcher:
+    """Submits runs into one folder, with one MLflow store."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs.make_digits(folder / "digits")
+    runs.write_config(folder / "digits.yaml", folder / "digits", folder / "runs")
+    return Launcher(cluster, folder / "digits.yaml", folder / "runs")
+
+
+@pytest.fixture(scope="session")
+def straight(launcher: Launcher) -> Run:
+    """The run that nobody disturbs."""
+    return launcher("straight", "--follow")
+
+
+@pytest.fixture(autouse=True)
+def _empty_queue(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a failed test leaves in the queue must not disturb the next one."""
+    yield
+    if "cluster" in request.fixturenames or "launcher" in request.fixturenames:
+        cluster: Path | Cluster = request.getfixturevalue("cluster")
+        assert isinstance(cluster, Cluster)
+        cluster.cancel_all()
+
+
+@pytest.fixture
+def no_cluster_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The facts of this machine's real cluster are none of the tests' business."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    return tmp_path / "config" / "tetdist" / "cluster.yaml"

