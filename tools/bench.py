@@ -146,7 +146,11 @@ def measure_model(options: argparse.Namespace) -> dict[str, Any]:
         for name, values in seconds.items()
     ]
     keys = ("model", "size", "timesteps", "batch", "precision", "device", "evaluate", "repeats")
-    return {key: getattr(options, key) for key in keys} | {"rows": rows}
+    result = {key: getattr(options, key) for key in keys} | {"rows": rows}
+    if not options.evaluate:
+        # What launch/slurm.py --benchmark reads.
+        result |= {"images_per_s": rows[1]["images_per_s"], "processes": 1}
+    return result
 
 
 def model_table(result: dict[str, Any]) -> str:
