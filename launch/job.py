@@ -94,6 +94,8 @@ class _Start:
         self._configure_logging()
         try:
             self._check_code()
+            if self._is_cancelled():
+                return 0
             self.config = self._read_config()
             tags = self._begin() if self.is_first else {}
             launcher = train.Launcher(
@@ -136,6 +138,11 @@ class _Start:
                 f"the job was submitted with the code in {self.job.code} and Python imports that "
                 f"in {here}; does a command of cluster.setup change PYTHONPATH?"
             )
+
+    def _is_cancelled(self) -> bool:
+        """Whether `launch/slurm.py cancel` came, and a requeue at that moment undid it."""
+        events = record.since_submission(record.history(self.run_dir))
+        return any(event.kind == "cancelled" for event in events)
 
     def _begin(self) -> dict[str, str]:
         """Note this start, and refuse it if the starts lead nowhere. Returns tags for MLflow."""
@@ -202,6 +209,12 @@ class _Start:
         why = self.place.why_stopped(number)
         self._note("stopped", why)
         if number not in RESTART_AFTER:
+            return status
+        if self.place.was_cancelled():
+            # Slurm would requeue it nevertheless.
+            print("the job was cancelled meanwhile; all is saved", file=sys.stderr, flush=True)
+            assert self.config is not None
+            record.announce(self.config, "KILLED", {})
             return status
         print(f"{why}: all is saved, the job is started again", file=sys.stderr, flush=True)
         return self.place.start_again()

@@ -70,6 +70,10 @@ class Place(ABC):
         """Hosts of the job that do not answer any more."""
         return []
 
+    def was_cancelled(self) -> bool:
+        """Whether somebody has cancelled the job while it saved."""
+        return False
+
     @abstractmethod
     def why_stopped(self, number: int) -> str:
         """What a signal, by its number, that has just stopped the run most likely meant."""
@@ -124,6 +128,11 @@ class SlurmPlace(Place):
     def silent_hosts(self) -> list[str]:
         return sorted(set(self.answering) - set(_answering(self.answering)))
 
+    def was_cancelled(self) -> bool:
+        # Of a job whose processes are being ended Slurm says no more than COMPLETING.
+        shown = _show(self.job)
+        return "JobState=COMPLETING" in shown and "Reason=TimeLimit" not in shown
+
     def why_stopped(self, number: int) -> str:
         name = signal.Signals(number).name
         end = int(os.environ.get("SLURM_JOB_END_TIME", "0"))
@@ -132,7 +141,7 @@ class SlurmPlace(Place):
         # Slurm looks at limits once or twice a minute, and may warn that much early.
         if end and end - time.time() <= self.warn_before_end + 60:
             return f"time limit ({name})"
-        if _preempted(self.job):
+        if re.search(r"\bPreemptTime=(?!None)", _show(self.job)):
             return f"preempted ({name})"
         return f"{name} from outside"
 
@@ -248,9 +257,8 @@ def _answering(hosts: Iterable[str]) -> list[str]:
         return [host for host, ok in zip(asked, threads.map(answers, asked), strict=True) if ok]
 
 
-def _preempted(job: str) -> bool:
-    found = re.search(r"PreemptTime=(\S+)", _ask("scontrol", "show", "job", "--oneliner", job))
-    return found is not None and found[1] != "None"
+def _show(job: str) -> str:
+    return _ask("scontrol", "show", "job", "--oneliner", job)
 
 
 def _ask(*command: str) -> str:

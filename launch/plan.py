@@ -46,7 +46,8 @@ class Plan:
 
     Attributes:
         micro_batches: Of a step, over all processes.
-        steps_per_epoch, last_step: Optimiser steps.
+        steps_per_epoch: Optimiser steps.
+        first_step, last_step: Of the run; the first is not 0 where it begins with a later phase.
         evaluations: Of the whole validation split.
         train_images, val_images: In the data set.
         parameters: Of the model.
@@ -57,6 +58,7 @@ class Plan:
     cluster: ClusterSection
     micro_batches: int
     steps_per_epoch: int
+    first_step: int
     last_step: int
     evaluations: int
     train_images: int
@@ -65,8 +67,12 @@ class Plan:
     checkpoint_bytes: int
 
     @property
+    def steps(self) -> int:
+        return self.last_step - self.first_step
+
+    @property
     def images(self) -> int:
-        return self.last_step * self.config.batch.global_
+        return self.steps * self.config.batch.global_
 
     @property
     def average_bytes(self) -> int:
@@ -113,6 +119,7 @@ def make(
     phases = place(config.phases, per_epoch)
     end = phases[-1].end_step
     last_step = min(end, config.max_steps or end)
+    first_step = phases[config.start_phase].first_step
     every = config.evaluate_every * per_epoch
     # Adam keeps two numbers a parameter, SGD's momentum one.
     moments = max(1 if p.optimizer.kind == "sgd" else 2 for p in config.phases)
@@ -121,8 +128,9 @@ def make(
         cluster=cluster,
         micro_batches=batch.global_ // batch.micro,
         steps_per_epoch=per_epoch,
+        first_step=first_step,
         last_step=last_step,
-        evaluations=math.ceil(last_step / every),
+        evaluations=math.ceil((last_step - first_step) / every),
         train_images=train_images,
         val_images=val_images,
         parameters=parameters,
@@ -140,12 +148,12 @@ def cost(plan: Plan, speed: Speed, nodes: int) -> Cost | None:
     communication = communication_seconds(plan.average_bytes, nodes, in_node, cluster)
     share = batch.global_ / processes
     training = evaluating = waiting = 0.0
-    for phase in place(plan.config.phases, plan.steps_per_epoch):
+    for phase in place(plan.config.phases, plan.steps_per_epoch)[plan.config.start_phase :]:
         steps = max(0, min(phase.end_step, plan.last_step) - phase.first_step)
         rate = speed.images_per_s * speed.timesteps / phase.section.timesteps
         training += steps * share / rate
         waiting += steps * communication
-        part = plan.evaluations * steps / plan.last_step
+        part = plan.evaluations * steps / plan.steps
         evaluating += part * plan.val_images / processes / (rate * EVALUATION_SPEED)
     seconds = training + evaluating + waiting
     stretch = cluster.minutes * 60 - cluster.warn_before_end - RESTART_MINUTES * 60
@@ -211,15 +219,16 @@ def describe(plan: Plan, speed: Speed | None) -> str:
     config, cluster = plan.config, plan.cluster
     per_process = plan.micro_batches // cluster.processes
     kept = config.save.keep_last + 1
-    timesteps = " then ".join(str(phase.timesteps) for phase in config.phases)
-    epochs = " + ".join(str(phase.epochs) for phase in config.phases)
+    phases = config.phases[config.start_phase :]
+    timesteps = " then ".join(str(phase.timesteps) for phase in phases)
+    epochs = " + ".join(str(phase.epochs) for phase in phases)
     devices = f"{cluster.gpus_per_node} GPUs" if cluster.gpus_per_node else "no GPU"
     lines = [
         f"processes    {cluster.processes}: {cluster.nodes} nodes x {cluster.processes_per_node} "
         f"({devices} a node)",
         f"a step       {config.batch.global_} images in {plan.micro_batches} micro-batches of "
         f"{config.batch.micro}, {per_process} a process",
-        f"steps        {plan.steps_per_epoch} an epoch, {plan.last_step} in all ({epochs} epochs)",
+        f"steps        {plan.steps_per_epoch} an epoch, {plan.steps} in all ({epochs} epochs)",
         f"images       {plan.images} to train on ({plan.train_images} in the split), "
         f"{plan.evaluations} evaluations of {plan.val_images}; T = {timesteps}",
         f"model        {plan.parameters / 1e6:.2f} million parameters",

@@ -66,7 +66,7 @@ class Event:
     """One line of history.jsonl.
 
     Attributes:
-        kind: submitted, started, stopped, finished or failed.
+        kind: submitted, started, stopped, finished, failed or cancelled.
         job: As of `Submission`.
         restart: How often Slurm had started the job before: 0, 1, ...
         step: Of the newest checkpoint.
@@ -109,6 +109,21 @@ def newest_submission(run_dir: Path) -> Submission | None:
         if file.is_file():
             return Submission(**json.loads(file.read_text()))
     return None
+
+
+def write_sweep(folder: Path, run_dirs: list[Path]) -> None:
+    """Note in the folder of a sweep's submission which runs it has."""
+    text = "".join(f"{path.absolute()}\n" for path in run_dirs)
+    (folder / "runs.txt").write_text(text)
+
+
+def newest_sweep(folder: Path) -> list[Path]:
+    """The folders of the runs of a sweep; none where there was no sweep."""
+    for _, submission in sorted(_submissions(folder), reverse=True):
+        file = submission / "runs.txt"
+        if file.is_file():
+            return [Path(line) for line in file.read_text().splitlines()]
+    return []
 
 
 def _submissions(run_dir: Path) -> list[tuple[int, Path]]:

@@ -91,7 +91,9 @@ def _resume_parser(command: str) -> argparse.ArgumentParser:
         prog=f"{PROGRAM} {command}",
         description="Submit a run again, from its newest checkpoint, with the code it began with.",
     )
-    parser.add_argument("run", metavar="RUN", help="the run's folder, or its name in runs/")
+    parser.add_argument(
+        "run", metavar="RUN", help="folder of the run or sweep, or its name in runs/"
+    )
     parser.add_argument(
         "--new-code", action="store_true", help="take the code as it is here and now"
     )
@@ -106,7 +108,9 @@ def _run_parser(command: str) -> argparse.ArgumentParser:
         "cancel": "End a run's job; while it trains it saves first. `resume` continues it.",
     }[command]
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} {command}", description=text)
-    parser.add_argument("run", metavar="RUN", help="the run's folder, or its name in runs/")
+    parser.add_argument(
+        "run", metavar="RUN", help="folder of the run or sweep, or its name in runs/"
+    )
     if command == "status":
         parser.add_argument("--follow", action="store_true", help="show the log as it grows")
     return parser
@@ -193,29 +197,42 @@ def submit(options: argparse.Namespace) -> int:
 
 def resume(options: argparse.Namespace) -> int:
     from launch import status as show
+
+    runs = show.find(options.run)
+    if options.follow and len(runs) > 1:
+        raise _user_error(f"--follow is for one run; {options.run} is a sweep of {len(runs)}")
+    for run_dir in runs:
+        _resume(run_dir, options)
+    return _follow(runs[0]) if options.follow else 0
+
+
+def _resume(run_dir: Path, options: argparse.Namespace) -> None:
+    from launch import queued
+    from launch import status as show
     from launch import submit as submission
 
-    run_dir = show.find(options.run)
     earlier = show.submission_of(run_dir)
     if show.is_finished(run_dir):
         print(f"{run_dir} is finished: nothing to do")
-        return 0
+        return
+    queued.refuse_if_queued(run_dir)
     config = submission.config_of(earlier)
     cluster = _cluster(earlier.cluster, options)
     run = submission.prepare(config, cluster)
     code = None if options.new_code else Path(earlier.code)
     (done,) = submission.submit([run], config.name, code)
     print(submission.farewell(done, config))
-    return _follow(config.run_dir) if options.follow else 0
 
 
 def status(options: argparse.Namespace) -> int:
     from launch import status as show
 
-    run_dir = show.find(options.run)
+    runs = show.find(options.run)
     if options.follow:
-        return _follow(run_dir)
-    print(show.describe(run_dir))
+        if len(runs) > 1:
+            raise _user_error(f"--follow is for one run; {options.run} is a sweep of {len(runs)}")
+        return _follow(runs[0])
+    print("\n\n".join(map(show.describe, runs)))
     return 0
 
 
@@ -223,17 +240,20 @@ def cancel(options: argparse.Namespace) -> int:
     from launch import queued, record
     from launch import status as show
     from launch import submit as submission
+    from launch.record import Event
 
-    run_dir = show.find(options.run)
-    job = show.submission_of(run_dir)
-    state = queued.state_of(job.job)
-    if not state.is_queued:
-        print(f"{run_dir} is not queued: job {job.job} is {state.name} ({state.text})")
-        return 0
-    queued.cancel(job.job)
-    # A process that trains says so itself; but there may be none yet.
-    record.announce(submission.config_of(job), "KILLED", {})
-    print(f"cancelled job {job.job}; `{PROGRAM} resume {run_dir}` continues the run")
+    for run_dir in show.find(options.run):
+        job = show.submission_of(run_dir)
+        state = queued.state_of(job.job)
+        if not state.is_queued:
+            print(f"{run_dir} is not queued: job {job.job} is {state.name} ({state.text})")
+            continue
+        queued.cancel(job.job)
+        # Should the job be about to requeue itself, its next start finds this.
+        record.note(run_dir, Event("cancelled", job.job, step=record.saved_step(run_dir)))
+        # A process that trains says so itself; but there may be none yet.
+        record.announce(submission.config_of(job), "KILLED", {})
+        print(f"cancelled job {job.job}; `{PROGRAM} resume {run_dir}` continues the run")
     return 0
 
 

@@ -15,15 +15,17 @@ ASK_EVERY = 5.0  # seconds between two questions to Slurm, which serves many
 LOOK_EVERY = 0.5  # seconds between two looks at a log
 
 
-def find(name: str, runs_dir: str = "runs") -> Path:
-    """The folder of a run, by its path or by its name in runs/.
+def find(name: str, runs_dir: str = "runs") -> list[Path]:
+    """The folder of a run, or of all runs of a sweep, by its path or by its name in runs/.
 
     Raises:
         UserError: There is no run, or it was never submitted.
     """
     for path in (Path(name), Path(runs_dir) / name):
         if record.newest_submission(path) is not None:
-            return path
+            return [path]
+        if swept := record.newest_sweep(path):
+            return swept
     if Path(name).is_dir():
         raise UserError(f"{name} was not submitted with launch/slurm.py: it has no slurm/ folder")
     raise UserError(f"there is no run {name}, neither as a folder nor in {runs_dir}/")
@@ -79,7 +81,7 @@ def progress(run_dir: Path, submission: Submission, state: State) -> str:
 def failure_of(events: list[Event], submission: Submission) -> str | None:
     """Why the newest start failed: the first rank's own words, or a line of the history."""
     mine = [event for event in events if event.job == submission.job and event.kind != "submitted"]
-    if not mine or mine[-1].kind in ("finished", "stopped"):
+    if not mine or mine[-1].kind in ("finished", "stopped", "cancelled"):
         return None
     last = mine[-1]
     text = record.first_failure(Path(submission.log), submission.job, last.restart)

@@ -171,6 +171,8 @@ def _submit_once(
             record.write_submission(Path(job.config).parent, submission)
             record.note(run.config.run_dir, Event("submitted", job_id))
             submissions.append(submission)
+        if len(runs) > 1:
+            record.write_sweep(folder, [run.config.run_dir for run in runs])
     return submissions
 
 

@@ -20,6 +20,14 @@ import tiny
 from tiny import Farm, Outcome
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where pytest runs several processes, a file's tests stay in one, and all of Slurm's, too:
+    its cluster is there once."""
+    for item in items:
+        folder, file = item.path.parent.name, item.path.name
+        item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else file))
+
+
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny data set, indexed; to be read only."""

@@ -85,8 +85,9 @@ class Conv2d(nn.Conv2d):
         if x.device.type == "cpu" and flat.shape[2:] == (1, 1) and _is_low(x):
             # torch 2.13 on a CPU: the weight's gradient of a strided bfloat16 convolution of a
             # single pixel is whatever was in memory.
+            dtype = _compute_type(x)
             with torch.autocast("cpu", enabled=False):
-                return super().forward(flat.float()).unflatten(0, x.shape[:2]).to(_compute_type(x))
+                return super().forward(flat.float()).unflatten(0, x.shape[:2]).to(dtype)
         if packed is None or not torch.is_grad_enabled():
             return super().forward(flat).unflatten(0, x.shape[:2])
         flat_packed = packed._replace(values=packed.values.flatten(0, 1))

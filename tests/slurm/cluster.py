@@ -182,12 +182,17 @@ class Cluster:
 
     def tasks_of(self, node: str) -> list[int]:
         """The training processes of jobs on a node."""
-
-        def trains(pid: int) -> bool:
-            line = Path(f"/proc/{pid}/cmdline").read_bytes()
-            return b"submitit.core._submit" in line and b"python" in line.split(b"\0")[0]
-
-        return [pid for pid in self.processes_of(node) if trains(pid)]
+        found: dict[int, int] = {}
+        for pid in self.processes_of(node):
+            try:
+                line = Path(f"/proc/{pid}/cmdline").read_bytes()
+                stat = Path(f"/proc/{pid}/stat").read_text()
+            except OSError:
+                continue  # it ended meanwhile
+            if b"submitit.core._submit" in line and b"python" in line.split(b"\0")[0]:
+                found[pid] = int(stat.rpartition(")")[2].split()[1])
+        # Without their children: one that is about to become another program has the same line.
+        return [pid for pid, parent in found.items() if parent not in found]
 
     def leftovers(self) -> list[str]:
         """The command lines of jobs' processes on all nodes: everything but the daemons."""
@@ -265,9 +270,8 @@ class Cluster:
             "PreemptType": "preempt/partition_prio",
             "PreemptMode": "REQUEUE",
             "PreemptParameters": "send_user_signal",
-            # Quick to end a cancelled job, to look for work, and to notice a dead node, though not
-            # before its peers do.
-            "SlurmdTimeout": 12,
+            # Quick to end a cancelled job and to look for work; not quick to notice a dead node.
+            "SlurmdTimeout": 60,
             "ReturnToService": 2,
             "KillWait": KILL_WAIT,
             "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,bf_interval=1",

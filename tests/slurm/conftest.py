@@ -36,7 +36,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         os.environ |= environment
         cluster.stop()
     assert [cluster.processes_of(node) for node in cluster.nodes] == [[]] * len(cluster.nodes)
-    assert slurm_cluster.devices() == devices
+    # The kernel takes a moment for devices of namespaces that are gone.
+    slurm_cluster.wait_until(lambda: slurm_cluster.devices() == devices, "no network device left")
 
 
 @pytest.fixture(scope="session")

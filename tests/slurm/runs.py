@@ -17,9 +17,12 @@ from cluster import Cluster, wait_until
 from launch import record, slurm
 from launch.record import Event
 
-EPOCHS, STEPS_PER_EPOCH = 3, 50
-LAST_STEP = EPOCHS * STEPS_PER_EPOCH
-ADAM = {"kind": "adam", "lr": 0.004}
+STEPS_PER_EPOCH, LAST_STEP = 50, 150
+# Two phases, as in TIT: whatever happens may happen in either.
+PHASES = [
+    {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05}},
+    {"epochs": 2, "timesteps": 3, "optimizer": {"kind": "adam", "lr": 0.004}},
+]
 
 
 def make_digits(root: Path) -> None:
@@ -48,7 +51,7 @@ def write_config(file: Path, root: Path, runs_dir: Path) -> None:
     changes = {
         "data.root": str(root),
         "batch": {"global": 16, "micro": 4, "eval": 25},
-        "phases": [{"epochs": EPOCHS, "timesteps": 2, "optimizer": ADAM}],
+        "phases": PHASES,
         "execution": "reference",
         "engine": "torch",
         "log_every": 1,

@@ -121,3 +121,15 @@ def test_speed_that_is_none(tmp_path: Path) -> None:
             plan.read_speed(value, None, config)
     with pytest.raises(UserError, match="cannot be read"):
         plan.read_speed(None, str(tmp_path / "nothing"), config)
+
+
+def test_run_that_begins_with_a_later_phase() -> None:
+    made = make("spiking34_t4_t6.yaml", ("start_phase=1", "init_checkpoint=weights.safetensors"))
+    assert (made.first_step, made.last_step) == (90 * 5004, 120 * 5004)
+    assert (made.images, made.evaluations) == (30 * 5004 * 256, 30)
+    assert "T = 6" in plan.describe(made, None)
+    cost = plan.cost(made, Speed(images_per_s=100.0, timesteps=6), nodes=2)
+    whole = plan.cost(make("spiking34_t4_t6.yaml"), Speed(100.0, timesteps=6), nodes=2)
+    assert cost is not None
+    assert whole is not None
+    assert 0.25 < cost.hours / whole.hours < 0.4
