@@ -2,10 +2,12 @@
 #   PYTHON     interpreter to make the environment with (3.11 or newer)
 #   DALI       cuda130 (CUDA 13, or no GPU) or cuda120
 #   PIP_FLAGS  further flags of pip install
+#   WORKERS    processes that run the tests side by side
 PYTHON ?= python3
 VENV ?= .venv
 DALI ?= cuda130
 PIP_FLAGS ?=
+WORKERS ?= 2
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
@@ -37,10 +39,10 @@ quickstart: venv ## real data, a trained and evaluated spiking network, in minut
 	@echo "  $(BIN)/mlflow ui --backend-store-uri 'sqlite:///$(CURDIR)/runs/mlflow.db'"
 
 test: venv ## run the tests (minutes)
-	@$(BIN)/python -m pytest -m "not long" $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -m "not long" -n $(WORKERS) --dist loadgroup $(PYTEST_FLAGS)
 
 test-long: venv ## run the tests that take longer
-	@$(BIN)/python -m pytest -m long $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -m long -n $(WORKERS) --dist loadgroup $(PYTEST_FLAGS)
 
 lint: venv ## ruff and the type checker
 	@$(BIN)/ruff check .

@@ -24,8 +24,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where pytest runs several processes, a file's tests stay in one, and all of Slurm's, too:
     its cluster is there once."""
     for item in items:
-        folder, file = item.path.parent.name, item.path.name
-        item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else file))
+        if item.get_closest_marker("xdist_group") is None:
+            folder, file = item.path.parent.name, item.path.name
+            item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else file))
 
 
 @pytest.fixture(scope="session")

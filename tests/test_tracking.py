@@ -791,6 +791,7 @@ def test_a_server_comes_late_and_goes_early(
     assert store.run(run_dir).info.status == "FINISHED"
 
 
+@pytest.mark.long
 def test_a_server_is_away_while_the_next_phase_begins(
     store: Store, server: Callable[[int], subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:

@@ -78,7 +78,7 @@ class Cluster:
         self._namespaces: dict[str, str] = {}
         # Two of these at once must not meet: names and addresses from the number of this process.
         number = os.getpid() % (250 * 250)
-        self._bridge = f"tetdist{os.getpid()}"[:15]
+        self._bridge = f"tet{os.getpid()}-"  # of a device's name, 15 characters are allowed
         self._net = f"10.{64 + number // (250 * 16) % 16}.{number % 250}"
         self.env = {
             "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
@@ -207,6 +207,11 @@ class Cluster:
                 if pid != daemon and "slurmd" not in line.split(" ")[0]:
                     lines.append(f"{node}: {line}")
         return lines
+
+    def devices(self) -> list[str]:
+        """Its network devices on this machine."""
+        links = json.loads(output("ip", "-json", "link"))
+        return [link["ifname"] for link in links if link["ifname"].startswith(self._bridge)]
 
     def wait_until_clean(self) -> None:
         """Of jobs, no process is left on any node (some take a moment after the job's end)."""
@@ -345,7 +350,7 @@ class Cluster:
         )
         wait_until((self.folder / f"ready-{node}").exists, f"namespaces of {node}")
         self._namespaces[node] = str(Path(f"/proc/{process.pid}/ns/net").readlink())
-        cable, number = f"{self._bridge}{node[-1]}"[-15:], self.nodes.index(node) + 11
+        cable, number = f"{self._bridge}{node[-1]}", self.nodes.index(node) + 11
         output("ip", "link", "add", cable, "type", "veth",
                "peer", "name", "eth0", "netns", str(process.pid))  # fmt: skip
         output("ip", "link", "set", cable, "master", self._bridge, "up")
@@ -388,8 +393,3 @@ class Cluster:
             assert process.poll() is None, f"{name} has ended; see {self.folder}/log"
         done = subprocess.run(command, env=os.environ | self.env, capture_output=True, timeout=20)
         return done.returncode == 0 and b"DOWN" not in done.stdout
-
-
-def devices() -> set[str]:
-    """Names of the network devices of this machine."""
-    return {link["ifname"] for link in json.loads(output("ip", "-json", "link"))}

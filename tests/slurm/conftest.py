@@ -22,7 +22,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if why_not and not os.environ.get("CI"):
         pytest.skip(why_not)
     assert why_not is None, why_not
-    devices = slurm_cluster.devices()
     cluster = Cluster(tmp_path_factory.mktemp("slurm") / "cluster")
     environment = dict(os.environ)
     cluster.start()
@@ -37,7 +36,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.stop()
     assert [cluster.processes_of(node) for node in cluster.nodes] == [[]] * len(cluster.nodes)
     # The kernel takes a moment for devices of namespaces that are gone.
-    slurm_cluster.wait_until(lambda: slurm_cluster.devices() == devices, "no network device left")
+    slurm_cluster.wait_until(lambda: not cluster.devices(), "no network device left")
 
 
 @pytest.fixture(scope="session")
