@@ -6,7 +6,7 @@ ARG CUDA=13.0.1
 FROM nvidia/cuda:${CUDA}-base-ubuntu24.04
 ARG DALI=cuda130
 
-# g++ and the Python headers are for torch.compile, which builds the fused kernels at run time.
+# g++ and the Python headers are for the fused kernels, which are built at run time.
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
       g++ git make python3 python3-dev python3-venv \

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tetdist import fused
+from tetdist import fused, native
 
 
 @contextlib.contextmanager
@@ -18,8 +18,20 @@ def uncompiled() -> Iterator[None]:
     It needs no compiler either, and does not let the question whether one works be answered
     while nothing is compiled.
     """
-    with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
-        patch.setattr(fused, "_compiler_works", lambda _device_type: True)
+    with (
+        not_native(),
+        pytest.MonkeyPatch.context() as patch,
+        torch.compiler.set_stance("force_eager"),
+    ):
+        patch.setattr(fused, "_compiler_works", lambda *_: True)
+        yield
+
+
+@contextlib.contextmanager
+def not_native() -> Iterator[None]:
+    """On the CPU the passes that torch.compile compiles, as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "serves", lambda *_: False)
         yield
 
 

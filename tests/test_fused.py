@@ -1,5 +1,7 @@
-"""The fused path against its definition, in value and in gradient, compiled and not."""
+"""The fused path against its definition, in value and in gradient: native, compiled, and not."""
 
+import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -8,18 +10,19 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes import assert_same, one_thread, randomize, results_of, uncompiled
+from passes import assert_same, not_native, one_thread, randomize, results_of, uncompiled
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 import tetdist
-from tetdist import fused
+from tetdist import fused, native
 from tetdist.fused import NormNeuron
 from tetdist.neurons import SURROGATES, NeuronConfig, SurrogateName
 
@@ -30,11 +33,28 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def compiler() -> None:
-    if not fused._compiler_works("cpu"):
+@contextlib.contextmanager
+def compiled() -> Iterator[None]:
+    """The passes as torch.compile makes them."""
+    if not fused._torch_compile_works("cpu"):
         assert not os.environ.get("CI"), "CI has a C++ compiler, and torch.compile does not work"
         pytest.skip("no C++ compiler that torch.compile could use")
+    with not_native():
+        yield
+
+
+@contextlib.contextmanager
+def native_passes() -> Iterator[None]:
+    if native.passes(NeuronConfig()) is None:
+        assert not os.environ.get("CI"), "CI has a C++ compiler, and native.cpp does not build"
+        pytest.skip("no C++ compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        # Should a neuron's own not build, this must not become a test of something else.
+        patch.setattr(fused, "_compiled_kernels", None)
+        yield
+
+
+IMPLEMENTATIONS = {"native": native_passes, "compiled": compiled}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +66,7 @@ class Case:
     shape: tuple[int, int, int, int] = (2, 3, 5, 6)  # B, C, H, W
     shared: bool = False
     shortcut: bool = False
+    identity: bool = False
     norm_scale: float = 1.0
     training: bool = True
     channels_last: bool = True
@@ -68,6 +89,8 @@ class Case:
         inputs = {"current": draw(1 if self.shared else self.timesteps)}
         if self.shortcut:
             inputs["shortcut"] = draw(self.timesteps)
+        if self.identity:
+            inputs["identity"] = draw(self.timesteps).detach().gt(0).double().requires_grad_()
         return inputs
 
 
@@ -78,7 +101,9 @@ def assert_fused_is_the_definition(case: Case) -> None:
         module.execution = execution
         results[execution] = results_of(
             module,
-            lambda m: m(inputs["current"], case.timesteps, inputs.get("shortcut")),
+            lambda m: m(
+                inputs["current"], case.timesteps, inputs.get("shortcut"), inputs.get("identity")
+            ),
             inputs,
         )
     assert_same(results["fused"], results["reference"])
@@ -126,6 +151,7 @@ any_case = st.builds(
     shape=st.sampled_from([(2, 3, 5, 6), (1, 1, 1, 1), (1, 3, 1, 1), (3, 1, 2, 3), (1, 8, 4, 4)]),
     shared=st.booleans(),
     shortcut=st.booleans(),
+    identity=st.booleans(),
     norm_scale=st.sampled_from([1.0, 0.7]),
     training=st.booleans(),
     channels_last=st.booleans(),
@@ -159,6 +185,116 @@ def test_every_neuron_uncompiled(
         assert_fused_is_the_definition(Case(neuron=neuron, timesteps=timesteps, shape=(1, 3, 3, 2)))
 
 
+# -------------------------------------------------------------------- native passes: the same whole
+
+# A library is built for each kind of neuron; these four have every surrogate, and every reset.
+BUILT = [
+    {"surrogate": "triangle", "reset": "hard", "detach_reset": False},
+    {"surrogate": "atan", "reset": "hard", "detach_reset": True},
+    {"surrogate": "sigmoid", "reset": "soft", "detach_reset": False},
+    {"surrogate": "rectangle", "reset": "soft", "detach_reset": True},
+]
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=400)
+@given(
+    any_case,
+    st.sampled_from(BUILT),
+    # As many channels as are worked on at a time, fewer, and more.
+    st.sampled_from([None, (1, 64, 2, 2), (2, 65, 1, 3), (1, 200, 2, 1)]),
+)
+def test_any_combination_native(
+    case: Case, built: dict[str, Any], shape: tuple[int, int, int, int] | None
+) -> None:
+    neuron = dataclasses.replace(case.neuron, **built)
+    with native_passes():
+        assert_fused_is_the_definition(
+            dataclasses.replace(case, neuron=neuron, shape=shape or case.shape)
+        )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("timesteps", [1, 4], ids="T{}".format)
+@pytest.mark.parametrize("detach_reset", [False, True], ids=["through-reset", "detached"])
+@pytest.mark.parametrize("reset", ["hard", "soft"])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_every_neuron_native(
+    surrogate: SurrogateName, reset: str, detach_reset: bool, timesteps: int
+) -> None:
+    neuron = NeuronConfig(
+        reset=reset, detach_reset=detach_reset, surrogate=surrogate, surrogate_width=1.5
+    )
+    with native_passes():
+        assert_fused_is_the_definition(
+            Case(neuron=neuron, timesteps=timesteps, shape=(2, 9, 7, 5), shortcut=True)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_sums_are_the_same_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    case = Case(shape=(3, 40, 33, 31), timesteps=2, shortcut=True)
+    module = case.module().float()
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3, 7):
+        inputs = {k: v.detach().to(dtype).requires_grad_() for k, v in case.inputs().items()}
+        torch.set_num_threads(threads)
+        try:
+            with native_passes():
+                results.append(
+                    results_of(
+                        module, lambda m, x=inputs: m(x["current"], 2, x["shortcut"]), inputs
+                    )
+                )
+        finally:
+            torch.set_num_threads(before)
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        assert [k for k, v in results[0].items() if not torch.equal(v, other[k])] == []
+
+
+def test_native_statistics_do_not_cancel() -> None:
+    # The difference of the mean square and the squared mean is nothing at all here in float32.
+    x = 1000 + torch.randn(2, 5000, 3, generator=torch.Generator().manual_seed(0))
+    with native_passes():
+        passes = native.passes(NeuronConfig())
+        assert passes is not None
+        mean, var = passes.statistics(x)
+    torch.testing.assert_close(mean.double(), x.double().mean((0, 1)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        var.double(), x.double().var((0, 1), correction=0), rtol=1e-4, atol=0
+    )
+
+
+def test_a_library_is_built_once_and_survives_processes_that_build_it_at_once(
+    tmp_path: Path,
+) -> None:
+    script = (
+        "import logging; logging.basicConfig(level=logging.INFO)\n"
+        "from tetdist import native, neurons\n"
+        "assert native.passes(neurons.NeuronConfig()) is not None"
+    )
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PYTHONPATH": str(Path(tetdist.__file__).parents[1]),
+    }
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", script]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    with native_passes():
+        both = [start(), start()]
+    for process in both:
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, said
+    assert [path.suffix for path in (tmp_path / "tetdist").iterdir()] == [".so"]
+    third = start()
+    said = third.communicate(timeout=120)[1]
+    assert third.returncode == 0, said
+    assert "compiling" not in said
+
+
 # ----------------------------------------------------- compiled passes: every option at least once
 
 SEW_NEURON = NeuronConfig(
@@ -190,13 +326,13 @@ COMPILED = {
 }
 
 
-@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
     "case",
     [pytest.param(c, marks=[pytest.mark.long] if "T16" in c else []) for c in COMPILED],
 )
 def test_compiled(case: str) -> None:
-    assert_fused_is_the_definition(COMPILED[case])
+    with compiled():
+        assert_fused_is_the_definition(COMPILED[case])
 
 
 # ----------------------------------------------------------------------------- what it leaves alone
@@ -269,9 +405,11 @@ def test_only_the_current_is_kept_for_the_backward_pass() -> None:
 # ----------------------------------------------------------------------------------------- bfloat16
 
 
-@pytest.mark.usefixtures("compiler")
-def test_bfloat16_differs_from_the_definition_only_within_rounding_of_the_threshold() -> None:
-    """The definition rounds the normalised current to bfloat16, the compiled pass does not."""
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_differs_from_the_definition_only_within_rounding_of_the_threshold(
+    implementation: str,
+) -> None:
+    """The definition rounds the normalised current to bfloat16, the fused pass does not."""
     case = Case(shape=(2, 12, 16, 16), timesteps=2)
     exact = case.module()
     current = case.inputs()["current"].detach().to(torch.bfloat16)
@@ -280,7 +418,8 @@ def test_bfloat16_differs_from_the_definition_only_within_rounding_of_the_thresh
         module = case.module().float()
         module.execution = execution
         inputs = {"current": current.clone().requires_grad_()}
-        results[execution] = results_of(module, lambda m, x=inputs: m(x["current"], 2), inputs)
+        with IMPLEMENTATIONS[implementation]():
+            results[execution] = results_of(module, lambda m, x=inputs: m(x["current"], 2), inputs)
     inputs = {"current": current.double().requires_grad_()}
     exact.execution = "reference"
     results["exact"] = results_of(exact, lambda m: m(inputs["current"], 2), inputs)
@@ -326,9 +465,6 @@ class NetworkRuns:
 @pytest.fixture(scope="module")
 def network_runs() -> NetworkRuns:
     """A float64 SEW-ResNet-18: 20 layers of 4 widths, 5 sizes, one of them a stem."""
-    if not fused._compiler_works("cpu"):
-        assert not os.environ.get("CI"), "CI has a C++ compiler, and torch.compile does not work"
-        pytest.skip("no C++ compiler that torch.compile could use")
     torch.manual_seed(0)
     model = timm.create_model(
         "sew_resnet18", width=8, num_classes=5, timesteps=2, neuron=SEW_NEURON
@@ -340,10 +476,11 @@ def network_runs() -> NetworkRuns:
         return counters["stats"]["unique_graphs"] - before, results
 
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    first, compiled = train(images)
-    later = train(images[:2])[0] + train(torch.randn(2, 3, 48, 40, dtype=torch.float64))[0]
+    with compiled():
+        first, results = train(images)
+        later = train(images[:2])[0] + train(torch.randn(2, 3, 48, 40, dtype=torch.float64))[0]
     model.set_execution("reference")
-    return NetworkRuns(first, later, compiled, train(images)[1])
+    return NetworkRuns(first, later, results, train(images)[1])
 
 
 def test_compiled_network_is_the_definition(network_runs: NetworkRuns) -> None:

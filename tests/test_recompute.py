@@ -27,12 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "vggsnn": {"input_size": 16},
 }
 TIMESTEPS = 5
-# Each variant of the fused kernels takes seconds to compile. Those of segments are also in the test
-# in float64.
-BOTH_EXECUTIONS = [
-    *((name, "reference") for name in MODELS),
-    *(pytest.param(name, "fused", marks=pytest.mark.long) for name in MODELS),
-]
+BOTH_EXECUTIONS = list(itertools.product(MODELS, ("reference", "fused")))
 KEEP_ALL = {"recompute": False, "segment": None}
 
 
@@ -76,16 +71,7 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "execution", "precision"),
-    [
-        *((name, "reference", precision) for name in MODELS for precision in ("fp32", "bf16")),
-        ("spiking_resnet18", "fused", "fp32"),
-        *(
-            pytest.param(name, "fused", precision, marks=pytest.mark.long)
-            for name in MODELS
-            for precision in ("fp32", "bf16")
-            if (name, precision) != ("spiking_resnet18", "fp32")
-        ),
-    ],
+    list(itertools.product(MODELS, ("reference", "fused"), ("fp32", "bf16"))),
 )
 def test_recomputed_blocks_are_the_same_to_the_bit(
     name: str, execution: str, precision: str

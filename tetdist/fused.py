@@ -6,10 +6,10 @@ convolution's output and two numbers per channel; the backward pass computes the
 current and the membranes again from them, in registers, so nothing of the size of T membranes is
 ever stored.
 
-The passes are written in PyTorch and compiled by torch.compile: C++ on a CPU, Triton on a GPU.
-They see every activation as (T, N, C), N = B*H*W with channels last, and are compiled with N and
-C symbolic, so that one kernel serves all layers of a network. Without a working compiler the
-definition is used, with one warning.
+The passes see every activation as (T, N, C), N = B*H*W with channels last. On a CPU they are those
+of native.cpp. Elsewhere, and for types that it does not know, they are those written here, in
+PyTorch, and compiled by torch.compile with N and C symbolic, so that one kernel serves all layers
+of a network. Without a working compiler the definition is used, with one warning.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tetdist import neurons
+from tetdist import native, neurons
 from tetdist.neurons import SURROGATES, NeuronConfig
 from tetdist.normalization import BatchNorm
 from tetdist.spikes import Packed, carry
@@ -68,7 +68,7 @@ class NormNeuron(nn.Module):
             identity: Spikes (T, B, C, H, W) that are added to those of the neurons.
         """
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
-        if self.execution == "fused" and _compiler_works(current.device.type):
+        if self.execution == "fused" and _compiler_works(current.device.type, self.neuron):
             return self._fused(current, timesteps, shortcut, identity)
         return self.reference(current, timesteps, shortcut, identity)
 
@@ -95,7 +95,8 @@ class NormNeuron(nn.Module):
         added = None if shortcut is None else _channels_last_rows(shortcut)
         joined = None if identity is None else _channels_last_rows(identity)
         packs = norm.training and torch.is_grad_enabled()
-        kernels = _kernels(self.neuron, timesteps, x.shape[0] == 1, self.carries, packs)
+        build = _native_kernels if native.serves(x, added, joined) else _compiled_kernels
+        kernels = build(self.neuron, timesteps, x.shape[0] == 1, self.carries, packs)
         if norm.training:
             mean, var = norm.over_processes(*kernels.statistics(x.detach()))
             norm.record(mean, var, x.shape[0] * x.shape[1])
@@ -183,7 +184,11 @@ class _FusedNormNeuron(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if ctx.training:
                 sums = ctx.norm.average_over_processes(torch.stack([sum_grad, sum_grad_xhat]))
-                grad_x = ctx.kernels.input_gradient(x, grad_y, gain, mean, rstd, *sums)
+                # Written over grad_y, unless that is the shortcut's gradient, too.
+                in_place = shortcut is None or grad_y is not grad_total
+                grad_x = ctx.kernels.input_gradient(
+                    x, grad_y, gain, mean, rstd, *sums, in_place=in_place
+                )
             else:
                 grad_x = (grad_y * gain).to(x.dtype)
         return (
@@ -198,14 +203,30 @@ class _FusedNormNeuron(torch.autograd.Function):
 
 
 class _Kernels(NamedTuple):
-    """The compiled passes of one variant: neuron, T, whether all timesteps share one x, whether
-    membranes are carried on, and whether spikes are packed, too."""
+    """The passes of one variant: neuron, T, whether all timesteps share one x, whether membranes
+    are carried on, and whether spikes are packed, too."""
 
     timesteps: int
     statistics: Callable[..., tuple[Tensor, Tensor]]
     spikes: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
-    current_gradient: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]
+    current_gradient: Callable[..., tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]]
     input_gradient: Callable[..., Tensor]
+
+
+@functools.cache
+def _native_kernels(
+    config: NeuronConfig, timesteps: int, shared: bool, carries: bool, packs: bool
+) -> _Kernels:
+    passes = native.passes(config)
+    if passes is None:
+        return _compiled_kernels(config, timesteps, shared, carries, packs)
+    return _Kernels(
+        timesteps,
+        passes.statistics,
+        functools.partial(passes.spikes, timesteps=timesteps, packs=packs, carries=carries),
+        passes.current_gradient,
+        passes.input_gradient,
+    )
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -238,7 +259,7 @@ def _input_gradient(
 
 
 @functools.cache
-def _kernels(
+def _compiled_kernels(
     config: NeuronConfig, timesteps: int, shared: bool, carries: bool, packs: bool
 ) -> _Kernels:
     decay, threshold, hard = config.decay, config.threshold, config.reset == "hard"
@@ -274,10 +295,12 @@ def _kernels(
         identity: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         _, fired, end = membranes(x, shortcut, gain, offset, start)
-        spikes = torch.stack([s.to(x.dtype) for s in fired])
+        outputs = [s.to(x.dtype) for s in fired]
         if identity is not None:
-            spikes = spikes + identity
-        return spikes, spikes.to(torch.uint8) if packs else None, end if carries else None
+            outputs = [output + identity[t] for t, output in enumerate(outputs)]
+        # Each timestep's by itself, so that it is one loop with the spikes.
+        packed = torch.stack([o.to(torch.uint8) for o in outputs]) if packs else None
+        return torch.stack(outputs), packed, end if carries else None
 
     def current_gradient(
         x: Tensor,
@@ -289,7 +312,7 @@ def _kernels(
         start: Tensor | None,
         grad_spikes: Tensor,
         grad_end: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
         us, spikes, _ = membranes(x, shortcut, gain, offset, start)
         after_reset = grad_end  # gradient of the membrane after the reset
         grads: list[Tensor] = []
@@ -312,17 +335,20 @@ def _kernels(
             with_xhat = functools.reduce(
                 torch.add, [g * (_wide(x[t]) - mean) for t, g in enumerate(grads)]
             )
-        total = torch.stack([g.to(x.dtype) for g in grads])
-        own = sum_over_time.to(x.dtype)[None] if shared else total
+        total = None
+        if shortcut is not None or not shared:
+            total = torch.stack([g.to(x.dtype) for g in grads])
+        own = total if total is not None and not shared else sum_over_time.to(x.dtype)[None]
         grad_start = None if start is None else after_reset
         return total, own, sum_over_time.sum(0), with_xhat.sum(0) * rstd, grad_start
 
+    input_gradient = _compile(_input_gradient)
     return _Kernels(
         timesteps,
         _compile(_statistics),
         _compile(spikes),
         _compile(current_gradient),
-        _compile(_input_gradient),
+        lambda *tensors, in_place: input_gradient(*tensors),  # noqa: ARG005
     )
 
 
@@ -367,9 +393,15 @@ def carrying_membranes(
             module.carries, module.membrane = False, None
 
 
+def _compiler_works(device_type: str, config: NeuronConfig) -> bool:
+    """Whether there are kernels for the device, or can be; says so once where there cannot."""
+    if device_type == "cpu" and native.passes(config) is not None:
+        return True
+    return _torch_compile_works(device_type)
+
+
 @functools.cache
-def _compiler_works(device_type: str) -> bool:
-    """Whether torch.compile can build a kernel for the device; says so once where it cannot."""
+def _torch_compile_works(device_type: str) -> bool:
     try:
         _compile(lambda x: x + 1)(torch.zeros(3, 5, device=device_type))
     except Exception as error:  # torch raises many kinds: no compiler, no headers, no write access

@@ -1,0 +1,370 @@
+// Normalisation and neurons on a CPU: the passes of fused.py, each of which goes through memory once.
+//
+// native.py compiles this file for one kind of neuron:
+//
+//     SURROGATE        0 triangle, 1 atan, 2 sigmoid, 3 rectangle (neurons.py has their formulas)
+//     HARD_RESET       1 hard, 0 soft
+//     DETACH_RESET     whether the reset is a constant to the backward pass
+//
+// Tensors are (T, N, C) without gaps: N = B*H*W, channels last. "Wide" is the type in which one
+// computes: float, and double for double. A sum over rows is made of sums over blocks of rows, whose
+// size does not depend on the number of threads; so neither does any result.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
+// glibc's vector versions, which it declares to compilers with -ffast-math alone.
+extern "C" {
+__attribute__((simd("notinbranch"))) float expf(float);
+__attribute__((simd("notinbranch"))) double exp(double);
+}
+#endif
+
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float wide(float x) { return x; }
+inline double wide(double x) { return x; }
+inline float wide(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+template <class X> using Wide = decltype(wide(X()));
+
+template <class X> inline X narrow(Wide<X> x) {
+    if constexpr (std::is_same_v<X, bf16>) {
+        uint32_t bits;
+        std::memcpy(&bits, &x, 4);
+        uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+        bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+        return bf16{uint16_t(is_nan ? 0x7fc0 : rounded)};
+    } else {
+        return x;
+    }
+}
+
+// Channels that are worked on at a time, so that T membranes of each stay in the first-level cache.
+constexpr int CHANNELS = 64;
+// Numbers in a block of rows, which so stays in the second-level cache; and its most rows, since
+// one adds them one after the other, in float32, before double takes the sums of blocks.
+constexpr int64_t BLOCK = 32768, MOST_ROWS = 256;
+
+int64_t rows_of_block(int64_t channels) {
+    return std::clamp<int64_t>(BLOCK / channels, 1, MOST_ROWS);
+}
+
+struct Neuron {
+    double decay, threshold, width;
+};
+
+template <class W> inline W slope(W x, W width) {
+#if SURROGATE == 0
+    return std::max(width - std::abs(x), W(0)) / (width * width);
+#elif SURROGATE == 1
+    W y = W(M_PI / 2) * width * x;
+    return width / 2 / (1 + y * y);
+#elif SURROGATE == 2
+    W s = 1 / (1 + (std::is_same_v<W, float> ? W(expf(float(-width * x))) : W(exp(double(-width * x)))));
+    return width * s * (1 - s);
+#else
+    return (std::abs(x) < width ? W(1) : W(0)) / (2 * width);
+#endif
+}
+
+// Runs body(channel, length) over all channels of a row, with a length known to the compiler where
+// it is CHANNELS.
+template <class Body> inline void over_channels(int64_t channels, Body body) {
+    int64_t c = 0;
+    for (; c + CHANNELS <= channels; c += CHANNELS)
+        body(c, std::integral_constant<int, CHANNELS>());
+    if (c < channels) body(c, int(channels - c));
+}
+
+// ------------------------------------------------------------------------------------ statistics
+
+template <class X>
+void statistics(const X* x, int64_t rows, int64_t channels, Wide<X>* mean, Wide<X>* var,
+                Wide<X>* partial, int threads) {
+    using W = Wide<X>;
+    const int64_t step = rows_of_block(channels), blocks = (rows + step - 1) / step;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t b = 0; b < blocks; b++) {
+        W *sum = partial + 2 * b * channels, *square = sum + channels;
+        const int64_t first = b * step, last = std::min(rows, first + step);
+        std::fill(sum, sum + 2 * channels, W(0));
+        for (int64_t n = first; n < last; n++) {
+            const X* row = x + n * channels;
+#pragma omp simd
+            for (int64_t c = 0; c < channels; c++) sum[c] += wide(row[c]);
+        }
+        // Of the block, around its own mean: the difference of a mean square and a squared mean
+        // would cancel. The second look finds the block in the cache.
+        std::vector<W> center(sum, sum + channels);
+        for (auto& value : center) value /= W(last - first);
+        for (int64_t n = first; n < last; n++) {
+            const X* row = x + n * channels;
+#pragma omp simd
+            for (int64_t c = 0; c < channels; c++) {
+                W d = wide(row[c]) - center[c];
+                square[c] += d * d;
+            }
+        }
+    }
+    // Chan, Golub and LeVeque: of the union of blocks.
+    for (int64_t c = 0; c < channels; c++) {
+        double total = 0, squares = 0, count = 0;
+        for (int64_t b = 0; b < blocks; b++) {
+            const double n = double(std::min(rows, (b + 1) * step) - b * step);
+            const double sum = partial[2 * b * channels + c];
+            if (count > 0) {
+                const double d = sum / n - total / count;
+                squares += d * d * n * count / (n + count);
+            }
+            squares += partial[(2 * b + 1) * channels + c];
+            total += sum;
+            count += n;
+        }
+        mean[c] = W(total / count);
+        var[c] = W(squares / count);
+    }
+}
+
+// --------------------------------------------------------------------------------------- forward
+
+template <class X> struct Forward {
+    using W = Wide<X>;
+    const X* x;         // (T or 1, N, C)
+    const X* shortcut;  // (T, N, C) or null
+    const W *gain, *offset;
+    const W* start;     // membranes, (N, C), or null
+    const X* identity;  // (T, N, C) or null
+    X* spikes;          // (T, N, C)
+    uint8_t* packed;    // likewise, or null
+    W* end;             // membranes, (N, C), or null
+    int64_t timesteps, rows, channels, shared;
+    Neuron neuron;
+};
+
+template <bool SHORTCUT, bool IDENTITY, class X, class Length>
+inline void forward_part(const Forward<X>& f, int64_t n, int64_t c0, Length length) {
+    using W = Wide<X>;
+    const W decay(f.neuron.decay), threshold(f.neuron.threshold);
+    const int64_t at = n * f.channels + c0, plane = f.rows * f.channels;
+    const W *gain = f.gain + c0, *offset = f.offset + c0;
+    W u[CHANNELS];
+    for (int c = 0; c < length; c++) u[c] = f.start ? f.start[at + c] : W(0);
+    for (int64_t t = 0; t < f.timesteps; t++) {
+        const int64_t now = t * plane + at;
+        const X* x = f.x + (f.shared ? at : now);
+        const X *shortcut = f.shortcut + now, *identity = f.identity + now;
+        X* spikes = f.spikes + now;
+        W out[CHANNELS];
+#pragma omp simd
+        for (int c = 0; c < length; c++) {
+            W current = wide(x[c]) * gain[c] + offset[c];
+            if (SHORTCUT) current += wide(shortcut[c]);
+            W v = decay * u[c] + current;
+            const bool fires = v - threshold > 0;
+            out[c] = fires ? W(1) : W(0);
+            if (IDENTITY) out[c] += wide(identity[c]);
+            spikes[c] = narrow<X>(out[c]);
+            u[c] = fires ? (HARD_RESET ? W(0) : v - threshold) : v;
+        }
+        if (f.packed) {
+            uint8_t* packed = f.packed + now;
+#pragma omp simd
+            for (int c = 0; c < length; c++) packed[c] = uint8_t(int32_t(out[c]));
+        }
+    }
+    if (f.end)
+        for (int c = 0; c < length; c++) f.end[at + c] = u[c];
+}
+
+template <bool SHORTCUT, bool IDENTITY, class X>
+void forward_rows(const Forward<X>& f, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = 0; n < f.rows; n++)
+        over_channels(f.channels, [&](int64_t c, auto length) {
+            forward_part<SHORTCUT, IDENTITY>(f, n, c, length);
+        });
+}
+
+template <class X> void forward(const Forward<X>& f, int threads) {
+    if (f.shortcut && f.identity) forward_rows<true, true>(f, threads);
+    else if (f.shortcut) forward_rows<true, false>(f, threads);
+    else if (f.identity) forward_rows<false, true>(f, threads);
+    else forward_rows<false, false>(f, threads);
+}
+
+// -------------------------------------------------------------------------------------- backward
+
+template <class X> struct Backward {
+    using W = Wide<X>;
+    const X* x;         // (T or 1, N, C)
+    const X* shortcut;  // (T, N, C) or null
+    const W *gain, *offset, *mean, *rstd;
+    const W* start;        // membranes, (N, C), or null
+    const X* grad_spikes;  // (T, N, C)
+    const W* grad_end;     // (N, C) or null
+    X* total;              // gradient of the current, (T, N, C), or null
+    X* own;                // its sum over time, (N, C), where all timesteps share x; or null
+    W *sum_grad, *sum_grad_xhat;  // (C,)
+    W* grad_start;                // (N, C) or null
+    W* partial;                   // (blocks, 2, C)
+    int64_t timesteps, rows, channels, shared;
+    Neuron neuron;
+};
+
+template <bool SHORTCUT, class X, class Length>
+inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length length, Wide<X>* us,
+                          Wide<X>* sum, Wide<X>* sum_x) {
+    using W = Wide<X>;
+    const W decay(b.neuron.decay), threshold(b.neuron.threshold), width(b.neuron.width);
+    const int64_t at = n * b.channels + c0, plane = b.rows * b.channels;
+    const W *gain = b.gain + c0, *offset = b.offset + c0, *mean = b.mean + c0;
+    W u[CHANNELS], after[CHANNELS], over_time[CHANNELS], with_x[CHANNELS];
+    for (int c = 0; c < length; c++) u[c] = b.start ? b.start[at + c] : W(0);
+    for (int64_t t = 0; t < b.timesteps; t++) {  // the membranes again
+        const X *x = b.x + (b.shared ? at : t * plane + at), *shortcut = b.shortcut + t * plane + at;
+        W* before_reset = us + t * CHANNELS;
+#pragma omp simd
+        for (int c = 0; c < length; c++) {
+            W current = wide(x[c]) * gain[c] + offset[c];
+            if (SHORTCUT) current += wide(shortcut[c]);
+            const W v = decay * u[c] + current;
+            before_reset[c] = v;
+            u[c] = v - threshold > 0 ? (HARD_RESET ? W(0) : v - threshold) : v;
+        }
+    }
+    for (int c = 0; c < length; c++) {
+        after[c] = b.grad_end ? b.grad_end[at + c] : W(0);
+        over_time[c] = with_x[c] = 0;
+    }
+    for (int64_t t = b.timesteps - 1; t >= 0; t--) {
+        const int64_t now = t * plane + at;
+        const X *x = b.x + (b.shared ? at : now), *grad_spikes = b.grad_spikes + now;
+        const W* before_reset = us + t * CHANNELS;
+        W grad[CHANNELS];
+#pragma omp simd
+        for (int c = 0; c < length; c++) {
+            const W v = before_reset[c];
+            const bool fires = v - threshold > 0;
+            const W kept = HARD_RESET && fires ? W(0) : after[c];
+            const W through_reset = DETACH_RESET ? W(0) : after[c] * (HARD_RESET ? v : threshold);
+            const W g = (wide(grad_spikes[c]) - through_reset) * slope(v - threshold, width) + kept;
+            grad[c] = g;
+            over_time[c] += g;
+            with_x[c] += g * (wide(x[c]) - mean[c]);
+            after[c] = decay * g;  // the gradient of the membrane that was there before
+        }
+        if (b.total) {
+            X* total = b.total + now;
+#pragma omp simd
+            for (int c = 0; c < length; c++) total[c] = narrow<X>(grad[c]);
+        }
+    }
+#pragma omp simd
+    for (int c = 0; c < length; c++) {
+        sum[c0 + c] += over_time[c];
+        sum_x[c0 + c] += with_x[c];
+    }
+    if (b.own)
+        for (int c = 0; c < length; c++) b.own[at + c] = narrow<X>(over_time[c]);
+    if (b.grad_start)
+        for (int c = 0; c < length; c++) b.grad_start[at + c] = after[c];
+}
+
+template <bool SHORTCUT, class X> void backward_rows(const Backward<X>& b, int threads) {
+    using W = Wide<X>;
+    const int64_t step = rows_of_block(b.channels), blocks = (b.rows + step - 1) / step;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<W> us(b.timesteps * CHANNELS);
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; block++) {
+            W *sum = b.partial + 2 * block * b.channels, *sum_x = sum + b.channels;
+            std::fill(sum, sum + 2 * b.channels, W(0));
+            for (int64_t n = block * step; n < std::min(b.rows, (block + 1) * step); n++)
+                over_channels(b.channels, [&](int64_t c, auto length) {
+                    backward_part<SHORTCUT>(b, n, c, length, us.data(), sum, sum_x);
+                });
+        }
+    }
+    for (int64_t c = 0; c < b.channels; c++) {
+        double sum = 0, sum_x = 0;
+        for (int64_t block = 0; block < blocks; block++) {
+            sum += b.partial[2 * block * b.channels + c];
+            sum_x += b.partial[(2 * block + 1) * b.channels + c];
+        }
+        b.sum_grad[c] = W(sum);
+        b.sum_grad_xhat[c] = W(sum_x * b.rstd[c]);
+    }
+}
+
+template <class X> void backward(const Backward<X>& b, int threads) {
+    if (b.shortcut) backward_rows<true>(b, threads);
+    else backward_rows<false>(b, threads);
+}
+
+// Batch norm's backward pass; grad_x may be grad_y.
+template <class X>
+void input_gradient(const X* x, const X* grad_y, const Wide<X>* gain, const Wide<X>* mean,
+                    const Wide<X>* rstd, const Wide<X>* sum_grad, const Wide<X>* sum_grad_xhat,
+                    X* grad_x, int64_t rows, int64_t channels, int threads) {
+    using W = Wide<X>;
+    std::vector<W> a(channels), b(channels);
+    for (int64_t c = 0; c < channels; c++) {
+        a[c] = sum_grad[c] / W(rows);
+        b[c] = sum_grad_xhat[c] / W(rows);
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = 0; n < rows; n++) {
+        const X *row = x + n * channels, *grad = grad_y + n * channels;
+        X* out = grad_x + n * channels;
+#pragma omp simd
+        for (int64_t c = 0; c < channels; c++) {
+            const W xhat = (wide(row[c]) - mean[c]) * rstd[c];
+            out[c] = narrow<X>(gain[c] * (wide(grad[c]) - a[c] - xhat * b[c]));
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t num_blocks(int64_t rows, int64_t channels) {
+    const int64_t step = rows_of_block(channels);
+    return (rows + step - 1) / step;
+}
+
+#define PASSES(X, NAME)                                                                            \
+    void statistics_##NAME(const X* x, int64_t rows, int64_t channels, Wide<X>* mean,              \
+                           Wide<X>* var, Wide<X>* partial, int threads) {                          \
+        statistics<X>(x, rows, channels, mean, var, partial, threads);                             \
+    }                                                                                              \
+    void forward_##NAME(const Forward<X>* f, int threads) { forward<X>(*f, threads); }             \
+    void backward_##NAME(const Backward<X>* b, int threads) { backward<X>(*b, threads); }          \
+    void input_gradient_##NAME(const X* x, const X* grad_y, const Wide<X>* gain,                   \
+                               const Wide<X>* mean, const Wide<X>* rstd, const Wide<X>* sum_grad,  \
+                               const Wide<X>* sum_grad_xhat, X* grad_x, int64_t rows,              \
+                               int64_t channels, int threads) {                                    \
+        input_gradient<X>(x, grad_y, gain, mean, rstd, sum_grad, sum_grad_xhat, grad_x, rows,      \
+                          channels, threads);                                                      \
+    }
+
+PASSES(float, float32)
+PASSES(double, float64)
+PASSES(bf16, bfloat16)
+}

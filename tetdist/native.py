@@ -1,0 +1,283 @@
+"""Builds native.cpp, the passes of fused.py on a CPU, and calls them.
+
+A library is compiled once for each kind of neuron, in seconds, and kept in the user's cache folder;
+neither T nor shapes, types and layers are a reason to compile again.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, byref, c_double, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tetdist.neurons import SURROGATES, NeuronConfig
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("native.cpp")
+# Rounding as in torch: no fused multiply-add. And what keeps a compiler from vectorising choices:
+# errno and floating-point traps, which nobody looks at.
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"] + [
+    f"-f{option}" for option in ("fp-contract=off", "no-math-errno", "no-trapping-math")
+]
+COMPILE_LIMIT = 300  # seconds
+TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+
+
+class _Neuron(ctypes.Structure):
+    _fields_ = (("decay", c_double), ("threshold", c_double), ("width", c_double))
+
+
+_SIZES = tuple((name, c_int64) for name in ("timesteps", "rows", "channels", "shared"))
+
+
+class _Forward(ctypes.Structure):
+    """Forward of native.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "shortcut", "gain", "offset", "start", "identity")),
+        *((name, c_void_p) for name in ("spikes", "packed", "end")),
+        *_SIZES,
+        ("neuron", _Neuron),
+    )
+
+
+class _Backward(ctypes.Structure):
+    """Backward of native.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "shortcut", "gain", "offset", "mean", "rstd")),
+        *((name, c_void_p) for name in ("start", "grad_spikes", "grad_end", "total", "own")),
+        *((name, c_void_p) for name in ("sum_grad", "sum_grad_xhat", "grad_start", "partial")),
+        *_SIZES,
+        ("neuron", _Neuron),
+    )
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether the passes are for tensors of these types: one of three, and the same for all."""
+    types = {tensor.dtype for tensor in tensors if tensor is not None}
+    devices = {tensor.device.type for tensor in tensors if tensor is not None}
+    return devices == {"cpu"} and len(types) == 1 and types <= TYPES.keys()
+
+
+class Passes:
+    """The passes of one neuron; fused.py says what each is. All tensors are without gaps."""
+
+    def __init__(self, library: ctypes.CDLL, config: NeuronConfig) -> None:
+        self.library = library
+        self.neuron = _Neuron(config.decay, config.threshold, config.surrogate_width)
+        library.num_blocks.restype = c_int64
+        library.num_blocks.argtypes = (c_int64, c_int64)
+        for name in TYPES.values():
+            statistics, forward = (
+                self._function("statistics", name),
+                self._function("forward", name),
+            )
+            statistics.argtypes = (c_void_p, c_int64, c_int64, *[c_void_p] * 3, c_int)
+            forward.argtypes = (POINTER(_Forward), c_int)
+            self._function("backward", name).argtypes = (POINTER(_Backward), c_int)
+            gradient = self._function("input_gradient", name)
+            gradient.argtypes = (*[c_void_p] * 8, c_int64, c_int64, c_int)
+
+    def _function(self, name: str, type_name: str) -> Any:
+        return getattr(self.library, f"{name}_{type_name}")
+
+    def _partial(self, rows: int, like: Tensor) -> Tensor:
+        """Room for two sums a channel of every block of rows."""
+        channels = like.shape[-1]
+        blocks = self.library.num_blocks(rows, channels)
+        return torch.empty(2 * blocks * channels, dtype=_wide_type(like))
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        channels, rows = x.shape[-1], x.shape[0] * x.shape[1]
+        mean, var = torch.empty(2, channels, dtype=_wide_type(x))
+        partial = self._partial(rows, x)
+        function = self._function("statistics", TYPES[x.dtype])
+        function(*map(_at, (x,)), rows, channels, *map(_at, (mean, var, partial)), _threads())
+        return mean, var
+
+    def spikes(
+        self,
+        x: Tensor,
+        shortcut: Tensor | None,
+        gain: Tensor,
+        offset: Tensor,
+        start: Tensor | None,
+        identity: Tensor | None,
+        *,
+        timesteps: int,
+        packs: bool,
+        carries: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        shape = (timesteps, *x.shape[1:])
+        gain, offset = _as_wide(gain, x), _as_wide(offset, x)
+        start = None if start is None else _as_wide(start, x)
+        spikes = torch.empty(shape, dtype=x.dtype)
+        packed = torch.empty(shape, dtype=torch.uint8) if packs else None
+        end = torch.empty(shape[1:], dtype=_wide_type(x)) if carries else None
+        pointers = map(_at, (x, shortcut, gain, offset, start, identity, spikes, packed, end))
+        job = _Forward(*pointers, *shape, x.shape[0] == 1, self.neuron)
+        self._function("forward", TYPES[x.dtype])(byref(job), _threads())
+        return spikes, packed, end
+
+    def current_gradient(
+        self,
+        x: Tensor,
+        shortcut: Tensor | None,
+        gain: Tensor,
+        offset: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        start: Tensor | None,
+        grad_spikes: Tensor,
+        grad_end: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
+        timesteps, rows, channels = grad_spikes.shape
+        shared = x.shape[0] == 1
+        wide = _wide_type(x)
+        gain, offset, mean, rstd = (_as_wide(t, x) for t in (gain, offset, mean, rstd))
+        start = None if start is None else _as_wide(start, x)
+        grad_end = None if grad_end is None else _as_wide(grad_end, x)
+        # Where all timesteps share x, theirs is the sum; each one's own is the shortcut's alone.
+        total = torch.empty_like(grad_spikes) if shortcut is not None or not shared else None
+        own = torch.empty_like(x) if shared else None
+        sum_grad, sum_grad_xhat = torch.empty(2, channels, dtype=wide)
+        grad_start = None if start is None else torch.empty_like(start)
+        partial = self._partial(rows, x)
+        pointers = map(
+            _at,
+            (x, shortcut, gain, offset, mean, rstd, start, grad_spikes, grad_end, total, own,
+             sum_grad, sum_grad_xhat, grad_start, partial),
+        )  # fmt: skip
+        job = _Backward(*pointers, timesteps, rows, channels, shared, self.neuron)
+        self._function("backward", TYPES[x.dtype])(byref(job), _threads())
+        grad_y = own if own is not None else total
+        assert grad_y is not None
+        return total, grad_y, sum_grad, sum_grad_xhat, grad_start
+
+    def input_gradient(
+        self,
+        x: Tensor,
+        grad_y: Tensor,
+        gain: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        sum_grad: Tensor,
+        sum_grad_xhat: Tensor,
+        *,
+        in_place: bool,
+    ) -> Tensor:
+        rows, channels = x.shape[0] * x.shape[1], x.shape[2]
+        grad_x = grad_y if in_place else torch.empty_like(grad_y)
+        wide = [_as_wide(t, x) for t in (gain, mean, rstd, sum_grad, sum_grad_xhat)]
+        function = self._function("input_gradient", TYPES[x.dtype])
+        function(*map(_at, (x, grad_y, *wide, grad_x)), rows, channels, _threads())
+        return grad_x
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    assert tensor is None or tensor.is_contiguous()
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _wide_type(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _as_wide(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.to(_wide_type(like)).contiguous()
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+# --- building -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def passes(config: NeuronConfig) -> Passes | None:
+    """Passes for a neuron, compiled if they never were on this machine; None without a compiler."""
+    try:
+        return Passes(ctypes.CDLL(str(_library(config))), config)
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.debug("no native passes: %s", error)
+        return None
+
+
+def _library(config: NeuronConfig) -> Path:
+    """Raises OSError or SubprocessError where there is no working compiler."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise FileNotFoundError("there is no C++ compiler")
+    variant = [
+        f"-DSURROGATE={list(SURROGATES).index(config.surrogate)}",
+        f"-DHARD_RESET={int(config.reset == 'hard')}",
+        f"-DDETACH_RESET={int(config.detach_reset)}",
+    ]
+    version = _run(compiler, "--version").splitlines()[0]
+    source = SOURCE.read_bytes()
+    # Home folders are shared by machines with different processors.
+    what = "\0".join([compiler, version, *FLAGS, *variant, _processor()])
+    key = hashlib.sha256(what.encode() + source).hexdigest()[:16]
+    folder = _cache()
+    library = folder / f"native-{key}.so"
+    if not library.is_file():
+        logger.info("compiling the kernels of the neurons, once (into %s)", folder)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            objects, built = Path(aside) / "native.o", Path(aside) / "native.so"
+            _run(compiler, *FLAGS, *variant, "-c", str(SOURCE), "-o", str(objects))
+            # Without OpenMP's runtime: torch has brought one, and two would fight for the cores.
+            _run(compiler, "-shared", str(objects), "-o", str(built))
+            # Several processes may build it at the same time; each finds a whole one.
+            built.replace(library)
+    return library
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_LIMIT)
+    if done.returncode != 0:
+        raise subprocess.SubprocessError(f"{' '.join(command)}: {done.stderr}")
+    return done.stdout
+
+
+def _cache() -> Path:
+    """A folder of this user's own; what lies in it is loaded as code."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "tetdist"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):
+        pass
+    return _private_cache()
+
+
+@functools.cache
+def _private_cache() -> Path:
+    """For as long as this process lives, where there is no writable home."""
+    import atexit
+
+    folder = tempfile.mkdtemp(prefix="tetdist-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _processor() -> str:
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            return next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return platform.processor()
