@@ -2,11 +2,15 @@
 
     python tools/bench.py model                         a training step against the ReLU network's
     python tools/bench.py memory                        bytes kept for the backward pass, by T
+    python tools/bench.py scaling                       several processes against one
 
 Runs on the CPU or a GPU, on random images; needs no data.
 """
 
 import argparse
+import contextlib
+import functools
+import importlib.metadata
 import json
 import os
 import platform
@@ -15,9 +19,8 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -28,51 +31,85 @@ MIB = 2**20
 
 
 def numbers(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
+
+
+def positive(text: str) -> int:
     try:
-        values = [int(part) for part in text.split(",")]
+        value = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 1,2,4") from None
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: the least is 1")
-    return values
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: the least is 1")
+    return value
+
+
+MODES = ("none", "blocks", "timesteps", "reference")
+
+
+def modes(text: str) -> list[str]:
+    given = text.split(",")
+    if unknown := [mode for mode in given if mode not in MODES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(MODES)}")
+    return given
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tools/bench.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    memory = commands.add_parser("memory", help="bytes kept for the backward pass, by T and mode")
-    memory.add_argument("--model", default="sew_resnet34", help="default: sew_resnet34")
-    memory.add_argument("--size", type=int, default=None, help="pixels; default: the model's own")
-    memory.add_argument("--timesteps", type=numbers, default=[1, 2, 4, 8, 16], metavar="1,2,4")
-    memory.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    memory.add_argument("--segment", type=int, default=2, metavar="K", help="of {timesteps: K}")
-    memory.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    memory.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
 
-    model = commands.add_parser(
-        "model", help="time of a training step, against others side by side"
-    )
-    model.add_argument("--model", default="sew_resnet34", help="default: sew_resnet34")
-    model.add_argument("--size", type=int, default=None, help="pixels; default: the model's own")
-    model.add_argument("--timesteps", type=int, default=4, metavar="T")
-    model.add_argument("--batch", type=int, default=4, metavar="B")
-    model.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    model.add_argument("--repeats", type=int, default=7, help="rounds, each of one step of all")
+    def command(name: str, precision: str, what: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=what, description=what)
+        one.add_argument("--model", default="sew_resnet34", help="default: sew_resnet34")
+        one.add_argument("--size", type=positive, help="pixels; default: the model's own")
+        one.add_argument("--precision", choices=["fp32", "bf16"], default=precision)
+        one.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+        one.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+        return one
+
+    def contestants(one: argparse.ArgumentParser, default: str) -> None:
+        one.add_argument(
+            "--modes",
+            type=modes,
+            default=default,
+            metavar=",".join(MODES),
+            help="ways to run our model: activation checkpointing, and the plain definitions; "
+            f"default: {default}",
+        )
+        one.add_argument("--segment", type=positive, default=2, metavar="K", help="of timesteps")
+        one.add_argument(
+            "--spikingjelly",
+            choices=["eager", "compiled"],
+            help="also its network of the same name, with the same neuron, where it is installed",
+        )
+
+    model = command("model", "fp32", "seconds of a training step, against others side by side")
+    model.add_argument("--timesteps", type=positive, default=4, metavar="T")
+    model.add_argument("--batch", type=positive, default=4, metavar="B")
+    model.add_argument("--repeats", type=positive, default=7, help="rounds in which all take turns")
     model.add_argument("--evaluate", action="store_true", help="the forward pass of an evaluation")
-    model.add_argument("--segment", type=int, default=2, metavar="K", help="of {timesteps: K}")
-    model.add_argument(
-        "--modes",
-        default="none",
-        metavar="none,blocks,timesteps,reference",
-        help="ways to run our model: activation checkpointing, and the plain definitions",
+    contestants(model, "none")
+
+    memory = command("memory", "fp32", "bytes kept for the backward pass, by T")
+    memory.add_argument("--timesteps", type=numbers, default=[1, 2, 4, 8, 16], metavar="1,2,4")
+    contestants(memory, "none,blocks,timesteps")
+
+    scaling = command("scaling", "bf16", "several processes against one, and what many would reach")
+    scaling.add_argument("--timesteps", type=positive, default=4, metavar="T")
+    scaling.add_argument("--batch", type=positive, default=4, metavar="B", help="micro-batch")
+    scaling.add_argument("--accumulation", type=positive, default=1, metavar="N", help="a process")
+    scaling.add_argument("--engine", choices=["deepspeed", "torch"], default="deepspeed")
+    scaling.add_argument("--processes", type=positive, default=2)
+    scaling.add_argument("--threads", type=positive, help="a process; default: its cores")
+    scaling.add_argument("--repeats", type=positive, default=5, help="rounds of taking turns")
+    scaling.add_argument("--steps", type=positive, default=2, help="of each in a round")
+    predicted = scaling.add_argument_group("prediction for 8 to 512 GPUs")
+    predicted.add_argument(
+        "--images-per-s", type=float, metavar="R", help="of one GPU; default: of one process here"
     )
-    model.add_argument(
-        "--spikingjelly",
-        choices=["eager", "compiled"],
-        help="also its network of the same name, with the same neuron, where it is installed",
-    )
-    model.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    model.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+    predicted.add_argument("--gpus-per-node", type=positive, default=8, metavar="G")
+    predicted.add_argument("--link-in-node", type=float, default=100.0, metavar="GB/s")
+    predicted.add_argument("--link-between-nodes", type=float, default=12.5, metavar="GB/s")
     return parser.parse_args(arguments)
 
 
@@ -85,9 +122,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.model not in timm.list_models(module="*") and not timm.is_model(options.model):
         print(f"error: --model: there is no model {options.model!r}", file=sys.stderr)
         return 2
+    if options.json and not options.json.parent.is_dir():
+        print(f"error: --json: there is no folder {options.json.parent}", file=sys.stderr)
+        return 2
     if options.command == "memory":
         result = measure_memory(options)
         print(memory_table(result))
+    elif options.command == "scaling":
+        import bench_scaling
+
+        result = bench_scaling.measure(options)
+        print(bench_scaling.table(result))
     else:
         result = measure_model(options)
         print(model_table(result))
@@ -102,12 +147,15 @@ def machine(device: str) -> dict[str, str]:
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     with Path("/proc/cpuinfo").open() as stream:
         cpu = next((line.split(":")[1].strip() for line in stream if "model name" in line), name)
-    return {
+    found = {
         "device": name if device == "cuda" else cpu,
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["spikingjelly"] = importlib.metadata.version("spikingjelly")
+    return found
 
 
 # --- model -------------------------------------------------------------------------------------
@@ -115,31 +163,30 @@ def machine(device: str) -> dict[str, str]:
 
 def measure_model(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a step of each contestant: medians over rounds in which all take turns."""
-    contestants: dict[str, Callable[[], None]] = {"relu": relu_step(options)}
-    for mode in options.modes.split(","):
-        contestants[f"tetdist, {mode}"] = our_step(options, mode)
-    if options.spikingjelly:
-        contestants[f"spikingjelly, {options.spikingjelly}"] = spikingjelly_step(options)
+    steps = {
+        name: step_of(options, contestant()) for name, contestant in contestants_of(options).items()
+    }
     warm_up = {}
-    for name, step in contestants.items():
+    for name, step in steps.items():
         started = time.perf_counter()
         step()
         step()
         warm_up[name] = time.perf_counter() - started
         print(f"{name}: first two steps {warm_up[name]:.1f} s", file=sys.stderr, flush=True)
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(options.repeats):
-        for name, step in contestants.items():
+        for name, step in steps.items():
             started = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - started)
+    first = next(iter(seconds.values()))
     rows = [
         {
             "name": name,
             "seconds": statistics.median(values),
             "fastest": min(values),
             # Each round's own ratio: what slows the machine for a while slows both.
-            "ratio": statistics.median(a / b for a, b in zip(values, seconds["relu"], strict=True)),
+            "ratio": statistics.median(a / b for a, b in zip(values, first, strict=True)),
             "images_per_s": options.batch / statistics.median(values),
             "warm_up": warm_up[name],
         }
@@ -149,7 +196,8 @@ def measure_model(options: argparse.Namespace) -> dict[str, Any]:
     result = {key: getattr(options, key) for key in keys} | {"rows": rows}
     if not options.evaluate:
         # What launch/slurm.py --benchmark reads.
-        result |= {"images_per_s": rows[1]["images_per_s"], "processes": 1}
+        own = next(row for row in rows if row["name"].startswith("tetdist"))
+        result |= {"images_per_s": own["images_per_s"], "processes": 1}
     return result
 
 
@@ -159,7 +207,7 @@ def model_table(result: dict[str, Any]) -> str:
         f"{result['model']}, T={result['timesteps']}, batch {result['batch']}, "
         f"{result['precision']}, {result['device']}: a {what}, median of {result['repeats']}",
         "",
-        "                            s   / ReLU net   images/s   first two steps, s",
+        "                            s    / first   images/s   first two steps, s",
     ]
     lines += [
         f"{row['name']:22}{row['seconds']:9.3f}{row['ratio']:12.3f}{row['images_per_s']:11.2f}"
@@ -169,7 +217,29 @@ def model_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def our_step(options: argparse.Namespace, mode: str) -> Callable[[], None]:
+# --- contestants -------------------------------------------------------------------------------
+
+
+class Contestant(NamedTuple):
+    model: torch.nn.Module
+    images: Tensor
+    logits: Callable[[Tensor], Tensor]  # (T, B, K)
+
+
+def contestants_of(options: argparse.Namespace) -> dict[str, Callable[[], Contestant]]:
+    """By name; each is made only when it is called for."""
+    contestants: dict[str, Callable[[], Contestant]] = {}
+    if relu_twin(options.model):
+        contestants["relu"] = functools.partial(relu, options)
+    for mode in options.modes:
+        contestants[f"tetdist, {mode}"] = functools.partial(ours, options, mode)
+    if options.spikingjelly:
+        name = f"spikingjelly, {options.spikingjelly}"
+        contestants[name] = functools.partial(spikingjelly, options)
+    return contestants
+
+
+def ours(options: argparse.Namespace, mode: str) -> Contestant:
     import timm
 
     torch.manual_seed(0)
@@ -177,27 +247,28 @@ def our_step(options: argparse.Namespace, mode: str) -> Callable[[], None]:
     model.set_execution("reference" if mode == "reference" else "fused")
     model.set_grad_checkpointing(mode in ("blocks", "timesteps"))
     model.set_segment(options.segment if mode == "timesteps" else None)
-    return step_of(options, model, batch_of(options, model), lambda x: model(x, per_timestep=True))
+    return laid_out(options, model, batch_of(options, model), lambda x: model(x, per_timestep=True))
 
 
-def relu_step(options: argparse.Namespace) -> Callable[[], None]:
+def relu(options: argparse.Namespace) -> Contestant:
     """The ReLU network of the same convolutions, on T times the batch."""
     import timm
 
     spiking = timm.create_model(options.model, timesteps=options.timesteps)
     twin = relu_twin(options.model)
+    assert twin is not None
     images = batch_of(options, spiking)
     if images.ndim == 5:
         images = images.flatten(0, 1)
     else:
         images = images.repeat(options.timesteps, 1, 1, 1)
-    return step_of(
+    return laid_out(
         options, twin, images, lambda x: twin(x).unflatten(0, (options.timesteps, options.batch))
     )
 
 
-def relu_twin(name: str) -> torch.nn.Module:
-    """A network of ReLU units with the convolutions of a spiking one."""
+def relu_twin(name: str) -> torch.nn.Module | None:
+    """A network of ReLU units with the convolutions of a spiking one, if there is one."""
     import timm
     from timm.models.resnet import BasicBlock, ResNet
 
@@ -210,7 +281,7 @@ def relu_twin(name: str) -> torch.nn.Module:
         twin.maxpool = torch.nn.Identity()
         return twin
     if name != "vggsnn":
-        raise SystemExit(f"error: --model: there is no ReLU network for {name!r} here")
+        return None
     layers: list[torch.nn.Module] = []
     channels = 2
     for width in (64, 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"):
@@ -226,7 +297,7 @@ def relu_twin(name: str) -> torch.nn.Module:
     return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(512 * 9, 10))
 
 
-def spikingjelly_step(options: argparse.Namespace) -> Callable[[], None]:
+def spikingjelly(options: argparse.Namespace) -> Contestant:
     try:
         from spikingjelly.activation_based import functional, neuron, surrogate
         from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
@@ -252,7 +323,8 @@ def spikingjelly_step(options: argparse.Namespace) -> Callable[[], None]:
         functional.reset_net(model)
         return run(images.expand(options.timesteps, *images.shape))
 
-    return step_of(options, model, batch_of(options, model, channels=3, size=224), logits)
+    images = batch_of(options, model, channels=3, size=224)
+    return laid_out(options, model, images, logits)
 
 
 def batch_of(
@@ -272,20 +344,25 @@ def batch_of(
     return torch.rand(shape, generator=generator).to(options.device)
 
 
-def step_of(
+def laid_out(
     options: argparse.Namespace,
     model: torch.nn.Module,
     images: Tensor,
     logits: Callable[[Tensor], Tensor],
-) -> Callable[[], None]:
-    """Forward, TET loss, backward; or the forward pass of an evaluation."""
-    from tetdist.losses import tet_loss
-    from tetdist.precision import autocast
-
+) -> Contestant:
     model.to(options.device).to(memory_format=torch.channels_last)
     model.train(not options.evaluate)
     if images.ndim == 4:
         images = images.contiguous(memory_format=torch.channels_last)
+    return Contestant(model, images, logits)
+
+
+def step_of(options: argparse.Namespace, contestant: Contestant) -> Callable[[], None]:
+    """Forward, TET loss, backward; or the forward pass of an evaluation."""
+    from tetdist.losses import tet_loss
+    from tetdist.precision import autocast
+
+    model, images, logits = contestant
     labels = torch.arange(options.batch, device=options.device) % 10
 
     def train() -> None:
@@ -341,7 +418,7 @@ class SavedBytes:
             del self._holders[pointer]
             self.now -= num_bytes
 
-    @contextmanager
+    @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor):
             yield
@@ -354,56 +431,40 @@ class _Kept:
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
     """MiB an image that are held after the forward pass, and at most until the backward's end."""
-    modes: dict[str, tuple[bool, int | None]] = {
-        "none": (False, None),
-        "blocks": (True, None),
-        f"timesteps: {options.segment}": (True, options.segment),
-    }
+    options = argparse.Namespace(**vars(options), evaluate=False)
     rows: list[dict[str, Any]] = []
-    for timesteps in options.timesteps:
-        for mode, (recompute, segment) in modes.items():
+    all_timesteps = options.timesteps
+    for timesteps in all_timesteps:
+        options.timesteps = timesteps
+        for name, contestant in contestants_of(options).items():
+            held = []
             # The difference of two batch sizes is what an image costs, without what does not
             # depend on it, such as weights in bfloat16.
-            one, two = (
-                _held(options, timesteps, recompute, segment, batch=batch) for batch in (1, 2)
-            )
-            print(f"measured T={timesteps}, {mode}", file=sys.stderr, flush=True)
+            for batch in (2, 3):
+                options.batch = batch
+                held.append(_held(options, contestant()))
+            two, three = held
+            print(f"measured T={timesteps}, {name}", file=sys.stderr, flush=True)
             rows.append(
                 {
                     "timesteps": timesteps,
-                    "mode": mode,
-                    "after_forward_mib": (two[0] - one[0]) / MIB,
-                    "at_most_mib": (two[1] - one[1]) / MIB,
+                    "name": name,
+                    "after_forward_mib": (three[0] - two[0]) / MIB,
+                    "at_most_mib": (three[1] - two[1]) / MIB,
                 }
             )
-    keys = ("model", "size", "precision", "device")
+    keys = ("model", "size", "precision", "device", "segment")
     return {key: getattr(options, key) for key in keys} | {"rows": rows}
 
 
-def _held(
-    options: argparse.Namespace,
-    timesteps: int,
-    recompute: bool,
-    segment: int | None,
-    batch: int,
-) -> tuple[int, int]:
-    import timm
-
+def _held(options: argparse.Namespace, contestant: Contestant) -> tuple[int, int]:
     from tetdist.precision import autocast
 
-    torch.manual_seed(0)
-    model = timm.create_model(options.model, timesteps=timesteps).to(options.device)
-    model.to(memory_format=torch.channels_last).train()
-    model.set_grad_checkpointing(recompute)
-    model.set_segment(segment)
-    channels, size, _ = model.default_cfg["input_size"]
-    size = options.size or size
-    shape = (batch, timesteps, channels, size, size) if channels == 2 else (batch, 3, size, size)
-    images = torch.rand(shape, device=options.device)
+    model, images, logits = contestant
     saved = SavedBytes(model)
     with saved.counting():
         with autocast(images.device, options.precision):
-            loss = model(images, per_timestep=True).float().square().mean()
+            loss = logits(images).float().square().mean()
         after_forward = saved.now
         loss.backward()
     return after_forward, saved.most
@@ -411,19 +472,19 @@ def _held(
 
 def memory_table(result: dict[str, Any]) -> str:
     rows = result["rows"]
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    names = list(dict.fromkeys(row["name"] for row in rows))
     lines = [
         f"{result['model']}, {result['precision']}: MiB an image kept for the backward pass, after "
         "the forward pass (and at most)",
         "",
-        "   T" + "".join(f"{mode:>24}" for mode in modes),
+        "   T" + "".join(f"{name:>24}" for name in names),
     ]
-    table = {(row["timesteps"], row["mode"]): row for row in rows}
+    table = {(row["timesteps"], row["name"]): row for row in rows}
     for timesteps in dict.fromkeys(row["timesteps"] for row in rows):
         cells = []
-        for mode in modes:
-            row = table[timesteps, mode]
-            share = row["after_forward_mib"] / table[timesteps, "none"]["after_forward_mib"]
+        for name in names:
+            row = table[timesteps, name]
+            share = row["after_forward_mib"] / table[timesteps, names[0]]["after_forward_mib"]
             cells.append(
                 f"{row['after_forward_mib']:8.1f} ({row['at_most_mib']:6.1f}) {100 * share:4.0f} %"
             )

@@ -1,0 +1,136 @@
+"""The published commands of tools/bench.py and tools/performance.py, on small networks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from launch import plan
+from tetdist import config
+
+BENCH = tiny.PROJECT / "tools" / "bench.py"
+PERFORMANCE = tiny.PROJECT / "tools" / "performance.py"
+
+
+def run(*command: object, status: int = 0, limit: float = 240) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=limit
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout if status == 0 else done.stderr
+
+
+def bench(tmp_path: Path, *arguments: object) -> tuple[dict[str, Any], str]:
+    """Its JSON, and what it printed."""
+    out = run(BENCH, *arguments, "--json", tmp_path / "result.json")
+    return json.loads((tmp_path / "result.json").read_text()), out
+
+
+def speed_that_the_plan_reads(file: Path) -> plan.Speed | None:
+    values = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d"})
+    return plan.read_speed(None, str(file), config.parse(values, "x"))
+
+
+def test_a_step_is_timed_against_the_relu_network(tmp_path: Path) -> None:
+    result, out = bench(
+        tmp_path, "model", "--model", "sew_resnet18", "--size", 64, "--timesteps", 2, "--batch", 2,
+        "--modes", "none,blocks,timesteps,reference", "--repeats", 3,
+    )  # fmt: skip
+    names = [row["name"] for row in result["rows"]]
+    ours = [f"tetdist, {mode}" for mode in ("none", "blocks", "timesteps", "reference")]
+    assert names == ["relu", *ours]
+    assert result["rows"][0]["ratio"] == 1
+    for row in result["rows"]:
+        assert row["images_per_s"] == pytest.approx(2 / row["seconds"])
+        assert row["name"] in out
+        assert f"{row['seconds']:.3f}" in out
+    assert {"device", "threads", "torch", "python"} <= result["machine"].keys()
+    speed = speed_that_the_plan_reads(tmp_path / "result.json")
+    assert speed == plan.Speed(result["rows"][1]["images_per_s"], timesteps=2)
+
+
+def test_an_evaluation_is_timed(tmp_path: Path) -> None:
+    result, out = bench(
+        tmp_path, "model", "--model", "vggsnn", "--timesteps", 2, "--batch", 1, "--evaluate",
+        "--repeats", 1, "--precision", "bf16",
+    )  # fmt: skip
+    assert [row["name"] for row in result["rows"]] == ["relu", "tetdist, none"]
+    assert "evaluation" in out
+    # The plan is one of training.
+    assert "images_per_s" not in result
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_is_what_the_documentation_promises(tmp_path: Path, precision: str) -> None:
+    result, _ = bench(
+        tmp_path, "memory", "--model", "sew_resnet34", "--size", 64, "--timesteps", "2,4",
+        "--precision", precision,
+    )  # fmt: skip
+    held = {(row["name"], row["timesteps"]): row["after_forward_mib"] for row in result["rows"]}
+    for timesteps in (2, 4):
+        # The convolutions' outputs, and spikes in bytes; ReLU keeps its own output as well.
+        assert held["tetdist, none", timesteps] < 0.65 * held["relu", timesteps]
+        assert held["tetdist, blocks", timesteps] < 0.25 * held["tetdist, none", timesteps]
+    assert held["tetdist, none", 4] < 2 * held["tetdist, none", 2]
+
+
+def test_a_model_without_a_relu_network_stands_alone(tmp_path: Path) -> None:
+    result, _ = bench(tmp_path, "memory", "--model", "spiking_convnet", "--timesteps", 2)
+    assert {row["name"].split(",")[0] for row in result["rows"]} == {"tetdist"}
+
+
+@pytest.mark.parametrize("engine", ["torch", pytest.param("deepspeed", marks=pytest.mark.long)])
+def test_processes_are_timed_alone_apart_and_together(tmp_path: Path, engine: str) -> None:
+    result, out = bench(
+        tmp_path, "scaling", "--model", "spiking_convnet", "--engine", engine, "--repeats", 2,
+        "--accumulation", 3, "--link-between-nodes", 2,
+    )  # fmt: skip
+    alone, apart, together = result["rows"]
+    assert (alone["name"], apart["name"], together["name"]) == ("alone", "apart", "together")
+    assert alone["efficiency"] == apart["of_apart"] == 1
+    for row, count in ((alone, 1), (apart, 2), (together, 2)):
+        assert row["images_per_s"] == pytest.approx(count * 3 * 4 / row["seconds"])
+    speed = speed_that_the_plan_reads(tmp_path / "result.json")
+    assert speed is not None
+    assert speed.images_per_s == pytest.approx(together["images_per_s"] / 2)
+    rows = result["predicted"]["rows"]
+    assert [row["gpus"] for row in rows] == [8, 16, 32, 64, 128, 256, 512]
+    assert 1 >= rows[0]["efficiency"] > rows[1]["efficiency"] > rows[-1]["efficiency"] > 0
+    assert "averaging" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["model", "--model", "resnet99"], "there is no model 'resnet99'"),
+        (["model", "--modes", "none,all"], "'all' is none of none, blocks, timesteps, reference"),
+        (["model", "--batch", "0"], "0: the least is 1"),
+        (["memory", "--timesteps", "2,x"], "'x' is not a whole number"),
+        (["scaling", "--json", "no/such/folder/x.json"], "--json"),
+        (["model", "--json", "no/such/folder/x.json"], "--json"),
+    ],
+)
+def test_wrong_flags_are_named_at_once(arguments: list[str], said: str) -> None:
+    assert said in run(BENCH, *arguments, status=2, limit=60)
+
+
+@pytest.mark.long
+def test_the_report_is_made_and_goes_on_after_a_stop(tmp_path: Path) -> None:
+    report, results = tmp_path / "docs" / "performance.md", tmp_path / "results"
+    command = [PERFORMANCE, "--quick", "--results", results, "--output", report]
+    run(*command, limit=290)
+    text = report.read_text()
+    for figure in ("timesteps.png", "batch.png"):
+        assert (report.with_suffix("") / figure).stat().st_size > 10_000
+        assert f"performance/{figure}" in text
+    before = {file.name: file.stat().st_mtime_ns for file in results.iterdir()}
+    (results / "batch-2-fp32.json").unlink()
+    run(*command, limit=290)
+    after = {file.name: file.stat().st_mtime_ns for file in results.iterdir()}
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name]] == ["batch-2-fp32.json"]
