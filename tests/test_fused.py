@@ -500,6 +500,15 @@ def test_one_set_of_passes_serves_all_layers(network_runs: NetworkRuns) -> None:
     assert network_runs.later == 0
 
 
+def test_beyond_torchs_limit_of_compilations_is_an_error_not_a_slow_network() -> None:
+    double = fused._compile(lambda x: 2 * x)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        double(torch.zeros(3))
+        double(torch.zeros(3, dtype=torch.float64))
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            double(torch.zeros(3, dtype=torch.int32))
+
+
 # ------------------------------------------------------------------------------ without a compiler
 
 WITHOUT_COMPILER = """

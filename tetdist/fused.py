@@ -342,6 +342,7 @@ def _compiled_kernels(
         grad_start = None if start is None else after_reset
         return total, own, sum_over_time.sum(0), with_xhat.sum(0) * rstd, grad_start
 
+    _announce_compilation()
     input_gradient = _compile(_input_gradient)
     return _Kernels(
         timesteps,
@@ -352,7 +353,13 @@ def _compiled_kernels(
     )
 
 
+@functools.cache
+def _announce_compilation() -> None:
+    logger.info("compiling the kernels of the neurons: seconds each, fewer where torch kept them")
+
+
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Beyond the limit there is an error, because of fullgraph, and no silent, slow fallback.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_VARIANTS)
     compiled = torch.compile(function, dynamic=True, fullgraph=True)
 
