@@ -57,6 +57,7 @@ class NormNeuron(nn.Module):
         timesteps: int,
         shortcut: Tensor | None = None,
         identity: Tensor | None = None,
+        shortcut_norm: BatchNorm | None = None,
     ) -> Tensor:
         """Spikes (T, B, C, H, W), of the current's type.
 
@@ -66,11 +67,12 @@ class NormNeuron(nn.Module):
             timesteps: T.
             shortcut: Added to the normalised current, (T, B, C, H, W).
             identity: Spikes (T, B, C, H, W) that are added to those of the neurons.
+            shortcut_norm: Normalises the shortcut before it is added.
         """
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
         if self.execution == "fused" and _compiler_works(current.device.type, self.neuron):
-            return self._fused(current, timesteps, shortcut, identity)
-        return self.reference(current, timesteps, shortcut, identity)
+            return self._fused(current, timesteps, shortcut, identity, shortcut_norm)
+        return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
 
     def reference(
         self,
@@ -78,8 +80,11 @@ class NormNeuron(nn.Module):
         timesteps: int,
         shortcut: Tensor | None = None,
         identity: Tensor | None = None,
+        shortcut_norm: BatchNorm | None = None,
     ) -> Tensor:
         """The definition of `forward`."""
+        if shortcut is not None and shortcut_norm is not None:
+            shortcut = shortcut_norm(shortcut)
         normalized = self.norm(current).expand(timesteps, *current.shape[1:])
         total = normalized if shortcut is None else normalized + shortcut
         spikes, membrane = neurons.run(total, self.neuron, self.membrane)
@@ -88,7 +93,12 @@ class NormNeuron(nn.Module):
         return spikes if identity is None else spikes + identity
 
     def _fused(
-        self, current: Tensor, timesteps: int, shortcut: Tensor | None, identity: Tensor | None
+        self,
+        current: Tensor,
+        timesteps: int,
+        shortcut: Tensor | None,
+        identity: Tensor | None,
+        shortcut_norm: BatchNorm | None,
     ) -> Tensor:
         norm = self.norm
         x = _channels_last_rows(current)
@@ -97,17 +107,19 @@ class NormNeuron(nn.Module):
         packs = norm.training and torch.is_grad_enabled()
         build = _native_kernels if native.serves(x, added, joined) else _compiled_kernels
         kernels = build(self.neuron, timesteps, x.shape[0] == 1, self.carries, packs)
-        if norm.training:
-            mean, var = norm.over_processes(*kernels.statistics(x.detach()))
-            norm.record(mean, var, x.shape[0] * x.shape[1])
-        else:
-            mean, var = norm.running_mean, norm.running_var
+        own = _Norm.of(norm, x, kernels)
+        others = None
+        if added is not None and shortcut_norm is not None:
+            assert shortcut_norm.training == norm.training
+            others = _Norm.of(shortcut_norm, added, kernels)
         batch, channels, height, width = current.shape[1:]
         start = None
         if self.membrane is not None:
             start = self.membrane.permute(0, 2, 3, 1).reshape(-1, channels)
+        parameters: list[Tensor | None] = [norm.weight, norm.bias]
+        parameters += [None, None] if others is None else [others.norm.weight, others.norm.bias]
         rows, packed, end = _FusedNormNeuron.apply(
-            x, added, joined, norm.weight, norm.bias, start, mean, var, norm, kernels
+            x, added, joined, start, *parameters, own, others, kernels
         )
         if self.carries:
             self.membrane = end.view(batch, height, width, channels).permute(0, 3, 1, 2)
@@ -126,6 +138,28 @@ def _channels_last_rows(x: Tensor) -> Tensor:
     return x.permute(0, 1, 3, 4, 2).flatten(1, 3).contiguous()
 
 
+class _Norm(NamedTuple):
+    """A batch norm and the statistics by which it normalises this time."""
+
+    norm: BatchNorm
+    mean: Tensor
+    var: Tensor
+
+    @classmethod
+    def of(cls, norm: BatchNorm, x: Tensor, kernels: "_Kernels") -> "_Norm":
+        if not norm.training:
+            return cls(norm, norm.running_mean, norm.running_var)
+        mean, var = norm.over_processes(*kernels.statistics(x.detach()))
+        norm.record(mean, var, x.shape[0] * x.shape[1])
+        return cls(norm, mean, var)
+
+    def affine(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gain and offset, mean and reciprocal standard deviation."""
+        rstd = torch.rsqrt(self.var + self.norm.eps)
+        gain = self.norm.scale * weight * rstd
+        return gain, bias - gain * self.mean, self.mean, rstd
+
+
 class _FusedNormNeuron(torch.autograd.Function):
     """Forward and backward of norm + shortcut + neuron + identity on (T, N, C) tensors.
 
@@ -139,66 +173,95 @@ class _FusedNormNeuron(torch.autograd.Function):
         x: Tensor,
         shortcut: Tensor | None,
         identity: Tensor | None,
+        membrane: Tensor | None,
         weight: Tensor,
         bias: Tensor,
-        membrane: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        norm: BatchNorm,
+        shortcut_weight: Tensor | None,
+        shortcut_bias: Tensor | None,
+        own: _Norm,
+        others: _Norm | None,
         kernels: "_Kernels",
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        rstd = torch.rsqrt(var + norm.eps)
-        gain = norm.scale * weight * rstd
-        offset = bias - gain * mean
-        ctx.save_for_backward(x, shortcut, gain, offset, mean, rstd, membrane)
-        ctx.norm, ctx.training, ctx.kernels = norm, norm.training, kernels
+        affine = own.affine(weight, bias)
+        of_shortcut: tuple[Tensor | None, ...] = (None,) * 4
+        if others is not None:
+            assert shortcut_weight is not None
+            assert shortcut_bias is not None
+            of_shortcut = others.affine(shortcut_weight, shortcut_bias)
+        ctx.save_for_backward(x, shortcut, membrane, *affine, *of_shortcut)
+        ctx.norm, ctx.training, ctx.kernels = own.norm, own.norm.training, kernels
+        ctx.shortcut_norm = None if others is None else others.norm
         ctx.has_identity = identity is not None
         ctx.set_materialize_grads(False)
-        spikes, packed, end = kernels.spikes(x, shortcut, gain, offset, membrane, identity)
+        spikes, packed, end = kernels.spikes(
+            x, shortcut, *affine[:2], *of_shortcut[:2], membrane, identity
+        )
         if packed is not None:
             ctx.mark_non_differentiable(packed)
         return spikes, packed, end
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, shortcut, gain, offset, mean, rstd, membrane = ctx.saved_tensors
+        x, shortcut, membrane, *affine = ctx.saved_tensors
+        affine, of_shortcut = affine[:4], affine[4:]
         grad_spikes, _, grad_end = grad_outputs
         if grad_spikes is None:
             assert grad_end is not None
             grad_spikes = x.new_zeros(()).expand(ctx.kernels.timesteps, *grad_end.shape)
         # Gradient of the total current, of the convolution's own part of it (which is summed over
-        # time where one output serves all timesteps), its two sums per channel, and the gradient
-        # of the membrane at the start.
-        grad_total, grad_y, sum_grad, sum_grad_xhat, grad_start = ctx.kernels.current_gradient(
-            x,
-            shortcut,
-            gain,
-            offset,
-            mean,
-            rstd,
-            membrane,
-            grad_spikes.contiguous(),
-            None if grad_end is None else grad_end.contiguous(),
+        # time where one output serves all timesteps), its sum per channel and those of its products
+        # with both normalised currents, and the gradient of the membrane at the start.
+        grad_total, grad_y, sum_grad, sum_grad_xhat, sum_grad_shortcut_hat, grad_start = (
+            ctx.kernels.current_gradient(
+                x,
+                shortcut,
+                *affine,
+                *of_shortcut,
+                membrane,
+                grad_spikes.contiguous(),
+                None if grad_end is None else grad_end.contiguous(),
+            )
         )
+
+        def through(
+            norm: BatchNorm,
+            x: Tensor,
+            grad_y: Tensor,
+            affine: list[Tensor],
+            sum_grad_xhat: Tensor,
+            in_place: bool,
+        ) -> Tensor:
+            """The gradient of what was normalised."""
+            gain, _, mean, rstd = affine
+            if not ctx.training:
+                return (grad_y * gain).to(x.dtype)
+            sums = norm.average_over_processes(torch.stack([sum_grad, sum_grad_xhat]))
+            return ctx.kernels.input_gradient(x, grad_y, gain, mean, rstd, *sums, in_place=in_place)
+
+        grad_shortcut = grad_total if shortcut is not None else None
+        if ctx.shortcut_norm is not None:
+            grad_shortcut = through(
+                ctx.shortcut_norm, shortcut, grad_total, of_shortcut, sum_grad_shortcut_hat, False
+            )
         grad_x = None
         if ctx.needs_input_grad[0]:
-            if ctx.training:
-                sums = ctx.norm.average_over_processes(torch.stack([sum_grad, sum_grad_xhat]))
-                # Written over grad_y, unless that is the shortcut's gradient, too.
-                in_place = shortcut is None or grad_y is not grad_total
-                grad_x = ctx.kernels.input_gradient(
-                    x, grad_y, gain, mean, rstd, *sums, in_place=in_place
-                )
-            else:
-                grad_x = (grad_y * gain).to(x.dtype)
+            # Written over grad_y, unless that is the shortcut's gradient, too.
+            in_place = grad_shortcut is not grad_y
+            grad_x = through(ctx.norm, x, grad_y, affine, sum_grad_xhat, in_place)
+        grad_shortcut_weight = grad_shortcut_bias = None
+        if ctx.shortcut_norm is not None:
+            grad_shortcut_weight = ctx.shortcut_norm.scale * sum_grad_shortcut_hat
+            grad_shortcut_bias = sum_grad
         return (
             grad_x,
-            None if shortcut is None else grad_total.to(shortcut.dtype),
+            None if grad_shortcut is None else grad_shortcut.to(shortcut.dtype),
             grad_spikes if ctx.has_identity else None,
+            grad_start,
             ctx.norm.scale * sum_grad_xhat,
             sum_grad,
-            grad_start,
-            *(None,) * 4,
+            grad_shortcut_weight,
+            grad_shortcut_bias,
+            *(None,) * 3,
         )
 
 
@@ -209,7 +272,7 @@ class _Kernels(NamedTuple):
     timesteps: int
     statistics: Callable[..., tuple[Tensor, Tensor]]
     spikes: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
-    current_gradient: Callable[..., tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]]
+    current_gradient: Callable[..., tuple[Tensor | None, ...]]
     input_gradient: Callable[..., Tensor]
 
 
@@ -270,14 +333,23 @@ def _compiled_kernels(
     )
 
     def membranes(
-        x: Tensor, shortcut: Tensor | None, gain: Tensor, offset: Tensor, start: Tensor | None
+        x: Tensor,
+        shortcut: Tensor | None,
+        gain: Tensor,
+        offset: Tensor,
+        shortcut_gain: Tensor | None,
+        shortcut_offset: Tensor | None,
+        start: Tensor | None,
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Membrane before the reset and spike (bool), each T times (N, C); membrane at the end."""
         u, us, spikes = start, [], []
         for t in range(timesteps):
             current = _wide(x[0 if shared else t]) * gain + offset
             if shortcut is not None:
-                current = current + _wide(shortcut[t])
+                added = _wide(shortcut[t])
+                if shortcut_gain is not None and shortcut_offset is not None:
+                    added = added * shortcut_gain + shortcut_offset
+                current = current + added
             u = current if u is None else decay * u + current
             fires = u - threshold > 0
             us.append(u)
@@ -291,10 +363,12 @@ def _compiled_kernels(
         shortcut: Tensor | None,
         gain: Tensor,
         offset: Tensor,
+        shortcut_gain: Tensor | None,
+        shortcut_offset: Tensor | None,
         start: Tensor | None,
         identity: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        _, fired, end = membranes(x, shortcut, gain, offset, start)
+        _, fired, end = membranes(x, shortcut, gain, offset, shortcut_gain, shortcut_offset, start)
         outputs = [s.to(x.dtype) for s in fired]
         if identity is not None:
             outputs = [output + identity[t] for t, output in enumerate(outputs)]
@@ -309,11 +383,15 @@ def _compiled_kernels(
         offset: Tensor,
         mean: Tensor,
         rstd: Tensor,
+        shortcut_gain: Tensor | None,
+        shortcut_offset: Tensor | None,
+        shortcut_mean: Tensor | None,
+        shortcut_rstd: Tensor | None,
         start: Tensor | None,
         grad_spikes: Tensor,
         grad_end: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
-        us, spikes, _ = membranes(x, shortcut, gain, offset, start)
+    ) -> tuple[Tensor | None, ...]:
+        us, spikes, _ = membranes(x, shortcut, gain, offset, shortcut_gain, shortcut_offset, start)
         after_reset = grad_end  # gradient of the membrane after the reset
         grads: list[Tensor] = []
         for t in reversed(range(timesteps)):
@@ -335,12 +413,19 @@ def _compiled_kernels(
             with_xhat = functools.reduce(
                 torch.add, [g * (_wide(x[t]) - mean) for t, g in enumerate(grads)]
             )
+        sum_grad_shortcut_hat = None
+        if shortcut is not None and shortcut_mean is not None and shortcut_rstd is not None:
+            with_shortcut_hat = functools.reduce(
+                torch.add, [g * (_wide(shortcut[t]) - shortcut_mean) for t, g in enumerate(grads)]
+            )
+            sum_grad_shortcut_hat = with_shortcut_hat.sum(0) * shortcut_rstd
         total = None
         if shortcut is not None or not shared:
             total = torch.stack([g.to(x.dtype) for g in grads])
         own = total if total is not None and not shared else sum_over_time.to(x.dtype)[None]
         grad_start = None if start is None else after_reset
-        return total, own, sum_over_time.sum(0), with_xhat.sum(0) * rstd, grad_start
+        sum_grad_xhat = with_xhat.sum(0) * rstd
+        return total, own, sum_over_time.sum(0), sum_grad_xhat, sum_grad_shortcut_hat, grad_start
 
     _announce_compilation()
     input_gradient = _compile(_input_gradient)

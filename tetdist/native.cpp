@@ -147,6 +147,7 @@ template <class X> struct Forward {
     const X* x;         // (T or 1, N, C)
     const X* shortcut;  // (T, N, C) or null
     const W *gain, *offset;
+    const W *shortcut_gain, *shortcut_offset;  // null: the shortcut is added as it is
     const W* start;     // membranes, (N, C), or null
     const X* identity;  // (T, N, C) or null
     X* spikes;          // (T, N, C)
@@ -156,12 +157,16 @@ template <class X> struct Forward {
     Neuron neuron;
 };
 
-template <bool SHORTCUT, bool IDENTITY, class X, class Length>
+// What is added to the normalised current.
+enum Shortcut { NONE, PLAIN, NORMALIZED };
+
+template <Shortcut SHORTCUT, bool IDENTITY, class X, class Length>
 inline void forward_part(const Forward<X>& f, int64_t n, int64_t c0, Length length) {
     using W = Wide<X>;
     const W decay(f.neuron.decay), threshold(f.neuron.threshold);
     const int64_t at = n * f.channels + c0, plane = f.rows * f.channels;
     const W *gain = f.gain + c0, *offset = f.offset + c0;
+    const W *gain2 = f.shortcut_gain + c0, *offset2 = f.shortcut_offset + c0;
     W u[CHANNELS];
     for (int c = 0; c < length; c++) u[c] = f.start ? f.start[at + c] : W(0);
     for (int64_t t = 0; t < f.timesteps; t++) {
@@ -173,7 +178,8 @@ inline void forward_part(const Forward<X>& f, int64_t n, int64_t c0, Length leng
 #pragma omp simd
         for (int c = 0; c < length; c++) {
             W current = wide(x[c]) * gain[c] + offset[c];
-            if (SHORTCUT) current += wide(shortcut[c]);
+            if (SHORTCUT == PLAIN) current += wide(shortcut[c]);
+            if (SHORTCUT == NORMALIZED) current += wide(shortcut[c]) * gain2[c] + offset2[c];
             W v = decay * u[c] + current;
             const bool fires = v - threshold > 0;
             out[c] = fires ? W(1) : W(0);
@@ -191,7 +197,7 @@ inline void forward_part(const Forward<X>& f, int64_t n, int64_t c0, Length leng
         for (int c = 0; c < length; c++) f.end[at + c] = u[c];
 }
 
-template <bool SHORTCUT, bool IDENTITY, class X>
+template <Shortcut SHORTCUT, bool IDENTITY, class X>
 void forward_rows(const Forward<X>& f, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < f.rows; n++)
@@ -200,11 +206,15 @@ void forward_rows(const Forward<X>& f, int threads) {
         });
 }
 
+template <Shortcut SHORTCUT, class X> void forward_with(const Forward<X>& f, int threads) {
+    if (f.identity) forward_rows<SHORTCUT, true>(f, threads);
+    else forward_rows<SHORTCUT, false>(f, threads);
+}
+
 template <class X> void forward(const Forward<X>& f, int threads) {
-    if (f.shortcut && f.identity) forward_rows<true, true>(f, threads);
-    else if (f.shortcut) forward_rows<true, false>(f, threads);
-    else if (f.identity) forward_rows<false, true>(f, threads);
-    else forward_rows<false, false>(f, threads);
+    if (!f.shortcut) forward_with<NONE>(f, threads);
+    else if (!f.shortcut_gain) forward_with<PLAIN>(f, threads);
+    else forward_with<NORMALIZED>(f, threads);
 }
 
 // -------------------------------------------------------------------------------------- backward
@@ -214,26 +224,29 @@ template <class X> struct Backward {
     const X* x;         // (T or 1, N, C)
     const X* shortcut;  // (T, N, C) or null
     const W *gain, *offset, *mean, *rstd;
+    const W *shortcut_gain, *shortcut_offset, *shortcut_mean, *shortcut_rstd;  // or all null
     const W* start;        // membranes, (N, C), or null
     const X* grad_spikes;  // (T, N, C)
     const W* grad_end;     // (N, C) or null
     X* total;              // gradient of the current, (T, N, C), or null
     X* own;                // its sum over time, (N, C), where all timesteps share x; or null
-    W *sum_grad, *sum_grad_xhat;  // (C,)
-    W* grad_start;                // (N, C) or null
-    W* partial;                   // (blocks, 2, C)
+    W *sum_grad, *sum_grad_xhat, *sum_grad_shortcut_hat;  // (C,); the last may be null
+    W* grad_start;                                        // (N, C) or null
+    W* partial;                                           // (blocks, 3, C)
     int64_t timesteps, rows, channels, shared;
     Neuron neuron;
 };
 
-template <bool SHORTCUT, class X, class Length>
+template <Shortcut SHORTCUT, class X, class Length>
 inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length length, Wide<X>* us,
-                          Wide<X>* sum, Wide<X>* sum_x) {
+                          Wide<X>* sum, Wide<X>* sum_x, Wide<X>* sum_shortcut) {
     using W = Wide<X>;
     const W decay(b.neuron.decay), threshold(b.neuron.threshold), width(b.neuron.width);
     const int64_t at = n * b.channels + c0, plane = b.rows * b.channels;
     const W *gain = b.gain + c0, *offset = b.offset + c0, *mean = b.mean + c0;
-    W u[CHANNELS], after[CHANNELS], over_time[CHANNELS], with_x[CHANNELS];
+    const W *gain2 = b.shortcut_gain + c0, *offset2 = b.shortcut_offset + c0;
+    const W* mean2 = b.shortcut_mean + c0;
+    W u[CHANNELS], after[CHANNELS], over_time[CHANNELS], with_x[CHANNELS], with_shortcut[CHANNELS];
     for (int c = 0; c < length; c++) u[c] = b.start ? b.start[at + c] : W(0);
     for (int64_t t = 0; t < b.timesteps; t++) {  // the membranes again
         const X *x = b.x + (b.shared ? at : t * plane + at), *shortcut = b.shortcut + t * plane + at;
@@ -241,7 +254,8 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
 #pragma omp simd
         for (int c = 0; c < length; c++) {
             W current = wide(x[c]) * gain[c] + offset[c];
-            if (SHORTCUT) current += wide(shortcut[c]);
+            if (SHORTCUT == PLAIN) current += wide(shortcut[c]);
+            if (SHORTCUT == NORMALIZED) current += wide(shortcut[c]) * gain2[c] + offset2[c];
             const W v = decay * u[c] + current;
             before_reset[c] = v;
             u[c] = v - threshold > 0 ? (HARD_RESET ? W(0) : v - threshold) : v;
@@ -249,11 +263,12 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
     }
     for (int c = 0; c < length; c++) {
         after[c] = b.grad_end ? b.grad_end[at + c] : W(0);
-        over_time[c] = with_x[c] = 0;
+        over_time[c] = with_x[c] = with_shortcut[c] = 0;
     }
     for (int64_t t = b.timesteps - 1; t >= 0; t--) {
         const int64_t now = t * plane + at;
         const X *x = b.x + (b.shared ? at : now), *grad_spikes = b.grad_spikes + now;
+        const X* shortcut = b.shortcut + now;
         const W* before_reset = us + t * CHANNELS;
         W grad[CHANNELS];
 #pragma omp simd
@@ -266,6 +281,7 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             grad[c] = g;
             over_time[c] += g;
             with_x[c] += g * (wide(x[c]) - mean[c]);
+            if (SHORTCUT == NORMALIZED) with_shortcut[c] += g * (wide(shortcut[c]) - mean2[c]);
             after[c] = decay * g;  // the gradient of the membrane that was there before
         }
         if (b.total) {
@@ -278,6 +294,7 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
     for (int c = 0; c < length; c++) {
         sum[c0 + c] += over_time[c];
         sum_x[c0 + c] += with_x[c];
+        if (SHORTCUT == NORMALIZED) sum_shortcut[c0 + c] += with_shortcut[c];
     }
     if (b.own)
         for (int c = 0; c < length; c++) b.own[at + c] = narrow<X>(over_time[c]);
@@ -285,7 +302,7 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
         for (int c = 0; c < length; c++) b.grad_start[at + c] = after[c];
 }
 
-template <bool SHORTCUT, class X> void backward_rows(const Backward<X>& b, int threads) {
+template <Shortcut SHORTCUT, class X> void backward_rows(const Backward<X>& b, int threads) {
     using W = Wide<X>;
     const int64_t step = rows_of_block(b.channels), blocks = (b.rows + step - 1) / step;
 #pragma omp parallel num_threads(threads)
@@ -293,28 +310,30 @@ template <bool SHORTCUT, class X> void backward_rows(const Backward<X>& b, int t
         std::vector<W> us(b.timesteps * CHANNELS);
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; block++) {
-            W *sum = b.partial + 2 * block * b.channels, *sum_x = sum + b.channels;
-            std::fill(sum, sum + 2 * b.channels, W(0));
+            W *sum = b.partial + 3 * block * b.channels, *sum_x = sum + b.channels;
+            W* sum_shortcut = sum_x + b.channels;
+            std::fill(sum, sum + 3 * b.channels, W(0));
             for (int64_t n = block * step; n < std::min(b.rows, (block + 1) * step); n++)
                 over_channels(b.channels, [&](int64_t c, auto length) {
-                    backward_part<SHORTCUT>(b, n, c, length, us.data(), sum, sum_x);
+                    backward_part<SHORTCUT>(b, n, c, length, us.data(), sum, sum_x, sum_shortcut);
                 });
         }
     }
     for (int64_t c = 0; c < b.channels; c++) {
-        double sum = 0, sum_x = 0;
-        for (int64_t block = 0; block < blocks; block++) {
-            sum += b.partial[2 * block * b.channels + c];
-            sum_x += b.partial[(2 * block + 1) * b.channels + c];
-        }
-        b.sum_grad[c] = W(sum);
-        b.sum_grad_xhat[c] = W(sum_x * b.rstd[c]);
+        double sums[3] = {0, 0, 0};
+        for (int64_t block = 0; block < blocks; block++)
+            for (int i = 0; i < 3; i++) sums[i] += b.partial[(3 * block + i) * b.channels + c];
+        b.sum_grad[c] = W(sums[0]);
+        b.sum_grad_xhat[c] = W(sums[1] * b.rstd[c]);
+        if (SHORTCUT == NORMALIZED)
+            b.sum_grad_shortcut_hat[c] = W(sums[2] * b.shortcut_rstd[c]);
     }
 }
 
 template <class X> void backward(const Backward<X>& b, int threads) {
-    if (b.shortcut) backward_rows<true>(b, threads);
-    else backward_rows<false>(b, threads);
+    if (!b.shortcut) backward_rows<NONE>(b, threads);
+    else if (!b.shortcut_gain) backward_rows<PLAIN>(b, threads);
+    else backward_rows<NORMALIZED>(b, threads);
 }
 
 // Batch norm's backward pass; grad_x may be grad_y.

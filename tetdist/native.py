@@ -45,7 +45,8 @@ class _Forward(ctypes.Structure):
     """Forward of native.cpp."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "shortcut", "gain", "offset", "start", "identity")),
+        *((name, c_void_p) for name in ("x", "shortcut", "gain", "offset")),
+        *((name, c_void_p) for name in ("shortcut_gain", "shortcut_offset", "start", "identity")),
         *((name, c_void_p) for name in ("spikes", "packed", "end")),
         *_SIZES,
         ("neuron", _Neuron),
@@ -57,8 +58,10 @@ class _Backward(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("x", "shortcut", "gain", "offset", "mean", "rstd")),
+        *((f"shortcut_{name}", c_void_p) for name in ("gain", "offset", "mean", "rstd")),
         *((name, c_void_p) for name in ("start", "grad_spikes", "grad_end", "total", "own")),
-        *((name, c_void_p) for name in ("sum_grad", "sum_grad_xhat", "grad_start", "partial")),
+        *((name, c_void_p) for name in ("sum_grad", "sum_grad_xhat", "sum_grad_shortcut_hat")),
+        *((name, c_void_p) for name in ("grad_start", "partial")),
         *_SIZES,
         ("neuron", _Neuron),
     )
@@ -93,16 +96,16 @@ class Passes:
     def _function(self, name: str, type_name: str) -> Any:
         return getattr(self.library, f"{name}_{type_name}")
 
-    def _partial(self, rows: int, like: Tensor) -> Tensor:
-        """Room for two sums a channel of every block of rows."""
+    def _partial(self, sums: int, rows: int, like: Tensor) -> Tensor:
+        """Room for so many sums a channel of every block of rows."""
         channels = like.shape[-1]
         blocks = self.library.num_blocks(rows, channels)
-        return torch.empty(2 * blocks * channels, dtype=_wide_type(like))
+        return torch.empty(sums * blocks * channels, dtype=_wide_type(like))
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         channels, rows = x.shape[-1], x.shape[0] * x.shape[1]
         mean, var = torch.empty(2, channels, dtype=_wide_type(x))
-        partial = self._partial(rows, x)
+        partial = self._partial(2, rows, x)
         function = self._function("statistics", TYPES[x.dtype])
         function(*map(_at, (x,)), rows, channels, *map(_at, (mean, var, partial)), _threads())
         return mean, var
@@ -113,6 +116,8 @@ class Passes:
         shortcut: Tensor | None,
         gain: Tensor,
         offset: Tensor,
+        shortcut_gain: Tensor | None,
+        shortcut_offset: Tensor | None,
         start: Tensor | None,
         identity: Tensor | None,
         *,
@@ -121,12 +126,12 @@ class Passes:
         carries: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         shape = (timesteps, *x.shape[1:])
-        gain, offset = _as_wide(gain, x), _as_wide(offset, x)
-        start = None if start is None else _as_wide(start, x)
+        affine = [_as_wide(t, x) for t in (gain, offset, shortcut_gain, shortcut_offset)]
+        start = _as_wide(start, x)
         spikes = torch.empty(shape, dtype=x.dtype)
         packed = torch.empty(shape, dtype=torch.uint8) if packs else None
         end = torch.empty(shape[1:], dtype=_wide_type(x)) if carries else None
-        pointers = map(_at, (x, shortcut, gain, offset, start, identity, spikes, packed, end))
+        pointers = map(_at, (x, shortcut, *affine, start, identity, spikes, packed, end))
         job = _Forward(*pointers, *shape, x.shape[0] == 1, self.neuron)
         self._function("forward", TYPES[x.dtype])(byref(job), _threads())
         return spikes, packed, end
@@ -139,32 +144,37 @@ class Passes:
         offset: Tensor,
         mean: Tensor,
         rstd: Tensor,
+        shortcut_gain: Tensor | None,
+        shortcut_offset: Tensor | None,
+        shortcut_mean: Tensor | None,
+        shortcut_rstd: Tensor | None,
         start: Tensor | None,
         grad_spikes: Tensor,
         grad_end: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         timesteps, rows, channels = grad_spikes.shape
         shared = x.shape[0] == 1
         wide = _wide_type(x)
-        gain, offset, mean, rstd = (_as_wide(t, x) for t in (gain, offset, mean, rstd))
-        start = None if start is None else _as_wide(start, x)
-        grad_end = None if grad_end is None else _as_wide(grad_end, x)
+        of_shortcut = (shortcut_gain, shortcut_offset, shortcut_mean, shortcut_rstd)
+        affine = [_as_wide(t, x) for t in (gain, offset, mean, rstd, *of_shortcut)]
+        start, grad_end = _as_wide(start, x), _as_wide(grad_end, x)
         # Where all timesteps share x, theirs is the sum; each one's own is the shortcut's alone.
         total = torch.empty_like(grad_spikes) if shortcut is not None or not shared else None
         own = torch.empty_like(x) if shared else None
         sum_grad, sum_grad_xhat = torch.empty(2, channels, dtype=wide)
+        sum_shortcut = None if shortcut_mean is None else torch.empty(channels, dtype=wide)
         grad_start = None if start is None else torch.empty_like(start)
-        partial = self._partial(rows, x)
+        partial = self._partial(3, rows, x)
         pointers = map(
             _at,
-            (x, shortcut, gain, offset, mean, rstd, start, grad_spikes, grad_end, total, own,
-             sum_grad, sum_grad_xhat, grad_start, partial),
+            (x, shortcut, *affine, start, grad_spikes, grad_end, total, own,
+             sum_grad, sum_grad_xhat, sum_shortcut, grad_start, partial),
         )  # fmt: skip
         job = _Backward(*pointers, timesteps, rows, channels, shared, self.neuron)
         self._function("backward", TYPES[x.dtype])(byref(job), _threads())
         grad_y = own if own is not None else total
         assert grad_y is not None
-        return total, grad_y, sum_grad, sum_grad_xhat, grad_start
+        return total, grad_y, sum_grad, sum_grad_xhat, sum_shortcut, grad_start
 
     def input_gradient(
         self,
@@ -195,8 +205,8 @@ def _wide_type(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _as_wide(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor.to(_wide_type(like)).contiguous()
+def _as_wide(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(_wide_type(like)).contiguous()
 
 
 def _threads() -> int:

@@ -279,6 +279,7 @@ def relu_twin(name: str) -> torch.nn.Module | None:
         twin = ResNet(BasicBlock, (3, 3, 2), channels=(128, 256, 512), num_classes=10)
         twin.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
         twin.maxpool = torch.nn.Identity()
+        twin.layer4 = torch.nn.Identity()
         return twin
     if name != "vggsnn":
         return None

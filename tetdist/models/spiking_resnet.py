@@ -43,14 +43,18 @@ class _Merge(nn.Module):
         self.conv = conv
         self.neuron = NormNeuron(conv.out_channels, neuron, norm_scale=norm_scale)
         self.downsample: nn.Module = nn.Identity()
-        self.downsample_norm: nn.Module = nn.Identity()
+        self.downsample_norm: BatchNorm | None = None
         if stride != 1 or in_channels != conv.out_channels:
             self.downsample = conv1x1(in_channels, conv.out_channels, stride)
             self.downsample_norm = BatchNorm(conv.out_channels, scale=norm_scale)
 
     def forward(self, residual: Tensor, x: Tensor) -> Tensor:
-        shortcut = self.downsample_norm(self.downsample(x))
-        return self.neuron(self.conv(residual), x.shape[0], shortcut)
+        return self.neuron(
+            self.conv(residual),
+            x.shape[0],
+            shortcut=self.downsample(x),
+            shortcut_norm=self.downsample_norm,
+        )
 
 
 class BasicBlock(nn.Module):
