@@ -46,7 +46,7 @@ def compiled() -> Iterator[None]:
 @contextlib.contextmanager
 def native_passes() -> Iterator[None]:
     if native.passes(NeuronConfig()) is None:
-        assert not os.environ.get("CI"), "CI has a C++ compiler, and native.cpp does not build"
+        assert not os.environ.get("CI"), "CI has a C++ compiler, and this does not build"
         pytest.skip("no C++ compiler")
     with pytest.MonkeyPatch.context() as patch:
         # Should a neuron's own not build, this must not become a test of something else.

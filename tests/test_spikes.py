@@ -1,11 +1,15 @@
 """Operations on packed spikes are torch's own, in value and gradient, and keep bytes."""
 
+import contextlib
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
+from passes import not_native
 from torch import Tensor, nn
 
-from tetdist import spikes
+from tetdist import native, spikes
 from tetdist.precision import autocast
 
 SHAPE = (3, 2, 4, 9, 7)  # (T, B, C, H, W), with an odd height
@@ -61,16 +65,47 @@ def test_convolution(name: str, levels: int, precision: str) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_max_pool() -> None:
+@pytest.mark.parametrize("levels", [1, 4])
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (2, 3)], ids=str)
+@pytest.mark.parametrize("window", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 1), (5, 3, 2)], ids=str)
+@pytest.mark.parametrize("implementation", ["native", "torch"])
+def test_max_pool(
+    implementation: str, window: tuple[int, int, int], size: tuple[int, int], levels: int
+) -> None:
     """The first of equal maxima gets the gradient, as in torch."""
-    pool = spikes.MaxPool(3, stride=2, padding=1)
+    if native.pool() is None:
+        assert not os.environ.get("CI"), (
+            "CI has a C++ compiler, and this does not build"
+        )
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 4, (3, 2, 5, *size), generator=generator) / levels
     results = []
     for packed in (False, True):
-        x = some(highest=1)
-        y = pool(with_packed(x, 1)) if packed else timewise(nn.MaxPool2d(3, 2, 1), x)
-        (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
+        x = values.clone().requires_grad_()
+        with not_native() if implementation == "torch" else contextlib.nullcontext():
+            if packed:
+                y = spikes.MaxPool(*window)(with_packed(x, levels))
+                found = spikes.carried(y)
+                assert found is not None
+                assert torch.equal(found.unpack(torch.float32), y)
+            else:
+                y = timewise(nn.MaxPool2d(*window), x)
+            (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
         results.append((y.detach(), x.grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_native_max_pool_in_bfloat16_adds_gradients_in_float32() -> None:
+    x = torch.randint(0, 2, (2, 1, 70, 9, 9), generator=torch.Generator().manual_seed(0)).bfloat16()
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        y = spikes.MaxPool(3, 1, 1)(with_packed(leaf, 1))
+        assert y.dtype == dtype
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+        y.backward(grad.to(dtype))
+        gradients.append(leaf.grad)
+    assert torch.equal(gradients[0], gradients[1].bfloat16())
 
 
 def test_average_pool() -> None:

@@ -7,7 +7,7 @@ current and the membranes again from them, in registers, so nothing of the size 
 ever stored.
 
 The passes see every activation as (T, N, C), N = B*H*W with channels last. On a CPU they are those
-of native.cpp. Elsewhere, and for types that it does not know, they are those written here, in
+of native.py. Elsewhere, and for types that it does not know, they are those written here, in
 PyTorch, and compiled by torch.compile with N and C symbolic, so that one kernel serves all layers
 of a network. Without a working compiler the definition is used, with one warning.
 """

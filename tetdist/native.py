@@ -1,7 +1,7 @@
-"""Builds native.cpp, the passes of fused.py on a CPU, and calls them.
+"""Builds the kernels in C++ (kernels/), which compute on a CPU, and calls them.
 
-A library is compiled once for each kind of neuron, in seconds, and kept in the user's cache folder;
-neither T nor shapes, types and layers are a reason to compile again.
+Those of fused.py are compiled once for each kind of neuron, in seconds, and kept in the user's
+cache folder; neither T nor shapes, types and layers are a reason to compile again.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from tetdist.neurons import SURROGATES, NeuronConfig
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("native.cpp")
+KERNELS = Path(__file__).with_name("kernels")
 # Rounding as in torch: no fused multiply-add. And what keeps a compiler from vectorising choices:
 # errno and floating-point traps, which nobody looks at.
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"] + [
@@ -42,7 +42,7 @@ _SIZES = tuple((name, c_int64) for name in ("timesteps", "rows", "channels", "sh
 
 
 class _Forward(ctypes.Structure):
-    """Forward of native.cpp."""
+    """Forward of kernels/neuron.cpp."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("x", "shortcut", "gain", "offset")),
@@ -54,7 +54,7 @@ class _Forward(ctypes.Structure):
 
 
 class _Backward(ctypes.Structure):
-    """Backward of native.cpp."""
+    """Backward of kernels/neuron.cpp."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("x", "shortcut", "gain", "offset", "mean", "rstd")),
@@ -213,41 +213,121 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
+# --- pooling ------------------------------------------------------------------------------------
+
+
+class _Sizes(ctypes.Structure):
+    """Sizes of kernels/pool.cpp."""
+
+    _fields_ = tuple(
+        (name, c_int64)
+        for name in (
+            *("images", "height", "width", "channels", "out_height", "out_width"),
+            *("kernel", "stride", "padding"),
+        )
+    )
+
+
+class Pool:
+    """Max-pooling of images (N, C, H, W) whose values are in bytes, too."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        for name in TYPES.values():
+            function = getattr(library, f"forward_{name}")
+            function.argtypes = (*[c_void_p] * 4, POINTER(_Sizes), c_double, c_int)
+            function = getattr(library, f"backward_{name}")
+            function.argtypes = (*[c_void_p] * 3, POINTER(_Sizes), c_int)
+
+    def forward(
+        self, packed: Tensor, levels: int, dtype: torch.dtype, pool: torch.nn.MaxPool2d
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest of each window, of ``dtype`` and in bytes, and where it was."""
+        sizes = _pool_sizes(packed.shape, pool)
+        images, channels = packed.shape[:2]
+        shape = (images, sizes.out_height, sizes.out_width, channels)
+        out = torch.empty(shape, dtype=dtype)
+        most, where = torch.empty(2, *shape, dtype=torch.uint8)
+        rows = packed.permute(0, 2, 3, 1).contiguous()
+        function = getattr(self.library, f"forward_{TYPES[dtype]}")
+        function(*map(_at, (rows, out, most, where)), byref(sizes), levels, _threads())
+        return out.permute(0, 3, 1, 2), most.permute(0, 3, 1, 2), where
+
+    def backward(
+        self, grad: Tensor, where: Tensor, shape: torch.Size, pool: torch.nn.MaxPool2d
+    ) -> Tensor:
+        """The gradient of the images, whose shape is given."""
+        images, channels, height, width = shape
+        sizes = _pool_sizes(shape, pool)
+        rows = grad.permute(0, 2, 3, 1).contiguous()
+        grad_in = torch.empty(images, height, width, channels, dtype=grad.dtype)
+        function = getattr(self.library, f"backward_{TYPES[grad.dtype]}")
+        function(*map(_at, (rows, where, grad_in)), byref(sizes), _threads())
+        return grad_in.permute(0, 3, 1, 2)
+
+
+def _pool_sizes(shape: torch.Size, pool: torch.nn.MaxPool2d) -> _Sizes:
+    kernel, stride, padding = pool.kernel_size, pool.stride, pool.padding
+    assert isinstance(kernel, int)
+    assert isinstance(stride, int)
+    assert isinstance(padding, int)
+    assert kernel <= 16, "positions in a window are bytes"
+    assert pool.dilation == 1
+    assert not pool.ceil_mode
+    images, channels, height, width = shape
+    out_height, out_width = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
+    return _Sizes(images, height, width, channels, out_height, out_width, kernel, stride, padding)
+
+
 # --- building -----------------------------------------------------------------------------------
 
 
 @functools.cache
 def passes(config: NeuronConfig) -> Passes | None:
     """Passes for a neuron, compiled if they never were on this machine; None without a compiler."""
+    library = _library(
+        "neuron",
+        f"-DSURROGATE={list(SURROGATES).index(config.surrogate)}",
+        f"-DHARD_RESET={int(config.reset == 'hard')}",
+        f"-DDETACH_RESET={int(config.detach_reset)}",
+    )
+    return None if library is None else Passes(library, config)
+
+
+@functools.cache
+def pool() -> Pool | None:
+    """Likewise."""
+    library = _library("pool")
+    return None if library is None else Pool(library)
+
+
+def _library(name: str, *variant: str) -> ctypes.CDLL | None:
+    """kernels/NAME.cpp; None where there is no working compiler."""
+    source = KERNELS / f"{name}.cpp"
+    text = source.read_bytes() + (KERNELS / "types.h").read_bytes()
     try:
-        return Passes(ctypes.CDLL(str(_library(config))), config)
+        return ctypes.CDLL(str(_built(source, text, variant)))
     except (OSError, subprocess.SubprocessError) as error:
-        logger.debug("no native passes: %s", error)
+        logger.debug("no native kernels: %s", error)
         return None
 
 
-def _library(config: NeuronConfig) -> Path:
+def _built(source: Path, text: bytes, variant: tuple[str, ...]) -> Path:
     """Raises OSError or SubprocessError where there is no working compiler."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise FileNotFoundError("there is no C++ compiler")
-    variant = [
-        f"-DSURROGATE={list(SURROGATES).index(config.surrogate)}",
-        f"-DHARD_RESET={int(config.reset == 'hard')}",
-        f"-DDETACH_RESET={int(config.detach_reset)}",
-    ]
     version = _run(compiler, "--version").splitlines()[0]
-    source = SOURCE.read_bytes()
     # Home folders are shared by machines with different processors.
     what = "\0".join([compiler, version, *FLAGS, *variant, _processor()])
-    key = hashlib.sha256(what.encode() + source).hexdigest()[:16]
+    key = hashlib.sha256(what.encode() + text).hexdigest()[:16]
     folder = _cache()
-    library = folder / f"native-{key}.so"
+    library = folder / f"{source.stem}-{key}.so"
     if not library.is_file():
-        logger.info("compiling the kernels of the neurons, once (into %s)", folder)
+        logger.info("compiling kernels/%s, once (into %s)", source.name, folder)
         with tempfile.TemporaryDirectory(dir=folder) as aside:
-            objects, built = Path(aside) / "native.o", Path(aside) / "native.so"
-            _run(compiler, *FLAGS, *variant, "-c", str(SOURCE), "-o", str(objects))
+            objects, built = Path(aside) / "kernels.o", Path(aside) / "kernels.so"
+            _run(compiler, *FLAGS, *variant, "-c", str(source), "-o", str(objects))
             # Without OpenMP's runtime: torch has brought one, and two would fight for the cores.
             _run(compiler, "-shared", str(objects), "-o", str(built))
             # Several processes may build it at the same time; each finds a whole one.

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tetdist import native
+
 
 class Packed(NamedTuple):
     """A tensor's values in bytes.
@@ -151,9 +153,13 @@ class MaxPool(nn.MaxPool2d):
         flat = x.flatten(0, 1)
         if packed is None or not torch.is_grad_enabled():
             return super().forward(flat).unflatten(0, x.shape[:2])
-        values = packed.values.flatten(0, 1)
-        pooled = _MaxPool.apply(flat, packed._replace(values=values), self)
-        y = pooled.unflatten(0, x.shape[:2])
+        flat_packed = packed._replace(values=packed.values.flatten(0, 1))
+        kernel = native.pool() if native.serves(flat) else None
+        if kernel is not None:
+            pooled, values = _NativeMaxPool.apply(flat, flat_packed, self, kernel)
+            again = packed._replace(values=values.unflatten(0, x.shape[:2]))
+            return carry(pooled.unflatten(0, x.shape[:2]), again)
+        y = _MaxPool.apply(flat, flat_packed, self).unflatten(0, x.shape[:2])
         return carry(y, pack(y.detach(), packed.levels))
 
 
@@ -177,6 +183,26 @@ class _MaxPool(torch.autograd.Function):
             y = F.max_pool2d(x, ctx.pool.kernel_size, ctx.pool.stride, ctx.pool.padding)
         (grad_x,) = torch.autograd.grad(y, x, grad)
         return grad_x, None, None
+
+
+class _NativeMaxPool(torch.autograd.Function):
+    """Keeps a byte an output: where in its window it was."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, packed: Packed, pool: nn.MaxPool2d, kernel: native.Pool
+    ) -> tuple[Tensor, Tensor]:
+        y, values, where = kernel.forward(packed.values, packed.levels, x.dtype, pool)
+        ctx.save_for_backward(where)
+        ctx.shape, ctx.pool, ctx.kernel = x.shape, pool, kernel
+        ctx.mark_non_differentiable(values)
+        return y, values
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (where,) = ctx.saved_tensors
+        grad_x = ctx.kernel.backward(grad_outputs[0], where, ctx.shape, ctx.pool)
+        return grad_x, None, None, None
 
 
 class AvgPool(nn.Module):

@@ -54,11 +54,11 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
                         f"--timesteps {','.join(map(str, timesteps_of(options)))}{peer}"),
         ]  # fmt: skip
         found += [
-            Measurement(f"timesteps-{t}-{precision}", f"{step} --timesteps {t} --repeats 5{peer}")
+            Measurement(f"timesteps-{t}-{precision}", f"{step} --timesteps {t} --repeats 3{peer}")
             for t in timesteps_of(options)
         ]
         found += [
-            Measurement(f"batch-{b}-{precision}", f"{step} --batch {b} --repeats 5{peer}")
+            Measurement(f"batch-{b}-{precision}", f"{step} --batch {b} --repeats 3{peer}")
             for b in batches_of(options)
         ]
     if not options.quick:

@@ -13,9 +13,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 #include <vector>
+
+#include "types.h"
 
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
 // glibc's vector versions, which it declares to compilers with -ffast-math alone.
@@ -26,33 +27,6 @@ __attribute__((simd("notinbranch"))) double exp(double);
 #endif
 
 namespace {
-
-struct bf16 {
-    uint16_t bits;
-};
-
-inline float wide(float x) { return x; }
-inline double wide(double x) { return x; }
-inline float wide(bf16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-template <class X> using Wide = decltype(wide(X()));
-
-template <class X> inline X narrow(Wide<X> x) {
-    if constexpr (std::is_same_v<X, bf16>) {
-        uint32_t bits;
-        std::memcpy(&bits, &x, 4);
-        uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-        bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-        return bf16{uint16_t(is_nan ? 0x7fc0 : rounded)};
-    } else {
-        return x;
-    }
-}
 
 // Channels that are worked on at a time, so that T membranes of each stay in the first-level cache.
 constexpr int CHANNELS = 64;
