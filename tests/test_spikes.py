@@ -74,9 +74,7 @@ def test_max_pool(
 ) -> None:
     """The first of equal maxima gets the gradient, as in torch."""
     if native.pool() is None:
-        assert not os.environ.get("CI"), (
-            "CI has a C++ compiler, and this does not build"
-        )
+        assert not os.environ.get("CI"), "CI has a C++ compiler, and this does not build"
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(0, 4, (3, 2, 5, *size), generator=generator) / levels
     results = []
