@@ -126,8 +126,10 @@ class Cluster:
             if process.poll() is None:
                 process.kill()
                 process.wait(10)
-        if Path("/sys/class/net", self._bridge).exists():
-            output("ip", "link", "del", self._bridge)
+        # The kernel keeps a node's network, for minutes, while a connection of a killed process still
+        # waits for an answer; a cable goes with either of its ends.
+        for device in self.devices():
+            subprocess.run(["ip", "link", "del", device], stderr=subprocess.DEVNULL)
 
     def cancel_all(self) -> None:
         """Cancel what is queued, and wait until it is gone."""
