@@ -145,9 +145,9 @@ def report(found: dict[str, dict[str, Any]], options: argparse.Namespace, figure
         f"""# Performance, measured
 
 Made by `python tools/performance.py`, on {datetime.date.today():%-d %B %Y}; {machine["device"]},
-{machine["threads"]} threads, Python {machine["python"]}, torch {machine["torch"]}. Everything on
-one line of a table took turns in one process, step by step; times are medians, and ratios are
-medians of each round's ratio. "ReLU" is the ReLU network of the same convolutions (timm's
+{machine["threads"]} threads, Python {machine["python"]}, torch {machine["torch"]}. What one of the
+commands at the end compares took turns in one process, step by step; times are medians, and ratios
+are medians of each round's ratio. "ReLU" is the ReLU network of the same convolutions (timm's
 ResNet) on T times the batch, in channels_last memory. The peer: {peer}.
 
 A step is the forward pass, the TET loss and the backward pass, without the update, on random
@@ -355,7 +355,8 @@ def draw(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> Path:
         axis.set_xticks(xs, [str(value) for value in xs])
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_minor_formatter("{x:g}" if high < 50 * low else "")
         axis.tick_params(axis="y", which="minor", labelsize=7)
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=8)
@@ -374,11 +375,11 @@ def draw(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> Path:
         by_name: dict[str, dict[int, float]] = {}
         for row in found[f"memory-{precision}"]["rows"]:
             values = by_name.setdefault(row["name"], {})
-            values[row["timesteps"]] = row["after_forward_mib"]
+            values[row["timesteps"]] = row["at_most_mib"]
         for name, values in by_name.items():
             plot(axis, name, sorted(values), [values[t] for t in sorted(values)])
         finish(
-            axis, f"{network}, {precision}", "T", "MiB an image, kept for the backward pass",
+            axis, f"{network}, {precision}", "T", "MiB an image, kept at most",
             timesteps_of(options),
         )  # fmt: skip
     figure.savefig(folder / "timesteps.png")
