@@ -126,8 +126,8 @@ class Cluster:
             if process.poll() is None:
                 process.kill()
                 process.wait(10)
-        # The kernel keeps a node's network, for minutes, while a connection of a killed process still
-        # waits for an answer; a cable goes with either of its ends.
+        # The kernel keeps a node's network, for minutes, while a connection of a killed process
+        # still waits for an answer; a cable goes with either of its ends.
         for device in self.devices():
             subprocess.run(["ip", "link", "del", device], stderr=subprocess.DEVNULL)
 
