@@ -133,9 +133,9 @@ def wait(pids: list[int], seconds: float) -> list[int]:
 
 def main() -> None:
     import deepspeed.ops  # noqa: F401  # for the children
-    import matplotlib.pyplot  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401  # likewise
 
-    import tetdist.trainer  # noqa: F401
+    import tetdist.trainer  # noqa: F401  # likewise
 
     print("ready", flush=True)
     for line in sys.stdin:

@@ -434,6 +434,7 @@ def _compiled_kernels(
         _compile(_statistics),
         _compile(spikes),
         _compile(current_gradient),
+        # in_place is a permission, which compiled code has no use for.
         lambda *tensors, in_place: input_gradient(*tensors),  # noqa: ARG005
     )
 
