@@ -259,6 +259,36 @@ def _model_file(path: Path, which: str) -> Path:
     return folder / MODEL_FILE
 
 
+def write_model_file(path: Path, weights: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """Write a file that `load_model_file` reads, whole or not at all.
+
+    Args:
+        path: What is there already is replaced.
+        weights: A model's state.
+        description: See `save`.
+
+    Raises:
+        UserError: It could not be written.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+        save_file(contiguous, aside, metadata={"tetdist": json.dumps(description)})
+        _sync(aside)
+        written, _ = load_model_file(aside)
+        assert all(torch.equal(written[key], value) for key, value in contiguous.items())
+        aside.replace(path)
+        _sync(path.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{path} could not be written ({_reason(_disk_full(path.parent) or error)}); make "
+            "room, or choose another place"
+        ) from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
     """Put weights into a model, all of them and nothing else.
 

@@ -332,7 +332,7 @@ def load(name: str, overrides: list[str] | None = None) -> RunConfig:
         raise UserError(f"{path} must hold keys and values, not {type(raw).__name__}")
     raw.setdefault("name", path.stem)
     for override in overrides or []:
-        _override(raw, override)
+        apply_override(raw, override)
     return parse(raw, str(path))
 
 
@@ -364,7 +364,8 @@ def _as_json(raw: dict[str, Any], source: str) -> str:
         ) from error
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one ``dotted.key=value`` in nested dictionaries."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"{override!r} is not an override; write it as dotted.key=value")

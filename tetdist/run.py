@@ -14,7 +14,7 @@ import timm
 import yaml
 
 from tetdist import checkpoint, tracking
-from tetdist.config import RunConfig, SegmentsSection, differences, flatten, parse
+from tetdist.config import ModelSection, RunConfig, SegmentsSection, differences, flatten, parse
 from tetdist.data import index as data_index
 from tetdist.data.index import Index
 from tetdist.data.pipeline import Batch
@@ -75,6 +75,27 @@ def open_split(config: RunConfig, split: str, world: World) -> Index:
     return index
 
 
+def create_model(section: ModelSection, num_classes: int, timesteps: int) -> SpikingNetwork:
+    """The configured model, initialised.
+
+    Raises:
+        UserError: ``model.arguments`` does not suit it.
+    """
+    try:
+        model: SpikingNetwork = timm.create_model(
+            section.name,
+            num_classes=num_classes,
+            timesteps=timesteps,
+            neuron=section.neuron.model_dump(),
+            **section.arguments,
+        )
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"model.arguments: {section.name} cannot be built with {section.arguments} ({error})"
+        ) from error
+    return model
+
+
 def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
     """The configured model for the data of ``index``, at the first phase's T, initialised.
 
@@ -84,18 +105,9 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
     section = config.model
     is_events = config.data.kind == "events"
     image_size = int(index.heights[0]) if is_events else config.data.image_size
-    try:
-        model: SpikingNetwork = timm.create_model(
-            section.name,
-            num_classes=section.num_classes or len(index.classes),
-            timesteps=config.phases[0].timesteps,
-            neuron=section.neuron.model_dump(),
-            **section.arguments,
-        )
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise UserError(
-            f"model.arguments: {section.name} cannot be built with {section.arguments} ({error})"
-        ) from error
+    model = create_model(
+        section, section.num_classes or len(index.classes), config.phases[0].timesteps
+    )
     if model.input_size not in (None, image_size):
         raise UserError(
             f"{section.name} is built for {model.input_size}x{model.input_size} pixels and the "

@@ -116,7 +116,9 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         )
         config = world.together(lambda: evaluation_config(description["config"], options))
         index = world.together(lambda: open_split(config, options.split, world))
-        world.together(lambda: check_classes(description["classes"], index.classes, options))
+        world.together(
+            lambda: check_classes(description["classes"], config, index.classes, options)
+        )
         model = world.together(lambda: make_model(config, index))
         model.to(world.device, parameter_type(config.precision))
         world.together(lambda: checkpoint.load_weights(model, weights, options.checkpoint))
@@ -178,10 +180,21 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
 
 
 def check_classes(
-    trained: list[str], present: tuple[str, ...], options: argparse.Namespace
+    trained: list[str] | None,
+    config: "RunConfig",
+    present: tuple[str, ...],
+    options: argparse.Namespace,
 ) -> None:
     from tetdist.errors import UserError
 
+    if trained is None:
+        # Converted from a file that does not name them.
+        if config.model.num_classes != len(present):
+            raise UserError(
+                f"the data has {len(present)} classes and {options.checkpoint} knows "
+                f"{config.model.num_classes}; give the data set of its training with --data"
+            )
+        return
     if list(present) == trained:
         return
     extra, missing = sorted(set(present) - set(trained)), sorted(set(trained) - set(present))
