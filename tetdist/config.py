@@ -210,7 +210,8 @@ class RunConfig(Section):
     """Epochs between two evaluations; the last epoch is always evaluated."""
     init_checkpoint: str | None = None
     """Weights and running statistics to begin with: a run folder (its last checkpoint), a
-    checkpoint folder or a .safetensors file. The optimiser starts anew."""
+    checkpoint folder or a .safetensors file (tools/convert.py makes one of other libraries'
+    weights). The optimiser starts anew."""
     start_phase: Annotated[int, Field(ge=0)] = 0
     """Begin with this phase, from init_checkpoint, as if those before it were done."""
     peer_timeout: Annotated[float, Field(gt=0)] = 600.0
