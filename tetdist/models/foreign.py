@@ -279,7 +279,11 @@ def _resnet_names(model: SEWResNet | SpikingResNet) -> list[tuple[str, str]]:
 
 def _vgg_names(model: VGGSNN) -> list[tuple[str, str]]:
     """Of the convolutions in their order, with a pooling layer after each of our blocks."""
-    convs = [name.removesuffix(".conv") for name, m in model.named_modules() if _is_conv(m)]
+    convs = [
+        name.removesuffix(".conv")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    ]
     rules = []
     for i, name in enumerate(convs):
         block = int(name.split(".")[1]) if name.startswith("blocks.") else 0
@@ -287,10 +291,6 @@ def _vgg_names(model: VGGSNN) -> list[tuple[str, str]]:
         rules += [(rf"^{own}\.conv\.", f"{theirs}.conv.")]
         rules += [(rf"^{own}\.neuron\.norm\.", f"{theirs}.bn.")]
     return rules
-
-
-def _is_conv(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d)
 
 
 def _refuse_look_alikes(state: Mapping[str, Tensor], source: Source, model: SpikingNetwork) -> None:
