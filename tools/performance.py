@@ -220,9 +220,9 @@ def compiled_peer(found: dict[str, dict[str, Any]]) -> str:
     return f"""
 
 spikingjelly compiled by torch.compile, fp32, in a run of its own: {peer["seconds"]:.3f} s a step,
-{peer["ratio"]:.3f} of the ReLU network's ({relu["seconds"]:.3f} s), after {peer["warm_up"]:.0f} s of
-compilation; tetdist beside it {own["seconds"]:.3f} s, {own["ratio"]:.3f}. In bf16 the compilation had
-not ended after eight minutes on this machine."""
+{peer["ratio"]:.3f} of the ReLU network's ({relu["seconds"]:.3f} s), after {peer["warm_up"]:.0f} s
+of compilation; tetdist beside it {own["seconds"]:.3f} s, {own["ratio"]:.3f}. In bf16 the
+compilation had not ended after eight minutes on this machine."""
 
 
 def other_table(found: dict[str, dict[str, Any]]) -> str:
