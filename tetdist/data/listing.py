@@ -84,9 +84,10 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
     """Recordings of a folder, in one of three layouts.
 
-    CLASS/FILE; PART/CLASS/FILE, where all PARTs are called as in _PARTS (N-MNIST, N-CARS); or FILEs
-    that have a FILE_labels.csv beside them with the columns class, startTime_usec, endTime_usec
-    (DVS128 Gesture; its trials_to_train.txt and trials_to_test.txt are the published split).
+    CLASS/FILE; PART/CLASS/FILE, where a train and a test PART are called as in _PARTS (N-MNIST,
+    N-CARS; other folders, such as index/, do not count); or FILEs that have a FILE_labels.csv
+    beside them with the columns class, startTime_usec, endTime_usec (DVS128 Gesture; its
+    trials_to_train.txt and trials_to_test.txt are the published split).
 
     Args:
         root: the folder.
@@ -104,10 +105,11 @@ def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
     else:
         folders = _folders(root)
         parts = {folder.name: _PARTS.get(folder.name.lower()) for folder in folders}
-        if folders and all(parts.values()):
+        if {"train", "val"} <= set(parts.values()):
             sources = [
                 source
                 for folder in folders
+                if parts[folder.name]
                 for source in _classes(root, folder, suffixes, parts[folder.name])
             ]
         else:
