@@ -1,7 +1,6 @@
-"""AEDAT, the formats of jAER and DV: 2.0 (DVS128, DAVIS), 3.1 (DVS128 Gesture) and 4."""
+"""AEDAT, the formats of jAER: 2.0 (DVS128, DAVIS) and 3.1 (DVS128 Gesture)."""
 
 import struct
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,11 @@ from tetdist.data.events import (
     fixed_records,
     split_header,
 )
-from tetdist.errors import UserError
 
 DVS128 = Sensor(128, 128)
 DAVIS240 = Sensor(240, 180)
 
 _MAGIC = b"#!AER-DAT"
-_HEADER_OF_4 = b"#!AER-DAT4.0\r\n"
 # Of a packet in AEDAT 3.1: type, source, event size, offset of the timestamp, timestamp overflow,
 # capacity, events, valid events.
 _PACKET = struct.Struct("<hhiiiiii")
@@ -92,7 +89,7 @@ def _camera(header: list[str], address: npt.NDArray[Any]) -> Sensor:
     if chips and "DAVIS240" in chips[0]:
         return DAVIS240
     if chips:
-        raise BadRecording(f"its camera is not supported: {chips[0].removeprefix('# AEChip:')}")
+        raise BadRecording(f"its camera is not supported: {chips[0].removeprefix('# AEChip: ')}")
     if (address >> 16).any():
         raise BadRecording(
             "its header names no camera and the addresses are not of a DVS128: give --sensor"
@@ -126,66 +123,3 @@ def _read_3(data: bytes, sensor: Sensor | None) -> Events:
         parts.append(np.stack([word >> 17, (word >> 2) & 0x7FFF, t, (word >> 1) & 1], 1)[valid])
     x, y, t, p = np.concatenate([np.empty((0, 4), np.int64), *parts]).T
     return checked_events(x, y, t, p, sensor or DVS128, dropped=dropped)
-
-
-def read_aedat4(path: Path, data: bytes, sensor: Sensor | None) -> Events:
-    """Events of an AEDAT 4 file, by the package aedat.
-
-    Args:
-        path: the file.
-        data: its contents.
-        sensor: size of the sensor, if it must be this one.
-
-    Raises:
-        BadRecording: if it cannot be used.
-        UserError: if the package is missing.
-    """
-    if not data.startswith(_HEADER_OF_4):
-        raise BadRecording("it is not an AEDAT 4 file: it does not begin with #!AER-DAT4.0")
-    try:
-        import aedat
-    except ModuleNotFoundError as e:
-        raise UserError("AEDAT 4 needs the package aedat: pip install 'tetdist[events]'") from e
-    _check_closed(data)
-    try:
-        decoder = aedat.Decoder(path)
-        streams = {
-            number: Sensor(stream["width"], stream["height"])
-            for number, stream in decoder.id_to_stream().items()
-            if stream["type"] == "events"
-        }
-        if len(streams) != 1:
-            raise BadRecording(f"it has {len(streams)} streams of events instead of one")
-        packets = [packet["events"] for packet in decoder if packet["stream_id"] in streams]
-    except (RuntimeError, OSError) as e:
-        raise BadRecording(f"it is truncated or damaged ({e})") from e
-    (stated,) = streams.values()
-    if sensor not in (None, stated):
-        raise BadRecording(f"its sensor is {stated}, and --sensor says {sensor}")
-    events = np.concatenate(packets) if packets else np.empty(0, "u8,u2,u2,u1")
-    x, y, t, p = (events[name] for name in ("x", "y", "t", "on")) if packets else [events["f0"]] * 4
-    return checked_events(x, y, t, p, stated)
-
-
-def _check_closed(data: bytes) -> None:
-    """See that the file goes on behind its last packet, with the table that a finished one has.
-
-    The package reads packets up to the end, wherever that is; a file cut off between two of them
-    would look like a shorter recording.
-    """
-    try:
-        # A flatbuffer: the root's offset, there the (backward) offset of its field table, there
-        # the offsets of its fields, of which the second is the position of the last table.
-        start = len(_HEADER_OF_4) + 4
-        (root,) = struct.unpack_from("<I", data, start)
-        root += start
-        (back,) = struct.unpack_from("<i", data, root)
-        (length,) = struct.unpack_from("<H", data, root - back)
-        field = struct.unpack_from("<H", data, root - back + 6)[0] if length > 6 else 0
-        (position,) = struct.unpack_from("<q", data, root + field) if field else (-1,)
-    except struct.error as e:
-        raise BadRecording("it is truncated or damaged") from e
-    if position <= 0:
-        raise BadRecording("its recording was not finished: the table at its end is missing")
-    if len(data) <= position:
-        raise BadRecording(f"it is truncated: {len(data)} bytes, and more than {position} belong")

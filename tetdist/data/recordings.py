@@ -5,15 +5,14 @@ whole where a part is damaged: the readable part is never silently used.
 """
 
 import io
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tetdist.data.aedat import read_aedat, read_aedat4
+from tetdist.data.aedat import read_aedat
+from tetdist.data.aedat4 import read_aedat4
 from tetdist.data.events import BadRecording, Events, Sensor, checked_events, fixed_records
 from tetdist.data.prophesee import read_dat, read_raw
 from tetdist.errors import UserError
@@ -24,7 +23,6 @@ NMNIST = Sensor(34, 34)
 # How the other formats begin: none of these is a beginning of N-MNIST's events.
 _FOREIGN = {b"#!AER-DAT": "AEDAT", b"% ": "Prophesee", b"PK\x03\x04": "NPZ", b"\x89HDF": "HDF5"}
 _FIELDS = ("x", "y", "t", "p")
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def read_recording(path: Path, data: bytes, sensor: Sensor | None) -> Events:
@@ -45,7 +43,7 @@ def read_recording(path: Path, data: bytes, sensor: Sensor | None) -> Events:
         case ".aedat":
             return read_aedat(data, sensor)
         case ".aedat4":
-            return read_aedat4(path, data, sensor)
+            return read_aedat4(data, sensor)
         case ".bin":
             return _read_nmnist(data, sensor)
         case ".dat":
@@ -84,7 +82,7 @@ def _read_npz(data: bytes, sensor: Sensor | None) -> Events:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except _DAMAGE as e:
+    except Exception as e:  # Whatever the readers of zip and numpy's format stumble over.
         raise BadRecording(f"it is not an NPZ file, or damaged ({e})") from e
     if len(arrays) == 1 and next(iter(arrays.values())).dtype.names:
         (table,) = arrays.values()
@@ -100,15 +98,27 @@ def _read_hdf5(data: bytes, sensor: Sensor | None) -> Events:
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
             found = file.get("events", file)
+            size = {**file.attrs, **found.attrs}
             if isinstance(found, h5py.Dataset):
-                table = found[()]
+                table = _own_values(file, "events")
                 arrays = {name: table[name] for name in table.dtype.names or ()}
             else:
-                arrays = {name: found[name][()] for name in _FIELDS if name in found}
-            size = {**file.attrs, **found.attrs}
-    except _DAMAGE as e:
+                arrays = {name: _own_values(found, name) for name in _FIELDS if name in found}
+    except BadRecording:
+        raise
+    except Exception as e:  # Whatever h5py stumbles over.
         raise BadRecording(f"it is not an HDF5 file, or damaged ({e})") from e
     return _from_arrays(arrays, size, sensor)
+
+
+def _own_values(group: Any, name: str) -> Any:
+    """The values of a dataset that lies in this file: HDF5 can also point to others."""
+    import h5py
+
+    is_link = isinstance(group.get(name, getlink=True), h5py.ExternalLink)
+    if is_link or group[name].is_virtual or group[name].external:
+        raise BadRecording(f"{name} lies in another file")
+    return group[name][()]
 
 
 def _from_arrays(
