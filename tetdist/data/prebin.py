@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -465,7 +466,7 @@ def run_tasks(work: Callable[[Any], Any], tasks: Sequence[Any], workers: int) ->
     # Not fork: a caller may have threads, whose locks a fork would copy.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _ignore_interrupt)
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _prepare_worker)
     try:
         yield from pool.map(work, tasks)
     except BrokenProcessPool as e:
@@ -476,6 +477,15 @@ def run_tasks(work: Callable[[Any], Any], tasks: Sequence[Any], workers: int) ->
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupt() -> None:
+def _prepare_worker() -> None:
     # Ctrl-C reaches every process of the terminal; the parent alone says so and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent that is killed says nothing; its workers would wait for tasks for ever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

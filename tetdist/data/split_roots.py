@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Sequence
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +70,20 @@ def make_split(
     )
     description = _description(full_name, seed, members, settings, bad)
     root = dest / "splits" / full_name
-    if _holds(root, description):
+    links = {
+        root / part / f"{record.key}.npy": tensor_file(dest, record.key)
+        for part in _PARTS
+        for record in members[part]
+    }
+    if _holds(root, description, links):
         return root
     aside = root.with_name(f".{full_name}.tmp")
     if aside.exists():
         shutil.rmtree(aside)
-    for part in _PARTS:
-        for record in members[part]:
-            link = aside / part / f"{record.key}.npy"
-            link.parent.mkdir(parents=True, exist_ok=True)
-            _link(tensor_file(dest, record.key), link)
+    for link, file in links.items():
+        place = aside / link.relative_to(root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _link(file, place)
     for part in _PARTS:
         index, wrong = build_event_index(aside, part, workers)
         assert not wrong
@@ -110,8 +115,8 @@ def _description(
     }
 
 
-def _holds(root: Path, description: dict[str, Any]) -> bool:
-    """Whether the split is there already, with these tensors and fresh indexes."""
+def _holds(root: Path, description: dict[str, Any], links: dict[Path, Path]) -> bool:
+    """Whether the split is there already, with these very tensors and fresh indexes."""
     if not root.is_dir():
         return False
     try:
@@ -122,7 +127,9 @@ def _holds(root: Path, description: dict[str, Any]) -> bool:
             check_fresh(load_index(file), root, file)
     except UserError:
         return False
-    return True
+    return all(
+        link.samefile(file) or cmp(link, file, shallow=False) for link, file in links.items()
+    )
 
 
 def _link(file: Path, link: Path) -> None:
