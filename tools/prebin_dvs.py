@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # package must end in a sentence.
 
 _INSTALL = "pip install 'tetdist[train]'"
-_SENSORS = {"dvs128": "128x128", "davis240": "240x180", "davis346": "346x260"}
+_SENSORS = {"dvs128": "128x128", "davis240": "240x180"}
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """AEDAT 4, the format of DV: packets of events, compressed, each a flatbuffer.
 
-Read here and not by a package: of those that read it, the ones tried take a file that was cut off
-between two packets for a shorter recording, or end the process on a damaged one.
+Read here and not by a package: the one tried ends the whole process on some damaged files, and one
+bad recording must not end the work on all the others.
 """
 
 import struct
