@@ -14,6 +14,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# Each worker multiplies small matrices, for which numpy's threads would cost a hundred times what
+# they gain. Before anything imports numpy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 if TYPE_CHECKING:
     from tetdist.data.listing import Listing
     from tetdist.data.prebin import Settings, Tensors
@@ -43,8 +47,13 @@ def _run(options: argparse.Namespace) -> int:
 
     try:
         _prebin(options)
-    except (UserError, OSError) as e:
+    except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        # Of a full disk, the file is not known.
+        where = "" if e.filename else f" in {options.dest}"
+        print(f"error: {e}{where}; the same command goes on from here", file=sys.stderr)
         return 2
     return 0
 

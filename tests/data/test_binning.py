@@ -3,7 +3,7 @@
 import cameras
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -31,6 +31,7 @@ def one_by_one(events, bins, timesteps):
     return frames
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 12))
 def test_bins_of_equal_count_hold_equally_many_and_leave_out_the_tail(number, timesteps):
     if number < timesteps:
@@ -43,6 +44,7 @@ def test_bins_of_equal_count_hold_equally_many_and_leave_out_the_tail(number, ti
     assert np.array_equal(frames, expected)
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.integers(7, 200), st.integers(1, 7))
 def test_bins_of_equal_time_hold_every_event_once(number, timesteps):
     events = recording(number)

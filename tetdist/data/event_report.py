@@ -13,7 +13,7 @@ from tetdist.data.prebin import Record, tensor_file
 ALL = "all"
 
 _CELL = 96  # pixels of a frame in the picture
-_LABEL = 110
+_LETTER = 7
 _GAP = 2
 _HEADINGS = ("class", "tensors", "events", "events/s", "duration s", "ON", "empty", "saturated")
 
@@ -95,16 +95,17 @@ def draw_preview(dest: Path, records: Iterable[Record], file: Path) -> None:
     names = sorted(first, key=natural_key)
     tensors = [np.load(tensor_file(dest, first[name].key), allow_pickle=False) for name in names]
     timesteps = tensors[0].shape[0]
-    size = (_LABEL + timesteps * (_CELL + _GAP), len(names) * (_CELL + _GAP))
+    left = _LETTER * (2 + max(len(name) for name in names))
+    size = (left + timesteps * (_CELL + _GAP), len(names) * (_CELL + _GAP))
     canvas = Image.new("RGB", size, "lightgrey")
     draw = ImageDraw.Draw(canvas)
     for row, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
         top = row * (_CELL + _GAP)
-        draw.text((4, top + _CELL // 2 - 6), name[:16], fill="black")
+        draw.text((4, top + _CELL // 2 - 6), name, fill="black")
         for t, picture in enumerate(_coloured(tensor)):
             frame = Image.fromarray(picture)
             frame = frame.resize((_CELL, _CELL), Image.Resampling.NEAREST)
-            canvas.paste(frame, (_LABEL + t * (_CELL + _GAP), top))
+            canvas.paste(frame, (left + t * (_CELL + _GAP), top))
     aside = file.with_name(f".{file.name}.tmp")
     canvas.save(aside, "PNG")
     aside.replace(file)

@@ -119,12 +119,10 @@ class Tensors(NamedTuple):
     Attributes:
         records: of all good tensors, by key, in the order of the listing.
         bad: what cannot be used.
-        kept: how many of the records are of tensors that were there before.
     """
 
     records: dict[str, Record]
     bad: list[BadFile]
-    kept: int
 
 
 def tensor_file(dest: Path, key: str) -> Path:
@@ -223,7 +221,7 @@ def make_tensors(
 
     Args:
         source: folder of the recordings.
-        dest: folder of the tensors, opened.
+        dest: folder of the tensors, opened by `open_destination`.
         listing: what the source holds.
         settings: what the tensors are made with.
         workers: processes; with more than one, the calling script must guard its main part with
@@ -235,42 +233,63 @@ def make_tensors(
             written.
     """
     _remove_remains(dest)
-    records = _recorded(dest, listing)
+    kept = _keep(source, dest, listing, workers, progress)
+    made, bad = _add(source, dest, listing, settings, kept, workers, progress)
+    found = kept | made
+    keys = [piece.key for item in listing.sources for piece in item.pieces]
+    records, mixed = _same_sensor({key: found[key] for key in keys if key in found})
+    return Tensors(records, bad + mixed)
+
+
+def _keep(
+    source: Path, dest: Path, listing: Listing, workers: int, progress: Callable[[str], Progress]
+) -> dict[str, Record]:
+    """Records of the tensors that need not be made again, verified."""
     by_source: dict[str, list[Record]] = {}
-    for record in records.values():
+    for record in _recorded(dest, listing).values():
         by_source.setdefault(record.source, []).append(record)
-    complete = [
-        item for item in listing.sources if len(by_source.get(item.path, ())) == len(item.pieces)
+    tasks = [
+        (source, dest, by_source[item.path])
+        for item in listing.sources
+        if item.pieces and len(by_source.get(item.path, ())) == len(item.pieces)
     ]
-    tasks = [(source, dest, by_source[item.path]) for item in complete if item.pieces]
-    kept: dict[str, Record] = {}
     advance = progress("verify") if tasks else None
-    for number, good in enumerate(run_tasks(_verify, tasks, workers), start=1):
-        kept |= {record.key: record for record in good}
+    kept: dict[str, Record] = {}
+    for number, records in enumerate(run_tasks(_verify, tasks, workers), start=1):
+        kept |= {record.key: record for record in records}
         if advance:
             advance(number, len(tasks))
+    return kept
 
+
+def _add(
+    source: Path,
+    dest: Path,
+    listing: Listing,
+    settings: Settings,
+    kept: dict[str, Record],
+    workers: int,
+    progress: Callable[[str], Progress],
+) -> tuple[dict[str, Record], list[BadFile]]:
+    """Make and record the tensors that are missing; also what is bad."""
     bad = [BadFile(item.path, item.problem) for item in listing.sources if item.problem]
-    todo = [
+    tasks = [
         (source, dest, item, settings)
         for item in listing.sources
         if not item.problem and not all(piece.key in kept for piece in item.pieces)
     ]
+    advance = progress("bin") if tasks else None
     made: dict[str, Record] = {}
-    advance = progress("bin") if todo else None
     with (dest / _RECORDS).open("a", encoding="utf-8") as stream:
-        for number, (new, wrong) in enumerate(run_tasks(_make, todo, workers), start=1):
-            stream.writelines(json.dumps(asdict(record)) + "\n" for record in new)
+        for number, (records, wrong) in enumerate(run_tasks(_make, tasks, workers), start=1):
+            stream.writelines(json.dumps(asdict(record)) + "\n" for record in records)
             stream.flush()
-            made |= {record.key: record for record in new}
+            made |= {record.key: record for record in records}
             bad.extend(wrong)
             if advance:
-                advance(number, len(todo))
+                advance(number, len(tasks))
         os.fsync(stream.fileno())
-    found = kept | made
-    keys = [piece.key for item in listing.sources for piece in item.pieces]
-    good_records, mixed = _same_sensor({key: found[key] for key in keys if key in found})
-    return Tensors(good_records, bad + mixed, sum(key in kept for key in good_records))
+    return made, bad
 
 
 def _remove_remains(dest: Path) -> None:
