@@ -169,7 +169,8 @@ def _settings(options: argparse.Namespace) -> "Settings":
     from tetdist.data.binning import Binning
     from tetdist.data.events import Sensor
     from tetdist.data.prebin import Settings
-    from tetdist.data.simulate import DEFAULT_SENSOR, Simulation
+    from tetdist.data.simulate import DEFAULT_SENSOR, SMALLEST_SENSOR, Simulation
+    from tetdist.errors import UserError
 
     binning = Binning(
         timesteps=options.timesteps,
@@ -183,6 +184,8 @@ def _settings(options: argparse.Namespace) -> "Settings":
     if not options.simulate:
         return Settings(binning, sensor)
     width, height = sensor or DEFAULT_SENSOR
+    if min(width, height) < SMALLEST_SENSOR:
+        raise UserError(f"--sensor: simulated, {SMALLEST_SENSOR}x{SMALLEST_SENSOR} is the least")
     return Settings(binning, None, Simulation(width, height, options.seed))
 
 

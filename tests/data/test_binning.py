@@ -31,7 +31,7 @@ def one_by_one(events, bins, timesteps):
     return frames
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True, database=None, deadline=None, max_examples=50)
 @given(st.integers(1, 200), st.integers(1, 12))
 def test_bins_of_equal_count_hold_equally_many_and_leave_out_the_tail(number, timesteps):
     if number < timesteps:
@@ -44,7 +44,7 @@ def test_bins_of_equal_count_hold_equally_many_and_leave_out_the_tail(number, ti
     assert np.array_equal(frames, expected)
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True, database=None, deadline=None, max_examples=50)
 @given(st.integers(7, 200), st.integers(1, 7))
 def test_bins_of_equal_time_hold_every_event_once(number, timesteps):
     events = recording(number)

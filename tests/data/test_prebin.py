@@ -390,6 +390,7 @@ def test_what_is_no_image_is_not_simulated(image_root, prebin_dvs):
         (["--split", "published"], "nothing says the part of left/0.bin"),
         (["--split", "0-99-test"], "leaves nothing to train of 'left', which has 10"),
         (["--sensor", "10x10"], "outside the 10x10 sensor"),
+        (["--simulate", "--sensor", "7x9"], "--sensor: simulated, 8x8 is the least"),
     ],
 )
 def test_mistakes_end_in_a_sentence(source, tmp_path, prebin_dvs, options, words):

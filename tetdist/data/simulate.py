@@ -18,6 +18,8 @@ from tetdist.data.events import BadRecording, Events, Sensor, checked_events
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 DEFAULT_SENSOR = Sensor(34, 34)
+# Pixels a side, of which the movement leaves some to the image.
+SMALLEST_SENSOR = 8
 
 _STEP_US = 1_000
 # Where the image is at the beginning, and at the end of each saccade, in parts of the amplitude.
