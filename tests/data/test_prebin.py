@@ -280,6 +280,15 @@ def test_bad_recordings_are_named_and_left_out_only_when_told(source, tmp_path, 
     assert described["recordings"] == {"train": 7 + 7, "val": 3 + 3}
 
 
+def test_a_class_of_bad_recordings_only_is_refused(source, tmp_path, prebin_dvs):
+    for i in (8, 9):
+        (source / "left" / f"{i}.bin").write_bytes(b"")
+    status, output = prebin_dvs(source, "--split", "first-80-percent", "--skip-bad")
+    assert status == 2
+    assert "'first-80-percent' has no good recording of class 'left' in val" in output
+    assert not (tmp_path / "dest" / "splits").exists()
+
+
 def test_a_full_disk_loses_nothing(source, tmp_path, prebin_dvs, monkeypatch):
     dest = tmp_path / "dest"
     real, calls = os.fsync, []

@@ -14,7 +14,6 @@ from tetdist.data import splits
 from tetdist.data.index import (
     build_event_index,
     check_fresh,
-    check_same_classes,
     index_file,
     load_index,
     save_index,
@@ -62,12 +61,7 @@ def make_split(
         if record.source in parts:
             members[parts[record.source]].append(record)
     full_name = splits.split_name(name, seed, settings.simulation is not None)
-    for part in _PARTS:
-        if not members[part]:
-            raise UserError(f"the split {full_name!r} has no good recording in {part}")
-    check_same_classes(
-        {part: tuple(sorted({record.class_name for record in members[part]})) for part in _PARTS}
-    )
+    _check_classes(members, full_name)
     description = _description(full_name, seed, members, settings, bad)
     root = dest / "splits" / full_name
     links = {
@@ -93,6 +87,17 @@ def make_split(
         shutil.rmtree(root)
     aside.rename(root)
     return root
+
+
+def _check_classes(members: dict[Part, list[Record]], name: str) -> None:
+    """See that train and val have the same classes, or labels would not mean the same."""
+    classes = {part: {record.class_name for record in members[part]} for part in _PARTS}
+    for part in _PARTS:
+        missing = sorted((classes["train"] | classes["val"]) - classes[part])
+        if missing:
+            raise UserError(
+                f"the split {name!r} has no good recording of class {missing[0]!r} in {part}"
+            )
 
 
 def _description(
