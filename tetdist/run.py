@@ -18,6 +18,7 @@ from tetdist.config import ModelSection, RunConfig, SegmentsSection, differences
 from tetdist.data import index as data_index
 from tetdist.data.index import Index
 from tetdist.data.pipeline import Batch
+from tetdist.data.splits import recorded_split
 from tetdist.distributed import World
 from tetdist.errors import Stopped, UserError, way_out
 from tetdist.models import SpikingNetwork
@@ -125,6 +126,10 @@ class RunFolder:
 
     Opened by every process of the run, written by rank 0, which holds it locked.
 
+    Attributes:
+        data_split: Name of the split that the data is, where it says so: one of several that
+            published figures of this data set are of.
+
     Raises:
         UserError: The folder is of another run, in use, or not what ``resume`` asks for.
     """
@@ -133,6 +138,7 @@ class RunFolder:
         self.config, self.world, self.index = config, world, index
         self.path = config.run_dir
         self.checkpoints = self.path / "checkpoints"
+        self.data_split = recorded_split(config.data.root)
         # Of a launcher that starts the run again after some signals: further tags for MLflow, and
         # whether this is such a stop.
         self.launcher_tags: Mapping[str, str] = {}
@@ -286,6 +292,7 @@ class RunFolder:
             "world_size": str(self.world.world_size),
             "run_dir": str(self.path.resolve()),
             "data": self.index.fingerprint[:16],
+            **({"data_split": self.data_split} if self.data_split else {}),
             **self.launcher_tags,
         } | {f"version.{name}": version for name, version in tracking.versions().items()}
 

@@ -372,6 +372,8 @@ class Trainer:
             "firing_rate": result.firing_rate,
             "seconds": time.monotonic() - started,
         }
+        if self.folder.data_split:
+            values["data_split"] = self.folder.data_split
         self._log("val", values)
         self.progress.report_evaluation(self.step, values)
         self._save(best=is_best, validation={"top1": result.top1, "top5": result.top5})
