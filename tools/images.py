@@ -78,11 +78,11 @@ def _index(args: argparse.Namespace) -> int:
     from tetdist.data.index import (
         build_event_index,
         build_index,
-        check_same_classes,
         index_file,
         list_classes,
         save_index,
     )
+    from tetdist.data.sources import check_same_classes
     from tetdist.errors import UserError
 
     # What half an hour of decoding must not come before.
