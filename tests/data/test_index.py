@@ -219,7 +219,7 @@ def test_a_save_that_fails_leaves_the_old_index(image_root, tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match=r"cannot be written \(No space"):
         ix.save_index(ix.load_index(file), file)
     assert file.read_bytes() == before
     assert [p.name for p in file.parent.iterdir()] == ["train.npz"]

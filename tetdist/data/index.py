@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tetdist.data.archives import BadFile
+from tetdist.data.files import replacing
 from tetdist.data.probe import Place, Probe, Progress, probe_all, probe_image, probe_tensor
 from tetdist.data.sources import Kind, Listing, list_class, list_classes, list_split
 from tetdist.errors import UserError
@@ -130,20 +131,17 @@ def index_command(root: str | Path, split: str, kind: Kind = "images") -> str:
 
 
 def save_index(index: Index, file: str | Path) -> None:
-    """Write the index as an uncompressed .npz: aside first, synced, then renamed into place."""
+    """Write the index as an uncompressed .npz: aside first, synced, then renamed into place.
+
+    Raises:
+        UserError: if it cannot be written; an older one remains as it is.
+    """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     meta = {"version": _FORMAT_VERSION} | {name: getattr(index, name) for name in _META}
     arrays = {name: getattr(index, name) for name in _ARRAYS}
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as stream:
-            np.savez(stream, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(file) as stream:
+        np.savez(stream, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
 
 
 def load_index(file: str | Path) -> Index:

@@ -22,7 +22,7 @@ Progress = Callable[[int, int], None]
 # What PIL's decoders and DALI's have in common; PIL alone opens many more, whatever the suffix.
 _PIL_FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
 _EXIF_ORIENTATION = 0x0112
-_SAMPLES_PER_TASK = 64
+SAMPLES_PER_TASK = 64
 
 _Result = TypeVar("_Result")
 
@@ -42,13 +42,23 @@ class Place(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """What was found out about one good sample. Images have neither timesteps nor type."""
+    """What was found out about one good sample.
+
+    Attributes:
+        size: bytes.
+        height: pixels, as stored.
+        width: pixels, likewise.
+        timesteps: T of an event tensor.
+        dtype: type of an event tensor.
+        format: of an image, as PIL calls it.
+    """
 
     size: int
     height: int
     width: int
     timesteps: int | None = None
     dtype: str | None = None
+    format: str | None = None
 
 
 def probe_all(
@@ -59,30 +69,56 @@ def probe_all(
     workers: int,
     progress: Progress | None,
 ) -> list[_Result | str]:
-    """Call `probe(stream, size, *arguments)` for every place, in order.
-
-    A place whose file cannot be opened gives the reason instead of a result.
-    """
-    tasks = [
-        (probe, str(root), places[i : i + _SAMPLES_PER_TASK], arguments)
-        for i in range(0, len(places), _SAMPLES_PER_TASK)
-    ]
+    """All results of `probe_batches`."""
     found: list[_Result | str] = []
-    for results in run_tasks(_probe_places, tasks, workers):
+    for results in probe_batches(probe, arguments, root, places, workers):
         found.extend(results)
         if progress is not None:
             progress(len(found), len(places))
     return found
 
 
+def probe_batches(
+    probe: Callable[..., _Result | str],
+    arguments: tuple[Any, ...],
+    root: str | Path,
+    places: Sequence[Place],
+    workers: int,
+) -> Iterator[list[_Result | str]]:
+    """Call `probe(stream, size, *arguments)` for every place: results in order, some at a time.
+
+    A place whose file cannot be opened gives the reason instead of a result.
+    """
+    tasks = [
+        (probe, str(root), places[i : i + SAMPLES_PER_TASK], arguments)
+        for i in range(0, len(places), SAMPLES_PER_TASK)
+    ]
+    return run_tasks(_probe_places, tasks, workers)
+
+
 def run_tasks(
-    work: Callable[[Any], _Result], tasks: Sequence[Any], workers: int
+    work: Callable[[Any], _Result],
+    tasks: Sequence[Any],
+    workers: int,
+    progress: Progress | None = None,
 ) -> Iterator[_Result]:
     """Results of `work(task)`, in order; in this process if one worker or task is all there is.
+
+    Args:
+        progress: called with the number of tasks done and of all.
 
     Raises:
         UserError: if a worker dies.
     """
+    for done, result in enumerate(_results(work, tasks, workers), 1):
+        if progress is not None:
+            progress(done, len(tasks))
+        yield result
+
+
+def _results(
+    work: Callable[[Any], _Result], tasks: Sequence[Any], workers: int
+) -> Iterator[_Result]:
     if workers == 1 or len(tasks) <= 1:
         yield from map(work, tasks)
         return
@@ -153,7 +189,7 @@ def probe_image(stream: IO[bytes], size: int, decode: bool) -> Probe | str:
         return "not an image"
     except Exception as e:  # PIL's decoders raise whatever their format's parser stumbles over.
         return f"does not decode: {e}" if decode else f"cannot be read: {e}"
-    return Probe(size, height, width)
+    return Probe(size, height, width, format=image.format)
 
 
 def probe_tensor(stream: IO[bytes], size: int) -> Probe | str:

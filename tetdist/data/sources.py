@@ -18,7 +18,7 @@ from typing import Literal
 
 from tetdist.data import archives
 from tetdist.data.archives import BadFile, Member, Span
-from tetdist.data.probe import Place, run_tasks
+from tetdist.data.probe import Place, Progress, run_tasks
 from tetdist.errors import UserError
 
 Kind = Literal["images", "events"]
@@ -27,7 +27,7 @@ Kind = Literal["images", "events"]
 _SUFFIXES: dict[Kind, tuple[str, ...]] = {"images": archives.IMAGE_SUFFIXES, "events": (".npy",)}
 # What the public shards call the splits.
 _ALIASES = {"val": ("val", "validation")}
-_CLASSES_FILE = "classes.txt"
+CLASSES_FILE = "classes.txt"
 _DEVKIT_FILE = "ILSVRC2012_devkit_t12.tar.gz"
 IMAGENET = "imagenet-1k"
 
@@ -92,7 +92,12 @@ class Listing:
 
 
 def list_split(
-    root: str | Path, split: str, kind: Kind, workers: int = 1, hints: Hints | None = None
+    root: str | Path,
+    split: str,
+    kind: Kind,
+    workers: int = 1,
+    hints: Hints | None = None,
+    progress: Progress | None = None,
 ) -> Listing:
     """List a split in whichever of the layouts it has.
 
@@ -102,6 +107,7 @@ def list_split(
         kind: what the samples are. Event tensors lie in class folders.
         workers: processes that read tar files.
         hints: what the user says about the split.
+        progress: called with the number of tar files read and of all.
 
     Raises:
         UserError: if there is no such split or it is incomplete or damaged, there are fewer than
@@ -114,10 +120,10 @@ def list_split(
     if kind == "events" and not hints.shards:
         return _list_folder(root, split, kind)
     if hints.shards or _shards_of(root, split):
-        return _list_shards(root, split, workers, hints)
+        return _list_shards(root, split, workers, hints, progress)
     if not (root / split).is_dir() and (root / official).is_file():
         if split == "train":
-            return _list_training_tar(root, official, split, workers, hints)
+            return _list_training_tar(root, official, split, workers, hints, progress)
         return _list_validation_tar(root, official, split, hints)
     return _list_folder(root, split, kind)
 
@@ -195,10 +201,12 @@ def _list_folder(root: Path, split: str, kind: Kind) -> Listing:
     return found
 
 
-def _list_shards(root: Path, split: str, workers: int, hints: Hints) -> Listing:
+def _list_shards(
+    root: Path, split: str, workers: int, hints: Hints, progress: Progress | None
+) -> Listing:
     files = _expand(root, hints.shards) if hints.shards else _shards_of(root, split)
     work = functools.partial(_shard_samples, root)
-    samples = list(run_tasks(work, files, workers))
+    samples = list(run_tasks(work, files, workers, progress))
     labels = {label for found in samples for label in found.labels}
     if not labels:
         raise UserError(f"the shards of {split} in {root} hold no image with a label")
@@ -293,7 +301,7 @@ def _shard_classes(root: Path, split: str, last_label: int, hints: Hints) -> tup
 
     Numbers are written with leading zeros, so that their order is the names' order.
     """
-    beside = [root / split / _CLASSES_FILE, root / _CLASSES_FILE]
+    beside = [root / split / CLASSES_FILE, root / CLASSES_FILE]
     file = next((file for file in beside if file.is_file()), None)
     if hints.classes == IMAGENET:
         classes = imagenet_classes()
@@ -324,7 +332,9 @@ def imagenet_classes() -> tuple[str, ...]:
     return tuple(ImageNetInfo(IMAGENET).label_names())
 
 
-def _list_training_tar(root: Path, file: str, split: str, workers: int, hints: Hints) -> Listing:
+def _list_training_tar(
+    root: Path, file: str, split: str, workers: int, hints: Hints, progress: Progress | None
+) -> Listing:
     spans = archives.class_tars(root / file)
     listing = Listing(
         kind="images",
@@ -337,7 +347,8 @@ def _list_training_tar(root: Path, file: str, split: str, workers: int, hints: H
         raise UserError(
             f"{root / file} holds {len(spans)} tars of classes: at least two are needed"
         )
-    members = run_tasks(archives.images, [spans[name] for name in listing.classes], workers)
+    inner = [spans[name] for name in listing.classes]
+    members = run_tasks(archives.images, inner, workers, progress)
     for label, (name, found) in enumerate(zip(listing.classes, members, strict=True)):
         if not found:
             raise UserError(f"the class {name} in {root / file} holds no images")
