@@ -123,7 +123,7 @@ def _add_check(commands: Any) -> None:
     add(
         "--subset",
         action="store_true",
-        help="do not compare with ImageNet-1k: classes are WordNet ids, but others or fewer of them",
+        help="do not compare with ImageNet-1k: the classes are others or fewer of WordNet's",
     )
     _add_common(command)
     _add_source(command)

@@ -219,7 +219,7 @@ def imagenet_findings(listing: Listing) -> Iterator[Finding]:
         if name in present and not fewest <= counts[label] <= most:
             wanted = f"{fewest} to {most:,}" if fewest != most else str(fewest)
             yield Finding(
-                "missing", f"{split}/{name}", f"{counts[label]} images instead of {wanted}"
+                "missing", f"{split}/{name}", f"{counts[label]:,} images instead of {wanted}"
             )
     if split == "val":
         names = (_VAL_NAME.search(PurePosixPath(name).name) for name in listing.names)
