@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from samples import SHARED, images_by_class, picture, write_official, write_shards, write_tar
+from torchvision.transforms import functional as tv
 
 from tetdist.data import index as ix
 from tetdist.data import pipeline
@@ -396,6 +398,35 @@ def test_real_imagenet_files_come_out_of_shards_as_from_their_folder(tmp_path):
     straight = training(folder, root, 0, 1, 60)
     for index, place in archives:
         assert all(map(torch.equal, training(index, place, 0, 1, 60), straight))
+
+
+def test_odd_images_come_out_of_shards_as_pil_gives_them(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image, folder = picture(60, 50), tmp_path / "train" / "odd"
+    folder.mkdir(parents=True)
+    image.convert("CMYK").save(folder / "a_cmyk.JPEG", quality=95)
+    image.convert("L").save(folder / "b_gray.JPEG")
+    image.save(folder / "c_png.JPEG", "PNG")
+    image.save(folder / "d_turned.JPEG", exif=exif)
+    picture(36, 36).save(folder / "e_tiny.JPEG")
+    picture(1800, 2600).save(folder / "f_large.JPEG", quality=90)
+    (tmp_path / "train" / "plain").mkdir()
+    image.save(tmp_path / "train" / "plain" / "g.JPEG")
+    originals = indexed(tmp_path)
+    index = pack(tmp_path, tmp_path / "p")
+    seen = 0
+    for images, _, ids in evaluation(index, tmp_path / "p", 0, 1):
+        for got, i in zip(images, ids, strict=True):
+            expected = Image.open(tmp_path / originals.path(i)).convert("RGB")
+            expected = tv.center_crop(tv.resize(expected, 36), 32)
+            distance = (
+                got - torch.from_numpy(np.asarray(expected, np.float32)).movedim(2, 0)
+            ).abs()
+            assert distance.mean() < 0.5, originals.path(i)
+            assert distance.max() <= 2, originals.path(i)
+            seen += 1
+    assert seen == 7
 
 
 def test_an_image_in_a_shard_that_went_bad_is_named(image_root, tmp_path):
