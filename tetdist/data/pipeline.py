@@ -1,12 +1,11 @@
 """Batches for training and evaluation: the one file that knows DALI.
 
-order.py and transforms.py decide which samples, windows and flips make up a batch; DALI reads,
-decodes and resizes, in its own threads or on the GPU. It decides nothing, so a batch is a function
-of the run's configuration and the place in the run alone.
+order.py and transforms.py decide which samples, windows and flips make up a batch; threads read
+them ahead (reader.py); DALI decodes and resizes, in its own threads or on the GPU. It decides
+nothing, so a batch is a function of the run's configuration and the place in the run alone.
 """
 
 import importlib
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tetdist.data.index import Index, index_command, probe_image
+from tetdist.data.index import Index
 from tetdist.data.order import (
     evaluation_batches,
     micro_batch_positions,
@@ -27,6 +26,8 @@ from tetdist.data.order import (
     steps_per_epoch,
     uniforms,
 )
+from tetdist.data.probe import probe_image, probe_place
+from tetdist.data.reader import SampleReader
 from tetdist.data.transforms import (
     RANDOM_RESIZED_CROP_DRAWS,
     centre_region,
@@ -134,10 +135,11 @@ def train_batches(
             the number of processes. Iterating raises it for a file that does not read or decode.
     """
     places = _training_places(len(index), share)
+    reader = SampleReader(index, root)
     return Loader(
         index,
         root,
-        _crops(index, root, places, share.seed, scale, ratio, flip),
+        _read_ahead(_crops(index, reader, places, share.seed, scale, ratio, flip), reader, workers),
         _train_graph(workers, image_size, mean, std, interpolation),
         workers,
         sample_shape=(3, image_size, image_size),
@@ -183,10 +185,11 @@ def eval_batches(
     """
     regions = centre_region(index.heights, index.widths, resize, image_size)
     batches = list(evaluation_batches(len(index), batch_size, rank, world_size))
+    reader = SampleReader(index, root)
     return Loader(
         index,
         root,
-        _regions(index, root, batches, regions),
+        _read_ahead(_regions(index, reader, batches, regions), reader, workers),
         _eval_graph(workers, image_size, mean, std, interpolation),
         workers,
         sample_shape=(3, image_size, image_size),
@@ -213,10 +216,11 @@ def event_train_batches(
         UserError: as `train_batches`.
     """
     places = _training_places(len(index), share)
+    reader = SampleReader(index, root)
     return Loader(
         index,
         root,
-        _read_ahead(_rolled(index, root, places, share.seed, flip, roll), workers),
+        _read_ahead(_rolled(index, reader, places, share.seed, flip, roll), reader, workers),
         _event_graph(workers, index),
         workers,
         sample_shape=_frames_shape(index),
@@ -235,10 +239,11 @@ def event_eval_batches(
 ) -> "Loader":
     """A rank's share of an evaluation on event tensors as they are, dealt out as `eval_batches`."""
     batches = list(evaluation_batches(len(index), batch_size, rank, world_size))
+    reader = SampleReader(index, root)
     return Loader(
         index,
         root,
-        _read_ahead(_as_stored(index, root, batches), workers),
+        _read_ahead(_as_stored(index, reader, batches), reader, workers),
         _event_graph(workers, index),
         workers,
         sample_shape=_frames_shape(index),
@@ -380,13 +385,13 @@ def _train_graph(
 
     def graph(dali: Any, source: _Source) -> Any:
         fn, types = dali.fn, dali.types
-        path, corner, size, mirror = fn.external_source(
+        encoded, corner, size, mirror = fn.external_source(
             source,
             num_outputs=4,
             dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
             ndim=[1, 1, 1, 0],
         )
-        images = _decode(dali, workers, path, corner, size)
+        images = _decode(dali, workers, encoded, corner, size)
         images = fn.resize(images, **_resizing(dali, image_size, interpolation))
         return fn.crop_mirror_normalize(images, mirror=mirror, **_normalising(dali, mean, std))
 
@@ -400,7 +405,7 @@ def _eval_graph(
 
     def graph(dali: Any, source: _Source) -> Any:
         fn, types = dali.fn, dali.types
-        path, size, start, end = fn.external_source(
+        encoded, size, start, end = fn.external_source(
             source,
             num_outputs=4,
             dtype=[types.UINT8, types.INT32, types.FLOAT, types.FLOAT],
@@ -408,7 +413,7 @@ def _eval_graph(
         )
         # Resizing a region outside the image is a segmentation fault. Asking for the size that the
         # index knows makes an image that has become smaller an error of the decoder instead.
-        images = _decode(dali, workers, path, (0, 0), size)
+        images = _decode(dali, workers, encoded, (0, 0), size)
         images = fn.resize(
             images, roi_start=start, roi_end=end, **_resizing(dali, image_size, interpolation)
         )
@@ -417,10 +422,10 @@ def _eval_graph(
     return graph
 
 
-def _decode(dali: Any, workers: Workers, path: Any, corner: Any, size: Any) -> Any:
+def _decode(dali: Any, workers: Workers, encoded: Any, corner: Any, size: Any) -> Any:
     """Decode a window of an image file; what follows works where this puts its output."""
     return dali.fn.decoders.image_slice(
-        dali.fn.io.file.read(path),
+        encoded,
         device="mixed" if workers.device == "gpu" else "cpu",
         start=corner,
         shape=size,
@@ -497,15 +502,29 @@ def _count_empty(batches: list[npt.NDArray[np.int64]]) -> int:
     return sum(ids.size == 0 for ids in batches)
 
 
+class _Reading(NamedTuple):
+    """A batch of samples to be read.
+
+    Attributes:
+        ids: (B,) sample numbers.
+        read: gives what the k-th sample's file makes of the pipeline's first input.
+        arrays: the other inputs, each (B, ...).
+    """
+
+    ids: npt.NDArray[np.int64]
+    read: Callable[[int], npt.NDArray[Any]]
+    arrays: tuple[npt.NDArray[Any], ...] = ()
+
+
 def _crops(
     index: Index,
-    root: str | Path,
+    reader: SampleReader,
     places: Iterator[_Place],
     seed: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
     flip: float,
-) -> _Stream:
+) -> Iterator[_Reading]:
     """Inputs of `_train_graph`."""
     for epoch, positions, ids in places:
         draws = uniforms(seed, epoch, positions, RANDOM_RESIZED_CROP_DRAWS + 1)
@@ -513,27 +532,26 @@ def _crops(
             index.heights[ids], index.widths[ids], draws[:, :-1], scale, ratio
         )
         mirror = flips(draws[:, -1], flip).astype(np.int32)
-        yield _Inputs(ids, (_paths(index, root, ids), *_halves(window), mirror))
+        yield _encoded(reader, ids, (*_halves(window), mirror))
 
 
 def _regions(
     index: Index,
-    root: str | Path,
+    reader: SampleReader,
     batches: list[npt.NDArray[np.int64]],
     regions: npt.NDArray[np.float32],
-) -> _Stream:
+) -> Iterator[_Reading]:
     """Inputs of `_eval_graph`."""
     for ids in batches:
         if ids.size:
             size = np.stack([index.heights[ids], index.widths[ids]], axis=1)
-            yield _Inputs(ids, (_paths(index, root, ids), size, *_halves(regions[ids])))
+            yield _encoded(reader, ids, (size, *_halves(regions[ids])))
 
 
-def _paths(
-    index: Index, root: str | Path, ids: npt.NDArray[np.int64]
-) -> list[npt.NDArray[np.uint8]]:
-    prefix = f"{Path(root).absolute()}/"
-    return [np.frombuffer(os.fsencode(prefix + index.path(i)), np.uint8) for i in ids.tolist()]
+def _encoded(
+    reader: SampleReader, ids: npt.NDArray[np.int64], arrays: tuple[npt.NDArray[Any], ...]
+) -> _Reading:
+    return _Reading(ids, lambda k: reader.read(int(ids[k])), arrays)
 
 
 def _halves(quadruples: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -541,16 +559,9 @@ def _halves(quadruples: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray
     return np.ascontiguousarray(quadruples[:, :2]), np.ascontiguousarray(quadruples[:, 2:])
 
 
-class _Reading(NamedTuple):
-    """A batch of event tensors to be read: `read` gives the k-th sample's frames."""
-
-    ids: npt.NDArray[np.int64]
-    read: Callable[[int], npt.NDArray[Any]]
-
-
 def _rolled(
     index: Index,
-    root: str | Path,
+    reader: SampleReader,
     places: Iterator[_Place],
     seed: int,
     flip: float,
@@ -560,13 +571,13 @@ def _rolled(
     for epoch, positions, ids in places:
         draws = uniforms(seed, epoch, positions, 3)
         yield _rolled_reading(
-            index, root, ids, flips(draws[:, 0], flip), shifts(draws[:, 1:], roll)
+            index, reader, ids, flips(draws[:, 0], flip), shifts(draws[:, 1:], roll)
         )
 
 
 def _rolled_reading(
     index: Index,
-    root: str | Path,
+    reader: SampleReader,
     ids: npt.NDArray[np.int64],
     mirror: npt.NDArray[np.bool_],
     shift: npt.NDArray[np.int32],
@@ -574,19 +585,19 @@ def _rolled_reading(
     # DALI has no roll with wrap-around: made of its concatenations and slices it takes longer than
     # this does in numpy.
     def read(k: int) -> npt.NDArray[Any]:
-        frames = _read_frames(index, root, int(ids[k]))
+        frames = _read_frames(index, reader, int(ids[k]))
         return flip_and_roll(frames, bool(mirror[k]), int(shift[k, 0]), int(shift[k, 1]))
 
     return _Reading(ids, read)
 
 
 def _as_stored(
-    index: Index, root: str | Path, batches: list[npt.NDArray[np.int64]]
+    index: Index, reader: SampleReader, batches: list[npt.NDArray[np.int64]]
 ) -> Iterator[_Reading]:
     """Samples to be read and no more."""
 
     def reading(ids: npt.NDArray[np.int64]) -> _Reading:
-        return _Reading(ids, lambda k: _read_frames(index, root, int(ids[k])))
+        return _Reading(ids, lambda k: _read_frames(index, reader, int(ids[k])))
 
     return (reading(ids) for ids in batches if ids.size)
 
@@ -597,32 +608,23 @@ def _frames_shape(index: Index) -> tuple[int, int, int, int]:
     return index.timesteps, 2, int(index.heights[0]), int(index.widths[0])
 
 
-def _read_frames(index: Index, root: str | Path, i: int) -> npt.NDArray[Any]:
+def _read_frames(index: Index, reader: SampleReader, i: int) -> npt.NDArray[Any]:
     """(T, 2, H, W); the index has verified that the file is a header and nothing but these."""
-    path = index.path(i)
-    again = f"index the data again with `{index_command(root, index.split, index.kind)}`"
-    try:
-        data = Path(root, path).read_bytes()
-    except OSError as e:
-        raise UserError(f"{path} in {root} cannot be read ({e.strerror}): {again}") from e
-    if len(data) != index.file_sizes[i]:
-        raise UserError(
-            f"{path} in {root} has {len(data)} bytes where the index says {index.file_sizes[i]}:"
-            f" {again}"
-        )
+    data = reader.read(i)
     shape, dtype = _frames_shape(index), np.dtype(index.dtype)
     num_bytes = int(np.prod(shape)) * dtype.itemsize
     return np.frombuffer(data, dtype, offset=len(data) - num_bytes).reshape(shape)
 
 
-def _read_ahead(readings: Iterator[_Reading], workers: Workers) -> _Stream:
+def _read_ahead(readings: Iterator[_Reading], reader: SampleReader, workers: Workers) -> _Stream:
     """What the samples of each batch read, in order; the next batches are being read meanwhile."""
     ahead: deque[tuple[_Reading, list[Future[list[npt.NDArray[Any]]]]]] = deque()
     pool = ThreadPoolExecutor(workers.threads, thread_name_prefix="tetdist-read")
 
     def collect() -> _Inputs:
         reading, parts = ahead.popleft()
-        return _Inputs(reading.ids, ([frames for part in parts for frames in part.result()],))
+        first = [array for part in parts for array in part.result()]
+        return _Inputs(reading.ids, (first, *reading.arrays))
 
     try:
         for reading in readings:
@@ -634,6 +636,7 @@ def _read_ahead(readings: Iterator[_Reading], workers: Workers) -> _Stream:
             yield collect()
     finally:
         pool.shutdown(cancel_futures=True)
+        reader.close()
 
 
 def _read_part(reading: _Reading, part: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
@@ -655,7 +658,7 @@ def _undecodable(index: Index, root: str | Path, ids: list[int]) -> UserError | 
     """The error that names those of the samples that PIL does not decode either, if any."""
     bad = []
     for i in ids if index.kind == "images" else []:
-        probe = probe_image(str(Path(root, index.path(i))), decode=True)
+        probe = probe_place(probe_image, root, index.place(i), True)
         if isinstance(probe, str):
             bad.append(f"{index.path(i)} ({probe})")
         elif (probe.height, probe.width) != (index.heights[i], index.widths[i]):
@@ -665,5 +668,5 @@ def _undecodable(index: Index, root: str | Path, ids: list[int]) -> UserError | 
     more = f" and {len(bad) - _NAMED_FILES} more" if len(bad) > _NAMED_FILES else ""
     return UserError(
         f"files in {root} do not decode: {', '.join(bad[:_NAMED_FILES])}{more}; mend or remove"
-        f" them, then index the data again with `{index_command(root, index.split, index.kind)}`"
+        f" them, then index the data again with `{index.command(root)}`"
     )
