@@ -456,8 +456,9 @@ def test_real_imagenet_files_evaluate_as_in_torchvision():
         mean, worst = difference(batch.images, expected)
         total += mean * len(images)
         largest = max(largest, worst)
-    assert total / len(index) < 0.3
-    assert largest <= 1
+    # 99.8 % of the values are the same; decoders differ in the others.
+    assert total / len(index) < 0.01
+    assert largest <= 2
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no real images here")
