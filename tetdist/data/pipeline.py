@@ -43,6 +43,8 @@ from tetdist.data.transforms import (
     ColorJitter,
     EventDraws,
     ImageDraws,
+    Mix,
+    Mixing,
     Operation,
     centre_crop,
     color_jitter,
@@ -51,12 +53,15 @@ from tetdist.data.transforms import (
     flip_and_roll,
     flips,
     image_draws,
+    mixes,
+    mixing_draws,
     padded_crop,
     random_resized_crop,
     shifts,
 )
 from tetdist.errors import UserError
 
+NO_JITTER, NO_MIXING = ColorJitter(), Mixing()
 _NAMED_FILES = 5
 
 
@@ -68,11 +73,13 @@ class Batch(NamedTuple):
             loader's device.
         labels: int64, (B,), on the same device.
         ids: int64, (B,), numbers of the samples in the index.
+        mix: how the images are to be mixed with each other (mixing.py); None: not at all.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     ids: npt.NDArray[np.int64]
+    mix: Mix | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +140,9 @@ def train_batches(
     interpolation: Interpolation,
     padding: int | None = None,
     policy: Policy | None = None,
-    jitter: ColorJitter | None = None,
+    jitter: ColorJitter = NO_JITTER,
     cutout: int = 0,
+    mixing: Mixing = NO_MIXING,
 ) -> "Loader":
     """Randomly cropped and otherwise changed images, epoch after epoch for ever.
 
@@ -157,6 +165,7 @@ def train_batches(
         policy: of AutoAugment.
         jitter: of the colours.
         cutout: side of a square that is 0 after normalisation.
+        mixing: what the batches say about mixing; the images come unmixed.
 
     Raises:
         UserError: if DALI is not installed, or the batch sizes do not fit each other, the data or
@@ -184,7 +193,8 @@ def train_batches(
     def readings() -> Iterator[_Reading]:
         for epoch, positions, ids in places:
             window, changes = edits(image_draws(share.seed, epoch, positions), ids)
-            yield _image_reading(reader, workers, ids, window, changes)
+            mix = _mix(share.seed, epoch, positions, (image_size, image_size), mixing)
+            yield _image_reading(reader, workers, ids, window, changes, mix)
 
     places = _training_places(len(index), share)
     reader = SampleReader(index, root)
@@ -201,13 +211,13 @@ def train_batches(
 
 
 def _operations(
-    draws: ImageDraws, policy: Policy | None, jitter: ColorJitter | None, image_size: int
+    draws: ImageDraws, policy: Policy | None, jitter: ColorJitter, image_size: int
 ) -> list[list[Operation]]:
     """AutoAugment's and then the colours' of each sample; empty if there are none of any."""
     kinds = []
     if policy:
         kinds.append(auto_augment(draws.auto_augment, policy, image_size))
-    if jitter:
+    if any(jitter):
         kinds.append(color_jitter(draws.color_jitter, jitter))
     return [list(chain(*of_a_sample)) for of_a_sample in zip(*kinds, strict=True)]
 
@@ -285,6 +295,7 @@ def event_train_batches(
     flip: float,
     roll: int,
     cutout: int = 0,
+    mixing: Mixing = NO_MIXING,
 ) -> "Loader":
     """Randomly flipped and shifted event tensors, epoch after epoch for ever.
 
@@ -297,6 +308,7 @@ def event_train_batches(
         roll: shift by up to so many pixels, up or down and left or right, all timesteps of a sample
             alike; what leaves at one side comes in at the other.
         cutout: side of a square that is then emptied, at all timesteps alike.
+        mixing: as in `train_batches`.
 
     Raises:
         UserError: as `train_batches`.
@@ -307,7 +319,8 @@ def event_train_batches(
     def readings() -> Iterator[_Reading]:
         for epoch, positions, ids in places:
             draws = event_draws(share.seed, epoch, positions)
-            yield _event_reading(index, reader, ids, draws, flip, roll, cutout)
+            mix = _mix(share.seed, epoch, positions, _frames_shape(index)[2:], mixing)
+            yield _event_reading(index, reader, ids, draws, flip, roll, cutout)._replace(mix=mix)
 
     return Loader(
         index,
@@ -351,11 +364,13 @@ class _Inputs(NamedTuple):
         ids: (B,) sample numbers.
         arrays: DALI's inputs, each an array (B, ...) or a list of B arrays.
         edits: what becomes of images after that; None for events.
+        mix: what the batch says about mixing.
     """
 
     ids: npt.NDArray[np.int64]
     arrays: tuple[npt.NDArray[Any] | list[npt.NDArray[Any]], ...]
     edits: Edits | None
+    mix: Mix | None
 
 
 _Stream = Generator[_Inputs, None, None]
@@ -448,8 +463,10 @@ class Loader:
             raise
         inputs = self._in_work.popleft()
         if inputs.edits is None:
-            return self._batch(torch.from_dlpack(output.as_tensor()), inputs.ids)
-        return self._batch(self._finished(output, inputs.edits), inputs.ids)
+            images = torch.from_dlpack(output.as_tensor())
+        else:
+            images = self._finished(output, inputs.edits)
+        return self._batch(images, inputs.ids, inputs.mix)
 
     def _finished(self, windows: Any, edits: Edits) -> torch.Tensor:
         """(B, 3, H, W) in channels_last memory, from the decoded windows."""
@@ -472,9 +489,11 @@ class Loader:
         images = torch.empty((0, *self._sample_shape), device=self._device)
         return self._batch(images, np.empty(0, np.int64))
 
-    def _batch(self, images: torch.Tensor, ids: npt.NDArray[np.int64]) -> Batch:
+    def _batch(
+        self, images: torch.Tensor, ids: npt.NDArray[np.int64], mix: Mix | None = None
+    ) -> Batch:
         labels = torch.from_numpy(self._index.labels[ids].astype(np.int64))
-        return Batch(images, labels.to(self._device), ids)
+        return Batch(images, labels.to(self._device), ids, mix)
 
     def _stop(self) -> None:
         # In this order: what is being taken is still worked on.
@@ -603,12 +622,26 @@ class _Reading(NamedTuple):
         read: gives what the k-th sample's file makes of the pipeline's first input.
         arrays: the other inputs, each (B, ...).
         edits: what becomes of images after that.
+        mix: what the batch says about mixing.
     """
 
     ids: npt.NDArray[np.int64]
     read: Callable[[int], npt.NDArray[Any]]
     arrays: tuple[npt.NDArray[Any], ...] = ()
     edits: Edits | None = None
+    mix: Mix | None = None
+
+
+def _mix(
+    seed: int,
+    epoch: int,
+    positions: npt.NDArray[np.int64],
+    size: tuple[int, int],
+    mixing: Mixing,
+) -> Mix | None:
+    if not any(mixing):
+        return None
+    return mixes(mixing_draws(seed, epoch, positions), *size, mixing)
 
 
 def _image_reading(
@@ -617,13 +650,14 @@ def _image_reading(
     ids: npt.NDArray[np.int64],
     window: npt.NDArray[np.int32],
     edits: Edits,
+    mix: Mix | None = None,
 ) -> _Reading:
     """Inputs of `_image_graph` from windows (B, 4): top, left, height, width."""
     # DALI takes no views with strides.
     arrays = [np.ascontiguousarray(window[:, :2]), np.ascontiguousarray(window[:, 2:])]
     if workers.device == "gpu":
         arrays.append(edits.size.astype(np.float32))
-    return _Reading(ids, lambda k: reader.read(int(ids[k])), tuple(arrays), edits)
+    return _Reading(ids, lambda k: reader.read(int(ids[k])), tuple(arrays), edits, mix)
 
 
 def _event_reading(
@@ -683,7 +717,7 @@ def _read_ahead(readings: Iterator[_Reading], reader: SampleReader, workers: Wor
     def collect() -> _Inputs:
         reading, parts = ahead.popleft()
         first = [array for part in parts for array in part.result()]
-        return _Inputs(reading.ids, (first, *reading.arrays), reading.edits)
+        return _Inputs(reading.ids, (first, *reading.arrays), reading.edits, reading.mix)
 
     try:
         for reading in readings:

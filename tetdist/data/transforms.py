@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tetdist.data.order import uniforms
+from tetdist.data.order import MIXING, uniforms
 from tetdist.errors import UserError
 
 _TRIES = 10
@@ -301,6 +301,11 @@ def image_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> Imag
 def event_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> EventDraws:
     """Of the event tensors at some positions of an epoch."""
     return EventDraws(*_columns(uniforms(seed, epoch, positions, sum(_EVENT_DRAWS)), _EVENT_DRAWS))
+
+
+def mixing_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> _Floats:
+    """Of the samples at some positions of an epoch, of whatever kind: (B, MIXING_DRAWS)."""
+    return uniforms(seed, epoch, positions, MIXING_DRAWS, stream=MIXING)
 
 
 def _columns(draws: _Floats, widths: tuple[int, ...]) -> list[_Floats]:
