@@ -1,10 +1,10 @@
 """Who this process is among all processes of the run, and the few collectives that are not the
 engine's."""
 
+import dataclasses
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tetdist import shared_memory
 from tetdist.errors import UserError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -22,7 +23,7 @@ Result = TypeVar("Result")
 MARGIN = timedelta(seconds=60)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class World:
     """This process among all.
 
@@ -32,12 +33,14 @@ class World:
         device: Where this process computes.
         control: Group of CPU collectives for flags and numbers that the host must know, so that
             asking for them does not wait for the GPU.
+        shared: Memory that all processes share; None on GPUs and on several hosts.
     """
 
     rank: int
     world_size: int
     device: torch.device
     control: Any
+    shared: shared_memory.SharedMemory | None = None
 
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sum over all processes, in float64, on the host."""
@@ -56,6 +59,18 @@ class World:
         if self.world_size > 1:
             self.sum_(tensor).div_(self.world_size)
         return tensor
+
+    def mean_all_(self, tensors: list[Tensor]) -> None:
+        """Average tensors of one type over all processes, in place."""
+        if self.world_size == 1:
+            return
+        if self.shared:
+            one = torch.zeros(1)
+            self.shared.mean_(tensors, lambda: dist.all_reduce(one))
+            return
+        mean = self.mean_(torch.cat([tensor.flatten() for tensor in tensors]))
+        for tensor, part in zip(tensors, mean.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
     def from_rank_0(self, value: Any) -> Any:
         """Rank 0's value (numbers, text, lists of them) on every process."""
@@ -153,8 +168,14 @@ def join(device: str, timeout: float = 600) -> World:
             "this host has the port, choose one with the launcher's --master_port"
         ) from error
     control = dist.new_group(backend="gloo")
-    this_device = torch.device("cuda", torch.cuda.current_device()) if use_cuda else "cpu"
-    return World(rank, world_size, torch.device(this_device), control)
+    if use_cuda:
+        this_device = torch.device("cuda", torch.cuda.current_device())
+        return World(rank, world_size, this_device, control)
+    world = World(rank, world_size, torch.device("cpu"), control)
+    if world_size == 1:
+        return world
+    shared = shared_memory.share(rank, world_size, world.gather)
+    return dataclasses.replace(world, shared=shared)
 
 
 def _share_cores() -> None:

@@ -157,7 +157,7 @@ def make_engine(
 
 
 class TorchEngine:
-    """Plain torch: autocast, accumulation, one flat all-reduce.
+    """Plain torch: autocast, accumulation, one average.
 
     The only engine for float64, which DeepSpeed does not reduce.
     """
@@ -187,10 +187,7 @@ class TorchEngine:
 
     def update(self, lr: float) -> Update:
         grads = _gradients(self.optimizer)
-        if self.world.world_size > 1:
-            flat = self.world.mean_(torch.cat([grad.flatten() for grad in grads]))
-            for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                grad.copy_(part.view_as(grad))
+        self.world.mean_all_(grads)
         update = _unscale_and_clip(grads, self.loss_scale, self.max_norm)
         _set(self.optimizer, lr, update.applied)
         self.optimizer.step()
@@ -208,7 +205,11 @@ class TorchEngine:
 
 
 class DeepSpeedEngine:
-    """DeepSpeed at ZeRO stage 0 with torch_autocast."""
+    """DeepSpeed at ZeRO stage 0 with torch_autocast.
+
+    On CPUs of one host the gradients are averaged through shared memory and not by DeepSpeed, whose
+    average would go through the loopback device.
+    """
 
     def __init__(
         self,
@@ -229,6 +230,8 @@ class DeepSpeedEngine:
         _lay_out(model, torch.channels_last)
         _start_momentum(optimizer)
         self.optimizer, self.max_norm = optimizer, config.gradient_clipping
+        self.world = world
+        self.engine.enable_backward_allreduce = world.shared is None
 
     def forward(self, images: Tensor) -> Tensor:
         return self.engine(images, per_timestep=True)
@@ -238,7 +241,10 @@ class DeepSpeedEngine:
 
     def update(self, lr: float) -> Update:
         assert self.engine.is_gradient_accumulation_boundary()
-        update = _unscale_and_clip(_gradients(self.optimizer), self.loss_scale, self.max_norm)
+        grads = _gradients(self.optimizer)
+        if self.world.shared:
+            self.world.mean_all_(grads)
+        update = _unscale_and_clip(grads, self.loss_scale, self.max_norm)
         _set(self.optimizer, lr, update.applied)
         self.engine.step()
         return update

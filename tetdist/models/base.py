@@ -45,6 +45,9 @@ class SpikingNetwork(nn.Module):
     # what highest_inputs says of each block's input: recompute.py keeps it in half a byte or one.
     spike_levels: int | None = 1
     highest_inputs: tuple[int, ...] = ()
+    # How many of the last blocks are not computed again where the others are: those of a ResNet's
+    # last stage take a share of the time, and next to no memory.
+    small_blocks: int = 0
     # Height and width of the input where the classifier depends on it.
     input_size: int | None = None
     # timm's builder sets these.
@@ -80,6 +83,7 @@ class SpikingNetwork(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each block's input for the backward pass and compute the block again there.
 
+        Blocks of a ResNet's last stage keep what they computed, unless they run in segments.
         Gradients, losses and running statistics are the same as without.
         """
         self.grad_checkpointing = enable
@@ -143,7 +147,11 @@ class SpikingNetwork(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Spikes of the last block, (T, B, C, H, W)."""
         x = self._run(self.forward_stem, self.time_first(x), self.stem, levels=None)
+        small_from = len(self.blocks) - (0 if self.segment else self.small_blocks)
         for i, block in enumerate(self.blocks):
+            if i >= small_from:
+                x = block(x)
+                continue
             highest = self.highest_inputs[i] if self.highest_inputs else 1
             x = self._run(
                 _of_any_length(block), x, block, levels=self.spike_levels, highest=highest

@@ -127,6 +127,7 @@ class SEWResNet(SpikingNetwork):
                 channels = stage_width * block.expansion
         self.highest_inputs = tuple(highest_inputs)
         self.blocks = nn.Sequential(*blocks)
+        self.small_blocks = layers[-1]
         self.num_features = self.head_hidden_size = channels
         self.fc = base.new_classifier(channels, num_classes)
         base.init_weights(self)

@@ -146,6 +146,7 @@ class SpikingResNet(SpikingNetwork):
                 blocks.append(block(channels, stage_width, stride, neuron, norm))
                 channels = stage_width * block.expansion
         self.blocks = nn.Sequential(*blocks)
+        self.small_blocks = layers[-1]
         self.hidden: nn.Module = nn.Identity()
         if hidden_features:
             self.hidden = nn.Sequential(
