@@ -356,7 +356,8 @@ def data_text(result: dict[str, Any]) -> str:
     head = ["", "images/s", "fastest round", "/ torchvision", "/ DALI's reader", "/ decoding alone"]
     wait = result["wait"]
     used = ", ".join(f"{value:.0f}" for value in result["memory_mib"])
-    return f"""JPEGs of {result["data"] or "the benchmark's own making"}, each as often as needed:
+    source = Path(result["data"]).name if result["data"] else "the benchmark's own making"
+    return f"""JPEGs of {source}, each as often as needed:
 RandomResizedCrop to {result["size"]} pixels, flip, normalisation, batches of {result["batch"]};
 {result["threads"]} threads, or {result["threads"]} workers of torchvision's DataLoader. "DALI's
 reader" is a pipeline of DALI's own, from its file reader on; "decoding alone" is the same without
