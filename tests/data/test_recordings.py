@@ -3,8 +3,11 @@
 import io
 
 import cameras
+import h5py
+import lz4.frame
 import numpy as np
 import pytest
+import zstandard
 from cameras import Made
 from samples import SHARED
 
@@ -33,7 +36,6 @@ def npz(**arrays):
 
 
 def hdf5(group="", attributes=(), **arrays):
-    h5py = pytest.importorskip("h5py", reason="HDF5 needs h5py")
     stream = io.BytesIO()
     with h5py.File(stream, "w") as file:
         where = file.require_group(group) if group else file
@@ -68,11 +70,8 @@ def test_aedat4_is_read_as_written(tmp_path):
     check(read(tmp_path, "1.aedat4", cameras.aedat4(made)), made, (64, 48))
 
 
-@pytest.mark.parametrize(("package", "number"), [("lz4", 1), ("zstandard", 3)])
-def test_compressed_aedat4_is_read_as_written(tmp_path, package, number):
-    module = pytest.importorskip(
-        "lz4.frame" if package == "lz4" else package, reason=f"this AEDAT 4 needs {package}"
-    )
+@pytest.mark.parametrize(("module", "number"), [(lz4.frame, 1), (zstandard, 3)])
+def test_compressed_aedat4_is_read_as_written(tmp_path, module, number):
     data = cameras.aedat4(MADE, compression=number, compress=module.compress)
     check(read(tmp_path, "1.aedat4", data), MADE, (64, 48))
     packets = data.index(b"</dv>") + 6
@@ -237,7 +236,6 @@ def test_bad_hdf5_is_refused_with_the_reason(tmp_path):
 
 
 def test_hdf5_that_points_to_another_file_is_refused(tmp_path):
-    h5py = pytest.importorskip("h5py", reason="HDF5 needs h5py")
     (tmp_path / "other.h5").write_bytes(hdf5(**MADE._asdict()))
     with h5py.File(tmp_path / "1.h5", "w") as file:
         for name in "xytp":
@@ -270,8 +268,6 @@ def test_a_sensor_that_the_file_contradicts_is_refused(tmp_path, name, write):
     ],
 )
 def test_real_recordings_are_read(path, sensor, events, dropped):
-    if path.endswith("aedat4"):
-        pytest.importorskip("lz4", reason="this AEDAT 4 file needs lz4")
     file = SHARED / path
     found = read_recording(file, file.read_bytes(), None)
     assert (found.sensor, len(found), found.dropped) == (sensor, events, dropped)
