@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import functools
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -130,20 +131,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    import timm
-
-    import tetdist.models  # noqa: F401  # registers them
-
-    known = timm.list_models(module="*")
-    if (
-        options.command != "data"
-        and options.model not in known
-        and not timm.is_model(options.model)
-    ):
-        print(f"error: --model: there is no model {options.model!r}", file=sys.stderr)
-        return 2
-    if options.json and not options.json.parent.is_dir():
-        print(f"error: --json: there is no folder {options.json.parent}", file=sys.stderr)
+    problem = problem_of(options)
+    if problem is not None:
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     if options.command == "data":
         import bench_data
@@ -165,6 +155,42 @@ def main(arguments: list[str] | None = None) -> int:
         result["machine"] = machine(options.device)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def problem_of(options: argparse.Namespace) -> str | None:
+    """What is wrong with the options, said before anything is measured."""
+    import timm
+
+    import tetdist.models
+
+    if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
+        return f"--json: {options.json} is no file that can be written"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        return "--device: torch sees no GPU here; give cpu"
+    if options.command == "data":
+        return None
+    known = [m for name in tetdist.models.MODEL_MODULES for m in timm.list_models(module=name)]
+    if options.model not in known:
+        return f"--model: {options.model!r} is not a spiking model; there are {', '.join(known)}"
+    size = timm.get_pretrained_cfg(options.model).input_size[-1]
+    if options.model in ("vggsnn", "spiking_convnet", "spiking_convnet_dvs"):
+        # Their classifiers see all positions.
+        if options.size not in (None, size):
+            return f"--size: {options.model} is built for {size} pixels; leave it out"
+    elif options.size is not None and options.size < 33 and size == 224:
+        return f"--size: {options.size} pixels leave a batch norm a single one; give 33 or more"
+    if getattr(options, "spikingjelly", None):
+        if importlib.util.find_spec("spikingjelly") is None:
+            return "--spikingjelly: it is not installed; pip install spikingjelly"
+        if not options.model.startswith(("sew_resnet", "spiking_resnet")) or (
+            options.model == "spiking_resnet19"
+        ):
+            return f"--spikingjelly: it has no {options.model}"
+    for name in ("images_per_s", "link_in_node", "link_between_nodes"):
+        value = getattr(options, name, None)
+        if value is not None and not 0 < value < float("inf"):
+            return f"--{name.replace('_', '-')}: {value:g} must be above 0"
+    return None
 
 
 def machine(device: str) -> dict[str, str]:
@@ -214,6 +240,7 @@ def measure_model(options: argparse.Namespace) -> dict[str, Any]:
             "ratio": statistics.median(a / b for a, b in zip(values, first, strict=True)),
             "images_per_s": options.batch / statistics.median(values),
             "warm_up": warm_up[name],
+            "peak_mib": peak_mib(steps[name]) if options.device == "cuda" else None,
         }
         for name, values in seconds.items()
     ]
@@ -237,6 +264,7 @@ def model_table(result: dict[str, Any]) -> str:
     lines += [
         f"{row['name']:22}{row['seconds']:9.3f}{row['ratio']:12.3f}{row['images_per_s']:11.2f}"
         f"{row['warm_up']:14.1f}"
+        + (f"   at most {row['peak_mib']:.0f} MiB" if row["peak_mib"] else "")
         for row in result["rows"]
     ]
     return "\n".join(lines)
@@ -324,11 +352,9 @@ def relu_twin(name: str) -> torch.nn.Module | None:
 
 
 def spikingjelly(options: argparse.Namespace) -> Contestant:
-    try:
-        from spikingjelly.activation_based import functional, neuron, surrogate
-        from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
-    except ImportError:
-        raise SystemExit("error: --spikingjelly: it is not installed") from None
+    from spikingjelly.activation_based import functional, neuron, surrogate
+    from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
+
     zoo = sew_resnet if options.model.startswith("sew_") else spiking_resnet
     keywords: dict[str, Any] = {"cnf": "ADD"} if zoo is sew_resnet else {}
     model = getattr(zoo, options.model)(
@@ -410,6 +436,14 @@ def step_of(options: argparse.Namespace, contestant: Contestant) -> Callable[[],
 def wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def peak_mib(step: Callable[[], None]) -> float:
+    """MiB that a step allocates on the GPU at most, beyond what is there before it."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
 # --- memory ------------------------------------------------------------------------------------
