@@ -305,7 +305,7 @@ def write(study: StudySection, name: str, runs: list[Run], file: Path, command: 
     """
     numbers = gather(study, runs)
     if not numbers.entries:
-        raise UserError(f"there is nothing to report: of {len(runs)} runs none is finished")
+        raise UserError(f"there is nothing to report: of {len(runs)} runs none is finished and evaluated")
     folder = file.with_suffix("")
     text = replaced(
         file.read_text() if file.exists() else "",
