@@ -107,6 +107,11 @@ def _loss(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]]) -> N
         axis.fill_between(
             epochs, losses.min(0), losses.max(0), color=styles[entry]["color"], alpha=0.12, lw=0
         )
+    # It falls fast at first, and what matters is at the end.
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="y", which="minor", labelsize=7)
     axis.set_xlabel("epoch (band: all seeds)")
     _finish(axis, "Loss on the validation split", "cross-entropy of the time-mean")
 

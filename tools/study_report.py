@@ -305,7 +305,9 @@ def write(study: StudySection, name: str, runs: list[Run], file: Path, command: 
     """
     numbers = gather(study, runs)
     if not numbers.entries:
-        raise UserError(f"there is nothing to report: of {len(runs)} runs none is finished and evaluated")
+        raise UserError(
+            f"there is nothing to report: of {len(runs)} runs none is finished and evaluated"
+        )
     folder = file.with_suffix("")
     text = replaced(
         file.read_text() if file.exists() else "",
@@ -432,9 +434,9 @@ def overview(numbers: Numbers) -> str:
     samples = numbers.of(numbers.entries[0])[0].samples
     return (
         f"{table(head, rows)}\n\nTop-1 on {samples} validation samples: mean ± standard deviation "
-        f"over n seeds. A difference is that of runs with the same seed, with the {CONFIDENCE:.0%} "
-        "interval of the paired t-test. The best epoch is chosen on the same samples, which "
-        "flatters it. Image-timesteps and seconds are medians and include what a run began with; "
+        "over n seeds. A difference is that of runs with the same seed, with the 95 % interval of "
+        "the paired t-test. The best epoch is chosen on the same samples, which flatters it. "
+        "Image-timesteps and seconds are medians and include what a run began with; "
         "seconds are without evaluations and depend on what else the machine did."
     )
 
