@@ -89,15 +89,17 @@ def test_a_study_is_trained_continued_and_reported(
     call: Call, write: Callable[..., Path], main: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     file, output = write(), tmp_path / "out"
-    # One run has been stopped before, at step 3; another has no place.
-    begun = [f"runs_dir={output}", "name=sdt-seed1", "seed=1", "loss.kind=sdt", "max_steps=3"]
-    assert main(tmp_path / "tiny.yaml", *begun).status == 0
+    # Of the control, one run has been trained by hand, one stopped at step 3; another has no place.
+    for seed, more in ((0, ()), (1, ("max_steps=3",))):
+        begun = [f"runs_dir={output}", f"name=sdt-seed{seed}", f"seed={seed}", "loss.kind=sdt"]
+        assert main(tmp_path / "tiny.yaml", *begun, *more).status == 0
     (output / "tet-seed1").touch()
     status, out, errors = call(file, "--output", output, "--jobs", 2)
     assert status == 1, errors
     failure = r"failed: tet-seed1: exit status 2: error: cannot write to .*tet-seed1\.log\)\n"
     assert re.search(failure, errors), errors
-    assert re.search(r"\[\d/4\] sdt-seed0: top-1 \d+\.\d\d %", errors), errors
+    assert "1 of 4 runs are done already" in errors
+    assert re.search(r"\[\d/4\] sdt-seed1: top-1 \d+\.\d\d %", errors), errors
     assert steps_begun_at(output / "logs" / "sdt-seed1.log") == ["3"]
     # What is finished is reported, and what is not is named.
     assert f"the report is {output / 'report.md'}" in out
@@ -115,7 +117,7 @@ def test_a_study_is_trained_continued_and_reported(
     values = json.loads((output / "report" / "study.json").read_text())
     assert values["missing"] == []
     for run in values["runs"]:
-        (val,) = tiny.metrics(output / run["name"], "val")
+        val = tiny.metrics(output / run["name"], "val")[-1]
         assert run["by_timestep"] == val["per_timestep_top1"]
         # 5 whole steps of 8 of the 47 samples, at T=2.
         assert run["image_timesteps"] == 80
