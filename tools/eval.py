@@ -101,6 +101,7 @@ def fail(text: str, status: int = 2) -> int:
 def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist import checkpoint
     from tetdist.data.loaders import eval_loader
+    from tetdist.data.splits import recorded_split
     from tetdist.distributed import join
     from tetdist.evaluate import evaluate
     from tetdist.precision import parameter_type
@@ -116,7 +117,9 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         )
         config = world.together(lambda: evaluation_config(description["config"], options))
         index = world.together(lambda: open_split(config, options.split, world))
-        world.together(lambda: check_classes(description["classes"], index.classes, options))
+        world.together(
+            lambda: check_classes(description["classes"], config, index.classes, options)
+        )
         model = world.together(lambda: make_model(config, index))
         model.to(world.device, parameter_type(config.precision))
         world.together(lambda: checkpoint.load_weights(model, weights, options.checkpoint))
@@ -143,9 +146,10 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
                 progress=progress,
             )
         if world.rank == 0:
-            print(table(result, wanted, options, description))
+            data_split = recorded_split(config.data.root)
+            print(table(result, wanted, options, description, data_split))
             if options.json:
-                write_json(options.json, result, wanted, options, description)
+                write_json(options.json, result, wanted, options, description, data_split)
     return 0
 
 
@@ -178,10 +182,21 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
 
 
 def check_classes(
-    trained: list[str], present: tuple[str, ...], options: argparse.Namespace
+    trained: list[str] | None,
+    config: "RunConfig",
+    present: tuple[str, ...],
+    options: argparse.Namespace,
 ) -> None:
     from tetdist.errors import UserError
 
+    if trained is None:
+        # Converted from a file that does not name them.
+        if config.model.num_classes != len(present):
+            raise UserError(
+                f"the data has {len(present)} classes and {options.checkpoint} knows "
+                f"{config.model.num_classes}; give the data set of its training with --data"
+            )
+        return
     if list(present) == trained:
         return
     extra, missing = sorted(set(present) - set(trained)), sorted(set(trained) - set(present))
@@ -193,11 +208,16 @@ def check_classes(
 
 
 def table(
-    result: "Evaluation", wanted: list[int], options: argparse.Namespace, description: Any
+    result: "Evaluation",
+    wanted: list[int],
+    options: argparse.Namespace,
+    description: Any,
+    data_split: str | None,
 ) -> str:
+    of_split = f" of the split {data_split}" if data_split else ""
     lines = [
         f"{options.checkpoint}: {description['config']['model']['name']}, step "
-        f"{description['step']}, {result.samples} samples of {options.split}",
+        f"{description['step']}, {result.samples} samples of {options.split}{of_split}",
         "",
         "  T   top-1 %   top-5 %     loss",
     ]
@@ -222,6 +242,7 @@ def write_json(
     wanted: list[int],
     options: argparse.Namespace,
     description: Any,
+    data_split: str | None,
 ) -> None:
     from tetdist.errors import UserError
 
@@ -230,6 +251,7 @@ def write_json(
         "model": description["config"]["model"]["name"],
         "step": description["step"],
         "split": options.split,
+        **({"data_split": data_split} if data_split else {}),
         "reported_timesteps": wanted,
         **dataclasses.asdict(result),
     }

@@ -58,6 +58,7 @@ class Result:
 
     Attributes:
         top1, best_top1: Of the last and the best epoch, in percent.
+        samples, data_split: Of the validation split, and the name of the split of recordings.
         by_timestep: Top-1 of the last epoch's time-mean up to timestep 1, 2, ...
         loss: Of the last epoch, on the validation split.
         curve: (epoch, loss, top-1) of every evaluation.
@@ -73,6 +74,7 @@ class Result:
     by_timestep: list[float]
     loss: float
     samples: int
+    data_split: str | None
     curve: list[tuple[float, float, float]]
     image_timesteps: int
     seconds: float
@@ -110,6 +112,7 @@ def result_of(run: Run) -> Result | None:
         by_timestep=by_timestep,
         loss=last["loss"],
         samples=last["samples"],
+        data_split=last.get("data_split"),
         curve=[(line["epoch"], line["loss"], line["top1"]) for line in validations],
         image_timesteps=image_timesteps(run, last["step"], last["epoch"]),
         seconds=training_seconds(run),
@@ -431,13 +434,14 @@ def overview(numbers: Numbers) -> str:
         )
     head = ["", "T", "n", "last epoch, %", "best epoch, %", "last - control", "best - control"]
     head += ["loss", "image-timesteps, millions", "training, s"]
-    samples = numbers.of(numbers.entries[0])[0].samples
+    first = numbers.of(numbers.entries[0])[0]
+    split = f" of the split {first.data_split}" if first.data_split else ""
     return (
-        f"{table(head, rows)}\n\nTop-1 on {samples} validation samples: mean ± standard deviation "
-        "over n seeds. A difference is that of runs with the same seed, with the 95 % interval of "
-        "the paired t-test. The best epoch is chosen on the same samples, which flatters it. "
-        "Image-timesteps and seconds are medians and include what a run began with; "
-        "seconds are without evaluations and depend on what else the machine did."
+        f"{table(head, rows)}\n\nTop-1 on {first.samples} validation samples{split}: mean ± "
+        "standard deviation over n seeds. A difference is that of runs with the same seed, with "
+        "the 95 % interval of the paired t-test. The best epoch is chosen on the same samples, "
+        "which flatters it. Image-timesteps and seconds are medians and include what a run began "
+        "with; seconds are without evaluations and depend on what else the machine did."
     )
 
 
