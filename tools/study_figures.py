@@ -78,9 +78,9 @@ def _timesteps(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]])
         means = np.array([point.mean for point in points])
         stds = np.nan_to_num([point.std for point in points])
         axis.plot(timesteps, means, marker="o", markersize=3.5, label=entry, **styles[entry])
-        axis.fill_between(
-            timesteps, means - stds, means + stds, color=styles[entry]["color"], alpha=0.12, lw=0
-        )
+        low, high = np.clip([means - stds, means + stds], 0, 100)
+        colour = styles[entry]["color"]
+        axis.fill_between(timesteps, low, high, color=colour, alpha=0.12, lw=0)
         trained = numbers.timesteps(entry)
         if trained in timesteps:
             axis.plot(
@@ -89,7 +89,7 @@ def _timesteps(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]])
                 "o",
                 markersize=10,
                 markerfacecolor="none",
-                markeredgecolor=styles[entry]["color"],
+                markeredgecolor=colour,
             )
     axis.set_xticks(timesteps)
     axis.set_xlabel("T of the test (ring: of training)")

@@ -371,9 +371,9 @@ def provenance(numbers: Numbers, command: str) -> str:
     machines = _distinct([result.environment for result in results])
     described = "; ".join(dict.fromkeys(map(machine, machines)))
     commits = dict.fromkeys(f"{str(m['commit'])[:10]}" for m in machines if m.get("commit"))
-    of = f", commit {', '.join(commits)}" if commits else ""
+    of = f", at commit {', '.join(commits)}" if commits else ""
     if any(m.get("dirty") for m in machines):
-        of += " with changes"
+        of += ", not all without changes"
     return f"`{command}`\n\nFinished on {day.lstrip('0')}{of}, on {described}."
 
 
