@@ -79,6 +79,10 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"model.neuron": {"decay": "half"}}, ("'model.neuron.decay'",)),
         ({"model.neuron": {"detach_reset": "false"}}, ("'model.neuron.detach_reset'",)),
         ({"model.arguments": {"chanels": [4]}}, ("model.arguments.chanels", "'channels'")),
+        (
+            {"model.neuron": {"spike": "sigmoid"}},
+            ("model.neuron.spike", "model.neuron.surrogate=sigmoid"),
+        ),
         ({"model.neuron": {"reset": "none"}}, ("'model.neuron.reset'", "'none'")),
         ({"model.arguments": {"num_classes": 3}}, ("model.arguments.num_classes",)),
         ({"model.arguments": {"timesteps": 3}}, ("model.arguments.timesteps",)),

@@ -330,11 +330,20 @@ def test_nir_neurons_are_the_equations_of_the_documentation(tmp_path: Path) -> N
     np.testing.assert_allclose(perfect.nodes["stem_neuron"].r, 1e4)
 
 
-def test_soft_reset_is_refused(tool: Tool, tmp_path: Path) -> None:
-    file = save("convnet", tmp_path, reset="soft")
+@pytest.mark.parametrize(
+    ("neuron", "words"),
+    [
+        ({"reset": "soft"}, "reset is soft"),
+        ({"spike": "sigmoid", "surrogate": "sigmoid"}, "spike is sigmoid"),
+    ],
+)
+def test_what_nir_cannot_express_is_refused(
+    tool: Tool, tmp_path: Path, neuron: dict[str, str], words: str
+) -> None:
+    file = save("convnet", tmp_path, **neuron)
     status, _, err = tool(file, "--format", "nir", "--output", tmp_path / "graph.nir")
     assert status == 2
-    assert "reset is soft" in err
+    assert words in err
     assert list(tmp_path.iterdir()) == [file]
 
 

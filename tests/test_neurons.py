@@ -265,6 +265,32 @@ def test_gradient_through_time(
         assert rest.grad[n].item() == pytest.approx(by_rest, rel=1e-10, abs=1e-12)
 
 
+def test_sigmoid_control_has_its_own_gradient() -> None:
+    config = NeuronConfig(spike="sigmoid", surrogate="sigmoid", surrogate_width=5.0)
+    generator = torch.Generator().manual_seed(0)
+    current = torch.randn(4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    out, membrane = run(current, config)
+    first = torch.sigmoid(5 * (current[0] - 1))
+    assert torch.equal(out[0], first)
+    # The hard reset with a number between 0 and 1 takes a share.
+    assert torch.allclose(
+        out[1], torch.sigmoid(5 * (current[0] * (1 - first) / 2 + current[1] - 1))
+    )
+    # Against finite differences: through time, and through the resets.
+    assert torch.autograd.gradcheck(lambda i: run(i, config), current)
+    # With a step, the same check fails: that is the mismatch.
+    step = NeuronConfig(surrogate="sigmoid", surrogate_width=5.0)
+    assert not torch.autograd.gradcheck(lambda i: run(i, step), current, raise_exception=False)
+    assert membrane.shape == (6,)
+
+
+def test_sigmoid_control_asks_for_its_derivative() -> None:
+    with pytest.raises(ValueError, match="surrogate must be 'sigmoid', not 'triangle'"):
+        NeuronConfig(spike="sigmoid")
+    with pytest.raises(ValueError, match="spike must be 'step' or 'sigmoid', not 'stop'"):
+        NeuronConfig(spike="stop")  # type: ignore[arg-type]
+
+
 def test_detaching_the_reset_changes_the_gradient_and_not_the_spikes() -> None:
     results = []
     for detach_reset in (False, True):

@@ -172,6 +172,22 @@ def test_input_gradient_of_a_static_image() -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-9)
 
 
+def test_what_is_no_spike_is_not_packed() -> None:
+    """The sigmoid control's outputs do not fit a byte, and its fused path is the definition."""
+    neuron = {"spike": "sigmoid", "surrogate": "sigmoid", "surrogate_width": 5.0}
+    results = []
+    for execution, recompute in (("reference", False), ("fused", True)):
+        torch.manual_seed(0)
+        model = timm.create_model(
+            "spiking_convnet", timesteps=3, neuron=neuron, **MODELS["spiking_convnet"]
+        )
+        model.set_execution(execution)
+        model.set_grad_checkpointing(recompute)
+        normalization.defer_running_statistics(model)
+        results.append(step(model.train(), images("spiking_convnet")))
+    assert differing(*results) == []
+
+
 def test_no_segment_below_one() -> None:
     with pytest.raises(ValueError, match="at least one timestep, not 0"):
         network("spiking_convnet", recompute=False, segment=0, execution="fused")

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from tetdist.errors import UserError
-from tetdist.neurons import SurrogateName
+from tetdist.neurons import SpikeName, SurrogateName
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,9 @@ class NeuronSection(Section):
     surrogate: SurrogateName = "triangle"
     surrogate_width: Annotated[float, Field(gt=0)] = 1.0
     """Half-width of triangle and rectangle, steepness of atan and sigmoid."""
+    spike: SpikeName = "step"
+    """sigmoid: the control of the paper whose gradient is its own. Needs surrogate=sigmoid, whose
+    width is its steepness; without a fused path, so slower."""
 
 
 class ModelSection(Section):
@@ -569,6 +572,7 @@ def _check(config: RunConfig) -> None:
         )
     _check_augmentation(config)
     _check_precision_and_engine(config)
+    _check_spike(config)
     if config.start_phase >= len(config.phases):
         raise UserError(
             f"start_phase: {config.start_phase} is none of the phases 0 to {len(config.phases) - 1}"
@@ -618,6 +622,14 @@ def _check_precision_and_engine(config: RunConfig) -> None:
         raise UserError(
             "precision: fp16 needs zero_stage=0 (DeepSpeed never lowers its loss scale at stages 1 "
             "and 2); bf16 goes with all of them"
+        )
+
+
+def _check_spike(config: RunConfig) -> None:
+    neuron = config.model.neuron
+    if neuron.spike == "sigmoid" and neuron.surrogate != "sigmoid":
+        raise UserError(
+            "model.neuron.spike: sigmoid has its own derivative; set model.neuron.surrogate=sigmoid"
         )
 
 

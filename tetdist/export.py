@@ -165,6 +165,8 @@ def card(trained: Trained, folder: str | None = None) -> str:
     model, config, description = trained.model, trained.config, trained.description
     neuron, data = config.model.neuron, config.data
     kind = "IF" if neuron.decay == 1 else "LIF"
+    if neuron.spike != "step":
+        kind += f" with a {neuron.spike} in place of spikes"
     loss = f"TET, lambda {config.loss.lambda_:g}, phi {config.loss.phi:g}"
     if config.loss.kind == "sdt":
         loss = "SDT: cross-entropy of the time-mean"

@@ -489,7 +489,10 @@ def carrying_membranes(
 
 
 def _compiler_works(device_type: str, config: NeuronConfig) -> bool:
-    """Whether there are kernels for the device, or can be; says so once where there cannot."""
+    """Whether there are passes of the neuron for the device, or can be; if there is no compiler,
+    this is said once."""
+    if config.spike != "step":
+        return False  # What leaves the passes is kept as bytes.
     if device_type == "cpu" and native.passes(config) is not None:
         return True
     works = _torch_compile_works(device_type)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 SurrogateName = Literal["triangle", "atan", "sigmoid", "rectangle"]
+SpikeName = Literal["step", "sigmoid"]
 
 
 def triangle(x: Tensor, width: float) -> Tensor:
@@ -66,6 +67,10 @@ class NeuronConfig:
         surrogate: Stands in for the spike's derivative in the backward pass.
         surrogate_width: Half-width of ``triangle`` and ``rectangle``; steepness alpha of ``atan``
             and ``sigmoid``. Above 0.
+        spike: ``step`` fires or does not. ``sigmoid`` is the paper's control, a network without
+            spikes that has no mismatch of gradients: ``sigma(alpha (u - V_th))`` with alpha
+            ``surrogate_width``, and its own derivative, for which ``surrogate`` must be
+            ``sigmoid``. There is no fused path of it.
 
     Raises:
         ValueError: A value is outside its range.
@@ -77,6 +82,7 @@ class NeuronConfig:
     detach_reset: bool = False
     surrogate: SurrogateName = "triangle"
     surrogate_width: float = 1.0
+    spike: SpikeName = "step"
 
     def __post_init__(self) -> None:
         if not 0 < self.decay <= 1:
@@ -91,6 +97,13 @@ class NeuronConfig:
             )
         if not self.surrogate_width > 0:
             raise ValueError(f"surrogate_width must be above 0, not {self.surrogate_width}")
+        if self.spike not in ("step", "sigmoid"):
+            raise ValueError(f"spike must be 'step' or 'sigmoid', not {self.spike!r}")
+        if self.spike == "sigmoid" and self.surrogate != "sigmoid":
+            raise ValueError(
+                f"spike 'sigmoid' has its own derivative: surrogate must be 'sigmoid', not "
+                f"{self.surrogate!r}"
+            )
 
 
 class _Spike(torch.autograd.Function):
@@ -109,7 +122,12 @@ class _Spike(torch.autograd.Function):
 
 
 def spike(x: Tensor, config: NeuronConfig) -> Tensor:
-    """Spikes (0 or 1, of the type of ``x``) of ``x = u - V_th``, with the surrogate's gradient."""
+    """Spikes (0 or 1, of the type of ``x``) of ``x = u - V_th``, with the surrogate's gradient.
+
+    With ``spike="sigmoid"``: numbers between 0 and 1, with their own gradient.
+    """
+    if config.spike == "sigmoid":
+        return torch.sigmoid(config.surrogate_width * x)
     return _Spike.apply(x, config.surrogate, config.surrogate_width)
 
 

@@ -183,6 +183,12 @@ class _Builder:
                 "(model.neuron.reset is soft): it cannot be expressed; export it to onnx or torch"
             )
 
+        if config.spike != "step":
+            raise UserError(
+                "NIR's neurons fire or do not, and this network's do not (model.neuron.spike is "
+                f"{config.spike}): it cannot be expressed; export it to onnx or torch"
+            )
+
         def everywhere(value: float) -> np.ndarray:
             return np.full(shape, value, np.float32)
 

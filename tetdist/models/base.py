@@ -268,4 +268,7 @@ def build(
     # timm's train.py and benchmark.py pass what spiking networks have no use for.
     for unused in ("drop_rate", "global_pool", "scriptable"):
         kwargs.pop(unused, None)
-    return build_model_with_cfg(cls, variant, pretrained, neuron=neuron, **kwargs)
+    model: SpikingNetwork = build_model_with_cfg(cls, variant, pretrained, neuron=neuron, **kwargs)
+    if neuron.spike != "step":
+        model.spike_levels = None
+    return model

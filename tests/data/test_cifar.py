@@ -1,0 +1,177 @@
+"""tools/cifar.py: the binary archives become a folder of images, and nothing else is believed."""
+
+import importlib.util
+import io
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tetdist.data.index import check_fresh, index_file, load_index
+
+TOOL = Path(__file__).parents[2] / "tools" / "cifar.py"
+TEN = [f"class{i}" for i in range(10)]
+HUNDRED = [f"fine_{i}" for i in range(100)]
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("cifar_tool", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+Call = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def call(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> Call:
+    def run(*arguments: object) -> tuple[int, str]:
+        status = tool.main([*map(str, arguments)])
+        return status, "".join(capsys.readouterr())
+
+    return run
+
+
+def records(labels: list[list[int]], seed: int) -> tuple[bytes, np.ndarray]:
+    """Images with their label bytes, as in the archives; and their pixels (N, 32, 32, 3)."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (len(labels), 3, 32, 32), np.uint8)
+    rows = np.concatenate([np.array(labels, np.uint8), pixels.reshape(len(labels), -1)], axis=1)
+    return rows.tobytes(), pixels.transpose(0, 2, 3, 1)
+
+
+def archive(file: Path, contents: dict[str, bytes]) -> Path:
+    with tarfile.open(file, "w:gz") as tar:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return file
+
+
+def cifar10(changes: dict[str, bytes | None] | None = None) -> dict[str, bytes]:
+    """Two images of each class to train, one to validate."""
+    folder = "cifar-10-batches-bin"
+    contents: dict[str, bytes | None] = {
+        f"{folder}/data_batch_{i}.bin": records([[2 * i - 2], [2 * i - 1]] * 2, i)[0]
+        for i in range(1, 6)
+    }
+    contents[f"{folder}/test_batch.bin"] = records([[label] for label in range(10)], 0)[0]
+    contents[f"{folder}/batches.meta.txt"] = "\n".join([*TEN, "", ""]).encode()
+    contents[f"{folder}/readme.html"] = b"<html>"
+    contents |= {f"{folder}/{name}": content for name, content in (changes or {}).items()}
+    return {name: content for name, content in contents.items() if content is not None}
+
+
+def test_cifar10(call: Call, tmp_path: Path) -> None:
+    status, said = call(archive(tmp_path / "ten.tar.gz", cifar10()), tmp_path / "ten")
+    assert status == 0, said
+    assert "20 images to train and 10 to validate, in 10 classes" in said
+    files = sorted((tmp_path / "ten" / "train" / "class3").iterdir())
+    assert [file.name for file in files] == ["00005.png", "00007.png"]
+    # They are the second and the fourth image of the second file.
+    pixels = records([[2], [3]] * 2, 2)[1]
+    for file, expected in zip(files, pixels[1::2], strict=True):
+        assert np.array_equal(np.asarray(Image.open(file)), expected)
+    for split, count in (("train", 20), ("val", 10)):
+        index = load_index(index_file(tmp_path / "ten" / "index", split))
+        assert (len(index), list(index.classes)) == (count, TEN)
+        check_fresh(index, tmp_path / "ten")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ten", "ten.tar.gz"]
+
+
+def test_cifar100_takes_the_fine_label(call: Call, tmp_path: Path) -> None:
+    labels = [[label % 20, label] for label in range(100)]
+    train, pixels = records(labels, 1)
+    contents = {
+        "cifar-100-binary/train.bin": train,
+        "cifar-100-binary/test.bin": records(labels, 2)[0],
+        "cifar-100-binary/fine_label_names.txt": "\n".join(HUNDRED).encode(),
+        "cifar-100-binary/coarse_label_names.txt": b"animals\n",
+    }
+    status, said = call(archive(tmp_path / "hundred.tar.gz", contents), tmp_path / "hundred")
+    assert status == 0, said
+    (file,) = (tmp_path / "hundred" / "train" / "fine_42").iterdir()
+    assert np.array_equal(np.asarray(Image.open(file)), pixels[42])
+
+
+def test_the_first_of_each_class(call: Call, tmp_path: Path) -> None:
+    file = archive(tmp_path / "ten.tar.gz", cifar10())
+    status, said = call(file, tmp_path / "ten", "--per-class", "1,1")
+    assert (status, "10 images to train and 10 to validate" in said) == (0, True)
+    (first,) = (tmp_path / "ten" / "train" / "class3").iterdir()
+    assert first.name == "00005.png"
+
+
+def test_pickles_are_refused_and_not_opened(call: Call, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "trapped",)  # type: ignore[return-value]
+
+    file = archive(
+        tmp_path / "cifar-10-python.tar.gz",
+        {
+            "cifar-10-batches-py/data_batch_1": pickle.dumps(Trap()),
+            "cifar-10-batches-py/batches.meta": pickle.dumps(Trap()),
+        },
+    )
+    status, said = call(file, tmp_path / "ten")
+    assert status == 2
+    assert "pickles" in said
+    assert "cifar-10-binary.tar.gz" in said
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data_batch_3.bin": None}, ("lacks data_batch_3.bin",)),
+        ({"data_batch_3.bin": b"torn"}, ("train", "whole number of images")),
+        ({"test_batch.bin": records([[label] for label in range(1, 11)], 0)[0]}, ("label 10",)),
+        ({"test_batch.bin": records([[0]] * 3, 0)[0]}, ("val has no image of class1",)),
+        ({"batches.meta.txt": b"one\ntwo\n"}, ("batches.meta.txt", "10 names")),
+        (
+            {"batches.meta.txt": "\n".join(["../../away", *TEN[1:]]).encode()},
+            ("batches.meta.txt", "10 names"),
+        ),
+    ],
+)
+def test_a_wrong_archive_is_named(
+    call: Call, tmp_path: Path, changes: dict[str, bytes | None], words: tuple[str, ...]
+) -> None:
+    status, said = call(archive(tmp_path / "ten.tar.gz", cifar10(changes)), tmp_path / "ten")
+    assert status == 2
+    assert [word for word in ("ten.tar.gz", *words) if word not in said] == [], said
+    assert not (tmp_path / "ten").exists()
+
+
+def test_names_that_lead_away_are_not_followed(call: Call, tmp_path: Path) -> None:
+    """The files are read into memory, whatever folder they claim to be in."""
+    away = {name.replace("cifar-10-batches-bin", "../../away"): c for name, c in cifar10().items()}
+    status, _ = call(archive(tmp_path / "ten.tar.gz", away), tmp_path / "root" / "ten")
+    assert status == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["root", "ten.tar.gz"]
+
+
+def test_no_archive_and_no_room(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "text.tar.gz").write_text("hello")
+    for name in ("text.tar.gz", "none.tar.gz"):
+        status, said = call(tmp_path / name, tmp_path / "ten")
+        assert (status, name in said) == (2, True)
+    whole = archive(tmp_path / "ten.tar.gz", cifar10())
+    torn = tmp_path / "torn.tar.gz"
+    torn.write_bytes(whole.read_bytes()[:-2000])
+    status, said = call(torn, tmp_path / "ten")
+    assert (status, "torn.tar.gz cannot be read" in said) == (2, True)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").touch()
+    status, said = call(whole, tmp_path / "taken")
+    assert (status, "not empty" in said) == (2, True)

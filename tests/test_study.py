@@ -1,0 +1,358 @@
+"""tools/study.py: runs trained, continued, skipped and failed; the report's numbers."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+from PIL import Image
+from scipy import stats
+from tiny import Outcome
+
+TOOLS = tiny.PROJECT / "tools"
+STUDY = TOOLS / "study.py"
+ENTRIES: dict[str, Any] = {
+    "sdt": {"overrides": {"loss.kind": "sdt"}},
+    "tet": {"control": "sdt", "overrides": {"loss.kind": "tet"}},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tool() -> Iterator[ModuleType]:
+    # Its modules import each other by name, as in a script's folder.
+    sys.path.insert(0, str(TOOLS))
+    try:
+        spec = importlib.util.spec_from_file_location("study_tool", STUDY)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(TOOLS))
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(tool: ModuleType, capfd: pytest.CaptureFixture[str]) -> Call:
+    """Runs the tool in this process, and its runs in their own: status, output, errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        try:
+            status = tool.main([*map(str, arguments)])
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def write(tiny_config: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Writes study.yaml, of tiny runs of one epoch at T=2: ({key: value}) -> file."""
+    base = tiny_config({"phases.0.epochs": 1, "engine": "torch"})
+
+    def study(changes: dict[str, Any] | None = None) -> Path:
+        values: dict[str, Any] = {
+            "title": "A tiny study",
+            "config": str(base),
+            "seeds": [0, 1],
+            "test_timesteps": [1, 2],
+            "entries": ENTRIES,
+        }
+        file = tmp_path / "study.yaml"
+        file.write_text(yaml.safe_dump(tiny.changed(values, changes or {})))
+        return file
+
+    return study
+
+
+def steps_begun_at(log: Path) -> list[str]:
+    """What the starts of a run said about where they begin."""
+    return re.findall(r"continuing \S+ from step (\d+)", log.read_text())
+
+
+def test_a_study_is_trained_continued_and_reported(
+    call: Call, write: Callable[..., Path], main: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    file, output = write(), tmp_path / "out"
+    # Of the control, one run has been trained by hand, one stopped at step 3; another has no place.
+    for seed, more in ((0, ()), (1, ("max_steps=3",))):
+        begun = [f"runs_dir={output}", f"name=sdt-seed{seed}", f"seed={seed}", "loss.kind=sdt"]
+        assert main(tmp_path / "tiny.yaml", *begun, *more).status == 0
+    (output / "tet-seed1").touch()
+    status, out, errors = call(file, "--output", output, "--jobs", 2)
+    assert status == 1, errors
+    failure = r"failed: tet-seed1: exit status 2: error: cannot write to .*tet-seed1\.log\)\n"
+    assert re.search(failure, errors), errors
+    assert "1 of 4 runs are done already" in errors
+    assert re.search(r"\[\d/4\] sdt-seed1: top-1 \d+\.\d\d %", errors), errors
+    assert steps_begun_at(output / "logs" / "sdt-seed1.log") == ["3"]
+    # What is finished is reported, and what is not is named.
+    assert f"the report is {output / 'report.md'}" in out
+    report = (output / "report.md").read_text()
+    assert "**Not complete**: 1 of 4 runs are missing (tet-seed1)" in report
+    before = {path: path.read_bytes() for path in output.glob("*/metrics.jsonl")}
+    assert len(before) == 3
+
+    # With room, the same command trains what is missing, and that alone.
+    (output / "tet-seed1").unlink()
+    status, _, errors = call(file, "--output", output, "--jobs", 2)
+    assert status == 0, errors
+    assert "3 of 4 runs are done already" in errors
+    assert {path: path.read_bytes() for path in before} == before
+    values = json.loads((output / "report" / "study.json").read_text())
+    assert values["missing"] == []
+    for run in values["runs"]:
+        val = tiny.metrics(output / run["name"], "val")[-1]
+        assert run["by_timestep"] == val["per_timestep_top1"]
+        # 5 whole steps of 8 of the 47 samples, at T=2.
+        assert run["image_timesteps"] == 80
+
+
+def test_one_begins_with_another(call: Call, write: Callable[..., Path], tmp_path: Path) -> None:
+    longer = {"phases.0.timesteps": 3, "phases.0.optimizer.lr": 0.01}
+    entries = {"short": {}, "longer": {"init": "short", "overrides": longer}}
+    file = write({"entries": entries, "seeds": [0], "test_timesteps": [1, 3]})
+    output = tmp_path / "out"
+    # Asked for one, it trains the other first; that one is evaluated beyond its T, too.
+    status, _, errors = call(file, "--output", output, "--only", "longer")
+    assert status == 0, errors
+    log = (output / "logs" / "longer-seed0.log").read_text()
+    assert f"beginning with the weights of {output / 'short-seed0'} (step 5, T=2)" in log
+    values = json.loads((output / "report" / "study.json").read_text())
+    cost = {name: entry["image_timesteps"] for name, entry in values["entries"].items()}
+    assert cost == {"short": 80, "longer": 80 + 120}
+    runs = {run["entry"]: run for run in values["runs"]}
+    assert {name: run["image_timesteps"] for name, run in runs.items()} == {
+        "short": 80,
+        "longer": 120,
+    }
+    (val,) = tiny.metrics(output / "short-seed0", "val")
+    assert runs["short"]["by_timestep"][:2] == pytest.approx(val["per_timestep_top1"])
+    assert len(runs["short"]["by_timestep"]) == 3
+    assert "tools/eval.py" in runs["short"]["commands"][1]
+    assert len(runs["longer"]["commands"]) == 1
+
+
+def test_ctrl_c_ends_the_runs_and_they_go_on(write: Callable[..., Path], tmp_path: Path) -> None:
+    file = write({"seeds": [0], "entries": {"long": {}}, "overrides": {"phases.0.epochs": 100_000}})
+    output = tmp_path / "out"
+    command = tiny.python(STUDY, file, "--output", output)
+    env = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT))
+    with tiny.started(command, tmp_path, env) as process:
+        metrics = output / "long-seed0" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert process.poll() is None, process.communicate()[0]
+        os.kill(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on where it was" in said
+    assert "stopped at step" in (output / "logs" / "long-seed0.log").read_text()
+    assert list((output / "long-seed0" / "checkpoints").glob("step-*"))
+
+
+def test_slurm_gets_the_runs_that_are_left(write: Callable[..., Path], tmp_path: Path) -> None:
+    file = write({"entries.tet.init": "sdt", "seeds": [0]})
+    command = tiny.python(STUDY, file, "--output", tmp_path / "out", "--slurm", "--dry-run")
+    env = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT))
+    status, said = tiny.execute([*command, "--gpus-per-node", "0"], tmp_path, env=env)
+    assert status == 0, said
+    assert "name: sdt-seed0" in said
+    assert "loss:\n" in said
+    assert "tet-seed0 waits for sdt-seed0" in said
+    assert not (tmp_path / "out").exists()
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sedes": [0]}, ("unknown key 'sedes'", "seeds")),
+        ({"title": ...}, ("'title' is missing",)),
+        ({"seeds": [1, 1]}, ("seeds", "twice")),
+        ({"seeds": [-1]}, ("'seeds.0'",)),
+        ({"test_timesteps": []}, ("'test_timesteps'",)),
+        ({"entries.tet.controll": "sdt"}, ("unknown key 'entries.tet.controll'", "control")),
+        ({"entries.tet.control": "std"}, ("entries.tet.control", "'std'", "sdt")),
+        ({"entries.tet.init": "tet"}, ("entries.tet.init", "'tet'")),
+        ({"entries.tet.init": "sdt", "entries.sdt.init": "tet"}, ("circle",)),
+        ({"entries.tet.overrides": {"loss.kid": "tet"}}, ("entries.tet", "'loss.kid'")),
+        ({"overrides": {"data.root": "nowhere"}}, ("data.root", "nowhere", "sdt")),
+        ({"config": "nothing.yaml"}, ("nothing.yaml",)),
+    ],
+)
+def test_mistakes_in_a_study_are_named(
+    call: Call,
+    write: Callable[..., Path],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    words: tuple[str, ...],
+) -> None:
+    status, _, errors = call(write(changes), "--output", tmp_path / "out")
+    assert status == 2
+    assert errors.count("\n") == 1
+    assert [word for word in words if word not in errors] == [], errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_on_the_command_line_are_named(
+    call: Call, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    file, output = write(), tmp_path / "out"
+    for arguments, word in (
+        (("no_such_study",), "tet_vs_sdt_digits"),
+        ((file, "--only", "tte"), "sdt, tet"),
+        ((file, "--jobs", 0), "--jobs"),
+        ((file, "--report-only"), "none is finished"),
+        ((file, "seed"), "'seed' is not an override"),
+    ):
+        status, _, errors = call(*arguments, "--output", output)
+        assert (status, word in errors) == (2, True), errors
+
+
+def test_the_studies_of_the_project_resolve(call: Call, tmp_path: Path) -> None:
+    """Each stops where it looks for its data or its results, not before."""
+    studies = sorted((tiny.PROJECT / "configs" / "studies").glob("*.yaml"))
+    assert studies
+    for file in studies:
+        status, _, errors = call(file, "--output", tmp_path / "out", "--report-only")
+        assert (status, "none is finished" in errors) == (2, True), (file, errors)
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+RNG = np.random.default_rng(0)
+ACCURACIES = {
+    "sdt": RNG.normal(90, 1, (3, 4)),  # seed, timestep
+    "tet": RNG.normal(92, 1, (3, 4)),
+}
+
+
+@pytest.fixture
+def finished(write: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A study of three seeds at T=4 whose runs are written by hand, and its folder."""
+    import study_plan
+
+    changes = {"seeds": [3, 4, 5], "test_timesteps": [1, 2, 4]}
+    phases = [{"epochs": 2, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.05}}]
+    file, output = write(changes | {"overrides": {"phases": phases}}), tmp_path / "out"
+    for run in study_plan.runs_of(study_plan.read(file), output, []):
+        top1 = ACCURACIES[run.entry][run.seed - 3].tolist()
+        checkpoint = run.folder / "checkpoints" / "step-00000010"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text(json.dumps({"step": 10, "evaluated_step": 10}))
+        (checkpoint.parent / "last").write_text(checkpoint.name)
+        (run.folder / "config.yaml").write_text(run.config.as_yaml())
+        lines = [
+            # 5 steps of 8 samples at 10 a second, and as many at 20.
+            {"kind": "train", "step": 5, "epoch": 1, "samples_per_s": 10.0},
+            {"kind": "val", "step": 5, "epoch": 1, "top1": 99.0, "loss": 0.5 + run.seed},
+            {"kind": "train", "step": 10, "epoch": 2, "samples_per_s": 20.0},
+            {"kind": "val", "step": 10, "epoch": 2, "top1": top1[3], "loss": 0.25 + run.seed},
+        ]
+        for line in lines:
+            line |= {"time": 1.7e9, "samples": 23, "per_timestep_top1": top1}
+        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in lines))
+    return file, output
+
+
+def test_numbers_are_numpys(call: Call, finished: tuple[Path, Path]) -> None:
+    file, output = finished
+    status, _, errors = call(file, "--output", output, "--report-only")
+    assert status == 0, errors
+    values = json.loads((output / "report" / "study.json").read_text())
+    for entry, accuracies in ACCURACIES.items():
+        found = values["entries"][entry]
+        for t in (1, 2, 4):
+            column = accuracies[:, t - 1]
+            expected = {"n": 3, "mean": column.mean(), "std": column.std(ddof=1)}
+            assert found["by_timestep"][str(t)] == pytest.approx(expected)
+        assert found["top1"] == found["by_timestep"]["4"]
+        assert found["best_top1"] == {"n": 3, "mean": 99, "std": 0}
+        assert found["loss"] == pytest.approx({"n": 3, "mean": 4.25, "std": 1})
+        assert found["image_timesteps"] == 10 * 8 * 4
+        assert found["seconds"] == pytest.approx(4 + 2)
+    difference = values["differences"]["tet"]
+    assert difference["control"] == "sdt"
+    for t, result in difference["by_timestep"].items():
+        pairs = [ACCURACIES[entry][:, int(t) - 1] for entry in ("tet", "sdt")]
+        test = stats.ttest_rel(*pairs)
+        low, high = test.confidence_interval(0.95)
+        expected = {"n": 3, "mean": np.subtract(*pairs).mean(), "low": low, "high": high}
+        assert result == pytest.approx(expected | {"p": test.pvalue})
+    assert difference["top1"] == difference["by_timestep"]["4"]
+
+    report = (output / "report.md").read_text()
+    top1 = ACCURACIES["tet"][:, 3]
+    assert f"| {top1.mean():.2f} ± {top1.std(ddof=1):.2f} | 99.00 ± 0.00 |" in report
+    picture = Image.open(output / "report" / "study.png")
+    assert min(picture.size) > 300
+    # What differs between the entries, and how each was trained.
+    assert "| `sdt` | sdt |" in report
+    assert f"runs_dir={output}" in report
+    assert "name=tet-seed3" in report
+
+
+def test_a_verdict_is_as_sure_as_the_interval(call: Call, finished: tuple[Path, Path]) -> None:
+    import study_report
+
+    same = study_report.paired_difference([1.0, 2.0], [0.0, 1.0])
+    assert (same.mean, np.isnan([same.low, same.p]).all()) == (1, True)
+    one = study_report.paired_difference([1.0], [3.0])
+    assert (one.n, one.mean, np.isnan(one.low)) == (1, -2, True)
+    file, output = finished
+    call(file, "--output", output, "--report-only")
+    difference = json.loads((output / "report" / "study.json").read_text())["differences"]["tet"]
+    sure = difference["top1"]["low"] > 0 or difference["top1"]["high"] < 0
+    said = "**better**" if sure else "no difference can be told from chance"
+    report = (output / "report.md").read_text()
+    assert re.search(rf"`tet` against `sdt`: .*n = 3: {re.escape(said)}", report), report
+
+
+def test_a_section_replaces_its_earlier_self_only(
+    call: Call, finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    file, output = finished
+    results = tmp_path / "results.md"
+    results.write_text("# Results\n\nBy hand.\n")
+    arguments = (file, "--output", output, "--report-only", "--append-to", results)
+    assert call(*arguments)[0] == 0
+    once = results.read_text()
+    assert once.startswith("# Results\n\nBy hand.\n\n<!-- study study -->\n## A tiny study\n")
+    assert "(results/study.png)" in once
+    assert (tmp_path / "results" / "study.png").is_file()
+    results.write_text(once + "\nAfter.\n")
+    assert call(*arguments)[0] == 0
+    assert results.read_text() == once + "\nAfter.\n"
+    # An end that is lost would swallow what follows.
+    results.write_text(once.replace("<!-- end of study study -->\n", ""))
+    status, _, errors = call(*arguments)
+    assert (status, "has no end" in errors) == (2, True)
+
+
+def test_a_folder_of_another_study_is_left_alone(
+    call: Call, finished: tuple[Path, Path], write: Callable[..., Path]
+) -> None:
+    _, output = finished
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    changes = {"seeds": [3, 4, 5], "overrides": {"phases.0.timesteps": 4, "loss.phi": 2.0}}
+    status, _, errors = call(write(changes), "--output", output)
+    assert status == 2
+    assert "sdt-seed3 holds a run of another configuration: loss.phi is 2.0 and was 1.0" in errors
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before

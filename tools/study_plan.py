@@ -1,0 +1,295 @@
+"""What a study file says: its entries, and the runs that they make with its seeds."""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from tetdist import checkpoint, config, tracking
+from tetdist.config import CONFIGS_DIR, Positive, RunConfig, Section
+from tetdist.errors import UserError
+
+PROJECT = CONFIGS_DIR.parent
+STUDIES_DIR = CONFIGS_DIR / "studies"
+EVALUATION_FILE = "test_timesteps.json"
+
+
+class EntrySection(Section):
+    """One of the things compared, trained once a seed."""
+
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Dotted keys of the configuration, after those of the study."""
+    config: str | None = None
+    """Another configuration than the study's."""
+    control: str | None = None
+    """The entry that it is compared with, seed by seed."""
+    init: str | None = None
+    """The entry whose weights, of the same seed, it begins with."""
+
+
+class StudySection(Section):
+    title: str
+    question: str = ""
+    """Markdown, for the report: what is asked, and what is the same in all entries."""
+    config: str
+    """A file, or the name of one in configs/."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Dotted keys of the configuration, for all entries."""
+    test_timesteps: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """Numbers of timesteps at which every run is evaluated."""
+    entries: Annotated[dict[str, EntrySection], Field(min_length=1)]
+
+
+# Two of them are the same if they are one object.
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One entry with one seed.
+
+    Attributes:
+        overrides: ``key=value``, all of them, for tetdist/train.py and launch/slurm.py.
+        init: The run whose weights it begins with.
+        test_timesteps: See `StudySection`.
+    """
+
+    entry: str
+    seed: int
+    config_name: str
+    overrides: tuple[str, ...]
+    config: RunConfig
+    init: "Run | None"
+    test_timesteps: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run_dir
+
+    @property
+    def log(self) -> Path:
+        return self.folder.parent / "logs" / f"{self.name}.log"
+
+    @property
+    def timesteps(self) -> int:
+        """T at the end of training."""
+        return self.config.phases[-1].timesteps
+
+    @property
+    def train_command(self) -> list[str]:
+        return _python("tetdist/train.py", "--config", self.config_name, *self.overrides)
+
+    @property
+    def eval_command(self) -> list[str]:
+        timesteps = ",".join(map(str, self.test_timesteps))
+        file = self.folder / EVALUATION_FILE
+        of = ["--checkpoint", str(self.folder), "--timesteps", timesteps, "--json", str(file)]
+        return _python("tools/eval.py", *of, "--threads", str(self.config.data.threads))
+
+    def next_command(self) -> list[str] | None:
+        """What is left to do, by the state on the disk; None: nothing."""
+        if not is_trained(self):
+            return self.train_command
+        return None if evaluation(self) is not None else self.eval_command
+
+
+def _python(program: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(PROJECT / program), *arguments]
+
+
+def shown(command: list[str]) -> str:
+    """A command as somebody types it in the project's folder."""
+    words = [word.removeprefix(f"{PROJECT}/") for word in command]
+    return shlex.join(["python", *words[1:]] if words[0] == sys.executable else words)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def find(name: str) -> Path:
+    """The file of a study: a path, or a name (with or without .yaml) in configs/studies/."""
+    for path in (Path(name), STUDIES_DIR / name, STUDIES_DIR / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in STUDIES_DIR.glob("*.yaml")))
+    raise UserError(f"there is no study {name}, neither as a file nor in configs/studies: {known}")
+
+
+def read(path: Path) -> StudySection:
+    """
+    Raises:
+        UserError: The file is no study; the text says what is wrong with it.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        study = StudySection.model_validate_json(json.dumps(raw))
+    except TypeError as error:
+        raise UserError(f"{path}: a value is no text, number, list or mapping ({error})") from error
+    except ValidationError as error:
+        problems = "; ".join(_explain(e) for e in error.errors())
+        raise UserError(f"{path}: {problems}") from None
+    if len(set(study.seeds)) < len(study.seeds):
+        raise UserError(f"{path}: seeds: one of {list(study.seeds)} is there twice")
+    for name, entry in study.entries.items():
+        for key, other in (("control", entry.control), ("init", entry.init)):
+            if other is not None and (other == name or other not in study.entries):
+                known = ", ".join(known for known in study.entries if known != name)
+                raise UserError(
+                    f"{path}: entries.{name}.{key}: {other!r} is no other entry; there are {known}"
+                )
+    return study
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(map(str, error["loc"])) or "the file"
+    if error["type"] == "extra_forbidden":
+        section = EntrySection if error["loc"][0] == "entries" else StudySection
+        return f"unknown key {key!r}; known here are {', '.join(section.model_fields)}"
+    if error["type"] == "missing":
+        return f"{key!r} is missing"
+    return f"{key!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def runs_of(study: StudySection, output: Path, more: list[str]) -> list[Run]:
+    """All runs, seed by seed, each after the one that it begins with.
+
+    Args:
+        study: The study.
+        output: Their folder.
+        more: ``key=value`` for all of them, after the study's own.
+
+    Raises:
+        UserError: A configuration is wrong, or entries begin with each other.
+    """
+    runs: dict[tuple[str, int], Run] = {}
+
+    def add(name: str, seed: int, after: tuple[str, ...] = ()) -> Run:
+        if name in after:
+            raise UserError(f"entries.{name}.init: {' <- '.join((*after, name))} goes in a circle")
+        if (name, seed) not in runs:
+            init = study.entries[name].init
+            begins_with = add(init, seed, (*after, name)) if init is not None else None
+            runs[name, seed] = _run(study, name, seed, output, more, begins_with)
+        return runs[name, seed]
+
+    for seed in study.seeds:
+        for name in study.entries:
+            add(name, seed)
+    return list(runs.values())
+
+
+def _run(
+    study: StudySection, name: str, seed: int, output: Path, more: list[str], init: Run | None
+) -> Run:
+    entry = study.entries[name]
+    config_name = entry.config or study.config
+    overrides = [f"{key}={as_text(v)}" for key, v in (study.overrides | entry.overrides).items()]
+    overrides += [*more, f"seed={seed}", f"name={name}-seed{seed}", f"runs_dir={output}"]
+    if init is not None:
+        overrides.append(f"init_checkpoint={init.folder}")
+    try:
+        resolved = config.load(config_name, overrides)
+    except UserError as error:
+        raise UserError(f"entries.{name}: {error}") from error
+    return Run(name, seed, config_name, tuple(overrides), resolved, init, study.test_timesteps)
+
+
+def as_text(value: Any) -> str:
+    """A value as an override on the command line."""
+    if isinstance(value, str):
+        return value
+    text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize)
+    return text.removesuffix("...\n").strip()
+
+
+# --- what is on the disk --------------------------------------------------------------------------
+
+
+def is_trained(run: Run) -> bool:
+    """Whether the run has reached its end, and its last checkpoint is of that step."""
+    validations = lines(run, "val")
+    if not validations:
+        return False
+    last = validations[-1]
+    epochs, most = sum(phase.epochs for phase in run.config.phases), run.config.max_steps
+    at_end = last["epoch"] >= epochs or (most is not None and last["step"] >= most)
+    return at_end and _saved_step(run) == last["step"]
+
+
+def _saved_step(run: Run) -> int | None:
+    """The last evaluated step that is in a checkpoint."""
+    checkpoints = run.folder / "checkpoints"
+    try:
+        newest = checkpoints / (checkpoints / "last").read_text().strip()
+        return int(json.loads((newest / checkpoint.STATE_FILE).read_text())["evaluated_step"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def lines(run: Run, kind: str) -> list[dict[str, Any]]:
+    """Of the run's metrics; none where it has not begun."""
+    file = run.folder / "metrics.jsonl"
+    found = tracking.read_metrics(file) if file.exists() else []
+    return [line for line in found if line["kind"] == kind]
+
+
+def evaluation(run: Run) -> list[float] | None:
+    """Top-1 of the last epoch's time-mean up to timestep 1, 2, ..., in percent.
+
+    Up to the T of training the run's own evaluation says it; beyond it, that of tools/eval.py,
+    and None while that is not there.
+    """
+    last = lines(run, "val")[-1]
+    most = max(run.test_timesteps)
+    if len(last["per_timestep_top1"]) >= most:
+        return list(last["per_timestep_top1"])
+    try:
+        values = json.loads((run.folder / EVALUATION_FILE).read_text())
+        top1 = list(values["per_timestep_top1"])
+        return top1 if values["step"] == last["step"] and len(top1) >= most else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def check_folder(run: Run) -> None:
+    """
+    Raises:
+        UserError: The run's folder holds a run of another configuration.
+    """
+    file = run.folder / "config.yaml"
+    if not file.exists():
+        return
+    try:
+        earlier = config.parse(yaml.safe_load(file.read_text()), str(file), warn=False).as_dict()
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged; remove its folder to train the run anew") from error
+    changed = config.differences(earlier, run.config.as_dict())
+    if changed:
+        raise UserError(
+            f"{run.folder} holds a run of another configuration: {'; '.join(changed)}. Give "
+            "another --output, or remove that folder"
+        )
+
+
+def check_data(runs: list[Run]) -> None:
+    """
+    Raises:
+        UserError: Data that the runs need are not there.
+    """
+    for run in runs:
+        root = Path(run.config.data.root)
+        if not root.is_dir():
+            raise UserError(
+                f"data.root: there is no folder {root}, which entry {run.entry} needs; the header "
+                f"of its configuration says how to make it, or set data.root=FOLDER"
+            )
