@@ -170,6 +170,10 @@ class TrackingSection(Section):
     uri: str | None = None
     """MLflow's tracking URI; null: the SQLite file RUNS_DIR/mlflow.db."""
     experiment: str = "tetdist"
+    log_checkpoint: Literal["none", "last", "best"] = "none"
+    """Copy this checkpoint's model.safetensors to MLflow when the run is finished."""
+    register: str | None = None
+    """Name of a model in MLflow's registry that gets the logged checkpoint as its next version."""
 
 
 class RunConfig(Section):
@@ -271,6 +275,8 @@ OPERATIONAL_KEYS = (
     "tracking.mlflow",
     "tracking.uri",
     "tracking.experiment",
+    "tracking.log_checkpoint",
+    "tracking.register",
 )
 
 
@@ -536,6 +542,11 @@ def _check(config: RunConfig) -> None:
             "the centre crop would not fit"
         )
     _check_precision_and_engine(config)
+    if config.tracking.register is not None and config.tracking.log_checkpoint == "none":
+        raise UserError(
+            f"tracking.register: {config.tracking.register!r} needs a checkpoint that MLflow has; "
+            "set tracking.log_checkpoint=best or last with it"
+        )
     if config.start_phase >= len(config.phases):
         raise UserError(
             f"start_phase: {config.start_phase} is none of the phases 0 to {len(config.phases) - 1}"
@@ -601,6 +612,7 @@ def _warn_without_effect(config: RunConfig) -> None:
         if phase.optimizer.weight_decay == 0:
             unread(phase.optimizer, prefix, ("decay_norms",), "weight_decay=0")
     if not config.tracking.mlflow:
-        unread(config.tracking, "tracking.", ("uri", "experiment"), "tracking.mlflow=false")
+        of_mlflow = ("uri", "experiment", "log_checkpoint", "register")
+        unread(config.tracking, "tracking.", of_mlflow, "tracking.mlflow=false")
     for sentence in ignored:
         logger.warning("%s", sentence)

@@ -154,17 +154,16 @@ class OperationCounts:
         """How many outputs a spike of one channel reaches from each position, (H, W)."""
         key = (name, x.shape[-2:])
         if key not in self._fan_outs:
-            assert not isinstance(conv.padding, str)
             reached = F.conv_transpose2d(
                 x.new_ones(1, 1, *y.shape[-2:], dtype=torch.float64),
                 x.new_ones(1, 1, *conv.kernel_size, dtype=torch.float64),
                 stride=conv.stride,
-                padding=conv.padding,
                 dilation=conv.dilation,
             )[0, 0]
-            # Rows and columns at the end that no window of the stride gets to.
-            below, right = (a - b for a, b in zip(x.shape[-2:], reached.shape, strict=True))
-            reached = F.pad(reached, (0, right, 0, below))
+            # From the padded input to the input; a stride's last window may end before it does.
+            assert not isinstance(conv.padding, str)
+            (top, left), (height, width) = conv.padding, x.shape[-2:]
+            reached = F.pad(reached, (0, width, 0, height))[top:, left:][:height, :width]
             self._fan_outs[key] = reached * (conv.out_channels // conv.groups)
         return self._fan_outs[key]
 

@@ -110,7 +110,7 @@ class Trainer:
             UserError: The loss is not finite, a file cannot be read, the disk is full, ...
         """
         with (
-            self.folder.tracker(self.step) as self.tracker,
+            self.folder.tracker(self.step, self.val_index) as self.tracker,
             self.folder.sample_record(self.step) as self.record,
             self._progress() as self.progress,
         ):
@@ -126,6 +126,8 @@ class Trainer:
                     else:
                         self._enter(phase_at(self.phases, self.step))
                         self._train_epoch()
+                if self.result:
+                    self._log("final", self.result)
             finally:
                 self._leave()
 

@@ -172,7 +172,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         # T also gives the result at all smaller ones.
         model.set_timesteps(wanted[-1])
         passes = Passes(model, config, index, world, watch)
-        found = examine(passes, options) | {
+        about = {
             "checkpoint": str(options.checkpoint),
             "model": description["config"]["model"]["name"],
             "step": description["step"],
@@ -181,6 +181,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
             "reported_timesteps": wanted,
             "seed": options.seed,
         }
+        found = about | examine(passes, options)
         world.together(lambda: show(found, options) if world.rank == 0 else None)
     return 0
 
