@@ -465,7 +465,7 @@ def test_several_runs_in_one_table(run_tool: Tool, series: list[Path], tmp_path:
         "0.0000",
     ]
     assert row(groups, "loss.kind=tet") == expected
-    assert row(groups, "sdt_0") == ["sdt_0", "1", "60.00", "65.00", "1.0000"]
+    assert " ".join(row(groups, "sdt_0")) == "sdt_0 1 60.00 65.00 1.0000"
     result = json.loads((tmp_path / "all.json").read_text())
     assert [run["best_epoch"] for run in result["runs"]] == [2.0, 2.0, 1.0]
     assert result["groups"][0]["runs"] == ["tet_0", "tet_1"]
