@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing tetdist and what it needs into $(VENV) (minutes, the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
-	  -e '.[train,$(DALI),quickstart,test,lint]'
+	  -e '.[train,$(DALI),quickstart,events,export,test,lint]'
 	@touch $@
 
 quickstart: venv ## real data, a trained and evaluated spiking network, in minutes

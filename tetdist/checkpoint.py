@@ -14,6 +14,7 @@ or a full disk at any moment leaves the earlier ones as they were. Nothing that 
 execute code.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from tetdist.errors import UserError, way_out
@@ -105,10 +107,10 @@ def save(
         files = {path.name: _describe(path) for path in sorted(aside.iterdir())}
         (aside / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=1))
         for path in aside.iterdir():
-            _sync(path)
-        _sync(aside)
+            sync(path)
+        sync(aside)
         aside.rename(target)
-        _sync(folder)
+        sync(folder)
         _point(folder / "last", target.name)
         if best:
             _point(folder / "best", target.name)
@@ -259,6 +261,38 @@ def _model_file(path: Path, which: str) -> Path:
     return folder / MODEL_FILE
 
 
+def write_model_file(path: Path, weights: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """Write a file that `load_model_file` reads, whole or not at all.
+
+    Args:
+        path: What is there already is replaced.
+        weights: A model's state.
+        description: See `save`.
+
+    Raises:
+        UserError: It could not be written.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+        # Not by save_file, whose files only their owner may read.
+        aside.write_bytes(serialize(contiguous, metadata={"tetdist": json.dumps(description)}))
+        sync(aside)
+        written, _ = load_model_file(aside)
+        assert all(torch.equal(written[key], value) for key, value in contiguous.items())
+        aside.replace(path)
+        sync(path.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{path} could not be written ({_reason(_disk_full(path.parent) or error)}); make "
+            "room, or choose another place"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
     """Put weights into a model, all of them and nothing else.
 
@@ -310,9 +344,9 @@ def _remove(path: Path) -> None:
 def _point(pointer: Path, name: str) -> None:
     aside = pointer.with_name(f".{pointer.name}.tmp")
     aside.write_text(name + "\n")
-    _sync(aside)
+    sync(aside)
     aside.replace(pointer)
-    _sync(pointer.parent)
+    sync(pointer.parent)
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -321,7 +355,8 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -214,7 +214,8 @@ class RunConfig(Section):
     """Epochs between two evaluations; the last epoch is always evaluated."""
     init_checkpoint: str | None = None
     """Weights and running statistics to begin with: a run folder (its last checkpoint), a
-    checkpoint folder or a .safetensors file. The optimiser starts anew."""
+    checkpoint folder or a .safetensors file (tools/convert.py makes one of other libraries'
+    weights). The optimiser starts anew."""
     start_phase: Annotated[int, Field(ge=0)] = 0
     """Begin with this phase, from init_checkpoint, as if those before it were done."""
     peer_timeout: Annotated[float, Field(gt=0)] = 600.0
@@ -338,7 +339,7 @@ def load(name: str, overrides: list[str] | None = None) -> RunConfig:
         raise UserError(f"{path} must hold keys and values, not {type(raw).__name__}")
     raw.setdefault("name", path.stem)
     for override in overrides or []:
-        _override(raw, override)
+        apply_override(raw, override)
     return parse(raw, str(path))
 
 
@@ -370,7 +371,8 @@ def _as_json(raw: dict[str, Any], source: str) -> str:
         ) from error
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one ``dotted.key=value`` in nested dictionaries."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"{override!r} is not an override; write it as dotted.key=value")

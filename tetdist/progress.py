@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Self
 
@@ -84,3 +85,49 @@ def sample_bar(total: int, title: str, *, silent: bool) -> "tqdm[Any]":
         disable=silent or not sys.stderr.isatty(),
         leave=False,
     )
+
+
+class FileProgress:
+    """Files done, with rate and time left: a bar on a terminal, elsewhere a line now and then."""
+
+    _SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def titled(self, title: str) -> Callable[[int, int], None]:
+        """Begin with other files; the result is called with the files done and in all."""
+        self._close()
+        started = last_line = time.monotonic()
+
+        def on_terminal(done: int, total: int) -> None:
+            if self._bar is None:
+                self._bar = tqdm(desc=title, unit="file", total=total, smoothing=0.05)
+            self._bar.update(done - self._bar.n)
+
+        def in_log(done: int, total: int) -> None:
+            nonlocal last_line
+            now = time.monotonic()
+            if done < total and now - last_line <= self._SECONDS_BETWEEN_LINES:
+                return
+            last_line = now
+            rate = done / max(now - started, 1e-6)
+            print(
+                f"{title}: {done}/{total} files, {rate:.0f} files/s, "
+                f"{(total - done) / rate:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+        return on_terminal if sys.stderr.isatty() else in_log

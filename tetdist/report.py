@@ -26,8 +26,9 @@ Findings = dict[str, Any]
 def findings(result: Evaluation, decisions: Decisions, operations: Operations) -> Findings:
     """Everything in one dictionary, ready for JSON.
 
-    To be shown it also needs checkpoint, model, step, split, trained_timesteps, reported_timesteps
-    and seed; dropped_timesteps and dropped_events are filled by who drops them.
+    To be shown it also needs checkpoint, model, step, split, trained_timesteps,
+    reported_timesteps and seed, and data_split where the data has one of several.
+    dropped_timesteps and dropped_events are filled by who drops them.
     """
     return {
         **dataclasses.asdict(result),
@@ -60,9 +61,10 @@ def as_text(found: Findings) -> str:
 
 
 def heading(found: Findings) -> str:
+    of_split = f" of the split {found['data_split']}" if "data_split" in found else ""
     return (
         f"{found['checkpoint']}: {found['model']}, step {found['step']}, "
-        f"{found['samples']} samples of {found['split']}"
+        f"{found['samples']} samples of {found['split']}{of_split}"
     )
 
 

@@ -14,10 +14,11 @@ import timm
 import yaml
 
 from tetdist import checkpoint, tracking
-from tetdist.config import RunConfig, SegmentsSection, differences, flatten, parse
+from tetdist.config import ModelSection, RunConfig, SegmentsSection, differences, flatten, parse
 from tetdist.data import index as data_index
 from tetdist.data.index import Index
 from tetdist.data.pipeline import Batch
+from tetdist.data.splits import recorded_split
 from tetdist.distributed import World
 from tetdist.errors import Stopped, UserError, way_out
 from tetdist.models import SpikingNetwork
@@ -75,6 +76,27 @@ def open_split(config: RunConfig, split: str, world: World) -> Index:
     return index
 
 
+def create_model(section: ModelSection, num_classes: int, timesteps: int) -> SpikingNetwork:
+    """The configured model, initialised.
+
+    Raises:
+        UserError: ``model.arguments`` does not suit it.
+    """
+    try:
+        model: SpikingNetwork = timm.create_model(
+            section.name,
+            num_classes=num_classes,
+            timesteps=timesteps,
+            neuron=section.neuron.model_dump(),
+            **section.arguments,
+        )
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"model.arguments: {section.name} cannot be built with {section.arguments} ({error})"
+        ) from error
+    return model
+
+
 def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
     """The configured model for the data of ``index``, at the first phase's T, initialised.
 
@@ -84,18 +106,9 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
     section = config.model
     is_events = config.data.kind == "events"
     image_size = int(index.heights[0]) if is_events else config.data.image_size
-    try:
-        model: SpikingNetwork = timm.create_model(
-            section.name,
-            num_classes=section.num_classes or len(index.classes),
-            timesteps=config.phases[0].timesteps,
-            neuron=section.neuron.model_dump(),
-            **section.arguments,
-        )
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise UserError(
-            f"model.arguments: {section.name} cannot be built with {section.arguments} ({error})"
-        ) from error
+    model = create_model(
+        section, section.num_classes or len(index.classes), config.phases[0].timesteps
+    )
     if model.input_size not in (None, image_size):
         raise UserError(
             f"{section.name} is built for {model.input_size}x{model.input_size} pixels and the "
@@ -113,6 +126,10 @@ class RunFolder:
 
     Opened by every process of the run, written by rank 0, which holds it locked.
 
+    Attributes:
+        data_split: Name of the split that the data is, where it says so: one of several that
+            published figures of this data set are of.
+
     Raises:
         UserError: The folder is of another run, in use, or not what ``resume`` asks for.
     """
@@ -121,6 +138,7 @@ class RunFolder:
         self.config, self.world, self.index = config, world, index
         self.path = config.run_dir
         self.checkpoints = self.path / "checkpoints"
+        self.data_split = recorded_split(config.data.root)
         # Of a launcher that starts the run again after some signals: further tags for MLflow, and
         # whether this is such a stop.
         self.launcher_tags: Mapping[str, str] = {}
@@ -289,6 +307,7 @@ class RunFolder:
             "world_size": str(self.world.world_size),
             "run_dir": str(self.path.resolve()),
             "data": self.index.fingerprint[:16],
+            **({"data_split": self.data_split} if self.data_split else {}),
             **self.launcher_tags,
         } | {f"version.{name}": version for name, version in tracking.versions().items()}
 

@@ -381,6 +381,8 @@ class Trainer:
             "firing_rate": result.firing_rate,
             "seconds": time.monotonic() - started,
         }
+        if self.folder.data_split:
+            values["data_split"] = self.folder.data_split
         self._log("val", values)
         self.progress.report_evaluation(self.step, values)
         self._save(best=is_best, validation={"top1": result.top1, "top5": result.top5})
@@ -451,7 +453,7 @@ class Trainer:
             for change in differences({"model": theirs}, {"model": ours}):
                 if not change.startswith("model.num_classes"):
                     logger.warning("init_checkpoint is of another network: %s", change)
-            if description["classes"] != list(self.train_index.classes):
+            if description["classes"] not in (None, list(self.train_index.classes)):
                 logger.warning("init_checkpoint knows other classes than the data has")
             logger.info(
                 "beginning with the weights of %s (step %s, T=%s)",

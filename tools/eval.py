@@ -149,6 +149,7 @@ def fail(text: str, status: int = 2) -> int:
 
 def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist import checkpoint
+    from tetdist.data.splits import recorded_split
     from tetdist.distributed import join
     from tetdist.precision import parameter_type
     from tetdist.run import make_model, open_split
@@ -162,7 +163,9 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         )
         config = world.together(lambda: evaluation_config(description["config"], options))
         index = world.together(lambda: open_split(config, options.split, world))
-        world.together(lambda: check_classes(description["classes"], index.classes, options))
+        world.together(
+            lambda: check_classes(description["classes"], config, index.classes, options)
+        )
         wanted = options.timesteps or list(range(1, description["timesteps"] + 1))
         world.together(lambda: check_options(options, wanted, index))
         model = world.together(lambda: make_model(config, index))
@@ -172,11 +175,13 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         # T also gives the result at all smaller ones.
         model.set_timesteps(wanted[-1])
         passes = Passes(model, config, index, world, watch)
+        data_split = recorded_split(config.data.root)
         about = {
             "checkpoint": str(options.checkpoint),
             "model": description["config"]["model"]["name"],
             "step": description["step"],
             "split": options.split,
+            **({"data_split": data_split} if data_split else {}),
             "trained_timesteps": description["timesteps"],
             "reported_timesteps": wanted,
             "seed": options.seed,
@@ -322,10 +327,21 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
 
 
 def check_classes(
-    trained: list[str], present: tuple[str, ...], options: argparse.Namespace
+    trained: list[str] | None,
+    config: "RunConfig",
+    present: tuple[str, ...],
+    options: argparse.Namespace,
 ) -> None:
     from tetdist.errors import UserError
 
+    if trained is None:
+        # Converted from a file that does not name them.
+        if config.model.num_classes != len(present):
+            raise UserError(
+                f"the data has {len(present)} classes and {options.checkpoint} knows "
+                f"{config.model.num_classes}; give the data set of its training with --data"
+            )
+        return
     if list(present) == trained:
         return
     extra, missing = sorted(set(present) - set(trained)), sorted(set(trained) - set(present))

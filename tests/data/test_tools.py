@@ -1,7 +1,6 @@
 """tools/images.py and tools/digits.py, as a user runs them."""
 
 import fcntl
-import importlib.util
 import os
 import pty
 import shutil
@@ -33,24 +32,6 @@ def run(tool, *arguments, cwd, **options):
         check=False,
         **options,
     )
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs a tool in this process, which saves the seconds of its imports: status and output."""
-
-    def run_main(tool, *arguments):
-        spec = importlib.util.spec_from_file_location("tool", TOOLS / tool)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
-        try:
-            status = module.main()
-        except SystemExit as e:
-            status = e.code
-        return status, "".join(capsys.readouterr())
-
-    return run_main
 
 
 def test_a_good_data_set_is_indexed(image_root, tmp_path):

@@ -1,6 +1,7 @@
 """Spiking networks, registered with timm: ``timm.create_model("sew_resnet34", timesteps=4)``."""
 
 import inspect
+from collections.abc import Mapping
 
 import timm
 
@@ -21,10 +22,18 @@ MODEL_MODULES = tuple(_CLASSES)
 
 def arguments_of(name: str) -> list[str]:
     """The arguments that a registered model leaves open, besides classes, T, neuron and input."""
-    module = timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1]
-    parameters = inspect.signature(_CLASSES[module].__init__).parameters
     fixed = {"self", "block", "layers", "neuron", "num_classes", "timesteps", "in_chans"}
-    return [parameter for parameter in parameters if parameter not in fixed]
+    return [parameter for parameter in _parameters(name) if parameter not in fixed]
+
+
+def default_timesteps(name: str) -> int:
+    """T of a registered model where nobody says another."""
+    return int(_parameters(name)["timesteps"].default)
+
+
+def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
+    module = timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1]
+    return inspect.signature(_CLASSES[module].__init__).parameters
 
 
 __all__ = ["VGGSNN", "SEWResNet", "SpikingConvNet", "SpikingNetwork", "SpikingResNet"]

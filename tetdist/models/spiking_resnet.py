@@ -224,7 +224,6 @@ def spiking_resnet19(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
         "stem_width": 64,
         "width": 128,
         "hidden_features": 256,
-        "num_classes": 10,
     }
     return base.build(
         SpikingResNet,

@@ -1,0 +1,212 @@
+"""Which recordings a folder holds: their classes, their order, and the split they came with."""
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tetdist.errors import UserError
+
+Part = Literal["train", "val"]
+
+# Folders that say which part of the published split their recordings are of, in lower case.
+_PARTS: dict[str, Part] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "val",
+    "testing": "val",
+}
+_LABELS = "_labels.csv"
+_TRIALS: dict[Part, str] = {"train": "trials_to_train.txt", "val": "trials_to_test.txt"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What becomes one tensor: a recording, or a labelled stretch of one.
+
+    Attributes:
+        class_name: its class.
+        name: of the tensor, without suffix; unique within the class.
+        window: microseconds where it begins and ends; None for the whole recording.
+    """
+
+    class_name: str
+    name: str
+    window: tuple[int, int] | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.class_name}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file with a recording.
+
+    Attributes:
+        path: relative to the folder, with slashes.
+        pieces: what is made of it.
+        part: of the published split, where there is one.
+        problem: why it cannot be used, where the listing already shows it.
+    """
+
+    path: str
+    pieces: tuple[Piece, ...]
+    part: Part | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder holds.
+
+    Attributes:
+        sources: in order: by part, class and then by name, numbers in names by their value.
+        passed_over: files with a recording's suffix in no class.
+    """
+
+    sources: tuple[Source, ...]
+    passed_over: tuple[str, ...]
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sorts names by the numbers in them: cutter_2 before cutter_10."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts if part]
+
+
+def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
+    """Recordings of a folder, in one of three layouts.
+
+    CLASS/FILE; PART/CLASS/FILE, where a train and a test PART are called as in _PARTS (N-MNIST,
+    N-CARS; other folders, such as index/, do not count); or FILEs that have a FILE_labels.csv
+    beside them with the columns class, startTime_usec, endTime_usec (DVS128 Gesture; its
+    trials_to_train.txt and trials_to_test.txt are the published split).
+
+    Args:
+        root: the folder.
+        suffixes: of files that count, in lower case.
+
+    Raises:
+        UserError: if the folder is missing, holds no recordings, or fewer than two classes, or two
+            of its recordings would get the same name.
+    """
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}")
+    loose = _files(root, suffixes)
+    if any(root.glob(f"*{_LABELS}")):
+        sources, loose = _labelled(root, loose), []
+    else:
+        folders = _folders(root)
+        parts = {folder.name: _PARTS.get(folder.name.lower()) for folder in folders}
+        if {"train", "val"} <= set(parts.values()):
+            sources = [
+                source
+                for folder in folders
+                if parts[folder.name]
+                for source in _classes(root, folder, suffixes, parts[folder.name])
+            ]
+        else:
+            sources = _classes(root, root, suffixes, None)
+    _check(root, sources, suffixes)
+    return Listing(tuple(sources), tuple(file.name for file in loose))
+
+
+def _folders(folder: Path) -> list[Path]:
+    found = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    return sorted(found, key=lambda path: natural_key(path.name))
+
+
+def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    found = [
+        path
+        for path in folder.iterdir()
+        if path.name[0] != "." and path.suffix.lower() in suffixes and not path.is_dir()
+    ]
+    return sorted(found, key=lambda path: natural_key(path.name))
+
+
+def _classes(root: Path, folder: Path, suffixes: Sequence[str], part: Part | None) -> list[Source]:
+    sources = []
+    for class_folder in _folders(folder):
+        inner = _folders(class_folder)
+        if inner:
+            raise UserError(
+                f"{class_folder} holds a folder, {inner[0].name!r}: recordings must lie in"
+                " CLASS/FILE or in train/CLASS/FILE and test/CLASS/FILE"
+            )
+        for file in _files(class_folder, suffixes):
+            # In both parts there may be a recording of the same name.
+            name = file.stem if part is None else f"{folder.name}-{file.stem}"
+            piece = Piece(class_folder.name, name)
+            sources.append(Source(file.relative_to(root).as_posix(), (piece,), part))
+    return sources
+
+
+def _labelled(root: Path, files: list[Path]) -> list[Source]:
+    parts = _listed_parts(root)
+    sources = []
+    for file in files:
+        labels = file.with_name(f"{file.stem}{_LABELS}")
+        pieces: tuple[Piece, ...] = ()
+        problem = None
+        if not labels.is_file():
+            problem = f"its labels are missing: there is no {labels.name}"
+        else:
+            try:
+                pieces = _read_labels(labels, file.stem)
+            except (OSError, ValueError, KeyError, csv.Error) as e:
+                problem = f"{labels.name} is damaged: {e!r}"
+        if parts and file.name not in parts and problem is None:
+            problem = f"it is in neither {' nor '.join(_TRIALS.values())}"
+        sources.append(Source(file.name, pieces, parts.get(file.name), problem))
+    return sources
+
+
+def _read_labels(file: Path, stem: str) -> tuple[Piece, ...]:
+    pieces = []
+    with file.open(newline="", encoding="utf-8") as stream:
+        for number, row in enumerate(csv.DictReader(stream)):
+            start, end = int(row["startTime_usec"]), int(row["endTime_usec"])
+            if start >= end:
+                raise ValueError(f"gesture {number} ends at {end} us, before its start {start}")
+            pieces.append(Piece(str(int(row["class"])), f"{stem}-{number}", (start, end)))
+    if not pieces:
+        raise ValueError("it has no rows")
+    return tuple(pieces)
+
+
+def _listed_parts(root: Path) -> dict[str, Part]:
+    """Part of each file that the lists of the published split name; empty without the lists."""
+    lists = {part: root / name for part, name in _TRIALS.items()}
+    if not all(file.is_file() for file in lists.values()):
+        return {}
+    return {
+        name.strip(): part
+        for part, file in lists.items()
+        for name in file.read_text(encoding="utf-8").splitlines()
+        if name.strip()
+    }
+
+
+def _check(root: Path, sources: Iterable[Source], suffixes: Sequence[str]) -> None:
+    pieces = [piece for source in sources for piece in source.pieces]
+    if not pieces:
+        raise UserError(
+            f"{root} holds no recordings ({', '.join(suffixes)}) in class folders, CLASS/FILE or"
+            " train/CLASS/FILE and test/CLASS/FILE, and none with FILE_labels.csv beside it"
+        )
+    classes = {piece.class_name for piece in pieces}
+    if len(classes) < 2:
+        raise UserError(f"{root} holds only one class, {classes.pop()!r}: two are the least")
+    key, times = Counter(piece.key for piece in pieces).most_common(1)[0]
+    if times > 1:
+        raise UserError(
+            f"{root} holds {times} recordings {key!r} that differ only in their suffix: keep one"
+        )
