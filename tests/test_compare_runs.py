@@ -477,7 +477,10 @@ def test_runs_without_configuration_or_evaluation(run_tool: Tool, tmp_path: Path
     write_lines(tmp_path / "c.jsonl", [])
     status, printed, _ = run_tool(*runs, tmp_path / "c.jsonl")
     assert status == 0
-    assert row(printed, str(tmp_path / "c.jsonl"))[1:] == ["-"] * 7
+    each, groups = printed.split("group", 1)
+    assert row(each, str(tmp_path / "c.jsonl"))[1:] == ["-"] * 7
+    assert row(groups, str(tmp_path / "c.jsonl"))[1:] == ["1", "-", "-", "-"]
+    assert row(groups, "the same but for the seed")[6:] == ["2", *["50.00", "+-", "0.00"] * 2, "-"]
 
 
 def test_figure_of_several_runs(run_tool: Tool, series: list[Path], tmp_path: Path) -> None:

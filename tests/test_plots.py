@@ -144,15 +144,12 @@ def test_membranes_are_coloured_by_whether_they_fire(tmp_path: Path) -> None:
     def colours(shares: list[float], fires: float) -> tuple[int, int]:
         found = Membranes(edges, {"layer": shares}, {"layer": fires})
         plots.membranes(found, "title", tmp_path / "m.png")
-        blend = ["#{:02X}{:02X}{:02X}"] * 2
-        for i, colour in enumerate((plots.TRAIN, plots.VALIDATION)):
-            parts = bytes.fromhex(colour[1:])
-            blend[i] = blend[i].format(*(round(0.75 * c + 0.25 * 255) for c in parts))
-        return pixels(tmp_path / "m.png", blend[0]), pixels(tmp_path / "m.png", blend[1])
+        return pixels(tmp_path / "m.png", plots.TRAIN), pixels(tmp_path / "m.png", plots.VALIDATION)
 
     silent, firing = colours([0.5, 0.5, 0.0], 0.0), colours([0.0, 0.5, 0.5], 0.5)
     assert silent[0] > 1.5 * firing[0] > 1000
-    assert silent[1] == 0 < 1000 < firing[1]
+    assert silent[1] < 500  # the number beside it
+    assert firing[1] > 5000
 
 
 def test_inputs_are_shown_as_they_are(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ class TrackingSection(Section):
     experiment: str = "tetdist"
     log_checkpoint: Literal["none", "last", "best"] = "none"
     """Copy this checkpoint's model.safetensors to MLflow when the run is finished."""
-    register: str | None = None
+    register_: str | None = Field(default=None, alias="register")
     """Name of a model in MLflow's registry that gets the logged checkpoint as its next version."""
 
 
@@ -544,9 +544,9 @@ def _check(config: RunConfig) -> None:
             "the centre crop would not fit"
         )
     _check_precision_and_engine(config)
-    if config.tracking.register is not None and config.tracking.log_checkpoint == "none":
+    if config.tracking.register_ is not None and config.tracking.log_checkpoint == "none":
         raise UserError(
-            f"tracking.register: {config.tracking.register!r} needs a checkpoint that MLflow has; "
+            f"tracking.register: {config.tracking.register_!r} needs a checkpoint that MLflow has; "
             "set tracking.log_checkpoint=best or last with it"
         )
     if config.start_phase >= len(config.phases):
@@ -614,7 +614,7 @@ def _warn_without_effect(config: RunConfig) -> None:
         if phase.optimizer.weight_decay == 0:
             unread(phase.optimizer, prefix, ("decay_norms",), "weight_decay=0")
     if not config.tracking.mlflow:
-        of_mlflow = ("uri", "experiment", "log_checkpoint", "register")
+        of_mlflow = ("uri", "experiment", "log_checkpoint", "register_")
         unread(config.tracking, "tracking.", of_mlflow, "tracking.mlflow=false")
     for sentence in ignored:
         logger.warning("%s", sentence)

@@ -33,7 +33,7 @@ class RunRecord:
         return {
             "run": self.name,
             "step": max((line["step"] for line in self.lines), default=None),
-            "epoch": max((line["epoch"] for line in train + val), default=None),
+            "epoch": max((x["epoch"] for x in train + val if "epoch" in x), default=None),
             "top1": last_val.get("top1"),
             "best_top1": best.get("top1"),
             "best_epoch": best.get("epoch"),
@@ -72,7 +72,9 @@ def group(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
         )
         groups.setdefault(what, []).append(record)
     return {
-        (members[0].name if len(members) == 1 else ", ".join(what) or "all runs"): members
+        (
+            members[0].name if len(members) == 1 else ", ".join(what) or "the same but for the seed"
+        ): members
         for what, members in groups.items()
     }
 

@@ -223,9 +223,7 @@ def membranes(found: "Membranes", title: str, out: Path) -> None:
         ):
             edges = found.edges[part.start : part.stop + 1]
             heights = [*tops[part], tops[part][-1]]
-            axis.fill_between(
-                edges, heights, floor, step="post", color=colour, alpha=0.75, linewidth=0
-            )
+            axis.fill_between(edges, heights, floor, step="post", color=colour, linewidth=0)
         axis.axhline(floor, color="#BBBBBB", linewidth=0.6)
         axis.text(
             found.edges[-1],

@@ -242,7 +242,7 @@ class RunFolder:
 
     def _log_checkpoint(self, tracker: tracking.Tracker) -> None:
         """Give MLflow the checkpoint of a finished run, where that was asked for."""
-        which, name = self.config.tracking.log_checkpoint, self.config.tracking.register
+        which, name = self.config.tracking.log_checkpoint, self.config.tracking.register_
         pointer = self.checkpoints / which
         if which == "none" or not pointer.is_file():
             return
