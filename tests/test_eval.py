@@ -430,7 +430,7 @@ def test_bad_data(run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path) ->
         ("--checkpoint", "x", "--timesteps", "0"),
         ("--checkpoint", "x", "--timesteps", "a,b"),
         ("--checkpoint", "x", "--timesteps", ""),
-        ("--checkpoint", "x", "--timesteps", "3-1"),
+        ("--checkpoint", "x", "--timesteps", "3-1,2"),
         ("--checkpoint", "x", "--timesteps", "1-"),
         ("--checkpoint", "x", "--drop-timesteps", "2"),
         ("--checkpoint", "x", "--drop-events", "half"),

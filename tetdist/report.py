@@ -1,19 +1,17 @@
-"""What tools/eval.py found, as text, JSON, and a page to look at.
+"""What tools/eval.py found, as text and as a page to look at.
 
-All three come from the same dictionary, which `findings` makes and JSON holds.
+All come from the same dictionary, which JSON holds: what `findings.find` found, after checkpoint,
+model, step, split, trained_timesteps, reported_timesteps and seed, and data_split where the data
+has one of several.
 """
 
 import base64
-import dataclasses
 import html
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tetdist import plots
-from tetdist.decisions import Decisions
-from tetdist.evaluate import Evaluation
-from tetdist.synops import Operations
 
 # Rows of a table of classes on a terminal; JSON and the page have all.
 SHOWN_CLASSES = 20
@@ -21,25 +19,6 @@ SHOWN_CLASSES = 20
 NUMBERED_CLASSES, NAMED_CLASSES = 20, 50
 
 Findings = dict[str, Any]
-
-
-def findings(result: Evaluation, decisions: Decisions, operations: Operations) -> Findings:
-    """Everything in one dictionary, ready for JSON.
-
-    To be shown it also needs checkpoint, model, step, split, trained_timesteps,
-    reported_timesteps and seed, and data_split where the data has one of several.
-    dropped_timesteps and dropped_events are filled by who drops them.
-    """
-    return {
-        **dataclasses.asdict(result),
-        "early_exit": decisions.early_exit(),
-        "classes": decisions.classes,
-        "confusion": decisions.confusion,
-        "per_class": decisions.per_class(),
-        "operations": operations.as_dict(),
-        "dropped_timesteps": [],
-        "dropped_events": [],
-    }
 
 
 # --- on a terminal --------------------------------------------------------------------------------

@@ -13,9 +13,6 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +24,6 @@ HANGS_AFTER = 600  # seconds without progress of one of several processes
 if TYPE_CHECKING:
     from tetdist.config import RunConfig
     from tetdist.data.index import Index
-    from tetdist.data.pipeline import Batch
-    from tetdist.decisions import DecisionCounts
-    from tetdist.distributed import World
-    from tetdist.evaluate import Evaluation
-    from tetdist.models import SpikingNetwork
-    from tetdist.watch import Watch
 
 
 def timesteps_list(text: str) -> list[int]:
@@ -42,9 +33,10 @@ def timesteps_list(text: str) -> list[int]:
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 1,2,4 or 1-8")
-        values.update(range(int(first), int(last if dash else first) + 1))
-    if not values or min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: the least is 1, and a range must rise")
+        low, high = int(first), int(last or first)
+        if not 1 <= low <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: the least is 1, and a range must rise")
+        values.update(range(low, high + 1))
     return sorted(values)
 
 
@@ -151,6 +143,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist import checkpoint
     from tetdist.data.splits import recorded_split
     from tetdist.distributed import join
+    from tetdist.findings import Passes, find
     from tetdist.precision import parameter_type
     from tetdist.run import make_model, open_split
     from tetdist.watch import Watch
@@ -174,7 +167,6 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         # The network is causal and at rest when a sample begins, so that one pass at the largest
         # T also gives the result at all smaller ones.
         model.set_timesteps(wanted[-1])
-        passes = Passes(model, config, index, world, watch)
         data_split = recorded_split(config.data.root)
         about = {
             "checkpoint": str(options.checkpoint),
@@ -186,7 +178,12 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
             "reported_timesteps": wanted,
             "seed": options.seed,
         }
-        found = about | examine(passes, options)
+        found = about | find(
+            Passes(model, config, index, world, lambda: watch.progress("the evaluation")),
+            drop_timesteps=options.drop_timesteps,
+            drop_events=options.drop_events,
+            seed=options.seed,
+        )
         world.together(lambda: show(found, options) if world.rank == 0 else None)
     return 0
 
@@ -205,82 +202,6 @@ def check_options(options: argparse.Namespace, wanted: list[int], index: "Index"
         )
     if options.report:
         plots.new_figure(1, 1)  # says if matplotlib is missing
-
-
-@dataclass(frozen=True)
-class Passes:
-    """What every pass over the split takes."""
-
-    model: "SpikingNetwork"
-    config: "RunConfig"
-    index: "Index"
-    world: "World"
-    watch: "Watch"
-
-    def run(
-        self,
-        title: str,
-        change: "Callable[[Iterable[Batch]], Iterable[Batch]]" = lambda batches: batches,
-        decisions: "DecisionCounts | None" = None,
-    ) -> "Evaluation":
-        """Evaluate the split once, each batch changed and its decisions counted."""
-        from tetdist.data.loaders import eval_loader
-        from tetdist.evaluate import evaluate
-        from tetdist.progress import sample_bar
-
-        bar = sample_bar(len(self.index), title, silent=self.world.rank != 0)
-
-        def progress(count: int) -> None:
-            bar.update(count * self.world.world_size)
-            self.watch.progress("the evaluation")
-
-        with bar, eval_loader(self.config, self.index, self.world) as batches:
-            return evaluate(
-                self.model,
-                change(batches),
-                len(self.index),
-                self.world,
-                precision=self.config.precision,
-                progress=progress,
-                **({"also": decisions.add} if decisions else {}),
-            )
-
-
-def examine(passes: Passes, options: argparse.Namespace) -> dict[str, Any]:
-    """The evaluation as it is, and then with what is dropped."""
-    from tetdist.decisions import DecisionCounts
-    from tetdist.report import findings
-    from tetdist.robustness import taking_frames, without_events, without_timesteps
-    from tetdist.synops import counting_operations
-
-    model, world, timesteps = passes.model, passes.world, passes.model.timesteps
-    counts = DecisionCounts(list(passes.index.classes), model.num_classes, timesteps, world.device)
-    with counting_operations(model) as operations:
-        result = passes.run("evaluate", decisions=counts)
-    found = findings(result, counts.total(world), operations.total(world, result.samples))
-    for share in options.drop_timesteps:
-        with taking_frames(model):
-            dropped = passes.run(
-                f"without {share:g} of timesteps",
-                partial(without_timesteps, share=share, timesteps=timesteps, seed=options.seed),
-            )
-        found["dropped_timesteps"].append(robustness(share, dropped))
-    for share in options.drop_events:
-        dropped = passes.run(
-            f"without {share:g} of events",
-            partial(without_events, share=share, seed=options.seed),
-        )
-        found["dropped_events"].append(robustness(share, dropped))
-    return found
-
-
-def robustness(share: float, result: "Evaluation") -> dict[str, Any]:
-    return {
-        "share": share,
-        "top1": result.top1,
-        "loss": result.loss,
-        "per_timestep_top1": result.per_timestep_top1,
-    }
 
 
 def show(found: dict[str, Any], options: argparse.Namespace) -> None:
