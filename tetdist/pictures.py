@@ -1,6 +1,8 @@
 """The pictures that a run makes of itself while it trains: drawn on rank 0, never in its way."""
 
 import logging
+import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,10 @@ logger = logging.getLogger(__name__)
 # Of one batch: enough to see, and seconds for a large network on a CPU.
 SHOWN_IMAGES, SHOWN_EVENTS, SHOWN_TIMESTEPS, LOOKED_AT = 32, 6, 10, 16
 
+# Seconds from one drawing to the next, which takes half a second: less than evaluations of a small
+# network are apart.
+DRAW_EVERY = 20.0
+
 
 class Pictures:
     """The files in ``runs/NAME/plots``.
@@ -38,6 +44,7 @@ class Pictures:
         self.config, self.classes, self.tracker = config, classes, tracker
         self.folder = config.run_dir / "plots"
         self._firing = FiringWatch()
+        self._drawn = -math.inf
         self._has_inputs = (self.folder / "inputs.png").exists()
 
     def inputs(self, batch: Batch) -> None:
@@ -57,17 +64,20 @@ class Pictures:
         self._draw("inputs.png", lambda out: plots.inputs(pictures, labels, title, out))
 
     def after_evaluation(
-        self, model: SpikingNetwork, images: Tensor, values: Mapping[str, Any]
+        self, model: SpikingNetwork, images: Tensor, values: Mapping[str, Any], *, last: bool
     ) -> None:
-        """Draw curves, firing rates and membranes, and name layers that died or saturated.
+        """Name layers that died or saturated; now and then draw curves, firing rates, membranes.
 
         Args:
             model: The network.
             images: A batch of the evaluation, on the model's device.
             values: The evaluation's line of metrics, which is in the file.
+            last: Whether it is the run's last one, which is always drawn.
         """
         for sentence in self._firing.changes(values["firing_rate"]):
             logger.warning("epoch %g: %s", values["epoch"], sentence)
+        if not last and time.monotonic() - self._drawn < DRAW_EVERY:
+            return
         metrics = self.tracker.path
         self._draw("learning_curves.png", lambda out: plots.learning_curves(metrics, out))
         self._draw("firing_rates.png", lambda out: plots.firing_rates(metrics, out))
@@ -76,6 +86,7 @@ class Pictures:
             precision = self.config.precision
             found = membrane_distribution(model, images[:LOOKED_AT], precision)
             self._draw("membranes.png", lambda out: plots.membranes(found, title, out))
+        self._drawn = time.monotonic()
 
     def _draw(self, name: str, draw: Callable[[Path], None]) -> None:
         plot = self.folder / name

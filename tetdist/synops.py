@@ -145,8 +145,9 @@ class OperationCounts:
             sums[PRESENTATIONS] += presentations
             sums[PRESENTED_SYNAPSES] += presentations * inputs_a_position * fan_out.sum()
             sums[CARRIED] += carried.sum()
-            sums[NOT_WHOLE] += _has_other_than_multiples(x, 1)
-            sums[NOT_QUARTERS] += _has_other_than_multiples(x, 4)
+            if _has_other_than_multiples(x, 1):
+                sums[NOT_WHOLE] += 1
+                sums[NOT_QUARTERS] += _has_other_than_multiples(x, 4)
 
         return count
 
@@ -194,14 +195,17 @@ def _layer(sums: list[float], samples: int) -> LayerOperations:
 
 def _over_positions(x: Tensor) -> Tensor:
     """Sums of (T, B, C, H, W) over all but positions, (H, W)."""
-    return x.sum((0, 1, 2), dtype=torch.promote_types(x.dtype, torch.float32)).double()
+    # In the order of memory, where the channels are the last.
+    rows = x.permute(0, 1, 3, 4, 2).flatten(0, 1)
+    of_channels = rows.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    return of_channels.double().sum(-1)
 
 
 def _over_all(x: Tensor) -> Tensor:
     return x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).double()
 
 
-def _has_other_than_multiples(x: Tensor, levels: int) -> Tensor:
-    """Whether some value is no whole multiple of 1 / levels from 0 on, () bool."""
-    scaled = x * levels
-    return ((scaled != scaled.round()) | (scaled < 0)).any()
+def _has_other_than_multiples(x: Tensor, levels: int) -> bool:
+    """Whether some value is no whole multiple of 1 / levels from 0 on."""
+    scaled = x if levels == 1 else x * levels
+    return not torch.equal(scaled, scaled.round().abs())

@@ -387,7 +387,12 @@ class Trainer:
         self.progress.report_evaluation(self.step, values)
         self._save(best=is_best, validation={"top1": result.top1, "top5": result.top5})
         if self.pictures:
-            self.pictures.after_evaluation(self.model, self._on_device(first.images), values)
+            self.pictures.after_evaluation(
+                self.model,
+                self._on_device(first.images),
+                values,
+                last=self.step == self.last_step,
+            )
 
     def _log(self, kind: str, values: dict[str, Any]) -> None:
         if self.tracker:
