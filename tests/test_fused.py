@@ -291,7 +291,7 @@ def test_a_library_is_built_once_and_survives_processes_that_build_it_at_once(
         "from tetdist import native, neurons\n"
         "assert native.passes(neurons.NeuronConfig()) is not None"
     )
-    environment = os.environ | {
+    environment = {key: value for key, value in os.environ.items() if key != "CXX"} | {
         "XDG_CACHE_HOME": str(tmp_path),
         "PYTHONPATH": str(Path(tetdist.__file__).parents[1]),
     }
@@ -305,11 +305,27 @@ def test_a_library_is_built_once_and_survives_processes_that_build_it_at_once(
     for process in both:
         said = process.communicate(timeout=120)[1]
         assert process.returncode == 0, said
-    assert [path.suffix for path in (tmp_path / "tetdist").iterdir()] == [".so"]
-    third = start()
-    said = third.communicate(timeout=120)[1]
-    assert third.returncode == 0, said
-    assert "compiling" not in said
+    (library,) = (tmp_path / "tetdist").iterdir()
+    assert library.suffix == ".so"
+
+    def said_by_another() -> str:
+        process = start()
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, said
+        return said
+
+    assert said_by_another() == ""
+    # A machine without a compiler, too.
+    environment["CXX"] = str(tmp_path / "no-such-compiler")
+    assert said_by_another() == ""
+    # To load what a full disk or a power cut left of it would be a crash.
+    del environment["CXX"]
+    os.truncate(library, 1000)
+    said = said_by_another()
+    assert f"{library} is damaged and is built again" in said
+    assert "compiling" in said
+    environment["CXX"] = "env g++"
+    assert "compiling" in said_by_another()
 
 
 # ----------------------------------------------------- compiled passes: every option at least once
@@ -561,6 +577,7 @@ def test_without_a_compiler_a_model_trains_and_says_so_once(tmp_path: Path) -> N
         "PATH": str(tmp_path / "bin"),
         "CXX": str(tmp_path / "no-such-compiler"),
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "XDG_CACHE_HOME": str(tmp_path / "kernels"),
         "PYTHONPATH": str(Path(tetdist.__file__).parents[1]),
     }
     done = subprocess.run(

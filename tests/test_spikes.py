@@ -4,11 +4,13 @@ import contextlib
 import os
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from passes import not_native
 from torch import Tensor, nn
 
+import tetdist.models  # noqa: F401  # registers them
 from tetdist import native, spikes
 from tetdist.precision import autocast
 
@@ -178,3 +180,33 @@ def test_bfloat16_convolution_of_one_pixel(stride: int) -> None:
         gradients.append(conv.weight.grad.clone())
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_total_is_exact(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 9, (3, 5, 64, 20, 21), generator=generator).to(dtype) / 4
+    for laid_out in (x, x.transpose(2, 4), x[..., ::2], x[:, 1:], x[:1].expand(3, -1, -1, -1, -1)):
+        total = native.total(laid_out)
+        assert total.dtype == torch.float64
+        assert total.item() == laid_out.double().sum().item()
+    assert native.total(x[:0]).item() == 0
+
+
+def test_inference_mode_is_no_grad() -> None:
+    model = timm.create_model("sew_resnet18", timesteps=2, num_classes=5).eval()
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for execution in ("fused", "reference"):
+        model.set_execution(execution)
+        with torch.no_grad():
+            expected = model(x)
+        with torch.inference_mode():
+            assert torch.equal(model(x), expected)
+
+
+def test_gradient_of_a_gradient_is_refused() -> None:
+    model = timm.create_model("spiking_convnet", channels=(4, 8), input_size=8, timesteps=2)
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

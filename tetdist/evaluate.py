@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tetdist import native
 from tetdist.data.pipeline import Batch
 from tetdist.distributed import World
 from tetdist.fused import NormNeuron
@@ -154,9 +155,8 @@ class _FiringRates:
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def count(_module: nn.Module, _inputs: Any, spikes: Tensor) -> None:
-            spike_count = spikes.sum(dtype=torch.float32).double()
             sums = self.sums[name] = self.sums[name].to(spikes.device)
-            sums[0] += spike_count
+            sums[0] += native.total(spikes)
             sums[1] += spikes.numel()
 
         return count

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tetdist import native, neurons
 from tetdist.neurons import SURROGATES, NeuronConfig
@@ -211,6 +212,7 @@ class _FusedNormNeuron(torch.autograd.Function):
         return spikes, packed, end
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         x, shortcut, membrane, *affine = ctx.saved_tensors
         affine, of_shortcut = affine[:4], affine[4:]
@@ -500,7 +502,19 @@ def _compiler_works(device_type: str, config: NeuronConfig) -> bool:
     """Whether there are kernels for the device, or can be; says so once where there cannot."""
     if device_type == "cpu" and native.passes(config) is not None:
         return True
-    return _torch_compile_works(device_type)
+    works = _torch_compile_works(device_type)
+    if works and device_type == "cpu":
+        _say_that_it_is_slower()
+    return works
+
+
+@functools.cache
+def _say_that_it_is_slower() -> None:
+    logger.warning(
+        "the C++ kernels cannot be built or loaded here (%s): torch.compile's are used, which are "
+        "slower to begin and to run",
+        native.failures.get("neuron", "for a reason unknown"),
+    )
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tetdist import normalization, spikes
 from tetdist.fused import NormNeuron, carrying_membranes
@@ -114,6 +115,7 @@ class _Recomputed(torch.autograd.Function):
         return block.run_all(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         block: Block = ctx.block
         (values,) = ctx.saved_tensors

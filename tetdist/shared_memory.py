@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FOLDER = Path("/dev/shm")
 CHUNK_BYTES = 2 * 2**20
-# Containers often have no more than 64 MiB of it.
-_LARGEST_FILE = 32 * 2**20
+_LARGEST_FILE = 64 * 2**20
+_TOKEN = 16  # bytes
 
 
 class SharedMemory:
@@ -31,11 +30,10 @@ class SharedMemory:
             written while the others still read the last.
     """
 
-    def __init__(self, file: Path, rank: int, world_size: int) -> None:
+    def __init__(self, path: str, rank: int, world_size: int) -> None:
         self.rank = rank
         shape = (2, world_size, _chunk_bytes(world_size))
-        size = math.prod(shape)
-        memory = torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8)
+        memory = torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.uint8)
         self.chunks = memory.view(shape)
 
     def mean_(self, tensors: list[Tensor], wait_for_all: Callable[[], object]) -> None:
@@ -52,7 +50,7 @@ class SharedMemory:
     def _mean_of_type(self, tensors: list[Tensor], wait_for_all: Callable[[], object]) -> None:
         buffers = self.chunks.view(tensors[0].dtype)
         steps = list(_chunked(map(_in_memory_order, tensors), buffers.shape[-1]))
-        self._write(buffers[0], steps[0])
+        self._write(buffers[0], steps[0] if steps else [])
         for k, (pieces, following) in enumerate(pairwise([*steps, []])):
             wait_for_all()
             # Whoever comes here has read what these buffers held before the last one.
@@ -82,33 +80,38 @@ def share(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> Sha
         world_size: Number of processes.
         gather: Gives every process's value, by rank, to every process.
     """
-    name = gather(f"tetdist-{secrets.token_hex(16)}")[0]
-    file = FOLDER / name
+    # The file has no name in any folder, so nothing is left when the processes are killed.
+    token = secrets.token_bytes(_TOKEN)
+    handle = _reserve(token, world_size) if rank == 0 else None
     try:
-        made = _reserve(file, world_size) if rank == 0 else True
-        if not all(gather(made)):
-            return None
-        # Another host has none of that name.
-        memory = SharedMemory(file, rank, world_size) if file.is_file() else None
+        path, token = gather((f"/proc/{os.getpid()}/fd/{handle}", token))[0]
+        memory = SharedMemory(path, rank, world_size) if _begins_with(path, token) else None
         everywhere = all(gather(memory is not None))
     finally:
-        # No process needs the name any more, and so nothing is left when they are killed.
-        if rank == 0:
-            file.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
     return memory if everywhere else None
 
 
-def _reserve(file: Path, world_size: int) -> bool:
-    """Make the file with all its memory: found missing later it would be a bus error."""
+def _reserve(token: bytes, world_size: int) -> int | None:
+    """A file in memory, all of it there already: found missing later it would be a bus error."""
+    handle = os.memfd_create("tetdist", os.MFD_CLOEXEC)
     try:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        try:
-            os.posix_fallocate(handle, 0, 2 * world_size * _chunk_bytes(world_size))
-        finally:
-            os.close(handle)
+        os.posix_fallocate(handle, 0, 2 * world_size * _chunk_bytes(world_size))
+        os.pwrite(handle, token, 0)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _begins_with(path: str, token: bytes) -> bool:
+    """Whether it is rank 0's file: on another host it is another process's, or there is none."""
+    try:
+        with Path(path).open("r+b", buffering=0) as file:
+            return file.read(len(token)) == token
     except OSError:
         return False
-    return True
 
 
 def _chunk_bytes(world_size: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tetdist import native
 
@@ -68,14 +69,19 @@ def halve(values: Tensor) -> Halved:
 def carry(x: Tensor, packed: Packed) -> Tensor:
     """Note a tensor's packed form on it, for the operations that come next."""
     # With its version: whoever writes into the tensor makes the note invalid.
-    x.packed_spikes = (packed, x._version)  # type: ignore[attr-defined]
+    x.packed_spikes = (packed, _version(x))  # type: ignore[attr-defined]
     return x
 
 
 def carried(x: Tensor) -> Packed | None:
     """The packed form that a tensor carries, if any."""
     packed, version = getattr(x, "packed_spikes", (None, 0))
-    return packed if version == x._version else None
+    return packed if version == _version(x) else None
+
+
+def _version(x: Tensor) -> int:
+    # In inference_mode tensors count no versions.
+    return 0 if x.is_inference() else x._version
 
 
 class Conv2d(nn.Conv2d):
@@ -120,6 +126,7 @@ class _Convolution(torch.autograd.Function):
         return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         values, weight = ctx.saved_tensors
         conv: nn.Conv2d = ctx.conv
@@ -174,6 +181,7 @@ class _MaxPool(torch.autograd.Function):
         return F.max_pool2d(x, pool.kernel_size, pool.stride, pool.padding)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (values,) = ctx.saved_tensors
         grad = grad_outputs[0]
@@ -199,6 +207,7 @@ class _NativeMaxPool(torch.autograd.Function):
         return y, values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (where,) = ctx.saved_tensors
         grad_x = ctx.kernel.backward(grad_outputs[0], where, ctx.shape, ctx.pool)

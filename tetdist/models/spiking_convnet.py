@@ -1,4 +1,4 @@
-"""A small convolutional network for small images and event frames, which trains in minutes on a CPU.
+"""A small convolutional network for small images and event frames: minutes of training on a CPU.
 
 `make quickstart` trains it on digits.
 """
@@ -83,7 +83,12 @@ def spiking_convnet(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
 @register_model
 def spiking_convnet_dvs(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
     """The same for event frames of 34x34 (N-MNIST), 64, 128 and 128 channels."""
-    defaults = {"channels": (32, 64, 128, 128), "input_size": 34, "in_chans": 2, "timesteps": 10}
+    defaults: dict[str, Any] = {
+        "channels": (32, 64, 128, 128),
+        "input_size": 34,
+        "in_chans": 2,
+        "timesteps": 10,
+    }
     kwargs = defaults | kwargs
     return base.build(
         SpikingConvNet, "spiking_convnet_dvs", pretrained, input_kind="events", **kwargs
