@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tetdist import native
 from tetdist.distributed import World
 
 # Energy of a 32-bit floating-point operation in a 45 nm process, in picojoules (Horowitz, ISSCC
@@ -141,7 +142,7 @@ class OperationCounts:
                 carried, inputs_a_position = _over_positions(x) * fan_out, x.shape[2]
             else:
                 fan_out = torch.tensor(float(output.shape[-1]), device=x.device)
-                carried, inputs_a_position = _over_all(x) * fan_out, x.shape[-1]
+                carried, inputs_a_position = native.total(x) * fan_out, x.shape[-1]
             sums[PRESENTATIONS] += presentations
             sums[PRESENTED_SYNAPSES] += presentations * inputs_a_position * fan_out.sum()
             sums[CARRIED] += carried.sum()
@@ -199,10 +200,6 @@ def _over_positions(x: Tensor) -> Tensor:
     rows = x.permute(0, 1, 3, 4, 2).flatten(0, 1)
     of_channels = rows.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
     return of_channels.double().sum(-1)
-
-
-def _over_all(x: Tensor) -> Tensor:
-    return x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).double()
 
 
 def _has_other_than_multiples(x: Tensor, levels: int) -> bool:
