@@ -134,3 +134,18 @@ def test_the_report_is_made_and_goes_on_after_a_stop(tmp_path: Path) -> None:
     after = {file.name: file.stat().st_mtime_ns for file in results.iterdir()}
     assert before.keys() == after.keys()
     assert [name for name in before if before[name] != after[name]] == ["batch-2-fp32.json"]
+
+
+def test_batches_are_timed_against_other_pipelines(tmp_path: Path) -> None:
+    result, out = bench(
+        tmp_path, "data", "--images", 48, "--size", 32, "--batch", 8, "--batches", 2, "--repeats",
+        2, "--epochs", 2,
+    )  # fmt: skip
+    names = [row["name"] for row in result["rows"]]
+    assert names == ["torchvision", "DALI's reader", "tetdist", "decoding alone"]
+    for row in result["rows"]:
+        assert row["fastest"] >= row["images_per_s"] > 0
+        assert row["name"] in out
+    assert result["rows"][0]["of_torchvision"] == result["rows"][1]["of_dali"] == 1
+    assert len(result["memory_mib"]) == 2
+    assert "JPEG" in run(BENCH, "data", "--data", tmp_path, status=1)

@@ -250,6 +250,8 @@ def test_every_key_is_printed_and_explained(capsys: pytest.CaptureFixture[str]) 
         ({"loss.kind": "sdt"}, []),
         ({"loss": {"kind": "sdt", "lambda": 0.1, "phi": 1.0}}, ["loss.lambda", "loss.phi"]),
         ({"data.roll": 3}, ["data.roll"]),
+        ({"data.padding": 2}, ["data.padding"]),
+        ({"data.crop": "padded", "data.scale": ..., "data.ratio": [1.0, 1.0]}, ["data.ratio"]),
         ({"phases.0.optimizer.betas": [0.9, 0.9]}, ["phases.0.optimizer.betas"]),
         (
             {"phases.0.optimizer": {"kind": "adam", "lr": 0.1, "momentum": 0.9}},

@@ -62,3 +62,18 @@ def test_phases_follow_each_other() -> None:
     ]
     assert phases[1].learning_rate(40) == 0.1
     assert phases[1].learning_rate(50) == pytest.approx(0.05)
+
+
+def test_image_sizes_rise_epoch_by_epoch() -> None:
+    def sizes(default: int = 224, **values: Any) -> list[int]:
+        phases = place((section(epochs=2), section(epochs=5, **values)), 10)
+        return [phases[1].image_size(step, default) for step in range(20, 70, 10)]
+
+    assert sizes() == [224] * 5
+    assert sizes(image_size=128) == [128] * 5
+    assert sizes(image_size=128, final_image_size=256) == [128, 160, 192, 224, 256]
+    assert sizes(image_size=100, final_image_size=224) == [100, 128, 160, 192, 224]
+    assert sizes(final_image_size=288) == [224, 224, 256, 256, 288]
+    assert sizes(image_size=16, final_image_size=24) == [16, 16, 16, 16, 24]
+    (phase,) = place((section(epochs=1, image_size=64, final_image_size=96),), 10)
+    assert [phase.image_size(step, 224) for step in (0, 9)] == [64, 64]

@@ -35,6 +35,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "phases": {"phases": TWO_PHASES, "log_every": 4},
     "rare": {"evaluate_every": 2, "log_every": 2, "precision": "bf16"},
     "torch": {"engine": "torch"},
+    "augmented": {
+        "data.crop": "padded",
+        "data.auto_augment": "cifar10",
+        "data.color_jitter": {"brightness": 0.3, "hue": 0.1},
+        "data.cutout": 4,
+        "data.mixup": 0.4,
+        "data.cutmix": 1.0,
+        "loss.label_smoothing": 0.1,
+    },
 }
 
 
@@ -81,6 +90,7 @@ STOPS = [
     ]),
     ("torch", "step", 7, TERM),
     ("torch", "micro", 30, KILL),
+    ("augmented", "micro", 14, KILL),
 ]  # fmt: skip
 
 
@@ -90,6 +100,7 @@ EVERY_DAY = {
     ("default", "evaluate", 8), ("default", "save", 2), ("default", "log", 6),
     ("sparse", "step", 7), ("sparse", "micro", 33), ("phases", "step", 4), ("phases", "step", 5),
     ("phases", "saved", 1), ("phases", "step", 7), ("rare", "step", 7), ("torch", "step", 7),
+    ("augmented", "micro", 14),
 }  # fmt: skip
 
 
@@ -156,7 +167,7 @@ def assert_close_runs(a: Path, b: Path, steps: int = 3) -> None:
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (ours["step"], key)
 
 
-@pytest.mark.parametrize("variant", ["default", "torch"])
+@pytest.mark.parametrize("variant", ["default", "torch", "augmented"])
 def test_two_processes_are_the_run_of_one(
     variant: str,
     farm: Farm,
@@ -399,6 +410,39 @@ def test_it_learns(main: Main, tiny_config: ConfigWriter, tmp_path: Path) -> Non
     assert [line["step"] for line in lines] == list(range(1, 41))
 
 
+GROWING = {
+    "model": {"name": "sew_resnet18"},
+    "data.image_size": 32,
+    "data.resize": ...,
+    "phases.0": {"epochs": 2, "timesteps": 1, "optimizer": {"lr": 0.01}, "image_size": 16},
+    "engine": "torch",
+    "record_samples": True,
+}
+
+
+def test_images_grow_within_a_run_that_may_stop_anywhere(
+    farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    """The first epoch's images have 16 pixels, the second's 32, as evaluation's have."""
+    growing = GROWING | {"phases.0.final_image_size": 32}
+
+    def run(name: str, changes: dict[str, Any], **stop: Any) -> Path:
+        outcome = farm(tiny_config(changes | {"name": name}), **stop)
+        assert outcome.status == (128 + TERM if stop else 0), outcome.text
+        return tmp_path / "runs" / name
+
+    straight = run("straight", growing)
+    run("stopped", growing, stop=("step", 5, TERM))
+    tiny.assert_same_run(run("stopped", growing), straight)
+    seen, large = (
+        tiny.samples(straight),
+        tiny.samples(run("large", GROWING | {"phases.0.image_size": 32})),
+    )
+    for step in range(1, LAST_STEP + 1):
+        assert [i for i, _ in seen[step]] == [i for i, _ in large[step]]
+        assert (seen[step] == large[step]) == (step > 5)
+
+
 def test_max_steps_ends_evaluated_and_can_be_raised(
     main: Main, straight: Callable[[str], Path], tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
@@ -607,6 +651,13 @@ def test_file_that_breaks_after_indexing(
         ({"model.arguments": {"channls": [4]}}, ("model.arguments", "channls")),
         ({"model.arguments": {"channels": [4, 8]}}, ("16x16", "input_size=16")),
         ({"batch.global": 64, "batch.micro": 2}, ("global batch", "64", "47")),
+        ({"phases.0.image_size": 32}, ("16x16", "32x32", "all phases")),
+        (
+            {"data.image_size": 32, "data.resize": 36, "data.crop": "padded"},
+            ("20", "24", "padding=4"),
+        ),
+        ({"data.crop": "padded", "data.padding": 16}, ("data.padding", "16")),
+        ({"data.mixup": 0.2, "batch.micro": 1}, ("batch.micro", "data.mixup")),
         ({"data.device": "gpu"}, ("data.device",)),
         ({"device": "cuda"}, ("device=cuda",)),
     ],

@@ -67,6 +67,16 @@ class ModelSection(Section):
     """Further arguments of the model, such as connect_function: add."""
 
 
+class ColorJitterSection(Section):
+    """torchvision's ColorJitter: brightness 0.4 draws a factor from 0.6 to 1.4."""
+
+    brightness: Annotated[float, Field(ge=0)] = 0.0
+    contrast: Annotated[float, Field(ge=0)] = 0.0
+    saturation: Annotated[float, Field(ge=0)] = 0.0
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Largest shift of the hue; 0.5 is half a circle."""
+
+
 class DataSection(Section):
     kind: Literal["images", "events"] = "images"
     """images: decoded and augmented here. events: pre-binned tensors (T, 2, H, W)."""
@@ -78,14 +88,29 @@ class DataSection(Section):
     """Height and width that the network sees."""
     resize: Positive | None = None
     """Shorter side before evaluation's centre crop; null: image_size / 0.875."""
+    crop: Literal["resized", "padded"] = "resized"
+    """resized: RandomResizedCrop. padded: image_size pixels of the image with a black border, as
+    is usual for CIFAR."""
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
     """RandomResizedCrop: share of the area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """RandomResizedCrop: width / height."""
+    padding: Annotated[int, Field(ge=0)] = 4
+    """crop=padded: width of the border."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     roll: Annotated[int, Field(ge=0)] = 0
     """Events: largest shift in pixels, wrapping around, of a training sample."""
+    auto_augment: Literal["none", "cifar10", "imagenet"] = "none"
+    """AutoAugment's policy."""
+    color_jitter: ColorJitterSection = ColorJitterSection()
+    cutout: Annotated[int, Field(ge=0)] = 0
+    """Side of a square that is set to 0 (after normalisation); 0: none."""
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """Alpha of mixup, whose lambda is drawn from Beta(alpha, alpha); 0: off. A sample is mixed with
+    the one before it in its micro-batch."""
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """Alpha of CutMix; 0: off. With mixup, too, each sample gets one of them, equally often."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -145,6 +170,11 @@ class PhaseSection(Section):
     """cosine: from lr to 0 over the phase's steps."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     """Linear from 0 at the phase's start."""
+    image_size: Positive | None = None
+    """Of training images; null: data.image_size, which is also what evaluation takes."""
+    final_image_size: Positive | None = None
+    """Of the phase's last epoch; the epochs before rise to it evenly, in multiples of 32. Null: all
+    are of image_size."""
 
 
 class SegmentsSection(Section):
@@ -543,6 +573,7 @@ def _check(config: RunConfig) -> None:
             f"data.resize: {data.resize} is smaller than data.image_size, {data.image_size}: "
             "the centre crop would not fit"
         )
+    _check_augmentation(config)
     _check_precision_and_engine(config)
     if config.tracking.register_ is not None and config.tracking.log_checkpoint == "none":
         raise UserError(
@@ -564,6 +595,27 @@ def _check(config: RunConfig) -> None:
                 f"phases.{i}.warmup_epochs: {phase.warmup_epochs} must be below the phase's "
                 f"{phase.epochs} epochs"
             )
+
+
+def _check_augmentation(config: RunConfig) -> None:
+    data = config.data
+    smallest = min(size for phase in config.phases for size in phase_image_sizes(config, phase))
+    if data.crop == "padded" and data.padding >= smallest:
+        raise UserError(
+            f"data.padding: {data.padding} must be below the image size, {smallest}: a crop could "
+            "be all border"
+        )
+    if (data.mixup or data.cutmix) and config.batch.micro == 1:
+        raise UserError(
+            "batch.micro: 1 leaves data.mixup and data.cutmix nothing to mix a sample with; take 2 "
+            "or more"
+        )
+
+
+def phase_image_sizes(config: RunConfig, phase: PhaseSection) -> tuple[int, int]:
+    """Training images' size in a phase's first epoch and in its last."""
+    first = phase.image_size or config.data.image_size
+    return first, phase.final_image_size or first
 
 
 def _check_precision_and_engine(config: RunConfig) -> None:
@@ -600,11 +652,19 @@ def _warn_without_effect(config: RunConfig) -> None:
     if config.loss.kind == "sdt":
         unread(config.loss, "loss.", ("lambda_", "phi"), "loss.kind=sdt")
     if config.data.kind == "events":
-        for_images = ("image_size", "resize", "scale", "ratio", "interpolation", "mean", "std")
-        unread(config.data, "data.", for_images, "data.kind=events")
+        crops = ("image_size", "resize", "crop", "scale", "ratio", "padding", "interpolation")
+        colors = ("auto_augment", "color_jitter", "mean", "std")
+        unread(config.data, "data.", (*crops, *colors), "data.kind=events")
     else:
         unread(config.data, "data.", ("roll",), "data.kind=images")
+        if config.data.crop == "padded":
+            unread(config.data, "data.", ("scale", "ratio"), "data.crop=padded")
+        else:
+            unread(config.data, "data.", ("padding",), "data.crop=resized")
     for i, phase in enumerate(config.phases):
+        if config.data.kind == "events":
+            sizes = ("image_size", "final_image_size")
+            unread(phase, f"phases.{i}.", sizes, "data.kind=events")
         prefix = f"phases.{i}.optimizer."
         if phase.optimizer.kind == "sgd":
             unread(phase.optimizer, prefix, ("betas",), "kind=sgd")

@@ -18,7 +18,7 @@ def sdt_loss(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0) ->
 
     Args:
         logits: Output before softmax at each timestep, (T, B, K).
-        target: Class numbers, (B,), int64.
+        target: Class numbers, (B,), int64, or shares of the classes, (B, K).
         label_smoothing: Share of the target spread evenly over all classes, in [0, 1).
     """
     mean_over_time = _full_precision(logits).mean(0)
@@ -40,15 +40,14 @@ def tet_loss(
 
     Args:
         logits: Output before softmax at each timestep, (T, B, K).
-        target: Class numbers, (B,), int64.
+        target: Class numbers, (B,), int64, or shares of the classes, (B, K).
         regularization: The paper's lambda, in [0, 1].
         phi: What the outputs are pulled to; the paper takes the threshold V_th.
         label_smoothing: Share of the target spread evenly over all classes, in [0, 1).
     """
     logits = _full_precision(logits)
     num_timesteps = logits.shape[0]
-    cross_entropy = F.cross_entropy(
-        logits.flatten(0, 1), target.repeat(num_timesteps), label_smoothing=label_smoothing
-    )
+    repeated = target.repeat(num_timesteps, *(1,) * (target.ndim - 1))
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), repeated, label_smoothing=label_smoothing)
     pull = (logits - phi).square().mean()
     return (1 - regularization) * cross_entropy + regularization * pull

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tetdist import plots
+from tetdist import mixing, plots
 from tetdist.config import DataSection, RunConfig
 from tetdist.data.pipeline import Batch
 from tetdist.errors import UserError
@@ -53,6 +53,8 @@ class Pictures:
             return
         self._has_inputs = True
         images = batch.images.detach().float().cpu()
+        if batch.mix is not None:
+            images = mixing.mixed_images(images, batch.mix)
         if self.config.data.kind == "events":
             pictures = event_pictures(images[:SHOWN_EVENTS, :SHOWN_TIMESTEPS])
             unit = f"events (red: on, blue: off), {images.shape[1]} time bins"

@@ -14,9 +14,18 @@ import timm
 import yaml
 
 from tetdist import checkpoint, tracking
-from tetdist.config import ModelSection, RunConfig, SegmentsSection, differences, flatten, parse
+from tetdist.config import (
+    ModelSection,
+    RunConfig,
+    SegmentsSection,
+    differences,
+    flatten,
+    parse,
+    phase_image_sizes,
+)
 from tetdist.data import index as data_index
 from tetdist.data.index import Index
+from tetdist.data.loaders import check_crops
 from tetdist.data.pipeline import Batch
 from tetdist.data.splits import recorded_split
 from tetdist.distributed import World
@@ -44,6 +53,7 @@ def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
             f"phases.*.timesteps: {most} is more than the {train.timesteps} time bins of the data "
             f"in {config.data.root}"
         )
+    check_crops(config, train)
     wanted = config.model.num_classes
     if wanted is not None and wanted < len(train.classes):
         raise UserError(
@@ -105,20 +115,28 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
     """
     section = config.model
     is_events = config.data.kind == "events"
-    image_size = int(index.heights[0]) if is_events else config.data.image_size
+    image_sizes = {int(index.heights[0])} if is_events else _image_sizes(config)
     model = create_model(
         section, section.num_classes or len(index.classes), config.phases[0].timesteps
     )
-    if model.input_size not in (None, image_size):
+    if model.input_size is not None and (others := image_sizes - {model.input_size}):
+        size = min(others)
         raise UserError(
             f"{section.name} is built for {model.input_size}x{model.input_size} pixels and the "
-            f"data has {image_size}x{image_size}; set model.arguments.input_size={image_size}"
+            f"data has {size}x{size}; set model.arguments.input_size={size}"
+            + (", and all phases' image sizes to the same" if len(image_sizes) > 1 else "")
         )
     model.set_execution(config.execution)
     model.set_grad_checkpointing(config.checkpoint != "none")
     if isinstance(config.checkpoint, SegmentsSection):
         model.set_segment(config.checkpoint.timesteps)
     return model
+
+
+def _image_sizes(config: RunConfig) -> set[int]:
+    """Of evaluation and of all epochs' first and last sizes."""
+    phases = (size for phase in config.phases for size in phase_image_sizes(config, phase))
+    return {config.data.image_size, *phases}
 
 
 class RunFolder:

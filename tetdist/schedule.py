@@ -38,6 +38,24 @@ class Phase:
         share = (done - warmup) / (self.end_step - self.first_step - warmup)
         return peak * 0.5 * (1 + math.cos(math.pi * share))
 
+    def image_size(self, step: int, default: int) -> int:
+        """Of the training images of step ``step``: the same over an epoch.
+
+        Args:
+            step: One of the phase's.
+            default: Where the phase says nothing.
+        """
+        first = self.section.image_size or default
+        last = self.section.final_image_size or first
+        epoch, epochs = (step - self.first_step) // self.steps_per_epoch, self.section.epochs
+        if first == last or epoch == 0:
+            return first
+        if epoch == epochs - 1:
+            return last
+        # Whole multiples of what networks divide images by.
+        between = int(first + (last - first) * epoch / (epochs - 1)) // 32 * 32
+        return min(max(between, min(first, last)), max(first, last))
+
 
 def place(sections: tuple[PhaseSection, ...], steps_per_epoch: int) -> list[Phase]:
     """Phases one after another from step 0."""

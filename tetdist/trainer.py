@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tetdist import checkpoint, health, losses, normalization
+from tetdist import checkpoint, health, losses, mixing, normalization
 from tetdist.config import LossSection, RunConfig, differences
 from tetdist.data import order, pipeline
 from tetdist.data.loaders import eval_loader, train_loader
@@ -99,6 +99,7 @@ class Trainer:
         self.phase: Phase | None = None
         self.engine: Engine
         self.loader: pipeline.Loader
+        self.image_size = 0  # of the loader's images
 
     # --- the run ------------------------------------------------------------------------------
 
@@ -160,11 +161,15 @@ class Trainer:
         if self.loss_scale_state is not None and self.engine.loss_scale:
             self.engine.loss_scale.load_state_dict(self.loss_scale_state)
         self.optimizer_state = None
+        self.image_size = self._image_size(self.step)
         self.loader = self._open_loader(self.step)
         self.phase = phase
 
+    def _image_size(self, step: int) -> int:
+        return phase_at(self.phases, step).image_size(step, self.config.data.image_size)
+
     def _open_loader(self, step: int) -> pipeline.Loader:
-        """This process's micro-batches from a step on."""
+        """This process's micro-batches from a step on, all of that step's image size."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         share = pipeline.Share(
             seed=self.config.seed,
@@ -175,7 +180,8 @@ class Trainer:
             epoch=epoch,
             step_in_epoch=step_in_epoch,
         )
-        return train_loader(self.config, self.train_index, share, self.world)
+        size = self._image_size(step)
+        return train_loader(self.config, self.train_index, share, self.world, size)
 
     def _leave(self) -> None:
         if self.phase is not None:
@@ -189,6 +195,10 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         """Train to the end of the epoch."""
+        if self._image_size(self.step) != self.image_size:
+            self.image_size = self._image_size(self.step)
+            self.loader.close()
+            self.loader = self._open_loader(self.step)
         self.model.train()
         clock = _Clock()
         end = min((self.step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.last_step)
@@ -231,7 +241,7 @@ class Trainer:
         return lr, update
 
     def _micro_batches(self, clock: "_Clock") -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's images and labels of one step, on the device."""
+        """This process's images and targets of one step, on the device."""
         for _ in range(self.num_micro_batches):
             with clock.waiting():
                 batch = next(self.loader)
@@ -239,19 +249,31 @@ class Trainer:
             if self.pictures:
                 self.pictures.inputs(batch)
             self.watch.progress(f"step {self.step + 1}")
-            yield self._on_device(batch.images), self._on_device(batch.labels)
+            yield self._prepared(batch)
+
+    def _prepared(self, batch: pipeline.Batch) -> tuple[Tensor, Tensor]:
+        """Images and targets on the device, mixed where that is asked for.
+
+        Targets are labels (B,), or shares of the classes (B, K).
+        """
+        images, targets = self._on_device(batch.images), self._on_device(batch.labels)
+        if batch.mix is not None:
+            num_classes = self.model.num_classes
+            targets = mixing.mixed_targets(targets, batch.mix, num_classes, images.dtype)
+            images = mixing.mixed_images(images, batch.mix)
+        return images, targets
 
     def _forward_backward_update(
         self, batches: Iterable[tuple[Tensor, Tensor]], lr: float
     ) -> tuple[Update, Tensor]:
         """One update from the step's micro-batches; also their sums for the metrics."""
         sums = torch.zeros_like(self.window)
-        for images, labels in batches:
+        for images, targets in batches:
             logits = self.engine.forward(images)  # (T, B, K)
-            loss = compute_loss(self.config.loss, logits, labels)
+            loss = compute_loss(self.config.loss, logits, targets)
             self.watch.progress(f"step {self.step + 1}")
             self.engine.backward(loss)
-            sums += _sums(logits.detach(), labels, loss.detach())
+            sums += _sums(logits.detach(), targets, loss.detach())
         update = self.engine.update(lr)
         normalization.update_running_statistics(self.model, self.world.mean_, update.applied)
         return update, sums
@@ -295,17 +317,17 @@ class Trainer:
     def _examine(self, step: int) -> str | None:
         """What this process's share of a step shows, layer by layer; None: nothing bad."""
 
-        def loss(images: Tensor, labels: Tensor) -> Tensor:
+        def loss(images: Tensor, targets: Tensor) -> Tensor:
             with autocast(self.world.device, self.config.precision):
                 logits = self.model(images, per_timestep=True)
-            return compute_loss(self.config.loss, logits, labels)
+            return compute_loss(self.config.loss, logits, targets)
 
         loader = self._open_loader(step - 1)
         try:
             batches = (next(loader) for _ in range(self.num_micro_batches))
             found = health.examine(
                 self.model,
-                ((self._on_device(b.images), self._on_device(b.labels)) for b in batches),
+                (self._prepared(batch) for batch in batches),
                 loss,
             )
         finally:
@@ -512,20 +534,27 @@ def _check_device(config: RunConfig, world: World) -> None:
         raise UserError("precision: fp16 needs a GPU; on a CPU train with bf16 or fp32")
 
 
-def _sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
-    """LOSS, CORRECT and SAMPLES of a micro-batch with logits (T, B, K)."""
-    correct = (logits.mean(0).argmax(-1) == labels).sum().double()
-    num_samples = torch.full_like(correct, len(labels))
+def _sums(logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
+    """LOSS, CORRECT and SAMPLES of a micro-batch with logits (T, B, K).
+
+    A mixed sample is as correct as the share that the predicted class has in it.
+    """
+    predicted = logits.mean(0).argmax(-1)
+    if targets.ndim == 2:
+        correct = targets.gather(1, predicted[:, None]).sum().double()
+    else:
+        correct = (predicted == targets).sum().double()
+    num_samples = torch.full_like(correct, len(targets))
     return torch.stack([loss.double() * num_samples, correct, num_samples])
 
 
-def compute_loss(section: LossSection, logits: Tensor, labels: Tensor) -> Tensor:
+def compute_loss(section: LossSection, logits: Tensor, targets: Tensor) -> Tensor:
     """The configured loss of logits (T, B, K)."""
     if section.kind == "sdt":
-        return losses.sdt_loss(logits, labels, label_smoothing=section.label_smoothing)
+        return losses.sdt_loss(logits, targets, label_smoothing=section.label_smoothing)
     return losses.tet_loss(
         logits,
-        labels,
+        targets,
         regularization=section.lambda_,
         phi=section.phi,
         label_smoothing=section.label_smoothing,

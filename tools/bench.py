@@ -3,8 +3,9 @@
     python tools/bench.py model                         a training step against the ReLU network's
     python tools/bench.py memory                        bytes kept for the backward pass, by T
     python tools/bench.py scaling                       several processes against one
+    python tools/bench.py data --data FOLDER            from JPEG files to batches
 
-Runs on the CPU or a GPU, on random images; needs no data.
+All but the last run on the CPU or a GPU, on random images; the last makes images if it has none.
 """
 
 import argparse
@@ -110,6 +111,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     predicted.add_argument("--gpus-per-node", type=positive, default=8, metavar="G")
     predicted.add_argument("--link-in-node", type=float, default=100.0, metavar="GB/s")
     predicted.add_argument("--link-between-nodes", type=float, default=12.5, metavar="GB/s")
+
+    what = "images a second, against DALI's own reader and torchvision's DataLoader"
+    data = commands.add_parser("data", help=what, description=what)
+    data.add_argument("--data", type=Path, metavar="FOLDER", help="of JPEGs; default: made ones")
+    data.add_argument("--images", type=positive, default=3000, help="of which an epoch is made")
+    data.add_argument("--size", type=positive, default=224, help="pixels")
+    data.add_argument("--batch", type=positive, default=32, metavar="B")
+    data.add_argument("--threads", type=positive, default=2, help="threads, or workers")
+    data.add_argument("--repeats", type=positive, default=9, help="rounds in which all take turns")
+    data.add_argument("--batches", type=positive, default=15, help="of each in a round")
+    data.add_argument("--epochs", type=int, default=0, help="after each of which memory is taken")
+    data.add_argument("--wait", action="store_true", help="also how long a training step waits")
+    data.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+    data.set_defaults(device="cpu")
     return parser.parse_args(arguments)
 
 
@@ -119,13 +134,23 @@ def main(arguments: list[str] | None = None) -> int:
 
     import tetdist.models  # noqa: F401  # registers them
 
-    if options.model not in timm.list_models(module="*") and not timm.is_model(options.model):
+    known = timm.list_models(module="*")
+    if (
+        options.command != "data"
+        and options.model not in known
+        and not timm.is_model(options.model)
+    ):
         print(f"error: --model: there is no model {options.model!r}", file=sys.stderr)
         return 2
     if options.json and not options.json.parent.is_dir():
         print(f"error: --json: there is no folder {options.json.parent}", file=sys.stderr)
         return 2
-    if options.command == "memory":
+    if options.command == "data":
+        import bench_data
+
+        result = bench_data.measure(options)
+        print(bench_data.table(result))
+    elif options.command == "memory":
         result = measure_memory(options)
         print(memory_table(result))
     elif options.command == "scaling":

@@ -1,20 +1,25 @@
-"""Prepare data for training: `python tools/images.py index ROOT` verifies and indexes it."""
+"""Prepare images for training: index, check, shard, extract. docs/data.md has the layouts."""
 
 import argparse
+import json
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    from tetdist.data.check import Examined, Finding
     from tetdist.data.index import BadFile, Index
+    from tetdist.data.sources import Listing
 
 # tetdist is imported where it is used: worker processes run this file's top again, and a missing
 # package must end in a sentence.
 
 _INSTALL = "pip install 'tetdist[train]'"
 _SECONDS_BETWEEN_LINES = 10.0
+_PRINTED_FINDINGS = 20
 
 
 def main() -> int:
@@ -26,7 +31,7 @@ def main() -> int:
         print(f"error: {e.name} is not installed: {source}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; no index was written", file=sys.stderr)
+        print(f"stopped; {args.when_stopped}", file=sys.stderr)
         return 130
 
 
@@ -34,7 +39,7 @@ def _run(args: argparse.Namespace) -> int:
     from tetdist.errors import UserError
 
     try:
-        return _index(args)
+        return args.run(args)
     except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -43,99 +48,325 @@ def _run(args: argparse.Namespace) -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser(
-        "index",
-        help="verify every file of a data set and write its index",
-        description="Verify every file ROOT/SPLIT/CLASS/FILE and write DIR/SPLIT.npz, from which"
-        " training reads. Exit status: 0 written, 2 nothing written, 130 stopped.",
-    )
-    cores = len(os.sched_getaffinity(0))
-    add = command.add_argument
-    add("root", metavar="ROOT", type=Path, help="the data root")
-    add("--out", metavar="DIR", type=Path, help="default: ROOT/index")
-    add("--splits", default="train,val", help="default: %(default)s")
-    add("--workers", metavar="N", type=int, default=cores, help="processes; default: %(default)s")
-    add("--events", action="store_true", help="not images but .npy tensors of shape (T, 2, H, W)")
-    add(
-        "--no-decode",
-        action="store_true",
-        help="read only the images' headers: quick, but damage will show in training",
-    )
-    add("--skip-bad", action="store_true", help="leave out the files that cannot be used")
+    _add_index(commands)
+    _add_check(commands)
+    _add_shard(commands)
+    _add_extract(commands)
     args = parser.parse_args()
+    command = commands.choices[args.command]
     args.splits = [split for split in args.splits.split(",") if split]
     if not args.splits:
         command.error("--splits names no split")
     if args.workers < 1:
         command.error("--workers must be at least 1")
-    if args.events and args.no_decode:
+    if args.command == "index" and args.events and args.no_decode:
         command.error("--no-decode has no effect with --events")
+    if args.command == "shard" and args.shard_mb < 1:
+        command.error("--shard-mb must be at least 1")
+    if args.command != "shard":
+        args.shards = dict(_split_and_pattern(command, given) for given in args.shards)
+        unknown = set(args.shards) - set(args.splits)
+        if unknown:
+            command.error(f"--shards: {min(unknown)!r} is not among --splits")
     return args
+
+
+def _split_and_pattern(command: argparse.ArgumentParser, given: str) -> tuple[str, str]:
+    split, equals, pattern = given.partition("=")
+    if not (split and equals and pattern):
+        command.error(f"--shards {given}: it must be SPLIT=PATTERN")
+    return split, pattern
+
+
+def _add_index(commands: Any) -> None:
+    command = commands.add_parser(
+        "index",
+        help="verify every file of a data set and write its index",
+        description="Verify every image of ROOT - class folders, WebDataset shards or the official"
+        " tars - and write DIR/SPLIT.npz, from which training reads. Exit status: 0 written, 2"
+        " nothing written, 130 stopped.",
+    )
+    command.set_defaults(run=_index, when_stopped="no index was written")
+    add = command.add_argument
+    add("root", metavar="ROOT", type=Path, help="the data root")
+    add("--out", metavar="DIR", type=Path, help="default: ROOT/index")
+    add("--events", action="store_true", help="not images but .npy tensors of shape (T, 2, H, W)")
+    add(
+        "--no-decode",
+        action="store_true",
+        help="look only at the images' headers: quick, but damage will show in training",
+    )
+    _add_common(command)
+    _add_source(command)
+    _add_skip_bad(command)
+
+
+def _add_check(commands: Any) -> None:
+    command = commands.add_parser(
+        "check",
+        help="find damage, duplicates, wrong names and missing files",
+        description="Decode and sum every image of ROOT; name what does not decode, is twice there,"
+        " contradicts its label or is missing against ImageNet-1k; compare with the index. Stopped,"
+        " the same command continues. Exit status: 0 good, 1 something is wrong, 2 not checked, 130"
+        " stopped.",
+    )
+    command.set_defaults(run=_check, when_stopped="the same command continues")
+    add = command.add_argument
+    add("root", metavar="ROOT", type=Path, help="the data root")
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="where the index is, and the journal while a check lasts; default: ROOT/index",
+    )
+    add("--json", metavar="FILE", type=Path, help="write all findings")
+    add(
+        "--subset",
+        action="store_true",
+        help="do not compare with ImageNet-1k: the classes are others or fewer of WordNet's",
+    )
+    _add_common(command)
+    _add_source(command)
+
+
+def _add_shard(commands: Any) -> None:
+    command = commands.add_parser(
+        "shard",
+        help="pack an indexed data set into WebDataset shards",
+        description="Pack the images of the index of ROOT into DEST/SPLIT/SPLIT-000000.tar and"
+        " following, in random order, and write their index. Stopped, the same command continues."
+        " Exit status: 0 done, 2 not done, 130 stopped.",
+    )
+    command.set_defaults(run=_shard, when_stopped="the same command continues")
+    add = command.add_argument
+    add("root", metavar="ROOT", type=Path, help="the data root")
+    add("dest", metavar="DEST", type=Path, help="the new data root")
+    add("--index", metavar="DIR", type=Path, help="default: ROOT/index")
+    add("--shard-mb", metavar="N", type=int, default=256, help="size; default: %(default)s MB")
+    add("--seed", metavar="N", type=int, default=0, help="of the order; default: %(default)s")
+    _add_common(command)
+
+
+def _add_extract(commands: Any) -> None:
+    command = commands.add_parser(
+        "extract",
+        help="unpack shards or the official tars into class folders",
+        description="Write each image in the shards or tars of ROOT to DEST/SPLIT/CLASS/NAME."
+        " Stopped, the same command continues. Exit status: 0 done, 2 not done, 130 stopped.",
+    )
+    command.set_defaults(run=_extract, when_stopped="the same command continues")
+    add = command.add_argument
+    add("root", metavar="ROOT", type=Path, help="the data root")
+    add("dest", metavar="DEST", type=Path, help="the new data root")
+    _add_common(command)
+    _add_source(command)
+    _add_skip_bad(command)
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    cores = len(os.sched_getaffinity(0))
+    add = command.add_argument
+    add("--splits", default="train,val", help="default: %(default)s")
+    add("--workers", metavar="N", type=int, default=cores, help="processes; default: %(default)s")
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "--shards",
+        metavar="SPLIT=PATTERN",
+        action="append",
+        default=[],
+        help="the shards of a split, relative to ROOT: a folder, or names with * and {0000..1023};"
+        " default: found by their names",
+    )
+    add(
+        "--labels",
+        metavar="FILE",
+        help="labels of the official validation tar: the devkit, or a line 'NAME ID' for each"
+        " image; default: ROOT/ILSVRC2012_devkit_t12.tar.gz",
+    )
+    add(
+        "--classes",
+        metavar="FILE",
+        help="class names of the shards' labels, one a line, or imagenet-1k; default:"
+        " ROOT/classes.txt, else the numbers",
+    )
+
+
+def _add_skip_bad(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--skip-bad", action="store_true", help="leave out the files that cannot be used"
+    )
 
 
 def _index(args: argparse.Namespace) -> int:
     """Index every split, then write all the indexes or none."""
-    from tetdist.data.index import (
-        build_event_index,
-        build_index,
-        check_same_classes,
-        index_file,
-        list_classes,
-        save_index,
-    )
+    from tetdist.data.index import index_file, index_listing, save_index
     from tetdist.errors import UserError
 
     # What half an hour of decoding must not come before.
     out = args.out or args.root / "index"
-    nearest = next(path for path in (out, *out.parents) if path.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UserError(f"{out} cannot be written: name another folder with --out")
-    check_same_classes({split: list_classes(args.root, split) for split in args.splits})
+    _check_writable(out, "--out")
     indexes: list[Index] = []
     bad: list[BadFile] = []
-    for split in args.splits:
-        with _Progress(split) as progress:
-            if args.events:
-                result = build_event_index(args.root, split, args.workers, progress)
-            else:
-                decode = not args.no_decode
-                result = build_index(args.root, split, args.workers, decode, progress)
+    listings = _list(args, "events" if args.events else "images")
+    for listing in listings:
+        with _Progress(listing.split) as progress:
+            decode = not args.no_decode
+            result = index_listing(args.root, listing, args.workers, decode, progress)
         indexes.append(result[0])
         bad.extend(result[1])
 
-    for path, reason in bad:
-        print(f"bad: {path}: {reason}", file=sys.stderr)
-    if bad:
-        print(f"{len(bad)} of {len(bad) + sum(map(len, indexes))} files are bad", file=sys.stderr)
+    _report_bad(bad, len(bad) + sum(map(len, indexes)))
     if bad and not args.skip_bad:
         raise UserError("no index was written: mend the bad files, or give --skip-bad")
-    for index in indexes:
-        missing = set(range(len(index.classes))) - set(index.labels.tolist())
+    for index, listing in zip(indexes, listings, strict=True):
+        missing = set(listing.labels) - set(index.labels.tolist())
         if missing:
             name = index.classes[min(missing)]
             raise UserError(f"no index was written: class {name!r} of {index.split} is all bad")
     for index in indexes:
         file = index_file(out, index.split)
         save_index(index, file)
-        skipped = f", {len(index.skipped)} bad ones left out" if index.skipped else ""
-        print(f"{file}: {len(index)} {index.kind} in {len(index.classes)} classes{skipped}")
+        print(f"{file}: {_described(index)}")
+    return 0
+
+
+def _check_writable(folder: Path, option: str) -> None:
+    from tetdist.errors import UserError
+
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UserError(f"{folder} cannot be written: name another folder with {option}")
+
+
+def _report_bad(bad: "list[BadFile]", num_files: int) -> None:
+    for path, reason in bad:
+        print(f"bad: {path}: {reason}", file=sys.stderr)
+    if bad:
+        print(f"{len(bad)} of {num_files} files are bad", file=sys.stderr)
+
+
+def _described(index: "Index") -> str:
+    empty = len(index.classes) - len(set(index.labels.tolist()))
+    places = f" in {len(index.archives)} tar files" if index.archives else ""
+    without = f", {empty} of them without any" if empty else ""
+    skipped = f", {len(index.skipped)} bad ones left out" if index.skipped else ""
+    what = f"{len(index)} {index.kind}{places} in {len(index.classes)} classes"
+    return f"{what}{without}{skipped}"
+
+
+def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
+    """List every split and make sure that a label means the same in all of them."""
+    from tetdist.data.sources import Hints, check_same_classes, list_split
+
+    listings = []
+    for split in args.splits:
+        hints = Hints(args.shards.get(split), args.labels, args.classes)
+        with _Progress(f"{split}: reading tars", "tar") as progress:
+            listings.append(list_split(args.root, split, kind, args.workers, hints, progress))
+    check_same_classes({listing.split: listing.classes for listing in listings})
+    return listings
+
+
+def _check(args: argparse.Namespace) -> int:
+    """Examine every split, then compare them with each other, with ImageNet and the index."""
+    from tetdist.data import check
+
+    out = args.out or args.root / "index"
+    _check_writable(out, "--out")
+    examined: dict[str, tuple[Listing, list[Examined | str]]] = {}
+    findings: list[Finding] = []
+    journals = []
+    for listing in _list(args):
+        journals.append(out / f"check-{listing.split}.jsonl")
+        with _Progress(listing.split) as progress:
+            found = check.examine_split(args.root, listing, journals[-1], args.workers, progress)
+        examined[listing.split] = listing, found
+        findings.extend(check.split_findings(listing, found))
+        if not args.subset:
+            findings.extend(check.imagenet_findings(listing))
+        findings.extend(check.index_findings(args.root, out, listing, found))
+    findings.extend(check.duplicate_findings(examined))
+
+    _print_findings(findings, args.json)
+    for split, (listing, _) in examined.items():
+        print(f"{split}: {len(listing.labels)} images in {len(listing.classes)} classes examined")
+    problems = sum(finding.kind not in check.NOTES for finding in findings)
+    print(f"{problems} problems, {len(findings) - problems} notes" if findings else "all good")
+    # Only now: what is to be done again after a stop is what has not been said.
+    for journal in journals:
+        journal.unlink()
+    return 1 if problems else 0
+
+
+def _print_findings(findings: "list[Finding]", file: Path | None) -> None:
+    printed: Counter[str] = Counter()
+    for kind, path, text in findings:
+        printed[kind] += 1
+        if printed[kind] <= _PRINTED_FINDINGS:
+            print(f"{kind}: {path}: {text}")
+    for kind, count in printed.items():
+        if count > _PRINTED_FINDINGS:
+            where = f"see {file}" if file else "--json FILE writes all"
+            print(f"{kind}: {count - _PRINTED_FINDINGS} more; {where}")
+    if file:
+        rows = [finding._asdict() for finding in findings]
+        file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def _shard(args: argparse.Namespace) -> int:
+    from tetdist.data.index import check_fresh, index_file, load_index
+    from tetdist.data.shards import shard_split
+
+    _check_writable(args.dest, "DEST")
+    files = [index_file(args.index or args.root / "index", split) for split in args.splits]
+    for file in files:
+        check_fresh(load_index(file), args.root, file)
+    for split, file in zip(args.splits, files, strict=True):
+        with _Progress(split, "shard") as progress:
+            index = shard_split(
+                file,
+                args.root,
+                args.dest,
+                seed=args.seed,
+                max_bytes=args.shard_mb * 2**20,
+                workers=args.workers,
+                progress=progress,
+            )
+        print(f"{args.dest / split}: {_described(index)}, packed and indexed")
+    return 0
+
+
+def _extract(args: argparse.Namespace) -> int:
+    from tetdist.data.extract import extract_split
+    from tetdist.errors import UserError
+
+    _check_writable(args.dest, "DEST")
+    listings = _list(args)
+    bad = [file for listing in listings for file in listing.bad]
+    _report_bad(bad, len(bad) + sum(len(listing.labels) for listing in listings))
+    if bad and not args.skip_bad:
+        raise UserError("nothing was extracted: mend the bad files, or give --skip-bad")
+    for listing in listings:
+        with _Progress(listing.split) as progress:
+            extract_split(args.root, listing, args.dest, args.workers, progress)
+        print(f"{args.dest / listing.split}: {len(listing.labels)} images")
     return 0
 
 
 class _Progress:
-    """A bar on a terminal; elsewhere a line now and then."""
+    """A bar on a terminal; elsewhere a line now and then. Neither before the first call."""
 
-    def __init__(self, split: str) -> None:
-        self._split = split
+    def __init__(self, title: str, unit: str = "file") -> None:
+        self._title = title
+        self._unit = unit
         self._bar: Any = None
         self._start = time.monotonic()
         self._last_line = self._start
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(desc=self._split, unit="file", smoothing=0.05)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -143,17 +374,27 @@ class _Progress:
             self._bar.close()
 
     def __call__(self, done: int, total: int) -> None:
-        if self._bar is not None:
-            self._bar.total = total
-            self._bar.update(done - self._bar.n)
-            return
+        if sys.stderr.isatty():
+            self._show_bar(done, total)
+        else:
+            self._print_line(done, total)
+
+    def _show_bar(self, done: int, total: int) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc=self._title, unit=self._unit, smoothing=0.05, total=total)
+        self._bar.update(done - self._bar.n)
+
+    def _print_line(self, done: int, total: int) -> None:
         now = time.monotonic()
         if done == total or now - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = now
             rate = done / max(now - self._start, 1e-6)
             left = (total - done) / rate
             print(
-                f"{self._split}: {done}/{total} files, {rate:.0f} files/s, {left:.0f} s left",
+                f"{self._title}: {done}/{total} {self._unit}s, {rate:.0f} {self._unit}s/s,"
+                f" {left:.0f} s left",
                 file=sys.stderr,
             )
 

@@ -75,8 +75,15 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
         found += [
             Measurement("scaling-1", f"scaling --model {network}"),
             Measurement("scaling-4", f"scaling --model {network} --accumulation 4 --steps 1"),
+            Measurement("data", data_arguments(options)),
         ]
     return found
+
+
+def data_arguments(options: argparse.Namespace) -> str:
+    source = f" --data {shlex.quote(str(options.data))}" if options.data else ""
+    few = " --images 64 --batch 8 --batches 2" if options.quick else ""
+    return f"data --wait --epochs 5{source}{few}"
 
 
 OTHER_NETWORKS = (
@@ -104,6 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.md")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="of JPEGs; default: made ones")
     parser.add_argument("--quick", action="store_true", help="small, to see that it works")
     options = parser.parse_args(arguments)
     options.spikingjelly = importlib.util.find_spec("spikingjelly") is not None
@@ -188,6 +196,8 @@ ended):
     ]
     if "scaling-1" in found:
         parts.append(f"## Several processes\n\n{scaling_text(found)}")
+    if "data" in found:
+        parts.append(f"## From files to batches\n\n{data_text(found['data'])}")
     parts.append(f"## The commands\n\n{commands}")
     return "\n\n".join(parts) + "\n"
 
@@ -329,6 +339,37 @@ a step, none of it hidden, at {predicted["images_per_s_of_one"]:.1f} images/s a 
 {predicted["link_between_nodes"]:g} GB/s between nodes (`--images-per-s` asks it of a GPU):
 
 {forecast}"""
+
+
+def data_text(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["name"],
+            f"{row['images_per_s']:.0f}",
+            f"{row['fastest']:.0f}",
+            f"{row['of_torchvision']:.2f}",
+            f"{row['of_dali']:.2f}",
+            f"{row['of_decoding']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    head = ["", "images/s", "fastest round", "/ torchvision", "/ DALI's reader", "/ decoding alone"]
+    wait = result["wait"]
+    used = ", ".join(f"{value:.0f}" for value in result["memory_mib"])
+    source = Path(result["data"]).name if result["data"] else "the benchmark's own making"
+    return f"""JPEGs of {source}, each as often as needed:
+RandomResizedCrop to {result["size"]} pixels, flip, normalisation, batches of {result["batch"]};
+{result["threads"]} threads, or {result["threads"]} workers of torchvision's DataLoader. "DALI's
+reader" is a pipeline of DALI's own, from its file reader on; "decoding alone" is the same without
+what follows its decoder, windows only.
+
+{table(head, rows)}
+
+A training step of {wait["model"]} (batch {wait["batch"]}, {wait["precision"]}) on the same cores
+takes {wait["step_s"]:.2f} s, of which it waits {wait["wait_percent"]:.2f} % for its images.
+
+MiB of the process after each of {len(result["memory_mib"])} epochs of {result["images"]} images:
+{used}."""
 
 
 # --- as pictures --------------------------------------------------------------------------------

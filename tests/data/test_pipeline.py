@@ -12,12 +12,13 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from samples import SHARED, picture
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from tetdist.data import order, pipeline, transforms
+from tetdist.data import order, pipeline, pixels, transforms
+from tetdist.data.auto_augment import auto_augment
 from tetdist.data.index import build_event_index, build_index
 from tetdist.errors import UserError
 
@@ -155,6 +156,79 @@ def test_every_kind_of_image_is_decoded_as_pil_does(tmp_path):
         assert largest <= 1, index.path(i)
 
 
+@pytest.fixture
+def png_root(tmp_path):
+    """12 images of 2 classes, 40 x 36 pixels and more, that are decoded without loss."""
+    for k in range(12):
+        file = tmp_path / "png" / "train" / ("one", "two")[k % 2] / f"{k}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture(40 + k, 36 + 2 * k, k).save(file)
+    return tmp_path / "png"
+
+
+EVERYTHING = {
+    "padding": 4,
+    "policy": "cifar10",
+    "jitter": transforms.ColorJitter(0.4, 0.4, 0.4, 0.1),
+    "cutout": 10,
+    "mixing": transforms.Mixing(mixup=0.2, cutmix=1.0),
+}
+
+
+def test_every_augmentation_is_pillows_with_the_same_parameters(png_root):
+    index = indexed(png_root)
+    with train(index, png_root, **EVERYTHING) as loader:
+        batches = list(islice(loader, 6))
+    changes = 0
+    for number, batch in enumerate(batches):
+        positions = np.arange(2 * number, 2 * number + 2)
+        draws = transforms.image_draws(SHARE.seed, 0, positions)
+        operations = zip(
+            auto_augment(draws.auto_augment, "cifar10", 32),
+            transforms.color_jitter(draws.color_jitter, EVERYTHING["jitter"]),
+            strict=True,
+        )
+        boxes = transforms.cutout_boxes(draws.cutout, 32, 32, 10)
+        for k, (first, second) in enumerate(operations):
+            i = batch.ids[k]
+            image = ImageOps.expand(Image.open(png_root / index.path(i)), 4)
+            free = np.array([image.height, image.width]) - 32
+            top, left = (draws.crop[k, :2] * (free + 1)).astype(int)
+            image = image.crop((left, top, left + 32, top + 32))
+            if draws.flip[k, 0] < CROPS["flip"]:
+                image = ImageOps.mirror(image)
+            expected = pixels.operated(torch.from_numpy(np.array(image)), first + second).numpy()
+            upper, left, lower, right = boxes[k]
+            expected[upper:lower, left:right] = 0
+            assert np.array_equal(batch.images[k].permute(1, 2, 0).round().numpy(), expected)
+            changes += len(first)
+    assert changes > 0
+
+
+def test_augmented_batches_resume_and_share_out_as_others_do(png_root):
+    index = indexed(png_root)
+
+    def batches(share, count):
+        with train(index, png_root, share=share, **EVERYTHING) as loader:
+            return [(b.images, b.ids.tolist(), *b.mix) for b in islice(loader, count)]
+
+    def assert_same(first, second):
+        assert len(first) == len(second)
+        for ours, theirs in zip(first, second, strict=True):
+            assert torch.equal(ours[0], theirs[0])
+            assert ours[1] == theirs[1]
+            assert all(np.array_equal(a, b) for a, b in zip(ours[2:], theirs[2:], strict=True))
+
+    straight = batches(SHARE, 12)
+    assert_same(batches(dataclasses.replace(SHARE, epoch=1, step_in_epoch=1), 4), straight[8:])
+    for rank in (0, 1):
+        share = dataclasses.replace(SHARE, rank=rank, world_size=2)
+        assert_same(batches(share, 6), straight[rank::2])
+    # Two samples of an epoch are never mixed alike.
+    kept = np.concatenate([share for _, _, share, *_ in straight[:6]])
+    assert len(set(kept)) > 6
+
+
 def images_and_ids(loader, count=None):
     with loader:
         return [(batch.images.clone(), batch.ids.tolist()) for batch in islice(loader, count)]
@@ -253,16 +327,19 @@ def damage(file):
 
 
 def shrink(file):
+    """As many bytes as before, but a smaller image."""
+    size = file.stat().st_size
     picture(10, 10).save(file)
+    file.write_bytes(file.read_bytes().ljust(size, b"\0"))
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
         (lambda file: file.unlink(), "No such file"),
-        (lambda file: file.write_bytes(file.read_bytes()[:-9]), "truncated"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-9]), "bytes where the index says"),
         (lambda file: file.write_bytes(b"x" * file.stat().st_size), "not an image"),
-        (lambda file: file.write_bytes(b""), "empty"),
+        (lambda file: file.write_bytes(b""), "has 0 bytes where"),
         (damage, "does not decode"),
         (shrink, "its size is not the index's"),
     ],
@@ -357,8 +434,10 @@ def test_without_dali_the_way_out_is_named(image_root, monkeypatch):
         train(index, root)
 
 
-def event_train(index, root, share=SHARE, flip=0.5, roll=2):
-    return pipeline.event_train_batches(index, root, share, WORKERS, flip=flip, roll=roll)
+def event_train(index, root, share=SHARE, flip=0.5, roll=2, cutout=0):
+    return pipeline.event_train_batches(
+        index, root, share, WORKERS, flip=flip, roll=roll, cutout=cutout
+    )
 
 
 def event_eval(index, root, batch_size=4, rank=0, world_size=1):
@@ -409,6 +488,23 @@ def test_event_augmentation_is_one_flip_and_one_roll_a_sample(event_root):
     assert {down for down, _ in moved} == {right for _, right in moved} == set(range(-2, 3))
 
 
+def test_events_are_cut_out_at_all_timesteps_alike(event_root):
+    root = event_root()
+    index, _ = build_event_index(root, "train", workers=1)
+    plain = images_and_ids(event_train(index, root), 4)
+    cut = images_and_ids(event_train(index, root, cutout=3), 4)
+    for number, ((before, ids), (after, same_ids)) in enumerate(zip(plain, cut, strict=True)):
+        assert ids == same_ids
+        draws = transforms.event_draws(SHARE.seed, 0, 2 * number + np.arange(2))
+        for k, (top, left, bottom, right) in enumerate(
+            transforms.cutout_boxes(draws.cutout, 8, 6, 3)
+        ):
+            expected = before[k].clone()
+            expected[:, :, top:bottom, left:right] = 0
+            assert torch.equal(after[k], expected)
+            assert not torch.equal(after[k], before[k])
+
+
 def test_a_loader_of_events_that_is_closed_early_leaves_nothing_running(event_root):
     root = event_root()
     index, _ = build_event_index(root, "train", workers=1)
@@ -453,8 +549,9 @@ def test_real_imagenet_files_evaluate_as_in_torchvision():
         mean, worst = difference(batch.images, expected)
         total += mean * len(images)
         largest = max(largest, worst)
-    assert total / len(index) < 0.3
-    assert largest <= 1
+    # 99.8 % of the values are the same; decoders differ in the others.
+    assert total / len(index) < 0.01
+    assert largest <= 2
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no real images here")

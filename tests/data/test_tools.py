@@ -1,6 +1,7 @@
 """tools/images.py and tools/digits.py, as a user runs them."""
 
 import fcntl
+import json
 import os
 import pty
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from samples import picture
+from samples import picture, write_tar
 
 from tetdist.data.index import check_fresh, load_index
 
@@ -97,6 +98,110 @@ def test_mistakes_end_in_a_sentence(image_root, call, spoil, options, words):
     assert status == 2
     assert words in output
     assert not (root / "index").exists()
+
+
+def test_a_check_names_problems_and_notes_and_says_which_by_its_status(image_root, tmp_path, call):
+    root = image_root()
+    report = tmp_path / "report.json"
+    options = ["--workers", 1, "--json", report]
+    assert call("images.py", "index", root, "--workers", 1)[0] == 0
+    status, output = call("images.py", "check", root, *options)
+    assert status == 0
+    assert "train: 12 images in 3 classes examined" in output
+    assert "\nall good\n" in output
+    assert json.loads(report.read_text()) == []
+    shutil.copy(root / "train" / "ant" / "ant1.jpg", root / "train" / "ant" / "same.jpg")
+    for i in range(23):
+        picture(20, 30 + i).save(root / "train" / "cow" / f"z{i}.jpg", "PNG")
+    (root / "index" / "train.npz").unlink()  # Of the files of before.
+    status, output = call("images.py", "check", root, *options)
+    assert status == 0
+    assert "misnamed: train/cow/z0.jpg: a PNG file" in output
+    assert f"misnamed: 3 more; see {report}" in output
+    assert "0 problems, 24 notes" in output
+    shutil.copy(root / "train" / "ant" / "ant1.jpg", root / "val" / "ant" / "leak.jpg")
+    (root / "val" / "bee" / "bee1.jpg").write_bytes(b"x")
+    status, output = call("images.py", "check", root, *options)
+    assert status == 1
+    assert "overlap: val/ant/leak.jpg: the same bytes as train/ant/ant1.jpg" in output
+    assert "bad: val/bee/bee1.jpg: not an image" in output
+    assert f"index: {root}/index/val.npz: val/ant/leak.jpg is in {root} but not in" in output
+    assert {row["kind"] for row in json.loads(report.read_text())} == {
+        *("misnamed", "duplicate", "overlap", "bad", "index")
+    }
+    assert [file.name for file in (root / "index").iterdir()] == ["val.npz"]
+
+
+def test_imagenet_is_compared_unless_it_is_a_subset(tmp_path, call):
+    for split in ("train", "val"):
+        for i, name in enumerate(("n01440764", "n01443537")):
+            (tmp_path / split / name).mkdir(parents=True)
+            picture(20, 30, 2 * i + (split == "val")).save(tmp_path / split / name / "0.jpg")
+    status, output = call("images.py", "check", tmp_path, "--workers", 1)
+    assert status == 1
+    assert "missing: train: 998 of 1,000 classes: n01484850" in output
+    assert call("images.py", "check", tmp_path, "--workers", 1, "--subset")[0] == 0
+
+
+def test_images_go_from_folders_to_shards_and_back(image_root, tmp_path, call):
+    root = image_root()
+    shards, folders = tmp_path / "shards", tmp_path / "folders"
+    assert call("images.py", "index", root, "--workers", 1)[0] == 0
+    status, output = call("images.py", "shard", root, shards, "--workers", 1)
+    assert status == 0
+    assert "12 images in 1 tar files in 3 classes, packed and indexed" in output
+    status, output = call("images.py", "extract", shards, folders, "--workers", 1)
+    assert (status, output.count(": 12 images")) == (0, 2)
+    assert call("images.py", "index", folders, "--workers", 1)[0] == 0
+    for split in ("train", "val"):
+        indexes = [
+            load_index(place / "index" / f"{split}.npz") for place in (root, shards, folders)
+        ]
+        assert len({index.fingerprint for index in indexes}) == 1
+        for index, place in zip(indexes, (root, shards, folders), strict=True):
+            check_fresh(index, place, place / "index" / f"{split}.npz")
+    (root / "val" / "bee" / "bee1.jpg").unlink()
+    status, output = call("images.py", "shard", root, tmp_path / "again")
+    assert status == 2
+    assert "val/bee/bee1.jpg is in the index but not in" in output
+    assert not (tmp_path / "again").exists()
+
+
+def test_samples_without_a_label_are_left_out_only_if_asked(image_root, tmp_path, call):
+    image = (image_root() / "train" / "ant" / "ant0.jpg").read_bytes()
+    members = {"a.jpg": image, "a.cls": b"0", "b.jpg": image, "b.cls": b"2", "c.jpg": image}
+    write_tar(tmp_path / "s" / "data" / "0.tar", members)
+    options = ["--splits", "train", "--shards", "train=data/*.tar", "--workers", 1]
+    for command, dest in (("index", []), ("extract", [tmp_path / "d"])):
+        status, output = call("images.py", command, tmp_path / "s", *dest, *options)
+        assert status == 2
+        assert "bad: data/0.tar/c.jpg: no label" in output
+        assert "1 of 3 files are bad" in output
+        status, output = call("images.py", command, tmp_path / "s", *dest, *options, "--skip-bad")
+        assert status == 0
+    assert load_index(tmp_path / "s" / "index" / "train.npz").skipped == ("data/0.tar/c.jpg",)
+    assert sorted(p.name for p in (tmp_path / "d" / "train").glob("*/*")) == ["a.jpg", "b.jpg"]
+    status, output = call("images.py", "index", tmp_path / "s", *options, "--skip-bad")
+    assert "2 images in 1 tar files in 3 classes, 1 of them without any, 1 bad ones" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["index", "R", "--shards", "train"], "it must be SPLIT=PATTERN"),
+        (["check", "R", "--shards", "test=x"], "'test' is not among --splits"),
+        (["shard", "R", "D", "--shard-mb", "0"], "--shard-mb must be at least 1"),
+        (["shard", "R", "D"], "there is no index R/index/train.npz: build it with"),
+        (["extract", "R", "D"], "there is no data folder R"),
+        (["check", "R", "--out", "/dev/null/x"], "/dev/null/x cannot be written"),
+    ],
+)
+def test_mistakes_with_the_other_commands_do_too(call, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    status, output = call("images.py", *arguments)
+    assert status == 2
+    assert words in output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_event_tensors_are_indexed(event_root, call):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from samples import picture
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
@@ -109,29 +109,48 @@ def test_resized_sizes_are_torchvisions(height, width, resize):
 
 @pytest.mark.parametrize("size", [(40, 57), (41, 41), (57, 40), (300, 31), (33, 32)])
 @pytest.mark.parametrize("crop", [32, 31, 28])
-def test_the_centre_region_is_what_torchvision_crops(size, crop):
-    # In an image whose pixels hold their own coordinate, the crop shows where it comes from.
-    rows = np.repeat(np.arange(size[0], dtype=np.float32)[:, None], size[1], axis=1)
-    columns = np.repeat(np.arange(size[1], dtype=np.float32)[None, :], size[0], axis=0)
+def test_the_centre_crop_is_torchvisions(size, crop):
+    image = picture(*size)
     heights, widths = np.array([size[0]], np.int32), np.array([size[1]], np.int32)
-    top, left, bottom, right = transforms.centre_region(heights, widths, 32, crop)[0]
-    for plane, start, end, along in ((rows, top, bottom, 0), (columns, left, right, 1)):
-        resized = tv.center_crop(tv.resize(Image.fromarray(plane), 32), crop)
-        seen = np.asarray(resized).mean(axis=1 - along)
-        # Pixel i of the crop is centred at start + (i + 0.5) * step; pixel j's value is j.
-        step = (end - start) / crop
-        expected = start + (np.arange(crop) + 0.5) * step - 0.5
-        inner = (expected > step) & (expected < size[along] - 1 - step)
-        assert inner.sum() > crop / 2
-        # The filter bends the ramp by less than a tenth; a size or an offset wrong by one does
-        # more at one end at least.
-        assert np.abs(seen - expected)[inner].max() < 0.1
-        assert np.abs((seen - expected)[inner].mean()) < 0.01
+    resized, start = transforms.centre_crop(heights, widths, 32, crop)
+    whole = tv.resize(image, resized[0].tolist())
+    expected = tv.center_crop(tv.resize(image, 32), crop)
+    assert tv.crop(whole, *start[0].tolist(), crop, crop).tobytes() == expected.tobytes()
 
 
 def test_a_crop_larger_than_the_resized_image_is_refused():
     with pytest.raises(UserError, match="cannot crop 33 pixels"):
-        transforms.centre_region(np.array([40]), np.array([40]), 32, 33)
+        transforms.centre_crop(np.array([40]), np.array([40]), 32, 33)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 7), st.integers(0, 2**32))
+def test_padded_crops_show_a_window_of_the_padded_image(height, width, padding, seed):
+    size = max(padding + 1, min(height, width) + 2 * padding - 3, 1)
+    if size > min(height, width) + 2 * padding:
+        return
+    draws = uniforms(seed, 0, np.arange(8), 2)
+    sizes = np.full(8, height), np.full(8, width)
+    windows, corners = transforms.padded_crop(*sizes, draws, padding, size)
+    image = np.arange(1, height * width + 1).reshape(height, width)
+    padded = np.pad(image, padding)
+    for (top, left, rows, columns), (row, column) in zip(windows, corners, strict=True):
+        assert min(rows, columns) >= 1
+        crop = np.zeros((size, size), int)
+        part = image[top : top + rows, left : left + columns]
+        crop[row : row + rows, column : column + columns] = part
+        where = padding + top - row, padding + left - column
+        expected = padded[where[0] : where[0] + size, where[1] : where[1] + size]
+        assert np.array_equal(crop, expected)
+
+
+def test_padded_crops_begin_anywhere_as_often():
+    draws = uniforms(0, 0, np.arange(9000), 2)
+    sizes = np.full(9000, 32), np.full(9000, 32)
+    windows, corners = transforms.padded_crop(*sizes, draws, 4, 32)
+    for axis in (0, 1):
+        starts, counts = np.unique(windows[:, axis] - corners[:, axis], return_counts=True)
+        assert starts.tolist() == list(range(-4, 5))
+        assert np.abs(counts - 1000).max() < 120
 
 
 def test_flips_happen_as_often_as_asked():
@@ -160,3 +179,67 @@ def test_flip_and_roll_treat_all_timesteps_alike_and_lose_nothing():
                     # Mirrored first, then down by one and left by two.
                     source = frames[t, polarity, row, 4 - column]
                     assert moved[t, polarity, (row + 1) % 4, (column - 2) % 5] == source
+
+
+def test_colour_jitter_is_drawn_as_torchvisions():
+    n, reach = 4000, transforms.ColorJitter(0.4, 1.5, 0.2, 0.1)
+    ours = transforms.color_jitter(uniforms(0, 0, np.arange(n), 8), reach)
+    torch.manual_seed(0)
+    factors = {name: [dict(sample)[name] for sample in ours] for name in reach._fields}
+    first = [sample[0].name for sample in ours]
+    expected = {"brightness": (0.6, 1.4), "contrast": (0, 2.5), "saturation": (0.8, 1.2)}
+    for name, (low, high) in {**expected, "hue": (-0.1, 0.1)}.items():
+        values = np.array(factors[name])
+        assert low <= values.min()
+        assert values.max() <= high
+        assert abs(values.mean() - (low + high) / 2) < 0.03 * (high - low)
+        assert abs(first.count(name) / n - 0.25) < 0.03
+    only = transforms.color_jitter(uniforms(0, 0, np.arange(3), 8), transforms.ColorJitter(hue=0.1))
+    assert [[name for name, _ in sample] for sample in only] == [["hue"]] * 3
+
+
+def test_cutout_squares_are_centred_anywhere_and_cut_off_at_the_edges():
+    boxes = transforms.cutout_boxes(uniforms(0, 0, np.arange(5000), 2), 8, 6, 4)
+    top, left, bottom, right = boxes.T
+    assert set(top) == set(range(6))
+    assert set(bottom) == {2, 3, 4, 5, 6, 7, 8}
+    assert (bottom - top).max() == (right - left).max() == 4
+    assert (bottom - top).min() == (right - left).min() == 2
+    odd = transforms.cutout_boxes(np.array([[0.5, 0.5]]), 8, 8, 3)
+    assert odd.tolist() == [[3, 3, 6, 6]]
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.2, 0.5, 1.0, 4.0])
+def test_lambda_is_drawn_from_the_symmetric_beta_distribution(alpha):
+    draws = uniforms(0, 0, np.arange(20_000), 2)
+    values = transforms.symmetric_beta(draws[:, 0], draws[:, 1], np.full(20_000, alpha))
+    reference = np.sort(np.random.default_rng(0).beta(alpha, alpha, 20_000))
+    assert np.abs(np.sort(values) - reference).mean() < 0.01
+    assert abs(values.var() - 1 / (4 * (2 * alpha + 1))) < 0.01
+    ends = transforms.symmetric_beta(np.zeros(2), np.array([0.25, 0.6]), np.full(2, alpha))
+    assert np.isfinite(ends).all()
+
+
+def test_mixes_keep_what_their_boxes_leave():
+    draws = uniforms(0, 0, np.arange(2000), transforms.MIXING_DRAWS)
+    share, pixels, boxes = transforms.mixes(draws, 20, 30, transforms.Mixing(cutmix=1.0))
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    assert np.allclose(share, 1 - area / 600)
+    assert (pixels == 1).all()
+    assert (boxes >= 0).all()
+    assert (boxes[:, 2:] <= [20, 30]).all()
+    assert area.max() > 450
+    share, pixels, boxes = transforms.mixes(draws, 20, 30, transforms.Mixing(mixup=0.2))
+    assert (share == pixels).all()
+    assert not boxes.any()
+    both = transforms.mixes(draws, 20, 30, transforms.Mixing(mixup=0.2, cutmix=1.0))
+    assert abs((both.pixels == 1).mean() - 0.5) < 0.05
+
+
+def test_new_random_numbers_come_behind_the_old_ones():
+    """So that a run of before cutout, AutoAugment and the colours is the same today."""
+    positions = np.arange(5)
+    images = transforms.image_draws(1, 2, positions)
+    assert np.array_equal(np.hstack([images.crop, images.flip]), uniforms(1, 2, positions, 23))
+    events = transforms.event_draws(1, 2, positions)
+    assert np.array_equal(np.hstack([events.flip, events.roll]), uniforms(1, 2, positions, 3))

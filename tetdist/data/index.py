@@ -1,76 +1,67 @@
-"""The index of one split: each file's place, class and size, found out once and verified.
+"""The index of one split: each sample's place, class and size, found out once and verified.
 
-Training reads the index and never scans a directory tree; crop windows are computed from its sizes;
-and a file that would kill the DALI pipeline in the night is found and named when it is built. The
-split lies on disk as `<root>/<split>/<class>/<file>`, the layout of torchvision's ImageFolder.
+Training reads the index and never scans a directory tree or a tar file; crop windows are computed
+from its sizes; and a file that would kill the DALI pipeline in the night is found and named when it
+is built. sources.py knows how a split may lie on disk.
 """
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shlex
-import signal
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from tetdist.data.archives import BadFile
+from tetdist.data.files import replacing
+from tetdist.data.probe import Place, Probe, Progress, probe_all, probe_image, probe_tensor
+from tetdist.data.sources import Kind, Listing, list_class, list_classes, list_split
 from tetdist.errors import UserError
 
-Kind = Literal["images", "events"]
-Progress = Callable[[int, int], None]
-
-# The list of torchvision's ImageFolder, compared without regard to case.
-_SUFFIXES: dict[Kind, tuple[str, ...]] = {
-    "images": (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
-    "events": (".npy",),
-}
-# What PIL's decoders and DALI's have in common; PIL alone opens many more, whatever the suffix.
-_PIL_FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
-_EXIF_ORIENTATION = 0x0112
-
-_FORMAT_VERSION = 1
-_FILES_PER_TASK = 64
+_FORMAT_VERSION = 2
 _SAMPLED_FILES = 10_000
 # What reading an .npz raises where its bytes are not what was written.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-class BadFile(NamedTuple):
-    """A file that cannot be used: its path relative to the data root, and why."""
-
-    path: str
-    reason: str
-
-
 @dataclass(frozen=True, eq=False)
 class Index:
-    """One split of a data set, N samples in K classes, sorted by class and then by file name.
+    """One split of a data set, N samples in K classes, sorted by class and then by name.
+
+    A sample is a file of its own, or lies in one of A tar files, the archives.
 
     Attributes:
         kind: "images", or "events" for pre-binned tensors of shape (T, 2, H, W).
-        split: name of the split and of its folder under the data root.
-        classes: the K class names, sorted; a label is a position in it.
+        split: name of the split.
+        classes: the K class names; a label is a position among them. Those of class folders are
+            sorted.
         labels: (N,).
         heights: (N,) pixels, as stored: not turned by an EXIF orientation.
         widths: (N,) pixels, likewise.
-        file_sizes: (N,) bytes.
-        path_blob: all paths, relative to the data root, one after another in the file system's
-            encoding. A list of 1.28M str would take 130 MB, this takes 50.
+        file_sizes: (N,) bytes of each sample.
+        offsets: (N,) bytes before each sample in its archive; 0 for a file of its own.
+        archive_ids: (N,) which archive; -1 for a file of its own.
+        archives: the A archives' paths, relative to the data root.
+        archive_sizes: (A,) bytes.
+        path_blob: all samples' paths, relative to the data root or, in an archive, their names in
+            it, one after another in the file system's encoding. A list of 1.28M str would take
+            130 MB, this takes 50.
         path_offsets: (N + 1,) where each path begins in the blob.
-        class_mtimes_ns: (K,) when the listing of each class folder last changed.
+        class_mtimes_ns: (K,) when the listing of each class folder last changed; (0,) of archives.
         skipped: paths of the files that were left out because they cannot be used.
+        options: of tools/images.py, beside those that every split has, with which it was built.
         timesteps: T of event tensors; None for images.
         dtype: "uint8" or "float16" for event tensors; None for images.
-        fingerprint: SHA-256, in hex, of everything above that is the same in a copy of the data.
+        fingerprint: SHA-256, in hex, of what training sees of it: kind, split, classes, labels
+            and sizes in their order; of event tensors, which all have one size, also the paths. A
+            copy has the same, and so have shards packed from a folder.
     """
 
     kind: Kind
@@ -80,10 +71,15 @@ class Index:
     heights: npt.NDArray[np.int32]
     widths: npt.NDArray[np.int32]
     file_sizes: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    archive_ids: npt.NDArray[np.int32]
+    archives: tuple[str, ...]
+    archive_sizes: npt.NDArray[np.int64]
     path_blob: npt.NDArray[np.uint8]
     path_offsets: npt.NDArray[np.int64]
     class_mtimes_ns: npt.NDArray[np.int64]
     skipped: tuple[str, ...]
+    options: str
     timesteps: int | None
     dtype: str | None
     fingerprint: str
@@ -92,9 +88,19 @@ class Index:
         return len(self.labels)
 
     def path(self, i: int) -> str:
-        """Path of sample `i`, relative to the data root."""
+        """Path of sample `i`, relative to the data root, as if its archive were a folder."""
         start, end = self.path_offsets[i : i + 2]
-        return os.fsdecode(self.path_blob[start:end].tobytes())
+        name = os.fsdecode(self.path_blob[start:end].tobytes())
+        return f"{self.archives[self.archive_ids[i]]}/{name}" if self.archives else name
+
+    def place(self, i: int) -> Place:
+        """Where the bytes of sample `i` lie."""
+        file = self.archives[self.archive_ids[i]] if self.archives else self.path(i)
+        return Place(file, int(self.offsets[i]), int(self.file_sizes[i]))
+
+    def command(self, root: str | Path) -> str:
+        """The command line that builds this index again, for messages."""
+        return index_command(root, self.split, self.kind) + self.options
 
 
 _ARRAYS = (
@@ -102,11 +108,15 @@ _ARRAYS = (
     "heights",
     "widths",
     "file_sizes",
+    "offsets",
+    "archive_ids",
+    "archive_sizes",
     "path_blob",
     "path_offsets",
     "class_mtimes_ns",
 )
-_META = ("kind", "split", "classes", "skipped", "timesteps", "dtype", "fingerprint")
+_NAMES = ("classes", "archives", "skipped")
+_META = (*_NAMES, "kind", "split", "options", "timesteps", "dtype", "fingerprint")
 
 
 def index_file(index_dir: str | Path, split: str) -> Path:
@@ -121,20 +131,17 @@ def index_command(root: str | Path, split: str, kind: Kind = "images") -> str:
 
 
 def save_index(index: Index, file: str | Path) -> None:
-    """Write the index as an uncompressed .npz: aside first, synced, then renamed into place."""
+    """Write the index as an uncompressed .npz: aside first, synced, then renamed into place.
+
+    Raises:
+        UserError: if it cannot be written; an older one remains as it is.
+    """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     meta = {"version": _FORMAT_VERSION} | {name: getattr(index, name) for name in _META}
     arrays = {name: getattr(index, name) for name in _ARRAYS}
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as stream:
-            np.savez(stream, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(file) as stream:
+        np.savez(stream, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
 
 
 def load_index(file: str | Path) -> Index:
@@ -165,21 +172,11 @@ def load_index(file: str | Path) -> Index:
             values |= {name: _read_array(archive, name) for name in _ARRAYS}
     except UserError:
         raise
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as e:
+    except _DAMAGE as e:
         raise UserError(
             f"the index {file} is damaged ({e}): build it again with `{command}`"
         ) from e
-    values["classes"] = tuple(values["classes"])
-    values["skipped"] = tuple(values["skipped"])
-    return Index(**values)
+    return Index(**values | {name: tuple(values[name]) for name in _NAMES})
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> Any:
@@ -196,29 +193,9 @@ def build_index(
     decode: bool = True,
     progress: Progress | None = None,
 ) -> tuple[Index, list[BadFile]]:
-    """Index a split of images.
-
-    Files are taken by suffix, as torchvision's ImageFolder does, except that hidden ones (a name
-    that begins with a dot) are passed over.
-
-    Args:
-        root: the data root, which holds the split's folder.
-        split: the folder's name.
-        workers: processes that open and decode images. With more than one, the calling script
-            must guard its main part with `if __name__ == "__main__"`.
-        decode: decode every image completely, so that damage is found now; else only its header
-            is read.
-        progress: called with the number of files done and of all files, now and then.
-
-    Returns:
-        The index of the good files, and the bad ones in order.
-
-    Raises:
-        UserError: if a folder is missing or empty, or there are fewer than two classes.
-    """
-    files = _list_files(root, split, "images")
-    found = _probe_all(_probe_images, (decode,), root, files.paths, workers, progress)
-    return _assemble("images", split, files, found)
+    """List and index a split of images; see `list_split` and `index_listing`."""
+    listing = list_split(root, split, "images", workers)
+    return index_listing(root, listing, workers, decode, progress)
 
 
 def build_event_index(
@@ -226,82 +203,80 @@ def build_event_index(
 ) -> tuple[Index, list[BadFile]]:
     """Index a split of event tensors, .npy files of one shape (T, 2, H, W) and one type.
 
-    Arguments, returned values and errors are those of `build_index`. A file whose shape or type is
-    not that of the first good one counts as bad.
+    Arguments, returned values and errors are those of `list_split` and `index_listing`. A file
+    whose shape or type is not that of the first good one counts as bad.
     """
-    files = _list_files(root, split, "events")
-    found = _probe_all(_probe_events, (), root, files.paths, workers, progress)
-    return _assemble("events", split, files, found)
+    return index_listing(root, list_split(root, split, "events"), workers, progress=progress)
 
 
-class Probe(NamedTuple):
-    """What was found out about one good file. Images have neither timesteps nor type."""
-
-    size: int
-    height: int
-    width: int
-    timesteps: int | None = None
-    dtype: str | None = None
-
-
-class _Files(NamedTuple):
-    """A split's files as listed: paths relative to the root, sorted by class, then by name."""
-
-    classes: tuple[str, ...]
-    class_mtimes_ns: list[int]
-    labels: list[int]
-    paths: list[str]
-
-
-def list_classes(root: str | Path, split: str) -> tuple[str, ...]:
-    """The sorted class names of a split: its folders, without hidden ones.
-
-    Raises:
-        UserError: if the split's folder is missing or holds fewer than two class folders.
-    """
-    folder = Path(root, split)
-    if not Path(root).is_dir():
-        raise UserError(f"there is no data folder {root}")
-    if not folder.is_dir():
-        raise UserError(f"the data folder {root} has no folder {split!r} in it")
-    classes = _listing(folder, lambda entry: entry.is_dir())
-    if len(classes) < 2:
-        what = f"only one class folder, {classes[0]!r}" if classes else "no class folders"
-        raise UserError(f"{folder} holds {what}: it must hold one folder of files for each class")
-    return classes
-
-
-def check_same_classes(classes: Mapping[str, tuple[str, ...]]) -> None:
-    """Make sure that a label means the same in several splits.
+def index_listing(
+    root: str | Path,
+    listing: Listing,
+    workers: int,
+    decode: bool = True,
+    progress: Progress | None = None,
+) -> tuple[Index, list[BadFile]]:
+    """Open every sample of a listing and make the index of the good ones.
 
     Args:
-        classes: the class names of each split.
+        root: the data root.
+        listing: what `list_split` found.
+        workers: processes that open and decode. With more than one, the calling script must guard
+            its main part with `if __name__ == "__main__"`.
+        decode: decode every image completely, so that damage is found now; else only its header
+            is looked at.
+        progress: called with the number of samples done and of all, now and then.
+
+    Returns:
+        The index of the good samples, and the bad ones in order.
 
     Raises:
-        UserError: if they differ; it names the first difference.
+        UserError: if a worker dies.
     """
-    (first, expected), *others = classes.items()
-    for split, names in others:
-        if names != expected:
-            difference = _first_difference(set(expected), set(names))
-            raise UserError(
-                f"the class folder {difference.name!r} is {difference.where(first, split)}: both"
-                " must have the same class folders, or labels would not mean the same"
-            )
+    if listing.kind == "events":
+        found = probe_all(probe_tensor, (), root, listing.places, workers, progress)
+    else:
+        found = probe_all(probe_image, (decode,), root, listing.places, workers, progress)
+    return assemble(root, listing, found)
 
 
 def check_fresh(index: Index, root: str | Path, file: str | Path | None = None) -> None:
     """Make sure that the files are still those of the index.
 
-    A class folder whose modification time is the recorded one lists the same names, so nothing of
-    it is read; where the time differs, as in a copy, the names are compared. File sizes are
-    compared for at most 10,000 files, evenly spread, and with ``file`` (the index's own) their
-    modification times, too.
+    Of archives the sizes are compared. Of class folders: one whose modification time is the
+    recorded one lists the same names, so nothing of it is read; where the time differs, as in a
+    copy, the names are compared; file sizes are compared for at most 10,000 files, evenly spread.
+    With ``file`` (the index's own), modification times are compared with its own, too.
 
     Raises:
         UserError: if they are not; it names the first difference and the command to index again.
     """
-    again = f"index the data again with `{index_command(root, index.split, index.kind)}`"
+    again = f"index the data again with `{index.command(root)}`"
+    if index.archives:
+        known = list(zip(index.archives, index.archive_sizes.tolist(), strict=True))
+    else:
+        _check_names(index, root, again)
+        count = min(len(index), _SAMPLED_FILES)
+        sample = np.unique(np.linspace(0, len(index) - 1, count, dtype=int)).tolist()
+        known = [(index.path(i), int(index.file_sizes[i])) for i in sample]
+    indexed_ns = None if file is None else Path(file).stat().st_mtime_ns
+    for path, size in known:
+        try:
+            status = Path(root, path).stat()
+        except OSError as e:
+            raise UserError(f"{path} in {root} cannot be read ({e.strerror}): {again}") from e
+        if status.st_size != size:
+            raise UserError(
+                f"{path} has {status.st_size} bytes where the index says {size}: {again}"
+            )
+        if indexed_ns is not None and status.st_mtime_ns > indexed_ns:
+            raise UserError(
+                f"{path} is newer than the index {file}: {again}, or, if the files were only"
+                f" copied, `touch {shlex.quote(str(file))}`"
+            )
+
+
+def _check_names(index: Index, root: str | Path, again: str) -> None:
     present = list_classes(root, index.split)
     if present != index.classes:
         first = _first_difference(set(index.classes), set(present))
@@ -317,27 +292,10 @@ def check_fresh(index: Index, root: str | Path, file: str | Path | None = None) 
         prefix = f"{index.split}/{name}/"
         known = {index.path(i) for i in range(bounds[label], bounds[label + 1])}
         known |= {path for path in index.skipped if path.startswith(prefix)}
-        listed = {prefix + file for file in _list_class(folder, index.kind)}
+        listed = {prefix + file for file in list_class(folder, index.kind)}
         if known != listed:
             first = _first_difference(known, listed)
             raise UserError(f"{first.name} is {first.where('the index', str(root))}: {again}")
-    sample = np.unique(np.linspace(0, len(index) - 1, min(len(index), _SAMPLED_FILES), dtype=int))
-    for i in sample:
-        path = index.path(i)
-        try:
-            status = Path(root, path).stat()
-        except OSError as e:
-            raise UserError(f"{path} cannot be read ({e.strerror}): {again}") from e
-        size = status.st_size
-        if size != index.file_sizes[i]:
-            raise UserError(
-                f"{path} has {size} bytes where the index says {index.file_sizes[i]}: {again}"
-            )
-        if file is not None and status.st_mtime_ns > Path(file).stat().st_mtime_ns:
-            raise UserError(
-                f"{path} is newer than the index {file}: {again}, or, if the files were only"
-                f" copied, `touch {shlex.quote(str(file))}`"
-            )
 
 
 class _Difference(NamedTuple):
@@ -354,186 +312,63 @@ def _first_difference(first: set[str], second: set[str]) -> _Difference:
     return _Difference(name, name in first)
 
 
-def _listing(folder: Path, wanted: Callable[[os.DirEntry[str]], bool]) -> tuple[str, ...]:
-    with os.scandir(folder) as entries:
-        return tuple(sorted(e.name for e in entries if e.name[0] != "." and wanted(e)))
-
-
-def _list_class(folder: Path, kind: Kind) -> tuple[str, ...]:
-    """Sorted names of a class folder's files that have a suffix of the kind."""
-    folders = _listing(folder, lambda entry: entry.is_dir())
-    if folders:
-        raise UserError(
-            f"{folder} holds a folder, {folders[0]!r}: files must lie directly in the class folder"
-        )
-    return _listing(folder, lambda entry: entry.name.lower().endswith(_SUFFIXES[kind]))
-
-
-def _list_files(root: str | Path, split: str, kind: Kind) -> _Files:
-    files = _Files(list_classes(root, split), [], [], [])
-    for label, name in enumerate(files.classes):
-        folder = Path(root, split, name)
-        # Taken before the listing: a file added in between must make the index stale, not fresh.
-        files.class_mtimes_ns.append(folder.stat().st_mtime_ns)
-        names = _list_class(folder, kind)
-        if not names:
-            wanted = ", ".join(_SUFFIXES[kind])
-            raise UserError(f"the class folder {folder} holds no {kind} ({wanted})")
-        files.labels.extend([label] * len(names))
-        files.paths.extend(f"{split}/{name}/{file}" for file in names)
-    return files
-
-
-def _probe_all(
-    probe: Callable[..., list[Probe | str]],
-    arguments: tuple[Any, ...],
-    root: str | Path,
-    paths: list[str],
-    workers: int,
-    progress: Progress | None,
-) -> list[Probe | str]:
-    """Probe every file, in order; a str is the reason why a file is bad."""
-    tasks = [
-        (probe, str(root), paths[i : i + _FILES_PER_TASK], arguments)
-        for i in range(0, len(paths), _FILES_PER_TASK)
-    ]
-    found: list[Probe | str] = []
-    for results in _run_tasks(tasks, workers):
-        found.extend(results)
-        if progress is not None:
-            progress(len(found), len(paths))
-    return found
-
-
-def _run_tasks(tasks: list[Any], workers: int) -> Iterator[list[Probe | str]]:
-    if workers == 1 or len(tasks) == 1:
-        yield from map(_run_task, tasks)
-        return
-    # Not fork: a caller may have threads (DALI's, torch's), whose locks a fork would copy.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _ignore_interrupt)
-    try:
-        yield from pool.map(_run_task, tasks)
-    except BrokenProcessPool as e:
-        raise UserError(
-            "a worker process died, most often for lack of memory: use fewer workers"
-        ) from e
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _ignore_interrupt() -> None:
-    # Ctrl-C reaches every process of the terminal; the parent alone says so and ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _run_task(task: tuple[Callable[..., Any], str, list[str], tuple[Any, ...]]) -> Any:
-    probe, root, paths, arguments = task
-    return probe([f"{root}/{path}" for path in paths], *arguments)
-
-
-def _probe_images(paths: list[str], decode: bool) -> list[Probe | str]:
-    return [probe_image(path, decode) for path in paths]
-
-
-def probe_image(path: str, decode: bool) -> Probe | str:
-    """The size of an image as stored, or the reason why it cannot be used."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        size = Path(path).stat().st_size
-        if size == 0:
-            return "the file is empty"
-        with Image.open(path) as image:
-            if image.format not in _PIL_FORMATS:
-                return f"a {image.format} file, which DALI does not decode"
-            # PIL alone turns these, and DALI alone cannot leave them as they are.
-            if image.format == "TIFF" and image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-                return "a TIFF file with an orientation: save it upright"
-            width, height = image.size
-            if decode:
-                image.load()
-    except UnidentifiedImageError:
-        return "not an image"
-    except Exception as e:  # PIL's decoders raise whatever their format's parser stumbles over.
-        return f"does not decode: {e}" if decode else f"cannot be read: {e}"
-    return Probe(size, height, width)
-
-
-def _probe_events(paths: list[str]) -> list[Probe | str]:
-    return [_probe_tensor(path) for path in paths]
-
-
-def _probe_tensor(path: str) -> Probe | str:
-    """Shape and type of a (T, 2, H, W) .npy file, or the reason why it cannot be used."""
-    try:
-        with Path(path).open("rb") as stream:
-            version = np.lib.format.read_magic(stream)
-            if version != (1, 0):
-                return f"a .npy file of version {version[0]}.{version[1]} instead of 1.0"
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-            start = stream.tell()
-            size = os.fstat(stream.fileno()).st_size
-    except (OSError, ValueError) as e:
-        return f"not a .npy file: {e}"
-    if len(shape) != 4 or shape[1] != 2 or 0 in shape:
-        return f"shape {shape} instead of (T, 2, H, W)"
-    if dtype not in (np.dtype("u1"), np.dtype("<f2")):
-        return f"type {dtype} instead of uint8 or float16"
-    if fortran_order:
-        return "stored in Fortran order instead of C order"
-    wanted = start + dtype.itemsize * int(np.prod(shape))
-    if size != wanted:
-        return f"{size} bytes where its shape {shape} and type {dtype} need {wanted}"
-    return Probe(size, shape[2], shape[3], shape[0], dtype.name)
-
-
-def _assemble(
-    kind: Kind, split: str, files: _Files, found: Iterable[Probe | str]
+def assemble(
+    root: str | Path, listing: Listing, found: Iterable[Probe | str]
 ) -> tuple[Index, list[BadFile]]:
+    """The index of a listing's good samples, and the bad ones.
+
+    Args:
+        root: the data root.
+        listing: N samples.
+        found: what was found out about each, or the reason why it cannot be used.
+    """
     good: list[Probe] = []
-    labels: list[int] = []
-    paths: list[bytes] = []
-    bad: list[BadFile] = []
-    first_path = ""
-    for path, label, probe in zip(files.paths, files.labels, found, strict=True):
-        if isinstance(probe, Probe) and kind == "events":
-            if not good:
-                first_path = path
-            elif probe[1:] != good[0][1:]:
-                probe = f"{_describe(probe)}, but {first_path} has {_describe(good[0])}"
+    rows: list[int] = []
+    bad = list(listing.bad)
+    for i, probe in enumerate(found):
         if isinstance(probe, str):
-            bad.append(BadFile(path, probe))
-            continue
-        good.append(probe)
-        labels.append(label)
-        paths.append(os.fsencode(path))
-    arrays: dict[str, Any] = {
-        "labels": np.array(labels, np.int32),
+            bad.append(BadFile(listing.path(i), probe))
+        elif listing.kind == "events" and good and probe[1:] != good[0][1:]:
+            first = listing.path(rows[0])
+            reason = f"{_describe(probe)}, but {first} has {_describe(good[0])}"
+            bad.append(BadFile(listing.path(i), reason))
+        else:
+            good.append(probe)
+            rows.append(i)
+    names = [os.fsencode(listing.names[i]) for i in rows]
+    archive_ids = {file: number for number, file in enumerate(listing.archives)}
+    values: dict[str, Any] = {
+        "labels": np.array([listing.labels[i] for i in rows], np.int32),
         "heights": np.array([probe.height for probe in good], np.int32),
         "widths": np.array([probe.width for probe in good], np.int32),
         "file_sizes": np.array([probe.size for probe in good], np.int64),
-        "path_blob": np.frombuffer(b"".join(paths), np.uint8),
-        "path_offsets": np.cumsum([0, *map(len, paths)], dtype=np.int64),
     }
     timesteps = good[0].timesteps if good else None
     dtype = good[0].dtype if good else None
-    digest = hashlib.sha256(
-        json.dumps([_FORMAT_VERSION, kind, split, files.classes, timesteps, dtype]).encode()
-    )
-    for name in sorted(arrays):
-        digest.update(arrays[name].tobytes())
+    meta = [_FORMAT_VERSION, listing.kind, listing.split, listing.classes, timesteps, dtype]
+    digest = hashlib.sha256(json.dumps(meta).encode())
+    for name in sorted(values):
+        digest.update(values[name].tobytes())
+    if listing.kind == "events":
+        digest.update(b"\0".join(names))
+    places = [listing.places[i] for i in rows]
     index = Index(
-        kind=kind,
-        split=split,
-        classes=files.classes,
-        class_mtimes_ns=np.array(files.class_mtimes_ns, np.int64),
+        kind=listing.kind,
+        split=listing.split,
+        classes=listing.classes,
+        offsets=np.array([place.offset for place in places], np.int64),
+        archive_ids=np.array([archive_ids.get(place.file, -1) for place in places], np.int32),
+        archives=listing.archives,
+        archive_sizes=np.array([Path(root, f).stat().st_size for f in listing.archives], np.int64),
+        path_blob=np.frombuffer(b"".join(names), np.uint8),
+        path_offsets=np.cumsum([0, *map(len, names)], dtype=np.int64),
+        class_mtimes_ns=np.array(listing.class_mtimes_ns, np.int64),
         skipped=tuple(file.path for file in bad),
+        options=listing.options,
         timesteps=timesteps,
         dtype=dtype,
         fingerprint=digest.hexdigest(),
-        **arrays,
+        **values,
     )
     return index, bad
 

@@ -1,34 +1,75 @@
 """From the configuration to the pipeline: which batches this process gets."""
 
-from tetdist.config import RunConfig
+import numpy as np
+
+from tetdist.config import RunConfig, phase_image_sizes
 from tetdist.data import pipeline
 from tetdist.data.index import Index
+from tetdist.data.transforms import ColorJitter, Mixing
 from tetdist.distributed import World
 from tetdist.errors import UserError
 
 
 def train_loader(
-    config: RunConfig, index: Index, share: pipeline.Share, world: World
+    config: RunConfig, index: Index, share: pipeline.Share, world: World, image_size: int
 ) -> pipeline.Loader:
-    """This process's training batches from ``share`` on, for ever."""
+    """This process's training batches from ``share`` on, for ever.
+
+    Args:
+        image_size: Height and width of images; events come as they are stored.
+    """
     data, workers = config.data, loader_workers(config, world)
+    mixing = Mixing(data.mixup, data.cutmix)
     if data.kind == "events":
         return pipeline.event_train_batches(
-            index, data.root, share, workers, flip=data.flip, roll=data.roll
+            index,
+            data.root,
+            share,
+            workers,
+            flip=data.flip,
+            roll=data.roll,
+            cutout=data.cutout,
+            mixing=mixing,
         )
     return pipeline.train_batches(
         index,
         data.root,
         share,
         workers,
-        image_size=data.image_size,
+        image_size=image_size,
         scale=data.scale,
         ratio=data.ratio,
         flip=data.flip,
         mean=data.mean,
         std=data.std,
         interpolation=data.interpolation,
+        padding=data.padding if data.crop == "padded" else None,
+        policy=None if data.auto_augment == "none" else data.auto_augment,
+        jitter=ColorJitter(**data.color_jitter.model_dump()),
+        cutout=data.cutout,
+        mixing=mixing,
     )
+
+
+def check_crops(config: RunConfig, index: Index) -> None:
+    """Whether all phases' crops fit into the training images.
+
+    Raises:
+        UserError: An image is too small for data.crop=padded.
+    """
+    data = config.data
+    if data.kind == "events" or data.crop != "padded":
+        return
+    largest = max(max(phase_image_sizes(config, phase)) for phase in config.phases)
+    sides = np.minimum(index.heights, index.widths)
+    least = largest - 2 * data.padding
+    if sides.min() < least:
+        i = int(sides.argmin())
+        raise UserError(
+            f"{index.path(i)} has {index.widths[i]}x{index.heights[i]} pixels and data.crop=padded "
+            f"needs {least} of each side for crops of {largest} with data.padding={data.padding}; "
+            "set data.crop=resized, or a smaller image size"
+        )
 
 
 def eval_loader(config: RunConfig, index: Index, world: World) -> pipeline.Loader:

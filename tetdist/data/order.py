@@ -13,12 +13,16 @@ import numpy.typing as npt
 
 from tetdist.errors import UserError
 
-# Streams keep the keys of the permutation and the draws of the augmentation apart.
-_PERMUTATION, _AUGMENTATION = 1, 2
+# Streams keep the keys of the permutation and the draws of augmentation and mixing apart.
+_PERMUTATION, AUGMENTATION, MIXING = 1, 2, 3
 
 
 def uniforms(
-    seed: int, epoch: int, positions: npt.NDArray[np.int64], num_draws: int
+    seed: int,
+    epoch: int,
+    positions: npt.NDArray[np.int64],
+    num_draws: int,
+    stream: int = AUGMENTATION,
 ) -> npt.NDArray[np.float64]:
     """Random numbers for the samples at some positions of an epoch, uniform in [0, 1).
 
@@ -28,11 +32,12 @@ def uniforms(
     Args:
         positions: (B,) positions in the epoch's order.
         num_draws: numbers for each sample.
+        stream: AUGMENTATION or MIXING.
 
     Returns:
         (B, num_draws), multiples of 2**-53.
     """
-    keys = _absorb(_key(_AUGMENTATION, seed, epoch), positions.astype(np.uint64))
+    keys = _absorb(_key(stream, seed, epoch), positions.astype(np.uint64))
     words = _absorb(keys[:, None], np.arange(num_draws, dtype=np.uint64))
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

@@ -1,16 +1,17 @@
 """Batches for training and evaluation: the one file that knows DALI.
 
-order.py and transforms.py decide which samples, windows and flips make up a batch; DALI reads,
-decodes and resizes, in its own threads or on the GPU. It decides nothing, so a batch is a function
-of the run's configuration and the place in the run alone.
+order.py and transforms.py decide which samples, windows and changes make up a batch; threads read
+them ahead (reader.py); DALI decodes the windows, in its own threads or on the GPU, and resizes them
+on the GPU; threads do the rest (pixels.py), ahead of the consumer, too. None of these decides
+anything, so a batch is a function of the run's configuration and the place in the run alone.
 """
 
 import importlib
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -18,28 +19,49 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tetdist.data.index import Index, index_command, probe_image
+from tetdist.data.auto_augment import Policy, auto_augment
+from tetdist.data.index import Index
 from tetdist.data.order import (
     evaluation_batches,
     micro_batch_positions,
     permutation,
     rank_micro_batches,
     steps_per_epoch,
-    uniforms,
 )
+from tetdist.data.pixels import (
+    Channels,
+    Edits,
+    Interpolation,
+    Output,
+    cut_out,
+    edited,
+    normalized,
+)
+from tetdist.data.probe import probe_image, probe_place
+from tetdist.data.reader import SampleReader
 from tetdist.data.transforms import (
-    RANDOM_RESIZED_CROP_DRAWS,
-    centre_region,
+    ColorJitter,
+    EventDraws,
+    ImageDraws,
+    Mix,
+    Mixing,
+    Operation,
+    centre_crop,
+    color_jitter,
+    cutout_boxes,
+    event_draws,
     flip_and_roll,
     flips,
+    image_draws,
+    mixes,
+    mixing_draws,
+    padded_crop,
     random_resized_crop,
     shifts,
 )
 from tetdist.errors import UserError
 
-Interpolation = Literal["bilinear", "bicubic"]
-Channels = tuple[float, float, float]
-
+NO_JITTER, NO_MIXING = ColorJitter(), Mixing()
 _NAMED_FILES = 5
 
 
@@ -51,11 +73,13 @@ class Batch(NamedTuple):
             loader's device.
         labels: int64, (B,), on the same device.
         ids: int64, (B,), numbers of the samples in the index.
+        mix: how the images are to be mixed with each other (mixing.py); None: not at all.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     ids: npt.NDArray[np.int64]
+    mix: Mix | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +113,9 @@ class Workers:
         device: where the batches come out; "gpu" also decodes (DALI's mixed decoder) and resizes
             there.
         device_id: the GPU's number; None for the CPU.
-        threads: threads that read, and on the CPU decode and resize. A thread that waits for a
-            file does nothing else: slow storage needs more of them than there are cores.
+        threads: threads that read, as many that decode, and as many that finish images. A thread
+            that waits for a file does nothing else: slow storage needs more of them than there are
+            cores.
         prefetch: batches that are worked on ahead of the consumer.
     """
 
@@ -113,8 +138,15 @@ def train_batches(
     mean: Channels,
     std: Channels,
     interpolation: Interpolation,
+    padding: int | None = None,
+    policy: Policy | None = None,
+    jitter: ColorJitter = NO_JITTER,
+    cutout: int = 0,
+    mixing: Mixing = NO_MIXING,
 ) -> "Loader":
-    """Randomly cropped, resized and flipped images, epoch after epoch for ever.
+    """Randomly cropped and otherwise changed images, epoch after epoch for ever.
+
+    After the crop come the flip, AutoAugment, the colours, normalisation, and the cutout.
 
     Args:
         index: the training split.
@@ -128,21 +160,66 @@ def train_batches(
         mean: of each channel, where white is 1.
         std: of each channel, likewise.
         interpolation: always antialiased.
+        padding: instead of a crop by scale and ratio, one of `image_size` pixels from the image
+            with so many black ones on each side; no image may be too small for it.
+        policy: of AutoAugment.
+        jitter: of the colours.
+        cutout: side of a square that is 0 after normalisation.
+        mixing: what the batches say about mixing; the images come unmixed.
 
     Raises:
         UserError: if DALI is not installed, or the batch sizes do not fit each other, the data or
             the number of processes. Iterating raises it for a file that does not read or decode.
     """
+    output = Output(size=image_size, mean=mean, std=std, interpolation=interpolation)
+
+    def edits(draws: ImageDraws, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int32], Edits]:
+        heights, widths = index.heights[ids], index.widths[ids]
+        if padding is None:
+            window = random_resized_crop(heights, widths, draws.crop, scale, ratio)
+            size = np.full((len(ids), 2), image_size, np.int32)
+            corner = np.zeros_like(size)
+        else:
+            window, corner = padded_crop(heights, widths, draws.crop[:, :2], padding, image_size)
+            size = window[:, 2:]
+        return window, Edits(
+            size=size,
+            corner=corner,
+            mirror=flips(draws.flip[:, 0], flip),
+            operations=_operations(draws, policy, jitter, image_size),
+            cutout=cutout_boxes(draws.cutout, image_size, image_size, cutout) if cutout else None,
+        )
+
+    def readings() -> Iterator[_Reading]:
+        for epoch, positions, ids in places:
+            window, changes = edits(image_draws(share.seed, epoch, positions), ids)
+            mix = _mix(share.seed, epoch, positions, (image_size, image_size), mixing)
+            yield _image_reading(reader, workers, ids, window, changes, mix)
+
     places = _training_places(len(index), share)
+    reader = SampleReader(index, root)
     return Loader(
         index,
         root,
-        _crops(index, root, places, share.seed, scale, ratio, flip),
-        _train_graph(workers, image_size, mean, std, interpolation),
+        _read_ahead(readings(), reader, workers),
+        _image_graph(workers, interpolation),
         workers,
         sample_shape=(3, image_size, image_size),
         max_batch=share.micro_batch,
+        output=output,
     )
+
+
+def _operations(
+    draws: ImageDraws, policy: Policy | None, jitter: ColorJitter, image_size: int
+) -> list[list[Operation]]:
+    """AutoAugment's and then the colours' of each sample; empty if there are none of any."""
+    kinds = []
+    if policy:
+        kinds.append(auto_augment(draws.auto_augment, policy, image_size))
+    if any(jitter):
+        kinds.append(color_jitter(draws.color_jitter, jitter))
+    return [list(chain(*of_a_sample)) for of_a_sample in zip(*kinds, strict=True)]
 
 
 def eval_batches(
@@ -181,22 +258,44 @@ def eval_batches(
         UserError: if DALI is not installed or the crop is larger than the resized image. Iterating
             raises it for a file that does not read or decode.
     """
-    regions = centre_region(index.heights, index.widths, resize, image_size)
+    resized, start = centre_crop(index.heights, index.widths, resize, image_size)
     batches = list(evaluation_batches(len(index), batch_size, rank, world_size))
+    reader = SampleReader(index, root)
+
+    def readings() -> Iterator[_Reading]:
+        for ids in batches:
+            if ids.size:
+                # The whole image, of the size that the index knows: one that has become smaller is
+                # an error of the decoder.
+                whole = np.stack([index.heights[ids], index.widths[ids]], axis=1)
+                window = np.concatenate([np.zeros_like(whole), whole], axis=1)
+                none = np.zeros(len(ids), bool)
+                edits = Edits(size=resized[ids], corner=-start[ids], mirror=none, operations=[])
+                yield _image_reading(reader, workers, ids, window, edits)
+
     return Loader(
         index,
         root,
-        _regions(index, root, batches, regions),
-        _eval_graph(workers, image_size, mean, std, interpolation),
+        _read_ahead(readings(), reader, workers),
+        _image_graph(workers, interpolation),
         workers,
         sample_shape=(3, image_size, image_size),
         max_batch=batch_size,
         empty_batches=_count_empty(batches),
+        output=Output(size=image_size, mean=mean, std=std, interpolation=interpolation),
     )
 
 
 def event_train_batches(
-    index: Index, root: str | Path, share: Share, workers: Workers, *, flip: float, roll: int
+    index: Index,
+    root: str | Path,
+    share: Share,
+    workers: Workers,
+    *,
+    flip: float,
+    roll: int,
+    cutout: int = 0,
+    mixing: Mixing = NO_MIXING,
 ) -> "Loader":
     """Randomly flipped and shifted event tensors, epoch after epoch for ever.
 
@@ -208,15 +307,25 @@ def event_train_batches(
         flip: probability of mirroring left to right.
         roll: shift by up to so many pixels, up or down and left or right, all timesteps of a sample
             alike; what leaves at one side comes in at the other.
+        cutout: side of a square that is then emptied, at all timesteps alike.
+        mixing: as in `train_batches`.
 
     Raises:
         UserError: as `train_batches`.
     """
     places = _training_places(len(index), share)
+    reader = SampleReader(index, root)
+
+    def readings() -> Iterator[_Reading]:
+        for epoch, positions, ids in places:
+            draws = event_draws(share.seed, epoch, positions)
+            mix = _mix(share.seed, epoch, positions, _frames_shape(index)[2:], mixing)
+            yield _event_reading(index, reader, ids, draws, flip, roll, cutout)._replace(mix=mix)
+
     return Loader(
         index,
         root,
-        _read_ahead(_rolled(index, root, places, share.seed, flip, roll), workers),
+        _read_ahead(readings(), reader, workers),
         _event_graph(workers, index),
         workers,
         sample_shape=_frames_shape(index),
@@ -235,10 +344,11 @@ def event_eval_batches(
 ) -> "Loader":
     """A rank's share of an evaluation on event tensors as they are, dealt out as `eval_batches`."""
     batches = list(evaluation_batches(len(index), batch_size, rank, world_size))
+    reader = SampleReader(index, root)
     return Loader(
         index,
         root,
-        _read_ahead(_as_stored(index, root, batches), workers),
+        _read_ahead(_as_stored(index, reader, batches), reader, workers),
         _event_graph(workers, index),
         workers,
         sample_shape=_frames_shape(index),
@@ -248,15 +358,19 @@ def event_eval_batches(
 
 
 class _Inputs(NamedTuple):
-    """What DALI makes a batch from.
+    """What a batch is made from.
 
     Attributes:
         ids: (B,) sample numbers.
-        arrays: the pipeline's inputs, each an array (B, ...) or a list of B arrays.
+        arrays: DALI's inputs, each an array (B, ...) or a list of B arrays.
+        edits: what becomes of images after that; None for events.
+        mix: what the batch says about mixing.
     """
 
     ids: npt.NDArray[np.int64]
     arrays: tuple[npt.NDArray[Any] | list[npt.NDArray[Any]], ...]
+    edits: Edits | None
+    mix: Mix | None
 
 
 _Stream = Generator[_Inputs, None, None]
@@ -283,16 +397,19 @@ class Loader:
         sample_shape: tuple[int, ...],
         max_batch: int,
         empty_batches: int = 0,
+        output: Output | None = None,
     ) -> None:
         dali = _import_dali()
         on_gpu = workers.device == "gpu"
         self._index = index
         self._root = root
         self._stream = stream
+        self._workers = workers
         self._sample_shape = sample_shape
         self._empty_batches = empty_batches
+        self._output = output
         self._device = torch.device(f"cuda:{workers.device_id}" if on_gpu else "cpu")
-        self._ids_in_work: deque[npt.NDArray[np.int64]] = deque()
+        self._in_work: deque[_Inputs] = deque()
         self._pipeline: Any = dali.Pipeline(
             batch_size=max_batch,
             num_threads=workers.threads,
@@ -303,8 +420,12 @@ class Loader:
         )
         with self._pipeline:
             # The source knows nothing of self: the cycle would keep DALI's threads beyond close().
-            self._pipeline.set_outputs(graph(dali, _source(stream, self._ids_in_work)))
+            self._pipeline.set_outputs(graph(dali, _source(stream, self._in_work)))
         self._pipeline.build()
+        # One thread takes batches from DALI and has them finished by others, ahead of the consumer.
+        self._ahead: deque[Future[Batch | None]] = deque()
+        self._taker = ThreadPoolExecutor(1, thread_name_prefix="tetdist-take")
+        self._finishers = ThreadPoolExecutor(workers.threads, thread_name_prefix="tetdist-finish")
 
     def __iter__(self) -> Self:
         return self
@@ -312,17 +433,26 @@ class Loader:
     def __next__(self) -> Batch:
         if self._pipeline is None:
             return self._next_empty()
+        while len(self._ahead) <= self._workers.prefetch:
+            self._ahead.append(self._taker.submit(self._take))
+        try:
+            batch = self._ahead.popleft().result()
+        except (UserError, RuntimeError):
+            self.close()
+            raise
+        if batch is None:
+            self._stop()
+            return self._next_empty()
+        return batch
+
+    def _take(self) -> Batch | None:
+        """The next batch; None after the last one."""
         try:
             (output,) = self._pipeline.run()
         except StopIteration:
-            self._stop()
-            return self._next_empty()
-        except UserError:
-            self.close()
-            raise
+            return None
         except RuntimeError as error:
-            self.close()
-            ids = [int(i) for batch in self._ids_in_work for i in batch]
+            ids = [int(i) for inputs in self._in_work for i in inputs.ids]
             named = _undecodable(self._index, self._root, ids)
             if named is not None:
                 raise named from error
@@ -331,10 +461,26 @@ class Loader:
                 + ", ".join(self._index.path(i) for i in ids)
             )
             raise
-        images = torch.from_dlpack(output.as_tensor())
-        if self._index.kind == "images":
-            images = images.permute(0, 3, 1, 2)
-        return self._batch(images, self._ids_in_work.popleft())
+        inputs = self._in_work.popleft()
+        if inputs.edits is None:
+            images = torch.from_dlpack(output.as_tensor())
+        else:
+            images = self._finished(output, inputs.edits)
+        return self._batch(images, inputs.ids, inputs.mix)
+
+    def _finished(self, windows: Any, edits: Edits) -> torch.Tensor:
+        """(B, 3, H, W) in channels_last memory, from the decoded windows."""
+        assert self._output is not None
+        num_images, size = len(edits.size), self._output.size
+        images = torch.empty(num_images, size, size, 3, device=self._device)
+        parts = np.array_split(np.arange(num_images), self._workers.threads)
+        work = [
+            self._finishers.submit(_finish_part, windows, edits, self._output, images, part)
+            for part in parts
+        ]
+        for future in work:
+            future.result()
+        return images.permute(0, 3, 1, 2)
 
     def _next_empty(self) -> Batch:
         if self._empty_batches == 0:
@@ -343,11 +489,17 @@ class Loader:
         images = torch.empty((0, *self._sample_shape), device=self._device)
         return self._batch(images, np.empty(0, np.int64))
 
-    def _batch(self, images: torch.Tensor, ids: npt.NDArray[np.int64]) -> Batch:
+    def _batch(
+        self, images: torch.Tensor, ids: npt.NDArray[np.int64], mix: Mix | None = None
+    ) -> Batch:
         labels = torch.from_numpy(self._index.labels[ids].astype(np.int64))
-        return Batch(images, labels.to(self._device), ids)
+        return Batch(images, labels.to(self._device), ids, mix)
 
     def _stop(self) -> None:
+        # In this order: what is being taken is still worked on.
+        self._taker.shutdown(cancel_futures=True)
+        self._finishers.shutdown()
+        self._ahead.clear()
         self._pipeline = None
         self._stream.close()
 
@@ -373,81 +525,46 @@ def _import_dali() -> Any:
         ) from e
 
 
-def _train_graph(
-    workers: Workers, image_size: int, mean: Channels, std: Channels, interpolation: Interpolation
-) -> _Graph:
-    """Decode a window, resize it, flip: (H, W, 3) float32."""
+def _image_graph(workers: Workers, interpolation: Interpolation) -> _Graph:
+    """Decode windows, and resize them on a GPU: (H, W, 3) uint8, each of its own size."""
 
     def graph(dali: Any, source: _Source) -> Any:
         fn, types = dali.fn, dali.types
-        path, corner, size, mirror = fn.external_source(
+        on_gpu = workers.device == "gpu"
+        encoded, corner, extent, *size = fn.external_source(
             source,
-            num_outputs=4,
-            dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
-            ndim=[1, 1, 1, 0],
+            num_outputs=4 if on_gpu else 3,
+            dtype=[types.UINT8, types.INT32, types.INT32] + ([types.FLOAT] if on_gpu else []),
+            ndim=[1, 1, 1] + ([1] if on_gpu else []),
+            # The stream's arrays are nobody else's.
+            no_copy=True,
         )
-        images = _decode(dali, workers, path, corner, size)
-        images = fn.resize(images, **_resizing(dali, image_size, interpolation))
-        return fn.crop_mirror_normalize(images, mirror=mirror, **_normalising(dali, mean, std))
+        windows = fn.decoders.image_slice(
+            encoded,
+            device="mixed" if on_gpu else "cpu",
+            start=corner,
+            shape=extent,
+            axis_names="HW",
+            # PIL does not turn images by their EXIF orientation, and the index has their sizes as
+            # stored.
+            adjust_orientation=False,
+        )
+        if not on_gpu:
+            return windows
+        filters = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+        return fn.resize(windows, size=size[0], interp_type=filters[interpolation], antialias=True)
 
     return graph
 
 
-def _eval_graph(
-    workers: Workers, image_size: int, mean: Channels, std: Channels, interpolation: Interpolation
-) -> _Graph:
-    """Decode the whole image, resize a region of it: (H, W, 3) float32."""
-
-    def graph(dali: Any, source: _Source) -> Any:
-        fn, types = dali.fn, dali.types
-        path, size, start, end = fn.external_source(
-            source,
-            num_outputs=4,
-            dtype=[types.UINT8, types.INT32, types.FLOAT, types.FLOAT],
-            ndim=[1, 1, 1, 1],
-        )
-        # Resizing a region outside the image is a segmentation fault. Asking for the size that the
-        # index knows makes an image that has become smaller an error of the decoder instead.
-        images = _decode(dali, workers, path, (0, 0), size)
-        images = fn.resize(
-            images, roi_start=start, roi_end=end, **_resizing(dali, image_size, interpolation)
-        )
-        return fn.crop_mirror_normalize(images, **_normalising(dali, mean, std))
-
-    return graph
-
-
-def _decode(dali: Any, workers: Workers, path: Any, corner: Any, size: Any) -> Any:
-    """Decode a window of an image file; what follows works where this puts its output."""
-    return dali.fn.decoders.image_slice(
-        dali.fn.io.file.read(path),
-        device="mixed" if workers.device == "gpu" else "cpu",
-        start=corner,
-        shape=size,
-        axis_names="HW",
-        # PIL does not turn images by their EXIF orientation, and the index has their sizes as
-        # stored.
-        adjust_orientation=False,
-    )
-
-
-def _resizing(dali: Any, image_size: int, interpolation: Interpolation) -> dict[str, Any]:
-    types = dali.types
-    filters = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
-    return {
-        "size": (image_size, image_size),
-        "interp_type": filters[interpolation],
-        "antialias": True,
-    }
-
-
-def _normalising(dali: Any, mean: Channels, std: Channels) -> dict[str, Any]:
-    return {
-        "mean": [255 * x for x in mean],
-        "std": [255 * x for x in std],
-        "output_layout": "HWC",
-        "dtype": dali.types.FLOAT,
-    }
+def _finish_part(
+    windows: Any, edits: Edits, output: Output, images: torch.Tensor, part: npt.NDArray[np.int64]
+) -> None:
+    """Write some images of a batch into (B, H, W, 3)."""
+    for k in part.tolist():
+        normalized(edited(torch.from_dlpack(windows[k]), edits, k, output), output, images[k])
+        if edits.cutout is not None:
+            cut_out(images[k].permute(2, 0, 1), edits.cutout[k])
 
 
 def _event_graph(workers: Workers, index: Index) -> _Graph:
@@ -497,96 +614,83 @@ def _count_empty(batches: list[npt.NDArray[np.int64]]) -> int:
     return sum(ids.size == 0 for ids in batches)
 
 
-def _crops(
-    index: Index,
-    root: str | Path,
-    places: Iterator[_Place],
-    seed: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    flip: float,
-) -> _Stream:
-    """Inputs of `_train_graph`."""
-    for epoch, positions, ids in places:
-        draws = uniforms(seed, epoch, positions, RANDOM_RESIZED_CROP_DRAWS + 1)
-        window = random_resized_crop(
-            index.heights[ids], index.widths[ids], draws[:, :-1], scale, ratio
-        )
-        mirror = flips(draws[:, -1], flip).astype(np.int32)
-        yield _Inputs(ids, (_paths(index, root, ids), *_halves(window), mirror))
-
-
-def _regions(
-    index: Index,
-    root: str | Path,
-    batches: list[npt.NDArray[np.int64]],
-    regions: npt.NDArray[np.float32],
-) -> _Stream:
-    """Inputs of `_eval_graph`."""
-    for ids in batches:
-        if ids.size:
-            size = np.stack([index.heights[ids], index.widths[ids]], axis=1)
-            yield _Inputs(ids, (_paths(index, root, ids), size, *_halves(regions[ids])))
-
-
-def _paths(
-    index: Index, root: str | Path, ids: npt.NDArray[np.int64]
-) -> list[npt.NDArray[np.uint8]]:
-    prefix = f"{Path(root).absolute()}/"
-    return [np.frombuffer(os.fsencode(prefix + index.path(i)), np.uint8) for i in ids.tolist()]
-
-
-def _halves(quadruples: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    # DALI takes no views with strides.
-    return np.ascontiguousarray(quadruples[:, :2]), np.ascontiguousarray(quadruples[:, 2:])
-
-
 class _Reading(NamedTuple):
-    """A batch of event tensors to be read: `read` gives the k-th sample's frames."""
+    """A batch of samples to be read.
+
+    Attributes:
+        ids: (B,) sample numbers.
+        read: gives what the k-th sample's file makes of the pipeline's first input.
+        arrays: the other inputs, each (B, ...).
+        edits: what becomes of images after that.
+        mix: what the batch says about mixing.
+    """
 
     ids: npt.NDArray[np.int64]
     read: Callable[[int], npt.NDArray[Any]]
+    arrays: tuple[npt.NDArray[Any], ...] = ()
+    edits: Edits | None = None
+    mix: Mix | None = None
 
 
-def _rolled(
-    index: Index,
-    root: str | Path,
-    places: Iterator[_Place],
+def _mix(
     seed: int,
+    epoch: int,
+    positions: npt.NDArray[np.int64],
+    size: tuple[int, int],
+    mixing: Mixing,
+) -> Mix | None:
+    if not any(mixing):
+        return None
+    return mixes(mixing_draws(seed, epoch, positions), *size, mixing)
+
+
+def _image_reading(
+    reader: SampleReader,
+    workers: Workers,
+    ids: npt.NDArray[np.int64],
+    window: npt.NDArray[np.int32],
+    edits: Edits,
+    mix: Mix | None = None,
+) -> _Reading:
+    """Inputs of `_image_graph` from windows (B, 4): top, left, height, width."""
+    # DALI takes no views with strides.
+    arrays = [np.ascontiguousarray(window[:, :2]), np.ascontiguousarray(window[:, 2:])]
+    if workers.device == "gpu":
+        arrays.append(edits.size.astype(np.float32))
+    return _Reading(ids, lambda k: reader.read(int(ids[k])), tuple(arrays), edits, mix)
+
+
+def _event_reading(
+    index: Index,
+    reader: SampleReader,
+    ids: npt.NDArray[np.int64],
+    draws: EventDraws,
     flip: float,
     roll: int,
-) -> Iterator[_Reading]:
-    """Samples to be read, flipped and rolled."""
-    for epoch, positions, ids in places:
-        draws = uniforms(seed, epoch, positions, 3)
-        yield _rolled_reading(
-            index, root, ids, flips(draws[:, 0], flip), shifts(draws[:, 1:], roll)
-        )
-
-
-def _rolled_reading(
-    index: Index,
-    root: str | Path,
-    ids: npt.NDArray[np.int64],
-    mirror: npt.NDArray[np.bool_],
-    shift: npt.NDArray[np.int32],
+    cutout: int,
 ) -> _Reading:
+    """Samples to be read, flipped, rolled and cut out."""
+    mirror, shift = flips(draws.flip[:, 0], flip), shifts(draws.roll, roll)
+    boxes = cutout_boxes(draws.cutout, *_frames_shape(index)[2:], cutout)
+
     # DALI has no roll with wrap-around: made of its concatenations and slices it takes longer than
     # this does in numpy.
     def read(k: int) -> npt.NDArray[Any]:
-        frames = _read_frames(index, root, int(ids[k]))
-        return flip_and_roll(frames, bool(mirror[k]), int(shift[k, 0]), int(shift[k, 1]))
+        frames = _read_frames(index, reader, int(ids[k]))
+        frames = flip_and_roll(frames, bool(mirror[k]), int(shift[k, 0]), int(shift[k, 1]))
+        cut_out(frames, boxes[k])
+        return frames
 
     return _Reading(ids, read)
 
 
 def _as_stored(
-    index: Index, root: str | Path, batches: list[npt.NDArray[np.int64]]
+    index: Index, reader: SampleReader, batches: list[npt.NDArray[np.int64]]
 ) -> Iterator[_Reading]:
     """Samples to be read and no more."""
 
     def reading(ids: npt.NDArray[np.int64]) -> _Reading:
-        return _Reading(ids, lambda k: _read_frames(index, root, int(ids[k])))
+        return _Reading(ids, lambda k: _read_frames(index, reader, int(ids[k])))
 
     return (reading(ids) for ids in batches if ids.size)
 
@@ -597,32 +701,23 @@ def _frames_shape(index: Index) -> tuple[int, int, int, int]:
     return index.timesteps, 2, int(index.heights[0]), int(index.widths[0])
 
 
-def _read_frames(index: Index, root: str | Path, i: int) -> npt.NDArray[Any]:
+def _read_frames(index: Index, reader: SampleReader, i: int) -> npt.NDArray[Any]:
     """(T, 2, H, W); the index has verified that the file is a header and nothing but these."""
-    path = index.path(i)
-    again = f"index the data again with `{index_command(root, index.split, index.kind)}`"
-    try:
-        data = Path(root, path).read_bytes()
-    except OSError as e:
-        raise UserError(f"{path} in {root} cannot be read ({e.strerror}): {again}") from e
-    if len(data) != index.file_sizes[i]:
-        raise UserError(
-            f"{path} in {root} has {len(data)} bytes where the index says {index.file_sizes[i]}:"
-            f" {again}"
-        )
+    data = reader.read(i)
     shape, dtype = _frames_shape(index), np.dtype(index.dtype)
     num_bytes = int(np.prod(shape)) * dtype.itemsize
     return np.frombuffer(data, dtype, offset=len(data) - num_bytes).reshape(shape)
 
 
-def _read_ahead(readings: Iterator[_Reading], workers: Workers) -> _Stream:
+def _read_ahead(readings: Iterator[_Reading], reader: SampleReader, workers: Workers) -> _Stream:
     """What the samples of each batch read, in order; the next batches are being read meanwhile."""
     ahead: deque[tuple[_Reading, list[Future[list[npt.NDArray[Any]]]]]] = deque()
     pool = ThreadPoolExecutor(workers.threads, thread_name_prefix="tetdist-read")
 
     def collect() -> _Inputs:
         reading, parts = ahead.popleft()
-        return _Inputs(reading.ids, ([frames for part in parts for frames in part.result()],))
+        first = [array for part in parts for array in part.result()]
+        return _Inputs(reading.ids, (first, *reading.arrays), reading.edits, reading.mix)
 
     try:
         for reading in readings:
@@ -634,19 +729,20 @@ def _read_ahead(readings: Iterator[_Reading], workers: Workers) -> _Stream:
             yield collect()
     finally:
         pool.shutdown(cancel_futures=True)
+        reader.close()
 
 
 def _read_part(reading: _Reading, part: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
     return [reading.read(int(k)) for k in part]
 
 
-def _source(stream: _Stream, ids_in_work: deque[npt.NDArray[np.int64]]) -> _Source:
+def _source(stream: _Stream, in_work: deque[_Inputs]) -> _Source:
     """The callback by which DALI takes its inputs; it notes what DALI works on."""
 
     def source() -> tuple[Any, ...]:
-        ids, arrays = next(stream)
-        ids_in_work.append(ids)
-        return arrays
+        inputs = next(stream)
+        in_work.append(inputs)
+        return inputs.arrays
 
     return source
 
@@ -655,7 +751,7 @@ def _undecodable(index: Index, root: str | Path, ids: list[int]) -> UserError | 
     """The error that names those of the samples that PIL does not decode either, if any."""
     bad = []
     for i in ids if index.kind == "images" else []:
-        probe = probe_image(str(Path(root, index.path(i))), decode=True)
+        probe = probe_place(probe_image, root, index.place(i), True)
         if isinstance(probe, str):
             bad.append(f"{index.path(i)} ({probe})")
         elif (probe.height, probe.width) != (index.heights[i], index.widths[i]):
@@ -665,5 +761,5 @@ def _undecodable(index: Index, root: str | Path, ids: list[int]) -> UserError | 
     more = f" and {len(bad) - _NAMED_FILES} more" if len(bad) > _NAMED_FILES else ""
     return UserError(
         f"files in {root} do not decode: {', '.join(bad[:_NAMED_FILES])}{more}; mend or remove"
-        f" them, then index the data again with `{index_command(root, index.split, index.kind)}`"
+        f" them, then index the data again with `{index.command(root)}`"
     )

@@ -1,19 +1,22 @@
-"""The geometry of augmentation and evaluation, computed for a batch with numpy.
+"""The parameters of augmentation and evaluation, computed for a batch with numpy.
 
 The rules are torchvision's, so that published recipes mean what they say; the randomness comes as
-uniform numbers from order.py, and DALI carries the result out. Windows and regions are in pixels of
-the image as stored, rows before columns.
+uniform numbers from order.py, and pixels.py carries the result out. Windows are in pixels of the
+image as stored, rows before columns.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from tetdist.data.order import MIXING, uniforms
 from tetdist.errors import UserError
 
 _TRIES = 10
 RANDOM_RESIZED_CROP_DRAWS = 2 * _TRIES + 2
+AUTO_AUGMENT_DRAWS = 5
 
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int32]
@@ -54,7 +57,7 @@ def random_resized_crop(
     return np.concatenate([corner, window], axis=1).astype(np.int32)
 
 
-def _between(low: float, high: float, draws: _Floats) -> _Floats:
+def _between(low: Any, high: Any, draws: _Floats) -> _Floats:
     return low + (high - low) * draws
 
 
@@ -69,6 +72,32 @@ def _clamped_ratio(
     return np.maximum(np.stack([tallest, widest], axis=1), 1).astype(np.int64)
 
 
+def padded_crop(
+    heights: _Ints, widths: _Ints, draws: _Floats, padding: int, size: int
+) -> tuple[_Ints, _Ints]:
+    """Windows of torchvision's RandomCrop(size, padding), the border of which is black.
+
+    Args:
+        heights: (B,) pixels, at least size - 2 * padding.
+        widths: (B,) pixels, likewise.
+        draws: (B, 2) uniform in [0, 1).
+        padding: pixels added on each side, fewer than `size`.
+        size: height and width of the crop.
+
+    Returns:
+        (B, 4): top, left, height, width of the part of the crop inside the image; (B, 2): row and
+        column of the crop where that part begins.
+    """
+    image = np.stack([heights, widths], axis=1).astype(np.int64)
+    free = image + 2 * padding - size
+    assert (free >= 0).all()
+    assert padding < size
+    start = np.minimum((draws * (free + 1)).astype(np.int64), free) - padding
+    first, end = np.maximum(start, 0), np.minimum(start + size, image)
+    window = np.concatenate([first, end - first], axis=1)
+    return window.astype(np.int32), (first - start).astype(np.int32)
+
+
 def resized_size(heights: _Ints, widths: _Ints, shorter: int) -> _Ints:
     """Sizes after torchvision's Resize(shorter): the longer side is cut to a whole number.
 
@@ -79,13 +108,11 @@ def resized_size(heights: _Ints, widths: _Ints, shorter: int) -> _Ints:
     return (shorter * size // size.min(axis=1, keepdims=True)).astype(np.int32)
 
 
-def centre_region(heights: _Ints, widths: _Ints, resize: int, crop: int) -> npt.NDArray[np.float32]:
-    """What torchvision's Resize(resize) and CenterCrop(crop) show, as a region of the stored image.
-
-    Sampling `crop` x `crop` pixels from the region equals resizing the whole image and cropping.
+def centre_crop(heights: _Ints, widths: _Ints, resize: int, crop: int) -> tuple[_Ints, _Ints]:
+    """The sizes of torchvision's Resize(resize), and where its CenterCrop(crop) begins in them.
 
     Returns:
-        (B, 4): top, left, bottom, right; not whole numbers.
+        (B, 2): height and width to resize to; (B, 2): row and column of the crop's first pixel.
 
     Raises:
         UserError: if the crop is larger than the resized image; torchvision would pad it with
@@ -96,11 +123,8 @@ def centre_region(heights: _Ints, widths: _Ints, resize: int, crop: int) -> npt.
             f"evaluation cannot crop {crop} pixels from images resized to {resize}: the resize must"
             " be at least as large as the crop"
         )
-    size = np.stack([heights, widths], axis=1)
     resized = resized_size(heights, widths, resize)
-    start = np.rint((resized - crop) / 2)
-    pixel = size / resized
-    return np.concatenate([start * pixel, (start + crop) * pixel], axis=1).astype(np.float32)
+    return resized, np.rint((resized - crop) / 2).astype(np.int32)
 
 
 def flips(draws: _Floats, probability: float) -> npt.NDArray[np.bool_]:
@@ -121,3 +145,168 @@ def flip_and_roll(
     What leaves at one side comes in at the other.
     """
     return np.roll(frames[..., ::-1] if flip else frames, (down, right), axis=(-2, -1))
+
+
+class Operation(NamedTuple):
+    """A change of an image's pixels, by a name that pixels.py knows."""
+
+    name: str
+    value: float
+
+
+class ColorJitter(NamedTuple):
+    """How far torchvision's ColorJitter may go; 0: not at all.
+
+    Attributes:
+        brightness: factors from 1 - brightness (at least 0) to 1 + brightness.
+        contrast: likewise.
+        saturation: likewise.
+        hue: shifts from -hue to hue; 0.5 turns it by half a circle.
+    """
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+
+COLOR_JITTER_DRAWS = 8
+
+
+def color_jitter(draws: _Floats, jitter: ColorJitter) -> list[list[Operation]]:
+    """Of each sample, in a random order, its changes of brightness, contrast, saturation and hue.
+
+    Args:
+        draws: (B, COLOR_JITTER_DRAWS) uniform in [0, 1).
+    """
+    names = ColorJitter._fields
+    low = [max(0.0, 1 - reach) for reach in jitter[:3]] + [-jitter.hue]
+    high = [1 + reach for reach in jitter[:3]] + [jitter.hue]
+    values = _between(np.array(low), np.array(high), draws[:, 4:])
+    orders = draws[:, :4].argsort(axis=1, kind="stable")
+    return [
+        [Operation(names[i], float(row[i])) for i in order if jitter[i]]
+        for row, order in zip(values, orders.tolist(), strict=True)
+    ]
+
+
+def cutout_boxes(draws: _Floats, height: int, width: int, side: int) -> _Ints:
+    """Squares of DeVries and Taylor's Cutout: the centre is any pixel, what is outside is cut off.
+
+    Args:
+        draws: (B, 2) uniform in [0, 1).
+
+    Returns:
+        (B, 4): top, left, bottom, right.
+    """
+    size = np.array([height, width])
+    first = (draws * size).astype(np.int64) - side // 2
+    box = np.concatenate([np.maximum(first, 0), np.minimum(first + side, size)], axis=1)
+    return box.astype(np.int32)
+
+
+class Mixing(NamedTuple):
+    """With which alpha two samples are mixed, as lambda is drawn from Beta(alpha, alpha); 0: off.
+
+    With both, each sample is mixed in either way equally often.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+
+class Mix(NamedTuple):
+    """How much of each of B samples is kept; the rest is the sample before it in the micro-batch.
+
+    Attributes:
+        share: (B,) of the sample in the target.
+        pixels: (B,) of the sample in all pixels outside the box: `share`, or 1 with cutmix.
+        boxes: (B, 4) top, left, bottom, right of what comes from the other; empty with mixup.
+    """
+
+    share: _Floats
+    pixels: _Floats
+    boxes: _Ints
+
+
+MIXING_DRAWS = 5
+
+
+def mixes(draws: _Floats, height: int, width: int, mixing: Mixing) -> Mix:
+    """Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019), with a lambda for each sample.
+
+    Args:
+        draws: (B, MIXING_DRAWS) uniform in [0, 1).
+    """
+    assert mixing.mixup or mixing.cutmix
+    probability = 0.0 if not mixing.cutmix else 0.5 if mixing.mixup else 1.0
+    cut = draws[:, 0] < probability
+    alpha = np.where(cut, mixing.cutmix or 1.0, mixing.mixup or 1.0)
+    kept = symmetric_beta(draws[:, 1], draws[:, 2], alpha)
+    size = np.array([height, width])
+    centre = (draws[:, 3:] * size).astype(np.int64)
+    # As in torchvision's CutMix, the half is cut to a whole number.
+    half = (0.5 * np.sqrt(1 - kept)[:, None] * size).astype(np.int64)
+    boxes = np.concatenate([np.maximum(centre - half, 0), np.minimum(centre + half, size)], axis=1)
+    boxes[~cut] = 0
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    share = np.where(cut, 1 - area / (height * width), kept)
+    return Mix(share, np.where(cut, 1.0, kept), boxes.astype(np.int32))
+
+
+def symmetric_beta(u: _Floats, v: _Floats, alpha: _Floats) -> _Floats:
+    """Beta(alpha, alpha) from two uniform numbers, by Bailey's polar form of Student's t.
+
+    t = sqrt(n (u^(-2/n) - 1)) cos(2 pi v) has n degrees of freedom, and (1 + t / sqrt(n + t^2)) / 2
+    is Beta(n/2, n/2). In these draws, unlike in numpy's sampler, a sample has a fixed number.
+    """
+    with np.errstate(over="ignore", divide="ignore"):
+        # u is never 1 and may be 0: 1 - u is never 0. A small alpha makes infinities, whose 1 / (1
+        # + 1 / inf) is right.
+        squared = (np.power(1 - u, -1 / alpha) - 1) * np.square(np.cos(2 * np.pi * v))
+        distance = 1 / np.sqrt(1 + 1 / squared)
+    return 0.5 + 0.5 * np.copysign(distance, np.cos(2 * np.pi * v))
+
+
+class ImageDraws(NamedTuple):
+    """The random numbers of B images, of each (B, n).
+
+    Their order is for good: what is new comes behind, so that no old run changes.
+    """
+
+    crop: _Floats
+    flip: _Floats
+    auto_augment: _Floats
+    color_jitter: _Floats
+    cutout: _Floats
+
+
+class EventDraws(NamedTuple):
+    """The random numbers of B event tensors, in an order that is for good."""
+
+    flip: _Floats
+    roll: _Floats
+    cutout: _Floats
+
+
+_IMAGE_DRAWS = (RANDOM_RESIZED_CROP_DRAWS, 1, AUTO_AUGMENT_DRAWS, COLOR_JITTER_DRAWS, 2)
+_EVENT_DRAWS = (1, 2, 2)
+
+
+def image_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> ImageDraws:
+    """Of the images at some positions of an epoch."""
+    return ImageDraws(*_columns(uniforms(seed, epoch, positions, sum(_IMAGE_DRAWS)), _IMAGE_DRAWS))
+
+
+def event_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> EventDraws:
+    """Of the event tensors at some positions of an epoch."""
+    return EventDraws(*_columns(uniforms(seed, epoch, positions, sum(_EVENT_DRAWS)), _EVENT_DRAWS))
+
+
+def mixing_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> _Floats:
+    """Of the samples at some positions of an epoch, of whatever kind: (B, MIXING_DRAWS)."""
+    return uniforms(seed, epoch, positions, MIXING_DRAWS, stream=MIXING)
+
+
+def _columns(draws: _Floats, widths: tuple[int, ...]) -> list[_Floats]:
+    return np.split(draws, np.cumsum(widths)[:-1], axis=1)

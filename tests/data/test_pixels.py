@@ -1,0 +1,111 @@
+"""AutoAugment, colours and geometry on pixels, against torchvision and Pillow."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from samples import picture
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, ColorJitter, InterpolationMode
+from torchvision.transforms import functional as tv
+
+from tetdist.data import auto_augment, pixels, transforms
+from tetdist.data.order import uniforms
+
+
+def tensor(image):
+    return torch.from_numpy(np.array(image))
+
+
+@pytest.mark.parametrize("size", [(31, 17), (200, 300), (224, 224), (500, 375)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_images_are_resized_as_pillow_does(size, interpolation):
+    image = picture(*size)
+    mode = InterpolationMode(interpolation)
+    expected = np.asarray(tv.resize(image, [64, 48], mode), int)
+    distance = np.abs(pixels.resized(tensor(image), 64, 48, interpolation).numpy() - expected)
+    assert distance.max() <= 1
+    assert (distance == 0).mean() > 0.95
+
+
+def test_images_are_placed_and_mirrored():
+    image = tensor(picture(6, 8))
+    inside = pixels.placed(image, -1, -2, 5)
+    assert torch.equal(inside, image[1:6, 2:7])
+    square = pixels.placed(image[:, :6], 1, 2, 8)
+    assert torch.equal(square[1:7, 2:8], image[:, :6])
+    assert square.count_nonzero() == image[:, :6].count_nonzero()
+    assert torch.equal(pixels.mirrored(inside), inside.flip(1))
+    assert torch.equal(pixels.mirrored(square), square.flip(1))
+
+
+@pytest.mark.parametrize("policy", ["cifar10", "imagenet"])
+def test_auto_augment_is_torchvisions(policy, monkeypatch):
+    image = picture(32, 32)
+    theirs = AutoAugment(AutoAugmentPolicy(policy))
+    draws = uniforms(3, 0, np.arange(400), transforms.AUTO_AUGMENT_DRAWS)
+    ours = auto_augment.auto_augment(draws, policy, 32)
+    used = set()
+    for row, operations in zip(draws, ours, strict=True):
+        parameters = int(row[0] * 25), torch.tensor(row[1:3]), torch.tensor((row[3:] >= 0.5) * 1)
+        monkeypatch.setattr(theirs, "get_params", lambda _, found=parameters: found)
+        expected = theirs(image)
+        got = pixels.operated(tensor(image), operations)
+        assert torch.equal(got, tensor(expected)), operations
+        used |= {(parameters[0], len(operations))}
+    assert {number for number, _ in used} == set(range(25))
+
+
+def test_colour_jitter_is_torchvisions(monkeypatch):
+    image = picture(40, 30)
+    reach = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    theirs = ColorJitter(*reach)
+    for operations in transforms.color_jitter(uniforms(0, 0, np.arange(20), 8), reach):
+        order = torch.tensor([reach._fields.index(name) for name, _ in operations])
+        factors = dict(operations)
+        parameters = (order, *(factors[name] for name in reach._fields))
+        monkeypatch.setattr(theirs, "get_params", lambda *_, found=parameters: found)
+        assert torch.equal(pixels.operated(tensor(image), operations), tensor(theirs(image)))
+
+
+@pytest.mark.parametrize("name", sorted(pixels._OPERATIONS))
+def test_operations_on_a_gpus_tensors_are_nearly_pillows(name):
+    """Which are taken as they are there; on a CPU the same tensors can be had."""
+    image = picture(40, 30)
+    value = {"posterize": 5, "solarize": 100, "rotate": 20, "hue": 0.1}.get(name, 0.3)
+    if name.startswith("translate"):
+        value = 7
+    planes = tensor(image).permute(2, 0, 1)
+    got = pixels._OPERATIONS[name](planes, value).permute(1, 2, 0).numpy().astype(int)
+    expected = pixels.operated(tensor(image), [transforms.Operation(name, value)]).numpy()
+    distance = np.abs(got - expected)
+    # Rotations and shears differ by a pixel at edges, and hues by what Pillow rounds.
+    assert np.median(distance) <= 1
+    assert distance.mean() < 4
+
+
+def test_normalising_is_torchvisions():
+    image = picture(24, 24)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    output = pixels.Output(size=24, mean=mean, std=std, interpolation="bilinear")
+    into = torch.empty(24, 24, 3)
+    pixels.normalized(tensor(image), output, into)
+    expected = tv.normalize(tv.to_tensor(image), mean, std).permute(1, 2, 0)
+    assert torch.allclose(into, expected, atol=1e-5)
+
+
+def test_an_edit_does_all_in_order():
+    image = picture(28, 36)
+    operations = [transforms.Operation("invert", 0), transforms.Operation("brightness", 0.5)]
+    edits = pixels.Edits(
+        size=np.array([[32, 40]]),
+        corner=np.array([[2, -5]]),
+        mirror=np.array([True]),
+        operations=[operations],
+    )
+    output = pixels.Output(size=34, mean=(0, 0, 0), std=(1, 1, 1), interpolation="bilinear")
+    expected = Image.new("RGB", (34, 34))
+    expected.paste(
+        Image.fromarray(pixels.resized(tensor(image), 32, 40, "bilinear").numpy()), (-5, 2)
+    )
+    expected = tv.adjust_brightness(tv.invert(tv.hflip(expected)), 0.5)
+    assert torch.equal(pixels.edited(tensor(image), edits, 0, output), tensor(expected))

@@ -1,0 +1,263 @@
+"""What lies where in tar files, found without unpacking them.
+
+A tar is headers and contents one after another, so a file in it is an offset and a size, also in a
+tar within a tar. Names that would leave a folder, links and devices are refused at once: whoever
+unpacks later need not look again.
+"""
+
+import io
+import json
+import re
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from tetdist.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+WORDNET_ID = re.compile(r"n\d{8}")
+
+_DEVKIT = "ILSVRC2012_devkit_t12"
+_BLOCK = 512
+
+
+class BadFile(NamedTuple):
+    """A file that cannot be used: its path relative to the data root, and why."""
+
+    path: str
+    reason: str
+
+
+class Span(NamedTuple):
+    """A tar file: whole, or `size` bytes of `file` from `offset` on."""
+
+    file: Path
+    offset: int = 0
+    size: int | None = None
+
+
+class Member(NamedTuple):
+    """A regular file in a tar; `offset` counts from the beginning of the outermost file."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class Samples(NamedTuple):
+    """Samples of one tar, in its order; `bad` are those without an image or a usable label."""
+
+    members: list[Member]
+    labels: list[int]
+    bad: list[BadFile]
+
+
+def members(span: Span) -> Iterator[Member]:
+    """Every regular file of a tar, in its order, without those whose name begins with a dot.
+
+    Raises:
+        UserError: if it is not a plain tar, cut off or damaged, or holds what never belongs in a
+            data set: a link, a device, a sparse file, a name that leaves the folder.
+    """
+    with span.file.open("rb") as file:
+        end = file.seek(0, io.SEEK_END) if span.size is None else span.offset + span.size
+        file.seek(span.offset)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for member in archive:
+                    if member.offset_data + member.size > end:
+                        raise tarfile.ReadError("a file in it ends behind its end")
+                    _refuse(member, span.file)
+                    if member.isreg() and PurePosixPath(member.name).name[0] != ".":
+                        yield Member(member.name, member.offset_data, member.size)
+                # tarfile takes a damaged header, and a file cut between two members, for the end.
+                file.seek(archive.offset)
+                if archive.offset + _BLOCK > end or any(file.read(_BLOCK)):
+                    raise tarfile.ReadError("its end is missing")
+        except tarfile.TarError as e:
+            raise UserError(
+                f"{span.file} is not a whole, plain tar file ({e}): fetch it again, or uncompress"
+                " it if it is compressed"
+            ) from e
+
+
+def _refuse(member: tarfile.TarInfo, file: Path) -> None:
+    path = PurePosixPath(member.name)
+    reason = None
+    if path.is_absolute() or ".." in path.parts:
+        reason = "whose name leads out of the folder"
+    elif member.issym() or member.islnk():
+        reason = f"which is a link to {member.linkname!r}"
+    elif member.issparse():
+        reason = "which is a sparse file"
+    elif not (member.isreg() or member.isdir()):
+        reason = "which is a device or a pipe"
+    if reason is not None:
+        raise UserError(
+            f"{file} holds {member.name!r}, {reason}: no data set needs that, so nothing of this"
+            " tar is used; get it from its first source"
+        )
+
+
+def read(file: Path, member: Member) -> bytes:
+    """A member's contents."""
+    with file.open("rb") as stream:
+        stream.seek(member.offset)
+        return stream.read(member.size)
+
+
+def shard_samples(file: Path) -> Samples:
+    """The samples of a WebDataset shard: KEY.jpg (or .png, ...) with KEY.cls or KEY.json.
+
+    A key is a member's path up to the first dot of its name. KEY.cls holds the label as a decimal
+    number, KEY.json an object with the number as "label" or "cls".
+
+    Raises:
+        UserError: as `members`, or if a member comes twice.
+    """
+    groups: dict[str, dict[str, Member]] = defaultdict(dict)
+    for member in members(Span(file)):
+        path = PurePosixPath(member.name)
+        stem, dot, suffix = path.name.partition(".")
+        parts = groups[str(path.with_name(stem))]
+        if parts.setdefault(f"{dot}{suffix.lower()}", member) is not member:
+            raise UserError(f"{file} holds {member.name!r} twice: write the shard again")
+    found = Samples([], [], [])
+    for key, parts in groups.items():
+        images = [parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts]
+        label = _label(file, parts)
+        if len(images) != 1:
+            found.bad.append(BadFile(key, f"{len(images)} images of this key instead of 1"))
+        elif isinstance(label, str):
+            found.bad.append(BadFile(images[0].name, label))
+        else:
+            found.members.append(images[0])
+            found.labels.append(label)
+    return found
+
+
+def _label(file: Path, parts: Mapping[str, Member]) -> int | str:
+    """The label of a sample, or why it has none."""
+    if ".cls" in parts:
+        text: object = read(file, parts[".cls"]).decode("ascii", "replace").strip()
+    elif ".json" in parts:
+        try:
+            description = json.loads(read(file, parts[".json"]))
+        except ValueError as e:
+            return f"its .json is damaged: {e}"
+        if not isinstance(description, dict):
+            return "its .json is not an object"
+        text = description.get("label", description.get("cls"))
+    else:
+        return "no label: neither .cls nor .json of this key"
+    if isinstance(text, bool) or not re.fullmatch(r"\d{1,9}", str(text), re.ASCII):
+        return f"the label {text!r} is not a number from 0"
+    return int(str(text))
+
+
+def class_tars(file: Path) -> dict[str, Span]:
+    """The tars in the official training tar, by class.
+
+    Raises:
+        UserError: as `members`, or if something else is in it.
+    """
+    found = {}
+    for member in members(Span(file)):
+        path = PurePosixPath(member.name)
+        if path.suffix != ".tar":
+            raise UserError(
+                f"{file} holds {member.name!r}, but the official training tar holds a tar for each"
+                " class and nothing else"
+            )
+        found[path.stem] = Span(file, member.offset, member.size)
+    return found
+
+
+def images(span: Span) -> list[Member]:
+    """The members of a tar that have an image's suffix."""
+    return [
+        member
+        for member in members(span)
+        if PurePosixPath(member.name).suffix.lower() in IMAGE_SUFFIXES
+    ]
+
+
+def validation_labels(file: Path, names: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The WordNet id of each image of the official validation tar.
+
+    Args:
+        file: the devkit (ILSVRC2012_devkit_t12.tar.gz), or text with a line for each image: its
+            WordNet id, in the order of the images' names, or its name and its id, separated by a
+            blank or comma (as in Kaggle's LOC_val_solution.csv).
+        names: the images' names, sorted.
+
+    Returns:
+        All classes, sorted; and the id of each name that has one.
+
+    Raises:
+        UserError: if the file is neither, or its number of labels is not that of the images.
+    """
+    if file.name.endswith((".tar.gz", ".tgz", ".tar")):
+        classes, ids = _devkit_labels(file)
+        return classes, _in_order(file, names, ids)
+    lines = [re.split(r"[,\s]+", line) for line in _text_lines(file)]
+    if lines and lines[0][0] == "ImageId":
+        del lines[0]
+    column = min(len(lines[0]) - 1, 1) if lines else 0
+    for number, fields in enumerate(lines, 1):
+        if len(fields) <= column or not WORDNET_ID.fullmatch(fields[column]):
+            raise UserError(
+                f"line {number} of the labels {file} has no WordNet id where one is expected: each"
+                " line must be an id, or an image's name and an id; for the numbers of the devkit"
+                f" give the devkit itself, {_DEVKIT}.tar.gz"
+            )
+    classes = tuple(sorted({fields[column] for fields in lines}))
+    if column == 0:
+        return classes, _in_order(file, names, [fields[0] for fields in lines])
+    by_stem = {PurePosixPath(fields[0]).stem: fields[1] for fields in lines}
+    return classes, {
+        name: by_stem[PurePosixPath(name).stem]
+        for name in names
+        if PurePosixPath(name).stem in by_stem
+    }
+
+
+def _text_lines(file: Path) -> list[str]:
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as e:
+        raise UserError(f"the labels {file} are not text: {e}") from e
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _in_order(file: Path, names: list[str], ids: list[str]) -> dict[str, str]:
+    if len(ids) != len(names):
+        raise UserError(
+            f"{file} has {len(ids)} labels for {len(names)} images: it must have one for each, in"
+            " the order of their names"
+        )
+    return dict(zip(names, ids, strict=True))
+
+
+def _devkit_labels(file: Path) -> tuple[tuple[str, ...], list[str]]:
+    """The devkit numbers classes from 1 in an order of its own; meta.mat has their ids."""
+    try:
+        from scipy.io import loadmat
+    except ModuleNotFoundError as e:
+        raise UserError(f"scipy, which reads {file}, is not installed: pip install scipy") from e
+    try:
+        with tarfile.open(file) as archive:
+            parts = [
+                archive.extractfile(f"{_DEVKIT}/data/{name}")
+                for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
+            ]
+            meta, truth = (part.read() for part in parts if part is not None)
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        # Inner nodes of WordNet are listed, too; the classes are those without children.
+        leaves = synsets[synsets["num_children"] == 0]
+        ids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in leaves}
+        return tuple(sorted(ids.values())), [ids[int(number)] for number in truth.split()]
+    except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, TypeError) as e:
+        raise UserError(f"the devkit {file} is damaged, or none ({e}): fetch it again") from e

@@ -1,0 +1,108 @@
+"""Unpack shards or the official tars into class folders."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from tetdist.data.files import check_space, only_writer, replacing
+from tetdist.data.probe import SAMPLES_PER_TASK, Place, Progress, run_tasks
+from tetdist.data.sources import Listing
+from tetdist.errors import UserError
+
+
+class _Task(NamedTuple):
+    root: str
+    folder: str
+    places: Sequence[Place]
+    files: Sequence[str]
+
+
+def extract_split(
+    root: str | Path, listing: Listing, dest: Path, workers: int, progress: Progress | None = None
+) -> None:
+    """Write each sample of a listing to DEST/SPLIT/CLASS/NAME, without the folders in its name.
+
+    Files that are there already are kept, so an extraction that was stopped continues.
+
+    Args:
+        root: the data root of the listing.
+        listing: of samples in archives.
+        dest: the new data root.
+        workers: processes.
+        progress: called with the number of samples done and of all.
+
+    Raises:
+        UserError: if the listing is not of archives, a name cannot be a file's or comes twice in a
+            class, another process writes to the folder, it holds another file of that name, or the
+            disk is full.
+    """
+    if not listing.archives:
+        raise UserError(f"{listing.split} in {root} are class folders already")
+    files = _file_names(listing)
+    folder = dest / listing.split
+    with only_writer(folder):
+        for name in listing.classes:
+            (folder / name).mkdir(exist_ok=True)
+        missing = [
+            place.size or 0
+            for place, file in zip(listing.places, files, strict=True)
+            if not _is_there(folder / file, place)
+        ]
+        check_space(folder, sum(missing))
+        tasks = [
+            _Task(
+                str(root),
+                str(folder),
+                listing.places[i : i + SAMPLES_PER_TASK],
+                files[i : i + SAMPLES_PER_TASK],
+            )
+            for i in range(0, len(files), SAMPLES_PER_TASK)
+        ]
+        done = 0
+        for count in run_tasks(_extract, tasks, workers):
+            done += count
+            if progress is not None:
+                progress(done, len(files))
+        # Once for all: to wait for the disk after each file would take hours.
+        os.sync()
+
+
+def _file_names(listing: Listing) -> list[str]:
+    """CLASS/NAME of each sample."""
+    for name in listing.classes:
+        if "/" in name or "\0" in name or name.startswith("."):
+            raise UserError(
+                f"the class name {name!r} cannot be a folder's: give other names with --classes"
+            )
+    seen: dict[str, str] = {}
+    for i, (label, name) in enumerate(zip(listing.labels, listing.names, strict=True)):
+        file = f"{listing.classes[label]}/{PurePosixPath(name).name}"
+        if file in seen:
+            raise UserError(f"{listing.path(i)} and {seen[file]} would both become {file}")
+        seen[file] = listing.path(i)
+    return list(seen)
+
+
+def _is_there(file: Path, place: Place) -> bool:
+    """Whether the file has been extracted before."""
+    size = file.stat().st_size if file.exists() else 0
+    # A file gets its name when it is whole, but a power cut soon afterwards may leave it empty.
+    if size not in (0, place.size):
+        raise UserError(f"{file} exists and is another file: name another folder")
+    return size == place.size
+
+
+def _extract(task: _Task) -> int:
+    for place, name in zip(task.places, task.files, strict=True):
+        file = Path(task.folder, name)
+        if _is_there(file, place):
+            continue
+        with Path(task.root, place.file).open("rb") as source:
+            source.seek(place.offset)
+            data = source.read(place.size or 0)
+        if len(data) != place.size:
+            raise UserError(f"{place.file} in {task.root} has become shorter: fetch it again")
+        with replacing(file, sync=False) as stream:
+            stream.write(data)
+    return len(task.files)

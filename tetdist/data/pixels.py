@@ -1,0 +1,182 @@
+"""What is done to the pixels of a decoded image: the parameters are transforms.py's.
+
+Images are uint8 (H, W, 3) until they are normalised. On a CPU torch resizes: its kernel for bytes
+is Pillow's arithmetic, and several times as fast as DALI's resize.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional as vision
+
+from tetdist.data.transforms import Operation
+
+Interpolation = Literal["bilinear", "bicubic"]
+Channels = tuple[float, float, float]
+_Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edits:
+    """What becomes of each of B decoded windows.
+
+    Attributes:
+        size: (B, 2) height and width that it is resized to.
+        corner: (B, 2) row and column of the output where that begins; negative: so much of it is
+            cut off. What it does not cover is black.
+        mirror: (B,) whether the output is then mirrored left to right.
+        operations: of each, the changes that follow; empty: none of any.
+        cutout: (B, 4) top, left, bottom, right of what is 0 after normalisation; None: nothing.
+    """
+
+    size: _Ints
+    corner: _Ints
+    mirror: npt.NDArray[np.bool_]
+    operations: list[list[Operation]]
+    cutout: _Ints | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What all images come out as.
+
+    Attributes:
+        size: height and width.
+        mean: of each channel, where white is 1.
+        std: of each channel, likewise.
+        interpolation: always antialiased.
+    """
+
+    size: int
+    mean: Channels
+    std: Channels
+    interpolation: Interpolation
+
+
+def edited(window: Tensor, edits: Edits, k: int, output: Output) -> Tensor:
+    """A sample's image (size, size, 3) as it is before normalisation.
+
+    Args:
+        window: (H, W, 3), on any device.
+        edits: of the batch.
+        k: the sample's place in the batch.
+        output: what comes out.
+    """
+    height, width = edits.size[k].tolist()
+    row, column = edits.corner[k].tolist()
+    image = placed(resized(window, height, width, output.interpolation), row, column, output.size)
+    if edits.mirror[k]:
+        image = mirrored(image)
+    if edits.operations and edits.operations[k]:
+        image = operated(image, edits.operations[k])
+    return image
+
+
+def resized(image: Tensor, height: int, width: int, interpolation: Interpolation) -> Tensor:
+    """(H, W, 3) in another size."""
+    if image.shape[:2] == (height, width):
+        return image
+    batch = image.permute(2, 0, 1)[None]
+    batch = F.interpolate(batch, size=(height, width), mode=interpolation, antialias=True)
+    return batch[0].permute(1, 2, 0)
+
+
+def placed(image: Tensor, row: int, column: int, size: int) -> Tensor:
+    """(H, W, 3) laid into a black square with its corner at a row and column, maybe outside."""
+    image = image[max(-row, 0) :, max(-column, 0) :]
+    row, column = max(row, 0), max(column, 0)
+    image = image[: size - row, : size - column]
+    if image.shape[:2] == (size, size):
+        return image
+    square = image.new_zeros(size, size, image.shape[2])
+    square[row : row + image.shape[0], column : column + image.shape[1]] = image
+    return square
+
+
+def mirrored(image: Tensor) -> Tensor:
+    """(H, W, 3) mirrored left to right."""
+    if image.device.type != "cpu":
+        return image.flip(1)
+    # torch would divide this among threads of its own, whose start and waiting cost more.
+    pixels = np.ascontiguousarray(image.numpy()).view("V3")
+    return torch.from_numpy(
+        np.ascontiguousarray(pixels[:, ::-1]).view(np.uint8).reshape(image.shape)
+    )
+
+
+def operated(image: Tensor, operations: list[Operation]) -> Tensor:
+    """(H, W, 3) after some operations; on a CPU with Pillow, which published recipes use."""
+    if image.device.type == "cpu":
+        picture = Image.fromarray(image.numpy())
+        for name, value in operations:
+            picture = _OPERATIONS[name](picture, value)
+        return torch.from_numpy(np.array(picture))
+    planes = image.permute(2, 0, 1)
+    for name, value in operations:
+        planes = _OPERATIONS[name](planes, value)
+    return planes.permute(1, 2, 0)
+
+
+def _shear(x: float, y: float) -> dict[str, Any]:
+    degrees = [math.degrees(math.atan(x)), math.degrees(math.atan(y))]
+    return {"translate": [0, 0], "shear": degrees, "center": [0, 0]}
+
+
+def _translation(x: float, y: float) -> dict[str, Any]:
+    return {"translate": [int(x), int(y)], "shear": [0.0, 0.0]}
+
+
+# An image of Pillow's or a tensor (3, H, W), and the value. What comes in at a side is black.
+_OPERATIONS: dict[str, Callable[[Any, float], Any]] = {
+    "brightness": vision.adjust_brightness,
+    "contrast": vision.adjust_contrast,
+    "saturation": vision.adjust_saturation,
+    "hue": vision.adjust_hue,
+    "sharpness": vision.adjust_sharpness,
+    "shear_x": lambda image, v: vision.affine(image, angle=0.0, scale=1.0, **_shear(v, 0)),
+    "shear_y": lambda image, v: vision.affine(image, angle=0.0, scale=1.0, **_shear(0, v)),
+    "translate_x": lambda image, v: vision.affine(
+        image, angle=0.0, scale=1.0, **_translation(v, 0)
+    ),
+    "translate_y": lambda image, v: vision.affine(
+        image, angle=0.0, scale=1.0, **_translation(0, v)
+    ),
+    "rotate": vision.rotate,
+    "posterize": lambda image, v: vision.posterize(image, int(v)),
+    "solarize": vision.solarize,
+    "autocontrast": lambda image, _: vision.autocontrast(image),
+    "equalize": lambda image, _: vision.equalize(image),
+    "invert": lambda image, _: vision.invert(image),
+}
+
+
+def normalized(image: Tensor, output: Output, into: Tensor) -> None:
+    """Write an image (size, size, 3) as float32 into a tensor of that shape."""
+    mean, scale = 255 * np.array(output.mean), 1 / (255 * np.array(output.std))
+    if image.device.type != "cpu":
+        torch.sub(image, image.new_tensor(mean, dtype=torch.float32), out=into)
+        into.mul_(into.new_tensor(scale))
+        return
+    # Row by row, since numpy is quick where the innermost dimension is long, and with numpy, which
+    # does not divide it among threads.
+    rows = into.numpy().reshape(output.size, -1)
+    np.subtract(image.numpy().reshape(output.size, -1), _row(mean, output.size), out=rows)
+    np.multiply(rows, _row(scale, output.size), out=rows)
+
+
+def _row(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float32]:
+    return np.tile(values.astype(np.float32), width)
+
+
+def cut_out(image: Any, box: _Ints) -> None:
+    """Set a box of an image (..., H, W) to 0, in place."""
+    top, left, bottom, right = box.tolist()
+    image[..., top:bottom, left:right] = 0

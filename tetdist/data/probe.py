@@ -1,0 +1,214 @@
+"""Open and decode samples in worker processes: what is good, how large it is, what is wrong.
+
+A reason why a sample cannot be used is a plain `str` here, so that one bad file ends nothing.
+"""
+
+import io
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from tetdist.errors import UserError
+
+Progress = Callable[[int, int], None]
+
+# What PIL's decoders and DALI's have in common; PIL alone opens many more, whatever the suffix.
+_PIL_FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
+_EXIF_ORIENTATION = 0x0112
+SAMPLES_PER_TASK = 64
+
+_Result = TypeVar("_Result")
+
+
+class Place(NamedTuple):
+    """Where a sample's bytes lie.
+
+    Attributes:
+        file: path relative to the data root: of the sample's own file, or of an archive.
+        offset: bytes before it in the file.
+        size: bytes; None before anyone has looked, for a file of its own.
+    """
+
+    file: str
+    offset: int = 0
+    size: int | None = None
+
+
+class Probe(NamedTuple):
+    """What was found out about one good sample.
+
+    Attributes:
+        size: bytes.
+        height: pixels, as stored.
+        width: pixels, likewise.
+        timesteps: T of an event tensor.
+        dtype: type of an event tensor.
+        format: of an image, as PIL calls it.
+    """
+
+    size: int
+    height: int
+    width: int
+    timesteps: int | None = None
+    dtype: str | None = None
+    format: str | None = None
+
+
+def probe_all(
+    probe: Callable[..., _Result | str],
+    arguments: tuple[Any, ...],
+    root: str | Path,
+    places: Sequence[Place],
+    workers: int,
+    progress: Progress | None,
+) -> list[_Result | str]:
+    """All results of `probe_batches`."""
+    found: list[_Result | str] = []
+    for results in probe_batches(probe, arguments, root, places, workers):
+        found.extend(results)
+        if progress is not None:
+            progress(len(found), len(places))
+    return found
+
+
+def probe_batches(
+    probe: Callable[..., _Result | str],
+    arguments: tuple[Any, ...],
+    root: str | Path,
+    places: Sequence[Place],
+    workers: int,
+) -> Iterator[list[_Result | str]]:
+    """Call `probe(stream, size, *arguments)` for every place: results in order, some at a time.
+
+    A place whose file cannot be opened gives the reason instead of a result.
+    """
+    tasks = [
+        (probe, str(root), places[i : i + SAMPLES_PER_TASK], arguments)
+        for i in range(0, len(places), SAMPLES_PER_TASK)
+    ]
+    return run_tasks(_probe_places, tasks, workers)
+
+
+def run_tasks(
+    work: Callable[[Any], _Result],
+    tasks: Sequence[Any],
+    workers: int,
+    progress: Progress | None = None,
+) -> Iterator[_Result]:
+    """Results of `work(task)`, in order; in this process if one worker or task is all there is.
+
+    Args:
+        progress: called with the number of tasks done and of all.
+
+    Raises:
+        UserError: if a worker dies.
+    """
+    for done, result in enumerate(_results(work, tasks, workers), 1):
+        if progress is not None:
+            progress(done, len(tasks))
+        yield result
+
+
+def _results(
+    work: Callable[[Any], _Result], tasks: Sequence[Any], workers: int
+) -> Iterator[_Result]:
+    if workers == 1 or len(tasks) <= 1:
+        yield from map(work, tasks)
+        return
+    # Not fork: a caller may have threads (DALI's, torch's), whose locks a fork would copy.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _ignore_interrupt)
+    try:
+        yield from pool.map(work, tasks)
+    except BrokenProcessPool as e:
+        raise UserError(
+            "a worker process died, most often for lack of memory: use fewer workers"
+        ) from e
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupt() -> None:
+    # Ctrl-C reaches every process of the terminal; the parent alone says so and ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _probe_places(
+    task: tuple[Callable[..., _Result | str], str, list[Place], tuple[Any, ...]],
+) -> list[_Result | str]:
+    probe, root, places, arguments = task
+    return [probe_place(probe, root, place, *arguments) for place in places]
+
+
+def probe_place(
+    probe: Callable[..., _Result | str], root: str | Path, place: Place, *arguments: Any
+) -> _Result | str:
+    """`probe(stream, size, *arguments)` of one place, or the reason why it cannot be opened.
+
+    The stream begins at the sample's first byte and ends at its last.
+    """
+    try:
+        with Path(root, place.file).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size if place.size is None else place.size
+            if size == 0:
+                return "the file is empty"
+            if place.size is None:
+                return probe(file, size, *arguments)
+            file.seek(place.offset)
+            data = file.read(size)
+            if len(data) != size:
+                return f"{place.file} ends before it does"
+            return probe(io.BytesIO(data), size, *arguments)
+    except OSError as e:
+        return f"cannot be read: {e}"
+
+
+def probe_image(stream: IO[bytes], size: int, decode: bool) -> Probe | str:
+    """The size of an image as stored, or the reason why it cannot be used."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(stream) as image:
+            if image.format not in _PIL_FORMATS:
+                return f"a {image.format} file, which DALI does not decode"
+            # PIL alone turns these, and DALI alone cannot leave them as they are.
+            if image.format == "TIFF" and image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+                return "a TIFF file with an orientation: save it upright"
+            width, height = image.size
+            if decode:
+                image.load()
+    except UnidentifiedImageError:
+        return "not an image"
+    except Exception as e:  # PIL's decoders raise whatever their format's parser stumbles over.
+        return f"does not decode: {e}" if decode else f"cannot be read: {e}"
+    return Probe(size, height, width, format=image.format)
+
+
+def probe_tensor(stream: IO[bytes], size: int) -> Probe | str:
+    """Shape and type of a (T, 2, H, W) .npy file, or the reason why it cannot be used."""
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            return f"a .npy file of version {version[0]}.{version[1]} instead of 1.0"
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+        start = stream.tell()
+    except (OSError, ValueError) as e:
+        return f"not a .npy file: {e}"
+    if len(shape) != 4 or shape[1] != 2 or 0 in shape:
+        return f"shape {shape} instead of (T, 2, H, W)"
+    if dtype not in (np.dtype("u1"), np.dtype("<f2")):
+        return f"type {dtype} instead of uint8 or float16"
+    if fortran_order:
+        return "stored in Fortran order instead of C order"
+    wanted = start + dtype.itemsize * int(np.prod(shape))
+    if size != wanted:
+        return f"{size} bytes where its shape {shape} and type {dtype} need {wanted}"
+    return Probe(size, shape[2], shape[3], shape[0], dtype.name)

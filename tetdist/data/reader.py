@@ -1,0 +1,98 @@
+"""The bytes of samples, from wherever the index says that they lie."""
+
+import os
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from tetdist.data.index import Index
+from tetdist.data.probe import Place
+from tetdist.errors import UserError
+
+# Well below the 1,024 files that a process may usually have open.
+_KEPT_OPEN = 256
+
+
+class SampleReader:
+    """Reads whole samples; several threads may share it. To be closed, or used in `with`.
+
+    Archives stay open between reads, since opening is what costs on a cluster's file system: the
+    first 256 of them; any others are opened for each read.
+    """
+
+    def __init__(self, index: Index, root: str | Path) -> None:
+        self._index = index
+        self._root = root
+        # In messages the root as given; to read, one that a change of the folder does not move.
+        self._prefix = f"{Path(root).absolute()}/"
+        self._kept: dict[str, int] = {}
+
+    def read(self, i: int) -> npt.NDArray[np.uint8]:
+        """All bytes of sample `i`: (size,).
+
+        Raises:
+            UserError: if they cannot be read, or are not as many as the index says.
+        """
+        place = self._index.place(i)
+        try:
+            if self._index.archives:
+                return self._read_member(place, i)
+            return self._read_file(place, i)
+        except OSError as e:
+            raise self._error(i, f"cannot be read ({e.strerror})") from e
+
+    def _read_member(self, place: Place, i: int) -> npt.NDArray[np.uint8]:
+        descriptor = self._kept.get(place.file)
+        if descriptor is not None:
+            return self._read_bytes(descriptor, place, i)
+        descriptor = os.open(self._prefix + place.file, os.O_RDONLY)
+        # Another thread may have opened it meanwhile: one of the two is kept.
+        if (
+            len(self._kept) < _KEPT_OPEN
+            and self._kept.setdefault(place.file, descriptor) == descriptor
+        ):
+            return self._read_bytes(descriptor, place, i)
+        try:
+            return self._read_bytes(descriptor, place, i)
+        finally:
+            os.close(descriptor)
+
+    def _read_file(self, place: Place, i: int) -> npt.NDArray[np.uint8]:
+        descriptor = os.open(self._prefix + place.file, os.O_RDONLY)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size != place.size:
+                raise self._error(i, f"has {size} bytes where the index says {place.size}")
+            return self._read_bytes(descriptor, place, i)
+        finally:
+            os.close(descriptor)
+
+    def _read_bytes(self, descriptor: int, place: Place, i: int) -> npt.NDArray[np.uint8]:
+        assert place.size is not None
+        data = np.empty(place.size, np.uint8)
+        done = 0
+        while done < place.size:
+            count = os.preadv(descriptor, [data[done:].data], place.offset + done)
+            if count == 0:
+                raise self._error(i, f"is cut off: {place.file} ends before it does")
+            done += count
+        return data
+
+    def _error(self, i: int, what: str) -> UserError:
+        return UserError(
+            f"{self._index.path(i)} in {self._root} {what}: index the data again with"
+            f" `{self._index.command(self._root)}`"
+        )
+
+    def close(self) -> None:
+        """Close the archives. A later read opens them again."""
+        while self._kept:
+            os.close(self._kept.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
