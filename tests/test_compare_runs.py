@@ -393,3 +393,123 @@ def test_runs_of_the_trainer(
     first, over_all = text.split("Over all")
     assert row(first, "train/lr") == ["train/lr", "0.05", "0.06", "0.17"]
     assert row(over_all, "train/loss")[3] == "2"
+
+
+# --- several --------------------------------------------------------------------------------------
+
+
+def make_series(folder: Path, loss: str, seed: int, top1: list[float]) -> Path:
+    """A run folder with an evaluation an epoch."""
+    lines: list[dict[str, Any]] = []
+    for epoch, value in enumerate(top1, start=1):
+        common = {"step": 10 * epoch, "time": 0.0, "epoch": float(epoch), "phase": 0}
+        lines.append(common | {"kind": "train", "loss": 1 / epoch, "samples_per_s": 100.0 * epoch})
+        lines.append(
+            common
+            | {"kind": "val", "top1": value, "loss": 2 / epoch, "per_timestep_top1": [1.0, value]}
+        )
+    write_lines(folder / "metrics.jsonl", lines)
+    values = {"name": folder.name, "seed": seed, "loss": {"kind": loss}, "log_every": seed + 1}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+@pytest.fixture
+def series(tmp_path: Path) -> list[Path]:
+    return [
+        make_series(tmp_path / "tet_0", "tet", 0, [50.0, 70.0]),
+        make_series(tmp_path / "tet_1", "tet", 1, [60.0, 74.0]),
+        make_series(tmp_path / "sdt_0", "sdt", 0, [65.0, 60.0]),
+    ]
+
+
+def test_several_runs_in_one_table(run_tool: Tool, series: list[Path], tmp_path: Path) -> None:
+    status, printed, _ = run_tool(*series, "--json", tmp_path / "all.json")
+    assert status == 0
+    each, groups = printed.split("group", 1)
+    assert row(each, "run")[-1] == "loss.kind"
+    assert row(each, "tet_1") == [
+        "tet_1",
+        "2",
+        "74.00",
+        "74.00",
+        "2",
+        "1.0000",
+        "0.5000",
+        "200",
+        "tet",
+    ]
+    assert row(each, "sdt_0") == [
+        "sdt_0",
+        "2",
+        "60.00",
+        "65.00",
+        "1",
+        "1.0000",
+        "0.5000",
+        "200",
+        "sdt",
+    ]
+    # (70 + 74) / 2, and the standard deviation of a sample: 2.83
+    expected = [
+        "loss.kind=tet",
+        "2",
+        "72.00",
+        "+-",
+        "2.83",
+        "72.00",
+        "+-",
+        "2.83",
+        "1.0000",
+        "+-",
+        "0.0000",
+    ]
+    assert row(groups, "loss.kind=tet") == expected
+    assert " ".join(row(groups, "sdt_0")) == "sdt_0 1 60.00 65.00 1.0000"
+    result = json.loads((tmp_path / "all.json").read_text())
+    assert [run["best_epoch"] for run in result["runs"]] == [2.0, 2.0, 1.0]
+    assert result["groups"][0]["runs"] == ["tet_0", "tet_1"]
+    assert result["groups"][0]["top1_deviation"] == pytest.approx(8**0.5)
+
+
+def test_runs_without_configuration_or_evaluation(run_tool: Tool, tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    write_lines(tmp_path / "c.jsonl", [])
+    status, printed, _ = run_tool(*runs, tmp_path / "c.jsonl")
+    assert status == 0
+    each, groups = printed.split("group", 1)
+    assert row(each, str(tmp_path / "c.jsonl"))[1:] == ["-"] * 7
+    assert row(groups, str(tmp_path / "c.jsonl"))[1:] == ["1", "-", "-", "-"]
+    assert row(groups, "the same but for the seed")[6:] == ["2", *["50.00", "+-", "0.00"] * 2, "-"]
+
+
+def test_figure_of_several_runs(run_tool: Tool, series: list[Path], tmp_path: Path) -> None:
+    from PIL import Image
+
+    from tetdist import plots
+
+    def colours(*runs: Path) -> list[int]:
+        out = tmp_path / "all.png"
+        run_tool(*runs, "--plot", out)
+        with Image.open(out) as image:
+            counted = image.convert("RGB").getcolors(image.width * image.height)
+        assert counted is not None
+        found = {value: count for count, value in counted}
+        return [found.get(tuple(bytes.fromhex(colour[1:])), 0) for colour in plots.SERIES[:3]]
+
+    first, second, third = colours(*series)  # two groups
+    assert min(first, second) > 500
+    assert third == 0
+    assert min(colours(*series[1:])[:2]) > 500  # a pair
+
+
+def test_wrong_numbers_of_runs(run_tool: Tool, series: list[Path], tmp_path: Path) -> None:
+    for arguments in (
+        series[:1],
+        [*series, "--tolerance", "1e-3"],
+        [*series, "--plot", tmp_path / "all.pdf"],
+        [*series, tmp_path / "none"],
+    ):
+        status, _, err = run_tool(*arguments)
+        assert status == 2, arguments
+        assert "error:" in err

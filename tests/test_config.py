@@ -48,6 +48,9 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"data.mean": [0.5, 0.5]}, ("'data.mean",)),
         ({"data.root": ...}, ("'data.root' is missing",)),
         ({"phases.0.optimizer": ...}, ("'phases.0.optimizer' is missing",)),
+        ({"tracking.log_checkpoint": "all"}, ("'tracking.log_checkpoint'", "'none'", "'all'")),
+        ({"tracking.register": 3}, ("'tracking.register'", "string", "3")),
+        ({"tracking.register": "m"}, ("tracking.register: 'm'", "tracking.log_checkpoint=best")),
         # Ranges.
         ({"batch.micro": 0}, ("'batch.micro'", "greater than 0")),
         ({"batch.global": -8}, ("'batch.global'", "greater than 0")),

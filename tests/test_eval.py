@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,6 +164,109 @@ def test_table_of_the_wanted_timesteps(run: Path, evaluate: Tool) -> None:
     assert f"{NUM_SAMPLES} samples of val" in out
 
 
+def test_what_is_decided_and_what_it_takes(run: Path, evaluate: Tool, tmp_path: Path) -> None:
+    """At T=5, which is beyond that of the training."""
+    file = tmp_path / "e.json"
+    status, out, err = evaluate(
+        "--checkpoint", run, "--json", file, "--timesteps", "1-3,5", "--drop-timesteps", "1,0"
+    )
+    assert status == 0, err
+    found = json.loads(file.read_text())
+    assert found["reported_timesteps"] == [1, 2, 3, 5]
+    assert (found["timesteps"], found["trained_timesteps"]) == (5, 3)
+    assert [sum(row) for row in found["confusion"]] == list(tiny.VAL_SIZES)
+    right = sum(row[k] for k, row in enumerate(found["confusion"]))
+    assert found["top1"] == pytest.approx(100 * right / NUM_SAMPLES)
+    assert [row["class"] for row in found["per_class"]] == list(tiny.CLASSES)
+    assert found["per_class"][2]["recall"] == pytest.approx(100 * found["confusion"][2][2] / 6)
+    spent = [point["mean_timesteps"] for point in found["early_exit"]]
+    assert spent == sorted(spent)
+    assert spent[-1] <= 5
+    # 3 channels to 4 over 16x16 pixels, once for all timesteps, by hand: 46 of 48 rows reached.
+    layers = found["operations"]["layers"]
+    assert layers["stem.conv"]["multiply_accumulates"] == 46 * 46 * 3 * 4
+    assert layers["stem.conv"]["accumulates"] == 0
+    # Each spike of the last layer reaches each class.
+    spikes = found["firing_rate"]["blocks.0.neuron"] * 5 * 8 * 8 * 8
+    assert layers["fc"]["accumulates"] == pytest.approx(4 * spikes)
+    nothing, everything = found["dropped_timesteps"]
+    assert nothing["share"] == 0
+    assert nothing["per_timestep_top1"] == found["per_timestep_top1"]
+    assert everything["top1"] in [pytest.approx(100 * n / NUM_SAMPLES) for n in tiny.VAL_SIZES]
+    assert "multiply-accumulates a sample at T = 5" in out
+
+
+def test_report(run: Path, evaluate: Tool, tmp_path: Path) -> None:
+    from PIL import Image
+
+    page, picture = tmp_path / "page.html", tmp_path / "page.png"
+    for file in (page, picture):
+        status, _, err = evaluate("--checkpoint", run, "--report", file, "--drop-timesteps", "0.5")
+        assert status == 0, err
+    text = page.read_text()
+    assert text.startswith("<!doctype html>")
+    for word in ("spiking_convnet", *tiny.CLASSES, "pJ", "Robustness"):
+        assert word in text
+    # Nothing is fetched from elsewhere, and nothing is run.
+    assert text.count("src=") == text.count('src="data:image/png;base64,') == 4
+    assert not any(word in text for word in ("http", "<script", "<link", "@import", "url("))
+    with Image.open(picture) as image:
+        assert image.width > 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "page.png"]
+    status, _, err = evaluate("--checkpoint", run, "--report", tmp_path / "no" / "page.html")
+    assert status == 2
+    assert "--report: cannot write" in err
+
+
+def test_class_names_are_text_to_the_page(run: Path, evaluate: Tool, tmp_path: Path) -> None:
+    from tetdist.report import html_page
+
+    file = tmp_path / "e.json"
+    assert evaluate("--checkpoint", run, "--json", file)[0] == 0
+    found = json.loads(file.read_text())
+    found["per_class"][0]["class"] = found["classes"][0] = "<script>alert(1)</script>"
+    assert "<script" not in html_page(found)
+
+
+def test_events_are_dropped(main: Callable[..., Any], evaluate: Tool, tmp_path: Path) -> None:
+    """Two classes of events, in the upper or in the lower half; without any there is no telling."""
+    from tetdist.data import index
+
+    root, rng = tmp_path / "events", np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label, name in enumerate(("lower", "upper")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(8):
+                frames = np.zeros((3, 2, 16, 16), np.uint8)
+                half = np.s_[:, :, :8] if label else np.s_[:, :, 8:]
+                frames[half] = rng.poisson(2, frames[half].shape)
+                np.save(root / split / name / f"{i}.npy", frames)
+        built, _ = index.build_event_index(root, split, workers=1)
+        index.save_index(built, index.index_file(root / "index", split))
+    changes = {
+        "model": {"name": "vggsnn", "arguments": {"input_size": 16}},
+        "data": {"kind": "events", "root": str(root), "threads": 1},
+        "max_steps": 1,
+    }
+    outcome = main(tiny.write_config(tmp_path / "events.yaml", root, changes))
+    assert outcome.status == 0, outcome.text
+    run, file = tmp_path / "runs/events", tmp_path / "e.json"
+    assert (run / "plots/inputs.png").is_file()
+    status, _, err = evaluate("--checkpoint", run, "--json", file, "--drop-events", "0,0.5,1")
+    assert status == 0, err
+    found = json.loads(file.read_text())
+    kept, _, none = found["dropped_events"]
+    assert kept["loss"] == found["loss"]
+    assert none["top1"] == 50.0
+    # Numbers of events are accumulates, and so are means of spikes.
+    assert found["operations"]["multiply_accumulates"] == 0
+    assert "3 time bins, not 4" in broken(evaluate, "--checkpoint", run, "--timesteps", "4")
+
+
+def test_images_have_no_events(run: Path, evaluate: Tool) -> None:
+    assert "--drop-events needs" in broken(evaluate, "--checkpoint", run, "--drop-events", "0.5")
+
+
 def test_best_and_last(run: Path, evaluate: Tool, tmp_path: Path) -> None:
     steps = {}
     for name, options in {"last": (), "best": ("--best",)}.items():
@@ -187,9 +291,26 @@ def test_real_command_without_deepspeed_and_mlflow(run: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "e.json").read_text())["samples"] == NUM_SAMPLES
 
 
+def assert_alike(ours: Any, theirs: Any, where: str = "") -> None:
+    """The same to rounding, however nested."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key, value in ours.items():
+            assert_alike(value, theirs[key], f"{where}.{key}")
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs), where
+        for i, value in enumerate(ours):
+            assert_alike(value, theirs[i], f"{where}.{i}")
+    elif isinstance(ours, float):
+        assert theirs == pytest.approx(ours, rel=1e-6), where
+    else:
+        assert theirs == ours, where
+
+
 def test_two_processes_give_the_same_json(run: Path, evaluate: Tool, tmp_path: Path) -> None:
     one, two = tmp_path / "1.json", tmp_path / "2.json"
-    common = ("--checkpoint", run, "--batch", 4)
+    common = ("--checkpoint", run, "--batch", 4, "--drop-timesteps", "0.4")
     assert evaluate(*common, "--json", one)[0] == 0
     command = tiny.python(
         tiny.EVAL, *common, "--execution", "reference", "--device", "cpu", "--json", two
@@ -200,11 +321,7 @@ def test_two_processes_give_the_same_json(run: Path, evaluate: Tool, tmp_path: P
     ours, theirs = json.loads(one.read_text()), json.loads(two.read_text())
     assert ours["samples"] == theirs["samples"] == NUM_SAMPLES
     assert ours.keys() == theirs.keys()
-    for key, value in ours.items():
-        if isinstance(value, str | int):
-            assert theirs[key] == value
-        else:
-            assert theirs[key] == pytest.approx(value, rel=1e-6), key
+    assert_alike(ours, theirs)
     assert ours["per_timestep_top1"] == theirs["per_timestep_top1"]
     assert output.count("firing rate") == 1
 
@@ -313,6 +430,11 @@ def test_bad_data(run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path) ->
         ("--checkpoint", "x", "--timesteps", "0"),
         ("--checkpoint", "x", "--timesteps", "a,b"),
         ("--checkpoint", "x", "--timesteps", ""),
+        ("--checkpoint", "x", "--timesteps", "3-1,2"),
+        ("--checkpoint", "x", "--timesteps", "1-"),
+        ("--checkpoint", "x", "--drop-timesteps", "2"),
+        ("--checkpoint", "x", "--drop-events", "half"),
+        ("--checkpoint", "x", "--report", "page.pdf"),
         ("--checkpoint", "x", "--batch", "0"),
         ("--checkpoint", "x", "--precision", "fp8"),
         ("--checkpoint", "x", "--nonsense"),

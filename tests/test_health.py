@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tetdist.models  # registers them
-from tetdist.health import NonFiniteSteps, examine
+from tetdist.health import FiringWatch, NonFiniteSteps, examine
 from tetdist.normalization import BatchNorm, defer_running_statistics
 
 assert tetdist.models
@@ -101,3 +101,18 @@ def test_examination_changes_nothing() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(m.pending_count for m in model.modules() if isinstance(m, BatchNorm))
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_layers_are_named_when_they_change() -> None:
+    watch = FiringWatch()
+    assert watch.changes({"a": 0.1, "b": 0.2, "c": 0.3}) == []
+    assert watch.changes({"a": 0.0005, "b": 0.95, "c": 0.0}) == [
+        "dead layers, firing below 0.1 %: a (0.05 %), c (0 %)",
+        "saturated layers, firing above 90 %: b (95 %)",
+    ]
+    assert watch.changes({"a": 0.0002, "b": 0.96, "c": 0.0}) == []
+    assert watch.changes({"a": 0.2, "b": 0.0, "c": 0.0}) == [
+        "layers that fire again: a (20 %)",
+        "dead layers, firing below 0.1 %: b (0 %)",
+    ]
+    assert FiringWatch().changes({"a": 0.0}) == ["dead layers, firing below 0.1 %: a (0 %)"]

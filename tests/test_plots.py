@@ -8,10 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tetdist import plots
+from tetdist.config import DataSection
 from tetdist.errors import UserError
+from tetdist.membranes import Membranes
+from tetdist.pictures import event_pictures, image_pictures
 from tetdist.plots import learning_curves
 
 
@@ -103,6 +108,73 @@ def test_a_new_picture_replaces_the_old_one(tmp_path: Path) -> None:
         draw(tmp_path, [train_line(10), train_line(20)])
         assert reader.read() == before
     assert out.read_bytes() != before
+
+
+def test_firing_rates_show_what_is_dead_and_saturated(tmp_path: Path) -> None:
+    def colours(*rates: dict[str, float]) -> tuple[int, int]:
+        metrics = tmp_path / "metrics.jsonl"
+        lines = [val_line(100 * i, firing_rate=rate) for i, rate in enumerate(rates, start=1)]
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        out = tmp_path / "plots" / "firing_rates.png"
+        plots.firing_rates(metrics, out)
+        return pixels(out, plots.VALIDATION), pixels(out, "#000000")
+
+    alive = {f"layer{i}": 0.1 for i in range(4)}
+    dead, saturated = colours(alive, alive)
+    more_dead, as_saturated = colours(alive, alive | {"layer1": 0.0})
+    assert more_dead > dead + 5000  # half a row
+    assert as_saturated < saturated + 500
+    as_dead, more_saturated = colours(alive, alive | {"layer1": 0.95})
+    assert as_dead == dead
+    assert more_saturated > saturated + 5000
+    # A single evaluation, at epoch 0, and a layer that has no value.
+    colours(alive)
+    colours({"layer0": 0.1}, alive)
+
+
+def test_firing_rates_before_the_first_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(train_line(10)) + "\n")
+    plots.firing_rates(tmp_path / "metrics.jsonl", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_membranes_are_coloured_by_whether_they_fire(tmp_path: Path) -> None:
+    edges = [-1.0, 0.0, 1.0, 2.0]
+
+    def colours(shares: list[float], fires: float) -> tuple[int, int]:
+        found = Membranes(edges, {"layer": shares}, {"layer": fires})
+        plots.membranes(found, "title", tmp_path / "m.png")
+        return pixels(tmp_path / "m.png", plots.TRAIN), pixels(tmp_path / "m.png", plots.VALIDATION)
+
+    silent, firing = colours([0.5, 0.5, 0.0], 0.0), colours([0.0, 0.5, 0.5], 0.5)
+    assert silent[0] > 1.5 * firing[0] > 1000
+    assert silent[1] < 500  # the number beside it
+    assert firing[1] > 5000
+
+
+def test_inputs_are_shown_as_they_are(tmp_path: Path) -> None:
+    images = np.zeros((3, 8, 8, 3))
+    images[1, ..., 0] = 1.0
+    plots.inputs(images, ["a", "b", "c"], "title", tmp_path / "i.png")
+    red, black = (pixels(tmp_path / "i.png", colour) for colour in ("#FF0000", "#000000"))
+    assert 0 < red < black
+    assert black > 1.9 * red
+    frames = np.ones((2, 5, 8, 8, 3))
+    frames[0, 2, ..., :2] = 0.0
+    plots.inputs(frames, ["a", "b"], "title", tmp_path / "e.png")
+    assert pixels(tmp_path / "e.png", "#0000FF") > 1000
+
+
+def test_images_and_events_as_pictures() -> None:
+    data = DataSection(root="x", mean=(0.5, 0.5, 0.25), std=(0.5, 0.5, 0.25))
+    pictures = image_pictures(torch.tensor([-1.0, 0.0, 9.0]).view(1, 3, 1, 1), data)
+    assert pictures.tolist() == [[[[0.0, 0.5, 1.0]]]]
+    frames = torch.zeros(2, 1, 2, 1, 3)
+    frames[0, 0, 1, 0, 0] = 2.0  # on
+    frames[0, 0, 0, 0, 1] = 2.0  # off
+    shown = event_pictures(frames)
+    assert shown[0, 0, 0].tolist() == [[1, 0, 0], [0, 0, 1], [1, 1, 1]]
+    assert (shown[1] == 1).all()
 
 
 def test_running_mean() -> None:

@@ -21,7 +21,7 @@ import pytest
 
 from tetdist import tracking
 from tetdist.errors import UserError
-from tetdist.tracking import Tracker, environment, read_metrics, ui_command
+from tetdist.tracking import Dataset, Tracker, environment, read_metrics, ui_command
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 40) -> None:
@@ -470,6 +470,44 @@ def test_a_run_that_mlflow_forgot_is_sent_anew(
     elsewhere.open(run_dir, 2).close("FINISHED")
     assert elsewhere.history(run_dir, "train/loss") == [(1, 1.0), (2, 2.0)]
     assert elsewhere.run(run_dir).info.lifecycle_stage == "active"
+
+
+def test_datasets_and_the_registered_model(store: Store, tmp_path: Path) -> None:
+    """Once each, however often the run is opened and asks for it."""
+    run_dir = tmp_path / "run"
+    file = run_dir / "checkpoints" / "step-00000005" / "model.safetensors"
+    datasets = [
+        Dataset("digits/train", "0123456789abcdef", "/d/train", "training", {"samples": 40}),
+        Dataset("digits/val", "fedcba9876543210", "/d/val", "validation", {"samples": 10}),
+    ]
+    for start in range(3):
+        tracker = store.open(run_dir, resume_step=5 if start else None, datasets=datasets)
+        if not start:
+            file.parent.mkdir(parents=True)
+            file.write_bytes(b"weights")
+            tracker.log("train", 5, {"loss": 0.5})
+        if start:  # asked for afterwards
+            tracker.artifact(file)
+            tracker.register(file, "digits")
+        tracker.close("FINISHED")
+        assert len(store.client.search_model_versions("name = 'digits'")) == min(start, 1)
+    inputs = store.run(run_dir).inputs.dataset_inputs
+    assert sorted((i.dataset.name, i.dataset.digest, i.tags[0].value) for i in inputs) == [
+        ("digits/train", "0123456789abcdef", "training"),
+        ("digits/val", "fedcba9876543210", "validation"),
+    ]
+    (version,) = store.client.search_model_versions("name = 'digits'")
+    assert version.run_id == store.run(run_dir).info.run_id
+    folder = Path(version.source.removeprefix("file://"))
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+    # Another run's model is the next version.
+    other = store.open(tmp_path / "other", datasets=datasets)
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"others")
+    other.artifact(tmp_path / "other" / "model.safetensors")
+    other.register(tmp_path / "other" / "model.safetensors", "digits")
+    other.close("FINISHED")
+    versions = store.client.search_model_versions("name = 'digits'")
+    assert sorted(v.version for v in versions) == [1, 2]
 
 
 def test_an_outage_is_one_line_and_is_caught_up(

@@ -926,7 +926,8 @@ def test_recomputed_blocks_are_the_same_run(
 
 
 def test_mlflow_has_the_run(farm: Farm, tiny_config: ConfigWriter, tmp_path: Path) -> None:
-    file = tiny_config({"tracking": {"mlflow": True, "experiment": "tiny"}})
+    tracking = {"mlflow": True, "experiment": "tiny", "log_checkpoint": "last", "register": "t"}
+    file = tiny_config({"tracking": tracking})
     first = farm(file, stop=("step", 4, TERM))
     assert first.status == 143, first.text
     second = farm(file)
@@ -945,7 +946,17 @@ def test_mlflow_has_the_run(farm: Farm, tiny_config: ConfigWriter, tmp_path: Pat
         tags = dict(rows("select key, value from tags"))
         assert tags["resumed_at_step"] == "4"
         assert Path(tags["run_dir"]) == run
+        assert tags["split"] == "val"
+        assert "| 1 | 2 | 2 | sgd | 0.05, cosine |" in tags["mlflow.note.content"]
+        assert dict(rows("select name, digest from datasets")).keys() == {"data/train", "data/val"}
+        (final,) = rows("select step, value from metrics where key = 'final/top1'")
+        assert final == (10, tiny.metrics(run, "val")[-1]["top1"])
+        ((source,),) = rows("select source from model_versions where name = 't'")
         losses = rows("select step, value from metrics where key = 'train/loss' order by step")
+    registered = Path(source.removeprefix("file://")) / "model.safetensors"
+    assert registered.read_bytes() == (tiny.newest(run) / "model.safetensors").read_bytes()
+    plots = {path.name for path in registered.parents[2].glob("plots/*")}
+    assert plots == {"learning_curves.png", "firing_rates.png", "membranes.png", "inputs.png"}
     assert losses == [(line["step"], line["loss"]) for line in tiny.metrics(run, "train")]
 
 

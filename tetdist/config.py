@@ -203,6 +203,10 @@ class TrackingSection(Section):
     uri: str | None = None
     """MLflow's tracking URI; null: the SQLite file RUNS_DIR/mlflow.db."""
     experiment: str = "tetdist"
+    log_checkpoint: Literal["none", "last", "best"] = "none"
+    """Copy this checkpoint's model.safetensors to MLflow when the run is finished."""
+    register_: str | None = Field(default=None, alias="register")
+    """Name of a model in MLflow's registry that gets the logged checkpoint as its next version."""
 
 
 class RunConfig(Section):
@@ -305,6 +309,8 @@ OPERATIONAL_KEYS = (
     "tracking.mlflow",
     "tracking.uri",
     "tracking.experiment",
+    "tracking.log_checkpoint",
+    "tracking.register",
 )
 
 
@@ -573,6 +579,11 @@ def _check(config: RunConfig) -> None:
     _check_augmentation(config)
     _check_precision_and_engine(config)
     _check_spike(config)
+    if config.tracking.register_ is not None and config.tracking.log_checkpoint == "none":
+        raise UserError(
+            f"tracking.register: {config.tracking.register_!r} needs a checkpoint that MLflow has; "
+            "set tracking.log_checkpoint=best or last with it"
+        )
     if config.start_phase >= len(config.phases):
         raise UserError(
             f"start_phase: {config.start_phase} is none of the phases 0 to {len(config.phases) - 1}"
@@ -675,6 +686,7 @@ def _warn_without_effect(config: RunConfig) -> None:
         if phase.optimizer.weight_decay == 0:
             unread(phase.optimizer, prefix, ("decay_norms",), "weight_decay=0")
     if not config.tracking.mlflow:
-        unread(config.tracking, "tracking.", ("uri", "experiment"), "tracking.mlflow=false")
+        of_mlflow = ("uri", "experiment", "log_checkpoint", "register_")
+        unread(config.tracking, "tracking.", of_mlflow, "tracking.mlflow=false")
     for sentence in ignored:
         logger.warning("%s", sentence)

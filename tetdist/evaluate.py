@@ -57,6 +57,7 @@ def evaluate(
     precision: str,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], Any] = lambda _: None,
+    also: Callable[[Tensor, Tensor], Any] = lambda _logits, _labels: None,
 ) -> Evaluation:
     """Evaluate at the model's present T.
 
@@ -69,6 +70,7 @@ def evaluate(
         precision: Of the forward pass, see precision.py.
         stop: Asked before each batch, on every process the same answer; True gives up.
         progress: Told the number of samples of each batch.
+        also: Given each batch's logits (T, B, K) and labels (B,), on the device.
 
     Raises:
         Interrupted: ``stop`` said so.
@@ -88,7 +90,9 @@ def evaluate(
                 images = batch.images.to(device, parameter_type(precision))
                 with autocast(device, precision):
                     logits = model(images, per_timestep=True)
-                counts += _count(logits, batch.labels.to(device))
+                labels = batch.labels.to(device)
+                counts += _count(logits, labels)
+                also(logits, labels)
                 samples += len(batch.labels)
             progress(len(batch.labels))
     finally:
@@ -122,15 +126,20 @@ def evaluate(
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:
     """Correct in the first place, among five, and summed loss, (3, T), of logits (T, B, K)."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    steps = torch.arange(1, len(logits) + 1, device=logits.device, dtype=logits.dtype)
-    means = logits.cumsum(0) / steps.view(-1, 1, 1)
+    means = running_means(logits)
     top = means.topk(min(5, logits.shape[-1]), dim=-1).indices == labels.view(1, -1, 1)
     loss = F.cross_entropy(means.flatten(0, 1), labels.repeat(len(logits)), reduction="none").view(
         len(logits), -1
     )
     rows = [top[..., 0].double(), top.any(-1).double(), loss.double()]
     return torch.stack([row.sum(-1) for row in rows])
+
+
+def running_means(logits: Tensor) -> Tensor:
+    """The output at T = 1, 2, ...: means of the first t of logits (T, B, K), float32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    steps = torch.arange(1, len(logits) + 1, device=logits.device, dtype=logits.dtype)
+    return logits.cumsum(0) / steps.view(-1, 1, 1)
 
 
 class _FiringRates:

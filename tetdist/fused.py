@@ -84,14 +84,24 @@ class NormNeuron(nn.Module):
         shortcut_norm: BatchNorm | None = None,
     ) -> Tensor:
         """The definition of `forward`."""
-        if shortcut is not None and shortcut_norm is not None:
-            shortcut = shortcut_norm(shortcut)
-        normalized = self.norm(current).expand(timesteps, *current.shape[1:])
-        total = normalized if shortcut is None else normalized + shortcut
+        total = self.input_current(current, timesteps, shortcut, shortcut_norm)
         spikes, membrane = neurons.run(total, self.neuron, self.membrane)
         if self.carries:
             self.membrane = membrane
         return spikes if identity is None else spikes + identity
+
+    def input_current(
+        self,
+        current: Tensor,
+        timesteps: int,
+        shortcut: Tensor | None = None,
+        shortcut_norm: BatchNorm | None = None,
+    ) -> Tensor:
+        """What the neurons integrate, (T, B, C, H, W); arguments as of `forward`."""
+        if shortcut is not None and shortcut_norm is not None:
+            shortcut = shortcut_norm(shortcut)
+        normalized = self.norm(current).expand(timesteps, *current.shape[1:])
+        return normalized if shortcut is None else normalized + shortcut
 
     def _fused(
         self,

@@ -1,12 +1,21 @@
-"""Pictures of a run, drawn from its metrics.jsonl."""
+"""Pictures of runs: of their metrics.jsonl, of inputs and of membranes."""
 
+import io
 import itertools
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tetdist.errors import UserError
+from tetdist.health import DEAD, SATURATED
 from tetdist.tracking import read_metrics
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from tetdist.membranes import Membranes
 
 # Okabe and Ito's colours, told apart by most eyes; each means the same in every panel.
 TRAIN = "#0072B2"
@@ -15,13 +24,48 @@ RATE = "#009E73"
 SPEED = "#7A5195"
 WAIT = "#E69F00"
 QUIET = "#767676"
+# For lines of which there may be many.
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#767676")
+
+
+def new_figure(width: float, height: float, *, dpi: int = 110) -> Any:
+    """An empty matplotlib figure of so many inches.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ModuleNotFoundError as error:
+        raise UserError("matplotlib is not installed: pip install 'tetdist[train]'") from error
+    # The object interface: pyplot would keep every figure and look for a display.
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(width, height), dpi=dpi, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png(figure: Any) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def save(figure: Any, out: Path) -> None:
+    """Write a PNG aside and rename it: whoever looks while it is replaced sees the old one or the
+    new one. Its folder is made."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(out.name + ".tmp")
+    aside.write_bytes(png(figure))
+    aside.replace(out)
 
 
 def learning_curves(metrics_file: Path, out: Path) -> None:
     """Draws loss, accuracy, learning rate and throughput of a run into one PNG.
 
-    Does nothing while nothing is measured. The picture is written aside and renamed, so whoever
-    looks at it while it is replaced sees the old one or the new one.
+    Does nothing while nothing is measured.
 
     Args:
         metrics_file: The run's metrics.jsonl.
@@ -35,17 +79,7 @@ def learning_curves(metrics_file: Path, out: Path) -> None:
     val = [line for line in lines if line["kind"] == "val"]
     if not train and not val:
         return
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ModuleNotFoundError as error:
-        raise UserError("matplotlib is not installed: pip install 'tetdist[train]'") from error
-
-    # The object interface: pyplot would keep every figure and look for a display.
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    figure = Figure(figsize=(13, 7.6), dpi=110, layout=layout)
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 7.6)
     axes = figure.subplot_mosaic("LLLAAA;TTRRSS")
     _loss(axes["L"], train, val)
     _accuracy(axes["A"], train, val)
@@ -74,22 +108,275 @@ def learning_curves(metrics_file: Path, out: Path) -> None:
                 ha="right",
                 va="bottom",
             )
-    name = metrics_file.absolute().parent.name
     step = max(line["step"] for line in train + val)
-    figure.suptitle(
-        f"{name}   \N{EM DASH}   epoch {end:.4g}, step {step:,}", fontsize=13, fontweight="bold"
-    )
+    _head(figure, metrics_file, f"epoch {end:.4g}, step {step:,}")
+    save(figure, out)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(out.name + ".tmp")
-    figure.savefig(aside, format="png")
-    aside.replace(out)
+
+def _head(figure: Any, metrics_file: Path, text: str) -> None:
+    name = metrics_file.absolute().parent.name
+    figure.suptitle(f"{name}   \N{EM DASH}   {text}", fontsize=13, fontweight="bold")
+
+
+def firing_rates(metrics_file: Path, out: Path) -> None:
+    """Draws the firing rate of each layer at each evaluation of a run: a heat map.
+
+    Does nothing before the first evaluation.
+
+    Args:
+        metrics_file: The run's metrics.jsonl.
+        out: The PNG; its folder is made.
+
+    Raises:
+        UserError: A line of the file is damaged, or matplotlib is not installed.
+    """
+    val = [
+        line
+        for line in read_metrics(metrics_file)
+        if line["kind"] == "val" and line.get("firing_rate")
+    ]
+    if not val:
+        return
+    layers = list(val[-1]["firing_rate"])
+    # Zero has no logarithm; below the scale it has the colour of the dead.
+    rates = [
+        [max(line["firing_rate"].get(layer, math.nan), 1e-12) for line in val] for layer in layers
+    ]
+    figure = new_figure(10, _height(len(layers)))
+    axis = figure.subplots()
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    colours = colormaps["viridis"].with_extremes(under=VALIDATION, over="black", bad="white")
+    picture = axis.pcolormesh(
+        _edges([line["epoch"] for line in val]),
+        range(len(layers) + 1),
+        rates,
+        cmap=colours,
+        norm=LogNorm(DEAD, SATURATED),
+    )
+    last = val[-1]
+    _layer_axis(axis, [f"{layer}   {100 * last['firing_rate'][layer]:.3g} %" for layer in layers])
+    axis.set_xlabel("epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_title(
+        "Firing rate by layer: spikes per neuron per timestep, the last one in numbers",
+        loc="left",
+        fontsize=10,
+        fontweight="bold",
+    )
+    bar = figure.colorbar(picture, ax=axis, extend="both", pad=0.02)
+    ticks = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.9]
+    bar.set_ticks(ticks, labels=[f"{100 * tick:g} %" for tick in ticks])
+    bar.minorticks_off()
+    bar.ax.tick_params(labelsize=8)
+    bar.ax.set_title("black: saturated\norange: dead", fontsize=8, loc="left")
+    mean = sum(last["firing_rate"].values()) / len(layers)
+    _head(figure, metrics_file, f"epoch {last['epoch']:.4g}, {100 * mean:.3g} % on average")
+    save(figure, out)
+
+
+def _height(layers: int) -> float:
+    return min(2.4 + 0.24 * layers, 24)
+
+
+def _layer_axis(axis: Any, layers: Sequence[str]) -> None:
+    """Names rows of layers, the first one at the top."""
+    axis.set_ylim(len(layers), 0)
+    axis.set_yticks([row + 0.5 for row in range(len(layers))], labels=layers)
+    axis.tick_params(axis="y", length=0, labelsize=8 if len(layers) <= 60 else 5)
+    axis.tick_params(axis="x", labelsize=9)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _edges(centres: list[float]) -> list[float]:
+    """Borders of cells around rising centres."""
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(centres)]
+    before = centres[0] - middles[0] if middles else 0.5
+    after = centres[-1] - middles[-1] if middles else 0.5
+    return [centres[0] - abs(before), *middles, centres[-1] + after]
+
+
+def membranes(found: "Membranes", title: str, out: Path) -> None:
+    """Draws how the membranes of each layer are distributed against its threshold.
+
+    Args:
+        found: The distributions.
+        title: Above the picture.
+        out: The PNG; its folder is made.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    layers = list(found.shares)
+    figure = new_figure(9, _height(2 * len(layers)))
+    axis = figure.subplots()
+    threshold = next(i for i, edge in enumerate(found.edges) if math.isclose(edge, 1))
+    for row, (layer, shares) in enumerate(found.shares.items()):
+        floor = row + 1
+        # What is beyond the scale may be most of all, and would press the rest to the floor.
+        highest = max(shares[1:-1]) or 1.0
+        tops = [floor - 0.9 * min(share / highest, 1) for share in shares]
+        for colour, part in (
+            (TRAIN, slice(0, threshold)),
+            (VALIDATION, slice(threshold, len(shares))),
+        ):
+            edges = found.edges[part.start : part.stop + 1]
+            heights = [*tops[part], tops[part][-1]]
+            axis.fill_between(edges, heights, floor, step="post", color=colour, linewidth=0)
+        axis.axhline(floor, color="#BBBBBB", linewidth=0.6)
+        axis.text(
+            found.edges[-1],
+            floor - 0.3,
+            f"{100 * found.fires[layer]:.3g} % fire ",
+            ha="right",
+            va="center",
+            fontsize=8,
+            color=VALIDATION,
+        )
+    axis.axvline(1, color="black", linewidth=1, linestyle=(0, (4, 3)))
+    axis.text(1, 0, " threshold", fontsize=8, va="bottom")
+    _layer_axis(axis, layers)
+    axis.set_xlim(found.edges[0], found.edges[-1])
+    axis.set_xlabel("membrane before the reset, in thresholds (the outermost bins: and beyond)")
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    save(figure, out)
+
+
+def inputs(
+    pictures: "npt.NDArray[np.float64]", labels: Sequence[str], title: str, out: Path
+) -> None:
+    """Draws what a network is fed: images, or the event frames of some samples over time.
+
+    Args:
+        pictures: RGB values in [0, 1]: images (N, H, W, 3), or frames (N, T, H, W, 3).
+        labels: Names of the N samples' classes.
+        title: Above the picture.
+        out: The PNG; its folder is made.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    over_time = pictures.ndim == 5
+    columns = pictures.shape[1] if over_time else min(8, len(pictures))
+    rows = len(pictures) if over_time else math.ceil(len(pictures) / columns)
+    figure = new_figure(1.35 * columns + 0.6, 1.5 * rows + 0.7)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for sample, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        frames = picture if over_time else [picture]
+        for t, frame in enumerate(frames):
+            axis = axes[sample, t] if over_time else axes.flat[sample]
+            axis.imshow(frame, interpolation="nearest")
+            name = f"{label}, t = 1" if over_time and t == 0 else f"t = {t + 1}"
+            axis.set_title(name if over_time else label, fontsize=8, loc="left", pad=2)
+    figure.suptitle(title, fontsize=11, fontweight="bold")
+    save(figure, out)
+
+
+def runs(
+    groups: Mapping[str, Sequence[tuple[str, list[dict[str, Any]]]]], title: str, out: Path
+) -> None:
+    """Draws the curves of several runs over each other, the mean and spread of each group.
+
+    Args:
+        groups: By name, the runs that differ only by their seed: names and lines of metrics.
+        title: Above the picture.
+        out: The PNG; its folder is made.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    figure = new_figure(13, 7.6)
+    axes = figure.subplot_mosaic("LLLAAA;VVVTTT")
+    panels = {
+        "L": ("train", "loss", "Training loss", "loss"),
+        "A": ("val", "top1", "Validation top-1", "top-1 (%)"),
+        "V": ("val", "loss", "Validation loss", "loss"),
+    }
+    for panel, (kind, key, heading, unit) in panels.items():
+        axis = axes[panel]
+        for colour, (name, members) in zip(itertools.cycle(SERIES), groups.items(), strict=False):
+            curves = [
+                _series([line for line in lines if line["kind"] == kind], key)
+                for _, lines in members
+            ]
+            _group(axis, curves, colour, f"{name} ({len(members)})" if len(members) > 1 else name)
+        axis.set_xlabel("epoch")
+        finish(axis, heading, unit, legend=False)
+    _group_timesteps(axes["T"], groups)
+    handles, names = axes["A"].get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles,
+            names,
+            loc="outside lower center",
+            ncols=min(len(names), 4),
+            fontsize=9,
+            frameon=False,
+        )
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    save(figure, out)
+
+
+def _group(
+    axis: Any, curves: list[tuple[list[float], list[float]]], colour: str, label: str
+) -> None:
+    """Draws the members of a group lightly, and their mean and standard deviation."""
+    curves = [curve for curve in curves if curve[0]]
+    if not curves:
+        return
+    if len(curves) == 1:
+        axis.plot(*curves[0], color=colour, linewidth=1.6, label=label)
+        return
+    for epochs, values in curves:
+        axis.plot(epochs, values, color=colour, linewidth=0.7, alpha=0.45)
+    at_all = sorted(set.intersection(*(set(epochs) for epochs, _ in curves)))
+    columns = [
+        [dict(zip(epochs, values, strict=True))[epoch] for epochs, values in curves]
+        for epoch in at_all
+    ]
+    means = [sum(column) / len(column) for column in columns]
+    spreads = [standard_deviation(column) for column in columns]
+    axis.fill_between(
+        at_all,
+        [mean - spread for mean, spread in zip(means, spreads, strict=True)],
+        [mean + spread for mean, spread in zip(means, spreads, strict=True)],
+        color=colour,
+        alpha=0.2,
+        linewidth=0,
+    )
+    axis.plot(at_all, means, color=colour, linewidth=2, label=label)
+
+
+def _group_timesteps(
+    axis: Any, groups: Mapping[str, Sequence[tuple[str, list[dict[str, Any]]]]]
+) -> None:
+    for colour, members in zip(itertools.cycle(SERIES), groups.values(), strict=False):
+        curves = []
+        for _, lines in members:
+            evaluated = [line for line in lines if line.get("per_timestep_top1")]
+            if evaluated:
+                top1 = evaluated[-1]["per_timestep_top1"]
+                curves.append(([float(t) for t in range(1, len(top1) + 1)], top1))
+        _group(axis, curves, colour, "")
+    axis.set_xlabel("timesteps averaged")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    finish(axis, "Last accuracy by timestep", "top-1 (%)", legend=False)
+
+
+def standard_deviation(values: Sequence[float]) -> float:
+    """Of a sample, n - 1 in the denominator; 0 of a single value."""
+    mean = sum(values) / len(values)
+    squares = sum((value - mean) ** 2 for value in values)
+    return math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else 0.0
 
 
 def _loss(axis: Any, train: list[dict[str, Any]], val: list[dict[str, Any]]) -> None:
     _raw_and_smooth(axis, train, "loss", TRAIN, "training")
     _markers(axis, *_series(val, "loss"), VALIDATION, "validation")
-    _finish(axis, "Loss", "loss")
+    finish(axis, "Loss", "loss")
 
 
 def _accuracy(axis: Any, train: list[dict[str, Any]], val: list[dict[str, Any]]) -> None:
@@ -108,7 +395,7 @@ def _accuracy(axis: Any, train: list[dict[str, Any]], val: list[dict[str, Any]])
             zorder=5,
             label=f"best: {top1[best]:.2f} % (epoch {epochs[best]:.4g})",
         )
-    _finish(axis, "Top-1 accuracy", "top-1 (%)")
+    finish(axis, "Top-1 accuracy", "top-1 (%)")
 
 
 def _timesteps(axis: Any, val: list[dict[str, Any]]) -> None:
@@ -135,12 +422,12 @@ def _timesteps(axis: Any, val: list[dict[str, Any]]) -> None:
         axis.margins(y=0.2)
         axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("timesteps averaged")
-    _finish(axis, title, "top-1 (%)", legend=False)
+    finish(axis, title, "top-1 (%)", legend=False)
 
 
 def _learning_rate(axis: Any, train: list[dict[str, Any]]) -> None:
     _markers(axis, *_series(train, "lr"), RATE, "learning rate")
-    _finish(axis, "Learning rate", "learning rate", legend=False)
+    finish(axis, "Learning rate", "learning rate", legend=False)
     peaks: dict[Any, float] = {}
     for line in train:
         peaks[line.get("phase")] = max(peaks.get(line.get("phase"), 0), line.get("lr", 0))
@@ -170,10 +457,11 @@ def _throughput(axis: Any, train: list[dict[str, Any]]) -> None:
         # The lines above the area, and the area not hidden by the lines' background.
         axis.set_zorder(right.get_zorder() + 1)
         axis.patch.set_visible(False)
-    _finish(axis, "Throughput", "samples per second")
+    finish(axis, "Throughput", "samples per second")
 
 
-def _finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
+def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
+    """Gives a panel its title, unit, grid and, where there are lines, legend."""
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axis.set_ylabel(unit, fontsize=10)
     axis.grid(color="#E4E4E4", linewidth=0.7)

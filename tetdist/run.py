@@ -227,7 +227,7 @@ class RunFolder:
         return checkpoint.read(self.checkpoints / name)
 
     @contextmanager
-    def tracker(self, step: int) -> Iterator[tracking.Tracker | None]:
+    def tracker(self, step: int, val_index: Index) -> Iterator[tracking.Tracker | None]:
         """Rank 0's record of the run, from ``step`` on; None elsewhere."""
         if self.world.rank != 0:
             yield None
@@ -237,24 +237,37 @@ class RunFolder:
             self.path,
             run_name=config.name,
             params=flatten(config.as_dict()),
-            tags=self._tags(),
+            tags=self._tags() | {"mlflow.note.content": self._note(val_index)},
             tracking_uri=config.tracking_uri,
             experiment=config.tracking.experiment,
             artifact_root=Path(config.runs_dir).resolve() / "mlartifacts",
             resume_step=step if (self.path / "metrics.jsonl").exists() else None,
             phases=[flatten(phase) for phase in config.as_dict()["phases"]],
+            datasets=self._datasets(val_index),
         )
         tracker.artifact(self.path / "config.yaml")
         tracker.artifact(self.path / "environment.json")
         status: tracking.Status = "FAILED"
         try:
             yield tracker
+            self._log_checkpoint(tracker)
             status = "FINISHED"
         except Stopped:
             status = "RUNNING" if self.goes_on() else "KILLED"
             raise
         finally:
             tracker.close(status)
+
+    def _log_checkpoint(self, tracker: tracking.Tracker) -> None:
+        """Give MLflow the checkpoint of a finished run, where that was asked for."""
+        which, name = self.config.tracking.log_checkpoint, self.config.tracking.register_
+        pointer = self.checkpoints / which
+        if which == "none" or not pointer.is_file():
+            return
+        file = self.checkpoints / pointer.read_text().strip() / checkpoint.MODEL_FILE
+        tracker.artifact(file)
+        if name is not None:
+            tracker.register(file, name)
 
     @contextmanager
     def sample_record(self, step: int) -> Iterator[SampleRecord]:
@@ -305,6 +318,8 @@ class RunFolder:
             "model": config.model.name,
             "timesteps": " then ".join(str(phase.timesteps) for phase in config.phases),
             "loss": config.loss.kind,
+            "split": "val",
+            "git": tracking.git_version() or "none",
             "seed": str(config.seed),
             "precision": config.precision,
             "world_size": str(self.world.world_size),
@@ -313,6 +328,46 @@ class RunFolder:
             **({"data_split": self.data_split} if self.data_split else {}),
             **self.launcher_tags,
         } | {f"version.{name}": version for name, version in tracking.versions().items()}
+
+    def _note(self, val_index: Index) -> str:
+        """The description on the run's page in MLflow, in Markdown."""
+        config, train = self.config, self.index
+        data = f"{len(train):,} {train.kind}, {len(train.classes)} classes"
+        lines = [
+            f"**{config.model.name}** by {config.loss.kind.upper()} on {config.data.root} ({data}; "
+            f"evaluated on the {len(val_index):,} of val)",
+            "",
+            "| phase | epochs | T | optimiser | learning rate |",
+            "|---|---|---|---|---|",
+        ]
+        for i, phase in enumerate(config.phases, start=1):
+            optimizer = phase.optimizer
+            lr = f"{optimizer.lr:g}, {phase.schedule}"
+            lines.append(f"| {i} | {phase.epochs} | {phase.timesteps} | {optimizer.kind} | {lr} |")
+        lines += [
+            "",
+            f"Batch {config.batch.global_} in micro-batches of {config.batch.micro}, "
+            f"{config.precision}, seed {config.seed}.",
+            "",
+            "Pictures and the whole configuration are under Artifacts; what the metrics mean: "
+            "docs/metrics.md.",
+            "",
+            f"    python tools/eval.py --checkpoint {shlex.quote(str(self.path.resolve()))}",
+        ]
+        return "\n".join(lines)
+
+    def _datasets(self, val_index: Index) -> list[tracking.Dataset]:
+        root = Path(self.config.data.root).resolve()
+        return [
+            tracking.Dataset(
+                name=f"{root.name}/{index.split}",
+                digest=index.fingerprint[:16],
+                source=str(root / index.split),
+                context=context,
+                profile={"samples": len(index), "classes": len(index.classes)},
+            )
+            for index, context in ((self.index, "training"), (val_index, "validation"))
+        ]
 
 
 def _write(path: Path, text: str) -> None:

@@ -37,6 +37,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,25 @@ PHASE_TAG = "phase"  # the phase's number, as in the file and in the configurati
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
+@dataclass(frozen=True)
+class Dataset:
+    """A split of the data, as MLflow's pages show it.
+
+    Attributes:
+        name: Of the split and the data.
+        digest: Tells its content, in at most 36 characters.
+        source: Where it is.
+        context: "training" or "validation".
+        profile: Sizes, by name.
+    """
+
+    name: str
+    digest: str
+    source: str
+    context: str
+    profile: Mapping[str, int]
+
+
 class Tracker:
     """Records what a run measures; one per run, on rank 0."""
 
@@ -71,6 +91,7 @@ class Tracker:
         artifact_root: Path,
         resume_step: int | None,
         phases: Sequence[Mapping[str, Any]] = (),
+        datasets: Sequence[Dataset] = (),
     ) -> None:
         """Opens the run's file and starts to follow it.
 
@@ -88,6 +109,7 @@ class Tracker:
                 later steps are removed, because those steps are computed again. None: a new run.
             phases: The configuration of each phase, flattened, with its `timesteps`. If there are
                 several, each gets a child run in MLflow when it begins.
+            datasets: What the run is trained and evaluated on.
 
         Raises:
             UserError: A new run finds the file of another, a line of the file is damaged, or MLflow
@@ -126,6 +148,7 @@ class Tracker:
                 resume_step=resume_step,
                 # A single phase is the run itself.
                 phases=[dict(phase) for phase in phases] if len(phases) > 1 else [],
+                datasets=datasets,
             )
             self._follower.thread.start()
 
@@ -182,6 +205,14 @@ class Tracker:
             artifacts = self._follower.artifacts
             artifacts[path] = artifacts.get(path, 0) + 1
 
+    def register(self, path: Path, name: str) -> None:
+        """Has an announced artifact registered as the next version of a model in MLflow.
+
+        The same artifact of the same run is registered once, however often it is asked for.
+        """
+        if self._follower is not None:
+            self._follower.model = path, name
+
     def set_tag(self, key: str, value: str) -> None:
         """Sets a tag of the run in MLflow."""
         if self._follower is not None:
@@ -223,8 +254,8 @@ class Tracker:
 class _Follower:
     """The thread that keeps MLflow level with the file.
 
-    The training thread only sets `tags`, `artifacts`, `phase`, `status` and `closing`; this one
-    only reads them. Single operations on a dict are atomic, hence no locks.
+    The training thread only sets `tags`, `artifacts`, `model`, `phase`, `status` and `closing`;
+    this one only reads them. Single operations on a dict are atomic, hence no locks.
     """
 
     def __init__(
@@ -239,6 +270,7 @@ class _Follower:
         artifact_root: Path,
         resume_step: int | None,
         phases: list[dict[str, Any]],
+        datasets: Sequence[Dataset],
     ) -> None:
         self.path = path
         self.run_name = run_name
@@ -249,9 +281,11 @@ class _Follower:
         self.artifact_root = artifact_root
         self.resume_step = resume_step
         self.phases = phases  # empty: no child runs
+        self.datasets = datasets
 
         self.phase: int | None = None  # the one that runs; None: none was entered yet
         self.artifacts: dict[Path, int] = {}  # how often each was announced
+        self.model: tuple[Path, str] | None = None  # an artifact, and its name in the registry
         self.status: Status = "RUNNING"
         self.closing = threading.Event()
 
@@ -278,6 +312,7 @@ class _Follower:
                     # Before the artifacts, lest a full artifact store leave the run unfinished.
                     session.end(self.status)
                 session.send_artifacts()
+                session.register_model()
             except Exception as error:
                 failures += 1
                 self.trouble = _first_line(error)
@@ -360,6 +395,7 @@ class _Session:
                 f"{noted}, {follower.resume_step}" if noted else str(follower.resume_step),
             )
         self._send_params(self._run, follower.params)
+        self._send_datasets()
 
         self._experiment_id: str = run.info.experiment_id
         self._phases = self._known_phases() if follower.phases else {}
@@ -544,11 +580,55 @@ class _Session:
         for path, version in list(self._follower.artifacts.items()):
             if version == self._artifacts.get(path) or not path.is_file():
                 continue
-            folder = path.parent
-            inside = folder != self._run_dir and folder.is_relative_to(self._run_dir)
-            where = folder.relative_to(self._run_dir).as_posix() if inside else None
-            self._client.log_artifact(self._run_id, str(path), where)
+            self._client.log_artifact(self._run_id, str(path), self._artifact_folder(path))
             self._artifacts[path] = version
+
+    def _artifact_folder(self, path: Path) -> str | None:
+        """Where among the run's artifacts a file goes; None: to the top."""
+        folder = path.parent
+        inside = folder != self._run_dir and folder.is_relative_to(self._run_dir)
+        return folder.relative_to(self._run_dir).as_posix() if inside else None
+
+    def _send_datasets(self) -> None:
+        from mlflow.entities import Dataset as Entity
+        from mlflow.entities import DatasetInput, InputTag
+
+        # What MLflow has of the same name and digest it does not take twice.
+        entries = [
+            DatasetInput(
+                Entity(
+                    name=dataset.name,
+                    digest=dataset.digest,
+                    source_type="local",
+                    source=json.dumps({"uri": dataset.source}),
+                    profile=json.dumps(dict(dataset.profile)),
+                ),
+                [InputTag("mlflow.data.context", dataset.context)],
+            )
+            for dataset in self._follower.datasets
+        ]
+        if entries:
+            self._client.log_inputs(self._run_id, entries)
+
+    def register_model(self) -> None:
+        """Registers what was asked for, once, when the artifact is there."""
+        if self._follower.model is None:
+            return
+        path, name = self._follower.model
+        if path not in self._artifacts:
+            return
+        import mlflow
+
+        run = self._client.get_run(self._run_id)
+        source = f"{run.info.artifact_uri}/{self._artifact_folder(path)}"
+        try:
+            self._client.create_registered_model(name)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        versions = self._client.search_model_versions(f"run_id = '{self._run_id}'")
+        if not any(version.name == name and version.source == source for version in versions):
+            self._client.create_model_version(name, source, run_id=self._run_id)
 
     def end(self, status: Status) -> None:
         # First, because the monitor ends by itself, without its last values, when it sees a run
@@ -926,6 +1006,12 @@ def _git() -> dict[str, Any]:
         "status": status,
         "diff": _output([*git, "diff", "HEAD"]),
     }
+
+
+def git_version() -> str:
+    """The checkout's commit, in short, and whether it was changed; empty if it is none."""
+    git = _git()
+    return f"{git['commit'][:12]}{' (changed)' if git['dirty'] else ''}" if git else ""
 
 
 def _output(command: list[str]) -> str:

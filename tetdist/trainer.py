@@ -5,6 +5,7 @@ learning rate, samples, augmentation. So the state of a run is its step, the mod
 and some running sums, and to resume is to put those back.
 """
 
+import itertools
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tetdist import checkpoint, health, losses, mixing, normalization, plots
+from tetdist import checkpoint, health, losses, mixing, normalization
 from tetdist.config import LossSection, RunConfig, differences
 from tetdist.data import order, pipeline
 from tetdist.data.loaders import eval_loader, train_loader
@@ -24,6 +25,7 @@ from tetdist.distributed import StopRequest, World
 from tetdist.engine import Engine, Update, make_engine, make_optimizer
 from tetdist.errors import Stopped, UserError
 from tetdist.evaluate import Interrupted, evaluate
+from tetdist.pictures import Pictures
 from tetdist.precision import autocast, parameter_type
 from tetdist.progress import Progress
 from tetdist.run import RunFolder, SampleRecord, make_model, open_data
@@ -109,12 +111,14 @@ class Trainer:
             UserError: The loss is not finite, a file cannot be read, the disk is full, ...
         """
         with (
-            self.folder.tracker(self.step) as self.tracker,
+            self.folder.tracker(self.step, self.val_index) as self.tracker,
             self.folder.sample_record(self.step) as self.record,
             self._progress() as self.progress,
         ):
+            self.pictures = None
             if (tracker := self.tracker) is not None:
                 self.watch.before_end.append(lambda _: tracker.close("FAILED", timeout=5))
+                self.pictures = Pictures(self.config, self.train_index.classes, tracker)
             try:
                 while not self.finished:
                     if self._evaluation_due():
@@ -123,6 +127,8 @@ class Trainer:
                     else:
                         self._enter(phase_at(self.phases, self.step))
                         self._train_epoch()
+                if self.result:
+                    self._log("final", self.result)
             finally:
                 self._leave()
 
@@ -240,6 +246,8 @@ class Trainer:
             with clock.waiting():
                 batch = next(self.loader)
             self.record(self.step + 1, batch)
+            if self.pictures:
+                self.pictures.inputs(batch)
             self.watch.progress(f"step {self.step + 1}")
             yield self._prepared(batch)
 
@@ -364,9 +372,10 @@ class Trainer:
         started = time.monotonic()
         try:
             with eval_loader(self.config, self.val_index, self.world) as batches:
+                first = next(batches)
                 result = evaluate(
                     self.model,
-                    batches,
+                    itertools.chain([first], batches),
                     len(self.val_index),
                     self.world,
                     precision=self.config.precision,
@@ -399,19 +408,13 @@ class Trainer:
         self._log("val", values)
         self.progress.report_evaluation(self.step, values)
         self._save(best=is_best, validation={"top1": result.top1, "top5": result.top5})
-        if self.tracker:
-            self._plot(self.tracker)
-
-    def _plot(self, tracker: Tracker) -> None:
-        plot = self.folder.path / "plots" / "learning_curves.png"
-        try:
-            plot.parent.mkdir(exist_ok=True)
-            plots.learning_curves(tracker.path, plot)
-        except (UserError, OSError) as error:
-            # Training is worth more than its picture.
-            logger.warning("no plot was made: %s", error)
-            return
-        tracker.artifact(plot)
+        if self.pictures:
+            self.pictures.after_evaluation(
+                self.model,
+                self._on_device(first.images),
+                values,
+                last=self.step == self.last_step,
+            )
 
     def _log(self, kind: str, values: dict[str, Any]) -> None:
         if self.tracker:
@@ -521,6 +524,7 @@ class Trainer:
         )
 
     tracker: Tracker | None
+    pictures: Pictures | None
     record: SampleRecord
     progress: Progress
 

@@ -1,15 +1,17 @@
 """Compare two runs: where their metrics part, by how much, and whether they saw the same samples.
+Or see several: what each reached, the mean and spread over seeds, their curves in one figure.
 
     python tools/compare_runs.py runs/one runs/two
     python tools/compare_runs.py one/metrics.jsonl two/metrics.jsonl --tolerance 1e-6
+    python tools/compare_runs.py runs/tet_* runs/sdt_* --plot tet_sdt.png
 
-Values that depend on the clock (time, samples_per_s, data_wait, seconds) are left out. Two values
-differ when |a - b| is more than the tolerance times the larger of |a| and |b|; NaN equals NaN. Of
-two folders the configurations are compared too, and the samples-RANK.jsonl files where both have
-them.
+Of two runs, values that depend on the clock (time, samples_per_s, data_wait, seconds) are left out.
+Two values differ when |a - b| is more than the tolerance times the larger of |a| and |b|; NaN
+equals NaN. Of two folders the configurations are compared too, and the samples-RANK.jsonl files
+where both have them.
 
-Exit status: 0 the same, 1 different (in values, in steps or in samples; another configuration
-alone is no difference), 2 a mistake of the user's.
+Exit status: 0 the same, 1 different (in values, in steps or in samples; another configuration alone
+is no difference), 2 a mistake of the user's. More than two runs are shown, not judged: 0, or 2.
 """
 
 import argparse
@@ -21,7 +23,10 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tetdist.overview import RunRecord
 
 OF_THE_CLOCK = ("time", "samples_per_s", "data_wait", "seconds")
 
@@ -128,18 +133,27 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return fail(f"the package {error.name} is not installed; pip install 'tetdist[train]'")
     try:
-        a, b = (read_run(path) for path in options.runs)
-        comparison = compare(a, b, options.tolerance)
-        print(report(comparison))
-        if options.json:
-            write_json(options.json, comparison)
+        if options.plot:
+            require_plots()
+        if len(options.runs) == 2:
+            a, b = (read_run(path) for path in options.runs)
+            comparison = compare(a, b, options.tolerance)
+            print(report(comparison))
+            if options.json:
+                write_json(options.json, as_dict(comparison))
+            status = 0 if comparison.same else 1
+        else:
+            overview(options.runs, options.json)
+            status = 0
+        if options.plot:
+            plot(options.runs, options.plot)
     except UserError as error:
         return fail(str(error))
     except ModuleNotFoundError as error:
         return fail(f"the package {error.name} is not installed; pip install 'tetdist[train]'")
     except KeyboardInterrupt:
         return fail("interrupted", 130)
-    return 0 if comparison.same else 1
+    return status
 
 
 def fail(text: str, status: int = 2) -> int:
@@ -150,11 +164,12 @@ def fail(text: str, status: int = 2) -> int:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tools/compare_runs.py",
-        description="Compare two runs: where they part, and by how much.",
-        epilog="Exit status: 0 the same, 1 different, 2 a mistake in what was asked.",
+        description="Compare two runs: where they part, and by how much. Or see more side by side.",
+        epilog="Exit status: 0 the same (or more than two), 1 different, 2 a mistake in what was "
+        "asked.",
     )
     parser.add_argument(
-        "runs", nargs=2, type=Path, metavar="RUN", help="a run folder, or its metrics.jsonl"
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or its metrics.jsonl"
     )
     parser.add_argument(
         "--tolerance",
@@ -164,7 +179,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="relative difference up to which values count as the same (default: 0, to the bit)",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result there, too")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--plot", metavar="FILE.png", type=Path, help="draw the curves of all runs into one PNG"
+    )
+    options = parser.parse_args(arguments)
+    if len(options.runs) < 2:
+        parser.error("one run alone cannot be compared; name two or more")
+    if len(options.runs) > 2 and options.tolerance:
+        parser.error("--tolerance is for two runs, which are compared value by value")
+    if options.plot and options.plot.suffix != ".png":
+        parser.error(f"--plot: {options.plot} does not end in .png")
+    return options
 
 
 def tolerance(text: str) -> float:
@@ -301,6 +326,47 @@ def read_rank_samples(path: Path) -> dict[int, list[tuple[Any, int]]]:
         ids_of_step.update(ids)
         last = step
     return steps
+
+
+# --- several runs ---------------------------------------------------------------------------------
+
+
+def overview(paths: list[Path], json_file: Path | None) -> None:
+    from tetdist import overview
+
+    records = [read_record(path) for path in paths]
+    for table in overview.tables(records):
+        print(columns(table, right=tuple(range(1, len(table[0])))), end="\n\n")
+    if json_file:
+        write_json(json_file, overview.as_dict(records))
+
+
+def require_plots() -> None:
+    """Say that matplotlib is missing before the work, not after it."""
+    from tetdist import plots
+
+    plots.new_figure(1, 1)
+
+
+def plot(paths: list[Path], out: Path) -> None:
+    from tetdist import overview
+    from tetdist.errors import UserError
+
+    try:
+        overview.plot([read_record(path) for path in paths], out)
+    except OSError as error:
+        raise UserError(f"--plot: cannot write {out}: {error.strerror}") from error
+
+
+def read_record(path: Path) -> "RunRecord":
+    """A run as tetdist.overview takes it; errors as of `read_run`."""
+    from tetdist.overview import RunRecord
+    from tetdist.tracking import read_metrics
+
+    run = read_run(path)
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    name = path.name if path.is_dir() else str(path)
+    return RunRecord(name, read_metrics(file), run.configuration)
 
 
 # --- comparing ------------------------------------------------------------------------------------
@@ -555,10 +621,8 @@ def steps_text(steps: list[int]) -> str:
     return f"{steps[0]}, {steps[1]}, ... {steps[-1]} ({len(steps):,} steps)"
 
 
-def write_json(path: Path, comparison: Comparison) -> None:
-    from tetdist.errors import UserError
-    from tetdist.tracking import strict
-
+def as_dict(comparison: Comparison) -> dict[str, Any]:
+    """Ready for JSON."""
     metrics, samples = comparison.metrics, comparison.samples
     values: dict[str, Any] = {
         "a": str(comparison.a.path),
@@ -590,6 +654,13 @@ def write_json(path: Path, comparison: Comparison) -> None:
                 "content": samples.first_content,
             },
         }
+    return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    from tetdist.errors import UserError
+    from tetdist.tracking import strict
+
     # YAML knows dates, JSON does not.
     text = json.dumps(strict(values), indent=1, allow_nan=False, default=str)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")

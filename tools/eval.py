@@ -1,14 +1,14 @@
-"""Evaluate a checkpoint: exact accuracy at any number of timesteps, firing rates.
+"""Evaluate a checkpoint: accuracy at any number of timesteps, early exit, operations, robustness.
 
     python tools/eval.py --checkpoint runs/sew34_t4
     python tools/eval.py --checkpoint model.safetensors --data /data/imagenet --timesteps 1,2,4
+    python tools/eval.py --checkpoint runs/sew34_t4 --timesteps 1-8 --report report.html
 
 Needs neither DeepSpeed nor the machine that trained. Also runs on several processes, under the
 deepspeed launcher or torchrun.
 """
 
 import argparse
-import dataclasses
 import json
 import logging
 import os
@@ -23,17 +23,37 @@ HANGS_AFTER = 600  # seconds without progress of one of several processes
 
 if TYPE_CHECKING:
     from tetdist.config import RunConfig
-    from tetdist.evaluate import Evaluation
+    from tetdist.data.index import Index
 
 
 def timesteps_list(text: str) -> list[int]:
+    """Numbers and ranges, such as 1,2,4 or 1-8 or 1-4,8; rising, each once."""
+    values: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 1,2,4 or 1-8")
+        low, high = int(first), int(last or first)
+        if not 1 <= low <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: the least is 1, and a range must rise")
+        values.update(range(low, high + 1))
+    return sorted(values)
+
+
+def shares_list(text: str) -> list[float]:
     try:
-        values = [int(part) for part in text.split(",")]
+        values = [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 1,2,4") from None
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: the least is 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 0.1,0.5") from None
+    if not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r}: shares are from 0 to 1")
     return sorted(set(values))
+
+
+def report_file(text: str) -> Path:
+    if Path(text).suffix not in (".html", ".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .html nor in .png")
+    return Path(text)
 
 
 def positive(text: str) -> int:
@@ -62,15 +82,36 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--timesteps",
         type=timesteps_list,
-        metavar="1,2,4",
-        help="numbers of timesteps to report (default: 1 to that of the training)",
+        metavar="1,2,4-8",
+        help="numbers of timesteps to report, also beyond that of the training (default: 1 to it)",
     )
+    parser.add_argument(
+        "--drop-timesteps",
+        type=shares_list,
+        default=[],
+        metavar="0.1,0.5",
+        help="also evaluate with this share of the timesteps dropped, by chance",
+    )
+    parser.add_argument(
+        "--drop-events",
+        type=shares_list,
+        default=[],
+        metavar="0.1,0.5",
+        help="also evaluate with this share of the events dropped, by chance",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is dropped (default: 0)")
     parser.add_argument("--batch", type=positive, metavar="N", help="samples of one forward pass")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads that decode")
     parser.add_argument("--precision", choices=["bf16", "fp32", "fp16", "fp64"])
     parser.add_argument("--execution", choices=["fused", "reference"], help="default: fused")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result there, too")
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        type=report_file,
+        help="write a page to look at: FILE.html, without anything outside of it, or FILE.png",
+    )
     # The deepspeed launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -100,12 +141,10 @@ def fail(text: str, status: int = 2) -> int:
 
 def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist import checkpoint
-    from tetdist.data.loaders import eval_loader
     from tetdist.data.splits import recorded_split
     from tetdist.distributed import join
-    from tetdist.evaluate import evaluate
+    from tetdist.findings import Passes, find
     from tetdist.precision import parameter_type
-    from tetdist.progress import sample_bar
     from tetdist.run import make_model, open_split
     from tetdist.watch import Watch
 
@@ -120,37 +159,64 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         world.together(
             lambda: check_classes(description["classes"], config, index.classes, options)
         )
+        wanted = options.timesteps or list(range(1, description["timesteps"] + 1))
+        world.together(lambda: check_options(options, wanted, index))
         model = world.together(lambda: make_model(config, index))
         model.to(world.device, parameter_type(config.precision))
         world.together(lambda: checkpoint.load_weights(model, weights, options.checkpoint))
-        trained_timesteps = description["timesteps"]
-        wanted = options.timesteps or list(range(1, trained_timesteps + 1))
-        if index.timesteps is not None and wanted[-1] > index.timesteps:
-            return fail(f"--timesteps: the data has {index.timesteps} time bins, not {wanted[-1]}")
         # The network is causal and at rest when a sample begins, so that one pass at the largest
         # T also gives the result at all smaller ones.
         model.set_timesteps(wanted[-1])
-        bar = sample_bar(len(index), "evaluate", silent=world.rank != 0)
-
-        def progress(count: int) -> None:
-            bar.update(count * world.world_size)
-            watch.progress("the evaluation")
-
-        with bar, eval_loader(config, index, world) as batches:
-            result = evaluate(
-                model,
-                batches,
-                len(index),
-                world,
-                precision=config.precision,
-                progress=progress,
-            )
-        if world.rank == 0:
-            data_split = recorded_split(config.data.root)
-            print(table(result, wanted, options, description, data_split))
-            if options.json:
-                write_json(options.json, result, wanted, options, description, data_split)
+        data_split = recorded_split(config.data.root)
+        about = {
+            "checkpoint": str(options.checkpoint),
+            "model": description["config"]["model"]["name"],
+            "step": description["step"],
+            "split": options.split,
+            **({"data_split": data_split} if data_split else {}),
+            "trained_timesteps": description["timesteps"],
+            "reported_timesteps": wanted,
+            "seed": options.seed,
+        }
+        found = about | find(
+            Passes(model, config, index, world, lambda: watch.progress("the evaluation")),
+            drop_timesteps=options.drop_timesteps,
+            drop_events=options.drop_events,
+            seed=options.seed,
+        )
+        world.together(lambda: show(found, options) if world.rank == 0 else None)
     return 0
+
+
+def check_options(options: argparse.Namespace, wanted: list[int], index: "Index") -> None:
+    """Before an hour of evaluation, what would fail after it."""
+    from tetdist import plots
+    from tetdist.errors import UserError
+
+    if index.timesteps is not None and wanted[-1] > index.timesteps:
+        raise UserError(f"--timesteps: the data has {index.timesteps} time bins, not {wanted[-1]}")
+    if options.drop_events and index.dtype != "uint8":
+        raise UserError(
+            f"--drop-events needs frames that hold numbers of events (uint8), and the data are "
+            f"{index.dtype or 'images'}; leave it out"
+        )
+    if options.report:
+        plots.new_figure(1, 1)  # says if matplotlib is missing
+
+
+def show(found: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print the result, and write what was asked for."""
+    from tetdist.errors import UserError
+    from tetdist.report import as_text, write_page
+
+    print(as_text(found))
+    if options.json:
+        write_json(options.json, found)
+    if options.report:
+        try:
+            write_page(found, options.report)
+        except OSError as error:
+            raise UserError(f"--report: cannot write {options.report}: {error.strerror}") from error
 
 
 def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunConfig":
@@ -207,57 +273,12 @@ def check_classes(
     )
 
 
-def table(
-    result: "Evaluation",
-    wanted: list[int],
-    options: argparse.Namespace,
-    description: Any,
-    data_split: str | None,
-) -> str:
-    of_split = f" of the split {data_split}" if data_split else ""
-    lines = [
-        f"{options.checkpoint}: {description['config']['model']['name']}, step "
-        f"{description['step']}, {result.samples} samples of {options.split}{of_split}",
-        "",
-        "  T   top-1 %   top-5 %     loss",
-    ]
-    for t in wanted:
-        top1, top5, loss = (
-            values[t - 1]
-            for values in (
-                result.per_timestep_top1,
-                result.per_timestep_top5,
-                result.per_timestep_loss,
-            )
-        )
-        lines.append(f"{t:3}{top1:10.2f}{top5:10.2f}{loss:9.4f}")
-    lines += ["", f"  firing rate over {result.timesteps} timesteps"]
-    lines += [f"{rate:10.4f}  {layer}" for layer, rate in result.firing_rate.items()]
-    return "\n".join(lines)
-
-
-def write_json(
-    path: Path,
-    result: "Evaluation",
-    wanted: list[int],
-    options: argparse.Namespace,
-    description: Any,
-    data_split: str | None,
-) -> None:
+def write_json(path: Path, found: dict[str, Any]) -> None:
     from tetdist.errors import UserError
 
-    values = {
-        "checkpoint": str(options.checkpoint),
-        "model": description["config"]["model"]["name"],
-        "step": description["step"],
-        "split": options.split,
-        **({"data_split": data_split} if data_split else {}),
-        "reported_timesteps": wanted,
-        **dataclasses.asdict(result),
-    }
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        aside.write_text(json.dumps(values, indent=1) + "\n")
+        aside.write_text(json.dumps(found, indent=1) + "\n")
         aside.replace(path)
     except OSError as error:
         raise UserError(f"--json: cannot write {path}: {error.strerror}") from error
