@@ -106,14 +106,14 @@ class FileProgress:
             self._bar.close()
             self._bar = None
 
-    def titled(self, title: str) -> Callable[[int, int], None]:
+    def titled(self, title: str, unit: str = "file") -> Callable[[int, int], None]:
         """Begin with other files; the result is called with the files done and in all."""
         self._close()
         started = last_line = time.monotonic()
 
         def on_terminal(done: int, total: int) -> None:
             if self._bar is None:
-                self._bar = tqdm(desc=title, unit="file", total=total, smoothing=0.05)
+                self._bar = tqdm(desc=title, unit=unit, total=total, smoothing=0.05)
             self._bar.update(done - self._bar.n)
 
         def in_log(done: int, total: int) -> None:
@@ -124,7 +124,7 @@ class FileProgress:
             last_line = now
             rate = done / max(now - started, 1e-6)
             print(
-                f"{title}: {done}/{total} files, {rate:.0f} files/s, "
+                f"{title}: {done}/{total} {unit}s, {rate:.0f} {unit}s/s, "
                 f"{(total - done) / rate:.0f} s left",
                 file=sys.stderr,
                 flush=True,

@@ -1,13 +1,14 @@
 """Prepare images for training: index, check, shard, extract. docs/data.md has the layouts."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
-import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tetdist.data.check import Examined, Finding
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 # package must end in a sentence.
 
 _INSTALL = "pip install 'tetdist[train]'"
-_SECONDS_BETWEEN_LINES = 10.0
 _PRINTED_FINDINGS = 20
 
 
@@ -212,7 +212,7 @@ def _index(args: argparse.Namespace) -> int:
     bad: list[BadFile] = []
     listings = _list(args, "events" if args.events else "images")
     for listing in listings:
-        with _Progress(listing.split) as progress:
+        with _progress(listing.split) as progress:
             decode = not args.no_decode
             result = index_listing(args.root, listing, args.workers, decode, progress)
         indexes.append(result[0])
@@ -264,7 +264,7 @@ def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
     listings = []
     for split in args.splits:
         hints = Hints(args.shards.get(split), args.labels, args.classes)
-        with _Progress(f"{split}: reading tars", "tar") as progress:
+        with _progress(f"{split}: reading tars", "tar") as progress:
             listings.append(list_split(args.root, split, kind, args.workers, hints, progress))
     check_same_classes({listing.split: listing.classes for listing in listings})
     return listings
@@ -281,7 +281,7 @@ def _check(args: argparse.Namespace) -> int:
     journals = []
     for listing in _list(args):
         journals.append(out / f"check-{listing.split}.jsonl")
-        with _Progress(listing.split) as progress:
+        with _progress(listing.split) as progress:
             found = check.examine_split(args.root, listing, journals[-1], args.workers, progress)
         examined[listing.split] = listing, found
         findings.extend(check.split_findings(listing, found))
@@ -325,7 +325,7 @@ def _shard(args: argparse.Namespace) -> int:
     for file in files:
         check_fresh(load_index(file), args.root, file)
     for split, file in zip(args.splits, files, strict=True):
-        with _Progress(split, "shard") as progress:
+        with _progress(split, "shard") as progress:
             index = shard_split(
                 file,
                 args.root,
@@ -350,53 +350,18 @@ def _extract(args: argparse.Namespace) -> int:
     if bad and not args.skip_bad:
         raise UserError("nothing was extracted: mend the bad files, or give --skip-bad")
     for listing in listings:
-        with _Progress(listing.split) as progress:
+        with _progress(listing.split) as progress:
             extract_split(args.root, listing, args.dest, args.workers, progress)
         print(f"{args.dest / listing.split}: {len(listing.labels)} images")
     return 0
 
 
-class _Progress:
-    """A bar on a terminal; elsewhere a line now and then. Neither before the first call."""
+@contextlib.contextmanager
+def _progress(title: str, unit: str = "file") -> Iterator[Callable[[int, int], None]]:
+    from tetdist.progress import FileProgress
 
-    def __init__(self, title: str, unit: str = "file") -> None:
-        self._title = title
-        self._unit = unit
-        self._bar: Any = None
-        self._start = time.monotonic()
-        self._last_line = self._start
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            self._show_bar(done, total)
-        else:
-            self._print_line(done, total)
-
-    def _show_bar(self, done: int, total: int) -> None:
-        if self._bar is None:
-            from tqdm import tqdm
-
-            self._bar = tqdm(desc=self._title, unit=self._unit, smoothing=0.05, total=total)
-        self._bar.update(done - self._bar.n)
-
-    def _print_line(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done == total or now - self._last_line > _SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            rate = done / max(now - self._start, 1e-6)
-            left = (total - done) / rate
-            print(
-                f"{self._title}: {done}/{total} {self._unit}s, {rate:.0f} {self._unit}s/s,"
-                f" {left:.0f} s left",
-                file=sys.stderr,
-            )
+    with FileProgress() as progress:
+        yield progress.titled(title, unit)
 
 
 if __name__ == "__main__":

@@ -302,8 +302,9 @@ def test_a_full_disk_loses_nothing(source, tmp_path, prebin_dvs, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     status, output = prebin_dvs(source)
     assert status == 2
-    assert "cannot write" in output
-    assert "No space left on device; mend that and give the same command again" in output
+    assert "cannot be written" in output
+    assert "No space left on device" in output
+    assert "run the same command again" in output
     assert not list(dest.rglob("*.tmp"))
     kept = len(lines(dest))
     assert 0 < kept < 20

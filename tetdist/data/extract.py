@@ -6,8 +6,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from tetdist.data.files import check_space, only_writer, replacing
-from tetdist.data.probe import SAMPLES_PER_TASK, Place, Progress, run_tasks
+from tetdist.data.probe import SAMPLES_PER_TASK, Place
 from tetdist.data.sources import Listing
+from tetdist.data.workers import Progress, run_tasks
 from tetdist.errors import UserError
 
 

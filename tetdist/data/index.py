@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from tetdist.data.archives import BadFile
 from tetdist.data.files import replacing
-from tetdist.data.probe import Place, Probe, Progress, probe_all, probe_image, probe_tensor
+from tetdist.data.probe import Place, Probe, probe_all, probe_image, probe_tensor
 from tetdist.data.sources import Kind, Listing, list_class, list_classes, list_split
+from tetdist.data.workers import Progress
 from tetdist.errors import UserError
 
 _FORMAT_VERSION = 2

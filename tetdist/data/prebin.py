@@ -10,16 +10,12 @@ A tensor counts from the moment its line is there, and the line is written after
 
 import fcntl
 import hashlib
+import io
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,10 +27,12 @@ import numpy.typing as npt
 import tetdist
 from tetdist.data.binning import Binning, Frames, bin_events
 from tetdist.data.events import BadRecording, Events, Sensor
-from tetdist.data.index import BadFile, Progress
+from tetdist.data.files import replacing
+from tetdist.data.index import BadFile
 from tetdist.data.listing import Listing, Piece, Source
 from tetdist.data.recordings import read_recording
 from tetdist.data.simulate import Simulation, simulate
+from tetdist.data.workers import Progress, run_tasks
 from tetdist.errors import UserError
 
 # Goes up when the same parameters make other tensors than before.
@@ -306,7 +304,8 @@ def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
     data = file.read_bytes() if file.is_file() else b""
     whole = data[: data.rfind(b"\n") + 1]
     if whole != data:  # A kill tore the last line.
-        write_aside(file, whole)
+        with replacing(file) as stream:
+            stream.write(whole)
     for line in whole.splitlines():
         try:
             values = json.loads(line)
@@ -422,23 +421,12 @@ def _statistics(events: Events, frames: Frames) -> dict[str, Any]:
 
 def _write_tensor(file: Path, tensor: npt.NDArray[Any]) -> str:
     """Write a tensor whole; its file's checksum."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w+b") as stream:
-            np.save(stream, tensor, allow_pickle=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-            stream.seek(0)
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        aside.replace(file)
-    except OSError as e:
-        aside.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {file}: {e.strerror}; mend that and give the same command again, which"
-            " goes on from here"
-        ) from e
-    return digest
+    stream = io.BytesIO()
+    np.save(stream, tensor, allow_pickle=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as written:
+        written.write(stream.getbuffer())
+    return hashlib.sha256(stream.getbuffer()).hexdigest()
 
 
 def _same_sensor(records: dict[str, Record]) -> tuple[dict[str, Record], list[BadFile]]:
@@ -457,54 +445,5 @@ def _same_sensor(records: dict[str, Record]) -> tuple[dict[str, Record], list[Ba
 
 def write_json(file: Path, values: Any) -> None:
     """Write a JSON file whole."""
-    write_aside(file, (json.dumps(values, indent=1) + "\n").encode())
-
-
-def write_aside(file: Path, data: bytes) -> None:
-    """Write a file whole: aside first, synced, then renamed into place."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def run_tasks(work: Callable[[Any], Any], tasks: Sequence[Any], workers: int) -> Iterator[Any]:
-    """Results of `work(task)`, in order; in this process if one worker or task is all there is.
-
-    Raises:
-        UserError: if a worker dies.
-    """
-    if workers == 1 or len(tasks) <= 1:
-        yield from map(work, tasks)
-        return
-    # Not fork: a caller may have threads, whose locks a fork would copy.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _prepare_worker)
-    try:
-        yield from pool.map(work, tasks)
-    except BrokenProcessPool as e:
-        raise UserError(
-            "a worker process died, most often for lack of memory: use fewer workers"
-        ) from e
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _prepare_worker() -> None:
-    # Ctrl-C reaches every process of the terminal; the parent alone says so and ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A parent that is killed says nothing; its workers would wait for tasks for ever.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    with replacing(file) as stream:
+        stream.write((json.dumps(values, indent=1) + "\n").encode())

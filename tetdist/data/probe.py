@@ -4,20 +4,14 @@ A reason why a sample cannot be used is a plain `str` here, so that one bad file
 """
 
 import io
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from tetdist.errors import UserError
-
-Progress = Callable[[int, int], None]
+from tetdist.data.workers import Progress, run_tasks
 
 # What PIL's decoders and DALI's have in common; PIL alone opens many more, whatever the suffix.
 _PIL_FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
@@ -94,51 +88,6 @@ def probe_batches(
         for i in range(0, len(places), SAMPLES_PER_TASK)
     ]
     return run_tasks(_probe_places, tasks, workers)
-
-
-def run_tasks(
-    work: Callable[[Any], _Result],
-    tasks: Sequence[Any],
-    workers: int,
-    progress: Progress | None = None,
-) -> Iterator[_Result]:
-    """Results of `work(task)`, in order; in this process if one worker or task is all there is.
-
-    Args:
-        progress: called with the number of tasks done and of all.
-
-    Raises:
-        UserError: if a worker dies.
-    """
-    for done, result in enumerate(_results(work, tasks, workers), 1):
-        if progress is not None:
-            progress(done, len(tasks))
-        yield result
-
-
-def _results(
-    work: Callable[[Any], _Result], tasks: Sequence[Any], workers: int
-) -> Iterator[_Result]:
-    if workers == 1 or len(tasks) <= 1:
-        yield from map(work, tasks)
-        return
-    # Not fork: a caller may have threads (DALI's, torch's), whose locks a fork would copy.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _ignore_interrupt)
-    try:
-        yield from pool.map(work, tasks)
-    except BrokenProcessPool as e:
-        raise UserError(
-            "a worker process died, most often for lack of memory: use fewer workers"
-        ) from e
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _ignore_interrupt() -> None:
-    # Ctrl-C reaches every process of the terminal; the parent alone says so and ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _probe_places(

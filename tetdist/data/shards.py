@@ -22,9 +22,10 @@ from tetdist.data import archives
 from tetdist.data.files import check_space, only_writer, replacing
 from tetdist.data.index import Index, assemble, index_file, load_index, save_index
 from tetdist.data.order import permutation
-from tetdist.data.probe import Probe, Progress, run_tasks
+from tetdist.data.probe import Probe
 from tetdist.data.reader import SampleReader
 from tetdist.data.sources import CLASSES_FILE, list_split
+from tetdist.data.workers import Progress, run_tasks
 from tetdist.errors import UserError
 
 _PLAN_FILE = "plan.json"

@@ -18,7 +18,8 @@ from typing import Literal
 
 from tetdist.data import archives
 from tetdist.data.archives import BadFile, Member, Span
-from tetdist.data.probe import Place, Progress, run_tasks
+from tetdist.data.probe import Place
+from tetdist.data.workers import Progress, run_tasks
 from tetdist.errors import UserError
 
 Kind = Literal["images", "events"]

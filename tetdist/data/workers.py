@@ -1,0 +1,70 @@
+"""Work on many files in several processes, which end with the one that started them."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from tetdist.errors import UserError
+
+Progress = Callable[[int, int], None]
+
+_Result = TypeVar("_Result")
+
+
+def run_tasks(
+    work: Callable[[Any], _Result],
+    tasks: Sequence[Any],
+    workers: int,
+    progress: Progress | None = None,
+) -> Iterator[_Result]:
+    """Results of `work(task)`, in order; in this process if one worker or task is all there is.
+
+    Args:
+        progress: called with the number of tasks done and of all.
+
+    Raises:
+        UserError: if a worker dies.
+    """
+    for done, result in enumerate(_results(work, tasks, workers), 1):
+        if progress is not None:
+            progress(done, len(tasks))
+        yield result
+
+
+def _results(
+    work: Callable[[Any], _Result], tasks: Sequence[Any], workers: int
+) -> Iterator[_Result]:
+    if workers == 1 or len(tasks) <= 1:
+        yield from map(work, tasks)
+        return
+    # Not fork: a caller may have threads (DALI's, torch's), whose locks a fork would copy.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _prepare_worker)
+    try:
+        yield from pool.map(work, tasks)
+    except BrokenProcessPool as e:
+        raise UserError(
+            "a worker process died, most often for lack of memory: use fewer workers"
+        ) from e
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _prepare_worker() -> None:
+    # Ctrl-C reaches every process of the terminal; the parent alone says so and ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent that is killed says nothing; its workers would wait for tasks for ever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
