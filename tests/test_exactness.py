@@ -262,7 +262,7 @@ def undisturbed(
 @pytest.mark.parametrize(
     "number",
     [
-        pytest.param(i, marks=() if i < 2 else pytest.mark.long, id=f"seed{i}")
+        pytest.param(i, marks=() if i < 1 else pytest.mark.long, id=f"seed{i}")
         for i in range(NUM_FUZZED)
     ],
 )

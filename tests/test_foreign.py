@@ -96,9 +96,9 @@ def from_spikingjelly(name: str, decay_input: bool | None = None, **options: Any
     [
         ("sew_resnet34", {"cnf": "ADD"}, {}),
         ("sew_resnet18", {"cnf": "IAND"}, {"connect_function": "iand"}),
-        ("sew_resnet50", {"cnf": "ADD"}, {}),
+        pytest.param("sew_resnet50", {"cnf": "ADD"}, {}, marks=pytest.mark.long),
         ("spiking_resnet18", {}, {"norm": "bn"}),
-        ("spiking_resnet50", {}, {"norm": "tdbn"}),
+        pytest.param("spiking_resnet50", {}, {"norm": "tdbn"}, marks=pytest.mark.long),
     ],
 )
 def test_agrees_with_spikingjelly(

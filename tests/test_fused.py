@@ -288,8 +288,8 @@ def test_a_library_is_built_once_and_survives_processes_that_build_it_at_once(
 ) -> None:
     script = (
         "import logging; logging.basicConfig(level=logging.INFO)\n"
-        "from tetdist import native, neurons\n"
-        "assert native.passes(neurons.NeuronConfig()) is not None"
+        "from tetdist import native\n"
+        "assert native.pool() is not None"
     )
     environment = {key: value for key, value in os.environ.items() if key != "CXX"} | {
         "XDG_CACHE_HOME": str(tmp_path),
@@ -308,24 +308,47 @@ def test_a_library_is_built_once_and_survives_processes_that_build_it_at_once(
     (library,) = (tmp_path / "tetdist").iterdir()
     assert library.suffix == ".so"
 
-    def said_by_another() -> str:
-        process = start()
-        said = process.communicate(timeout=120)[1]
-        assert process.returncode == 0, said
-        return said
-
-    assert said_by_another() == ""
-    # A machine without a compiler, too.
-    environment["CXX"] = str(tmp_path / "no-such-compiler")
-    assert said_by_another() == ""
-    # To load what a full disk or a power cut left of it would be a crash.
-    del environment["CXX"]
-    os.truncate(library, 1000)
-    said = said_by_another()
-    assert f"{library} is damaged and is built again" in said
-    assert "compiling" in said
-    environment["CXX"] = "env g++"
-    assert "compiling" in said_by_another()
+    # The rest in one process, since a start takes seconds.
+    script = f"""
+import logging, os
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from tetdist import native
+def load(case, **variables):
+    print(case, flush=True)
+    os.environ.pop("CXX", None)
+    os.environ.update(variables)
+    native.pool.cache_clear()
+    assert native.pool() is not None
+load("again")
+load("where there is no compiler", CXX="no-such-compiler")
+library = {str(library)!r}
+with open(library, "rb") as file:
+    beginning = file.read(1000)
+os.unlink(library)
+with open(library, "wb") as file:
+    file.write(beginning)  # what a full disk leaves of it; to load it would be a crash
+load("damaged")
+load("a command of two words", CXX="env g++")
+"""
+    third = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert third.returncode == 0, third.stdout
+    compiling = f"compiling kernels/pool.cpp, once (into {library.parent})"
+    assert third.stdout.splitlines() == [
+        "again",
+        "where there is no compiler",
+        "damaged",
+        f"{library} is damaged and is built again",
+        compiling,
+        "a command of two words",
+        compiling,
+    ]
 
 
 # ----------------------------------------------------- compiled passes: every option at least once

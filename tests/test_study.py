@@ -123,6 +123,7 @@ def test_a_study_is_trained_continued_and_reported(
         assert run["image_timesteps"] == 80
 
 
+@pytest.mark.long
 def test_one_begins_with_another(call: Call, write: Callable[..., Path], tmp_path: Path) -> None:
     longer = {"phases.0.timesteps": 3, "phases.0.optimizer.lr": 0.01}
     entries = {"short": {}, "longer": {"init": "short", "overrides": longer}}

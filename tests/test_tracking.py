@@ -654,7 +654,15 @@ os._exit(9)
 """
 
 
-@pytest.mark.parametrize(("sent", "checkpoint"), [(17, 8), (17, 10), (4, 14), (13, 14)])
+@pytest.mark.parametrize(
+    ("sent", "checkpoint"),
+    [
+        pytest.param(17, 8, marks=pytest.mark.long),
+        (17, 10),
+        (4, 14),
+        pytest.param(13, 14, marks=pytest.mark.long),
+    ],
+)
 def test_phases_of_a_killed_run_have_every_step_once(
     store: Store, tmp_path: Path, sent: int, checkpoint: int
 ) -> None:

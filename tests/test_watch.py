@@ -62,7 +62,7 @@ def test_stopped_process_ends_the_others(
         world=2,
         stop=("step", 3, STOP),
         rank=rank,
-        timeout=8,
+        timeout=12,
     )
     expected = [PEER_FAILED, PEER_FAILED]
     expected[rank] = HUNG
