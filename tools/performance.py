@@ -156,7 +156,8 @@ def report(found: dict[str, dict[str, Any]], options: argparse.Namespace, figure
     parts = [
         f"""# Performance, measured
 
-Made by `python tools/performance.py`, on {datetime.date.today():%-d %B %Y}; {machine["device"]},
+Made by `python tools/performance.py --results FOLDER --output docs/performance.md`, which keeps what
+is measured in FOLDER, on {datetime.date.today():%-d %B %Y}; {machine["device"]},
 {machine["threads"]} threads, Python {machine["python"]}, torch {machine["torch"]}. What one of the
 commands at the end compares took turns in one process, step by step; times are medians, and ratios
 are medians of each round's ratio. "ReLU" is the ReLU network of the same convolutions (timm's
@@ -169,7 +170,9 @@ images.""",
 {step_table(found, "step")}
 
 "blocks" and "timesteps" are `checkpoint: blocks` and `checkpoint: {{timesteps: 2}}`. The first two
-steps include building the kernels where they are not in the cache.{compiled_peer(found)}
+steps include building the kernels where they are not in the cache: 2 to 9 s more, once on a machine
+(the passes that torch.compile makes for GPUs took 23 s on this CPU, from its own cache 4 s).
+{compiled_peer(found)}
 
 Evaluation (forward pass only):
 
