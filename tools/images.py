@@ -260,13 +260,24 @@ def _described(index: "Index") -> str:
 def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
     """List every split and make sure that a label means the same in all of them."""
     from tetdist.data.sources import Hints, check_same_classes, list_split
+    from tetdist.errors import UserError
 
     listings = []
     for split in args.splits:
         hints = Hints(args.shards.get(split), args.labels, args.classes)
         with _progress(f"{split}: reading tars", "tar") as progress:
             listings.append(list_split(args.root, split, kind, args.workers, hints, progress))
-    check_same_classes({listing.split: listing.classes for listing in listings})
+    try:
+        check_same_classes({listing.split: listing.classes for listing in listings})
+    except UserError as e:
+        unlabelled = [bad for listing in listings for bad in listing.bad]
+        if not unlabelled:
+            raise
+        first = unlabelled[0]
+        raise UserError(
+            f"{e}; perhaps since {len(unlabelled)} images cannot be used, {first.path} first:"
+            f" {first.reason}"
+        ) from e
     return listings
 
 

@@ -262,7 +262,7 @@ def test_shards_and_their_problems_are_checked_as_folders_are(image_root, tmp_pa
     listing, examined = examine(tmp_path / "s")
     found = by_kind(check.split_findings(listing, examined))
     assert found["bad"] == {
-        "train/0.tar/d.jpg": "no label: neither .cls nor .json of this key",
+        "train/0.tar/d.jpg": "no label: neither .cls nor .json of this key has one",
         "train/0.tar/c.jpg": "not an image",
     }
     ((kind, path, _),) = check.duplicate_findings({"train": (listing, examined)})

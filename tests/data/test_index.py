@@ -103,6 +103,16 @@ def test_sizes_are_as_stored(image_root):
     assert (index.heights[0], index.widths[0]) == (20, 30)
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bits_are_refused(image_root, name):
+    root = image_root()
+    Image.fromarray(np.full((20, 30), 3000, np.uint16)).save(root / "train" / "ant" / name)
+    _, bad = build(root)
+    assert bad == [
+        (f"train/ant/{name}", "more than 8 bits a channel (PIL's mode I;16): save it with 8")
+    ]
+
+
 def bad_files(folder):
     jpeg = (folder / "ant0.jpg").read_bytes()
     (folder / "b_truncated.jpg").write_bytes(jpeg[: len(jpeg) // 2])

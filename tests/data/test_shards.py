@@ -261,6 +261,16 @@ def test_the_official_tars_become_class_folders(image_root, tmp_path):
     )
 
 
+def test_extraction_gives_packed_files_their_names_again(image_root, tmp_path):
+    root = image_root(per_class=12)
+    indexed(root)
+    pack(root, tmp_path / "p")
+    extract(tmp_path / "p", tmp_path / "d")
+    assert images_by_class(tmp_path / "d", "train") == images_by_class(root, "train")
+    again, _ = ix.build_index(tmp_path / "d", "train", workers=1)
+    assert again.fingerprint == ix.load_index(ix.index_file(root / "index", "train")).fingerprint
+
+
 def test_extraction_continues_and_overwrites_nothing(image_root, tmp_path):
     root = image_root()
     write_shards(root, tmp_path / "s", "train", "train-{}.tar")

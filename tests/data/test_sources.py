@@ -126,6 +126,7 @@ def test_classes_of_shards(shard_root, tmp_path):
 def test_samples_without_image_or_label_are_named(image_root, tmp_path):
     image = next(iter(images_by_class(image_root(), "train")["ant"].values()))
     good = {"a/1.jpg": image, "a/1.cls": b"0", "b/1.jpeg": image, "b/1.json": b'{"cls": 1}'}
+    good["a/1.json"] = b'{"width": 5}'
     bad = {
         "x1.jpg": image,
         "x2.jpg": image,
@@ -142,6 +143,9 @@ def test_samples_without_image_or_label_are_named(image_root, tmp_path):
         "x8.jpg": image,
         "x8.png": image,
         "x8.cls": b"1",
+        "x10.jpg": image,
+        "x10.cls": b"0",
+        "x10.json": b'{"label": 1}',
         "x9.jpg": b"hello",
         "x9.cls": b"1",
         "._x10.jpg": b"what a Mac leaves",
@@ -161,6 +165,7 @@ def test_samples_without_image_or_label_are_named(image_root, tmp_path):
         "x7": "0 images",
         "x8": "2 images",
         "x9.jpg": "not an image",
+        "x10.jpg": "labels differ: '0', 1",
     }
     assert set(reasons) == {f"train/0.tar/{name}" for name in expected}
     for name, words in expected.items():

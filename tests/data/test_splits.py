@@ -129,6 +129,20 @@ def test_a_trial_in_no_list_has_a_problem(gestures):
     ]
 
 
+def test_a_recording_that_is_not_there_has_a_problem(gestures):
+    (gestures / "user3.aedat").unlink()
+    (gestures / "user30_labels.csv").write_text(f"{LABELS}1,10,20\n")
+    (gestures / "user31_labels.csv").write_text(f"{LABELS}1,10,20\n")
+    with (gestures / "trials_to_test.txt").open("a") as file:
+        file.write("\nuser31.aedat\n")
+    sources = list_sources(gestures, [".aedat"]).sources
+    assert {source.path: source.problem for source in sources if source.problem} == {
+        "user3.aedat": "it is in trials_to_train.txt, and there is no such file",
+        "user30": "there is user30_labels.csv, and no recording of its name",
+        "user31.aedat": "it is in trials_to_test.txt, and there is no such file",
+    }
+
+
 @pytest.mark.parametrize(
     ("paths", "words"),
     [

@@ -140,18 +140,23 @@ def shard_samples(file: Path) -> Samples:
 
 def _label(file: Path, parts: Mapping[str, Member]) -> int | str:
     """The label of a sample, or why it has none."""
+    texts: list[object] = []
     if ".cls" in parts:
-        text: object = read(file, parts[".cls"]).decode("ascii", "replace").strip()
-    elif ".json" in parts:
+        texts.append(read(file, parts[".cls"]).decode("ascii", "replace").strip())
+    if ".json" in parts:
         try:
             description = json.loads(read(file, parts[".json"]))
         except ValueError as e:
             return f"its .json is damaged: {e}"
         if not isinstance(description, dict):
             return "its .json is not an object"
-        text = description.get("label", description.get("cls"))
-    else:
-        return "no label: neither .cls nor .json of this key"
+        # Beside a .cls it may hold other things alone.
+        texts += [description[key] for key in ("label", "cls") if key in description]
+    if not texts:
+        return "no label: neither .cls nor .json of this key has one"
+    text = texts[0]
+    if len({str(other) for other in texts}) > 1:
+        return f"its labels differ: {', '.join(map(repr, texts))}"
     if isinstance(text, bool) or not re.fullmatch(r"\d{1,9}", str(text), re.ASCII):
         return f"the label {text!r} is not a number from 0"
     return int(str(text))

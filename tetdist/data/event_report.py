@@ -23,7 +23,7 @@ def statistics(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
 
     Returns:
         For each: `tensors`; `events_mean`, `events_least`, `events_most` of a recording;
-        `events_per_s`, the mean of the recordings' rates; `duration_s_mean`; `on_share` of the
+        `events_per_s`, the mean rate of recordings that last; `duration_s_mean`; `on_share` of the
         events; `empty_share` of the T x 2 frames; `saturated` values; `dropped` records.
     """
     by_class: dict[str, list[Record]] = {}
@@ -38,14 +38,15 @@ def statistics(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
 def _of(records: list[Record]) -> dict[str, Any]:
     events = np.array([record.events for record in records])
     seconds = np.array([record.duration_us for record in records]) / 1e6
-    # Of events that are all of one microsecond.
-    rates = events / np.maximum(seconds, 1e-6)
+    # Events that are all of one microsecond have no rate.
+    lasting = seconds > 0
+    rates = events[lasting] / seconds[lasting]
     return {
         "tensors": len(records),
         "events_mean": float(events.mean()),
         "events_least": int(events.min()),
         "events_most": int(events.max()),
-        "events_per_s": float(rates.mean()),
+        "events_per_s": float(rates.mean()) if lasting.any() else 0.0,
         "duration_s_mean": float(seconds.mean()),
         "on_share": sum(record.on_events for record in records) / int(events.sum()),
         "empty_share": sum(record.empty_frames for record in records)

@@ -1,6 +1,7 @@
 """Unpack shards or the official tars into class folders."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -10,6 +11,8 @@ from tetdist.data.probe import SAMPLES_PER_TASK, Place
 from tetdist.data.sources import Listing
 from tetdist.data.workers import Progress, run_tasks
 from tetdist.errors import UserError
+
+_NUMBER = re.compile(r"^\d{8}-(?=.)")
 
 
 class _Task(NamedTuple):
@@ -76,9 +79,16 @@ def _file_names(listing: Listing) -> list[str]:
             raise UserError(
                 f"the class name {name!r} cannot be a folder's: give other names with --classes"
             )
+    names = [PurePosixPath(name).name for name in listing.names]
+    # Shards of our own begin a name with the sample's number. Without it the files must come in the
+    # same order, or a run could not go on with them.
+    plain = [_NUMBER.sub("", name) for name in names]
+    in_order = list(zip(listing.labels, plain, strict=True))
+    if in_order == sorted(set(in_order)):
+        names = plain
     seen: dict[str, str] = {}
-    for i, (label, name) in enumerate(zip(listing.labels, listing.names, strict=True)):
-        file = f"{listing.classes[label]}/{PurePosixPath(name).name}"
+    for i, (label, name) in enumerate(zip(listing.labels, names, strict=True)):
+        file = f"{listing.classes[label]}/{name}"
         if file in seen:
             raise UserError(f"{listing.path(i)} and {seen[file]} would both become {file}")
         seen[file] = listing.path(i)

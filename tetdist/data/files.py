@@ -70,8 +70,6 @@ def check_space(folder: Path, needed: int) -> None:
         UserError: if they do not.
     """
     free = shutil.disk_usage(folder).free
+    in_mb = f"{needed / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB"
     if free < needed:
-        raise UserError(
-            f"{folder} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free: make"
-            " room or name another place"
-        )
+        raise UserError(f"{folder} needs {in_mb} free: make room or name another place")

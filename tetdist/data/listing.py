@@ -166,7 +166,25 @@ def _labelled(root: Path, files: list[Path]) -> list[Source]:
         if parts and file.name not in parts and problem is None:
             problem = f"it is in neither {' nor '.join(_TRIALS.values())}"
         sources.append(Source(file.name, pieces, parts.get(file.name), problem))
-    return sources
+    return sources + _missing(root, parts, {file.name for file in files})
+
+
+def _missing(root: Path, parts: dict[str, Part], present: set[str]) -> list[Source]:
+    """Recordings that are not there, but in the lists of the split or with labels."""
+    missing = {
+        name: f"it is in {_TRIALS[part]}, and there is no such file"
+        for name, part in parts.items()
+        if name not in present
+    }
+    stems = {Path(name).stem for name in (*present, *missing)}
+    for labels in root.glob(f"*{_LABELS}"):
+        stem = labels.name.removesuffix(_LABELS)
+        if stem not in stems:
+            missing[stem] = f"there is {labels.name}, and no recording of its name"
+    return [
+        Source(name, (), parts.get(name), problem)
+        for name, problem in sorted(missing.items(), key=lambda item: natural_key(item[0]))
+    ]
 
 
 def _read_labels(file: Path, stem: str) -> tuple[Piece, ...]:

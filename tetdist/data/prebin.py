@@ -174,6 +174,10 @@ def _clear(dest: Path) -> None:
     (dest / _MANIFEST).unlink(missing_ok=True)
 
 
+def _shown(value: Any) -> str:
+    return "what the recordings say" if value is None else str(value)
+
+
 def _claim(dest: Path, source: Path, settings: Settings) -> None:
     """Record what the tensors are made with, or see that it is what was recorded before."""
     manifest = {
@@ -198,8 +202,8 @@ def _claim(dest: Path, source: Path, settings: Settings) -> None:
         now = json.loads(json.dumps(wanted.get(name)))
         if now != recorded.get(name):
             raise UserError(
-                f"the tensors in {dest} were made with {name}={recorded.get(name)} and not {now}:"
-                f" {_way_out()}"
+                f"the tensors in {dest} were made with {name}={_shown(recorded.get(name))} and not"
+                f" {_shown(now)}: {_way_out()}"
             )
 
 

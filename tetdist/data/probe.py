@@ -131,6 +131,9 @@ def probe_image(stream: IO[bytes], size: int, decode: bool) -> Probe | str:
             # PIL alone turns these, and DALI alone cannot leave them as they are.
             if image.format == "TIFF" and image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
                 return "a TIFF file with an orientation: save it upright"
+            # DALI scales 16 bits to 8, PIL cuts off what is above 255.
+            if image.mode.startswith(("I", "F")):
+                return f"more than 8 bits a channel (PIL's mode {image.mode}): save it with 8"
             width, height = image.size
             if decode:
                 image.load()

@@ -21,7 +21,14 @@ SUFFIXES = (".aedat", ".aedat4", ".bin", ".dat", ".raw", ".npz", ".h5", ".hdf5")
 
 NMNIST = Sensor(34, 34)
 # How the other formats begin: none of these is a beginning of N-MNIST's events.
-_FOREIGN = {b"#!AER-DAT": "AEDAT", b"% ": "Prophesee", b"PK\x03\x04": "NPZ", b"\x89HDF": "HDF5"}
+_FOREIGN = {
+    b"#!AER-DAT": "AEDAT",
+    b"% ": "Prophesee",
+    b"PK\x03\x04": "NPZ",
+    b"\x89HDF": "HDF5",
+    b"\x89PNG": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+}
 _FIELDS = ("x", "y", "t", "p")
 
 
