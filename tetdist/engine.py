@@ -231,7 +231,8 @@ class DeepSpeedEngine:
         _start_momentum(optimizer)
         self.optimizer, self.max_norm = optimizer, config.gradient_clipping
         self.world = world
-        self.engine.enable_backward_allreduce = world.shared is None
+        # Alone there is nothing to average, for which DeepSpeed would copy all gradients twice.
+        self.engine.enable_backward_allreduce = world.world_size > 1 and world.shared is None
 
     def forward(self, images: Tensor) -> Tensor:
         return self.engine(images, per_timestep=True)
