@@ -350,7 +350,8 @@ small as here), the memory layout of the weights, the kernels of normalisation a
 More processes round otherwise, and drift no further than the controls. Stages 1 and 2 stand apart
 from stage 0 as their weights are views of flat buffers, not channels_last, and the convolutions run
 other kernels. That this is all: stage 1 on one process against stage 0 with contiguous weights,
-whole runs (all but the last bit of the gradient's norm, which DeepSpeed adds up in another order): {same}."""
+whole runs (all but the last bit of the gradient's norm, which DeepSpeed adds up in another order):
+{same}."""
 
 
 def stops(runs: Runs, quick: bool) -> str:
