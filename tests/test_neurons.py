@@ -288,7 +288,7 @@ def test_sigmoid_control_asks_for_its_derivative() -> None:
     with pytest.raises(ValueError, match="surrogate must be 'sigmoid', not 'triangle'"):
         NeuronConfig(spike="sigmoid")
     with pytest.raises(ValueError, match="spike must be 'step' or 'sigmoid', not 'stop'"):
-        NeuronConfig(spike="stop")  # type: ignore[arg-type]
+        NeuronConfig(spike="stop")  # type: ignore[arg-type]  # the mistake
 
 
 def test_detaching_the_reset_changes_the_gradient_and_not_the_spikes() -> None:

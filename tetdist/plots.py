@@ -170,7 +170,7 @@ def firing_rates(metrics_file: Path, out: Path) -> None:
     bar.set_ticks(ticks, labels=[f"{100 * tick:g} %" for tick in ticks])
     bar.minorticks_off()
     bar.ax.tick_params(labelsize=8)
-    bar.ax.set_title("black: saturated\norange: dead", fontsize=8, loc="left")
+    bar.ax.set_title("black: saturated\norange: dead", fontsize=8, loc="right")
     mean = sum(last["firing_rate"].values()) / len(layers)
     _head(figure, metrics_file, f"epoch {last['epoch']:.4g}, {100 * mean:.3g} % on average")
     save(figure, out)

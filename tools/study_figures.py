@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tetdist.errors import UserError
-from tetdist.plots import QUIET
+from tetdist.plots import QUIET, finish
 
 if TYPE_CHECKING:
     from study_report import Numbers
@@ -93,7 +93,7 @@ def _timesteps(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]])
             )
     axis.set_xticks(timesteps)
     axis.set_xlabel("T of the test (ring: of training)")
-    _finish(axis, "Accuracy at every T", "top-1 (%)")
+    finish(axis, "Accuracy at every T", "top-1 (%)", legend=False)
 
 
 def _loss(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]]) -> None:
@@ -113,7 +113,7 @@ def _loss(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]]) -> N
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.tick_params(axis="y", which="minor", labelsize=7)
     axis.set_xlabel("epoch (band: all seeds)")
-    _finish(axis, "Loss on the validation split", "cross-entropy of the time-mean")
+    finish(axis, "Loss on the validation split", "cross-entropy of the time-mean", legend=False)
 
 
 def _differences(
@@ -132,14 +132,4 @@ def _differences(
     )
     axis.set_ylim(-0.6, len(compared) - 0.4)
     axis.set_xlabel("points of top-1, mean and 95 % interval")
-    _finish(axis, "Difference to the control, last epoch", "")
-
-
-def _finish(axis: Any, title: str, unit: str) -> None:
-    axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axis.set_ylabel(unit, fontsize=10)
-    axis.grid(color="#E4E4E4", linewidth=0.7)
-    axis.set_axisbelow(True)
-    axis.tick_params(labelsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color("#BBBBBB")
+    finish(axis, "Difference to the control, last epoch", "", legend=False)

@@ -114,7 +114,7 @@ def test_the_first_of_each_class(call: Call, tmp_path: Path) -> None:
 def test_pickles_are_refused_and_not_opened(call: Call, tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[object, tuple[str]]:
-            return Path.touch, (tmp_path / "trapped",)  # type: ignore[return-value]
+            return Path.touch, (tmp_path / "trapped",)  # type: ignore[return-value]  # a trap
 
     file = archive(
         tmp_path / "cifar-10-python.tar.gz",

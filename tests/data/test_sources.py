@@ -371,6 +371,6 @@ def test_a_reader_of_many_archives_keeps_some_open_and_closes_them(image_root, t
             for i, data in zip(order, pool.map(reader.read, order), strict=True):
                 number = int(index.path(i).split("/")[-1].removesuffix(".jpg"))
                 assert data.tobytes() == image + bytes([number % 256])
-        opened = len(os.listdir("/proc/self/fd")) - before  # noqa: PTH208
+        opened = len(os.listdir("/proc/self/fd")) - before  # noqa: PTH208  # likewise
         assert 0 < opened <= 256
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208  # likewise

@@ -85,8 +85,8 @@ def _sensor(header: list[str], given: Sensor | None) -> Sensor:
     stated = _stated_sensor(header)
     if given and stated and given != stated:
         raise BadRecording(f"its sensor is {stated}, and --sensor says {given}")
-    if given or stated:
-        return given or stated  # type: ignore[return-value]
+    if sensor := given or stated:
+        return sensor
     for line in header:
         if line.startswith("% plugin_name"):
             for part, sensor in _SENSORS.items():
