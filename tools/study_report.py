@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -339,12 +338,10 @@ def replaced(text: str, name: str, section: str, file: Path) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with aside.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(file)
+    from tetdist.data.files import replacing
+
+    with replacing(file) as stream:
+        stream.write(text.encode())
 
 
 def section(numbers: Numbers, link: str, command: str) -> str:
