@@ -45,6 +45,35 @@ def test_killed_rank_0(farm: Farm, tiny_config: ConfigWriter) -> None:
     assert "Traceback" not in text
 
 
+def test_killed_rank_0_is_noticed_by_the_store_first(
+    tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    """The thread has met the broken store before the training meets the broken collective."""
+    file = tiny_config({"engine": "torch"})
+    code = f"""
+import os, signal, sys, time
+import torch.distributed as dist
+from tetdist import train, trainer
+def sums(trainer):
+    if os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        for _ in range(3000):
+            trainer.watch._store.set("test", "")
+            time.sleep(0.01)
+        raise AssertionError("the store is still there")
+    except (dist.DistError, RuntimeError):
+        pass
+    return trainer.world.sum(trainer.window.tolist())
+trainer.Trainer._window_sums = sums
+sys.exit(train.main(["--config", {str(file)!r}]))
+"""
+    (status_0, first), (status_1, second) = tiny.side_by_side(2, tiny.python("-c", code), tmp_path)
+    assert (status_0, status_1) == (-KILL, PEER_FAILED), first + second
+    assert "rank 1: error: rank 0 has died or cannot be reached" in second
+    assert "Traceback" not in second
+
+
 @pytest.mark.parametrize(
     ("rank", "parts"),
     [

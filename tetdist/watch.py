@@ -128,11 +128,12 @@ class Watch:
     def _report(self, error: BaseException) -> None:
         """Tell the others of an error of this process only; or learn that theirs is behind it."""
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        with contextlib.suppress(dist.DistError, RuntimeError):
-            if _CONNECTION.search(text):
+        if _CONNECTION.search(text):
+            with contextlib.suppress(dist.DistError, RuntimeError):
                 self._store.set(_TROUBLE, text)
-                # The thread of this process ends it when there is a verdict.
-                self._closing.wait(SILENCE_IN_TROUBLE + 6 * BEAT)
+            # The thread of this process ends it when there is a verdict; or, where the store is
+            # gone, which may be what made the line above fail, when rank 0 stays away.
+            self._closing.wait(SILENCE_IN_TROUBLE + 6 * BEAT)
         # Before the others' messages.
         traceback.print_exception(error)
         self._failed = True
