@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,30 @@ from launch.cluster import ClusterSection
 from launch.job import Job
 from tetdist.errors import UserError
 
+# What to do about sbatch's refusals, by a word of them.
+WAYS_OUT = {
+    "partition": "`sinfo` lists the partitions, of which --partition P names one",
+    "account": "--account A names one of yours: `sacctmgr show associations user=$USER`",
+    "qos": "--qos Q names one of yours: `sacctmgr show associations user=$USER`",
+    "feature": "--constraint C names features that `sinfo -o '%N %f'` lists",
+    "generic resource": "`sinfo -o '%N %G'` says which GPUs the nodes have for --gpus-per-node G",
+    "node configuration": "`sinfo -o '%D %c %m %G'` says how many nodes there are, with how many "
+    "CPUs, MB and GPUs",
+    "time limit": "`sinfo -o '%P %l'` says which --time the partitions allow",
+}
 
-def parameters(name: str, cluster: ClusterSection, code: Path) -> dict[str, Any]:
-    """Of submitit's SlurmExecutor, in the words of sbatch."""
+
+def parameters(
+    name: str, cluster: ClusterSection, code: Path, after: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Of submitit's SlurmExecutor, in the words of sbatch.
+
+    Args:
+        name: Of the job.
+        cluster: The facts.
+        code: The folder that it runs in.
+        after: Jobs that have to end well first.
+    """
     values: dict[str, Any] = {
         "job_name": name,
         "nodes": cluster.nodes,
@@ -41,10 +63,22 @@ def parameters(name: str, cluster: ClusterSection, code: Path) -> dict[str, Any]
             f"cd {shlex.quote(str(code))}",
             f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         ],
-        "additional_parameters": {"requeue": True} | cluster.sbatch,
+        "additional_parameters": {"requeue": True} | _depending_on(after, cluster.sbatch),
         "wckey": None,
     }
     return {key: value for key, value in values.items() if value is not None or key == "wckey"}
+
+
+def _depending_on(after: Sequence[str], flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags of sbatch, with the dependency that they may have already."""
+    if not after:
+        return flags
+    # To Slurm a job that is requeued has not ended: it keeps its id, and the others wait on.
+    dependency = f"afterok:{':'.join(after)}"
+    if "dependency" in flags:
+        dependency += f",{flags['dependency']}"
+    # Where a job before it fails, it leaves the queue, in which it would wait for ever.
+    return {"kill-on-invalid-dep": "yes"} | flags | {"dependency": dependency}
 
 
 def python_command() -> str:
@@ -97,7 +131,9 @@ def submit(jobs: list[Job], values: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _reason(text: str) -> str:
-    """sbatch's own words out of submitit's report."""
+    """sbatch's own words out of submitit's report, and the way out."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = [line.removeprefix("sbatch: error: ") for line in lines if "sbatch: error:" in line]
-    return " ".join(said or lines[-1:])
+    reason = "; ".join(said or lines[-1:])
+    ways_out = [way for word, way in WAYS_OUT.items() if word in reason.lower()]
+    return "; ".join([reason, *ways_out[:1]])

@@ -87,6 +87,8 @@ def gather(section: dict[str, Any], flags: dict[str, Any]) -> ClusterSection:
     if file.is_file():
         facts |= _check(_read(file), str(file))
     facts |= _check(section, "the configuration's section cluster")
+    if "time" in flags:
+        minutes(flags["time"], "--time")
     facts |= flags
     cluster = ClusterSection.model_validate_json(json.dumps(_check(facts, "the command line")))
     if cluster.minutes * 60 <= cluster.warn_before_end:
@@ -107,15 +109,20 @@ def cluster_file() -> Path:
     return Path(home) / "tetdist" / "cluster.yaml"
 
 
-def minutes(text: str) -> int:
+def minutes(text: str, name: str = "cluster.time") -> int:
     """Slurm's notation of a time in whole minutes, rounded up.
 
-    ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``.
+    Args:
+        text: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``.
+        name: Of the key or flag, for the error.
+
+    Raises:
+        UserError: It is of none of these forms.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if match is None:
         raise UserError(
-            f"cluster.time: {text!r} is no time in Slurm's notation; write minutes, HOURS:MINUTES:"
+            f"{name}: {text!r} is no time in Slurm's notation; write minutes, HOURS:MINUTES:"
             "SECONDS or DAYS-HOURS, such as 24:00:00 or 2-00"
         )
     days, *rest = match.groups()

@@ -95,7 +95,8 @@ class _Start:
         try:
             self._check_code()
             if self._is_cancelled():
-                return 0
+                # No success, since a run may wait for this one's.
+                return 128 + signal.SIGTERM
             self.config = self._read_config()
             tags = self._begin() if self.is_first else {}
             launcher = train.Launcher(

@@ -1,6 +1,8 @@
 """What Slurm says of a job: in the queue, or how it ended."""
 
+import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,28 +25,60 @@ class State:
     is_queued: bool
 
 
+def is_here() -> bool:
+    """Whether this machine can submit jobs."""
+    return shutil.which("sbatch") is not None and shutil.which("srun") is not None
+
+
 def state_of(job: str) -> State:
     """Ask Slurm.
 
     Raises:
         UserError: It does not answer.
     """
-    status, output, errors = _ask("squeue", "-h", "-j", job, "-o", "%T|%r|%N|%M|%l|%S")
-    if status == 0 and output:
-        name, reason, nodes, elapsed, limit, start = output.splitlines()[0].split("|")
+    return states_of([job])[job]
+
+
+def states_of(jobs: Sequence[str]) -> dict[str, State]:
+    """Ask Slurm about several jobs at once, since it serves many.
+
+    Raises:
+        UserError: It does not answer.
+    """
+    if not jobs:
+        return {}
+    states = _in_the_queue(jobs)
+    gone = [job for job in jobs if job not in states]
+    return states | (_ended(gone) if gone else {})
+
+
+def _in_the_queue(jobs: Sequence[str]) -> dict[str, State]:
+    # -r: a line for each task of an array, also while they wait together.
+    command = ("squeue", "-h", "-r", "-j", ",".join(jobs), "-o", "%i|%T|%r|%N|%M|%l|%S")
+    status, output, errors = _ask(*command)
+    # A single job that has left the queue long ago is an error to squeue.
+    if status != 0 and "Invalid job id" not in errors:
+        raise UserError(f"Slurm does not answer: {errors.strip() or 'squeue failed'}")
+    states: dict[str, State] = {}
+    for line in output.splitlines() if status == 0 else ():
+        job, name, reason, nodes, elapsed, limit, start = line.split("|")
         if nodes:
             text = f"on {nodes}, for {elapsed} of {limit}"
         else:
             text = f"waiting: {reason}" + (f", may start {start}" if start != "N/A" else "")
-        return State(name, text, is_queued=True)
-    # A job that has left the queue long ago is an error to squeue.
-    if status != 0 and "Invalid job id" not in errors:
-        raise UserError(f"Slurm does not answer: {errors.strip() or 'squeue failed'}")
-    status, output, _ = _ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode,End")
-    if status == 0 and output:
-        name, exit_code, end = output.splitlines()[-1].split("|")
-        return State(name.split()[0], f"exit status {exit_code}, {end}", is_queued=False)
-    return State("unknown", "Slurm does not know the job any more", is_queued=False)
+        states[job] = State(name, text, is_queued=True)
+    return states
+
+
+def _ended(jobs: Sequence[str]) -> dict[str, State]:
+    unknown = State("unknown", "Slurm does not know the job any more", is_queued=False)
+    states = dict.fromkeys(jobs, unknown)
+    command = ("sacct", "-X", "-n", "-P", "-j", ",".join(jobs), "-o", "JobID,State,ExitCode,End")
+    status, output, _ = _ask(*command)
+    for line in output.splitlines() if status == 0 else ():
+        job, name, exit_code, end = line.split("|")
+        states[job] = State(name.split()[0], f"exit status {exit_code}, {end}", is_queued=False)
+    return states
 
 
 def refuse_if_queued(run_dir: Path) -> None:
@@ -80,7 +114,9 @@ def _ask(*command: str) -> tuple[int, str, str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except FileNotFoundError as error:
-        raise UserError(f"there is no Slurm here (no {command[0]} on the PATH)") from error
+        raise UserError(
+            f"there is no Slurm here (no {command[0]} on the PATH): run this on a login node"
+        ) from error
     except subprocess.TimeoutExpired as error:
         raise UserError(f"Slurm does not answer: {command[0]} took more than 60 s") from error
     return done.returncode, done.stdout.strip(), done.stderr

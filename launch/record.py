@@ -43,6 +43,7 @@ class Submission:
         cluster: The facts that it was submitted with.
         last_step, steps_per_epoch, global_batch: Of the run.
         time: When, in Unix seconds.
+        after: Folders of the runs that had to be finished first.
     """
 
     job: str
@@ -55,6 +56,7 @@ class Submission:
     steps_per_epoch: int
     global_batch: int
     time: float
+    after: list[str] = field(default_factory=list)
 
     @property
     def log_file(self) -> Path:

@@ -59,6 +59,13 @@ def _submit_parser(_: str) -> argparse.ArgumentParser:
         default=[],
         help="a run for every combination, as one array: seed=0,1,2 loss.kind=sdt,tet",
     )
+    parser.add_argument(
+        "--after",
+        metavar="RUN",
+        action="append",
+        default=[],
+        help="begin when this queued run is finished, not at all if it fails; may be repeated",
+    )
     _add_cluster_flags(parser)
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
@@ -163,12 +170,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def submit(options: argparse.Namespace) -> int:
     from launch import plan
+    from launch import status as show
     from launch import submit as submission
     from tetdist import config as configuration
 
     base = configuration.load(options.config, options.overrides)
-    cluster = _cluster(base.cluster, options)
+    cluster = cluster_of(base.cluster, options)
     if options.local:
+        if options.after:
+            raise _user_error("--after waits for a job of Slurm and does not go with --local")
         cluster = cluster.model_copy(update={"nodes": 1, "tasks_per_node": options.local})
     speed = plan.read_speed(options.images_per_s, options.benchmark, base)
     names: list[str] = [base.name]
@@ -182,13 +192,14 @@ def submit(options: argparse.Namespace) -> int:
     for name, overrides in zip(names, changes, strict=True):
         own = [*options.overrides, *overrides, f"name={name}"]
         config = configuration.load(options.config, own) if options.sweep else base
-        runs.append(submission.prepare(config, cluster))
+        runs.append(submission.prepare(config, cluster, options.after))
     if options.dry_run:
-        print(submission.dry_run(runs, _job_name(base.name, runs), speed))
+        print(submission.dry_run(runs, _job_name(base.name, runs), speed, options.after))
         return 0
     if options.local:
         return submission.run_here(runs[0])
-    submissions = submission.submit(runs, _job_name(base.name, runs))
+    after = [run for name in options.after for run in show.find(name)]
+    submissions = submission.submit(runs, _job_name(base.name, runs), after=after)
     print(plan.describe(runs[0].plan, speed))
     for run, done in zip(runs, submissions, strict=True):
         print(submission.farewell(done, run.config))
@@ -207,7 +218,7 @@ def resume(options: argparse.Namespace) -> int:
 
 
 def _resume(run_dir: Path, options: argparse.Namespace) -> None:
-    from launch import queued
+    from launch import queued, record
     from launch import status as show
     from launch import submit as submission
 
@@ -217,10 +228,12 @@ def _resume(run_dir: Path, options: argparse.Namespace) -> None:
         return
     queued.refuse_if_queued(run_dir)
     config = submission.config_of(earlier)
-    cluster = _cluster(earlier.cluster, options)
-    run = submission.prepare(config, cluster)
+    cluster = cluster_of(earlier.cluster, options)
+    # What it waited for was finished when it began.
+    after = [Path(path) for path in earlier.after] if not record.saved_step(run_dir) else []
+    run = submission.prepare(config, cluster, after)
     code = None if options.new_code else Path(earlier.code)
-    (done,) = submission.submit([run], config.name, code)
+    (done,) = submission.submit([run], config.name, code, after)
     print(submission.farewell(done, config))
 
 
@@ -257,7 +270,7 @@ def cancel(options: argparse.Namespace) -> int:
     return 0
 
 
-def _cluster(section: dict[str, Any], options: argparse.Namespace) -> "ClusterSection":
+def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "ClusterSection":
     """The facts of the cluster from all places; how many GPUs must be among them."""
     from launch import cluster
 

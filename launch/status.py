@@ -46,6 +46,8 @@ def describe(run_dir: Path) -> str:
     events = record.history(run_dir)
     lines = [f"{run_dir}: job {submission.job} {state.name} ({state.text})"]
     lines.append("  " + progress(run_dir, submission, state))
+    if submission.after and state.name == "PENDING":
+        lines.append(f"  after     {', '.join(submission.after)}")
     again = record.restarts(events)
     lines.append(f"  restarts  {len(again) or 'none'}")
     lines += [f"    {_moment(e)}  from step {e.step}: {e.text}" for e in again]

@@ -2,9 +2,9 @@
 
 import itertools
 import shlex
-import shutil
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from launch import batch, plan, queued, record, snapshot
+from launch import batch, plan, queued, record, snapshot, status
 from launch.cluster import ClusterSection
 from launch.job import Job
 from launch.plan import Plan
@@ -38,12 +38,30 @@ class Prepared:
     world: World
 
 
-def prepare(config: RunConfig, cluster: ClusterSection) -> Prepared:
+def prepare(
+    config: RunConfig, cluster: ClusterSection, after: Sequence[Path | str] = ()
+) -> Prepared:
     """Check configuration, data, model and the batch arithmetic, as the run itself will.
+
+    Args:
+        config: The run's.
+        cluster: The facts.
+        after: Runs that are finished before this one begins; what it takes from them need not be
+            there yet.
 
     Raises:
         UserError: One of them is not right.
     """
+    if config.init_checkpoint:
+        path = Path(config.init_checkpoint).absolute()
+        begins = not any((config.run_dir / "checkpoints").glob("step-*"))
+        if begins and not after and not path.exists():
+            raise UserError(
+                f"init_checkpoint: there is no {path}; if a queued run is to leave it there, "
+                "submit this one with --after RUN"
+            )
+        # Now, because the folder of the run says it, and the job runs in another one.
+        config = config.model_copy(update={"init_checkpoint": str(path)})
     world = World(0, cluster.processes, torch.device("cpu"), control=None)
     train_index, val_index = open_data(config, world)
     model = make_model(config, train_index)
@@ -117,35 +135,41 @@ def sweep_names(name: str, sweep: list[str]) -> list[str]:
 # --- submission -----------------------------------------------------------------------------------
 
 
-def submit(runs: list[Prepared], name: str, code: Path | None = None) -> list[Submission]:
+def submit(
+    runs: list[Prepared], name: str, code: Path | None = None, after: Sequence[Path] = ()
+) -> list[Submission]:
     """Queue one run, or several as an array; returns what was submitted.
 
     Args:
         runs: Checked; of one cluster and size.
         name: Of the job; for several runs, of the MLflow run above them, too.
-        code: Run the code of an earlier submission instead of a new copy of this one.
+        code: Run this copy of the code, say of an earlier submission, instead of a new one.
+        after: Folders of runs that have to be finished first.
 
     Raises:
-        UserError: A run is queued already or its folder is in use, or there is no Slurm.
+        UserError: A run is queued already or its folder is in use, one of ``after`` will not be
+            finished, or there is no Slurm.
     """
-    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+    if not queued.is_here():
         raise UserError(
             "there is no Slurm here (no sbatch on the PATH): run this on a login node, or use "
             "--dry-run to look at the job, or --local N to train here"
         )
+    depends_on = jobs_to_wait_for(after)
     for run in runs:
         queued.refuse_if_queued(run.config.run_dir)
         _claim(run)
     parent = _announce_parent(runs, name) if len(runs) > 1 else None
     folder = record.next_submission(_home(runs, name))
-    code = code or _snapshot(folder / "code")
+    code = code or copy_code(folder / "code")
     jobs: list[Job] = []
     for run in runs:
         _announce(run, "SCHEDULED", {"mlflow.parentRunId": parent} if parent else {})
         jobs.append(_job(run, folder, code))
     cluster = runs[0].cluster
+    values = batch.parameters(name, cluster, code, depends_on)
     try:
-        submissions = _submit_once(runs, jobs, batch.parameters(name, cluster, code), folder)
+        submissions = _submit_once(runs, jobs, values, folder, after)
     except UserError:
         for run in runs:
             _announce(run, "KILLED", {})
@@ -156,7 +180,11 @@ def submit(runs: list[Prepared], name: str, code: Path | None = None) -> list[Su
 
 
 def _submit_once(
-    runs: list[Prepared], jobs: list[Job], values: dict[str, Any], folder: Path
+    runs: list[Prepared],
+    jobs: list[Job],
+    values: dict[str, Any],
+    folder: Path,
+    after: Sequence[Path],
 ) -> list[Submission]:
     """Submit unless somebody else has just done so."""
     with ExitStack() as locks:
@@ -166,7 +194,7 @@ def _submit_once(
         ids = batch.submit(jobs, values, folder)
         submissions: list[Submission] = []
         for run, job, job_id in zip(runs, jobs, ids, strict=True):
-            submission = _submission(run, job, job_id)
+            submission = _submission(run, job, job_id, after)
             # Before the lock is given up, so that the next one sees it.
             record.write_submission(Path(job.config).parent, submission)
             record.note(run.config.run_dir, Event("submitted", job_id))
@@ -174,6 +202,27 @@ def _submit_once(
         if len(runs) > 1:
             record.write_sweep(folder, [run.config.run_dir for run in runs])
     return submissions
+
+
+def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
+    """The jobs of those runs that are not finished yet.
+
+    Raises:
+        UserError: One will not be finished, because it is not queued.
+    """
+    submissions = {run: status.submission_of(run) for run in runs}
+    states = queued.states_of([s.job for s in submissions.values() if s.job != record.LOCAL])
+    jobs: list[str] = []
+    for run, submission in submissions.items():
+        state = states.get(submission.job)
+        if state is not None and state.is_queued:
+            jobs.append(submission.job)
+        elif record.saved_step(run) < submission.last_step:
+            raise UserError(
+                f"--after: {run} is neither finished nor queued; submit it first, or continue it "
+                f"with `launch/slurm.py resume {run}`"
+            )
+    return jobs
 
 
 def _home(runs: list[Prepared], name: str) -> Path:
@@ -187,7 +236,8 @@ def _claim(run: Prepared) -> None:
     RunFolder(run.config, run.index, run.world)
 
 
-def _snapshot(target: Path) -> Path:
+def copy_code(target: Path) -> Path:
+    """A copy of the project's code for jobs to run."""
     git = snapshot.take(target)
     print(f"code      {snapshot.describe(git)}, copied to {target}")
     return target
@@ -210,7 +260,7 @@ def _job(run: Prepared, folder: Path, code: Path) -> Job:
     )
 
 
-def _submission(run: Prepared, job: Job, job_id: str) -> Submission:
+def _submission(run: Prepared, job: Job, job_id: str, after: Sequence[Path] = ()) -> Submission:
     return Submission(
         job=job_id,
         run_dir=job.run_dir,
@@ -222,6 +272,7 @@ def _submission(run: Prepared, job: Job, job_id: str) -> Submission:
         steps_per_epoch=run.plan.steps_per_epoch,
         global_batch=run.config.batch.global_,
         time=round(time.time(), 3),
+        after=[str(path.absolute()) for path in after],
     )
 
 
@@ -279,11 +330,15 @@ def farewell(submission: Submission, config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def dry_run(runs: list[Prepared], name: str, speed: plan.Speed | None) -> str:
+def dry_run(
+    runs: list[Prepared], name: str, speed: plan.Speed | None, after: Sequence[str] = ()
+) -> str:
     """The batch script, the configuration and the plan; nothing is written."""
     first = runs[0]
     folder = _home(runs, name).absolute() / "slurm" / "submission-N"
-    values = batch.parameters(name, first.cluster, folder / "code")
+    # Nobody is asked for the jobs: they need not be there yet.
+    depends_on = [f"JOB_OF_{Path(run).name}" for run in after]
+    values = batch.parameters(name, first.cluster, folder / "code", depends_on)
     config = absolute(first.config).as_dict() | {"cluster": first.cluster.model_dump(mode="json")}
     parts = [
         "# --- batch script",
@@ -305,11 +360,11 @@ def run_here(run: Prepared) -> int:
     """The job on this machine, in as many processes as the cluster section says; exit status."""
     from launch import local
 
-    if shutil.which("squeue"):
+    if queued.is_here():
         queued.refuse_if_queued(run.config.run_dir)
     _claim(run)
     folder = record.next_submission(run.config.run_dir)
-    code = _snapshot(folder / "code")
+    code = copy_code(folder / "code")
     _announce(run, "SCHEDULED", {})
     job = _job(run, folder, code)
     record.write_submission(folder, _submission(run, job, record.LOCAL))

@@ -314,6 +314,10 @@ OPERATIONAL_KEYS = (
 )
 
 
+# Files and folders of other runs, which are the same however their path is written.
+PATH_KEYS = ("init_checkpoint",)
+
+
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries and lists as one dictionary of dotted keys."""
     flat: dict[str, Any] = {}
@@ -330,7 +334,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What makes two configurations different runs, a sentence part each."""
-    a, b = flatten(old), flatten(new)
+    a, b = _with_absolute_paths(flatten(old)), _with_absolute_paths(flatten(new))
     return [
         f"{key} is {b.get(key)!r} and was {a.get(key)!r}"
         for key in sorted(a.keys() | b.keys())
@@ -338,6 +342,10 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         and key.partition(".")[0] != "cluster"
         and a.get(key) != b.get(key)
     ]
+
+
+def _with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
+    return flat | {key: str(Path(flat[key]).absolute()) for key in PATH_KEYS if flat.get(key)}
 
 
 def find(name: str) -> Path:

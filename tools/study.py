@@ -5,7 +5,8 @@
     python tools/study.py STUDY.yaml --slurm --gpus-per-node 1 --time 4:00:00
 
 Every run is a call of tetdist/train.py. The same command goes on after a stop: runs that are
-finished are left alone, others continue where they were saved.
+finished are left alone, others continue where they were saved. On a cluster it also says how they
+are, and leaves alone what is queued.
 """
 
 import argparse
@@ -60,17 +61,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="put the report there, too, in place of the study's earlier one",
     )
     parser.add_argument(
+        "--again",
+        action="store_true",
+        help="with --slurm: submit also what was submitted before and has failed or was cancelled",
+    )
+    parser.add_argument(
         "--slurm",
         nargs=argparse.REMAINDER,
         metavar="FLAG",
-        help="submit the runs instead; all that follows goes to launch/slurm.py. Once they are "
-        "finished, the same command without it evaluates and reports",
+        help="submit all runs at once instead, or say how they are; what follows are flags of "
+        "launch/slurm.py: --gpus-per-node, --partition, --time, ..., --dry-run. A run that begins "
+        "with another's weights waits for that one. Once all are finished, the same command "
+        "without it evaluates and reports",
     )
     options = parser.parse_intermixed_args(arguments)
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
     if options.slurm is not None and options.report_only:
         parser.error("--report-only submits nothing: leave out --slurm")
+    if options.again and options.slurm is None:
+        parser.error("--again goes with --slurm; here, runs that failed are always tried again")
     return options
 
 
@@ -110,7 +120,9 @@ def study(options: argparse.Namespace) -> int:
         study_plan.check_folder(run)
     failed: dict[str, str] = {}
     if options.slurm is not None:
-        return submit(chosen, options.slurm)
+        import study_slurm
+
+        return study_slurm.submit(chosen, output, options.slurm, options.again)
     if not options.report_only:
         study_plan.check_data([run for run in chosen if run.next_command()])
         failed = work(chosen, options.jobs)
@@ -145,13 +157,11 @@ def choose(runs: "list[Run]", entries: list[str] | None) -> "list[Run]":
     for entry in entries:
         if entry not in known:
             raise UserError(f"--only: there is no entry {entry}; there are {', '.join(known)}")
-    chosen: set[str] = set()
-    for run in runs:
-        needed: Run | None = run if run.entry in entries else None
-        while needed is not None:
-            chosen.add(needed.name)
-            needed = needed.init
-    return [run for run in runs if run.name in chosen]
+    chosen: set[Run] = set()
+    for run in reversed(runs):  # each is after those that it needs
+        if run.entry in entries or run in chosen:
+            chosen |= {run, *run.needs}
+    return [run for run in runs if run in chosen]
 
 
 # --- on this machine ------------------------------------------------------------------------------
@@ -172,11 +182,11 @@ def work(runs: "list[Run]", jobs: int) -> dict[str, str]:
     with progress, ended_at_exit(running):
         while waiting or running:
             for run in list(waiting):
-                if run.init is not None and run.init.name in failed:
+                if lost := [needed.name for needed in run.needs if needed.name in failed]:
                     waiting.remove(run)
-                    failed[run.name] = f"not started, because {run.init.name} failed"
+                    failed[run.name] = f"not started, because {lost[0]} failed"
                     progress.end(f"{run.name}: {failed[run.name]}")
-                elif len(running) < jobs and (run.init is None or is_trained(run.init)):
+                elif len(running) < jobs and all(map(is_trained, run.needs)):
                     waiting.remove(run)
                     running[run] = Child(run, jobs)
             run = first_to_end(running)
@@ -296,33 +306,6 @@ class Progress:
     def say(self, text: str) -> None:
         self.bar.write(text, file=sys.stderr)
         sys.stderr.flush()
-
-
-# --- on a cluster ---------------------------------------------------------------------------------
-
-
-def submit(runs: "list[Run]", flags: list[str]) -> int:
-    """Send what is not trained yet to Slurm; exit status 1 if a submission was refused."""
-    import study_plan
-
-    refused = waiting = 0
-    for run in runs:
-        if study_plan.is_trained(run):
-            continue
-        if run.init is not None and not study_plan.is_trained(run.init):
-            waiting += 1
-            print(f"{run.name} waits for {run.init.name}")
-            continue
-        arguments = ["--config", run.config_name, *run.overrides, *flags]
-        done = subprocess.run(
-            [sys.executable, study_plan.PROJECT / "launch" / "slurm.py", *arguments]
-        )
-        refused += done.returncode != 0
-    if waiting:
-        print(f"once those are finished, the same command submits the other {waiting}")
-    if refused:
-        print(f"{refused} runs were not submitted, for the reasons above", file=sys.stderr)
-    return 1 if refused else 0
 
 
 if __name__ == "__main__":

@@ -74,6 +74,11 @@ class Run:
         return self.config.run_dir
 
     @property
+    def needs(self) -> "tuple[Run, ...]":
+        """The runs that have to be finished before this one begins."""
+        return () if self.init is None else (self.init,)
+
+    @property
     def log(self) -> Path:
         return self.folder.parent / "logs" / f"{self.name}.log"
 

@@ -1,0 +1,230 @@
+"""A study's runs on a Slurm cluster: all submitted at once, each to begin after those it needs."""
+
+import argparse
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from study_plan import PROJECT, Run, check_data, is_trained
+
+sys.path.append(str(PROJECT))  # launch/ is not installed
+
+from launch import queued, record, slurm, status
+from launch import submit as submission
+from launch.cluster import ClusterSection
+from launch.queued import State
+from launch.record import Submission
+from tetdist import config as configuration
+from tetdist.config import RunConfig
+from tetdist.errors import UserError
+
+# States in which a run stays until somebody does something, and what is said of it then.
+LOST = {"failed": "failed", "cancelled": "was cancelled", "held back": "is held back, too"}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run is.
+
+    Attributes:
+        word: finished, running, queued, new, submitted (now), or one of `LOST`.
+        text: For a person.
+    """
+
+    word: str
+    text: str
+
+
+def submit(runs: list[Run], output: Path, flags: list[str], again: bool) -> int:
+    """Submit what is neither finished nor queued, and say how each run is.
+
+    Args:
+        runs: Each after those that it needs.
+        output: Folder of the study.
+        flags: Of launch/slurm.py.
+        again: Submit also those that have failed or were cancelled.
+
+    Returns:
+        Exit status: 0 all are finished, running or queued; 1 some failed or begin after such.
+
+    Raises:
+        UserError: The flags are wrong, there is no Slurm, or it refuses a job.
+    """
+    if read_flags(flags, runs[0].config_name).dry_run:
+        return dry_run(runs, flags)
+    if not queued.is_here():
+        raise UserError(
+            "there is no Slurm here (no sbatch on the PATH): run this on a login node, or leave "
+            "out --slurm to train here, or add --dry-run to look at the jobs"
+        )
+    standings = decide(ask(runs), again)
+    left = {run: job_of(run, flags) for run in runs if standings[run].word == "new"}
+    check_data(list(left))
+    code = submission.copy_code(record.next_submission(output) / "code") if left else None
+    try:
+        for run in runs:
+            if run in left:
+                assert code is not None
+                standings[run] = send(run, *left[run], code)
+            elif standings[run].word == "held back" and record.newest_submission(run.folder):
+                record.announce(run.config, "KILLED", {})
+            print(f"{run.name}: {standings[run].text}", flush=True)
+    except UserError as error:
+        done = sum(standing.word == "submitted" for standing in standings.values())
+        rest = f"; {done} of {len(left)} runs were submitted, the same command submits the others"
+        raise UserError(f"{run.name}: {error}{rest if done else ''}") from error
+    finally:
+        if code is not None:
+            note_as_sweep(runs, code.parent)
+    return farewell(standings, output)
+
+
+def read_flags(flags: list[str], config_name: str) -> argparse.Namespace:
+    """
+    Raises:
+        UserError: They are not for all runs of a study.
+    """
+    options = slurm.parse_arguments(["--config", config_name, *flags])
+    given = [name for name in ("sweep", "follow", "local", "after") if getattr(options, name)]
+    if options.config != config_name:
+        given.insert(0, "config")
+    if given:
+        raise UserError(f"--slurm: --{given[0]} is for single runs, not for a study; leave it out")
+    for override in options.overrides:
+        if not override.startswith("cluster."):
+            raise UserError(
+                f"--slurm: only flags and cluster.key=value may follow it; write {override} before "
+                "it, as a part of the study"
+            )
+    return options
+
+
+def dry_run(runs: list[Run], flags: list[str]) -> int:
+    """Show the jobs of all runs that are left; Slurm need not be there."""
+    statuses = [0]
+    for run in runs:
+        if is_trained(run):
+            print(f"# === {run.name}: finished")
+            continue
+        after = [needed for needed in run.needs if not is_trained(needed)]
+        print(f"# === {run.name}{_begins_after(after)}", flush=True)
+        dependency = [word for needed in after for word in ("--after", str(needed.folder))]
+        arguments = ["--config", run.config_name, *run.overrides, *dependency, *flags]
+        statuses.append(slurm.main(arguments))
+    return max(statuses)
+
+
+def _begins_after(needed: list[Run]) -> str:
+    return f", begins after {', '.join(run.name for run in needed)}" if needed else ""
+
+
+# --- how the runs are -----------------------------------------------------------------------------
+
+
+def ask(runs: list[Run]) -> dict[Run, Standing]:
+    """How the runs are: by Slurm first and then by their folders, as one may end meanwhile."""
+    submissions = {run: record.newest_submission(run.folder) for run in runs}
+    jobs = [s.job for s in submissions.values() if s is not None and s.job != record.LOCAL]
+    states = queued.states_of(jobs)
+    return {
+        run: standing_of(run, submitted, states.get(submitted.job) if submitted else None)
+        for run, submitted in submissions.items()
+    }
+
+
+def standing_of(run: Run, submitted: Submission | None, state: State | None) -> Standing:
+    """How a run is whose newest job is in the given state."""
+    if submitted is not None and state is not None and state.is_queued:
+        text = f"{state.name} as job {submitted.job} ({state.text})"
+        if state.name == "PENDING":
+            return Standing("queued", text)
+        return Standing("running", f"{text}: {status.progress(run.folder, submitted, state)}")
+    if is_trained(run):
+        return Standing("finished", "finished")
+    if submitted is None or state is None:
+        return Standing("new", "not submitted")
+    events = record.since_submission(record.history(run.folder))
+    kinds = {event.kind for event in events}
+    if "cancelled" in kinds:
+        return Standing("cancelled", f"cancelled, job {submitted.job}")
+    # It left the queue with the one that it was to begin after, which is no failure of its own.
+    if state.name in ("CANCELLED", "unknown") and "started" not in kinds:
+        return Standing("new", "not submitted")
+    reason = status.failure_of(events, submitted) or f"{state.name}, {state.text}"
+    return Standing(
+        "failed",
+        f"failed, job {submitted.job}: {reason.splitlines()[-1]} (log: {submitted.log_file})",
+    )
+
+
+def decide(standings: dict[Run, Standing], again: bool) -> dict[Run, Standing]:
+    """The same, where ``new`` are now all that are to be submitted, and no others.
+
+    Args:
+        standings: Of all runs, each after those that it needs.
+        again: Whether those that have failed are to be submitted, too.
+    """
+    decided: dict[Run, Standing] = {}
+    for run, standing in standings.items():
+        if again and standing.word in LOST:
+            standing = Standing("new", "not submitted")
+        lost = [needed for needed in run.needs if decided[needed].word in LOST]
+        if standing.word == "new" and lost:
+            reason = f"{lost[0].name} {LOST[decided[lost[0]].word]}"
+            standing = Standing("held back", f"not submitted, because {reason}")
+        decided[run] = standing
+    return decided
+
+
+# --- submission -----------------------------------------------------------------------------------
+
+
+def job_of(run: Run, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
+    """The run's configuration, and the facts of the cluster.
+
+    Raises:
+        UserError: The facts are not right, or incomplete.
+    """
+    options = slurm.parse_arguments(["--config", run.config_name, *run.overrides, *flags])
+    config = configuration.load(options.config, options.overrides)
+    return config, slurm.cluster_of(config.cluster, options)
+
+
+def send(run: Run, config: RunConfig, cluster: ClusterSection, code: Path) -> Standing:
+    """
+    Raises:
+        UserError: Something about the run is not right, or Slurm refuses it.
+    """
+    after = [needed for needed in run.needs if not is_trained(needed)]
+    folders = [needed.folder for needed in after]
+    prepared = submission.prepare(config, cluster, folders)
+    (done,) = submission.submit([prepared], run.name, code, folders)
+    return Standing("submitted", f"submitted as job {done.job}{_begins_after(after)}")
+
+
+def note_as_sweep(runs: list[Run], folder: Path) -> None:
+    """So that `launch/slurm.py status` and `cancel` take the study's folder for all its runs."""
+    submitted = [run.folder for run in runs if record.newest_submission(run.folder)]
+    record.write_sweep(folder, submitted)
+
+
+def farewell(standings: dict[Run, Standing], output: Path) -> int:
+    """Say how all of them are, and what to do next; the exit status."""
+    counts = Counter(standing.word for standing in standings.values())
+    print(f"{len(standings)} runs: {', '.join(f'{n} {word}' for word, n in counts.items())}")
+    if counts["finished"] == len(standings):
+        print("the same command without --slurm evaluates and reports")
+        return 0
+    if not any(counts[word] for word in LOST):
+        print(
+            f"`launch/slurm.py status {output}` shows them, `cancel` ends them; once all are "
+            "finished, the same command without --slurm evaluates and reports"
+        )
+        return 0
+    print(
+        "what failed or was cancelled is submitted again, from its newest checkpoint, with --again "
+        "before --slurm, and so is what begins after it",
+        file=sys.stderr,
+    )
+    return 1
