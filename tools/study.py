@@ -136,7 +136,7 @@ def command(options: argparse.Namespace, file: Path) -> str:
 
 
 def choose(runs: "list[Run]", entries: list[str] | None) -> "list[Run]":
-    """The runs of some entries, and those that they begin with."""
+    """The runs of some entries, and those that they need."""
     from tetdist.errors import UserError
 
     if entries is None:
@@ -146,11 +146,10 @@ def choose(runs: "list[Run]", entries: list[str] | None) -> "list[Run]":
         if entry not in known:
             raise UserError(f"--only: there is no entry {entry}; there are {', '.join(known)}")
     chosen: set[str] = set()
-    for run in runs:
-        needed: Run | None = run if run.entry in entries else None
-        while needed is not None:
-            chosen.add(needed.name)
-            needed = needed.init
+    # From the end, because a run comes after those that it needs.
+    for run in reversed(runs):
+        if run.entry in entries or run.name in chosen:
+            chosen |= {run.name, *(needed.name for needed in run.needs)}
     return [run for run in runs if run.name in chosen]
 
 
@@ -172,11 +171,12 @@ def work(runs: "list[Run]", jobs: int) -> dict[str, str]:
     with progress, ended_at_exit(running):
         while waiting or running:
             for run in list(waiting):
-                if run.init is not None and run.init.name in failed:
+                lost = [needed.name for needed in run.needs if needed.name in failed]
+                if lost:
                     waiting.remove(run)
-                    failed[run.name] = f"not started, because {run.init.name} failed"
+                    failed[run.name] = f"not started, because {lost[0]} failed"
                     progress.end(f"{run.name}: {failed[run.name]}")
-                elif len(running) < jobs and (run.init is None or is_trained(run.init)):
+                elif len(running) < jobs and all(map(is_trained, run.needs)):
                     waiting.remove(run)
                     running[run] = Child(run, jobs)
             run = first_to_end(running)
@@ -309,9 +309,10 @@ def submit(runs: "list[Run]", flags: list[str]) -> int:
     for run in runs:
         if study_plan.is_trained(run):
             continue
-        if run.init is not None and not study_plan.is_trained(run.init):
+        missing = [needed.name for needed in run.needs if not study_plan.is_trained(needed)]
+        if missing:
             waiting += 1
-            print(f"{run.name} waits for {run.init.name}")
+            print(f"{run.name} waits for {' and '.join(missing)}")
             continue
         arguments = ["--config", run.config_name, *run.overrides, *flags]
         done = subprocess.run(
