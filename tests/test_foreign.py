@@ -171,6 +171,20 @@ def test_spikingjellys_lif_is_one_of_ours(decay_input: bool, threshold: int, alp
     assert relative(model.stem.conv.weight.grad, theirs.conv1.weight.grad) < 1e-8
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_relu_network_is_torchvisions(name: str) -> None:
+    """So that a teacher may be one of torchvision's, and its accuracy may be checked here."""
+    theirs = randomized(getattr(torchvision.models, name)(num_classes=5))
+    model = ours(f"spiking_{name}", num_classes=5, norm="bn", neuron={"spike": "relu"})
+    converted(theirs.state_dict(), "torchvision", model)
+    model.set_timesteps(1)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for training in (False, True):
+        theirs.train(training)
+        model.train(training)
+        assert relative(model(x), theirs(x)) < 1e-12
+
+
 def test_iand_bottleneck_of_spikingjelly_is_another_network() -> None:
     theirs = from_spikingjelly("sew_resnet50", cnf="IAND")
     model = ours("sew_resnet50", num_classes=5, connect_function="iand")

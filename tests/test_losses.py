@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tetdist.losses import sdt_loss, tet_loss
+from tetdist.losses import distillation_loss, sdt_loss, self_distillation_loss, tet_loss
 
 
 def _cross_entropy(logits: list[float], target: int, smoothing: float = 0.0) -> float:
@@ -168,3 +168,59 @@ def test_large_logits_do_not_overflow() -> None:
     logits = torch.tensor([[[1e4, -1e4]]])
     assert sdt_loss(logits, torch.tensor([1])).item() == pytest.approx(2e4)
     assert tet_loss(logits, torch.tensor([1]), regularization=0.0).item() == pytest.approx(2e4)
+
+
+# --- distillation -------------------------------------------------------------------------------
+
+
+def _softened(logits: list[float], temperature: float) -> list[float]:
+    total = sum(math.exp(z / temperature) for z in logits)
+    return [math.exp(z / temperature) / total for z in logits]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@each_shape
+def test_distillation_equals_its_formula(shape: tuple[int, int, int], temperature: float) -> None:
+    (logits, _), (teacher, _) = _random(*shape), _random(1, *shape[1:], seed=1)
+    expected = 0.0
+    for t in range(shape[0]):
+        for b in range(shape[1]):
+            theirs = _softened(teacher[0, b].tolist(), temperature)
+            ours = _softened(logits[t, b].tolist(), temperature)
+            expected += sum(p * math.log(p / q) for p, q in zip(theirs, ours, strict=True))
+    expected *= temperature**2 / (shape[0] * shape[1])
+    loss = distillation_loss(logits, teacher[0], temperature=temperature)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_distillation_ends_where_every_timestep_answers_as_the_teacher() -> None:
+    logits, _ = _random(3, 4, 5)
+    logits.requires_grad_()
+    teacher = logits.detach()[0] + 7  # a constant says nothing
+    same = teacher.expand(3, 4, 5).clone().requires_grad_()
+    distillation_loss(same, teacher, temperature=2.0).backward()
+    assert same.grad is not None
+    assert same.grad.abs().max() < 1e-15
+    distillation_loss(logits, teacher, temperature=2.0).backward()
+    assert logits.grad is not None
+    assert logits.grad[0].abs().max() < 1e-15
+    assert logits.grad[1].norm() > 0.01
+
+
+def test_self_distillation_learns_from_the_time_mean_alone() -> None:
+    logits, _ = _random(3, 4, 5)
+    logits.requires_grad_()
+    self_distillation_loss(logits, temperature=1.5).backward()
+    assert logits.grad is not None
+    ours, own = logits.grad.clone(), logits.detach().clone().requires_grad_()
+    distillation_loss(own, own.detach().mean(0), temperature=1.5).backward()
+    assert own.grad is not None
+    torch.testing.assert_close(ours, own.grad, rtol=1e-12, atol=0)
+    constant = logits.detach()[:1].expand(3, 4, 5)
+    assert self_distillation_loss(constant, temperature=1.5).item() == pytest.approx(0, abs=1e-14)
+
+
+def test_distillation_is_in_full_precision() -> None:
+    logits, _ = _random(2, 3, 4)
+    loss = distillation_loss(logits.bfloat16(), logits[0].bfloat16(), temperature=2.0)
+    assert loss.dtype is torch.float32

@@ -287,7 +287,7 @@ def test_sigmoid_control_has_its_own_gradient() -> None:
 def test_sigmoid_control_asks_for_its_derivative() -> None:
     with pytest.raises(ValueError, match="surrogate must be 'sigmoid', not 'triangle'"):
         NeuronConfig(spike="sigmoid")
-    with pytest.raises(ValueError, match="spike must be 'step' or 'sigmoid', not 'stop'"):
+    with pytest.raises(ValueError, match="spike must be one of step, sigmoid, relu, not 'stop'"):
         NeuronConfig(spike="stop")  # type: ignore[arg-type]  # the mistake
 
 

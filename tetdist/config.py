@@ -57,7 +57,8 @@ class NeuronSection(Section):
     """Half-width of triangle and rectangle, steepness of atan and sigmoid."""
     spike: SpikeName = "step"
     """sigmoid: the control of the paper whose gradient is its own. Needs surrogate=sigmoid, whose
-    width is its steepness; without a fused path, so slower."""
+    width is its steepness. relu: no neurons but max(0, I), so at T=1 the ReLU network of the same
+    shape, to begin with or to learn from. Both without a fused path, so slower."""
 
 
 class ModelSection(Section):
@@ -142,6 +143,23 @@ class BatchSection(Section):
     """Samples of one evaluation batch on one process."""
 
 
+class DistillationSection(Section):
+    """Softer targets beside the labels: what a teacher, or the network itself, makes of the same
+    input. With TET they are those of every timestep, with SDT of the time-mean."""
+
+    teacher: str | None = None
+    """A run folder (its last checkpoint), a checkpoint folder, a .safetensors file (see
+    init_checkpoint), or timm:NAME. Null: none."""
+    teacher_weights: str | None = None
+    """Of a timm:NAME teacher: the file of its weights; null: timm downloads those it knows."""
+    weight: Annotated[float, Field(ge=0)] = 0.2
+    """Of the divergence from the teacher, where there is one."""
+    self_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Of the divergence of each timestep from the time-mean; 0: none. For TET only."""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """Both sides' logits are divided by it; above 1 it shows more of the lesser classes."""
+
+
 class LossSection(Section):
     kind: Literal["tet", "sdt"] = "tet"
     lambda_: Fraction = Field(default=0.001, alias="lambda")
@@ -149,6 +167,7 @@ class LossSection(Section):
     phi: float = 1.0
     """TET's target of all outputs; the paper takes the threshold."""
     label_smoothing: Share = 0.0
+    distillation: DistillationSection = DistillationSection()
 
 
 class OptimizerSection(Section):
@@ -587,6 +606,7 @@ def _check(config: RunConfig) -> None:
     _check_augmentation(config)
     _check_precision_and_engine(config)
     _check_spike(config)
+    _check_distillation(config)
     if config.tracking.register_ is not None and config.tracking.log_checkpoint == "none":
         raise UserError(
             f"tracking.register: {config.tracking.register_!r} needs a checkpoint that MLflow has; "
@@ -652,6 +672,20 @@ def _check_spike(config: RunConfig) -> None:
         )
 
 
+def _check_distillation(config: RunConfig) -> None:
+    section, key = config.loss.distillation, "loss.distillation"
+    if section.self_weight and config.loss.kind == "sdt":
+        raise UserError(
+            f"{key}.self_weight: timesteps learn from their mean, and loss.kind=sdt sees that mean "
+            "only; set loss.kind=tet with it"
+        )
+    if section.teacher_weights and not (section.teacher or "").startswith("timm:"):
+        raise UserError(
+            f"{key}.teacher_weights: is of a timm teacher; set {key}.teacher=timm:NAME with it, or "
+            f"give the file itself as {key}.teacher"
+        )
+
+
 def model_input_kind(name: str) -> str:
     """``images`` or ``events``, by the model's number of input channels."""
     import timm
@@ -671,6 +705,14 @@ def _warn_without_effect(config: RunConfig) -> None:
 
     if config.loss.kind == "sdt":
         unread(config.loss, "loss.", ("lambda_", "phi"), "loss.kind=sdt")
+    soft = config.loss.distillation
+    if soft.teacher is None:
+        unread(soft, "loss.distillation.", ("weight",), "loss.distillation.teacher=null")
+        if not soft.self_weight:
+            unread(soft, "loss.distillation.", ("temperature",), "nothing to distil from")
+    if config.model.neuron.spike == "relu":
+        every = tuple(name for name in NeuronSection.model_fields if name != "spike")
+        unread(config.model.neuron, "model.neuron.", every, "model.neuron.spike=relu")
     if config.data.kind == "events":
         crops = ("image_size", "resize", "crop", "scale", "ratio", "padding", "interpolation")
         colors = ("auto_augment", "color_jitter", "mean", "std")

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from tetdist import native
 from tetdist.data.pipeline import Batch
 from tetdist.distributed import World
-from tetdist.fused import NormNeuron
+from tetdist.fused import spiking_layers
 from tetdist.models import SpikingNetwork
-from tetdist.neurons import Neuron
 from tetdist.precision import autocast, parameter_type
 
 
@@ -148,10 +147,9 @@ class _FiringRates:
     def __init__(self, model: nn.Module) -> None:
         self.sums: dict[str, Tensor] = {}
         self._handles = []
-        for name, module in model.named_modules():
-            if isinstance(module, (NormNeuron, Neuron)):
-                self.sums[name] = torch.zeros(2, dtype=torch.float64)
-                self._handles.append(module.register_forward_hook(self._hook(name)))
+        for name, module in spiking_layers(model).items():
+            self.sums[name] = torch.zeros(2, dtype=torch.float64)
+            self._handles.append(module.register_forward_hook(self._hook(name)))
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def count(_module: nn.Module, _inputs: Any, spikes: Tensor) -> None:

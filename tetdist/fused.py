@@ -34,6 +34,17 @@ logger = logging.getLogger(__name__)
 _MAX_VARIANTS = 128
 
 
+def spiking_layers(model: nn.Module) -> "dict[str, NormNeuron | neurons.Neuron]":
+    """A model's layers of neurons, by name; none in a ReLU network."""
+    found: dict[str, NormNeuron | neurons.Neuron] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (NormNeuron, neurons.Neuron)):
+            neuron = module.neuron if isinstance(module, NormNeuron) else module.config
+            if neuron.spike != "relu":
+                found[name] = module
+    return found
+
+
 class NormNeuron(nn.Module):
     """Batch norm, an optional shortcut added to the normalised current, and the neuron.
 

@@ -1,4 +1,4 @@
-"""Losses on per-timestep logits: SDT, the direct one, and TET (Deng et al., ICLR 2022).
+"""Losses on per-timestep logits: SDT, the direct one, TET (Deng et al., ICLR 2022), distillation.
 
 All are computed in float32 (float64 for float64 logits), outside autocast, whatever the
 network's precision.
@@ -51,3 +51,28 @@ def tet_loss(
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), repeated, label_smoothing=label_smoothing)
     pull = (logits - phi).square().mean()
     return (1 - regularization) * cross_entropy + regularization * pull
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """Divergence of each timestep's softened answer from a teacher's (Hinton et al., 2015).
+
+    ``temperature^2 * mean_t KL(softmax(teacher / temperature) || softmax(O(t) / temperature))``,
+    whose gradient keeps its size whatever the temperature. No gradient reaches the teacher.
+
+    Args:
+        logits: Output before softmax at each timestep, (T, B, K).
+        teacher: The teacher's output before softmax, (B, K).
+        temperature: Above 0.
+    """
+    ours = F.log_softmax(_full_precision(logits) / temperature, dim=-1)
+    theirs = F.log_softmax(_full_precision(teacher.detach()) / temperature, dim=-1)
+    divergence = F.kl_div(ours, theirs.expand_as(ours), reduction="sum", log_target=True)
+    return temperature**2 * divergence / ours.shape[:-1].numel()
+
+
+def self_distillation_loss(logits: Tensor, *, temperature: float) -> Tensor:
+    """`distillation_loss` with the time-mean of the very logits (T, B, K) as the teacher.
+
+    Every timestep learns what all of them say together; no gradient goes through the mean.
+    """
+    return distillation_loss(logits, _full_precision(logits).mean(0), temperature=temperature)

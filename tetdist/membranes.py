@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tetdist import neurons
-from tetdist.fused import NormNeuron
-from tetdist.neurons import Neuron, NeuronConfig
+from tetdist.fused import NormNeuron, spiking_layers
+from tetdist.neurons import NeuronConfig
 from tetdist.precision import autocast
 
 LOWEST, HIGHEST, BINS = -3.0, 3.0, 120  # in thresholds; a border of bins is at 1
@@ -57,8 +57,7 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
 
     handles = [
         module.register_forward_pre_hook(look(name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if isinstance(module, (NormNeuron, Neuron))
+        for name, module in spiking_layers(model).items()
     ]
     was_training = model.training
     model.eval()

@@ -16,13 +16,13 @@ tested against this file.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 SurrogateName = Literal["triangle", "atan", "sigmoid", "rectangle"]
-SpikeName = Literal["step", "sigmoid"]
+SpikeName = Literal["step", "sigmoid", "relu"]
 
 
 def triangle(x: Tensor, width: float) -> Tensor:
@@ -70,7 +70,9 @@ class NeuronConfig:
         spike: ``step`` fires or does not. ``sigmoid`` is the paper's control, a network without
             spikes that has no mismatch of gradients: ``sigma(alpha (u - V_th))`` with alpha
             ``surrogate_width``, and its own derivative, for which ``surrogate`` must be
-            ``sigmoid``. There is no fused path of it.
+            ``sigmoid``. ``relu`` is no neuron at all but ``max(0, I)`` at each timestep by itself:
+            the ReLU network of the same shape, whose weights a spiking one can begin with. There is
+            no fused path of the last two.
 
     Raises:
         ValueError: A value is outside its range.
@@ -97,8 +99,9 @@ class NeuronConfig:
             )
         if not self.surrogate_width > 0:
             raise ValueError(f"surrogate_width must be above 0, not {self.surrogate_width}")
-        if self.spike not in ("step", "sigmoid"):
-            raise ValueError(f"spike must be 'step' or 'sigmoid', not {self.spike!r}")
+        if self.spike not in get_args(SpikeName):
+            known = ", ".join(get_args(SpikeName))
+            raise ValueError(f"spike must be one of {known}, not {self.spike!r}")
         if self.spike == "sigmoid" and self.surrogate != "sigmoid":
             raise ValueError(
                 f"spike 'sigmoid' has its own derivative: surrogate must be 'sigmoid', not "
@@ -148,6 +151,8 @@ def run(
     Returns:
         Spikes (T, ...) of the current's type, and the membrane after the last reset, (...).
     """
+    if config.spike == "relu":
+        return current.relu(), torch.zeros_like(current[0])
     compute_type = torch.promote_types(current.dtype, torch.float32)
     u = torch.zeros_like(current[0], dtype=compute_type) if membrane is None else membrane
     spikes = []

@@ -83,7 +83,7 @@ class Pictures:
         metrics = self.tracker.path
         self._draw("learning_curves.png", lambda out: plots.learning_curves(metrics, out))
         self._draw("firing_rates.png", lambda out: plots.firing_rates(metrics, out))
-        if len(images):
+        if len(images) and values["firing_rate"]:
             title = f"{self.config.name}   \N{EM DASH}   epoch {values['epoch']:.4g}, membranes"
             precision = self.config.precision
             found = membrane_distribution(model, images[:LOOKED_AT], precision)

@@ -123,6 +123,8 @@ def quantity(number: float) -> str:
 
 
 def _text_firing_rates(found: Findings) -> str:
+    if not found["firing_rate"]:
+        return "  no firing rates: a network without neurons that fire"
     lines = [f"  firing rate over {found['timesteps']} timesteps"]
     lines += [f"{rate:10.4f}  {layer}" for layer, rate in found["firing_rate"].items()]
     return "\n".join(lines)
@@ -170,7 +172,7 @@ def _panels(found: Findings) -> list[tuple[Panel, bool]]:
         (_timesteps, True),
         (_early_exit, True),
         (_confusion, True),
-        (_firing_rate, True),
+        (_firing_rate, bool(found["firing_rate"])),
         (_operations, True),
         (_dropped, bool(found["dropped_timesteps"] or found["dropped_events"])),
     ]
@@ -342,9 +344,12 @@ def html_page(found: Findings) -> str:
             f"each is dropped by itself, with seed {found['seed']}.</p>",
         ]
     layers = max(len(found["firing_rate"]), len(found["operations"]["layers"]))
+    panels: list[Panel] = [_operations]
+    if found["firing_rate"]:
+        panels.insert(0, _firing_rate)
     parts += [
         "<h2>Firing rates and operations</h2>",
-        _image(found, [_firing_rate, _operations], 13, 1.5 + 0.22 * layers),
+        _image(found, panels, 6.5 * len(panels), 1.5 + 0.22 * layers),
         *(f"<p>{html.escape(line)}</p>" for line in operations_lines(found)),
         "<ul class=note>",
         *(f"<li>{html.escape(text)}</li>" for text in found["operations"]["assumptions"]),

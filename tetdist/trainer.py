@@ -30,6 +30,7 @@ from tetdist.precision import autocast, parameter_type
 from tetdist.progress import Progress
 from tetdist.run import RunFolder, SampleRecord, make_model, open_data
 from tetdist.schedule import Phase, phase_at, place
+from tetdist.teacher import Teacher
 from tetdist.tracking import Tracker
 from tetdist.watch import Watch
 
@@ -89,6 +90,9 @@ class Trainer:
         self.optimizer_state: dict[str, Any] | None = None
         self.loss_scale_state: dict[str, float] | None = None
         world.together(self._initialize)
+        self.teacher: Teacher | None = None
+        if config.loss.distillation.teacher is not None:
+            self.teacher = world.together(lambda: Teacher(config, self.train_index, world.device))
         self.folder = world.together(lambda: RunFolder(config, self.train_index, world))
         found = self.folder.newest_checkpoint()
         self.saved_step: int | None = None
@@ -270,13 +274,17 @@ class Trainer:
         sums = torch.zeros_like(self.window)
         for images, targets in batches:
             logits = self.engine.forward(images)  # (T, B, K)
-            loss = compute_loss(self.config.loss, logits, targets)
+            loss = compute_loss(self.config.loss, logits, targets, self._taught(images))
             self.watch.progress(f"step {self.step + 1}")
             self.engine.backward(loss)
             sums += _sums(logits.detach(), targets, loss.detach())
         update = self.engine.update(lr)
         normalization.update_running_statistics(self.model, self.world.mean_, update.applied)
         return update, sums
+
+    def _taught(self, images: Tensor) -> Tensor | None:
+        """What the teacher, if there is one, makes of the images: logits (B, K)."""
+        return None if self.teacher is None else self.teacher(images)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
@@ -320,7 +328,7 @@ class Trainer:
         def loss(images: Tensor, targets: Tensor) -> Tensor:
             with autocast(self.world.device, self.config.precision):
                 logits = self.model(images, per_timestep=True)
-            return compute_loss(self.config.loss, logits, targets)
+            return compute_loss(self.config.loss, logits, targets, self._taught(images))
 
         loader = self._open_loader(step - 1)
         try:
@@ -548,17 +556,30 @@ def _sums(logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
     return torch.stack([loss.double() * num_samples, correct, num_samples])
 
 
-def compute_loss(section: LossSection, logits: Tensor, targets: Tensor) -> Tensor:
-    """The configured loss of logits (T, B, K)."""
+def compute_loss(
+    section: LossSection, logits: Tensor, targets: Tensor, taught: Tensor | None = None
+) -> Tensor:
+    """The configured loss of logits (T, B, K); ``taught`` are a teacher's, (B, K)."""
+    soft = section.distillation
     if section.kind == "sdt":
-        return losses.sdt_loss(logits, targets, label_smoothing=section.label_smoothing)
-    return losses.tet_loss(
-        logits,
-        targets,
-        regularization=section.lambda_,
-        phi=section.phi,
-        label_smoothing=section.label_smoothing,
-    )
+        loss = losses.sdt_loss(logits, targets, label_smoothing=section.label_smoothing)
+        learning = logits.mean(0, keepdim=True)
+    else:
+        loss = losses.tet_loss(
+            logits,
+            targets,
+            regularization=section.lambda_,
+            phi=section.phi,
+            label_smoothing=section.label_smoothing,
+        )
+        learning = logits
+    if taught is not None:
+        divergence = losses.distillation_loss(learning, taught, temperature=soft.temperature)
+        loss = loss + soft.weight * divergence
+    if soft.self_weight:
+        divergence = losses.self_distillation_loss(learning, temperature=soft.temperature)
+        loss = loss + soft.self_weight * divergence
+    return loss
 
 
 class _Clock:

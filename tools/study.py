@@ -148,7 +148,7 @@ def command(options: argparse.Namespace, file: Path) -> str:
 
 
 def choose(runs: "list[Run]", entries: list[str] | None) -> "list[Run]":
-    """The runs of some entries, and those that they begin with."""
+    """The runs of some entries, and those that they need."""
     from tetdist.errors import UserError
 
     if entries is None:
@@ -157,11 +157,12 @@ def choose(runs: "list[Run]", entries: list[str] | None) -> "list[Run]":
     for entry in entries:
         if entry not in known:
             raise UserError(f"--only: there is no entry {entry}; there are {', '.join(known)}")
-    chosen: set[Run] = set()
-    for run in reversed(runs):  # each is after those that it needs
-        if run.entry in entries or run in chosen:
-            chosen |= {run, *run.needs}
-    return [run for run in runs if run in chosen]
+    chosen: set[str] = set()
+    # From the end, because a run comes after those that it needs.
+    for run in reversed(runs):
+        if run.entry in entries or run.name in chosen:
+            chosen |= {run.name, *(needed.name for needed in run.needs)}
+    return [run for run in runs if run.name in chosen]
 
 
 # --- on this machine ------------------------------------------------------------------------------
@@ -182,7 +183,8 @@ def work(runs: "list[Run]", jobs: int) -> dict[str, str]:
     with progress, ended_at_exit(running):
         while waiting or running:
             for run in list(waiting):
-                if lost := [needed.name for needed in run.needs if needed.name in failed]:
+                lost = [needed.name for needed in run.needs if needed.name in failed]
+                if lost:
                     waiting.remove(run)
                     failed[run.name] = f"not started, because {lost[0]} failed"
                     progress.end(f"{run.name}: {failed[run.name]}")

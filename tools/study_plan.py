@@ -17,6 +17,7 @@ from tetdist.errors import UserError
 PROJECT = CONFIGS_DIR.parent
 STUDIES_DIR = CONFIGS_DIR / "studies"
 EVALUATION_FILE = "test_timesteps.json"
+TEACHER_KEY = "loss.distillation.teacher"
 
 
 class EntrySection(Section):
@@ -30,6 +31,8 @@ class EntrySection(Section):
     """The entry that it is compared with, seed by seed."""
     init: str | None = None
     """The entry whose weights, of the same seed, it begins with."""
+    teacher: str | None = None
+    """The entry whose network, of the same seed, is its teacher (loss.distillation.teacher)."""
 
 
 class StudySection(Section):
@@ -54,6 +57,7 @@ class Run:
     Attributes:
         overrides: ``key=value``, all of them, for tetdist/train.py and launch/slurm.py.
         init: The run whose weights it begins with.
+        teacher: The run whose network it learns from.
         test_timesteps: See `StudySection`.
     """
 
@@ -63,6 +67,7 @@ class Run:
     overrides: tuple[str, ...]
     config: RunConfig
     init: "Run | None"
+    teacher: "Run | None"
     test_timesteps: tuple[int, ...]
 
     @property
@@ -75,8 +80,8 @@ class Run:
 
     @property
     def needs(self) -> "tuple[Run, ...]":
-        """The runs that have to be finished before this one begins."""
-        return () if self.init is None else (self.init,)
+        """The runs that must be finished before it begins."""
+        return tuple(dict.fromkeys(run for run in (self.init, self.teacher) if run is not None))
 
     @property
     def log(self) -> Path:
@@ -146,7 +151,8 @@ def read(path: Path) -> StudySection:
     if len(set(study.seeds)) < len(study.seeds):
         raise UserError(f"{path}: seeds: one of {list(study.seeds)} is there twice")
     for name, entry in study.entries.items():
-        for key, other in (("control", entry.control), ("init", entry.init)):
+        others = {"control": entry.control, "init": entry.init, "teacher": entry.teacher}
+        for key, other in others.items():
             if other is not None and (other == name or other not in study.entries):
                 known = ", ".join(known for known in study.entries if known != name)
                 raise UserError(
@@ -166,7 +172,7 @@ def _explain(error: Any) -> str:
 
 
 def runs_of(study: StudySection, output: Path, more: list[str]) -> list[Run]:
-    """All runs, seed by seed, each after the one that it begins with.
+    """All runs, seed by seed, each after those that it needs.
 
     Args:
         study: The study.
@@ -174,17 +180,22 @@ def runs_of(study: StudySection, output: Path, more: list[str]) -> list[Run]:
         more: ``key=value`` for all of them, after the study's own.
 
     Raises:
-        UserError: A configuration is wrong, or entries begin with each other.
+        UserError: A configuration is wrong, or entries need each other.
     """
     runs: dict[tuple[str, int], Run] = {}
 
     def add(name: str, seed: int, after: tuple[str, ...] = ()) -> Run:
         if name in after:
-            raise UserError(f"entries.{name}.init: {' <- '.join((*after, name))} goes in a circle")
+            raise UserError(
+                f"entries.{name}: init and teacher go in a circle: {' <- '.join((*after, name))}"
+            )
         if (name, seed) not in runs:
-            init = study.entries[name].init
-            begins_with = add(init, seed, (*after, name)) if init is not None else None
-            runs[name, seed] = _run(study, name, seed, output, more, begins_with)
+            entry = study.entries[name]
+            init, teacher = (
+                None if other is None else add(other, seed, (*after, name))
+                for other in (entry.init, entry.teacher)
+            )
+            runs[name, seed] = _run(study, name, seed, output, more, init, teacher)
         return runs[name, seed]
 
     for seed in study.seeds:
@@ -194,7 +205,13 @@ def runs_of(study: StudySection, output: Path, more: list[str]) -> list[Run]:
 
 
 def _run(
-    study: StudySection, name: str, seed: int, output: Path, more: list[str], init: Run | None
+    study: StudySection,
+    name: str,
+    seed: int,
+    output: Path,
+    more: list[str],
+    init: Run | None,
+    teacher: Run | None,
 ) -> Run:
     entry = study.entries[name]
     config_name = entry.config or study.config
@@ -202,11 +219,15 @@ def _run(
     overrides += [*more, f"seed={seed}", f"name={name}-seed{seed}", f"runs_dir={output}"]
     if init is not None:
         overrides.append(f"init_checkpoint={init.folder}")
+    if teacher is not None:
+        overrides.append(f"{TEACHER_KEY}={teacher.folder}")
     try:
         resolved = config.load(config_name, overrides)
     except UserError as error:
         raise UserError(f"entries.{name}: {error}") from error
-    return Run(name, seed, config_name, tuple(overrides), resolved, init, study.test_timesteps)
+    return Run(
+        name, seed, config_name, tuple(overrides), resolved, init, teacher, study.test_timesteps
+    )
 
 
 def as_text(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import study_figures
-from study_plan import Run, StudySection, evaluation, is_trained, lines, shown
+from study_plan import TEACHER_KEY, Run, StudySection, evaluation, is_trained, lines, shown
 
 from tetdist.config import flatten
 from tetdist.errors import UserError
@@ -215,15 +215,17 @@ class Numbers:
         )
 
     def cost(self, entry: str) -> tuple[float, float]:
-        """Image-timesteps and seconds of training, medians over seeds, with the runs begun from."""
-        results = self.of(entry)
-        image_timesteps = float(np.median([result.image_timesteps for result in results]))
-        seconds = float(np.median([result.seconds for result in results]))
-        init = self.study.entries[entry].init
-        if init is not None and self.results[init]:
-            earlier = self.cost(init)
-            return image_timesteps + earlier[0], seconds + earlier[1]
-        return image_timesteps, seconds
+        """Image-timesteps and seconds of training, medians over seeds, with the runs it needed."""
+        counted = [self.of(name) for name in self.with_needed(entry) if self.results[name]]
+        image_timesteps = [np.median([r.image_timesteps for r in results]) for results in counted]
+        seconds = [np.median([r.seconds for r in results]) for results in counted]
+        return float(sum(image_timesteps)), float(sum(seconds))
+
+    def with_needed(self, entry: str) -> list[str]:
+        """The entry, the one that it begins with, its teacher, and so on."""
+        section = self.study.entries[entry]
+        needed = [name for name in (section.init, section.teacher) if name is not None]
+        return list(dict.fromkeys([entry, *(n for name in needed for n in self.with_needed(name))]))
 
     def as_dict(self) -> dict[str, Any]:
         differences = {
@@ -438,7 +440,8 @@ def overview(numbers: Numbers) -> str:
         "standard deviation over n seeds. A difference is that of runs with the same seed, with "
         "the 95 % interval of the paired t-test. The best epoch is chosen on the same samples, "
         "which flatters it. Image-timesteps and seconds are medians and include what a run began "
-        "with; seconds are without evaluations and depend on what else the machine did."
+        "with, and its teacher's training; seconds are without evaluations and depend on what else "
+        "the machine did."
     )
 
 
@@ -473,22 +476,29 @@ def what_differs(numbers: Numbers) -> str:
     """The keys that are not the same in all entries."""
     entries = numbers.entries
     flat = {entry: flatten(numbers.of(entry)[0].run.config.as_dict()) for entry in entries}
-    of_the_run = ("name", "seed", "init_checkpoint")
+    of_the_run = ("name", "seed", "init_checkpoint", TEACHER_KEY)
     keys = [
         key for key in dict.fromkeys(k for e in entries for k in flat[e]) if key not in of_the_run
     ]
     differing = [key for key in keys if len({str(flat[entry].get(key)) for entry in entries}) > 1]
-    if not differing and not any(numbers.study.entries[entry].init for entry in entries):
+    sections = [numbers.study.entries[entry] for entry in entries]
+    others = {
+        head: names
+        for head, names in (
+            ("begins with", [section.init for section in sections]),
+            ("learns from", [section.teacher for section in sections]),
+        )
+        if any(names)
+    }
+    if not differing and not others:
         return ""
     rows = [
         [f"`{entry}`", *(str(flat[entry].get(key, "")) for key in differing)] for entry in entries
     ]
-    head = ["", *(f"`{key}`" for key in differing)]
-    if any(numbers.study.entries[entry].init for entry in entries):
-        head.append("begins with")
-        for row, entry in zip(rows, entries, strict=True):
-            init = numbers.study.entries[entry].init
-            row.append(f"`{init}`" if init else "")
+    head = ["", *(f"`{key}`" for key in differing), *others]
+    for names in others.values():
+        for row, name in zip(rows, names, strict=True):
+            row.append(f"`{name}`" if name else "")
     return f"What differs between them:\n\n{table(head, rows)}"
 
 
