@@ -3,6 +3,8 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +125,8 @@ def submit(jobs: list[Job], values: dict[str, Any], folder: Path) -> list[str]:
         ) from error
     executor.update_parameters(**values)
     try:
-        with executor.batch():
+        # submitit would show sbatch's words, which are in its error, too.
+        with redirect_stderr(StringIO()), executor.batch():
             submitted = [executor.submit(job) for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"Slurm refuses the job: {_reason(str(error))}") from error

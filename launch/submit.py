@@ -52,16 +52,10 @@ def prepare(
     Raises:
         UserError: One of them is not right.
     """
-    if config.init_checkpoint:
-        path = Path(config.init_checkpoint).absolute()
-        begins = not any((config.run_dir / "checkpoints").glob("step-*"))
-        if begins and not after and not path.exists():
-            raise UserError(
-                f"init_checkpoint: there is no {path}; if a queued run is to leave it there, "
-                "submit this one with --after RUN"
-            )
-        # Now, because the folder of the run says it, and the job runs in another one.
-        config = config.model_copy(update={"init_checkpoint": str(path)})
+    if not after:
+        _check_inputs(config)
+    # Now, since the run's folder says it, too, and the job runs in another one.
+    config = _with_absolute_paths(config)
     world = World(0, cluster.processes, torch.device("cpu"), control=None)
     train_index, val_index = open_data(config, world)
     model = make_model(config, train_index)
@@ -75,6 +69,32 @@ def prepare(
         buffers=sum(b.numel() for b in model.buffers()),
     )
     return Prepared(config, cluster, made, train_index, world)
+
+
+def _check_inputs(config: RunConfig) -> None:
+    has_begun = record.saved_step(config.run_dir) > 0
+    values = configuration.flatten(config.as_dict())
+    for key in configuration.PATH_KEYS:
+        path = values.get(key)
+        if path is None or path.startswith("timm:") or (has_begun and key == "init_checkpoint"):
+            continue
+        if not Path(path).exists():
+            raise UserError(
+                f"{key}: there is no {path}; if a queued run is to leave it there, submit this one "
+                "with --after RUN"
+            )
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    values = config.as_dict()
+    for key in configuration.PATH_KEYS:
+        *sections, last = key.split(".")
+        section = values
+        for name in sections:
+            section = section[name]
+        if section[last] is not None:
+            section[last] = configuration.absolute_path(section[last])
+    return configuration.parse(values, config.name, warn=False)
 
 
 def absolute(config: RunConfig) -> RunConfig:

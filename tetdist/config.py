@@ -333,8 +333,13 @@ OPERATIONAL_KEYS = (
 )
 
 
-# Files and folders of other runs, which are the same however their path is written.
-PATH_KEYS = ("init_checkpoint",)
+# Files and folders of others, which are the same however their path is written. A teacher may be
+# timm:NAME instead.
+PATH_KEYS = (
+    "init_checkpoint",
+    "loss.distillation.teacher",
+    "loss.distillation.teacher_weights",
+)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -364,7 +369,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
-    return flat | {key: str(Path(flat[key]).absolute()) for key in PATH_KEYS if flat.get(key)}
+    return flat | {key: absolute_path(flat[key]) for key in PATH_KEYS if flat.get(key)}
+
+
+def absolute_path(value: str) -> str:
+    """The value of one of the `PATH_KEYS` as it is understood in any folder."""
+    return value if value.startswith("timm:") else str(Path(value).absolute())
 
 
 def find(name: str) -> Path:

@@ -206,7 +206,8 @@ def send(run: Run, config: RunConfig, cluster: ClusterSection, code: Path) -> St
 def note_as_sweep(runs: list[Run], folder: Path) -> None:
     """So that `launch/slurm.py status` and `cancel` take the study's folder for all its runs."""
     submitted = [run.folder for run in runs if record.newest_submission(run.folder)]
-    record.write_sweep(folder, submitted)
+    if submitted:
+        record.write_sweep(folder, submitted)
 
 
 def farewell(standings: dict[Run, Standing], output: Path) -> int:
