@@ -166,7 +166,7 @@ def test_ctrl_c_ends_the_runs_and_they_go_on(write: Callable[..., Path], tmp_pat
     assert list((output / "long-seed0" / "checkpoints").glob("step-*"))
 
 
-def test_slurm_gets_the_runs_that_are_left(write: Callable[..., Path], tmp_path: Path) -> None:
+def test_slurm_gets_all_runs_that_are_left(write: Callable[..., Path], tmp_path: Path) -> None:
     file = write({"entries.tet.init": "sdt", "seeds": [0]})
     command = tiny.python(STUDY, file, "--output", tmp_path / "out", "--slurm", "--dry-run")
     env = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT))
@@ -174,8 +174,46 @@ def test_slurm_gets_the_runs_that_are_left(write: Callable[..., Path], tmp_path:
     assert status == 0, said
     assert "name: sdt-seed0" in said
     assert "loss:\n" in said
-    assert "tet-seed0 waits for sdt-seed0" in said
+    assert "# === tet-seed0, begins after sdt-seed0\n" in said
+    assert "#SBATCH --dependency=afterok:JOB_OF_sdt-seed0\n" in said
+    assert f"init_checkpoint: {tmp_path / 'out' / 'sdt-seed0'}\n" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_without_slurm_nothing_is_submitted(
+    call: Call, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, output = write(), tmp_path / "out"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status, _, errors = call(file, "--output", output, "--slurm", "--gpus-per-node", 0)
+    assert status == 2
+    assert errors.startswith("error: there is no Slurm here")
+    assert "leave out --slurm to train here" in errors
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_submitted_by_how_the_runs_are(
+    write: Callable[..., Path], tmp_path: Path, again: bool
+) -> None:
+    """A failed run is tried again only if that is said; those that need it wait for that, too."""
+    import study_plan
+    import study_slurm
+    from study_slurm import Standing
+
+    words = {"done": "finished", "bad": "failed", "ended": "cancelled", "waits": "queued"}
+    needs = {"of_done": "done", "of_bad": "bad", "of_of_bad": "of_bad", "of_waits": "waits"}
+    entries = {name: {} for name in words} | {name: {"init": of} for name, of in needs.items()}
+    study = study_plan.read(write({"entries": entries, "seeds": [0]}))
+    runs = study_plan.runs_of(study, tmp_path / "out", [])
+    found = {run: Standing(words.get(run.entry, "new"), "") for run in runs}
+    decided = study_slurm.decide(found, again)
+    expected = words | dict.fromkeys(needs, "new")
+    if again:
+        expected |= {"bad": "new", "ended": "new"}
+    else:
+        expected |= {"of_bad": "held back", "of_of_bad": "held back"}
+    assert {run.entry: standing.word for run, standing in decided.items()} == expected
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -219,6 +257,7 @@ def test_mistakes_on_the_command_line_are_named(
     for arguments, word in (
         (("no_such_study",), "tet_vs_sdt_digits"),
         ((file, "--only", "tte"), "sdt, tet"),
+        ((file, "--again"), "--again goes with --slurm"),
         ((file, "--jobs", 0), "--jobs"),
         ((file, "--report-only"), "none is finished"),
         ((file, "seed"), "'seed' is not an override"),

@@ -124,7 +124,12 @@ def study(options: argparse.Namespace) -> int:
 
         return study_slurm.submit(chosen, output, options.slurm, options.again)
     if not options.report_only:
-        study_plan.check_data([run for run in chosen if run.next_command()])
+        left = [run for run in chosen if run.next_command()]
+        study_plan.check_data(left)
+        if any((run.folder / "slurm").exists() for run in left):
+            import study_slurm
+
+            study_slurm.refuse_if_queued(left)
         failed = work(chosen, options.jobs)
     study_report.write(section, file.stem, runs, output / "report.md", command(options, file))
     print(f"the report is {output / 'report.md'}")

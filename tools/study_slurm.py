@@ -133,6 +133,22 @@ def ask(runs: list[Run]) -> dict[Run, Standing]:
     }
 
 
+def refuse_if_queued(runs: list[Run]) -> None:
+    """What Slurm is to train must not be trained here meanwhile.
+
+    Raises:
+        UserError: One of the runs is queued or runs.
+    """
+    if not queued.is_here():
+        return
+    for run, standing in ask(runs).items():
+        if standing.word in ("queued", "running") and not is_trained(run):
+            raise UserError(
+                f"{run.name} is {standing.text}; wait for it, end it with `launch/slurm.py cancel "
+                f"{run.folder}`, or report what is finished with --report-only"
+            )
+
+
 def standing_of(run: Run, submitted: Submission | None, state: State | None) -> Standing:
     """How a run is whose newest job is in the given state."""
     if submitted is not None and state is not None and state.is_queued:

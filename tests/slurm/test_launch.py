@@ -122,6 +122,41 @@ def test_further_flags_of_sbatch() -> None:
     assert "gpus" not in text
 
 
+def test_a_job_that_begins_after_others() -> None:
+    section = ClusterSection(gpus_per_node=0, sbatch={"dependency": "singleton"})
+    text = batch.text(batch.parameters("x", section, Path("/code"), ["3", "4_1"]), Path("/folder"))
+    assert "#SBATCH --dependency=afterok:3:4_1,singleton\n" in text
+    assert "#SBATCH --kill-on-invalid-dep=yes\n" in text
+    alone = batch.text(batch.parameters("x", section, Path("/code")), Path("/folder"))
+    assert "#SBATCH --dependency=singleton\n" in alone
+    assert "kill-on-invalid-dep" not in alone
+
+
+def test_files_of_others_are_found_from_the_folder_of_the_code(
+    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = ["init_checkpoint=given", "loss.distillation.teacher=its/folder"]
+    config = configuration.load(str(tiny_config()), overrides)
+    facts = ClusterSection(gpus_per_node=0)
+    with pytest.raises(UserError, match=r"init_checkpoint: there is no given; .*--after RUN"):
+        submit.prepare(config, facts)
+    (tmp_path / "given").touch()
+    with pytest.raises(UserError, match=r"teacher: there is no its/folder"):
+        submit.prepare(config, facts)
+    # Those will be there.
+    prepared = submit.prepare(config, facts, after=["its"]).config
+    assert prepared.init_checkpoint == str(tmp_path / "given")
+    assert prepared.loss.distillation.teacher == str(tmp_path / "its" / "folder")
+    # However it is written, it is the same run.
+    assert configuration.differences(config.as_dict(), prepared.as_dict()) == []
+    other = config.model_copy(update={"init_checkpoint": "other"})
+    assert len(configuration.differences(other.as_dict(), prepared.as_dict())) == 1
+    # timm's models have names, not paths.
+    timm = configuration.load(str(tiny_config()), ["loss.distillation.teacher=timm:resnet18"])
+    assert submit.prepare(timm, facts).config.loss.distillation.teacher == "timm:resnet18"
+
+
 def test_snapshot_holds_what_is_not_committed(tmp_path: Path) -> None:
     project, target = tmp_path / "project", tmp_path / "copy"
 
@@ -236,7 +271,9 @@ def test_what_is_refused_before_anything_is_written(
     refused(capfd, [*four, "data.root=/nowhere"], "data.root: there is no folder /nowhere")
     refused(capfd, [*four, "bach.micro=1"], "unknown key 'bach'")
     refused(capfd, [*four, "cluster.quos=x"], "unknown key 'quos'", "'qos'")
-    refused(capfd, [*four, "--time", "soon"], "cluster.time: 'soon'")
+    refused(capfd, [*four, "--time", "soon"], "--time: 'soon' is no time")
+    refused(capfd, [*four, "--after", "nothing"], "there is no run nothing")
+    refused(capfd, [*four, "--after", "nothing", "--local", "1"], "does not go with --local")
     refused(capfd, [*four, "--gpus-per-node", "-1"], "'gpus_per_node'")
     refused(capfd, ["status", "nothing"], "there is no run nothing")
     refused(capfd, ["cancel", str(tmp_path)], "was not submitted with launch/slurm.py")
@@ -301,6 +338,10 @@ def test_starts_that_lead_nowhere_end(
     assert "until: preempted (SIGUSR2)" in said
     assert "launch/slurm.py resume" in said
     assert record.history(run)[-1].kind == "failed"
+    # Nor is one that was cancelled started by a late requeue, or taken for finished by others.
+    record.note(run, Event("cancelled", "local", step=3))
+    assert local.run_here(job, 1) == 128 + signal.SIGTERM
+    assert record.history(run)[-1].kind == "cancelled"
 
 
 def test_cluster_file_of_the_documentation(cluster_file: Path) -> None:

@@ -1,0 +1,218 @@
+"""tools/study.py on a real cluster: a study submitted at once, of runs that need each other."""
+
+import importlib
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+from cluster import Cluster, wait_until
+from runs import Run, mlflow_status
+
+from launch import slurm
+
+ON_CPU = ("--gpus-per-node", "0", "--time", "10")
+HELD = ("cluster.sbatch.hold=true",)
+
+
+@pytest.fixture(scope="module")
+def tool() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        # Its modules import each other by name, as in a script's folder.
+        patch.syspath_prepend(str(tiny.PROJECT / "tools"))
+        yield importlib.import_module("study")
+
+
+class Study:
+    """A study in a folder of its own, in which this process now is."""
+
+    def __init__(
+        self, tool: ModuleType, cluster: Cluster, capfd: pytest.CaptureFixture[str], folder: Path
+    ) -> None:
+        self._tool, self.cluster, self._capfd = tool, cluster, capfd
+        self.output = folder / "out"
+
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        """Runs the tool: status, output, errors."""
+        self._capfd.readouterr()
+        status = self._tool.main(["study.yaml", "--output", "out", *map(str, arguments)])
+        return status, *self._capfd.readouterr()
+
+    def run(self, name: str) -> Run:
+        return Run(self.cluster, self.output / name)
+
+    def release(self, *names: str) -> None:
+        for name in names:
+            self.cluster.run("scontrol", "release", self.run(name).job)
+
+
+@pytest.fixture
+def study(
+    tool: ModuleType,
+    cluster: Cluster,
+    tiny_config: Callable[..., Path],
+    tmp_path: Path,
+    no_cluster_file: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Study]:
+    """Writes a study of tiny runs with one seed: (entries, changes of the configuration)."""
+    del no_cluster_file
+    monkeypatch.chdir(tmp_path)
+
+    def write(entries: dict[str, Any], changes: dict[str, Any] | None = None) -> Study:
+        base = tiny_config({"engine": "torch", "phases.0.epochs": 1} | (changes or {}))
+        values = {
+            "title": "A tiny study",
+            "config": str(base),
+            "seeds": [0],
+            "test_timesteps": [1, 2],
+            "entries": entries,
+        }
+        Path("study.yaml").write_text(yaml.safe_dump(values))
+        return Study(tool, cluster, capfd, tmp_path)
+
+    return write
+
+
+def job_in(said: str, name: str) -> str:
+    """The job that a run was submitted as."""
+    found = re.search(rf"^{name}: submitted as job (\d+)", said, re.MULTILINE)
+    assert found, said
+    return found[1]
+
+
+def test_typed_twice_it_submits_nothing_twice(
+    study: Callable[..., Study], cluster: Cluster, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny_study = study({"second": {"init": "first"}, "first": {}})
+    status, said, errors = tiny_study("--slurm", *ON_CPU, *HELD)
+    assert status == 0, errors
+    first, second = job_in(said, "first-seed0"), job_in(said, "second-seed0")
+    assert f"second-seed0: submitted as job {second}, begins after first-seed0" in said
+    assert f"afterok:{first}(" in cluster.job(second)["Dependency"]
+
+    status, said, errors = tiny_study("--slurm", *ON_CPU)
+    assert status == 0, errors
+    for name, job in (("first", first), ("second", second)):
+        assert f"{name}-seed0: PENDING as job {job} (waiting: " in said
+    assert "2 runs: 2 queued" in said
+    assert len(cluster.squeue()) == 2
+    # Nor does it train here what is queued there.
+    status, _, errors = tiny_study()
+    assert (status, f"first-seed0 is PENDING as job {first}" in errors) == (2, True), errors
+
+    # Slurm ends what was to begin after it; neither is what one wants to have again unasked.
+    assert slurm.main(["cancel", "out"]) == 0
+    wait_until(lambda: not cluster.squeue(), "an empty queue")
+    status, said, errors = tiny_study("--slurm", *ON_CPU)
+    assert status == 1
+    assert f"first-seed0: cancelled, job {first}" in said
+    assert "submitted as job" not in said
+    assert "--again" in errors
+    # What will never be finished is nothing to wait for.
+    alone = ["--config", "tiny.yaml", "name=third", *ON_CPU]
+    assert slurm.main([*alone, "--after", "out/first-seed0"]) == 2
+    assert "--after: out/first-seed0 is neither finished nor queued" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--partition", "nowhere"), ("first-seed0: Slurm refuses the job", "nowhere", "`sinfo`")),
+        (("--constraint", "fast"), ("Invalid feature specification", "--constraint")),
+        (("--nodes", "9", "cluster.tasks_per_node=1", "cluster.mem_gb=1e6"), ("`sinfo",)),
+        (("--time", "soon"), ("--time: 'soon' is no time in Slurm's notation",)),
+        (("--follow",), ("--follow is for single runs",)),
+        (("loss.kind=sdt",), ("only flags and cluster.key=value may follow", "loss.kind=sdt")),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_queued(
+    study: Callable[..., Study], cluster: Cluster, flags: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    changes = {"batch.global": 9, "batch.micro": 1} if "--nodes" in flags else {}
+    status, _, errors = study({"first": {}}, changes)("--slurm", *ON_CPU, *flags)
+    assert status == 2
+    assert errors.count("\n") == 1, errors
+    assert [word for word in words if word not in errors] == [], errors
+    assert not cluster.squeue()
+
+
+@pytest.mark.long
+def test_a_run_begins_when_the_one_it_needs_is_finished(
+    study: Callable[..., Study], cluster: Cluster
+) -> None:
+    """It is requeued in between, which the other one must not take for its end."""
+    long = {"phases.0.epochs": 150, "evaluate_every": 150}
+    tiny_study = study({"second": {"init": "first"}, "first": {"overrides": long}})
+    status, said, errors = tiny_study("--slurm", *ON_CPU)
+    assert status == 0, errors
+    first, second = tiny_study.run("first-seed0"), tiny_study.run("second-seed0")
+    wait_until(lambda: first.logged_step >= 20, "step 20", 90)
+    cluster.run("scancel", "--signal=USR2", first.job)
+    first.wait_for_start(2)
+    status, said, errors = tiny_study("--slurm", *ON_CPU)
+    assert status == 0, errors
+    assert re.search(rf"first-seed0: \w+ as job {first.job} ", said), said
+    assert re.search(rf"second-seed0: \w+ as job {second.job} ", said), said
+
+    second.wait_for("finished")
+    assert [e.kind for e in first.history] == [
+        "submitted", "started", "stopped", "started", "finished",
+    ]  # fmt: skip
+    assert [e.kind for e in second.history] == ["submitted", "started", "finished"]
+    assert first.history[-1].time < second.history[1].time
+    assert f"beginning with the weights of {first.path} (step 750, T=2)" in second.log
+    status, said, errors = tiny_study("--slurm", *ON_CPU)
+    assert (status, "2 runs: 2 finished" in said) == (0, True), errors
+    status, said, errors = tiny_study()
+    assert status == 0, errors
+    assert "the report is out/report.md" in said
+    assert "Not complete" not in (tiny_study.output / "report.md").read_text()
+
+
+@pytest.mark.long
+def test_what_begins_after_a_run_that_fails_leaves_the_queue_and_is_named(
+    study: Callable[..., Study], cluster: Cluster, tiny_root: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(tiny_root, tmp_path / "spoilt"))
+    entries = {
+        "bad": {"overrides": {"data.root": str(root)}},
+        "child": {"init": "bad"},
+        "grandchild": {"init": "child"},
+        "other": {},
+    }
+    tiny_study = study(entries, {"tracking.mlflow": True})
+    status, said, errors = tiny_study("--slurm", *ON_CPU, *HELD)
+    assert status == 0, errors
+    bad, child = tiny_study.run("bad-seed0"), tiny_study.run("child-seed0")
+    shutil.move(root / "index", tmp_path / "away")
+    tiny_study.release("grandchild-seed0", "child-seed0", "other-seed0", "bad-seed0")
+    wait_until(lambda: not cluster.squeue(), "an empty queue", 120)
+    jobs = {name: tiny_study.run(f"{name}-seed0").job for name in entries}
+
+    status, said, errors = tiny_study("--slurm", *ON_CPU)
+    assert status == 1
+    assert re.search(rf"bad-seed0: failed, job {bad.job}: error: there is no index", said), said
+    assert "child-seed0: not submitted, because bad-seed0 failed" in said
+    assert "grandchild-seed0: not submitted, because child-seed0 is held back, too" in said
+    assert "other-seed0: finished" in said
+    assert "4 runs: 1 failed, 2 held back, 1 finished" in said
+    assert "--again before --slurm" in errors
+    assert {name: tiny_study.run(f"{name}-seed0").job for name in entries} == jobs
+    assert [event.kind for event in child.history] == ["submitted"]
+    assert (mlflow_status(bad), mlflow_status(child)) == ("FAILED", "KILLED")
+    # Nor can it be continued alone, with weights that are not there.
+    assert slurm.main(["resume", str(child.path)]) == 2
+
+    shutil.move(tmp_path / "away", root / "index")
+    status, said, errors = tiny_study("--again", "--slurm", *ON_CPU)
+    assert status == 0, errors
+    assert "4 runs: 3 submitted, 1 finished" in said
+    child.wait_for("finished")
+    assert f"beginning with the weights of {bad.path} (step 5, T=2)" in child.log
