@@ -166,30 +166,75 @@ def test_ctrl_c_ends_the_runs_and_they_go_on(write: Callable[..., Path], tmp_pat
     assert list((output / "long-seed0" / "checkpoints").glob("step-*"))
 
 
-def test_slurm_gets_all_runs_that_are_left(write: Callable[..., Path], tmp_path: Path) -> None:
-    file = write({"entries.tet.init": "sdt", "seeds": [0]})
-    command = tiny.python(STUDY, file, "--output", tmp_path / "out", "--slurm", "--dry-run")
-    env = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT))
-    status, said = tiny.execute([*command, "--gpus-per-node", "0"], tmp_path, env=env)
-    assert status == 0, said
-    assert "name: sdt-seed0" in said
-    assert "loss:\n" in said
-    assert "# === tet-seed0, begins after sdt-seed0\n" in said
-    assert "#SBATCH --dependency=afterok:JOB_OF_sdt-seed0\n" in said
-    assert f"init_checkpoint: {tmp_path / 'out' / 'sdt-seed0'}\n" in said
-    assert not (tmp_path / "out").exists()
+# --- on a cluster, of which tests/slurm/test_studies.py has one -----------------------------------
 
 
-def test_without_slurm_nothing_is_submitted(
-    call: Call, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither its programs nor the facts of this machine's real cluster."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("TETDIST_CLUSTER", raising=False)
+
+
+@pytest.mark.usefixtures("no_slurm")
+def test_dry_run_shows_each_job_after_those_it_needs(
+    call: Call, write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    file, output = write(), tmp_path / "out"
-    monkeypatch.setenv("PATH", str(tmp_path))
-    status, _, errors = call(file, "--output", output, "--slurm", "--gpus-per-node", 0)
+    entries = ENTRIES | {"both": {"init": "sdt", "teacher": "tet"}}
+    file = write({"entries": entries, "seeds": [0]})
+    dry = ("--slurm", "--dry-run", "--gpus-per-node", "0")
+    status, said, errors = call(file, "--output", tmp_path / "new", *dry)
+    assert status == 0, errors
+    jobs = said.split("# === ")[1:]
+    assert [job.splitlines()[0] for job in jobs] == [
+        "sdt-seed0",
+        "tet-seed0",
+        "both-seed0, begins after sdt-seed0, tet-seed0",
+    ]
+    assert "--dependency" not in jobs[0] + jobs[1]
+    assert "#SBATCH --dependency=afterok:JOB_OF_sdt-seed0:JOB_OF_tet-seed0\n" in jobs[2]
+    # Otherwise it would wait for ever if one of them fails.
+    assert "#SBATCH --kill-on-invalid-dep=yes\n" in jobs[2]
+    # The job runs in another folder.
+    assert f"init_checkpoint: {tmp_path / 'new' / 'sdt-seed0'}\n" in jobs[2]
+    assert f"teacher: {tmp_path / 'new' / 'tet-seed0'}\n" in jobs[2]
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("no_slurm")
+def test_dry_run_leaves_out_what_is_finished(call: Call, finished: tuple[Path, Path]) -> None:
+    file, output = finished
+    dry = ("--slurm", "--dry-run", "--gpus-per-node", "0")
+    status, said, _ = call(file, "--output", output, *dry)
+    assert (status, said.count(": finished\n"), "#SBATCH" in said) == (0, 6, False)
+
+
+@pytest.mark.usefixtures("no_slurm")
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--gpus-per-node", "0"), ("there is no Slurm here", "leave out --slurm", "--dry-run")),
+        (("--dry-run",), ("how many GPUs", "--gpus-per-node")),
+        (("--dry-run", "--time", "soon"), ("--time: 'soon' is no time", "24:00:00")),
+        (("--sweep", "seed=0,1"), ("--sweep is for single runs",)),
+        (("--local", "2"), ("--local is for single runs",)),
+        (("--config", "other.yaml"), ("--config is for single runs",)),
+        (("seed=3",), ("write seed=3 before it",)),
+    ],
+)
+def test_mistakes_in_what_follows_slurm_are_named(
+    call: Call,
+    write: Callable[..., Path],
+    tmp_path: Path,
+    flags: tuple[str, ...],
+    words: tuple[str, ...],
+) -> None:
+    status, _, errors = call(write(), "--output", tmp_path / "out", "--slurm", *flags)
     assert status == 2
-    assert errors.startswith("error: there is no Slurm here")
-    assert "leave out --slurm to train here" in errors
-    assert not output.exists()
+    assert [word for word in words if word not in errors] == [], errors
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -203,16 +248,19 @@ def test_what_is_submitted_by_how_the_runs_are(
 
     words = {"done": "finished", "bad": "failed", "ended": "cancelled", "waits": "queued"}
     needs = {"of_done": "done", "of_bad": "bad", "of_of_bad": "of_bad", "of_waits": "waits"}
+    # Slurm has not removed it yet.
+    needs |= {"still_queued": "bad"}
     entries = {name: {} for name in words} | {name: {"init": of} for name, of in needs.items()}
     study = study_plan.read(write({"entries": entries, "seeds": [0]}))
     runs = study_plan.runs_of(study, tmp_path / "out", [])
     found = {run: Standing(words.get(run.entry, "new"), "") for run in runs}
+    found |= {run: Standing("queued", "") for run in runs if run.entry == "still_queued"}
     decided = study_slurm.decide(found, again)
     expected = words | dict.fromkeys(needs, "new")
     if again:
         expected |= {"bad": "new", "ended": "new"}
     else:
-        expected |= {"of_bad": "held back", "of_of_bad": "held back"}
+        expected |= dict.fromkeys(("of_bad", "of_of_bad", "still_queued"), "held back")
     assert {run.entry: standing.word for run, standing in decided.items()} == expected
 
 
@@ -257,9 +305,10 @@ def test_mistakes_on_the_command_line_are_named(
     for arguments, word in (
         (("no_such_study",), "tet_vs_sdt_digits"),
         ((file, "--only", "tte"), "sdt, tet"),
-        ((file, "--again"), "--again goes with --slurm"),
         ((file, "--jobs", 0), "--jobs"),
         ((file, "--report-only"), "none is finished"),
+        ((file, "--report-only", "--slurm"), "leave out --slurm"),
+        ((file, "--again"), "--again goes with --slurm"),
         ((file, "seed"), "'seed' is not an override"),
     ):
         status, _, errors = call(*arguments, "--output", output)

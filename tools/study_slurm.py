@@ -8,7 +8,7 @@ from pathlib import Path
 
 from study_plan import PROJECT, Run, check_data, is_trained
 
-sys.path.append(str(PROJECT))  # launch/ is not installed
+sys.path.insert(0, str(PROJECT))  # launch/ is not installed
 
 from launch import queued, record, slurm, status
 from launch import submit as submission
@@ -20,7 +20,7 @@ from tetdist.config import RunConfig
 from tetdist.errors import UserError
 
 # States in which a run stays until somebody does something, and what is said of it then.
-LOST = {"failed": "failed", "cancelled": "was cancelled", "held back": "is held back, too"}
+LOST = {"failed": "failed", "cancelled": "was cancelled", "held back": "does not begin either"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def submit(runs: list[Run], output: Path, flags: list[str], again: bool) -> int:
             "there is no Slurm here (no sbatch on the PATH): run this on a login node, or leave "
             "out --slurm to train here, or add --dry-run to look at the jobs"
         )
-    standings = decide(ask(runs), again)
+    found = ask(runs)
+    standings = decide(found, again)
     left = {run: job_of(run, flags) for run in runs if standings[run].word == "new"}
     check_data(list(left))
     code = submission.copy_code(record.next_submission(output) / "code") if left else None
@@ -66,6 +67,8 @@ def submit(runs: list[Run], output: Path, flags: list[str], again: bool) -> int:
         for run in runs:
             if run in left:
                 assert code is not None
+                if found[run].word == "queued":
+                    _leave_queue(run)
                 standings[run] = send(run, *left[run], code)
             elif standings[run].word == "held back" and record.newest_submission(run.folder):
                 record.announce(run.config, "KILLED", {})
@@ -164,9 +167,12 @@ def standing_of(run: Run, submitted: Submission | None, state: State | None) -> 
     kinds = {event.kind for event in events}
     if "cancelled" in kinds:
         return Standing("cancelled", f"cancelled, job {submitted.job}")
-    # It left the queue with the one that it was to begin after, which is no failure of its own.
     if state.name in ("CANCELLED", "unknown") and "started" not in kinds:
-        return Standing("new", "not submitted")
+        # One that was to begin after another has left the queue with it, most likely, which is no
+        # failure of its own.
+        if submitted.after or state.name == "unknown":
+            return Standing("new", "not submitted")
+        return Standing("cancelled", f"cancelled in the queue, job {submitted.job}")
     reason = status.failure_of(events, submitted) or f"{state.name}, {state.text}"
     return Standing(
         "failed",
@@ -177,6 +183,9 @@ def standing_of(run: Run, submitted: Submission | None, state: State | None) -> 
 def decide(standings: dict[Run, Standing], again: bool) -> dict[Run, Standing]:
     """The same, where ``new`` are now all that are to be submitted, and no others.
 
+    Slurm takes a moment to remove from its queue what waits for a failed job. Such a run is as one
+    that it has removed.
+
     Args:
         standings: Of all runs, each after those that it needs.
         again: Whether those that have failed are to be submitted, too.
@@ -185,10 +194,12 @@ def decide(standings: dict[Run, Standing], again: bool) -> dict[Run, Standing]:
     for run, standing in standings.items():
         if again and standing.word in LOST:
             standing = Standing("new", "not submitted")
+        if standing.word == "queued" and any(decided[n].word == "new" for n in run.needs):
+            standing = Standing("new", "not submitted")
         lost = [needed for needed in run.needs if decided[needed].word in LOST]
-        if standing.word == "new" and lost:
+        if standing.word in ("new", "queued") and lost:
             reason = f"{lost[0].name} {LOST[decided[lost[0]].word]}"
-            standing = Standing("held back", f"not submitted, because {reason}")
+            standing = Standing("held back", f"does not begin, because {reason}")
         decided[run] = standing
     return decided
 
@@ -207,6 +218,13 @@ def job_of(run: Run, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
     return config, slurm.cluster_of(config.cluster, options)
 
 
+def _leave_queue(run: Run) -> None:
+    """Of a run whose job waits for one that has failed."""
+    submitted = record.newest_submission(run.folder)
+    assert submitted is not None
+    queued.cancel(submitted.job)
+
+
 def send(run: Run, config: RunConfig, cluster: ClusterSection, code: Path) -> Standing:
     """
     Raises:
@@ -221,9 +239,11 @@ def send(run: Run, config: RunConfig, cluster: ClusterSection, code: Path) -> St
 
 def note_as_sweep(runs: list[Run], folder: Path) -> None:
     """So that `launch/slurm.py status` and `cancel` take the study's folder for all its runs."""
-    submitted = [run.folder for run in runs if record.newest_submission(run.folder)]
-    if submitted:
-        record.write_sweep(folder, submitted)
+    submitted = [run.folder.absolute() for run in runs if record.newest_submission(run.folder)]
+    # With those of an earlier command that named other entries.
+    earlier = record.newest_sweep(folder.parent.parent)
+    if everything := list(dict.fromkeys([*earlier, *submitted])):
+        record.write_sweep(folder, everything)
 
 
 def farewell(standings: dict[Run, Standing], output: Path) -> int:

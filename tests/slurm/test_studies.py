@@ -121,6 +121,38 @@ def test_typed_twice_it_submits_nothing_twice(
     assert "--after: out/first-seed0 is neither finished nor queued" in capfd.readouterr().err
 
 
+def test_ended_by_scancel_and_submitted_again_at_once(
+    study: Callable[..., Study], cluster: Cluster
+) -> None:
+    """Slurm does not remove what is held; so the second waits for a job that is gone."""
+    tiny_study = study({"second": {"init": "first"}, "first": {}, "other": {}})
+    held = ("--slurm", *ON_CPU, *HELD)
+    assert tiny_study("--only", "other", *held)[0] == 0
+    assert tiny_study("--only", "second", *held)[0] == 0
+    first, second, other = (
+        tiny_study.run(f"{name}-seed0") for name in ("first", "second", "other")
+    )
+    gone, left = (first.job, second.job), other.job
+    cluster.run("scancel", first.job)
+    assert second.is_queued
+    status, said, _ = tiny_study(*held)
+    assert status == 1
+    assert f"first-seed0: cancelled in the queue, job {first.job}" in said
+    assert "second-seed0: does not begin, because first-seed0 was cancelled" in said
+    assert f"other-seed0: PENDING as job {other.job}" in said
+    assert (first.job, second.job) == gone
+
+    status, said, errors = tiny_study("--again", *held)
+    assert status == 0, errors
+    assert f"second-seed0: submitted as job {second.job}, begins after first-seed0" in said
+    assert sorted(cluster.squeue()) == sorted(
+        f"{job} PENDING" for job in (first.job, second.job, left)
+    )
+    # The study's folder stands for all its runs, whenever they were submitted.
+    assert slurm.main(["cancel", "out"]) == 0
+    assert not cluster.squeue()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -199,8 +231,8 @@ def test_what_begins_after_a_run_that_fails_leaves_the_queue_and_is_named(
     status, said, errors = tiny_study("--slurm", *ON_CPU)
     assert status == 1
     assert re.search(rf"bad-seed0: failed, job {bad.job}: error: there is no index", said), said
-    assert "child-seed0: not submitted, because bad-seed0 failed" in said
-    assert "grandchild-seed0: not submitted, because child-seed0 is held back, too" in said
+    assert "child-seed0: does not begin, because bad-seed0 failed" in said
+    assert "grandchild-seed0: does not begin, because child-seed0 does not begin either" in said
     assert "other-seed0: finished" in said
     assert "4 runs: 1 failed, 2 held back, 1 finished" in said
     assert "--again before --slurm" in errors
