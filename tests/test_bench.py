@@ -14,6 +14,7 @@ from launch import plan
 from tetdist import config
 
 BENCH = tiny.PROJECT / "tools" / "bench.py"
+README_FIGURE = tiny.PROJECT / "tools" / "readme_figure.py"
 PERFORMANCE = tiny.PROJECT / "tools" / "performance.py"
 
 
@@ -151,6 +152,13 @@ def test_the_report_is_made_and_goes_on_after_a_stop(tmp_path: Path) -> None:
     after = {file.name: file.stat().st_mtime_ns for file in results.iterdir()}
     assert before.keys() == after.keys()
     assert [name for name in before if before[name] != after[name]] == ["batch-2-fp32.json"]
+
+
+def test_readmes_figure_is_drawn_from_what_is_in_the_project(tmp_path: Path) -> None:
+    out = tmp_path / "overview.png"
+    run(README_FIGURE, "--output", out)
+    assert out.stat().st_size > 10_000
+    assert "No such file" in run(README_FIGURE, "--study", "/nowhere", "--output", out, status=2)
 
 
 def test_batches_are_timed_against_other_pipelines(tmp_path: Path) -> None:

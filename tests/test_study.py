@@ -126,21 +126,32 @@ def test_a_study_is_trained_continued_and_reported(
 @pytest.mark.long
 def test_one_begins_with_another(call: Call, write: Callable[..., Path], tmp_path: Path) -> None:
     longer = {"phases.0.timesteps": 3, "phases.0.optimizer.lr": 0.01}
-    entries = {"short": {}, "longer": {"init": "short", "overrides": longer}}
+    entries = {
+        "short": {},
+        "longer": {"init": "short", "overrides": longer},
+        "taught": {"init": "short", "teacher": "longer"},
+        "unasked": {},
+    }
     file = write({"entries": entries, "seeds": [0], "test_timesteps": [1, 3]})
     output = tmp_path / "out"
     # Asked for one, it trains the other first; that one is evaluated beyond its T, too.
-    status, _, errors = call(file, "--output", output, "--only", "longer")
+    status, _, errors = call(file, "--output", output, "--only", "taught")
     assert status == 0, errors
     log = (output / "logs" / "longer-seed0.log").read_text()
     assert f"beginning with the weights of {output / 'short-seed0'} (step 5, T=2)" in log
     values = json.loads((output / "report" / "study.json").read_text())
     cost = {name: entry["image_timesteps"] for name, entry in values["entries"].items()}
-    assert cost == {"short": 80, "longer": 80 + 120}
+    # What two of a run's needs begin with is paid for once.
+    assert cost == {"short": 80, "longer": 80 + 120, "taught": 80 + 120 + 80}
+    report = (output / "report.md").read_text()
+    assert report.count("| `short` | `longer` |") == 1  # begins with, learns from
     runs = {run["entry"]: run for run in values["runs"]}
+    teacher = f"loss.distillation.teacher={output / 'longer-seed0'}"
+    assert teacher in runs["taught"]["commands"][0]
     assert {name: run["image_timesteps"] for name, run in runs.items()} == {
         "short": 80,
         "longer": 120,
+        "taught": 80,
     }
     (val,) = tiny.metrics(output / "short-seed0", "val")
     assert runs["short"]["by_timestep"][:2] == pytest.approx(val["per_timestep_top1"])
@@ -279,6 +290,8 @@ def test_what_is_submitted_by_how_the_runs_are(
         ({"entries.tet.control": "std"}, ("entries.tet.control", "'std'", "sdt")),
         ({"entries.tet.init": "tet"}, ("entries.tet.init", "'tet'")),
         ({"entries.tet.init": "sdt", "entries.sdt.init": "tet"}, ("circle",)),
+        ({"entries.tet.init": "sdt", "entries.sdt.teacher": "tet"}, ("circle",)),
+        ({"entries.tet.teacher": "std"}, ("entries.tet.teacher", "'std'", "sdt")),
         ({"entries.tet.overrides": {"loss.kid": "tet"}}, ("entries.tet", "'loss.kid'")),
         ({"overrides": {"data.root": "nowhere"}}, ("data.root", "nowhere", "sdt")),
         ({"config": "nothing.yaml"}, ("nothing.yaml",)),

@@ -139,6 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         found[measurement.name] = json.loads(file.read_text())
     options.output.parent.mkdir(parents=True, exist_ok=True)
     figures = draw(found, options)
+    (figures / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     options.output.write_text(report(found, options, figures))
     print(f"written: {options.output}")
     return 0

@@ -47,8 +47,8 @@ class Difference:
 
     def __str__(self) -> str:
         if math.isnan(self.low):
-            return f"{self.mean:+.2f}"
-        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+            return signed(self.mean)
+        return f"{signed(self.mean)} [{signed(self.low)}, {signed(self.high)}]"
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,11 @@ def spread(values: list[float]) -> Spread:
         float(np.mean(values)),
         float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
     )
+
+
+def signed(value: float) -> str:
+    """Two decimals with a sign, which that of zero is not: -0.001 is +0.00."""
+    return f"{round(value, 2) + 0.0:+.2f}"
 
 
 def paired_difference(values: list[float], control: list[float]) -> Difference:
