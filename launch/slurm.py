@@ -255,7 +255,8 @@ def cancel(options: argparse.Namespace) -> int:
     from launch import submit as submission
     from launch.record import Event
 
-    for run_dir in show.find(options.run):
+    # Slurm would remove by itself what waits for a cancelled job, and nobody would note it.
+    for run_dir in reversed(show.find(options.run)):
         job = show.submission_of(run_dir)
         state = queued.state_of(job.job)
         if not state.is_queued:

@@ -24,7 +24,9 @@ def find(name: str, runs_dir: str = "runs") -> list[Path]:
     for path in (Path(name), Path(runs_dir) / name):
         if record.newest_submission(path) is not None:
             return [path]
-        if swept := record.newest_sweep(path):
+        # Of which somebody may have removed some.
+        swept = [run for run in record.newest_sweep(path) if record.newest_submission(run)]
+        if swept:
             return swept
     if Path(name).is_dir():
         raise UserError(f"{name} was not submitted with launch/slurm.py: it has no slurm/ folder")

@@ -62,24 +62,17 @@ def submit(runs: list[Run], output: Path, flags: list[str], again: bool) -> int:
     standings = decide(found, again)
     left = {run: job_of(run, flags) for run in runs if standings[run].word == "new"}
     check_data(list(left))
-    code = submission.copy_code(record.next_submission(output) / "code") if left else None
-    try:
-        for run in runs:
-            if run in left:
-                assert code is not None
-                if found[run].word == "queued":
-                    _leave_queue(run)
-                standings[run] = send(run, *left[run], code)
-            elif standings[run].word == "held back" and record.newest_submission(run.folder):
-                record.announce(run.config, "KILLED", {})
-            print(f"{run.name}: {standings[run].text}", flush=True)
-    except UserError as error:
-        done = sum(standing.word == "submitted" for standing in standings.values())
-        rest = f"; {done} of {len(left)} runs were submitted, the same command submits the others"
-        raise UserError(f"{run.name}: {error}{rest if done else ''}") from error
-    finally:
-        if code is not None:
-            note_as_sweep(runs, code.parent)
+    for run in runs:
+        if run in left:
+            continue
+        if standings[run].word == "held back" and record.newest_submission(run.folder):
+            record.announce(run.config, "KILLED", {})
+        print(f"{run.name}: {standings[run].text}")
+    for run in left:
+        if found[run].word == "queued":
+            _leave_queue(run)
+    if left:
+        standings |= send_all(left, output)
     return farewell(standings, output)
 
 
@@ -225,6 +218,30 @@ def _leave_queue(run: Run) -> None:
     queued.cancel(submitted.job)
 
 
+def send_all(
+    left: dict[Run, tuple[RunConfig, ClusterSection]], output: Path
+) -> dict[Run, Standing]:
+    """Submit the runs, each after those that it needs; all with one copy of the code.
+
+    Raises:
+        UserError: One is refused; those before it are submitted.
+    """
+    folder = record.next_submission(output)
+    code = submission.copy_code(folder / "code")
+    standings: dict[Run, Standing] = {}
+    try:
+        for run, facts in left.items():
+            standings[run] = send(run, *facts, code)
+            print(f"{run.name}: {standings[run].text}", flush=True)
+    except UserError as error:
+        done = len(standings)
+        rest = f"; {done} of {len(left)} runs were submitted, the same command submits the others"
+        raise UserError(f"{run.name}: {error}{rest if done else ''}") from error
+    finally:
+        note_as_sweep(list(standings), folder)
+    return standings
+
+
 def send(run: Run, config: RunConfig, cluster: ClusterSection, code: Path) -> Standing:
     """
     Raises:
@@ -239,10 +256,9 @@ def send(run: Run, config: RunConfig, cluster: ClusterSection, code: Path) -> St
 
 def note_as_sweep(runs: list[Run], folder: Path) -> None:
     """So that `launch/slurm.py status` and `cancel` take the study's folder for all its runs."""
-    submitted = [run.folder.absolute() for run in runs if record.newest_submission(run.folder)]
-    # With those of an earlier command that named other entries.
+    # With those that an earlier command submitted.
     earlier = record.newest_sweep(folder.parent.parent)
-    if everything := list(dict.fromkeys([*earlier, *submitted])):
+    if everything := list(dict.fromkeys([*earlier, *(run.folder.absolute() for run in runs)])):
         record.write_sweep(folder, everything)
 
 

@@ -107,8 +107,9 @@ def test_typed_twice_it_submits_nothing_twice(
     status, _, errors = tiny_study()
     assert (status, f"first-seed0 is PENDING as job {first}" in errors) == (2, True), errors
 
-    # Slurm ends what was to begin after it; neither is what one wants to have again unasked.
+    # First what waits, before Slurm removes it; neither is what one wants to have again unasked.
     assert slurm.main(["cancel", "out"]) == 0
+    assert re.findall(r"cancelled job (\d+)", capfd.readouterr().out) == [second, first]
     wait_until(lambda: not cluster.squeue(), "an empty queue")
     status, said, errors = tiny_study("--slurm", *ON_CPU)
     assert status == 1
@@ -122,7 +123,7 @@ def test_typed_twice_it_submits_nothing_twice(
 
 
 def test_ended_by_scancel_and_submitted_again_at_once(
-    study: Callable[..., Study], cluster: Cluster
+    study: Callable[..., Study], cluster: Cluster, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Slurm does not remove what is held; so the second waits for a job that is gone."""
     tiny_study = study({"second": {"init": "first"}, "first": {}, "other": {}})
@@ -148,9 +149,13 @@ def test_ended_by_scancel_and_submitted_again_at_once(
     assert sorted(cluster.squeue()) == sorted(
         f"{job} PENDING" for job in (first.job, second.job, left)
     )
-    # The study's folder stands for all its runs, whenever they were submitted.
+    # The study's folder stands for all its runs, whenever they were submitted, that are there.
     assert slurm.main(["cancel", "out"]) == 0
     assert not cluster.squeue()
+    shutil.rmtree(other.path)
+    capfd.readouterr()
+    assert slurm.main(["status", "out"]) == 0
+    assert re.findall(r"(\w+)-seed0: job", capfd.readouterr().out) == ["first", "second"]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +186,8 @@ def test_a_run_begins_when_the_one_it_needs_is_finished(
 ) -> None:
     """It is requeued in between, which the other one must not take for its end."""
     long = {"phases.0.epochs": 150, "evaluate_every": 150}
-    tiny_study = study({"second": {"init": "first"}, "first": {"overrides": long}})
+    needs = {"init": "first", "teacher": "first"}
+    tiny_study = study({"second": needs, "first": {"overrides": long}})
     status, said, errors = tiny_study("--slurm", *ON_CPU)
     assert status == 0, errors
     first, second = tiny_study.run("first-seed0"), tiny_study.run("second-seed0")
