@@ -576,7 +576,7 @@ def test_each_phase_is_a_run_below_the_run(store: Store, tmp_path: Path) -> None
 
     assert_all_there(store, run_dir)
     first, second = store.phases(run_dir)
-    assert [first.info.run_name, second.info.run_name] == ["phase 1: T=4", "phase 2: T=6"]
+    assert [first.info.run_name, second.info.run_name] == ["phase 0: T=4", "phase 1: T=6"]
     assert first.data.params == {name: str(value) for name, value in PHASES[0].items()}
     assert second.data.params["optimizer.kind"] == "adam"
     assert second.data.metrics["train/phase"] == 1

@@ -974,11 +974,11 @@ def test_mlflow_has_the_phases(farm: Farm, tiny_config: ConfigWriter, tmp_path: 
     # After the first phase's last step, before its evaluation.
     first = farm(file, stop=("step", 5, TERM))
     assert first.status == 143, first.text
-    assert statuses() == {"tiny": "KILLED", "phase 1: T=2": "KILLED"}
+    assert statuses() == {"tiny": "KILLED", "phase 0: T=2": "KILLED"}
     # After the second phase's first step.
     second = farm(file, stop=("step", 1, TERM))
     assert second.status == 143, second.text
-    begun = {"tiny": "KILLED", "phase 1: T=2": "FINISHED", "phase 2: T=3": "KILLED"}
+    begun = {"tiny": "KILLED", "phase 0: T=2": "FINISHED", "phase 1: T=3": "KILLED"}
     assert statuses() == begun
     # Nothing is saved, and the store may have more than the checkpoint knows of.
     third = farm(file, stop=("step", 3, KILL))
@@ -990,7 +990,7 @@ def test_mlflow_has_the_phases(farm: Farm, tiny_config: ConfigWriter, tmp_path: 
     ((parent,),) = rows("select run_uuid from runs where name = 'tiny'")
     parents = rows("select value from tags where key = 'mlflow.parentRunId'")
     assert parents == [(parent,)] * 2
-    for number, (name, kind) in enumerate([("phase 1: T=2", "sgd"), ("phase 2: T=3", "adam")]):
+    for number, (name, kind) in enumerate([("phase 0: T=2", "sgd"), ("phase 1: T=3", "adam")]):
         ((child,),) = rows(f"select run_uuid from runs where name = '{name}'")
         params = dict(rows(f"select key, value from params where run_uuid = '{child}'"))
         assert params["timesteps"] == str(TWO_PHASES[number]["timesteps"])

@@ -340,7 +340,7 @@ class RunFolder:
             "| phase | epochs | T | optimiser | learning rate |",
             "|---|---|---|---|---|",
         ]
-        for i, phase in enumerate(config.phases, start=1):
+        for i, phase in enumerate(config.phases):
             optimizer = phase.optimizer
             lr = f"{optimizer.lr:g}, {phase.schedule}"
             lines.append(f"| {i} | {phase.epochs} | {phase.timesteps} | {optimizer.kind} | {lr} |")

@@ -490,7 +490,7 @@ class _Session:
             params = self._follower.phases[number]
             run = self._client.create_run(
                 self._experiment_id,
-                run_name=f"phase {number + 1}: T={params['timesteps']}",
+                run_name=f"phase {number}: T={params['timesteps']}",
                 tags=_origin() | {PARENT_TAG: self._run_id, PHASE_TAG: str(number)},
             )
             self._phases[number] = _Receiver(run)
