@@ -69,7 +69,7 @@ def lines() -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, values: Iterable[dict[str, Any]]) -> Path:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
     return path
 
@@ -501,6 +501,43 @@ def test_figure_of_several_runs(run_tool: Tool, series: list[Path], tmp_path: Pa
     assert min(first, second) > 500
     assert third == 0
     assert min(colours(*series[1:])[:2]) > 500  # a pair
+    assert colours(*reversed(series)) == [first, second, third]
+
+
+def test_a_studys_folder(run_tool: Tool, tmp_path: Path) -> None:
+    """Runs that begin with runs of their own seed, beside logs and a report, by two versions."""
+    from tetdist.config import parse
+
+    study = tmp_path / "study"
+    for entry in ("tet", "tit"):
+        for seed in (0, 1):
+            run = make_series(study / f"{entry}-seed{seed}", "tet", seed, [50.0, 70.0 + seed])
+            changes: dict[str, Any] = {"name": run.name, "seed": seed, "data.root": "data"}
+            if entry == "tit":
+                changes["init_checkpoint"] = f"{study}/tet-seed{seed}/checkpoints/best"
+            written = parse(tiny.changed(tiny.CONFIG, changes), "test").as_dict()
+            if seed == 0:
+                del written["data"]["roll"], written["loss"]["distillation"]
+            (run / "config.yaml").write_text(yaml.safe_dump(written))
+    (study / "logs").mkdir()
+    (study / "report.md").write_text("# Report\n")
+
+    status, printed, said = run_tool(study)
+    assert (status, said) == (0, "")
+    each, groups = printed.split("group", 1)
+    assert row(each, "run")[-1] == "init_checkpoint"
+    assert row(each, "tit-seed1")[-1] == "...eed1/checkpoints/best"
+    assert row(groups, "tit")[:3] == ["tit", "2", "70.50"]
+    assert row(groups, "tet")[:3] == ["tet", "2", "70.50"]
+    status, same, said = run_tool(*sorted(study.iterdir()))
+    assert (status, same) == (0, printed)
+    assert said == "".join(
+        f"{study / name} is no run, and left out\n" for name in ("logs", "report.md")
+    )
+    # Of the same names elsewhere, what they are called says where.
+    other = make_series(tmp_path / "tet-seed0", "sdt", 0, [1.0])
+    _, printed, _ = run_tool(study / "tet-seed0", study / "tet-seed1", other)
+    assert row(printed.split("group")[1], str(other))[:3] == [str(other), "1", "1.00"]
 
 
 def test_wrong_numbers_of_runs(run_tool: Tool, series: list[Path], tmp_path: Path) -> None:

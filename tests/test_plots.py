@@ -177,6 +177,19 @@ def test_images_and_events_as_pictures() -> None:
     assert (shown[1] == 1).all()
 
 
+def test_a_group_has_points_where_they_are_few_and_a_spread_within_its_limits() -> None:
+    axis = plots.new_figure(3, 3).subplots()
+    curves = [([1.0], [99.0]), ([1.0], [39.0])]  # one evaluation of each
+    plots._group(axis, curves, plots.TRAIN, "two", plots.PERCENT)
+    plots._group(axis, curves[:1], plots.TRAIN, "one", plots.PERCENT)
+    assert [line.get_marker() for line in axis.get_lines()] == ["o"] * 4
+    (band,) = axis.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (pytest.approx(69 - 1800**0.5), 100)
+    plots._group(axis, [([*range(99)], [1.0] * 99)], plots.TRAIN, "", plots.PERCENT)
+    assert axis.get_lines()[-1].get_marker() == "None"
+
+
 def test_running_mean() -> None:
     values = [1.0, 2.0, 6.0, 3.0, 5.0]
     assert plots._running_mean(values, 1) == [1.5, 3.0, 11 / 3, 14 / 3, 4.0]

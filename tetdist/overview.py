@@ -1,16 +1,21 @@
 """Several runs side by side: what they reached, and the mean and spread where only seeds differ."""
 
 import itertools
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tetdist import plots
-from tetdist.config import OPERATIONAL_KEYS
+from tetdist.config import OPERATIONAL_KEYS, PATH_KEYS, absolute_path
 
 # What may differ within a group, besides what has no effect on the result.
 OF_THE_SEED = ("seed", "name", *OPERATIONAL_KEYS)
+
+# Of a value in a table or a legend; --json has all of it.
+SHOWN_CHARACTERS = 24
 
 
 @dataclass(frozen=True)
@@ -52,31 +57,92 @@ def differing_keys(records: Sequence[RunRecord]) -> list[str]:
         for key in keys
         if key not in OF_THE_SEED
         and key.partition(".")[0] != "cluster"
-        and len({repr(configuration.get(key)) for configuration in configurations}) > 1
+        and len({repr(of_any_seed(key, values)) for values in configurations}) > 1
     ]
 
 
-def group(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Runs that differ only by their seed, by a name that says what sets them apart from the rest.
+def of_any_seed(key: str, configuration: dict[str, Any]) -> Any:
+    """The value of a key; of a run that it begins with or learns from, that of all its seeds.
 
-    A run without a configuration is a group of its own.
+    The runs of a study are called NAME-seed0, NAME-seed1, ..., and one of them begins with the
+    weights of its own seed: that is no difference.
+    """
+    value = configuration.get(key)
+    if key not in PATH_KEYS or not value:
+        return value
+    return re.sub(r"-seed\d+(?=/|$)", "-seed*", absolute_path(str(value)))
+
+
+def group(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Runs that differ only by their seed, by a name for them all; in the names' order.
+
+    The name is that of the runs without its seed or, if they have none in common, what sets them
+    apart from the rest. A run without a configuration is a group of its own.
     """
     keys = differing_keys(records)
     groups: dict[tuple[str, ...], list[RunRecord]] = {}
     for record in records:
-        configuration = record.configuration
+        values = record.configuration
         what = (
             (f"run {record.name}",)
-            if configuration is None
-            else tuple(f"{key}={configuration.get(key)}" for key in keys)
+            if values is None
+            else tuple(repr(of_any_seed(key, values)) for key in keys)
         )
         groups.setdefault(what, []).append(record)
-    return {
+    names = {what: _common_name(members) for what, members in groups.items()}
+    taken = Counter(names.values())
+    telling = _telling(keys, [members[0] for members in groups.values()])
+    named = {
         (
-            members[0].name if len(members) == 1 else ", ".join(what) or "the same but for the seed"
+            name
+            if (name := names[what]) and taken[name] == 1
+            else _described(members[0], telling) or "the same but for the seed"
         ): members
         for what, members in groups.items()
     }
+    # The same runs have the same colours however they were listed.
+    return dict(sorted(named.items(), key=lambda item: by_number(item[0])))
+
+
+def _common_name(members: Sequence[RunRecord]) -> str | None:
+    if len(members) == 1:
+        return members[0].name
+    names = {re.sub(r"-seed\d+$", "", record.name) for record in members}
+    return names.pop() if len(names) == 1 else None
+
+
+def _telling(keys: Sequence[str], records: Sequence[RunRecord]) -> list[str]:
+    """So many of the keys that no two of the records have the same values of all of them."""
+    found: list[str] = []
+    kinds = 1
+    for key in keys:
+        with_it = {
+            tuple(repr(of_any_seed(k, record.configuration)) for k in (*found, key))
+            for record in records
+            if record.configuration is not None
+        }
+        if len(with_it) > kinds:
+            found.append(key)
+            kinds = len(with_it)
+    return found
+
+
+def _described(record: RunRecord, keys: Sequence[str]) -> str:
+    if record.configuration is None:
+        return f"run {record.name}"
+    values = record.configuration
+    return ", ".join(f"{key}={shortened(of_any_seed(key, values))}" for key in keys)
+
+
+def by_number(name: str) -> list[tuple[str, int]]:
+    """Sorts t10 behind t2."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+
+
+def shortened(value: Any) -> str:
+    """A value for a table; of a long one, as paths are, its end."""
+    text = str(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"...{text[3 - SHOWN_CHARACTERS :]}"
 
 
 def group_result(name: str, members: Sequence[RunRecord]) -> dict[str, Any]:
@@ -119,7 +185,7 @@ def tables(records: Sequence[RunRecord]) -> list[list[list[str]]]:
                 number(result["val_loss"], ".4f"),
                 number(result["train_loss"], ".4f"),
                 number(result["samples_per_s"], ".0f"),
-                *(str((record.configuration or {}).get(key, "-")) for key in keys),
+                *(shortened((record.configuration or {}).get(key, "-")) for key in keys),
             ]
         )
     groups = group(records)

@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,8 @@ SPEED = "#7A5195"
 WAIT = "#E69F00"
 QUIET = "#767676"
 # For lines of which there may be many.
-SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#767676")
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31")
+PERCENT, POSITIVE = (0.0, 100.0), (0.0, math.inf)  # what a mean and its spread may be
 
 
 def new_figure(width: float, height: float, *, dpi: int = 110) -> Any:
@@ -291,28 +293,33 @@ def runs(
     figure = new_figure(13, 7.6)
     axes = figure.subplot_mosaic("LLLAAA;VVVTTT")
     panels = {
-        "L": ("train", "loss", "Training loss", "loss"),
-        "A": ("val", "top1", "Validation top-1", "top-1 (%)"),
-        "V": ("val", "loss", "Validation loss", "loss"),
+        "L": ("train", "loss", "Training loss", "loss", POSITIVE),
+        "A": ("val", "top1", "Validation top-1", "top-1 (%)", PERCENT),
+        "V": ("val", "loss", "Validation loss", "loss", POSITIVE),
     }
-    for panel, (kind, key, heading, unit) in panels.items():
+    shown: dict[str, Any] = {}
+    for panel, (kind, key, heading, unit, limits) in panels.items():
         axis = axes[panel]
         for colour, (name, members) in zip(itertools.cycle(SERIES), groups.items(), strict=False):
             curves = [
                 _series([line for line in lines if line["kind"] == kind], key)
                 for _, lines in members
             ]
-            _group(axis, curves, colour, f"{name} ({len(members)})" if len(members) > 1 else name)
+            label = f"{name} ({len(members)})" if len(members) > 1 else name
+            _group(axis, curves, colour, label, limits)
         axis.set_xlabel("epoch")
         finish(axis, heading, unit, legend=False)
+        handles, names = axis.get_legend_handles_labels()
+        shown |= dict(zip(names, handles, strict=True))
     _group_timesteps(axes["T"], groups)
-    handles, names = axes["A"].get_legend_handles_labels()
-    if handles:
+    if shown:
+        names = [textwrap.fill(name, 80) for name in shown]
+        longest = max(len(line) for name in names for line in name.splitlines())
         figure.legend(
-            handles,
+            list(shown.values()),
             names,
             loc="outside lower center",
-            ncols=min(len(names), 4),
+            ncols=max(1, min(len(names), 160 // (longest + 8))),  # so many letters are a row
             fontsize=9,
             frameon=False,
         )
@@ -321,17 +328,22 @@ def runs(
 
 
 def _group(
-    axis: Any, curves: list[tuple[list[float], list[float]]], colour: str, label: str
+    axis: Any,
+    curves: list[tuple[list[float], list[float]]],
+    colour: str,
+    label: str,
+    limits: tuple[float, float],
 ) -> None:
     """Draws the members of a group lightly, and their mean and standard deviation."""
     curves = [curve for curve in curves if curve[0]]
     if not curves:
         return
     if len(curves) == 1:
-        axis.plot(*curves[0], color=colour, linewidth=1.6, label=label)
+        _markers(axis, *curves[0], colour, label)
         return
     for epochs, values in curves:
-        axis.plot(epochs, values, color=colour, linewidth=0.7, alpha=0.45)
+        marker = _marker(values)
+        axis.plot(epochs, values, marker, color=colour, linewidth=0.7, markersize=2.5, alpha=0.45)
     at_all = sorted(set.intersection(*(set(epochs) for epochs, _ in curves)))
     columns = [
         [dict(zip(epochs, values, strict=True))[epoch] for epochs, values in curves]
@@ -341,13 +353,13 @@ def _group(
     spreads = [standard_deviation(column) for column in columns]
     axis.fill_between(
         at_all,
-        [mean - spread for mean, spread in zip(means, spreads, strict=True)],
-        [mean + spread for mean, spread in zip(means, spreads, strict=True)],
+        [max(mean - spread, limits[0]) for mean, spread in zip(means, spreads, strict=True)],
+        [min(mean + spread, limits[1]) for mean, spread in zip(means, spreads, strict=True)],
         color=colour,
         alpha=0.2,
         linewidth=0,
     )
-    axis.plot(at_all, means, color=colour, linewidth=2, label=label)
+    _markers(axis, at_all, means, colour, label)
 
 
 def _group_timesteps(
@@ -360,7 +372,7 @@ def _group_timesteps(
             if evaluated:
                 top1 = evaluated[-1]["per_timestep_top1"]
                 curves.append(([float(t) for t in range(1, len(top1) + 1)], top1))
-        _group(axis, curves, colour, "")
+        _group(axis, curves, colour, "", PERCENT)
     axis.set_xlabel("timesteps averaged")
     axis.xaxis.get_major_locator().set_params(integer=True)
     finish(axis, "Last accuracy by timestep", "top-1 (%)", legend=False)
@@ -492,8 +504,13 @@ def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
 
 def _markers(axis: Any, epochs: list[float], values: list[float], colour: str, label: str) -> None:
     """Draws a line whose points show while they are few."""
-    marker = "o-" if len(values) <= 30 else "-"
-    axis.plot(epochs, values, marker, color=colour, markersize=4, label=label)
+    axis.plot(
+        epochs, values, _marker(values), color=colour, linewidth=1.8, markersize=4, label=label
+    )
+
+
+def _marker(values: Sequence[float]) -> str:
+    return "o-" if len(values) <= 30 else "-"
 
 
 def _raw_and_smooth(

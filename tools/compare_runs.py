@@ -4,6 +4,7 @@ Or see several: what each reached, the mean and spread over seeds, their curves 
     python tools/compare_runs.py runs/one runs/two
     python tools/compare_runs.py one/metrics.jsonl two/metrics.jsonl --tolerance 1e-6
     python tools/compare_runs.py runs/tet_* runs/sdt_* --plot tet_sdt.png
+    python tools/compare_runs.py runs/STUDY --plot study.png
 
 Of two runs, values that depend on the clock (time, samples_per_s, data_wait, seconds) are left out.
 Two values differ when |a - b| is more than the tolerance times the larger of |a| and |b|; NaN
@@ -21,6 +22,7 @@ import os
 import re
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,7 +171,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "asked.",
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or its metrics.jsonl"
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run folder, its metrics.jsonl, or a folder of run folders, as a study's",
     )
     parser.add_argument(
         "--tolerance",
@@ -183,6 +189,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--plot", metavar="FILE.png", type=Path, help="draw the curves of all runs into one PNG"
     )
     options = parser.parse_args(arguments)
+    options.runs = runs_in(options.runs)
     if len(options.runs) < 2:
         parser.error("one run alone cannot be compared; name two or more")
     if len(options.runs) > 2 and options.tolerance:
@@ -190,6 +197,24 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if options.plot and options.plot.suffix != ".png":
         parser.error(f"--plot: {options.plot} does not end in .png")
     return options
+
+
+def runs_in(paths: list[Path]) -> list[Path]:
+    """The runs that are meant: of a folder of them each one; of many paths only what may be one.
+
+    A study's folder has logs and a report beside its runs, which `runs/STUDY/*` lists, too.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(file.parent for file in path.glob("*/metrics.jsonl"))
+        is_one = (path / "metrics.jsonl").exists() or path.suffix == ".jsonl" or not path.exists()
+        if inside and not is_one:
+            found += inside
+        elif is_one or len(paths) <= 2:
+            found.append(path)
+        else:
+            print(f"{path} is no run, and left out", file=sys.stderr)
+    return found
 
 
 def tolerance(text: str) -> float:
@@ -262,7 +287,7 @@ def values_of(line: dict[str, Any]) -> dict[str, Any]:
 def read_configuration(path: Path) -> dict[str, Any] | None:
     import yaml
 
-    from tetdist.config import flatten
+    from tetdist.config import flatten, parse
     from tetdist.errors import UserError
 
     if not path.exists():
@@ -273,6 +298,9 @@ def read_configuration(path: Path) -> dict[str, Any] | None:
         values = None
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it does not hold keys and values")
+    # What an older version did not know has its default. One that cannot be read is shown as it is.
+    with suppress(UserError):
+        values = parse(values, str(path), warn=False).as_dict()
     return flatten(values)
 
 
@@ -334,7 +362,7 @@ def read_rank_samples(path: Path) -> dict[int, list[tuple[Any, int]]]:
 def overview(paths: list[Path], json_file: Path | None) -> None:
     from tetdist import overview
 
-    records = [read_record(path) for path in paths]
+    records = read_records(paths)
     for table in overview.tables(records):
         print(columns(table, right=tuple(range(1, len(table[0])))), end="\n\n")
     if json_file:
@@ -353,20 +381,24 @@ def plot(paths: list[Path], out: Path) -> None:
     from tetdist.errors import UserError
 
     try:
-        overview.plot([read_record(path) for path in paths], out)
+        overview.plot(read_records(paths), out)
     except OSError as error:
         raise UserError(f"--plot: cannot write {out}: {error.strerror}") from error
 
 
-def read_record(path: Path) -> "RunRecord":
-    """A run as tetdist.overview takes it; errors as of `read_run`."""
+def read_records(paths: list[Path]) -> "list[RunRecord]":
+    """The runs as tetdist.overview takes them; errors as of `read_run`."""
     from tetdist.overview import RunRecord
     from tetdist.tracking import read_metrics
 
-    run = read_run(path)
-    file = path / "metrics.jsonl" if path.is_dir() else path
-    name = path.name if path.is_dir() else str(path)
-    return RunRecord(name, read_metrics(file), run.configuration)
+    folders = Counter(path.name for path in paths if path.is_dir())
+    records = []
+    for path in paths:
+        run = read_run(path)
+        file = path / "metrics.jsonl" if path.is_dir() else path
+        name = path.name if folders[path.name] == 1 else str(path)
+        records.append(RunRecord(name, read_metrics(file), run.configuration))
+    return records
 
 
 # --- comparing ------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The picture of a study: accuracy at every test T, loss along training, differences."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,13 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tetdist.errors import UserError
-from tetdist.plots import QUIET, finish
+from tetdist.plots import QUIET, SERIES, finish
 
 if TYPE_CHECKING:
     from study_report import Numbers
-
-# Okabe and Ito's colours, told apart by most eyes.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31")
 
 
 def draw(numbers: "Numbers", file: Path) -> None:
@@ -54,7 +52,7 @@ def styles_of(numbers: "Numbers") -> dict[str, dict[str, Any]]:
     """
     entries = numbers.study.entries
     controls = [entry.control for entry in entries.values() if entry.control is not None]
-    colours = iter(COLOURS * (len(entries) // len(COLOURS) + 1))
+    colours = itertools.cycle(SERIES)
     styles = {
         name: {"color": next(colours), "linestyle": "-"} for name in entries if name not in controls
     }
