@@ -17,6 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import Farm
 
+from tetdist import plots, report
+
 NUM_SAMPLES = sum(tiny.VAL_SIZES)
 
 
@@ -201,7 +203,8 @@ def test_report(run: Path, evaluate: Tool, tmp_path: Path) -> None:
 
     page, picture = tmp_path / "page.html", tmp_path / "page.png"
     for file in (page, picture):
-        status, _, err = evaluate("--checkpoint", run, "--report", file, "--drop-timesteps", "0.5")
+        options = ("--report", file, "--drop-timesteps", "0.5", "--json", tmp_path / "e.json")
+        status, _, err = evaluate("--checkpoint", run, "--timesteps", "1,4", *options)
         assert status == 0, err
     text = page.read_text()
     assert text.startswith("<!doctype html>")
@@ -212,10 +215,34 @@ def test_report(run: Path, evaluate: Tool, tmp_path: Path) -> None:
     assert not any(word in text for word in ("http", "<script", "<link", "@import", "url("))
     with Image.open(picture) as image:
         assert image.width > 1000
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "page.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.json", "page.html", "page.png"]
     status, _, err = evaluate("--checkpoint", run, "--report", tmp_path / "no" / "page.html")
     assert status == 2
     assert "--report: cannot write" in err
+
+    found = json.loads((tmp_path / "e.json").read_text())
+    # The T of training is marked, wherever the others are; and lies on the line.
+    line, star = panel(report._timesteps, found).get_lines()
+    assert (list(line.get_xdata()), list(star.get_xdata())) == ([1, 3, 4], [3])
+    # Labels of thresholds do not lie on each other.
+    for spent, labels in (((1, 2, 4), ["0.5", "0.99", "0.9"]), ((1, 3.9, 4), ["0.5", "0.99"])):
+        found["early_exit"] = [
+            {"threshold": threshold, "mean_timesteps": t, "top1": 50.0}
+            for threshold, t in zip((0.5, 0.9, 0.99), spent, strict=True)
+        ]
+        texts = panel(report._early_exit, found).texts
+        assert [text.get_text() for text in texts] == labels
+    # Only what there is has a name.
+    for layer in found["operations"]["layers"].values():
+        layer["multiply_accumulates"] = 0.0
+    legend = panel(report._operations, found).get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["accumulates"]
+
+
+def panel(draw: Callable[..., None], found: dict[str, Any]) -> Any:
+    axis = plots.new_figure(4, 4).subplots()
+    draw(axis, found)
+    return axis
 
 
 def test_class_names_are_text_to_the_page(run: Path, evaluate: Tool, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ has one of several.
 
 import base64
 import html
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,9 @@ def _or_dash(value: float | None) -> str:
 
 
 def _text_operations(found: Findings) -> str:
-    return "\n".join(f"  {line}" for line in operations_lines(found))
+    lines = operations_lines(found)
+    lines[-1] += " (an estimate; --json and --report state its assumptions)"
+    return "\n".join(f"  {line}" for line in lines)
 
 
 def operations_lines(found: Findings) -> list[str]:
@@ -110,7 +113,7 @@ def operations_lines(found: Findings) -> list[str]:
         f"the ReLU network of the same synapses: "
         f"{quantity(operations['relu_multiply_accumulates'])} multiply-accumulates, about "
         f"{operations['relu_energy_pj'] / 1e6:.4g} uJ; the spiking one takes {100 * share:.3g} % "
-        "of it (an estimate; --json and --report state its assumptions)",
+        "of it",
     ]
 
 
@@ -163,6 +166,10 @@ def png_page(found: Findings) -> bytes:
     figure.suptitle(
         "\n".join([heading(found), *operations_lines(found)]), fontsize=11, fontweight="bold"
     )
+    assumptions = f"Energy is an estimate: {'; '.join(found['operations']['assumptions'])}."
+    figure.supxlabel(
+        textwrap.fill(assumptions, 240), x=0.01, ha="left", fontsize=9, color=plots.QUIET
+    )
     return plots.png(figure)
 
 
@@ -179,14 +186,15 @@ def _panels(found: Findings) -> list[tuple[Panel, bool]]:
 
 
 def _timesteps(axis: Any, found: Findings) -> None:
-    reported = found["reported_timesteps"]
-    top1 = [found["per_timestep_top1"][t - 1] for t in reported]
-    axis.plot(reported, top1, "o-", color=plots.VALIDATION, label="top-1")
     trained = found["trained_timesteps"]
-    if trained in reported:
+    evaluated = trained <= found["timesteps"]
+    shown = sorted({*found["reported_timesteps"], *([trained] if evaluated else [])})
+    top1 = [found["per_timestep_top1"][t - 1] for t in shown]
+    axis.plot(shown, top1, "o-", color=plots.VALIDATION, label="top-1")
+    if evaluated:
         axis.plot(
             trained,
-            top1[reported.index(trained)],
+            top1[shown.index(trained)],
             "*",
             color=plots.VALIDATION,
             markeredgecolor="black",
@@ -202,7 +210,12 @@ def _early_exit(axis: Any, found: Findings) -> None:
     curve = found["early_exit"]
     spent, top1 = ([point[key] for point in curve] for key in ("mean_timesteps", "top1"))
     axis.plot(spent, top1, "o-", color=plots.RATE, label="exit at a confidence")
-    for point in (curve[0], curve[len(curve) // 2], curve[-1]):
+    room = 0.1 * found["timesteps"]  # of a label
+    labelled: list[float] = []
+    for point in (curve[0], curve[-1], curve[len(curve) // 2]):
+        if any(abs(point["mean_timesteps"] - there) < room for there in labelled):
+            continue
+        labelled.append(point["mean_timesteps"])
         axis.annotate(
             f"{point['threshold']:g}",
             (point["mean_timesteps"], point["top1"]),
@@ -249,16 +262,14 @@ def _firing_rate(axis: Any, found: Findings) -> None:
 
 def _operations(axis: Any, found: Findings) -> None:
     layers = found["operations"]["layers"]
-    accumulates, multiplications = (
-        [layer[key] / 1e6 for layer in layers.values()]
-        for key in ("accumulates", "multiply_accumulates")
-    )
-    _layer_bars(
-        axis,
-        list(layers),
-        [accumulates, multiplications],
-        [(plots.TRAIN, "accumulates"), (plots.WAIT, "multiply-accumulates")],
-    )
+    bars: list[list[float]] = []
+    styles: list[tuple[str, str]] = []
+    for key, colour in (("accumulates", plots.TRAIN), ("multiply_accumulates", plots.WAIT)):
+        millions = [layer[key] / 1e6 for layer in layers.values()]
+        if any(millions):
+            bars.append(millions)
+            styles.append((colour, key.replace("_", "-")))
+    _layer_bars(axis, list(layers), bars, styles)
     axis.legend(frameon=False, fontsize=9, loc="lower right")
     axis.set_title("Synaptic operations", loc="left", fontsize=11, fontweight="bold")
     axis.set_xlabel("millions a sample", fontsize=9)
