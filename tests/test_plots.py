@@ -190,6 +190,25 @@ def test_a_group_has_points_where_they_are_few_and_a_spread_within_its_limits() 
     assert axis.get_lines()[-1].get_marker() == "None"
 
 
+def test_means_over_a_few_steps_are_not_drawn() -> None:
+    """Every 20 steps, and at the ends of two epochs of 62."""
+    train = [train_line(step) for step in (20, 40, 60, 62, 82, 102, 122, 124)]
+    assert [line["step"] for line in plots._steady(train)] == [20, 40, 60, 82, 102, 122]
+    assert plots._steady(train[:1]) == train[:1]
+    assert plots._steady([]) == []
+
+
+def test_numbers_of_points_lie_beside_the_line() -> None:
+    def sides(*values: float) -> list[tuple[bool, str]]:
+        found = [plots._beside(values, index) for index in range(len(values))]
+        return [(y > 0, side) for _, y, side in found]
+
+    above, below = (True, "center"), (False, "center")
+    assert sides(1.0, 2.0, 3.0) == [(True, "right"), (True, "right"), above]
+    assert sides(3.0, 1.0, 2.0, 1.0) == [above, below, above, (True, "left")]
+    assert sides(5.0) == [above]
+
+
 def test_running_mean() -> None:
     values = [1.0, 2.0, 6.0, 3.0, 5.0]
     assert plots._running_mean(values, 1) == [1.5, 3.0, 11 / 3, 14 / 3, 4.0]

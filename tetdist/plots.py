@@ -5,6 +5,7 @@ import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,12 +88,12 @@ def learning_curves(metrics_file: Path, out: Path) -> None:
     _accuracy(axes["A"], train, val)
     _timesteps(axes["T"], val)
     _learning_rate(axes["R"], train)
-    _throughput(axes["S"], train)
+    borders = _phase_borders(train, val)
+    _throughput(axes["S"], train, room=1.6 if borders else 1.1)
 
     end = max(line["epoch"] for line in train + val)
-    borders = _phase_borders(train, val)
     # Where the label of a border meets no curve.
-    for panel, height in {"L": 0.98, "A": 0.35, "R": 0.98, "S": 0.4}.items():
+    for panel, height in {"L": 0.98, "A": 0.35, "R": 0.98, "S": 0.98}.items():
         axis = axes[panel]
         axis.set_xlabel("epoch")
         axis.set_xlim(0, end * 1.02 if end > 0 else 1)
@@ -160,7 +161,10 @@ def firing_rates(metrics_file: Path, out: Path) -> None:
     last = val[-1]
     _layer_axis(axis, [f"{layer}   {100 * last['firing_rate'][layer]:.3g} %" for layer in layers])
     axis.set_xlabel("epoch")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    if len(val) == 1:  # which has no width
+        axis.set_xticks([last["epoch"]], labels=[f"{last['epoch']:.4g}"])
+    else:
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_title(
         "Firing rate by layer: spikes per neuron per timestep, the last one in numbers",
         loc="left",
@@ -230,8 +234,7 @@ def membranes(found: "Membranes", title: str, out: Path) -> None:
         axis.text(
             found.edges[-1],
             floor - 0.3,
-            f"{100 * found.fires[layer]:.3g} % fire ",
-            ha="right",
+            f" {100 * found.fires[layer]:.3g} % fire",  # beside the axes, where no bar is
             va="center",
             fontsize=8,
             color=VALIDATION,
@@ -301,9 +304,9 @@ def runs(
     for panel, (kind, key, heading, unit, limits) in panels.items():
         axis = axes[panel]
         for colour, (name, members) in zip(itertools.cycle(SERIES), groups.items(), strict=False):
+            measured = [[line for line in lines if line["kind"] == kind] for _, lines in members]
             curves = [
-                _series([line for line in lines if line["kind"] == kind], key)
-                for _, lines in members
+                _series(_steady(lines) if kind == "train" else lines, key) for lines in measured
             ]
             label = f"{name} ({len(members)})" if len(members) > 1 else name
             _group(axis, curves, colour, label, limits)
@@ -419,22 +422,37 @@ def _timesteps(axis: Any, val: list[dict[str, Any]]) -> None:
         steps = range(1, len(top1) + 1)
         title += f", epoch {last['epoch']:.4g}"
         axis.plot(steps, top1, "o-", color=VALIDATION)
-        # Every value where there is room for it, else the ends; below the line, as it rises.
+        # Every value where there is room for it, else the ends; beside the line.
         for step in steps if len(top1) <= 8 else (1, len(top1)):
+            x, y, side = _beside(top1, step - 1)
             axis.annotate(
                 f"{top1[step - 1]:.2f}",
                 (step, top1[step - 1]),
-                xytext=(10, -15),
+                xytext=(x, y),
                 textcoords="offset points",
-                ha="center",
+                ha=side,
+                va="bottom" if y > 0 else "top",
                 fontsize=9,
                 color=VALIDATION,
             )
-        axis.set_xlim(0.5, len(top1) * 1.06 + 0.5)
+        room = min(0.5 + 0.06 * len(top1), 0.95)  # of a number, and for no T = 0
+        axis.set_xlim(1 - room, len(top1) + room)
         axis.margins(y=0.2)
         axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("timesteps averaged")
     finish(axis, title, "top-1 (%)", legend=False)
+
+
+def _beside(values: Sequence[float], index: int) -> tuple[int, int, str]:
+    """Where a point's number meets no line: its distance in points, and its side at the point."""
+    here = values[index]
+    before = values[index - 1] if index > 0 else here
+    after = values[index + 1] if index + 1 < len(values) else here
+    if before > here < after:
+        return 0, -7, "center"
+    if before <= here >= after:
+        return 0, 7, "center"
+    return (-4, 4, "right") if after > before else (4, 4, "left")
 
 
 def _learning_rate(axis: Any, train: list[dict[str, Any]]) -> None:
@@ -449,18 +467,23 @@ def _learning_rate(axis: Any, train: list[dict[str, Any]]) -> None:
         axis.set_ylim(min(peaks.values()) * 1e-2, max(peaks.values()) * 2)
     else:
         axis.set_ylim(bottom=0)
-        axis.yaxis.set_major_formatter("{x:g}")
+        # 0.00005 beside 0.0001, not 5e-05.
+        axis.yaxis.set_major_formatter(lambda rate, _: f"{Decimal(f'{rate:.6g}'):f}")
 
 
-def _throughput(axis: Any, train: list[dict[str, Any]]) -> None:
+def _throughput(axis: Any, train: list[dict[str, Any]], *, room: float) -> None:
+    unit = "samples per second"
     speeds = _series(train, "samples_per_s")[1]
     if speeds:
-        _raw_and_smooth(axis, train, "samples_per_s", SPEED, f"median {_median(speeds):,.4g}")
-        axis.set_ylim(0, max(speeds) * 1.1)
+        unit += f", median {_median(speeds):,.4g}"
+        _raw_and_smooth(axis, train, "samples_per_s", SPEED, "speed")
+        axis.set_ylim(0, max(speeds) * room)
     epochs, waits = _series(train, "data_wait")
     if waits:
         right = axis.twinx()
         right.fill_between(epochs, waits, color=WAIT, alpha=0.5, linewidth=0)
+        # For the legend alone.
+        axis.plot(math.nan, math.nan, color=WAIT, alpha=0.5, linewidth=7, label="data wait")
         right.set_ylim(0, 100)
         right.set_ylabel("step time waiting for data (%)", color="#A56A00", fontsize=9)
         right.tick_params(labelsize=9, colors="#A56A00")
@@ -469,7 +492,7 @@ def _throughput(axis: Any, train: list[dict[str, Any]]) -> None:
         # The lines above the area, and the area not hidden by the lines' background.
         axis.set_zorder(right.get_zorder() + 1)
         axis.patch.set_visible(False)
-    finish(axis, "Throughput", "samples per second")
+    finish(axis, "Throughput", unit)
 
 
 def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
@@ -517,16 +540,28 @@ def _raw_and_smooth(
     axis: Any, train: list[dict[str, Any]], key: str, colour: str, label: str
 ) -> None:
     """Draws the values lightly and their running mean over them, each phase by itself."""
-    half = len(train) // 60
+    steady = _steady(train)
+    half = len(steady) // 60
     if half == 0:
-        _markers(axis, *_series(train, key), colour, label)
+        _markers(axis, *_series(steady, key), colour, label)
         return
-    axis.plot(*_series(train, key), color=colour, alpha=0.25, linewidth=0.8)
-    for _, lines in itertools.groupby(train, key=lambda line: line.get("phase")):
+    axis.plot(*_series(steady, key), color=colour, alpha=0.25, linewidth=0.8)
+    for _, lines in itertools.groupby(steady, key=lambda line: line.get("phase")):
         epochs, values = _series(list(lines), key)
         means = _running_mean(values, half)
         axis.plot(epochs, means, color=colour, linewidth=1.8, label=label)
         label = "_later phase"  # not in the legend
+
+
+def _steady(train: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of training but those over less than half as many steps as usual.
+
+    The one at the end of an epoch may be the mean of a batch or two: a peak that means nothing.
+    """
+    steps = [0, *(line["step"] for line in train)]
+    counts = [float(after - before) for before, after in itertools.pairwise(steps)]
+    least = _median(counts) / 2 if counts else 0
+    return [line for line, count in zip(train, counts, strict=True) if count >= least]
 
 
 def _running_mean(values: list[float], half: int) -> list[float]:
