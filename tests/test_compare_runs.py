@@ -513,6 +513,7 @@ def test_a_studys_folder(run_tool: Tool, tmp_path: Path) -> None:
         for seed in (0, 1):
             run = make_series(study / f"{entry}-seed{seed}", "tet", seed, [50.0, 70.0 + seed])
             changes: dict[str, Any] = {"name": run.name, "seed": seed, "data.root": "data"}
+            changes["phases.0.optimizer.betas"] = [0.5, 0.5 + seed / 4]  # SGD has none
             if entry == "tit":
                 changes["init_checkpoint"] = f"{study}/tet-seed{seed}/checkpoints/best"
             written = parse(tiny.changed(tiny.CONFIG, changes), "test").as_dict()

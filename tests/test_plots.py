@@ -198,6 +198,18 @@ def test_means_over_a_few_steps_are_not_drawn() -> None:
     assert plots._steady([]) == []
 
 
+def test_small_rates_are_written_as_others_are() -> None:
+    axis = plots.new_figure(3, 3).subplots()
+    plots._learning_rate(axis, [train_line(1, lr=1e-4), train_line(2, lr=5e-5)])
+    written = axis.yaxis.get_major_formatter()
+    assert [written(rate) for rate in (0.0, 5e-5, 3 * 1e-4, 0.1)] == [
+        "0",
+        "0.00005",
+        "0.0003",
+        "0.1",
+    ]
+
+
 def test_numbers_of_points_lie_beside_the_line() -> None:
     def sides(*values: float) -> list[tuple[bool, str]]:
         found = [plots._beside(values, index) for index in range(len(values))]

@@ -8,6 +8,7 @@ contradict each other end in a `UserError` that names the dotted key.
 import difflib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -703,50 +704,65 @@ def model_input_kind(name: str) -> str:
     return "events" if timm.get_pretrained_cfg(name).input_size[0] == 2 else "images"
 
 
+def effective(config: RunConfig) -> dict[str, Any]:
+    """The configuration as one dictionary of dotted keys, without those that have no effect."""
+    unread = [key for key, *_ in _without_effect(config)]
+    return {
+        key: value
+        for key, value in flatten(config.as_dict()).items()
+        if not any(key == other or key.startswith(f"{other}.") for other in unread)
+    }
+
+
 def _warn_without_effect(config: RunConfig) -> None:
     """Say which keys were set that nothing reads."""
-    ignored: list[str] = []
+    for key, is_set, because in _without_effect(config):
+        if is_set:
+            logger.warning("%s has no effect with %s", key, because)
 
-    def unread(section: BaseModel, prefix: str, names: tuple[str, ...], because: str) -> None:
+
+def _without_effect(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
+    """Every key that nothing reads, whether it was set, and the setting that makes it so."""
+    for section, prefix, names, because in _unread(config):
         for name in names:
-            if name in section.model_fields_set:
-                alias = type(section).model_fields[name].alias or name
-                ignored.append(f"{prefix}{alias} has no effect with {because}")
+            alias = type(section).model_fields[name].alias or name
+            yield f"{prefix}{alias}", name in section.model_fields_set, because
 
+
+def _unread(config: RunConfig) -> Iterator[tuple[BaseModel, str, tuple[str, ...], str]]:
+    """Sections, their prefixes, their fields that nothing reads, and why."""
     if config.loss.kind == "sdt":
-        unread(config.loss, "loss.", ("lambda_", "phi"), "loss.kind=sdt")
+        yield config.loss, "loss.", ("lambda_", "phi"), "loss.kind=sdt"
     soft = config.loss.distillation
     if soft.teacher is None:
-        unread(soft, "loss.distillation.", ("weight",), "loss.distillation.teacher=null")
+        yield soft, "loss.distillation.", ("weight",), "loss.distillation.teacher=null"
         if not soft.self_weight:
-            unread(soft, "loss.distillation.", ("temperature",), "nothing to distil from")
+            yield soft, "loss.distillation.", ("temperature",), "nothing to distil from"
     if config.model.neuron.spike == "relu":
         every = tuple(name for name in NeuronSection.model_fields if name != "spike")
-        unread(config.model.neuron, "model.neuron.", every, "model.neuron.spike=relu")
+        yield config.model.neuron, "model.neuron.", every, "model.neuron.spike=relu"
     if config.data.kind == "events":
         crops = ("image_size", "resize", "crop", "scale", "ratio", "padding", "interpolation")
         colors = ("auto_augment", "color_jitter", "mean", "std")
-        unread(config.data, "data.", (*crops, *colors), "data.kind=events")
+        yield config.data, "data.", (*crops, *colors), "data.kind=events"
     else:
-        unread(config.data, "data.", ("roll",), "data.kind=images")
+        yield config.data, "data.", ("roll",), "data.kind=images"
         if config.data.crop == "padded":
-            unread(config.data, "data.", ("scale", "ratio"), "data.crop=padded")
+            yield config.data, "data.", ("scale", "ratio"), "data.crop=padded"
         else:
-            unread(config.data, "data.", ("padding",), "data.crop=resized")
+            yield config.data, "data.", ("padding",), "data.crop=resized"
     for i, phase in enumerate(config.phases):
         if config.data.kind == "events":
             sizes = ("image_size", "final_image_size")
-            unread(phase, f"phases.{i}.", sizes, "data.kind=events")
+            yield phase, f"phases.{i}.", sizes, "data.kind=events"
         prefix = f"phases.{i}.optimizer."
         if phase.optimizer.kind == "sgd":
-            unread(phase.optimizer, prefix, ("betas",), "kind=sgd")
+            yield phase.optimizer, prefix, ("betas",), "kind=sgd"
         else:
             names = ("momentum", "nesterov")
-            unread(phase.optimizer, prefix, names, f"kind={phase.optimizer.kind}")
+            yield phase.optimizer, prefix, names, f"kind={phase.optimizer.kind}"
         if phase.optimizer.weight_decay == 0:
-            unread(phase.optimizer, prefix, ("decay_norms",), "weight_decay=0")
+            yield phase.optimizer, prefix, ("decay_norms",), "weight_decay=0"
     if not config.tracking.mlflow:
         of_mlflow = ("uri", "experiment", "log_checkpoint", "register_")
-        unread(config.tracking, "tracking.", of_mlflow, "tracking.mlflow=false")
-    for sentence in ignored:
-        logger.warning("%s", sentence)
+        yield config.tracking, "tracking.", of_mlflow, "tracking.mlflow=false"

@@ -57,7 +57,8 @@ def differing_keys(records: Sequence[RunRecord]) -> list[str]:
         for key in keys
         if key not in OF_THE_SEED
         and key.partition(".")[0] != "cluster"
-        and len({repr(of_any_seed(key, values)) for values in configurations}) > 1
+        # A run without the key, in which it has no effect, differs in what makes it so.
+        and len({repr(of_any_seed(key, c)) for c in configurations if key in c}) > 1
     ]
 
 

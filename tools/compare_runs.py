@@ -230,8 +230,8 @@ def tolerance(text: str) -> float:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read_run(path: Path) -> Run:
-    """Reads a run folder or a metrics.jsonl.
+def read_run(path: Path, *, effective: bool = False) -> Run:
+    """Reads a run folder or a metrics.jsonl; of its configuration, all or what has an effect.
 
     Raises:
         UserError: There is none, or something in it is damaged.
@@ -248,7 +248,7 @@ def read_run(path: Path) -> Run:
         return Run(
             path,
             read_values(path / "metrics.jsonl"),
-            read_configuration(path / "config.yaml"),
+            read_configuration(path / "config.yaml", effective),
             read_samples(path),
         )
     except OSError as error:
@@ -284,10 +284,10 @@ def values_of(line: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def read_configuration(path: Path) -> dict[str, Any] | None:
+def read_configuration(path: Path, effective: bool) -> dict[str, Any] | None:
     import yaml
 
-    from tetdist.config import flatten, parse
+    from tetdist import config
     from tetdist.errors import UserError
 
     if not path.exists():
@@ -300,8 +300,9 @@ def read_configuration(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} is damaged: it does not hold keys and values")
     # What an older version did not know has its default. One that cannot be read is shown as it is.
     with suppress(UserError):
-        values = parse(values, str(path), warn=False).as_dict()
-    return flatten(values)
+        parsed = config.parse(values, str(path), warn=False)
+        return config.effective(parsed) if effective else config.flatten(parsed.as_dict())
+    return config.flatten(values)
 
 
 def read_samples(folder: Path) -> Samples | None:
@@ -394,7 +395,7 @@ def read_records(paths: list[Path]) -> "list[RunRecord]":
     folders = Counter(path.name for path in paths if path.is_dir())
     records = []
     for path in paths:
-        run = read_run(path)
+        run = read_run(path, effective=True)
         file = path / "metrics.jsonl" if path.is_dir() else path
         name = path.name if folders[path.name] == 1 else str(path)
         records.append(RunRecord(name, read_metrics(file), run.configuration))
