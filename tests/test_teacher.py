@@ -240,6 +240,10 @@ def test_keys_without_effect_are_said(main: Main, tiny_config: ConfigWriter) -> 
     outcome = main(tiny_config({"loss.distillation.weight": 0.5}), "max_steps=1")
     assert outcome.status == 0
     assert "loss.distillation.weight has no effect with" in outcome.text
+    changes = {"name": "none", "loss.distillation": {"teacher": "/nowhere", "weight": 0.0}}
+    outcome = main(tiny_config(changes), "max_steps=1")
+    assert outcome.status == 0, outcome.text
+    assert "loss.distillation.teacher has no effect with" in outcome.text
     outcome = main(tiny_config(RELU | {"name": "decay", "model.neuron.decay": 0.9}), "max_steps=1")
     assert outcome.status == 0
     assert "model.neuron.decay has no effect with model.neuron.spike=relu" in outcome.text
