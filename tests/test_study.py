@@ -284,8 +284,9 @@ def test_what_is_submitted_by_how_the_runs_are(
         ({"sedes": [0]}, ("unknown key 'sedes'", "seeds")),
         ({"title": ...}, ("'title' is missing",)),
         ({"seeds": [1, 1]}, ("seeds", "twice")),
-        ({"seeds": [-1]}, ("'seeds.0'",)),
+        ({"seeds": [-1]}, ("study.yaml: 'seeds.0': input should be greater than or equal to 0\n",)),
         ({"test_timesteps": []}, ("'test_timesteps'",)),
+        ({"test_timesteps": [4, 2, 2]}, ("test_timesteps", "must rise")),
         ({"entries.tet.controll": "sdt"}, ("unknown key 'entries.tet.controll'", "control")),
         ({"entries.tet.control": "std"}, ("entries.tet.control", "'std'", "sdt")),
         ({"entries.tet.init": "tet"}, ("entries.tet.init", "'tet'")),
@@ -317,6 +318,7 @@ def test_mistakes_on_the_command_line_are_named(
     file, output = write(), tmp_path / "out"
     for arguments, word in (
         (("no_such_study",), "tet_vs_sdt_digits"),
+        (("tit_cifar",), "did you mean tit_cifar10?"),
         ((file, "--only", "tte"), "sdt, tet"),
         ((file, "--jobs", 0), "--jobs"),
         ((file, "--report-only"), "none is finished"),

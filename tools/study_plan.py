@@ -1,5 +1,6 @@
 """What a study file says: its entries, and the runs that they make with its seeds."""
 
+import difflib
 import json
 import shlex
 import sys
@@ -128,8 +129,10 @@ def find(name: str) -> Path:
     for path in (Path(name), STUDIES_DIR / name, STUDIES_DIR / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = ", ".join(sorted(path.stem for path in STUDIES_DIR.glob("*.yaml")))
-    raise UserError(f"there is no study {name}, neither as a file nor in configs/studies: {known}")
+    known = sorted(path.stem for path in STUDIES_DIR.glob("*.yaml"))
+    close = difflib.get_close_matches(name.removesuffix(".yaml"), known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+    raise UserError(f"no study {name!r}, neither as a file nor in configs/studies/; {hint}")
 
 
 def read(path: Path) -> StudySection:
@@ -138,18 +141,18 @@ def read(path: Path) -> StudySection:
         UserError: The file is no study; the text says what is wrong with it.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    try:
-        study = StudySection.model_validate_json(json.dumps(raw))
+        study = StudySection.model_validate_json(json.dumps(config.read_yaml(path)))
     except TypeError as error:
         raise UserError(f"{path}: a value is no text, number, list or mapping ({error})") from error
     except ValidationError as error:
-        problems = "; ".join(_explain(e) for e in error.errors())
+        problems = "; ".join(_explain(e) for e in config.innermost(error.errors()))
         raise UserError(f"{path}: {problems}") from None
     if len(set(study.seeds)) < len(study.seeds):
         raise UserError(f"{path}: seeds: one of {list(study.seeds)} is there twice")
+    if list(study.test_timesteps) != sorted(set(study.test_timesteps)):
+        raise UserError(
+            f"{path}: test_timesteps: {list(study.test_timesteps)} must rise, each number once"
+        )
     for name, entry in study.entries.items():
         others = {"control": entry.control, "init": entry.init, "teacher": entry.teacher}
         for key, other in others.items():
@@ -162,7 +165,7 @@ def read(path: Path) -> StudySection:
 
 
 def _explain(error: Any) -> str:
-    key = ".".join(map(str, error["loc"])) or "the file"
+    key = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         section = EntrySection if error["loc"][0] == "entries" else StudySection
         return f"unknown key {key!r}; known here are {', '.join(section.model_fields)}"
