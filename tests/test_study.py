@@ -122,6 +122,13 @@ def test_a_study_is_trained_continued_and_reported(
         # 5 whole steps of 8 of the 47 samples, at T=2.
         assert run["image_timesteps"] == 80
 
+    # A run that is finished evaluates nothing again.
+    metrics = output / "tet-seed1" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
+    status, _, errors = call(file, "--output", output)
+    lacks = f"failed: tet-seed1: {metrics} lacks evaluations; remove {metrics.parent} to train"
+    assert (status, lacks in errors) == (1, True), errors
+
 
 @pytest.mark.long
 def test_one_begins_with_another(call: Call, write: Callable[..., Path], tmp_path: Path) -> None:
@@ -157,6 +164,7 @@ def test_one_begins_with_another(call: Call, write: Callable[..., Path], tmp_pat
     assert runs["short"]["by_timestep"][:2] == pytest.approx(val["per_timestep_top1"])
     assert len(runs["short"]["by_timestep"]) == 3
     assert "tools/eval.py" in runs["short"]["commands"][1]
+    assert f"for instance `{runs['short']['commands'][1]}`" in report
     assert len(runs["longer"]["commands"]) == 1
 
 
@@ -294,6 +302,19 @@ def test_what_is_submitted_by_how_the_runs_are(
         ({"entries.tet.init": "sdt", "entries.sdt.teacher": "tet"}, ("circle",)),
         ({"entries.tet.teacher": "std"}, ("entries.tet.teacher", "'std'", "sdt")),
         ({"entries.tet.overrides": {"loss.kid": "tet"}}, ("entries.tet", "'loss.kid'")),
+        ({"entries.tet.overrides": {"seed": 3}}, ("entries.tet", "seed is set", "seeds")),
+        ({"overrides": {"runs_dir": "here"}}, ("runs_dir is set", "--output")),
+        (
+            {"entries.tet": {"init": "sdt", "overrides": {"init_checkpoint": "there"}}},
+            ("init_checkpoint is set", "init, sdt"),
+        ),
+        (
+            {
+                "entries.tet.teacher": "sdt",
+                "entries.tet.overrides": {"loss": {"distillation": {"teacher": "timm:resnet18"}}},
+            },
+            ("loss.distillation.teacher is set", "its teacher, sdt"),
+        ),
         ({"overrides": {"data.root": "nowhere"}}, ("data.root", "nowhere", "sdt")),
         ({"config": "nothing.yaml"}, ("nothing.yaml",)),
     ],
@@ -325,6 +346,8 @@ def test_mistakes_on_the_command_line_are_named(
         ((file, "--report-only", "--slurm"), "leave out --slurm"),
         ((file, "--again"), "--again goes with --slurm"),
         ((file, "seed"), "'seed' is not an override"),
+        ((file, "resume=must"), "resume is set by the study itself"),
+        ((file, "--append-to", tmp_path / "kept.txt"), "FILE.md"),
     ):
         status, _, errors = call(*arguments, "--output", output)
         assert (status, word in errors) == (2, True), errors
@@ -378,7 +401,7 @@ def finished(write: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
 
 def test_numbers_are_numpys(call: Call, finished: tuple[Path, Path]) -> None:
     file, output = finished
-    status, _, errors = call(file, "--output", output, "--report-only")
+    status, _, errors = call(file, "--output", output, "--jobs", 2, "--report-only")
     assert status == 0, errors
     values = json.loads((output / "report" / "study.json").read_text())
     for entry, accuracies in ACCURACIES.items():
@@ -411,6 +434,7 @@ def test_numbers_are_numpys(call: Call, finished: tuple[Path, Path]) -> None:
     assert "| `sdt` | sdt |" in report
     assert f"runs_dir={output}" in report
     assert "name=tet-seed3" in report
+    assert f"`python tools/study.py {file} --output {output} --jobs 2`" in report
 
 
 def test_a_verdict_is_as_sure_as_the_interval(call: Call, finished: tuple[Path, Path]) -> None:

@@ -77,6 +77,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
+    if options.append_to and options.append_to.suffix != ".md":
+        parser.error(f"--append-to takes a Markdown file, FILE.md, not {options.append_to}")
     if options.slurm is not None and options.report_only:
         parser.error("--report-only submits nothing: leave out --slurm")
     if options.again and options.slurm is None:
@@ -142,13 +144,17 @@ def study(options: argparse.Namespace) -> int:
 
 
 def command(options: argparse.Namespace, file: Path) -> str:
-    """The command that makes the study, for its report."""
+    """The command that makes the study, for its report, wherever that was asked for."""
     import study_plan
 
     words = [sys.executable, "tools/study.py", str(file).removeprefix(f"{study_plan.PROJECT}/")]
     words += options.overrides
+    if options.output:
+        words += ["--output", str(options.output)]
     if options.jobs > 1:
         words += ["--jobs", str(options.jobs)]
+    for entry in options.only or []:
+        words += ["--only", entry]
     return study_plan.shown(words)
 
 
@@ -235,6 +241,9 @@ class Child:
         status = self.process.returncode
         if status == 0 and self.run.next_command() != self.command:
             return None
+        if status == 0 and self.command == self.run.train_command:
+            folder = self.run.folder
+            return f"{folder / 'metrics.jsonl'} lacks evaluations; remove {folder} to train it anew"
         said = [line for line in self.run.log.read_text(errors="replace").splitlines() if line]
         return f"exit status {status}: {said[-1] if said else 'it said nothing'} ({self.run.log})"
 

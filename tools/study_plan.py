@@ -20,6 +20,14 @@ STUDIES_DIR = CONFIGS_DIR / "studies"
 EVALUATION_FILE = "test_timesteps.json"
 TEACHER_KEY = "loss.distillation.teacher"
 
+# Keys that a study sets itself, and what to do instead.
+OWN_KEYS = {
+    "seed": "put it among the study's seeds",
+    "name": "a run is called ENTRY-seedN",
+    "runs_dir": "give --output DIR instead",
+    "resume": "leave it out: a study always continues its runs",
+}
+
 
 class EntrySection(Section):
     """One of the things compared, trained once a seed."""
@@ -92,6 +100,11 @@ class Run:
     def timesteps(self) -> int:
         """T at the end of training."""
         return self.config.phases[-1].timesteps
+
+    @property
+    def is_tested_beyond(self) -> bool:
+        """Whether it is evaluated at more timesteps than its own evaluations know."""
+        return self.timesteps < max(self.test_timesteps)
 
     @property
     def train_command(self) -> list[str]:
@@ -218,19 +231,40 @@ def _run(
 ) -> Run:
     entry = study.entries[name]
     config_name = entry.config or study.config
-    overrides = [f"{key}={as_text(v)}" for key, v in (study.overrides | entry.overrides).items()]
-    overrides += [*more, f"seed={seed}", f"name={name}-seed{seed}", f"runs_dir={output}"]
+    given = [f"{key}={as_text(v)}" for key, v in (study.overrides | entry.overrides).items()]
+    given += more
+    own = [f"seed={seed}", f"name={name}-seed{seed}", f"runs_dir={output}"]
     if init is not None:
-        overrides.append(f"init_checkpoint={init.folder}")
+        own.append(f"init_checkpoint={init.folder}")
     if teacher is not None:
-        overrides.append(f"{TEACHER_KEY}={teacher.folder}")
+        own.append(f"{TEACHER_KEY}={teacher.folder}")
+    overrides = given + own
     try:
+        _refuse_own_keys(given, entry)
         resolved = config.load(config_name, overrides)
     except UserError as error:
         raise UserError(f"entries.{name}: {error}") from error
     return Run(
         name, seed, config_name, tuple(overrides), resolved, init, teacher, study.test_timesteps
     )
+
+
+def _refuse_own_keys(overrides: list[str], entry: EntrySection) -> None:
+    """Those that the study would override itself, without a word.
+
+    Weights and teachers from elsewhere are fine in an entry that names no other one for them.
+    """
+    own = dict(OWN_KEYS)
+    if entry.init is not None:
+        own["init_checkpoint"] = f"it begins with the weights of init, {entry.init}; leave out one"
+    if entry.teacher is not None:
+        own[TEACHER_KEY] = f"it learns from its teacher, {entry.teacher}; leave out one"
+    given: dict[str, Any] = {}
+    for override in overrides:
+        config.apply_override(given, override)
+    for key in config.flatten(given):
+        if key in own:
+            raise UserError(f"overrides: {key} is set by the study itself: {own[key]}")
 
 
 def as_text(value: Any) -> str:

@@ -85,7 +85,7 @@ class Result:
         values = {key: value for key, value in vars(self).items() if key not in left_out}
         named = {"name": self.run.name, "entry": self.run.entry, "seed": self.run.seed}
         commands = [shown(self.run.train_command)]
-        if self.run.timesteps < max(self.run.test_timesteps):
+        if self.run.is_tested_beyond:
             commands.append(shown(self.run.eval_command))
         return named | values | {"commands": commands}
 
@@ -510,8 +510,15 @@ def what_differs(numbers: Numbers) -> str:
 def commands(numbers: Numbers, link: str) -> str:
     runs = [numbers.of(entry)[0].run for entry in numbers.entries]
     listed = "\n".join(shown(run.train_command) for run in runs)
+    beyond = [run for run in runs if run.is_tested_beyond]
+    tested = (
+        "Accuracies at a T above that of training are of another command, for instance "
+        f"`{shown(beyond[0].eval_command)}`.\n\n"
+        if beyond
+        else ""
+    )
     return (
         f"<details><summary>Commands</summary>\n\nOf the first seed, {runs[0].seed}; those of all "
         f"runs, and every number, are in [{link.rpartition('/')[2]}]({link}).\n\n"
-        f"```\n{listed}\n```\n\n</details>"
+        f"```\n{listed}\n```\n\n{tested}</details>"
     )
