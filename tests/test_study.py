@@ -380,23 +380,27 @@ def finished(write: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
     phases = [{"epochs": 2, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.05}}]
     file, output = write(changes | {"overrides": {"phases": phases}}), tmp_path / "out"
     for run in study_plan.runs_of(study_plan.read(file), output, []):
-        top1 = ACCURACIES[run.entry][run.seed - 3].tolist()
-        checkpoint = run.folder / "checkpoints" / "step-00000010"
-        checkpoint.mkdir(parents=True)
-        (checkpoint / "state.json").write_text(json.dumps({"step": 10, "evaluated_step": 10}))
-        (checkpoint.parent / "last").write_text(checkpoint.name)
-        (run.folder / "config.yaml").write_text(run.config.as_yaml())
-        lines = [
-            # 5 steps of 8 samples at 10 a second, and as many at 20.
-            {"kind": "train", "step": 5, "epoch": 1, "samples_per_s": 10.0},
-            {"kind": "val", "step": 5, "epoch": 1, "top1": 99.0, "loss": 0.5 + run.seed},
-            {"kind": "train", "step": 10, "epoch": 2, "samples_per_s": 20.0},
-            {"kind": "val", "step": 10, "epoch": 2, "top1": top1[3], "loss": 0.25 + run.seed},
-        ]
-        for line in lines:
-            line |= {"time": 1.7e9, "samples": 23, "per_timestep_top1": top1}
-        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in lines))
+        finish_by_hand(run, ACCURACIES[run.entry][run.seed - 3].tolist())
     return file, output
+
+
+def finish_by_hand(run: Any, top1: list[float]) -> None:
+    """Writes what a run of two epochs at T=4 leaves, with its accuracies up to each timestep."""
+    checkpoint = run.folder / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"step": 10, "evaluated_step": 10}))
+    (checkpoint.parent / "last").write_text(checkpoint.name)
+    (run.folder / "config.yaml").write_text(run.config.as_yaml())
+    lines = [
+        # 5 steps of 8 samples at 10 a second, and as many at 20.
+        {"kind": "train", "step": 5, "epoch": 1, "samples_per_s": 10.0},
+        {"kind": "val", "step": 5, "epoch": 1, "top1": 99.0, "loss": 0.5 + run.seed},
+        {"kind": "train", "step": 10, "epoch": 2, "samples_per_s": 20.0},
+        {"kind": "val", "step": 10, "epoch": 2, "top1": top1[3], "loss": 0.25 + run.seed},
+    ]
+    for line in lines:
+        line |= {"time": 1.7e9, "samples": 23, "per_timestep_top1": top1}
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in lines))
 
 
 def test_numbers_are_numpys(call: Call, finished: tuple[Path, Path]) -> None:
@@ -435,6 +439,42 @@ def test_numbers_are_numpys(call: Call, finished: tuple[Path, Path]) -> None:
     assert f"runs_dir={output}" in report
     assert "name=tet-seed3" in report
     assert f"`python tools/study.py {file} --output {output} --jobs 2`" in report
+
+
+def test_the_figure_tells_entries_and_epochs_apart(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    import study_figures
+    import study_plan
+    import study_report
+
+    phases = [{"epochs": 2, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.05}}]
+    # Pairs, two controls of several, a control of a control; more of them than there are colours.
+    controls = {"b": "a", "d": "c", "f": "e", "g": "e", "i": "h", "j": "h", "l": "k", "m": "l"}
+    controls |= {f"n{i}": "e" for i in range(8)}
+    entries: dict[str, Any] = {name: {} for name in (*controls, *controls.values())}
+    entries |= {name: {"control": control} for name, control in controls.items()}
+    entries["b"]["init"], entries["d"]["init"] = "a", "b"
+    changes = {"entries": entries, "seeds": [3], "test_timesteps": [1, 4]}
+    study = study_plan.read(write(changes | {"overrides": {"phases": phases}}))
+    runs = study_plan.runs_of(study, tmp_path / "out", [])
+    for run in runs:
+        finish_by_hand(run, [50.0, 60.0, 70.0, 80.0])
+    numbers = study_report.gather(study, runs)
+
+    styles = study_figures.styles_of(numbers)
+    colours = {name: style["color"] for name, style in styles.items()}
+    pairs = {"a": "b", "c": "d", "l": "m"}
+    assert {name: colours[name] == colours[other] for name, other in pairs.items()} == (
+        dict.fromkeys(pairs, True)
+    )
+    assert len(set(colours.values())) == len(entries) - len(pairs)
+    axis = study_figures.draw(numbers).axes[1]
+    epochs = {str(line.get_color()): list(line.get_xdata()) for line in axis.get_lines()}
+    # b and d go on where a, and a and b, have ended.
+    assert epochs[colours["e"]] == [1, 2]
+    assert epochs[colours["d"]] == [5, 6]
+    assert [tick for tick in axis.get_xticks() if tick != round(tick)] == []
 
 
 def test_a_verdict_is_as_sure_as_the_interval(call: Call, finished: tuple[Path, Path]) -> None:

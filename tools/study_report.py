@@ -11,6 +11,7 @@ import numpy as np
 import study_figures
 from study_plan import TEACHER_KEY, Run, StudySection, evaluation, is_trained, lines, shown
 
+from tetdist import plots
 from tetdist.config import flatten
 from tetdist.errors import UserError
 from tetdist.schedule import place
@@ -226,6 +227,15 @@ class Numbers:
         seconds = [np.median([r.seconds for r in results]) for results in counted]
         return float(sum(image_timesteps)), float(sum(seconds))
 
+    def epochs_before(self, entry: str) -> int:
+        """Epochs of training that the weights have had with which the entry begins."""
+        run, before = self.of(entry)[0].run, 0
+        # A run that begins with a later phase counts the epochs of those before it itself.
+        while run.init is not None and run.config.start_phase == 0:
+            run = run.init
+            before += sum(phase.epochs for phase in run.config.phases)
+        return before
+
     def with_needed(self, entry: str) -> list[str]:
         """The entry, the one that it begins with, its teacher, and so on."""
         section = self.study.entries[entry]
@@ -325,7 +335,7 @@ def write(study: StudySection, name: str, runs: list[Run], file: Path, command: 
         file,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    study_figures.draw(numbers, folder / f"{name}.png")
+    plots.save(study_figures.draw(numbers), folder / f"{name}.png")
     values = json.dumps(strict(numbers.as_dict()), indent=1, allow_nan=False)
     _write(folder / f"{name}.json", values + "\n")
     _write(file, text)
