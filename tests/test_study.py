@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -185,6 +186,42 @@ def test_ctrl_c_ends_the_runs_and_they_go_on(write: Callable[..., Path], tmp_pat
     assert list((output / "long-seed0" / "checkpoints").glob("step-*"))
 
 
+def test_mlflow_has_the_runs_below_the_study(write: Callable[..., Path], tmp_path: Path) -> None:
+    import study_plan
+    from study_tracking import Parent
+
+    changes = {"seeds": [7], "overrides": {"tracking.mlflow": True}}
+    changes["entries"] = ENTRIES | {"untracked": {"overrides": {"tracking.mlflow": False}}}
+    output = tmp_path / "out"
+    runs = study_plan.runs_of(study_plan.read(write(changes)), output, [])
+    # As the command, and the same command again.
+    for status in ("SCHEDULED", "FAILED"):
+        parent = Parent("study", runs, output)
+        for run in runs:
+            parent.tell(run, status)
+    with sqlite3.connect(output / "mlflow.db") as store:
+
+        def rows(query: str) -> list[Any]:
+            return store.execute(query).fetchall()
+
+        found = {
+            name: (uuid, status)
+            for name, uuid, status in rows("select name, run_uuid, status from runs")
+        }
+        tags = {
+            (uuid, key): value for uuid, key, value in rows("select run_uuid, key, value from tags")
+        }
+    assert {name: status for name, (_, status) in found.items()} == {
+        "study": "FINISHED",
+        "sdt-seed7": "FAILED",
+        "tet-seed7": "FAILED",
+    }
+    own = {"mlflow.parentRunId": found["study"][0], "study": "study", "entry": "tet", "seed": "7"}
+    own |= {"control": "sdt"}
+    assert {key: tags[found["tet-seed7"][0], key] for key in own} == own
+    assert (found["sdt-seed7"][0], "control") not in tags
+
+
 # --- on a cluster, of which tests/slurm/test_studies.py has one -----------------------------------
 
 
@@ -316,6 +353,10 @@ def test_what_is_submitted_by_how_the_runs_are(
             ("loss.distillation.teacher is set", "its teacher, sdt"),
         ),
         ({"overrides": {"data.root": "nowhere"}}, ("data.root", "nowhere", "sdt")),
+        (
+            {"entries.tet.overrides": {"model.num_classes": 3}},
+            ("entries.tet: model.num_classes is 3", "4 classes"),
+        ),
         ({"config": "nothing.yaml"}, ("nothing.yaml",)),
     ],
 )

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import yaml
 from pydantic import Field, ValidationError
 
 from tetdist import checkpoint, config, tracking
 from tetdist.config import CONFIGS_DIR, Positive, RunConfig, Section
+from tetdist.distributed import World
 from tetdist.errors import UserError
+from tetdist.run import make_model, open_data
 
 PROJECT = CONFIGS_DIR.parent
 STUDIES_DIR = CONFIGS_DIR / "studies"
@@ -64,6 +67,7 @@ class Run:
     """One entry with one seed.
 
     Attributes:
+        control: The entry that its entry is compared with.
         overrides: ``key=value``, all of them, for tetdist/train.py and launch/slurm.py.
         init: The run whose weights it begins with.
         teacher: The run whose network it learns from.
@@ -71,6 +75,7 @@ class Run:
     """
 
     entry: str
+    control: str | None
     seed: int
     config_name: str
     overrides: tuple[str, ...]
@@ -245,7 +250,15 @@ def _run(
     except UserError as error:
         raise UserError(f"entries.{name}: {error}") from error
     return Run(
-        name, seed, config_name, tuple(overrides), resolved, init, teacher, study.test_timesteps
+        entry=name,
+        control=entry.control,
+        seed=seed,
+        config_name=config_name,
+        overrides=tuple(overrides),
+        config=resolved,
+        init=init,
+        teacher=teacher,
+        test_timesteps=study.test_timesteps,
     )
 
 
@@ -344,15 +357,23 @@ def check_folder(run: Run) -> None:
         )
 
 
-def check_data(runs: list[Run]) -> None:
-    """
+def check_inputs(runs: list[Run]) -> None:
+    """Whether each entry's data are there, and suit its network.
+
     Raises:
-        UserError: Data that the runs need are not there.
+        UserError: They do not, so that all its runs would fail.
     """
-    for run in runs:
+    alone = World(0, 1, torch.device("cpu"), control=None)
+    # The same for all seeds.
+    for run in {run.entry: run for run in runs}.values():
         root = Path(run.config.data.root)
         if not root.is_dir():
             raise UserError(
                 f"data.root: there is no folder {root}, which entry {run.entry} needs; the header "
                 f"of its configuration says how to make it, or set data.root=FOLDER"
             )
+        try:
+            train_index, _ = open_data(run.config, alone)
+            make_model(run.config, train_index)
+        except UserError as error:
+            raise UserError(f"entries.{run.entry}: {error}") from error
