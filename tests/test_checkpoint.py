@@ -421,6 +421,8 @@ def test_model_file_errors(tmp_path: Path) -> None:
     assert "there is no last checkpoint" in problem(tmp_path / "void")
     path = save(tmp_path / "run" / "checkpoints", 1)
     file = path / "model.safetensors"
+    # Others may read it, as they may its neighbours.
+    assert len({other.stat().st_mode for other in path.iterdir()}) == 1
     whole = file.read_bytes()
     for length in (0, 4, 100, len(whole) - 1):
         file.write_bytes(whole[:length])
@@ -436,6 +438,11 @@ def test_model_file_errors(tmp_path: Path) -> None:
     for text in ("{}", "not json"):
         save_file({"a": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={"tetdist": text})
         assert "damaged or of another version" in problem(tmp_path / "odd.safetensors")
+    right = {"config": {}, "classes": ["a"], "timesteps": 1, "step": 0}
+    for key, value in (("config", "x"), ("classes", 5), ("timesteps", -1), ("step", None)):
+        text = json.dumps(right | {key: value})
+        save_file({"a": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={"tetdist": text})
+        assert f"another version: {key} cannot be read" in problem(tmp_path / "odd.safetensors")
     assert "does not say which model" in problem(tmp_path / "foreign.safetensors")
     (tmp_path / "text.safetensors").write_text("hello world, this is no tensor")
     assert "not a readable model file" in problem(tmp_path / "text.safetensors")

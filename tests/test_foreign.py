@@ -477,10 +477,29 @@ def test_damaged_file_is_named(tmp_path: Path, suffix: str) -> None:
 
 
 def test_file_without_a_state_dict_is_named(tmp_path: Path) -> None:
-    for content in ([1, 2], {"epoch": 3}, {}):
+    for content in ([1, 2], {"epoch": 3}, {}, {0: torch.zeros(1)}):
         torch.save(content, tmp_path / "a.pth")
         with pytest.raises(UserError, match="holds no state dict"):
             foreign.read(tmp_path / "a.pth")
+
+
+def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"not finite \(in b\): its training went wrong"):
+        foreign.read(tmp_path / "a.pth")
+    torch.jit.save(torch.jit.script(nn.Linear(1, 1)), tmp_path / "b.pt")
+    with pytest.raises(UserError, match="is a TorchScript program, which is code"):
+        foreign.read(tmp_path / "b.pt")
+    (tmp_path / "c.pth").write_text("text")
+    with pytest.raises(UserError, match="neither torch's nor safetensors' format"):
+        foreign.read(tmp_path / "c.pth")
+    state = torchvision.models.resnet18(num_classes=5).state_dict()
+    model = ours("sew_resnet18", num_classes=5)
+    with pytest.raises(UserError, match="torchvision's names, not those of the SEW-ResNet"):
+        foreign.convert(state, "sew", model)
+    state["conv1.weight"] = state["conv1.weight"].to(torch.int8)
+    with pytest.raises(UserError, match=r"conv1.weight is of torch.int8: .* quantised"):
+        foreign.convert(state, "torchvision", model)
 
 
 def test_names_that_several_sources_share_must_be_told() -> None:
@@ -657,8 +676,9 @@ def test_nothing_is_replaced_that_should_stay(
 ) -> None:
     command = [relu_file, "--model", "spiking_resnet18", "--from", "timm", "--output"]
     before = relu_file.read_bytes()
-    assert convert(*command, relu_file, *SMALL_RESNET18)[0] == 2
-    assert relu_file.read_bytes() == before
+    status, _, err = convert(*command, relu_file, *SMALL_RESNET18)
+    assert (status, relu_file.read_bytes()) == (2, before)
+    assert f"{relu_file} exists; choose another --output" in err
     (tmp_path / checkpoint.MANIFEST_FILE).write_text("{}")
     status, _, err = convert(*command, tmp_path / "model.safetensors", *SMALL_RESNET18)
     assert status == 2

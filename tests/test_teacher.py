@@ -76,7 +76,7 @@ def test_relu_network_is_a_teacher_and_the_weights_to_begin_with(
     file = tiny_config(changes)
     outcome = main(file, f"{KEY}={relu}", f"init_checkpoint={relu}", "name=taught")
     assert outcome.status == 0, outcome.text
-    assert "another network: model.neuron.spike is step and was relu" in outcome.text
+    assert "another network: model.neuron.spike is 'step' and was 'relu'" in outcome.text
     assert main(file, f"init_checkpoint={relu}", "name=alone").status == 0
     taught, alone = (tiny.metrics(tmp_path / "runs" / name) for name in ("taught", "alone"))
     # The same samples and weights, and more to be learnt.

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
@@ -101,7 +101,7 @@ def save(
             key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for key, tensor in model.state_dict().items()
         }
-        save_file(weights, aside / MODEL_FILE, metadata={"tetdist": json.dumps(description)})
+        _write_weights(aside / MODEL_FILE, weights, description)
         torch.save(optimizer, aside / OPTIMIZER_FILE)
         (aside / STATE_FILE).write_text(json.dumps({"format": FORMAT_VERSION} | state, indent=1))
         files = {path.name: _describe(path) for path in sorted(aside.iterdir())}
@@ -228,15 +228,42 @@ def load_model_file(path: Path, which: str = "last") -> tuple[dict[str, Tensor],
         )
     try:
         description = json.loads(metadata["tetdist"])
-        missing = {"config", "classes", "timesteps", "step"} - set(description)
-    except (ValueError, TypeError):
-        missing = {"all of it"}
-    if missing:
+    except ValueError:
+        description = None
+    wrong = _what_is_wrong(description)
+    if wrong:
         raise UserError(
             f"the description in {file} is damaged or of another version: "
-            f"{', '.join(sorted(missing))} cannot be read"
+            f"{', '.join(wrong)} cannot be read"
         )
     return weights, description
+
+
+def _what_is_wrong(description: object) -> list[str]:
+    """The parts of a model file's description that are missing or not what they should be.
+
+    The configuration is checked as such where it is parsed.
+    """
+    if not isinstance(description, dict):
+        return ["all of it"]
+    classes, timesteps = description.get("classes"), description.get("timesteps")
+    is_well = {
+        "classes": "classes" in description
+        and (classes is None or (isinstance(classes, list) and all(map(_is_text, classes)))),
+        "config": isinstance(description.get("config"), dict),
+        "step": isinstance(description.get("step"), int),
+        "timesteps": isinstance(timesteps, int) and timesteps > 0,
+    }
+    return [name for name, well in is_well.items() if not well]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _write_weights(path: Path, weights: dict[str, Tensor], description: dict[str, Any]) -> None:
+    # Not by save_file, whose files only their owner may read.
+    path.write_bytes(serialize(weights, metadata={"tetdist": json.dumps(description)}))
 
 
 def _model_file(path: Path, which: str) -> Path:
@@ -276,11 +303,13 @@ def write_model_file(path: Path, weights: dict[str, Tensor], description: dict[s
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
-        # Not by save_file, whose files only their owner may read.
-        aside.write_bytes(serialize(contiguous, metadata={"tetdist": json.dumps(description)}))
+        _write_weights(aside, contiguous, description)
         sync(aside)
         written, _ = load_model_file(aside)
-        assert all(torch.equal(written[key], value) for key, value in contiguous.items())
+        assert all(
+            torch.equal(written[key].nan_to_num(), value.nan_to_num())
+            for key, value in contiguous.items()
+        )
         aside.replace(path)
         sync(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -90,8 +90,8 @@ def convert_file(options: argparse.Namespace) -> None:
     if (options.output.parent / checkpoint.MANIFEST_FILE).exists():
         raise UserError(f"--output: {options.output.parent} is a checkpoint; choose another folder")
     state = foreign.read(options.source)
-    if options.output.exists() and options.output.samefile(options.source):
-        raise UserError("--output would replace the source; choose another name")
+    if options.output.exists():
+        raise UserError(f"{options.output} exists; choose another --output, or remove it first")
     layout = options.layout
     source: Source = foreign.source_of(state, options.source) if layout == "auto" else layout
     config, timesteps = configuration(options, source, foreign.num_classes(state, source))

@@ -223,6 +223,7 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
     """The training's configuration with the command line's changes."""
     from tetdist.config import parse
 
+    parse(raw, str(options.checkpoint), warn=False)  # somebody else may have written it
     data = dict(raw["data"])
     if options.data:
         data |= {"root": options.data, "index": None}

@@ -15,7 +15,8 @@ result as much: `NEURONS` has what each source trains with.
 import argparse
 import pickle
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -119,8 +120,15 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than weights ({what}) and is not read, since that could execute "
             "anything; ask its author for a plain state_dict or a .safetensors file"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # of damaged bytes torch's reader may raise anything
+        if "TorchScript" in str(error):
+            # torch's advice is to load its code.
+            raise UserError(
+                f"{path} is a TorchScript program, which is code, and is not read; ask its author "
+                "for a plain state_dict or a .safetensors file"
+            ) from error
+        says = isinstance(error, OSError | RuntimeError | ValueError) and str(error)
+        reason = says.partition("\n")[0] if says else "neither torch's nor safetensors' format"
         raise UserError(f"{path} is not a readable file of weights ({reason})") from error
     state = _unwrap(content)
     if state is None:
@@ -131,7 +139,17 @@ def read(path: Path) -> dict[str, Tensor]:
     for prefix in ("module.", "_orig_mod.", "module."):
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
+    broken = [key for key, value in state.items() if not value.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{path} holds numbers that are not finite (in {broken[0]}{_and_more(broken)}): its "
+            "training went wrong; take an earlier file"
+        )
     return state
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _load(path: Path) -> Any:
@@ -145,7 +163,8 @@ def _load(path: Path) -> Any:
             raise ValueError(str(error)) from error
     # The options of a training program, which many save beside the weights: plain values in a
     # class of no behaviour.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a TorchScript program, which is refused below
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -156,7 +175,9 @@ def _unwrap(content: Any) -> dict[str, Tensor] | None:
         if isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
-    is_state = content and all(isinstance(value, Tensor) for value in content.values())
+    is_state = content and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    )
     return dict(content) if is_state else None
 
 
@@ -294,6 +315,16 @@ def _vgg_names(model: VGGSNN) -> list[tuple[str, str]]:
 
 
 def _refuse_look_alikes(state: Mapping[str, Tensor], source: Source, model: SpikingNetwork) -> None:
+    if source == "sew" and not any(".module." in key for key in state):
+        raise UserError(
+            "the file has torchvision's names, not those of the SEW-ResNet repository: give --from "
+            "spikingjelly, torchvision or timm"
+        )
+    if whole := [k for k, v in state.items() if not (v.is_floating_point() or _COUNTER in k)]:
+        raise UserError(
+            f"{whole[0]}{_and_more(whole)} is of {state[whole[0]].dtype}: weights of a quantised "
+            "network are not taken over"
+        )
     if "features.2.fwd.module.0.weight" in state:
         raise UserError(
             "the file is of TET's VGGSNNwoAP, which has strides in place of poolings; tetdist has "
