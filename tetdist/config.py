@@ -169,6 +169,22 @@ class LossSection(Section):
     label_smoothing: Share = 0.0
     distillation: DistillationSection = DistillationSection()
 
+    def as_text(self) -> str:
+        """For a person, such as "TET, lambda 0.001, phi 1; 0.2 x divergence from timm:NAME"."""
+        text = f"TET, lambda {self.lambda_:g}, phi {self.phi:g}"
+        if self.kind == "sdt":
+            text = "SDT: cross-entropy of the time-mean"
+        if self.label_smoothing:
+            text += f", label smoothing {self.label_smoothing:g}"
+        soft = self.distillation
+        if soft.teacher is not None:
+            text += f"; {soft.weight:g} x divergence from {soft.teacher}"
+        if soft.self_weight:
+            text += f"; {soft.self_weight:g} x divergence from the time-mean"
+        if soft.teacher is not None or soft.self_weight:
+            text += f", temperature {soft.temperature:g}"
+        return text
+
 
 class OptimizerSection(Section):
     kind: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -756,6 +772,8 @@ def _warn_without_effect(config: RunConfig) -> None:
         unread(soft, "loss.distillation.", ("weight",), "loss.distillation.teacher=null")
         if not soft.self_weight:
             unread(soft, "loss.distillation.", ("temperature",), "nothing to distil from")
+    elif soft.weight == 0:
+        unread(soft, "loss.distillation.", ("teacher",), "loss.distillation.weight=0")
     if config.model.neuron.spike == "relu":
         every = tuple(name for name in NeuronSection.model_fields if name != "spike")
         unread(config.model.neuron, "model.neuron.", every, "model.neuron.spike=relu")
