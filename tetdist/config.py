@@ -417,16 +417,48 @@ def load(name: str, overrides: list[str] | None = None) -> RunConfig:
         UserError: Anything about it is wrong; the text says what and where.
     """
     path = find(name)
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold keys and values, not {type(raw).__name__}")
+    raw = read_yaml(path)
     raw.setdefault("name", path.stem)
     for override in overrides or []:
         apply_override(raw, override)
     return parse(raw, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader keeps the last of several values of a key and says nothing."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here the keys are still those of the file, without what `<<` merges into them.
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise UserError(
+                    f"{key.start_mark.name}: the key {key.value!r} is there twice, in lines "
+                    f"{lines[key.value]} and {line}; rename or remove one"
+                )
+            lines[key.value] = line
+        return node
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Keys and values of a YAML file.
+
+    Raises:
+        UserError: It is no YAML, holds something else, or a key twice.
+    """
+    try:
+        with path.open() as file:
+            raw = yaml.load(file, _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        found = "and is empty" if raw is None else f"not a {type(raw).__name__}"
+        raise UserError(f"{path} must hold keys and values, {found}")
+    return raw
 
 
 def parse(raw: dict[str, Any], source: str, *, warn: bool = True) -> RunConfig:
@@ -434,10 +466,8 @@ def parse(raw: dict[str, Any], source: str, *, warn: bool = True) -> RunConfig:
     try:
         config = RunConfig.model_validate_json(_as_json(raw, source))
     except pydantic.ValidationError as error:
-        errors = [_united(e) for e in error.errors()]
-        # A list whose item is wrong is also reported as too short; the item says enough.
-        inner = [e for e in errors if not any(_contains(e, other) for other in errors)]
-        problems = "; ".join(dict.fromkeys(_explain(e) for e in inner))
+        errors = innermost([_united(e) for e in error.errors()])
+        problems = "; ".join(dict.fromkeys(_explain(e) for e in errors))
         raise UserError(f"{source}: {problems}") from None
     _check(config)
     if warn:
@@ -514,6 +544,12 @@ def _united(error: Any) -> Any:
         return error
     message = "must be none, blocks or {timesteps: K} with a whole number K above 0"
     return {"loc": ("checkpoint",), "type": "union", "msg": message, "input": ...}
+
+
+def innermost(errors: list[Any]) -> list[Any]:
+    """Of pydantic's errors those that say enough: it also calls a list too short, and a mapping
+    too small, of which an item is wrong."""
+    return [e for e in errors if not any(_contains(e, other) for other in errors)]
 
 
 def _contains(error: Any, other: Any) -> bool:
