@@ -198,13 +198,38 @@ def submitting(run_dir: Path) -> Iterator[None]:
 
 def announce(config: "RunConfig", status: str | None, tags: dict[str, str]) -> None:
     """Tell MLflow about a run that no process trains now; see `tracking.announce`."""
-    if config.tracking_uri is not None:
-        tracking.announce(
-            config.run_dir,
-            run_name=config.name,
-            uri=config.tracking_uri,
-            experiment=config.tracking.experiment,
-            artifact_root=Path(config.runs_dir).absolute() / "mlartifacts",
-            tags=tags,
-            status=status,
-        )
+    _announce(config, config.run_dir, config.name, status, tags)
+
+
+def announce_parent(
+    config: "RunConfig", folder: Path, name: str, tags: dict[str, str]
+) -> str | None:
+    """Make a run in MLflow for others to be below, or find it; it is a heading, hence finished.
+
+    Args:
+        config: Of one of them, which says where MLflow is.
+        folder: Keeps the run's id; made if missing.
+        name: Of the run.
+        tags: Of the run.
+
+    Returns:
+        The run's MLflow id; None without MLflow, or if it does not answer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    return _announce(config, folder, name, "FINISHED", tags)
+
+
+def _announce(
+    config: "RunConfig", folder: Path, name: str, status: str | None, tags: dict[str, str]
+) -> str | None:
+    if config.tracking_uri is None:
+        return None
+    return tracking.announce(
+        folder,
+        run_name=name,
+        uri=config.tracking_uri,
+        experiment=config.tracking.experiment,
+        artifact_root=Path(config.runs_dir).absolute() / "mlartifacts",
+        tags=tags,
+        status=status,
+    )

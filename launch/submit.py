@@ -304,21 +304,9 @@ def _announce(run: Prepared, status: str | None, tags: dict[str, str]) -> None:
 
 
 def _announce_parent(runs: list[Prepared], name: str) -> str | None:
-    """A run in MLflow under which those of a sweep are; it is a heading, hence finished."""
-    config = runs[0].config
-    folder = _home(runs, name)
-    folder.mkdir(parents=True, exist_ok=True)
-    if config.tracking_uri is None:
-        return None
-    return tracking.announce(
-        folder,
-        run_name=name,
-        uri=config.tracking_uri,
-        experiment=config.tracking.experiment,
-        artifact_root=Path(config.runs_dir).absolute() / "mlartifacts",
-        tags={"sweep": ", ".join(run.config.name for run in runs)},
-        status="FINISHED",
-    )
+    """A run in MLflow under which those of a sweep are."""
+    tags = {"sweep": ", ".join(run.config.name for run in runs)}
+    return record.announce_parent(runs[0].config, _home(runs, name), name, tags)
 
 
 def where_to_look(config: RunConfig) -> str | None:

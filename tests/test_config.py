@@ -11,7 +11,16 @@ import yaml
 
 from tetdist import config as configuration
 from tetdist import train
-from tetdist.config import OPERATIONAL_KEYS, RunConfig, differences, flatten, load, parse, schema
+from tetdist.config import (
+    OPERATIONAL_KEYS,
+    RunConfig,
+    differences,
+    flatten,
+    load,
+    parse,
+    read_yaml,
+    schema,
+)
 from tetdist.errors import UserError
 
 ConfigWriter = Callable[..., Path]
@@ -118,7 +127,12 @@ def test_no_such_config() -> None:
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("- 1\n- 2\n", "keys and values"), ("a: [1\n", "valid YAML"), ("", "keys and values")],
+    [
+        ("- 1\n- 2\n", "keys and values, not a list"),
+        ("a: [1\n", "valid YAML"),
+        ("", "keys and values, and is empty"),
+        ("seed: 1\nloss:\n  kind: tet\n  kind: sdt\n", "'kind' is there twice, in lines 3 and 4"),
+    ],
 )
 def test_file_that_is_no_configuration(tmp_path: Path, text: str, part: str) -> None:
     file = tmp_path / "odd.yaml"
@@ -126,6 +140,13 @@ def test_file_that_is_no_configuration(tmp_path: Path, text: str, part: str) -> 
     with pytest.raises(UserError, match=part) as caught:
         load(str(file))
     assert str(file) in str(caught.value)
+
+
+def test_a_merged_key_may_be_overridden(tmp_path: Path) -> None:
+    file = tmp_path / "merged.yaml"
+    # The second merge comes first to the deep one's keys.
+    file.write_text("a: {b: {c: &x {<<: {k: 1}, k: 2}}}\nd: {<<: *x, k: 3}\n")
+    assert read_yaml(file) == {"a": {"b": {"c": {"k": 2}}}, "d": {"k": 3}}
 
 
 def test_unquoted_date_is_named(tiny_config: ConfigWriter) -> None:

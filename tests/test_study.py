@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,6 +123,13 @@ def test_a_study_is_trained_continued_and_reported(
         # 5 whole steps of 8 of the 47 samples, at T=2.
         assert run["image_timesteps"] == 80
 
+    # A run that is finished evaluates nothing again.
+    metrics = output / "tet-seed1" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
+    status, _, errors = call(file, "--output", output)
+    lacks = f"failed: tet-seed1: {metrics} lacks evaluations; remove {metrics.parent} to train"
+    assert (status, lacks in errors) == (1, True), errors
+
 
 @pytest.mark.long
 def test_one_begins_with_another(call: Call, write: Callable[..., Path], tmp_path: Path) -> None:
@@ -157,6 +165,7 @@ def test_one_begins_with_another(call: Call, write: Callable[..., Path], tmp_pat
     assert runs["short"]["by_timestep"][:2] == pytest.approx(val["per_timestep_top1"])
     assert len(runs["short"]["by_timestep"]) == 3
     assert "tools/eval.py" in runs["short"]["commands"][1]
+    assert f"for instance `{runs['short']['commands'][1]}`" in report
     assert len(runs["longer"]["commands"]) == 1
 
 
@@ -175,6 +184,42 @@ def test_ctrl_c_ends_the_runs_and_they_go_on(write: Callable[..., Path], tmp_pat
     assert "the same command goes on where it was" in said
     assert "stopped at step" in (output / "logs" / "long-seed0.log").read_text()
     assert list((output / "long-seed0" / "checkpoints").glob("step-*"))
+
+
+def test_mlflow_has_the_runs_below_the_study(write: Callable[..., Path], tmp_path: Path) -> None:
+    import study_plan
+    from study_tracking import Parent
+
+    changes = {"seeds": [7], "overrides": {"tracking.mlflow": True}}
+    changes["entries"] = ENTRIES | {"untracked": {"overrides": {"tracking.mlflow": False}}}
+    output = tmp_path / "out"
+    runs = study_plan.runs_of(study_plan.read(write(changes)), output, [])
+    # As the command, and the same command again.
+    for status in ("SCHEDULED", "FAILED"):
+        parent = Parent("study", runs, output)
+        for run in runs:
+            parent.tell(run, status)
+    with sqlite3.connect(output / "mlflow.db") as store:
+
+        def rows(query: str) -> list[Any]:
+            return store.execute(query).fetchall()
+
+        found = {
+            name: (uuid, status)
+            for name, uuid, status in rows("select name, run_uuid, status from runs")
+        }
+        tags = {
+            (uuid, key): value for uuid, key, value in rows("select run_uuid, key, value from tags")
+        }
+    assert {name: status for name, (_, status) in found.items()} == {
+        "study": "FINISHED",
+        "sdt-seed7": "FAILED",
+        "tet-seed7": "FAILED",
+    }
+    own = {"mlflow.parentRunId": found["study"][0], "study": "study", "entry": "tet", "seed": "7"}
+    own |= {"control": "sdt"}
+    assert {key: tags[found["tet-seed7"][0], key] for key in own} == own
+    assert (found["sdt-seed7"][0], "control") not in tags
 
 
 # --- on a cluster, of which tests/slurm/test_studies.py has one -----------------------------------
@@ -284,8 +329,9 @@ def test_what_is_submitted_by_how_the_runs_are(
         ({"sedes": [0]}, ("unknown key 'sedes'", "seeds")),
         ({"title": ...}, ("'title' is missing",)),
         ({"seeds": [1, 1]}, ("seeds", "twice")),
-        ({"seeds": [-1]}, ("'seeds.0'",)),
+        ({"seeds": [-1]}, ("study.yaml: 'seeds.0': input should be greater than or equal to 0\n",)),
         ({"test_timesteps": []}, ("'test_timesteps'",)),
+        ({"test_timesteps": [4, 2, 2]}, ("test_timesteps", "must rise")),
         ({"entries.tet.controll": "sdt"}, ("unknown key 'entries.tet.controll'", "control")),
         ({"entries.tet.control": "std"}, ("entries.tet.control", "'std'", "sdt")),
         ({"entries.tet.init": "tet"}, ("entries.tet.init", "'tet'")),
@@ -293,7 +339,24 @@ def test_what_is_submitted_by_how_the_runs_are(
         ({"entries.tet.init": "sdt", "entries.sdt.teacher": "tet"}, ("circle",)),
         ({"entries.tet.teacher": "std"}, ("entries.tet.teacher", "'std'", "sdt")),
         ({"entries.tet.overrides": {"loss.kid": "tet"}}, ("entries.tet", "'loss.kid'")),
+        ({"entries.tet.overrides": {"seed": 3}}, ("entries.tet", "seed is set", "seeds")),
+        ({"overrides": {"runs_dir": "here"}}, ("runs_dir is set", "--output")),
+        (
+            {"entries.tet": {"init": "sdt", "overrides": {"init_checkpoint": "there"}}},
+            ("init_checkpoint is set", "init, sdt"),
+        ),
+        (
+            {
+                "entries.tet.teacher": "sdt",
+                "entries.tet.overrides": {"loss": {"distillation": {"teacher": "timm:resnet18"}}},
+            },
+            ("loss.distillation.teacher is set", "its teacher, sdt"),
+        ),
         ({"overrides": {"data.root": "nowhere"}}, ("data.root", "nowhere", "sdt")),
+        (
+            {"entries.tet.overrides": {"model.num_classes": 3}},
+            ("entries.tet: model.num_classes is 3", "4 classes"),
+        ),
         ({"config": "nothing.yaml"}, ("nothing.yaml",)),
     ],
 )
@@ -317,12 +380,15 @@ def test_mistakes_on_the_command_line_are_named(
     file, output = write(), tmp_path / "out"
     for arguments, word in (
         (("no_such_study",), "tet_vs_sdt_digits"),
+        (("tit_cifar",), "did you mean tit_cifar10?"),
         ((file, "--only", "tte"), "sdt, tet"),
         ((file, "--jobs", 0), "--jobs"),
         ((file, "--report-only"), "none is finished"),
         ((file, "--report-only", "--slurm"), "leave out --slurm"),
         ((file, "--again"), "--again goes with --slurm"),
         ((file, "seed"), "'seed' is not an override"),
+        ((file, "resume=must"), "resume is set by the study itself"),
+        ((file, "--append-to", tmp_path / "kept.txt"), "FILE.md"),
     ):
         status, _, errors = call(*arguments, "--output", output)
         assert (status, word in errors) == (2, True), errors
@@ -355,28 +421,32 @@ def finished(write: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
     phases = [{"epochs": 2, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.05}}]
     file, output = write(changes | {"overrides": {"phases": phases}}), tmp_path / "out"
     for run in study_plan.runs_of(study_plan.read(file), output, []):
-        top1 = ACCURACIES[run.entry][run.seed - 3].tolist()
-        checkpoint = run.folder / "checkpoints" / "step-00000010"
-        checkpoint.mkdir(parents=True)
-        (checkpoint / "state.json").write_text(json.dumps({"step": 10, "evaluated_step": 10}))
-        (checkpoint.parent / "last").write_text(checkpoint.name)
-        (run.folder / "config.yaml").write_text(run.config.as_yaml())
-        lines = [
-            # 5 steps of 8 samples at 10 a second, and as many at 20.
-            {"kind": "train", "step": 5, "epoch": 1, "samples_per_s": 10.0},
-            {"kind": "val", "step": 5, "epoch": 1, "top1": 99.0, "loss": 0.5 + run.seed},
-            {"kind": "train", "step": 10, "epoch": 2, "samples_per_s": 20.0},
-            {"kind": "val", "step": 10, "epoch": 2, "top1": top1[3], "loss": 0.25 + run.seed},
-        ]
-        for line in lines:
-            line |= {"time": 1.7e9, "samples": 23, "per_timestep_top1": top1}
-        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in lines))
+        finish_by_hand(run, ACCURACIES[run.entry][run.seed - 3].tolist())
     return file, output
+
+
+def finish_by_hand(run: Any, top1: list[float]) -> None:
+    """Writes what a run of two epochs at T=4 leaves, with its accuracies up to each timestep."""
+    checkpoint = run.folder / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"step": 10, "evaluated_step": 10}))
+    (checkpoint.parent / "last").write_text(checkpoint.name)
+    (run.folder / "config.yaml").write_text(run.config.as_yaml())
+    lines = [
+        # 5 steps of 8 samples at 10 a second, and as many at 20.
+        {"kind": "train", "step": 5, "epoch": 1, "samples_per_s": 10.0},
+        {"kind": "val", "step": 5, "epoch": 1, "top1": 99.0, "loss": 0.5 + run.seed},
+        {"kind": "train", "step": 10, "epoch": 2, "samples_per_s": 20.0},
+        {"kind": "val", "step": 10, "epoch": 2, "top1": top1[3], "loss": 0.25 + run.seed},
+    ]
+    for line in lines:
+        line |= {"time": 1.7e9, "samples": 23, "per_timestep_top1": top1}
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in lines))
 
 
 def test_numbers_are_numpys(call: Call, finished: tuple[Path, Path]) -> None:
     file, output = finished
-    status, _, errors = call(file, "--output", output, "--report-only")
+    status, _, errors = call(file, "--output", output, "--jobs", 2, "--report-only")
     assert status == 0, errors
     values = json.loads((output / "report" / "study.json").read_text())
     for entry, accuracies in ACCURACIES.items():
@@ -409,6 +479,43 @@ def test_numbers_are_numpys(call: Call, finished: tuple[Path, Path]) -> None:
     assert "| `sdt` | sdt |" in report
     assert f"runs_dir={output}" in report
     assert "name=tet-seed3" in report
+    assert f"`python tools/study.py {file} --output {output} --jobs 2`" in report
+
+
+def test_the_figure_tells_entries_and_epochs_apart(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    import study_figures
+    import study_plan
+    import study_report
+
+    phases = [{"epochs": 2, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.05}}]
+    # Pairs, two controls of several, a control of a control; more of them than there are colours.
+    controls = {"b": "a", "d": "c", "f": "e", "g": "e", "i": "h", "j": "h", "l": "k", "m": "l"}
+    controls |= {f"n{i}": "e" for i in range(8)}
+    entries: dict[str, Any] = {name: {} for name in (*controls, *controls.values())}
+    entries |= {name: {"control": control} for name, control in controls.items()}
+    entries["b"]["init"], entries["d"]["init"] = "a", "b"
+    changes = {"entries": entries, "seeds": [3], "test_timesteps": [1, 4]}
+    study = study_plan.read(write(changes | {"overrides": {"phases": phases}}))
+    runs = study_plan.runs_of(study, tmp_path / "out", [])
+    for run in runs:
+        finish_by_hand(run, [50.0, 60.0, 70.0, 80.0])
+    numbers = study_report.gather(study, runs)
+
+    styles = study_figures.styles_of(numbers)
+    colours = {name: style["color"] for name, style in styles.items()}
+    pairs = {"a": "b", "c": "d", "l": "m"}
+    assert {name: colours[name] == colours[other] for name, other in pairs.items()} == (
+        dict.fromkeys(pairs, True)
+    )
+    assert len(set(colours.values())) == len(entries) - len(pairs)
+    axis = study_figures.draw(numbers).axes[1]
+    epochs = {str(line.get_color()): list(line.get_xdata()) for line in axis.get_lines()}
+    # b and d go on where a, and a and b, have ended.
+    assert epochs[colours["e"]] == [1, 2]
+    assert epochs[colours["d"]] == [5, 6]
+    assert [tick for tick in axis.get_xticks() if tick != round(tick)] == []
 
 
 def test_a_verdict_is_as_sure_as_the_interval(call: Call, finished: tuple[Path, Path]) -> None:

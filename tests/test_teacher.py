@@ -1,5 +1,6 @@
 """Learning from a teacher, and from the ReLU network of the same shape."""
 
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,27 @@ def test_relu_network_is_at_the_fused_path_what_it_is_at_the_reference() -> None
     torch.testing.assert_close(logits[0][0], logits[0][1])
 
 
+def test_teacher_stays_the_same_and_is_needed_no_longer_than_the_run(
+    main: Main, relu: Path, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    file, key = tiny_config({"name": "taught"}), f"{KEY}={relu}"
+    assert main(file, key, "max_steps=2").status == 0
+    before = relu.rename(tmp_path / "runs/before")
+    # Another network in its place: that of other initial weights.
+    assert main(tiny_config(RELU | {"seed": 1}), "max_steps=1").status == 0
+    file = tiny_config({"name": "taught"})
+    outcome = main(file, key, "max_steps=3")
+    assert outcome.status == 2
+    assert f"learned from another network than what is now in {relu}" in outcome.text
+    shutil.rmtree(relu)
+    before.rename(relu)
+    assert main(file, key, "max_steps=3").status == 0
+    relu.rename(before)
+    outcome = main(file, key, "max_steps=3")
+    assert outcome.status == 0
+    assert "was trained before: nothing to do" in outcome.text
+
+
 # --- teachers -------------------------------------------------------------------------------------
 
 
@@ -218,6 +240,10 @@ def test_keys_without_effect_are_said(main: Main, tiny_config: ConfigWriter) -> 
     outcome = main(tiny_config({"loss.distillation.weight": 0.5}), "max_steps=1")
     assert outcome.status == 0
     assert "loss.distillation.weight has no effect with" in outcome.text
+    changes = {"name": "none", "loss.distillation": {"teacher": "/nowhere", "weight": 0.0}}
+    outcome = main(tiny_config(changes), "max_steps=1")
+    assert outcome.status == 0, outcome.text
+    assert "loss.distillation.teacher has no effect with" in outcome.text
     outcome = main(tiny_config(RELU | {"name": "decay", "model.neuron.decay": 0.9}), "max_steps=1")
     assert outcome.status == 0
     assert "model.neuron.decay has no effect with model.neuron.spike=relu" in outcome.text

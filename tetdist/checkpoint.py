@@ -221,7 +221,10 @@ def load_model_file(path: Path, which: str = "last") -> tuple[dict[str, Tensor],
             (length,) = struct.unpack("<Q", stream.read(8))
             metadata = json.loads(stream.read(length)).get("__metadata__", {})
     except (OSError, SafetensorError, ValueError, struct.error) as error:
-        raise UserError(f"{file} is not a readable model file ({_reason(error)})") from error
+        hint = ""
+        if file.suffix != ".safetensors":
+            hint = "; tools/convert.py makes one of other libraries' weights"
+        raise UserError(f"{file} is not a readable model file ({_reason(error)}){hint}") from error
     if "tetdist" not in metadata:
         raise UserError(
             f"{file} does not say which model it is of; it was not written by tetdist's training"

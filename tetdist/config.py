@@ -170,6 +170,22 @@ class LossSection(Section):
     label_smoothing: Share = 0.0
     distillation: DistillationSection = DistillationSection()
 
+    def as_text(self) -> str:
+        """For a person, such as "TET, lambda 0.001, phi 1; 0.2 x divergence from timm:NAME"."""
+        text = f"TET, lambda {self.lambda_:g}, phi {self.phi:g}"
+        if self.kind == "sdt":
+            text = "SDT: cross-entropy of the time-mean"
+        if self.label_smoothing:
+            text += f", label smoothing {self.label_smoothing:g}"
+        soft = self.distillation
+        if soft.teacher is not None:
+            text += f"; {soft.weight:g} x divergence from {soft.teacher}"
+        if soft.self_weight:
+            text += f"; {soft.self_weight:g} x divergence from the time-mean"
+        if soft.teacher is not None or soft.self_weight:
+            text += f", temperature {soft.temperature:g}"
+        return text
+
 
 class OptimizerSection(Section):
     kind: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -402,16 +418,48 @@ def load(name: str, overrides: list[str] | None = None) -> RunConfig:
         UserError: Anything about it is wrong; the text says what and where.
     """
     path = find(name)
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold keys and values, not {type(raw).__name__}")
+    raw = read_yaml(path)
     raw.setdefault("name", path.stem)
     for override in overrides or []:
         apply_override(raw, override)
     return parse(raw, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader keeps the last of several values of a key and says nothing."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here the keys are still those of the file, without what `<<` merges into them.
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise UserError(
+                    f"{key.start_mark.name}: the key {key.value!r} is there twice, in lines "
+                    f"{lines[key.value]} and {line}; rename or remove one"
+                )
+            lines[key.value] = line
+        return node
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Keys and values of a YAML file.
+
+    Raises:
+        UserError: It is no YAML, holds something else, or a key twice.
+    """
+    try:
+        with path.open() as file:
+            raw = yaml.load(file, _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        found = "and is empty" if raw is None else f"not a {type(raw).__name__}"
+        raise UserError(f"{path} must hold keys and values, {found}")
+    return raw
 
 
 def parse(raw: dict[str, Any], source: str, *, warn: bool = True) -> RunConfig:
@@ -419,10 +467,8 @@ def parse(raw: dict[str, Any], source: str, *, warn: bool = True) -> RunConfig:
     try:
         config = RunConfig.model_validate_json(_as_json(raw, source))
     except pydantic.ValidationError as error:
-        errors = [_united(e) for e in error.errors()]
-        # A list whose item is wrong is also reported as too short; the item says enough.
-        inner = [e for e in errors if not any(_contains(e, other) for other in errors)]
-        problems = "; ".join(dict.fromkeys(_explain(e) for e in inner))
+        errors = innermost([_united(e) for e in error.errors()])
+        problems = "; ".join(dict.fromkeys(_explain(e) for e in errors))
         raise UserError(f"{source}: {problems}") from None
     _check(config)
     if warn:
@@ -499,6 +545,12 @@ def _united(error: Any) -> Any:
         return error
     message = "must be none, blocks or {timesteps: K} with a whole number K above 0"
     return {"loc": ("checkpoint",), "type": "union", "msg": message, "input": ...}
+
+
+def innermost(errors: list[Any]) -> list[Any]:
+    """Of pydantic's errors those that say enough: it also calls a list too short, and a mapping
+    too small, of which an item is wrong."""
+    return [e for e in errors if not any(_contains(e, other) for other in errors)]
 
 
 def _contains(error: Any, other: Any) -> bool:
@@ -738,6 +790,8 @@ def _unread(config: RunConfig) -> Iterator[tuple[BaseModel, str, tuple[str, ...]
         yield soft, "loss.distillation.", ("weight",), "loss.distillation.teacher=null"
         if not soft.self_weight:
             yield soft, "loss.distillation.", ("temperature",), "nothing to distil from"
+    elif soft.weight == 0:
+        yield soft, "loss.distillation.", ("teacher",), "loss.distillation.weight=0"
     if config.model.neuron.spike == "relu":
         every = tuple(name for name in NeuronSection.model_fields if name != "spike")
         yield config.model.neuron, "model.neuron.", every, "model.neuron.spike=relu"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import tetdist
 from tetdist import checkpoint
-from tetdist.config import RunConfig, parse
+from tetdist.config import NeuronSection, RunConfig, parse
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 from tetdist.run import create_model
@@ -72,6 +72,7 @@ def load(path: Path, which: str = "last", timesteps: int | None = None) -> Train
         UserError: See `checkpoint.load_model_file`.
     """
     weights, description = checkpoint.load_model_file(path, which)
+    parse(description["config"], str(path), warn=False)  # somebody else may have written it
     config = parse(_without_places(description["config"]), str(path), warn=False)
     num_classes = config.model.num_classes or len(description["classes"])
     model = create_model(config.model, num_classes, timesteps or description["timesteps"])
@@ -79,19 +80,28 @@ def load(path: Path, which: str = "last", timesteps: int | None = None) -> Train
     model.set_execution("reference")
     if model.timesteps != description["timesteps"]:
         description["validation"] = None  # was measured at the other T
-    description = description | {"config": config.as_dict(), "timesteps": model.timesteps}
+    description |= {"config": config.as_dict(), "timesteps": model.timesteps, "which": which}
     return Trained(model.eval(), config, description)
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:
-    source = config.get("init_checkpoint")
+    """The configuration without what its trainer's folders and addresses tell of him."""
+    loss = config.get("loss", {})
+    soft = loss.get("distillation", {})
+    named = {key: _name_of(soft.get(key)) for key in ("teacher", "teacher_weights")}
     return config | {
         "data": config["data"] | {"root": "data", "index": None},
         "tracking": config["tracking"] | {"uri": None},
-        "init_checkpoint": source and Path(source).name,
+        "init_checkpoint": _name_of(config.get("init_checkpoint")),
+        "loss": loss | {"distillation": soft | named},
         "runs_dir": "runs",
         "cluster": {},
     }
+
+
+def _name_of(path: str | None) -> str | None:
+    """Of a file or folder, without where it is; timm:NAME as it is."""
+    return path and Path(path).name
 
 
 # --- files of weights -----------------------------------------------------------------------------
@@ -164,26 +174,21 @@ def card(trained: Trained, folder: str | None = None) -> str:
     """
     model, config, description = trained.model, trained.config, trained.description
     neuron, data = config.model.neuron, config.data
-    kind = "IF" if neuron.decay == 1 else "LIF"
-    if neuron.spike != "step":
-        kind += f" with a {neuron.spike} in place of spikes"
-    loss = f"TET, lambda {config.loss.lambda_:g}, phi {config.loss.phi:g}"
-    if config.loss.kind == "sdt":
-        loss = "SDT: cross-entropy of the time-mean"
     shape = " x ".join(map(str, trained.input_shape))
     rows = {
         "network": f"{config.model.name}{_arguments(config.model.arguments)}",
-        "neuron": f"{kind}, decay {neuron.decay:g}, threshold {neuron.threshold:g}, "
-        f"{neuron.reset} reset, {neuron.surrogate} surrogate of width {neuron.surrogate_width:g}",
+        "neuron": _neuron(neuron),
         "timesteps": f"{model.timesteps}",
         "input": f"{shape} {'image' if data.kind == 'images' else 'event frame a timestep'}",
         "classes": f"{model.num_classes}",
-        "loss": loss,
+        "loss": config.loss.as_text(),
+        **({"begun with": config.init_checkpoint} if config.init_checkpoint else {}),
         "phases": "; ".join(
             f"{p.epochs} epochs at T={p.timesteps}, {p.optimizer.kind}, lr {p.optimizer.lr:g}"
             for p in config.phases
         ),
-        "trained for": f"{description['step']} steps of {config.batch.global_} samples, "
+        "trained for": f"{description['step']} steps of {config.batch.global_} samples"
+        f"{', the best checkpoint' if description.get('which') == 'best' else ''}, "
         f"precision {config.precision}, seed {config.seed}",
         "accuracy": _accuracy(description),
     }
@@ -207,7 +212,7 @@ model.set_timesteps(2)  # fewer or more timesteps with the same weights"""
         "",
         f"# {config.name}",
         "",
-        "A spiking neural network, made with tetdist.",
+        f"A {'ReLU' if neuron.spike == 'relu' else 'spiking neural'} network, made with tetdist.",
         "",
         "| | |",
         "|---|---|",
@@ -235,6 +240,18 @@ model.set_timesteps(2)  # fewer or more timesteps with the same weights"""
     return "\n".join(lines) + "\n"
 
 
+def _neuron(neuron: NeuronSection) -> str:
+    if neuron.spike == "relu":
+        return "none: max(0, I), the ReLU network of this shape"
+    kind = "IF" if neuron.decay == 1 else "LIF"
+    if neuron.spike != "step":
+        kind += f" with a {neuron.spike} in place of spikes"
+    return (
+        f"{kind}, decay {neuron.decay:g}, threshold {neuron.threshold:g}, {neuron.reset} reset, "
+        f"{neuron.surrogate} surrogate of width {neuron.surrogate_width:g}"
+    )
+
+
 def _arguments(arguments: dict[str, Any]) -> str:
     return "".join(f", {key} {value}" for key, value in arguments.items())
 
@@ -244,6 +261,8 @@ def _accuracy(description: dict[str, Any]) -> str:
     if not validation:
         return "not measured with this file"
     rest = "of the validation split, with these weights"
+    if description.get("which") == "best":
+        rest += ", which were chosen on this very split"
     return f"{validation['top1']:.2f} % top-1, {validation['top5']:.2f} % top-5, {rest}"
 
 

@@ -326,8 +326,19 @@ class RunFolder:
             "run_dir": str(self.path.resolve()),
             "data": self.index.fingerprint[:16],
             **({"data_split": self.data_split} if self.data_split else {}),
+            **{key: str(value) for key, value in self._begun_with().items()},
             **self.launcher_tags,
         } | {f"version.{name}": version for name, version in tracking.versions().items()}
+
+    def _begun_with(self) -> dict[str, object]:
+        """What makes it another run than one of its loss alone."""
+        soft = self.config.loss.distillation
+        found = {
+            "init_checkpoint": self.config.init_checkpoint,
+            "teacher": soft.teacher,
+            "self_distillation": soft.self_weight or None,
+        }
+        return {key: value for key, value in found.items() if value is not None}
 
     def _note(self, val_index: Index) -> str:
         """The description on the run's page in MLflow, in Markdown."""
@@ -346,6 +357,8 @@ class RunFolder:
             lines.append(f"| {i} | {phase.epochs} | {phase.timesteps} | {optimizer.kind} | {lr} |")
         lines += [
             "",
+            f"Loss: {config.loss.as_text()}.",
+            f"Begun with the weights of {config.init_checkpoint or 'no other network'}.",
             f"Batch {config.batch.global_} in micro-batches of {config.batch.micro}, "
             f"{config.precision}, seed {config.seed}.",
             "",

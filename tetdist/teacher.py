@@ -1,5 +1,6 @@
 """A trained network whose answers another one learns from, beside the labels."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ class Teacher:
     A spiking teacher answers by the time-mean: of a static image over the T of its own training, of
     events over the time bins that the student gets.
 
+    Attributes:
+        fingerprint: Of its weights: that of a run must stay the same.
+
     Args:
         config: The student's; ``loss.distillation.teacher`` is set.
         index: Of the student's data.
@@ -45,6 +49,7 @@ class Teacher:
             else:
                 self.model, mean, std = _from_checkpoint(Path(name), config, index)
         self.model.requires_grad_(False).eval()
+        self.fingerprint = _fingerprint(self.model)
         self.model.to(device, parameter_type(config.precision))
         # From the student's normalisation to the teacher's.
         self.gain, self.offset = _between((config.data.mean, config.data.std), (mean, std))
@@ -76,6 +81,15 @@ class Teacher:
                     f"{KEY}: {name} cannot take images of {size}x{size} pixels "
                     f"({str(error).splitlines()[0]})"
                 ) from error
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """SHA-256 of its weights and running statistics."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 _Loaded = tuple[nn.Module, tuple[float, ...], tuple[float, ...]]  # with its mean and std

@@ -89,16 +89,20 @@ class Trainer:
         self.non_finite = health.NonFiniteSteps(world.device, config.non_finite_limit)
         self.optimizer_state: dict[str, Any] | None = None
         self.loss_scale_state: dict[str, float] | None = None
-        world.together(self._initialize)
         self.teacher: Teacher | None = None
-        if config.loss.distillation.teacher is not None:
-            self.teacher = world.together(lambda: Teacher(config, self.train_index, world.device))
+        if not self._has_begun():
+            # Before the folder is made: a mistake leaves nothing behind.
+            world.together(self._initialize)
+            world.together(self._open_teacher)
         self.folder = world.together(lambda: RunFolder(config, self.train_index, world))
         found = self.folder.newest_checkpoint()
         self.saved_step: int | None = None
         if found is not None:
             world.together(lambda: self._restore(found))
             self.saved_step = self.step
+        # One that is finished needs its teacher no more.
+        if self.teacher is None and not self.finished:
+            world.together(lambda: self._open_teacher(found))
 
         self.phase: Phase | None = None
         self.engine: Engine
@@ -441,6 +445,7 @@ class Trainer:
             "loss_scale": self.engine.loss_scale and self.engine.loss_scale.state_dict(),
             "world_size": self.world.world_size,
             "data": self.train_index.fingerprint,
+            "teacher": self.teacher and self.teacher.fingerprint,
         }
         described = self.config.as_dict()
         # So that it can be evaluated from another folder.
@@ -475,11 +480,14 @@ class Trainer:
         self.world.together(write)
         self.saved_step = self.step
 
+    def _has_begun(self) -> bool:
+        """Whether it goes on from a checkpoint of its own, and needs no weights to begin with."""
+        return any((self.config.run_dir / "checkpoints").glob("step-*"))
+
     def _initialize(self) -> None:
         """Begin with somebody's weights, where the configuration names them."""
         source = self.config.init_checkpoint
-        # Which a run that goes on from its own checkpoint needs no more.
-        if source is None or any((self.config.run_dir / "checkpoints").glob("step-*")):
+        if source is None:
             return
         weights, description = checkpoint.load_model_file(Path(source))
         checkpoint.load_weights(self.model, weights, Path(source))
@@ -521,6 +529,18 @@ class Trainer:
                 logger.info("%s was trained before: nothing to do", self.folder.path)
             else:
                 logger.info("continuing %s from step %d", self.folder.path, self.step)
+
+    def _open_teacher(self, found: checkpoint.Checkpoint | None = None) -> None:
+        """Have the teacher that is asked for, which is that of the checkpoint ``found``, if any."""
+        soft = self.config.loss.distillation
+        if soft.teacher is None or soft.weight == 0:
+            return
+        self.teacher = Teacher(self.config, self.train_index, self.world.device)
+        if found is not None and found.state["teacher"] != self.teacher.fingerprint:
+            raise UserError(
+                f"loss.distillation.teacher: {found.path} learned from another network than what "
+                f"is now in {soft.teacher}; put that back, or give the run another name"
+            )
 
     def _progress(self) -> Progress:
         return Progress(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 HANGS_AFTER = 600  # seconds without progress of one of several processes
+MOST_TIMESTEPS = 1000  # more is a slip of the finger, and would fill the memory
 
 if TYPE_CHECKING:
     from tetdist.config import RunConfig
@@ -34,6 +35,8 @@ def timesteps_list(text: str) -> list[int]:
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 1,2,4 or 1-8")
         low, high = int(first), int(last or first)
+        if high > MOST_TIMESTEPS:
+            raise argparse.ArgumentTypeError(f"{text!r}: the most is {MOST_TIMESTEPS}")
         if not 1 <= low <= high:
             raise argparse.ArgumentTypeError(f"{text!r}: the least is 1, and a range must rise")
         values.update(range(low, high + 1))
@@ -202,6 +205,9 @@ def check_options(options: argparse.Namespace, wanted: list[int], index: "Index"
         )
     if options.report:
         plots.new_figure(1, 1)  # says if matplotlib is missing
+    for flag, file in (("--json", options.json), ("--report", options.report)):
+        if file and not os.access(file.parent, os.W_OK):
+            raise UserError(f"{flag}: cannot write {file}: {file.parent} is no folder to write to")
 
 
 def show(found: dict[str, Any], options: argparse.Namespace) -> None:

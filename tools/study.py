@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from study_plan import Run
+    from study_tracking import Parent
 
 LOOK_EVERY = 0.2  # seconds between two looks at the processes
 
@@ -77,6 +78,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
+    if options.append_to and options.append_to.suffix != ".md":
+        parser.error(f"--append-to takes a Markdown file, FILE.md, not {options.append_to}")
     if options.slurm is not None and options.report_only:
         parser.error("--report-only submits nothing: leave out --slurm")
     if options.again and options.slurm is None:
@@ -87,6 +90,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    logging.getLogger("tetdist.tracking").setLevel(logging.WARNING)  # MLflow does not answer
     try:
         from tetdist.errors import UserError
     except ModuleNotFoundError as error:
@@ -110,6 +114,7 @@ def fail(text: str) -> int:
 def study(options: argparse.Namespace) -> int:
     import study_plan
     import study_report
+    import study_tracking
 
     file = study_plan.find(options.study)
     section = study_plan.read(file)
@@ -122,15 +127,17 @@ def study(options: argparse.Namespace) -> int:
     if options.slurm is not None:
         import study_slurm
 
-        return study_slurm.submit(chosen, output, options.slurm, options.again)
+        return study_slurm.submit(file.stem, chosen, output, options.slurm, options.again)
     if not options.report_only:
         left = [run for run in chosen if run.next_command()]
-        study_plan.check_data(left)
+        study_plan.check_inputs(left)
         if any((run.folder / "slurm").exists() for run in left):
             import study_slurm
 
             study_slurm.refuse_if_queued(left)
-        failed = work(chosen, options.jobs)
+        untrained = [run for run in left if not study_plan.is_trained(run)]
+        parent = study_tracking.Parent(file.stem, untrained, output)
+        failed = work(chosen, options.jobs, parent)
     study_report.write(section, file.stem, runs, output / "report.md", command(options, file))
     print(f"the report is {output / 'report.md'}")
     if options.append_to:
@@ -142,13 +149,17 @@ def study(options: argparse.Namespace) -> int:
 
 
 def command(options: argparse.Namespace, file: Path) -> str:
-    """The command that makes the study, for its report."""
+    """The command that makes the study, for its report, wherever that was asked for."""
     import study_plan
 
     words = [sys.executable, "tools/study.py", str(file).removeprefix(f"{study_plan.PROJECT}/")]
     words += options.overrides
+    if options.output:
+        words += ["--output", str(options.output)]
     if options.jobs > 1:
         words += ["--jobs", str(options.jobs)]
+    for entry in options.only or []:
+        words += ["--only", entry]
     return study_plan.shown(words)
 
 
@@ -173,7 +184,7 @@ def choose(runs: "list[Run]", entries: list[str] | None) -> "list[Run]":
 # --- on this machine ------------------------------------------------------------------------------
 
 
-def work(runs: "list[Run]", jobs: int) -> dict[str, str]:
+def work(runs: "list[Run]", jobs: int, parent: "Parent") -> dict[str, str]:
     """Train and evaluate what is not done yet, some runs at a time.
 
     Returns:
@@ -195,6 +206,8 @@ def work(runs: "list[Run]", jobs: int) -> dict[str, str]:
                     progress.end(f"{run.name}: {failed[run.name]}")
                 elif len(running) < jobs and all(map(is_trained, run.needs)):
                     waiting.remove(run)
+                    if not is_trained(run):
+                        parent.tell(run, "SCHEDULED")
                     running[run] = Child(run, jobs)
             run = first_to_end(running)
             if run is None:
@@ -206,6 +219,8 @@ def work(runs: "list[Run]", jobs: int) -> dict[str, str]:
                 continue
             if reason is not None:
                 failed[run.name] = reason
+                if not is_trained(run):
+                    parent.tell(run, "FAILED")
             progress.end(f"{run.name}: {reason or outcome(run)}")
     return failed
 
@@ -235,6 +250,9 @@ class Child:
         status = self.process.returncode
         if status == 0 and self.run.next_command() != self.command:
             return None
+        if status == 0 and self.command == self.run.train_command:
+            folder = self.run.folder
+            return f"{folder / 'metrics.jsonl'} lacks evaluations; remove {folder} to train it anew"
         said = [line for line in self.run.log.read_text(errors="replace").splitlines() if line]
         return f"exit status {status}: {said[-1] if said else 'it said nothing'} ({self.run.log})"
 

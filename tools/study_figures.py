@@ -1,36 +1,27 @@
 """The picture of a study: accuracy at every test T, loss along training, differences."""
 
+import colorsys
 import itertools
 import math
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tetdist.errors import UserError
-from tetdist.plots import QUIET, SERIES, finish
+from tetdist.plots import QUIET, SERIES, finish, new_figure
 
 if TYPE_CHECKING:
     from study_report import Numbers
 
 
-def draw(numbers: "Numbers", file: Path) -> None:
-    """Raises:
-    UserError: matplotlib is not installed.
+def draw(numbers: "Numbers") -> Any:
+    """The figure.
+
+    Raises:
+        UserError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ModuleNotFoundError as error:
-        raise UserError("matplotlib is not installed: pip install 'tetdist[train]'") from error
     compared = [entry for entry in numbers.entries if numbers.difference(entry, _last)]
-    figure = Figure(
-        figsize=(15 if compared else 10.4, 4.8),
-        dpi=110,
-        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1),
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(15 if compared else 10.4, 4.8)
     axes = figure.subplots(1, 3 if compared else 2)
     styles = styles_of(numbers)
     _timesteps(axes[0], numbers, styles)
@@ -40,28 +31,37 @@ def draw(numbers: "Numbers", file: Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     figure.suptitle(numbers.study.title, fontsize=13, fontweight="bold")
-    aside = file.with_name(f".{file.name}.tmp")
-    figure.savefig(aside, format="png")
-    aside.replace(file)
+    return figure
 
 
 def styles_of(numbers: "Numbers") -> dict[str, dict[str, Any]]:
     """Colour and dashes of every entry.
 
-    The control of one entry has that one's colour, dashed; one of several entries is grey.
+    The control of one entry has that one's colour, dashed. That of several entries is grey, any
+    further such has a colour of its own.
     """
     entries = numbers.study.entries
     controls = [entry.control for entry in entries.values() if entry.control is not None]
-    colours = itertools.cycle(SERIES)
+    colours = _colours()
     styles = {
         name: {"color": next(colours), "linestyle": "-"} for name in entries if name not in controls
     }
+    of_several = itertools.chain([QUIET], colours)
     for control in dict.fromkeys(controls):
         served = [name for name, entry in entries.items() if entry.control == control]
-        shared = len(served) > 1 or served[0] not in styles
-        colour = QUIET if shared else styles[served[0]]["color"]
+        shared = len(served) > 1 or served[0] in controls
+        colour = next(of_several) if shared else styles[served[0]]["color"]
         styles[control] = {"color": colour, "linestyle": (0, (4, 2))}
     return styles
+
+
+def _colours() -> Iterator[str]:
+    """As many as are asked for, no two alike."""
+    yield from SERIES
+    # Steps of the golden ratio do not come back to a hue.
+    for i in itertools.count():
+        channels = colorsys.hls_to_rgb(i * 0.618034 % 1, 0.4, 0.6)
+        yield "#" + "".join(f"{round(channel * 255):02x}" for channel in channels)
 
 
 def _last(result: Any) -> float:
@@ -99,7 +99,8 @@ def _loss(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]]) -> N
         curves = [result.curve for result in numbers.of(entry)]
         shortest = min(map(len, curves))
         losses = np.array([[loss for _, loss, _ in curve[:shortest]] for curve in curves])
-        epochs = [epoch for epoch, _, _ in curves[0][:shortest]]
+        before = numbers.epochs_before(entry)
+        epochs = [before + epoch for epoch, _, _ in curves[0][:shortest]]
         marker = "o" if shortest == 1 else None
         axis.plot(epochs, losses.mean(0), marker=marker, **styles[entry])
         axis.fill_between(
@@ -110,7 +111,10 @@ def _loss(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]]) -> N
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.tick_params(axis="y", which="minor", labelsize=7)
-    axis.set_xlabel("epoch (band: all seeds)")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    continued = any(map(numbers.epochs_before, numbers.entries))
+    meaning = "with those of what it began with; band" if continued else "band"
+    axis.set_xlabel(f"epoch ({meaning}: all seeds)")
     finish(axis, "Loss on the validation split", "cross-entropy of the time-mean", legend=False)
 
 

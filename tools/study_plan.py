@@ -1,5 +1,6 @@
 """What a study file says: its entries, and the runs that they make with its seeds."""
 
+import difflib
 import json
 import shlex
 import sys
@@ -7,17 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import yaml
 from pydantic import Field, ValidationError
 
 from tetdist import checkpoint, config, tracking
 from tetdist.config import CONFIGS_DIR, Positive, RunConfig, Section
+from tetdist.distributed import World
 from tetdist.errors import UserError
+from tetdist.run import make_model, open_data
 
 PROJECT = CONFIGS_DIR.parent
 STUDIES_DIR = CONFIGS_DIR / "studies"
 EVALUATION_FILE = "test_timesteps.json"
 TEACHER_KEY = "loss.distillation.teacher"
+
+# Keys that a study sets itself, and what to do instead.
+OWN_KEYS = {
+    "seed": "put it among the study's seeds",
+    "name": "a run is called ENTRY-seedN",
+    "runs_dir": "give --output DIR instead",
+    "resume": "leave it out: a study always continues its runs",
+}
 
 
 class EntrySection(Section):
@@ -55,6 +67,7 @@ class Run:
     """One entry with one seed.
 
     Attributes:
+        control: The entry that its entry is compared with.
         overrides: ``key=value``, all of them, for tetdist/train.py and launch/slurm.py.
         init: The run whose weights it begins with.
         teacher: The run whose network it learns from.
@@ -62,6 +75,7 @@ class Run:
     """
 
     entry: str
+    control: str | None
     seed: int
     config_name: str
     overrides: tuple[str, ...]
@@ -91,6 +105,11 @@ class Run:
     def timesteps(self) -> int:
         """T at the end of training."""
         return self.config.phases[-1].timesteps
+
+    @property
+    def is_tested_beyond(self) -> bool:
+        """Whether it is evaluated at more timesteps than its own evaluations know."""
+        return self.timesteps < max(self.test_timesteps)
 
     @property
     def train_command(self) -> list[str]:
@@ -128,8 +147,10 @@ def find(name: str) -> Path:
     for path in (Path(name), STUDIES_DIR / name, STUDIES_DIR / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = ", ".join(sorted(path.stem for path in STUDIES_DIR.glob("*.yaml")))
-    raise UserError(f"there is no study {name}, neither as a file nor in configs/studies: {known}")
+    known = sorted(path.stem for path in STUDIES_DIR.glob("*.yaml"))
+    close = difflib.get_close_matches(name.removesuffix(".yaml"), known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+    raise UserError(f"no study {name!r}, neither as a file nor in configs/studies/; {hint}")
 
 
 def read(path: Path) -> StudySection:
@@ -138,18 +159,18 @@ def read(path: Path) -> StudySection:
         UserError: The file is no study; the text says what is wrong with it.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    try:
-        study = StudySection.model_validate_json(json.dumps(raw))
+        study = StudySection.model_validate_json(json.dumps(config.read_yaml(path)))
     except TypeError as error:
         raise UserError(f"{path}: a value is no text, number, list or mapping ({error})") from error
     except ValidationError as error:
-        problems = "; ".join(_explain(e) for e in error.errors())
+        problems = "; ".join(_explain(e) for e in config.innermost(error.errors()))
         raise UserError(f"{path}: {problems}") from None
     if len(set(study.seeds)) < len(study.seeds):
         raise UserError(f"{path}: seeds: one of {list(study.seeds)} is there twice")
+    if list(study.test_timesteps) != sorted(set(study.test_timesteps)):
+        raise UserError(
+            f"{path}: test_timesteps: {list(study.test_timesteps)} must rise, each number once"
+        )
     for name, entry in study.entries.items():
         others = {"control": entry.control, "init": entry.init, "teacher": entry.teacher}
         for key, other in others.items():
@@ -162,7 +183,7 @@ def read(path: Path) -> StudySection:
 
 
 def _explain(error: Any) -> str:
-    key = ".".join(map(str, error["loc"])) or "the file"
+    key = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         section = EntrySection if error["loc"][0] == "entries" else StudySection
         return f"unknown key {key!r}; known here are {', '.join(section.model_fields)}"
@@ -215,19 +236,48 @@ def _run(
 ) -> Run:
     entry = study.entries[name]
     config_name = entry.config or study.config
-    overrides = [f"{key}={as_text(v)}" for key, v in (study.overrides | entry.overrides).items()]
-    overrides += [*more, f"seed={seed}", f"name={name}-seed{seed}", f"runs_dir={output}"]
+    given = [f"{key}={as_text(v)}" for key, v in (study.overrides | entry.overrides).items()]
+    given += more
+    own = [f"seed={seed}", f"name={name}-seed{seed}", f"runs_dir={output}"]
     if init is not None:
-        overrides.append(f"init_checkpoint={init.folder}")
+        own.append(f"init_checkpoint={init.folder}")
     if teacher is not None:
-        overrides.append(f"{TEACHER_KEY}={teacher.folder}")
+        own.append(f"{TEACHER_KEY}={teacher.folder}")
+    overrides = given + own
     try:
+        _refuse_own_keys(given, entry)
         resolved = config.load(config_name, overrides)
     except UserError as error:
         raise UserError(f"entries.{name}: {error}") from error
     return Run(
-        name, seed, config_name, tuple(overrides), resolved, init, teacher, study.test_timesteps
+        entry=name,
+        control=entry.control,
+        seed=seed,
+        config_name=config_name,
+        overrides=tuple(overrides),
+        config=resolved,
+        init=init,
+        teacher=teacher,
+        test_timesteps=study.test_timesteps,
     )
+
+
+def _refuse_own_keys(overrides: list[str], entry: EntrySection) -> None:
+    """Those that the study would override itself, without a word.
+
+    Weights and teachers from elsewhere are fine in an entry that names no other one for them.
+    """
+    own = dict(OWN_KEYS)
+    if entry.init is not None:
+        own["init_checkpoint"] = f"it begins with the weights of init, {entry.init}; leave out one"
+    if entry.teacher is not None:
+        own[TEACHER_KEY] = f"it learns from its teacher, {entry.teacher}; leave out one"
+    given: dict[str, Any] = {}
+    for override in overrides:
+        config.apply_override(given, override)
+    for key in config.flatten(given):
+        if key in own:
+            raise UserError(f"overrides: {key} is set by the study itself: {own[key]}")
 
 
 def as_text(value: Any) -> str:
@@ -307,15 +357,23 @@ def check_folder(run: Run) -> None:
         )
 
 
-def check_data(runs: list[Run]) -> None:
-    """
+def check_inputs(runs: list[Run]) -> None:
+    """Whether each entry's data are there, and suit its network.
+
     Raises:
-        UserError: Data that the runs need are not there.
+        UserError: They do not, so that all its runs would fail.
     """
-    for run in runs:
+    alone = World(0, 1, torch.device("cpu"), control=None)
+    # The same for all seeds.
+    for run in {run.entry: run for run in runs}.values():
         root = Path(run.config.data.root)
         if not root.is_dir():
             raise UserError(
                 f"data.root: there is no folder {root}, which entry {run.entry} needs; the header "
                 f"of its configuration says how to make it, or set data.root=FOLDER"
             )
+        try:
+            train_index, _ = open_data(run.config, alone)
+            make_model(run.config, train_index)
+        except UserError as error:
+            raise UserError(f"entries.{run.entry}: {error}") from error

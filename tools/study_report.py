@@ -11,6 +11,7 @@ import numpy as np
 import study_figures
 from study_plan import TEACHER_KEY, Run, StudySection, evaluation, is_trained, lines, shown
 
+from tetdist import plots
 from tetdist.config import flatten
 from tetdist.errors import UserError
 from tetdist.schedule import place
@@ -85,7 +86,7 @@ class Result:
         values = {key: value for key, value in vars(self).items() if key not in left_out}
         named = {"name": self.run.name, "entry": self.run.entry, "seed": self.run.seed}
         commands = [shown(self.run.train_command)]
-        if self.run.timesteps < max(self.run.test_timesteps):
+        if self.run.is_tested_beyond:
             commands.append(shown(self.run.eval_command))
         return named | values | {"commands": commands}
 
@@ -226,6 +227,15 @@ class Numbers:
         seconds = [np.median([r.seconds for r in results]) for results in counted]
         return float(sum(image_timesteps)), float(sum(seconds))
 
+    def epochs_before(self, entry: str) -> int:
+        """Epochs of training that the weights have had with which the entry begins."""
+        run, before = self.of(entry)[0].run, 0
+        # A run that begins with a later phase counts the epochs of those before it itself.
+        while run.init is not None and run.config.start_phase == 0:
+            run = run.init
+            before += sum(phase.epochs for phase in run.config.phases)
+        return before
+
     def with_needed(self, entry: str) -> list[str]:
         """The entry, the one that it begins with, its teacher, and so on."""
         section = self.study.entries[entry]
@@ -325,7 +335,7 @@ def write(study: StudySection, name: str, runs: list[Run], file: Path, command: 
         file,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    study_figures.draw(numbers, folder / f"{name}.png")
+    plots.save(study_figures.draw(numbers), folder / f"{name}.png")
     values = json.dumps(strict(numbers.as_dict()), indent=1, allow_nan=False)
     _write(folder / f"{name}.json", values + "\n")
     _write(file, text)
@@ -510,8 +520,15 @@ def what_differs(numbers: Numbers) -> str:
 def commands(numbers: Numbers, link: str) -> str:
     runs = [numbers.of(entry)[0].run for entry in numbers.entries]
     listed = "\n".join(shown(run.train_command) for run in runs)
+    beyond = [run for run in runs if run.is_tested_beyond]
+    tested = (
+        "Accuracies at a T above that of training are of another command, for instance "
+        f"`{shown(beyond[0].eval_command)}`.\n\n"
+        if beyond
+        else ""
+    )
     return (
         f"<details><summary>Commands</summary>\n\nOf the first seed, {runs[0].seed}; those of all "
         f"runs, and every number, are in [{link.rpartition('/')[2]}]({link}).\n\n"
-        f"```\n{listed}\n```\n\n</details>"
+        f"```\n{listed}\n```\n\n{tested}</details>"
     )

@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from study_plan import PROJECT, Run, check_data, is_trained
+from study_plan import PROJECT, Run, check_inputs, is_trained
+from study_tracking import Parent
 
 sys.path.insert(0, str(PROJECT))  # launch/ is not installed
 
@@ -36,10 +37,11 @@ class Standing:
     text: str
 
 
-def submit(runs: list[Run], output: Path, flags: list[str], again: bool) -> int:
+def submit(study: str, runs: list[Run], output: Path, flags: list[str], again: bool) -> int:
     """Submit what is neither finished nor queued, and say how each run is.
 
     Args:
+        study: Name of the study.
         runs: Each after those that it needs.
         output: Folder of the study.
         flags: Of launch/slurm.py.
@@ -61,7 +63,7 @@ def submit(runs: list[Run], output: Path, flags: list[str], again: bool) -> int:
     found = ask(runs)
     standings = decide(found, again)
     left = {run: job_of(run, flags) for run in runs if standings[run].word == "new"}
-    check_data(list(left))
+    check_inputs(list(left))
     for run in runs:
         if run in left:
             continue
@@ -72,7 +74,7 @@ def submit(runs: list[Run], output: Path, flags: list[str], again: bool) -> int:
         if found[run].word == "queued":
             _leave_queue(run)
     if left:
-        standings |= send_all(left, output)
+        standings |= send_all(study, left, output)
     return farewell(standings, output)
 
 
@@ -219,7 +221,7 @@ def _leave_queue(run: Run) -> None:
 
 
 def send_all(
-    left: dict[Run, tuple[RunConfig, ClusterSection]], output: Path
+    study: str, left: dict[Run, tuple[RunConfig, ClusterSection]], output: Path
 ) -> dict[Run, Standing]:
     """Submit the runs, each after those that it needs; all with one copy of the code.
 
@@ -228,10 +230,12 @@ def send_all(
     """
     folder = record.next_submission(output)
     code = submission.copy_code(folder / "code")
+    parent = Parent(study, list(left), output)
     standings: dict[Run, Standing] = {}
     try:
         for run, facts in left.items():
             standings[run] = send(run, *facts, code)
+            parent.tell(run, None)
             print(f"{run.name}: {standings[run].text}", flush=True)
     except UserError as error:
         done = len(standings)

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import yaml
 from cluster import Cluster, wait_until
-from runs import Run, mlflow_status
+from runs import Run, assert_mlflow_has, mlflow_status
 
 from launch import slurm
 
@@ -254,3 +254,6 @@ def test_what_begins_after_a_run_that_fails_leaves_the_queue_and_is_named(
     assert "4 runs: 3 submitted, 1 finished" in said
     child.wait_for("finished")
     assert f"beginning with the weights of {bad.path} (step 5, T=2)" in child.log
+    parent = (tiny_study.output / "mlflow_run_id").read_text().strip()
+    tags = assert_mlflow_has(child)
+    assert (tags["mlflow.parentRunId"], tags["study"], tags["entry"]) == (parent, "study", "child")

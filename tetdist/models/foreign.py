@@ -139,6 +139,12 @@ def read(path: Path) -> dict[str, Tensor]:
     for prefix in ("module.", "_orig_mod.", "module."):
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
+    odd = [k for k, v in state.items() if v.layout != torch.strided or v.is_meta or v.is_complex()]
+    if odd:
+        raise UserError(
+            f"{path} holds other than plain numbers (in {odd[0]}{_and_more(odd)}): sparse, complex "
+            "or without values; save it as an ordinary state dict"
+        )
     broken = [key for key, value in state.items() if not value.isfinite().all()]
     if broken:
         raise UserError(
@@ -244,7 +250,7 @@ def convert(state: Mapping[str, Tensor], source: Source, model: SpikingNetwork) 
 def num_classes(state: Mapping[str, Tensor], source: Source) -> int | None:
     """How many classes a state dict's classifier has, if it has one."""
     weight = _in_torchvisions_names(state, source)[0].get("fc.weight")
-    return None if weight is None else len(weight)
+    return None if weight is None or weight.ndim == 0 else len(weight)
 
 
 def _in_torchvisions_names(
