@@ -22,8 +22,13 @@ def main(arguments: list[str] | None = None) -> int:
         prog="tools/readme_figure.py", description=__doc__.split("\n")[0]
     )
     add = parser.add_argument
-    add("--study", type=Path, metavar="JSON", default=DOCS / "results/tet_vs_sdt_digits.json")
-    add("--entries", nargs=2, metavar=("SDT", "TET"), default=["sdt_t2", "tet_t2"])
+    add(
+        "--study",
+        type=Path,
+        metavar="JSON",
+        default=DOCS / "results/tet_vs_sdt_dvs128_objects.json",
+    )
+    add("--entries", nargs=2, metavar=("SDT", "TET"), default=["sdt_t10", "tet_t10"])
     add("--performance", type=Path, metavar="JSON", default=DOCS / "performance/results.json")
     add("--output", type=Path, metavar="PNG", default=DOCS / "overview.png")
     options = parser.parse_args(arguments)
@@ -112,14 +117,15 @@ def draw_accuracy(axis: Any, study: dict[str, Any], sdt: str, tet: str) -> None:
             alpha=0.15, linewidth=0,
         )  # fmt: skip
         axis.plot(timesteps, means, "o-", color=colour, label=label, markersize=4)
-    trained = study["study"]["entries"][tet]["overrides"]["phases.0.timesteps"]
+    (trained,) = {run["timesteps"] for run in study["runs"] if run["entry"] in (sdt, tet)}
     axis.axvline(trained, color=RELU, linestyle=":", linewidth=1)
     axis.set_xlabel(f"timesteps of the test (dotted: of training), {seeds} seeds", fontsize=9)
-    axis.set_ylabel("top-1 (%), handwritten digits", fontsize=9)
+    data = study["study"]["title"].partition(" on ")[2]
+    axis.set_ylabel(f"top-1 (%), {data}", fontsize=8)
     axis.set_xticks(timesteps)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9, loc="lower left")
+    axis.legend(frameon=False, fontsize=9, loc="lower right")
     title(axis, "Right at any number of timesteps")
 
 

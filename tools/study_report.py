@@ -85,6 +85,7 @@ class Result:
         left_out = ("run", "environment")
         values = {key: value for key, value in vars(self).items() if key not in left_out}
         named = {"name": self.run.name, "entry": self.run.entry, "seed": self.run.seed}
+        named |= {"timesteps": self.run.timesteps}
         commands = [shown(self.run.train_command)]
         if self.run.is_tested_beyond:
             commands.append(shown(self.run.eval_command))
