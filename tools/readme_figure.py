@@ -125,7 +125,7 @@ def draw_accuracy(axis: Any, study: dict[str, Any], sdt: str, tet: str) -> None:
     axis.set_xticks(timesteps)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    axis.legend(frameon=False, fontsize=9, loc="lower center")
     title(axis, "Right at any number of timesteps")
 
 
@@ -165,7 +165,7 @@ def draw_cost(axis: Any, performance: dict[str, Any]) -> None:
     axis.axvline(1, color=RELU, linestyle=":", linewidth=1)
     axis.invert_yaxis()
     axis.set_xlim(0, 3.6)
-    what = f"{step['model']}, T={step['timesteps']}, bf16, CPU"
+    what = f"{step['model']}, T={step['timesteps']}, bf16"
     axis.set_xlabel(f"multiple of the ReLU network's ({what})", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, loc="lower right")
