@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import signal
@@ -47,7 +48,7 @@ Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(tool: ModuleType, capfd: pytest.CaptureFixture[str]) -> Call:
+def call(tool: ModuleType, capfd: pytest.CaptureFixture[str]) -> Iterator[Call]:
     """Runs the tool in this process, and its runs in their own: status, output, errors."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -58,7 +59,9 @@ def call(tool: ModuleType, capfd: pytest.CaptureFixture[str]) -> Call:
             status = int(ended.code or 0)
         return status, *capfd.readouterr()
 
-    return run
+    yield run
+    # Which the tool sets for a process of its own.
+    logging.getLogger("tetdist.tracking").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -947,7 +947,7 @@ def test_mlflow_has_the_run(farm: Farm, tiny_config: ConfigWriter, tmp_path: Pat
         assert tags["resumed_at_step"] == "4"
         assert Path(tags["run_dir"]) == run
         assert tags["split"] == "val"
-        assert "| 1 | 2 | 2 | sgd | 0.05, cosine |" in tags["mlflow.note.content"]
+        assert "| 0 | 2 | 2 | sgd | 0.05, cosine |" in tags["mlflow.note.content"]
         assert "\nLoss: TET, lambda 0.001, phi 1.\n" in tags["mlflow.note.content"]
         assert dict(rows("select name, digest from datasets")).keys() == {"data/train", "data/val"}
         (final,) = rows("select step, value from metrics where key = 'final/top1'")

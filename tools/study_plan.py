@@ -136,7 +136,8 @@ def _python(program: str, *arguments: str) -> list[str]:
 def shown(command: list[str]) -> str:
     """A command as somebody types it in the project's folder."""
     words = [word.removeprefix(f"{PROJECT}/") for word in command]
-    return shlex.join(["python", *words[1:]] if words[0] == sys.executable else words)
+    # The interpreter may be in the project's folder, too.
+    return shlex.join(["python", *words[1:]] if command[0] == sys.executable else words)
 
 
 # --- reading --------------------------------------------------------------------------------------
