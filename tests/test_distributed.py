@@ -138,3 +138,25 @@ def test_second_interrupt_ends_at_once() -> None:
         assert stop.exit_status == 130
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        ([signal.SIGTERM, signal.SIGUSR2], signal.SIGUSR2),
+        ([signal.SIGUSR2, signal.SIGTERM], signal.SIGUSR2),
+        ([signal.SIGINT, signal.SIGTERM], signal.SIGINT),
+        ([signal.SIGUSR1, signal.SIGUSR2], signal.SIGUSR1),
+        ([signal.SIGTERM, signal.SIGINT], signal.SIGTERM),
+    ],
+)
+def test_of_two_signals_the_one_that_says_more_counts(
+    sent: list[signal.Signals], told: signal.Signals
+) -> None:
+    from tetdist.distributed import StopRequest
+
+    with join("cpu") as world, StopRequest(world) as stop:
+        for number in sent:
+            signal.raise_signal(number)
+        assert stop.agreed()
+        assert stop.exit_status == 128 + told

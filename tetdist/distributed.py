@@ -219,7 +219,10 @@ class StopRequest:
         if self.signal == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         # The deepspeed launcher sends SIGTERM after the terminal's SIGINT: still one request.
-        if self.signal is None:
+        # Slurm sends SIGTERM and a job's own signal in one moment where it preempts without grace:
+        # the one that says more counts, whichever is seen first.
+        says_more = self.signal == signal.SIGTERM and number in (signal.SIGUSR1, signal.SIGUSR2)
+        if self.signal is None or says_more:
             self.signal = signal.Signals(number)
 
     def agreed(self) -> bool:

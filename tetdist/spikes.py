@@ -69,7 +69,7 @@ def halve(values: Tensor) -> Halved:
 def carry(x: Tensor, packed: Packed) -> Tensor:
     """Note a tensor's packed form on it, for the operations that come next."""
     # With its version: whoever writes into the tensor makes the note invalid.
-    x.packed_spikes = (packed, _version(x))  # type: ignore[attr-defined]
+    x.packed_spikes = (packed, _version(x))  # type: ignore[attr-defined]  # ours
     return x
 
 
