@@ -76,7 +76,11 @@ def _check_inputs(config: RunConfig) -> None:
     values = configuration.flatten(config.as_dict())
     for key in configuration.PATH_KEYS:
         path = values.get(key)
-        if path is None or path.startswith("timm:") or (has_begun and key == "init_checkpoint"):
+        if (
+            path is None
+            or path.startswith(configuration.TIMM)
+            or (has_begun and key == "init_checkpoint")
+        ):
             continue
         if not Path(path).exists():
             raise UserError(

@@ -207,7 +207,7 @@ def test_teachers_that_do_not_suit(
         assert "Traceback" not in outcome.text
         return outcome.text.strip()
 
-    assert "there is no checkpoint /nowhere" in refusal(f"{KEY}=/nowhere")
+    assert f"{KEY}: there is no checkpoint /nowhere" in refusal(f"{KEY}=/nowhere")
     text = refusal(f"{KEY}={relu}", "data.image_size=24", "data.resize=24", "model.arguments={}")
     assert "24" in text
     text = refusal(f"{KEY}={relu}", "model.num_classes=7")

@@ -21,6 +21,8 @@ from tetdist.neurons import SpikeName, SurrogateName
 
 logger = logging.getLogger(__name__)
 
+TIMM = "timm:"  # before the name of one of timm's networks, where a path could stand
+
 CONFIGS_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 Positive = Annotated[int, Field(gt=0)]
@@ -391,7 +393,7 @@ def _with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
 
 def absolute_path(value: str) -> str:
     """The value of one of the `PATH_KEYS` as it is understood in any folder."""
-    return value if value.startswith("timm:") else str(Path(value).absolute())
+    return value if value.startswith(TIMM) else str(Path(value).absolute())
 
 
 def find(name: str) -> Path:
@@ -742,7 +744,7 @@ def _check_distillation(config: RunConfig) -> None:
             f"{key}.self_weight: timesteps learn from their mean, and loss.kind=sdt sees that mean "
             "only; set loss.kind=tet with it"
         )
-    if section.teacher_weights and not (section.teacher or "").startswith("timm:"):
+    if section.teacher_weights and not (section.teacher or "").startswith(TIMM):
         raise UserError(
             f"{key}.teacher_weights: is of a timm teacher; set {key}.teacher=timm:NAME with it, or "
             f"give the file itself as {key}.teacher"

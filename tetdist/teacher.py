@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tetdist import checkpoint
-from tetdist.config import ModelSection, RunConfig, parse, phase_image_sizes
+from tetdist.config import TIMM, ModelSection, RunConfig, parse, phase_image_sizes
 from tetdist.data.index import Index
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork, foreign
@@ -17,7 +17,6 @@ from tetdist.precision import autocast, parameter_type
 from tetdist.run import create_model
 
 KEY = "loss.distillation.teacher"
-TIMM = "timm:"
 
 
 class Teacher:
@@ -50,9 +49,11 @@ class Teacher:
                 self.model, mean, std = _from_checkpoint(Path(name), config, index)
         self.model.requires_grad_(False).eval()
         self.fingerprint = _fingerprint(self.model)
-        self.model.to(device, parameter_type(config.precision))
+        dtype = parameter_type(config.precision)
+        self.model.to(device, dtype)
         # From the student's normalisation to the teacher's.
-        self.gain, self.offset = _between((config.data.mean, config.data.std), (mean, std))
+        ours, theirs = (config.data.mean, config.data.std), (mean, std)
+        self.between = None if ours == theirs else _between(ours, theirs).to(device, dtype)
         if config.data.kind == "images":
             self._try(config, device)
 
@@ -62,8 +63,9 @@ class Teacher:
         if images.ndim == 5:
             assert isinstance(self.model, SpikingNetwork)
             self.model.set_timesteps(images.shape[1])
-        elif self.gain is not None and self.offset is not None:
-            images = images * self.gain.to(images) + self.offset.to(images)
+        elif self.between is not None:
+            gain, offset = self.between
+            images = images * gain + offset
         with autocast(images.device, self.precision):
             logits: Tensor = self.model(images)
         return logits
@@ -96,7 +98,10 @@ _Loaded = tuple[nn.Module, tuple[float, ...], tuple[float, ...]]  # with its mea
 
 
 def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
-    weights, description = checkpoint.load_model_file(path)
+    try:
+        weights, description = checkpoint.load_model_file(path)
+    except UserError as error:
+        raise UserError(f"{KEY}: {error}") from error
     theirs = parse(description["config"], str(path), warn=False)
     if theirs.data.kind != config.data.kind:
         raise UserError(
@@ -169,12 +174,10 @@ def _check_num_classes(name: str, found: object, config: RunConfig, index: Index
 def _between(
     ours: tuple[tuple[float, ...], tuple[float, ...]],
     theirs: tuple[tuple[float, ...], tuple[float, ...]],
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gain and offset, each (3, 1, 1), from one (mean, std) to another; None: they are the same."""
-    if ours == theirs:
-        return None, None
+) -> Tensor:
+    """Gain and offset, (2, 3, 1, 1), from one (mean, std) to another."""
     (mean, std), (mean_t, std_t) = (
         [torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in pair]
         for pair in (ours, theirs)
     )
-    return std / std_t, (mean - mean_t) / std_t
+    return torch.stack([std / std_t, (mean - mean_t) / std_t])
