@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 # Before anything imports torch; see tetdist/train.py.
@@ -17,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import tiny
+from samples import picture
 from tiny import Farm, Outcome
 
 
@@ -119,3 +122,58 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def image_root(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a data root of JPEG files, 2 splits of 3 classes: (per_class=4, size=...) -> root."""
+
+    def make(per_class: int = 4, size: tuple[int, int] = (60, 80)) -> Path:
+        root = tmp_path / "images"
+        seed = 0
+        for split in ("train", "val"):
+            for name in ("ant", "bee", "cow"):
+                folder = root / split / name
+                folder.mkdir(parents=True)
+                for i in range(per_class):
+                    image = picture(size[0] + 3 * i, size[1] + 5 * i, seed)
+                    image.save(folder / f"{name}{i}.jpg", quality=95)
+                    seed += 1
+        return root
+
+    return make
+
+
+@pytest.fixture
+def event_root(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a data root of event tensors, 2 splits of 2 classes of 5: (dtype=uint8) -> root."""
+
+    def make(dtype: type[np.generic] = np.uint8, shape: tuple[int, ...] = (3, 2, 8, 6)) -> Path:
+        root = tmp_path / "events"
+        rng = np.random.default_rng(0)
+        for split in ("train", "val"):
+            for name in ("left", "right"):
+                folder = root / split / name
+                folder.mkdir(parents=True)
+                for i in range(5):
+                    np.save(folder / f"{i}.npy", rng.integers(0, 200, shape).astype(dtype))
+        return root
+
+    return make
+
+
+@pytest.fixture
+def call(
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., tuple[int, str]]:
+    """Runs a tool in this process, which saves the seconds of its imports: status and output."""
+
+    def run_main(tool: str, *arguments: object) -> tuple[int, str]:
+        module = importlib.import_module(f"tetdist.cli.{tool.removesuffix('.py')}")
+        try:
+            status = module.main([*map(str, arguments)])
+        except SystemExit as e:
+            status = e.code
+        return status, "".join(capsys.readouterr())
+
+    return run_main

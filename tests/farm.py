@@ -28,7 +28,9 @@ def passing(point: str, number: int, action: Callable[[], None]) -> None:
     """Have ``action`` called at the number-th passage of a point of the program."""
     import torch
 
-    from tetdist import engine, evaluate, trainer
+    from tetdist.evaluation import evaluate
+    from tetdist.training import trainer
+    from tetdist.training.engines import deepspeed_engines
 
     calls = itertools.count(1)
 
@@ -47,9 +49,9 @@ def passing(point: str, number: int, action: Callable[[], None]) -> None:
         setattr(owner, name, wrapped)
 
     if point == "micro":  # within the accumulation of a step
-        wrap(engine.TorchEngine, "backward", after=True)
-        wrap(engine.DeepSpeedEngine, "backward", after=True)
-        wrap(engine.ZeroEngine, "backward", after=True)
+        wrap(deepspeed_engines.TorchEngine, "backward", after=True)
+        wrap(deepspeed_engines.DeepSpeedEngine, "backward", after=True)
+        wrap(deepspeed_engines.ZeroEngine, "backward", after=True)
     elif point == "step":  # after a step's update, before it is logged
         wrap(trainer.Trainer, "_train_step", after=True)
     elif point == "evaluate":  # after a batch of an evaluation
@@ -135,7 +137,7 @@ def main() -> None:
     import deepspeed.ops  # noqa: F401  # for the children
     import matplotlib.pyplot  # noqa: F401  # likewise
 
-    import tetdist.trainer  # noqa: F401  # likewise
+    import tetdist.training.trainer  # noqa: F401  # likewise
 
     print("ready", flush=True)
     for line in sys.stdin:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tetdist import fused, native
+from tetdist.nn import fused, native
 
 
 @contextlib.contextmanager

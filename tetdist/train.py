@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if TYPE_CHECKING:
-    from tetdist.config import RunConfig
+    from tetdist.config.schema import RunConfig
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -107,7 +107,7 @@ def fail(error: Exception, prefix: str = "") -> int:
 
 def read_config(options: argparse.Namespace) -> "RunConfig | None":
     """The configuration; None where showing it was all that was asked for."""
-    from tetdist import config as configuration
+    from tetdist.config import schema as configuration
 
     if options.explain:
         for key, text in configuration.schema().items():
@@ -138,10 +138,10 @@ class Launcher:
 
 def train(config: "RunConfig", launcher: Launcher | None = None) -> int:
     """This process's part of the run; exit status as of `main`."""
-    from tetdist.distributed import StopRequest, join
+    from tetdist.distributed.watchdog import PeerFailed, Watch
+    from tetdist.distributed.world import StopRequest, join
     from tetdist.errors import Stopped
-    from tetdist.trainer import Trainer
-    from tetdist.watch import PeerFailed, Watch
+    from tetdist.training.trainer import Trainer
 
     tasks = launcher or Launcher()
     with (

@@ -11,8 +11,8 @@ from samples import SHARED, picture, write_shards, write_tar
 
 from tetdist.data import check
 from tetdist.data import index as ix
+from tetdist.data.layouts import Listing, imagenet_classes, list_split
 from tetdist.data.probe import Place
-from tetdist.data.sources import Listing, imagenet_classes, list_split
 
 
 def examine(root, split="train", progress=None, workers=1):

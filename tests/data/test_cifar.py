@@ -1,6 +1,6 @@
 """tools/cifar.py: the binary archives become a folder of images, and nothing else is believed."""
 
-import importlib.util
+import importlib
 import io
 import pickle
 import tarfile
@@ -21,12 +21,7 @@ HUNDRED = [f"fine_{i}" for i in range(100)]
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cifar_tool", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("tetdist.cli.cifar")
 
 
 Call = Callable[..., tuple[int, str]]

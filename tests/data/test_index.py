@@ -13,7 +13,7 @@ from PIL import Image
 from samples import SHARED, picture
 
 from tetdist.data import index as ix
-from tetdist.data.sources import check_same_classes
+from tetdist.data.layouts import check_same_classes
 from tetdist.errors import UserError
 
 

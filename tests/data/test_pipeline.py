@@ -17,15 +17,21 @@ from samples import SHARED, picture
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from tetdist.data import order, pipeline, pixels, transforms
+from tetdist.data import order, pixels, transforms
 from tetdist.data.auto_augment import auto_augment
 from tetdist.data.index import build_event_index, build_index
+from tetdist.data.loader import (
+    Share,
+    Workers,
+    eval_batches,
+    event_eval_batches,
+    event_train_batches,
+    train_batches,
+)
 from tetdist.errors import UserError
 
-WORKERS = pipeline.Workers(device="cpu", device_id=None, threads=2, prefetch=2)
-SHARE = pipeline.Share(
-    seed=5, global_batch=4, micro_batch=2, rank=0, world_size=1, epoch=0, step_in_epoch=0
-)
+WORKERS = Workers(device="cpu", device_id=None, threads=2, prefetch=2)
+SHARE = Share(seed=5, global_batch=4, micro_batch=2, rank=0, world_size=1, epoch=0, step_in_epoch=0)
 # With these, an image comes out as its pixel values.
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
 CROPS = {"image_size": 32, "scale": (0.2, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5}
@@ -34,14 +40,12 @@ MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BI
 
 def train(index, root, *, interpolation="bilinear", share=SHARE, **changes):
     options = CROPS | RAW | changes
-    return pipeline.train_batches(
-        index, root, share, WORKERS, interpolation=interpolation, **options
-    )
+    return train_batches(index, root, share, WORKERS, interpolation=interpolation, **options)
 
 
 def evaluate(index, root, *, batch_size=5, rank=0, world_size=1, **changes):
     options = {"image_size": 32, "resize": 36, "interpolation": "bilinear"} | RAW | changes
-    return pipeline.eval_batches(
+    return eval_batches(
         index,
         root,
         WORKERS,
@@ -274,9 +278,7 @@ def test_batches_do_not_depend_on_threads_or_prefetch(image_root):
     index = indexed(root)
     straight = images_and_ids(train(index, root), 8)
     workers = dataclasses.replace(WORKERS, threads=1, prefetch=4)
-    loader = pipeline.train_batches(
-        index, root, SHARE, workers, interpolation="bilinear", **CROPS, **RAW
-    )
+    loader = train_batches(index, root, SHARE, workers, interpolation="bilinear", **CROPS, **RAW)
     assert same(images_and_ids(loader, 8), straight)
 
 
@@ -412,7 +414,7 @@ def test_dali_is_imported_late_and_an_open_loader_does_not_hold_the_process(imag
     root = image_root()
     code = (
         "import sys\n"
-        "from tetdist.data import index, order, pipeline as p, transforms\n"
+        "from tetdist.data import index; from tetdist.data import order; from tetdist.data import loader as p; from tetdist.data import transforms\n"
         "assert 'nvidia.dali' not in sys.modules\n"
         f"i, _ = index.build_index({str(root)!r}, 'train', 1)\n"
         f"b = p.train_batches(i, {str(root)!r}, p.{SHARE}, p.{WORKERS}, interpolation='bilinear',"
@@ -435,13 +437,11 @@ def test_without_dali_the_way_out_is_named(image_root, monkeypatch):
 
 
 def event_train(index, root, share=SHARE, flip=0.5, roll=2, cutout=0):
-    return pipeline.event_train_batches(
-        index, root, share, WORKERS, flip=flip, roll=roll, cutout=cutout
-    )
+    return event_train_batches(index, root, share, WORKERS, flip=flip, roll=roll, cutout=cutout)
 
 
 def event_eval(index, root, batch_size=4, rank=0, world_size=1):
-    return pipeline.event_eval_batches(
+    return event_eval_batches(
         index, root, WORKERS, batch_size=batch_size, rank=rank, world_size=world_size
     )
 

@@ -19,12 +19,12 @@ from samples import SHARED, images_by_class, picture, write_official, write_shar
 from torchvision.transforms import functional as tv
 
 from tetdist.data import index as ix
-from tetdist.data import pipeline
 from tetdist.data.extract import extract_split
-from tetdist.data.files import only_writer
+from tetdist.data.layouts import Hints, list_split
+from tetdist.data.loader import Share, Workers, eval_batches, train_batches
 from tetdist.data.shards import plan_shards, shard_split
-from tetdist.data.sources import Hints, list_split
 from tetdist.errors import UserError
+from tetdist.files import only_writer
 
 TOOL = Path(__file__).parents[2] / "tools" / "images.py"
 SMALL = 16 * 1024  # bytes a shard: a few of the tests' images
@@ -322,12 +322,12 @@ def test_class_folders_need_no_extraction(image_root, tmp_path):
         extract(image_root(), tmp_path / "d")
 
 
-WORKERS = pipeline.Workers(device="cpu", device_id=None, threads=2, prefetch=2)
+WORKERS = Workers(device="cpu", device_id=None, threads=2, prefetch=2)
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255), "interpolation": "bilinear"}
 
 
 def training(index, root, rank, world_size, count):
-    share = pipeline.Share(
+    share = Share(
         seed=5,
         global_batch=6,
         micro_batch=1,
@@ -336,7 +336,7 @@ def training(index, root, rank, world_size, count):
         epoch=0,
         step_in_epoch=0,
     )
-    loader = pipeline.train_batches(
+    loader = train_batches(
         index,
         root,
         share,
@@ -352,7 +352,7 @@ def training(index, root, rank, world_size, count):
 
 
 def evaluation(index, root, rank, world_size):
-    loader = pipeline.eval_batches(
+    loader = eval_batches(
         index,
         root,
         WORKERS,

@@ -11,8 +11,8 @@ import pytest
 from samples import images_by_class, write_official, write_shards, write_tar
 
 from tetdist.data import index as ix
+from tetdist.data.layouts import Hints, check_same_classes, imagenet_classes, list_split
 from tetdist.data.reader import SampleReader
-from tetdist.data.sources import Hints, check_same_classes, imagenet_classes, list_split
 from tetdist.errors import UserError
 
 

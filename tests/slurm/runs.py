@@ -14,8 +14,8 @@ import tiny
 import yaml
 from cluster import Cluster, wait_until
 
-from launch import record, slurm
-from launch.record import Event
+from tetdist.cli import slurm
+from tetdist.slurm.history import Event, history, newest_submission, restarts
 
 STEPS_PER_EPOCH, LAST_STEP = 50, 150
 # Two phases, as in TIT: whatever happens may happen in either.
@@ -71,23 +71,23 @@ class Run:
 
     @property
     def job(self) -> str:
-        submission = record.newest_submission(self.path)
+        submission = newest_submission(self.path)
         assert submission is not None
         return submission.job
 
     @property
     def log(self) -> str:
-        submission = record.newest_submission(self.path)
+        submission = newest_submission(self.path)
         assert submission is not None
         return submission.log_file.read_text() if submission.log_file.exists() else ""
 
     @property
     def history(self) -> list[Event]:
-        return record.history(self.path)
+        return history(self.path)
 
     @property
     def restarts(self) -> list[Event]:
-        return record.restarts(self.history)
+        return restarts(self.history)
 
     @property
     def logged_step(self) -> int:

@@ -14,13 +14,14 @@ import tiny
 import yaml
 from cluster import wait_until
 
-from launch import batch, cluster, local, record, slurm, snapshot, submit
-from launch.cluster import ClusterSection
-from launch.job import Job
-from launch.place import interface_towards
-from launch.record import Event
-from tetdist import config as configuration
+from tetdist.cli import slurm
+from tetdist.config import schema as configuration
 from tetdist.errors import UserError
+from tetdist.slurm import batch, cluster, history, local, snapshot, submit
+from tetdist.slurm.cluster import ClusterSection
+from tetdist.slurm.history import Event
+from tetdist.slurm.job import Job
+from tetdist.slurm.placement import interface_towards
 
 ConfigWriter = Callable[..., Path]
 LAUNCHER = tiny.PROJECT / "launch" / "slurm.py"
@@ -213,7 +214,7 @@ def test_tracker_that_is_down_stops_no_submission(
     file = tiny_config({"tracking": {"mlflow": True, "uri": "http://127.0.0.1:9"}})
     config = configuration.load(str(file))
     config.run_dir.mkdir(parents=True)
-    record.announce(config, "SCHEDULED", {"a": "b"})
+    history.announce(config, "SCHEDULED", {"a": "b"})
     assert "MLflow at http://127.0.0.1:9: " in caplog.text
     assert not (config.run_dir / "mlflow_run_id").exists()
 
@@ -307,12 +308,12 @@ def test_local_run_starts_again_after_a_warning(tiny_config: ConfigWriter, tmp_p
     command = tiny.python(LAUNCHER, "--config", file, "--local", "2")
     run = tmp_path / "runs" / "warned"
     with tiny.started(command, tmp_path, os.environ | tiny.clean_environment()) as process:
-        wait_until(lambda: record.saved_step(run) >= 5, "a checkpoint", 90)
+        wait_until(lambda: history.saved_step(run) >= 5, "a checkpoint", 90)
         process.send_signal(signal.SIGUSR2)
         said, _ = process.communicate(timeout=90)
     assert process.returncode == 0, said
     assert "SIGUSR2: all is saved, the job is started again" in said
-    kinds = [event.kind for event in record.history(run)]
+    kinds = [event.kind for event in history.history(run)]
     assert kinds == ["submitted", "started", "stopped", "started", "finished"]
     tiny.assert_same_run(run, tmp_path / "runs" / "straight")
 
@@ -327,9 +328,9 @@ def test_starts_that_lead_nowhere_end(
     capfd.readouterr()
     # As if it had been started again and again since that, its newest submission.
     for restart in range(1, 6):
-        record.note(run, Event("started", "local", restart, step=3))
-        record.note(run, Event("stopped", "local", restart, step=3, text="preempted (SIGUSR2)"))
-    submission = record.newest_submission(run)
+        history.note(run, Event("started", "local", restart, step=3))
+        history.note(run, Event("stopped", "local", restart, step=3, text="preempted (SIGUSR2)"))
+    submission = history.newest_submission(run)
     assert submission is not None
     job = Job(**json.loads(Path(submission.config).with_name("job.json").read_text()))
     assert local.run_here(job, 1) == 2
@@ -337,11 +338,11 @@ def test_starts_that_lead_nowhere_end(
     assert "was started 5 times without getting past step 3" in said
     assert "until: preempted (SIGUSR2)" in said
     assert "launch/slurm.py resume" in said
-    assert record.history(run)[-1].kind == "failed"
+    assert history.history(run)[-1].kind == "failed"
     # Nor is one that was cancelled started by a late requeue, or taken for finished by others.
-    record.note(run, Event("cancelled", "local", step=3))
+    history.note(run, Event("cancelled", "local", step=3))
     assert local.run_here(job, 1) == 128 + signal.SIGTERM
-    assert record.history(run)[-1].kind == "cancelled"
+    assert history.history(run)[-1].kind == "cancelled"
 
 
 def test_cluster_file_of_the_documentation(cluster_file: Path) -> None:

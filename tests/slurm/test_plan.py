@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from launch import plan
-from launch.cluster import ClusterSection
-from launch.plan import Plan, Speed
-from tetdist import config as configuration
+from tetdist.config import schema as configuration
 from tetdist.errors import UserError
+from tetdist.slurm import plan
+from tetdist.slurm.cluster import ClusterSection
+from tetdist.slurm.plan import Plan, Speed
 
 IMAGENET = {"train_images": 1281167, "val_images": 50000}
 PARAMETERS = 20_000_000

@@ -20,7 +20,7 @@ from runs import (
     mlflow_status,
 )
 
-from launch import slurm
+from tetdist.cli import slurm
 
 # Where pytest runs several processes, these have a cluster of their own.
 second_cluster = pytest.mark.xdist_group("second-slurm")

@@ -3,29 +3,25 @@
 import importlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import tiny
 import yaml
 from cluster import Cluster, wait_until
 from runs import Run, assert_mlflow_has, mlflow_status
 
-from launch import slurm
+from tetdist.cli import slurm
 
 ON_CPU = ("--gpus-per-node", "0", "--time", "10")
 HELD = ("cluster.sbatch.hold=true",)
 
 
 @pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        # Its modules import each other by name, as in a script's folder.
-        patch.syspath_prepend(str(tiny.PROJECT / "tools"))
-        yield importlib.import_module("study")
+def tool() -> ModuleType:
+    return importlib.import_module("tetdist.studies.local")
 
 
 class Study:

@@ -19,9 +19,9 @@ import numpy as np
 
 from tetdist.data.archives import WORDNET_ID
 from tetdist.data.index import assemble, check_fresh, index_file, load_index
+from tetdist.data.layouts import Listing, imagenet_classes
 from tetdist.data.probe import SAMPLES_PER_TASK, Probe, probe_batches, probe_image
-from tetdist.data.sources import Listing, imagenet_classes
-from tetdist.data.workers import Progress
+from tetdist.data.processes import Progress
 from tetdist.errors import UserError
 
 FindingKind = Literal["bad", "label", "overlap", "missing", "index", "misnamed", "duplicate"]

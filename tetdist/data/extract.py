@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from tetdist.data.files import check_space, only_writer, replacing
+from tetdist.data.layouts import Listing
 from tetdist.data.probe import SAMPLES_PER_TASK, Place
-from tetdist.data.sources import Listing
-from tetdist.data.workers import Progress, run_tasks
+from tetdist.data.processes import Progress, run_tasks
 from tetdist.errors import UserError
+from tetdist.files import check_space, only_writer, replacing
 
 _NUMBER = re.compile(r"^\d{8}-(?=.)")
 

@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tetdist.data.archives import BadFile
-from tetdist.data.files import replacing
+from tetdist.data.layouts import Kind, Listing, list_class, list_classes, list_split
 from tetdist.data.probe import Place, Probe, probe_all, probe_image, probe_tensor
-from tetdist.data.sources import Kind, Listing, list_class, list_classes, list_split
-from tetdist.data.workers import Progress
+from tetdist.data.processes import Progress
 from tetdist.errors import UserError
+from tetdist.files import replacing
 
 _FORMAT_VERSION = 2
 _SAMPLED_FILES = 10_000

@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from tetdist.data.workers import Progress, run_tasks
+from tetdist.data.processes import Progress, run_tasks
 
 # What PIL's decoders and DALI's have in common; PIL alone opens many more, whatever the suffix.
 _PIL_FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}

@@ -19,14 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from tetdist.data import archives
-from tetdist.data.files import check_space, only_writer, replacing
 from tetdist.data.index import Index, assemble, index_file, load_index, save_index
+from tetdist.data.layouts import CLASSES_FILE, list_split
 from tetdist.data.order import permutation
 from tetdist.data.probe import Probe
+from tetdist.data.processes import Progress, run_tasks
 from tetdist.data.reader import SampleReader
-from tetdist.data.sources import CLASSES_FILE, list_split
-from tetdist.data.workers import Progress, run_tasks
 from tetdist.errors import UserError
+from tetdist.files import check_space, only_writer, replacing
 
 _PLAN_FILE = "plan.json"
 _VERSION = 1

@@ -8,10 +8,10 @@ import torch
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
-from tetdist import neurons
-from tetdist.fused import NormNeuron
-from tetdist.recompute import Block
-from tetdist.spikes import Conv2d
+from tetdist.nn import neurons
+from tetdist.nn.fused import NormNeuron
+from tetdist.nn.packed import Conv2d
+from tetdist.nn.recompute import Block
 
 INV_SQRT_2 = 1 / math.sqrt(2)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
-from tetdist.neurons import NeuronConfig
-from tetdist.spikes import Conv2d, MaxPool, carry, pack
+from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.packed import Conv2d, MaxPool, carry, pack
 
 Connect = Literal["add", "and", "iand"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv3x3
-from tetdist.neurons import NeuronConfig
+from tetdist.nn.neurons import NeuronConfig
 
 
 class SpikingConvNet(SpikingNetwork):

@@ -11,8 +11,6 @@ from typing import Any, Literal
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from tetdist import neurons
-from tetdist.fused import NormNeuron
 from tetdist.models import base
 from tetdist.models.base import (
     INV_SQRT_2,
@@ -21,9 +19,11 @@ from tetdist.models.base import (
     conv1x1,
     conv3x3,
 )
-from tetdist.neurons import NeuronConfig
-from tetdist.normalization import BatchNorm
-from tetdist.spikes import Conv2d, MaxPool
+from tetdist.nn import neurons
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.fused import NormNeuron
+from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.packed import Conv2d, MaxPool
 
 Norm = Literal["bn", "tdbn"]
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv3x3
-from tetdist.neurons import NeuronConfig
-from tetdist.spikes import AvgPool
+from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.packed import AvgPool
 
 
 class VGGSNN(SpikingNetwork):

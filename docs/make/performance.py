@@ -1,0 +1,469 @@
+"""Measure speed and memory and write them down: docs/performance.md and its figures.
+
+    python docs/make/performance.py --results runs/performance --output docs/performance.md
+
+Every measurement is a call of tools/bench.py. What it wrote stays in the folder of results, and is
+not measured again while it is there: after a stop the same command goes on. Some twenty minutes on
+two cores. spikingjelly takes part where it is installed.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[2]
+BENCH = PROJECT / "tools" / "bench.py"
+TIMESTEPS = (1, 2, 4, 8, 16)
+BATCHES = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One call of tools/bench.py, and the name of its result."""
+
+    name: str
+    arguments: str
+
+    def command(self, options: argparse.Namespace) -> list[str]:
+        words = shlex.split(self.arguments)
+        if options.quick:
+            words += ["--size", "64"] + (["--repeats", "1"] if words[0] != "memory" else [])
+        if options.device != "cpu":
+            words += ["--device", options.device]
+        return words
+
+
+def measurements(options: argparse.Namespace) -> list[Measurement]:
+    # The peer has these networks, and none of the others in the same form.
+    peer = " --spikingjelly eager" if options.spikingjelly else ""
+    network = "sew_resnet18" if options.quick else "sew_resnet34"
+    found = []
+    for precision in ("fp32", "bf16"):
+        step = f"model --model {network} --precision {precision}"
+        found += [
+            Measurement(f"step-{precision}", f"{step} --modes none,blocks,timesteps{peer}"),
+            Measurement(f"evaluation-{precision}", f"{step} --evaluate{peer}"),
+            Measurement(f"memory-{precision}", f"memory --model {network} --precision {precision} "
+                        f"--timesteps {','.join(map(str, timesteps_of(options)))}{peer}"),
+        ]  # fmt: skip
+        found += [
+            Measurement(f"timesteps-{t}-{precision}", f"{step} --timesteps {t} --repeats 3{peer}")
+            for t in timesteps_of(options)
+        ]
+        found += [
+            Measurement(f"batch-{b}-{precision}", f"{step} --batch {b} --repeats 3{peer}")
+            for b in batches_of(options)
+        ]
+    if options.spikingjelly and not options.quick:
+        # In bf16 on a CPU its compilation has not ended within eight minutes.
+        more = "--precision fp32 --spikingjelly compiled"
+        found.append(Measurement("compiled-fp32", f"model --model {network} {more}"))
+    if not options.quick:
+        for name, more in OTHER_NETWORKS:
+            for precision in ("fp32", "bf16"):
+                found.append(
+                    Measurement(f"{name}-{precision}", f"model {more} --precision {precision}")
+                )
+    if options.device == "cpu":
+        found += [
+            Measurement("scaling-1", f"scaling --model {network}"),
+            Measurement("scaling-4", f"scaling --model {network} --accumulation 4 --steps 1"),
+            Measurement("data", data_arguments(options)),
+        ]
+    return found
+
+
+def data_arguments(options: argparse.Namespace) -> str:
+    source = f" --data {shlex.quote(str(options.data))}" if options.data else ""
+    few = " --images 64 --batch 8 --batches 2" if options.quick else ""
+    return f"data --wait --epochs 5{source}{few}"
+
+
+OTHER_NETWORKS = (
+    ("spiking_resnet34-T4", "--model spiking_resnet34"),
+    ("spiking_resnet34-T6", "--model spiking_resnet34 --timesteps 6"),
+    ("vggsnn", "--model vggsnn --timesteps 10 --batch 8"),
+    ("spiking_resnet19", "--model spiking_resnet19 --batch 16"),
+)
+
+
+def timesteps_of(options: argparse.Namespace) -> tuple[int, ...]:
+    return TIMESTEPS[:2] if options.quick else TIMESTEPS
+
+
+def batches_of(options: argparse.Namespace) -> tuple[int, ...]:
+    if options.device == "cuda":
+        return (16, 32, 64, 128, 256)
+    return BATCHES[1:3] if options.quick else BATCHES
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="docs/make/performance.py", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--results", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.md")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="of JPEGs; default: made ones")
+    parser.add_argument("--quick", action="store_true", help="small, to see that it works")
+    options = parser.parse_args(arguments)
+    options.spikingjelly = importlib.util.find_spec("spikingjelly") is not None
+    options.results.mkdir(parents=True, exist_ok=True)
+    found: dict[str, dict[str, Any]] = {}
+    all_of_them = measurements(options)
+    for number, measurement in enumerate(all_of_them, start=1):
+        file = options.results / f"{measurement.name}.json"
+        if not file.is_file():
+            print(f"[{number}/{len(all_of_them)}] {measurement.name}", file=sys.stderr, flush=True)
+            command = [sys.executable, str(BENCH), *measurement.command(options)]
+            aside = file.with_suffix(".part")
+            # The time of torch.compile is asked for, too, and not that of finding it compiled.
+            environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+            done = subprocess.run(
+                [*command, "--json", str(aside)],
+                stdout=subprocess.DEVNULL,
+                env=environment if "compiled" in measurement.arguments else None,
+            )
+            if done.returncode:
+                print(f"error: {shlex.join(command)} failed", file=sys.stderr)
+                return 1
+            aside.replace(file)
+        found[measurement.name] = json.loads(file.read_text())
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    figures = draw(found, options)
+    (figures / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    options.output.write_text(report(found, options, figures))
+    print(f"written: {options.output}")
+    return 0
+
+
+# --- as text ------------------------------------------------------------------------------------
+
+
+def report(found: dict[str, dict[str, Any]], options: argparse.Namespace, figures: Path) -> str:
+    machine = found["step-fp32"]["machine"]
+    step = found["step-fp32"]
+    commands = "\n".join(
+        f"    python tools/bench.py {shlex.join(m.command(options))}" for m in measurements(options)
+    )
+    network = step["model"]
+    size = step["size"] or 224
+    peer = (
+        f"spikingjelly {machine['spikingjelly']}, its network of the same name with the same neuron"
+        if "spikingjelly" in machine
+        else "spikingjelly was not installed"
+    )
+    parts = [
+        f"""# Performance, measured
+
+Made by `python docs/make/performance.py --results FOLDER --output docs/performance.md`, which keeps
+what is measured in FOLDER, on {datetime.date.today():%-d %B %Y}; {machine["device"]},
+{machine["threads"]} threads, Python {machine["python"]}, torch {machine["torch"]}. What one of the
+commands at the end compares took turns in one process, step by step; times are medians, and ratios
+are medians of each round's ratio. "ReLU" is the ReLU network of the same convolutions (timm's
+ResNet) on T times the batch, in channels_last memory. The peer: {peer}.
+
+A step is the forward pass, the TET loss and the backward pass, without the update, on random
+images.""",
+        f"""## {network}, T=4, {size} pixels, batch {step["batch"]}
+
+{step_table(found, "step")}
+
+"blocks" and "timesteps" are `checkpoint: blocks` and `checkpoint: {{timesteps: 2}}`. The first two
+steps include building the kernels where they are not in the cache: 2 to 9 s more, once on a machine
+(the passes that torch.compile makes for GPUs took 23 s on this CPU, from its own cache 4 s).
+{compiled_peer(found)}
+
+Evaluation (forward pass only):
+
+{step_table(found, "evaluation")}""",
+    ]
+    if not options.quick:
+        parts.append(f"## Other networks\n\n{other_table(found)}")
+    parts += [
+        f"""## Against T
+
+![Seconds of a step and memory against T]({figures.name}/timesteps.png)
+
+{series_table(found, "timesteps", "T")}
+
+MiB an image kept for the backward pass, after the forward pass (at most until the backward pass has
+ended):
+
+{memory_tables(found)}""",
+        f"""## Against the batch
+
+![Seconds of an image against the batch]({figures.name}/batch.png)
+
+{series_table(found, "batch", "batch")}""",
+    ]
+    if "scaling-1" in found:
+        parts.append(f"## Several processes\n\n{scaling_text(found)}")
+    if "data" in found:
+        parts.append(f"## From files to batches\n\n{data_text(found['data'])}")
+    parts.append(f"## The commands\n\n{commands}")
+    return "\n\n".join(parts) + "\n"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def step_table(found: dict[str, dict[str, Any]], kind: str) -> str:
+    rows = [
+        [
+            precision,
+            row["name"].replace("relu", "ReLU"),
+            f"{row['seconds']:.3f}",
+            f"{row['ratio']:.3f}",
+            f"{row['images_per_s']:.2f}",
+            f"{row['warm_up']:.1f}",
+        ]
+        for precision in ("fp32", "bf16")
+        for row in found[f"{kind}-{precision}"]["rows"]
+    ]
+    return table(["", "", "s", "/ ReLU", "images/s", "first two steps, s"], rows)
+
+
+def compiled_peer(found: dict[str, dict[str, Any]]) -> str:
+    if "compiled-fp32" not in found:
+        return ""
+    relu, own, peer = found["compiled-fp32"]["rows"]
+    return f"""
+
+spikingjelly compiled by torch.compile, fp32, in a run of its own: {peer["seconds"]:.3f} s a step,
+{peer["ratio"]:.3f} of the ReLU network's ({relu["seconds"]:.3f} s), after {peer["warm_up"]:.0f} s
+of compilation; tetdist beside it {own["seconds"]:.3f} s, {own["ratio"]:.3f}. In bf16 the
+compilation had not ended after eight minutes on this machine."""
+
+
+def other_table(found: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    for name, _ in OTHER_NETWORKS:
+        results = [found[f"{name}-{precision}"] for precision in ("fp32", "bf16")]
+        cells = []
+        for result in results:
+            relu, own = result["rows"]
+            cells += [f"{relu['seconds']:.3f}", f"{own['seconds']:.3f}", f"{own['ratio']:.3f}"]
+        first = results[0]
+        rows.append([first["model"], str(first["timesteps"]), str(first["batch"]), *cells])
+    head = ["", "T", "batch", "ReLU fp32, s", "tetdist, s", "ratio", "ReLU bf16, s", "tetdist, s"]
+    return table([*head, "ratio"], rows)
+
+
+def series(
+    found: dict[str, dict[str, Any]], key: str, precision: str
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """Rows by contestant and by T or batch."""
+    by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, result in found.items():
+        if name.startswith(f"{key}-") and name.endswith(precision):
+            for row in result["rows"]:
+                by_name.setdefault(row["name"], {})[result[key]] = row
+    return by_name
+
+
+def series_table(found: dict[str, dict[str, Any]], key: str, title: str) -> str:
+    rows = []
+    head: list[str] = []
+    for precision in ("fp32", "bf16"):
+        by_name = series(found, key, precision)
+        names = list(by_name)
+        head = ["", title, *(f"{name}, s" for name in names), *(f"{n} / ReLU" for n in names[1:])]
+        for x in sorted(by_name[names[0]]):
+            seconds = [f"{by_name[name][x]['seconds']:.3f}" for name in names]
+            ratios = [f"{by_name[name][x]['ratio']:.3f}" for name in names[1:]]
+            rows.append([precision, str(x), *seconds, *ratios])
+    return table([cell.replace("relu", "ReLU") for cell in head], rows)
+
+
+def memory_tables(found: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    names: list[str] = []
+    for precision in ("fp32", "bf16"):
+        by_t: dict[int, dict[str, dict[str, Any]]] = {}
+        for row in found[f"memory-{precision}"]["rows"]:
+            by_t.setdefault(row["timesteps"], {})[row["name"]] = row
+        for timesteps, by_name in by_t.items():
+            names = list(by_name)
+            cells = [
+                f"{row['after_forward_mib']:.1f} ({row['at_most_mib']:.1f})"
+                for row in by_name.values()
+            ]
+            rows.append([precision, str(timesteps), *cells])
+    return table(["", "T", *(name.replace("relu", "ReLU") for name in names)], rows)
+
+
+def scaling_text(found: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    for name in ("scaling-1", "scaling-4"):
+        result = found[name]
+        alone, apart, together = result["rows"]
+        rows.append(
+            [
+                f"{result['accumulation']} x {result['batch']}",
+                f"{alone['seconds']:.3f}",
+                f"{apart['seconds']:.3f}",
+                f"{together['seconds']:.3f}",
+                f"{apart['efficiency']:.3f}",
+                f"{together['efficiency']:.3f}",
+                f"{together['of_apart']:.3f}",
+            ]
+        )
+    result = found["scaling-1"]
+    count = result["processes"]
+    head = [
+        "micro-batches",
+        "one process, s",
+        f"{count} apart, s",
+        f"{count} averaging, s",
+        f"apart / {count} x one",
+        f"averaging / {count} x one",
+        "averaging / apart",
+    ]
+    predicted = result["predicted"]
+    forecast = table(
+        ["GPUs", "efficiency", "averaging, ms"],
+        [
+            [str(row["gpus"]), f"{row['efficiency']:.3f}", f"{row['communication_ms']:.1f}"]
+            for row in predicted["rows"]
+        ],
+    )
+    return f"""{result["model"]}, {result["precision"]}, {result["engine"]}, whole steps with the
+update, a core a process. Processes that do not speak to each other ("apart") show what the machine
+loses by itself when both cores are busy.
+
+{table(head, rows)}
+
+What the model of communication (launch/plan.py) says of {predicted["mb_averaged"]:.0f} MB averaged
+a step, none of it hidden, at {predicted["images_per_s_of_one"]:.1f} images/s a process,
+{predicted["gpus_per_node"]} GPUs a node, {predicted["link_in_node"]:g} GB/s in a node and
+{predicted["link_between_nodes"]:g} GB/s between nodes (`--images-per-s` asks it of a GPU):
+
+{forecast}"""
+
+
+def data_text(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["name"],
+            f"{row['images_per_s']:.0f}",
+            f"{row['fastest']:.0f}",
+            f"{row['of_torchvision']:.2f}",
+            f"{row['of_dali']:.2f}",
+            f"{row['of_decoding']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    head = ["", "images/s", "fastest round", "/ torchvision", "/ DALI's reader", "/ decoding alone"]
+    wait = result["wait"]
+    used = ", ".join(f"{value:.0f}" for value in result["memory_mib"])
+    source = Path(result["data"]).name if result["data"] else "the benchmark's own making"
+    return f"""JPEGs of {source}, each as often as needed:
+RandomResizedCrop to {result["size"]} pixels, flip, normalisation, batches of {result["batch"]};
+{result["threads"]} threads, or {result["threads"]} workers of torchvision's DataLoader. "DALI's
+reader" is a pipeline of DALI's own, from its file reader on; "decoding alone" is the same without
+what follows its decoder, windows only.
+
+{table(head, rows)}
+
+A training step of {wait["model"]} (batch {wait["batch"]}, {wait["precision"]}) on the same cores
+takes {wait["step_s"]:.2f} s, of which it waits {wait["wait_percent"]:.2f} % for its images.
+
+MiB of the process after each of {len(result["memory_mib"])} epochs of {result["images"]} images:
+{used}."""
+
+
+# --- as pictures --------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, told apart by most eyes; each means the same in every panel.
+COLOURS = {
+    "relu": "#767676",
+    "tetdist, none": "#0072B2",
+    "tetdist, blocks": "#009E73",
+    "tetdist, timesteps": "#E69F00",
+    "spikingjelly, eager": "#D55E00",
+}
+LABELS = {"relu": "ReLU network, T x batch", "tetdist, none": "tetdist"}
+
+
+def draw(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> Path:
+    """Two PNGs in a folder beside the report."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    folder = options.output.with_suffix("")
+    folder.mkdir(exist_ok=True)
+
+    def panels(rows: int) -> tuple[Any, Any]:
+        layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+        figure = Figure(figsize=(10.4, 4.2 * rows), dpi=110, layout=layout)
+        FigureCanvasAgg(figure)
+        return figure, figure.subplots(rows, 2).flat
+
+    def plot(axis: Any, name: str, xs: list[int], ys: list[float]) -> None:
+        label = LABELS.get(name, name.replace("tetdist, ", "checkpoint: "))
+        axis.plot(xs, ys, "o-", color=COLOURS[name], label=label, markersize=4)
+
+    def finish(axis: Any, title: str, x: str, y: str, xs: tuple[int, ...]) -> None:
+        axis.set_title(title)
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(xs, [str(value) for value in xs])
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_minor_formatter("{x:g}" if high < 50 * low else "")
+        axis.tick_params(axis="y", which="minor", labelsize=7)
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8)
+
+    network = found["step-fp32"]["model"]
+    figure, axes = panels(2)
+    for axis, precision in zip(axes[:2], ("fp32", "bf16"), strict=True):
+        for name, by_x in series(found, "timesteps", precision).items():
+            xs = sorted(by_x)
+            plot(axis, name, xs, [by_x[x]["seconds"] for x in xs])
+        batch = found["step-fp32"]["batch"]
+        finish(
+            axis, f"{network}, batch {batch}, {precision}", "T", "s a step", timesteps_of(options)
+        )
+    for axis, precision in zip(axes[2:], ("fp32", "bf16"), strict=True):
+        by_name: dict[str, dict[int, float]] = {}
+        for row in found[f"memory-{precision}"]["rows"]:
+            values = by_name.setdefault(row["name"], {})
+            values[row["timesteps"]] = row["at_most_mib"]
+        for name, values in by_name.items():
+            plot(axis, name, sorted(values), [values[t] for t in sorted(values)])
+        finish(
+            axis, f"{network}, {precision}", "T", "MiB an image, kept at most",
+            timesteps_of(options),
+        )  # fmt: skip
+    figure.savefig(folder / "timesteps.png")
+
+    figure, axes = panels(1)
+    for axis, precision in zip(axes, ("fp32", "bf16"), strict=True):
+        for name, by_x in series(found, "batch", precision).items():
+            xs = sorted(by_x)
+            plot(axis, name, xs, [by_x[x]["images_per_s"] for x in xs])
+        finish(
+            axis, f"{network}, T=4, {precision}", "batch", "images/s (of T timesteps each)",
+            batches_of(options),
+        )  # fmt: skip
+    figure.savefig(folder / "batch.png")
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Draw the figure of the README's first screen, from results that are in the project.
+
+python docs/make/readme_figure.py
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[2]
+DOCS = PROJECT / "docs"
+
+# The same colours as in the figures that the numbers are from.
+OURS, PEER, RELU, SAVING = "#0072B2", "#D55E00", "#767676", "#009E73"
+TIMESTEPS = 4  # that are drawn
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="docs/make/readme_figure.py", description=__doc__.split("\n")[0]
+    )
+    add = parser.add_argument
+    add(
+        "--study",
+        type=Path,
+        metavar="JSON",
+        default=DOCS / "results/tet_vs_sdt_dvs128_objects.json",
+    )
+    add("--entries", nargs=2, metavar=("SDT", "TET"), default=["sdt_t10", "tet_t10"])
+    add("--performance", type=Path, metavar="JSON", default=DOCS / "performance/results.json")
+    add("--output", type=Path, metavar="PNG", default=DOCS / "overview.png")
+    options = parser.parse_args(arguments)
+    from tetdist.errors import UserError
+    from tetdist.reports import curves
+
+    try:
+        study, performance = read(options.study), read(options.performance)
+        figure = curves.new_figure(13, 3.7)
+        axes = figure.subplots(1, 3, width_ratios=(1.15, 1, 1.25))
+        draw_losses(axes[0])
+        draw_accuracy(axes[1], study, *options.entries)
+        draw_cost(axes[2], performance)
+        curves.save(figure, options.output)
+    except (UserError, OSError, ValueError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {options.output}")
+    return 0
+
+
+def read(file: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(file.read_text())
+    return values
+
+
+def title(axis: Any, text: str) -> None:
+    axis.set_title(text, loc="left", fontsize=11, fontweight="bold")
+
+
+# --- what TET is ----------------------------------------------------------------------------------
+
+
+def draw_losses(axis: Any) -> None:
+    """The network at each timestep, its outputs, and which of them a loss sees."""
+    axis.set_axis_off()
+    axis.set_xlim(-0.2, TIMESTEPS + 1.25)
+    axis.set_ylim(-1.75, 3.35)
+    title(axis, "Every timestep answers for itself")
+    for t in range(TIMESTEPS):
+        box(axis, t, 1.15, "spiking\nnetwork", RELU, 0.86, 0.9)
+        box(axis, t, 2.55, f"O({t + 1})", OURS, 0.6, 0.55)
+        arrow(axis, (t + 0.5, 1.62), (t + 0.5, 2.25), RELU)
+        arrow(axis, (t + 0.5, 0.12), (t + 0.5, 0.68), RELU)
+        axis.text(t + 0.5, -0.1, f"t = {t + 1}", ha="center", va="center", fontsize=8, color=RELU)
+        if t:
+            arrow(axis, (t - 0.07, 1.15), (t + 0.07, 1.15), RELU)
+    axis.text(TIMESTEPS + 0.1, 1.15, "membranes\npersist", fontsize=8, va="center", color=RELU)
+    axis.text(TIMESTEPS + 0.1, 2.55, "outputs", fontsize=8, va="center", color=RELU)
+    bold = {"fontsize": 9.5, "va": "center", "fontweight": "bold"}
+    axis.text(0, -0.75, "SDT:", color=PEER, **bold)
+    axis.text(0.75, -0.75, r"$CE\,(\,mean_t\,O(t),\,y\,)$", va="center", fontsize=10)
+    axis.text(0, -1.4, "TET:", color=OURS, **bold)
+    pull = r"$(1-\lambda)\,mean_t\,CE\,(O(t),\,y)\,+\,\lambda\,mean\,(O-\phi)^2$"
+    axis.text(0.75, -1.4, pull, va="center", fontsize=10)
+
+
+def box(axis: Any, t: int, y: float, text: str, colour: str, width: float, height: float) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    corner = (t + 0.5 - width / 2, y - height / 2)
+    style = "round,pad=0,rounding_size=0.1"
+    axis.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, ec=colour, fc="white"))
+    axis.text(t + 0.5, y, text, ha="center", va="center", fontsize=8, color=colour)
+
+
+def arrow(axis: Any, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
+    properties = {"arrowstyle": "->", "color": colour, "lw": 1, "shrinkA": 0, "shrinkB": 0}
+    axis.annotate("", xy=end, xytext=start, arrowprops=properties)
+
+
+# --- what it gives --------------------------------------------------------------------------------
+
+
+def draw_accuracy(axis: Any, study: dict[str, Any], sdt: str, tet: str) -> None:
+    """Accuracy at every test T of two entries of a study: mean and range of the seeds."""
+    seeds = 0
+    timesteps = study["study"]["test_timesteps"]
+    for entry, colour, label in ((sdt, PEER, "SDT"), (tet, OURS, "TET")):
+        runs = [run["by_timestep"] for run in study["runs"] if run["entry"] == entry]
+        seeds = len(runs)
+        values = [[run[t - 1] for run in runs] for t in timesteps]
+        means = [sum(at) / len(at) for at in values]
+        axis.fill_between(
+            timesteps, [min(at) for at in values], [max(at) for at in values], color=colour,
+            alpha=0.15, linewidth=0,
+        )  # fmt: skip
+        axis.plot(timesteps, means, "o-", color=colour, label=label, markersize=4)
+    (trained,) = {run["timesteps"] for run in study["runs"] if run["entry"] in (sdt, tet)}
+    axis.axvline(trained, color=RELU, linestyle=":", linewidth=1)
+    axis.set_xlabel(f"timesteps of the test (dotted: of training), {seeds} seeds", fontsize=9)
+    data = study["study"]["title"].partition(" on ")[2]
+    axis.set_ylabel(f"top-1 (%), {data}", fontsize=8)
+    axis.set_xticks(timesteps)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9, loc="lower center")
+    title(axis, "Right at any number of timesteps")
+
+
+# --- what it costs --------------------------------------------------------------------------------
+
+NAMES = {
+    "spikingjelly, eager": ("spikingjelly 2.0 (eager)", PEER),
+    "relu": ("ReLU network on T x batch", RELU),
+    "tetdist, none": ("tetdist", OURS),
+    "tetdist, blocks": ("tetdist, checkpoint: blocks", SAVING),
+}
+
+
+def draw_cost(axis: Any, performance: dict[str, Any]) -> None:
+    """Time of a step and memory kept, both as multiples of the ReLU network's."""
+    step, memory = performance["step-bf16"], performance["memory-bf16"]
+    seconds = {row["name"]: row["ratio"] for row in step["rows"]}
+    kept = {
+        row["name"]: row["at_most_mib"]
+        for row in memory["rows"]
+        if row["timesteps"] == step["timesteps"]
+    }
+    groups = (("time of a training step", seconds), ("memory kept for\nthe backward pass", kept))
+    names = [name for name in NAMES if name in seconds]
+    for group, (_, values) in enumerate(groups):
+        for i, name in enumerate(names):
+            label, colour = NAMES[name]
+            ratio = values[name] / values["relu"]
+            y = group * (len(names) + 1) + i
+            axis.barh(y, ratio, color=colour, label=None if group else label)
+            text = f"{ratio:.2f}" if group == 0 else f"{ratio:.2f}  ({values[name]:.0f} MiB/image)"
+            axis.text(ratio + 0.03, y, text, va="center", fontsize=8)
+    # Between the bars of a group.
+    middle = (len(names) - 1) / 2
+    ticks = [middle + group * (len(names) + 1) for group in range(len(groups))]
+    axis.set_yticks(ticks, [text for text, _ in groups], fontsize=9)
+    axis.axvline(1, color=RELU, linestyle=":", linewidth=1)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 3.6)
+    what = f"{step['model']}, T={step['timesteps']}, bf16"
+    axis.set_xlabel(f"multiple of the ReLU network's ({what})", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    title(axis, "At the price of a ReLU network")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

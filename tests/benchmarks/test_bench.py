@@ -1,0 +1,176 @@
+"""The published commands of tools/bench.py and docs/make/performance.py, on small networks."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from tetdist.config import schema
+from tetdist.slurm import plan
+
+BENCH = tiny.PROJECT / "tools" / "bench.py"
+README_FIGURE = tiny.PROJECT / "docs" / "make" / "readme_figure.py"
+PERFORMANCE = tiny.PROJECT / "docs" / "make" / "performance.py"
+
+
+def run(*command: object, status: int = 0, limit: float = 240) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=limit
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout if status == 0 else done.stderr
+
+
+def bench(tmp_path: Path, *arguments: object) -> tuple[dict[str, Any], str]:
+    """Its JSON, and what it printed."""
+    out = run(BENCH, *arguments, "--json", tmp_path / "result.json")
+    return json.loads((tmp_path / "result.json").read_text()), out
+
+
+def speed_that_the_plan_reads(file: Path) -> plan.Speed | None:
+    values = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d"})
+    return plan.read_speed(None, str(file), schema.parse(values, "x"))
+
+
+def test_a_step_is_timed_against_the_relu_network(tmp_path: Path) -> None:
+    result, out = bench(
+        tmp_path, "model", "--model", "sew_resnet18", "--size", 64, "--timesteps", 2, "--batch", 2,
+        "--modes", "none,blocks,timesteps,reference", "--repeats", 3,
+    )  # fmt: skip
+    names = [row["name"] for row in result["rows"]]
+    ours = [f"tetdist, {mode}" for mode in ("none", "blocks", "timesteps", "reference")]
+    assert names == ["relu", *ours]
+    assert result["rows"][0]["ratio"] == 1
+    for row in result["rows"]:
+        assert row["images_per_s"] == pytest.approx(2 / row["seconds"])
+        assert row["name"] in out
+        assert f"{row['seconds']:.3f}" in out
+    assert {"device", "threads", "torch", "python"} <= result["machine"].keys()
+    speed = speed_that_the_plan_reads(tmp_path / "result.json")
+    assert speed == plan.Speed(result["rows"][1]["images_per_s"], timesteps=2)
+
+
+def test_an_evaluation_is_timed(tmp_path: Path) -> None:
+    result, out = bench(
+        tmp_path, "model", "--model", "vggsnn", "--timesteps", 2, "--batch", 1, "--evaluate",
+        "--repeats", 1, "--precision", "bf16",
+    )  # fmt: skip
+    assert [row["name"] for row in result["rows"]] == ["relu", "tetdist, none"]
+    assert "evaluation" in out
+    # The plan is one of training.
+    assert "images_per_s" not in result
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_is_what_the_documentation_promises(tmp_path: Path, precision: str) -> None:
+    result, _ = bench(
+        tmp_path, "memory", "--model", "sew_resnet34", "--size", 64, "--timesteps", "2,4",
+        "--precision", precision,
+    )  # fmt: skip
+    held = {(row["name"], row["timesteps"]): row["after_forward_mib"] for row in result["rows"]}
+    for timesteps in (2, 4):
+        # The convolutions' outputs, and spikes in bytes; ReLU keeps its own output as well.
+        assert held["tetdist, none", timesteps] < 0.65 * held["relu", timesteps]
+        assert held["tetdist, blocks", timesteps] < 0.25 * held["tetdist, none", timesteps]
+    assert held["tetdist, none", 4] < 2 * held["tetdist, none", 2]
+
+
+def test_a_model_without_a_relu_network_stands_alone(tmp_path: Path) -> None:
+    result, _ = bench(tmp_path, "memory", "--model", "spiking_convnet", "--timesteps", 2)
+    assert {row["name"].split(",")[0] for row in result["rows"]} == {"tetdist"}
+
+
+@pytest.mark.parametrize("engine", ["torch", pytest.param("deepspeed", marks=pytest.mark.long)])
+def test_processes_are_timed_alone_apart_and_together(tmp_path: Path, engine: str) -> None:
+    result, out = bench(
+        tmp_path, "scaling", "--model", "spiking_convnet", "--engine", engine, "--repeats", 2,
+        "--accumulation", 3, "--link-between-nodes", 2,
+    )  # fmt: skip
+    alone, apart, together = result["rows"]
+    assert (alone["name"], apart["name"], together["name"]) == ("alone", "apart", "together")
+    assert alone["efficiency"] == apart["of_apart"] == 1
+    for row, count in ((alone, 1), (apart, 2), (together, 2)):
+        assert row["images_per_s"] == pytest.approx(count * 3 * 4 / row["seconds"])
+    speed = speed_that_the_plan_reads(tmp_path / "result.json")
+    assert speed is not None
+    assert speed.images_per_s == pytest.approx(together["images_per_s"] / 2)
+    rows = result["predicted"]["rows"]
+    assert [row["gpus"] for row in rows] == [8, 16, 32, 64, 128, 256, 512]
+    assert 1 >= rows[0]["efficiency"] > rows[1]["efficiency"] > rows[-1]["efficiency"] > 0
+    assert "averaging" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["model", "--model", "resnet99"], "'resnet99' is not a spiking model"),
+        (["model", "--model", "resnet34"], "'resnet34' is not a spiking model"),
+        (["model", "--model", "vggsnn", "--size", "32"], "vggsnn is built for 48 pixels"),
+        (["memory", "--size", "32"], "--size: 32 pixels"),
+        (["model", "--model", "vggsnn", "--spikingjelly", "eager"], "it has no vggsnn"),
+        (["scaling", "--link-in-node", "0"], "--link-in-node: 0 must be above 0"),
+        (["scaling", "--images-per-s", "-3"], "--images-per-s: -3 must be above 0"),
+        (["model", "--json", "."], "--json"),
+        (["model", "--modes", "none,all"], "'all' is none of none, blocks, timesteps, reference"),
+        (["model", "--batch", "0"], "0: the least is 1"),
+        (["memory", "--timesteps", "2,x"], "'x' is not a whole number"),
+        (["scaling", "--json", "no/such/folder/x.json"], "--json"),
+        (["model", "--json", "no/such/folder/x.json"], "--json"),
+    ],
+)
+def test_wrong_flags_are_named_at_once(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # In this process, since a start takes seconds; the other tests start the tool.
+    main = importlib.import_module("tetdist.cli.bench").main
+    try:
+        status = main(arguments)
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_the_report_is_made_and_goes_on_after_a_stop(tmp_path: Path) -> None:
+    report, results = tmp_path / "docs" / "performance.md", tmp_path / "results"
+    command = [PERFORMANCE, "--quick", "--results", results, "--output", report]
+    run(*command, limit=290)
+    text = report.read_text()
+    for figure in ("timesteps.png", "batch.png"):
+        assert (report.with_suffix("") / figure).stat().st_size > 10_000
+        assert f"performance/{figure}" in text
+    before = {file.name: file.stat().st_mtime_ns for file in results.iterdir()}
+    (results / "batch-2-fp32.json").unlink()
+    run(*command, limit=290)
+    after = {file.name: file.stat().st_mtime_ns for file in results.iterdir()}
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name]] == ["batch-2-fp32.json"]
+
+
+def test_readmes_figure_is_drawn_from_what_is_in_the_project(tmp_path: Path) -> None:
+    out = tmp_path / "overview.png"
+    run(README_FIGURE, "--output", out)
+    assert out.stat().st_size > 10_000
+    assert "No such file" in run(README_FIGURE, "--study", "/nowhere", "--output", out, status=2)
+
+
+def test_batches_are_timed_against_other_pipelines(tmp_path: Path) -> None:
+    result, out = bench(
+        tmp_path, "data", "--images", 48, "--size", 32, "--batch", 8, "--batches", 2, "--repeats",
+        2, "--epochs", 2,
+    )  # fmt: skip
+    names = [row["name"] for row in result["rows"]]
+    assert names == ["torchvision", "DALI's reader", "tetdist", "decoding alone"]
+    for row in result["rows"]:
+        assert row["fastest"] >= row["images_per_s"] > 0
+        assert row["name"] in out
+    assert result["rows"][0]["of_torchvision"] == result["rows"][1]["of_dali"] == 1
+    assert len(result["memory_mib"]) == 2
+    assert "JPEG" in run(BENCH, "data", "--data", tmp_path, status=1)

@@ -1,0 +1,317 @@
+"""A configuration is strict, and says in one sentence what is wrong with it and where."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+
+from tetdist import train
+from tetdist.config import schema as configuration
+from tetdist.config.schema import (
+    OPERATIONAL_KEYS,
+    RunConfig,
+    differences,
+    flatten,
+    load,
+    parse,
+    read_yaml,
+    schema,
+)
+from tetdist.errors import UserError
+
+ConfigWriter = Callable[..., Path]
+
+
+def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
+    return parse(tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d"} | (changes or {})), "x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        # The dotted key, and the nearest known one, at every depth.
+        ({"sede": 1}, ("unknown key 'sede'", "'seed'")),
+        ({"model.nuron": {}}, ("unknown key 'model.nuron'", "'model.neuron'")),
+        ({"batch.globl": 8}, ("unknown key 'batch.globl'", "'batch.global'")),
+        ({"phases.0.epoch": 1}, ("unknown key 'phases.0.epoch'", "'phases.0.epochs'")),
+        (
+            {"phases.0.optimizer.weight_dacay": 1},
+            ("'phases.0.optimizer.weight_dacay'", "'phases.0.optimizer.weight_decay'"),
+        ),
+        ({"loss.lamda": 0.1}, ("unknown key 'loss.lamda'", "'loss.lambda'")),
+        # The right word at the wrong place.
+        ({"weight_decay": 0.1}, ("unknown key 'weight_decay'", "optimizer.weight_decay")),
+        # Types.
+        ({"seed": "one"}, ("'seed'", "integer", "'one'")),
+        ({"seed": 1.5}, ("'seed'", "integer", "1.5")),
+        ({"seed": True}, ("'seed'", "integer", "True")),
+        ({"deterministic": "yes"}, ("'deterministic'", "boolean", "'yes'")),
+        ({"deterministic": 1}, ("'deterministic'", "boolean")),
+        ({"phases.0.optimizer.lr": "fast"}, ("'phases.0.optimizer.lr'", "number", "'fast'")),
+        ({"model": "sew_resnet18"}, ("'model'", "'sew_resnet18'")),
+        ({"phases": {"epochs": 1}}, ("'phases'",)),
+        ({"data.mean": [0.5, 0.5]}, ("'data.mean",)),
+        ({"data.root": ...}, ("'data.root' is missing",)),
+        ({"phases.0.optimizer": ...}, ("'phases.0.optimizer' is missing",)),
+        ({"tracking.log_checkpoint": "all"}, ("'tracking.log_checkpoint'", "'none'", "'all'")),
+        ({"tracking.register": 3}, ("'tracking.register'", "string", "3")),
+        ({"tracking.register": "m"}, ("tracking.register: 'm'", "tracking.log_checkpoint=best")),
+        # Ranges.
+        ({"batch.micro": 0}, ("'batch.micro'", "greater than 0")),
+        ({"batch.global": -8}, ("'batch.global'", "greater than 0")),
+        ({"phases.0.timesteps": 0}, ("'phases.0.timesteps'", "greater than 0")),
+        ({"phases.0.optimizer.lr": 0.0}, ("'phases.0.optimizer.lr'", "greater than 0")),
+        ({"phases.0.optimizer.momentum": 1.0}, ("'phases.0.optimizer.momentum'", "less than 1")),
+        ({"data.flip": 1.5}, ("'data.flip'", "1.5")),
+        ({"loss.label_smoothing": 1.0}, ("'loss.label_smoothing'", "less than 1")),
+        ({"loss.lambda": -0.1}, ("'loss.lambda'",)),
+        ({"loss.lambda": float("nan")}, ("loss.lambda",)),
+        ({"phases.0.optimizer.lr": float("inf")}, ("phases.0.optimizer.lr",)),
+        ({"phases": []}, ("'phases'", "at least 1")),
+        ({"seed": -1}, ("'seed'",)),
+        ({"seed": 2**63}, ("'seed'",)),
+        ({"save.keep_last": 1}, ("'save.keep_last'",)),
+        ({"model.num_classes": 1}, ("'model.num_classes'",)),
+        ({"precision": "fp8"}, ("'precision'", "'bf16'", "'fp8'")),
+        ({"gradient_clipping": 0.0}, ("'gradient_clipping'",)),
+        # Contradictions.
+        ({"batch.micro": 3}, ("batch.global", "8", "batch.micro", "3", "6")),
+        ({"batch.micro": 16}, ("batch.global", "batch.micro", "16")),
+        ({"data.kind": "events"}, ("data.kind", "events", "spiking_convnet", "images")),
+        ({"model": {"name": "vggsnn"}}, ("data.kind", "images", "vggsnn", "events")),
+        ({"model": {"name": "sew_resnet43"}}, ("model.name", "did you mean sew_resnet34")),
+        ({"model": {"name": "resnet50"}}, ("model.name", "not a spiking model")),
+        ({"model.neuron": {"decai": 0.5}}, ("'model.neuron.decai'", "'model.neuron.decay'")),
+        ({"model.neuron": {"decay": 2.0}}, ("'model.neuron.decay'", "2.0")),
+        ({"model.neuron": {"surrogate": "step"}}, ("'model.neuron.surrogate'", "triangle")),
+        ({"model.neuron": {"decay": "half"}}, ("'model.neuron.decay'",)),
+        ({"model.neuron": {"detach_reset": "false"}}, ("'model.neuron.detach_reset'",)),
+        ({"model.arguments": {"chanels": [4]}}, ("model.arguments.chanels", "'channels'")),
+        (
+            {"model.neuron": {"spike": "sigmoid"}},
+            ("model.neuron.spike", "model.neuron.surrogate=sigmoid"),
+        ),
+        ({"model.neuron": {"reset": "none"}}, ("'model.neuron.reset'", "'none'")),
+        ({"model.arguments": {"num_classes": 3}}, ("model.arguments.num_classes",)),
+        ({"model.arguments": {"timesteps": 3}}, ("model.arguments.timesteps",)),
+        ({"data.scale": [1.0, 0.5]}, ("data.scale",)),
+        ({"data.ratio": [-1.0, 0.5]}, ("data.ratio",)),
+        ({"data.std": [0.5, 0.0, 0.5]}, ("data.std",)),
+        ({"data.resize": 8}, ("data.resize", "8", "16")),
+        ({"phases.0.warmup_epochs": 2.0}, ("phases.0.warmup_epochs", "2")),
+        ({"name": "a/b"}, ("name", "'a/b'")),
+        ({"name": ".."}, ("name", "'..'")),
+        ({"name": ""}, ("name",)),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_mistake_is_named(changes: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
+        resolved(changes)
+    text = str(caught.value)
+    assert [part for part in parts if part not in text] == [], text
+    assert "\n" not in text
+    assert "pydantic" not in text
+
+
+def test_no_such_config() -> None:
+    with pytest.raises(UserError, match=r"'quickstar'.*did you mean quickstart\.yaml"):
+        load("quickstar")
+    with pytest.raises(UserError, match=r"'zzz'.*sew34_t4\.yaml"):
+        load("zzz")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("- 1\n- 2\n", "keys and values, not a list"),
+        ("a: [1\n", "valid YAML"),
+        ("", "keys and values, and is empty"),
+        ("seed: 1\nloss:\n  kind: tet\n  kind: sdt\n", "'kind' is there twice, in lines 3 and 4"),
+    ],
+)
+def test_file_that_is_no_configuration(tmp_path: Path, text: str, part: str) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=part) as caught:
+        load(str(file))
+    assert str(file) in str(caught.value)
+
+
+def test_a_merged_key_may_be_overridden(tmp_path: Path) -> None:
+    file = tmp_path / "merged.yaml"
+    # The second merge comes first to the deep one's keys.
+    file.write_text("a: {b: {c: &x {<<: {k: 1}, k: 2}}}\nd: {<<: *x, k: 3}\n")
+    assert read_yaml(file) == {"a": {"b": {"c": {"k": 2}}}, "d": {"k": 3}}
+
+
+def test_unquoted_date_is_named(tiny_config: ConfigWriter) -> None:
+    with pytest.raises(UserError, match="quote it"):
+        load(str(tiny_config()), ["name=2026-01-01"])
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00name: x", b"name: \x00"])
+def test_binary_file(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "binary.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="not valid YAML"):
+        load(str(file))
+
+
+def test_overrides(tiny_config: ConfigWriter) -> None:
+    config = load(
+        str(tiny_config()),
+        [
+            "seed=7",
+            "phases.0.epochs=5",
+            "phases.0.optimizer.lr=1e-4",
+            "phases.0.optimizer.betas=[0.8, 0.9]",
+            "phases.0.optimizer.kind=adam",
+            "data.resize=null",
+            "data.index=",
+            "model.neuron.decay=1.0",
+            "save.every_steps=3",
+            "loss.lambda=5E-2",
+            "name=other",
+        ],
+    )
+    assert (config.seed, config.phases[0].epochs, config.name) == (7, 5, "other")
+    assert config.phases[0].optimizer.lr == 1e-4
+    assert config.phases[0].optimizer.betas == (0.8, 0.9)
+    assert config.data.resize is None
+    assert config.data.index is None
+    assert config.data.resize_side == round(16 / 0.875)
+    assert config.model.neuron.decay == 1.0
+    assert config.save.every_steps == 3
+    assert config.loss.lambda_ == 0.05
+
+
+def test_list_item_of_a_default_can_be_overridden(tmp_path: Path) -> None:
+    # data.std is in no file here, only in the defaults.
+    file = tiny.write_config(tmp_path / "c.yaml", "d")
+    config = load(str(file), ["data.std=[0.1, 0.2, 0.3]", "data.std.0=0.4"])
+    assert config.data.std == (0.4, 0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("seed", ("'seed'", "dotted.key=value")),
+        ("=1", ("'=1'", "dotted.key=value")),
+        ("phases.1.epochs=1", ("phases.1", "0 to 0")),
+        ("phases.x.epochs=1", ("phases.x", "0 to 0")),
+        ("phases.5=1", ("phases.5",)),
+        ("seed.x=1", ("seed.x", "single")),
+        ("seed=[1", ("'seed'", "YAML")),
+        ("sead=1", ("'sead'", "'seed'")),
+        ("seed=", ("'seed'",)),
+    ],
+)
+def test_bad_override(tiny_config: ConfigWriter, override: str, parts: tuple[str, ...]) -> None:
+    file = str(tiny_config({"seed": 0}))
+    with pytest.raises(UserError) as caught:
+        load(file, [override])
+    assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
+
+
+def test_aliases_are_the_written_names(tiny_config: ConfigWriter) -> None:
+    config = load(str(tiny_config({"loss.lambda": 0.25})))
+    assert (config.batch.global_, config.loss.lambda_) == (8, 0.25)
+    written = yaml.safe_load(config.as_yaml())
+    assert (written["batch"]["global"], written["loss"]["lambda"]) == (8, 0.25)
+    assert "global_" not in written["batch"]
+    assert {"batch.global", "loss.lambda", "phases.N.optimizer.lr"} <= schema().keys()
+
+
+def test_name_is_by_default_that_of_the_file(tiny_config: ConfigWriter) -> None:
+    assert load(str(tiny_config())).name == "tiny"
+
+
+@pytest.mark.parametrize("file", sorted(configuration.CONFIGS_DIR.glob("*.yaml")), ids=str)
+def test_shipped_configs_load_without_a_warning(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = load(file.name)
+    assert caplog.records == []
+    assert load(file.stem) == config
+    assert config.name == file.stem
+
+
+@pytest.mark.parametrize("name", ["quickstart", "spiking34_t4_t6"])
+def test_printed_config_is_the_same_config(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(["--config", name, "--print-config", "seed=3"]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    config = load(str(printed))
+    assert config == load(name, ["seed=3"])
+    assert config.as_yaml() == printed.read_text()
+    assert differences(config.as_dict(), load(name).as_dict()) == ["seed is 0 and was 3"]
+
+
+def test_every_key_is_printed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--explain"]) == 0
+    explained = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert explained == schema().keys()
+    printed = flatten(resolved().as_dict())
+    numbered = {key.replace("phases.0.", "phases.N.") for key in printed}
+    # Free mappings have entries of their own.
+    numbered = {k if not k.startswith("model.arguments.") else "model.arguments" for k in numbered}
+    # `checkpoint` has two forms, of which one configuration prints one.
+    assert numbered == explained - {"checkpoint.timesteps"}
+    assert explained >= set(OPERATIONAL_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({}, []),
+        ({"loss.kind": "sdt"}, []),
+        ({"loss": {"kind": "sdt", "lambda": 0.1, "phi": 1.0}}, ["loss.lambda", "loss.phi"]),
+        ({"data.roll": 3}, ["data.roll"]),
+        ({"data.padding": 2}, ["data.padding"]),
+        ({"data.crop": "padded", "data.scale": ..., "data.ratio": [1.0, 1.0]}, ["data.ratio"]),
+        ({"phases.0.optimizer.betas": [0.9, 0.9]}, ["phases.0.optimizer.betas"]),
+        (
+            {"phases.0.optimizer": {"kind": "adam", "lr": 0.1, "momentum": 0.9}},
+            ["phases.0.optimizer.momentum"],
+        ),
+        ({"phases.0.optimizer.decay_norms": False}, ["phases.0.optimizer.decay_norms"]),
+        (
+            {"phases.0.optimizer": {"lr": 0.1, "weight_decay": 0.1, "decay_norms": False}},
+            [],
+        ),
+        ({"tracking.uri": "http://localhost:1"}, ["tracking.uri"]),
+        (
+            {
+                "model": {"name": "vggsnn"},
+                "data": {"kind": "events", "root": "d", "mean": [0.0, 0.0, 0.0], "flip": 0.5},
+            },
+            ["data.mean"],
+        ),
+    ],
+)
+def test_keys_without_effect_are_warned_of(
+    changes: dict[str, Any], warned: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        resolved(changes)
+    assert [record.getMessage().split()[0] for record in caplog.records] == warned
+    assert all("has no effect with" in record.getMessage() for record in caplog.records)
+
+
+def test_differences_pass_over_what_does_not_change_the_result() -> None:
+    ours = resolved()
+    same = resolved({"data.threads": 3, "log_every": 7, "max_steps": 5, "resume": "must"})
+    other = resolved({"phases.0.optimizer.lr": 0.1, "data.flip": 0.0})
+    assert differences(ours.as_dict(), same.as_dict()) == []
+    assert differences(ours.as_dict(), other.as_dict()) == [
+        "data.flip is 0.0 and was 0.5",
+        "phases.0.optimizer.lr is 0.1 and was 0.05",
+    ]

@@ -1,0 +1,162 @@
+"""Processes join, agree to stop after the same step, and fail together."""
+
+import os
+import re
+import signal
+import textwrap
+from pathlib import Path
+
+import pytest
+import tiny
+
+from tetdist.distributed.world import join
+from tetdist.errors import UserError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("absent", VARIABLES)
+def test_partly_set_environment(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
+    for name in VARIABLES:
+        if name != absent:
+            monkeypatch.setenv(name, values[name])
+    with pytest.raises(UserError, match=f"partly set.*but no {absent}"):
+        join("cpu")
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_alone_in_spite_of_a_stray_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    with join("cpu") as world:
+        assert (world.rank, world.world_size) == (0, 1)
+        assert world.sum([1.5, 2.0]) == [1.5, 2.0]
+        assert world.from_rank_0("x") == "x"
+        assert world.together(lambda: 3) == 3
+
+
+def test_gpu_that_is_not_there() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(UserError, match="device=cuda"):
+        join("cuda")
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """Sums, broadcast, failing together and stopping together, in one start of two processes."""
+    code = """
+        import os, signal
+        import torch
+        from tetdist.distributed.world import StopRequest; from tetdist.distributed.world import join
+        from tetdist.errors import UserError
+
+        with join("cpu") as world, StopRequest(world) as stop:
+            r = world.rank
+            print("sum", world.sum([r + 1.0, 0.1]))
+            print("mean", world.mean_(torch.tensor([2.0 * r])).item())
+            print("first", world.from_rank_0({"a": r}))
+
+            def fail(ranks):
+                def action():
+                    if r in ranks:
+                        raise UserError(f"of {r}")
+                    return r
+                return action
+
+            for ranks in ((), (0,), (1,), (0, 1)):
+                try:
+                    print("together", ranks, "returned", world.together(fail(ranks)))
+                except UserError as error:
+                    print("together", ranks, "error", error)
+                except SystemExit as ended:
+                    print("together", ranks, "exit", ended.code)
+
+            # A signal to the second only, noticed by both after the same number of questions.
+            for step in range(20):
+                if step == 5 and r == 1:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                if stop.agreed():
+                    break
+            print("stopped", step, stop.exit_status, flush=True)
+    """
+    command = tiny.python("-c", textwrap.dedent(code))
+    (status_0, first), (status_1, second) = tiny.side_by_side(2, command, tmp_path)
+    assert (status_0, status_1) == (0, 0), first + second
+    for output in (first, second):
+        assert "sum [3.0, 0.2]" in output
+        assert "mean 1.0" in output
+        assert "first {'a': 0}" in output
+        assert f"stopped 6 {128 + signal.SIGUSR1}" in output, output
+    assert re.findall("together (.*)", first) == [
+        "() returned 0",
+        "(0,) error of 0",
+        "(1,) exit 2",
+        "(0, 1) error of 0",
+    ]
+    assert re.findall("together (.*)", second) == [
+        "() returned 1",
+        "(0,) exit 2",
+        "(1,) error of 1",
+        "(0, 1) exit 2",
+    ]
+
+
+def test_stop_request_alone() -> None:
+    from tetdist.distributed.world import StopRequest
+
+    before = signal.getsignal(signal.SIGTERM)
+    with join("cpu") as world, StopRequest(world) as stop:
+        assert not stop.agreed()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed()
+        assert stop.exit_status == 143
+        # What a launcher sends after it changes nothing, and a terminal's second Ctrl-C ends it.
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.exit_status == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_second_interrupt_ends_at_once() -> None:
+    from tetdist.distributed.world import StopRequest
+
+    with join("cpu") as world, StopRequest(world) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.exit_status == 130
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        ([signal.SIGTERM, signal.SIGUSR2], signal.SIGUSR2),
+        ([signal.SIGUSR2, signal.SIGTERM], signal.SIGUSR2),
+        ([signal.SIGINT, signal.SIGTERM], signal.SIGINT),
+        ([signal.SIGUSR1, signal.SIGUSR2], signal.SIGUSR1),
+        ([signal.SIGTERM, signal.SIGINT], signal.SIGTERM),
+    ],
+)
+def test_of_two_signals_the_one_that_says_more_counts(
+    sent: list[signal.Signals], told: signal.Signals
+) -> None:
+    from tetdist.distributed.world import StopRequest
+
+    with join("cpu") as world, StopRequest(world) as stop:
+        for number in sent:
+            signal.raise_signal(number)
+        assert stop.agreed()
+        assert stop.exit_status == 128 + told

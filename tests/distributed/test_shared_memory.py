@@ -1,0 +1,73 @@
+"""Gradients averaged through shared memory: the mean, whatever the shapes, and nothing left."""
+
+import textwrap
+from pathlib import Path
+
+import pytest
+import tiny
+
+# In chunks so small that a tensor takes several, and that several tensors share one.
+CODE = """
+    import os, resource, sys
+    import torch
+    from tetdist.distributed import shared_memory
+    from tetdist.distributed.world import join
+
+    shared_memory.CHUNK_BYTES = 256  # 32 or 64 numbers
+    first = os.environ["RANK"] == "0"
+    if sys.argv[1] == "full" and first:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+    if sys.argv[1] == "other-host" and not first:
+        # There, the process of this number is another one, or none.
+        original = shared_memory._begins_with
+        shared_memory._begins_with = lambda path, token: original("/proc/self/fd/0", token)
+
+    def tensors(rank, dtype):
+        generator = torch.Generator().manual_seed(rank)
+        draw = lambda *shape: torch.randn(shape, generator=generator, dtype=dtype)
+        image = draw(5, 3, 3, 3).to(memory_format=torch.channels_last)
+        return [draw(), draw(7), image, draw(1, 64), draw(0), draw(200), draw(32).double()]
+
+    with join("cpu") as world:
+        print("shared", world.shared is not None)
+        for dtype in (torch.float32, torch.float64) * 3:
+            own = tensors(world.rank, dtype)
+            pointers = [t.data_ptr() for t in own]
+            groups = [own[:-1], own[-1:]] if world.shared is None else [own]
+            for group in groups:
+                world.mean_all_(group)
+            of_all = [tensors(rank, dtype) for rank in range(world.world_size)]
+            for mean, *parts in zip(own, *of_all):
+                expected = sum(parts[1:], parts[0]) / world.world_size
+                torch.testing.assert_close(mean, expected, rtol=1e-6, atol=1e-7)
+                assert world.shared is None or torch.equal(mean, expected)
+                assert mean.stride() == parts[0].stride()
+            assert pointers == [t.data_ptr() for t in own]
+        world.mean_all_([torch.empty(0)])
+"""
+
+
+@pytest.mark.parametrize(
+    ("processes", "case", "shared"),
+    [
+        (3, "as-is", True),
+        (2, "full", False),
+        (2, "other-host", False),
+    ],
+)
+def test_mean_over_processes(processes: int, case: str, shared: bool, tmp_path: Path) -> None:
+    command = tiny.python("-c", textwrap.dedent(CODE), case)
+    for status, output in tiny.side_by_side(processes, command, tmp_path):
+        assert status == 0, output
+        assert f"shared {shared}" in output
+
+
+def test_what_is_not_dense_is_refused() -> None:
+    import torch
+
+    from tetdist.distributed.shared_memory import _in_memory_order
+
+    dense = torch.arange(24.0).view(2, 3, 4)
+    assert torch.equal(_in_memory_order(dense.transpose(0, 2)), torch.arange(24.0))
+    with pytest.raises(RuntimeError):
+        _in_memory_order(dense[:, :2])

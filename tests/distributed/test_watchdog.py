@@ -1,0 +1,155 @@
+"""A process that dies, hangs or fails alone ends the others, soon, and by name."""
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from tiny import Farm
+
+ConfigWriter = Callable[..., Path]
+KILL, STOP = signal.SIGKILL, signal.SIGSTOP
+PEER_FAILED = 3
+HUNG = -999  # what farm.py says of one that it had to kill
+
+
+@pytest.mark.parametrize(
+    ("point", "world", "rank"),
+    [
+        ("step", 2, 1),
+        pytest.param("micro", 4, 2, marks=pytest.mark.long),
+        pytest.param("evaluate", 2, 1, marks=pytest.mark.long),
+    ],
+)
+def test_killed_process_is_named(
+    point: str, world: int, rank: int, farm: Farm, tiny_config: ConfigWriter
+) -> None:
+    statuses, text = farm.each(tiny_config(), world=world, stop=(point, 3, KILL), rank=rank)
+    expected = [PEER_FAILED] * world
+    expected[rank] = -KILL
+    assert statuses == expected, text
+    assert text.count("error:") == 1, text
+    assert f"error: rank {rank} (process " in text
+    assert "has died or is cut off" in text
+    assert "the same command continues from the last checkpoint" in text
+    assert "Traceback" not in text
+
+
+def test_killed_rank_0(farm: Farm, tiny_config: ConfigWriter) -> None:
+    statuses, text = farm.each(tiny_config(), world=2, stop=("step", 3, KILL), rank=0)
+    assert statuses == [-KILL, PEER_FAILED], text
+    assert "rank 1: error: rank 0 has died or cannot be reached" in text
+    assert "Traceback" not in text
+
+
+def test_killed_rank_0_is_noticed_by_the_store_first(
+    tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    """The thread has met the broken store before the training meets the broken collective."""
+    file = tiny_config({"engine": "torch"})
+    code = f"""
+import os, signal, sys, time
+import torch.distributed as dist
+from tetdist import train; from tetdist.training import trainer
+def sums(trainer):
+    if os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        for _ in range(3000):
+            trainer.watch._store.set("test", "")
+            time.sleep(0.01)
+        raise AssertionError("the store is still there")
+    except (dist.DistError, RuntimeError):
+        pass
+    return trainer.world.sum(trainer.window.tolist())
+trainer.Trainer._window_sums = sums
+sys.exit(train.main(["--config", {str(file)!r}]))
+"""
+    (status_0, first), (status_1, second) = tiny.side_by_side(2, tiny.python("-c", code), tmp_path)
+    assert (status_0, status_1) == (-KILL, PEER_FAILED), first + second
+    assert "rank 1: error: rank 0 has died or cannot be reached" in second
+    assert "Traceback" not in second
+
+
+@pytest.mark.parametrize(
+    ("rank", "parts"),
+    [
+        (1, ["error: rank 1 (process ", "has died or is cut off"]),
+        pytest.param(
+            0, ["rank 1: error: rank 0 has stopped or cannot be reached"], marks=pytest.mark.long
+        ),
+    ],
+)
+def test_stopped_process_ends_the_others(
+    rank: int, parts: list[str], farm: Farm, tiny_config: ConfigWriter
+) -> None:
+    statuses, text = farm.each(
+        tiny_config({"peer_timeout": 3.0}),
+        world=2,
+        stop=("step", 3, STOP),
+        rank=rank,
+        timeout=12,
+    )
+    expected = [PEER_FAILED, PEER_FAILED]
+    expected[rank] = HUNG
+    assert statuses == expected, text
+    assert [part for part in parts if part not in text] == [], text
+
+
+def test_hanging_process_is_named(tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    """One that lives and does not get on: its thread says so."""
+    file = tiny_config({"peer_timeout": 4.0, "engine": "torch"})
+    code = f"""
+import os, sys, threading
+from tetdist import train; from tetdist.training import trainer
+sums = trainer._sums
+def slow(*arguments):
+    if os.environ["RANK"] == "1":
+        threading.Event().wait(60)
+    return sums(*arguments)
+trainer._sums = slow
+sys.exit(train.main(["--config", {str(file)!r}]))
+"""
+    (status_0, first), (status_1, second) = tiny.side_by_side(2, tiny.python("-c", code), tmp_path)
+    assert (status_0, status_1) == (PEER_FAILED, PEER_FAILED), first + second
+    expected = r"error: no progress for 4 s: rank 1 \(process \d+ on .*\) hangs at step 1, and the "
+    assert re.search(expected, first), first
+    assert "peer_timeout=SECONDS" in first
+    assert "error" not in second, second
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.long)])
+def test_error_of_one_process_ends_all(rank: int, farm: Farm, tiny_config: ConfigWriter) -> None:
+    statuses, text = farm.each(tiny_config(), world=2, stop=("raise", 3, 0), rank=rank)
+    assert statuses[rank] == 1, text
+    assert statuses[1 - rank] == PEER_FAILED, text
+    assert text.count("Traceback") == 1, text
+    assert "LookupError: made for the test" in text
+    if rank == 1:
+        assert "error: rank 1 has failed (LookupError: made for the test)" in text
+
+
+def test_bad_file_on_one_process_ends_all(
+    farm: Farm, tiny_copy: Path, tiny_config: ConfigWriter
+) -> None:
+    """A mistake of the user's that only one process comes across."""
+    file = tiny_copy / "train/left/03.png"
+    status = file.stat()
+    file.write_bytes(bytes(status.st_size))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    config = tiny_config({"data.root": str(tiny_copy)})
+    statuses, text = farm.each(config, world=2, stop=None, rank=0)
+    assert sorted(statuses) == [2, PEER_FAILED], text
+    assert "error: " in text
+    assert "train/left/03.png" in text
+    assert "Traceback" not in text
+
+
+def test_nothing_is_said_of_processes_that_end_well(farm: Farm, tiny_config: ConfigWriter) -> None:
+    for world in (2, 4):
+        outcome = farm(tiny_config({"name": str(world), "phases.0.epochs": 1}), world=world)
+        assert outcome.status == 0, outcome.text
+        assert "error" not in outcome.text

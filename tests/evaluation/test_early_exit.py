@@ -1,0 +1,80 @@
+"""Confusion, classes and early exit against counts done by hand."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tetdist.distributed.world import World, join
+from tetdist.evaluation.early_exit import THRESHOLDS, DecisionCounts, Decisions
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with join("cpu") as world:
+        yield world
+
+
+def decide(world: World, *batches: tuple[Tensor, Tensor], outputs: int = 2) -> Decisions:
+    counts = DecisionCounts(["a", "b"], outputs, len(batches[0][0]), torch.device("cpu"))
+    for logits, labels in batches:
+        counts.add(logits, labels)
+    return counts.total(world)
+
+
+def of_probabilities(*of_timesteps: list[float]) -> Tensor:
+    """Logits (T, B, 2) whose running means give class 0 these probabilities, a list a timestep."""
+    wanted = torch.tensor(of_timesteps, dtype=torch.float64)
+    means = torch.stack([(wanted / (1 - wanted)).log(), torch.zeros_like(wanted)], -1)
+    sums = means * torch.arange(1, len(means) + 1).view(-1, 1, 1)
+    return torch.cat([sums[:1], sums.diff(dim=0)])
+
+
+def test_a_sample_is_decided_when_it_is_sure_enough(world: World) -> None:
+    # Sure of a at once; of b at the second; of a late, and first for b; never.
+    logits = of_probabilities(
+        [0.97, 0.45, 0.35, 0.55], [0.97, 0.15, 0.55, 0.45], [0.97, 0.02, 0.85, 0.48]
+    )
+    labels = torch.tensor([0, 1, 0, 1])
+    found = decide(world, (logits[:, :1], labels[:1]), (logits[:, 1:], labels[1:]))
+    curve = {point["threshold"]: point for point in found.early_exit()}
+    assert curve[0.5]["exits"] == [4, 0, 0]
+    assert curve[0.5]["top1"] == 50.0  # at t = 1 the third is taken for b, the fourth for a
+    assert curve[0.7]["exits"] == [1, 1, 2]
+    assert curve[0.7]["top1"] == 100.0
+    assert curve[0.7]["mean_timesteps"] == (1 + 2 + 3 + 3) / 4
+    assert curve[0.95]["exits"] == [1, 0, 3]
+    assert curve[0.999]["exits"] == [0, 0, 4]
+    assert curve[0.999]["top1"] == 100.0
+    assert list(curve) == list(THRESHOLDS)
+
+
+def test_confusion_and_classes(world: World) -> None:
+    logits = torch.zeros(2, 5, 3)
+    for sample, decided in enumerate((0, 1, 1, 2, 0)):
+        logits[0, sample, (decided + 1) % 3] = 1  # of the mean, the second timestep decides
+        logits[1, sample, decided] = 5
+    found = decide(world, (logits, torch.tensor([0, 0, 1, 0, 0])), outputs=3)
+    assert found.classes == ["a", "b", "output 2"]
+    assert found.confusion == [[2, 1, 1], [0, 1, 0], [0, 0, 0]]
+    a, b, spare = found.per_class()
+    assert (a["samples"], a["recall"], a["precision"]) == (4, 50.0, 100.0)
+    assert (a["mistaken_for"], a["mistaken"]) == ("b", 1)
+    assert (b["samples"], b["recall"], b["precision"]) == (1, 100.0, 50.0)
+    assert (b["mistaken_for"], b["mistaken"]) == (None, 0)
+    assert (spare["samples"], spare["recall"], spare["precision"]) == (0, None, 0.0)
+
+
+def test_at_the_largest_threshold_it_is_nearly_the_accuracy_at_t(world: World) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 50, 2), torch.randint(2, (50,))
+    found = decide(world, (logits, labels))
+    accuracy = 100 * (logits.mean(0).argmax(-1) == labels).double().mean()
+    right = sum(row[k] for k, row in enumerate(found.confusion))
+    assert math.isclose(100 * right / 50, accuracy)
+    assert found.early_exit()[-1]["top1"] == pytest.approx(float(accuracy))
+    assert all(sum(exits) == 50 for exits in found.exits)

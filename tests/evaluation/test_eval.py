@@ -1,0 +1,475 @@
+"""tools/eval.py counts every sample once and says of a checkpoint what plain torch says of it."""
+
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import Farm
+
+from tetdist.reports import curves, evaluation_page
+
+NUM_SAMPLES = sum(tiny.VAL_SIZES)
+
+
+@pytest.fixture(scope="module")
+def run(farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run at T=3, a little better than chance."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    changes = {"phases.0.timesteps": 3, "phases.0.epochs": 4, "evaluate_every": 2}
+    outcome = farm(tiny.write_config(folder / "tiny.yaml", tiny_root, changes))
+    assert outcome.status == 0, outcome.text
+    return folder / "runs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    return importlib.import_module("tetdist.cli.eval")
+
+
+Tool = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def evaluate(
+    tool: ModuleType, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Tool:
+    """Runs the tool in this process: status, standard output, standard error."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        try:
+            status = tool.main(
+                [*map(str, arguments), "--execution", "reference", "--device", "cpu"]
+            )
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        return status, *capfd.readouterr()
+
+    return call
+
+
+def plain_logits(run: Path, root: Path, timesteps: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (T, N, K) and labels of the validation images, without tetdist's pipeline."""
+    import timm
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+
+    import tetdist.models  # noqa: F401  # registers them
+
+    model = timm.create_model(
+        "spiking_convnet", channels=(4, 8), input_size=16, num_classes=4, timesteps=timesteps
+    )
+    model.set_execution("reference")
+    model.load_state_dict(load_file(tiny.newest(run) / "model.safetensors"))
+    model.eval()
+    crop = v2.Compose(
+        [
+            v2.Resize(16, antialias=True),
+            v2.CenterCrop(16),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    images, labels = [], []
+    for label, name in enumerate(tiny.CLASSES):
+        for file in sorted((root / "val" / name).iterdir()):
+            pixels = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1)
+            images.append(crop(tv_tensors.Image(pixels)))
+            labels.append(label)
+    with torch.no_grad():
+        logits = torch.cat([model(x[None], per_timestep=True) for x in torch.stack(images)], 1)
+    return logits, torch.tensor(labels)
+
+
+def test_numbers_are_those_of_plain_torch(
+    run: Path, tiny_root: Path, evaluate: Tool, tmp_path: Path
+) -> None:
+    status, out, err = evaluate("--checkpoint", run, "--json", tmp_path / "e.json", "--batch", 4)
+    assert status == 0, err
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["samples"] == NUM_SAMPLES
+    logits, labels = plain_logits(run, tiny_root)
+    top1, loss = [], []
+    for t in (1, 2, 3):
+        mean = logits[:t].mean(0)
+        top1.append(100 * float((mean.argmax(-1) == labels).double().mean()))
+        loss.append(float(torch.nn.functional.cross_entropy(mean, labels)))
+    # The two resize filters differ by a grey level here and there: at most one sample flips.
+    assert result["per_timestep_top1"] == pytest.approx(top1, abs=100.1 / NUM_SAMPLES)
+    assert result["per_timestep_loss"] == pytest.approx(loss, rel=0.03)
+    assert len(set(top1)) > 1
+    assert result["top1"] == result["per_timestep_top1"][-1]
+    assert result["loss"] == result["per_timestep_loss"][-1]
+    assert result["top5"] == 100.0
+    assert result["firing_rate"].keys() == {"stem.neuron", "blocks.0.neuron"}
+    assert all(0 < rate < 1 for rate in result["firing_rate"].values())
+    for number in result["per_timestep_top1"]:
+        assert f"{number:.2f}" in out
+    # The training said the same of the same weights.
+    last = tiny.metrics(run, "val")[-1]
+    for key in ("samples", "top1", "top5", "loss", "per_timestep_top1", "firing_rate"):
+        assert result[key] == pytest.approx(last[key], rel=1e-6), key
+
+
+def test_each_timestep_is_the_evaluation_at_that_many(
+    run: Path, evaluate: Tool, tmp_path: Path
+) -> None:
+    """One pass at the largest T against a pass of its own at each T."""
+    file = tmp_path / "e.json"
+    assert evaluate("--checkpoint", run, "--json", file, "--timesteps", "5,1")[0] == 0
+    together = json.loads(file.read_text())
+    assert together["reported_timesteps"] == [1, 5]
+    assert together["timesteps"] == 5
+    for t in (1, 2, 4):
+        assert evaluate("--checkpoint", run, "--json", file, "--timesteps", t)[0] == 0
+        alone = json.loads(file.read_text())
+        assert alone["top1"] == together["per_timestep_top1"][t - 1]
+        assert alone["loss"] == pytest.approx(together["per_timestep_loss"][t - 1], rel=1e-6)
+
+
+def test_batch_size_changes_nothing(run: Path, evaluate: Tool, tmp_path: Path) -> None:
+    results = []
+    for batch in (1, 5, 100):
+        file = tmp_path / f"{batch}.json"
+        assert evaluate("--checkpoint", run, "--json", file, "--batch", batch)[0] == 0
+        results.append(json.loads(file.read_text()))
+    for result in results[1:]:
+        assert result["samples"] == NUM_SAMPLES
+        assert result["per_timestep_top1"] == results[0]["per_timestep_top1"]
+        assert result["loss"] == pytest.approx(results[0]["loss"], rel=1e-5)
+        assert result["firing_rate"] == pytest.approx(results[0]["firing_rate"], rel=1e-6)
+
+
+def test_table_of_the_wanted_timesteps(run: Path, evaluate: Tool) -> None:
+    status, out, _ = evaluate("--checkpoint", run, "--timesteps", "1,2")
+    assert status == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[0] for row in rows if len(row) == 4 and row[0].isdigit()] == ["1", "2"]
+    assert f"{NUM_SAMPLES} samples of val" in out
+
+
+def test_what_is_decided_and_what_it_takes(run: Path, evaluate: Tool, tmp_path: Path) -> None:
+    """At T=5, which is beyond that of the training."""
+    file = tmp_path / "e.json"
+    status, out, err = evaluate(
+        "--checkpoint", run, "--json", file, "--timesteps", "1-3,5", "--drop-timesteps", "1,0"
+    )
+    assert status == 0, err
+    found = json.loads(file.read_text())
+    assert found["reported_timesteps"] == [1, 2, 3, 5]
+    assert (found["timesteps"], found["trained_timesteps"]) == (5, 3)
+    assert [sum(row) for row in found["confusion"]] == list(tiny.VAL_SIZES)
+    right = sum(row[k] for k, row in enumerate(found["confusion"]))
+    assert found["top1"] == pytest.approx(100 * right / NUM_SAMPLES)
+    assert [row["class"] for row in found["per_class"]] == list(tiny.CLASSES)
+    assert found["per_class"][2]["recall"] == pytest.approx(100 * found["confusion"][2][2] / 6)
+    spent = [point["mean_timesteps"] for point in found["early_exit"]]
+    assert spent == sorted(spent)
+    assert spent[-1] <= 5
+    # 3 channels to 4 over 16x16 pixels, once for all timesteps, by hand: 46 of 48 rows reached.
+    layers = found["operations"]["layers"]
+    assert layers["stem.conv"]["multiply_accumulates"] == 46 * 46 * 3 * 4
+    assert layers["stem.conv"]["accumulates"] == 0
+    # Each spike of the last layer reaches each class.
+    spikes = found["firing_rate"]["blocks.0.neuron"] * 5 * 8 * 8 * 8
+    assert layers["fc"]["accumulates"] == pytest.approx(4 * spikes)
+    nothing, everything = found["dropped_timesteps"]
+    assert nothing["share"] == 0
+    assert nothing["per_timestep_top1"] == found["per_timestep_top1"]
+    assert everything["top1"] in [pytest.approx(100 * n / NUM_SAMPLES) for n in tiny.VAL_SIZES]
+    assert "multiply-accumulates a sample at T = 5" in out
+
+
+def test_report(run: Path, evaluate: Tool, tmp_path: Path) -> None:
+    from PIL import Image
+
+    page, picture = tmp_path / "page.html", tmp_path / "page.png"
+    for file in (page, picture):
+        options = ("--report", file, "--drop-timesteps", "0.5", "--json", tmp_path / "e.json")
+        status, _, err = evaluate("--checkpoint", run, "--timesteps", "1,4", *options)
+        assert status == 0, err
+    text = page.read_text()
+    assert text.startswith("<!doctype html>")
+    for word in ("spiking_convnet", *tiny.CLASSES, "pJ", "Robustness"):
+        assert word in text
+    # Nothing is fetched from elsewhere, and nothing is run.
+    assert text.count("src=") == text.count('src="data:image/png;base64,') == 4
+    assert not any(word in text for word in ("http", "<script", "<link", "@import", "url("))
+    with Image.open(picture) as image:
+        assert image.width > 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.json", "page.html", "page.png"]
+    status, _, err = evaluate("--checkpoint", run, "--report", tmp_path / "no" / "page.html")
+    assert status == 2
+    assert "--report: cannot write" in err
+
+    found = json.loads((tmp_path / "e.json").read_text())
+    # The T of training is marked, wherever the others are; and lies on the line.
+    line, star = panel(evaluation_page._timesteps, found).get_lines()
+    assert (list(line.get_xdata()), list(star.get_xdata())) == ([1, 3, 4], [3])
+    # Labels of thresholds do not lie on each other.
+    for spent, labels in (((1, 2, 4), ["0.5", "0.99", "0.9"]), ((1, 3.9, 4), ["0.5", "0.99"])):
+        found["early_exit"] = [
+            {"threshold": threshold, "mean_timesteps": t, "top1": 50.0}
+            for threshold, t in zip((0.5, 0.9, 0.99), spent, strict=True)
+        ]
+        texts = panel(evaluation_page._early_exit, found).texts
+        assert [text.get_text() for text in texts] == labels
+    # Only what there is has a name.
+    for layer in found["operations"]["layers"].values():
+        layer["multiply_accumulates"] = 0.0
+    legend = panel(evaluation_page._operations, found).get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["accumulates"]
+
+
+def panel(draw: Callable[..., None], found: dict[str, Any]) -> Any:
+    axis = curves.new_figure(4, 4).subplots()
+    draw(axis, found)
+    return axis
+
+
+def test_class_names_are_text_to_the_page(run: Path, evaluate: Tool, tmp_path: Path) -> None:
+    from tetdist.reports.evaluation_page import html_page
+
+    file = tmp_path / "e.json"
+    assert evaluate("--checkpoint", run, "--json", file)[0] == 0
+    found = json.loads(file.read_text())
+    found["per_class"][0]["class"] = found["classes"][0] = "<script>alert(1)</script>"
+    assert "<script" not in html_page(found)
+
+
+def test_events_are_dropped(main: Callable[..., Any], evaluate: Tool, tmp_path: Path) -> None:
+    """Two classes of events, in the upper or in the lower half; without any there is no telling."""
+    from tetdist.data import index
+
+    root, rng = tmp_path / "events", np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label, name in enumerate(("lower", "upper")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(8):
+                frames = np.zeros((3, 2, 16, 16), np.uint8)
+                half = np.s_[:, :, :8] if label else np.s_[:, :, 8:]
+                frames[half] = rng.poisson(2, frames[half].shape)
+                np.save(root / split / name / f"{i}.npy", frames)
+        built, _ = index.build_event_index(root, split, workers=1)
+        index.save_index(built, index.index_file(root / "index", split))
+    changes = {
+        "model": {"name": "vggsnn", "arguments": {"input_size": 16}},
+        "data": {"kind": "events", "root": str(root), "threads": 1},
+        "max_steps": 1,
+    }
+    outcome = main(tiny.write_config(tmp_path / "events.yaml", root, changes))
+    assert outcome.status == 0, outcome.text
+    run, file = tmp_path / "runs/events", tmp_path / "e.json"
+    assert (run / "plots/inputs.png").is_file()
+    status, _, err = evaluate("--checkpoint", run, "--json", file, "--drop-events", "0,0.5,1")
+    assert status == 0, err
+    found = json.loads(file.read_text())
+    kept, _, none = found["dropped_events"]
+    assert kept["loss"] == found["loss"]
+    assert none["top1"] == 50.0
+    # Numbers of events are accumulates, and so are means of spikes.
+    assert found["operations"]["multiply_accumulates"] == 0
+    assert "3 time bins, not 4" in broken(evaluate, "--checkpoint", run, "--timesteps", "4")
+
+
+def test_images_have_no_events(run: Path, evaluate: Tool) -> None:
+    assert "--drop-events needs" in broken(evaluate, "--checkpoint", run, "--drop-events", "0.5")
+
+
+def test_best_and_last(run: Path, evaluate: Tool, tmp_path: Path) -> None:
+    steps = {}
+    for name, options in {"last": (), "best": ("--best",)}.items():
+        file = tmp_path / f"{name}.json"
+        assert evaluate("--checkpoint", run, "--json", file, *options)[0] == 0
+        steps[name] = json.loads(file.read_text())
+    assert steps["last"]["step"] == 20
+    lines = tiny.metrics(run, "val")
+    assert steps["best"]["top1"] == max(line["top1"] for line in lines)
+
+
+def test_real_command_without_deepspeed_and_mlflow(run: Path, tmp_path: Path) -> None:
+    """Neither may even be importable."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nfor name in ('deepspeed', 'mlflow', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+    )
+    env = tiny.clean_environment(PYTHONPATH=str(tmp_path))
+    command = tiny.python(tiny.EVAL, "--checkpoint", run, "--json", tmp_path / "e.json")
+    status, output = tiny.execute(command, tmp_path, env=env)
+    assert status == 0, output
+    assert json.loads((tmp_path / "e.json").read_text())["samples"] == NUM_SAMPLES
+
+
+def assert_alike(ours: Any, theirs: Any, where: str = "") -> None:
+    """The same to rounding, however nested."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key, value in ours.items():
+            assert_alike(value, theirs[key], f"{where}.{key}")
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs), where
+        for i, value in enumerate(ours):
+            assert_alike(value, theirs[i], f"{where}.{i}")
+    elif isinstance(ours, float):
+        assert theirs == pytest.approx(ours, rel=1e-6), where
+    else:
+        assert theirs == ours, where
+
+
+def test_two_processes_give_the_same_json(run: Path, evaluate: Tool, tmp_path: Path) -> None:
+    one, two = tmp_path / "1.json", tmp_path / "2.json"
+    common = ("--checkpoint", run, "--batch", 4, "--drop-timesteps", "0.4")
+    assert evaluate(*common, "--json", one)[0] == 0
+    command = tiny.python(
+        tiny.EVAL, *common, "--execution", "reference", "--device", "cpu", "--json", two
+    )
+    ended = tiny.side_by_side(2, command, tmp_path)
+    output = "".join(text for _, text in ended)
+    assert [status for status, _ in ended] == [0, 0], output
+    ours, theirs = json.loads(one.read_text()), json.loads(two.read_text())
+    assert ours["samples"] == theirs["samples"] == NUM_SAMPLES
+    assert ours.keys() == theirs.keys()
+    assert_alike(ours, theirs)
+    assert ours["per_timestep_top1"] == theirs["per_timestep_top1"]
+    assert output.count("firing rate") == 1
+
+
+def test_more_processes_than_batches(farm: Farm, run: Path, tiny_root: Path) -> None:
+    """In training's own evaluation: one batch, of which the second process gets nothing."""
+    file = tiny.write_config(run.parents[1] / "few.yaml", tiny_root, {"batch.eval": 30})
+    outcome = farm(file, "name=few", "max_steps=1", world=2)
+    assert outcome.status == 0, outcome.text
+    assert f"({NUM_SAMPLES} images)" in outcome.text
+
+
+def test_json_is_written_whole(run: Path, evaluate: Tool, tmp_path: Path) -> None:
+    status, _, err = evaluate("--checkpoint", run, "--json", tmp_path / "no" / "e.json")
+    assert status == 2
+    assert "--json: cannot write" in err
+    kept = tmp_path / "kept.json"
+    kept.write_text("earlier")
+    status, *_ = evaluate("--checkpoint", tmp_path / "none", "--json", kept)
+    assert status == 2
+    assert kept.read_text() == "earlier"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
+
+
+def test_file_alone_is_enough_wherever_the_data_is(
+    run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path
+) -> None:
+    """A model file that was copied, and data that moved away."""
+    file = tmp_path / "model.safetensors"
+    shutil.copy(tiny.newest(run) / "model.safetensors", file)
+    moved = tmp_path / "other" / "place"
+    moved.parent.mkdir()
+    tiny_copy.rename(moved)
+    results = []
+    for options in (
+        ("--checkpoint", file, "--data", moved),
+        ("--checkpoint", tiny.newest(run)),
+        ("--checkpoint", run / "checkpoints"),
+    ):
+        target = tmp_path / "e.json"
+        status, _, err = evaluate(*options, "--json", target)
+        assert status == 0, err
+        results.append(json.loads(target.read_text()) | {"checkpoint": ""})
+    assert results[0] == results[1] == results[2]
+    (moved / "index").rename(tmp_path / "index")
+    status, _, err = evaluate("--checkpoint", file, "--data", moved, "--index", tmp_path / "index")
+    assert status == 0, err
+
+
+def broken(evaluate: Tool, *arguments: object) -> str:
+    status, out, err = evaluate(*arguments)
+    assert status == 2, out + err
+    assert out == ""
+    assert "error:" in err
+    assert "Traceback" not in err
+    return err
+
+
+def test_bad_checkpoints(run: Path, evaluate: Tool, tmp_path: Path) -> None:
+    assert "there is no checkpoint" in broken(evaluate, "--checkpoint", tmp_path / "none")
+    assert "no last checkpoint" in broken(evaluate, "--checkpoint", tmp_path)
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    file = tiny.newest(copy) / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 10)
+    assert "is not whole: model.safetensors" in broken(evaluate, "--checkpoint", copy)
+    assert "not whole" in broken(evaluate, "--checkpoint", file)
+    alone = Path(shutil.copy(file, tmp_path / "alone.safetensors"))
+    assert "not a readable model file" in broken(evaluate, "--checkpoint", alone)
+    assert "config.yaml" in broken(evaluate, "--checkpoint", run / "config.yaml")
+
+
+def test_bad_data(run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path) -> None:
+    from tetdist.data import index
+
+    def problem(*options: object) -> str:
+        return broken(evaluate, "--checkpoint", run, "--data", tiny_copy, *options)
+
+    assert "there is no folder" in broken(
+        evaluate, "--checkpoint", run, "--data", tmp_path / "none"
+    )
+    assert "there is no index" in problem("--split", "test")
+    (tiny_copy / "val/up").rename(tiny_copy / "val/top")
+    assert "val/" in problem()
+    built, _ = index.build_index(tiny_copy, "val", workers=1)
+    index.save_index(built, index.index_file(tiny_copy / "index", "val"))
+    text = problem()
+    assert "other classes" in text
+    assert "top" in text
+
+    events = tmp_path / "events"
+    for name in tiny.CLASSES:
+        (events / "val" / name).mkdir(parents=True)
+        np.save(events / "val" / name / "0.npy", np.zeros((4, 2, 16, 16), np.uint8))
+    built, _ = index.build_event_index(events, "val", workers=1)
+    index.save_index(built, index.index_file(events / "index", "val"))
+    text = broken(evaluate, "--checkpoint", run, "--data", events)
+    assert "images" in text
+    assert "events" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--checkpoint",),
+        ("--checkpoint", "x", "--timesteps", "0"),
+        ("--checkpoint", "x", "--timesteps", "a,b"),
+        ("--checkpoint", "x", "--timesteps", ""),
+        ("--checkpoint", "x", "--timesteps", "3-1,2"),
+        ("--checkpoint", "x", "--timesteps", "1-"),
+        ("--checkpoint", "x", "--drop-timesteps", "2"),
+        ("--checkpoint", "x", "--drop-events", "half"),
+        ("--checkpoint", "x", "--report", "page.pdf"),
+        ("--checkpoint", "x", "--batch", "0"),
+        ("--checkpoint", "x", "--precision", "fp8"),
+        ("--checkpoint", "x", "--nonsense"),
+    ],
+)
+def test_bad_command_line(options: tuple[str, ...], evaluate: Tool) -> None:
+    broken(evaluate, *options)
+
+
+def test_two_processes_name_a_mistake_and_end(run: Path, tmp_path: Path) -> None:
+    command = tiny.python(tiny.EVAL, "--checkpoint", run, "--data", tmp_path)
+    ended = tiny.side_by_side(2, command, tmp_path)
+    output = "".join(text for _, text in ended)
+    assert [status for status, _ in ended] == [2, 2], output
+    assert output.count("there is no index") == 1, output
+    assert "Traceback" not in output

@@ -1,0 +1,60 @@
+"""Membranes of a batch: against neurons done by hand, and against the spikes of the network."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import tetdist
+from tetdist.evaluation.membranes import membrane_distribution
+from tetdist.nn.neurons import Neuron, NeuronConfig
+
+assert tetdist.__doc__  # registers the models
+
+
+@pytest.mark.parametrize("reset", ["hard", "soft"])
+def test_a_neuron_by_hand(reset: str) -> None:
+    config = NeuronConfig(decay=0.5, threshold=2.0, reset=reset)  # type: ignore[arg-type]  # of str
+    # (T, B): u = 1, 0.5 + 2.1 = 2.6 (fires), then 0 (or 0.6) decayed + 9 (fires)
+    found = membrane_distribution(
+        nn.Sequential(Neuron(config)), torch.tensor([[1.0], [2.1], [9.0]]), "fp32"
+    )
+    (shares,) = found.shares.values()
+    bins = {
+        round(found.edges[i], 2): share for i, share in enumerate(shares) if share > 0
+    }  # in thresholds
+    assert bins == pytest.approx({0.5: 1 / 3, 1.3: 1 / 3, 2.95: 1 / 3})
+    assert found.fires == {"0": pytest.approx(2 / 3)}
+    assert any(edge == pytest.approx(1) for edge in found.edges)
+
+
+@pytest.mark.parametrize("name", ["sew_resnet18", "spiking_resnet18"])
+def test_what_fires_is_what_the_network_says(name: str) -> None:
+    torch.manual_seed(0)
+    model = (
+        timm.create_model(name, num_classes=3, timesteps=3, width=8, stem_width=8)
+        if (name == "spiking_resnet18")
+        else timm.create_model(name, num_classes=3, timesteps=3, width=8)
+    )
+    model.set_execution("reference")
+    for module in model.modules():
+        if hasattr(module, "running_var"):
+            module.running_var.fill_(0.05)
+    images = torch.randn(2, 3, 32, 32)
+    rates = {}
+    for layer, module in model.named_modules():
+        if hasattr(module, "input_current"):
+            module.register_forward_hook(
+                lambda _module, _inputs, spikes, layer=layer: rates.update(
+                    {layer: float(spikes.mean())}
+                )
+            )
+    model.train()
+    found = membrane_distribution(model, images, "fp32")
+    assert model.training
+    assert found.fires == pytest.approx(rates, abs=1e-6)
+    assert max(rates.values()) > 0.01
+    for layer, shares in found.shares.items():
+        assert sum(shares) == pytest.approx(1), layer
+        above = [share for share, edge in zip(shares, found.edges, strict=False) if edge > 0.999]
+        assert sum(above) == pytest.approx(found.fires[layer], abs=1e-5)

@@ -1,0 +1,154 @@
+"""Operations against counts done by hand."""
+
+from collections.abc import Iterator
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import tetdist
+from tetdist.distributed.world import World, join
+from tetdist.evaluation.operations import Operations, counting_operations
+
+assert tetdist.__doc__  # registers the models
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with join("cpu") as world:
+        yield world
+
+
+def count(model: nn.Module, world: World, *batches: Tensor) -> Operations:
+    with counting_operations(model) as counts, torch.no_grad():
+        for batch in batches:
+            model(batch)
+    return counts.total(world, sum(len(batch) for batch in batches))
+
+
+class Layer(nn.Module):
+    """One layer of (T, B, ...) inputs, given as (B, T, ...)."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        from tetdist.nn.packed import Conv2d
+
+        x = x.transpose(0, 1)
+        if isinstance(self.layer, nn.Linear | Conv2d):
+            return self.layer(x)
+        return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def conv(stride: int = 1, groups: int = 1) -> Layer:
+    from tetdist.nn.packed import Conv2d
+
+    return Layer(Conv2d(2, 4, 3, stride=stride, padding=1, groups=groups, bias=False))
+
+
+def spikes_at(*places: tuple[int, int, int, int], size: int = 4, value: float = 1.0) -> Tensor:
+    """One sample of 2 timesteps and 2 channels that spikes at (t, channel, row, column)."""
+    x = torch.zeros(1, 2, 2, size, size)
+    for place in places:
+        x[(0, *place)] = value
+    return x
+
+
+def test_a_spike_reaches_the_neurons_around_it(world: World) -> None:
+    # In the middle 9 positions of 4 channels, at a border 6, in a corner 4.
+    assert count(conv(), world, spikes_at((0, 0, 1, 1))).accumulates == 9 * 4
+    assert count(conv(), world, spikes_at((1, 1, 0, 2))).accumulates == 6 * 4
+    assert count(conv(), world, spikes_at((0, 1, 3, 3))).accumulates == 4 * 4
+    both = spikes_at((0, 0, 1, 1), (1, 0, 1, 1), (1, 1, 3, 3))
+    assert count(conv(), world, both).accumulates == (9 + 9 + 4) * 4
+    # Of two groups, each channel reaches the two of its own.
+    assert count(conv(groups=2), world, spikes_at((0, 0, 1, 1))).accumulates == 9 * 2
+
+
+def test_a_stride_skips_positions(world: World) -> None:
+    # Windows begin at rows -1 and 1 of 4: row 0 is in the first, 1 in both, 2 and 3 in the second.
+    for row, windows in enumerate((1, 2, 1, 1)):
+        found = count(conv(stride=2), world, spikes_at((0, 0, row, 0)))
+        assert found.accumulates == windows * 1 * 4, row
+    # Of 3 rows the windows are rows -1 to 1 and 1 to 3.
+    assert count(conv(stride=2), world, spikes_at((0, 0, 1, 1), size=3)).accumulates == 4 * 4
+
+
+def test_synapses_are_what_a_gradient_reaches(world: World) -> None:
+    """Each input's number of outputs, by brute force."""
+    for layer, size in ((conv(), 5), (conv(stride=2), 5), (conv(stride=2, groups=2), 6)):
+        convolution = layer.layer
+        assert isinstance(convolution, nn.Conv2d)
+        nn.init.ones_(convolution.weight)
+        x = torch.ones(1, 2, 2, size, size, requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad is not None
+        found = count(layer, world, x.detach())
+        assert found.accumulates == x.grad.sum()
+        assert found.relu_multiply_accumulates == x.grad.sum() / 2  # of one timestep
+
+
+def test_sums_means_and_real_numbers(world: World) -> None:
+    place = (0, 0, 1, 1)
+    sums = count(conv(), world, spikes_at(place, value=3.0))
+    assert (sums.accumulates, sums.multiply_accumulates) == (3 * 36, 0)
+    means = count(conv(), world, spikes_at(place, value=0.75))
+    assert (means.accumulates, means.multiply_accumulates) == (3 * 36, 0)
+    synapses = 4 * 2 * (4 * 4 * 9 - 4 * 3 * 4 + 4)  # without those of the padding
+    for value in (0.3, -1.0):
+        real = count(conv(), world, spikes_at(place, value=value))
+        assert (real.accumulates, real.multiply_accumulates) == (0, 2 * synapses)
+    # One real number among whole ones decides, in whichever batch it is.
+    mixed = count(conv(), world, spikes_at(place), spikes_at(place, value=0.3))
+    assert (mixed.accumulates, mixed.multiply_accumulates) == (0, 2 * synapses)
+
+
+def test_linear_layer(world: World) -> None:
+    x = torch.zeros(2, 3, 5)  # B, T, inputs
+    x[0, 0, 1] = x[0, 2, 1] = x[1, 0, 4] = 1
+    found = count(Layer(nn.Linear(5, 7)), world, x)
+    assert found.accumulates == 3 * 7 / 2  # a sample
+    assert found.relu_multiply_accumulates == 5 * 7
+
+
+def test_energy() -> None:
+    from tetdist.evaluation.operations import LayerOperations
+
+    found = Operations(
+        {"a": LayerOperations(0.0, 100.0, 100.0), "b": LayerOperations(50.0, 0.0, 200.0)}
+    )
+    assert found.energy_pj == pytest.approx(0.9 * 50 + 4.6 * 100)
+    assert found.relu_energy_pj == pytest.approx(4.6 * 300)
+    assert found.as_dict()["layers"]["b"]["accumulates"] == 50
+
+
+def test_a_network(world: World) -> None:
+    """A SEW-ResNet: its first layer once for all timesteps, its sums as events, its head real."""
+    torch.manual_seed(0)
+    model = timm.create_model("sew_resnet18", num_classes=3, timesteps=2, width=4).eval()
+    model.set_execution("reference")
+    for module in model.modules():
+        if hasattr(module, "running_var"):
+            module.running_var.fill_(0.02)  # so that it fires
+    seen: dict[str, Tensor] = {}
+    names = ("blocks.1.conv1.conv", "fc")
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _module, inputs, name=name: seen.update({name: inputs[0]})
+        )
+    found = count(model, world, torch.randn(2, 3, 32, 32))
+    stem = found.layers["stem.conv"]
+    assert stem.accumulates == 0
+    assert stem.multiply_accumulates == stem.synapses > 0  # not twice
+    sums = seen["blocks.1.conv1.conv"]
+    assert sums.max() >= 2
+    ones = torch.nn.functional.conv2d(sums.flatten(0, 1), torch.ones(4, 4, 3, 3), padding=1)
+    assert found.layers["blocks.1.conv1.conv"].accumulates == ones.sum() / 2
+    # 1x1 positions: their mean is the spikes themselves.
+    assert found.layers["fc"].accumulates == pytest.approx(float(seen["fc"].sum()) * 3 / 2)
+    assert not found.layers["fc"].multiply_accumulates

@@ -1,0 +1,141 @@
+"""Binning: which event counts where, and what becomes of it."""
+
+import cameras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tetdist.events.binning import Binning, bin_events, resize_weights
+from tetdist.events.recording import BadRecording, Events, Sensor
+
+SENSOR = Sensor(12, 9)
+
+
+def recording(number=500, sensor=SENSOR, seed=0):
+    made = cameras.events(number, sensor.width, sensor.height, seed=seed)
+    return Events(*made, sensor)
+
+
+def binned(events, timesteps=5, **changes):
+    options = {"size": None, "bins": "count", "values": "count", "resize": "area"}
+    return bin_events(events, Binning(timesteps, **options | {"dtype": "float16"} | changes))
+
+
+def one_by_one(events, bins, timesteps):
+    frames = np.zeros((timesteps, 2, events.sensor.height, events.sensor.width))
+    for k, i in enumerate(bins):
+        if i < timesteps:
+            frames[i, events.p[k], events.y[k], events.x[k]] += 1
+    return frames
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=50)
+@given(st.integers(1, 200), st.integers(1, 12))
+def test_bins_of_equal_count_hold_equally_many_and_leave_out_the_tail(number, timesteps):
+    if number < timesteps:
+        number += timesteps
+    events = recording(number)
+    frames = binned(events, timesteps).tensor
+    each = number // timesteps
+    assert frames.sum(axis=(1, 2, 3)).tolist() == [each] * timesteps
+    expected = one_by_one(events, [k // each for k in range(number)], timesteps)
+    assert np.array_equal(frames, expected)
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=50)
+@given(st.integers(7, 200), st.integers(1, 7))
+def test_bins_of_equal_time_hold_every_event_once(number, timesteps):
+    events = recording(number)
+    start, length = events.t[0], events.t[-1] - events.t[0] + 1
+    expected = one_by_one(events, [int((t - start) * timesteps // length) for t in events.t], 7)
+    frames = binned(events, timesteps, bins="time").tensor
+    assert np.array_equal(frames, expected[:timesteps])
+    assert frames.sum() == number
+
+
+def test_events_of_one_moment_have_a_bin():
+    events = recording(10)
+    still = Events(events.x, events.y, np.full(10, 3), events.p, SENSOR)
+    assert binned(still, 4, bins="time").tensor[0].sum() == 10
+
+
+def test_a_pixel_hit_often_counts_often():
+    x, y, t, p = np.full(40, 3), np.full(40, 2), np.arange(40), np.ones(40, np.int64)
+    events = Events(x, y, t, p, SENSOR)
+    assert binned(events, 2).tensor[:, 1, 2, 3].tolist() == [20, 20]
+    assert binned(events, 2, values="occupancy").tensor[:, 1, 2, 3].tolist() == [1, 1]
+
+
+def test_values_are_of_the_counts():
+    events = recording()
+    counts = binned(events).tensor.astype(np.float64)
+    assert np.array_equal(binned(events, values="occupancy").tensor, counts > 0)
+    normalised = binned(events, values="normalised").tensor
+    expected = counts / counts.max(axis=(2, 3), keepdims=True)
+    assert np.array_equal(normalised, expected.astype(np.float16))
+    # An 8-bit picture of the same.
+    small = binned(events, values="normalised", dtype="uint8").tensor
+    assert np.array_equal(small, np.rint(255 * expected).astype(np.uint8))
+
+
+def test_a_frame_without_events_stays_empty_and_is_counted():
+    made = cameras.events(100, 12, 9)
+    events = Events(made.x, made.y, made.t, np.zeros(100, np.int64), SENSOR)
+    frames = binned(events, values="normalised")
+    assert frames.empty == 5
+    assert frames.tensor[:, 1].max() == 0
+    assert binned(recording(), 5).empty == 0
+
+
+@pytest.mark.parametrize("resize", ["area", "bilinear"])
+@pytest.mark.parametrize("size", [Sensor(5, 4), Sensor(12, 9), Sensor(31, 20)])
+def test_resizing_keeps_the_sum_of_counts_and_the_range_of_shares(resize, size):
+    events = recording()
+    counts = binned(events, size=size, resize=resize).tensor.astype(np.float64)
+    assert counts.shape == (5, 2, size.height, size.width)
+    if resize == "area":
+        assert counts.sum() == pytest.approx(500, rel=1e-3)
+    else:  # Whose weights at the border are not those of the middle.
+        assert counts.sum() == pytest.approx(500, rel=0.05)
+    shares = binned(events, size=size, resize=resize, values="occupancy").tensor
+    assert shares.min() >= 0
+    assert 0 < shares.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("resize", "filter_", "sizes"),
+    [
+        # PIL's box takes a pixel whole or not at all where this divides it.
+        ("area", Image.Resampling.BOX, [(128, 64), (128, 32), (48, 12)]),
+        ("bilinear", Image.Resampling.BILINEAR, [(128, 48), (128, 64), (34, 48), (34, 20)]),
+    ],
+)
+def test_weights_are_those_of_pil(resize, filter_, sizes):
+    rng = np.random.default_rng(0)
+    for source, target in sizes:
+        picture = rng.uniform(0, 1, (source, source)).astype(np.float32)
+        weights = resize_weights(source, target, resize)
+        expected = np.asarray(Image.fromarray(picture).resize((target, target), filter_))
+        assert np.abs(weights @ picture @ weights.T - expected).max() < 1e-5
+
+
+def test_area_divides_a_pixel_between_those_that_it_falls_on():
+    assert np.allclose(resize_weights(3, 2, "area"), [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]])
+
+
+def test_saturation_is_counted():
+    number = 600
+    x, t = np.zeros(number, np.int64), np.arange(number)
+    events = Events(x, x, t, np.ones(number, np.int64), SENSOR)
+    frames = binned(events, 2, dtype="uint8")
+    assert frames.saturated == 2
+    assert frames.tensor[:, 1, 0, 0].tolist() == [255, 255]
+    assert binned(events, 3, dtype="uint8").saturated == 0
+    assert binned(events, 2).saturated == 0
+
+
+def test_too_few_events_are_refused():
+    with pytest.raises(BadRecording, match="4 events are too few for 5 bins"):
+        binned(recording(4), 5)

@@ -1,0 +1,485 @@
+"""tools/prebin_dvs.py, as a user runs it: what it writes, continues, refuses and leaves alone."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cameras
+import numpy as np
+import pytest
+from PIL import Image
+from samples import SHARED
+
+from tetdist.data.index import check_fresh, load_index
+from tetdist.events.binning import Binning, bin_events
+from tetdist.events.formats.read import read_recording
+from tetdist.events.recording import Sensor
+from tetdist.events.tensors import Settings, open_destination
+
+TOOL = "prebin_dvs.py"
+PATH = Path(__file__).parents[2] / "tools" / TOOL
+
+
+def make_source(root, per_class=10, number=300):
+    """Two classes of N-MNIST-like recordings, in class folders."""
+    for k, name in enumerate(("left", "right")):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            made = cameras.events(number, seed=100 * k + i)
+            (root / name / f"{i}.bin").write_bytes(cameras.nmnist(made))
+    return root
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make_source(tmp_path / "source")
+
+
+@pytest.fixture
+def prebin_dvs(call, tmp_path):
+    """Runs the tool in this process: (source, *options) -> status and output; DEST is dest/."""
+
+    def run(source, *options, timesteps=4, workers=1):
+        dest = tmp_path / "dest"
+        rest = ["--timesteps", timesteps, "--workers", workers, *options]
+        return call(TOOL, source, dest, *rest)
+
+    return run
+
+
+def contents(folder):
+    """All files below a folder, with what is in them."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def tensors(dest):
+    return contents(dest / "recordings")
+
+
+def lines(dest):
+    return [json.loads(line) for line in (dest / "recordings.jsonl").read_text().splitlines()]
+
+
+def test_tensors_splits_and_records_are_written(source, tmp_path, prebin_dvs):
+    dest = tmp_path / "dest"
+    status, output = prebin_dvs(source, "--split", "first-80-percent", "--size", "20x17")
+    assert status == 0, output
+    root = dest / "splits" / "first-80-percent"
+    assert f"{root}: 16 to train, 4 to test; data.root={root}" in output
+
+    file = source / "left" / "3.bin"
+    events = read_recording(file, file.read_bytes(), None)
+    expected = bin_events(events, Binning(4, Sensor(20, 17), "count", "count", "area", "uint8"))
+    tensor = np.load(root / "train" / "left" / "3.npy")
+    assert tensor.shape == (4, 2, 17, 20)
+    assert np.array_equal(tensor, expected.tensor)
+    assert (root / "train/left/3.npy").samefile(dest / "recordings/left/3.npy")
+    for part, numbers in (("train", range(8)), ("val", (8, 9))):
+        index = load_index(root / "index" / f"{part}.npz")
+        check_fresh(index, root, root / "index" / f"{part}.npz")
+        paths = [index.path(i) for i in range(len(index))]
+        assert paths == [f"{part}/{name}/{i}.npy" for name in ("left", "right") for i in numbers]
+        assert (index.timesteps, index.dtype) == (4, "uint8")
+
+    described = json.loads((root / "dataset.json").read_text())
+    assert described["split"] == "first-80-percent"
+    assert described["recordings"] == {"train": 16, "val": 4}
+    assert described["parameters"]["size"] == "20x17"
+    manifest = json.loads((dest / "manifest.json").read_text())
+    assert manifest["parameters"] == described["parameters"]
+    assert manifest["tetdist"]
+    (line,) = [line for line in lines(dest) if line["key"] == "left/3"]
+    assert line["events"] == 300
+    assert line["duration_us"] == int(events.t[-1] - events.t[0])
+    assert len(line["source_sha256"]) == len(line["sha256"]) == 64
+
+    found = json.loads((dest / "statistics.json").read_text())
+    assert found["left"]["tensors"] == 10
+    assert found["all"]["events_mean"] == 300
+    assert found["all"]["on_share"] == pytest.approx(0.5, abs=0.05)
+    assert found["all"]["empty_share"] == 0
+    for words in ("events/s", "left", "right", "all"):
+        assert words in output
+
+
+def test_a_second_call_keeps_tensors_and_adds_a_split(source, tmp_path, prebin_dvs):
+    dest = tmp_path / "dest"
+    assert prebin_dvs(source)[0] == 0
+    before = contents(dest)
+    times = {path: path.stat().st_mtime_ns for path in dest.rglob("*.np[yz]")}
+    assert "splits/stratified-9-1-seed-0/dataset.json" in before
+    status, output = prebin_dvs(source, "--split", "stratified-9-1,first-70-percent", "--preview")
+    assert status == 0, output
+    after = contents(dest)
+    assert {path: after[path] for path in before} == before
+    assert all(path.stat().st_mtime_ns == at for path, at in times.items())
+    assert "splits/first-70-percent/index/val.npz" in after
+    preview = Image.open(dest / "preview.png")
+    assert len(preview.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_workers_do_not_change_what_is_written(source, tmp_path, prebin_dvs):
+    assert prebin_dvs(source)[0] == 0
+    one = tensors(tmp_path / "dest")
+    shutil.rmtree(tmp_path / "dest")
+    assert prebin_dvs(source, workers=2)[0] == 0
+    assert tensors(tmp_path / "dest") == one
+    assert [line["key"] for line in lines(tmp_path / "dest")] == [
+        f"{name}/{i}" for name in ("left", "right") for i in range(10)
+    ]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_call_is_continued(tmp_path, prebin_dvs, how):
+    source, dest = make_source(tmp_path / "source", per_class=150), tmp_path / "dest"
+    command = [sys.executable, PATH, source, dest, "--timesteps", "4", "--workers", "2"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    journal = dest / "recordings.jsonl"
+    give_up = time.monotonic() + 60
+    while not (journal.is_file() and journal.stat().st_size > 2500):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)  # As a terminal does it: to parent and workers alike.
+    else:
+        process.send_signal(how)
+    # Comes to an end only when the workers have ended, too, who hold the same output.
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -how)
+    assert "Traceback" not in output
+    if how == signal.SIGINT:
+        assert "the same command goes on from here" in output
+    done = len(journal.read_text().splitlines())
+    assert 4 < done < 300
+    assert not (dest / "splits").exists()
+    kept = {f"{line['key']}.npy" for line in lines(dest)[:done]}
+    times = {path: (dest / "recordings" / path).stat().st_mtime_ns for path in kept}
+
+    # What a kill may leave.
+    with journal.open("a") as stream:
+        stream.write('{"key": "left/3')
+    (dest / "recordings" / "left" / ".5.npy.1.tmp").write_bytes(b"half")
+    status, text = prebin_dvs(source)
+    assert status == 0, text
+    assert {path: (dest / "recordings" / path).stat().st_mtime_ns for path in kept} == times
+    assert len(lines(dest)) == 300
+    assert len(tensors(dest)) == 300
+
+
+def test_a_damaged_tensor_is_made_again(source, tmp_path, prebin_dvs):
+    dest = tmp_path / "dest"
+    assert prebin_dvs(source)[0] == 0
+    good = tensors(dest)
+    damaged, gone = dest / "recordings" / "left" / "3.npy", dest / "recordings" / "right" / "0.npy"
+    status = damaged.stat()
+    damaged.write_bytes(good["left/3.npy"][:-1] + b"\x07")
+    os.utime(damaged, ns=(status.st_atime_ns, status.st_mtime_ns))
+    gone.unlink()
+    assert prebin_dvs(source)[0] == 0
+    assert tensors(dest) == good
+    split = contents(dest / "splits" / "stratified-9-1-seed-0")
+    assert {data for path, data in split.items() if path.endswith(".npy")} == set(good.values())
+
+
+def test_a_changed_parameter_is_not_mixed_with_old_tensors(source, tmp_path, prebin_dvs):
+    dest = tmp_path / "dest"
+    assert prebin_dvs(source)[0] == 0
+    before = contents(dest)
+    status, output = prebin_dvs(source, "--bins", "time")
+    assert status == 2
+    assert "were made with bins=count and not time: name another DEST, or give --overw" in output
+    assert prebin_dvs(source, timesteps=5)[0] == 2
+    assert contents(dest) == before
+    status, output = prebin_dvs(source, "--overwrite", timesteps=5)
+    assert status == 0, output
+    assert np.load(dest / "recordings" / "left" / "3.npy").shape == (5, 2, 34, 34)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda file: file.write_bytes(cameras.nmnist(cameras.events(seed=9))), "has changed"),
+        (lambda file: file.unlink(), "is no more there"),
+    ],
+)
+def test_a_changed_source_is_not_mixed_with_old_tensors(
+    source, tmp_path, prebin_dvs, change, words
+):
+    assert prebin_dvs(source)[0] == 0
+    before = contents(tmp_path / "dest")
+    change(source / "left" / "3.bin")
+    status, output = prebin_dvs(source)
+    assert status == 2
+    assert "left/3.bin" in output
+    assert words in output
+    assert "--overwrite" in output
+    assert contents(tmp_path / "dest") == before
+    assert prebin_dvs(source, "--overwrite")[0] == 0
+
+
+def test_a_copy_of_the_source_is_the_same(source, prebin_dvs):
+    assert prebin_dvs(source)[0] == 0
+    for file in source.rglob("*.bin"):
+        os.utime(file, ns=(1, 1))
+    assert prebin_dvs(source)[0] == 0
+
+
+def spoil(source):
+    """Bad recordings of several kinds; their reasons."""
+    good = cameras.events()
+    back = good._replace(t=good.t[::-1])
+    (source / "left" / "a.bin").write_bytes(cameras.nmnist(good)[:-2])
+    (source / "left" / "b.bin").touch()
+    (source / "right" / "c.bin").write_bytes(cameras.nmnist(back))
+    (source / "right" / "d.bin").write_bytes(cameras.dvs128(good))
+    (source / "right" / "e.bin").write_bytes(cameras.nmnist(cameras.events(3)))
+    (source / "right" / "f.aedat").write_bytes(cameras.dvs128(good))
+    (source / "right" / "g.bin").symlink_to("nowhere")
+    return {
+        "left/a.bin": "truncated",
+        "left/b.bin": "the file is empty",
+        "right/c.bin": "timestamps go back",
+        "right/d.bin": "contents are AEDAT",
+        "right/e.bin": "3 events are too few for 4 bins",
+        "right/f.aedat": "its sensor is 128x128, that of 20 others 34x34",
+        "right/g.bin": "No such file",
+    }
+
+
+def test_bad_recordings_are_named_and_left_out_only_when_told(source, tmp_path, prebin_dvs):
+    expected = spoil(source)
+    status, output = prebin_dvs(source, "--split", "first-80-percent")
+    assert status == 2
+    for path, reason in expected.items():
+        (line,) = [line for line in output.splitlines() if line.startswith(f"bad: {path}: ")]
+        assert reason in line
+    assert "7 of 27 recordings are bad" in output
+    assert "no split was made: mend the bad recordings, or give --skip-bad" in output
+    assert not (tmp_path / "dest" / "splits").exists()
+
+    status, output = prebin_dvs(source, "--split", "first-80-percent", "--skip-bad")
+    assert status == 0, output
+    assert "bad: left/a.bin" in output
+    root = tmp_path / "dest" / "splits" / "first-80-percent"
+    described = json.loads((root / "dataset.json").read_text())
+    assert described["left_out"] == 7
+    # Of 12 of left and 15 of right, 9 and 12 are to train; the bad ones do not move the others.
+    # Letters come before numbers.
+    assert described["recordings"] == {"train": 7 + 7, "val": 3 + 3}
+
+
+def test_a_class_of_bad_recordings_only_is_refused(source, tmp_path, prebin_dvs):
+    for i in (8, 9):
+        (source / "left" / f"{i}.bin").write_bytes(b"")
+    status, output = prebin_dvs(source, "--split", "first-80-percent", "--skip-bad")
+    assert status == 2
+    assert "'first-80-percent' has no good recording of class 'left' in val" in output
+    assert not (tmp_path / "dest" / "splits").exists()
+
+
+def test_a_full_disk_loses_nothing(source, tmp_path, prebin_dvs, monkeypatch):
+    dest = tmp_path / "dest"
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 6:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, output = prebin_dvs(source)
+    assert status == 2
+    assert "cannot be written" in output
+    assert "No space left on device" in output
+    assert "run the same command again" in output
+    assert not list(dest.rglob("*.tmp"))
+    kept = len(lines(dest))
+    assert 0 < kept < 20
+    monkeypatch.undo()
+
+
+def test_labelled_gestures_are_cut_out(tmp_path, prebin_dvs):
+    source, dest = tmp_path / "gestures", tmp_path / "dest"
+    source.mkdir()
+    made = cameras.events(4000, 128, 128, duration=1_000_000)
+    for i in range(4):
+        (source / f"user{i}.aedat").write_bytes(cameras.aedat31(made))
+        rows = "1,0,400000\n2,500000,900000\n"
+        if i == 3:
+            rows += "2,2000000,3000000\n"
+        labels = source / f"user{i}_labels.csv"
+        labels.write_text(f"class,startTime_usec,endTime_usec\n{rows}")
+    (source / "trials_to_train.txt").write_text("user0.aedat\nuser2.aedat\nuser3.aedat\n")
+    (source / "trials_to_test.txt").write_text("user1.aedat\n")
+    status, output = prebin_dvs(source, "--skip-bad")
+    assert status == 0, output
+    assert "bad: user3.aedat: 2000000 to 3000000 us: there are no events" in output
+    root = dest / "splits" / "published"
+    assert {path for path in contents(root) if path.startswith("val")} == {
+        "val/1/user1-0.npy",
+        "val/2/user1-1.npy",
+    }
+    first = np.load(root / "train" / "1" / "user0-0.npy").astype(int)
+    number = int((made.t < 400_000).sum())
+    assert first.sum() == number // 4 * 4
+    labels = source / "user0_labels.csv"
+    labels.write_text(labels.read_text().replace("400000", "300000"))
+    status, output = prebin_dvs(source, "--skip-bad")
+    assert status == 2
+    assert "the labels of user0.aedat have changed" in output
+
+
+def bars(root):
+    """Images of two classes, an upright and a lying white bar, 4 to train and 2 to validate."""
+    for part, number in (("train", 4), ("val", 2)):
+        for name, size in (("lying", (20, 5)), ("upright", (5, 20))):
+            (root / part / name).mkdir(parents=True)
+            for i in range(number):
+                image = Image.new("L", (28, 28))
+                image.paste(255, (4 + i, 4 + i, 4 + i + size[0], 4 + i + size[1]))
+                image.save(root / part / name / f"{i}.png")
+    return root
+
+
+def test_images_become_simulated_recordings_named_so(tmp_path, prebin_dvs):
+    images, dest = bars(tmp_path / "images"), tmp_path / "dest"
+    status, output = prebin_dvs(images, "--simulate", "--preview")
+    assert status == 0, output
+    root = dest / "splits" / "simulated-published"
+    assert f"{root}: simulated from images, 8 to train, 4 to test" in output
+    described = json.loads((root / "dataset.json").read_text())
+    assert described["simulated"]
+    assert json.loads((dest / "manifest.json").read_text())["parameters"]["simulated"]
+    found = json.loads((dest / "statistics.json").read_text())
+    assert found["all"]["events_least"] > 300
+    # The image comes back to where it was: what became brighter became darker.
+    assert found["all"]["on_share"] == pytest.approx(0.5, abs=0.03)
+    assert found["all"]["duration_s_mean"] == pytest.approx(0.3, abs=0.02)
+
+    first = tensors(dest)
+    shutil.rmtree(dest)
+    assert prebin_dvs(images, "--simulate", workers=2)[0] == 0
+    assert tensors(dest) == first
+    status, output = prebin_dvs(images, "--simulate", "--seed", 1)
+    assert status == 2
+    assert "simulation" in output
+    status, output = prebin_dvs(images, "--simulate", "--seed", 1, "--overwrite")
+    assert status == 0, output
+    assert tensors(dest) != first
+
+
+def test_what_is_no_image_is_not_simulated(image_root, prebin_dvs):
+    root = image_root(per_class=2)
+    (root / "train" / "ant" / "ant0.jpg").write_text("hello")
+    status, output = prebin_dvs(root, "--simulate")
+    assert status == 2
+    assert "bad: train/ant/ant0.jpg: it is not an image, or damaged" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--timesteps", "0"], "'0' is not a number above 0"),
+        (["--size", "48x"], "'48x' is not a size such as 48 or 64x48"),
+        (["--sensor", "dvs"], "'dvs' is not a size"),
+        (["--values", "sum"], "invalid choice: 'sum'"),
+        (["--split", "first-half"], "'first-half' is none of published, first-90-percent"),
+        (["--split", "published"], "nothing says the part of left/0.bin"),
+        (["--split", "0-99-test"], "leaves nothing to train of 'left', which has 10"),
+        (["--sensor", "10x10"], "outside the 10x10 sensor"),
+        (["--simulate", "--sensor", "7x9"], "--sensor: simulated, 8x8 is the least"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(source, tmp_path, prebin_dvs, options, words):
+    status, output = prebin_dvs(source, *options)
+    assert status == 2
+    assert words in output
+    assert not (tmp_path / "dest" / "splits").exists()
+
+
+def test_nothing_elses_folder_is_taken(source, tmp_path, prebin_dvs, call):
+    dest = tmp_path / "dest"
+    dest.mkdir()
+    (dest / "thesis.txt").write_text("all of it")
+    for options in ([], ["--overwrite"]):
+        status, output = prebin_dvs(source, *options)
+        assert status == 2
+        assert "holds 'thesis.txt', which is not this tool's" in output
+    assert contents(dest) == {"thesis.txt": b"all of it"}
+    for inside in (source, source / "deep", tmp_path):
+        status, output = call(TOOL, source, inside, "--timesteps", 4)
+        assert status == 2
+        assert "lie one in the other" in output
+
+
+def test_two_calls_do_not_work_in_one_folder(source, tmp_path, prebin_dvs):
+    assert prebin_dvs(source)[0] == 0
+    settings = Settings(Binning(4, None, "count", "count", "area", "uint8"), None)
+    with open_destination(tmp_path / "dest", source, settings, overwrite=False):
+        status, output = prebin_dvs(source)
+    assert status == 2
+    assert "another process is at work in" in output
+
+
+def test_where_there_are_no_hard_links_tensors_are_copied(
+    source, tmp_path, prebin_dvs, monkeypatch
+):
+    def refuse(*_, **__):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for _ in range(2):
+        status, output = prebin_dvs(source)
+        assert status == 0, output
+    root = tmp_path / "dest" / "splits" / "stratified-9-1-seed-0"
+    copies = [data for path, data in contents(root).items() if path.endswith(".npy")]
+    assert sorted(copies) == sorted(tensors(tmp_path / "dest").values())
+    check_fresh(load_index(root / "index" / "val.npz"), root, root / "index" / "val.npz")
+
+
+def test_saturation_is_reported(tmp_path, prebin_dvs):
+    source = tmp_path / "source"
+    for name in ("left", "right"):
+        (source / name).mkdir(parents=True)
+        for i in range(2):
+            made = cameras.events(3000, width=2, height=1, seed=i)
+            (source / name / f"{i}.bin").write_bytes(cameras.nmnist(made))
+    status, output = prebin_dvs(source, timesteps=2)
+    assert status == 0, output
+    assert "values were too large for uint8" in output
+    assert json.loads((tmp_path / "dest" / "statistics.json").read_text())["all"]["saturated"] > 0
+
+
+def test_a_missing_package_is_named(source, prebin_dvs, monkeypatch):
+    (source / "left" / "x.h5").write_bytes(b"\x89HDF")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    status, output = prebin_dvs(source)
+    assert status == 2
+    assert "error: HDF5 needs the package h5py: pip install 'tetdist[events]'" in output
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no real recordings here")
+def test_real_recordings_become_a_data_set(prebin_dvs, tmp_path):
+    status, output = prebin_dvs(
+        SHARED / "nmnist", "--size", 34, "--preview", timesteps=10, workers=2
+    )
+    assert status == 0, output
+    assert "passed over 1 file(s) outside the class folders: tonic_sample_nmnist.bin" in output
+    root = tmp_path / "dest" / "splits" / "published"
+    assert json.loads((root / "dataset.json").read_text())["recordings"] == {
+        "train": 500,
+        "val": 100,
+    }

@@ -1,0 +1,274 @@
+"""Recordings: every format as it is written, and what is refused."""
+
+import io
+
+import cameras
+import h5py
+import lz4.frame
+import numpy as np
+import pytest
+import zstandard
+from cameras import Made
+from samples import SHARED
+
+from tetdist.events.formats.read import read_recording
+from tetdist.events.recording import BadRecording, Sensor
+
+MADE = cameras.events()
+
+
+def read(tmp_path, name, data, sensor=None):
+    file = tmp_path / name
+    file.write_bytes(data)
+    return read_recording(file, data, sensor)
+
+
+def check(events, made, sensor):
+    for name in "xytp":
+        assert getattr(events, name).tolist() == getattr(made, name).tolist(), name
+    assert events.sensor == sensor
+
+
+def npz(**arrays):
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
+
+
+def hdf5(group="", attributes=(), **arrays):
+    stream = io.BytesIO()
+    with h5py.File(stream, "w") as file:
+        where = file.require_group(group) if group else file
+        where.attrs.update(dict(attributes))
+        for name, values in arrays.items():
+            where[name] = values
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "sensor", "dropped"),
+    [
+        ("1.bin", cameras.nmnist, (34, 34), 0),
+        ("1.aedat", cameras.dvs128, (128, 128), 0),
+        ("1.AEDAT", cameras.davis240, (240, 180), 301),
+        ("2.aedat", cameras.aedat31, (128, 128), 6),
+        ("1.dat", cameras.dat, (304, 240), 0),
+        ("1.raw", cameras.evt2, (640, 480), 1),
+        ("2.raw", cameras.evt3, (1280, 720), 1),
+    ],
+)
+def test_cameras_formats_are_read_as_written(tmp_path, name, write, sensor, dropped):
+    width, height = sensor
+    made = cameras.events(width=width, height=height)
+    events = read(tmp_path, name, write(made))
+    check(events, made, sensor)
+    assert events.dropped == dropped
+
+
+def test_aedat4_is_read_as_written(tmp_path):
+    made = cameras.events(width=64, height=48)
+    check(read(tmp_path, "1.aedat4", cameras.aedat4(made)), made, (64, 48))
+
+
+@pytest.mark.parametrize(("module", "number"), [(lz4.frame, 1), (zstandard, 3)])
+def test_compressed_aedat4_is_read_as_written(tmp_path, module, number):
+    data = cameras.aedat4(MADE, compression=number, compress=module.compress)
+    check(read(tmp_path, "1.aedat4", data), MADE, (64, 48))
+    packets = data.index(b"</dv>") + 6
+    damaged = data[: packets + 30] + b"damaged" + data[packets + 37 :]
+    with pytest.raises(BadRecording, match=r"does not decompress|truncated or damaged"):
+        read(tmp_path, "1.aedat4", damaged)
+
+
+def test_evt3_vectors_are_events_side_by_side(tmp_path):
+    # Of one time, row and polarity, further apart than one vector word reaches.
+    x = np.array([100, 103, 111, 113, 119, 7])
+    made = Made(x, np.full(6, 9), np.array([5, 5, 5, 5, 5, 6]), np.array([1, 1, 1, 1, 1, 0]))
+    data = cameras.evt3(made)
+    assert len(data) < len(cameras.evt3(Made(x, made.y, np.arange(6), made.p)))
+    check(read(tmp_path, "1.raw", data), made, (1280, 720))
+
+
+def test_evt3_time_goes_on_when_its_counter_begins_again(tmp_path):
+    t = np.array([2**24 - 3, 2**24 + 5, 2**25 - 1, 2**25 + 1])
+    made = Made(np.arange(4), np.arange(4), t, np.array([0, 1, 1, 0]))
+    check(read(tmp_path, "1.raw", cameras.evt3(made)), made, (1280, 720))
+
+
+def test_the_time_of_aedat_31_goes_on_when_its_counter_begins_again(tmp_path):
+    events = read(tmp_path, "1.aedat", cameras.aedat31(MADE, overflow=1))
+    assert events.t.tolist() == (MADE.t + 2**31).tolist()
+
+
+def test_n_caltech101_marks_a_counter_that_begins_again(tmp_path):
+    data = bytes([1, 2, 0, 0, 5]) + bytes([0, 240, 0, 0, 0]) + bytes([3, 4, 0x80, 0, 7])
+    events = read(tmp_path, "1.bin", data, Sensor(240, 180))
+    assert (events.t.tolist(), events.p.tolist(), events.dropped) == ([5, 8199], [0, 1], 1)
+
+
+def test_a_header_without_a_camera_is_a_dvs128s(tmp_path):
+    made = cameras.events(width=128, height=128)
+    check(read(tmp_path, "1.aedat", cameras.dvs128(made, chip=None)), made, (128, 128))
+    made = cameras.events(width=240, height=180)
+    data = cameras.davis240(made, chip=None)
+    with pytest.raises(BadRecording, match=r"names no camera.*give --sensor"):
+        read(tmp_path, "1.aedat", data)
+    check(read(tmp_path, "1.aedat", data, Sensor(240, 180)), made, (240, 180))
+
+
+def test_a_record_that_begins_like_a_header_is_none(tmp_path):
+    # The address's first byte is that of '#', as that of some of a DAVIS's events.
+    address = 0x23 << 24 | 12 << 12
+    data = b"#!AER-DAT2.0\r\n# AEChip: DAVIS240C\r\n"
+    data += address.to_bytes(4, "big") + (9).to_bytes(4, "big")
+    events = read(tmp_path, "1.aedat", data)
+    assert (len(events), int(events.t[0]), int(events.x[0])) == (1, 9, 239 - 12)
+
+
+@pytest.mark.parametrize("polarity", [MADE.p, MADE.p * 2 - 1, MADE.p.astype(bool)])
+def test_arrays_with_either_code_of_polarity_are_read(tmp_path, polarity):
+    arrays = {**MADE._asdict(), "p": polarity}
+    check(read(tmp_path, "1.npz", npz(**arrays), Sensor(34, 34)), MADE, (34, 34))
+    data = hdf5("events", **arrays)
+    check(read(tmp_path, "1.h5", data, Sensor(34, 34)), MADE, (34, 34))
+
+
+def test_arrays_may_say_their_sensor_and_be_one_table(tmp_path):
+    arrays = MADE._asdict()
+    check(read(tmp_path, "1.npz", npz(**arrays, width=40, height=50)), MADE, (40, 50))
+    data = hdf5("events", {"width": 40, "height": 50}, **arrays)
+    check(read(tmp_path, "1.hdf5", data), MADE, (40, 50))
+    table = np.zeros(len(MADE.t), "u2,u2,i8,?")
+    table.dtype.names = ("x", "y", "t", "p")
+    for name, values in arrays.items():
+        table[name] = values
+    check(read(tmp_path, "2.npz", npz(events=table), Sensor(34, 34)), MADE, (34, 34))
+    check(read(tmp_path, "2.h5", hdf5(events=table), Sensor(34, 34)), MADE, (34, 34))
+
+
+def changed(name, values):
+    return MADE._replace(**{name: np.asarray(values)})
+
+
+def backwards(i, j):
+    t = MADE.t.copy()
+    t[i], t[j] = t[j] + 1, t[i]
+    return changed("t", t)
+
+
+WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("1.bin", b"", "the file is empty"),
+        ("1.bin", cameras.nmnist(MADE)[:-1], "truncated: 1499 bytes .* multiple of 5"),
+        ("1.bin", cameras.nmnist(backwards(10, 200)), r"timestamps go back at event 11 \(from"),
+        ("1.bin", cameras.nmnist(WRAPPED), r"counter wraps at event 2 \(from 8388607 to 0 us\)"),
+        ("1.bin", cameras.nmnist(changed("x", MADE.x + 1)), "outside the 34x34 sensor"),
+        ("1.bin", cameras.dvs128(MADE), "name says N-MNIST and its contents are AEDAT"),
+        ("1.bin", cameras.evt2(MADE), "its contents are Prophesee"),
+        ("1.bin", npz(**MADE._asdict()), "its contents are NPZ"),
+        ("1.aedat", cameras.nmnist(MADE), "not an AEDAT file"),
+        ("1.aedat", cameras.dvs128(MADE)[:-3], "truncated"),
+        ("1.aedat", cameras.dvs128(MADE, chip="x.y.DVS640"), "camera is not supported: x.y.DVS640"),
+        ("1.aedat", b"#!AER-DAT2.0\r\n# nothing\r\n", "it has no events"),
+        ("1.aedat", b"#!AER-DAT2.0\r\n" + bytes([128, 0, 0, 0, 0, 0, 0, 1]), "names no camera"),
+        ("1.aedat", b"#!AER-DAT1.0\r\n" + bytes(8), "AEDAT 1.0 is not supported"),
+        ("1.aedat", cameras.aedat4(MADE), "its contents are AEDAT 4: name it .aedat4"),
+        ("1.aedat", cameras.aedat31(MADE)[:-40], "truncated within a packet"),
+        ("1.aedat", cameras.aedat31(MADE)[:-20], "truncated within a packet's header"),
+        ("1.aedat", b"#!AER-DAT3.1\r\n#!END-HEADER\r\n" + bytes(28), "packet at byte 0 .* damaged"),
+        ("1.aedat4", cameras.dvs128(MADE), "not an AEDAT 4 file"),
+        ("1.dat", cameras.nmnist(MADE), "not a Prophesee file"),
+        ("1.dat", cameras.evt2(MADE), "says EVT, which is named .raw"),
+        ("1.dat", cameras.dat(MADE)[:-2], "truncated"),
+        ("1.dat", cameras.dat(MADE, kind=0x0E), "type 0xe and 8 bytes"),
+        ("1.dat", cameras.dat(MADE, header="% Version 2\n"), "does not say the sensor's size"),
+        ("1.dat", cameras.dat(changed("p", [3] * 300)), "event 0 has polarity 3 instead of 0 or 1"),
+        ("1.raw", cameras.dat(MADE), "says no EVT version"),
+        ("1.raw", cameras.evt2(MADE, header="% evt 2.1\n"), "says EVT 2.1; EVT 2.0 and EVT 3.0"),
+        ("1.raw", cameras.evt2(MADE)[:-1], "truncated"),
+        ("1.raw", cameras.evt2(MADE)[:-4] + bytes([0, 0, 0, 0x50]), "type 0x5, unknown to EVT 2.0"),
+        ("1.raw", cameras.evt3(MADE)[:-1], "truncated"),
+        ("1.raw", cameras.evt3(MADE)[:-2] + bytes([0, 0x90]), "type 0x9, unknown to EVT 3.0"),
+        ("1.npz", npz(x=MADE.x, y=MADE.y, t=MADE.t), "no array 'p'"),
+        ("1.npz", npz(**changed("p", MADE.p * 2)._asdict(), width=34, height=34), "polarity 2"),
+        ("1.npz", npz(**changed("t", MADE.t / 1e6)._asdict()), "t is float64: .* microseconds"),
+        ("1.npz", npz(**changed("x", MADE.x[1:])._asdict()), r"x has the shape \(299,\)"),
+        ("1.npz", npz(**MADE._asdict()), "does not say the sensor's size"),
+        ("1.npz", npz(**MADE._asdict())[:-30], "not an NPZ file, or damaged"),
+        ("1.npz", npz(**changed("x", np.array([None] * 300))._asdict()), "not an NPZ file, or dam"),
+        ("1.txt", b"hello", "its suffix is none of"),
+    ],
+)
+def test_bad_recordings_are_refused_with_the_reason(tmp_path, name, data, words):
+    with pytest.raises(BadRecording, match=words):
+        read(tmp_path, name, data)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda data: data[: len(data) // 2], "truncated"),
+        (lambda data: data[:-9], "truncated"),  # Just behind the last packet.
+        (lambda data: data[:40], "truncated or damaged"),
+        (lambda data: data.replace(b"EVTS", b"ABCD"), "0 streams of events|no whole EVTS"),
+        (lambda data: data.replace(b"</dv>", b"</dw>"), "damaged"),
+        (lambda _: cameras.aedat4(MADE, compression=9), "compression, number 9"),
+        (lambda _: cameras.aedat4(MADE, finished=False), "recording was not finished"),
+        (lambda _: cameras.aedat4(MADE, streams=(0, 1)), "2 streams of events"),
+        (lambda _: cameras.aedat4(MADE, sensor=(30, 40)), "outside the 30x40 sensor"),
+    ],
+)
+def test_bad_aedat4_is_refused_with_the_reason(tmp_path, spoil, words):
+    with pytest.raises(BadRecording, match=words):
+        read(tmp_path, "1.aedat4", spoil(cameras.aedat4(MADE)))
+
+
+def test_bad_hdf5_is_refused_with_the_reason(tmp_path):
+    data = hdf5(**MADE._asdict())
+    with pytest.raises(BadRecording, match="not an HDF5 file, or damaged"):
+        read(tmp_path, "1.h5", data[: len(data) // 2], Sensor(34, 34))
+    with pytest.raises(BadRecording, match="no array 'p'"):
+        read(tmp_path, "1.h5", hdf5(x=MADE.x, y=MADE.y, t=MADE.t))
+
+
+def test_hdf5_that_points_to_another_file_is_refused(tmp_path):
+    (tmp_path / "other.h5").write_bytes(hdf5(**MADE._asdict()))
+    with h5py.File(tmp_path / "1.h5", "w") as file:
+        for name in "xytp":
+            file[name] = h5py.ExternalLink(tmp_path / "other.h5", name)
+    with pytest.raises(BadRecording, match="x lies in another file"):
+        read(tmp_path, "1.h5", (tmp_path / "1.h5").read_bytes(), Sensor(34, 34))
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("1.raw", cameras.evt2), ("1.dat", cameras.dat), ("1.aedat4", cameras.aedat4)],
+)
+def test_a_sensor_that_the_file_contradicts_is_refused(tmp_path, name, write):
+    with pytest.raises(BadRecording, match=r"its sensor is .*, and --sensor says 99x99"):
+        read(tmp_path, name, write(MADE), Sensor(99, 99))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no real recordings here")
+@pytest.mark.parametrize(
+    ("path", "sensor", "events", "dropped"),
+    [
+        ("nmnist/tonic_sample_nmnist.bin", (34, 34), 4325, 0),
+        ("dvs128-aedat2/box_long.aedat", (128, 128), 201523, 0),
+        ("dvs128-aedat2/cam300_fix_lense_alex_standing_up.aedat", (128, 128), 155766, 0),
+        ("mnist-dvs-aedat2/mnist_0_scale04_0001.aedat", (128, 128), 15744, 0),
+        ("davis240-aedat2/IMU_translBoxes.aedat", (240, 180), 162771, 33837),
+        ("aedat4/sample.aedat4", (320, 240), 111954, 59),
+        ("prophesee/evt2_sample.raw", (640, 480), 539481, 0),
+        ("prophesee/evt3_sample.raw", (1280, 720), 219596, 0),
+    ],
+)
+def test_real_recordings_are_read(path, sensor, events, dropped):
+    file = SHARED / path
+    found = read_recording(file, file.read_bytes(), None)
+    assert (found.sensor, len(found), found.dropped) == (sensor, events, dropped)
+    assert 0.4 < found.p.mean() < 0.7

@@ -1,0 +1,609 @@
+"""Models: what timm's users expect of them, and what makes them the networks of the papers."""
+
+import copy
+import functools
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from passes import assert_same, one_thread, randomize, results_of, uncompiled
+from torch import Tensor, nn
+
+import tetdist
+from tetdist.losses import tet_loss
+from tetdist.models import SpikingNetwork, sew_resnet, spiking_resnet
+from tetdist.nn import neurons
+from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics, update_running_statistics
+from tetdist.nn.fused import NormNeuron
+from tetdist.nn.neurons import NeuronConfig
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast() -> Iterator[None]:
+    with one_thread(), uncompiled():
+        yield
+
+
+SEW = ["sew_resnet18", "sew_resnet34", "sew_resnet50", "sew_resnet101", "sew_resnet152"]
+SPIKING = ["spiking_resnet18", "spiking_resnet34", "spiking_resnet50"]
+OTHERS = ["spiking_resnet19", "vggsnn", "spiking_convnet"]
+ALL = [*SEW, *SPIKING, *OTHERS]
+
+# One of each family, and of each kind of block, small enough to be run many times. Thresholds are
+# low, so that random networks of this size fire up to the last layer.
+NEURON = NeuronConfig(threshold=0.5, surrogate="atan", surrogate_width=2.0)
+SMALL: dict[str, dict[str, Any]] = {
+    "sew_resnet18": {"width": 4},
+    "sew_resnet50": {"width": 2, "connect_function": "iand"},
+    "spiking_resnet18": {"width": 4, "stem_width": 4},
+    "spiking_resnet50": {"width": 2, "stem_width": 4},
+    "spiking_resnet19": {"width": 4, "stem_width": 3, "hidden_features": 6},
+    "vggsnn": {"input_size": 16},
+    "spiking_convnet": {"channels": (4, 6, 8), "input_size": 12},
+}
+each_family = pytest.mark.parametrize("name", SMALL)
+each_image_family = pytest.mark.parametrize("name", [name for name in SMALL if name != "vggsnn"])
+
+
+def create(name: str) -> SpikingNetwork:
+    """A small float64 model with 5 classes, T = 3, and norms of no initialiser's choice."""
+    return copy.deepcopy(_created(name))
+
+
+@functools.cache
+def _created(name: str) -> SpikingNetwork:
+    torch.manual_seed(0)
+    options = SMALL[name] | {"num_classes": 5, "timesteps": 3, "neuron": NEURON}
+    model = timm.create_model(name, **options).double()
+    randomize(model)
+    if name == "spiking_resnet19":
+        with torch.no_grad():
+            model.hidden[0].weight.mul_(4)  # means over positions are weak currents
+    return model
+
+
+def inputs_for(name: str, batch: int = 2, bins: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"vggsnn": (batch, bins, 2, 16, 16), "spiking_convnet": (batch, 3, 12, 12)}
+    shape = shapes.get(name, (batch, 3, 32, 32))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+# ----------------------------------------------------------------------------------------- registry
+
+
+def test_timm_lists_the_models() -> None:
+    assert sorted(timm.list_models("sew_resnet*")) == sorted(SEW)
+    assert sorted(timm.list_models("spiking_resnet*")) == sorted([*SPIKING, "spiking_resnet19"])
+    assert set(OTHERS) <= set(timm.list_models())
+    assert timm.list_models("sew_resnet*", pretrained=True) == []  # and promises no weights
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_registered_model_and_its_default_cfg(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    cfg = model.default_cfg
+    size = {"spiking_resnet19": 32, "vggsnn": 48, "spiking_convnet": 28}.get(name, 224)
+    channels = 2 if name == "vggsnn" else 3
+    num_classes = 10 if name in OTHERS else 1000
+    assert cfg["architecture"] == name
+    assert cfg["input_size"] == (channels, size, size)
+    assert cfg["num_classes"] == model.num_classes == num_classes
+    assert len(cfg["mean"]) == len(cfg["std"]) == channels
+    first = model.get_submodule(cfg["first_conv"])
+    assert isinstance(first, nn.Conv2d)
+    assert first.in_channels == channels
+    assert first is next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    classifier = model.get_submodule(cfg["classifier"])
+    assert classifier is model.get_classifier()
+    assert classifier.out_features == num_classes
+    assert classifier.in_features == model.num_features == model.head_hidden_size
+    assert model.input_kind == ("events" if name == "vggsnn" else "image")
+
+
+@pytest.mark.parametrize("name", [*SEW, *SPIKING])
+def test_as_many_parameters_as_the_resnet_of_that_depth(name: str) -> None:
+    with torch.device("meta"):
+        spiking = timm.create_model(name)
+        ann = timm.create_model("resnet" + name.partition("resnet")[2])
+    assert _num_parameters(spiking) == _num_parameters(ann)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("sew_resnet34", 21.797), ("vggsnn", 9.27), ("spiking_resnet19", 12.63)],
+)
+def test_published_number_of_parameters(name: str, millions: float) -> None:
+    with torch.device("meta"):
+        count = _num_parameters(timm.create_model(name))
+    assert count / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def _num_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["sew_resnet18", "spiking_resnet19", "vggsnn", "spiking_convnet"])
+def test_unknown_option_is_refused_by_name(name: str) -> None:
+    with pytest.raises(TypeError, match="no_such_option"):
+        timm.create_model(name, no_such_option=1)
+    with pytest.raises(TypeError, match="tau"):
+        timm.create_model(name, neuron={"tau": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "complaint"),
+    [
+        ("sew_resnet18", {"connect_function": "or"}, "connect_function must be .*'or'"),
+        (
+            "sew_resnet18",
+            {"timesteps": 0},
+            "timesteps must be a whole number and at least 1, not 0",
+        ),
+        ("sew_resnet18", {"neuron": {"decay": 2.0}}, "decay must be in"),
+        ("spiking_resnet18", {"norm": "ln"}, "norm must be 'bn' or 'tdbn', not 'ln'"),
+        ("vggsnn", {"input_size": 15}, "input_size must be at least 16"),
+    ],
+)
+def test_bad_option_is_named(name: str, options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        timm.create_model(name, **options)
+
+
+def test_options_that_timms_tools_always_pass_are_accepted() -> None:
+    model = timm.create_model(
+        "sew_resnet18",
+        width=4,
+        num_classes=7,
+        in_chans=1,
+        drop_rate=0.0,
+        global_pool="avg",
+        scriptable=False,
+    )
+    assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 7)
+
+
+def test_neuron_may_be_a_mapping() -> None:
+    mapping = {"decay": 1.0, "reset": "soft"}
+    model = timm.create_model("spiking_convnet", neuron=mapping)
+    found = {module.neuron for module in model.modules() if isinstance(module, NormNeuron)}
+    assert found == {NeuronConfig(decay=1.0, reset="soft")}
+
+
+# -------------------------------------------------------------------------------- timm's methods
+
+
+@each_family
+def test_classifier_can_be_replaced(name: str) -> None:
+    model, x = create(name).eval(), inputs_for(name)
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(x), pre_logits=True)
+        assert features.shape == (3, 2, model.num_features)
+        assert features.any()
+        fc = model.get_classifier()
+        assert torch.equal(model(x, per_timestep=True), fc(features))
+        model.reset_classifier(7)
+        assert model.get_classifier() is not fc
+        assert model.num_classes == 7
+        assert model(x).shape == (2, 7)
+        model.reset_classifier(0, "avg")
+        assert torch.equal(model(x, per_timestep=True), features)
+    with pytest.raises(ValueError, match="global_pool must be 'avg', not 'max'"):
+        model.reset_classifier(7, "max")
+
+
+@each_family
+def test_output_is_the_mean_over_time(name: str) -> None:
+    model, x = create(name), inputs_for(name)
+    for training in (True, False):
+        model.train(training)
+        with torch.no_grad():
+            logits = model(x, per_timestep=True)
+            assert logits.shape == (3, 2, 5)
+            assert len(logits.flatten(1).unique(dim=0)) > 1  # time makes a difference
+            assert torch.equal(model(x), logits.mean(0))
+
+
+@each_family
+def test_set_timesteps_changes_nothing_but_t(name: str) -> None:
+    model, x = create(name).eval(), inputs_for(name, bins=5)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        three = model(x, per_timestep=True)
+        model.set_timesteps(5)
+        assert model.timesteps == 5
+        assert model(x, per_timestep=True).shape == (5, 2, 5)
+        model.set_timesteps(3)
+        assert torch.equal(model(x, per_timestep=True), three)
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+    with pytest.raises(ValueError, match="timesteps must be a whole number and at least 1, not 0"):
+        model.set_timesteps(0)
+
+
+@each_family
+def test_the_future_has_no_influence_on_the_past(name: str) -> None:
+    model, x = create(name).eval(), inputs_for(name, bins=4)
+    with torch.no_grad():
+        model.set_timesteps(4)
+        whole = model(x, per_timestep=True)
+        for timesteps in (1, 2):
+            model.set_timesteps(timesteps)
+            torch.testing.assert_close(model(x, per_timestep=True), whole[:timesteps])
+
+
+@each_family
+def test_a_sample_is_not_influenced_by_its_batch_in_evaluation(name: str) -> None:
+    model, x = create(name).eval(), inputs_for(name, batch=3)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x)[1:2], model(x[1:2]))
+
+
+# ------------------------------------------------------------------------------ checkpointing
+
+
+@pytest.mark.parametrize(
+    ("name", "deferred"), [*((name, True) for name in SMALL), ("sew_resnet18", False)]
+)
+def test_grad_checkpointing_changes_no_bit(name: str, deferred: bool) -> None:
+    plain = create(name)
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.set_grad_checkpointing()
+    x, target = inputs_for(name), torch.tensor([1, 4])
+    losses = []
+    for model in (plain, checkpointed):
+        if deferred:
+            defer_running_statistics(model)
+        for scale in (1.0, 0.5):  # two micro-batches
+            loss = tet_loss(model(scale * x, per_timestep=True), target, regularization=0.05)
+            loss.backward()
+            losses.append(loss.item())
+        if deferred:
+            # Counted twice alike, a repetition would not show in the average.
+            counts = {m.pending_count for m in model.modules() if isinstance(m, BatchNorm)}
+            assert counts == {2}
+            update_running_statistics(model, lambda flat: flat)
+    assert losses[:2] == losses[2:]
+    assert plain.stem.conv.weight.grad.abs().max() > 1e-6  # the gradient gets to the first layer
+    for (key, one), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert torch.equal(one.grad, other.grad), key
+    moved = [key for key, _ in plain.named_buffers() if key.endswith("running_var")]
+    assert moved
+    for (key, one), other in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
+        assert torch.equal(one, other), key
+
+
+def test_grad_checkpointing_keeps_less_and_can_be_switched_off() -> None:
+    model, x = create("sew_resnet18"), inputs_for("sew_resnet18")
+
+    def kept() -> int:
+        total = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(x)
+        return total
+
+    everything = kept()
+    model.set_grad_checkpointing(True)
+    assert kept() < 0.7 * everything
+    model.set_grad_checkpointing(False)
+    assert kept() == everything
+
+
+# ------------------------------------------------------------------------- fused and reference
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@each_family
+def test_fused_network_is_the_definition(name: str, training: bool) -> None:
+    model, x = create(name).train(training), inputs_for(name)
+    results = {}
+    for execution in ("fused", "reference"):
+        model.set_execution(execution)
+        assert {m.execution for m in model.modules() if isinstance(m, NormNeuron)} == {execution}
+        results[execution] = results_of(model, lambda m: m(x, per_timestep=True), {})
+    assert results["fused"]["output"].any()
+    assert results["fused"]["gradient of stem.conv.weight"].abs().max() > 1e-6
+    assert_same(results["fused"], results["reference"], rtol=1e-8)
+
+
+def test_unknown_execution_is_refused() -> None:
+    with pytest.raises(ValueError, match="execution must be 'fused' or 'reference', not 'eager'"):
+        create("spiking_convnet").set_execution("eager")
+
+
+# ------------------------------------------------------------------------------------ the stem
+
+
+@each_image_family
+def test_stem_of_a_static_image_is_convolved_once_as_if_it_were_repeated(name: str) -> None:
+    model, x = create(name), inputs_for(name)
+    naive = copy.deepcopy(model)
+    seen: list[tuple[int, ...]] = []
+    model.stem.conv.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape[:2])))
+    spikes = model.forward_stem(model.time_first(x), model.timesteps)
+    assert seen == [(1, 2)]  # the batch, not T times the batch
+
+    conv, norm, repeated = naive.stem.conv, naive.stem.neuron.norm, x.repeat(3, 1, 1, 1)
+    current = F.batch_norm(
+        F.conv2d(repeated, conv.weight, conv.bias, conv.stride, conv.padding),
+        None,
+        None,
+        norm.scale * norm.weight,
+        norm.bias,
+        True,
+        0,
+        norm.eps,
+    )
+    expected = neurons.run(current.unflatten(0, (3, 2)), NEURON)[0]
+    if hasattr(naive, "pool"):
+        expected = naive.pool(expected)
+    assert torch.equal(spikes, expected)
+
+    weight = torch.randn(spikes.shape, generator=torch.Generator().manual_seed(3)).double()
+    (spikes * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for parameter, other in zip(model.stem.parameters(), naive.stem.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad)
+
+
+def test_events_are_convolved_bin_by_bin_and_surplus_bins_ignored() -> None:
+    model, x = create("vggsnn").eval(), inputs_for("vggsnn", bins=5)
+    with torch.no_grad():
+        assert torch.equal(model.time_first(x), x[:, :3].transpose(0, 1))
+        assert torch.equal(model(x), model(x[:, :3]))
+        assert not torch.equal(model(x), model(x.flip(1)))
+
+
+# ------------------------------------------------------------------------------- blocks by hand
+
+
+def test_connect_functions_on_spikes() -> None:
+    residual = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    identity = torch.tensor([0.0, 1.0, 0.0, 1.0])
+
+    class Layer(nn.Module):
+        """Its input is its output."""
+
+        def forward(self, x: Tensor, identity: Tensor | None = None) -> Tensor:
+            return x if identity is None else x + identity
+
+    for layer in (Layer().train(), Layer().eval()):
+        joined = {
+            function: sew_resnet.connect(layer, residual, identity, function).tolist()
+            for function in ("add", "and", "iand")
+        }
+        assert joined == {"add": [0, 1, 1, 2], "and": [0, 0, 0, 1], "iand": [0, 1, 0, 0]}
+
+
+def _normalized(conv: nn.Conv2d, norm: BatchNorm, scale: float, x: Tensor) -> Tensor:
+    """conv-BN of (T, B, C, H, W) with batch norm's own formula."""
+    y = F.conv2d(x.flatten(0, 1), conv.weight, conv.bias, conv.stride, conv.padding)
+    y = F.batch_norm(y, None, None, scale * norm.weight, norm.bias, True, 0, norm.eps)
+    return y.unflatten(0, x.shape[:2])
+
+
+def _fire(current: Tensor) -> Tensor:
+    return neurons.run(current, NEURON)[0]
+
+
+def _spikes_in(channels: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return (torch.rand(3, 2, channels, 8, 8, generator=generator) < 0.3).double()
+
+
+def _block(factory: Callable[[], nn.Module]) -> Any:
+    torch.manual_seed(0)
+    block = factory().double()
+    randomize(block)
+    return block
+
+
+@pytest.mark.parametrize("function", ["add", "and", "iand"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kind", ["BasicBlock", "Bottleneck"])
+def test_sew_block_joins_spikes(kind: str, stride: int, function: sew_resnet.Connect) -> None:
+    cls = getattr(sew_resnet, kind)
+    width = 6 if kind == "BasicBlock" else 3
+    channels = width * cls.expansion if stride == 1 else 4
+    block = _block(lambda: cls(channels, width, stride, function, NEURON))
+    x = residual = _spikes_in(channels)
+    for layer in ("conv1", "conv2", "conv3")[: 2 if kind == "BasicBlock" else 3]:
+        part = getattr(block, layer)
+        residual = _fire(_normalized(part.conv, part.neuron.norm, 1.0, residual))
+    if stride == 1:
+        identity = x
+    else:
+        part = block.downsample
+        identity = _fire(_normalized(part.conv, part.neuron.norm, 1.0, x))
+    expected = {
+        "add": residual + identity,
+        "and": residual * identity,
+        "iand": (1 - residual) * identity,
+    }[function]
+    assert 0 < expected.mean() < 1
+    assert torch.equal(block(x), expected)
+
+
+@pytest.mark.parametrize("norm", ["bn", "tdbn"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kind", ["BasicBlock", "Bottleneck"])
+def test_spiking_block_adds_the_shortcut_to_the_current(
+    kind: str, stride: int, norm: spiking_resnet.Norm
+) -> None:
+    cls = getattr(spiking_resnet, kind)
+    width = 6 if kind == "BasicBlock" else 3
+    channels = width * cls.expansion if stride == 1 else 4
+    block = _block(lambda: cls(channels, width, stride, NEURON, norm))
+    chain = NEURON.threshold if norm == "tdbn" else 1.0
+    merged = NEURON.threshold / math.sqrt(2) if norm == "tdbn" else 1.0
+    x = residual = _spikes_in(channels)
+    for layer in ("conv1", "conv2")[: 1 if kind == "BasicBlock" else 2]:
+        part = getattr(block, layer)
+        residual = _fire(_normalized(part.conv, part.neuron.norm, chain, residual))
+    merge = block.merge
+    current = _normalized(merge.conv, merge.neuron.norm, merged, residual)
+    if stride == 1:
+        shortcut = x
+    else:
+        shortcut = _normalized(merge.downsample, merge.downsample_norm, merged, x)
+    expected = _fire(current + shortcut)
+    assert 0 < expected.mean() < 1
+    assert torch.equal(block(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "chain", "merged"),
+    [
+        ("spiking_resnet34", 0.5, 0.5, 0.5 * (1 / math.sqrt(2))),
+        ("spiking_resnet19", 1.0, 1.0, 1.0),
+        ("sew_resnet34", 1.0, 1.0, None),
+    ],
+)
+def test_scales_of_the_batch_norms(
+    name: str, stem: float, chain: float, merged: float | None
+) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, neuron=NEURON)
+    scales: dict[str, set[float]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, BatchNorm):
+            kind = "merge" if ".merge." in path else path.split(".")[0]
+            scales.setdefault(kind, set()).add(module.scale)
+    assert scales.pop("stem") == {stem}
+    assert scales.pop("blocks") == {chain}
+    assert scales == ({} if merged is None else {"merge": {merged}})
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "shapes"),
+    [
+        ("sew_resnet34", 64, [(64, 16)] * 3 + [(128, 8)] * 4 + [(256, 4)] * 6 + [(512, 2)] * 3),
+        ("spiking_resnet18", 64, [(64, 16)] * 2 + [(128, 8)] * 2 + [(256, 4)] * 2 + [(512, 2)] * 2),
+        ("spiking_resnet19", 32, [(128, 32)] * 3 + [(256, 16)] * 3 + [(512, 8)] * 2),
+        ("vggsnn", 48, [(128, 24), (256, 12), (512, 6), (512, 3)]),
+    ],
+)
+def test_shapes_from_block_to_block(name: str, size: int, shapes: list[tuple[int, int]]) -> None:
+    seen: list[tuple[int, ...]] = []
+    with torch.device("meta"):
+        model = timm.create_model(name, timesteps=2).eval()
+        model.set_execution("reference")
+        for block in model.blocks:
+            block.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape)))
+        images = (
+            torch.empty(1, 2, 2, size, size) if name == "vggsnn" else torch.empty(1, 3, size, size)
+        )
+        model(images)
+    assert seen == [(2, 1, channels, side, side) for channels, side in shapes]
+
+
+def test_resnet19_has_a_hidden_layer_of_spikes_in_its_head() -> None:
+    model, x = create("spiking_resnet19").eval(), inputs_for("spiking_resnet19")
+    with torch.no_grad():
+        maps = model.forward_features(x)
+        linear = model.hidden[0]
+        spikes = _fire(maps.mean((3, 4)) @ linear.weight.T + linear.bias)
+        assert 0 < spikes.mean() < 1
+        torch.testing.assert_close(
+            model(x, per_timestep=True), spikes @ model.fc.weight.T + model.fc.bias
+        )
+
+
+def test_vggs_pooled_spikes_are_not_spiked_again() -> None:
+    model = create("vggsnn").eval()
+    with torch.no_grad():
+        features = model.forward_features(inputs_for("vggsnn"))
+    assert set(features.unique().tolist()) <= {0, 0.25, 0.5, 0.75, 1}
+    assert 0 < features.mean() < 1
+    assert features.unique().numel() > 2
+
+
+def test_convolutions_start_as_the_papers_say() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vggsnn")
+    for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+        assert conv.weight.std().item() == pytest.approx(
+            math.sqrt(2 / (9 * conv.out_channels)), rel=0.1
+        )
+        assert conv.bias is not None
+        assert not conv.bias.any()
+
+
+# ------------------------------------------------------------------------------------ wrong input
+
+
+def test_events_with_too_few_bins() -> None:
+    with pytest.raises(ValueError, match="the model runs 3 timesteps, the input has 2 bins"):
+        create("vggsnn")(inputs_for("vggsnn", bins=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "complaint"),
+    [
+        ("vggsnn", (2, 2, 16, 16), r"event batch is \(B, T, C, H, W\), not \(2, 2, 16, 16\)"),
+        ("sew_resnet18", (1, 2, 3, 8, 8), r"image batch is \(B, C, H, W\), not \(1, 2, 3, 8, 8\)"),
+        ("spiking_convnet", (3, 12, 12), r"image batch is \(B, C, H, W\), not \(3, 12, 12\)"),
+    ],
+)
+def test_wrong_number_of_dimensions(name: str, shape: tuple[int, ...], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        create(name)(torch.zeros(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("sew_resnet18", (2, 1, 32, 32)),  # one channel of three
+        ("spiking_convnet", (2, 3, 16, 16)),  # not the size that its classifier was made for
+        ("vggsnn", (2, 3, 2, 32, 32)),
+    ],
+)
+def test_wrong_channels_or_size_fail(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises((RuntimeError, ValueError)):
+        create(name)(torch.zeros(shape, dtype=torch.float64))
+
+
+# ----------------------------------------------------------------------------- import on its own
+
+IMPORT_ALONE = """
+import importlib.abc, sys
+BLOCKED = {"deepspeed", "nvidia.dali", "mlflow", "submitit", "pydantic", "matplotlib"}
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if any(name == b or name.startswith(b + ".") for b in BLOCKED):
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+sys.meta_path.insert(0, Block())
+import tetdist, timm
+print(",".join(timm.list_models("sew_resnet*")))
+print(timm.create_model("spiking_convnet").num_classes, tetdist.losses.tet_loss.__name__)
+"""
+
+
+def test_import_needs_torch_and_timm_alone(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALONE],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(tetdist.__file__).parents[1]), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    names, rest = done.stdout.splitlines()
+    assert sorted(names.split(",")) == sorted(SEW)
+    assert rest == "10 tet_loss"

@@ -1,0 +1,314 @@
+"""Batch norm over micro-batch x time: torch's own, and running statistics that wait for a step."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tetdist.nn.batch_norm import (
+    BatchNorm,
+    defer_running_statistics,
+    recomputing,
+    update_running_statistics,
+)
+
+
+def _currents(
+    num: int, channels: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """Currents (T, B, C, H, W) whose channels differ in mean and spread."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.linspace(0.5, 3, channels, dtype=torch.float64).view(-1, 1, 1)
+    shape = (2, 3, channels, 4, 5)
+    return [
+        (torch.randn(shape, generator=generator, dtype=torch.float64) * spread + spread + i).to(
+            dtype
+        )
+        for i in range(num)
+    ]
+
+
+def _itself(flat: Tensor) -> Tensor:
+    """The mean over the processes of one process."""
+    return flat
+
+
+def _moved(norm: BatchNorm, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Running mean and variance after one move by the average over ``batches``."""
+    flat = [batch.transpose(0, 2).flatten(1) for batch in batches]
+    mean = torch.stack([values.mean(1) for values in flat]).mean(0)
+    var = torch.stack([values.var(1, correction=1) for values in flat]).mean(0)
+    keep, take = 1 - norm.momentum, norm.momentum
+    return keep * norm.running_mean + take * mean, keep * norm.running_var + take * var
+
+
+def _statistics(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    return norm.running_mean.clone(), norm.running_var.clone()
+
+
+def _pending_is_empty(norm: BatchNorm) -> bool:
+    return norm.pending_count == 0 and not norm.pending_mean.any() and not norm.pending_var.any()
+
+
+# ------------------------------------------------------------------------------- against torch's
+
+
+@pytest.mark.parametrize(("eps", "momentum"), [(1e-5, 0.1), (1e-2, 0.3)])
+def test_equals_torch_over_flattened_time(eps: float, momentum: float) -> None:
+    ours = BatchNorm(3, eps=eps, momentum=momentum).double()
+    theirs = nn.BatchNorm2d(3, eps=eps, momentum=momentum).double()
+    with torch.no_grad():
+        for norm in (ours, theirs):
+            norm.weight.copy_(torch.tensor([0.5, -1.0, 2.0]))
+            norm.bias.copy_(torch.tensor([0.0, 0.25, -1.0]))
+    weight = torch.randn(2, 3, 3, 4, 5, generator=torch.Generator().manual_seed(9)).double()
+    for current in _currents(3):
+        mine = current.clone().requires_grad_()
+        flat = current.flatten(0, 1).requires_grad_()
+        y, y_torch = ours(mine), theirs(flat).unflatten(0, (2, 3))
+        torch.testing.assert_close(y, y_torch)
+        for norm, output in ((ours, y), (theirs, y_torch)):
+            norm.zero_grad()
+            (output * weight).sum().backward()
+        assert mine.grad is not None
+        assert flat.grad is not None
+        torch.testing.assert_close(mine.grad, flat.grad.unflatten(0, (2, 3)))
+        torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+        torch.testing.assert_close(ours.bias.grad, theirs.bias.grad)
+        torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+        torch.testing.assert_close(ours.running_var, theirs.running_var)
+    ours.eval()
+    theirs.eval()
+    (current,) = _currents(1, seed=5)
+    before = _statistics(ours)
+    torch.testing.assert_close(ours(current), theirs(current.flatten(0, 1)).unflatten(0, (2, 3)))
+    assert all(map(torch.equal, _statistics(ours), before))  # evaluation records nothing
+    assert _pending_is_empty(ours)
+
+
+def test_time_is_normalised_jointly_not_each_timestep_for_itself() -> None:
+    current = torch.stack([torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2)])
+    y = BatchNorm(1)(current)
+    assert y[0].unique().item() == pytest.approx(-1, abs=1e-4)
+    assert y[1].unique().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_tdbn_scale_multiplies_the_normalised_current_and_stays_out_of_the_weight() -> None:
+    (current,) = _currents(1)
+    scale = 0.7
+    norm = BatchNorm(3, scale=scale).double()
+    assert norm.weight.tolist() == [1, 1, 1]
+    y = norm(current)
+    assert y.std(dim=(0, 1, 3, 4), correction=0).tolist() == pytest.approx([scale] * 3, rel=1e-4)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, 1.0, 2.0]))
+        norm.bias.copy_(torch.tensor([1.0, 0.0, -1.0]))
+    mean = current.mean((0, 1, 3, 4)).view(-1, 1, 1)
+    var = current.var((0, 1, 3, 4), correction=0).view(-1, 1, 1)
+    xhat = (current - mean) / (var + norm.eps).sqrt()
+    expected = scale * norm.weight.view(-1, 1, 1) * xhat + norm.bias.view(-1, 1, 1)
+    y = norm(current)
+    torch.testing.assert_close(y, expected)
+    (grad_weight,) = torch.autograd.grad(y.square().sum(), norm.weight)
+    torch.testing.assert_close(grad_weight, (2 * y * scale * xhat).sum((0, 1, 3, 4)))
+
+
+def test_bfloat16_current_is_normalised_in_float32() -> None:
+    (current,) = _currents(1, dtype=torch.bfloat16)
+    norm = BatchNorm(3)
+    y = norm(current)
+    assert y.dtype == torch.bfloat16
+    assert norm.running_var.dtype == torch.float32
+    wide = BatchNorm(3)
+    expected = wide(current.float())
+    assert torch.equal(y, expected.to(torch.bfloat16))
+    assert torch.equal(norm.running_mean, wide.running_mean)
+
+
+def test_a_mean_far_from_0_does_not_drown_the_variance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    current = 1000 + torch.randn(2, 4, 1, 8, 8, generator=generator)
+    y = BatchNorm(1)(current)
+    exact = BatchNorm(1).double()(current.double())
+    assert (y - exact).abs().max() < 1e-3
+
+
+def test_pending_statistics_are_in_no_checkpoint() -> None:
+    assert BatchNorm(2).state_dict().keys() == {"weight", "bias", "running_mean", "running_var"}
+
+
+# -------------------------------------------------------------------------------- deferred moves
+
+
+def _deferred(channels: int = 3) -> BatchNorm:
+    norm = BatchNorm(channels).double()
+    defer_running_statistics(norm)
+    return norm
+
+
+@pytest.mark.parametrize("num_batches", [1, 2, 5])
+def test_one_update_moves_by_the_average_over_micro_batches(num_batches: int) -> None:
+    norm = _deferred()
+    for step in range(2):
+        batches = _currents(num_batches, seed=step)
+        before = _statistics(norm)
+        expected = _moved(norm, batches)
+        for batch in batches:
+            norm(batch)
+            assert all(map(torch.equal, _statistics(norm), before))
+        update_running_statistics(norm, _itself)
+        torch.testing.assert_close(_statistics(norm), expected)
+        assert _pending_is_empty(norm)
+
+
+def test_deferred_update_of_one_batch_equals_the_immediate_move() -> None:
+    immediate, deferred = BatchNorm(3).double(), _deferred()
+    for batch in _currents(3):
+        assert torch.equal(immediate(batch), deferred(batch))
+        update_running_statistics(deferred, _itself)
+    torch.testing.assert_close(_statistics(deferred), _statistics(immediate))
+
+
+def test_update_without_a_forward_pass_changes_nothing_and_calls_nobody() -> None:
+    norm = _deferred()
+    norm(_currents(1)[0])
+    update_running_statistics(norm, _itself)
+    before = _statistics(norm)
+
+    def unexpected(flat: Tensor) -> Tensor:
+        raise AssertionError(f"a collective call about {flat.numel()} values of nothing")
+
+    update_running_statistics(norm, unexpected)
+    assert all(map(torch.equal, _statistics(norm), before))
+
+
+def test_a_norm_that_was_not_used_stays_and_the_others_get_their_own_statistics() -> None:
+    model = nn.ModuleList([BatchNorm(3), BatchNorm(5), BatchNorm(2)]).double()
+    defer_running_statistics(model)
+    first, unused, last = model
+    batches = {first: _currents(2, 3, seed=1), last: _currents(1, 2, seed=2)}
+    expected = {norm: _moved(norm, batch) for norm, batch in batches.items()}
+    for norm, used in batches.items():
+        for batch in used:
+            norm(batch)
+    calls = []
+
+    def average(flat: Tensor) -> Tensor:
+        calls.append(flat.shape)
+        return flat
+
+    update_running_statistics(model, average)
+    assert calls == [(2 * (3 + 2),)]  # one collective call for the whole model
+    for norm, moved in expected.items():
+        torch.testing.assert_close(_statistics(norm), moved)
+    assert unused.running_mean.tolist() == [0] * 5
+    assert unused.running_var.tolist() == [1] * 5
+
+
+def test_two_ranks_end_up_with_what_one_rank_gets_from_all_batches() -> None:
+    batches = _currents(4)
+    alone = _deferred()
+    for batch in batches:
+        alone(batch)
+    update_running_statistics(alone, _itself)
+
+    ranks = [_deferred(), _deferred()]
+    for rank, norm in enumerate(ranks):
+        for batch in batches[rank::2]:
+            norm(batch)
+    sent: list[Tensor] = []
+
+    def collect(flat: Tensor) -> Tensor:
+        sent.append(flat)
+        return flat
+
+    for norm in ranks:
+        update_running_statistics(copy.deepcopy(norm), collect)
+    assert not torch.allclose(*sent)
+    for norm in ranks:
+        update_running_statistics(norm, lambda _: torch.stack(sent).mean(0))
+    assert all(map(torch.equal, _statistics(ranks[0]), _statistics(ranks[1])))
+    torch.testing.assert_close(_statistics(ranks[0]), _statistics(alone))
+
+
+# ----------------------------------------------------------------------- steps that are given up
+
+
+def test_apply_false_changes_nothing_and_forgets_what_was_pending() -> None:
+    norm = _deferred()
+    given_up, kept = _currents(2)
+    before = _statistics(norm)
+    norm(given_up)
+    update_running_statistics(norm, _itself, apply=torch.tensor(False))
+    assert all(map(torch.equal, _statistics(norm), before))
+    assert _pending_is_empty(norm)
+    expected = _moved(norm, [kept])
+    norm(kept)
+    update_running_statistics(norm, _itself, apply=torch.tensor(True))
+    torch.testing.assert_close(_statistics(norm), expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_batch_that_is_given_up_leaves_no_trace(bad: float) -> None:
+    norm = _deferred()
+    poisoned, clean = _currents(2)
+    poisoned[0, 0, 1, 0, 0] = bad
+    before = _statistics(norm)
+    norm(poisoned)
+    update_running_statistics(norm, _itself, apply=torch.tensor(False))
+    assert all(map(torch.equal, _statistics(norm), before))
+    expected = _moved(norm, [clean])
+    norm(clean)
+    update_running_statistics(norm, _itself)
+    torch.testing.assert_close(_statistics(norm), expected)
+
+
+def test_discard_forgets_the_forward_passes_of_an_abandoned_step() -> None:
+    norm = _deferred()
+    abandoned, kept = _currents(2)
+    norm(abandoned)
+    norm.discard()
+    expected = _moved(norm, [kept])
+    norm(kept)
+    update_running_statistics(norm, _itself)
+    torch.testing.assert_close(_statistics(norm), expected)
+
+
+# ----------------------------------------------------------------------------------- repetitions
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["immediate", "deferred"])
+def test_a_repeated_forward_pass_is_not_counted(deferred: bool) -> None:
+    norm = _deferred() if deferred else BatchNorm(3).double()
+    (batch,) = _currents(1)
+    expected = _moved(norm, [batch])
+    y = norm(batch)
+    with recomputing():
+        assert torch.equal(norm(batch), y)
+        norm(2 * batch)
+    update_running_statistics(norm, _itself)
+    torch.testing.assert_close(_statistics(norm), expected)
+
+
+def test_counting_resumes_after_a_repetition_that_failed() -> None:
+    norm = _deferred()
+    (batch,) = _currents(1)
+    with pytest.raises(RuntimeError, match="stop"), recomputing():
+        raise RuntimeError("stop")
+    norm(batch)
+    assert norm.pending_count == 1
+
+
+def test_a_repetition_in_one_thread_does_not_silence_another() -> None:
+    # autograd repeats forward passes in its own threads on a GPU.
+    norm = _deferred()
+    (batch,) = _currents(1)
+    with recomputing():
+        other = threading.Thread(target=norm, args=(batch,))
+        other.start()
+        other.join()
+        assert norm.pending_count == 1
+        norm(batch)
+    assert norm.pending_count == 1

@@ -1,0 +1,367 @@
+"""Neurons: their dynamics by hand, their surrogates, and the gradient through time."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tetdist.nn.neurons import SURROGATES, Neuron, NeuronConfig, run, spike
+
+# Currents, spikes and the last membrane, worked out by hand in binary fractions: float arithmetic
+# is exact on them, so every comparison is for equality.
+BY_HAND = {
+    "lif-hard": (NeuronConfig(), [0.5, 0.5, 0.5, 1.0, 0.5], [0, 0, 0, 1, 0], 0.5),
+    # 1.5 fires and leaves 0.5; 2.1875 fires once and leaves 1.1875, above the threshold.
+    "lif-soft": (
+        NeuronConfig(reset="soft"),
+        [1.5, 0.5, 0.5, 1.75, 0.5],
+        [1, 0, 0, 1, 1],
+        0.09375,
+    ),
+    "lif-slow-leak": (NeuronConfig(decay=0.75), [1.0, 0.5, 0.5, -1.0], [0, 1, 0, 0], -0.625),
+    "if-hard": (NeuronConfig(decay=1.0), [0.5, 0.5, 0.25, 0.75, -0.5], [0, 0, 1, 0, 0], 0.25),
+    "if-soft": (
+        NeuronConfig(decay=1.0, reset="soft"),
+        [0.75, 0.5, 0.75, 2.5, 0.0],
+        [0, 1, 0, 1, 1],
+        1.5,
+    ),
+    "low-threshold-hard": (NeuronConfig(threshold=0.5), [0.75, 0.5, 0.5, 0.25], [1, 0, 1, 0], 0.25),
+    "high-threshold-soft": (
+        NeuronConfig(threshold=2.0, reset="soft"),
+        [3.0, 2.0, 1.0, 0.0],
+        [1, 1, 0, 0],
+        0.625,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_sequence_by_hand(case: str) -> None:
+    config, current, spikes, membrane = BY_HAND[case]
+    fired, u = run(torch.tensor(current), config)
+    assert fired.tolist() == spikes
+    assert u.item() == membrane
+
+
+@pytest.mark.parametrize("threshold", [0.25, 1.0, 3.0])
+@pytest.mark.parametrize("reset", ["hard", "soft"])
+def test_membrane_exactly_at_the_threshold_is_silent(threshold: float, reset: str) -> None:
+    config = NeuronConfig(threshold=threshold, reset=reset)
+    just_above = math.nextafter(threshold, math.inf)
+    current = torch.tensor([[threshold, just_above]], dtype=torch.float64)
+    fired, u = run(current, config)
+    assert fired.tolist() == [[0, 1]]
+    assert u[0] == threshold
+
+
+def test_given_membrane_is_where_the_neuron_starts() -> None:
+    fired, u = run(torch.tensor([[0.5, 0.5]]), NeuronConfig(), torch.tensor([1.0, 1.5]))
+    assert fired.tolist() == [[0, 1]]  # 0.5 + 0.5 is at the threshold, 0.75 + 0.5 above it
+    assert u.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("reset", ["hard", "soft"])
+@pytest.mark.parametrize("first", [1, 3])
+def test_two_segments_with_the_membrane_carried_equal_one_run(reset: str, first: int) -> None:
+    config = NeuronConfig(reset=reset, surrogate="sigmoid", surrogate_width=3.0)
+    generator = torch.Generator().manual_seed(0)
+    current = torch.rand(6, 4, 5, generator=generator, dtype=torch.float64) * 1.5
+    weight = torch.randn(6, 4, 5, generator=generator, dtype=torch.float64)
+
+    def loss_and_gradient(in_segments: bool) -> tuple[Tensor, Tensor, Tensor]:
+        leaf = current.clone().requires_grad_()
+        if in_segments:
+            early, u = run(leaf[:first], config)
+            late, u = run(leaf[first:], config, u)
+            spikes = torch.cat([early, late])
+        else:
+            spikes, u = run(leaf, config)
+        (gradient,) = torch.autograd.grad((spikes * weight).sum() + u.sum(), leaf)
+        return spikes, u, gradient
+
+    for whole, parts in zip(loss_and_gradient(False), loss_and_gradient(True), strict=True):
+        assert torch.equal(whole, parts)
+
+
+def test_neuron_module_forgets_between_samples() -> None:
+    neuron = Neuron(NeuronConfig())
+    current = torch.full((3, 2), 0.6)
+    first, second = neuron(current), neuron(current)
+    assert first.tolist() == [[0, 0], [0, 0], [1, 1]]
+    assert torch.equal(first, second)
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=50)
+@given(st.integers(1, 12), st.floats(0.25, 3), st.integers(0, 2**31))
+def test_soft_reset_without_leak_loses_no_charge(
+    timesteps: int, threshold: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    current = torch.randn(timesteps, 7, generator=generator, dtype=torch.float64)
+    spikes, u = run(current, NeuronConfig(decay=1.0, threshold=threshold, reset="soft"))
+    torch.testing.assert_close(u + threshold * spikes.sum(0), current.sum(0))
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=50)
+@given(st.integers(1, 12), st.floats(0.05, 1), st.floats(0.25, 3), st.integers(0, 2**31))
+def test_hard_reset_leaves_nothing_above_the_threshold(
+    timesteps: int, decay: float, threshold: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    current = 3 * torch.randn(timesteps, 7, generator=generator, dtype=torch.float64)
+    spikes, u = run(current, NeuronConfig(decay=decay, threshold=threshold))
+    assert set(spikes.unique().tolist()) <= {0.0, 1.0}
+    assert (u <= threshold).all()
+    assert (u[spikes[-1] == 1] == 0).all()
+
+
+# ------------------------------------------------------------------------------------ surrogates
+
+
+def _triangle_integral(x: float, width: float) -> float:
+    if x <= 0:
+        return max(0.0, x + width) ** 2 / (2 * width**2)
+    return 1 - max(0.0, width - x) ** 2 / (2 * width**2)
+
+
+# What the spike is replaced by: smooth steps from 0 to 1, of which the surrogates are derivatives.
+ANTIDERIVATIVES: dict[str, Callable[[float, float], float]] = {
+    "triangle": _triangle_integral,
+    "atan": lambda x, alpha: math.atan(math.pi / 2 * alpha * x) / math.pi + 0.5,
+    "sigmoid": lambda x, alpha: 0.5 * (1 + math.tanh(alpha * x / 2)),
+    "rectangle": lambda x, width: min(1.0, max(0.0, (x + width) / (2 * width))),
+}
+
+each_surrogate = pytest.mark.parametrize("surrogate", SURROGATES)
+each_width = pytest.mark.parametrize("width", [0.5, 1.0, 2.0, 4.0])
+
+
+def test_every_surrogate_has_an_antiderivative_here() -> None:
+    assert ANTIDERIVATIVES.keys() == SURROGATES.keys()
+
+
+@each_width
+@each_surrogate
+def test_surrogate_is_the_derivative_of_a_step(surrogate: str, width: float) -> None:
+    step = ANTIDERIVATIVES[surrogate]
+    assert step(-1e9, width) == pytest.approx(0, abs=1e-8)
+    assert step(1e9, width) == pytest.approx(1, abs=1e-8)
+    assert step(0, width) == 0.5
+    # An irregular grid that misses the kinks at 0 and at +-width by more than h.
+    xs = [-5.1 + 0.0937 * i for i in range(110)]
+    h = 1e-5
+    differences = [(step(x + h, width) - step(x - h, width)) / (2 * h) for x in xs]
+    slopes = SURROGATES[surrogate](torch.tensor(xs, dtype=torch.float64), width)
+    assert slopes.tolist() == pytest.approx(differences, rel=1e-6, abs=1e-8)
+
+
+@each_width
+@each_surrogate
+def test_surrogate_integrates_to_one_over_the_line(surrogate: str, width: float) -> None:
+    # atan's tails are heavy, so the line is a substitution: x = tan(v), dx = (1 + x^2) dv.
+    edges = torch.linspace(-math.pi / 2, math.pi / 2, 400_001, dtype=torch.float64)
+    x = torch.tan((edges[1:] + edges[:-1]) / 2)
+    area = (SURROGATES[surrogate](x, width) * (1 + x**2)).sum() * math.pi / 400_000
+    assert area.item() == pytest.approx(1, abs=1e-4)
+
+
+@each_surrogate
+def test_surrogate_is_even(surrogate: str) -> None:
+    x = torch.linspace(0, 4, 33, dtype=torch.float64)
+    torch.testing.assert_close(SURROGATES[surrogate](-x, 1.5), SURROGATES[surrogate](x, 1.5))
+
+
+def test_surrogates_at_values_from_the_papers() -> None:
+    x = torch.tensor([-2.0, -0.25, 0.0, 0.5, 1.0], dtype=torch.float64)
+    # TET: gamma = 1; SEW-ResNet: 1 / (1 + (pi x)^2) at alpha = 2; STBP: a window of height 1/(2a).
+    assert SURROGATES["triangle"](x, 1.0).tolist() == [0, 0.75, 1, 0.5, 0]
+    torch.testing.assert_close(SURROGATES["atan"](x, 2.0), 1 / (1 + (math.pi * x) ** 2))
+    assert SURROGATES["rectangle"](x, 0.5).tolist() == [0, 1, 1, 0, 0]
+    assert SURROGATES["sigmoid"](x, 4.0)[2] == 1
+
+
+@each_surrogate
+def test_spike_is_a_step_with_the_surrogates_gradient(surrogate: str) -> None:
+    config = NeuronConfig(surrogate=surrogate, surrogate_width=1.5)
+    x = torch.linspace(-2, 2, 41, dtype=torch.float64, requires_grad=True)
+    weight = torch.linspace(1, 3, 41, dtype=torch.float64)
+    fired = spike(x, config)
+    assert fired.tolist() == [float(value > 0) for value in x.tolist()]
+    (gradient,) = torch.autograd.grad((fired * weight).sum(), x)
+    torch.testing.assert_close(gradient, weight * SURROGATES[surrogate](x.detach(), 1.5))
+
+
+# ------------------------------------------------------------------------ gradient through time
+
+
+def _gradient_by_sensitivities(
+    current: list[float], rest: float, config: NeuronConfig, spike_weights: list[float]
+) -> tuple[list[float], float]:
+    """Gradient of ``sum_t weight[t] s[t] + membrane`` in plain numbers, forwards in time.
+
+    Carries d(everything)/d(input) along with the neuron, one input at a time; autograd goes
+    backwards, so the two share nothing. The last input is the membrane at the start.
+    """
+    num_inputs = len(current) + 1
+    slope_of = SURROGATES[config.surrogate]
+    u, du = rest, [0.0] * len(current) + [1.0]
+    gradient = [0.0] * num_inputs
+    for t, (current_t, weight) in enumerate(zip(current, spike_weights, strict=True)):
+        u = config.decay * u + current_t
+        du = [config.decay * d + (i == t) for i, d in enumerate(du)]
+        s = float(u > config.threshold)
+        x = torch.tensor(u - config.threshold, dtype=torch.float64)
+        ds = [slope_of(x, config.surrogate_width).item() * d for d in du]
+        gradient = [g + weight * d for g, d in zip(gradient, ds, strict=True)]
+        ds_reset = [0.0] * num_inputs if config.detach_reset else ds
+        if config.reset == "hard":
+            du = [d * (1 - s) - u * r for d, r in zip(du, ds_reset, strict=True)]
+            u = u * (1 - s)
+        else:
+            du = [d - config.threshold * r for d, r in zip(du, ds_reset, strict=True)]
+            u = u - config.threshold * s
+    gradient = [g + d for g, d in zip(gradient, du, strict=True)]
+    return gradient[:-1], gradient[-1]
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0], ids=["lif", "if"])
+@pytest.mark.parametrize("detach_reset", [False, True], ids=["through-reset", "detached"])
+@pytest.mark.parametrize("reset", ["hard", "soft"])
+@each_surrogate
+def test_gradient_through_time(
+    surrogate: str, reset: str, detach_reset: bool, decay: float
+) -> None:
+    config = NeuronConfig(
+        decay=decay,
+        threshold=0.75,
+        reset=reset,
+        detach_reset=detach_reset,
+        surrogate=surrogate,
+        surrogate_width=1.25,
+    )
+    generator = torch.Generator().manual_seed(1)
+    current = torch.randn(6, 4, generator=generator, dtype=torch.float64) * 0.6 + 0.4
+    rest = torch.rand(4, generator=generator, dtype=torch.float64) - 0.5
+    weight = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    current.requires_grad_()
+    rest.requires_grad_()
+    spikes, membrane = run(current, config, rest)
+    assert 0 < spikes.mean() < 1  # both branches of the reset are taken
+    ((spikes * weight).sum() + membrane.sum()).backward()
+
+    assert current.grad is not None
+    assert rest.grad is not None
+    for n in range(4):
+        by_current, by_rest = _gradient_by_sensitivities(
+            current[:, n].tolist(), rest[n].item(), config, weight[:, n].tolist()
+        )
+        assert current.grad[:, n].tolist() == pytest.approx(by_current, rel=1e-10, abs=1e-12)
+        assert rest.grad[n].item() == pytest.approx(by_rest, rel=1e-10, abs=1e-12)
+
+
+def test_sigmoid_control_has_its_own_gradient() -> None:
+    config = NeuronConfig(spike="sigmoid", surrogate="sigmoid", surrogate_width=5.0)
+    generator = torch.Generator().manual_seed(0)
+    current = torch.randn(4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    out, membrane = run(current, config)
+    first = torch.sigmoid(5 * (current[0] - 1))
+    assert torch.equal(out[0], first)
+    # The hard reset with a number between 0 and 1 takes a share.
+    assert torch.allclose(
+        out[1], torch.sigmoid(5 * (current[0] * (1 - first) / 2 + current[1] - 1))
+    )
+    # Against finite differences: through time, and through the resets.
+    assert torch.autograd.gradcheck(lambda i: run(i, config), current)
+    # With a step, the same check fails: that is the mismatch.
+    step = NeuronConfig(surrogate="sigmoid", surrogate_width=5.0)
+    assert not torch.autograd.gradcheck(lambda i: run(i, step), current, raise_exception=False)
+    assert membrane.shape == (6,)
+
+
+def test_sigmoid_control_asks_for_its_derivative() -> None:
+    with pytest.raises(ValueError, match="surrogate must be 'sigmoid', not 'triangle'"):
+        NeuronConfig(spike="sigmoid")
+    with pytest.raises(ValueError, match="spike must be one of step, sigmoid, relu, not 'stop'"):
+        NeuronConfig(spike="stop")  # type: ignore[arg-type]  # the mistake
+
+
+def test_detaching_the_reset_changes_the_gradient_and_not_the_spikes() -> None:
+    results = []
+    for detach_reset in (False, True):
+        current = torch.tensor([0.9, 0.7, 0.8], dtype=torch.float64, requires_grad=True)
+        spikes, _ = run(current, NeuronConfig(detach_reset=detach_reset))
+        spikes.sum().backward()
+        assert current.grad is not None
+        results.append((spikes.tolist(), current.grad.tolist()))
+    (spikes_kept, gradient_kept), (spikes_detached, gradient_detached) = results
+    assert spikes_kept == spikes_detached
+    assert gradient_kept[0] != gradient_detached[0]
+    assert gradient_kept[-1] == gradient_detached[-1]  # no reset follows the last spike
+
+
+# ------------------------------------------------------------------------------------- precision
+
+
+def test_bfloat16_current_keeps_a_float32_membrane() -> None:
+    # 1 + 2^-10 is above the threshold, but is 1 in bfloat16: such a membrane would never fire.
+    current = torch.tensor([1.0, 2**-10, 0.5], dtype=torch.bfloat16, requires_grad=True)
+    spikes, membrane = run(current, NeuronConfig(decay=1.0))
+    assert spikes.dtype == torch.bfloat16
+    assert membrane.dtype == torch.float32
+    assert spikes.tolist() == [0, 1, 0]
+    spikes.sum().backward()
+    assert current.grad is not None
+    assert current.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_types_of_spikes_and_membrane(dtype: torch.dtype) -> None:
+    spikes, membrane = run(torch.ones(2, 3, dtype=dtype), NeuronConfig())
+    assert spikes.dtype == dtype
+    assert membrane.dtype == torch.promote_types(dtype, torch.float32)
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+
+BAD_VALUES = {
+    "decay": [0.0, -0.5, 1.01, math.nan],
+    "threshold": [0.0, -1.0, math.nan],
+    "reset": ["none", ""],
+    "surrogate": ["relu", ""],
+    "surrogate_width": [0.0, -2.0, math.nan],
+}
+_BAD = list(itertools.chain(*([(k, v) for v in values] for k, values in BAD_VALUES.items())))
+
+
+@pytest.mark.parametrize(("key", "value"), _BAD, ids=[f"{k}={v}" for k, v in _BAD])
+def test_error_names_the_key_and_the_value(key: str, value: float | str) -> None:
+    with pytest.raises(ValueError, match=rf"^{key} must be .*not '?{value}'?$"):
+        NeuronConfig(**{key: value})
+
+
+def test_unknown_surrogate_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="triangle, atan, sigmoid, rectangle"):
+        NeuronConfig(surrogate="arctan")
+
+
+def test_unknown_key_is_refused() -> None:
+    with pytest.raises(TypeError, match="tau"):
+        NeuronConfig(tau=2.0)
+
+
+def test_defaults_are_the_papers_neuron() -> None:
+    assert NeuronConfig() == NeuronConfig(
+        decay=0.5,
+        threshold=1.0,
+        reset="hard",
+        detach_reset=False,
+        surrogate="triangle",
+        surrogate_width=1.0,
+    )

@@ -1,0 +1,213 @@
+"""Operations on packed spikes are torch's own, in value and gradient, and keep bytes."""
+
+import contextlib
+import os
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from passes import not_native
+from torch import Tensor, nn
+
+import tetdist.models  # noqa: F401  # registers them
+from tetdist.nn import native
+from tetdist.nn.packed import AvgPool, Conv2d, MaxPool, carried, carry, pack
+from tetdist.nn.precision import autocast
+
+SHAPE = (3, 2, 4, 9, 7)  # (T, B, C, H, W), with an odd height
+
+
+def some(levels: int = 1, highest: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, highest * levels + 1, SHAPE, generator=generator) / levels
+    # Channels last in memory, as everywhere.
+    flat = values.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    return flat.unflatten(0, SHAPE[:2]).to(dtype).requires_grad_()
+
+
+def with_packed(x: Tensor, levels: int) -> Tensor:
+    y = x * 1
+    return carry(y, pack(x.detach(), levels))
+
+
+def needs_native_pool() -> None:
+    if native.pool() is None:
+        assert not os.environ.get("CI"), "CI has a C++ compiler, and this does not build"
+        pytest.skip("no C++ compiler")
+
+
+def timewise(module: nn.Module, x: Tensor) -> Tensor:
+    """torch's own operation on each timestep."""
+    if isinstance(module, nn.Conv2d):
+        y = F.conv2d(x.flatten(0, 1), module.weight, module.bias, module.stride, module.padding)
+    else:
+        y = module(x.flatten(0, 1))
+    return y.unflatten(0, x.shape[:2])
+
+
+CONVOLUTIONS = {
+    "3x3": Conv2d(4, 5, 3, padding=1, bias=False),
+    "strided": Conv2d(4, 5, 3, stride=2, padding=1),
+    "1x1": Conv2d(4, 5, 1, stride=2, bias=False),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("levels", [1, 4])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution(name: str, levels: int, precision: str) -> None:
+    conv = CONVOLUTIONS[name].to(memory_format=torch.channels_last)
+    results = []
+    for packed in (False, True):
+        conv.zero_grad()
+        x = some(levels)
+        with autocast(x.device, precision):
+            if packed:
+                y = conv(with_packed(x, levels))
+            else:
+                y = timewise(conv, x)
+        y.float().square().sum().backward()
+        results.append((y.detach(), x.grad, *(p.grad.clone() for p in conv.parameters())))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("levels", [1, 4])
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (2, 3)], ids=str)
+@pytest.mark.parametrize("window", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 1), (5, 3, 2)], ids=str)
+@pytest.mark.parametrize("implementation", ["native", "torch"])
+def test_max_pool(
+    implementation: str, window: tuple[int, int, int], size: tuple[int, int], levels: int
+) -> None:
+    """The first of equal maxima gets the gradient, as in torch."""
+    if implementation == "native":
+        needs_native_pool()
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 4, (3, 2, 5, *size), generator=generator) / levels
+    results = []
+    for packed in (False, True):
+        x = values.clone().requires_grad_()
+        with not_native() if implementation == "torch" else contextlib.nullcontext():
+            if packed:
+                y = MaxPool(*window)(with_packed(x, levels))
+                found = carried(y)
+                assert found is not None
+                assert torch.equal(found.unpack(torch.float32), y)
+            else:
+                y = timewise(nn.MaxPool2d(*window), x)
+            (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
+        results.append((y.detach(), x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_native_max_pool_in_bfloat16_adds_gradients_in_float32() -> None:
+    needs_native_pool()
+    x = torch.randint(0, 2, (2, 1, 70, 9, 9), generator=torch.Generator().manual_seed(0)).bfloat16()
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        y = MaxPool(3, 1, 1)(with_packed(leaf, 1))
+        assert y.dtype == dtype
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+        y.backward(grad.to(dtype))
+        gradients.append(leaf.grad)
+    assert torch.equal(gradients[0], gradients[1].bfloat16())
+
+
+def test_average_pool() -> None:
+    results = []
+    for packed in (False, True):
+        x = some(highest=1)
+        y = AvgPool()(with_packed(x, 1)) if packed else timewise(nn.AvgPool2d(2), x)
+        (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
+        results.append((y.detach(), x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    y = AvgPool()(with_packed(some(highest=1), 1))
+    found = carried(y)
+    assert found is not None
+    assert found.levels == 4
+    assert torch.equal(found.unpack(torch.float32), y)
+
+
+@pytest.mark.parametrize("operation", ["conv", "max"])
+def test_bytes_are_kept_instead_of_numbers(operation: str) -> None:
+    module = CONVOLUTIONS["3x3"] if operation == "conv" else MaxPool(3, 2, 1)
+    kept: list[Tensor] = []
+    x = with_packed(some(), 1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = module(x)
+    weights = {p.data_ptr() for p in module.parameters()}
+    activations = [t for t in kept if t.data_ptr() not in weights]
+    assert [t.dtype for t in activations] == [torch.uint8]
+    assert y.requires_grad
+
+
+def test_note_is_void_after_a_write() -> None:
+    x = with_packed(some(), 1)
+    assert carried(x) is not None
+    with torch.no_grad():
+        x += 1
+    assert carried(x) is None
+    # And torch's own operation is used.
+    conv = CONVOLUTIONS["3x3"]
+    assert torch.equal(conv(x), timewise(conv, x))
+
+
+def test_without_gradients_nothing_is_packed() -> None:
+    conv = CONVOLUTIONS["3x3"]
+    with torch.no_grad():
+        x = with_packed(some(), 1)
+        assert torch.equal(conv(x), timewise(conv, x))
+        assert torch.equal(
+            MaxPool(3, 2, 1)(x), F.max_pool2d(x.flatten(0, 1), 3, 2, 1).unflatten(0, (3, 2))
+        )
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_bfloat16_convolution_of_one_pixel(stride: int) -> None:
+    """torch's own leaves garbage in the weight's gradient on some CPUs."""
+    torch.manual_seed(0)
+    conv = Conv2d(16, 32, 3, stride=stride, padding=1, bias=False)
+    x = torch.randint(0, 2, (3, 2, 16, 1, 1)).float()
+    gradients = []
+    for precision in ("fp32", "bf16", "bf16", "bf16"):
+        conv.zero_grad()
+        with autocast(x.device, precision):
+            y = conv(carry(x.clone().requires_grad_(), pack(x)))
+        assert y.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
+        y.float().square().sum().backward()
+        gradients.append(conv.weight.grad.clone())
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_total_is_exact(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 9, (3, 5, 64, 20, 21), generator=generator).to(dtype) / 4
+    for laid_out in (x, x.transpose(2, 4), x[..., ::2], x[:, 1:], x[:1].expand(3, -1, -1, -1, -1)):
+        total = native.total(laid_out)
+        assert total.dtype == torch.float64
+        assert total.item() == laid_out.double().sum().item()
+    assert native.total(x[:0]).item() == 0
+
+
+def test_inference_mode_is_no_grad() -> None:
+    model = timm.create_model("sew_resnet18", timesteps=2, num_classes=5).eval()
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for execution in ("fused", "reference"):
+        model.set_execution(execution)
+        with torch.no_grad():
+            expected = model(x)
+        with torch.inference_mode():
+            assert torch.equal(model(x), expected)
+
+
+def test_gradient_of_a_gradient_is_refused() -> None:
+    model = timm.create_model("spiking_convnet", channels=(4, 8), input_size=8, timesteps=2)
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -1,0 +1,267 @@
+"""The pictures of a run: that they show what they should, from a run's first minute to its last."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tetdist.config.schema import DataSection
+from tetdist.errors import UserError
+from tetdist.evaluation.membranes import Membranes
+from tetdist.reports.curves import (
+    PERCENT,
+    QUIET,
+    RATE,
+    SPEED,
+    TRAIN,
+    VALIDATION,
+    _beside,
+    _group,
+    _learning_rate,
+    _phase_borders,
+    _running_mean,
+    _steady,
+    firing_rates,
+    inputs,
+    learning_curves,
+    membranes,
+    new_figure,
+)
+from tetdist.training.run_plots import event_pictures, image_pictures
+
+
+def train_line(step: int, **values: Any) -> dict[str, Any]:
+    line = {"kind": "train", "step": step, "time": 0.0, "epoch": step / 100, "phase": 0}
+    line |= {"loss": 7 / step, "top1": 60 - 50 / step, "lr": 0.1, "grad_norm": 1.0}
+    return line | {"samples_per_s": 1400.0, "data_wait": 3.0} | values
+
+
+def val_line(step: int, **values: Any) -> dict[str, Any]:
+    line = {"kind": "val", "step": step, "time": 0.0, "epoch": step / 100, "phase": 0}
+    line |= {"timesteps": 3, "loss": 6 / step, "top1": 55 - 50 / step, "top5": 80.0}
+    line |= {"per_timestep_top1": [50.0, 52.0, 54.5], "firing_rate": {"layer1": 0.2}}
+    return line | {"samples": 1000, "seconds": 1.0} | values
+
+
+def draw(folder: Path, lines: list[dict[str, Any]]) -> Path:
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = folder / "plots" / "learning_curves.png"
+    learning_curves(metrics, out)
+    return out
+
+
+def pixels(picture: Path, colour: str) -> int:
+    """How many pixels have a colour exactly."""
+    from PIL import Image
+
+    wanted = tuple(bytes.fromhex(colour[1:]))
+    with Image.open(picture) as image:
+        counted = image.convert("RGB").getcolors(image.width * image.height)
+    assert counted is not None
+    return sum(count for count, value in counted if value == wanted)
+
+
+def test_a_whole_run_with_two_phases(tmp_path: Path) -> None:
+    lines = []
+    for step in range(10, 1210, 10):
+        later = step > 900
+        speed = {"phase": 1, "lr": 1e-4, "samples_per_s": 900.0} if later else {}
+        lines.append(train_line(step, **speed))
+        if step % 100 == 0:
+            lines.append(val_line(step, **({"phase": 1, "timesteps": 6} if later else {})))
+    out = draw(tmp_path, lines)
+    colours = (TRAIN, VALIDATION, RATE, SPEED, QUIET)
+    for colour in colours:
+        assert pixels(out, colour) > 100, colour
+    assert [entry.name for entry in out.parent.iterdir()] == ["learning_curves.png"]
+
+    train = [line for line in lines if line["kind"] == "train"]
+    val = [line for line in lines if line["kind"] == "val"]
+    assert _phase_borders(train, val) == [(9.0, "phase 1: T = 6")]
+    assert _phase_borders(train[:90], val) == []
+
+
+def test_before_the_first_evaluation(tmp_path: Path) -> None:
+    out = draw(tmp_path, [train_line(step) for step in (10, 20, 30)])
+    assert pixels(out, TRAIN) > 100
+    assert pixels(out, VALIDATION) == 0
+
+
+def test_one_line_of_each(tmp_path: Path) -> None:
+    assert pixels(draw(tmp_path, [train_line(10)]), TRAIN) > 20
+    assert pixels(draw(tmp_path, [train_line(10), val_line(10)]), VALIDATION) > 100
+    assert pixels(draw(tmp_path, [val_line(10)]), VALIDATION) > 100
+    assert pixels(draw(tmp_path, [val_line(1, epoch=0.0)]), VALIDATION) > 100
+
+
+def test_lines_that_lack_something_or_are_not_finite(tmp_path: Path) -> None:
+    bare = {"kind": "train", "step": 5, "time": 0.0, "epoch": 0.05}
+    lines = [bare, train_line(10), train_line(20, loss="NaN", samples_per_s="Infinity")]
+    lines += [train_line(30, top1=None), val_line(30, top1="NaN", per_timestep_top1=["NaN"] * 3)]
+    lines += [{"kind": "other", "step": 3, "time": 0.0}]
+    assert pixels(draw(tmp_path, lines), TRAIN) > 100
+
+
+def test_nothing_to_draw(tmp_path: Path) -> None:
+    out = draw(tmp_path, [])
+    assert not out.parent.exists()
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "st')
+    learning_curves(tmp_path / "metrics.jsonl", out)
+    assert not out.parent.exists()
+
+
+def test_a_new_picture_replaces_the_old_one(tmp_path: Path) -> None:
+    out = draw(tmp_path, [train_line(10)])
+    before = out.read_bytes()
+    with out.open("rb") as reader:  # somebody looks at it
+        draw(tmp_path, [train_line(10), train_line(20)])
+        assert reader.read() == before
+    assert out.read_bytes() != before
+
+
+def test_firing_rates_show_what_is_dead_and_saturated(tmp_path: Path) -> None:
+    def colours(*rates: dict[str, float]) -> tuple[int, int]:
+        metrics = tmp_path / "metrics.jsonl"
+        lines = [val_line(100 * i, firing_rate=rate) for i, rate in enumerate(rates, start=1)]
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        out = tmp_path / "plots" / "firing_rates.png"
+        firing_rates(metrics, out)
+        return pixels(out, VALIDATION), pixels(out, "#000000")
+
+    alive = {f"layer{i}": 0.1 for i in range(4)}
+    dead, saturated = colours(alive, alive)
+    more_dead, as_saturated = colours(alive, alive | {"layer1": 0.0})
+    assert more_dead > dead + 5000  # half a row
+    assert as_saturated < saturated + 500
+    as_dead, more_saturated = colours(alive, alive | {"layer1": 0.95})
+    assert as_dead == dead
+    assert more_saturated > saturated + 5000
+    # A single evaluation, at epoch 0, and a layer that has no value.
+    colours(alive)
+    colours({"layer0": 0.1}, alive)
+
+
+def test_firing_rates_before_the_first_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(train_line(10)) + "\n")
+    firing_rates(tmp_path / "metrics.jsonl", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_membranes_are_coloured_by_whether_they_fire(tmp_path: Path) -> None:
+    edges = [-1.0, 0.0, 1.0, 2.0]
+
+    def colours(shares: list[float], fires: float) -> tuple[int, int]:
+        found = Membranes(edges, {"layer": shares}, {"layer": fires})
+        membranes(found, "title", tmp_path / "m.png")
+        return pixels(tmp_path / "m.png", TRAIN), pixels(tmp_path / "m.png", VALIDATION)
+
+    silent, firing = colours([0.5, 0.5, 0.0], 0.0), colours([0.0, 0.5, 0.5], 0.5)
+    assert silent[0] > 1.5 * firing[0] > 1000
+    assert silent[1] < 500  # the number beside it
+    assert firing[1] > 5000
+
+
+def test_inputs_are_shown_as_they_are(tmp_path: Path) -> None:
+    images = np.zeros((3, 8, 8, 3))
+    images[1, ..., 0] = 1.0
+    inputs(images, ["a", "b", "c"], "title", tmp_path / "i.png")
+    red, black = (pixels(tmp_path / "i.png", colour) for colour in ("#FF0000", "#000000"))
+    assert 0 < red < black
+    assert black > 1.9 * red
+    frames = np.ones((2, 5, 8, 8, 3))
+    frames[0, 2, ..., :2] = 0.0
+    inputs(frames, ["a", "b"], "title", tmp_path / "e.png")
+    assert pixels(tmp_path / "e.png", "#0000FF") > 1000
+
+
+def test_images_and_events_as_pictures() -> None:
+    data = DataSection(root="x", mean=(0.5, 0.5, 0.25), std=(0.5, 0.5, 0.25))
+    pictures = image_pictures(torch.tensor([-1.0, 0.0, 9.0]).view(1, 3, 1, 1), data)
+    assert pictures.tolist() == [[[[0.0, 0.5, 1.0]]]]
+    frames = torch.zeros(2, 1, 2, 1, 3)
+    frames[0, 0, 1, 0, 0] = 2.0  # on
+    frames[0, 0, 0, 0, 1] = 2.0  # off
+    shown = event_pictures(frames)
+    assert shown[0, 0, 0].tolist() == [[1, 0, 0], [0, 0, 1], [1, 1, 1]]
+    assert (shown[1] == 1).all()
+
+
+def test_a_group_has_points_where_they_are_few_and_a_spread_within_its_limits() -> None:
+    axis = new_figure(3, 3).subplots()
+    curves = [([1.0], [99.0]), ([1.0], [39.0])]  # one evaluation of each
+    _group(axis, curves, TRAIN, "two", PERCENT)
+    _group(axis, curves[:1], TRAIN, "one", PERCENT)
+    assert [line.get_marker() for line in axis.get_lines()] == ["o"] * 4
+    (band,) = axis.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (pytest.approx(69 - 1800**0.5), 100)
+    _group(axis, [([*range(99)], [1.0] * 99)], TRAIN, "", PERCENT)
+    assert axis.get_lines()[-1].get_marker() == "None"
+
+
+def test_means_over_a_few_steps_are_not_drawn() -> None:
+    """Every 20 steps, and at the ends of two epochs of 62."""
+    train = [train_line(step) for step in (20, 40, 60, 62, 82, 102, 122, 124)]
+    assert [line["step"] for line in _steady(train)] == [20, 40, 60, 82, 102, 122]
+    assert _steady(train[:1]) == train[:1]
+    assert _steady([]) == []
+
+
+def test_small_rates_are_written_as_others_are() -> None:
+    axis = new_figure(3, 3).subplots()
+    _learning_rate(axis, [train_line(1, lr=1e-4), train_line(2, lr=5e-5)])
+    written = axis.yaxis.get_major_formatter()
+    assert [written(rate) for rate in (0.0, 5e-5, 3 * 1e-4, 0.1)] == [
+        "0",
+        "0.00005",
+        "0.0003",
+        "0.1",
+    ]
+
+
+def test_numbers_of_points_lie_beside_the_line() -> None:
+    def sides(*values: float) -> list[tuple[bool, str]]:
+        found = [_beside(values, index) for index in range(len(values))]
+        return [(y > 0, side) for _, y, side in found]
+
+    above, below = (True, "center"), (False, "center")
+    assert sides(1.0, 2.0, 3.0) == [(True, "right"), (True, "right"), above]
+    assert sides(3.0, 1.0, 2.0, 1.0) == [above, below, above, (True, "left")]
+    assert sides(5.0) == [above]
+
+
+def test_running_mean() -> None:
+    values = [1.0, 2.0, 6.0, 3.0, 5.0]
+    assert _running_mean(values, 1) == [1.5, 3.0, 11 / 3, 14 / 3, 4.0]
+    assert _running_mean(values, 0) == values
+    assert all(map(math.isclose, _running_mean(values, 9), [3.4] * 5))
+
+
+def test_no_display_and_no_global_figures(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(train_line(10)) + "\n")
+    code = (
+        "import sys; from pathlib import Path; from tetdist.reports.curves import learning_curves\n"
+        "assert not any(name.startswith('matplotlib') for name in sys.modules)\n"
+        "learning_curves(Path('metrics.jsonl'), Path('a.png'))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules and 'mlflow' not in sys.modules\n"
+    )
+    environment = {**os.environ, "MPLBACKEND": "TkAgg"}
+    environment.pop("DISPLAY", None)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=60
+    )
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_matplotlib_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"matplotlib is not installed: pip install"):
+        draw(tmp_path, [train_line(10)])

@@ -1,0 +1,557 @@
+"""tools/study.py: runs trained, continued, skipped and failed; the report's numbers."""
+
+import importlib
+import json
+import logging
+import os
+import re
+import signal
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+from PIL import Image
+from scipy import stats
+from tiny import Outcome
+
+TOOLS = tiny.PROJECT / "tools"
+STUDY = TOOLS / "study.py"
+ENTRIES: dict[str, Any] = {
+    "sdt": {"overrides": {"loss.kind": "sdt"}},
+    "tet": {"control": "sdt", "overrides": {"loss.kind": "tet"}},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tool() -> ModuleType:
+    return importlib.import_module("tetdist.studies.local")
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(tool: ModuleType, capfd: pytest.CaptureFixture[str]) -> Iterator[Call]:
+    """Runs the tool in this process, and its runs in their own: status, output, errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        try:
+            status = tool.main([*map(str, arguments)])
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        return status, *capfd.readouterr()
+
+    yield run
+    # Which the tool sets for a process of its own.
+    logging.getLogger("tetdist.tracking").setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def write(tiny_config: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Writes study.yaml, of tiny runs of one epoch at T=2: ({key: value}) -> file."""
+    base = tiny_config({"phases.0.epochs": 1, "engine": "torch"})
+
+    def study(changes: dict[str, Any] | None = None) -> Path:
+        values: dict[str, Any] = {
+            "title": "A tiny study",
+            "config": str(base),
+            "seeds": [0, 1],
+            "test_timesteps": [1, 2],
+            "entries": ENTRIES,
+        }
+        file = tmp_path / "study.yaml"
+        file.write_text(yaml.safe_dump(tiny.changed(values, changes or {})))
+        return file
+
+    return study
+
+
+def steps_begun_at(log: Path) -> list[str]:
+    """What the starts of a run said about where they begin."""
+    return re.findall(r"continuing \S+ from step (\d+)", log.read_text())
+
+
+def test_a_study_is_trained_continued_and_reported(
+    call: Call, write: Callable[..., Path], main: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    file, output = write(), tmp_path / "out"
+    # Of the control, one run has been trained by hand, one stopped at step 3; another has no place.
+    for seed, more in ((0, ()), (1, ("max_steps=3",))):
+        begun = [f"runs_dir={output}", f"name=sdt-seed{seed}", f"seed={seed}", "loss.kind=sdt"]
+        assert main(tmp_path / "tiny.yaml", *begun, *more).status == 0
+    (output / "tet-seed1").touch()
+    status, out, errors = call(file, "--output", output, "--jobs", 2)
+    assert status == 1, errors
+    failure = r"failed: tet-seed1: exit status 2: error: cannot write to .*tet-seed1\.log\)\n"
+    assert re.search(failure, errors), errors
+    assert "1 of 4 runs are done already" in errors
+    assert re.search(r"\[\d/4\] sdt-seed1: top-1 \d+\.\d\d %", errors), errors
+    assert steps_begun_at(output / "logs" / "sdt-seed1.log") == ["3"]
+    # What is finished is reported, and what is not is named.
+    assert f"the report is {output / 'report.md'}" in out
+    report = (output / "report.md").read_text()
+    assert "**Not complete**: 1 of 4 runs are missing (tet-seed1)" in report
+    before = {path: path.read_bytes() for path in output.glob("*/metrics.jsonl")}
+    assert len(before) == 3
+
+    # With room, the same command trains what is missing, and that alone.
+    (output / "tet-seed1").unlink()
+    status, _, errors = call(file, "--output", output, "--jobs", 2)
+    assert status == 0, errors
+    assert "3 of 4 runs are done already" in errors
+    assert {path: path.read_bytes() for path in before} == before
+    values = json.loads((output / "report" / "study.json").read_text())
+    assert values["missing"] == []
+    for run in values["runs"]:
+        val = tiny.metrics(output / run["name"], "val")[-1]
+        assert run["by_timestep"] == val["per_timestep_top1"]
+        # 5 whole steps of 8 of the 47 samples, at T=2.
+        assert run["image_timesteps"] == 80
+
+    # A run that is finished evaluates nothing again.
+    metrics = output / "tet-seed1" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
+    status, _, errors = call(file, "--output", output)
+    lacks = f"failed: tet-seed1: {metrics} lacks evaluations; remove {metrics.parent} to train"
+    assert (status, lacks in errors) == (1, True), errors
+
+
+@pytest.mark.long
+def test_one_begins_with_another(call: Call, write: Callable[..., Path], tmp_path: Path) -> None:
+    longer = {"phases.0.timesteps": 3, "phases.0.optimizer.lr": 0.01}
+    entries = {
+        "short": {},
+        "longer": {"init": "short", "overrides": longer},
+        "taught": {"init": "short", "teacher": "longer"},
+        "unasked": {},
+    }
+    file = write({"entries": entries, "seeds": [0], "test_timesteps": [1, 3]})
+    output = tmp_path / "out"
+    # Asked for one, it trains the other first; that one is evaluated beyond its T, too.
+    status, _, errors = call(file, "--output", output, "--only", "taught")
+    assert status == 0, errors
+    log = (output / "logs" / "longer-seed0.log").read_text()
+    assert f"beginning with the weights of {output / 'short-seed0'} (step 5, T=2)" in log
+    values = json.loads((output / "report" / "study.json").read_text())
+    cost = {name: entry["image_timesteps"] for name, entry in values["entries"].items()}
+    # What two of a run's needs begin with is paid for once.
+    assert cost == {"short": 80, "longer": 80 + 120, "taught": 80 + 120 + 80}
+    report = (output / "report.md").read_text()
+    assert report.count("| `short` | `longer` |") == 1  # begins with, learns from
+    runs = {run["entry"]: run for run in values["runs"]}
+    teacher = f"loss.distillation.teacher={output / 'longer-seed0'}"
+    assert teacher in runs["taught"]["commands"][0]
+    assert {name: run["image_timesteps"] for name, run in runs.items()} == {
+        "short": 80,
+        "longer": 120,
+        "taught": 80,
+    }
+    (val,) = tiny.metrics(output / "short-seed0", "val")
+    assert runs["short"]["by_timestep"][:2] == pytest.approx(val["per_timestep_top1"])
+    assert len(runs["short"]["by_timestep"]) == 3
+    assert "tools/eval.py" in runs["short"]["commands"][1]
+    assert f"for instance `{runs['short']['commands'][1]}`" in report
+    assert len(runs["longer"]["commands"]) == 1
+
+
+def test_ctrl_c_ends_the_runs_and_they_go_on(write: Callable[..., Path], tmp_path: Path) -> None:
+    file = write({"seeds": [0], "entries": {"long": {}}, "overrides": {"phases.0.epochs": 100_000}})
+    output = tmp_path / "out"
+    command = tiny.python(STUDY, file, "--output", output)
+    env = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT))
+    with tiny.started(command, tmp_path, env) as process:
+        metrics = output / "long-seed0" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert process.poll() is None, process.communicate()[0]
+        os.kill(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on where it was" in said
+    assert "stopped at step" in (output / "logs" / "long-seed0.log").read_text()
+    assert list((output / "long-seed0" / "checkpoints").glob("step-*"))
+
+
+def test_mlflow_has_the_runs_below_the_study(write: Callable[..., Path], tmp_path: Path) -> None:
+    from tetdist.studies import plan
+    from tetdist.studies.tracking import Parent
+
+    changes = {"seeds": [7], "overrides": {"tracking.mlflow": True}}
+    changes["entries"] = ENTRIES | {"untracked": {"overrides": {"tracking.mlflow": False}}}
+    output = tmp_path / "out"
+    runs = plan.runs_of(plan.read(write(changes)), output, [])
+    # As the command, and the same command again.
+    for status in ("SCHEDULED", "FAILED"):
+        parent = Parent("study", runs, output)
+        for run in runs:
+            parent.tell(run, status)
+    with sqlite3.connect(output / "mlflow.db") as store:
+
+        def rows(query: str) -> list[Any]:
+            return store.execute(query).fetchall()
+
+        found = {
+            name: (uuid, status)
+            for name, uuid, status in rows("select name, run_uuid, status from runs")
+        }
+        tags = {
+            (uuid, key): value for uuid, key, value in rows("select run_uuid, key, value from tags")
+        }
+    assert {name: status for name, (_, status) in found.items()} == {
+        "study": "FINISHED",
+        "sdt-seed7": "FAILED",
+        "tet-seed7": "FAILED",
+    }
+    own = {"mlflow.parentRunId": found["study"][0], "study": "study", "entry": "tet", "seed": "7"}
+    own |= {"control": "sdt"}
+    assert {key: tags[found["tet-seed7"][0], key] for key in own} == own
+    assert (found["sdt-seed7"][0], "control") not in tags
+
+
+# --- on a cluster, of which tests/slurm/test_studies.py has one -----------------------------------
+
+
+@pytest.fixture
+def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither its programs nor the facts of this machine's real cluster."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("TETDIST_CLUSTER", raising=False)
+
+
+@pytest.mark.usefixtures("no_slurm")
+def test_dry_run_shows_each_job_after_those_it_needs(
+    call: Call, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    entries = ENTRIES | {"both": {"init": "sdt", "teacher": "tet"}}
+    file = write({"entries": entries, "seeds": [0]})
+    dry = ("--slurm", "--dry-run", "--gpus-per-node", "0")
+    status, said, errors = call(file, "--output", tmp_path / "new", *dry)
+    assert status == 0, errors
+    jobs = said.split("# === ")[1:]
+    assert [job.splitlines()[0] for job in jobs] == [
+        "sdt-seed0",
+        "tet-seed0",
+        "both-seed0, begins after sdt-seed0, tet-seed0",
+    ]
+    assert "--dependency" not in jobs[0] + jobs[1]
+    assert "#SBATCH --dependency=afterok:JOB_OF_sdt-seed0:JOB_OF_tet-seed0\n" in jobs[2]
+    # Otherwise it would wait for ever if one of them fails.
+    assert "#SBATCH --kill-on-invalid-dep=yes\n" in jobs[2]
+    # The job runs in another folder.
+    assert f"init_checkpoint: {tmp_path / 'new' / 'sdt-seed0'}\n" in jobs[2]
+    assert f"teacher: {tmp_path / 'new' / 'tet-seed0'}\n" in jobs[2]
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("no_slurm")
+def test_dry_run_leaves_out_what_is_finished(call: Call, finished: tuple[Path, Path]) -> None:
+    file, output = finished
+    dry = ("--slurm", "--dry-run", "--gpus-per-node", "0")
+    status, said, _ = call(file, "--output", output, *dry)
+    assert (status, said.count(": finished\n"), "#SBATCH" in said) == (0, 6, False)
+
+
+@pytest.mark.usefixtures("no_slurm")
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--gpus-per-node", "0"), ("there is no Slurm here", "leave out --slurm", "--dry-run")),
+        (("--dry-run",), ("how many GPUs", "--gpus-per-node")),
+        (("--dry-run", "--time", "soon"), ("--time: 'soon' is no time", "24:00:00")),
+        (("--sweep", "seed=0,1"), ("--sweep is for single runs",)),
+        (("--local", "2"), ("--local is for single runs",)),
+        (("--config", "other.yaml"), ("--config is for single runs",)),
+        (("seed=3",), ("write seed=3 before it",)),
+    ],
+)
+def test_mistakes_in_what_follows_slurm_are_named(
+    call: Call,
+    write: Callable[..., Path],
+    tmp_path: Path,
+    flags: tuple[str, ...],
+    words: tuple[str, ...],
+) -> None:
+    status, _, errors = call(write(), "--output", tmp_path / "out", "--slurm", *flags)
+    assert status == 2
+    assert [word for word in words if word not in errors] == [], errors
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_submitted_by_how_the_runs_are(
+    write: Callable[..., Path], tmp_path: Path, again: bool
+) -> None:
+    """A failed run is tried again only if that is said; those that need it wait for that, too."""
+    from tetdist.studies import plan, slurm
+    from tetdist.studies.slurm import Standing
+
+    words = {"done": "finished", "bad": "failed", "ended": "cancelled", "waits": "queued"}
+    needs = {"of_done": "done", "of_bad": "bad", "of_of_bad": "of_bad", "of_waits": "waits"}
+    # Slurm has not removed it yet.
+    needs |= {"still_queued": "bad"}
+    entries = {name: {} for name in words} | {name: {"init": of} for name, of in needs.items()}
+    study = plan.read(write({"entries": entries, "seeds": [0]}))
+    runs = plan.runs_of(study, tmp_path / "out", [])
+    found = {run: Standing(words.get(run.entry, "new"), "") for run in runs}
+    found |= {run: Standing("queued", "") for run in runs if run.entry == "still_queued"}
+    decided = slurm.decide(found, again)
+    expected = words | dict.fromkeys(needs, "new")
+    if again:
+        expected |= {"bad": "new", "ended": "new"}
+    else:
+        expected |= dict.fromkeys(("of_bad", "of_of_bad", "still_queued"), "held back")
+    assert {run.entry: standing.word for run, standing in decided.items()} == expected
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sedes": [0]}, ("unknown key 'sedes'", "seeds")),
+        ({"title": ...}, ("'title' is missing",)),
+        ({"seeds": [1, 1]}, ("seeds", "twice")),
+        ({"seeds": [-1]}, ("study.yaml: 'seeds.0': input should be greater than or equal to 0\n",)),
+        ({"test_timesteps": []}, ("'test_timesteps'",)),
+        ({"test_timesteps": [4, 2, 2]}, ("test_timesteps", "must rise")),
+        ({"entries.tet.controll": "sdt"}, ("unknown key 'entries.tet.controll'", "control")),
+        ({"entries.tet.control": "std"}, ("entries.tet.control", "'std'", "sdt")),
+        ({"entries.tet.init": "tet"}, ("entries.tet.init", "'tet'")),
+        ({"entries.tet.init": "sdt", "entries.sdt.init": "tet"}, ("circle",)),
+        ({"entries.tet.init": "sdt", "entries.sdt.teacher": "tet"}, ("circle",)),
+        ({"entries.tet.teacher": "std"}, ("entries.tet.teacher", "'std'", "sdt")),
+        ({"entries.tet.overrides": {"loss.kid": "tet"}}, ("entries.tet", "'loss.kid'")),
+        ({"entries.tet.overrides": {"seed": 3}}, ("entries.tet", "seed is set", "seeds")),
+        ({"overrides": {"runs_dir": "here"}}, ("runs_dir is set", "--output")),
+        (
+            {"entries.tet": {"init": "sdt", "overrides": {"init_checkpoint": "there"}}},
+            ("init_checkpoint is set", "init, sdt"),
+        ),
+        (
+            {
+                "entries.tet.teacher": "sdt",
+                "entries.tet.overrides": {"loss": {"distillation": {"teacher": "timm:resnet18"}}},
+            },
+            ("loss.distillation.teacher is set", "its teacher, sdt"),
+        ),
+        ({"overrides": {"data.root": "nowhere"}}, ("data.root", "nowhere", "sdt")),
+        (
+            {"entries.tet.overrides": {"model.num_classes": 3}},
+            ("entries.tet: model.num_classes is 3", "4 classes"),
+        ),
+        ({"config": "nothing.yaml"}, ("nothing.yaml",)),
+    ],
+)
+def test_mistakes_in_a_study_are_named(
+    call: Call,
+    write: Callable[..., Path],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    words: tuple[str, ...],
+) -> None:
+    status, _, errors = call(write(changes), "--output", tmp_path / "out")
+    assert status == 2
+    assert errors.count("\n") == 1
+    assert [word for word in words if word not in errors] == [], errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_on_the_command_line_are_named(
+    call: Call, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    file, output = write(), tmp_path / "out"
+    for arguments, word in (
+        (("no_such_study",), "tet_vs_sdt_digits"),
+        (("tit_cifar",), "did you mean tit_cifar10?"),
+        ((file, "--only", "tte"), "sdt, tet"),
+        ((file, "--jobs", 0), "--jobs"),
+        ((file, "--report-only"), "none is finished"),
+        ((file, "--report-only", "--slurm"), "leave out --slurm"),
+        ((file, "--again"), "--again goes with --slurm"),
+        ((file, "seed"), "'seed' is not an override"),
+        ((file, "resume=must"), "resume is set by the study itself"),
+        ((file, "--append-to", tmp_path / "kept.txt"), "FILE.md"),
+    ):
+        status, _, errors = call(*arguments, "--output", output)
+        assert (status, word in errors) == (2, True), errors
+
+
+def test_the_studies_of_the_project_resolve(call: Call, tmp_path: Path) -> None:
+    """Each stops where it looks for its data or its results, not before."""
+    studies = sorted((tiny.PROJECT / "configs" / "studies").glob("*.yaml"))
+    assert studies
+    for file in studies:
+        status, _, errors = call(file, "--output", tmp_path / "out", "--report-only")
+        assert (status, "none is finished" in errors) == (2, True), (file, errors)
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+RNG = np.random.default_rng(0)
+ACCURACIES = {
+    "sdt": RNG.normal(90, 1, (3, 4)),  # seed, timestep
+    "tet": RNG.normal(92, 1, (3, 4)),
+}
+
+
+@pytest.fixture
+def finished(write: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A study of three seeds at T=4 whose runs are written by hand, and its folder."""
+    from tetdist.studies import plan
+
+    changes = {"seeds": [3, 4, 5], "test_timesteps": [1, 2, 4]}
+    phases = [{"epochs": 2, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.05}}]
+    file, output = write(changes | {"overrides": {"phases": phases}}), tmp_path / "out"
+    for run in plan.runs_of(plan.read(file), output, []):
+        finish_by_hand(run, ACCURACIES[run.entry][run.seed - 3].tolist())
+    return file, output
+
+
+def finish_by_hand(run: Any, top1: list[float]) -> None:
+    """Writes what a run of two epochs at T=4 leaves, with its accuracies up to each timestep."""
+    checkpoint = run.folder / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"step": 10, "evaluated_step": 10}))
+    (checkpoint.parent / "last").write_text(checkpoint.name)
+    (run.folder / "config.yaml").write_text(run.config.as_yaml())
+    lines = [
+        # 5 steps of 8 samples at 10 a second, and as many at 20.
+        {"kind": "train", "step": 5, "epoch": 1, "samples_per_s": 10.0},
+        {"kind": "val", "step": 5, "epoch": 1, "top1": 99.0, "loss": 0.5 + run.seed},
+        {"kind": "train", "step": 10, "epoch": 2, "samples_per_s": 20.0},
+        {"kind": "val", "step": 10, "epoch": 2, "top1": top1[3], "loss": 0.25 + run.seed},
+    ]
+    for line in lines:
+        line |= {"time": 1.7e9, "samples": 23, "per_timestep_top1": top1}
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in lines))
+
+
+def test_numbers_are_numpys(call: Call, finished: tuple[Path, Path]) -> None:
+    file, output = finished
+    status, _, errors = call(file, "--output", output, "--jobs", 2, "--report-only")
+    assert status == 0, errors
+    values = json.loads((output / "report" / "study.json").read_text())
+    for entry, accuracies in ACCURACIES.items():
+        found = values["entries"][entry]
+        for t in (1, 2, 4):
+            column = accuracies[:, t - 1]
+            expected = {"n": 3, "mean": column.mean(), "std": column.std(ddof=1)}
+            assert found["by_timestep"][str(t)] == pytest.approx(expected)
+        assert found["top1"] == found["by_timestep"]["4"]
+        assert found["best_top1"] == {"n": 3, "mean": 99, "std": 0}
+        assert found["loss"] == pytest.approx({"n": 3, "mean": 4.25, "std": 1})
+        assert found["image_timesteps"] == 10 * 8 * 4
+        assert found["seconds"] == pytest.approx(4 + 2)
+    difference = values["differences"]["tet"]
+    assert difference["control"] == "sdt"
+    for t, result in difference["by_timestep"].items():
+        pairs = [ACCURACIES[entry][:, int(t) - 1] for entry in ("tet", "sdt")]
+        test = stats.ttest_rel(*pairs)
+        low, high = test.confidence_interval(0.95)
+        expected = {"n": 3, "mean": np.subtract(*pairs).mean(), "low": low, "high": high}
+        assert result == pytest.approx(expected | {"p": test.pvalue})
+    assert difference["top1"] == difference["by_timestep"]["4"]
+
+    report = (output / "report.md").read_text()
+    top1 = ACCURACIES["tet"][:, 3]
+    assert f"| {top1.mean():.2f} ± {top1.std(ddof=1):.2f} | 99.00 ± 0.00 |" in report
+    picture = Image.open(output / "report" / "study.png")
+    assert min(picture.size) > 300
+    # What differs between the entries, and how each was trained.
+    assert "| `sdt` | sdt |" in report
+    assert f"runs_dir={output}" in report
+    assert "name=tet-seed3" in report
+    assert f"`python tools/study.py {file} --output {output} --jobs 2`" in report
+
+
+def test_the_figure_tells_entries_and_epochs_apart(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    from tetdist.studies import figures, plan
+    from tetdist.studies.report import gather
+
+    phases = [{"epochs": 2, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.05}}]
+    # Pairs, two controls of several, a control of a control; more of them than there are colours.
+    controls = {"b": "a", "d": "c", "f": "e", "g": "e", "i": "h", "j": "h", "l": "k", "m": "l"}
+    controls |= {f"n{i}": "e" for i in range(8)}
+    entries: dict[str, Any] = {name: {} for name in (*controls, *controls.values())}
+    entries |= {name: {"control": control} for name, control in controls.items()}
+    entries["b"]["init"], entries["d"]["init"] = "a", "b"
+    changes = {"entries": entries, "seeds": [3], "test_timesteps": [1, 4]}
+    study = plan.read(write(changes | {"overrides": {"phases": phases}}))
+    runs = plan.runs_of(study, tmp_path / "out", [])
+    for run in runs:
+        finish_by_hand(run, [50.0, 60.0, 70.0, 80.0])
+    numbers = gather(study, runs)
+
+    styles = figures.styles_of(numbers)
+    colours = {name: style["color"] for name, style in styles.items()}
+    pairs = {"a": "b", "c": "d", "l": "m"}
+    assert {name: colours[name] == colours[other] for name, other in pairs.items()} == (
+        dict.fromkeys(pairs, True)
+    )
+    assert len(set(colours.values())) == len(entries) - len(pairs)
+    axis = figures.draw(numbers).axes[1]
+    epochs = {str(line.get_color()): list(line.get_xdata()) for line in axis.get_lines()}
+    # b and d go on where a, and a and b, have ended.
+    assert epochs[colours["e"]] == [1, 2]
+    assert epochs[colours["d"]] == [5, 6]
+    assert [tick for tick in axis.get_xticks() if tick != round(tick)] == []
+
+
+def test_a_verdict_is_as_sure_as_the_interval(call: Call, finished: tuple[Path, Path]) -> None:
+    from tetdist.studies.report import paired_difference
+
+    same = paired_difference([1.0, 2.0], [0.0, 1.0])
+    assert (same.mean, np.isnan([same.low, same.p]).all()) == (1, True)
+    one = paired_difference([1.0], [3.0])
+    assert (one.n, one.mean, np.isnan(one.low)) == (1, -2, True)
+    file, output = finished
+    call(file, "--output", output, "--report-only")
+    difference = json.loads((output / "report" / "study.json").read_text())["differences"]["tet"]
+    sure = difference["top1"]["low"] > 0 or difference["top1"]["high"] < 0
+    said = "**better**" if sure else "no difference can be told from chance"
+    report = (output / "report.md").read_text()
+    assert re.search(rf"`tet` against `sdt`: .*n = 3: {re.escape(said)}", report), report
+
+
+def test_a_section_replaces_its_earlier_self_only(
+    call: Call, finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    file, output = finished
+    results = tmp_path / "results.md"
+    results.write_text("# Results\n\nBy hand.\n")
+    arguments = (file, "--output", output, "--report-only", "--append-to", results)
+    assert call(*arguments)[0] == 0
+    once = results.read_text()
+    assert once.startswith("# Results\n\nBy hand.\n\n<!-- study study -->\n## A tiny study\n")
+    assert "(results/study.png)" in once
+    assert (tmp_path / "results" / "study.png").is_file()
+    results.write_text(once + "\nAfter.\n")
+    assert call(*arguments)[0] == 0
+    assert results.read_text() == once + "\nAfter.\n"
+    # An end that is lost would swallow what follows.
+    results.write_text(once.replace("<!-- end of study study -->\n", ""))
+    status, _, errors = call(*arguments)
+    assert (status, "has no end" in errors) == (2, True)
+
+
+def test_a_folder_of_another_study_is_left_alone(
+    call: Call, finished: tuple[Path, Path], write: Callable[..., Path]
+) -> None:
+    _, output = finished
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    changes = {"seeds": [3, 4, 5], "overrides": {"phases.0.timesteps": 4, "loss.phi": 2.0}}
+    status, _, errors = call(write(changes), "--output", output)
+    assert status == 2
+    assert "sdt-seed3 holds a run of another configuration: loss.phi is 2.0 and was 1.0" in errors
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before

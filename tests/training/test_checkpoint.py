@@ -1,0 +1,455 @@
+"""Checkpoints are whole or not there, and damage is found, named and passed over."""
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from tetdist import checkpoint
+from tetdist.errors import UserError
+
+
+def network(width: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
+
+
+def trained(seed: int, width: int = 4) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A network and an Adam with state."""
+    torch.manual_seed(seed)
+    model = network(width)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    model(torch.randn(5, 3)).square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def save(folder: Path, step: int, *, keep_last: int = 10, best: bool = False) -> Path:
+    model, optimizer = trained(step)
+    return checkpoint.save(
+        folder,
+        model=model,
+        optimizer=optimizer.state_dict(),
+        description={"config": {}, "classes": ["a"], "timesteps": 1, "step": step},
+        state={"step": step, "result": {"top1": step / 3}},
+        keep_last=keep_last,
+        best=best,
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    model, optimizer = trained(7)
+    path = save(tmp_path, 7)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.path == path
+    assert found.state["step"] == 7
+    assert found.state["result"] == {"top1": 7 / 3}
+    other, other_optimizer = trained(8)
+    checkpoint.load_weights(other, found.model, path)
+    other_optimizer.load_state_dict(found.optimizer)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+    theirs = other_optimizer.state_dict()["state"]
+    for i, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(state[key], theirs[i][key]) for key in state)
+    weights, description = checkpoint.load_model_file(path)
+    assert description == {"config": {}, "classes": ["a"], "timesteps": 1, "step": 7}
+    assert weights.keys() == model.state_dict().keys()
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path / "nothing") is None
+    assert checkpoint.newest(tmp_path) is None
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip_byte(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [cut, flip_byte, empty, Path.unlink])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
+def test_damaged_one_is_named_and_the_one_before_it_used(
+    name: str, damage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 1)
+    older, newer = save(tmp_path, 2), save(tmp_path, 3)
+    damage(newer / name)
+    with caplog.at_level(logging.WARNING):
+        found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.path == older
+    (record,) = caplog.records
+    assert str(newer) in record.getMessage()
+    assert name in record.getMessage()
+
+
+@pytest.mark.parametrize("damage", [cut, empty, Path.unlink])
+def test_damaged_manifest(damage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    older, newer = save(tmp_path, 2), save(tmp_path, 3)
+    damage(newer / "manifest.json")
+    with caplog.at_level(logging.WARNING):
+        found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.path == older
+    assert "manifest.json" in caplog.text
+
+
+@pytest.mark.parametrize("manifest", ["null", "[]", '{"files": {}}', '{"files": {"x": 1}}', "{"])
+def test_odd_manifest_is_no_crash(manifest: str, tmp_path: Path) -> None:
+    older, newer = save(tmp_path, 2), save(tmp_path, 3)
+    (newer / "manifest.json").write_text(manifest)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.path == older
+
+
+def test_all_damaged_is_an_error(tmp_path: Path) -> None:
+    for step in (1, 2):
+        cut(save(tmp_path, step) / "optimizer.pt")
+    with pytest.raises(UserError, match=rf"none of the 2 checkpoints in {tmp_path}"):
+        checkpoint.newest(tmp_path)
+    # Nothing was deleted on the way.
+    assert {"step-00000001", "step-00000002"} <= set(names(tmp_path))
+
+
+def test_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        save(tmp_path, step, keep_last=2, best=step == 2)
+    assert names(tmp_path) == ["best", "last", "step-00000002", "step-00000005", "step-00000006"]
+    assert (tmp_path / "last").read_text().strip() == "step-00000006"
+    assert (tmp_path / "best").read_text().strip() == "step-00000002"
+    save(tmp_path, 7, keep_last=2, best=True)
+    assert names(tmp_path) == ["best", "last", "step-00000006", "step-00000007"]
+    assert checkpoint.load_model_file(tmp_path, "best")[1]["step"] == 7
+
+
+def test_same_step_again_replaces(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    model, optimizer = trained(99)
+    checkpoint.save(
+        tmp_path,
+        model=model,
+        optimizer=optimizer.state_dict(),
+        description={},
+        state={"step": 1},
+        keep_last=2,
+        best=False,
+    )
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert torch.equal(found.model["0.weight"], model.state_dict()["0.weight"])
+    assert names(tmp_path) == ["last", "step-00000001.1"]
+
+
+def test_same_step_more_than_ten_times(tmp_path: Path) -> None:
+    """Numbers, not text: .10 comes after .9."""
+    save(tmp_path, 1)
+    for number in range(13):
+        path = save(tmp_path, 2, keep_last=2)
+        assert path.name == ("step-00000002" if number == 0 else f"step-00000002.{number}")
+        assert checkpoint.newest(tmp_path).path == path
+        assert (tmp_path / "last").read_text().strip() == path.name
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000001", path.name]
+
+
+def test_leftovers_of_a_kill_are_ignored_and_then_removed(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    for name in (".step-00000002.tmp", ".step-00000001.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.path.name == "step-00000001"
+    save(tmp_path, 2)
+    assert names(tmp_path) == ["last", "step-00000001", "step-00000002"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB; skipped where it cannot be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
+        timeout=20,
+    )
+    if mounted.returncode:
+        assert not os.environ.get("CI"), "CI is root, and a tmpfs cannot be mounted"
+        pytest.skip("cannot mount a tmpfs here (needs root)")
+    try:
+        yield folder
+    finally:
+        # Lazily: a model that was read from there may still be mapped.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=20)
+
+
+@pytest.mark.parametrize("left", [0, 4096, 8192, 12288, 16384, 20480])
+def test_full_disk_leaves_the_earlier_ones(left: int, small_disk: Path) -> None:
+    folder = small_disk / "checkpoints"
+    save(folder, 1, best=True)
+    stat = os.statvfs(small_disk)
+    free = stat.f_bavail * stat.f_frsize
+    # However little room is left: none, or enough for the first files only.
+    (small_disk / "filler").write_bytes(b"x" * (free - left))
+    with pytest.raises(UserError, match="step 2") as caught:
+        save(folder, 2)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    found = checkpoint.newest(folder)
+    assert found is not None
+    # 2: all of it found room, and only the pointer to it did not.
+    assert found.state["step"] == 1 or left == 20480
+    assert checkpoint.load_model_file(folder)[1]["step"] == 1
+    # And with room again all goes on.
+    (small_disk / "filler").unlink()
+    save(folder, 2)
+    # A second one of step 2 where the first was whole and only the pointer to it was not.
+    steps = [name.split(".")[0] for name in names(folder)]
+    assert steps == ["best", "last", "step-00000001", "step-00000002"]
+
+
+def test_file_size_limit_is_an_error_too(tmp_path: Path) -> None:
+    """What stands for a full disk where nothing can be mounted: writes of a file that fail."""
+    code = f"""
+        import resource, signal, sys
+        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(tiny.PROJECT / "tests")!r}]
+        from pathlib import Path
+        import test_checkpoint as t
+        folder = Path({str(tmp_path / "c")!r})
+        t.save(folder, 1)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+        try:
+            t.save(folder, 2)
+        except t.UserError as error:
+            print("error:", error)
+        print(t.checkpoint.newest(folder).state["step"], t.names(folder))
+    """
+    status, output = tiny.execute(tiny.python("-c", textwrap.dedent(code)), tmp_path, timeout=60)
+    assert status == 0, output
+    assert "error: the checkpoint of step 2 could not be written" in output
+    assert "1 ['last', 'step-00000001']" in output
+
+
+def test_unwritable_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not be written"):
+        save(tmp_path / "file" / "checkpoints", 1)
+
+
+@pytest.mark.parametrize("same_step", [False, True])
+def test_kill_while_saving_always_leaves_a_whole_newest(same_step: bool, tmp_path: Path) -> None:
+    """SIGKILL at each of the places where the state of the disk changes."""
+    code = f"""
+        import itertools, os, signal, sys
+        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(tiny.PROJECT / "tests")!r}]
+        from pathlib import Path
+        import test_checkpoint as t
+
+        def audit(event, arguments):
+            if event in ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove"):
+                where = str(arguments[0])
+                if str(folder) in where or event == "os.rmdir":
+                    if next(calls) == at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+        # One start for all the places: each is tried in a child of this process.
+        for at in range(200):
+            folder = Path(sys.argv[1]) / str(at)
+            t.save(folder, 1)
+            calls = itertools.count()
+            child = os.fork()
+            if child == 0:
+                sys.addaudithook(audit)
+                t.save(folder, 1 if {same_step} else 2, keep_last=2, best=True)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            killed = os.WIFSIGNALED(status)
+            found = t.checkpoint.newest(folder)
+            if not killed:
+                break
+            try:
+                shown = t.checkpoint.load_model_file(folder)[1]["step"]
+            except t.UserError:
+                shown = None
+            print(at, "killed", found and found.state["step"], shown, flush=True)
+            t.save(folder, 3)
+            rest = t.names(folder)
+            assert [n for n in rest if n.startswith(".step")] == [], rest
+        print("completed", at, flush=True)
+    """
+    status, output = tiny.execute(
+        tiny.python("-c", textwrap.dedent(code), tmp_path), tmp_path, timeout=100
+    )
+    assert status == 0, output
+    lines = output.splitlines()
+    assert re.fullmatch(r"completed \d+", lines[-1]), output
+    assert len(lines) > 12, output  # it was killed at as many places
+    allowed = {"1"} if same_step else {"1", "2"}
+    for line in lines[:-1]:
+        _, _, newest, shown = line.split()
+        assert newest in allowed, line
+        assert shown in allowed, line
+
+
+@pytest.mark.parametrize("delay", [0.003, 0.031])
+def test_kill_from_outside_while_saving_again_and_again(delay: float, tmp_path: Path) -> None:
+    code = f"""
+        import itertools, sys
+        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(tiny.PROJECT / "tests")!r}]
+        from pathlib import Path
+        import test_checkpoint as t
+        for step in itertools.count(1):
+            t.save(Path(sys.argv[1]), step, keep_last=2, best=step % 3 == 0)
+            print(step, flush=True)
+    """
+    folder = tmp_path / "c"
+    with tiny.started(tiny.python("-c", textwrap.dedent(code), folder), tmp_path) as process:
+        assert process.stdout is not None
+        while int(process.stdout.readline()) < 3:
+            pass
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(delay)
+        process.send_signal(signal.SIGKILL)
+        rest = process.stdout.read().split()
+        assert process.wait(20) == -signal.SIGKILL
+    said = int(rest[-1]) if rest else 3
+    found = checkpoint.newest(folder)
+    assert found is not None
+    assert found.state["step"] in (said, said + 1)
+
+
+def test_other_model_is_told_apart(tmp_path: Path) -> None:
+    weights = network(4).state_dict()
+    with pytest.raises(UserError, match=r"another model: .*\(4, 3\) instead of \(5, 3\)"):
+        checkpoint.load_weights(network(5), weights, tmp_path)
+    deeper = nn.Sequential(*network(4), nn.Linear(2, 2))
+    with pytest.raises(UserError, match=r"3\.bias is missing; 3\.weight is missing"):
+        checkpoint.load_weights(deeper, weights, tmp_path)
+    with pytest.raises(UserError, match=r"2\.bias is unknown to it"):
+        checkpoint.load_weights(network(4)[:2], weights, tmp_path)
+    with pytest.raises(UserError, match=r"and \d+ more"):
+        checkpoint.load_weights(nn.Conv2d(3, 4, 3), weights, tmp_path)
+
+
+class Bomb:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.file,))
+
+
+def test_pickled_code_is_not_executed(tmp_path: Path) -> None:
+    path, trace = save(tmp_path / "c", 1), tmp_path / "executed"
+    torch.save({"state": Bomb(trace)}, path / "optimizer.pt")
+    # Even with a manifest that fits: whoever can write the one can write the other.
+    files = {p.name: checkpoint._describe(p) for p in path.iterdir() if p.suffix != ".json"}
+    files["state.json"] = checkpoint._describe(path / "state.json")
+    (path / "manifest.json").write_text(json.dumps({"files": files}))
+    assert checkpoint.verify(path) is None
+    with pytest.raises((UserError, pickle.UnpicklingError)):
+        checkpoint.newest(tmp_path / "c")
+    assert not trace.exists()
+
+
+def test_other_format_is_named(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (path / "state.json").write_text(json.dumps({"format": 99, "step": 1}))
+    with pytest.raises(UserError, match="format 99"):
+        checkpoint.read(path)
+
+
+def test_model_file_by_each_of_its_names(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in (1, 2):
+        save(run / "checkpoints", step, best=step == 1)
+    steps = {
+        checkpoint.load_model_file(path, which)[1]["step"]
+        for path, which in [
+            (run, "best"),
+            (run / "checkpoints", "best"),
+            (run / "checkpoints" / "step-00000001", "last"),
+            (run / "checkpoints" / "step-00000001" / "model.safetensors", "last"),
+        ]
+    }
+    assert steps == {1}
+    assert checkpoint.load_model_file(run)[1]["step"] == 2
+
+
+def test_model_file_errors(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    def problem(path: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            checkpoint.load_model_file(path)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "there is no checkpoint" in problem(tmp_path / "none")
+    (tmp_path / "void").mkdir()
+    assert "there is no last checkpoint" in problem(tmp_path / "void")
+    path = save(tmp_path / "run" / "checkpoints", 1)
+    file = path / "model.safetensors"
+    # Others may read it, as they may its neighbours.
+    assert len({other.stat().st_mode for other in path.iterdir()}) == 1
+    whole = file.read_bytes()
+    for length in (0, 4, 100, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        assert "part of a checkpoint that is not whole" in problem(file)
+        # Alone, without the manifest that knows its checksum.
+        (tmp_path / "alone.safetensors").write_bytes(whole[:length])
+        assert "not a readable model file" in problem(tmp_path / "alone.safetensors")
+        assert "model.safetensors has" in problem(path)
+        assert "is not whole" in problem(tmp_path / "run")
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "checksum" in problem(file)
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    for text in ("{}", "not json"):
+        save_file({"a": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={"tetdist": text})
+        assert "damaged or of another version" in problem(tmp_path / "odd.safetensors")
+    right = {"config": {}, "classes": ["a"], "timesteps": 1, "step": 0}
+    for key, value in (("config", "x"), ("classes", 5), ("timesteps", -1), ("step", None)):
+        text = json.dumps(right | {key: value})
+        save_file({"a": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={"tetdist": text})
+        assert f"another version: {key} cannot be read" in problem(tmp_path / "odd.safetensors")
+    assert "does not say which model" in problem(tmp_path / "foreign.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello world, this is no tensor")
+    assert "not a readable model file" in problem(tmp_path / "text.safetensors")
+    (tmp_path / "run" / "checkpoints" / "last").write_text("step-99999999\n")
+    assert "step-99999999" in problem(tmp_path / "run")
+
+
+def test_this_file_is_a_module_for_its_children() -> None:
+    # The subprocesses above import it, without the names that pytest gives it.
+    assert sys.modules[save.__module__].__file__ == __file__

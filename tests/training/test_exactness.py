@@ -1,0 +1,295 @@
+"""The same run at any number of processes and ZeRO stage, and continued on another (P1 to P3)."""
+
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from tiny import Farm
+
+ConfigWriter = Callable[..., Path]
+TERM, KILL = signal.SIGTERM, signal.SIGKILL
+
+STEPS = 12  # docs/make/exactness.py takes 30
+# A small SEW-ResNet; 12 micro-batches a step, which 1, 2, 3 and 4 processes share.
+SEW: dict[str, Any] = {
+    "model": {"name": "sew_resnet18", "arguments": {"width": 4}},
+    "batch": {"global": 24, "micro": 2, "eval": 7},
+    "phases": [{"epochs": STEPS, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05}}],
+    "evaluate_every": STEPS // 2,
+    "record_samples": True,
+}
+FLOAT64 = {"engine": "torch", "precision": "fp64"}
+
+
+def assert_close_runs(a: Path, b: Path, tolerance: float) -> None:
+    """Losses and weights and running statistics within a relative tolerance."""
+    for ours, theirs in zip(tiny.metrics(a), tiny.metrics(b), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours["kind"] == theirs["kind"]
+        for key in ours.keys() - {"kind"}:
+            expected = pytest.approx(theirs[key], rel=tolerance, abs=tolerance)
+            assert ours[key] == expected, (key, ours, theirs)
+    weights = [load_file(tiny.newest(run) / "model.safetensors") for run in (a, b)]
+    for key, value in weights[0].items():
+        largest = weights[1][key].abs().max()
+        assert (value - weights[1][key]).abs().max() <= tolerance * largest, key
+
+
+@pytest.fixture(scope="module")
+def one_process(farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in float64 on one process."""
+    folder = tmp_path_factory.mktemp("float64")
+    file = tiny.write_config(folder / "one.yaml", tiny_root, SEW | FLOAT64)
+    outcome = farm(file, "name=one")
+    assert outcome.status == 0, outcome.text
+    return folder / "runs" / "one"
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_float64_run_on_any_number_of_processes(
+    world: int, one_process: Path, farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    """Rounding flips no spike here, so what is left of a difference would be a fault."""
+    outcome = farm(tiny_config(SEW | FLOAT64), world=world)
+    assert outcome.status == 0, outcome.text
+    run = tmp_path / "runs/tiny"
+    samples = tiny.samples(run)
+    assert samples == tiny.samples(one_process)
+    assert list(samples) == list(range(1, STEPS + 1))
+    assert all(len(pairs) == 24 for pairs in samples.values())
+    assert_close_runs(run, one_process, 1e-9)
+    # Evaluation to the last correct answer.
+    answers = [
+        [
+            (line["samples"], line["top1"], line["per_timestep_top1"])
+            for line in tiny.metrics(r, "val")
+        ]
+        for r in (run, one_process)
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "point"),
+    [
+        (3, 2, "micro"),
+        pytest.param(1, 4, "step", marks=pytest.mark.long),
+        pytest.param(4, 3, "saved", marks=pytest.mark.long),
+    ],
+)
+def test_continued_on_another_number_of_processes(
+    before: int,
+    after: int,
+    point: str,
+    one_process: Path,
+    farm: Farm,
+    tiny_config: ConfigWriter,
+    tmp_path: Path,
+) -> None:
+    file = tiny_config(SEW | FLOAT64 | {"save.every_steps": 4})
+    # Only rank 0 saves.
+    rank = 0 if point == "saved" else before - 1
+    first = farm(file, world=before, stop=(point, 2, TERM), rank=rank)
+    assert first.status == 128 + TERM, first.text
+    second = farm(file, world=after)
+    assert second.status == 0, second.text
+    run = tmp_path / "runs/tiny"
+    # Each sample of each epoch once, whoever worked on it.
+    assert tiny.samples(run) == tiny.samples(one_process)
+    assert_close_runs(run, one_process, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("stage", "world"),
+    [
+        (1, 2),
+        (2, 2),
+        pytest.param(0, 3, marks=pytest.mark.long),
+        pytest.param(1, 1, marks=pytest.mark.long),
+        pytest.param(1, 3, marks=pytest.mark.long),
+        pytest.param(2, 4, marks=pytest.mark.long),
+    ],
+)
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adam", marks=pytest.mark.long)])
+def test_stages_agree_in_float32(
+    stage: int, world: int, optimizer: str, farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    """Until the first spike flips. Clipped, which stages do in different ways."""
+    changes = SEW | {
+        "phases.0.optimizer": {"kind": optimizer, "lr": 0.01, "weight_decay": 0.01},
+        "gradient_clipping": 1.0,
+        "phases.0.epochs": 4,
+    }
+    runs = []
+    for name, stage_, world_ in (("one", 0, 1), ("many", stage, world)):
+        file = tiny_config(changes | {"zero_stage": stage_, "name": name})
+        outcome = farm(file, world=world_)
+        assert outcome.status == 0, outcome.text
+        runs.append(tmp_path / "runs" / name)
+    assert tiny.samples(runs[0]) == tiny.samples(runs[1])
+    for ours, theirs in zip(*(tiny.metrics(run, "train")[:3] for run in runs), strict=True):
+        for key in ("loss", "grad_norm", "lr"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (ours["step"], key)
+
+
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "sig"),
+    [
+        (1, "sgd", TERM),
+        pytest.param(2, "sgd", KILL, marks=pytest.mark.long),
+        pytest.param(1, "adamw", TERM, marks=pytest.mark.long),
+        pytest.param(2, "adam", TERM, marks=pytest.mark.long),
+    ],
+)
+def test_stopped_stage_continues_to_the_bit(
+    stage: int,
+    optimizer: str,
+    sig: int,
+    farm: Farm,
+    tiny_config: ConfigWriter,
+    tmp_path: Path,
+) -> None:
+    changes = {"zero_stage": stage, "save.every_steps": 2}
+    changes |= {"phases.0.optimizer": {"kind": optimizer, "lr": 0.01}}
+    assert farm(tiny_config(changes | {"name": "straight"}), world=2).status == 0
+    file = tiny_config(changes | {"name": "run"})
+    statuses, text = farm.each(file, world=2, stop=("step", 7, sig), rank=1)
+    assert statuses[1] == (-KILL if sig == KILL else 128 + TERM), text
+    second = farm(file, world=2)
+    assert second.status == 0, second.text
+    tiny.assert_same_run(tmp_path / "runs/run", tmp_path / "runs/straight")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((1, 2), (0, 1)),
+        pytest.param((0, 1), (2, 2), marks=pytest.mark.long),
+        pytest.param((2, 4), (1, 2), marks=pytest.mark.long),
+    ],
+)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_checkpoint_of_any_stage_continues_on_any_other(
+    before: tuple[int, int],
+    after: tuple[int, int],
+    optimizer: str,
+    farm: Farm,
+    tiny_config: ConfigWriter,
+    tmp_path: Path,
+) -> None:
+    """(stage, processes). The optimiser's state comes along: without it the next step differs."""
+    changes = {"phases.0.optimizer": {"kind": optimizer, "lr": 0.002}}
+    assert farm(tiny_config(changes | {"name": "straight"})).status == 0
+    for (stage, world), stop in ((before, ("step", 4, TERM)), (after, None)):
+        file = tiny_config(changes | {"name": "run", "zero_stage": stage})
+        outcome = farm(file, world=world, stop=stop)
+        assert outcome.status == (128 + TERM if stop else 0), outcome.text
+    runs = [tmp_path / "runs" / name for name in ("run", "straight")]
+    lines = [tiny.metrics(run, "train") for run in runs]
+    for ours, theirs in zip(*lines, strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), ours["step"]
+    states = [torch.load(tiny.newest(run) / "optimizer.pt", weights_only=True) for run in runs]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert states[0]["state"].keys() == states[1]["state"].keys()
+
+
+def test_synchronised_batch_norm_of_two_is_one_with_twice_the_batch(
+    farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    changes = SEW | FLOAT64 | {"batch_norm.sync": True, "phases.0.epochs": 4, "evaluate_every": 4}
+    for world, micro in ((1, 8), (2, 4), (4, 2)):
+        file = tiny_config(changes | {"name": str(world), "batch.micro": micro})
+        outcome = farm(file, world=world)
+        assert outcome.status == 0, outcome.text
+    for world in ("2", "4"):
+        assert_close_runs(tmp_path / "runs" / world, tmp_path / "runs/1", 1e-9)
+    # Another number of processes would be another network.
+    file = tiny_config(changes | {"name": "2", "batch.micro": 4})
+    outcome = farm(file, world=1)
+    assert outcome.status == 2, outcome.text
+    assert "batch_norm.sync" in outcome.text
+    assert "trained on 2" in outcome.text
+
+
+# --- stops at random ---------------------------------------------------------------------------
+
+NUM_FUZZED = 54
+POINTS = {"micro": 30, "step": 10, "evaluate": 6, "save": 2, "saved": 2, "log": 9}
+FUZZED: list[dict[str, Any]] = [
+    {"world": 1},
+    {"world": 2},
+    {"world": 1, "precision": "bf16", "log_every": 3},
+    {"world": 2, "zero_stage": 1, "save.every_steps": 3},
+    {"world": 1, "engine": "torch", "checkpoint": "blocks", "save.every_steps": 2},
+    {
+        "world": 1,
+        "log_every": 4,
+        "phases": [
+            {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "adamw", "lr": 0.01}},
+            {"epochs": 1, "timesteps": 3, "optimizer": {"kind": "sgd", "lr": 0.05}},
+        ],
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Path]:
+    """The run folder of one of FUZZED that nothing stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    made: set[int] = set()
+
+    def get(variant: int) -> Path:
+        if variant not in made:
+            changes = {k: v for k, v in FUZZED[variant].items() if k != "world"}
+            file = tiny.write_config(folder / f"{variant}.yaml", tiny_root, changes)
+            outcome = farm(file, "name=run", f"runs_dir={folder / str(variant)}",
+                           world=FUZZED[variant]["world"])  # fmt: skip
+            assert outcome.status == 0, outcome.text
+            made.add(variant)
+        return folder / str(variant) / "run"
+
+    return get
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(i, marks=() if i < 1 else pytest.mark.long, id=f"seed{i}")
+        for i in range(NUM_FUZZED)
+    ],
+)
+def test_stopped_anywhere(
+    number: int,
+    undisturbed: Callable[[int], Path],
+    farm: Farm,
+    tiny_config: ConfigWriter,
+    tmp_path: Path,
+) -> None:
+    """One to three stops at random places by random signals, then to the end: the straight run."""
+    chance = random.Random(number)
+    variant = chance.randrange(len(FUZZED)) if number >= 2 else number + 2
+    changes = dict(FUZZED[variant])
+    world = changes.pop("world")
+    file = tiny_config(changes | {"name": "run"})
+    history: list[Any] = []
+    for _ in range(chance.randint(1, 3)):
+        point = chance.choice(list(POINTS))
+        stop = (
+            point,
+            chance.randint(1, POINTS[point]),
+            chance.choice([TERM, KILL, signal.SIGUSR2]),
+        )
+        # Only rank 0 saves and logs.
+        rank = 0 if point in ("save", "saved", "log") else chance.randrange(world)
+        history.append((stop, rank, farm.each(file, world=world, stop=stop, rank=rank)))
+    last = farm(file, world=world)
+    assert last.status == 0, (history, last.text)
+    tiny.assert_same_run(tmp_path / "runs/run", undisturbed(variant))

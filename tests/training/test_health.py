@@ -1,0 +1,118 @@
+"""Steps that are not finite: counted on the device, and examined layer by layer."""
+
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tetdist.models  # registers them
+from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics
+from tetdist.training.health import FiringWatch, NonFiniteSteps, examine
+
+assert tetdist.models
+
+
+def counted(answers: str, limit: int = 3) -> NonFiniteSteps:
+    """Of a string of steps: x is one that was given up."""
+    steps = NonFiniteSteps(torch.device("cpu"), limit)
+    for i, answer in enumerate(answers, start=1):
+        steps.record(i, torch.tensor(answer != "x"))
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("answers", "reached_at"),
+    [("", 0), ("xx", 0), ("xx.x.xx", 0), ("xxx", 3), (".xxxx.xxx", 4)],
+)
+def test_too_many_are_so_many_in_a_row(answers: str, reached_at: int) -> None:
+    """Also when they ended before anybody asked: the step is the one where it was enough."""
+    assert counted(answers).too_many == (reached_at > 0)
+    assert counted(answers).limit_reached_at == reached_at
+
+
+def test_new_ones_since_the_last_question() -> None:
+    steps = counted("x.x")
+    assert (steps.new(), steps.new()) == (2, 0)
+    steps.record(4, torch.tensor(False))
+    assert steps.new() == 1
+
+
+def test_count_goes_on_after_a_stop() -> None:
+    first = counted("..xx")
+    second = NonFiniteSteps(torch.device("cpu"), 3)
+    second.load_state_dict(first.state_dict())
+    assert second.state_dict() == first.state_dict()
+    second.record(5, torch.tensor(False))
+    assert second.too_many
+    assert second.new() == 3
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "spiking_convnet", channels=(4, 8), input_size=16, num_classes=4, timesteps=2
+    )
+    defer_running_statistics(model)
+    return model.train()
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.rand(2, 3, 16, 16, generator=generator), torch.tensor([0, 3])) for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("layer", "first"), [("stem.conv", "stem.conv"), ("blocks.0.conv", "blocks.0.conv"), ("", None)]
+)
+def test_examination_names_the_first_layer(layer: str, first: str | None) -> None:
+    model = network()
+    if layer:
+        model.get_submodule(layer).weight.data[0] = math.inf
+    found = examine(model, batches(), lambda x, y: F.cross_entropy(model(x), y))
+    assert found.first == first
+    assert found.is_finite == (first is None)
+    assert len(found.losses) == 2
+    norms = [norm for _, norm in found.weights]
+    if first:
+        assert not math.isfinite(found.gradients[0][1])
+        assert found.weights[0] == (f"{layer}.weight", math.inf)
+        assert f"not finite first after {first}" in str(found)
+    else:
+        assert norms == sorted(norms, reverse=True)
+        assert "not finite" not in str(found)
+
+
+def test_examination_sees_the_gradients_of_the_step() -> None:
+    model = network()
+    found = dict(examine(model, batches(), lambda x, y: F.cross_entropy(model(x), y)).gradients)
+    sum(F.cross_entropy(model(x), y) for x, y in batches()).backward()
+    for name, parameter in model.named_parameters():
+        assert found[name] == pytest.approx(float(parameter.grad.norm()), rel=1e-5)
+
+
+def test_examination_changes_nothing() -> None:
+    model = network()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    examine(model, batches(), lambda x, y: F.cross_entropy(model(x), y))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(m.pending_count for m in model.modules() if isinstance(m, BatchNorm))
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_layers_are_named_when_they_change() -> None:
+    watch = FiringWatch()
+    assert watch.changes({"a": 0.1, "b": 0.2, "c": 0.3}) == []
+    assert watch.changes({"a": 0.0005, "b": 0.95, "c": 0.0}) == [
+        "dead layers, firing below 0.1 %: a (0.05 %), c (0 %)",
+        "saturated layers, firing above 90 %: b (95 %)",
+    ]
+    assert watch.changes({"a": 0.0002, "b": 0.96, "c": 0.0}) == []
+    assert watch.changes({"a": 0.2, "b": 0.0, "c": 0.0}) == [
+        "layers that fire again: a (20 %)",
+        "dead layers, firing below 0.1 %: b (0 %)",
+    ]
+    assert FiringWatch().changes({"a": 0.0}) == ["dead layers, firing below 0.1 %: a (0 %)"]

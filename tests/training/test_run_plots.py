@@ -1,0 +1,83 @@
+"""When a run draws itself, and what it says in the log."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import tiny
+import torch
+
+import tetdist
+from tetdist.config import schema as configuration
+from tetdist.config.schema import RunConfig
+from tetdist.tracking.mlflow_follower import Tracker
+from tetdist.training.run_plots import Pictures
+
+assert tetdist.__doc__  # registers the models
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    file = tiny.write_config(tmp_path / "tiny.yaml", tmp_path)
+    return configuration.load(str(file))
+
+
+@pytest.fixture
+def tracker(config: RunConfig) -> Iterator[Tracker]:
+    config.run_dir.mkdir(parents=True)
+    about: dict[str, Any] = {"run_name": "r", "params": {}, "tags": {}, "experiment": "e"}
+    tracker = Tracker(
+        config.run_dir,
+        tracking_uri=None,
+        artifact_root=config.run_dir,
+        resume_step=None,
+        **about,
+    )
+    yield tracker
+    tracker.close("FINISHED")
+
+
+def evaluation(tracker: Tracker, epoch: int, rate: float) -> dict[str, Any]:
+    values = {"epoch": float(epoch), "phase": 0, "top1": 50.0, "firing_rate": {"stem": rate}}
+    tracker.log("val", epoch, values)
+    return values
+
+
+def test_pictures_now_and_then_and_warnings_at_once(
+    config: RunConfig, tracker: Tracker, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = timm.create_model("spiking_convnet", channels=(4, 8), input_size=16, timesteps=2)
+    model.set_execution("reference")
+    pictures = Pictures(config, tiny.CLASSES, tracker)
+    images = torch.randn(3, 3, 16, 16)
+
+    def drawn(epoch: int, rate: float, *, last: bool = False) -> dict[str, bytes]:
+        values = evaluation(tracker, epoch, rate)
+        pictures.after_evaluation(model, images, values, last=last)
+        return {path.name: path.read_bytes() for path in pictures.folder.iterdir()}
+
+    first = drawn(1, 0.2)
+    assert first.keys() == {"learning_curves.png", "firing_rates.png", "membranes.png"}
+    assert caplog.text == ""
+    assert drawn(2, 0.0) == first
+    assert drawn(3, 0.0) == first
+    assert caplog.text.count("epoch 2: dead layers, firing below 0.1 %: stem (0 %)") == 1
+    assert "epoch 3" not in caplog.text
+    last = drawn(4, 0.5, last=True)
+    assert "epoch 4: layers that fire again: stem (50 %)" in caplog.text
+    assert all(last[name] != first[name] for name in first)
+
+
+def test_a_picture_that_cannot_be_written_ends_nothing(
+    config: RunConfig, tracker: Tracker, caplog: pytest.LogCaptureFixture
+) -> None:
+    (config.run_dir / "plots").write_text("in the way")
+    model = timm.create_model("spiking_convnet", channels=(4, 8), input_size=16, timesteps=2)
+    model.set_execution("reference")
+    pictures = Pictures(config, tiny.CLASSES, tracker)
+    values = evaluation(tracker, 1, 0.2)
+    pictures.after_evaluation(model, torch.randn(3, 3, 16, 16), values, last=True)
+    for name in ("learning_curves.png", "firing_rates.png", "membranes.png"):
+        assert f"no plot {name} was made" in caplog.text

@@ -1,0 +1,79 @@
+"""Learning rates at the places where they bend, and the phases' borders."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from tetdist.config.schema import OptimizerSection, PhaseSection
+from tetdist.training.schedule import phase_at, place
+
+
+def section(**values: Any) -> PhaseSection:
+    optimizer = OptimizerSection(lr=values.pop("lr", 0.8))
+    return PhaseSection(**{"epochs": 4, "timesteps": 2, "optimizer": optimizer} | values)
+
+
+def test_cosine_goes_from_the_peak_towards_zero() -> None:
+    (phase,) = place((section(),), 10)
+    rates = [phase.learning_rate(step) for step in range(40)]
+    assert rates[0] == 0.8
+    assert rates[20] == pytest.approx(0.4)
+    assert rates[39] == pytest.approx(0.8 * 0.5 * (1 + math.cos(math.pi * 39 / 40)))
+    assert 0 < rates[39] < 0.01 * 0.8
+    assert phase.learning_rate(40) == pytest.approx(0, abs=1e-12)
+    assert all(later < earlier for earlier, later in pairwise(rates))
+
+
+def test_warm_up_rises_by_equal_steps_and_ends_at_the_peak() -> None:
+    (phase,) = place((section(warmup_epochs=1.0),), 10)
+    rates = [phase.learning_rate(step) for step in range(40)]
+    assert rates[:10] == pytest.approx([0.08 * (i + 1) for i in range(10)])
+    assert rates[10] == pytest.approx(0.8)
+    assert max(rates) <= 0.8 + 1e-12
+    assert rates[25] == pytest.approx(0.4)
+
+
+def test_warm_up_of_a_fraction_of_a_step() -> None:
+    (phase,) = place((section(warmup_epochs=0.25),), 10)
+    rates = [phase.learning_rate(step) for step in range(40)]
+    assert max(rates) <= 0.8 + 1e-12
+    assert min(rates) > 0
+    assert rates[:3] == sorted(rates[:3])
+
+
+def test_constant() -> None:
+    (phase,) = place((section(schedule="constant", warmup_epochs=1.0),), 10)
+    assert phase.learning_rate(0) == pytest.approx(0.08)
+    assert {phase.learning_rate(step) for step in range(10, 40)} == {0.8}
+
+
+def test_phases_follow_each_other() -> None:
+    phases = place((section(), section(epochs=2, timesteps=3, lr=0.1)), 10)
+    assert [(phase.first_step, phase.end_step) for phase in phases] == [(0, 40), (40, 60)]
+    assert [phase_at(phases, step).number for step in (0, 39, 40, 59, 60, 1000)] == [
+        0,
+        0,
+        1,
+        1,
+        1,
+        1,
+    ]
+    assert phases[1].learning_rate(40) == 0.1
+    assert phases[1].learning_rate(50) == pytest.approx(0.05)
+
+
+def test_image_sizes_rise_epoch_by_epoch() -> None:
+    def sizes(default: int = 224, **values: Any) -> list[int]:
+        phases = place((section(epochs=2), section(epochs=5, **values)), 10)
+        return [phases[1].image_size(step, default) for step in range(20, 70, 10)]
+
+    assert sizes() == [224] * 5
+    assert sizes(image_size=128) == [128] * 5
+    assert sizes(image_size=128, final_image_size=256) == [128, 160, 192, 224, 256]
+    assert sizes(image_size=100, final_image_size=224) == [100, 128, 160, 192, 224]
+    assert sizes(final_image_size=288) == [224, 224, 256, 256, 288]
+    assert sizes(image_size=16, final_image_size=24) == [16, 16, 16, 16, 24]
+    (phase,) = place((section(epochs=1, image_size=64, final_image_size=96),), 10)
+    assert [phase.image_size(step, 224) for step in (0, 9)] == [64, 64]

@@ -1,0 +1,249 @@
+"""Learning from a teacher, and from the ReLU network of the same shape."""
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import tiny
+import torch
+from safetensors.torch import save_file
+from tiny import Farm, Outcome
+
+from tetdist import losses
+from tetdist.config import schema as configuration
+from tetdist.config.schema import LossSection
+from tetdist.data import index as data_index
+from tetdist.errors import UserError
+from tetdist.training.teacher import Teacher
+from tetdist.training.trainer import compute_loss
+
+ConfigWriter = Callable[..., Path]
+Main = Callable[..., Outcome]
+
+RELU = {"name": "relu", "model.neuron.spike": "relu", "phases.0.timesteps": 1}
+KEY = "loss.distillation.teacher"
+# As small as timm's are, and for any size of images.
+TIMM, CPU = "timm:test_resnet", torch.device("cpu")
+
+
+@pytest.fixture
+def relu(main: Main, tiny_config: ConfigWriter, tmp_path: Path) -> Path:
+    """A finished run of the ReLU network of the tiny configuration's shape."""
+    assert main(tiny_config(RELU), "max_steps=6").status == 0
+    return tmp_path / "runs/relu"
+
+
+def teacher(file: Path, *overrides: str) -> Teacher:
+    config = configuration.load(str(file), list(overrides))
+    index = data_index.load_index(data_index.index_file(config.data.index_dir, "train"))
+    return Teacher(config, index, CPU)
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def test_loss_is_the_sum_of_its_parts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)
+    taught = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    targets = torch.tensor([0, 4, 2, 2])
+    soft = {"teacher": "runs/x", "weight": 0.3, "self_weight": 0.7, "temperature": 1.5}
+    tet = LossSection.model_validate({"lambda": 0.05, "distillation": soft})
+    expected = (
+        losses.tet_loss(logits, targets, regularization=0.05)
+        + 0.3 * losses.distillation_loss(logits, taught, temperature=1.5)
+        + 0.7 * losses.self_distillation_loss(logits, temperature=1.5)
+    )
+    torch.testing.assert_close(compute_loss(tet, logits, targets, taught), expected)
+    # SDT's network answers once, by the time-mean, and so it learns.
+    sdt = LossSection.model_validate({"kind": "sdt", "distillation": soft | {"self_weight": 0.0}})
+    mean = logits.mean(0, keepdim=True)
+    expected = losses.sdt_loss(logits, targets)
+    expected = expected + 0.3 * losses.distillation_loss(mean, taught, temperature=1.5)
+    torch.testing.assert_close(compute_loss(sdt, logits, targets, taught), expected)
+
+
+# --- the ReLU network -----------------------------------------------------------------------------
+
+
+def test_relu_network_is_a_teacher_and_the_weights_to_begin_with(
+    main: Main, relu: Path, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    assert [line["firing_rate"] for line in tiny.metrics(relu, "val")] == [{}, {}]  # none fire
+    changes = {"loss.distillation": {"weight": 0.5, "self_weight": 0.5}, "max_steps": 6}
+    file = tiny_config(changes)
+    outcome = main(file, f"{KEY}={relu}", f"init_checkpoint={relu}", "name=taught")
+    assert outcome.status == 0, outcome.text
+    assert "another network: model.neuron.spike is 'step' and was 'relu'" in outcome.text
+    assert main(file, f"init_checkpoint={relu}", "name=alone").status == 0
+    taught, alone = (tiny.metrics(tmp_path / "runs" / name) for name in ("taught", "alone"))
+    # The same samples and weights, and more to be learnt.
+    assert taught[0]["loss"] > alone[0]["loss"]
+    assert taught[0]["top1"] == alone[0]["top1"]
+    assert taught[-1] != alone[-1]
+
+
+def test_taught_run_is_the_same_on_two_processes_and_when_stopped(
+    farm: Farm, relu: Path, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    changes = {"loss.distillation": {"teacher": str(relu), "weight": 0.5}, "max_steps": 6}
+    changes |= {"engine": "torch", "precision": "fp64"}
+    assert farm(tiny_config({"name": "one"} | changes)).status == 0
+    assert farm(tiny_config({"name": "two"} | changes), world=2).status == 0
+    one, two = (tiny.metrics(tmp_path / "runs" / name, "train") for name in ("one", "two"))
+    assert [line["loss"] for line in one] == pytest.approx(
+        [line["loss"] for line in two], rel=1e-12
+    )
+    file = tiny_config({"name": "stopped"} | changes)
+    assert farm(file, stop=("step", 2, signal.SIGTERM)).status == 128 + signal.SIGTERM
+    assert len(tiny.metrics(tmp_path / "runs/stopped", "train")) == 2
+    assert farm(file).status == 0
+    tiny.assert_same_run(tmp_path / "runs/stopped", tmp_path / "runs/one")
+
+
+def test_relu_network_is_at_the_fused_path_what_it_is_at_the_reference() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "sew_resnet18", timesteps=2, num_classes=3, neuron={"spike": "relu"}
+    ).double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    logits = []
+    for execution in ("fused", "reference"):
+        model.set_execution(execution)
+        logits.append(model(x, per_timestep=True))
+    torch.testing.assert_close(*logits)
+    # No timestep knows of another.
+    torch.testing.assert_close(logits[0][0], logits[0][1])
+
+
+def test_teacher_stays_the_same_and_is_needed_no_longer_than_the_run(
+    main: Main, relu: Path, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    file, key = tiny_config({"name": "taught"}), f"{KEY}={relu}"
+    assert main(file, key, "max_steps=2").status == 0
+    before = relu.rename(tmp_path / "runs/before")
+    # Another network in its place: that of other initial weights.
+    assert main(tiny_config(RELU | {"seed": 1}), "max_steps=1").status == 0
+    file = tiny_config({"name": "taught"})
+    outcome = main(file, key, "max_steps=3")
+    assert outcome.status == 2
+    assert f"learned from another network than what is now in {relu}" in outcome.text
+    shutil.rmtree(relu)
+    before.rename(relu)
+    assert main(file, key, "max_steps=3").status == 0
+    relu.rename(before)
+    outcome = main(file, key, "max_steps=3")
+    assert outcome.status == 0
+    assert "was trained before: nothing to do" in outcome.text
+
+
+# --- teachers -------------------------------------------------------------------------------------
+
+
+def test_teacher_answers_as_its_own_run_does(relu: Path, tiny_config: ConfigWriter) -> None:
+    from tetdist import checkpoint
+    from tetdist.training.run_folder import create_model
+
+    weights, description = checkpoint.load_model_file(relu)
+    section = configuration.parse(description["config"], "relu").model
+    model = create_model(section, 4, 1)
+    model.load_state_dict(weights)
+    images = torch.rand(3, 3, 16, 16)
+    random = torch.random.get_rng_state()
+    found = teacher(tiny_config(), f"{KEY}={relu}")
+    # The student's initial weights are those without a teacher.
+    assert torch.equal(random, torch.random.get_rng_state())
+    answers = found(images)
+    assert answers.shape == (3, 4)
+    assert not answers.requires_grad
+    assert not any(parameter.requires_grad for parameter in found.model.parameters())
+    torch.testing.assert_close(answers, model.eval()(images).detach())
+
+
+def test_timm_teacher_sees_images_in_its_own_normalisation(
+    tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    theirs = timm.create_model(TIMM.removeprefix("timm:"), num_classes=4).eval()
+    file = tmp_path / "weights.safetensors"
+    save_file(theirs.state_dict(), file)
+    changes = {"data.mean": [0.1, 0.2, 0.3], "data.std": [0.5, 0.25, 1.0]}
+    weights = f"{KEY}_weights={file}"
+    found = teacher(tiny_config(changes), f"{KEY}={TIMM}", weights)
+    pixels = torch.rand(2, 3, 16, 16)
+
+    def normalised(mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+        return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+    described = timm.get_pretrained_cfg(TIMM.removeprefix("timm:"))
+    assert described.mean != (0.1, 0.2, 0.3)
+    expected = theirs(normalised(described.mean, described.std)).detach()
+    answers = found(normalised((0.1, 0.2, 0.3), (0.5, 0.25, 1.0)))
+    torch.testing.assert_close(answers, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_events_are_taught_at_the_students_timesteps() -> None:
+    from tetdist.training.run_folder import create_model
+
+    section = configuration.ModelSection.model_validate({"name": "spiking_convnet_dvs"})
+    model = create_model(section, 3, 2)
+    answering = Teacher.__new__(Teacher)
+    answering.model, answering.precision = model.eval(), "fp32"
+    frames = torch.rand(2, 5, 2, 34, 34).round()
+    answers = answering(frames)
+    model.set_timesteps(5)
+    torch.testing.assert_close(answers, model(frames).detach())
+
+
+def test_teachers_that_do_not_suit(
+    main: Main, relu: Path, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    def refusal(*overrides: str) -> str:
+        outcome = main(tiny_config(), *overrides)
+        assert outcome.status == 2, outcome.text
+        assert "Traceback" not in outcome.text
+        return outcome.text.strip()
+
+    assert f"{KEY}: there is no checkpoint /nowhere" in refusal(f"{KEY}=/nowhere")
+    text = refusal(f"{KEY}={relu}", "data.image_size=24", "data.resize=24", "model.arguments={}")
+    assert "24" in text
+    text = refusal(f"{KEY}={relu}", "model.num_classes=7")
+    assert "has 4 classes and the student 7" in text
+    text = refusal(f"{KEY}=timm:resnet_of_nobody", f"{KEY}_weights=/nowhere")
+    assert f"{KEY}: timm cannot make resnet_of_nobody" in text
+    assert "there is no file /nowhere" in refusal(f"{KEY}={TIMM}", f"{KEY}_weights=/nowhere")
+    file = tmp_path / "seven.safetensors"
+    save_file(timm.create_model(TIMM.removeprefix("timm:"), num_classes=7).state_dict(), file)
+    text = refusal(f"{KEY}={TIMM}", f"{KEY}_weights={file}")
+    assert "has shape (7,) instead of (4,)" in text
+    text = refusal("loss.kind=sdt", "loss.distillation.self_weight=0.5")
+    assert "set loss.kind=tet with it" in text
+    text = refusal(f"{KEY}={relu}", f"{KEY}_weights={file}")
+    assert f"set {KEY}=timm:NAME with it" in text
+
+
+def test_teacher_of_other_classes(relu: Path, tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    root = tmp_path / "other"
+    tiny.make_images(root)
+    for split in ("train", "val"):
+        (root / split / "left").rename(root / split / "links")
+        built, _ = data_index.build_index(root, split, workers=1)
+        data_index.save_index(built, data_index.index_file(root / "index", split))
+    with pytest.raises(UserError, match=f"{KEY}: .* knows other classes than"):
+        teacher(tiny_config({"data.root": str(root)}), f"{KEY}={relu}")
+
+
+def test_keys_without_effect_are_said(main: Main, tiny_config: ConfigWriter) -> None:
+    outcome = main(tiny_config({"loss.distillation.weight": 0.5}), "max_steps=1")
+    assert outcome.status == 0
+    assert "loss.distillation.weight has no effect with" in outcome.text
+    changes = {"name": "none", "loss.distillation": {"teacher": "/nowhere", "weight": 0.0}}
+    outcome = main(tiny_config(changes), "max_steps=1")
+    assert outcome.status == 0, outcome.text
+    assert "loss.distillation.teacher has no effect with" in outcome.text
+    outcome = main(tiny_config(RELU | {"name": "decay", "model.neuron.decay": 0.9}), "max_steps=1")
+    assert outcome.status == 0
+    assert "model.neuron.decay has no effect with model.neuron.spike=relu" in outcome.text

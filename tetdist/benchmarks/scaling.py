@@ -1,0 +1,302 @@
+"""`tools/bench.py scaling`: several processes against one, and what larger numbers would reach.
+
+Contestants take turns in one run: one process alone; as many as there are to be, each for itself,
+which shows what the machine has to give; and the same averaging their gradients. Each process has
+its own cores (or GPU), and trains by the engine that runs train by.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+# --- the processes ------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process that makes steps when told to."""
+
+    def __init__(self, options: argparse.Namespace, rank: int, world_size: int, port: int) -> None:
+        cores = sorted(os.sched_getaffinity(0))
+        own = cores[rank :: options.processes] if len(cores) >= options.processes else cores
+        environment = os.environ | {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": str(options.threads or max(1, len(own))),
+            "TETDIST_BENCH": json.dumps(vars(options) | {"json": None, "cores": own}),
+        }
+        if world_size == 1:
+            # Its own group of one: local rank r still means the r-th GPU.
+            environment |= {"RANK": "0"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tetdist.benchmarks.scaling"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, steps: int) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+
+    def seconds(self) -> float:
+        """Of each of the steps, when they are made."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"error: a process of the benchmark ended ({self.process.wait()})")
+        return float(line)
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def together(workers: list[Worker], steps: int) -> float:
+    """Seconds of a step of the slowest, all at the same time."""
+    for worker in workers:
+        worker.start(steps)
+    return max([worker.seconds() for worker in workers])
+
+
+@contextlib.contextmanager
+def processes(options: argparse.Namespace) -> Iterator[tuple[list[Worker], list[Worker]]]:
+    """So many each for itself, and so many that share their work."""
+    count = options.processes
+    workers: list[Worker] = []
+    try:
+        # One after the other: there may be kernels to build.
+        for rank in range(count):
+            workers.append(Worker(options, rank, 1, free_port()))
+            together(workers[-1:], 2)
+        port = free_port()
+        workers += [Worker(options, rank, count, port) for rank in range(count)]
+        together(workers[count:], 2)
+        yield workers[:count], workers[count:]
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+# --- what is measured ---------------------------------------------------------------------------
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    seconds: dict[str, list[float]] = {"alone": [], "apart": [], "together": []}
+    with processes(options) as (singles, group):
+        for _ in range(options.repeats):
+            seconds["alone"].append(together(singles[:1], options.steps))
+            seconds["apart"].append(together(singles, options.steps))
+            seconds["together"].append(together(group, options.steps))
+    images = options.batch * options.accumulation
+    rows = [
+        {
+            "name": name,
+            "processes": 1 if name == "alone" else options.processes,
+            "seconds": statistics.median(values),
+            # Of the rate of so many processes like the one, round by round.
+            "efficiency": statistics.median(
+                one / own for one, own in zip(seconds["alone"], values, strict=True)
+            ),
+            "of_apart": statistics.median(
+                one / own for one, own in zip(seconds["apart"], values, strict=True)
+            ),
+            "images_per_s": (1 if name == "alone" else options.processes)
+            * images
+            / statistics.median(values),
+        }
+        for name, values in seconds.items()
+    ]
+    keys = ("model", "size", "timesteps", "batch", "accumulation", "precision", "device", "engine")
+    result = {key: getattr(options, key) for key in keys} | {
+        "rows": rows,
+        # What launch/slurm.py --benchmark reads.
+        "images_per_s": rows[-1]["images_per_s"],
+        "processes": options.processes,
+    }
+    return result | {"predicted": predict(options, rows[0]["images_per_s"])}
+
+
+def predict(options: argparse.Namespace, measured: float) -> dict[str, Any]:
+    """Images a second of many GPUs, by the model of launch/plan.py."""
+    import timm
+
+    from tetdist.slurm.cluster import ClusterSection
+    from tetdist.slurm.plan import communication_seconds
+
+    model = timm.create_model(options.model, timesteps=options.timesteps)
+    num_bytes = 4 * sum(p.numel() for p in model.parameters())
+    rate = options.images_per_s or measured
+    cluster = ClusterSection(
+        link_in_node=options.link_in_node, link_between_nodes=options.link_between_nodes
+    )
+    images = options.batch * options.accumulation
+    rows = []
+    for gpus in (8, 16, 32, 64, 128, 256, 512):
+        nodes = max(1, gpus // options.gpus_per_node)
+        in_node = min(gpus, options.gpus_per_node)
+        waiting = communication_seconds(num_bytes, nodes, in_node, cluster)
+        efficiency = (images / rate) / (images / rate + waiting)
+        rows.append(
+            {
+                "gpus": gpus,
+                "images_per_s": gpus * rate * efficiency,
+                "efficiency": efficiency,
+                "communication_ms": 1e3 * waiting,
+            }
+        )
+    return {
+        "images_per_s_of_one": rate,
+        "measured": options.images_per_s is None,
+        "mb_averaged": num_bytes / 1e6,
+        "gpus_per_node": options.gpus_per_node,
+        "link_in_node": options.link_in_node,
+        "link_between_nodes": options.link_between_nodes,
+        "rows": rows,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    predicted = result["predicted"]
+    count = result["processes"]
+    lines = [
+        f"{result['model']}, T={result['timesteps']}, {result['accumulation']} x batch "
+        f"{result['batch']} a process, {result['precision']}, {result['engine']}, "
+        f"{result['device']}: a step",
+        "",
+        f"                              s   images/s   / {count} x alone   / apart",
+    ]
+    names = {
+        "alone": "one process",
+        "apart": f"{count}, each for itself",
+        "together": f"{count}, averaging",
+    }
+    for row in result["rows"]:
+        apart = "" if row["name"] == "alone" else f"{row['of_apart']:10.3f}"
+        efficiency = "" if row["name"] == "alone" else f"{row['efficiency']:14.3f}"
+        lines.append(
+            f"{names[row['name']]:22}{row['seconds']:9.3f}{row['images_per_s']:11.2f}"
+            f"{efficiency}{apart}"
+        )
+    source = "as measured" if predicted["measured"] else "as given"
+    lines += [
+        "",
+        f"Predicted from {predicted['images_per_s_of_one']:.4g} images/s of one ({source}) and "
+        f"{predicted['mb_averaged']:.1f} MB averaged a step, none of it hidden:",
+        f"{predicted['gpus_per_node']} GPUs a node, {predicted['link_in_node']:g} GB/s in a node, "
+        f"{predicted['link_between_nodes']:g} GB/s between nodes",
+        "",
+        "GPUs    images/s   efficiency   averaging, ms",
+    ]
+    lines += [
+        f"{row['gpus']:4}{row['images_per_s']:12.1f}{row['efficiency']:13.3f}"
+        f"{row['communication_ms']:16.1f}"
+        for row in predicted["rows"]
+    ]
+    return "\n".join(lines)
+
+
+# --- in one of the processes --------------------------------------------------------------------
+
+
+def work() -> None:
+    options = argparse.Namespace(**json.loads(os.environ["TETDIST_BENCH"]))
+    os.sched_setaffinity(0, options.cores)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints
+        step, world = training_step(options)
+    with world:
+        for line in sys.stdin:
+            steps = int(line)
+            started = time.perf_counter()
+            for _ in range(steps):
+                with contextlib.redirect_stdout(sys.stderr):
+                    step()
+            print((time.perf_counter() - started) / steps, flush=True)
+
+
+def training_step(options: argparse.Namespace) -> tuple[Callable[[], None], Any]:
+    """A step on the same images again and again."""
+    import timm
+
+    import tetdist.models  # noqa: F401  # registers them
+    from tetdist.config.schema import parse
+    from tetdist.distributed.world import join
+    from tetdist.losses import tet_loss
+    from tetdist.nn import batch_norm
+    from tetdist.training.engines.deepspeed_engines import make_engine, make_optimizer
+
+    world = join(options.device)
+    config = parse(
+        {
+            "name": "bench",
+            "model": {"name": options.model},
+            "data": {"root": "none"},
+            "batch": {
+                "global": options.batch * options.accumulation * world.world_size,
+                "micro": options.batch,
+            },
+            "phases": [
+                {
+                    "epochs": 1,
+                    "timesteps": options.timesteps,
+                    "optimizer": {"kind": "sgd", "lr": 0.01},
+                }
+            ],
+            "precision": options.precision,
+            "engine": options.engine,
+        },
+        "the benchmark",
+    )
+    torch.manual_seed(0)
+    model = timm.create_model(options.model, timesteps=options.timesteps).to(world.device).train()
+    batch_norm.defer_running_statistics(model)
+    optimizer = make_optimizer(model, config.phases[0].optimizer)
+    engine = make_engine(config, model, optimizer, options.accumulation, world)
+    channels, size, _ = model.default_cfg["input_size"]
+    size = options.size or size
+    frames = (options.timesteps,) if channels == 2 else ()
+    images = torch.rand((options.batch, *frames, channels, size, size), device=world.device)
+    if images.ndim == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(options.batch, device=world.device) % 10
+
+    # As trainer.py makes it.
+    def step() -> None:
+        for _ in range(options.accumulation):
+            engine.backward(tet_loss(engine.forward(images), labels, regularization=0.001))
+        update = engine.update(0.01)
+        batch_norm.update_running_statistics(model, world.mean_, update.applied)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step, world
+
+
+if __name__ == "__main__":
+    work()

@@ -1,0 +1,217 @@
+"""Take over somebody's weights: a file that training begins with and tools/eval.py evaluates.
+
+    python tools/convert.py sew34.pth --model sew_resnet34 --from sew --output sew34.safetensors
+    python tools/convert.py r34.pth --model sew_resnet34 --from torchvision --output r34.safetensors
+    python tetdist/train.py --config sew34_t4.yaml init_checkpoint=r34.safetensors
+
+docs/weights.md says which files are known and what carries over.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tetdist.config.schema import RunConfig
+    from tetdist.exchange.foreign import Converted, Source
+
+SOURCES = ("auto", "spikingjelly", "sew", "tet", "torchvision", "timm")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tools/convert.py", description="Take over weights from elsewhere."
+    )
+    add = parser.add_argument
+    add("source", metavar="FILE", type=Path, help=".safetensors, or what torch.save wrote")
+    add("--model", required=True, metavar="NAME", help="the model here: sew_resnet34, vggsnn, ...")
+    add("--from", dest="layout", choices=SOURCES, default="auto", help="where FILE is from")
+    add("--output", required=True, metavar="FILE.safetensors", type=Path)
+    add("--timesteps", type=int, metavar="T", help="that it was trained at; default: the model's")
+    add(
+        "--classes",
+        metavar="WHERE",
+        type=Path,
+        help="names of the classes: a folder of class folders, such as ROOT/val, or a file with one"
+        " a line; without it, evaluation checks their number only",
+    )
+    add(
+        "--allow-missing",
+        action="store_true",
+        help="go on though weights are missing, of another shape or unknown; those without any "
+        "are initialised",
+    )
+    add(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="keys of the configuration that is noted in the file: model.neuron.decay=0.5, "
+        "model.arguments.connect_function=and, model.num_classes=100, data.image_size=128",
+    )
+    options = parser.parse_intermixed_args(arguments)
+    if options.timesteps is not None and options.timesteps < 1:
+        parser.error("--timesteps must be at least 1")
+    if options.output.suffix != ".safetensors":
+        parser.error("--output must end in .safetensors")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        from tetdist.errors import UserError
+    except ModuleNotFoundError as error:
+        return fail(f"the package {error.name} is not installed; pip install 'tetdist[train]'")
+    try:
+        convert_file(options)
+    except UserError as error:
+        return fail(str(error))
+    except ModuleNotFoundError as error:
+        return fail(f"the package {error.name} is not installed; pip install 'tetdist[train]'")
+    except KeyboardInterrupt:
+        return fail("interrupted; nothing was written", 130)
+    return 0
+
+
+def fail(text: str, status: int = 2) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return status
+
+
+def convert_file(options: argparse.Namespace) -> None:
+    import torch
+
+    from tetdist import checkpoint
+    from tetdist.errors import UserError
+    from tetdist.exchange import foreign
+    from tetdist.training.run_folder import create_model
+
+    if (options.output.parent / checkpoint.MANIFEST_FILE).exists():
+        raise UserError(f"--output: {options.output.parent} is a checkpoint; choose another folder")
+    state = foreign.read(options.source)
+    if options.output.exists():
+        raise UserError(f"{options.output} exists; choose another --output, or remove it first")
+    layout = options.layout
+    source: Source = foreign.source_of(state, options.source) if layout == "auto" else layout
+    config, timesteps = configuration(options, source, foreign.num_classes(state, source))
+    classes = class_names(options, config)
+    torch.manual_seed(config.seed)
+    assert config.model.num_classes is not None
+    model = create_model(config.model, config.model.num_classes, timesteps)
+    converted = foreign.convert(state, source, model)
+    report(converted, options, config, source, timesteps)
+    description = {
+        "config": config.as_dict(),
+        "classes": classes,
+        "timesteps": timesteps,
+        "step": 0,
+        "validation": None,
+        "converted": {"file": options.source.name, "from": source},
+    }
+    checkpoint.write_model_file(options.output, converted.weights, description)
+    print(f"wrote {options.output}")
+
+
+def configuration(
+    options: argparse.Namespace, source: "Source", num_classes: int | None
+) -> tuple["RunConfig", int]:
+    """A configuration that builds and evaluates the network, and its T."""
+    import timm
+
+    import tetdist.models  # registers them
+    from tetdist.config.schema import apply_override, parse
+    from tetdist.errors import UserError
+    from tetdist.exchange.foreign import NEURONS
+
+    known = [m for name in tetdist.models.MODEL_MODULES for m in timm.list_models(module=name)]
+    if options.model not in known:
+        raise UserError(
+            f"--model: {options.model!r} is not a spiking model; there are {', '.join(known)}"
+        )
+    timesteps = options.timesteps or tetdist.models.default_timesteps(options.model)
+    cfg = timm.get_pretrained_cfg(options.model)
+    channels, side, _ = cfg.input_size
+    data: dict[str, Any] = {"kind": "events", "root": "data"}
+    if channels == 3:
+        data = {
+            "root": "data",
+            "image_size": side,
+            "resize": round(side / cfg.crop_pct),
+            "mean": list(cfg.mean),
+            "std": list(cfg.std),
+        }
+    raw: dict[str, Any] = {
+        "name": options.output.stem,
+        "model": {
+            "name": options.model,
+            "num_classes": num_classes or cfg.num_classes,
+            "neuron": dict(NEURONS[source]),
+        },
+        "data": data,
+        "batch": {"global": 256, "micro": 32},
+        "phases": [{"epochs": 1, "timesteps": timesteps, "optimizer": {"lr": 0.1}}],
+    }
+    # Both of them have plain batch norm.
+    if options.model.startswith("spiking_resnet") and source in ("spikingjelly", "sew"):
+        raw["model"]["arguments"] = {"norm": "bn"}
+    for override in options.overrides:
+        apply_override(raw, override)
+    return parse(raw, "the configuration", warn=False), timesteps
+
+
+def class_names(options: argparse.Namespace, config: "RunConfig") -> list[str] | None:
+    from tetdist.errors import UserError
+
+    if options.classes is None:
+        return None
+    try:
+        if options.classes.is_dir():
+            names = sorted(path.name for path in options.classes.iterdir() if path.is_dir())
+        else:
+            names = options.classes.read_text().split("\n")
+            names = [name.strip() for name in names if name.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--classes: {options.classes} cannot be read ({error})") from error
+    if len(names) != config.model.num_classes:
+        raise UserError(
+            f"--classes: {options.classes} names {len(names)} classes, the model has "
+            f"{config.model.num_classes}"
+        )
+    return names
+
+
+def report(
+    converted: "Converted",
+    options: argparse.Namespace,
+    config: "RunConfig",
+    source: "Source",
+    timesteps: int,
+) -> None:
+    """Say what was found.
+
+    Raises:
+        UserError: Something does not fit, and that was not allowed.
+    """
+    from tetdist.errors import UserError
+
+    missing, unexpected = converted.missing, converted.unexpected
+    carried = len(converted.weights) - len(missing)
+    print(f"{options.source}: {carried} of {len(converted.weights)} tensors, as of {source}")
+    if converted.counters:
+        print(f"  {converted.counters} counters of batches (num_batches_tracked) have no use here")
+    for sentence in missing:
+        print(f"  not carried over: {sentence}")
+    for name in unexpected:
+        print(f"  unknown here: {name}")
+    if (missing or unexpected) and not options.allow_missing:
+        raise UserError(
+            f"{options.source} is not a {config.model.name} of {source}: {len(missing)} tensors "
+            f"are missing or of another shape and {len(unexpected)} unknown (listed above); "
+            "choose another --model or --from, or give --allow-missing to initialise and leave "
+            "out what does not fit"
+        )
+    if not carried:
+        raise UserError(f"nothing in {options.source} fits {config.model.name}")
+    neuron = ", ".join(f"{key} {value}" for key, value in config.model.neuron.model_dump().items())
+    print(f"  neuron, which the file does not tell: {neuron}; T={timesteps}")

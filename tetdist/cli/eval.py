@@ -1,0 +1,291 @@
+"""Evaluate a checkpoint: accuracy at any number of timesteps, early exit, operations, robustness.
+
+    python tools/eval.py --checkpoint runs/sew34_t4
+    python tools/eval.py --checkpoint model.safetensors --data /data/imagenet --timesteps 1,2,4
+    python tools/eval.py --checkpoint runs/sew34_t4 --timesteps 1-8 --report report.html
+
+Needs neither DeepSpeed nor the machine that trained. Also runs on several processes, under the
+deepspeed launcher or torchrun.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# See tetdist/train.py: threads that spin while they wait take the cores from those that decode.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+HANGS_AFTER = 600  # seconds without progress of one of several processes
+MOST_TIMESTEPS = 1000  # more is a slip of the finger, and would fill the memory
+
+if TYPE_CHECKING:
+    from tetdist.config.schema import RunConfig
+    from tetdist.data.index import Index
+
+
+def timesteps_list(text: str) -> list[int]:
+    """Numbers and ranges, such as 1,2,4 or 1-8 or 1-4,8; rising, each once."""
+    values: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 1,2,4 or 1-8")
+        low, high = int(first), int(last or first)
+        if high > MOST_TIMESTEPS:
+            raise argparse.ArgumentTypeError(f"{text!r}: the most is {MOST_TIMESTEPS}")
+        if not 1 <= low <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: the least is 1, and a range must rise")
+        values.update(range(low, high + 1))
+    return sorted(values)
+
+
+def shares_list(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 0.1,0.5") from None
+    if not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r}: shares are from 0 to 1")
+    return sorted(set(values))
+
+
+def report_file(text: str) -> Path:
+    if Path(text).suffix not in (".html", ".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .html nor in .png")
+    return Path(text)
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tools/eval.py", description="Evaluate a checkpoint.")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="RUN_OR_FILE",
+        type=Path,
+        help="a run folder (its last checkpoint), a checkpoint folder, or a .safetensors file",
+    )
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="of a run folder, the best checkpoint, which was chosen on this very split",
+    )
+    parser.add_argument("--data", metavar="ROOT", help="folder of val/; default: as in training")
+    parser.add_argument("--index", metavar="DIR", help="folder of the index; default: ROOT/index")
+    parser.add_argument("--split", default="val", help="split to evaluate (default: val)")
+    parser.add_argument(
+        "--timesteps",
+        type=timesteps_list,
+        metavar="1,2,4-8",
+        help="numbers of timesteps to report, also beyond that of the training (default: 1 to it)",
+    )
+    parser.add_argument(
+        "--drop-timesteps",
+        type=shares_list,
+        default=[],
+        metavar="0.1,0.5",
+        help="also evaluate with this share of the timesteps dropped, by chance",
+    )
+    parser.add_argument(
+        "--drop-events",
+        type=shares_list,
+        default=[],
+        metavar="0.1,0.5",
+        help="also evaluate with this share of the events dropped, by chance",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is dropped (default: 0)")
+    parser.add_argument("--batch", type=positive, metavar="N", help="samples of one forward pass")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads that decode")
+    parser.add_argument("--precision", choices=["bf16", "fp32", "fp16", "fp64"])
+    parser.add_argument("--execution", choices=["fused", "reference"], help="default: fused")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result there, too")
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        type=report_file,
+        help="write a page to look at: FILE.html, without anything outside of it, or FILE.png",
+    )
+    # The deepspeed launcher adds it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        from tetdist.errors import UserError
+    except ModuleNotFoundError as error:
+        return fail(f"the package {error.name} is not installed; pip install 'tetdist[train]'")
+    try:
+        return evaluate_checkpoint(options)
+    except UserError as error:
+        return fail(str(error))
+    except ModuleNotFoundError as error:
+        return fail(f"the package {error.name} is not installed; pip install 'tetdist[train]'")
+    except KeyboardInterrupt:
+        return fail("interrupted; nothing was written", 130)
+
+
+def fail(text: str, status: int = 2) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return status
+
+
+def evaluate_checkpoint(options: argparse.Namespace) -> int:
+    from tetdist import checkpoint
+    from tetdist.distributed.watchdog import Watch
+    from tetdist.distributed.world import join
+    from tetdist.evaluation.suite import Passes, find
+    from tetdist.events.splits import recorded_split
+    from tetdist.nn.precision import parameter_type
+    from tetdist.training.run_folder import make_model, open_split
+
+    with join(options.device) as world, Watch(world, HANGS_AFTER) as watch:
+        weights, description = world.together(
+            lambda: checkpoint.load_model_file(
+                options.checkpoint, "best" if options.best else "last"
+            )
+        )
+        config = world.together(lambda: evaluation_config(description["config"], options))
+        index = world.together(lambda: open_split(config, options.split, world))
+        world.together(
+            lambda: check_classes(description["classes"], config, index.classes, options)
+        )
+        wanted = options.timesteps or list(range(1, description["timesteps"] + 1))
+        world.together(lambda: check_options(options, wanted, index))
+        model = world.together(lambda: make_model(config, index))
+        model.to(world.device, parameter_type(config.precision))
+        world.together(lambda: checkpoint.load_weights(model, weights, options.checkpoint))
+        # The network is causal and at rest when a sample begins, so that one pass at the largest
+        # T also gives the result at all smaller ones.
+        model.set_timesteps(wanted[-1])
+        data_split = recorded_split(config.data.root)
+        about = {
+            "checkpoint": str(options.checkpoint),
+            "model": description["config"]["model"]["name"],
+            "step": description["step"],
+            "split": options.split,
+            **({"data_split": data_split} if data_split else {}),
+            "trained_timesteps": description["timesteps"],
+            "reported_timesteps": wanted,
+            "seed": options.seed,
+        }
+        found = about | find(
+            Passes(model, config, index, world, lambda: watch.progress("the evaluation")),
+            drop_timesteps=options.drop_timesteps,
+            drop_events=options.drop_events,
+            seed=options.seed,
+        )
+        world.together(lambda: show(found, options) if world.rank == 0 else None)
+    return 0
+
+
+def check_options(options: argparse.Namespace, wanted: list[int], index: "Index") -> None:
+    """Before an hour of evaluation, what would fail after it."""
+    from tetdist.errors import UserError
+    from tetdist.reports import curves
+
+    if index.timesteps is not None and wanted[-1] > index.timesteps:
+        raise UserError(f"--timesteps: the data has {index.timesteps} time bins, not {wanted[-1]}")
+    if options.drop_events and index.dtype != "uint8":
+        raise UserError(
+            f"--drop-events needs frames that hold numbers of events (uint8), and the data are "
+            f"{index.dtype or 'images'}; leave it out"
+        )
+    if options.report:
+        curves.new_figure(1, 1)  # says if matplotlib is missing
+    for flag, file in (("--json", options.json), ("--report", options.report)):
+        if file and not os.access(file.parent, os.W_OK):
+            raise UserError(f"{flag}: cannot write {file}: {file.parent} is no folder to write to")
+
+
+def show(found: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print the result, and write what was asked for."""
+    from tetdist.errors import UserError
+    from tetdist.reports.evaluation_page import as_text, write_page
+
+    print(as_text(found))
+    if options.json:
+        write_json(options.json, found)
+    if options.report:
+        try:
+            write_page(found, options.report)
+        except OSError as error:
+            raise UserError(f"--report: cannot write {options.report}: {error.strerror}") from error
+
+
+def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunConfig":
+    """The training's configuration with the command line's changes."""
+    from tetdist.config.schema import parse
+
+    parse(raw, str(options.checkpoint), warn=False)  # somebody else may have written it
+    data = dict(raw["data"])
+    if options.data:
+        data |= {"root": options.data, "index": None}
+    if options.index:
+        data["index"] = options.index
+    if options.threads:
+        data["threads"] = options.threads
+    data["device"] = "cpu"
+    changed = {
+        **raw,
+        "data": data,
+        # What only training knows of.
+        "checkpoint": "none",
+        "engine": "torch",
+        "zero_stage": 0,
+        "batch_norm": {"sync": False},
+        "execution": options.execution or "fused",
+        "precision": options.precision or raw["precision"],
+    }
+    if options.batch:
+        changed["batch"] = {**raw["batch"], "eval": options.batch}
+    return parse(changed, str(options.checkpoint), warn=False)
+
+
+def check_classes(
+    trained: list[str] | None,
+    config: "RunConfig",
+    present: tuple[str, ...],
+    options: argparse.Namespace,
+) -> None:
+    from tetdist.errors import UserError
+
+    if trained is None:
+        # Converted from a file that does not name them.
+        if config.model.num_classes != len(present):
+            raise UserError(
+                f"the data has {len(present)} classes and {options.checkpoint} knows "
+                f"{config.model.num_classes}; give the data set of its training with --data"
+            )
+        return
+    if list(present) == trained:
+        return
+    extra, missing = sorted(set(present) - set(trained)), sorted(set(trained) - set(present))
+    problem = f"unknown to the model are {extra[:3]}" if extra else f"missing are {missing[:3]}"
+    raise UserError(
+        f"the data has other classes than {options.checkpoint} was trained on ({problem}); give "
+        "the data set of the training with --data"
+    )
+
+
+def write_json(path: Path, found: dict[str, Any]) -> None:
+    from tetdist.errors import UserError
+
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_text(json.dumps(found, indent=1) + "\n")
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"--json: cannot write {path}: {error.strerror}") from error

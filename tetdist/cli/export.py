@@ -1,0 +1,100 @@
+"""Give a trained network away: as weights with a card, to timm, NIR, ONNX or torch.export.
+
+    python tools/export.py runs/sew34_t4 --format safetensors --output sew34_t4
+    python tools/export.py runs/sew34_t4 --best --format nir --output sew34_t4.nir
+
+docs/weights.md says what each format holds and what it cannot.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+# Of each format, what --output is. None is a folder.
+ENDINGS = {"safetensors": None, "timm": None, "nir": ".nir", "onnx": ".onnx", "torch": ".pt2"}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tools/export.py", description="Export a trained network."
+    )
+    add = parser.add_argument
+    add(
+        "checkpoint",
+        metavar="RUN_OR_FILE",
+        type=Path,
+        help="a run folder (its last checkpoint), a checkpoint folder, or a .safetensors file",
+    )
+    add("--format", required=True, choices=list(ENDINGS))
+    add(
+        "--output",
+        required=True,
+        metavar="PATH",
+        type=Path,
+        help="a new folder (safetensors, timm) or file (.nir, .onnx, .pt2)",
+    )
+    add("--best", action="store_true", help="of a run folder, the best checkpoint")
+    add("--timesteps", type=int, metavar="T", help="default: as in training")
+    add(
+        "--dt",
+        type=float,
+        metavar="SECONDS",
+        help="nir: length of a timestep (default: 1e-4, as in other libraries)",
+    )
+    options = parser.parse_args(arguments)
+    ending = ENDINGS[options.format]
+    if ending is not None and options.output.suffix != ending:
+        parser.error(f"--output of --format {options.format} must end in {ending}")
+    if options.timesteps is not None and options.timesteps < 1:
+        parser.error("--timesteps must be at least 1")
+    if options.dt is not None and options.format != "nir":
+        parser.error("--dt has a meaning with --format nir only")
+    if options.dt is not None and not 0 < options.dt < float("inf"):
+        parser.error("--dt must be above 0")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        from tetdist.errors import UserError
+    except ModuleNotFoundError as error:
+        return fail(missing(error))
+    try:
+        export(options)
+    except UserError as error:
+        return fail(str(error))
+    except ModuleNotFoundError as error:
+        return fail(missing(error))
+    except KeyboardInterrupt:
+        return fail("interrupted; nothing was written", 130)
+    return 0
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    return f"the package {error.name} is not installed; pip install 'tetdist[train,export]'"
+
+
+def fail(text: str, status: int = 2) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return status
+
+
+def export(options: argparse.Namespace) -> None:
+    from tetdist.exchange import export as formats
+
+    which = "best" if options.best else "last"
+    trained = formats.load(options.checkpoint, which, options.timesteps)
+    output: Path = options.output
+    match options.format:
+        case "safetensors":
+            said = formats.write_safetensors(trained, output)
+        case "timm":
+            said = formats.write_timm(trained, output)
+        case "nir":
+            said = formats.write_nir(trained, output, options.dt or 1e-4)
+        case "onnx":
+            said = formats.write_onnx(trained, output)
+        case "torch":
+            said = formats.write_torch(trained, output)
+    print(f"wrote {output}: {said}")

@@ -1,0 +1,375 @@
+"""Prepare images for training: index, check, shard, extract. docs/data.md has the layouts."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tetdist.data.check import Examined, Finding
+    from tetdist.data.index import BadFile, Index
+    from tetdist.data.layouts import Listing
+
+# tetdist is imported where it is used: worker processes run this file's top again, and a missing
+# package must end in a sentence.
+
+_INSTALL = "pip install 'tetdist[train]'"
+_PRINTED_FINDINGS = 20
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = _parse(arguments)
+    try:
+        return _run(args)
+    except ModuleNotFoundError as e:
+        source = "`pip install -e .` in its folder" if e.name == "tetdist" else _INSTALL
+        print(f"error: {e.name} is not installed: {source}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; {args.when_stopped}", file=sys.stderr)
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    from tetdist.errors import UserError
+
+    try:
+        return args.run(args)
+    except (UserError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_index(commands)
+    _add_check(commands)
+    _add_shard(commands)
+    _add_extract(commands)
+    args = parser.parse_args(arguments)
+    command = commands.choices[args.command]
+    args.splits = [split for split in args.splits.split(",") if split]
+    if not args.splits:
+        command.error("--splits names no split")
+    if args.workers < 1:
+        command.error("--workers must be at least 1")
+    if args.command == "index" and args.events and args.no_decode:
+        command.error("--no-decode has no effect with --events")
+    if args.command == "shard" and args.shard_mb < 1:
+        command.error("--shard-mb must be at least 1")
+    if args.command != "shard":
+        args.shards = dict(_split_and_pattern(command, given) for given in args.shards)
+        unknown = set(args.shards) - set(args.splits)
+        if unknown:
+            command.error(f"--shards: {min(unknown)!r} is not among --splits")
+    return args
+
+
+def _split_and_pattern(command: argparse.ArgumentParser, given: str) -> tuple[str, str]:
+    split, equals, pattern = given.partition("=")
+    if not (split and equals and pattern):
+        command.error(f"--shards {given}: it must be SPLIT=PATTERN")
+    return split, pattern
+
+
+def _add_index(commands: Any) -> None:
+    command = commands.add_parser(
+        "index",
+        help="verify every file of a data set and write its index",
+        description="Verify every image of ROOT - class folders, WebDataset shards or the official"
+        " tars - and write DIR/SPLIT.npz, from which training reads. Exit status: 0 written, 2"
+        " nothing written, 130 stopped.",
+    )
+    command.set_defaults(run=_index, when_stopped="no index was written")
+    add = command.add_argument
+    add("root", metavar="ROOT", type=Path, help="the data root")
+    add("--out", metavar="DIR", type=Path, help="default: ROOT/index")
+    add("--events", action="store_true", help="not images but .npy tensors of shape (T, 2, H, W)")
+    add(
+        "--no-decode",
+        action="store_true",
+        help="look only at the images' headers: quick, but damage will show in training",
+    )
+    _add_common(command)
+    _add_source(command)
+    _add_skip_bad(command)
+
+
+def _add_check(commands: Any) -> None:
+    command = commands.add_parser(
+        "check",
+        help="find damage, duplicates, wrong names and missing files",
+        description="Decode and sum every image of ROOT; name what does not decode, is twice there,"
+        " contradicts its label or is missing against ImageNet-1k; compare with the index. Stopped,"
+        " the same command continues. Exit status: 0 good, 1 something is wrong, 2 not checked, 130"
+        " stopped.",
+    )
+    command.set_defaults(run=_check, when_stopped="the same command continues")
+    add = command.add_argument
+    add("root", metavar="ROOT", type=Path, help="the data root")
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="where the index is, and the journal while a check lasts; default: ROOT/index",
+    )
+    add("--json", metavar="FILE", type=Path, help="write all findings")
+    add(
+        "--subset",
+        action="store_true",
+        help="do not compare with ImageNet-1k: the classes are others or fewer of WordNet's",
+    )
+    _add_common(command)
+    _add_source(command)
+
+
+def _add_shard(commands: Any) -> None:
+    command = commands.add_parser(
+        "shard",
+        help="pack an indexed data set into WebDataset shards",
+        description="Pack the images of the index of ROOT into DEST/SPLIT/SPLIT-000000.tar and"
+        " following, in random order, and write their index. Stopped, the same command continues."
+        " Exit status: 0 done, 2 not done, 130 stopped.",
+    )
+    command.set_defaults(run=_shard, when_stopped="the same command continues")
+    add = command.add_argument
+    add("root", metavar="ROOT", type=Path, help="the data root")
+    add("dest", metavar="DEST", type=Path, help="the new data root")
+    add("--index", metavar="DIR", type=Path, help="default: ROOT/index")
+    add("--shard-mb", metavar="N", type=int, default=256, help="size; default: %(default)s MB")
+    add("--seed", metavar="N", type=int, default=0, help="of the order; default: %(default)s")
+    _add_common(command)
+
+
+def _add_extract(commands: Any) -> None:
+    command = commands.add_parser(
+        "extract",
+        help="unpack shards or the official tars into class folders",
+        description="Write each image in the shards or tars of ROOT to DEST/SPLIT/CLASS/NAME."
+        " Stopped, the same command continues. Exit status: 0 done, 2 not done, 130 stopped.",
+    )
+    command.set_defaults(run=_extract, when_stopped="the same command continues")
+    add = command.add_argument
+    add("root", metavar="ROOT", type=Path, help="the data root")
+    add("dest", metavar="DEST", type=Path, help="the new data root")
+    _add_common(command)
+    _add_source(command)
+    _add_skip_bad(command)
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    cores = len(os.sched_getaffinity(0))
+    add = command.add_argument
+    add("--splits", default="train,val", help="default: %(default)s")
+    add("--workers", metavar="N", type=int, default=cores, help="processes; default: %(default)s")
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "--shards",
+        metavar="SPLIT=PATTERN",
+        action="append",
+        default=[],
+        help="the shards of a split, relative to ROOT: a folder, or names with * and {0000..1023};"
+        " default: found by their names",
+    )
+    add(
+        "--labels",
+        metavar="FILE",
+        help="labels of the official validation tar: the devkit, or a line 'NAME ID' for each"
+        " image; default: ROOT/ILSVRC2012_devkit_t12.tar.gz",
+    )
+    add(
+        "--classes",
+        metavar="FILE",
+        help="class names of the shards' labels, one a line, or imagenet-1k; default:"
+        " ROOT/classes.txt, else the numbers",
+    )
+
+
+def _add_skip_bad(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--skip-bad", action="store_true", help="leave out the files that cannot be used"
+    )
+
+
+def _index(args: argparse.Namespace) -> int:
+    """Index every split, then write all the indexes or none."""
+    from tetdist.data.index import index_file, index_listing, save_index
+    from tetdist.errors import UserError
+
+    # What half an hour of decoding must not come before.
+    out = args.out or args.root / "index"
+    _check_writable(out, "--out")
+    indexes: list[Index] = []
+    bad: list[BadFile] = []
+    listings = _list(args, "events" if args.events else "images")
+    for listing in listings:
+        with _progress(listing.split) as progress:
+            decode = not args.no_decode
+            result = index_listing(args.root, listing, args.workers, decode, progress)
+        indexes.append(result[0])
+        bad.extend(result[1])
+
+    _report_bad(bad, len(bad) + sum(map(len, indexes)))
+    if bad and not args.skip_bad:
+        raise UserError("no index was written: mend the bad files, or give --skip-bad")
+    for index, listing in zip(indexes, listings, strict=True):
+        missing = set(listing.labels) - set(index.labels.tolist())
+        if missing:
+            name = index.classes[min(missing)]
+            raise UserError(f"no index was written: class {name!r} of {index.split} is all bad")
+    for index in indexes:
+        file = index_file(out, index.split)
+        save_index(index, file)
+        print(f"{file}: {_described(index)}")
+    return 0
+
+
+def _check_writable(folder: Path, option: str) -> None:
+    from tetdist.errors import UserError
+
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UserError(f"{folder} cannot be written: name another folder with {option}")
+
+
+def _report_bad(bad: "list[BadFile]", num_files: int) -> None:
+    for path, reason in bad:
+        print(f"bad: {path}: {reason}", file=sys.stderr)
+    if bad:
+        print(f"{len(bad)} of {num_files} files are bad", file=sys.stderr)
+
+
+def _described(index: "Index") -> str:
+    empty = len(index.classes) - len(set(index.labels.tolist()))
+    places = f" in {len(index.archives)} tar files" if index.archives else ""
+    without = f", {empty} of them without any" if empty else ""
+    skipped = f", {len(index.skipped)} bad ones left out" if index.skipped else ""
+    what = f"{len(index)} {index.kind}{places} in {len(index.classes)} classes"
+    return f"{what}{without}{skipped}"
+
+
+def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
+    """List every split and make sure that a label means the same in all of them."""
+    from tetdist.data.layouts import Hints, check_same_classes, list_split
+    from tetdist.errors import UserError
+
+    listings = []
+    for split in args.splits:
+        hints = Hints(args.shards.get(split), args.labels, args.classes)
+        with _progress(f"{split}: reading tars", "tar") as progress:
+            listings.append(list_split(args.root, split, kind, args.workers, hints, progress))
+    try:
+        check_same_classes({listing.split: listing.classes for listing in listings})
+    except UserError as e:
+        unlabelled = [bad for listing in listings for bad in listing.bad]
+        if not unlabelled:
+            raise
+        first = unlabelled[0]
+        raise UserError(
+            f"{e}; perhaps since {len(unlabelled)} images cannot be used, {first.path} first:"
+            f" {first.reason}"
+        ) from e
+    return listings
+
+
+def _check(args: argparse.Namespace) -> int:
+    """Examine every split, then compare them with each other, with ImageNet and the index."""
+    from tetdist.data import check
+
+    out = args.out or args.root / "index"
+    _check_writable(out, "--out")
+    examined: dict[str, tuple[Listing, list[Examined | str]]] = {}
+    findings: list[Finding] = []
+    journals = []
+    for listing in _list(args):
+        journals.append(out / f"check-{listing.split}.jsonl")
+        with _progress(listing.split) as progress:
+            found = check.examine_split(args.root, listing, journals[-1], args.workers, progress)
+        examined[listing.split] = listing, found
+        findings.extend(check.split_findings(listing, found))
+        if not args.subset:
+            findings.extend(check.imagenet_findings(listing))
+        findings.extend(check.index_findings(args.root, out, listing, found))
+    findings.extend(check.duplicate_findings(examined))
+
+    _print_findings(findings, args.json)
+    for split, (listing, _) in examined.items():
+        print(f"{split}: {len(listing.labels)} images in {len(listing.classes)} classes examined")
+    problems = sum(finding.kind not in check.NOTES for finding in findings)
+    print(f"{problems} problems, {len(findings) - problems} notes" if findings else "all good")
+    # Only now: what is to be done again after a stop is what has not been said.
+    for journal in journals:
+        journal.unlink()
+    return 1 if problems else 0
+
+
+def _print_findings(findings: "list[Finding]", file: Path | None) -> None:
+    printed: Counter[str] = Counter()
+    for kind, path, text in findings:
+        printed[kind] += 1
+        if printed[kind] <= _PRINTED_FINDINGS:
+            print(f"{kind}: {path}: {text}")
+    for kind, count in printed.items():
+        if count > _PRINTED_FINDINGS:
+            where = f"see {file}" if file else "--json FILE writes all"
+            print(f"{kind}: {count - _PRINTED_FINDINGS} more; {where}")
+    if file:
+        rows = [finding._asdict() for finding in findings]
+        file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def _shard(args: argparse.Namespace) -> int:
+    from tetdist.data.index import check_fresh, index_file, load_index
+    from tetdist.data.shards import shard_split
+
+    _check_writable(args.dest, "DEST")
+    files = [index_file(args.index or args.root / "index", split) for split in args.splits]
+    for file in files:
+        check_fresh(load_index(file), args.root, file)
+    for split, file in zip(args.splits, files, strict=True):
+        with _progress(split, "shard") as progress:
+            index = shard_split(
+                file,
+                args.root,
+                args.dest,
+                seed=args.seed,
+                max_bytes=args.shard_mb * 2**20,
+                workers=args.workers,
+                progress=progress,
+            )
+        print(f"{args.dest / split}: {_described(index)}, packed and indexed")
+    return 0
+
+
+def _extract(args: argparse.Namespace) -> int:
+    from tetdist.data.extract import extract_split
+    from tetdist.errors import UserError
+
+    _check_writable(args.dest, "DEST")
+    listings = _list(args)
+    bad = [file for listing in listings for file in listing.bad]
+    _report_bad(bad, len(bad) + sum(len(listing.labels) for listing in listings))
+    if bad and not args.skip_bad:
+        raise UserError("nothing was extracted: mend the bad files, or give --skip-bad")
+    for listing in listings:
+        with _progress(listing.split) as progress:
+            extract_split(args.root, listing, args.dest, args.workers, progress)
+        print(f"{args.dest / listing.split}: {len(listing.labels)} images")
+    return 0
+
+
+@contextlib.contextmanager
+def _progress(title: str, unit: str = "file") -> Iterator[Callable[[int, int], None]]:
+    from tetdist.tracking.progress import FileProgress
+
+    with FileProgress() as progress:
+        yield progress.titled(title, unit)

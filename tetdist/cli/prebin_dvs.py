@@ -1,0 +1,254 @@
+"""Make recordings of event cameras into tensors to train on.
+
+    python tools/prebin_dvs.py /data/nmnist data/nmnist --timesteps 10 --size 34
+    python tetdist/train.py --config CONFIG data.root=data/nmnist/splits/published
+
+docs/events.md has the formats, layouts, parameters and splits. The same command continues what was
+stopped. Exit status: 0 done, 2 nothing to train on was written, 130 stopped.
+"""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Each worker multiplies small matrices, for which numpy's threads would cost a hundred times what
+# they gain. Before anything imports numpy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if TYPE_CHECKING:
+    from tetdist.events.folders import Listing
+    from tetdist.events.tensors import Settings, Tensors
+
+# tetdist is imported where it is used: worker processes run this file's top again, and a missing
+# package must end in a sentence.
+
+_INSTALL = "pip install 'tetdist[train]'"
+_SENSORS = {"dvs128": "128x128", "davis240": "240x180"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    try:
+        return _run(options)
+    except ModuleNotFoundError as e:
+        source = "`pip install -e .` in its folder" if e.name == "tetdist" else _INSTALL
+        print(f"error: {e.name} is not installed: {source}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    from tetdist.errors import UserError
+
+    try:
+        _prebin(options)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        # Of a full disk, the file is not known.
+        where = "" if e.filename else f" in {options.dest}"
+        print(f"error: {e}{where}; the same command goes on from here", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", type=Path, help="folder of the recordings")
+    add("dest", metavar="DEST", type=Path, help="folder of the tensors")
+    add("--timesteps", metavar="T", type=_positive, required=True, help="number of bins")
+    add("--size", metavar="N|WxH", type=_size, help="of the frames; default: the sensor's")
+    add(
+        "--bins",
+        choices=["count", "time"],
+        default="count",
+        help="of equally many events, or equally long; default: %(default)s",
+    )
+    add(
+        "--values",
+        choices=["count", "occupancy", "normalised"],
+        default="count",
+        help="events of a pixel; 1 where there are any; or divided by the frame's largest;"
+        " default: %(default)s",
+    )
+    add("--resize", choices=["area", "bilinear"], default="area", help="default: %(default)s")
+    add(
+        "--dtype",
+        choices=["uint8", "float16"],
+        help="default: uint8 for --values count, else float16",
+    )
+    add("--sensor", metavar="NAME|WxH", type=_sensor, help=f"{', '.join(_SENSORS)} or a size")
+    add(
+        "--split",
+        metavar="NAME[,NAME]",
+        help="published, first-90-percent, first-80-percent, first-70-percent, 0-99-test or"
+        " stratified-9-1; default: published if the source has it, else stratified-9-1",
+    )
+    add("--seed", type=_seed, default=0, help="of stratified-9-1 and --simulate; default: 0")
+    add("--simulate", action="store_true", help="SOURCE holds images; simulate a camera")
+    cores = len(os.sched_getaffinity(0))
+    add("--workers", metavar="N", type=_positive, default=cores, help="default: %(default)s")
+    add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
+    add("--overwrite", action="store_true", help="remove what DEST holds of this tool, begin anew")
+    add("--preview", action="store_true", help="draw DEST/preview.png, a recording of each class")
+    options = parser.parse_args(arguments)
+    if options.dtype is None:
+        options.dtype = "uint8" if options.values == "count" else "float16"
+    return options
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or above")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 48 or 64x48")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _sensor(text: str) -> tuple[int, int]:
+    return _size(_SENSORS.get(text.lower(), text))
+
+
+def _prebin(options: argparse.Namespace) -> None:
+    from tetdist.errors import UserError
+    from tetdist.events.folders import list_sources
+    from tetdist.events.formats.read import SUFFIXES
+    from tetdist.events.simulate import IMAGE_SUFFIXES
+    from tetdist.events.splits import default_split
+    from tetdist.events.statistics import draw_preview, statistics, table
+    from tetdist.events.tensors import make_tensors, open_destination, write_json
+    from tetdist.tracking.progress import FileProgress
+
+    settings = _settings(options)
+    listing = list_sources(options.source, IMAGE_SUFFIXES if options.simulate else SUFFIXES)
+    _note_passed_over(listing)
+    names = options.split.split(",") if options.split else [default_split(listing.sources)]
+    _check_splits(listing, names, options.seed)
+    with open_destination(options.dest, options.source, settings, overwrite=options.overwrite):
+        with FileProgress() as progress:
+            tensors = make_tensors(
+                options.source, options.dest, listing, settings, options.workers, progress.titled
+            )
+        _report_bad(tensors)
+        if tensors.bad and not options.skip_bad:
+            raise UserError("no split was made: mend the bad recordings, or give --skip-bad")
+        if not tensors.records:
+            raise UserError("no split was made: there is no good recording")
+        found = statistics(tensors.records.values())
+        write_json(options.dest / "statistics.json", found)
+        print(table(found))
+        _note_saturation(found["all"]["saturated"], options.dtype)
+        if options.preview:
+            draw_preview(options.dest, tensors.records.values(), options.dest / "preview.png")
+            print(f"{options.dest / 'preview.png'}: the first recording of each class")
+        for name in names:
+            _make_split(options, listing, tensors, settings, name)
+
+
+def _settings(options: argparse.Namespace) -> "Settings":
+    from tetdist.errors import UserError
+    from tetdist.events.binning import Binning
+    from tetdist.events.recording import Sensor
+    from tetdist.events.simulate import DEFAULT_SENSOR, SMALLEST_SENSOR, Simulation
+    from tetdist.events.tensors import Settings
+
+    binning = Binning(
+        timesteps=options.timesteps,
+        size=Sensor(*options.size) if options.size else None,
+        bins=options.bins,
+        values=options.values,
+        resize=options.resize,
+        dtype=options.dtype,
+    )
+    sensor = Sensor(*options.sensor) if options.sensor else None
+    if not options.simulate:
+        return Settings(binning, sensor)
+    width, height = sensor or DEFAULT_SENSOR
+    if min(width, height) < SMALLEST_SENSOR:
+        raise UserError(f"--sensor: simulated, {SMALLEST_SENSOR}x{SMALLEST_SENSOR} is the least")
+    return Settings(binning, None, Simulation(width, height, options.seed))
+
+
+def _check_splits(listing: "Listing", names: list[str], seed: int) -> None:
+    """See that the splits exist, before any tensor is made."""
+    from tetdist.errors import UserError
+    from tetdist.events import splits
+
+    for name in names:
+        if name not in splits.NAMES:
+            raise UserError(f"--split: {name!r} is none of {', '.join(splits.NAMES)}")
+        splits.assign(listing.sources, name, seed)
+
+
+def _note_passed_over(listing: "Listing") -> None:
+    if listing.passed_over:
+        first = listing.passed_over[0]
+        print(
+            f"passed over {len(listing.passed_over)} file(s) outside the class folders: {first}"
+            + (", ..." if len(listing.passed_over) > 1 else ""),
+            file=sys.stderr,
+        )
+
+
+def _report_bad(tensors: "Tensors") -> None:
+    for path, reason in tensors.bad:
+        print(f"bad: {path}: {reason}", file=sys.stderr)
+    if tensors.bad:
+        number = len(tensors.bad) + len(tensors.records)
+        print(f"{len(tensors.bad)} of {number} recordings are bad", file=sys.stderr)
+
+
+def _note_saturation(saturated: int, dtype: str) -> None:
+    if saturated:
+        print(
+            f"{saturated} values were too large for {dtype} and became its largest; --timesteps,"
+            " --size or --dtype float16 would help",
+            file=sys.stderr,
+        )
+
+
+def _make_split(
+    options: argparse.Namespace,
+    listing: "Listing",
+    tensors: "Tensors",
+    settings: "Settings",
+    name: str,
+) -> None:
+    from tetdist.events.split_roots import make_split
+    from tetdist.events.splits import description
+
+    root = make_split(
+        options.dest,
+        listing.sources,
+        tensors.records,
+        settings,
+        name=name,
+        seed=options.seed,
+        bad=len(tensors.bad),
+        workers=options.workers,
+    )
+    described = description(root)
+    assert described is not None
+    numbers = described["recordings"]
+    made = "simulated from images, " if options.simulate else ""
+    print(f"{root}: {made}{numbers['train']} to train, {numbers['val']} to test; data.root={root}")

@@ -1,0 +1,238 @@
+"""Whether the other processes of the run are alive and get on.
+
+A process that dies or hangs leaves the others waiting for it in a collective, on a GPU for ever.
+So each process has a thread that says once a second, to a store of rank 0, that it lives and how
+far it is. Rank 0 judges; the others watch rank 0. When one is missing all end, within a bounded
+time and with a message that names it.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from tetdist.distributed.world import World
+from tetdist.errors import Stopped, UserError
+
+logger = logging.getLogger(__name__)
+
+PEER_FAILED = 3  # exit status of a process that ended because of another
+
+BEAT = 1.0  # seconds between two signs of life
+# Silence after which a process is taken for dead; and where a collective has failed, which a death
+# is the usual cause of.
+SILENCE, SILENCE_IN_TROUBLE = 30.0, 4.0
+
+_VERDICT, _TROUBLE = "verdict", "trouble"
+_CONNECTION = re.compile(r"gloo|nccl|connection|peer|timed out|socket", re.IGNORECASE)
+
+
+class PeerFailed(Exception):
+    """Another process of the run has died, hangs or failed; the text says which."""
+
+
+class Watch:
+    """Ends this process, with status `PEER_FAILED`, when another one has died or hangs.
+
+    Attributes:
+        before_end: Called one after another before that, with what is wrong, to close what a killed
+            process would leave open.
+
+    Args:
+        world: All processes; a single one is not watched.
+        timeout: Seconds without progress of a process after which it is said to hang.
+        shows_errors: Whether what this process alone raises is shown here, before the others end.
+    """
+
+    def __init__(self, world: World, timeout: float, *, shows_errors: bool = True) -> None:
+        self.world, self.timeout, self.shows_errors = world, timeout, shows_errors
+        self.before_end: list[Callable[[str], None]] = []
+        self._count, self._where, self._ended = 0, "the start", ""
+        self._failed = False  # by an error of its own, which it shows itself
+        self._closing = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._answered = time.monotonic()  # when rank 0's store last did
+        # Of each process, on rank 0: its last message, when it came, when its count last changed.
+        self._seen: dict[int, tuple[dict[str, Any], float, float]] = {}
+
+    def progress(self, where: str) -> None:
+        """Say that this process got on; ``where`` is how far, for a person."""
+        self._count += 1
+        self._where = where
+
+    def __enter__(self) -> "Watch":
+        world = self.world
+        if world.world_size == 1:
+            return self
+        # A store of its own, so that nothing waits behind a collective's use of the other one. Rank
+        # 0 makes it where all have met before.
+        self._store: Any = None
+        if world.rank == 0:
+            self._store = self._connect(0)
+        port = world.from_rank_0(self._store and self._store.port)
+        if world.rank != 0:
+            self._store = self._connect(port)
+        self._say_alive()
+        dist.barrier(group=world.control)
+        # Two, because a store whose process is stopped does not answer, and the call never returns.
+        for target in (self._talk, self._guard):
+            self._threads.append(threading.Thread(target=target, name="watch", daemon=True))
+            self._threads[-1].start()
+        return self
+
+    def _connect(self, port: int) -> Any:
+        return dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            port,
+            is_master=self.world.rank == 0,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=60),
+        )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._threads:
+            return
+        alone = error is not None and not isinstance(error, Stopped | UserError | SystemExit)
+        alone = alone and self.shows_errors
+        if error is not None and alone:
+            self._report(error)
+        self._closing.set()
+        for thread in self._threads:
+            thread.join(5 * BEAT)
+        if error is None or isinstance(error, Stopped):
+            self._ended = "well"
+        else:
+            self._ended = " ".join(str(error).split())[:300] or type(error).__name__
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            self._say_alive()
+        if alone:
+            raise SystemExit(1)  # the traceback has been shown
+
+    def _report(self, error: BaseException) -> None:
+        """Tell the others of an error of this process only; or learn that theirs is behind it."""
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if _CONNECTION.search(text):
+            with contextlib.suppress(dist.DistError, RuntimeError):
+                self._store.set(_TROUBLE, text)
+            # The thread of this process ends it when there is a verdict; or, where the store is
+            # gone, which may be what made the line above fail, when rank 0 stays away.
+            self._closing.wait(SILENCE_IN_TROUBLE + 6 * BEAT)
+        # Before the others' messages.
+        traceback.print_exception(error)
+        self._failed = True
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            self._store.set(_VERDICT, f"rank {self.world.rank} has failed ({text})")
+            # Long enough for the others to read it: the store may end with this process.
+            self._closing.wait(3 * BEAT)
+
+    # --- in the threads -----------------------------------------------------------------------
+
+    def _talk(self) -> None:
+        while not self._closing.wait(BEAT):
+            try:
+                self._say_alive()
+                if self.world.rank == 0 and (verdict := self._judge()):
+                    self._store.set(_VERDICT, verdict)
+                if self._store.check([_VERDICT]) and not self._failed:
+                    self._end(self._store.get(_VERDICT).decode(), said_by_rank_0=True)
+                self._answered = time.monotonic()
+            except (dist.DistError, RuntimeError) as error:
+                # The store has gone with rank 0; if that has ended well, so does this process.
+                if not self._closing.wait(5 * BEAT):
+                    logger.debug("the store of rank 0: %s", error)
+                    self._end("rank 0 has died or cannot be reached")
+
+    def _guard(self) -> None:
+        while not self._closing.wait(BEAT):
+            silent = time.monotonic() - self._answered
+            if silent > min(SILENCE, self.timeout):
+                self._end(f"rank 0 has stopped or cannot be reached: no answer for {silent:.0f} s")
+
+    def _say_alive(self) -> None:
+        message = {
+            "count": self._count,
+            "where": self._where,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "time": time.time(),
+            "ended": self._ended,
+        }
+        self._store.set(str(self.world.rank), json.dumps(message))
+
+    def _judge(self) -> str | None:
+        """Look at all processes; what is wrong, or None."""
+        now = time.monotonic()
+        ranks = range(self.world.world_size)
+        for rank, raw in zip(ranks, self._store.multi_get([str(r) for r in ranks]), strict=True):
+            message = json.loads(raw)
+            old, heard, moved = self._seen.get(rank, (None, now, now))
+            if old is None or message["time"] != old["time"]:
+                heard = now
+            if old is None or message["count"] != old["count"]:
+                moved = now
+            self._seen[rank] = message, heard, moved
+        silence = SILENCE_IN_TROUBLE if self._store.check([_TROUBLE]) else SILENCE
+        silence = min(silence, self.timeout)
+        present = {rank: seen for rank, seen in self._seen.items() if not seen[0]["ended"]}
+        for rank, (message, heard, _) in self._seen.items():
+            # A mistake that all make ends all within a moment.
+            late = present and now - heard > SILENCE_IN_TROUBLE
+            if message["ended"] not in ("", "well") and late:
+                return f"rank {rank} has ended ({message['ended']})"
+        for rank, (message, heard, _) in present.items():
+            if now - heard > silence:
+                return (
+                    f"rank {rank} (process {message['pid']} on {message['host']}) has died or is "
+                    f"cut off: nothing was heard of it for {now - heard:.0f} s, since "
+                    f"{message['where']}"
+                )
+        if all(now - moved > self.timeout for _, _, moved in present.values()):
+            least = min(message["count"] for message, _, _ in present.values())
+            behind = [rank for rank, seen in present.items() if seen[0]["count"] == least]
+            who = ", ".join(
+                f"rank {rank} (process {present[rank][0]['pid']} on {present[rank][0]['host']})"
+                for rank in behind[:4]
+            )
+            who += f" and {len(behind) - 4} more" if len(behind) > 4 else ""
+            others = ", and the others wait" if len(behind) < len(present) else ""
+            return (
+                f"no progress for {self.timeout:.0f} s: {who} hangs at "
+                f"{present[behind[0]][0]['where']}{others}; peer_timeout=SECONDS allows for more"
+            )
+        return None
+
+    def _end(self, verdict: str, *, said_by_rank_0: bool = False) -> None:
+        if self.world.rank == 0 or not said_by_rank_0:
+            prefix = "" if self.world.rank == 0 else f"rank {self.world.rank}: "
+            print(
+                f"{prefix}error: {verdict}. All processes end; the same command continues from "
+                "the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+        if self.world.rank == 0:
+            # Until the others have read it: the store ends with this process.
+            time.sleep(3 * BEAT)
+        for action in self.before_end:
+            with contextlib.suppress(Exception):
+                action(verdict)
+        sys.stdout.flush()
+        # The main thread waits in a collective, and cannot be told otherwise.
+        os._exit(PEER_FAILED)

@@ -1,0 +1,250 @@
+"""Who this process is among all processes of the run, and the few collectives that are not the
+engine's."""
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable
+from datetime import timedelta
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tetdist.distributed import shared_memory
+from tetdist.errors import UserError
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+Result = TypeVar("Result")
+
+# How much longer a collective waits than watch.py, which can name whom it waits for.
+MARGIN = timedelta(seconds=60)
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among all.
+
+    Attributes:
+        rank: Number of this process, 0 to world_size - 1.
+        world_size: Number of processes.
+        device: Where this process computes.
+        control: Group of CPU collectives for flags and numbers that the host must know, so that
+            asking for them does not wait for the GPU.
+        shared: Memory that all processes share; None on GPUs and on several hosts.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: Any
+    shared: shared_memory.SharedMemory | None = None
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over all processes, in float64, on the host."""
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        """Average a tensor over all processes, in place."""
+        if self.world_size > 1:
+            self.sum_(tensor).div_(self.world_size)
+        return tensor
+
+    def mean_all_(self, tensors: list[Tensor]) -> None:
+        """Average tensors of one type over all processes, in place."""
+        if self.world_size == 1:
+            return
+        if self.shared:
+            one = torch.zeros(1)
+            self.shared.mean_(tensors, lambda: dist.all_reduce(one))
+            return
+        mean = self.mean_(torch.cat([tensor.flatten() for tensor in tensors]))
+        for tensor, part in zip(tensors, mean.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def from_rank_0(self, value: Any) -> Any:
+        """Rank 0's value (numbers, text, lists of them) on every process."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value (numbers, text, lists of them), by rank, on every process."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def together(self, action: Callable[[], Result]) -> Result:
+        """Do something on every process that may fail on some, and fail on all if it does.
+
+        Raises:
+            UserError: Of the action (or whatever else it raised), on the lowest rank where it
+                failed.
+            SystemExit: With status 2, on all other ranks.
+        """
+        result: Any = None
+        failure: Exception | None = None
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+        failed = self.gather(failure is not None)
+        if not any(failed):
+            return result
+        if failure is not None and failed.index(True) == self.rank:
+            raise failure
+        raise SystemExit(2)
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(device: str, timeout: float = 600) -> World:
+    """Join the other processes, as the launcher's environment says; alone without a launcher.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        timeout: Seconds that a process may keep the others waiting.
+
+    Raises:
+        UserError: Only some of the launcher's variables are set, or there is no GPU where one
+            is asked for.
+    """
+    present = [name for name in _VARIABLES if name in os.environ]
+    # LOCAL_RANK and the master's address mean nothing without these two.
+    if not {"RANK", "WORLD_SIZE"} & set(present):
+        rank, world_size, local_rank = 0, 1, 0
+        store: Any = dist.HashStore()
+    elif len(present) == len(_VARIABLES):
+        rank, world_size, local_rank = (
+            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        )
+        store = None
+    else:
+        absent = [name for name in _VARIABLES if name not in os.environ]
+        raise UserError(
+            f"the distributed environment is only partly set: there is {', '.join(present)}, "
+            f"but no {', '.join(absent)}; unset them all to run alone, or use a launcher "
+            "(deepspeed, torchrun)"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no GPU here; set device=cpu or device=auto")
+    _share_cores()
+    use_cuda = torch.cuda.is_available() and device != "cpu"
+    if use_cuda:
+        # Under a launcher that shows each process its own GPU only, that one is number 0.
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    try:
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout) + MARGIN,
+        )
+    except dist.DistNetworkError as error:
+        raise UserError(
+            f"the processes cannot meet at {os.environ.get('MASTER_ADDR')}, port "
+            f"{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0]}); if another run of "
+            "this host has the port, choose one with the launcher's --master_port"
+        ) from error
+    control = dist.new_group(backend="gloo")
+    if use_cuda:
+        this_device = torch.device("cuda", torch.cuda.current_device())
+        return World(rank, world_size, this_device, control)
+    world = World(rank, world_size, torch.device("cpu"), control)
+    if world_size == 1:
+        return world
+    shared = shared_memory.share(rank, world_size, world.gather)
+    return dataclasses.replace(world, shared=shared)
+
+
+def _share_cores() -> None:
+    """Divide the host's cores among its processes, unless the environment already has.
+
+    Otherwise each would take them all, and processes would spin waiting for each other.
+    """
+    # torchrun's name, and that of the deepspeed launcher.
+    on_host = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if on_host > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_host))
+
+
+class StopRequest:
+    """Turns signals into an agreement of all processes to stop after the same step.
+
+    SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 to any process are requests to save and end. A
+    second SIGINT ends the process at once.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self, world: World) -> None:
+        self.signal: signal.Signals | None = None
+        self._world = world
+        self._flag = torch.zeros(1)
+        self._exchange: Any = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
+        # A launcher holds them back until somebody is there to receive them.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        # The deepspeed launcher sends SIGTERM after the terminal's SIGINT: still one request.
+        # Slurm sends SIGTERM and a job's own signal in one moment where it preempts without grace:
+        # the one that says more counts, whichever is seen first.
+        says_more = self.signal == signal.SIGTERM and number in (signal.SIGUSR1, signal.SIGUSR2)
+        if self.signal is None or says_more:
+            self.signal = signal.Signals(number)
+
+    def agreed(self) -> bool:
+        """Whether all processes are to stop now; to be asked equally often on every process.
+
+        What the processes tell each other at one call is read at the next, so nobody waits for
+        the slowest in between: they stop one call later than they could, all at the same one.
+        """
+        if self._world.world_size == 1:
+            return self.signal is not None
+        if self._exchange is not None:
+            self._exchange.wait()
+            if self._flag.item() > 0:
+                return True
+        self._flag = torch.tensor([float(self.signal or 0)])
+        self._exchange = dist.all_reduce(
+            self._flag, op=dist.ReduceOp.MAX, group=self._world.control, async_op=True
+        )
+        return False
+
+    @property
+    def exit_status(self) -> int:
+        """As a shell reports a process that a signal ended."""
+        number = self.signal or int(self._flag.item())
+        return 128 + int(number)

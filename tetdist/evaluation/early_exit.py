@@ -1,0 +1,119 @@
+"""What a network decides beyond its accuracy: which classes it takes for which, and how early it
+could have said so."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tetdist.distributed.world import World
+from tetdist.evaluation.evaluate import running_means
+
+# Of early exit: the least softmax probability of the time-mean at which a sample is decided.
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Decisions over a whole split.
+
+    Attributes:
+        classes: The K names.
+        confusion: Rows of true classes, columns of decided ones, at T: numbers of samples.
+        exits: For each threshold of `THRESHOLDS`, how many samples are decided at t = 1 to T. What
+            never reaches the threshold is decided at T.
+        exit_correct: For each threshold, how many of the decisions are right.
+    """
+
+    classes: list[str]
+    confusion: list[list[int]]
+    exits: list[list[int]]
+    exit_correct: list[int]
+
+    def per_class(self) -> list[dict[str, Any]]:
+        """Of each class: name, samples, recall and precision (percent), and what it is taken for.
+
+        Recall is the class's accuracy. Precision is None where nothing was decided to be of the
+        class, recall where it has no sample; ``mistaken_for`` is None where no sample is.
+        """
+        decided = [sum(column) for column in zip(*self.confusion, strict=True)]
+        rows = []
+        for k, (name, row) in enumerate(zip(self.classes, self.confusion, strict=True)):
+            samples, right = sum(row), row[k]
+            wrong = [count if other != k else 0 for other, count in enumerate(row)]
+            most = max(wrong)
+            rows.append(
+                {
+                    "class": name,
+                    "samples": samples,
+                    "recall": 100 * right / samples if samples else None,
+                    "precision": 100 * right / decided[k] if decided[k] else None,
+                    "mistaken_for": self.classes[wrong.index(most)] if most else None,
+                    "mistaken": most,
+                }
+            )
+        return rows
+
+    def early_exit(self) -> list[dict[str, Any]]:
+        """Of each threshold: top-1 (percent), timesteps of a sample on average, the exits."""
+        curve = []
+        for threshold, exits, right in zip(THRESHOLDS, self.exits, self.exit_correct, strict=True):
+            samples = sum(exits)
+            spent = sum(t * count for t, count in enumerate(exits, start=1))
+            curve.append(
+                {
+                    "threshold": threshold,
+                    "top1": 100 * right / samples,
+                    "mean_timesteps": spent / samples,
+                    "exits": exits,
+                }
+            )
+        return curve
+
+
+class DecisionCounts:
+    """Collects `Decisions` batch by batch on one process; `total` adds up those of all.
+
+    Args:
+        classes: Names of the data's classes.
+        num_outputs: K of the network, at least as many.
+        timesteps: T.
+        device: Where the logits are.
+    """
+
+    def __init__(
+        self, classes: list[str], num_outputs: int, timesteps: int, device: torch.device
+    ) -> None:
+        unnamed = range(len(classes), num_outputs)
+        self.classes = [*classes, *(f"output {k}" for k in unnamed)]
+        self._confusion = torch.zeros(num_outputs, num_outputs, dtype=torch.int64, device=device)
+        self._exits = torch.zeros(len(THRESHOLDS), timesteps, dtype=torch.int64, device=device)
+        self._exit_correct = torch.zeros(len(THRESHOLDS), dtype=torch.int64, device=device)
+        self._thresholds = torch.tensor(THRESHOLDS, device=device).view(-1, 1, 1)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch of logits (T, B, K) with labels (B,)."""
+        probabilities, decided = running_means(logits).softmax(-1).max(-1)  # each (T, B)
+        pairs = labels * len(self.classes) + decided[-1]
+        self._confusion += torch.bincount(pairs, minlength=self._confusion.numel()).view_as(
+            self._confusion
+        )
+        sure = probabilities >= self._thresholds  # (thresholds, T, B)
+        sure[:, -1] = True
+        first = sure.int().argmax(1)  # (thresholds, B)
+        right = decided.expand_as(sure).gather(1, first[:, None])[:, 0] == labels
+        steps = torch.arange(sure.shape[1], device=first.device)
+        self._exits += (first[:, None] == steps.view(-1, 1)).sum(-1)
+        self._exit_correct += right.sum(-1)
+
+    def total(self, world: World) -> Decisions:
+        """The decisions of all processes, on every process."""
+        tensors = (self._confusion, self._exits, self._exit_correct)
+        flat = torch.cat([t.flatten() for t in tensors])
+        summed = torch.tensor(world.sum(flat.tolist()), dtype=torch.float64).long()
+        parts = summed.split([t.numel() for t in tensors])
+        confusion, exits, right = (
+            part.view_as(t).tolist() for part, t in zip(parts, tensors, strict=True)
+        )
+        return Decisions(self.classes, confusion, exits, right)

@@ -1,0 +1,164 @@
+"""Exact evaluation: every sample counted once, over all processes, whatever the batch size."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tetdist.data.loader import Batch
+from tetdist.distributed.world import World
+from tetdist.models import SpikingNetwork
+from tetdist.nn import native
+from tetdist.nn.fused import spiking_layers
+from tetdist.nn.precision import autocast, parameter_type
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results over a whole split.
+
+    Attributes:
+        samples: How many were evaluated: the size of the split.
+        timesteps: T.
+        top1: Percent of samples whose class has the largest time-mean logit.
+        top5: Percent whose class is among the five largest (or all, with fewer classes).
+        loss: Cross-entropy of the time-mean, averaged over samples.
+        per_timestep_top1: For t = 1 to T, top-1 of the mean over the first t timesteps.
+        per_timestep_top5, per_timestep_loss: Likewise.
+        firing_rate: Spikes per neuron per timestep, by layer.
+    """
+
+    samples: int
+    timesteps: int
+    top1: float
+    top5: float
+    loss: float
+    per_timestep_top1: list[float]
+    per_timestep_top5: list[float]
+    per_timestep_loss: list[float]
+    firing_rate: dict[str, float]
+
+
+class Interrupted(Exception):
+    """The evaluation was given up because ``stop`` said so."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: SpikingNetwork,
+    batches: Iterable[Batch],
+    num_samples: int,
+    world: World,
+    *,
+    precision: str,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int], Any] = lambda _: None,
+    also: Callable[[Tensor, Tensor], Any] = lambda _logits, _labels: None,
+) -> Evaluation:
+    """Evaluate at the model's present T.
+
+    Args:
+        model: Left in the mode it was in.
+        batches: This process's share of the split; every process must get the same number of
+            batches, of which some may be empty.
+        num_samples: Size of the split; the count over all processes is checked against it.
+        world: All processes.
+        precision: Of the forward pass, see precision.py.
+        stop: Asked before each batch, on every process the same answer; True gives up.
+        progress: Told the number of samples of each batch.
+        also: Given each batch's logits (T, B, K) and labels (B,), on the device.
+
+    Raises:
+        Interrupted: ``stop`` said so.
+    """
+    was_training = model.training
+    model.eval()
+    timesteps = model.timesteps
+    device = next(model.parameters()).device
+    counts = torch.zeros(3, timesteps, dtype=torch.float64, device=device)
+    samples = 0
+    rates = _FiringRates(model)
+    try:
+        for batch in batches:
+            if stop():
+                raise Interrupted
+            if len(batch.labels):
+                images = batch.images.to(device, parameter_type(precision))
+                with autocast(device, precision):
+                    logits = model(images, per_timestep=True)
+                labels = batch.labels.to(device)
+                counts += _count(logits, labels)
+                also(logits, labels)
+                samples += len(batch.labels)
+            progress(len(batch.labels))
+    finally:
+        rates.remove()
+        model.train(was_training)
+    names = list(rates.sums)
+    flat = counts.flatten().tolist()
+    # The names come from the model, so the vectors match on a process without a single sample, too.
+    flat += [float(rates.sums[name][i]) for name in names for i in (0, 1)]
+    total, *flat = world.sum([float(samples), *flat])
+    samples = int(total)
+    assert samples == num_samples, f"evaluated {samples} samples of {num_samples}"
+    table = torch.tensor(flat[: 3 * timesteps], dtype=torch.float64).view(3, timesteps) / samples
+    top1, top5, loss = (100 * table[0]).tolist(), (100 * table[1]).tolist(), table[2].tolist()
+    spikes = flat[3 * timesteps :]
+    return Evaluation(
+        samples=samples,
+        timesteps=timesteps,
+        top1=top1[-1],
+        top5=top5[-1],
+        loss=loss[-1],
+        per_timestep_top1=top1,
+        per_timestep_top5=top5,
+        per_timestep_loss=loss,
+        firing_rate={
+            name: spikes[2 * i] / spikes[2 * i + 1] if spikes[2 * i + 1] else 0.0
+            for i, name in enumerate(names)
+        },
+    )
+
+
+def _count(logits: Tensor, labels: Tensor) -> Tensor:
+    """Correct in the first place, among five, and summed loss, (3, T), of logits (T, B, K)."""
+    means = running_means(logits)
+    top = means.topk(min(5, logits.shape[-1]), dim=-1).indices == labels.view(1, -1, 1)
+    loss = F.cross_entropy(means.flatten(0, 1), labels.repeat(len(logits)), reduction="none").view(
+        len(logits), -1
+    )
+    rows = [top[..., 0].double(), top.any(-1).double(), loss.double()]
+    return torch.stack([row.sum(-1) for row in rows])
+
+
+def running_means(logits: Tensor) -> Tensor:
+    """The output at T = 1, 2, ...: means of the first t of logits (T, B, K), float32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    steps = torch.arange(1, len(logits) + 1, device=logits.device, dtype=logits.dtype)
+    return logits.cumsum(0) / steps.view(-1, 1, 1)
+
+
+class _FiringRates:
+    """Counts spikes and neuron-timesteps of every layer of neurons while the model runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self._handles = []
+        for name, module in spiking_layers(model).items():
+            self.sums[name] = torch.zeros(2, dtype=torch.float64)
+            self._handles.append(module.register_forward_hook(self._hook(name)))
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def count(_module: nn.Module, _inputs: Any, spikes: Tensor) -> None:
+            sums = self.sums[name] = self.sums[name].to(spikes.device)
+            sums[0] += native.total(spikes)
+            sums[1] += spikes.numel()
+
+        return count
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()

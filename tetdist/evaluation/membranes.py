@@ -1,0 +1,87 @@
+"""How the membranes of a network are distributed against their thresholds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tetdist.nn import neurons
+from tetdist.nn.fused import NormNeuron, spiking_layers
+from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.precision import autocast
+
+LOWEST, HIGHEST, BINS = -3.0, 3.0, 120  # in thresholds; a border of bins is at 1
+
+
+@dataclass(frozen=True)
+class Membranes:
+    """Distributions over the neurons, timesteps and samples of a batch.
+
+    Attributes:
+        edges: Borders of the bins, in thresholds; the outermost bins hold what is beyond, too.
+        shares: Of each layer, the share of membranes (before the reset) in each bin.
+        fires: Of each layer, the share above the threshold: its firing rate.
+    """
+
+    edges: list[float]
+    shares: dict[str, list[float]]
+    fires: dict[str, float]
+
+
+@torch.no_grad()
+def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> Membranes:
+    """Run one batch by the definition of the neurons, in evaluation mode, and look at them.
+
+    Args:
+        model: Left in the mode it was in.
+        images: As the model takes them, on its device.
+        precision: Of the forward pass, see precision.py.
+    """
+    shares: dict[str, list[float]] = {}
+    fires: dict[str, float] = {}
+
+    def note(name: str, current: Tensor, config: NeuronConfig) -> None:
+        shares[name], fires[name] = _histogram(current, config)
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if isinstance(module, NormNeuron):
+                named = {key: value for key, value in named.items() if key != "identity"}
+                note(name, module.input_current(*arguments, **named), module.neuron)
+            else:
+                note(name, arguments[0], module.config)
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(look(name), with_kwargs=True)
+        for name, module in spiking_layers(model).items()
+    ]
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast(images.device, precision):
+            model(images)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    edges = torch.linspace(LOWEST, HIGHEST, BINS + 1, dtype=torch.float64).tolist()
+    return Membranes(edges, shares, fires)
+
+
+def _histogram(current: Tensor, config: NeuronConfig) -> tuple[list[float], float]:
+    """Shares by bin, and above the threshold, of neurons with input current (T, ...)."""
+    current = current.to(torch.promote_types(current.dtype, torch.float32))
+    counts = torch.zeros(BINS, dtype=torch.float64, device=current.device)
+    above = torch.zeros((), dtype=torch.float64, device=current.device)
+    rest = torch.zeros_like(current[0])
+    for current_t in current:
+        u = (config.decay * rest + current_t) / config.threshold
+        counts += torch.histc(u.clamp(LOWEST, HIGHEST), BINS, LOWEST, HIGHEST).double()
+        spikes, rest = neurons.run(current_t[None], config, rest)
+        above += spikes.sum(dtype=torch.float64)
+    shares: list[float] = (counts / current.numel()).tolist()
+    return shares, float(above / current.numel())

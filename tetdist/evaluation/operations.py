@@ -1,0 +1,208 @@
+"""Synaptic operations, counted while a network runs, and an estimate of the energy they take.
+
+What is counted, a layer of synapses (a convolution or a linear layer) at a time:
+
+* **Spikes are accumulates.** A spike adds a weight to each neuron that it reaches: one accumulate a
+  synapse. The synapses of a convolution are counted at their place, so that a pixel at the border,
+  or one that a stride skips, has fewer of them.
+* **A sum of n spikes is n of them**: what SEW blocks exchange by ADD arrives as n events. So are n
+  events of a camera in one time bin.
+* **A mean of 2x2 spikes** is the same as its spikes with a quarter of the weight: each of them is
+  an accumulate a synapse.
+* **Real numbers are multiply-accumulates**, one a synapse, whether zero or not: an image, or the
+  mean over all positions before a classifier. A static image's first layer is computed once for all
+  timesteps.
+
+Batch norm is taken as folded into the weights. Not counted are biases, membranes (decay, threshold,
+reset), identity shortcuts, pooling and, above all, memory: on most hardware it takes more energy
+than arithmetic. So the result compares networks and says little about a device.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tetdist.distributed.world import World
+from tetdist.nn import native
+
+# Energy of a 32-bit floating-point operation in a 45 nm process, in picojoules (Horowitz, ISSCC
+# 2014): an addition, and a multiplication with an addition.
+ACCUMULATE_PJ, MULTIPLY_ACCUMULATE_PJ = 0.9, 4.6
+
+ASSUMPTIONS = (
+    f"45 nm, 32-bit floating point: {ACCUMULATE_PJ} pJ an accumulate, {MULTIPLY_ACCUMULATE_PJ} pJ "
+    "a multiply-accumulate",
+    "a spike is an accumulate at each synapse that it reaches; a sum of n spikes (SEW's ADD) is n, "
+    "a mean over 2x2 pixels is its spikes",
+    "real-valued inputs (an image, a mean before the classifier) are a multiply-accumulate at each "
+    "synapse; a static image's first layer is computed once for all timesteps",
+    "batch norm is folded into the weights; biases, membranes, identity shortcuts, pooling and "
+    "memory access are not counted",
+)
+
+
+@dataclass(frozen=True)
+class LayerOperations:
+    """Of one layer and one sample on average, over all timesteps.
+
+    Attributes:
+        accumulates, multiply_accumulates: Operations; one of the two is 0.
+        synapses: Pairs of an input and an output that a weight joins: what the same layer of a
+            ReLU network multiplies and accumulates.
+    """
+
+    accumulates: float
+    multiply_accumulates: float
+    synapses: float
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Of a network and one sample on average, over all timesteps; layers in the order they run."""
+
+    layers: dict[str, LayerOperations]
+
+    @property
+    def accumulates(self) -> float:
+        return sum(layer.accumulates for layer in self.layers.values())
+
+    @property
+    def multiply_accumulates(self) -> float:
+        return sum(layer.multiply_accumulates for layer in self.layers.values())
+
+    @property
+    def energy_pj(self) -> float:
+        """Picojoules; see `ASSUMPTIONS`."""
+        return ACCUMULATE_PJ * self.accumulates + MULTIPLY_ACCUMULATE_PJ * self.multiply_accumulates
+
+    @property
+    def relu_multiply_accumulates(self) -> float:
+        """Of the ReLU network with the same synapses, which runs once."""
+        return sum(layer.synapses for layer in self.layers.values())
+
+    @property
+    def relu_energy_pj(self) -> float:
+        return MULTIPLY_ACCUMULATE_PJ * self.relu_multiply_accumulates
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "accumulates": self.accumulates,
+            "multiply_accumulates": self.multiply_accumulates,
+            "energy_pj": self.energy_pj,
+            "relu_multiply_accumulates": self.relu_multiply_accumulates,
+            "relu_energy_pj": self.relu_energy_pj,
+            "assumptions": list(ASSUMPTIONS),
+            "layers": {name: vars(layer) for name, layer in self.layers.items()},
+        }
+
+
+@contextmanager
+def counting_operations(model: nn.Module) -> Iterator["OperationCounts"]:
+    """Count the operations of the forward passes within the context."""
+    counts = OperationCounts(model)
+    try:
+        yield counts
+    finally:
+        counts.remove()
+
+
+# Of the sums of a layer.
+PRESENTATIONS, PRESENTED_SYNAPSES, CARRIED, NOT_WHOLE, NOT_QUARTERS = range(5)
+
+
+class OperationCounts:
+    """Sums over what each layer of synapses sees on one process; `total` adds up those of all.
+
+    What kind of numbers a layer sees is found out from all of them: one that is not whole, or not
+    a quarter, decides.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._fan_outs: dict[tuple[str, torch.Size], Tensor] = {}
+        self._handles = []
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                self._sums[name] = torch.zeros(5, dtype=torch.float64)
+                self._handles.append(module.register_forward_hook(self._hook(name)))
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+        def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            x = inputs[0].detach()
+            sums = self._sums[name] = self._sums[name].to(x.device)
+            presentations = x.shape[0] * x.shape[1]  # T * B
+            if isinstance(module, nn.Conv2d):
+                fan_out = self._fan_out(name, module, x, output)
+                carried, inputs_a_position = _over_positions(x) * fan_out, x.shape[2]
+            else:
+                fan_out = torch.tensor(float(output.shape[-1]), device=x.device)
+                carried, inputs_a_position = native.total(x) * fan_out, x.shape[-1]
+            sums[PRESENTATIONS] += presentations
+            sums[PRESENTED_SYNAPSES] += presentations * inputs_a_position * fan_out.sum()
+            sums[CARRIED] += carried.sum()
+            if _has_other_than_multiples(x, 1):
+                sums[NOT_WHOLE] += 1
+                sums[NOT_QUARTERS] += _has_other_than_multiples(x, 4)
+
+        return count
+
+    def _fan_out(self, name: str, conv: nn.Conv2d, x: Tensor, y: Tensor) -> Tensor:
+        """How many outputs a spike of one channel reaches from each position, (H, W)."""
+        key = (name, x.shape[-2:])
+        if key not in self._fan_outs:
+            reached = F.conv_transpose2d(
+                x.new_ones(1, 1, *y.shape[-2:], dtype=torch.float64),
+                x.new_ones(1, 1, *conv.kernel_size, dtype=torch.float64),
+                stride=conv.stride,
+                dilation=conv.dilation,
+            )[0, 0]
+            # From the padded input to the input; a stride's last window may end before it does.
+            assert not isinstance(conv.padding, str)
+            (top, left), (height, width) = conv.padding, x.shape[-2:]
+            reached = F.pad(reached, (0, width, 0, height))[top:, left:][:height, :width]
+            self._fan_outs[key] = reached * (conv.out_channels // conv.groups)
+        return self._fan_outs[key]
+
+    def total(self, world: World, samples: int) -> Operations:
+        """The operations of a sample on average over ``samples``, which all processes saw together.
+
+        The same on every process.
+        """
+        names = list(self._sums)
+        flat = world.sum([value for name in names for value in self._sums[name].tolist()])
+        rows = [flat[5 * i : 5 * i + 5] for i in range(len(names))]
+        return Operations(
+            {name: _layer(row, samples) for name, row in zip(names, rows, strict=True)}
+        )
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _layer(sums: list[float], samples: int) -> LayerOperations:
+    synapses = sums[PRESENTED_SYNAPSES] / sums[PRESENTATIONS]
+    if sums[NOT_WHOLE] and sums[NOT_QUARTERS]:
+        return LayerOperations(0.0, sums[PRESENTED_SYNAPSES] / samples, synapses)
+    spikes_in_one = 4 if sums[NOT_WHOLE] else 1
+    return LayerOperations(spikes_in_one * sums[CARRIED] / samples, 0.0, synapses)
+
+
+def _over_positions(x: Tensor) -> Tensor:
+    """Sums of (T, B, C, H, W) over all but positions, (H, W)."""
+    # In the order of memory, where the channels are the last.
+    rows = x.permute(0, 1, 3, 4, 2).flatten(0, 1)
+    of_channels = rows.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    return of_channels.double().sum(-1)
+
+
+def _has_other_than_multiples(x: Tensor, levels: int) -> bool:
+    """Whether some value is no whole multiple of 1 / levels from 0 on."""
+    scaled = x if levels == 1 else x * levels
+    return not torch.equal(scaled, scaled.round().abs())

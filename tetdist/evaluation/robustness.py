@@ -1,0 +1,73 @@
+"""Evaluation batches from which something is missing: whole timesteps, or single events.
+
+What is missing is a function of (seed, sample), so it depends neither on the batch size nor on the
+number of processes.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tetdist.data import order
+from tetdist.data.loader import Batch
+from tetdist.models import SpikingNetwork
+
+
+def without_timesteps(
+    batches: Iterable[Batch], share: float, timesteps: int, seed: int
+) -> Iterator[Batch]:
+    """Replace each timestep's input by nothing, with probability ``share``.
+
+    Nothing is a frame without events; of an image, which is shown T times, a picture of the mean
+    colour (0 after normalisation).
+
+    Args:
+        batches: Images (B, C, H, W), or event frames (B, T or more, C, H, W).
+        share: In [0, 1].
+        timesteps: T.
+        seed: Of the choice.
+
+    Yields:
+        Batches of frames (B, T, C, H, W); see `taking_frames`.
+    """
+    for batch in batches:
+        draws = order.uniforms(seed, 0, batch.ids, timesteps)
+        kept = torch.from_numpy(draws >= share).to(batch.images)  # (B, T)
+        images = batch.images
+        frames = images[:, None] if images.ndim == 4 else images[:, :timesteps]
+        yield batch._replace(images=frames * kept[:, :, None, None, None])
+
+
+def without_events(batches: Iterable[Batch], share: float, seed: int) -> Iterator[Batch]:
+    """Drop each event by itself, with probability ``share``.
+
+    Args:
+        batches: Numbers of events, (B, T, 2, H, W).
+        share: In [0, 1].
+        seed: Of the choice.
+    """
+    for batch in batches:
+        frames = [
+            _thinned(frame, share, seed, int(sample))
+            for frame, sample in zip(batch.images, batch.ids, strict=True)
+        ]
+        yield batch._replace(images=torch.stack(frames) if frames else batch.images)
+
+
+def _thinned(counts: Tensor, share: float, seed: int, sample: int) -> Tensor:
+    generator = np.random.default_rng([seed, sample])
+    left = generator.binomial(counts.cpu().numpy().astype(np.int64), 1 - share)
+    return torch.from_numpy(left).to(counts)
+
+
+@contextmanager
+def taking_frames(model: SpikingNetwork) -> Iterator[None]:
+    """Within this context a network of images takes (B, T, C, H, W), each timestep its own."""
+    kind, model.input_kind = model.input_kind, "events"
+    try:
+        yield
+    finally:
+        model.input_kind = kind

@@ -1,0 +1,103 @@
+"""What there is to find out about a checkpoint on a split, as one dictionary ready for JSON."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from tetdist.config.schema import RunConfig
+from tetdist.data.build import eval_loader
+from tetdist.data.index import Index
+from tetdist.data.loader import Batch
+from tetdist.distributed.world import World
+from tetdist.evaluation.early_exit import DecisionCounts
+from tetdist.evaluation.evaluate import Evaluation, evaluate
+from tetdist.evaluation.operations import counting_operations
+from tetdist.evaluation.robustness import taking_frames, without_events, without_timesteps
+from tetdist.models import SpikingNetwork
+from tetdist.tracking.progress import sample_bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """What every pass over the split takes; ``alive`` is called after each batch."""
+
+    model: SpikingNetwork
+    config: RunConfig
+    index: Index
+    world: World
+    alive: Callable[[], Any]
+
+    def run(
+        self,
+        title: str,
+        change: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
+        also: Callable[..., Any] = lambda _logits, _labels: None,
+    ) -> Evaluation:
+        """Evaluate the split once, with changed batches; ``also`` as of `evaluate`."""
+        bar = sample_bar(len(self.index), title, silent=self.world.rank != 0)
+
+        def progress(count: int) -> None:
+            bar.update(count * self.world.world_size)
+            self.alive()
+
+        with bar, eval_loader(self.config, self.index, self.world) as batches:
+            return evaluate(
+                self.model,
+                change(batches),
+                len(self.index),
+                self.world,
+                precision=self.config.precision,
+                progress=progress,
+                also=also,
+            )
+
+
+def find(
+    passes: Passes, *, drop_timesteps: Sequence[float], drop_events: Sequence[float], seed: int
+) -> dict[str, Any]:
+    """Evaluate at the model's present T: as it is, and then with each share of something dropped.
+
+    The same on every process.
+
+    Args:
+        passes: What is evaluated.
+        drop_timesteps: Shares of timesteps, see `without_timesteps`.
+        drop_events: Shares of events, see `without_events`; the frames must be numbers of events.
+        seed: Of what is dropped.
+    """
+    model, world = passes.model, passes.world
+    timesteps = model.timesteps
+    counts = DecisionCounts(list(passes.index.classes), model.num_classes, timesteps, world.device)
+    with counting_operations(model) as operations:
+        result = passes.run("evaluate", also=counts.add)
+    decisions = counts.total(world)
+    found: dict[str, Any] = {
+        **dataclasses.asdict(result),
+        "early_exit": decisions.early_exit(),
+        "classes": decisions.classes,
+        "confusion": decisions.confusion,
+        "per_class": decisions.per_class(),
+        "operations": operations.total(world, result.samples).as_dict(),
+        "dropped_timesteps": [],
+        "dropped_events": [],
+    }
+    for share in drop_timesteps:
+        change = partial(without_timesteps, share=share, timesteps=timesteps, seed=seed)
+        with taking_frames(model):
+            dropped = passes.run(f"without {share:g} of timesteps", change)
+        found["dropped_timesteps"].append(_robustness(share, dropped))
+    for share in drop_events:
+        change = partial(without_events, share=share, seed=seed)
+        dropped = passes.run(f"without {share:g} of events", change)
+        found["dropped_events"].append(_robustness(share, dropped))
+    return found
+
+
+def _robustness(share: float, result: Evaluation) -> dict[str, Any]:
+    return {
+        "share": share,
+        "top1": result.top1,
+        "loss": result.loss,
+        "per_timestep_top1": result.per_timestep_top1,
+    }

@@ -1,0 +1,1 @@
+"""Recordings of event cameras, and the tensors that training reads."""

@@ -1,0 +1,140 @@
+"""From events to frames: T bins of time, two polarities, counted, resized, stored small."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tetdist.events.recording import BadRecording, Events, Sensor
+
+Bins = Literal["count", "time"]
+Values = Literal["count", "occupancy", "normalised"]
+Resize = Literal["area", "bilinear"]
+DType = Literal["uint8", "float16"]
+
+# uint8 holds values between 0 and 1 as multiples of 1 / 255.
+UINT8_STEPS = 255
+
+
+@dataclass(frozen=True)
+class Binning:
+    """How events become frames.
+
+    Attributes:
+        timesteps: T, the number of bins.
+        size: width and height of the frames; None for the sensor's.
+        bins: "count": N // T events each, as in the paper, the last N % T left out; "time": equal
+            parts of the time from the first event to the last.
+        values: of a pixel, "count": its events; "occupancy": 1 where there is any; "normalised":
+            its events divided by the most that any pixel of this frame, of this polarity, has.
+        resize: "area": what falls on each new pixel's area; "bilinear": weighted by a triangle as
+            wide as two new pixels, as PIL does. Both keep a frame's sum of "count", and its mean
+            of the other values.
+        dtype: "uint8": rounded, "occupancy" and "normalised" as multiples of 1 / 255; "float16".
+    """
+
+    timesteps: int
+    size: Sensor | None
+    bins: Bins
+    values: Values
+    resize: Resize
+    dtype: DType
+
+
+class Frames(NamedTuple):
+    """A recording as frames.
+
+    Attributes:
+        tensor: (T, 2, H, W), OFF before ON.
+        saturated: values that were too large for the type and became its largest.
+        empty: how many of the T x 2 frames are without events.
+    """
+
+    tensor: npt.NDArray[np.uint8] | npt.NDArray[np.float16]
+    saturated: int
+    empty: int
+
+
+def bin_events(events: Events, binning: Binning) -> Frames:
+    """Frames of a recording.
+
+    Raises:
+        BadRecording: if it has fewer events than bins.
+    """
+    if len(events) < binning.timesteps:
+        raise BadRecording(f"{len(events)} events are too few for {binning.timesteps} bins")
+    counts = _count(events, _bin_numbers(events, binning), binning.timesteps)
+    frames = _resized(_valued(counts, binning.values), binning)
+    tensor, saturated = _stored(frames, binning)
+    return Frames(tensor, saturated, int((counts.max(axis=(2, 3)) == 0).sum()))
+
+
+def _bin_numbers(events: Events, binning: Binning) -> npt.NDArray[np.int64]:
+    """(N,) the bin of each event; T for those that belong to none."""
+    number, timesteps = len(events), binning.timesteps
+    if binning.bins == "count":
+        return np.minimum(np.arange(number) // (number // timesteps), timesteps)
+    elapsed = events.t - events.t[0]
+    return elapsed * timesteps // (elapsed[-1] + 1)
+
+
+def _count(events: Events, bins: npt.NDArray[np.int64], timesteps: int) -> npt.NDArray[np.float64]:
+    """(T, 2, H, W) events of each pixel."""
+    width, height = events.sensor
+    pixel = ((bins * 2 + events.p) * height + events.y) * width + events.x
+    # np.add.at, or `frames[...] += 1`, which counts a repeated pixel once, are no way to do this.
+    total = np.bincount(pixel, minlength=(timesteps + 1) * 2 * height * width)
+    return total.reshape(timesteps + 1, 2, height, width)[:timesteps].astype(np.float64)
+
+
+def _valued(counts: npt.NDArray[np.float64], values: Values) -> npt.NDArray[np.float64]:
+    if values == "count":
+        return counts
+    if values == "occupancy":
+        return (counts > 0).astype(np.float64)
+    return counts / np.maximum(counts.max(axis=(2, 3), keepdims=True), 1)
+
+
+def _resized(frames: npt.NDArray[np.float64], binning: Binning) -> npt.NDArray[np.float64]:
+    height, width = frames.shape[2:]
+    size = binning.size or Sensor(width, height)
+    if size == (width, height):
+        return frames
+    rows = resize_weights(height, size.height, binning.resize)
+    columns = resize_weights(width, size.width, binning.resize)
+    resized: npt.NDArray[np.float64] = rows @ frames @ columns.T
+    if binning.values == "count":
+        resized *= height * width / (size.height * size.width)
+    return resized
+
+
+def resize_weights(source: int, target: int, how: Resize) -> npt.NDArray[np.float64]:
+    """(target, source) weights with which pixels of a line make those of a longer or shorter one.
+
+    Each row sums to 1.
+    """
+    scale = source / target
+    if how == "area":
+        edges = np.arange(target + 1) * scale
+        first, last = edges[:-1, None], edges[1:, None]
+        place = np.arange(source)[None, :]
+        weights = np.clip(np.minimum(last, place + 1) - np.maximum(first, place), 0, None)
+    else:
+        centres = (np.arange(target) + 0.5)[:, None] * scale - 0.5
+        distance = np.abs(np.arange(source)[None, :] - centres) / max(scale, 1)
+        weights = np.clip(1 - distance, 0, None)
+    normalised: npt.NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
+    return normalised
+
+
+def _stored(
+    frames: npt.NDArray[np.float64], binning: Binning
+) -> tuple[npt.NDArray[np.uint8] | npt.NDArray[np.float16], int]:
+    """The frames in their type, and how many values were too large for it."""
+    if binning.dtype == "float16":
+        largest = float(np.finfo(np.float16).max)
+        return np.minimum(frames, largest).astype(np.float16), int((frames > largest).sum())
+    steps = 1 if binning.values == "count" else UINT8_STEPS
+    rounded = np.rint(frames * steps)
+    return np.minimum(rounded, 255).astype(np.uint8), int((rounded > 255).sum())

@@ -1,0 +1,169 @@
+"""AEDAT 4, the format of DV: packets of events, compressed, each a flatbuffer.
+
+Read here and not by a package: the one tried ends the whole process on some damaged files, and one
+bad recording must not end the work on all the others.
+"""
+
+import struct
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tetdist.errors import UserError
+from tetdist.events.recording import BadRecording, Events, Sensor, checked_events
+
+_MAGIC = b"#!AER-DAT4.0\r\n"
+_EVENT = np.dtype(
+    {
+        "names": ["t", "x", "y", "p"],
+        "formats": ["<i8", "<i2", "<i2", "u1"],
+        "offsets": [0, 8, 10, 12],
+        "itemsize": 16,
+    }
+)
+# Fields of the file's header and of a packet of events, by their number in the format's schema.
+_COMPRESSION, _TABLE_POSITION, _INFO = 0, 1, 2
+_ELEMENTS = 0
+_STORED, _LZ4, _ZSTANDARD = (0,), (1, 2), (3, 4)
+
+
+def read_aedat4(data: bytes, sensor: Sensor | None) -> Events:
+    """Events of an AEDAT 4 file.
+
+    Args:
+        data: the file's contents.
+        sensor: size of the sensor, if it must be this one.
+
+    Raises:
+        BadRecording: if it cannot be used.
+        UserError: if the package that decompresses it is missing.
+    """
+    if not data.startswith(_MAGIC):
+        raise BadRecording("it is not an AEDAT 4 file: it does not begin with #!AER-DAT4.0")
+    try:
+        return _read(data, sensor)
+    except (struct.error, ET.ParseError, UnicodeDecodeError, ValueError) as e:
+        if isinstance(e, BadRecording):
+            raise
+        raise BadRecording(f"it is truncated or damaged ({e})") from e
+
+
+def _read(data: bytes, sensor: Sensor | None) -> Events:
+    start = len(_MAGIC)
+    (size,) = struct.unpack_from("<I", data, start)
+    header = _Table(data[start : start + 4 + size], b"IOHE")
+    # The table that a finished recording ends with, which nothing here needs; but a file cut off
+    # between two packets has none.
+    end = header.number(_TABLE_POSITION, "<q", -1)
+    if end < 0:
+        raise BadRecording("its recording was not finished: the table at its end is missing")
+    if len(data) <= end:
+        raise BadRecording(f"it is truncated: {len(data)} bytes, and more than {end} belong")
+    stream, stated = _event_stream(header.text(_INFO))
+    if sensor not in (None, stated):
+        raise BadRecording(f"its sensor is {stated}, and --sensor says {sensor}")
+    compression = header.number(_COMPRESSION, "<i", 0)
+    parts = [np.empty(0, _EVENT)]
+    dropped = 0
+    for number, packet in _packets(data, start + 4 + size, end):
+        if number == stream:
+            parts.append(_elements(_decompressed(packet, compression)))
+        else:
+            dropped += 1
+    events = np.concatenate(parts)
+    x, y, t, p = (events[name] for name in "xytp")
+    return checked_events(x, y, t, p, stated, dropped=dropped)
+
+
+def _event_stream(info: str) -> tuple[int, Sensor]:
+    """Number of the stream of events, and the size of its sensor."""
+    found = []
+    for node in ET.fromstring(info).iterfind("./node[@name='outInfo']/node"):
+        attributes = {attr.get("key"): attr.text or "" for attr in node.iter("attr")}
+        if attributes.get("typeIdentifier") == "EVTS":
+            size = Sensor(int(attributes.get("sizeX", 0)), int(attributes.get("sizeY", 0)))
+            found.append((int(node.get("name", "")), size))
+    if len(found) != 1:
+        raise BadRecording(f"it has {len(found)} streams of events instead of one")
+    return found[0]
+
+
+def _packets(data: bytes, place: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """Stream and contents of each packet."""
+    while place < end:
+        stream, size = struct.unpack_from("<ii", data, place)
+        place += 8
+        if size < 0 or place + size > end:
+            raise BadRecording(f"the packet at byte {place - 8} is damaged")
+        yield stream, data[place : place + size]
+        place += size
+
+
+def _decompressed(packet: bytes, compression: int) -> bytes:
+    if compression in _STORED:
+        return packet
+    name = {**dict.fromkeys(_LZ4, "lz4"), **dict.fromkeys(_ZSTANDARD, "zstandard")}.get(compression)
+    if name is None:
+        raise BadRecording(f"its compression, number {compression}, is not supported")
+    try:
+        if name == "lz4":
+            import lz4.frame
+
+            return bytes(lz4.frame.decompress(packet))
+        import zstandard
+
+        return bytes(zstandard.ZstdDecompressor().decompressobj().decompress(packet))
+    except ModuleNotFoundError as e:
+        raise UserError(
+            f"this AEDAT 4 file needs the package {name}: pip install 'tetdist[events]'"
+        ) from e
+    except Exception as e:  # Each package has errors of its own.
+        raise BadRecording(f"a packet does not decompress ({e})") from e
+
+
+def _elements(packet: bytes) -> npt.NDArray[Any]:
+    table = _Table(packet, b"EVTS")
+    octets = table.vector(_ELEMENTS, _EVENT.itemsize)
+    return np.frombuffer(octets, _EVENT)
+
+
+class _Table:
+    """The root table of a flatbuffer that begins with its size."""
+
+    def __init__(self, data: bytes, name: bytes) -> None:
+        size, root = struct.unpack_from("<II", data, 0)
+        if len(data) < 4 + size or data[8:12] != name:
+            raise BadRecording(f"it is truncated or damaged: no whole {name.decode()} buffer")
+        self._data, self._root = data, 4 + root
+
+    def _place(self, field: int) -> int | None:
+        """Where a field's value is; None if the table leaves it out."""
+        (back,) = struct.unpack_from("<i", self._data, self._root)
+        offsets = self._root - back
+        (length,) = struct.unpack_from("<H", self._data, offsets)
+        if 6 + 2 * field > length:
+            return None
+        (offset,) = struct.unpack_from("<H", self._data, offsets + 4 + 2 * field)
+        return self._root + offset if offset else None
+
+    def number(self, field: int, code: str, default: int) -> int:
+        place = self._place(field)
+        return default if place is None else int(struct.unpack_from(code, self._data, place)[0])
+
+    def vector(self, field: int, item_size: int) -> bytes:
+        """The octets of a vector's items."""
+        place = self._place(field)
+        if place is None:
+            return b""
+        place += struct.unpack_from("<I", self._data, place)[0]
+        size = item_size * struct.unpack_from("<I", self._data, place)[0]
+        octets = self._data[place + 4 : place + 4 + size]
+        if len(octets) < size:
+            raise BadRecording("it is truncated or damaged: a vector is longer than its buffer")
+        return octets
+
+    def text(self, field: int) -> str:
+        return self.vector(field, 1).decode()

@@ -1,0 +1,147 @@
+"""Data roots of named splits: the tensors linked into train/ and val/, indexed, and described."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from filecmp import cmp
+from pathlib import Path
+from typing import Any
+
+import tetdist
+from tetdist.data.index import (
+    build_event_index,
+    check_fresh,
+    index_file,
+    load_index,
+    save_index,
+)
+from tetdist.errors import UserError
+from tetdist.events import splits
+from tetdist.events.folders import Part, Source
+from tetdist.events.tensors import Record, Settings, tensor_file, write_json
+
+_PARTS: tuple[Part, Part] = ("train", "val")
+# A file system without hard links, or a file with the most it may have.
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
+
+
+def make_split(
+    dest: Path,
+    sources: Sequence[Source],
+    records: dict[str, Record],
+    settings: Settings,
+    *,
+    name: str,
+    seed: int,
+    bad: int,
+    workers: int,
+) -> Path:
+    """Make DEST/splits/NAME, a data root with train/, val/ and their indexes.
+
+    It is made aside and renamed; one of the same name and contents is left as it is.
+
+    Args:
+        dest: the folder with the tensors.
+        sources: all of them, the bad ones too, in order.
+        records: of the good tensors, by key.
+        settings: what the tensors were made with.
+        name: one of `splits.NAMES`.
+        seed: of the stratified split.
+        bad: how many recordings, or pieces of one, were left out.
+        workers: processes that index.
+
+    Raises:
+        UserError: if the split is impossible, or leaves a class without a recording.
+    """
+    parts = splits.assign(sources, name, seed)
+    members: dict[Part, list[Record]] = {part: [] for part in _PARTS}
+    for record in records.values():
+        if record.source in parts:
+            members[parts[record.source]].append(record)
+    full_name = splits.split_name(name, seed, settings.simulation is not None)
+    _check_classes(members, full_name)
+    description = _description(full_name, seed, members, settings, bad)
+    root = dest / "splits" / full_name
+    links = {
+        root / part / f"{record.key}.npy": tensor_file(dest, record.key)
+        for part in _PARTS
+        for record in members[part]
+    }
+    if _holds(root, description, links):
+        return root
+    aside = root.with_name(f".{full_name}.tmp")
+    if aside.exists():
+        shutil.rmtree(aside)
+    for link, file in links.items():
+        place = aside / link.relative_to(root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _link(file, place)
+    for part in _PARTS:
+        index, wrong = build_event_index(aside, part, workers)
+        assert not wrong
+        save_index(index, index_file(aside / "index", part))
+    write_json(aside / splits.DATASET_FILE, description)
+    if root.exists():
+        shutil.rmtree(root)
+    aside.rename(root)
+    return root
+
+
+def _check_classes(members: dict[Part, list[Record]], name: str) -> None:
+    """See that train and val have the same classes, or labels would not mean the same."""
+    classes = {part: {record.class_name for record in members[part]} for part in _PARTS}
+    for part in _PARTS:
+        missing = sorted((classes["train"] | classes["val"]) - classes[part])
+        if missing:
+            raise UserError(
+                f"the split {name!r} has no good recording of class {missing[0]!r} in {part}"
+            )
+
+
+def _description(
+    name: str, seed: int, members: dict[Part, list[Record]], settings: Settings, bad: int
+) -> dict[str, Any]:
+    digest = hashlib.sha256(name.encode())
+    for part in _PARTS:
+        for record in sorted(members[part], key=lambda record: record.key):
+            digest.update(f"\n{part} {record.key} {record.sha256}".encode())
+    return {
+        "split": name,
+        "simulated": settings.simulation is not None,
+        "seed": seed,
+        "tool": "tools/prebin_dvs.py",
+        "tetdist": tetdist.__version__,
+        "parameters": settings.as_dict(),
+        "recordings": {part: len(members[part]) for part in _PARTS},
+        "left_out": bad,
+        "fingerprint": digest.hexdigest(),
+    }
+
+
+def _holds(root: Path, description: dict[str, Any], links: dict[Path, Path]) -> bool:
+    """Whether the split is there already, with these very tensors and fresh indexes."""
+    if not root.is_dir():
+        return False
+    try:
+        if splits.description(root) != description:
+            return False
+        for part in _PARTS:
+            file = index_file(root / "index", part)
+            check_fresh(load_index(file), root, file)
+    except UserError:
+        return False
+    return all(
+        link.samefile(file) or cmp(link, file, shallow=False) for link, file in links.items()
+    )
+
+
+def _link(file: Path, link: Path) -> None:
+    """A hard link, or a copy where there are none."""
+    try:
+        os.link(file, link)
+    except OSError as e:
+        if e.errno not in _NO_LINKS:
+            raise
+        shutil.copy2(file, link)

@@ -1,0 +1,125 @@
+"""Splits of event recordings by name, as the literature uses them, and their record.
+
+Published figures of one data set were measured on different splits (for CIFAR10-DVS three), so a
+split has a name, and the name goes wherever a result does. A recording is never divided: all pieces
+of one are on the same side.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tetdist.data.order import permutation
+from tetdist.errors import UserError
+from tetdist.events.folders import Part, Source
+
+# The first so many percent of each class, in the order of numbers, are to train.
+_FIRST = {
+    "first-90-percent": 90,
+    "first-80-percent": 80,
+    "first-70-percent": 70,
+}
+# 0 to 99 of each class are to test, the others to train.
+_HUNDRED = "0-99-test"
+_STRATIFIED = "stratified-9-1"
+PUBLISHED = "published"
+NAMES = (PUBLISHED, *_FIRST, _HUNDRED, _STRATIFIED)
+
+DATASET_FILE = "dataset.json"
+
+
+def default_split(sources: Sequence[Source]) -> str:
+    """The published split where there is one, otherwise the stratified one."""
+    return PUBLISHED if any(source.part for source in sources) else _STRATIFIED
+
+
+def split_name(name: str, seed: int, simulated: bool) -> str:
+    """The name under which a split is recorded, which says all that it depends on."""
+    seeded = f"{name}-seed-{seed}" if name == _STRATIFIED else name
+    return f"simulated-{seeded}" if simulated else seeded
+
+
+def assign(sources: Sequence[Source], name: str, seed: int) -> dict[str, Part]:
+    """The part, train or val, of each source, by path.
+
+    Args:
+        sources: in order; those that turn out to be bad are among them, so that leaving one out
+            does not move the others to another part.
+        name: one of `NAMES`.
+        seed: of the stratified split.
+
+    Raises:
+        UserError: if the sources do not have this split.
+    """
+    if name == PUBLISHED:
+        without = [source for source in sources if source.part is None and not source.problem]
+        if without:
+            raise UserError(
+                f"the split {PUBLISHED!r} needs folders Train/ and Test/ or lists of trials, and"
+                f" nothing says the part of {without[0].path}: choose another with --split"
+            )
+        return {source.path: source.part for source in sources if source.part}
+    parts: dict[str, Part] = {}
+    for number, (stratum, members) in enumerate(_strata(sources).items()):
+        train = _training_members(members, name, seed, number)
+        if not 0 < len(train) < len(members):
+            raise UserError(
+                f"the split {name!r} leaves nothing to {'test' if train else 'train'} of"
+                f" {stratum!r}, which has {len(members)} recordings: choose another with --split"
+            )
+        for source in members:
+            parts[source.path] = "train" if source.path in train else "val"
+    return parts
+
+
+def _strata(sources: Sequence[Source]) -> dict[str, list[Source]]:
+    """Sources by class; those whose pieces are of several classes are one group of their own."""
+    strata: defaultdict[str, list[Source]] = defaultdict(list)
+    for source in sources:
+        classes = {piece.class_name for piece in source.pieces}
+        if classes:
+            strata[classes.pop() if len(classes) == 1 else "all classes"].append(source)
+    return dict(sorted(strata.items()))
+
+
+def _training_members(members: list[Source], name: str, seed: int, stratum: int) -> set[str]:
+    number = len(members)
+    if name in _FIRST:
+        chosen = members[: number * _FIRST[name] // 100]
+    elif name == _HUNDRED:
+        chosen = members[100:]
+    else:
+        assert name == _STRATIFIED
+        order = permutation(number, seed, stratum)
+        chosen = [members[i] for i in order[: number * 9 // 10]]
+    return {source.path for source in chosen}
+
+
+def description(root: str | Path) -> dict[str, Any] | None:
+    """What a data root says of itself in its dataset.json; None where it has none.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    file = Path(root, DATASET_FILE)
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and isinstance(found["split"], str):
+            return found
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{file} is damaged ({e!r}): make the split again") from e
+    raise UserError(f"{file} names no split: make it again")
+
+
+def recorded_split(root: str | Path) -> str | None:
+    """The name of the split that a data root says it is; None where it says nothing.
+
+    Raises:
+        UserError: if its dataset.json is damaged.
+    """
+    found = description(root)
+    return found["split"] if found else None

@@ -1,0 +1,453 @@
+"""Recordings made into tensors: written whole, recorded, verified, continued where it stopped.
+
+    DEST/manifest.json                 parameters and versions; written first
+    DEST/recordings.jsonl              a line for each tensor: checksums, statistics
+    DEST/recordings/CLASS/NAME.npy     the tensors, (T, 2, H, W)
+    DEST/splits/NAME/                  data roots to train on, see `tetdist.data.split_roots`
+
+A tensor counts from the moment its line is there, and the line is written after the tensor.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+import tetdist
+from tetdist.data.index import BadFile
+from tetdist.data.processes import Progress, run_tasks
+from tetdist.errors import UserError
+from tetdist.events.binning import Binning, Frames, bin_events
+from tetdist.events.folders import Listing, Piece, Source
+from tetdist.events.formats.read import read_recording
+from tetdist.events.recording import BadRecording, Events, Sensor
+from tetdist.events.simulate import Simulation, simulate
+from tetdist.files import replacing
+
+# Goes up when the same parameters make other tensors than before.
+_FORMAT_VERSION = 1
+
+_MANIFEST, _RECORDS, _TENSORS, _LOCK = "manifest.json", "recordings.jsonl", "recordings", ".lock"
+_OURS = {_MANIFEST, _RECORDS, _TENSORS, _LOCK, "splits", "statistics.json", "preview.png"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a tensor depends on, besides its recording.
+
+    Attributes:
+        binning: how events become frames.
+        sensor: size of the sensor, where the format does not say it.
+        simulation: how images become recordings; None for real recordings.
+    """
+
+    binning: Binning
+    sensor: Sensor | None
+    simulation: Simulation | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The parameters as they are recorded."""
+        size = self.binning.size
+        return {
+            **asdict(self.binning),
+            "size": str(size) if size else None,
+            "sensor": str(self.sensor) if self.sensor else None,
+            "simulated": self.simulation is not None,
+            "simulation": asdict(self.simulation) if self.simulation else None,
+        }
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of one tensor.
+
+    Attributes:
+        key: CLASS/NAME.
+        source: path of the recording, relative to its folder.
+        source_size: bytes of the recording.
+        source_mtime_ns: when the recording was last changed.
+        source_sha256: checksum of the recording.
+        window: microseconds where the piece begins and ends; None for the whole recording.
+        sha256: checksum of the tensor's file.
+        sensor: width and height of the sensor.
+        events: of both polarities.
+        on_events: of the polarity ON.
+        duration_us: from the first event to the last.
+        dropped: records of the file that are no events; of a piece, 0.
+        frames: T x 2.
+        empty_frames: how many of them are without events.
+        saturated: values too large for the type.
+    """
+
+    key: str
+    source: str
+    source_size: int
+    source_mtime_ns: int
+    source_sha256: str
+    window: tuple[int, int] | None
+    sha256: str
+    sensor: Sensor
+    events: int
+    on_events: int
+    duration_us: int
+    dropped: int
+    frames: int
+    empty_frames: int
+    saturated: int
+
+    @property
+    def class_name(self) -> str:
+        return self.key.partition("/")[0]
+
+
+class Tensors(NamedTuple):
+    """What was made.
+
+    Attributes:
+        records: of all good tensors, by key, in the order of the listing.
+        bad: what cannot be used.
+    """
+
+    records: dict[str, Record]
+    bad: list[BadFile]
+
+
+def tensor_file(dest: Path, key: str) -> Path:
+    """Where a tensor lies."""
+    return dest / _TENSORS / f"{key}.npy"
+
+
+@contextmanager
+def open_destination(
+    dest: Path, source: Path, settings: Settings, *, overwrite: bool
+) -> Iterator[None]:
+    """Have the folder of the tensors for this process alone, made with these settings.
+
+    Args:
+        dest: the folder; made if it is missing.
+        source: the folder of the recordings.
+        settings: what its tensors are made with.
+        overwrite: remove all that this tool made there before.
+
+    Raises:
+        UserError: if it is in use, not this tool's, or of other settings.
+    """
+    if dest.exists() and not dest.is_dir():
+        raise UserError(f"{dest} is a file: name a folder")
+    inside, outside = dest.resolve(), source.resolve()
+    if inside == outside or inside in outside.parents or outside in inside.parents:
+        raise UserError(f"{dest} and {source} lie one in the other: name another DEST")
+    foreign = sorted({path.name for path in dest.iterdir()} - _OURS) if dest.exists() else []
+    if foreign and not (dest / _MANIFEST).is_file():
+        raise UserError(f"{dest} holds {foreign[0]!r}, which is not this tool's: name another DEST")
+    dest.mkdir(parents=True, exist_ok=True)
+    with (dest / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"another process is at work in {dest}: wait for it") from e
+        if overwrite:
+            _clear(dest)
+        _claim(dest, source, settings)
+        yield
+
+
+def _clear(dest: Path) -> None:
+    # The manifest last: a folder without it, but with other things, would not be this tool's.
+    for name in sorted(_OURS - {_LOCK, _MANIFEST}):
+        path = dest / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    (dest / _MANIFEST).unlink(missing_ok=True)
+
+
+def _shown(value: Any) -> str:
+    return "what the recordings say" if value is None else str(value)
+
+
+def _claim(dest: Path, source: Path, settings: Settings) -> None:
+    """Record what the tensors are made with, or see that it is what was recorded before."""
+    manifest = {
+        "tool": "tools/prebin_dvs.py",
+        "format_version": _FORMAT_VERSION,
+        "tetdist": tetdist.__version__,
+        "source": str(source.resolve()),
+        "parameters": settings.as_dict(),
+    }
+    file = dest / _MANIFEST
+    if not file.is_file():
+        write_json(file, manifest)
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        recorded = {"format_version": before["format_version"], **before["parameters"]}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{file} is damaged ({e!r}): {_way_out()}") from e
+    wanted = {"format_version": _FORMAT_VERSION, **settings.as_dict()}
+    for name in sorted(wanted.keys() | recorded.keys()):
+        # As JSON has it, which knows no tuples.
+        now = json.loads(json.dumps(wanted.get(name)))
+        if now != recorded.get(name):
+            raise UserError(
+                f"the tensors in {dest} were made with {name}={_shown(recorded.get(name))} and not"
+                f" {_shown(now)}: {_way_out()}"
+            )
+
+
+def _way_out() -> str:
+    return "name another DEST, or give --overwrite to make all of them again"
+
+
+def make_tensors(
+    source: Path,
+    dest: Path,
+    listing: Listing,
+    settings: Settings,
+    workers: int,
+    progress: Callable[[str], Progress],
+) -> Tensors:
+    """Make the tensor of every piece of every source that does not have one yet.
+
+    Args:
+        source: folder of the recordings.
+        dest: folder of the tensors, opened by `open_destination`.
+        listing: what the source holds.
+        settings: what the tensors are made with.
+        workers: processes; with more than one, the calling script must guard its main part with
+            `if __name__ == "__main__"`.
+        progress: makes something that is called with the files done and in all, given a title.
+
+    Raises:
+        UserError: if a recording is not what it was when its tensor was made, or a tensor cannot be
+            written.
+    """
+    _remove_remains(dest)
+    kept = _keep(source, dest, listing, workers, progress)
+    made, bad = _add(source, dest, listing, settings, kept, workers, progress)
+    found = kept | made
+    keys = [piece.key for item in listing.sources for piece in item.pieces]
+    records, mixed = _same_sensor({key: found[key] for key in keys if key in found})
+    return Tensors(records, bad + mixed)
+
+
+def _keep(
+    source: Path, dest: Path, listing: Listing, workers: int, progress: Callable[[str], Progress]
+) -> dict[str, Record]:
+    """Records of the tensors that need not be made again, verified."""
+    by_source: dict[str, list[Record]] = {}
+    for record in _recorded(dest, listing).values():
+        by_source.setdefault(record.source, []).append(record)
+    tasks = [
+        (source, dest, by_source[item.path])
+        for item in listing.sources
+        if item.pieces and len(by_source.get(item.path, ())) == len(item.pieces)
+    ]
+    advance = progress("verify") if tasks else None
+    kept: dict[str, Record] = {}
+    for number, records in enumerate(run_tasks(_verify, tasks, workers), start=1):
+        kept |= {record.key: record for record in records}
+        if advance:
+            advance(number, len(tasks))
+    return kept
+
+
+def _add(
+    source: Path,
+    dest: Path,
+    listing: Listing,
+    settings: Settings,
+    kept: dict[str, Record],
+    workers: int,
+    progress: Callable[[str], Progress],
+) -> tuple[dict[str, Record], list[BadFile]]:
+    """Make and record the tensors that are missing; also what is bad."""
+    bad = [BadFile(item.path, item.problem) for item in listing.sources if item.problem]
+    tasks = [
+        (source, dest, item, settings)
+        for item in listing.sources
+        if not item.problem and not all(piece.key in kept for piece in item.pieces)
+    ]
+    advance = progress("bin") if tasks else None
+    made: dict[str, Record] = {}
+    with (dest / _RECORDS).open("a", encoding="utf-8") as stream:
+        for number, (records, wrong) in enumerate(run_tasks(_make, tasks, workers), start=1):
+            stream.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+            stream.flush()
+            made |= {record.key: record for record in records}
+            bad.extend(wrong)
+            if advance:
+                advance(number, len(tasks))
+        os.fsync(stream.fileno())
+    return made, bad
+
+
+def _remove_remains(dest: Path) -> None:
+    """What a kill left half-written."""
+    for path in dest.glob(f"{_TENSORS}/*/.*.tmp"):
+        path.unlink()
+
+
+def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
+    """Records of tensors made before, by key."""
+    pieces = {piece.key: piece for item in listing.sources for piece in item.pieces}
+    file = dest / _RECORDS
+    found: dict[str, Record] = {}
+    data = file.read_bytes() if file.is_file() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:  # A kill tore the last line.
+        with replacing(file) as stream:
+            stream.write(whole)
+    for line in whole.splitlines():
+        try:
+            values = json.loads(line)
+            values["sensor"] = Sensor(*values["sensor"])
+            values["window"] = values["window"] and tuple(values["window"])
+            record = Record(**values)
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{file} is damaged ({e!r}): {_way_out()}") from e
+        found[record.key] = record
+    for record in found.values():
+        piece = pieces.get(record.key)
+        if piece is None:
+            raise UserError(
+                f"{record.source}, of which {dest} holds the tensor {record.key}, is no more there:"
+                f" {_way_out()}"
+            )
+        if piece.window != record.window:
+            raise UserError(f"the labels of {record.source} have changed: {_way_out()}")
+    return found
+
+
+def _verify(task: tuple[Path, Path, list[Record]]) -> list[Record]:
+    """Those of a source's records whose tensors are there, as they were written.
+
+    Raises:
+        UserError: if the source has changed.
+    """
+    source, dest, records = task
+    first = records[0]
+    file = source / first.source
+    try:
+        status = file.stat()
+        same = (status.st_size, status.st_mtime_ns) == (first.source_size, first.source_mtime_ns)
+        # A copy has another time.
+        same = same or hashlib.sha256(file.read_bytes()).hexdigest() == first.source_sha256
+    except OSError as e:
+        raise UserError(f"{file} cannot be read ({e.strerror}): {_way_out()}") from e
+    if not same:
+        raise UserError(f"{file} has changed since its tensor was made: {_way_out()}")
+    return [record for record in records if _is_intact(dest, record)]
+
+
+def _is_intact(dest: Path, record: Record) -> bool:
+    try:
+        data = tensor_file(dest, record.key).read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(data).hexdigest() == record.sha256
+
+
+def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list[BadFile]]:
+    """Read a source, write its tensors."""
+    source, dest, item, settings = task
+    try:
+        file = source / item.path
+        status = file.stat()
+        data = file.read_bytes()
+        events = _events(file, data, item, settings)
+    except (BadRecording, OSError) as e:
+        return [], [BadFile(item.path, str(e))]
+    digest = hashlib.sha256(data).hexdigest()
+    records, bad = [], []
+    for piece in item.pieces:
+        try:
+            part = _cut(events, piece)
+            frames = bin_events(part, settings.binning)
+        except BadRecording as e:
+            where = f"{piece.window[0]} to {piece.window[1]} us: " if piece.window else ""
+            bad.append(BadFile(item.path, f"{where}{e}"))
+            continue
+        records.append(
+            Record(
+                key=piece.key,
+                source=item.path,
+                source_size=len(data),
+                source_mtime_ns=status.st_mtime_ns,
+                source_sha256=digest,
+                window=piece.window,
+                sha256=_write_tensor(tensor_file(dest, piece.key), frames.tensor),
+                **_statistics(part, frames),
+            )
+        )
+    return records, bad
+
+
+def _events(file: Path, data: bytes, item: Source, settings: Settings) -> Events:
+    if settings.simulation is not None:
+        return simulate(data, item.path, settings.simulation)
+    return read_recording(file, data, settings.sensor)
+
+
+def _cut(events: Events, piece: Piece) -> Events:
+    if piece.window is None:
+        return events
+    part = events.between(*piece.window)
+    if not len(part):
+        raise BadRecording("there are no events")
+    return part
+
+
+def _statistics(events: Events, frames: Frames) -> dict[str, Any]:
+    return {
+        "sensor": events.sensor,
+        "events": len(events),
+        "on_events": int(events.p.sum()),
+        "duration_us": int(events.t[-1] - events.t[0]),
+        "dropped": events.dropped,
+        "frames": 2 * len(frames.tensor),
+        "empty_frames": frames.empty,
+        "saturated": frames.saturated,
+    }
+
+
+def _write_tensor(file: Path, tensor: npt.NDArray[Any]) -> str:
+    """Write a tensor whole; its file's checksum."""
+    stream = io.BytesIO()
+    np.save(stream, tensor, allow_pickle=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as written:
+        written.write(stream.getbuffer())
+    return hashlib.sha256(stream.getbuffer()).hexdigest()
+
+
+def _same_sensor(records: dict[str, Record]) -> tuple[dict[str, Record], list[BadFile]]:
+    """Those of the sensor that most are of; the others are bad."""
+    counts = Counter(record.sensor for record in records.values())
+    if len(counts) < 2:
+        return records, []
+    (usual, number), *_ = counts.most_common()
+    bad = [
+        BadFile(record.source, f"its sensor is {record.sensor}, that of {number} others {usual}")
+        for record in records.values()
+        if record.sensor != usual
+    ]
+    return {key: record for key, record in records.items() if record.sensor == usual}, bad
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Write a JSON file whole."""
+    with replacing(file) as stream:
+        stream.write((json.dumps(values, indent=1) + "\n").encode())

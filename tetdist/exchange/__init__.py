@@ -1,0 +1,1 @@
+"""Weights and networks in and out."""

@@ -1,0 +1,392 @@
+"""A trained network for other people and other programs: what tools/export.py writes.
+
+Whatever is written is made aside, looked at, and renamed; nothing that exists is replaced. Paths
+and addresses of the machine that trained do not go along.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from torch import Tensor
+
+import tetdist
+from tetdist import checkpoint
+from tetdist.config.schema import NeuronSection, RunConfig, parse
+from tetdist.errors import UserError
+from tetdist.models import SpikingNetwork
+from tetdist.training.run_folder import create_model
+
+# Of the inputs that an exported program is compared on.
+_CHECKED, _TOLERANCE = 4, 1e-4
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint, ready to be exported.
+
+    Attributes:
+        model: In evaluation, in float32, by the plain definitions of normalisation and neurons.
+        config: That of its training.
+        description: What the checkpoint says of itself, without the machine's paths.
+    """
+
+    model: SpikingNetwork
+    config: RunConfig
+    description: dict[str, Any]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one sample at one timestep, (C, H, W)."""
+        if self.config.data.kind == "images":
+            return (3, self.config.data.image_size, self.config.data.image_size)
+        side = self.model.input_size
+        assert side is not None, "a model of events depends on their size"
+        return (2, side, side)
+
+    def examples(self, count: int) -> Tensor:
+        """Random inputs, (B, C, H, W) or (B, T, C, H, W), always the same."""
+        time = () if self.config.data.kind == "images" else (self.model.timesteps,)
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn((count, *time, *self.input_shape), generator=generator)
+
+
+def load(path: Path, which: str = "last", timesteps: int | None = None) -> Trained:
+    """Read a run folder, a checkpoint folder or a .safetensors file.
+
+    Args:
+        path: One of these three.
+        which: Of a run folder: ``last`` or ``best``.
+        timesteps: Other than in training.
+
+    Raises:
+        UserError: See `checkpoint.load_model_file`.
+    """
+    weights, description = checkpoint.load_model_file(path, which)
+    parse(description["config"], str(path), warn=False)  # somebody else may have written it
+    config = parse(_without_places(description["config"]), str(path), warn=False)
+    num_classes = config.model.num_classes or len(description["classes"])
+    model = create_model(config.model, num_classes, timesteps or description["timesteps"])
+    checkpoint.load_weights(model, weights, path)
+    model.set_execution("reference")
+    if model.timesteps != description["timesteps"]:
+        description["validation"] = None  # was measured at the other T
+    description |= {"config": config.as_dict(), "timesteps": model.timesteps, "which": which}
+    return Trained(model.eval(), config, description)
+
+
+def _without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without what its trainer's folders and addresses tell of him."""
+    loss = config.get("loss", {})
+    soft = loss.get("distillation", {})
+    named = {key: _name_of(soft.get(key)) for key in ("teacher", "teacher_weights")}
+    return config | {
+        "data": config["data"] | {"root": "data", "index": None},
+        "tracking": config["tracking"] | {"uri": None},
+        "init_checkpoint": _name_of(config.get("init_checkpoint")),
+        "loss": loss | {"distillation": soft | named},
+        "runs_dir": "runs",
+        "cluster": {},
+    }
+
+
+def _name_of(path: str | None) -> str | None:
+    """Of a file or folder, without where it is; timm:NAME as it is."""
+    return path and Path(path).name
+
+
+# --- files of weights -----------------------------------------------------------------------------
+
+
+def write_safetensors(trained: Trained, folder: Path) -> str:
+    """model.safetensors, which tools/eval.py and init_checkpoint take, and a model card.
+
+    Returns:
+        What there is to say about it.
+    """
+    with _aside(folder) as aside:
+        aside.mkdir(parents=True)
+        _write_weights(trained, aside)
+        (aside / "README.md").write_text(card(trained))
+    return "model.safetensors and its card, README.md"
+
+
+def write_timm(trained: Trained, folder: Path) -> str:
+    """What timm loads as a model of a local folder or of the Hugging Face hub."""
+    with _aside(folder) as aside:
+        aside.mkdir(parents=True)
+        _write_weights(trained, aside)
+        (aside / "config.json").write_text(json.dumps(timm_config(trained), indent=1) + "\n")
+        (aside / "README.md").write_text(card(trained, folder=folder.name))
+        with torch.no_grad():
+            x = trained.examples(1)
+            again = timm.create_model(f"local-dir:{aside}", pretrained=True).eval()
+            again.set_execution("reference")
+            assert torch.equal(again(x), trained.model(x)), "timm loads another network"
+    return "config.json, model.safetensors and the card; timm loads it, and the logits are the same"
+
+
+def _write_weights(trained: Trained, folder: Path) -> None:
+    file, weights = folder / checkpoint.MODEL_FILE, trained.model.state_dict()
+    checkpoint.write_model_file(file, weights, trained.description)
+
+
+def timm_config(trained: Trained) -> dict[str, Any]:
+    """timm's config.json: architecture, its arguments, and how images are prepared."""
+    model, section, data = trained.model, trained.config.model, trained.config.data
+    cfg = {
+        "input_size": trained.input_shape,
+        "num_classes": model.num_classes,
+        "crop_pct": data.image_size / data.resize_side,
+        "interpolation": data.interpolation,
+        "mean": data.mean,
+        "std": data.std,
+    }
+    if data.kind == "events":
+        cfg |= {"crop_pct": 1.0, "mean": (0.0, 0.0), "std": (1.0, 1.0)}
+    cfg |= {key: model.default_cfg[key] for key in ("first_conv", "classifier")}
+    if trained.description["classes"]:
+        cfg["label_names"] = trained.description["classes"]
+    arguments = {"timesteps": model.timesteps, "neuron": section.neuron.model_dump()}
+    return {
+        "architecture": section.name,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "model_args": arguments | section.arguments,
+        "pretrained_cfg": cfg,
+    }
+
+
+def card(trained: Trained, folder: str | None = None) -> str:
+    """A model card in Markdown.
+
+    Args:
+        folder: Its name, if timm can load it.
+    """
+    model, config, description = trained.model, trained.config, trained.description
+    neuron, data = config.model.neuron, config.data
+    shape = " x ".join(map(str, trained.input_shape))
+    rows = {
+        "network": f"{config.model.name}{_arguments(config.model.arguments)}",
+        "neuron": _neuron(neuron),
+        "timesteps": f"{model.timesteps}",
+        "input": f"{shape} {'image' if data.kind == 'images' else 'event frame a timestep'}",
+        "classes": f"{model.num_classes}",
+        "loss": config.loss.as_text(),
+        **({"begun with": config.init_checkpoint} if config.init_checkpoint else {}),
+        "phases": "; ".join(
+            f"{p.epochs} epochs at T={p.timesteps}, {p.optimizer.kind}, lr {p.optimizer.lr:g}"
+            for p in config.phases
+        ),
+        "trained for": f"{description['step']} steps of {config.batch.global_} samples"
+        f"{', the best checkpoint' if description.get('which') == 'best' else ''}, "
+        f"precision {config.precision}, seed {config.seed}",
+        "accuracy": _accuracy(description),
+    }
+    converted = description.get("converted")
+    if converted:
+        of = "weights taken over from"
+        rows = {k: v for k, v in rows.items() if k not in ("loss", "phases", "trained for")}
+        rows["origin"] = f"{of} `{converted['file']}` ({converted['from']}), not trained here"
+    loading = f"""import timm
+import tetdist  # registers the model
+
+model = timm.create_model({_create_arguments(trained, folder)}).eval()
+model(x)  # logits, the mean over timesteps; model(x, per_timestep=True): each one's own
+model.set_timesteps(2)  # fewer or more timesteps with the same weights"""
+    recipe = yaml.safe_dump(description["config"], sort_keys=False)
+    lines = [
+        "---",
+        "library_name: timm",
+        "tags: [spiking-neural-network, image-classification, tetdist]",
+        "---",
+        "",
+        f"# {config.name}",
+        "",
+        f"A {'ReLU' if neuron.spike == 'relu' else 'spiking neural'} network, made with tetdist.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in rows.items()),
+        "",
+        "## Load",
+        "",
+        "```python",
+        loading,
+        "```",
+        "",
+        _preparation(trained),
+        "",
+        "`python tools/eval.py --checkpoint model.safetensors --data ROOT` evaluates it, and",
+        "`init_checkpoint=model.safetensors` begins a training with it.",
+        "",
+        "## Recipe",
+        "",
+        f"With tetdist {tetdist.__version__}:",
+        "",
+        "```yaml",
+        recipe.rstrip(),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _neuron(neuron: NeuronSection) -> str:
+    if neuron.spike == "relu":
+        return "none: max(0, I), the ReLU network of this shape"
+    kind = "IF" if neuron.decay == 1 else "LIF"
+    if neuron.spike != "step":
+        kind += f" with a {neuron.spike} in place of spikes"
+    return (
+        f"{kind}, decay {neuron.decay:g}, threshold {neuron.threshold:g}, {neuron.reset} reset, "
+        f"{neuron.surrogate} surrogate of width {neuron.surrogate_width:g}"
+    )
+
+
+def _arguments(arguments: dict[str, Any]) -> str:
+    return "".join(f", {key} {value}" for key, value in arguments.items())
+
+
+def _accuracy(description: dict[str, Any]) -> str:
+    validation = description.get("validation")
+    if not validation:
+        return "not measured with this file"
+    rest = "of the validation split, with these weights"
+    if description.get("which") == "best":
+        rest += ", which were chosen on this very split"
+    return f"{validation['top1']:.2f} % top-1, {validation['top5']:.2f} % top-5, {rest}"
+
+
+def _create_arguments(trained: Trained, folder: str | None) -> str:
+    if folder is not None:
+        return f'"local-dir:{folder}", pretrained=True'
+    config = timm_config(trained)
+    arguments = {"num_classes": config["num_classes"], **config["model_args"]}
+    inner = "".join(f"    {key}={value!r},\n" for key, value in arguments.items())
+    return f'\n    "{config["architecture"]}",\n{inner}    checkpoint_path="model.safetensors",\n'
+
+
+def _preparation(trained: Trained) -> str:
+    data = trained.config.data
+    if data.kind == "events":
+        return "Input: event frames, (B, T, 2, H, W), as in the training data."
+    return (
+        f"Input: RGB images in [0, 1], shorter side resized to {data.resize_side} ("
+        f"{data.interpolation}), centre crop of {data.image_size}, minus {list(data.mean)}, over "
+        f"{list(data.std)}."
+    )
+
+
+# --- programs -------------------------------------------------------------------------------------
+
+
+def write_nir(trained: Trained, path: Path, dt: float) -> str:
+    """The graph of tetdist/nir_graph.py, as a file of package nir."""
+    import nir
+
+    from tetdist.exchange.nir_graph import to_nir
+
+    graph = to_nir(trained.model, trained.input_shape, dt)
+    with _aside(path) as aside:
+        nir.write(aside, graph)
+        again = nir.read(aside)
+        assert (set(again.nodes), set(again.edges)) == (set(graph.nodes), set(graph.edges))
+    return (
+        f"{len(graph.nodes)} nodes, {len(graph.edges)} edges, to be run for "
+        f"{trained.model.timesteps} timesteps of {dt:g} s and averaged over them"
+    )
+
+
+def write_torch(trained: Trained, path: Path) -> str:
+    """The unrolled network as a program of torch.export, for any batch size."""
+    with torch.no_grad(), _aside(path) as aside:
+        torch.export.save(_traced(trained), aside)
+        return _agreement(trained, torch.export.load(aside).module())
+
+
+def write_onnx(trained: Trained, path: Path) -> str:
+    """The unrolled network as an ONNX graph, for any batch size.
+
+    ``images`` or ``events`` to ``logits``, the mean over timesteps.
+    """
+    import onnxruntime
+
+    name = trained.config.data.kind
+    # torch's exporter meets deprecated parts of torch.
+    quiet = warnings.catch_warnings(action="ignore", category=FutureWarning)
+    with quiet, torch.no_grad(), _aside(path) as aside:
+        program = torch.onnx.export(
+            _traced(trained), input_names=[name], output_names=["logits"], verbose=False
+        )
+        assert program is not None
+        program.save(aside, external_data=False)
+        session = onnxruntime.InferenceSession(aside, providers=["CPUExecutionProvider"])
+
+        def run(x: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(["logits"], {name: x.numpy()})[0])
+
+        return _agreement(trained, run)
+
+
+def _traced(trained: Trained) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch")
+    return torch.export.export(
+        trained.model, (trained.examples(2),), dynamic_shapes=({0: batch},), strict=False
+    )
+
+
+def _agreement(trained: Trained, run: Callable[[Tensor], Tensor]) -> str:
+    """Compare a program's logits with the model's, on random inputs.
+
+    A membrane within rounding of the threshold flips a spike, and with it one sample's logits; a
+    wrong program is wrong about most.
+    """
+    x = trained.examples(_CHECKED)
+    expected = trained.model(x)
+    difference = (run(x) - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-12)
+    assert difference.median() < _TOLERANCE, f"the program differs by {difference.tolist()}"
+    said = (
+        f"its logits are the model's on {_CHECKED} random inputs, relative difference "
+        f"{difference.median():.1e} (median), {difference.max():.1e} (largest)"
+    )
+    if torch.equal(expected, expected[:1].expand_as(expected)):
+        said += "; but the network says the same to all of them, so that this shows little"
+    return said
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A hidden place beside ``path``, which what was written there is moved to in the end.
+
+    Raises:
+        UserError: ``path`` exists, or cannot be written.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists; choose another --output, or remove it first")
+    # With its ending, by which some of the libraries go.
+    aside = path.with_name(f".{os.getpid()}.tmp.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        for file in [aside, *aside.rglob("*")]:
+            checkpoint.sync(file)
+        aside.rename(path)
+        checkpoint.sync(path.parent)
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({error.strerror or error}); make room, or choose "
+            "another --output"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):
+            aside.unlink()

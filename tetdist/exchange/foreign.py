@@ -1,0 +1,354 @@
+"""Weights from elsewhere: the same networks under other libraries' names.
+
+Three layouts of names are known. All are first put into the one of torchvision's ResNet (`conv1`,
+`bn1`, `layer1.0.conv1`, ..., `fc`), from which `convert` takes what a model of ours needs:
+
+    torchvision     torchvision's and timm's ResNets (ReLU), spikingjelly's sew_resnet* and
+                    spiking_resnet*
+    sew             the original repository of SEW-ResNet, for both families
+    tet             the original repository of TET: its VGGSNN and ResNet-19
+
+A state dict holds weights and running statistics, but not the neuron, which decides about the
+result as much: `NEURONS` has what each source trains with.
+"""
+
+import argparse
+import pickle
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tetdist.errors import UserError
+from tetdist.models.base import SpikingNetwork
+from tetdist.models.sew_resnet import Bottleneck, SEWResNet
+from tetdist.models.spiking_resnet import SpikingResNet
+from tetdist.models.vggsnn import VGGSNN
+from tetdist.nn.batch_norm import BatchNorm
+
+Source = Literal["spikingjelly", "sew", "tet", "torchvision", "timm"]
+
+_SEW_NEURON = {
+    "decay": 1.0,
+    "reset": "hard",
+    "detach_reset": True,
+    "surrogate": "atan",
+    "surrogate_width": 2.0,
+}
+# Fields of `NeuronConfig` that differ from its defaults, which are TET's own. ReLU networks have
+# none: theirs is that of the recipe that goes on from them. spikingjelly's is whatever its user
+# asked for; this is the one of its ImageNet networks.
+NEURONS: dict[Source, dict[str, Any]] = {
+    "spikingjelly": _SEW_NEURON,
+    "sew": _SEW_NEURON,
+    "tet": {},
+    "torchvision": {},
+    "timm": {},
+}
+
+# What training programs wrap a state dict in, in the order of preference.
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
+_COUNTER = "num_batches_tracked"
+
+# Regular expressions to torchvision's names, applied one after the other.
+_SEW_NAMES = (
+    (r"(^|\.)conv(\d)\.module\.0\.", r"\1conv\2."),
+    (r"(^|\.)conv(\d)\.module\.1\.", r"\1bn\2."),
+    (r"downsample\.(0\.)?module\.([01])\.", r"downsample.\2."),
+)
+_TET_NAMES = (
+    # A layer is registered by itself and within the wrappers that run it over time.
+    (r"_s\.layer\.module\.", "."),
+    (r"(^|\.)conv(\d)_s\.bn\.", r"\1bn\2."),
+    (r"downsample\.layer\.module\.", "downsample.0."),
+    (r"downsample\.bn\.", "downsample.1."),
+    (r"\.(bn|seqbn\.module)\.", "."),
+    (r"\.fwd\.module\.0\.", ".conv."),
+    (r"\.fwd\.module\.1\.", ".bn."),
+    (r"^classifier\.module\.", "fc."),
+    (r"^fc2\.", "fc."),
+)
+
+# Names of a block of ours to torchvision's; LAST is the number of the block's last convolution.
+_BLOCK_NAMES = (
+    (r"conv(\d)\.conv\.", r"conv\1."),
+    (r"conv(\d)\.neuron\.norm\.", r"bn\1."),
+    (r"merge\.conv\.", "convLAST."),
+    (r"merge\.neuron\.norm\.", "bnLAST."),
+    (r"(merge\.downsample|downsample\.conv)\.", "downsample.0."),
+    (r"(merge\.downsample_norm|downsample\.neuron\.norm)\.", "downsample.1."),
+)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model's weights from elsewhere, and what did not go through.
+
+    Attributes:
+        weights: Every entry of the model's state dict; those that are missing are as they were.
+        missing: Sentences, one for each entry of the model without a fitting one in the source.
+        unexpected: Names in the source that the model has no place for.
+        counters: How many counts of batches the source has. They have no effect on running
+            statistics of a fixed momentum, as all of these are, and are left out.
+    """
+
+    weights: dict[str, Tensor]
+    missing: list[str]
+    unexpected: list[str]
+    counters: int
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The state dict in somebody's file, .safetensors or torch's, without executing any of it.
+
+    Raises:
+        UserError: It cannot be read so, or holds no state dict.
+    """
+    try:
+        content = _load(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"{found[1]}, which is code" if found else "something else"
+        raise UserError(
+            f"{path} holds more than weights ({what}) and is not read, since that could execute "
+            "anything; ask its author for a plain state_dict or a .safetensors file"
+        ) from error
+    except Exception as error:  # of damaged bytes torch's reader may raise anything
+        if "TorchScript" in str(error):
+            # torch's advice is to load its code.
+            raise UserError(
+                f"{path} is a TorchScript program, which is code, and is not read; ask its author "
+                "for a plain state_dict or a .safetensors file"
+            ) from error
+        says = isinstance(error, OSError | RuntimeError | ValueError) and str(error)
+        reason = says.partition("\n")[0] if says else "neither torch's nor safetensors' format"
+        raise UserError(f"{path} is not a readable file of weights ({reason})") from error
+    state = _unwrap(content)
+    if state is None:
+        raise UserError(
+            f"{path} holds no state dict: neither tensors by name, nor that under "
+            f"{', '.join(_WRAPPERS)}"
+        )
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    odd = [k for k, v in state.items() if v.layout != torch.strided or v.is_meta or v.is_complex()]
+    if odd:
+        raise UserError(
+            f"{path} holds other than plain numbers (in {odd[0]}{_and_more(odd)}): sparse, complex "
+            "or without values; save it as an ordinary state dict"
+        )
+    broken = [key for key, value in state.items() if not value.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{path} holds numbers that are not finite (in {broken[0]}{_and_more(broken)}): its "
+            "training went wrong; take an earlier file"
+        )
+    return state
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _load(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+    # The options of a training program, which many save beside the weights: plain values in a
+    # class of no behaviour.
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a TorchScript program, which is refused below
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _unwrap(content: Any) -> dict[str, Tensor] | None:
+    if not isinstance(content, Mapping):
+        return None
+    for wrapper in _WRAPPERS:
+        if isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    is_state = content and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    )
+    return dict(content) if is_state else None
+
+
+def source_of(state: Mapping[str, Tensor], path: Path) -> Source:
+    """Which source a state dict is from, by its names.
+
+    Raises:
+        UserError: They do not tell.
+    """
+    if any(".fwd.module." in key or "_s.layer.module." in key for key in state):
+        return "tet"
+    if "layer1.0.conv1.module.0.weight" in state:
+        return "sew"
+    if "layer1.0.conv1.weight" in state:
+        raise UserError(
+            f"{path} has the names of torchvision's ResNets, which timm and spikingjelly use, too; "
+            "say which of them with --from, because their neurons are not the same"
+        )
+    raise UserError(
+        f"{path} has the names of none of the known sources (its first is {next(iter(state))!r})"
+    )
+
+
+def convert(state: Mapping[str, Tensor], source: Source, model: SpikingNetwork) -> Converted:
+    """The weights and running statistics of ``model`` from those of the same network elsewhere.
+
+    The converted network's normalised currents are those of the source, whatever the scale of our
+    batch norms: weights of a batch norm are divided by it.
+
+    Args:
+        state: What `read` returns.
+        source: Where it is from.
+        model: As it will be used; neither changed nor referred to by the result.
+
+    Raises:
+        UserError: The file contradicts itself, or is of a network that ``model`` is only alike to.
+    """
+    _refuse_look_alikes(state, source, model)
+    theirs, original, counters = _in_torchvisions_names(state, source)
+    scales = {
+        f"{name}.weight": module.scale
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNorm)
+    }
+    names = _names(model)
+    weights: dict[str, Tensor] = {}
+    missing: list[str] = []
+    for key, own in model.state_dict().items():
+        value = theirs.pop(names[key], None)
+        if value is not None and value.shape == own.shape:
+            # In the source's precision: a float64 file's scale is not rounded twice.
+            weights[key] = (value / scales.get(key, 1.0)).to(own.dtype)
+            continue
+        weights[key] = own.clone()
+        wanted = f"{key} (there {names[key]})"
+        if value is None:
+            missing.append(f"{wanted} is missing")
+        else:
+            shapes = f"{tuple(value.shape)} instead of {tuple(own.shape)}"
+            missing.append(f"{wanted} has shape {shapes}")
+    return Converted(weights, missing, [original[name] for name in theirs], counters)
+
+
+def num_classes(state: Mapping[str, Tensor], source: Source) -> int | None:
+    """How many classes a state dict's classifier has, if it has one."""
+    weight = _in_torchvisions_names(state, source)[0].get("fc.weight")
+    return None if weight is None or weight.ndim == 0 else len(weight)
+
+
+def _in_torchvisions_names(
+    state: Mapping[str, Tensor], source: Source
+) -> tuple[dict[str, Tensor], dict[str, str], int]:
+    """Tensors by torchvision's names, these names' originals, and the number of counters."""
+    rules = {"sew": _SEW_NAMES, "tet": _TET_NAMES}.get(source, ())
+    renamed: dict[str, Tensor] = {}
+    original: dict[str, str] = {}
+    counters = 0
+    for key, value in state.items():
+        if key.endswith(_COUNTER):
+            counters += 1
+            continue
+        name = _substitute(key, rules)
+        if name in renamed and not torch.equal(renamed[name], value):
+            raise UserError(
+                f"the file contradicts itself: {original[name]} and {key} are the same layer and "
+                "differ"
+            )
+        renamed[name] = value
+        original.setdefault(name, key)
+    return renamed, original, counters
+
+
+def _names(model: SpikingNetwork) -> dict[str, str]:
+    """torchvision's name for each entry of a model's state dict."""
+    if isinstance(model, VGGSNN):
+        rules = tuple(_vgg_names(model))
+    elif isinstance(model, (SEWResNet, SpikingResNet)):
+        rules = tuple(_resnet_names(model))
+    else:
+        raise UserError(
+            f"{model.default_cfg['architecture']} has no counterpart elsewhere to take weights "
+            "from; there are those of sew_resnet*, spiking_resnet* and vggsnn"
+        )
+    return {key: _substitute(key, rules) for key in model.state_dict()}
+
+
+def _resnet_names(model: SEWResNet | SpikingResNet) -> list[tuple[str, str]]:
+    rules = [(r"^stem\.conv\.", "conv1."), (r"^stem\.neuron\.norm\.", "bn1.")]
+    rules += [(r"^hidden\.0\.", "fc1.")]
+    stage, position = 1, -1
+    for i, block in enumerate(model.blocks):
+        strided = any(isinstance(m, nn.Conv2d) and m.stride[0] == 2 for m in block.modules())
+        stage, position = (stage + 1, 0) if strided else (stage, position + 1)
+        last = "2" if type(block).__name__ == "BasicBlock" else "3"
+        for pattern, name in _BLOCK_NAMES:
+            theirs = f"layer{stage}.{position}.{name.replace('LAST', last)}"
+            rules.append((rf"^blocks\.{i}\.{pattern}", theirs))
+    return rules
+
+
+def _vgg_names(model: VGGSNN) -> list[tuple[str, str]]:
+    """Of the convolutions in their order, with a pooling layer after each of our blocks."""
+    convs = [
+        name.removesuffix(".conv")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    rules = []
+    for i, name in enumerate(convs):
+        block = int(name.split(".")[1]) if name.startswith("blocks.") else 0
+        theirs, own = f"features.{i + block}", re.escape(name)
+        rules += [(rf"^{own}\.conv\.", f"{theirs}.conv.")]
+        rules += [(rf"^{own}\.neuron\.norm\.", f"{theirs}.bn.")]
+    return rules
+
+
+def _refuse_look_alikes(state: Mapping[str, Tensor], source: Source, model: SpikingNetwork) -> None:
+    if source == "sew" and not any(".module." in key for key in state):
+        raise UserError(
+            "the file has torchvision's names, not those of the SEW-ResNet repository: give --from "
+            "spikingjelly, torchvision or timm"
+        )
+    if whole := [k for k, v in state.items() if not (v.is_floating_point() or _COUNTER in k)]:
+        raise UserError(
+            f"{whole[0]}{_and_more(whole)} is of {state[whole[0]].dtype}: weights of a quantised "
+            "network are not taken over"
+        )
+    if "features.2.fwd.module.0.weight" in state:
+        raise UserError(
+            "the file is of TET's VGGSNNwoAP, which has strides in place of poolings; tetdist has "
+            "the VGGSNN of the paper only"
+        )
+    if (
+        source == "spikingjelly"
+        and isinstance(model, SEWResNet)
+        and isinstance(model.blocks[0], Bottleneck)
+        and model.blocks[0].function == "iand"
+    ):
+        raise UserError(
+            "spikingjelly's bottleneck blocks have IAND the other way round, residual * (1 - "
+            "identity), so that its weights are not of this network; ADD and AND are the same"
+        )
+
+
+def _substitute(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name

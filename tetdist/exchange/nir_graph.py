@@ -1,0 +1,238 @@
+"""A trained network as a graph of NIR, the neuromorphic intermediate representation (package nir).
+
+NIR's neurons are differential equations. Stepped by the Euler method with step ``dt``, as other
+libraries step them, they are ours exactly (without input scaling: ``R`` undoes it):
+
+    nir.IF   dv/dt = R I             v <- v + dt R I                        R = 1 / dt
+    nir.LIF  tau dv/dt = -v + R I    v <- (1 - dt/tau) v + (dt/tau) R I     tau = dt / (1 - decay)
+                                                                            R = tau / dt
+
+Both fire where v is above the threshold, and are reset to 0: the hard reset. The soft reset has no
+node in NIR.
+
+An edge carries a node's output, and a node's input is the sum of its edges; that is how shortcuts
+join. Batch norm is folded into the convolution before it. What NIR lacks is put together exactly,
+for spikes, which are 0 or 1: the maximum over a window is a sum above 1/2, and so are AND
+(residual + identity above 3/2) and IAND (identity - residual above 1/2).
+
+The graph runs one timestep at a time. An image is its input at each timestep, an event bin at its
+own; the output is each timestep's logits, of which the prediction is the mean.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import nir
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tetdist.errors import UserError
+from tetdist.models import SpikingNetwork, SpikingResNet, sew_resnet, spiking_resnet
+from tetdist.models.base import ConvNormNeuron
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.fused import NormNeuron
+from tetdist.nn.neurons import Neuron, NeuronConfig
+from tetdist.nn.packed import AvgPool, MaxPool
+
+
+class Signal(NamedTuple):
+    """What is on the way to the next node.
+
+    Attributes:
+        sources: The nodes whose outputs are summed.
+        shape: Without time and batch.
+    """
+
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    def plus(self, other: "Signal") -> "Signal":
+        assert self.shape == other.shape, (self, other)
+        return Signal(self.sources + other.sources, self.shape)
+
+
+def to_nir(model: SpikingNetwork, input_shape: Sequence[int], dt: float = 1e-4) -> nir.NIRGraph:
+    """The network in evaluation, as a graph; parameters in float32.
+
+    Args:
+        model: One of tetdist's.
+        input_shape: Of one sample at one timestep, (C, H, W).
+        dt: Seconds of a timestep, with which the graph must be run, too.
+
+    Raises:
+        UserError: NIR cannot express the network.
+    """
+    return _Builder(model, dt).build(tuple(input_shape))
+
+
+class _Builder:
+    def __init__(self, model: SpikingNetwork, dt: float) -> None:
+        self.model, self.dt = model, dt
+        self.nodes: dict[str, nir.NIRNode] = {}
+        self.edges: list[tuple[str, str]] = []
+
+    @torch.no_grad()
+    def build(self, input_shape: tuple[int, ...]) -> nir.NIRGraph:
+        model = self.model
+        self.nodes["input"] = nir.Input({"input": np.array(input_shape)})
+        x = self.layer("stem", model.stem, Signal(("input",), input_shape))
+        # Families without a pooling in the stem lack the attribute, or have the identity there.
+        x = self.layer("pool", getattr(model, "pool", nn.Identity()), x)
+        x = self.layer("blocks", model.blocks, x)
+        x = self.head(x)
+        self.add("output", nir.Output({"output": np.array(x.shape)}), x, x.shape)
+        metadata = {"dt": self.dt, "timesteps": model.timesteps, "producer": "tetdist"}
+        return nir.NIRGraph(self.nodes, self.edges, metadata=metadata)
+
+    def add(self, name: str, node: nir.NIRNode, x: Signal, shape: Sequence[int]) -> Signal:
+        self.nodes[name] = node
+        self.edges += [(source, name) for source in x.sources]
+        return Signal((name,), tuple(shape))
+
+    def layer(self, name: str, module: nn.Module, x: Signal) -> Signal:
+        match module:
+            case nn.Identity():
+                return x
+            case nn.Sequential():
+                for child_name, child in module.named_children():
+                    x = self.layer(f"{name}_{child_name}", child, x)
+                return x
+            case ConvNormNeuron():
+                norm_neuron = module.neuron
+                x = self.convolution(f"{name}_conv", module.conv, norm_neuron.norm, x)
+                return self.neurons(f"{name}_neuron", norm_neuron, x)
+            case sew_resnet.BasicBlock() | sew_resnet.Bottleneck():
+                return self.sew_block(name, module, x)
+            case spiking_resnet.BasicBlock() | spiking_resnet.Bottleneck():
+                return self.spiking_block(name, module, x)
+            case MaxPool():
+                return self.max_pool(name, module, x)
+            case AvgPool():
+                return self.average_pool(name, 2, x)
+        raise AssertionError(f"no node of NIR for {type(module).__name__}")
+
+    def head(self, x: Signal) -> Signal:
+        model = self.model
+        if isinstance(model, (sew_resnet.SEWResNet, SpikingResNet)):
+            x = self.average_pool("head_pool", x.shape[-1], x)
+        size = int(np.prod(x.shape))
+        flatten = nir.Flatten({"input": np.array(x.shape)}, start_dim=0, end_dim=-1)
+        x = self.add("head_flatten", flatten, x, (size,))
+        if isinstance(model, SpikingResNet) and isinstance(model.hidden, nn.Sequential):
+            linear, neuron = model.hidden
+            x = self.affine("hidden_linear", linear, x)
+            x = self.neurons("hidden_neuron", neuron, x)
+        return x if isinstance(model.fc, nn.Identity) else self.affine("fc", model.fc, x)
+
+    def sew_block(self, name: str, block: Any, x: Signal) -> Signal:
+        identity = self.layer(f"{name}_downsample", block.downsample, x)
+        residual = x
+        for layer in ("conv1", "conv2", "conv3")[: 2 if block.expansion == 1 else 3]:
+            residual = self.layer(f"{name}_{layer}", getattr(block, layer), residual)
+        if block.function == "add":
+            return residual.plus(identity)
+        if block.function == "and":
+            return self.threshold(f"{name}_and", 1.5, residual.plus(identity))
+        minus = nir.Scale(np.full(residual.shape, -1, np.float32))
+        residual = self.add(f"{name}_minus", minus, residual, residual.shape)
+        return self.threshold(f"{name}_iand", 0.5, residual.plus(identity))
+
+    def spiking_block(self, name: str, block: Any, x: Signal) -> Signal:
+        residual = x
+        for layer in ("conv1", "conv2")[: 1 if block.expansion == 1 else 2]:
+            residual = self.layer(f"{name}_{layer}", getattr(block, layer), residual)
+        merge = block.merge
+        residual = self.convolution(f"{name}_merge_conv", merge.conv, merge.neuron.norm, residual)
+        shortcut = x
+        if merge.downsample_norm is not None:
+            shortcut = self.convolution(
+                f"{name}_downsample_conv", merge.downsample, merge.downsample_norm, x
+            )
+        return self.neurons(f"{name}_merge_neuron", merge.neuron, residual.plus(shortcut))
+
+    def convolution(self, name: str, conv: nn.Module, norm: BatchNorm, x: Signal) -> Signal:
+        assert isinstance(conv, nn.Conv2d)
+        # In double precision: the graph's are the network's parameters rounded once.
+        norm = copy.deepcopy(norm).double()
+        gain, offset = norm.affine(norm.running_mean, norm.running_var)
+        bias = 0.0 if conv.bias is None else conv.bias.double()
+        stride, padding, kernel = conv.stride[0], int(conv.padding[0]), conv.kernel_size[0]
+        node = nir.Conv2d(
+            input_shape=x.shape[1:],
+            weight=_array(conv.weight.double() * gain.view(-1, 1, 1, 1)),
+            stride=stride,
+            padding=padding,
+            dilation=1,
+            groups=1,
+            bias=_array(offset + gain * bias),
+        )
+        shape = (conv.out_channels, *_pooled(x.shape[1:], kernel, stride, padding))
+        return self.add(name, node, x, shape)
+
+    def neurons(self, name: str, module: nn.Module, x: Signal) -> Signal:
+        assert isinstance(module, (NormNeuron, Neuron))
+        config = module.neuron if isinstance(module, NormNeuron) else module.config
+        return self.add(name, self.neuron(config, x.shape), x, x.shape)
+
+    def neuron(self, config: NeuronConfig, shape: tuple[int, ...]) -> nir.NIRNode:
+        if config.reset == "soft":
+            raise UserError(
+                "NIR's neurons are reset to a constant, and this network's by subtraction "
+                "(model.neuron.reset is soft): it cannot be expressed; export it to onnx or torch"
+            )
+
+        if config.spike != "step":
+            raise UserError(
+                "NIR's neurons fire or do not, and this network's do not (model.neuron.spike is "
+                f"{config.spike}): it cannot be expressed; export it to onnx or torch"
+            )
+
+        def everywhere(value: float) -> np.ndarray:
+            return np.full(shape, value, np.float32)
+
+        threshold, zero = everywhere(config.threshold), everywhere(0.0)
+        if config.decay == 1:
+            return nir.IF(r=everywhere(1 / self.dt), v_threshold=threshold, v_reset=zero)
+        steps = 1 / (1 - config.decay)
+        return nir.LIF(
+            tau=everywhere(steps * self.dt),
+            r=everywhere(steps),
+            v_leak=zero,
+            v_threshold=threshold,
+            v_reset=zero,
+        )
+
+    def max_pool(self, name: str, pool: MaxPool, x: Signal) -> Signal:
+        assert isinstance(pool.kernel_size, int)
+        assert isinstance(pool.stride, int)
+        assert isinstance(pool.padding, int)
+        kernel, stride, padding = pool.kernel_size, pool.stride, pool.padding
+        node = nir.SumPool2d(_pair(kernel), _pair(stride), _pair(padding))
+        shape = (x.shape[0], *_pooled(x.shape[1:], kernel, stride, padding))
+        return self.threshold(f"{name}_any", 0.5, self.add(f"{name}_sum", node, x, shape))
+
+    def average_pool(self, name: str, kernel: int, x: Signal) -> Signal:
+        node = nir.AvgPool2d(_pair(kernel), _pair(kernel), _pair(0))
+        return self.add(name, node, x, (x.shape[0], *_pooled(x.shape[1:], kernel, kernel, 0)))
+
+    def threshold(self, name: str, value: float, x: Signal) -> Signal:
+        return self.add(name, nir.Threshold(np.full(x.shape, value, np.float32)), x, x.shape)
+
+    def affine(self, name: str, linear: nn.Module, x: Signal) -> Signal:
+        assert isinstance(linear, nn.Linear)
+        node = nir.Affine(weight=_array(linear.weight), bias=_array(linear.bias))
+        return self.add(name, node, x, (linear.out_features,))
+
+
+def _pooled(shape: Sequence[int], kernel: int, stride: int, padding: int) -> tuple[int, ...]:
+    return tuple((side + 2 * padding - kernel) // stride + 1 for side in shape)
+
+
+def _pair(value: int) -> np.ndarray:
+    return np.array([value, value])
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().float().numpy()

@@ -1,0 +1,431 @@
+"""Builds the kernels in C++ (kernels/), which compute on a CPU, and calls them.
+
+Those of fused.py are compiled once for each kind of neuron, in seconds, and kept in the user's
+cache folder; neither T nor shapes, types and layers are a reason to compile again.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, byref, c_double, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tetdist.nn.neurons import SURROGATES, NeuronConfig
+
+logger = logging.getLogger(__name__)
+
+# Why there are no kernels of a name, for whoever wants to say so.
+failures: dict[str, str] = {}
+
+KERNELS = Path(__file__).with_name("kernels")
+# Rounding as in torch: no fused multiply-add. And what keeps a compiler from vectorising choices:
+# errno and floating-point traps, which nobody looks at.
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"] + [
+    f"-f{option}" for option in ("fp-contract=off", "no-math-errno", "no-trapping-math")
+]
+COMPILE_LIMIT = 300  # seconds
+TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+
+
+class _Neuron(ctypes.Structure):
+    _fields_ = (("decay", c_double), ("threshold", c_double), ("width", c_double))
+
+
+_SIZES = tuple((name, c_int64) for name in ("timesteps", "rows", "channels", "shared"))
+
+
+class _Forward(ctypes.Structure):
+    """Forward of kernels/neuron.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "shortcut", "gain", "offset")),
+        *((name, c_void_p) for name in ("shortcut_gain", "shortcut_offset", "start", "identity")),
+        *((name, c_void_p) for name in ("spikes", "packed", "end")),
+        *_SIZES,
+        ("neuron", _Neuron),
+    )
+
+
+class _Backward(ctypes.Structure):
+    """Backward of kernels/neuron.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "shortcut", "gain", "offset", "mean", "rstd")),
+        *((f"shortcut_{name}", c_void_p) for name in ("gain", "offset", "mean", "rstd")),
+        *((name, c_void_p) for name in ("start", "grad_spikes", "grad_end", "total", "own")),
+        *((name, c_void_p) for name in ("sum_grad", "sum_grad_xhat", "sum_grad_shortcut_hat")),
+        *((name, c_void_p) for name in ("grad_start", "partial")),
+        *_SIZES,
+        ("neuron", _Neuron),
+    )
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether the passes are for tensors of these types: one of three, and the same for all."""
+    types = {tensor.dtype for tensor in tensors if tensor is not None}
+    devices = {tensor.device.type for tensor in tensors if tensor is not None}
+    return devices == {"cpu"} and len(types) == 1 and types <= TYPES.keys()
+
+
+class Passes:
+    """The passes of one neuron; fused.py says what each is. All tensors are without gaps."""
+
+    def __init__(self, library: ctypes.CDLL, config: NeuronConfig) -> None:
+        self.library = library
+        self.neuron = _Neuron(config.decay, config.threshold, config.surrogate_width)
+        library.num_blocks.restype = c_int64
+        library.num_blocks.argtypes = (c_int64, c_int64)
+        for name in TYPES.values():
+            statistics, forward = (
+                self._function("statistics", name),
+                self._function("forward", name),
+            )
+            statistics.argtypes = (c_void_p, c_int64, c_int64, *[c_void_p] * 3, c_int)
+            forward.argtypes = (POINTER(_Forward), c_int)
+            self._function("backward", name).argtypes = (POINTER(_Backward), c_int)
+            gradient = self._function("input_gradient", name)
+            gradient.argtypes = (*[c_void_p] * 8, c_int64, c_int64, c_int)
+
+    def _function(self, name: str, type_name: str) -> Any:
+        return getattr(self.library, f"{name}_{type_name}")
+
+    def _partial(self, sums: int, rows: int, like: Tensor) -> Tensor:
+        """Room for so many sums a channel of every block of rows."""
+        channels = like.shape[-1]
+        blocks = self.library.num_blocks(rows, channels)
+        return torch.empty(sums * blocks * channels, dtype=_wide_type(like))
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        channels, rows = x.shape[-1], x.shape[0] * x.shape[1]
+        mean, var = torch.empty(2, channels, dtype=_wide_type(x))
+        partial = self._partial(2, rows, x)
+        function = self._function("statistics", TYPES[x.dtype])
+        function(*map(_at, (x,)), rows, channels, *map(_at, (mean, var, partial)), _threads())
+        return mean, var
+
+    def spikes(
+        self,
+        x: Tensor,
+        shortcut: Tensor | None,
+        gain: Tensor,
+        offset: Tensor,
+        shortcut_gain: Tensor | None,
+        shortcut_offset: Tensor | None,
+        start: Tensor | None,
+        identity: Tensor | None,
+        *,
+        timesteps: int,
+        packs: bool,
+        carries: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        shape = (timesteps, *x.shape[1:])
+        affine = [_as_wide(t, x) for t in (gain, offset, shortcut_gain, shortcut_offset)]
+        start = _as_wide(start, x)
+        spikes = torch.empty(shape, dtype=x.dtype)
+        packed = torch.empty(shape, dtype=torch.uint8) if packs else None
+        end = torch.empty(shape[1:], dtype=_wide_type(x)) if carries else None
+        pointers = map(_at, (x, shortcut, *affine, start, identity, spikes, packed, end))
+        job = _Forward(*pointers, *shape, x.shape[0] == 1, self.neuron)
+        self._function("forward", TYPES[x.dtype])(byref(job), _threads())
+        return spikes, packed, end
+
+    def current_gradient(
+        self,
+        x: Tensor,
+        shortcut: Tensor | None,
+        gain: Tensor,
+        offset: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        shortcut_gain: Tensor | None,
+        shortcut_offset: Tensor | None,
+        shortcut_mean: Tensor | None,
+        shortcut_rstd: Tensor | None,
+        start: Tensor | None,
+        grad_spikes: Tensor,
+        grad_end: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        timesteps, rows, channels = grad_spikes.shape
+        shared = x.shape[0] == 1
+        wide = _wide_type(x)
+        of_shortcut = (shortcut_gain, shortcut_offset, shortcut_mean, shortcut_rstd)
+        affine = [_as_wide(t, x) for t in (gain, offset, mean, rstd, *of_shortcut)]
+        start, grad_end = _as_wide(start, x), _as_wide(grad_end, x)
+        # Where all timesteps share x, theirs is the sum; each one's own is the shortcut's alone.
+        total = torch.empty_like(grad_spikes) if shortcut is not None or not shared else None
+        own = torch.empty_like(x) if shared else None
+        sum_grad, sum_grad_xhat = torch.empty(2, channels, dtype=wide)
+        sum_shortcut = None if shortcut_mean is None else torch.empty(channels, dtype=wide)
+        grad_start = None if start is None else torch.empty_like(start)
+        partial = self._partial(3, rows, x)
+        pointers = map(
+            _at,
+            (x, shortcut, *affine, start, grad_spikes, grad_end, total, own,
+             sum_grad, sum_grad_xhat, sum_shortcut, grad_start, partial),
+        )  # fmt: skip
+        job = _Backward(*pointers, timesteps, rows, channels, shared, self.neuron)
+        self._function("backward", TYPES[x.dtype])(byref(job), _threads())
+        grad_y = own if own is not None else total
+        assert grad_y is not None
+        return total, grad_y, sum_grad, sum_grad_xhat, sum_shortcut, grad_start
+
+    def input_gradient(
+        self,
+        x: Tensor,
+        grad_y: Tensor,
+        gain: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        sum_grad: Tensor,
+        sum_grad_xhat: Tensor,
+        *,
+        in_place: bool,
+    ) -> Tensor:
+        rows, channels = x.shape[0] * x.shape[1], x.shape[2]
+        grad_x = grad_y if in_place else torch.empty_like(grad_y)
+        wide = [_as_wide(t, x) for t in (gain, mean, rstd, sum_grad, sum_grad_xhat)]
+        function = self._function("input_gradient", TYPES[x.dtype])
+        function(*map(_at, (x, grad_y, *wide, grad_x)), rows, channels, _threads())
+        return grad_x
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    assert tensor is None or tensor.is_contiguous()
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _wide_type(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _as_wide(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(_wide_type(like)).contiguous()
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+# --- pooling ------------------------------------------------------------------------------------
+
+
+class _Sizes(ctypes.Structure):
+    """Sizes of kernels/pool.cpp."""
+
+    _fields_ = tuple(
+        (name, c_int64)
+        for name in (
+            *("images", "height", "width", "channels", "out_height", "out_width"),
+            *("kernel", "stride", "padding"),
+        )
+    )
+
+
+class Pool:
+    """Max-pooling of images (N, C, H, W) whose values are in bytes, too."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        for name in TYPES.values():
+            function = getattr(library, f"forward_{name}")
+            function.argtypes = (*[c_void_p] * 4, POINTER(_Sizes), c_double, c_int)
+            function = getattr(library, f"backward_{name}")
+            function.argtypes = (*[c_void_p] * 3, POINTER(_Sizes), c_int)
+
+    def forward(
+        self, packed: Tensor, levels: int, dtype: torch.dtype, pool: torch.nn.MaxPool2d
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest of each window, of ``dtype`` and in bytes, and where it was."""
+        sizes = _pool_sizes(packed.shape, pool)
+        images, channels = packed.shape[:2]
+        shape = (images, sizes.out_height, sizes.out_width, channels)
+        out = torch.empty(shape, dtype=dtype)
+        most, where = torch.empty(2, *shape, dtype=torch.uint8)
+        rows = packed.permute(0, 2, 3, 1).contiguous()
+        function = getattr(self.library, f"forward_{TYPES[dtype]}")
+        function(*map(_at, (rows, out, most, where)), byref(sizes), levels, _threads())
+        return out.permute(0, 3, 1, 2), most.permute(0, 3, 1, 2), where
+
+    def backward(
+        self, grad: Tensor, where: Tensor, shape: torch.Size, pool: torch.nn.MaxPool2d
+    ) -> Tensor:
+        """The gradient of the images, whose shape is given."""
+        images, channels, height, width = shape
+        sizes = _pool_sizes(shape, pool)
+        rows = grad.permute(0, 2, 3, 1).contiguous()
+        grad_in = torch.empty(images, height, width, channels, dtype=grad.dtype)
+        function = getattr(self.library, f"backward_{TYPES[grad.dtype]}")
+        function(*map(_at, (rows, where, grad_in)), byref(sizes), _threads())
+        return grad_in.permute(0, 3, 1, 2)
+
+
+def _pool_sizes(shape: torch.Size, pool: torch.nn.MaxPool2d) -> _Sizes:
+    kernel, stride, padding = pool.kernel_size, pool.stride, pool.padding
+    assert isinstance(kernel, int)
+    assert isinstance(stride, int)
+    assert isinstance(padding, int)
+    assert kernel <= 16, "positions in a window are bytes"
+    assert pool.dilation == 1
+    assert not pool.ceil_mode
+    images, channels, height, width = shape
+    out_height, out_width = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
+    return _Sizes(images, height, width, channels, out_height, out_width, kernel, stride, padding)
+
+
+# --- sums ---------------------------------------------------------------------------------------
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum of all elements, () float64; exact for spikes and small sums of them.
+
+    torch would first make a float32 copy of a bfloat16 tensor, which takes a fifth of the time of
+    an evaluation.
+    """
+    library = _sums() if serves(x) and x.dtype == torch.bfloat16 else None
+    if library is None:
+        return x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).double()
+    in_memory_order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    flat = x.permute(in_memory_order).contiguous()
+    result = torch.zeros((), dtype=torch.float64)
+    library.total_bfloat16(_at(flat), flat.numel(), _at(result), _threads())
+    return result
+
+
+@functools.cache
+def _sums() -> ctypes.CDLL | None:
+    library = _library("sum")
+    if library is not None:
+        library.total_bfloat16.argtypes = (c_void_p, c_int64, c_void_p, c_int)
+    return library
+
+
+# --- building -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def passes(config: NeuronConfig) -> Passes | None:
+    """Passes for a neuron, compiled if they never were on this machine; None without a compiler."""
+    library = _library(
+        "neuron",
+        f"-DSURROGATE={list(SURROGATES).index(config.surrogate)}",
+        f"-DHARD_RESET={int(config.reset == 'hard')}",
+        f"-DDETACH_RESET={int(config.detach_reset)}",
+    )
+    return None if library is None else Passes(library, config)
+
+
+@functools.cache
+def pool() -> Pool | None:
+    """Likewise."""
+    library = _library("pool")
+    return None if library is None else Pool(library)
+
+
+def _library(name: str, *variant: str) -> ctypes.CDLL | None:
+    """kernels/NAME.cpp; None where there is neither a working compiler nor an earlier result."""
+    # The second folder is for caches that are full, or from which nothing may be executed.
+    for folder in (_cache(), _private_cache()):
+        try:
+            return ctypes.CDLL(str(_built(KERNELS / f"{name}.cpp", variant, folder)))
+        except (OSError, subprocess.SubprocessError) as error:
+            failures[name] = str(error).strip().splitlines()[-1]
+    return None
+
+
+def _built(source: Path, variant: tuple[str, ...], folder: Path) -> Path:
+    """The library, from the folder or from a compiler.
+
+    Raises:
+        OSError, subprocess.SubprocessError: It is not there, and there is no working compiler.
+    """
+    text = source.read_bytes() + (KERNELS / "types.h").read_bytes()
+    # Home folders are shared by machines with different processors.
+    prefix = f"{source.stem}-{_digest(text, *FLAGS, *variant, _processor())}"
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    if not compiler or shutil.which(compiler[0]) is None:
+        # A machine without a compiler takes what one beside it has made.
+        if (library := _whole_one(folder, f"{prefix}-*.so")) is not None:
+            return library
+        raise FileNotFoundError("there is no C++ compiler")
+    prefix += f"-{_digest(*compiler, _run(*compiler, '--version'))}"
+    if (library := _whole_one(folder, f"{prefix}-*.so")) is not None:
+        return library
+    logger.info("compiling kernels/%s, once (into %s)", source.name, folder)
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        objects, built = Path(aside) / "kernels.o", Path(aside) / "kernels.so"
+        _run(*compiler, *FLAGS, *variant, "-c", str(source), "-o", str(objects))
+        # Without OpenMP's runtime: torch has brought one, and two would fight for the cores.
+        _run(*compiler, "-shared", str(objects), "-o", str(built))
+        with built.open("rb") as file:
+            os.fsync(file.fileno())
+        library = folder / f"{prefix}-{_digest(built.read_bytes())}.so"
+        # Several processes may build it at the same time; each finds a whole one.
+        built.replace(library)
+    return library
+
+
+def _whole_one(folder: Path, pattern: str) -> Path | None:
+    """A library whose contents are those that its name says; to load another could be a crash."""
+    for library in sorted(folder.glob(pattern)):
+        try:
+            if library.stem.endswith(f"-{_digest(library.read_bytes())}"):
+                return library
+            logger.warning("%s is damaged and is built again", library)
+            library.unlink(missing_ok=True)
+        except OSError:
+            continue
+    return None
+
+
+def _digest(*parts: str | bytes) -> str:
+    data = b"\0".join(part.encode() if isinstance(part, str) else part for part in parts)
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_LIMIT)
+    if done.returncode != 0:
+        raise subprocess.SubprocessError(f"{' '.join(command)}: {done.stderr}")
+    return done.stdout
+
+
+def _cache() -> Path:
+    """A folder of this user's own; what lies in it is loaded as code."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "tetdist"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):
+        pass
+    return _private_cache()
+
+
+@functools.cache
+def _private_cache() -> Path:
+    """For as long as this process lives, where there is no writable home."""
+    import atexit
+
+    folder = tempfile.mkdtemp(prefix="tetdist-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _processor() -> str:
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            return next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return platform.processor()

@@ -1,0 +1,225 @@
+"""Tensors of spikes, kept for the backward pass in a byte each.
+
+Convolutions want spikes as floating-point numbers, and autograd would keep them so. But spikes, the
+small sums of them that SEW blocks exchange and their means over 2x2 pixels are whole multiples of 1
+or 1/4: a byte holds each exactly. A tensor that is known to be of that kind carries its packed form
+along as an attribute; the operations here keep that and let go of the tensor itself. Without the
+attribute they are torch's own.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tetdist.nn import native
+
+
+class Packed(NamedTuple):
+    """A tensor's values in bytes.
+
+    Attributes:
+        values: uint8, of the tensor's shape and memory layout: the tensor times ``levels``.
+        levels: The tensor is a multiple of ``1 / levels``.
+    """
+
+    values: Tensor
+    levels: int
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        x = self.values.to(dtype)
+        return x if self.levels == 1 else x / self.levels
+
+
+def pack(x: Tensor, levels: int = 1) -> Packed:
+    """Pack multiples of ``1 / levels`` in [0, 256 / levels)."""
+    return Packed((x if levels == 1 else x * levels).to(torch.uint8), levels)
+
+
+class Halved(NamedTuple):
+    """Bytes below 16, two in each, in their order in memory.
+
+    Attributes:
+        values: uint8, flat.
+        shape: Of the bytes.
+        strides: Likewise, so that what comes back is laid out as before: a convolution of another
+            layout rounds differently.
+    """
+
+    values: Tensor
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+    def whole(self) -> Tensor:
+        flat = torch.stack([self.values & 15, self.values >> 4], dim=1).flatten()
+        return flat.as_strided(self.shape, self.strides)
+
+
+def halve(values: Tensor) -> Halved:
+    """Pack bytes below 16, of a tensor that fills its memory without gaps."""
+    flat = values.as_strided((values.numel(),), (1,), values.storage_offset())
+    if flat.numel() % 2:
+        flat = F.pad(flat, (0, 1))
+    low, high = flat.view(-1, 2).unbind(1)
+    return Halved(low | (high << 4), values.shape, values.stride())
+
+
+def carry(x: Tensor, packed: Packed) -> Tensor:
+    """Note a tensor's packed form on it, for the operations that come next."""
+    # With its version: whoever writes into the tensor makes the note invalid.
+    x.packed_spikes = (packed, _version(x))  # type: ignore[attr-defined]  # ours
+    return x
+
+
+def carried(x: Tensor) -> Packed | None:
+    """The packed form that a tensor carries, if any."""
+    packed, version = getattr(x, "packed_spikes", (None, 0))
+    return packed if version == _version(x) else None
+
+
+def _version(x: Tensor) -> int:
+    # In inference_mode tensors count no versions.
+    return 0 if x.is_inference() else x._version
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution of each timestep of (T, B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = carried(x)
+        flat = x.flatten(0, 1)
+        if x.device.type == "cpu" and flat.shape[2:] == (1, 1) and _is_low(x):
+            # torch 2.13 on a CPU: the weight's gradient of a strided bfloat16 convolution of a
+            # single pixel is whatever was in memory.
+            dtype = _compute_type(x)
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(flat.float()).unflatten(0, x.shape[:2]).to(dtype)
+        if packed is None or not torch.is_grad_enabled():
+            return super().forward(flat).unflatten(0, x.shape[:2])
+        flat_packed = packed._replace(values=packed.values.flatten(0, 1))
+        y = _Convolution.apply(flat.to(_compute_type(x)), self.weight, self.bias, flat_packed, self)
+        return y.unflatten(0, x.shape[:2])
+
+
+def _is_low(x: Tensor) -> bool:
+    return _compute_type(x) in (torch.bfloat16, torch.float16)
+
+
+def _compute_type(x: Tensor) -> torch.dtype:
+    """The type in which a convolution of ``x`` computes here and now."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed, conv: nn.Conv2d
+    ) -> Tensor:
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(packed.values, weight)
+        ctx.levels, ctx.conv = packed.levels, conv
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight = ctx.saved_tensors
+        conv: nn.Conv2d = ctx.conv
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad_outputs[0],
+            Packed(values, ctx.levels).unpack(weight.dtype),
+            weight,
+            None if conv.bias is None else list(conv.bias.shape),
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            False,
+            [0, 0],
+            conv.groups,
+            list(ctx.needs_input_grad[:3]),
+        )
+        return (
+            grad_x,
+            None if grad_weight is None else grad_weight.to(conv.weight.dtype),
+            None if grad_bias is None else grad_bias.to(conv.weight.dtype),
+            None,
+            None,
+        )
+
+
+class MaxPool(nn.MaxPool2d):
+    """Max-pooling of each timestep of (T, B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = carried(x)
+        flat = x.flatten(0, 1)
+        if packed is None or not torch.is_grad_enabled():
+            return super().forward(flat).unflatten(0, x.shape[:2])
+        flat_packed = packed._replace(values=packed.values.flatten(0, 1))
+        kernel = native.pool() if native.serves(flat) else None
+        if kernel is not None:
+            pooled, values = _NativeMaxPool.apply(flat, flat_packed, self, kernel)
+            again = packed._replace(values=values.unflatten(0, x.shape[:2]))
+            return carry(pooled.unflatten(0, x.shape[:2]), again)
+        y = _MaxPool.apply(flat, flat_packed, self).unflatten(0, x.shape[:2])
+        return carry(y, pack(y.detach(), packed.levels))
+
+
+class _MaxPool(torch.autograd.Function):
+    """Looks for each window's maximum again in the backward pass: torch would keep the input and
+    eight bytes an output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Packed, pool: nn.MaxPool2d) -> Tensor:
+        ctx.save_for_backward(packed.values)
+        ctx.levels, ctx.pool = packed.levels, pool
+        return F.max_pool2d(x, pool.kernel_size, pool.stride, pool.padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (values,) = ctx.saved_tensors
+        grad = grad_outputs[0]
+        x = Packed(values, ctx.levels).unpack(grad.dtype)
+        with torch.enable_grad():
+            x.requires_grad_()
+            y = F.max_pool2d(x, ctx.pool.kernel_size, ctx.pool.stride, ctx.pool.padding)
+        (grad_x,) = torch.autograd.grad(y, x, grad)
+        return grad_x, None, None
+
+
+class _NativeMaxPool(torch.autograd.Function):
+    """Keeps a byte an output: where in its window it was."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, packed: Packed, pool: nn.MaxPool2d, kernel: native.Pool
+    ) -> tuple[Tensor, Tensor]:
+        y, values, where = kernel.forward(packed.values, packed.levels, x.dtype, pool)
+        ctx.save_for_backward(where)
+        ctx.shape, ctx.pool, ctx.kernel = x.shape, pool, kernel
+        ctx.mark_non_differentiable(values)
+        return y, values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (where,) = ctx.saved_tensors
+        grad_x = ctx.kernel.backward(grad_outputs[0], where, ctx.shape, ctx.pool)
+        return grad_x, None, None, None
+
+
+class AvgPool(nn.Module):
+    """Mean over 2x2 pixels of each timestep of (T, B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = carried(x)
+        y = F.avg_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
+        if packed is None or not torch.is_grad_enabled():
+            return y
+        return carry(y, pack(y.detach(), 4 * packed.levels))

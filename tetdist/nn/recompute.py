@@ -1,0 +1,201 @@
+"""Activation checkpointing: run a block again in the backward pass instead of keeping what it made.
+
+Of each block only the input is kept, and that packed: spikes, and the small sums of spikes that
+blocks exchange, are whole numbers (or quarters) that half a byte holds exactly. The repeated
+forward computes the same to the bit, so gradients are those of the ordinary backward pass.
+
+A block may also be run over segments of its timesteps, one after another, with the membranes
+carried from each to the next. The backward pass then holds the activations of one segment of one
+block at a time: what grows with T is the packed input alone.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tetdist.nn import batch_norm
+from tetdist.nn.fused import NormNeuron, carrying_membranes
+from tetdist.nn.packed import Halved, Packed, carried, carry, halve, pack
+
+
+class Block:
+    """A part of a network as a function of (T, B, C, H, W), or of one input for all T.
+
+    Args:
+        forward: The function of an input and its number of timesteps; a causal one, that is, its
+            output at t depends on inputs up to t.
+        modules: Those that it runs, each once.
+        timesteps: T.
+        segment: Length of a segment in timesteps; None: all at once.
+        levels: Inputs are multiples of ``1 / levels``; None: anything.
+        highest: The largest input, of such; below ``256 / levels``.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Tensor, int], Tensor],
+        *modules: nn.Module,
+        timesteps: int,
+        segment: int | None,
+        levels: int | None,
+        highest: int = 1,
+    ) -> None:
+        self.forward, self.levels = forward, levels
+        self.halves = levels is not None and levels * highest < 16
+        self.lengths = [timesteps]
+        if segment is not None:
+            self.lengths = [min(segment, timesteps - t) for t in range(0, timesteps, segment)]
+        self.neurons = [m for top in modules for m in top.modules() if isinstance(m, NormNeuron)]
+        self.parameters = [p for top in modules for p in top.parameters() if p.requires_grad]
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """The input of each segment; where it is one for all timesteps, that."""
+        if x.shape[0] == 1 or len(self.lengths) == 1:
+            return [x] * len(self.lengths)
+        parts = list(x.split(self.lengths))
+        if packed := carried(x):
+            values = packed.values.split(self.lengths)
+            for part, own in zip(parts, values, strict=True):
+                carry(part, packed._replace(values=own))
+        return parts
+
+    def run(
+        self, x: Tensor, timesteps: int, membranes: list[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Output of one segment, and the membranes that the next one starts from."""
+        if len(self.lengths) == 1:
+            return self.forward(x, timesteps), []
+        with carrying_membranes(self.neurons, membranes) as ends:
+            return self.forward(x, timesteps), ends()
+
+    def run_all(self, x: Tensor) -> Tensor:
+        """The output over all segments."""
+        outputs, membranes = [], None
+        for part, length in zip(self.split(x), self.lengths, strict=True):
+            output, membranes = self.run(part, length, membranes)
+            outputs.append(output)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def recomputed(self, x: Tensor) -> Tensor:
+        """`run_all`, keeping only the packed input for the backward pass."""
+        return _Recomputed.apply(x, self, *self.parameters)
+
+    def pack(self, x: Tensor) -> "Kept":
+        """What is kept of an input."""
+        if self.levels is None:
+            return x
+        packed = carried(x) or pack(x.detach(), self.levels)
+        assert packed.levels == self.levels
+        return halve(packed.values) if self.halves else packed
+
+    def unpack(self, kept: "Kept", dtype: torch.dtype) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        if isinstance(kept, Halved):
+            assert self.levels is not None
+            kept = Packed(kept.whole(), self.levels)
+        return carry(kept.unpack(dtype), kept)
+
+
+class _Recomputed(torch.autograd.Function):
+    """The parameters are inputs so that their gradients come out where any other's do, and whoever
+    waits for them there (DeepSpeed) sees nothing unusual."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Block, *_parameters: Tensor) -> Tensor:
+        ctx.block, ctx.dtype = block, x.dtype
+        ctx.autocast = _present_autocast(x.device.type)
+        kept = block.pack(x)
+        # The tensor goes autograd's own way, to be freed with the graph.
+        ctx.save_for_backward(kept if isinstance(kept, Tensor) else kept.values)
+        ctx.rebuild = _rebuilder(kept)
+        return block.run_all(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        block: Block = ctx.block
+        (values,) = ctx.saved_tensors
+        x = block.unpack(ctx.rebuild(values), ctx.dtype)
+        segments = list(zip(block.split(x), block.lengths, strict=True))
+        with batch_norm.recomputing(), ctx.autocast():
+            starts: list[list[Tensor] | None] = [None]
+            with torch.no_grad():
+                for part, length in segments[:-1]:
+                    starts.append(block.run(part, length, starts[-1])[1])
+            grads_x: list[Tensor] = []
+            grad_parameters: list[Tensor | None] = [None] * len(block.parameters)
+            grad_ends: list[Tensor] = []
+            grads = grad_outputs[0].split(block.lengths)
+            for (part, length), start, grad in reversed(
+                list(zip(segments, starts, grads, strict=True))
+            ):
+                grad_part, grad_ends, grad_own = _segment_gradients(
+                    block, part, length, start, grad, grad_ends, ctx.needs_input_grad[0]
+                )
+                if grad_part is not None:
+                    grads_x.insert(0, grad_part)
+                grad_parameters = [
+                    b if a is None else a + b
+                    for a, b in zip(grad_parameters, grad_own, strict=True)
+                ]
+        return _joined(grads_x, one_for_all=x.shape[0] == 1), None, *grad_parameters
+
+
+Kept = Tensor | Packed | Halved
+
+
+def _rebuilder(kept: Kept) -> Callable[[Tensor], Kept]:
+    """Makes what was kept from its tensor again, without holding that."""
+    if isinstance(kept, Packed):
+        levels = kept.levels
+        return lambda values: Packed(values, levels)
+    if isinstance(kept, Halved):
+        shape, strides = kept.shape, kept.strides
+        return lambda values: Halved(values, shape, strides)
+    return lambda values: values
+
+
+def _joined(grads: list[Tensor], *, one_for_all: bool) -> Tensor | None:
+    if len(grads) < 2:
+        return grads[0] if grads else None
+    return torch.stack(grads).sum(0) if one_for_all else torch.cat(grads)
+
+
+def _segment_gradients(
+    block: Block,
+    x: Tensor,
+    timesteps: int,
+    start: list[Tensor] | None,
+    grad_output: Tensor,
+    grad_ends: list[Tensor],
+    needs_input_grad: bool,
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Run one segment again, and back: gradients of its input, its first membranes, parameters."""
+    with torch.enable_grad():
+        packed = carried(x)
+        x = x.detach().requires_grad_(needs_input_grad)
+        if packed:
+            carry(x, packed)
+        start = start and [membrane.detach().requires_grad_() for membrane in start]
+        output, ends = block.run(x, timesteps, start)
+    inputs = [x] if needs_input_grad else []
+    inputs += start or []
+    outputs = [output, *ends] if grad_ends else [output]
+    gradients = list(
+        torch.autograd.grad(outputs, [*inputs, *block.parameters], [grad_output, *grad_ends])
+    )
+    grad_x = gradients.pop(0) if needs_input_grad else None
+    grad_start = [gradients.pop(0) for _ in start or []]
+    return grad_x, grad_start, gradients
+
+
+def _present_autocast(device_type: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Enters, later and elsewhere, the autocast mode that is active now."""
+    enabled = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type)
+    return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled)

@@ -1,0 +1,704 @@
+"""Compare two runs: where their metrics part, by how much, and whether they saw the same samples.
+Or see several: what each reached, the mean and spread over seeds, their curves in one figure.
+
+    python tools/compare_runs.py runs/one runs/two
+    python tools/compare_runs.py one/metrics.jsonl two/metrics.jsonl --tolerance 1e-6
+    python tools/compare_runs.py runs/tet_* runs/sdt_* --plot tet_sdt.png
+    python tools/compare_runs.py runs/STUDY --plot study.png
+
+Of two runs, values that depend on the clock (time, samples_per_s, data_wait, seconds) are left out.
+Two values differ when |a - b| is more than the tolerance times the larger of |a| and |b|; NaN
+equals NaN. Of two folders the configurations are compared too, and the samples-RANK.jsonl files
+where both have them.
+
+Exit status: 0 the same, 1 different (in values, in steps or in samples; another configuration alone
+is no difference), 2 a mistake of the user's. More than two runs are shown, not judged: 0, or 2.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tetdist.reports.runs_table import RunRecord
+
+OF_THE_CLOCK = ("time", "samples_per_s", "data_wait", "seconds")
+
+SHOWN = 8  # rows or items of what may be long; --json has all
+
+# kind ("train", "val") -> step -> key -> value
+Metrics = dict[str, dict[int, dict[str, Any]]]
+# step -> how often each (id, crc32) was seen by all ranks together
+Samples = dict[int, Counter[tuple[Any, int]]]
+
+
+class Missing:
+    """The value of a key that one of the two does not have."""
+
+    def __repr__(self) -> str:
+        return "-"
+
+
+MISSING = Missing()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is compared of one run; None: it is not there."""
+
+    path: Path
+    metrics: Metrics
+    configuration: dict[str, Any] | None
+    samples: Samples | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One key's two values; ``relative`` is their relative difference."""
+
+    key: str
+    a: Any
+    b: Any
+    relative: float = math.nan
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON; a value that is missing is left out."""
+        values = {"key": self.key, "a": self.a, "b": self.b, "relative": self.relative}
+        if math.isnan(self.relative):  # of the configuration
+            del values["relative"]
+        return {key: value for key, value in values.items() if value is not MISSING}
+
+
+@dataclass
+class KeyResult:
+    """How one key of one kind fared over the steps that both runs have."""
+
+    kind: str
+    key: str
+    common: int = 0  # steps at which a run has it
+    different: int = 0  # of these, where it differs by more than the tolerance
+    first: int | None = None
+    largest: float = 0.0
+    largest_at: int | None = None
+
+
+@dataclass(frozen=True)
+class MetricsResult:
+    keys: list[KeyResult]
+    # The first step at which a value differs, the kind of its line, and what differs there.
+    first: tuple[int, str, list[Pair]] | None
+    # Steps that only a and only b have, by kind.
+    only: dict[str, tuple[list[int], list[int]]]
+    common: int  # lines that both have
+
+
+@dataclass(frozen=True)
+class SamplesResult:
+    common: int  # steps
+    different: list[int]
+    only: tuple[list[int], list[int]]
+    # Of the first different step: ids that only a and only b have (as often as that), and ids that
+    # both have with other content.
+    first_only: tuple[list[Any], list[Any]]
+    first_content: list[Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    a: Run
+    b: Run
+    tolerance: float
+    configuration: list[Pair] | None
+    metrics: MetricsResult
+    samples: SamplesResult | None
+
+    @property
+    def same(self) -> bool:
+        metrics, samples = self.metrics, self.samples
+        if metrics.first or any(a or b for a, b in metrics.only.values()):
+            return False
+        return samples is None or not (samples.different or any(samples.only))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        from tetdist.errors import UserError
+    except ModuleNotFoundError as error:
+        return fail(f"the package {error.name} is not installed; pip install 'tetdist[train]'")
+    try:
+        if options.plot:
+            require_plots()
+        if len(options.runs) == 2:
+            a, b = (read_run(path) for path in options.runs)
+            comparison = compare(a, b, options.tolerance)
+            print(report(comparison))
+            if options.json:
+                write_json(options.json, as_dict(comparison))
+            status = 0 if comparison.same else 1
+        else:
+            overview(options.runs, options.json)
+            status = 0
+        if options.plot:
+            plot(options.runs, options.plot)
+    except UserError as error:
+        return fail(str(error))
+    except ModuleNotFoundError as error:
+        return fail(f"the package {error.name} is not installed; pip install 'tetdist[train]'")
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    return status
+
+
+def fail(text: str, status: int = 2) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return status
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tools/compare_runs.py",
+        description="Compare two runs: where they part, and by how much. Or see more side by side.",
+        epilog="Exit status: 0 the same (or more than two), 1 different, 2 a mistake in what was "
+        "asked.",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run folder, its metrics.jsonl, or a folder of run folders, as a study's",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=tolerance,
+        default=0.0,
+        metavar="R",
+        help="relative difference up to which values count as the same (default: 0, to the bit)",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result there, too")
+    parser.add_argument(
+        "--plot", metavar="FILE.png", type=Path, help="draw the curves of all runs into one PNG"
+    )
+    options = parser.parse_args(arguments)
+    options.runs = runs_in(options.runs)
+    if len(options.runs) < 2:
+        parser.error("one run alone cannot be compared; name two or more")
+    if len(options.runs) > 2 and options.tolerance:
+        parser.error("--tolerance is for two runs, which are compared value by value")
+    if options.plot and options.plot.suffix != ".png":
+        parser.error(f"--plot: {options.plot} does not end in .png")
+    return options
+
+
+def runs_in(paths: list[Path]) -> list[Path]:
+    """The runs that are meant: of a folder of them each one; of many paths only what may be one.
+
+    A study's folder has logs and a report beside its runs, which `runs/STUDY/*` lists, too.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(file.parent for file in path.glob("*/metrics.jsonl"))
+        is_one = (path / "metrics.jsonl").exists() or path.suffix == ".jsonl" or not path.exists()
+        if inside and not is_one:
+            found += inside
+        elif is_one or len(paths) <= 2:
+            found.append(path)
+        else:
+            print(f"{path} is no run, and left out", file=sys.stderr)
+    return found
+
+
+def tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on, such as 1e-6")
+    return value
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read_run(path: Path, *, effective: bool = False) -> Run:
+    """Reads a run folder or a metrics.jsonl; of its configuration, all or what has an effect.
+
+    Raises:
+        UserError: There is none, or something in it is damaged.
+    """
+    from tetdist.errors import UserError
+
+    try:
+        if not path.is_dir():
+            if not path.exists():
+                raise UserError(f"there is no {path}; give a run folder or a metrics.jsonl")
+            return Run(path, read_values(path), None, None)
+        if not (path / "metrics.jsonl").exists():
+            raise UserError(f"{path} is no run folder: there is no metrics.jsonl in it")
+        return Run(
+            path,
+            read_values(path / "metrics.jsonl"),
+            read_configuration(path / "config.yaml", effective),
+            read_samples(path),
+        )
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from error
+
+
+def read_values(path: Path) -> Metrics:
+    from tetdist.tracking.mlflow_follower import read_metrics
+
+    metrics: Metrics = {}
+    for line in read_metrics(path):
+        metrics.setdefault(line["kind"], {})[line["step"]] = values_of(line)
+    return metrics
+
+
+def values_of(line: dict[str, Any]) -> dict[str, Any]:
+    """A line's single values: entries of a dict as key.entry, of a list as key.t1, key.t2, ..."""
+    values: dict[str, Any] = {}
+
+    def add(key: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for entry, item in value.items():
+                add(f"{key}.{entry}", item)
+        elif isinstance(value, list):
+            for t, item in enumerate(value, start=1):
+                add(f"{key}.t{t}", item)
+        else:
+            values[key] = value
+
+    for key, value in line.items():
+        if key not in ("kind", "step", *OF_THE_CLOCK):
+            add(key, value)
+    return values
+
+
+def read_configuration(path: Path, effective: bool) -> dict[str, Any] | None:
+    import yaml
+
+    from tetdist.config import schema
+    from tetdist.errors import UserError
+
+    if not path.exists():
+        return None
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (UnicodeDecodeError, yaml.YAMLError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it does not hold keys and values")
+    # What an older version did not know has its default. One that cannot be read is shown as it is.
+    with suppress(UserError):
+        parsed = schema.parse(values, str(path), warn=False)
+        return schema.effective(parsed) if effective else schema.flatten(parsed.as_dict())
+    return schema.flatten(values)
+
+
+def read_samples(folder: Path) -> Samples | None:
+    """What all ranks saw at each step; None if the run has kept no record of it."""
+    files = [
+        file
+        for file in sorted(folder.glob("samples-*.jsonl"))
+        if re.fullmatch(r"samples-\d+\.jsonl", file.name)
+    ]
+    if not files:
+        return None
+    samples: Samples = {}
+    for file in files:
+        for step, seen in read_rank_samples(file).items():
+            samples.setdefault(step, Counter()).update(seen)
+    return samples
+
+
+def read_rank_samples(path: Path) -> dict[int, list[tuple[Any, int]]]:
+    """Id and content (crc32) of each sample, at each step of one rank.
+
+    A step has several lines, one a micro-batch. After a resume steps come again; then the lines of
+    the last start count.
+    """
+    from tetdist.errors import UserError
+
+    steps: dict[int, list[tuple[Any, int]]] = {}
+    last: int | None = None
+    ids_of_step: set[Any] = set()
+    data = path.read_bytes()
+    # A last line without its end is one that a kill tore.
+    for number, raw in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            line = json.loads(raw)
+            step, ids = line["step"], line["ids"]
+            seen = list(zip(ids, line["crc32"], strict=True))
+            whole = isinstance(step, int) and all(
+                isinstance(id_, int | str) and isinstance(crc32, int) for id_, crc32 in seen
+            )
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            shown = raw[:80].decode(errors="replace")
+            raise UserError(f"{path}: line {number} is damaged: {shown}")
+        # A step draws no sample twice. So one that comes again at the same step tells of a start
+        # that begins within the step at which the one before was killed.
+        if step != last or not ids_of_step.isdisjoint(ids):
+            steps[step], ids_of_step = [], set()
+        steps[step] += seen
+        ids_of_step.update(ids)
+        last = step
+    return steps
+
+
+# --- several runs ---------------------------------------------------------------------------------
+
+
+def overview(paths: list[Path], json_file: Path | None) -> None:
+    from tetdist.reports import runs_table
+
+    records = read_records(paths)
+    for table in runs_table.tables(records):
+        print(columns(table, right=tuple(range(1, len(table[0])))), end="\n\n")
+    if json_file:
+        write_json(json_file, runs_table.as_dict(records))
+
+
+def require_plots() -> None:
+    """Say that matplotlib is missing before the work, not after it."""
+    from tetdist.reports import curves
+
+    curves.new_figure(1, 1)
+
+
+def plot(paths: list[Path], out: Path) -> None:
+    from tetdist.errors import UserError
+    from tetdist.reports import runs_table
+
+    try:
+        runs_table.plot(read_records(paths), out)
+    except OSError as error:
+        raise UserError(f"--plot: cannot write {out}: {error.strerror}") from error
+
+
+def read_records(paths: list[Path]) -> "list[RunRecord]":
+    """The runs as tetdist.overview takes them; errors as of `read_run`."""
+    from tetdist.reports.runs_table import RunRecord
+    from tetdist.tracking.mlflow_follower import read_metrics
+
+    folders = Counter(path.name for path in paths if path.is_dir())
+    records = []
+    for path in paths:
+        run = read_run(path, effective=True)
+        file = path / "metrics.jsonl" if path.is_dir() else path
+        name = path.name if folders[path.name] == 1 else str(path)
+        records.append(RunRecord(name, read_metrics(file), run.configuration))
+    return records
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+
+def compare(a: Run, b: Run, tolerance: float) -> Comparison:
+    configuration = None
+    if a.configuration is not None and b.configuration is not None:
+        configuration = [
+            Pair(key, ours, theirs)
+            for key, ours, theirs in side_by_side(a.configuration, b.configuration)
+            if not equal(ours, theirs)
+        ]
+    samples = None
+    if a.samples is not None and b.samples is not None:
+        samples = compare_samples(a.samples, b.samples)
+    metrics = compare_metrics(a.metrics, b.metrics, tolerance)
+    return Comparison(a, b, tolerance, configuration, metrics, samples)
+
+
+def side_by_side(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Every key of either, in the order of the first, with both values."""
+    return [(key, a.get(key, MISSING), b.get(key, MISSING)) for key in a | b]
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b) or (a != a and b != b)
+
+
+def relative_difference(a: Any, b: Any) -> float:
+    """|a - b| over the larger of |a| and |b|: from 0 to 2.
+
+    Infinity where they differ and are not both finite numbers.
+    """
+    if equal(a, b):
+        return 0.0
+    if not (is_finite(a) and is_finite(b)):
+        return math.inf
+    larger = max(abs(a), abs(b))
+    difference = abs(a - b)
+    # Of two huge numbers with different signs the difference is more than a float holds.
+    return difference / larger if is_finite(difference) else abs(a / larger - b / larger)
+
+
+def is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+
+
+def compare_metrics(a: Metrics, b: Metrics, tolerance: float) -> MetricsResult:
+    results: dict[tuple[str, str], KeyResult] = {}
+    first: tuple[int, str, list[Pair]] | None = None
+    only: dict[str, tuple[list[int], list[int]]] = {}
+    common = 0
+    for kind in a | b:
+        ours, theirs = a.get(kind, {}), b.get(kind, {})
+        only[kind] = (sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys()))
+        for step in sorted(ours.keys() & theirs.keys()):
+            common += 1
+            different: list[Pair] = []
+            for key, x, y in side_by_side(ours[step], theirs[step]):
+                relative = relative_difference(x, y)
+                result = results.setdefault((kind, key), KeyResult(kind, key))
+                result.common += 1
+                if relative > result.largest:
+                    result.largest, result.largest_at = relative, step
+                if relative > tolerance:
+                    different.append(Pair(key, x, y, relative))
+                    result.different += 1
+                    if result.first is None:
+                        result.first = step
+            # Of two lines of the same step, the one that was written first: train before val.
+            if different and (first is None or step < first[0]):
+                first = step, kind, different
+    return MetricsResult(list(results.values()), first, only, common)
+
+
+def compare_samples(a: Samples, b: Samples) -> SamplesResult:
+    common = sorted(a.keys() & b.keys())
+    different = [step for step in common if a[step] != b[step]]
+    first_only: tuple[list[Any], list[Any]] = ([], [])
+    content: list[Any] = []
+    if different:
+        ours, theirs = (Counter(ids_of(samples[different[0]])) for samples in (a, b))
+        first_only = in_order((ours - theirs).elements()), in_order((theirs - ours).elements())
+        changed = (a[different[0]] - b[different[0]]).keys()
+        content = in_order({id_ for id_, _ in changed if ours[id_] == theirs[id_]})
+    only = sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys())
+    return SamplesResult(len(common), different, only, first_only, content)
+
+
+def ids_of(seen: Counter[tuple[Any, int]]) -> list[Any]:
+    return [id_ for id_, _ in seen.elements()]
+
+
+def in_order(ids: Any) -> list[Any]:
+    return sorted(ids, key=lambda id_: (isinstance(id_, str), id_))
+
+
+# --- showing --------------------------------------------------------------------------------------
+
+
+def report(comparison: Comparison) -> str:
+    """What a person reads."""
+    a, b = comparison.a, comparison.b
+    width = max(len(str(run.path)) for run in (a, b))
+    parts = [
+        "\n".join(
+            f"{name}  {run.path!s:{width}}  {extent(run.metrics)}"
+            for name, run in (("a", a), ("b", b))
+        )
+    ]
+    parts.append(report_configuration(comparison))
+    parts += report_metrics(comparison)
+    if comparison.samples is not None:
+        parts.append(report_samples(comparison.samples))
+    elif (a.samples is None) != (b.samples is None):
+        which = "b" if a.samples is None else "a"
+        parts.append(f"Samples: only {which} has a record of them; not compared.")
+    within = f" within {comparison.tolerance:g}" if comparison.tolerance else ""
+    parts.append(f"The runs are the same{within}." if comparison.same else "The runs differ.")
+    return "\n\n".join(part for part in parts if part)
+
+
+def extent(metrics: Metrics) -> str:
+    if not metrics:
+        return "no metrics"
+    return "; ".join(
+        f"{kind}: {count(len(steps), 'line')}, step {min(steps)}"
+        + (f" to {max(steps)}" if len(steps) > 1 else "")
+        for kind, steps in metrics.items()
+    )
+
+
+def report_configuration(comparison: Comparison) -> str:
+    pairs = comparison.configuration
+    if pairs is None:
+        here = [run.configuration is not None for run in (comparison.a, comparison.b)]
+        if not any(here):
+            return ""
+        return f"Configuration: only {'a' if here[0] else 'b'} has one; not compared."
+    if not pairs:
+        return "Configuration: the same."
+    verb = "differs" if len(pairs) == 1 else "differ"
+    rows = [("", "a", "b"), *((pair.key, plain(pair.a), plain(pair.b)) for pair in pairs)]
+    return f"Configuration: {count(len(pairs), 'key')} {verb}.\n" + columns(rows)
+
+
+def report_metrics(comparison: Comparison) -> list[str]:
+    metrics = comparison.metrics
+    parts: list[str] = []
+    if metrics.first is not None:
+        step, kind, pairs = metrics.first
+        rows = [("", "a", "b", "relative difference")]
+        rows += [
+            (f"{kind}/{pair.key}", plain(pair.a), plain(pair.b), f"{pair.relative:.2g}")
+            for pair in pairs[:SHOWN]
+        ]
+        more = f"\n  and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
+        parts.append(f"Metrics: they part at step {step}.\n" + columns(rows) + more)
+    elif metrics.common:
+        within = f" within {comparison.tolerance:g}" if comparison.tolerance else ""
+        lines = count(metrics.common, "line")
+        parts.append(f"Metrics: the same{within} in the {lines} that both have.")
+    else:
+        parts.append("Metrics: no step is in both.")
+
+    moved = [result for result in metrics.keys if result.largest > 0]
+    still = [f"{result.kind}/{result.key}" for result in metrics.keys if result.largest == 0]
+    if moved:
+        table = [("", "largest difference", "at step", "first at", "different at")]
+        table += [
+            (
+                f"{result.kind}/{result.key}",
+                f"{result.largest:.2g}",
+                str(result.largest_at),
+                "-" if result.first is None else str(result.first),
+                f"{result.different} of {count(result.common, 'step')}",
+            )
+            for result in moved
+        ]
+        rest = ""
+        if still:
+            names = ", ".join(still[:SHOWN])
+            more = f" and {len(still) - SHOWN} more" if len(still) > SHOWN else ""
+            rest = f"\n  the same to the bit: {names}{more}"
+        parts.append("Over all steps that both have:\n" + columns(table, right=(1, 2, 3)) + rest)
+
+    extra = [
+        (kind, f"only {name}", steps_text(steps))
+        for kind, both in metrics.only.items()
+        for name, steps in zip("ab", both, strict=True)
+        if steps
+    ]
+    if extra:
+        parts.append("Steps that only one has:\n" + columns(extra))
+    return parts
+
+
+def report_samples(samples: SamplesResult) -> str:
+    lines: list[str] = []
+    if samples.different:
+        first, number = samples.different[0], len(samples.different)
+        lines.append(
+            f"Samples: they part at step {first}, and differ at {number} of "
+            f"{count(samples.common, 'step')}. At step {first}:"
+        )
+        for text, ids in (
+            ("only a saw", samples.first_only[0]),
+            ("only b saw", samples.first_only[1]),
+            ("with other content", samples.first_content),
+        ):
+            if ids:
+                more = ", ..." if len(ids) > SHOWN else ""
+                shown = ", ".join(map(str, ids[:SHOWN]))
+                lines.append(f"  {text}: {count(len(ids), 'sample')} ({shown}{more})")
+    elif samples.common:
+        lines.append(f"Samples: the same at {count(samples.common, 'step')}.")
+    else:
+        lines.append("Samples: no step is in both.")
+    for name, steps in zip("ab", samples.only, strict=True):
+        if steps:
+            lines.append(f"  only {name} has a record of step {steps_text(steps)}")
+    return "\n".join(lines)
+
+
+def columns(rows: list[Any], right: tuple[int, ...] = ()) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  "
+        + "  ".join(
+            f"{cell:>{width}}" if i in right else f"{cell:{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def plain(value: Any) -> str:
+    """A value to the last bit; text without quotes."""
+    return value if isinstance(value, str) else repr(value)
+
+
+def steps_text(steps: list[int]) -> str:
+    if len(steps) <= SHOWN:
+        return ", ".join(map(str, steps))
+    return f"{steps[0]}, {steps[1]}, ... {steps[-1]} ({len(steps):,} steps)"
+
+
+def as_dict(comparison: Comparison) -> dict[str, Any]:
+    """Ready for JSON."""
+    metrics, samples = comparison.metrics, comparison.samples
+    values: dict[str, Any] = {
+        "a": str(comparison.a.path),
+        "b": str(comparison.b.path),
+        "tolerance": comparison.tolerance,
+        "same": comparison.same,
+        "configuration": None,
+        "first": None,
+        "keys": [vars(result) for result in metrics.keys],
+        "only": {kind: {"a": a, "b": b} for kind, (a, b) in metrics.only.items()},
+        "samples": None,
+    }
+    if comparison.configuration is not None:
+        values["configuration"] = [pair.as_dict() for pair in comparison.configuration]
+    if metrics.first is not None:
+        step, kind, pairs = metrics.first
+        values["first"] = {
+            "step": step,
+            "kind": kind,
+            "values": [pair.as_dict() for pair in pairs],
+        }
+    if samples is not None:
+        values["samples"] = {
+            "common": samples.common,
+            "different": samples.different,
+            "only": {"a": samples.only[0], "b": samples.only[1]},
+            "first": {
+                "only": {"a": samples.first_only[0], "b": samples.first_only[1]},
+                "content": samples.first_content,
+            },
+        }
+    return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    from tetdist.errors import UserError
+    from tetdist.tracking.mlflow_follower import strict
+
+    # YAML knows dates, JSON does not.
+    text = json.dumps(strict(values), indent=1, allow_nan=False, default=str)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_text(text + "\n")
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"--json: cannot write {path}: {error.strerror}") from error

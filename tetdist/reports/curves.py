@@ -1,0 +1,604 @@
+"""Pictures of runs: of their metrics.jsonl, of inputs and of membranes."""
+
+import io
+import itertools
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tetdist.errors import UserError
+from tetdist.tracking.mlflow_follower import read_metrics
+from tetdist.training.health import DEAD, SATURATED
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from tetdist.evaluation.membranes import Membranes
+
+# Okabe and Ito's colours, told apart by most eyes; each means the same in every panel.
+TRAIN = "#0072B2"
+VALIDATION = "#D55E00"
+RATE = "#009E73"
+SPEED = "#7A5195"
+WAIT = "#E69F00"
+QUIET = "#767676"
+# For lines of which there may be many.
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31")
+PERCENT, POSITIVE = (0.0, 100.0), (0.0, math.inf)  # what a mean and its spread may be
+
+
+def new_figure(width: float, height: float, *, dpi: int = 110) -> Any:
+    """An empty matplotlib figure of so many inches.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ModuleNotFoundError as error:
+        raise UserError("matplotlib is not installed: pip install 'tetdist[train]'") from error
+    # The object interface: pyplot would keep every figure and look for a display.
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(width, height), dpi=dpi, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png(figure: Any) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def save(figure: Any, out: Path) -> None:
+    """Write a PNG aside and rename it: whoever looks while it is replaced sees the old one or the
+    new one. Its folder is made."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(out.name + ".tmp")
+    aside.write_bytes(png(figure))
+    aside.replace(out)
+
+
+def learning_curves(metrics_file: Path, out: Path) -> None:
+    """Draws loss, accuracy, learning rate and throughput of a run into one PNG.
+
+    Does nothing while nothing is measured.
+
+    Args:
+        metrics_file: The run's metrics.jsonl.
+        out: The PNG; its folder is made.
+
+    Raises:
+        UserError: A line of the file is damaged, or matplotlib is not installed.
+    """
+    lines = read_metrics(metrics_file)
+    train = [line for line in lines if line["kind"] == "train"]
+    val = [line for line in lines if line["kind"] == "val"]
+    if not train and not val:
+        return
+    figure = new_figure(13, 7.6)
+    axes = figure.subplot_mosaic("LLLAAA;TTRRSS")
+    _loss(axes["L"], train, val)
+    _accuracy(axes["A"], train, val)
+    _timesteps(axes["T"], val)
+    _learning_rate(axes["R"], train)
+    borders = _phase_borders(train, val)
+    _throughput(axes["S"], train, room=1.6 if borders else 1.1)
+
+    end = max(line["epoch"] for line in train + val)
+    # Where the label of a border meets no curve.
+    for panel, height in {"L": 0.98, "A": 0.35, "R": 0.98, "S": 0.98}.items():
+        axis = axes[panel]
+        axis.set_xlabel("epoch")
+        axis.set_xlim(0, end * 1.02 if end > 0 else 1)
+        for epoch, label in borders:
+            axis.axvline(epoch, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            axis.text(
+                epoch,
+                height,
+                f" {label}",
+                transform=axis.get_xaxis_transform(),
+                fontsize=8,
+                color=QUIET,
+                rotation=90,
+                rotation_mode="anchor",
+                ha="right",
+                va="bottom",
+            )
+    step = max(line["step"] for line in train + val)
+    _head(figure, metrics_file, f"epoch {end:.4g}, step {step:,}")
+    save(figure, out)
+
+
+def _head(figure: Any, metrics_file: Path, text: str) -> None:
+    name = metrics_file.absolute().parent.name
+    figure.suptitle(f"{name}   \N{EM DASH}   {text}", fontsize=13, fontweight="bold")
+
+
+def firing_rates(metrics_file: Path, out: Path) -> None:
+    """Draws the firing rate of each layer at each evaluation of a run: a heat map.
+
+    Does nothing before the first evaluation.
+
+    Args:
+        metrics_file: The run's metrics.jsonl.
+        out: The PNG; its folder is made.
+
+    Raises:
+        UserError: A line of the file is damaged, or matplotlib is not installed.
+    """
+    val = [
+        line
+        for line in read_metrics(metrics_file)
+        if line["kind"] == "val" and line.get("firing_rate")
+    ]
+    if not val:
+        return
+    layers = list(val[-1]["firing_rate"])
+    # Zero has no logarithm; below the scale it has the colour of the dead.
+    rates = [
+        [max(line["firing_rate"].get(layer, math.nan), 1e-12) for line in val] for layer in layers
+    ]
+    figure = new_figure(10, _height(len(layers)))
+    axis = figure.subplots()
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    colours = colormaps["viridis"].with_extremes(under=VALIDATION, over="black", bad="white")
+    picture = axis.pcolormesh(
+        _edges([line["epoch"] for line in val]),
+        range(len(layers) + 1),
+        rates,
+        cmap=colours,
+        norm=LogNorm(DEAD, SATURATED),
+    )
+    last = val[-1]
+    _layer_axis(axis, [f"{layer}   {100 * last['firing_rate'][layer]:.3g} %" for layer in layers])
+    axis.set_xlabel("epoch")
+    if len(val) == 1:  # which has no width
+        axis.set_xticks([last["epoch"]], labels=[f"{last['epoch']:.4g}"])
+    else:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_title(
+        "Firing rate by layer: spikes per neuron per timestep, the last one in numbers",
+        loc="left",
+        fontsize=10,
+        fontweight="bold",
+    )
+    bar = figure.colorbar(picture, ax=axis, extend="both", pad=0.02)
+    ticks = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.9]
+    bar.set_ticks(ticks, labels=[f"{100 * tick:g} %" for tick in ticks])
+    bar.minorticks_off()
+    bar.ax.tick_params(labelsize=8)
+    bar.ax.set_title("black: saturated\norange: dead", fontsize=8, loc="right")
+    mean = sum(last["firing_rate"].values()) / len(layers)
+    _head(figure, metrics_file, f"epoch {last['epoch']:.4g}, {100 * mean:.3g} % on average")
+    save(figure, out)
+
+
+def _height(layers: int) -> float:
+    return min(2.4 + 0.24 * layers, 24)
+
+
+def _layer_axis(axis: Any, layers: Sequence[str]) -> None:
+    """Names rows of layers, the first one at the top."""
+    axis.set_ylim(len(layers), 0)
+    axis.set_yticks([row + 0.5 for row in range(len(layers))], labels=layers)
+    axis.tick_params(axis="y", length=0, labelsize=8 if len(layers) <= 60 else 5)
+    axis.tick_params(axis="x", labelsize=9)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _edges(centres: list[float]) -> list[float]:
+    """Borders of cells around rising centres."""
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(centres)]
+    before = centres[0] - middles[0] if middles else 0.5
+    after = centres[-1] - middles[-1] if middles else 0.5
+    return [centres[0] - abs(before), *middles, centres[-1] + after]
+
+
+def membranes(found: "Membranes", title: str, out: Path) -> None:
+    """Draws how the membranes of each layer are distributed against its threshold.
+
+    Args:
+        found: The distributions.
+        title: Above the picture.
+        out: The PNG; its folder is made.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    layers = list(found.shares)
+    figure = new_figure(9, _height(2 * len(layers)))
+    axis = figure.subplots()
+    threshold = next(i for i, edge in enumerate(found.edges) if math.isclose(edge, 1))
+    for row, (layer, shares) in enumerate(found.shares.items()):
+        floor = row + 1
+        # What is beyond the scale may be most of all, and would press the rest to the floor.
+        highest = max(shares[1:-1]) or 1.0
+        tops = [floor - 0.9 * min(share / highest, 1) for share in shares]
+        for colour, part in (
+            (TRAIN, slice(0, threshold)),
+            (VALIDATION, slice(threshold, len(shares))),
+        ):
+            edges = found.edges[part.start : part.stop + 1]
+            heights = [*tops[part], tops[part][-1]]
+            axis.fill_between(edges, heights, floor, step="post", color=colour, linewidth=0)
+        axis.axhline(floor, color="#BBBBBB", linewidth=0.6)
+        axis.text(
+            found.edges[-1],
+            floor - 0.3,
+            f" {100 * found.fires[layer]:.3g} % fire",  # beside the axes, where no bar is
+            va="center",
+            fontsize=8,
+            color=VALIDATION,
+        )
+    axis.axvline(1, color="black", linewidth=1, linestyle=(0, (4, 3)))
+    axis.text(1, 0, " threshold", fontsize=8, va="bottom")
+    _layer_axis(axis, layers)
+    axis.set_xlim(found.edges[0], found.edges[-1])
+    axis.set_xlabel("membrane before the reset, in thresholds (the outermost bins: and beyond)")
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    save(figure, out)
+
+
+def inputs(
+    pictures: "npt.NDArray[np.float64]", labels: Sequence[str], title: str, out: Path
+) -> None:
+    """Draws what a network is fed: images, or the event frames of some samples over time.
+
+    Args:
+        pictures: RGB values in [0, 1]: images (N, H, W, 3), or frames (N, T, H, W, 3).
+        labels: Names of the N samples' classes.
+        title: Above the picture.
+        out: The PNG; its folder is made.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    over_time = pictures.ndim == 5
+    columns = pictures.shape[1] if over_time else min(8, len(pictures))
+    rows = len(pictures) if over_time else math.ceil(len(pictures) / columns)
+    figure = new_figure(1.35 * columns + 0.6, 1.5 * rows + 0.7)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for sample, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        frames = picture if over_time else [picture]
+        for t, frame in enumerate(frames):
+            axis = axes[sample, t] if over_time else axes.flat[sample]
+            axis.imshow(frame, interpolation="nearest")
+            name = f"{label}, t = 1" if over_time and t == 0 else f"t = {t + 1}"
+            axis.set_title(name if over_time else label, fontsize=8, loc="left", pad=2)
+    figure.suptitle(title, fontsize=11, fontweight="bold")
+    save(figure, out)
+
+
+def runs(
+    groups: Mapping[str, Sequence[tuple[str, list[dict[str, Any]]]]], title: str, out: Path
+) -> None:
+    """Draws the curves of several runs over each other, the mean and spread of each group.
+
+    Args:
+        groups: By name, the runs that differ only by their seed: names and lines of metrics.
+        title: Above the picture.
+        out: The PNG; its folder is made.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    figure = new_figure(13, 7.6)
+    axes = figure.subplot_mosaic("LLLAAA;VVVTTT")
+    panels = {
+        "L": ("train", "loss", "Training loss", "loss", POSITIVE),
+        "A": ("val", "top1", "Validation top-1", "top-1 (%)", PERCENT),
+        "V": ("val", "loss", "Validation loss", "loss", POSITIVE),
+    }
+    shown: dict[str, Any] = {}
+    for panel, (kind, key, heading, unit, limits) in panels.items():
+        axis = axes[panel]
+        for colour, (name, members) in zip(itertools.cycle(SERIES), groups.items(), strict=False):
+            measured = [[line for line in lines if line["kind"] == kind] for _, lines in members]
+            curves = [
+                _series(_steady(lines) if kind == "train" else lines, key) for lines in measured
+            ]
+            label = f"{name} ({len(members)})" if len(members) > 1 else name
+            _group(axis, curves, colour, label, limits)
+        axis.set_xlabel("epoch")
+        finish(axis, heading, unit, legend=False)
+        handles, names = axis.get_legend_handles_labels()
+        shown |= dict(zip(names, handles, strict=True))
+    _group_timesteps(axes["T"], groups)
+    if shown:
+        names = [textwrap.fill(name, 80) for name in shown]
+        longest = max(len(line) for name in names for line in name.splitlines())
+        figure.legend(
+            list(shown.values()),
+            names,
+            loc="outside lower center",
+            ncols=max(1, min(len(names), 160 // (longest + 8))),  # so many letters are a row
+            fontsize=9,
+            frameon=False,
+        )
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    save(figure, out)
+
+
+def _group(
+    axis: Any,
+    curves: list[tuple[list[float], list[float]]],
+    colour: str,
+    label: str,
+    limits: tuple[float, float],
+) -> None:
+    """Draws the members of a group lightly, and their mean and standard deviation."""
+    curves = [curve for curve in curves if curve[0]]
+    if not curves:
+        return
+    if len(curves) == 1:
+        _markers(axis, *curves[0], colour, label)
+        return
+    for epochs, values in curves:
+        marker = _marker(values)
+        axis.plot(epochs, values, marker, color=colour, linewidth=0.7, markersize=2.5, alpha=0.45)
+    at_all = sorted(set.intersection(*(set(epochs) for epochs, _ in curves)))
+    columns = [
+        [dict(zip(epochs, values, strict=True))[epoch] for epochs, values in curves]
+        for epoch in at_all
+    ]
+    means = [sum(column) / len(column) for column in columns]
+    spreads = [standard_deviation(column) for column in columns]
+    axis.fill_between(
+        at_all,
+        [max(mean - spread, limits[0]) for mean, spread in zip(means, spreads, strict=True)],
+        [min(mean + spread, limits[1]) for mean, spread in zip(means, spreads, strict=True)],
+        color=colour,
+        alpha=0.2,
+        linewidth=0,
+    )
+    _markers(axis, at_all, means, colour, label)
+
+
+def _group_timesteps(
+    axis: Any, groups: Mapping[str, Sequence[tuple[str, list[dict[str, Any]]]]]
+) -> None:
+    for colour, members in zip(itertools.cycle(SERIES), groups.values(), strict=False):
+        curves = []
+        for _, lines in members:
+            evaluated = [line for line in lines if line.get("per_timestep_top1")]
+            if evaluated:
+                top1 = evaluated[-1]["per_timestep_top1"]
+                curves.append(([float(t) for t in range(1, len(top1) + 1)], top1))
+        _group(axis, curves, colour, "", PERCENT)
+    axis.set_xlabel("timesteps averaged")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    finish(axis, "Last accuracy by timestep", "top-1 (%)", legend=False)
+
+
+def standard_deviation(values: Sequence[float]) -> float:
+    """Of a sample, n - 1 in the denominator; 0 of a single value."""
+    mean = sum(values) / len(values)
+    squares = sum((value - mean) ** 2 for value in values)
+    return math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else 0.0
+
+
+def _loss(axis: Any, train: list[dict[str, Any]], val: list[dict[str, Any]]) -> None:
+    _raw_and_smooth(axis, train, "loss", TRAIN, "training")
+    _markers(axis, *_series(val, "loss"), VALIDATION, "validation")
+    finish(axis, "Loss", "loss")
+
+
+def _accuracy(axis: Any, train: list[dict[str, Any]], val: list[dict[str, Any]]) -> None:
+    _raw_and_smooth(axis, train, "top1", TRAIN, "training")
+    epochs, top1 = _series(val, "top1")
+    _markers(axis, epochs, top1, VALIDATION, "validation")
+    if top1:
+        best = max(range(len(top1)), key=top1.__getitem__)
+        axis.plot(
+            epochs[best],
+            top1[best],
+            "*",
+            color=VALIDATION,
+            markeredgecolor="black",
+            markersize=15,
+            zorder=5,
+            label=f"best: {top1[best]:.2f} % (epoch {epochs[best]:.4g})",
+        )
+    finish(axis, "Top-1 accuracy", "top-1 (%)")
+
+
+def _timesteps(axis: Any, val: list[dict[str, Any]]) -> None:
+    title = "Accuracy by timestep"
+    evaluated = [line for line in val if line.get("per_timestep_top1")]
+    if evaluated:
+        last = evaluated[-1]
+        top1 = last["per_timestep_top1"]
+        steps = range(1, len(top1) + 1)
+        title += f", epoch {last['epoch']:.4g}"
+        axis.plot(steps, top1, "o-", color=VALIDATION)
+        # Every value where there is room for it, else the ends; beside the line.
+        for step in steps if len(top1) <= 8 else (1, len(top1)):
+            x, y, side = _beside(top1, step - 1)
+            axis.annotate(
+                f"{top1[step - 1]:.2f}",
+                (step, top1[step - 1]),
+                xytext=(x, y),
+                textcoords="offset points",
+                ha=side,
+                va="bottom" if y > 0 else "top",
+                fontsize=9,
+                color=VALIDATION,
+            )
+        room = min(0.5 + 0.06 * len(top1), 0.95)  # of a number, and for no T = 0
+        axis.set_xlim(1 - room, len(top1) + room)
+        axis.margins(y=0.2)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("timesteps averaged")
+    finish(axis, title, "top-1 (%)", legend=False)
+
+
+def _beside(values: Sequence[float], index: int) -> tuple[int, int, str]:
+    """Where a point's number meets no line: its distance in points, and its side at the point."""
+    here = values[index]
+    before = values[index - 1] if index > 0 else here
+    after = values[index + 1] if index + 1 < len(values) else here
+    if before > here < after:
+        return 0, -7, "center"
+    if before <= here >= after:
+        return 0, 7, "center"
+    return (-4, 4, "right") if after > before else (4, 4, "left")
+
+
+def _learning_rate(axis: Any, train: list[dict[str, Any]]) -> None:
+    _markers(axis, *_series(train, "lr"), RATE, "learning rate")
+    finish(axis, "Learning rate", "learning rate", legend=False)
+    peaks: dict[Any, float] = {}
+    for line in train:
+        peaks[line.get("phase")] = max(peaks.get(line.get("phase"), 0), line.get("lr", 0))
+    if peaks and 0 < min(peaks.values()) < max(peaks.values()) / 30:
+        # SGD at 0.1, then Adam at 1e-4: the second would be a line at zero.
+        axis.set_yscale("log")
+        axis.set_ylim(min(peaks.values()) * 1e-2, max(peaks.values()) * 2)
+    else:
+        axis.set_ylim(bottom=0)
+        # 0.00005 beside 0.0001, not 5e-05.
+        axis.yaxis.set_major_formatter(lambda rate, _: f"{Decimal(f'{rate:.6g}'):f}")
+
+
+def _throughput(axis: Any, train: list[dict[str, Any]], *, room: float) -> None:
+    unit = "samples per second"
+    speeds = _series(train, "samples_per_s")[1]
+    if speeds:
+        unit += f", median {_median(speeds):,.4g}"
+        _raw_and_smooth(axis, train, "samples_per_s", SPEED, "speed")
+        axis.set_ylim(0, max(speeds) * room)
+    epochs, waits = _series(train, "data_wait")
+    if waits:
+        right = axis.twinx()
+        right.fill_between(epochs, waits, color=WAIT, alpha=0.5, linewidth=0)
+        # For the legend alone.
+        axis.plot(math.nan, math.nan, color=WAIT, alpha=0.5, linewidth=7, label="data wait")
+        right.set_ylim(0, 100)
+        right.set_ylabel("step time waiting for data (%)", color="#A56A00", fontsize=9)
+        right.tick_params(labelsize=9, colors="#A56A00")
+        right.spines[["top", "left"]].set_visible(False)
+        right.spines["right"].set_color("#BBBBBB")
+        # The lines above the area, and the area not hidden by the lines' background.
+        axis.set_zorder(right.get_zorder() + 1)
+        axis.patch.set_visible(False)
+    finish(axis, "Throughput", unit)
+
+
+def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
+    """Gives a panel its title, unit, grid and, where there are lines, legend."""
+    axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axis.set_ylabel(unit, fontsize=10)
+    axis.grid(color="#E4E4E4", linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color("#BBBBBB")
+    drawn = [line for line in axis.get_lines() if len(line.get_xdata())]
+    if not drawn:
+        axis.set_yticks([])
+        axis.text(
+            0.5, 0.5, "nothing yet", transform=axis.transAxes, ha="center", va="center", color=QUIET
+        )
+    elif legend:
+        # Beside the title, where it covers no curve.
+        handles = [line for line in drawn if not line.get_label().startswith("_")]
+        axis.legend(
+            handles=handles,
+            loc="lower right",
+            bbox_to_anchor=(1.01, 0.99),
+            ncols=len(handles),
+            frameon=False,
+            fontsize=9,
+            handlelength=1.4,
+            columnspacing=1.2,
+        )
+
+
+def _markers(axis: Any, epochs: list[float], values: list[float], colour: str, label: str) -> None:
+    """Draws a line whose points show while they are few."""
+    axis.plot(
+        epochs, values, _marker(values), color=colour, linewidth=1.8, markersize=4, label=label
+    )
+
+
+def _marker(values: Sequence[float]) -> str:
+    return "o-" if len(values) <= 30 else "-"
+
+
+def _raw_and_smooth(
+    axis: Any, train: list[dict[str, Any]], key: str, colour: str, label: str
+) -> None:
+    """Draws the values lightly and their running mean over them, each phase by itself."""
+    steady = _steady(train)
+    half = len(steady) // 60
+    if half == 0:
+        _markers(axis, *_series(steady, key), colour, label)
+        return
+    axis.plot(*_series(steady, key), color=colour, alpha=0.25, linewidth=0.8)
+    for _, lines in itertools.groupby(steady, key=lambda line: line.get("phase")):
+        epochs, values = _series(list(lines), key)
+        means = _running_mean(values, half)
+        axis.plot(epochs, means, color=colour, linewidth=1.8, label=label)
+        label = "_later phase"  # not in the legend
+
+
+def _steady(train: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of training but those over less than half as many steps as usual.
+
+    The one at the end of an epoch may be the mean of a batch or two: a peak that means nothing.
+    """
+    steps = [0, *(line["step"] for line in train)]
+    counts = [float(after - before) for before, after in itertools.pairwise(steps)]
+    least = _median(counts) / 2 if counts else 0
+    return [line for line, count in zip(train, counts, strict=True) if count >= least]
+
+
+def _running_mean(values: list[float], half: int) -> list[float]:
+    """Averages each value with up to `half` neighbours on either side."""
+    sums = [0.0, *itertools.accumulate(values)]
+    means = []
+    for index in range(len(values)):
+        first, end = max(0, index - half), min(len(values), index + half + 1)
+        means.append((sums[end] - sums[first]) / (end - first))
+    return means
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _series(lines: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Returns the epochs and values of the lines that have a finite one."""
+    pairs = [
+        (line["epoch"], line[key])
+        for line in lines
+        if isinstance(line.get(key), int | float) and math.isfinite(line[key])
+    ]
+    return [epoch for epoch, _ in pairs], [value for _, value in pairs]
+
+
+def _phase_borders(
+    train: list[dict[str, Any]], val: list[dict[str, Any]]
+) -> list[tuple[float, str]]:
+    """Returns the epoch at which each phase but the first begins, and what to call it."""
+    timesteps = {line.get("phase"): line.get("timesteps") for line in val}
+    borders = []
+    for before, after in itertools.pairwise(train):
+        phase = after.get("phase")
+        if phase is not None and phase != before.get("phase"):
+            label = f"phase {phase}"
+            if timesteps.get(phase):
+                label += f": T = {timesteps[phase]}"
+            borders.append((before["epoch"], label))
+    return borders

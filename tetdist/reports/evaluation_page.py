@@ -1,0 +1,403 @@
+"""What tools/eval.py found, as text and as a page to look at.
+
+All come from the same dictionary, which JSON holds: what `findings.find` found, after checkpoint,
+model, step, split, trained_timesteps, reported_timesteps and seed, and data_split where the data
+has one of several.
+"""
+
+import base64
+import html
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tetdist.reports import curves
+
+# Rows of a table of classes on a terminal; JSON and the page have all.
+SHOWN_CLASSES = 20
+# Classes up to which a confusion matrix has room for numbers, and for names.
+NUMBERED_CLASSES, NAMED_CLASSES = 20, 50
+
+Findings = dict[str, Any]
+
+
+# --- on a terminal --------------------------------------------------------------------------------
+
+
+def as_text(found: Findings) -> str:
+    """What a person reads on a terminal."""
+    return "\n\n".join(
+        [
+            heading(found),
+            _text_sweep(found),
+            _text_early_exit(found),
+            *_text_dropped(found),
+            _text_classes(found),
+            _text_operations(found),
+            _text_firing_rates(found),
+        ]
+    )
+
+
+def heading(found: Findings) -> str:
+    of_split = f" of the split {found['data_split']}" if "data_split" in found else ""
+    return (
+        f"{found['checkpoint']}: {found['model']}, step {found['step']}, "
+        f"{found['samples']} samples of {found['split']}{of_split}"
+    )
+
+
+def _text_sweep(found: Findings) -> str:
+    lines = ["  T   top-1 %   top-5 %     loss"]
+    for t in found["reported_timesteps"]:
+        top1, top5, loss = (found[f"per_timestep_{key}"][t - 1] for key in ("top1", "top5", "loss"))
+        lines.append(f"{t:3}{top1:10.2f}{top5:10.2f}{loss:9.4f}")
+    return "\n".join(lines)
+
+
+def _text_early_exit(found: Findings) -> str:
+    lines = ["  early exit: at confidence   top-1 %   mean T"]
+    for point in found["early_exit"]:
+        spent = point["mean_timesteps"]
+        lines.append(f"{point['threshold']:29g}{point['top1']:10.2f}{spent:9.3f}")
+    return "\n".join(lines)
+
+
+def _text_dropped(found: Findings) -> list[str]:
+    return [
+        "\n".join(
+            [f"  dropped {what}   top-1 %"]
+            + [f"{100 * at['share']:{len(what) + 8}g} %{at['top1']:10.2f}" for at in found[key]]
+        )
+        for what, key in (("timesteps", "dropped_timesteps"), ("events", "dropped_events"))
+        if found[key]
+    ]
+
+
+def _text_classes(found: Findings) -> str:
+    rows = [row for row in found["per_class"] if row["samples"]]
+    title = "  class: samples, recall %, precision %, taken for"
+    if len(rows) > SHOWN_CLASSES:
+        rows = sorted(rows, key=lambda row: row["recall"])[:SHOWN_CLASSES]
+        title = f"  the {SHOWN_CLASSES} classes of least recall{title[7:]}"
+    width = max(len(row["class"]) for row in rows)
+    lines = [title]
+    for row in rows:
+        mistaken = f"{row['mistaken_for']} ({row['mistaken']})" if row["mistaken"] else "-"
+        lines.append(
+            f"  {row['class']:{width}}{row['samples']:7}{row['recall']:8.2f}"
+            f"{_or_dash(row['precision']):>8}  {mistaken}"
+        )
+    return "\n".join(lines)
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _text_operations(found: Findings) -> str:
+    lines = operations_lines(found)
+    lines[-1] += " (an estimate; --json and --report state its assumptions)"
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def operations_lines(found: Findings) -> list[str]:
+    """Sentences on operations and energy."""
+    operations = found["operations"]
+    share = operations["energy_pj"] / operations["relu_energy_pj"]
+    return [
+        f"{quantity(operations['accumulates'])} accumulates and "
+        f"{quantity(operations['multiply_accumulates'])} multiply-accumulates a sample at "
+        f"T = {found['timesteps']}: about {operations['energy_pj'] / 1e6:.4g} uJ",
+        f"the ReLU network of the same synapses: "
+        f"{quantity(operations['relu_multiply_accumulates'])} multiply-accumulates, about "
+        f"{operations['relu_energy_pj'] / 1e6:.4g} uJ; the spiking one takes {100 * share:.3g} % "
+        "of it",
+    ]
+
+
+def quantity(number: float) -> str:
+    """Three digits and a unit: 1.23 M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def _text_firing_rates(found: Findings) -> str:
+    if not found["firing_rate"]:
+        return "  no firing rates: a network without neurons that fire"
+    lines = [f"  firing rate over {found['timesteps']} timesteps"]
+    lines += [f"{rate:10.4f}  {layer}" for layer, rate in found["firing_rate"].items()]
+    return "\n".join(lines)
+
+
+# --- as a picture ---------------------------------------------------------------------------------
+
+Panel = Callable[[Any, Findings], None]
+
+
+def write_page(found: Findings, out: Path) -> None:
+    """Write a self-contained HTML page or, by the name's end, a PNG; whole or not at all.
+
+    Raises:
+        UserError: matplotlib is not installed.
+        OSError: The file cannot be written.
+    """
+    page = png_page(found) if out.suffix == ".png" else html_page(found).encode()
+    aside = out.with_name(f".{out.name}.tmp")
+    aside.write_bytes(page)
+    aside.replace(out)
+
+
+def png_page(found: Findings) -> bytes:
+    """All panels in one PNG."""
+    panels = [panel for panel, wanted in _panels(found) if wanted]
+    layers = max(len(found["firing_rate"]), len(found["operations"]["layers"]))
+    height = max(5.0, 1.5 + 0.16 * layers)
+    rows = (len(panels) + 2) // 3
+    figure = curves.new_figure(18, 0.8 + height * rows)
+    axes = figure.subplots(rows, 3, squeeze=False).flat
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, panel in zip(axes, panels, strict=False):
+        panel(axis, found)
+    figure.suptitle(
+        "\n".join([heading(found), *operations_lines(found)]), fontsize=11, fontweight="bold"
+    )
+    assumptions = f"Energy is an estimate: {'; '.join(found['operations']['assumptions'])}."
+    figure.supxlabel(
+        textwrap.fill(assumptions, 240), x=0.01, ha="left", fontsize=9, color=curves.QUIET
+    )
+    return curves.png(figure)
+
+
+def _panels(found: Findings) -> list[tuple[Panel, bool]]:
+    """The panels in their order, and whether there is something to show."""
+    return [
+        (_timesteps, True),
+        (_early_exit, True),
+        (_confusion, True),
+        (_firing_rate, bool(found["firing_rate"])),
+        (_operations, True),
+        (_dropped, bool(found["dropped_timesteps"] or found["dropped_events"])),
+    ]
+
+
+def _timesteps(axis: Any, found: Findings) -> None:
+    trained = found["trained_timesteps"]
+    evaluated = trained <= found["timesteps"]
+    shown = sorted({*found["reported_timesteps"], *([trained] if evaluated else [])})
+    top1 = [found["per_timestep_top1"][t - 1] for t in shown]
+    axis.plot(shown, top1, "o-", color=curves.VALIDATION, label="top-1")
+    if evaluated:
+        axis.plot(
+            trained,
+            top1[shown.index(trained)],
+            "*",
+            color=curves.VALIDATION,
+            markeredgecolor="black",
+            markersize=14,
+            label=f"T of the training: {trained}",
+        )
+    axis.set_xlabel("timesteps T")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    curves.finish(axis, "Accuracy by timesteps", "top-1 (%)")
+
+
+def _early_exit(axis: Any, found: Findings) -> None:
+    curve = found["early_exit"]
+    spent, top1 = ([point[key] for point in curve] for key in ("mean_timesteps", "top1"))
+    axis.plot(spent, top1, "o-", color=curves.RATE, label="exit at a confidence")
+    room = 0.1 * found["timesteps"]  # of a label
+    labelled: list[float] = []
+    for point in (curve[0], curve[-1], curve[len(curve) // 2]):
+        if any(abs(point["mean_timesteps"] - there) < room for there in labelled):
+            continue
+        labelled.append(point["mean_timesteps"])
+        axis.annotate(
+            f"{point['threshold']:g}",
+            (point["mean_timesteps"], point["top1"]),
+            xytext=(4, -12),
+            textcoords="offset points",
+            fontsize=8,
+            color=curves.RATE,
+        )
+    steps = range(1, found["timesteps"] + 1)
+    axis.plot(
+        steps, found["per_timestep_top1"], "--", color=curves.QUIET, label="the same T for all"
+    )
+    axis.set_xlabel("timesteps of a sample on average")
+    curves.finish(axis, "Early exit", "top-1 (%)")
+
+
+def _confusion(axis: Any, found: Findings) -> None:
+    names = found["classes"]
+    shares = [[count / max(sum(row), 1) for count in row] for row in found["confusion"]]
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    if len(names) <= NUMBERED_CLASSES:
+        for i, row in enumerate(found["confusion"]):
+            for j, count in enumerate(row):
+                if count:
+                    colour = "white" if shares[i][j] > 0.5 else "black"
+                    axis.text(j, i, count, ha="center", va="center", fontsize=7, color=colour)
+    if len(names) <= NAMED_CLASSES:
+        axis.set_xticks(range(len(names)), labels=names, rotation=90)
+        axis.set_yticks(range(len(names)), labels=names)
+    axis.tick_params(labelsize=8 if len(names) <= NUMBERED_CLASSES else 5, length=0)
+    axis.set_xlabel("decided", fontsize=9)
+    axis.set_ylabel("true", fontsize=9)
+    title = f"Confusion at T = {found['timesteps']}"
+    axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
+
+
+def _firing_rate(axis: Any, found: Findings) -> None:
+    rates = found["firing_rate"]
+    _layer_bars(axis, list(rates), [(100 * r for r in rates.values())], [(curves.RATE, "")])
+    title = f"Firing rate over {found['timesteps']} timesteps"
+    axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axis.set_xlabel("spikes per neuron per timestep (%)", fontsize=9)
+
+
+def _operations(axis: Any, found: Findings) -> None:
+    layers = found["operations"]["layers"]
+    bars: list[list[float]] = []
+    styles: list[tuple[str, str]] = []
+    for key, colour in (("accumulates", curves.TRAIN), ("multiply_accumulates", curves.WAIT)):
+        millions = [layer[key] / 1e6 for layer in layers.values()]
+        if any(millions):
+            bars.append(millions)
+            styles.append((colour, key.replace("_", "-")))
+    _layer_bars(axis, list(layers), bars, styles)
+    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    axis.set_title("Synaptic operations", loc="left", fontsize=11, fontweight="bold")
+    axis.set_xlabel("millions a sample", fontsize=9)
+
+
+def _layer_bars(
+    axis: Any, layers: list[str], values: list[Any], styles: list[tuple[str, str]]
+) -> None:
+    """Bars end to end, a row a layer, the first one at the top."""
+    starts = [0.0] * len(layers)
+    rows = range(len(layers))
+    for of_kind, (colour, label) in zip(values, styles, strict=True):
+        widths = list(of_kind)
+        axis.barh(rows, widths, left=starts, color=colour, label=label, height=0.75)
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    axis.set_yticks(rows, labels=layers)
+    axis.set_ylim(len(layers) - 0.4, -0.6)
+    axis.tick_params(labelsize=8)
+    axis.grid(axis="x", color="#E4E4E4", linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _dropped(axis: Any, found: Findings) -> None:
+    for key, colour in (("dropped_timesteps", curves.SPEED), ("dropped_events", curves.WAIT)):
+        if found[key]:
+            shares = [0.0, *(100 * at["share"] for at in found[key])]
+            top1 = [found["top1"], *(at["top1"] for at in found[key])]
+            axis.plot(shares, top1, "o-", color=colour, label=key.replace("_", " "))
+    axis.set_xlabel("dropped (%)")
+    curves.finish(axis, "Robustness", "top-1 (%)")
+
+
+# --- as a page ------------------------------------------------------------------------------------
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222 }
+h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .15rem .8rem; text-align: right; border-bottom: 1px solid #e4e4e4 }
+th:first-child, td:first-child { text-align: left }
+img { max-width: 100%; vertical-align: top } .note { color: #555; font-size: .9rem }
+"""
+
+
+def html_page(found: Findings) -> str:
+    """The page, with its pictures within it, and nothing that is fetched or run."""
+    parts = [
+        f"<h1>{html.escape(heading(found))}</h1>",
+        f"<p><b>top-1 {found['top1']:.2f} %</b>, top-5 {found['top5']:.2f} %, loss "
+        f"{found['loss']:.4f} at T = {found['timesteps']}; trained at T = "
+        f"{found['trained_timesteps']}.</p>",
+        "<h2>Accuracy by timesteps, and early exit</h2>",
+        _image(found, [_timesteps, _early_exit], 13, 4.5),
+        _table(
+            ["T", "top-1 %", "top-5 %", "loss"],
+            [
+                [
+                    str(t),
+                    f"{found['per_timestep_top1'][t - 1]:.2f}",
+                    f"{found['per_timestep_top5'][t - 1]:.2f}",
+                    f"{found['per_timestep_loss'][t - 1]:.4f}",
+                ]
+                for t in found["reported_timesteps"]
+            ],
+        ),
+        '<p class="note">Early exit: a sample is decided at the first timestep at which the '
+        "softmax of its time-mean reaches the confidence, at the latest at T.</p>",
+        _table(
+            ["confidence", "top-1 %", "mean T"],
+            [
+                [f"{p['threshold']:g}", f"{p['top1']:.2f}", f"{p['mean_timesteps']:.3f}"]
+                for p in found["early_exit"]
+            ],
+        ),
+    ]
+    if found["dropped_timesteps"] or found["dropped_events"]:
+        parts += [
+            "<h2>Robustness</h2>",
+            _image(found, [_dropped], 6.5, 4),
+            '<p class="note">A dropped timestep shows an image of the mean colour, or no events; '
+            f"each is dropped by itself, with seed {found['seed']}.</p>",
+        ]
+    layers = max(len(found["firing_rate"]), len(found["operations"]["layers"]))
+    panels: list[Panel] = [_operations]
+    if found["firing_rate"]:
+        panels.insert(0, _firing_rate)
+    parts += [
+        "<h2>Firing rates and operations</h2>",
+        _image(found, panels, 6.5 * len(panels), 1.5 + 0.22 * layers),
+        *(f"<p>{html.escape(line)}</p>" for line in operations_lines(found)),
+        "<ul class=note>",
+        *(f"<li>{html.escape(text)}</li>" for text in found["operations"]["assumptions"]),
+        "</ul>",
+        "<h2>Classes</h2>",
+        _image(found, [_confusion], 9, 7.5),
+        _table(
+            ["class", "samples", "recall %", "precision %", "most often taken for"],
+            [
+                [
+                    row["class"],
+                    str(row["samples"]),
+                    _or_dash(row["recall"]),
+                    _or_dash(row["precision"]),
+                    f"{row['mistaken_for']} ({row['mistaken']})" if row["mistaken"] else "-",
+                ]
+                for row in found["per_class"]
+            ],
+        ),
+    ]
+    title = html.escape(f"{found['model']}: {found['top1']:.2f} %")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def _image(found: Findings, panels: list[Panel], width: float, height: float) -> str:
+    figure = curves.new_figure(width, height, dpi=100)
+    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        panel(axis, found)
+    data = base64.b64encode(curves.png(figure)).decode()
+    return f'<p><img alt="" src="data:image/png;base64,{data}"></p>'
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    def line(cells: list[str], kind: str) -> str:
+        return "<tr>" + "".join(f"<{kind}>{html.escape(c)}</{kind}>" for c in cells) + "</tr>"
+
+    return "\n".join(["<table>", line(head, "th"), *(line(row, "td") for row in rows), "</table>"])

@@ -1,0 +1,235 @@
+"""What is written down about a run's jobs, in the run's folder, under slurm/.
+
+    slurm/
+        history.jsonl           submitted, started, stopped, finished, failed: a line each
+        submission-1/           of the first submission; a later one has the next number
+            submission.json     job id, numbers of the plan, where the rest is
+            config.yaml         the configuration of the job, with absolute paths
+            code/               the code that the job runs (`resume` takes that of an earlier one)
+            12_0_log.out        what rank 0 of job 12 printed, in all its starts; 12_1_...: rank 1
+            failure-12.0-2.txt  what rank 2 raised in job 12 before its first restart
+
+Nothing in it is needed to train: checkpoints alone decide where a run goes on.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from fcntl import LOCK_EX, LOCK_NB, flock
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tetdist.errors import UserError
+from tetdist.tracking import mlflow_follower
+
+if TYPE_CHECKING:
+    from tetdist.config.schema import RunConfig
+
+# In place of a job's id, without Slurm.
+LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One job, as it was submitted; of a sweep: one task of an array.
+
+    Attributes:
+        job: Slurm's id, ``12`` or, of an array's task, ``12_0``; ``local`` without Slurm.
+        run_dir: The run's folder.
+        config, code: The job's configuration file and its code.
+        log: Folder of the logs and failures.
+        cluster: The facts that it was submitted with.
+        last_step, steps_per_epoch, global_batch: Of the run.
+        time: When, in Unix seconds.
+        after: Folders of the runs that had to be finished first.
+    """
+
+    job: str
+    run_dir: str
+    config: str
+    code: str
+    log: str
+    cluster: dict[str, Any]
+    last_step: int
+    steps_per_epoch: int
+    global_batch: int
+    time: float
+    after: list[str] = field(default_factory=list)
+
+    @property
+    def log_file(self) -> Path:
+        return Path(self.log) / f"{self.job}_0_log.out"
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of history.jsonl.
+
+    Attributes:
+        kind: submitted, started, stopped, finished, failed or cancelled.
+        job: As of `Submission`.
+        restart: How often Slurm had started the job before: 0, 1, ...
+        step: Of the newest checkpoint.
+        text: Why, and where.
+        time: In Unix seconds.
+    """
+
+    kind: str
+    job: str
+    restart: int = 0
+    step: int = 0
+    text: str = ""
+    time: float = field(default_factory=lambda: round(time.time(), 3))
+
+
+def slurm_folder(run_dir: Path) -> Path:
+    return run_dir / "slurm"
+
+
+def next_submission(run_dir: Path) -> Path:
+    """A new folder for one submission."""
+    numbers = [number for number, _ in _submissions(run_dir)]
+    folder = slurm_folder(run_dir) / f"submission-{max(numbers, default=0) + 1}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror})") from error
+    return folder
+
+
+def write_submission(folder: Path, submission: Submission) -> None:
+    aside = folder / ".submission.tmp"
+    aside.write_text(json.dumps(asdict(submission), indent=1) + "\n")
+    aside.replace(folder / "submission.json")
+
+
+def newest_submission(run_dir: Path) -> Submission | None:
+    for _, folder in sorted(_submissions(run_dir), reverse=True):
+        file = folder / "submission.json"
+        if file.is_file():
+            return Submission(**json.loads(file.read_text()))
+    return None
+
+
+def write_sweep(folder: Path, run_dirs: list[Path]) -> None:
+    """Note in the folder of a sweep's submission which runs it has."""
+    text = "".join(f"{path.absolute()}\n" for path in run_dirs)
+    (folder / "runs.txt").write_text(text)
+
+
+def newest_sweep(folder: Path) -> list[Path]:
+    """The folders of the runs of a sweep; none where there was no sweep."""
+    for _, submission in sorted(_submissions(folder), reverse=True):
+        file = submission / "runs.txt"
+        if file.is_file():
+            return [Path(line) for line in file.read_text().splitlines()]
+    return []
+
+
+def _submissions(run_dir: Path) -> list[tuple[int, Path]]:
+    folders = slurm_folder(run_dir).glob("submission-*")
+    return [(int(number), f) for f in folders if (number := f.name.partition("-")[2]).isdigit()]
+
+
+def note(run_dir: Path, event: Event) -> None:
+    """Add a line to the run's history."""
+    slurm_folder(run_dir).mkdir(parents=True, exist_ok=True)
+    with (slurm_folder(run_dir) / "history.jsonl").open("a") as file:
+        file.write(json.dumps(asdict(event)) + "\n")
+
+
+def history(run_dir: Path) -> list[Event]:
+    """All events, oldest first; a line that a kill tore is left out."""
+    events: list[Event] = []
+    file = slurm_folder(run_dir) / "history.jsonl"
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        try:
+            events.append(Event(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return events
+
+
+def since_submission(events: list[Event]) -> list[Event]:
+    """The events of the newest submission."""
+    starts = [i for i, event in enumerate(events) if event.kind == "submitted"]
+    return events[starts[-1] :] if starts else events
+
+
+def restarts(events: list[Event]) -> list[Event]:
+    """Every start of the run but its first, with why the one before had ended."""
+    return [event for event in events if event.kind == "started"][1:]
+
+
+def saved_step(run_dir: Path) -> int:
+    """The newest checkpoint's step by its name; 0 without one."""
+    names = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
+    return max((int(name.removeprefix("step-").partition(".")[0]) for name in names), default=0)
+
+
+def write_failure(log: Path, job: str, restart: int, rank: int, text: str) -> None:
+    aside = log / f".failure-{job}.{restart}-{rank}.tmp"
+    aside.write_text(f"{time.time():.6f}\n{text}\n")
+    aside.replace(log / f"failure-{job}.{restart}-{rank}.txt")
+
+
+def first_failure(log: Path, job: str, restart: int) -> str | None:
+    """What the rank raised that failed before the others."""
+    found: list[tuple[float, str]] = []
+    for file in log.glob(f"failure-{job}.{restart}-*.txt"):
+        moment, _, text = file.read_text().partition("\n")
+        found.append((float(moment), text.rstrip("\n")))
+    return min(found)[1] if found else None
+
+
+@contextmanager
+def submitting(run_dir: Path) -> Iterator[None]:
+    """Only one program at a time may look whether a run is queued, and submit it."""
+    slurm_folder(run_dir).mkdir(parents=True, exist_ok=True)
+    with (slurm_folder(run_dir) / ".lock").open("w") as lock:
+        try:
+            flock(lock, LOCK_EX | LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{run_dir} is being submitted by another command") from error
+        yield
+
+
+def announce(config: "RunConfig", status: str | None, tags: dict[str, str]) -> None:
+    """Tell MLflow about a run that no process trains now; see `tracking.announce`."""
+    _announce(config, config.run_dir, config.name, status, tags)
+
+
+def announce_parent(
+    config: "RunConfig", folder: Path, name: str, tags: dict[str, str]
+) -> str | None:
+    """Make a run in MLflow for others to be below, or find it; it is a heading, hence finished.
+
+    Args:
+        config: Of one of them, which says where MLflow is.
+        folder: Keeps the run's id; made if missing.
+        name: Of the run.
+        tags: Of the run.
+
+    Returns:
+        The run's MLflow id; None without MLflow, or if it does not answer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    return _announce(config, folder, name, "FINISHED", tags)
+
+
+def _announce(
+    config: "RunConfig", folder: Path, name: str, status: str | None, tags: dict[str, str]
+) -> str | None:
+    if config.tracking_uri is None:
+        return None
+    return mlflow_follower.announce(
+        folder,
+        run_name=name,
+        uri=config.tracking_uri,
+        experiment=config.tracking.experiment,
+        artifact_root=Path(config.runs_dir).absolute() / "mlartifacts",
+        tags=tags,
+        status=status,
+    )

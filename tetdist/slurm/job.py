@@ -1,0 +1,273 @@
+"""What each process of a job does: find the others, train, and see that the run goes on.
+
+A job knows nothing but where its run folder is. So every start of it is the same, whether it is the
+first, a requeue by the job itself, by an administrator, after a preemption or after a node's crash:
+the newest whole checkpoint says where to go on.
+"""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Before torch is imported: see tetdist/train.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from tetdist import train
+from tetdist.distributed.watchdog import PeerFailed
+from tetdist.errors import UserError
+from tetdist.slurm import history
+from tetdist.slurm.history import Event
+from tetdist.slurm.placement import Place, SlurmPlace
+
+if TYPE_CHECKING:
+    from tetdist.config.schema import RunConfig
+
+# Slurm's warning ahead of a time limit or a preemption is USR2. (USR1 is the same by hand.) SIGTERM
+# comes when Slurm has decided itself what happens next: save, but leave that to it.
+RESTART_AFTER = (signal.SIGUSR1, signal.SIGUSR2)
+
+# Seconds within which Slurm should have noticed a crashed node; it is told SlurmdTimeout, by
+# default 300.
+NODE_PATIENCE = 1200.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run on a cluster, or on this machine; pickled by submitit, called in each process.
+
+    Attributes:
+        run_dir: The run's folder.
+        config: The configuration's file.
+        code: Folder from which the code is to be imported.
+        log: Folder for what failed.
+        give_up_after, warn_before_end, interface: See `ClusterSection`.
+    """
+
+    run_dir: str
+    config: str
+    code: str
+    log: str
+    give_up_after: int
+    warn_before_end: int
+    interface: str | None
+
+    def __call__(self) -> None:
+        """As a task of Slurm; ends the process."""
+        # A signal that comes before the trainer is there to receive it must wait for it, and one
+        # that comes after it is late: submitit's own handlers, made for functions that cannot stop
+        # by themselves, would end the job for the one, and keep it from ending for the other.
+        signal.pthread_sigmask(signal.SIG_BLOCK, RESTART_AFTER)
+        for number in RESTART_AFTER:
+            signal.signal(number, lambda *_: None)
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            signal.signal(number, signal.SIG_DFL)
+        sys.exit(run(self, lambda: SlurmPlace.find(self.interface, self.warn_before_end)))
+
+
+def run(job: Job, find_place: Callable[[], Place]) -> int:
+    """One process's part of one start of the job; its exit status."""
+    rank = os.environ.get("SLURM_PROCID", "?")
+    try:
+        place = find_place()
+        place.export()
+    except (UserError, ModuleNotFoundError) as error:
+        return train.fail(error, f"rank {rank}: ")
+    return _Start(job, place).run()
+
+
+class _Start:
+    """One start of a job, in one process."""
+
+    def __init__(self, job: Job, place: Place) -> None:
+        self.job, self.place = job, place
+        self.run_dir, self.log = Path(job.run_dir), Path(job.log)
+        self.is_first = place.rank == 0
+        self.config: RunConfig | None = None
+
+    def run(self) -> int:
+        self._configure_logging()
+        try:
+            self._check_code()
+            if self._is_cancelled():
+                # No success, since a run may wait for this one's.
+                return 128 + signal.SIGTERM
+            self.config = self._read_config()
+            tags = self._begin() if self.is_first else {}
+            launcher = train.Launcher(
+                tags=tags, goes_on_after=RESTART_AFTER, on_failure=self._on_failure
+            )
+            status = train.train(self.config, launcher)
+        except (UserError, ModuleNotFoundError) as error:
+            self._write_failure(error)
+            status = train.fail(error, "" if self.is_first else f"rank {self.place.rank}: ")
+            return self._end_failed(status, str(error))
+        except SystemExit as ended:
+            return self._end_failed(int(ended.code or 0), "another process says why")
+        except Exception as error:
+            self._write_failure(error)
+            self._show_first_failure()
+            traceback.print_exc()
+            return self._end_failed(1, f"{type(error).__name__}: {error}".splitlines()[0])
+        return self._end(status)
+
+    def _configure_logging(self) -> None:
+        import logging
+
+        level = logging.INFO if self.is_first else logging.ERROR
+        logging.basicConfig(level=level, format="%(message)s", force=True)
+
+    def _read_config(self) -> "RunConfig":
+        import yaml
+
+        from tetdist.config import schema
+
+        file = Path(self.job.config)
+        # Every key is written out, so that nothing is to be learnt from one that has no effect.
+        return schema.parse(yaml.safe_load(file.read_text()), str(file), warn=False)
+
+    def _check_code(self) -> None:
+        """That what was queued is what runs, whatever the environment has installed."""
+        here = Path(train.__file__).resolve().parent.parent
+        if here != Path(self.job.code).resolve():
+            raise UserError(
+                f"the job was submitted with the code in {self.job.code} and Python imports that "
+                f"in {here}; does a command of cluster.setup change PYTHONPATH?"
+            )
+
+    def _is_cancelled(self) -> bool:
+        """Whether `launch/slurm.py cancel` came, and a requeue at that moment undid it."""
+        events = history.since_submission(history.history(self.run_dir))
+        return any(event.kind == "cancelled" for event in events)
+
+    def _begin(self) -> dict[str, str]:
+        """Note this start, and refuse it if the starts lead nowhere. Returns tags for MLflow."""
+        place = self.place
+        step = history.saved_step(self.run_dir)
+        earlier = history.history(self.run_dir)
+        starts = [e for e in history.since_submission(earlier) if e.kind == "started"]
+        why = self._why_started(earlier)
+        self._note("started", f"{why}; on {', '.join(place.hosts)}" if why else "")
+        vain = 0
+        for start in reversed(starts):
+            vain += start.step == step
+            if start.step != step:
+                break
+        if vain >= self.job.give_up_after:
+            raise UserError(
+                f"{self.run_dir} was started {vain} times without getting past step {step}, the "
+                f"last time until: {why}; it is not tried again. Give it more time before it is "
+                "stopped (--time, or GraceTime for a preemption) or save.every_steps=N with a "
+                f"small N, and continue with `launch/slurm.py resume {self.run_dir}`"
+            )
+        again = history.restarts(history.history(self.run_dir))
+        if why:
+            print(
+                f"restart {len(again)}, job {place.job}, from step {step}, on "
+                f"{', '.join(place.hosts)}: {why}",
+                file=sys.stderr,
+                flush=True,
+            )
+        tags = {"slurm_job": place.job, "restarts": str(len(again))}
+        for i, event in enumerate(again[-100:], start=max(0, len(again) - 100) + 1):
+            tags[f"restart_{i:03}"] = f"step {event.step}: {event.text}"
+        return tags
+
+    def _why_started(self, earlier: list[Event]) -> str:
+        """Why this is not the run's first start; empty if it is."""
+        if not any(event.kind == "started" for event in earlier):
+            return ""
+        last = earlier[-1]
+        if last.kind == "submitted":
+            return "submitted again"
+        if last.kind == "finished":
+            return "started once more after its end"
+        # What the process guessed when it was stopped, and what Slurm says of it afterwards.
+        if last.kind == "started":
+            return self.place.why_ended() or "ended without a word"
+        if "from outside" in last.text:
+            account = self.place.why_ended()
+            name = last.text.partition(" ")[0]
+            if account and (name == "SIGTERM" or account == "preempted"):
+                return f"{account} ({name})"
+        return last.text
+
+    def _end(self, status: int) -> int:
+        """What comes after training: nothing, another start, or the end of a stopped run."""
+        number = status - 128
+        if number <= 0:
+            self._note("finished" if status == 0 else "failed")
+            return status
+        if not self.is_first:
+            # Rank 0 decides: srun ends all processes when one reports a failure, and rank 0 may
+            # still have something to write.
+            return 0
+        why = self.place.why_stopped(number)
+        self._note("stopped", why)
+        if number not in RESTART_AFTER:
+            return status
+        if self.place.was_cancelled():
+            # Slurm would requeue it nevertheless.
+            print("the job was cancelled meanwhile; all is saved", file=sys.stderr, flush=True)
+            assert self.config is not None
+            history.announce(self.config, "KILLED", {})
+            return status
+        print(f"{why}: all is saved, the job is started again", file=sys.stderr, flush=True)
+        return self.place.start_again()
+
+    def _end_failed(self, status: int, why: str) -> int:
+        """Write a failure down, on rank 0, while srun ends the others, and this process soon."""
+        if self.is_first:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self._note("failed", why)
+            if self.config is not None:
+                history.announce(self.config, "FAILED", {})
+        return status
+
+    def _note(self, kind: str, text: str = "") -> None:
+        if self.is_first:
+            step = history.saved_step(self.run_dir)
+            event = Event(kind, self.place.job, self.place.restart, step, text)
+            history.note(self.run_dir, event)
+
+    def _on_failure(self, error: Exception) -> None:
+        """Called where the error was raised, while the other processes still wait for this one.
+
+        A crashed node is first seen as a lost connection. If the job ended with that, Slurm, which
+        takes minutes to miss a node, would count it as failed; if it still runs when Slurm does, it
+        is started again on other nodes.
+        """
+        silent = self.place.silent_hosts()
+        if silent:
+            text = f"a node failed: {', '.join(silent)} does not answer"
+            self._note("stopped", text)
+            print(f"{text}; waiting for Slurm to start the job again", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            end = time.monotonic() + NODE_PATIENCE
+            while silent and time.monotonic() < end:
+                time.sleep(5)
+                silent = self.place.silent_hosts()
+        if isinstance(error, PeerFailed):
+            # This process ends without a further word.
+            self._note("failed", str(error))
+        self._write_failure(error)
+
+    def _write_failure(self, error: Exception) -> None:
+        place = self.place
+        known = isinstance(error, UserError | ModuleNotFoundError)
+        text = f"error: {error}" if known else "".join(traceback.format_exception(error))
+        where = f"rank {place.rank} on {os.uname().nodename}:"
+        key = (place.job, place.restart, place.rank)
+        if not (self.log / f"failure-{place.job}.{place.restart}-{place.rank}.txt").exists():
+            history.write_failure(self.log, *key, f"{where}\n{text}")
+
+    def _show_first_failure(self) -> None:
+        """In rank 0's log, which people read first, ahead of its own complaint."""
+        text = history.first_failure(self.log, self.place.job, self.place.restart)
+        if self.is_first and text and not text.startswith("rank 0 "):
+            print(f"the first to fail was {text}\n", file=sys.stderr, flush=True)

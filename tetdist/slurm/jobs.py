@@ -1,0 +1,122 @@
+"""What Slurm says of a job: in the queue, or how it ended."""
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tetdist.errors import UserError
+from tetdist.slurm import history
+
+
+@dataclass(frozen=True)
+class State:
+    """Of a job.
+
+    Attributes:
+        name: RUNNING, PENDING, COMPLETED, FAILED, ... in Slurm's words; ``unknown`` of a job that
+            Slurm has forgotten.
+        text: Where it runs, why it waits, how it ended.
+    """
+
+    name: str
+    text: str
+    is_queued: bool
+
+
+def is_here() -> bool:
+    """Whether this machine can submit jobs."""
+    return shutil.which("sbatch") is not None and shutil.which("srun") is not None
+
+
+def state_of(job: str) -> State:
+    """Ask Slurm.
+
+    Raises:
+        UserError: It does not answer.
+    """
+    return states_of([job])[job]
+
+
+def states_of(jobs: Sequence[str]) -> dict[str, State]:
+    """Ask Slurm about several jobs at once, since it serves many.
+
+    Raises:
+        UserError: It does not answer.
+    """
+    if not jobs:
+        return {}
+    states = _in_the_queue(jobs)
+    gone = [job for job in jobs if job not in states]
+    return states | (_ended(gone) if gone else {})
+
+
+def _in_the_queue(jobs: Sequence[str]) -> dict[str, State]:
+    # -r: a line for each task of an array, also while they wait together.
+    command = ("squeue", "-h", "-r", "-j", ",".join(jobs), "-o", "%i|%T|%r|%N|%M|%l|%S")
+    status, output, errors = _ask(*command)
+    # A single job that has left the queue long ago is an error to squeue.
+    if status != 0 and "Invalid job id" not in errors:
+        raise UserError(f"Slurm does not answer: {errors.strip() or 'squeue failed'}")
+    states: dict[str, State] = {}
+    for line in output.splitlines() if status == 0 else ():
+        job, name, reason, nodes, elapsed, limit, start = line.split("|")
+        if nodes:
+            text = f"on {nodes}, for {elapsed} of {limit}"
+        else:
+            text = f"waiting: {reason}" + (f", may start {start}" if start != "N/A" else "")
+        states[job] = State(name, text, is_queued=True)
+    return states
+
+
+def _ended(jobs: Sequence[str]) -> dict[str, State]:
+    unknown = State("unknown", "Slurm does not know the job any more", is_queued=False)
+    states = dict.fromkeys(jobs, unknown)
+    command = ("sacct", "-X", "-n", "-P", "-j", ",".join(jobs), "-o", "JobID,State,ExitCode,End")
+    status, output, _ = _ask(*command)
+    for line in output.splitlines() if status == 0 else ():
+        job, name, exit_code, end = line.split("|")
+        states[job] = State(name.split()[0], f"exit status {exit_code}, {end}", is_queued=False)
+    return states
+
+
+def refuse_if_queued(run_dir: Path) -> None:
+    """Two jobs must not train in one folder.
+
+    Raises:
+        UserError: One is queued or runs.
+    """
+    submission = history.newest_submission(run_dir)
+    if submission is None or submission.job == history.LOCAL:
+        return
+    state = state_of(submission.job)
+    if state.is_queued:
+        raise UserError(
+            f"{run_dir} is queued already, as job {submission.job} ({state.name}): watch it with "
+            f"`launch/slurm.py status {run_dir}`, end it with `launch/slurm.py cancel {run_dir}`, "
+            "or give this run another name=..."
+        )
+
+
+def cancel(job: str) -> None:
+    """Have Slurm end a job; a running one saves first.
+
+    Raises:
+        UserError: Slurm does not take it.
+    """
+    status, _, errors = _ask("scancel", job)
+    if status != 0:
+        raise UserError(f"Slurm does not cancel job {job}: {errors.strip()}")
+
+
+def _ask(*command: str) -> tuple[int, str, str]:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"there is no Slurm here (no {command[0]} on the PATH): run this on a login node"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"Slurm does not answer: {command[0]} took more than 60 s") from error
+    return done.returncode, done.stdout.strip(), done.stderr

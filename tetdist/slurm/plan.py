@@ -1,0 +1,277 @@
+"""What a run will take: steps, images, checkpoints, and, from a measured speed, hours.
+
+The model of communication. All processes average the gradient once a step, in float32, after the
+last micro-batch, so nothing of it hides behind computing. For P parameters, g processes on each of
+n nodes and rings within and between the nodes, it takes
+
+    4 P * 2 (g - 1) / g / link_in_node  +  4 P * 2 (n - 1) / n / link_between_nodes
+
+seconds (links in bytes a second). A step's computing is its share of the micro-batches at the
+measured speed; T timesteps cost T times one. Evaluations run at three times the training speed.
+Loading data is taken to keep up.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tetdist.config.schema import RunConfig
+from tetdist.data import order
+from tetdist.errors import UserError
+from tetdist.slurm.cluster import RESTART_MINUTES, ClusterSection
+from tetdist.training.schedule import place
+
+EVALUATION_SPEED = 3.0  # forward only, against forward and backward
+TABLE_NODES = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast one process trains.
+
+    Attributes:
+        images_per_s: Of one process alone.
+        timesteps: T of the measurement.
+    """
+
+    images_per_s: float
+    timesteps: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes, whatever the speed.
+
+    Attributes:
+        micro_batches: Of a step, over all processes.
+        steps_per_epoch: Optimiser steps.
+        first_step, last_step: Of the run; the first is not 0 where it begins with a later phase.
+        evaluations: Of the whole validation split.
+        train_images, val_images: In the data set.
+        parameters: Of the model.
+        checkpoint_bytes: Of one.
+    """
+
+    config: RunConfig
+    cluster: ClusterSection
+    micro_batches: int
+    steps_per_epoch: int
+    first_step: int
+    last_step: int
+    evaluations: int
+    train_images: int
+    val_images: int
+    parameters: int
+    checkpoint_bytes: int
+
+    @property
+    def steps(self) -> int:
+        return self.last_step - self.first_step
+
+    @property
+    def images(self) -> int:
+        return self.steps * self.config.batch.global_
+
+    @property
+    def average_bytes(self) -> int:
+        """What the processes average at each step."""
+        return 4 * self.parameters
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One size of job.
+
+    Attributes:
+        hours: Of computing, without waiting in a queue.
+        communication: Share of a training step.
+        periods: Time limits that it takes.
+    """
+
+    nodes: int
+    processes: int
+    hours: float
+    gpu_hours: float
+    communication: float
+    periods: int
+    images_per_s: float
+
+
+def make(
+    config: RunConfig,
+    cluster: ClusterSection,
+    *,
+    train_images: int,
+    val_images: int,
+    parameters: int,
+    buffers: int,
+) -> Plan:
+    """The plan of a run; ``buffers`` are the model's numbers that are not parameters.
+
+    Raises:
+        UserError: The processes cannot share a step, or an epoch has no step.
+    """
+    batch = config.batch
+    order.rank_micro_batches(0, cluster.processes, batch.global_, batch.micro)
+    per_epoch = order.steps_per_epoch(train_images, batch.global_)
+    phases = place(config.phases, per_epoch)
+    end = phases[-1].end_step
+    last_step = min(end, config.max_steps or end)
+    first_step = phases[config.start_phase].first_step
+    every = config.evaluate_every * per_epoch
+    # Adam keeps two numbers a parameter, SGD's momentum one.
+    moments = max(1 if p.optimizer.kind == "sgd" else 2 for p in config.phases)
+    return Plan(
+        config=config,
+        cluster=cluster,
+        micro_batches=batch.global_ // batch.micro,
+        steps_per_epoch=per_epoch,
+        first_step=first_step,
+        last_step=last_step,
+        evaluations=math.ceil((last_step - first_step) / every),
+        train_images=train_images,
+        val_images=val_images,
+        parameters=parameters,
+        checkpoint_bytes=4 * (parameters * (1 + moments) + buffers),
+    )
+
+
+def cost(plan: Plan, speed: Speed, nodes: int) -> Cost | None:
+    """What the run takes on so many nodes; None where its micro-batches cannot be shared so."""
+    cluster, batch = plan.cluster, plan.config.batch
+    in_node = cluster.processes_per_node
+    processes = nodes * in_node
+    if plan.micro_batches % processes:
+        return None
+    communication = communication_seconds(plan.average_bytes, nodes, in_node, cluster)
+    share = batch.global_ / processes
+    training = evaluating = waiting = 0.0
+    for phase in place(plan.config.phases, plan.steps_per_epoch)[plan.config.start_phase :]:
+        steps = max(0, min(phase.end_step, plan.last_step) - phase.first_step)
+        rate = speed.images_per_s * speed.timesteps / phase.section.timesteps
+        training += steps * share / rate
+        waiting += steps * communication
+        part = plan.evaluations * steps / plan.steps
+        evaluating += part * plan.val_images / processes / (rate * EVALUATION_SPEED)
+    seconds = training + evaluating + waiting
+    stretch = cluster.minutes * 60 - cluster.warn_before_end - RESTART_MINUTES * 60
+    return Cost(
+        nodes=nodes,
+        processes=processes,
+        hours=seconds / 3600,
+        gpu_hours=seconds / 3600 * nodes * (cluster.gpus_per_node or 0),
+        communication=waiting / (training + waiting),
+        periods=max(1, math.ceil(seconds / stretch)) if stretch > 0 else 0,
+        images_per_s=plan.images / (training + waiting),
+    )
+
+
+def communication_seconds(
+    num_bytes: int, nodes: int, in_node: int, cluster: ClusterSection
+) -> float:
+    """Seconds to average ``num_bytes`` over all processes, by the model at the top."""
+    inside = 2 * (in_node - 1) / in_node * num_bytes / (cluster.link_in_node * 1e9)
+    between = 2 * (nodes - 1) / nodes * num_bytes / (cluster.link_between_nodes * 1e9)
+    return inside + between
+
+
+def read_speed(images_per_s: float | None, file: str | None, config: RunConfig) -> Speed | None:
+    """The speed of one process from the flags; None if neither was given.
+
+    A benchmark's file is a JSON object with ``images_per_s`` and, if they are not 1 and the
+    configuration's, ``processes`` that reached it together and ``timesteps``.
+
+    Raises:
+        UserError: The file is not of a benchmark.
+    """
+    timesteps = config.phases[0].timesteps
+    if images_per_s is not None:
+        if not 0 < images_per_s < math.inf:
+            raise UserError(f"--images-per-s: {images_per_s:g} must be above 0")
+        return Speed(images_per_s, timesteps)
+    if file is None:
+        return None
+    try:
+        values = json.loads(Path(file).read_text())
+        return _speed_of(values, timesteps)
+    except OSError as error:
+        raise UserError(f"--benchmark: {file} cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"--benchmark: {file} does not give images_per_s as a number above 0 ({error!r})"
+        ) from error
+
+
+def _speed_of(values: Any, timesteps: int) -> Speed:
+    rate = float(values["images_per_s"]) / int(values.get("processes", 1))
+    if not 0 < rate < math.inf:
+        raise ValueError(rate)
+    return Speed(rate, int(values.get("timesteps", timesteps)))
+
+
+# --- as text --------------------------------------------------------------------------------------
+
+
+def describe(plan: Plan, speed: Speed | None) -> str:
+    """The plan as a person reads it."""
+    config, cluster = plan.config, plan.cluster
+    per_process = plan.micro_batches // cluster.processes
+    kept = config.save.keep_last + 1
+    phases = config.phases[config.start_phase :]
+    timesteps = " then ".join(str(phase.timesteps) for phase in phases)
+    epochs = " + ".join(str(phase.epochs) for phase in phases)
+    devices = f"{cluster.gpus_per_node} GPUs" if cluster.gpus_per_node else "no GPU"
+    lines = [
+        f"processes    {cluster.processes}: {cluster.nodes} nodes x {cluster.processes_per_node} "
+        f"({devices} a node)",
+        f"a step       {config.batch.global_} images in {plan.micro_batches} micro-batches of "
+        f"{config.batch.micro}, {per_process} a process",
+        f"steps        {plan.steps_per_epoch} an epoch, {plan.steps} in all ({epochs} epochs)",
+        f"images       {plan.images} to train on ({plan.train_images} in the split), "
+        f"{plan.evaluations} evaluations of {plan.val_images}; T = {timesteps}",
+        f"model        {plan.parameters / 1e6:.2f} million parameters",
+        f"checkpoints  {_size(plan.checkpoint_bytes)} each, {kept} kept: "
+        f"{_size(kept * plan.checkpoint_bytes)}",
+        f"time limit   {cluster.time}; saves and goes on {cluster.warn_before_end} s before it",
+    ]
+    if speed is None:
+        lines.append("hours        unknown: give --images-per-s or --benchmark FILE")
+        return "\n".join(lines)
+    own = cost(plan, speed, cluster.nodes)
+    assert own is not None, "make() has checked it"
+    lines += [
+        f"hours        {own.hours:.1f}, GPU-hours {own.gpu_hours:.0f}, time limits {_periods(own)} "
+        f"({own.images_per_s:.0f} images/s)",
+        "",
+        f"By size, from {speed.images_per_s:g} images/s a process at T={speed.timesteps}, "
+        f"{_size(plan.average_bytes)} averaged a step over {cluster.link_in_node:g} GB/s in a node",
+        f"and {cluster.link_between_nodes:g} GB/s between nodes, none of it hidden; "
+        f"{RESTART_MINUTES:g} minutes a restart:",
+        "",
+        "nodes  processes  images/s    hours  GPU-hours  averaging  time limits",
+    ]
+    for nodes in sorted({*TABLE_NODES, cluster.nodes}):
+        row = cost(plan, speed, nodes)
+        count = nodes * cluster.processes_per_node
+        if row is None:
+            lines.append(
+                f"{nodes:5}  {count:9}  {plan.micro_batches} micro-batches cannot be shared equally"
+            )
+            continue
+        lines.append(
+            f"{nodes:5}  {count:9}  {row.images_per_s:8.0f}  {row.hours:7.1f}  "
+            f"{row.gpu_hours:9.0f}  {100 * row.communication:7.1f} %  {_periods(row):>11}"
+        )
+    return "\n".join(lines)
+
+
+def _periods(cost: Cost) -> str:
+    return str(cost.periods) if cost.periods else "too short"
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < 1e6:
+        return f"{num_bytes / 1e3:.1f} kB"
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.2f} GB"

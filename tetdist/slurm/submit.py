@@ -1,0 +1,399 @@
+"""From a configuration to a queued job: check, write down, copy the code, submit."""
+
+import itertools
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from tetdist.config import schema as configuration
+from tetdist.config.schema import RunConfig
+from tetdist.data.index import Index
+from tetdist.distributed.world import World
+from tetdist.errors import UserError
+from tetdist.slurm import batch, history, plan, snapshot, status
+from tetdist.slurm.cluster import ClusterSection
+from tetdist.slurm.history import Event, Submission
+from tetdist.slurm.job import Job
+from tetdist.slurm.jobs import is_here, refuse_if_queued, states_of
+from tetdist.slurm.plan import Plan
+from tetdist.tracking import mlflow_follower
+from tetdist.training.run_folder import RunFolder, make_model, open_data
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has passed every check which can be made before it is submitted."""
+
+    config: RunConfig
+    cluster: ClusterSection
+    plan: Plan
+    index: Index
+    world: World
+
+
+def prepare(
+    config: RunConfig, cluster: ClusterSection, after: Sequence[Path | str] = ()
+) -> Prepared:
+    """Check configuration, data, model and the batch arithmetic, as the run itself will.
+
+    Args:
+        config: The run's.
+        cluster: The facts.
+        after: Runs that are finished before this one begins; what it takes from them need not be
+            there yet.
+
+    Raises:
+        UserError: One of them is not right.
+    """
+    if not after:
+        _check_inputs(config)
+    # Now, since the run's folder says it, too, and the job runs in another one.
+    config = _with_absolute_paths(config)
+    world = World(0, cluster.processes, torch.device("cpu"), control=None)
+    train_index, val_index = open_data(config, world)
+    model = make_model(config, train_index)
+    parameters = sum(p.numel() for p in model.parameters())
+    made = plan.make(
+        config,
+        cluster,
+        train_images=len(train_index),
+        val_images=len(val_index),
+        parameters=parameters,
+        buffers=sum(b.numel() for b in model.buffers()),
+    )
+    return Prepared(config, cluster, made, train_index, world)
+
+
+def _check_inputs(config: RunConfig) -> None:
+    has_begun = history.saved_step(config.run_dir) > 0
+    values = configuration.flatten(config.as_dict())
+    for key in configuration.PATH_KEYS:
+        path = values.get(key)
+        if (
+            path is None
+            or path.startswith(configuration.TIMM)
+            or (has_begun and key == "init_checkpoint")
+        ):
+            continue
+        if not Path(path).exists():
+            raise UserError(
+                f"{key}: there is no {path}; if a queued run is to leave it there, submit this one "
+                "with --after RUN"
+            )
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    values = config.as_dict()
+    for key in configuration.PATH_KEYS:
+        *sections, last = key.split(".")
+        section = values
+        for name in sections:
+            section = section[name]
+        if section[last] is not None:
+            section[last] = configuration.absolute_path(section[last])
+    return configuration.parse(values, config.name, warn=False)
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The configuration of the job, which runs in another folder, again and again.
+
+    ``resume`` becomes auto: whether the run may exist is asked once, when it is submitted.
+    """
+    values = config.as_dict()
+    values["runs_dir"] = str(Path(config.runs_dir).absolute())
+    values["data"]["root"] = str(Path(config.data.root).absolute())
+    if config.data.index:
+        values["data"]["index"] = str(Path(config.data.index).absolute())
+    values["cluster"], values["resume"] = {}, "auto"
+    return configuration.parse(values, config.name, warn=False)
+
+
+def combinations(sweep: list[str]) -> list[list[str]]:
+    """Every combination of ``key=a,b,...`` items as a list of overrides.
+
+    Raises:
+        UserError: An item is not of this form.
+    """
+    choices: list[list[str]] = []
+    for item in sweep:
+        key, separator, text = item.partition("=")
+        values = _split(text)
+        if not separator or not key or not all(values):
+            raise UserError(f"--sweep: {item!r} is not of the form key=value,value,...")
+        choices.append([f"{key}={value}" for value in values])
+    return [list(each) for each in itertools.product(*choices)]
+
+
+def _split(text: str) -> list[str]:
+    """At commas, but not at those in brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def sweep_names(name: str, sweep: list[str]) -> list[str]:
+    """A run's name for each of the combinations: NAME_seed-0_kind-tet."""
+    varied = [item.partition("=")[0] for item in sweep if len(_split(item.partition("=")[2])) > 1]
+    names: list[str] = []
+    for overrides in combinations(sweep):
+        pairs = [override.split("=", 1) for override in overrides]
+        parts = [f"{k.split('.')[-1]}-{v}".replace("/", "-") for k, v in pairs if k in varied]
+        names.append("_".join([name, *parts]))
+    if len(set(names)) < len(names):
+        raise UserError("--sweep: two of its runs are the same; name each value once")
+    return names
+
+
+# --- submission -----------------------------------------------------------------------------------
+
+
+def submit(
+    runs: list[Prepared], name: str, code: Path | None = None, after: Sequence[Path] = ()
+) -> list[Submission]:
+    """Queue one run, or several as an array; returns what was submitted.
+
+    Args:
+        runs: Checked; of one cluster and size.
+        name: Of the job; for several runs, of the MLflow run above them, too.
+        code: Run this copy of the code, say of an earlier submission, instead of a new one.
+        after: Folders of runs that have to be finished first.
+
+    Raises:
+        UserError: A run is queued already or its folder is in use, one of ``after`` will not be
+            finished, or there is no Slurm.
+    """
+    if not is_here():
+        raise UserError(
+            "there is no Slurm here (no sbatch on the PATH): run this on a login node, or use "
+            "--dry-run to look at the job, or --local N to train here"
+        )
+    depends_on = jobs_to_wait_for(after)
+    for run in runs:
+        refuse_if_queued(run.config.run_dir)
+        _claim(run)
+    parent = _announce_parent(runs, name) if len(runs) > 1 else None
+    folder = history.next_submission(_home(runs, name))
+    code = code or copy_code(folder / "code")
+    jobs: list[Job] = []
+    for run in runs:
+        _announce(run, "SCHEDULED", {"mlflow.parentRunId": parent} if parent else {})
+        jobs.append(_job(run, folder, code))
+    cluster = runs[0].cluster
+    values = batch.parameters(name, cluster, code, depends_on)
+    try:
+        submissions = _submit_once(runs, jobs, values, folder, after)
+    except UserError:
+        for run in runs:
+            _announce(run, "KILLED", {})
+        raise
+    for run, submission in zip(runs, submissions, strict=True):
+        _announce(run, None, {"slurm_job": submission.job})
+    return submissions
+
+
+def _submit_once(
+    runs: list[Prepared],
+    jobs: list[Job],
+    values: dict[str, Any],
+    folder: Path,
+    after: Sequence[Path],
+) -> list[Submission]:
+    """Submit unless somebody else has just done so."""
+    with ExitStack() as locks:
+        for run in runs:
+            locks.enter_context(history.submitting(run.config.run_dir))
+            refuse_if_queued(run.config.run_dir)
+        ids = batch.submit(jobs, values, folder)
+        submissions: list[Submission] = []
+        for run, job, job_id in zip(runs, jobs, ids, strict=True):
+            submission = _submission(run, job, job_id, after)
+            # Before the lock is given up, so that the next one sees it.
+            history.write_submission(Path(job.config).parent, submission)
+            history.note(run.config.run_dir, Event("submitted", job_id))
+            submissions.append(submission)
+        if len(runs) > 1:
+            history.write_sweep(folder, [run.config.run_dir for run in runs])
+    return submissions
+
+
+def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
+    """The jobs of those runs that are not finished yet.
+
+    Raises:
+        UserError: One will not be finished, because it is not queued.
+    """
+    submissions = {run: status.submission_of(run) for run in runs}
+    states = states_of([s.job for s in submissions.values() if s.job != history.LOCAL])
+    jobs: list[str] = []
+    for run, submission in submissions.items():
+        state = states.get(submission.job)
+        if state is not None and state.is_queued:
+            jobs.append(submission.job)
+        elif history.saved_step(run) < submission.last_step:
+            raise UserError(
+                f"--after: {run} is neither finished nor queued; submit it first, or continue it "
+                f"with `launch/slurm.py resume {run}`"
+            )
+    return jobs
+
+
+def _home(runs: list[Prepared], name: str) -> Path:
+    """The folder of the run, or of a sweep."""
+    return runs[0].config.run_dir if len(runs) == 1 else Path(runs[0].config.runs_dir) / name
+
+
+def _claim(run: Prepared) -> None:
+    """Make the run's folder, or see that it is of this very run and not in use."""
+    # Its lock is given up when this function ends, for the job to take.
+    RunFolder(run.config, run.index, run.world)
+
+
+def copy_code(target: Path) -> Path:
+    """A copy of the project's code for jobs to run."""
+    git = snapshot.take(target)
+    print(f"code      {snapshot.describe(git)}, copied to {target}")
+    return target
+
+
+def _job(run: Prepared, folder: Path, code: Path) -> Job:
+    """Writes the job's configuration down; in a sweep each run has a folder for that."""
+    run_dir, cluster = run.config.run_dir, run.cluster
+    own = folder if folder.is_relative_to(run_dir) else history.next_submission(run_dir)
+    file = own / "config.yaml"
+    file.write_text(absolute(run.config).as_yaml())
+    return Job(
+        run_dir=str(run_dir.absolute()),
+        config=str(file.absolute()),
+        code=str(code.absolute()),
+        log=str(folder.absolute()),
+        give_up_after=cluster.give_up_after,
+        warn_before_end=cluster.warn_before_end,
+        interface=cluster.interface,
+    )
+
+
+def _submission(run: Prepared, job: Job, job_id: str, after: Sequence[Path] = ()) -> Submission:
+    return Submission(
+        job=job_id,
+        run_dir=job.run_dir,
+        config=job.config,
+        code=job.code,
+        log=job.log,
+        cluster=run.cluster.model_dump(mode="json"),
+        last_step=run.plan.last_step,
+        steps_per_epoch=run.plan.steps_per_epoch,
+        global_batch=run.config.batch.global_,
+        time=round(time.time(), 3),
+        after=[str(path.absolute()) for path in after],
+    )
+
+
+# --- MLflow ---------------------------------------------------------------------------------------
+
+
+def _announce(run: Prepared, status: str | None, tags: dict[str, str]) -> None:
+    history.announce(run.config, status, tags)
+
+
+def _announce_parent(runs: list[Prepared], name: str) -> str | None:
+    """A run in MLflow under which those of a sweep are."""
+    tags = {"sweep": ", ".join(run.config.name for run in runs)}
+    return history.announce_parent(runs[0].config, _home(runs, name), name, tags)
+
+
+def where_to_look(config: RunConfig) -> str | None:
+    """Address of the run in MLflow, or the command that shows it."""
+    uri, id_file = config.tracking_uri, config.run_dir / "mlflow_run_id"
+    if uri is None:
+        return None
+    address = (
+        mlflow_follower.run_address(uri, id_file.read_text().strip()) if id_file.exists() else None
+    )
+    return address or mlflow_follower.ui_command(uri)
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+
+def farewell(submission: Submission, config: RunConfig) -> str:
+    """What a person needs after submitting."""
+    run_dir = shlex.quote(str(config.run_dir))
+    program = f"{Path(sys.executable).name} launch/slurm.py"
+    lines = [
+        f"submitted job {submission.job}: {config.run_dir}",
+        f"  log     {submission.log_file}",
+        f"  watch   {program} status {run_dir} --follow",
+        f"  stop    {program} cancel {run_dir}",
+        f"  resume  {program} resume {run_dir}",
+    ]
+    look = where_to_look(config)
+    if look:
+        lines.insert(2, f"  MLflow  {look}")
+    return "\n".join(lines)
+
+
+def dry_run(
+    runs: list[Prepared], name: str, speed: plan.Speed | None, after: Sequence[str] = ()
+) -> str:
+    """The batch script, the configuration and the plan; nothing is written."""
+    first = runs[0]
+    folder = _home(runs, name).absolute() / "slurm" / "submission-N"
+    # Nobody is asked for the jobs: they need not be there yet.
+    depends_on = [f"JOB_OF_{Path(run).name}" for run in after]
+    values = batch.parameters(name, first.cluster, folder / "code", depends_on)
+    config = absolute(first.config).as_dict() | {"cluster": first.cluster.model_dump(mode="json")}
+    parts = [
+        "# --- batch script",
+        batch.text(values, folder, len(runs)),
+        "# --- configuration" + (f" of the first of {len(runs)} runs" if len(runs) > 1 else ""),
+        yaml.safe_dump(config, sort_keys=False),
+        "# --- plan" + (f" of each of the {len(runs)} runs" if len(runs) > 1 else ""),
+        plan.describe(first.plan, speed),
+    ]
+    if len(runs) > 1:
+        parts.append("\nruns  " + "\n      ".join(run.config.name for run in runs))
+    return "\n".join(parts)
+
+
+# --- without Slurm --------------------------------------------------------------------------------
+
+
+def run_here(run: Prepared) -> int:
+    """The job on this machine, in as many processes as the cluster section says; exit status."""
+    from tetdist.slurm import local
+
+    if is_here():
+        refuse_if_queued(run.config.run_dir)
+    _claim(run)
+    folder = history.next_submission(run.config.run_dir)
+    code = copy_code(folder / "code")
+    _announce(run, "SCHEDULED", {})
+    job = _job(run, folder, code)
+    history.write_submission(folder, _submission(run, job, history.LOCAL))
+    history.note(run.config.run_dir, Event("submitted", history.LOCAL))
+    return local.run_here(job, run.cluster.processes)
+
+
+def config_of(submission: Submission) -> RunConfig:
+    """The configuration that a job was submitted with."""
+    file = Path(submission.config)
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file} cannot be read ({error}); submit the run again with --config"
+        ) from error
+    return configuration.parse(values, str(file), warn=False)

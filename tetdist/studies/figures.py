@@ -1,0 +1,137 @@
+"""The picture of a study: accuracy at every test T, loss along training, differences."""
+
+import colorsys
+import itertools
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tetdist.reports.curves import QUIET, SERIES, finish, new_figure
+
+if TYPE_CHECKING:
+    from tetdist.studies.report import Numbers
+
+
+def draw(numbers: "Numbers") -> Any:
+    """The figure.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    compared = [entry for entry in numbers.entries if numbers.difference(entry, _last)]
+    figure = new_figure(15 if compared else 10.4, 4.8)
+    axes = figure.subplots(1, 3 if compared else 2)
+    styles = styles_of(numbers)
+    _timesteps(axes[0], numbers, styles)
+    _loss(axes[1], numbers, styles)
+    if compared:
+        _differences(axes[2], numbers, compared, styles)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.suptitle(numbers.study.title, fontsize=13, fontweight="bold")
+    return figure
+
+
+def styles_of(numbers: "Numbers") -> dict[str, dict[str, Any]]:
+    """Colour and dashes of every entry.
+
+    The control of one entry has that one's colour, dashed. That of several entries is grey, any
+    further such has a colour of its own.
+    """
+    entries = numbers.study.entries
+    controls = [entry.control for entry in entries.values() if entry.control is not None]
+    colours = _colours()
+    styles = {
+        name: {"color": next(colours), "linestyle": "-"} for name in entries if name not in controls
+    }
+    of_several = itertools.chain([QUIET], colours)
+    for control in dict.fromkeys(controls):
+        served = [name for name, entry in entries.items() if entry.control == control]
+        shared = len(served) > 1 or served[0] in controls
+        colour = next(of_several) if shared else styles[served[0]]["color"]
+        styles[control] = {"color": colour, "linestyle": (0, (4, 2))}
+    return styles
+
+
+def _colours() -> Iterator[str]:
+    """As many as are asked for, no two alike."""
+    yield from SERIES
+    # Steps of the golden ratio do not come back to a hue.
+    for i in itertools.count():
+        channels = colorsys.hls_to_rgb(i * 0.618034 % 1, 0.4, 0.6)
+        yield "#" + "".join(f"{round(channel * 255):02x}" for channel in channels)
+
+
+def _last(result: Any) -> float:
+    return float(result.top1)
+
+
+def _timesteps(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]]) -> None:
+    """Mean over seeds as a line, its standard deviation as a band; a ring at the T of training."""
+    timesteps = list(numbers.study.test_timesteps)
+    for entry in numbers.entries:
+        points = [numbers.at(entry, t) for t in timesteps]
+        means = np.array([point.mean for point in points])
+        stds = np.nan_to_num([point.std for point in points])
+        axis.plot(timesteps, means, marker="o", markersize=3.5, label=entry, **styles[entry])
+        low, high = np.clip([means - stds, means + stds], 0, 100)
+        colour = styles[entry]["color"]
+        axis.fill_between(timesteps, low, high, color=colour, alpha=0.12, lw=0)
+        trained = numbers.timesteps(entry)
+        if trained in timesteps:
+            axis.plot(
+                trained,
+                means[timesteps.index(trained)],
+                "o",
+                markersize=10,
+                markerfacecolor="none",
+                markeredgecolor=colour,
+            )
+    axis.set_xticks(timesteps)
+    axis.set_xlabel("T of the test (ring: of training)")
+    finish(axis, "Accuracy at every T", "top-1 (%)", legend=False)
+
+
+def _loss(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]]) -> None:
+    for entry in numbers.entries:
+        curves = [result.curve for result in numbers.of(entry)]
+        shortest = min(map(len, curves))
+        losses = np.array([[loss for _, loss, _ in curve[:shortest]] for curve in curves])
+        before = numbers.epochs_before(entry)
+        epochs = [before + epoch for epoch, _, _ in curves[0][:shortest]]
+        marker = "o" if shortest == 1 else None
+        axis.plot(epochs, losses.mean(0), marker=marker, **styles[entry])
+        axis.fill_between(
+            epochs, losses.min(0), losses.max(0), color=styles[entry]["color"], alpha=0.12, lw=0
+        )
+    # It falls fast at first, and what matters is at the end.
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="y", which="minor", labelsize=7)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    continued = any(map(numbers.epochs_before, numbers.entries))
+    meaning = "with those of what it began with; band" if continued else "band"
+    axis.set_xlabel(f"epoch ({meaning}: all seeds)")
+    finish(axis, "Loss on the validation split", "cross-entropy of the time-mean", legend=False)
+
+
+def _differences(
+    axis: Any, numbers: "Numbers", compared: list[str], styles: dict[str, dict[str, Any]]
+) -> None:
+    for row, entry in enumerate(reversed(compared)):
+        difference = numbers.difference(entry, _last)
+        assert difference is not None
+        half = 0.0 if math.isnan(difference.low) else difference.high - difference.mean
+        colour = styles[entry]["color"]
+        axis.errorbar(difference.mean, row, xerr=half, fmt="o", color=colour, capsize=4)
+    axis.axvline(0, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
+    axis.set_yticks(
+        range(len(compared)),
+        [f"{entry}\n- {numbers.study.entries[entry].control}" for entry in reversed(compared)],
+    )
+    axis.set_ylim(-0.6, len(compared) - 0.4)
+    axis.set_xlabel("points of top-1, mean and 95 % interval")
+    finish(axis, "Difference to the control, last epoch", "", legend=False)

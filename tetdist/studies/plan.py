@@ -1,0 +1,382 @@
+"""What a study file says: its entries, and the runs that they make with its seeds."""
+
+import difflib
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import yaml
+from pydantic import Field, ValidationError
+
+from tetdist import checkpoint
+from tetdist.config import schema
+from tetdist.config.schema import CONFIGS_DIR, Positive, RunConfig, Section
+from tetdist.distributed.world import World
+from tetdist.errors import UserError
+from tetdist.tracking import mlflow_follower
+from tetdist.training.run_folder import make_model, open_data
+
+PROJECT = CONFIGS_DIR.parent
+STUDIES_DIR = CONFIGS_DIR / "studies"
+EVALUATION_FILE = "test_timesteps.json"
+TEACHER_KEY = "loss.distillation.teacher"
+
+# Keys that a study sets itself, and what to do instead.
+OWN_KEYS = {
+    "seed": "put it among the study's seeds",
+    "name": "a run is called ENTRY-seedN",
+    "runs_dir": "give --output DIR instead",
+    "resume": "leave it out: a study always continues its runs",
+}
+
+
+class EntrySection(Section):
+    """One of the things compared, trained once a seed."""
+
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Dotted keys of the configuration, after those of the study."""
+    config: str | None = None
+    """Another configuration than the study's."""
+    control: str | None = None
+    """The entry that it is compared with, seed by seed."""
+    init: str | None = None
+    """The entry whose weights, of the same seed, it begins with."""
+    teacher: str | None = None
+    """The entry whose network, of the same seed, is its teacher (loss.distillation.teacher)."""
+
+
+class StudySection(Section):
+    title: str
+    question: str = ""
+    """Markdown, for the report: what is asked, and what is the same in all entries."""
+    config: str
+    """A file, or the name of one in configs/."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Dotted keys of the configuration, for all entries."""
+    test_timesteps: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """Numbers of timesteps at which every run is evaluated."""
+    entries: Annotated[dict[str, EntrySection], Field(min_length=1)]
+
+
+# Two of them are the same if they are one object.
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One entry with one seed.
+
+    Attributes:
+        control: The entry that its entry is compared with.
+        overrides: ``key=value``, all of them, for tetdist/train.py and launch/slurm.py.
+        init: The run whose weights it begins with.
+        teacher: The run whose network it learns from.
+        test_timesteps: See `StudySection`.
+    """
+
+    entry: str
+    control: str | None
+    seed: int
+    config_name: str
+    overrides: tuple[str, ...]
+    config: RunConfig
+    init: "Run | None"
+    teacher: "Run | None"
+    test_timesteps: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run_dir
+
+    @property
+    def needs(self) -> "tuple[Run, ...]":
+        """The runs that must be finished before it begins."""
+        return tuple(dict.fromkeys(run for run in (self.init, self.teacher) if run is not None))
+
+    @property
+    def log(self) -> Path:
+        return self.folder.parent / "logs" / f"{self.name}.log"
+
+    @property
+    def timesteps(self) -> int:
+        """T at the end of training."""
+        return self.config.phases[-1].timesteps
+
+    @property
+    def is_tested_beyond(self) -> bool:
+        """Whether it is evaluated at more timesteps than its own evaluations know."""
+        return self.timesteps < max(self.test_timesteps)
+
+    @property
+    def train_command(self) -> list[str]:
+        return _python("tetdist/train.py", "--config", self.config_name, *self.overrides)
+
+    @property
+    def eval_command(self) -> list[str]:
+        timesteps = ",".join(map(str, self.test_timesteps))
+        file = self.folder / EVALUATION_FILE
+        of = ["--checkpoint", str(self.folder), "--timesteps", timesteps, "--json", str(file)]
+        return _python("tools/eval.py", *of, "--threads", str(self.config.data.threads))
+
+    def next_command(self) -> list[str] | None:
+        """What is left to do, by the state on the disk; None: nothing."""
+        if not is_trained(self):
+            return self.train_command
+        return None if evaluation(self) is not None else self.eval_command
+
+
+def _python(program: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(PROJECT / program), *arguments]
+
+
+def shown(command: list[str]) -> str:
+    """A command as somebody types it in the project's folder."""
+    words = [word.removeprefix(f"{PROJECT}/") for word in command]
+    # The interpreter may be in the project's folder, too.
+    return shlex.join(["python", *words[1:]] if command[0] == sys.executable else words)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def find(name: str) -> Path:
+    """The file of a study: a path, or a name (with or without .yaml) in configs/studies/."""
+    for path in (Path(name), STUDIES_DIR / name, STUDIES_DIR / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in STUDIES_DIR.glob("*.yaml"))
+    close = difflib.get_close_matches(name.removesuffix(".yaml"), known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+    raise UserError(f"no study {name!r}, neither as a file nor in configs/studies/; {hint}")
+
+
+def read(path: Path) -> StudySection:
+    """
+    Raises:
+        UserError: The file is no study; the text says what is wrong with it.
+    """
+    try:
+        study = StudySection.model_validate_json(json.dumps(schema.read_yaml(path)))
+    except TypeError as error:
+        raise UserError(f"{path}: a value is no text, number, list or mapping ({error})") from error
+    except ValidationError as error:
+        problems = "; ".join(_explain(e) for e in schema.innermost(error.errors()))
+        raise UserError(f"{path}: {problems}") from None
+    if len(set(study.seeds)) < len(study.seeds):
+        raise UserError(f"{path}: seeds: one of {list(study.seeds)} is there twice")
+    if list(study.test_timesteps) != sorted(set(study.test_timesteps)):
+        raise UserError(
+            f"{path}: test_timesteps: {list(study.test_timesteps)} must rise, each number once"
+        )
+    for name, entry in study.entries.items():
+        others = {"control": entry.control, "init": entry.init, "teacher": entry.teacher}
+        for key, other in others.items():
+            if other is not None and (other == name or other not in study.entries):
+                known = ", ".join(known for known in study.entries if known != name)
+                raise UserError(
+                    f"{path}: entries.{name}.{key}: {other!r} is no other entry; there are {known}"
+                )
+    return study
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        section = EntrySection if error["loc"][0] == "entries" else StudySection
+        return f"unknown key {key!r}; known here are {', '.join(section.model_fields)}"
+    if error["type"] == "missing":
+        return f"{key!r} is missing"
+    return f"{key!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def runs_of(study: StudySection, output: Path, more: list[str]) -> list[Run]:
+    """All runs, seed by seed, each after those that it needs.
+
+    Args:
+        study: The study.
+        output: Their folder.
+        more: ``key=value`` for all of them, after the study's own.
+
+    Raises:
+        UserError: A configuration is wrong, or entries need each other.
+    """
+    runs: dict[tuple[str, int], Run] = {}
+
+    def add(name: str, seed: int, after: tuple[str, ...] = ()) -> Run:
+        if name in after:
+            raise UserError(
+                f"entries.{name}: init and teacher go in a circle: {' <- '.join((*after, name))}"
+            )
+        if (name, seed) not in runs:
+            entry = study.entries[name]
+            init, teacher = (
+                None if other is None else add(other, seed, (*after, name))
+                for other in (entry.init, entry.teacher)
+            )
+            runs[name, seed] = _run(study, name, seed, output, more, init, teacher)
+        return runs[name, seed]
+
+    for seed in study.seeds:
+        for name in study.entries:
+            add(name, seed)
+    return list(runs.values())
+
+
+def _run(
+    study: StudySection,
+    name: str,
+    seed: int,
+    output: Path,
+    more: list[str],
+    init: Run | None,
+    teacher: Run | None,
+) -> Run:
+    entry = study.entries[name]
+    config_name = entry.config or study.config
+    given = [f"{key}={as_text(v)}" for key, v in (study.overrides | entry.overrides).items()]
+    given += more
+    own = [f"seed={seed}", f"name={name}-seed{seed}", f"runs_dir={output}"]
+    if init is not None:
+        own.append(f"init_checkpoint={init.folder}")
+    if teacher is not None:
+        own.append(f"{TEACHER_KEY}={teacher.folder}")
+    overrides = given + own
+    try:
+        _refuse_own_keys(given, entry)
+        resolved = schema.load(config_name, overrides)
+    except UserError as error:
+        raise UserError(f"entries.{name}: {error}") from error
+    return Run(
+        entry=name,
+        control=entry.control,
+        seed=seed,
+        config_name=config_name,
+        overrides=tuple(overrides),
+        config=resolved,
+        init=init,
+        teacher=teacher,
+        test_timesteps=study.test_timesteps,
+    )
+
+
+def _refuse_own_keys(overrides: list[str], entry: EntrySection) -> None:
+    """Those that the study would override itself, without a word.
+
+    Weights and teachers from elsewhere are fine in an entry that names no other one for them.
+    """
+    own = dict(OWN_KEYS)
+    if entry.init is not None:
+        own["init_checkpoint"] = f"it begins with the weights of init, {entry.init}; leave out one"
+    if entry.teacher is not None:
+        own[TEACHER_KEY] = f"it learns from its teacher, {entry.teacher}; leave out one"
+    given: dict[str, Any] = {}
+    for override in overrides:
+        schema.apply_override(given, override)
+    for key in schema.flatten(given):
+        if key in own:
+            raise UserError(f"overrides: {key} is set by the study itself: {own[key]}")
+
+
+def as_text(value: Any) -> str:
+    """A value as an override on the command line."""
+    if isinstance(value, str):
+        return value
+    text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize)
+    return text.removesuffix("...\n").strip()
+
+
+# --- what is on the disk --------------------------------------------------------------------------
+
+
+def is_trained(run: Run) -> bool:
+    """Whether the run has reached its end, and its last checkpoint is of that step."""
+    validations = lines(run, "val")
+    if not validations:
+        return False
+    last = validations[-1]
+    epochs, most = sum(phase.epochs for phase in run.config.phases), run.config.max_steps
+    at_end = last["epoch"] >= epochs or (most is not None and last["step"] >= most)
+    return at_end and _saved_step(run) == last["step"]
+
+
+def _saved_step(run: Run) -> int | None:
+    """The last evaluated step that is in a checkpoint."""
+    checkpoints = run.folder / "checkpoints"
+    try:
+        newest = checkpoints / (checkpoints / "last").read_text().strip()
+        return int(json.loads((newest / checkpoint.STATE_FILE).read_text())["evaluated_step"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def lines(run: Run, kind: str) -> list[dict[str, Any]]:
+    """Of the run's metrics; none where it has not begun."""
+    file = run.folder / "metrics.jsonl"
+    found = mlflow_follower.read_metrics(file) if file.exists() else []
+    return [line for line in found if line["kind"] == kind]
+
+
+def evaluation(run: Run) -> list[float] | None:
+    """Top-1 of the last epoch's time-mean up to timestep 1, 2, ..., in percent.
+
+    Up to the T of training the run's own evaluation says it; beyond it, that of tools/eval.py,
+    and None while that is not there.
+    """
+    last = lines(run, "val")[-1]
+    most = max(run.test_timesteps)
+    if len(last["per_timestep_top1"]) >= most:
+        return list(last["per_timestep_top1"])
+    try:
+        values = json.loads((run.folder / EVALUATION_FILE).read_text())
+        top1 = list(values["per_timestep_top1"])
+        return top1 if values["step"] == last["step"] and len(top1) >= most else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def check_folder(run: Run) -> None:
+    """
+    Raises:
+        UserError: The run's folder holds a run of another configuration.
+    """
+    file = run.folder / "config.yaml"
+    if not file.exists():
+        return
+    try:
+        earlier = schema.parse(yaml.safe_load(file.read_text()), str(file), warn=False).as_dict()
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged; remove its folder to train the run anew") from error
+    changed = schema.differences(earlier, run.config.as_dict())
+    if changed:
+        raise UserError(
+            f"{run.folder} holds a run of another configuration: {'; '.join(changed)}. Give "
+            "another --output, or remove that folder"
+        )
+
+
+def check_inputs(runs: list[Run]) -> None:
+    """Whether each entry's data are there, and suit its network.
+
+    Raises:
+        UserError: They do not, so that all its runs would fail.
+    """
+    alone = World(0, 1, torch.device("cpu"), control=None)
+    # The same for all seeds.
+    for run in {run.entry: run for run in runs}.values():
+        root = Path(run.config.data.root)
+        if not root.is_dir():
+            raise UserError(
+                f"data.root: there is no folder {root}, which entry {run.entry} needs; the header "
+                f"of its configuration says how to make it, or set data.root=FOLDER"
+            )
+        try:
+            train_index, _ = open_data(run.config, alone)
+            make_model(run.config, train_index)
+        except UserError as error:
+            raise UserError(f"entries.{run.entry}: {error}") from error

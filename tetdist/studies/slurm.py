@@ -1,0 +1,285 @@
+"""A study's runs on a Slurm cluster: all submitted at once, each to begin after those it needs."""
+
+import argparse
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tetdist.cli import slurm
+from tetdist.config import schema as configuration
+from tetdist.config.schema import RunConfig
+from tetdist.errors import UserError
+from tetdist.slurm import history, status
+from tetdist.slurm import submit as submission
+from tetdist.slurm.cluster import ClusterSection
+from tetdist.slurm.history import Submission
+from tetdist.slurm.jobs import State, cancel, is_here, states_of
+from tetdist.studies.plan import Run, check_inputs, is_trained
+from tetdist.studies.tracking import Parent
+
+# States in which a run stays until somebody does something, and what is said of it then.
+LOST = {"failed": "failed", "cancelled": "was cancelled", "held back": "does not begin either"}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run is.
+
+    Attributes:
+        word: finished, running, queued, new, submitted (now), or one of `LOST`.
+        text: For a person.
+    """
+
+    word: str
+    text: str
+
+
+def submit(study: str, runs: list[Run], output: Path, flags: list[str], again: bool) -> int:
+    """Submit what is neither finished nor queued, and say how each run is.
+
+    Args:
+        study: Name of the study.
+        runs: Each after those that it needs.
+        output: Folder of the study.
+        flags: Of launch/slurm.py.
+        again: Submit also those that have failed or were cancelled.
+
+    Returns:
+        Exit status: 0 all are finished, running or queued; 1 some failed or begin after such.
+
+    Raises:
+        UserError: The flags are wrong, there is no Slurm, or it refuses a job.
+    """
+    if read_flags(flags, runs[0].config_name).dry_run:
+        return dry_run(runs, flags)
+    if not is_here():
+        raise UserError(
+            "there is no Slurm here (no sbatch on the PATH): run this on a login node, or leave "
+            "out --slurm to train here, or add --dry-run to look at the jobs"
+        )
+    found = ask(runs)
+    standings = decide(found, again)
+    left = {run: job_of(run, flags) for run in runs if standings[run].word == "new"}
+    check_inputs(list(left))
+    for run in runs:
+        if run in left:
+            continue
+        if standings[run].word == "held back" and history.newest_submission(run.folder):
+            history.announce(run.config, "KILLED", {})
+        print(f"{run.name}: {standings[run].text}")
+    for run in left:
+        if found[run].word == "queued":
+            _leave_queue(run)
+    if left:
+        standings |= send_all(study, left, output)
+    return farewell(standings, output)
+
+
+def read_flags(flags: list[str], config_name: str) -> argparse.Namespace:
+    """
+    Raises:
+        UserError: They are not for all runs of a study.
+    """
+    options = slurm.parse_arguments(["--config", config_name, *flags])
+    given = [name for name in ("sweep", "follow", "local", "after") if getattr(options, name)]
+    if options.config != config_name:
+        given.insert(0, "config")
+    if given:
+        raise UserError(f"--slurm: --{given[0]} is for single runs, not for a study; leave it out")
+    for override in options.overrides:
+        if not override.startswith("cluster."):
+            raise UserError(
+                f"--slurm: only flags and cluster.key=value may follow it; write {override} before "
+                "it, as a part of the study"
+            )
+    return options
+
+
+def dry_run(runs: list[Run], flags: list[str]) -> int:
+    """Show the jobs of all runs that are left; Slurm need not be there."""
+    statuses = [0]
+    for run in runs:
+        if is_trained(run):
+            print(f"# === {run.name}: finished")
+            continue
+        after = [needed for needed in run.needs if not is_trained(needed)]
+        print(f"# === {run.name}{_begins_after(after)}", flush=True)
+        dependency = [word for needed in after for word in ("--after", str(needed.folder))]
+        arguments = ["--config", run.config_name, *run.overrides, *dependency, *flags]
+        statuses.append(slurm.main(arguments))
+    return max(statuses)
+
+
+def _begins_after(needed: list[Run]) -> str:
+    return f", begins after {', '.join(run.name for run in needed)}" if needed else ""
+
+
+# --- how the runs are -----------------------------------------------------------------------------
+
+
+def ask(runs: list[Run]) -> dict[Run, Standing]:
+    """How the runs are: by Slurm first and then by their folders, as one may end meanwhile."""
+    submissions = {run: history.newest_submission(run.folder) for run in runs}
+    jobs = [s.job for s in submissions.values() if s is not None and s.job != history.LOCAL]
+    states = states_of(jobs)
+    return {
+        run: standing_of(run, submitted, states.get(submitted.job) if submitted else None)
+        for run, submitted in submissions.items()
+    }
+
+
+def refuse_if_queued(runs: list[Run]) -> None:
+    """What Slurm is to train must not be trained here meanwhile.
+
+    Raises:
+        UserError: One of the runs is queued or runs.
+    """
+    if not is_here():
+        return
+    for run, standing in ask(runs).items():
+        if standing.word in ("queued", "running") and not is_trained(run):
+            raise UserError(
+                f"{run.name} is {standing.text}; wait for it, end it with `launch/slurm.py cancel "
+                f"{run.folder}`, or report what is finished with --report-only"
+            )
+
+
+def standing_of(run: Run, submitted: Submission | None, state: State | None) -> Standing:
+    """How a run is whose newest job is in the given state."""
+    if submitted is not None and state is not None and state.is_queued:
+        text = f"{state.name} as job {submitted.job} ({state.text})"
+        if state.name == "PENDING":
+            return Standing("queued", text)
+        return Standing("running", f"{text}: {status.progress(run.folder, submitted, state)}")
+    if is_trained(run):
+        return Standing("finished", "finished")
+    if submitted is None or state is None:
+        return Standing("new", "not submitted")
+    events = history.since_submission(history.history(run.folder))
+    kinds = {event.kind for event in events}
+    if "cancelled" in kinds:
+        return Standing("cancelled", f"cancelled, job {submitted.job}")
+    if state.name in ("CANCELLED", "unknown") and "started" not in kinds:
+        # One that was to begin after another has left the queue with it, most likely, which is no
+        # failure of its own.
+        if submitted.after or state.name == "unknown":
+            return Standing("new", "not submitted")
+        return Standing("cancelled", f"cancelled in the queue, job {submitted.job}")
+    reason = status.failure_of(events, submitted) or f"{state.name}, {state.text}"
+    return Standing(
+        "failed",
+        f"failed, job {submitted.job}: {reason.splitlines()[-1]} (log: {submitted.log_file})",
+    )
+
+
+def decide(standings: dict[Run, Standing], again: bool) -> dict[Run, Standing]:
+    """The same, where ``new`` are now all that are to be submitted, and no others.
+
+    Slurm takes a moment to remove from its queue what waits for a failed job. Such a run is as one
+    that it has removed.
+
+    Args:
+        standings: Of all runs, each after those that it needs.
+        again: Whether those that have failed are to be submitted, too.
+    """
+    decided: dict[Run, Standing] = {}
+    for run, standing in standings.items():
+        if again and standing.word in LOST:
+            standing = Standing("new", "not submitted")
+        if standing.word == "queued" and any(decided[n].word == "new" for n in run.needs):
+            standing = Standing("new", "not submitted")
+        lost = [needed for needed in run.needs if decided[needed].word in LOST]
+        if standing.word in ("new", "queued") and lost:
+            reason = f"{lost[0].name} {LOST[decided[lost[0]].word]}"
+            standing = Standing("held back", f"does not begin, because {reason}")
+        decided[run] = standing
+    return decided
+
+
+# --- submission -----------------------------------------------------------------------------------
+
+
+def job_of(run: Run, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
+    """The run's configuration, and the facts of the cluster.
+
+    Raises:
+        UserError: The facts are not right, or incomplete.
+    """
+    options = slurm.parse_arguments(["--config", run.config_name, *run.overrides, *flags])
+    config = configuration.load(options.config, options.overrides)
+    return config, slurm.cluster_of(config.cluster, options)
+
+
+def _leave_queue(run: Run) -> None:
+    """Of a run whose job waits for one that has failed."""
+    submitted = history.newest_submission(run.folder)
+    assert submitted is not None
+    cancel(submitted.job)
+
+
+def send_all(
+    study: str, left: dict[Run, tuple[RunConfig, ClusterSection]], output: Path
+) -> dict[Run, Standing]:
+    """Submit the runs, each after those that it needs; all with one copy of the code.
+
+    Raises:
+        UserError: One is refused; those before it are submitted.
+    """
+    folder = history.next_submission(output)
+    code = submission.copy_code(folder / "code")
+    parent = Parent(study, list(left), output)
+    standings: dict[Run, Standing] = {}
+    try:
+        for run, facts in left.items():
+            standings[run] = send(run, *facts, code)
+            parent.tell(run, None)
+            print(f"{run.name}: {standings[run].text}", flush=True)
+    except UserError as error:
+        done = len(standings)
+        rest = f"; {done} of {len(left)} runs were submitted, the same command submits the others"
+        raise UserError(f"{run.name}: {error}{rest if done else ''}") from error
+    finally:
+        note_as_sweep(list(standings), folder)
+    return standings
+
+
+def send(run: Run, config: RunConfig, cluster: ClusterSection, code: Path) -> Standing:
+    """
+    Raises:
+        UserError: Something about the run is not right, or Slurm refuses it.
+    """
+    after = [needed for needed in run.needs if not is_trained(needed)]
+    folders = [needed.folder for needed in after]
+    prepared = submission.prepare(config, cluster, folders)
+    (done,) = submission.submit([prepared], run.name, code, folders)
+    return Standing("submitted", f"submitted as job {done.job}{_begins_after(after)}")
+
+
+def note_as_sweep(runs: list[Run], folder: Path) -> None:
+    """So that `launch/slurm.py status` and `cancel` take the study's folder for all its runs."""
+    # With those that an earlier command submitted.
+    earlier = history.newest_sweep(folder.parent.parent)
+    if everything := list(dict.fromkeys([*earlier, *(run.folder.absolute() for run in runs)])):
+        history.write_sweep(folder, everything)
+
+
+def farewell(standings: dict[Run, Standing], output: Path) -> int:
+    """Say how all of them are, and what to do next; the exit status."""
+    counts = Counter(standing.word for standing in standings.values())
+    print(f"{len(standings)} runs: {', '.join(f'{n} {word}' for word, n in counts.items())}")
+    if counts["finished"] == len(standings):
+        print("the same command without --slurm evaluates and reports")
+        return 0
+    if not any(counts[word] for word in LOST):
+        print(
+            f"`launch/slurm.py status {output}` shows them, `cancel` ends them; once all are "
+            "finished, the same command without --slurm evaluates and reports"
+        )
+        return 0
+    print(
+        "what failed or was cancelled is submitted again, from its newest checkpoint, with --again "
+        "before --slurm, and so is what begins after it",
+        file=sys.stderr,
+    )
+    return 1

@@ -1,0 +1,45 @@
+"""A study in MLflow: one run of its name, and below it all that it trains."""
+
+from pathlib import Path
+
+from tetdist.slurm import history
+from tetdist.studies.plan import Run
+
+
+class Parent:
+    """The run in MLflow below which a study's runs are.
+
+    Without MLflow, and where it does not answer, which is warned of once, it does nothing.
+    """
+
+    def __init__(self, study: str, runs: list[Run], output: Path) -> None:
+        """
+        Args:
+            study: Name of the study.
+            runs: Those that are to be told of.
+            output: Folder of the study; it keeps the id.
+        """
+        self.study = study
+        self.run_id: str | None = None
+        tracked = next((run.config for run in runs if run.config.tracking_uri is not None), None)
+        if tracked is not None:
+            self.run_id = history.announce_parent(tracked, output, study, {"study": study})
+
+    def tell(self, run: Run, status: str | None) -> None:
+        """Show a run below this one, with tags that tell what it is in the study.
+
+        Args:
+            run: One that no process trains now.
+            status: See `tetdist.tracking.announce`.
+        """
+        if self.run_id is None or run.config.tracking_uri is None:
+            return
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return  # The run itself says what is in its way.
+        tags = {"mlflow.parentRunId": self.run_id, "study": self.study}
+        tags |= {"entry": run.entry, "seed": str(run.seed)}
+        if run.control is not None:
+            tags["control"] = run.control
+        history.announce(run.config, status, tags)

@@ -1,0 +1,1 @@
+"""What a run tells of itself: its metrics file, MLflow, progress."""

@@ -1,0 +1,1030 @@
+"""What a run measured, kept in a file and shown in MLflow.
+
+`metrics.jsonl` in the run folder is the truth; MLflow follows it. The training loop only ever
+appends a line to the file. A daemon thread reads the file, asks MLflow how far it is, and sends the
+rest, so a tracker that is slow, down or new is caught up whenever it answers, in this process or in
+a later one, and every step is there once.
+
+A line is strict JSON: `{"kind": "train", "step": 120, "time": 1700000000.123, ...}`. `time` is Unix
+time in seconds. JSON has no word for a value that is not finite; here such a value is one of the
+strings "NaN", "Infinity" and "-Infinity", which `float()` understands and `read_metrics` restores.
+
+In MLflow a value is called `kind/key` and stands at its optimiser step. A list has one metric a
+timestep, counted from 1 (`per_timestep_top1` of an evaluation: `val/top1_t1`, `val/top1_t2`, ...),
+a dict one an entry (`val/firing_rate/layer1.0.sn1`). Text stays in the file.
+
+A run of several phases has a child run a phase below it in MLflow, with the phase's parameters and
+those points whose lines say `"phase": N`. The run itself has all points.
+"""
+
+import contextlib
+import getpass
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tetdist.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Status = Literal["FINISHED", "FAILED", "KILLED", "RUNNING"]
+
+SEND_EVERY = 2.0  # seconds; a call to MLflow costs about the same for one point as for a hundred
+LONGEST_PAUSE = 60.0  # seconds between two attempts to reach a tracker that is down
+BATCH = 1000  # the most metrics that MLflow takes in one call
+
+PARENT_TAG = "mlflow.parentRunId"  # by which MLflow's pages nest runs
+PHASE_TAG = "phase"  # the phase's number, as in the file and in the configuration: from 0
+
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A split of the data, as MLflow's pages show it.
+
+    Attributes:
+        name: Of the split and the data.
+        digest: Tells its content, in at most 36 characters.
+        source: Where it is.
+        context: "training" or "validation".
+        profile: Sizes, by name.
+    """
+
+    name: str
+    digest: str
+    source: str
+    context: str
+    profile: Mapping[str, int]
+
+
+class Tracker:
+    """Records what a run measures; one per run, on rank 0."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        run_name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        tracking_uri: str | None,
+        experiment: str,
+        artifact_root: Path,
+        resume_step: int | None,
+        phases: Sequence[Mapping[str, Any]] = (),
+        datasets: Sequence[Dataset] = (),
+    ) -> None:
+        """Opens the run's file and starts to follow it.
+
+        Args:
+            run_dir: The run's folder, which exists.
+            run_name: The run's name in MLflow.
+            params: The resolved configuration, flattened. What MLflow already knows of an earlier
+                start is left as it is, since MLflow lets no parameter change.
+            tags: The run's tags in MLflow; unlike `params` they may change between starts.
+            tracking_uri: A server's http(s) address or an absolute sqlite:/// URI; None: no MLflow.
+            experiment: The experiment's name, made when missing.
+            artifact_root: Where a new experiment in a local store keeps its files. A server decides
+                for itself.
+            resume_step: The optimiser step of the checkpoint that the run continues from; lines of
+                later steps are removed, because those steps are computed again. None: a new run.
+            phases: The configuration of each phase, flattened, with its `timesteps`. If there are
+                several, each gets a child run in MLflow when it begins.
+            datasets: What the run is trained and evaluated on.
+
+        Raises:
+            UserError: A new run finds the file of another, a line of the file is damaged, or MLflow
+                is asked for and not installed.
+        """
+        self.path = run_dir / "metrics.jsonl"
+        self._resume_step = resume_step
+        self._last: dict[str, int] = {}
+        self._lines = 0
+        if resume_step is None:
+            if self.path.exists():
+                raise UserError(
+                    f"{self.path} belongs to an earlier run: resume that run, or give this one "
+                    "another folder"
+                )
+        else:
+            self._last, self._lines = _keep_until(self.path, resume_step)
+        if tracking_uri is not None and importlib.util.find_spec("mlflow") is None:
+            raise UserError(
+                "MLflow is not installed: pip install 'tetdist[train]', or train without a tracker"
+            )
+        # Unbuffered, so that a line is with the operating system, and survives our death, when
+        # log() returns.
+        self._file = self.path.open("ab" if resume_step is not None else "xb", buffering=0)
+        self._size = self._file.seek(0, os.SEEK_END)
+        self._follower: _Follower | None = None
+        if tracking_uri is not None:
+            self._follower = _Follower(
+                self.path,
+                run_name=run_name,
+                params=dict(params),
+                tags=dict(tags),
+                uri=tracking_uri,
+                experiment=experiment,
+                artifact_root=artifact_root,
+                resume_step=resume_step,
+                # A single phase is the run itself.
+                phases=[dict(phase) for phase in phases] if len(phases) > 1 else [],
+                datasets=datasets,
+            )
+            self._follower.thread.start()
+
+    def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one line; never waits for MLflow.
+
+        A line that the file holds from before a resume is not written again: a run that was killed
+        between its checkpoint and its last line of that step computes the same line anew.
+
+        Args:
+            kind: "train", "val", ...; each kind's steps must increase.
+            step: The optimiser step.
+            values: Numbers, text, None, lists of numbers and dicts of numbers, by name.
+
+        Raises:
+            UserError: The line cannot be written (disk full); the file is left as it was.
+        """
+        assert not self._file.closed, "log() after close()"
+        assert kind.isidentifier(), kind
+        assert kind != "system", "MLflow's own system metrics have that name"
+        assert not values.keys() & {"kind", "step", "time"}, values.keys()
+        last = self._last.get(kind, -1)
+        if step == last == self._resume_step:
+            return
+        assert step > last, f"{kind}: step {step} after step {last}"
+        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        raw = json.dumps(strict(line), allow_nan=False).encode() + b"\n"
+        try:
+            written = 0
+            while written < len(raw):
+                written += self._file.write(raw[written:])
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), self._size)
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        self._size += len(raw)
+        self._last[kind] = step
+        self._lines += 1
+
+    def sync(self) -> None:
+        """Forces the file to the disk.
+
+        Called before a checkpoint is written, it keeps a power cut from leaving a checkpoint that
+        knows of more steps than the file.
+        """
+        os.fsync(self._file.fileno())
+
+    def artifact(self, path: Path) -> None:
+        """Has a file copied to MLflow, under its path relative to the run folder.
+
+        It is read when it is sent, so it should only ever be replaced by renaming. Announce it
+        again when it has changed.
+        """
+        if self._follower is not None:
+            artifacts = self._follower.artifacts
+            artifacts[path] = artifacts.get(path, 0) + 1
+
+    def register(self, path: Path, name: str) -> None:
+        """Has an announced artifact registered as the next version of a model in MLflow.
+
+        The same artifact of the same run is registered once, however often it is asked for.
+        """
+        if self._follower is not None:
+            self._follower.model = path, name
+
+    def set_tag(self, key: str, value: str) -> None:
+        """Sets a tag of the run in MLflow."""
+        if self._follower is not None:
+            self._follower.tags[key] = value
+
+    def enter_phase(self, number: int) -> None:
+        """Says which phase runs from now on; what was logged before belongs to those before it."""
+        if self._follower is not None:
+            self._follower.phase = number
+
+    def close(self, status: Status, timeout: float = 30) -> None:
+        """Ends the record and waits, at most `timeout` seconds, until MLflow has all of it.
+
+        Args:
+            status: The run's state in MLflow from now on. "RUNNING" is for a run that goes on in
+                another process.
+            timeout: In seconds.
+        """
+        self._file.close()
+        follower = self._follower
+        if follower is None:
+            return
+        follower.status = status
+        follower.closing.set()
+        follower.thread.join(timeout)
+        if not follower.complete:
+            missing = self._lines - follower.sent
+            log.warning(
+                "MLflow at %s has not taken everything (%s): it lacks up to %d of the %d points in "
+                "%s. It gets them when this run is opened again",
+                _shown(follower.uri),
+                follower.trouble or f"no answer within {timeout:g} s",
+                missing,
+                self._lines,
+                self.path,
+            )
+
+
+class _Follower:
+    """The thread that keeps MLflow level with the file.
+
+    The training thread only sets `tags`, `artifacts`, `model`, `phase`, `status` and `closing`;
+    this one only reads them. Single operations on a dict are atomic, hence no locks.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        run_name: str,
+        params: dict[str, Any],
+        tags: dict[str, str],
+        uri: str,
+        experiment: str,
+        artifact_root: Path,
+        resume_step: int | None,
+        phases: list[dict[str, Any]],
+        datasets: Sequence[Dataset],
+    ) -> None:
+        self.path = path
+        self.run_name = run_name
+        self.params = params
+        self.tags = tags
+        self.uri = uri
+        self.experiment = experiment
+        self.artifact_root = artifact_root
+        self.resume_step = resume_step
+        self.phases = phases  # empty: no child runs
+        self.datasets = datasets
+
+        self.phase: int | None = None  # the one that runs; None: none was entered yet
+        self.artifacts: dict[Path, int] = {}  # how often each was announced
+        self.model: tuple[Path, str] | None = None  # an artifact, and its name in the registry
+        self.status: Status = "RUNNING"
+        self.closing = threading.Event()
+
+        self.sent = 0  # lines of the file that MLflow has
+        self.complete = False
+        self.trouble = ""
+        self.thread = threading.Thread(target=self._follow, name="mlflow-follower", daemon=True)
+
+        _set_mlflow_up()
+
+    def _follow(self) -> None:
+        session: _Session | None = None
+        failures = 0
+        while True:
+            # Both asked before sending: what was logged before close(), or before the next phase
+            # began, is then surely sent before a run is called finished.
+            closing, phase = self.closing.is_set(), self.phase
+            try:
+                if session is None:
+                    session = _Session(self, system_metrics=not closing)
+                session.send_points()
+                session.show_phases(phase, self.status if closing else None)
+                if closing:
+                    # Before the artifacts, lest a full artifact store leave the run unfinished.
+                    session.end(self.status)
+                session.send_artifacts()
+                session.register_model()
+            except Exception as error:
+                failures += 1
+                self.trouble = _first_line(error)
+                # One failure is often two jobs that open the same database; it passes.
+                if failures == 2:
+                    log.warning(
+                        "MLflow at %s: %s. Training goes on, %s has everything, and MLflow gets it "
+                        "when it is back",
+                        _shown(self.uri),
+                        self.trouble,
+                        self.path,
+                    )
+                if session is not None:
+                    session.stop_system_metrics()
+                    session = None
+                if closing and failures >= 3:
+                    return
+                pause = min(2.0 ** (failures - 1), LONGEST_PAUSE)
+            else:
+                if failures >= 2:
+                    log.info("MLflow at %s is back and has everything", _shown(self.uri))
+                failures, self.trouble = 0, ""
+                if closing:
+                    self.complete = True
+                    return
+                pause = SEND_EVERY
+            if closing:
+                time.sleep(0.3)
+            else:
+                self.closing.wait(pause)
+
+
+class _Receiver:
+    """A run in MLflow: what it has, and what is about to be sent to it."""
+
+    def __init__(self, run: Any) -> None:
+        self.run_id: str = run.info.run_id
+        self.status: str = run.info.status
+        self.params = set(run.data.params)
+        # The last step of each kind. The protobuf form is the public one that shows the step of
+        # each metric's newest value.
+        self.have: dict[str, int] = {}
+        for metric in run.data.to_proto().metrics:
+            kind = metric.key.partition("/")[0]
+            self.have[kind] = max(metric.step, self.have.get(kind, -1))
+        self.batch: list[Any] = []
+
+    def lacks(self, line: dict[str, Any]) -> bool:
+        return line["step"] > self.have.get(line["kind"], -1)
+
+
+class _Session:
+    """One unbroken acquaintance with MLflow.
+
+    After any failure a new one begins and asks MLflow afresh what it has, so it does not matter
+    whether a request that failed had its effect or not.
+    """
+
+    def __init__(self, follower: _Follower, *, system_metrics: bool) -> None:
+        import mlflow
+
+        _quieten_mlflow()
+        self._follower = follower
+        self._run_dir = follower.path.parent
+        if follower.uri.startswith("sqlite:///"):
+            _prepare_database(Path(follower.uri.removeprefix("sqlite:///")))
+        self._client = mlflow.MlflowClient(tracking_uri=follower.uri)
+        run = self._known_run()
+        if run is None:
+            run = self._new_run()
+        self._run = _Receiver(run)
+        self._run_id = self._run.run_id
+        self._set_status(self._run, "RUNNING")
+
+        if follower.resume_step is not None:
+            # setdefault: noted once by each process that resumes, not once a session.
+            noted = run.data.tags.get("resumed_at_step")
+            follower.tags.setdefault(
+                "resumed_at_step",
+                f"{noted}, {follower.resume_step}" if noted else str(follower.resume_step),
+            )
+        self._send_params(self._run, follower.params)
+        self._send_datasets()
+
+        self._experiment_id: str = run.info.experiment_id
+        self._phases = self._known_phases() if follower.phases else {}
+        self._last_phase: int | None = None  # of the lines read so far
+
+        self._offset = 0
+        self._lines = 0
+        self._tags: dict[str, str] = {}
+        self._artifacts: dict[Path, int] = {}
+        self._monitor: Any = None
+        if system_metrics:
+            self._start_system_metrics()
+
+    def _known_run(self) -> Any:
+        """Returns the run of an earlier session, or None."""
+        import mlflow
+
+        id_file = self._run_dir / "mlflow_run_id"
+        if not id_file.exists():
+            return None
+        run_id = id_file.read_text().strip()
+        try:
+            run = self._client.get_run(run_id)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            run = None
+        if run is None or run.info.lifecycle_stage != "active":
+            log.warning(
+                "MLflow at %s does not know run %s (any more): sending all of %s to a new one",
+                _shown(self._follower.uri),
+                run_id,
+                self._follower.path,
+            )
+            return None
+        return run
+
+    def _new_run(self) -> Any:
+        follower = self._follower
+        return _create_run(
+            self._client,
+            self._run_dir,
+            uri=follower.uri,
+            experiment=follower.experiment,
+            artifact_root=follower.artifact_root,
+            run_name=follower.run_name,
+        )
+
+    def _start_system_metrics(self) -> None:
+        try:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            monitor = SystemMetricsMonitor(
+                self._run_id, resume_logging=True, tracking_uri=self._follower.uri
+            )
+        except Exception as error:  # no psutil, or a device that it cannot read
+            log.debug("no system metrics: %s", error)
+            return
+        monitor.start()
+        self._monitor = monitor
+
+    def stop_system_metrics(self) -> None:
+        if self._monitor is not None:
+            self._monitor.finish()
+            self._monitor = None
+
+    def _known_phases(self) -> dict[int, _Receiver]:
+        """Finds the phases' runs of earlier sessions, by their tags."""
+        found: dict[int, _Receiver] = {}
+        for run in self._client.search_runs(
+            [self._experiment_id],
+            f"tags.`{PARENT_TAG}` = '{self._run_id}'",
+            order_by=["attributes.start_time ASC"],
+        ):
+            number = run.data.tags.get(PHASE_TAG, "")
+            # A user may have hung runs of another kind below ours.
+            if not number.isdecimal() or int(number) >= len(self._follower.phases):
+                continue
+            phase = _Receiver(run)
+            # A request to create a run whose answer was lost leaves a twin. The one that got
+            # points, or else the older one, goes on.
+            twin = found.get(int(number))
+            if twin is None or (phase.have and not twin.have):
+                found[int(number)] = phase
+        for number, phase in found.items():
+            self._send_params(phase, self._follower.phases[number])
+        return found
+
+    def _phase(self, number: int) -> _Receiver:
+        """Returns the run of a phase, made when missing."""
+        if number not in self._phases:
+            params = self._follower.phases[number]
+            run = self._client.create_run(
+                self._experiment_id,
+                run_name=f"phase {number}: T={params['timesteps']}",
+                tags=_origin() | {PARENT_TAG: self._run_id, PHASE_TAG: str(number)},
+            )
+            self._phases[number] = _Receiver(run)
+            self._send_params(self._phases[number], params)
+        return self._phases[number]
+
+    def _send_params(self, receiver: _Receiver, params: Mapping[str, Any]) -> None:
+        import mlflow
+
+        missing = [
+            mlflow.entities.Param(key, str(value))
+            for name, value in params.items()
+            if (key := _allowed(name)) not in receiver.params
+        ]
+        self._client.log_batch(receiver.run_id, params=missing)
+
+    def _set_status(self, receiver: _Receiver, status: Status) -> None:
+        if receiver.status == status:
+            return
+        if status == "RUNNING":
+            self._client.update_run(receiver.run_id, status=status)
+        else:
+            self._client.set_terminated(receiver.run_id, status)
+        receiver.status = status
+
+    def send_points(self) -> None:
+        """Sends the lines that are new in the file, and the tags that have changed."""
+        import mlflow
+
+        lines, self._offset = _read_from(self._follower.path, self._offset)
+        for line in lines:
+            receivers = [self._run]
+            number = line.get("phase")
+            if isinstance(number, int) and number < len(self._follower.phases):
+                receivers.append(self._phase(number))
+                self._last_phase = number
+            points = [
+                mlflow.entities.Metric(name, value, int(line["time"] * 1000), line["step"])
+                for name, value in _points(line)
+            ]
+            for receiver in receivers:
+                if not receiver.lacks(line):
+                    continue
+                # A line goes whole, because what MLflow has is asked by step.
+                if len(receiver.batch) + len(points) > BATCH:
+                    self._send_batches()
+                receiver.batch += points
+            self._lines += 1
+        self._send_batches()
+
+        tags = dict(self._follower.tags)
+        if tags != self._tags:
+            entities = [mlflow.entities.RunTag(_allowed(key), tags[key]) for key in tags]
+            self._client.log_batch(self._run_id, tags=entities)
+            self._tags = tags
+
+    def _send_batches(self) -> None:
+        for receiver in (self._run, *self._phases.values()):
+            if receiver.batch:
+                self._client.log_batch(receiver.run_id, metrics=receiver.batch)
+                receiver.batch = []
+        self._follower.sent = max(self._follower.sent, self._lines)
+
+    def show_phases(self, present: int | None, ending: Status | None) -> None:
+        """Gives the phases' runs the states that they are in.
+
+        Args:
+            present: The phase that was entered last, if any was.
+            ending: The run's state from now on, if it ends; None while it runs.
+        """
+        if present is None and ending is not None:
+            # Ended before any phase was entered, as a finished run that is started again.
+            present = self._last_phase
+        if present is None or not self._follower.phases:
+            return
+        self._phase(present)
+        for number, phase in self._phases.items():
+            if number < present:
+                self._set_status(phase, "FINISHED")
+            elif number == present:
+                self._set_status(phase, ending or "RUNNING")
+            else:
+                # It began before a resume from an earlier phase, and will begin again.
+                self._set_status(phase, "KILLED")
+
+    def send_artifacts(self) -> None:
+        for path, version in list(self._follower.artifacts.items()):
+            if version == self._artifacts.get(path) or not path.is_file():
+                continue
+            self._client.log_artifact(self._run_id, str(path), self._artifact_folder(path))
+            self._artifacts[path] = version
+
+    def _artifact_folder(self, path: Path) -> str | None:
+        """Where among the run's artifacts a file goes; None: to the top."""
+        folder = path.parent
+        inside = folder != self._run_dir and folder.is_relative_to(self._run_dir)
+        return folder.relative_to(self._run_dir).as_posix() if inside else None
+
+    def _send_datasets(self) -> None:
+        from mlflow.entities import Dataset as Entity
+        from mlflow.entities import DatasetInput, InputTag
+
+        # What MLflow has of the same name and digest it does not take twice.
+        entries = [
+            DatasetInput(
+                Entity(
+                    name=dataset.name,
+                    digest=dataset.digest,
+                    source_type="local",
+                    source=json.dumps({"uri": dataset.source}),
+                    profile=json.dumps(dict(dataset.profile)),
+                ),
+                [InputTag("mlflow.data.context", dataset.context)],
+            )
+            for dataset in self._follower.datasets
+        ]
+        if entries:
+            self._client.log_inputs(self._run_id, entries)
+
+    def register_model(self) -> None:
+        """Registers what was asked for, once, when the artifact is there."""
+        if self._follower.model is None:
+            return
+        path, name = self._follower.model
+        if path not in self._artifacts:
+            return
+        import mlflow
+
+        run = self._client.get_run(self._run_id)
+        source = f"{run.info.artifact_uri}/{self._artifact_folder(path)}"
+        try:
+            self._client.create_registered_model(name)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        versions = self._client.search_model_versions(f"run_id = '{self._run_id}'")
+        if not any(version.name == name and version.source == source for version in versions):
+            self._client.create_model_version(name, source, run_id=self._run_id)
+
+    def end(self, status: Status) -> None:
+        # First, because the monitor ends by itself, without its last values, when it sees a run
+        # that does not run.
+        self.stop_system_metrics()
+        self._set_status(self._run, status)
+
+
+def announce(
+    run_dir: Path,
+    *,
+    run_name: str,
+    uri: str,
+    experiment: str,
+    artifact_root: Path,
+    tags: Mapping[str, str],
+    status: str | None,
+) -> str | None:
+    """Tells MLflow of a run from outside of it, while no process trains: queued, cancelled, ...
+
+    The run is made if MLflow does not have it yet; the training process will find and use it.
+
+    Args:
+        run_dir: The run's folder, which exists.
+        status: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED; None: as it is.
+        run_name, uri, experiment, artifact_root, tags: As of `Tracker`.
+
+    Returns:
+        The run's MLflow id; None if MLflow does not answer, which is only warned of: the run gets
+        there when it trains.
+    """
+    _set_mlflow_up()
+    try:
+        import mlflow
+
+        _quieten_mlflow()
+        if uri.startswith("sqlite:///"):
+            _prepare_database(Path(uri.removeprefix("sqlite:///")))
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        id_file = run_dir / "mlflow_run_id"
+        run_id = id_file.read_text().strip() if id_file.exists() else None
+        if run_id is None:
+            run = _create_run(
+                client,
+                run_dir,
+                uri=uri,
+                experiment=experiment,
+                artifact_root=artifact_root,
+                run_name=run_name,
+            )
+            run_id = str(run.info.run_id)
+        for key, value in tags.items():
+            client.set_tag(run_id, _allowed(key), value)
+        if status in ("FINISHED", "FAILED", "KILLED"):
+            client.set_terminated(run_id, status)
+        elif status is not None:
+            client.update_run(run_id, status=status)
+    except Exception as error:
+        log.warning("MLflow at %s: %s; the run goes on without it", _shown(uri), _first_line(error))
+        return None
+    return run_id
+
+
+def run_address(uri: str, run_id: str) -> str | None:
+    """Where a server shows a run; None for a local store, which no server shows by itself."""
+    if not _is_server(uri):
+        return None
+    try:
+        import mlflow
+
+        run = mlflow.MlflowClient(tracking_uri=uri).get_run(run_id)
+    except Exception:  # what it says has been said by announce()
+        return None
+    return f"{_shown(uri).rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
+
+
+def _set_mlflow_up() -> None:
+    """Bounds how long MLflow tries, before it is imported; what the environment says stands."""
+    # By default MLflow tries for four minutes, then 120 s more for the last answer: close() would
+    # leave everything behind. Here the pauses between attempts are ours.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # Usage statistics would go out to the internet, which compute nodes seldom reach.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def _quieten_mlflow() -> None:
+    """Silences what MLflow has to say of itself; to be called when it is imported."""
+    if "MLFLOW_LOGGING_LEVEL" not in os.environ:
+        for name in ("mlflow", "alembic", "urllib3.connectionpool"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _create_run(
+    client: Any, run_dir: Path, *, uri: str, experiment: str, artifact_root: Path, run_name: str
+) -> Any:
+    """Makes a run, and its experiment when missing, and notes its id in the run's folder."""
+    import mlflow
+
+    found = client.get_experiment_by_name(experiment)
+    if found is not None:
+        experiment_id = found.experiment_id
+    else:
+        # A server's own location works for all who can reach the server; a path of this machine
+        # would not.
+        location = None if _is_server(uri) else artifact_root.absolute().as_uri()
+        try:
+            experiment_id = client.create_experiment(experiment, artifact_location=location)
+        except mlflow.exceptions.MlflowException:
+            # Another run may have been faster.
+            found = client.get_experiment_by_name(experiment)
+            if found is None:
+                raise
+            experiment_id = found.experiment_id
+    run = client.create_run(experiment_id, run_name=run_name, tags=_origin())
+    id_file = run_dir / "mlflow_run_id"
+    aside = id_file.with_name(id_file.name + ".tmp")
+    aside.write_text(run.info.run_id + "\n")
+    aside.replace(id_file)
+    return run
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Reads a metrics.jsonl, also while it is being written.
+
+    Values that are not finite are floats again; a last line that a kill tore is left out.
+
+    Raises:
+        UserError: A line is damaged.
+    """
+    return _read_from(path, 0)[0]
+
+
+def _read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """Reads the whole lines from `offset` on; returns them and where the next one will begin."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read()
+    data = data[: data.rfind(b"\n") + 1]
+    return [_restored(line) for _, line in _parsed(path, data)], offset + len(data)
+
+
+def _parsed(path: Path, data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    for number, raw in enumerate(data.splitlines(keepends=True), start=1):
+        try:
+            line = json.loads(raw)
+            whole = isinstance(line["kind"], str) and isinstance(line["step"], int)
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise UserError(
+                f"{path}: line {number} is damaged: {raw[:80].decode(errors='replace').strip()}"
+            )
+        yield raw, line
+
+
+def _keep_until(path: Path, step: int) -> tuple[dict[str, int], int]:
+    """Removes the lines of later steps, and a last one that a kill tore.
+
+    Returns:
+        The last step of each kind, and the number of lines that are left.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    kept = [(raw, line) for raw, line in _parsed(path, whole) if line["step"] <= step]
+    last: dict[str, int] = {}
+    for _, line in kept:
+        last[line["kind"]] = line["step"]
+    result = b"".join(raw for raw, _ in kept)
+    if result != data:
+        aside = path.with_name(path.name + ".tmp")
+        with aside.open("wb") as file:
+            file.write(result)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    return last, len(kept)
+
+
+def strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _restored(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_restored(item) for item in value]
+    return NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _points(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yields the numbers of a line under their names in MLflow."""
+    kind = line["kind"]
+    for key, value in line.items():
+        if key in ("kind", "step", "time"):
+            continue
+        if isinstance(value, dict):
+            pairs = [(f"{kind}/{key}/{entry}", item) for entry, item in value.items()]
+        elif isinstance(value, list):
+            stem = f"{kind}/{key.removeprefix('per_timestep_')}"
+            pairs = [(f"{stem}_t{t}", item) for t, item in enumerate(value, start=1)]
+        else:
+            pairs = [(f"{kind}/{key}", value)]
+        for name, item in pairs:
+            if isinstance(item, int | float):
+                yield _allowed(name), float(item)
+
+
+def _allowed(name: str) -> str:
+    """Replaces what MLflow takes in no name."""
+    return re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII)[:250]
+
+
+def _prepare_database(path: Path) -> None:
+    """Makes MLflow's SQLite database if there is none, and sees that it can be read.
+
+    MLflow sets it up over seconds and many steps. Two processes at once, or a kill in between,
+    leave a database that no later attempt can mend; so it appears all at once, set up.
+    """
+    import mlflow
+
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent) as folder:
+            draft, ready = Path(folder, "draft.db"), Path(folder, "ready.db")
+            mlflow.MlflowClient(tracking_uri=f"sqlite:///{draft}").search_experiments()
+            # Another file than the one that MLflow holds open.
+            shutil.copyfile(draft, ready)
+            try:
+                path.hardlink_to(ready)  # unlike a rename, never over the one of a faster process
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links
+                if not path.exists():
+                    ready.rename(path)
+    # MLflow itself would try for 100 s before it says that it cannot open a database.
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA schema_version")
+
+
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
+def _shown(text: str) -> str:
+    """Hides user and password of an address."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    # The reason of a refused connection is at the end of a long line, the request at its start.
+    reason = re.search(r"Caused by \w+\((.*)\)\)?$", text.splitlines()[0])
+    return _shown((reason[1] if reason else text.splitlines()[0]).strip("\"'"))[:300]
+
+
+def _origin() -> dict[str, str]:
+    """The tags that MLflow's pages show as a run's user, source and version."""
+    tags = {
+        "mlflow.source.name": Path(sys.argv[0]).name,
+        "mlflow.source.type": "JOB" if "SLURM_JOB_ID" in os.environ else "LOCAL",
+    }
+    # No name for the user's number: common in containers.
+    with contextlib.suppress(KeyError, OSError):
+        tags["mlflow.user"] = getpass.getuser()
+    commit = _git().get("commit")
+    if commit:
+        tags["mlflow.source.git.commit"] = commit
+    return tags
+
+
+PACKAGES = (
+    "tetdist",
+    "torch",
+    "torchvision",
+    "timm",
+    "deepspeed",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "mlflow",
+    "numpy",
+)
+
+SLURM_VARIABLES = (
+    "SLURM_CLUSTER_NAME",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NAME",
+    "SLURM_JOB_PARTITION",
+    "SLURM_JOB_NODELIST",
+    "SLURM_JOB_NUM_NODES",
+    "SLURM_NTASKS",
+    "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_RESTART_COUNT",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result may depend on; nothing is imported for it."""
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Describes where and with what this process runs, ready for JSON.
+
+    Nothing is imported for it, and what cannot be found out is None, empty or left out.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    gpus = _output(
+        ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    )
+    return {
+        "python": platform.python_version(),
+        "packages": versions(),
+        "platform": platform.platform(),
+        "hostname": socket.gethostname(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "gpus": gpus.splitlines(),
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "command": shlex.join(sys.argv),
+        "git": _git() or None,
+        "slurm": {name: os.environ[name] for name in SLURM_VARIABLES if name in os.environ},
+    }
+
+
+def ui_command(tracking_uri: str) -> str:
+    """Says how to look at a tracker: the command for a local store, the address of a server.
+
+    MLflow listens on 127.0.0.1:5000 unless told otherwise, so no address is needed to keep it from
+    the network.
+    """
+    if _is_server(tracking_uri):
+        return _shown(tracking_uri)
+    # In an environment that is not activated, `mlflow` alone would not be found.
+    program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
+    return shlex.join([program, "ui", "--backend-store-uri", tracking_uri])
+
+
+def _cpu_model() -> str | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or None
+
+
+def _git() -> dict[str, Any]:
+    """Describes the checkout that tetdist is imported from; empty if it is none."""
+    root = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(root)]
+    top = _output([*git, "rev-parse", "--show-toplevel"])
+    # An environment inside some other project's checkout is not a checkout of ours.
+    if Path(top.strip()) != root:
+        return {}
+    status = _output([*git, "status", "--porcelain"])
+    return {
+        "commit": _output([*git, "rev-parse", "HEAD"]).strip(),
+        "dirty": bool(status),
+        "status": status,
+        "diff": _output([*git, "diff", "HEAD"]),
+    }
+
+
+def git_version() -> str:
+    """The checkout's commit, in short, and whether it was changed; empty if it is none."""
+    git = _git()
+    return f"{git['commit'][:12]}{' (changed)' if git['dirty'] else ''}" if git else ""
+
+
+def _output(command: list[str]) -> str:
+    """Returns what a command prints; nothing if it fails or does not exist."""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            check=True,
+            timeout=20,
+            # `git status` would else lock the index against the user's own commands.
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode(errors="replace")

@@ -1,0 +1,1 @@
+"""Backward pass, gradient averaging and update."""

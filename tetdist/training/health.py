@@ -1,0 +1,195 @@
+"""What goes wrong in training without an error.
+
+Steps whose loss or gradient is not finite are counted while they happen, and examined when they do
+not stop; layers that no longer fire, or always do, are named.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.fused import NormNeuron
+
+# Firing rates, in spikes per neuron per timestep, below and above which a layer says nothing.
+DEAD, SATURATED = 0.001, 0.9
+
+
+class FiringWatch:
+    """Tells of layers that became dead or saturated, or came back, once a change."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, str] = {}
+
+    def changes(self, firing_rate: Mapping[str, float]) -> list[str]:
+        """Sentences on the layers whose state is another than at the last call; seldom any.
+
+        Args:
+            firing_rate: Spikes per neuron per timestep, by layer.
+        """
+        states = {layer: _firing_state(rate) for layer, rate in firing_rate.items()}
+        changed: dict[str, list[str]] = {}
+        for layer, state in states.items():
+            if state != self._states.get(layer, ALIVE):
+                changed.setdefault(state, []).append(f"{layer} ({100 * firing_rate[layer]:.3g} %)")
+        self._states = states
+        return [f"{state}: {', '.join(layers)}" for state, layers in changed.items()]
+
+
+ALIVE = "layers that fire again"
+
+
+def _firing_state(rate: float) -> str:
+    if rate < DEAD:
+        return f"dead layers, firing below {100 * DEAD:g} %"
+    return f"saturated layers, firing above {100 * SATURATED:g} %" if rate > SATURATED else ALIVE
+
+
+class NonFiniteSteps:
+    """Counts steps that were given up, on the device, without making the host wait for it.
+
+    All processes count alike, since they agree about each step.
+
+    Args:
+        device: Where the steps are taken.
+        limit: So many in a row are too many.
+    """
+
+    def __init__(self, device: torch.device, limit: int) -> None:
+        self.limit = limit
+        self._in_a_row, self._reached_at, self._total, self._reported = torch.zeros(
+            4, dtype=torch.int64, device=device
+        )
+
+    def record(self, step: int, applied: Tensor) -> None:
+        """Count a step (from 1); ``applied`` is the engine's answer, () bool."""
+        self._in_a_row = torch.where(applied, 0, self._in_a_row + 1)
+        reached = (self._in_a_row >= self.limit) & (self._reached_at == 0)
+        self._reached_at = torch.where(reached, step, self._reached_at)
+        self._total = self._total + ~applied
+
+    @property
+    def limit_reached_at(self) -> int:
+        """The step that was the ``limit``-th in a row; 0: there is none. Asks the device."""
+        return int(self._reached_at)
+
+    @property
+    def too_many(self) -> bool:
+        """Whether there have ever been ``limit`` in a row. Asks the device."""
+        return self.limit_reached_at > 0
+
+    def new(self) -> int:
+        """How many since the last call."""
+        count = int(self._total - self._reported)
+        self._reported = self._total
+        return count
+
+    def state_dict(self) -> dict[str, int]:
+        return {
+            "in_a_row": int(self._in_a_row),
+            "total": int(self._total),
+            "reported": int(self._reported),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        device = self._total.device
+        self._in_a_row, self._total, self._reported = (
+            torch.tensor(state[key], device=device) for key in ("in_a_row", "total", "reported")
+        )
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What one process found in the samples of one step.
+
+    Attributes:
+        losses: Of each micro-batch.
+        first: The first layer whose output is not finite, or None.
+        gradients: Layers by the norm of their gradient, largest (or not finite) first.
+        weights: Likewise by the norm of their weights.
+    """
+
+    losses: list[float]
+    first: str | None
+    gradients: list[tuple[str, float]]
+    weights: list[tuple[str, float]]
+
+    @property
+    def is_finite(self) -> bool:
+        norms = [norm for _, norm in self.gradients]
+        return all(map(math.isfinite, [*self.losses, *norms]))
+
+    def __str__(self) -> str:
+        def shown(pairs: list[tuple[str, float]]) -> str:
+            return ", ".join(f"{name} {norm:.3g}" for name, norm in pairs[:3])
+
+        where = f"; not finite first after {self.first}" if self.first else ""
+        worst = max(self.losses, key=lambda loss: loss if math.isfinite(loss) else math.inf)
+        return (
+            f"loss {worst:.3g}{where}; largest gradients {shown(self.gradients)}; "
+            f"largest weights {shown(self.weights)}"
+        )
+
+
+def examine(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> Examination:
+    """Run the micro-batches of a step once more, and look at every layer.
+
+    Args:
+        model: In training mode; nothing of it changes but pending statistics.
+        batches: Images and labels of each micro-batch of this process.
+        loss: Of images and labels.
+    """
+    first: str | None = None
+
+    def look(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            nonlocal first
+            if first is None and torch.is_tensor(output) and not torch.isfinite(output).all():
+                first = name
+
+        return hook
+
+    kinds = (nn.Conv2d, nn.Linear, BatchNorm, NormNeuron)
+    handles = [
+        module.register_forward_hook(look(name))
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+    ]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    sums = [torch.zeros_like(p) for _, p in named]
+    losses: list[float] = []
+    try:
+        for images, labels in batches:
+            value = loss(images, labels)
+            losses.append(float(value.detach()))
+            gradients = torch.autograd.grad(value, [p for _, p in named], allow_unused=True)
+            for total, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:
+                    total += gradient
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in model.modules():
+            if isinstance(module, BatchNorm):
+                module.discard()
+    names = [name for name, _ in named]
+    return Examination(
+        losses,
+        first,
+        _largest(names, sums),
+        _largest(names, [p.detach() for _, p in named]),
+    )
+
+
+def _largest(names: list[str], tensors: list[Tensor]) -> list[tuple[str, float]]:
+    norms = [
+        (name, float(tensor.double().norm())) for name, tensor in zip(names, tensors, strict=True)
+    ]
+    return sorted(norms, key=lambda pair: -pair[1] if math.isfinite(pair[1]) else -math.inf)

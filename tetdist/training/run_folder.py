@@ -1,0 +1,396 @@
+"""A run's folder and the things that are opened before its first step."""
+
+import fcntl
+import json
+import logging
+import os
+import shlex
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import timm
+import yaml
+
+from tetdist import checkpoint
+from tetdist.config.schema import (
+    ModelSection,
+    RunConfig,
+    SegmentsSection,
+    differences,
+    flatten,
+    parse,
+    phase_image_sizes,
+)
+from tetdist.data import index as data_index
+from tetdist.data.build import check_crops
+from tetdist.data.index import Index
+from tetdist.data.loader import Batch
+from tetdist.distributed.world import World
+from tetdist.errors import Stopped, UserError, way_out
+from tetdist.events.splits import recorded_split
+from tetdist.models import SpikingNetwork
+from tetdist.tracking import mlflow_follower
+
+logger = logging.getLogger(__name__)
+
+# Takes down a micro-batch of an optimiser step (counted from 1).
+SampleRecord = Callable[[int, Batch], None]
+
+
+def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
+    """Indexes of the training and validation splits, checked against the files and each other.
+
+    Raises:
+        UserError: Something is missing, outdated or does not suit the configuration.
+    """
+    train, val = (open_split(config, split, world) for split in ("train", "val"))
+    if train.classes != val.classes:
+        raise UserError(f"train/ and val/ of {config.data.root} do not have the same classes")
+    most = max(phase.timesteps for phase in config.phases)
+    if train.timesteps is not None and most > train.timesteps:
+        raise UserError(
+            f"phases.*.timesteps: {most} is more than the {train.timesteps} time bins of the data "
+            f"in {config.data.root}"
+        )
+    check_crops(config, train)
+    wanted = config.model.num_classes
+    if wanted is not None and wanted < len(train.classes):
+        raise UserError(
+            f"model.num_classes is {wanted} and the data has {len(train.classes)} classes"
+        )
+    return train, val
+
+
+def open_split(config: RunConfig, split: str, world: World) -> Index:
+    """Index of one split, checked against its files.
+
+    Raises:
+        UserError: It is missing, outdated or does not suit the configuration.
+    """
+    root = Path(config.data.root)
+    if not root.is_dir():
+        raise UserError(
+            f"data.root: there is no folder {root}; set data.root=FOLDER (tools/eval.py: --data "
+            "FOLDER)"
+        )
+    file = data_index.index_file(config.data.index_dir, split)
+    if not file.is_file():
+        command = data_index.index_command(root, split, config.data.kind)
+        raise UserError(f"there is no index {file}; make it with `{command}`")
+    index = data_index.load_index(file)
+    if world.rank == 0:
+        data_index.check_fresh(index, root, file)
+    if index.kind != config.data.kind:
+        raise UserError(f"data.kind is {config.data.kind!r} and {file} is of {index.kind}")
+    return index
+
+
+def create_model(section: ModelSection, num_classes: int, timesteps: int) -> SpikingNetwork:
+    """The configured model, initialised.
+
+    Raises:
+        UserError: ``model.arguments`` does not suit it.
+    """
+    try:
+        model: SpikingNetwork = timm.create_model(
+            section.name,
+            num_classes=num_classes,
+            timesteps=timesteps,
+            neuron=section.neuron.model_dump(),
+            **section.arguments,
+        )
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"model.arguments: {section.name} cannot be built with {section.arguments} ({error})"
+        ) from error
+    return model
+
+
+def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
+    """The configured model for the data of ``index``, at the first phase's T, initialised.
+
+    Raises:
+        UserError: ``model.arguments`` does not suit the model or the data.
+    """
+    section = config.model
+    is_events = config.data.kind == "events"
+    image_sizes = {int(index.heights[0])} if is_events else _image_sizes(config)
+    model = create_model(
+        section, section.num_classes or len(index.classes), config.phases[0].timesteps
+    )
+    if model.input_size is not None and (others := image_sizes - {model.input_size}):
+        size = min(others)
+        raise UserError(
+            f"{section.name} is built for {model.input_size}x{model.input_size} pixels and the "
+            f"data has {size}x{size}; set model.arguments.input_size={size}"
+            + (", and all phases' image sizes to the same" if len(image_sizes) > 1 else "")
+        )
+    model.set_execution(config.execution)
+    model.set_grad_checkpointing(config.checkpoint != "none")
+    if isinstance(config.checkpoint, SegmentsSection):
+        model.set_segment(config.checkpoint.timesteps)
+    return model
+
+
+def _image_sizes(config: RunConfig) -> set[int]:
+    """Of evaluation and of all epochs' first and last sizes."""
+    phases = (size for phase in config.phases for size in phase_image_sizes(config, phase))
+    return {config.data.image_size, *phases}
+
+
+class RunFolder:
+    """``runs/NAME``: configuration, environment, metrics, checkpoints and plots of one run.
+
+    Opened by every process of the run, written by rank 0, which holds it locked.
+
+    Attributes:
+        data_split: Name of the split that the data is, where it says so: one of several that
+            published figures of this data set are of.
+
+    Raises:
+        UserError: The folder is of another run, in use, or not what ``resume`` asks for.
+    """
+
+    def __init__(self, config: RunConfig, index: Index, world: World) -> None:
+        self.config, self.world, self.index = config, world, index
+        self.path = config.run_dir
+        self.checkpoints = self.path / "checkpoints"
+        self.data_split = recorded_split(config.data.root)
+        # Of a launcher that starts the run again after some signals: further tags for MLflow, and
+        # whether this is such a stop.
+        self.launcher_tags: Mapping[str, str] = {}
+        self.goes_on: Callable[[], bool] = lambda: False
+        if world.rank == 0:
+            try:
+                self._claim()
+            except OSError as error:
+                raise UserError(
+                    f"cannot write to {self.path}: {error.strerror}; {way_out(error)}"
+                ) from error
+
+    def _claim(self) -> None:
+        has_checkpoints = any(self.checkpoints.glob("step-*"))
+        if self.config.resume == "never" and (self.path / "config.yaml").exists():
+            raise UserError(
+                f"resume=never, and {self.path} already holds a run; choose another name=..., or "
+                "resume=auto to continue it"
+            )
+        if self.config.resume == "must" and not has_checkpoints:
+            raise UserError(f"resume=must, and there is no checkpoint in {self.checkpoints}")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is running in {self.path}; wait for it, stop it, or give this "
+                "run another name=..."
+            ) from error
+        self._check_same_run()
+        _write(self.path / "config.yaml", self.config.as_yaml())
+        _write(
+            self.path / "environment.json",
+            json.dumps(mlflow_follower.environment(), indent=1) + "\n",
+        )
+
+    def _check_same_run(self) -> None:
+        file = self.path / "config.yaml"
+        if not file.exists():
+            return
+        try:
+            earlier = yaml.safe_load(file.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            earlier = None
+        if not isinstance(earlier, dict):
+            raise UserError(
+                f"{file} is damaged, so that it cannot be told which run this is; restore it, "
+                "remove it if you know that the run is the same, or give this one another name=..."
+            )
+        try:
+            # Keys that are new since then have their defaults in the earlier run.
+            earlier = parse(earlier, str(file), warn=False).as_dict()
+        except UserError:
+            logger.warning("%s is of another version; its keys are compared as they are", file)
+        changed = differences(earlier, self.config.as_dict())
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run of another configuration: {'; '.join(changed)}. Give "
+                "this one another name=..., or set these back to continue"
+            )
+
+    def newest_checkpoint(self) -> checkpoint.Checkpoint | None:
+        """The checkpoint to continue from, the same on every process."""
+        found = self.world.together(
+            lambda: checkpoint.newest(self.checkpoints) if self.world.rank == 0 else None
+        )
+        name = self.world.from_rank_0(found.path.name if found else None)
+        if name is None or found is not None:
+            return found
+        return checkpoint.read(self.checkpoints / name)
+
+    @contextmanager
+    def tracker(self, step: int, val_index: Index) -> Iterator[mlflow_follower.Tracker | None]:
+        """Rank 0's record of the run, from ``step`` on; None elsewhere."""
+        if self.world.rank != 0:
+            yield None
+            return
+        config = self.config
+        tracker = mlflow_follower.Tracker(
+            self.path,
+            run_name=config.name,
+            params=flatten(config.as_dict()),
+            tags=self._tags() | {"mlflow.note.content": self._note(val_index)},
+            tracking_uri=config.tracking_uri,
+            experiment=config.tracking.experiment,
+            artifact_root=Path(config.runs_dir).resolve() / "mlartifacts",
+            resume_step=step if (self.path / "metrics.jsonl").exists() else None,
+            phases=[flatten(phase) for phase in config.as_dict()["phases"]],
+            datasets=self._datasets(val_index),
+        )
+        tracker.artifact(self.path / "config.yaml")
+        tracker.artifact(self.path / "environment.json")
+        status: mlflow_follower.Status = "FAILED"
+        try:
+            yield tracker
+            self._log_checkpoint(tracker)
+            status = "FINISHED"
+        except Stopped:
+            status = "RUNNING" if self.goes_on() else "KILLED"
+            raise
+        finally:
+            tracker.close(status)
+
+    def _log_checkpoint(self, tracker: mlflow_follower.Tracker) -> None:
+        """Give MLflow the checkpoint of a finished run, where that was asked for."""
+        which, name = self.config.tracking.log_checkpoint, self.config.tracking.register_
+        pointer = self.checkpoints / which
+        if which == "none" or not pointer.is_file():
+            return
+        file = self.checkpoints / pointer.read_text().strip() / checkpoint.MODEL_FILE
+        tracker.artifact(file)
+        if name is not None:
+            tracker.register(file, name)
+
+    @contextmanager
+    def sample_record(self, step: int) -> Iterator[SampleRecord]:
+        """Takes down what this process trains on, from ``step`` on, where that was asked for."""
+        if not self.config.record_samples:
+            yield lambda _step, _batch: None
+            return
+        self.world.together(lambda: self._forget_samples_after(step))
+        path = self.path / f"samples-{self.world.rank}.jsonl"
+        with path.open("a", buffering=1) as stream:
+
+            def record(step: int, batch: Batch) -> None:
+                sums = [zlib.crc32(image.contiguous().numpy()) for image in batch.images.cpu()]
+                line = {"step": step, "ids": batch.ids.tolist(), "crc32": sums}
+                stream.write(json.dumps(line) + "\n")
+
+            yield record
+
+    def _forget_samples_after(self, step: int) -> None:
+        """Remove what was taken down of steps that are computed again, and a line torn by a kill.
+
+        Rank 0 does it for all: there may have been more processes before.
+        """
+        if self.world.rank != 0:
+            return
+        for path in self.path.glob("samples-*.jsonl"):
+            whole = path.read_text().rpartition("\n")[0].splitlines(keepends=True)
+            _write(path, "".join(x.rstrip() + "\n" for x in whole if json.loads(x)["step"] <= step))
+
+    def farewell(self, result: dict[str, float]) -> None:
+        """Say that the run is finished, what came out and where to look."""
+        if self.world.rank != 0:
+            return
+        lines = [f"{self.path} is finished"]
+        if result:
+            lines[0] += (
+                f": top-1 {result['top1']:.2f} %; at best {result['best_top1']:.2f} %, "
+                f"at step {result['best_step']:.0f}"
+            )
+        lines.append(f"  evaluate  python tools/eval.py --checkpoint {shlex.quote(str(self.path))}")
+        if self.config.tracking_uri:
+            lines.append(f"  look      {mlflow_follower.ui_command(self.config.tracking_uri)}")
+        logger.info("%s", "\n".join(lines))
+
+    def _tags(self) -> dict[str, str]:
+        config = self.config
+        return {
+            "model": config.model.name,
+            "timesteps": " then ".join(str(phase.timesteps) for phase in config.phases),
+            "loss": config.loss.kind,
+            "split": "val",
+            "git": mlflow_follower.git_version() or "none",
+            "seed": str(config.seed),
+            "precision": config.precision,
+            "world_size": str(self.world.world_size),
+            "run_dir": str(self.path.resolve()),
+            "data": self.index.fingerprint[:16],
+            **({"data_split": self.data_split} if self.data_split else {}),
+            **{key: str(value) for key, value in self._begun_with().items()},
+            **self.launcher_tags,
+        } | {f"version.{name}": version for name, version in mlflow_follower.versions().items()}
+
+    def _begun_with(self) -> dict[str, object]:
+        """What makes it another run than one of its loss alone."""
+        soft = self.config.loss.distillation
+        found = {
+            "init_checkpoint": self.config.init_checkpoint,
+            "teacher": soft.teacher,
+            "self_distillation": soft.self_weight or None,
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+    def _note(self, val_index: Index) -> str:
+        """The description on the run's page in MLflow, in Markdown."""
+        config, train = self.config, self.index
+        data = f"{len(train):,} {train.kind}, {len(train.classes)} classes"
+        lines = [
+            f"**{config.model.name}** by {config.loss.kind.upper()} on {config.data.root} ({data}; "
+            f"evaluated on the {len(val_index):,} of val)",
+            "",
+            "| phase | epochs | T | optimiser | learning rate |",
+            "|---|---|---|---|---|",
+        ]
+        for i, phase in enumerate(config.phases):
+            optimizer = phase.optimizer
+            lr = f"{optimizer.lr:g}, {phase.schedule}"
+            lines.append(f"| {i} | {phase.epochs} | {phase.timesteps} | {optimizer.kind} | {lr} |")
+        lines += [
+            "",
+            f"Loss: {config.loss.as_text()}.",
+            f"Begun with the weights of {config.init_checkpoint or 'no other network'}.",
+            f"Batch {config.batch.global_} in micro-batches of {config.batch.micro}, "
+            f"{config.precision}, seed {config.seed}.",
+            "",
+            "Pictures and the whole configuration are under Artifacts; what the metrics mean: "
+            "docs/metrics.md.",
+            "",
+            f"    python tools/eval.py --checkpoint {shlex.quote(str(self.path.resolve()))}",
+        ]
+        return "\n".join(lines)
+
+    def _datasets(self, val_index: Index) -> list[mlflow_follower.Dataset]:
+        root = Path(self.config.data.root).resolve()
+        return [
+            mlflow_follower.Dataset(
+                name=f"{root.name}/{index.split}",
+                digest=index.fingerprint[:16],
+                source=str(root / index.split),
+                context=context,
+                profile={"samples": len(index), "classes": len(index.classes)},
+            )
+            for index, context in ((self.index, "training"), (val_index, "validation"))
+        ]
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(path)

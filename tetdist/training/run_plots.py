@@ -1,0 +1,124 @@
+"""The pictures that a run makes of itself while it trains: drawn on rank 0, never in its way."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tetdist.config.schema import DataSection, RunConfig
+from tetdist.data import mixing
+from tetdist.data.loader import Batch
+from tetdist.errors import UserError
+from tetdist.evaluation.membranes import membrane_distribution
+from tetdist.models import SpikingNetwork
+from tetdist.reports import curves
+from tetdist.tracking.mlflow_follower import Tracker
+from tetdist.training.health import FiringWatch
+
+logger = logging.getLogger(__name__)
+
+# Of one batch: enough to see, and seconds for a large network on a CPU.
+SHOWN_IMAGES, SHOWN_EVENTS, SHOWN_TIMESTEPS, LOOKED_AT = 32, 6, 10, 16
+
+# Seconds from one drawing to the next, which takes half a second: less than evaluations of a small
+# network are apart.
+DRAW_EVERY = 20.0
+
+
+class Pictures:
+    """The files in ``runs/NAME/plots``.
+
+    Args:
+        config: Of the run.
+        classes: Names of the data's classes.
+        tracker: Gets every picture as an artifact.
+    """
+
+    def __init__(self, config: RunConfig, classes: tuple[str, ...], tracker: Tracker) -> None:
+        self.config, self.classes, self.tracker = config, classes, tracker
+        self.folder = config.run_dir / "plots"
+        self._firing = FiringWatch()
+        self._drawn = -math.inf
+        self._has_inputs = (self.folder / "inputs.png").exists()
+
+    def inputs(self, batch: Batch) -> None:
+        """Draw a training batch as the network sees it: the first one of the run, once."""
+        if self._has_inputs:
+            return
+        self._has_inputs = True
+        images = batch.images.detach().float().cpu()
+        if batch.mix is not None:
+            images = mixing.mixed_images(images, batch.mix)
+        if self.config.data.kind == "events":
+            pictures = event_pictures(images[:SHOWN_EVENTS, :SHOWN_TIMESTEPS])
+            unit = f"events (red: on, blue: off), {images.shape[1]} time bins"
+        else:
+            pictures = image_pictures(images[:SHOWN_IMAGES], self.config.data)
+            unit = f"{images.shape[-1]}x{images.shape[-2]} pixels"
+        labels = [self.classes[label] for label in batch.labels[: len(pictures)].tolist()]
+        title = f"{self.config.name}: augmented training input, {unit}"
+        self._draw("inputs.png", lambda out: curves.inputs(pictures, labels, title, out))
+
+    def after_evaluation(
+        self, model: SpikingNetwork, images: Tensor, values: Mapping[str, Any], *, last: bool
+    ) -> None:
+        """Name layers that died or saturated; now and then draw curves, firing rates, membranes.
+
+        Args:
+            model: The network.
+            images: A batch of the evaluation, on the model's device.
+            values: The evaluation's line of metrics, which is in the file.
+            last: Whether it is the run's last one, which is always drawn.
+        """
+        for sentence in self._firing.changes(values["firing_rate"]):
+            logger.warning("epoch %g: %s", values["epoch"], sentence)
+        if not last and time.monotonic() - self._drawn < DRAW_EVERY:
+            return
+        metrics = self.tracker.path
+        self._draw("learning_curves.png", lambda out: curves.learning_curves(metrics, out))
+        self._draw("firing_rates.png", lambda out: curves.firing_rates(metrics, out))
+        if len(images) and values["firing_rate"]:
+            title = f"{self.config.name}   \N{EM DASH}   epoch {values['epoch']:.4g}, membranes"
+            precision = self.config.precision
+            found = membrane_distribution(model, images[:LOOKED_AT], precision)
+            self._draw("membranes.png", lambda out: curves.membranes(found, title, out))
+        self._drawn = time.monotonic()
+
+    def _draw(self, name: str, draw: Callable[[Path], None]) -> None:
+        plot = self.folder / name
+        try:
+            draw(plot)
+        except (UserError, OSError) as error:
+            # Training is worth more than its picture.
+            logger.warning("no plot %s was made: %s", name, error)
+            return
+        self.tracker.artifact(plot)
+
+
+def image_pictures(images: Tensor, data: DataSection) -> npt.NDArray[np.float64]:
+    """RGB values in [0, 1], (N, H, W, 3), of normalised images (N, 3, H, W)."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).double().numpy()
+
+
+def event_pictures(frames: Tensor) -> npt.NDArray[np.float64]:
+    """RGB values in [0, 1], (N, T, H, W, 3), of numbers of events (N, T, 2, H, W).
+
+    White is none; a pixel is as dark as its share of its sample's 99th percentile of those that
+    are not 0.
+    """
+    shown = np.empty((*frames.shape[:2], *frames.shape[3:], 3))
+    for picture, sample in zip(shown, frames.double().numpy(), strict=True):
+        present = sample[sample > 0]
+        scale = np.percentile(present, 99) if present.size else 1.0
+        off, on = (np.clip(sample[:, polarity] / scale, 0, 1) for polarity in (0, 1))
+        picture[..., 0], picture[..., 2] = 1 - off, 1 - on
+        picture[..., 1] = 1 - np.maximum(off, on)
+    return shown

@@ -1,0 +1,184 @@
+"""A trained network whose answers another one learns from, beside the labels."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from tetdist import checkpoint
+from tetdist.config.schema import TIMM, ModelSection, RunConfig, parse, phase_image_sizes
+from tetdist.data.index import Index
+from tetdist.errors import UserError
+from tetdist.exchange import foreign
+from tetdist.models import SpikingNetwork
+from tetdist.nn.precision import autocast, parameter_type
+from tetdist.training.run_folder import create_model
+
+KEY = "loss.distillation.teacher"
+
+
+class Teacher:
+    """Answers (B, K) for the very images that the student sees; nothing in it is trained.
+
+    A spiking teacher answers by the time-mean: of a static image over the T of its own training, of
+    events over the time bins that the student gets.
+
+    Attributes:
+        fingerprint: Of its weights: that of a run must stay the same.
+
+    Args:
+        config: The student's; ``loss.distillation.teacher`` is set.
+        index: Of the student's data.
+        device: Where it computes.
+
+    Raises:
+        UserError: There is no such teacher, or it does not suit the student's data.
+    """
+
+    def __init__(self, config: RunConfig, index: Index, device: torch.device) -> None:
+        self.precision = config.precision
+        name = config.loss.distillation.teacher
+        assert name is not None
+        # The student draws the same numbers with a teacher as without.
+        with torch.random.fork_rng(devices=[]):
+            if name.startswith(TIMM):
+                self.model, mean, std = _from_timm(config, index)
+            else:
+                self.model, mean, std = _from_checkpoint(Path(name), config, index)
+        self.model.requires_grad_(False).eval()
+        self.fingerprint = _fingerprint(self.model)
+        dtype = parameter_type(config.precision)
+        self.model.to(device, dtype)
+        # From the student's normalisation to the teacher's.
+        ours, theirs = (config.data.mean, config.data.std), (mean, std)
+        self.between = None if ours == theirs else _between(ours, theirs).to(device, dtype)
+        if config.data.kind == "images":
+            self._try(config, device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, C, H, W), or frames of events (B, T, 2, H, W)."""
+        if images.ndim == 5:
+            assert isinstance(self.model, SpikingNetwork)
+            self.model.set_timesteps(images.shape[1])
+        elif self.between is not None:
+            gain, offset = self.between
+            images = images * gain + offset
+        with autocast(images.device, self.precision):
+            logits: Tensor = self.model(images)
+        return logits
+
+    def _try(self, config: RunConfig, device: torch.device) -> None:
+        """Answer once for each size of images, before an epoch has been waited for."""
+        sizes = {size for phase in config.phases for size in phase_image_sizes(config, phase)}
+        name = config.loss.distillation.teacher
+        for size in sorted(sizes):
+            images = torch.zeros(1, 3, size, size, device=device)
+            try:
+                self(images.to(parameter_type(config.precision)))
+            except (RuntimeError, ValueError, AssertionError) as error:
+                raise UserError(
+                    f"{KEY}: {name} cannot take images of {size}x{size} pixels "
+                    f"({str(error).splitlines()[0]})"
+                ) from error
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """SHA-256 of its weights and running statistics."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+_Loaded = tuple[nn.Module, tuple[float, ...], tuple[float, ...]]  # with its mean and std
+
+
+def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
+    try:
+        weights, description = checkpoint.load_model_file(path)
+    except UserError as error:
+        raise UserError(f"{KEY}: {error}") from error
+    theirs = parse(description["config"], str(path), warn=False)
+    if theirs.data.kind != config.data.kind:
+        raise UserError(
+            f"{KEY}: {path} is of {theirs.data.kind} and the data is {config.data.kind}"
+        )
+    classes = description["classes"]
+    if classes is not None and list(classes) != list(index.classes):
+        raise UserError(
+            f"{KEY}: {path} knows other classes than {config.data.root} has, or in another order"
+        )
+    num_classes = theirs.model.num_classes or (len(classes) if classes else len(index.classes))
+    _check_num_classes(str(path), num_classes, config, index)
+    model = _spiking(theirs.model, num_classes, description["timesteps"], config, index, path)
+    checkpoint.load_weights(model, weights, path)
+    return model, theirs.data.mean, theirs.data.std
+
+
+def _spiking(
+    section: ModelSection,
+    num_classes: int,
+    timesteps: int,
+    config: RunConfig,
+    index: Index,
+    path: Path,
+) -> SpikingNetwork:
+    model = create_model(section, num_classes, timesteps)
+    model.set_execution(config.execution)
+    if config.data.kind == "events" and model.input_size not in (None, int(index.heights[0])):
+        raise UserError(
+            f"{KEY}: {path} is built for {model.input_size}x{model.input_size} pixels and the data "
+            f"has {index.heights[0]}x{index.heights[0]}"
+        )
+    return model
+
+
+def _from_timm(config: RunConfig, index: Index) -> _Loaded:
+    section = config.loss.distillation
+    assert section.teacher is not None
+    name = section.teacher.removeprefix(TIMM)
+    if config.data.kind == "events":
+        raise UserError(f"{KEY}: timm's {name} takes images, and the data is events")
+    file = section.teacher_weights
+    wanted: dict[str, Any] = {} if file is None else {"num_classes": _num_classes(config, index)}
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=file is None, **wanted)
+    except Exception as error:  # whatever timm or a download comes across
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{KEY}: timm cannot make {name} ({reason}); `timm.list_pretrained()` has the names, "
+            f"and {KEY}_weights=FILE is for machines without a network"
+        ) from error
+    if file is not None:
+        checkpoint.load_weights(model, foreign.read(Path(file)), Path(file))
+    _check_num_classes(name, model.num_classes, config, index)
+    described = timm.get_pretrained_cfg(name)
+    return model, described.mean, described.std
+
+
+def _num_classes(config: RunConfig, index: Index) -> int:
+    return config.model.num_classes or len(index.classes)
+
+
+def _check_num_classes(name: str, found: object, config: RunConfig, index: Index) -> None:
+    if found != _num_classes(config, index):
+        raise UserError(
+            f"{KEY}: {name} has {found} classes and the student {_num_classes(config, index)}"
+        )
+
+
+def _between(
+    ours: tuple[tuple[float, ...], tuple[float, ...]],
+    theirs: tuple[tuple[float, ...], tuple[float, ...]],
+) -> Tensor:
+    """Gain and offset, (2, 3, 1, 1), from one (mean, std) to another."""
+    (mean, std), (mean_t, std_t) = (
+        [torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in pair]
+        for pair in (ours, theirs)
+    )
+    return torch.stack([std / std_t, (mean - mean_t) / std_t])

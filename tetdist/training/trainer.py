@@ -1,0 +1,628 @@
+"""The training loop, to be read from top to bottom.
+
+All that decides the result is a function of the configuration and the step: phase, epoch,
+learning rate, samples, augmentation. So the state of a run is its step, the model, the optimiser
+and some running sums, and to resume is to put those back.
+"""
+
+import itertools
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tetdist import checkpoint, losses
+from tetdist.config.schema import LossSection, RunConfig, differences
+from tetdist.data import mixing, order
+from tetdist.data.build import eval_loader, train_loader
+from tetdist.data.loader import Batch, Loader, Share
+from tetdist.distributed.watchdog import Watch
+from tetdist.distributed.world import StopRequest, World
+from tetdist.errors import Stopped, UserError
+from tetdist.evaluation.evaluate import Interrupted, evaluate
+from tetdist.nn import batch_norm
+from tetdist.nn.precision import autocast, parameter_type
+from tetdist.tracking.mlflow_follower import Tracker
+from tetdist.tracking.progress import Progress
+from tetdist.training import health
+from tetdist.training.engines.deepspeed_engines import Engine, Update, make_engine, make_optimizer
+from tetdist.training.run_folder import RunFolder, SampleRecord, make_model, open_data
+from tetdist.training.run_plots import Pictures
+from tetdist.training.schedule import Phase, phase_at, place
+from tetdist.training.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+# Of the running sums since the last line of metrics.
+LOSS, CORRECT, SAMPLES = range(3)
+
+
+class Trainer:
+    """One run on this process, from its newest checkpoint or from the beginning.
+
+    Raises:
+        UserError: Data, checkpoint or run folder do not suit the configuration.
+    """
+
+    def __init__(self, config: RunConfig, world: World, stop: StopRequest, watch: Watch) -> None:
+        self.config, self.world, self.stop, self.watch = config, world, stop, watch
+        world.together(lambda: _check_device(config, world))
+        batch = config.batch
+        self.num_micro_batches = world.together(
+            lambda: len(
+                order.rank_micro_batches(world.rank, world.world_size, batch.global_, batch.micro)
+            )
+        )
+        self.train_index, self.val_index = world.together(lambda: open_data(config, world))
+        self.steps_per_epoch = world.together(
+            lambda: order.steps_per_epoch(len(self.train_index), batch.global_)
+        )
+        self.phases = place(config.phases, self.steps_per_epoch)
+        end = self.phases[-1].end_step
+        self.last_step = min(end, config.max_steps or end)
+        first = self.phases[config.start_phase].first_step
+        if self.last_step <= first:
+            raise UserError(
+                f"max_steps: {config.max_steps} ends before phase {config.start_phase} begins, "
+                f"after step {first}; steps are counted from the first phase on"
+            )
+
+        torch.manual_seed(config.seed)
+        if config.deterministic:
+            # cuBLAS reads it when it is first used, and torch refuses to go on without it.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(config.deterministic)
+        self.model = world.together(lambda: make_model(config, self.train_index))
+        self.model.to(world.device, parameter_type(config.precision))
+        batch_norm.defer_running_statistics(self.model)
+        if config.batch_norm.sync and world.world_size > 1:
+            batch_norm.synchronize(self.model, world.mean_, world.world_size)
+
+        # Optimiser steps done.
+        self.step = self.evaluated_step = first
+        self.result: dict[str, float] = {}  # of the last evaluation, and the best one so far
+        # float64, so that it does not matter where a stop cuts the sums in two.
+        self.window = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self.non_finite = health.NonFiniteSteps(world.device, config.non_finite_limit)
+        self.optimizer_state: dict[str, Any] | None = None
+        self.loss_scale_state: dict[str, float] | None = None
+        self.teacher: Teacher | None = None
+        if not self._has_begun():
+            # Before the folder is made: a mistake leaves nothing behind.
+            world.together(self._initialize)
+            world.together(self._open_teacher)
+        self.folder = world.together(lambda: RunFolder(config, self.train_index, world))
+        found = self.folder.newest_checkpoint()
+        self.saved_step: int | None = None
+        if found is not None:
+            world.together(lambda: self._restore(found))
+            self.saved_step = self.step
+        # One that is finished needs its teacher no more.
+        if self.teacher is None and not self.finished:
+            world.together(lambda: self._open_teacher(found))
+
+        self.phase: Phase | None = None
+        self.engine: Engine
+        self.loader: Loader
+        self.image_size = 0  # of the loader's images
+
+    # --- the run ------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train and evaluate to the end.
+
+        Raises:
+            Stopped: A signal asked for it; all is saved.
+            UserError: The loss is not finite, a file cannot be read, the disk is full, ...
+        """
+        with (
+            self.folder.tracker(self.step, self.val_index) as self.tracker,
+            self.folder.sample_record(self.step) as self.record,
+            self._progress() as self.progress,
+        ):
+            self.pictures = None
+            if (tracker := self.tracker) is not None:
+                self.watch.before_end.append(lambda _: tracker.close("FAILED", timeout=5))
+                self.pictures = Pictures(self.config, self.train_index.classes, tracker)
+            try:
+                while not self.finished:
+                    if self._evaluation_due():
+                        self._enter(phase_at(self.phases, self.step - 1))
+                        self._evaluate()
+                    else:
+                        self._enter(phase_at(self.phases, self.step))
+                        self._train_epoch()
+                if self.result:
+                    self._log("final", self.result)
+            finally:
+                self._leave()
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.last_step and not self._evaluation_due()
+
+    def _evaluation_due(self) -> bool:
+        if self.step == self.evaluated_step:
+            return False
+        epoch, step_in_epoch = divmod(self.step, self.steps_per_epoch)
+        at_end = self.step == self.last_step
+        return at_end or (step_in_epoch == 0 and epoch % self.config.evaluate_every == 0)
+
+    def _enter(self, phase: Phase) -> None:
+        """Set up T, optimiser, engine and data of a phase, unless it is the present one."""
+        if self.phase is phase:
+            return
+        self._leave()
+        if self.tracker:
+            self.tracker.enter_phase(phase.number)
+        self.model.set_timesteps(phase.section.timesteps)
+        optimizer = make_optimizer(self.model, phase.section.optimizer)
+        self.engine = make_engine(
+            self.config, self.model, optimizer, self.num_micro_batches, self.world
+        )
+        # At the very start of a phase a checkpoint holds the optimiser of the one before.
+        if self.optimizer_state is not None and self.step > phase.first_step:
+            self.engine.load_optimizer_state(self.optimizer_state)
+        if self.loss_scale_state is not None and self.engine.loss_scale:
+            self.engine.loss_scale.load_state_dict(self.loss_scale_state)
+        self.optimizer_state = None
+        self.image_size = self._image_size(self.step)
+        self.loader = self._open_loader(self.step)
+        self.phase = phase
+
+    def _image_size(self, step: int) -> int:
+        return phase_at(self.phases, step).image_size(step, self.config.data.image_size)
+
+    def _open_loader(self, step: int) -> Loader:
+        """This process's micro-batches from a step on, all of that step's image size."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        share = Share(
+            seed=self.config.seed,
+            global_batch=self.config.batch.global_,
+            micro_batch=self.config.batch.micro,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            epoch=epoch,
+            step_in_epoch=step_in_epoch,
+        )
+        size = self._image_size(step)
+        return train_loader(self.config, self.train_index, share, self.world, size)
+
+    def _leave(self) -> None:
+        if self.phase is not None:
+            if self.engine.loss_scale:
+                self.loss_scale_state = self.engine.loss_scale.state_dict()
+            self.loader.close()
+            self.engine.close()
+            self.phase = None
+
+    # --- training -----------------------------------------------------------------------------
+
+    def _train_epoch(self) -> None:
+        """Train to the end of the epoch."""
+        if self._image_size(self.step) != self.image_size:
+            self.image_size = self._image_size(self.step)
+            self.loader.close()
+            self.loader = self._open_loader(self.step)
+        self.model.train()
+        clock = _Clock()
+        end = min((self.step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.last_step)
+        while self.step < end:
+            lr, update = self._train_step(clock)
+            self.progress.advance(self.config.batch.global_)
+            if self.step % self.config.log_every == 0 or self.step == end:
+                self._log_window(lr, float(update.grad_norm), clock)
+            if self.stop.agreed():
+                self._save()
+                raise Stopped
+            every = self.config.save.every_steps
+            if self.step < end and every and self.step % every == 0:
+                self._save()
+        if not self._evaluation_due():
+            self._save()
+
+    def _train_step(self, clock: "_Clock") -> tuple[float, Update]:
+        """One optimiser step. Returns its learning rate and what the update did."""
+        assert self.phase is not None
+        lr = self.phase.learning_rate(self.step)
+        batches: Iterable[tuple[Tensor, Tensor]] = self._micro_batches(clock)
+        scale = self.engine.loss_scale
+        if scale is not None:
+            batches = list(batches)
+        update, sums = self._forward_backward_update(batches, lr)
+        # float16: the gradient overflowed for its scale, so the same step again with half of it.
+        while scale is not None and not update.applied and scale.overflowed():
+            update, sums = self._forward_backward_update(batches, lr)
+        if scale is not None and update.applied:
+            scale.succeeded()
+        self.step += 1
+        clock.samples += self.config.batch.global_
+        # A step whose gradient is not finite has changed nothing, and its sums are left out. On a
+        # GPU the device is not asked at every step whether that was so.
+        self.window += torch.where(update.applied, sums, 0.0)
+        self.non_finite.record(self.step, update.applied)
+        if self.world.device.type == "cpu" and self.non_finite.too_many:
+            self._end_non_finite()
+        return lr, update
+
+    def _micro_batches(self, clock: "_Clock") -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's images and targets of one step, on the device."""
+        for _ in range(self.num_micro_batches):
+            with clock.waiting():
+                batch = next(self.loader)
+            self.record(self.step + 1, batch)
+            if self.pictures:
+                self.pictures.inputs(batch)
+            self.watch.progress(f"step {self.step + 1}")
+            yield self._prepared(batch)
+
+    def _prepared(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images and targets on the device, mixed where that is asked for.
+
+        Targets are labels (B,), or shares of the classes (B, K).
+        """
+        images, targets = self._on_device(batch.images), self._on_device(batch.labels)
+        if batch.mix is not None:
+            num_classes = self.model.num_classes
+            targets = mixing.mixed_targets(targets, batch.mix, num_classes, images.dtype)
+            images = mixing.mixed_images(images, batch.mix)
+        return images, targets
+
+    def _forward_backward_update(
+        self, batches: Iterable[tuple[Tensor, Tensor]], lr: float
+    ) -> tuple[Update, Tensor]:
+        """One update from the step's micro-batches; also their sums for the metrics."""
+        sums = torch.zeros_like(self.window)
+        for images, targets in batches:
+            logits = self.engine.forward(images)  # (T, B, K)
+            loss = compute_loss(self.config.loss, logits, targets, self._taught(images))
+            self.watch.progress(f"step {self.step + 1}")
+            self.engine.backward(loss)
+            sums += _sums(logits.detach(), targets, loss.detach())
+        update = self.engine.update(lr)
+        batch_norm.update_running_statistics(self.model, self.world.mean_, update.applied)
+        return update, sums
+
+    def _taught(self, images: Tensor) -> Tensor | None:
+        """What the teacher, if there is one, makes of the images: logits (B, K)."""
+        return None if self.teacher is None else self.teacher(images)
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            tensor = tensor.to(parameter_type(self.config.precision))
+        if tensor.device.type == "cpu" and self.world.device.type == "cuda":
+            # From pinned memory the host need not wait for the copy.
+            return tensor.pin_memory().to(self.world.device, non_blocking=True)
+        return tensor.to(self.world.device)
+
+    def _window_sums(self) -> list[float]:
+        """The sums over all processes, checked."""
+        if self.non_finite.too_many:
+            self._end_non_finite()
+        return self.world.sum(self.window.tolist())
+
+    def _end_non_finite(self) -> None:
+        """End the run, on all processes, with what can be found out about its last step."""
+        assert self.phase is not None
+        step, limit = self.non_finite.limit_reached_at, self.config.non_finite_limit
+        lr = self.phase.learning_rate(step - 1)
+        reports = [text for text in self.world.gather(self._examine(step)) if text]
+        found = "; ".join(reports) or "Repeated, it is finite on all processes: suspect a device"
+        saved = "no checkpoint has been saved yet"
+        if self.saved_step is not None:
+            saved = f"the last checkpoint is of step {self.saved_step}, in "
+            saved += str(self.folder.checkpoints)
+
+        def fail() -> None:
+            raise UserError(
+                f"the loss or its gradient was not finite in {limit} steps in a row, at last at "
+                f"step {step} (learning rate {lr:.4g}). They changed nothing, and {saved}. "
+                f"{found}. A smaller phases.*.optimizer.lr, a warm-up (phases.*.warmup_epochs) or "
+                "gradient_clipping are the usual remedies"
+            )
+
+        self.world.together(fail)
+
+    def _examine(self, step: int) -> str | None:
+        """What this process's share of a step shows, layer by layer; None: nothing bad."""
+
+        def loss(images: Tensor, targets: Tensor) -> Tensor:
+            with autocast(self.world.device, self.config.precision):
+                logits = self.model(images, per_timestep=True)
+            return compute_loss(self.config.loss, logits, targets, self._taught(images))
+
+        loader = self._open_loader(step - 1)
+        try:
+            batches = (next(loader) for _ in range(self.num_micro_batches))
+            found = health.examine(
+                self.model,
+                (self._prepared(batch) for batch in batches),
+                loss,
+            )
+        finally:
+            loader.close()
+        return None if found.is_finite else f"Rank {self.world.rank}: {found}"
+
+    def _log_window(self, lr: float, grad_norm: float, clock: "_Clock") -> None:
+        sums = self._window_sums()
+        self.window.zero_()
+        values: dict[str, Any] = {
+            "epoch": round(self.step / self.steps_per_epoch, 6),
+            "phase": self._phase_number(),
+            "loss": sums[LOSS] / sums[SAMPLES] if sums[SAMPLES] else math.nan,
+            "top1": 100 * sums[CORRECT] / sums[SAMPLES] if sums[SAMPLES] else math.nan,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "non_finite_steps": self.non_finite.new(),
+            "samples_per_s": clock.samples / clock.seconds(),
+            "data_wait": 100 * clock.waited / clock.seconds(),
+        }
+        if self.engine.loss_scale:
+            values["loss_scale"] = self.engine.loss_scale.value
+            values["overflows"] = self.engine.loss_scale.overflows
+        if values["non_finite_steps"] and self.world.rank == 0:
+            logger.warning(
+                "step %d: %d step(s) since the last line had no finite gradient: nothing changed",
+                self.step,
+                values["non_finite_steps"],
+            )
+        self._log("train", values)
+        self.progress.report_training(self.step, values)
+        clock.restart()
+
+    def _phase_number(self) -> int:
+        assert self.phase is not None
+        return self.phase.number
+
+    # --- evaluation ---------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        """Evaluate and save; a stop in between leaves the evaluation to the continued run."""
+        started = time.monotonic()
+        try:
+            with eval_loader(self.config, self.val_index, self.world) as batches:
+                first = next(batches)
+                result = evaluate(
+                    self.model,
+                    itertools.chain([first], batches),
+                    len(self.val_index),
+                    self.world,
+                    precision=self.config.precision,
+                    stop=self.stop.agreed,
+                    progress=lambda _: self.watch.progress(f"evaluation after step {self.step}"),
+                )
+        except Interrupted:
+            self._save()
+            raise Stopped from None
+        self.evaluated_step = self.step
+        is_best = not self.result or result.top1 > self.result["best_top1"]
+        if is_best:
+            self.result |= {"best_top1": result.top1, "best_step": self.step}
+        self.result["top1"] = result.top1
+        values = {
+            "epoch": round(self.step / self.steps_per_epoch, 6),
+            "phase": self._phase_number(),
+            "timesteps": result.timesteps,
+            "samples": result.samples,
+            "loss": result.loss,
+            "top1": result.top1,
+            "top5": result.top5,
+            "best_top1": self.result["best_top1"],
+            "per_timestep_top1": result.per_timestep_top1,
+            "firing_rate": result.firing_rate,
+            "seconds": time.monotonic() - started,
+        }
+        if self.folder.data_split:
+            values["data_split"] = self.folder.data_split
+        self._log("val", values)
+        self.progress.report_evaluation(self.step, values)
+        self._save(best=is_best, validation={"top1": result.top1, "top5": result.top5})
+        if self.pictures:
+            self.pictures.after_evaluation(
+                self.model,
+                self._on_device(first.images),
+                values,
+                last=self.step == self.last_step,
+            )
+
+    def _log(self, kind: str, values: dict[str, Any]) -> None:
+        if self.tracker:
+            self.tracker.log(kind, self.step, values)
+
+    # --- state --------------------------------------------------------------------------------
+
+    def _save(self, best: bool = False, validation: dict[str, float] | None = None) -> None:
+        """Write a checkpoint, from rank 0."""
+        state = {
+            "step": self.step,
+            "evaluated_step": self.evaluated_step,
+            "result": self.result,
+            "window": self._window_sums(),
+            "non_finite": self.non_finite.state_dict(),
+            "loss_scale": self.engine.loss_scale and self.engine.loss_scale.state_dict(),
+            "world_size": self.world.world_size,
+            "data": self.train_index.fingerprint,
+            "teacher": self.teacher and self.teacher.fingerprint,
+        }
+        described = self.config.as_dict()
+        # So that it can be evaluated from another folder.
+        described["data"]["root"] = str(Path(self.config.data.root).resolve())
+        described["data"]["index"] = str(self.config.data.index_dir.resolve())
+        description = {
+            "config": described,
+            "classes": list(self.train_index.classes),
+            "timesteps": self.model.timesteps,
+            "step": self.step,
+            "validation": validation,
+        }
+
+        optimizer = self.engine.optimizer_state()
+
+        def write() -> None:
+            if self.tracker:
+                self.tracker.sync()
+                path = checkpoint.save(
+                    self.folder.checkpoints,
+                    model=self.model,
+                    optimizer=optimizer,
+                    description=description,
+                    state=state,
+                    keep_last=self.config.save.keep_last,
+                    best=best,
+                )
+                self.tracker.set_tag(
+                    "best_checkpoint" if best else "checkpoint", str(path.resolve())
+                )
+
+        self.world.together(write)
+        self.saved_step = self.step
+
+    def _has_begun(self) -> bool:
+        """Whether it goes on from a checkpoint of its own, and needs no weights to begin with."""
+        return any((self.config.run_dir / "checkpoints").glob("step-*"))
+
+    def _initialize(self) -> None:
+        """Begin with somebody's weights, where the configuration names them."""
+        source = self.config.init_checkpoint
+        if source is None:
+            return
+        weights, description = checkpoint.load_model_file(Path(source))
+        checkpoint.load_weights(self.model, weights, Path(source))
+        if self.world.rank == 0:
+            theirs, ours = description["config"]["model"], self.config.as_dict()["model"]
+            for change in differences({"model": theirs}, {"model": ours}):
+                if not change.startswith("model.num_classes"):
+                    logger.warning("init_checkpoint is of another network: %s", change)
+            if description["classes"] not in (None, list(self.train_index.classes)):
+                logger.warning("init_checkpoint knows other classes than the data has")
+            logger.info(
+                "beginning with the weights of %s (step %s, T=%s)",
+                source,
+                description["step"],
+                description["timesteps"],
+            )
+
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
+        checkpoint.load_weights(self.model, found.model, found.path)
+        state = found.state
+        if state["data"] != self.train_index.fingerprint:
+            raise UserError(
+                f"{found.path} was trained on other data than what {self.config.data.index_dir} "
+                "now describes; restore the data, or give the run another name"
+            )
+        if self.config.batch_norm.sync and state["world_size"] != self.world.world_size:
+            raise UserError(
+                f"batch_norm.sync normalises over all processes, and {found.path} was trained on "
+                f"{state['world_size']} of them, not {self.world.world_size}; continue it on as "
+                "many"
+            )
+        self.step, self.evaluated_step = state["step"], state["evaluated_step"]
+        self.non_finite.load_state_dict(state["non_finite"])
+        self.loss_scale_state = state["loss_scale"]
+        self.result, self.optimizer_state = state["result"], found.optimizer
+        if self.world.rank == 0:
+            self.window += torch.tensor(state["window"], dtype=torch.float64).to(self.window.device)
+            if self.finished:
+                logger.info("%s was trained before: nothing to do", self.folder.path)
+            else:
+                logger.info("continuing %s from step %d", self.folder.path, self.step)
+
+    def _open_teacher(self, found: checkpoint.Checkpoint | None = None) -> None:
+        """Have the teacher that is asked for, which is that of the checkpoint ``found``, if any."""
+        soft = self.config.loss.distillation
+        if soft.teacher is None or soft.weight == 0:
+            return
+        self.teacher = Teacher(self.config, self.train_index, self.world.device)
+        if found is not None and found.state["teacher"] != self.teacher.fingerprint:
+            raise UserError(
+                f"loss.distillation.teacher: {found.path} learned from another network than what "
+                f"is now in {soft.teacher}; put that back, or give the run another name"
+            )
+
+    def _progress(self) -> Progress:
+        return Progress(
+            self.step,
+            self.last_step,
+            self.steps_per_epoch,
+            self.config.batch.global_,
+            silent=self.world.rank != 0,
+        )
+
+    tracker: Tracker | None
+    pictures: Pictures | None
+    record: SampleRecord
+    progress: Progress
+
+
+def _check_device(config: RunConfig, world: World) -> None:
+    if config.precision == "fp16" and world.device.type == "cpu":
+        raise UserError("precision: fp16 needs a GPU; on a CPU train with bf16 or fp32")
+
+
+def _sums(logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
+    """LOSS, CORRECT and SAMPLES of a micro-batch with logits (T, B, K).
+
+    A mixed sample is as correct as the share that the predicted class has in it.
+    """
+    predicted = logits.mean(0).argmax(-1)
+    if targets.ndim == 2:
+        correct = targets.gather(1, predicted[:, None]).sum().double()
+    else:
+        correct = (predicted == targets).sum().double()
+    num_samples = torch.full_like(correct, len(targets))
+    return torch.stack([loss.double() * num_samples, correct, num_samples])
+
+
+def compute_loss(
+    section: LossSection, logits: Tensor, targets: Tensor, taught: Tensor | None = None
+) -> Tensor:
+    """The configured loss of logits (T, B, K); ``taught`` are a teacher's, (B, K)."""
+    soft = section.distillation
+    if section.kind == "sdt":
+        loss = losses.sdt_loss(logits, targets, label_smoothing=section.label_smoothing)
+        learning = logits.mean(0, keepdim=True)
+    else:
+        loss = losses.tet_loss(
+            logits,
+            targets,
+            regularization=section.lambda_,
+            phi=section.phi,
+            label_smoothing=section.label_smoothing,
+        )
+        learning = logits
+    if taught is not None:
+        divergence = losses.distillation_loss(learning, taught, temperature=soft.temperature)
+        loss = loss + soft.weight * divergence
+    if soft.self_weight:
+        divergence = losses.self_distillation_loss(learning, temperature=soft.temperature)
+        loss = loss + soft.self_weight * divergence
+    return loss
+
+
+class _Clock:
+    """Time since the last line of metrics, and how much of it was spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.started, self.waited, self.samples = time.monotonic(), 0.0, 0
+        self._wait_started = 0.0
+
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.started, 1e-9)
+
+    def waiting(self) -> "_Clock":
+        return self
+
+    def __enter__(self) -> None:
+        self._wait_started = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.waited += time.monotonic() - self._wait_started
