@@ -74,7 +74,7 @@ def main(
     """
     import torch
 
-    from tetdist import train
+    from tetdist.cli import train
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

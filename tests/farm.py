@@ -30,7 +30,7 @@ def passing(point: str, number: int, action: Callable[[], None]) -> None:
 
     from tetdist.evaluation import evaluate
     from tetdist.training import trainer
-    from tetdist.training.engines import deepspeed_engines
+    from tetdist.training.engines import deepspeed_engines, torch_engine
 
     calls = itertools.count(1)
 
@@ -49,7 +49,7 @@ def passing(point: str, number: int, action: Callable[[], None]) -> None:
         setattr(owner, name, wrapped)
 
     if point == "micro":  # within the accumulation of a step
-        wrap(deepspeed_engines.TorchEngine, "backward", after=True)
+        wrap(torch_engine.TorchEngine, "backward", after=True)
         wrap(deepspeed_engines.DeepSpeedEngine, "backward", after=True)
         wrap(deepspeed_engines.ZeroEngine, "backward", after=True)
     elif point == "step":  # after a step's update, before it is logged
@@ -90,7 +90,7 @@ def run(job: dict[str, Any], rank: int, port: int) -> int:
         point, number, which, on_rank = job["stop"]
         if on_rank == rank:
             passing(point, number, lambda: os.kill(os.getpid(), which))
-    from tetdist import train
+    from tetdist.cli import train
 
     return train.main(job["arguments"])
 

@@ -1,15 +1,52 @@
-"""The one exception that entry points turn into a sentence instead of a traceback."""
+"""Mistakes as sentences: the exceptions that commands turn into one, and the ways out it names."""
 
 import errno
+import shlex
+from pathlib import Path
+
+# What a package that may be missing comes with; all others come with training.
+_EXTRAS = {
+    "h5py": "train,events",
+    "mlxtend": "train,quickstart",
+    "nir": "train,export",
+    "nirtorch": "test",
+    "onnx": "train,export",
+    "onnxruntime": "train,export",
+    "onnxscript": "train,export",
+    "spikingjelly": "spikingjelly",
+}
+_CHECKOUT = Path(__file__).resolve().parents[1]
+# The scripts of a checkout that people type, by the command that they are.
+_SCRIPTS = {"train": "tetdist/train.py", "slurm": "launch/slurm.py"}
 
 
 class UserError(ValueError):
     """A mistake that the person at the keyboard can mend.
 
-    Its text is one clear sentence that names the key, file or step and the way out. Entry points
-    print it and exit with status 2; anything else that is raised is a fault of ours and keeps its
+    Its text is one clear sentence that names the key, file or step and the way out. Commands print
+    it and exit with status 2; anything else that is raised is a fault of ours and keeps its
     traceback.
     """
+
+
+class Stopped(Exception):
+    """A signal ended the run after a saved step; the same command continues it."""
+
+
+def sentence(error: Exception) -> str:
+    """What a person reads of an error; of a missing package, also how to install it."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        extra = _EXTRAS.get(package, "train")
+        return f"the package {package} is not installed; pip install 'tetdist[{extra}]'"
+    return str(error)
+
+
+def typed(command: str, *arguments: object) -> str:
+    """What a person types to start a command: a script of the checkout, or ``tetdist COMMAND``."""
+    script = _SCRIPTS.get(command, f"tools/{command}.py")
+    program = f"python {script}" if (_CHECKOUT / script).is_file() else f"tetdist {command}"
+    return " ".join([program, *(shlex.quote(str(argument)) for argument in arguments)])
 
 
 def way_out(error: BaseException) -> str:
@@ -20,7 +57,3 @@ def way_out(error: BaseException) -> str:
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "make room, or choose another runs_dir=..."
     return "mend that, or choose another runs_dir=..."
-
-
-class Stopped(Exception):
-    """A signal ended the run after a saved step; the same command continues it."""

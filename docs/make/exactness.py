@@ -271,7 +271,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def heading(options: argparse.Namespace) -> str:
-    from tetdist.tracking.mlflow_follower import environment
+    from tetdist.tracking.environment import environment
 
     found = environment()
     packages = ", ".join(f"{k} {v}" for k, v in found["packages"].items() if k != "tetdist")

@@ -33,16 +33,16 @@ def main(arguments: list[str] | None = None) -> int:
     add("--output", type=Path, metavar="PNG", default=DOCS / "overview.png")
     options = parser.parse_args(arguments)
     from tetdist.errors import UserError
-    from tetdist.reports import curves
+    from tetdist.reports.style import new_figure, save
 
     try:
         study, performance = read(options.study), read(options.performance)
-        figure = curves.new_figure(13, 3.7)
+        figure = new_figure(13, 3.7)
         axes = figure.subplots(1, 3, width_ratios=(1.15, 1, 1.25))
         draw_losses(axes[0])
         draw_accuracy(axes[1], study, *options.entries)
         draw_cost(axes[2], performance)
-        curves.save(figure, options.output)
+        save(figure, options.output)
     except (UserError, OSError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 
-from tetdist.config import schema
+from tetdist.config import loading
 from tetdist.slurm import plan
 
 BENCH = tiny.PROJECT / "tools" / "bench.py"
@@ -35,7 +35,7 @@ def bench(tmp_path: Path, *arguments: object) -> tuple[dict[str, Any], str]:
 
 def speed_that_the_plan_reads(file: Path) -> plan.Speed | None:
     values = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d"})
-    return plan.read_speed(None, str(file), schema.parse(values, "x"))
+    return plan.read_speed(None, str(file), loading.parse(values, "x"))
 
 
 def test_a_step_is_timed_against_the_relu_network(tmp_path: Path) -> None:

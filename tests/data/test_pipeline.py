@@ -19,15 +19,15 @@ from torchvision.transforms import functional as tv
 
 from tetdist.data import order, pixels, transforms
 from tetdist.data.auto_augment import auto_augment
-from tetdist.data.index import build_event_index, build_index
-from tetdist.data.loader import (
+from tetdist.data.batches import (
     Share,
-    Workers,
     eval_batches,
     event_eval_batches,
     event_train_batches,
     train_batches,
 )
+from tetdist.data.dali import Workers
+from tetdist.data.index import build_event_index, build_index
 from tetdist.errors import UserError
 
 WORKERS = Workers(device="cpu", device_id=None, threads=2, prefetch=2)

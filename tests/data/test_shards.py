@@ -19,9 +19,10 @@ from samples import SHARED, images_by_class, picture, write_official, write_shar
 from torchvision.transforms import functional as tv
 
 from tetdist.data import index as ix
+from tetdist.data.batches import Share, eval_batches, train_batches
+from tetdist.data.dali import Workers
 from tetdist.data.extract import extract_split
 from tetdist.data.layouts import Hints, list_split
-from tetdist.data.loader import Share, Workers, eval_batches, train_batches
 from tetdist.data.shards import plan_shards, shard_split
 from tetdist.errors import UserError
 from tetdist.files import only_writer

@@ -116,7 +116,7 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 def test_stop_request_alone() -> None:
-    from tetdist.distributed.world import StopRequest
+    from tetdist.distributed.signals import StopRequest
 
     before = signal.getsignal(signal.SIGTERM)
     with join("cpu") as world, StopRequest(world) as stop:
@@ -131,7 +131,7 @@ def test_stop_request_alone() -> None:
 
 
 def test_second_interrupt_ends_at_once() -> None:
-    from tetdist.distributed.world import StopRequest
+    from tetdist.distributed.signals import StopRequest
 
     with join("cpu") as world, StopRequest(world) as stop:
         os.kill(os.getpid(), signal.SIGINT)
@@ -153,7 +153,7 @@ def test_second_interrupt_ends_at_once() -> None:
 def test_of_two_signals_the_one_that_says_more_counts(
     sent: list[signal.Signals], told: signal.Signals
 ) -> None:
-    from tetdist.distributed.world import StopRequest
+    from tetdist.distributed.signals import StopRequest
 
     with join("cpu") as world, StopRequest(world) as stop:
         for number in sent:

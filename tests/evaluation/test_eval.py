@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import Farm
 
-from tetdist.reports import curves, evaluation_page
+from tetdist.reports import evaluation_page, style
 
 NUM_SAMPLES = sum(tiny.VAL_SIZES)
 
@@ -235,7 +235,7 @@ def test_report(run: Path, evaluate: Tool, tmp_path: Path) -> None:
 
 
 def panel(draw: Callable[..., None], found: dict[str, Any]) -> Any:
-    axis = curves.new_figure(4, 4).subplots()
+    axis = style.new_figure(4, 4).subplots()
     draw(axis, found)
     return axis
 

@@ -17,7 +17,7 @@ from samples import SHARED
 
 from tetdist.data.index import check_fresh, load_index
 from tetdist.events.binning import Binning, bin_events
-from tetdist.events.formats.read import read_recording
+from tetdist.events.formats import read_recording
 from tetdist.events.recording import Sensor
 from tetdist.events.tensors import Settings, open_destination
 

@@ -11,7 +11,7 @@ import zstandard
 from cameras import Made
 from samples import SHARED
 
-from tetdist.events.formats.read import read_recording
+from tetdist.events.formats import read_recording
 from tetdist.events.recording import BadRecording, Sensor
 
 MADE = cameras.events()

@@ -23,12 +23,12 @@ from tiny import Outcome
 from torch import Tensor, nn
 
 from tetdist import checkpoint
-from tetdist.config.schema import parse
+from tetdist.config.loading import parse
 from tetdist.errors import UserError
 from tetdist.exchange import export
 from tetdist.exchange.export import Trained
 from tetdist.exchange.nir_graph import to_nir
-from tetdist.training.run_folder import create_model
+from tetdist.models.create import create_model
 
 T = 3
 IF = {"decay": 1.0, "threshold": 0.5, "surrogate": "atan", "surrogate_width": 2.0}

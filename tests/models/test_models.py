@@ -21,8 +21,8 @@ from tetdist.losses import tet_loss
 from tetdist.models import SpikingNetwork, sew_resnet, spiking_resnet
 from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics, update_running_statistics
-from tetdist.nn.fused import NormNeuron
 from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.norm_neuron import NormNeuron
 
 
 @pytest.fixture(autouse=True, scope="module")

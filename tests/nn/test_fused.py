@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import tetdist
-from tetdist.nn import fused, native
-from tetdist.nn.fused import NormNeuron
+from tetdist.nn import compiled as compiled_module
+from tetdist.nn import fused, native, norm_neuron
 from tetdist.nn.neurons import SURROGATES, NeuronConfig, SurrogateName
+from tetdist.nn.norm_neuron import NormNeuron
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,7 +37,7 @@ def _one_thread() -> Iterator[None]:
 @contextlib.contextmanager
 def compiled() -> Iterator[None]:
     """The passes as torch.compile makes them."""
-    if not fused._torch_compile_works("cpu"):
+    if not compiled_module._torch_compile_works("cpu"):
         assert not os.environ.get("CI"), "CI has a C++ compiler, and torch.compile does not work"
         pytest.skip("no C++ compiler that torch.compile could use")
     with not_native():
@@ -50,7 +51,7 @@ def native_passes() -> Iterator[None]:
         pytest.skip("no C++ compiler")
     with pytest.MonkeyPatch.context() as patch:
         # Should a neuron's own not build, this must not become a test of something else.
-        patch.setattr(fused, "_compiled_kernels", None)
+        patch.setattr(compiled_module, "_compiled_kernels", None)
         yield
 
 
@@ -398,7 +399,7 @@ def test_compiled(case: str) -> None:
 def test_spikes_are_channels_last_so_that_the_next_layer_copies_nothing() -> None:
     case = Case(shape=(2, 8, 4, 4))
     current = case.inputs()["current"]
-    rows = fused._channels_last_rows(current)
+    rows = norm_neuron._channels_last_rows(current)
     assert rows.data_ptr() == current.data_ptr()
     with uncompiled():
         spikes = case.module()(current, 4)
@@ -547,7 +548,7 @@ def test_compiled_network_is_the_definition(network_runs: NetworkRuns) -> None:
 def test_compilations_do_not_grow_with_the_layers(network_runs: NetworkRuns) -> None:
     # One set of four passes a layer would be 80; beyond the limit there would be none at all.
     assert network_runs.first + network_runs.later <= 20
-    assert torch._dynamo.config.recompile_limit >= fused._MAX_VARIANTS
+    assert torch._dynamo.config.recompile_limit >= compiled_module._MAX_VARIANTS
 
 
 def test_one_set_of_passes_serves_all_layers(network_runs: NetworkRuns) -> None:
@@ -558,7 +559,7 @@ def test_one_set_of_passes_serves_all_layers(network_runs: NetworkRuns) -> None:
 
 
 def test_beyond_torchs_limit_of_compilations_is_an_error_not_a_slow_network() -> None:
-    double = fused._compile(lambda x: 2 * x)
+    double = compiled_module._compile(lambda x: 2 * x)
     with torch._dynamo.config.patch(recompile_limit=2):
         double(torch.zeros(3))
         double(torch.zeros(3, dtype=torch.float64))

@@ -480,7 +480,7 @@ def test_runs_without_configuration_or_evaluation(run_tool: Tool, tmp_path: Path
 def test_figure_of_several_runs(run_tool: Tool, series: list[Path], tmp_path: Path) -> None:
     from PIL import Image
 
-    from tetdist.reports import curves
+    from tetdist.reports import style
 
     def colours(*runs: Path) -> list[int]:
         out = tmp_path / "all.png"
@@ -489,7 +489,7 @@ def test_figure_of_several_runs(run_tool: Tool, series: list[Path], tmp_path: Pa
             counted = image.convert("RGB").getcolors(image.width * image.height)
         assert counted is not None
         found = {value: count for count, value in counted}
-        return [found.get(tuple(bytes.fromhex(colour[1:])), 0) for colour in curves.SERIES[:3]]
+        return [found.get(tuple(bytes.fromhex(colour[1:])), 0) for colour in style.SERIES[:3]]
 
     first, second, third = colours(*series)  # two groups
     assert min(first, second) > 500
@@ -500,7 +500,7 @@ def test_figure_of_several_runs(run_tool: Tool, series: list[Path], tmp_path: Pa
 
 def test_a_studys_folder(run_tool: Tool, tmp_path: Path) -> None:
     """Runs that begin with runs of their own seed, beside logs and a report, by two versions."""
-    from tetdist.config.schema import parse
+    from tetdist.config.loading import parse
 
     study = tmp_path / "study"
     for entry in ("tet", "tit"):

@@ -16,23 +16,25 @@ from tetdist.config.schema import DataSection
 from tetdist.errors import UserError
 from tetdist.evaluation.membranes import Membranes
 from tetdist.reports.curves import (
+    _beside,
+    _learning_rate,
+    _phase_borders,
+    firing_rates,
+    inputs,
+    learning_curves,
+    membranes,
+)
+from tetdist.reports.overlay import _group
+from tetdist.reports.style import (
     PERCENT,
     QUIET,
     RATE,
     SPEED,
     TRAIN,
     VALIDATION,
-    _beside,
-    _group,
-    _learning_rate,
-    _phase_borders,
     _running_mean,
-    _steady,
-    firing_rates,
-    inputs,
-    learning_curves,
-    membranes,
     new_figure,
+    steady_part,
 )
 from tetdist.training.run_plots import event_pictures, image_pictures
 
@@ -210,9 +212,9 @@ def test_a_group_has_points_where_they_are_few_and_a_spread_within_its_limits() 
 def test_means_over_a_few_steps_are_not_drawn() -> None:
     """Every 20 steps, and at the ends of two epochs of 62."""
     train = [train_line(step) for step in (20, 40, 60, 62, 82, 102, 122, 124)]
-    assert [line["step"] for line in _steady(train)] == [20, 40, 60, 82, 102, 122]
-    assert _steady(train[:1]) == train[:1]
-    assert _steady([]) == []
+    assert [line["step"] for line in steady_part(train)] == [20, 40, 60, 82, 102, 122]
+    assert steady_part(train[:1]) == train[:1]
+    assert steady_part([]) == []
 
 
 def test_small_rates_are_written_as_others_are() -> None:

@@ -14,11 +14,11 @@ import tiny
 import yaml
 from cluster import wait_until
 
-from tetdist.cli import slurm
-from tetdist.config import schema as configuration
+from tetdist.config import identity, loading
 from tetdist.errors import UserError
 from tetdist.slurm import batch, cluster, history, local, snapshot, submit
 from tetdist.slurm.cluster import ClusterSection
+from tetdist.slurm.command import main
 from tetdist.slurm.history import Event
 from tetdist.slurm.job import Job
 from tetdist.slurm.placement import interface_towards
@@ -138,7 +138,7 @@ def test_files_of_others_are_found_from_the_folder_of_the_code(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     overrides = ["init_checkpoint=given", "loss.distillation.teacher=its/folder"]
-    config = configuration.load(str(tiny_config()), overrides)
+    config = loading.load(str(tiny_config()), overrides)
     facts = ClusterSection(gpus_per_node=0)
     with pytest.raises(UserError, match=r"init_checkpoint: there is no given; .*--after RUN"):
         submit.prepare(config, facts)
@@ -150,11 +150,11 @@ def test_files_of_others_are_found_from_the_folder_of_the_code(
     assert prepared.init_checkpoint == str(tmp_path / "given")
     assert prepared.loss.distillation.teacher == str(tmp_path / "its" / "folder")
     # However it is written, it is the same run.
-    assert configuration.differences(config.as_dict(), prepared.as_dict()) == []
+    assert identity.differences(config.as_dict(), prepared.as_dict()) == []
     other = config.model_copy(update={"init_checkpoint": "other"})
-    assert len(configuration.differences(other.as_dict(), prepared.as_dict())) == 1
+    assert len(identity.differences(other.as_dict(), prepared.as_dict())) == 1
     # timm's models have names, not paths.
-    timm = configuration.load(str(tiny_config()), ["loss.distillation.teacher=timm:resnet18"])
+    timm = loading.load(str(tiny_config()), ["loss.distillation.teacher=timm:resnet18"])
     assert submit.prepare(timm, facts).config.loss.distillation.teacher == "timm:resnet18"
 
 
@@ -212,7 +212,7 @@ def test_tracker_that_is_down_stops_no_submission(
     tiny_config: ConfigWriter, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tiny_config({"tracking": {"mlflow": True, "uri": "http://127.0.0.1:9"}})
-    config = configuration.load(str(file))
+    config = loading.load(str(file))
     config.run_dir.mkdir(parents=True)
     history.announce(config, "SCHEDULED", {"a": "b"})
     assert "MLflow at http://127.0.0.1:9: " in caplog.text
@@ -230,7 +230,7 @@ def test_interface() -> None:
 
 def refused(capfd: pytest.CaptureFixture[str], arguments: list[str], *parts: str) -> None:
     capfd.readouterr()
-    assert slurm.main(arguments) == 2
+    assert main(arguments) == 2
     said = capfd.readouterr().err
     for part in ("error: ", *parts):
         assert part in said
@@ -247,7 +247,7 @@ def test_dry_run_writes_nothing(
     file = tiny_config()
     before = sorted(tmp_path.rglob("*"))
     arguments = ["--config", str(file), "--dry-run", "--nodes", "2", "--gpus-per-node", "2"]
-    assert slurm.main([*arguments, "--partition", "gpu", "--images-per-s", "100"]) == 0
+    assert main([*arguments, "--partition", "gpu", "--images-per-s", "100"]) == 0
     script, rest = capfd.readouterr().out.split("# --- configuration\n")
     assert "#SBATCH --partition=gpu" in script
     config, text = rest.split("# --- plan\n")
@@ -289,7 +289,7 @@ def test_wrong_command_line(capfd: pytest.CaptureFixture[str]) -> None:
         (["--config", "x", "--dry-run", "--follow"], "not allowed"),
     ):
         with pytest.raises(SystemExit) as ended:
-            slurm.main(arguments)
+            main(arguments)
         assert ended.value.code == 2
         assert part in capfd.readouterr().err
 
@@ -324,7 +324,7 @@ def test_starts_that_lead_nowhere_end(
     """What Slurm's requeues would write, five of them before the first checkpoint."""
     file = tiny_config({"engine": "torch", "max_steps": 3})
     run = tmp_path / "runs" / "tiny"
-    assert slurm.main(["--config", str(file), "--local", "1"]) == 0
+    assert main(["--config", str(file), "--local", "1"]) == 0
     capfd.readouterr()
     # As if it had been started again and again since that, its newest submission.
     for restart in range(1, 6):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tetdist.config import schema as configuration
+from tetdist.config import loading as configuration
 from tetdist.errors import UserError
 from tetdist.slurm import plan
 from tetdist.slurm.cluster import ClusterSection

@@ -477,7 +477,7 @@ def test_the_figure_tells_entries_and_epochs_apart(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
     from tetdist.studies import figures, plan
-    from tetdist.studies.report import gather
+    from tetdist.studies.numbers import gather
 
     phases = [{"epochs": 2, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.05}}]
     # Pairs, two controls of several, a control of a control; more of them than there are colours.
@@ -509,7 +509,7 @@ def test_the_figure_tells_entries_and_epochs_apart(
 
 
 def test_a_verdict_is_as_sure_as_the_interval(call: Call, finished: tuple[Path, Path]) -> None:
-    from tetdist.studies.report import paired_difference
+    from tetdist.studies.numbers import paired_difference
 
     same = paired_difference([1.0, 2.0], [0.0, 1.0])
     assert (same.mean, np.isnan([same.low, same.p]).all()) == (1, True)

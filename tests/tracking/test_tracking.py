@@ -21,7 +21,9 @@ import pytest
 
 from tetdist.errors import UserError
 from tetdist.tracking import mlflow_follower
-from tetdist.tracking.mlflow_follower import Dataset, Tracker, environment, read_metrics, ui_command
+from tetdist.tracking.environment import environment
+from tetdist.tracking.metrics_file import read_metrics
+from tetdist.tracking.mlflow_follower import Dataset, Tracker, ui_command
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 40) -> None:

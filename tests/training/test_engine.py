@@ -12,17 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tetdist.models
-from tetdist.config.schema import OptimizerSection, RunConfig, parse
+from tetdist.config.loading import parse
+from tetdist.config.schema import OptimizerSection, RunConfig
 from tetdist.distributed.world import World, join
 from tetdist.nn import batch_norm
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.training.engines import deepspeed_engines
-from tetdist.training.engines.deepspeed_engines import (
-    DeepSpeedEngine,
-    TorchEngine,
-    ZeroEngine,
-    make_optimizer,
-)
+from tetdist.training.engines import base, create, deepspeed_engines
+from tetdist.training.engines.deepspeed_engines import DeepSpeedEngine, ZeroEngine
+from tetdist.training.engines.torch_engine import TorchEngine
+from tetdist.training.optimizers import make_optimizer
 
 MICRO_BATCHES = 4
 assert tetdist.models.MODEL_MODULES
@@ -64,7 +62,7 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
 
 def step(
     engine: Any, model: nn.Module, number: int, lr: float = 0.05, poison: float | None = None
-) -> deepspeed_engines.Update:
+) -> base.Update:
     model.train()
     for i in range(MICRO_BATCHES):
         images, labels = batch(MICRO_BATCHES * number + i)
@@ -360,7 +358,7 @@ def test_loss_scale_cancels_out(cls: type[Any], world: World) -> None:
         model = network()
         opt = make_optimizer(model, cfg.phases[0].optimizer)
         eng = cls(cfg, model, opt, MICRO_BATCHES, world)
-        eng.loss_scale = deepspeed_engines.LossScale()
+        eng.loss_scale = base.LossScale()
         eng.loss_scale.value = start
         for number in range(3):
             assert step(eng, model, number).applied
@@ -370,14 +368,14 @@ def test_loss_scale_cancels_out(cls: type[Any], world: World) -> None:
 
 
 def test_loss_scale_moves() -> None:
-    scale = deepspeed_engines.LossScale()
+    scale = base.LossScale()
     assert scale.value == 2.0**16
     assert scale.overflowed()
     assert (scale.value, scale.overflows) == (2.0**15, 1)
-    for _ in range(deepspeed_engines.LossScale.GROWTH_INTERVAL):
+    for _ in range(base.LossScale.GROWTH_INTERVAL):
         scale.succeeded()
     assert (scale.value, scale.good_steps) == (2.0**16, 0)
-    other = deepspeed_engines.LossScale()
+    other = base.LossScale()
     scale.succeeded()
     other.load_state_dict(scale.state_dict())
     assert vars(other) == vars(scale)
@@ -396,4 +394,4 @@ def test_missing_deepspeed_is_named(world: World, monkeypatch: pytest.MonkeyPatc
     cfg, model = config({}), network()
     opt = make_optimizer(model, cfg.phases[0].optimizer)
     with pytest.raises(deepspeed_engines.UserError, match=r"tetdist\[train\]"):
-        deepspeed_engines.make_engine(cfg, model, opt, 1, world)
+        create.make_engine(cfg, model, opt, 1, world)

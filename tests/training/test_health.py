@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tetdist.models  # registers them
+from tetdist.evaluation.firing import FiringWatch
 from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics
-from tetdist.training.health import FiringWatch, NonFiniteSteps, examine
+from tetdist.training.health import NonFiniteSteps, examine
 
 assert tetdist.models
 

@@ -10,7 +10,7 @@ import tiny
 import torch
 
 import tetdist
-from tetdist.config import schema as configuration
+from tetdist.config import loading as configuration
 from tetdist.config.schema import RunConfig
 from tetdist.tracking.mlflow_follower import Tracker
 from tetdist.training.run_plots import Pictures

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny import Farm, Outcome
 
 from tetdist import losses
-from tetdist.config import schema as configuration
+from tetdist.config import loading, schema
 from tetdist.config.schema import LossSection
 from tetdist.data import index as data_index
 from tetdist.errors import UserError
@@ -37,7 +37,7 @@ def relu(main: Main, tiny_config: ConfigWriter, tmp_path: Path) -> Path:
 
 
 def teacher(file: Path, *overrides: str) -> Teacher:
-    config = configuration.load(str(file), list(overrides))
+    config = loading.load(str(file), list(overrides))
     index = data_index.load_index(data_index.index_file(config.data.index_dir, "train"))
     return Teacher(config, index, CPU)
 
@@ -145,10 +145,10 @@ def test_teacher_stays_the_same_and_is_needed_no_longer_than_the_run(
 
 def test_teacher_answers_as_its_own_run_does(relu: Path, tiny_config: ConfigWriter) -> None:
     from tetdist import checkpoint
-    from tetdist.training.run_folder import create_model
+    from tetdist.models.create import create_model
 
     weights, description = checkpoint.load_model_file(relu)
-    section = configuration.parse(description["config"], "relu").model
+    section = loading.parse(description["config"], "relu").model
     model = create_model(section, 4, 1)
     model.load_state_dict(weights)
     images = torch.rand(3, 3, 16, 16)
@@ -186,9 +186,9 @@ def test_timm_teacher_sees_images_in_its_own_normalisation(
 
 
 def test_events_are_taught_at_the_students_timesteps() -> None:
-    from tetdist.training.run_folder import create_model
+    from tetdist.models.create import create_model
 
-    section = configuration.ModelSection.model_validate({"name": "spiking_convnet_dvs"})
+    section = schema.ModelSection.model_validate({"name": "spiking_convnet_dvs"})
     model = create_model(section, 3, 2)
     answering = Teacher.__new__(Teacher)
     answering.model, answering.precision = model.eval(), "fp32"

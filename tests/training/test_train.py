@@ -344,7 +344,7 @@ def test_user_error_under_the_launcher(tiny_config: ConfigWriter, tmp_path: Path
     ],
 )
 def test_wrong_command_line(arguments: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
-    from tetdist import train
+    from tetdist.cli import train
 
     try:
         status = train.main(list(arguments))
@@ -767,11 +767,11 @@ def test_float16_takes_overflowed_steps_again(
 ) -> None:
     """On a CPU, where only the tests let it run: the arithmetic is the same."""
     from tetdist.training import trainer
-    from tetdist.training.engines import deepspeed_engines
+    from tetdist.training.engines import base
 
     monkeypatch.setattr(trainer, "_check_device", lambda *_: None)
-    monkeypatch.setattr(deepspeed_engines.LossScale, "START", 2.0**40)
-    monkeypatch.setattr(deepspeed_engines.LossScale, "GROWTH_INTERVAL", 3)
+    monkeypatch.setattr(base.LossScale, "START", 2.0**40)
+    monkeypatch.setattr(base.LossScale, "GROWTH_INTERVAL", 3)
     changes = {"precision": "fp16", "record_samples": True}
     ended(main(tiny_config(changes | {"name": "straight"})), status=0)
     straight = tmp_path / "runs/straight"

@@ -122,8 +122,9 @@ def make_images(folder: Path, count: int = 100) -> list[Path]:
 
 @contextlib.contextmanager
 def ours(options: argparse.Namespace, root: Path) -> Iterator[Step]:
+    from tetdist.data.batches import Share, train_batches
+    from tetdist.data.dali import Workers
     from tetdist.data.index import build_index
-    from tetdist.data.loader import Share, Workers, train_batches
 
     index, _ = build_index(root, "train", workers=1, decode=False)
     batch = options.batch
@@ -197,13 +198,13 @@ def torchvision_loader(options: argparse.Namespace, root: Path) -> Step:
 
 def training_wait(options: argparse.Namespace, root: Path) -> dict[str, Any]:
     """How long sew_resnet34's training steps on this CPU wait for their images."""
-    from tetdist.benchmarks import bench
+    from tetdist.benchmarks import contestants
 
     small = argparse.Namespace(
         **vars(options) | {"batch": 4, "model": "sew_resnet34", "timesteps": 4, "evaluate": False},
         precision="bf16",
     )
-    step = bench.step_of(small, bench.ours(small, "none"))
+    step = contestants.step_of(small, contestants.ours(small, "none"))
     waited = worked = 0.0
     with ours(small, root) as next_batch:
         for number in range(12):

@@ -245,11 +245,12 @@ def training_step(options: argparse.Namespace) -> tuple[Callable[[], None], Any]
     import timm
 
     import tetdist.models  # noqa: F401  # registers them
-    from tetdist.config.schema import parse
+    from tetdist.config.loading import parse
     from tetdist.distributed.world import join
     from tetdist.losses import tet_loss
     from tetdist.nn import batch_norm
-    from tetdist.training.engines.deepspeed_engines import make_engine, make_optimizer
+    from tetdist.training.engines.create import make_engine
+    from tetdist.training.optimizers import make_optimizer
 
     world = join(options.device)
     config = parse(

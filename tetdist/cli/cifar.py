@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-_INSTALL = "pip install 'tetdist[train]'"
+from tetdist.cli.common import MISTAKES, answer
+from tetdist.errors import UserError
+
 _PIXELS = 3 * 32 * 32
 _LARGEST_FILE = 200_000_000  # bytes; of the real ones 154 million
 
@@ -54,27 +56,16 @@ _PICKLES = {"data_batch_1", "test_batch", "batches.meta", "train", "test", "meta
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    try:
-        from tetdist.errors import UserError
-    except ModuleNotFoundError:
-        print("error: tetdist is not installed: `pip install -e .` in its folder", file=sys.stderr)
-        return 2
-    try:
-        make(options.archive, options.dest, options.per_class)
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed: {_INSTALL}", file=sys.stderr)
-        return 2
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command starts anew", file=sys.stderr)
-        return 130
-    return 0
+    return answer(
+        lambda: make(options.archive, options.dest, options.per_class),
+        interrupted="stopped; the same command starts anew",
+        mistakes=(*MISTAKES, OSError),
+    )
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog=program("cifar"),
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("archive", metavar="ARCHIVE", type=Path, help="the .tar.gz of binary files")
@@ -101,8 +92,6 @@ def make(archive: Path, dest: Path, per_class: dict[str, int] | None) -> None:
     Raises:
         UserError: The archive is not one of the two, or the place is taken.
     """
-    from tetdist.errors import UserError
-
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise UserError(f"{dest} exists and is not empty: name another place or move it")
     aside = Path(f"{dest.absolute()}.tmp")
@@ -141,8 +130,6 @@ def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:
     Raises:
         UserError: It is no archive, not one of the two, or not whole.
     """
-    from tetdist.errors import UserError
-
     wanted = {name for kind in (CIFAR10, CIFAR100) for name in _names(kind)}
     found: dict[str, bytes] = {}
     pickles: set[str] = set()
@@ -181,8 +168,6 @@ def _names(kind: Kind) -> set[str]:
 
 def _classes(kind: Kind, text: bytes, archive: Path) -> list[str]:
     """The names of the classes, each good for a folder."""
-    from tetdist.errors import UserError
-
     names = text.decode(errors="replace").split()
     plain = all(name.replace("_", "").isalnum() and name.isascii() for name in names)
     if len(set(names)) != kind.num_classes or len(names) != kind.num_classes or not plain:
@@ -199,7 +184,6 @@ def _write(
     import numpy as np
     from PIL import Image
 
-    from tetdist.errors import UserError
     from tetdist.tracking.progress import sample_bar
 
     records: Any = np.frombuffer(b"".join(files), np.uint8)

@@ -8,9 +8,11 @@ docs/weights.md says which files are known and what carries over.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tetdist.cli.common import answer, program
+from tetdist.errors import UserError
 
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
@@ -21,7 +23,7 @@ SOURCES = ("auto", "spikingjelly", "sew", "tet", "torchvision", "timm")
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="tools/convert.py", description="Take over weights from elsewhere."
+        prog=program("convert"), description="Take over weights from elsewhere."
     )
     add = parser.add_argument
     add("source", metavar="FILE", type=Path, help=".safetensors, or what torch.save wrote")
@@ -59,33 +61,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        from tetdist.errors import UserError
-    except ModuleNotFoundError as error:
-        return fail(f"the package {error.name} is not installed; pip install 'tetdist[train]'")
-    try:
-        convert_file(options)
-    except UserError as error:
-        return fail(str(error))
-    except ModuleNotFoundError as error:
-        return fail(f"the package {error.name} is not installed; pip install 'tetdist[train]'")
-    except KeyboardInterrupt:
-        return fail("interrupted; nothing was written", 130)
-    return 0
-
-
-def fail(text: str, status: int = 2) -> int:
-    print(f"error: {text}", file=sys.stderr)
-    return status
+    return answer(lambda: convert_file(options))
 
 
 def convert_file(options: argparse.Namespace) -> None:
     import torch
 
     from tetdist import checkpoint
-    from tetdist.errors import UserError
     from tetdist.exchange import foreign
-    from tetdist.training.run_folder import create_model
+    from tetdist.models.create import create_model
 
     if (options.output.parent / checkpoint.MANIFEST_FILE).exists():
         raise UserError(f"--output: {options.output.parent} is a checkpoint; choose another folder")
@@ -120,8 +104,7 @@ def configuration(
     import timm
 
     import tetdist.models  # registers them
-    from tetdist.config.schema import apply_override, parse
-    from tetdist.errors import UserError
+    from tetdist.config.loading import apply_override, parse
     from tetdist.exchange.foreign import NEURONS
 
     known = [m for name in tetdist.models.MODEL_MODULES for m in timm.list_models(module=name)]
@@ -161,8 +144,6 @@ def configuration(
 
 
 def class_names(options: argparse.Namespace, config: "RunConfig") -> list[str] | None:
-    from tetdist.errors import UserError
-
     if options.classes is None:
         return None
     try:
@@ -193,8 +174,6 @@ def report(
     Raises:
         UserError: Something does not fit, and that was not allowed.
     """
-    from tetdist.errors import UserError
-
     missing, unexpected = converted.missing, converted.unexpected
     carried = len(converted.weights) - len(missing)
     print(f"{options.source}: {carried} of {len(converted.weights)} tensors, as of {source}")

@@ -8,10 +8,11 @@ folders and indexed, so that training on them takes the same path as training on
 import argparse
 import os
 import shutil
-import sys
 from pathlib import Path
 
-_INSTALL = "pip install 'tetdist[train,quickstart]'"
+from tetdist.cli.common import MISTAKES, answer, program
+from tetdist.errors import UserError
+
 _SPLIT_SEED = 0
 _PER_CLASS = {"train": 400, "val": 100}
 _NUM_CLASSES = 10
@@ -19,36 +20,21 @@ _NUM_CLASSES = 10
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("digits"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dest", metavar="DEST", type=Path, help="the data root to make")
     dest = parser.parse_args(arguments).dest
-    try:
-        return _run(dest)
-    except ModuleNotFoundError as e:
-        source = "`pip install -e .` in its folder" if e.name == "tetdist" else _INSTALL
-        print(f"error: {e.name} is not installed: {source}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command starts anew", file=sys.stderr)
-        return 130
-
-
-def _run(dest: Path) -> int:
-    from tetdist.errors import UserError
-
-    try:
-        _make(dest)
-    except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    return answer(
+        lambda: _make(dest),
+        interrupted="stopped; the same command starts anew",
+        mistakes=(*MISTAKES, OSError),
+    )
 
 
 def _make(dest: Path) -> None:
     """Make the data root aside and rename it into place, unless it is there already."""
-    from tetdist.errors import UserError
-
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         _check_complete(dest)
         print(f"{dest} holds the 5,000 digits already")
@@ -67,8 +53,6 @@ def _make(dest: Path) -> None:
 
 def _check_complete(dest: Path) -> None:
     from tetdist.data.index import check_fresh, index_file, load_index
-    from tetdist.errors import UserError
-
     try:
         for split, count in _PER_CLASS.items():
             index = load_index(index_file(dest / "index", split))

@@ -12,12 +12,11 @@ import argparse
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# See tetdist/train.py: threads that spin while they wait take the cores from those that decode.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from tetdist.cli.common import answer, positive, program
+from tetdist.errors import UserError
 
 HANGS_AFTER = 600  # seconds without progress of one of several processes
 MOST_TIMESTEPS = 1000  # more is a slip of the finger, and would fill the memory
@@ -59,14 +58,8 @@ def report_file(text: str) -> Path:
     return Path(text)
 
 
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tools/eval.py", description="Evaluate a checkpoint.")
+    parser = argparse.ArgumentParser(prog=program("eval"), description="Evaluate a checkpoint.")
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -123,23 +116,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        from tetdist.errors import UserError
-    except ModuleNotFoundError as error:
-        return fail(f"the package {error.name} is not installed; pip install 'tetdist[train]'")
-    try:
-        return evaluate_checkpoint(options)
-    except UserError as error:
-        return fail(str(error))
-    except ModuleNotFoundError as error:
-        return fail(f"the package {error.name} is not installed; pip install 'tetdist[train]'")
-    except KeyboardInterrupt:
-        return fail("interrupted; nothing was written", 130)
-
-
-def fail(text: str, status: int = 2) -> int:
-    print(f"error: {text}", file=sys.stderr)
-    return status
+    return answer(lambda: evaluate_checkpoint(options))
 
 
 def evaluate_checkpoint(options: argparse.Namespace) -> int:
@@ -149,7 +126,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist.evaluation.suite import Passes, find
     from tetdist.events.splits import recorded_split
     from tetdist.nn.precision import parameter_type
-    from tetdist.training.run_folder import make_model, open_split
+    from tetdist.training.setup import make_model, open_split
 
     with join(options.device) as world, Watch(world, HANGS_AFTER) as watch:
         weights, description = world.together(
@@ -193,8 +170,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
 
 def check_options(options: argparse.Namespace, wanted: list[int], index: "Index") -> None:
     """Before an hour of evaluation, what would fail after it."""
-    from tetdist.errors import UserError
-    from tetdist.reports import curves
+    from tetdist.reports import style
 
     if index.timesteps is not None and wanted[-1] > index.timesteps:
         raise UserError(f"--timesteps: the data has {index.timesteps} time bins, not {wanted[-1]}")
@@ -204,7 +180,7 @@ def check_options(options: argparse.Namespace, wanted: list[int], index: "Index"
             f"{index.dtype or 'images'}; leave it out"
         )
     if options.report:
-        curves.new_figure(1, 1)  # says if matplotlib is missing
+        style.new_figure(1, 1)  # says if matplotlib is missing
     for flag, file in (("--json", options.json), ("--report", options.report)):
         if file and not os.access(file.parent, os.W_OK):
             raise UserError(f"{flag}: cannot write {file}: {file.parent} is no folder to write to")
@@ -212,7 +188,6 @@ def check_options(options: argparse.Namespace, wanted: list[int], index: "Index"
 
 def show(found: dict[str, Any], options: argparse.Namespace) -> None:
     """Print the result, and write what was asked for."""
-    from tetdist.errors import UserError
     from tetdist.reports.evaluation_page import as_text, write_page
 
     print(as_text(found))
@@ -227,7 +202,7 @@ def show(found: dict[str, Any], options: argparse.Namespace) -> None:
 
 def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunConfig":
     """The training's configuration with the command line's changes."""
-    from tetdist.config.schema import parse
+    from tetdist.config.loading import parse
 
     parse(raw, str(options.checkpoint), warn=False)  # somebody else may have written it
     data = dict(raw["data"])
@@ -260,8 +235,6 @@ def check_classes(
     present: tuple[str, ...],
     options: argparse.Namespace,
 ) -> None:
-    from tetdist.errors import UserError
-
     if trained is None:
         # Converted from a file that does not name them.
         if config.model.num_classes != len(present):
@@ -281,8 +254,6 @@ def check_classes(
 
 
 def write_json(path: Path, found: dict[str, Any]) -> None:
-    from tetdist.errors import UserError
-
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         aside.write_text(json.dumps(found, indent=1) + "\n")

@@ -7,8 +7,9 @@ docs/weights.md says what each format holds and what it cannot.
 """
 
 import argparse
-import sys
 from pathlib import Path
+
+from tetdist.cli.common import answer, program
 
 # Of each format, what --output is. None is a folder.
 ENDINGS = {"safetensors": None, "timm": None, "nir": ".nir", "onnx": ".onnx", "torch": ".pt2"}
@@ -16,7 +17,7 @@ ENDINGS = {"safetensors": None, "timm": None, "nir": ".nir", "onnx": ".onnx", "t
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="tools/export.py", description="Export a trained network."
+        prog=program("export"), description="Export a trained network."
     )
     add = parser.add_argument
     add(
@@ -56,28 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        from tetdist.errors import UserError
-    except ModuleNotFoundError as error:
-        return fail(missing(error))
-    try:
-        export(options)
-    except UserError as error:
-        return fail(str(error))
-    except ModuleNotFoundError as error:
-        return fail(missing(error))
-    except KeyboardInterrupt:
-        return fail("interrupted; nothing was written", 130)
-    return 0
-
-
-def missing(error: ModuleNotFoundError) -> str:
-    return f"the package {error.name} is not installed; pip install 'tetdist[train,export]'"
-
-
-def fail(text: str, status: int = 2) -> int:
-    print(f"error: {text}", file=sys.stderr)
-    return status
+    return answer(lambda: export(options))
 
 
 def export(options: argparse.Namespace) -> None:

@@ -10,43 +10,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tetdist.cli.common import MISTAKES, answer, program
+from tetdist.errors import UserError
+
 if TYPE_CHECKING:
     from tetdist.data.check import Examined, Finding
     from tetdist.data.index import BadFile, Index
     from tetdist.data.layouts import Listing
 
-# tetdist is imported where it is used: worker processes run this file's top again, and a missing
-# package must end in a sentence.
 
-_INSTALL = "pip install 'tetdist[train]'"
 _PRINTED_FINDINGS = 20
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = _parse(arguments)
-    try:
-        return _run(args)
-    except ModuleNotFoundError as e:
-        source = "`pip install -e .` in its folder" if e.name == "tetdist" else _INSTALL
-        print(f"error: {e.name} is not installed: {source}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"stopped; {args.when_stopped}", file=sys.stderr)
-        return 130
-
-
-def _run(args: argparse.Namespace) -> int:
-    from tetdist.errors import UserError
-
-    try:
-        return args.run(args)
-    except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    return answer(
+        lambda: args.run(args),
+        interrupted=f"stopped; {args.when_stopped}",
+        mistakes=(*MISTAKES, OSError),
+    )
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("images"), description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_index(commands)
     _add_check(commands)
@@ -203,8 +189,6 @@ def _add_skip_bad(command: argparse.ArgumentParser) -> None:
 def _index(args: argparse.Namespace) -> int:
     """Index every split, then write all the indexes or none."""
     from tetdist.data.index import index_file, index_listing, save_index
-    from tetdist.errors import UserError
-
     # What half an hour of decoding must not come before.
     out = args.out or args.root / "index"
     _check_writable(out, "--out")
@@ -234,8 +218,6 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _check_writable(folder: Path, option: str) -> None:
-    from tetdist.errors import UserError
-
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise UserError(f"{folder} cannot be written: name another folder with {option}")
@@ -260,8 +242,6 @@ def _described(index: "Index") -> str:
 def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
     """List every split and make sure that a label means the same in all of them."""
     from tetdist.data.layouts import Hints, check_same_classes, list_split
-    from tetdist.errors import UserError
-
     listings = []
     for split in args.splits:
         hints = Hints(args.shards.get(split), args.labels, args.classes)
@@ -352,8 +332,6 @@ def _shard(args: argparse.Namespace) -> int:
 
 def _extract(args: argparse.Namespace) -> int:
     from tetdist.data.extract import extract_split
-    from tetdist.errors import UserError
-
     _check_writable(args.dest, "DEST")
     listings = _list(args)
     bad = [file for listing in listings for file in listing.bad]

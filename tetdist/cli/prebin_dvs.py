@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tetdist.cli.common import answer
+from tetdist.errors import UserError
+
 # Each worker multiplies small matrices, for which numpy's threads would cost a hundred times what
 # they gain. Before anything imports numpy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,44 +25,27 @@ if TYPE_CHECKING:
     from tetdist.events.folders import Listing
     from tetdist.events.tensors import Settings, Tensors
 
-# tetdist is imported where it is used: worker processes run this file's top again, and a missing
-# package must end in a sentence.
 
-_INSTALL = "pip install 'tetdist[train]'"
 _SENSORS = {"dvs128": "128x128", "davis240": "240x180"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    try:
-        return _run(options)
-    except ModuleNotFoundError as e:
-        source = "`pip install -e .` in its folder" if e.name == "tetdist" else _INSTALL
-        print(f"error: {e.name} is not installed: {source}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    return answer(lambda: _run(options), interrupted="stopped; the same command goes on from here")
 
 
-def _run(options: argparse.Namespace) -> int:
-    from tetdist.errors import UserError
-
+def _run(options: argparse.Namespace) -> None:
     try:
         _prebin(options)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
     except OSError as e:
         # Of a full disk, the file is not known.
         where = "" if e.filename else f" in {options.dest}"
-        print(f"error: {e}{where}; the same command goes on from here", file=sys.stderr)
-        return 2
-    return 0
+        raise UserError(f"{e}{where}; the same command goes on from here") from e
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog=program("prebin_dvs"),
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -130,9 +116,8 @@ def _sensor(text: str) -> tuple[int, int]:
 
 
 def _prebin(options: argparse.Namespace) -> None:
-    from tetdist.errors import UserError
     from tetdist.events.folders import list_sources
-    from tetdist.events.formats.read import SUFFIXES
+    from tetdist.events.formats import SUFFIXES
     from tetdist.events.simulate import IMAGE_SUFFIXES
     from tetdist.events.splits import default_split
     from tetdist.events.statistics import draw_preview, statistics, table
@@ -166,7 +151,6 @@ def _prebin(options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace) -> "Settings":
-    from tetdist.errors import UserError
     from tetdist.events.binning import Binning
     from tetdist.events.recording import Sensor
     from tetdist.events.simulate import DEFAULT_SENSOR, SMALLEST_SENSOR, Simulation
@@ -191,7 +175,6 @@ def _settings(options: argparse.Namespace) -> "Settings":
 
 def _check_splits(listing: "Listing", names: list[str], seed: int) -> None:
     """See that the splits exist, before any tensor is made."""
-    from tetdist.errors import UserError
     from tetdist.events import splits
 
     for name in names:

@@ -1,5 +1,156 @@
-"""The command of tetdist/studies."""
+"""Run a study, several configurations with several seeds, and report what came out.
 
-from tetdist.studies.local import main
+    python tools/study.py tet_vs_sdt_digits
+    python tools/study.py STUDY.yaml --jobs 2 --append-to docs/results.md
+    python tools/study.py STUDY.yaml --slurm --gpus-per-node 1 --time 4:00:00
 
-__all__ = ["main"]
+The same command goes on after a stop: runs that are finished are left alone, others continue where
+they were saved. On a cluster it also says how they are, and leaves alone what is queued.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tetdist.cli.common import answer, program
+from tetdist.errors import UserError
+
+if TYPE_CHECKING:
+    from tetdist.studies.plan import Run
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=program("study"),
+        description="Run a study and write its report. The same command continues a stopped one.",
+        epilog="Exit status: 0 all asked for is done, 1 runs failed, 2 a mistake in what was asked "
+        "for, 130 stopped.",
+    )
+    parser.add_argument("study", metavar="STUDY", help="a YAML file, or one in configs/studies/")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="override a key of the configuration in all runs: data.root=..., batch.micro=64",
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, help="folder of runs and report; runs/STUDY"
+    )
+    parser.add_argument(
+        "--jobs", metavar="N", type=int, default=1, help="runs side by side, which share the cores"
+    )
+    parser.add_argument(
+        "--only",
+        metavar="ENTRY",
+        action="append",
+        help="train this entry only, and what it begins with; may be repeated",
+    )
+    parser.add_argument("--report-only", action="store_true", help="train nothing")
+    parser.add_argument(
+        "--append-to",
+        metavar="FILE.md",
+        type=Path,
+        help="put the report there, too, in place of the study's earlier one",
+    )
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="with --slurm: submit also what was submitted before and has failed or was cancelled",
+    )
+    parser.add_argument(
+        "--slurm",
+        nargs=argparse.REMAINDER,
+        metavar="FLAG",
+        help="submit all runs at once instead, or say how they are; what follows are flags of "
+        "launch/slurm.py: --gpus-per-node, --partition, --time, ..., --dry-run. A run that begins "
+        "with another's weights, or learns from it, waits for that one. Once all are finished, "
+        "the same command without it evaluates and reports",
+    )
+    options = parser.parse_intermixed_args(arguments)
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    if options.append_to and options.append_to.suffix != ".md":
+        parser.error(f"--append-to takes a Markdown file, FILE.md, not {options.append_to}")
+    if options.slurm is not None and options.report_only:
+        parser.error("--report-only submits nothing: leave out --slurm")
+    if options.again and options.slurm is None:
+        parser.error("--again goes with --slurm; here, runs that failed are always tried again")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    logging.getLogger("tetdist.tracking").setLevel(logging.WARNING)  # MLflow does not answer
+    return answer(
+        lambda: study(options), interrupted="stopped; the same command goes on where it was"
+    )
+
+
+def study(options: argparse.Namespace) -> int:
+    from tetdist.studies import plan, report, tracking
+    from tetdist.studies.local import work
+
+    file = plan.find(options.study)
+    section = plan.read(file)
+    output = options.output or Path("runs") / file.stem
+    runs = plan.runs_of(section, output, options.overrides)
+    chosen = choose(runs, options.only)
+    for run in runs:
+        plan.check_folder(run)
+    failed: dict[str, str] = {}
+    if options.slurm is not None:
+        from tetdist.studies import slurm
+
+        return slurm.submit(file.stem, chosen, output, options.slurm, options.again)
+    if not options.report_only:
+        left = [run for run in chosen if run.next_command()]
+        plan.check_inputs(left)
+        if any((run.folder / "slurm").exists() for run in left):
+            from tetdist.studies import slurm
+
+            slurm.refuse_if_queued(left)
+        untrained = [run for run in left if not plan.is_trained(run)]
+        parent = tracking.Parent(file.stem, untrained, output)
+        failed = work(chosen, options.jobs, parent)
+    report.write(section, file.stem, runs, output / "report.md", command(options, file))
+    print(f"the report is {output / 'report.md'}")
+    if options.append_to:
+        report.write(section, file.stem, runs, options.append_to, command(options, file))
+        print(f"and in {options.append_to}")
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def command(options: argparse.Namespace, file: Path) -> str:
+    """The command that makes the study, for its report, wherever that was asked for."""
+    from tetdist.studies import plan
+
+    words = [sys.executable, "tools/study.py", str(file).removeprefix(f"{plan.PROJECT}/")]
+    words += options.overrides
+    if options.output:
+        words += ["--output", str(options.output)]
+    if options.jobs > 1:
+        words += ["--jobs", str(options.jobs)]
+    for entry in options.only or []:
+        words += ["--only", entry]
+    return plan.shown(words)
+
+
+def choose(runs: "list[Run]", entries: list[str] | None) -> "list[Run]":
+    """The runs of some entries, and those that they need."""
+    if entries is None:
+        return runs
+    known = list(dict.fromkeys(run.entry for run in runs))
+    for entry in entries:
+        if entry not in known:
+            raise UserError(f"--only: there is no entry {entry}; there are {', '.join(known)}")
+    chosen: set[str] = set()
+    # From the end, because a run comes after those that it needs.
+    for run in reversed(runs):
+        if run.entry in entries or run.name in chosen:
+            chosen |= {run.name, *(needed.name for needed in run.needs)}
+    return [run for run in runs if run.name in chosen]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from tetdist.config.schema import RunConfig, phase_image_sizes
-from tetdist.data import loader
+from tetdist.data import batches, dali, loader
 from tetdist.data.index import Index
 from tetdist.data.transforms import ColorJitter, Mixing
 from tetdist.distributed.world import World
@@ -11,7 +11,7 @@ from tetdist.errors import UserError
 
 
 def train_loader(
-    config: RunConfig, index: Index, share: loader.Share, world: World, image_size: int
+    config: RunConfig, index: Index, share: batches.Share, world: World, image_size: int
 ) -> loader.Loader:
     """This process's training batches from ``share`` on, for ever.
 
@@ -21,7 +21,7 @@ def train_loader(
     data, workers = config.data, loader_workers(config, world)
     mixing = Mixing(data.mixup, data.cutmix)
     if data.kind == "events":
-        return loader.event_train_batches(
+        return batches.event_train_batches(
             index,
             data.root,
             share,
@@ -31,7 +31,7 @@ def train_loader(
             cutout=data.cutout,
             mixing=mixing,
         )
-    return loader.train_batches(
+    return batches.train_batches(
         index,
         data.root,
         share,
@@ -77,10 +77,10 @@ def eval_loader(config: RunConfig, index: Index, world: World) -> loader.Loader:
     data, workers = config.data, loader_workers(config, world)
     batch_size, rank, world_size = config.batch.eval, world.rank, world.world_size
     if data.kind == "events":
-        return loader.event_eval_batches(
+        return batches.event_eval_batches(
             index, data.root, workers, batch_size=batch_size, rank=rank, world_size=world_size
         )
-    return loader.eval_batches(
+    return batches.eval_batches(
         index,
         data.root,
         workers,
@@ -95,7 +95,7 @@ def eval_loader(config: RunConfig, index: Index, world: World) -> loader.Loader:
     )
 
 
-def loader_workers(config: RunConfig, world: World) -> loader.Workers:
+def loader_workers(config: RunConfig, world: World) -> dali.Workers:
     """Who decodes, and where.
 
     Raises:
@@ -104,7 +104,7 @@ def loader_workers(config: RunConfig, world: World) -> loader.Workers:
     on_gpu = config.data.device == "gpu"
     if on_gpu and world.device.type != "cuda":
         raise UserError("data.device=gpu needs a GPU, and this run is on the CPU; set it to cpu")
-    return loader.Workers(
+    return dali.Workers(
         device=config.data.device,
         device_id=world.device.index if on_gpu else None,
         threads=config.data.threads,

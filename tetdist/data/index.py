@@ -23,7 +23,7 @@ from tetdist.data.archives import BadFile
 from tetdist.data.layouts import Kind, Listing, list_class, list_classes, list_split
 from tetdist.data.probe import Place, Probe, probe_all, probe_image, probe_tensor
 from tetdist.data.processes import Progress
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.files import replacing
 
 _FORMAT_VERSION = 2
@@ -128,7 +128,7 @@ def index_file(index_dir: str | Path, split: str) -> Path:
 def index_command(root: str | Path, split: str, kind: Kind = "images") -> str:
     """The command line that builds the index, for messages."""
     events = "--events " if kind == "events" else ""
-    return f"python tools/images.py index {events}{shlex.quote(str(root))} --splits {split}"
+    return f"{typed('images')} index {events}{shlex.quote(str(root))} --splits {split}"
 
 
 def save_index(index: Index, file: str | Path) -> None:
@@ -156,7 +156,7 @@ def load_index(file: str | Path) -> Index:
     command = (
         index_command(file.parent.parent, file.stem)
         if file.parent.name == "index"
-        else f"python tools/images.py index ROOT --out {file.parent} --splits {file.stem}"
+        else f"{typed('images')} index ROOT --out {file.parent} --splits {file.stem}"
     )
     if not file.is_file():
         raise UserError(f"there is no index {file}: build it with `{command}`")

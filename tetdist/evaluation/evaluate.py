@@ -12,7 +12,7 @@ from tetdist.data.loader import Batch
 from tetdist.distributed.world import World
 from tetdist.models import SpikingNetwork
 from tetdist.nn import native
-from tetdist.nn.fused import spiking_layers
+from tetdist.nn.norm_neuron import spiking_layers
 from tetdist.nn.precision import autocast, parameter_type
 
 

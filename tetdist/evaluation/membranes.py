@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.nn import neurons
-from tetdist.nn.fused import NormNeuron, spiking_layers
 from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.norm_neuron import NormNeuron, spiking_layers
 from tetdist.nn.precision import autocast
 
 LOWEST, HIGHEST, BINS = -3.0, 3.0, 120  # in thresholds; a border of bins is at 1

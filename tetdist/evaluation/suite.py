@@ -10,7 +10,7 @@ from tetdist.data.build import eval_loader
 from tetdist.data.index import Index
 from tetdist.data.loader import Batch
 from tetdist.distributed.world import World
-from tetdist.evaluation.early_exit import DecisionCounts
+from tetdist.evaluation.decisions import DecisionCounts
 from tetdist.evaluation.evaluate import Evaluation, evaluate
 from tetdist.evaluation.operations import counting_operations
 from tetdist.evaluation.robustness import taking_frames, without_events, without_timesteps

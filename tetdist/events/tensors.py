@@ -30,7 +30,7 @@ from tetdist.data.processes import Progress, run_tasks
 from tetdist.errors import UserError
 from tetdist.events.binning import Binning, Frames, bin_events
 from tetdist.events.folders import Listing, Piece, Source
-from tetdist.events.formats.read import read_recording
+from tetdist.events.formats import read_recording
 from tetdist.events.recording import BadRecording, Events, Sensor
 from tetdist.events.simulate import Simulation, simulate
 from tetdist.files import replacing

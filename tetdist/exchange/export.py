@@ -21,10 +21,11 @@ from torch import Tensor
 
 import tetdist
 from tetdist import checkpoint
-from tetdist.config.schema import NeuronSection, RunConfig, parse
-from tetdist.errors import UserError
+from tetdist.config.loading import parse
+from tetdist.config.schema import NeuronSection, RunConfig
+from tetdist.errors import UserError, typed
 from tetdist.models import SpikingNetwork
-from tetdist.training.run_folder import create_model
+from tetdist.models.create import create_model
 
 # Of the inputs that an exported program is compared on.
 _CHECKED, _TOLERANCE = 4, 1e-4
@@ -226,7 +227,7 @@ model.set_timesteps(2)  # fewer or more timesteps with the same weights"""
         "",
         _preparation(trained),
         "",
-        "`python tools/eval.py --checkpoint model.safetensors --data ROOT` evaluates it, and",
+        f"`{typed('eval')} --checkpoint model.safetensors --data ROOT` evaluates it, and",
         "`init_checkpoint=model.safetensors` begins a training with it.",
         "",
         "## Recipe",

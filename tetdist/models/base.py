@@ -9,7 +9,7 @@ from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from tetdist.nn import neurons
-from tetdist.nn.fused import NormNeuron
+from tetdist.nn.norm_neuron import NormNeuron
 from tetdist.nn.packed import Conv2d
 from tetdist.nn.recompute import Block
 

@@ -21,8 +21,8 @@ from tetdist.models.base import (
 )
 from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fused import NormNeuron
 from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.norm_neuron import NormNeuron
 from tetdist.nn.packed import Conv2d, MaxPool
 
 Norm = Literal["bn", "tdbn"]

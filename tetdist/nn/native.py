@@ -6,35 +6,15 @@ cache folder; neither T nor shapes, types and layers are a reason to compile aga
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from ctypes import POINTER, byref, c_double, c_int, c_int64, c_void_p
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tetdist.nn.build import load_library
 from tetdist.nn.neurons import SURROGATES, NeuronConfig
 
-logger = logging.getLogger(__name__)
-
-# Why there are no kernels of a name, for whoever wants to say so.
-failures: dict[str, str] = {}
-
-KERNELS = Path(__file__).with_name("kernels")
-# Rounding as in torch: no fused multiply-add. And what keeps a compiler from vectorising choices:
-# errno and floating-point traps, which nobody looks at.
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"] + [
-    f"-f{option}" for option in ("fp-contract=off", "no-math-errno", "no-trapping-math")
-]
-COMPILE_LIMIT = 300  # seconds
 TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
@@ -304,7 +284,7 @@ def total(x: Tensor) -> Tensor:
 
 @functools.cache
 def _sums() -> ctypes.CDLL | None:
-    library = _library("sum")
+    library = load_library("sum")
     if library is not None:
         library.total_bfloat16.argtypes = (c_void_p, c_int64, c_void_p, c_int)
     return library
@@ -316,7 +296,7 @@ def _sums() -> ctypes.CDLL | None:
 @functools.cache
 def passes(config: NeuronConfig) -> Passes | None:
     """Passes for a neuron, compiled if they never were on this machine; None without a compiler."""
-    library = _library(
+    library = load_library(
         "neuron",
         f"-DSURROGATE={list(SURROGATES).index(config.surrogate)}",
         f"-DHARD_RESET={int(config.reset == 'hard')}",
@@ -328,104 +308,5 @@ def passes(config: NeuronConfig) -> Passes | None:
 @functools.cache
 def pool() -> Pool | None:
     """Likewise."""
-    library = _library("pool")
+    library = load_library("pool")
     return None if library is None else Pool(library)
-
-
-def _library(name: str, *variant: str) -> ctypes.CDLL | None:
-    """kernels/NAME.cpp; None where there is neither a working compiler nor an earlier result."""
-    # The second folder is for caches that are full, or from which nothing may be executed.
-    for folder in (_cache(), _private_cache()):
-        try:
-            return ctypes.CDLL(str(_built(KERNELS / f"{name}.cpp", variant, folder)))
-        except (OSError, subprocess.SubprocessError) as error:
-            failures[name] = str(error).strip().splitlines()[-1]
-    return None
-
-
-def _built(source: Path, variant: tuple[str, ...], folder: Path) -> Path:
-    """The library, from the folder or from a compiler.
-
-    Raises:
-        OSError, subprocess.SubprocessError: It is not there, and there is no working compiler.
-    """
-    text = source.read_bytes() + (KERNELS / "types.h").read_bytes()
-    # Home folders are shared by machines with different processors.
-    prefix = f"{source.stem}-{_digest(text, *FLAGS, *variant, _processor())}"
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
-    if not compiler or shutil.which(compiler[0]) is None:
-        # A machine without a compiler takes what one beside it has made.
-        if (library := _whole_one(folder, f"{prefix}-*.so")) is not None:
-            return library
-        raise FileNotFoundError("there is no C++ compiler")
-    prefix += f"-{_digest(*compiler, _run(*compiler, '--version'))}"
-    if (library := _whole_one(folder, f"{prefix}-*.so")) is not None:
-        return library
-    logger.info("compiling kernels/%s, once (into %s)", source.name, folder)
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        objects, built = Path(aside) / "kernels.o", Path(aside) / "kernels.so"
-        _run(*compiler, *FLAGS, *variant, "-c", str(source), "-o", str(objects))
-        # Without OpenMP's runtime: torch has brought one, and two would fight for the cores.
-        _run(*compiler, "-shared", str(objects), "-o", str(built))
-        with built.open("rb") as file:
-            os.fsync(file.fileno())
-        library = folder / f"{prefix}-{_digest(built.read_bytes())}.so"
-        # Several processes may build it at the same time; each finds a whole one.
-        built.replace(library)
-    return library
-
-
-def _whole_one(folder: Path, pattern: str) -> Path | None:
-    """A library whose contents are those that its name says; to load another could be a crash."""
-    for library in sorted(folder.glob(pattern)):
-        try:
-            if library.stem.endswith(f"-{_digest(library.read_bytes())}"):
-                return library
-            logger.warning("%s is damaged and is built again", library)
-            library.unlink(missing_ok=True)
-        except OSError:
-            continue
-    return None
-
-
-def _digest(*parts: str | bytes) -> str:
-    data = b"\0".join(part.encode() if isinstance(part, str) else part for part in parts)
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_LIMIT)
-    if done.returncode != 0:
-        raise subprocess.SubprocessError(f"{' '.join(command)}: {done.stderr}")
-    return done.stdout
-
-
-def _cache() -> Path:
-    """A folder of this user's own; what lies in it is loaded as code."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "tetdist"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):
-        pass
-    return _private_cache()
-
-
-@functools.cache
-def _private_cache() -> Path:
-    """For as long as this process lives, where there is no writable home."""
-    import atexit
-
-    folder = tempfile.mkdtemp(prefix="tetdist-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
-def _processor() -> str:
-    try:
-        with Path("/proc/cpuinfo").open() as file:
-            return next((line for line in file if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        return platform.processor()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tetdist.nn import batch_norm
-from tetdist.nn.fused import NormNeuron, carrying_membranes
+from tetdist.nn.norm_neuron import NormNeuron, carrying_membranes
 from tetdist.nn.packed import Halved, Packed, carried, carry, halve, pack
 
 

@@ -1,21 +1,5 @@
-"""Compare two runs: where their metrics part, by how much, and whether they saw the same samples.
-Or see several: what each reached, the mean and spread over seeds, their curves in one figure.
+"""Where the metrics of two runs part, by how much, and whether they saw the same samples."""
 
-    python tools/compare_runs.py runs/one runs/two
-    python tools/compare_runs.py one/metrics.jsonl two/metrics.jsonl --tolerance 1e-6
-    python tools/compare_runs.py runs/tet_* runs/sdt_* --plot tet_sdt.png
-    python tools/compare_runs.py runs/STUDY --plot study.png
-
-Of two runs, values that depend on the clock (time, samples_per_s, data_wait, seconds) are left out.
-Two values differ when |a - b| is more than the tolerance times the larger of |a| and |b|; NaN
-equals NaN. Of two folders the configurations are compared too, and the samples-RANK.jsonl files
-where both have them.
-
-Exit status: 0 the same, 1 different (in values, in steps or in samples; another configuration alone
-is no difference), 2 a mistake of the user's. More than two runs are shown, not judged: 0, or 2.
-"""
-
-import argparse
 import json
 import math
 import os
@@ -128,105 +112,6 @@ class Comparison:
         return samples is None or not (samples.different or any(samples.only))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    try:
-        from tetdist.errors import UserError
-    except ModuleNotFoundError as error:
-        return fail(f"the package {error.name} is not installed; pip install 'tetdist[train]'")
-    try:
-        if options.plot:
-            require_plots()
-        if len(options.runs) == 2:
-            a, b = (read_run(path) for path in options.runs)
-            comparison = compare(a, b, options.tolerance)
-            print(report(comparison))
-            if options.json:
-                write_json(options.json, as_dict(comparison))
-            status = 0 if comparison.same else 1
-        else:
-            overview(options.runs, options.json)
-            status = 0
-        if options.plot:
-            plot(options.runs, options.plot)
-    except UserError as error:
-        return fail(str(error))
-    except ModuleNotFoundError as error:
-        return fail(f"the package {error.name} is not installed; pip install 'tetdist[train]'")
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    return status
-
-
-def fail(text: str, status: int = 2) -> int:
-    print(f"error: {text}", file=sys.stderr)
-    return status
-
-
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="tools/compare_runs.py",
-        description="Compare two runs: where they part, and by how much. Or see more side by side.",
-        epilog="Exit status: 0 the same (or more than two), 1 different, 2 a mistake in what was "
-        "asked.",
-    )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="a run folder, its metrics.jsonl, or a folder of run folders, as a study's",
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=tolerance,
-        default=0.0,
-        metavar="R",
-        help="relative difference up to which values count as the same (default: 0, to the bit)",
-    )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result there, too")
-    parser.add_argument(
-        "--plot", metavar="FILE.png", type=Path, help="draw the curves of all runs into one PNG"
-    )
-    options = parser.parse_args(arguments)
-    options.runs = runs_in(options.runs)
-    if len(options.runs) < 2:
-        parser.error("one run alone cannot be compared; name two or more")
-    if len(options.runs) > 2 and options.tolerance:
-        parser.error("--tolerance is for two runs, which are compared value by value")
-    if options.plot and options.plot.suffix != ".png":
-        parser.error(f"--plot: {options.plot} does not end in .png")
-    return options
-
-
-def runs_in(paths: list[Path]) -> list[Path]:
-    """The runs that are meant: of a folder of them each one; of many paths only what may be one.
-
-    A study's folder has logs and a report beside its runs, which `runs/STUDY/*` lists, too.
-    """
-    found: list[Path] = []
-    for path in paths:
-        inside = sorted(file.parent for file in path.glob("*/metrics.jsonl"))
-        is_one = (path / "metrics.jsonl").exists() or path.suffix == ".jsonl" or not path.exists()
-        if inside and not is_one:
-            found += inside
-        elif is_one or len(paths) <= 2:
-            found.append(path)
-        else:
-            print(f"{path} is no run, and left out", file=sys.stderr)
-    return found
-
-
-def tolerance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on, such as 1e-6")
-    return value
-
-
 # --- reading --------------------------------------------------------------------------------------
 
 
@@ -256,7 +141,7 @@ def read_run(path: Path, *, effective: bool = False) -> Run:
 
 
 def read_values(path: Path) -> Metrics:
-    from tetdist.tracking.mlflow_follower import read_metrics
+    from tetdist.tracking.metrics_file import read_metrics
 
     metrics: Metrics = {}
     for line in read_metrics(path):
@@ -287,7 +172,7 @@ def values_of(line: dict[str, Any]) -> dict[str, Any]:
 def read_configuration(path: Path, effective: bool) -> dict[str, Any] | None:
     import yaml
 
-    from tetdist.config import schema
+    from tetdist.config import checks, identity, loading
     from tetdist.errors import UserError
 
     if not path.exists():
@@ -300,9 +185,9 @@ def read_configuration(path: Path, effective: bool) -> dict[str, Any] | None:
         raise UserError(f"{path} is damaged: it does not hold keys and values")
     # What an older version did not know has its default. One that cannot be read is shown as it is.
     with suppress(UserError):
-        parsed = schema.parse(values, str(path), warn=False)
-        return schema.effective(parsed) if effective else schema.flatten(parsed.as_dict())
-    return schema.flatten(values)
+        parsed = loading.parse(values, str(path), warn=False)
+        return checks.effective(parsed) if effective else identity.flatten(parsed.as_dict())
+    return identity.flatten(values)
 
 
 def read_samples(folder: Path) -> Samples | None:
@@ -372,9 +257,9 @@ def overview(paths: list[Path], json_file: Path | None) -> None:
 
 def require_plots() -> None:
     """Say that matplotlib is missing before the work, not after it."""
-    from tetdist.reports import curves
+    from tetdist.reports import style
 
-    curves.new_figure(1, 1)
+    style.new_figure(1, 1)
 
 
 def plot(paths: list[Path], out: Path) -> None:
@@ -390,7 +275,7 @@ def plot(paths: list[Path], out: Path) -> None:
 def read_records(paths: list[Path]) -> "list[RunRecord]":
     """The runs as tetdist.overview takes them; errors as of `read_run`."""
     from tetdist.reports.runs_table import RunRecord
-    from tetdist.tracking.mlflow_follower import read_metrics
+    from tetdist.tracking.metrics_file import read_metrics
 
     folders = Counter(path.name for path in paths if path.is_dir())
     records = []
@@ -692,7 +577,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     from tetdist.errors import UserError
-    from tetdist.tracking.mlflow_follower import strict
+    from tetdist.tracking.metrics_file import strict
 
     # YAML knows dates, JSON does not.
     text = json.dumps(strict(values), indent=1, allow_nan=False, default=str)

@@ -1,68 +1,35 @@
 """Pictures of runs: of their metrics.jsonl, of inputs and of membranes."""
 
-import io
 import itertools
 import math
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.errors import UserError
-from tetdist.tracking.mlflow_follower import read_metrics
-from tetdist.training.health import DEAD, SATURATED
+from tetdist.evaluation.firing import DEAD, SATURATED
+from tetdist.reports.style import (
+    QUIET,
+    RATE,
+    SPEED,
+    TRAIN,
+    VALIDATION,
+    WAIT,
+    finish,
+    markers,
+    median,
+    new_figure,
+    raw_and_smooth,
+    save,
+    series,
+)
+from tetdist.tracking.metrics_file import read_metrics
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from tetdist.evaluation.membranes import Membranes
-
-# Okabe and Ito's colours, told apart by most eyes; each means the same in every panel.
-TRAIN = "#0072B2"
-VALIDATION = "#D55E00"
-RATE = "#009E73"
-SPEED = "#7A5195"
-WAIT = "#E69F00"
-QUIET = "#767676"
-# For lines of which there may be many.
-SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31")
-PERCENT, POSITIVE = (0.0, 100.0), (0.0, math.inf)  # what a mean and its spread may be
-
-
-def new_figure(width: float, height: float, *, dpi: int = 110) -> Any:
-    """An empty matplotlib figure of so many inches.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ModuleNotFoundError as error:
-        raise UserError("matplotlib is not installed: pip install 'tetdist[train]'") from error
-    # The object interface: pyplot would keep every figure and look for a display.
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    figure = Figure(figsize=(width, height), dpi=dpi, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def png(figure: Any) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
-
-
-def save(figure: Any, out: Path) -> None:
-    """Write a PNG aside and rename it: whoever looks while it is replaced sees the old one or the
-    new one. Its folder is made."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(out.name + ".tmp")
-    aside.write_bytes(png(figure))
-    aside.replace(out)
 
 
 def learning_curves(metrics_file: Path, out: Path) -> None:
@@ -280,124 +247,16 @@ def inputs(
     save(figure, out)
 
 
-def runs(
-    groups: Mapping[str, Sequence[tuple[str, list[dict[str, Any]]]]], title: str, out: Path
-) -> None:
-    """Draws the curves of several runs over each other, the mean and spread of each group.
-
-    Args:
-        groups: By name, the runs that differ only by their seed: names and lines of metrics.
-        title: Above the picture.
-        out: The PNG; its folder is made.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    figure = new_figure(13, 7.6)
-    axes = figure.subplot_mosaic("LLLAAA;VVVTTT")
-    panels = {
-        "L": ("train", "loss", "Training loss", "loss", POSITIVE),
-        "A": ("val", "top1", "Validation top-1", "top-1 (%)", PERCENT),
-        "V": ("val", "loss", "Validation loss", "loss", POSITIVE),
-    }
-    shown: dict[str, Any] = {}
-    for panel, (kind, key, heading, unit, limits) in panels.items():
-        axis = axes[panel]
-        for colour, (name, members) in zip(itertools.cycle(SERIES), groups.items(), strict=False):
-            measured = [[line for line in lines if line["kind"] == kind] for _, lines in members]
-            curves = [
-                _series(_steady(lines) if kind == "train" else lines, key) for lines in measured
-            ]
-            label = f"{name} ({len(members)})" if len(members) > 1 else name
-            _group(axis, curves, colour, label, limits)
-        axis.set_xlabel("epoch")
-        finish(axis, heading, unit, legend=False)
-        handles, names = axis.get_legend_handles_labels()
-        shown |= dict(zip(names, handles, strict=True))
-    _group_timesteps(axes["T"], groups)
-    if shown:
-        names = [textwrap.fill(name, 80) for name in shown]
-        longest = max(len(line) for name in names for line in name.splitlines())
-        figure.legend(
-            list(shown.values()),
-            names,
-            loc="outside lower center",
-            ncols=max(1, min(len(names), 160 // (longest + 8))),  # so many letters are a row
-            fontsize=9,
-            frameon=False,
-        )
-    figure.suptitle(title, fontsize=13, fontweight="bold")
-    save(figure, out)
-
-
-def _group(
-    axis: Any,
-    curves: list[tuple[list[float], list[float]]],
-    colour: str,
-    label: str,
-    limits: tuple[float, float],
-) -> None:
-    """Draws the members of a group lightly, and their mean and standard deviation."""
-    curves = [curve for curve in curves if curve[0]]
-    if not curves:
-        return
-    if len(curves) == 1:
-        _markers(axis, *curves[0], colour, label)
-        return
-    for epochs, values in curves:
-        marker = _marker(values)
-        axis.plot(epochs, values, marker, color=colour, linewidth=0.7, markersize=2.5, alpha=0.45)
-    at_all = sorted(set.intersection(*(set(epochs) for epochs, _ in curves)))
-    columns = [
-        [dict(zip(epochs, values, strict=True))[epoch] for epochs, values in curves]
-        for epoch in at_all
-    ]
-    means = [sum(column) / len(column) for column in columns]
-    spreads = [standard_deviation(column) for column in columns]
-    axis.fill_between(
-        at_all,
-        [max(mean - spread, limits[0]) for mean, spread in zip(means, spreads, strict=True)],
-        [min(mean + spread, limits[1]) for mean, spread in zip(means, spreads, strict=True)],
-        color=colour,
-        alpha=0.2,
-        linewidth=0,
-    )
-    _markers(axis, at_all, means, colour, label)
-
-
-def _group_timesteps(
-    axis: Any, groups: Mapping[str, Sequence[tuple[str, list[dict[str, Any]]]]]
-) -> None:
-    for colour, members in zip(itertools.cycle(SERIES), groups.values(), strict=False):
-        curves = []
-        for _, lines in members:
-            evaluated = [line for line in lines if line.get("per_timestep_top1")]
-            if evaluated:
-                top1 = evaluated[-1]["per_timestep_top1"]
-                curves.append(([float(t) for t in range(1, len(top1) + 1)], top1))
-        _group(axis, curves, colour, "", PERCENT)
-    axis.set_xlabel("timesteps averaged")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    finish(axis, "Last accuracy by timestep", "top-1 (%)", legend=False)
-
-
-def standard_deviation(values: Sequence[float]) -> float:
-    """Of a sample, n - 1 in the denominator; 0 of a single value."""
-    mean = sum(values) / len(values)
-    squares = sum((value - mean) ** 2 for value in values)
-    return math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else 0.0
-
-
 def _loss(axis: Any, train: list[dict[str, Any]], val: list[dict[str, Any]]) -> None:
-    _raw_and_smooth(axis, train, "loss", TRAIN, "training")
-    _markers(axis, *_series(val, "loss"), VALIDATION, "validation")
+    raw_and_smooth(axis, train, "loss", TRAIN, "training")
+    markers(axis, *series(val, "loss"), VALIDATION, "validation")
     finish(axis, "Loss", "loss")
 
 
 def _accuracy(axis: Any, train: list[dict[str, Any]], val: list[dict[str, Any]]) -> None:
-    _raw_and_smooth(axis, train, "top1", TRAIN, "training")
-    epochs, top1 = _series(val, "top1")
-    _markers(axis, epochs, top1, VALIDATION, "validation")
+    raw_and_smooth(axis, train, "top1", TRAIN, "training")
+    epochs, top1 = series(val, "top1")
+    markers(axis, epochs, top1, VALIDATION, "validation")
     if top1:
         best = max(range(len(top1)), key=top1.__getitem__)
         axis.plot(
@@ -456,7 +315,7 @@ def _beside(values: Sequence[float], index: int) -> tuple[int, int, str]:
 
 
 def _learning_rate(axis: Any, train: list[dict[str, Any]]) -> None:
-    _markers(axis, *_series(train, "lr"), RATE, "learning rate")
+    markers(axis, *series(train, "lr"), RATE, "learning rate")
     finish(axis, "Learning rate", "learning rate", legend=False)
     peaks: dict[Any, float] = {}
     for line in train:
@@ -473,12 +332,12 @@ def _learning_rate(axis: Any, train: list[dict[str, Any]]) -> None:
 
 def _throughput(axis: Any, train: list[dict[str, Any]], *, room: float) -> None:
     unit = "samples per second"
-    speeds = _series(train, "samples_per_s")[1]
+    speeds = series(train, "samples_per_s")[1]
     if speeds:
-        unit += f", median {_median(speeds):,.4g}"
-        _raw_and_smooth(axis, train, "samples_per_s", SPEED, "speed")
+        unit += f", median {median(speeds):,.4g}"
+        raw_and_smooth(axis, train, "samples_per_s", SPEED, "speed")
         axis.set_ylim(0, max(speeds) * room)
-    epochs, waits = _series(train, "data_wait")
+    epochs, waits = series(train, "data_wait")
     if waits:
         right = axis.twinx()
         right.fill_between(epochs, waits, color=WAIT, alpha=0.5, linewidth=0)
@@ -493,99 +352,6 @@ def _throughput(axis: Any, train: list[dict[str, Any]], *, room: float) -> None:
         axis.set_zorder(right.get_zorder() + 1)
         axis.patch.set_visible(False)
     finish(axis, "Throughput", unit)
-
-
-def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
-    """Gives a panel its title, unit, grid and, where there are lines, legend."""
-    axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axis.set_ylabel(unit, fontsize=10)
-    axis.grid(color="#E4E4E4", linewidth=0.7)
-    axis.set_axisbelow(True)
-    axis.tick_params(labelsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color("#BBBBBB")
-    drawn = [line for line in axis.get_lines() if len(line.get_xdata())]
-    if not drawn:
-        axis.set_yticks([])
-        axis.text(
-            0.5, 0.5, "nothing yet", transform=axis.transAxes, ha="center", va="center", color=QUIET
-        )
-    elif legend:
-        # Beside the title, where it covers no curve.
-        handles = [line for line in drawn if not line.get_label().startswith("_")]
-        axis.legend(
-            handles=handles,
-            loc="lower right",
-            bbox_to_anchor=(1.01, 0.99),
-            ncols=len(handles),
-            frameon=False,
-            fontsize=9,
-            handlelength=1.4,
-            columnspacing=1.2,
-        )
-
-
-def _markers(axis: Any, epochs: list[float], values: list[float], colour: str, label: str) -> None:
-    """Draws a line whose points show while they are few."""
-    axis.plot(
-        epochs, values, _marker(values), color=colour, linewidth=1.8, markersize=4, label=label
-    )
-
-
-def _marker(values: Sequence[float]) -> str:
-    return "o-" if len(values) <= 30 else "-"
-
-
-def _raw_and_smooth(
-    axis: Any, train: list[dict[str, Any]], key: str, colour: str, label: str
-) -> None:
-    """Draws the values lightly and their running mean over them, each phase by itself."""
-    steady = _steady(train)
-    half = len(steady) // 60
-    if half == 0:
-        _markers(axis, *_series(steady, key), colour, label)
-        return
-    axis.plot(*_series(steady, key), color=colour, alpha=0.25, linewidth=0.8)
-    for _, lines in itertools.groupby(steady, key=lambda line: line.get("phase")):
-        epochs, values = _series(list(lines), key)
-        means = _running_mean(values, half)
-        axis.plot(epochs, means, color=colour, linewidth=1.8, label=label)
-        label = "_later phase"  # not in the legend
-
-
-def _steady(train: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of training but those over less than half as many steps as usual.
-
-    The one at the end of an epoch may be the mean of a batch or two: a peak that means nothing.
-    """
-    steps = [0, *(line["step"] for line in train)]
-    counts = [float(after - before) for before, after in itertools.pairwise(steps)]
-    least = _median(counts) / 2 if counts else 0
-    return [line for line, count in zip(train, counts, strict=True) if count >= least]
-
-
-def _running_mean(values: list[float], half: int) -> list[float]:
-    """Averages each value with up to `half` neighbours on either side."""
-    sums = [0.0, *itertools.accumulate(values)]
-    means = []
-    for index in range(len(values)):
-        first, end = max(0, index - half), min(len(values), index + half + 1)
-        means.append((sums[end] - sums[first]) / (end - first))
-    return means
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
-
-
-def _series(lines: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Returns the epochs and values of the lines that have a finite one."""
-    pairs = [
-        (line["epoch"], line[key])
-        for line in lines
-        if isinstance(line.get(key), int | float) and math.isfinite(line[key])
-    ]
-    return [epoch for epoch, _ in pairs], [value for _, value in pairs]
 
 
 def _phase_borders(

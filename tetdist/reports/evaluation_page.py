@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tetdist.reports import curves
+from tetdist.reports import style
 
 # Rows of a table of classes on a terminal; JSON and the page have all.
 SHOWN_CLASSES = 20
@@ -157,7 +157,7 @@ def png_page(found: Findings) -> bytes:
     layers = max(len(found["firing_rate"]), len(found["operations"]["layers"]))
     height = max(5.0, 1.5 + 0.16 * layers)
     rows = (len(panels) + 2) // 3
-    figure = curves.new_figure(18, 0.8 + height * rows)
+    figure = style.new_figure(18, 0.8 + height * rows)
     axes = figure.subplots(rows, 3, squeeze=False).flat
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
@@ -168,9 +168,9 @@ def png_page(found: Findings) -> bytes:
     )
     assumptions = f"Energy is an estimate: {'; '.join(found['operations']['assumptions'])}."
     figure.supxlabel(
-        textwrap.fill(assumptions, 240), x=0.01, ha="left", fontsize=9, color=curves.QUIET
+        textwrap.fill(assumptions, 240), x=0.01, ha="left", fontsize=9, color=style.QUIET
     )
-    return curves.png(figure)
+    return style.png(figure)
 
 
 def _panels(found: Findings) -> list[tuple[Panel, bool]]:
@@ -190,26 +190,26 @@ def _timesteps(axis: Any, found: Findings) -> None:
     evaluated = trained <= found["timesteps"]
     shown = sorted({*found["reported_timesteps"], *([trained] if evaluated else [])})
     top1 = [found["per_timestep_top1"][t - 1] for t in shown]
-    axis.plot(shown, top1, "o-", color=curves.VALIDATION, label="top-1")
+    axis.plot(shown, top1, "o-", color=style.VALIDATION, label="top-1")
     if evaluated:
         axis.plot(
             trained,
             top1[shown.index(trained)],
             "*",
-            color=curves.VALIDATION,
+            color=style.VALIDATION,
             markeredgecolor="black",
             markersize=14,
             label=f"T of the training: {trained}",
         )
     axis.set_xlabel("timesteps T")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    curves.finish(axis, "Accuracy by timesteps", "top-1 (%)")
+    style.finish(axis, "Accuracy by timesteps", "top-1 (%)")
 
 
 def _early_exit(axis: Any, found: Findings) -> None:
     curve = found["early_exit"]
     spent, top1 = ([point[key] for point in curve] for key in ("mean_timesteps", "top1"))
-    axis.plot(spent, top1, "o-", color=curves.RATE, label="exit at a confidence")
+    axis.plot(spent, top1, "o-", color=style.RATE, label="exit at a confidence")
     room = 0.1 * found["timesteps"]  # of a label
     labelled: list[float] = []
     for point in (curve[0], curve[-1], curve[len(curve) // 2]):
@@ -222,14 +222,14 @@ def _early_exit(axis: Any, found: Findings) -> None:
             xytext=(4, -12),
             textcoords="offset points",
             fontsize=8,
-            color=curves.RATE,
+            color=style.RATE,
         )
     steps = range(1, found["timesteps"] + 1)
     axis.plot(
-        steps, found["per_timestep_top1"], "--", color=curves.QUIET, label="the same T for all"
+        steps, found["per_timestep_top1"], "--", color=style.QUIET, label="the same T for all"
     )
     axis.set_xlabel("timesteps of a sample on average")
-    curves.finish(axis, "Early exit", "top-1 (%)")
+    style.finish(axis, "Early exit", "top-1 (%)")
 
 
 def _confusion(axis: Any, found: Findings) -> None:
@@ -254,7 +254,7 @@ def _confusion(axis: Any, found: Findings) -> None:
 
 def _firing_rate(axis: Any, found: Findings) -> None:
     rates = found["firing_rate"]
-    _layer_bars(axis, list(rates), [(100 * r for r in rates.values())], [(curves.RATE, "")])
+    _layer_bars(axis, list(rates), [(100 * r for r in rates.values())], [(style.RATE, "")])
     title = f"Firing rate over {found['timesteps']} timesteps"
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axis.set_xlabel("spikes per neuron per timestep (%)", fontsize=9)
@@ -264,7 +264,7 @@ def _operations(axis: Any, found: Findings) -> None:
     layers = found["operations"]["layers"]
     bars: list[list[float]] = []
     styles: list[tuple[str, str]] = []
-    for key, colour in (("accumulates", curves.TRAIN), ("multiply_accumulates", curves.WAIT)):
+    for key, colour in (("accumulates", style.TRAIN), ("multiply_accumulates", style.WAIT)):
         millions = [layer[key] / 1e6 for layer in layers.values()]
         if any(millions):
             bars.append(millions)
@@ -294,13 +294,13 @@ def _layer_bars(
 
 
 def _dropped(axis: Any, found: Findings) -> None:
-    for key, colour in (("dropped_timesteps", curves.SPEED), ("dropped_events", curves.WAIT)):
+    for key, colour in (("dropped_timesteps", style.SPEED), ("dropped_events", style.WAIT)):
         if found[key]:
             shares = [0.0, *(100 * at["share"] for at in found[key])]
             top1 = [found["top1"], *(at["top1"] for at in found[key])]
             axis.plot(shares, top1, "o-", color=colour, label=key.replace("_", " "))
     axis.set_xlabel("dropped (%)")
-    curves.finish(axis, "Robustness", "top-1 (%)")
+    style.finish(axis, "Robustness", "top-1 (%)")
 
 
 # --- as a page ------------------------------------------------------------------------------------
@@ -389,10 +389,10 @@ def html_page(found: Findings) -> str:
 
 
 def _image(found: Findings, panels: list[Panel], width: float, height: float) -> str:
-    figure = curves.new_figure(width, height, dpi=100)
+    figure = style.new_figure(width, height, dpi=100)
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel(axis, found)
-    data = base64.b64encode(curves.png(figure)).decode()
+    data = base64.b64encode(style.png(figure)).decode()
     return f'<p><img alt="" src="data:image/png;base64,{data}"></p>'
 
 

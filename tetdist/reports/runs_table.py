@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tetdist.config.schema import OPERATIONAL_KEYS, PATH_KEYS, absolute_path
-from tetdist.reports import curves
+from tetdist.config.identity import OPERATIONAL_KEYS, PATH_KEYS, absolute_path
+from tetdist.reports import overlay
 
 # What may differ within a group, besides what has no effect on the result.
 OF_THE_SEED = ("seed", "name", *OPERATIONAL_KEYS)
@@ -152,7 +152,7 @@ def group_result(name: str, members: Sequence[RunRecord]) -> dict[str, Any]:
     for key in ("top1", "best_top1", "val_loss"):
         values = [value for r in members if (value := r.result()[key]) is not None]
         found[key] = sum(values) / len(values) if values else None
-        found[f"{key}_deviation"] = curves.standard_deviation(values) if len(values) > 1 else None
+        found[f"{key}_deviation"] = overlay.standard_deviation(values) if len(values) > 1 else None
     return found
 
 
@@ -229,4 +229,4 @@ def plot(records: Sequence[RunRecord], out: Path) -> None:
     title = f"{len(members)} runs"
     if len(groups) < len(members):
         title += "; of runs that differ only by their seed: mean and standard deviation"
-    curves.runs({name: [(r.name, r.lines) for r in rs] for name, rs in groups.items()}, title, out)
+    overlay.runs({name: [(r.name, r.lines) for r in rs] for name, rs in groups.items()}, title, out)

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING
 # Before torch is imported: see tetdist/train.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tetdist import train
 from tetdist.distributed.watchdog import PeerFailed
-from tetdist.errors import UserError
+from tetdist.errors import UserError, sentence
 from tetdist.slurm import history
 from tetdist.slurm.history import Event
 from tetdist.slurm.placement import Place, SlurmPlace
@@ -77,7 +76,8 @@ def run(job: Job, find_place: Callable[[], Place]) -> int:
         place = find_place()
         place.export()
     except (UserError, ModuleNotFoundError) as error:
-        return train.fail(error, f"rank {rank}: ")
+        print(f"rank {rank}: error: {sentence(error)}", file=sys.stderr)
+        return 2
     return _Start(job, place).run()
 
 
@@ -97,16 +97,17 @@ class _Start:
             if self._is_cancelled():
                 # No success, since a run may wait for this one's.
                 return 128 + signal.SIGTERM
+            from tetdist.training.run import Launcher, train
+
             self.config = self._read_config()
             tags = self._begin() if self.is_first else {}
-            launcher = train.Launcher(
-                tags=tags, goes_on_after=RESTART_AFTER, on_failure=self._on_failure
-            )
-            status = train.train(self.config, launcher)
+            launcher = Launcher(tags=tags, goes_on_after=RESTART_AFTER, on_failure=self._on_failure)
+            status = train(self.config, launcher)
         except (UserError, ModuleNotFoundError) as error:
             self._write_failure(error)
-            status = train.fail(error, "" if self.is_first else f"rank {self.place.rank}: ")
-            return self._end_failed(status, str(error))
+            prefix = "" if self.is_first else f"rank {self.place.rank}: "
+            print(f"{prefix}error: {sentence(error)}", file=sys.stderr)
+            return self._end_failed(2, str(error))
         except SystemExit as ended:
             return self._end_failed(int(ended.code or 0), "another process says why")
         except Exception as error:
@@ -125,15 +126,15 @@ class _Start:
     def _read_config(self) -> "RunConfig":
         import yaml
 
-        from tetdist.config import schema
+        from tetdist.config import loading
 
         file = Path(self.job.config)
         # Every key is written out, so that nothing is to be learnt from one that has no effect.
-        return schema.parse(yaml.safe_load(file.read_text()), str(file), warn=False)
+        return loading.parse(yaml.safe_load(file.read_text()), str(file), warn=False)
 
     def _check_code(self) -> None:
         """That what was queued is what runs, whatever the environment has installed."""
-        here = Path(train.__file__).resolve().parent.parent
+        here = Path(__file__).resolve().parents[2]
         if here != Path(self.job.code).resolve():
             raise UserError(
                 f"the job was submitted with the code in {self.job.code} and Python imports that "

@@ -9,7 +9,7 @@ from tetdist.errors import UserError
 from tetdist.slurm import history, jobs
 from tetdist.slurm.history import Event, Submission
 from tetdist.slurm.jobs import State
-from tetdist.tracking.mlflow_follower import read_metrics
+from tetdist.tracking.metrics_file import read_metrics
 
 ASK_EVERY = 5.0  # seconds between two questions to Slurm, which serves many
 LOOK_EVERY = 0.5  # seconds between two looks at a log

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from tetdist.config import schema as configuration
+from tetdist.config import identity, loading, schema
 from tetdist.config.schema import RunConfig
 from tetdist.data.index import Index
 from tetdist.distributed.world import World
@@ -25,7 +25,8 @@ from tetdist.slurm.job import Job
 from tetdist.slurm.jobs import is_here, refuse_if_queued, states_of
 from tetdist.slurm.plan import Plan
 from tetdist.tracking import mlflow_follower
-from tetdist.training.run_folder import RunFolder, make_model, open_data
+from tetdist.training.run_folder import RunFolder
+from tetdist.training.setup import make_model, open_data
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,10 @@ def prepare(
 
 def _check_inputs(config: RunConfig) -> None:
     has_begun = history.saved_step(config.run_dir) > 0
-    values = configuration.flatten(config.as_dict())
-    for key in configuration.PATH_KEYS:
+    values = identity.flatten(config.as_dict())
+    for key in identity.PATH_KEYS:
         path = values.get(key)
-        if (
-            path is None
-            or path.startswith(configuration.TIMM)
-            or (has_begun and key == "init_checkpoint")
-        ):
+        if path is None or path.startswith(schema.TIMM) or (has_begun and key == "init_checkpoint"):
             continue
         if not Path(path).exists():
             raise UserError(
@@ -92,14 +89,14 @@ def _check_inputs(config: RunConfig) -> None:
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     values = config.as_dict()
-    for key in configuration.PATH_KEYS:
+    for key in identity.PATH_KEYS:
         *sections, last = key.split(".")
         section = values
         for name in sections:
             section = section[name]
         if section[last] is not None:
-            section[last] = configuration.absolute_path(section[last])
-    return configuration.parse(values, config.name, warn=False)
+            section[last] = identity.absolute_path(section[last])
+    return loading.parse(values, config.name, warn=False)
 
 
 def absolute(config: RunConfig) -> RunConfig:
@@ -113,7 +110,7 @@ def absolute(config: RunConfig) -> RunConfig:
     if config.data.index:
         values["data"]["index"] = str(Path(config.data.index).absolute())
     values["cluster"], values["resume"] = {}, "auto"
-    return configuration.parse(values, config.name, warn=False)
+    return loading.parse(values, config.name, warn=False)
 
 
 def combinations(sweep: list[str]) -> list[list[str]]:
@@ -396,4 +393,4 @@ def config_of(submission: Submission) -> RunConfig:
         raise UserError(
             f"{file} cannot be read ({error}); submit the run again with --config"
         ) from error
-    return configuration.parse(values, str(file), warn=False)
+    return loading.parse(values, str(file), warn=False)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tetdist.reports.curves import QUIET, SERIES, finish, new_figure
+from tetdist.reports.style import QUIET, SERIES, finish, new_figure
 
 if TYPE_CHECKING:
-    from tetdist.studies.report import Numbers
+    from tetdist.studies.numbers import Numbers
 
 
 def draw(numbers: "Numbers") -> Any:

@@ -13,12 +13,13 @@ import yaml
 from pydantic import Field, ValidationError
 
 from tetdist import checkpoint
-from tetdist.config import schema
-from tetdist.config.schema import CONFIGS_DIR, Positive, RunConfig, Section
+from tetdist.config import identity, loading, messages
+from tetdist.config.loading import CONFIGS_DIR
+from tetdist.config.schema import Positive, RunConfig, Section
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
-from tetdist.tracking import mlflow_follower
-from tetdist.training.run_folder import make_model, open_data
+from tetdist.tracking import metrics_file
+from tetdist.training.setup import make_model, open_data
 
 PROJECT = CONFIGS_DIR.parent
 STUDIES_DIR = CONFIGS_DIR / "studies"
@@ -162,11 +163,11 @@ def read(path: Path) -> StudySection:
         UserError: The file is no study; the text says what is wrong with it.
     """
     try:
-        study = StudySection.model_validate_json(json.dumps(schema.read_yaml(path)))
+        study = StudySection.model_validate_json(json.dumps(loading.read_yaml(path)))
     except TypeError as error:
         raise UserError(f"{path}: a value is no text, number, list or mapping ({error})") from error
     except ValidationError as error:
-        problems = "; ".join(_explain(e) for e in schema.innermost(error.errors()))
+        problems = "; ".join(_explain(e) for e in messages.innermost(error.errors()))
         raise UserError(f"{path}: {problems}") from None
     if len(set(study.seeds)) < len(study.seeds):
         raise UserError(f"{path}: seeds: one of {list(study.seeds)} is there twice")
@@ -249,7 +250,7 @@ def _run(
     overrides = given + own
     try:
         _refuse_own_keys(given, entry)
-        resolved = schema.load(config_name, overrides)
+        resolved = loading.load(config_name, overrides)
     except UserError as error:
         raise UserError(f"entries.{name}: {error}") from error
     return Run(
@@ -277,8 +278,8 @@ def _refuse_own_keys(overrides: list[str], entry: EntrySection) -> None:
         own[TEACHER_KEY] = f"it learns from its teacher, {entry.teacher}; leave out one"
     given: dict[str, Any] = {}
     for override in overrides:
-        schema.apply_override(given, override)
-    for key in schema.flatten(given):
+        loading.apply_override(given, override)
+    for key in identity.flatten(given):
         if key in own:
             raise UserError(f"overrides: {key} is set by the study itself: {own[key]}")
 
@@ -318,7 +319,7 @@ def _saved_step(run: Run) -> int | None:
 def lines(run: Run, kind: str) -> list[dict[str, Any]]:
     """Of the run's metrics; none where it has not begun."""
     file = run.folder / "metrics.jsonl"
-    found = mlflow_follower.read_metrics(file) if file.exists() else []
+    found = metrics_file.read_metrics(file) if file.exists() else []
     return [line for line in found if line["kind"] == kind]
 
 
@@ -349,10 +350,10 @@ def check_folder(run: Run) -> None:
     if not file.exists():
         return
     try:
-        earlier = schema.parse(yaml.safe_load(file.read_text()), str(file), warn=False).as_dict()
+        earlier = loading.parse(yaml.safe_load(file.read_text()), str(file), warn=False).as_dict()
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged; remove its folder to train the run anew") from error
-    changed = schema.differences(earlier, run.config.as_dict())
+    changed = identity.differences(earlier, run.config.as_dict())
     if changed:
         raise UserError(
             f"{run.folder} holds a run of another configuration: {'; '.join(changed)}. Give "

@@ -1,324 +1,33 @@
-"""What came out of a study: the numbers, and the report that shows them."""
+"""The report of a study in Markdown."""
 
 import json
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tetdist.config.schema import flatten
+from tetdist.config.identity import flatten
 from tetdist.errors import UserError
-from tetdist.reports import curves
+from tetdist.reports import style
 from tetdist.studies import figures
+from tetdist.studies.numbers import (
+    Numbers,
+    at,
+    best,
+    distinct,
+    gather,
+    last,
+    spread,
+)
 from tetdist.studies.plan import (
     TEACHER_KEY,
     Run,
     StudySection,
-    evaluation,
-    is_trained,
-    lines,
     shown,
 )
-from tetdist.tracking.mlflow_follower import strict
-from tetdist.training.schedule import place
-
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation (NaN of a single value) of n values."""
-
-    n: int
-    mean: float
-    std: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f}" + ("" if math.isnan(self.std) else f" ± {self.std:.2f}")
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean difference of n pairs; its 95 % interval and p are NaN where n is 1.
-
-    Attributes:
-        p: Of the paired t-test, two-sided.
-    """
-
-    n: int
-    mean: float
-    low: float
-    high: float
-    p: float
-
-    def __str__(self) -> str:
-        if math.isnan(self.low):
-            return signed(self.mean)
-        return f"{signed(self.mean)} [{signed(self.low)}, {signed(self.high)}]"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one run came to.
-
-    Attributes:
-        top1, best_top1: Of the last and the best epoch, in percent.
-        samples, data_split: Of the validation split, and the name of the split of recordings.
-        by_timestep: Top-1 of the last epoch's time-mean up to timestep 1, 2, ...
-        loss: Of the last epoch, on the validation split.
-        curve: (epoch, loss, top-1) of every evaluation.
-        image_timesteps: Images trained on times T, of this run alone.
-        seconds: Of training this run alone, without evaluations.
-        ended: Seconds since 1970.
-    """
-
-    run: Run
-    top1: float
-    best_top1: float
-    best_epoch: float
-    by_timestep: list[float]
-    loss: float
-    samples: int
-    data_split: str | None
-    curve: list[tuple[float, float, float]]
-    image_timesteps: int
-    seconds: float
-    ended: float
-    environment: dict[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        left_out = ("run", "environment")
-        values = {key: value for key, value in vars(self).items() if key not in left_out}
-        named = {"name": self.run.name, "entry": self.run.entry, "seed": self.run.seed}
-        named |= {"timesteps": self.run.timesteps}
-        commands = [shown(self.run.train_command)]
-        if self.run.is_tested_beyond:
-            commands.append(shown(self.run.eval_command))
-        return named | values | {"commands": commands}
-
-
-# --- the numbers ----------------------------------------------------------------------------------
-
-
-def result_of(run: Run) -> Result | None:
-    """None while the run is not finished and evaluated."""
-    if not is_trained(run):
-        return None
-    by_timestep = evaluation(run)
-    if by_timestep is None:
-        return None
-    validations = lines(run, "val")
-    last = validations[-1]
-    best = max(validations, key=lambda line: line["top1"])
-    return Result(
-        run=run,
-        top1=last["top1"],
-        best_top1=best["top1"],
-        best_epoch=best["epoch"],
-        by_timestep=by_timestep,
-        loss=last["loss"],
-        samples=last["samples"],
-        data_split=last.get("data_split"),
-        curve=[(line["epoch"], line["loss"], line["top1"]) for line in validations],
-        image_timesteps=image_timesteps(run, last["step"], last["epoch"]),
-        seconds=training_seconds(run),
-        ended=last["time"],
-        environment=_environment(run),
-    )
-
-
-def image_timesteps(run: Run, last_step: int, last_epoch: float) -> int:
-    """Images times T that went forward and backward in training."""
-    config = run.config
-    phases = place(config.phases, round(last_step / last_epoch))[config.start_phase :]
-    return sum(
-        (min(phase.end_step, last_step) - phase.first_step)
-        * config.batch.global_
-        * phase.section.timesteps
-        for phase in phases
-        if phase.first_step < last_step
-    )
-
-
-def training_seconds(run: Run) -> float:
-    """Of all steps, by the rates that the run's lines of metrics state."""
-    train = lines(run, "train")
-    steps = np.diff([line["step"] for line in train], prepend=0)
-    rates = np.array([line["samples_per_s"] for line in train])
-    return float(np.sum(steps * run.config.batch.global_ / rates))
-
-
-def _environment(run: Run) -> dict[str, Any]:
-    try:
-        values = json.loads((run.folder / "environment.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def spread(values: list[float]) -> Spread:
-    return Spread(
-        len(values),
-        float(np.mean(values)),
-        float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
-    )
-
-
-def signed(value: float) -> str:
-    """Two decimals with a sign, which that of zero is not: -0.001 is +0.00."""
-    return f"{round(value, 2) + 0.0:+.2f}"
-
-
-def paired_difference(values: list[float], control: list[float]) -> Difference:
-    """Of pairs of the same seed: mean, t interval, and the paired t-test's p."""
-    from scipy import stats
-
-    differences = np.subtract(values, control)
-    n, mean = len(differences), float(np.mean(differences))
-    if n < 2:
-        return Difference(n, mean, math.nan, math.nan, math.nan)
-    error = float(np.std(differences, ddof=1)) / math.sqrt(n)
-    if error == 0:  # All alike: there is nothing to estimate a spread from.
-        return Difference(n, mean, math.nan, math.nan, math.nan)
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
-    p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
-    return Difference(n, mean, mean - half, mean + half, p)
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """All results of a study, by entry and seed."""
-
-    study: StudySection
-    runs: list[Run]
-    results: dict[str, dict[int, Result]]
-
-    @property
-    def missing(self) -> list[str]:
-        return [run.name for run in self.runs if run.seed not in self.results[run.entry]]
-
-    @property
-    def entries(self) -> list[str]:
-        """Those with a result."""
-        return [name for name in self.study.entries if self.results[name]]
-
-    def of(self, entry: str) -> list[Result]:
-        return list(self.results[entry].values())
-
-    def timesteps(self, entry: str) -> int:
-        """T at the end of training."""
-        return self.of(entry)[0].run.timesteps
-
-    def at(self, entry: str, timesteps: int) -> Spread:
-        """Top-1 at a number of test timesteps, over seeds."""
-        return spread([result.by_timestep[timesteps - 1] for result in self.of(entry)])
-
-    def difference(self, entry: str, value: Any) -> Difference | None:
-        """To the control, seed by seed; ``value`` makes a number of a result."""
-        control = self.study.entries[entry].control
-        if control is None:
-            return None
-        seeds = [seed for seed in self.results[entry] if seed in self.results[control]]
-        if not seeds:
-            return None
-        return paired_difference(
-            [value(self.results[entry][seed]) for seed in seeds],
-            [value(self.results[control][seed]) for seed in seeds],
-        )
-
-    def cost(self, entry: str) -> tuple[float, float]:
-        """Image-timesteps and seconds of training, medians over seeds, with the runs it needed."""
-        counted = [self.of(name) for name in self.with_needed(entry) if self.results[name]]
-        image_timesteps = [np.median([r.image_timesteps for r in results]) for results in counted]
-        seconds = [np.median([r.seconds for r in results]) for results in counted]
-        return float(sum(image_timesteps)), float(sum(seconds))
-
-    def epochs_before(self, entry: str) -> int:
-        """Epochs of training that the weights have had with which the entry begins."""
-        run, before = self.of(entry)[0].run, 0
-        # A run that begins with a later phase counts the epochs of those before it itself.
-        while run.init is not None and run.config.start_phase == 0:
-            run = run.init
-            before += sum(phase.epochs for phase in run.config.phases)
-        return before
-
-    def with_needed(self, entry: str) -> list[str]:
-        """The entry, the one that it begins with, its teacher, and so on."""
-        section = self.study.entries[entry]
-        needed = [name for name in (section.init, section.teacher) if name is not None]
-        return list(dict.fromkeys([entry, *(n for name in needed for n in self.with_needed(name))]))
-
-    def as_dict(self) -> dict[str, Any]:
-        differences = {
-            entry: {
-                "control": self.study.entries[entry].control,
-                "top1": vars(found),
-                "by_timestep": {
-                    t: vars(difference)
-                    for t in self.study.test_timesteps
-                    if (difference := self.difference(entry, at(t))) is not None
-                },
-            }
-            for entry in self.entries
-            if (found := self.difference(entry, last)) is not None
-        }
-        return {
-            "study": self.study.model_dump(mode="json"),
-            "missing": self.missing,
-            "entries": {
-                entry: {
-                    "top1": vars(spread([result.top1 for result in self.of(entry)])),
-                    "best_top1": vars(spread([result.best_top1 for result in self.of(entry)])),
-                    "loss": vars(spread([result.loss for result in self.of(entry)])),
-                    "by_timestep": {t: vars(self.at(entry, t)) for t in self.study.test_timesteps},
-                    "image_timesteps": self.cost(entry)[0],
-                    "seconds": self.cost(entry)[1],
-                }
-                for entry in self.entries
-            },
-            "differences": differences,
-            "runs": [result.as_dict() for entry in self.entries for result in self.of(entry)],
-            "environments": _distinct([r.environment for e in self.entries for r in self.of(e)]),
-        }
-
-
-def last(result: Result) -> float:
-    return result.top1
-
-
-def best(result: Result) -> float:
-    return result.best_top1
-
-
-def at(timesteps: int) -> Any:
-    return lambda result: result.by_timestep[timesteps - 1]
-
-
-def gather(study: StudySection, runs: list[Run]) -> Numbers:
-    results: dict[str, dict[int, Result]] = {name: {} for name in study.entries}
-    for run in runs:
-        result = result_of(run)
-        if result is not None:
-            results[run.entry][run.seed] = result
-    return Numbers(study, runs, results)
-
-
-def _distinct(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a result may depend on, of each machine and state of the code once."""
-    found: list[dict[str, Any]] = []
-    for value in values:
-        git = value.get("git") or {}
-        kept = {
-            key: value.get(key) for key in ("python", "packages", "cpu", "usable_cores", "gpus")
-        }
-        kept |= {"commit": git.get("commit"), "dirty": git.get("dirty")}
-        if kept not in found:
-            found.append(kept)
-    return found
-
+from tetdist.tracking.metrics_file import strict
 
 # --- the report -----------------------------------------------------------------------------------
 
@@ -344,7 +53,7 @@ def write(study: StudySection, name: str, runs: list[Run], file: Path, command: 
         file,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    curves.save(figures.draw(numbers), folder / f"{name}.png")
+    style.save(figures.draw(numbers), folder / f"{name}.png")
     values = json.dumps(strict(numbers.as_dict()), indent=1, allow_nan=False)
     _write(folder / f"{name}.json", values + "\n")
     _write(file, text)
@@ -391,7 +100,7 @@ def section(numbers: Numbers, link: str, command: str) -> str:
 def provenance(numbers: Numbers, command: str) -> str:
     results = [result for entry in numbers.entries for result in numbers.of(entry)]
     day = time.strftime("%d %B %Y", time.gmtime(max(result.ended for result in results)))
-    machines = _distinct([result.environment for result in results])
+    machines = distinct([result.environment for result in results])
     described = "; ".join(dict.fromkeys(map(machine, machines)))
     commits = dict.fromkeys(f"{str(m['commit'])[:10]}" for m in machines if m.get("commit"))
     of = f", at commit {', '.join(commits)}" if commits else ""

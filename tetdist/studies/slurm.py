@@ -6,11 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tetdist.cli import slurm
-from tetdist.config import schema as configuration
+from tetdist.config import loading as configuration
 from tetdist.config.schema import RunConfig
 from tetdist.errors import UserError
-from tetdist.slurm import history, status
+from tetdist.slurm import command, history, status
 from tetdist.slurm import submit as submission
 from tetdist.slurm.cluster import ClusterSection
 from tetdist.slurm.history import Submission
@@ -81,7 +80,7 @@ def read_flags(flags: list[str], config_name: str) -> argparse.Namespace:
     Raises:
         UserError: They are not for all runs of a study.
     """
-    options = slurm.parse_arguments(["--config", config_name, *flags])
+    options = command.parse_arguments(["--config", config_name, *flags])
     given = [name for name in ("sweep", "follow", "local", "after") if getattr(options, name)]
     if options.config != config_name:
         given.insert(0, "config")
@@ -107,7 +106,7 @@ def dry_run(runs: list[Run], flags: list[str]) -> int:
         print(f"# === {run.name}{_begins_after(after)}", flush=True)
         dependency = [word for needed in after for word in ("--after", str(needed.folder))]
         arguments = ["--config", run.config_name, *run.overrides, *dependency, *flags]
-        statuses.append(slurm.main(arguments))
+        statuses.append(command.run(command.parse_arguments(arguments)))
     return max(statuses)
 
 
@@ -206,9 +205,9 @@ def job_of(run: Run, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
     Raises:
         UserError: The facts are not right, or incomplete.
     """
-    options = slurm.parse_arguments(["--config", run.config_name, *run.overrides, *flags])
+    options = command.parse_arguments(["--config", run.config_name, *run.overrides, *flags])
     config = configuration.load(options.config, options.overrides)
-    return config, slurm.cluster_of(config.cluster, options)
+    return config, command.cluster_of(config.cluster, options)
 
 
 def _leave_queue(run: Run) -> None:

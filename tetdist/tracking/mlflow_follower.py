@@ -23,15 +23,11 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import math
 import os
-import platform
 import re
 import shlex
 import shutil
-import socket
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import threading
@@ -42,6 +38,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tetdist.errors import UserError
+from tetdist.tracking.environment import git_state
+from tetdist.tracking.metrics_file import keep_until, read_from, strict
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +51,6 @@ BATCH = 1000  # the most metrics that MLflow takes in one call
 
 PARENT_TAG = "mlflow.parentRunId"  # by which MLflow's pages nest runs
 PHASE_TAG = "phase"  # the phase's number, as in the file and in the configuration: from 0
-
-NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 @dataclass(frozen=True)
@@ -126,7 +122,7 @@ class Tracker:
                     "another folder"
                 )
         else:
-            self._last, self._lines = _keep_until(self.path, resume_step)
+            self._last, self._lines = keep_until(self.path, resume_step)
         if tracking_uri is not None and importlib.util.find_spec("mlflow") is None:
             raise UserError(
                 "MLflow is not installed: pip install 'tetdist[train]', or train without a tracker"
@@ -520,7 +516,7 @@ class _Session:
         """Sends the lines that are new in the file, and the tags that have changed."""
         import mlflow
 
-        lines, self._offset = _read_from(self._follower.path, self._offset)
+        lines, self._offset = read_from(self._follower.path, self._offset)
         for line in lines:
             receivers = [self._run]
             number = line.get("phase")
@@ -753,81 +749,6 @@ def _create_run(
     return run
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads a metrics.jsonl, also while it is being written.
-
-    Values that are not finite are floats again; a last line that a kill tore is left out.
-
-    Raises:
-        UserError: A line is damaged.
-    """
-    return _read_from(path, 0)[0]
-
-
-def _read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
-    """Reads the whole lines from `offset` on; returns them and where the next one will begin."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        data = file.read()
-    data = data[: data.rfind(b"\n") + 1]
-    return [_restored(line) for _, line in _parsed(path, data)], offset + len(data)
-
-
-def _parsed(path: Path, data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    for number, raw in enumerate(data.splitlines(keepends=True), start=1):
-        try:
-            line = json.loads(raw)
-            whole = isinstance(line["kind"], str) and isinstance(line["step"], int)
-        except (ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            raise UserError(
-                f"{path}: line {number} is damaged: {raw[:80].decode(errors='replace').strip()}"
-            )
-        yield raw, line
-
-
-def _keep_until(path: Path, step: int) -> tuple[dict[str, int], int]:
-    """Removes the lines of later steps, and a last one that a kill tore.
-
-    Returns:
-        The last step of each kind, and the number of lines that are left.
-    """
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    kept = [(raw, line) for raw, line in _parsed(path, whole) if line["step"] <= step]
-    last: dict[str, int] = {}
-    for _, line in kept:
-        last[line["kind"]] = line["step"]
-    result = b"".join(raw for raw, _ in kept)
-    if result != data:
-        aside = path.with_name(path.name + ".tmp")
-        with aside.open("wb") as file:
-            file.write(result)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    return last, len(kept)
-
-
-def strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def _restored(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _restored(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_restored(item) for item in value]
-    return NON_FINITE.get(value, value) if isinstance(value, str) else value
-
-
 def _points(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Yields the numbers of a line under their names in MLflow."""
     kind = line["kind"]
@@ -903,70 +824,10 @@ def _origin() -> dict[str, str]:
     # No name for the user's number: common in containers.
     with contextlib.suppress(KeyError, OSError):
         tags["mlflow.user"] = getpass.getuser()
-    commit = _git().get("commit")
+    commit = git_state().get("commit")
     if commit:
         tags["mlflow.source.git.commit"] = commit
     return tags
-
-
-PACKAGES = (
-    "tetdist",
-    "torch",
-    "torchvision",
-    "timm",
-    "deepspeed",
-    "nvidia-dali-cuda130",
-    "nvidia-dali-cuda120",
-    "mlflow",
-    "numpy",
-)
-
-SLURM_VARIABLES = (
-    "SLURM_CLUSTER_NAME",
-    "SLURM_JOB_ID",
-    "SLURM_JOB_NAME",
-    "SLURM_JOB_PARTITION",
-    "SLURM_JOB_NODELIST",
-    "SLURM_JOB_NUM_NODES",
-    "SLURM_NTASKS",
-    "SLURM_ARRAY_JOB_ID",
-    "SLURM_ARRAY_TASK_ID",
-    "SLURM_RESTART_COUNT",
-)
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that a result may depend on; nothing is imported for it."""
-    found: dict[str, str] = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def environment() -> dict[str, Any]:
-    """Describes where and with what this process runs, ready for JSON.
-
-    Nothing is imported for it, and what cannot be found out is None, empty or left out.
-    """
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    gpus = _output(
-        ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    )
-    return {
-        "python": platform.python_version(),
-        "packages": versions(),
-        "platform": platform.platform(),
-        "hostname": socket.gethostname(),
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "usable_cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "gpus": gpus.splitlines(),
-        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
-        "command": shlex.join(sys.argv),
-        "git": _git() or None,
-        "slurm": {name: os.environ[name] for name in SLURM_VARIABLES if name in os.environ},
-    }
 
 
 def ui_command(tracking_uri: str) -> str:
@@ -980,51 +841,3 @@ def ui_command(tracking_uri: str) -> str:
     # In an environment that is not activated, `mlflow` alone would not be found.
     program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
     return shlex.join([program, "ui", "--backend-store-uri", tracking_uri])
-
-
-def _cpu_model() -> str | None:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or None
-
-
-def _git() -> dict[str, Any]:
-    """Describes the checkout that tetdist is imported from; empty if it is none."""
-    root = Path(__file__).resolve().parents[2]
-    git = ["git", "-C", str(root)]
-    top = _output([*git, "rev-parse", "--show-toplevel"])
-    # An environment inside some other project's checkout is not a checkout of ours.
-    if Path(top.strip()) != root:
-        return {}
-    status = _output([*git, "status", "--porcelain"])
-    return {
-        "commit": _output([*git, "rev-parse", "HEAD"]).strip(),
-        "dirty": bool(status),
-        "status": status,
-        "diff": _output([*git, "diff", "HEAD"]),
-    }
-
-
-def git_version() -> str:
-    """The checkout's commit, in short, and whether it was changed; empty if it is none."""
-    git = _git()
-    return f"{git['commit'][:12]}{' (changed)' if git['dirty'] else ''}" if git else ""
-
-
-def _output(command: list[str]) -> str:
-    """Returns what a command prints; nothing if it fails or does not exist."""
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            check=True,
-            timeout=20,
-            # `git status` would else lock the index against the user's own commands.
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.decode(errors="replace")

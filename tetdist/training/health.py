@@ -5,47 +5,14 @@ not stop; layers that no longer fire, or always do, are named.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fused import NormNeuron
-
-# Firing rates, in spikes per neuron per timestep, below and above which a layer says nothing.
-DEAD, SATURATED = 0.001, 0.9
-
-
-class FiringWatch:
-    """Tells of layers that became dead or saturated, or came back, once a change."""
-
-    def __init__(self) -> None:
-        self._states: dict[str, str] = {}
-
-    def changes(self, firing_rate: Mapping[str, float]) -> list[str]:
-        """Sentences on the layers whose state is another than at the last call; seldom any.
-
-        Args:
-            firing_rate: Spikes per neuron per timestep, by layer.
-        """
-        states = {layer: _firing_state(rate) for layer, rate in firing_rate.items()}
-        changed: dict[str, list[str]] = {}
-        for layer, state in states.items():
-            if state != self._states.get(layer, ALIVE):
-                changed.setdefault(state, []).append(f"{layer} ({100 * firing_rate[layer]:.3g} %)")
-        self._states = states
-        return [f"{state}: {', '.join(layers)}" for state, layers in changed.items()]
-
-
-ALIVE = "layers that fire again"
-
-
-def _firing_state(rate: float) -> str:
-    if rate < DEAD:
-        return f"dead layers, firing below {100 * DEAD:g} %"
-    return f"saturated layers, firing above {100 * SATURATED:g} %" if rate > SATURATED else ALIVE
+from tetdist.nn.norm_neuron import NormNeuron
 
 
 class NonFiniteSteps:

@@ -1,4 +1,4 @@
-"""A run's folder and the things that are opened before its first step."""
+"""``runs/NAME``: who may write there, what is kept there, and what is told of it."""
 
 import fcntl
 import json
@@ -10,134 +10,23 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import timm
 import yaml
 
 from tetdist import checkpoint
-from tetdist.config.schema import (
-    ModelSection,
-    RunConfig,
-    SegmentsSection,
-    differences,
-    flatten,
-    parse,
-    phase_image_sizes,
-)
-from tetdist.data import index as data_index
-from tetdist.data.build import check_crops
+from tetdist.config.identity import differences, flatten
+from tetdist.config.loading import parse
+from tetdist.config.schema import RunConfig
 from tetdist.data.index import Index
 from tetdist.data.loader import Batch
 from tetdist.distributed.world import World
-from tetdist.errors import Stopped, UserError, way_out
+from tetdist.errors import Stopped, UserError, typed, way_out
 from tetdist.events.splits import recorded_split
-from tetdist.models import SpikingNetwork
-from tetdist.tracking import mlflow_follower
+from tetdist.tracking import environment, mlflow_follower
 
 logger = logging.getLogger(__name__)
 
 # Takes down a micro-batch of an optimiser step (counted from 1).
 SampleRecord = Callable[[int, Batch], None]
-
-
-def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
-    """Indexes of the training and validation splits, checked against the files and each other.
-
-    Raises:
-        UserError: Something is missing, outdated or does not suit the configuration.
-    """
-    train, val = (open_split(config, split, world) for split in ("train", "val"))
-    if train.classes != val.classes:
-        raise UserError(f"train/ and val/ of {config.data.root} do not have the same classes")
-    most = max(phase.timesteps for phase in config.phases)
-    if train.timesteps is not None and most > train.timesteps:
-        raise UserError(
-            f"phases.*.timesteps: {most} is more than the {train.timesteps} time bins of the data "
-            f"in {config.data.root}"
-        )
-    check_crops(config, train)
-    wanted = config.model.num_classes
-    if wanted is not None and wanted < len(train.classes):
-        raise UserError(
-            f"model.num_classes is {wanted} and the data has {len(train.classes)} classes"
-        )
-    return train, val
-
-
-def open_split(config: RunConfig, split: str, world: World) -> Index:
-    """Index of one split, checked against its files.
-
-    Raises:
-        UserError: It is missing, outdated or does not suit the configuration.
-    """
-    root = Path(config.data.root)
-    if not root.is_dir():
-        raise UserError(
-            f"data.root: there is no folder {root}; set data.root=FOLDER (tools/eval.py: --data "
-            "FOLDER)"
-        )
-    file = data_index.index_file(config.data.index_dir, split)
-    if not file.is_file():
-        command = data_index.index_command(root, split, config.data.kind)
-        raise UserError(f"there is no index {file}; make it with `{command}`")
-    index = data_index.load_index(file)
-    if world.rank == 0:
-        data_index.check_fresh(index, root, file)
-    if index.kind != config.data.kind:
-        raise UserError(f"data.kind is {config.data.kind!r} and {file} is of {index.kind}")
-    return index
-
-
-def create_model(section: ModelSection, num_classes: int, timesteps: int) -> SpikingNetwork:
-    """The configured model, initialised.
-
-    Raises:
-        UserError: ``model.arguments`` does not suit it.
-    """
-    try:
-        model: SpikingNetwork = timm.create_model(
-            section.name,
-            num_classes=num_classes,
-            timesteps=timesteps,
-            neuron=section.neuron.model_dump(),
-            **section.arguments,
-        )
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise UserError(
-            f"model.arguments: {section.name} cannot be built with {section.arguments} ({error})"
-        ) from error
-    return model
-
-
-def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
-    """The configured model for the data of ``index``, at the first phase's T, initialised.
-
-    Raises:
-        UserError: ``model.arguments`` does not suit the model or the data.
-    """
-    section = config.model
-    is_events = config.data.kind == "events"
-    image_sizes = {int(index.heights[0])} if is_events else _image_sizes(config)
-    model = create_model(
-        section, section.num_classes or len(index.classes), config.phases[0].timesteps
-    )
-    if model.input_size is not None and (others := image_sizes - {model.input_size}):
-        size = min(others)
-        raise UserError(
-            f"{section.name} is built for {model.input_size}x{model.input_size} pixels and the "
-            f"data has {size}x{size}; set model.arguments.input_size={size}"
-            + (", and all phases' image sizes to the same" if len(image_sizes) > 1 else "")
-        )
-    model.set_execution(config.execution)
-    model.set_grad_checkpointing(config.checkpoint != "none")
-    if isinstance(config.checkpoint, SegmentsSection):
-        model.set_segment(config.checkpoint.timesteps)
-    return model
-
-
-def _image_sizes(config: RunConfig) -> set[int]:
-    """Of evaluation and of all epochs' first and last sizes."""
-    phases = (size for phase in config.phases for size in phase_image_sizes(config, phase))
-    return {config.data.image_size, *phases}
 
 
 class RunFolder:
@@ -192,7 +81,7 @@ class RunFolder:
         _write(self.path / "config.yaml", self.config.as_yaml())
         _write(
             self.path / "environment.json",
-            json.dumps(mlflow_follower.environment(), indent=1) + "\n",
+            json.dumps(environment.environment(), indent=1) + "\n",
         )
 
     def _check_same_run(self) -> None:
@@ -311,7 +200,7 @@ class RunFolder:
                 f": top-1 {result['top1']:.2f} %; at best {result['best_top1']:.2f} %, "
                 f"at step {result['best_step']:.0f}"
             )
-        lines.append(f"  evaluate  python tools/eval.py --checkpoint {shlex.quote(str(self.path))}")
+        lines.append(f"  evaluate  {typed('eval', '--checkpoint', self.path)}")
         if self.config.tracking_uri:
             lines.append(f"  look      {mlflow_follower.ui_command(self.config.tracking_uri)}")
         logger.info("%s", "\n".join(lines))
@@ -323,7 +212,7 @@ class RunFolder:
             "timesteps": " then ".join(str(phase.timesteps) for phase in config.phases),
             "loss": config.loss.kind,
             "split": "val",
-            "git": mlflow_follower.git_version() or "none",
+            "git": environment.git_version() or "none",
             "seed": str(config.seed),
             "precision": config.precision,
             "world_size": str(self.world.world_size),
@@ -332,7 +221,7 @@ class RunFolder:
             **({"data_split": self.data_split} if self.data_split else {}),
             **{key: str(value) for key, value in self._begun_with().items()},
             **self.launcher_tags,
-        } | {f"version.{name}": version for name, version in mlflow_follower.versions().items()}
+        } | {f"version.{name}": version for name, version in environment.versions().items()}
 
     def _begun_with(self) -> dict[str, object]:
         """What makes it another run than one of its loss alone."""
@@ -369,7 +258,7 @@ class RunFolder:
             "Pictures and the whole configuration are under Artifacts; what the metrics mean: "
             "docs/metrics.md.",
             "",
-            f"    python tools/eval.py --checkpoint {shlex.quote(str(self.path.resolve()))}",
+            f"    {typed('eval', '--checkpoint', self.path.resolve())}",
         ]
         return "\n".join(lines)
 

@@ -16,11 +16,11 @@ from tetdist.config.schema import DataSection, RunConfig
 from tetdist.data import mixing
 from tetdist.data.loader import Batch
 from tetdist.errors import UserError
+from tetdist.evaluation.firing import FiringWatch
 from tetdist.evaluation.membranes import membrane_distribution
 from tetdist.models import SpikingNetwork
 from tetdist.reports import curves
 from tetdist.tracking.mlflow_follower import Tracker
-from tetdist.training.health import FiringWatch
 
 logger = logging.getLogger(__name__)
 

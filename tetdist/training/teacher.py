@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from tetdist import checkpoint
-from tetdist.config.schema import TIMM, ModelSection, RunConfig, parse, phase_image_sizes
+from tetdist.config.loading import parse
+from tetdist.config.schema import TIMM, ModelSection, RunConfig, phase_image_sizes
 from tetdist.data.index import Index
 from tetdist.errors import UserError
 from tetdist.exchange import foreign
 from tetdist.models import SpikingNetwork
+from tetdist.models.create import create_model
 from tetdist.nn.precision import autocast, parameter_type
-from tetdist.training.run_folder import create_model
 
 KEY = "loss.distillation.teacher"
 

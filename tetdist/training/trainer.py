@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 from tetdist import checkpoint, losses
-from tetdist.config.schema import LossSection, RunConfig, differences
+from tetdist.config.identity import differences
+from tetdist.config.schema import LossSection, RunConfig
 from tetdist.data import mixing, order
+from tetdist.data.batches import Share
 from tetdist.data.build import eval_loader, train_loader
-from tetdist.data.loader import Batch, Loader, Share
+from tetdist.data.loader import Batch, Loader
+from tetdist.distributed.signals import StopRequest
 from tetdist.distributed.watchdog import Watch
-from tetdist.distributed.world import StopRequest, World
+from tetdist.distributed.world import World
 from tetdist.errors import Stopped, UserError
 from tetdist.evaluation.evaluate import Interrupted, evaluate
 from tetdist.nn import batch_norm
@@ -31,10 +34,13 @@ from tetdist.nn.precision import autocast, parameter_type
 from tetdist.tracking.mlflow_follower import Tracker
 from tetdist.tracking.progress import Progress
 from tetdist.training import health
-from tetdist.training.engines.deepspeed_engines import Engine, Update, make_engine, make_optimizer
-from tetdist.training.run_folder import RunFolder, SampleRecord, make_model, open_data
+from tetdist.training.engines.base import Engine, Update
+from tetdist.training.engines.create import make_engine
+from tetdist.training.optimizers import make_optimizer
+from tetdist.training.run_folder import RunFolder, SampleRecord
 from tetdist.training.run_plots import Pictures
 from tetdist.training.schedule import Phase, phase_at, place
+from tetdist.training.setup import make_model, open_data
 from tetdist.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tetdist.distributed.world import World, join
-from tetdist.evaluation.early_exit import THRESHOLDS, DecisionCounts, Decisions
+from tetdist.evaluation.decisions import THRESHOLDS, DecisionCounts, Decisions
 
 
 @pytest.fixture

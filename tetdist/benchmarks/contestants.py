@@ -1,0 +1,176 @@
+"""The networks that are measured against each other: ours, the ReLU network, spikingjelly's."""
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# --- contestants -------------------------------------------------------------------------------
+
+
+class Contestant(NamedTuple):
+    model: torch.nn.Module
+    images: Tensor
+    logits: Callable[[Tensor], Tensor]  # (T, B, K)
+
+
+def contestants_of(options: argparse.Namespace) -> dict[str, Callable[[], Contestant]]:
+    """By name; each is made only when it is called for."""
+    contestants: dict[str, Callable[[], Contestant]] = {}
+    if relu_twin(options.model):
+        contestants["relu"] = functools.partial(relu, options)
+    for mode in options.modes:
+        contestants[f"tetdist, {mode}"] = functools.partial(ours, options, mode)
+    if options.spikingjelly:
+        name = f"spikingjelly, {options.spikingjelly}"
+        contestants[name] = functools.partial(spikingjelly, options)
+    return contestants
+
+
+def ours(options: argparse.Namespace, mode: str) -> Contestant:
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(options.model, timesteps=options.timesteps)
+    model.set_execution("reference" if mode == "reference" else "fused")
+    model.set_grad_checkpointing(mode in ("blocks", "timesteps"))
+    model.set_segment(options.segment if mode == "timesteps" else None)
+    return laid_out(options, model, batch_of(options, model), lambda x: model(x, per_timestep=True))
+
+
+def relu(options: argparse.Namespace) -> Contestant:
+    """The ReLU network of the same convolutions, on T times the batch."""
+    import timm
+
+    spiking = timm.create_model(options.model, timesteps=options.timesteps)
+    twin = relu_twin(options.model)
+    assert twin is not None
+    images = batch_of(options, spiking)
+    if images.ndim == 5:
+        images = images.flatten(0, 1)
+    else:
+        images = images.repeat(options.timesteps, 1, 1, 1)
+    return laid_out(
+        options, twin, images, lambda x: twin(x).unflatten(0, (options.timesteps, options.batch))
+    )
+
+
+def relu_twin(name: str) -> torch.nn.Module | None:
+    """A network of ReLU units with the convolutions of a spiking one, if there is one."""
+    import timm
+    from timm.models.resnet import BasicBlock, ResNet
+
+    family, _, depth = name.rpartition("resnet")
+    if family in ("sew_", "spiking_") and depth != "19":
+        return timm.create_model(f"resnet{depth}")
+    if depth == "19":
+        twin = ResNet(BasicBlock, (3, 3, 2), channels=(128, 256, 512), num_classes=10)
+        twin.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        twin.maxpool = torch.nn.Identity()
+        twin.layer4 = torch.nn.Identity()
+        return twin
+    if name != "vggsnn":
+        return None
+    layers: list[torch.nn.Module] = []
+    channels = 2
+    for width in (64, 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"):
+        if width == "pool":
+            layers.append(torch.nn.AvgPool2d(2))
+            continue
+        layers += [
+            torch.nn.Conv2d(channels, int(width), 3, padding=1),
+            torch.nn.BatchNorm2d(int(width)),
+            torch.nn.ReLU(inplace=True),
+        ]
+        channels = int(width)
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(512 * 9, 10))
+
+
+def spikingjelly(options: argparse.Namespace) -> Contestant:
+    from spikingjelly.activation_based import functional, neuron, surrogate
+    from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
+
+    zoo = sew_resnet if options.model.startswith("sew_") else spiking_resnet
+    keywords: dict[str, Any] = {"cnf": "ADD"} if zoo is sew_resnet else {}
+    model = getattr(zoo, options.model)(
+        spiking_neuron=neuron.LIFNode,
+        tau=2.0,
+        decay_input=False,
+        surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0),
+        detach_reset=False,
+        **keywords,
+    )
+    functional.set_step_mode(model, "m")
+    run: Callable[[Tensor], Tensor] = model
+    if options.spikingjelly == "compiled":
+        torch._dynamo.config.recompile_limit = 128
+        run = torch.compile(model)
+
+    def logits(images: Tensor) -> Tensor:
+        functional.reset_net(model)
+        return run(images.expand(options.timesteps, *images.shape))
+
+    images = batch_of(options, model, channels=3, size=224)
+    return laid_out(options, model, images, logits)
+
+
+def batch_of(
+    options: argparse.Namespace,
+    model: Any,
+    *,
+    channels: int | None = None,
+    size: int | None = None,
+) -> Tensor:
+    """Random images (B, 3, H, W), or event frames (B, T, 2, H, W)."""
+    if channels is None:
+        channels, size, _ = model.default_cfg["input_size"]
+    size = options.size or size
+    generator = torch.Generator().manual_seed(0)
+    frames = (options.timesteps,) if channels == 2 else ()
+    shape = (options.batch, *frames, channels, size, size)
+    return torch.rand(shape, generator=generator).to(options.device)
+
+
+def laid_out(
+    options: argparse.Namespace,
+    model: torch.nn.Module,
+    images: Tensor,
+    logits: Callable[[Tensor], Tensor],
+) -> Contestant:
+    model.to(options.device).to(memory_format=torch.channels_last)
+    model.train(not options.evaluate)
+    if images.ndim == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return Contestant(model, images, logits)
+
+
+def step_of(options: argparse.Namespace, contestant: Contestant) -> Callable[[], None]:
+    """Forward, TET loss, backward; or the forward pass of an evaluation."""
+    from tetdist.losses import tet_loss
+    from tetdist.nn.precision import autocast
+
+    model, images, logits = contestant
+    labels = torch.arange(options.batch, device=options.device) % 10
+
+    def train() -> None:
+        model.zero_grad(set_to_none=True)
+        with autocast(images.device, options.precision):
+            output = logits(images)
+        tet_loss(output, labels, regularization=0.001).backward()
+        wait(options.device)
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        with autocast(images.device, options.precision):
+            logits(images)
+        wait(options.device)
+
+    return evaluate if options.evaluate else train
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,58 @@
+"""What all commands share: how a mistake, a missing package and Ctrl-C are said."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from tetdist.errors import UserError, sentence, typed
+
+# A person's mistakes; anything else is a fault of ours and keeps its traceback.
+MISTAKES = (UserError, ModuleNotFoundError)
+
+
+def answer(
+    command: Callable[[], int | None],
+    *,
+    interrupted: str = "interrupted; nothing was written",
+    mistakes: tuple[type[Exception], ...] = MISTAKES,
+) -> int:
+    """Carry out a command; its exit status, 2 for a person's mistake, 130 for Ctrl-C.
+
+    Args:
+        command: Returns its exit status; None is 0.
+        interrupted: What is said after Ctrl-C.
+        mistakes: What is said in one sentence.
+    """
+    try:
+        return command() or 0
+    except mistakes as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+
+
+def fail(error: Exception, prefix: str = "") -> int:
+    """Say what is wrong; the exit status of that."""
+    print(f"{prefix}error: {sentence(error)}", file=sys.stderr)
+    return 2
+
+
+def program(command: str) -> str:
+    """The name of a command in its own --help."""
+    return typed(command).removeprefix("python ")
+
+
+def positive(text: str) -> int:
+    """Type of an argument that counts something.
+
+    Raises:
+        argparse.ArgumentTypeError: It is no whole number above 0.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: the least is 1")
+    return value

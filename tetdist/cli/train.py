@@ -1,0 +1,94 @@
+"""Train a spiking network.
+
+    deepspeed tetdist/train.py --config sew34_t4.yaml data.root=/data/imagenet
+    python tetdist/train.py --config quickstart.yaml        (one process)
+
+The same command continues a run that was stopped.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from tetdist.cli.common import MISTAKES, fail, program
+
+if TYPE_CHECKING:
+    from tetdist.config.schema import RunConfig
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=program("train"),
+        description="Train a spiking network. The same command continues a stopped run.",
+        epilog="examples: deepspeed tetdist/train.py --config sew34_t4.yaml data.root=/imagenet"
+        "   |   python tetdist/train.py --config quickstart.yaml seed=1 name=second",
+    )
+    parser.add_argument(
+        "--config", metavar="NAME", help="a YAML file, or the name of one in configs/"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="override a key of the configuration: seed=1, phases.0.epochs=2, data.root=...",
+    )
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="show the resolved configuration, with all defaults, and stop",
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="list every key of a configuration, and stop"
+    )
+    # The deepspeed launcher adds it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args(arguments)
+    if not options.config and not options.explain:
+        parser.error("--config is missing: a YAML file, or the name of one in configs/")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 finished, 2 a mistake of the user's, 3 another process of the run died or
+    hangs, 128 + n stopped by signal n."""
+    options = parse_arguments(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        logging.getLogger().setLevel(logging.ERROR)
+    try:
+        config = read_config(options)
+    except MISTAKES as error:
+        # All processes make this mistake; one says it.
+        return fail(error) if rank == "0" else 2
+    except KeyboardInterrupt:
+        return 130
+    if config is None:
+        return 0
+    try:
+        from tetdist.training.run import train
+
+        return train(config)
+    except MISTAKES as error:
+        return fail(error, "" if rank == "0" else f"rank {rank}: ")
+    except KeyboardInterrupt:
+        # Before the run began, or for the second time.
+        print("interrupted; what was saved before is there", file=sys.stderr)
+        return 130
+
+
+def read_config(options: argparse.Namespace) -> "RunConfig | None":
+    """The configuration; None where showing it was all that was asked for."""
+    from tetdist.config import loading, messages
+
+    if options.explain:
+        for key, text in messages.documented_keys().items():
+            print(f"{key:32} {' '.join(text.split())}".rstrip())
+        return None
+    config = loading.load(options.config, options.overrides)
+    if options.print_config:
+        print(config.as_yaml(), end="")
+        return None
+    return config

@@ -1,0 +1,209 @@
+"""Contradictions between keys that are each fine on their own, and keys that have no effect."""
+
+import difflib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from tetdist.config.identity import flatten
+from tetdist.config.schema import TIMM, NeuronSection, RunConfig, phase_image_sizes
+from tetdist.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def check(config: RunConfig) -> None:
+    """Contradictions between keys that are each fine on their own."""
+    import timm
+
+    import tetdist.models
+
+    if "/" in config.name or config.name in ("", ".", ".."):
+        raise UserError(f"name: {config.name!r} is not the name of a folder")
+    batch = config.batch
+    if batch.global_ % batch.micro:
+        raise UserError(
+            f"batch.global: {batch.global_} is not a multiple of batch.micro, {batch.micro}; "
+            f"{batch.global_ // batch.micro * batch.micro or batch.micro} is"
+        )
+    known = [m for module in tetdist.models.MODEL_MODULES for m in timm.list_models(module=module)]
+    if config.model.name not in known:
+        close = difflib.get_close_matches(config.model.name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+        raise UserError(f"model.name: {config.model.name!r} is not a spiking model{hint}")
+    allowed = tetdist.models.arguments_of(config.model.name)
+    for key in config.model.arguments:
+        if key in ("num_classes", "neuron", "timesteps"):
+            raise UserError(f"model.arguments.{key}: has a key of its own; set it there")
+        if key not in allowed:
+            close = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"the nearest known one is {close[0]!r}" if close else f"known: {allowed}"
+            raise UserError(f"model.arguments.{key}: {config.model.name} has no such; {hint}")
+    kind = model_input_kind(config.model.name)
+    if kind != config.data.kind:
+        raise UserError(
+            f"data.kind is {config.data.kind!r} and model.name {config.model.name!r} "
+            f"takes {kind!r}: choose a model or data that suit each other"
+        )
+    data = config.data
+    if data.scale[0] > data.scale[1] or data.scale[1] == 0:
+        raise UserError(f"data.scale: {list(data.scale)} must rise from the first to the second")
+    if not 0 < data.ratio[0] <= data.ratio[1]:
+        raise UserError(f"data.ratio: {list(data.ratio)} must be positive and rise")
+    if min(data.std) <= 0:
+        raise UserError(f"data.std: {list(data.std)} must be above 0")
+    if data.resize is not None and data.resize < data.image_size:
+        raise UserError(
+            f"data.resize: {data.resize} is smaller than data.image_size, {data.image_size}: "
+            "the centre crop would not fit"
+        )
+    _check_augmentation(config)
+    _check_precision_and_engine(config)
+    _check_spike(config)
+    _check_distillation(config)
+    if config.tracking.register_ is not None and config.tracking.log_checkpoint == "none":
+        raise UserError(
+            f"tracking.register: {config.tracking.register_!r} needs a checkpoint that MLflow has; "
+            "set tracking.log_checkpoint=best or last with it"
+        )
+    if config.start_phase >= len(config.phases):
+        raise UserError(
+            f"start_phase: {config.start_phase} is none of the phases 0 to {len(config.phases) - 1}"
+        )
+    if config.start_phase and config.init_checkpoint is None:
+        raise UserError(
+            f"start_phase: {config.start_phase} begins after phases that this run did not train; "
+            "set init_checkpoint to what they left"
+        )
+    for i, phase in enumerate(config.phases):
+        if phase.warmup_epochs >= phase.epochs:
+            raise UserError(
+                f"phases.{i}.warmup_epochs: {phase.warmup_epochs} must be below the phase's "
+                f"{phase.epochs} epochs"
+            )
+
+
+def _check_augmentation(config: RunConfig) -> None:
+    data = config.data
+    smallest = min(size for phase in config.phases for size in phase_image_sizes(config, phase))
+    if data.crop == "padded" and data.padding >= smallest:
+        raise UserError(
+            f"data.padding: {data.padding} must be below the image size, {smallest}: a crop could "
+            "be all border"
+        )
+    if (data.mixup or data.cutmix) and config.batch.micro == 1:
+        raise UserError(
+            "batch.micro: 1 leaves data.mixup and data.cutmix nothing to mix a sample with; take 2 "
+            "or more"
+        )
+
+
+def _check_precision_and_engine(config: RunConfig) -> None:
+    if config.precision == "fp64" and config.engine != "torch":
+        raise UserError("precision: DeepSpeed does not train in fp64; set engine=torch with it")
+    if config.zero_stage and config.engine != "deepspeed":
+        raise UserError(
+            f"zero_stage: {config.zero_stage} is DeepSpeed's; set engine=deepspeed or zero_stage=0"
+        )
+    if config.zero_stage and config.precision == "fp16":
+        raise UserError(
+            "precision: fp16 needs zero_stage=0 (DeepSpeed never lowers its loss scale at stages 1 "
+            "and 2); bf16 goes with all of them"
+        )
+
+
+def _check_spike(config: RunConfig) -> None:
+    neuron = config.model.neuron
+    if neuron.spike == "sigmoid" and neuron.surrogate != "sigmoid":
+        raise UserError(
+            "model.neuron.spike: sigmoid has its own derivative; set model.neuron.surrogate=sigmoid"
+        )
+
+
+def _check_distillation(config: RunConfig) -> None:
+    section, key = config.loss.distillation, "loss.distillation"
+    if section.self_weight and config.loss.kind == "sdt":
+        raise UserError(
+            f"{key}.self_weight: timesteps learn from their mean, and loss.kind=sdt sees that mean "
+            "only; set loss.kind=tet with it"
+        )
+    if section.teacher_weights and not (section.teacher or "").startswith(TIMM):
+        raise UserError(
+            f"{key}.teacher_weights: is of a timm teacher; set {key}.teacher=timm:NAME with it, or "
+            f"give the file itself as {key}.teacher"
+        )
+
+
+def model_input_kind(name: str) -> str:
+    """``images`` or ``events``, by the model's number of input channels."""
+    import timm
+
+    return "events" if timm.get_pretrained_cfg(name).input_size[0] == 2 else "images"
+
+
+def effective(config: RunConfig) -> dict[str, Any]:
+    """The configuration as one dictionary of dotted keys, without those that have no effect."""
+    unread = [key for key, *_ in _without_effect(config)]
+    return {
+        key: value
+        for key, value in flatten(config.as_dict()).items()
+        if not any(key == other or key.startswith(f"{other}.") for other in unread)
+    }
+
+
+def warn_without_effect(config: RunConfig) -> None:
+    """Say which keys were set that nothing reads."""
+    for key, is_set, because in _without_effect(config):
+        if is_set:
+            logger.warning("%s has no effect with %s", key, because)
+
+
+def _without_effect(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
+    """Every key that nothing reads, whether it was set, and the setting that makes it so."""
+    for section, prefix, names, because in _unread(config):
+        for name in names:
+            alias = type(section).model_fields[name].alias or name
+            yield f"{prefix}{alias}", name in section.model_fields_set, because
+
+
+def _unread(config: RunConfig) -> Iterator[tuple[BaseModel, str, tuple[str, ...], str]]:
+    """Sections, their prefixes, their fields that nothing reads, and why."""
+    if config.loss.kind == "sdt":
+        yield config.loss, "loss.", ("lambda_", "phi"), "loss.kind=sdt"
+    soft = config.loss.distillation
+    if soft.teacher is None:
+        yield soft, "loss.distillation.", ("weight",), "loss.distillation.teacher=null"
+        if not soft.self_weight:
+            yield soft, "loss.distillation.", ("temperature",), "nothing to distil from"
+    elif soft.weight == 0:
+        yield soft, "loss.distillation.", ("teacher",), "loss.distillation.weight=0"
+    if config.model.neuron.spike == "relu":
+        every = tuple(name for name in NeuronSection.model_fields if name != "spike")
+        yield config.model.neuron, "model.neuron.", every, "model.neuron.spike=relu"
+    if config.data.kind == "events":
+        crops = ("image_size", "resize", "crop", "scale", "ratio", "padding", "interpolation")
+        colors = ("auto_augment", "color_jitter", "mean", "std")
+        yield config.data, "data.", (*crops, *colors), "data.kind=events"
+    else:
+        yield config.data, "data.", ("roll",), "data.kind=images"
+        if config.data.crop == "padded":
+            yield config.data, "data.", ("scale", "ratio"), "data.crop=padded"
+        else:
+            yield config.data, "data.", ("padding",), "data.crop=resized"
+    for i, phase in enumerate(config.phases):
+        if config.data.kind == "events":
+            sizes = ("image_size", "final_image_size")
+            yield phase, f"phases.{i}.", sizes, "data.kind=events"
+        prefix = f"phases.{i}.optimizer."
+        if phase.optimizer.kind == "sgd":
+            yield phase.optimizer, prefix, ("betas",), "kind=sgd"
+        else:
+            names = ("momentum", "nesterov")
+            yield phase.optimizer, prefix, names, f"kind={phase.optimizer.kind}"
+        if phase.optimizer.weight_decay == 0:
+            yield phase.optimizer, prefix, ("decay_norms",), "weight_decay=0"
+    if not config.tracking.mlflow:
+        of_mlflow = ("uri", "experiment", "log_checkpoint", "register_")
+        yield config.tracking, "tracking.", of_mlflow, "tracking.mlflow=false"

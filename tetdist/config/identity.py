@@ -1,0 +1,80 @@
+"""Which keys make a run the run that it is, and what makes two configurations different runs."""
+
+from pathlib import Path
+from typing import Any
+
+from tetdist.config.schema import TIMM
+
+# What may differ between a run and its continuation: where things are, how much is shown or kept,
+# and how the same numbers are computed, nothing that changes the result beyond rounding. (The data
+# set's content is compared by the index's fingerprint.)
+OPERATIONAL_KEYS = (
+    "data.root",
+    "data.index",
+    "data.device",
+    "data.threads",
+    "data.prefetch",
+    "batch.eval",
+    "checkpoint",
+    "engine",
+    "zero_stage",
+    "non_finite_limit",
+    "peer_timeout",
+    "record_samples",
+    "device",
+    "max_steps",
+    "log_every",
+    "resume",
+    "runs_dir",
+    "save.every_steps",
+    "save.keep_last",
+    "tracking.mlflow",
+    "tracking.uri",
+    "tracking.experiment",
+    "tracking.log_checkpoint",
+    "tracking.register",
+)
+
+
+# Files and folders of others, which are the same however their path is written. A teacher may be
+# timm:NAME instead.
+PATH_KEYS = (
+    "init_checkpoint",
+    "loss.distillation.teacher",
+    "loss.distillation.teacher_weights",
+)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries and lists as one dictionary of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{dotted}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            flat |= flatten({str(i): item for i, item in enumerate(value)}, f"{dotted}.")
+        else:
+            flat[dotted] = value
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What makes two configurations different runs, a sentence part each."""
+    a, b = _with_absolute_paths(flatten(old)), _with_absolute_paths(flatten(new))
+    return [
+        f"{key} is {b.get(key)!r} and was {a.get(key)!r}"
+        for key in sorted(a.keys() | b.keys())
+        if key not in OPERATIONAL_KEYS
+        and key.partition(".")[0] != "cluster"
+        and a.get(key) != b.get(key)
+    ]
+
+
+def _with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
+    return flat | {key: absolute_path(flat[key]) for key in PATH_KEYS if flat.get(key)}
+
+
+def absolute_path(value: str) -> str:
+    """The value of one of the `PATH_KEYS` as it is understood in any folder."""
+    return value if value.startswith(TIMM) else str(Path(value).absolute())

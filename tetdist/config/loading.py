@@ -1,0 +1,165 @@
+"""From a YAML file and ``key=value`` overrides to a checked `RunConfig`."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from tetdist.config.checks import check, warn_without_effect
+from tetdist.config.messages import explain, innermost, united
+from tetdist.config.schema import RunConfig
+from tetdist.errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In a wheel they are in the package, in a checkout beside it.
+CONFIGS_DIR = next(
+    folder / "configs" for folder in (_PACKAGE, _PACKAGE.parent) if (folder / "configs").is_dir()
+)
+
+
+def find(name: str) -> Path:
+    """The file of a configuration: a path, or a name (with or without .yaml) in configs/."""
+    candidates = [Path(name), CONFIGS_DIR / name, CONFIGS_DIR / f"{name}.yaml"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = sorted(path.name for path in CONFIGS_DIR.glob("*.yaml"))
+    close = difflib.get_close_matches(f"{name}.yaml".replace(".yaml.yaml", ".yaml"), known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else f"; in configs/ there are {', '.join(known)}"
+    raise UserError(f"no configuration {name!r}, neither as a file nor in configs/{hint}")
+
+
+def load(name: str, overrides: list[str] | None = None) -> RunConfig:
+    """Read, override and check a configuration.
+
+    Args:
+        name: A file or a name in configs/.
+        overrides: ``dotted.key=value``; the value is YAML, list items are numbered from 0
+            (``phases.0.epochs=1``).
+
+    Raises:
+        UserError: Anything about it is wrong; the text says what and where.
+    """
+    path = find(name)
+    raw = read_yaml(path)
+    raw.setdefault("name", path.stem)
+    for override in overrides or []:
+        apply_override(raw, override)
+    return parse(raw, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader keeps the last of several values of a key and says nothing."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here the keys are still those of the file, without what `<<` merges into them.
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise UserError(
+                    f"{key.start_mark.name}: the key {key.value!r} is there twice, in lines "
+                    f"{lines[key.value]} and {line}; rename or remove one"
+                )
+            lines[key.value] = line
+        return node
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Keys and values of a YAML file.
+
+    Raises:
+        UserError: It is no YAML, holds something else, or a key twice.
+    """
+    try:
+        with path.open() as file:
+            raw = yaml.load(file, _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        found = "and is empty" if raw is None else f"not a {type(raw).__name__}"
+        raise UserError(f"{path} must hold keys and values, {found}")
+    return raw
+
+
+def parse(raw: dict[str, Any], source: str, *, warn: bool = True) -> RunConfig:
+    """Check a configuration given as nested dictionaries; ``source`` is named in errors."""
+    try:
+        config = RunConfig.model_validate_json(_as_json(raw, source))
+    except pydantic.ValidationError as error:
+        errors = innermost([united(e) for e in error.errors()])
+        problems = "; ".join(dict.fromkeys(explain(e) for e in errors))
+        raise UserError(f"{source}: {problems}") from None
+    check(config)
+    if warn:
+        warn_without_effect(config)
+    return config
+
+
+def _as_json(raw: dict[str, Any], source: str) -> str:
+    try:
+        # Through JSON, because strict validation of JSON takes a list for a tuple, and nothing
+        # else that it should not.
+        return json.dumps(raw)
+    except TypeError as error:
+        raise UserError(
+            f"{source}: a value is neither text, number, list nor mapping ({error}); "
+            "quote it if it is meant as text"
+        ) from error
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one ``dotted.key=value`` in nested dictionaries."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"{override!r} is not an override; write it as dotted.key=value")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"the value of {key!r} is not valid YAML: {' '.join(str(error).split())}"
+        ) from error
+    # YAML 1.1 takes 1e-4 for text; nobody who types it means that.
+    value = _number(value)
+    node: Any = raw
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        node = _child(node, part, ".".join(parents[: depth + 1]))
+    if isinstance(node, list):
+        position = _position(node, last, key)
+        node[position] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"{key!r} cannot be set: {'.'.join(parents)} is a single value")
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() else value
+        except ValueError:
+            return value
+    return value
+
+
+def _child(node: Any, part: str, dotted: str) -> Any:
+    if isinstance(node, list):
+        return node[_position(node, part, dotted)]
+    if not isinstance(node, dict):
+        raise UserError(f"{dotted!r} cannot be reached: a value before it is single")
+    if node.get(part) is None:
+        node[part] = {}
+    return node[part]
+
+
+def _position(items: list[Any], part: str, dotted: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise UserError(f"{dotted!r}: {part!r} is not one of the items 0 to {len(items) - 1}")
+    return int(part)

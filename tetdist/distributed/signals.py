@@ -1,0 +1,71 @@
+"""Signals, as an agreement of all processes to stop after the same step."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tetdist.distributed.world import World
+
+
+class StopRequest:
+    """Turns signals into an agreement of all processes to stop after the same step.
+
+    SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 to any process are requests to save and end. A
+    second SIGINT ends the process at once.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self, world: World) -> None:
+        self.signal: signal.Signals | None = None
+        self._world = world
+        self._flag = torch.zeros(1)
+        self._exchange: Any = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
+        # A launcher holds them back until somebody is there to receive them.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        # The deepspeed launcher sends SIGTERM after the terminal's SIGINT: still one request.
+        # Slurm sends SIGTERM and a job's own signal in one moment where it preempts without grace:
+        # the one that says more counts, whichever is seen first.
+        says_more = self.signal == signal.SIGTERM and number in (signal.SIGUSR1, signal.SIGUSR2)
+        if self.signal is None or says_more:
+            self.signal = signal.Signals(number)
+
+    def agreed(self) -> bool:
+        """Whether all processes are to stop now; to be asked equally often on every process.
+
+        What the processes tell each other at one call is read at the next, so nobody waits for
+        the slowest in between: they stop one call later than they could, all at the same one.
+        """
+        if self._world.world_size == 1:
+            return self.signal is not None
+        if self._exchange is not None:
+            self._exchange.wait()
+            if self._flag.item() > 0:
+                return True
+        self._flag = torch.tensor([float(self.signal or 0)])
+        self._exchange = dist.all_reduce(
+            self._flag, op=dist.ReduceOp.MAX, group=self._world.control, async_op=True
+        )
+        return False
+
+    @property
+    def exit_status(self) -> int:
+        """As a shell reports a process that a signal ended."""
+        number = self.signal or int(self._flag.item())
+        return 128 + int(number)

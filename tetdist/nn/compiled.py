@@ -1,0 +1,202 @@
+"""The passes of `FusedNormNeuron` in PyTorch, compiled by torch.compile: what serves GPUs.
+
+N and C are symbolic, so that one kernel serves all layers of a network.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tetdist.nn.neurons import SURROGATES, NeuronConfig
+from tetdist.nn.passes import Passes
+
+logger = logging.getLogger(__name__)
+
+# One code object serves every variant of neuron, T, type and stem; torch's own limit of 8
+# compilations of it is for code that changes shape by mistake.
+_MAX_VARIANTS = 128
+
+
+def wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel of (T, N, C)."""
+    x = wide(x)
+    num_values = x.shape[0] * x.shape[1]
+    # Two passes: the difference of the mean square and the squared mean cancels in float32.
+    mean = x.sum((0, 1)) / num_values
+    return mean, (x - mean).square().sum((0, 1)) / num_values
+
+
+def _input_gradient(
+    x: Tensor,
+    grad_y: Tensor,
+    gain: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    sum_grad: Tensor,
+    sum_grad_xhat: Tensor,
+) -> Tensor:
+    """Batch norm's backward pass, (T, N, C), given its two sums per channel."""
+    num_values = x.shape[0] * x.shape[1]
+    xhat = (wide(x) - mean) * rstd
+    grad = wide(grad_y) - sum_grad / num_values - xhat * (sum_grad_xhat / num_values)
+    return (gain * grad).to(x.dtype)
+
+
+@functools.cache
+def compiled_passes(
+    config: NeuronConfig, timesteps: int, shared: bool, carries: bool, packs: bool
+) -> Passes:
+    decay, threshold, hard = config.decay, config.threshold, config.reset == "hard"
+    surrogate, width, detach = (
+        SURROGATES[config.surrogate],
+        config.surrogate_width,
+        config.detach_reset,
+    )
+
+    def membranes(
+        x: Tensor,
+        shortcut: Tensor | None,
+        gain: Tensor,
+        offset: Tensor,
+        shortcut_gain: Tensor | None,
+        shortcut_offset: Tensor | None,
+        start: Tensor | None,
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Membrane before the reset and spike (bool), each T times (N, C); membrane at the end."""
+        u, us, spikes = start, [], []
+        for t in range(timesteps):
+            current = wide(x[0 if shared else t]) * gain + offset
+            if shortcut is not None:
+                added = wide(shortcut[t])
+                if shortcut_gain is not None and shortcut_offset is not None:
+                    added = added * shortcut_gain + shortcut_offset
+                current = current + added
+            u = current if u is None else decay * u + current
+            fires = u - threshold > 0
+            us.append(u)
+            spikes.append(fires)
+            u = torch.where(fires, 0.0 if hard else u - threshold, u)
+        assert u is not None
+        return us, spikes, u
+
+    def spikes(
+        x: Tensor,
+        shortcut: Tensor | None,
+        gain: Tensor,
+        offset: Tensor,
+        shortcut_gain: Tensor | None,
+        shortcut_offset: Tensor | None,
+        start: Tensor | None,
+        identity: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        _, fired, end = membranes(x, shortcut, gain, offset, shortcut_gain, shortcut_offset, start)
+        outputs = [s.to(x.dtype) for s in fired]
+        if identity is not None:
+            outputs = [output + identity[t] for t, output in enumerate(outputs)]
+        # Each timestep's by itself, so that it is one loop with the spikes.
+        packed = torch.stack([o.to(torch.uint8) for o in outputs]) if packs else None
+        return torch.stack(outputs), packed, end if carries else None
+
+    def current_gradient(
+        x: Tensor,
+        shortcut: Tensor | None,
+        gain: Tensor,
+        offset: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        shortcut_gain: Tensor | None,
+        shortcut_offset: Tensor | None,
+        shortcut_mean: Tensor | None,
+        shortcut_rstd: Tensor | None,
+        start: Tensor | None,
+        grad_spikes: Tensor,
+        grad_end: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        us, spikes, _ = membranes(x, shortcut, gain, offset, shortcut_gain, shortcut_offset, start)
+        after_reset = grad_end  # gradient of the membrane after the reset
+        grads: list[Tensor] = []
+        for t in reversed(range(timesteps)):
+            u, fires, grad_s = us[t], spikes[t], wide(grad_spikes[t])
+            slope = surrogate(u - threshold, width)
+            if after_reset is None:
+                grad_u = grad_s * slope
+            else:
+                through_reset = 0.0 if detach else after_reset * (u if hard else threshold)
+                kept = torch.where(fires, 0.0, after_reset) if hard else after_reset
+                grad_u = (grad_s - through_reset) * slope + kept
+            grads.insert(0, grad_u)
+            after_reset = decay * grad_u
+        # The gradient of a current is that of its membrane: du/dI = 1.
+        sum_over_time = functools.reduce(torch.add, grads)
+        if shared:
+            with_xhat = sum_over_time * (wide(x[0]) - mean)
+        else:
+            with_xhat = functools.reduce(
+                torch.add, [g * (wide(x[t]) - mean) for t, g in enumerate(grads)]
+            )
+        sum_grad_shortcut_hat = None
+        if shortcut is not None and shortcut_mean is not None and shortcut_rstd is not None:
+            with_shortcut_hat = functools.reduce(
+                torch.add, [g * (wide(shortcut[t]) - shortcut_mean) for t, g in enumerate(grads)]
+            )
+            sum_grad_shortcut_hat = with_shortcut_hat.sum(0) * shortcut_rstd
+        total = None
+        if shortcut is not None or not shared:
+            total = torch.stack([g.to(x.dtype) for g in grads])
+        own = total if total is not None and not shared else sum_over_time.to(x.dtype)[None]
+        grad_start = None if start is None else after_reset
+        sum_grad_xhat = with_xhat.sum(0) * rstd
+        return total, own, sum_over_time.sum(0), sum_grad_xhat, sum_grad_shortcut_hat, grad_start
+
+    _announce_compilation()
+    input_gradient = _compile(_input_gradient)
+    return Passes(
+        timesteps,
+        _compile(_statistics),
+        _compile(spikes),
+        _compile(current_gradient),
+        # in_place is a permission, which compiled code has no use for.
+        lambda *tensors, in_place: input_gradient(*tensors),  # noqa: ARG005
+    )
+
+
+@functools.cache
+def _announce_compilation() -> None:
+    logger.info("compiling the kernels of the neurons: seconds each, fewer where torch kept them")
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Beyond the limit there is an error, because of fullgraph, and no silent, slow fallback.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_VARIANTS)
+    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*tensors: Tensor | None) -> Any:
+        # Of a tensor that is a view for autograd, torch.compile also guards the shape of the base,
+        # and compiles again for another: twice as often as there is anything new.
+        return compiled(*(None if tensor is None else tensor.detach() for tensor in tensors))
+
+    return call
+
+
+@functools.cache
+def torch_compile_works(device_type: str) -> bool:
+    try:
+        _compile(lambda x: x + 1)(torch.zeros(3, 5, device=device_type))
+    except Exception as error:  # torch raises many kinds: no compiler, no headers, no write access
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        logger.warning(
+            "torch.compile does not work here (%s): normalisation and neurons run uncompiled, "
+            "slower and with more memory. A C++ compiler (Debian: apt-get install g++) mends it.",
+            reason,
+        )
+        return False
+    return True

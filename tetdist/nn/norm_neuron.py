@@ -1,0 +1,172 @@
+"""Normalisation, an added shortcut, the neuron and added spikes: what models are built of.
+
+The definition is a few lines (`NormNeuron.reference`); fused.py computes the same in one pass over
+memory each way.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from tetdist.nn import native, neurons
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.compiled import compiled_passes
+from tetdist.nn.fused import FusedNormNeuron, NormStatistics, native_passes, passes_work
+from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.packed import Packed, carry
+
+
+def spiking_layers(model: nn.Module) -> "dict[str, NormNeuron | neurons.Neuron]":
+    """A model's layers of neurons, by name; none in a ReLU network."""
+    found: dict[str, NormNeuron | neurons.Neuron] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (NormNeuron, neurons.Neuron)):
+            neuron = module.neuron if isinstance(module, NormNeuron) else module.config
+            if neuron.spike != "relu":
+                found[name] = module
+    return found
+
+
+class NormNeuron(nn.Module):
+    """Batch norm, an optional shortcut added to the normalised current, and the neuron.
+
+    Args:
+        num_channels: C.
+        neuron: The neuron.
+        norm_scale: See `BatchNorm`.
+    """
+
+    def __init__(self, num_channels: int, neuron: NeuronConfig, *, norm_scale: float = 1.0) -> None:
+        super().__init__()
+        self.norm = BatchNorm(num_channels, scale=norm_scale)
+        self.neuron = neuron
+        self.execution = "fused"
+        # See carrying_membranes.
+        self.carries = False
+        self.membrane: Tensor | None = None
+
+    def forward(
+        self,
+        current: Tensor,
+        timesteps: int,
+        shortcut: Tensor | None = None,
+        identity: Tensor | None = None,
+        shortcut_norm: BatchNorm | None = None,
+    ) -> Tensor:
+        """Spikes (T, B, C, H, W), of the current's type.
+
+        Args:
+            current: Output of a convolution, (T, B, C, H, W); or (1, B, C, H, W) when it is the
+                same at all timesteps (the stem of a static image).
+            timesteps: T.
+            shortcut: Added to the normalised current, (T, B, C, H, W).
+            identity: Spikes (T, B, C, H, W) that are added to those of the neurons.
+            shortcut_norm: Normalises the shortcut before it is added.
+        """
+        assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
+        if self.execution == "fused" and passes_work(current.device.type, self.neuron):
+            return self._fused(current, timesteps, shortcut, identity, shortcut_norm)
+        return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
+
+    def reference(
+        self,
+        current: Tensor,
+        timesteps: int,
+        shortcut: Tensor | None = None,
+        identity: Tensor | None = None,
+        shortcut_norm: BatchNorm | None = None,
+    ) -> Tensor:
+        """The definition of `forward`."""
+        total = self.input_current(current, timesteps, shortcut, shortcut_norm)
+        spikes, membrane = neurons.run(total, self.neuron, self.membrane)
+        if self.carries:
+            self.membrane = membrane
+        return spikes if identity is None else spikes + identity
+
+    def input_current(
+        self,
+        current: Tensor,
+        timesteps: int,
+        shortcut: Tensor | None = None,
+        shortcut_norm: BatchNorm | None = None,
+    ) -> Tensor:
+        """What the neurons integrate, (T, B, C, H, W); arguments as of `forward`."""
+        if shortcut is not None and shortcut_norm is not None:
+            shortcut = shortcut_norm(shortcut)
+        normalized = self.norm(current).expand(timesteps, *current.shape[1:])
+        return normalized if shortcut is None else normalized + shortcut
+
+    def _fused(
+        self,
+        current: Tensor,
+        timesteps: int,
+        shortcut: Tensor | None,
+        identity: Tensor | None,
+        shortcut_norm: BatchNorm | None,
+    ) -> Tensor:
+        norm = self.norm
+        x = _channels_last_rows(current)
+        added = None if shortcut is None else _channels_last_rows(shortcut)
+        joined = None if identity is None else _channels_last_rows(identity)
+        packs = norm.training and torch.is_grad_enabled()
+        build = native_passes if native.serves(x, added, joined) else compiled_passes
+        kernels = build(self.neuron, timesteps, x.shape[0] == 1, self.carries, packs)
+        own = NormStatistics.of(norm, x, kernels)
+        others = None
+        if added is not None and shortcut_norm is not None:
+            assert shortcut_norm.training == norm.training
+            others = NormStatistics.of(shortcut_norm, added, kernels)
+        batch, channels, height, width = current.shape[1:]
+        start = None
+        if self.membrane is not None:
+            start = self.membrane.permute(0, 2, 3, 1).reshape(-1, channels)
+        parameters: list[Tensor | None] = [norm.weight, norm.bias]
+        parameters += [None, None] if others is None else [others.norm.weight, others.norm.bias]
+        rows, packed, end = FusedNormNeuron.apply(
+            x, added, joined, start, *parameters, own, others, kernels
+        )
+        if self.carries:
+            self.membrane = end.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+        def image(rows: Tensor) -> Tensor:
+            return rows.view(timesteps, batch, height, width, channels).permute(0, 1, 4, 2, 3)
+
+        return carry(image(rows), Packed(image(packed), 1)) if packs else image(rows)
+
+    def extra_repr(self) -> str:
+        return str(self.neuron)
+
+
+def _channels_last_rows(x: Tensor) -> Tensor:
+    """(T, B, C, H, W) as (T, B*H*W, C): a view where the channels are the last in memory."""
+    return x.permute(0, 1, 3, 4, 2).flatten(1, 3).contiguous()
+
+
+@contextlib.contextmanager
+def carrying_membranes(
+    modules: list[NormNeuron], membranes: list[Tensor] | None
+) -> Iterator[Callable[[], list[Tensor]]]:
+    """Within this context the neurons start from the given membranes and keep their last ones.
+
+    Args:
+        modules: Each is to run once.
+        membranes: Of each, after its last reset, (B, C, H, W); None: all at rest.
+
+    Yields:
+        Returns, when they have run, their membranes after the last reset.
+    """
+    for i, module in enumerate(modules):
+        module.carries, module.membrane = True, membranes[i] if membranes else None
+
+    def ends() -> list[Tensor]:
+        found = [module.membrane for module in modules]
+        assert all(end is not None for end in found)
+        return [end for end in found if end is not None]
+
+    try:
+        yield ends
+    finally:
+        for module in modules:
+            module.carries, module.membrane = False, None

@@ -1,0 +1,120 @@
+"""Where and with what a process runs: versions, machine, commit."""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "tetdist",
+    "torch",
+    "torchvision",
+    "timm",
+    "deepspeed",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "mlflow",
+    "numpy",
+)
+
+SLURM_VARIABLES = (
+    "SLURM_CLUSTER_NAME",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NAME",
+    "SLURM_JOB_PARTITION",
+    "SLURM_JOB_NODELIST",
+    "SLURM_JOB_NUM_NODES",
+    "SLURM_NTASKS",
+    "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_RESTART_COUNT",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result may depend on; nothing is imported for it."""
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Describes where and with what this process runs, ready for JSON.
+
+    Nothing is imported for it, and what cannot be found out is None, empty or left out.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    gpus = _output(
+        ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    )
+    return {
+        "python": platform.python_version(),
+        "packages": versions(),
+        "platform": platform.platform(),
+        "hostname": socket.gethostname(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "gpus": gpus.splitlines(),
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "command": shlex.join(sys.argv),
+        "git": git_state() or None,
+        "slurm": {name: os.environ[name] for name in SLURM_VARIABLES if name in os.environ},
+    }
+
+
+def _cpu_model() -> str | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or None
+
+
+def git_state() -> dict[str, Any]:
+    """Describes the checkout that tetdist is imported from; empty if it is none."""
+    root = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(root)]
+    top = _output([*git, "rev-parse", "--show-toplevel"])
+    # An environment inside some other project's checkout is not a checkout of ours.
+    if Path(top.strip()) != root:
+        return {}
+    status = _output([*git, "status", "--porcelain"])
+    return {
+        "commit": _output([*git, "rev-parse", "HEAD"]).strip(),
+        "dirty": bool(status),
+        "status": status,
+        "diff": _output([*git, "diff", "HEAD"]),
+    }
+
+
+def git_version() -> str:
+    """The checkout's commit, in short, and whether it was changed; empty if it is none."""
+    git = git_state()
+    return f"{git['commit'][:12]}{' (changed)' if git['dirty'] else ''}" if git else ""
+
+
+def _output(command: list[str]) -> str:
+    """Returns what a command prints; nothing if it fails or does not exist."""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            check=True,
+            timeout=20,
+            # `git status` would else lock the index against the user's own commands.
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode(errors="replace")

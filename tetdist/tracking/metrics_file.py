@@ -1,0 +1,92 @@
+"""metrics.jsonl, the truth about what a run measured: how it is read, and cut off on a resume.
+
+A line is strict JSON: `{"kind": "train", "step": 120, "time": 1700000000.123, ...}`. `time` is Unix
+time in seconds. JSON has no word for a value that is not finite; here such a value is one of the
+strings "NaN", "Infinity" and "-Infinity", which `float()` understands and `read_metrics` restores.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tetdist.errors import UserError
+
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Reads a metrics.jsonl, also while it is being written.
+
+    Values that are not finite are floats again; a last line that a kill tore is left out.
+
+    Raises:
+        UserError: A line is damaged.
+    """
+    return read_from(path, 0)[0]
+
+
+def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """Reads the whole lines from `offset` on; returns them and where the next one will begin."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read()
+    data = data[: data.rfind(b"\n") + 1]
+    return [_restored(line) for _, line in _parsed(path, data)], offset + len(data)
+
+
+def _parsed(path: Path, data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    for number, raw in enumerate(data.splitlines(keepends=True), start=1):
+        try:
+            line = json.loads(raw)
+            whole = isinstance(line["kind"], str) and isinstance(line["step"], int)
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise UserError(
+                f"{path}: line {number} is damaged: {raw[:80].decode(errors='replace').strip()}"
+            )
+        yield raw, line
+
+
+def keep_until(path: Path, step: int) -> tuple[dict[str, int], int]:
+    """Removes the lines of later steps, and a last one that a kill tore.
+
+    Returns:
+        The last step of each kind, and the number of lines that are left.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    kept = [(raw, line) for raw, line in _parsed(path, whole) if line["step"] <= step]
+    last: dict[str, int] = {}
+    for _, line in kept:
+        last[line["kind"]] = line["step"]
+    result = b"".join(raw for raw, _ in kept)
+    if result != data:
+        aside = path.with_name(path.name + ".tmp")
+        with aside.open("wb") as file:
+            file.write(result)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    return last, len(kept)
+
+
+def strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _restored(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_restored(item) for item in value]
+    return NON_FINITE.get(value, value) if isinstance(value, str) else value

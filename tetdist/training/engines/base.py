@@ -1,0 +1,147 @@
+"""What all engines do, and what they share.
+
+A step is ``accumulation`` micro-batches, each ``forward`` then ``backward``; then ``update``
+averages the gradients over micro-batches and processes, clips them and applies them, unless a
+gradient is not finite, in which case no process changes a parameter. Whether it was is a tensor on
+the device: the host does not wait for it.
+
+The optimiser's state leaves and enters an engine in one form, that of torch: whole tensors, one a
+parameter. So a checkpoint of any engine and ZeRO stage continues on any other, and on any number
+of processes.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Update(NamedTuple):
+    """What an update did, as tensors on the device.
+
+    Attributes:
+        grad_norm: Norm of the averaged gradient before clipping, ().
+        applied: Whether the gradient was finite and the parameters changed, () bool.
+    """
+
+    grad_norm: Tensor
+    applied: Tensor
+
+
+class Engine(Protocol):
+    loss_scale: "LossScale | None"
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits per timestep, (T, B, K), in the configured precision."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's gradient."""
+
+    def update(self, lr: float) -> Update:
+        """Apply the average gradient of the step's micro-batches, with learning rate ``lr``."""
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`; to be called on every process together."""
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Take over what `optimizer_state` of any engine returned."""
+
+    def close(self) -> None:
+        """Let go of the model, which another engine may take over."""
+
+
+class LossScale:
+    """Dynamic loss scaling for float16, whose smallest gradients would else be zeros.
+
+    A number of the host, not of the device: a step whose gradient overflowed is taken again with
+    half the scale, so the host has to know.
+
+    Attributes:
+        value: What the loss is multiplied by before its backward pass.
+        good_steps: Steps without an overflow since the value last changed.
+        overflows: How often a step was taken again, in all.
+    """
+
+    START, GROWTH_INTERVAL = 2.0**16, 2000
+
+    def __init__(self) -> None:
+        self.value, self.good_steps, self.overflows = self.START, 0, 0
+
+    def succeeded(self) -> None:
+        self.good_steps += 1
+        if self.good_steps == self.GROWTH_INTERVAL:
+            self.value, self.good_steps = self.value * 2, 0
+
+    def overflowed(self) -> bool:
+        """Halve the scale; False where it is 1 already, so that the scale is not to blame."""
+        if self.value <= 1:
+            return False
+        self.overflows += 1
+        self.value, self.good_steps = self.value / 2, 0
+        return True
+
+    def state_dict(self) -> dict[str, float]:
+        return vars(self).copy()
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.value = float(state["value"])
+        self.good_steps, self.overflows = int(state["good_steps"]), int(state["overflows"])
+
+
+def load_whole_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                # In the parameter's memory layout, which another engine's state may not have:
+                # fused kernels go through both in the order of memory, and would pair the wrong
+                # elements.
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
+    model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
+
+
+def scaled(loss: Tensor, scale: LossScale | None) -> Tensor:
+    return loss if scale is None else loss * scale.value
+
+
+def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def unscale_and_clip(
+    grads: list[Tensor], scale: LossScale | None, max_norm: float | None
+) -> Update:
+    """Undo the loss's scale and limit the norm, in place, without asking the device."""
+    if scale is not None:
+        torch._foreach_mul_(grads, 1 / scale.value)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    if max_norm is not None:
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return Update(norm, torch.isfinite(norm))
+
+
+def start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Begin SGD's momentum at 0, from which its first step is the same.
+
+    Left to itself torch allocates it at the first step, and if that step is given up, leaves it
+    with whatever was in memory.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if group["momentum"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def tell(optimizer: torch.optim.Optimizer, lr: float, apply: Tensor) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    # How torch's GradScaler tells fused optimisers to leave everything as it is; the attributes are
+    # read there by name and declared nowhere.
+    optimizer.found_inf = (~apply).to(torch.float32)  # type: ignore[attr-defined]
+    optimizer.grad_scale = None  # type: ignore[attr-defined]

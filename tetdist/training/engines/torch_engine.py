@@ -1,0 +1,69 @@
+"""The engine in a few lines of plain torch: the check on DeepSpeed's result."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tetdist.config.schema import RunConfig
+from tetdist.distributed.world import World
+from tetdist.nn.precision import autocast
+from tetdist.training.engines.base import (
+    LossScale,
+    Update,
+    gradients,
+    lay_out,
+    load_whole_state,
+    scaled,
+    start_momentum,
+    tell,
+    unscale_and_clip,
+)
+
+
+class TorchEngine:
+    """Plain torch: autocast, accumulation, one average.
+
+    The only engine for float64, which DeepSpeed does not reduce.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accumulation: int,
+        world: World,
+    ) -> None:
+        self.model, self.optimizer, self.world = model, optimizer, world
+        self.accumulation, self.max_norm = accumulation, config.gradient_clipping
+        self.precision = config.precision
+        self.loss_scale = LossScale() if config.precision == "fp16" else None
+        lay_out(model, torch.channels_last)
+        start_momentum(optimizer)
+        self.optimizer.zero_grad()
+
+    def forward(self, images: Tensor) -> Tensor:
+        with autocast(images.device, self.precision):
+            return self.model(images, per_timestep=True)
+
+    def backward(self, loss: Tensor) -> None:
+        (scaled(loss, self.loss_scale) / self.accumulation).backward()
+
+    def update(self, lr: float) -> Update:
+        grads = gradients(self.optimizer)
+        self.world.mean_all_(grads)
+        update = unscale_and_clip(grads, self.loss_scale, self.max_norm)
+        tell(self.optimizer, lr, update.applied)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return update
+
+    def optimizer_state(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        load_whole_state(self.optimizer, state)
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,92 @@
+"""Data and model of a run, opened and checked before its first step."""
+
+from pathlib import Path
+
+from tetdist.config.schema import RunConfig, SegmentsSection, phase_image_sizes
+from tetdist.data import index as data_index
+from tetdist.data.build import check_crops
+from tetdist.data.index import Index
+from tetdist.distributed.world import World
+from tetdist.errors import UserError
+from tetdist.models import SpikingNetwork
+from tetdist.models.create import create_model
+
+
+def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
+    """Indexes of the training and validation splits, checked against the files and each other.
+
+    Raises:
+        UserError: Something is missing, outdated or does not suit the configuration.
+    """
+    train, val = (open_split(config, split, world) for split in ("train", "val"))
+    if train.classes != val.classes:
+        raise UserError(f"train/ and val/ of {config.data.root} do not have the same classes")
+    most = max(phase.timesteps for phase in config.phases)
+    if train.timesteps is not None and most > train.timesteps:
+        raise UserError(
+            f"phases.*.timesteps: {most} is more than the {train.timesteps} time bins of the data "
+            f"in {config.data.root}"
+        )
+    check_crops(config, train)
+    wanted = config.model.num_classes
+    if wanted is not None and wanted < len(train.classes):
+        raise UserError(
+            f"model.num_classes is {wanted} and the data has {len(train.classes)} classes"
+        )
+    return train, val
+
+
+def open_split(config: RunConfig, split: str, world: World) -> Index:
+    """Index of one split, checked against its files.
+
+    Raises:
+        UserError: It is missing, outdated or does not suit the configuration.
+    """
+    root = Path(config.data.root)
+    if not root.is_dir():
+        raise UserError(
+            f"data.root: there is no folder {root}; set data.root=FOLDER (tools/eval.py: --data "
+            "FOLDER)"
+        )
+    file = data_index.index_file(config.data.index_dir, split)
+    if not file.is_file():
+        command = data_index.index_command(root, split, config.data.kind)
+        raise UserError(f"there is no index {file}; make it with `{command}`")
+    index = data_index.load_index(file)
+    if world.rank == 0:
+        data_index.check_fresh(index, root, file)
+    if index.kind != config.data.kind:
+        raise UserError(f"data.kind is {config.data.kind!r} and {file} is of {index.kind}")
+    return index
+
+
+def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
+    """The configured model for the data of ``index``, at the first phase's T, initialised.
+
+    Raises:
+        UserError: ``model.arguments`` does not suit the model or the data.
+    """
+    section = config.model
+    is_events = config.data.kind == "events"
+    image_sizes = {int(index.heights[0])} if is_events else _image_sizes(config)
+    model = create_model(
+        section, section.num_classes or len(index.classes), config.phases[0].timesteps
+    )
+    if model.input_size is not None and (others := image_sizes - {model.input_size}):
+        size = min(others)
+        raise UserError(
+            f"{section.name} is built for {model.input_size}x{model.input_size} pixels and the "
+            f"data has {size}x{size}; set model.arguments.input_size={size}"
+            + (", and all phases' image sizes to the same" if len(image_sizes) > 1 else "")
+        )
+    model.set_execution(config.execution)
+    model.set_grad_checkpointing(config.checkpoint != "none")
+    if isinstance(config.checkpoint, SegmentsSection):
+        model.set_segment(config.checkpoint.timesteps)
+    return model
+
+
+def _image_sizes(config: RunConfig) -> set[int]:
+    """Of evaluation and of all epochs' first and last sizes."""
+    phases = (size for phase in config.phases for size in phase_image_sizes(config, phase))
+    return {config.data.image_size, *phases}
