@@ -50,8 +50,9 @@ CONFIG: dict[str, Any] = {
 FLOAT64 = ("engine=torch", "precision=fp64")
 # Training with weights as ZeRO's flat buffers hold them, and nothing else of ZeRO.
 CONTIGUOUS = (
-    "import sys, tetdist.engine; tetdist.engine._lay_out = lambda *_: None; "
-    "from tetdist.train import main; sys.exit(main())"
+    "import sys; from tetdist.training.engines import torch_engine; "
+    "torch_engine.lay_out = lambda *_: None; "
+    "from tetdist.cli.train import main; sys.exit(main())"
 )
 
 

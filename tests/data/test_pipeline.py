@@ -414,7 +414,7 @@ def test_dali_is_imported_late_and_an_open_loader_does_not_hold_the_process(imag
     root = image_root()
     code = (
         "import sys\n"
-        "from tetdist.data import index; from tetdist.data import order; from tetdist.data import loader as p; from tetdist.data import transforms\n"
+        "from tetdist.data import batches as p, index, transforms\n"
         "assert 'nvidia.dali' not in sys.modules\n"
         f"i, _ = index.build_index({str(root)!r}, 'train', 1)\n"
         f"b = p.train_batches(i, {str(root)!r}, p.{SHARE}, p.{WORKERS}, interpolation='bilinear',"

@@ -61,7 +61,8 @@ def test_two_processes(tmp_path: Path) -> None:
     code = """
         import os, signal
         import torch
-        from tetdist.distributed.world import StopRequest; from tetdist.distributed.world import join
+        from tetdist.distributed.signals import StopRequest
+        from tetdist.distributed.world import join
         from tetdist.errors import UserError
 
         with join("cpu") as world, StopRequest(world) as stop:

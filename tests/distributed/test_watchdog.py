@@ -53,7 +53,8 @@ def test_killed_rank_0_is_noticed_by_the_store_first(
     code = f"""
 import os, signal, sys, time
 import torch.distributed as dist
-from tetdist import train; from tetdist.training import trainer
+from tetdist.cli import train
+from tetdist.training import trainer
 def sums(trainer):
     if os.environ["RANK"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -104,7 +105,8 @@ def test_hanging_process_is_named(tiny_config: ConfigWriter, tmp_path: Path) -> 
     file = tiny_config({"peer_timeout": 4.0, "engine": "torch"})
     code = f"""
 import os, sys, threading
-from tetdist import train; from tetdist.training import trainer
+from tetdist.cli import train
+from tetdist.training import trainer
 sums = trainer._sums
 def slow(*arguments):
     if os.environ["RANK"] == "1":

@@ -11,7 +11,6 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import tetdist.models  # registers them
 from tetdist.losses import tet_loss
 from tetdist.nn import batch_norm, fused
 from tetdist.nn.precision import autocast

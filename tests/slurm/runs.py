@@ -14,7 +14,7 @@ import tiny
 import yaml
 from cluster import Cluster, wait_until
 
-from tetdist.slurm import command
+from tetdist.cli import slurm
 from tetdist.slurm.history import Event, history, newest_submission, restarts
 
 STEPS_PER_EPOCH, LAST_STEP = 50, 150
@@ -132,7 +132,7 @@ class Launcher:
     runs_dir: Path
 
     def __call__(self, name: str, *arguments: str) -> Run:
-        status = command.main(["--config", str(self.config), f"name={name}", *arguments])
+        status = slurm.main(["--config", str(self.config), f"name={name}", *arguments])
         assert status == 0
         return Run(self.cluster, self.runs_dir / name)
 

@@ -14,11 +14,11 @@ import tiny
 import yaml
 from cluster import wait_until
 
+from tetdist.cli.slurm import main
 from tetdist.config import identity, loading
 from tetdist.errors import UserError
 from tetdist.slurm import batch, cluster, history, local, snapshot, submit
 from tetdist.slurm.cluster import ClusterSection
-from tetdist.slurm.command import main
 from tetdist.slurm.history import Event
 from tetdist.slurm.job import Job
 from tetdist.slurm.placement import interface_towards

@@ -20,7 +20,7 @@ from runs import (
     mlflow_status,
 )
 
-from tetdist.slurm import command
+from tetdist.cli import slurm
 
 # Where pytest runs several processes, these have a cluster of their own.
 second_cluster = pytest.mark.xdist_group("second-slurm")
@@ -69,7 +69,7 @@ def test_warned_and_started_once_more(
     assert tags["restart_001"] == f"step {restart.step}: {restart.text}"
 
     capsys.readouterr()
-    assert command.main(["status", str(run.path)]) == 0
+    assert slurm.main(["status", str(run.path)]) == 0
     said = capsys.readouterr().out
     assert f"job {run.job} COMPLETED" in said
     assert f"step {LAST_STEP} of {LAST_STEP}" in said
@@ -90,11 +90,11 @@ def test_preempted_requeued_cancelled_resumed(
     run.wait_for_start(3)
     run.wait_for_step(run.restarts[1].step + 15)
 
-    assert command.main(["--config", str(launcher.config), f"name={run.path.name}"]) == 2
+    assert slurm.main(["--config", str(launcher.config), f"name={run.path.name}"]) == 2
     assert f"queued already, as job {run.job} (RUNNING)" in capsys.readouterr().err
     # At the moment when it is about to requeue itself.
     cluster.run("scancel", "--signal=USR2", run.job)
-    assert command.main(["cancel", str(run.path)]) == 0
+    assert slurm.main(["cancel", str(run.path)]) == 0
     run.wait_for("stopped")
     assert cluster.job(run.job)["JobState"] == "CANCELLED"
     assert mlflow_status(run) == "KILLED"
@@ -104,7 +104,7 @@ def test_preempted_requeued_cancelled_resumed(
     assert stopped == run.logged_step
 
     first = run.job
-    assert command.main(["resume", str(run.path)]) == 0
+    assert slurm.main(["resume", str(run.path)]) == 0
     assert run.job != first
     run.wait_for("finished")
     assert [event.step > 0 for event in run.restarts] == [True, True, True]
@@ -189,15 +189,15 @@ def test_submitted_twice_and_cancelled_in_the_queue(
     run = held(launcher, "waiting")
     assert mlflow_status(run) == "SCHEDULED"
     for again in ([], ["--local", "1"]):
-        assert command.main(["--config", str(launcher.config), "name=waiting", *again]) == 2
+        assert slurm.main(["--config", str(launcher.config), "name=waiting", *again]) == 2
         assert f"queued already, as job {run.job} (PENDING)" in capfd.readouterr().err
-    assert command.main(["resume", str(run.path)]) == 2
-    assert command.main(["cancel", str(run.path)]) == 0
+    assert slurm.main(["resume", str(run.path)]) == 2
+    assert slurm.main(["cancel", str(run.path)]) == 0
     assert not run.is_queued
     assert mlflow_status(run) == "KILLED"
     # What Slurm refuses leaves the folder free.
     capfd.readouterr()
-    assert command.main(["resume", str(run.path), "--partition", "nowhere"]) == 2
+    assert slurm.main(["resume", str(run.path), "--partition", "nowhere"]) == 2
     assert "error: Slurm refuses the job: " in capfd.readouterr().err
 
 
@@ -227,7 +227,7 @@ def test_rank_that_raises_ends_the_job(
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
     cluster.wait_until_clean()
     capsys.readouterr()
-    assert command.main(["status", str(run.path)]) == 0
+    assert slurm.main(["status", str(run.path)]) == 0
     said = capsys.readouterr().out
     assert re.search(r"failed +rank 2 on node\d:\n +Traceback", said)
     assert "a fault of rank 2 at step 7" in said
@@ -251,7 +251,7 @@ def test_configuration_error_is_not_tried_again(
     assert run.log.count("error: there is no index") == 1
     assert mlflow_status(run) == "FAILED"
     capsys.readouterr()
-    assert command.main(["status", str(run.path)]) == 0
+    assert slurm.main(["status", str(run.path)]) == 0
     assert "error: there is no index" in capsys.readouterr().out
 
 
@@ -263,7 +263,7 @@ def test_sweep_is_an_array_with_one_parent(
 
     one = ["--nodes", "1", "cluster.tasks_per_node=1", "max_steps=20", "engine=deepspeed"]
     arguments = ["--config", str(launcher.config), "name=swept", *one]
-    assert command.main([*arguments, "--sweep", "loss.kind=sdt,tet"]) == 0
+    assert slurm.main([*arguments, "--sweep", "loss.kind=sdt,tet"]) == 0
     swept = [Run(cluster, launcher.runs_dir / f"swept_kind-{kind}") for kind in ("sdt", "tet")]
     assert [run.job.partition("_")[2] for run in swept] == ["0", "1"]
     for run in swept:
@@ -282,8 +282,8 @@ def test_sweep_is_an_array_with_one_parent(
     assert status == "FINISHED"
     assert children == [("swept_kind-sdt", "FINISHED"), ("swept_kind-tet", "FINISHED")]
     capsys.readouterr()
-    assert command.main(["status", str(launcher.runs_dir / "swept_sweep")]) == 0
+    assert slurm.main(["status", str(launcher.runs_dir / "swept_sweep")]) == 0
     said = capsys.readouterr().out
     assert all(f"job {run.job} " in said for run in swept)
-    assert command.main(["resume", str(launcher.runs_dir / "swept_sweep")]) == 0
+    assert slurm.main(["resume", str(launcher.runs_dir / "swept_sweep")]) == 0
     assert capsys.readouterr().out.count("is finished: nothing to do") == 2

@@ -13,7 +13,7 @@ import yaml
 from cluster import Cluster, wait_until
 from runs import Run, assert_mlflow_has, mlflow_status
 
-from tetdist.slurm import command
+from tetdist.cli import slurm
 
 ON_CPU = ("--gpus-per-node", "0", "--time", "10")
 HELD = ("cluster.sbatch.hold=true",)
@@ -104,7 +104,7 @@ def test_typed_twice_it_submits_nothing_twice(
     assert (status, f"first-seed0 is PENDING as job {first}" in errors) == (2, True), errors
 
     # First what waits, before Slurm removes it; neither is what one wants to have again unasked.
-    assert command.main(["cancel", "out"]) == 0
+    assert slurm.main(["cancel", "out"]) == 0
     assert re.findall(r"cancelled job (\d+)", capfd.readouterr().out) == [second, first]
     wait_until(lambda: not cluster.squeue(), "an empty queue")
     status, said, errors = tiny_study("--slurm", *ON_CPU)
@@ -114,7 +114,7 @@ def test_typed_twice_it_submits_nothing_twice(
     assert "--again" in errors
     # What will never be finished is nothing to wait for.
     alone = ["--config", "tiny.yaml", "name=third", *ON_CPU]
-    assert command.main([*alone, "--after", "out/first-seed0"]) == 2
+    assert slurm.main([*alone, "--after", "out/first-seed0"]) == 2
     assert "--after: out/first-seed0 is neither finished nor queued" in capfd.readouterr().err
 
 
@@ -146,11 +146,11 @@ def test_ended_by_scancel_and_submitted_again_at_once(
         f"{job} PENDING" for job in (first.job, second.job, left)
     )
     # The study's folder stands for all its runs, whenever they were submitted, that are there.
-    assert command.main(["cancel", "out"]) == 0
+    assert slurm.main(["cancel", "out"]) == 0
     assert not cluster.squeue()
     shutil.rmtree(other.path)
     capfd.readouterr()
-    assert command.main(["status", "out"]) == 0
+    assert slurm.main(["status", "out"]) == 0
     assert re.findall(r"(\w+)-seed0: job", capfd.readouterr().out) == ["first", "second"]
 
 
@@ -242,7 +242,7 @@ def test_what_begins_after_a_run_that_fails_leaves_the_queue_and_is_named(
     assert [event.kind for event in child.history] == ["submitted"]
     assert (mlflow_status(bad), mlflow_status(child)) == ("FAILED", "KILLED")
     # Nor can it be continued alone, with weights that are not there.
-    assert command.main(["resume", str(child.path)]) == 2
+    assert slurm.main(["resume", str(child.path)]) == 2
 
     shutil.move(tmp_path / "away", root / "index")
     status, said, errors = tiny_study("--again", "--slurm", *ON_CPU)

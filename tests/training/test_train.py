@@ -711,7 +711,7 @@ def test_non_finite_on_one_process_names_it(tiny_config: ConfigWriter, tmp_path:
     file = tiny_config({"engine": "torch", "non_finite_limit": 2})
     code = f"""
 import os, sys
-from tetdist import train
+from tetdist.cli import train
 from tetdist.data.loader import Loader
 take = Loader.__next__
 def spoilt(self):
@@ -889,7 +889,7 @@ def test_full_disk_in_training(main: Main, tiny_config: ConfigWriter, tmp_path: 
     """A checkpoint that cannot be written ends the run; with room it goes on to the same end."""
     code = f"""
 import resource, signal, sys
-from tetdist import train
+from tetdist.cli import train
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from tetdist.training import trainer
 enter = trainer.Trainer._train_epoch

@@ -140,7 +140,8 @@ def laid_out(
     images: Tensor,
     logits: Callable[[Tensor], Tensor],
 ) -> Contestant:
-    model.to(options.device).to(memory_format=torch.channels_last)
+    model.to(options.device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
     model.train(not options.evaluate)
     if images.ndim == 4:
         images = images.contiguous(memory_format=torch.channels_last)

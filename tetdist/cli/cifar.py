@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tetdist.cli.common import MISTAKES, answer
+from tetdist.cli.common import MISTAKES, answer, program
 from tetdist.errors import UserError
 
 _PIXELS = 3 * 32 * 32
@@ -66,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program("cifar"),
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("archive", metavar="ARCHIVE", type=Path, help="the .tar.gz of binary files")
     parser.add_argument("dest", metavar="DEST", type=Path, help="the data root to make")

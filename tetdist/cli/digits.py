@@ -53,6 +53,7 @@ def _make(dest: Path) -> None:
 
 def _check_complete(dest: Path) -> None:
     from tetdist.data.index import check_fresh, index_file, load_index
+
     try:
         for split, count in _PER_CLASS.items():
             index = load_index(index_file(dest / "index", split))

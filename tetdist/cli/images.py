@@ -189,6 +189,7 @@ def _add_skip_bad(command: argparse.ArgumentParser) -> None:
 def _index(args: argparse.Namespace) -> int:
     """Index every split, then write all the indexes or none."""
     from tetdist.data.index import index_file, index_listing, save_index
+
     # What half an hour of decoding must not come before.
     out = args.out or args.root / "index"
     _check_writable(out, "--out")
@@ -242,6 +243,7 @@ def _described(index: "Index") -> str:
 def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
     """List every split and make sure that a label means the same in all of them."""
     from tetdist.data.layouts import Hints, check_same_classes, list_split
+
     listings = []
     for split in args.splits:
         hints = Hints(args.shards.get(split), args.labels, args.classes)
@@ -298,10 +300,10 @@ def _print_findings(findings: "list[Finding]", file: Path | None) -> None:
         printed[kind] += 1
         if printed[kind] <= _PRINTED_FINDINGS:
             print(f"{kind}: {path}: {text}")
-    for kind, count in printed.items():
+    for name, count in printed.items():
         if count > _PRINTED_FINDINGS:
             where = f"see {file}" if file else "--json FILE writes all"
-            print(f"{kind}: {count - _PRINTED_FINDINGS} more; {where}")
+            print(f"{name}: {count - _PRINTED_FINDINGS} more; {where}")
     if file:
         rows = [finding._asdict() for finding in findings]
         file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -332,6 +334,7 @@ def _shard(args: argparse.Namespace) -> int:
 
 def _extract(args: argparse.Namespace) -> int:
     from tetdist.data.extract import extract_split
+
     _check_writable(args.dest, "DEST")
     listings = _list(args)
     bad = [file for listing in listings for file in listing.bad]

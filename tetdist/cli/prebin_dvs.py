@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tetdist.cli.common import answer
+from tetdist.cli.common import answer, program
 from tetdist.errors import UserError
 
 # Each worker multiplies small matrices, for which numpy's threads would cost a hundred times what
@@ -46,7 +46,8 @@ def _run(options: argparse.Namespace) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program("prebin_dvs"),
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", type=Path, help="folder of the recordings")

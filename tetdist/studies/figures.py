@@ -43,7 +43,7 @@ def styles_of(numbers: "Numbers") -> dict[str, dict[str, Any]]:
     entries = numbers.study.entries
     controls = [entry.control for entry in entries.values() if entry.control is not None]
     colours = _colours()
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         name: {"color": next(colours), "linestyle": "-"} for name in entries if name not in controls
     }
     of_several = itertools.chain([QUIET], colours)

@@ -48,9 +48,10 @@ def work(runs: "list[Run]", jobs: int, parent: "Parent") -> dict[str, str]:
                     if not is_trained(run):
                         parent.tell(run, "SCHEDULED")
                     running[run] = Child(run, jobs)
-            run = first_to_end(running)
-            if run is None:
+            ended = first_to_end(running)
+            if ended is None:
                 continue
+            run = ended
             child = running.pop(run)
             reason = child.failure()
             if reason is None and (more := run.next_command()) is not None:

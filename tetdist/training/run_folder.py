@@ -4,7 +4,6 @@ import fcntl
 import json
 import logging
 import os
-import shlex
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
