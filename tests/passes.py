@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tetdist.nn import fused, native
+from tetdist.nn import native, passes
+from tetdist.nn.batch_norm import BatchNorm
 
 
 @contextlib.contextmanager
@@ -23,7 +24,7 @@ def uncompiled() -> Iterator[None]:
         pytest.MonkeyPatch.context() as patch,
         torch.compiler.set_stance("force_eager"),
     ):
-        patch.setattr(fused, "_compiler_works", lambda *_: True)
+        patch.setattr(passes, "passes_work", lambda *_: True)
         yield
 
 
@@ -53,7 +54,7 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
 
     with torch.no_grad():
         for norm in module.modules():
-            if isinstance(norm, fused.BatchNorm):
+            if isinstance(norm, BatchNorm):
                 norm.weight.copy_(uniform(norm.weight, 0.6, 1.6))
                 norm.bias.copy_(uniform(norm.bias, 0.1, 0.5))
                 norm.running_mean.copy_(uniform(norm.running_mean, -0.3, 0.3))

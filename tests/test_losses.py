@@ -77,25 +77,21 @@ def test_tet_equals_the_papers_formula(
     shape: tuple[int, int, int], regularization: float, phi: float, smoothing: float
 ) -> None:
     logits, target = _random(*shape)
-    loss = tet_loss(
-        logits, target, regularization=regularization, phi=phi, label_smoothing=smoothing
-    )
+    loss = tet_loss(logits, target, lambda_=regularization, phi=phi, label_smoothing=smoothing)
     expected = _paper_tet(logits, target, regularization, phi, smoothing)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_pull_is_to_1_where_nothing_is_said() -> None:
     logits, target = _random(3, 4, 5)
-    assert tet_loss(logits, target, regularization=0.3) == tet_loss(
-        logits, target, regularization=0.3, phi=1.0
-    )
-    assert tet_loss(torch.ones_like(logits), target, regularization=1.0) == 0
+    assert tet_loss(logits, target, lambda_=0.3) == tet_loss(logits, target, lambda_=0.3, phi=1.0)
+    assert tet_loss(torch.ones_like(logits), target, lambda_=1.0) == 0
 
 
 def test_tet_gradient() -> None:
     logits, target = _random(3, 4, 5)
     logits.requires_grad_()
-    tet_loss(logits, target, regularization=0.05, phi=1.5).backward()
+    tet_loss(logits, target, lambda_=0.05, phi=1.5).backward()
     assert logits.grad is not None
     for t in range(3):
         for b in range(4):
@@ -112,7 +108,7 @@ def test_sdt_gives_every_timestep_the_same_gradient_and_tet_its_own() -> None:
     logits, target = _random(3, 4, 5)
     logits.requires_grad_()
     (shared,) = torch.autograd.grad(sdt_loss(logits, target), logits)
-    (own,) = torch.autograd.grad(tet_loss(logits, target, regularization=0.0), logits)
+    (own,) = torch.autograd.grad(tet_loss(logits, target, lambda_=0.0), logits)
     assert torch.equal(shared[0], shared[1])
     assert not torch.allclose(own[0], own[1])
 
@@ -131,7 +127,7 @@ def test_sdt_is_at_most_tet(
 ) -> None:
     logits, target = _random(timesteps, batch, num_classes, seed, scale)
     sdt = sdt_loss(logits, target, label_smoothing=smoothing).item()
-    tet = tet_loss(logits, target, regularization=0.0, label_smoothing=smoothing).item()
+    tet = tet_loss(logits, target, lambda_=0.0, label_smoothing=smoothing).item()
     assert sdt <= tet * (1 + 1e-12) + 1e-12
     if timesteps == 1:
         assert sdt == pytest.approx(tet, rel=1e-12)
@@ -141,7 +137,7 @@ def test_sdt_is_well_below_tet_where_timesteps_contradict_each_other() -> None:
     logits = torch.tensor([[[9.0, 0.0]], [[0.0, 9.0]]])
     target = torch.tensor([0])
     assert sdt_loss(logits, target).item() == pytest.approx(math.log(2))
-    assert tet_loss(logits, target, regularization=0.0).item() == pytest.approx(4.5, abs=1e-3)
+    assert tet_loss(logits, target, lambda_=0.0).item() == pytest.approx(4.5, abs=1e-3)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
@@ -151,7 +147,7 @@ def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype, autoc
     half = logits.to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         sdt = sdt_loss(half, target)
-        tet = tet_loss(half, target, regularization=0.05)
+        tet = tet_loss(half, target, lambda_=0.05)
     assert sdt.dtype == tet.dtype == torch.float32
     # The widened logits are exact; a sum in the half type would be off by 1e-3.
     assert sdt.item() == pytest.approx(_paper_sdt(half.double(), target), rel=1e-6)
@@ -160,14 +156,14 @@ def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype, autoc
 
 def test_float16_logits_whose_squares_overflow() -> None:
     logits = torch.tensor([[[3e4, 0.0]]], dtype=torch.float16, requires_grad=True)
-    loss = tet_loss(logits, torch.tensor([0]), regularization=1.0, phi=0.0)
+    loss = tet_loss(logits, torch.tensor([0]), lambda_=1.0, phi=0.0)
     assert loss.item() == pytest.approx(9e8 / 2, rel=1e-3)
 
 
 def test_large_logits_do_not_overflow() -> None:
     logits = torch.tensor([[[1e4, -1e4]]])
     assert sdt_loss(logits, torch.tensor([1])).item() == pytest.approx(2e4)
-    assert tet_loss(logits, torch.tensor([1]), regularization=0.0).item() == pytest.approx(2e4)
+    assert tet_loss(logits, torch.tensor([1]), lambda_=0.0).item() == pytest.approx(2e4)
 
 
 # --- distillation -------------------------------------------------------------------------------

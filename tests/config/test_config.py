@@ -87,7 +87,7 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"model.arguments": {"chanels": [4]}}, ("model.arguments.chanels", "'channels'")),
         (
             {"model.neuron": {"spike": "sigmoid"}},
-            ("model.neuron.spike", "model.neuron.surrogate=sigmoid"),
+            ("model.neuron.spike", "surrogate must be 'sigmoid'"),
         ),
         ({"model.neuron": {"reset": "none"}}, ("'model.neuron.reset'", "'none'")),
         ({"model.arguments": {"num_classes": 3}}, ("model.arguments.num_classes",)),
@@ -257,8 +257,8 @@ def test_every_key_is_printed_and_explained(capsys: pytest.CaptureFixture[str]) 
     numbered = {key.replace("phases.0.", "phases.N.") for key in printed}
     # Free mappings have entries of their own.
     numbered = {k if not k.startswith("model.arguments.") else "model.arguments" for k in numbered}
-    # `checkpoint` has two forms, of which one configuration prints one.
-    assert numbered == explained - {"checkpoint.timesteps"}
+    # `recompute` has two forms, of which one configuration prints one.
+    assert numbered == explained - {"recompute.timesteps"}
     assert explained >= set(OPERATIONAL_KEYS)
 
 

@@ -51,7 +51,7 @@ def test_memory_format_and_dtype_stay() -> None:
 
 def _plain_losses() -> list[tuple[LossSection, Callable[[Tensor, Tensor], Tensor]]]:
     def tet(logits: Tensor, labels: Tensor) -> Tensor:
-        return tet_loss(logits, labels, regularization=0.3, phi=0.7, label_smoothing=0.1)
+        return tet_loss(logits, labels, lambda_=0.3, phi=0.7, label_smoothing=0.1)
 
     sections = (
         LossSection.model_validate(

@@ -7,14 +7,14 @@ from torch import nn
 
 import tetdist
 from tetdist.evaluation.membranes import membrane_distribution
-from tetdist.nn.neurons import Neuron, NeuronConfig
+from tetdist.nn.neurons import LIF, Neuron
 
 assert tetdist.__doc__  # registers the models
 
 
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 def test_a_neuron_by_hand(reset: str) -> None:
-    config = NeuronConfig(decay=0.5, threshold=2.0, reset=reset)  # type: ignore[arg-type]  # of str
+    config = LIF(decay=0.5, threshold=2.0, reset=reset)  # type: ignore[arg-type]  # of str
     # (T, B): u = 1, 0.5 + 2.1 = 2.6 (fires), then 0 (or 0.6) decayed + 9 (fires)
     found = membrane_distribution(
         nn.Sequential(Neuron(config)), torch.tensor([[1.0], [2.1], [9.0]]), "fp32"

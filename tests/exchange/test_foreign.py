@@ -176,7 +176,7 @@ def test_spikingjellys_lif_is_one_of_ours(decay_input: bool, threshold: int, alp
 def test_relu_network_is_torchvisions(name: str) -> None:
     """So that a teacher may be one of torchvision's, and its accuracy may be checked here."""
     theirs = randomized(getattr(torchvision.models, name)(num_classes=5))
-    model = ours(f"spiking_{name}", num_classes=5, norm="bn", neuron={"spike": "relu"})
+    model = ours(f"spiking_{name}", num_classes=5, norm="bn", neuron={"kind": "relu"})
     converted(theirs.state_dict(), "torchvision", model)
     model.set_timesteps(1)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)

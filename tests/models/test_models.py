@@ -21,7 +21,7 @@ from tetdist.losses import tet_loss
 from tetdist.models import SpikingNetwork, sew_resnet, spiking_resnet
 from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics, update_running_statistics
-from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import NormNeuron
 
 
@@ -38,7 +38,7 @@ ALL = [*SEW, *SPIKING, *OTHERS]
 
 # One of each family, and of each kind of block, small enough to be run many times. Thresholds are
 # low, so that random networks of this size fire up to the last layer.
-NEURON = NeuronConfig(threshold=0.5, surrogate="atan", surrogate_width=2.0)
+NEURON = LIF(threshold=0.5, surrogate="atan", surrogate_width=2.0)
 SMALL: dict[str, dict[str, Any]] = {
     "sew_resnet18": {"width": 4},
     "sew_resnet50": {"width": 2, "connect_function": "iand"},
@@ -175,7 +175,7 @@ def test_neuron_may_be_a_mapping() -> None:
     mapping = {"decay": 1.0, "reset": "soft"}
     model = timm.create_model("spiking_convnet", neuron=mapping)
     found = {module.neuron for module in model.modules() if isinstance(module, NormNeuron)}
-    assert found == {NeuronConfig(decay=1.0, reset="soft")}
+    assert found == {LIF(decay=1.0, reset="soft")}
 
 
 # -------------------------------------------------------------------------------- timm's methods
@@ -262,7 +262,7 @@ def test_grad_checkpointing_changes_no_bit(name: str, deferred: bool) -> None:
         if deferred:
             defer_running_statistics(model)
         for scale in (1.0, 0.5):  # two micro-batches
-            loss = tet_loss(model(scale * x, per_timestep=True), target, regularization=0.05)
+            loss = tet_loss(model(scale * x, per_timestep=True), target, lambda_=0.05)
             loss.backward()
             losses.append(loss.item())
         if deferred:

@@ -23,8 +23,9 @@ from torch._dynamo.utils import counters
 
 import tetdist
 from tetdist.nn import compiled as compiled_module
-from tetdist.nn import fused, native, norm_neuron
-from tetdist.nn.neurons import SURROGATES, NeuronConfig, SurrogateName
+from tetdist.nn import native, norm_neuron, passes
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.neurons import LIF, SURROGATES, SurrogateName
 from tetdist.nn.norm_neuron import NormNeuron
 
 
@@ -37,7 +38,7 @@ def _one_thread() -> Iterator[None]:
 @contextlib.contextmanager
 def compiled() -> Iterator[None]:
     """The passes as torch.compile makes them."""
-    if not compiled_module._torch_compile_works("cpu"):
+    if not compiled_module.torch_compile_works("cpu"):
         assert not os.environ.get("CI"), "CI has a C++ compiler, and torch.compile does not work"
         pytest.skip("no C++ compiler that torch.compile could use")
     with not_native():
@@ -46,12 +47,12 @@ def compiled() -> Iterator[None]:
 
 @contextlib.contextmanager
 def native_passes() -> Iterator[None]:
-    if native.passes(NeuronConfig()) is None:
+    if native.passes(LIF()) is None:
         assert not os.environ.get("CI"), "CI has a C++ compiler, and this does not build"
         pytest.skip("no C++ compiler")
     with pytest.MonkeyPatch.context() as patch:
         # Should a neuron's own not build, this must not become a test of something else.
-        patch.setattr(compiled_module, "_compiled_kernels", None)
+        patch.setattr(passes, "compiled_passes", None)
         yield
 
 
@@ -62,7 +63,7 @@ IMPLEMENTATIONS = {"native": native_passes, "compiled": compiled}
 class Case:
     """One way to call `NormNeuron`; the defaults are the plainest."""
 
-    neuron: NeuronConfig = field(default_factory=NeuronConfig)
+    neuron: LIF = field(default_factory=LIF)
     timesteps: int = 4
     shape: tuple[int, int, int, int] = (2, 3, 5, 6)  # B, C, H, W
     shared: bool = False
@@ -104,7 +105,7 @@ class Pair(nn.Module):
         self.neuron = case.module()
         self.norm = None
         if case.shortcut and case.shortcut_norm:
-            self.norm = fused.BatchNorm(case.shape[1], scale=1.1 * case.norm_scale).double()
+            self.norm = BatchNorm(case.shape[1], scale=1.1 * case.norm_scale).double()
             randomize(self.norm, case.seed + 1)
             self.norm.train(case.training)
 
@@ -153,7 +154,7 @@ def test_definition_is_norm_plus_shortcut_into_the_neuron(shared: bool) -> None:
 # ------------------------------------------------------- uncompiled passes: the whole of options
 
 any_neuron = st.builds(
-    NeuronConfig,
+    LIF,
     decay=st.sampled_from([0.5, 0.9, 1.0]),
     threshold=st.sampled_from([0.5, 1.0]),
     reset=st.sampled_from(["hard", "soft"]),
@@ -192,7 +193,7 @@ def test_any_combination_uncompiled(case: Case) -> None:
 def test_every_neuron_uncompiled(
     surrogate: SurrogateName, reset: str, detach_reset: bool, decay: float, timesteps: int
 ) -> None:
-    neuron = NeuronConfig(
+    neuron = LIF(
         decay=decay,
         reset=reset,
         detach_reset=detach_reset,
@@ -239,9 +240,7 @@ def test_any_combination_native(
 def test_every_neuron_native(
     surrogate: SurrogateName, reset: str, detach_reset: bool, timesteps: int
 ) -> None:
-    neuron = NeuronConfig(
-        reset=reset, detach_reset=detach_reset, surrogate=surrogate, surrogate_width=1.5
-    )
+    neuron = LIF(reset=reset, detach_reset=detach_reset, surrogate=surrogate, surrogate_width=1.5)
     with native_passes():
         assert_fused_is_the_definition(
             Case(neuron=neuron, timesteps=timesteps, shape=(2, 9, 7, 5), shortcut=True)
@@ -275,7 +274,7 @@ def test_native_statistics_do_not_cancel() -> None:
     # The difference of the mean square and the squared mean is nothing at all here in float32.
     x = 1000 + torch.randn(2, 5000, 3, generator=torch.Generator().manual_seed(0))
     with native_passes():
-        passes = native.passes(NeuronConfig())
+        passes = native.passes(LIF())
         assert passes is not None
         mean, var = passes.statistics(x)
     torch.testing.assert_close(mean.double(), x.double().mean((0, 1)), rtol=1e-6, atol=0)
@@ -354,7 +353,7 @@ load("a command of two words", CXX="env g++")
 
 # ----------------------------------------------------- compiled passes: every option at least once
 
-SEW_NEURON = NeuronConfig(
+SEW_NEURON = LIF(
     decay=1.0, detach_reset=True, surrogate="atan", surrogate_width=2.0, threshold=0.75
 )
 COMPILED = {
@@ -363,7 +362,7 @@ COMPILED = {
     "lif-T4-eval": Case(training=False),
     "lif-T4-other-shape": Case(shape=(3, 7, 2, 9)),
     "soft-if-sigmoid-shortcut-tdbn-T2": Case(
-        neuron=NeuronConfig(
+        neuron=LIF(
             decay=1.0, threshold=0.5, reset="soft", surrogate="sigmoid", surrogate_width=4.0
         ),
         timesteps=2,
@@ -373,14 +372,12 @@ COMPILED = {
     ),
     "detached-if-atan-stem-T2": Case(neuron=SEW_NEURON, shared=True, timesteps=2),
     "soft-detached-rectangle-T1-of-one-value": Case(
-        neuron=NeuronConfig(
-            reset="soft", detach_reset=True, surrogate="rectangle", surrogate_width=0.5
-        ),
+        neuron=LIF(reset="soft", detach_reset=True, surrogate="rectangle", surrogate_width=0.5),
         timesteps=1,
         shape=(1, 1, 1, 1),
     ),
     # 13 s to compile on a busy machine.
-    "if-T16": Case(neuron=NeuronConfig(decay=1.0), timesteps=16),
+    "if-T16": Case(neuron=LIF(decay=1.0), timesteps=16),
 }
 
 
@@ -586,7 +583,7 @@ for execution in ("fused", "reference"):
     images, target = torch.randn(4, 3, 8, 8), torch.arange(4)
     losses[execution] = []
     for _ in range(2):
-        loss = tetdist.losses.tet_loss(model(images, per_timestep=True), target, regularization=0.1)
+        loss = tetdist.losses.tet_loss(model(images, per_timestep=True), target, lambda_=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -615,7 +612,7 @@ def test_without_a_compiler_a_model_trains_and_says_so_once(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     ((logger, message),) = said["records"]
-    assert logger == "tetdist.nn.fused"
+    assert logger == "tetdist.nn.compiled"
     assert "torch.compile does not work here" in message
     assert "no-such-compiler" in message
     assert "apt-get install g++" in message

@@ -10,30 +10,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tetdist.nn.neurons import SURROGATES, Neuron, NeuronConfig, run, spike
+from tetdist.nn.neurons import LIF, SURROGATES, Neuron, run, spike
 
 # Currents, spikes and the last membrane, worked out by hand in binary fractions: float arithmetic
 # is exact on them, so every comparison is for equality.
 BY_HAND = {
-    "lif-hard": (NeuronConfig(), [0.5, 0.5, 0.5, 1.0, 0.5], [0, 0, 0, 1, 0], 0.5),
+    "lif-hard": (LIF(), [0.5, 0.5, 0.5, 1.0, 0.5], [0, 0, 0, 1, 0], 0.5),
     # 1.5 fires and leaves 0.5; 2.1875 fires once and leaves 1.1875, above the threshold.
     "lif-soft": (
-        NeuronConfig(reset="soft"),
+        LIF(reset="soft"),
         [1.5, 0.5, 0.5, 1.75, 0.5],
         [1, 0, 0, 1, 1],
         0.09375,
     ),
-    "lif-slow-leak": (NeuronConfig(decay=0.75), [1.0, 0.5, 0.5, -1.0], [0, 1, 0, 0], -0.625),
-    "if-hard": (NeuronConfig(decay=1.0), [0.5, 0.5, 0.25, 0.75, -0.5], [0, 0, 1, 0, 0], 0.25),
+    "lif-slow-leak": (LIF(decay=0.75), [1.0, 0.5, 0.5, -1.0], [0, 1, 0, 0], -0.625),
+    "if-hard": (LIF(decay=1.0), [0.5, 0.5, 0.25, 0.75, -0.5], [0, 0, 1, 0, 0], 0.25),
     "if-soft": (
-        NeuronConfig(decay=1.0, reset="soft"),
+        LIF(decay=1.0, reset="soft"),
         [0.75, 0.5, 0.75, 2.5, 0.0],
         [0, 1, 0, 1, 1],
         1.5,
     ),
-    "low-threshold-hard": (NeuronConfig(threshold=0.5), [0.75, 0.5, 0.5, 0.25], [1, 0, 1, 0], 0.25),
+    "low-threshold-hard": (LIF(threshold=0.5), [0.75, 0.5, 0.5, 0.25], [1, 0, 1, 0], 0.25),
     "high-threshold-soft": (
-        NeuronConfig(threshold=2.0, reset="soft"),
+        LIF(threshold=2.0, reset="soft"),
         [3.0, 2.0, 1.0, 0.0],
         [1, 1, 0, 0],
         0.625,
@@ -52,7 +52,7 @@ def test_sequence_by_hand(case: str) -> None:
 @pytest.mark.parametrize("threshold", [0.25, 1.0, 3.0])
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 def test_membrane_exactly_at_the_threshold_is_silent(threshold: float, reset: str) -> None:
-    config = NeuronConfig(threshold=threshold, reset=reset)
+    config = LIF(threshold=threshold, reset=reset)
     just_above = math.nextafter(threshold, math.inf)
     current = torch.tensor([[threshold, just_above]], dtype=torch.float64)
     fired, u = run(current, config)
@@ -61,7 +61,7 @@ def test_membrane_exactly_at_the_threshold_is_silent(threshold: float, reset: st
 
 
 def test_given_membrane_is_where_the_neuron_starts() -> None:
-    fired, u = run(torch.tensor([[0.5, 0.5]]), NeuronConfig(), torch.tensor([1.0, 1.5]))
+    fired, u = run(torch.tensor([[0.5, 0.5]]), LIF(), torch.tensor([1.0, 1.5]))
     assert fired.tolist() == [[0, 1]]  # 0.5 + 0.5 is at the threshold, 0.75 + 0.5 above it
     assert u.tolist() == [1.0, 0.0]
 
@@ -69,7 +69,7 @@ def test_given_membrane_is_where_the_neuron_starts() -> None:
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 @pytest.mark.parametrize("first", [1, 3])
 def test_two_segments_with_the_membrane_carried_equal_one_run(reset: str, first: int) -> None:
-    config = NeuronConfig(reset=reset, surrogate="sigmoid", surrogate_width=3.0)
+    config = LIF(reset=reset, surrogate="sigmoid", surrogate_width=3.0)
     generator = torch.Generator().manual_seed(0)
     current = torch.rand(6, 4, 5, generator=generator, dtype=torch.float64) * 1.5
     weight = torch.randn(6, 4, 5, generator=generator, dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_two_segments_with_the_membrane_carried_equal_one_run(reset: str, first:
 
 
 def test_neuron_module_forgets_between_samples() -> None:
-    neuron = Neuron(NeuronConfig())
+    neuron = Neuron(LIF())
     current = torch.full((3, 2), 0.6)
     first, second = neuron(current), neuron(current)
     assert first.tolist() == [[0, 0], [0, 0], [1, 1]]
@@ -104,7 +104,7 @@ def test_soft_reset_without_leak_loses_no_charge(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     current = torch.randn(timesteps, 7, generator=generator, dtype=torch.float64)
-    spikes, u = run(current, NeuronConfig(decay=1.0, threshold=threshold, reset="soft"))
+    spikes, u = run(current, LIF(decay=1.0, threshold=threshold, reset="soft"))
     torch.testing.assert_close(u + threshold * spikes.sum(0), current.sum(0))
 
 
@@ -115,7 +115,7 @@ def test_hard_reset_leaves_nothing_above_the_threshold(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     current = 3 * torch.randn(timesteps, 7, generator=generator, dtype=torch.float64)
-    spikes, u = run(current, NeuronConfig(decay=decay, threshold=threshold))
+    spikes, u = run(current, LIF(decay=decay, threshold=threshold))
     assert set(spikes.unique().tolist()) <= {0.0, 1.0}
     assert (u <= threshold).all()
     assert (u[spikes[-1] == 1] == 0).all()
@@ -188,7 +188,7 @@ def test_surrogates_at_values_from_the_papers() -> None:
 
 @each_surrogate
 def test_spike_is_a_step_with_the_surrogates_gradient(surrogate: str) -> None:
-    config = NeuronConfig(surrogate=surrogate, surrogate_width=1.5)
+    config = LIF(surrogate=surrogate, surrogate_width=1.5)
     x = torch.linspace(-2, 2, 41, dtype=torch.float64, requires_grad=True)
     weight = torch.linspace(1, 3, 41, dtype=torch.float64)
     fired = spike(x, config)
@@ -201,7 +201,7 @@ def test_spike_is_a_step_with_the_surrogates_gradient(surrogate: str) -> None:
 
 
 def _gradient_by_sensitivities(
-    current: list[float], rest: float, config: NeuronConfig, spike_weights: list[float]
+    current: list[float], rest: float, config: LIF, spike_weights: list[float]
 ) -> tuple[list[float], float]:
     """Gradient of ``sum_t weight[t] s[t] + membrane`` in plain numbers, forwards in time.
 
@@ -237,7 +237,7 @@ def _gradient_by_sensitivities(
 def test_gradient_through_time(
     surrogate: str, reset: str, detach_reset: bool, decay: float
 ) -> None:
-    config = NeuronConfig(
+    config = LIF(
         decay=decay,
         threshold=0.75,
         reset=reset,
@@ -266,7 +266,7 @@ def test_gradient_through_time(
 
 
 def test_sigmoid_control_has_its_own_gradient() -> None:
-    config = NeuronConfig(spike="sigmoid", surrogate="sigmoid", surrogate_width=5.0)
+    config = LIF(spike="sigmoid", surrogate="sigmoid", surrogate_width=5.0)
     generator = torch.Generator().manual_seed(0)
     current = torch.randn(4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     out, membrane = run(current, config)
@@ -279,23 +279,23 @@ def test_sigmoid_control_has_its_own_gradient() -> None:
     # Against finite differences: through time, and through the resets.
     assert torch.autograd.gradcheck(lambda i: run(i, config), current)
     # With a step, the same check fails: that is the mismatch.
-    step = NeuronConfig(surrogate="sigmoid", surrogate_width=5.0)
+    step = LIF(surrogate="sigmoid", surrogate_width=5.0)
     assert not torch.autograd.gradcheck(lambda i: run(i, step), current, raise_exception=False)
     assert membrane.shape == (6,)
 
 
 def test_sigmoid_control_asks_for_its_derivative() -> None:
     with pytest.raises(ValueError, match="surrogate must be 'sigmoid', not 'triangle'"):
-        NeuronConfig(spike="sigmoid")
-    with pytest.raises(ValueError, match="spike must be one of step, sigmoid, relu, not 'stop'"):
-        NeuronConfig(spike="stop")  # type: ignore[arg-type]  # the mistake
+        LIF(spike="sigmoid")
+    with pytest.raises(ValueError, match="spike must be one of step, sigmoid, not 'stop'"):
+        LIF(spike="stop")  # type: ignore[arg-type]  # the mistake
 
 
 def test_detaching_the_reset_changes_the_gradient_and_not_the_spikes() -> None:
     results = []
     for detach_reset in (False, True):
         current = torch.tensor([0.9, 0.7, 0.8], dtype=torch.float64, requires_grad=True)
-        spikes, _ = run(current, NeuronConfig(detach_reset=detach_reset))
+        spikes, _ = run(current, LIF(detach_reset=detach_reset))
         spikes.sum().backward()
         assert current.grad is not None
         results.append((spikes.tolist(), current.grad.tolist()))
@@ -311,7 +311,7 @@ def test_detaching_the_reset_changes_the_gradient_and_not_the_spikes() -> None:
 def test_bfloat16_current_keeps_a_float32_membrane() -> None:
     # 1 + 2^-10 is above the threshold, but is 1 in bfloat16: such a membrane would never fire.
     current = torch.tensor([1.0, 2**-10, 0.5], dtype=torch.bfloat16, requires_grad=True)
-    spikes, membrane = run(current, NeuronConfig(decay=1.0))
+    spikes, membrane = run(current, LIF(decay=1.0))
     assert spikes.dtype == torch.bfloat16
     assert membrane.dtype == torch.float32
     assert spikes.tolist() == [0, 1, 0]
@@ -322,7 +322,7 @@ def test_bfloat16_current_keeps_a_float32_membrane() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_types_of_spikes_and_membrane(dtype: torch.dtype) -> None:
-    spikes, membrane = run(torch.ones(2, 3, dtype=dtype), NeuronConfig())
+    spikes, membrane = run(torch.ones(2, 3, dtype=dtype), LIF())
     assert spikes.dtype == dtype
     assert membrane.dtype == torch.promote_types(dtype, torch.float32)
 
@@ -343,21 +343,21 @@ _BAD = list(itertools.chain(*([(k, v) for v in values] for k, values in BAD_VALU
 @pytest.mark.parametrize(("key", "value"), _BAD, ids=[f"{k}={v}" for k, v in _BAD])
 def test_error_names_the_key_and_the_value(key: str, value: float | str) -> None:
     with pytest.raises(ValueError, match=rf"^{key} must be .*not '?{value}'?$"):
-        NeuronConfig(**{key: value})
+        LIF(**{key: value})
 
 
 def test_unknown_surrogate_is_answered_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="triangle, atan, sigmoid, rectangle"):
-        NeuronConfig(surrogate="arctan")
+        LIF(surrogate="arctan")
 
 
 def test_unknown_key_is_refused() -> None:
     with pytest.raises(TypeError, match="tau"):
-        NeuronConfig(tau=2.0)
+        LIF(tau=2.0)
 
 
 def test_defaults_are_the_papers_neuron() -> None:
-    assert NeuronConfig() == NeuronConfig(
+    assert LIF() == LIF(
         decay=0.5,
         threshold=1.0,
         reset="hard",

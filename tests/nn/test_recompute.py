@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.losses import tet_loss
-from tetdist.nn import batch_norm, fused
+from tetdist.nn import batch_norm
+from tetdist.nn.norm_neuron import NormNeuron
 from tetdist.nn.precision import autocast
 from tetdist.nn.recompute import Block
 
@@ -56,7 +57,7 @@ def step(model: nn.Module, x: Tensor, precision: str = "fp32") -> dict[str, Tens
     """Loss, gradients and running statistics of one step."""
     with autocast(x.device, precision):
         logits = model(x, per_timestep=True)
-    loss = tet_loss(logits, torch.tensor([0, 2]), regularization=0.1)
+    loss = tet_loss(logits, torch.tensor([0, 2]), lambda_=0.1)
     loss.backward()
     batch_norm.update_running_statistics(model, lambda t: t)
     result = {name: p.grad for name, p in model.named_parameters()}
@@ -282,5 +283,5 @@ def test_copies_are_independent() -> None:
     assert all(
         module.membrane is None and not module.carries
         for module in itertools.chain(model.modules(), other.modules())
-        if isinstance(module, fused.NormNeuron)
+        if isinstance(module, NormNeuron)
     )

@@ -11,19 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import tetdist.models
 from tetdist.config.loading import parse
 from tetdist.config.schema import OptimizerSection, RunConfig
 from tetdist.distributed.world import World, join
 from tetdist.nn import batch_norm
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.optimizers import make_optimizer
 from tetdist.training.engines import base, create, deepspeed_engines
 from tetdist.training.engines.deepspeed_engines import DeepSpeedEngine, ZeroEngine
 from tetdist.training.engines.torch_engine import TorchEngine
-from tetdist.training.optimizers import make_optimizer
 
 MICRO_BATCHES = 4
-assert tetdist.models.MODEL_MODULES
 
 
 @pytest.fixture(scope="module")

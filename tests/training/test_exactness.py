@@ -226,7 +226,7 @@ FUZZED: list[dict[str, Any]] = [
     {"world": 2},
     {"world": 1, "precision": "bf16", "log_every": 3},
     {"world": 2, "zero_stage": 1, "save.every_steps": 3},
-    {"world": 1, "engine": "torch", "checkpoint": "blocks", "save.every_steps": 2},
+    {"world": 1, "engine": "torch", "recompute": "blocks", "save.every_steps": 2},
     {
         "world": 1,
         "log_every": 4,

@@ -17,13 +17,13 @@ from tetdist.config import loading, schema
 from tetdist.config.schema import LossSection
 from tetdist.data import index as data_index
 from tetdist.errors import UserError
+from tetdist.losses import compute_loss
 from tetdist.training.teacher import Teacher
-from tetdist.training.trainer import compute_loss
 
 ConfigWriter = Callable[..., Path]
 Main = Callable[..., Outcome]
 
-RELU = {"name": "relu", "model.neuron.spike": "relu", "phases.0.timesteps": 1}
+RELU = {"name": "relu", "model.neuron.kind": "relu", "phases.0.timesteps": 1}
 KEY = "loss.distillation.teacher"
 # As small as timm's are, and for any size of images.
 TIMM, CPU = "timm:test_resnet", torch.device("cpu")
@@ -53,7 +53,7 @@ def test_loss_is_the_sum_of_its_parts() -> None:
     soft = {"teacher": "runs/x", "weight": 0.3, "self_weight": 0.7, "temperature": 1.5}
     tet = LossSection.model_validate({"lambda": 0.05, "distillation": soft})
     expected = (
-        losses.tet_loss(logits, targets, regularization=0.05)
+        losses.tet_loss(logits, targets, lambda_=0.05)
         + 0.3 * losses.distillation_loss(logits, taught, temperature=1.5)
         + 0.7 * losses.self_distillation_loss(logits, temperature=1.5)
     )
@@ -77,7 +77,7 @@ def test_relu_network_is_a_teacher_and_the_weights_to_begin_with(
     file = tiny_config(changes)
     outcome = main(file, f"{KEY}={relu}", f"init_checkpoint={relu}", "name=taught")
     assert outcome.status == 0, outcome.text
-    assert "another network: model.neuron.spike is 'step' and was 'relu'" in outcome.text
+    assert "another network: model.neuron.kind is 'lif' and was 'relu'" in outcome.text
     assert main(file, f"init_checkpoint={relu}", "name=alone").status == 0
     taught, alone = (tiny.metrics(tmp_path / "runs" / name) for name in ("taught", "alone"))
     # The same samples and weights, and more to be learnt.
@@ -107,7 +107,7 @@ def test_taught_run_is_the_same_on_two_processes_and_when_stopped(
 def test_relu_network_is_at_the_fused_path_what_it_is_at_the_reference() -> None:
     torch.manual_seed(0)
     model = timm.create_model(
-        "sew_resnet18", timesteps=2, num_classes=3, neuron={"spike": "relu"}
+        "sew_resnet18", timesteps=2, num_classes=3, neuron={"kind": "relu"}
     ).double()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     logits = []
@@ -246,4 +246,4 @@ def test_keys_without_effect_are_said(main: Main, tiny_config: ConfigWriter) -> 
     assert "loss.distillation.teacher has no effect with" in outcome.text
     outcome = main(tiny_config(RELU | {"name": "decay", "model.neuron.decay": 0.9}), "max_steps=1")
     assert outcome.status == 0
-    assert "model.neuron.decay has no effect with model.neuron.spike=relu" in outcome.text
+    assert "model.neuron.decay has no effect with model.neuron.kind=relu" in outcome.text

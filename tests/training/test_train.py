@@ -921,7 +921,7 @@ def test_recomputed_blocks_are_the_same_run(
     model: dict[str, Any], main: Main, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
     for mode in ("none", "blocks"):
-        file = tiny_config({"name": mode, "model": model, "checkpoint": mode, "max_steps": 4})
+        file = tiny_config({"name": mode, "model": model, "recompute": mode, "max_steps": 4})
         ended(main(file), status=0)
     tiny.assert_same_run(tmp_path / "runs/none", tmp_path / "runs/blocks")
 

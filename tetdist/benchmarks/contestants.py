@@ -160,7 +160,7 @@ def step_of(options: argparse.Namespace, contestant: Contestant) -> Callable[[],
         model.zero_grad(set_to_none=True)
         with autocast(images.device, options.precision):
             output = logits(images)
-        tet_loss(output, labels, regularization=0.001).backward()
+        tet_loss(output, labels, lambda_=0.001).backward()
         wait(options.device)
 
     @torch.no_grad()

@@ -249,8 +249,8 @@ def training_step(options: argparse.Namespace) -> tuple[Callable[[], None], Any]
     from tetdist.distributed.world import join
     from tetdist.losses import tet_loss
     from tetdist.nn import batch_norm
+    from tetdist.optimizers import make_optimizer
     from tetdist.training.engines.create import make_engine
-    from tetdist.training.optimizers import make_optimizer
 
     world = join(options.device)
     config = parse(
@@ -290,7 +290,7 @@ def training_step(options: argparse.Namespace) -> tuple[Callable[[], None], Any]
     # As trainer.py makes it.
     def step() -> None:
         for _ in range(options.accumulation):
-            engine.backward(tet_loss(engine.forward(images), labels, regularization=0.001))
+            engine.backward(tet_loss(engine.forward(images), labels, lambda_=0.001))
         update = engine.update(0.01)
         batch_norm.update_running_statistics(model, world.mean_, update.applied)
         if world.device.type == "cuda":

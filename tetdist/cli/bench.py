@@ -145,7 +145,7 @@ def problem_of(options: argparse.Namespace) -> str | None:
     import timm
     import torch
 
-    import tetdist.models
+    from tetdist import models
 
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         return f"--json: {options.json} is no file that can be written"
@@ -153,7 +153,7 @@ def problem_of(options: argparse.Namespace) -> str | None:
         return "--device: torch sees no GPU here; give cpu"
     if options.command == "data":
         return None
-    known = [m for name in tetdist.models.MODEL_MODULES for m in timm.list_models(module=name)]
+    known = models.names()
     if options.model not in known:
         return f"--model: {options.model!r} is not a spiking model; there are {', '.join(known)}"
     size = timm.get_pretrained_cfg(options.model).input_size[-1]

@@ -43,6 +43,18 @@ def program(command: str) -> str:
     return typed(command).removeprefix("python ")
 
 
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """Add ``--import``, which may be repeated."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="a Python file that registers models, neurons, losses, ... of your own",
+    )
+
+
 def positive(text: str) -> int:
     """Type of an argument that counts something.
 

@@ -69,7 +69,6 @@ def convert_file(options: argparse.Namespace) -> None:
 
     from tetdist import checkpoint
     from tetdist.exchange import foreign
-    from tetdist.models.create import create_model
 
     if (options.output.parent / checkpoint.MANIFEST_FILE).exists():
         raise UserError(f"--output: {options.output.parent} is a checkpoint; choose another folder")
@@ -82,7 +81,7 @@ def convert_file(options: argparse.Namespace) -> None:
     classes = class_names(options, config)
     torch.manual_seed(config.seed)
     assert config.model.num_classes is not None
-    model = create_model(config.model, config.model.num_classes, timesteps)
+    model = config.model.build(num_classes=config.model.num_classes, timesteps=timesteps)
     converted = foreign.convert(state, source, model)
     report(converted, options, config, source, timesteps)
     description = {
@@ -103,20 +102,20 @@ def configuration(
     """A configuration that builds and evaluates the network, and its T."""
     import timm
 
-    import tetdist.models  # registers them
+    from tetdist import models
     from tetdist.config.loading import apply_override, parse
     from tetdist.exchange.foreign import NEURONS
 
-    known = [m for name in tetdist.models.MODEL_MODULES for m in timm.list_models(module=name)]
+    known = models.names()
     if options.model not in known:
         raise UserError(
             f"--model: {options.model!r} is not a spiking model; there are {', '.join(known)}"
         )
-    timesteps = options.timesteps or tetdist.models.default_timesteps(options.model)
+    timesteps = options.timesteps or models.default_timesteps(options.model)
     cfg = timm.get_pretrained_cfg(options.model)
-    channels, side, _ = cfg.input_size
+    side = cfg.input_size[-1]
     data: dict[str, Any] = {"kind": "events", "root": "data"}
-    if channels == 3:
+    if models.input_kind(options.model) == "images":
         data = {
             "root": "data",
             "image_size": side,
@@ -192,5 +191,9 @@ def report(
         )
     if not carried:
         raise UserError(f"nothing in {options.source} fits {config.model.name}")
-    neuron = ", ".join(f"{key} {value}" for key, value in config.model.neuron.model_dump().items())
+    from tetdist.nn import neurons
+
+    neuron = ", ".join(
+        f"{key} {value}" for key, value in neurons.as_dict(config.model.neuron).items()
+    )
     print(f"  neuron, which the file does not tell: {neuron}; T={timesteps}")

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.cli.common import answer, positive, program
+from tetdist.cli.common import add_import, answer, positive, program
 from tetdist.errors import UserError
 
 HANGS_AFTER = 600  # seconds without progress of one of several processes
@@ -72,6 +72,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="of a run folder, the best checkpoint, which was chosen on this very split",
     )
+    add_import(parser)
     parser.add_argument("--data", metavar="ROOT", help="folder of val/; default: as in training")
     parser.add_argument("--index", metavar="DIR", help="folder of the index; default: ROOT/index")
     parser.add_argument("--split", default="val", help="split to evaluate (default: val)")
@@ -120,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate_checkpoint(options: argparse.Namespace) -> int:
-    from tetdist import checkpoint
+    from tetdist import checkpoint, plugins
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
     from tetdist.evaluation.suite import Passes, find
@@ -129,11 +130,13 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist.training.setup import make_model, open_split
 
     with join(options.device) as world, Watch(world, HANGS_AFTER) as watch:
+        world.together(lambda: plugins.import_files(options.imports))
         weights, description = world.together(
             lambda: checkpoint.load_model_file(
                 options.checkpoint, "best" if options.best else "last"
             )
         )
+        world.together(lambda: plugins.require(description.get("imports", {}), options.checkpoint))
         config = world.together(lambda: evaluation_config(description["config"], options))
         index = world.together(lambda: open_split(config, options.split, world))
         world.together(
@@ -214,10 +217,11 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
         data["threads"] = options.threads
     data["device"] = "cpu"
     changed = {
-        **raw,
+        **{key: value for key, value in raw.items() if key != "checkpoint"},
+        "imports": options.imports,
         "data": data,
         # What only training knows of.
-        "checkpoint": "none",
+        "recompute": "none",
         "engine": "torch",
         "zero_stage": 0,
         "batch_norm": {"sync": False},

@@ -9,7 +9,7 @@ docs/weights.md says what each format holds and what it cannot.
 import argparse
 from pathlib import Path
 
-from tetdist.cli.common import answer, program
+from tetdist.cli.common import add_import, answer, program
 
 # Of each format, what --output is. None is a folder.
 ENDINGS = {"safetensors": None, "timm": None, "nir": ".nir", "onnx": ".onnx", "torch": ".pt2"}
@@ -42,6 +42,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="SECONDS",
         help="nir: length of a timestep (default: 1e-4, as in other libraries)",
     )
+    add_import(parser)
     options = parser.parse_args(arguments)
     ending = ENDINGS[options.format]
     if ending is not None and options.output.suffix != ending:
@@ -62,7 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def export(options: argparse.Namespace) -> None:
     from tetdist.exchange import export as formats
+    from tetdist.plugins import import_files
 
+    import_files(options.imports)
     which = "best" if options.best else "last"
     trained = formats.load(options.checkpoint, which, options.timesteps)
     output: Path = options.output

@@ -12,7 +12,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from tetdist.cli.common import MISTAKES, fail, program
+from tetdist.cli.common import MISTAKES, add_import, fail, program
 
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
@@ -34,6 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="key=value",
         help="override a key of the configuration: seed=1, phases.0.epochs=2, data.root=...",
     )
+    add_import(parser)
     parser.add_argument(
         "--print-config",
         action="store_true",
@@ -87,7 +88,7 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
         for key, text in messages.documented_keys().items():
             print(f"{key:32} {' '.join(text.split())}".rstrip())
         return None
-    config = loading.load(options.config, options.overrides)
+    config = loading.load(options.config, options.overrides, options.imports)
     if options.print_config:
         print(config.as_yaml(), end="")
         return None

@@ -8,18 +8,16 @@ from typing import Any
 from pydantic import BaseModel
 
 from tetdist.config.identity import flatten
-from tetdist.config.schema import TIMM, NeuronSection, RunConfig, phase_image_sizes
+from tetdist.config.schema import TIMM, RunConfig, phase_image_sizes
 from tetdist.errors import UserError
+from tetdist.losses import LOSSES
+from tetdist.optimizers import kind_of
 
 logger = logging.getLogger(__name__)
 
 
 def check(config: RunConfig) -> None:
     """Contradictions between keys that are each fine on their own."""
-    import timm
-
-    import tetdist.models
-
     if "/" in config.name or config.name in ("", ".", ".."):
         raise UserError(f"name: {config.name!r} is not the name of a folder")
     batch = config.batch
@@ -28,25 +26,8 @@ def check(config: RunConfig) -> None:
             f"batch.global: {batch.global_} is not a multiple of batch.micro, {batch.micro}; "
             f"{batch.global_ // batch.micro * batch.micro or batch.micro} is"
         )
-    known = [m for module in tetdist.models.MODEL_MODULES for m in timm.list_models(module=module)]
-    if config.model.name not in known:
-        close = difflib.get_close_matches(config.model.name, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
-        raise UserError(f"model.name: {config.model.name!r} is not a spiking model{hint}")
-    allowed = tetdist.models.arguments_of(config.model.name)
-    for key in config.model.arguments:
-        if key in ("num_classes", "neuron", "timesteps"):
-            raise UserError(f"model.arguments.{key}: has a key of its own; set it there")
-        if key not in allowed:
-            close = difflib.get_close_matches(key, allowed, n=1)
-            hint = f"the nearest known one is {close[0]!r}" if close else f"known: {allowed}"
-            raise UserError(f"model.arguments.{key}: {config.model.name} has no such; {hint}")
-    kind = model_input_kind(config.model.name)
-    if kind != config.data.kind:
-        raise UserError(
-            f"data.kind is {config.data.kind!r} and model.name {config.model.name!r} "
-            f"takes {kind!r}: choose a model or data that suit each other"
-        )
+    _check_model(config)
+    _check_kinds(config)
     data = config.data
     if data.scale[0] > data.scale[1] or data.scale[1] == 0:
         raise UserError(f"data.scale: {list(data.scale)} must rise from the first to the second")
@@ -61,7 +42,6 @@ def check(config: RunConfig) -> None:
         )
     _check_augmentation(config)
     _check_precision_and_engine(config)
-    _check_spike(config)
     _check_distillation(config)
     if config.tracking.register_ is not None and config.tracking.log_checkpoint == "none":
         raise UserError(
@@ -82,6 +62,59 @@ def check(config: RunConfig) -> None:
             raise UserError(
                 f"phases.{i}.warmup_epochs: {phase.warmup_epochs} must be below the phase's "
                 f"{phase.epochs} epochs"
+            )
+
+
+def _check_model(config: RunConfig) -> None:
+    from tetdist import models
+
+    name, known = config.model.name, models.names()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        raise UserError(
+            f"model.name: {name!r} is not a spiking model; {hint} (one of your own needs its file: "
+            "imports: [FILE.py], or --import FILE.py)"
+        )
+    allowed = models.arguments_of(name)
+    for key in config.model.arguments:
+        if key in ("num_classes", "neuron", "timesteps"):
+            raise UserError(f"model.arguments.{key}: has a key of its own; set it there")
+        if allowed is not None and key not in allowed:
+            close = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"the nearest known one is {close[0]!r}" if close else f"known: {allowed}"
+            raise UserError(f"model.arguments.{key}: {name} has no such; {hint}")
+    kind = models.input_kind(name)
+    if kind not in (None, config.data.kind):
+        raise UserError(
+            f"data.kind is {config.data.kind!r} and model.name {name!r} takes {kind!r}: choose a "
+            "model or data that suit each other"
+        )
+
+
+def _check_kinds(config: RunConfig) -> None:
+    """Names of losses and optimisers, and whether what is set for them suits them."""
+    loss = LOSSES[config.loss.kind]
+    own = [name for name in loss.arguments if name not in ("lambda_", "phi", "label_smoothing")]
+    for key in config.loss.arguments:
+        if key not in own:
+            known = ", ".join(own) or "none"
+            raise UserError(
+                f"loss.arguments.{key}: loss.kind={config.loss.kind} has no such; known: {known}"
+            )
+    if config.loss.distillation.self_weight and loss.of_time_mean:
+        raise UserError(
+            "loss.distillation.self_weight: timesteps learn from their mean, and "
+            f"loss.kind={config.loss.kind} sees that mean only; set loss.kind=tet with it"
+        )
+    for i, phase in enumerate(config.phases):
+        kind = kind_of(phase.optimizer.kind)
+        if config.zero_stage not in kind.zero_stages:
+            stages = ", ".join(map(str, kind.zero_stages))
+            raise UserError(
+                f"zero_stage: {config.zero_stage} shows phases.{i}.optimizer.kind="
+                f"{phase.optimizer.kind} flat parts of parameters, for which it is not right; it "
+                f"goes with {stages}"
             )
 
 
@@ -114,33 +147,13 @@ def _check_precision_and_engine(config: RunConfig) -> None:
         )
 
 
-def _check_spike(config: RunConfig) -> None:
-    neuron = config.model.neuron
-    if neuron.spike == "sigmoid" and neuron.surrogate != "sigmoid":
-        raise UserError(
-            "model.neuron.spike: sigmoid has its own derivative; set model.neuron.surrogate=sigmoid"
-        )
-
-
 def _check_distillation(config: RunConfig) -> None:
     section, key = config.loss.distillation, "loss.distillation"
-    if section.self_weight and config.loss.kind == "sdt":
-        raise UserError(
-            f"{key}.self_weight: timesteps learn from their mean, and loss.kind=sdt sees that mean "
-            "only; set loss.kind=tet with it"
-        )
     if section.teacher_weights and not (section.teacher or "").startswith(TIMM):
         raise UserError(
             f"{key}.teacher_weights: is of a timm teacher; set {key}.teacher=timm:NAME with it, or "
             f"give the file itself as {key}.teacher"
         )
-
-
-def model_input_kind(name: str) -> str:
-    """``images`` or ``events``, by the model's number of input channels."""
-    import timm
-
-    return "events" if timm.get_pretrained_cfg(name).input_size[0] == 2 else "images"
 
 
 def effective(config: RunConfig) -> dict[str, Any]:
@@ -170,18 +183,16 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
 
 def _unread(config: RunConfig) -> Iterator[tuple[BaseModel, str, tuple[str, ...], str]]:
     """Sections, their prefixes, their fields that nothing reads, and why."""
-    if config.loss.kind == "sdt":
-        yield config.loss, "loss.", ("lambda_", "phi"), "loss.kind=sdt"
-    soft = config.loss.distillation
-    if soft.teacher is None:
-        yield soft, "loss.distillation.", ("weight",), "loss.distillation.teacher=null"
-        if not soft.self_weight:
-            yield soft, "loss.distillation.", ("temperature",), "nothing to distil from"
-    elif soft.weight == 0:
-        yield soft, "loss.distillation.", ("teacher",), "loss.distillation.weight=0"
-    if config.model.neuron.spike == "relu":
-        every = tuple(name for name in NeuronSection.model_fields if name != "spike")
-        yield config.model.neuron, "model.neuron.", every, "model.neuron.spike=relu"
+    known = LOSSES[config.loss.kind].arguments
+    unread = tuple(key for key in ("lambda_", "phi", "label_smoothing") if key not in known)
+    yield config.loss, "loss.", unread, f"loss.kind={config.loss.kind}"
+    distillation = config.loss.distillation
+    if distillation.teacher is None:
+        yield distillation, "loss.distillation.", ("weight",), "loss.distillation.teacher=null"
+        if not distillation.self_weight:
+            yield distillation, "loss.distillation.", ("temperature",), "nothing to distil from"
+    elif distillation.weight == 0:
+        yield distillation, "loss.distillation.", ("teacher",), "loss.distillation.weight=0"
     if config.data.kind == "events":
         crops = ("image_size", "resize", "crop", "scale", "ratio", "padding", "interpolation")
         colors = ("auto_augment", "color_jitter", "mean", "std")
@@ -197,11 +208,10 @@ def _unread(config: RunConfig) -> Iterator[tuple[BaseModel, str, tuple[str, ...]
             sizes = ("image_size", "final_image_size")
             yield phase, f"phases.{i}.", sizes, "data.kind=events"
         prefix = f"phases.{i}.optimizer."
-        if phase.optimizer.kind == "sgd":
-            yield phase.optimizer, prefix, ("betas",), "kind=sgd"
-        else:
-            names = ("momentum", "nesterov")
-            yield phase.optimizer, prefix, names, f"kind={phase.optimizer.kind}"
+        read = kind_of(phase.optimizer.kind).reads
+        names = ("momentum", "nesterov", "betas", "arguments")
+        unread = tuple(name for name in names if name not in read)
+        yield phase.optimizer, prefix, unread, f"kind={phase.optimizer.kind}"
         if phase.optimizer.weight_decay == 0:
             yield phase.optimizer, prefix, ("decay_norms",), "weight_decay=0"
     if not config.tracking.mlflow:

@@ -15,7 +15,9 @@ OPERATIONAL_KEYS = (
     "data.threads",
     "data.prefetch",
     "batch.eval",
-    "checkpoint",
+    # Their content is compared instead, by checksums.
+    "imports",
+    "recompute",
     "engine",
     "zero_stage",
     "non_finite_limit",
@@ -29,6 +31,7 @@ OPERATIONAL_KEYS = (
     "save.every_steps",
     "save.keep_last",
     "tracking.mlflow",
+    "tracking.trackers",
     "tracking.uri",
     "tracking.experiment",
     "tracking.log_checkpoint",

@@ -2,6 +2,9 @@
 
 import difflib
 import json
+import logging
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,10 @@ from tetdist.config.checks import check, warn_without_effect
 from tetdist.config.messages import explain, innermost, united
 from tetdist.config.schema import RunConfig
 from tetdist.errors import UserError
+from tetdist.nn.neurons import NEURONS
+from tetdist.plugins import import_files
+
+logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel they are in the package, in a checkout beside it.
@@ -32,13 +39,15 @@ def find(name: str) -> Path:
     raise UserError(f"no configuration {name!r}, neither as a file nor in configs/{hint}")
 
 
-def load(name: str, overrides: list[str] | None = None) -> RunConfig:
-    """Read, override and check a configuration.
+def load(name: str, overrides: Sequence[str] = (), imports: Sequence[str | Path] = ()) -> RunConfig:
+    """Read, override and check a configuration, when the files that it names are imported.
 
     Args:
         name: A file or a name in configs/.
         overrides: ``dotted.key=value``; the value is YAML, list items are numbered from 0
             (``phases.0.epochs=1``).
+        imports: Files to be imported besides those of ``imports:``, which lie beside the
+            configuration.
 
     Raises:
         UserError: Anything about it is wrong; the text says what and where.
@@ -46,9 +55,35 @@ def load(name: str, overrides: list[str] | None = None) -> RunConfig:
     path = find(name)
     raw = read_yaml(path)
     raw.setdefault("name", path.stem)
-    for override in overrides or []:
+    raw["imports"] = [str((path.parent / one).absolute()) for one in _imports(raw, path)]
+    for override in overrides:
         apply_override(raw, override)
+    raw["imports"] = [str(Path(one).absolute()) for one in [*_imports(raw, path), *imports]]
+    import_files(raw["imports"])
     return parse(raw, str(path))
+
+
+def load_written(path: Path) -> RunConfig:
+    """Read what was written down of a checked configuration, and import the files it names.
+
+    Nothing is said of keys without effect, since every key is written out.
+
+    Raises:
+        UserError: It cannot be read, or a file of it cannot be imported.
+    """
+    try:
+        raw = read_yaml(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    import_files(_imports(raw, path))
+    return parse(raw, str(path), warn=False)
+
+
+def _imports(raw: dict[str, Any], path: Path) -> list[str]:
+    found = raw.get("imports") or []
+    if isinstance(found, list) and all(isinstance(one, str) for one in found):
+        return found
+    raise UserError(f"{path}: 'imports' must be a list of files, such as [my_snn.py]")
 
 
 class _Loader(yaml.SafeLoader):
@@ -89,7 +124,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse(raw: dict[str, Any], source: str, *, warn: bool = True) -> RunConfig:
-    """Check a configuration given as nested dictionaries; ``source`` is named in errors."""
+    """Check a configuration given as nested dictionaries; ``source`` is named in errors.
+
+    Nothing is imported: what files register has to be known already.
+    """
+    raw = _with_present_names(raw, warn)
     try:
         config = RunConfig.model_validate_json(_as_json(raw, source))
     except pydantic.ValidationError as error:
@@ -100,6 +139,35 @@ def parse(raw: dict[str, Any], source: str, *, warn: bool = True) -> RunConfig:
     if warn:
         warn_without_effect(config)
     return config
+
+
+def _with_present_names(raw: dict[str, Any], warn: bool) -> dict[str, Any]:
+    """A configuration of any version with the keys of this one."""
+    raw = dict(raw)
+    if "checkpoint" in raw and "recompute" not in raw:
+        raw["recompute"] = raw.pop("checkpoint")
+        if warn:
+            logger.warning("checkpoint is called recompute now; the old name still works")
+    model = raw.get("model")
+    if isinstance(model, dict) and isinstance(model.get("neuron"), dict):
+        raw["model"] = model | {"neuron": _of_its_kind(model["neuron"], warn)}
+    return raw
+
+
+def _of_its_kind(neuron: dict[str, Any], warn: bool) -> dict[str, Any]:
+    """The keys that the kind of neuron has, without those of other kinds."""
+    if neuron.get("spike") == "relu":  # Once it was a kind of spike.
+        neuron = {key: value for key, value in neuron.items() if key != "spike"} | {"kind": "relu"}
+    kind = neuron.get("kind", "lif")
+    if kind not in NEURONS:
+        return neuron
+    known = {cls: {one.name for one in fields(cls)} for cls in NEURONS.values()}
+    own = known[NEURONS[kind]] | {"kind"}
+    others = set().union(*known.values()) - own
+    for key in neuron.keys() & others:
+        if warn:
+            logger.warning("model.neuron.%s has no effect with model.neuron.kind=%s", key, kind)
+    return {key: value for key, value in neuron.items() if key not in others}
 
 
 def _as_json(raw: dict[str, Any], source: str) -> str:

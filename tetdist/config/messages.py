@@ -5,15 +5,16 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from tetdist.config.schema import PhaseSection, RunConfig
+from tetdist.config.schema import PhaseSection, RunConfig, neuron_section_of
+from tetdist.nn.neurons import NEURONS, NeuronConfig
 
 
 def united(error: Any) -> Any:
     """One sentence for a key of two kinds, of which pydantic complains once a kind."""
-    if error["loc"][0] != "checkpoint":
+    if error["loc"][0] != "recompute":
         return error
     message = "must be none, blocks or {timesteps: K} with a whole number K above 0"
-    return {"loc": ("checkpoint",), "type": "union", "msg": message, "input": ...}
+    return {"loc": ("recompute",), "type": "union", "msg": message, "input": ...}
 
 
 def innermost(errors: list[Any]) -> list[Any]:
@@ -27,11 +28,16 @@ def _contains(error: Any, other: Any) -> bool:
     return len(outer) < len(inner) and inner[: len(outer)] == outer
 
 
-def explain(error: Any) -> str:
+def explain(error: Any, known: list[str] | None = None) -> str:
+    """One of pydantic's errors as a sentence part; ``known`` are the keys beside a mistaken one."""
+    if error["type"] == "within":
+        inside = error["ctx"]["errors"]
+        moved = [one | {"loc": (*error["loc"], *one["loc"])} for one in inside]
+        return "; ".join(explain(one, error["ctx"]["known"]) for one in moved)
     location = [str(part) for part in error["loc"]]
     dotted = ".".join(location)
     if error["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = known or _known_keys(location[:-1])
         every = [*documented_keys(), *known]
         prefix = "".join(f"{part}." for part in location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
@@ -43,9 +49,12 @@ def explain(error: Any) -> str:
         return f"unknown key {dotted!r}; known here are {', '.join(known)}"
     if error["type"] == "missing":
         return f"{dotted!r} is missing"
+    if error["type"] == "neuron_numbers":
+        return f"{dotted}.{error['msg']}"  # it begins with the key
     message = error["msg"][0].lower() + error["msg"][1:]
     given = error["input"]
-    shown = "" if given is ... or isinstance(given, dict) else f", not {given!r}"
+    is_whole = error["type"].startswith("neuron") or given is ... or isinstance(given, dict)
+    shown = "" if is_whole else f", not {given!r}"
     return f"{dotted!r}: {message}{shown}"
 
 
@@ -63,6 +72,8 @@ def _section_at(location: list[str]) -> type[BaseModel] | None:
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if annotation is NeuronConfig:
+        return neuron_section_of("lif")
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((s for a in get_args(annotation) if (s := _section_in(a))), None)
@@ -78,6 +89,11 @@ def documented_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> d
     keys: dict[str, str] = {}
     for name, field in section.model_fields.items():
         dotted = f"{prefix}{field.alias or name}"
+        if field.annotation is NeuronConfig:
+            keys[f"{dotted}.kind"] = f"{', '.join(NEURONS)}, or one of your own; see imports."
+            for kind in NEURONS:
+                keys = keys | documented_keys(neuron_section_of(kind), f"{dotted}.") | keys
+            continue
         inner = _section_in(field.annotation)
         if inner is None or field.description:
             keys[dotted] = field.description or ""

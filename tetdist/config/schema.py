@@ -5,13 +5,21 @@ config.yaml. Keys that do not exist, values of the wrong type or range and setti
 contradict each other end in a `UserError` that names the dotted key.
 """
 
+import dataclasses
+import functools
+import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
+import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic_core import PydanticCustomError
 
-from tetdist.nn.neurons import SpikeName, SurrogateName
+from tetdist.models import SpikingNetwork
+from tetdist.models.create import create_model
+from tetdist.nn import neurons
+from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig
 
 TIMM = "timm:"  # before the name of one of timm's networks, where a path could stand
 
@@ -35,23 +43,50 @@ class Section(BaseModel):
     )
 
 
-class NeuronSection(Section):
-    """See `tetdist.neurons.NeuronConfig`, whose fields and defaults these are."""
+def neuron_section_of(kind: str) -> type[Section]:
+    """The keys of a kind of neuron, beside ``kind``."""
+    cls: Any = NEURONS[kind]
+    return _neuron_section(cls)
 
-    decay: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of the membrane kept from one timestep to the next; 1 is the IF neuron."""
-    threshold: Annotated[float, Field(gt=0)] = 1.0
-    reset: Literal["hard", "soft"] = "hard"
-    """hard: to 0; soft: by the threshold."""
-    detach_reset: bool = False
-    """Whether the reset is a constant to the backward pass."""
-    surrogate: SurrogateName = "triangle"
-    surrogate_width: Annotated[float, Field(gt=0)] = 1.0
-    """Half-width of triangle and rectangle, steepness of atan and sigmoid."""
-    spike: SpikeName = "step"
-    """sigmoid: the control of the paper whose gradient is its own. Needs surrogate=sigmoid, whose
-    width is its steepness. relu: no neurons but max(0, I), so at T=1 the ReLU network of the same
-    shape, to begin with or to learn from. Both without a fused path, so slower."""
+
+@functools.cache
+def _neuron_section(cls: Any) -> type[Section]:
+    """The keys of a kind of neuron, as its class, a `NeuronConfig`, declares its fields."""
+    hints, keys = get_type_hints(cls), dict[str, Any]()
+    for one in dataclasses.fields(cls):
+        described = Field(
+            default=one.default, description=one.metadata["doc"], **one.metadata["bounds"]
+        )
+        keys[one.name] = (hints[one.name], described)
+    made: type[Section] = pydantic.create_model(f"{cls.__name__}Section", __base__=Section, **keys)
+    return made
+
+
+def _neuron(value: Any) -> NeuronConfig:
+    """The neuron of a mapping of its kind and numbers; what is wrong is told by messages.py."""
+    if isinstance(value, NeuronConfig):
+        return value
+    if not isinstance(value, dict):
+        raise PydanticCustomError("neuron", "must hold keys and values")
+    numbers = dict(value)
+    kind = numbers.pop("kind", "lif")
+    if kind not in NEURONS:
+        hint = NEURONS.hint(str(kind))
+        raise PydanticCustomError("neuron_kind", "{text}", {"text": f"{kind!r} is none; {hint}"})
+    section = neuron_section_of(kind)
+    try:
+        checked = section.model_validate_json(json.dumps(numbers))
+        return NEURONS[kind](
+            **{name: getattr(checked, name) for name in type(checked).model_fields}
+        )
+    except pydantic.ValidationError as error:
+        context = {"errors": error.errors(), "known": ["kind", *section.model_fields]}
+        raise PydanticCustomError("within", "see its errors", context) from error
+    except ValueError as error:
+        raise PydanticCustomError("neuron_numbers", "{text}", {"text": str(error)}) from error
+
+
+Neuron = Annotated[NeuronConfig, PlainValidator(_neuron), PlainSerializer(neurons.as_dict)]
 
 
 class ModelSection(Section):
@@ -59,9 +94,19 @@ class ModelSection(Section):
     """A model registered with timm, such as sew_resnet34."""
     num_classes: Annotated[int, Field(gt=1)] | None = None
     """Null: as many as the data set has."""
-    neuron: NeuronSection = NeuronSection()
+    neuron: Neuron = LIF()
     arguments: dict[str, Any] = {}
     """Further arguments of the model, such as connect_function: add."""
+
+    def build(self, *, num_classes: int, timesteps: int) -> SpikingNetwork:
+        """The model, initialised; see `create_model`."""
+        return create_model(
+            self.name,
+            num_classes=num_classes,
+            timesteps=timesteps,
+            neuron=self.neuron,
+            arguments=self.arguments,
+        )
 
 
 class ColorJitterSection(Section):
@@ -154,33 +199,41 @@ class DistillationSection(Section):
 
 
 class LossSection(Section):
-    kind: Literal["tet", "sdt"] = "tet"
+    kind: str = "tet"
+    """tet, sdt (cross-entropy of the time-mean), or one of your own; see imports."""
     lambda_: Fraction = Field(default=0.001, alias="lambda")
     """TET's weight of the pull towards phi."""
     phi: float = 1.0
     """TET's target of all outputs; the paper takes the threshold."""
     label_smoothing: Share = 0.0
+    arguments: dict[str, Any] = {}
+    """Further arguments of a loss of your own."""
     distillation: DistillationSection = DistillationSection()
 
     def as_text(self) -> str:
         """For a person, such as "TET, lambda 0.001, phi 1; 0.2 x divergence from timm:NAME"."""
-        text = f"TET, lambda {self.lambda_:g}, phi {self.phi:g}"
-        if self.kind == "sdt":
-            text = "SDT: cross-entropy of the time-mean"
+        match self.kind:
+            case "tet":
+                text = f"TET, lambda {self.lambda_:g}, phi {self.phi:g}"
+            case "sdt":
+                text = "SDT: cross-entropy of the time-mean"
+            case other:
+                text = ", ".join([other, *(f"{k} {v}" for k, v in self.arguments.items())])
         if self.label_smoothing:
             text += f", label smoothing {self.label_smoothing:g}"
-        soft = self.distillation
-        if soft.teacher is not None:
-            text += f"; {soft.weight:g} x divergence from {soft.teacher}"
-        if soft.self_weight:
-            text += f"; {soft.self_weight:g} x divergence from the time-mean"
-        if soft.teacher is not None or soft.self_weight:
-            text += f", temperature {soft.temperature:g}"
+        distillation = self.distillation
+        if distillation.teacher is not None:
+            text += f"; {distillation.weight:g} x divergence from {distillation.teacher}"
+        if distillation.self_weight:
+            text += f"; {distillation.self_weight:g} x divergence from the time-mean"
+        if distillation.teacher is not None or distillation.self_weight:
+            text += f", temperature {distillation.temperature:g}"
         return text
 
 
 class OptimizerSection(Section):
-    kind: Literal["sgd", "adam", "adamw"] = "sgd"
+    kind: str = "sgd"
+    """sgd, adam, adamw; timm:NAME is timm's, such as timm:lamb; or one of your own; see imports."""
     lr: Annotated[float, Field(gt=0)]
     """Peak learning rate, for the global batch as it is: nothing is scaled behind your back."""
     momentum: Share = 0.9
@@ -189,6 +242,8 @@ class OptimizerSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     decay_norms: bool = True
     """Whether weight decay applies to batch norm parameters and biases, too."""
+    arguments: dict[str, Any] = {}
+    """Further arguments of timm's optimisers and of your own, such as eps: 1.0e-6."""
 
 
 class PhaseSection(Section):
@@ -233,6 +288,8 @@ class TrackingSection(Section):
     experiment: str = "tetdist"
     log_checkpoint: Literal["none", "last", "best"] = "none"
     """Copy this checkpoint's model.safetensors to MLflow when the run is finished."""
+    trackers: tuple[str, ...] = ()
+    """Trackers of your own beside MLflow; see imports."""
     register_: str | None = Field(default=None, alias="register")
     """Name of a model in MLflow's registry that gets the logged checkpoint as its next version."""
 
@@ -240,6 +297,9 @@ class TrackingSection(Section):
 class RunConfig(Section):
     name: str
     """Of the run and its folder."""
+    imports: tuple[str, ...] = ()
+    """Python files of your own, beside the configuration, that register models, neurons, losses,
+    optimisers, transforms or trackers; docs/extending.md. --import FILE adds one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     model: ModelSection
     data: DataSection
@@ -251,7 +311,7 @@ class RunConfig(Section):
     batch_norm: BatchNormSection = BatchNormSection()
     execution: Literal["fused", "reference"] = "fused"
     """reference runs the plain definitions of normalisation and neurons."""
-    checkpoint: Literal["none", "blocks"] | SegmentsSection = "none"
+    recompute: Literal["none", "blocks"] | SegmentsSection = "none"
     """Activation memory. blocks: keep each block's input only, compute the rest again; the same
     result to the bit. {timesteps: k}: the same over segments of k timesteps, for long T; batch
     norm then normalises each segment by itself, which is another network in training."""

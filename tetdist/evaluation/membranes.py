@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.nn import neurons
-from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import NormNeuron, spiking_layers
 from tetdist.nn.precision import autocast
 
@@ -43,6 +43,7 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
     fires: dict[str, float] = {}
 
     def note(name: str, current: Tensor, config: NeuronConfig) -> None:
+        assert isinstance(config, LIF)
         shares[name], fires[name] = _histogram(current, config)
 
     def look(name: str) -> Callable[..., None]:
@@ -58,6 +59,8 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
     handles = [
         module.register_forward_pre_hook(look(name), with_kwargs=True)
         for name, module in spiking_layers(model).items()
+        # Others have no membrane, or move it by numbers of their own.
+        if type(_neuron_of(module)) is LIF
     ]
     was_training = model.training
     model.eval()
@@ -72,7 +75,11 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
     return Membranes(edges, shares, fires)
 
 
-def _histogram(current: Tensor, config: NeuronConfig) -> tuple[list[float], float]:
+def _neuron_of(module: nn.Module) -> object:
+    return module.neuron if isinstance(module, NormNeuron) else module.config
+
+
+def _histogram(current: Tensor, config: LIF) -> tuple[list[float], float]:
     """Shares by bin, and above the threshold, of neurons with input current (T, ...)."""
     current = current.to(torch.promote_types(current.dtype, torch.float32))
     counts = torch.zeros(BINS, dtype=torch.float64, device=current.device)

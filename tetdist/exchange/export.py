@@ -20,12 +20,13 @@ import yaml
 from torch import Tensor
 
 import tetdist
-from tetdist import checkpoint
+from tetdist import checkpoint, plugins
 from tetdist.config.loading import parse
-from tetdist.config.schema import NeuronSection, RunConfig
+from tetdist.config.schema import RunConfig
 from tetdist.errors import UserError, typed
 from tetdist.models import SpikingNetwork
-from tetdist.models.create import create_model
+from tetdist.nn import neurons
+from tetdist.nn.neurons import LIF, NeuronConfig
 
 # Of the inputs that an exported program is compared on.
 _CHECKED, _TOLERANCE = 4, 1e-4
@@ -73,12 +74,15 @@ def load(path: Path, which: str = "last", timesteps: int | None = None) -> Train
         UserError: See `checkpoint.load_model_file`.
     """
     weights, description = checkpoint.load_model_file(path, which)
+    plugins.require(description.get("imports", {}), path)
     parse(description["config"], str(path), warn=False)  # somebody else may have written it
     config = parse(_without_places(description["config"]), str(path), warn=False)
     num_classes = config.model.num_classes or len(description["classes"])
-    model = create_model(config.model, num_classes, timesteps or description["timesteps"])
+    timesteps = timesteps or description["timesteps"]
+    model = config.model.build(num_classes=num_classes, timesteps=timesteps)
     checkpoint.load_weights(model, weights, path)
-    model.set_execution("reference")
+    if hasattr(model, "set_execution"):
+        model.set_execution("reference")
     if model.timesteps != description["timesteps"]:
         description["validation"] = None  # was measured at the other T
     description |= {"config": config.as_dict(), "timesteps": model.timesteps, "which": which}
@@ -88,13 +92,14 @@ def load(path: Path, which: str = "last", timesteps: int | None = None) -> Train
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration without what its trainer's folders and addresses tell of him."""
     loss = config.get("loss", {})
-    soft = loss.get("distillation", {})
-    named = {key: _name_of(soft.get(key)) for key in ("teacher", "teacher_weights")}
+    distillation = loss.get("distillation", {})
+    named = {key: _name_of(distillation.get(key)) for key in ("teacher", "teacher_weights")}
     return config | {
         "data": config["data"] | {"root": "data", "index": None},
         "tracking": config["tracking"] | {"uri": None},
         "init_checkpoint": _name_of(config.get("init_checkpoint")),
-        "loss": loss | {"distillation": soft | named},
+        "imports": [Path(one).name for one in config.get("imports", [])],
+        "loss": loss | {"distillation": distillation | named},
         "runs_dir": "runs",
         "cluster": {},
     }
@@ -157,7 +162,7 @@ def timm_config(trained: Trained) -> dict[str, Any]:
     cfg |= {key: model.default_cfg[key] for key in ("first_conv", "classifier")}
     if trained.description["classes"]:
         cfg["label_names"] = trained.description["classes"]
-    arguments = {"timesteps": model.timesteps, "neuron": section.neuron.model_dump()}
+    arguments = {"timesteps": model.timesteps, "neuron": neurons.as_dict(section.neuron)}
     return {
         "architecture": section.name,
         "num_classes": model.num_classes,
@@ -213,7 +218,7 @@ model.set_timesteps(2)  # fewer or more timesteps with the same weights"""
         "",
         f"# {config.name}",
         "",
-        f"A {'ReLU' if neuron.spike == 'relu' else 'spiking neural'} network, made with tetdist.",
+        f"A {'spiking neural' if neuron.spiking else 'ReLU'} network, made with tetdist.",
         "",
         "| | |",
         "|---|---|",
@@ -241,9 +246,13 @@ model.set_timesteps(2)  # fewer or more timesteps with the same weights"""
     return "\n".join(lines) + "\n"
 
 
-def _neuron(neuron: NeuronSection) -> str:
-    if neuron.spike == "relu":
+def _neuron(neuron: NeuronConfig) -> str:
+    if not neuron.spiking:
         return "none: max(0, I), the ReLU network of this shape"
+    if type(neuron) is not LIF:
+        numbers = neurons.as_dict(neuron)
+        kind = numbers.pop("kind")
+        return ", ".join([kind, *(f"{key} {value}" for key, value in numbers.items())])
     kind = "IF" if neuron.decay == 1 else "LIF"
     if neuron.spike != "step":
         kind += f" with a {neuron.spike} in place of spikes"

@@ -32,7 +32,7 @@ from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork, SpikingResNet, sew_resnet, spiking_resnet
 from tetdist.models.base import ConvNormNeuron
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.neurons import Neuron, NeuronConfig
+from tetdist.nn.neurons import LIF, Neuron, NeuronConfig
 from tetdist.nn.norm_neuron import NormNeuron
 from tetdist.nn.packed import AvgPool, MaxPool
 
@@ -177,6 +177,11 @@ class _Builder:
         return self.add(name, self.neuron(config, x.shape), x, x.shape)
 
     def neuron(self, config: NeuronConfig, shape: tuple[int, ...]) -> nir.NIRNode:
+        if type(config) is not LIF:
+            raise UserError(
+                f"NIR has no neurons of the kind of this network ({type(config).__name__}); export "
+                "it to onnx or torch"
+            )
         if config.reset == "soft":
             raise UserError(
                 "NIR's neurons are reset to a constant, and this network's by subtraction "

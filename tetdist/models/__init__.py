@@ -1,39 +1,72 @@
-"""Spiking networks, registered with timm: ``timm.create_model("sew_resnet34", timesteps=4)``."""
+"""Spiking networks, registered with timm: ``timm.create_model("sew_resnet34", timesteps=4)``.
+
+A network of one's own is registered with timm, too, in a file that a configuration imports. What is
+asked of it is `base.SpikingModel`.
+"""
 
 import inspect
+import typing
 from collections.abc import Mapping
+from typing import Any
 
 import timm
+from torch import nn
 
-from tetdist.models.base import SpikingNetwork
+from tetdist import plugins
+from tetdist.models.base import SpikingModel, SpikingNetwork
 from tetdist.models.sew_resnet import SEWResNet
 from tetdist.models.spiking_convnet import SpikingConvNet
 from tetdist.models.spiking_resnet import SpikingResNet
 from tetdist.models.vggsnn import VGGSNN
 
-_CLASSES: dict[str, type[SpikingNetwork]] = {
-    "sew_resnet": SEWResNet,
-    "spiking_resnet": SpikingResNet,
-    "vggsnn": VGGSNN,
-    "spiking_convnet": SpikingConvNet,
-}
-MODEL_MODULES = tuple(_CLASSES)
+__all__ = [
+    "VGGSNN",
+    "SEWResNet",
+    "SpikingConvNet",
+    "SpikingModel",
+    "SpikingNetwork",
+    "SpikingResNet",
+]
+
+# What has a key of its own in a configuration, or belongs to the registered variant.
+_FIXED = ("self", "block", "layers", "neuron", "num_classes", "timesteps", "in_chans")
 
 
-def arguments_of(name: str) -> list[str]:
-    """The arguments that a registered model leaves open, besides classes, T, neuron and input."""
-    fixed = {"self", "block", "layers", "neuron", "num_classes", "timesteps", "in_chans"}
-    return [parameter for parameter in _parameters(name) if parameter not in fixed]
+def names() -> list[str]:
+    """Names of all spiking models: ours, and those of imported files."""
+    homes = (f"{__name__}.", f"{plugins.PACKAGE}.")
+    return [
+        name
+        for name in timm.list_models()
+        if timm.model_entrypoint(name).__module__.startswith(homes)
+    ]
+
+
+def class_of(name: str) -> type[nn.Module] | None:
+    """The class of a registered model, which is what its function says that it returns, or None."""
+    found = typing.get_type_hints(timm.model_entrypoint(name)).get("return")
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+
+
+def arguments_of(name: str) -> list[str] | None:
+    """Arguments that a registered model takes besides classes, T and neuron; None: unknown."""
+    parameters = _parameters(name)
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        return None
+    return [parameter for parameter in parameters if parameter not in _FIXED]
 
 
 def default_timesteps(name: str) -> int:
     """T of a registered model where nobody says another."""
-    return int(_parameters(name)["timesteps"].default)
+    parameter = _parameters(name).get("timesteps")
+    return 4 if parameter is None else int(parameter.default)
+
+
+def input_kind(name: str) -> str | None:
+    """``images`` or ``events``, what a registered model takes; None: known once it is built."""
+    kind: Any = getattr(class_of(name), "input_kind", None)
+    return kind if isinstance(kind, str) else None
 
 
 def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
-    module = timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1]
-    return inspect.signature(_CLASSES[module].__init__).parameters
-
-
-__all__ = ["VGGSNN", "SEWResNet", "SpikingConvNet", "SpikingNetwork", "SpikingResNet"]
+    return inspect.signature(class_of(name) or timm.model_entrypoint(name)).parameters

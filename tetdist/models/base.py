@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from timm.models import build_model_with_cfg
@@ -12,6 +12,8 @@ from tetdist.nn import neurons
 from tetdist.nn.norm_neuron import NormNeuron
 from tetdist.nn.packed import Conv2d
 from tetdist.nn.recompute import Block
+
+Network = TypeVar("Network", bound="SpikingNetwork")
 
 INV_SQRT_2 = 1 / math.sqrt(2)
 
@@ -24,6 +26,26 @@ def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> Conv2d:
     return Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
 
 
+class SpikingModel(Protocol):
+    """What the trainer, evaluation and export ask of a model; no more than this.
+
+    Attributes:
+        timesteps: T.
+        num_classes: K.
+        input_kind: ``images`` for (B, C, H, W), ``events`` for (B, T, C, H, W).
+    """
+
+    timesteps: int
+    num_classes: int
+    input_kind: Literal["images", "events"]
+
+    def set_timesteps(self, timesteps: int) -> None:
+        """Change T; weights and running statistics stay."""
+
+    def __call__(self, x: Tensor, per_timestep: bool = False) -> Tensor:
+        """Logits: their mean over time, (B, K), or each timestep's own, (T, B, K)."""
+
+
 class SpikingNetwork(nn.Module):
     """Base of all models: ``encode`` the input, ``body`` of blocks, pooled ``head``.
 
@@ -34,7 +56,6 @@ class SpikingNetwork(nn.Module):
         num_classes: K; 0 makes ``fc`` the identity.
         timesteps: T, how often a static image is shown; for events, how many of the input's
             bins are used.
-        input_kind: ``image`` for (B, C, H, W), ``events`` for (B, T, C, H, W).
     """
 
     stem: nn.Module
@@ -48,16 +69,17 @@ class SpikingNetwork(nn.Module):
     # How many of the last blocks are not computed again where the others are: those of a ResNet's
     # last stage take a share of the time, and next to no memory.
     small_blocks: int = 0
+    # images (B, C, H, W), the same at all timesteps, or events (B, T, C, H, W).
+    input_kind: Literal["images", "events"] = "images"
     # Height and width of the input where the classifier depends on it.
     input_size: int | None = None
     # timm's builder sets these.
     pretrained_cfg: dict[str, Any]
     default_cfg: dict[str, Any]
 
-    def __init__(self, *, num_classes: int, timesteps: int, input_kind: str = "image") -> None:
+    def __init__(self, *, num_classes: int, timesteps: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.input_kind = input_kind
         self.set_timesteps(timesteps)
         self.grad_checkpointing = False
         self.segment: int | None = None
@@ -123,7 +145,7 @@ class SpikingNetwork(nn.Module):
         Raises:
             ValueError: The shape does not suit, or has fewer than T time bins.
         """
-        if self.input_kind == "image":
+        if self.input_kind == "images":
             if x.ndim != 4:
                 raise ValueError(f"an image batch is (B, C, H, W), not {tuple(x.shape)}")
             # channels_last, so that every activation after it is, too (fused.py relies on it to
@@ -255,20 +277,19 @@ def model_cfg(image_size: int = 224, **overrides: Any) -> dict[str, Any]:
 
 
 def build(
-    cls: type[SpikingNetwork],
+    cls: type[Network],
     variant: str,
     pretrained: bool,
     *,
     neuron: neurons.NeuronConfig | dict[str, Any] | None = None,
     **kwargs: Any,
-) -> SpikingNetwork:
+) -> Network:
     """Build a registered model through timm. ``neuron`` may be a mapping of `NeuronConfig`."""
-    if not isinstance(neuron, neurons.NeuronConfig):
-        neuron = neurons.NeuronConfig(**(neuron or {}))
+    neuron = neurons.make(neuron)
     # timm's train.py and benchmark.py pass what spiking networks have no use for.
     for unused in ("drop_rate", "global_pool", "scriptable"):
         kwargs.pop(unused, None)
-    model: SpikingNetwork = build_model_with_cfg(cls, variant, pretrained, neuron=neuron, **kwargs)
-    if neuron.spike != "step":
+    model: Network = build_model_with_cfg(cls, variant, pretrained, neuron=neuron, **kwargs)
+    if not neuron.binary:
         model.spike_levels = None
     return model

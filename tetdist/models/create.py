@@ -1,28 +1,49 @@
 """A model of its name, with a neuron, a number of classes and T."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import timm
 
-from tetdist.config.schema import ModelSection
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
+from tetdist.nn.neurons import NeuronConfig
 
 
-def create_model(section: ModelSection, num_classes: int, timesteps: int) -> SpikingNetwork:
-    """The configured model, initialised.
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    timesteps: int,
+    neuron: NeuronConfig,
+    arguments: Mapping[str, Any],
+) -> SpikingNetwork:
+    """Build a registered model, initialised.
+
+    Args:
+        name: By which timm knows it.
+        num_classes: K.
+        timesteps: T.
+        neuron: Of all its layers; networks that bring neurons of their own may ignore it.
+        arguments: The model's further ones, `model.arguments` in a configuration.
 
     Raises:
-        UserError: ``model.arguments`` does not suit it.
+        UserError: They do not suit the model, or it is not what the trainer asks of one.
     """
     try:
         model: SpikingNetwork = timm.create_model(
-            section.name,
-            num_classes=num_classes,
-            timesteps=timesteps,
-            neuron=section.neuron.model_dump(),
-            **section.arguments,
+            name, num_classes=num_classes, timesteps=timesteps, neuron=neuron, **arguments
         )
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
-            f"model.arguments: {section.name} cannot be built with {section.arguments} ({error})"
+            f"model.arguments: {name} cannot be built with {dict(arguments)} ({error})"
         ) from error
+    asked = ("timesteps", "set_timesteps", "num_classes", "input_kind")
+    if missing := [attribute for attribute in asked if not hasattr(model, attribute)]:
+        raise UserError(
+            f"model.name: {name} is no spiking model: it has no {missing[0]} "
+            "(tetdist.models.SpikingModel lists what is asked of one)"
+        )
     return model

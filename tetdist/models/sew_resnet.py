@@ -142,7 +142,7 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def sew_resnet18(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+def sew_resnet18(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
     """SEW-ResNet-18."""
     return base.build(
         SEWResNet, "sew_resnet18", pretrained, block=BasicBlock, layers=(2, 2, 2, 2), **kwargs
@@ -150,7 +150,7 @@ def sew_resnet18(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
 
 
 @register_model
-def sew_resnet34(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+def sew_resnet34(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
     """SEW-ResNet-34: 21.79 million parameters at 1000 classes."""
     return base.build(
         SEWResNet, "sew_resnet34", pretrained, block=BasicBlock, layers=(3, 4, 6, 3), **kwargs
@@ -158,7 +158,7 @@ def sew_resnet34(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
 
 
 @register_model
-def sew_resnet50(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+def sew_resnet50(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
     """SEW-ResNet-50."""
     return base.build(
         SEWResNet, "sew_resnet50", pretrained, block=Bottleneck, layers=(3, 4, 6, 3), **kwargs
@@ -166,7 +166,7 @@ def sew_resnet50(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
 
 
 @register_model
-def sew_resnet101(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+def sew_resnet101(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
     """SEW-ResNet-101."""
     return base.build(
         SEWResNet, "sew_resnet101", pretrained, block=Bottleneck, layers=(3, 4, 23, 3), **kwargs
@@ -174,7 +174,7 @@ def sew_resnet101(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
 
 
 @register_model
-def sew_resnet152(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+def sew_resnet152(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
     """SEW-ResNet-152."""
     return base.build(
         SEWResNet, "sew_resnet152", pretrained, block=Bottleneck, layers=(3, 8, 36, 3), **kwargs

@@ -25,7 +25,7 @@ class SpikingConvNet(SpikingNetwork):
         channels: Output channels of the convolutions.
         input_size: Height and width of the images.
         in_chans: Channels of the input.
-        num_classes, timesteps, input_kind: See `SpikingNetwork`.
+        num_classes, timesteps: See `SpikingNetwork`.
     """
 
     def __init__(
@@ -37,9 +37,8 @@ class SpikingConvNet(SpikingNetwork):
         in_chans: int = 3,
         num_classes: int = 10,
         timesteps: int = 4,
-        input_kind: str = "image",
     ) -> None:
-        super().__init__(num_classes=num_classes, timesteps=timesteps, input_kind=input_kind)
+        super().__init__(num_classes=num_classes, timesteps=timesteps)
         self.stem = ConvNormNeuron(conv3x3(in_chans, channels[0]), neuron)
         self.blocks = nn.Sequential(
             *(
@@ -62,6 +61,12 @@ class SpikingConvNet(SpikingNetwork):
         return x if pre_logits else self.fc(x)
 
 
+class SpikingConvNetDVS(SpikingConvNet):
+    """The same network for event frames, (B, T, 2, H, W)."""
+
+    input_kind = "events"
+
+
 default_cfgs = generate_default_cfgs(
     {
         "spiking_convnet": base.model_cfg(
@@ -75,13 +80,13 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def spiking_convnet(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+def spiking_convnet(pretrained: bool = False, **kwargs: Any) -> SpikingConvNet:
     """Small spiking network: 55,000 parameters at 10 classes."""
     return base.build(SpikingConvNet, "spiking_convnet", pretrained, **kwargs)
 
 
 @register_model
-def spiking_convnet_dvs(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+def spiking_convnet_dvs(pretrained: bool = False, **kwargs: Any) -> SpikingConvNetDVS:
     """The same for event frames of 34x34 (N-MNIST), 64, 128 and 128 channels."""
     defaults: dict[str, Any] = {
         "channels": (32, 64, 128, 128),
@@ -90,6 +95,4 @@ def spiking_convnet_dvs(pretrained: bool = False, **kwargs: Any) -> SpikingNetwo
         "timesteps": 10,
     }
     kwargs = defaults | kwargs
-    return base.build(
-        SpikingConvNet, "spiking_convnet_dvs", pretrained, input_kind="events", **kwargs
-    )
+    return base.build(SpikingConvNetDVS, "spiking_convnet_dvs", pretrained, **kwargs)

@@ -150,7 +150,7 @@ class SpikingResNet(SpikingNetwork):
         self.hidden: nn.Module = nn.Identity()
         if hidden_features:
             self.hidden = nn.Sequential(
-                nn.Linear(channels, hidden_features), neurons.Neuron(neuron)
+                nn.Linear(channels, hidden_features), neurons.Neuron(neuron, hidden_features)
             )
         self.num_features = self.head_hidden_size = hidden_features or channels
         self.fc = base.new_classifier(self.num_features, num_classes)
@@ -177,7 +177,7 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def spiking_resnet18(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+def spiking_resnet18(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """Spiking ResNet-18 with tdBN."""
     return base.build(
         SpikingResNet,
@@ -190,7 +190,7 @@ def spiking_resnet18(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
 
 
 @register_model
-def spiking_resnet34(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+def spiking_resnet34(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """Spiking ResNet-34 with tdBN."""
     return base.build(
         SpikingResNet,
@@ -203,7 +203,7 @@ def spiking_resnet34(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
 
 
 @register_model
-def spiking_resnet50(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+def spiking_resnet50(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """Spiking ResNet-50 with tdBN."""
     return base.build(
         SpikingResNet,
@@ -216,7 +216,7 @@ def spiking_resnet50(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
 
 
 @register_model
-def spiking_resnet19(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+def spiking_resnet19(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """ResNet-19 for 32x32 images: 12.63 million parameters at 10 classes."""
     defaults: dict[str, Any] = {
         "norm": "bn",

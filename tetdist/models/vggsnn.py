@@ -22,6 +22,7 @@ class VGGSNN(SpikingNetwork):
         num_classes, timesteps: See `SpikingNetwork`.
     """
 
+    input_kind = "events"
     spike_levels = 4  # means of 2x2 spikes
 
     def __init__(
@@ -33,7 +34,7 @@ class VGGSNN(SpikingNetwork):
         num_classes: int = 10,
         timesteps: int = 10,
     ) -> None:
-        super().__init__(num_classes=num_classes, timesteps=timesteps, input_kind="events")
+        super().__init__(num_classes=num_classes, timesteps=timesteps)
         if input_size < 16:
             raise ValueError(f"input_size must be at least 16 (four poolings), not {input_size}")
 
@@ -75,6 +76,6 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def vggsnn(pretrained: bool = False, **kwargs: Any) -> SpikingNetwork:
+def vggsnn(pretrained: bool = False, **kwargs: Any) -> VGGSNN:
     """VGGSNN: 9.27 million parameters at 48x48 and 10 classes."""
     return base.build(VGGSNN, "vggsnn", pretrained, **kwargs)

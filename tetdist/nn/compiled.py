@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tetdist.nn.neurons import SURROGATES, NeuronConfig
-from tetdist.nn.passes import Passes
+from tetdist.nn.fused import Passes
+from tetdist.nn.neurons import LIF, SURROGATES
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def _input_gradient(
 
 @functools.cache
 def compiled_passes(
-    config: NeuronConfig, timesteps: int, shared: bool, carries: bool, packs: bool
+    config: LIF, timesteps: int, shared: bool, carries: bool, packs: bool
 ) -> Passes:
     decay, threshold, hard = config.decay, config.threshold, config.reset == "hard"
     surrogate, width, detach = (

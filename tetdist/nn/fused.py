@@ -1,32 +1,30 @@
 """Normalisation, an added shortcut, the neuron and added spikes as one operation: the fast path.
 
-`NormNeuron` is what models are built of. Its definition is a few lines (`NormNeuron.reference`);
-the fused path computes the same in one pass over memory each way. The forward pass keeps the
-convolution's output and two numbers per channel; the backward pass computes the normalised
-current and the membranes again from them, in registers, so nothing of the size of T membranes is
-ever stored.
-
-The passes see every activation as (T, N, C), N = B*H*W with channels last. On a CPU they are those
-of native.py. Elsewhere, and for types that it does not know, they are those written here, in
-PyTorch, and compiled by torch.compile with N and C symbolic, so that one kernel serves all layers
-of a network. Without a working compiler the definition is used, with one warning.
+It computes what `NormNeuron.reference` says in one pass over memory each way. The forward pass
+keeps the convolution's output and two numbers per channel; the backward pass computes the
+normalised current and the membranes again from them, in registers, so nothing of the size of T
+membranes is ever stored. The passes see every activation as (T, N, C), N = B*H*W with channels last.
 """
 
-import functools
-import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tetdist.nn import build, native
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.compiled import compiled_passes, torch_compile_works
-from tetdist.nn.neurons import NeuronConfig
-from tetdist.nn.passes import Passes
 
-logger = logging.getLogger(__name__)
+
+class Passes(NamedTuple):
+    """The passes of one variant: neuron, T, whether all timesteps share one x, whether membranes
+    are carried on, and whether spikes are packed, too."""
+
+    timesteps: int
+    statistics: Callable[..., tuple[Tensor, Tensor]]
+    spikes: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+    current_gradient: Callable[..., tuple[Tensor | None, ...]]
+    input_gradient: Callable[..., Tensor]
 
 
 class NormStatistics(NamedTuple):
@@ -155,41 +153,3 @@ class FusedNormNeuron(torch.autograd.Function):
             grad_shortcut_bias,
             *(None,) * 3,
         )
-
-
-@functools.cache
-def native_passes(
-    config: NeuronConfig, timesteps: int, shared: bool, carries: bool, packs: bool
-) -> Passes:
-    passes = native.passes(config)
-    if passes is None:
-        return compiled_passes(config, timesteps, shared, carries, packs)
-    return Passes(
-        timesteps,
-        passes.statistics,
-        functools.partial(passes.spikes, timesteps=timesteps, packs=packs, carries=carries),
-        passes.current_gradient,
-        passes.input_gradient,
-    )
-
-
-def passes_work(device_type: str, config: NeuronConfig) -> bool:
-    """Whether there are passes of the neuron for the device, or can be; if there is no compiler,
-    this is said once."""
-    if config.spike != "step":
-        return False  # What leaves the passes is kept as bytes.
-    if device_type == "cpu" and native.passes(config) is not None:
-        return True
-    works = torch_compile_works(device_type)
-    if works and device_type == "cpu":
-        _say_that_it_is_slower()
-    return works
-
-
-@functools.cache
-def _say_that_it_is_slower() -> None:
-    logger.warning(
-        "the C++ kernels cannot be built or loaded here (%s): torch.compile's are used, which are "
-        "slower to begin and to run",
-        build.failures.get("neuron", "for a reason unknown"),
-    )

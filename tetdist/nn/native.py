@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tetdist.nn.build import load_library
-from tetdist.nn.neurons import SURROGATES, NeuronConfig
+from tetdist.nn.neurons import LIF, SURROGATES
 
 TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
@@ -61,7 +61,7 @@ def serves(*tensors: Tensor | None) -> bool:
 class Passes:
     """The passes of one neuron; fused.py says what each is. All tensors are without gaps."""
 
-    def __init__(self, library: ctypes.CDLL, config: NeuronConfig) -> None:
+    def __init__(self, library: ctypes.CDLL, config: LIF) -> None:
         self.library = library
         self.neuron = _Neuron(config.decay, config.threshold, config.surrogate_width)
         library.num_blocks.restype = c_int64
@@ -294,7 +294,7 @@ def _sums() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def passes(config: NeuronConfig) -> Passes | None:
+def passes(config: LIF) -> Passes | None:
     """Passes for a neuron, compiled if they never were on this machine; None without a compiler."""
     library = load_library(
         "neuron",

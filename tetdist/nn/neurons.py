@@ -14,15 +14,17 @@ tested against this file.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from tetdist.plugins import Registry
+
 SurrogateName = Literal["triangle", "atan", "sigmoid", "rectangle"]
-SpikeName = Literal["step", "sigmoid", "relu"]
 
 
 def triangle(x: Tensor, width: float) -> Tensor:
@@ -54,61 +56,6 @@ SURROGATES: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class NeuronConfig:
-    """What distinguishes one neuron model from another. The defaults are the paper's LIF.
-
-    Attributes:
-        decay: Fraction of the membrane kept from one timestep to the next, in (0, 1];
-            1 is the IF neuron.
-        threshold: V_th, above 0, in units of the input current.
-        reset: ``hard`` sets the membrane to 0 after a spike, ``soft`` subtracts the threshold.
-        detach_reset: Whether the reset is a constant to the backward pass. The paper's is not.
-        surrogate: Stands in for the spike's derivative in the backward pass.
-        surrogate_width: Half-width of ``triangle`` and ``rectangle``; steepness alpha of ``atan``
-            and ``sigmoid``. Above 0.
-        spike: ``step`` fires or does not. ``sigmoid`` is the paper's control, a network without
-            spikes that has no mismatch of gradients: ``sigma(alpha (u - V_th))`` with alpha
-            ``surrogate_width``, and its own derivative, for which ``surrogate`` must be
-            ``sigmoid``. ``relu`` is no neuron at all but ``max(0, I)`` at each timestep by itself:
-            the ReLU network of the same shape, whose weights a spiking one can begin with. There is
-            no fused path of the last two.
-
-    Raises:
-        ValueError: A value is outside its range.
-    """
-
-    decay: float = 0.5
-    threshold: float = 1.0
-    reset: Literal["hard", "soft"] = "hard"
-    detach_reset: bool = False
-    surrogate: SurrogateName = "triangle"
-    surrogate_width: float = 1.0
-    spike: SpikeName = "step"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay must be in (0, 1], not {self.decay}")
-        if not self.threshold > 0:
-            raise ValueError(f"threshold must be above 0, not {self.threshold}")
-        if self.reset not in ("hard", "soft"):
-            raise ValueError(f"reset must be 'hard' or 'soft', not {self.reset!r}")
-        if self.surrogate not in SURROGATES:
-            raise ValueError(
-                f"surrogate must be one of {', '.join(SURROGATES)}, not {self.surrogate!r}"
-            )
-        if not self.surrogate_width > 0:
-            raise ValueError(f"surrogate_width must be above 0, not {self.surrogate_width}")
-        if self.spike not in get_args(SpikeName):
-            known = ", ".join(get_args(SpikeName))
-            raise ValueError(f"spike must be one of {known}, not {self.spike!r}")
-        if self.spike == "sigmoid" and self.surrogate != "sigmoid":
-            raise ValueError(
-                f"spike 'sigmoid' has its own derivative: surrogate must be 'sigmoid', not "
-                f"{self.surrogate!r}"
-            )
-
-
 class _Spike(torch.autograd.Function):
     """Heaviside step forward, surrogate backward."""
 
@@ -124,7 +71,7 @@ class _Spike(torch.autograd.Function):
         return grad_outputs[0] * SURROGATES[ctx.surrogate](x, ctx.width), None, None
 
 
-def spike(x: Tensor, config: NeuronConfig) -> Tensor:
+def spike(x: Tensor, config: "LIF") -> Tensor:
     """Spikes (0 or 1, of the type of ``x``) of ``x = u - V_th``, with the surrogate's gradient.
 
     With ``spike="sigmoid"``: numbers between 0 and 1, with their own gradient.
@@ -135,9 +82,12 @@ def spike(x: Tensor, config: NeuronConfig) -> Tensor:
 
 
 def run(
-    current: Tensor, config: NeuronConfig, membrane: Tensor | None = None
+    current: Tensor,
+    config: "LIF",
+    membrane: Tensor | None = None,
+    decay: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run neurons over time.
+    """Run IF or LIF neurons over time.
 
     The membrane is float32 (float64 for float64 input) whatever the current's type: in bfloat16
     the decayed sum would lose the very bits that decide about a spike.
@@ -147,17 +97,17 @@ def run(
         config: The neuron.
         membrane: Membrane after reset at the end of an earlier stretch of time, shape (...);
             None is a neuron at rest (0).
+        decay: Instead of the configured one, for kinds that learn it; broadcast to (...).
 
     Returns:
         Spikes (T, ...) of the current's type, and the membrane after the last reset, (...).
     """
-    if config.spike == "relu":
-        return current.relu(), torch.zeros_like(current[0])
+    decay = config.decay if decay is None else decay
     compute_type = torch.promote_types(current.dtype, torch.float32)
     u = torch.zeros_like(current[0], dtype=compute_type) if membrane is None else membrane
     spikes = []
     for current_t in current.to(compute_type):
-        u = config.decay * u + current_t
+        u = decay * u + current_t
         s = spike(u - config.threshold, config)
         spikes.append(s)
         s_reset = s.detach() if config.detach_reset else s
@@ -168,15 +118,192 @@ def run(
     return torch.stack(spikes).to(current.dtype), u
 
 
+# --- kinds of neuron ------------------------------------------------------------------------------
+
+# What `model.neuron.kind` chooses from.
+NEURONS: Registry[type["NeuronConfig"]] = Registry("kind of neuron", "model.neuron.kind")
+
+
+def option(default: Any, doc: str, **bounds: float) -> Any:
+    """Declare a number or a choice of a kind of neuron.
+
+    Args:
+        default: Its value where nobody says another.
+        doc: What it is, for the list of a configuration's keys.
+        bounds: ``gt``, ``ge`` or ``le``: what it must be above, at least, at most.
+    """
+    return field(default=default, metadata={"doc": doc, "bounds": bounds})
+
+
+_BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "gt": ("above", operator.gt),
+    "ge": ("at least", operator.ge),
+    "le": ("at most", operator.le),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronConfig:
+    """A kind of neuron with its numbers; kinds are subclasses, each in `NEURONS`.
+
+    Raises:
+        ValueError: A value is outside its range.
+    """
+
+    # True: neurons, which have a firing rate.
+    spiking: ClassVar[bool] = True
+    # True: spikes at t depend on the input up to t alone, so that one pass at T shows all t below.
+    causal: ClassVar[bool] = True
+
+    threshold: float = option(1.0, "V_th, in units of the input current.", gt=0)
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            for bound, limit in one.metadata.get("bounds", {}).items():
+                words, holds = _BOUNDS[bound]
+                if not holds(value, limit):
+                    raise ValueError(f"{one.name} must be {words} {limit}, not {value}")
+            kind = get_type_hints(type(self))[one.name]
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise ValueError(f"{one.name} must be one of {known}, not {value!r}")
+
+    @property
+    def binary(self) -> bool:
+        """True: what leaves the neuron is 0 or 1, which a byte keeps."""
+        return self.spiking
+
+    @property
+    def has_passes(self) -> bool:
+        """True: there are fused passes for it; else `run` is what computes, everywhere."""
+        return False
+
+    def parameters(self, num_channels: int) -> dict[str, Tensor]:
+        """Initial values of what a layer of C channels learns beside its norm, each (C,) or ()."""
+        del num_channels
+        return {}
+
+    def run(
+        self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run the neurons over time: the definition of this kind.
+
+        Args:
+            current: Input current, (T, B, C, H, W).
+            membrane: What `run` returned last for the same samples; None: at rest.
+            parameters: Those of `parameters`, as trained so far, of a shape that broadcasts to a
+                timestep of ``current``.
+
+        Returns:
+            Spikes (T, ...) of the current's type, and what the next stretch of time starts from.
+        """
+        raise NotImplementedError
+
+
+def make(values: Mapping[str, Any] | NeuronConfig | None = None) -> NeuronConfig:
+    """Make a neuron of a mapping of its kind (``lif`` if that is not said) and its numbers.
+
+    Raises:
+        UserError: There is no such kind.
+        ValueError, TypeError: Its numbers are not right.
+    """
+    if isinstance(values, NeuronConfig):
+        return values
+    values = dict(values or {})
+    if values.get("spike") == "relu":  # What earlier versions called this kind.
+        values = {"kind": "relu"}
+    return NEURONS[values.pop("kind", "lif")](**values)
+
+
+def as_dict(config: NeuronConfig) -> dict[str, Any]:
+    """Kind and numbers, such that `make` makes the same neuron of them."""
+    kind = next(name for name, cls in NEURONS.items() if cls is type(config))
+    return {"kind": kind} | asdict(config)
+
+
+@NEURONS.register("lif")
+@dataclass(frozen=True, kw_only=True)
+class LIF(NeuronConfig):
+    """Leaky integrate-and-fire. The defaults are the paper's; ``decay=1`` is the IF neuron."""
+
+    decay: float = option(
+        0.5,
+        "Share of the membrane kept from one timestep to the next; 1 is the IF neuron.",
+        gt=0,
+        le=1,
+    )
+    reset: Literal["hard", "soft"] = option("hard", "hard: to 0; soft: by the threshold.")
+    detach_reset: bool = option(
+        False, "Whether the reset is a constant to the backward pass. The paper's is not."
+    )
+    surrogate: SurrogateName = option(
+        "triangle", "Stands in for the spike's derivative in the backward pass."
+    )
+    surrogate_width: float = option(
+        1.0, "Half-width of triangle and rectangle, steepness of atan and sigmoid.", gt=0
+    )
+    spike: Literal["step", "sigmoid"] = option(
+        "step",
+        "sigmoid: the control of the paper whose gradient is its own. Needs surrogate=sigmoid, "
+        "whose width is its steepness; without fused passes, so slower.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.spike == "sigmoid" and self.surrogate != "sigmoid":
+            raise ValueError(
+                f"spike 'sigmoid' has its own derivative: surrogate must be 'sigmoid', not "
+                f"{self.surrogate!r}"
+            )
+
+    @property
+    def binary(self) -> bool:
+        return self.spike == "step"
+
+    @property
+    def has_passes(self) -> bool:
+        # A subclass is another neuron, of which the passes know nothing.
+        return type(self) is LIF and self.spike == "step"
+
+    def run(
+        self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return run(current, self, membrane, **parameters)
+
+
+@NEURONS.register("relu")
+@dataclass(frozen=True, kw_only=True)
+class ReLU(NeuronConfig):
+    """No neurons but ``max(0, I)`` at each timestep by itself.
+
+    At T=1 that is the ReLU network of the same shape, whose weights a spiking one can begin with.
+    """
+
+    spiking: ClassVar[bool] = False
+
+    def run(
+        self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        del membrane, parameters
+        return current.relu(), torch.zeros_like(current[0])
+
+
 class Neuron(nn.Module):
     """Neurons that start every sample at rest: current (T, B, ...) to spikes (T, B, ...)."""
 
-    def __init__(self, config: NeuronConfig) -> None:
+    def __init__(self, config: NeuronConfig, num_channels: int = 1) -> None:
         super().__init__()
         self.config = config
+        self.learned = learned(config, num_channels)
 
     def forward(self, current: Tensor) -> Tensor:
-        return run(current, self.config)[0]
+        return self.config.run(current, None, **self.learned)[0]
 
     def extra_repr(self) -> str:
         return str(self.config)
+
+
+def learned(config: NeuronConfig, num_channels: int) -> nn.ParameterDict:
+    """What a layer of neurons learns itself; the optimisers decay none of it."""
+    return nn.ParameterDict(config.parameters(num_channels))

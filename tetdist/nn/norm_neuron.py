@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from tetdist.nn import native, neurons
+from tetdist.nn import neurons, passes
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.compiled import compiled_passes
-from tetdist.nn.fused import FusedNormNeuron, NormStatistics, native_passes, passes_work
-from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.fused import FusedNormNeuron, NormStatistics
+from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.packed import Packed, carry
 
 
@@ -24,7 +23,7 @@ def spiking_layers(model: nn.Module) -> "dict[str, NormNeuron | neurons.Neuron]"
     for name, module in model.named_modules():
         if isinstance(module, (NormNeuron, neurons.Neuron)):
             neuron = module.neuron if isinstance(module, NormNeuron) else module.config
-            if neuron.spike != "relu":
+            if neuron.spiking:
                 found[name] = module
     return found
 
@@ -42,6 +41,7 @@ class NormNeuron(nn.Module):
         super().__init__()
         self.norm = BatchNorm(num_channels, scale=norm_scale)
         self.neuron = neuron
+        self.learned = neurons.learned(neuron, num_channels)
         self.execution = "fused"
         # See carrying_membranes.
         self.carries = False
@@ -66,7 +66,7 @@ class NormNeuron(nn.Module):
             shortcut_norm: Normalises the shortcut before it is added.
         """
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
-        if self.execution == "fused" and passes_work(current.device.type, self.neuron):
+        if self.execution == "fused" and passes.passes_work(current.device.type, self.neuron):
             return self._fused(current, timesteps, shortcut, identity, shortcut_norm)
         return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
 
@@ -80,7 +80,8 @@ class NormNeuron(nn.Module):
     ) -> Tensor:
         """The definition of `forward`."""
         total = self.input_current(current, timesteps, shortcut, shortcut_norm)
-        spikes, membrane = neurons.run(total, self.neuron, self.membrane)
+        learned = {name: value.view(-1, 1, 1) for name, value in self.learned.items()}
+        spikes, membrane = self.neuron.run(total, self.membrane, **learned)
         if self.carries:
             self.membrane = membrane
         return spikes if identity is None else spikes + identity
@@ -111,8 +112,10 @@ class NormNeuron(nn.Module):
         added = None if shortcut is None else _channels_last_rows(shortcut)
         joined = None if identity is None else _channels_last_rows(identity)
         packs = norm.training and torch.is_grad_enabled()
-        build = native_passes if native.serves(x, added, joined) else compiled_passes
-        kernels = build(self.neuron, timesteps, x.shape[0] == 1, self.carries, packs)
+        assert isinstance(self.neuron, LIF)
+        kernels = passes.passes_for(
+            self.neuron, (x, added, joined), timesteps, carries=self.carries, packs=packs
+        )
         own = NormStatistics.of(norm, x, kernels)
         others = None
         if added is not None and shortcut_norm is not None:

@@ -40,6 +40,14 @@ def _submit_parser(_: str) -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="override a key of the configuration"
     )
     parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="a Python file that registers models, neurons, losses, ... of your own",
+    )
+    parser.add_argument(
         "--sweep",
         nargs="+",
         metavar="key=a,b",
@@ -151,7 +159,7 @@ def submit(options: argparse.Namespace) -> int:
     from tetdist.slurm import status as show
     from tetdist.slurm import submit as submission
 
-    base = configuration.load(options.config, options.overrides)
+    base = configuration.load(options.config, options.overrides, options.imports)
     cluster = cluster_of(base.cluster, options)
     if options.local:
         if options.after:
@@ -168,7 +176,7 @@ def submit(options: argparse.Namespace) -> int:
     runs: list[Prepared] = []
     for name, overrides in zip(names, changes, strict=True):
         own = [*options.overrides, *overrides, f"name={name}"]
-        config = configuration.load(options.config, own) if options.sweep else base
+        config = configuration.load(options.config, own, options.imports) if options.sweep else base
         runs.append(submission.prepare(config, cluster, options.after))
     if options.dry_run:
         print(submission.dry_run(runs, _job_name(base.name, runs), speed, options.after))

@@ -124,13 +124,9 @@ class _Start:
         logging.basicConfig(level=level, format="%(message)s", force=True)
 
     def _read_config(self) -> "RunConfig":
-        import yaml
-
         from tetdist.config import loading
 
-        file = Path(self.job.config)
-        # Every key is written out, so that nothing is to be learnt from one that has no effect.
-        return loading.parse(yaml.safe_load(file.read_text()), str(file), warn=False)
+        return loading.load_written(Path(self.job.config))
 
     def _check_code(self) -> None:
         """That what was queued is what runs, whatever the environment has installed."""

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 import yaml
 
+from tetdist import plugins
 from tetdist.config import identity, loading, schema
 from tetdist.config.schema import RunConfig
 from tetdist.data.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
+from tetdist.plugins import import_files
 from tetdist.slurm import batch, history, plan, snapshot, status
 from tetdist.slurm.cluster import ClusterSection
 from tetdist.slurm.history import Event, Submission
@@ -270,7 +272,9 @@ def _job(run: Prepared, folder: Path, code: Path) -> Job:
     run_dir, cluster = run.config.run_dir, run.cluster
     own = folder if folder.is_relative_to(run_dir) else history.next_submission(run_dir)
     file = own / "config.yaml"
-    file.write_text(absolute(run.config).as_yaml())
+    imported = plugins.keep(import_files(run.config.imports), own / "imports")
+    config = absolute(run.config).model_copy(update={"imports": imported})
+    file.write_text(config.as_yaml())
     return Job(
         run_dir=str(run_dir.absolute()),
         config=str(file.absolute()),
@@ -386,11 +390,4 @@ def run_here(run: Prepared) -> int:
 
 def config_of(submission: Submission) -> RunConfig:
     """The configuration that a job was submitted with."""
-    file = Path(submission.config)
-    try:
-        values = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{file} cannot be read ({error}); submit the run again with --config"
-        ) from error
-    return loading.parse(values, str(file), warn=False)
+    return loading.load_written(Path(submission.config))

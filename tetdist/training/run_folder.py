@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from tetdist import checkpoint
+from tetdist import checkpoint, plugins
 from tetdist.config.identity import differences, flatten
 from tetdist.config.loading import parse
 from tetdist.config.schema import RunConfig
@@ -20,6 +20,7 @@ from tetdist.data.loader import Batch
 from tetdist.distributed.world import World
 from tetdist.errors import Stopped, UserError, typed, way_out
 from tetdist.events.splits import recorded_split
+from tetdist.plugins import import_files
 from tetdist.tracking import environment, mlflow_follower
 
 logger = logging.getLogger(__name__)
@@ -76,14 +77,16 @@ class RunFolder:
                 f"another process is running in {self.path}; wait for it, stop it, or give this "
                 "run another name=..."
             ) from error
-        self._check_same_run()
+        imported = import_files(self.config.imports)
+        self._check_same_run(imported)
+        plugins.keep(imported, self.path / "imports")
         _write(self.path / "config.yaml", self.config.as_yaml())
         _write(
             self.path / "environment.json",
             json.dumps(environment.environment(), indent=1) + "\n",
         )
 
-    def _check_same_run(self) -> None:
+    def _check_same_run(self, imported: list[plugins.Imported]) -> None:
         file = self.path / "config.yaml"
         if not file.exists():
             return
@@ -102,6 +105,7 @@ class RunFolder:
         except UserError:
             logger.warning("%s is of another version; its keys are compared as they are", file)
         changed = differences(earlier, self.config.as_dict())
+        changed += plugins.changes(plugins.kept(self.path / "imports"), imported)
         if changed:
             raise UserError(
                 f"{self.path} holds a run of another configuration: {'; '.join(changed)}. Give "
@@ -224,11 +228,11 @@ class RunFolder:
 
     def _begun_with(self) -> dict[str, object]:
         """What makes it another run than one of its loss alone."""
-        soft = self.config.loss.distillation
+        distillation = self.config.loss.distillation
         found = {
             "init_checkpoint": self.config.init_checkpoint,
-            "teacher": soft.teacher,
-            "self_distillation": soft.self_weight or None,
+            "teacher": distillation.teacher,
+            "self_distillation": distillation.self_weight or None,
         }
         return {key: value for key, value in found.items() if value is not None}
 

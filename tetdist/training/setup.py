@@ -1,6 +1,10 @@
 """Data and model of a run, opened and checked before its first step."""
 
 from pathlib import Path
+from typing import Literal
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tetdist.config.schema import RunConfig, SegmentsSection, phase_image_sizes
 from tetdist.data import index as data_index
@@ -9,7 +13,6 @@ from tetdist.data.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
-from tetdist.models.create import create_model
 
 
 def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
@@ -69,21 +72,52 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
     section = config.model
     is_events = config.data.kind == "events"
     image_sizes = {int(index.heights[0])} if is_events else _image_sizes(config)
-    model = create_model(
-        section, section.num_classes or len(index.classes), config.phases[0].timesteps
+    model = section.build(
+        num_classes=section.num_classes or len(index.classes),
+        timesteps=config.phases[0].timesteps,
     )
-    if model.input_size is not None and (others := image_sizes - {model.input_size}):
+    if model.input_kind != config.data.kind:
+        raise UserError(
+            f"data.kind is {config.data.kind!r} and model.name {section.name!r} takes "
+            f"{model.input_kind!r}: choose a model or data that suit each other"
+        )
+    _refuse_foreign_norms(section.name, model)
+    input_size = getattr(model, "input_size", None)
+    if input_size is not None and (others := image_sizes - {input_size}):
         size = min(others)
         raise UserError(
-            f"{section.name} is built for {model.input_size}x{model.input_size} pixels and the "
+            f"{section.name} is built for {input_size}x{input_size} pixels and the "
             f"data has {size}x{size}; set model.arguments.input_size={size}"
             + (", and all phases' image sizes to the same" if len(image_sizes) > 1 else "")
         )
-    model.set_execution(config.execution)
-    model.set_grad_checkpointing(config.checkpoint != "none")
-    if isinstance(config.checkpoint, SegmentsSection):
-        model.set_segment(config.checkpoint.timesteps)
+    if hasattr(model, "set_execution"):
+        model.set_execution(config.execution)
+    if config.recompute != "none":
+        _recompute(section.name, model, config.recompute)
     return model
+
+
+def _recompute(name: str, model: SpikingNetwork, how: Literal["blocks"] | SegmentsSection) -> None:
+    wanted = ["set_grad_checkpointing", *(["set_segment"] if how != "blocks" else [])]
+    for method in wanted:
+        if not hasattr(model, method):
+            raise UserError(f"recompute: {name} has no {method}; set recompute=none")
+    model.set_grad_checkpointing(True)
+    if isinstance(how, SegmentsSection):
+        try:
+            model.set_segment(how.timesteps)
+        except ValueError as error:
+            raise UserError(f"recompute: {error}") from error
+
+
+def _refuse_foreign_norms(name: str, model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            raise UserError(
+                f"model.name: {path} of {name} is torch's {type(module).__name__}, whose running "
+                "statistics would depend on the number of processes and be lost in recomputation; "
+                "build it of tetdist.nn.batch_norm.BatchNorm"
+            )
 
 
 def _image_sizes(config: RunConfig) -> set[int]:

@@ -8,14 +8,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tetdist import checkpoint
+from tetdist import checkpoint, plugins
 from tetdist.config.loading import parse
 from tetdist.config.schema import TIMM, ModelSection, RunConfig, phase_image_sizes
 from tetdist.data.index import Index
 from tetdist.errors import UserError
 from tetdist.exchange import foreign
 from tetdist.models import SpikingNetwork
-from tetdist.models.create import create_model
 from tetdist.nn.precision import autocast, parameter_type
 
 KEY = "loss.distillation.teacher"
@@ -104,6 +103,7 @@ def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
         weights, description = checkpoint.load_model_file(path)
     except UserError as error:
         raise UserError(f"{KEY}: {error}") from error
+    plugins.require(description.get("imports", {}), path)
     theirs = parse(description["config"], str(path), warn=False)
     if theirs.data.kind != config.data.kind:
         raise UserError(
@@ -129,9 +129,11 @@ def _spiking(
     index: Index,
     path: Path,
 ) -> SpikingNetwork:
-    model = create_model(section, num_classes, timesteps)
-    model.set_execution(config.execution)
-    if config.data.kind == "events" and model.input_size not in (None, int(index.heights[0])):
+    model = section.build(num_classes=num_classes, timesteps=timesteps)
+    if hasattr(model, "set_execution"):
+        model.set_execution(config.execution)
+    input_size = getattr(model, "input_size", None)
+    if config.data.kind == "events" and input_size not in (None, int(index.heights[0])):
         raise UserError(
             f"{KEY}: {path} is built for {model.input_size}x{model.input_size} pixels and the data "
             f"has {index.heights[0]}x{index.heights[0]}"

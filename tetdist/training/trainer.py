@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tetdist import checkpoint, losses
+from tetdist import checkpoint
 from tetdist.config.identity import differences
-from tetdist.config.schema import LossSection, RunConfig
+from tetdist.config.schema import RunConfig
 from tetdist.data import mixing, order
 from tetdist.data.batches import Share
 from tetdist.data.build import eval_loader, train_loader
@@ -29,14 +29,16 @@ from tetdist.distributed.watchdog import Watch
 from tetdist.distributed.world import World
 from tetdist.errors import Stopped, UserError
 from tetdist.evaluation.evaluate import Interrupted, evaluate
+from tetdist.losses import compute_loss
 from tetdist.nn import batch_norm
 from tetdist.nn.precision import autocast, parameter_type
+from tetdist.optimizers import make_optimizer
+from tetdist.plugins import import_files
 from tetdist.tracking.mlflow_follower import Tracker
 from tetdist.tracking.progress import Progress
 from tetdist.training import health
 from tetdist.training.engines.base import Engine, Update
 from tetdist.training.engines.create import make_engine
-from tetdist.training.optimizers import make_optimizer
 from tetdist.training.run_folder import RunFolder, SampleRecord
 from tetdist.training.run_plots import Pictures
 from tetdist.training.schedule import Phase, phase_at, place
@@ -287,7 +289,7 @@ class Trainer:
         sums = torch.zeros_like(self.window)
         for images, targets in batches:
             logits = self.engine.forward(images)  # (T, B, K)
-            loss = compute_loss(self.config.loss, logits, targets, self._taught(images))
+            loss = compute_loss(self.config.loss, logits, targets, self._teacher_logits(images))
             self.watch.progress(f"step {self.step + 1}")
             self.engine.backward(loss)
             sums += _sums(logits.detach(), targets, loss.detach())
@@ -295,8 +297,8 @@ class Trainer:
         batch_norm.update_running_statistics(self.model, self.world.mean_, update.applied)
         return update, sums
 
-    def _taught(self, images: Tensor) -> Tensor | None:
-        """What the teacher, if there is one, makes of the images: logits (B, K)."""
+    def _teacher_logits(self, images: Tensor) -> Tensor | None:
+        """The teacher's logits (B, K) for the images; None where there is no teacher."""
         return None if self.teacher is None else self.teacher(images)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
@@ -341,7 +343,7 @@ class Trainer:
         def loss(images: Tensor, targets: Tensor) -> Tensor:
             with autocast(self.world.device, self.config.precision):
                 logits = self.model(images, per_timestep=True)
-            return compute_loss(self.config.loss, logits, targets, self._taught(images))
+            return compute_loss(self.config.loss, logits, targets, self._teacher_logits(images))
 
         loader = self._open_loader(step - 1)
         try:
@@ -466,6 +468,7 @@ class Trainer:
             "timesteps": self.model.timesteps,
             "step": self.step,
             "validation": validation,
+            "imports": {file.name: file.sha256 for file in import_files(self.config.imports)},
         }
 
         optimizer = self.engine.optimizer_state()
@@ -541,14 +544,14 @@ class Trainer:
 
     def _open_teacher(self, found: checkpoint.Checkpoint | None = None) -> None:
         """Have the teacher that is asked for, which is that of the checkpoint ``found``, if any."""
-        soft = self.config.loss.distillation
-        if soft.teacher is None or soft.weight == 0:
+        distillation = self.config.loss.distillation
+        if distillation.teacher is None or distillation.weight == 0:
             return
         self.teacher = Teacher(self.config, self.train_index, self.world.device)
         if found is not None and found.state["teacher"] != self.teacher.fingerprint:
             raise UserError(
                 f"loss.distillation.teacher: {found.path} learned from another network than what "
-                f"is now in {soft.teacher}; put that back, or give the run another name"
+                f"is now in {distillation.teacher}; put that back, or give the run another name"
             )
 
     def _progress(self) -> Progress:
@@ -583,32 +586,6 @@ def _sums(logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
         correct = (predicted == targets).sum().double()
     num_samples = torch.full_like(correct, len(targets))
     return torch.stack([loss.double() * num_samples, correct, num_samples])
-
-
-def compute_loss(
-    section: LossSection, logits: Tensor, targets: Tensor, taught: Tensor | None = None
-) -> Tensor:
-    """The configured loss of logits (T, B, K); ``taught`` are a teacher's, (B, K)."""
-    soft = section.distillation
-    if section.kind == "sdt":
-        loss = losses.sdt_loss(logits, targets, label_smoothing=section.label_smoothing)
-        learning = logits.mean(0, keepdim=True)
-    else:
-        loss = losses.tet_loss(
-            logits,
-            targets,
-            regularization=section.lambda_,
-            phi=section.phi,
-            label_smoothing=section.label_smoothing,
-        )
-        learning = logits
-    if taught is not None:
-        divergence = losses.distillation_loss(learning, taught, temperature=soft.temperature)
-        loss = loss + soft.weight * divergence
-    if soft.self_weight:
-        divergence = losses.self_distillation_loss(learning, temperature=soft.temperature)
-        loss = loss + soft.self_weight * divergence
-    return loss
 
 
 class _Clock:

@@ -1,0 +1,162 @@
+"""Optimisers by name: torch's, timm's, and those of imported files.
+
+A step whose gradient is not finite changes nothing. Fused kernels of torch leave everything alone
+when told so on the device (`found_inf`, as torch's GradScaler tells them). For others the host asks
+first, and waits for the device once a step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tetdist.errors import UserError
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.plugins import Registry
+
+if TYPE_CHECKING:
+    from tetdist.config.schema import OptimizerSection
+
+Groups = list[dict[str, Any]]
+TIMM = "timm:"  # before the name of one of timm's optimisers
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """What `phases.*.optimizer.kind` may name.
+
+    Attributes:
+        build: Of parameter groups (with their weight decay) and the section, to the optimiser.
+        reads: Keys of the section that it has a use for, besides kind, lr and weight decay.
+        skips_when_told: Whether its step leaves everything alone where `found_inf` is set; else the
+            host asks before each step.
+        zero_stages: ZeRO stages at which it is right. At 1 and 2 it sees flat partitions instead of
+            parameters: right for what computes each element by itself.
+    """
+
+    build: Callable[[Groups, "OptimizerSection"], torch.optim.Optimizer]
+    reads: tuple[str, ...]
+    skips_when_told: bool = False
+    zero_stages: tuple[int, ...] = (0,)
+
+
+OPTIMIZERS: Registry[OptimizerKind] = Registry("optimiser", "phases.*.optimizer.kind")
+
+
+def register_optimizer(
+    name: str,
+    *,
+    reads: tuple[str, ...] = (),
+    skips_when_told: bool = False,
+    zero_stages: tuple[int, ...] = (0,),
+) -> Callable[[Callable[..., torch.optim.Optimizer]], Callable[..., torch.optim.Optimizer]]:
+    """Make a decorator that enters a function into `OPTIMIZERS`; see `OptimizerKind`."""
+
+    def enter(
+        build: Callable[..., torch.optim.Optimizer],
+    ) -> Callable[..., torch.optim.Optimizer]:
+        kind = OptimizerKind(build, reads, skips_when_told, zero_stages)
+        OPTIMIZERS.enter(name, kind, build.__module__)
+        return build
+
+    return enter
+
+
+@register_optimizer(
+    "sgd", reads=("momentum", "nesterov"), skips_when_told=True, zero_stages=(0, 1, 2)
+)
+def _sgd(groups: Groups, section: "OptimizerSection") -> torch.optim.Optimizer:
+    momentum, nesterov = section.momentum, section.nesterov
+    return torch.optim.SGD(groups, lr=section.lr, momentum=momentum, nesterov=nesterov, fused=True)
+
+
+@register_optimizer("adam", reads=("betas",), skips_when_told=True, zero_stages=(0, 1, 2))
+def _adam(groups: Groups, section: "OptimizerSection") -> torch.optim.Optimizer:
+    return torch.optim.Adam(groups, lr=section.lr, betas=section.betas, fused=True)
+
+
+@register_optimizer("adamw", reads=("betas",), skips_when_told=True, zero_stages=(0, 1, 2))
+def _adamw(groups: Groups, section: "OptimizerSection") -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, fused=True)
+
+
+def _of_timm(name: str) -> OptimizerKind:
+    """timm's optimiser of that name.
+
+    Raises:
+        UserError: timm has none, or it needs more of a step than a gradient.
+    """
+    from timm import optim
+
+    key = OPTIMIZERS.key
+    if name not in optim.list_optimizers():
+        raise UserError(f"{key}: timm has no optimiser {name!r}; timm.optim.list_optimizers() does")
+    described = optim.get_optimizer_info(name)
+    if described.second_order:
+        raise UserError(f"{key}: {TIMM}{name} needs second derivatives, which are not made here")
+    reads: tuple[str, ...] = ("momentum",) if described.has_momentum else ()
+    reads += ("betas",) if described.has_betas and described.num_betas == 2 else ()
+
+    def build(groups: Groups, section: "OptimizerSection") -> torch.optim.Optimizer:
+        given = {option: getattr(section, option) for option in reads} | section.arguments
+        try:
+            return optim.create_optimizer_v2(groups, opt=name, lr=section.lr, **given)
+        except (TypeError, ValueError, AssertionError, ImportError) as error:
+            raise UserError(f"{key}: {TIMM}{name} cannot be made with {given} ({error})") from error
+
+    return OptimizerKind(build, (*reads, "arguments"))
+
+
+def kind_of(name: str) -> OptimizerKind:
+    """The optimiser that a configuration names.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    if name.startswith(TIMM):
+        return _of_timm(name.removeprefix(TIMM))
+    return OPTIMIZERS[name]
+
+
+def make_optimizer(model: nn.Module, section: "OptimizerSection") -> torch.optim.Optimizer:
+    """A phase's optimiser over all parameters.
+
+    What neurons learn is never decayed; norms and biases are, unless ``decay_norms`` is false.
+    """
+    kept: set[int] = set()
+    for module in model.modules():
+        learned = getattr(module, "learned", None)
+        if isinstance(learned, nn.ParameterDict):
+            kept |= {id(p) for p in learned.parameters()}
+        if section.decay_norms:
+            continue
+        if isinstance(module, BatchNorm):
+            kept |= {id(p) for p in module.parameters()}
+        elif getattr(module, "bias", None) is not None:
+            kept.add(id(module.bias))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: Groups = [
+        {
+            "params": [p for p in parameters if id(p) not in kept],
+            "weight_decay": section.weight_decay,
+        },
+        {"params": [p for p in parameters if id(p) in kept], "weight_decay": 0.0},
+    ]
+    kind = kind_of(section.kind)
+    optimizer = kind.build([group for group in groups if group["params"]], section)
+    if not kind.skips_when_told:
+        cls = type(optimizer)
+        optimizer.__class__ = type(cls.__name__, (_AsksFirst, cls), {})
+    return optimizer
+
+
+class _AsksFirst(torch.optim.Optimizer):
+    """Does as told by ``found_inf`` for an optimiser that does not read it."""
+
+    def step(self, closure: Any = None) -> Any:
+        told = getattr(self, "found_inf", None)
+        if told is not None and bool(told):
+            return None
+        return super().step(closure)

@@ -1,0 +1,266 @@
+"""What comes from outside: files of one's own, and the tables of things known by a name.
+
+A configuration's ``imports: [my_snn.py]``, or a command's ``--import my_snn.py``, has a Python
+file imported before the configuration is checked. What it registers is then known by its name like
+what tetdist has: models (by timm's ``register_model``), neurons, losses, optimisers, transforms and
+trackers. docs/extending.md has an example of each.
+
+A file is part of what a run is. Its copy is kept in the run's folder with a checksum, a resumed run
+is held to that, and a job on a cluster imports a copy. A checkpoint is data: it says what was
+imported, and never has anything imported.
+"""
+
+import difflib
+import hashlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Generic, TypeVar, cast
+
+from tetdist.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+E = TypeVar("E")
+
+# The package whose modules imported files are: `from tetdist_imports.helpers import ...` in one of
+# them means the file helpers.py that was imported before it.
+PACKAGE = "tetdist_imports"
+CHECKSUMS = "SHA256SUMS"
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """A table of what is known by a name, open to files from outside.
+
+    Args:
+        what: What it holds, in errors, such as ``loss``.
+        key: The configuration's key that takes the names.
+    """
+
+    def __init__(self, what: str, key: str) -> None:
+        self.what, self.key = what, key
+        self._entries: dict[str, T] = {}
+        self._modules: dict[str, str] = {}
+
+    def register(self, name: str) -> Callable[[E], E]:
+        """Make a decorator that enters what it decorates under ``name``.
+
+        Raises:
+            UserError: Another module has entered something under that name.
+        """
+
+        def enter(entry: E) -> E:
+            self.enter(name, cast(T, entry), getattr(entry, "__module__", "?"))
+            return entry
+
+        return enter
+
+    def enter(self, name: str, entry: T, module: str) -> None:
+        """Enter something under ``name``, from a module.
+
+        Raises:
+            UserError: Another module has entered something under that name.
+        """
+        if self._modules.get(name, module) != module:
+            raise UserError(
+                f"{module} registers the {self.what} {name!r}, which {self._modules[name]} has "
+                "registered; give it another name"
+            )
+        self._entries[name], self._modules[name] = entry, module
+
+    def __getitem__(self, name: str) -> T:
+        """The entry of that name.
+
+        Raises:
+            UserError: There is none.
+        """
+        if name not in self._entries:
+            raise UserError(f"{self.key}: there is no {self.what} {name!r}; {self.hint(name)}")
+        return self._entries[name]
+
+    def hint(self, name: str) -> str:
+        """What a person may have meant by a name that is not known."""
+        close = difflib.get_close_matches(name, self._entries, n=1)
+        known = f"did you mean {close[0]}?" if close else f"there are {', '.join(self._entries)}"
+        return f"{known} (one of your own needs its file: imports: [FILE.py], or --import FILE.py)"
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A file that was imported.
+
+    Attributes:
+        path: Where it lies.
+        sha256: Checksum of its bytes, in hexadecimal.
+    """
+
+    path: Path
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file to be imported, in hexadecimal.
+
+    Raises:
+        UserError: It is not there, or no Python file.
+    """
+    if path.suffix != ".py" or not path.stem.isidentifier():
+        raise UserError(f"imports: {path} must be a file such as my_snn.py, its name one word")
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"imports: {path} cannot be read ({error.strerror})") from error
+
+
+def import_files(paths: Iterable[str | Path]) -> list[Imported]:
+    """Import files in their order; one that is imported already, and has not changed, stays.
+
+    Raises:
+        UserError: One cannot be read, raises, or registers a name that is taken; or two of them
+            have the same name.
+    """
+    found: dict[str, Imported] = {}
+    for path in map(Path, paths):
+        one = Imported(path.absolute(), checksum(path))
+        if found.setdefault(one.name, one).path != one.path:
+            other = found[one.name].path
+            raise UserError(f"imports: {other} and {path} have the same name; rename one")
+        _import(one)
+    return list(found.values())
+
+
+def _import(file: Imported) -> None:
+    name = f"{PACKAGE}.{file.path.stem}"
+    if getattr(sys.modules.get(name), "sha256", None) == file.sha256:
+        return
+    if PACKAGE not in sys.modules:
+        package = ModuleType(PACKAGE)
+        package.__path__ = []
+        sys.modules[PACKAGE] = package
+    import timm
+
+    before = {model: timm.model_entrypoint(model) for model in timm.list_models()}
+    spec = importlib.util.spec_from_file_location(name, file.path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    module.sha256 = file.sha256  # type: ignore[attr-defined]
+    # Decorators look their function's module up there.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        del sys.modules[name]
+        raise
+    except Exception as error:
+        del sys.modules[name]
+        line = _line_of(error, file.path)
+        raise UserError(
+            f"imports: {file.path}{line} raises {type(error).__name__}: {error}"
+        ) from error
+    for model, entrypoint in before.items():
+        if timm.model_entrypoint(model) is not entrypoint and entrypoint.__module__ != name:
+            raise UserError(
+                f"imports: {file.path} registers the model {model!r}, which there is already, in "
+                f"{entrypoint.__module__}; give it another name"
+            )
+
+
+def _line_of(error: BaseException, path: Path) -> str:
+    """``:LINE`` of the file in an error's traceback, the innermost one."""
+    if isinstance(error, SyntaxError):
+        return f":{error.lineno}"
+    line, trace = "", error.__traceback__
+    while trace is not None:
+        if Path(trace.tb_frame.f_code.co_filename) == path:
+            line = f":{trace.tb_lineno}"
+        trace = trace.tb_next
+    return line
+
+
+# --- in a run's folder, and in checkpoints --------------------------------------------------------
+
+
+def keep(files: Iterable[Imported], folder: Path) -> tuple[str, ...]:
+    """Copy imported files to a folder, with their checksums as ``sha256sum -c`` reads them.
+
+    Returns:
+        The copies' paths.
+    """
+    files = list(files)
+    copies = [folder / file.name for file in files]
+    if files:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, copy in zip(files, copies, strict=True):
+            if file.path != copy.absolute():
+                copy.write_bytes(file.path.read_bytes())
+        lines = "".join(f"{file.sha256}  {file.name}\n" for file in files)
+        (folder / CHECKSUMS).write_text(lines)
+    return tuple(str(copy.absolute()) for copy in copies)
+
+
+def kept(folder: Path) -> dict[str, str]:
+    """Checksums of the files in a folder that `keep` has written, by name."""
+    sums = folder / CHECKSUMS
+    if not sums.is_file():
+        return {}
+    pairs = (line.split(maxsplit=1) for line in sums.read_text().splitlines())
+    return {name: sha256 for sha256, name in pairs}
+
+
+def require(before: Mapping[str, str], source: Path) -> None:
+    """See that what something was trained with has been imported; it is not imported here.
+
+    A file of the same name and of another content is taken, with a warning.
+
+    Raises:
+        UserError: A file is missing.
+    """
+    for name, sha256 in before.items():
+        module = sys.modules.get(f"{PACKAGE}.{Path(name).stem}")
+        if module is None:
+            copy = source / "imports" / name
+            shown = copy if copy.is_file() else name
+            raise UserError(
+                f"{source} was made with the file {name}, and a checkpoint has nothing imported: "
+                f"give --import {shown}, if you trust that file"
+            )
+        if module.sha256 != sha256:
+            logger.warning("%s is not the file that %s was made with", module.__file__, source)
+
+
+def changes(before: Mapping[str, str], files: Iterable[Imported]) -> list[str]:
+    """What is different about imported files, a sentence part each.
+
+    Args:
+        before: Checksums by name, as `kept` returns them.
+        files: Those of now.
+    """
+    now = {file.name: file for file in files}
+    found = [f"{name} is no longer imported" for name in before if name not in now]
+    found += [f"{name} was not imported" for name in now if name not in before]
+    found += [
+        f"{now[name].path} is not the {name} that the run began with (SHA-256 {sha256[:12]}, now "
+        f"{now[name].sha256[:12]})"
+        for name, sha256 in before.items()
+        if name in now and now[name].sha256 != sha256
+    ]
+    return found
