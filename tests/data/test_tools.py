@@ -219,7 +219,7 @@ def test_a_missing_package_is_named(image_root, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "hidden")}
     done = run("images.py", "index", root, "--workers", 1, cwd=tmp_path, env=environment)
     assert done.returncode == 2
-    assert done.stderr == "error: PIL is not installed: pip install 'tetdist[train]'\n"
+    assert done.stderr == "error: the package PIL is not installed; pip install 'tetdist[train]'\n"
 
 
 def test_a_terminal_gets_a_bar_and_ctrl_c_writes_nothing(tmp_path):
