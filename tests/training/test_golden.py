@@ -1,0 +1,108 @@
+"""Runs of the version before the rooms, kept in golden/ with their numbers, are still right."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import Outcome
+
+from tetdist.cli import eval as evaluation
+from tetdist.data import index
+
+GOLDEN = tiny.PROJECT / "tests" / "golden"
+# To the bit on the machine that wrote them; another processor adds up in another order.
+EQUAL = {"rel": 1e-9, "abs": 1e-12}
+Main = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny images as BMP files, whose bytes no release of a library changes."""
+    root = tmp_path_factory.mktemp("golden") / "data"
+    tiny.make_images(root)
+    for file in root.rglob("*.png"):
+        Image.open(file).save(file.with_suffix(".bmp"))
+        file.unlink()
+    for split in ("train", "val"):
+        built, bad = index.build_index(root, split, workers=1)
+        assert not bad
+        index.save_index(built, index.index_file(root / "index", split))
+    return root
+
+
+@pytest.fixture
+def train(main: Main, root: Path, tmp_path: Path) -> Main:
+    """Trains golden.yaml in runs/NAME of the test's folder: (name, *overrides)."""
+
+    def run(name: str, *overrides: str) -> Outcome:
+        places = (f"data.root={root}", f"runs_dir={tmp_path / 'runs'}", f"name={name}")
+        return main(GOLDEN / "golden.yaml", *places, *overrides)
+
+    return run
+
+
+def lines(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """Lines of a metrics.jsonl without what the clock says, by kind and step."""
+    clock = ("time", "samples_per_s", "data_wait", "seconds")
+    read = [json.loads(line) for line in file.read_text().splitlines()]
+    kept = [{key: value for key, value in line.items() if key not in clock} for line in read]
+    return {(line["kind"], line["step"]): line for line in kept}
+
+
+def same(got: Any, expected: Any) -> bool:
+    if isinstance(expected, dict):
+        return got.keys() == expected.keys() and all(same(got[k], expected[k]) for k in expected)
+    if isinstance(expected, list):
+        return len(got) == len(expected) and all(map(same, got, expected))
+    if isinstance(expected, float):
+        return got == pytest.approx(expected, **EQUAL)
+    return got == expected
+
+
+def test_losses_are_those_of_that_version(train: Main, tmp_path: Path) -> None:
+    outcome = train("straight")
+    assert outcome.status == 0, outcome.text
+    assert "checkpoint is called recompute now" in outcome.text
+    assert same(lines(tmp_path / "runs/straight/metrics.jsonl"), lines(GOLDEN / "straight.jsonl"))
+
+
+def test_its_run_folder_is_continued_and_evaluated(train: Main, tmp_path: Path, root: Path) -> None:
+    run = Path(shutil.copytree(GOLDEN / "stopped", tmp_path / "runs" / "stopped"))
+    outcome = train("stopped")
+    assert outcome.status == 0, outcome.text
+    assert "from step 7" in outcome.text
+    found, expected = lines(run / "metrics.jsonl"), lines(GOLDEN / "straight.jsonl")
+    # It was evaluated after step 7, too, where it was to end.
+    assert found.keys() == expected.keys() | {("val", 7), ("final", 7)}
+    for key in expected:
+        assert same(found[key], expected[key]), key
+    train("straight")
+    last = [
+        load_file(tmp_path / f"runs/{name}/checkpoints/step-00000010/model.safetensors")
+        for name in ("stopped", "straight")
+    ]
+    assert last[0].keys() == last[1].keys()
+    for name, tensor in last[1].items():
+        torch.testing.assert_close(last[0][name], tensor, rtol=1e-9, atol=1e-12)
+
+    result = tmp_path / "result.json"
+    arguments = ["--checkpoint", run, "--json", result, "--precision", "fp64"]
+    arguments += ["--execution", "reference", "--device", "cpu", "--data", root]
+    assert evaluation.main([str(argument) for argument in arguments]) == 0
+    wanted = json.loads((GOLDEN / "straight_evaluation.json").read_text())
+    assert same(json.loads(result.read_text()) | {"checkpoint": ""}, wanted | {"checkpoint": ""})
+
+
+def test_its_folder_is_held_to_what_it_was(train: Main, tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "stopped", tmp_path / "runs" / "stopped")
+    outcome = train("stopped", "model.neuron.decay=0.6")
+    assert outcome.status == 2
+    assert "model.neuron.decay is 0.6 and was 0.5" in outcome.text
+    assert "kind" not in outcome.text

@@ -1,0 +1,128 @@
+"""Trackers of one's own: they follow metrics.jsonl as MLflow's does, each in a thread.
+
+A tracker is a class that is made with a `TrackedRun`, takes lines, and is closed; docs/extending.md
+has one. What it raises is said once and ends no training: the lines are tried again, and those that
+are left when the run ends are given to it when the run is opened again. So a line may come twice
+after a kill, and is then the same to the bit.
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tetdist.plugins import Registry
+from tetdist.tracking.metrics_file import read_from
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY = 2.0  # seconds
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """The run that is followed.
+
+    Attributes:
+        folder: Its folder.
+        name: Its name.
+        params: The resolved configuration, flattened to dotted keys.
+        tags: What else is known of it, such as the commit.
+        resume_step: The step from which it goes on; None: it is new. Lines of later steps that were
+            given before are computed and given again.
+    """
+
+    folder: Path
+    name: str
+    params: Mapping[str, Any]
+    tags: Mapping[str, str]
+    resume_step: int | None
+
+
+class OwnTracker(Protocol):
+    """What is asked of a tracker besides being made with a `TrackedRun`."""
+
+    def log(self, lines: list[dict[str, Any]]) -> None:
+        """Take lines of metrics.jsonl, in order; values that are not finite are floats."""
+
+    def close(self, status: str) -> None:
+        """End; ``FINISHED``, ``FAILED``, ``KILLED``, or ``RUNNING`` where the run goes on elsewhere."""
+
+
+class MakesTracker(Protocol):
+    def __call__(self, run: TrackedRun) -> OwnTracker: ...
+
+
+TRACKERS: Registry[MakesTracker] = Registry("tracker", "tracking.trackers")
+
+
+class Following:
+    """One tracker and its thread.
+
+    Args:
+        name: In `TRACKERS`.
+        file: metrics.jsonl, of this run up to ``run.resume_step``.
+        run: What the tracker is told of it.
+
+    Raises:
+        UserError: There is no tracker of that name.
+    """
+
+    def __init__(self, name: str, file: Path, run: TrackedRun) -> None:
+        self.name, self._file, self._run = name, file, run
+        self._make = TRACKERS[name]
+        # How far it got in an earlier start, in bytes of the file.
+        self._mark = run.folder / "trackers" / f"{name}.json"
+        self._tracker: OwnTracker | None = None
+        self._trouble = ""
+        self._closing = threading.Event()
+        self._status = ""
+        self._offset = 0
+        if run.resume_step is not None and self._mark.is_file():
+            self._offset = min(json.loads(self._mark.read_text())["bytes"], file.stat().st_size)
+        self._thread = threading.Thread(target=self._follow, name=f"tracker-{name}", daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        while True:
+            closing = self._closing.is_set()
+            try:
+                self._send()
+                if closing and self._tracker is not None:
+                    self._tracker.close(self._status)
+                self._trouble = ""
+            except Exception as error:
+                if not self._trouble:
+                    logger.warning(
+                        "tracker %s: %s: %s. Training goes on, and %s has everything",
+                        self.name,
+                        type(error).__name__,
+                        error,
+                        self._file,
+                    )
+                self._trouble = str(error) or type(error).__name__
+            if closing:
+                return
+            self._closing.wait(LOOK_EVERY)
+
+    def _send(self) -> None:
+        if self._tracker is None:
+            self._tracker = self._make(self._run)
+        lines, offset = read_from(self._file, self._offset)
+        if not lines:
+            return
+        self._tracker.log(lines)
+        self._offset = offset
+        self._mark.parent.mkdir(exist_ok=True)
+        self._mark.write_text(json.dumps({"bytes": offset}))
+
+    def close(self, status: str, timeout: float) -> None:
+        """Let the tracker take what is left, and end it; ``timeout`` in seconds."""
+        self._status = status
+        self._closing.set()
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            logger.warning("tracker %s does not end within %g s; it is left behind", self.name, timeout)
