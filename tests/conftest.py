@@ -17,12 +17,13 @@ import pytest
 # Before anything imports torch; see tetdist_command.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-# In the background of a script Ctrl-C is ignored, also by every process that a test starts.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import tiny
 from samples import picture
 from tiny import Farm, Outcome
+
+# In the background of a script Ctrl-C is ignored, also by every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +179,9 @@ def _import(file: Imported) -> None:
         ) from error
     for model, entrypoint in before.items():
         if timm.model_entrypoint(model) is not entrypoint and entrypoint.__module__ != name:
+            del sys.modules[name]
+            with warnings.catch_warnings(action="ignore"):
+                timm.models.register_model(entrypoint)
             raise UserError(
                 f"imports: {file.path} registers the model {model!r}, which there is already, in "
                 f"{entrypoint.__module__}; give it another name"

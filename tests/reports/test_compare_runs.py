@@ -201,7 +201,7 @@ def test_steps_that_only_one_has(run_tool: Tool, tmp_path: Path) -> None:
 
 
 @given(st.floats(), st.floats() | st.integers())
-def test_relative_difference(tool: ModuleType, a: float, b: float) -> None:
+def test_relative_difference(a: float, b: float) -> None:
     found = relative_difference(a, b)
     assert found == relative_difference(b, a)
     assert (found == 0) == (a == b or (math.isnan(a) and math.isnan(b)))

@@ -289,7 +289,7 @@ class TrackingSection(Section):
     log_checkpoint: Literal["none", "last", "best"] = "none"
     """Copy this checkpoint's model.safetensors to MLflow when the run is finished."""
     trackers: tuple[str, ...] = ()
-    """Trackers of your own beside MLflow; see imports."""
+    """Trackers of your own, beside MLflow or instead of it; see imports."""
     register_: str | None = Field(default=None, alias="register")
     """Name of a model in MLflow's registry that gets the logged checkpoint as its next version."""
 

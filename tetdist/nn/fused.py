@@ -3,7 +3,7 @@
 It computes what `NormNeuron.reference` says in one pass over memory each way. The forward pass
 keeps the convolution's output and two numbers per channel; the backward pass computes the
 normalised current and the membranes again from them, in registers, so nothing of the size of T
-membranes is ever stored. The passes see every activation as (T, N, C), N = B*H*W with channels last.
+membranes is ever stored. The passes see every activation as (T, N, C), N = B*H*W, channels last.
 """
 
 from collections.abc import Callable

@@ -49,7 +49,7 @@ class OwnTracker(Protocol):
         """Take lines of metrics.jsonl, in order; values that are not finite are floats."""
 
     def close(self, status: str) -> None:
-        """End; ``FINISHED``, ``FAILED``, ``KILLED``, or ``RUNNING`` where the run goes on elsewhere."""
+        """End with ``FINISHED``, ``FAILED``, ``KILLED``, or ``RUNNING``: it goes on elsewhere."""
 
 
 class MakesTracker(Protocol):
@@ -125,4 +125,4 @@ class Following:
         self._closing.set()
         self._thread.join(timeout)
         if self._thread.is_alive():
-            logger.warning("tracker %s does not end within %g s; it is left behind", self.name, timeout)
+            logger.warning("tracker %s did not end in %g s and is left behind", self.name, timeout)

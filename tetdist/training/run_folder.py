@@ -22,6 +22,7 @@ from tetdist.errors import Stopped, UserError, typed, way_out
 from tetdist.events.splits import recorded_split
 from tetdist.plugins import import_files
 from tetdist.tracking import environment, mlflow_follower
+from tetdist.tracking.trackers import TRACKERS, Following, TrackedRun
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class RunFolder:
         self.path = config.run_dir
         self.checkpoints = self.path / "checkpoints"
         self.data_split = recorded_split(config.data.root)
+        for name in config.tracking.trackers:
+            TRACKERS[name]  # says which are known, if it is not
         # Of a launcher that starts the run again after some signals: further tags for MLflow, and
         # whether this is such a stop.
         self.launcher_tags: Mapping[str, str] = {}
@@ -143,6 +146,7 @@ class RunFolder:
         )
         tracker.artifact(self.path / "config.yaml")
         tracker.artifact(self.path / "environment.json")
+        own = self._own_trackers(step)
         status: mlflow_follower.Status = "FAILED"
         try:
             yield tracker
@@ -153,6 +157,19 @@ class RunFolder:
             raise
         finally:
             tracker.close(status)
+            for following in own:
+                following.close(status, timeout=30)
+
+    def _own_trackers(self, step: int) -> list[Following]:
+        names, file = self.config.tracking.trackers, self.path / "metrics.jsonl"
+        run = TrackedRun(
+            folder=self.path,
+            name=self.config.name,
+            params=flatten(self.config.as_dict()),
+            tags=self._tags(),
+            resume_step=step if file.stat().st_size else None,
+        )
+        return [Following(name, file, run) for name in names]
 
     def _log_checkpoint(self, tracker: mlflow_follower.Tracker) -> None:
         """Give MLflow the checkpoint of a finished run, where that was asked for."""

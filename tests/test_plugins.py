@@ -1,0 +1,257 @@
+"""Files from outside: those of docs/extending.md are run, kept and compared."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+from tiny import Farm, Outcome
+
+from tetdist import plugins
+from tetdist.cli import eval as evaluation
+from tetdist.cli import export as exporting
+from tetdist.errors import UserError
+from tetdist.plugins import import_files
+
+PAGE = tiny.PROJECT / "docs" / "extending.md"
+FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL))
+# What makes a run use each of them.
+USES: dict[str, dict[str, Any]] = {
+    "my_snn.py": {"model": {"name": "my_snn", "arguments": {"width": 4}}},
+    "my_neuron.py": {"model.neuron": {"kind": "learnt_decay", "decay": 0.6}},
+    "my_loss.py": {"loss": {"kind": "late", "arguments": {"power": 2.0}}},
+    "my_optimizer.py": {
+        "phases.0.optimizer": {"kind": "rprop", "lr": 0.001, "arguments": {"etas": [0.5, 1.1]}}
+    },
+    "my_transform.py": {"data.transforms": ["dim"]},
+    "my_tracker.py": {"tracking.trackers": ["csv"]},
+    "my_spikingjelly.py": {
+        "model": {"name": "sj_sew_resnet18"},
+        "data.image_size": 32,
+        "data.resize": 32,
+    },
+}
+Main = Callable[..., Outcome]
+ConfigWriter = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _without_what_others_imported() -> Iterator[None]:
+    """Every test begins as a process does; what stays registered is registered again."""
+    yield
+    for name in [name for name in sys.modules if name.startswith(plugins.PACKAGE)]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def write(tiny_config: ConfigWriter, tmp_path: Path) -> Callable[..., Path]:
+    """Writes tiny.yaml with files of the page beside it: ("my_loss.py", {key: value}) -> file."""
+
+    def make(*names: str, changes: dict[str, Any] | None = None) -> Path:
+        used: dict[str, Any] = {"imports": list(names)}
+        for name in names:
+            (tmp_path / name).write_text(FILES[name])
+            used |= USES[name]
+        return tiny_config(used | (changes or {}))
+
+    return make
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_file_of_the_page_is_tried() -> None:
+    assert FILES.keys() == USES.keys()
+
+
+@pytest.mark.parametrize("name", USES)
+def test_file_of_the_page_trains_on_two_processes_as_on_one(
+    farm: Farm, write: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    steps = {"max_steps": 2} if name == "my_spikingjelly.py" else {}
+    file = write(
+        name, changes={"phases.0.epochs": 1, "precision": "fp64", "engine": "torch"} | steps
+    )
+    for world in (1, 2):
+        outcome = farm(file, f"name=world{world}", world=world)
+        assert outcome.status == 0, outcome.text
+    one, two = (metrics(tmp_path / f"runs/world{world}") for world in (1, 2))
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-9)
+    kept = tmp_path / "runs/world2/imports"
+    assert (kept / name).read_text() == FILES[name]
+    done = subprocess.run(["sha256sum", "-c", plugins.CHECKSUMS], cwd=kept, capture_output=True)
+    assert done.returncode == 0
+    if name == "my_tracker.py":
+        rows = (tmp_path / "runs/world1/losses.csv").read_text().splitlines()
+        assert len(rows) == sum(line["kind"] == "train" for line in one)
+
+
+def test_all_at_once_stopped_and_continued(
+    farm: Farm, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    names = ["my_snn.py", "my_neuron.py", "my_loss.py", "my_transform.py", "my_tracker.py"]
+    file = write(*names, changes={"save.every_steps": 2})
+    assert farm(file, "name=straight").status == 0
+    cut = farm(file, "name=cut", stop=("step", 4, 9, 0))
+    assert cut.status == -9
+    again = farm(file, "name=cut")
+    assert again.status == 0, again.text
+    assert "from step" in again.text
+    a, b = (metrics(tmp_path / f"runs/{name}") for name in ("straight", "cut"))
+    assert [line.get("loss") for line in a] == [line.get("loss") for line in b]
+    learnt = tmp_path / "runs/cut/checkpoints/step-00000010/model.safetensors"
+    assert b"stem.neuron.learned.logit" in learnt.read_bytes()
+
+
+def test_a_changed_file_is_named(main: Main, write: Callable[..., Path], tmp_path: Path) -> None:
+    file = write("my_loss.py", changes={"phases.0.epochs": 1})
+    assert main(file).status == 0
+    (tmp_path / "my_loss.py").write_text(FILES["my_loss.py"] + "\n# changed\n")
+    changed = main(file, "phases.0.epochs=1")
+    assert changed.status == 2
+    assert f"{tmp_path}/my_loss.py is not the my_loss.py that the run began with" in changed.text
+    # Another place is no other file.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "my_loss.py").write_text(FILES["my_loss.py"])
+    moved = yaml.safe_load(file.read_text()) | {"imports": [str(elsewhere / "my_loss.py")]}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(moved))
+    assert "nothing to do" in main(file).text
+
+
+def test_import_on_the_command_line(farm: Farm, tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    (tmp_path / "my_loss.py").write_text(FILES["my_loss.py"])
+    file = tiny_config({"phases.0.epochs": 1})
+    missing = farm(file, "loss.kind=late")
+    assert missing.status == 2
+    assert "loss.kind: there is no loss 'late'; " in missing.text
+    assert "--import FILE.py" in missing.text
+    assert farm(file, "loss.kind=late", "--import", str(tmp_path / "my_loss.py")).status == 0
+
+
+def test_a_checkpoint_asks_for_its_files_and_imports_none(
+    main: Main,
+    write: Callable[..., Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    file = write("my_snn.py", changes={"phases.0.epochs": 1, "precision": "fp32"})
+    assert main(file).status == 0
+    run = tmp_path / "runs/tiny"
+    evaluate = ["--checkpoint", str(run), "--execution", "reference", "--device", "cpu"]
+    export = [str(run), "--output", str(tmp_path / "out"), "--format", "safetensors"]
+    for command, arguments in ((evaluation.main, evaluate), (exporting.main, export)):
+        for name in [name for name in sys.modules if name.startswith(plugins.PACKAGE)]:
+            del sys.modules[name]
+        capfd.readouterr()
+        assert command(arguments) == 2
+        said = capfd.readouterr().err
+        assert f"give --import {run}/imports/my_snn.py" in said
+        assert f"{plugins.PACKAGE}.my_snn" not in sys.modules
+        assert command([*arguments, "--import", str(run / "imports/my_snn.py")]) == 0
+        (tmp_path / "my_snn.py").write_text(FILES["my_snn.py"] + "\n")
+        assert command(
+            [*arguments[:-1], arguments[-1], "--import", str(tmp_path / "my_snn.py")]
+        ) in (
+            0,
+            2,  # export does not replace what it has written
+        )
+
+
+def test_one_process_and_its_own_launcher(write: Callable[..., Path], tmp_path: Path) -> None:
+    """The job of a cluster, without Slurm: it runs from the copies that were made."""
+    file = write("my_loss.py", changes={"phases.0.epochs": 1, "engine": "torch"})
+    launcher = tiny.PROJECT / "launch" / "slurm.py"
+    done = subprocess.run(
+        tiny.python(launcher, "--config", file, "--local", 2),
+        env=tiny.clean_environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs/tiny"
+    written = yaml.safe_load((run / "slurm/submission-1/config.yaml").read_text())
+    assert written["imports"] == [str(run / "slurm/submission-1/imports/my_loss.py")]
+    assert (run / "imports/my_loss.py").read_text() == FILES["my_loss.py"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise LookupError('of mine')", "bad.py:1 raises LookupError: of mine"),
+        ("x = (", "bad.py:1 raises SyntaxError"),
+        ("import no_such_package", "No module named 'no_such_package'"),
+        (
+            "from tetdist.losses import register_loss\n@register_loss('tet')\ndef f(o, t): ...",
+            "registers the loss 'tet', which tetdist.losses has registered",
+        ),
+        (
+            "from timm.models import register_model\n@register_model\ndef resnet18(): ...",
+            "registers the model 'resnet18', which there is already",
+        ),
+    ],
+)
+def test_a_bad_file_is_one_sentence(tmp_path: Path, text: str, said: str) -> None:
+    import timm
+
+    before = timm.model_entrypoint("resnet18")
+    (tmp_path / "bad.py").write_text(text + "\n")
+    with pytest.raises(UserError, match=re.escape(said)):
+        import_files([tmp_path / "bad.py"])
+    assert timm.model_entrypoint("resnet18") is before
+    assert f"{plugins.PACKAGE}.bad" not in sys.modules
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing.py cannot be read"):
+        import_files([tmp_path / "nothing.py"])
+    with pytest.raises(UserError, match="its name one word"):
+        import_files([tmp_path / "my-snn.py"])
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.py").write_text("")
+    with pytest.raises(UserError, match="have the same name"):
+        import_files([tmp_path / "a/same.py", tmp_path / "b/same.py"])
+
+
+def test_one_file_may_use_another(tmp_path: Path) -> None:
+    (tmp_path / "helpers.py").write_text("answer = 42\n")
+    (tmp_path / "uses.py").write_text("from tetdist_imports.helpers import answer\n")
+    import_files([tmp_path / "helpers.py", tmp_path / "uses.py"])
+    assert sys.modules[f"{plugins.PACKAGE}.uses"].answer == 42
+
+
+@pytest.mark.parametrize("name", ["lamb", "lion", "adan", "muon"])
+def test_optimisers_of_timm_need_no_file(
+    main: Main, tiny_config: ConfigWriter, tmp_path: Path, name: str
+) -> None:
+    optimizer = {"kind": f"timm:{name}", "lr": 0.002}
+    file = tiny_config({"phases.0.optimizer": optimizer, "save.every_steps": 3})
+    assert main(file, "name=straight").status == 0
+    assert main(file, "name=cut", "max_steps=7").status == 0
+    assert main(file, "name=cut").status == 0
+    a, b = (metrics(tmp_path / f"runs/{name}") for name in ("straight", "cut"))
+    assert a[-2]["loss"] == b[-2]["loss"]
+    assert main(file, "name=zero", "zero_stage=1", "engine=deepspeed").status == 2
+
+
+def test_optimiser_that_is_none(main: Main, tiny_config: ConfigWriter) -> None:
+    for kind, said in (
+        ("timm:adma", "timm has no optimiser 'adma'"),
+        ("adma", "there is no optimiser 'adma'; did you mean adam"),
+        ("timm:adahessian", "needs second derivatives"),
+    ):
+        outcome = main(tiny_config({"phases.0.optimizer": {"kind": kind, "lr": 0.1}}))
+        assert outcome.status == 2
+        assert said in outcome.text
