@@ -21,6 +21,8 @@ def create_model(section: ModelSection, num_classes: int, timesteps: int) -> Spi
             neuron=section.neuron.model_dump(),
             **section.arguments,
         )
+    except UserError:
+        raise
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise UserError(
             f"model.arguments: {section.name} cannot be built with {section.arguments} ({error})"

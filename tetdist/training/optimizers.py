@@ -14,7 +14,7 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.O
     norms_and_biases: set[int] = set()
     if not section.decay_norms:
         for module in model.modules():
-            if isinstance(module, BatchNorm):
+            if isinstance(module, (BatchNorm, nn.GroupNorm, nn.LayerNorm)):
                 norms_and_biases |= {id(p) for p in module.parameters()}
             elif getattr(module, "bias", None) is not None:
                 norms_and_biases.add(id(module.bias))

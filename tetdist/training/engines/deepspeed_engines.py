@@ -161,9 +161,9 @@ class ZeroEngine:
                 for key, value in state["state"].get(number, {}).items():
                     if not torch.is_tensor(value):
                         own[key] = value
-                    elif value.shape != parameter.shape:
+                    elif value.shape != parameter.shape or key == "step":
                         # One for the whole partition, such as Adam's step, which fused kernels
-                        # want on their device.
+                        # want on their device, and whose shape is that of a single number, too.
                         own[key] = value.to(flat.device, torch.float32, copy=True)
                     elif fragment := _fragment(parameter):
                         partition = own.setdefault(key, torch.zeros_like(flat.detach()))
