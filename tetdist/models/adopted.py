@@ -22,7 +22,7 @@ Nothing else in tetdist imports this module, which needs the package spikingjell
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from spikingjelly.activation_based import base, encoding, functional, layer, neuron, rnn
@@ -110,9 +110,7 @@ class Adopted(SpikingNetwork):
             )
 
     def get_classifier(self) -> nn.Module:
-        raise UserError(
-            "which layer of an adopted network is the classifier, only its author knows"
-        )
+        raise UserError("only the author of an adopted network knows its classifier")
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:  # noqa: ARG002
         raise UserError("an adopted network gets its number of classes where it is built")
@@ -188,6 +186,8 @@ class AdoptedBatchNorm(BatchNorm):
 
     def __init__(self, norm: _BatchNorm) -> None:
         assert norm.momentum is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         super().__init__(norm.num_features, eps=norm.eps, momentum=norm.momentum)
         self.to(norm.weight.device, norm.weight.dtype)
         self.weight, self.bias = norm.weight, norm.bias
@@ -338,7 +338,8 @@ def _objection(module: nn.Module, around: Sequence[nn.Module]) -> tuple[str, str
         return _AHEAD, "build it with bidirectional=False"
     if isinstance(module, _NormBase):
         return _objection_to_norm(module, around)
-    if isinstance(module, base.StepModule) and module.step_mode == "s" and not around:
+    # A container has none before set_step_mode, and needs none.
+    if getattr(module, "step_mode", "m") == "s" and not around:
         return "it is in single-step mode", 'call functional.set_step_mode(net, "m") before'
     return None
 
@@ -497,7 +498,7 @@ class _Parts:
             yield
 
 
-def _is_sequential(module: nn.Module) -> bool:
+def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
     """Whether it does nothing but run its children one after another."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
@@ -552,8 +553,8 @@ def _recomputed(
     def forward(*args: Any, **kwargs: Any) -> Any:
         if id(modules[-1]) in seen:
             raise UserError(
-                f"{type(modules[-1]).__name__} runs more than once in a forward pass, and would not "
-                "find the state it had when it is run again; set checkpoint=none"
+                f"{type(modules[-1]).__name__} runs more than once in a forward pass, and would "
+                "not find the state it had when it is run again; set checkpoint=none"
             )
         seen.add(id(modules[-1]))
         return checkpoint(
