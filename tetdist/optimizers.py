@@ -132,7 +132,7 @@ def make_optimizer(model: nn.Module, section: "OptimizerSection") -> torch.optim
             kept |= {id(p) for p in learned.parameters()}
         if section.decay_norms:
             continue
-        if isinstance(module, BatchNorm):
+        if isinstance(module, (BatchNorm, nn.GroupNorm, nn.LayerNorm)):
             kept |= {id(p) for p in module.parameters()}
         elif getattr(module, "bias", None) is not None:
             kept.add(id(module.bias))

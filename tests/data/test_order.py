@@ -1,7 +1,10 @@
 """Order and randomness: what they depend on, what they do not, and that they never change."""
 
+import itertools
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +28,14 @@ def test_the_hash_is_splitmix64():
     draws = order.uniforms(7, 3, np.array([1_281_166]), 3)[0]
     key = splitmix(splitmix(splitmix(2, 7), 3), 1_281_166)
     assert draws.tolist() == [(splitmix(key, j) >> 11) / 2**53 for j in range(3)]
+
+
+def test_seeds_of_forward_passes():
+    key = splitmix(splitmix(splitmix(4, 7), 12), 3)
+    assert order.forward_seed(7, 12, 3) == key
+    seeds = {order.forward_seed(*words) for words in itertools.product(range(5), repeat=3)}
+    assert len(seeds) == 125
+    torch.manual_seed(max(seeds))  # takes all 64 bits
 
 
 def test_order_and_draws_never_change():

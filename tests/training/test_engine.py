@@ -323,6 +323,57 @@ def test_optimizer_state_moves_between_engines(
     eng.close()
 
 
+class Decaying(nn.Module):
+    """A parameter without a dimension, as the step of Adam's state is, between two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3 * 16 * 16, 8)
+        self.neuron = nn.ParameterDict({"decay": nn.Parameter(torch.tensor(0.5))})
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, per_timestep: bool = True) -> Tensor:  # noqa: ARG002
+        return self.last(torch.tanh(self.neuron["decay"].sigmoid() * self.first(x.flatten(1))))[
+            None
+        ]
+
+
+@pytest.mark.parametrize("source", ENGINES, ids=lambda pair: f"{pair[0].__name__}{pair[1]}")
+@pytest.mark.parametrize("target", ENGINES, ids=lambda pair: f"{pair[0].__name__}{pair[1]}")
+def test_optimizer_state_of_a_parameter_without_a_dimension(
+    source: tuple[type[Any], int], target: tuple[type[Any], int], world: World
+) -> None:
+    torch.manual_seed(0)
+    model = Decaying()
+    changes = {"phases.0.optimizer": OPTIMIZERS["adamw"]}
+    section = config(changes).phases[0].optimizer
+
+    def engine_of(pair: tuple[type[Any], int]) -> Any:
+        cls, stage = pair
+        cfg = config(changes | {"zero_stage": stage})
+        return cls(cfg, model, make_optimizer(model, section), MICRO_BATCHES, world)
+
+    eng = engine_of(source)
+    step(eng, model, 0)
+    given = copy.deepcopy(eng.optimizer_state())
+    eng.close()
+    eng = engine_of(target)
+    eng.load_optimizer_state(copy.deepcopy(given))
+    taken = eng.optimizer_state()
+    for number, values in given["state"].items():
+        for key, value in values.items():
+            assert torch.equal(value, taken["state"][number][key]), (number, key)
+    step(eng, model, 1)
+    eng.close()
+    continued = vector(model)
+    torch.manual_seed(0)
+    model = Decaying()
+    eng = engine_of((TorchEngine, 0))
+    step(eng, model, 0)
+    step(eng, model, 1)
+    torch.testing.assert_close(continued, vector(model), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_non_finite_gradient_changes_nothing_at_higher_stages(

@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from tetdist.errors import UserError
 
-# Streams keep the keys of the permutation and the draws of augmentation and mixing apart.
-_PERMUTATION, AUGMENTATION, MIXING = 1, 2, 3
+# Streams keep the keys of the permutation, the draws of augmentation and mixing, and those of the
+# network apart.
+_PERMUTATION, AUGMENTATION, MIXING, _FORWARD = 1, 2, 3, 4
 
 
 def uniforms(
@@ -46,6 +47,16 @@ def permutation(num_samples: int, seed: int, epoch: int) -> npt.NDArray[np.int64
     """The epoch's order: (num_samples,) sample numbers, each once."""
     keys = _absorb(_key(_PERMUTATION, seed, epoch), np.arange(num_samples, dtype=np.uint64))
     return np.argsort(keys, kind="stable")
+
+
+def forward_seed(seed: int, step: int, micro_batch: int) -> int:
+    """Seed, below 2**64, of what a network draws for one micro-batch of a step, dropout say.
+
+    Args:
+        step: Optimiser steps before this one.
+        micro_batch: Its number among those of all processes; see `rank_micro_batches`.
+    """
+    return int(_absorb(_key(_FORWARD, seed, step), np.array([micro_batch], np.uint64))[0])
 
 
 def _key(stream: int, seed: int, epoch: int) -> npt.NDArray[np.uint64]:

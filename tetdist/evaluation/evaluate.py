@@ -12,7 +12,7 @@ from tetdist.data.loader import Batch
 from tetdist.distributed.world import World
 from tetdist.models import SpikingNetwork
 from tetdist.nn import native
-from tetdist.nn.norm_neuron import spiking_layers
+from tetdist.nn.norm_neuron import firing_layers
 from tetdist.nn.precision import autocast, parameter_type
 
 
@@ -147,7 +147,7 @@ class _FiringRates:
     def __init__(self, model: nn.Module) -> None:
         self.sums: dict[str, Tensor] = {}
         self._handles = []
-        for name, module in spiking_layers(model).items():
+        for name, module in firing_layers(model).items():
             self.sums[name] = torch.zeros(2, dtype=torch.float64)
             self._handles.append(module.register_forward_hook(self._hook(name)))
 

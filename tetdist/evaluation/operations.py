@@ -135,6 +135,9 @@ class OperationCounts:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
         def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             x = inputs[0].detach()
+            if x.ndim == (4 if isinstance(module, nn.Conv2d) else 2):
+                # A library's container has folded time into the batch.
+                x = x[None]
             sums = self._sums[name] = self._sums[name].to(x.device)
             presentations = x.shape[0] * x.shape[1]  # T * B
             if isinstance(module, nn.Conv2d):

@@ -34,6 +34,8 @@ def create_model(
         model: SpikingNetwork = timm.create_model(
             name, num_classes=num_classes, timesteps=timesteps, neuron=neuron, **arguments
         )
+    except UserError:
+        raise
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise

@@ -28,6 +28,19 @@ def spiking_layers(model: nn.Module) -> "dict[str, NormNeuron | neurons.Neuron]"
     return found
 
 
+def firing_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """`spiking_layers`, and modules of other libraries that are marked by ``fires_spikes``.
+
+    What they return are spikes.
+    """
+    own = spiking_layers(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name in own or getattr(module, "fires_spikes", False)
+    }
+
+
 class NormNeuron(nn.Module):
     """Batch norm, an optional shortcut added to the normalised current, and the neuron.
 

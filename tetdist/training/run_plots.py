@@ -19,6 +19,7 @@ from tetdist.errors import UserError
 from tetdist.evaluation.firing import FiringWatch
 from tetdist.evaluation.membranes import membrane_distribution
 from tetdist.models import SpikingNetwork
+from tetdist.nn.norm_neuron import spiking_layers
 from tetdist.reports import curves
 from tetdist.tracking.mlflow_follower import Tracker
 
@@ -84,7 +85,7 @@ class Pictures:
         metrics = self.tracker.path
         self._draw("learning_curves.png", lambda out: curves.learning_curves(metrics, out))
         self._draw("firing_rates.png", lambda out: curves.firing_rates(metrics, out))
-        if len(images) and values["firing_rate"]:
+        if len(images) and spiking_layers(model):
             title = f"{self.config.name}   \N{EM DASH}   epoch {values['epoch']:.4g}, membranes"
             precision = self.config.precision
             found = membrane_distribution(model, images[:LOOKED_AT], precision)

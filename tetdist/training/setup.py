@@ -106,6 +106,8 @@ def _recompute(name: str, model: SpikingNetwork, how: Literal["blocks"] | Segmen
     if isinstance(how, SegmentsSection):
         try:
             model.set_segment(how.timesteps)
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f"recompute: {error}") from error
 

@@ -62,9 +62,10 @@ class Trainer:
         self.config, self.world, self.stop, self.watch = config, world, stop, watch
         world.together(lambda: _check_device(config, world))
         batch = config.batch
-        self.num_micro_batches = world.together(
-            lambda: len(
-                order.rank_micro_batches(world.rank, world.world_size, batch.global_, batch.micro)
+        # The numbers, among all processes', of those that this one works on in each step.
+        self.micro_batches = world.together(
+            lambda: order.rank_micro_batches(
+                world.rank, world.world_size, batch.global_, batch.micro
             )
         )
         self.train_index, self.val_index = world.together(lambda: open_data(config, world))
@@ -172,7 +173,7 @@ class Trainer:
         self.model.set_timesteps(phase.section.timesteps)
         optimizer = make_optimizer(self.model, phase.section.optimizer)
         self.engine = make_engine(
-            self.config, self.model, optimizer, self.num_micro_batches, self.world
+            self.config, self.model, optimizer, len(self.micro_batches), self.world
         )
         # At the very start of a phase a checkpoint holds the optimiser of the one before.
         if self.optimizer_state is not None and self.step > phase.first_step:
@@ -261,7 +262,7 @@ class Trainer:
 
     def _micro_batches(self, clock: "_Clock") -> Iterator[tuple[Tensor, Tensor]]:
         """This process's images and targets of one step, on the device."""
-        for _ in range(self.num_micro_batches):
+        for _ in self.micro_batches:
             with clock.waiting():
                 batch = next(self.loader)
             self.record(self.step + 1, batch)
@@ -287,7 +288,8 @@ class Trainer:
     ) -> tuple[Update, Tensor]:
         """One update from the step's micro-batches; also their sums for the metrics."""
         sums = torch.zeros_like(self.window)
-        for images, targets in batches:
+        for number, (images, targets) in zip(self.micro_batches, batches, strict=True):
+            self._seed(self.step, number)
             logits = self.engine.forward(images)  # (T, B, K)
             loss = compute_loss(self.config.loss, logits, targets, self._teacher_logits(images))
             self.watch.progress(f"step {self.step + 1}")
@@ -296,6 +298,10 @@ class Trainer:
         update = self.engine.update(lr)
         batch_norm.update_running_statistics(self.model, self.world.mean_, update.applied)
         return update, sums
+
+    def _seed(self, step: int, micro_batch: int) -> None:
+        """Have what the network draws, dropout say, be a function of the step and the samples."""
+        torch.manual_seed(order.forward_seed(self.config.seed, step, micro_batch))
 
     def _teacher_logits(self, images: Tensor) -> Tensor | None:
         """The teacher's logits (B, K) for the images; None where there is no teacher."""
@@ -340,14 +346,17 @@ class Trainer:
     def _examine(self, step: int) -> str | None:
         """What this process's share of a step shows, layer by layer; None: nothing bad."""
 
+        numbers = iter(self.micro_batches)
+
         def loss(images: Tensor, targets: Tensor) -> Tensor:
+            self._seed(step - 1, next(numbers))
             with autocast(self.world.device, self.config.precision):
                 logits = self.model(images, per_timestep=True)
             return compute_loss(self.config.loss, logits, targets, self._teacher_logits(images))
 
         loader = self._open_loader(step - 1)
         try:
-            batches = (next(loader) for _ in range(self.num_micro_batches))
+            batches = (next(loader) for _ in self.micro_batches)
             found = health.examine(
                 self.model,
                 (self._prepared(batch) for batch in batches),

@@ -1,9 +1,11 @@
 """DeepSpeed at ZeRO stages 0, 1 and 2. No other file knows DeepSpeed."""
 
+import contextlib
 import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -161,9 +163,9 @@ class ZeroEngine:
                 for key, value in state["state"].get(number, {}).items():
                     if not torch.is_tensor(value):
                         own[key] = value
-                    elif value.shape != parameter.shape:
+                    elif value.shape != parameter.shape or key == "step":
                         # One for the whole partition, such as Adam's step, which fused kernels
-                        # want on their device.
+                        # want on their device, and whose shape is that of a single number, too.
                         own[key] = value.to(flat.device, torch.float32, copy=True)
                     elif fragment := _fragment(parameter):
                         partition = own.setdefault(key, torch.zeros_like(flat.detach()))
@@ -237,10 +239,35 @@ def _initialize(
     model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], world: World
 ) -> Any:
     deepspeed = _import_deepspeed(world.device)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=settings, dist_init_required=False
-    )
+    with _broadcasting_scalars(deepspeed.DeepSpeedEngine, model):
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
+        )
     return engine
+
+
+@contextlib.contextmanager
+def _broadcasting_scalars(cls: Any, model: nn.Module) -> Iterator[None]:
+    """Within this context parameters without a dimension have one while they are broadcast.
+
+    DeepSpeed broadcasts bytes, which those cannot be seen as. What it makes afterwards has to find
+    them in their own shape, which is that of their gradients.
+    """
+    original = cls._broadcast_model
+    scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
+
+    def broadcast(engine: Any) -> None:
+        for parameter in scalars:
+            parameter.data = parameter.data.view(1)
+        original(engine)
+        for parameter in scalars:
+            parameter.data = parameter.data.view(())
+
+    cls._broadcast_model = broadcast
+    try:
+        yield
+    finally:
+        cls._broadcast_model = original
 
 
 def _accumulate(engine: Any, loss: Tensor) -> None:

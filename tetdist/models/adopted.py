@@ -1,0 +1,578 @@
+"""Networks of spikingjelly, trained by tetdist: `adopt` takes one in multi-step mode.
+
+    @register_model
+    def sj_sew18(pretrained=False, *, num_classes, timesteps, neuron=None):
+        net = sew_resnet.sew_resnet18(
+            num_classes=num_classes, cnf="ADD", spiking_neuron=LIFNode, detach_reset=True
+        )
+        functional.set_step_mode(net, "m")
+        return adopt(net, timesteps=timesteps, num_classes=num_classes)
+
+The network stays the library's: its neurons, backends, surrogates and random numbers. Three things
+are ours. The library's state is reset before every forward pass. Batch norms are replaced by
+`BatchNorm`, with the same parameters and buffers, so that running statistics move once a step, by
+all micro-batches of all processes. And for activation checkpointing its parts run again in the
+backward pass (`_Parts`). What cannot be trained so is refused by name, in words that say why.
+
+Keys of a state are those of the library's network, without ``num_batches_tracked``: a
+model.safetensors of a run goes into it by ``load_state_dict``.
+
+Nothing else in tetdist imports this module, which needs the package spikingjelly.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeGuard
+
+import torch
+from spikingjelly.activation_based import base, encoding, functional, layer, neuron, rnn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils.checkpoint import checkpoint
+
+from tetdist.errors import UserError
+from tetdist.models.base import SpikingNetwork
+from tetdist.nn import batch_norm
+from tetdist.nn.batch_norm import BatchNorm
+
+
+def adopt(
+    net: nn.Module,
+    *,
+    timesteps: int,
+    num_classes: int,
+    input_kind: Literal["images", "events"] = "images",
+) -> "Adopted":
+    """A network of spikingjelly as tetdist's trainer and tools take one.
+
+    Args:
+        net: Maps a sequence (T, B, C, H, W) to logits (T, B, K), in step mode "m". It is changed:
+            its batch norms are replaced, and it is no longer to be run by itself.
+        timesteps: T.
+        num_classes: K.
+        input_kind: ``images``, each shown T times, or ``events``.
+
+    Raises:
+        UserError: A module of it cannot be adopted; the text says which, and what to do.
+    """
+    return Adopted(net, timesteps=timesteps, num_classes=num_classes, input_kind=input_kind)
+
+
+class Adopted(SpikingNetwork):
+    """What `adopt` returns. Errors of its first training pass say what only a run can show.
+
+    Attributes:
+        net: The library's network.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        timesteps: int,
+        num_classes: int,
+        input_kind: Literal["images", "events"] = "images",
+    ) -> None:
+        super().__init__(num_classes=num_classes, timesteps=timesteps)
+        self.input_kind = input_kind
+        _refuse(net)
+        self.net = _with_own_norms(net)
+        functional.invalidate_reset_cache(self.net)
+        self._parts = _Parts(self.net)
+        self._examined = False
+        for module in self.net.modules():
+            if _fires(module):
+                module.fires_spikes = True  # type: ignore[assignment]  # see firing_layers
+        self.register_state_dict_post_hook(_without_prefix)
+        self.register_load_state_dict_pre_hook(_with_prefix)
+        self.set_timesteps(timesteps)
+
+    def set_timesteps(self, timesteps: int) -> None:
+        """Change T.
+
+        Raises:
+            ValueError: T is below 1, or not that of a neuron with weights for each timestep.
+        """
+        super().set_timesteps(timesteps)
+        for name, module in self.named_modules():
+            if isinstance(module, neuron.MaskedPSN) and timesteps != module.T:
+                name = name.removeprefix("net.")
+                raise UserError(
+                    f"{name} (MaskedPSN) is built for T={module.T} and cannot run {timesteps} "
+                    "timesteps; take SlidingPSN, which runs any number"
+                )
+
+    def set_execution(self, execution: str) -> None:
+        """Without effect: the library's neurons have backends of their own."""
+        if execution not in ("fused", "reference"):
+            raise ValueError(f"execution must be 'fused' or 'reference', not {execution!r}")
+
+    def set_segment(self, timesteps: int | None) -> None:
+        """Refuse to train in segments.
+
+        Raises:
+            UserError: ``timesteps`` is not None.
+        """
+        if timesteps is not None:
+            raise UserError(
+                f"recompute: a network of spikingjelly does not run in segments of {timesteps} "
+                "timesteps; set recompute=blocks"
+            )
+
+    def get_classifier(self) -> nn.Module:
+        raise UserError("only the author of an adopted network knows its classifier")
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:  # noqa: ARG002
+        raise UserError("an adopted network gets its number of classes where it is built")
+
+    def forward_features(self, x: Tensor) -> Tensor:  # noqa: ARG002
+        raise UserError("an adopted network is run as a whole and has no features of its own")
+
+    def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
+        """Logits: their mean over time, (B, K), or each timestep's own, (T, B, K).
+
+        Raises:
+            ValueError: The input's shape does not suit, or has fewer than T time bins.
+            UserError: The network's output is not (T, B, K). In its first training pass also: its
+                logits depend on later inputs, it draws random numbers in evaluation, or it changes
+                a buffer.
+        """
+        sequence = self.time_first(x)
+        if self.input_kind == "images":
+            # One copy, in the layout that the convolutions read.
+            sequence = torch.cat([sequence[0]] * self.timesteps).unflatten(0, (self.timesteps, -1))
+        if self.training and not self._examined:
+            _examine(self.net, sequence)
+            logits = self._run_watched(sequence)
+            # At T = 1 nothing is later than anything.
+            self._examined = self.timesteps > 1
+        else:
+            logits = self._run_net(sequence)
+        return logits if per_timestep else logits.mean(0)
+
+    def _run_net(self, sequence: Tensor) -> Tensor:
+        functional.reset_net(self.net)
+        recompute = self.grad_checkpointing and self.training and torch.is_grad_enabled()
+        with self._parts.recomputed() if recompute else contextlib.nullcontext():
+            logits = self.net(sequence)
+        wanted = (*sequence.shape[:2], self.num_classes)
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if found != wanted:
+            raise UserError(
+                f"{type(self.net).__name__} gives {found} instead of logits (T, B, K) = {wanted}; "
+                "adopt it without its mean or decoding over time, and with K classes"
+            )
+        return logits
+
+    def _run_watched(self, sequence: Tensor) -> Tensor:
+        """`_run_net`, in training, with an eye on the buffers."""
+        own = {id(b) for m in self.net.modules() if isinstance(m, BatchNorm) for b in m.buffers()}
+        before = {
+            name: (buffer, buffer.clone())
+            for name, buffer in self.net.named_buffers()
+            if id(buffer) not in own
+        }
+        logits = self._run_net(sequence)
+        after = dict(self.net.named_buffers())
+        for name, (buffer, value) in before.items():
+            if after.get(name) is not buffer or not torch.equal(buffer, value):
+                raise UserError(
+                    f"the forward pass changes the buffer {name}, and what it would be on several "
+                    "processes is nobody's decision; replace that module, or make it a memory "
+                    "(register_memory) that is reset"
+                )
+        return logits
+
+
+# --- batch norms ----------------------------------------------------------------------------------
+
+
+class AdoptedBatchNorm(BatchNorm):
+    """`BatchNorm` of the shapes that one of the library or of torch takes.
+
+    Args:
+        norm: The one that it replaces: its parameters and running statistics are taken over.
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        assert norm.momentum is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        super().__init__(norm.num_features, eps=norm.eps, momentum=norm.momentum)
+        self.to(norm.weight.device, norm.weight.dtype)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.train(norm.training)
+        # In single-step mode, or of torch: time, if any, is folded into the batch.
+        self.folded = getattr(norm, "step_mode", "s") == "s"
+        self.dimensions = _dimensions(norm)
+
+    def forward(self, current: Tensor) -> Tensor:
+        """Normalise (T, B, C, ...), or (N, C, ...) in single-step mode."""
+        x = current[None] if self.folded else current
+        dimensions = x.ndim - 3
+        if dimensions not in self.dimensions:
+            raise ValueError(f"{self} cannot normalise an input of shape {tuple(current.shape)}")
+        if dimensions < 2:
+            x = x[(..., *[None] * (2 - dimensions))]
+        elif dimensions == 3:
+            x = x.flatten(4)
+        return super().forward(x).reshape(current.shape)
+
+
+_NORMS = {
+    nn.BatchNorm1d: (0, 1),
+    layer.BatchNorm1d: (0, 1),
+    layer.ThresholdDependentBatchNorm1d: (0, 1),
+    nn.BatchNorm2d: (2,),
+    layer.BatchNorm2d: (2,),
+    layer.ThresholdDependentBatchNorm2d: (2,),
+    nn.BatchNorm3d: (3,),
+    layer.BatchNorm3d: (3,),
+    layer.ThresholdDependentBatchNorm3d: (3,),
+}
+
+
+def _dimensions(norm: nn.Module) -> tuple[int, ...]:
+    """How many dimensions may follow the channels; none at all: another kind of norm."""
+    return _NORMS.get(type(norm), ())
+
+
+def _with_own_norms(net: nn.Module) -> nn.Module:
+    if isinstance(net, _BatchNorm):
+        return AdoptedBatchNorm(net)
+    own: dict[nn.Module, AdoptedBatchNorm] = {}
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, _BatchNorm):
+                own[child] = own.get(child) or AdoptedBatchNorm(child)
+                setattr(module, name, own[child])
+    return net
+
+
+def _without_prefix(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}net.")]:
+        state[prefix + key.removeprefix(f"{prefix}net.")] = state.pop(key)
+
+
+def _with_prefix(_module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[f"{prefix}net.{key.removeprefix(prefix)}"] = state.pop(key)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+_LOOPS = (
+    layer.MultiStepContainer,
+    layer.TLastMultiStepContainer,
+    layer.TLastSeqToANNContainer,
+    layer.ElementWiseRecurrentContainer,
+    layer.LinearRecurrentContainer,
+)
+# Whose modules are in single-step mode, as they should be.
+_CONTAINERS = (*_LOOPS, layer.SeqToANNContainer, layer.StepModeContainer)
+
+_AHEAD = "its output at t depends on inputs after t, so it cannot be evaluated at every t"
+_ONLINE = "it detaches the membrane at every timestep, and is trained by an algorithm of its own"
+_NOISE = "it draws random numbers in evaluation, too, which would not come out the same again"
+_OWN_NORM = "it has a batch norm of its own for every timestep, which cannot be accumulated"
+_LIF = "take neuron.LIFNode or another of BaseNode's kind"
+_NORM = "take layer.BatchNorm2d or layer.ThresholdDependentBatchNorm2d"
+
+# Kinds, why they are refused, and the way out.
+_REFUSED: tuple[tuple[tuple[type, ...], str, str], ...] = (
+    ((neuron.PSN,), _AHEAD, "take neuron.SlidingPSN, or MaskedPSN with lambda_ = 1"),
+    (
+        (layer.TemporalWiseAttention, layer.MultiDimensionalAttention),
+        _AHEAD,
+        "leave it out",
+    ),
+    ((neuron.MPBNBaseNode, layer.bn._BatchNormThroughTimeBase), _OWN_NORM, f"{_LIF}, and {_NORM}"),
+    (
+        (layer.bn._TemporalEffectiveBatchNormBase,),
+        "it has a factor for every timestep of one T, and T changes from phase to phase",
+        _NORM,
+    ),
+    ((neuron.OTTTLIFNode, neuron.SLTTLIFNode), _ONLINE, _LIF),
+    ((layer.OTTTSequential, layer.GradwithTrace), _ONLINE, "take nn.Sequential"),
+    (
+        (
+            neuron.noisy.NoisyBaseNode,
+            neuron.noisy.NoisyNonSpikingBaseNode,
+            layer.DropConnectLinear,
+            encoding.PoissonEncoder,
+            encoding.PopSpikeEncoderRandom,
+        ),
+        _NOISE,
+        "take a module without noise, or layer.Dropout",
+    ),
+    (
+        (nn.SyncBatchNorm,),
+        "how batch norm is synchronised is the trainer's",
+        f"{_NORM}, and set batch_norm.sync=true",
+    ),
+)
+
+
+def _refuse(net: nn.Module) -> None:
+    """Raise UserError for the first module that cannot be adopted."""
+    for name, module, around in _walk(net, "", ()):
+        found = _objection(module, around)
+        if found is not None:
+            why, way_out = found
+            raise UserError(
+                f"{name or 'the network'} ({type(module).__name__}) cannot be adopted: {why}; "
+                f"{way_out}"
+            )
+
+
+def _walk(
+    module: nn.Module, name: str, around: tuple[nn.Module, ...]
+) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
+    """Modules by name, each with the library's containers that it is in."""
+    yield name, module, around
+    if isinstance(module, _CONTAINERS):
+        around = (*around, module)
+    for child_name, child in module.named_children():
+        yield from _walk(child, f"{name}.{child_name}" if name else child_name, around)
+
+
+def _objection(module: nn.Module, around: Sequence[nn.Module]) -> tuple[str, str] | None:
+    """Why a module cannot be adopted, and the way out."""
+    for kinds, why, way_out in _REFUSED:
+        if isinstance(module, kinds):
+            return why, way_out
+    if isinstance(module, neuron.MaskedPSN) and float(module.lambda_) < 1:
+        return _AHEAD, "set its lambda_ to 1"
+    if isinstance(module, (nn.RNNBase, rnn.SpikingRNNBase)) and module.bidirectional:
+        return _AHEAD, "build it with bidirectional=False"
+    if isinstance(module, _NormBase):
+        return _objection_to_norm(module, around)
+    # A container has none before set_step_mode, and needs none.
+    if getattr(module, "step_mode", "m") == "s" and not around:
+        return "it is in single-step mode", 'call functional.set_step_mode(net, "m") before'
+    return None
+
+
+def _objection_to_norm(norm: _NormBase, around: Sequence[nn.Module]) -> tuple[str, str] | None:
+    if not isinstance(norm, _BatchNorm):
+        if not norm.track_running_stats:
+            return None
+        return "its running statistics are not accumulated", "set track_running_stats=False"
+    if not _dimensions(norm):
+        return "it is none of the batch norms that are known here", _NORM
+    if not norm.track_running_stats:
+        return "it has no running statistics to evaluate with", "set track_running_stats=True"
+    if norm.momentum is None:
+        return "its running statistics are an average over all steps", "set momentum=0.1"
+    if not norm.affine:
+        return "it has no weight and bias", "set affine=True, and requires_grad_(False) for both"
+    if getattr(norm, "step_mode", "m") == "s" and not around:
+        return "it is in single-step mode", 'call functional.set_step_mode(net, "m") before'
+    for container in around:
+        if isinstance(container, _LOOPS) or getattr(container, "stateful", False):
+            return (
+                f"{type(container).__name__} runs it once a timestep, and its statistics are over "
+                "all of them",
+                "put it into layer.SeqToANNContainer",
+            )
+    return None
+
+
+@torch.no_grad()
+def _examine(net: nn.Module, sequence: Tensor) -> None:
+    """Run one sample in evaluation mode, twice, to see what no type tells.
+
+    Raises:
+        UserError: Its output depends on later inputs, or on random numbers.
+    """
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    sample = sequence[:, :1].clone()
+    later = sample.clone()
+    later[-1] = 1 - later[-1]
+    state = _random_state(sample.device)
+    try:
+        ours, theirs = (_outputs(net, x) for x in (sample, later))
+    finally:
+        functional.reset_net(net)
+        for module, mode in modes.items():
+            module.training = mode
+        # Weights that were cast without a gradient would be used again, with none.
+        torch.clear_autocast_cache()
+    if not torch.equal(state, _random_state(sample.device)):
+        raise UserError(
+            f"{type(net).__name__} draws random numbers in evaluation mode, which would not come "
+            "out the same again; let it draw in training mode alone (module.training)"
+        )
+    for (name, a), (_, b) in zip(ours, theirs, strict=False):
+        if len(a) == len(sequence) == len(b) and not torch.equal(a[:-1], b[:-1]):
+            if not (a.isfinite().all() and b.isfinite().all()):
+                return
+            raise UserError(
+                f"{name or type(net).__name__} cannot be adopted: {_AHEAD}; replace it by a module "
+                "that does not look ahead"
+            )
+
+
+def _outputs(net: nn.Module, sequence: Tensor) -> list[tuple[str, Tensor]]:
+    """What each module gives for (T, 1, C, H, W), in the order that they are done."""
+    found: list[tuple[str, Tensor]] = []
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.ndim:
+                found.append((name, output.clone()))
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in net.named_modules()]
+    try:
+        functional.reset_net(net)
+        net(sequence)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _random_state(device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return torch.cat([torch.get_rng_state(), torch.cuda.get_rng_state(device)])
+    return torch.get_rng_state()
+
+
+# --- activation checkpointing ---------------------------------------------------------------------
+
+
+def _fires(module: nn.Module) -> bool:
+    """Whether its output are spikes."""
+    other = (neuron.LIAFNode, neuron.TernaryIFNode, neuron.TernaryLIFNode)
+    return hasattr(module, "surrogate_function") and not isinstance(module, other)
+
+
+def _has_neurons(module: nn.Module) -> bool:
+    return any(isinstance(m, base.MemoryModule) or _fires(m) for m in module.modules())
+
+
+class _Parts:
+    """The parts of a network of which only the input is kept.
+
+    They are its children; of a plain Sequential, however deep, its own children, where those that
+    are a layer each are joined up to the next neuron. Parts without neurons keep little beyond
+    their input, and are left alone.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.alone: list[nn.Module] = []
+        # Sequentials, cut into what is run at a time and whether it is run again.
+        self.cut: dict[nn.Sequential, list[tuple[list[nn.Module], bool]]] = {}
+        self._divide(net)
+
+    def _divide(self, module: nn.Module) -> None:
+        if _is_sequential(module):
+            self.cut[module] = self._cut(module)
+            return
+        for child in module.children():
+            if _is_sequential(child) or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                self._divide(child)
+            elif _has_neurons(child) and child not in self.alone:
+                self.alone.append(child)
+
+    def _cut(self, sequential: nn.Sequential) -> list[tuple[list[nn.Module], bool]]:
+        groups: list[tuple[list[nn.Module], bool]] = []
+        joined: list[nn.Module] = []
+        for child in sequential:
+            if not _has_neurons(child) or isinstance(child, layer.Dropout):
+                joined.append(child)
+            elif isinstance(child, base.MemoryModule) or _fires(child):
+                groups.append(([*joined, child], True))
+                joined = []
+            else:
+                groups += [(joined, False), ([child], not _is_sequential(child))]
+                joined = []
+                if _is_sequential(child):
+                    self._divide(child)
+        return [group for group in [*groups, (joined, False)] if group[0]]
+
+    @contextlib.contextmanager
+    def recomputed(self) -> Iterator[None]:
+        """Within this context a forward pass of the network keeps only the parts' inputs."""
+        seen: set[int] = set()
+        with contextlib.ExitStack() as stack:
+            for part in self.alone:
+                forward = _recomputed([part], part.forward, seen)
+                stack.enter_context(_running(part, forward))
+            for sequential, groups in self.cut.items():
+                stack.enter_context(_running(sequential, _chained(groups, seen)))
+            yield
+
+
+def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether it does nothing but run its children one after another."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+@contextlib.contextmanager
+def _running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within this context ``forward`` is what the module runs."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _chained(
+    groups: list[tuple[list[nn.Module], bool]], seen: set[int]
+) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        for modules, again in groups:
+            run = _one_after_another(modules)
+            x = _recomputed(modules, run, seen)(x) if again else run(x)
+        return x
+
+    return forward
+
+
+def _one_after_another(modules: list[nn.Module]) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        for module in modules:
+            x = module(x)
+        return x
+
+    return run
+
+
+def _recomputed(
+    modules: list[nn.Module], run: Callable[..., Any], seen: set[int]
+) -> Callable[..., Any]:
+    """``run``, which runs the modules, but again in the backward pass."""
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        for module in modules:
+            functional.reset_net(module)
+        with batch_norm.recomputing():
+            yield
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if id(modules[-1]) in seen:
+            raise UserError(
+                f"{type(modules[-1]).__name__} runs more than once in a forward pass, and would "
+                "not find the state it had when it is run again; set recompute=none"
+            )
+        seen.add(id(modules[-1]))
+        return checkpoint(
+            run,
+            *args,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), again()),
+            **kwargs,
+        )
+
+    return forward
