@@ -9,12 +9,12 @@ deepspeed launcher or torchrun.
 """
 
 import argparse
-import json
 import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tetdist import files
 from tetdist.cli.common import answer, positive, program
 from tetdist.errors import UserError
 
@@ -254,9 +254,7 @@ def check_classes(
 
 
 def write_json(path: Path, found: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        aside.write_text(json.dumps(found, indent=1) + "\n")
-        aside.replace(path)
+        files.write_json(path, found)
     except OSError as error:
         raise UserError(f"--json: cannot write {path}: {error.strerror}") from error

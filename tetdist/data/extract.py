@@ -10,7 +10,7 @@ from tetdist.data.layouts import Listing
 from tetdist.data.probe import SAMPLES_PER_TASK, Place
 from tetdist.data.processes import Progress, run_tasks
 from tetdist.errors import UserError
-from tetdist.files import check_space, only_writer, replacing
+from tetdist.files import check_space, explaining, only_writer, replacing
 
 _NUMBER = re.compile(r"^\d{8}-(?=.)")
 
@@ -114,6 +114,6 @@ def _extract(task: _Task) -> int:
             data = source.read(place.size or 0)
         if len(data) != place.size:
             raise UserError(f"{place.file} in {task.root} has become shorter: fetch it again")
-        with replacing(file, sync=False) as stream:
+        with explaining(file), replacing(file, sync=False) as stream:
             stream.write(data)
     return len(task.files)

@@ -24,7 +24,7 @@ from tetdist.data.layouts import Kind, Listing, list_class, list_classes, list_s
 from tetdist.data.probe import Place, Probe, probe_all, probe_image, probe_tensor
 from tetdist.data.processes import Progress
 from tetdist.errors import UserError, typed
-from tetdist.files import replacing
+from tetdist.files import explaining, replacing
 
 _FORMAT_VERSION = 2
 _SAMPLED_FILES = 10_000
@@ -141,7 +141,7 @@ def save_index(index: Index, file: str | Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     meta = {"version": _FORMAT_VERSION} | {name: getattr(index, name) for name in _META}
     arrays = {name: getattr(index, name) for name in _ARRAYS}
-    with replacing(file) as stream:
+    with explaining(file), replacing(file) as stream:
         np.savez(stream, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
 
 

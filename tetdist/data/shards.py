@@ -26,7 +26,7 @@ from tetdist.data.probe import Probe
 from tetdist.data.processes import Progress, run_tasks
 from tetdist.data.reader import SampleReader
 from tetdist.errors import UserError
-from tetdist.files import check_space, only_writer, replacing
+from tetdist.files import check_space, explaining, only_writer, replacing
 
 _PLAN_FILE = "plan.json"
 _VERSION = 1
@@ -129,7 +129,7 @@ def _begin(dest: Path, index: Index, settings: dict[str, int]) -> None:
     if any(plan_file.parent.iterdir()):
         raise UserError(f"{plan_file.parent} is not empty: name another folder")
     for file, data in ((classes_file, classes), (plan_file, json.dumps(plan).encode())):
-        with replacing(file) as stream:
+        with explaining(file), replacing(file) as stream:
             stream.write(data)
 
 
@@ -140,7 +140,11 @@ def _pack(task: _Task) -> None:
         return
     index = _load_once(task.index_file)
     checksums: dict[str, str] = {}
-    with replacing(file) as stream, SampleReader(index, task.root) as reader:
+    with (
+        explaining(file),
+        replacing(file) as stream,
+        SampleReader(index, task.root) as reader,
+    ):
         with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for i in task.ids:
                 key, suffix = _key(index, i)

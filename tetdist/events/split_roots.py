@@ -20,7 +20,8 @@ from tetdist.data.index import (
 from tetdist.errors import UserError
 from tetdist.events import splits
 from tetdist.events.folders import Part, Source
-from tetdist.events.tensors import Record, Settings, tensor_file, write_json
+from tetdist.events.tensors import Record, Settings, tensor_file
+from tetdist.files import explaining, made_aside, write_json
 
 _PARTS: tuple[Part, Part] = ("train", "val")
 # A file system without hard links, or a file with the most it may have.
@@ -71,21 +72,19 @@ def make_split(
     }
     if _holds(root, description, links):
         return root
-    aside = root.with_name(f".{full_name}.tmp")
-    if aside.exists():
-        shutil.rmtree(aside)
-    for link, file in links.items():
-        place = aside / link.relative_to(root)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _link(file, place)
-    for part in _PARTS:
-        index, wrong = build_event_index(aside, part, workers)
-        assert not wrong
-        save_index(index, index_file(aside / "index", part))
-    write_json(aside / splits.DATASET_FILE, description)
-    if root.exists():
-        shutil.rmtree(root)
-    aside.rename(root)
+    # The links' contents are on the disk already, and the index and description go there at once.
+    with explaining(root), made_aside(root, sync=False) as aside:
+        for link, file in links.items():
+            linked = aside / link.relative_to(root)
+            linked.parent.mkdir(parents=True, exist_ok=True)
+            _link(file, linked)
+        for part in _PARTS:
+            index, wrong = build_event_index(aside, part, workers)
+            assert not wrong
+            save_index(index, index_file(aside / "index", part))
+        write_json(aside / splits.DATASET_FILE, description)
+        if root.exists():
+            shutil.rmtree(root)
     return root
 
 

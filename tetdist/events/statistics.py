@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from tetdist.events.folders import natural_key
 from tetdist.events.tensors import Record, tensor_file
+from tetdist.files import replacing
 
 ALL = "all"
 
@@ -107,9 +108,8 @@ def draw_preview(dest: Path, records: Iterable[Record], file: Path) -> None:
             frame = Image.fromarray(picture)
             frame = frame.resize((_CELL, _CELL), Image.Resampling.NEAREST)
             canvas.paste(frame, (left + t * (_CELL + _GAP), top))
-    aside = file.with_name(f".{file.name}.tmp")
-    canvas.save(aside, "PNG")
-    aside.replace(file)
+    with replacing(file) as stream:
+        canvas.save(stream, "PNG")
 
 
 def _coloured(tensor: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

@@ -33,7 +33,7 @@ from tetdist.events.folders import Listing, Piece, Source
 from tetdist.events.formats import read_recording
 from tetdist.events.recording import BadRecording, Events, Sensor
 from tetdist.events.simulate import Simulation, simulate
-from tetdist.files import replacing
+from tetdist.files import explaining, replacing, write_json
 
 # Goes up when the same parameters make other tensors than before.
 _FORMAT_VERSION = 1
@@ -189,7 +189,8 @@ def _claim(dest: Path, source: Path, settings: Settings) -> None:
     }
     file = dest / _MANIFEST
     if not file.is_file():
-        write_json(file, manifest)
+        with explaining(file):
+            write_json(file, manifest)
         return
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -295,9 +296,11 @@ def _add(
 
 
 def _remove_remains(dest: Path) -> None:
-    """What a kill left half-written."""
+    """Remove what a kill left half-written."""
     for path in dest.glob(f"{_TENSORS}/*/.*.tmp"):
         path.unlink()
+    for path in dest.glob("splits/.*.tmp"):
+        shutil.rmtree(path)
 
 
 def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
@@ -308,7 +311,7 @@ def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
     data = file.read_bytes() if file.is_file() else b""
     whole = data[: data.rfind(b"\n") + 1]
     if whole != data:  # A kill tore the last line.
-        with replacing(file) as stream:
+        with explaining(file), replacing(file) as stream:
             stream.write(whole)
     for line in whole.splitlines():
         try:
@@ -428,7 +431,7 @@ def _write_tensor(file: Path, tensor: npt.NDArray[Any]) -> str:
     stream = io.BytesIO()
     np.save(stream, tensor, allow_pickle=False)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as written:
+    with explaining(file), replacing(file) as written:
         written.write(stream.getbuffer())
     return hashlib.sha256(stream.getbuffer()).hexdigest()
 
@@ -445,9 +448,3 @@ def _same_sensor(records: dict[str, Record]) -> tuple[dict[str, Record], list[Ba
         if record.sensor != usual
     ]
     return {key: record for key, record in records.items() if record.sensor == usual}, bad
-
-
-def write_json(file: Path, values: Any) -> None:
-    """Write a JSON file whole."""
-    with replacing(file) as stream:
-        stream.write((json.dumps(values, indent=1) + "\n").encode())

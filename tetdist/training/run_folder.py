@@ -3,7 +3,6 @@
 import fcntl
 import json
 import logging
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from tetdist.data.loader import Batch
 from tetdist.distributed.world import World
 from tetdist.errors import Stopped, UserError, typed, way_out
 from tetdist.events.splits import recorded_split
+from tetdist.files import write_json, write_text
 from tetdist.tracking import environment, mlflow_follower
 
 logger = logging.getLogger(__name__)
@@ -77,11 +77,8 @@ class RunFolder:
                 "run another name=..."
             ) from error
         self._check_same_run()
-        _write(self.path / "config.yaml", self.config.as_yaml())
-        _write(
-            self.path / "environment.json",
-            json.dumps(environment.environment(), indent=1) + "\n",
-        )
+        write_text(self.path / "config.yaml", self.config.as_yaml())
+        write_json(self.path / "environment.json", environment.environment())
 
     def _check_same_run(self) -> None:
         file = self.path / "config.yaml"
@@ -187,7 +184,8 @@ class RunFolder:
             return
         for path in self.path.glob("samples-*.jsonl"):
             whole = path.read_text().rpartition("\n")[0].splitlines(keepends=True)
-            _write(path, "".join(x.rstrip() + "\n" for x in whole if json.loads(x)["step"] <= step))
+            kept = (x.rstrip() + "\n" for x in whole if json.loads(x)["step"] <= step)
+            write_text(path, "".join(kept))
 
     def farewell(self, result: dict[str, float]) -> None:
         """Say that the run is finished, what came out and where to look."""
@@ -273,12 +271,3 @@ class RunFolder:
             )
             for index, context in ((self.index, "training"), (val_index, "validation"))
         ]
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)
