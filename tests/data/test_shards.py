@@ -443,10 +443,10 @@ def test_an_image_in_a_shard_that_went_bad_is_named(image_root, tmp_path):
     root = image_root()
     indexed(root)
     index = pack(root, tmp_path / "p")
-    place = index.place(7)
-    file = tmp_path / "p" / place.file
+    damaged = index.byte_range(7)
+    file = tmp_path / "p" / damaged.file
     data = bytearray(file.read_bytes())
-    data[place.offset + 700 : place.offset + place.size] = bytes(place.size - 700)
+    data[damaged.offset + 700 : damaged.offset + damaged.size] = bytes(damaged.size - 700)
     file.write_bytes(data)
     with pytest.raises(UserError, match=r"00000007-bee3.jpg \(does not decode.*images.py index"):
         evaluation(index, tmp_path / "p", 0, 1)

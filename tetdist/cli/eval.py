@@ -129,21 +129,21 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist.training.setup import make_model, open_split
 
     with join(options.device) as world, Watch(world, HANGS_AFTER) as watch:
-        weights, description = world.together(
+        weights, description = world.run_on_all(
             lambda: checkpoint.load_model_file(
                 options.checkpoint, "best" if options.best else "last"
             )
         )
-        config = world.together(lambda: evaluation_config(description["config"], options))
-        index = world.together(lambda: open_split(config, options.split, world))
-        world.together(
+        config = world.run_on_all(lambda: evaluation_config(description["config"], options))
+        index = world.run_on_all(lambda: open_split(config, options.split, world))
+        world.run_on_all(
             lambda: check_classes(description["classes"], config, index.classes, options)
         )
         wanted = options.timesteps or list(range(1, description["timesteps"] + 1))
-        world.together(lambda: check_options(options, wanted, index))
-        model = world.together(lambda: make_model(config, index))
+        world.run_on_all(lambda: check_options(options, wanted, index))
+        model = world.run_on_all(lambda: make_model(config, index))
         model.to(world.device, parameter_type(config.precision))
-        world.together(lambda: checkpoint.load_weights(model, weights, options.checkpoint))
+        world.run_on_all(lambda: checkpoint.load_weights(model, weights, options.checkpoint))
         # The network is causal and at rest when a sample begins, so that one pass at the largest
         # T also gives the result at all smaller ones.
         model.set_timesteps(wanted[-1])
@@ -164,7 +164,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
             drop_events=options.drop_events,
             seed=options.seed,
         )
-        world.together(lambda: show(found, options) if world.rank == 0 else None)
+        world.run_on_all(lambda: show(found, options) if world.rank == 0 else None)
     return 0
 
 

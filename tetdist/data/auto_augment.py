@@ -62,7 +62,7 @@ def auto_augment(
     Args:
         draws: (B, AUTO_AUGMENT_DRAWS) uniform in [0, 1): which sub-policy; of its two operations,
             whether they are done and in which of two directions.
-        image_size: pixels, of which translations are a share.
+        image_size: Pixels, of which translations are a share.
     """
     assert draws.shape[1] == AUTO_AUGMENT_DRAWS
     sub_policies = _POLICIES[policy]
@@ -83,18 +83,23 @@ def auto_augment(
 
 def _value(name: str, level: int, sign: int, image_size: int) -> float:
     """An operation's value at a level from 0 to 9."""
-    if name in ("brightness", "saturation", "contrast", "sharpness"):
-        return 1 + sign * _between(0, 0.9, level)
-    if name.startswith("shear"):
-        return sign * _between(0, 0.3, level)
-    if name.startswith("translate"):
-        return sign * _between(0, 150 / 331 * image_size, level)
-    if name == "rotate":
-        return sign * _between(0, 30, level)
-    if name == "posterize":
-        return 8 - round(level / (9 / 4))
-    # Solarisation is above a threshold; the others have no value.
-    return _between(255, 0, level)
+    match name:
+        case "brightness" | "saturation" | "contrast" | "sharpness":
+            return 1 + sign * _between(0, 0.9, level)
+        case "shear_x" | "shear_y":
+            return sign * _between(0, 0.3, level)
+        case "translate_x" | "translate_y":
+            return sign * _between(0, 150 / 331 * image_size, level)
+        case "rotate":
+            return sign * _between(0, 30, level)
+        case "posterize":
+            return 8 - round(level / (9 / 4))
+        case "solarize":  # what is above this threshold
+            return _between(255, 0, level)
+        case "autocontrast" | "equalize" | "invert":  # without a value
+            return 0.0
+        case _:
+            raise AssertionError(name)
 
 
 def _between(least: float, most: float, level: int) -> float:

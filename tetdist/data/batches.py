@@ -1,7 +1,7 @@
 """Batches for training and evaluation: which samples, windows and changes make them up.
 
 order.py and transforms.py decide all of it, so a batch is a function of the run's configuration and
-of the place in the run alone. Threads read the samples ahead (reader.py).
+of the step in the run alone. Threads read the samples ahead (reader.py).
 """
 
 from collections import deque
@@ -63,13 +63,13 @@ class Share:
     """What a rank takes of the training, and from where on.
 
     Attributes:
-        seed: of order and augmentation.
-        global_batch: samples that all ranks together take in a step.
-        micro_batch: samples in each batch of the loader.
-        rank: this process's number.
-        world_size: number of processes.
-        epoch: the first batch's epoch.
-        step_in_epoch: the first batch's step in that epoch.
+        seed: Of order and augmentation.
+        global_batch: Samples that all ranks together take in a step.
+        micro_batch: Samples in each batch of the loader.
+        rank: This process's number.
+        world_size: Number of processes.
+        epoch: The first batch's epoch.
+        step_in_epoch: The first batch's step in that epoch.
     """
 
     seed: int
@@ -105,26 +105,26 @@ def train_batches(
     After the crop come the flip, AutoAugment, the colours, normalisation, and the cutout.
 
     Args:
-        index: the training split.
-        root: the data root, to which the index's paths are relative.
-        share: what this rank takes.
-        workers: what does the work.
-        image_size: height and width of what comes out.
-        scale: least and greatest part of the image's area in a crop.
-        ratio: least and greatest width / height of a crop.
-        flip: probability of mirroring left to right.
-        mean: of each channel, where white is 1.
-        std: of each channel, likewise.
-        interpolation: always antialiased.
-        padding: instead of a crop by scale and ratio, one of `image_size` pixels from the image
+        index: The training split.
+        root: The data root, to which the index's paths are relative.
+        share: What this rank takes.
+        workers: What does the work.
+        image_size: Height and width of what comes out.
+        scale: Least and greatest part of the image's area in a crop.
+        ratio: Least and greatest width / height of a crop.
+        flip: Probability of mirroring left to right.
+        mean: Of each channel, where white is 1.
+        std: Of each channel, likewise.
+        interpolation: Always antialiased.
+        padding: Instead of a crop by scale and ratio, one of `image_size` pixels from the image
             with so many black ones on each side; no image may be too small for it.
-        policy: of AutoAugment.
-        jitter: of the colours.
-        cutout: side of a square that is 0 after normalisation.
-        mixing: what the batches say about mixing; the images come unmixed.
+        policy: Of AutoAugment.
+        jitter: Of the colours.
+        cutout: Side of a square that is 0 after normalisation.
+        mixing: What the batches say about mixing; the images come unmixed.
 
     Raises:
-        UserError: if DALI is not installed, or the batch sizes do not fit each other, the data or
+        UserError: If DALI is not installed, or the batch sizes do not fit each other, the data or
             the number of processes. Iterating raises it for a file that does not read or decode.
     """
     output = Output(size=image_size, mean=mean, std=std, interpolation=interpolation)
@@ -198,20 +198,20 @@ def eval_batches(
     one may be smaller, or hold no sample at all.
 
     Args:
-        index: the split to evaluate.
-        root: the data root.
-        workers: what does the work.
-        batch_size: samples in a batch, at most.
-        rank: this process's number.
-        world_size: number of processes.
-        image_size: height and width of the crop, at most `resize`.
-        resize: length of the shorter side before the crop.
-        mean: of each channel, where white is 1.
-        std: of each channel, likewise.
-        interpolation: always antialiased.
+        index: The split to evaluate.
+        root: The data root.
+        workers: What does the work.
+        batch_size: Samples in a batch, at most.
+        rank: This process's number.
+        world_size: Number of processes.
+        image_size: Height and width of the crop, at most `resize`.
+        resize: Length of the shorter side before the crop.
+        mean: Of each channel, where white is 1.
+        std: Of each channel, likewise.
+        interpolation: Always antialiased.
 
     Raises:
-        UserError: if DALI is not installed or the crop is larger than the resized image. Iterating
+        UserError: If DALI is not installed or the crop is larger than the resized image. Iterating
             raises it for a file that does not read or decode.
     """
     resized, start = centre_crop(index.heights, index.widths, resize, image_size)
@@ -256,18 +256,18 @@ def event_train_batches(
     """Randomly flipped and shifted event tensors, epoch after epoch for ever.
 
     Args:
-        index: the training split, of kind "events".
-        root: the data root.
-        share: what this rank takes.
-        workers: what does the work.
-        flip: probability of mirroring left to right.
-        roll: shift by up to so many pixels, up or down and left or right, all timesteps of a sample
+        index: The training split, of kind "events".
+        root: The data root.
+        share: What this rank takes.
+        workers: What does the work.
+        flip: Probability of mirroring left to right.
+        roll: Shift by up to so many pixels, up or down and left or right, all timesteps of a sample
             alike; what leaves at one side comes in at the other.
-        cutout: side of a square that is then emptied, at all timesteps alike.
-        mixing: as in `train_batches`.
+        cutout: Side of a square that is then emptied, at all timesteps alike.
+        mixing: As in `train_batches`.
 
     Raises:
-        UserError: as `train_batches`.
+        UserError: As `train_batches`.
     """
     places = _training_places(len(index), share)
     reader = SampleReader(index, root)
@@ -351,10 +351,10 @@ class _Reading(NamedTuple):
 
     Attributes:
         ids: (B,) sample numbers.
-        read: gives what the k-th sample's file makes of the pipeline's first input.
-        arrays: the other inputs, each (B, ...).
-        edits: what becomes of images after that.
-        mix: what the batch says about mixing.
+        read: Gives what the k-th sample's file makes of the pipeline's first input.
+        arrays: The other inputs, each (B, ...).
+        edits: What becomes of images after that.
+        mix: What the batch says about mixing.
     """
 
     ids: npt.NDArray[np.int64]

@@ -20,13 +20,13 @@ class Workers:
     """What a loader works with.
 
     Attributes:
-        device: where the batches come out; "gpu" also decodes (DALI's mixed decoder) and resizes
+        device: Where the batches come out; "gpu" also decodes (DALI's mixed decoder) and resizes
             there.
-        device_id: the GPU's number; None for the CPU.
-        threads: threads that read, as many that decode, and as many that finish images. A thread
+        device_id: The GPU's number; None for the CPU.
+        threads: Threads that read, as many that decode, and as many that finish images. A thread
             that waits for a file does nothing else: slow storage needs more of them than there are
             cores.
-        prefetch: batches that are worked on ahead of the consumer.
+        prefetch: Batches that are worked on ahead of the consumer.
     """
 
     device: Literal["cpu", "gpu"]
@@ -44,11 +44,11 @@ Graph = Callable[[Any, Source], Any]
 def import_dali() -> Any:
     try:
         return importlib.import_module("nvidia.dali")
-    except ModuleNotFoundError as e:
+    except ModuleNotFoundError as error:
         raise UserError(
             "DALI is not installed: pip install 'tetdist[cuda130]' (CUDA 13, or no GPU) or"
             " 'tetdist[cuda120]' (CUDA 12)"
-        ) from e
+        ) from error
 
 
 def image_graph(workers: Workers, interpolation: Interpolation) -> Graph:

@@ -22,7 +22,7 @@ from tetdist.data.pixels import (
     edited,
     normalized,
 )
-from tetdist.data.probe import probe_image, probe_place
+from tetdist.data.probe import probe_image, probe_range
 from tetdist.data.transforms import (
     Mix,
 )
@@ -35,11 +35,11 @@ class Batch(NamedTuple):
     """B samples.
 
     Attributes:
-        images: float32, (B, 3, H, W) in channels_last memory, or (B, T, 2, H, W) for events; on the
+        images: Float32, (B, 3, H, W) in channels_last memory, or (B, T, 2, H, W) for events; on the
             loader's device.
-        labels: int64, (B,), on the same device.
-        ids: int64, (B,), numbers of the samples in the index.
-        mix: how the images are to be mixed with each other (mixing.py); None: not at all.
+        labels: Int64, (B,), on the same device.
+        ids: Int64, (B,), numbers of the samples in the index.
+        mix: How the images are to be mixed with each other (mixing.py); None: not at all.
     """
 
     images: torch.Tensor
@@ -54,8 +54,8 @@ class Inputs(NamedTuple):
     Attributes:
         ids: (B,) sample numbers.
         arrays: DALI's inputs, each an array (B, ...) or a list of B arrays.
-        edits: what becomes of images after that; None for events.
-        mix: what the batch says about mixing.
+        edits: What becomes of images after that; None for events.
+        mix: What the batch says about mixing.
     """
 
     ids: npt.NDArray[np.int64]
@@ -227,7 +227,7 @@ def _undecodable(index: Index, root: str | Path, ids: list[int]) -> UserError | 
     """The error that names those of the samples that PIL does not decode either, if any."""
     bad = []
     for i in ids if index.kind == "images" else []:
-        probe = probe_place(probe_image, root, index.place(i), True)
+        probe = probe_range(probe_image, root, index.byte_range(i), True)
         if isinstance(probe, str):
             bad.append(f"{index.path(i)} ({probe})")
         elif (probe.height, probe.width) != (index.heights[i], index.widths[i]):

@@ -1,6 +1,6 @@
 """Mixup and CutMix: each sample with the one before it in its micro-batch.
 
-Who is mixed with whom and how much are functions of the place in the run (data/transforms.py), so
+Who is mixed with whom and how much are functions of the position in the run (data/transforms.py), so
 that the result does not depend on the number of processes.
 """
 

@@ -31,7 +31,7 @@ def uniforms(
 
     Args:
         positions: (B,) positions in the epoch's order.
-        num_draws: numbers for each sample.
+        num_draws: Numbers for each sample.
         stream: AUGMENTATION or MIXING.
 
     Returns:
@@ -70,7 +70,7 @@ def steps_per_epoch(num_samples: int, global_batch: int) -> int:
     """Optimiser steps in an epoch; the samples left over, others in every epoch, are dropped.
 
     Raises:
-        UserError: if there are fewer samples than one step takes.
+        UserError: If there are fewer samples than one step takes.
     """
     if num_samples < global_batch:
         raise UserError(
@@ -87,7 +87,7 @@ def rank_micro_batches(rank: int, world_size: int, global_batch: int, micro_batc
     synchronised two processes normalise over what one with micro-batches twice as large would.
 
     Raises:
-        UserError: if the global batch is not a multiple of the micro-batch, or its micro-batches
+        UserError: If the global batch is not a multiple of the micro-batch, or its micro-batches
             cannot be shared out equally.
     """
     assert 0 <= rank < world_size

@@ -33,7 +33,7 @@ class Edits:
         corner: (B, 2) row and column of the output where that begins; negative: so much of it is
             cut off. What it does not cover is black.
         mirror: (B,) whether the output is then mirrored left to right.
-        operations: of each, the changes that follow; empty: none of any.
+        operations: Of each, the changes that follow; empty: none of any.
         cutout: (B, 4) top, left, bottom, right of what is 0 after normalisation; None: nothing.
     """
 
@@ -49,10 +49,10 @@ class Output:
     """What all images come out as.
 
     Attributes:
-        size: height and width.
-        mean: of each channel, where white is 1.
-        std: of each channel, likewise.
-        interpolation: always antialiased.
+        size: Height and width.
+        mean: Of each channel, where white is 1.
+        std: Of each channel, likewise.
+        interpolation: Always antialiased.
     """
 
     size: int
@@ -66,9 +66,9 @@ def edited(window: Tensor, edits: Edits, k: int, output: Output) -> Tensor:
 
     Args:
         window: (H, W, 3), on any device.
-        edits: of the batch.
-        k: the sample's place in the batch.
-        output: what comes out.
+        edits: Of the batch.
+        k: The sample's place in the batch.
+        output: What comes out.
     """
     height, width = edits.size[k].tolist()
     row, column = edits.corner[k].tolist()

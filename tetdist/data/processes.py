@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from tetdist.errors import UserError
 
-Progress = Callable[[int, int], None]
+# Takes the number of tasks (or samples) done, and of all.
+ReportProgress = Callable[[int, int], None]
 
 _Result = TypeVar("_Result")
 
@@ -20,15 +21,15 @@ def run_tasks(
     work: Callable[[Any], _Result],
     tasks: Sequence[Any],
     workers: int,
-    progress: Progress | None = None,
+    progress: ReportProgress | None = None,
 ) -> Iterator[_Result]:
     """Results of `work(task)`, in order; in this process if one worker or task is all there is.
 
     Args:
-        progress: called with the number of tasks done and of all.
+        progress: Called with the number of tasks done and of all.
 
     Raises:
-        UserError: if a worker dies.
+        UserError: If a worker dies.
     """
     for done, result in enumerate(_results(work, tasks, workers), 1):
         if progress is not None:
@@ -48,10 +49,10 @@ def _results(
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _prepare_worker)
     try:
         yield from pool.map(work, tasks)
-    except BrokenProcessPool as e:
+    except BrokenProcessPool as error:
         raise UserError(
             "a worker process died, most often for lack of memory: use fewer workers"
-        ) from e
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -23,7 +23,7 @@ from tetdist.data.index import Index, assemble, index_file, load_index, save_ind
 from tetdist.data.layouts import CLASSES_FILE, list_split
 from tetdist.data.order import permutation
 from tetdist.data.probe import Probe
-from tetdist.data.processes import Progress, run_tasks
+from tetdist.data.processes import ReportProgress, run_tasks
 from tetdist.data.reader import SampleReader
 from tetdist.errors import UserError
 from tetdist.files import check_space, explaining, only_writer, replacing
@@ -50,7 +50,7 @@ def shard_split(
     seed: int,
     max_bytes: int,
     workers: int,
-    progress: Progress | None = None,
+    progress: ReportProgress | None = None,
 ) -> Index:
     """Pack the good samples of an index into DEST/SPLIT/SPLIT-000000.tar and following.
 
@@ -58,19 +58,19 @@ def shard_split(
     classes.txt and the index of the shards, too; it has the fingerprint of the given one.
 
     Args:
-        file: the index of the split.
-        root: the data root of that index.
-        dest: the new data root.
-        seed: of the order of the samples.
-        max_bytes: size of a shard; a larger sample gets one of its own.
-        workers: processes.
-        progress: called with the number of shards done and of all.
+        file: The index of the split.
+        root: The data root of that index.
+        dest: The new data root.
+        seed: Of the order of the samples.
+        max_bytes: Size of a shard; a larger sample gets one of its own.
+        workers: Processes.
+        progress: Called with the number of shards done and of all.
 
     Returns:
         The index of the shards.
 
     Raises:
-        UserError: if DEST holds something else, another process writes there, or the disk is full.
+        UserError: If DEST holds something else, another process writes there, or the disk is full.
     """
     index = load_index(file)
     if index.kind != "images":
@@ -193,10 +193,10 @@ def _index_of_shards(dest: Path, index: Index, workers: int) -> Index:
     """The shards' own index, with the sizes of the images that the given one knows."""
     listing = list_split(dest, index.split, "images", workers)
     probes = []
-    for name, place in zip(listing.names, listing.places, strict=True):
+    for name, byte_range in zip(listing.names, listing.byte_ranges, strict=True):
         i = int(name.partition("-")[0])
-        assert place.size is not None
-        probes.append(Probe(place.size, int(index.heights[i]), int(index.widths[i])))
+        assert byte_range.size is not None
+        probes.append(Probe(byte_range.size, int(index.heights[i]), int(index.widths[i])))
     packed, _ = assemble(dest, listing, probes)
     if packed.fingerprint != index.fingerprint:
         raise UserError(

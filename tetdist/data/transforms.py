@@ -35,8 +35,8 @@ def random_resized_crop(
         heights: (B,) pixels.
         widths: (B,) pixels.
         draws: (B, RANDOM_RESIZED_CROP_DRAWS) uniform in [0, 1).
-        scale: least and greatest part of the image's area.
-        ratio: least and greatest width / height of the window.
+        scale: Least and greatest part of the image's area.
+        ratio: Least and greatest width / height of the window.
 
     Returns:
         (B, 4): top, left, height, width; always inside the image.
@@ -81,8 +81,8 @@ def padded_crop(
         heights: (B,) pixels, at least size - 2 * padding.
         widths: (B,) pixels, likewise.
         draws: (B, 2) uniform in [0, 1).
-        padding: pixels added on each side, fewer than `size`.
-        size: height and width of the crop.
+        padding: Pixels added on each side, fewer than `size`.
+        size: Height and width of the crop.
 
     Returns:
         (B, 4): top, left, height, width of the part of the crop inside the image; (B, 2): row and
@@ -115,7 +115,7 @@ def centre_crop(heights: _Ints, widths: _Ints, resize: int, crop: int) -> tuple[
         (B, 2): height and width to resize to; (B, 2): row and column of the crop's first pixel.
 
     Raises:
-        UserError: if the crop is larger than the resized image; torchvision would pad it with
+        UserError: If the crop is larger than the resized image; torchvision would pad it with
             black.
     """
     if crop > resize:
@@ -158,10 +158,10 @@ class ColorJitter(NamedTuple):
     """How far torchvision's ColorJitter may go; 0: not at all.
 
     Attributes:
-        brightness: factors from 1 - brightness (at least 0) to 1 + brightness.
-        contrast: likewise.
-        saturation: likewise.
-        hue: shifts from -hue to hue; 0.5 turns it by half a circle.
+        brightness: Factors from 1 - brightness (at least 0) to 1 + brightness.
+        contrast: Likewise.
+        saturation: Likewise.
+        hue: Shifts from -hue to hue; 0.5 turns it by half a circle.
     """
 
     brightness: float = 0.0

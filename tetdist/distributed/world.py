@@ -84,7 +84,7 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def together(self, action: Callable[[], Result]) -> Result:
+    def run_on_all(self, action: Callable[[], Result]) -> Result:
         """Do something on every process that may fail on some, and fail on all if it does.
 
         Raises:
@@ -129,6 +129,7 @@ def join(device: str, timeout: float = 600) -> World:
         UserError: Only some of the launcher's variables are set, or there is no GPU where one
             is asked for.
     """
+    assert device in ("auto", "cpu", "cuda"), device
     present = [name for name in _VARIABLES if name in os.environ]
     # LOCAL_RANK and the master's address mean nothing without these two.
     if not {"RANK", "WORLD_SIZE"} & set(present):

@@ -31,9 +31,9 @@ class Piece:
     """What becomes one tensor: a recording, or a labelled stretch of one.
 
     Attributes:
-        class_name: its class.
-        name: of the tensor, without suffix; unique within the class.
-        window: microseconds where it begins and ends; None for the whole recording.
+        class_name: Its class.
+        name: Of the tensor, without suffix; unique within the class.
+        window: Microseconds where it begins and ends; None for the whole recording.
     """
 
     class_name: str
@@ -50,10 +50,10 @@ class Source:
     """A file with a recording.
 
     Attributes:
-        path: relative to the folder, with slashes.
-        pieces: what is made of it.
-        part: of the published split, where there is one.
-        problem: why it cannot be used, where the listing already shows it.
+        path: Relative to the folder, with slashes.
+        pieces: What is made of it.
+        part: Of the published split, where there is one.
+        problem: Why it cannot be used, where the listing already shows it.
     """
 
     path: str
@@ -67,8 +67,8 @@ class Listing:
     """What a folder holds.
 
     Attributes:
-        sources: in order: by part, class and then by name, numbers in names by their value.
-        passed_over: files with a recording's suffix in no class.
+        sources: In order: by part, class and then by name, numbers in names by their value.
+        passed_over: Files with a recording's suffix in no class.
     """
 
     sources: tuple[Source, ...]
@@ -90,11 +90,11 @@ def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
     trials_to_train.txt and trials_to_test.txt are the published split).
 
     Args:
-        root: the folder.
-        suffixes: of files that count, in lower case.
+        root: The folder.
+        suffixes: Of files that count, in lower case.
 
     Raises:
-        UserError: if the folder is missing, holds no recordings, or fewer than two classes, or two
+        UserError: If the folder is missing, holds no recordings, or fewer than two classes, or two
             of its recordings would get the same name.
     """
     if not root.is_dir():
@@ -161,8 +161,8 @@ def _labelled(root: Path, files: list[Path]) -> list[Source]:
         else:
             try:
                 pieces = _read_labels(labels, file.stem)
-            except (OSError, ValueError, KeyError, csv.Error) as e:
-                problem = f"{labels.name} is damaged: {e!r}"
+            except (OSError, ValueError, KeyError, csv.Error) as error:
+                problem = f"{labels.name} is damaged: {error!r}"
         if parts and file.name not in parts and problem is None:
             problem = f"it is in neither {' nor '.join(_TRIALS.values())}"
         sources.append(Source(file.name, pieces, parts.get(file.name), problem))

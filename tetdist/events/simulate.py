@@ -33,13 +33,13 @@ class Simulation:
     """How an image becomes a recording.
 
     Attributes:
-        width, height: pixels of the sensor.
-        seed: of the noise and of the thresholds' spread, together with the image's path.
-        saccade_ms: duration of each of the three.
-        amplitude: pixels that the image moves, as a share of the sensor's shorter side.
-        threshold: change of the logarithm of light that makes an event.
-        threshold_spread: standard deviation of the threshold over pixels.
-        noise_hz: events without a cause, per pixel and second.
+        width, height: Pixels of the sensor.
+        seed: Of the noise and of the thresholds' spread, together with the image's path.
+        saccade_ms: Duration of each of the three.
+        amplitude: Pixels that the image moves, as a share of the sensor's shorter side.
+        threshold: Change of the logarithm of light that makes an event.
+        threshold_spread: Standard deviation of the threshold over pixels.
+        noise_hz: Events without a cause, per pixel and second.
     """
 
     width: int
@@ -65,12 +65,12 @@ def simulate(data: bytes, path: str, simulation: Simulation) -> Events:
     """Events of an image moved under the simulated sensor.
 
     Args:
-        data: the image file's contents.
-        path: of the image within its folder; with the seed, it decides the noise.
-        simulation: what is simulated.
+        data: The image file's contents.
+        path: Of the image within its folder; with the seed, it decides the noise.
+        simulation: What is simulated.
 
     Raises:
-        BadRecording: if the data is no image, or makes no events.
+        BadRecording: If the data is no image, or makes no events.
     """
     rng = np.random.default_rng([simulation.seed, zlib.crc32(path.encode())])
     scene = _scene(data, simulation)
@@ -93,8 +93,8 @@ def _scene(data: bytes, simulation: Simulation) -> npt.NDArray[np.float64]:
             grey = image.convert("L")
             grey.thumbnail((width, height), Image.Resampling.BILINEAR)
             light = np.asarray(grey, np.float64) / 255
-    except (UnidentifiedImageError, OSError, ValueError) as e:
-        raise BadRecording(f"it is not an image, or damaged ({e})") from e
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise BadRecording(f"it is not an image, or damaged ({error})") from error
     missing = (
         simulation.height + margin - light.shape[0],
         simulation.width + margin - light.shape[1],

@@ -44,17 +44,17 @@ def make_split(
     It is made aside and renamed; one of the same name and contents is left as it is.
 
     Args:
-        dest: the folder with the tensors.
-        sources: all of them, the bad ones too, in order.
-        records: of the good tensors, by key.
-        settings: what the tensors were made with.
-        name: one of `splits.NAMES`.
-        seed: of the stratified split.
-        bad: how many recordings, or pieces of one, were left out.
-        workers: processes that index.
+        dest: The folder with the tensors.
+        sources: All of them, the bad ones too, in order.
+        records: Of the good tensors, by key.
+        settings: What the tensors were made with.
+        name: One of `splits.NAMES`.
+        seed: Of the stratified split.
+        bad: How many recordings, or pieces of one, were left out.
+        workers: Processes that index.
 
     Raises:
-        UserError: if the split is impossible, or leaves a class without a recording.
+        UserError: If the split is impossible, or leaves a class without a recording.
     """
     parts = splits.assign(sources, name, seed)
     members: dict[Part, list[Record]] = {part: [] for part in _PARTS}
@@ -140,7 +140,7 @@ def _link(file: Path, link: Path) -> None:
     """A hard link, or a copy where there are none."""
     try:
         os.link(file, link)
-    except OSError as e:
-        if e.errno not in _NO_LINKS:
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
             raise
         shutil.copy2(file, link)

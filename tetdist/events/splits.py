@@ -45,13 +45,13 @@ def assign(sources: Sequence[Source], name: str, seed: int) -> dict[str, Part]:
     """The part, train or val, of each source, by path.
 
     Args:
-        sources: in order; those that turn out to be bad are among them, so that leaving one out
+        sources: In order; those that turn out to be bad are among them, so that leaving one out
             does not move the others to another part.
-        name: one of `NAMES`.
-        seed: of the stratified split.
+        name: One of `NAMES`.
+        seed: Of the stratified split.
 
     Raises:
-        UserError: if the sources do not have this split.
+        UserError: If the sources do not have this split.
     """
     if name == PUBLISHED:
         without = [source for source in sources if source.part is None and not source.problem]
@@ -101,7 +101,7 @@ def description(root: str | Path) -> dict[str, Any] | None:
     """What a data root says of itself in its dataset.json; None where it has none.
 
     Raises:
-        UserError: if the file is damaged.
+        UserError: If the file is damaged.
     """
     file = Path(root, DATASET_FILE)
     if not file.is_file():
@@ -110,8 +110,8 @@ def description(root: str | Path) -> dict[str, Any] | None:
         found = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(found, dict) and isinstance(found["split"], str):
             return found
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{file} is damaged ({e!r}): make the split again") from e
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} is damaged ({error!r}): make the split again") from error
     raise UserError(f"{file} names no split: make it again")
 
 
@@ -119,7 +119,7 @@ def recorded_split(root: str | Path) -> str | None:
     """The name of the split that a data root says it is; None where it says nothing.
 
     Raises:
-        UserError: if its dataset.json is damaged.
+        UserError: If its dataset.json is damaged.
     """
     found = description(root)
     return found["split"] if found else None

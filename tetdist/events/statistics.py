@@ -85,9 +85,9 @@ def draw_preview(dest: Path, records: Iterable[Record], file: Path) -> None:
     """Draw the first recording of each class as a row of its T frames, ON red and OFF blue.
 
     Args:
-        dest: the folder of the tensors.
-        records: of the tensors.
-        file: the PNG to be written.
+        dest: The folder of the tensors.
+        records: Of the tensors.
+        file: The PNG to be written.
     """
     from PIL import Image, ImageDraw
 

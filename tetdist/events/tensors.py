@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 import tetdist
 from tetdist.data.index import BadFile
-from tetdist.data.processes import Progress, run_tasks
+from tetdist.data.processes import ReportProgress, run_tasks
 from tetdist.errors import UserError
 from tetdist.events.binning import Binning, Frames, bin_events
 from tetdist.events.folders import Listing, Piece, Source
@@ -47,9 +47,9 @@ class Settings:
     """All that a tensor depends on, besides its recording.
 
     Attributes:
-        binning: how events become frames.
-        sensor: size of the sensor, where the format does not say it.
-        simulation: how images become recordings; None for real recordings.
+        binning: How events become frames.
+        sensor: Size of the sensor, where the format does not say it.
+        simulation: How images become recordings; None for real recordings.
     """
 
     binning: Binning
@@ -74,20 +74,20 @@ class Record:
 
     Attributes:
         key: CLASS/NAME.
-        source: path of the recording, relative to its folder.
-        source_size: bytes of the recording.
-        source_mtime_ns: when the recording was last changed.
-        source_sha256: checksum of the recording.
-        window: microseconds where the piece begins and ends; None for the whole recording.
-        sha256: checksum of the tensor's file.
-        sensor: width and height of the sensor.
-        events: of both polarities.
-        on_events: of the polarity ON.
-        duration_us: from the first event to the last.
-        dropped: records of the file that are no events; of a piece, 0.
+        source: Path of the recording, relative to its folder.
+        source_size: Bytes of the recording.
+        source_mtime_ns: When the recording was last changed.
+        source_sha256: Checksum of the recording.
+        window: Microseconds where the piece begins and ends; None for the whole recording.
+        sha256: Checksum of the tensor's file.
+        sensor: Width and height of the sensor.
+        events: Of both polarities.
+        on_events: Of the polarity ON.
+        duration_us: From the first event to the last.
+        dropped: Records of the file that are no events; of a piece, 0.
         frames: T x 2.
-        empty_frames: how many of them are without events.
-        saturated: values too large for the type.
+        empty_frames: How many of them are without events.
+        saturated: Values too large for the type.
     """
 
     key: str
@@ -115,8 +115,8 @@ class Tensors(NamedTuple):
     """What was made.
 
     Attributes:
-        records: of all good tensors, by key, in the order of the listing.
-        bad: what cannot be used.
+        records: Of all good tensors, by key, in the order of the listing.
+        bad: What cannot be used.
     """
 
     records: dict[str, Record]
@@ -135,13 +135,13 @@ def open_destination(
     """Have the folder of the tensors for this process alone, made with these settings.
 
     Args:
-        dest: the folder; made if it is missing.
-        source: the folder of the recordings.
-        settings: what its tensors are made with.
-        overwrite: remove all that this tool made there before.
+        dest: The folder; made if it is missing.
+        source: The folder of the recordings.
+        settings: What its tensors are made with.
+        overwrite: Remove all that this tool made there before.
 
     Raises:
-        UserError: if it is in use, not this tool's, or of other settings.
+        UserError: If it is in use, not this tool's, or of other settings.
     """
     if dest.exists() and not dest.is_dir():
         raise UserError(f"{dest} is a file: name a folder")
@@ -155,8 +155,8 @@ def open_destination(
     with (dest / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise UserError(f"another process is at work in {dest}: wait for it") from e
+        except BlockingIOError as error:
+            raise UserError(f"another process is at work in {dest}: wait for it") from error
         if overwrite:
             _clear(dest)
         _claim(dest, source, settings)
@@ -195,8 +195,8 @@ def _claim(dest: Path, source: Path, settings: Settings) -> None:
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
         recorded = {"format_version": before["format_version"], **before["parameters"]}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{file} is damaged ({e!r}): {_way_out()}") from e
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error!r}): {_way_out()}") from error
     wanted = {"format_version": _FORMAT_VERSION, **settings.as_dict()}
     for name in sorted(wanted.keys() | recorded.keys()):
         # As JSON has it, which knows no tuples.
@@ -218,21 +218,21 @@ def make_tensors(
     listing: Listing,
     settings: Settings,
     workers: int,
-    progress: Callable[[str], Progress],
+    progress: Callable[[str], ReportProgress],
 ) -> Tensors:
     """Make the tensor of every piece of every source that does not have one yet.
 
     Args:
-        source: folder of the recordings.
-        dest: folder of the tensors, opened by `open_destination`.
-        listing: what the source holds.
-        settings: what the tensors are made with.
-        workers: processes; with more than one, the calling script must guard its main part with
+        source: Folder of the recordings.
+        dest: Folder of the tensors, opened by `open_destination`.
+        listing: What the source holds.
+        settings: What the tensors are made with.
+        workers: Processes; with more than one, the calling script must guard its main part with
             `if __name__ == "__main__"`.
-        progress: makes something that is called with the files done and in all, given a title.
+        progress: Makes something that is called with the files done and in all, given a title.
 
     Raises:
-        UserError: if a recording is not what it was when its tensor was made, or a tensor cannot be
+        UserError: If a recording is not what it was when its tensor was made, or a tensor cannot be
             written.
     """
     _remove_remains(dest)
@@ -245,7 +245,11 @@ def make_tensors(
 
 
 def _keep(
-    source: Path, dest: Path, listing: Listing, workers: int, progress: Callable[[str], Progress]
+    source: Path,
+    dest: Path,
+    listing: Listing,
+    workers: int,
+    progress: Callable[[str], ReportProgress],
 ) -> dict[str, Record]:
     """Records of the tensors that need not be made again, verified."""
     by_source: dict[str, list[Record]] = {}
@@ -272,7 +276,7 @@ def _add(
     settings: Settings,
     kept: dict[str, Record],
     workers: int,
-    progress: Callable[[str], Progress],
+    progress: Callable[[str], ReportProgress],
 ) -> tuple[dict[str, Record], list[BadFile]]:
     """Make and record the tensors that are missing; also what is bad."""
     bad = [BadFile(item.path, item.problem) for item in listing.sources if item.problem]
@@ -319,8 +323,8 @@ def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
             values["sensor"] = Sensor(*values["sensor"])
             values["window"] = values["window"] and tuple(values["window"])
             record = Record(**values)
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{file} is damaged ({e!r}): {_way_out()}") from e
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is damaged ({error!r}): {_way_out()}") from error
         found[record.key] = record
     for record in found.values():
         piece = pieces.get(record.key)
@@ -338,7 +342,7 @@ def _verify(task: tuple[Path, Path, list[Record]]) -> list[Record]:
     """Those of a source's records whose tensors are there, as they were written.
 
     Raises:
-        UserError: if the source has changed.
+        UserError: If the source has changed.
     """
     source, dest, records = task
     first = records[0]
@@ -348,8 +352,8 @@ def _verify(task: tuple[Path, Path, list[Record]]) -> list[Record]:
         same = (status.st_size, status.st_mtime_ns) == (first.source_size, first.source_mtime_ns)
         # A copy has another time.
         same = same or hashlib.sha256(file.read_bytes()).hexdigest() == first.source_sha256
-    except OSError as e:
-        raise UserError(f"{file} cannot be read ({e.strerror}): {_way_out()}") from e
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): {_way_out()}") from error
     if not same:
         raise UserError(f"{file} has changed since its tensor was made: {_way_out()}")
     return [record for record in records if _is_intact(dest, record)]
@@ -371,17 +375,17 @@ def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list
         status = file.stat()
         data = file.read_bytes()
         events = _events(file, data, item, settings)
-    except (BadRecording, OSError) as e:
-        return [], [BadFile(item.path, str(e))]
+    except (BadRecording, OSError) as error:
+        return [], [BadFile(item.path, str(error))]
     digest = hashlib.sha256(data).hexdigest()
     records, bad = [], []
     for piece in item.pieces:
         try:
             part = _cut(events, piece)
             frames = bin_events(part, settings.binning)
-        except BadRecording as e:
+        except BadRecording as error:
             where = f"{piece.window[0]} to {piece.window[1]} us: " if piece.window else ""
-            bad.append(BadFile(item.path, f"{where}{e}"))
+            bad.append(BadFile(item.path, f"{where}{error}"))
             continue
         records.append(
             Record(

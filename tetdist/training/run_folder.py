@@ -107,7 +107,7 @@ class RunFolder:
 
     def newest_checkpoint(self) -> checkpoint.Checkpoint | None:
         """The checkpoint to continue from, the same on every process."""
-        found = self.world.together(
+        found = self.world.run_on_all(
             lambda: checkpoint.newest(self.checkpoints) if self.world.rank == 0 else None
         )
         name = self.world.from_rank_0(found.path.name if found else None)
@@ -164,7 +164,7 @@ class RunFolder:
         if not self.config.record_samples:
             yield lambda _step, _batch: None
             return
-        self.world.together(lambda: self._forget_samples_after(step))
+        self.world.run_on_all(lambda: self._forget_samples_after(step))
         path = self.path / f"samples-{self.world.rank}.jsonl"
         with path.open("a", buffering=1) as stream:
 

@@ -35,3 +35,6 @@ def read_nmnist(data: bytes, sensor: Sensor | None) -> Events:
         dropped=int((~is_event).sum()),
         counter=2**23,
     )
+
+
+READERS = {".bin": read_nmnist}
