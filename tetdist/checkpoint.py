@@ -93,11 +93,12 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".step-*"):  # of a process that was killed
             _remove(leftover)
-        # The same step is saved twice by a run that was stopped while it evaluated, or one that
-        # comes by a damaged checkpoint again. To replace a folder takes a moment without either.
+        # A run that was stopped while it evaluated, or that comes by a damaged checkpoint again,
+        # saves the same step twice. The second gets a name of its own: while a folder is replaced,
+        # there is for a moment neither.
         repeats = [int(path.suffix[1:] or 0) for path in folder.glob(f"{name}*")]
         target = folder / (f"{name}.{max(repeats) + 1}" if repeats else name)
-        # Copies: at ZeRO stages above 0 the parameters are views of one buffer.
+        # These are copies: at ZeRO stages above 0 the parameters are views of one buffer.
         weights = {
             key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for key, tensor in model.state_dict().items()
@@ -140,7 +141,7 @@ def _reason(error: BaseException) -> str:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged ones are named and passed over.
+    """Read the newest checkpoint that is whole; damaged ones are named and passed over.
 
     Returns:
         None where there is no checkpoint at all.
@@ -163,7 +164,7 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Return what is wrong with a checkpoint, or None."""
     try:
         files = json.loads((path / MANIFEST_FILE).read_text())["files"]
     except FileNotFoundError:
@@ -201,7 +202,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def load_model_file(path: Path, which: str = "last") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and description of a run folder, a checkpoint folder or a .safetensors file.
+    """Read weights and description of a run folder, a checkpoint folder or a .safetensors file.
 
     Args:
         path: One of these three.
@@ -261,7 +262,7 @@ def _is_text(value: object) -> bool:
 
 
 def _write_weights(path: Path, weights: dict[str, Tensor], description: dict[str, Any]) -> None:
-    # Not by save_file, whose files only their owner may read.
+    # save_file would make a file that only its owner may read.
     path.write_bytes(serialize(weights, metadata={"tetdist": json.dumps(description)}))
 
 

@@ -20,7 +20,7 @@ def batches(images: Tensor, size: int) -> list[Batch]:
     ]
 
 
-def run_on_all(found: list[Batch]) -> Tensor:
+def together(found: list[Batch]) -> Tensor:
     return torch.cat([batch.images for batch in found])
 
 

@@ -72,7 +72,7 @@ class Worker:
             self.process.wait()
 
 
-def run_on_all(workers: list[Worker], steps: int) -> float:
+def together(workers: list[Worker], steps: int) -> float:
     """Seconds of a step of the slowest, all at the same time."""
     for worker in workers:
         worker.start(steps)

@@ -1,4 +1,4 @@
-"""What lies where in tar files, found without unpacking them.
+"""Contents of tar files, found without unpacking them.
 
 A tar is headers and contents one after another, so a file in it is an offset and a size, also in a
 tar within a tar. Names that would leave a folder, links and devices are refused at once: whoever
@@ -61,7 +61,7 @@ class Samples(NamedTuple):
 
 
 def members(tar: ByteRange) -> Iterator[Member]:
-    """Every regular file of a tar, in its order, without those whose name begins with a dot.
+    """Yield every regular file of a tar, in its order, without those whose name begins with a dot.
 
     Raises:
         UserError: If it is not a plain tar, cut off or damaged, or holds what never belongs in a
@@ -78,14 +78,14 @@ def members(tar: ByteRange) -> Iterator[Member]:
                     _refuse(member, tar.file)
                     if member.isreg() and PurePosixPath(member.name).name[0] != ".":
                         yield Member(member.name, member.offset_data, member.size)
-                # tarfile takes a damaged header, and a file cut between two members, for the end.
+                # To tarfile a damaged header, or a file cut between two members, is just the end.
                 file.seek(archive.offset)
                 if archive.offset + _BLOCK > end or any(file.read(_BLOCK)):
                     raise tarfile.ReadError("its end is missing")
         except tarfile.TarError as error:
             raise UserError(
-                f"{tar.file} is not a whole, plain tar file ({error}): fetch it again, or uncompress"
-                " it if it is compressed"
+                f"{tar.file} is not a whole, plain tar file ({error}): fetch it again, or"
+                " uncompress it if it is compressed"
             ) from error
 
 
@@ -156,7 +156,7 @@ def _label(file: Path, parts: Mapping[str, Member]) -> int | str:
             return f"its .json is damaged: {error}"
         if not isinstance(description, dict):
             return "its .json is not an object"
-        # Beside a .cls it may hold other things alone.
+        # Where there is a .cls, the .json may hold other things alone.
         texts += [description[key] for key in ("label", "cls") if key in description]
     if not texts:
         return "no label: neither .cls nor .json of this key has one"
@@ -253,7 +253,10 @@ def _in_order(file: Path, names: list[str], ids: list[str]) -> dict[str, str]:
 
 
 def _devkit_labels(file: Path) -> tuple[tuple[str, ...], list[str]]:
-    """The devkit numbers classes from 1 in an order of its own; meta.mat has their ids."""
+    """Return all classes, and the id of each image in the order of their names.
+
+    The devkit numbers classes from 1 in an order of its own; meta.mat has their ids.
+    """
     try:
         from scipy.io import loadmat
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What is wrong with a data set: damage, duplicates, wrong names and labels, missing files.
+"""Faults of a data set: damage, duplicates, wrong names and labels, missing files.
 
 Every image is read, decoded and summed once. What is done is written to a journal, so that a check
 which is stopped continues where it was.
@@ -25,7 +25,7 @@ from tetdist.data.processes import ReportProgress
 from tetdist.errors import UserError
 
 FindingKind = Literal["bad", "label", "overlap", "missing", "index", "misnamed", "duplicate"]
-# A data set with any other finding than these should not be trained on as it is.
+# Findings that do no harm; with any other, a data set should not be trained on as it is.
 NOTES: frozenset[FindingKind] = frozenset({"misnamed", "duplicate"})
 
 IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000}
@@ -112,7 +112,7 @@ def _examine(stream: IO[bytes], size: int) -> Examined | str:
 
 
 def _resume(root: Path, listing: Listing, journal: Path) -> dict[int, Examined | str]:
-    """What the journal has of this very listing; else it is begun anew."""
+    """Read what the journal has of this very listing; a journal of another one begins anew."""
     identity = _identity(root, listing)
     lines = _whole_lines(journal)
     header = json.loads(lines[0]) if lines else {}
@@ -129,7 +129,7 @@ def _resume(root: Path, listing: Listing, journal: Path) -> dict[int, Examined |
 
 
 def _identity(root: Path, listing: Listing) -> str:
-    """Of the samples' names and byte ranges, and of the archives as they are now."""
+    """Checksum of the samples' names and byte ranges, and of the archives as they are now."""
     digest = hashlib.sha256()
     for name, (_, offset, size) in zip(listing.names, listing.byte_ranges, strict=True):
         digest.update(f"{name}\0{offset}\0{size}\n".encode(errors="surrogateescape"))
@@ -140,7 +140,7 @@ def _identity(root: Path, listing: Listing) -> str:
 
 
 def _whole_lines(journal: Path) -> list[bytes]:
-    """The lines of a journal, which is cut where a kill has torn its last one."""
+    """Return the lines of a journal, after cutting it where a kill has torn its last one."""
     if not journal.is_file():
         return []
     data = journal.read_bytes()
@@ -157,7 +157,7 @@ def _unchanged(file: Path, since_ns: int) -> bool:
 
 
 def split_findings(listing: Listing, examined: list[Examined | str]) -> Iterator[Finding]:
-    """Samples that cannot be used, contradict their label, or are not what their suffix says."""
+    """Find samples that are of no use, contradict their label, or are not what their suffix says."""
     for bad in listing.bad:
         yield Finding("bad", bad.path, bad.reason)
     wordnet = are_wordnet_ids(listing.classes)
@@ -178,7 +178,7 @@ def split_findings(listing: Listing, examined: list[Examined | str]) -> Iterator
 def duplicate_findings(
     splits: Mapping[str, tuple[Listing, list[Examined | str]]],
 ) -> Iterator[Finding]:
-    """Samples whose bytes are those of another one, in the same split or an earlier one."""
+    """Find samples whose bytes are those of another one, in the same split or an earlier one."""
     first: dict[str, tuple[str, str, str]] = {}
     for split, (listing, examined) in splits.items():
         for i, result in enumerate(examined):
@@ -194,12 +194,12 @@ def duplicate_findings(
 
 
 def are_wordnet_ids(classes: tuple[str, ...]) -> bool:
-    """Whether the classes look like ImageNet's."""
+    """Return whether the classes look like ImageNet's."""
     return all(WORDNET_ID.fullmatch(name) for name in classes)
 
 
 def imagenet_findings(listing: Listing) -> Iterator[Finding]:
-    """What is missing in "train" or "val" against ImageNet-1k, if the classes are WordNet ids."""
+    """Find what ImageNet-1k has more than "train" or "val", if the classes are WordNet ids."""
     total = IMAGENET_COUNTS.get(listing.split)
     if total is None or not are_wordnet_ids(listing.classes):
         return
@@ -238,7 +238,7 @@ def _some(names: list[str], most: int = 5) -> str:
 def index_findings(
     root: str | Path, index_dir: Path, listing: Listing, examined: list[Examined | str]
 ) -> Iterator[Finding]:
-    """Whether the index of the split, if there is one, is still that of its files."""
+    """Find out whether the index of the split, if there is one, is still that of its files."""
     file = index_file(index_dir, listing.split)
     if not file.is_file():
         return

@@ -73,12 +73,12 @@ def extract_split(
             done += count
             if progress is not None:
                 progress(done, len(files))
-        # Once for all: to wait for the disk after each file would take hours.
+        # This waits once for all files: to wait after each would take hours.
         os.sync()
 
 
 def _file_names(listing: Listing) -> list[str]:
-    """CLASS/NAME of each sample."""
+    """Path CLASS/NAME of each sample."""
     for name in listing.classes:
         if "/" in name or "\0" in name or name.startswith("."):
             raise UserError(
@@ -101,7 +101,7 @@ def _file_names(listing: Listing) -> list[str]:
 
 
 def _is_there(file: Path, byte_range: ByteRange) -> bool:
-    """Whether the file has been extracted before."""
+    """Return whether the file has been extracted before."""
     size = file.stat().st_size if file.exists() else 0
     # A file gets its name when it is whole, but a power cut soon afterwards may leave it empty.
     if size not in (0, byte_range.size):

@@ -1,8 +1,8 @@
-"""The index of one split: each sample's place, class and size, found out once and verified.
+"""The index of one split: each sample's bytes, class and size, found out once and verified.
 
 Training reads the index and never scans a directory tree or a tar file; crop windows are computed
 from its sizes; and a file that would kill the DALI pipeline in the night is found and named when it
-is built. sources.py knows how a split may lie on disk.
+is built. layouts.py knows how a split may lie on disk.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from tetdist.files import explaining, replacing
 
 _FORMAT_VERSION = 2
 _SAMPLED_FILES = 10_000
-# What reading an .npz raises where its bytes are not what was written.
+# Reading an .npz raises one of these where its bytes are not what was written.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -95,7 +95,7 @@ class Index:
         return f"{self.archives[self.archive_ids[i]]}/{name}" if self.archives else name
 
     def byte_range(self, i: int) -> ByteRange:
-        """Where the bytes of sample `i` lie."""
+        """Return where the bytes of sample `i` lie."""
         file = self.archives[self.archive_ids[i]] if self.archives else self.path(i)
         return ByteRange(file, int(self.offsets[i]), int(self.file_sizes[i]))
 
@@ -121,7 +121,7 @@ _META = (*_NAMES, "kind", "split", "options", "timesteps", "dtype", "fingerprint
 
 
 def index_file(index_dir: str | Path, split: str) -> Path:
-    """Where the index of a split lies in a folder of indexes."""
+    """Path of the index of a split in a folder of indexes."""
     return Path(index_dir, f"{split}.npz")
 
 
@@ -132,7 +132,7 @@ def index_command(root: str | Path, split: str, kind: Kind = "images") -> str:
 
 
 def save_index(index: Index, file: str | Path) -> None:
-    """Write the index as an uncompressed .npz: aside first, synced, then renamed into place.
+    """Write the index as an uncompressed .npz: whole or not at all.
 
     Raises:
         UserError: If it cannot be written; an older one remains as it is.
@@ -181,8 +181,8 @@ def load_index(file: str | Path) -> Index:
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> Any:
-    # zipfile checks the CRC of what it reads to the end; np.load would do the same, but takes a
-    # file that is not a zip for a pickle.
+    # zipfile checks the CRC of what it reads to the end. np.load would do the same, but would take
+    # a file that is not a zip for a pickle.
     with archive.open(f"{name}.npy") as stream:
         return np.lib.format.read_array(stream, allow_pickle=False)
 

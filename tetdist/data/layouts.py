@@ -1,4 +1,4 @@
-"""How a split lies on disk, and the list of its samples: class folders, shards, official tars.
+"""Layouts of a split on disk, and the list of its samples: class folders, shards, official tars.
 
 | layout | train | val |
 |---|---|---|
@@ -23,9 +23,9 @@ from tetdist.errors import UserError
 
 Kind = Literal["images", "events"]
 
-# Of images, the list of torchvision's ImageFolder; compared without regard to case.
+# Those of images are torchvision's ImageFolder's; they are compared without regard to case.
 _SUFFIXES: dict[Kind, tuple[str, ...]] = {"images": archives.IMAGE_SUFFIXES, "events": (".npy",)}
-# What the public shards call the splits.
+# Names that the public shards have for a split.
 _ALIASES = {"val": ("val", "validation")}
 CLASSES_FILE = "classes.txt"
 _DEVKIT_FILE = "ILSVRC2012_devkit_t12.tar.gz"
@@ -34,7 +34,7 @@ IMAGENET = "imagenet-1k"
 
 @dataclass(frozen=True)
 class Hints:
-    """What the user says about a split where its place does not say it.
+    """Facts about a split that the user gives where its folder does not show them.
 
     Attributes:
         shards: Its shards, relative to the data root: a folder, or a pattern with * ? [] {a,b}
@@ -49,7 +49,7 @@ class Hints:
     classes: str | None = None
 
     def options(self, split: str) -> str:
-        """The command line's options that say the same."""
+        """Return the command line's options that say the same."""
         given = {
             "--shards": self.shards and f"{split}={self.shards}",
             "--labels": self.labels,
@@ -189,7 +189,7 @@ def _list_folder(root: Path, split: str, kind: Kind) -> Listing:
     found = Listing(kind=kind, split=split, classes=list_classes(root, split))
     for label, name in enumerate(found.classes):
         folder = root / split / name
-        # Taken before the listing: a file added in between must make the index stale, not fresh.
+        # The time is taken first: a file added before the listing must make the index stale.
         found.class_mtimes_ns.append(folder.stat().st_mtime_ns)
         files = list_class(folder, kind)
         if not files:
@@ -229,7 +229,7 @@ def _shard_samples(root: Path, file: str) -> archives.Samples:
 
 
 def _shards_of(root: Path, split: str) -> list[str]:
-    """A split's shards where nobody says which they are, relative to the root, sorted."""
+    """Find a split's shards by their names: paths relative to the root, sorted."""
     if (root / split).is_dir():
         files = [f"{split}/{name}" for name in _listing(root / split, _is_tar)]
     else:
@@ -245,7 +245,7 @@ def _is_tar(entry: os.DirEntry[str]) -> bool:
 
 
 def _check_no_gaps(root: Path, files: list[str]) -> None:
-    """Shards are numbered from 0; one that is missing has not been fetched."""
+    """Refuse shards, which are numbered from 0, of which one is missing: it was not fetched."""
     parts = [re.fullmatch(r"(.*?)(\d+)(\.tar)", file) for file in files]
     numbers = {int(part[2]) for part in parts if part}
     if len(numbers) == len(files) and files and (first := parts[0]) is not None:
@@ -279,7 +279,7 @@ def _expand(root: Path, pattern: str) -> list[str]:
 
 
 def _braces(pattern: str) -> list[str]:
-    """{a,b} and {000..123} written out, as a shell does it."""
+    """Write out {a,b} and {000..123}, as a shell does."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found is None:
         return [pattern]
@@ -390,7 +390,7 @@ def _add(listing: Listing, file: str, members: list[Member], labels: list[int]) 
 
 
 def _sorted(listing: Listing) -> Listing:
-    """By class, then by name, like class folders: packed otherwise, the data are the same."""
+    """Sort by class, then by name, like class folders: packed otherwise, the data are the same."""
     rows = sorted(zip(listing.labels, listing.names, listing.byte_ranges, strict=True))
     listing.labels = [label for label, _, _ in rows]
     listing.names = [name for _, name, _ in rows]

@@ -1,4 +1,4 @@
-"""Open and decode samples in worker processes: what is good, how large it is, what is wrong.
+"""Open and decode samples in worker processes, to know their sizes and what is wrong with them.
 
 A reason why a sample cannot be used is a plain `str` here, so that one bad file ends nothing.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from tetdist.data.archives import ByteRange
 from tetdist.data.processes import ReportProgress, run_tasks
 
-# What PIL's decoders and DALI's have in common; PIL alone opens many more, whatever the suffix.
+# PIL and DALI both decode these; PIL alone opens many more, whatever the suffix.
 _PIL_FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
 _EXIF_ORIENTATION = 0x0112
 SAMPLES_PER_TASK = 64
@@ -23,7 +23,7 @@ _Result = TypeVar("_Result")
 
 
 class Probe(NamedTuple):
-    """What was found out about one good sample.
+    """Facts about one good sample.
 
     Attributes:
         size: Bytes.
@@ -115,7 +115,7 @@ def probe_image(stream: IO[bytes], size: int, decode: bool) -> Probe | str:
         with Image.open(stream) as image:
             if image.format not in _PIL_FORMATS:
                 return f"a {image.format} file, which DALI does not decode"
-            # PIL alone turns these, and DALI alone cannot leave them as they are.
+            # Unlike JPEG's, this orientation cannot be left alone: PIL turns the image on loading.
             if image.format == "TIFF" and image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
                 return "a TIFF file with an orientation: save it upright"
             # DALI scales 16 bits to 8, PIL cuts off what is above 255.

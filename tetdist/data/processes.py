@@ -43,7 +43,7 @@ def _results(
     if workers == 1 or len(tasks) <= 1:
         yield from map(work, tasks)
         return
-    # Not fork: a caller may have threads (DALI's, torch's), whose locks a fork would copy.
+    # A fork would copy the locks of the caller's threads (DALI's, torch's) as they are.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _prepare_worker)

@@ -11,12 +11,12 @@ from tetdist.data.archives import ByteRange
 from tetdist.data.index import Index
 from tetdist.errors import UserError
 
-# Well below the 1,024 files that a process may usually have open.
+# This is well below the 1,024 files that a process may usually have open.
 _KEPT_OPEN = 256
 
 
 class SampleReader:
-    """Reads whole samples; several threads may share it. To be closed, or used in `with`.
+    """A reader of whole samples for several threads, to be closed or used in `with`.
 
     Archives stay open between reads, since opening is what costs on a cluster's file system: the
     first 256 of them; any others are opened for each read.
@@ -25,7 +25,7 @@ class SampleReader:
     def __init__(self, index: Index, root: str | Path) -> None:
         self._index = index
         self._root = root
-        # In messages the root as given; to read, one that a change of the folder does not move.
+        # Messages show the root as given; an absolute one is read, which a chdir does not move.
         self._prefix = f"{Path(root).absolute()}/"
         self._kept: dict[str, int] = {}
 

@@ -31,7 +31,7 @@ from tetdist.files import check_space, explaining, only_writer, replacing
 _PLAN_FILE = "plan.json"
 _VERSION = 1
 _BLOCK = 512
-# Of the sample's own name in its key; a tar's header has room for 100 bytes.
+# Letters of the sample's own name in its key; a tar's header has room for 100 bytes.
 _NAME_LENGTH = 60
 
 
@@ -106,7 +106,7 @@ def plan_shards(index: Index, seed: int, max_bytes: int) -> list[npt.NDArray[np.
 
 
 def _tar_sizes(index: Index) -> npt.NDArray[np.int64]:
-    """(N,) bytes that each sample takes in a tar: a header and whole blocks, for two members."""
+    """Bytes (N,) that each sample takes in a tar: a header and whole blocks, for two members."""
     return 3 * _BLOCK + -(-index.file_sizes // _BLOCK) * _BLOCK
 
 
@@ -154,7 +154,7 @@ def _pack(task: _Task) -> None:
                 _add(archive, f"{key}.cls", str(index.labels[i]).encode())
         stream.flush()
         os.fsync(stream.fileno())
-        # So that it is the disk that is read.
+        # What is read back must come from the disk, not from memory.
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         _verify(Path(stream.name), file, checksums)
 

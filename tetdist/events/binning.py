@@ -1,4 +1,4 @@
-"""From events to frames: T bins of time, two polarities, counted, resized, stored small."""
+"""Frames made of events: T bins of time, two polarities, counted, resized, stored small."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, assert_never
@@ -19,7 +19,7 @@ UINT8_STEPS = 255
 
 @dataclass(frozen=True)
 class Binning:
-    """How events become frames.
+    """The way in which events become frames.
 
     Attributes:
         timesteps: T, the number of bins.
@@ -57,7 +57,7 @@ class Frames(NamedTuple):
 
 
 def bin_events(events: Events, binning: Binning) -> Frames:
-    """Frames of a recording.
+    """Make the frames of a recording.
 
     Raises:
         BadRecording: If it has fewer events than bins.
@@ -71,7 +71,7 @@ def bin_events(events: Events, binning: Binning) -> Frames:
 
 
 def _bin_numbers(events: Events, binning: Binning) -> npt.NDArray[np.int64]:
-    """(N,) the bin of each event; T for those that belong to none."""
+    """Number (N,) of each event's bin; T for those that belong to none."""
     number, timesteps = len(events), binning.timesteps
     match binning.bins:
         case "count":
@@ -84,10 +84,10 @@ def _bin_numbers(events: Events, binning: Binning) -> npt.NDArray[np.int64]:
 
 
 def _count(events: Events, bins: npt.NDArray[np.int64], timesteps: int) -> npt.NDArray[np.float64]:
-    """(T, 2, H, W) events of each pixel."""
+    """Count the events of each pixel: (T, 2, H, W)."""
     width, height = events.sensor
     pixel = ((bins * 2 + events.p) * height + events.y) * width + events.x
-    # np.add.at, or `frames[...] += 1`, which counts a repeated pixel once, are no way to do this.
+    # `frames[...] += 1` would count a repeated pixel once, and np.add.at is slow.
     total = np.bincount(pixel, minlength=(timesteps + 1) * 2 * height * width)
     return total.reshape(timesteps + 1, 2, height, width)[:timesteps].astype(np.float64)
 
@@ -118,7 +118,7 @@ def _resized(frames: npt.NDArray[np.float64], binning: Binning) -> npt.NDArray[n
 
 
 def resize_weights(source: int, target: int, how: Resize) -> npt.NDArray[np.float64]:
-    """(target, source) weights with which pixels of a line make those of a longer or shorter one.
+    """Weights (target, source) with which pixels of a line make those of a longer or shorter one.
 
     Each row sums to 1.
     """

@@ -1,4 +1,4 @@
-"""Which recordings a folder holds: their classes, their order, and the split they came with."""
+"""Recordings that a folder holds: their classes, their order, and the split they came with."""
 
 import csv
 import re
@@ -28,7 +28,7 @@ _TRIALS: dict[Part, str] = {"train": "trials_to_train.txt", "val": "trials_to_te
 
 @dataclass(frozen=True)
 class Piece:
-    """What becomes one tensor: a recording, or a labelled stretch of one.
+    """Source of one tensor: a recording, or a labelled stretch of one.
 
     Attributes:
         class_name: Its class.
@@ -64,7 +64,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder holds.
+    """Recordings that a folder holds.
 
     Attributes:
         sources: In order: by part, class and then by name, numbers in names by their value.
@@ -76,13 +76,13 @@ class Listing:
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
-    """Sorts names by the numbers in them: cutter_2 before cutter_10."""
+    """Make a key that sorts names by the numbers in them: cutter_2 before cutter_10."""
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts if part]
 
 
 def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
-    """Recordings of a folder, in one of three layouts.
+    """List the recordings of a folder, in one of three layouts.
 
     CLASS/FILE; PART/CLASS/FILE, where a train and a test PART are called as in _PARTS (N-MNIST,
     N-CARS; other folders, such as index/, do not count); or FILEs that have a FILE_labels.csv
@@ -142,7 +142,7 @@ def _classes(root: Path, folder: Path, suffixes: Sequence[str], part: Part | Non
                 " CLASS/FILE or in train/CLASS/FILE and test/CLASS/FILE"
             )
         for file in _files(class_folder, suffixes):
-            # In both parts there may be a recording of the same name.
+            # There may be a recording of the same name in both parts.
             name = file.stem if part is None else f"{folder.name}-{file.stem}"
             piece = Piece(class_folder.name, name)
             sources.append(Source(file.relative_to(root).as_posix(), (piece,), part))

@@ -1,4 +1,4 @@
-"""What a recording of an event camera is, and what makes one unusable."""
+"""Recordings of an event camera, and what makes one unusable."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ class Events:
         return len(self.t)
 
     def between(self, start: int, end: int) -> "Events":
-        """Those with start <= t < end (microseconds)."""
+        """Return the events with start <= t < end (microseconds)."""
         first, last = np.searchsorted(self.t, [start, end])
         cut = slice(first, last)
         return Events(self.x[cut], self.y[cut], self.t[cut], self.p[cut], self.sensor)
@@ -62,7 +62,7 @@ def checked_events(
     dropped: int = 0,
     counter: int | None = None,
 ) -> Events:
-    """Events of a file, if they are what they should be.
+    """Make events of a file's columns, if they are what they should be.
 
     Args:
         x, y, t, p: (N,) integers, see `Events`.
@@ -98,7 +98,7 @@ def checked_events(
 
 
 def split_header(data: bytes, mark: bytes, last: bytes) -> tuple[list[str], bytes]:
-    """The text lines at the beginning of a camera's file, and the binary rest.
+    """Split a camera's file into the text lines at its beginning and the binary rest.
 
     A binary record may begin with the mark's byte, too, so only printable lines are header.
 
@@ -122,7 +122,7 @@ def split_header(data: bytes, mark: bytes, last: bytes) -> tuple[list[str], byte
 
 
 def fixed_records(data: bytes, dtype: str, columns: int = 1) -> npt.NDArray[Any]:
-    """(N, columns) numbers, if the data is a whole number of such records.
+    """Read numbers (N, columns), if the data is a whole number of such records.
 
     Raises:
         BadRecording: If it is not: the file was cut off.

@@ -24,7 +24,7 @@ from tetdist.events.tensors import Record, Settings, tensor_file
 from tetdist.files import explaining, made_aside, write_json
 
 _PARTS: tuple[Part, Part] = ("train", "val")
-# A file system without hard links, or a file with the most it may have.
+# Errors of a file system without hard links, and of a file that has the most it may have.
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 
 
@@ -72,7 +72,8 @@ def make_split(
     }
     if _holds(root, description, links):
         return root
-    # The links' contents are on the disk already, and the index and description go there at once.
+    # There is nothing to wait for: what is linked is on the disk, and the index and the description
+    # are written so that they are, too.
     with explaining(root), made_aside(root, sync=False) as aside:
         for link, file in links.items():
             linked = aside / link.relative_to(root)
@@ -89,7 +90,7 @@ def make_split(
 
 
 def _check_classes(members: dict[Part, list[Record]], name: str) -> None:
-    """See that train and val have the same classes, or labels would not mean the same."""
+    """Make sure that train and val have the same classes, or labels would not mean the same."""
     classes = {part: {record.class_name for record in members[part]} for part in _PARTS}
     for part in _PARTS:
         missing = sorted((classes["train"] | classes["val"]) - classes[part])
@@ -120,7 +121,7 @@ def _description(
 
 
 def _holds(root: Path, description: dict[str, Any], links: dict[Path, Path]) -> bool:
-    """Whether the split is there already, with these very tensors and fresh indexes."""
+    """Return whether the split is there already, with these very tensors and fresh indexes."""
     if not root.is_dir():
         return False
     try:
@@ -137,7 +138,7 @@ def _holds(root: Path, description: dict[str, Any], links: dict[Path, Path]) -> 
 
 
 def _link(file: Path, link: Path) -> None:
-    """A hard link, or a copy where there are none."""
+    """Make a hard link, or a copy where there are none."""
     try:
         os.link(file, link)
     except OSError as error:

@@ -15,13 +15,13 @@ from tetdist.data.order import permutation
 from tetdist.errors import UserError
 from tetdist.events.folders import Part, Source
 
-# The first so many percent of each class, in the order of numbers, are to train.
+# Percent of each class that are to train: the first ones, in the order of numbers.
 _FIRST = {
     "first-90-percent": 90,
     "first-80-percent": 80,
     "first-70-percent": 70,
 }
-# 0 to 99 of each class are to test, the others to train.
+# Numbers 0 to 99 of each class are to test, the others to train.
 _HUNDRED = "0-99-test"
 _STRATIFIED = "stratified-9-1"
 PUBLISHED = "published"
@@ -42,7 +42,7 @@ def split_name(name: str, seed: int, simulated: bool) -> str:
 
 
 def assign(sources: Sequence[Source], name: str, seed: int) -> dict[str, Part]:
-    """The part, train or val, of each source, by path.
+    """Assign each source, by its path, to train or val.
 
     Args:
         sources: In order; those that turn out to be bad are among them, so that leaving one out
@@ -98,7 +98,7 @@ def _training_members(members: list[Source], name: str, seed: int, stratum: int)
 
 
 def description(root: str | Path) -> dict[str, Any] | None:
-    """What a data root says of itself in its dataset.json; None where it has none.
+    """Read what a data root says of itself in its dataset.json; None where it has none.
 
     Raises:
         UserError: If the file is damaged.

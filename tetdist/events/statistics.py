@@ -1,4 +1,4 @@
-"""What a person sees of event tensors: statistics by class, and a picture of each class."""
+"""Event tensors for a person to see: statistics by class, and a picture of each class."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +20,7 @@ _HEADINGS = ("class", "tensors", "events", "events/s", "duration s", "ON", "empt
 
 
 def statistics(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
-    """Statistics of each class, and of all of them under the name "all".
+    """Compute the statistics of each class, and of all of them under the name "all".
 
     Returns:
         For each: `tensors`; `events_mean`, `events_least`, `events_most` of a recording;
@@ -113,7 +113,7 @@ def draw_preview(dest: Path, records: Iterable[Record], file: Path) -> None:
 
 
 def _coloured(tensor: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """(T, H, W, 3): white where nothing is, the redder the more ON, the bluer the more OFF."""
+    """Colour frames as (T, H, W, 3): white without events, redder by ON ones, bluer by OFF ones."""
     values = tensor.astype(np.float64)
     # A few hot pixels would make all the others pale.
     positive = values[values > 0]

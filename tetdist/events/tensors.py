@@ -3,7 +3,7 @@
     DEST/manifest.json                 parameters and versions; written first
     DEST/recordings.jsonl              a line for each tensor: checksums, statistics
     DEST/recordings/CLASS/NAME.npy     the tensors, (T, 2, H, W)
-    DEST/splits/NAME/                  data roots to train on, see `tetdist.data.split_roots`
+    DEST/splits/NAME/                  data roots to train on, see split_roots.py
 
 A tensor counts from the moment its line is there, and the line is written after the tensor.
 """
@@ -35,7 +35,7 @@ from tetdist.events.recording import BadRecording, Events, Sensor
 from tetdist.events.simulate import Simulation, simulate
 from tetdist.files import explaining, replacing, write_json
 
-# Goes up when the same parameters make other tensors than before.
+# This goes up when the same parameters make other tensors than before.
 _FORMAT_VERSION = 1
 
 _MANIFEST, _RECORDS, _TENSORS, _LOCK = "manifest.json", "recordings.jsonl", "recordings", ".lock"
@@ -44,7 +44,7 @@ _OURS = {_MANIFEST, _RECORDS, _TENSORS, _LOCK, "splits", "statistics.json", "pre
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a tensor depends on, besides its recording.
+    """Parameters that a tensor depends on, besides its recording.
 
     Attributes:
         binning: How events become frames.
@@ -57,7 +57,7 @@ class Settings:
     simulation: Simulation | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The parameters as they are recorded."""
+        """Return the parameters as they are recorded."""
         size = self.binning.size
         return {
             **asdict(self.binning),
@@ -70,7 +70,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of one tensor.
+    """Facts about one tensor.
 
     Attributes:
         key: CLASS/NAME.
@@ -112,7 +112,7 @@ class Record:
 
 
 class Tensors(NamedTuple):
-    """What was made.
+    """Result of `make_tensors`.
 
     Attributes:
         records: Of all good tensors, by key, in the order of the listing.
@@ -124,7 +124,7 @@ class Tensors(NamedTuple):
 
 
 def tensor_file(dest: Path, key: str) -> Path:
-    """Where a tensor lies."""
+    """Path of a tensor."""
     return dest / _TENSORS / f"{key}.npy"
 
 
@@ -132,7 +132,7 @@ def tensor_file(dest: Path, key: str) -> Path:
 def open_destination(
     dest: Path, source: Path, settings: Settings, *, overwrite: bool
 ) -> Iterator[None]:
-    """Have the folder of the tensors for this process alone, made with these settings.
+    """Keep the folder of the tensors to this process alone, made with these settings.
 
     Args:
         dest: The folder; made if it is missing.
@@ -164,7 +164,7 @@ def open_destination(
 
 
 def _clear(dest: Path) -> None:
-    # The manifest last: a folder without it, but with other things, would not be this tool's.
+    # The manifest goes last: a folder without it, but with other things, is not this tool's.
     for name in sorted(_OURS - {_LOCK, _MANIFEST}):
         path = dest / name
         if path.is_dir():
@@ -179,7 +179,7 @@ def _shown(value: Any) -> str:
 
 
 def _claim(dest: Path, source: Path, settings: Settings) -> None:
-    """Record what the tensors are made with, or see that it is what was recorded before."""
+    """Record what the tensors are made with, or compare it with what was recorded before."""
     manifest = {
         "tool": "tools/prebin_dvs.py",
         "format_version": _FORMAT_VERSION,
@@ -199,7 +199,7 @@ def _claim(dest: Path, source: Path, settings: Settings) -> None:
         raise UserError(f"{file} is damaged ({error!r}): {_way_out()}") from error
     wanted = {"format_version": _FORMAT_VERSION, **settings.as_dict()}
     for name in sorted(wanted.keys() | recorded.keys()):
-        # As JSON has it, which knows no tuples.
+        # JSON makes lists of tuples, and the recorded value has been through it.
         now = json.loads(json.dumps(wanted.get(name)))
         if now != recorded.get(name):
             raise UserError(
@@ -251,7 +251,7 @@ def _keep(
     workers: int,
     progress: Callable[[str], ReportProgress],
 ) -> dict[str, Record]:
-    """Records of the tensors that need not be made again, verified."""
+    """Verify tensors; return the records of those that need not be made again."""
     by_source: dict[str, list[Record]] = {}
     for record in _recorded(dest, listing).values():
         by_source.setdefault(record.source, []).append(record)
@@ -278,7 +278,7 @@ def _add(
     workers: int,
     progress: Callable[[str], ReportProgress],
 ) -> tuple[dict[str, Record], list[BadFile]]:
-    """Make and record the tensors that are missing; also what is bad."""
+    """Make and record the tensors that are missing; return them, and what is bad."""
     bad = [BadFile(item.path, item.problem) for item in listing.sources if item.problem]
     tasks = [
         (source, dest, item, settings)
@@ -308,7 +308,7 @@ def _remove_remains(dest: Path) -> None:
 
 
 def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
-    """Records of tensors made before, by key."""
+    """Read the records of tensors made before, by key."""
     pieces = {piece.key: piece for item in listing.sources for piece in item.pieces}
     file = dest / _RECORDS
     found: dict[str, Record] = {}
@@ -339,7 +339,7 @@ def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
 
 
 def _verify(task: tuple[Path, Path, list[Record]]) -> list[Record]:
-    """Those of a source's records whose tensors are there, as they were written.
+    """Return those of a source's records whose tensors are there, as they were written.
 
     Raises:
         UserError: If the source has changed.
@@ -350,7 +350,7 @@ def _verify(task: tuple[Path, Path, list[Record]]) -> list[Record]:
     try:
         status = file.stat()
         same = (status.st_size, status.st_mtime_ns) == (first.source_size, first.source_mtime_ns)
-        # A copy has another time.
+        # The time of a copy is another one, so its contents are compared.
         same = same or hashlib.sha256(file.read_bytes()).hexdigest() == first.source_sha256
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): {_way_out()}") from error
@@ -431,7 +431,7 @@ def _statistics(events: Events, frames: Frames) -> dict[str, Any]:
 
 
 def _write_tensor(file: Path, tensor: npt.NDArray[Any]) -> str:
-    """Write a tensor whole; its file's checksum."""
+    """Write a tensor whole; return its file's checksum."""
     stream = io.BytesIO()
     np.save(stream, tensor, allow_pickle=False)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -441,7 +441,7 @@ def _write_tensor(file: Path, tensor: npt.NDArray[Any]) -> str:
 
 
 def _same_sensor(records: dict[str, Record]) -> tuple[dict[str, Record], list[BadFile]]:
-    """Those of the sensor that most are of; the others are bad."""
+    """Return the records of the sensor that most are of; the others are bad."""
     counts = Counter(record.sensor for record in records.values())
     if len(counts) < 2:
         return records, []

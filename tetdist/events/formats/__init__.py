@@ -13,7 +13,7 @@ from tetdist.events.recording import BadRecording, Events, Sensor
 
 _MODULES = (aedat, aedat4, nmnist, prophesee, arrays)
 
-# By suffix: takes a file's contents, and the sensor's size where the format does not say it.
+# A reader takes a file's contents, and the sensor's size where the format does not say it.
 _READERS: dict[str, Callable[[bytes, Sensor | None], Events]] = {
     suffix: reader for module in _MODULES for suffix, reader in module.READERS.items()
 }

@@ -19,14 +19,14 @@ DVS128 = Sensor(128, 128)
 DAVIS240 = Sensor(240, 180)
 
 _MAGIC = b"#!AER-DAT"
-# Of a packet in AEDAT 3.1: type, source, event size, offset of the timestamp, timestamp overflow,
-# capacity, events, valid events.
+# A packet of AEDAT 3.1 begins with its type, source, event size, offset of the timestamp, timestamp
+# overflow, capacity, events and valid events.
 _PACKET = struct.Struct("<hhiiiiii")
 _POLARITY_EVENTS = 1
 
 
 def read_aedat(data: bytes, sensor: Sensor | None) -> Events:
-    """Events of a file named .aedat: AEDAT 2.0 or 3.1.
+    """Read the events of a file named .aedat: AEDAT 2.0 or 3.1.
 
     Args:
         data: The file's contents.

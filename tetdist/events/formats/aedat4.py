@@ -1,7 +1,7 @@
 """AEDAT 4, the format of DV: packets of events, compressed, each a flatbuffer.
 
-Read here and not by a package: the one tried ends the whole process on some damaged files, and one
-bad recording must not end the work on all the others.
+No package reads it here: the one tried ends the whole process on some damaged files, and one bad
+recording must not end the work on all the others.
 """
 
 import struct
@@ -31,7 +31,7 @@ _STORED, _LZ4, _ZSTANDARD = (0,), (1, 2), (3, 4)
 
 
 def read_aedat4(data: bytes, sensor: Sensor | None) -> Events:
-    """Events of an AEDAT 4 file.
+    """Read the events of an AEDAT 4 file.
 
     Args:
         data: The file's contents.
@@ -55,7 +55,7 @@ def _read(data: bytes, sensor: Sensor | None) -> Events:
     start = len(_MAGIC)
     (size,) = struct.unpack_from("<I", data, start)
     header = _Table(data[start : start + 4 + size], b"IOHE")
-    # The table that a finished recording ends with, which nothing here needs; but a file cut off
+    # A finished recording ends with a table. Nothing here needs it, but a file that was cut off
     # between two packets has none.
     end = header.number(_TABLE_POSITION, "<q", -1)
     if end < 0:
@@ -92,7 +92,7 @@ def _event_stream(info: str) -> tuple[int, Sensor]:
 
 
 def _packets(data: bytes, position: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """Stream and contents of each packet."""
+    """Yield the stream and contents of each packet."""
     while position < end:
         stream, size = struct.unpack_from("<ii", data, position)
         position += 8
@@ -140,7 +140,7 @@ class _Table:
         self._data, self._root = data, 4 + root
 
     def _position(self, field: int) -> int | None:
-        """Where a field's value is; None if the table leaves it out."""
+        """Position of a field's value; None if the table leaves it out."""
         (back,) = struct.unpack_from("<i", self._data, self._root)
         offsets = self._root - back
         (length,) = struct.unpack_from("<H", self._data, offsets)

@@ -16,7 +16,7 @@ def read_npz(data: bytes, sensor: Sensor | None) -> Events:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # Whatever the readers of zip and numpy's format stumble over.
+    except Exception as error:  # numpy has no common class for what its readers raise.
         raise BadRecording(f"it is not an NPZ file, or damaged ({error})") from error
     if len(arrays) == 1 and next(iter(arrays.values())).dtype.names:
         (table,) = arrays.values()
@@ -40,7 +40,7 @@ def read_hdf5(data: bytes, sensor: Sensor | None) -> Events:
                 arrays = {name: _own_values(found, name) for name in _FIELDS if name in found}
     except BadRecording:
         raise
-    except Exception as error:  # Whatever h5py stumbles over.
+    except Exception as error:  # h5py has no common class for what it raises.
         raise BadRecording(f"it is not an HDF5 file, or damaged ({error})") from error
     return _from_arrays(arrays, size, sensor)
 
@@ -58,7 +58,7 @@ def _own_values(group: Any, name: str) -> Any:
 def _from_arrays(
     arrays: Mapping[str, Any], size: Mapping[str, Any], sensor: Sensor | None
 ) -> Events:
-    """Events of arrays x, y, t (microseconds) and p (0 and 1, or -1 and 1, or booleans).
+    """Make events of arrays x, y, t (microseconds) and p (0 and 1, or -1 and 1, or booleans).
 
     Args:
         arrays: By name.

@@ -15,14 +15,14 @@ from tetdist.events.recording import (
     split_header,
 )
 
-# Of cameras whose files do not say it themselves, by a part of the header's plugin_name.
+# Sizes that the files of some cameras do not say, by a part of the header's plugin_name.
 _SENSORS = {
     "genx320": Sensor(320, 320),
     "gen3": Sensor(640, 480),
     "gen4": Sensor(1280, 720),
     "imx636": Sensor(1280, 720),
 }
-# Event types in the two bytes after a .dat file's header: from before and after 2018.
+# A .dat file's header is followed by its type of event, one before and another after 2018.
 _DAT_TYPES = (0x00, 0x0C)
 _DAT_SIZE = 8
 
@@ -35,7 +35,7 @@ _EVT3_OTHERS = (0x7, 0xA, 0xE, 0xF)
 
 
 def read_dat(data: bytes, sensor: Sensor | None) -> Events:
-    """Events of a .dat file.
+    """Read the events of a .dat file.
 
     Raises:
         BadRecording: If it cannot be used.
@@ -58,7 +58,7 @@ def read_dat(data: bytes, sensor: Sensor | None) -> Events:
 
 
 def read_raw(data: bytes, sensor: Sensor | None) -> Events:
-    """Events of a .raw file in EVT 2.0 or EVT 3.0.
+    """Read the events of a .raw file in EVT 2.0 or EVT 3.0.
 
     Raises:
         BadRecording: If it cannot be used.
@@ -182,7 +182,7 @@ def _evt3_times(kind: npt.NDArray[np.int64], value: npt.NDArray[np.int64]) -> np
 
 
 def _latest(marked: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """(N,) position of the last marked word up to each one; -1 before the first."""
+    """Position (N,) of the last marked word up to each one; -1 before the first."""
     return np.maximum.accumulate(np.where(marked, np.arange(len(marked)), -1))
 
 
