@@ -48,7 +48,7 @@ class Checkpoint:
     """A verified checkpoint in memory.
 
     Attributes:
-        path: Where it was read from.
+        path: Folder that it was read from.
         state: What the trainer put in: step, accumulated metrics, best result, ...
         model: Model state, on the CPU.
         optimizer: The optimiser's ``state_dict``.
@@ -79,7 +79,7 @@ def save(
         description: Goes to the header of model.safetensors: all that `load_model_file` needs to
             build the model again and evaluate it.
         state: JSON values.
-        keep_last: How many of the newest to keep, besides the best one.
+        keep_last: Number of the newest to keep, besides the best one.
         best: Whether this is the best one so far.
 
     Returns:
@@ -206,7 +206,7 @@ def load_model_file(path: Path, which: str = "last") -> tuple[dict[str, Tensor],
 
     Args:
         path: One of these three.
-        which: Of a run folder: the ``last`` checkpoint, or the ``best`` one.
+        which: The ``last`` checkpoint of a run folder, or the ``best`` one.
 
     Raises:
         UserError: There is no such checkpoint, it is damaged, or it is not one of tetdist.

@@ -64,7 +64,7 @@ def members(tar: ByteRange) -> Iterator[Member]:
     """Yield every regular file of a tar, in its order, without those whose name begins with a dot.
 
     Raises:
-        UserError: If it is not a plain tar, cut off or damaged, or holds what never belongs in a
+        UserError: It is not a plain tar, cut off or damaged, or holds what never belongs in a
             data set: a link, a device, a sparse file, a name that leaves the folder.
     """
     with Path(tar.file).open("rb") as file:
@@ -208,7 +208,7 @@ def validation_labels(file: Path, names: list[str]) -> tuple[tuple[str, ...], di
         All classes, sorted; and the id of each name that has one.
 
     Raises:
-        UserError: If the file is neither, or its number of labels is not that of the images.
+        UserError: The file is neither, or its number of labels is not that of the images.
     """
     if file.name.endswith((".tar.gz", ".tgz", ".tar")):
         classes, ids = _devkit_labels(file)

@@ -161,7 +161,7 @@ def train_batches(
         augmentation: How they are changed.
 
     Raises:
-        UserError: If DALI is not installed, or the batch sizes do not fit each other, the data or
+        UserError: DALI is not installed, or the batch sizes do not fit each other, the data or
             the number of processes. Iterating raises it for a file that does not read or decode.
     """
 
@@ -251,7 +251,7 @@ def eval_batches(
         resize: Length of the shorter side before the crop.
 
     Raises:
-        UserError: If DALI is not installed or the crop is larger than the resized image. Iterating
+        UserError: DALI is not installed or the crop is larger than the resized image. Iterating
             raises it for a file that does not read or decode.
     """
     resized, start = centre_crop(index.heights, index.widths, resize, output.size)

@@ -88,16 +88,17 @@ def check_augmentation(config: RunConfig, index: Index) -> None:
     """
     data = config.data
     _transforms(data)
-    if data.kind == "events" or data.crop != "padded":
+    padding = _padding(data)
+    if data.kind == "events" or padding is None:
         return
     largest = max(max(phase_image_sizes(config, phase)) for phase in config.phases)
     sides = np.minimum(index.heights, index.widths)
-    least = largest - 2 * data.padding
+    least = largest - 2 * padding
     if sides.min() < least:
         i = int(sides.argmin())
         raise UserError(
             f"{index.path(i)} has {index.widths[i]}x{index.heights[i]} pixels and data.crop=padded "
-            f"needs {least} of each side for crops of {largest} with data.padding={data.padding}; "
+            f"needs {least} of each side for crops of {largest} with data.padding={padding}; "
             "set data.crop=resized, or a smaller image size"
         )
 

@@ -56,7 +56,7 @@ class Finding(NamedTuple):
             "overlap": in two splits; "missing": against ImageNet-1k; "index": the index is not of
             these files; "misnamed": of another format than its suffix says; "duplicate": twice in
             one split.
-        path: Of the sample, relative to the data root; or of what else it is about.
+        path: Path of the sample, relative to the data root; or of what else it is about.
         text: What is wrong.
     """
 
@@ -157,7 +157,7 @@ def _unchanged(file: Path, since_ns: int) -> bool:
 
 
 def split_findings(listing: Listing, examined: list[Examined | str]) -> Iterator[Finding]:
-    """Find samples that are of no use, contradict their label, or are not what their suffix says."""
+    """Find samples of no use, and those whose name says another label or another format."""
     for bad in listing.bad:
         yield Finding("bad", bad.path, bad.reason)
     wordnet = are_wordnet_ids(listing.classes)

@@ -36,13 +36,13 @@ def extract_split(
 
     Args:
         root: The data root of the listing.
-        listing: Of samples in archives.
+        listing: Samples in archives.
         dest: The new data root.
         workers: Processes.
         progress: Called with the number of samples done and of all.
 
     Raises:
-        UserError: If the listing is not of archives, a name cannot be a file's or comes twice in a
+        UserError: The listing is not of archives, a name cannot be a file's or comes twice in a
             class, another process writes to the folder, it holds another file of that name, or the
             disk is full.
     """

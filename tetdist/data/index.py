@@ -57,7 +57,7 @@ class Index:
         path_offsets: (N + 1,) where each path begins in the blob.
         class_mtimes_ns: (K,) when the listing of each class folder last changed; (0,) of archives.
         skipped: Paths of the files that were left out because they cannot be used.
-        options: Of tools/images.py, beside those that every split has, with which it was built.
+        options: Options of tools/images.py, beside those that every split has, that built it.
         timesteps: T of event tensors; None for images.
         dtype: "uint8" or "float16" for event tensors; None for images.
         fingerprint: SHA-256, in hex, of what training sees of it: kind, split, classes, labels
@@ -135,7 +135,7 @@ def save_index(index: Index, file: str | Path) -> None:
     """Write the index as an uncompressed .npz: whole or not at all.
 
     Raises:
-        UserError: If it cannot be written; an older one remains as it is.
+        UserError: It cannot be written; an older one remains as it is.
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def load_index(file: str | Path) -> Index:
     """Read what `save_index` wrote.
 
     Raises:
-        UserError: If the file is missing, damaged, or of another version of the format.
+        UserError: The file is missing, damaged, or of another version of the format.
     """
     file = Path(file)
     # The default place is <root>/index/<split>.npz; elsewhere the root is the user's to fill in.
@@ -232,7 +232,7 @@ def index_listing(
         The index of the good samples, and the bad ones in order.
 
     Raises:
-        UserError: If a worker dies.
+        UserError: A worker dies.
     """
     match listing.kind:
         case "events":
@@ -253,7 +253,7 @@ def check_fresh(index: Index, root: str | Path, file: str | Path | None = None) 
     With ``file`` (the index's own), modification times are compared with its own, too.
 
     Raises:
-        UserError: If they are not; it names the first difference and the command to index again.
+        UserError: They are not; it names the first difference and the command to index again.
     """
     again = f"index the data again with `{index.command(root)}`"
     if index.archives:

@@ -66,13 +66,13 @@ class Listing:
         kind: "images" or "events".
         split: The split's name.
         classes: The class names; a label is a position among them.
-        labels: Of each sample.
+        labels: Label of each sample.
         names: Paths relative to the data root; of a sample in an archive the name in it.
         byte_ranges: Where the bytes of each sample lie.
         class_mtimes_ns: When the listing of each class folder last changed; none for archives.
         archives: The tar files that hold the samples, sorted; none for class folders.
         bad: Samples that cannot be used for lack of a label, and the like.
-        options: Of the command line, with which the split is listed again.
+        options: Options of the command line that list the split again.
     """
 
     kind: Kind
@@ -110,7 +110,7 @@ def list_split(
         progress: Called with the number of tar files read and of all.
 
     Raises:
-        UserError: If there is no such split or it is incomplete or damaged, there are fewer than
+        UserError: There is no such split or it is incomplete or damaged, there are fewer than
             two classes, or a class has no sample.
     """
     root, hints = Path(root), hints or Hints()
@@ -132,7 +132,7 @@ def list_classes(root: str | Path, split: str) -> tuple[str, ...]:
     """The sorted class names of a split in class folders, without hidden ones.
 
     Raises:
-        UserError: If the split's folder is missing or holds fewer than two class folders.
+        UserError: The split's folder is missing or holds fewer than two class folders.
     """
     folder = Path(root, split)
     if not Path(root).is_dir():
@@ -165,7 +165,7 @@ def check_same_classes(classes: Mapping[str, tuple[str, ...]]) -> None:
         classes: The class names of each split.
 
     Raises:
-        UserError: If they differ; it names the first difference.
+        UserError: They differ; it names the first difference.
     """
     (first, expected), *others = classes.items()
     for split, names in others:
@@ -263,7 +263,7 @@ def _expand(root: Path, pattern: str) -> list[str]:
     """The tar files that a pattern means, relative to the root.
 
     Raises:
-        UserError: If one does not exist, or lies elsewhere.
+        UserError: One does not exist, or lies elsewhere.
     """
     if (root / pattern).is_dir():
         pattern = f"{pattern}/*.tar"

@@ -78,7 +78,7 @@ def steps_per_epoch(num_samples: int, global_batch: int) -> int:
     """Optimiser steps in an epoch; the samples left over, others in every epoch, are dropped.
 
     Raises:
-        UserError: If there are fewer samples than one step takes.
+        UserError: There are fewer samples than one step takes.
     """
     if num_samples < global_batch:
         raise UserError(
@@ -95,7 +95,7 @@ def rank_micro_batches(rank: int, world_size: int, global_batch: int, micro_batc
     synchronised two processes normalise over what one with micro-batches twice as large would.
 
     Raises:
-        UserError: If the global batch is not a multiple of the micro-batch, or its micro-batches
+        UserError: The global batch is not a multiple of the micro-batch, or its micro-batches
             cannot be shared out equally.
     """
     assert 0 <= rank < world_size

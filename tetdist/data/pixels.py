@@ -33,7 +33,7 @@ class Edits:
         corner: (B, 2) row and column of the output where that begins; negative: so much of it is
             cut off. What it does not cover is black.
         mirror: (B,) whether the output is then mirrored left to right.
-        operations: Of each, the changes that follow; empty: none of any.
+        operations: Changes of each that follow; empty: none of any.
         cutout: (B, 4) top, left, bottom, right of what is 0 after normalisation; None: nothing.
     """
 
@@ -50,8 +50,8 @@ class Output:
 
     Attributes:
         size: Height and width.
-        mean: Of each channel, where white is 1.
-        std: Of each channel, likewise.
+        mean: Mean of each channel, where white is 1.
+        std: Standard deviation of each channel, likewise.
         interpolation: Always antialiased.
     """
 
@@ -66,7 +66,7 @@ def edited(window: Tensor, edits: Edits, k: int, output: Output) -> Tensor:
 
     Args:
         window: (H, W, 3), on any device.
-        edits: Of the batch.
+        edits: Changes of the whole batch.
         k: The sample's number in the batch.
         output: What comes out.
     """
@@ -167,8 +167,8 @@ def normalized(image: Tensor, output: Output, into: Tensor) -> None:
         torch.sub(image, image.new_tensor(mean, dtype=torch.float32), out=into)
         into.mul_(into.new_tensor(scale))
         return
-    # This goes row by row, since numpy is quick where the innermost dimension is long; numpy, because
-    # it does not divide the work among threads.
+    # This goes row by row, since numpy is quick where the innermost dimension is long. torch would
+    # divide the work among threads, which cost more than they save.
     rows = into.numpy().reshape(output.size, -1)
     np.subtract(image.numpy().reshape(output.size, -1), _row(mean, output.size), out=rows)
     np.multiply(rows, _row(scale, output.size), out=rows)

@@ -31,7 +31,7 @@ class Probe(NamedTuple):
         width: Pixels, likewise.
         timesteps: T of an event tensor.
         dtype: Type of an event tensor.
-        format: Of an image, as PIL calls it.
+        format: Format of an image, as PIL calls it.
     """
 
     size: int

@@ -29,7 +29,7 @@ def run_tasks(
         progress: Called with the number of tasks done and of all.
 
     Raises:
-        UserError: If a worker dies.
+        UserError: A worker dies.
     """
     for done, result in enumerate(_results(work, tasks, workers), 1):
         if progress is not None:

@@ -33,7 +33,7 @@ class SampleReader:
         """All bytes of sample `i`: (size,).
 
         Raises:
-            UserError: If they cannot be read, or are not as many as the index says.
+            UserError: They cannot be read, or are not as many as the index says.
         """
         byte_range = self._index.byte_range(i)
         try:

@@ -61,7 +61,7 @@ def shard_split(
         file: The index of the split.
         root: The data root of that index.
         dest: The new data root.
-        seed: Of the order of the samples.
+        seed: Seed of the order of the samples.
         max_bytes: Size of a shard; a larger sample gets one of its own.
         workers: Processes.
         progress: Called with the number of shards done and of all.
@@ -70,7 +70,7 @@ def shard_split(
         The index of the shards.
 
     Raises:
-        UserError: If DEST holds something else, another process writes there, or the disk is full.
+        UserError: DEST holds something else, another process writes there, or the disk is full.
     """
     index = load_index(file)
     if index.kind != "images":

@@ -121,7 +121,7 @@ def centre_crop(heights: _Ints, widths: _Ints, resize: int, crop: int) -> tuple[
         (B, 2): height and width to resize to; (B, 2): row and column of the crop's first pixel.
 
     Raises:
-        UserError: If the crop is larger than the resized image; torchvision would pad it with
+        UserError: The crop is larger than the resized image; torchvision would pad it with
             black.
     """
     if crop > resize:

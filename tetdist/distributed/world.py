@@ -86,9 +86,9 @@ class World:
         """Do something on every process that may fail on some, and fail on all if it does.
 
         Raises:
-            UserError: Of the action (or whatever else it raised), on the lowest rank where it
+            UserError: The action's (or whatever else it raised), on the lowest rank where it
                 failed.
-            SystemExit: With status 2, on all other ranks.
+            SystemExit: Status 2, on all other ranks.
         """
         result: Any = None
         failure: Exception | None = None

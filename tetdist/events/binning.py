@@ -26,8 +26,9 @@ class Binning:
         size: Width and height of the frames; None for the sensor's.
         bins: "count": N // T events each, as in the paper, the last N % T left out; "time": equal
             parts of the time from the first event to the last.
-        values: Of a pixel, "count": its events; "occupancy": 1 where there is any; "normalised":
-            its events divided by the most that any pixel of this frame, of this polarity, has.
+        values: Value of a pixel. "count": its events; "occupancy": 1 where there is any;
+            "normalised": its events divided by the most that any pixel of this frame, of this
+            polarity, has.
         resize: "area": what falls on each new pixel's area; "bilinear": weighted by a triangle as
             wide as two new pixels, as PIL does. Both keep a frame's sum of "count", and its mean
             of the other values.
@@ -48,7 +49,7 @@ class Frames(NamedTuple):
     Attributes:
         tensor: (T, 2, H, W), OFF before ON.
         saturated: Values that were too large for the type and became its largest.
-        empty: How many of the T x 2 frames are without events.
+        empty: Number of the T x 2 frames without events.
     """
 
     tensor: npt.NDArray[np.uint8] | npt.NDArray[np.float16]
@@ -60,7 +61,7 @@ def bin_events(events: Events, binning: Binning) -> Frames:
     """Make the frames of a recording.
 
     Raises:
-        BadRecording: If it has fewer events than bins.
+        BadRecording: It has fewer events than bins.
     """
     if len(events) < binning.timesteps:
         raise BadRecording(f"{len(events)} events are too few for {binning.timesteps} bins")

@@ -32,7 +32,7 @@ class Piece:
 
     Attributes:
         class_name: Its class.
-        name: Of the tensor, without suffix; unique within the class.
+        name: Name of the tensor, without suffix; unique within the class.
         window: Microseconds where it begins and ends; None for the whole recording.
     """
 
@@ -52,7 +52,7 @@ class Source:
     Attributes:
         path: Relative to the folder, with slashes.
         pieces: What is made of it.
-        part: Of the published split, where there is one.
+        part: Part of the published split, where there is one.
         problem: Why it cannot be used, where the listing already shows it.
     """
 
@@ -91,10 +91,10 @@ def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
 
     Args:
         root: The folder.
-        suffixes: Of files that count, in lower case.
+        suffixes: Suffixes of files that count, in lower case.
 
     Raises:
-        UserError: If the folder is missing, holds no recordings, or fewer than two classes, or two
+        UserError: The folder is missing, holds no recordings, or fewer than two classes, or two
             of its recordings would get the same name.
     """
     if not root.is_dir():

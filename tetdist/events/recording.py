@@ -70,7 +70,7 @@ def checked_events(
         counter: Microseconds after which the format's timestamps begin again at zero.
 
     Raises:
-        BadRecording: If there are no events, time goes back, or a coordinate or polarity is none.
+        BadRecording: There are no events, time goes back, or a coordinate or polarity is none.
     """
     x, y, t, p = (np.asarray(values).astype(np.int64) for values in (x, y, t, p))
     if not len(t):
@@ -104,8 +104,8 @@ def split_header(data: bytes, mark: bytes, last: bytes) -> tuple[list[str], byte
 
     Args:
         data: The file's contents.
-        mark: How each header line begins.
-        last: How the line begins that ends the header, where the format has one.
+        mark: Beginning of each header line.
+        last: Beginning of the line that ends the header, where the format has one.
     """
     lines: list[str] = []
     start = 0
@@ -125,7 +125,7 @@ def fixed_records(data: bytes, dtype: str, columns: int = 1) -> npt.NDArray[Any]
     """Read numbers (N, columns), if the data is a whole number of such records.
 
     Raises:
-        BadRecording: If it is not: the file was cut off.
+        BadRecording: It is not: the file was cut off.
     """
     size = np.dtype(dtype).itemsize * columns
     if len(data) % size:

@@ -34,7 +34,7 @@ class Simulation:
 
     Attributes:
         width, height: Pixels of the sensor.
-        seed: Of the noise and of the thresholds' spread, together with the image's path.
+        seed: Seed of the noise and of the thresholds' spread, together with the image's path.
         saccade_ms: Duration of each of the three.
         amplitude: Pixels that the image moves, as a share of the sensor's shorter side.
         threshold: Change of the logarithm of light that makes an event.
@@ -66,11 +66,11 @@ def simulate(data: bytes, path: str, simulation: Simulation) -> Events:
 
     Args:
         data: The image file's contents.
-        path: Of the image within its folder; with the seed, it decides the noise.
+        path: Path of the image in its folder; with the seed, it decides the noise.
         simulation: What is simulated.
 
     Raises:
-        BadRecording: If the data is no image, or makes no events.
+        BadRecording: The data is no image, or makes no events.
     """
     rng = np.random.default_rng([simulation.seed, zlib.crc32(path.encode())])
     scene = _scene(data, simulation)

@@ -46,15 +46,15 @@ def make_split(
     Args:
         dest: The folder with the tensors.
         sources: All of them, the bad ones too, in order.
-        records: Of the good tensors, by key.
+        records: Records of the good tensors, by key.
         settings: What the tensors were made with.
         name: One of `splits.NAMES`.
-        seed: Of the stratified split.
-        bad: How many recordings, or pieces of one, were left out.
+        seed: Seed of the stratified split.
+        bad: Number of recordings, or pieces of one, that were left out.
         workers: Processes that index.
 
     Raises:
-        UserError: If the split is impossible, or leaves a class without a recording.
+        UserError: The split is impossible, or leaves a class without a recording.
     """
     parts = splits.assign(sources, name, seed)
     members: dict[Part, list[Record]] = {part: [] for part in _PARTS}

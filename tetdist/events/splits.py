@@ -45,13 +45,13 @@ def assign(sources: Sequence[Source], name: str, seed: int) -> dict[str, Part]:
     """Assign each source, by its path, to train or val.
 
     Args:
-        sources: In order; those that turn out to be bad are among them, so that leaving one out
-            does not move the others to another part.
+        sources: Recordings in order; those that turn out to be bad are among them, so that leaving
+            one out does not move the others to another part.
         name: One of `NAMES`.
-        seed: Of the stratified split.
+        seed: Seed of the stratified split.
 
     Raises:
-        UserError: If the sources do not have this split.
+        UserError: The sources do not have this split.
     """
     if name == PUBLISHED:
         without = [source for source in sources if source.part is None and not source.problem]
@@ -101,7 +101,7 @@ def description(root: str | Path) -> dict[str, Any] | None:
     """Read what a data root says of itself in its dataset.json; None where it has none.
 
     Raises:
-        UserError: If the file is damaged.
+        UserError: The file is damaged.
     """
     file = Path(root, DATASET_FILE)
     if not file.is_file():
@@ -119,7 +119,7 @@ def recorded_split(root: str | Path) -> str | None:
     """The name of the split that a data root says it is; None where it says nothing.
 
     Raises:
-        UserError: If its dataset.json is damaged.
+        UserError: Its dataset.json is damaged.
     """
     found = description(root)
     return found["split"] if found else None

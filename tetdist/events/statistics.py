@@ -86,7 +86,7 @@ def draw_preview(dest: Path, records: Iterable[Record], file: Path) -> None:
 
     Args:
         dest: The folder of the tensors.
-        records: Of the tensors.
+        records: Records of the tensors.
         file: The PNG to be written.
     """
     from PIL import Image, ImageDraw

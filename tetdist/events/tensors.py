@@ -81,12 +81,12 @@ class Record:
         window: Microseconds where the piece begins and ends; None for the whole recording.
         sha256: Checksum of the tensor's file.
         sensor: Width and height of the sensor.
-        events: Of both polarities.
-        on_events: Of the polarity ON.
-        duration_us: From the first event to the last.
+        events: Number of events of both polarities.
+        on_events: Number of events of the polarity ON.
+        duration_us: Time from the first event to the last.
         dropped: Records of the file that are no events; of a piece, 0.
         frames: T x 2.
-        empty_frames: How many of them are without events.
+        empty_frames: Number of those without events.
         saturated: Values too large for the type.
     """
 
@@ -115,7 +115,7 @@ class Tensors(NamedTuple):
     """Result of `make_tensors`.
 
     Attributes:
-        records: Of all good tensors, by key, in the order of the listing.
+        records: Records of all good tensors, by key, in the order of the listing.
         bad: What cannot be used.
     """
 
@@ -141,7 +141,7 @@ def open_destination(
         overwrite: Remove all that this tool made there before.
 
     Raises:
-        UserError: If it is in use, not this tool's, or of other settings.
+        UserError: It is in use, not this tool's, or of other settings.
     """
     if dest.exists() and not dest.is_dir():
         raise UserError(f"{dest} is a file: name a folder")
@@ -232,7 +232,7 @@ def make_tensors(
         progress: Makes something that is called with the files done and in all, given a title.
 
     Raises:
-        UserError: If a recording is not what it was when its tensor was made, or a tensor cannot be
+        UserError: A recording is not what it was when its tensor was made, or a tensor cannot be
             written.
     """
     _remove_remains(dest)
@@ -342,7 +342,7 @@ def _verify(task: tuple[Path, Path, list[Record]]) -> list[Record]:
     """Return those of a source's records whose tensors are there, as they were written.
 
     Raises:
-        UserError: If the source has changed.
+        UserError: The source has changed.
     """
     source, dest, records = task
     first = records[0]

@@ -29,8 +29,8 @@ def read_recording(path: Path, data: bytes, sensor: Sensor | None) -> Events:
         sensor: Size of the sensor, where the format does not say it.
 
     Raises:
-        BadRecording: If it cannot be used.
-        UserError: If a package that reads this format is missing.
+        BadRecording: It cannot be used.
+        UserError: A package that reads this format is missing.
     """
     if not data:
         raise BadRecording("the file is empty")

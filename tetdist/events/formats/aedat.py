@@ -30,10 +30,10 @@ def read_aedat(data: bytes, sensor: Sensor | None) -> Events:
 
     Args:
         data: The file's contents.
-        sensor: Of AEDAT 2.0, whose header does not always name the camera: 128x128 or 240x180.
+        sensor: Size of an AEDAT 2.0 camera, 128x128 or 240x180, which not every header names.
 
     Raises:
-        BadRecording: If it cannot be used.
+        BadRecording: It cannot be used.
     """
     version = _version(data)
     if version.startswith("2."):

@@ -38,8 +38,8 @@ def read_aedat4(data: bytes, sensor: Sensor | None) -> Events:
         sensor: Size of the sensor, if it must be this one.
 
     Raises:
-        BadRecording: If it cannot be used.
-        UserError: If the package that decompresses it is missing.
+        BadRecording: It cannot be used.
+        UserError: The package that decompresses it is missing.
     """
     if not data.startswith(_MAGIC):
         raise BadRecording("it is not an AEDAT 4 file: it does not begin with #!AER-DAT4.0")

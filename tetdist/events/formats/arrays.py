@@ -61,9 +61,9 @@ def _from_arrays(
     """Make events of arrays x, y, t (microseconds) and p (0 and 1, or -1 and 1, or booleans).
 
     Args:
-        arrays: By name.
+        arrays: Arrays by name.
         size: What may hold the sensor's `width` and `height`.
-        sensor: Otherwise, or to be compared.
+        sensor: The size where that does not hold it; otherwise it must be the same.
     """
     missing = [name for name in _FIELDS if name not in arrays]
     if missing:

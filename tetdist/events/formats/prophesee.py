@@ -38,7 +38,7 @@ def read_dat(data: bytes, sensor: Sensor | None) -> Events:
     """Read the events of a .dat file.
 
     Raises:
-        BadRecording: If it cannot be used.
+        BadRecording: It cannot be used.
     """
     header, body = split_header(data, b"%", b"% end")
     if not header:
@@ -61,7 +61,7 @@ def read_raw(data: bytes, sensor: Sensor | None) -> Events:
     """Read the events of a .raw file in EVT 2.0 or EVT 3.0.
 
     Raises:
-        BadRecording: If it cannot be used.
+        BadRecording: It cannot be used.
     """
     header, body = split_header(data, b"%", b"% end")
     if not header:
