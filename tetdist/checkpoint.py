@@ -14,7 +14,6 @@ or a full disk at any moment leaves the earlier ones as they were. Nothing that 
 execute code.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -22,6 +21,8 @@ import logging
 import os
 import shutil
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from tetdist.errors import UserError, way_out
+from tetdist.files import made_aside, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class Checkpoint:
     """A verified checkpoint in memory.
 
     Attributes:
-        path: Where it was read from.
+        path: Folder that it was read from.
         state: What the trainer put in: step, accumulated metrics, best result, ...
         model: Model state, on the CPU.
         optimizer: The optimiser's ``state_dict``.
@@ -77,7 +79,7 @@ def save(
         description: Goes to the header of model.safetensors: all that `load_model_file` needs to
             build the model again and evaluate it.
         state: JSON values.
-        keep_last: How many of the newest to keep, besides the best one.
+        keep_last: Number of the newest to keep, besides the best one.
         best: Whether this is the best one so far.
 
     Returns:
@@ -87,54 +89,49 @@ def save(
         UserError: It could not be written; the earlier checkpoints are still there.
     """
     name = f"step-{state['step']:08d}"
-    aside = folder / f".{name}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # The same step is saved twice by a run that was stopped while it evaluated, or one that
-        # comes by a damaged checkpoint again. To replace a folder takes a moment without either.
+        for leftover in folder.glob(".step-*"):  # of a process that was killed
+            _remove(leftover)
+        # A run that was stopped while it evaluated, or that comes by a damaged checkpoint again,
+        # saves the same step twice. The second gets a name of its own: while a folder is replaced,
+        # there is for a moment neither.
         repeats = [int(path.suffix[1:] or 0) for path in folder.glob(f"{name}*")]
         target = folder / (f"{name}.{max(repeats) + 1}" if repeats else name)
-        _remove(aside)
-        aside.mkdir()
-        # Copies: at ZeRO stages above 0 the parameters are views of one buffer.
+        # These are copies: at ZeRO stages above 0 the parameters are views of one buffer.
         weights = {
             key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for key, tensor in model.state_dict().items()
         }
-        _write_weights(aside / MODEL_FILE, weights, description)
-        torch.save(optimizer, aside / OPTIMIZER_FILE)
-        (aside / STATE_FILE).write_text(json.dumps({"format": FORMAT_VERSION} | state, indent=1))
-        files = {path.name: _describe(path) for path in sorted(aside.iterdir())}
-        (aside / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=1))
-        for path in aside.iterdir():
-            sync(path)
-        sync(aside)
-        aside.rename(target)
-        sync(folder)
-        _point(folder / "last", target.name)
-        if best:
-            _point(folder / "best", target.name)
-    except (OSError, RuntimeError, SafetensorError) as raised:
-        error = _disk_full(folder) or raised
-        _remove(aside)
+        with made_aside(target) as aside, _telling_full_disk(folder):
+            aside.mkdir()
+            _write_weights(aside / MODEL_FILE, weights, description)
+            torch.save(optimizer, aside / OPTIMIZER_FILE)
+            state = {"format": FORMAT_VERSION} | state
+            (aside / STATE_FILE).write_text(json.dumps(state, indent=1))
+            files = {path.name: _describe(path) for path in sorted(aside.iterdir())}
+            (aside / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=1))
+        for pointer in ("last", "best") if best else ("last",):
+            write_text(folder / pointer, f"{target.name}\n")
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"the checkpoint of step {state['step']} could not be written to {folder} "
             f"({_reason(error)}); the earlier ones are untouched: {way_out(error)}, and run the "
             "same command again"
-        ) from raised
+        ) from error
     _delete_old(folder, keep_last)
     return target
 
 
-def _disk_full(folder: Path) -> OSError | None:
-    """torch.save and safetensors have errors of their own that do not say so."""
+@contextmanager
+def _telling_full_disk(folder: Path) -> Iterator[None]:
+    """Name a full disk as the cause: the errors of torch.save and safetensors do not say so."""
     try:
-        free = os.statvfs(folder)
-    except OSError:
-        return None
-    if free.f_bavail * free.f_frsize > 2**20:
-        return None
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if shutil.disk_usage(folder).free > 2**20:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def _reason(error: BaseException) -> str:
@@ -144,7 +141,7 @@ def _reason(error: BaseException) -> str:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged ones are named and passed over.
+    """Read the newest checkpoint that is whole; damaged ones are named and passed over.
 
     Returns:
         None where there is no checkpoint at all.
@@ -167,7 +164,7 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Return what is wrong with a checkpoint, or None."""
     try:
         files = json.loads((path / MANIFEST_FILE).read_text())["files"]
     except FileNotFoundError:
@@ -205,11 +202,11 @@ def read(path: Path) -> Checkpoint:
 
 
 def load_model_file(path: Path, which: str = "last") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and description of a run folder, a checkpoint folder or a .safetensors file.
+    """Read weights and description of a run folder, a checkpoint folder or a .safetensors file.
 
     Args:
         path: One of these three.
-        which: Of a run folder: the ``last`` checkpoint, or the ``best`` one.
+        which: The ``last`` checkpoint of a run folder, or the ``best`` one.
 
     Raises:
         UserError: There is no such checkpoint, it is damaged, or it is not one of tetdist.
@@ -265,7 +262,7 @@ def _is_text(value: object) -> bool:
 
 
 def _write_weights(path: Path, weights: dict[str, Tensor], description: dict[str, Any]) -> None:
-    # Not by save_file, whose files only their owner may read.
+    # save_file would make a file that only its owner may read.
     path.write_bytes(serialize(weights, metadata={"tetdist": json.dumps(description)}))
 
 
@@ -302,27 +299,20 @@ def write_model_file(path: Path, weights: dict[str, Tensor], description: dict[s
     Raises:
         UserError: It could not be written.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
-        _write_weights(aside, contiguous, description)
-        sync(aside)
-        written, _ = load_model_file(aside)
-        assert all(
-            torch.equal(written[key].nan_to_num(), value.nan_to_num())
-            for key, value in contiguous.items()
-        )
-        aside.replace(path)
-        sync(path.parent)
+        with made_aside(path) as aside, _telling_full_disk(path.parent):
+            _write_weights(aside, contiguous, description)
+            written, _ = load_model_file(aside)
+            assert all(
+                torch.equal(written[key].nan_to_num(), value.nan_to_num())
+                for key, value in contiguous.items()
+            )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{path} could not be written ({_reason(_disk_full(path.parent) or error)}); make "
-            "room, or choose another place"
+            f"{path} could not be written ({_reason(error)}); make room, or choose another place"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
@@ -365,32 +355,13 @@ def _delete_old(folder: Path, keep_last: int) -> None:
     for path in repeated + distinct[: -keep_last + 1]:
         if path.name not in kept:
             _remove(path)
-    for leftover in folder.glob(".step-*"):
-        _remove(leftover)
 
 
 def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _point(pointer: Path, name: str) -> None:
-    aside = pointer.with_name(f".{pointer.name}.tmp")
-    aside.write_text(name + "\n")
-    sync(aside)
-    aside.replace(pointer)
-    sync(pointer.parent)
-
-
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def sync(path: Path) -> None:
-    """Force a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

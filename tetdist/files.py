@@ -1,13 +1,14 @@
-"""Write files whole or not at all."""
+"""Write files and folders whole or not at all, whatever kills the process meanwhile."""
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tetdist.errors import UserError
 
@@ -15,31 +16,80 @@ _ASIDE = re.compile(r"\..+\.\d+\.tmp")
 
 
 @contextlib.contextmanager
-def replacing(file: Path, sync: bool = True) -> Iterator[BinaryIO]:
-    """A stream whose contents take the place of `file` when all of them are written.
+def made_aside(path: Path, *, sync: bool = True, ending: str = "") -> Iterator[Path]:
+    """Give a hidden path beside `path`; the file or folder made there takes the place of `path`.
+
+    After an error nothing is left of it, and `path` is what it was before.
 
     Args:
-        file: in a folder that exists.
-        sync: wait for the disk; without it a power cut may leave an empty file.
+        path: Lies in a folder that exists; a folder of this name must be empty.
+        sync: Wait for the disk; without it a power cut may leave empty files.
+        ending: End of the hidden name, for libraries that go by it.
 
     Raises:
-        UserError: if writing fails, as on a full disk; then everything is as before.
+        OSError: Writing fails, as on a full disk.
     """
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp{ending}")
+    _remove(aside)  # A killed process may have had the same number.
     try:
-        with aside.open("wb") as stream:
-            yield stream
-            stream.flush()
-            if sync:
-                os.fsync(stream.fileno())
-        aside.replace(file)
-    except OSError as e:
-        raise UserError(
-            f"{file} cannot be written ({e.strerror}), and nothing of it was: make room or name"
-            " another place, then run the same command again"
-        ) from e
+        yield aside
+        if sync:
+            for written in (aside, *aside.rglob("*")):
+                _sync(written)
+        aside.replace(path)
+        if sync:
+            _sync(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        _remove(aside)
+
+
+@contextlib.contextmanager
+def replacing(file: Path, sync: bool = True) -> Iterator[BinaryIO]:
+    """Give a stream whose contents take the place of `file`; see `made_aside`."""
+    with made_aside(file, sync=sync) as aside, aside.open("wb") as stream:
+        yield stream
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write text as UTF-8, whole or not at all; see `made_aside`."""
+    with replacing(file) as stream:
+        stream.write(text.encode())
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Write JSON, whole or not at all; see `made_aside`."""
+    write_text(file, json.dumps(values, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def explaining(file: Path) -> Iterator[None]:
+    """Turn an OSError while `file` is written into a sentence for the user.
+
+    Raises:
+        UserError: Writing has failed, and everything is as before.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be written ({error.strerror}), and nothing of it was: make room or name"
+            " another place, then run the same command again"
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Force a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -47,7 +97,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     """Make a folder, keep others from writing to it meanwhile, remove what a kill has left in it.
 
     Raises:
-        UserError: if another process is writing there.
+        UserError: Another process is writing there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -57,17 +107,17 @@ def only_writer(folder: Path) -> Iterator[None]:
             if _ASIDE.fullmatch(leftover.name):
                 leftover.unlink()
         yield
-    except BlockingIOError as e:
-        raise UserError(f"another process is writing to {folder}: let it finish") from e
+    except BlockingIOError as error:
+        raise UserError(f"another process is writing to {folder}: let it finish") from error
     finally:
         os.close(descriptor)
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Make sure that as many bytes fit on the disk of a folder.
+    """Make sure that `needed` bytes fit on the disk of a folder.
 
     Raises:
-        UserError: if they do not.
+        UserError: They do not.
     """
     free = shutil.disk_usage(folder).free
     in_mb = f"{needed / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB"

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Generic, TypeVar, cast
 
 from tetdist.errors import UserError
+from tetdist.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -214,10 +215,8 @@ def keep(files: Iterable[Imported], folder: Path) -> tuple[str, ...]:
     if files:
         folder.mkdir(parents=True, exist_ok=True)
         for file, copy in zip(files, copies, strict=True):
-            if file.path != copy.absolute():
-                copy.write_bytes(file.path.read_bytes())
-        lines = "".join(f"{file.sha256}  {file.name}\n" for file in files)
-        (folder / CHECKSUMS).write_text(lines)
+            write_text(copy, file.path.read_text())
+        write_text(folder / CHECKSUMS, "".join(f"{one.sha256}  {one.name}\n" for one in files))
     return tuple(str(copy.absolute()) for copy in copies)
 
 

@@ -124,18 +124,16 @@ def main(arguments: list[str] | None = None) -> int:
         if not file.is_file():
             print(f"[{number}/{len(all_of_them)}] {measurement.name}", file=sys.stderr, flush=True)
             command = [sys.executable, str(BENCH), *measurement.command(options)]
-            aside = file.with_suffix(".part")
             # The time of torch.compile is asked for, too, and not that of finding it compiled.
             environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
             done = subprocess.run(
-                [*command, "--json", str(aside)],
+                [*command, "--json", str(file)],
                 stdout=subprocess.DEVNULL,
                 env=environment if "compiled" in measurement.arguments else None,
             )
             if done.returncode:
                 print(f"error: {shlex.join(command)} failed", file=sys.stderr)
                 return 1
-            aside.replace(file)
         found[measurement.name] = json.loads(file.read_text())
     options.output.parent.mkdir(parents=True, exist_ok=True)
     figures = draw(found, options)

@@ -11,8 +11,8 @@ from samples import SHARED, picture, write_shards, write_tar
 
 from tetdist.data import check
 from tetdist.data import index as ix
+from tetdist.data.archives import ByteRange
 from tetdist.data.layouts import Listing, imagenet_classes, list_split
-from tetdist.data.probe import Place
 
 
 def examine(root, split="train", progress=None, workers=1):
@@ -98,7 +98,7 @@ def test_a_check_that_was_stopped_goes_on(image_root):
     journal = root / "index" / "check-train.jsonl"
     with journal.open("a") as stream:
         stream.write("[128, [[12, 3")  # Torn by a kill.
-    paths = [root / place.file for place in list_split(root, "train", "images").places]
+    paths = [root / r.file for r in list_split(root, "train", "images").byte_ranges]
     # Spoilt without a trace, so what is known of it is not asked again; with one, it is.
     quiet, loud, later = paths[3], paths[5], paths[140]
     mtime = quiet.stat().st_mtime_ns
@@ -135,7 +135,7 @@ def test_a_journal_of_shards_is_of_the_archives_as_they_are(image_root, tmp_path
     os.utime(file, ns=(1, 1))
     listing, again = examine(tmp_path / "s")
     assert all(not isinstance(result, str) for result in first)
-    changed = [listing.places[i].file for i in range(12) if again[i] != first[i]]
+    changed = [listing.byte_ranges[i].file for i in range(12) if again[i] != first[i]]
     assert changed == ["train-0.tar"]
 
 
@@ -157,7 +157,7 @@ def listing_of(split, counts, names=None):
         classes=tuple(counts),
         labels=labels,
         names=names,
-        places=[Place(name) for name in names],
+        byte_ranges=[ByteRange(name) for name in names],
     )
 
 

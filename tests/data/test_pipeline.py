@@ -7,19 +7,27 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 from samples import SHARED, picture
+from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from tetdist.data import order, pixels, transforms
+from tetdist.config.loading import load
+from tetdist.data import build, order, pixels, transforms
 from tetdist.data.auto_augment import auto_augment
 from tetdist.data.batches import (
+    EvaluationShare,
+    EventAugmentation,
+    ImageAugmentation,
     Share,
     eval_batches,
     event_eval_batches,
@@ -27,33 +35,49 @@ from tetdist.data.batches import (
     train_batches,
 )
 from tetdist.data.dali import Workers
-from tetdist.data.index import build_event_index, build_index
+from tetdist.data.index import Index, build_event_index, build_index, load_index
+from tetdist.data.loader import Loader
+from tetdist.data.pixels import Output
+from tetdist.data.transforms import Transform
+from tetdist.distributed.world import join
 from tetdist.errors import UserError
+from tetdist.plugins import Registry
 
 WORKERS = Workers(device="cpu", device_id=None, threads=2, prefetch=2)
 SHARE = Share(seed=5, global_batch=4, micro_batch=2, rank=0, world_size=1, epoch=0, step_in_epoch=0)
 # With these, an image comes out as its pixel values.
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
-CROPS = {"image_size": 32, "scale": (0.2, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5}
+CROPS = {"scale": (0.2, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5}
+OUTPUT = Output(size=32, interpolation="bilinear", **RAW)
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 
 
-def train(index, root, *, interpolation="bilinear", share=SHARE, **changes):
-    options = CROPS | RAW | changes
-    return train_batches(index, root, share, WORKERS, interpolation=interpolation, **options)
+def train(
+    index: Index,
+    root: Path,
+    *,
+    share: Share = SHARE,
+    workers: Workers = WORKERS,
+    output: Output = OUTPUT,
+    **changes: Any,
+) -> Loader:
+    augmentation = ImageAugmentation(**CROPS | changes)
+    return train_batches(index, root, share, workers, output, augmentation)
 
 
-def evaluate(index, root, *, batch_size=5, rank=0, world_size=1, **changes):
-    options = {"image_size": 32, "resize": 36, "interpolation": "bilinear"} | RAW | changes
-    return eval_batches(
-        index,
-        root,
-        WORKERS,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        **options,
-    )
+def evaluate(
+    index: Index,
+    root: Path,
+    *,
+    batch_size: int = 5,
+    rank: int = 0,
+    world_size: int = 1,
+    resize: int = 36,
+    **changes: Any,
+) -> Loader:
+    share = EvaluationShare(batch_size=batch_size, rank=rank, world_size=world_size)
+    output = dataclasses.replace(OUTPUT, **changes)
+    return eval_batches(index, root, share, WORKERS, output, resize)
 
 
 def indexed(root, split="train"):
@@ -72,7 +96,8 @@ def difference(images, expected):
 def test_a_batch_is_what_the_trainer_expects(image_root):
     root = image_root()
     index = indexed(root)
-    with train(index, root, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.5)) as batches:
+    output = dataclasses.replace(OUTPUT, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.5))
+    with train(index, root, output=output) as batches:
         batch = next(batches)
     assert batch.images.shape == (2, 3, 32, 32)
     assert batch.images.dtype == torch.float32
@@ -90,7 +115,8 @@ def test_a_batch_is_what_the_trainer_expects(image_root):
 def test_training_crops_are_torchvisions(image_root, interpolation):
     root = image_root()
     index = indexed(root)
-    with train(index, root, interpolation=interpolation) as loader:
+    output = dataclasses.replace(OUTPUT, interpolation=interpolation)
+    with train(index, root, output=output) as loader:
         batches = list(islice(loader, 6))
     flipped = 0
     for number, batch in enumerate(batches):
@@ -150,7 +176,7 @@ def test_every_kind_of_image_is_decoded_as_pil_does(tmp_path):
     image.save(tmp_path / "val" / "plain" / "z.bmp")
     index = indexed(tmp_path, "val")
     # All in one batch, at their own size, but for the one that is not 48 x 40.
-    (batch,) = evaluate(index, tmp_path, image_size=40, resize=40, batch_size=11)
+    (batch,) = evaluate(index, tmp_path, size=40, resize=40, batch_size=11)
     assert len(batch.ids) == 11
     for i, got in zip(batch.ids, batch.images, strict=True):
         expected = Image.open(tmp_path / index.path(i)).convert("RGB")
@@ -278,8 +304,7 @@ def test_batches_do_not_depend_on_threads_or_prefetch(image_root):
     index = indexed(root)
     straight = images_and_ids(train(index, root), 8)
     workers = dataclasses.replace(WORKERS, threads=1, prefetch=4)
-    loader = train_batches(index, root, SHARE, workers, interpolation="bilinear", **CROPS, **RAW)
-    assert same(images_and_ids(loader, 8), straight)
+    assert same(images_and_ids(train(index, root, workers=workers), 8), straight)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +335,7 @@ def test_evaluation_sees_every_sample_once(image_root, per_class, batch_size, wo
 def test_evaluation_refuses_a_crop_larger_than_the_image(image_root):
     root = image_root()
     with pytest.raises(UserError, match="cannot crop"):
-        evaluate(indexed(root), root, image_size=40)
+        evaluate(indexed(root), root, size=40)
 
 
 def test_sizes_that_do_not_fit_are_refused_before_the_first_batch(image_root):
@@ -414,11 +439,12 @@ def test_dali_is_imported_late_and_an_open_loader_does_not_hold_the_process(imag
     root = image_root()
     code = (
         "import sys\n"
-        "from tetdist.data import batches as p, index, transforms\n"
+        "from tetdist.data import batches as p, index\n"
+        "from tetdist.data.pixels import Output\n"
         "assert 'nvidia.dali' not in sys.modules\n"
         f"i, _ = index.build_index({str(root)!r}, 'train', 1)\n"
-        f"b = p.train_batches(i, {str(root)!r}, p.{SHARE}, p.{WORKERS}, interpolation='bilinear',"
-        f" **{CROPS | RAW})\n"
+        f"a = p.ImageAugmentation(**{CROPS})\n"
+        f"b = p.train_batches(i, {str(root)!r}, p.{SHARE}, p.{WORKERS}, {OUTPUT}, a)\n"
         "next(b)\n"
         "raise KeyboardInterrupt\n"
     )
@@ -436,14 +462,16 @@ def test_without_dali_the_way_out_is_named(image_root, monkeypatch):
         train(index, root)
 
 
-def event_train(index, root, share=SHARE, flip=0.5, roll=2, cutout=0):
-    return event_train_batches(index, root, share, WORKERS, flip=flip, roll=roll, cutout=cutout)
+def event_train(index: Index, root: Path, share: Share = SHARE, **changes: Any) -> Loader:
+    augmentation = EventAugmentation(**{"flip": 0.5, "roll": 2} | changes)
+    return event_train_batches(index, root, share, WORKERS, augmentation)
 
 
-def event_eval(index, root, batch_size=4, rank=0, world_size=1):
-    return event_eval_batches(
-        index, root, WORKERS, batch_size=batch_size, rank=rank, world_size=world_size
-    )
+def event_eval(
+    index: Index, root: Path, batch_size: int = 4, rank: int = 0, world_size: int = 1
+) -> Loader:
+    share = EvaluationShare(batch_size=batch_size, rank=rank, world_size=world_size)
+    return event_eval_batches(index, root, share, WORKERS)
 
 
 def stored(index, root, ids):
@@ -539,11 +567,140 @@ def test_an_event_file_that_went_bad_is_named(event_root):
         list(event_eval(index, root))
 
 
+def shifted(sample: Tensor, draws: tuple[float, ...]) -> Tensor:
+    """Adds a constant of its own to each sample, which its draws decide."""
+    return sample + 1000 * draws[0] + draws[1]
+
+
+def doubled(sample: Tensor, draws: tuple[float, ...]) -> Tensor:
+    assert draws == ()
+    return sample.mul_(2)
+
+
+SHIFTED, DOUBLED = Transform("shifted", shifted, 2), Transform("doubled", doubled, 0)
+
+
+@pytest.fixture(params=["images", "events"])
+def training(
+    request: pytest.FixtureRequest, image_root: Callable[..., Path], event_root: Callable[..., Path]
+) -> Callable[..., list[tuple[Tensor, list[int]]]]:
+    """Training batches, as many as asked for, with and without transforms."""
+    events = request.param == "events"
+    root = event_root() if events else image_root()
+    index = build_event_index(root, "train", workers=1)[0] if events else indexed(root)
+    make = event_train if events else train
+
+    def batches(
+        *transforms: Transform, share: Share = SHARE, count: int = 8
+    ) -> list[tuple[Tensor, list[int]]]:
+        return images_and_ids(make(index, root, share=share, transforms=transforms), count)
+
+    return batches
+
+
+def test_transforms_of_ones_own_are_applied_in_order_with_draws_of_their_own(
+    training: Callable[..., list[tuple[Tensor, list[int]]]],
+) -> None:
+    plain, changed = training(), training(SHIFTED, DOUBLED)
+    steps = len({tuple(ids) for _, ids in plain})
+    assert steps > 1
+    per_epoch = 6 if plain[0][0].ndim == 4 else 4  # batches
+    for number, ((before, ids), (after, same_ids)) in enumerate(zip(plain, changed, strict=True)):
+        assert ids == same_ids
+        epoch, step = divmod(number, per_epoch)
+        draws = SHIFTED.draws(SHARE.seed, epoch, 2 * step + np.arange(2))
+        for k, draw in enumerate(draws.tolist()):
+            assert torch.equal(after[k], 2 * shifted(before[k], tuple(draw)))
+    # Its draws are those that it has alone.
+    alone = training(SHIFTED)
+    assert same([(2 * images, ids) for images, ids in alone], changed)
+
+
+def test_transforms_of_ones_own_resume_and_share_out_as_all_else_does(
+    training: Callable[..., list[tuple[Tensor, list[int]]]],
+) -> None:
+    straight = training(SHIFTED, count=8)
+    per_epoch = 6 if straight[0][0].ndim == 4 else 4
+    resumed = dataclasses.replace(SHARE, epoch=1, step_in_epoch=0)
+    assert same(training(SHIFTED, share=resumed, count=8 - per_epoch), straight[per_epoch:])
+    within = dataclasses.replace(SHARE, step_in_epoch=1)
+    assert same(training(SHIFTED, share=within, count=6), straight[2:])
+    for rank in (0, 1):
+        share = dataclasses.replace(SHARE, rank=rank, world_size=2)
+        assert same(training(SHIFTED, share=share, count=4), straight[rank::2])
+    assert not same(
+        training(SHIFTED, share=dataclasses.replace(SHARE, seed=6), count=1), straight[:1]
+    )
+
+
+def test_draws_of_a_transform_are_its_own_and_never_change() -> None:
+    positions = np.arange(2)
+    draws = SHIFTED.draws(0, 0, positions)
+    assert [x.hex() for x in draws.ravel().tolist()] == [
+        "0x1.6181c46b25974p-1",
+        "0x1.82b54b1afe4aap-2",
+        "0x1.0f5cd645cc3dbp-1",
+        "0x1.f3d01b5d20523p-1",
+    ]
+    assert not np.isin(draws, order.uniforms(0, 0, positions, 50)).any()
+    assert not np.isin(draws, transforms.mixing_draws(0, 0, positions)).any()
+    assert not np.isin(draws, Transform("other", shifted, 50).draws(0, 0, positions)).any()
+    more = Transform("shifted", shifted, 5).draws(0, 0, positions)
+    assert np.array_equal(more[:, :2], draws)
+    assert DOUBLED.draws(0, 0, positions).shape == (2, 0)
+
+
+def test_a_transform_that_does_not_keep_the_shape_is_named(image_root: Callable[..., Path]) -> None:
+    root = image_root()
+    smaller = Transform("smaller", lambda sample, _: sample[:, 1:], 0)
+    loader = train(indexed(root), root, transforms=(smaller,))
+    with pytest.raises(UserError, match=r"data\.transforms: smaller .*\(3, 31, 32\)"):
+        next(loader)
+    assert list(loader) == []
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transform "shifted", registered for the time of a test."""
+    table: Registry[Transform] = Registry("transform", "data.transforms")
+    monkeypatch.setattr(transforms, "TRANSFORMS", table)
+    monkeypatch.setattr(build, "TRANSFORMS", table)
+    transforms.register_transform("shifted", draws=2)(shifted)
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_configuration_names_transforms_which_change_training_alone(
+    tiny_root: Path, tiny_config: Callable[..., Path]
+) -> None:
+    index = load_index(tiny_root / "index" / "train.npz")
+
+    def loaded(*names: str) -> tuple[list[tuple[Tensor, list[int]]], ...]:
+        config = load(tiny_config({"data.transforms": list(names)}), [])
+        build.check_augmentation(config, index)
+        with join("cpu") as world:
+            return (
+                images_and_ids(build.train_loader(config, index, SHARE, world, 16), 4),
+                images_and_ids(build.eval_loader(config, index, world), 2),
+            )
+
+    (plain, evaluated), (changed, evaluated_too) = loaded(), loaded("shifted")
+    assert same(evaluated, evaluated_too)
+    assert [ids for _, ids in plain] == [ids for _, ids in changed]
+    for number, ((before, _), (after, _)) in enumerate(zip(plain, changed, strict=True)):
+        draws = SHIFTED.draws(SHARE.seed, 0, 2 * number + np.arange(2))
+        for k, draw in enumerate(draws.tolist()):
+            assert torch.equal(after[k], shifted(before[k], tuple(draw)))
+    with pytest.raises(UserError, match=r"data\.transforms: .*'shiftet'"):
+        loaded("shiftet")
+    with pytest.raises(UserError, match=r"data\.transforms: 'shifted' is there twice"):
+        loaded("shifted", "shifted")
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no real images here")
 def test_real_imagenet_files_evaluate_as_in_torchvision():
     index = indexed(SHARED, "imagenet-sample")
     total, largest = 0.0, 0.0
-    for batch in evaluate(index, SHARED, batch_size=32, image_size=224, resize=256):
+    for batch in evaluate(index, SHARED, batch_size=32, size=224, resize=256):
         images = [Image.open(SHARED / index.path(i)).convert("RGB") for i in batch.ids]
         expected = [tv.center_crop(tv.resize(image, 256), 224) for image in images]
         mean, worst = difference(batch.images, expected)
@@ -558,7 +715,8 @@ def test_real_imagenet_files_evaluate_as_in_torchvision():
 def test_real_imagenet_files_train_as_in_torchvision():
     index = indexed(SHARED, "imagenet-sample")
     share = dataclasses.replace(SHARE, global_batch=78, micro_batch=78)
-    with train(index, SHARED, share=share, image_size=224, scale=(0.08, 1.0)) as loader:
+    output = dataclasses.replace(OUTPUT, size=224)
+    with train(index, SHARED, share=share, output=output, scale=(0.08, 1.0)) as loader:
         batches = list(islice(loader, 2))
     for number, batch in enumerate(batches):
         draws = order.uniforms(SHARE.seed, 0, np.arange(78) + 78 * number, 23)

@@ -19,10 +19,17 @@ from samples import SHARED, images_by_class, picture, write_official, write_shar
 from torchvision.transforms import functional as tv
 
 from tetdist.data import index as ix
-from tetdist.data.batches import Share, eval_batches, train_batches
+from tetdist.data.batches import (
+    EvaluationShare,
+    ImageAugmentation,
+    Share,
+    eval_batches,
+    train_batches,
+)
 from tetdist.data.dali import Workers
 from tetdist.data.extract import extract_split
 from tetdist.data.layouts import Hints, list_split
+from tetdist.data.pixels import Output
 from tetdist.data.shards import plan_shards, shard_split
 from tetdist.errors import UserError
 from tetdist.files import only_writer
@@ -324,7 +331,9 @@ def test_class_folders_need_no_extraction(image_root, tmp_path):
 
 
 WORKERS = Workers(device="cpu", device_id=None, threads=2, prefetch=2)
-RAW = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255), "interpolation": "bilinear"}
+OUTPUT = Output(
+    size=32, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255), interpolation="bilinear"
+)
 
 
 def training(index, root, rank, world_size, count):
@@ -337,33 +346,15 @@ def training(index, root, rank, world_size, count):
         epoch=0,
         step_in_epoch=0,
     )
-    loader = train_batches(
-        index,
-        root,
-        share,
-        WORKERS,
-        image_size=32,
-        scale=(0.08, 1.0),
-        ratio=(3 / 4, 4 / 3),
-        flip=0.5,
-        **RAW,
-    )
+    augmentation = ImageAugmentation(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5)
+    loader = train_batches(index, root, share, WORKERS, OUTPUT, augmentation)
     with loader:
         return [batch.images.clone() for batch in islice(loader, count)]
 
 
 def evaluation(index, root, rank, world_size):
-    loader = eval_batches(
-        index,
-        root,
-        WORKERS,
-        batch_size=4,
-        rank=rank,
-        world_size=world_size,
-        image_size=32,
-        resize=36,
-        **RAW,
-    )
+    share = EvaluationShare(batch_size=4, rank=rank, world_size=world_size)
+    loader = eval_batches(index, root, share, WORKERS, OUTPUT, 36)
     return [(batch.images.clone(), batch.labels, batch.ids.tolist()) for batch in loader]
 
 
@@ -443,10 +434,10 @@ def test_an_image_in_a_shard_that_went_bad_is_named(image_root, tmp_path):
     root = image_root()
     indexed(root)
     index = pack(root, tmp_path / "p")
-    place = index.place(7)
-    file = tmp_path / "p" / place.file
+    damaged = index.byte_range(7)
+    file = tmp_path / "p" / damaged.file
     data = bytearray(file.read_bytes())
-    data[place.offset + 700 : place.offset + place.size] = bytes(place.size - 700)
+    data[damaged.offset + 700 : damaged.offset + damaged.size] = bytes(damaged.size - 700)
     file.write_bytes(data)
     with pytest.raises(UserError, match=r"00000007-bee3.jpg \(does not decode.*images.py index"):
         evaluation(index, tmp_path / "p", 0, 1)

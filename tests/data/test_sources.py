@@ -56,7 +56,7 @@ def test_an_index_of_shards_survives_saving(shard_root, tmp_path):
     ix.save_index(index, tmp_path / "i.npz")
     loaded = ix.load_index(tmp_path / "i.npz")
     assert loaded.archives == index.archives
-    assert [loaded.place(i) for i in range(12)] == [index.place(i) for i in range(12)]
+    assert [loaded.byte_range(i) for i in range(12)] == [index.byte_range(i) for i in range(12)]
     command = loaded.command("/data")
     assert command.endswith("index /data --splits train --shards 'train=imagenet1k-train-*.tar'")
 

@@ -44,7 +44,7 @@ def test_alone_in_spite_of_a_stray_variable(name: str, monkeypatch: pytest.Monke
         assert (world.rank, world.world_size) == (0, 1)
         assert world.sum([1.5, 2.0]) == [1.5, 2.0]
         assert world.from_rank_0("x") == "x"
-        assert world.together(lambda: 3) == 3
+        assert world.run_on_all(lambda: 3) == 3
 
 
 def test_gpu_that_is_not_there() -> None:
@@ -80,7 +80,7 @@ def test_two_processes(tmp_path: Path) -> None:
 
             for ranks in ((), (0,), (1,), (0, 1)):
                 try:
-                    print("together", ranks, "returned", world.together(fail(ranks)))
+                    print("together", ranks, "returned", world.run_on_all(fail(ranks)))
                 except UserError as error:
                     print("together", ranks, "error", error)
                 except SystemExit as ended:

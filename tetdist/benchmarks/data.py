@@ -122,9 +122,10 @@ def make_images(folder: Path, count: int = 100) -> list[Path]:
 
 @contextlib.contextmanager
 def ours(options: argparse.Namespace, root: Path) -> Iterator[Step]:
-    from tetdist.data.batches import Share, train_batches
+    from tetdist.data.batches import ImageAugmentation, Share, train_batches
     from tetdist.data.dali import Workers
     from tetdist.data.index import build_index
+    from tetdist.data.pixels import Output
 
     index, _ = build_index(root, "train", workers=1, decode=False)
     batch = options.batch
@@ -133,10 +134,9 @@ def ours(options: argparse.Namespace, root: Path) -> Iterator[Step]:
         step_in_epoch=0,
     )  # fmt: skip
     workers = Workers(device="cpu", device_id=None, threads=options.threads, prefetch=2)
-    loader = train_batches(
-        index, root, share, workers, image_size=options.size, scale=SCALE, ratio=RATIO, flip=0.5,
-        mean=MEAN, std=STD, interpolation="bilinear",
-    )  # fmt: skip
+    output = Output(size=options.size, mean=MEAN, std=STD, interpolation="bilinear")
+    augmentation = ImageAugmentation(scale=SCALE, ratio=RATIO, flip=0.5)
+    loader = train_batches(index, root, share, workers, output, augmentation)
     with loader:
         yield lambda: next(loader)
 

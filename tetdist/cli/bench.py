@@ -10,11 +10,11 @@ All but the last run on the CPU or a GPU, on random images; the last makes image
 
 import argparse
 import importlib.util
-import json
 from pathlib import Path
 
 from tetdist.cli.common import answer, positive, program
 from tetdist.errors import UserError
+from tetdist.files import write_json
 
 
 def numbers(text: str) -> list[int]:
@@ -137,7 +137,7 @@ def measure(options: argparse.Namespace) -> None:
     print(text)
     if options.json:
         result["machine"] = bench.machine(options.device)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result)
 
 
 def problem_of(options: argparse.Namespace) -> str | None:

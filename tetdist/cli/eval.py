@@ -9,12 +9,12 @@ deepspeed launcher or torchrun.
 """
 
 import argparse
-import json
 import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tetdist import files
 from tetdist.cli.common import add_import, answer, positive, program
 from tetdist.errors import UserError
 
@@ -130,23 +130,25 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist.training.setup import make_model, open_split
 
     with join(options.device) as world, Watch(world, HANGS_AFTER) as watch:
-        world.together(lambda: plugins.import_files(options.imports))
-        weights, description = world.together(
+        world.run_on_all(lambda: plugins.import_files(options.imports))
+        weights, description = world.run_on_all(
             lambda: checkpoint.load_model_file(
                 options.checkpoint, "best" if options.best else "last"
             )
         )
-        world.together(lambda: plugins.require(description.get("imports", {}), options.checkpoint))
-        config = world.together(lambda: evaluation_config(description["config"], options))
-        index = world.together(lambda: open_split(config, options.split, world))
-        world.together(
+        world.run_on_all(
+            lambda: plugins.require(description.get("imports", {}), options.checkpoint)
+        )
+        config = world.run_on_all(lambda: evaluation_config(description["config"], options))
+        index = world.run_on_all(lambda: open_split(config, options.split, world))
+        world.run_on_all(
             lambda: check_classes(description["classes"], config, index.classes, options)
         )
         wanted = options.timesteps or list(range(1, description["timesteps"] + 1))
-        world.together(lambda: check_options(options, wanted, index))
-        model = world.together(lambda: make_model(config, index))
+        world.run_on_all(lambda: check_options(options, wanted, index))
+        model = world.run_on_all(lambda: make_model(config, index))
         model.to(world.device, parameter_type(config.precision))
-        world.together(lambda: checkpoint.load_weights(model, weights, options.checkpoint))
+        world.run_on_all(lambda: checkpoint.load_weights(model, weights, options.checkpoint))
         # The network is causal and at rest when a sample begins, so that one pass at the largest
         # T also gives the result at all smaller ones.
         model.set_timesteps(wanted[-1])
@@ -167,7 +169,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
             drop_events=options.drop_events,
             seed=options.seed,
         )
-        world.together(lambda: show(found, options) if world.rank == 0 else None)
+        world.run_on_all(lambda: show(found, options) if world.rank == 0 else None)
     return 0
 
 
@@ -258,9 +260,7 @@ def check_classes(
 
 
 def write_json(path: Path, found: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        aside.write_text(json.dumps(found, indent=1) + "\n")
-        aside.replace(path)
+        files.write_json(path, found)
     except OSError as error:
         raise UserError(f"--json: cannot write {path}: {error.strerror}") from error

@@ -122,7 +122,8 @@ def _prebin(options: argparse.Namespace) -> None:
     from tetdist.events.simulate import IMAGE_SUFFIXES
     from tetdist.events.splits import default_split
     from tetdist.events.statistics import draw_preview, statistics, table
-    from tetdist.events.tensors import make_tensors, open_destination, write_json
+    from tetdist.events.tensors import make_tensors, open_destination
+    from tetdist.files import explaining, write_json
     from tetdist.tracking.progress import FileProgress
 
     settings = _settings(options)
@@ -141,7 +142,9 @@ def _prebin(options: argparse.Namespace) -> None:
         if not tensors.records:
             raise UserError("no split was made: there is no good recording")
         found = statistics(tensors.records.values())
-        write_json(options.dest / "statistics.json", found)
+        file = options.dest / "statistics.json"
+        with explaining(file):
+            write_json(file, found)
         print(table(found))
         _note_saturation(found["all"]["saturated"], options.dtype)
         if options.preview:

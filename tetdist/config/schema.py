@@ -153,6 +153,9 @@ class DataSection(Section):
     the one before it in its micro-batch."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     """Alpha of CutMix; 0: off. With mixup, too, each sample gets one of them, equally often."""
+    transforms: tuple[str, ...] = ()
+    """Transforms of one's own, by the names under which they are registered; applied to training
+    samples in this order, after all the others but mixup and CutMix."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)

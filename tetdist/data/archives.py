@@ -1,4 +1,4 @@
-"""What lies where in tar files, found without unpacking them.
+"""Contents of tar files, found without unpacking them.
 
 A tar is headers and contents one after another, so a file in it is an offset and a size, also in a
 tar within a tar. Names that would leave a folder, links and devices are refused at once: whoever
@@ -30,10 +30,16 @@ class BadFile(NamedTuple):
     reason: str
 
 
-class Span(NamedTuple):
-    """A tar file: whole, or `size` bytes of `file` from `offset` on."""
+class ByteRange(NamedTuple):
+    """Bytes of a file: all of them, or `size` bytes from `offset` on.
 
-    file: Path
+    Attributes:
+        file: Path; of samples, relative to the data root.
+        offset: Bytes before the range in the file.
+        size: Number of bytes; None for all, before anyone has looked how many there are.
+    """
+
+    file: str
     offset: int = 0
     size: int | None = None
 
@@ -54,36 +60,36 @@ class Samples(NamedTuple):
     bad: list[BadFile]
 
 
-def members(span: Span) -> Iterator[Member]:
-    """Every regular file of a tar, in its order, without those whose name begins with a dot.
+def members(tar: ByteRange) -> Iterator[Member]:
+    """Yield every regular file of a tar, in its order, without those whose name begins with a dot.
 
     Raises:
-        UserError: if it is not a plain tar, cut off or damaged, or holds what never belongs in a
+        UserError: It is not a plain tar, cut off or damaged, or holds what never belongs in a
             data set: a link, a device, a sparse file, a name that leaves the folder.
     """
-    with span.file.open("rb") as file:
-        end = file.seek(0, io.SEEK_END) if span.size is None else span.offset + span.size
-        file.seek(span.offset)
+    with Path(tar.file).open("rb") as file:
+        end = file.seek(0, io.SEEK_END) if tar.size is None else tar.offset + tar.size
+        file.seek(tar.offset)
         try:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
                     if member.offset_data + member.size > end:
                         raise tarfile.ReadError("a file in it ends behind its end")
-                    _refuse(member, span.file)
+                    _refuse(member, tar.file)
                     if member.isreg() and PurePosixPath(member.name).name[0] != ".":
                         yield Member(member.name, member.offset_data, member.size)
-                # tarfile takes a damaged header, and a file cut between two members, for the end.
+                # To tarfile a damaged header, or a file cut between two members, is just the end.
                 file.seek(archive.offset)
                 if archive.offset + _BLOCK > end or any(file.read(_BLOCK)):
                     raise tarfile.ReadError("its end is missing")
-        except tarfile.TarError as e:
+        except tarfile.TarError as error:
             raise UserError(
-                f"{span.file} is not a whole, plain tar file ({e}): fetch it again, or uncompress"
-                " it if it is compressed"
-            ) from e
+                f"{tar.file} is not a whole, plain tar file ({error}): fetch it again, or"
+                " uncompress it if it is compressed"
+            ) from error
 
 
-def _refuse(member: tarfile.TarInfo, file: Path) -> None:
+def _refuse(member: tarfile.TarInfo, file: str) -> None:
     path = PurePosixPath(member.name)
     reason = None
     if path.is_absolute() or ".." in path.parts:
@@ -115,10 +121,10 @@ def shard_samples(file: Path) -> Samples:
     number, KEY.json an object with the number as "label" or "cls".
 
     Raises:
-        UserError: as `members`, or if a member comes twice.
+        UserError: As `members`, or if a member comes twice.
     """
     groups: dict[str, dict[str, Member]] = defaultdict(dict)
-    for member in members(Span(file)):
+    for member in members(ByteRange(str(file))):
         path = PurePosixPath(member.name)
         stem, dot, suffix = path.name.partition(".")
         parts = groups[str(path.with_name(stem))]
@@ -146,11 +152,11 @@ def _label(file: Path, parts: Mapping[str, Member]) -> int | str:
     if ".json" in parts:
         try:
             description = json.loads(read(file, parts[".json"]))
-        except ValueError as e:
-            return f"its .json is damaged: {e}"
+        except ValueError as error:
+            return f"its .json is damaged: {error}"
         if not isinstance(description, dict):
             return "its .json is not an object"
-        # Beside a .cls it may hold other things alone.
+        # Where there is a .cls, the .json may hold other things alone.
         texts += [description[key] for key in ("label", "cls") if key in description]
     if not texts:
         return "no label: neither .cls nor .json of this key has one"
@@ -162,29 +168,29 @@ def _label(file: Path, parts: Mapping[str, Member]) -> int | str:
     return int(str(text))
 
 
-def class_tars(file: Path) -> dict[str, Span]:
+def class_tars(file: Path) -> dict[str, ByteRange]:
     """The tars in the official training tar, by class.
 
     Raises:
-        UserError: as `members`, or if something else is in it.
+        UserError: As `members`, or if something else is in it.
     """
     found = {}
-    for member in members(Span(file)):
+    for member in members(ByteRange(str(file))):
         path = PurePosixPath(member.name)
         if path.suffix != ".tar":
             raise UserError(
                 f"{file} holds {member.name!r}, but the official training tar holds a tar for each"
                 " class and nothing else"
             )
-        found[path.stem] = Span(file, member.offset, member.size)
+        found[path.stem] = ByteRange(str(file), member.offset, member.size)
     return found
 
 
-def images(span: Span) -> list[Member]:
+def images(tar: ByteRange) -> list[Member]:
     """The members of a tar that have an image's suffix."""
     return [
         member
-        for member in members(span)
+        for member in members(tar)
         if PurePosixPath(member.name).suffix.lower() in IMAGE_SUFFIXES
     ]
 
@@ -193,16 +199,16 @@ def validation_labels(file: Path, names: list[str]) -> tuple[tuple[str, ...], di
     """The WordNet id of each image of the official validation tar.
 
     Args:
-        file: the devkit (ILSVRC2012_devkit_t12.tar.gz), or text with a line for each image: its
+        file: The devkit (ILSVRC2012_devkit_t12.tar.gz), or text with a line for each image: its
             WordNet id, in the order of the images' names, or its name and its id, separated by a
             blank or comma (as in Kaggle's LOC_val_solution.csv).
-        names: the images' names, sorted.
+        names: The images' names, sorted.
 
     Returns:
         All classes, sorted; and the id of each name that has one.
 
     Raises:
-        UserError: if the file is neither, or its number of labels is not that of the images.
+        UserError: The file is neither, or its number of labels is not that of the images.
     """
     if file.name.endswith((".tar.gz", ".tgz", ".tar")):
         classes, ids = _devkit_labels(file)
@@ -232,8 +238,8 @@ def validation_labels(file: Path, names: list[str]) -> tuple[tuple[str, ...], di
 def _text_lines(file: Path) -> list[str]:
     try:
         lines = file.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as e:
-        raise UserError(f"the labels {file} are not text: {e}") from e
+    except UnicodeDecodeError as error:
+        raise UserError(f"the labels {file} are not text: {error}") from error
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -247,11 +253,16 @@ def _in_order(file: Path, names: list[str], ids: list[str]) -> dict[str, str]:
 
 
 def _devkit_labels(file: Path) -> tuple[tuple[str, ...], list[str]]:
-    """The devkit numbers classes from 1 in an order of its own; meta.mat has their ids."""
+    """Return all classes, and the id of each image in the order of their names.
+
+    The devkit numbers classes from 1 in an order of its own; meta.mat has their ids.
+    """
     try:
         from scipy.io import loadmat
-    except ModuleNotFoundError as e:
-        raise UserError(f"scipy, which reads {file}, is not installed: pip install scipy") from e
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"scipy, which reads {file}, is not installed: pip install scipy"
+        ) from error
     try:
         with tarfile.open(file) as archive:
             parts = [
@@ -264,5 +275,7 @@ def _devkit_labels(file: Path) -> tuple[tuple[str, ...], list[str]]:
         leaves = synsets[synsets["num_children"] == 0]
         ids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in leaves}
         return tuple(sorted(ids.values())), [ids[int(number)] for number in truth.split()]
-    except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, TypeError) as e:
-        raise UserError(f"the devkit {file} is damaged, or none ({e}): fetch it again") from e
+    except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"the devkit {file} is damaged, or none ({error}): fetch it again"
+        ) from error

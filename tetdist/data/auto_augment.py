@@ -14,7 +14,7 @@ from tetdist.data.transforms import AUTO_AUGMENT_DRAWS, Operation
 
 Policy = Literal["cifar10", "imagenet"]
 
-# Of each operation: name, probability in tenths, and level from 0 to 9 (- where it has none).
+# An operation is a name, a probability in tenths, and a level from 0 to 9 (- where it has none).
 _CIFAR10 = """
 invert 1 - contrast 2 6; rotate 7 2 translate_x 3 9; sharpness 8 1 sharpness 9 3;
 shear_y 5 8 translate_y 7 9; autocontrast 5 - equalize 9 -; shear_y 2 7 posterize 3 7;
@@ -57,12 +57,12 @@ _POLICIES: dict[Policy, list[_SubPolicy]] = {
 def auto_augment(
     draws: npt.NDArray[np.float64], policy: Policy, image_size: int
 ) -> list[list[Operation]]:
-    """Of each sample, the operations that it gets.
+    """Choose the operations that each sample gets.
 
     Args:
         draws: (B, AUTO_AUGMENT_DRAWS) uniform in [0, 1): which sub-policy; of its two operations,
             whether they are done and in which of two directions.
-        image_size: pixels, of which translations are a share.
+        image_size: Pixels, of which translations are a share.
     """
     assert draws.shape[1] == AUTO_AUGMENT_DRAWS
     sub_policies = _POLICIES[policy]
@@ -83,20 +83,25 @@ def auto_augment(
 
 def _value(name: str, level: int, sign: int, image_size: int) -> float:
     """An operation's value at a level from 0 to 9."""
-    if name in ("brightness", "saturation", "contrast", "sharpness"):
-        return 1 + sign * _between(0, 0.9, level)
-    if name.startswith("shear"):
-        return sign * _between(0, 0.3, level)
-    if name.startswith("translate"):
-        return sign * _between(0, 150 / 331 * image_size, level)
-    if name == "rotate":
-        return sign * _between(0, 30, level)
-    if name == "posterize":
-        return 8 - round(level / (9 / 4))
-    # Solarisation is above a threshold; the others have no value.
-    return _between(255, 0, level)
+    match name:
+        case "brightness" | "saturation" | "contrast" | "sharpness":
+            return 1 + sign * _between(0, 0.9, level)
+        case "shear_x" | "shear_y":
+            return sign * _between(0, 0.3, level)
+        case "translate_x" | "translate_y":
+            return sign * _between(0, 150 / 331 * image_size, level)
+        case "rotate":
+            return sign * _between(0, 30, level)
+        case "posterize":
+            return 8 - round(level / (9 / 4))
+        case "solarize":  # a threshold: what is above is inverted
+            return _between(255, 0, level)
+        case "autocontrast" | "equalize" | "invert":  # their value is not used
+            return 0.0
+        case _:
+            raise AssertionError(name)
 
 
 def _between(least: float, most: float, level: int) -> float:
-    # In float32 and by torch, as torchvision has it: another last digit can be another pixel.
+    # Torch computes it in float32, as torchvision does: another last digit can be another pixel.
     return torch.linspace(least, most, 10)[level].item()

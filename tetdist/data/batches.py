@@ -1,7 +1,7 @@
-"""Batches for training and evaluation: which samples, windows and changes make them up.
+"""Batches for training and evaluation: the samples, windows and changes that make them up.
 
 order.py and transforms.py decide all of it, so a batch is a function of the run's configuration and
-of the place in the run alone. Threads read the samples ahead (reader.py).
+of the step in the run alone. Threads read the samples ahead (reader.py).
 """
 
 from collections import deque
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tetdist.data.auto_augment import Policy, auto_augment
 from tetdist.data.dali import Workers, event_graph, image_graph
 from tetdist.data.index import Index
-from tetdist.data.loader import Inputs, Loader, Stream
+from tetdist.data.loader import Inputs, Loader, Stream, Transforms
 from tetdist.data.order import (
     evaluation_batches,
     micro_batch_positions,
@@ -26,13 +26,7 @@ from tetdist.data.order import (
     rank_micro_batches,
     steps_per_epoch,
 )
-from tetdist.data.pixels import (
-    Channels,
-    Edits,
-    Interpolation,
-    Output,
-    cut_out,
-)
+from tetdist.data.pixels import Edits, Output, cut_out
 from tetdist.data.reader import SampleReader
 from tetdist.data.transforms import (
     ColorJitter,
@@ -41,6 +35,7 @@ from tetdist.data.transforms import (
     Mix,
     Mixing,
     Operation,
+    Transform,
     centre_crop,
     color_jitter,
     cutout_boxes,
@@ -60,16 +55,16 @@ NO_JITTER, NO_MIXING = ColorJitter(), Mixing()
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What a rank takes of the training, and from where on.
+    """A rank's part of the training, from some step on.
 
     Attributes:
-        seed: of order and augmentation.
-        global_batch: samples that all ranks together take in a step.
-        micro_batch: samples in each batch of the loader.
-        rank: this process's number.
-        world_size: number of processes.
-        epoch: the first batch's epoch.
-        step_in_epoch: the first batch's step in that epoch.
+        seed: Seed of order and augmentation.
+        global_batch: Samples that all ranks together take in a step.
+        micro_batch: Samples in each batch of the loader.
+        rank: This process's number.
+        world_size: Number of processes.
+        epoch: The first batch's epoch.
+        step_in_epoch: The first batch's step in that epoch.
     """
 
     seed: int
@@ -81,95 +76,151 @@ class Share:
     step_in_epoch: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationShare:
+    """A rank's part of an evaluation.
+
+    Attributes:
+        batch_size: Samples in a batch, at most.
+        rank: This process's number.
+        world_size: Number of processes.
+    """
+
+    batch_size: int
+    rank: int
+    world_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageAugmentation:
+    """Random changes of training images.
+
+    After the crop come the flip, AutoAugment, the colours, normalisation, the cutout, and the
+    transforms.
+
+    Attributes:
+        scale: Least and greatest part of the image's area in a crop.
+        ratio: Least and greatest width / height of a crop.
+        flip: Probability of mirroring left to right.
+        padding: Instead of a crop by scale and ratio, one of the output's size from the image with
+            so many black pixels on each side; no image may be too small for it.
+        policy: AutoAugment's policy; None for none.
+        jitter: Reach of the changes of colour.
+        cutout: Side of a square that is 0 after normalisation.
+        mixing: What the batches say about mixing; the images come unmixed.
+        transforms: Transforms of one's own, in their order.
+    """
+
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: float
+    padding: int | None = None
+    policy: Policy | None = None
+    jitter: ColorJitter = NO_JITTER
+    cutout: int = 0
+    mixing: Mixing = NO_MIXING
+    transforms: tuple[Transform, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventAugmentation:
+    """Random changes of training event tensors, all timesteps of a sample alike.
+
+    Attributes:
+        flip: Probability of mirroring left to right.
+        roll: Largest shift in pixels, up or down and left or right; what leaves at one side comes
+            in at the other.
+        cutout: Side of a square that is then emptied.
+        mixing: As in `ImageAugmentation`.
+        transforms: As in `ImageAugmentation`.
+    """
+
+    flip: float
+    roll: int
+    cutout: int = 0
+    mixing: Mixing = NO_MIXING
+    transforms: tuple[Transform, ...] = ()
+
+
 def train_batches(
     index: Index,
     root: str | Path,
     share: Share,
     workers: Workers,
-    *,
-    image_size: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    flip: float,
-    mean: Channels,
-    std: Channels,
-    interpolation: Interpolation,
-    padding: int | None = None,
-    policy: Policy | None = None,
-    jitter: ColorJitter = NO_JITTER,
-    cutout: int = 0,
-    mixing: Mixing = NO_MIXING,
-) -> "Loader":
-    """Randomly cropped and otherwise changed images, epoch after epoch for ever.
-
-    After the crop come the flip, AutoAugment, the colours, normalisation, and the cutout.
+    output: Output,
+    augmentation: ImageAugmentation,
+) -> Loader:
+    """Make a loader of randomly changed images, epoch after epoch for ever.
 
     Args:
-        index: the training split.
-        root: the data root, to which the index's paths are relative.
-        share: what this rank takes.
-        workers: what does the work.
-        image_size: height and width of what comes out.
-        scale: least and greatest part of the image's area in a crop.
-        ratio: least and greatest width / height of a crop.
-        flip: probability of mirroring left to right.
-        mean: of each channel, where white is 1.
-        std: of each channel, likewise.
-        interpolation: always antialiased.
-        padding: instead of a crop by scale and ratio, one of `image_size` pixels from the image
-            with so many black ones on each side; no image may be too small for it.
-        policy: of AutoAugment.
-        jitter: of the colours.
-        cutout: side of a square that is 0 after normalisation.
-        mixing: what the batches say about mixing; the images come unmixed.
+        index: The training split.
+        root: The data root, to which the index's paths are relative.
+        share: What this rank takes.
+        workers: What does the work.
+        output: What all images come out as.
+        augmentation: How they are changed.
 
     Raises:
-        UserError: if DALI is not installed, or the batch sizes do not fit each other, the data or
+        UserError: DALI is not installed, or the batch sizes do not fit each other, the data or
             the number of processes. Iterating raises it for a file that does not read or decode.
     """
-    output = Output(size=image_size, mean=mean, std=std, interpolation=interpolation)
-
-    def edits(draws: ImageDraws, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int32], Edits]:
-        heights, widths = index.heights[ids], index.widths[ids]
-        if padding is None:
-            window = random_resized_crop(heights, widths, draws.crop, scale, ratio)
-            size = np.full((len(ids), 2), image_size, np.int32)
-            corner = np.zeros_like(size)
-        else:
-            window, corner = padded_crop(heights, widths, draws.crop[:, :2], padding, image_size)
-            size = window[:, 2:]
-        return window, Edits(
-            size=size,
-            corner=corner,
-            mirror=flips(draws.flip[:, 0], flip),
-            operations=_operations(draws, policy, jitter, image_size),
-            cutout=cutout_boxes(draws.cutout, image_size, image_size, cutout) if cutout else None,
-        )
 
     def readings() -> Iterator[_Reading]:
-        for epoch, positions, ids in places:
-            window, changes = edits(image_draws(share.seed, epoch, positions), ids)
-            mix = _mix(share.seed, epoch, positions, (image_size, image_size), mixing)
-            yield _image_reading(reader, workers, ids, window, changes, mix)
+        for epoch, positions, ids in micro_batches:
+            draws = image_draws(share.seed, epoch, positions)
+            window, edits = _augmented(index, ids, draws, output.size, augmentation)
+            reading = _image_reading(reader, workers, ids, window, edits)
+            size = output.size, output.size
+            yield _with_draws(reading, share.seed, epoch, positions, size, augmentation)
 
-    places = _training_places(len(index), share)
+    micro_batches = _micro_batches(len(index), share)
     reader = SampleReader(index, root)
     return Loader(
         index,
         root,
         _read_ahead(readings(), reader, workers),
-        image_graph(workers, interpolation),
+        image_graph(workers, output.interpolation),
         workers,
-        sample_shape=(3, image_size, image_size),
+        sample_shape=(3, output.size, output.size),
         max_batch=share.micro_batch,
         output=output,
+    )
+
+
+def _augmented(
+    index: Index,
+    ids: npt.NDArray[np.int64],
+    draws: ImageDraws,
+    image_size: int,
+    augmentation: ImageAugmentation,
+) -> tuple[npt.NDArray[np.int32], Edits]:
+    """Windows (B, 4) of some images, and what becomes of them."""
+    heights, widths = index.heights[ids], index.widths[ids]
+    if augmentation.padding is None:
+        window = random_resized_crop(
+            heights, widths, draws.crop, augmentation.scale, augmentation.ratio
+        )
+        size = np.full((len(ids), 2), image_size, np.int32)
+        corner = np.zeros_like(size)
+    else:
+        window, corner = padded_crop(
+            heights, widths, draws.crop[:, :2], augmentation.padding, image_size
+        )
+        size = window[:, 2:]
+    side = augmentation.cutout
+    return window, Edits(
+        size=size,
+        corner=corner,
+        mirror=flips(draws.flip[:, 0], augmentation.flip),
+        operations=_operations(draws, augmentation.policy, augmentation.jitter, image_size),
+        cutout=cutout_boxes(draws.cutout, image_size, image_size, side) if side else None,
     )
 
 
 def _operations(
     draws: ImageDraws, policy: Policy | None, jitter: ColorJitter, image_size: int
 ) -> list[list[Operation]]:
-    """AutoAugment's and then the colours' of each sample; empty if there are none of any."""
+    """Operations of each sample, AutoAugment's before the colours'; empty if there are none."""
     kinds = []
     if policy:
         kinds.append(auto_augment(draws.auto_augment, policy, image_size))
@@ -181,48 +232,37 @@ def _operations(
 def eval_batches(
     index: Index,
     root: str | Path,
+    share: EvaluationShare,
     workers: Workers,
-    *,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    image_size: int,
+    output: Output,
     resize: int,
-    mean: Channels,
-    std: Channels,
-    interpolation: Interpolation,
-) -> "Loader":
-    """A rank's share of an evaluation: the shorter side resized, the centre cropped.
+) -> Loader:
+    """Make a loader of a rank's share of an evaluation, the centres of resized images.
 
     Over all ranks every sample comes once, and every rank gets the same number of batches; its last
     one may be smaller, or hold no sample at all.
 
     Args:
-        index: the split to evaluate.
-        root: the data root.
-        workers: what does the work.
-        batch_size: samples in a batch, at most.
-        rank: this process's number.
-        world_size: number of processes.
-        image_size: height and width of the crop, at most `resize`.
-        resize: length of the shorter side before the crop.
-        mean: of each channel, where white is 1.
-        std: of each channel, likewise.
-        interpolation: always antialiased.
+        index: The split to evaluate.
+        root: The data root.
+        share: What this rank takes.
+        workers: What does the work.
+        output: What all images come out as; its size is at most `resize`.
+        resize: Length of the shorter side before the crop.
 
     Raises:
-        UserError: if DALI is not installed or the crop is larger than the resized image. Iterating
+        UserError: DALI is not installed or the crop is larger than the resized image. Iterating
             raises it for a file that does not read or decode.
     """
-    resized, start = centre_crop(index.heights, index.widths, resize, image_size)
-    batches = list(evaluation_batches(len(index), batch_size, rank, world_size))
+    resized, start = centre_crop(index.heights, index.widths, resize, output.size)
+    batches = _evaluation_batches(index, share)
     reader = SampleReader(index, root)
 
     def readings() -> Iterator[_Reading]:
         for ids in batches:
             if ids.size:
-                # The whole image, of the size that the index knows: one that has become smaller is
-                # an error of the decoder.
+                # The window is the whole image, of the size that the index knows: the decoder fails
+                # for an image that has become smaller.
                 whole = np.stack([index.heights[ids], index.widths[ids]], axis=1)
                 window = np.concatenate([np.zeros_like(whole), whole], axis=1)
                 none = np.zeros(len(ids), bool)
@@ -233,12 +273,12 @@ def eval_batches(
         index,
         root,
         _read_ahead(readings(), reader, workers),
-        image_graph(workers, interpolation),
+        image_graph(workers, output.interpolation),
         workers,
-        sample_shape=(3, image_size, image_size),
-        max_batch=batch_size,
+        sample_shape=(3, output.size, output.size),
+        max_batch=share.batch_size,
         empty_batches=_count_empty(batches),
-        output=Output(size=image_size, mean=mean, std=std, interpolation=interpolation),
+        output=output,
     )
 
 
@@ -247,36 +287,29 @@ def event_train_batches(
     root: str | Path,
     share: Share,
     workers: Workers,
-    *,
-    flip: float,
-    roll: int,
-    cutout: int = 0,
-    mixing: Mixing = NO_MIXING,
-) -> "Loader":
-    """Randomly flipped and shifted event tensors, epoch after epoch for ever.
+    augmentation: EventAugmentation,
+) -> Loader:
+    """Make a loader of randomly changed event tensors, epoch after epoch for ever.
 
     Args:
-        index: the training split, of kind "events".
-        root: the data root.
-        share: what this rank takes.
-        workers: what does the work.
-        flip: probability of mirroring left to right.
-        roll: shift by up to so many pixels, up or down and left or right, all timesteps of a sample
-            alike; what leaves at one side comes in at the other.
-        cutout: side of a square that is then emptied, at all timesteps alike.
-        mixing: as in `train_batches`.
+        index: The training split, of kind "events".
+        root: The data root.
+        share: What this rank takes.
+        workers: What does the work.
+        augmentation: How the tensors are changed.
 
     Raises:
-        UserError: as `train_batches`.
+        UserError: As `train_batches`.
     """
-    places = _training_places(len(index), share)
+    micro_batches = _micro_batches(len(index), share)
     reader = SampleReader(index, root)
 
     def readings() -> Iterator[_Reading]:
-        for epoch, positions, ids in places:
+        for epoch, positions, ids in micro_batches:
             draws = event_draws(share.seed, epoch, positions)
-            mix = _mix(share.seed, epoch, positions, _frames_shape(index)[2:], mixing)
-            yield _event_reading(index, reader, ids, draws, flip, roll, cutout)._replace(mix=mix)
+            reading = _event_reading(index, reader, ids, draws, augmentation)
+            size = _frames_shape(index)[2:]
+            yield _with_draws(reading, share.seed, epoch, positions, size, augmentation)
 
     return Loader(
         index,
@@ -290,16 +323,10 @@ def event_train_batches(
 
 
 def event_eval_batches(
-    index: Index,
-    root: str | Path,
-    workers: Workers,
-    *,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-) -> "Loader":
-    """A rank's share of an evaluation on event tensors as they are, dealt out as `eval_batches`."""
-    batches = list(evaluation_batches(len(index), batch_size, rank, world_size))
+    index: Index, root: str | Path, share: EvaluationShare, workers: Workers
+) -> Loader:
+    """Make a loader of event tensors as they are stored, dealt out as by `eval_batches`."""
+    batches = _evaluation_batches(index, share)
     reader = SampleReader(index, root)
     return Loader(
         index,
@@ -308,12 +335,12 @@ def event_eval_batches(
         event_graph(workers, index),
         workers,
         sample_shape=_frames_shape(index),
-        max_batch=batch_size,
+        max_batch=share.batch_size,
         empty_batches=_count_empty(batches),
     )
 
 
-class _Place(NamedTuple):
+class _MicroBatch(NamedTuple):
     """Samples of a micro-batch and their positions in the epoch's order; all (B,)."""
 
     epoch: int
@@ -321,13 +348,13 @@ class _Place(NamedTuple):
     ids: npt.NDArray[np.int64]
 
 
-def _training_places(num_samples: int, share: Share) -> Iterator[_Place]:
-    """The micro-batches of a share, for ever."""
+def _micro_batches(num_samples: int, share: Share) -> Iterator[_MicroBatch]:
+    """Yield the micro-batches of a share, for ever."""
     mine = rank_micro_batches(share.rank, share.world_size, share.global_batch, share.micro_batch)
     steps = steps_per_epoch(num_samples, share.global_batch)
     assert share.step_in_epoch <= steps
 
-    def walk(epoch: int, first_step: int) -> Iterator[_Place]:
+    def walk(epoch: int, first_step: int) -> Iterator[_MicroBatch]:
         while True:
             order = permutation(num_samples, share.seed, epoch)
             for step in range(first_step, steps):
@@ -335,11 +362,16 @@ def _training_places(num_samples: int, share: Share) -> Iterator[_Place]:
                     positions = micro_batch_positions(
                         step, i, share.global_batch, share.micro_batch
                     )
-                    yield _Place(epoch, positions, order[positions])
+                    yield _MicroBatch(epoch, positions, order[positions])
             epoch, first_step = epoch + 1, 0
 
-    # A generator of its own, so that the checks above are made now and not at the first batch.
+    # This is a generator of its own, so that the checks above are made now and not at the first
+    # batch.
     return walk(share.epoch, share.step_in_epoch)
+
+
+def _evaluation_batches(index: Index, share: EvaluationShare) -> list[npt.NDArray[np.int64]]:
+    return list(evaluation_batches(len(index), share.batch_size, share.rank, share.world_size))
 
 
 def _count_empty(batches: list[npt.NDArray[np.int64]]) -> int:
@@ -351,10 +383,11 @@ class _Reading(NamedTuple):
 
     Attributes:
         ids: (B,) sample numbers.
-        read: gives what the k-th sample's file makes of the pipeline's first input.
-        arrays: the other inputs, each (B, ...).
-        edits: what becomes of images after that.
-        mix: what the batch says about mixing.
+        read: Gives what the k-th sample's file makes of the pipeline's first input.
+        arrays: The other inputs, each (B, ...).
+        edits: What becomes of images after that.
+        mix: What the batch says about mixing.
+        transforms: What finished samples go through in the end, with its draws (B, n).
     """
 
     ids: npt.NDArray[np.int64]
@@ -362,18 +395,23 @@ class _Reading(NamedTuple):
     arrays: tuple[npt.NDArray[Any], ...] = ()
     edits: Edits | None = None
     mix: Mix | None = None
+    transforms: Transforms = ()
 
 
-def _mix(
+def _with_draws(
+    reading: _Reading,
     seed: int,
     epoch: int,
     positions: npt.NDArray[np.int64],
     size: tuple[int, int],
-    mixing: Mixing,
-) -> Mix | None:
-    if not any(mixing):
-        return None
-    return mixes(mixing_draws(seed, epoch, positions), *size, mixing)
+    augmentation: ImageAugmentation | EventAugmentation,
+) -> _Reading:
+    """Add to a reading of samples (..., *size) how they are mixed, and transforms' draws."""
+    mixing, mix = augmentation.mixing, None
+    if any(mixing):
+        mix = mixes(mixing_draws(seed, epoch, positions), *size, mixing)
+    drawn = tuple((t, t.draws(seed, epoch, positions)) for t in augmentation.transforms)
+    return reading._replace(mix=mix, transforms=drawn)
 
 
 def _image_reading(
@@ -382,14 +420,13 @@ def _image_reading(
     ids: npt.NDArray[np.int64],
     window: npt.NDArray[np.int32],
     edits: Edits,
-    mix: Mix | None = None,
 ) -> _Reading:
-    """Inputs of `image_graph` from windows (B, 4): top, left, height, width."""
+    """Make the inputs of `image_graph` from windows (B, 4): top, left, height, width."""
     # DALI takes no views with strides.
     arrays = [np.ascontiguousarray(window[:, :2]), np.ascontiguousarray(window[:, 2:])]
     if workers.device == "gpu":
         arrays.append(edits.size.astype(np.float32))
-    return _Reading(ids, lambda k: reader.read(int(ids[k])), tuple(arrays), edits, mix)
+    return _Reading(ids, lambda k: reader.read(int(ids[k])), tuple(arrays), edits)
 
 
 def _event_reading(
@@ -397,16 +434,15 @@ def _event_reading(
     reader: SampleReader,
     ids: npt.NDArray[np.int64],
     draws: EventDraws,
-    flip: float,
-    roll: int,
-    cutout: int,
+    augmentation: EventAugmentation,
 ) -> _Reading:
     """Samples to be read, flipped, rolled and cut out."""
-    mirror, shift = flips(draws.flip[:, 0], flip), shifts(draws.roll, roll)
-    boxes = cutout_boxes(draws.cutout, *_frames_shape(index)[2:], cutout)
+    mirror = flips(draws.flip[:, 0], augmentation.flip)
+    shift = shifts(draws.roll, augmentation.roll)
+    boxes = cutout_boxes(draws.cutout, *_frames_shape(index)[2:], augmentation.cutout)
 
-    # DALI has no roll with wrap-around: made of its concatenations and slices it takes longer than
-    # this does in numpy.
+    # DALI has no roll with wrap-around; one made of its concatenations and slices would take longer
+    # than numpy does.
     def read(k: int) -> npt.NDArray[Any]:
         frames = _read_frames(index, reader, int(ids[k]))
         frames = flip_and_roll(frames, bool(mirror[k]), int(shift[k, 0]), int(shift[k, 1]))
@@ -434,7 +470,10 @@ def _frames_shape(index: Index) -> tuple[int, int, int, int]:
 
 
 def _read_frames(index: Index, reader: SampleReader, i: int) -> npt.NDArray[Any]:
-    """(T, 2, H, W); the index has verified that the file is a header and nothing but these."""
+    """Read the frames (T, 2, H, W) of a sample.
+
+    The index has verified that the file is a header and nothing but these.
+    """
     data = reader.read(i)
     shape, dtype = _frames_shape(index), np.dtype(index.dtype)
     num_bytes = int(np.prod(shape)) * dtype.itemsize
@@ -442,14 +481,20 @@ def _read_frames(index: Index, reader: SampleReader, i: int) -> npt.NDArray[Any]
 
 
 def _read_ahead(readings: Iterator[_Reading], reader: SampleReader, workers: Workers) -> Stream:
-    """What the samples of each batch read, in order; the next batches are being read meanwhile."""
+    """Yield what each batch is made from, in order, while the next batches are being read."""
     ahead: deque[tuple[_Reading, list[Future[list[npt.NDArray[Any]]]]]] = deque()
     pool = ThreadPoolExecutor(workers.threads, thread_name_prefix="tetdist-read")
 
     def collect() -> Inputs:
         reading, parts = ahead.popleft()
         first = [array for part in parts for array in part.result()]
-        return Inputs(reading.ids, (first, *reading.arrays), reading.edits, reading.mix)
+        return Inputs(
+            reading.ids,
+            (first, *reading.arrays),
+            reading.edits,
+            reading.mix,
+            reading.transforms,
+        )
 
     try:
         for reading in readings:

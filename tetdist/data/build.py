@@ -1,11 +1,15 @@
-"""From the configuration to the pipeline: which batches this process gets."""
+"""The batches that this process gets, made from the configuration."""
+
+from collections import Counter
+from typing import assert_never
 
 import numpy as np
 
-from tetdist.config.schema import RunConfig, phase_image_sizes
+from tetdist.config.schema import DataSection, RunConfig, phase_image_sizes
 from tetdist.data import batches, dali, loader
 from tetdist.data.index import Index
-from tetdist.data.transforms import ColorJitter, Mixing
+from tetdist.data.pixels import Output
+from tetdist.data.transforms import TRANSFORMS, ColorJitter, Mixing, Transform
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 
@@ -13,90 +17,110 @@ from tetdist.errors import UserError
 def train_loader(
     config: RunConfig, index: Index, share: batches.Share, world: World, image_size: int
 ) -> loader.Loader:
-    """This process's training batches from ``share`` on, for ever.
+    """Make the loader of this process's training batches from ``share`` on, for ever.
 
     Args:
         image_size: Height and width of images; events come as they are stored.
     """
     data, workers = config.data, loader_workers(config, world)
-    mixing = Mixing(data.mixup, data.cutmix)
-    if data.kind == "events":
-        return batches.event_train_batches(
-            index,
-            data.root,
-            share,
-            workers,
-            flip=data.flip,
-            roll=data.roll,
-            cutout=data.cutout,
-            mixing=mixing,
-        )
-    return batches.train_batches(
-        index,
-        data.root,
-        share,
-        workers,
-        image_size=image_size,
-        scale=data.scale,
-        ratio=data.ratio,
-        flip=data.flip,
-        mean=data.mean,
-        std=data.std,
-        interpolation=data.interpolation,
-        padding=data.padding if data.crop == "padded" else None,
-        policy=None if data.auto_augment == "none" else data.auto_augment,
-        jitter=ColorJitter(**data.color_jitter.model_dump()),
-        cutout=data.cutout,
-        mixing=mixing,
-    )
+    mixing, transforms = Mixing(data.mixup, data.cutmix), _transforms(data)
+    match data.kind:
+        case "events":
+            return batches.event_train_batches(
+                index,
+                data.root,
+                share,
+                workers,
+                batches.EventAugmentation(
+                    flip=data.flip,
+                    roll=data.roll,
+                    cutout=data.cutout,
+                    mixing=mixing,
+                    transforms=transforms,
+                ),
+            )
+        case "images":
+            augmentation = batches.ImageAugmentation(
+                scale=data.scale,
+                ratio=data.ratio,
+                flip=data.flip,
+                padding=_padding(data),
+                policy=None if data.auto_augment == "none" else data.auto_augment,
+                jitter=ColorJitter(**data.color_jitter.model_dump()),
+                cutout=data.cutout,
+                mixing=mixing,
+                transforms=transforms,
+            )
+            output = _output(data, image_size)
+            return batches.train_batches(index, data.root, share, workers, output, augmentation)
+        case _:
+            assert_never(data.kind)
 
 
-def check_crops(config: RunConfig, index: Index) -> None:
-    """Whether all phases' crops fit into the training images.
+def _padding(data: DataSection) -> int | None:
+    match data.crop:
+        case "padded":
+            return data.padding
+        case "resized":
+            return None
+        case _:
+            assert_never(data.crop)
+
+
+def _output(data: DataSection, size: int) -> Output:
+    return Output(size=size, mean=data.mean, std=data.std, interpolation=data.interpolation)
+
+
+def _transforms(data: DataSection) -> tuple[Transform, ...]:
+    repeated = [name for name, times in Counter(data.transforms).items() if times > 1]
+    if repeated:
+        # Both would get the same random numbers.
+        raise UserError(f"data.transforms: {repeated[0]!r} is there twice; name each once")
+    return tuple(TRANSFORMS[name] for name in data.transforms)
+
+
+def check_augmentation(config: RunConfig, index: Index) -> None:
+    """Make sure that all transforms are known and all phases' crops fit into the training images.
 
     Raises:
-        UserError: An image is too small for data.crop=padded.
+        UserError: No transform is registered by a name of data.transforms, or an image is too small
+            for data.crop=padded.
     """
     data = config.data
-    if data.kind == "events" or data.crop != "padded":
+    _transforms(data)
+    padding = _padding(data)
+    if data.kind == "events" or padding is None:
         return
     largest = max(max(phase_image_sizes(config, phase)) for phase in config.phases)
     sides = np.minimum(index.heights, index.widths)
-    least = largest - 2 * data.padding
+    least = largest - 2 * padding
     if sides.min() < least:
         i = int(sides.argmin())
         raise UserError(
             f"{index.path(i)} has {index.widths[i]}x{index.heights[i]} pixels and data.crop=padded "
-            f"needs {least} of each side for crops of {largest} with data.padding={data.padding}; "
+            f"needs {least} of each side for crops of {largest} with data.padding={padding}; "
             "set data.crop=resized, or a smaller image size"
         )
 
 
 def eval_loader(config: RunConfig, index: Index, world: World) -> loader.Loader:
-    """This process's share of an evaluation on the split of ``index``."""
+    """Make the loader of this process's share of an evaluation on the split of ``index``."""
     data, workers = config.data, loader_workers(config, world)
-    batch_size, rank, world_size = config.batch.eval, world.rank, world.world_size
-    if data.kind == "events":
-        return batches.event_eval_batches(
-            index, data.root, workers, batch_size=batch_size, rank=rank, world_size=world_size
-        )
-    return batches.eval_batches(
-        index,
-        data.root,
-        workers,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        image_size=data.image_size,
-        resize=data.resize_side,
-        mean=data.mean,
-        std=data.std,
-        interpolation=data.interpolation,
+    share = batches.EvaluationShare(
+        batch_size=config.batch.eval, rank=world.rank, world_size=world.world_size
     )
+    match data.kind:
+        case "events":
+            return batches.event_eval_batches(index, data.root, share, workers)
+        case "images":
+            output = _output(data, data.image_size)
+            return batches.eval_batches(index, data.root, share, workers, output, data.resize_side)
+        case _:
+            assert_never(data.kind)
 
 
 def loader_workers(config: RunConfig, world: World) -> dali.Workers:
-    """Who decodes, and where.
+    """Describe who decodes, and where.
 
     Raises:
         UserError: Decoding on a GPU is asked for where the model runs on the CPU.

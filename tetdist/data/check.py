@@ -1,4 +1,4 @@
-"""What is wrong with a data set: damage, duplicates, wrong names and labels, missing files.
+"""Faults of a data set: damage, duplicates, wrong names and labels, missing files.
 
 Every image is read, decoded and summed once. What is done is written to a journal, so that a check
 which is stopped continues where it was.
@@ -21,11 +21,11 @@ from tetdist.data.archives import WORDNET_ID
 from tetdist.data.index import assemble, check_fresh, index_file, load_index
 from tetdist.data.layouts import Listing, imagenet_classes
 from tetdist.data.probe import SAMPLES_PER_TASK, Probe, probe_batches, probe_image
-from tetdist.data.processes import Progress
+from tetdist.data.processes import ReportProgress
 from tetdist.errors import UserError
 
 FindingKind = Literal["bad", "label", "overlap", "missing", "index", "misnamed", "duplicate"]
-# A data set with any other finding than these should not be trained on as it is.
+# Findings that do no harm; with any other, a data set should not be trained on as it is.
 NOTES: frozenset[FindingKind] = frozenset({"misnamed", "duplicate"})
 
 IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000}
@@ -56,8 +56,8 @@ class Finding(NamedTuple):
             "overlap": in two splits; "missing": against ImageNet-1k; "index": the index is not of
             these files; "misnamed": of another format than its suffix says; "duplicate": twice in
             one split.
-        path: of the sample, relative to the data root; or of what else it is about.
-        text: what is wrong.
+        path: Path of the sample, relative to the data root; or of what else it is about.
+        text: What is wrong.
     """
 
     kind: FindingKind
@@ -73,34 +73,34 @@ class Examined(NamedTuple):
 
 
 def examine_split(
-    root: str | Path, listing: Listing, journal: Path, workers: int, progress: Progress | None
+    root: str | Path, listing: Listing, journal: Path, workers: int, progress: ReportProgress | None
 ) -> list[Examined | str]:
     """Decode and sum every sample of a listing of images, continuing what the journal has.
 
     Args:
-        root: the data root.
-        listing: what to examine.
-        journal: file to which results are written; it remains, for the next call to find.
-        workers: processes.
-        progress: called with the number of samples done and of all.
+        root: The data root.
+        listing: What to examine.
+        journal: File to which results are written; it remains, for the next call to find.
+        workers: Processes.
+        progress: Called with the number of samples done and of all.
 
     Returns:
         For each sample what was found, or the reason why it cannot be used.
     """
     found = _resume(Path(root), listing, journal)
-    remaining = [i for i in range(len(listing.places)) if i not in found]
-    places = [listing.places[i] for i in remaining]
-    batches = probe_batches(_examine, (), root, places, workers)
+    remaining = [i for i in range(len(listing.byte_ranges)) if i not in found]
+    ranges = [listing.byte_ranges[i] for i in remaining]
+    batches = probe_batches(_examine, (), root, ranges, workers)
     with journal.open("a", encoding="utf-8") as stream:
-        for start, results in zip(range(0, len(places), SAMPLES_PER_TASK), batches, strict=True):
+        for start, results in zip(range(0, len(ranges), SAMPLES_PER_TASK), batches, strict=True):
             numbers = remaining[start : start + SAMPLES_PER_TASK]
             for i, result in zip(numbers, results, strict=True):
                 found[i] = result
                 stream.write(json.dumps([i, result]) + "\n")
             stream.flush()
             if progress is not None:
-                progress(len(found), len(listing.places))
-    return [found[i] for i in range(len(listing.places))]
+                progress(len(found), len(listing.byte_ranges))
+    return [found[i] for i in range(len(listing.byte_ranges))]
 
 
 def _examine(stream: IO[bytes], size: int) -> Examined | str:
@@ -112,7 +112,7 @@ def _examine(stream: IO[bytes], size: int) -> Examined | str:
 
 
 def _resume(root: Path, listing: Listing, journal: Path) -> dict[int, Examined | str]:
-    """What the journal has of this very listing; else it is begun anew."""
+    """Read what the journal has of this very listing; a journal of another one begins anew."""
     identity = _identity(root, listing)
     lines = _whole_lines(journal)
     header = json.loads(lines[0]) if lines else {}
@@ -123,16 +123,16 @@ def _resume(root: Path, listing: Listing, journal: Path) -> dict[int, Examined |
         return {}
     found: dict[int, Examined | str] = {}
     for i, result in map(json.loads, lines[1:]):
-        if listing.archives or _unchanged(root / listing.places[i].file, header["begun_ns"]):
+        if listing.archives or _unchanged(root / listing.byte_ranges[i].file, header["begun_ns"]):
             found[i] = result if isinstance(result, str) else Examined(Probe(*result[0]), result[1])
     return found
 
 
 def _identity(root: Path, listing: Listing) -> str:
-    """Of the samples' names and places, and of the archives as they are now."""
+    """Checksum of the samples' names and byte ranges, and of the archives as they are now."""
     digest = hashlib.sha256()
-    for name, place in zip(listing.names, listing.places, strict=True):
-        digest.update(f"{name}\0{place.offset}\0{place.size}\n".encode(errors="surrogateescape"))
+    for name, (_, offset, size) in zip(listing.names, listing.byte_ranges, strict=True):
+        digest.update(f"{name}\0{offset}\0{size}\n".encode(errors="surrogateescape"))
     for file in listing.archives:
         status = (root / file).stat()
         digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
@@ -140,7 +140,7 @@ def _identity(root: Path, listing: Listing) -> str:
 
 
 def _whole_lines(journal: Path) -> list[bytes]:
-    """The lines of a journal, which is cut where a kill has torn its last one."""
+    """Return the lines of a journal, after cutting it where a kill has torn its last one."""
     if not journal.is_file():
         return []
     data = journal.read_bytes()
@@ -157,7 +157,7 @@ def _unchanged(file: Path, since_ns: int) -> bool:
 
 
 def split_findings(listing: Listing, examined: list[Examined | str]) -> Iterator[Finding]:
-    """Samples that cannot be used, contradict their label, or are not what their suffix says."""
+    """Find samples of no use, and those whose name says another label or another format."""
     for bad in listing.bad:
         yield Finding("bad", bad.path, bad.reason)
     wordnet = are_wordnet_ids(listing.classes)
@@ -178,7 +178,7 @@ def split_findings(listing: Listing, examined: list[Examined | str]) -> Iterator
 def duplicate_findings(
     splits: Mapping[str, tuple[Listing, list[Examined | str]]],
 ) -> Iterator[Finding]:
-    """Samples whose bytes are those of another one, in the same split or an earlier one."""
+    """Find samples whose bytes are those of another one, in the same split or an earlier one."""
     first: dict[str, tuple[str, str, str]] = {}
     for split, (listing, examined) in splits.items():
         for i, result in enumerate(examined):
@@ -194,12 +194,12 @@ def duplicate_findings(
 
 
 def are_wordnet_ids(classes: tuple[str, ...]) -> bool:
-    """Whether the classes look like ImageNet's."""
+    """Return whether the classes look like ImageNet's."""
     return all(WORDNET_ID.fullmatch(name) for name in classes)
 
 
 def imagenet_findings(listing: Listing) -> Iterator[Finding]:
-    """What is missing in "train" or "val" against ImageNet-1k, if the classes are WordNet ids."""
+    """Find what ImageNet-1k has more than "train" or "val", if the classes are WordNet ids."""
     total = IMAGENET_COUNTS.get(listing.split)
     if total is None or not are_wordnet_ids(listing.classes):
         return
@@ -238,15 +238,15 @@ def _some(names: list[str], most: int = 5) -> str:
 def index_findings(
     root: str | Path, index_dir: Path, listing: Listing, examined: list[Examined | str]
 ) -> Iterator[Finding]:
-    """Whether the index of the split, if there is one, is still that of its files."""
+    """Find out whether the index of the split, if there is one, is still that of its files."""
     file = index_file(index_dir, listing.split)
     if not file.is_file():
         return
     try:
         index = load_index(file)
         check_fresh(index, root, file)
-    except UserError as e:
-        yield Finding("index", str(file), str(e))
+    except UserError as error:
+        yield Finding("index", str(file), str(error))
         return
     probes = [result if isinstance(result, str) else result.probe for result in examined]
     now, _ = assemble(root, listing, probes)

@@ -9,24 +9,22 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tetdist.data.index import Index
-from tetdist.data.pixels import (
-    Interpolation,
-)
+from tetdist.data.pixels import Interpolation
 from tetdist.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """What a loader works with.
+    """Resources of a loader.
 
     Attributes:
-        device: where the batches come out; "gpu" also decodes (DALI's mixed decoder) and resizes
+        device: Where the batches come out; "gpu" also decodes (DALI's mixed decoder) and resizes
             there.
-        device_id: the GPU's number; None for the CPU.
-        threads: threads that read, as many that decode, and as many that finish images. A thread
+        device_id: The GPU's number; None for the CPU.
+        threads: Threads that read, as many that decode, and as many that finish images. A thread
             that waits for a file does nothing else: slow storage needs more of them than there are
             cores.
-        prefetch: batches that are worked on ahead of the consumer.
+        prefetch: Batches that are worked on ahead of the consumer.
     """
 
     device: Literal["cpu", "gpu"]
@@ -35,24 +33,27 @@ class Workers:
     prefetch: int
 
 
-# Gives the pipeline's inputs for the next batch, or raises StopIteration.
+# A source gives the pipeline's inputs for the next batch, or raises StopIteration.
 Source = Callable[[], tuple[Any, ...]]
-# Takes DALI's module and the source of its inputs, gives the node of the images.
+# A graph takes DALI's module and the source of its inputs, and gives the node of the images.
 Graph = Callable[[Any, Source], Any]
 
 
 def import_dali() -> Any:
     try:
         return importlib.import_module("nvidia.dali")
-    except ModuleNotFoundError as e:
+    except ModuleNotFoundError as error:
         raise UserError(
             "DALI is not installed: pip install 'tetdist[cuda130]' (CUDA 13, or no GPU) or"
             " 'tetdist[cuda120]' (CUDA 12)"
-        ) from e
+        ) from error
 
 
 def image_graph(workers: Workers, interpolation: Interpolation) -> Graph:
-    """Decode windows, and resize them on a GPU: (H, W, 3) uint8, each of its own size."""
+    """Make a graph that decodes windows, and resizes them on a GPU.
+
+    Each comes out as (H, W, 3) uint8, of its own size.
+    """
 
     def graph(dali: Any, source: Source) -> Any:
         fn, types = dali.fn, dali.types
@@ -62,7 +63,7 @@ def image_graph(workers: Workers, interpolation: Interpolation) -> Graph:
             num_outputs=4 if on_gpu else 3,
             dtype=[types.UINT8, types.INT32, types.INT32] + ([types.FLOAT] if on_gpu else []),
             ndim=[1, 1, 1] + ([1] if on_gpu else []),
-            # The stream's arrays are nobody else's.
+            # Nobody else has the stream's arrays, so DALI need not copy them.
             no_copy=True,
         )
         windows = fn.decoders.image_slice(
@@ -71,8 +72,8 @@ def image_graph(workers: Workers, interpolation: Interpolation) -> Graph:
             start=corner,
             shape=extent,
             axis_names="HW",
-            # PIL does not turn images by their EXIF orientation, and the index has their sizes as
-            # stored.
+            # PIL does not turn images by their EXIF orientation either, and the index has their
+            # sizes as stored.
             adjust_orientation=False,
         )
         if not on_gpu:
@@ -84,7 +85,7 @@ def image_graph(workers: Workers, interpolation: Interpolation) -> Graph:
 
 
 def event_graph(workers: Workers, index: Index) -> Graph:
-    """Copy frames to the device and make them float32."""
+    """Make a graph that copies frames to the device and makes them float32."""
 
     def graph(dali: Any, source: Source) -> Any:
         fn, types = dali.fn, dali.types

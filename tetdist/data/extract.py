@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from tetdist.data.archives import ByteRange
 from tetdist.data.layouts import Listing
-from tetdist.data.probe import SAMPLES_PER_TASK, Place
-from tetdist.data.processes import Progress, run_tasks
+from tetdist.data.probe import SAMPLES_PER_TASK
+from tetdist.data.processes import ReportProgress, run_tasks
 from tetdist.errors import UserError
-from tetdist.files import check_space, only_writer, replacing
+from tetdist.files import check_space, explaining, only_writer, replacing
 
 _NUMBER = re.compile(r"^\d{8}-(?=.)")
 
@@ -18,26 +19,30 @@ _NUMBER = re.compile(r"^\d{8}-(?=.)")
 class _Task(NamedTuple):
     root: str
     folder: str
-    places: Sequence[Place]
+    byte_ranges: Sequence[ByteRange]
     files: Sequence[str]
 
 
 def extract_split(
-    root: str | Path, listing: Listing, dest: Path, workers: int, progress: Progress | None = None
+    root: str | Path,
+    listing: Listing,
+    dest: Path,
+    workers: int,
+    progress: ReportProgress | None = None,
 ) -> None:
     """Write each sample of a listing to DEST/SPLIT/CLASS/NAME, without the folders in its name.
 
     Files that are there already are kept, so an extraction that was stopped continues.
 
     Args:
-        root: the data root of the listing.
-        listing: of samples in archives.
-        dest: the new data root.
-        workers: processes.
-        progress: called with the number of samples done and of all.
+        root: The data root of the listing.
+        listing: Samples in archives.
+        dest: The new data root.
+        workers: Processes.
+        progress: Called with the number of samples done and of all.
 
     Raises:
-        UserError: if the listing is not of archives, a name cannot be a file's or comes twice in a
+        UserError: The listing is not of archives, a name cannot be a file's or comes twice in a
             class, another process writes to the folder, it holds another file of that name, or the
             disk is full.
     """
@@ -49,16 +54,16 @@ def extract_split(
         for name in listing.classes:
             (folder / name).mkdir(exist_ok=True)
         missing = [
-            place.size or 0
-            for place, file in zip(listing.places, files, strict=True)
-            if not _is_there(folder / file, place)
+            byte_range.size or 0
+            for byte_range, file in zip(listing.byte_ranges, files, strict=True)
+            if not _is_there(folder / file, byte_range)
         ]
         check_space(folder, sum(missing))
         tasks = [
             _Task(
                 str(root),
                 str(folder),
-                listing.places[i : i + SAMPLES_PER_TASK],
+                listing.byte_ranges[i : i + SAMPLES_PER_TASK],
                 files[i : i + SAMPLES_PER_TASK],
             )
             for i in range(0, len(files), SAMPLES_PER_TASK)
@@ -68,12 +73,12 @@ def extract_split(
             done += count
             if progress is not None:
                 progress(done, len(files))
-        # Once for all: to wait for the disk after each file would take hours.
+        # This waits once for all files: to wait after each would take hours.
         os.sync()
 
 
 def _file_names(listing: Listing) -> list[str]:
-    """CLASS/NAME of each sample."""
+    """Path CLASS/NAME of each sample."""
     for name in listing.classes:
         if "/" in name or "\0" in name or name.startswith("."):
             raise UserError(
@@ -95,25 +100,25 @@ def _file_names(listing: Listing) -> list[str]:
     return list(seen)
 
 
-def _is_there(file: Path, place: Place) -> bool:
-    """Whether the file has been extracted before."""
+def _is_there(file: Path, byte_range: ByteRange) -> bool:
+    """Return whether the file has been extracted before."""
     size = file.stat().st_size if file.exists() else 0
     # A file gets its name when it is whole, but a power cut soon afterwards may leave it empty.
-    if size not in (0, place.size):
+    if size not in (0, byte_range.size):
         raise UserError(f"{file} exists and is another file: name another folder")
-    return size == place.size
+    return size == byte_range.size
 
 
 def _extract(task: _Task) -> int:
-    for place, name in zip(task.places, task.files, strict=True):
+    for byte_range, name in zip(task.byte_ranges, task.files, strict=True):
         file = Path(task.folder, name)
-        if _is_there(file, place):
+        if _is_there(file, byte_range):
             continue
-        with Path(task.root, place.file).open("rb") as source:
-            source.seek(place.offset)
-            data = source.read(place.size or 0)
-        if len(data) != place.size:
-            raise UserError(f"{place.file} in {task.root} has become shorter: fetch it again")
-        with replacing(file, sync=False) as stream:
+        with Path(task.root, byte_range.file).open("rb") as source:
+            source.seek(byte_range.offset)
+            data = source.read(byte_range.size or 0)
+        if len(data) != byte_range.size:
+            raise UserError(f"{byte_range.file} in {task.root} has become shorter: fetch it again")
+        with explaining(file), replacing(file, sync=False) as stream:
             stream.write(data)
     return len(task.files)

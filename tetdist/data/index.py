@@ -1,8 +1,8 @@
-"""The index of one split: each sample's place, class and size, found out once and verified.
+"""The index of one split: each sample's bytes, class and size, found out once and verified.
 
 Training reads the index and never scans a directory tree or a tar file; crop windows are computed
 from its sizes; and a file that would kill the DALI pipeline in the night is found and named when it
-is built. sources.py knows how a split may lie on disk.
+is built. layouts.py knows how a split may lie on disk.
 """
 
 import hashlib
@@ -14,21 +14,21 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import numpy as np
 import numpy.typing as npt
 
-from tetdist.data.archives import BadFile
+from tetdist.data.archives import BadFile, ByteRange
 from tetdist.data.layouts import Kind, Listing, list_class, list_classes, list_split
-from tetdist.data.probe import Place, Probe, probe_all, probe_image, probe_tensor
-from tetdist.data.processes import Progress
+from tetdist.data.probe import Probe, probe_all, probe_image, probe_tensor
+from tetdist.data.processes import ReportProgress
 from tetdist.errors import UserError, typed
-from tetdist.files import replacing
+from tetdist.files import explaining, replacing
 
 _FORMAT_VERSION = 2
 _SAMPLED_FILES = 10_000
-# What reading an .npz raises where its bytes are not what was written.
+# Reading an .npz raises one of these where its bytes are not what was written.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -40,8 +40,8 @@ class Index:
 
     Attributes:
         kind: "images", or "events" for pre-binned tensors of shape (T, 2, H, W).
-        split: name of the split.
-        classes: the K class names; a label is a position among them. Those of class folders are
+        split: Name of the split.
+        classes: The K class names; a label is a position among them. Those of class folders are
             sorted.
         labels: (N,).
         heights: (N,) pixels, as stored: not turned by an EXIF orientation.
@@ -49,15 +49,15 @@ class Index:
         file_sizes: (N,) bytes of each sample.
         offsets: (N,) bytes before each sample in its archive; 0 for a file of its own.
         archive_ids: (N,) which archive; -1 for a file of its own.
-        archives: the A archives' paths, relative to the data root.
+        archives: The A archives' paths, relative to the data root.
         archive_sizes: (A,) bytes.
-        path_blob: all samples' paths, relative to the data root or, in an archive, their names in
+        path_blob: All samples' paths, relative to the data root or, in an archive, their names in
             it, one after another in the file system's encoding. A list of 1.28M str would take
             130 MB, this takes 50.
         path_offsets: (N + 1,) where each path begins in the blob.
         class_mtimes_ns: (K,) when the listing of each class folder last changed; (0,) of archives.
-        skipped: paths of the files that were left out because they cannot be used.
-        options: of tools/images.py, beside those that every split has, with which it was built.
+        skipped: Paths of the files that were left out because they cannot be used.
+        options: Options of tools/images.py, beside those that every split has, that built it.
         timesteps: T of event tensors; None for images.
         dtype: "uint8" or "float16" for event tensors; None for images.
         fingerprint: SHA-256, in hex, of what training sees of it: kind, split, classes, labels
@@ -94,10 +94,10 @@ class Index:
         name = os.fsdecode(self.path_blob[start:end].tobytes())
         return f"{self.archives[self.archive_ids[i]]}/{name}" if self.archives else name
 
-    def place(self, i: int) -> Place:
-        """Where the bytes of sample `i` lie."""
+    def byte_range(self, i: int) -> ByteRange:
+        """Return where the bytes of sample `i` lie."""
         file = self.archives[self.archive_ids[i]] if self.archives else self.path(i)
-        return Place(file, int(self.offsets[i]), int(self.file_sizes[i]))
+        return ByteRange(file, int(self.offsets[i]), int(self.file_sizes[i]))
 
     def command(self, root: str | Path) -> str:
         """The command line that builds this index again, for messages."""
@@ -121,7 +121,7 @@ _META = (*_NAMES, "kind", "split", "options", "timesteps", "dtype", "fingerprint
 
 
 def index_file(index_dir: str | Path, split: str) -> Path:
-    """Where the index of a split lies in a folder of indexes."""
+    """Path of the index of a split in a folder of indexes."""
     return Path(index_dir, f"{split}.npz")
 
 
@@ -132,16 +132,16 @@ def index_command(root: str | Path, split: str, kind: Kind = "images") -> str:
 
 
 def save_index(index: Index, file: str | Path) -> None:
-    """Write the index as an uncompressed .npz: aside first, synced, then renamed into place.
+    """Write the index as an uncompressed .npz: whole or not at all.
 
     Raises:
-        UserError: if it cannot be written; an older one remains as it is.
+        UserError: It cannot be written; an older one remains as it is.
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     meta = {"version": _FORMAT_VERSION} | {name: getattr(index, name) for name in _META}
     arrays = {name: getattr(index, name) for name in _ARRAYS}
-    with replacing(file) as stream:
+    with explaining(file), replacing(file) as stream:
         np.savez(stream, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
 
 
@@ -149,7 +149,7 @@ def load_index(file: str | Path) -> Index:
     """Read what `save_index` wrote.
 
     Raises:
-        UserError: if the file is missing, damaged, or of another version of the format.
+        UserError: The file is missing, damaged, or of another version of the format.
     """
     file = Path(file)
     # The default place is <root>/index/<split>.npz; elsewhere the root is the user's to fill in.
@@ -173,16 +173,16 @@ def load_index(file: str | Path) -> Index:
             values |= {name: _read_array(archive, name) for name in _ARRAYS}
     except UserError:
         raise
-    except _DAMAGE as e:
+    except _DAMAGE as error:
         raise UserError(
-            f"the index {file} is damaged ({e}): build it again with `{command}`"
-        ) from e
+            f"the index {file} is damaged ({error}): build it again with `{command}`"
+        ) from error
     return Index(**values | {name: tuple(values[name]) for name in _NAMES})
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> Any:
-    # zipfile checks the CRC of what it reads to the end; np.load would do the same, but takes a
-    # file that is not a zip for a pickle.
+    # zipfile checks the CRC of what it reads to the end. np.load would do the same, but would take
+    # a file that is not a zip for a pickle.
     with archive.open(f"{name}.npy") as stream:
         return np.lib.format.read_array(stream, allow_pickle=False)
 
@@ -192,7 +192,7 @@ def build_index(
     split: str,
     workers: int,
     decode: bool = True,
-    progress: Progress | None = None,
+    progress: ReportProgress | None = None,
 ) -> tuple[Index, list[BadFile]]:
     """List and index a split of images; see `list_split` and `index_listing`."""
     listing = list_split(root, split, "images", workers)
@@ -200,7 +200,7 @@ def build_index(
 
 
 def build_event_index(
-    root: str | Path, split: str, workers: int, progress: Progress | None = None
+    root: str | Path, split: str, workers: int, progress: ReportProgress | None = None
 ) -> tuple[Index, list[BadFile]]:
     """Index a split of event tensors, .npy files of one shape (T, 2, H, W) and one type.
 
@@ -215,29 +215,32 @@ def index_listing(
     listing: Listing,
     workers: int,
     decode: bool = True,
-    progress: Progress | None = None,
+    progress: ReportProgress | None = None,
 ) -> tuple[Index, list[BadFile]]:
     """Open every sample of a listing and make the index of the good ones.
 
     Args:
-        root: the data root.
-        listing: what `list_split` found.
-        workers: processes that open and decode. With more than one, the calling script must guard
+        root: The data root.
+        listing: What `list_split` found.
+        workers: Processes that open and decode. With more than one, the calling script must guard
             its main part with `if __name__ == "__main__"`.
-        decode: decode every image completely, so that damage is found now; else only its header
+        decode: Decode every image completely, so that damage is found now; else only its header
             is looked at.
-        progress: called with the number of samples done and of all, now and then.
+        progress: Called with the number of samples done and of all, now and then.
 
     Returns:
         The index of the good samples, and the bad ones in order.
 
     Raises:
-        UserError: if a worker dies.
+        UserError: A worker dies.
     """
-    if listing.kind == "events":
-        found = probe_all(probe_tensor, (), root, listing.places, workers, progress)
-    else:
-        found = probe_all(probe_image, (decode,), root, listing.places, workers, progress)
+    match listing.kind:
+        case "events":
+            found = probe_all(probe_tensor, (), root, listing.byte_ranges, workers, progress)
+        case "images":
+            found = probe_all(probe_image, (decode,), root, listing.byte_ranges, workers, progress)
+        case _:
+            assert_never(listing.kind)
     return assemble(root, listing, found)
 
 
@@ -250,7 +253,7 @@ def check_fresh(index: Index, root: str | Path, file: str | Path | None = None) 
     With ``file`` (the index's own), modification times are compared with its own, too.
 
     Raises:
-        UserError: if they are not; it names the first difference and the command to index again.
+        UserError: They are not; it names the first difference and the command to index again.
     """
     again = f"index the data again with `{index.command(root)}`"
     if index.archives:
@@ -264,8 +267,10 @@ def check_fresh(index: Index, root: str | Path, file: str | Path | None = None) 
     for path, size in known:
         try:
             status = Path(root, path).stat()
-        except OSError as e:
-            raise UserError(f"{path} in {root} cannot be read ({e.strerror}): {again}") from e
+        except OSError as error:
+            raise UserError(
+                f"{path} in {root} cannot be read ({error.strerror}): {again}"
+            ) from error
         if status.st_size != size:
             raise UserError(
                 f"{path} has {status.st_size} bytes where the index says {size}: {again}"
@@ -319,9 +324,9 @@ def assemble(
     """The index of a listing's good samples, and the bad ones.
 
     Args:
-        root: the data root.
+        root: The data root.
         listing: N samples.
-        found: what was found out about each, or the reason why it cannot be used.
+        found: What was found out about each, or the reason why it cannot be used.
     """
     good: list[Probe] = []
     rows: list[int] = []
@@ -352,13 +357,13 @@ def assemble(
         digest.update(values[name].tobytes())
     if listing.kind == "events":
         digest.update(b"\0".join(names))
-    places = [listing.places[i] for i in rows]
+    ranges = [listing.byte_ranges[i] for i in rows]
     index = Index(
         kind=listing.kind,
         split=listing.split,
         classes=listing.classes,
-        offsets=np.array([place.offset for place in places], np.int64),
-        archive_ids=np.array([archive_ids.get(place.file, -1) for place in places], np.int32),
+        offsets=np.array([r.offset for r in ranges], np.int64),
+        archive_ids=np.array([archive_ids.get(r.file, -1) for r in ranges], np.int32),
         archives=listing.archives,
         archive_sizes=np.array([Path(root, f).stat().st_size for f in listing.archives], np.int64),
         path_blob=np.frombuffer(b"".join(names), np.uint8),

@@ -1,4 +1,4 @@
-"""How a split lies on disk, and the list of its samples: class folders, shards, official tars.
+"""Layouts of a split on disk, and the list of its samples: class folders, shards, official tars.
 
 | layout | train | val |
 |---|---|---|
@@ -17,16 +17,15 @@ from pathlib import Path, PurePath
 from typing import Literal
 
 from tetdist.data import archives
-from tetdist.data.archives import BadFile, Member, Span
-from tetdist.data.probe import Place
-from tetdist.data.processes import Progress, run_tasks
+from tetdist.data.archives import BadFile, ByteRange, Member
+from tetdist.data.processes import ReportProgress, run_tasks
 from tetdist.errors import UserError
 
 Kind = Literal["images", "events"]
 
-# Of images, the list of torchvision's ImageFolder; compared without regard to case.
+# Those of images are torchvision's ImageFolder's; they are compared without regard to case.
 _SUFFIXES: dict[Kind, tuple[str, ...]] = {"images": archives.IMAGE_SUFFIXES, "events": (".npy",)}
-# What the public shards call the splits.
+# Names that the public shards have for a split.
 _ALIASES = {"val": ("val", "validation")}
 CLASSES_FILE = "classes.txt"
 _DEVKIT_FILE = "ILSVRC2012_devkit_t12.tar.gz"
@@ -35,13 +34,13 @@ IMAGENET = "imagenet-1k"
 
 @dataclass(frozen=True)
 class Hints:
-    """What the user says about a split where its place does not say it.
+    """Facts about a split that the user gives where its folder does not show them.
 
     Attributes:
-        shards: its shards, relative to the data root: a folder, or a pattern with * ? [] {a,b}
+        shards: Its shards, relative to the data root: a folder, or a pattern with * ? [] {a,b}
             {0000..1023}.
-        labels: the labels of the official validation tar: see `archives.validation_labels`.
-        classes: class names in the order of the shards' labels: a text file with a name a line, or
+        labels: The labels of the official validation tar: see `archives.validation_labels`.
+        classes: Class names in the order of the shards' labels: a text file with a name a line, or
             "imagenet-1k" for its 1,000 WordNet ids.
     """
 
@@ -50,7 +49,7 @@ class Hints:
     classes: str | None = None
 
     def options(self, split: str) -> str:
-        """The command line's options that say the same."""
+        """Return the command line's options that say the same."""
         given = {
             "--shards": self.shards and f"{split}={self.shards}",
             "--labels": self.labels,
@@ -65,15 +64,15 @@ class Listing:
 
     Attributes:
         kind: "images" or "events".
-        split: the split's name.
-        classes: the class names; a label is a position among them.
-        labels: of each sample.
-        names: paths relative to the data root; of a sample in an archive the name in it.
-        places: where the bytes of each sample lie.
-        class_mtimes_ns: when the listing of each class folder last changed; none for archives.
-        archives: the tar files that hold the samples, sorted; none for class folders.
-        bad: samples that cannot be used for lack of a label, and the like.
-        options: of the command line, with which the split is listed again.
+        split: The split's name.
+        classes: The class names; a label is a position among them.
+        labels: Label of each sample.
+        names: Paths relative to the data root; of a sample in an archive the name in it.
+        byte_ranges: Where the bytes of each sample lie.
+        class_mtimes_ns: When the listing of each class folder last changed; none for archives.
+        archives: The tar files that hold the samples, sorted; none for class folders.
+        bad: Samples that cannot be used for lack of a label, and the like.
+        options: Options of the command line that list the split again.
     """
 
     kind: Kind
@@ -81,7 +80,7 @@ class Listing:
     classes: tuple[str, ...]
     labels: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    places: list[Place] = field(default_factory=list)
+    byte_ranges: list[ByteRange] = field(default_factory=list)
     class_mtimes_ns: list[int] = field(default_factory=list)
     archives: tuple[str, ...] = ()
     bad: list[BadFile] = field(default_factory=list)
@@ -89,7 +88,7 @@ class Listing:
 
     def path(self, i: int) -> str:
         """Path of sample `i` for messages: a member follows its archive's name."""
-        return f"{self.places[i].file}/{self.names[i]}" if self.archives else self.names[i]
+        return f"{self.byte_ranges[i].file}/{self.names[i]}" if self.archives else self.names[i]
 
 
 def list_split(
@@ -98,20 +97,20 @@ def list_split(
     kind: Kind,
     workers: int = 1,
     hints: Hints | None = None,
-    progress: Progress | None = None,
+    progress: ReportProgress | None = None,
 ) -> Listing:
     """List a split in whichever of the layouts it has.
 
     Args:
-        root: the data root.
-        split: the split's name.
-        kind: what the samples are. Event tensors lie in class folders.
-        workers: processes that read tar files.
-        hints: what the user says about the split.
-        progress: called with the number of tar files read and of all.
+        root: The data root.
+        split: The split's name.
+        kind: What the samples are. Event tensors lie in class folders.
+        workers: Processes that read tar files.
+        hints: What the user says about the split.
+        progress: Called with the number of tar files read and of all.
 
     Raises:
-        UserError: if there is no such split or it is incomplete or damaged, there are fewer than
+        UserError: There is no such split or it is incomplete or damaged, there are fewer than
             two classes, or a class has no sample.
     """
     root, hints = Path(root), hints or Hints()
@@ -133,7 +132,7 @@ def list_classes(root: str | Path, split: str) -> tuple[str, ...]:
     """The sorted class names of a split in class folders, without hidden ones.
 
     Raises:
-        UserError: if the split's folder is missing or holds fewer than two class folders.
+        UserError: The split's folder is missing or holds fewer than two class folders.
     """
     folder = Path(root, split)
     if not Path(root).is_dir():
@@ -163,10 +162,10 @@ def check_same_classes(classes: Mapping[str, tuple[str, ...]]) -> None:
     """Make sure that a label means the same in several splits.
 
     Args:
-        classes: the class names of each split.
+        classes: The class names of each split.
 
     Raises:
-        UserError: if they differ; it names the first difference.
+        UserError: They differ; it names the first difference.
     """
     (first, expected), *others = classes.items()
     for split, names in others:
@@ -190,7 +189,7 @@ def _list_folder(root: Path, split: str, kind: Kind) -> Listing:
     found = Listing(kind=kind, split=split, classes=list_classes(root, split))
     for label, name in enumerate(found.classes):
         folder = root / split / name
-        # Taken before the listing: a file added in between must make the index stale, not fresh.
+        # The time is taken first: a file added before the listing must make the index stale.
         found.class_mtimes_ns.append(folder.stat().st_mtime_ns)
         files = list_class(folder, kind)
         if not files:
@@ -198,12 +197,12 @@ def _list_folder(root: Path, split: str, kind: Kind) -> Listing:
             raise UserError(f"the class folder {folder} holds no {kind} ({wanted})")
         found.labels.extend([label] * len(files))
         found.names.extend(f"{split}/{name}/{file}" for file in files)
-    found.places = [Place(name) for name in found.names]
+    found.byte_ranges = [ByteRange(name) for name in found.names]
     return found
 
 
 def _list_shards(
-    root: Path, split: str, workers: int, hints: Hints, progress: Progress | None
+    root: Path, split: str, workers: int, hints: Hints, progress: ReportProgress | None
 ) -> Listing:
     files = _expand(root, hints.shards) if hints.shards else _shards_of(root, split)
     work = functools.partial(_shard_samples, root)
@@ -230,7 +229,7 @@ def _shard_samples(root: Path, file: str) -> archives.Samples:
 
 
 def _shards_of(root: Path, split: str) -> list[str]:
-    """A split's shards where nobody says which they are, relative to the root, sorted."""
+    """Find a split's shards by their names: paths relative to the root, sorted."""
     if (root / split).is_dir():
         files = [f"{split}/{name}" for name in _listing(root / split, _is_tar)]
     else:
@@ -246,7 +245,7 @@ def _is_tar(entry: os.DirEntry[str]) -> bool:
 
 
 def _check_no_gaps(root: Path, files: list[str]) -> None:
-    """Shards are numbered from 0; one that is missing has not been fetched."""
+    """Refuse shards, which are numbered from 0, of which one is missing: it was not fetched."""
     parts = [re.fullmatch(r"(.*?)(\d+)(\.tar)", file) for file in files]
     numbers = {int(part[2]) for part in parts if part}
     if len(numbers) == len(files) and files and (first := parts[0]) is not None:
@@ -264,7 +263,7 @@ def _expand(root: Path, pattern: str) -> list[str]:
     """The tar files that a pattern means, relative to the root.
 
     Raises:
-        UserError: if one does not exist, or lies elsewhere.
+        UserError: One does not exist, or lies elsewhere.
     """
     if (root / pattern).is_dir():
         pattern = f"{pattern}/*.tar"
@@ -280,7 +279,7 @@ def _expand(root: Path, pattern: str) -> list[str]:
 
 
 def _braces(pattern: str) -> list[str]:
-    """{a,b} and {000..123} written out, as a shell does it."""
+    """Write out {a,b} and {000..123}, as a shell does."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found is None:
         return [pattern]
@@ -334,21 +333,19 @@ def imagenet_classes() -> tuple[str, ...]:
 
 
 def _list_training_tar(
-    root: Path, file: str, split: str, workers: int, hints: Hints, progress: Progress | None
+    root: Path, file: str, split: str, workers: int, hints: Hints, progress: ReportProgress | None
 ) -> Listing:
-    spans = archives.class_tars(root / file)
+    tars = archives.class_tars(root / file)
     listing = Listing(
         kind="images",
         split=split,
-        classes=tuple(sorted(spans)),
+        classes=tuple(sorted(tars)),
         archives=(file,),
         options=hints.options(split),
     )
-    if len(spans) < 2:
-        raise UserError(
-            f"{root / file} holds {len(spans)} tars of classes: at least two are needed"
-        )
-    inner = [spans[name] for name in listing.classes]
+    if len(tars) < 2:
+        raise UserError(f"{root / file} holds {len(tars)} tars of classes: at least two are needed")
+    inner = [tars[name] for name in listing.classes]
     members = run_tasks(archives.images, inner, workers, progress)
     for label, (name, found) in enumerate(zip(listing.classes, members, strict=True)):
         if not found:
@@ -365,7 +362,7 @@ def _list_validation_tar(root: Path, file: str, split: str, hints: Hints) -> Lis
             f"the labels of {root / file} are missing: put {_DEVKIT_FILE} beside it, or name a file"
             " of labels with --labels"
         )
-    members = sorted(archives.images(Span(root / file)))
+    members = sorted(archives.images(ByteRange(str(root / file))))
     if not members:
         raise UserError(f"{root / file} holds no images")
     names = [member.name for member in members]
@@ -388,14 +385,14 @@ def _list_validation_tar(root: Path, file: str, split: str, hints: Hints) -> Lis
 
 def _add(listing: Listing, file: str, members: list[Member], labels: list[int]) -> None:
     listing.names.extend(member.name for member in members)
-    listing.places.extend(Place(file, member.offset, member.size) for member in members)
+    listing.byte_ranges.extend(ByteRange(file, member.offset, member.size) for member in members)
     listing.labels.extend(labels)
 
 
 def _sorted(listing: Listing) -> Listing:
-    """By class, then by name, like class folders: packed otherwise, the data are the same."""
-    rows = sorted(zip(listing.labels, listing.names, listing.places, strict=True))
+    """Sort by class, then by name, like class folders: packed otherwise, the data are the same."""
+    rows = sorted(zip(listing.labels, listing.names, listing.byte_ranges, strict=True))
     listing.labels = [label for label, _, _ in rows]
     listing.names = [name for _, name, _ in rows]
-    listing.places = [place for _, _, place in rows]
+    listing.byte_ranges = [byte_range for _, _, byte_range in rows]
     return listing

@@ -4,7 +4,7 @@ Whatever DALI leaves to do is done by threads (pixels.py), ahead of the consumer
 """
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -15,31 +15,23 @@ import torch
 
 from tetdist.data.dali import Graph, Source, Workers, import_dali
 from tetdist.data.index import Index
-from tetdist.data.pixels import (
-    Edits,
-    Output,
-    cut_out,
-    edited,
-    normalized,
-)
-from tetdist.data.probe import probe_image, probe_place
-from tetdist.data.transforms import (
-    Mix,
-)
+from tetdist.data.pixels import Edits, Output, cut_out, edited, normalized
+from tetdist.data.probe import probe_image, probe_range
+from tetdist.data.transforms import Mix, Transform
 from tetdist.errors import UserError
 
 _NAMED_FILES = 5
 
 
 class Batch(NamedTuple):
-    """B samples.
+    """A batch of B samples.
 
     Attributes:
-        images: float32, (B, 3, H, W) in channels_last memory, or (B, T, 2, H, W) for events; on the
+        images: Float32, (B, 3, H, W) in channels_last memory, or (B, T, 2, H, W) for events; on the
             loader's device.
-        labels: int64, (B,), on the same device.
-        ids: int64, (B,), numbers of the samples in the index.
-        mix: how the images are to be mixed with each other (mixing.py); None: not at all.
+        labels: Int64, (B,), on the same device.
+        ids: Int64, (B,), numbers of the samples in the index.
+        mix: How the images are to be mixed with each other (mixing.py); None: not at all.
     """
 
     images: torch.Tensor
@@ -48,20 +40,25 @@ class Batch(NamedTuple):
     mix: Mix | None = None
 
 
+Transforms = tuple[tuple[Transform, npt.NDArray[np.float64]], ...]
+
+
 class Inputs(NamedTuple):
-    """What a batch is made from.
+    """Inputs of DALI and of the finishing threads for one batch.
 
     Attributes:
         ids: (B,) sample numbers.
         arrays: DALI's inputs, each an array (B, ...) or a list of B arrays.
-        edits: what becomes of images after that; None for events.
-        mix: what the batch says about mixing.
+        edits: What becomes of images after that; None for events.
+        mix: What the batch says about mixing.
+        transforms: What finished samples go through in the end, with its draws (B, n).
     """
 
     ids: npt.NDArray[np.int64]
     arrays: tuple[npt.NDArray[Any] | list[npt.NDArray[Any]], ...]
     edits: Edits | None
     mix: Mix | None
+    transforms: Transforms
 
 
 Stream = Generator[Inputs, None, None]
@@ -102,7 +99,7 @@ class Loader:
             num_threads=workers.threads,
             device_id=workers.device_id if on_gpu else None,
             prefetch_queue_depth=workers.prefetch,
-            # The executor whose outputs outlive the next iteration: they need no copy.
+            # Outputs of this executor outlive the next iteration, so they need no copy.
             exec_dynamic=True,
         )
         with self._pipeline:
@@ -124,7 +121,7 @@ class Loader:
             self._ahead.append(self._taker.submit(self._take))
         try:
             batch = self._ahead.popleft().result()
-        except (UserError, RuntimeError):
+        except Exception:
             self.close()
             raise
         if batch is None:
@@ -133,7 +130,7 @@ class Loader:
         return batch
 
     def _take(self) -> Batch | None:
-        """The next batch; None after the last one."""
+        """Take the next batch; None after the last one."""
         try:
             (output,) = self._pipeline.run()
         except StopIteration:
@@ -153,21 +150,23 @@ class Loader:
             images = torch.from_dlpack(output.as_tensor())
         else:
             images = self._finished(output, inputs.edits)
+        if inputs.transforms:
+            self._divided(len(images), _transform_part, images, inputs.transforms)
         return self._batch(images, inputs.ids, inputs.mix)
 
     def _finished(self, windows: Any, edits: Edits) -> torch.Tensor:
-        """(B, 3, H, W) in channels_last memory, from the decoded windows."""
+        """Finish decoded windows: (B, 3, H, W) in channels_last memory."""
         assert self._output is not None
         num_images, size = len(edits.size), self._output.size
         images = torch.empty(num_images, size, size, 3, device=self._device)
-        parts = np.array_split(np.arange(num_images), self._workers.threads)
-        work = [
-            self._finishers.submit(_finish_part, windows, edits, self._output, images, part)
-            for part in parts
-        ]
-        for future in work:
-            future.result()
+        self._divided(num_images, _finish_part, images, windows, edits, self._output)
         return images.permute(0, 3, 1, 2)
+
+    def _divided(self, count: int, work: Callable[..., None], *arguments: Any) -> None:
+        """Have the finishing threads do ``work(part, *arguments)`` for all parts of a batch."""
+        parts = np.array_split(np.arange(count), self._workers.threads)
+        for future in [self._finishers.submit(work, part, *arguments) for part in parts]:
+            future.result()
 
     def _next_empty(self) -> Batch:
         if self._empty_batches == 0:
@@ -183,7 +182,7 @@ class Loader:
         return Batch(images, labels.to(self._device), ids, mix)
 
     def _stop(self) -> None:
-        # In this order: what is being taken is still worked on.
+        # The taker ends first, because the finishers still work on what it is taking.
         self._taker.shutdown(cancel_futures=True)
         self._finishers.shutdown()
         self._ahead.clear()
@@ -203,7 +202,7 @@ class Loader:
 
 
 def _finish_part(
-    windows: Any, edits: Edits, output: Output, images: torch.Tensor, part: npt.NDArray[np.int64]
+    part: npt.NDArray[np.int64], images: torch.Tensor, windows: Any, edits: Edits, output: Output
 ) -> None:
     """Write some images of a batch into (B, H, W, 3)."""
     for k in part.tolist():
@@ -212,8 +211,24 @@ def _finish_part(
             cut_out(images[k].permute(2, 0, 1), edits.cutout[k])
 
 
+def _transform_part(
+    part: npt.NDArray[np.int64], images: torch.Tensor, transforms: Transforms
+) -> None:
+    """Send some samples of a batch through transforms of one's own, in place."""
+    for k in part.tolist():
+        for transform, draws in transforms:
+            changed = transform.function(images[k].clone(), tuple(draws[k].tolist()))
+            if changed.shape != images[k].shape:
+                raise UserError(
+                    f"data.transforms: {transform.name} makes a sample of shape"
+                    f" {tuple(changed.shape)} out of {tuple(images[k].shape)}; it must keep the"
+                    " shape"
+                )
+            images[k] = changed
+
+
 def _source(stream: Stream, in_work: deque[Inputs]) -> Source:
-    """The callback by which DALI takes its inputs; it notes what DALI works on."""
+    """Make the callback by which DALI takes its inputs; it notes what DALI works on."""
 
     def source() -> tuple[Any, ...]:
         inputs = next(stream)
@@ -224,10 +239,10 @@ def _source(stream: Stream, in_work: deque[Inputs]) -> Source:
 
 
 def _undecodable(index: Index, root: str | Path, ids: list[int]) -> UserError | None:
-    """The error that names those of the samples that PIL does not decode either, if any."""
+    """Make an error that names those of the samples that PIL does not decode either, if any."""
     bad = []
     for i in ids if index.kind == "images" else []:
-        probe = probe_place(probe_image, root, index.place(i), True)
+        probe = probe_range(probe_image, root, index.byte_range(i), True)
         if isinstance(probe, str):
             bad.append(f"{index.path(i)} ({probe})")
         elif (probe.height, probe.width) != (index.heights[i], index.widths[i]):

@@ -1,6 +1,6 @@
 """Mixup and CutMix: each sample with the one before it in its micro-batch.
 
-Who is mixed with whom and how much are functions of the place in the run (data/transforms.py), so
+Who is mixed with whom, and how much, are functions of the position in the run (transforms.py), so
 that the result does not depend on the number of processes.
 """
 
@@ -12,7 +12,7 @@ from tetdist.data.transforms import Mix
 
 
 def mixed_images(images: Tensor, mix: Mix) -> Tensor:
-    """Images (B, 3, H, W), or event frames (B, T, 2, H, W), all timesteps of a sample alike."""
+    """Mix images (B, 3, H, W), or event frames (B, T, 2, H, W), all timesteps alike."""
     ones = (1,) * (images.ndim - 1)
     kept = torch.as_tensor(mix.pixels, dtype=images.dtype, device=images.device).view(-1, *ones)
     boxes = torch.as_tensor(mix.boxes, device=images.device).view(-1, 4, *ones[:-2], 1, 1)

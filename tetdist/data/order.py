@@ -6,6 +6,7 @@ from one integer, and the number of processes decides only who works on what. Th
 own, in numpy's exact integer arithmetic, so that no release of a library can change an old run.
 """
 
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,8 +33,8 @@ def uniforms(
 
     Args:
         positions: (B,) positions in the epoch's order.
-        num_draws: numbers for each sample.
-        stream: AUGMENTATION or MIXING.
+        num_draws: Numbers for each sample.
+        stream: AUGMENTATION, MIXING, or a `transform_stream`.
 
     Returns:
         (B, num_draws), multiples of 2**-53.
@@ -41,6 +42,13 @@ def uniforms(
     keys = _absorb(_key(stream, seed, epoch), positions.astype(np.uint64))
     words = _absorb(keys[:, None], np.arange(num_draws, dtype=np.uint64))
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def transform_stream(name: str) -> int:
+    """Number of the stream of a transform of one's own, whose draws no other one changes."""
+    digest = hashlib.sha256(f"transform {name}".encode()).digest()
+    # It is in the upper half of all numbers, and the other streams are in the lower.
+    return int.from_bytes(digest[:8], "little") | 2**63
 
 
 def permutation(num_samples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
@@ -81,7 +89,7 @@ def steps_per_epoch(num_samples: int, global_batch: int) -> int:
     """Optimiser steps in an epoch; the samples left over, others in every epoch, are dropped.
 
     Raises:
-        UserError: if there are fewer samples than one step takes.
+        UserError: There are fewer samples than one step takes.
     """
     if num_samples < global_batch:
         raise UserError(
@@ -92,13 +100,13 @@ def steps_per_epoch(num_samples: int, global_batch: int) -> int:
 
 
 def rank_micro_batches(rank: int, world_size: int, global_batch: int, micro_batch: int) -> range:
-    """Which micro-batches of each step a rank works on: every world_size-th, an equal share.
+    """Numbers of a rank's micro-batches in each step: every world_size-th, an equal share.
 
     So those that all ranks work on at the same time are neighbours, and where batch norm is
     synchronised two processes normalise over what one with micro-batches twice as large would.
 
     Raises:
-        UserError: if the global batch is not a multiple of the micro-batch, or its micro-batches
+        UserError: The global batch is not a multiple of the micro-batch, or its micro-batches
             cannot be shared out equally.
     """
     assert 0 <= rank < world_size
@@ -121,7 +129,7 @@ def rank_micro_batches(rank: int, world_size: int, global_batch: int, micro_batc
 def micro_batch_positions(
     step_in_epoch: int, index_in_step: int, global_batch: int, micro_batch: int
 ) -> npt.NDArray[np.int64]:
-    """(micro_batch,) positions in the epoch's order that make up one micro-batch of one step."""
+    """Positions (micro_batch,) in the epoch's order that make up a micro-batch of a step."""
     start = step_in_epoch * global_batch + index_in_step * micro_batch
     return np.arange(start, start + micro_batch, dtype=np.int64)
 
@@ -129,7 +137,7 @@ def micro_batch_positions(
 def evaluation_batches(
     num_samples: int, batch_size: int, rank: int, world_size: int
 ) -> Iterator[npt.NDArray[np.int64]]:
-    """A rank's share of an evaluation: over all ranks each sample once, and every rank as often.
+    """Yield a rank's share of an evaluation: each sample once, and every rank as often.
 
     The samples, in the index's order, are cut into batches that are dealt out in turn. In the last
     round a rank's batch may be smaller, or empty.

@@ -1,4 +1,4 @@
-"""What is done to the pixels of a decoded image: the parameters are transforms.py's.
+"""Changes of the pixels of a decoded image, whose parameters transforms.py computes.
 
 Images are uint8 (H, W, 3) until they are normalised. On a CPU torch resizes: its kernel for bytes
 is Pillow's arithmetic, and several times as fast as DALI's resize.
@@ -26,14 +26,14 @@ _Ints = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, kw_only=True)
 class Edits:
-    """What becomes of each of B decoded windows.
+    """Changes of each of B decoded windows.
 
     Attributes:
         size: (B, 2) height and width that it is resized to.
         corner: (B, 2) row and column of the output where that begins; negative: so much of it is
             cut off. What it does not cover is black.
         mirror: (B,) whether the output is then mirrored left to right.
-        operations: of each, the changes that follow; empty: none of any.
+        operations: Changes of each that follow; empty: none of any.
         cutout: (B, 4) top, left, bottom, right of what is 0 after normalisation; None: nothing.
     """
 
@@ -46,13 +46,13 @@ class Edits:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What all images come out as.
+    """Size and scale of all images that come out.
 
     Attributes:
-        size: height and width.
-        mean: of each channel, where white is 1.
-        std: of each channel, likewise.
-        interpolation: always antialiased.
+        size: Height and width.
+        mean: Mean of each channel, where white is 1.
+        std: Standard deviation of each channel, likewise.
+        interpolation: Always antialiased.
     """
 
     size: int
@@ -66,9 +66,9 @@ def edited(window: Tensor, edits: Edits, k: int, output: Output) -> Tensor:
 
     Args:
         window: (H, W, 3), on any device.
-        edits: of the batch.
-        k: the sample's place in the batch.
-        output: what comes out.
+        edits: Changes of the whole batch.
+        k: The sample's number in the batch.
+        output: What comes out.
     """
     height, width = edits.size[k].tolist()
     row, column = edits.corner[k].tolist()
@@ -81,7 +81,7 @@ def edited(window: Tensor, edits: Edits, k: int, output: Output) -> Tensor:
 
 
 def resized(image: Tensor, height: int, width: int, interpolation: Interpolation) -> Tensor:
-    """(H, W, 3) in another size."""
+    """Bring an image (H, W, 3) to another size."""
     if image.shape[:2] == (height, width):
         return image
     batch = image.permute(2, 0, 1)[None]
@@ -90,7 +90,7 @@ def resized(image: Tensor, height: int, width: int, interpolation: Interpolation
 
 
 def placed(image: Tensor, row: int, column: int, size: int) -> Tensor:
-    """(H, W, 3) laid into a black square with its corner at a row and column, maybe outside."""
+    """Lay (H, W, 3) into a black square, with its corner at a row and column, maybe outside."""
     image = image[max(-row, 0) :, max(-column, 0) :]
     row, column = max(row, 0), max(column, 0)
     image = image[: size - row, : size - column]
@@ -102,10 +102,11 @@ def placed(image: Tensor, row: int, column: int, size: int) -> Tensor:
 
 
 def mirrored(image: Tensor) -> Tensor:
-    """(H, W, 3) mirrored left to right."""
+    """Mirror an image (H, W, 3) left to right."""
     if image.device.type != "cpu":
         return image.flip(1)
-    # torch would divide this among threads of its own, whose start and waiting cost more.
+    # torch would divide this among threads of its own, whose start and waiting cost more than it
+    # does.
     pixels = np.ascontiguousarray(image.numpy()).view("V3")
     return torch.from_numpy(
         np.ascontiguousarray(pixels[:, ::-1]).view(np.uint8).reshape(image.shape)
@@ -113,7 +114,7 @@ def mirrored(image: Tensor) -> Tensor:
 
 
 def operated(image: Tensor, operations: list[Operation]) -> Tensor:
-    """(H, W, 3) after some operations; on a CPU with Pillow, which published recipes use."""
+    """Change an image (H, W, 3); on a CPU with Pillow, which published recipes use."""
     if image.device.type == "cpu":
         picture = Image.fromarray(image.numpy())
         for name, value in operations:
@@ -134,7 +135,8 @@ def _translation(x: float, y: float) -> dict[str, Any]:
     return {"translate": [int(x), int(y)], "shear": [0.0, 0.0]}
 
 
-# An image of Pillow's or a tensor (3, H, W), and the value. What comes in at a side is black.
+# They take an image of Pillow's or a tensor (3, H, W), and the value. What comes in at a side is
+# black.
 _OPERATIONS: dict[str, Callable[[Any, float], Any]] = {
     "brightness": vision.adjust_brightness,
     "contrast": vision.adjust_contrast,
@@ -165,8 +167,8 @@ def normalized(image: Tensor, output: Output, into: Tensor) -> None:
         torch.sub(image, image.new_tensor(mean, dtype=torch.float32), out=into)
         into.mul_(into.new_tensor(scale))
         return
-    # Row by row, since numpy is quick where the innermost dimension is long, and with numpy, which
-    # does not divide it among threads.
+    # This goes row by row, since numpy is quick where the innermost dimension is long. torch would
+    # divide the work among threads, which cost more than they save.
     rows = into.numpy().reshape(output.size, -1)
     np.subtract(image.numpy().reshape(output.size, -1), _row(mean, output.size), out=rows)
     np.multiply(rows, _row(scale, output.size), out=rows)

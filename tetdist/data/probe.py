@@ -1,4 +1,4 @@
-"""Open and decode samples in worker processes: what is good, how large it is, what is wrong.
+"""Open and decode samples in worker processes, to know their sizes and what is wrong with them.
 
 A reason why a sample cannot be used is a plain `str` here, so that one bad file ends nothing.
 """
@@ -11,9 +11,10 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from tetdist.data.processes import Progress, run_tasks
+from tetdist.data.archives import ByteRange
+from tetdist.data.processes import ReportProgress, run_tasks
 
-# What PIL's decoders and DALI's have in common; PIL alone opens many more, whatever the suffix.
+# PIL and DALI both decode these; PIL alone opens many more, whatever the suffix.
 _PIL_FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
 _EXIF_ORIENTATION = 0x0112
 SAMPLES_PER_TASK = 64
@@ -21,30 +22,16 @@ SAMPLES_PER_TASK = 64
 _Result = TypeVar("_Result")
 
 
-class Place(NamedTuple):
-    """Where a sample's bytes lie.
-
-    Attributes:
-        file: path relative to the data root: of the sample's own file, or of an archive.
-        offset: bytes before it in the file.
-        size: bytes; None before anyone has looked, for a file of its own.
-    """
-
-    file: str
-    offset: int = 0
-    size: int | None = None
-
-
 class Probe(NamedTuple):
-    """What was found out about one good sample.
+    """Facts about one good sample.
 
     Attributes:
-        size: bytes.
-        height: pixels, as stored.
-        width: pixels, likewise.
+        size: Bytes.
+        height: Pixels, as stored.
+        width: Pixels, likewise.
         timesteps: T of an event tensor.
-        dtype: type of an event tensor.
-        format: of an image, as PIL calls it.
+        dtype: Type of an event tensor.
+        format: Format of an image, as PIL calls it.
     """
 
     size: int
@@ -59,16 +46,16 @@ def probe_all(
     probe: Callable[..., _Result | str],
     arguments: tuple[Any, ...],
     root: str | Path,
-    places: Sequence[Place],
+    byte_ranges: Sequence[ByteRange],
     workers: int,
-    progress: Progress | None,
+    progress: ReportProgress | None,
 ) -> list[_Result | str]:
     """All results of `probe_batches`."""
     found: list[_Result | str] = []
-    for results in probe_batches(probe, arguments, root, places, workers):
+    for results in probe_batches(probe, arguments, root, byte_ranges, workers):
         found.extend(results)
         if progress is not None:
-            progress(len(found), len(places))
+            progress(len(found), len(byte_ranges))
     return found
 
 
@@ -76,48 +63,48 @@ def probe_batches(
     probe: Callable[..., _Result | str],
     arguments: tuple[Any, ...],
     root: str | Path,
-    places: Sequence[Place],
+    byte_ranges: Sequence[ByteRange],
     workers: int,
 ) -> Iterator[list[_Result | str]]:
-    """Call `probe(stream, size, *arguments)` for every place: results in order, some at a time.
+    """Call `probe(stream, size, *arguments)` for every sample: results in order, some at a time.
 
-    A place whose file cannot be opened gives the reason instead of a result.
+    A sample whose file cannot be opened gives the reason instead of a result.
     """
     tasks = [
-        (probe, str(root), places[i : i + SAMPLES_PER_TASK], arguments)
-        for i in range(0, len(places), SAMPLES_PER_TASK)
+        (probe, str(root), byte_ranges[i : i + SAMPLES_PER_TASK], arguments)
+        for i in range(0, len(byte_ranges), SAMPLES_PER_TASK)
     ]
-    return run_tasks(_probe_places, tasks, workers)
+    return run_tasks(_probe_ranges, tasks, workers)
 
 
-def _probe_places(
-    task: tuple[Callable[..., _Result | str], str, list[Place], tuple[Any, ...]],
+def _probe_ranges(
+    task: tuple[Callable[..., _Result | str], str, list[ByteRange], tuple[Any, ...]],
 ) -> list[_Result | str]:
-    probe, root, places, arguments = task
-    return [probe_place(probe, root, place, *arguments) for place in places]
+    probe, root, byte_ranges, arguments = task
+    return [probe_range(probe, root, byte_range, *arguments) for byte_range in byte_ranges]
 
 
-def probe_place(
-    probe: Callable[..., _Result | str], root: str | Path, place: Place, *arguments: Any
+def probe_range(
+    probe: Callable[..., _Result | str], root: str | Path, byte_range: ByteRange, *arguments: Any
 ) -> _Result | str:
-    """`probe(stream, size, *arguments)` of one place, or the reason why it cannot be opened.
+    """Call `probe(stream, size, *arguments)`, or return the reason why the file cannot be opened.
 
     The stream begins at the sample's first byte and ends at its last.
     """
     try:
-        with Path(root, place.file).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size if place.size is None else place.size
+        with Path(root, byte_range.file).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size if byte_range.size is None else byte_range.size
             if size == 0:
                 return "the file is empty"
-            if place.size is None:
+            if byte_range.size is None:
                 return probe(file, size, *arguments)
-            file.seek(place.offset)
+            file.seek(byte_range.offset)
             data = file.read(size)
             if len(data) != size:
-                return f"{place.file} ends before it does"
+                return f"{byte_range.file} ends before it does"
             return probe(io.BytesIO(data), size, *arguments)
-    except OSError as e:
-        return f"cannot be read: {e}"
+    except OSError as error:
+        return f"cannot be read: {error}"
 
 
 def probe_image(stream: IO[bytes], size: int, decode: bool) -> Probe | str:
@@ -128,7 +115,7 @@ def probe_image(stream: IO[bytes], size: int, decode: bool) -> Probe | str:
         with Image.open(stream) as image:
             if image.format not in _PIL_FORMATS:
                 return f"a {image.format} file, which DALI does not decode"
-            # PIL alone turns these, and DALI alone cannot leave them as they are.
+            # Unlike JPEG's, this orientation cannot be left alone: PIL turns the image on loading.
             if image.format == "TIFF" and image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
                 return "a TIFF file with an orientation: save it upright"
             # DALI scales 16 bits to 8, PIL cuts off what is above 255.
@@ -139,8 +126,8 @@ def probe_image(stream: IO[bytes], size: int, decode: bool) -> Probe | str:
                 image.load()
     except UnidentifiedImageError:
         return "not an image"
-    except Exception as e:  # PIL's decoders raise whatever their format's parser stumbles over.
-        return f"does not decode: {e}" if decode else f"cannot be read: {e}"
+    except Exception as error:  # PIL's decoders raise whatever their format's parser stumbles over.
+        return f"does not decode: {error}" if decode else f"cannot be read: {error}"
     return Probe(size, height, width, format=image.format)
 
 
@@ -152,8 +139,8 @@ def probe_tensor(stream: IO[bytes], size: int) -> Probe | str:
             return f"a .npy file of version {version[0]}.{version[1]} instead of 1.0"
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
         start = stream.tell()
-    except (OSError, ValueError) as e:
-        return f"not a .npy file: {e}"
+    except (OSError, ValueError) as error:
+        return f"not a .npy file: {error}"
     if len(shape) != 4 or shape[1] != 2 or 0 in shape:
         return f"shape {shape} instead of (T, 2, H, W)"
     if dtype not in (np.dtype("u1"), np.dtype("<f2")):

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from tetdist.errors import UserError
 
-Progress = Callable[[int, int], None]
+# Takes the number of tasks (or samples) done, and of all.
+ReportProgress = Callable[[int, int], None]
 
 _Result = TypeVar("_Result")
 
@@ -20,15 +21,15 @@ def run_tasks(
     work: Callable[[Any], _Result],
     tasks: Sequence[Any],
     workers: int,
-    progress: Progress | None = None,
+    progress: ReportProgress | None = None,
 ) -> Iterator[_Result]:
     """Results of `work(task)`, in order; in this process if one worker or task is all there is.
 
     Args:
-        progress: called with the number of tasks done and of all.
+        progress: Called with the number of tasks done and of all.
 
     Raises:
-        UserError: if a worker dies.
+        UserError: A worker dies.
     """
     for done, result in enumerate(_results(work, tasks, workers), 1):
         if progress is not None:
@@ -42,16 +43,16 @@ def _results(
     if workers == 1 or len(tasks) <= 1:
         yield from map(work, tasks)
         return
-    # Not fork: a caller may have threads (DALI's, torch's), whose locks a fork would copy.
+    # A fork would copy the locks of the caller's threads (DALI's, torch's) as they are.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _prepare_worker)
     try:
         yield from pool.map(work, tasks)
-    except BrokenProcessPool as e:
+    except BrokenProcessPool as error:
         raise UserError(
             "a worker process died, most often for lack of memory: use fewer workers"
-        ) from e
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -7,16 +7,16 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from tetdist.data.archives import ByteRange
 from tetdist.data.index import Index
-from tetdist.data.probe import Place
 from tetdist.errors import UserError
 
-# Well below the 1,024 files that a process may usually have open.
+# This is well below the 1,024 files that a process may usually have open.
 _KEPT_OPEN = 256
 
 
 class SampleReader:
-    """Reads whole samples; several threads may share it. To be closed, or used in `with`.
+    """A reader of whole samples for several threads, to be closed or used in `with`.
 
     Archives stay open between reads, since opening is what costs on a cluster's file system: the
     first 256 of them; any others are opened for each read.
@@ -25,7 +25,7 @@ class SampleReader:
     def __init__(self, index: Index, root: str | Path) -> None:
         self._index = index
         self._root = root
-        # In messages the root as given; to read, one that a change of the folder does not move.
+        # Messages show the root as given; an absolute one is read, which a chdir does not move.
         self._prefix = f"{Path(root).absolute()}/"
         self._kept: dict[str, int] = {}
 
@@ -33,50 +33,50 @@ class SampleReader:
         """All bytes of sample `i`: (size,).
 
         Raises:
-            UserError: if they cannot be read, or are not as many as the index says.
+            UserError: They cannot be read, or are not as many as the index says.
         """
-        place = self._index.place(i)
+        byte_range = self._index.byte_range(i)
         try:
             if self._index.archives:
-                return self._read_member(place, i)
-            return self._read_file(place, i)
-        except OSError as e:
-            raise self._error(i, f"cannot be read ({e.strerror})") from e
+                return self._read_member(byte_range, i)
+            return self._read_file(byte_range, i)
+        except OSError as error:
+            raise self._error(i, f"cannot be read ({error.strerror})") from error
 
-    def _read_member(self, place: Place, i: int) -> npt.NDArray[np.uint8]:
-        descriptor = self._kept.get(place.file)
+    def _read_member(self, byte_range: ByteRange, i: int) -> npt.NDArray[np.uint8]:
+        descriptor = self._kept.get(byte_range.file)
         if descriptor is not None:
-            return self._read_bytes(descriptor, place, i)
-        descriptor = os.open(self._prefix + place.file, os.O_RDONLY)
+            return self._read_bytes(descriptor, byte_range, i)
+        descriptor = os.open(self._prefix + byte_range.file, os.O_RDONLY)
         # Another thread may have opened it meanwhile: one of the two is kept.
         if (
             len(self._kept) < _KEPT_OPEN
-            and self._kept.setdefault(place.file, descriptor) == descriptor
+            and self._kept.setdefault(byte_range.file, descriptor) == descriptor
         ):
-            return self._read_bytes(descriptor, place, i)
+            return self._read_bytes(descriptor, byte_range, i)
         try:
-            return self._read_bytes(descriptor, place, i)
+            return self._read_bytes(descriptor, byte_range, i)
         finally:
             os.close(descriptor)
 
-    def _read_file(self, place: Place, i: int) -> npt.NDArray[np.uint8]:
-        descriptor = os.open(self._prefix + place.file, os.O_RDONLY)
+    def _read_file(self, byte_range: ByteRange, i: int) -> npt.NDArray[np.uint8]:
+        descriptor = os.open(self._prefix + byte_range.file, os.O_RDONLY)
         try:
             size = os.fstat(descriptor).st_size
-            if size != place.size:
-                raise self._error(i, f"has {size} bytes where the index says {place.size}")
-            return self._read_bytes(descriptor, place, i)
+            if size != byte_range.size:
+                raise self._error(i, f"has {size} bytes where the index says {byte_range.size}")
+            return self._read_bytes(descriptor, byte_range, i)
         finally:
             os.close(descriptor)
 
-    def _read_bytes(self, descriptor: int, place: Place, i: int) -> npt.NDArray[np.uint8]:
-        assert place.size is not None
-        data = np.empty(place.size, np.uint8)
+    def _read_bytes(self, descriptor: int, byte_range: ByteRange, i: int) -> npt.NDArray[np.uint8]:
+        assert byte_range.size is not None
+        data = np.empty(byte_range.size, np.uint8)
         done = 0
-        while done < place.size:
-            count = os.preadv(descriptor, [data[done:].data], place.offset + done)
+        while done < byte_range.size:
+            count = os.preadv(descriptor, [data[done:].data], byte_range.offset + done)
             if count == 0:
-                raise self._error(i, f"is cut off: {place.file} ends before it does")
+                raise self._error(i, f"is cut off: {byte_range.file} ends before it does")
             done += count
         return data
 

@@ -23,15 +23,15 @@ from tetdist.data.index import Index, assemble, index_file, load_index, save_ind
 from tetdist.data.layouts import CLASSES_FILE, list_split
 from tetdist.data.order import permutation
 from tetdist.data.probe import Probe
-from tetdist.data.processes import Progress, run_tasks
+from tetdist.data.processes import ReportProgress, run_tasks
 from tetdist.data.reader import SampleReader
 from tetdist.errors import UserError
-from tetdist.files import check_space, only_writer, replacing
+from tetdist.files import check_space, explaining, only_writer, replacing
 
 _PLAN_FILE = "plan.json"
 _VERSION = 1
 _BLOCK = 512
-# Of the sample's own name in its key; a tar's header has room for 100 bytes.
+# Letters of the sample's own name in its key; a tar's header has room for 100 bytes.
 _NAME_LENGTH = 60
 
 
@@ -50,7 +50,7 @@ def shard_split(
     seed: int,
     max_bytes: int,
     workers: int,
-    progress: Progress | None = None,
+    progress: ReportProgress | None = None,
 ) -> Index:
     """Pack the good samples of an index into DEST/SPLIT/SPLIT-000000.tar and following.
 
@@ -58,19 +58,19 @@ def shard_split(
     classes.txt and the index of the shards, too; it has the fingerprint of the given one.
 
     Args:
-        file: the index of the split.
-        root: the data root of that index.
-        dest: the new data root.
-        seed: of the order of the samples.
-        max_bytes: size of a shard; a larger sample gets one of its own.
-        workers: processes.
-        progress: called with the number of shards done and of all.
+        file: The index of the split.
+        root: The data root of that index.
+        dest: The new data root.
+        seed: Seed of the order of the samples.
+        max_bytes: Size of a shard; a larger sample gets one of its own.
+        workers: Processes.
+        progress: Called with the number of shards done and of all.
 
     Returns:
         The index of the shards.
 
     Raises:
-        UserError: if DEST holds something else, another process writes there, or the disk is full.
+        UserError: DEST holds something else, another process writes there, or the disk is full.
     """
     index = load_index(file)
     if index.kind != "images":
@@ -106,7 +106,7 @@ def plan_shards(index: Index, seed: int, max_bytes: int) -> list[npt.NDArray[np.
 
 
 def _tar_sizes(index: Index) -> npt.NDArray[np.int64]:
-    """(N,) bytes that each sample takes in a tar: a header and whole blocks, for two members."""
+    """Bytes (N,) that each sample takes in a tar: a header and whole blocks, for two members."""
     return 3 * _BLOCK + -(-index.file_sizes // _BLOCK) * _BLOCK
 
 
@@ -129,7 +129,7 @@ def _begin(dest: Path, index: Index, settings: dict[str, int]) -> None:
     if any(plan_file.parent.iterdir()):
         raise UserError(f"{plan_file.parent} is not empty: name another folder")
     for file, data in ((classes_file, classes), (plan_file, json.dumps(plan).encode())):
-        with replacing(file) as stream:
+        with explaining(file), replacing(file) as stream:
             stream.write(data)
 
 
@@ -140,7 +140,11 @@ def _pack(task: _Task) -> None:
         return
     index = _load_once(task.index_file)
     checksums: dict[str, str] = {}
-    with replacing(file) as stream, SampleReader(index, task.root) as reader:
+    with (
+        explaining(file),
+        replacing(file) as stream,
+        SampleReader(index, task.root) as reader,
+    ):
         with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for i in task.ids:
                 key, suffix = _key(index, i)
@@ -150,7 +154,7 @@ def _pack(task: _Task) -> None:
                 _add(archive, f"{key}.cls", str(index.labels[i]).encode())
         stream.flush()
         os.fsync(stream.fileno())
-        # So that it is the disk that is read.
+        # What is read back must come from the disk, not from memory.
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         _verify(Path(stream.name), file, checksums)
 
@@ -189,10 +193,10 @@ def _index_of_shards(dest: Path, index: Index, workers: int) -> Index:
     """The shards' own index, with the sizes of the images that the given one knows."""
     listing = list_split(dest, index.split, "images", workers)
     probes = []
-    for name, place in zip(listing.names, listing.places, strict=True):
+    for name, byte_range in zip(listing.names, listing.byte_ranges, strict=True):
         i = int(name.partition("-")[0])
-        assert place.size is not None
-        probes.append(Probe(place.size, int(index.heights[i]), int(index.widths[i])))
+        assert byte_range.size is not None
+        probes.append(Probe(byte_range.size, int(index.heights[i]), int(index.widths[i])))
     packed, _ = assemble(dest, listing, probes)
     if packed.fingerprint != index.fingerprint:
         raise UserError(

@@ -6,13 +6,19 @@ image as stored, rows before columns.
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from tetdist.data.order import MIXING, uniforms
+from tetdist.data.order import MIXING, transform_stream, uniforms
 from tetdist.errors import UserError
+from tetdist.plugins import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TRIES = 10
 RANDOM_RESIZED_CROP_DRAWS = 2 * _TRIES + 2
@@ -35,8 +41,8 @@ def random_resized_crop(
         heights: (B,) pixels.
         widths: (B,) pixels.
         draws: (B, RANDOM_RESIZED_CROP_DRAWS) uniform in [0, 1).
-        scale: least and greatest part of the image's area.
-        ratio: least and greatest width / height of the window.
+        scale: Least and greatest part of the image's area.
+        ratio: Least and greatest width / height of the window.
 
     Returns:
         (B, 4): top, left, height, width; always inside the image.
@@ -68,7 +74,7 @@ def _clamped_ratio(
     height, width = size.T
     tallest = np.where(width / height < ratio[0], np.rint(width / ratio[0]), height)
     widest = np.where(width / height > ratio[1], np.rint(height * ratio[1]), width)
-    # Of an image one pixel wide, torchvision's rounding may leave nothing.
+    # torchvision's rounding may leave nothing of an image that is one pixel wide.
     return np.maximum(np.stack([tallest, widest], axis=1), 1).astype(np.int64)
 
 
@@ -81,8 +87,8 @@ def padded_crop(
         heights: (B,) pixels, at least size - 2 * padding.
         widths: (B,) pixels, likewise.
         draws: (B, 2) uniform in [0, 1).
-        padding: pixels added on each side, fewer than `size`.
-        size: height and width of the crop.
+        padding: Pixels added on each side, fewer than `size`.
+        size: Height and width of the crop.
 
     Returns:
         (B, 4): top, left, height, width of the part of the crop inside the image; (B, 2): row and
@@ -115,7 +121,7 @@ def centre_crop(heights: _Ints, widths: _Ints, resize: int, crop: int) -> tuple[
         (B, 2): height and width to resize to; (B, 2): row and column of the crop's first pixel.
 
     Raises:
-        UserError: if the crop is larger than the resized image; torchvision would pad it with
+        UserError: The crop is larger than the resized image; torchvision would pad it with
             black.
     """
     if crop > resize:
@@ -128,12 +134,12 @@ def centre_crop(heights: _Ints, widths: _Ints, resize: int, crop: int) -> tuple[
 
 
 def flips(draws: _Floats, probability: float) -> npt.NDArray[np.bool_]:
-    """Which samples are mirrored left to right, from (B,) uniform draws."""
+    """Decide which samples are mirrored left to right, by (B,) uniform draws."""
     return draws < probability
 
 
 def shifts(draws: _Floats, largest: int) -> _Ints:
-    """Whole pixels from -largest to +largest, equally likely, one for each uniform draw."""
+    """Shifts by whole pixels from -largest to +largest, equally likely, one for each draw."""
     return (draws * (2 * largest + 1)).astype(np.int32) - np.int32(largest)
 
 
@@ -155,13 +161,13 @@ class Operation(NamedTuple):
 
 
 class ColorJitter(NamedTuple):
-    """How far torchvision's ColorJitter may go; 0: not at all.
+    """Reach of torchvision's ColorJitter; 0: no change.
 
     Attributes:
-        brightness: factors from 1 - brightness (at least 0) to 1 + brightness.
-        contrast: likewise.
-        saturation: likewise.
-        hue: shifts from -hue to hue; 0.5 turns it by half a circle.
+        brightness: Factors from 1 - brightness (at least 0) to 1 + brightness.
+        contrast: Likewise.
+        saturation: Likewise.
+        hue: Shifts from -hue to hue; 0.5 turns it by half a circle.
     """
 
     brightness: float = 0.0
@@ -174,7 +180,7 @@ COLOR_JITTER_DRAWS = 8
 
 
 def color_jitter(draws: _Floats, jitter: ColorJitter) -> list[list[Operation]]:
-    """Of each sample, in a random order, its changes of brightness, contrast, saturation and hue.
+    """Draw each sample's changes of brightness, contrast, saturation and hue, in a random order.
 
     Args:
         draws: (B, COLOR_JITTER_DRAWS) uniform in [0, 1).
@@ -206,7 +212,7 @@ def cutout_boxes(draws: _Floats, height: int, width: int, side: int) -> _Ints:
 
 
 class Mixing(NamedTuple):
-    """With which alpha two samples are mixed, as lambda is drawn from Beta(alpha, alpha); 0: off.
+    """Alphas of mixing two samples, where lambda is drawn from Beta(alpha, alpha); 0: off.
 
     With both, each sample is mixed in either way equally often.
     """
@@ -216,7 +222,7 @@ class Mixing(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """How much of each of B samples is kept; the rest is the sample before it in the micro-batch.
+    """Share of each of B samples that is kept; the rest is of the one before in the micro-batch.
 
     Attributes:
         share: (B,) of the sample in the target.
@@ -233,7 +239,7 @@ MIXING_DRAWS = 5
 
 
 def mixes(draws: _Floats, height: int, width: int, mixing: Mixing) -> Mix:
-    """Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019), with a lambda for each sample.
+    """Draw mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019), with a lambda for each sample.
 
     Args:
         draws: (B, MIXING_DRAWS) uniform in [0, 1).
@@ -261,15 +267,15 @@ def symmetric_beta(u: _Floats, v: _Floats, alpha: _Floats) -> _Floats:
     is Beta(n/2, n/2). In these draws, unlike in numpy's sampler, a sample has a fixed number.
     """
     with np.errstate(over="ignore", divide="ignore"):
-        # u is never 1 and may be 0: 1 - u is never 0. A small alpha makes infinities, whose 1 / (1
-        # + 1 / inf) is right.
+        # u may be 0 and is never 1, so 1 - u is never 0. A small alpha makes infinities, for which
+        # 1 / (1 + 1 / inf) = 1 is right.
         squared = (np.power(1 - u, -1 / alpha) - 1) * np.square(np.cos(2 * np.pi * v))
         distance = 1 / np.sqrt(1 + 1 / squared)
     return 0.5 + 0.5 * np.copysign(distance, np.cos(2 * np.pi * v))
 
 
 class ImageDraws(NamedTuple):
-    """The random numbers of B images, of each (B, n).
+    """Random numbers of B images, each field (B, n).
 
     Their order is for good: what is new comes behind, so that no old run changes.
     """
@@ -282,7 +288,7 @@ class ImageDraws(NamedTuple):
 
 
 class EventDraws(NamedTuple):
-    """The random numbers of B event tensors, in an order that is for good."""
+    """Random numbers of B event tensors, in an order that is for good."""
 
     flip: _Floats
     roll: _Floats
@@ -294,18 +300,61 @@ _EVENT_DRAWS = (1, 2, 2)
 
 
 def image_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> ImageDraws:
-    """Of the images at some positions of an epoch."""
+    """Draw for the images at some positions of an epoch."""
     return ImageDraws(*_columns(uniforms(seed, epoch, positions, sum(_IMAGE_DRAWS)), _IMAGE_DRAWS))
 
 
 def event_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> EventDraws:
-    """Of the event tensors at some positions of an epoch."""
+    """Draw for the event tensors at some positions of an epoch."""
     return EventDraws(*_columns(uniforms(seed, epoch, positions, sum(_EVENT_DRAWS)), _EVENT_DRAWS))
 
 
 def mixing_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> _Floats:
-    """Of the samples at some positions of an epoch, of whatever kind: (B, MIXING_DRAWS)."""
+    """Draw for the samples at some positions, of whatever kind: (B, MIXING_DRAWS)."""
     return uniforms(seed, epoch, positions, MIXING_DRAWS, stream=MIXING)
+
+
+TransformFunction = Callable[["Tensor", tuple[float, ...]], "Tensor"]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A change of finished training samples that is not one of tetdist's own.
+
+    Attributes:
+        name: Its name in data.transforms.
+        function: Takes a sample in float32, (3, H, W) after normalisation or the frames
+            (T, 2, H, W) of events, and its draws; gives a sample of the same shape.
+        num_draws: Number of random numbers that each sample has for it.
+    """
+
+    name: str
+    function: TransformFunction
+    num_draws: int
+
+    def draws(self, seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> _Floats:
+        """Draw for the samples at some positions of an epoch: (B, num_draws), in [0, 1)."""
+        return uniforms(seed, epoch, positions, self.num_draws, transform_stream(self.name))
+
+
+TRANSFORMS: Registry[Transform] = Registry("transform", "data.transforms")
+
+
+def register_transform(
+    name: str, draws: int = 0
+) -> Callable[[TransformFunction], TransformFunction]:
+    """Make a decorator that enters a function in `TRANSFORMS`; see `Transform`.
+
+    Args:
+        name: Its name in data.transforms.
+        draws: Number of random numbers, uniform in [0, 1), that the function gets for a sample.
+    """
+
+    def enter(function: TransformFunction) -> TransformFunction:
+        TRANSFORMS.enter(name, Transform(name, function, draws), function.__module__)
+        return function
+
+    return enter
 
 
 def _columns(draws: _Floats, widths: tuple[int, ...]) -> list[_Floats]:

@@ -53,10 +53,10 @@ class SharedMemory:
         self._write(buffers[0], steps[0] if steps else [])
         for k, (pieces, following) in enumerate(pairwise([*steps, []])):
             wait_for_all()
-            # Whoever comes here has read what these buffers held before the last one.
+            # All processes have come here, so all have read what these buffers held before.
             self._write(buffers[(k + 1) % 2], following)
             self._read_mean(buffers[k % 2], pieces)
-        # Nobody writes anew before all have read the last.
+        # Nobody may write anew before all have read the last chunk.
         wait_for_all()
 
     def _write(self, buffer: Tensor, pieces: list[Tensor]) -> None:
@@ -73,7 +73,7 @@ class SharedMemory:
 
 
 def share(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> SharedMemory | None:
-    """Memory for all processes; None where they are on several hosts, or it cannot be had.
+    """Make memory for all processes; None where they are on several hosts, or it cannot be had.
 
     Args:
         rank: Number of this process.
@@ -94,7 +94,7 @@ def share(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> Sha
 
 
 def _reserve(token: bytes, world_size: int) -> int | None:
-    """A file in memory, all of it there already: found missing later it would be a bus error."""
+    """Reserve a file in memory, all of it at once: missing memory would later be a bus error."""
     handle = os.memfd_create("tetdist", os.MFD_CLOEXEC)
     try:
         os.posix_fallocate(handle, 0, 2 * world_size * _chunk_bytes(world_size))
@@ -106,7 +106,7 @@ def _reserve(token: bytes, world_size: int) -> int | None:
 
 
 def _begins_with(path: str, token: bytes) -> bool:
-    """Whether it is rank 0's file: on another host it is another process's, or there is none."""
+    """Return whether it is rank 0's file; on another host it is another one, or there is none."""
     try:
         with Path(path).open("r+b", buffering=0) as file:
             return file.read(len(token)) == token
@@ -115,7 +115,7 @@ def _begins_with(path: str, token: bytes) -> bool:
 
 
 def _chunk_bytes(world_size: int) -> int:
-    # A multiple of every type's size.
+    # It must be a multiple of every type's size.
     return min(CHUNK_BYTES, _LARGEST_FILE // (2 * world_size)) // 64 * 64
 
 
@@ -126,7 +126,7 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
 
 
 def _chunked(tensors: Iterable[Tensor], size: int) -> Iterable[list[Tensor]]:
-    """Pieces of the tensors, one after another, in lists that fill a chunk each."""
+    """Yield pieces of the tensors, one after another, in lists that fill a chunk each."""
     pieces: list[Tensor] = []
     room = size
     for tensor in tensors:

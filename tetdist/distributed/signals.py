@@ -11,7 +11,7 @@ from tetdist.distributed.world import World
 
 
 class StopRequest:
-    """Turns signals into an agreement of all processes to stop after the same step.
+    """An agreement of all processes, upon a signal to any, to stop after the same step.
 
     SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 to any process are requests to save and end. A
     second SIGINT ends the process at once.
@@ -28,7 +28,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._previous = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
-        # A launcher holds them back until somebody is there to receive them.
+        # A launcher blocks these signals until a process is ready to receive them.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         return self
 
@@ -47,7 +47,7 @@ class StopRequest:
             self.signal = signal.Signals(number)
 
     def agreed(self) -> bool:
-        """Whether all processes are to stop now; to be asked equally often on every process.
+        """Return whether all processes are to stop now; every process must ask equally often.
 
         What the processes tell each other at one call is read at the next, so nobody waits for
         the slowest in between: they stop one call later than they could, all at the same one.
@@ -66,6 +66,6 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """As a shell reports a process that a signal ended."""
+        """Status that a shell reports of a process that a signal ended."""
         number = self.signal or int(self._flag.item())
         return 128 + int(number)

@@ -1,4 +1,4 @@
-"""Whether the other processes of the run are alive and get on.
+"""A watch on the other processes of the run: are they alive, do they get on?
 
 A process that dies or hangs leaves the others waiting for it in a collective, on a GPU for ever.
 So each process has a thread that says once a second, to a store of rank 0, that it lives and how
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 PEER_FAILED = 3  # exit status of a process that ended because of another
 
 BEAT = 1.0  # seconds between two signs of life
-# Silence after which a process is taken for dead; and where a collective has failed, which a death
-# is the usual cause of.
+# Seconds of silence after which a process is taken for dead: usually, and after a failure of a
+# collective, the usual cause of which is a death.
 SILENCE, SILENCE_IN_TROUBLE = 30.0, 4.0
 
 _VERDICT, _TROUBLE = "verdict", "trouble"
@@ -40,11 +40,11 @@ _CONNECTION = re.compile(r"gloo|nccl|connection|peer|timed out|socket", re.IGNOR
 
 
 class PeerFailed(Exception):
-    """Another process of the run has died, hangs or failed; the text says which."""
+    """Raised when another process of the run has died, hangs or failed; the text says which."""
 
 
 class Watch:
-    """Ends this process, with status `PEER_FAILED`, when another one has died or hangs.
+    """A watch that ends this process, with status `PEER_FAILED`, when another died or hangs.
 
     Attributes:
         before_end: Called one after another before that, with what is wrong, to close what a killed
@@ -64,7 +64,7 @@ class Watch:
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
         self._answered = time.monotonic()  # when rank 0's store last did
-        # Of each process, on rank 0: its last message, when it came, when its count last changed.
+        # Rank 0 keeps of each process its last message, when it came, and when its count changed.
         self._seen: dict[int, tuple[dict[str, Any], float, float]] = {}
 
     def progress(self, where: str) -> None:
@@ -76,8 +76,8 @@ class Watch:
         world = self.world
         if world.world_size == 1:
             return self
-        # A store of its own, so that nothing waits behind a collective's use of the other one. Rank
-        # 0 makes it where all have met before.
+        # The watch has a store of its own, so that it never waits behind a collective's use of the
+        # other one. Rank 0 makes it where all have met before.
         self._store: Any = None
         if world.rank == 0:
             self._store = self._connect(0)
@@ -86,7 +86,7 @@ class Watch:
             self._store = self._connect(port)
         self._say_alive()
         dist.barrier(group=world.control)
-        # Two, because a store whose process is stopped does not answer, and the call never returns.
+        # There are two, because a call to a store whose process is stopped never returns.
         for target in (self._talk, self._guard):
             self._threads.append(threading.Thread(target=target, name="watch", daemon=True))
             self._threads[-1].start()
@@ -131,15 +131,15 @@ class Watch:
         if _CONNECTION.search(text):
             with contextlib.suppress(dist.DistError, RuntimeError):
                 self._store.set(_TROUBLE, text)
-            # The thread of this process ends it when there is a verdict; or, where the store is
-            # gone, which may be what made the line above fail, when rank 0 stays away.
+            # A thread of this process ends it when there is a verdict; or when rank 0 stays away,
+            # whose store may be gone already, so that the line above failed.
             self._closing.wait(SILENCE_IN_TROUBLE + 6 * BEAT)
-        # Before the others' messages.
+        # This error must be shown before the others' messages.
         traceback.print_exception(error)
         self._failed = True
         with contextlib.suppress(dist.DistError, RuntimeError):
             self._store.set(_VERDICT, f"rank {self.world.rank} has failed ({text})")
-            # Long enough for the others to read it: the store may end with this process.
+            # The others need this time to read it: the store may end with this process.
             self._closing.wait(3 * BEAT)
 
     # --- in the threads -----------------------------------------------------------------------
@@ -154,7 +154,7 @@ class Watch:
                     self._end(self._store.get(_VERDICT).decode(), said_by_rank_0=True)
                 self._answered = time.monotonic()
             except (dist.DistError, RuntimeError) as error:
-                # The store has gone with rank 0; if that has ended well, so does this process.
+                # The store has gone with rank 0; if that has ended well, this process soon does.
                 if not self._closing.wait(5 * BEAT):
                     logger.debug("the store of rank 0: %s", error)
                     self._end("rank 0 has died or cannot be reached")
@@ -177,7 +177,7 @@ class Watch:
         self._store.set(str(self.world.rank), json.dumps(message))
 
     def _judge(self) -> str | None:
-        """Look at all processes; what is wrong, or None."""
+        """Look at all processes; return what is wrong, or None."""
         now = time.monotonic()
         ranks = range(self.world.world_size)
         for rank, raw in zip(ranks, self._store.multi_get([str(r) for r in ranks]), strict=True):
@@ -192,7 +192,7 @@ class Watch:
         silence = min(silence, self.timeout)
         present = {rank: seen for rank, seen in self._seen.items() if not seen[0]["ended"]}
         for rank, (message, heard, _) in self._seen.items():
-            # A mistake that all make ends all within a moment.
+            # A mistake that all make ends all within a moment, and need not be reported.
             late = present and now - heard > SILENCE_IN_TROUBLE
             if message["ended"] not in ("", "well") and late:
                 return f"rank {rank} has ended ({message['ended']})"
@@ -228,7 +228,7 @@ class Watch:
                 flush=True,
             )
         if self.world.rank == 0:
-            # Until the others have read it: the store ends with this process.
+            # The others need this time to read it: the store ends with this process.
             time.sleep(3 * BEAT)
         for action in self.before_end:
             with contextlib.suppress(Exception):

@@ -1,6 +1,4 @@
-"""Who this process is among all processes of the run, and the few collectives that are not the
-engine's.
-"""
+"""This process among all of the run, and the few collectives that are not the engine's."""
 
 import dataclasses
 import os
@@ -19,13 +17,13 @@ from tetdist.errors import UserError
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 Result = TypeVar("Result")
 
-# How much longer a collective waits than watch.py, which can name whom it waits for.
+# A collective waits this much longer than watchdog.py, which can name whom it waits for.
 MARGIN = timedelta(seconds=60)
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """This process among all.
+    """This process among all of the run.
 
     Attributes:
         rank: Number of this process, 0 to world_size - 1.
@@ -43,7 +41,7 @@ class World:
     shared: shared_memory.SharedMemory | None = None
 
     def sum(self, values: list[float]) -> list[float]:
-        """Element-wise sum over all processes, in float64, on the host."""
+        """Add values up element by element over all processes, in float64, on the host."""
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.control)
         return total.tolist()
@@ -73,24 +71,24 @@ class World:
             tensor.copy_(part.view_as(tensor))
 
     def from_rank_0(self, value: Any) -> Any:
-        """Rank 0's value (numbers, text, lists of them) on every process."""
+        """Return rank 0's value (numbers, text, lists of them) on every process."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value (numbers, text, lists of them), by rank, on every process."""
+        """Return every process's value (numbers, text, lists of them), by rank."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def together(self, action: Callable[[], Result]) -> Result:
+    def run_on_all(self, action: Callable[[], Result]) -> Result:
         """Do something on every process that may fail on some, and fail on all if it does.
 
         Raises:
-            UserError: Of the action (or whatever else it raised), on the lowest rank where it
+            UserError: The action's (or whatever else it raised), on the lowest rank where it
                 failed.
-            SystemExit: With status 2, on all other ranks.
+            SystemExit: Status 2, on all other ranks.
         """
         result: Any = None
         failure: Exception | None = None
@@ -119,7 +117,7 @@ class World:
 
 
 def join(device: str, timeout: float = 600) -> World:
-    """Join the other processes, as the launcher's environment says; alone without a launcher.
+    """Join the other processes as the launcher's environment says; without one, be alone.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -129,6 +127,7 @@ def join(device: str, timeout: float = 600) -> World:
         UserError: Only some of the launcher's variables are set, or there is no GPU where one
             is asked for.
     """
+    assert device in ("auto", "cpu", "cuda"), device
     present = [name for name in _VARIABLES if name in os.environ]
     # LOCAL_RANK and the master's address mean nothing without these two.
     if not {"RANK", "WORLD_SIZE"} & set(present):
@@ -151,7 +150,7 @@ def join(device: str, timeout: float = 600) -> World:
     _share_cores()
     use_cuda = torch.cuda.is_available() and device != "cpu"
     if use_cuda:
-        # Under a launcher that shows each process its own GPU only, that one is number 0.
+        # Some launchers show each process its own GPU only, as number 0.
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     try:
         dist.init_process_group(
@@ -183,7 +182,7 @@ def _share_cores() -> None:
 
     Otherwise each would take them all, and processes would spin waiting for each other.
     """
-    # torchrun's name, and that of the deepspeed launcher.
+    # The first is torchrun's name, the second that of the deepspeed launcher.
     on_host = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if on_host > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_host))

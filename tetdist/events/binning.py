@@ -1,7 +1,7 @@
-"""From events to frames: T bins of time, two polarities, counted, resized, stored small."""
+"""Frames made of events: T bins of time, two polarities, counted, resized, stored small."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -19,15 +19,16 @@ UINT8_STEPS = 255
 
 @dataclass(frozen=True)
 class Binning:
-    """How events become frames.
+    """The way in which events become frames.
 
     Attributes:
         timesteps: T, the number of bins.
-        size: width and height of the frames; None for the sensor's.
+        size: Width and height of the frames; None for the sensor's.
         bins: "count": N // T events each, as in the paper, the last N % T left out; "time": equal
             parts of the time from the first event to the last.
-        values: of a pixel, "count": its events; "occupancy": 1 where there is any; "normalised":
-            its events divided by the most that any pixel of this frame, of this polarity, has.
+        values: Value of a pixel. "count": its events; "occupancy": 1 where there is any;
+            "normalised": its events divided by the most that any pixel of this frame, of this
+            polarity, has.
         resize: "area": what falls on each new pixel's area; "bilinear": weighted by a triangle as
             wide as two new pixels, as PIL does. Both keep a frame's sum of "count", and its mean
             of the other values.
@@ -47,8 +48,8 @@ class Frames(NamedTuple):
 
     Attributes:
         tensor: (T, 2, H, W), OFF before ON.
-        saturated: values that were too large for the type and became its largest.
-        empty: how many of the T x 2 frames are without events.
+        saturated: Values that were too large for the type and became its largest.
+        empty: Number of the T x 2 frames without events.
     """
 
     tensor: npt.NDArray[np.uint8] | npt.NDArray[np.float16]
@@ -57,10 +58,10 @@ class Frames(NamedTuple):
 
 
 def bin_events(events: Events, binning: Binning) -> Frames:
-    """Frames of a recording.
+    """Make the frames of a recording.
 
     Raises:
-        BadRecording: if it has fewer events than bins.
+        BadRecording: It has fewer events than bins.
     """
     if len(events) < binning.timesteps:
         raise BadRecording(f"{len(events)} events are too few for {binning.timesteps} bins")
@@ -71,29 +72,37 @@ def bin_events(events: Events, binning: Binning) -> Frames:
 
 
 def _bin_numbers(events: Events, binning: Binning) -> npt.NDArray[np.int64]:
-    """(N,) the bin of each event; T for those that belong to none."""
+    """Number (N,) of each event's bin; T for those that belong to none."""
     number, timesteps = len(events), binning.timesteps
-    if binning.bins == "count":
-        return np.minimum(np.arange(number) // (number // timesteps), timesteps)
-    elapsed = events.t - events.t[0]
-    return elapsed * timesteps // (elapsed[-1] + 1)
+    match binning.bins:
+        case "count":
+            return np.minimum(np.arange(number) // (number // timesteps), timesteps)
+        case "time":
+            elapsed = events.t - events.t[0]
+            return elapsed * timesteps // (elapsed[-1] + 1)
+        case _:
+            assert_never(binning.bins)
 
 
 def _count(events: Events, bins: npt.NDArray[np.int64], timesteps: int) -> npt.NDArray[np.float64]:
-    """(T, 2, H, W) events of each pixel."""
+    """Count the events of each pixel: (T, 2, H, W)."""
     width, height = events.sensor
     pixel = ((bins * 2 + events.p) * height + events.y) * width + events.x
-    # np.add.at, or `frames[...] += 1`, which counts a repeated pixel once, are no way to do this.
+    # `frames[...] += 1` would count a repeated pixel once, and np.add.at is slow.
     total = np.bincount(pixel, minlength=(timesteps + 1) * 2 * height * width)
     return total.reshape(timesteps + 1, 2, height, width)[:timesteps].astype(np.float64)
 
 
 def _valued(counts: npt.NDArray[np.float64], values: Values) -> npt.NDArray[np.float64]:
-    if values == "count":
-        return counts
-    if values == "occupancy":
-        return (counts > 0).astype(np.float64)
-    return counts / np.maximum(counts.max(axis=(2, 3), keepdims=True), 1)
+    match values:
+        case "count":
+            return counts
+        case "occupancy":
+            return (counts > 0).astype(np.float64)
+        case "normalised":
+            return counts / np.maximum(counts.max(axis=(2, 3), keepdims=True), 1)
+        case _:
+            assert_never(values)
 
 
 def _resized(frames: npt.NDArray[np.float64], binning: Binning) -> npt.NDArray[np.float64]:
@@ -110,20 +119,22 @@ def _resized(frames: npt.NDArray[np.float64], binning: Binning) -> npt.NDArray[n
 
 
 def resize_weights(source: int, target: int, how: Resize) -> npt.NDArray[np.float64]:
-    """(target, source) weights with which pixels of a line make those of a longer or shorter one.
+    """Weights (target, source) with which pixels of a line make those of a longer or shorter one.
 
     Each row sums to 1.
     """
     scale = source / target
-    if how == "area":
-        edges = np.arange(target + 1) * scale
-        first, last = edges[:-1, None], edges[1:, None]
-        place = np.arange(source)[None, :]
-        weights = np.clip(np.minimum(last, place + 1) - np.maximum(first, place), 0, None)
-    else:
-        centres = (np.arange(target) + 0.5)[:, None] * scale - 0.5
-        distance = np.abs(np.arange(source)[None, :] - centres) / max(scale, 1)
-        weights = np.clip(1 - distance, 0, None)
+    pixel = np.arange(source)[None, :]
+    match how:
+        case "area":
+            edges = np.arange(target + 1) * scale
+            first, last = edges[:-1, None], edges[1:, None]
+            weights = np.clip(np.minimum(last, pixel + 1) - np.maximum(first, pixel), 0, None)
+        case "bilinear":
+            centres = (np.arange(target) + 0.5)[:, None] * scale - 0.5
+            weights = np.clip(1 - np.abs(pixel - centres) / max(scale, 1), 0, None)
+        case _:
+            assert_never(how)
     normalised: npt.NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
     return normalised
 
@@ -132,9 +143,13 @@ def _stored(
     frames: npt.NDArray[np.float64], binning: Binning
 ) -> tuple[npt.NDArray[np.uint8] | npt.NDArray[np.float16], int]:
     """The frames in their type, and how many values were too large for it."""
-    if binning.dtype == "float16":
-        largest = float(np.finfo(np.float16).max)
-        return np.minimum(frames, largest).astype(np.float16), int((frames > largest).sum())
-    steps = 1 if binning.values == "count" else UINT8_STEPS
-    rounded = np.rint(frames * steps)
-    return np.minimum(rounded, 255).astype(np.uint8), int((rounded > 255).sum())
+    match binning.dtype:
+        case "float16":
+            largest = float(np.finfo(np.float16).max)
+            return np.minimum(frames, largest).astype(np.float16), int((frames > largest).sum())
+        case "uint8":
+            steps = 1 if binning.values == "count" else UINT8_STEPS
+            rounded = np.rint(frames * steps)
+            return np.minimum(rounded, 255).astype(np.uint8), int((rounded > 255).sum())
+        case _:
+            assert_never(binning.dtype)

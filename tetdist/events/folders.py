@@ -1,4 +1,4 @@
-"""Which recordings a folder holds: their classes, their order, and the split they came with."""
+"""Recordings that a folder holds: their classes, their order, and the split they came with."""
 
 import csv
 import re
@@ -28,12 +28,12 @@ _TRIALS: dict[Part, str] = {"train": "trials_to_train.txt", "val": "trials_to_te
 
 @dataclass(frozen=True)
 class Piece:
-    """What becomes one tensor: a recording, or a labelled stretch of one.
+    """Source of one tensor: a recording, or a labelled stretch of one.
 
     Attributes:
-        class_name: its class.
-        name: of the tensor, without suffix; unique within the class.
-        window: microseconds where it begins and ends; None for the whole recording.
+        class_name: Its class.
+        name: Name of the tensor, without suffix; unique within the class.
+        window: Microseconds where it begins and ends; None for the whole recording.
     """
 
     class_name: str
@@ -50,10 +50,10 @@ class Source:
     """A file with a recording.
 
     Attributes:
-        path: relative to the folder, with slashes.
-        pieces: what is made of it.
-        part: of the published split, where there is one.
-        problem: why it cannot be used, where the listing already shows it.
+        path: Relative to the folder, with slashes.
+        pieces: What is made of it.
+        part: Part of the published split, where there is one.
+        problem: Why it cannot be used, where the listing already shows it.
     """
 
     path: str
@@ -64,11 +64,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder holds.
+    """Recordings that a folder holds.
 
     Attributes:
-        sources: in order: by part, class and then by name, numbers in names by their value.
-        passed_over: files with a recording's suffix in no class.
+        sources: In order: by part, class and then by name, numbers in names by their value.
+        passed_over: Files with a recording's suffix in no class.
     """
 
     sources: tuple[Source, ...]
@@ -76,13 +76,13 @@ class Listing:
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
-    """Sorts names by the numbers in them: cutter_2 before cutter_10."""
+    """Make a key that sorts names by the numbers in them: cutter_2 before cutter_10."""
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts if part]
 
 
 def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
-    """Recordings of a folder, in one of three layouts.
+    """List the recordings of a folder, in one of three layouts.
 
     CLASS/FILE; PART/CLASS/FILE, where a train and a test PART are called as in _PARTS (N-MNIST,
     N-CARS; other folders, such as index/, do not count); or FILEs that have a FILE_labels.csv
@@ -90,11 +90,11 @@ def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
     trials_to_train.txt and trials_to_test.txt are the published split).
 
     Args:
-        root: the folder.
-        suffixes: of files that count, in lower case.
+        root: The folder.
+        suffixes: Suffixes of files that count, in lower case.
 
     Raises:
-        UserError: if the folder is missing, holds no recordings, or fewer than two classes, or two
+        UserError: The folder is missing, holds no recordings, or fewer than two classes, or two
             of its recordings would get the same name.
     """
     if not root.is_dir():
@@ -142,7 +142,7 @@ def _classes(root: Path, folder: Path, suffixes: Sequence[str], part: Part | Non
                 " CLASS/FILE or in train/CLASS/FILE and test/CLASS/FILE"
             )
         for file in _files(class_folder, suffixes):
-            # In both parts there may be a recording of the same name.
+            # There may be a recording of the same name in both parts.
             name = file.stem if part is None else f"{folder.name}-{file.stem}"
             piece = Piece(class_folder.name, name)
             sources.append(Source(file.relative_to(root).as_posix(), (piece,), part))
@@ -161,8 +161,8 @@ def _labelled(root: Path, files: list[Path]) -> list[Source]:
         else:
             try:
                 pieces = _read_labels(labels, file.stem)
-            except (OSError, ValueError, KeyError, csv.Error) as e:
-                problem = f"{labels.name} is damaged: {e!r}"
+            except (OSError, ValueError, KeyError, csv.Error) as error:
+                problem = f"{labels.name} is damaged: {error!r}"
         if parts and file.name not in parts and problem is None:
             problem = f"it is in neither {' nor '.join(_TRIALS.values())}"
         sources.append(Source(file.name, pieces, parts.get(file.name), problem))

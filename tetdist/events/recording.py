@@ -1,4 +1,4 @@
-"""What a recording of an event camera is, and what makes one unusable."""
+"""Recordings of an event camera, and what makes one unusable."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,8 +30,8 @@ class Events:
         y: (N,) row, 0 at the top.
         t: (N,) microseconds.
         p: (N,) polarity, 1 where it became brighter (ON), 0 where darker (OFF).
-        sensor: size of the sensor.
-        dropped: records of the file that are no events of the sensor's pixels: frames, inertial
+        sensor: Size of the sensor.
+        dropped: Records of the file that are no events of the sensor's pixels: frames, inertial
             measurements, triggers, events marked invalid.
     """
 
@@ -46,7 +46,7 @@ class Events:
         return len(self.t)
 
     def between(self, start: int, end: int) -> "Events":
-        """Those with start <= t < end (microseconds)."""
+        """Return the events with start <= t < end (microseconds)."""
         first, last = np.searchsorted(self.t, [start, end])
         cut = slice(first, last)
         return Events(self.x[cut], self.y[cut], self.t[cut], self.p[cut], self.sensor)
@@ -62,15 +62,15 @@ def checked_events(
     dropped: int = 0,
     counter: int | None = None,
 ) -> Events:
-    """Events of a file, if they are what they should be.
+    """Make events of a file's columns, if they are what they should be.
 
     Args:
         x, y, t, p: (N,) integers, see `Events`.
-        sensor, dropped: see `Events`.
-        counter: microseconds after which the format's timestamps begin again at zero.
+        sensor, dropped: See `Events`.
+        counter: Microseconds after which the format's timestamps begin again at zero.
 
     Raises:
-        BadRecording: if there are no events, time goes back, or a coordinate or polarity is none.
+        BadRecording: There are no events, time goes back, or a coordinate or polarity is none.
     """
     x, y, t, p = (np.asarray(values).astype(np.int64) for values in (x, y, t, p))
     if not len(t):
@@ -98,34 +98,34 @@ def checked_events(
 
 
 def split_header(data: bytes, mark: bytes, last: bytes) -> tuple[list[str], bytes]:
-    """The text lines at the beginning of a camera's file, and the binary rest.
+    """Split a camera's file into the text lines at its beginning and the binary rest.
 
     A binary record may begin with the mark's byte, too, so only printable lines are header.
 
     Args:
-        data: the file's contents.
-        mark: how each header line begins.
-        last: how the line begins that ends the header, where the format has one.
+        data: The file's contents.
+        mark: Beginning of each header line.
+        last: Beginning of the line that ends the header, where the format has one.
     """
     lines: list[str] = []
-    place = 0
-    while data.startswith(mark, place):
-        end = data.find(b"\n", place)
-        line = data[place:end].rstrip(b"\r")
+    start = 0
+    while data.startswith(mark, start):
+        end = data.find(b"\n", start)
+        line = data[start:end].rstrip(b"\r")
         if end < 0 or not all(byte == 9 or 32 <= byte < 127 or byte >= 160 for byte in line):
             break
         lines.append(line.decode("latin-1"))
-        place = end + 1
+        start = end + 1
         if line.startswith(last):
             break
-    return lines, data[place:]
+    return lines, data[start:]
 
 
 def fixed_records(data: bytes, dtype: str, columns: int = 1) -> npt.NDArray[Any]:
-    """(N, columns) numbers, if the data is a whole number of such records.
+    """Read numbers (N, columns), if the data is a whole number of such records.
 
     Raises:
-        BadRecording: if it is not: the file was cut off.
+        BadRecording: It is not: the file was cut off.
     """
     size = np.dtype(dtype).itemsize * columns
     if len(data) % size:

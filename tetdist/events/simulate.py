@@ -18,11 +18,11 @@ from tetdist.events.recording import BadRecording, Events, Sensor, checked_event
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 DEFAULT_SENSOR = Sensor(34, 34)
-# Pixels a side, of which the movement leaves some to the image.
+# A side must have so many pixels that the movement leaves some to the image.
 SMALLEST_SENSOR = 8
 
 _STEP_US = 1_000
-# Where the image is at the beginning, and at the end of each saccade, in parts of the amplitude.
+# The image is at these points, in parts of the amplitude, before and after each saccade.
 _CORNERS = np.array([(0.0, 0.0), (0.5, 1.0), (1.0, 0.0), (0.0, 0.0)])
 # Light of a black pixel where a white one has 1: no logarithm is infinite, and no screen black.
 _BLACK = 0.05
@@ -30,16 +30,16 @@ _BLACK = 0.05
 
 @dataclass(frozen=True)
 class Simulation:
-    """How an image becomes a recording.
+    """The way in which an image becomes a recording.
 
     Attributes:
-        width, height: pixels of the sensor.
-        seed: of the noise and of the thresholds' spread, together with the image's path.
-        saccade_ms: duration of each of the three.
-        amplitude: pixels that the image moves, as a share of the sensor's shorter side.
-        threshold: change of the logarithm of light that makes an event.
-        threshold_spread: standard deviation of the threshold over pixels.
-        noise_hz: events without a cause, per pixel and second.
+        width, height: Pixels of the sensor.
+        seed: Seed of the noise and of the thresholds' spread, together with the image's path.
+        saccade_ms: Duration of each of the three.
+        amplitude: Pixels that the image moves, as a share of the sensor's shorter side.
+        threshold: Change of the logarithm of light that makes an event.
+        threshold_spread: Standard deviation of the threshold over pixels.
+        noise_hz: Events without a cause, per pixel and second.
     """
 
     width: int
@@ -62,15 +62,15 @@ class _Columns(NamedTuple):
 
 
 def simulate(data: bytes, path: str, simulation: Simulation) -> Events:
-    """Events of an image moved under the simulated sensor.
+    """Make the events of an image moved under the simulated sensor.
 
     Args:
-        data: the image file's contents.
-        path: of the image within its folder; with the seed, it decides the noise.
-        simulation: what is simulated.
+        data: The image file's contents.
+        path: Path of the image in its folder; with the seed, it decides the noise.
+        simulation: What is simulated.
 
     Raises:
-        BadRecording: if the data is no image, or makes no events.
+        BadRecording: The data is no image, or makes no events.
     """
     rng = np.random.default_rng([simulation.seed, zlib.crc32(path.encode())])
     scene = _scene(data, simulation)
@@ -86,15 +86,15 @@ def _scene(data: bytes, simulation: Simulation) -> npt.NDArray[np.float64]:
     from PIL import Image, UnidentifiedImageError
 
     margin = _margin(simulation)
-    # So that the whole image stays in sight.
+    # The image is made so small that all of it stays in sight.
     width, height = simulation.width - margin, simulation.height - margin
     try:
         with Image.open(io.BytesIO(data)) as image:
             grey = image.convert("L")
             grey.thumbnail((width, height), Image.Resampling.BILINEAR)
             light = np.asarray(grey, np.float64) / 255
-    except (UnidentifiedImageError, OSError, ValueError) as e:
-        raise BadRecording(f"it is not an image, or damaged ({e})") from e
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise BadRecording(f"it is not an image, or damaged ({error})") from error
     missing = (
         simulation.height + margin - light.shape[0],
         simulation.width + margin - light.shape[1],
@@ -110,7 +110,7 @@ def _margin(simulation: Simulation) -> int:
 def _seen(
     scene: npt.NDArray[np.float64], simulation: Simulation, rng: np.random.Generator
 ) -> Iterator[_Columns]:
-    """Events of the movement, step by step."""
+    """Yield the events of the movement, step by step."""
     shape = simulation.height, simulation.width
     spread = rng.normal(simulation.threshold, simulation.threshold_spread, shape)
     threshold = np.maximum(spread, simulation.threshold / 10)

@@ -20,10 +20,11 @@ from tetdist.data.index import (
 from tetdist.errors import UserError
 from tetdist.events import splits
 from tetdist.events.folders import Part, Source
-from tetdist.events.tensors import Record, Settings, tensor_file, write_json
+from tetdist.events.tensors import Record, Settings, tensor_file
+from tetdist.files import explaining, made_aside, write_json
 
 _PARTS: tuple[Part, Part] = ("train", "val")
-# A file system without hard links, or a file with the most it may have.
+# Errors of a file system without hard links, and of a file that has the most it may have.
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 
 
@@ -43,17 +44,17 @@ def make_split(
     It is made aside and renamed; one of the same name and contents is left as it is.
 
     Args:
-        dest: the folder with the tensors.
-        sources: all of them, the bad ones too, in order.
-        records: of the good tensors, by key.
-        settings: what the tensors were made with.
-        name: one of `splits.NAMES`.
-        seed: of the stratified split.
-        bad: how many recordings, or pieces of one, were left out.
-        workers: processes that index.
+        dest: The folder with the tensors.
+        sources: All of them, the bad ones too, in order.
+        records: Records of the good tensors, by key.
+        settings: What the tensors were made with.
+        name: One of `splits.NAMES`.
+        seed: Seed of the stratified split.
+        bad: Number of recordings, or pieces of one, that were left out.
+        workers: Processes that index.
 
     Raises:
-        UserError: if the split is impossible, or leaves a class without a recording.
+        UserError: The split is impossible, or leaves a class without a recording.
     """
     parts = splits.assign(sources, name, seed)
     members: dict[Part, list[Record]] = {part: [] for part in _PARTS}
@@ -71,26 +72,25 @@ def make_split(
     }
     if _holds(root, description, links):
         return root
-    aside = root.with_name(f".{full_name}.tmp")
-    if aside.exists():
-        shutil.rmtree(aside)
-    for link, file in links.items():
-        place = aside / link.relative_to(root)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _link(file, place)
-    for part in _PARTS:
-        index, wrong = build_event_index(aside, part, workers)
-        assert not wrong
-        save_index(index, index_file(aside / "index", part))
-    write_json(aside / splits.DATASET_FILE, description)
-    if root.exists():
-        shutil.rmtree(root)
-    aside.rename(root)
+    # There is nothing to wait for: what is linked is on the disk, and the index and the description
+    # are written so that they are, too.
+    with explaining(root), made_aside(root, sync=False) as aside:
+        for link, file in links.items():
+            linked = aside / link.relative_to(root)
+            linked.parent.mkdir(parents=True, exist_ok=True)
+            _link(file, linked)
+        for part in _PARTS:
+            index, wrong = build_event_index(aside, part, workers)
+            assert not wrong
+            save_index(index, index_file(aside / "index", part))
+        write_json(aside / splits.DATASET_FILE, description)
+        if root.exists():
+            shutil.rmtree(root)
     return root
 
 
 def _check_classes(members: dict[Part, list[Record]], name: str) -> None:
-    """See that train and val have the same classes, or labels would not mean the same."""
+    """Make sure that train and val have the same classes, or labels would not mean the same."""
     classes = {part: {record.class_name for record in members[part]} for part in _PARTS}
     for part in _PARTS:
         missing = sorted((classes["train"] | classes["val"]) - classes[part])
@@ -121,7 +121,7 @@ def _description(
 
 
 def _holds(root: Path, description: dict[str, Any], links: dict[Path, Path]) -> bool:
-    """Whether the split is there already, with these very tensors and fresh indexes."""
+    """Return whether the split is there already, with these very tensors and fresh indexes."""
     if not root.is_dir():
         return False
     try:
@@ -138,10 +138,10 @@ def _holds(root: Path, description: dict[str, Any], links: dict[Path, Path]) -> 
 
 
 def _link(file: Path, link: Path) -> None:
-    """A hard link, or a copy where there are none."""
+    """Make a hard link, or a copy where there are none."""
     try:
         os.link(file, link)
-    except OSError as e:
-        if e.errno not in _NO_LINKS:
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
             raise
         shutil.copy2(file, link)

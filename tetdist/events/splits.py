@@ -15,13 +15,13 @@ from tetdist.data.order import permutation
 from tetdist.errors import UserError
 from tetdist.events.folders import Part, Source
 
-# The first so many percent of each class, in the order of numbers, are to train.
+# Percent of each class that are to train: the first ones, in the order of numbers.
 _FIRST = {
     "first-90-percent": 90,
     "first-80-percent": 80,
     "first-70-percent": 70,
 }
-# 0 to 99 of each class are to test, the others to train.
+# Numbers 0 to 99 of each class are to test, the others to train.
 _HUNDRED = "0-99-test"
 _STRATIFIED = "stratified-9-1"
 PUBLISHED = "published"
@@ -42,16 +42,16 @@ def split_name(name: str, seed: int, simulated: bool) -> str:
 
 
 def assign(sources: Sequence[Source], name: str, seed: int) -> dict[str, Part]:
-    """The part, train or val, of each source, by path.
+    """Assign each source, by its path, to train or val.
 
     Args:
-        sources: in order; those that turn out to be bad are among them, so that leaving one out
-            does not move the others to another part.
-        name: one of `NAMES`.
-        seed: of the stratified split.
+        sources: Recordings in order; those that turn out to be bad are among them, so that leaving
+            one out does not move the others to another part.
+        name: One of `NAMES`.
+        seed: Seed of the stratified split.
 
     Raises:
-        UserError: if the sources do not have this split.
+        UserError: The sources do not have this split.
     """
     if name == PUBLISHED:
         without = [source for source in sources if source.part is None and not source.problem]
@@ -98,10 +98,10 @@ def _training_members(members: list[Source], name: str, seed: int, stratum: int)
 
 
 def description(root: str | Path) -> dict[str, Any] | None:
-    """What a data root says of itself in its dataset.json; None where it has none.
+    """Read what a data root says of itself in its dataset.json; None where it has none.
 
     Raises:
-        UserError: if the file is damaged.
+        UserError: The file is damaged.
     """
     file = Path(root, DATASET_FILE)
     if not file.is_file():
@@ -110,8 +110,8 @@ def description(root: str | Path) -> dict[str, Any] | None:
         found = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(found, dict) and isinstance(found["split"], str):
             return found
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{file} is damaged ({e!r}): make the split again") from e
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} is damaged ({error!r}): make the split again") from error
     raise UserError(f"{file} names no split: make it again")
 
 
@@ -119,7 +119,7 @@ def recorded_split(root: str | Path) -> str | None:
     """The name of the split that a data root says it is; None where it says nothing.
 
     Raises:
-        UserError: if its dataset.json is damaged.
+        UserError: Its dataset.json is damaged.
     """
     found = description(root)
     return found["split"] if found else None

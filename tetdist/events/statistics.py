@@ -1,4 +1,4 @@
-"""What a person sees of event tensors: statistics by class, and a picture of each class."""
+"""Event tensors for a person to see: statistics by class, and a picture of each class."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from tetdist.events.folders import natural_key
 from tetdist.events.tensors import Record, tensor_file
+from tetdist.files import replacing
 
 ALL = "all"
 
@@ -19,7 +20,7 @@ _HEADINGS = ("class", "tensors", "events", "events/s", "duration s", "ON", "empt
 
 
 def statistics(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
-    """Statistics of each class, and of all of them under the name "all".
+    """Compute the statistics of each class, and of all of them under the name "all".
 
     Returns:
         For each: `tensors`; `events_mean`, `events_least`, `events_most` of a recording;
@@ -84,9 +85,9 @@ def draw_preview(dest: Path, records: Iterable[Record], file: Path) -> None:
     """Draw the first recording of each class as a row of its T frames, ON red and OFF blue.
 
     Args:
-        dest: the folder of the tensors.
-        records: of the tensors.
-        file: the PNG to be written.
+        dest: The folder of the tensors.
+        records: Records of the tensors.
+        file: The PNG to be written.
     """
     from PIL import Image, ImageDraw
 
@@ -107,13 +108,12 @@ def draw_preview(dest: Path, records: Iterable[Record], file: Path) -> None:
             frame = Image.fromarray(picture)
             frame = frame.resize((_CELL, _CELL), Image.Resampling.NEAREST)
             canvas.paste(frame, (left + t * (_CELL + _GAP), top))
-    aside = file.with_name(f".{file.name}.tmp")
-    canvas.save(aside, "PNG")
-    aside.replace(file)
+    with replacing(file) as stream:
+        canvas.save(stream, "PNG")
 
 
 def _coloured(tensor: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """(T, H, W, 3): white where nothing is, the redder the more ON, the bluer the more OFF."""
+    """Colour frames as (T, H, W, 3): white without events, redder by ON ones, bluer by OFF ones."""
     values = tensor.astype(np.float64)
     # A few hot pixels would make all the others pale.
     positive = values[values > 0]

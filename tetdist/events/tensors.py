@@ -3,7 +3,7 @@
     DEST/manifest.json                 parameters and versions; written first
     DEST/recordings.jsonl              a line for each tensor: checksums, statistics
     DEST/recordings/CLASS/NAME.npy     the tensors, (T, 2, H, W)
-    DEST/splits/NAME/                  data roots to train on, see `tetdist.data.split_roots`
+    DEST/splits/NAME/                  data roots to train on, see split_roots.py
 
 A tensor counts from the moment its line is there, and the line is written after the tensor.
 """
@@ -26,16 +26,16 @@ import numpy.typing as npt
 
 import tetdist
 from tetdist.data.index import BadFile
-from tetdist.data.processes import Progress, run_tasks
+from tetdist.data.processes import ReportProgress, run_tasks
 from tetdist.errors import UserError
 from tetdist.events.binning import Binning, Frames, bin_events
 from tetdist.events.folders import Listing, Piece, Source
 from tetdist.events.formats import read_recording
 from tetdist.events.recording import BadRecording, Events, Sensor
 from tetdist.events.simulate import Simulation, simulate
-from tetdist.files import replacing
+from tetdist.files import explaining, replacing, write_json
 
-# Goes up when the same parameters make other tensors than before.
+# This goes up when the same parameters make other tensors than before.
 _FORMAT_VERSION = 1
 
 _MANIFEST, _RECORDS, _TENSORS, _LOCK = "manifest.json", "recordings.jsonl", "recordings", ".lock"
@@ -44,12 +44,12 @@ _OURS = {_MANIFEST, _RECORDS, _TENSORS, _LOCK, "splits", "statistics.json", "pre
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a tensor depends on, besides its recording.
+    """Parameters that a tensor depends on, besides its recording.
 
     Attributes:
-        binning: how events become frames.
-        sensor: size of the sensor, where the format does not say it.
-        simulation: how images become recordings; None for real recordings.
+        binning: How events become frames.
+        sensor: Size of the sensor, where the format does not say it.
+        simulation: How images become recordings; None for real recordings.
     """
 
     binning: Binning
@@ -57,7 +57,7 @@ class Settings:
     simulation: Simulation | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The parameters as they are recorded."""
+        """Return the parameters as they are recorded."""
         size = self.binning.size
         return {
             **asdict(self.binning),
@@ -70,24 +70,24 @@ class Settings:
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of one tensor.
+    """Facts about one tensor.
 
     Attributes:
         key: CLASS/NAME.
-        source: path of the recording, relative to its folder.
-        source_size: bytes of the recording.
-        source_mtime_ns: when the recording was last changed.
-        source_sha256: checksum of the recording.
-        window: microseconds where the piece begins and ends; None for the whole recording.
-        sha256: checksum of the tensor's file.
-        sensor: width and height of the sensor.
-        events: of both polarities.
-        on_events: of the polarity ON.
-        duration_us: from the first event to the last.
-        dropped: records of the file that are no events; of a piece, 0.
+        source: Path of the recording, relative to its folder.
+        source_size: Bytes of the recording.
+        source_mtime_ns: When the recording was last changed.
+        source_sha256: Checksum of the recording.
+        window: Microseconds where the piece begins and ends; None for the whole recording.
+        sha256: Checksum of the tensor's file.
+        sensor: Width and height of the sensor.
+        events: Number of events of both polarities.
+        on_events: Number of events of the polarity ON.
+        duration_us: Time from the first event to the last.
+        dropped: Records of the file that are no events; of a piece, 0.
         frames: T x 2.
-        empty_frames: how many of them are without events.
-        saturated: values too large for the type.
+        empty_frames: Number of those without events.
+        saturated: Values too large for the type.
     """
 
     key: str
@@ -112,11 +112,11 @@ class Record:
 
 
 class Tensors(NamedTuple):
-    """What was made.
+    """Result of `make_tensors`.
 
     Attributes:
-        records: of all good tensors, by key, in the order of the listing.
-        bad: what cannot be used.
+        records: Records of all good tensors, by key, in the order of the listing.
+        bad: What cannot be used.
     """
 
     records: dict[str, Record]
@@ -124,7 +124,7 @@ class Tensors(NamedTuple):
 
 
 def tensor_file(dest: Path, key: str) -> Path:
-    """Where a tensor lies."""
+    """Path of a tensor."""
     return dest / _TENSORS / f"{key}.npy"
 
 
@@ -132,16 +132,16 @@ def tensor_file(dest: Path, key: str) -> Path:
 def open_destination(
     dest: Path, source: Path, settings: Settings, *, overwrite: bool
 ) -> Iterator[None]:
-    """Have the folder of the tensors for this process alone, made with these settings.
+    """Keep the folder of the tensors to this process alone, made with these settings.
 
     Args:
-        dest: the folder; made if it is missing.
-        source: the folder of the recordings.
-        settings: what its tensors are made with.
-        overwrite: remove all that this tool made there before.
+        dest: The folder; made if it is missing.
+        source: The folder of the recordings.
+        settings: What its tensors are made with.
+        overwrite: Remove all that this tool made there before.
 
     Raises:
-        UserError: if it is in use, not this tool's, or of other settings.
+        UserError: It is in use, not this tool's, or of other settings.
     """
     if dest.exists() and not dest.is_dir():
         raise UserError(f"{dest} is a file: name a folder")
@@ -155,8 +155,8 @@ def open_destination(
     with (dest / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise UserError(f"another process is at work in {dest}: wait for it") from e
+        except BlockingIOError as error:
+            raise UserError(f"another process is at work in {dest}: wait for it") from error
         if overwrite:
             _clear(dest)
         _claim(dest, source, settings)
@@ -164,7 +164,7 @@ def open_destination(
 
 
 def _clear(dest: Path) -> None:
-    # The manifest last: a folder without it, but with other things, would not be this tool's.
+    # The manifest goes last: a folder without it, but with other things, is not this tool's.
     for name in sorted(_OURS - {_LOCK, _MANIFEST}):
         path = dest / name
         if path.is_dir():
@@ -179,7 +179,7 @@ def _shown(value: Any) -> str:
 
 
 def _claim(dest: Path, source: Path, settings: Settings) -> None:
-    """Record what the tensors are made with, or see that it is what was recorded before."""
+    """Record what the tensors are made with, or compare it with what was recorded before."""
     manifest = {
         "tool": "tools/prebin_dvs.py",
         "format_version": _FORMAT_VERSION,
@@ -189,16 +189,17 @@ def _claim(dest: Path, source: Path, settings: Settings) -> None:
     }
     file = dest / _MANIFEST
     if not file.is_file():
-        write_json(file, manifest)
+        with explaining(file):
+            write_json(file, manifest)
         return
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
         recorded = {"format_version": before["format_version"], **before["parameters"]}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{file} is damaged ({e!r}): {_way_out()}") from e
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error!r}): {_way_out()}") from error
     wanted = {"format_version": _FORMAT_VERSION, **settings.as_dict()}
     for name in sorted(wanted.keys() | recorded.keys()):
-        # As JSON has it, which knows no tuples.
+        # JSON makes lists of tuples, and the recorded value has been through it.
         now = json.loads(json.dumps(wanted.get(name)))
         if now != recorded.get(name):
             raise UserError(
@@ -217,21 +218,21 @@ def make_tensors(
     listing: Listing,
     settings: Settings,
     workers: int,
-    progress: Callable[[str], Progress],
+    progress: Callable[[str], ReportProgress],
 ) -> Tensors:
     """Make the tensor of every piece of every source that does not have one yet.
 
     Args:
-        source: folder of the recordings.
-        dest: folder of the tensors, opened by `open_destination`.
-        listing: what the source holds.
-        settings: what the tensors are made with.
-        workers: processes; with more than one, the calling script must guard its main part with
+        source: Folder of the recordings.
+        dest: Folder of the tensors, opened by `open_destination`.
+        listing: What the source holds.
+        settings: What the tensors are made with.
+        workers: Processes; with more than one, the calling script must guard its main part with
             `if __name__ == "__main__"`.
-        progress: makes something that is called with the files done and in all, given a title.
+        progress: Makes something that is called with the files done and in all, given a title.
 
     Raises:
-        UserError: if a recording is not what it was when its tensor was made, or a tensor cannot be
+        UserError: A recording is not what it was when its tensor was made, or a tensor cannot be
             written.
     """
     _remove_remains(dest)
@@ -244,9 +245,13 @@ def make_tensors(
 
 
 def _keep(
-    source: Path, dest: Path, listing: Listing, workers: int, progress: Callable[[str], Progress]
+    source: Path,
+    dest: Path,
+    listing: Listing,
+    workers: int,
+    progress: Callable[[str], ReportProgress],
 ) -> dict[str, Record]:
-    """Records of the tensors that need not be made again, verified."""
+    """Verify tensors; return the records of those that need not be made again."""
     by_source: dict[str, list[Record]] = {}
     for record in _recorded(dest, listing).values():
         by_source.setdefault(record.source, []).append(record)
@@ -271,9 +276,9 @@ def _add(
     settings: Settings,
     kept: dict[str, Record],
     workers: int,
-    progress: Callable[[str], Progress],
+    progress: Callable[[str], ReportProgress],
 ) -> tuple[dict[str, Record], list[BadFile]]:
-    """Make and record the tensors that are missing; also what is bad."""
+    """Make and record the tensors that are missing; return them, and what is bad."""
     bad = [BadFile(item.path, item.problem) for item in listing.sources if item.problem]
     tasks = [
         (source, dest, item, settings)
@@ -295,20 +300,22 @@ def _add(
 
 
 def _remove_remains(dest: Path) -> None:
-    """What a kill left half-written."""
+    """Remove what a kill left half-written."""
     for path in dest.glob(f"{_TENSORS}/*/.*.tmp"):
         path.unlink()
+    for path in dest.glob("splits/.*.tmp"):
+        shutil.rmtree(path)
 
 
 def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
-    """Records of tensors made before, by key."""
+    """Read the records of tensors made before, by key."""
     pieces = {piece.key: piece for item in listing.sources for piece in item.pieces}
     file = dest / _RECORDS
     found: dict[str, Record] = {}
     data = file.read_bytes() if file.is_file() else b""
     whole = data[: data.rfind(b"\n") + 1]
     if whole != data:  # A kill tore the last line.
-        with replacing(file) as stream:
+        with explaining(file), replacing(file) as stream:
             stream.write(whole)
     for line in whole.splitlines():
         try:
@@ -316,8 +323,8 @@ def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
             values["sensor"] = Sensor(*values["sensor"])
             values["window"] = values["window"] and tuple(values["window"])
             record = Record(**values)
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{file} is damaged ({e!r}): {_way_out()}") from e
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is damaged ({error!r}): {_way_out()}") from error
         found[record.key] = record
     for record in found.values():
         piece = pieces.get(record.key)
@@ -332,10 +339,10 @@ def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
 
 
 def _verify(task: tuple[Path, Path, list[Record]]) -> list[Record]:
-    """Those of a source's records whose tensors are there, as they were written.
+    """Return those of a source's records whose tensors are there, as they were written.
 
     Raises:
-        UserError: if the source has changed.
+        UserError: The source has changed.
     """
     source, dest, records = task
     first = records[0]
@@ -343,10 +350,10 @@ def _verify(task: tuple[Path, Path, list[Record]]) -> list[Record]:
     try:
         status = file.stat()
         same = (status.st_size, status.st_mtime_ns) == (first.source_size, first.source_mtime_ns)
-        # A copy has another time.
+        # The time of a copy is another one, so its contents are compared.
         same = same or hashlib.sha256(file.read_bytes()).hexdigest() == first.source_sha256
-    except OSError as e:
-        raise UserError(f"{file} cannot be read ({e.strerror}): {_way_out()}") from e
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): {_way_out()}") from error
     if not same:
         raise UserError(f"{file} has changed since its tensor was made: {_way_out()}")
     return [record for record in records if _is_intact(dest, record)]
@@ -368,17 +375,17 @@ def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list
         status = file.stat()
         data = file.read_bytes()
         events = _events(file, data, item, settings)
-    except (BadRecording, OSError) as e:
-        return [], [BadFile(item.path, str(e))]
+    except (BadRecording, OSError) as error:
+        return [], [BadFile(item.path, str(error))]
     digest = hashlib.sha256(data).hexdigest()
     records, bad = [], []
     for piece in item.pieces:
         try:
             part = _cut(events, piece)
             frames = bin_events(part, settings.binning)
-        except BadRecording as e:
+        except BadRecording as error:
             where = f"{piece.window[0]} to {piece.window[1]} us: " if piece.window else ""
-            bad.append(BadFile(item.path, f"{where}{e}"))
+            bad.append(BadFile(item.path, f"{where}{error}"))
             continue
         records.append(
             Record(
@@ -424,17 +431,17 @@ def _statistics(events: Events, frames: Frames) -> dict[str, Any]:
 
 
 def _write_tensor(file: Path, tensor: npt.NDArray[Any]) -> str:
-    """Write a tensor whole; its file's checksum."""
+    """Write a tensor whole; return its file's checksum."""
     stream = io.BytesIO()
     np.save(stream, tensor, allow_pickle=False)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as written:
+    with explaining(file), replacing(file) as written:
         written.write(stream.getbuffer())
     return hashlib.sha256(stream.getbuffer()).hexdigest()
 
 
 def _same_sensor(records: dict[str, Record]) -> tuple[dict[str, Record], list[BadFile]]:
-    """Those of the sensor that most are of; the others are bad."""
+    """Return the records of the sensor that most are of; the others are bad."""
     counts = Counter(record.sensor for record in records.values())
     if len(counts) < 2:
         return records, []
@@ -445,9 +452,3 @@ def _same_sensor(records: dict[str, Record]) -> tuple[dict[str, Record], list[Ba
         if record.sensor != usual
     ]
     return {key: record for key, record in records.items() if record.sensor == usual}, bad
-
-
-def write_json(file: Path, values: Any) -> None:
-    """Write a JSON file whole."""
-    with replacing(file) as stream:
-        stream.write((json.dumps(values, indent=1) + "\n").encode())

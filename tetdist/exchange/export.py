@@ -5,11 +5,9 @@ and addresses of the machine that trained do not go along.
 """
 
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from tetdist import checkpoint, plugins
 from tetdist.config.loading import parse
 from tetdist.config.schema import RunConfig
 from tetdist.errors import UserError, typed
+from tetdist.files import made_aside
 from tetdist.models import SpikingNetwork
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NeuronConfig
@@ -382,21 +381,13 @@ def _aside(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise UserError(f"{path} exists; choose another --output, or remove it first")
-    # With its ending, by which some of the libraries go.
-    aside = path.with_name(f".{os.getpid()}.tmp.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        for file in [aside, *aside.rglob("*")]:
-            checkpoint.sync(file)
-        aside.rename(path)
-        checkpoint.sync(path.parent)
+        # With its ending, by which some of the libraries go.
+        with made_aside(path, ending=path.suffix) as aside:
+            yield aside
     except OSError as error:
         raise UserError(
             f"{path} could not be written ({error.strerror or error}); make room, or choose "
             "another --output"
         ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        with suppress(OSError):
-            aside.unlink()

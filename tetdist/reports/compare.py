@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import sys
 from collections import Counter
@@ -577,13 +576,12 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     from tetdist.errors import UserError
+    from tetdist.files import write_text
     from tetdist.tracking.metrics_file import strict
 
     # YAML knows dates, JSON does not.
     text = json.dumps(strict(values), indent=1, allow_nan=False, default=str)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        aside.write_text(text + "\n")
-        aside.replace(path)
+        write_text(path, text + "\n")
     except OSError as error:
         raise UserError(f"--json: cannot write {path}: {error.strerror}") from error

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tetdist.files import replacing
 from tetdist.reports import style
 
 # Rows of a table of classes on a terminal; JSON and the page have all.
@@ -146,9 +147,8 @@ def write_page(found: Findings, out: Path) -> None:
         OSError: The file cannot be written.
     """
     page = png_page(found) if out.suffix == ".png" else html_page(found).encode()
-    aside = out.with_name(f".{out.name}.tmp")
-    aside.write_bytes(page)
-    aside.replace(out)
+    with replacing(out) as stream:
+        stream.write(page)
 
 
 def png_page(found: Findings) -> bytes:

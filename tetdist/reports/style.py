@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.errors import UserError
+from tetdist.files import replacing
 
 # Okabe and Ito's colours, told apart by most eyes; each means the same in every panel.
 TRAIN = "#0072B2"
@@ -50,9 +51,8 @@ def save(figure: Any, out: Path) -> None:
     """Write a PNG aside and rename it: whoever looks while it is replaced sees the old one or the
     new one. Its folder is made."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(out.name + ".tmp")
-    aside.write_bytes(png(figure))
-    aside.replace(out)
+    with replacing(out, sync=False) as stream:
+        stream.write(png(figure))
 
 
 def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:

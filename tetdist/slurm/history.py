@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist.errors import UserError
+from tetdist.files import write_json, write_text
 from tetdist.tracking import mlflow_follower
 
 if TYPE_CHECKING:
@@ -100,9 +101,7 @@ def next_submission(run_dir: Path) -> Path:
 
 
 def write_submission(folder: Path, submission: Submission) -> None:
-    aside = folder / ".submission.tmp"
-    aside.write_text(json.dumps(asdict(submission), indent=1) + "\n")
-    aside.replace(folder / "submission.json")
+    write_json(folder / "submission.json", asdict(submission))
 
 
 def newest_submission(run_dir: Path) -> Submission | None:
@@ -170,9 +169,7 @@ def saved_step(run_dir: Path) -> int:
 
 
 def write_failure(log: Path, job: str, restart: int, rank: int, text: str) -> None:
-    aside = log / f".failure-{job}.{restart}-{rank}.tmp"
-    aside.write_text(f"{time.time():.6f}\n{text}\n")
-    aside.replace(log / f"failure-{job}.{restart}-{rank}.txt")
+    write_text(log / f"failure-{job}.{restart}-{rank}.txt", f"{time.time():.6f}\n{text}\n")
 
 
 def first_failure(log: Path, job: str, restart: int) -> str | None:

@@ -73,10 +73,10 @@ def replaced(text: str, name: str, section: str, file: Path) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    from tetdist.files import replacing
+    from tetdist.files import explaining, write_text
 
-    with replacing(file) as stream:
-        stream.write(text.encode())
+    with explaining(file):
+        write_text(file, text)
 
 
 def section(numbers: Numbers, link: str, command: str) -> str:

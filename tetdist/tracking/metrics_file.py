@@ -7,12 +7,12 @@ strings "NaN", "Infinity" and "-Infinity", which `float()` understands and `read
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tetdist.errors import UserError
+from tetdist.files import replacing
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -65,12 +65,8 @@ def keep_until(path: Path, step: int) -> tuple[dict[str, int], int]:
         last[line["kind"]] = line["step"]
     result = b"".join(raw for raw, _ in kept)
     if result != data:
-        aside = path.with_name(path.name + ".tmp")
-        with aside.open("wb") as file:
+        with replacing(path) as file:
             file.write(result)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
     return last, len(kept)
 
 

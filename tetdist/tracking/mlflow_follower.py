@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tetdist.errors import UserError
+from tetdist.files import write_text
 from tetdist.tracking.environment import git_state
 from tetdist.tracking.metrics_file import keep_until, read_from, strict
 
@@ -742,10 +743,7 @@ def _create_run(
                 raise
             experiment_id = found.experiment_id
     run = client.create_run(experiment_id, run_name=run_name, tags=_origin())
-    id_file = run_dir / "mlflow_run_id"
-    aside = id_file.with_name(id_file.name + ".tmp")
-    aside.write_text(run.info.run_id + "\n")
-    aside.replace(id_file)
+    write_text(run_dir / "mlflow_run_id", run.info.run_id + "\n")
     return run
 
 

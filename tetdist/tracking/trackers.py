@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from tetdist.files import replacing
 from tetdist.plugins import Registry
 from tetdist.tracking.metrics_file import read_from
 
@@ -117,7 +118,8 @@ class Following:
         self._tracker.log(lines)
         self._offset = offset
         self._mark.parent.mkdir(exist_ok=True)
-        self._mark.write_text(json.dumps({"bytes": offset}))
+        with replacing(self._mark, sync=False) as stream:
+            stream.write(json.dumps({"bytes": offset}).encode())
 
     def close(self, status: str, timeout: float) -> None:
         """Let the tracker take what is left, and end it; ``timeout`` in seconds."""

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import logging
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from tetdist.data.loader import Batch
 from tetdist.distributed.world import World
 from tetdist.errors import Stopped, UserError, typed, way_out
 from tetdist.events.splits import recorded_split
+from tetdist.files import write_json, write_text
 from tetdist.plugins import import_files
 from tetdist.tracking import environment, mlflow_follower
 from tetdist.tracking.trackers import TRACKERS, Following, TrackedRun
@@ -83,11 +83,8 @@ class RunFolder:
         imported = import_files(self.config.imports)
         self._check_same_run(imported)
         plugins.keep(imported, self.path / "imports")
-        _write(self.path / "config.yaml", self.config.as_yaml())
-        _write(
-            self.path / "environment.json",
-            json.dumps(environment.environment(), indent=1) + "\n",
-        )
+        write_text(self.path / "config.yaml", self.config.as_yaml())
+        write_json(self.path / "environment.json", environment.environment())
 
     def _check_same_run(self, imported: list[plugins.Imported]) -> None:
         file = self.path / "config.yaml"
@@ -117,7 +114,7 @@ class RunFolder:
 
     def newest_checkpoint(self) -> checkpoint.Checkpoint | None:
         """The checkpoint to continue from, the same on every process."""
-        found = self.world.together(
+        found = self.world.run_on_all(
             lambda: checkpoint.newest(self.checkpoints) if self.world.rank == 0 else None
         )
         name = self.world.from_rank_0(found.path.name if found else None)
@@ -188,7 +185,7 @@ class RunFolder:
         if not self.config.record_samples:
             yield lambda _step, _batch: None
             return
-        self.world.together(lambda: self._forget_samples_after(step))
+        self.world.run_on_all(lambda: self._forget_samples_after(step))
         path = self.path / f"samples-{self.world.rank}.jsonl"
         with path.open("a", buffering=1) as stream:
 
@@ -208,7 +205,8 @@ class RunFolder:
             return
         for path in self.path.glob("samples-*.jsonl"):
             whole = path.read_text().rpartition("\n")[0].splitlines(keepends=True)
-            _write(path, "".join(x.rstrip() + "\n" for x in whole if json.loads(x)["step"] <= step))
+            kept = (x.rstrip() + "\n" for x in whole if json.loads(x)["step"] <= step)
+            write_text(path, "".join(kept))
 
     def farewell(self, result: dict[str, float]) -> None:
         """Say that the run is finished, what came out and where to look."""
@@ -294,12 +292,3 @@ class RunFolder:
             )
             for index, context in ((self.index, "training"), (val_index, "validation"))
         ]
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)

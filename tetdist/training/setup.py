@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tetdist.config.schema import RunConfig, SegmentsSection, phase_image_sizes
 from tetdist.data import index as data_index
-from tetdist.data.build import check_crops
+from tetdist.data.build import check_augmentation
 from tetdist.data.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
@@ -30,7 +30,7 @@ def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
             f"phases.*.timesteps: {most} is more than the {train.timesteps} time bins of the data "
             f"in {config.data.root}"
         )
-    check_crops(config, train)
+    check_augmentation(config, train)
     wanted = config.model.num_classes
     if wanted is not None and wanted < len(train.classes):
         raise UserError(

@@ -60,16 +60,16 @@ class Trainer:
 
     def __init__(self, config: RunConfig, world: World, stop: StopRequest, watch: Watch) -> None:
         self.config, self.world, self.stop, self.watch = config, world, stop, watch
-        world.together(lambda: _check_device(config, world))
+        world.run_on_all(lambda: _check_device(config, world))
         batch = config.batch
         # The numbers, among all processes', of those that this one works on in each step.
-        self.micro_batches = world.together(
+        self.micro_batches = world.run_on_all(
             lambda: order.rank_micro_batches(
                 world.rank, world.world_size, batch.global_, batch.micro
             )
         )
-        self.train_index, self.val_index = world.together(lambda: open_data(config, world))
-        self.steps_per_epoch = world.together(
+        self.train_index, self.val_index = world.run_on_all(lambda: open_data(config, world))
+        self.steps_per_epoch = world.run_on_all(
             lambda: order.steps_per_epoch(len(self.train_index), batch.global_)
         )
         self.phases = place(config.phases, self.steps_per_epoch)
@@ -87,7 +87,7 @@ class Trainer:
             # cuBLAS reads it when it is first used, and torch refuses to go on without it.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic)
-        self.model = world.together(lambda: make_model(config, self.train_index))
+        self.model = world.run_on_all(lambda: make_model(config, self.train_index))
         self.model.to(world.device, parameter_type(config.precision))
         batch_norm.defer_running_statistics(self.model)
         if config.batch_norm.sync and world.world_size > 1:
@@ -104,17 +104,17 @@ class Trainer:
         self.teacher: Teacher | None = None
         if not self._has_begun():
             # Before the folder is made: a mistake leaves nothing behind.
-            world.together(self._initialize)
-            world.together(self._open_teacher)
-        self.folder = world.together(lambda: RunFolder(config, self.train_index, world))
+            world.run_on_all(self._initialize)
+            world.run_on_all(self._open_teacher)
+        self.folder = world.run_on_all(lambda: RunFolder(config, self.train_index, world))
         found = self.folder.newest_checkpoint()
         self.saved_step: int | None = None
         if found is not None:
-            world.together(lambda: self._restore(found))
+            world.run_on_all(lambda: self._restore(found))
             self.saved_step = self.step
         # One that is finished needs its teacher no more.
         if self.teacher is None and not self.finished:
-            world.together(lambda: self._open_teacher(found))
+            world.run_on_all(lambda: self._open_teacher(found))
 
         self.phase: Phase | None = None
         self.engine: Engine
@@ -341,7 +341,7 @@ class Trainer:
                 "gradient_clipping are the usual remedies"
             )
 
-        self.world.together(fail)
+        self.world.run_on_all(fail)
 
     def _examine(self, step: int) -> str | None:
         """What this process's share of a step shows, layer by layer; None: nothing bad."""
@@ -498,7 +498,7 @@ class Trainer:
                     "best_checkpoint" if best else "checkpoint", str(path.resolve())
                 )
 
-        self.world.together(write)
+        self.world.run_on_all(write)
         self.saved_step = self.step
 
     def _has_begun(self) -> bool:

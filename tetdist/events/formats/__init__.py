@@ -1,48 +1,40 @@
 """Recordings of event cameras, one file a format, chosen by the suffix of the name, and checked.
 
 Every reader takes the whole file, so that its checksum is of exactly what was read, and refuses it
-whole where a part is damaged: the readable part is never silently used.
+whole where a part is damaged: the readable part is never silently used. A format is a module with a
+table READERS of the suffixes that it reads; a new one is a new module, named in _MODULES.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
-from tetdist.events.formats.aedat import read_aedat
-from tetdist.events.formats.aedat4 import read_aedat4
-from tetdist.events.formats.arrays import read_hdf5, read_npz
-from tetdist.events.formats.nmnist import read_nmnist
-from tetdist.events.formats.prophesee import read_dat, read_raw
+from tetdist.events.formats import aedat, aedat4, arrays, nmnist, prophesee
 from tetdist.events.recording import BadRecording, Events, Sensor
 
-SUFFIXES = (".aedat", ".aedat4", ".bin", ".dat", ".raw", ".npz", ".h5", ".hdf5")
+_MODULES = (aedat, aedat4, nmnist, prophesee, arrays)
+
+# A reader takes a file's contents, and the sensor's size where the format does not say it.
+_READERS: dict[str, Callable[[bytes, Sensor | None], Events]] = {
+    suffix: reader for module in _MODULES for suffix, reader in module.READERS.items()
+}
+SUFFIXES = tuple(_READERS)
 
 
 def read_recording(path: Path, data: bytes, sensor: Sensor | None) -> Events:
-    """Events of a file, checked.
+    """Read the events of a file, and check them.
 
     Args:
-        path: the file; its suffix says the format.
-        data: its contents.
-        sensor: size of the sensor, where the format does not say it.
+        path: The file; its suffix says the format.
+        data: Its contents.
+        sensor: Size of the sensor, where the format does not say it.
 
     Raises:
-        BadRecording: if it cannot be used.
-        UserError: if a package that reads this format is missing.
+        BadRecording: It cannot be used.
+        UserError: A package that reads this format is missing.
     """
     if not data:
         raise BadRecording("the file is empty")
-    match path.suffix.lower():
-        case ".aedat":
-            return read_aedat(data, sensor)
-        case ".aedat4":
-            return read_aedat4(data, sensor)
-        case ".bin":
-            return read_nmnist(data, sensor)
-        case ".dat":
-            return read_dat(data, sensor)
-        case ".raw":
-            return read_raw(data, sensor)
-        case ".npz":
-            return read_npz(data, sensor)
-        case ".h5" | ".hdf5":
-            return read_hdf5(data, sensor)
-    raise BadRecording(f"its suffix is none of {', '.join(SUFFIXES)}")
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise BadRecording(f"its suffix is none of {', '.join(SUFFIXES)}")
+    return reader(data, sensor)

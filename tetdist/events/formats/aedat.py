@@ -19,21 +19,21 @@ DVS128 = Sensor(128, 128)
 DAVIS240 = Sensor(240, 180)
 
 _MAGIC = b"#!AER-DAT"
-# Of a packet in AEDAT 3.1: type, source, event size, offset of the timestamp, timestamp overflow,
-# capacity, events, valid events.
+# A packet of AEDAT 3.1 begins with its type, source, event size, offset of the timestamp, timestamp
+# overflow, capacity, events and valid events.
 _PACKET = struct.Struct("<hhiiiiii")
 _POLARITY_EVENTS = 1
 
 
 def read_aedat(data: bytes, sensor: Sensor | None) -> Events:
-    """Events of a file named .aedat: AEDAT 2.0 or 3.1.
+    """Read the events of a file named .aedat: AEDAT 2.0 or 3.1.
 
     Args:
-        data: the file's contents.
-        sensor: of AEDAT 2.0, whose header does not always name the camera: 128x128 or 240x180.
+        data: The file's contents.
+        sensor: Size of an AEDAT 2.0 camera, 128x128 or 240x180, which not every header names.
 
     Raises:
-        BadRecording: if it cannot be used.
+        BadRecording: It cannot be used.
     """
     version = _version(data)
     if version.startswith("2."):
@@ -100,19 +100,21 @@ def _camera(header: list[str], address: npt.NDArray[Any]) -> Sensor:
 def _read_3(data: bytes, sensor: Sensor | None) -> Events:
     _, body = split_header(data, b"#", b"#!END-HEADER")
     parts: list[npt.NDArray[np.int64]] = []
-    place = dropped = 0
-    while place < len(body):
-        if len(body) - place < _PACKET.size:
+    position = dropped = 0
+    while position < len(body):
+        if len(body) - position < _PACKET.size:
             raise BadRecording("it is truncated within a packet's header")
-        kind, _, size, _, overflow, capacity, number, _ = _PACKET.unpack_from(body, place)
-        place += _PACKET.size
+        kind, _, size, _, overflow, capacity, number, _ = _PACKET.unpack_from(body, position)
+        position += _PACKET.size
         if size <= 0 or not 0 <= number <= capacity:
-            raise BadRecording(f"the packet at byte {place - _PACKET.size} of its data is damaged")
+            raise BadRecording(
+                f"the packet at byte {position - _PACKET.size} of its data is damaged"
+            )
         # Files hold as many events as there are, whatever the packet could have held.
-        packet = body[place : place + size * number]
+        packet = body[position : position + size * number]
         if len(packet) < size * number:
             raise BadRecording(f"it is truncated within a packet of {number} events")
-        place += len(packet)
+        position += len(packet)
         if kind != _POLARITY_EVENTS:
             dropped += number
             continue
@@ -123,3 +125,6 @@ def _read_3(data: bytes, sensor: Sensor | None) -> Events:
         parts.append(np.stack([word >> 17, (word >> 2) & 0x7FFF, t, (word >> 1) & 1], 1)[valid])
     x, y, t, p = np.concatenate([np.empty((0, 4), np.int64), *parts]).T
     return checked_events(x, y, t, p, sensor or DVS128, dropped=dropped)
+
+
+READERS = {".aedat": read_aedat}

@@ -1,7 +1,7 @@
 """AEDAT 4, the format of DV: packets of events, compressed, each a flatbuffer.
 
-Read here and not by a package: the one tried ends the whole process on some damaged files, and one
-bad recording must not end the work on all the others.
+No package reads it here: the one tried ends the whole process on some damaged files, and one bad
+recording must not end the work on all the others.
 """
 
 import struct
@@ -31,31 +31,31 @@ _STORED, _LZ4, _ZSTANDARD = (0,), (1, 2), (3, 4)
 
 
 def read_aedat4(data: bytes, sensor: Sensor | None) -> Events:
-    """Events of an AEDAT 4 file.
+    """Read the events of an AEDAT 4 file.
 
     Args:
-        data: the file's contents.
-        sensor: size of the sensor, if it must be this one.
+        data: The file's contents.
+        sensor: Size of the sensor, if it must be this one.
 
     Raises:
-        BadRecording: if it cannot be used.
-        UserError: if the package that decompresses it is missing.
+        BadRecording: It cannot be used.
+        UserError: The package that decompresses it is missing.
     """
     if not data.startswith(_MAGIC):
         raise BadRecording("it is not an AEDAT 4 file: it does not begin with #!AER-DAT4.0")
     try:
         return _read(data, sensor)
-    except (struct.error, ET.ParseError, UnicodeDecodeError, ValueError) as e:
-        if isinstance(e, BadRecording):
+    except (struct.error, ET.ParseError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, BadRecording):
             raise
-        raise BadRecording(f"it is truncated or damaged ({e})") from e
+        raise BadRecording(f"it is truncated or damaged ({error})") from error
 
 
 def _read(data: bytes, sensor: Sensor | None) -> Events:
     start = len(_MAGIC)
     (size,) = struct.unpack_from("<I", data, start)
     header = _Table(data[start : start + 4 + size], b"IOHE")
-    # The table that a finished recording ends with, which nothing here needs; but a file cut off
+    # A finished recording ends with a table. Nothing here needs it, but a file that was cut off
     # between two packets has none.
     end = header.number(_TABLE_POSITION, "<q", -1)
     if end < 0:
@@ -91,15 +91,15 @@ def _event_stream(info: str) -> tuple[int, Sensor]:
     return found[0]
 
 
-def _packets(data: bytes, place: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """Stream and contents of each packet."""
-    while place < end:
-        stream, size = struct.unpack_from("<ii", data, place)
-        place += 8
-        if size < 0 or place + size > end:
-            raise BadRecording(f"the packet at byte {place - 8} is damaged")
-        yield stream, data[place : place + size]
-        place += size
+def _packets(data: bytes, position: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the stream and contents of each packet."""
+    while position < end:
+        stream, size = struct.unpack_from("<ii", data, position)
+        position += 8
+        if size < 0 or position + size > end:
+            raise BadRecording(f"the packet at byte {position - 8} is damaged")
+        yield stream, data[position : position + size]
+        position += size
 
 
 def _decompressed(packet: bytes, compression: int) -> bytes:
@@ -116,12 +116,12 @@ def _decompressed(packet: bytes, compression: int) -> bytes:
         import zstandard
 
         return bytes(zstandard.ZstdDecompressor().decompressobj().decompress(packet))
-    except ModuleNotFoundError as e:
+    except ModuleNotFoundError as error:
         raise UserError(
             f"this AEDAT 4 file needs the package {name}: pip install 'tetdist[events]'"
-        ) from e
-    except Exception as e:  # Each package has errors of its own.
-        raise BadRecording(f"a packet does not decompress ({e})") from e
+        ) from error
+    except Exception as error:  # Each package has errors of its own.
+        raise BadRecording(f"a packet does not decompress ({error})") from error
 
 
 def _elements(packet: bytes) -> npt.NDArray[Any]:
@@ -139,8 +139,8 @@ class _Table:
             raise BadRecording(f"it is truncated or damaged: no whole {name.decode()} buffer")
         self._data, self._root = data, 4 + root
 
-    def _place(self, field: int) -> int | None:
-        """Where a field's value is; None if the table leaves it out."""
+    def _position(self, field: int) -> int | None:
+        """Position of a field's value; None if the table leaves it out."""
         (back,) = struct.unpack_from("<i", self._data, self._root)
         offsets = self._root - back
         (length,) = struct.unpack_from("<H", self._data, offsets)
@@ -150,20 +150,25 @@ class _Table:
         return self._root + offset if offset else None
 
     def number(self, field: int, code: str, default: int) -> int:
-        place = self._place(field)
-        return default if place is None else int(struct.unpack_from(code, self._data, place)[0])
+        position = self._position(field)
+        return (
+            default if position is None else int(struct.unpack_from(code, self._data, position)[0])
+        )
 
     def vector(self, field: int, item_size: int) -> bytes:
         """The octets of a vector's items."""
-        place = self._place(field)
-        if place is None:
+        position = self._position(field)
+        if position is None:
             return b""
-        place += struct.unpack_from("<I", self._data, place)[0]
-        size = item_size * struct.unpack_from("<I", self._data, place)[0]
-        octets = self._data[place + 4 : place + 4 + size]
+        position += struct.unpack_from("<I", self._data, position)[0]
+        size = item_size * struct.unpack_from("<I", self._data, position)[0]
+        octets = self._data[position + 4 : position + 4 + size]
         if len(octets) < size:
             raise BadRecording("it is truncated or damaged: a vector is longer than its buffer")
         return octets
 
     def text(self, field: int) -> str:
         return self.vector(field, 1).decode()
+
+
+READERS = {".aedat4": read_aedat4}

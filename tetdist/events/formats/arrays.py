@@ -16,8 +16,8 @@ def read_npz(data: bytes, sensor: Sensor | None) -> Events:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except Exception as e:  # Whatever the readers of zip and numpy's format stumble over.
-        raise BadRecording(f"it is not an NPZ file, or damaged ({e})") from e
+    except Exception as error:  # numpy has no common class for what its readers raise.
+        raise BadRecording(f"it is not an NPZ file, or damaged ({error})") from error
     if len(arrays) == 1 and next(iter(arrays.values())).dtype.names:
         (table,) = arrays.values()
         arrays = {name: table[name] for name in table.dtype.names}
@@ -27,8 +27,8 @@ def read_npz(data: bytes, sensor: Sensor | None) -> Events:
 def read_hdf5(data: bytes, sensor: Sensor | None) -> Events:
     try:
         import h5py
-    except ModuleNotFoundError as e:
-        raise UserError("HDF5 needs the package h5py: pip install 'tetdist[events]'") from e
+    except ModuleNotFoundError as error:
+        raise UserError("HDF5 needs the package h5py: pip install 'tetdist[events]'") from error
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
             found = file.get("events", file)
@@ -40,8 +40,8 @@ def read_hdf5(data: bytes, sensor: Sensor | None) -> Events:
                 arrays = {name: _own_values(found, name) for name in _FIELDS if name in found}
     except BadRecording:
         raise
-    except Exception as e:  # Whatever h5py stumbles over.
-        raise BadRecording(f"it is not an HDF5 file, or damaged ({e})") from e
+    except Exception as error:  # h5py has no common class for what it raises.
+        raise BadRecording(f"it is not an HDF5 file, or damaged ({error})") from error
     return _from_arrays(arrays, size, sensor)
 
 
@@ -58,12 +58,12 @@ def _own_values(group: Any, name: str) -> Any:
 def _from_arrays(
     arrays: Mapping[str, Any], size: Mapping[str, Any], sensor: Sensor | None
 ) -> Events:
-    """Events of arrays x, y, t (microseconds) and p (0 and 1, or -1 and 1, or booleans).
+    """Make events of arrays x, y, t (microseconds) and p (0 and 1, or -1 and 1, or booleans).
 
     Args:
-        arrays: by name.
-        size: what may hold the sensor's `width` and `height`.
-        sensor: otherwise, or to be compared.
+        arrays: Arrays by name.
+        size: What may hold the sensor's `width` and `height`.
+        sensor: The size where that does not hold it; otherwise it must be the same.
     """
     missing = [name for name in _FIELDS if name not in arrays]
     if missing:
@@ -85,3 +85,6 @@ def _from_arrays(
     if p.dtype.kind == "i" and set(np.unique(p)) <= {-1, 1}:
         p = p > 0
     return checked_events(x, y, t, p, sensor)
+
+
+READERS = {".npz": read_npz, ".h5": read_hdf5, ".hdf5": read_hdf5}

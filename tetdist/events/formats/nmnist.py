@@ -5,7 +5,7 @@ import numpy as np
 from tetdist.events.recording import BadRecording, Events, Sensor, checked_events, fixed_records
 
 NMNIST = Sensor(34, 34)
-# How the other formats begin: none of these is a beginning of N-MNIST's events.
+# Other formats begin with these, and N-MNIST's events never do.
 _FOREIGN = {
     b"#!AER-DAT": "AEDAT",
     b"% ": "Prophesee",
@@ -23,7 +23,7 @@ def read_nmnist(data: bytes, sensor: Sensor | None) -> Events:
     octets = fixed_records(data, "u1", 5).astype(np.int64)
     x, y = octets[:, 0], octets[:, 1]
     t = ((octets[:, 2] & 0x7F) << 16) | (octets[:, 3] << 8) | octets[:, 4]
-    # N-Caltech101, in the same format, marks by row 240 that a counter of 13 bits began again.
+    # N-Caltech101 has the same format, and marks by row 240 that a counter of 13 bits began again.
     is_event = y != 240
     t = t + np.cumsum(~is_event) * 2**13
     return checked_events(
@@ -35,3 +35,6 @@ def read_nmnist(data: bytes, sensor: Sensor | None) -> Events:
         dropped=int((~is_event).sum()),
         counter=2**23,
     )
+
+
+READERS = {".bin": read_nmnist}

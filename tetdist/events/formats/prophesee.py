@@ -15,14 +15,14 @@ from tetdist.events.recording import (
     split_header,
 )
 
-# Of cameras whose files do not say it themselves, by a part of the header's plugin_name.
+# Sizes that the files of some cameras do not say, by a part of the header's plugin_name.
 _SENSORS = {
     "genx320": Sensor(320, 320),
     "gen3": Sensor(640, 480),
     "gen4": Sensor(1280, 720),
     "imx636": Sensor(1280, 720),
 }
-# Event types in the two bytes after a .dat file's header: from before and after 2018.
+# A .dat file's header is followed by its type of event, one before and another after 2018.
 _DAT_TYPES = (0x00, 0x0C)
 _DAT_SIZE = 8
 
@@ -35,10 +35,10 @@ _EVT3_OTHERS = (0x7, 0xA, 0xE, 0xF)
 
 
 def read_dat(data: bytes, sensor: Sensor | None) -> Events:
-    """Events of a .dat file.
+    """Read the events of a .dat file.
 
     Raises:
-        BadRecording: if it cannot be used.
+        BadRecording: It cannot be used.
     """
     header, body = split_header(data, b"%", b"% end")
     if not header:
@@ -58,10 +58,10 @@ def read_dat(data: bytes, sensor: Sensor | None) -> Events:
 
 
 def read_raw(data: bytes, sensor: Sensor | None) -> Events:
-    """Events of a .raw file in EVT 2.0 or EVT 3.0.
+    """Read the events of a .raw file in EVT 2.0 or EVT 3.0.
 
     Raises:
-        BadRecording: if it cannot be used.
+        BadRecording: It cannot be used.
     """
     header, body = split_header(data, b"%", b"% end")
     if not header:
@@ -145,19 +145,19 @@ def _read_evt3(body: bytes, sensor: Sensor) -> Events:
     vector = vector[which]
     origin = base[vector]
 
-    place = np.concatenate([single, vector])
+    position = np.concatenate([single, vector])
     x = np.concatenate(
         [value[single] & 0x7FF, (value[origin] & 0x7FF) + before[vector] - before[origin] + bit]
     )
     p = np.concatenate([value[single] >> 11, value[origin] >> 11])
-    order = np.argsort(place, kind="stable")
-    place, x, p = place[order], x[order], p[order]
-    complete = (row[place] >= 0) & (time[place] >= 0)
-    place, x, p = place[complete], x[complete], p[complete]
+    order = np.argsort(position, kind="stable")
+    position, x, p = position[order], x[order], p[order]
+    complete = (row[position] >= 0) & (time[position] >= 0)
+    position, x, p = position[complete], x[complete], p[complete]
     return checked_events(
         x,
-        value[row[place]] & 0x7FF,
-        time[place],
+        value[row[position]] & 0x7FF,
+        time[position],
         p,
         sensor,
         dropped=int((kind == 0xA).sum() + (~complete).sum()),
@@ -169,12 +169,12 @@ def _evt3_times(kind: npt.NDArray[np.int64], value: npt.NDArray[np.int64]) -> np
 
     The counter has 24 bits and begins again every 17 s, which is counted here.
     """
-    places = np.flatnonzero(kind == _EVT3_TIME_HIGH)
-    high = value[places]
+    positions = np.flatnonzero(kind == _EVT3_TIME_HIGH)
+    high = value[positions]
     high = high + np.cumsum(np.diff(high, prepend=high[:1]) < -(2**11)) * 2**12
     # The upper half is repeated all the time; where it changes, the lower one begins at zero.
     changes = np.zeros(len(kind), bool)
-    changes[places[np.diff(high, prepend=-1) != 0]] = True
+    changes[positions[np.diff(high, prepend=-1) != 0]] = True
     last_low, last_change = _latest(kind == _EVT3_TIME_LOW), _latest(changes)
     low = np.where(last_low > last_change, value[last_low], 0)
     which = np.cumsum(kind == _EVT3_TIME_HIGH) - 1
@@ -182,7 +182,7 @@ def _evt3_times(kind: npt.NDArray[np.int64], value: npt.NDArray[np.int64]) -> np
 
 
 def _latest(marked: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """(N,) place of the last marked word up to each one; -1 before the first."""
+    """Position (N,) of the last marked word up to each one; -1 before the first."""
     return np.maximum.accumulate(np.where(marked, np.arange(len(marked)), -1))
 
 
@@ -193,3 +193,6 @@ def _check_kinds(kind: npt.NDArray[Any], known: tuple[int, ...], format_name: st
         raise BadRecording(
             f"word {i} of its data is of type {kind[i]:#x}, unknown to {format_name}"
         )
+
+
+READERS = {".dat": read_dat, ".raw": read_raw}
