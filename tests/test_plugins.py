@@ -1,5 +1,6 @@
 """Files from outside: those of docs/extending.md are run, kept and compared."""
 
+import copy
 import json
 import re
 import subprocess
@@ -57,7 +58,7 @@ def write(tiny_config: ConfigWriter, tmp_path: Path) -> Callable[..., Path]:
         used: dict[str, Any] = {"imports": list(names)}
         for name in names:
             (tmp_path / name).write_text(FILES[name])
-            used |= USES[name]
+            used |= copy.deepcopy(USES[name])
         return tiny_config(used | (changes or {}))
 
     return make
@@ -101,7 +102,7 @@ def test_all_at_once_stopped_and_continued(
     names = ["my_snn.py", "my_neuron.py", "my_loss.py", "my_transform.py", "my_tracker.py"]
     file = write(*names, changes={"save.every_steps": 2})
     assert farm(file, "name=straight").status == 0
-    cut = farm(file, "name=cut", stop=("step", 4, 9, 0))
+    cut = farm(file, "name=cut", stop=("step", 4, 9))
     assert cut.status == -9
     again = farm(file, "name=cut")
     assert again.status == 0, again.text

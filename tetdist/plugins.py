@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Generic, TypeVar, cast
 
 from tetdist.errors import UserError
-from tetdist.files import write_text
+from tetdist.files import replacing, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +215,8 @@ def keep(files: Iterable[Imported], folder: Path) -> tuple[str, ...]:
     if files:
         folder.mkdir(parents=True, exist_ok=True)
         for file, copy in zip(files, copies, strict=True):
-            write_text(copy, file.path.read_text())
+            with replacing(copy) as stream:
+                stream.write(file.path.read_bytes())
         write_text(folder / CHECKSUMS, "".join(f"{one.sha256}  {one.name}\n" for one in files))
     return tuple(str(copy.absolute()) for copy in copies)
 
