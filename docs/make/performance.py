@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tetdist.reports.tables import markdown
+
 PROJECT = Path(__file__).resolve().parents[2]
 BENCH = PROJECT / "tools" / "bench.py"
 TIMESTEPS = (1, 2, 4, 8, 16)
@@ -213,11 +215,6 @@ ended):
     return "\n\n".join(parts) + "\n"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def step_table(found: dict[str, dict[str, Any]], kind: str) -> str:
     rows = [
         [
@@ -231,7 +228,7 @@ def step_table(found: dict[str, dict[str, Any]], kind: str) -> str:
         for precision in ("fp32", "bf16")
         for row in found[f"{kind}-{precision}"]["rows"]
     ]
-    return table(["", "", "s", "/ ReLU", "images/s", "first two steps, s"], rows)
+    return markdown(["", "", "s", "/ ReLU", "images/s", "first two steps, s"], rows)
 
 
 def compiled_peer(found: dict[str, dict[str, Any]]) -> str:
@@ -257,7 +254,7 @@ def other_table(found: dict[str, dict[str, Any]]) -> str:
         first = results[0]
         rows.append([first["model"], str(first["timesteps"]), str(first["batch"]), *cells])
     head = ["", "T", "batch", "ReLU fp32, s", "tetdist, s", "ratio", "ReLU bf16, s", "tetdist, s"]
-    return table([*head, "ratio"], rows)
+    return markdown([*head, "ratio"], rows)
 
 
 def series(
@@ -283,7 +280,7 @@ def series_table(found: dict[str, dict[str, Any]], key: str, title: str) -> str:
             seconds = [f"{by_name[name][x]['seconds']:.3f}" for name in names]
             ratios = [f"{by_name[name][x]['ratio']:.3f}" for name in names[1:]]
             rows.append([precision, str(x), *seconds, *ratios])
-    return table([cell.replace("relu", "ReLU") for cell in head], rows)
+    return markdown([cell.replace("relu", "ReLU") for cell in head], rows)
 
 
 def memory_tables(found: dict[str, dict[str, Any]]) -> str:
@@ -300,7 +297,7 @@ def memory_tables(found: dict[str, dict[str, Any]]) -> str:
                 for row in by_name.values()
             ]
             rows.append([precision, str(timesteps), *cells])
-    return table(["", "T", *(name.replace("relu", "ReLU") for name in names)], rows)
+    return markdown(["", "T", *(name.replace("relu", "ReLU") for name in names)], rows)
 
 
 def scaling_text(found: dict[str, dict[str, Any]]) -> str:
@@ -331,7 +328,7 @@ def scaling_text(found: dict[str, dict[str, Any]]) -> str:
         "averaging / apart",
     ]
     predicted = result["predicted"]
-    forecast = table(
+    forecast = markdown(
         ["GPUs", "efficiency", "averaging, ms"],
         [
             [str(row["gpus"]), f"{row['efficiency']:.3f}", f"{row['communication_ms']:.1f}"]
@@ -342,7 +339,7 @@ def scaling_text(found: dict[str, dict[str, Any]]) -> str:
 update, a core a process. Processes that do not speak to each other ("apart") show what the machine
 loses by itself when both cores are busy.
 
-{table(head, rows)}
+{markdown(head, rows)}
 
 What the model of communication (launch/plan.py) says of {predicted["mb_averaged"]:.0f} MB averaged
 a step, none of it hidden, at {predicted["images_per_s_of_one"]:.1f} images/s a process,
@@ -374,7 +371,7 @@ RandomResizedCrop to {result["size"]} pixels, flip, normalisation, batches of {r
 reader" is a pipeline of DALI's own, from its file reader on; "decoding alone" is the same without
 what follows its decoder, windows only.
 
-{table(head, rows)}
+{markdown(head, rows)}
 
 A training step of {wait["model"]} (batch {wait["batch"]}, {wait["precision"]}) on the same cores
 takes {wait["step_s"]:.2f} s, of which it waits {wait["wait_percent"]:.2f} % for its images.

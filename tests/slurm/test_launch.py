@@ -19,7 +19,7 @@ from tetdist.config import identity, loading
 from tetdist.errors import UserError
 from tetdist.slurm import batch, cluster, history, local, snapshot, submit
 from tetdist.slurm.cluster import ClusterSection
-from tetdist.slurm.history import Event
+from tetdist.slurm.history import JobEvent
 from tetdist.slurm.job import Job
 from tetdist.slurm.placement import interface_towards
 
@@ -328,8 +328,8 @@ def test_starts_that_lead_nowhere_end(
     capfd.readouterr()
     # As if it had been started again and again since that, its newest submission.
     for restart in range(1, 6):
-        history.note(run, Event("started", "local", restart, step=3))
-        history.note(run, Event("stopped", "local", restart, step=3, text="preempted (SIGUSR2)"))
+        history.note(run, JobEvent("started", "local", restart, step=3))
+        history.note(run, JobEvent("stopped", "local", restart, step=3, text="preempted (SIGUSR2)"))
     submission = history.newest_submission(run)
     assert submission is not None
     job = Job(**json.loads(Path(submission.config).with_name("job.json").read_text()))
@@ -340,7 +340,7 @@ def test_starts_that_lead_nowhere_end(
     assert "launch/slurm.py resume" in said
     assert history.history(run)[-1].kind == "failed"
     # Nor is one that was cancelled started by a late requeue, or taken for finished by others.
-    history.note(run, Event("cancelled", "local", step=3))
+    history.note(run, JobEvent("cancelled", "local", step=3))
     assert local.run_here(job, 1) == 128 + signal.SIGTERM
     assert history.history(run)[-1].kind == "cancelled"
 

@@ -21,7 +21,7 @@ HELD = ("cluster.sbatch.hold=true",)
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    return importlib.import_module("tetdist.studies.local")
+    return importlib.import_module("tetdist.cli.study")
 
 
 class Study:

@@ -30,7 +30,7 @@ ENTRIES: dict[str, Any] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def tool() -> ModuleType:
-    return importlib.import_module("tetdist.studies.local")
+    return importlib.import_module("tetdist.cli.study")
 
 
 Call = Callable[..., tuple[int, str, str]]

@@ -123,7 +123,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist import checkpoint
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
-    from tetdist.evaluation.suite import Passes, find
+    from tetdist.evaluation.suite import Passes, run_suite
     from tetdist.events.splits import recorded_split
     from tetdist.nn.precision import parameter_type
     from tetdist.training.setup import make_model, open_split
@@ -158,7 +158,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
             "reported_timesteps": wanted,
             "seed": options.seed,
         }
-        found = about | find(
+        found = about | run_suite(
             Passes(model, config, index, world, lambda: watch.progress("the evaluation")),
             drop_timesteps=options.drop_timesteps,
             drop_events=options.drop_events,

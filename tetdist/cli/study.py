@@ -18,7 +18,7 @@ from tetdist.cli.common import answer, program
 from tetdist.errors import UserError
 
 if TYPE_CHECKING:
-    from tetdist.studies.plan import Run
+    from tetdist.studies.plan import StudyRun
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -140,7 +140,7 @@ def command(options: argparse.Namespace, file: Path) -> str:
     return plan.shown(words)
 
 
-def choose(runs: "list[Run]", entries: list[str] | None) -> "list[Run]":
+def choose(runs: "list[StudyRun]", entries: list[str] | None) -> "list[StudyRun]":
     """The runs of some entries, and those that they need."""
     if entries is None:
         return runs

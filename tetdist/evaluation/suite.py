@@ -53,7 +53,7 @@ class Passes:
             )
 
 
-def find(
+def run_suite(
     passes: Passes, *, drop_timesteps: Sequence[float], drop_events: Sequence[float], seed: int
 ) -> dict[str, Any]:
     """Evaluate at the model's present T: as it is, and then with each share of something dropped.

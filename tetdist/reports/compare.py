@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tetdist.reports.tables import aligned
+
 if TYPE_CHECKING:
     from tetdist.reports.runs_table import RunRecord
 
@@ -35,7 +37,7 @@ MISSING = Missing()
 
 
 @dataclass(frozen=True)
-class Run:
+class ComparedRun:
     """What is compared of one run; None: it is not there."""
 
     path: Path
@@ -97,8 +99,8 @@ class SamplesResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    a: Run
-    b: Run
+    a: ComparedRun
+    b: ComparedRun
     tolerance: float
     configuration: list[Pair] | None
     metrics: MetricsResult
@@ -115,7 +117,7 @@ class Comparison:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read_run(path: Path, *, effective: bool = False) -> Run:
+def read_run(path: Path, *, effective: bool = False) -> ComparedRun:
     """Reads a run folder or a metrics.jsonl; of its configuration, all or what has an effect.
 
     Raises:
@@ -127,10 +129,10 @@ def read_run(path: Path, *, effective: bool = False) -> Run:
         if not path.is_dir():
             if not path.exists():
                 raise UserError(f"there is no {path}; give a run folder or a metrics.jsonl")
-            return Run(path, read_values(path), None, None)
+            return ComparedRun(path, read_values(path), None, None)
         if not (path / "metrics.jsonl").exists():
             raise UserError(f"{path} is no run folder: there is no metrics.jsonl in it")
-        return Run(
+        return ComparedRun(
             path,
             read_values(path / "metrics.jsonl"),
             read_configuration(path / "config.yaml", effective),
@@ -250,7 +252,7 @@ def overview(paths: list[Path], json_file: Path | None) -> None:
 
     records = read_records(paths)
     for table in runs_table.tables(records):
-        print(columns(table, right=tuple(range(1, len(table[0])))), end="\n\n")
+        print(aligned(table, right=tuple(range(1, len(table[0])))), end="\n\n")
     if json_file:
         write_json(json_file, runs_table.as_dict(records))
 
@@ -290,7 +292,7 @@ def read_records(paths: list[Path]) -> "list[RunRecord]":
 # --- comparing ------------------------------------------------------------------------------------
 
 
-def compare(a: Run, b: Run, tolerance: float) -> Comparison:
+def compare(a: ComparedRun, b: ComparedRun, tolerance: float) -> Comparison:
     configuration = None
     if a.configuration is not None and b.configuration is not None:
         configuration = [
@@ -431,7 +433,7 @@ def report_configuration(comparison: Comparison) -> str:
         return "Configuration: the same."
     verb = "differs" if len(pairs) == 1 else "differ"
     rows = [("", "a", "b"), *((pair.key, plain(pair.a), plain(pair.b)) for pair in pairs)]
-    return f"Configuration: {count(len(pairs), 'key')} {verb}.\n" + columns(rows)
+    return f"Configuration: {count(len(pairs), 'key')} {verb}.\n" + aligned(rows)
 
 
 def report_metrics(comparison: Comparison) -> list[str]:
@@ -445,7 +447,7 @@ def report_metrics(comparison: Comparison) -> list[str]:
             for pair in pairs[:SHOWN]
         ]
         more = f"\n  and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
-        parts.append(f"Metrics: they part at step {step}.\n" + columns(rows) + more)
+        parts.append(f"Metrics: they part at step {step}.\n" + aligned(rows) + more)
     elif metrics.common:
         within = f" within {comparison.tolerance:g}" if comparison.tolerance else ""
         lines = count(metrics.common, "line")
@@ -472,7 +474,7 @@ def report_metrics(comparison: Comparison) -> list[str]:
             names = ", ".join(still[:SHOWN])
             more = f" and {len(still) - SHOWN} more" if len(still) > SHOWN else ""
             rest = f"\n  the same to the bit: {names}{more}"
-        parts.append("Over all steps that both have:\n" + columns(table, right=(1, 2, 3)) + rest)
+        parts.append("Over all steps that both have:\n" + aligned(table, right=(1, 2, 3)) + rest)
 
     extra = [
         (kind, f"only {name}", steps_text(steps))
@@ -481,7 +483,7 @@ def report_metrics(comparison: Comparison) -> list[str]:
         if steps
     ]
     if extra:
-        parts.append("Steps that only one has:\n" + columns(extra))
+        parts.append("Steps that only one has:\n" + aligned(extra))
     return parts
 
 
@@ -510,18 +512,6 @@ def report_samples(samples: SamplesResult) -> str:
         if steps:
             lines.append(f"  only {name} has a record of step {steps_text(steps)}")
     return "\n".join(lines)
-
-
-def columns(rows: list[Any], right: tuple[int, ...] = ()) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  "
-        + "  ".join(
-            f"{cell:>{width}}" if i in right else f"{cell:{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
 
 
 def count(number: int, noun: str) -> str:

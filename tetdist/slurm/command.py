@@ -179,7 +179,7 @@ def submit(options: argparse.Namespace) -> int:
     submissions = submission.submit(runs, _job_name(base.name, runs), after=after)
     print(plan.describe(runs[0].plan, speed))
     for run, done in zip(runs, submissions, strict=True):
-        print(submission.farewell(done, run.config))
+        print(submission.log_summary(done, run.config))
     return _follow(runs[0].config.run_dir) if options.follow else 0
 
 
@@ -211,7 +211,7 @@ def _resume(run_dir: Path, options: argparse.Namespace) -> None:
     run = submission.prepare(config, cluster, after)
     code = None if options.new_code else Path(earlier.code)
     (done,) = submission.submit([run], config.name, code, after)
-    print(submission.farewell(done, config))
+    print(submission.log_summary(done, config))
 
 
 def status(options: argparse.Namespace) -> int:
@@ -230,7 +230,7 @@ def cancel(options: argparse.Namespace) -> int:
     from tetdist.slurm import history, jobs
     from tetdist.slurm import status as show
     from tetdist.slurm import submit as submission
-    from tetdist.slurm.history import Event
+    from tetdist.slurm.history import JobEvent
 
     # Slurm would remove by itself what waits for a cancelled job, and nobody would note it.
     for run_dir in reversed(show.find(options.run)):
@@ -241,7 +241,7 @@ def cancel(options: argparse.Namespace) -> int:
             continue
         jobs.cancel(job.job)
         # Should the job be about to requeue itself, its next start finds this.
-        history.note(run_dir, Event("cancelled", job.job, step=history.saved_step(run_dir)))
+        history.note(run_dir, JobEvent("cancelled", job.job, step=history.saved_step(run_dir)))
         # A process that trains says so itself; but there may be none yet.
         history.announce(submission.config_of(job), "KILLED", {})
         print(f"cancelled job {job.job}; `{PROGRAM} resume {run_dir}` continues the run")

@@ -64,7 +64,7 @@ class Submission:
 
 
 @dataclass(frozen=True)
-class Event:
+class JobEvent:
     """One line of history.jsonl.
 
     Attributes:
@@ -133,32 +133,32 @@ def _submissions(run_dir: Path) -> list[tuple[int, Path]]:
     return [(int(number), f) for f in folders if (number := f.name.partition("-")[2]).isdigit()]
 
 
-def note(run_dir: Path, event: Event) -> None:
+def note(run_dir: Path, event: JobEvent) -> None:
     """Add a line to the run's history."""
     slurm_folder(run_dir).mkdir(parents=True, exist_ok=True)
     with (slurm_folder(run_dir) / "history.jsonl").open("a") as file:
         file.write(json.dumps(asdict(event)) + "\n")
 
 
-def history(run_dir: Path) -> list[Event]:
+def history(run_dir: Path) -> list[JobEvent]:
     """All events, oldest first; a line that a kill tore is left out."""
-    events: list[Event] = []
+    events: list[JobEvent] = []
     file = slurm_folder(run_dir) / "history.jsonl"
     for line in file.read_text().splitlines() if file.is_file() else ():
         try:
-            events.append(Event(**json.loads(line)))
+            events.append(JobEvent(**json.loads(line)))
         except (ValueError, TypeError):
             continue
     return events
 
 
-def since_submission(events: list[Event]) -> list[Event]:
+def since_submission(events: list[JobEvent]) -> list[JobEvent]:
     """The events of the newest submission."""
     starts = [i for i, event in enumerate(events) if event.kind == "submitted"]
     return events[starts[-1] :] if starts else events
 
 
-def restarts(events: list[Event]) -> list[Event]:
+def restarts(events: list[JobEvent]) -> list[JobEvent]:
     """Every start of the run but its first, with why the one before had ended."""
     return [event for event in events if event.kind == "started"][1:]
 

@@ -21,8 +21,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from tetdist.distributed.watchdog import PeerFailed
 from tetdist.errors import UserError, sentence
 from tetdist.slurm import history
-from tetdist.slurm.history import Event
-from tetdist.slurm.placement import Place, SlurmPlace
+from tetdist.slurm.history import JobEvent
+from tetdist.slurm.placement import ProcessContext, SlurmContext
 
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
@@ -66,28 +66,28 @@ class Job:
             signal.signal(number, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGCONT):
             signal.signal(number, signal.SIG_DFL)
-        sys.exit(run(self, lambda: SlurmPlace.find(self.interface, self.warn_before_end)))
+        sys.exit(run(self, lambda: SlurmContext.find(self.interface, self.warn_before_end)))
 
 
-def run(job: Job, find_place: Callable[[], Place]) -> int:
+def run(job: Job, find_context: Callable[[], ProcessContext]) -> int:
     """One process's part of one start of the job; its exit status."""
     rank = os.environ.get("SLURM_PROCID", "?")
     try:
-        place = find_place()
-        place.export()
+        context = find_context()
+        context.export()
     except (UserError, ModuleNotFoundError) as error:
         print(f"rank {rank}: error: {sentence(error)}", file=sys.stderr)
         return 2
-    return _Start(job, place).run()
+    return _Start(job, context).run()
 
 
 class _Start:
     """One start of a job, in one process."""
 
-    def __init__(self, job: Job, place: Place) -> None:
-        self.job, self.place = job, place
+    def __init__(self, job: Job, context: ProcessContext) -> None:
+        self.job, self.context = job, context
         self.run_dir, self.log = Path(job.run_dir), Path(job.log)
-        self.is_first = place.rank == 0
+        self.is_first = context.rank == 0
         self.config: RunConfig | None = None
 
     def run(self) -> int:
@@ -105,7 +105,7 @@ class _Start:
             status = train(self.config, launcher)
         except (UserError, ModuleNotFoundError) as error:
             self._write_failure(error)
-            prefix = "" if self.is_first else f"rank {self.place.rank}: "
+            prefix = "" if self.is_first else f"rank {self.context.rank}: "
             print(f"{prefix}error: {sentence(error)}", file=sys.stderr)
             return self._end_failed(2, str(error))
         except SystemExit as ended:
@@ -148,12 +148,12 @@ class _Start:
 
     def _begin(self) -> dict[str, str]:
         """Note this start, and refuse it if the starts lead nowhere. Returns tags for MLflow."""
-        place = self.place
+        context = self.context
         step = history.saved_step(self.run_dir)
         earlier = history.history(self.run_dir)
         starts = [e for e in history.since_submission(earlier) if e.kind == "started"]
         why = self._why_started(earlier)
-        self._note("started", f"{why}; on {', '.join(place.hosts)}" if why else "")
+        self._note("started", f"{why}; on {', '.join(context.hosts)}" if why else "")
         vain = 0
         for start in reversed(starts):
             vain += start.step == step
@@ -169,17 +169,17 @@ class _Start:
         again = history.restarts(history.history(self.run_dir))
         if why:
             print(
-                f"restart {len(again)}, job {place.job}, from step {step}, on "
-                f"{', '.join(place.hosts)}: {why}",
+                f"restart {len(again)}, job {context.job}, from step {step}, on "
+                f"{', '.join(context.hosts)}: {why}",
                 file=sys.stderr,
                 flush=True,
             )
-        tags = {"slurm_job": place.job, "restarts": str(len(again))}
+        tags = {"slurm_job": context.job, "restarts": str(len(again))}
         for i, event in enumerate(again[-100:], start=max(0, len(again) - 100) + 1):
             tags[f"restart_{i:03}"] = f"step {event.step}: {event.text}"
         return tags
 
-    def _why_started(self, earlier: list[Event]) -> str:
+    def _why_started(self, earlier: list[JobEvent]) -> str:
         """Why this is not the run's first start; empty if it is."""
         if not any(event.kind == "started" for event in earlier):
             return ""
@@ -190,9 +190,9 @@ class _Start:
             return "started once more after its end"
         # What the process guessed when it was stopped, and what Slurm says of it afterwards.
         if last.kind == "started":
-            return self.place.why_ended() or "ended without a word"
+            return self.context.why_ended() or "ended without a word"
         if "from outside" in last.text:
-            account = self.place.why_ended()
+            account = self.context.why_ended()
             name = last.text.partition(" ")[0]
             if account and (name == "SIGTERM" or account == "preempted"):
                 return f"{account} ({name})"
@@ -208,18 +208,18 @@ class _Start:
             # Rank 0 decides: srun ends all processes when one reports a failure, and rank 0 may
             # still have something to write.
             return 0
-        why = self.place.why_stopped(number)
+        why = self.context.why_stopped(number)
         self._note("stopped", why)
         if number not in RESTART_AFTER:
             return status
-        if self.place.was_cancelled():
+        if self.context.was_cancelled():
             # Slurm would requeue it nevertheless.
             print("the job was cancelled meanwhile; all is saved", file=sys.stderr, flush=True)
             assert self.config is not None
             history.announce(self.config, "KILLED", {})
             return status
         print(f"{why}: all is saved, the job is started again", file=sys.stderr, flush=True)
-        return self.place.start_again()
+        return self.context.start_again()
 
     def _end_failed(self, status: int, why: str) -> int:
         """Write a failure down, on rank 0, while srun ends the others, and this process soon."""
@@ -233,7 +233,7 @@ class _Start:
     def _note(self, kind: str, text: str = "") -> None:
         if self.is_first:
             step = history.saved_step(self.run_dir)
-            event = Event(kind, self.place.job, self.place.restart, step, text)
+            event = JobEvent(kind, self.context.job, self.context.restart, step, text)
             history.note(self.run_dir, event)
 
     def _on_failure(self, error: Exception) -> None:
@@ -243,7 +243,7 @@ class _Start:
         takes minutes to miss a node, would count it as failed; if it still runs when Slurm does, it
         is started again on other nodes.
         """
-        silent = self.place.silent_hosts()
+        silent = self.context.silent_hosts()
         if silent:
             text = f"a node failed: {', '.join(silent)} does not answer"
             self._note("stopped", text)
@@ -252,23 +252,23 @@ class _Start:
             end = time.monotonic() + NODE_PATIENCE
             while silent and time.monotonic() < end:
                 time.sleep(5)
-                silent = self.place.silent_hosts()
+                silent = self.context.silent_hosts()
         if isinstance(error, PeerFailed):
             # This process ends without a further word.
             self._note("failed", str(error))
         self._write_failure(error)
 
     def _write_failure(self, error: Exception) -> None:
-        place = self.place
+        context = self.context
         known = isinstance(error, UserError | ModuleNotFoundError)
         text = f"error: {error}" if known else "".join(traceback.format_exception(error))
-        where = f"rank {place.rank} on {os.uname().nodename}:"
-        key = (place.job, place.restart, place.rank)
-        if not (self.log / f"failure-{place.job}.{place.restart}-{place.rank}.txt").exists():
+        where = f"rank {context.rank} on {os.uname().nodename}:"
+        key = (context.job, context.restart, context.rank)
+        if not (self.log / f"failure-{context.job}.{context.restart}-{context.rank}.txt").exists():
             history.write_failure(self.log, *key, f"{where}\n{text}")
 
     def _show_first_failure(self) -> None:
         """In rank 0's log, which people read first, ahead of its own complaint."""
-        text = history.first_failure(self.log, self.place.job, self.place.restart)
+        text = history.first_failure(self.log, self.context.job, self.context.restart)
         if self.is_first and text and not text.startswith("rank 0 "):
             print(f"the first to fail was {text}\n", file=sys.stderr, flush=True)

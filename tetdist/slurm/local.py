@@ -16,7 +16,7 @@ from types import FrameType
 
 # Before torch is imported, by launch.job.
 from tetdist.slurm.job import RESTART_AFTER, Job, run
-from tetdist.slurm.placement import AGAIN, LocalPlace
+from tetdist.slurm.placement import AGAIN, LocalContext
 
 PASSED_ON = (signal.SIGTERM, *RESTART_AFTER)
 # Seconds that the other processes have to end after one has failed.
@@ -98,7 +98,7 @@ def _free_port() -> int:
 
 def main() -> int:
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
-    return run(job, LocalPlace.find)
+    return run(job, LocalContext.find)
 
 
 if __name__ == "__main__":

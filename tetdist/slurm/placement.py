@@ -26,7 +26,7 @@ PORTS = range(16000, 32000)
 
 
 @dataclass(frozen=True)
-class Place(ABC):
+class ProcessContext(ABC):
     """One process among those of a job.
 
     Attributes:
@@ -88,7 +88,7 @@ class Place(ABC):
 
 
 @dataclass(frozen=True)
-class SlurmPlace(Place):
+class SlurmContext(ProcessContext):
     """A task of a Slurm job, as srun's variables say.
 
     Attributes:
@@ -101,7 +101,7 @@ class SlurmPlace(Place):
     answering: tuple[str, ...]
 
     @classmethod
-    def find(cls, interface: str | None, warn_before_end: int) -> "SlurmPlace":
+    def find(cls, interface: str | None, warn_before_end: int) -> "SlurmContext":
         """This process's place; without a given interface, the one that leads to the others."""
         from submitit.slurm.slurm import SlurmJobEnvironment
 
@@ -182,11 +182,11 @@ class SlurmPlace(Place):
         return 1
 
 
-class LocalPlace(Place):
+class LocalContext(ProcessContext):
     """A process that launch/local.py started on this machine."""
 
     @classmethod
-    def find(cls) -> "LocalPlace":
+    def find(cls) -> "LocalContext":
         env = os.environ
         return cls(
             rank=int(env["RANK"]),

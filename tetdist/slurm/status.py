@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tetdist.errors import UserError
 from tetdist.slurm import history, jobs
-from tetdist.slurm.history import Event, Submission
+from tetdist.slurm.history import JobEvent, Submission
 from tetdist.slurm.jobs import State
 from tetdist.tracking.metrics_file import read_metrics
 
@@ -82,7 +82,7 @@ def progress(run_dir: Path, submission: Submission, state: State) -> str:
     return ", ".join(parts)
 
 
-def failure_of(events: list[Event], submission: Submission) -> str | None:
+def failure_of(events: list[JobEvent], submission: Submission) -> str | None:
     """Why the newest start failed: the first rank's own words, or a line of the history."""
     mine = [event for event in events if event.job == submission.job and event.kind != "submitted"]
     if not mine or mine[-1].kind in ("finished", "stopped", "cancelled"):
@@ -135,5 +135,5 @@ def _show_new(log: Path, position: int) -> int:
     return position + len(data)
 
 
-def _moment(event: Event) -> str:
+def _moment(event: JobEvent) -> str:
     return datetime.fromtimestamp(event.time).strftime("%Y-%m-%d %H:%M:%S")

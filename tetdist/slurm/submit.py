@@ -20,7 +20,7 @@ from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.slurm import batch, history, plan, snapshot, status
 from tetdist.slurm.cluster import ClusterSection
-from tetdist.slurm.history import Event, Submission
+from tetdist.slurm.history import JobEvent, Submission
 from tetdist.slurm.job import Job
 from tetdist.slurm.jobs import is_here, refuse_if_queued, states_of
 from tetdist.slurm.plan import Plan
@@ -219,7 +219,7 @@ def _submit_once(
             submission = _submission(run, job, job_id, after)
             # Before the lock is given up, so that the next one sees it.
             history.write_submission(Path(job.config).parent, submission)
-            history.note(run.config.run_dir, Event("submitted", job_id))
+            history.note(run.config.run_dir, JobEvent("submitted", job_id))
             submissions.append(submission)
         if len(runs) > 1:
             history.write_sweep(folder, [run.config.run_dir for run in runs])
@@ -325,7 +325,7 @@ def where_to_look(config: RunConfig) -> str | None:
 # --- what is shown --------------------------------------------------------------------------------
 
 
-def farewell(submission: Submission, config: RunConfig) -> str:
+def log_summary(submission: Submission, config: RunConfig) -> str:
     """What a person needs after submitting."""
     run_dir = shlex.quote(str(config.run_dir))
     program = f"{Path(sys.executable).name} launch/slurm.py"
@@ -380,7 +380,7 @@ def run_here(run: Prepared) -> int:
     _announce(run, "SCHEDULED", {})
     job = _job(run, folder, code)
     history.write_submission(folder, _submission(run, job, history.LOCAL))
-    history.note(run.config.run_dir, Event("submitted", history.LOCAL))
+    history.note(run.config.run_dir, JobEvent("submitted", history.LOCAL))
     return local.run_here(job, run.cluster.processes)
 
 

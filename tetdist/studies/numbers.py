@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from tetdist.studies.plan import (
-    Run,
+    StudyRun,
     StudySection,
     evaluation,
     is_trained,
     lines,
     shown,
 )
-from tetdist.training.schedule import place
+from tetdist.training.schedule import schedule_phases
 
 CONFIDENCE = 0.95
 
@@ -67,7 +67,7 @@ class Result:
         ended: Seconds since 1970.
     """
 
-    run: Run
+    run: StudyRun
     top1: float
     best_top1: float
     best_epoch: float
@@ -95,7 +95,7 @@ class Result:
 # --- the numbers ----------------------------------------------------------------------------------
 
 
-def result_of(run: Run) -> Result | None:
+def result_of(run: StudyRun) -> Result | None:
     """None while the run is not finished and evaluated."""
     if not is_trained(run):
         return None
@@ -122,10 +122,10 @@ def result_of(run: Run) -> Result | None:
     )
 
 
-def image_timesteps(run: Run, last_step: int, last_epoch: float) -> int:
+def image_timesteps(run: StudyRun, last_step: int, last_epoch: float) -> int:
     """Images times T that went forward and backward in training."""
     config = run.config
-    phases = place(config.phases, round(last_step / last_epoch))[config.start_phase :]
+    phases = schedule_phases(config.phases, round(last_step / last_epoch))[config.start_phase :]
     return sum(
         (min(phase.end_step, last_step) - phase.first_step)
         * config.batch.global_
@@ -135,7 +135,7 @@ def image_timesteps(run: Run, last_step: int, last_epoch: float) -> int:
     )
 
 
-def training_seconds(run: Run) -> float:
+def training_seconds(run: StudyRun) -> float:
     """Of all steps, by the rates that the run's lines of metrics state."""
     train = lines(run, "train")
     steps = np.diff([line["step"] for line in train], prepend=0)
@@ -143,7 +143,7 @@ def training_seconds(run: Run) -> float:
     return float(np.sum(steps * run.config.batch.global_ / rates))
 
 
-def _environment(run: Run) -> dict[str, Any]:
+def _environment(run: StudyRun) -> dict[str, Any]:
     try:
         values = json.loads((run.folder / "environment.json").read_text())
     except (OSError, ValueError):
@@ -185,7 +185,7 @@ class Numbers:
     """All results of a study, by entry and seed."""
 
     study: StudySection
-    runs: list[Run]
+    runs: list[StudyRun]
     results: dict[str, dict[int, Result]]
 
     @property
@@ -289,7 +289,7 @@ def at(timesteps: int) -> Any:
     return lambda result: result.by_timestep[timesteps - 1]
 
 
-def gather(study: StudySection, runs: list[Run]) -> Numbers:
+def gather(study: StudySection, runs: list[StudyRun]) -> Numbers:
     results: dict[str, dict[int, Result]] = {name: {} for name in study.entries}
     for run in runs:
         result = result_of(run)

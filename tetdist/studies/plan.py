@@ -66,7 +66,7 @@ class StudySection(Section):
 
 # Two of them are the same if they are one object.
 @dataclass(frozen=True, eq=False)
-class Run:
+class StudyRun:
     """One entry with one seed.
 
     Attributes:
@@ -83,8 +83,8 @@ class Run:
     config_name: str
     overrides: tuple[str, ...]
     config: RunConfig
-    init: "Run | None"
-    teacher: "Run | None"
+    init: "StudyRun | None"
+    teacher: "StudyRun | None"
     test_timesteps: tuple[int, ...]
 
     @property
@@ -96,7 +96,7 @@ class Run:
         return self.config.run_dir
 
     @property
-    def needs(self) -> "tuple[Run, ...]":
+    def needs(self) -> "tuple[StudyRun, ...]":
         """The runs that must be finished before it begins."""
         return tuple(dict.fromkeys(run for run in (self.init, self.teacher) if run is not None))
 
@@ -196,7 +196,7 @@ def _explain(error: Any) -> str:
     return f"{key!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def runs_of(study: StudySection, output: Path, more: list[str]) -> list[Run]:
+def runs_of(study: StudySection, output: Path, more: list[str]) -> list[StudyRun]:
     """All runs, seed by seed, each after those that it needs.
 
     Args:
@@ -207,9 +207,9 @@ def runs_of(study: StudySection, output: Path, more: list[str]) -> list[Run]:
     Raises:
         UserError: A configuration is wrong, or entries need each other.
     """
-    runs: dict[tuple[str, int], Run] = {}
+    runs: dict[tuple[str, int], StudyRun] = {}
 
-    def add(name: str, seed: int, after: tuple[str, ...] = ()) -> Run:
+    def add(name: str, seed: int, after: tuple[str, ...] = ()) -> StudyRun:
         if name in after:
             raise UserError(
                 f"entries.{name}: init and teacher go in a circle: {' <- '.join((*after, name))}"
@@ -235,9 +235,9 @@ def _run(
     seed: int,
     output: Path,
     more: list[str],
-    init: Run | None,
-    teacher: Run | None,
-) -> Run:
+    init: StudyRun | None,
+    teacher: StudyRun | None,
+) -> StudyRun:
     entry = study.entries[name]
     config_name = entry.config or study.config
     given = [f"{key}={as_text(v)}" for key, v in (study.overrides | entry.overrides).items()]
@@ -253,7 +253,7 @@ def _run(
         resolved = loading.load(config_name, overrides)
     except UserError as error:
         raise UserError(f"entries.{name}: {error}") from error
-    return Run(
+    return StudyRun(
         entry=name,
         control=entry.control,
         seed=seed,
@@ -295,7 +295,7 @@ def as_text(value: Any) -> str:
 # --- what is on the disk --------------------------------------------------------------------------
 
 
-def is_trained(run: Run) -> bool:
+def is_trained(run: StudyRun) -> bool:
     """Whether the run has reached its end, and its last checkpoint is of that step."""
     validations = lines(run, "val")
     if not validations:
@@ -306,7 +306,7 @@ def is_trained(run: Run) -> bool:
     return at_end and _saved_step(run) == last["step"]
 
 
-def _saved_step(run: Run) -> int | None:
+def _saved_step(run: StudyRun) -> int | None:
     """The last evaluated step that is in a checkpoint."""
     checkpoints = run.folder / "checkpoints"
     try:
@@ -316,14 +316,14 @@ def _saved_step(run: Run) -> int | None:
         return None
 
 
-def lines(run: Run, kind: str) -> list[dict[str, Any]]:
+def lines(run: StudyRun, kind: str) -> list[dict[str, Any]]:
     """Of the run's metrics; none where it has not begun."""
     file = run.folder / "metrics.jsonl"
     found = metrics_file.read_metrics(file) if file.exists() else []
     return [line for line in found if line["kind"] == kind]
 
 
-def evaluation(run: Run) -> list[float] | None:
+def evaluation(run: StudyRun) -> list[float] | None:
     """Top-1 of the last epoch's time-mean up to timestep 1, 2, ..., in percent.
 
     Up to the T of training the run's own evaluation says it; beyond it, that of tools/eval.py,
@@ -341,7 +341,7 @@ def evaluation(run: Run) -> list[float] | None:
         return None
 
 
-def check_folder(run: Run) -> None:
+def check_folder(run: StudyRun) -> None:
     """
     Raises:
         UserError: The run's folder holds a run of another configuration.
@@ -361,7 +361,7 @@ def check_folder(run: Run) -> None:
         )
 
 
-def check_inputs(runs: list[Run]) -> None:
+def check_inputs(runs: list[StudyRun]) -> None:
     """Whether each entry's data are there, and suit its network.
 
     Raises:

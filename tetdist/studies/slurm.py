@@ -14,7 +14,7 @@ from tetdist.slurm import submit as submission
 from tetdist.slurm.cluster import ClusterSection
 from tetdist.slurm.history import Submission
 from tetdist.slurm.jobs import State, cancel, is_here, states_of
-from tetdist.studies.plan import Run, check_inputs, is_trained
+from tetdist.studies.plan import StudyRun, check_inputs, is_trained
 from tetdist.studies.tracking import Parent
 
 # States in which a run stays until somebody does something, and what is said of it then.
@@ -34,7 +34,7 @@ class Standing:
     text: str
 
 
-def submit(study: str, runs: list[Run], output: Path, flags: list[str], again: bool) -> int:
+def submit(study: str, runs: list[StudyRun], output: Path, flags: list[str], again: bool) -> int:
     """Submit what is neither finished nor queued, and say how each run is.
 
     Args:
@@ -72,7 +72,7 @@ def submit(study: str, runs: list[Run], output: Path, flags: list[str], again: b
             _leave_queue(run)
     if left:
         standings |= send_all(study, left, output)
-    return farewell(standings, output)
+    return log_summary(standings, output)
 
 
 def read_flags(flags: list[str], config_name: str) -> argparse.Namespace:
@@ -95,7 +95,7 @@ def read_flags(flags: list[str], config_name: str) -> argparse.Namespace:
     return options
 
 
-def dry_run(runs: list[Run], flags: list[str]) -> int:
+def dry_run(runs: list[StudyRun], flags: list[str]) -> int:
     """Show the jobs of all runs that are left; Slurm need not be there."""
     statuses = [0]
     for run in runs:
@@ -110,14 +110,14 @@ def dry_run(runs: list[Run], flags: list[str]) -> int:
     return max(statuses)
 
 
-def _begins_after(needed: list[Run]) -> str:
+def _begins_after(needed: list[StudyRun]) -> str:
     return f", begins after {', '.join(run.name for run in needed)}" if needed else ""
 
 
 # --- how the runs are -----------------------------------------------------------------------------
 
 
-def ask(runs: list[Run]) -> dict[Run, Standing]:
+def ask(runs: list[StudyRun]) -> dict[StudyRun, Standing]:
     """How the runs are: by Slurm first and then by their folders, as one may end meanwhile."""
     submissions = {run: history.newest_submission(run.folder) for run in runs}
     jobs = [s.job for s in submissions.values() if s is not None and s.job != history.LOCAL]
@@ -128,7 +128,7 @@ def ask(runs: list[Run]) -> dict[Run, Standing]:
     }
 
 
-def refuse_if_queued(runs: list[Run]) -> None:
+def refuse_if_queued(runs: list[StudyRun]) -> None:
     """What Slurm is to train must not be trained here meanwhile.
 
     Raises:
@@ -144,7 +144,7 @@ def refuse_if_queued(runs: list[Run]) -> None:
             )
 
 
-def standing_of(run: Run, submitted: Submission | None, state: State | None) -> Standing:
+def standing_of(run: StudyRun, submitted: Submission | None, state: State | None) -> Standing:
     """How a run is whose newest job is in the given state."""
     if submitted is not None and state is not None and state.is_queued:
         text = f"{state.name} as job {submitted.job} ({state.text})"
@@ -172,7 +172,7 @@ def standing_of(run: Run, submitted: Submission | None, state: State | None) -> 
     )
 
 
-def decide(standings: dict[Run, Standing], again: bool) -> dict[Run, Standing]:
+def decide(standings: dict[StudyRun, Standing], again: bool) -> dict[StudyRun, Standing]:
     """The same, where ``new`` are now all that are to be submitted, and no others.
 
     Slurm takes a moment to remove from its queue what waits for a failed job. Such a run is as one
@@ -182,7 +182,7 @@ def decide(standings: dict[Run, Standing], again: bool) -> dict[Run, Standing]:
         standings: Of all runs, each after those that it needs.
         again: Whether those that have failed are to be submitted, too.
     """
-    decided: dict[Run, Standing] = {}
+    decided: dict[StudyRun, Standing] = {}
     for run, standing in standings.items():
         if again and standing.word in LOST:
             standing = Standing("new", "not submitted")
@@ -199,7 +199,7 @@ def decide(standings: dict[Run, Standing], again: bool) -> dict[Run, Standing]:
 # --- submission -----------------------------------------------------------------------------------
 
 
-def job_of(run: Run, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
+def job_of(run: StudyRun, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
     """The run's configuration, and the facts of the cluster.
 
     Raises:
@@ -210,7 +210,7 @@ def job_of(run: Run, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
     return config, command.cluster_of(config.cluster, options)
 
 
-def _leave_queue(run: Run) -> None:
+def _leave_queue(run: StudyRun) -> None:
     """Of a run whose job waits for one that has failed."""
     submitted = history.newest_submission(run.folder)
     assert submitted is not None
@@ -218,8 +218,8 @@ def _leave_queue(run: Run) -> None:
 
 
 def send_all(
-    study: str, left: dict[Run, tuple[RunConfig, ClusterSection]], output: Path
-) -> dict[Run, Standing]:
+    study: str, left: dict[StudyRun, tuple[RunConfig, ClusterSection]], output: Path
+) -> dict[StudyRun, Standing]:
     """Submit the runs, each after those that it needs; all with one copy of the code.
 
     Raises:
@@ -228,7 +228,7 @@ def send_all(
     folder = history.next_submission(output)
     code = submission.copy_code(folder / "code")
     parent = Parent(study, list(left), output)
-    standings: dict[Run, Standing] = {}
+    standings: dict[StudyRun, Standing] = {}
     try:
         for run, facts in left.items():
             standings[run] = send(run, *facts, code)
@@ -243,7 +243,7 @@ def send_all(
     return standings
 
 
-def send(run: Run, config: RunConfig, cluster: ClusterSection, code: Path) -> Standing:
+def send(run: StudyRun, config: RunConfig, cluster: ClusterSection, code: Path) -> Standing:
     """
     Raises:
         UserError: Something about the run is not right, or Slurm refuses it.
@@ -255,7 +255,7 @@ def send(run: Run, config: RunConfig, cluster: ClusterSection, code: Path) -> St
     return Standing("submitted", f"submitted as job {done.job}{_begins_after(after)}")
 
 
-def note_as_sweep(runs: list[Run], folder: Path) -> None:
+def note_as_sweep(runs: list[StudyRun], folder: Path) -> None:
     """So that `launch/slurm.py status` and `cancel` take the study's folder for all its runs."""
     # With those that an earlier command submitted.
     earlier = history.newest_sweep(folder.parent.parent)
@@ -263,7 +263,7 @@ def note_as_sweep(runs: list[Run], folder: Path) -> None:
         history.write_sweep(folder, everything)
 
 
-def farewell(standings: dict[Run, Standing], output: Path) -> int:
+def log_summary(standings: dict[StudyRun, Standing], output: Path) -> int:
     """Say how all of them are, and what to do next; the exit status."""
     counts = Counter(standing.word for standing in standings.values())
     print(f"{len(standings)} runs: {', '.join(f'{n} {word}' for word, n in counts.items())}")

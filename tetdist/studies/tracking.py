@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tetdist.slurm import history
-from tetdist.studies.plan import Run
+from tetdist.studies.plan import StudyRun
 
 
 class Parent:
@@ -12,7 +12,7 @@ class Parent:
     Without MLflow, and where it does not answer, which is warned of once, it does nothing.
     """
 
-    def __init__(self, study: str, runs: list[Run], output: Path) -> None:
+    def __init__(self, study: str, runs: list[StudyRun], output: Path) -> None:
         """
         Args:
             study: Name of the study.
@@ -25,7 +25,7 @@ class Parent:
         if tracked is not None:
             self.run_id = history.announce_parent(tracked, output, study, {"study": study})
 
-    def tell(self, run: Run, status: str | None) -> None:
+    def tell(self, run: StudyRun, status: str | None) -> None:
         """Show a run below this one, with tags that tell what it is in the study.
 
         Args:

@@ -9,7 +9,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 
-class Progress:
+class RunProgress:
     """Progress of the whole run, on standard error.
 
     Args:

@@ -20,6 +20,7 @@ from tetdist.data.loader import Batch
 from tetdist.distributed.world import World
 from tetdist.errors import Stopped, UserError, typed, way_out
 from tetdist.events.splits import recorded_split
+from tetdist.reports.tables import markdown
 from tetdist.tracking import environment, mlflow_follower
 
 logger = logging.getLogger(__name__)
@@ -189,7 +190,7 @@ class RunFolder:
             whole = path.read_text().rpartition("\n")[0].splitlines(keepends=True)
             _write(path, "".join(x.rstrip() + "\n" for x in whole if json.loads(x)["step"] <= step))
 
-    def farewell(self, result: dict[str, float]) -> None:
+    def log_summary(self, result: dict[str, float]) -> None:
         """Say that the run is finished, what came out and where to look."""
         if self.world.rank != 0:
             return
@@ -236,18 +237,21 @@ class RunFolder:
         """The description on the run's page in MLflow, in Markdown."""
         config, train = self.config, self.index
         data = f"{len(train):,} {train.kind}, {len(train.classes)} classes"
+        phases = [
+            [
+                str(number),
+                str(phase.epochs),
+                str(phase.timesteps),
+                phase.optimizer.kind,
+                f"{phase.optimizer.lr:g}, {phase.schedule}",
+            ]
+            for number, phase in enumerate(config.phases)
+        ]
         lines = [
             f"**{config.model.name}** by {config.loss.kind.upper()} on {config.data.root} ({data}; "
             f"evaluated on the {len(val_index):,} of val)",
             "",
-            "| phase | epochs | T | optimiser | learning rate |",
-            "|---|---|---|---|---|",
-        ]
-        for i, phase in enumerate(config.phases):
-            optimizer = phase.optimizer
-            lr = f"{optimizer.lr:g}, {phase.schedule}"
-            lines.append(f"| {i} | {phase.epochs} | {phase.timesteps} | {optimizer.kind} | {lr} |")
-        lines += [
+            markdown(["phase", "epochs", "T", "optimiser", "learning rate"], phases, tight=True),
             "",
             f"Loss: {config.loss.as_text()}.",
             f"Begun with the weights of {config.init_checkpoint or 'no other network'}.",
