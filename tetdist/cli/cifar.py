@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tetdist.cli.common import MISTAKES, answer, program
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 
 _PIXELS = 3 * 32 * 32
 _LARGEST_FILE = 200_000_000  # bytes; of the real ones 154 million
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program("cifar"),
-        description=__doc__,
+        description=(__doc__ or "").replace("python tools/cifar.py", typed("cifar")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("archive", metavar="ARCHIVE", type=Path, help="the .tar.gz of binary files")

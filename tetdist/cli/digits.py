@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from tetdist.cli.common import MISTAKES, answer, program
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 
 _SPLIT_SEED = 0
 _PER_CLASS = {"train": 400, "val": 100}
@@ -21,7 +21,7 @@ _NUM_CLASSES = 10
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=program("digits"),
-        description=__doc__,
+        description=(__doc__ or "").replace("python tools/digits.py", typed("digits")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dest", metavar="DEST", type=Path, help="the data root to make")

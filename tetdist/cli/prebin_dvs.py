@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tetdist.cli.common import answer, program
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 
 # Each worker multiplies small matrices, for which numpy's threads would cost a hundred times what
 # they gain. Before anything imports numpy.
@@ -46,7 +46,7 @@ def _run(options: argparse.Namespace) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program("prebin_dvs"),
-        description=__doc__,
+        description=(__doc__ or "").replace("python tools/prebin_dvs.py", typed("prebin_dvs")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

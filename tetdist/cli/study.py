@@ -64,8 +64,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs=argparse.REMAINDER,
         metavar="FLAG",
         help="submit all runs at once instead, or say how they are; what follows are flags of "
-        "launch/slurm.py: --gpus-per-node, --partition, --time, ..., --dry-run. A run that begins "
-        "with another's weights, or learns from it, waits for that one. Once all are finished, "
+        f"{program('slurm')}: --gpus-per-node, --partition, --time, ..., --dry-run. A run that "
+        "begins with another's weights, or learns from it, waits for that one. Once all are finished, "
         "the same command without it evaluates and reports",
     )
     options = parser.parse_intermixed_args(arguments)
@@ -129,15 +129,14 @@ def command(options: argparse.Namespace, file: Path) -> str:
     """The command that makes the study, for its report, wherever that was asked for."""
     from tetdist.studies import plan
 
-    words = [sys.executable, "tools/study.py", str(file).removeprefix(f"{plan.PROJECT}/")]
-    words += options.overrides
+    words = [str(file), *options.overrides]
     if options.output:
         words += ["--output", str(options.output)]
     if options.jobs > 1:
         words += ["--jobs", str(options.jobs)]
     for entry in options.only or []:
         words += ["--only", entry]
-    return plan.shown(words)
+    return str(plan.Command("study", tuple(words)))
 
 
 def choose(runs: "list[StudyRun]", entries: list[str] | None) -> "list[StudyRun]":

@@ -179,7 +179,7 @@ def submit(options: argparse.Namespace) -> int:
     submissions = submission.submit(runs, _job_name(base.name, runs), after=after)
     print(plan.describe(runs[0].plan, speed))
     for run, done in zip(runs, submissions, strict=True):
-        print(submission.log_summary(done, run.config))
+        submission.log_summary(done, run.config)
     return _follow(runs[0].config.run_dir) if options.follow else 0
 
 
@@ -211,7 +211,7 @@ def _resume(run_dir: Path, options: argparse.Namespace) -> None:
     run = submission.prepare(config, cluster, after)
     code = None if options.new_code else Path(earlier.code)
     (done,) = submission.submit([run], config.name, code, after)
-    print(submission.log_summary(done, config))
+    submission.log_summary(done, config)
 
 
 def status(options: argparse.Namespace) -> int:
@@ -244,7 +244,7 @@ def cancel(options: argparse.Namespace) -> int:
         history.note(run_dir, JobEvent("cancelled", job.job, step=history.saved_step(run_dir)))
         # A process that trains says so itself; but there may be none yet.
         history.announce(submission.config_of(job), "KILLED", {})
-        print(f"cancelled job {job.job}; `{PROGRAM} resume {run_dir}` continues the run")
+        print(f"cancelled job {job.job}; `{typed('slurm', 'resume', run_dir)}` continues the run")
     return 0
 
 
@@ -273,5 +273,6 @@ def _follow(run_dir: Path) -> int:
     try:
         return show.follow(run_dir)
     except KeyboardInterrupt:
-        print(f"\nthe job goes on; `{PROGRAM} status {run_dir} --follow` shows it again")
+        again = typed("slurm", "status", run_dir, "--follow")
+        print(f"\nthe job goes on; `{again}` shows it again")
         return 130

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tetdist.distributed.watchdog import PeerFailed
-from tetdist.errors import UserError, sentence
+from tetdist.errors import UserError, sentence, typed
 from tetdist.slurm import history
 from tetdist.slurm.history import JobEvent
 from tetdist.slurm.placement import ProcessContext, SlurmContext
@@ -142,7 +142,7 @@ class _Start:
             )
 
     def _is_cancelled(self) -> bool:
-        """Whether `launch/slurm.py cancel` came, and a requeue at that moment undid it."""
+        """Whether the run was cancelled and a requeue at that moment undid it."""
         events = history.since_submission(history.history(self.run_dir))
         return any(event.kind == "cancelled" for event in events)
 
@@ -164,7 +164,7 @@ class _Start:
                 f"{self.run_dir} was started {vain} times without getting past step {step}, the "
                 f"last time until: {why}; it is not tried again. Give it more time before it is "
                 "stopped (--time, or GraceTime for a preemption) or save.every_steps=N with a "
-                f"small N, and continue with `launch/slurm.py resume {self.run_dir}`"
+                f"small N, and continue with `{typed('slurm', 'resume', self.run_dir)}`"
             )
         again = history.restarts(history.history(self.run_dir))
         if why:

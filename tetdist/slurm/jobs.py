@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.slurm import history
 
 
@@ -94,8 +94,8 @@ def refuse_if_queued(run_dir: Path) -> None:
     if state.is_queued:
         raise UserError(
             f"{run_dir} is queued already, as job {submission.job} ({state.name}): watch it with "
-            f"`launch/slurm.py status {run_dir}`, end it with `launch/slurm.py cancel {run_dir}`, "
-            "or give this run another name=..."
+            f"`{typed('slurm', 'status', run_dir)}`, end it with "
+            f"`{typed('slurm', 'cancel', run_dir)}`, or give this run another name=..."
         )
 
 

@@ -1,6 +1,6 @@
-"""The job of a cluster on this machine, without Slurm: ``launch/slurm.py --local N``.
+"""The job of a cluster on this machine, without Slurm: ``slurm --local N``.
 
-python -m launch.local JOB.json        (each of its processes)
+python -m tetdist.slurm.local JOB.json      (each of its processes)
 """
 
 import json
@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
-# Before torch is imported, by launch.job.
+# First of all, since it sets a variable that torch reads when it is imported.
 from tetdist.slurm.job import RESTART_AFTER, Job, run
 from tetdist.slurm.placement import AGAIN, LocalContext
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.slurm.history import LOCAL
 
 # Exit status by which a process asks the local launcher to start the run again.
@@ -173,7 +173,7 @@ class SlurmContext(ProcessContext):
         print(
             f"Slurm does not take `scontrol requeue {self.job}`: {done.stderr.strip()}. If it is "
             "requeuing the job itself, as in a preemption, all is well; otherwise continue with "
-            "`launch/slurm.py resume`",
+            f"`{typed('slurm', 'resume')} RUN`",
             file=sys.stderr,
             flush=True,
         )

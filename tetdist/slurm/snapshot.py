@@ -16,8 +16,17 @@ PROJECT = Path(__file__).resolve().parents[2]
 PARTS = ("tetdist", "tetdist_command.py", "launch", "configs", "tools", "pyproject.toml")
 
 
+# Of an installed tetdist, whose configurations are in the package. What else lies beside it belongs
+# to other packages.
+INSTALLED_PARTS = ("tetdist", "tetdist_command.py")
+
+
 def take(target: Path, project: Path = PROJECT) -> dict[str, Any]:
-    """Copy the project's code to ``target``, uncommitted changes included.
+    """Copy the code to ``target``, uncommitted changes included.
+
+    Args:
+        target: A new folder; with it as PYTHONPATH a job runs the copy.
+        project: A checkout, or the folder into which a wheel was installed.
 
     Returns:
         Its commit, and whether it differed from that; also written to TARGET/snapshot.json, with
@@ -27,7 +36,8 @@ def take(target: Path, project: Path = PROJECT) -> dict[str, Any]:
         UserError: It cannot be written.
     """
     try:
-        for part in PARTS:
+        installed = (project / "tetdist" / "configs").is_dir()
+        for part in INSTALLED_PARTS if installed else PARTS:
             source = project / part
             if source.is_dir():
                 ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")

@@ -5,7 +5,7 @@ import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.slurm import history, jobs
 from tetdist.slurm.history import JobEvent, Submission
 from tetdist.slurm.jobs import State
@@ -29,7 +29,9 @@ def find(name: str, runs_dir: str = "runs") -> list[Path]:
         if swept:
             return swept
     if Path(name).is_dir():
-        raise UserError(f"{name} was not submitted with launch/slurm.py: it has no slurm/ folder")
+        raise UserError(
+            f"{name} was not submitted with `{typed('slurm')}`: it has no slurm/ folder"
+        )
     raise UserError(f"there is no run {name}, neither as a folder nor in {runs_dir}/")
 
 

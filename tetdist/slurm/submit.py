@@ -1,7 +1,7 @@
 """From a configuration to a queued job: check, write down, copy the code, submit."""
 
 import itertools
-import shlex
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from tetdist.config import identity, loading, schema
 from tetdist.config.schema import RunConfig
 from tetdist.data.index import Index
 from tetdist.distributed.world import World
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.slurm import batch, history, plan, snapshot, status
 from tetdist.slurm.cluster import ClusterSection
 from tetdist.slurm.history import JobEvent, Submission
@@ -242,7 +242,7 @@ def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
         elif history.saved_step(run) < submission.last_step:
             raise UserError(
                 f"--after: {run} is neither finished nor queued; submit it first, or continue it "
-                f"with `launch/slurm.py resume {run}`"
+                f"with `{typed('slurm', 'resume', run)}`"
             )
     return jobs
 
@@ -325,21 +325,25 @@ def where_to_look(config: RunConfig) -> str | None:
 # --- what is shown --------------------------------------------------------------------------------
 
 
-def log_summary(submission: Submission, config: RunConfig) -> str:
-    """What a person needs after submitting."""
-    run_dir = shlex.quote(str(config.run_dir))
-    program = f"{Path(sys.executable).name} launch/slurm.py"
+def log_summary(submission: Submission, config: RunConfig) -> None:
+    """Print what a person needs after submitting: the log, MLflow and the further commands."""
+
+    def command(*arguments: object) -> str:
+        # The interpreter by its own name, since `python` may be another one on a login node.
+        words = typed("slurm", *arguments, config.run_dir)
+        return re.sub("^python ", f"{Path(sys.executable).name} ", words)
+
     lines = [
         f"submitted job {submission.job}: {config.run_dir}",
         f"  log     {submission.log_file}",
-        f"  watch   {program} status {run_dir} --follow",
-        f"  stop    {program} cancel {run_dir}",
-        f"  resume  {program} resume {run_dir}",
+        f"  watch   {command('status')} --follow",
+        f"  stop    {command('cancel')}",
+        f"  resume  {command('resume')}",
     ]
     look = where_to_look(config)
     if look:
         lines.insert(2, f"  MLflow  {look}")
-    return "\n".join(lines)
+    print("\n".join(lines))
 
 
 def dry_run(

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tetdist.studies.plan import StudyRun
+    from tetdist.studies.plan import Command, StudyRun
     from tetdist.studies.tracking import Parent
 
 LOOK_EVERY = 0.2  # seconds between two looks at the processes
@@ -68,7 +68,7 @@ def work(runs: "list[StudyRun]", jobs: int, parent: "Parent") -> dict[str, str]:
 class Child:
     """A process that trains or evaluates a run; what it prints goes to the run's log."""
 
-    def __init__(self, run: "StudyRun", jobs: int, command: list[str] | None = None) -> None:
+    def __init__(self, run: "StudyRun", jobs: int, command: "Command | None" = None) -> None:
         self.run = run
         self.command = command or run.next_command()
         assert self.command is not None
@@ -76,7 +76,7 @@ class Child:
         threads = max(1, len(os.sched_getaffinity(0)) // jobs)
         with run.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command,
+                self.command.words,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -13,7 +13,6 @@ from tetdist.studies.plan import (
     evaluation,
     is_trained,
     lines,
-    shown,
 )
 from tetdist.training.schedule import schedule_phases
 
@@ -86,9 +85,9 @@ class Result:
         values = {key: value for key, value in vars(self).items() if key not in left_out}
         named = {"name": self.run.name, "entry": self.run.entry, "seed": self.run.seed}
         named |= {"timesteps": self.run.timesteps}
-        commands = [shown(self.run.train_command)]
+        commands = [str(self.run.train_command)]
         if self.run.is_tested_beyond:
-            commands.append(shown(self.run.eval_command))
+            commands.append(str(self.run.eval_command))
         return named | values | {"commands": commands}
 
 

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,10 @@ from tetdist.config import identity, loading, messages
 from tetdist.config.loading import CONFIGS_DIR
 from tetdist.config.schema import Positive, RunConfig, Section
 from tetdist.distributed.world import World
-from tetdist.errors import UserError
+from tetdist.errors import UserError, script_of, typed
 from tetdist.tracking import metrics_file
 from tetdist.training.setup import make_model, open_data
 
-PROJECT = CONFIGS_DIR.parent
 STUDIES_DIR = CONFIGS_DIR / "studies"
 EVALUATION_FILE = "test_timesteps.json"
 TEACHER_KEY = "loss.distillation.teacher"
@@ -71,7 +69,7 @@ class StudyRun:
 
     Attributes:
         control: The entry that its entry is compared with.
-        overrides: ``key=value``, all of them, for tetdist/train.py and launch/slurm.py.
+        overrides: ``key=value``, all of them, for the commands train and slurm.
         init: The run whose weights it begins with.
         teacher: The run whose network it learns from.
         test_timesteps: See `StudySection`.
@@ -115,32 +113,41 @@ class StudyRun:
         return self.timesteps < max(self.test_timesteps)
 
     @property
-    def train_command(self) -> list[str]:
-        return _python("tetdist/train.py", "--config", self.config_name, *self.overrides)
+    def train_command(self) -> "Command":
+        return Command("train", ("--config", self.config_name, *self.overrides))
 
     @property
-    def eval_command(self) -> list[str]:
+    def eval_command(self) -> "Command":
         timesteps = ",".join(map(str, self.test_timesteps))
         file = self.folder / EVALUATION_FILE
-        of = ["--checkpoint", str(self.folder), "--timesteps", timesteps, "--json", str(file)]
-        return _python("tools/eval.py", *of, "--threads", str(self.config.data.threads))
+        of = ("--checkpoint", str(self.folder), "--timesteps", timesteps, "--json", str(file))
+        return Command("eval", (*of, "--threads", str(self.config.data.threads)))
 
-    def next_command(self) -> list[str] | None:
+    def next_command(self) -> "Command | None":
         """What is left to do, by the state on the disk; None: nothing."""
         if not is_trained(self):
             return self.train_command
         return None if evaluation(self) is not None else self.eval_command
 
 
-def _python(program: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(PROJECT / program), *arguments]
+@dataclass(frozen=True)
+class Command:
+    """A command of tetdist, for a process to run and for a person to type."""
 
+    name: str
+    arguments: tuple[str, ...]
 
-def shown(command: list[str]) -> str:
-    """A command as somebody types it in the project's folder."""
-    words = [word.removeprefix(f"{PROJECT}/") for word in command]
-    # The interpreter may be in the project's folder, too.
-    return shlex.join(["python", *words[1:]] if command[0] == sys.executable else words)
+    @property
+    def words(self) -> list[str]:
+        """What a process runs: the script of the checkout, or the installed package."""
+        script = script_of(self.name)
+        program = ["-m", "tetdist", self.name] if script is None else [str(script)]
+        return [sys.executable, *program, *self.arguments]
+
+    def __str__(self) -> str:
+        """What a person types, in the folder of the checkout if there is one."""
+        folder = f"{CONFIGS_DIR.parent}/" if script_of(self.name) else ""
+        return typed(self.name, *(word.removeprefix(folder) for word in self.arguments))
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -326,7 +333,7 @@ def lines(run: StudyRun, kind: str) -> list[dict[str, Any]]:
 def evaluation(run: StudyRun) -> list[float] | None:
     """Top-1 of the last epoch's time-mean up to timestep 1, 2, ..., in percent.
 
-    Up to the T of training the run's own evaluation says it; beyond it, that of tools/eval.py,
+    Up to the T of training the run's own evaluation says it; beyond it, that of the command eval,
     and None while that is not there.
     """
     last = lines(run, "val")[-1]

@@ -26,7 +26,6 @@ from tetdist.studies.plan import (
     TEACHER_KEY,
     StudyRun,
     StudySection,
-    shown,
 )
 from tetdist.tracking.metrics_file import strict
 
@@ -161,11 +160,12 @@ def overview(numbers: Numbers) -> str:
         )
     head = ["", "T", "n", "last epoch, %", "best epoch, %", "last - control", "best - control"]
     head += ["loss", "image-timesteps, millions", "training, s"]
+    table = markdown(head, rows, numbers=True)
     first = numbers.of(numbers.entries[0])[0]
     split = f" of the split {first.data_split}" if first.data_split else ""
     return (
-        f"{markdown(head, rows, numbers=True)}\n\nTop-1 on {first.samples} validation samples{split}: mean ± "
-        "standard deviation over n seeds. A difference is that of runs with the same seed, with "
+        f"{table}\n\nTop-1 on {first.samples} validation samples{split}: mean ± standard "
+        " deviation over n seeds. A difference is that of runs with the same seed, with "
         "the 95 % interval of the paired t-test. The best epoch is chosen on the same samples, "
         "which flatters it. Image-timesteps and seconds are medians and include what a run began "
         "with, and its teacher's training; seconds are without evaluations and depend on what else "
@@ -197,7 +197,8 @@ def difference_by_timestep(numbers: Numbers) -> str:
     if not rows:
         return ""
     head = ["tested at T =", *map(str, numbers.study.test_timesteps)]
-    return f"Difference to the control there, with its interval:\n\n{markdown(head, rows, numbers=True)}"
+    table = markdown(head, rows, numbers=True)
+    return f"Difference to the control there, with its interval:\n\n{table}"
 
 
 def what_differs(numbers: Numbers) -> str:
@@ -232,11 +233,11 @@ def what_differs(numbers: Numbers) -> str:
 
 def commands(numbers: Numbers, link: str) -> str:
     runs = [numbers.of(entry)[0].run for entry in numbers.entries]
-    listed = "\n".join(shown(run.train_command) for run in runs)
+    listed = "\n".join(str(run.train_command) for run in runs)
     beyond = [run for run in runs if run.is_tested_beyond]
     tested = (
         "Accuracies at a T above that of training are of another command, for instance "
-        f"`{shown(beyond[0].eval_command)}`.\n\n"
+        f"`{beyond[0].eval_command}`.\n\n"
         if beyond
         else ""
     )

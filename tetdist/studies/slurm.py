@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tetdist.config import loading as configuration
 from tetdist.config.schema import RunConfig
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.slurm import command, history, status
 from tetdist.slurm import submit as submission
 from tetdist.slurm.cluster import ClusterSection
@@ -139,8 +139,9 @@ def refuse_if_queued(runs: list[StudyRun]) -> None:
     for run, standing in ask(runs).items():
         if standing.word in ("queued", "running") and not is_trained(run):
             raise UserError(
-                f"{run.name} is {standing.text}; wait for it, end it with `launch/slurm.py cancel "
-                f"{run.folder}`, or report what is finished with --report-only"
+                f"{run.name} is {standing.text}; wait for it, end it with "
+                f"`{typed('slurm', 'cancel', run.folder)}`, or report what is finished with "
+                "--report-only"
             )
 
 
@@ -272,7 +273,7 @@ def log_summary(standings: dict[StudyRun, Standing], output: Path) -> int:
         return 0
     if not any(counts[word] for word in LOST):
         print(
-            f"`launch/slurm.py status {output}` shows them, `cancel` ends them; once all are "
+            f"`{typed('slurm', 'status', output)}` shows them, `cancel` ends them; once all are "
             "finished, the same command without --slurm evaluates and reports"
         )
         return 0
