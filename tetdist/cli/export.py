@@ -77,4 +77,6 @@ def export(options: argparse.Namespace) -> None:
             said = formats.write_onnx(trained, output)
         case "torch":
             said = formats.write_torch(trained, output)
+        case other:
+            raise AssertionError(other)
     print(f"wrote {output}: {said}")

@@ -65,8 +65,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FLAG",
         help="submit all runs at once instead, or say how they are; what follows are flags of "
         f"{program('slurm')}: --gpus-per-node, --partition, --time, ..., --dry-run. A run that "
-        "begins with another's weights, or learns from it, waits for that one. Once all are finished, "
-        "the same command without it evaluates and reports",
+        "begins with another's weights, or learns from it, waits for that one. Once all are "
+        "finished, the same command without it evaluates and reports",
     )
     options = parser.parse_intermixed_args(arguments)
     if options.jobs < 1:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tetdist.data.loader import Batch
 from tetdist.distributed.world import World
+from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 from tetdist.nn import native
 from tetdist.nn.norm_neuron import spiking_layers
@@ -61,7 +62,9 @@ def evaluate(
     """Evaluate at the model's present T.
 
     Args:
-        model: Left in the mode it was in.
+        model: Left in the mode it was in. Of a network from outside, ``timesteps`` and
+            ``forward(x, per_timestep=True)`` are asked for; neurons that are not tetdist's have no
+            firing rates.
         batches: This process's share of the split; every process must get the same number of
             batches, of which some may be empty.
         num_samples: Size of the split; the count over all processes is checked against it.
@@ -73,6 +76,7 @@ def evaluate(
 
     Raises:
         Interrupted: ``stop`` said so.
+        UserError: The network does not return logits (T, B, K).
     """
     was_training = model.training
     model.eval()
@@ -90,6 +94,7 @@ def evaluate(
                 with autocast(device, precision):
                     logits = model(images, per_timestep=True)
                 labels = batch.labels.to(device)
+                _check_shape(logits, timesteps, len(labels))
                 counts += _count(logits, labels)
                 also(logits, labels)
                 samples += len(batch.labels)
@@ -121,6 +126,18 @@ def evaluate(
             for i, name in enumerate(names)
         },
     )
+
+
+def _check_shape(logits: Tensor, timesteps: int, samples: int) -> None:
+    """
+    Raises:
+        UserError: A network from outside returns something else than (T, B, K).
+    """
+    if logits.ndim != 3 or logits.shape[:2] != (timesteps, samples):
+        raise UserError(
+            f"the network returned {tuple(logits.shape)} for {samples} samples at T = {timesteps}; "
+            f"with per_timestep=True it must return logits ({timesteps}, {samples}, classes)"
+        )
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
     model.eval()
     try:
         with autocast(images.device, precision):
-            model(images)
+            model(images, per_timestep=True)
     finally:
         model.train(was_training)
         for handle in handles:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tetdist.data import order
 from tetdist.data.loader import Batch
+from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 
 
@@ -63,9 +64,27 @@ def _thinned(counts: Tensor, share: float, seed: int, sample: int) -> Tensor:
     return torch.from_numpy(left).to(counts)
 
 
+def check_takes_frames(model: SpikingNetwork) -> None:
+    """
+    Raises:
+        UserError: The network cannot be given an image of its own at each timestep.
+    """
+    if model.input_kind != "events" and not isinstance(model, SpikingNetwork):
+        raise UserError(
+            "--drop-timesteps gives a network of images another picture at each timestep, which "
+            f"only tetdist's own networks take, and this one is a {type(model).__name__}; leave "
+            "it out"
+        )
+
+
 @contextmanager
 def taking_frames(model: SpikingNetwork) -> Iterator[None]:
-    """Within this context a network of images takes (B, T, C, H, W), each timestep its own."""
+    """Within this context a network of images takes (B, T, C, H, W), each timestep its own.
+
+    Raises:
+        UserError: It is not one of tetdist's, whose input can be given so.
+    """
+    check_takes_frames(model)
     kind, model.input_kind = model.input_kind, "events"
     try:
         yield

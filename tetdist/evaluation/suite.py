@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,13 @@ from tetdist.data.loader import Batch
 from tetdist.distributed.world import World
 from tetdist.evaluation.decisions import DecisionCounts
 from tetdist.evaluation.evaluate import Evaluation, evaluate
-from tetdist.evaluation.operations import counting_operations
-from tetdist.evaluation.robustness import taking_frames, without_events, without_timesteps
+from tetdist.evaluation.operations import OperationCounts, counting_operations
+from tetdist.evaluation.robustness import (
+    check_takes_frames,
+    taking_frames,
+    without_events,
+    without_timesteps,
+)
 from tetdist.models import SpikingNetwork
 from tetdist.tracking.progress import sample_bar
 
@@ -65,11 +71,23 @@ def run_suite(
         drop_timesteps: Shares of timesteps, see `without_timesteps`.
         drop_events: Shares of events, see `without_events`; the frames must be numbers of events.
         seed: Of what is dropped.
+
+    Returns:
+        Everything in `Evaluation` and more; ``operations`` is None where they are not counted.
+
+    Raises:
+        UserError: The network cannot be evaluated so.
     """
     model, world = passes.model, passes.world
+    if drop_timesteps:
+        world.together(lambda: check_takes_frames(model))
     timesteps = model.timesteps
     counts = DecisionCounts(list(passes.index.classes), model.num_classes, timesteps, world.device)
-    with counting_operations(model) as operations:
+    # The layers of a network from outside may be given something else than (T, B, ...).
+    counting: AbstractContextManager[OperationCounts | None] = (
+        counting_operations(model) if isinstance(model, SpikingNetwork) else nullcontext()
+    )
+    with counting as operations:
         result = passes.run("evaluate", also=counts.add)
     decisions = counts.total(world)
     found: dict[str, Any] = {
@@ -78,7 +96,7 @@ def run_suite(
         "classes": decisions.classes,
         "confusion": decisions.confusion,
         "per_class": decisions.per_class(),
-        "operations": operations.total(world, result.samples).as_dict(),
+        "operations": operations and operations.total(world, result.samples).as_dict(),
         "dropped_timesteps": [],
         "dropped_events": [],
     }

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import timm
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 import tetdist
 from tetdist import checkpoint
@@ -27,6 +27,7 @@ from tetdist.errors import UserError, typed
 from tetdist.models import SpikingNetwork
 from tetdist.models.create import create_model
 
+_INPUTS = {"images": "image", "events": "event frame a timestep"}
 # Of the inputs that an exported program is compared on.
 _CHECKED, _TOLERANCE = 4, 1e-4
 
@@ -48,15 +49,23 @@ class Trained:
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Of one sample at one timestep, (C, H, W)."""
-        if self.config.data.kind == "images":
-            return (3, self.config.data.image_size, self.config.data.image_size)
-        side = self.model.input_size
-        assert side is not None, "a model of events depends on their size"
-        return (2, side, side)
+        match self.config.data.kind:
+            case "images":
+                return (3, self.config.data.image_size, self.config.data.image_size)
+            case "events":
+                side = getattr(self.model, "input_size", None)
+                if side is None:
+                    raise UserError(
+                        f"{self.config.model.name} does not say how large its event frames are: "
+                        "give the network an attribute input_size"
+                    )
+                return (2, side, side)
+            case other:
+                assert_never(other)
 
     def examples(self, count: int) -> Tensor:
         """Random inputs, (B, C, H, W) or (B, T, C, H, W), always the same."""
-        time = () if self.config.data.kind == "images" else (self.model.timesteps,)
+        time = {"images": (), "events": (self.model.timesteps,)}[self.config.data.kind]
         generator = torch.Generator().manual_seed(0)
         return torch.randn((count, *time, *self.input_shape), generator=generator)
 
@@ -78,7 +87,8 @@ def load(path: Path, which: str = "last", timesteps: int | None = None) -> Train
     num_classes = config.model.num_classes or len(description["classes"])
     model = create_model(config.model, num_classes, timesteps or description["timesteps"])
     checkpoint.load_weights(model, weights, path)
-    model.set_execution("reference")
+    if isinstance(model, SpikingNetwork):
+        model.set_execution("reference")
     if model.timesteps != description["timesteps"]:
         description["validation"] = None  # was measured at the other T
     description |= {"config": config.as_dict(), "timesteps": model.timesteps, "which": which}
@@ -122,7 +132,12 @@ def write_safetensors(trained: Trained, folder: Path) -> str:
 
 
 def write_timm(trained: Trained, folder: Path) -> str:
-    """What timm loads as a model of a local folder or of the Hugging Face hub."""
+    """What timm loads as a model of a local folder or of the Hugging Face hub.
+
+    Raises:
+        UserError: The network is not one of tetdist's, or cannot be written.
+    """
+    refuse_foreign(trained, "timm")
     with _aside(folder) as aside:
         aside.mkdir(parents=True)
         _write_weights(trained, aside)
@@ -143,7 +158,7 @@ def _write_weights(trained: Trained, folder: Path) -> None:
 
 def timm_config(trained: Trained) -> dict[str, Any]:
     """timm's config.json: architecture, its arguments, and how images are prepared."""
-    model, section, data = trained.model, trained.config.model, trained.config.data
+    model, data = trained.model, trained.config.data
     cfg = {
         "input_size": trained.input_shape,
         "num_classes": model.num_classes,
@@ -157,14 +172,32 @@ def timm_config(trained: Trained) -> dict[str, Any]:
     cfg |= {key: model.default_cfg[key] for key in ("first_conv", "classifier")}
     if trained.description["classes"]:
         cfg["label_names"] = trained.description["classes"]
-    arguments = {"timesteps": model.timesteps, "neuron": section.neuron.model_dump()}
     return {
-        "architecture": section.name,
+        "architecture": trained.config.model.name,
         "num_classes": model.num_classes,
         "num_features": model.num_features,
-        "model_args": arguments | section.arguments,
+        "model_args": _model_arguments(trained),
         "pretrained_cfg": cfg,
     }
+
+
+def _model_arguments(trained: Trained) -> dict[str, Any]:
+    """The arguments of the model, besides its number of classes."""
+    section = trained.config.model
+    arguments = {"timesteps": trained.model.timesteps, "neuron": section.neuron.model_dump()}
+    return arguments | section.arguments
+
+
+def refuse_foreign(trained: Trained, form: str) -> None:
+    """
+    Raises:
+        UserError: The network is from outside, and the format is made of what only ours have.
+    """
+    if not isinstance(trained.model, SpikingNetwork):
+        raise UserError(
+            f"--format {form} is for tetdist's own networks, and {trained.config.model.name} is a "
+            f"{type(trained.model).__name__} from outside; export it to safetensors, onnx or torch"
+        )
 
 
 def card(trained: Trained, folder: str | None = None) -> str:
@@ -180,7 +213,7 @@ def card(trained: Trained, folder: str | None = None) -> str:
         "network": f"{config.model.name}{_arguments(config.model.arguments)}",
         "neuron": _neuron(neuron),
         "timesteps": f"{model.timesteps}",
-        "input": f"{shape} {'image' if data.kind == 'images' else 'event frame a timestep'}",
+        "input": f"{shape} {_INPUTS[data.kind]}",
         "classes": f"{model.num_classes}",
         "loss": config.loss.as_text(),
         **({"begun with": config.init_checkpoint} if config.init_checkpoint else {}),
@@ -198,11 +231,12 @@ def card(trained: Trained, folder: str | None = None) -> str:
         of = "weights taken over from"
         rows = {k: v for k, v in rows.items() if k not in ("loss", "phases", "trained for")}
         rows["origin"] = f"{of} `{converted['file']}` ({converted['from']}), not trained here"
+    module = "tetdist" if isinstance(model, SpikingNetwork) else type(model).__module__
     loading = f"""import timm
-import tetdist  # registers the model
+import {module}  # registers the model
 
 model = timm.create_model({_create_arguments(trained, folder)}).eval()
-model(x)  # logits, the mean over timesteps; model(x, per_timestep=True): each one's own
+{_call(model)}
 model.set_timesteps(2)  # fewer or more timesteps with the same weights"""
     recipe = yaml.safe_dump(description["config"], sort_keys=False)
     lines = [
@@ -241,6 +275,14 @@ model.set_timesteps(2)  # fewer or more timesteps with the same weights"""
     return "\n".join(lines) + "\n"
 
 
+def _call(model: nn.Module) -> str:
+    """How the model is called; of one from outside, only the logits of each timestep are known."""
+    if isinstance(model, SpikingNetwork):
+        meaning = "logits, the mean over timesteps; model(x, per_timestep=True): each one's own"
+        return f"model(x)  # {meaning}"
+    return "model(x, per_timestep=True).mean(0)  # logits, the mean over timesteps"
+
+
 def _neuron(neuron: NeuronSection) -> str:
     if neuron.spike == "relu":
         return "none: max(0, I), the ReLU network of this shape"
@@ -270,28 +312,38 @@ def _accuracy(description: dict[str, Any]) -> str:
 def _create_arguments(trained: Trained, folder: str | None) -> str:
     if folder is not None:
         return f'"local-dir:{folder}", pretrained=True'
-    config = timm_config(trained)
-    arguments = {"num_classes": config["num_classes"], **config["model_args"]}
+    arguments = {"num_classes": trained.model.num_classes, **_model_arguments(trained)}
     inner = "".join(f"    {key}={value!r},\n" for key, value in arguments.items())
-    return f'\n    "{config["architecture"]}",\n{inner}    checkpoint_path="model.safetensors",\n'
+    return (
+        f'\n    "{trained.config.model.name}",\n{inner}    checkpoint_path="model.safetensors",\n'
+    )
 
 
 def _preparation(trained: Trained) -> str:
     data = trained.config.data
-    if data.kind == "events":
-        return "Input: event frames, (B, T, 2, H, W), as in the training data."
-    return (
-        f"Input: RGB images in [0, 1], shorter side resized to {data.resize_side} ("
-        f"{data.interpolation}), centre crop of {data.image_size}, minus {list(data.mean)}, over "
-        f"{list(data.std)}."
-    )
+    match data.kind:
+        case "events":
+            return "Input: event frames, (B, T, 2, H, W), as in the training data."
+        case "images":
+            return (
+                f"Input: RGB images in [0, 1], shorter side resized to {data.resize_side} ("
+                f"{data.interpolation}), centre crop of {data.image_size}, minus "
+                f"{list(data.mean)}, over {list(data.std)}."
+            )
+        case other:
+            assert_never(other)
 
 
 # --- programs -------------------------------------------------------------------------------------
 
 
 def write_nir(trained: Trained, path: Path, dt: float) -> str:
-    """The graph of tetdist/nir_graph.py, as a file of package nir."""
+    """The graph of `nir_graph`, as a file of package nir.
+
+    Raises:
+        UserError: NIR cannot express the network, or it is not one of tetdist's.
+    """
+    refuse_foreign(trained, "nir")
     import nir
 
     from tetdist.exchange.nir_graph import to_nir
@@ -338,10 +390,30 @@ def write_onnx(trained: Trained, path: Path) -> str:
         return _agreement(trained, run)
 
 
+class _MeanLogits(nn.Module):
+    """A network from outside, with the mean over timesteps as its output."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x, per_timestep=True)
+        return logits.mean(0)
+
+
+def _mean_logits(model: nn.Module) -> nn.Module:
+    """The model as a function of its input alone: to the mean of the logits over timesteps."""
+    return model if isinstance(model, SpikingNetwork) else _MeanLogits(model).eval()
+
+
 def _traced(trained: Trained) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch")
     return torch.export.export(
-        trained.model, (trained.examples(2),), dynamic_shapes=({0: batch},), strict=False
+        _mean_logits(trained.model),
+        (trained.examples(2),),
+        dynamic_shapes=({0: batch},),
+        strict=False,
     )
 
 
@@ -352,7 +424,7 @@ def _agreement(trained: Trained, run: Callable[[Tensor], Tensor]) -> str:
     wrong program is wrong about most.
     """
     x = trained.examples(_CHECKED)
-    expected = trained.model(x)
+    expected = _mean_logits(trained.model)(x)
     difference = (run(x) - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-12)
     assert difference.median() < _TOLERANCE, f"the program differs by {difference.tolist()}"
     said = (

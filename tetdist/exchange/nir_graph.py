@@ -131,13 +131,16 @@ class _Builder:
         residual = x
         for layer in ("conv1", "conv2", "conv3")[: 2 if block.expansion == 1 else 3]:
             residual = self.layer(f"{name}_{layer}", getattr(block, layer), residual)
-        if block.function == "add":
-            return residual.plus(identity)
-        if block.function == "and":
-            return self.threshold(f"{name}_and", 1.5, residual.plus(identity))
-        minus = nir.Scale(np.full(residual.shape, -1, np.float32))
-        residual = self.add(f"{name}_minus", minus, residual, residual.shape)
-        return self.threshold(f"{name}_iand", 0.5, residual.plus(identity))
+        match block.function:
+            case "add":
+                return residual.plus(identity)
+            case "and":
+                return self.threshold(f"{name}_and", 1.5, residual.plus(identity))
+            case "iand":
+                minus = nir.Scale(np.full(residual.shape, -1, np.float32))
+                residual = self.add(f"{name}_minus", minus, residual, residual.shape)
+                return self.threshold(f"{name}_iand", 0.5, residual.plus(identity))
+        raise AssertionError(f"no node of NIR for the connect function {block.function}")
 
     def spiking_block(self, name: str, block: Any, x: Signal) -> Signal:
         residual = x

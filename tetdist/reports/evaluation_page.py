@@ -98,13 +98,16 @@ def _or_dash(value: float | None) -> str:
 
 def _text_operations(found: EvaluationResults) -> str:
     lines = operations_lines(found)
-    lines[-1] += " (an estimate; --json and --report state its assumptions)"
+    if found["operations"]:
+        lines[-1] += " (an estimate; --json and --report state its assumptions)"
     return "\n".join(f"  {line}" for line in lines)
 
 
 def operations_lines(found: EvaluationResults) -> list[str]:
     """Sentences on operations and energy."""
     operations = found["operations"]
+    if operations is None:
+        return ["operations are not counted: they are of tetdist's own networks only"]
     share = operations["energy_pj"] / operations["relu_energy_pj"]
     return [
         f"{quantity(operations['accumulates'])} accumulates and "
@@ -127,7 +130,7 @@ def quantity(number: float) -> str:
 
 def _text_firing_rates(found: EvaluationResults) -> str:
     if not found["firing_rate"]:
-        return "  no firing rates: a network without neurons that fire"
+        return "  no firing rates: the network has no neurons of tetdist's that fire"
     lines = [f"  firing rate over {found['timesteps']} timesteps"]
     lines += [f"{rate:10.4f}  {layer}" for layer, rate in found["firing_rate"].items()]
     return "\n".join(lines)
@@ -145,7 +148,13 @@ def write_page(found: EvaluationResults, out: Path) -> None:
         UserError: matplotlib is not installed.
         OSError: The file cannot be written.
     """
-    page = png_page(found) if out.suffix == ".png" else html_page(found).encode()
+    match out.suffix:
+        case ".png":
+            page = png_page(found)
+        case ".html":
+            page = html_page(found).encode()
+        case other:
+            raise AssertionError(f"neither .html nor .png: {other}")
     aside = out.with_name(f".{out.name}.tmp")
     aside.write_bytes(page)
     aside.replace(out)
@@ -154,7 +163,8 @@ def write_page(found: EvaluationResults, out: Path) -> None:
 def png_page(found: EvaluationResults) -> bytes:
     """All panels in one PNG."""
     panels = [panel for panel, wanted in _panels(found) if wanted]
-    layers = max(len(found["firing_rate"]), len(found["operations"]["layers"]))
+    operations = found["operations"] or {"layers": {}, "assumptions": []}
+    layers = max(len(found["firing_rate"]), len(operations["layers"]))
     height = max(5.0, 1.5 + 0.16 * layers)
     rows = (len(panels) + 2) // 3
     figure = style.new_figure(18, 0.8 + height * rows)
@@ -166,10 +176,11 @@ def png_page(found: EvaluationResults) -> bytes:
     figure.suptitle(
         "\n".join([heading(found), *operations_lines(found)]), fontsize=11, fontweight="bold"
     )
-    assumptions = f"Energy is an estimate: {'; '.join(found['operations']['assumptions'])}."
-    figure.supxlabel(
-        textwrap.fill(assumptions, 240), x=0.01, ha="left", fontsize=9, color=style.QUIET
-    )
+    if operations["assumptions"]:
+        assumptions = f"Energy is an estimate: {'; '.join(operations['assumptions'])}."
+        figure.supxlabel(
+            textwrap.fill(assumptions, 240), x=0.01, ha="left", fontsize=9, color=style.QUIET
+        )
     return style.png(figure)
 
 
@@ -180,7 +191,7 @@ def _panels(found: EvaluationResults) -> list[tuple[Panel, bool]]:
         (_early_exit, True),
         (_confusion, True),
         (_firing_rate, bool(found["firing_rate"])),
-        (_operations, True),
+        (_operations, bool(found["operations"])),
         (_dropped, bool(found["dropped_timesteps"] or found["dropped_events"])),
     ]
 
@@ -354,16 +365,17 @@ def html_page(found: EvaluationResults) -> str:
             '<p class="note">A dropped timestep shows an image of the mean colour, or no events; '
             f"each is dropped by itself, with seed {found['seed']}.</p>",
         ]
-    layers = max(len(found["firing_rate"]), len(found["operations"]["layers"]))
-    panels: list[Panel] = [_operations]
-    if found["firing_rate"]:
-        panels.insert(0, _firing_rate)
+    operations = found["operations"] or {"layers": {}, "assumptions": []}
+    layers = max(len(found["firing_rate"]), len(operations["layers"]))
+    panels: list[Panel] = [_firing_rate] if found["firing_rate"] else []
+    if operations["layers"]:
+        panels.append(_operations)
     parts += [
         "<h2>Firing rates and operations</h2>",
-        _image(found, panels, 6.5 * len(panels), 1.5 + 0.22 * layers),
+        *([_image(found, panels, 6.5 * len(panels), 1.5 + 0.22 * layers)] if panels else []),
         *(f"<p>{html.escape(line)}</p>" for line in operations_lines(found)),
         "<ul class=note>",
-        *(f"<li>{html.escape(text)}</li>" for text in found["operations"]["assumptions"]),
+        *(f"<li>{html.escape(text)}</li>" for text in operations["assumptions"]),
         "</ul>",
         "<h2>Classes</h2>",
         _image(found, [_confusion], 9, 7.5),

@@ -15,9 +15,9 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
-from tetdist.config.schema import RunConfig
+from tetdist.config.schema import OptimizerSection, RunConfig
 from tetdist.data import order
 from tetdist.errors import UserError
 from tetdist.slurm.cluster import RESTART_MINUTES, ClusterSection
@@ -80,6 +80,17 @@ class Plan:
         return 4 * self.parameters
 
 
+def _moments(optimizer: OptimizerSection) -> int:
+    """How many numbers the optimiser keeps for each parameter."""
+    match optimizer.kind:
+        case "sgd":
+            return 1  # its momentum
+        case "adam" | "adamw":
+            return 2
+        case other:
+            assert_never(other)
+
+
 @dataclass(frozen=True)
 class Cost:
     """One size of job.
@@ -121,8 +132,7 @@ def make(
     last_step = min(end, config.max_steps or end)
     first_step = phases[config.start_phase].first_step
     every = config.evaluate_every * per_epoch
-    # Adam keeps two numbers a parameter, SGD's momentum one.
-    moments = max(1 if p.optimizer.kind == "sgd" else 2 for p in config.phases)
+    moments = max(_moments(phase.optimizer) for phase in config.phases)
     return Plan(
         config=config,
         cluster=cluster,
