@@ -193,7 +193,7 @@ def last_step(run: Path) -> int:
 
 
 def samples(run: Path) -> dict[int, list[tuple[int, int]]]:
-    """Of each step (id, checksum of the augmented pixels) over all processes."""
+    """The samples of each step, (id, checksum of the augmented pixels), over all processes."""
     steps: dict[int, list[tuple[int, int]]] = {}
     for path in run.glob("samples-*.jsonl"):
         for line in map(json.loads, path.read_text().splitlines()):
@@ -240,7 +240,7 @@ def identical(a: Path, b: Path, *, but: tuple[str, ...] = ()) -> str:
     """Whether metrics, weights, running statistics and optimiser state are the same to the bit.
 
     Args:
-        but: Metrics that may differ.
+        but: Names of metrics that may differ.
     """
     ignored = ("time", "samples_per_s", "data_wait", "seconds", *but)
     for kind in ("train", "val"):

@@ -44,7 +44,7 @@ class Measurement:
 
 
 def measurements(options: argparse.Namespace) -> list[Measurement]:
-    # The peer has these networks, and none of the others in the same form.
+    # spikingjelly has these networks, and none of the others in the same form.
     peer = " --spikingjelly eager" if options.spikingjelly else ""
     network = "sew_resnet18" if options.quick else "sew_resnet34"
     found = []
@@ -65,7 +65,7 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
             for b in batches_of(options)
         ]
     if options.spikingjelly and not options.quick:
-        # In bf16 on a CPU its compilation has not ended within eight minutes.
+        # Its compilation in bf16 on a CPU did not end within eight minutes.
         more = "--precision fp32 --spikingjelly compiled"
         found.append(Measurement("compiled-fp32", f"model --model {network} {more}"))
     if not options.quick:
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"[{number}/{len(all_of_them)}] {measurement.name}", file=sys.stderr, flush=True)
             command = [sys.executable, str(BENCH), *measurement.command(options)]
             aside = file.with_suffix(".part")
-            # The time of torch.compile is asked for, too, and not that of finding it compiled.
+            # The time of compiling is measured, too, so that nothing may be found in the cache.
             environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
             done = subprocess.run(
                 [*command, "--json", str(aside)],
@@ -341,8 +341,8 @@ loses by itself when both cores are busy.
 
 {markdown(head, rows)}
 
-What the model of communication (launch/plan.py) says of {predicted["mb_averaged"]:.0f} MB averaged
-a step, none of it hidden, at {predicted["images_per_s_of_one"]:.1f} images/s a process,
+What the model of communication (tetdist/slurm/plan.py) says of {predicted["mb_averaged"]:.0f} MB
+averaged a step, none of it hidden, at {predicted["images_per_s_of_one"]:.1f} images/s a process,
 {predicted["gpus_per_node"]} GPUs a node, {predicted["link_in_node"]:g} GB/s in a node and
 {predicted["link_between_nodes"]:g} GB/s between nodes (`--images-per-s` asks it of a GPU):
 

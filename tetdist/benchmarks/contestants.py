@@ -18,7 +18,7 @@ class Contestant(NamedTuple):
 
 
 def contestants_of(options: argparse.Namespace) -> dict[str, Callable[[], Contestant]]:
-    """By name; each is made only when it is called for."""
+    """The contestants by name; each is made only when it is called for."""
     contestants: dict[str, Callable[[], Contestant]] = {}
     if relu_twin(options.model):
         contestants["relu"] = functools.partial(relu, options)

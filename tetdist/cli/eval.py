@@ -169,7 +169,11 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
 
 
 def check_options(options: argparse.Namespace, wanted: list[int], index: "Index") -> None:
-    """Before an hour of evaluation, what would fail after it."""
+    """Refuse, before an hour of evaluation, what would fail after it.
+
+    Raises:
+        UserError: The options do not suit the data or this machine.
+    """
     from tetdist.reports import style
 
     if index.timesteps is not None and wanted[-1] > index.timesteps:
@@ -204,7 +208,7 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
     """The training's configuration with the command line's changes."""
     from tetdist.config.loading import parse
 
-    parse(raw, str(options.checkpoint), warn=False)  # somebody else may have written it
+    parse(raw, str(options.checkpoint), warn=False)  # Somebody else may have written it.
     data = dict(raw["data"])
     if options.data:
         data |= {"root": options.data, "index": None}
@@ -216,7 +220,7 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
     changed = {
         **raw,
         "data": data,
-        # What only training knows of.
+        # Settings that mean something in training only.
         "checkpoint": "none",
         "engine": "torch",
         "zero_stage": 0,
@@ -236,7 +240,7 @@ def check_classes(
     options: argparse.Namespace,
 ) -> None:
     if trained is None:
-        # Converted from a file that does not name them.
+        # The weights were converted from a file that does not name the classes.
         if config.model.num_classes != len(present):
             raise UserError(
                 f"the data has {len(present)} classes and {options.checkpoint} knows "

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tetdist.cli.common import answer, program
 
-# Of each format, what --output is. None is a folder.
+# The ending of --output for each format; None: --output is a folder.
 ENDINGS = {"safetensors": None, "timm": None, "nir": ".nir", "onnx": ".onnx", "torch": ".pt2"}
 
 

@@ -126,7 +126,7 @@ def study(options: argparse.Namespace) -> int:
 
 
 def command(options: argparse.Namespace, file: Path) -> str:
-    """The command that makes the study, for its report, wherever that was asked for."""
+    """The command that makes the study, to be quoted in its report."""
     from tetdist.studies import plan
 
     words = [str(file), *options.overrides]
@@ -148,7 +148,7 @@ def choose(runs: "list[StudyRun]", entries: list[str] | None) -> "list[StudyRun]
         if entry not in known:
             raise UserError(f"--only: there is no entry {entry}; there are {', '.join(known)}")
     chosen: set[str] = set()
-    # From the end, because a run comes after those that it needs.
+    # Go from the end, because a run comes after those that it needs.
     for run in reversed(runs):
         if run.entry in entries or run.name in chosen:
             chosen |= {run.name, *(needed.name for needed in run.needs)}

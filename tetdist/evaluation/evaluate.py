@@ -28,7 +28,7 @@ class Evaluation:
         top5: Percent whose class is among the five largest (or all, with fewer classes).
         loss: Cross-entropy of the time-mean, averaged over samples.
         per_timestep_top1: For t = 1 to T, top-1 of the mean over the first t timesteps.
-        per_timestep_top5, per_timestep_loss: Likewise.
+        per_timestep_top5, per_timestep_loss: The same for the other two.
         firing_rate: Spikes per neuron per timestep, by layer.
     """
 
@@ -69,7 +69,7 @@ def evaluate(
             batches, of which some may be empty.
         num_samples: Size of the split; the count over all processes is checked against it.
         world: All processes.
-        precision: Of the forward pass, see precision.py.
+        precision: That of the forward pass, see precision.py.
         stop: Asked before each batch, on every process the same answer; True gives up.
         progress: Told the number of samples of each batch.
         also: Given each batch's logits (T, B, K) and labels (B,), on the device.
@@ -129,9 +129,10 @@ def evaluate(
 
 
 def _check_shape(logits: Tensor, timesteps: int, samples: int) -> None:
-    """
+    """See that the logits are (T, B, K), which a network from outside may get wrong.
+
     Raises:
-        UserError: A network from outside returns something else than (T, B, K).
+        UserError: They are not.
     """
     if logits.ndim != 3 or logits.shape[:2] != (timesteps, samples):
         raise UserError(

@@ -1,4 +1,4 @@
-"""What there is to find out about a checkpoint on a split, as one dictionary ready for JSON."""
+"""All that is found out about a checkpoint on a split, as one dictionary ready for JSON."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +26,7 @@ from tetdist.tracking.progress import sample_bar
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-    """What every pass over the split takes; ``alive`` is called after each batch."""
+    """The things that every pass over the split takes; ``alive`` is called after each batch."""
 
     model: SpikingNetwork
     config: RunConfig
@@ -64,13 +64,13 @@ def run_suite(
 ) -> dict[str, Any]:
     """Evaluate at the model's present T: as it is, and then with each share of something dropped.
 
-    The same on every process.
+    The result is the same on every process.
 
     Args:
-        passes: What is evaluated.
+        passes: The network, the split and the processes.
         drop_timesteps: Shares of timesteps, see `without_timesteps`.
         drop_events: Shares of events, see `without_events`; the frames must be numbers of events.
-        seed: Of what is dropped.
+        seed: Seed of what is dropped.
 
     Returns:
         Everything in `Evaluation` and more; ``operations`` is None where they are not counted.

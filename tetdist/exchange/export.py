@@ -1,7 +1,7 @@
-"""A trained network for other people and other programs: what tools/export.py writes.
+"""A trained network for other people and other programs: the work of the command export.
 
-Whatever is written is made aside, looked at, and renamed; nothing that exists is replaced. Paths
-and addresses of the machine that trained do not go along.
+Every file is made aside, checked, and renamed; nothing that exists is replaced. Paths and addresses
+of the machine that trained stay behind.
 """
 
 import json
@@ -28,7 +28,7 @@ from tetdist.models import SpikingNetwork
 from tetdist.models.create import create_model
 
 _INPUTS = {"images": "image", "events": "event frame a timestep"}
-# Of the inputs that an exported program is compared on.
+# How many inputs an exported program is compared on, and how far it may be off.
 _CHECKED, _TOLERANCE = 4, 1e-4
 
 
@@ -37,9 +37,10 @@ class Trained:
     """A checkpoint, ready to be exported.
 
     Attributes:
-        model: In evaluation, in float32, by the plain definitions of normalisation and neurons.
+        model: Set to evaluation, in float32; one of ours by the plain definitions of normalisation
+            and neurons.
         config: That of its training.
-        description: What the checkpoint says of itself, without the machine's paths.
+        description: The checkpoint's description of itself, without the machine's paths.
     """
 
     model: SpikingNetwork
@@ -48,7 +49,11 @@ class Trained:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of one sample at one timestep, (C, H, W)."""
+        """The shape of one sample at one timestep, (C, H, W).
+
+        Raises:
+            UserError: A network of events from outside does not say it.
+        """
         match self.config.data.kind:
             case "images":
                 return (3, self.config.data.image_size, self.config.data.image_size)
@@ -75,8 +80,8 @@ def load(path: Path, which: str = "last", timesteps: int | None = None) -> Train
 
     Args:
         path: One of these three.
-        which: Of a run folder: ``last`` or ``best``.
-        timesteps: Other than in training.
+        which: The checkpoint of a run folder: ``last`` or ``best``.
+        timesteps: T, where it is another one than in training.
 
     Raises:
         UserError: See `checkpoint.load_model_file`.
@@ -90,13 +95,13 @@ def load(path: Path, which: str = "last", timesteps: int | None = None) -> Train
     if isinstance(model, SpikingNetwork):
         model.set_execution("reference")
     if model.timesteps != description["timesteps"]:
-        description["validation"] = None  # was measured at the other T
+        description["validation"] = None  # It was measured at the other T.
     description |= {"config": config.as_dict(), "timesteps": model.timesteps, "which": which}
     return Trained(model.eval(), config, description)
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without what its trainer's folders and addresses tell of him."""
+    """The configuration without folders and addresses of whoever trained."""
     loss = config.get("loss", {})
     soft = loss.get("distillation", {})
     named = {key: _name_of(soft.get(key)) for key in ("teacher", "teacher_weights")}
@@ -111,7 +116,7 @@ def _without_places(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name_of(path: str | None) -> str | None:
-    """Of a file or folder, without where it is; timm:NAME as it is."""
+    """The name of a file or folder without its place; timm:NAME as it is."""
     return path and Path(path).name
 
 
@@ -119,10 +124,10 @@ def _name_of(path: str | None) -> str | None:
 
 
 def write_safetensors(trained: Trained, folder: Path) -> str:
-    """model.safetensors, which tools/eval.py and init_checkpoint take, and a model card.
+    """Write model.safetensors, which eval and init_checkpoint take, and a model card.
 
     Returns:
-        What there is to say about it.
+        A sentence for the person who asked for it; so do the other writers.
     """
     with _aside(folder) as aside:
         aside.mkdir(parents=True)
@@ -132,7 +137,7 @@ def write_safetensors(trained: Trained, folder: Path) -> str:
 
 
 def write_timm(trained: Trained, folder: Path) -> str:
-    """What timm loads as a model of a local folder or of the Hugging Face hub.
+    """Write a folder that timm loads as a local model or one of the Hugging Face hub.
 
     Raises:
         UserError: The network is not one of tetdist's, or cannot be written.
@@ -189,9 +194,10 @@ def _model_arguments(trained: Trained) -> dict[str, Any]:
 
 
 def refuse_foreign(trained: Trained, form: str) -> None:
-    """
+    """Refuse a network from outside for a format that needs what only ours have.
+
     Raises:
-        UserError: The network is from outside, and the format is made of what only ours have.
+        UserError: The network is one from outside.
     """
     if not isinstance(trained.model, SpikingNetwork):
         raise UserError(
@@ -204,7 +210,7 @@ def card(trained: Trained, folder: str | None = None) -> str:
     """A model card in Markdown.
 
     Args:
-        folder: Its name, if timm can load it.
+        folder: Name of the folder, if timm can load it.
     """
     model, config, description = trained.model, trained.config, trained.description
     neuron, data = config.model.neuron, config.data
@@ -276,7 +282,7 @@ model.set_timesteps(2)  # fewer or more timesteps with the same weights"""
 
 
 def _call(model: nn.Module) -> str:
-    """How the model is called; of one from outside, only the logits of each timestep are known."""
+    """The call of the model; one from outside promises the logits of each timestep alone."""
     if isinstance(model, SpikingNetwork):
         meaning = "logits, the mean over timesteps; model(x, per_timestep=True): each one's own"
         return f"model(x)  # {meaning}"
@@ -338,7 +344,7 @@ def _preparation(trained: Trained) -> str:
 
 
 def write_nir(trained: Trained, path: Path, dt: float) -> str:
-    """The graph of `nir_graph`, as a file of package nir.
+    """Write the graph of `nir_graph` as a file of the package nir.
 
     Raises:
         UserError: NIR cannot express the network, or it is not one of tetdist's.
@@ -360,21 +366,21 @@ def write_nir(trained: Trained, path: Path, dt: float) -> str:
 
 
 def write_torch(trained: Trained, path: Path) -> str:
-    """The unrolled network as a program of torch.export, for any batch size."""
+    """Write the unrolled network as a program of torch.export, for any batch size."""
     with torch.no_grad(), _aside(path) as aside:
         torch.export.save(_traced(trained), aside)
         return _agreement(trained, torch.export.load(aside).module())
 
 
 def write_onnx(trained: Trained, path: Path) -> str:
-    """The unrolled network as an ONNX graph, for any batch size.
+    """Write the unrolled network as an ONNX graph, for any batch size.
 
-    ``images`` or ``events`` to ``logits``, the mean over timesteps.
+    It maps ``images`` or ``events`` to ``logits``, the mean over timesteps.
     """
     import onnxruntime
 
     name = trained.config.data.kind
-    # torch's exporter meets deprecated parts of torch.
+    # torch's exporter uses deprecated parts of torch and would warn of them.
     quiet = warnings.catch_warnings(action="ignore", category=FutureWarning)
     with quiet, torch.no_grad(), _aside(path) as aside:
         program = torch.onnx.export(
@@ -420,8 +426,8 @@ def _traced(trained: Trained) -> torch.export.ExportedProgram:
 def _agreement(trained: Trained, run: Callable[[Tensor], Tensor]) -> str:
     """Compare a program's logits with the model's, on random inputs.
 
-    A membrane within rounding of the threshold flips a spike, and with it one sample's logits; a
-    wrong program is wrong about most.
+    A membrane within rounding of the threshold flips a spike and changes one sample's logits; a
+    wrong program is wrong about most samples. So the median decides.
     """
     x = trained.examples(_CHECKED)
     expected = _mean_logits(trained.model)(x)
@@ -438,14 +444,14 @@ def _agreement(trained: Trained, run: Callable[[Tensor], Tensor]) -> str:
 
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
-    """A hidden place beside ``path``, which what was written there is moved to in the end.
+    """A hidden place beside ``path``; whatever was written there becomes ``path`` in the end.
 
     Raises:
         UserError: ``path`` exists, or cannot be written.
     """
     if path.exists():
         raise UserError(f"{path} exists; choose another --output, or remove it first")
-    # With its ending, by which some of the libraries go.
+    # The name ends as that of ``path`` does, since some of the libraries go by the ending.
     aside = path.with_name(f".{os.getpid()}.tmp.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

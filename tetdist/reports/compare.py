@@ -1,4 +1,5 @@
-"""Where the metrics of two runs part, by how much, and whether they saw the same samples."""
+"""The differences of two runs: where their metrics part, by how much, and whether they saw the
+same samples."""
 
 import json
 import math
@@ -38,7 +39,7 @@ MISSING = Missing()
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """What is compared of one run; None: it is not there."""
+    """The parts of one run that are compared; None where a part is not there."""
 
     path: Path
     metrics: Metrics
@@ -56,7 +57,7 @@ class Pair:
     relative: float = math.nan
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON; a value that is missing is left out."""
+        """The pair, ready for JSON; a value that is missing is left out."""
         values = {"key": self.key, "a": self.a, "b": self.b, "relative": self.relative}
         if math.isnan(self.relative):  # of the configuration
             del values["relative"]
@@ -65,7 +66,7 @@ class Pair:
 
 @dataclass
 class KeyResult:
-    """How one key of one kind fared over the steps that both runs have."""
+    """The differences of one key of one kind over the steps that both runs have."""
 
     kind: str
     key: str
@@ -91,7 +92,7 @@ class SamplesResult:
     common: int  # steps
     different: list[int]
     only: tuple[list[int], list[int]]
-    # Of the first different step: ids that only a and only b have (as often as that), and ids that
+    # At the first different step: ids that only a and only b have (as often as that), and ids that
     # both have with other content.
     first_only: tuple[list[Any], list[Any]]
     first_content: list[Any]
@@ -118,7 +119,11 @@ class Comparison:
 
 
 def read_run(path: Path, *, effective: bool = False) -> ComparedRun:
-    """Reads a run folder or a metrics.jsonl; of its configuration, all or what has an effect.
+    """Read a run folder or a metrics.jsonl.
+
+    Args:
+        path: One of the two.
+        effective: Leave out the keys of the configuration that have no effect.
 
     Raises:
         UserError: There is none, or something in it is damaged.
@@ -185,7 +190,8 @@ def read_configuration(path: Path, effective: bool) -> dict[str, Any] | None:
         values = None
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it does not hold keys and values")
-    # What an older version did not know has its default. One that cannot be read is shown as it is.
+    # A key that an older version did not know has its default. A configuration that cannot be read
+    # is shown as it is.
     with suppress(UserError):
         parsed = loading.parse(values, str(path), warn=False)
         return checks.effective(parsed) if effective else identity.flatten(parsed.as_dict())
@@ -193,7 +199,7 @@ def read_configuration(path: Path, effective: bool) -> dict[str, Any] | None:
 
 
 def read_samples(folder: Path) -> Samples | None:
-    """What all ranks saw at each step; None if the run has kept no record of it."""
+    """The samples that all ranks saw at each step; None if the run has kept no record of them."""
     files = [
         file
         for file in sorted(folder.glob("samples-*.jsonl"))
@@ -220,7 +226,7 @@ def read_rank_samples(path: Path) -> dict[int, list[tuple[Any, int]]]:
     last: int | None = None
     ids_of_step: set[Any] = set()
     data = path.read_bytes()
-    # A last line without its end is one that a kill tore.
+    # A last line without its end was torn by a kill.
     for number, raw in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
         try:
             line = json.loads(raw)
@@ -234,8 +240,8 @@ def read_rank_samples(path: Path) -> dict[int, list[tuple[Any, int]]]:
         if not whole:
             shown = raw[:80].decode(errors="replace")
             raise UserError(f"{path}: line {number} is damaged: {shown}")
-        # A step draws no sample twice. So one that comes again at the same step tells of a start
-        # that begins within the step at which the one before was killed.
+        # A step draws no sample twice. So a sample that comes again at the same step shows that a
+        # new start began within the step at which the earlier one was killed.
         if step != last or not ids_of_step.isdisjoint(ids):
             steps[step], ids_of_step = [], set()
         steps[step] += seen
@@ -258,7 +264,11 @@ def overview(paths: list[Path], json_file: Path | None) -> None:
 
 
 def require_plots() -> None:
-    """Say that matplotlib is missing before the work, not after it."""
+    """See that matplotlib is there before the work, not after it.
+
+    Raises:
+        UserError: It is not installed.
+    """
     from tetdist.reports import style
 
     style.new_figure(1, 1)
@@ -275,7 +285,11 @@ def plot(paths: list[Path], out: Path) -> None:
 
 
 def read_records(paths: list[Path]) -> "list[RunRecord]":
-    """The runs as tetdist.overview takes them; errors as of `read_run`."""
+    """The runs as `runs_table` takes them.
+
+    Raises:
+        UserError: See `read_run`.
+    """
     from tetdist.reports.runs_table import RunRecord
     from tetdist.tracking.metrics_file import read_metrics
 
@@ -329,7 +343,7 @@ def relative_difference(a: Any, b: Any) -> float:
         return math.inf
     larger = max(abs(a), abs(b))
     difference = abs(a - b)
-    # Of two huge numbers with different signs the difference is more than a float holds.
+    # The difference of two huge numbers of different signs is more than a float holds.
     return difference / larger if is_finite(difference) else abs(a / larger - b / larger)
 
 
@@ -359,7 +373,7 @@ def compare_metrics(a: Metrics, b: Metrics, tolerance: float) -> MetricsResult:
                     result.different += 1
                     if result.first is None:
                         result.first = step
-            # Of two lines of the same step, the one that was written first: train before val.
+            # Two lines of the same step stand in the order in which they were written: train, val.
             if different and (first is None or step < first[0]):
                 first = step, kind, different
     return MetricsResult(list(results.values()), first, only, common)
@@ -391,7 +405,7 @@ def in_order(ids: Any) -> list[Any]:
 
 
 def report(comparison: Comparison) -> str:
-    """What a person reads."""
+    """The text that a person reads."""
     a, b = comparison.a, comparison.b
     width = max(len(str(run.path)) for run in (a, b))
     parts = [
@@ -530,7 +544,7 @@ def steps_text(steps: list[int]) -> str:
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """Ready for JSON."""
+    """The comparison, ready for JSON."""
     metrics, samples = comparison.metrics, comparison.samples
     values: dict[str, Any] = {
         "a": str(comparison.a.path),

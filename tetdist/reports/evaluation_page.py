@@ -1,8 +1,8 @@
-"""What tools/eval.py found, as text and as a page to look at.
+"""The results of an evaluation as text, as a page to look at and as a picture.
 
-All come from the same dictionary, which JSON holds: what `findings.find` found, after checkpoint,
-model, step, split, trained_timesteps, reported_timesteps and seed, and data_split where the data
-has one of several.
+All are made of the same dictionary, which the JSON file holds: checkpoint, model, step, split,
+trained_timesteps, reported_timesteps and seed; data_split where the data have several; and all that
+`suite.run_suite` returns.
 """
 
 import base64
@@ -14,7 +14,7 @@ from typing import Any
 
 from tetdist.reports import style, tables
 
-# Rows of a table of classes on a terminal; JSON and the page have all.
+# Rows of the table of classes on a terminal; the JSON file and the page have all.
 SHOWN_CLASSES = 20
 # Classes up to which a confusion matrix has room for numbers, and for names.
 NUMBERED_CLASSES, NAMED_CLASSES = 20, 50
@@ -26,7 +26,7 @@ EvaluationResults = dict[str, Any]
 
 
 def as_text(found: EvaluationResults) -> str:
-    """What a person reads on a terminal."""
+    """The text that a person reads on a terminal."""
     return "\n\n".join(
         [
             heading(found),
@@ -221,7 +221,7 @@ def _early_exit(axis: Any, found: EvaluationResults) -> None:
     curve = found["early_exit"]
     spent, top1 = ([point[key] for point in curve] for key in ("mean_timesteps", "top1"))
     axis.plot(spent, top1, "o-", color=style.RATE, label="exit at a confidence")
-    room = 0.1 * found["timesteps"]  # of a label
+    room = 0.1 * found["timesteps"]  # that a label takes
     labelled: list[float] = []
     for point in (curve[0], curve[-1], curve[len(curve) // 2]):
         if any(abs(point["mean_timesteps"] - there) < room for there in labelled):

@@ -1,4 +1,4 @@
-"""The command of launch/slurm.py: submit, status, cancel, resume."""
+"""The command slurm: submit, status, cancel, resume."""
 
 import argparse
 from pathlib import Path
@@ -206,7 +206,7 @@ def _resume(run_dir: Path, options: argparse.Namespace) -> None:
     jobs.refuse_if_queued(run_dir)
     config = submission.config_of(earlier)
     cluster = cluster_of(earlier.cluster, options)
-    # What it waited for was finished when it began.
+    # A run that has begun once has nothing to wait for: the runs before it were finished then.
     after = [Path(path) for path in earlier.after] if not history.saved_step(run_dir) else []
     run = submission.prepare(config, cluster, after)
     code = None if options.new_code else Path(earlier.code)

@@ -1,4 +1,4 @@
-"""What is written down about a run's jobs, in the run's folder, under slurm/.
+"""The record of a run's jobs, in the run's folder, under slurm/.
 
     slurm/
         history.jsonl           submitted, started, stopped, finished, failed: a line each
@@ -27,7 +27,7 @@ from tetdist.tracking import mlflow_follower
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
 
-# In place of a job's id, without Slurm.
+# Stands for a job's id in a run that Slurm does not know of.
 LOCAL = "local"
 
 
@@ -41,7 +41,7 @@ class Submission:
         config, code: The job's configuration file and its code.
         log: Folder of the logs and failures.
         cluster: The facts that it was submitted with.
-        last_step, steps_per_epoch, global_batch: Of the run.
+        last_step, steps_per_epoch, global_batch: The run's.
         time: When, in Unix seconds.
         after: Folders of the runs that had to be finished first.
     """
@@ -68,12 +68,12 @@ class JobEvent:
     """One line of history.jsonl.
 
     Attributes:
-        kind: submitted, started, stopped, finished, failed or cancelled.
-        job: As of `Submission`.
+        kind: Submitted, started, stopped, finished, failed or cancelled.
+        job: See `Submission`.
         restart: How often Slurm had started the job before: 0, 1, ...
-        step: Of the newest checkpoint.
-        text: Why, and where.
-        time: In Unix seconds.
+        step: That of the newest checkpoint.
+        text: The reason, and the hosts.
+        time: Unix time in seconds.
     """
 
     kind: str
@@ -159,7 +159,7 @@ def since_submission(events: list[JobEvent]) -> list[JobEvent]:
 
 
 def restarts(events: list[JobEvent]) -> list[JobEvent]:
-    """Every start of the run but its first, with why the one before had ended."""
+    """Every start of the run but the first; its text says why the one before had ended."""
     return [event for event in events if event.kind == "started"][1:]
 
 
@@ -176,7 +176,7 @@ def write_failure(log: Path, job: str, restart: int, rank: int, text: str) -> No
 
 
 def first_failure(log: Path, job: str, restart: int) -> str | None:
-    """What the rank raised that failed before the others."""
+    """The error of the rank that failed before the others."""
     found: list[tuple[float, str]] = []
     for file in log.glob(f"failure-{job}.{restart}-*.txt"):
         moment, _, text = file.read_text().partition("\n")
@@ -186,7 +186,7 @@ def first_failure(log: Path, job: str, restart: int) -> str | None:
 
 @contextmanager
 def submitting(run_dir: Path) -> Iterator[None]:
-    """Only one program at a time may look whether a run is queued, and submit it."""
+    """Let only one program at a time look whether a run is queued, and submit it."""
     slurm_folder(run_dir).mkdir(parents=True, exist_ok=True)
     with (slurm_folder(run_dir) / ".lock").open("w") as lock:
         try:
@@ -207,10 +207,10 @@ def announce_parent(
     """Make a run in MLflow for others to be below, or find it; it is a heading, hence finished.
 
     Args:
-        config: Of one of them, which says where MLflow is.
+        config: The configuration of one of them, which says where MLflow is.
         folder: Keeps the run's id; made if missing.
-        name: Of the run.
-        tags: Of the run.
+        name: The run's name in MLflow.
+        tags: The run's tags in MLflow.
 
     Returns:
         The run's MLflow id; None without MLflow, or if it does not answer.

@@ -1,4 +1,4 @@
-"""What each process of a job does: find the others, train, and see that the run goes on.
+"""The work of each process of a job: find the others, train, and see that the run goes on.
 
 A job knows nothing but where its run folder is. So every start of it is the same, whether it is the
 first, a requeue by the job itself, by an administrator, after a preemption or after a node's crash:
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Before torch is imported: see tetdist/train.py.
+# Set before torch is imported, which reads it then: see tetdist_command.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tetdist.distributed.watchdog import PeerFailed
@@ -57,7 +57,7 @@ class Job:
     interface: str | None
 
     def __call__(self) -> None:
-        """As a task of Slurm; ends the process."""
+        """Run as a task of Slurm; ends the process."""
         # A signal that comes before the trainer is there to receive it must wait for it, and one
         # that comes after it is late: submitit's own handlers, made for functions that cannot stop
         # by themselves, would end the job for the one, and keep it from ending for the other.
@@ -70,7 +70,7 @@ class Job:
 
 
 def run(job: Job, find_context: Callable[[], ProcessContext]) -> int:
-    """One process's part of one start of the job; its exit status."""
+    """Do one process's part of one start of the job; returns its exit status."""
     rank = os.environ.get("SLURM_PROCID", "?")
     try:
         context = find_context()
@@ -133,7 +133,11 @@ class _Start:
         return loading.parse(yaml.safe_load(file.read_text()), str(file), warn=False)
 
     def _check_code(self) -> None:
-        """That what was queued is what runs, whatever the environment has installed."""
+        """See that the queued code is what runs, whatever the environment has installed.
+
+        Raises:
+            UserError: Python imports other code.
+        """
         here = Path(__file__).resolve().parents[2]
         if here != Path(self.job.code).resolve():
             raise UserError(
@@ -180,7 +184,7 @@ class _Start:
         return tags
 
     def _why_started(self, earlier: list[JobEvent]) -> str:
-        """Why this is not the run's first start; empty if it is."""
+        """The reason why this is not the run's first start; empty if it is."""
         if not any(event.kind == "started" for event in earlier):
             return ""
         last = earlier[-1]
@@ -188,7 +192,7 @@ class _Start:
             return "submitted again"
         if last.kind == "finished":
             return "started once more after its end"
-        # What the process guessed when it was stopped, and what Slurm says of it afterwards.
+        # The process wrote down a guess when it was stopped; Slurm's account of it comes later.
         if last.kind == "started":
             return self.context.why_ended() or "ended without a word"
         if "from outside" in last.text:
@@ -199,7 +203,7 @@ class _Start:
         return last.text
 
     def _end(self, status: int) -> int:
-        """What comes after training: nothing, another start, or the end of a stopped run."""
+        """Finish the start after training: the run is done, is started again, or was stopped."""
         number = status - 128
         if number <= 0:
             self._note("finished" if status == 0 else "failed")
@@ -268,7 +272,7 @@ class _Start:
             history.write_failure(self.log, *key, f"{where}\n{text}")
 
     def _show_first_failure(self) -> None:
-        """In rank 0's log, which people read first, ahead of its own complaint."""
+        """Print it to rank 0's log, which people read first, ahead of rank 0's own complaint."""
         text = history.first_failure(self.log, self.context.job, self.context.restart)
         if self.is_first and text and not text.startswith("rank 0 "):
             print(f"the first to fail was {text}\n", file=sys.stderr, flush=True)

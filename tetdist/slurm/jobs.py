@@ -1,4 +1,4 @@
-"""What Slurm says of a job: in the queue, or how it ended."""
+"""The state of a job, as Slurm gives it: in the queue, or how it ended."""
 
 import shutil
 import subprocess
@@ -12,12 +12,12 @@ from tetdist.slurm import history
 
 @dataclass(frozen=True)
 class State:
-    """Of a job.
+    """The state of a job.
 
     Attributes:
         name: RUNNING, PENDING, COMPLETED, FAILED, ... in Slurm's words; ``unknown`` of a job that
             Slurm has forgotten.
-        text: Where it runs, why it waits, how it ended.
+        text: The nodes that it runs on, why it waits, or how it ended.
     """
 
     name: str
@@ -82,7 +82,7 @@ def _ended(jobs: Sequence[str]) -> dict[str, State]:
 
 
 def refuse_if_queued(run_dir: Path) -> None:
-    """Two jobs must not train in one folder.
+    """Refuse a run that a job is going to train: two must not train in one folder.
 
     Raises:
         UserError: One is queued or runs.

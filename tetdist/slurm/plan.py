@@ -1,4 +1,4 @@
-"""What a run will take: steps, images, checkpoints, and, from a measured speed, hours.
+"""The cost of a run: steps, images, checkpoints and, from a measured speed, hours.
 
 The model of communication. All processes average the gradient once a step, in float32, after the
 last micro-batch, so nothing of it hides behind computing. For P parameters, g processes on each of
@@ -29,10 +29,10 @@ TABLE_NODES = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast one process trains.
+    """The speed at which one process trains.
 
     Attributes:
-        images_per_s: Of one process alone.
+        images_per_s: The rate of one process alone.
         timesteps: T of the measurement.
     """
 
@@ -42,16 +42,16 @@ class Speed:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes, whatever the speed.
+    """The work of a run, whatever the speed.
 
     Attributes:
-        micro_batches: Of a step, over all processes.
+        micro_batches: Micro-batches of a step, over all processes.
         steps_per_epoch: Optimiser steps.
-        first_step, last_step: Of the run; the first is not 0 where it begins with a later phase.
-        evaluations: Of the whole validation split.
-        train_images, val_images: In the data set.
-        parameters: Of the model.
-        checkpoint_bytes: Of one.
+        first_step, last_step: The run's; the first is not 0 where it begins with a later phase.
+        evaluations: How often the whole validation split is evaluated.
+        train_images, val_images: Sizes of the splits.
+        parameters: The model's.
+        checkpoint_bytes: Size of one checkpoint.
     """
 
     config: RunConfig
@@ -76,12 +76,12 @@ class Plan:
 
     @property
     def average_bytes(self) -> int:
-        """What the processes average at each step."""
+        """The bytes that the processes average at each step."""
         return 4 * self.parameters
 
 
 def _moments(optimizer: OptimizerSection) -> int:
-    """How many numbers the optimiser keeps for each parameter."""
+    """The numbers that the optimiser keeps for each parameter."""
     match optimizer.kind:
         case "sgd":
             return 1  # its momentum
@@ -93,12 +93,12 @@ def _moments(optimizer: OptimizerSection) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """One size of job.
+    """The cost of the run on a job of one size.
 
     Attributes:
-        hours: Of computing, without waiting in a queue.
-        communication: Share of a training step.
-        periods: Time limits that it takes.
+        hours: Time of computing, without waiting in a queue.
+        communication: Its share of a training step.
+        periods: The number of time limits that the run takes.
     """
 
     nodes: int
@@ -149,7 +149,7 @@ def make(
 
 
 def cost(plan: Plan, speed: Speed, nodes: int) -> Cost | None:
-    """What the run takes on so many nodes; None where its micro-batches cannot be shared so."""
+    """The cost on so many nodes; None where the micro-batches cannot be shared equally."""
     cluster, batch = plan.cluster, plan.config.batch
     in_node = cluster.processes_per_node
     processes = nodes * in_node

@@ -1,4 +1,4 @@
-"""How a run is: state across all starts, progress, what happened; and its log as it grows."""
+"""The state of a run across all its starts: progress, what happened, its log as it grows."""
 
 import sys
 import time
@@ -24,7 +24,7 @@ def find(name: str, runs_dir: str = "runs") -> list[Path]:
     for path in (Path(name), Path(runs_dir) / name):
         if history.newest_submission(path) is not None:
             return [path]
-        # Of which somebody may have removed some.
+        # Somebody may have removed the folders of some of the runs of a sweep.
         swept = [run for run in history.newest_sweep(path) if history.newest_submission(run)]
         if swept:
             return swept
@@ -42,7 +42,7 @@ def submission_of(run_dir: Path) -> Submission:
 
 
 def describe(run_dir: Path) -> str:
-    """The run as a person reads it."""
+    """The state of the run, as a person reads it."""
     submission = submission_of(run_dir)
     is_local = submission.job == history.LOCAL
     state = State("local", "not a job of Slurm", False) if is_local else None
@@ -63,7 +63,7 @@ def describe(run_dir: Path) -> str:
 
 
 def progress(run_dir: Path, submission: Submission, state: State) -> str:
-    """Last step, rate and time to go."""
+    """The last step, the rate and the time to go."""
     metrics = run_dir / "metrics.jsonl"
     trained = [m for m in read_metrics(metrics) if m["kind"] == "train"] if metrics.exists() else []
     saved = history.saved_step(run_dir)
@@ -85,7 +85,10 @@ def progress(run_dir: Path, submission: Submission, state: State) -> str:
 
 
 def failure_of(events: list[JobEvent], submission: Submission) -> str | None:
-    """Why the newest start failed: the first rank's own words, or a line of the history."""
+    """The reason why the newest start failed: the first rank's error, or a line of the history.
+
+    None if it did not fail.
+    """
     mine = [event for event in events if event.job == submission.job and event.kind != "submitted"]
     if not mine or mine[-1].kind in ("finished", "stopped", "cancelled"):
         return None

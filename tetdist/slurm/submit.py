@@ -1,4 +1,4 @@
-"""From a configuration to a queued job: check, write down, copy the code, submit."""
+"""Make a queued job of a configuration: check, write down, copy the code, submit."""
 
 import itertools
 import re
@@ -46,7 +46,7 @@ def prepare(
     """Check configuration, data, model and the batch arithmetic, as the run itself will.
 
     Args:
-        config: The run's.
+        config: The run's configuration.
         cluster: The facts.
         after: Runs that are finished before this one begins; what it takes from them need not be
             there yet.
@@ -56,7 +56,7 @@ def prepare(
     """
     if not after:
         _check_inputs(config)
-    # Now, since the run's folder says it, too, and the job runs in another one.
+    # Made absolute now: the job runs in another folder, and the run's own folder records the paths.
     config = _with_absolute_paths(config)
     world = World(0, cluster.processes, torch.device("cpu"), control=None)
     train_index, val_index = open_data(config, world)
@@ -130,7 +130,7 @@ def combinations(sweep: list[str]) -> list[list[str]]:
 
 
 def _split(text: str) -> list[str]:
-    """At commas, but not at those in brackets."""
+    """Split at commas, but not at those in brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "[{") - (character in "]}")
@@ -164,7 +164,7 @@ def submit(
 
     Args:
         runs: Checked; of one cluster and size.
-        name: Of the job; for several runs, of the MLflow run above them, too.
+        name: The job's name; for several runs, also that of the MLflow run above them.
         code: Run this copy of the code, say of an earlier submission, instead of a new one.
         after: Folders of runs that have to be finished first.
 
@@ -217,7 +217,7 @@ def _submit_once(
         submissions: list[Submission] = []
         for run, job, job_id in zip(runs, jobs, ids, strict=True):
             submission = _submission(run, job, job_id, after)
-            # Before the lock is given up, so that the next one sees it.
+            # Written while the lock is held, so that the next program to take it sees this job.
             history.write_submission(Path(job.config).parent, submission)
             history.note(run.config.run_dir, JobEvent("submitted", job_id))
             submissions.append(submission)
@@ -253,8 +253,8 @@ def _home(runs: list[Prepared], name: str) -> Path:
 
 
 def _claim(run: Prepared) -> None:
-    """Make the run's folder, or see that it is of this very run and not in use."""
-    # Its lock is given up when this function ends, for the job to take.
+    """Make the run's folder, or see that it holds this very run and is not in use."""
+    # The folder's lock is given up when this function ends; the job takes it.
     RunFolder(run.config, run.index, run.world)
 
 
@@ -266,7 +266,7 @@ def copy_code(target: Path) -> Path:
 
 
 def _job(run: Prepared, folder: Path, code: Path) -> Job:
-    """Writes the job's configuration down; in a sweep each run has a folder for that."""
+    """Write the job's configuration down; in a sweep each run has a folder for that."""
     run_dir, cluster = run.config.run_dir, run.cluster
     own = folder if folder.is_relative_to(run_dir) else history.next_submission(run_dir)
     file = own / "config.yaml"
@@ -306,7 +306,7 @@ def _announce(run: Prepared, status: str | None, tags: dict[str, str]) -> None:
 
 
 def _announce_parent(runs: list[Prepared], name: str) -> str | None:
-    """A run in MLflow under which those of a sweep are."""
+    """Make the run in MLflow below which those of a sweep are shown."""
     tags = {"sweep": ", ".join(run.config.name for run in runs)}
     return history.announce_parent(runs[0].config, _home(runs, name), name, tags)
 
@@ -352,7 +352,7 @@ def dry_run(
     """The batch script, the configuration and the plan; nothing is written."""
     first = runs[0]
     folder = _home(runs, name).absolute() / "slurm" / "submission-N"
-    # Nobody is asked for the jobs: they need not be there yet.
+    # Placeholders: the jobs need not be there yet.
     depends_on = [f"JOB_OF_{Path(run).name}" for run in after]
     values = batch.parameters(name, first.cluster, folder / "code", depends_on)
     config = absolute(first.config).as_dict() | {"cluster": first.cluster.model_dump(mode="json")}
@@ -373,7 +373,11 @@ def dry_run(
 
 
 def run_here(run: Prepared) -> int:
-    """The job on this machine, in as many processes as the cluster section says; exit status."""
+    """Run the job on this machine, in as many processes as the cluster section says.
+
+    Returns:
+        Its exit status.
+    """
     from tetdist.slurm import local
 
     if is_here():

@@ -86,7 +86,7 @@ class Child:
             )
 
     def failure(self) -> str | None:
-        """Why it ended without having done what it was for; None: it has done it."""
+        """The reason why it ended without having done its work; None if it has done it."""
         status = self.process.returncode
         if status == 0 and self.run.next_command() != self.command:
             return None
@@ -99,8 +99,8 @@ class Child:
 
 @contextmanager
 def ended_at_exit(running: "dict[StudyRun, Child]") -> Iterator[None]:
-    """Whatever happens, no child is left behind: each saves and ends."""
-    # A stop by a batch system or `kill` is one by Ctrl-C.
+    """Leave no child behind, whatever happens: each saves and ends."""
+    # SIGTERM, from a batch system or `kill`, stops a study as Ctrl-C does.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -112,7 +112,7 @@ def ended_at_exit(running: "dict[StudyRun, Child]") -> Iterator[None]:
                 process.terminate()
             for process in children:
                 process.wait()
-        except KeyboardInterrupt:  # A second one is meant.
+        except KeyboardInterrupt:  # A second Ctrl-C means: at once.
             for process in children:
                 process.kill()
             raise

@@ -1,4 +1,4 @@
-"""What a study file says: its entries, and the runs that they make with its seeds."""
+"""The content of a study file: its entries, and the runs that they make with its seeds."""
 
 import difflib
 import json
@@ -62,7 +62,7 @@ class StudySection(Section):
     entries: Annotated[dict[str, EntrySection], Field(min_length=1)]
 
 
-# Two of them are the same if they are one object.
+# Compared by identity, so that runs can be keys of a dictionary.
 @dataclass(frozen=True, eq=False)
 class StudyRun:
     """One entry with one seed.
@@ -72,7 +72,7 @@ class StudyRun:
         overrides: ``key=value``, all of them, for the commands train and slurm.
         init: The run whose weights it begins with.
         teacher: The run whose network it learns from.
-        test_timesteps: See `StudySection`.
+        test_timesteps: Numbers of timesteps at which it is evaluated.
     """
 
     entry: str
@@ -124,7 +124,7 @@ class StudyRun:
         return Command("eval", (*of, "--threads", str(self.config.data.threads)))
 
     def next_command(self) -> "Command | None":
-        """What is left to do, by the state on the disk; None: nothing."""
+        """The command that is left to do, by the state on the disk; None if there is none."""
         if not is_trained(self):
             return self.train_command
         return None if evaluation(self) is not None else self.eval_command
@@ -139,13 +139,13 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        """What a process runs: the script of the checkout, or the installed package."""
+        """The words of the process: a script of the checkout, or the installed package."""
         script = script_of(self.name)
         program = ["-m", "tetdist", self.name] if script is None else [str(script)]
         return [sys.executable, *program, *self.arguments]
 
     def __str__(self) -> str:
-        """What a person types, in the folder of the checkout if there is one."""
+        """The line that a person types, in the folder of the checkout if there is one."""
         folder = f"{CONFIGS_DIR.parent}/" if script_of(self.name) else ""
         return typed(self.name, *(word.removeprefix(folder) for word in self.arguments))
 
@@ -165,7 +165,8 @@ def find(name: str) -> Path:
 
 
 def read(path: Path) -> StudySection:
-    """
+    """Read a study file.
+
     Raises:
         UserError: The file is no study; the text says what is wrong with it.
     """
@@ -274,9 +275,9 @@ def _run(
 
 
 def _refuse_own_keys(overrides: list[str], entry: EntrySection) -> None:
-    """Those that the study would override itself, without a word.
+    """Refuse overrides that the study itself would override in silence.
 
-    Weights and teachers from elsewhere are fine in an entry that names no other one for them.
+    An entry may name weights or a teacher from elsewhere, unless another entry is named for them.
     """
     own = dict(OWN_KEYS)
     if entry.init is not None:
@@ -324,7 +325,7 @@ def _saved_step(run: StudyRun) -> int | None:
 
 
 def lines(run: StudyRun, kind: str) -> list[dict[str, Any]]:
-    """Of the run's metrics; none where it has not begun."""
+    """The run's lines of metrics of one kind; none where it has not begun."""
     file = run.folder / "metrics.jsonl"
     found = metrics_file.read_metrics(file) if file.exists() else []
     return [line for line in found if line["kind"] == kind]
@@ -349,9 +350,10 @@ def evaluation(run: StudyRun) -> list[float] | None:
 
 
 def check_folder(run: StudyRun) -> None:
-    """
+    """See that the run's folder holds no run of another configuration.
+
     Raises:
-        UserError: The run's folder holds a run of another configuration.
+        UserError: It holds one.
     """
     file = run.folder / "config.yaml"
     if not file.exists():
@@ -369,13 +371,13 @@ def check_folder(run: StudyRun) -> None:
 
 
 def check_inputs(runs: list[StudyRun]) -> None:
-    """Whether each entry's data are there, and suit its network.
+    """See that each entry's data are there and suit its network.
 
     Raises:
-        UserError: They do not, so that all its runs would fail.
+        UserError: They are not or do not, so that all runs of the entry would fail.
     """
     alone = World(0, 1, torch.device("cpu"), control=None)
-    # The same for all seeds.
+    # All seeds of an entry have the same data and network, so that one of them is enough.
     for run in {run.entry: run for run in runs}.values():
         root = Path(run.config.data.root)
         if not root.is_dir():

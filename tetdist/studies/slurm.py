@@ -17,17 +17,18 @@ from tetdist.slurm.jobs import State, cancel, is_here, states_of
 from tetdist.studies.plan import StudyRun, check_inputs, is_trained
 from tetdist.studies.tracking import Parent
 
-# States in which a run stays until somebody does something, and what is said of it then.
+# The states in which a run stays until somebody does something, and the words for a run that needs
+# it.
 LOST = {"failed": "failed", "cancelled": "was cancelled", "held back": "does not begin either"}
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How a run is.
+    """The state of a run in the study.
 
     Attributes:
-        word: finished, running, queued, new, submitted (now), or one of `LOST`.
-        text: For a person.
+        word: Finished, running, queued, new, submitted (now), or one of `LOST`.
+        text: The same for a person, with details.
     """
 
     word: str
@@ -35,13 +36,13 @@ class Standing:
 
 
 def submit(study: str, runs: list[StudyRun], output: Path, flags: list[str], again: bool) -> int:
-    """Submit what is neither finished nor queued, and say how each run is.
+    """Submit the runs that are neither finished nor queued, and print the state of each.
 
     Args:
         study: Name of the study.
         runs: Each after those that it needs.
         output: Folder of the study.
-        flags: Of launch/slurm.py.
+        flags: Flags of the command slurm.
         again: Submit also those that have failed or were cancelled.
 
     Returns:
@@ -76,7 +77,8 @@ def submit(study: str, runs: list[StudyRun], output: Path, flags: list[str], aga
 
 
 def read_flags(flags: list[str], config_name: str) -> argparse.Namespace:
-    """
+    """Parse the flags after --slurm.
+
     Raises:
         UserError: They are not for all runs of a study.
     """
@@ -118,7 +120,10 @@ def _begins_after(needed: list[StudyRun]) -> str:
 
 
 def ask(runs: list[StudyRun]) -> dict[StudyRun, Standing]:
-    """How the runs are: by Slurm first and then by their folders, as one may end meanwhile."""
+    """The states of the runs.
+
+    Slurm is asked before their folders are looked at, since a run may end in between.
+    """
     submissions = {run: history.newest_submission(run.folder) for run in runs}
     jobs = [s.job for s in submissions.values() if s is not None and s.job != history.LOCAL]
     states = states_of(jobs)
@@ -129,7 +134,7 @@ def ask(runs: list[StudyRun]) -> dict[StudyRun, Standing]:
 
 
 def refuse_if_queued(runs: list[StudyRun]) -> None:
-    """What Slurm is to train must not be trained here meanwhile.
+    """Refuse to train here what Slurm is to train.
 
     Raises:
         UserError: One of the runs is queued or runs.
@@ -146,7 +151,7 @@ def refuse_if_queued(runs: list[StudyRun]) -> None:
 
 
 def standing_of(run: StudyRun, submitted: Submission | None, state: State | None) -> Standing:
-    """How a run is whose newest job is in the given state."""
+    """The state of a run whose newest job is in the given state of Slurm."""
     if submitted is not None and state is not None and state.is_queued:
         text = f"{state.name} as job {submitted.job} ({state.text})"
         if state.name == "PENDING":
@@ -161,7 +166,7 @@ def standing_of(run: StudyRun, submitted: Submission | None, state: State | None
     if "cancelled" in kinds:
         return Standing("cancelled", f"cancelled, job {submitted.job}")
     if state.name in ("CANCELLED", "unknown") and "started" not in kinds:
-        # One that was to begin after another has left the queue with it, most likely, which is no
+        # Most likely it waited for another run and left the queue when that one failed, which is no
         # failure of its own.
         if submitted.after or state.name == "unknown":
             return Standing("new", "not submitted")
@@ -174,13 +179,13 @@ def standing_of(run: StudyRun, submitted: Submission | None, state: State | None
 
 
 def decide(standings: dict[StudyRun, Standing], again: bool) -> dict[StudyRun, Standing]:
-    """The same, where ``new`` are now all that are to be submitted, and no others.
+    """The same states, but ``new`` are now all runs that are to be submitted, and no others.
 
-    Slurm takes a moment to remove from its queue what waits for a failed job. Such a run is as one
-    that it has removed.
+    A run that waits for a failed job leaves the queue a moment later; it is treated as if it had
+    left it already.
 
     Args:
-        standings: Of all runs, each after those that it needs.
+        standings: The states of all runs, each after those that it needs.
         again: Whether those that have failed are to be submitted, too.
     """
     decided: dict[StudyRun, Standing] = {}
@@ -201,7 +206,7 @@ def decide(standings: dict[StudyRun, Standing], again: bool) -> dict[StudyRun, S
 
 
 def job_of(run: StudyRun, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
-    """The run's configuration, and the facts of the cluster.
+    """The configuration of the run, and the facts of the cluster.
 
     Raises:
         UserError: The facts are not right, or incomplete.
@@ -212,7 +217,7 @@ def job_of(run: StudyRun, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
 
 
 def _leave_queue(run: StudyRun) -> None:
-    """Of a run whose job waits for one that has failed."""
+    """Take the job of a run, which waits for one that has failed, out of the queue."""
     submitted = history.newest_submission(run.folder)
     assert submitted is not None
     cancel(submitted.job)
@@ -221,7 +226,7 @@ def _leave_queue(run: StudyRun) -> None:
 def send_all(
     study: str, left: dict[StudyRun, tuple[RunConfig, ClusterSection]], output: Path
 ) -> dict[StudyRun, Standing]:
-    """Submit the runs, each after those that it needs; all with one copy of the code.
+    """Submit the runs, each after those that it needs, all with one copy of the code.
 
     Raises:
         UserError: One is refused; those before it are submitted.
@@ -245,7 +250,8 @@ def send_all(
 
 
 def send(run: StudyRun, config: RunConfig, cluster: ClusterSection, code: Path) -> Standing:
-    """
+    """Submit one run.
+
     Raises:
         UserError: Something about the run is not right, or Slurm refuses it.
     """
@@ -257,15 +263,15 @@ def send(run: StudyRun, config: RunConfig, cluster: ClusterSection, code: Path) 
 
 
 def note_as_sweep(runs: list[StudyRun], folder: Path) -> None:
-    """So that `launch/slurm.py status` and `cancel` take the study's folder for all its runs."""
-    # With those that an earlier command submitted.
+    """Note the runs as a sweep: status and cancel then take the study's folder for all of them."""
+    # The runs that an earlier command submitted stay in the list.
     earlier = history.newest_sweep(folder.parent.parent)
     if everything := list(dict.fromkeys([*earlier, *(run.folder.absolute() for run in runs)])):
         history.write_sweep(folder, everything)
 
 
 def log_summary(standings: dict[StudyRun, Standing], output: Path) -> int:
-    """Say how all of them are, and what to do next; the exit status."""
+    """Print the states of all runs and what to do next; returns the exit status."""
     counts = Counter(standing.word for standing in standings.values())
     print(f"{len(standings)} runs: {', '.join(f'{n} {word}' for word, n in counts.items())}")
     if counts["finished"] == len(standings):

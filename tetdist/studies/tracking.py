@@ -16,8 +16,8 @@ class Parent:
         """
         Args:
             study: Name of the study.
-            runs: Those that are to be told of.
-            output: Folder of the study; it keeps the id.
+            runs: The runs that are to be shown.
+            output: Folder of the study, which keeps the id.
         """
         self.study = study
         self.run_id: str | None = None
@@ -29,15 +29,15 @@ class Parent:
         """Show a run below this one, with tags that tell what it is in the study.
 
         Args:
-            run: One that no process trains now.
-            status: See `tetdist.tracking.announce`.
+            run: A run that no process trains now.
+            status: See `tetdist.slurm.history.announce`.
         """
         if self.run_id is None or run.config.tracking_uri is None:
             return
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
         except OSError:
-            return  # The run itself says what is in its way.
+            return  # When the run is trained, it says itself what is in its way.
         tags = {"mlflow.parentRunId": self.run_id, "study": self.study}
         tags |= {"entry": run.entry, "seed": str(run.seed)}
         if run.control is not None:
