@@ -153,7 +153,7 @@ class _Kept:
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """The MiB an image that are held after the forward pass, and the most until the backward ends."""
+    """The MiB an image held after the forward pass, and the most until the backward pass ends."""
     options = argparse.Namespace(**vars(options), evaluate=False)
     rows: list[dict[str, Any]] = []
     all_timesteps = options.timesteps

@@ -770,7 +770,7 @@ def _points(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _allowed(name: str) -> str:
-    """Replaces what MLflow takes in no name."""
+    """The name with the characters replaced that MLflow takes in no name."""
     return re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII)[:250]
 
 
