@@ -50,7 +50,7 @@ CONFIG: dict[str, Any] = {
     "tracking": {"mlflow": False},
 }
 FLOAT64 = ("engine=torch", "precision=fp64")
-# Training with weights as ZeRO's flat buffers hold them, and nothing else of ZeRO.
+# Trains with weights laid out as in ZeRO's flat buffers, and with nothing else of ZeRO.
 CONTIGUOUS = (
     "import sys; from tetdist.training.engines import torch_engine; "
     "torch_engine.lay_out = lambda *_: None; "
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class Runs:
-    """Makes runs, each in a folder of its own."""
+    """Make runs, each in a folder of its own."""
 
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder = folder

@@ -394,7 +394,7 @@ LABELS = {"relu": "ReLU network, T x batch", "tetdist, none": "tetdist"}
 
 
 def draw(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> Path:
-    """Two PNGs in a folder beside the report."""
+    """Draw two PNGs into a folder beside the report; the folder."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine

@@ -281,7 +281,7 @@ def _timesteps(axis: Any, val: list[dict[str, Any]]) -> None:
         steps = range(1, len(top1) + 1)
         title += f", epoch {last['epoch']:.4g}"
         axis.plot(steps, top1, "o-", color=VALIDATION)
-        # Every value where there is room for it, else the ends; beside the line.
+        # Every value has its number where there is room, else the first and the last one.
         for step in steps if len(top1) <= 8 else (1, len(top1)):
             x, y, side = _beside(top1, step - 1)
             axis.annotate(
@@ -321,7 +321,7 @@ def _learning_rate(axis: Any, train: list[dict[str, Any]]) -> None:
     for line in train:
         peaks[line.get("phase")] = max(peaks.get(line.get("phase"), 0), line.get("lr", 0))
     if peaks and 0 < min(peaks.values()) < max(peaks.values()) / 30:
-        # SGD at 0.1, then Adam at 1e-4: the second would be a line at zero.
+        # With SGD at 0.1 and then Adam at 1e-4, the second would look like a line at zero.
         axis.set_yscale("log")
         axis.set_ylim(min(peaks.values()) * 1e-2, max(peaks.values()) * 2)
     else:

@@ -232,7 +232,8 @@ def cancel(options: argparse.Namespace) -> int:
     from tetdist.slurm import submit as submission
     from tetdist.slurm.history import JobEvent
 
-    # Slurm would remove by itself what waits for a cancelled job, and nobody would note it.
+    # From the last run to the first: Slurm itself removes whatever waits for a cancelled job, and
+    # nobody would note that.
     for run_dir in reversed(show.find(options.run)):
         job = show.submission_of(run_dir)
         state = jobs.state_of(job.job)
@@ -240,9 +241,9 @@ def cancel(options: argparse.Namespace) -> int:
             print(f"{run_dir} is not queued: job {job.job} is {state.name} ({state.text})")
             continue
         jobs.cancel(job.job)
-        # Should the job be about to requeue itself, its next start finds this.
+        # If the job is just requeuing itself, its next start finds this line and ends.
         history.note(run_dir, JobEvent("cancelled", job.job, step=history.saved_step(run_dir)))
-        # A process that trains says so itself; but there may be none yet.
+        # A process that trains tells MLflow itself, but there may be none yet.
         history.announce(submission.config_of(job), "KILLED", {})
         print(f"cancelled job {job.job}; `{typed('slurm', 'resume', run_dir)}` continues the run")
     return 0

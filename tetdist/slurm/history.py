@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tetdist.errors import UserError
 from tetdist.tracking import mlflow_follower
@@ -63,12 +63,15 @@ class Submission:
         return Path(self.log) / f"{self.job}_0_log.out"
 
 
+EventKind = Literal["submitted", "started", "stopped", "finished", "failed", "cancelled"]
+
+
 @dataclass(frozen=True)
 class JobEvent:
     """One line of history.jsonl.
 
     Attributes:
-        kind: Submitted, started, stopped, finished, failed or cancelled.
+        kind: What happened.
         job: See `Submission`.
         restart: How often Slurm had started the job before: 0, 1, ...
         step: That of the newest checkpoint.
@@ -76,7 +79,7 @@ class JobEvent:
         time: Unix time in seconds.
     """
 
-    kind: str
+    kind: EventKind
     job: str
     restart: int = 0
     step: int = 0
@@ -197,14 +200,14 @@ def submitting(run_dir: Path) -> Iterator[None]:
 
 
 def announce(config: "RunConfig", status: str | None, tags: dict[str, str]) -> None:
-    """Tell MLflow about a run that no process trains now; see `tracking.announce`."""
+    """Tell MLflow about a run that no process trains now; see `mlflow_follower.announce`."""
     _announce(config, config.run_dir, config.name, status, tags)
 
 
 def announce_parent(
     config: "RunConfig", folder: Path, name: str, tags: dict[str, str]
 ) -> str | None:
-    """Make a run in MLflow for others to be below, or find it; it is a heading, hence finished.
+    """Make or find a run in MLflow that others are shown below; as a heading it counts as finished.
 
     Args:
         config: The configuration of one of them, which says where MLflow is.

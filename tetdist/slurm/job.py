@@ -21,17 +21,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from tetdist.distributed.watchdog import PeerFailed
 from tetdist.errors import UserError, sentence, typed
 from tetdist.slurm import history
-from tetdist.slurm.history import JobEvent
+from tetdist.slurm.history import EventKind, JobEvent
 from tetdist.slurm.placement import ProcessContext, SlurmContext
 
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
 
-# Slurm's warning ahead of a time limit or a preemption is USR2. (USR1 is the same by hand.) SIGTERM
-# comes when Slurm has decided itself what happens next: save, but leave that to it.
+# Slurm warns of a time limit or a preemption by USR2; a person may send USR1 to the same end. After
+# either the job starts itself again. SIGTERM means that Slurm has decided what comes next: then the
+# job saves and leaves that to Slurm.
 RESTART_AFTER = (signal.SIGUSR1, signal.SIGUSR2)
 
-# Seconds within which Slurm should have noticed a crashed node; it is told SlurmdTimeout, by
+# Seconds within which Slurm should have noticed a crashed node. Its own limit is SlurmdTimeout, by
 # default 300.
 NODE_PATIENCE = 1200.0
 
@@ -58,9 +59,9 @@ class Job:
 
     def __call__(self) -> None:
         """Run as a task of Slurm; ends the process."""
-        # A signal that comes before the trainer is there to receive it must wait for it, and one
-        # that comes after it is late: submitit's own handlers, made for functions that cannot stop
-        # by themselves, would end the job for the one, and keep it from ending for the other.
+        # A signal must wait until the trainer is there to receive it, and must do nothing once the
+        # trainer is done. submitit's own handlers are made for functions that cannot stop by
+        # themselves: they would end the job too early, or keep it from ending.
         signal.pthread_sigmask(signal.SIG_BLOCK, RESTART_AFTER)
         for number in RESTART_AFTER:
             signal.signal(number, lambda *_: None)
@@ -95,7 +96,7 @@ class _Start:
         try:
             self._check_code()
             if self._is_cancelled():
-                # No success, since a run may wait for this one's.
+                # This is no success: another run may be waiting for this one to finish.
                 return 128 + signal.SIGTERM
             from tetdist.training.run import Launcher, train
 
@@ -129,7 +130,7 @@ class _Start:
         from tetdist.config import loading
 
         file = Path(self.job.config)
-        # Every key is written out, so that nothing is to be learnt from one that has no effect.
+        # Every key is written out, also those without effect, of which nobody needs to be warned.
         return loading.parse(yaml.safe_load(file.read_text()), str(file), warn=False)
 
     def _check_code(self) -> None:
@@ -217,7 +218,7 @@ class _Start:
         if number not in RESTART_AFTER:
             return status
         if self.context.was_cancelled():
-            # Slurm would requeue it nevertheless.
+            # Slurm would requeue the job although it was cancelled.
             print("the job was cancelled meanwhile; all is saved", file=sys.stderr, flush=True)
             assert self.config is not None
             history.announce(self.config, "KILLED", {})
@@ -234,14 +235,14 @@ class _Start:
                 history.announce(self.config, "FAILED", {})
         return status
 
-    def _note(self, kind: str, text: str = "") -> None:
+    def _note(self, kind: EventKind, text: str = "") -> None:
         if self.is_first:
             step = history.saved_step(self.run_dir)
             event = JobEvent(kind, self.context.job, self.context.restart, step, text)
             history.note(self.run_dir, event)
 
     def _on_failure(self, error: Exception) -> None:
-        """Called where the error was raised, while the other processes still wait for this one.
+        """Write the error down where it was raised, while the other processes wait for this one.
 
         A crashed node is first seen as a lost connection. If the job ended with that, Slurm, which
         takes minutes to miss a node, would count it as failed; if it still runs when Slurm does, it
@@ -258,7 +259,7 @@ class _Start:
                 time.sleep(5)
                 silent = self.context.silent_hosts()
         if isinstance(error, PeerFailed):
-            # This process ends without a further word.
+            # The watchdog ends this process at once, so this is the last chance to write.
             self._note("failed", str(error))
         self._write_failure(error)
 

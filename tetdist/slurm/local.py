@@ -24,7 +24,7 @@ PATIENCE = 10.0
 
 
 def run_here(job: Job, processes: int) -> int:
-    """Run a job in ``processes`` processes, again as often as it asks for it; its exit status."""
+    """Run a job in ``processes`` processes, again while it asks for it; its exit status."""
     file = Path(job.config).with_name("job.json")
     file.write_text(json.dumps(asdict(job)))
     restart = 0
@@ -56,7 +56,7 @@ def _start(file: Path, job: Job, processes: int, restart: int) -> int:
 
     previous = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     previous[signal.SIGINT] = signal.signal(signal.SIGINT, leave_to_them)
-    # Blocked, a signal to a process that still imports waits until there is a handler for it.
+    # A blocked signal waits; so one to a process that still imports is kept until it is handled.
     signal.pthread_sigmask(signal.SIG_BLOCK, RESTART_AFTER)
     try:
         for rank in range(processes):

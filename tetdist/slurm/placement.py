@@ -62,8 +62,8 @@ class ProcessContext(ABC):
             "MASTER_PORT": str(self.port),
         }
         if self.interface:
-            # gloo would tell the others the address to which this host resolves its own name, and
-            # many a host resolves it to 127.0.1.1.
+            # gloo would tell the others the address that this host's own name resolves to, which is
+            # 127.0.1.1 on many hosts.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", self.interface)
 
     def silent_hosts(self) -> list[str]:

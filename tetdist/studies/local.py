@@ -80,7 +80,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Away from the terminal's Ctrl-C, which is passed on once, as SIGTERM.
+                # Out of reach of the terminal's Ctrl-C, which is passed on once, as SIGTERM.
                 start_new_session=True,
                 env={"OMP_NUM_THREADS": str(threads)} | os.environ,
             )
@@ -136,7 +136,7 @@ def outcome(run: "StudyRun") -> str:
 
 
 class StudyProgress:
-    """StudyRuns done, with rate and time left: a bar on a terminal, a line a run elsewhere."""
+    """Runs done, with rate and time left: a bar on a terminal, a line a run elsewhere."""
 
     def __init__(self, total: int, left: int) -> None:
         from tqdm import tqdm

@@ -232,7 +232,7 @@ class Numbers:
         return float(sum(image_timesteps)), float(sum(seconds))
 
     def epochs_before(self, entry: str) -> int:
-        """Epochs of training that the weights have had with which the entry begins."""
+        """The epochs for which the weights that the entry begins with had been trained."""
         run, before = self.of(entry)[0].run, 0
         # A run that begins with a later phase counts the epochs of those before it itself.
         while run.init is not None and run.config.start_phase == 0:

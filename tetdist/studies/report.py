@@ -80,7 +80,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def section(numbers: Numbers, link: str, command: str) -> str:
-    """Markdown; ``link`` and a suffix are figure and numbers."""
+    """The section in Markdown; ``link`` and a suffix are the names of figure and numbers."""
     study = numbers.study
     parts = [f"## {study.title}", study.question.strip(), provenance(numbers, command)]
     if numbers.missing:

@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tetdist.config import loading as configuration
 from tetdist.config.schema import RunConfig
@@ -17,9 +18,16 @@ from tetdist.slurm.jobs import State, cancel, is_here, states_of
 from tetdist.studies.plan import StudyRun, check_inputs, is_trained
 from tetdist.studies.tracking import Parent
 
-# The states in which a run stays until somebody does something, and the words for a run that needs
-# it.
-LOST = {"failed": "failed", "cancelled": "was cancelled", "held back": "does not begin either"}
+Word = Literal[
+    "finished", "running", "queued", "new", "submitted", "failed", "cancelled", "held back"
+]
+
+# The states that a run does not leave by itself, and why the runs after it do not begin.
+LOST: dict[Word, str] = {
+    "failed": "failed",
+    "cancelled": "was cancelled",
+    "held back": "does not begin either",
+}
 
 
 @dataclass(frozen=True)
@@ -27,11 +35,11 @@ class Standing:
     """The state of a run in the study.
 
     Attributes:
-        word: Finished, running, queued, new, submitted (now), or one of `LOST`.
+        word: The state; ``submitted`` means by this very command.
         text: The same for a person, with details.
     """
 
-    word: str
+    word: Word
     text: str
 
 
