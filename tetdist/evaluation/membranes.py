@@ -35,7 +35,7 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
     """Run one batch by the definition of the neurons, in evaluation mode, and look at them.
 
     Args:
-        model: Left in the mode it was in.
+        model: Called with ``per_timestep=True``; left in the mode it was in.
         images: A batch as the model takes it, on its device.
         precision: That of the forward pass, see precision.py.
     """
