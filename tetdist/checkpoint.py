@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from tetdist.errors import UserError, way_out
+from tetdist.errors import UserError, typed, way_out
 from tetdist.files import made_aside, write_text
 
 logger = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ def load_model_file(path: Path, which: str = "last") -> tuple[dict[str, Tensor],
     except (OSError, SafetensorError, ValueError, struct.error) as error:
         hint = ""
         if file.suffix != ".safetensors":
-            hint = "; tools/convert.py makes one of other libraries' weights"
+            hint = f"; `{typed('convert')}` makes one of other libraries' weights"
         raise UserError(f"{file} is not a readable model file ({_reason(error)}){hint}") from error
     if "tetdist" not in metadata:
         raise UserError(

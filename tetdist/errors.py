@@ -42,10 +42,16 @@ def sentence(error: Exception) -> str:
     return str(error)
 
 
+def script_of(command: str) -> Path | None:
+    """The script of a command in the checkout; None where tetdist is installed without one."""
+    script = _CHECKOUT / _SCRIPTS.get(command, f"tools/{command}.py")
+    return script if script.is_file() else None
+
+
 def typed(command: str, *arguments: object) -> str:
     """What a person types to start a command: a script of the checkout, or ``tetdist COMMAND``."""
-    script = _SCRIPTS.get(command, f"tools/{command}.py")
-    program = f"python {script}" if (_CHECKOUT / script).is_file() else f"tetdist {command}"
+    script = script_of(command)
+    program = f"python {script.relative_to(_CHECKOUT)}" if script else f"tetdist {command}"
     return " ".join([program, *(shlex.quote(str(argument)) for argument in arguments)])
 
 

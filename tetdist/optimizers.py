@@ -34,12 +34,15 @@ class OptimizerKind:
             host asks before each step.
         zero_stages: ZeRO stages at which it is right. At 1 and 2 it sees flat partitions instead of
             parameters: right for what computes each element by itself.
+        moments: Numbers that it keeps for each parameter, by which a plan knows the size of
+            checkpoints.
     """
 
     build: Callable[[Groups, "OptimizerSection"], torch.optim.Optimizer]
     reads: tuple[str, ...]
     skips_when_told: bool = False
     zero_stages: tuple[int, ...] = (0,)
+    moments: int = 2
 
 
 OPTIMIZERS: Registry[OptimizerKind] = Registry("optimiser", "phases.*.optimizer.kind")
@@ -51,13 +54,14 @@ def register_optimizer(
     reads: tuple[str, ...] = (),
     skips_when_told: bool = False,
     zero_stages: tuple[int, ...] = (0,),
+    moments: int = 2,
 ) -> Callable[[Callable[..., torch.optim.Optimizer]], Callable[..., torch.optim.Optimizer]]:
     """Make a decorator that enters a function into `OPTIMIZERS`; see `OptimizerKind`."""
 
     def enter(
         build: Callable[..., torch.optim.Optimizer],
     ) -> Callable[..., torch.optim.Optimizer]:
-        kind = OptimizerKind(build, reads, skips_when_told, zero_stages)
+        kind = OptimizerKind(build, reads, skips_when_told, zero_stages, moments)
         OPTIMIZERS.enter(name, kind, build.__module__)
         return build
 
@@ -65,7 +69,11 @@ def register_optimizer(
 
 
 @register_optimizer(
-    "sgd", reads=("momentum", "nesterov"), skips_when_told=True, zero_stages=(0, 1, 2)
+    "sgd",
+    reads=("momentum", "nesterov"),
+    skips_when_told=True,
+    zero_stages=(0, 1, 2),
+    moments=1,
 )
 def _sgd(groups: Groups, section: "OptimizerSection") -> torch.optim.Optimizer:
     momentum, nesterov = section.momentum, section.nesterov

@@ -28,6 +28,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tetdist.reports.tables import markdown
+
 PROJECT = Path(__file__).resolve().parents[2]
 STEPS = 30
 TERM, KILL, INT, USR1 = signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGUSR1
@@ -48,7 +50,7 @@ CONFIG: dict[str, Any] = {
     "tracking": {"mlflow": False},
 }
 FLOAT64 = ("engine=torch", "precision=fp64")
-# Training with weights as ZeRO's flat buffers hold them, and nothing else of ZeRO.
+# Trains with weights laid out as in ZeRO's flat buffers, and with nothing else of ZeRO.
 CONTIGUOUS = (
     "import sys; from tetdist.training.engines import torch_engine; "
     "torch_engine.lay_out = lambda *_: None; "
@@ -103,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class Runs:
-    """Makes runs, each in a folder of its own."""
+    """Make runs, each in a folder of its own."""
 
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder = folder
@@ -191,7 +193,7 @@ def last_step(run: Path) -> int:
 
 
 def samples(run: Path) -> dict[int, list[tuple[int, int]]]:
-    """Of each step (id, checksum of the augmented pixels) over all processes."""
+    """The samples of each step, (id, checksum of the augmented pixels), over all processes."""
     steps: dict[int, list[tuple[int, int]]] = {}
     for path in run.glob("samples-*.jsonl"):
         for line in map(json.loads, path.read_text().splitlines()):
@@ -238,7 +240,7 @@ def identical(a: Path, b: Path, *, but: tuple[str, ...] = ()) -> str:
     """Whether metrics, weights, running statistics and optimiser state are the same to the bit.
 
     Args:
-        but: Metrics that may differ.
+        but: Names of metrics that may differ.
     """
     ignored = ("time", "samples_per_s", "data_wait", "seconds", *but)
     for kind in ("train", "val"):
@@ -261,11 +263,6 @@ def identical(a: Path, b: Path, *, but: tuple[str, ...] = ()) -> str:
             if not torch.equal(value, states[1][number][key]):
                 return "NO: optimiser"
     return "to the bit" if samples(a) == samples(b) else "NO: samples"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 # --- the report --------------------------------------------------------------------------------
@@ -308,11 +305,11 @@ def world_sizes(runs: Runs, quick: bool) -> str:
 In float64 rounding flips no spike, so what differs beyond 1e-9 would be a fault. Against the run on
 one process, with the plain torch engine:
 
-{table(["processes", *columns], rows)}
+{markdown(["processes", *columns], rows)}
 
 Stopped (SIGTERM to one process) after the given step and continued on another number:
 
-{table(["processes", "stopped after", *columns], again)}"""
+{markdown(["processes", "stopped after", *columns], again)}"""
 
 
 def stages(runs: Runs, quick: bool) -> str:
@@ -348,7 +345,7 @@ threshold flips a spike sooner or later, and from there on two runs drift apart.
 rounding alone, on one process at stage 0: the number of threads (no bit of it, where tensors are as
 small as here), the memory layout of the weights, the kernels of normalisation and neuron.
 
-{table(head, rows)}
+{markdown(head, rows)}
 
 More processes round otherwise, and drift no further than the controls. Stages 1 and 2 stand apart
 from stage 0 as their weights are views of flat buffers, not channels_last, and the convolutions run
@@ -381,7 +378,7 @@ def stops(runs: Runs, quick: bool) -> str:
 
 Against the same run that nothing stopped: metrics, weights, running statistics, optimiser, samples.
 
-{table(["stage", "stop", "the same"], rows)}"""
+{markdown(["stage", "stop", "the same"], rows)}"""
 
 
 if __name__ == "__main__":

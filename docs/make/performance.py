@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tetdist.reports.tables import markdown
+
 PROJECT = Path(__file__).resolve().parents[2]
 BENCH = PROJECT / "tools" / "bench.py"
 TIMESTEPS = (1, 2, 4, 8, 16)
@@ -42,7 +44,7 @@ class Measurement:
 
 
 def measurements(options: argparse.Namespace) -> list[Measurement]:
-    # The peer has these networks, and none of the others in the same form.
+    # spikingjelly has these networks, and none of the others in the same form.
     peer = " --spikingjelly eager" if options.spikingjelly else ""
     network = "sew_resnet18" if options.quick else "sew_resnet34"
     found = []
@@ -63,7 +65,7 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
             for b in batches_of(options)
         ]
     if options.spikingjelly and not options.quick:
-        # In bf16 on a CPU its compilation has not ended within eight minutes.
+        # Its compilation in bf16 on a CPU did not end within eight minutes.
         more = "--precision fp32 --spikingjelly compiled"
         found.append(Measurement("compiled-fp32", f"model --model {network} {more}"))
     if not options.quick:
@@ -124,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not file.is_file():
             print(f"[{number}/{len(all_of_them)}] {measurement.name}", file=sys.stderr, flush=True)
             command = [sys.executable, str(BENCH), *measurement.command(options)]
-            # The time of torch.compile is asked for, too, and not that of finding it compiled.
+            # The time of compiling is measured, too, so that nothing may be found in the cache.
             environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
             done = subprocess.run(
                 [*command, "--json", str(file)],
@@ -211,11 +213,6 @@ ended):
     return "\n\n".join(parts) + "\n"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def step_table(found: dict[str, dict[str, Any]], kind: str) -> str:
     rows = [
         [
@@ -229,7 +226,7 @@ def step_table(found: dict[str, dict[str, Any]], kind: str) -> str:
         for precision in ("fp32", "bf16")
         for row in found[f"{kind}-{precision}"]["rows"]
     ]
-    return table(["", "", "s", "/ ReLU", "images/s", "first two steps, s"], rows)
+    return markdown(["", "", "s", "/ ReLU", "images/s", "first two steps, s"], rows)
 
 
 def compiled_peer(found: dict[str, dict[str, Any]]) -> str:
@@ -255,7 +252,7 @@ def other_table(found: dict[str, dict[str, Any]]) -> str:
         first = results[0]
         rows.append([first["model"], str(first["timesteps"]), str(first["batch"]), *cells])
     head = ["", "T", "batch", "ReLU fp32, s", "tetdist, s", "ratio", "ReLU bf16, s", "tetdist, s"]
-    return table([*head, "ratio"], rows)
+    return markdown([*head, "ratio"], rows)
 
 
 def series(
@@ -281,7 +278,7 @@ def series_table(found: dict[str, dict[str, Any]], key: str, title: str) -> str:
             seconds = [f"{by_name[name][x]['seconds']:.3f}" for name in names]
             ratios = [f"{by_name[name][x]['ratio']:.3f}" for name in names[1:]]
             rows.append([precision, str(x), *seconds, *ratios])
-    return table([cell.replace("relu", "ReLU") for cell in head], rows)
+    return markdown([cell.replace("relu", "ReLU") for cell in head], rows)
 
 
 def memory_tables(found: dict[str, dict[str, Any]]) -> str:
@@ -298,7 +295,7 @@ def memory_tables(found: dict[str, dict[str, Any]]) -> str:
                 for row in by_name.values()
             ]
             rows.append([precision, str(timesteps), *cells])
-    return table(["", "T", *(name.replace("relu", "ReLU") for name in names)], rows)
+    return markdown(["", "T", *(name.replace("relu", "ReLU") for name in names)], rows)
 
 
 def scaling_text(found: dict[str, dict[str, Any]]) -> str:
@@ -329,7 +326,7 @@ def scaling_text(found: dict[str, dict[str, Any]]) -> str:
         "averaging / apart",
     ]
     predicted = result["predicted"]
-    forecast = table(
+    forecast = markdown(
         ["GPUs", "efficiency", "averaging, ms"],
         [
             [str(row["gpus"]), f"{row['efficiency']:.3f}", f"{row['communication_ms']:.1f}"]
@@ -340,10 +337,10 @@ def scaling_text(found: dict[str, dict[str, Any]]) -> str:
 update, a core a process. Processes that do not speak to each other ("apart") show what the machine
 loses by itself when both cores are busy.
 
-{table(head, rows)}
+{markdown(head, rows)}
 
-What the model of communication (launch/plan.py) says of {predicted["mb_averaged"]:.0f} MB averaged
-a step, none of it hidden, at {predicted["images_per_s_of_one"]:.1f} images/s a process,
+What the model of communication (tetdist/slurm/plan.py) says of {predicted["mb_averaged"]:.0f} MB
+averaged a step, none of it hidden, at {predicted["images_per_s_of_one"]:.1f} images/s a process,
 {predicted["gpus_per_node"]} GPUs a node, {predicted["link_in_node"]:g} GB/s in a node and
 {predicted["link_between_nodes"]:g} GB/s between nodes (`--images-per-s` asks it of a GPU):
 
@@ -372,7 +369,7 @@ RandomResizedCrop to {result["size"]} pixels, flip, normalisation, batches of {r
 reader" is a pipeline of DALI's own, from its file reader on; "decoding alone" is the same without
 what follows its decoder, windows only.
 
-{table(head, rows)}
+{markdown(head, rows)}
 
 A training step of {wait["model"]} (batch {wait["batch"]}, {wait["precision"]}) on the same cores
 takes {wait["step_s"]:.2f} s, of which it waits {wait["wait_percent"]:.2f} % for its images.
@@ -395,7 +392,7 @@ LABELS = {"relu": "ReLU network, T x batch", "tetdist, none": "tetdist"}
 
 
 def draw(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> Path:
-    """Two PNGs in a folder beside the report."""
+    """Draw two PNGs into a folder beside the report; the folder."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine

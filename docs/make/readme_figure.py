@@ -158,7 +158,7 @@ def draw_cost(axis: Any, performance: dict[str, Any]) -> None:
             axis.barh(y, ratio, color=colour, label=None if group else label)
             text = f"{ratio:.2f}" if group == 0 else f"{ratio:.2f}  ({values[name]:.0f} MiB/image)"
             axis.text(ratio + 0.03, y, text, va="center", fontsize=8)
-    # Between the bars of a group.
+    # A group's label stands between its bars.
     middle = (len(names) - 1) / 2
     ticks = [middle + group * (len(names) + 1) for group in range(len(groups))]
     axis.set_yticks(ticks, [text for text, _ in groups], fontsize=9)

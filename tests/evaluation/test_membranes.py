@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tetdist
 from tetdist.evaluation.membranes import membrane_distribution
@@ -12,12 +12,18 @@ from tetdist.nn.neurons import LIF, Neuron
 assert tetdist.__doc__  # registers the models
 
 
+class Network(nn.Sequential):
+    def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
+        assert per_timestep, "nothing else may be asked for"
+        return super().forward(x)
+
+
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 def test_a_neuron_by_hand(reset: str) -> None:
     config = LIF(decay=0.5, threshold=2.0, reset=reset)  # type: ignore[arg-type]  # of str
     # (T, B): u = 1, 0.5 + 2.1 = 2.6 (fires), then 0 (or 0.6) decayed + 9 (fires)
     found = membrane_distribution(
-        nn.Sequential(Neuron(config)), torch.tensor([[1.0], [2.1], [9.0]]), "fp32"
+        Network(Neuron(config)), torch.tensor([[1.0], [2.1], [9.0]]), "fp32"
     )
     (shares,) = found.shares.values()
     bins = {

@@ -208,6 +208,37 @@ def test_real_run_is_given_away_and_taken_back(
     assert "another network" not in outcome.text
 
 
+class Outside(nn.Module):
+    """A network from outside, with nothing but what is asked of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.timesteps, self.num_classes, self.input_kind = T, 5, "image"
+        self.fc = nn.Linear(3 * 12 * 12, 5)
+
+    def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
+        assert per_timestep, "nothing else may be asked for"
+        return torch.stack([t * self.fc(x.flatten(1)) for t in range(1, T + 1)])
+
+
+def test_a_network_from_outside(tmp_path: Path) -> None:
+    ours = export.load(save("convnet", tmp_path))
+    network: Any = Outside().eval()
+    trained = Trained(network, ours.config, ours.description)
+    assert "relative difference" in export.write_torch(trained, tmp_path / "it.pt2")
+    assert "relative difference" in export.write_onnx(trained, tmp_path / "it.onnx")
+    export.write_safetensors(trained, tmp_path / "it")
+    card = (tmp_path / "it" / "README.md").read_text()
+    assert "model(x, per_timestep=True).mean(0)" in card
+    assert f"import {__name__}  # registers the model" in card
+    for refused in (
+        lambda: export.write_timm(trained, tmp_path / "timm"),
+        lambda: export.write_nir(trained, tmp_path / "it.nir", 1e-4),
+    ):
+        with pytest.raises(UserError, match=r"is for tetdist's own networks, and .* is a Outside"):
+            refused()
+
+
 # ---------------------------------------------------------------------------------------- NIR
 
 

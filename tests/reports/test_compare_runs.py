@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import Farm
 
-from tetdist.reports.compare import relative_difference
+from tetdist.reports import compare
 
 COMPARE = tiny.PROJECT / "tools" / "compare_runs.py"
 
@@ -202,8 +202,8 @@ def test_steps_that_only_one_has(run_tool: Tool, tmp_path: Path) -> None:
 
 @given(st.floats(), st.floats() | st.integers())
 def test_relative_difference(a: float, b: float) -> None:
-    found = relative_difference(a, b)
-    assert found == relative_difference(b, a)
+    found = compare.relative_difference(a, b)
+    assert found == compare.relative_difference(b, a)
     assert (found == 0) == (a == b or (math.isnan(a) and math.isnan(b)))
     if math.isfinite(a) and abs(b) <= sys.float_info.max:
         assert found <= 2

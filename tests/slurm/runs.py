@@ -15,7 +15,7 @@ import yaml
 from cluster import Cluster, wait_until
 
 from tetdist.cli import slurm
-from tetdist.slurm.history import Event, history, newest_submission, restarts
+from tetdist.slurm.history import JobEvent, history, newest_submission, restarts
 
 STEPS_PER_EPOCH, LAST_STEP = 50, 150
 # Two phases, as in TIT: whatever happens may happen in either.
@@ -82,11 +82,11 @@ class Run:
         return submission.log_file.read_text() if submission.log_file.exists() else ""
 
     @property
-    def history(self) -> list[Event]:
+    def history(self) -> list[JobEvent]:
         return history(self.path)
 
     @property
-    def restarts(self) -> list[Event]:
+    def restarts(self) -> list[JobEvent]:
         return restarts(self.history)
 
     @property

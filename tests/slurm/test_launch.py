@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tetdist.config import identity, loading
 from tetdist.errors import UserError
 from tetdist.slurm import batch, cluster, history, local, snapshot, submit
 from tetdist.slurm.cluster import ClusterSection
-from tetdist.slurm.history import Event
+from tetdist.slurm.history import JobEvent
 from tetdist.slurm.job import Job
 from tetdist.slurm.placement import interface_towards
 
@@ -192,6 +193,33 @@ def test_snapshot_outside_a_checkout(tmp_path: Path) -> None:
     assert snapshot.describe(taken) == "not from a git checkout"
 
 
+def test_snapshot_of_an_installed_package(tmp_path: Path) -> None:
+    """A wheel's folder: configs/ is in the package, and tools/ beside it is somebody else's."""
+    site, code = tmp_path / "site-packages", tmp_path / "code"
+    hidden = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(tiny.PROJECT / "tetdist", site / "tetdist", ignore=hidden)
+    shutil.copytree(tiny.PROJECT / "configs", site / "tetdist" / "configs")
+    shutil.copy(tiny.PROJECT / "tetdist_command.py", site)
+    (site / "tools").mkdir()
+    (site / "tools" / "others.py").touch()
+    taken = snapshot.take(code, site)
+    assert snapshot.describe(taken) == "not from a git checkout"
+    copied = {"tetdist", "tetdist_command.py", "snapshot.diff", "snapshot.json"}
+    assert {path.name for path in code.iterdir()} == copied
+    # What a job imports, and what it tells a person to type.
+    program = (
+        "import tetdist_command; from tetdist.config.loading import load, CONFIGS_DIR; "
+        "from tetdist.errors import typed; from tetdist.slurm import snapshot; "
+        "print(snapshot.PROJECT, CONFIGS_DIR, load('quickstart').name, typed('slurm', 'resume'))"
+    )
+    env = tiny.clean_environment(PYTHONPATH=str(code), TETDIST_COMMAND="job")
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=code, env=env, capture_output=True, text=True
+    )
+    expected = f"{code} {code / 'tetdist' / 'configs'} quickstart tetdist slurm resume"
+    assert (done.stdout.strip(), done.returncode) == (expected, 0), done.stderr
+
+
 def test_sweeps() -> None:
     assert submit.combinations(["seed=0,1", "loss.kind=sdt,tet"]) == [
         ["seed=0", "loss.kind=sdt"], ["seed=0", "loss.kind=tet"],
@@ -277,7 +305,7 @@ def test_what_is_refused_before_anything_is_written(
     refused(capfd, [*four, "--after", "nothing", "--local", "1"], "does not go with --local")
     refused(capfd, [*four, "--gpus-per-node", "-1"], "'gpus_per_node'")
     refused(capfd, ["status", "nothing"], "there is no run nothing")
-    refused(capfd, ["cancel", str(tmp_path)], "was not submitted with launch/slurm.py")
+    refused(capfd, ["cancel", str(tmp_path)], "was not submitted with `python launch/slurm.py`")
     assert not (tmp_path / "runs").exists()
 
 
@@ -328,8 +356,8 @@ def test_starts_that_lead_nowhere_end(
     capfd.readouterr()
     # As if it had been started again and again since that, its newest submission.
     for restart in range(1, 6):
-        history.note(run, Event("started", "local", restart, step=3))
-        history.note(run, Event("stopped", "local", restart, step=3, text="preempted (SIGUSR2)"))
+        history.note(run, JobEvent("started", "local", restart, step=3))
+        history.note(run, JobEvent("stopped", "local", restart, step=3, text="preempted (SIGUSR2)"))
     submission = history.newest_submission(run)
     assert submission is not None
     job = Job(**json.loads(Path(submission.config).with_name("job.json").read_text()))
@@ -340,7 +368,7 @@ def test_starts_that_lead_nowhere_end(
     assert "launch/slurm.py resume" in said
     assert history.history(run)[-1].kind == "failed"
     # Nor is one that was cancelled started by a late requeue, or taken for finished by others.
-    history.note(run, Event("cancelled", "local", step=3))
+    history.note(run, JobEvent("cancelled", "local", step=3))
     assert local.run_here(job, 1) == 128 + signal.SIGTERM
     assert history.history(run)[-1].kind == "cancelled"
 

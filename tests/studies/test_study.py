@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -309,6 +310,22 @@ def test_what_is_submitted_by_how_the_runs_are(
     else:
         expected |= dict.fromkeys(("of_bad", "of_of_bad", "still_queued"), "held back")
     assert {run.entry: standing.word for run, standing in decided.items()} == expected
+
+
+def test_commands_of_an_installed_package(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a checkout there are no scripts: the package itself is run."""
+    from tetdist import errors
+    from tetdist.studies import plan
+
+    run = plan.runs_of(plan.read(write()), tmp_path / "out", [])[0]
+    train, evaluate = run.train_command, run.eval_command
+    assert train.words[:2] == [sys.executable, str(tiny.PROJECT / "tetdist" / "train.py")]
+    assert str(evaluate).startswith(f"python tools/eval.py --checkpoint {run.folder} ")
+    monkeypatch.setattr(errors, "_CHECKOUT", tmp_path)
+    assert train.words[:5] == [sys.executable, "-m", "tetdist", "train", "--config"]
+    assert str(evaluate).startswith(f"tetdist eval --checkpoint {run.folder} ")
 
 
 # --- mistakes -------------------------------------------------------------------------------------

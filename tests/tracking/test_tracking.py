@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tetdist.errors import UserError
+from tetdist.tracking import environment as environment_module
 from tetdist.tracking import mlflow_follower
 from tetdist.tracking.environment import environment
 from tetdist.tracking.metrics_file import read_metrics
@@ -973,7 +974,7 @@ def test_environment_tells_the_state_of_the_checkout(
     package.mkdir(parents=True)
     source = package / "tracking.py"
     source.write_text("a = 1\n")
-    monkeypatch.setattr(mlflow_follower, "__file__", str(source))
+    monkeypatch.setattr(environment_module, "__file__", str(source))
     assert environment()["git"] is None
 
     git("init", "-q")
@@ -990,7 +991,7 @@ def test_environment_tells_the_state_of_the_checkout(
     # Installed in an environment that lies in somebody's checkout.
     deeper = package / "site-packages" / "tetdist" / "tracking"
     deeper.mkdir(parents=True)
-    monkeypatch.setattr(mlflow_follower, "__file__", str(deeper / "tracking.py"))
+    monkeypatch.setattr(environment_module, "__file__", str(deeper / "tracking.py"))
     assert environment()["git"] is None
 
 

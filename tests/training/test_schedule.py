@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tetdist.config.schema import OptimizerSection, PhaseSection
-from tetdist.training.schedule import phase_at, place
+from tetdist.training.schedule import phase_at, schedule_phases
 
 
 def section(**values: Any) -> PhaseSection:
@@ -16,7 +16,7 @@ def section(**values: Any) -> PhaseSection:
 
 
 def test_cosine_goes_from_the_peak_towards_zero() -> None:
-    (phase,) = place((section(),), 10)
+    (phase,) = schedule_phases((section(),), 10)
     rates = [phase.learning_rate(step) for step in range(40)]
     assert rates[0] == 0.8
     assert rates[20] == pytest.approx(0.4)
@@ -27,7 +27,7 @@ def test_cosine_goes_from_the_peak_towards_zero() -> None:
 
 
 def test_warm_up_rises_by_equal_steps_and_ends_at_the_peak() -> None:
-    (phase,) = place((section(warmup_epochs=1.0),), 10)
+    (phase,) = schedule_phases((section(warmup_epochs=1.0),), 10)
     rates = [phase.learning_rate(step) for step in range(40)]
     assert rates[:10] == pytest.approx([0.08 * (i + 1) for i in range(10)])
     assert rates[10] == pytest.approx(0.8)
@@ -36,7 +36,7 @@ def test_warm_up_rises_by_equal_steps_and_ends_at_the_peak() -> None:
 
 
 def test_warm_up_of_a_fraction_of_a_step() -> None:
-    (phase,) = place((section(warmup_epochs=0.25),), 10)
+    (phase,) = schedule_phases((section(warmup_epochs=0.25),), 10)
     rates = [phase.learning_rate(step) for step in range(40)]
     assert max(rates) <= 0.8 + 1e-12
     assert min(rates) > 0
@@ -44,13 +44,13 @@ def test_warm_up_of_a_fraction_of_a_step() -> None:
 
 
 def test_constant() -> None:
-    (phase,) = place((section(schedule="constant", warmup_epochs=1.0),), 10)
+    (phase,) = schedule_phases((section(schedule="constant", warmup_epochs=1.0),), 10)
     assert phase.learning_rate(0) == pytest.approx(0.08)
     assert {phase.learning_rate(step) for step in range(10, 40)} == {0.8}
 
 
 def test_phases_follow_each_other() -> None:
-    phases = place((section(), section(epochs=2, timesteps=3, lr=0.1)), 10)
+    phases = schedule_phases((section(), section(epochs=2, timesteps=3, lr=0.1)), 10)
     assert [(phase.first_step, phase.end_step) for phase in phases] == [(0, 40), (40, 60)]
     assert [phase_at(phases, step).number for step in (0, 39, 40, 59, 60, 1000)] == [
         0,
@@ -66,7 +66,7 @@ def test_phases_follow_each_other() -> None:
 
 def test_image_sizes_rise_epoch_by_epoch() -> None:
     def sizes(default: int = 224, **values: Any) -> list[int]:
-        phases = place((section(epochs=2), section(epochs=5, **values)), 10)
+        phases = schedule_phases((section(epochs=2), section(epochs=5, **values)), 10)
         return [phases[1].image_size(step, default) for step in range(20, 70, 10)]
 
     assert sizes() == [224] * 5
@@ -75,5 +75,5 @@ def test_image_sizes_rise_epoch_by_epoch() -> None:
     assert sizes(image_size=100, final_image_size=224) == [100, 128, 160, 192, 224]
     assert sizes(final_image_size=288) == [224, 224, 256, 256, 288]
     assert sizes(image_size=16, final_image_size=24) == [16, 16, 16, 16, 24]
-    (phase,) = place((section(epochs=1, image_size=64, final_image_size=96),), 10)
+    (phase,) = schedule_phases((section(epochs=1, image_size=64, final_image_size=96),), 10)
     assert [phase.image_size(step, 224) for step in (0, 9)] == [64, 64]

@@ -25,7 +25,7 @@ MIB = 2**20
 
 
 def machine(device: str) -> dict[str, str]:
-    """What the figures depend on."""
+    """The machine and the versions that the figures depend on."""
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     with Path("/proc/cpuinfo").open() as stream:
         cpu = next((line.split(":")[1].strip() for line in stream if "model name" in line), name)
@@ -44,7 +44,7 @@ def machine(device: str) -> dict[str, str]:
 
 
 def measure_model(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a step of each contestant: medians over rounds in which all take turns."""
+    """The seconds of a step of each contestant: medians over rounds in which all take turns."""
     steps = {
         name: step_of(options, contestant()) for name, contestant in contestants_of(options).items()
     }
@@ -67,7 +67,7 @@ def measure_model(options: argparse.Namespace) -> dict[str, Any]:
             "name": name,
             "seconds": statistics.median(values),
             "fastest": min(values),
-            # Each round's own ratio: what slows the machine for a while slows both.
+            # The ratio is taken round by round, since whatever slows the machine slows both.
             "ratio": statistics.median(a / b for a, b in zip(values, first, strict=True)),
             "images_per_s": options.batch / statistics.median(values),
             "warm_up": warm_up[name],
@@ -78,7 +78,7 @@ def measure_model(options: argparse.Namespace) -> dict[str, Any]:
     keys = ("model", "size", "timesteps", "batch", "precision", "device", "evaluate", "repeats")
     result = {key: getattr(options, key) for key in keys} | {"rows": rows}
     if not options.evaluate:
-        # What launch/slurm.py --benchmark reads.
+        # The two keys that `slurm --benchmark` reads.
         own = next(row for row in rows if row["name"].startswith("tetdist"))
         result |= {"images_per_s": own["images_per_s"], "processes": 1}
     return result
@@ -102,7 +102,7 @@ def model_table(result: dict[str, Any]) -> str:
 
 
 def peak_mib(step: Callable[[], None]) -> float:
-    """MiB that a step allocates on the GPU at most, beyond what is there before it."""
+    """The most MiB that a step allocates on the GPU, beyond those allocated before it."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
@@ -153,7 +153,7 @@ class _Kept:
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """MiB an image that are held after the forward pass, and at most until the backward's end."""
+    """The MiB an image held after the forward pass, and the most until the backward pass ends."""
     options = argparse.Namespace(**vars(options), evaluate=False)
     rows: list[dict[str, Any]] = []
     all_timesteps = options.timesteps
@@ -161,8 +161,8 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
         options.timesteps = timesteps
         for name, contestant in contestants_of(options).items():
             held = []
-            # The difference of two batch sizes is what an image costs, without what does not
-            # depend on it, such as weights in bfloat16.
+            # The difference of two batch sizes is the cost of an image; costs that do not depend on
+            # the batch, such as weights in bfloat16, cancel.
             for batch in (2, 3):
                 options.batch = batch
                 held.append(_held(options, contestant()))

@@ -11,6 +11,22 @@ from torch import Tensor
 # --- contestants -------------------------------------------------------------------------------
 
 
+class Mode(NamedTuple):
+    """A way to run our model."""
+
+    execution: str = "fused"
+    recompute: bool = False
+    segmented: bool = False
+
+
+MODES = {
+    "none": Mode(),
+    "blocks": Mode(recompute=True),
+    "timesteps": Mode(recompute=True, segmented=True),
+    "reference": Mode(execution="reference"),
+}
+
+
 class Contestant(NamedTuple):
     model: torch.nn.Module
     images: Tensor
@@ -18,7 +34,7 @@ class Contestant(NamedTuple):
 
 
 def contestants_of(options: argparse.Namespace) -> dict[str, Callable[[], Contestant]]:
-    """By name; each is made only when it is called for."""
+    """The contestants by name; each is made only when it is called for."""
     contestants: dict[str, Callable[[], Contestant]] = {}
     if relu_twin(options.model):
         contestants["relu"] = functools.partial(relu, options)
@@ -35,9 +51,10 @@ def ours(options: argparse.Namespace, mode: str) -> Contestant:
 
     torch.manual_seed(0)
     model = timm.create_model(options.model, timesteps=options.timesteps)
-    model.set_execution("reference" if mode == "reference" else "fused")
-    model.set_grad_checkpointing(mode in ("blocks", "timesteps"))
-    model.set_segment(options.segment if mode == "timesteps" else None)
+    execution, recompute, segmented = MODES[mode]
+    model.set_execution(execution)
+    model.set_grad_checkpointing(recompute)
+    model.set_segment(options.segment if segmented else None)
     return laid_out(options, model, batch_of(options, model), lambda x: model(x, per_timestep=True))
 
 
@@ -149,7 +166,7 @@ def laid_out(
 
 
 def step_of(options: argparse.Namespace, contestant: Contestant) -> Callable[[], None]:
-    """Forward, TET loss, backward; or the forward pass of an evaluation."""
+    """A function that makes a step: forward, TET loss, backward; or only the forward pass."""
     from tetdist.losses import tet_loss
     from tetdist.nn.precision import autocast
 

@@ -28,7 +28,7 @@ Step = Callable[[], Any]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Rates of all, the wait of a training, and the memory after each epoch."""
+    """Measure the rates of all, the wait of a training, and the memory after each epoch."""
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         files = gather(options, root)
@@ -52,7 +52,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def row(name: str, rates: dict[str, list[float]]) -> dict[str, Any]:
     def against(other: str) -> float:
-        # Each round's own ratio: what slows the machine for a while slows both.
+        # The ratio is taken round by round, since whatever slows the machine slows both.
         return statistics.median(a / b for a, b in zip(rates[name], rates[other], strict=True))
 
     return {
@@ -66,7 +66,7 @@ def row(name: str, rates: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def in_turns(options: argparse.Namespace, steps: dict[str, Step]) -> dict[str, list[float]]:
-    """Images a second of each, by round."""
+    """The images a second of each contestant, by round."""
     rates: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(options.repeats):
         for name, step in steps.items():
@@ -84,7 +84,7 @@ def in_turns(options: argparse.Namespace, steps: dict[str, Step]) -> dict[str, l
 
 
 def gather(options: argparse.Namespace, root: Path) -> list[str]:
-    """Links to the images, each as often as is needed, in two classes under ROOT/train."""
+    """Link the images, each as often as needed, in two classes under ROOT/train; the links."""
     sources = images_of(options.data) if options.data else make_images(root / "made")
     files = []
     for i in range(options.images):
@@ -104,7 +104,7 @@ def images_of(folder: Path) -> list[Path]:
 
 
 def make_images(folder: Path, count: int = 100) -> list[Path]:
-    """JPEGs of ImageNet's usual size and, by their noise, of about its bytes."""
+    """Make JPEGs of ImageNet's usual size and, by their noise, of about as many bytes."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     files = []
@@ -142,7 +142,7 @@ def ours(options: argparse.Namespace, root: Path) -> Iterator[Step]:
 
 
 def dali_reader(options: argparse.Namespace, files: list[str], only_decode: bool = False) -> Step:
-    """DALI from its own reader on: shuffling, crop windows and flips are its own, too."""
+    """A pipeline of DALI's own: its reader, its shuffling, its crop windows and flips."""
     from nvidia import dali
     from nvidia.dali import fn, types
 
@@ -152,7 +152,7 @@ def dali_reader(options: argparse.Namespace, files: list[str], only_decode: bool
     with pipeline:
         encoded, label = fn.readers.file(files=files, random_shuffle=True, name="files")
         if only_decode:
-            # The windows that a training needs, as fast as they can be had.
+            # Decode the windows that a training needs, and do nothing else with them.
             pipeline.set_outputs(random_windows(fn, encoded))
         else:
             images = fn.resize(
@@ -186,7 +186,7 @@ def torchvision_loader(options: argparse.Namespace, root: Path) -> Step:
         transforms.Normalize(MEAN, STD),
     ]
     dataset = ImageFolder(str(root / "train"), transforms.Compose(steps))
-    # Without end, so that the workers are started once.
+    # An epoch without end, so that the workers are started only once.
     sampler = RandomSampler(dataset, replacement=True, num_samples=10**9)
     loader = DataLoader(dataset, options.batch, sampler=sampler, num_workers=options.threads)
     batches = iter(loader)
@@ -197,7 +197,7 @@ def torchvision_loader(options: argparse.Namespace, root: Path) -> Step:
 
 
 def training_wait(options: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """How long sew_resnet34's training steps on this CPU wait for their images."""
+    """The time that sew_resnet34's training steps on this CPU wait for their images."""
     from tetdist.benchmarks import contestants
 
     small = argparse.Namespace(
@@ -212,7 +212,7 @@ def training_wait(options: argparse.Namespace, root: Path) -> dict[str, Any]:
             next_batch()
             arrived = time.perf_counter()
             step()
-            # The first ones build kernels and fill queues.
+            # The first two steps build kernels and fill queues.
             if number >= 2:
                 waited += arrived - started
                 worked += time.perf_counter() - arrived

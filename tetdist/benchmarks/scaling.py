@@ -1,4 +1,4 @@
-"""`tools/bench.py scaling`: several processes against one, and what larger numbers would reach.
+"""The benchmark scaling: several processes against one, and what larger numbers would reach.
 
 Contestants take turns in one run: one process alone; as many as there are to be, each for itself,
 which shows what the machine has to give; and the same averaging their gradients. Each process has
@@ -38,7 +38,7 @@ class Worker:
             "TETDIST_BENCH": json.dumps(vars(options) | {"json": None, "cores": own}),
         }
         if world_size == 1:
-            # Its own group of one: local rank r still means the r-th GPU.
+            # Each is a group of its own; local rank r still means the r-th GPU.
             environment |= {"RANK": "0"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tetdist.benchmarks.scaling"],
@@ -54,7 +54,7 @@ class Worker:
         self.process.stdin.flush()
 
     def seconds(self) -> float:
-        """Of each of the steps, when they are made."""
+        """The seconds of one of the steps, once they are made."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -73,7 +73,7 @@ class Worker:
 
 
 def together(workers: list[Worker], steps: int) -> float:
-    """Seconds of a step of the slowest, all at the same time."""
+    """The seconds of a step of the slowest, when all run at the same time."""
     for worker in workers:
         worker.start(steps)
     return max([worker.seconds() for worker in workers])
@@ -81,11 +81,11 @@ def together(workers: list[Worker], steps: int) -> float:
 
 @contextlib.contextmanager
 def processes(options: argparse.Namespace) -> Iterator[tuple[list[Worker], list[Worker]]]:
-    """So many each for itself, and so many that share their work."""
+    """Processes that train each for itself, and as many that share their work."""
     count = options.processes
     workers: list[Worker] = []
     try:
-        # One after the other: there may be kernels to build.
+        # They start one after the other, because the first may have kernels to build.
         for rank in range(count):
             workers.append(Worker(options, rank, 1, free_port()))
             together(workers[-1:], 2)
@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "name": name,
             "processes": 1 if name == "alone" else options.processes,
             "seconds": statistics.median(values),
-            # Of the rate of so many processes like the one, round by round.
+            # The share of the rate of as many independent processes, round by round.
             "efficiency": statistics.median(
                 one / own for one, own in zip(seconds["alone"], values, strict=True)
             ),
@@ -136,7 +136,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     keys = ("model", "size", "timesteps", "batch", "accumulation", "precision", "device", "engine")
     result = {key: getattr(options, key) for key in keys} | {
         "rows": rows,
-        # What launch/slurm.py --benchmark reads.
+        # The two keys that `slurm --benchmark` reads.
         "images_per_s": rows[-1]["images_per_s"],
         "processes": options.processes,
     }
@@ -144,7 +144,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def predict(options: argparse.Namespace, measured: float) -> dict[str, Any]:
-    """Images a second of many GPUs, by the model of launch/plan.py."""
+    """The images a second of many GPUs, by the model of `tetdist.slurm.plan`."""
     import timm
 
     from tetdist.slurm.cluster import ClusterSection
@@ -241,7 +241,7 @@ def work() -> None:
 
 
 def training_step(options: argparse.Namespace) -> tuple[Callable[[], None], Any]:
-    """A step on the same images again and again."""
+    """A function that makes a training step on the same images again and again, and its world."""
     import timm
 
     import tetdist.models  # noqa: F401  # registers them
@@ -287,7 +287,7 @@ def training_step(options: argparse.Namespace) -> tuple[Callable[[], None], Any]
         images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.arange(options.batch, device=world.device) % 10
 
-    # As trainer.py makes it.
+    # The same calls as in trainer.py.
     def step() -> None:
         for _ in range(options.accumulation):
             engine.backward(tet_loss(engine.forward(images), labels, lambda_=0.001))

@@ -141,7 +141,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def problem_of(options: argparse.Namespace) -> str | None:
-    """What is wrong with the options, said before anything is measured."""
+    """The mistake in the options, found before anything is measured; None if there is none."""
     import timm
     import torch
 
@@ -158,7 +158,7 @@ def problem_of(options: argparse.Namespace) -> str | None:
         return f"--model: {options.model!r} is not a spiking model; there are {', '.join(known)}"
     size = timm.get_pretrained_cfg(options.model).input_size[-1]
     if options.model in ("vggsnn", "spiking_convnet", "spiking_convnet_dvs"):
-        # Their classifiers see all positions.
+        # The classifiers of these networks see all positions, so that the size is fixed.
         if options.size not in (None, size):
             return f"--size: {options.model} is built for {size} pixels; leave it out"
     elif options.size is not None and options.size < 33 and size == 224:

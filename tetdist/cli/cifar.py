@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tetdist.cli.common import MISTAKES, answer, program
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 
 _PIXELS = 3 * 32 * 32
 _LARGEST_FILE = 200_000_000  # bytes; of the real ones 154 million
@@ -25,13 +25,13 @@ _LARGEST_FILE = 200_000_000  # bytes; of the real ones 154 million
 
 @dataclass(frozen=True)
 class Kind:
-    """What the two archives have.
+    """The contents of one of the two archives.
 
     Attributes:
         files: The binary files of each split.
         names: The text file with the classes' names, in the order of their numbers.
-        label_bytes: Before the pixels of each image; the last of them is the class.
-        num_classes: Of that label.
+        label_bytes: Bytes before the pixels of each image; the last of them is the class.
+        num_classes: The number of values of that last byte.
     """
 
     files: dict[str, tuple[str, ...]]
@@ -49,7 +49,7 @@ CIFAR10 = Kind(
     1,
     10,
 )
-# Before the class there is one of 20 groups of classes.
+# The byte before the class names one of 20 groups of classes.
 CIFAR100 = Kind({"train": ("train.bin",), "val": ("test.bin",)}, "fine_label_names.txt", 2, 100)
 _PICKLES = {"data_batch_1", "test_batch", "batches.meta", "train", "test", "meta"}
 
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program("cifar"),
-        description=__doc__,
+        description=(__doc__ or "").replace("python tools/cifar.py", typed("cifar")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("archive", metavar="ARCHIVE", type=Path, help="the .tar.gz of binary files")
@@ -96,7 +96,7 @@ def make(archive: Path, dest: Path, per_class: dict[str, int] | None) -> None:
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise UserError(f"{dest} exists and is not empty: name another place or move it")
     aside = Path(f"{dest.absolute()}.tmp")
-    if aside.exists():  # A call that was killed left it.
+    if aside.exists():  # left by a call that was killed
         if not aside.is_dir() or {path.name for path in aside.iterdir()} - {
             "train",
             "val",
@@ -181,7 +181,7 @@ def _classes(kind: Kind, text: bytes, archive: Path) -> list[str]:
 def _write(
     folder: Path, kind: Kind, classes: list[str], files: list[bytes], archive: Path, per_class: int
 ) -> int:
-    """A split's images as PNG files, numbered as in the archive; returns how many."""
+    """Write a split's images as PNG files, numbered as in the archive; returns how many."""
     import numpy as np
     from PIL import Image
 

@@ -106,7 +106,7 @@ def tolerance(text: str) -> float:
 
 
 def runs_in(paths: list[Path]) -> list[Path]:
-    """The runs that are meant: of a folder of them each one; of many paths only what may be one.
+    """The runs that are meant: each run in a folder of runs; among many paths only possible runs.
 
     A study's folder has logs and a report beside its runs, which `runs/STUDY/*` lists, too.
     """

@@ -1,4 +1,4 @@
-"""Take over somebody's weights: a file that training begins with and tools/eval.py evaluates.
+"""Take over somebody's weights: a file that training begins with and eval evaluates.
 
     python tools/convert.py sew34.pth --model sew_resnet34 --from sew --output sew34.safetensors
     python tools/convert.py r34.pth --model sew_resnet34 --from torchvision --output r34.safetensors
@@ -134,7 +134,7 @@ def configuration(
         "batch": {"global": 256, "micro": 32},
         "phases": [{"epochs": 1, "timesteps": timesteps, "optimizer": {"lr": 0.1}}],
     }
-    # Both of them have plain batch norm.
+    # Both of these sources have plain batch norm.
     if options.model.startswith("spiking_resnet") and source in ("spikingjelly", "sew"):
         raw["model"]["arguments"] = {"norm": "bn"}
     for override in options.overrides:

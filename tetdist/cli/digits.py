@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from tetdist.cli.common import MISTAKES, answer, program
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 
 _SPLIT_SEED = 0
 _PER_CLASS = {"train": 400, "val": 100}
@@ -21,7 +21,7 @@ _NUM_CLASSES = 10
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=program("digits"),
-        description=__doc__,
+        description=(__doc__ or "").replace("python tools/digits.py", typed("digits")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dest", metavar="DEST", type=Path, help="the data root to make")
@@ -40,7 +40,7 @@ def _make(dest: Path) -> None:
         print(f"{dest} holds the 5,000 digits already")
         return
     aside = Path(f"{dest.absolute()}.tmp")
-    if aside.exists():  # A call that was killed left it.
+    if aside.exists():  # left by a call that was killed
         if not aside.is_dir() or {p.name for p in aside.iterdir()} - {*_PER_CLASS, "index"}:
             raise UserError(f"{aside} is in the way and is not this tool's: move it")
         shutil.rmtree(aside)
@@ -60,11 +60,11 @@ def _check_complete(dest: Path) -> None:
             if len(index) != count * _NUM_CLASSES or index.split != split:
                 raise UserError(f"its index of {split} has {len(index)} samples")
             check_fresh(index, dest)
-    except UserError as e:
+    except UserError as error:
         raise UserError(
             f"{dest} exists and is not this tool's digits, or not all of them: name another place"
-            f" or move it ({e})"
-        ) from e
+            f" or move it ({error})"
+        ) from error
 
 
 def _write(root: Path) -> None:
@@ -77,7 +77,7 @@ def _write(root: Path) -> None:
     pixels, labels = mnist_data()
     for digit in range(_NUM_CLASSES):
         numbers = (labels == digit).nonzero()[0]
-        # Sorted by class, the source has no split of its own; the hash's order takes one at random.
+        # The source is sorted by class and has no split; the hash's order makes a random one.
         numbers = numbers[permutation(len(numbers), _SPLIT_SEED, digit)]
         splits = [split for split, count in _PER_CLASS.items() for _ in range(count)]
         for number, split in zip(numbers, splits, strict=True):

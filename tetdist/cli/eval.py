@@ -124,7 +124,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist import checkpoint, plugins
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
-    from tetdist.evaluation.suite import Passes, find
+    from tetdist.evaluation.suite import Passes, run_suite
     from tetdist.events.splits import recorded_split
     from tetdist.nn.precision import parameter_type
     from tetdist.training.setup import make_model, open_split
@@ -163,7 +163,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
             "reported_timesteps": wanted,
             "seed": options.seed,
         }
-        found = about | find(
+        found = about | run_suite(
             Passes(model, config, index, world, lambda: watch.progress("the evaluation")),
             drop_timesteps=options.drop_timesteps,
             drop_events=options.drop_events,
@@ -174,7 +174,11 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
 
 
 def check_options(options: argparse.Namespace, wanted: list[int], index: "Index") -> None:
-    """Before an hour of evaluation, what would fail after it."""
+    """Refuse, before an hour of evaluation, what would fail after it.
+
+    Raises:
+        UserError: The options do not suit the data or this machine.
+    """
     from tetdist.reports import style
 
     if index.timesteps is not None and wanted[-1] > index.timesteps:
@@ -209,7 +213,7 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
     """The training's configuration with the command line's changes."""
     from tetdist.config.loading import parse
 
-    parse(raw, str(options.checkpoint), warn=False)  # somebody else may have written it
+    parse(raw, str(options.checkpoint), warn=False)  # Somebody else may have written it.
     data = dict(raw["data"])
     if options.data:
         data |= {"root": options.data, "index": None}
@@ -222,7 +226,7 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
         **{key: value for key, value in raw.items() if key != "checkpoint"},
         "imports": options.imports,
         "data": data,
-        # What only training knows of.
+        # Settings that mean something in training only.
         "recompute": "none",
         "engine": "torch",
         "zero_stage": 0,
@@ -242,7 +246,7 @@ def check_classes(
     options: argparse.Namespace,
 ) -> None:
     if trained is None:
-        # Converted from a file that does not name them.
+        # The weights were converted from a file that does not name the classes.
         if config.model.num_classes != len(present):
             raise UserError(
                 f"the data has {len(present)} classes and {options.checkpoint} knows "

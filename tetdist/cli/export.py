@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tetdist.cli.common import add_import, answer, program
 
-# Of each format, what --output is. None is a folder.
+# The ending of --output for each format; None: --output is a folder.
 ENDINGS = {"safetensors": None, "timm": None, "nir": ".nir", "onnx": ".onnx", "torch": ".pt2"}
 
 
@@ -80,4 +80,6 @@ def export(options: argparse.Namespace) -> None:
             said = formats.write_onnx(trained, output)
         case "torch":
             said = formats.write_torch(trained, output)
+        case other:
+            raise AssertionError(other)
     print(f"wrote {output}: {said}")

@@ -190,7 +190,7 @@ def _index(args: argparse.Namespace) -> int:
     """Index every split, then write all the indexes or none."""
     from tetdist.data.index import index_file, index_listing, save_index
 
-    # What half an hour of decoding must not come before.
+    # Checked first, since otherwise half an hour of decoding could be lost.
     out = args.out or args.root / "index"
     _check_writable(out, "--out")
     indexes: list[Index] = []
@@ -251,15 +251,15 @@ def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
             listings.append(list_split(args.root, split, kind, args.workers, hints, progress))
     try:
         check_same_classes({listing.split: listing.classes for listing in listings})
-    except UserError as e:
+    except UserError as error:
         unlabelled = [bad for listing in listings for bad in listing.bad]
         if not unlabelled:
             raise
         first = unlabelled[0]
         raise UserError(
-            f"{e}; perhaps since {len(unlabelled)} images cannot be used, {first.path} first:"
+            f"{error}; perhaps since {len(unlabelled)} images cannot be used, {first.path} first:"
             f" {first.reason}"
-        ) from e
+        ) from error
     return listings
 
 
@@ -288,7 +288,7 @@ def _check(args: argparse.Namespace) -> int:
         print(f"{split}: {len(listing.labels)} images in {len(listing.classes)} classes examined")
     problems = sum(finding.kind not in check.NOTES for finding in findings)
     print(f"{problems} problems, {len(findings) - problems} notes" if findings else "all good")
-    # Only now: what is to be done again after a stop is what has not been said.
+    # The journals go only now, so that after a stop what was not printed is looked for again.
     for journal in journals:
         journal.unlink()
     return 1 if problems else 0

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tetdist.cli.common import answer, program
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 
 # Each worker multiplies small matrices, for which numpy's threads would cost a hundred times what
-# they gain. Before anything imports numpy.
+# they gain. numpy reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
@@ -37,16 +37,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     try:
         _prebin(options)
-    except OSError as e:
-        # Of a full disk, the file is not known.
-        where = "" if e.filename else f" in {options.dest}"
-        raise UserError(f"{e}{where}; the same command goes on from here") from e
+    except OSError as error:
+        # The error of a full disk does not name the file.
+        where = "" if error.filename else f" in {options.dest}"
+        raise UserError(f"{error}{where}; the same command goes on from here") from error
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program("prebin_dvs"),
-        description=__doc__,
+        description=(__doc__ or "").replace("python tools/prebin_dvs.py", typed("prebin_dvs")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

@@ -18,7 +18,7 @@ from tetdist.cli.common import answer, program
 from tetdist.errors import UserError
 
 if TYPE_CHECKING:
-    from tetdist.studies.plan import Run
+    from tetdist.studies.plan import StudyRun
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -64,9 +64,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs=argparse.REMAINDER,
         metavar="FLAG",
         help="submit all runs at once instead, or say how they are; what follows are flags of "
-        "launch/slurm.py: --gpus-per-node, --partition, --time, ..., --dry-run. A run that begins "
-        "with another's weights, or learns from it, waits for that one. Once all are finished, "
-        "the same command without it evaluates and reports",
+        f"{program('slurm')}: --gpus-per-node, --partition, --time, ..., --dry-run. A run that "
+        "begins with another's weights, or learns from it, waits for that one. Once all are "
+        "finished, the same command without it evaluates and reports",
     )
     options = parser.parse_intermixed_args(arguments)
     if options.jobs < 1:
@@ -126,21 +126,20 @@ def study(options: argparse.Namespace) -> int:
 
 
 def command(options: argparse.Namespace, file: Path) -> str:
-    """The command that makes the study, for its report, wherever that was asked for."""
+    """The command that makes the study, to be quoted in its report."""
     from tetdist.studies import plan
 
-    words = [sys.executable, "tools/study.py", str(file).removeprefix(f"{plan.PROJECT}/")]
-    words += options.overrides
+    words = [str(file), *options.overrides]
     if options.output:
         words += ["--output", str(options.output)]
     if options.jobs > 1:
         words += ["--jobs", str(options.jobs)]
     for entry in options.only or []:
         words += ["--only", entry]
-    return plan.shown(words)
+    return str(plan.Command("study", tuple(words)))
 
 
-def choose(runs: "list[Run]", entries: list[str] | None) -> "list[Run]":
+def choose(runs: "list[StudyRun]", entries: list[str] | None) -> "list[StudyRun]":
     """The runs of some entries, and those that they need."""
     if entries is None:
         return runs
@@ -149,7 +148,7 @@ def choose(runs: "list[Run]", entries: list[str] | None) -> "list[Run]":
         if entry not in known:
             raise UserError(f"--only: there is no entry {entry}; there are {', '.join(known)}")
     chosen: set[str] = set()
-    # From the end, because a run comes after those that it needs.
+    # Go from the end, because a run comes after those that it needs.
     for run in reversed(runs):
         if run.entry in entries or run.name in chosen:
             chosen |= {run.name, *(needed.name for needed in run.needs)}

@@ -1,1 +1,1 @@
-"""What a trained network does: accuracy, early exit, firing, operations."""
+"""The evaluation of a trained network: accuracy, early exit, firing, operations."""

@@ -1,5 +1,5 @@
-"""What a network decides beyond its accuracy: which classes it takes for which, and how early it
-could have said so."""
+"""The decisions of a network beyond its accuracy: the classes that it takes for each other, and how
+early it could have decided."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 from tetdist.distributed.world import World
 from tetdist.evaluation.evaluate import running_means
 
-# Of early exit: the least softmax probability of the time-mean at which a sample is decided.
+# Early exit: the least softmax probability of the time-mean at which a sample is decided.
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 
 
@@ -21,8 +21,8 @@ class Decisions:
     Attributes:
         classes: The K names.
         confusion: Rows of true classes, columns of decided ones, at T: numbers of samples.
-        exits: For each threshold of `THRESHOLDS`, how many samples are decided at t = 1 to T. What
-            never reaches the threshold is decided at T.
+        exits: For each threshold of `THRESHOLDS`, how many samples are decided at t = 1 to T. A
+            sample that never reaches the threshold is decided at T.
         exit_correct: For each threshold, how many of the decisions are right.
     """
 
@@ -32,7 +32,7 @@ class Decisions:
     exit_correct: list[int]
 
     def per_class(self) -> list[dict[str, Any]]:
-        """Of each class: name, samples, recall and precision (percent), and what it is taken for.
+        """A row for each class: samples, recall and precision (percent), and what it is taken for.
 
         Recall is the class's accuracy. Precision is None where nothing was decided to be of the
         class, recall where it has no sample; ``mistaken_for`` is None where no sample is.
@@ -56,7 +56,7 @@ class Decisions:
         return rows
 
     def early_exit(self) -> list[dict[str, Any]]:
-        """Of each threshold: top-1 (percent), timesteps of a sample on average, the exits."""
+        """A point for each threshold: top-1 (percent), average timesteps of a sample, the exits."""
         curve = []
         for threshold, exits, right in zip(THRESHOLDS, self.exits, self.exit_correct, strict=True):
             samples = sum(exits)
@@ -79,7 +79,7 @@ class DecisionCounts:
         classes: Names of the data's classes.
         num_outputs: K of the network, at least as many.
         timesteps: T.
-        device: Where the logits are.
+        device: The device of the logits.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tetdist.data.loader import Batch
 from tetdist.distributed.world import World
+from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 from tetdist.nn import native
 from tetdist.nn.norm_neuron import firing_layers
@@ -27,7 +28,7 @@ class Evaluation:
         top5: Percent whose class is among the five largest (or all, with fewer classes).
         loss: Cross-entropy of the time-mean, averaged over samples.
         per_timestep_top1: For t = 1 to T, top-1 of the mean over the first t timesteps.
-        per_timestep_top5, per_timestep_loss: Likewise.
+        per_timestep_top5, per_timestep_loss: The same for the other two.
         firing_rate: Spikes per neuron per timestep, by layer.
     """
 
@@ -61,18 +62,21 @@ def evaluate(
     """Evaluate at the model's present T.
 
     Args:
-        model: Left in the mode it was in.
+        model: Left in the mode it was in. Of a network from outside, ``timesteps`` and
+            ``forward(x, per_timestep=True)`` are asked for; neurons that are not tetdist's have no
+            firing rates.
         batches: This process's share of the split; every process must get the same number of
             batches, of which some may be empty.
         num_samples: Size of the split; the count over all processes is checked against it.
         world: All processes.
-        precision: Of the forward pass, see precision.py.
+        precision: That of the forward pass, see precision.py.
         stop: Asked before each batch, on every process the same answer; True gives up.
         progress: Told the number of samples of each batch.
         also: Given each batch's logits (T, B, K) and labels (B,), on the device.
 
     Raises:
         Interrupted: ``stop`` said so.
+        UserError: The network does not return logits (T, B, K).
     """
     was_training = model.training
     model.eval()
@@ -90,6 +94,7 @@ def evaluate(
                 with autocast(device, precision):
                     logits = model(images, per_timestep=True)
                 labels = batch.labels.to(device)
+                _check_shape(logits, timesteps, len(labels))
                 counts += _count(logits, labels)
                 also(logits, labels)
                 samples += len(batch.labels)
@@ -121,6 +126,19 @@ def evaluate(
             for i, name in enumerate(names)
         },
     )
+
+
+def _check_shape(logits: Tensor, timesteps: int, samples: int) -> None:
+    """See that the logits are (T, B, K), which a network from outside may get wrong.
+
+    Raises:
+        UserError: They are not.
+    """
+    if logits.ndim != 3 or logits.shape[:2] != (timesteps, samples):
+        raise UserError(
+            f"the network returned {tuple(logits.shape)} for {samples} samples at T = {timesteps}; "
+            f"with per_timestep=True it must return logits ({timesteps}, {samples}, classes)"
+        )
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 
-# Firing rates, in spikes per neuron per timestep, below and above which a layer says nothing.
+# Firing rates, in spikes per neuron per timestep. A layer below the first or above the second tells
+# the next one nothing.
 DEAD, SATURATED = 0.001, 0.9
 
 
 class FiringWatch:
-    """Tells of layers that became dead or saturated, or came back, once a change."""
+    """Names the layers that became dead or saturated, or came back, once a change."""
 
     def __init__(self) -> None:
         self._states: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""How the membranes of a network are distributed against their thresholds."""
+"""The distribution of a network's membranes against their thresholds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ class Membranes:
 
     Attributes:
         edges: Borders of the bins, in thresholds; the outermost bins hold what is beyond, too.
-        shares: Of each layer, the share of membranes (before the reset) in each bin.
-        fires: Of each layer, the share above the threshold: its firing rate.
+        shares: By layer, the share of membranes (before the reset) in each bin.
+        fires: By layer, the share above the threshold: its firing rate.
     """
 
     edges: list[float]
@@ -35,9 +35,9 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
     """Run one batch by the definition of the neurons, in evaluation mode, and look at them.
 
     Args:
-        model: Left in the mode it was in.
-        images: As the model takes them, on its device.
-        precision: Of the forward pass, see precision.py.
+        model: Called with ``per_timestep=True``; left in the mode it was in.
+        images: A batch as the model takes it, on its device.
+        precision: That of the forward pass, see precision.py.
     """
     shares: dict[str, list[float]] = {}
     fires: dict[str, float] = {}
@@ -66,7 +66,7 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
     model.eval()
     try:
         with autocast(images.device, precision):
-            model(images)
+            model(images, per_timestep=True)
     finally:
         model.train(was_training)
         for handle in handles:
@@ -80,7 +80,7 @@ def _neuron_of(module: nn.Module) -> object:
 
 
 def _histogram(current: Tensor, config: LIF) -> tuple[list[float], float]:
-    """Shares by bin, and above the threshold, of neurons with input current (T, ...)."""
+    """The shares by bin and above the threshold of neurons with the input current (T, ...)."""
     current = current.to(torch.promote_types(current.dtype, torch.float32))
     counts = torch.zeros(BINS, dtype=torch.float64, device=current.device)
     above = torch.zeros((), dtype=torch.float64, device=current.device)

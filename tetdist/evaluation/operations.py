@@ -48,7 +48,7 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class LayerOperations:
-    """Of one layer and one sample on average, over all timesteps.
+    """The operations of one layer for an average sample, over all timesteps.
 
     Attributes:
         accumulates, multiply_accumulates: Operations; one of the two is 0.
@@ -63,7 +63,7 @@ class LayerOperations:
 
 @dataclass(frozen=True)
 class Operations:
-    """Of a network and one sample on average, over all timesteps; layers in the order they run."""
+    """The operations of a network for an average sample; layers in the order they run."""
 
     layers: dict[str, LayerOperations]
 
@@ -77,12 +77,12 @@ class Operations:
 
     @property
     def energy_pj(self) -> float:
-        """Picojoules; see `ASSUMPTIONS`."""
+        """The energy in picojoules; see `ASSUMPTIONS`."""
         return ACCUMULATE_PJ * self.accumulates + MULTIPLY_ACCUMULATE_PJ * self.multiply_accumulates
 
     @property
     def relu_multiply_accumulates(self) -> float:
-        """Of the ReLU network with the same synapses, which runs once."""
+        """The operations of the ReLU network with the same synapses, which runs once."""
         return sum(layer.synapses for layer in self.layers.values())
 
     @property
@@ -90,7 +90,7 @@ class Operations:
         return MULTIPLY_ACCUMULATE_PJ * self.relu_multiply_accumulates
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """The operations, ready for JSON."""
         return {
             "accumulates": self.accumulates,
             "multiply_accumulates": self.multiply_accumulates,
@@ -112,15 +112,15 @@ def counting_operations(model: nn.Module) -> Iterator["OperationCounts"]:
         counts.remove()
 
 
-# Of the sums of a layer.
+# Positions of the sums of a layer.
 PRESENTATIONS, PRESENTED_SYNAPSES, CARRIED, NOT_WHOLE, NOT_QUARTERS = range(5)
 
 
 class OperationCounts:
     """Sums over what each layer of synapses sees on one process; `total` adds up those of all.
 
-    What kind of numbers a layer sees is found out from all of them: one that is not whole, or not
-    a quarter, decides.
+    The kind of a layer's numbers is found out from all of them: one that is not whole, or not a
+    quarter, decides.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -156,7 +156,7 @@ class OperationCounts:
         return count
 
     def _fan_out(self, name: str, conv: nn.Conv2d, x: Tensor, y: Tensor) -> Tensor:
-        """How many outputs a spike of one channel reaches from each position, (H, W)."""
+        """The number of outputs that a spike of one channel reaches from each position, (H, W)."""
         key = (name, x.shape[-2:])
         if key not in self._fan_outs:
             reached = F.conv_transpose2d(
@@ -165,7 +165,8 @@ class OperationCounts:
                 stride=conv.stride,
                 dilation=conv.dilation,
             )[0, 0]
-            # From the padded input to the input; a stride's last window may end before it does.
+            # Cut the padding off. A stride's last window may end before the input does, so that the
+            # result is made large enough first.
             assert not isinstance(conv.padding, str)
             (top, left), (height, width) = conv.padding, x.shape[-2:]
             reached = F.pad(reached, (0, width, 0, height))[top:, left:][:height, :width]
@@ -173,9 +174,9 @@ class OperationCounts:
         return self._fan_outs[key]
 
     def total(self, world: World, samples: int) -> Operations:
-        """The operations of a sample on average over ``samples``, which all processes saw together.
+        """The operations of an average one of ``samples``, which all processes saw together.
 
-        The same on every process.
+        The result is the same on every process.
         """
         names = list(self._sums)
         flat = world.sum([value for name in names for value in self._sums[name].tolist()])
@@ -199,7 +200,7 @@ def _layer(sums: list[float], samples: int) -> LayerOperations:
 
 def _over_positions(x: Tensor) -> Tensor:
     """Sums of (T, B, C, H, W) over all but positions, (H, W)."""
-    # In the order of memory, where the channels are the last.
+    # The channels come last in memory, and summing in that order is fast.
     rows = x.permute(0, 1, 3, 4, 2).flatten(0, 1)
     of_channels = rows.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
     return of_channels.double().sum(-1)

@@ -1,6 +1,6 @@
 """Evaluation batches from which something is missing: whole timesteps, or single events.
 
-What is missing is a function of (seed, sample), so it depends neither on the batch size nor on the
+The missing part is a function of (seed, sample), so it depends neither on the batch size nor on the
 number of processes.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tetdist.data import order
 from tetdist.data.loader import Batch
+from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 
 
@@ -21,14 +22,14 @@ def without_timesteps(
 ) -> Iterator[Batch]:
     """Replace each timestep's input by nothing, with probability ``share``.
 
-    Nothing is a frame without events; of an image, which is shown T times, a picture of the mean
-    colour (0 after normalisation).
+    Nothing means a frame without events or, for an image, which is shown T times, a picture of the
+    mean colour (0 after normalisation).
 
     Args:
         batches: Images (B, C, H, W), or event frames (B, T or more, C, H, W).
-        share: In [0, 1].
+        share: A probability.
         timesteps: T.
-        seed: Of the choice.
+        seed: Seed of the choice.
 
     Yields:
         Batches of frames (B, T, C, H, W); see `taking_frames`.
@@ -46,8 +47,8 @@ def without_events(batches: Iterable[Batch], share: float, seed: int) -> Iterato
 
     Args:
         batches: Numbers of events, (B, T, 2, H, W).
-        share: In [0, 1].
-        seed: Of the choice.
+        share: A probability.
+        seed: Seed of the choice.
     """
     for batch in batches:
         frames = [
@@ -63,9 +64,28 @@ def _thinned(counts: Tensor, share: float, seed: int, sample: int) -> Tensor:
     return torch.from_numpy(left).to(counts)
 
 
+def check_takes_frames(model: SpikingNetwork) -> None:
+    """See that a network can be given frames, as of `taking_frames`.
+
+    Raises:
+        UserError: The network cannot be given an image of its own at each timestep.
+    """
+    if model.input_kind != "events" and not isinstance(model, SpikingNetwork):
+        raise UserError(
+            "--drop-timesteps gives a network of images another picture at each timestep, which "
+            f"only tetdist's own networks take, and this one is a {type(model).__name__}; leave "
+            "it out"
+        )
+
+
 @contextmanager
 def taking_frames(model: SpikingNetwork) -> Iterator[None]:
-    """Within this context a network of images takes (B, T, C, H, W), each timestep its own."""
+    """Within this context a network of images takes (B, T, C, H, W), each timestep its own.
+
+    Raises:
+        UserError: It is not one of tetdist's, whose input can be given so.
+    """
+    check_takes_frames(model)
     kind, model.input_kind = model.input_kind, "events"
     try:
         yield

@@ -1,7 +1,8 @@
-"""What there is to find out about a checkpoint on a split, as one dictionary ready for JSON."""
+"""All that is found out about a checkpoint on a split, as one dictionary ready for JSON."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,15 +13,20 @@ from tetdist.data.loader import Batch
 from tetdist.distributed.world import World
 from tetdist.evaluation.decisions import DecisionCounts
 from tetdist.evaluation.evaluate import Evaluation, evaluate
-from tetdist.evaluation.operations import counting_operations
-from tetdist.evaluation.robustness import taking_frames, without_events, without_timesteps
+from tetdist.evaluation.operations import OperationCounts, counting_operations
+from tetdist.evaluation.robustness import (
+    check_takes_frames,
+    taking_frames,
+    without_events,
+    without_timesteps,
+)
 from tetdist.models import SpikingNetwork
 from tetdist.tracking.progress import sample_bar
 
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-    """What every pass over the split takes; ``alive`` is called after each batch."""
+    """The things that every pass over the split takes; ``alive`` is called after each batch."""
 
     model: SpikingNetwork
     config: RunConfig
@@ -53,23 +59,35 @@ class Passes:
             )
 
 
-def find(
+def run_suite(
     passes: Passes, *, drop_timesteps: Sequence[float], drop_events: Sequence[float], seed: int
 ) -> dict[str, Any]:
     """Evaluate at the model's present T: as it is, and then with each share of something dropped.
 
-    The same on every process.
+    The result is the same on every process.
 
     Args:
-        passes: What is evaluated.
+        passes: The network, the split and the processes.
         drop_timesteps: Shares of timesteps, see `without_timesteps`.
         drop_events: Shares of events, see `without_events`; the frames must be numbers of events.
-        seed: Of what is dropped.
+        seed: Seed of what is dropped.
+
+    Returns:
+        Everything in `Evaluation` and more; ``operations`` is None where they are not counted.
+
+    Raises:
+        UserError: The network cannot be evaluated so.
     """
     model, world = passes.model, passes.world
+    if drop_timesteps:
+        world.run_on_all(lambda: check_takes_frames(model))
     timesteps = model.timesteps
     counts = DecisionCounts(list(passes.index.classes), model.num_classes, timesteps, world.device)
-    with counting_operations(model) as operations:
+    # The layers of a network from outside may be given something else than (T, B, ...).
+    counting: AbstractContextManager[OperationCounts | None] = (
+        counting_operations(model) if isinstance(model, SpikingNetwork) else nullcontext()
+    )
+    with counting as operations:
         result = passes.run("evaluate", also=counts.add)
     decisions = counts.total(world)
     found: dict[str, Any] = {
@@ -78,7 +96,7 @@ def find(
         "classes": decisions.classes,
         "confusion": decisions.confusion,
         "per_class": decisions.per_class(),
-        "operations": operations.total(world, result.samples).as_dict(),
+        "operations": operations and operations.total(world, result.samples).as_dict(),
         "dropped_timesteps": [],
         "dropped_events": [],
     }

@@ -1,7 +1,7 @@
-"""A trained network for other people and other programs: what tools/export.py writes.
+"""A trained network for other people and other programs: the work of the command export.
 
-Whatever is written is made aside, looked at, and renamed; nothing that exists is replaced. Paths
-and addresses of the machine that trained do not go along.
+Every file is made aside, checked, and renamed; nothing that exists is replaced. Paths and addresses
+of the machine that trained stay behind.
 """
 
 import json
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import timm
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 import tetdist
 from tetdist import checkpoint, plugins
@@ -27,7 +27,8 @@ from tetdist.models import SpikingNetwork
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NeuronConfig
 
-# Of the inputs that an exported program is compared on.
+_INPUTS = {"images": "image", "events": "event frame a timestep"}
+# How many inputs an exported program is compared on, and how far it may be off.
 _CHECKED, _TOLERANCE = 4, 1e-4
 
 
@@ -36,9 +37,10 @@ class Trained:
     """A checkpoint, ready to be exported.
 
     Attributes:
-        model: In evaluation, in float32, by the plain definitions of normalisation and neurons.
+        model: Set to evaluation, in float32; one of ours by the plain definitions of normalisation
+            and neurons.
         config: That of its training.
-        description: What the checkpoint says of itself, without the machine's paths.
+        description: The checkpoint's description of itself, without the machine's paths.
     """
 
     model: SpikingNetwork
@@ -47,16 +49,28 @@ class Trained:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of one sample at one timestep, (C, H, W)."""
-        if self.config.data.kind == "images":
-            return (3, self.config.data.image_size, self.config.data.image_size)
-        side = self.model.input_size
-        assert side is not None, "a model of events depends on their size"
-        return (2, side, side)
+        """The shape of one sample at one timestep, (C, H, W).
+
+        Raises:
+            UserError: A network of events from outside does not say it.
+        """
+        match self.config.data.kind:
+            case "images":
+                return (3, self.config.data.image_size, self.config.data.image_size)
+            case "events":
+                side = getattr(self.model, "input_size", None)
+                if side is None:
+                    raise UserError(
+                        f"{self.config.model.name} does not say how large its event frames are: "
+                        "give the network an attribute input_size"
+                    )
+                return (2, side, side)
+            case other:
+                assert_never(other)
 
     def examples(self, count: int) -> Tensor:
         """Random inputs, (B, C, H, W) or (B, T, C, H, W), always the same."""
-        time = () if self.config.data.kind == "images" else (self.model.timesteps,)
+        time = {"images": (), "events": (self.model.timesteps,)}[self.config.data.kind]
         generator = torch.Generator().manual_seed(0)
         return torch.randn((count, *time, *self.input_shape), generator=generator)
 
@@ -66,8 +80,8 @@ def load(path: Path, which: str = "last", timesteps: int | None = None) -> Train
 
     Args:
         path: One of these three.
-        which: Of a run folder: ``last`` or ``best``.
-        timesteps: Other than in training.
+        which: The checkpoint of a run folder: ``last`` or ``best``.
+        timesteps: T, where it is another one than in training.
 
     Raises:
         UserError: See `checkpoint.load_model_file`.
@@ -80,16 +94,16 @@ def load(path: Path, which: str = "last", timesteps: int | None = None) -> Train
     timesteps = timesteps or description["timesteps"]
     model = config.model.build(num_classes=num_classes, timesteps=timesteps)
     checkpoint.load_weights(model, weights, path)
-    if hasattr(model, "set_execution"):
+    if isinstance(model, SpikingNetwork):
         model.set_execution("reference")
     if model.timesteps != description["timesteps"]:
-        description["validation"] = None  # was measured at the other T
+        description["validation"] = None  # It was measured at the other T.
     description |= {"config": config.as_dict(), "timesteps": model.timesteps, "which": which}
     return Trained(model.eval(), config, description)
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without what its trainer's folders and addresses tell of him."""
+    """The configuration without folders and addresses of whoever trained."""
     loss = config.get("loss", {})
     distillation = loss.get("distillation", {})
     named = {key: _name_of(distillation.get(key)) for key in ("teacher", "teacher_weights")}
@@ -105,7 +119,7 @@ def _without_places(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name_of(path: str | None) -> str | None:
-    """Of a file or folder, without where it is; timm:NAME as it is."""
+    """The name of a file or folder without its place; timm:NAME as it is."""
     return path and Path(path).name
 
 
@@ -113,10 +127,10 @@ def _name_of(path: str | None) -> str | None:
 
 
 def write_safetensors(trained: Trained, folder: Path) -> str:
-    """model.safetensors, which tools/eval.py and init_checkpoint take, and a model card.
+    """Write model.safetensors, which eval and init_checkpoint take, and a model card.
 
     Returns:
-        What there is to say about it.
+        A sentence for the person who asked for it; so do the other writers.
     """
     with _aside(folder) as aside:
         aside.mkdir(parents=True)
@@ -126,7 +140,12 @@ def write_safetensors(trained: Trained, folder: Path) -> str:
 
 
 def write_timm(trained: Trained, folder: Path) -> str:
-    """What timm loads as a model of a local folder or of the Hugging Face hub."""
+    """Write a folder that timm loads as a local model or one of the Hugging Face hub.
+
+    Raises:
+        UserError: The network is not one of tetdist's, or cannot be written.
+    """
+    refuse_foreign(trained, "timm")
     with _aside(folder) as aside:
         aside.mkdir(parents=True)
         _write_weights(trained, aside)
@@ -147,7 +166,7 @@ def _write_weights(trained: Trained, folder: Path) -> None:
 
 def timm_config(trained: Trained) -> dict[str, Any]:
     """timm's config.json: architecture, its arguments, and how images are prepared."""
-    model, section, data = trained.model, trained.config.model, trained.config.data
+    model, data = trained.model, trained.config.data
     cfg = {
         "input_size": trained.input_shape,
         "num_classes": model.num_classes,
@@ -161,21 +180,40 @@ def timm_config(trained: Trained) -> dict[str, Any]:
     cfg |= {key: model.default_cfg[key] for key in ("first_conv", "classifier")}
     if trained.description["classes"]:
         cfg["label_names"] = trained.description["classes"]
-    arguments = {"timesteps": model.timesteps, "neuron": neurons.as_dict(section.neuron)}
     return {
-        "architecture": section.name,
+        "architecture": trained.config.model.name,
         "num_classes": model.num_classes,
         "num_features": model.num_features,
-        "model_args": arguments | section.arguments,
+        "model_args": _model_arguments(trained),
         "pretrained_cfg": cfg,
     }
+
+
+def _model_arguments(trained: Trained) -> dict[str, Any]:
+    """The arguments of the model, besides its number of classes."""
+    section = trained.config.model
+    arguments = {"timesteps": trained.model.timesteps, "neuron": neurons.as_dict(section.neuron)}
+    return arguments | section.arguments
+
+
+def refuse_foreign(trained: Trained, form: str) -> None:
+    """Refuse a network from outside for a format that needs what only ours have.
+
+    Raises:
+        UserError: The network is one from outside.
+    """
+    if not isinstance(trained.model, SpikingNetwork):
+        raise UserError(
+            f"--format {form} is for tetdist's own networks, and {trained.config.model.name} is a "
+            f"{type(trained.model).__name__} from outside; export it to safetensors, onnx or torch"
+        )
 
 
 def card(trained: Trained, folder: str | None = None) -> str:
     """A model card in Markdown.
 
     Args:
-        folder: Its name, if timm can load it.
+        folder: Name of the folder, if timm can load it.
     """
     model, config, description = trained.model, trained.config, trained.description
     neuron, data = config.model.neuron, config.data
@@ -184,7 +222,7 @@ def card(trained: Trained, folder: str | None = None) -> str:
         "network": f"{config.model.name}{_arguments(config.model.arguments)}",
         "neuron": _neuron(neuron),
         "timesteps": f"{model.timesteps}",
-        "input": f"{shape} {'image' if data.kind == 'images' else 'event frame a timestep'}",
+        "input": f"{shape} {_INPUTS[data.kind]}",
         "classes": f"{model.num_classes}",
         "loss": config.loss.as_text(),
         **({"begun with": config.init_checkpoint} if config.init_checkpoint else {}),
@@ -202,11 +240,12 @@ def card(trained: Trained, folder: str | None = None) -> str:
         of = "weights taken over from"
         rows = {k: v for k, v in rows.items() if k not in ("loss", "phases", "trained for")}
         rows["origin"] = f"{of} `{converted['file']}` ({converted['from']}), not trained here"
+    module = "tetdist" if isinstance(model, SpikingNetwork) else type(model).__module__
     loading = f"""import timm
-import tetdist  # registers the model
+import {module}  # registers the model
 
 model = timm.create_model({_create_arguments(trained, folder)}).eval()
-model(x)  # logits, the mean over timesteps; model(x, per_timestep=True): each one's own
+{_call(model)}
 model.set_timesteps(2)  # fewer or more timesteps with the same weights"""
     recipe = yaml.safe_dump(description["config"], sort_keys=False)
     lines = [
@@ -245,6 +284,14 @@ model.set_timesteps(2)  # fewer or more timesteps with the same weights"""
     return "\n".join(lines) + "\n"
 
 
+def _call(model: nn.Module) -> str:
+    """The call of the model; one from outside promises the logits of each timestep alone."""
+    if isinstance(model, SpikingNetwork):
+        meaning = "logits, the mean over timesteps; model(x, per_timestep=True): each one's own"
+        return f"model(x)  # {meaning}"
+    return "model(x, per_timestep=True).mean(0)  # logits, the mean over timesteps"
+
+
 def _neuron(neuron: NeuronConfig) -> str:
     if not neuron.spiking:
         return "none: max(0, I), the ReLU network of this shape"
@@ -278,28 +325,38 @@ def _accuracy(description: dict[str, Any]) -> str:
 def _create_arguments(trained: Trained, folder: str | None) -> str:
     if folder is not None:
         return f'"local-dir:{folder}", pretrained=True'
-    config = timm_config(trained)
-    arguments = {"num_classes": config["num_classes"], **config["model_args"]}
+    arguments = {"num_classes": trained.model.num_classes, **_model_arguments(trained)}
     inner = "".join(f"    {key}={value!r},\n" for key, value in arguments.items())
-    return f'\n    "{config["architecture"]}",\n{inner}    checkpoint_path="model.safetensors",\n'
+    return (
+        f'\n    "{trained.config.model.name}",\n{inner}    checkpoint_path="model.safetensors",\n'
+    )
 
 
 def _preparation(trained: Trained) -> str:
     data = trained.config.data
-    if data.kind == "events":
-        return "Input: event frames, (B, T, 2, H, W), as in the training data."
-    return (
-        f"Input: RGB images in [0, 1], shorter side resized to {data.resize_side} ("
-        f"{data.interpolation}), centre crop of {data.image_size}, minus {list(data.mean)}, over "
-        f"{list(data.std)}."
-    )
+    match data.kind:
+        case "events":
+            return "Input: event frames, (B, T, 2, H, W), as in the training data."
+        case "images":
+            return (
+                f"Input: RGB images in [0, 1], shorter side resized to {data.resize_side} ("
+                f"{data.interpolation}), centre crop of {data.image_size}, minus "
+                f"{list(data.mean)}, over {list(data.std)}."
+            )
+        case other:
+            assert_never(other)
 
 
 # --- programs -------------------------------------------------------------------------------------
 
 
 def write_nir(trained: Trained, path: Path, dt: float) -> str:
-    """The graph of tetdist/nir_graph.py, as a file of package nir."""
+    """Write the graph of `nir_graph` as a file of the package nir.
+
+    Raises:
+        UserError: NIR cannot express the network, or it is not one of tetdist's.
+    """
+    refuse_foreign(trained, "nir")
     import nir
 
     from tetdist.exchange.nir_graph import to_nir
@@ -316,21 +373,21 @@ def write_nir(trained: Trained, path: Path, dt: float) -> str:
 
 
 def write_torch(trained: Trained, path: Path) -> str:
-    """The unrolled network as a program of torch.export, for any batch size."""
+    """Write the unrolled network as a program of torch.export, for any batch size."""
     with torch.no_grad(), _aside(path) as aside:
         torch.export.save(_traced(trained), aside)
         return _agreement(trained, torch.export.load(aside).module())
 
 
 def write_onnx(trained: Trained, path: Path) -> str:
-    """The unrolled network as an ONNX graph, for any batch size.
+    """Write the unrolled network as an ONNX graph, for any batch size.
 
-    ``images`` or ``events`` to ``logits``, the mean over timesteps.
+    It maps ``images`` or ``events`` to ``logits``, the mean over timesteps.
     """
     import onnxruntime
 
     name = trained.config.data.kind
-    # torch's exporter meets deprecated parts of torch.
+    # torch's exporter uses deprecated parts of torch and would warn of them.
     quiet = warnings.catch_warnings(action="ignore", category=FutureWarning)
     with quiet, torch.no_grad(), _aside(path) as aside:
         program = torch.onnx.export(
@@ -346,21 +403,41 @@ def write_onnx(trained: Trained, path: Path) -> str:
         return _agreement(trained, run)
 
 
+class _MeanLogits(nn.Module):
+    """A network from outside, with the mean over timesteps as its output."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x, per_timestep=True)
+        return logits.mean(0)
+
+
+def _mean_logits(model: nn.Module) -> nn.Module:
+    """The model as a function of its input alone: to the mean of the logits over timesteps."""
+    return model if isinstance(model, SpikingNetwork) else _MeanLogits(model).eval()
+
+
 def _traced(trained: Trained) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch")
     return torch.export.export(
-        trained.model, (trained.examples(2),), dynamic_shapes=({0: batch},), strict=False
+        _mean_logits(trained.model),
+        (trained.examples(2),),
+        dynamic_shapes=({0: batch},),
+        strict=False,
     )
 
 
 def _agreement(trained: Trained, run: Callable[[Tensor], Tensor]) -> str:
     """Compare a program's logits with the model's, on random inputs.
 
-    A membrane within rounding of the threshold flips a spike, and with it one sample's logits; a
-    wrong program is wrong about most.
+    A membrane within rounding of the threshold flips a spike and changes one sample's logits; a
+    wrong program is wrong about most samples. So the median decides.
     """
     x = trained.examples(_CHECKED)
-    expected = trained.model(x)
+    expected = _mean_logits(trained.model)(x)
     difference = (run(x) - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-12)
     assert difference.median() < _TOLERANCE, f"the program differs by {difference.tolist()}"
     said = (
@@ -374,7 +451,7 @@ def _agreement(trained: Trained, run: Callable[[Tensor], Tensor]) -> str:
 
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
-    """A hidden place beside ``path``, which what was written there is moved to in the end.
+    """A hidden place beside ``path``; whatever was written there becomes ``path`` in the end.
 
     Raises:
         UserError: ``path`` exists, or cannot be written.

@@ -51,7 +51,7 @@ NEURONS: dict[Source, dict[str, Any]] = {
     "timm": {},
 }
 
-# What training programs wrap a state dict in, in the order of preference.
+# The keys under which training programs put a state dict, in the order of preference.
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 _COUNTER = "num_batches_tracked"
 
@@ -122,7 +122,7 @@ def read(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # of damaged bytes torch's reader may raise anything
         if "TorchScript" in str(error):
-            # torch's advice is to load its code.
+            # torch's own message advises to load the code.
             raise UserError(
                 f"{path} is a TorchScript program, which is code, and is not read; ask its author "
                 "for a plain state_dict or a .safetensors file"
@@ -167,8 +167,8 @@ def _load(path: Path) -> Any:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(str(error)) from error
-    # The options of a training program, which many save beside the weights: plain values in a
-    # class of no behaviour.
+    # Many training programs save their options beside the weights: plain values in a class without
+    # behaviour.
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a TorchScript program, which is refused below
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -188,7 +188,7 @@ def _unwrap(content: Any) -> dict[str, Tensor] | None:
 
 
 def source_of(state: Mapping[str, Tensor], path: Path) -> Source:
-    """Which source a state dict is from, by its names.
+    """The source that a state dict is from, by its names.
 
     Raises:
         UserError: They do not tell.
@@ -215,8 +215,8 @@ def convert(state: Mapping[str, Tensor], source: Source, model: SpikingNetwork) 
 
     Args:
         state: What `read` returns.
-        source: Where it is from.
-        model: As it will be used; neither changed nor referred to by the result.
+        source: The library that it is from.
+        model: The model as it will be used; it is neither changed nor referred to by the result.
 
     Raises:
         UserError: The file contradicts itself, or is of a network that ``model`` is only alike to.
@@ -234,7 +234,7 @@ def convert(state: Mapping[str, Tensor], source: Source, model: SpikingNetwork) 
     for key, own in model.state_dict().items():
         value = theirs.pop(names[key], None)
         if value is not None and value.shape == own.shape:
-            # In the source's precision: a float64 file's scale is not rounded twice.
+            # Divided in the source's precision, so that a float64 file is not rounded twice.
             weights[key] = (value / scales.get(key, 1.0)).to(own.dtype)
             continue
         weights[key] = own.clone()
@@ -248,7 +248,7 @@ def convert(state: Mapping[str, Tensor], source: Source, model: SpikingNetwork) 
 
 
 def num_classes(state: Mapping[str, Tensor], source: Source) -> int | None:
-    """How many classes a state dict's classifier has, if it has one."""
+    """The number of classes of a state dict's classifier, if it has one."""
     weight = _in_torchvisions_names(state, source)[0].get("fc.weight")
     return None if weight is None or weight.ndim == 0 else len(weight)
 
@@ -305,7 +305,7 @@ def _resnet_names(model: SEWResNet | SpikingResNet) -> list[tuple[str, str]]:
 
 
 def _vgg_names(model: VGGSNN) -> list[tuple[str, str]]:
-    """Of the convolutions in their order, with a pooling layer after each of our blocks."""
+    """The names of the convolutions in order; a pooling layer comes after each of our blocks."""
     convs = [
         name.removesuffix(".conv")
         for name, module in model.named_modules()

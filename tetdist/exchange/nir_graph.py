@@ -38,11 +38,11 @@ from tetdist.nn.packed import AvgPool, MaxPool
 
 
 class Signal(NamedTuple):
-    """What is on the way to the next node.
+    """The output of some nodes, on its way to the next node.
 
     Attributes:
         sources: The nodes whose outputs are summed.
-        shape: Without time and batch.
+        shape: The shape without time and batch.
     """
 
     sources: tuple[str, ...]
@@ -54,12 +54,12 @@ class Signal(NamedTuple):
 
 
 def to_nir(model: SpikingNetwork, input_shape: Sequence[int], dt: float = 1e-4) -> nir.NIRGraph:
-    """The network in evaluation, as a graph; parameters in float32.
+    """The network in evaluation as a graph, with parameters in float32.
 
     Args:
         model: One of tetdist's.
-        input_shape: Of one sample at one timestep, (C, H, W).
-        dt: Seconds of a timestep, with which the graph must be run, too.
+        input_shape: That of one sample at one timestep, (C, H, W).
+        dt: Length of a timestep in seconds; the graph must be run with the same.
 
     Raises:
         UserError: NIR cannot express the network.
@@ -131,13 +131,16 @@ class _Builder:
         residual = x
         for layer in ("conv1", "conv2", "conv3")[: 2 if block.expansion == 1 else 3]:
             residual = self.layer(f"{name}_{layer}", getattr(block, layer), residual)
-        if block.function == "add":
-            return residual.plus(identity)
-        if block.function == "and":
-            return self.threshold(f"{name}_and", 1.5, residual.plus(identity))
-        minus = nir.Scale(np.full(residual.shape, -1, np.float32))
-        residual = self.add(f"{name}_minus", minus, residual, residual.shape)
-        return self.threshold(f"{name}_iand", 0.5, residual.plus(identity))
+        match block.function:
+            case "add":
+                return residual.plus(identity)
+            case "and":
+                return self.threshold(f"{name}_and", 1.5, residual.plus(identity))
+            case "iand":
+                minus = nir.Scale(np.full(residual.shape, -1, np.float32))
+                residual = self.add(f"{name}_minus", minus, residual, residual.shape)
+                return self.threshold(f"{name}_iand", 0.5, residual.plus(identity))
+        raise AssertionError(f"no node of NIR for the connect function {block.function}")
 
     def spiking_block(self, name: str, block: Any, x: Signal) -> Signal:
         residual = x
@@ -154,7 +157,7 @@ class _Builder:
 
     def convolution(self, name: str, conv: nn.Module, norm: BatchNorm, x: Signal) -> Signal:
         assert isinstance(conv, nn.Conv2d)
-        # In double precision: the graph's are the network's parameters rounded once.
+        # Folded in double precision, so that the graph's parameters are rounded only once.
         norm = copy.deepcopy(norm).double()
         gain, offset = norm.affine(norm.running_mean, norm.running_var)
         bias = 0.0 if conv.bias is None else conv.bias.double()

@@ -1,4 +1,5 @@
-"""Where the metrics of two runs part, by how much, and whether they saw the same samples."""
+"""The differences of two runs: where their metrics part, by how much, and whether they saw the
+same samples."""
 
 import json
 import math
@@ -9,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tetdist.reports.tables import aligned
 
 if TYPE_CHECKING:
     from tetdist.reports.runs_table import RunRecord
@@ -34,8 +37,8 @@ MISSING = Missing()
 
 
 @dataclass(frozen=True)
-class Run:
-    """What is compared of one run; None: it is not there."""
+class ComparedRun:
+    """The parts of one run that are compared; None where a part is not there."""
 
     path: Path
     metrics: Metrics
@@ -53,7 +56,7 @@ class Pair:
     relative: float = math.nan
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON; a value that is missing is left out."""
+        """The pair, ready for JSON; a value that is missing is left out."""
         values = {"key": self.key, "a": self.a, "b": self.b, "relative": self.relative}
         if math.isnan(self.relative):  # of the configuration
             del values["relative"]
@@ -62,7 +65,7 @@ class Pair:
 
 @dataclass
 class KeyResult:
-    """How one key of one kind fared over the steps that both runs have."""
+    """The differences of one key of one kind over the steps that both runs have."""
 
     kind: str
     key: str
@@ -88,7 +91,7 @@ class SamplesResult:
     common: int  # steps
     different: list[int]
     only: tuple[list[int], list[int]]
-    # Of the first different step: ids that only a and only b have (as often as that), and ids that
+    # At the first different step: ids that only a and only b have (as often as that), and ids that
     # both have with other content.
     first_only: tuple[list[Any], list[Any]]
     first_content: list[Any]
@@ -96,8 +99,8 @@ class SamplesResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    a: Run
-    b: Run
+    a: ComparedRun
+    b: ComparedRun
     tolerance: float
     configuration: list[Pair] | None
     metrics: MetricsResult
@@ -114,8 +117,12 @@ class Comparison:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read_run(path: Path, *, effective: bool = False) -> Run:
-    """Reads a run folder or a metrics.jsonl; of its configuration, all or what has an effect.
+def read_run(path: Path, *, effective: bool = False) -> ComparedRun:
+    """Read a run folder or a metrics.jsonl.
+
+    Args:
+        path: One of the two.
+        effective: Leave out the keys of the configuration that have no effect.
 
     Raises:
         UserError: There is none, or something in it is damaged.
@@ -126,10 +133,10 @@ def read_run(path: Path, *, effective: bool = False) -> Run:
         if not path.is_dir():
             if not path.exists():
                 raise UserError(f"there is no {path}; give a run folder or a metrics.jsonl")
-            return Run(path, read_values(path), None, None)
+            return ComparedRun(path, read_values(path), None, None)
         if not (path / "metrics.jsonl").exists():
             raise UserError(f"{path} is no run folder: there is no metrics.jsonl in it")
-        return Run(
+        return ComparedRun(
             path,
             read_values(path / "metrics.jsonl"),
             read_configuration(path / "config.yaml", effective),
@@ -182,7 +189,8 @@ def read_configuration(path: Path, effective: bool) -> dict[str, Any] | None:
         values = None
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it does not hold keys and values")
-    # What an older version did not know has its default. One that cannot be read is shown as it is.
+    # A key that an older version did not know has its default. A configuration that cannot be read
+    # is shown as it is.
     with suppress(UserError):
         parsed = loading.parse(values, str(path), warn=False)
         return checks.effective(parsed) if effective else identity.flatten(parsed.as_dict())
@@ -190,7 +198,7 @@ def read_configuration(path: Path, effective: bool) -> dict[str, Any] | None:
 
 
 def read_samples(folder: Path) -> Samples | None:
-    """What all ranks saw at each step; None if the run has kept no record of it."""
+    """The samples that all ranks saw at each step; None if the run has kept no record of them."""
     files = [
         file
         for file in sorted(folder.glob("samples-*.jsonl"))
@@ -217,7 +225,7 @@ def read_rank_samples(path: Path) -> dict[int, list[tuple[Any, int]]]:
     last: int | None = None
     ids_of_step: set[Any] = set()
     data = path.read_bytes()
-    # A last line without its end is one that a kill tore.
+    # A last line without its end was torn by a kill.
     for number, raw in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
         try:
             line = json.loads(raw)
@@ -231,8 +239,8 @@ def read_rank_samples(path: Path) -> dict[int, list[tuple[Any, int]]]:
         if not whole:
             shown = raw[:80].decode(errors="replace")
             raise UserError(f"{path}: line {number} is damaged: {shown}")
-        # A step draws no sample twice. So one that comes again at the same step tells of a start
-        # that begins within the step at which the one before was killed.
+        # A step draws no sample twice. So a sample that comes again at the same step shows that a
+        # new start began within the step at which the earlier one was killed.
         if step != last or not ids_of_step.isdisjoint(ids):
             steps[step], ids_of_step = [], set()
         steps[step] += seen
@@ -249,13 +257,17 @@ def overview(paths: list[Path], json_file: Path | None) -> None:
 
     records = read_records(paths)
     for table in runs_table.tables(records):
-        print(columns(table, right=tuple(range(1, len(table[0])))), end="\n\n")
+        print(aligned(table, right=tuple(range(1, len(table[0])))), end="\n\n")
     if json_file:
         write_json(json_file, runs_table.as_dict(records))
 
 
 def require_plots() -> None:
-    """Say that matplotlib is missing before the work, not after it."""
+    """See that matplotlib is there before the work, not after it.
+
+    Raises:
+        UserError: It is not installed.
+    """
     from tetdist.reports import style
 
     style.new_figure(1, 1)
@@ -272,7 +284,11 @@ def plot(paths: list[Path], out: Path) -> None:
 
 
 def read_records(paths: list[Path]) -> "list[RunRecord]":
-    """The runs as tetdist.overview takes them; errors as of `read_run`."""
+    """The runs as `runs_table` takes them.
+
+    Raises:
+        UserError: See `read_run`.
+    """
     from tetdist.reports.runs_table import RunRecord
     from tetdist.tracking.metrics_file import read_metrics
 
@@ -289,7 +305,7 @@ def read_records(paths: list[Path]) -> "list[RunRecord]":
 # --- comparing ------------------------------------------------------------------------------------
 
 
-def compare(a: Run, b: Run, tolerance: float) -> Comparison:
+def compare(a: ComparedRun, b: ComparedRun, tolerance: float) -> Comparison:
     configuration = None
     if a.configuration is not None and b.configuration is not None:
         configuration = [
@@ -326,7 +342,7 @@ def relative_difference(a: Any, b: Any) -> float:
         return math.inf
     larger = max(abs(a), abs(b))
     difference = abs(a - b)
-    # Of two huge numbers with different signs the difference is more than a float holds.
+    # The difference of two huge numbers of different signs is more than a float holds.
     return difference / larger if is_finite(difference) else abs(a / larger - b / larger)
 
 
@@ -356,7 +372,7 @@ def compare_metrics(a: Metrics, b: Metrics, tolerance: float) -> MetricsResult:
                     result.different += 1
                     if result.first is None:
                         result.first = step
-            # Of two lines of the same step, the one that was written first: train before val.
+            # Two lines of the same step stand in the order in which they were written: train, val.
             if different and (first is None or step < first[0]):
                 first = step, kind, different
     return MetricsResult(list(results.values()), first, only, common)
@@ -388,7 +404,7 @@ def in_order(ids: Any) -> list[Any]:
 
 
 def report(comparison: Comparison) -> str:
-    """What a person reads."""
+    """The text that a person reads."""
     a, b = comparison.a, comparison.b
     width = max(len(str(run.path)) for run in (a, b))
     parts = [
@@ -430,7 +446,7 @@ def report_configuration(comparison: Comparison) -> str:
         return "Configuration: the same."
     verb = "differs" if len(pairs) == 1 else "differ"
     rows = [("", "a", "b"), *((pair.key, plain(pair.a), plain(pair.b)) for pair in pairs)]
-    return f"Configuration: {count(len(pairs), 'key')} {verb}.\n" + columns(rows)
+    return f"Configuration: {count(len(pairs), 'key')} {verb}.\n" + aligned(rows)
 
 
 def report_metrics(comparison: Comparison) -> list[str]:
@@ -444,7 +460,7 @@ def report_metrics(comparison: Comparison) -> list[str]:
             for pair in pairs[:SHOWN]
         ]
         more = f"\n  and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
-        parts.append(f"Metrics: they part at step {step}.\n" + columns(rows) + more)
+        parts.append(f"Metrics: they part at step {step}.\n" + aligned(rows) + more)
     elif metrics.common:
         within = f" within {comparison.tolerance:g}" if comparison.tolerance else ""
         lines = count(metrics.common, "line")
@@ -471,7 +487,7 @@ def report_metrics(comparison: Comparison) -> list[str]:
             names = ", ".join(still[:SHOWN])
             more = f" and {len(still) - SHOWN} more" if len(still) > SHOWN else ""
             rest = f"\n  the same to the bit: {names}{more}"
-        parts.append("Over all steps that both have:\n" + columns(table, right=(1, 2, 3)) + rest)
+        parts.append("Over all steps that both have:\n" + aligned(table, right=(1, 2, 3)) + rest)
 
     extra = [
         (kind, f"only {name}", steps_text(steps))
@@ -480,7 +496,7 @@ def report_metrics(comparison: Comparison) -> list[str]:
         if steps
     ]
     if extra:
-        parts.append("Steps that only one has:\n" + columns(extra))
+        parts.append("Steps that only one has:\n" + aligned(extra))
     return parts
 
 
@@ -511,18 +527,6 @@ def report_samples(samples: SamplesResult) -> str:
     return "\n".join(lines)
 
 
-def columns(rows: list[Any], right: tuple[int, ...] = ()) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  "
-        + "  ".join(
-            f"{cell:>{width}}" if i in right else f"{cell:{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
@@ -539,7 +543,7 @@ def steps_text(steps: list[int]) -> str:
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """Ready for JSON."""
+    """The comparison, ready for JSON."""
     metrics, samples = comparison.metrics, comparison.samples
     values: dict[str, Any] = {
         "a": str(comparison.a.path),

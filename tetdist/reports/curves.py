@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 
 def learning_curves(metrics_file: Path, out: Path) -> None:
-    """Draws loss, accuracy, learning rate and throughput of a run into one PNG.
+    """Draw loss, accuracy, learning rate and throughput of a run into one PNG.
 
-    Does nothing while nothing is measured.
+    Nothing is drawn while nothing is measured.
 
     Args:
         metrics_file: The run's metrics.jsonl.
@@ -59,7 +59,7 @@ def learning_curves(metrics_file: Path, out: Path) -> None:
     _throughput(axes["S"], train, room=1.6 if borders else 1.1)
 
     end = max(line["epoch"] for line in train + val)
-    # Where the label of a border meets no curve.
+    # Heights at which the label of a border meets no curve.
     for panel, height in {"L": 0.98, "A": 0.35, "R": 0.98, "S": 0.98}.items():
         axis = axes[panel]
         axis.set_xlabel("epoch")
@@ -89,9 +89,9 @@ def _head(figure: Any, metrics_file: Path, text: str) -> None:
 
 
 def firing_rates(metrics_file: Path, out: Path) -> None:
-    """Draws the firing rate of each layer at each evaluation of a run: a heat map.
+    """Draw the firing rate of each layer at each evaluation of a run: a heat map.
 
-    Does nothing before the first evaluation.
+    Nothing is drawn before the first evaluation.
 
     Args:
         metrics_file: The run's metrics.jsonl.
@@ -108,7 +108,7 @@ def firing_rates(metrics_file: Path, out: Path) -> None:
     if not val:
         return
     layers = list(val[-1]["firing_rate"])
-    # Zero has no logarithm; below the scale it has the colour of the dead.
+    # Zero has no logarithm; a rate below the scale is drawn in the colour of dead layers.
     rates = [
         [max(line["firing_rate"].get(layer, math.nan), 1e-12) for line in val] for layer in layers
     ]
@@ -128,7 +128,7 @@ def firing_rates(metrics_file: Path, out: Path) -> None:
     last = val[-1]
     _layer_axis(axis, [f"{layer}   {100 * last['firing_rate'][layer]:.3g} %" for layer in layers])
     axis.set_xlabel("epoch")
-    if len(val) == 1:  # which has no width
+    if len(val) == 1:  # a single column has no width to place ticks by
         axis.set_xticks([last["epoch"]], labels=[f"{last['epoch']:.4g}"])
     else:
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -154,7 +154,7 @@ def _height(layers: int) -> float:
 
 
 def _layer_axis(axis: Any, layers: Sequence[str]) -> None:
-    """Names rows of layers, the first one at the top."""
+    """Name the rows of layers, the first one at the top."""
     axis.set_ylim(len(layers), 0)
     axis.set_yticks([row + 0.5 for row in range(len(layers))], labels=layers)
     axis.tick_params(axis="y", length=0, labelsize=8 if len(layers) <= 60 else 5)
@@ -171,7 +171,7 @@ def _edges(centres: list[float]) -> list[float]:
 
 
 def membranes(found: "Membranes", title: str, out: Path) -> None:
-    """Draws how the membranes of each layer are distributed against its threshold.
+    """Draw how the membranes of each layer are distributed against its threshold.
 
     Args:
         found: The distributions.
@@ -187,7 +187,7 @@ def membranes(found: "Membranes", title: str, out: Path) -> None:
     threshold = next(i for i, edge in enumerate(found.edges) if math.isclose(edge, 1))
     for row, (layer, shares) in enumerate(found.shares.items()):
         floor = row + 1
-        # What is beyond the scale may be most of all, and would press the rest to the floor.
+        # Most membranes may lie beyond the scale; their bins would press the others to the floor.
         highest = max(shares[1:-1]) or 1.0
         tops = [floor - 0.9 * min(share / highest, 1) for share in shares]
         for colour, part in (
@@ -218,7 +218,7 @@ def membranes(found: "Membranes", title: str, out: Path) -> None:
 def inputs(
     pictures: "npt.NDArray[np.float64]", labels: Sequence[str], title: str, out: Path
 ) -> None:
-    """Draws what a network is fed: images, or the event frames of some samples over time.
+    """Draw what a network is fed: images, or the event frames of some samples over time.
 
     Args:
         pictures: RGB values in [0, 1]: images (N, H, W, 3), or frames (N, T, H, W, 3).
@@ -281,7 +281,7 @@ def _timesteps(axis: Any, val: list[dict[str, Any]]) -> None:
         steps = range(1, len(top1) + 1)
         title += f", epoch {last['epoch']:.4g}"
         axis.plot(steps, top1, "o-", color=VALIDATION)
-        # Every value where there is room for it, else the ends; beside the line.
+        # Every value has its number where there is room, else the first and the last one.
         for step in steps if len(top1) <= 8 else (1, len(top1)):
             x, y, side = _beside(top1, step - 1)
             axis.annotate(
@@ -303,7 +303,7 @@ def _timesteps(axis: Any, val: list[dict[str, Any]]) -> None:
 
 
 def _beside(values: Sequence[float], index: int) -> tuple[int, int, str]:
-    """Where a point's number meets no line: its distance in points, and its side at the point."""
+    """A position at which a point's number meets no line: distance in points, side at the point."""
     here = values[index]
     before = values[index - 1] if index > 0 else here
     after = values[index + 1] if index + 1 < len(values) else here
@@ -321,7 +321,7 @@ def _learning_rate(axis: Any, train: list[dict[str, Any]]) -> None:
     for line in train:
         peaks[line.get("phase")] = max(peaks.get(line.get("phase"), 0), line.get("lr", 0))
     if peaks and 0 < min(peaks.values()) < max(peaks.values()) / 30:
-        # SGD at 0.1, then Adam at 1e-4: the second would be a line at zero.
+        # With SGD at 0.1 and then Adam at 1e-4, the second would look like a line at zero.
         axis.set_yscale("log")
         axis.set_ylim(min(peaks.values()) * 1e-2, max(peaks.values()) * 2)
     else:
@@ -341,14 +341,14 @@ def _throughput(axis: Any, train: list[dict[str, Any]], *, room: float) -> None:
     if waits:
         right = axis.twinx()
         right.fill_between(epochs, waits, color=WAIT, alpha=0.5, linewidth=0)
-        # For the legend alone.
+        # A line without points, which gives the area its entry in the legend.
         axis.plot(math.nan, math.nan, color=WAIT, alpha=0.5, linewidth=7, label="data wait")
         right.set_ylim(0, 100)
         right.set_ylabel("step time waiting for data (%)", color="#A56A00", fontsize=9)
         right.tick_params(labelsize=9, colors="#A56A00")
         right.spines[["top", "left"]].set_visible(False)
         right.spines["right"].set_color("#BBBBBB")
-        # The lines above the area, and the area not hidden by the lines' background.
+        # Draws the lines above the area, and keeps their background from hiding it.
         axis.set_zorder(right.get_zorder() + 1)
         axis.patch.set_visible(False)
     finish(axis, "Throughput", unit)
@@ -357,7 +357,7 @@ def _throughput(axis: Any, train: list[dict[str, Any]], *, room: float) -> None:
 def _phase_borders(
     train: list[dict[str, Any]], val: list[dict[str, Any]]
 ) -> list[tuple[float, str]]:
-    """Returns the epoch at which each phase but the first begins, and what to call it."""
+    """The epoch at which each phase but the first begins, and what to call it."""
     timesteps = {line.get("phase"): line.get("timesteps") for line in val}
     borders = []
     for before, after in itertools.pairwise(train):

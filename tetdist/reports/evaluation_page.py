@@ -1,8 +1,8 @@
-"""What tools/eval.py found, as text and as a page to look at.
+"""The results of an evaluation as text, as a page to look at and as a picture.
 
-All come from the same dictionary, which JSON holds: what `findings.find` found, after checkpoint,
-model, step, split, trained_timesteps, reported_timesteps and seed, and data_split where the data
-has one of several.
+All are made of the same dictionary, which the JSON file holds: checkpoint, model, step, split,
+trained_timesteps, reported_timesteps and seed; data_split where the data have several; and all that
+`suite.run_suite` returns.
 """
 
 import base64
@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.files import replacing
-from tetdist.reports import style
+from tetdist.reports import style, tables
 
-# Rows of a table of classes on a terminal; JSON and the page have all.
+# Rows of the table of classes on a terminal; the JSON file and the page have all.
 SHOWN_CLASSES = 20
 # Classes up to which a confusion matrix has room for numbers, and for names.
 NUMBERED_CLASSES, NAMED_CLASSES = 20, 50
 
-Findings = dict[str, Any]
+EvaluationResults = dict[str, Any]
 
 
 # --- on a terminal --------------------------------------------------------------------------------
 
 
-def as_text(found: Findings) -> str:
-    """What a person reads on a terminal."""
+def as_text(found: EvaluationResults) -> str:
+    """The text that a person reads on a terminal."""
     return "\n\n".join(
         [
             heading(found),
@@ -41,7 +41,7 @@ def as_text(found: Findings) -> str:
     )
 
 
-def heading(found: Findings) -> str:
+def heading(found: EvaluationResults) -> str:
     of_split = f" of the split {found['data_split']}" if "data_split" in found else ""
     return (
         f"{found['checkpoint']}: {found['model']}, step {found['step']}, "
@@ -49,7 +49,7 @@ def heading(found: Findings) -> str:
     )
 
 
-def _text_sweep(found: Findings) -> str:
+def _text_sweep(found: EvaluationResults) -> str:
     lines = ["  T   top-1 %   top-5 %     loss"]
     for t in found["reported_timesteps"]:
         top1, top5, loss = (found[f"per_timestep_{key}"][t - 1] for key in ("top1", "top5", "loss"))
@@ -57,7 +57,7 @@ def _text_sweep(found: Findings) -> str:
     return "\n".join(lines)
 
 
-def _text_early_exit(found: Findings) -> str:
+def _text_early_exit(found: EvaluationResults) -> str:
     lines = ["  early exit: at confidence   top-1 %   mean T"]
     for point in found["early_exit"]:
         spent = point["mean_timesteps"]
@@ -65,7 +65,7 @@ def _text_early_exit(found: Findings) -> str:
     return "\n".join(lines)
 
 
-def _text_dropped(found: Findings) -> list[str]:
+def _text_dropped(found: EvaluationResults) -> list[str]:
     return [
         "\n".join(
             [f"  dropped {what}   top-1 %"]
@@ -76,7 +76,7 @@ def _text_dropped(found: Findings) -> list[str]:
     ]
 
 
-def _text_classes(found: Findings) -> str:
+def _text_classes(found: EvaluationResults) -> str:
     rows = [row for row in found["per_class"] if row["samples"]]
     title = "  class: samples, recall %, precision %, taken for"
     if len(rows) > SHOWN_CLASSES:
@@ -97,15 +97,18 @@ def _or_dash(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _text_operations(found: Findings) -> str:
+def _text_operations(found: EvaluationResults) -> str:
     lines = operations_lines(found)
-    lines[-1] += " (an estimate; --json and --report state its assumptions)"
+    if found["operations"]:
+        lines[-1] += " (an estimate; --json and --report state its assumptions)"
     return "\n".join(f"  {line}" for line in lines)
 
 
-def operations_lines(found: Findings) -> list[str]:
+def operations_lines(found: EvaluationResults) -> list[str]:
     """Sentences on operations and energy."""
     operations = found["operations"]
+    if operations is None:
+        return ["operations are not counted: they are of tetdist's own networks only"]
     share = operations["energy_pj"] / operations["relu_energy_pj"]
     return [
         f"{quantity(operations['accumulates'])} accumulates and "
@@ -126,9 +129,9 @@ def quantity(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _text_firing_rates(found: Findings) -> str:
+def _text_firing_rates(found: EvaluationResults) -> str:
     if not found["firing_rate"]:
-        return "  no firing rates: a network without neurons that fire"
+        return "  no firing rates: the network has no neurons of tetdist's that fire"
     lines = [f"  firing rate over {found['timesteps']} timesteps"]
     lines += [f"{rate:10.4f}  {layer}" for layer, rate in found["firing_rate"].items()]
     return "\n".join(lines)
@@ -136,25 +139,32 @@ def _text_firing_rates(found: Findings) -> str:
 
 # --- as a picture ---------------------------------------------------------------------------------
 
-Panel = Callable[[Any, Findings], None]
+Panel = Callable[[Any, EvaluationResults], None]
 
 
-def write_page(found: Findings, out: Path) -> None:
+def write_page(found: EvaluationResults, out: Path) -> None:
     """Write a self-contained HTML page or, by the name's end, a PNG; whole or not at all.
 
     Raises:
         UserError: matplotlib is not installed.
         OSError: The file cannot be written.
     """
-    page = png_page(found) if out.suffix == ".png" else html_page(found).encode()
+    match out.suffix:
+        case ".png":
+            page = png_page(found)
+        case ".html":
+            page = html_page(found).encode()
+        case other:
+            raise AssertionError(f"neither .html nor .png: {other}")
     with replacing(out) as stream:
         stream.write(page)
 
 
-def png_page(found: Findings) -> bytes:
+def png_page(found: EvaluationResults) -> bytes:
     """All panels in one PNG."""
     panels = [panel for panel, wanted in _panels(found) if wanted]
-    layers = max(len(found["firing_rate"]), len(found["operations"]["layers"]))
+    operations = found["operations"] or {"layers": {}, "assumptions": []}
+    layers = max(len(found["firing_rate"]), len(operations["layers"]))
     height = max(5.0, 1.5 + 0.16 * layers)
     rows = (len(panels) + 2) // 3
     figure = style.new_figure(18, 0.8 + height * rows)
@@ -166,26 +176,27 @@ def png_page(found: Findings) -> bytes:
     figure.suptitle(
         "\n".join([heading(found), *operations_lines(found)]), fontsize=11, fontweight="bold"
     )
-    assumptions = f"Energy is an estimate: {'; '.join(found['operations']['assumptions'])}."
-    figure.supxlabel(
-        textwrap.fill(assumptions, 240), x=0.01, ha="left", fontsize=9, color=style.QUIET
-    )
+    if operations["assumptions"]:
+        assumptions = f"Energy is an estimate: {'; '.join(operations['assumptions'])}."
+        figure.supxlabel(
+            textwrap.fill(assumptions, 240), x=0.01, ha="left", fontsize=9, color=style.QUIET
+        )
     return style.png(figure)
 
 
-def _panels(found: Findings) -> list[tuple[Panel, bool]]:
+def _panels(found: EvaluationResults) -> list[tuple[Panel, bool]]:
     """The panels in their order, and whether there is something to show."""
     return [
         (_timesteps, True),
         (_early_exit, True),
         (_confusion, True),
         (_firing_rate, bool(found["firing_rate"])),
-        (_operations, True),
+        (_operations, bool(found["operations"])),
         (_dropped, bool(found["dropped_timesteps"] or found["dropped_events"])),
     ]
 
 
-def _timesteps(axis: Any, found: Findings) -> None:
+def _timesteps(axis: Any, found: EvaluationResults) -> None:
     trained = found["trained_timesteps"]
     evaluated = trained <= found["timesteps"]
     shown = sorted({*found["reported_timesteps"], *([trained] if evaluated else [])})
@@ -206,11 +217,11 @@ def _timesteps(axis: Any, found: Findings) -> None:
     style.finish(axis, "Accuracy by timesteps", "top-1 (%)")
 
 
-def _early_exit(axis: Any, found: Findings) -> None:
+def _early_exit(axis: Any, found: EvaluationResults) -> None:
     curve = found["early_exit"]
     spent, top1 = ([point[key] for point in curve] for key in ("mean_timesteps", "top1"))
     axis.plot(spent, top1, "o-", color=style.RATE, label="exit at a confidence")
-    room = 0.1 * found["timesteps"]  # of a label
+    room = 0.1 * found["timesteps"]  # that a label takes
     labelled: list[float] = []
     for point in (curve[0], curve[-1], curve[len(curve) // 2]):
         if any(abs(point["mean_timesteps"] - there) < room for there in labelled):
@@ -232,7 +243,7 @@ def _early_exit(axis: Any, found: Findings) -> None:
     style.finish(axis, "Early exit", "top-1 (%)")
 
 
-def _confusion(axis: Any, found: Findings) -> None:
+def _confusion(axis: Any, found: EvaluationResults) -> None:
     names = found["classes"]
     shares = [[count / max(sum(row), 1) for count in row] for row in found["confusion"]]
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
@@ -252,7 +263,7 @@ def _confusion(axis: Any, found: Findings) -> None:
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
 
 
-def _firing_rate(axis: Any, found: Findings) -> None:
+def _firing_rate(axis: Any, found: EvaluationResults) -> None:
     rates = found["firing_rate"]
     _layer_bars(axis, list(rates), [(100 * r for r in rates.values())], [(style.RATE, "")])
     title = f"Firing rate over {found['timesteps']} timesteps"
@@ -260,7 +271,7 @@ def _firing_rate(axis: Any, found: Findings) -> None:
     axis.set_xlabel("spikes per neuron per timestep (%)", fontsize=9)
 
 
-def _operations(axis: Any, found: Findings) -> None:
+def _operations(axis: Any, found: EvaluationResults) -> None:
     layers = found["operations"]["layers"]
     bars: list[list[float]] = []
     styles: list[tuple[str, str]] = []
@@ -293,7 +304,7 @@ def _layer_bars(
     axis.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _dropped(axis: Any, found: Findings) -> None:
+def _dropped(axis: Any, found: EvaluationResults) -> None:
     for key, colour in (("dropped_timesteps", style.SPEED), ("dropped_events", style.WAIT)):
         if found[key]:
             shares = [0.0, *(100 * at["share"] for at in found[key])]
@@ -316,7 +327,7 @@ img { max-width: 100%; vertical-align: top } .note { color: #555; font-size: .9r
 """
 
 
-def html_page(found: Findings) -> str:
+def html_page(found: EvaluationResults) -> str:
     """The page, with its pictures within it, and nothing that is fetched or run."""
     parts = [
         f"<h1>{html.escape(heading(found))}</h1>",
@@ -325,7 +336,7 @@ def html_page(found: Findings) -> str:
         f"{found['trained_timesteps']}.</p>",
         "<h2>Accuracy by timesteps, and early exit</h2>",
         _image(found, [_timesteps, _early_exit], 13, 4.5),
-        _table(
+        tables.as_html(
             ["T", "top-1 %", "top-5 %", "loss"],
             [
                 [
@@ -339,7 +350,7 @@ def html_page(found: Findings) -> str:
         ),
         '<p class="note">Early exit: a sample is decided at the first timestep at which the '
         "softmax of its time-mean reaches the confidence, at the latest at T.</p>",
-        _table(
+        tables.as_html(
             ["confidence", "top-1 %", "mean T"],
             [
                 [f"{p['threshold']:g}", f"{p['top1']:.2f}", f"{p['mean_timesteps']:.3f}"]
@@ -354,20 +365,21 @@ def html_page(found: Findings) -> str:
             '<p class="note">A dropped timestep shows an image of the mean colour, or no events; '
             f"each is dropped by itself, with seed {found['seed']}.</p>",
         ]
-    layers = max(len(found["firing_rate"]), len(found["operations"]["layers"]))
-    panels: list[Panel] = [_operations]
-    if found["firing_rate"]:
-        panels.insert(0, _firing_rate)
+    operations = found["operations"] or {"layers": {}, "assumptions": []}
+    layers = max(len(found["firing_rate"]), len(operations["layers"]))
+    panels: list[Panel] = [_firing_rate] if found["firing_rate"] else []
+    if operations["layers"]:
+        panels.append(_operations)
     parts += [
         "<h2>Firing rates and operations</h2>",
-        _image(found, panels, 6.5 * len(panels), 1.5 + 0.22 * layers),
+        *([_image(found, panels, 6.5 * len(panels), 1.5 + 0.22 * layers)] if panels else []),
         *(f"<p>{html.escape(line)}</p>" for line in operations_lines(found)),
         "<ul class=note>",
-        *(f"<li>{html.escape(text)}</li>" for text in found["operations"]["assumptions"]),
+        *(f"<li>{html.escape(text)}</li>" for text in operations["assumptions"]),
         "</ul>",
         "<h2>Classes</h2>",
         _image(found, [_confusion], 9, 7.5),
-        _table(
+        tables.as_html(
             ["class", "samples", "recall %", "precision %", "most often taken for"],
             [
                 [
@@ -388,16 +400,9 @@ def html_page(found: Findings) -> str:
     )
 
 
-def _image(found: Findings, panels: list[Panel], width: float, height: float) -> str:
+def _image(found: EvaluationResults, panels: list[Panel], width: float, height: float) -> str:
     figure = style.new_figure(width, height, dpi=100)
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel(axis, found)
     data = base64.b64encode(style.png(figure)).decode()
     return f'<p><img alt="" src="data:image/png;base64,{data}"></p>'
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    def line(cells: list[str], kind: str) -> str:
-        return "<tr>" + "".join(f"<{kind}>{html.escape(c)}</{kind}>" for c in cells) + "</tr>"
-
-    return "\n".join(["<table>", line(head, "th"), *(line(row, "td") for row in rows), "</table>"])

@@ -24,7 +24,7 @@ from tetdist.reports.style import (
 def runs(
     groups: Mapping[str, Sequence[tuple[str, list[dict[str, Any]]]]], title: str, out: Path
 ) -> None:
-    """Draws the curves of several runs over each other, the mean and spread of each group.
+    """Draw the curves of several runs over each other, the mean and spread of each group.
 
     Args:
         groups: By name, the runs that differ only by their seed: names and lines of metrics.
@@ -63,7 +63,7 @@ def runs(
             list(shown.values()),
             names,
             loc="outside lower center",
-            ncols=max(1, min(len(names), 160 // (longest + 8))),  # so many letters are a row
+            ncols=max(1, min(len(names), 160 // (longest + 8))),  # 160 letters fit in a row
             fontsize=9,
             frameon=False,
         )
@@ -78,7 +78,7 @@ def _group(
     label: str,
     limits: tuple[float, float],
 ) -> None:
-    """Draws the members of a group lightly, and their mean and standard deviation."""
+    """Draw the members of a group lightly, and their mean and standard deviation."""
     curves = [curve for curve in curves if curve[0]]
     if not curves:
         return
@@ -123,7 +123,7 @@ def _group_timesteps(
 
 
 def standard_deviation(values: Sequence[float]) -> float:
-    """Of a sample, n - 1 in the denominator; 0 of a single value."""
+    """The standard deviation of a sample, with n - 1 in the denominator; 0 of a single value."""
     mean = sum(values) / len(values)
     squares = sum((value - mean) ** 2 for value in values)
     return math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else 0.0

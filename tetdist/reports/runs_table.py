@@ -11,10 +11,10 @@ from typing import Any
 from tetdist.config.identity import OPERATIONAL_KEYS, PATH_KEYS, absolute_path
 from tetdist.reports import overlay
 
-# What may differ within a group, besides what has no effect on the result.
+# The keys that may differ within a group; OPERATIONAL_KEYS have no effect on the result.
 OF_THE_SEED = ("seed", "name", *OPERATIONAL_KEYS)
 
-# Of a value in a table or a legend; --json has all of it.
+# The length of a value in a table or a legend; --json has all of it.
 SHOWN_CHARACTERS = 24
 
 
@@ -30,7 +30,7 @@ class RunRecord:
         return [line for line in self.lines if line["kind"] == kind]
 
     def result(self) -> dict[str, Any]:
-        """What it reached; None where it has not been measured."""
+        """The numbers that the run reached; None where they have not been measured."""
         train, val = self.of_kind("train"), self.of_kind("val")
         last_train, last_val = (lines[-1] if lines else {} for lines in (train, val))
         best = max(val, key=lambda line: line["top1"], default={})
@@ -49,7 +49,7 @@ class RunRecord:
 
 
 def differing_keys(records: Sequence[RunRecord]) -> list[str]:
-    """Keys of the configuration that have several values, without what a seed may change."""
+    """The keys of the configuration that have several values, without those a seed may change."""
     configurations = [record.configuration for record in records if record.configuration]
     keys = dict.fromkeys(key for configuration in configurations for key in configuration)
     return [
@@ -57,7 +57,7 @@ def differing_keys(records: Sequence[RunRecord]) -> list[str]:
         for key in keys
         if key not in OF_THE_SEED
         and key.partition(".")[0] != "cluster"
-        # A run without the key, in which it has no effect, differs in what makes it so.
+        # A run lacks a key that has no effect in it; it differs in the key that makes it so.
         and len({repr(of_any_seed(key, c)) for c in configurations if key in c}) > 1
     ]
 
@@ -113,7 +113,7 @@ def _common_name(members: Sequence[RunRecord]) -> str | None:
 
 
 def _telling(keys: Sequence[str], records: Sequence[RunRecord]) -> list[str]:
-    """So many of the keys that no two of the records have the same values of all of them."""
+    """The first keys that suffice to tell all records apart by their values."""
     found: list[str] = []
     kinds = 1
     for key in keys:
@@ -136,12 +136,12 @@ def _described(record: RunRecord, keys: Sequence[str]) -> str:
 
 
 def by_number(name: str) -> list[tuple[str, int]]:
-    """Sorts t10 behind t2."""
+    """A key to sort by that puts t10 behind t2."""
     return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 
 def shortened(value: Any) -> str:
-    """A value for a table; of a long one, as paths are, its end."""
+    """A value for a table; only the end of a long one, such as a path."""
     text = str(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"...{text[3 - SHOWN_CHARACTERS :]}"
 
@@ -157,7 +157,7 @@ def group_result(name: str, members: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def as_dict(records: Sequence[RunRecord]) -> dict[str, Any]:
-    """Ready for JSON."""
+    """The runs and their groups, ready for JSON."""
     keys = differing_keys(records)
     return {
         "runs": [
@@ -219,7 +219,7 @@ def with_deviation(mean: float | None, deviation: float | None, spec: str) -> st
 
 
 def plot(records: Sequence[RunRecord], out: Path) -> None:
-    """Draw the runs' curves over each other, see `plots.runs`.
+    """Draw the runs' curves over each other, see `overlay.runs`.
 
     Raises:
         UserError: matplotlib is not installed.

@@ -17,9 +17,9 @@ RATE = "#009E73"
 SPEED = "#7A5195"
 WAIT = "#E69F00"
 QUIET = "#767676"
-# For lines of which there may be many.
+# Colours for lines of which there may be many.
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31")
-PERCENT, POSITIVE = (0.0, 100.0), (0.0, math.inf)  # what a mean and its spread may be
+PERCENT, POSITIVE = (0.0, 100.0), (0.0, math.inf)  # limits of a mean and its spread
 
 
 def new_figure(width: float, height: float, *, dpi: int = 110) -> Any:
@@ -56,7 +56,7 @@ def save(figure: Any, out: Path) -> None:
 
 
 def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
-    """Gives a panel its title, unit, grid and, where there are lines, legend."""
+    """Give a panel its title, unit, grid and, where there are lines, legend."""
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axis.set_ylabel(unit, fontsize=10)
     axis.grid(color="#E4E4E4", linewidth=0.7)
@@ -71,7 +71,7 @@ def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
             0.5, 0.5, "nothing yet", transform=axis.transAxes, ha="center", va="center", color=QUIET
         )
     elif legend:
-        # Beside the title, where it covers no curve.
+        # The legend stands beside the title, where it covers no curve.
         handles = [line for line in drawn if not line.get_label().startswith("_")]
         axis.legend(
             handles=handles,
@@ -86,7 +86,7 @@ def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
 
 
 def markers(axis: Any, epochs: list[float], values: list[float], colour: str, label: str) -> None:
-    """Draws a line whose points show while they are few."""
+    """Draw a line whose points show while they are few."""
     axis.plot(
         epochs, values, marker_style(values), color=colour, linewidth=1.8, markersize=4, label=label
     )
@@ -99,7 +99,7 @@ def marker_style(values: Sequence[float]) -> str:
 def raw_and_smooth(
     axis: Any, train: list[dict[str, Any]], key: str, colour: str, label: str
 ) -> None:
-    """Draws the values lightly and their running mean over them, each phase by itself."""
+    """Draw the values lightly and their running mean over them, each phase by itself."""
     steady = steady_part(train)
     half = len(steady) // 60
     if half == 0:
@@ -114,9 +114,9 @@ def raw_and_smooth(
 
 
 def steady_part(train: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of training but those over less than half as many steps as usual.
+    """The lines of training without those over less than half as many steps as usual.
 
-    The one at the end of an epoch may be the mean of a batch or two: a peak that means nothing.
+    The line at the end of an epoch may be the mean of a batch or two: a peak that means nothing.
     """
     steps = [0, *(line["step"] for line in train)]
     counts = [float(after - before) for before, after in itertools.pairwise(steps)]
@@ -125,7 +125,7 @@ def steady_part(train: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _running_mean(values: list[float], half: int) -> list[float]:
-    """Averages each value with up to `half` neighbours on either side."""
+    """Average each value with up to `half` neighbours on either side."""
     sums = [0.0, *itertools.accumulate(values)]
     means = []
     for index in range(len(values)):
@@ -139,7 +139,7 @@ def median(values: list[float]) -> float:
 
 
 def series(lines: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Returns the epochs and values of the lines that have a finite one."""
+    """The epochs and values of the lines that have a finite value."""
     pairs = [
         (line["epoch"], line[key])
         for line in lines

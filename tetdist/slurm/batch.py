@@ -12,7 +12,7 @@ from tetdist.errors import UserError
 from tetdist.slurm.cluster import ClusterSection
 from tetdist.slurm.job import Job
 
-# What to do about sbatch's refusals, by a word of them.
+# The way out of a refusal by sbatch, by a word in it.
 WAYS_OUT = {
     "partition": "`sinfo` lists the partitions, of which --partition P names one",
     "account": "--account A names one of yours: `sacctmgr show associations user=$USER`",
@@ -28,12 +28,12 @@ WAYS_OUT = {
 def parameters(
     name: str, cluster: ClusterSection, code: Path, after: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Of submitit's SlurmExecutor, in the words of sbatch.
+    """Parameters of submitit's SlurmExecutor, in the words of sbatch.
 
     Args:
-        name: Of the job.
+        name: The job's name.
         cluster: The facts.
-        code: The folder that it runs in.
+        code: The folder that the job runs in.
         after: Jobs that have to end well first.
     """
     values: dict[str, Any] = {
@@ -51,17 +51,18 @@ def parameters(
         "qos": cluster.qos,
         "constraint": cluster.constraint,
         "signal_delay_s": cluster.warn_before_end,
-        # What a rank prints is in one file.
+        # All that a rank prints goes to one file.
         "stderr_to_stdout": True,
         "srun_args": [
             # One dead process ends the job at once instead of leaving the others to wait for it.
             "--kill-on-bad-exit=1",
-            # Of sbatch's flags, srun ignores this one since Slurm 22.05: one core for each process.
+            # Since Slurm 22.05 srun no longer takes this flag over from sbatch; without it each
+            # process would have a single core.
             *([f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []),
         ],
         "setup": [
             *cluster.setup,
-            # The snapshot before whatever is installed, and `python -m` looks here first.
+            # The snapshot comes before whatever is installed; `python -m` looks here first.
             f"cd {shlex.quote(str(code))}",
             f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         ],
@@ -72,19 +73,19 @@ def parameters(
 
 
 def _depending_on(after: Sequence[str], flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags of sbatch, with the dependency that they may have already."""
+    """The flags of sbatch with this dependency, beside one that they may have already."""
     if not after:
         return flags
-    # To Slurm a job that is requeued has not ended: it keeps its id, and the others wait on.
+    # A requeued job has not ended for Slurm: it keeps its id, and the others go on waiting for it.
     dependency = f"afterok:{':'.join(after)}"
     if "dependency" in flags:
         dependency += f",{flags['dependency']}"
-    # Where a job before it fails, it leaves the queue, in which it would wait for ever.
+    # A job whose predecessor has failed would otherwise wait in the queue for ever.
     return {"kill-on-invalid-dep": "yes"} | flags | {"dependency": dependency}
 
 
 def python_command() -> str:
-    """Starts Python so that an early warning from Slurm neither kills it nor is lost.
+    """Start Python so that an early warning from Slurm neither kills it nor is lost.
 
     Until there is a handler for it, USR2 would end a process that is still importing, and so the
     job. A signal that is blocked waits, also when the process becomes another program; so a Python
@@ -126,7 +127,7 @@ def submit(jobs: list[Job], values: dict[str, Any], folder: Path) -> list[str]:
         ) from error
     executor.update_parameters(**values)
     try:
-        # submitit would show sbatch's words, which are in its error, too.
+        # submitit prints what sbatch says; it is in its error, too, and would be there twice.
         with redirect_stderr(StringIO()), executor.batch():
             submitted = [executor.submit(job) for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
@@ -135,7 +136,7 @@ def submit(jobs: list[Job], values: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _reason(text: str) -> str:
-    """sbatch's own words out of submitit's report, and the way out."""
+    """The words of sbatch within submitit's report, and the way out."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = [line.removeprefix("sbatch: error: ") for line in lines if "sbatch: error:" in line]
     reason = "; ".join(said or lines[-1:])

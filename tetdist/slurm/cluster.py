@@ -1,4 +1,4 @@
-"""What is to be known of a cluster and of the job that is sent there.
+"""The facts of a cluster, and of the job that is sent there.
 
 The facts come, each from the last of these that gives it, from
 
@@ -76,8 +76,8 @@ def gather(section: dict[str, Any], flags: dict[str, Any]) -> ClusterSection:
     """The facts from all places.
 
     Args:
-        section: ``cluster:`` of the run's configuration.
-        flags: Those of the command line that were given.
+        section: The section ``cluster:`` of the run's configuration.
+        flags: The flags that were given on the command line.
 
     Raises:
         UserError: A key is unknown, of the wrong type or without sense, or a file is no YAML.
@@ -114,7 +114,7 @@ def minutes(text: str, name: str = "cluster.time") -> int:
 
     Args:
         text: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``.
-        name: Of the key or flag, for the error.
+        name: The key or flag, for the error.
 
     Raises:
         UserError: It is of none of these forms.

@@ -1,4 +1,4 @@
-"""The command of launch/slurm.py: submit, status, cancel, resume."""
+"""The command slurm: submit, status, cancel, resume."""
 
 import argparse
 from pathlib import Path
@@ -187,7 +187,7 @@ def submit(options: argparse.Namespace) -> int:
     submissions = submission.submit(runs, _job_name(base.name, runs), after=after)
     print(plan.describe(runs[0].plan, speed))
     for run, done in zip(runs, submissions, strict=True):
-        print(submission.farewell(done, run.config))
+        submission.log_summary(done, run.config)
     return _follow(runs[0].config.run_dir) if options.follow else 0
 
 
@@ -214,12 +214,12 @@ def _resume(run_dir: Path, options: argparse.Namespace) -> None:
     jobs.refuse_if_queued(run_dir)
     config = submission.config_of(earlier)
     cluster = cluster_of(earlier.cluster, options)
-    # What it waited for was finished when it began.
+    # A run that has begun once has nothing to wait for: the runs before it were finished then.
     after = [Path(path) for path in earlier.after] if not history.saved_step(run_dir) else []
     run = submission.prepare(config, cluster, after)
     code = None if options.new_code else Path(earlier.code)
     (done,) = submission.submit([run], config.name, code, after)
-    print(submission.farewell(done, config))
+    submission.log_summary(done, config)
 
 
 def status(options: argparse.Namespace) -> int:
@@ -238,9 +238,10 @@ def cancel(options: argparse.Namespace) -> int:
     from tetdist.slurm import history, jobs
     from tetdist.slurm import status as show
     from tetdist.slurm import submit as submission
-    from tetdist.slurm.history import Event
+    from tetdist.slurm.history import JobEvent
 
-    # Slurm would remove by itself what waits for a cancelled job, and nobody would note it.
+    # From the last run to the first: Slurm itself removes whatever waits for a cancelled job, and
+    # nobody would note that.
     for run_dir in reversed(show.find(options.run)):
         job = show.submission_of(run_dir)
         state = jobs.state_of(job.job)
@@ -248,11 +249,11 @@ def cancel(options: argparse.Namespace) -> int:
             print(f"{run_dir} is not queued: job {job.job} is {state.name} ({state.text})")
             continue
         jobs.cancel(job.job)
-        # Should the job be about to requeue itself, its next start finds this.
-        history.note(run_dir, Event("cancelled", job.job, step=history.saved_step(run_dir)))
-        # A process that trains says so itself; but there may be none yet.
+        # If the job is just requeuing itself, its next start finds this line and ends.
+        history.note(run_dir, JobEvent("cancelled", job.job, step=history.saved_step(run_dir)))
+        # A process that trains tells MLflow itself, but there may be none yet.
         history.announce(submission.config_of(job), "KILLED", {})
-        print(f"cancelled job {job.job}; `{PROGRAM} resume {run_dir}` continues the run")
+        print(f"cancelled job {job.job}; `{typed('slurm', 'resume', run_dir)}` continues the run")
     return 0
 
 
@@ -281,5 +282,6 @@ def _follow(run_dir: Path) -> int:
     try:
         return show.follow(run_dir)
     except KeyboardInterrupt:
-        print(f"\nthe job goes on; `{PROGRAM} status {run_dir} --follow` shows it again")
+        again = typed("slurm", "status", run_dir, "--follow")
+        print(f"\nthe job goes on; `{again}` shows it again")
         return 130

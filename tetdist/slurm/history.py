@@ -1,4 +1,4 @@
-"""What is written down about a run's jobs, in the run's folder, under slurm/.
+"""The record of a run's jobs, in the run's folder, under slurm/.
 
     slurm/
         history.jsonl           submitted, started, stopped, finished, failed: a line each
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tetdist.errors import UserError
 from tetdist.files import write_json, write_text
@@ -28,7 +28,7 @@ from tetdist.tracking import mlflow_follower
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
 
-# In place of a job's id, without Slurm.
+# Stands for a job's id in a run that Slurm does not know of.
 LOCAL = "local"
 
 
@@ -42,7 +42,7 @@ class Submission:
         config, code: The job's configuration file and its code.
         log: Folder of the logs and failures.
         cluster: The facts that it was submitted with.
-        last_step, steps_per_epoch, global_batch: Of the run.
+        last_step, steps_per_epoch, global_batch: The run's.
         time: When, in Unix seconds.
         after: Folders of the runs that had to be finished first.
     """
@@ -64,20 +64,23 @@ class Submission:
         return Path(self.log) / f"{self.job}_0_log.out"
 
 
+EventKind = Literal["submitted", "started", "stopped", "finished", "failed", "cancelled"]
+
+
 @dataclass(frozen=True)
-class Event:
+class JobEvent:
     """One line of history.jsonl.
 
     Attributes:
-        kind: submitted, started, stopped, finished, failed or cancelled.
-        job: As of `Submission`.
+        kind: What happened.
+        job: See `Submission`.
         restart: How often Slurm had started the job before: 0, 1, ...
-        step: Of the newest checkpoint.
-        text: Why, and where.
-        time: In Unix seconds.
+        step: That of the newest checkpoint.
+        text: The reason, and the hosts.
+        time: Unix time in seconds.
     """
 
-    kind: str
+    kind: EventKind
     job: str
     restart: int = 0
     step: int = 0
@@ -132,33 +135,33 @@ def _submissions(run_dir: Path) -> list[tuple[int, Path]]:
     return [(int(number), f) for f in folders if (number := f.name.partition("-")[2]).isdigit()]
 
 
-def note(run_dir: Path, event: Event) -> None:
+def note(run_dir: Path, event: JobEvent) -> None:
     """Add a line to the run's history."""
     slurm_folder(run_dir).mkdir(parents=True, exist_ok=True)
     with (slurm_folder(run_dir) / "history.jsonl").open("a") as file:
         file.write(json.dumps(asdict(event)) + "\n")
 
 
-def history(run_dir: Path) -> list[Event]:
+def history(run_dir: Path) -> list[JobEvent]:
     """All events, oldest first; a line that a kill tore is left out."""
-    events: list[Event] = []
+    events: list[JobEvent] = []
     file = slurm_folder(run_dir) / "history.jsonl"
     for line in file.read_text().splitlines() if file.is_file() else ():
         try:
-            events.append(Event(**json.loads(line)))
+            events.append(JobEvent(**json.loads(line)))
         except (ValueError, TypeError):
             continue
     return events
 
 
-def since_submission(events: list[Event]) -> list[Event]:
+def since_submission(events: list[JobEvent]) -> list[JobEvent]:
     """The events of the newest submission."""
     starts = [i for i, event in enumerate(events) if event.kind == "submitted"]
     return events[starts[-1] :] if starts else events
 
 
-def restarts(events: list[Event]) -> list[Event]:
-    """Every start of the run but its first, with why the one before had ended."""
+def restarts(events: list[JobEvent]) -> list[JobEvent]:
+    """Every start of the run but the first; its text says why the one before had ended."""
     return [event for event in events if event.kind == "started"][1:]
 
 
@@ -173,7 +176,7 @@ def write_failure(log: Path, job: str, restart: int, rank: int, text: str) -> No
 
 
 def first_failure(log: Path, job: str, restart: int) -> str | None:
-    """What the rank raised that failed before the others."""
+    """The error of the rank that failed before the others."""
     found: list[tuple[float, str]] = []
     for file in log.glob(f"failure-{job}.{restart}-*.txt"):
         moment, _, text = file.read_text().partition("\n")
@@ -183,7 +186,7 @@ def first_failure(log: Path, job: str, restart: int) -> str | None:
 
 @contextmanager
 def submitting(run_dir: Path) -> Iterator[None]:
-    """Only one program at a time may look whether a run is queued, and submit it."""
+    """Let only one program at a time look whether a run is queued, and submit it."""
     slurm_folder(run_dir).mkdir(parents=True, exist_ok=True)
     with (slurm_folder(run_dir) / ".lock").open("w") as lock:
         try:
@@ -194,20 +197,20 @@ def submitting(run_dir: Path) -> Iterator[None]:
 
 
 def announce(config: "RunConfig", status: str | None, tags: dict[str, str]) -> None:
-    """Tell MLflow about a run that no process trains now; see `tracking.announce`."""
+    """Tell MLflow about a run that no process trains now; see `mlflow_follower.announce`."""
     _announce(config, config.run_dir, config.name, status, tags)
 
 
 def announce_parent(
     config: "RunConfig", folder: Path, name: str, tags: dict[str, str]
 ) -> str | None:
-    """Make a run in MLflow for others to be below, or find it; it is a heading, hence finished.
+    """Make or find a run in MLflow that others are shown below; as a heading it counts as finished.
 
     Args:
-        config: Of one of them, which says where MLflow is.
+        config: The configuration of one of them, which says where MLflow is.
         folder: Keeps the run's id; made if missing.
-        name: Of the run.
-        tags: Of the run.
+        name: The run's name in MLflow.
+        tags: The run's tags in MLflow.
 
     Returns:
         The run's MLflow id; None without MLflow, or if it does not answer.

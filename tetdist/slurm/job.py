@@ -1,4 +1,4 @@
-"""What each process of a job does: find the others, train, and see that the run goes on.
+"""The work of each process of a job: find the others, train, and see that the run goes on.
 
 A job knows nothing but where its run folder is. So every start of it is the same, whether it is the
 first, a requeue by the job itself, by an administrator, after a preemption or after a node's crash:
@@ -15,23 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Before torch is imported: see tetdist/train.py.
+# Set before torch is imported, which reads it then: see tetdist_command.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tetdist.distributed.watchdog import PeerFailed
-from tetdist.errors import UserError, sentence
+from tetdist.errors import UserError, sentence, typed
 from tetdist.slurm import history
-from tetdist.slurm.history import Event
-from tetdist.slurm.placement import Place, SlurmPlace
+from tetdist.slurm.history import EventKind, JobEvent
+from tetdist.slurm.placement import ProcessContext, SlurmContext
 
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
 
-# Slurm's warning ahead of a time limit or a preemption is USR2. (USR1 is the same by hand.) SIGTERM
-# comes when Slurm has decided itself what happens next: save, but leave that to it.
+# Slurm warns of a time limit or a preemption by USR2; a person may send USR1 to the same end. After
+# either the job starts itself again. SIGTERM means that Slurm has decided what comes next: then the
+# job saves and leaves that to Slurm.
 RESTART_AFTER = (signal.SIGUSR1, signal.SIGUSR2)
 
-# Seconds within which Slurm should have noticed a crashed node; it is told SlurmdTimeout, by
+# Seconds within which Slurm should have noticed a crashed node. Its own limit is SlurmdTimeout, by
 # default 300.
 NODE_PATIENCE = 1200.0
 
@@ -57,37 +58,37 @@ class Job:
     interface: str | None
 
     def __call__(self) -> None:
-        """As a task of Slurm; ends the process."""
-        # A signal that comes before the trainer is there to receive it must wait for it, and one
-        # that comes after it is late: submitit's own handlers, made for functions that cannot stop
-        # by themselves, would end the job for the one, and keep it from ending for the other.
+        """Run as a task of Slurm; ends the process."""
+        # A signal must wait until the trainer is there to receive it, and must do nothing once the
+        # trainer is done. submitit's own handlers are made for functions that cannot stop by
+        # themselves: they would end the job too early, or keep it from ending.
         signal.pthread_sigmask(signal.SIG_BLOCK, RESTART_AFTER)
         for number in RESTART_AFTER:
             signal.signal(number, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGCONT):
             signal.signal(number, signal.SIG_DFL)
-        sys.exit(run(self, lambda: SlurmPlace.find(self.interface, self.warn_before_end)))
+        sys.exit(run(self, lambda: SlurmContext.find(self.interface, self.warn_before_end)))
 
 
-def run(job: Job, find_place: Callable[[], Place]) -> int:
-    """One process's part of one start of the job; its exit status."""
+def run(job: Job, find_context: Callable[[], ProcessContext]) -> int:
+    """Do one process's part of one start of the job; returns its exit status."""
     rank = os.environ.get("SLURM_PROCID", "?")
     try:
-        place = find_place()
-        place.export()
+        context = find_context()
+        context.export()
     except (UserError, ModuleNotFoundError) as error:
         print(f"rank {rank}: error: {sentence(error)}", file=sys.stderr)
         return 2
-    return _Start(job, place).run()
+    return _Start(job, context).run()
 
 
 class _Start:
     """One start of a job, in one process."""
 
-    def __init__(self, job: Job, place: Place) -> None:
-        self.job, self.place = job, place
+    def __init__(self, job: Job, context: ProcessContext) -> None:
+        self.job, self.context = job, context
         self.run_dir, self.log = Path(job.run_dir), Path(job.log)
-        self.is_first = place.rank == 0
+        self.is_first = context.rank == 0
         self.config: RunConfig | None = None
 
     def run(self) -> int:
@@ -95,7 +96,7 @@ class _Start:
         try:
             self._check_code()
             if self._is_cancelled():
-                # No success, since a run may wait for this one's.
+                # This is no success: another run may be waiting for this one to finish.
                 return 128 + signal.SIGTERM
             from tetdist.training.run import Launcher, train
 
@@ -105,7 +106,7 @@ class _Start:
             status = train(self.config, launcher)
         except (UserError, ModuleNotFoundError) as error:
             self._write_failure(error)
-            prefix = "" if self.is_first else f"rank {self.place.rank}: "
+            prefix = "" if self.is_first else f"rank {self.context.rank}: "
             print(f"{prefix}error: {sentence(error)}", file=sys.stderr)
             return self._end_failed(2, str(error))
         except SystemExit as ended:
@@ -129,7 +130,11 @@ class _Start:
         return loading.load_written(Path(self.job.config))
 
     def _check_code(self) -> None:
-        """That what was queued is what runs, whatever the environment has installed."""
+        """See that the queued code is what runs, whatever the environment has installed.
+
+        Raises:
+            UserError: Python imports other code.
+        """
         here = Path(__file__).resolve().parents[2]
         if here != Path(self.job.code).resolve():
             raise UserError(
@@ -138,18 +143,18 @@ class _Start:
             )
 
     def _is_cancelled(self) -> bool:
-        """Whether `launch/slurm.py cancel` came, and a requeue at that moment undid it."""
+        """Whether the run was cancelled and a requeue at that moment undid it."""
         events = history.since_submission(history.history(self.run_dir))
         return any(event.kind == "cancelled" for event in events)
 
     def _begin(self) -> dict[str, str]:
         """Note this start, and refuse it if the starts lead nowhere. Returns tags for MLflow."""
-        place = self.place
+        context = self.context
         step = history.saved_step(self.run_dir)
         earlier = history.history(self.run_dir)
         starts = [e for e in history.since_submission(earlier) if e.kind == "started"]
         why = self._why_started(earlier)
-        self._note("started", f"{why}; on {', '.join(place.hosts)}" if why else "")
+        self._note("started", f"{why}; on {', '.join(context.hosts)}" if why else "")
         vain = 0
         for start in reversed(starts):
             vain += start.step == step
@@ -160,23 +165,23 @@ class _Start:
                 f"{self.run_dir} was started {vain} times without getting past step {step}, the "
                 f"last time until: {why}; it is not tried again. Give it more time before it is "
                 "stopped (--time, or GraceTime for a preemption) or save.every_steps=N with a "
-                f"small N, and continue with `launch/slurm.py resume {self.run_dir}`"
+                f"small N, and continue with `{typed('slurm', 'resume', self.run_dir)}`"
             )
         again = history.restarts(history.history(self.run_dir))
         if why:
             print(
-                f"restart {len(again)}, job {place.job}, from step {step}, on "
-                f"{', '.join(place.hosts)}: {why}",
+                f"restart {len(again)}, job {context.job}, from step {step}, on "
+                f"{', '.join(context.hosts)}: {why}",
                 file=sys.stderr,
                 flush=True,
             )
-        tags = {"slurm_job": place.job, "restarts": str(len(again))}
+        tags = {"slurm_job": context.job, "restarts": str(len(again))}
         for i, event in enumerate(again[-100:], start=max(0, len(again) - 100) + 1):
             tags[f"restart_{i:03}"] = f"step {event.step}: {event.text}"
         return tags
 
-    def _why_started(self, earlier: list[Event]) -> str:
-        """Why this is not the run's first start; empty if it is."""
+    def _why_started(self, earlier: list[JobEvent]) -> str:
+        """The reason why this is not the run's first start; empty if it is."""
         if not any(event.kind == "started" for event in earlier):
             return ""
         last = earlier[-1]
@@ -184,18 +189,18 @@ class _Start:
             return "submitted again"
         if last.kind == "finished":
             return "started once more after its end"
-        # What the process guessed when it was stopped, and what Slurm says of it afterwards.
+        # The process wrote down a guess when it was stopped; Slurm's account of it comes later.
         if last.kind == "started":
-            return self.place.why_ended() or "ended without a word"
+            return self.context.why_ended() or "ended without a word"
         if "from outside" in last.text:
-            account = self.place.why_ended()
+            account = self.context.why_ended()
             name = last.text.partition(" ")[0]
             if account and (name == "SIGTERM" or account == "preempted"):
                 return f"{account} ({name})"
         return last.text
 
     def _end(self, status: int) -> int:
-        """What comes after training: nothing, another start, or the end of a stopped run."""
+        """Finish the start after training: the run is done, is started again, or was stopped."""
         number = status - 128
         if number <= 0:
             self._note("finished" if status == 0 else "failed")
@@ -204,18 +209,18 @@ class _Start:
             # Rank 0 decides: srun ends all processes when one reports a failure, and rank 0 may
             # still have something to write.
             return 0
-        why = self.place.why_stopped(number)
+        why = self.context.why_stopped(number)
         self._note("stopped", why)
         if number not in RESTART_AFTER:
             return status
-        if self.place.was_cancelled():
-            # Slurm would requeue it nevertheless.
+        if self.context.was_cancelled():
+            # Slurm would requeue the job although it was cancelled.
             print("the job was cancelled meanwhile; all is saved", file=sys.stderr, flush=True)
             assert self.config is not None
             history.announce(self.config, "KILLED", {})
             return status
         print(f"{why}: all is saved, the job is started again", file=sys.stderr, flush=True)
-        return self.place.start_again()
+        return self.context.start_again()
 
     def _end_failed(self, status: int, why: str) -> int:
         """Write a failure down, on rank 0, while srun ends the others, and this process soon."""
@@ -226,20 +231,20 @@ class _Start:
                 history.announce(self.config, "FAILED", {})
         return status
 
-    def _note(self, kind: str, text: str = "") -> None:
+    def _note(self, kind: EventKind, text: str = "") -> None:
         if self.is_first:
             step = history.saved_step(self.run_dir)
-            event = Event(kind, self.place.job, self.place.restart, step, text)
+            event = JobEvent(kind, self.context.job, self.context.restart, step, text)
             history.note(self.run_dir, event)
 
     def _on_failure(self, error: Exception) -> None:
-        """Called where the error was raised, while the other processes still wait for this one.
+        """Write the error down where it was raised, while the other processes wait for this one.
 
         A crashed node is first seen as a lost connection. If the job ended with that, Slurm, which
         takes minutes to miss a node, would count it as failed; if it still runs when Slurm does, it
         is started again on other nodes.
         """
-        silent = self.place.silent_hosts()
+        silent = self.context.silent_hosts()
         if silent:
             text = f"a node failed: {', '.join(silent)} does not answer"
             self._note("stopped", text)
@@ -248,23 +253,23 @@ class _Start:
             end = time.monotonic() + NODE_PATIENCE
             while silent and time.monotonic() < end:
                 time.sleep(5)
-                silent = self.place.silent_hosts()
+                silent = self.context.silent_hosts()
         if isinstance(error, PeerFailed):
-            # This process ends without a further word.
+            # The watchdog ends this process at once, so this is the last chance to write.
             self._note("failed", str(error))
         self._write_failure(error)
 
     def _write_failure(self, error: Exception) -> None:
-        place = self.place
+        context = self.context
         known = isinstance(error, UserError | ModuleNotFoundError)
         text = f"error: {error}" if known else "".join(traceback.format_exception(error))
-        where = f"rank {place.rank} on {os.uname().nodename}:"
-        key = (place.job, place.restart, place.rank)
-        if not (self.log / f"failure-{place.job}.{place.restart}-{place.rank}.txt").exists():
+        where = f"rank {context.rank} on {os.uname().nodename}:"
+        key = (context.job, context.restart, context.rank)
+        if not (self.log / f"failure-{context.job}.{context.restart}-{context.rank}.txt").exists():
             history.write_failure(self.log, *key, f"{where}\n{text}")
 
     def _show_first_failure(self) -> None:
-        """In rank 0's log, which people read first, ahead of its own complaint."""
-        text = history.first_failure(self.log, self.place.job, self.place.restart)
+        """Print it to rank 0's log, which people read first, ahead of rank 0's own complaint."""
+        text = history.first_failure(self.log, self.context.job, self.context.restart)
         if self.is_first and text and not text.startswith("rank 0 "):
             print(f"the first to fail was {text}\n", file=sys.stderr, flush=True)

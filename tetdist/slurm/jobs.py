@@ -1,4 +1,4 @@
-"""What Slurm says of a job: in the queue, or how it ended."""
+"""The state of a job, as Slurm gives it: in the queue, or how it ended."""
 
 import shutil
 import subprocess
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.slurm import history
 
 
 @dataclass(frozen=True)
 class State:
-    """Of a job.
+    """The state of a job.
 
     Attributes:
         name: RUNNING, PENDING, COMPLETED, FAILED, ... in Slurm's words; ``unknown`` of a job that
             Slurm has forgotten.
-        text: Where it runs, why it waits, how it ended.
+        text: The nodes that it runs on, why it waits, or how it ended.
     """
 
     name: str
@@ -82,7 +82,7 @@ def _ended(jobs: Sequence[str]) -> dict[str, State]:
 
 
 def refuse_if_queued(run_dir: Path) -> None:
-    """Two jobs must not train in one folder.
+    """Refuse a run that a job is going to train: two must not train in one folder.
 
     Raises:
         UserError: One is queued or runs.
@@ -94,8 +94,8 @@ def refuse_if_queued(run_dir: Path) -> None:
     if state.is_queued:
         raise UserError(
             f"{run_dir} is queued already, as job {submission.job} ({state.name}): watch it with "
-            f"`launch/slurm.py status {run_dir}`, end it with `launch/slurm.py cancel {run_dir}`, "
-            "or give this run another name=..."
+            f"`{typed('slurm', 'status', run_dir)}`, end it with "
+            f"`{typed('slurm', 'cancel', run_dir)}`, or give this run another name=..."
         )
 
 

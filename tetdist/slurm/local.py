@@ -1,6 +1,6 @@
-"""The job of a cluster on this machine, without Slurm: ``launch/slurm.py --local N``.
+"""The job of a cluster on this machine, without Slurm: ``slurm --local N``.
 
-python -m launch.local JOB.json        (each of its processes)
+python -m tetdist.slurm.local JOB.json      (each of its processes)
 """
 
 import json
@@ -14,9 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
-# Before torch is imported, by launch.job.
+# First of all, since it sets a variable that torch reads when it is imported.
 from tetdist.slurm.job import RESTART_AFTER, Job, run
-from tetdist.slurm.placement import AGAIN, LocalPlace
+from tetdist.slurm.placement import AGAIN, LocalContext
 
 PASSED_ON = (signal.SIGTERM, *RESTART_AFTER)
 # Seconds that the other processes have to end after one has failed.
@@ -24,7 +24,7 @@ PATIENCE = 10.0
 
 
 def run_here(job: Job, processes: int) -> int:
-    """Run a job in ``processes`` processes, again as often as it asks for it; its exit status."""
+    """Run a job in ``processes`` processes, again while it asks for it; its exit status."""
     file = Path(job.config).with_name("job.json")
     file.write_text(json.dumps(asdict(job)))
     restart = 0
@@ -56,7 +56,7 @@ def _start(file: Path, job: Job, processes: int, restart: int) -> int:
 
     previous = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     previous[signal.SIGINT] = signal.signal(signal.SIGINT, leave_to_them)
-    # Blocked, a signal to a process that still imports waits until there is a handler for it.
+    # A blocked signal waits; so one to a process that still imports is kept until it is handled.
     signal.pthread_sigmask(signal.SIG_BLOCK, RESTART_AFTER)
     try:
         for rank in range(processes):
@@ -98,7 +98,7 @@ def _free_port() -> int:
 
 def main() -> int:
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
-    return run(job, LocalPlace.find)
+    return run(job, LocalContext.find)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where a process of a job is: its rank, how the processes meet, and how the job starts again."""
+"""The place of a process within its job: its rank, where all meet, how the job starts again."""
 
 import os
 import re
@@ -12,32 +12,32 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.slurm.history import LOCAL
 
-# Exit status by which a process asks the local launcher to start the run again.
+# The exit status by which a process asks the local launcher to start the run again.
 AGAIN = 75
 
-# Of slurmd; but any answer does, a refusal as well.
+# The port of slurmd. Any answer shows that a host lives, a refusal as well.
 ANY_PORT = 6818
 
-# Below the ports that Linux gives to outgoing connections, one of which might have ours.
+# Linux gives ports above these to outgoing connections, one of which might take ours.
 PORTS = range(16000, 32000)
 
 
 @dataclass(frozen=True)
-class Place(ABC):
+class ProcessContext(ABC):
     """One process among those of a job.
 
     Attributes:
-        rank, world_size: Among all.
-        local_rank, local_world_size: On this host.
+        rank, world_size: Those among all processes.
+        local_rank, local_world_size: Those on this host.
         master: Host of rank 0, as the other hosts know it.
-        port: Where rank 0 awaits them.
+        port: The one at which rank 0 waits for the others.
         interface: Network interface to the other hosts; None where there are none.
         job: The job's id.
         restart: How often the job was started before.
-        hosts: Of the job.
+        hosts: The job's hosts.
     """
 
     rank: int
@@ -52,7 +52,7 @@ class Place(ABC):
     hosts: tuple[str, ...]
 
     def export(self) -> None:
-        """Tell torch and DeepSpeed, in the words of every launcher."""
+        """Set the variables of the environment by which torch and DeepSpeed find each other."""
         os.environ |= {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
@@ -62,8 +62,8 @@ class Place(ABC):
             "MASTER_PORT": str(self.port),
         }
         if self.interface:
-            # gloo would tell the others the address to which this host resolves its own name, and
-            # many a host resolves it to 127.0.1.1.
+            # gloo would tell the others the address that this host's own name resolves to, which is
+            # 127.0.1.1 on many hosts.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", self.interface)
 
     def silent_hosts(self) -> list[str]:
@@ -76,19 +76,19 @@ class Place(ABC):
 
     @abstractmethod
     def why_stopped(self, number: int) -> str:
-        """What a signal, by its number, that has just stopped the run most likely meant."""
+        """The likely meaning of the signal, by its number, that has just stopped the run."""
 
     @abstractmethod
     def why_ended(self) -> str | None:
-        """How the job's earlier start ended, by others' account; None if there is none."""
+        """The end of the job's earlier start, by Slurm's account; None if there is none."""
 
     @abstractmethod
     def start_again(self) -> int:
-        """Have the whole job started again, once all is saved; on rank 0. Returns exit status."""
+        """Have the whole job started again, once all is saved, on rank 0; the exit status."""
 
 
 @dataclass(frozen=True)
-class SlurmPlace(Place):
+class SlurmContext(ProcessContext):
     """A task of a Slurm job, as srun's variables say.
 
     Attributes:
@@ -101,8 +101,13 @@ class SlurmPlace(Place):
     answering: tuple[str, ...]
 
     @classmethod
-    def find(cls, interface: str | None, warn_before_end: int) -> "SlurmPlace":
-        """This process's place; without a given interface, the one that leads to the others."""
+    def find(cls, interface: str | None, warn_before_end: int) -> "SlurmContext":
+        """Find out about this process.
+
+        Args:
+            interface: None: the one that leads to the other hosts.
+            warn_before_end: See the class.
+        """
         from submitit.slurm.slurm import SlurmJobEnvironment
 
         environment = SlurmJobEnvironment()
@@ -129,7 +134,7 @@ class SlurmPlace(Place):
         return sorted(set(self.answering) - set(_answering(self.answering)))
 
     def was_cancelled(self) -> bool:
-        # Of a job whose processes are being ended Slurm says no more than COMPLETING.
+        # While a job's processes are being ended, Slurm says no more than COMPLETING.
         shown = _show(self.job)
         return "JobState=COMPLETING" in shown and "Reason=TimeLimit" not in shown
 
@@ -159,7 +164,7 @@ class SlurmPlace(Place):
         return meaning.get(state)
 
     def start_again(self) -> int:
-        """`scontrol requeue`, from one process, when all of them have saved.
+        """Call `scontrol requeue`, from one process, when all of them have saved.
 
         Not by submitit's checkpoint(): it counts time-outs and gives up after a few, and replaces
         the pickled job, which a requeue by Slurm itself does not, so that there would be two ways
@@ -173,20 +178,20 @@ class SlurmPlace(Place):
         print(
             f"Slurm does not take `scontrol requeue {self.job}`: {done.stderr.strip()}. If it is "
             "requeuing the job itself, as in a preemption, all is well; otherwise continue with "
-            "`launch/slurm.py resume`",
+            f"`{typed('slurm', 'resume')} RUN`",
             file=sys.stderr,
             flush=True,
         )
-        # The status of a job that Slurm requeues is of no account; of another one it says that the
+        # Nobody reads the status of a job that Slurm requeues; for any other job it says that the
         # run has not ended well.
         return 1
 
 
-class LocalPlace(Place):
-    """A process that launch/local.py started on this machine."""
+class LocalContext(ProcessContext):
+    """A process that `tetdist.slurm.local` started on this machine."""
 
     @classmethod
-    def find(cls) -> "LocalPlace":
+    def find(cls) -> "LocalContext":
         env = os.environ
         return cls(
             rank=int(env["RANK"]),
@@ -239,7 +244,7 @@ def interface_towards(host: str) -> str:
 
 
 def _answering(hosts: Iterable[str]) -> list[str]:
-    """Those of the hosts that answer, all asked at once."""
+    """The hosts that answer; all are asked at once."""
     asked = list(hosts)
 
     def answers(host: str) -> bool:
@@ -262,7 +267,7 @@ def _show(job: str) -> str:
 
 
 def _ask(*command: str) -> str:
-    """What a command of Slurm says; nothing if it fails or takes long: no run depends on it."""
+    """The output of a command of Slurm; empty if it fails or takes long: no run depends on it."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=15)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""What a run will take: steps, images, checkpoints, and, from a measured speed, hours.
+"""The cost of a run: steps, images, checkpoints and, from a measured speed, hours.
 
 The model of communication. All processes average the gradient once a step, in float32, after the
 last micro-batch, so nothing of it hides behind computing. For P parameters, g processes on each of
@@ -20,8 +20,9 @@ from typing import Any
 from tetdist.config.schema import RunConfig
 from tetdist.data import order
 from tetdist.errors import UserError
+from tetdist.optimizers import kind_of
 from tetdist.slurm.cluster import RESTART_MINUTES, ClusterSection
-from tetdist.training.schedule import place
+from tetdist.training.schedule import schedule_phases
 
 EVALUATION_SPEED = 3.0  # forward only, against forward and backward
 TABLE_NODES = (1, 2, 4, 8, 16, 32, 64)
@@ -29,10 +30,10 @@ TABLE_NODES = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast one process trains.
+    """The speed at which one process trains.
 
     Attributes:
-        images_per_s: Of one process alone.
+        images_per_s: The rate of one process alone.
         timesteps: T of the measurement.
     """
 
@@ -42,16 +43,16 @@ class Speed:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes, whatever the speed.
+    """The work of a run, whatever the speed.
 
     Attributes:
-        micro_batches: Of a step, over all processes.
+        micro_batches: Micro-batches of a step, over all processes.
         steps_per_epoch: Optimiser steps.
-        first_step, last_step: Of the run; the first is not 0 where it begins with a later phase.
-        evaluations: Of the whole validation split.
-        train_images, val_images: In the data set.
-        parameters: Of the model.
-        checkpoint_bytes: Of one.
+        first_step, last_step: The run's; the first is not 0 where it begins with a later phase.
+        evaluations: How often the whole validation split is evaluated.
+        train_images, val_images: Sizes of the splits.
+        parameters: The model's.
+        checkpoint_bytes: Size of one checkpoint.
     """
 
     config: RunConfig
@@ -76,18 +77,18 @@ class Plan:
 
     @property
     def average_bytes(self) -> int:
-        """What the processes average at each step."""
+        """The bytes that the processes average at each step."""
         return 4 * self.parameters
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One size of job.
+    """The cost of the run on a job of one size.
 
     Attributes:
-        hours: Of computing, without waiting in a queue.
-        communication: Share of a training step.
-        periods: Time limits that it takes.
+        hours: Time of computing, without waiting in a queue.
+        communication: Its share of a training step.
+        periods: The number of time limits that the run takes.
     """
 
     nodes: int
@@ -116,13 +117,12 @@ def make(
     batch = config.batch
     order.rank_micro_batches(0, cluster.processes, batch.global_, batch.micro)
     per_epoch = order.steps_per_epoch(train_images, batch.global_)
-    phases = place(config.phases, per_epoch)
+    phases = schedule_phases(config.phases, per_epoch)
     end = phases[-1].end_step
     last_step = min(end, config.max_steps or end)
     first_step = phases[config.start_phase].first_step
     every = config.evaluate_every * per_epoch
-    # Adam keeps two numbers a parameter, SGD's momentum one.
-    moments = max(1 if p.optimizer.kind == "sgd" else 2 for p in config.phases)
+    moments = max(kind_of(phase.optimizer.kind).moments for phase in config.phases)
     return Plan(
         config=config,
         cluster=cluster,
@@ -139,7 +139,7 @@ def make(
 
 
 def cost(plan: Plan, speed: Speed, nodes: int) -> Cost | None:
-    """What the run takes on so many nodes; None where its micro-batches cannot be shared so."""
+    """The cost on so many nodes; None where the micro-batches cannot be shared equally."""
     cluster, batch = plan.cluster, plan.config.batch
     in_node = cluster.processes_per_node
     processes = nodes * in_node
@@ -148,7 +148,9 @@ def cost(plan: Plan, speed: Speed, nodes: int) -> Cost | None:
     communication = communication_seconds(plan.average_bytes, nodes, in_node, cluster)
     share = batch.global_ / processes
     training = evaluating = waiting = 0.0
-    for phase in place(plan.config.phases, plan.steps_per_epoch)[plan.config.start_phase :]:
+    for phase in schedule_phases(plan.config.phases, plan.steps_per_epoch)[
+        plan.config.start_phase :
+    ]:
         steps = max(0, min(phase.end_step, plan.last_step) - phase.first_step)
         rate = speed.images_per_s * speed.timesteps / phase.section.timesteps
         training += steps * share / rate

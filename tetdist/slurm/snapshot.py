@@ -1,6 +1,6 @@
 """A copy of the code beside the run, from which its job runs.
 
-What is queued is then what runs, whatever is edited meanwhile, also after a requeue days later.
+So the code that was queued is what runs, whatever is edited meanwhile, even days later.
 """
 
 import json
@@ -12,12 +12,21 @@ from typing import Any
 from tetdist.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
-# All that a job needs, and what one wants to see beside its results.
+# All that a job needs, and what a person wants to see beside its results.
 PARTS = ("tetdist", "tetdist_command.py", "launch", "configs", "tools", "pyproject.toml")
 
 
+# The parts of an installed tetdist, which has its configurations in the package. Whatever else lies
+# beside it belongs to other packages.
+INSTALLED_PARTS = ("tetdist", "tetdist_command.py")
+
+
 def take(target: Path, project: Path = PROJECT) -> dict[str, Any]:
-    """Copy the project's code to ``target``, uncommitted changes included.
+    """Copy the code to ``target``, uncommitted changes included.
+
+    Args:
+        target: A new folder; with it as PYTHONPATH a job runs the copy.
+        project: A checkout, or the folder into which a wheel was installed.
 
     Returns:
         Its commit, and whether it differed from that; also written to TARGET/snapshot.json, with
@@ -27,7 +36,8 @@ def take(target: Path, project: Path = PROJECT) -> dict[str, Any]:
         UserError: It cannot be written.
     """
     try:
-        for part in PARTS:
+        installed = (project / "tetdist" / "configs").is_dir()
+        for part in INSTALLED_PARTS if installed else PARTS:
             source = project / part
             if source.is_dir():
                 ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
@@ -44,7 +54,7 @@ def take(target: Path, project: Path = PROJECT) -> dict[str, Any]:
 
 
 def describe(git: dict[str, Any]) -> str:
-    """As a person reads it: the commit, and whether there is more."""
+    """The commit as a person reads it, and whether there are changes beyond it."""
     if not git["commit"]:
         return "not from a git checkout"
     changed = " with uncommitted changes" if git["changed"] else ""
@@ -64,7 +74,7 @@ def _git(project: Path) -> dict[str, Any]:
             return ""
         return done.stdout.decode(errors="replace")
 
-    # Inside some other project's checkout, its commit would say nothing of this code.
+    # The commit of another project, in whose checkout this code lies, would say nothing of it.
     if Path(ask("rev-parse", "--show-toplevel").strip()) != project:
         return {"commit": "", "changed": False, "untracked": [], "diff": ""}
     untracked = ask("ls-files", "--others", "--exclude-standard", "--", *PARTS).splitlines()

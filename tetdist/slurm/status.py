@@ -1,13 +1,13 @@
-"""How a run is: state across all starts, progress, what happened; and its log as it grows."""
+"""The state of a run across all its starts: progress, what happened, its log as it grows."""
 
 import sys
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.slurm import history, jobs
-from tetdist.slurm.history import Event, Submission
+from tetdist.slurm.history import JobEvent, Submission
 from tetdist.slurm.jobs import State
 from tetdist.tracking.metrics_file import read_metrics
 
@@ -24,12 +24,14 @@ def find(name: str, runs_dir: str = "runs") -> list[Path]:
     for path in (Path(name), Path(runs_dir) / name):
         if history.newest_submission(path) is not None:
             return [path]
-        # Of which somebody may have removed some.
+        # Somebody may have removed the folders of some of the runs of a sweep.
         swept = [run for run in history.newest_sweep(path) if history.newest_submission(run)]
         if swept:
             return swept
     if Path(name).is_dir():
-        raise UserError(f"{name} was not submitted with launch/slurm.py: it has no slurm/ folder")
+        raise UserError(
+            f"{name} was not submitted with `{typed('slurm')}`: it has no slurm/ folder"
+        )
     raise UserError(f"there is no run {name}, neither as a folder nor in {runs_dir}/")
 
 
@@ -40,7 +42,7 @@ def submission_of(run_dir: Path) -> Submission:
 
 
 def describe(run_dir: Path) -> str:
-    """The run as a person reads it."""
+    """The state of the run, as a person reads it."""
     submission = submission_of(run_dir)
     is_local = submission.job == history.LOCAL
     state = State("local", "not a job of Slurm", False) if is_local else None
@@ -61,7 +63,7 @@ def describe(run_dir: Path) -> str:
 
 
 def progress(run_dir: Path, submission: Submission, state: State) -> str:
-    """Last step, rate and time to go."""
+    """The last step, the rate and the time to go."""
     metrics = run_dir / "metrics.jsonl"
     trained = [m for m in read_metrics(metrics) if m["kind"] == "train"] if metrics.exists() else []
     saved = history.saved_step(run_dir)
@@ -82,8 +84,11 @@ def progress(run_dir: Path, submission: Submission, state: State) -> str:
     return ", ".join(parts)
 
 
-def failure_of(events: list[Event], submission: Submission) -> str | None:
-    """Why the newest start failed: the first rank's own words, or a line of the history."""
+def failure_of(events: list[JobEvent], submission: Submission) -> str | None:
+    """The reason why the newest start failed: the first rank's error, or a line of the history.
+
+    None if it did not fail.
+    """
     mine = [event for event in events if event.job == submission.job and event.kind != "submitted"]
     if not mine or mine[-1].kind in ("finished", "stopped", "cancelled"):
         return None
@@ -135,5 +140,5 @@ def _show_new(log: Path, position: int) -> int:
     return position + len(data)
 
 
-def _moment(event: Event) -> str:
+def _moment(event: JobEvent) -> str:
     return datetime.fromtimestamp(event.time).strftime("%Y-%m-%d %H:%M:%S")

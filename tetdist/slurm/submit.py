@@ -1,7 +1,7 @@
-"""From a configuration to a queued job: check, write down, copy the code, submit."""
+"""Make a queued job of a configuration: check, write down, copy the code, submit."""
 
 import itertools
-import shlex
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from tetdist.config import identity, loading, schema
 from tetdist.config.schema import RunConfig
 from tetdist.data.index import Index
 from tetdist.distributed.world import World
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.plugins import import_files
 from tetdist.slurm import batch, history, plan, snapshot, status
 from tetdist.slurm.cluster import ClusterSection
-from tetdist.slurm.history import Event, Submission
+from tetdist.slurm.history import JobEvent, Submission
 from tetdist.slurm.job import Job
 from tetdist.slurm.jobs import is_here, refuse_if_queued, states_of
 from tetdist.slurm.plan import Plan
@@ -48,7 +48,7 @@ def prepare(
     """Check configuration, data, model and the batch arithmetic, as the run itself will.
 
     Args:
-        config: The run's.
+        config: The run's configuration.
         cluster: The facts.
         after: Runs that are finished before this one begins; what it takes from them need not be
             there yet.
@@ -58,7 +58,7 @@ def prepare(
     """
     if not after:
         _check_inputs(config)
-    # Now, since the run's folder says it, too, and the job runs in another one.
+    # Made absolute now: the job runs in another folder, and the run's own folder records the paths.
     config = _with_absolute_paths(config)
     world = World(0, cluster.processes, torch.device("cpu"), control=None)
     train_index, val_index = open_data(config, world)
@@ -132,7 +132,7 @@ def combinations(sweep: list[str]) -> list[list[str]]:
 
 
 def _split(text: str) -> list[str]:
-    """At commas, but not at those in brackets."""
+    """Split at commas, but not at those in brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "[{") - (character in "]}")
@@ -166,7 +166,7 @@ def submit(
 
     Args:
         runs: Checked; of one cluster and size.
-        name: Of the job; for several runs, of the MLflow run above them, too.
+        name: The job's name; for several runs, also that of the MLflow run above them.
         code: Run this copy of the code, say of an earlier submission, instead of a new one.
         after: Folders of runs that have to be finished first.
 
@@ -219,9 +219,9 @@ def _submit_once(
         submissions: list[Submission] = []
         for run, job, job_id in zip(runs, jobs, ids, strict=True):
             submission = _submission(run, job, job_id, after)
-            # Before the lock is given up, so that the next one sees it.
+            # Written while the lock is held, so that the next program to take it sees this job.
             history.write_submission(Path(job.config).parent, submission)
-            history.note(run.config.run_dir, Event("submitted", job_id))
+            history.note(run.config.run_dir, JobEvent("submitted", job_id))
             submissions.append(submission)
         if len(runs) > 1:
             history.write_sweep(folder, [run.config.run_dir for run in runs])
@@ -244,7 +244,7 @@ def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
         elif history.saved_step(run) < submission.last_step:
             raise UserError(
                 f"--after: {run} is neither finished nor queued; submit it first, or continue it "
-                f"with `launch/slurm.py resume {run}`"
+                f"with `{typed('slurm', 'resume', run)}`"
             )
     return jobs
 
@@ -255,8 +255,8 @@ def _home(runs: list[Prepared], name: str) -> Path:
 
 
 def _claim(run: Prepared) -> None:
-    """Make the run's folder, or see that it is of this very run and not in use."""
-    # Its lock is given up when this function ends, for the job to take.
+    """Make the run's folder, or see that it holds this very run and is not in use."""
+    # The folder's lock is given up when this function ends; the job takes it.
     RunFolder(run.config, run.index, run.world)
 
 
@@ -268,7 +268,7 @@ def copy_code(target: Path) -> Path:
 
 
 def _job(run: Prepared, folder: Path, code: Path) -> Job:
-    """Writes the job's configuration down; in a sweep each run has a folder for that."""
+    """Write the job's configuration down; in a sweep each run has a folder for that."""
     run_dir, cluster = run.config.run_dir, run.cluster
     own = folder if folder.is_relative_to(run_dir) else history.next_submission(run_dir)
     file = own / "config.yaml"
@@ -310,7 +310,7 @@ def _announce(run: Prepared, status: str | None, tags: dict[str, str]) -> None:
 
 
 def _announce_parent(runs: list[Prepared], name: str) -> str | None:
-    """A run in MLflow under which those of a sweep are."""
+    """Make the run in MLflow below which those of a sweep are shown."""
     tags = {"sweep": ", ".join(run.config.name for run in runs)}
     return history.announce_parent(runs[0].config, _home(runs, name), name, tags)
 
@@ -329,21 +329,25 @@ def where_to_look(config: RunConfig) -> str | None:
 # --- what is shown --------------------------------------------------------------------------------
 
 
-def farewell(submission: Submission, config: RunConfig) -> str:
-    """What a person needs after submitting."""
-    run_dir = shlex.quote(str(config.run_dir))
-    program = f"{Path(sys.executable).name} launch/slurm.py"
+def log_summary(submission: Submission, config: RunConfig) -> None:
+    """Print what a person needs after submitting: the log, MLflow and the further commands."""
+
+    def command(*arguments: object) -> str:
+        # The interpreter by its own name, since `python` may be another one on a login node.
+        words = typed("slurm", *arguments, config.run_dir)
+        return re.sub("^python ", f"{Path(sys.executable).name} ", words)
+
     lines = [
         f"submitted job {submission.job}: {config.run_dir}",
         f"  log     {submission.log_file}",
-        f"  watch   {program} status {run_dir} --follow",
-        f"  stop    {program} cancel {run_dir}",
-        f"  resume  {program} resume {run_dir}",
+        f"  watch   {command('status')} --follow",
+        f"  stop    {command('cancel')}",
+        f"  resume  {command('resume')}",
     ]
     look = where_to_look(config)
     if look:
         lines.insert(2, f"  MLflow  {look}")
-    return "\n".join(lines)
+    print("\n".join(lines))
 
 
 def dry_run(
@@ -352,7 +356,7 @@ def dry_run(
     """The batch script, the configuration and the plan; nothing is written."""
     first = runs[0]
     folder = _home(runs, name).absolute() / "slurm" / "submission-N"
-    # Nobody is asked for the jobs: they need not be there yet.
+    # Placeholders: the jobs need not be there yet.
     depends_on = [f"JOB_OF_{Path(run).name}" for run in after]
     values = batch.parameters(name, first.cluster, folder / "code", depends_on)
     config = absolute(first.config).as_dict() | {"cluster": first.cluster.model_dump(mode="json")}
@@ -373,7 +377,11 @@ def dry_run(
 
 
 def run_here(run: Prepared) -> int:
-    """The job on this machine, in as many processes as the cluster section says; exit status."""
+    """Run the job on this machine, in as many processes as the cluster section says.
+
+    Returns:
+        Its exit status.
+    """
     from tetdist.slurm import local
 
     if is_here():
@@ -384,7 +392,7 @@ def run_here(run: Prepared) -> int:
     _announce(run, "SCHEDULED", {})
     job = _job(run, folder, code)
     history.write_submission(folder, _submission(run, job, history.LOCAL))
-    history.note(run.config.run_dir, Event("submitted", history.LOCAL))
+    history.note(run.config.run_dir, JobEvent("submitted", history.LOCAL))
     return local.run_here(job, run.cluster.processes)
 
 

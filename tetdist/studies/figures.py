@@ -56,9 +56,9 @@ def styles_of(numbers: "Numbers") -> dict[str, dict[str, Any]]:
 
 
 def _colours() -> Iterator[str]:
-    """As many as are asked for, no two alike."""
+    """Yield colours without end, no two alike."""
     yield from SERIES
-    # Steps of the golden ratio do not come back to a hue.
+    # Steps by the golden ratio never come back to the same hue.
     for i in itertools.count():
         channels = colorsys.hls_to_rgb(i * 0.618034 % 1, 0.4, 0.6)
         yield "#" + "".join(f"{round(channel * 255):02x}" for channel in channels)
@@ -106,7 +106,7 @@ def _loss(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]]) -> N
         axis.fill_between(
             epochs, losses.min(0), losses.max(0), color=styles[entry]["color"], alpha=0.12, lw=0
         )
-    # It falls fast at first, and what matters is at the end.
+    # The loss falls fast at first, and the differences that matter are at the end.
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")

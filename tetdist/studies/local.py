@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tetdist.studies.plan import Run
+    from tetdist.studies.plan import Command, StudyRun
     from tetdist.studies.tracking import Parent
 
 LOOK_EVERY = 0.2  # seconds between two looks at the processes
@@ -23,7 +23,7 @@ LOOK_EVERY = 0.2  # seconds between two looks at the processes
 # --- on this machine ------------------------------------------------------------------------------
 
 
-def work(runs: "list[Run]", jobs: int, parent: "Parent") -> dict[str, str]:
+def work(runs: "list[StudyRun]", jobs: int, parent: "Parent") -> dict[str, str]:
     """Train and evaluate what is not done yet, some runs at a time.
 
     Returns:
@@ -32,8 +32,8 @@ def work(runs: "list[Run]", jobs: int, parent: "Parent") -> dict[str, str]:
     from tetdist.studies.plan import is_trained
 
     waiting = [run for run in runs if run.next_command() is not None]
-    progress = Progress(len(runs), len(waiting))
-    running: dict[Run, Child] = {}
+    progress = StudyProgress(len(runs), len(waiting))
+    running: dict[StudyRun, Child] = {}
     failed: dict[str, str] = {}
     with progress, ended_at_exit(running):
         while waiting or running:
@@ -68,7 +68,7 @@ def work(runs: "list[Run]", jobs: int, parent: "Parent") -> dict[str, str]:
 class Child:
     """A process that trains or evaluates a run; what it prints goes to the run's log."""
 
-    def __init__(self, run: "Run", jobs: int, command: list[str] | None = None) -> None:
+    def __init__(self, run: "StudyRun", jobs: int, command: "Command | None" = None) -> None:
         self.run = run
         self.command = command or run.next_command()
         assert self.command is not None
@@ -76,17 +76,17 @@ class Child:
         threads = max(1, len(os.sched_getaffinity(0)) // jobs)
         with run.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command,
+                self.command.words,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Away from the terminal's Ctrl-C, which is passed on once, as SIGTERM.
+                # Out of reach of the terminal's Ctrl-C, which is passed on once, as SIGTERM.
                 start_new_session=True,
                 env={"OMP_NUM_THREADS": str(threads)} | os.environ,
             )
 
     def failure(self) -> str | None:
-        """Why it ended without having done what it was for; None: it has done it."""
+        """The reason why it ended without having done its work; None if it has done it."""
         status = self.process.returncode
         if status == 0 and self.run.next_command() != self.command:
             return None
@@ -98,9 +98,9 @@ class Child:
 
 
 @contextmanager
-def ended_at_exit(running: "dict[Run, Child]") -> Iterator[None]:
-    """Whatever happens, no child is left behind: each saves and ends."""
-    # A stop by a batch system or `kill` is one by Ctrl-C.
+def ended_at_exit(running: "dict[StudyRun, Child]") -> Iterator[None]:
+    """Leave no child behind, whatever happens: each saves and ends."""
+    # SIGTERM, from a batch system or `kill`, stops a study as Ctrl-C does.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -112,13 +112,13 @@ def ended_at_exit(running: "dict[Run, Child]") -> Iterator[None]:
                 process.terminate()
             for process in children:
                 process.wait()
-        except KeyboardInterrupt:  # A second one is meant.
+        except KeyboardInterrupt:  # A second Ctrl-C means: at once.
             for process in children:
                 process.kill()
             raise
 
 
-def first_to_end(running: "dict[Run, Child]") -> "Run | None":
+def first_to_end(running: "dict[StudyRun, Child]") -> "StudyRun | None":
     """Wait until a process ends; None if there is none."""
     while running:
         for run, child in running.items():
@@ -128,14 +128,14 @@ def first_to_end(running: "dict[Run, Child]") -> "Run | None":
     return None
 
 
-def outcome(run: "Run") -> str:
+def outcome(run: "StudyRun") -> str:
     from tetdist.studies.plan import lines
 
     last = lines(run, "val")[-1]
     return f"top-1 {last['top1']:.2f} %, best {last['best_top1']:.2f} %"
 
 
-class Progress:
+class StudyProgress:
     """Runs done, with rate and time left: a bar on a terminal, a line a run elsewhere."""
 
     def __init__(self, total: int, left: int) -> None:
@@ -154,7 +154,7 @@ class Progress:
         if left < total:
             self.say(f"{total - left} of {total} runs are done already")
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "StudyProgress":
         return self
 
     def __exit__(self, *_: object) -> None:

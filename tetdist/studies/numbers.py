@@ -1,4 +1,4 @@
-"""What came out of a study, in numbers: means, spreads and paired differences over seeds."""
+"""The results of a study in numbers: means, spreads and paired differences over seeds."""
 
 import json
 import math
@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 
 from tetdist.studies.plan import (
-    Run,
+    StudyRun,
     StudySection,
     evaluation,
     is_trained,
     lines,
-    shown,
 )
-from tetdist.training.schedule import place
+from tetdist.training.schedule import schedule_phases
 
 CONFIDENCE = 0.95
 
@@ -37,7 +36,7 @@ class Difference:
     """Mean difference of n pairs; its 95 % interval and p are NaN where n is 1.
 
     Attributes:
-        p: Of the paired t-test, two-sided.
+        p: That of the paired t-test, two-sided.
     """
 
     n: int
@@ -54,20 +53,21 @@ class Difference:
 
 @dataclass(frozen=True)
 class Result:
-    """What one run came to.
+    """The result of one run.
 
     Attributes:
-        top1, best_top1: Of the last and the best epoch, in percent.
-        samples, data_split: Of the validation split, and the name of the split of recordings.
+        top1, best_top1: Accuracies of the last and the best epoch, in percent.
+        samples: Size of the validation split.
+        data_split: Name of the split of recordings, where there are several.
         by_timestep: Top-1 of the last epoch's time-mean up to timestep 1, 2, ...
-        loss: Of the last epoch, on the validation split.
+        loss: That of the last epoch, on the validation split.
         curve: (epoch, loss, top-1) of every evaluation.
         image_timesteps: Images trained on times T, of this run alone.
-        seconds: Of training this run alone, without evaluations.
-        ended: Seconds since 1970.
+        seconds: Time of training this run alone, without evaluations.
+        ended: Unix time in seconds.
     """
 
-    run: Run
+    run: StudyRun
     top1: float
     best_top1: float
     best_epoch: float
@@ -86,17 +86,17 @@ class Result:
         values = {key: value for key, value in vars(self).items() if key not in left_out}
         named = {"name": self.run.name, "entry": self.run.entry, "seed": self.run.seed}
         named |= {"timesteps": self.run.timesteps}
-        commands = [shown(self.run.train_command)]
+        commands = [str(self.run.train_command)]
         if self.run.is_tested_beyond:
-            commands.append(shown(self.run.eval_command))
+            commands.append(str(self.run.eval_command))
         return named | values | {"commands": commands}
 
 
 # --- the numbers ----------------------------------------------------------------------------------
 
 
-def result_of(run: Run) -> Result | None:
-    """None while the run is not finished and evaluated."""
+def result_of(run: StudyRun) -> Result | None:
+    """The result of a run; None while it is not finished and evaluated."""
     if not is_trained(run):
         return None
     by_timestep = evaluation(run)
@@ -122,10 +122,10 @@ def result_of(run: Run) -> Result | None:
     )
 
 
-def image_timesteps(run: Run, last_step: int, last_epoch: float) -> int:
+def image_timesteps(run: StudyRun, last_step: int, last_epoch: float) -> int:
     """Images times T that went forward and backward in training."""
     config = run.config
-    phases = place(config.phases, round(last_step / last_epoch))[config.start_phase :]
+    phases = schedule_phases(config.phases, round(last_step / last_epoch))[config.start_phase :]
     return sum(
         (min(phase.end_step, last_step) - phase.first_step)
         * config.batch.global_
@@ -135,15 +135,15 @@ def image_timesteps(run: Run, last_step: int, last_epoch: float) -> int:
     )
 
 
-def training_seconds(run: Run) -> float:
-    """Of all steps, by the rates that the run's lines of metrics state."""
+def training_seconds(run: StudyRun) -> float:
+    """The time of all steps, by the rates in the run's lines of metrics."""
     train = lines(run, "train")
     steps = np.diff([line["step"] for line in train], prepend=0)
     rates = np.array([line["samples_per_s"] for line in train])
     return float(np.sum(steps * run.config.batch.global_ / rates))
 
 
-def _environment(run: Run) -> dict[str, Any]:
+def _environment(run: StudyRun) -> dict[str, Any]:
     try:
         values = json.loads((run.folder / "environment.json").read_text())
     except (OSError, ValueError):
@@ -160,12 +160,12 @@ def spread(values: list[float]) -> Spread:
 
 
 def signed(value: float) -> str:
-    """Two decimals with a sign, which that of zero is not: -0.001 is +0.00."""
+    """A number with two decimals and a sign, which is + for what rounds to zero."""
     return f"{round(value, 2) + 0.0:+.2f}"
 
 
 def paired_difference(values: list[float], control: list[float]) -> Difference:
-    """Of pairs of the same seed: mean, t interval, and the paired t-test's p."""
+    """The mean difference of pairs of the same seed, its t interval, and the paired t-test's p."""
     from scipy import stats
 
     differences = np.subtract(values, control)
@@ -173,7 +173,7 @@ def paired_difference(values: list[float], control: list[float]) -> Difference:
     if n < 2:
         return Difference(n, mean, math.nan, math.nan, math.nan)
     error = float(np.std(differences, ddof=1)) / math.sqrt(n)
-    if error == 0:  # All alike: there is nothing to estimate a spread from.
+    if error == 0:  # All are alike, so there is no spread to estimate.
         return Difference(n, mean, math.nan, math.nan, math.nan)
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
@@ -185,7 +185,7 @@ class Numbers:
     """All results of a study, by entry and seed."""
 
     study: StudySection
-    runs: list[Run]
+    runs: list[StudyRun]
     results: dict[str, dict[int, Result]]
 
     @property
@@ -194,7 +194,7 @@ class Numbers:
 
     @property
     def entries(self) -> list[str]:
-        """Those with a result."""
+        """The entries with a result."""
         return [name for name in self.study.entries if self.results[name]]
 
     def of(self, entry: str) -> list[Result]:
@@ -209,7 +209,10 @@ class Numbers:
         return spread([result.by_timestep[timesteps - 1] for result in self.of(entry)])
 
     def difference(self, entry: str, value: Any) -> Difference | None:
-        """To the control, seed by seed; ``value`` makes a number of a result."""
+        """The difference to the control, seed by seed; ``value`` makes a number of a result.
+
+        None without a control, or without a seed that both have finished.
+        """
         control = self.study.entries[entry].control
         if control is None:
             return None
@@ -229,7 +232,7 @@ class Numbers:
         return float(sum(image_timesteps)), float(sum(seconds))
 
     def epochs_before(self, entry: str) -> int:
-        """Epochs of training that the weights have had with which the entry begins."""
+        """The epochs for which the weights that the entry begins with had been trained."""
         run, before = self.of(entry)[0].run, 0
         # A run that begins with a later phase counts the epochs of those before it itself.
         while run.init is not None and run.config.start_phase == 0:
@@ -289,7 +292,7 @@ def at(timesteps: int) -> Any:
     return lambda result: result.by_timestep[timesteps - 1]
 
 
-def gather(study: StudySection, runs: list[Run]) -> Numbers:
+def gather(study: StudySection, runs: list[StudyRun]) -> Numbers:
     results: dict[str, dict[int, Result]] = {name: {} for name in study.entries}
     for run in runs:
         result = result_of(run)
@@ -299,7 +302,7 @@ def gather(study: StudySection, runs: list[Run]) -> Numbers:
 
 
 def distinct(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a result may depend on, of each machine and state of the code once."""
+    """The environments that a result may depend on, each machine and state of the code once."""
     found: list[dict[str, Any]] = []
     for value in values:
         git = value.get("git") or {}

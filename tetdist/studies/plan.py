@@ -1,8 +1,7 @@
-"""What a study file says: its entries, and the runs that they make with its seeds."""
+"""The content of a study file: its entries, and the runs that they make with its seeds."""
 
 import difflib
 import json
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,10 @@ from tetdist.config import identity, loading, messages
 from tetdist.config.loading import CONFIGS_DIR
 from tetdist.config.schema import Positive, RunConfig, Section
 from tetdist.distributed.world import World
-from tetdist.errors import UserError
+from tetdist.errors import UserError, script_of, typed
 from tetdist.tracking import metrics_file
 from tetdist.training.setup import make_model, open_data
 
-PROJECT = CONFIGS_DIR.parent
 STUDIES_DIR = CONFIGS_DIR / "studies"
 EVALUATION_FILE = "test_timesteps.json"
 TEACHER_KEY = "loss.distillation.teacher"
@@ -64,17 +62,17 @@ class StudySection(Section):
     entries: Annotated[dict[str, EntrySection], Field(min_length=1)]
 
 
-# Two of them are the same if they are one object.
+# Compared by identity, so that runs can be keys of a dictionary.
 @dataclass(frozen=True, eq=False)
-class Run:
+class StudyRun:
     """One entry with one seed.
 
     Attributes:
         control: The entry that its entry is compared with.
-        overrides: ``key=value``, all of them, for tetdist/train.py and launch/slurm.py.
+        overrides: ``key=value``, all of them, for the commands train and slurm.
         init: The run whose weights it begins with.
         teacher: The run whose network it learns from.
-        test_timesteps: See `StudySection`.
+        test_timesteps: Numbers of timesteps at which it is evaluated.
     """
 
     entry: str
@@ -83,8 +81,8 @@ class Run:
     config_name: str
     overrides: tuple[str, ...]
     config: RunConfig
-    init: "Run | None"
-    teacher: "Run | None"
+    init: "StudyRun | None"
+    teacher: "StudyRun | None"
     test_timesteps: tuple[int, ...]
 
     @property
@@ -96,7 +94,7 @@ class Run:
         return self.config.run_dir
 
     @property
-    def needs(self) -> "tuple[Run, ...]":
+    def needs(self) -> "tuple[StudyRun, ...]":
         """The runs that must be finished before it begins."""
         return tuple(dict.fromkeys(run for run in (self.init, self.teacher) if run is not None))
 
@@ -115,32 +113,41 @@ class Run:
         return self.timesteps < max(self.test_timesteps)
 
     @property
-    def train_command(self) -> list[str]:
-        return _python("tetdist/train.py", "--config", self.config_name, *self.overrides)
+    def train_command(self) -> "Command":
+        return Command("train", ("--config", self.config_name, *self.overrides))
 
     @property
-    def eval_command(self) -> list[str]:
+    def eval_command(self) -> "Command":
         timesteps = ",".join(map(str, self.test_timesteps))
         file = self.folder / EVALUATION_FILE
-        of = ["--checkpoint", str(self.folder), "--timesteps", timesteps, "--json", str(file)]
-        return _python("tools/eval.py", *of, "--threads", str(self.config.data.threads))
+        of = ("--checkpoint", str(self.folder), "--timesteps", timesteps, "--json", str(file))
+        return Command("eval", (*of, "--threads", str(self.config.data.threads)))
 
-    def next_command(self) -> list[str] | None:
-        """What is left to do, by the state on the disk; None: nothing."""
+    def next_command(self) -> "Command | None":
+        """The command that is left to do, by the state on the disk; None if there is none."""
         if not is_trained(self):
             return self.train_command
         return None if evaluation(self) is not None else self.eval_command
 
 
-def _python(program: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(PROJECT / program), *arguments]
+@dataclass(frozen=True)
+class Command:
+    """A command of tetdist, for a process to run and for a person to type."""
 
+    name: str
+    arguments: tuple[str, ...]
 
-def shown(command: list[str]) -> str:
-    """A command as somebody types it in the project's folder."""
-    words = [word.removeprefix(f"{PROJECT}/") for word in command]
-    # The interpreter may be in the project's folder, too.
-    return shlex.join(["python", *words[1:]] if command[0] == sys.executable else words)
+    @property
+    def words(self) -> list[str]:
+        """The words of the process: a script of the checkout, or the installed package."""
+        script = script_of(self.name)
+        program = ["-m", "tetdist", self.name] if script is None else [str(script)]
+        return [sys.executable, *program, *self.arguments]
+
+    def __str__(self) -> str:
+        """The line that a person types, in the folder of the checkout if there is one."""
+        folder = f"{CONFIGS_DIR.parent}/" if script_of(self.name) else ""
+        return typed(self.name, *(word.removeprefix(folder) for word in self.arguments))
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -158,7 +165,8 @@ def find(name: str) -> Path:
 
 
 def read(path: Path) -> StudySection:
-    """
+    """Read a study file.
+
     Raises:
         UserError: The file is no study; the text says what is wrong with it.
     """
@@ -196,7 +204,7 @@ def _explain(error: Any) -> str:
     return f"{key!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def runs_of(study: StudySection, output: Path, more: list[str]) -> list[Run]:
+def runs_of(study: StudySection, output: Path, more: list[str]) -> list[StudyRun]:
     """All runs, seed by seed, each after those that it needs.
 
     Args:
@@ -207,9 +215,9 @@ def runs_of(study: StudySection, output: Path, more: list[str]) -> list[Run]:
     Raises:
         UserError: A configuration is wrong, or entries need each other.
     """
-    runs: dict[tuple[str, int], Run] = {}
+    runs: dict[tuple[str, int], StudyRun] = {}
 
-    def add(name: str, seed: int, after: tuple[str, ...] = ()) -> Run:
+    def add(name: str, seed: int, after: tuple[str, ...] = ()) -> StudyRun:
         if name in after:
             raise UserError(
                 f"entries.{name}: init and teacher go in a circle: {' <- '.join((*after, name))}"
@@ -235,9 +243,9 @@ def _run(
     seed: int,
     output: Path,
     more: list[str],
-    init: Run | None,
-    teacher: Run | None,
-) -> Run:
+    init: StudyRun | None,
+    teacher: StudyRun | None,
+) -> StudyRun:
     entry = study.entries[name]
     config_name = entry.config or study.config
     given = [f"{key}={as_text(v)}" for key, v in (study.overrides | entry.overrides).items()]
@@ -253,7 +261,7 @@ def _run(
         resolved = loading.load(config_name, overrides)
     except UserError as error:
         raise UserError(f"entries.{name}: {error}") from error
-    return Run(
+    return StudyRun(
         entry=name,
         control=entry.control,
         seed=seed,
@@ -267,9 +275,9 @@ def _run(
 
 
 def _refuse_own_keys(overrides: list[str], entry: EntrySection) -> None:
-    """Those that the study would override itself, without a word.
+    """Refuse overrides that the study itself would override in silence.
 
-    Weights and teachers from elsewhere are fine in an entry that names no other one for them.
+    An entry may name weights or a teacher from elsewhere, unless another entry is named for them.
     """
     own = dict(OWN_KEYS)
     if entry.init is not None:
@@ -295,7 +303,7 @@ def as_text(value: Any) -> str:
 # --- what is on the disk --------------------------------------------------------------------------
 
 
-def is_trained(run: Run) -> bool:
+def is_trained(run: StudyRun) -> bool:
     """Whether the run has reached its end, and its last checkpoint is of that step."""
     validations = lines(run, "val")
     if not validations:
@@ -306,7 +314,7 @@ def is_trained(run: Run) -> bool:
     return at_end and _saved_step(run) == last["step"]
 
 
-def _saved_step(run: Run) -> int | None:
+def _saved_step(run: StudyRun) -> int | None:
     """The last evaluated step that is in a checkpoint."""
     checkpoints = run.folder / "checkpoints"
     try:
@@ -316,17 +324,17 @@ def _saved_step(run: Run) -> int | None:
         return None
 
 
-def lines(run: Run, kind: str) -> list[dict[str, Any]]:
-    """Of the run's metrics; none where it has not begun."""
+def lines(run: StudyRun, kind: str) -> list[dict[str, Any]]:
+    """The run's lines of metrics of one kind; none where it has not begun."""
     file = run.folder / "metrics.jsonl"
     found = metrics_file.read_metrics(file) if file.exists() else []
     return [line for line in found if line["kind"] == kind]
 
 
-def evaluation(run: Run) -> list[float] | None:
+def evaluation(run: StudyRun) -> list[float] | None:
     """Top-1 of the last epoch's time-mean up to timestep 1, 2, ..., in percent.
 
-    Up to the T of training the run's own evaluation says it; beyond it, that of tools/eval.py,
+    Up to the T of training the run's own evaluation says it; beyond it, that of the command eval,
     and None while that is not there.
     """
     last = lines(run, "val")[-1]
@@ -341,10 +349,11 @@ def evaluation(run: Run) -> list[float] | None:
         return None
 
 
-def check_folder(run: Run) -> None:
-    """
+def check_folder(run: StudyRun) -> None:
+    """See that the run's folder holds no run of another configuration.
+
     Raises:
-        UserError: The run's folder holds a run of another configuration.
+        UserError: It holds one.
     """
     file = run.folder / "config.yaml"
     if not file.exists():
@@ -361,14 +370,14 @@ def check_folder(run: Run) -> None:
         )
 
 
-def check_inputs(runs: list[Run]) -> None:
-    """Whether each entry's data are there, and suit its network.
+def check_inputs(runs: list[StudyRun]) -> None:
+    """See that each entry's data are there and suit its network.
 
     Raises:
-        UserError: They do not, so that all its runs would fail.
+        UserError: They are not or do not, so that all runs of the entry would fail.
     """
     alone = World(0, 1, torch.device("cpu"), control=None)
-    # The same for all seeds.
+    # All seeds of an entry have the same data and network, so that one of them is enough.
     for run in {run.entry: run for run in runs}.values():
         root = Path(run.config.data.root)
         if not root.is_dir():

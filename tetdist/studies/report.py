@@ -11,6 +11,7 @@ import numpy as np
 from tetdist.config.identity import flatten
 from tetdist.errors import UserError
 from tetdist.reports import style
+from tetdist.reports.tables import markdown
 from tetdist.studies import figures
 from tetdist.studies.numbers import (
     Numbers,
@@ -23,16 +24,15 @@ from tetdist.studies.numbers import (
 )
 from tetdist.studies.plan import (
     TEACHER_KEY,
-    Run,
+    StudyRun,
     StudySection,
-    shown,
 )
 from tetdist.tracking.metrics_file import strict
 
 # --- the report -----------------------------------------------------------------------------------
 
 
-def write(study: StudySection, name: str, runs: list[Run], file: Path, command: str) -> None:
+def write(study: StudySection, name: str, runs: list[StudyRun], file: Path, command: str) -> None:
     """Put the study's section, with figure and numbers beside it, into a Markdown file.
 
     A section that the study has there already is replaced, all else stays.
@@ -80,7 +80,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def section(numbers: Numbers, link: str, command: str) -> str:
-    """Markdown; ``link`` and a suffix are figure and numbers."""
+    """The section in Markdown; ``link`` and a suffix are the names of figure and numbers."""
     study = numbers.study
     parts = [f"## {study.title}", study.question.strip(), provenance(numbers, command)]
     if numbers.missing:
@@ -140,12 +140,6 @@ def verdict(numbers: Numbers, entry: str) -> str:
     return f"* `{entry}` against `{control}`: {difference} points, n = {difference.n}: {said}."
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(
-        "| " + " | ".join(row) + " |" for row in [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    )
-
-
 def overview(numbers: Numbers) -> str:
     rows = []
     for entry in numbers.entries:
@@ -166,11 +160,12 @@ def overview(numbers: Numbers) -> str:
         )
     head = ["", "T", "n", "last epoch, %", "best epoch, %", "last - control", "best - control"]
     head += ["loss", "image-timesteps, millions", "training, s"]
+    table = markdown(head, rows, numbers=True)
     first = numbers.of(numbers.entries[0])[0]
     split = f" of the split {first.data_split}" if first.data_split else ""
     return (
-        f"{table(head, rows)}\n\nTop-1 on {first.samples} validation samples{split}: mean ± "
-        "standard deviation over n seeds. A difference is that of runs with the same seed, with "
+        f"{table}\n\nTop-1 on {first.samples} validation samples{split}: mean ± standard "
+        " deviation over n seeds. A difference is that of runs with the same seed, with "
         "the 95 % interval of the paired t-test. The best epoch is chosen on the same samples, "
         "which flatters it. Image-timesteps and seconds are medians and include what a run began "
         "with, and its teacher's training; seconds are without evaluations and depend on what else "
@@ -189,7 +184,7 @@ def by_timestep(numbers: Numbers) -> str:
         rows.append([f"`{entry}`", *cells])
     head = ["tested at T =", *map(str, numbers.study.test_timesteps)]
     title = "Top-1, last epoch, at other T than trained for (bold: the T of training):"
-    return f"{title}\n\n{table(head, rows)}"
+    return f"{title}\n\n{markdown(head, rows, numbers=True)}"
 
 
 def difference_by_timestep(numbers: Numbers) -> str:
@@ -202,7 +197,8 @@ def difference_by_timestep(numbers: Numbers) -> str:
     if not rows:
         return ""
     head = ["tested at T =", *map(str, numbers.study.test_timesteps)]
-    return f"Difference to the control there, with its interval:\n\n{table(head, rows)}"
+    table = markdown(head, rows, numbers=True)
+    return f"Difference to the control there, with its interval:\n\n{table}"
 
 
 def what_differs(numbers: Numbers) -> str:
@@ -232,16 +228,16 @@ def what_differs(numbers: Numbers) -> str:
     for names in others.values():
         for row, name in zip(rows, names, strict=True):
             row.append(f"`{name}`" if name else "")
-    return f"What differs between them:\n\n{table(head, rows)}"
+    return f"What differs between them:\n\n{markdown(head, rows, numbers=True)}"
 
 
 def commands(numbers: Numbers, link: str) -> str:
     runs = [numbers.of(entry)[0].run for entry in numbers.entries]
-    listed = "\n".join(shown(run.train_command) for run in runs)
+    listed = "\n".join(str(run.train_command) for run in runs)
     beyond = [run for run in runs if run.is_tested_beyond]
     tested = (
         "Accuracies at a T above that of training are of another command, for instance "
-        f"`{shown(beyond[0].eval_command)}`.\n\n"
+        f"`{beyond[0].eval_command}`.\n\n"
         if beyond
         else ""
     )

@@ -5,43 +5,52 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tetdist.config import loading as configuration
 from tetdist.config.schema import RunConfig
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.slurm import command, history, status
 from tetdist.slurm import submit as submission
 from tetdist.slurm.cluster import ClusterSection
 from tetdist.slurm.history import Submission
 from tetdist.slurm.jobs import State, cancel, is_here, states_of
-from tetdist.studies.plan import Run, check_inputs, is_trained
+from tetdist.studies.plan import StudyRun, check_inputs, is_trained
 from tetdist.studies.tracking import Parent
 
-# States in which a run stays until somebody does something, and what is said of it then.
-LOST = {"failed": "failed", "cancelled": "was cancelled", "held back": "does not begin either"}
+Word = Literal[
+    "finished", "running", "queued", "new", "submitted", "failed", "cancelled", "held back"
+]
+
+# The states that a run does not leave by itself, and why the runs after it do not begin.
+LOST: dict[Word, str] = {
+    "failed": "failed",
+    "cancelled": "was cancelled",
+    "held back": "does not begin either",
+}
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How a run is.
+    """The state of a run in the study.
 
     Attributes:
-        word: finished, running, queued, new, submitted (now), or one of `LOST`.
-        text: For a person.
+        word: The state; ``submitted`` means by this very command.
+        text: The same for a person, with details.
     """
 
-    word: str
+    word: Word
     text: str
 
 
-def submit(study: str, runs: list[Run], output: Path, flags: list[str], again: bool) -> int:
-    """Submit what is neither finished nor queued, and say how each run is.
+def submit(study: str, runs: list[StudyRun], output: Path, flags: list[str], again: bool) -> int:
+    """Submit the runs that are neither finished nor queued, and print the state of each.
 
     Args:
         study: Name of the study.
         runs: Each after those that it needs.
         output: Folder of the study.
-        flags: Of launch/slurm.py.
+        flags: Flags of the command slurm.
         again: Submit also those that have failed or were cancelled.
 
     Returns:
@@ -72,11 +81,12 @@ def submit(study: str, runs: list[Run], output: Path, flags: list[str], again: b
             _leave_queue(run)
     if left:
         standings |= send_all(study, left, output)
-    return farewell(standings, output)
+    return log_summary(standings, output)
 
 
 def read_flags(flags: list[str], config_name: str) -> argparse.Namespace:
-    """
+    """Parse the flags after --slurm.
+
     Raises:
         UserError: They are not for all runs of a study.
     """
@@ -95,7 +105,7 @@ def read_flags(flags: list[str], config_name: str) -> argparse.Namespace:
     return options
 
 
-def dry_run(runs: list[Run], flags: list[str]) -> int:
+def dry_run(runs: list[StudyRun], flags: list[str]) -> int:
     """Show the jobs of all runs that are left; Slurm need not be there."""
     statuses = [0]
     for run in runs:
@@ -110,15 +120,18 @@ def dry_run(runs: list[Run], flags: list[str]) -> int:
     return max(statuses)
 
 
-def _begins_after(needed: list[Run]) -> str:
+def _begins_after(needed: list[StudyRun]) -> str:
     return f", begins after {', '.join(run.name for run in needed)}" if needed else ""
 
 
 # --- how the runs are -----------------------------------------------------------------------------
 
 
-def ask(runs: list[Run]) -> dict[Run, Standing]:
-    """How the runs are: by Slurm first and then by their folders, as one may end meanwhile."""
+def ask(runs: list[StudyRun]) -> dict[StudyRun, Standing]:
+    """The states of the runs.
+
+    Slurm is asked before their folders are looked at, since a run may end in between.
+    """
     submissions = {run: history.newest_submission(run.folder) for run in runs}
     jobs = [s.job for s in submissions.values() if s is not None and s.job != history.LOCAL]
     states = states_of(jobs)
@@ -128,8 +141,8 @@ def ask(runs: list[Run]) -> dict[Run, Standing]:
     }
 
 
-def refuse_if_queued(runs: list[Run]) -> None:
-    """What Slurm is to train must not be trained here meanwhile.
+def refuse_if_queued(runs: list[StudyRun]) -> None:
+    """Refuse to train here what Slurm is to train.
 
     Raises:
         UserError: One of the runs is queued or runs.
@@ -139,13 +152,14 @@ def refuse_if_queued(runs: list[Run]) -> None:
     for run, standing in ask(runs).items():
         if standing.word in ("queued", "running") and not is_trained(run):
             raise UserError(
-                f"{run.name} is {standing.text}; wait for it, end it with `launch/slurm.py cancel "
-                f"{run.folder}`, or report what is finished with --report-only"
+                f"{run.name} is {standing.text}; wait for it, end it with "
+                f"`{typed('slurm', 'cancel', run.folder)}`, or report what is finished with "
+                "--report-only"
             )
 
 
-def standing_of(run: Run, submitted: Submission | None, state: State | None) -> Standing:
-    """How a run is whose newest job is in the given state."""
+def standing_of(run: StudyRun, submitted: Submission | None, state: State | None) -> Standing:
+    """The state of a run whose newest job is in the given state of Slurm."""
     if submitted is not None and state is not None and state.is_queued:
         text = f"{state.name} as job {submitted.job} ({state.text})"
         if state.name == "PENDING":
@@ -160,7 +174,7 @@ def standing_of(run: Run, submitted: Submission | None, state: State | None) -> 
     if "cancelled" in kinds:
         return Standing("cancelled", f"cancelled, job {submitted.job}")
     if state.name in ("CANCELLED", "unknown") and "started" not in kinds:
-        # One that was to begin after another has left the queue with it, most likely, which is no
+        # Most likely it waited for another run and left the queue when that one failed, which is no
         # failure of its own.
         if submitted.after or state.name == "unknown":
             return Standing("new", "not submitted")
@@ -172,17 +186,17 @@ def standing_of(run: Run, submitted: Submission | None, state: State | None) -> 
     )
 
 
-def decide(standings: dict[Run, Standing], again: bool) -> dict[Run, Standing]:
-    """The same, where ``new`` are now all that are to be submitted, and no others.
+def decide(standings: dict[StudyRun, Standing], again: bool) -> dict[StudyRun, Standing]:
+    """The same states, but ``new`` are now all runs that are to be submitted, and no others.
 
-    Slurm takes a moment to remove from its queue what waits for a failed job. Such a run is as one
-    that it has removed.
+    A run that waits for a failed job leaves the queue a moment later; it is treated as if it had
+    left it already.
 
     Args:
-        standings: Of all runs, each after those that it needs.
+        standings: The states of all runs, each after those that it needs.
         again: Whether those that have failed are to be submitted, too.
     """
-    decided: dict[Run, Standing] = {}
+    decided: dict[StudyRun, Standing] = {}
     for run, standing in standings.items():
         if again and standing.word in LOST:
             standing = Standing("new", "not submitted")
@@ -199,8 +213,8 @@ def decide(standings: dict[Run, Standing], again: bool) -> dict[Run, Standing]:
 # --- submission -----------------------------------------------------------------------------------
 
 
-def job_of(run: Run, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
-    """The run's configuration, and the facts of the cluster.
+def job_of(run: StudyRun, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
+    """The configuration of the run, and the facts of the cluster.
 
     Raises:
         UserError: The facts are not right, or incomplete.
@@ -210,17 +224,17 @@ def job_of(run: Run, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
     return config, command.cluster_of(config.cluster, options)
 
 
-def _leave_queue(run: Run) -> None:
-    """Of a run whose job waits for one that has failed."""
+def _leave_queue(run: StudyRun) -> None:
+    """Take the job of a run, which waits for one that has failed, out of the queue."""
     submitted = history.newest_submission(run.folder)
     assert submitted is not None
     cancel(submitted.job)
 
 
 def send_all(
-    study: str, left: dict[Run, tuple[RunConfig, ClusterSection]], output: Path
-) -> dict[Run, Standing]:
-    """Submit the runs, each after those that it needs; all with one copy of the code.
+    study: str, left: dict[StudyRun, tuple[RunConfig, ClusterSection]], output: Path
+) -> dict[StudyRun, Standing]:
+    """Submit the runs, each after those that it needs, all with one copy of the code.
 
     Raises:
         UserError: One is refused; those before it are submitted.
@@ -228,7 +242,7 @@ def send_all(
     folder = history.next_submission(output)
     code = submission.copy_code(folder / "code")
     parent = Parent(study, list(left), output)
-    standings: dict[Run, Standing] = {}
+    standings: dict[StudyRun, Standing] = {}
     try:
         for run, facts in left.items():
             standings[run] = send(run, *facts, code)
@@ -243,8 +257,9 @@ def send_all(
     return standings
 
 
-def send(run: Run, config: RunConfig, cluster: ClusterSection, code: Path) -> Standing:
-    """
+def send(run: StudyRun, config: RunConfig, cluster: ClusterSection, code: Path) -> Standing:
+    """Submit one run.
+
     Raises:
         UserError: Something about the run is not right, or Slurm refuses it.
     """
@@ -255,16 +270,16 @@ def send(run: Run, config: RunConfig, cluster: ClusterSection, code: Path) -> St
     return Standing("submitted", f"submitted as job {done.job}{_begins_after(after)}")
 
 
-def note_as_sweep(runs: list[Run], folder: Path) -> None:
-    """So that `launch/slurm.py status` and `cancel` take the study's folder for all its runs."""
-    # With those that an earlier command submitted.
+def note_as_sweep(runs: list[StudyRun], folder: Path) -> None:
+    """Note the runs as a sweep: status and cancel then take the study's folder for all of them."""
+    # The runs that an earlier command submitted stay in the list.
     earlier = history.newest_sweep(folder.parent.parent)
     if everything := list(dict.fromkeys([*earlier, *(run.folder.absolute() for run in runs)])):
         history.write_sweep(folder, everything)
 
 
-def farewell(standings: dict[Run, Standing], output: Path) -> int:
-    """Say how all of them are, and what to do next; the exit status."""
+def log_summary(standings: dict[StudyRun, Standing], output: Path) -> int:
+    """Print the states of all runs and what to do next; returns the exit status."""
     counts = Counter(standing.word for standing in standings.values())
     print(f"{len(standings)} runs: {', '.join(f'{n} {word}' for word, n in counts.items())}")
     if counts["finished"] == len(standings):
@@ -272,7 +287,7 @@ def farewell(standings: dict[Run, Standing], output: Path) -> int:
         return 0
     if not any(counts[word] for word in LOST):
         print(
-            f"`launch/slurm.py status {output}` shows them, `cancel` ends them; once all are "
+            f"`{typed('slurm', 'status', output)}` shows them, `cancel` ends them; once all are "
             "finished, the same command without --slurm evaluates and reports"
         )
         return 0

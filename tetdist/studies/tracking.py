@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tetdist.slurm import history
-from tetdist.studies.plan import Run
+from tetdist.studies.plan import StudyRun
 
 
 class Parent:
@@ -12,12 +12,12 @@ class Parent:
     Without MLflow, and where it does not answer, which is warned of once, it does nothing.
     """
 
-    def __init__(self, study: str, runs: list[Run], output: Path) -> None:
+    def __init__(self, study: str, runs: list[StudyRun], output: Path) -> None:
         """
         Args:
             study: Name of the study.
-            runs: Those that are to be told of.
-            output: Folder of the study; it keeps the id.
+            runs: The runs that are to be shown.
+            output: Folder of the study, which keeps the id.
         """
         self.study = study
         self.run_id: str | None = None
@@ -25,19 +25,19 @@ class Parent:
         if tracked is not None:
             self.run_id = history.announce_parent(tracked, output, study, {"study": study})
 
-    def tell(self, run: Run, status: str | None) -> None:
+    def tell(self, run: StudyRun, status: str | None) -> None:
         """Show a run below this one, with tags that tell what it is in the study.
 
         Args:
-            run: One that no process trains now.
-            status: See `tetdist.tracking.announce`.
+            run: A run that no process trains now.
+            status: See `tetdist.slurm.history.announce`.
         """
         if self.run_id is None or run.config.tracking_uri is None:
             return
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
         except OSError:
-            return  # The run itself says what is in its way.
+            return  # When the run is trained, it says itself what is in its way.
         tags = {"mlflow.parentRunId": self.run_id, "study": self.study}
         tags |= {"entry": run.entry, "seed": str(run.seed)}
         if run.control is not None:

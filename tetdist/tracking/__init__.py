@@ -1,1 +1,1 @@
-"""What a run tells of itself: its metrics file, MLflow, progress."""
+"""The record of a run: its metrics file, MLflow, progress."""

@@ -1,4 +1,4 @@
-"""Where and with what a process runs: versions, machine, commit."""
+"""The environment of a process: versions, machine, commit."""
 
 import contextlib
 import importlib.metadata
@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Describes where and with what this process runs, ready for JSON.
+    """The environment of this process, ready for JSON.
 
     Nothing is imported for it, and what cannot be found out is None, empty or left out.
     """
@@ -82,11 +82,11 @@ def _cpu_model() -> str | None:
 
 
 def git_state() -> dict[str, Any]:
-    """Describes the checkout that tetdist is imported from; empty if it is none."""
+    """The state of the checkout that tetdist is imported from; empty if it is none."""
     root = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(root)]
     top = _output([*git, "rev-parse", "--show-toplevel"])
-    # An environment inside some other project's checkout is not a checkout of ours.
+    # An environment within the checkout of another project is no checkout of ours.
     if Path(top.strip()) != root:
         return {}
     status = _output([*git, "status", "--porcelain"])
@@ -105,7 +105,7 @@ def git_version() -> str:
 
 
 def _output(command: list[str]) -> str:
-    """Returns what a command prints; nothing if it fails or does not exist."""
+    """The output of a command; empty if it fails or does not exist."""
     try:
         done = subprocess.run(
             command,

@@ -18,7 +18,7 @@ NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads a metrics.jsonl, also while it is being written.
+    """Read a metrics.jsonl, also while it is being written.
 
     Values that are not finite are floats again; a last line that a kill tore is left out.
 
@@ -29,7 +29,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
-    """Reads the whole lines from `offset` on; returns them and where the next one will begin."""
+    """Read the whole lines from `offset` on; returns them and the offset of the next one."""
     with path.open("rb") as file:
         file.seek(offset)
         data = file.read()
@@ -52,7 +52,7 @@ def _parsed(path: Path, data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def keep_until(path: Path, step: int) -> tuple[dict[str, int], int]:
-    """Removes the lines of later steps, and a last one that a kill tore.
+    """Remove the lines of later steps, and a last one that a kill tore.
 
     Returns:
         The last step of each kind, and the number of lines that are left.

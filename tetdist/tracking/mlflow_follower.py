@@ -42,7 +42,7 @@ from tetdist.files import write_text
 from tetdist.tracking.environment import git_state
 from tetdist.tracking.metrics_file import keep_until, read_from, strict
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED", "RUNNING"]
 
@@ -237,7 +237,7 @@ class Tracker:
         follower.thread.join(timeout)
         if not follower.complete:
             missing = self._lines - follower.sent
-            log.warning(
+            logger.warning(
                 "MLflow at %s has not taken everything (%s): it lacks up to %d of the %d points in "
                 "%s. It gets them when this run is opened again",
                 _shown(follower.uri),
@@ -315,7 +315,7 @@ class _Follower:
                 self.trouble = _first_line(error)
                 # One failure is often two jobs that open the same database; it passes.
                 if failures == 2:
-                    log.warning(
+                    logger.warning(
                         "MLflow at %s: %s. Training goes on, %s has everything, and MLflow gets it "
                         "when it is back",
                         _shown(self.uri),
@@ -330,7 +330,7 @@ class _Follower:
                 pause = min(2.0 ** (failures - 1), LONGEST_PAUSE)
             else:
                 if failures >= 2:
-                    log.info("MLflow at %s is back and has everything", _shown(self.uri))
+                    logger.info("MLflow at %s is back and has everything", _shown(self.uri))
                 failures, self.trouble = 0, ""
                 if closing:
                     self.complete = True
@@ -421,7 +421,7 @@ class _Session:
                 raise
             run = None
         if run is None or run.info.lifecycle_stage != "active":
-            log.warning(
+            logger.warning(
                 "MLflow at %s does not know run %s (any more): sending all of %s to a new one",
                 _shown(self._follower.uri),
                 run_id,
@@ -449,7 +449,7 @@ class _Session:
                 self._run_id, resume_logging=True, tracking_uri=self._follower.uri
             )
         except Exception as error:  # no psutil, or a device that it cannot read
-            log.debug("no system metrics: %s", error)
+            logger.debug("no system metrics: %s", error)
             return
         monitor.start()
         self._monitor = monitor
@@ -684,7 +684,9 @@ def announce(
         elif status is not None:
             client.update_run(run_id, status=status)
     except Exception as error:
-        log.warning("MLflow at %s: %s; the run goes on without it", _shown(uri), _first_line(error))
+        logger.warning(
+            "MLflow at %s: %s; the run goes on without it", _shown(uri), _first_line(error)
+        )
         return None
     return run_id
 
@@ -766,7 +768,7 @@ def _points(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _allowed(name: str) -> str:
-    """Replaces what MLflow takes in no name."""
+    """The name with the characters replaced that MLflow takes in no name."""
     return re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII)[:250]
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines in a log."""
+"""The progress of a run for a person: a bar on a terminal, plain lines in a log."""
 
 import sys
 import time
@@ -9,12 +9,12 @@ from typing import Any, Self
 from tqdm import tqdm
 
 
-class Progress:
+class RunProgress:
     """Progress of the whole run, on standard error.
 
     Args:
         step, last_step: Optimiser steps done, and in all.
-        steps_per_epoch: Of the run.
+        steps_per_epoch: The run's.
         global_batch: Samples a step.
         silent: Show nothing (all processes but one).
     """

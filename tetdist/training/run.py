@@ -54,5 +54,5 @@ def train(config: RunConfig, launcher: Launcher | None = None) -> int:
         except Exception as error:
             tasks.on_failure(error)
             raise
-        trainer.folder.farewell(trainer.result)
+        trainer.folder.log_summary(trainer.result)
     return 0

@@ -21,6 +21,7 @@ from tetdist.errors import Stopped, UserError, typed, way_out
 from tetdist.events.splits import recorded_split
 from tetdist.files import write_json, write_text
 from tetdist.plugins import import_files
+from tetdist.reports.tables import markdown
 from tetdist.tracking import environment, mlflow_follower
 from tetdist.tracking.trackers import TRACKERS, Following, TrackedRun
 
@@ -208,7 +209,7 @@ class RunFolder:
             kept = (x.rstrip() + "\n" for x in whole if json.loads(x)["step"] <= step)
             write_text(path, "".join(kept))
 
-    def farewell(self, result: dict[str, float]) -> None:
+    def log_summary(self, result: dict[str, float]) -> None:
         """Say that the run is finished, what came out and where to look."""
         if self.world.rank != 0:
             return
@@ -255,18 +256,21 @@ class RunFolder:
         """The description on the run's page in MLflow, in Markdown."""
         config, train = self.config, self.index
         data = f"{len(train):,} {train.kind}, {len(train.classes)} classes"
+        phases = [
+            [
+                str(number),
+                str(phase.epochs),
+                str(phase.timesteps),
+                phase.optimizer.kind,
+                f"{phase.optimizer.lr:g}, {phase.schedule}",
+            ]
+            for number, phase in enumerate(config.phases)
+        ]
         lines = [
             f"**{config.model.name}** by {config.loss.kind.upper()} on {config.data.root} ({data}; "
             f"evaluated on the {len(val_index):,} of val)",
             "",
-            "| phase | epochs | T | optimiser | learning rate |",
-            "|---|---|---|---|---|",
-        ]
-        for i, phase in enumerate(config.phases):
-            optimizer = phase.optimizer
-            lr = f"{optimizer.lr:g}, {phase.schedule}"
-            lines.append(f"| {i} | {phase.epochs} | {phase.timesteps} | {optimizer.kind} | {lr} |")
-        lines += [
+            markdown(["phase", "epochs", "T", "optimiser", "learning rate"], phases, tight=True),
             "",
             f"Loss: {config.loss.as_text()}.",
             f"Begun with the weights of {config.init_checkpoint or 'no other network'}.",

@@ -57,7 +57,7 @@ class Phase:
         return min(max(between, min(first, last)), max(first, last))
 
 
-def place(sections: tuple[PhaseSection, ...], steps_per_epoch: int) -> list[Phase]:
+def schedule_phases(sections: tuple[PhaseSection, ...], steps_per_epoch: int) -> list[Phase]:
     """Phases one after another from step 0."""
     phases: list[Phase] = []
     for number, section in enumerate(sections):

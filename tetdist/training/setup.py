@@ -11,7 +11,7 @@ from tetdist.data import index as data_index
 from tetdist.data.build import check_augmentation
 from tetdist.data.index import Index
 from tetdist.distributed.world import World
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 from tetdist.models import SpikingNetwork
 
 
@@ -48,8 +48,8 @@ def open_split(config: RunConfig, split: str, world: World) -> Index:
     root = Path(config.data.root)
     if not root.is_dir():
         raise UserError(
-            f"data.root: there is no folder {root}; set data.root=FOLDER (tools/eval.py: --data "
-            "FOLDER)"
+            f"data.root: there is no folder {root}; set data.root=FOLDER "
+            f"({typed('eval').removeprefix('python ')}: --data FOLDER)"
         )
     file = data_index.index_file(config.data.index_dir, split)
     if not file.is_file():

@@ -35,13 +35,13 @@ from tetdist.nn.precision import autocast, parameter_type
 from tetdist.optimizers import make_optimizer
 from tetdist.plugins import import_files
 from tetdist.tracking.mlflow_follower import Tracker
-from tetdist.tracking.progress import Progress
+from tetdist.tracking.progress import RunProgress
 from tetdist.training import health
 from tetdist.training.engines.base import Engine, Update
 from tetdist.training.engines.create import make_engine
 from tetdist.training.run_folder import RunFolder, SampleRecord
 from tetdist.training.run_plots import Pictures
-from tetdist.training.schedule import Phase, phase_at, place
+from tetdist.training.schedule import Phase, phase_at, schedule_phases
 from tetdist.training.setup import make_model, open_data
 from tetdist.training.teacher import Teacher
 
@@ -72,7 +72,7 @@ class Trainer:
         self.steps_per_epoch = world.run_on_all(
             lambda: order.steps_per_epoch(len(self.train_index), batch.global_)
         )
-        self.phases = place(config.phases, self.steps_per_epoch)
+        self.phases = schedule_phases(config.phases, self.steps_per_epoch)
         end = self.phases[-1].end_step
         self.last_step = min(end, config.max_steps or end)
         first = self.phases[config.start_phase].first_step
@@ -563,8 +563,8 @@ class Trainer:
                 f"is now in {distillation.teacher}; put that back, or give the run another name"
             )
 
-    def _progress(self) -> Progress:
-        return Progress(
+    def _progress(self) -> RunProgress:
+        return RunProgress(
             self.step,
             self.last_step,
             self.steps_per_epoch,
@@ -575,7 +575,7 @@ class Trainer:
     tracker: Tracker | None
     pictures: Pictures | None
     record: SampleRecord
-    progress: Progress
+    progress: RunProgress
 
 
 def _check_device(config: RunConfig, world: World) -> None:

@@ -1,0 +1,105 @@
+"""A network that is no subclass of tetdist's is evaluated by the little that is asked of one."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tetdist.data.loader import Batch
+from tetdist.distributed.world import World, join
+from tetdist.errors import UserError
+from tetdist.evaluation.evaluate import Evaluation, evaluate
+from tetdist.evaluation.suite import Passes, run_suite
+from tetdist.reports.evaluation_page import as_text, html_page, png_page
+
+T, CLASSES = 3, ("a", "b", "c", "d")
+
+
+class Outside(nn.Module):
+    """Logits that grow with time, by a convolution that sees (B, C, H, W)."""
+
+    def __init__(self, input_kind: str = "image") -> None:
+        super().__init__()
+        self.timesteps, self.num_classes, self.input_kind = T, len(CLASSES), input_kind
+        self.conv = nn.Conv2d(3 if input_kind == "image" else 2, len(CLASSES), 3)
+
+    def set_timesteps(self, timesteps: int) -> None:
+        self.timesteps = timesteps
+
+    def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
+        assert per_timestep, "nothing else may be asked for"
+        frames = [x] * self.timesteps if x.ndim == 4 else x[:, : self.timesteps].unbind(1)
+        steps = enumerate(frames, start=1)
+        return torch.stack([t * self.conv(frame).mean((2, 3)) for t, frame in steps])
+
+
+class OneBatch(Passes):
+    """Evaluates a batch that is at hand, in place of a folder's."""
+
+    batch: Batch
+
+    def run(
+        self,
+        title: str,
+        change: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
+        also: Callable[..., Any] = lambda _logits, _labels: None,
+    ) -> Evaluation:
+        del title
+        batches = change([self.batch])
+        samples = len(self.batch.labels)
+        return evaluate(self.model, batches, samples, self.world, precision="fp32", also=also)
+
+
+@pytest.fixture
+def alone() -> Iterator[World]:
+    with join("cpu") as world:
+        yield world
+
+
+def passes_of(model: Any, world: World) -> OneBatch:
+    torch.manual_seed(0)
+    shape = (8, 3, 6, 6) if model.input_kind == "image" else (8, T, 2, 6, 6)
+    index: Any = type("Index", (), {"classes": CLASSES})
+    config: Any = None
+    passes = OneBatch(model, config, index, world, lambda: None)
+    batch = Batch(torch.rand(shape), torch.arange(8) % 4, np.arange(8))
+    object.__setattr__(passes, "batch", batch)
+    return passes
+
+
+@pytest.mark.parametrize("kind", ["image", "events"])
+def test_all_but_what_is_known_of_ours_is_reported(kind: str, alone: World) -> None:
+    model: Any = Outside(kind)
+    passes = passes_of(model, alone)
+    dropped = [0.5] if kind == "events" else []
+    found = run_suite(passes, drop_timesteps=dropped, drop_events=[], seed=0)
+    with torch.no_grad():
+        logits = model(passes.batch.images, per_timestep=True)
+    right = (logits.mean(0).argmax(-1) == passes.batch.labels).double().mean()
+    assert found["top1"] == pytest.approx(100 * float(right))
+    assert found["operations"] is None
+    assert found["firing_rate"] == {}
+    assert len(found["dropped_timesteps"]) == len(dropped)
+    about = {"checkpoint": "x", "model": "outside", "step": 1, "split": "val", "seed": 0}
+    about |= {"trained_timesteps": T, "reported_timesteps": [1, T]}
+    for text in (as_text(about | found), html_page(about | found)):
+        assert "operations are not counted" in text
+    assert png_page(about | found).startswith(b"\x89PNG")
+
+
+def test_what_only_ours_can_do_is_refused(alone: World) -> None:
+    model: Any = Outside()
+    with pytest.raises(UserError, match=r"--drop-timesteps .* this one is a Outside"):
+        run_suite(passes_of(model, alone), drop_timesteps=[0.5], drop_events=[], seed=0)
+
+
+def test_other_than_logits_of_each_timestep_is_refused(alone: World) -> None:
+    model: Any = Outside()
+    model.forward = lambda x, **_: torch.zeros(len(x), 4)
+    with pytest.raises(
+        UserError, match=r"returned \(8, 4\) .* must return logits \(3, 8, classes\)"
+    ):
+        run_suite(passes_of(model, alone), drop_timesteps=[], drop_events=[], seed=0)
