@@ -287,3 +287,27 @@ def test_sweep_is_an_array_with_one_parent(
     assert all(f"job {run.job} " in said for run in swept)
     assert slurm.main(["resume", str(launcher.runs_dir / "swept_sweep")]) == 0
     assert capsys.readouterr().out.count("is finished: nothing to do") == 2
+
+
+def test_job_imports_the_copy_that_was_made_when_it_was_submitted(
+    launcher: Launcher, cluster: Cluster, tmp_path: Path
+) -> None:
+    file = tmp_path / "my_loss.py"
+    text = (
+        "from tetdist.losses import register_loss, tet_loss\n"
+        "@register_loss('own')\n"
+        "def own(logits, target):\n"
+        "    return tet_loss(logits, target, lambda_=0.0) + 100\n"
+    )
+    file.write_text(text)
+    imported = ("--import", str(file), "loss.kind=own", "max_steps=20")
+    run = launcher("imported", *imported, "cluster.sbatch.hold=true")
+    file.write_text("raise RuntimeError('this is not what was submitted')\n")
+    cluster.run("scontrol", "release", run.job)
+    run.wait_for("finished")
+    assert (run.path / "imports" / "my_loss.py").read_text() == text
+    assert all(line["loss"] > 100 for line in tiny.metrics(run.path, "train"))
+    # What the user has now is another file, and the run is not that.
+    file.write_text(text + "# other\n")
+    again = ["--config", str(launcher.config), "name=imported", *imported]
+    assert slurm.main(again) == 2
