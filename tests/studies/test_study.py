@@ -572,3 +572,29 @@ def test_a_folder_of_another_study_is_left_alone(
     assert status == 2
     assert "sdt-seed3 holds a run of another configuration: loss.phi is 2.0 and was 1.0" in errors
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_a_study_of_a_loss_of_ones_own(
+    call: Call, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The file goes to every training and evaluation, and into the command of the report."""
+    own = tmp_path / "my_loss.py"
+    own.write_text(
+        "from tetdist.losses import register_loss, tet_loss\n"
+        "@register_loss('own')\n"
+        "def own(logits, target):\n"
+        "    return tet_loss(logits, target, lambda_=0.0) + 100\n"
+    )
+    entries = {"own": {"overrides": {"loss.kind": "own"}}}
+    file, output = (
+        write({"entries": entries, "seeds": [0], "test_timesteps": [3]}),
+        tmp_path / "out",
+    )
+    status, _, errors = call(file, "--output", output)
+    assert status == 2
+    assert "there is no loss 'own'" in errors
+    status, _, errors = call(file, "--output", output, "--import", own)
+    assert status == 0, errors
+    # Beyond the T of training, by an evaluation of its own.
+    assert json.loads((output / "own-seed0" / "test_timesteps.json").read_text())
+    assert f"--import {own}" in (output / "report.md").read_text()

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tetdist.cli.common import answer, program
+from tetdist.cli.common import add_import, answer, program
 from tetdist.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="key=value",
         help="override a key of the configuration in all runs: data.root=..., batch.micro=64",
     )
+    add_import(parser)
     parser.add_argument(
         "--output", metavar="DIR", type=Path, help="folder of runs and report; runs/STUDY"
     )
@@ -96,7 +97,7 @@ def study(options: argparse.Namespace) -> int:
     file = plan.find(options.study)
     section = plan.read(file)
     output = options.output or Path("runs") / file.stem
-    runs = plan.runs_of(section, output, options.overrides)
+    runs = plan.runs_of(section, output, options.overrides, options.imports)
     chosen = choose(runs, options.only)
     for run in runs:
         plan.check_folder(run)
@@ -130,6 +131,8 @@ def command(options: argparse.Namespace, file: Path) -> str:
     from tetdist.studies import plan
 
     words = [str(file), *options.overrides]
+    for one in options.imports:
+        words += ["--import", one]
     if options.output:
         words += ["--output", str(options.output)]
     if options.jobs > 1:

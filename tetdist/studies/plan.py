@@ -3,6 +3,7 @@
 import difflib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,7 +70,8 @@ class StudyRun:
 
     Attributes:
         control: The entry that its entry is compared with.
-        overrides: ``key=value``, all of them, for the commands train and slurm.
+        arguments: What the commands train and slurm are given: the configuration, all
+            ``key=value`` and ``--import``.
         init: The run whose weights it begins with.
         teacher: The run whose network it learns from.
         test_timesteps: Numbers of timesteps at which it is evaluated.
@@ -78,8 +80,7 @@ class StudyRun:
     entry: str
     control: str | None
     seed: int
-    config_name: str
-    overrides: tuple[str, ...]
+    arguments: tuple[str, ...]
     config: RunConfig
     init: "StudyRun | None"
     teacher: "StudyRun | None"
@@ -114,14 +115,15 @@ class StudyRun:
 
     @property
     def train_command(self) -> "Command":
-        return Command("train", ("--config", self.config_name, *self.overrides))
+        return Command("train", self.arguments)
 
     @property
     def eval_command(self) -> "Command":
         timesteps = ",".join(map(str, self.test_timesteps))
         file = self.folder / EVALUATION_FILE
         of = ("--checkpoint", str(self.folder), "--timesteps", timesteps, "--json", str(file))
-        return Command("eval", (*of, "--threads", str(self.config.data.threads)))
+        imports = _import_flags(self.config.imports)
+        return Command("eval", (*of, "--threads", str(self.config.data.threads), *imports))
 
     def next_command(self) -> "Command | None":
         """The command that is left to do, by the state on the disk; None if there is none."""
@@ -204,13 +206,20 @@ def _explain(error: Any) -> str:
     return f"{key!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def runs_of(study: StudySection, output: Path, more: list[str]) -> list[StudyRun]:
+def _import_flags(files: Sequence[str]) -> list[str]:
+    return [word for file in files for word in ("--import", file)]
+
+
+def runs_of(
+    study: StudySection, output: Path, more: list[str], imports: Sequence[str] = ()
+) -> list[StudyRun]:
     """All runs, seed by seed, each after those that it needs.
 
     Args:
         study: The study.
         output: Their folder.
         more: ``key=value`` for all of them, after the study's own.
+        imports: Files that all of them import.
 
     Raises:
         UserError: A configuration is wrong, or entries need each other.
@@ -228,7 +237,7 @@ def runs_of(study: StudySection, output: Path, more: list[str]) -> list[StudyRun
                 None if other is None else add(other, seed, (*after, name))
                 for other in (entry.init, entry.teacher)
             )
-            runs[name, seed] = _run(study, name, seed, output, more, init, teacher)
+            runs[name, seed] = _run(study, name, seed, output, more, imports, init, teacher)
         return runs[name, seed]
 
     for seed in study.seeds:
@@ -243,6 +252,7 @@ def _run(
     seed: int,
     output: Path,
     more: list[str],
+    imports: Sequence[str],
     init: StudyRun | None,
     teacher: StudyRun | None,
 ) -> StudyRun:
@@ -258,15 +268,14 @@ def _run(
     overrides = given + own
     try:
         _refuse_own_keys(given, entry)
-        resolved = loading.load(config_name, overrides)
+        resolved = loading.load(config_name, overrides, imports)
     except UserError as error:
         raise UserError(f"entries.{name}: {error}") from error
     return StudyRun(
         entry=name,
         control=entry.control,
         seed=seed,
-        config_name=config_name,
-        overrides=tuple(overrides),
+        arguments=("--config", config_name, *overrides, *_import_flags(imports)),
         config=resolved,
         init=init,
         teacher=teacher,

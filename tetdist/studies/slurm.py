@@ -59,7 +59,7 @@ def submit(study: str, runs: list[StudyRun], output: Path, flags: list[str], aga
     Raises:
         UserError: The flags are wrong, there is no Slurm, or it refuses a job.
     """
-    if read_flags(flags, runs[0].config_name).dry_run:
+    if read_flags(flags, runs[0].arguments[1]).dry_run:
         return dry_run(runs, flags)
     if not is_here():
         raise UserError(
@@ -115,7 +115,7 @@ def dry_run(runs: list[StudyRun], flags: list[str]) -> int:
         after = [needed for needed in run.needs if not is_trained(needed)]
         print(f"# === {run.name}{_begins_after(after)}", flush=True)
         dependency = [word for needed in after for word in ("--after", str(needed.folder))]
-        arguments = ["--config", run.config_name, *run.overrides, *dependency, *flags]
+        arguments = [*run.arguments, *dependency, *flags]
         statuses.append(command.run(command.parse_arguments(arguments)))
     return max(statuses)
 
@@ -219,8 +219,8 @@ def job_of(run: StudyRun, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
     Raises:
         UserError: The facts are not right, or incomplete.
     """
-    options = command.parse_arguments(["--config", run.config_name, *run.overrides, *flags])
-    config = configuration.load(options.config, options.overrides)
+    options = command.parse_arguments([*run.arguments, *flags])
+    config = configuration.load(options.config, options.overrides, options.imports)
     return config, command.cluster_of(config.cluster, options)
 
 
