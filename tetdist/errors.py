@@ -45,7 +45,9 @@ def sentence(error: Exception) -> str:
 def script_of(command: str) -> Path | None:
     """The script of a command in the checkout; None where tetdist is installed without one."""
     script = _CHECKOUT / _SCRIPTS.get(command, f"tools/{command}.py")
-    return script if script.is_file() else None
+    # tetdist/train.py is in an installed package, too; launch/ is not.
+    is_checkout = (_CHECKOUT / _SCRIPTS["slurm"]).is_file()
+    return script if is_checkout and script.is_file() else None
 
 
 def typed(command: str, *arguments: object) -> str:

@@ -1,0 +1,101 @@
+"""The wheel, unpacked in an empty folder: all is in it, and commands need no checkout."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import tiny
+
+FILES = ("tetdist", "configs", "tetdist_command.py")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as pip would install it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    # From a copy, since a build leaves folders in its source.
+    source = folder / "source"
+    for file in tracked("."):
+        (source / file).parent.mkdir(parents=True, exist_ok=True)
+        (source / file).write_bytes((tiny.PROJECT / file).read_bytes())
+    build = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index")
+    subprocess.run(tiny.python(*build, "-w", folder, source), check=True, timeout=240)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def tracked(*places: str) -> list[str]:
+    command = ["git", "-C", str(tiny.PROJECT), "ls-files", "-z", "--cached", "--others"]
+    command += ["--exclude-standard", "--", *places]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [file for file in listed.split("\0") if file and (tiny.PROJECT / file).is_file()]
+
+
+def tetdist(installed: Path, cwd: Path, *arguments: object, status: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "tetdist", *map(str, arguments)],
+        cwd=cwd,
+        env=tiny.clean_environment(PYTHONPATH=str(installed)),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    said = (done.stdout + done.stderr).replace(sys.executable, "python")
+    assert str(tiny.PROJECT) not in said
+    return said
+
+
+def test_everything_is_in_it(installed: Path) -> None:
+    wanted = {
+        f"tetdist/{file}" if file.startswith("configs/") else file for file in tracked(*FILES)
+    }
+    found = {str(file.relative_to(installed)) for file in installed.rglob("*") if file.is_file()}
+    assert {file for file in found if ".dist-info/" not in file} == wanted
+
+
+def test_commands_answer_without_a_checkout(installed: Path, tmp_path: Path) -> None:
+    from tetdist_command import COMMANDS
+
+    assert set(COMMANDS) <= set(tetdist(installed, tmp_path, "--help").split())
+    for command in COMMANDS:
+        said = tetdist(installed, tmp_path, command, "--help")
+        assert said.startswith(f"usage: tetdist {command}"), said
+    assert "there is no command 'evla'" in tetdist(installed, tmp_path, "evla", status=2)
+
+
+def test_a_run_without_a_checkout(installed: Path, tmp_path: Path, tiny_root: Path) -> None:
+    """Shown, trained by the job's own launcher, evaluated: from the wheel's code and configs."""
+    shown = tetdist(
+        installed, tmp_path, "train", "--config", "sew34_t4", "--print-config", "data.root=x"
+    )
+    assert "name: sew_resnet34" in shown
+    file = tiny.write_config(tmp_path / "tiny.yaml", tiny_root, {"engine": "torch", "max_steps": 2})
+    planned = ("slurm", "--config", file, "--gpus-per-node", "0", "--dry-run")
+    assert "#SBATCH" in tetdist(installed, tmp_path, *planned)
+    said = tetdist(installed, tmp_path, "slurm", "--config", file, "--local", "1")
+    run = tmp_path / "runs" / "tiny"
+    assert f"tetdist eval --checkpoint {run}" in said
+    assert (run / "slurm/submission-1/code/tetdist/configs/sew34_t4.yaml").is_file()
+    assert "top-1" in tetdist(installed, tmp_path, "eval", "--checkpoint", run, "--device", "cpu")
+    missing = tetdist(installed, tmp_path, "train", "--config", file, "data.root=gone", status=2)
+    assert "tetdist eval: --data" in missing
+
+
+def test_importing_it_does_not_need_the_command(installed: Path, tmp_path: Path) -> None:
+    code = "import timm, tetdist; print(len(timm.create_model('sew_resnet18').blocks))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "8\n", done.stderr
