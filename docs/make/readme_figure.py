@@ -1,6 +1,6 @@
 """Draw the figure of the README's first screen, from results that are in the project.
 
-    python docs/make/readme_figure.py
+python docs/make/readme_figure.py
 """
 
 import argparse
