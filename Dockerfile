@@ -16,10 +16,12 @@ WORKDIR /opt/tetdist
 ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 RUN python3 -m venv /opt/venv
 
-# The dependencies change less often than the code.
-COPY pyproject.toml README.md LICENSE ./
+# The dependencies change less often than the code. setup.py takes configs/ into the package: empty
+# folders will do for now.
+COPY pyproject.toml setup.py tetdist_command.py README.md LICENSE ./
 COPY tetdist/__init__.py tetdist/__init__.py
-RUN pip install --no-cache-dir ".[train,${DALI},quickstart]"
+RUN mkdir -p configs/studies \
+ && pip install --no-cache-dir ".[train,${DALI},quickstart]"
 COPY . .
 RUN pip install --no-cache-dir --no-deps -e .
 

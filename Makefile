@@ -19,7 +19,7 @@ help: ## list the targets
 
 venv: $(VENV)/.installed ## make .venv with everything in it
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11; give another: make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
@@ -44,15 +44,16 @@ test: venv ## run the tests (minutes)
 test-long: venv ## run the tests that take longer
 	@$(BIN)/python -m pytest -m long -n $(WORKERS) --dist loadgroup $(PYTEST_FLAGS)
 
-lint: venv ## ruff and the type checker
+lint: venv ## ruff, the type checker, and which room may know which
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports
 
 format: venv ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 clean: ## remove caches (neither .venv nor data nor runs)
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -137,6 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"error: {shlex.join(command)} failed", file=sys.stderr)
                 return 1
         found[measurement.name] = json.loads(file.read_text())
+    if found.get("data", {}).get("data"):
+        found["data"]["data"] = Path(found["data"]["data"]).name
     options.output.parent.mkdir(parents=True, exist_ok=True)
     figures = draw(found, options)
     (figures / "results.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -151,8 +153,11 @@ def main(arguments: list[str] | None = None) -> int:
 def report(found: dict[str, dict[str, Any]], options: argparse.Namespace, figures: Path) -> str:
     machine = found["step-fp32"]["machine"]
     step = found["step-fp32"]
+    # Where the data lies on this machine is of no use to a reader.
+    data = Path(options.data.name) if options.data else None
+    shown = argparse.Namespace(**vars(options) | {"data": data})
     commands = "\n".join(
-        f"    python tools/bench.py {shlex.join(m.command(options))}" for m in measurements(options)
+        f"    python tools/bench.py {shlex.join(m.command(shown))}" for m in measurements(shown)
     )
     network = step["model"]
     size = step["size"] or 224
@@ -177,7 +182,7 @@ images.""",
 
 {step_table(found, "step")}
 
-"blocks" and "timesteps" are `checkpoint: blocks` and `checkpoint: {{timesteps: 2}}`. The first two
+"blocks" and "timesteps" are `recompute: blocks` and `recompute: {{timesteps: 2}}`. The first two
 steps include building the kernels where they are not in the cache: 2 to 9 s more, once on a machine
 (the passes that torch.compile makes for GPUs took 23 s on this CPU, from its own cache 4 s).
 {compiled_peer(found)}
@@ -407,7 +412,7 @@ def draw(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> Path:
         return figure, figure.subplots(rows, 2).flat
 
     def plot(axis: Any, name: str, xs: list[int], ys: list[float]) -> None:
-        label = LABELS.get(name, name.replace("tetdist, ", "checkpoint: "))
+        label = LABELS.get(name, name.replace("tetdist, ", "recompute: "))
         axis.plot(xs, ys, "o-", color=COLOURS[name], label=label, markersize=4)
 
     def finish(axis: Any, title: str, x: str, y: str, xs: tuple[int, ...]) -> None:

@@ -135,7 +135,7 @@ NAMES = {
     "spikingjelly, eager": ("spikingjelly 2.0 (eager)", PEER),
     "relu": ("ReLU network on T x batch", RELU),
     "tetdist, none": ("tetdist", OURS),
-    "tetdist, blocks": ("tetdist, checkpoint: blocks", SAVING),
+    "tetdist, blocks": ("tetdist, recompute: blocks", SAVING),
 }
 
 

@@ -1,1 +1,1 @@
-"""Measurements of speed and memory, against others side by side."""
+"""Measurements of speed and memory, of tetdist and of others side by side."""

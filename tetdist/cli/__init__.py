@@ -1,1 +1,1 @@
-"""One file a command."""
+"""The commands, one file each; tetdist_command.py starts them."""

@@ -1,1 +1,1 @@
-"""Weights and networks in and out."""
+"""Weights of other libraries taken over, and trained networks given away."""

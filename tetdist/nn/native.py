@@ -1,7 +1,7 @@
-"""Builds the kernels in C++ (kernels/), which compute on a CPU, and calls them.
+"""The kernels in C++ (kernels/), which compute on a CPU: how they are called.
 
-Those of fused.py are compiled once for each kind of neuron, in seconds, and kept in the user's
-cache folder; neither T nor shapes, types and layers are a reason to compile again.
+build.py compiles a library once for each kind of neuron; neither T nor shapes, types and layers are
+a reason to compile again.
 """
 
 import ctypes

@@ -3,7 +3,7 @@
 fp32    parameters, activations and gradients in float32
 bf16    convolutions in bfloat16 under autocast; parameters, gradients, membranes and loss in
         float32
-fp16    the same with float16, whose loss has to be scaled (see engine.py)
+fp16    the same with float16, whose loss has to be scaled (see training/engines/base.py)
 fp64    everything in float64: slow, and without the rounding that flips spikes, so that two
         ways to compute the same can be told apart from two that do not
 """

@@ -1,1 +1,1 @@
-"""Figures, pages and tables."""
+"""Figures, pages and tables of what runs and evaluations found."""

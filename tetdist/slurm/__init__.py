@@ -1,1 +1,1 @@
-"""A run on a Slurm cluster."""
+"""A run on a Slurm cluster: submitted once, and continued until it is finished."""

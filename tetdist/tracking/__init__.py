@@ -1,1 +1,1 @@
-"""The record of a run: its metrics file, MLflow, progress."""
+"""The record of a run: its metrics file, MLflow and other trackers, progress, environment."""

@@ -1,1 +1,1 @@
-"""Backward pass, gradient averaging and update."""
+"""Backward pass, averaging over processes, clipping and update: DeepSpeed's and plain torch's."""

@@ -92,7 +92,7 @@ class ZeroEngine:
     convolutions are slower than at stage 0.
     """
 
-    loss_scale: LossScale | None = None  # config.py refuses fp16 here
+    loss_scale: LossScale | None = None  # config/checks.py refuses fp16 here
 
     def __init__(
         self,
