@@ -219,7 +219,7 @@ def test_rank_that_raises_ends_the_job(
     launcher: Launcher, cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = held(launcher, "faulty", "engine=deepspeed")
-    trainer = run.path / "slurm/submission-1/code/tetdist/trainer.py"
+    trainer = run.path / "slurm/submission-1/code/tetdist/training/trainer.py"
     trainer.write_text(trainer.read_text() + FAULT)
     cluster.run("scontrol", "release", run.job)
     run.wait_for("failed", 60)

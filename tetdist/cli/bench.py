@@ -12,7 +12,8 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from tetdist.cli.common import answer, positive, program
+from tetdist.cli.common import answer, program
+from tetdist.config.flags import positive
 from tetdist.errors import UserError
 from tetdist.files import write_json
 

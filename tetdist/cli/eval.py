@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist import files
-from tetdist.cli.common import add_import, answer, positive, program
+from tetdist.cli.common import answer, program
+from tetdist.config.flags import add_import, positive
 from tetdist.errors import UserError
 
 HANGS_AFTER = 600  # seconds without progress of one of several processes

@@ -9,7 +9,8 @@ docs/weights.md says what each format holds and what it cannot.
 import argparse
 from pathlib import Path
 
-from tetdist.cli.common import add_import, answer, program
+from tetdist.cli.common import answer, program
+from tetdist.config.flags import add_import
 
 # The ending of --output for each format; None: --output is a folder.
 ENDINGS = {"safetensors": None, "timm": None, "nir": ".nir", "onnx": ".onnx", "torch": ".pt2"}

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tetdist.cli.common import add_import, answer, program
+from tetdist.cli.common import answer, program
+from tetdist.config.flags import add_import
 from tetdist.errors import UserError
 
 if TYPE_CHECKING:

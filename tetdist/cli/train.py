@@ -12,7 +12,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from tetdist.cli.common import MISTAKES, add_import, fail, program
+from tetdist.cli.common import MISTAKES, fail, program
+from tetdist.config.flags import add_import
 
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig

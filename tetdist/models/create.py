@@ -37,8 +37,6 @@ def create_model(
     except UserError:
         raise
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"model.arguments: {name} cannot be built with {dict(arguments)} ({error})"
         ) from error

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tetdist.config.flags import add_import, positive
 from tetdist.errors import UserError, typed
 
 if TYPE_CHECKING:
@@ -39,14 +40,7 @@ def _submit_parser(_: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="override a key of the configuration"
     )
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="FILE.py",
-        help="a Python file that registers models, neurons, losses, ... of your own",
-    )
+    add_import(parser)
     parser.add_argument(
         "--sweep",
         nargs="+",
@@ -71,7 +65,7 @@ def _submit_parser(_: str) -> argparse.ArgumentParser:
     how.add_argument("--follow", action="store_true", help="then show the log as it grows")
     how.add_argument(
         "--local",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="run the same job here, in N processes, without Slurm",
     )
@@ -120,7 +114,7 @@ def _run_parser(command: str) -> argparse.ArgumentParser:
 
 def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the job")
-    group.add_argument("--nodes", type=_positive, metavar="N")
+    group.add_argument("--nodes", type=positive, metavar="N")
     group.add_argument(
         "--gpus-per-node", type=int, metavar="G", help="one process each; 0: train on the CPU"
     )
@@ -135,12 +129,6 @@ def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
         metavar="CMD",
         help="a shell command before the processes start; may be repeated",
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:
