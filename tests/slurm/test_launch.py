@@ -312,7 +312,7 @@ def test_what_is_refused_before_anything_is_written(
 def test_wrong_command_line(capfd: pytest.CaptureFixture[str]) -> None:
     for arguments, part in (
         ([], "--config is missing"),
-        (["--config", "x", "--nodes", "none"], "'none' is not a whole number above 0"),
+        (["--config", "x", "--nodes", "none"], "'none' is not a whole number"),
         (["status"], "RUN"),
         (["--config", "x", "--dry-run", "--follow"], "not allowed"),
     ):
