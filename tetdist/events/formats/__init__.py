@@ -1,21 +1,22 @@
 """Recordings of event cameras, one file a format, chosen by the suffix of the name, and checked.
 
 Every reader takes the whole file, so that its checksum is of exactly what was read, and refuses it
-whole where a part is damaged: the readable part is never silently used. A format is a module with a
-table READERS of the suffixes that it reads; a new one is a new module, named in _MODULES.
+whole where a part is damaged: the readable part is never silently used. A format is a module of this
+folder with a table READERS of the suffixes that it reads.
 """
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tetdist.events.formats import aedat, aedat4, arrays, nmnist, prophesee
 from tetdist.events.recording import BadRecording, Events, Sensor
-
-_MODULES = (aedat, aedat4, nmnist, prophesee, arrays)
 
 # A reader takes a file's contents, and the sensor's size where the format does not say it.
 _READERS: dict[str, Callable[[bytes, Sensor | None], Events]] = {
-    suffix: reader for module in _MODULES for suffix, reader in module.READERS.items()
+    suffix: reader
+    for module in pkgutil.iter_modules(__path__)
+    for suffix, reader in importlib.import_module(f"{__name__}.{module.name}").READERS.items()
 }
 SUFFIXES = tuple(_READERS)
 
