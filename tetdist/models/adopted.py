@@ -103,7 +103,7 @@ class Adopted(SpikingNetwork):
                 )
 
     def set_execution(self, execution: str) -> None:
-        """Without effect: the library's neurons have backends of their own."""
+        """Change nothing: the library's neurons have backends of their own."""
         if execution not in ("fused", "reference"):
             raise ValueError(f"execution must be 'fused' or 'reference', not {execution!r}")
 
@@ -497,7 +497,7 @@ class _Parts:
 
     @contextlib.contextmanager
     def recomputed(self) -> Iterator[None]:
-        """Within this context a forward pass of the network keeps only the parts' inputs."""
+        """Have forward passes keep only the parts' inputs, within this context."""
         seen: set[int] = set()
         with contextlib.ExitStack() as stack:
             for part in self.alone:
@@ -515,7 +515,7 @@ def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
 
 @contextlib.contextmanager
 def _running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within this context ``forward`` is what the module runs."""
+    """Make ``forward`` what the module runs, within this context."""
     own = module.__dict__.get("forward")
     module.forward = forward
     try:

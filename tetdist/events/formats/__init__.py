@@ -1,8 +1,8 @@
 """Recordings of event cameras, one file a format, chosen by the suffix of the name, and checked.
 
 Every reader takes the whole file, so that its checksum is of exactly what was read, and refuses it
-whole where a part is damaged: the readable part is never silently used. A format is a module of this
-folder with a table READERS of the suffixes that it reads.
+whole where a part is damaged: the readable part is never silently used. A format is a module of
+this folder with a table READERS of the suffixes that it reads.
 """
 
 import importlib
