@@ -9,7 +9,25 @@ import tiny
 
 # What begins a sentence that leans on one before it, which is not there.
 LEANING = set(
-    "of for from with within without in on at by to as so that which whose likewise".split()
+    [
+        "of",
+        "for",
+        "from",
+        "with",
+        "within",
+        "without",
+        "in",
+        "on",
+        "at",
+        "by",
+        "to",
+        "as",
+        "so",
+        "that",
+        "which",
+        "whose",
+        "likewise",
+    ]
 )
 
 
