@@ -12,7 +12,7 @@ import torch
 import tetdist
 from tetdist.config import loading as configuration
 from tetdist.config.schema import RunConfig
-from tetdist.tracking.mlflow_follower import Tracker
+from tetdist.tracking.tracker import Tracker
 from tetdist.training.run_plots import Pictures
 
 assert tetdist.__doc__  # registers the models

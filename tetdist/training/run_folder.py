@@ -22,8 +22,10 @@ from tetdist.events.splits import recorded_split
 from tetdist.files import write_json, write_text
 from tetdist.plugins import import_files
 from tetdist.reports.tables import markdown
-from tetdist.tracking import environment, mlflow_follower
-from tetdist.tracking.trackers import TRACKERS, Following, TrackedRun
+from tetdist.tracking import environment
+from tetdist.tracking.mlflow_follower import Dataset, Status, ui_command
+from tetdist.tracking.tracker import Tracker
+from tetdist.tracking.trackers import TRACKERS
 
 logger = logging.getLogger(__name__)
 
@@ -124,28 +126,29 @@ class RunFolder:
         return checkpoint.read(self.checkpoints / name)
 
     @contextmanager
-    def tracker(self, step: int, val_index: Index) -> Iterator[mlflow_follower.Tracker | None]:
+    def tracker(self, step: int, val_index: Index) -> Iterator[Tracker | None]:
         """Rank 0's record of the run, from ``step`` on; None elsewhere."""
         if self.world.rank != 0:
             yield None
             return
         config = self.config
-        tracker = mlflow_follower.Tracker(
+        tracker = Tracker(
             self.path,
             run_name=config.name,
             params=flatten(config.as_dict()),
-            tags=self._tags() | {"mlflow.note.content": self._note(val_index)},
+            tags=self._tags(),
             tracking_uri=config.tracking_uri,
             experiment=config.tracking.experiment,
             artifact_root=Path(config.runs_dir).resolve() / "mlartifacts",
             resume_step=step if (self.path / "metrics.jsonl").exists() else None,
             phases=[flatten(phase) for phase in config.as_dict()["phases"]],
             datasets=self._datasets(val_index),
+            note=self._note(val_index),
+            trackers=config.tracking.trackers,
         )
         tracker.artifact(self.path / "config.yaml")
         tracker.artifact(self.path / "environment.json")
-        own = self._own_trackers(step)
-        status: mlflow_follower.Status = "FAILED"
+        status: Status = "FAILED"
         try:
             yield tracker
             self._log_checkpoint(tracker)
@@ -155,21 +158,8 @@ class RunFolder:
             raise
         finally:
             tracker.close(status)
-            for following in own:
-                following.close(status, timeout=30)
 
-    def _own_trackers(self, step: int) -> list[Following]:
-        names, file = self.config.tracking.trackers, self.path / "metrics.jsonl"
-        run = TrackedRun(
-            folder=self.path,
-            name=self.config.name,
-            params=flatten(self.config.as_dict()),
-            tags=self._tags(),
-            resume_step=step if file.stat().st_size else None,
-        )
-        return [Following(name, file, run) for name in names]
-
-    def _log_checkpoint(self, tracker: mlflow_follower.Tracker) -> None:
+    def _log_checkpoint(self, tracker: Tracker) -> None:
         """Give MLflow the checkpoint of a finished run, where that was asked for."""
         which, name = self.config.tracking.log_checkpoint, self.config.tracking.register_
         pointer = self.checkpoints / which
@@ -221,7 +211,7 @@ class RunFolder:
             )
         lines.append(f"  evaluate  {typed('eval', '--checkpoint', self.path)}")
         if self.config.tracking_uri:
-            lines.append(f"  look      {mlflow_follower.ui_command(self.config.tracking_uri)}")
+            lines.append(f"  look      {ui_command(self.config.tracking_uri)}")
         logger.info("%s", "\n".join(lines))
 
     def _tags(self) -> dict[str, str]:
@@ -284,10 +274,10 @@ class RunFolder:
         ]
         return "\n".join(lines)
 
-    def _datasets(self, val_index: Index) -> list[mlflow_follower.Dataset]:
+    def _datasets(self, val_index: Index) -> list[Dataset]:
         root = Path(self.config.data.root).resolve()
         return [
-            mlflow_follower.Dataset(
+            Dataset(
                 name=f"{root.name}/{index.split}",
                 digest=index.fingerprint[:16],
                 source=str(root / index.split),

@@ -21,7 +21,7 @@ from tetdist.evaluation.membranes import membrane_distribution
 from tetdist.models import SpikingNetwork
 from tetdist.nn.norm_neuron import spiking_layers
 from tetdist.reports import curves
-from tetdist.tracking.mlflow_follower import Tracker
+from tetdist.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 

@@ -34,8 +34,8 @@ from tetdist.nn import batch_norm
 from tetdist.nn.precision import autocast, parameter_type
 from tetdist.optimizers import make_optimizer
 from tetdist.plugins import import_files
-from tetdist.tracking.mlflow_follower import Tracker
 from tetdist.tracking.progress import RunProgress
+from tetdist.tracking.tracker import Tracker
 from tetdist.training import health
 from tetdist.training.engines.base import Engine, Update
 from tetdist.training.engines.create import make_engine
