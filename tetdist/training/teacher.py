@@ -103,20 +103,20 @@ def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
         weights, description = checkpoint.load_model_file(path)
     except UserError as error:
         raise UserError(f"{KEY}: {error}") from error
-    plugins.require(description.get("imports", {}), path)
-    theirs = parse(description["config"], str(path), warn=False)
+    plugins.require(description.imports, path)
+    theirs = parse(description.config, str(path), warn=False)
     if theirs.data.kind != config.data.kind:
         raise UserError(
             f"{KEY}: {path} is of {theirs.data.kind} and the data is {config.data.kind}"
         )
-    classes = description["classes"]
+    classes = description.classes
     if classes is not None and list(classes) != list(index.classes):
         raise UserError(
             f"{KEY}: {path} knows other classes than {config.data.root} has, or in another order"
         )
     num_classes = theirs.model.num_classes or (len(classes) if classes else len(index.classes))
     _check_num_classes(str(path), num_classes, config, index)
-    model = _spiking(theirs.model, num_classes, description["timesteps"], config, index, path)
+    model = _spiking(theirs.model, num_classes, description.timesteps, config, index, path)
     checkpoint.load_weights(model, weights, path)
     return model, theirs.data.mean, theirs.data.std
 

@@ -471,14 +471,14 @@ class Trainer:
         # So that it can be evaluated from another folder.
         described["data"]["root"] = str(Path(self.config.data.root).resolve())
         described["data"]["index"] = str(self.config.data.index_dir.resolve())
-        description = {
-            "config": described,
-            "classes": list(self.train_index.classes),
-            "timesteps": self.model.timesteps,
-            "step": self.step,
-            "validation": validation,
-            "imports": {file.name: file.sha256 for file in import_files(self.config.imports)},
-        }
+        description = checkpoint.Description(
+            config=described,
+            classes=list(self.train_index.classes),
+            timesteps=self.model.timesteps,
+            step=self.step,
+            validation=validation,
+            imports={file.name: file.sha256 for file in import_files(self.config.imports)},
+        )
 
         optimizer = self.engine.optimizer_state()
 
@@ -513,17 +513,17 @@ class Trainer:
         weights, description = checkpoint.load_model_file(Path(source))
         checkpoint.load_weights(self.model, weights, Path(source))
         if self.world.rank == 0:
-            theirs, ours = description["config"]["model"], self.config.as_dict()["model"]
+            theirs, ours = description.config["model"], self.config.as_dict()["model"]
             for change in differences({"model": theirs}, {"model": ours}):
                 if not change.startswith("model.num_classes"):
                     logger.warning("init_checkpoint is of another network: %s", change)
-            if description["classes"] not in (None, list(self.train_index.classes)):
+            if description.classes not in (None, list(self.train_index.classes)):
                 logger.warning("init_checkpoint knows other classes than the data has")
             logger.info(
                 "beginning with the weights of %s (step %s, T=%s)",
                 source,
-                description["step"],
-                description["timesteps"],
+                description.step,
+                description.timesteps,
             )
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
