@@ -33,7 +33,7 @@ SHOWN_IMAGES, SHOWN_EVENTS, SHOWN_TIMESTEPS, LOOKED_AT = 32, 6, 10, 16
 DRAW_EVERY = 20.0
 
 
-class Pictures:
+class RunPlots:
     """The files in ``runs/NAME/plots``.
 
     Args:

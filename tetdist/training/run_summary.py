@@ -1,0 +1,165 @@
+"""What is told of a run: to MLflow and other trackers while it goes on, to a person at its end."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tetdist import checkpoint
+from tetdist.config.identity import flatten
+from tetdist.config.schema import RunConfig
+from tetdist.data.index import Index
+from tetdist.errors import Stopped, typed
+from tetdist.reports.tables import markdown
+from tetdist.tracking import environment
+from tetdist.tracking.mlflow_follower import Dataset, Status, ui_command
+from tetdist.tracking.tracker import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run as others see it.
+
+    Attributes:
+        config: Its configuration.
+        train: What it is trained on.
+        val: What it is evaluated on.
+        world_size: Number of its processes.
+        further_tags: Those of the program that started it.
+        data_split: See `RunFolder`.
+    """
+
+    config: RunConfig
+    train: Index
+    val: Index
+    world_size: int
+    further_tags: Mapping[str, str]
+    data_split: str | None
+
+    @contextmanager
+    def tracked(self, step: int, goes_on: Callable[[], bool]) -> Iterator[Tracker]:
+        """Record the run from ``step`` on; ``goes_on``: whether a stopped one is started again."""
+        config, folder = self.config, self.config.run_dir
+        tracker = Tracker(
+            folder,
+            run_name=config.name,
+            params=flatten(config.as_dict()),
+            tags=self._tags(),
+            tracking_uri=config.tracking_uri,
+            experiment=config.tracking.experiment,
+            artifact_root=Path(config.runs_dir).resolve() / "mlartifacts",
+            resume_step=step if (folder / "metrics.jsonl").exists() else None,
+            phases=[flatten(phase) for phase in config.as_dict()["phases"]],
+            datasets=self._datasets(),
+            note=self._note(),
+            trackers=config.tracking.trackers,
+        )
+        tracker.artifact(folder / "config.yaml")
+        tracker.artifact(folder / "environment.json")
+        status: Status = "FAILED"
+        try:
+            yield tracker
+            self._log_checkpoint(tracker)
+            status = "FINISHED"
+        except Stopped:
+            status = "RUNNING" if goes_on() else "KILLED"
+            raise
+        finally:
+            tracker.close(status)
+
+    def _log_checkpoint(self, tracker: Tracker) -> None:
+        """Give MLflow the checkpoint of a finished run, where that was asked for."""
+        which, name = self.config.tracking.log_checkpoint, self.config.tracking.register_
+        pointer = self.config.run_dir / "checkpoints" / which
+        if which == "none" or not pointer.is_file():
+            return
+        file = pointer.with_name(pointer.read_text().strip()) / checkpoint.MODEL_FILE
+        tracker.artifact(file)
+        if name is not None:
+            tracker.register(file, name)
+
+    def log(self, result: dict[str, float]) -> None:
+        """Say that the run is finished, what came out and where to look."""
+        folder = self.config.run_dir
+        lines = [f"{folder} is finished"]
+        if result:
+            lines[0] += (
+                f": top-1 {result['top1']:.2f} %; at best {result['best_top1']:.2f} %, "
+                f"at step {result['best_step']:.0f}"
+            )
+        lines.append(f"  evaluate  {typed('eval', '--checkpoint', folder)}")
+        if self.config.tracking_uri:
+            lines.append(f"  look      {ui_command(self.config.tracking_uri)}")
+        logger.info("%s", "\n".join(lines))
+
+    def _tags(self) -> dict[str, str]:
+        config, distillation = self.config, self.config.loss.distillation
+        # What makes it another run than one of its loss alone.
+        begun_with = {
+            "init_checkpoint": config.init_checkpoint,
+            "teacher": distillation.teacher,
+            "self_distillation": distillation.self_weight or None,
+        }
+        return {
+            "model": config.model.name,
+            "timesteps": " then ".join(str(phase.timesteps) for phase in config.phases),
+            "loss": config.loss.kind,
+            "split": "val",
+            "git": environment.git_version() or "none",
+            "seed": str(config.seed),
+            "precision": config.precision,
+            "world_size": str(self.world_size),
+            "run_dir": str(config.run_dir.resolve()),
+            "data": self.train.fingerprint[:16],
+            **({"data_split": self.data_split} if self.data_split else {}),
+            **{key: str(value) for key, value in begun_with.items() if value is not None},
+            **self.further_tags,
+        } | {f"version.{name}": version for name, version in environment.versions().items()}
+
+    def _note(self) -> str:
+        """The description on the run's page in MLflow, in Markdown."""
+        config, train = self.config, self.train
+        data = f"{len(train):,} {train.kind}, {len(train.classes)} classes"
+        phases = [
+            [
+                str(number),
+                str(phase.epochs),
+                str(phase.timesteps),
+                phase.optimizer.kind,
+                f"{phase.optimizer.lr:g}, {phase.schedule}",
+            ]
+            for number, phase in enumerate(config.phases)
+        ]
+        lines = [
+            f"**{config.model.name}** by {config.loss.kind.upper()} on {config.data.root} ({data}; "
+            f"evaluated on the {len(self.val):,} of val)",
+            "",
+            markdown(["phase", "epochs", "T", "optimiser", "learning rate"], phases, tight=True),
+            "",
+            f"Loss: {config.loss.as_text()}.",
+            f"Begun with the weights of {config.init_checkpoint or 'no other network'}.",
+            f"Batch {config.batch.global_} in micro-batches of {config.batch.micro}, "
+            f"{config.precision}, seed {config.seed}.",
+            "",
+            "Pictures and the whole configuration are under Artifacts; what the metrics mean: "
+            "docs/metrics.md.",
+            "",
+            f"    {typed('eval', '--checkpoint', config.run_dir.resolve())}",
+        ]
+        return "\n".join(lines)
+
+    def _datasets(self) -> list[Dataset]:
+        root = Path(self.config.data.root).resolve()
+        return [
+            Dataset(
+                name=f"{root.name}/{index.split}",
+                digest=index.fingerprint[:16],
+                source=str(root / index.split),
+                context=context,
+                profile={"samples": len(index), "classes": len(index.classes)},
+            )
+            for index, context in ((self.train, "training"), (self.val, "validation"))
+        ]
