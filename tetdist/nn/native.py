@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tetdist.nn.build import load_library
+from tetdist.nn.fused import Affine
 from tetdist.nn.neurons import LIF, SURROGATES
 
 TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
@@ -49,6 +50,9 @@ class _Backward(ctypes.Structure):
         *_SIZES,
         ("neuron", _Neuron),
     )
+
+
+_NONE = (None,) * 4  # instead of an `Affine`
 
 
 def serves(*tensors: Tensor | None) -> bool:
@@ -98,10 +102,8 @@ class Passes:
         self,
         x: Tensor,
         shortcut: Tensor | None,
-        gain: Tensor,
-        offset: Tensor,
-        shortcut_gain: Tensor | None,
-        shortcut_offset: Tensor | None,
+        affine: Affine,
+        of_shortcut: Affine | None,
         start: Tensor | None,
         identity: Tensor | None,
         *,
@@ -110,12 +112,12 @@ class Passes:
         carries: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         shape = (timesteps, *x.shape[1:])
-        affine = [_as_wide(t, x) for t in (gain, offset, shortcut_gain, shortcut_offset)]
+        norms = [_as_wide(t, x) for one in (affine, of_shortcut) for t in (one or _NONE)[:2]]
         start = _as_wide(start, x)
         spikes = torch.empty(shape, dtype=x.dtype)
         packed = torch.empty(shape, dtype=torch.uint8) if packs else None
         end = torch.empty(shape[1:], dtype=_wide_type(x)) if carries else None
-        pointers = map(_at, (x, shortcut, *affine, start, identity, spikes, packed, end))
+        pointers = map(_at, (x, shortcut, *norms, start, identity, spikes, packed, end))
         job = _Forward(*pointers, *shape, x.shape[0] == 1, self.neuron)
         self._function("forward", TYPES[x.dtype])(byref(job), _threads())
         return spikes, packed, end
@@ -124,14 +126,8 @@ class Passes:
         self,
         x: Tensor,
         shortcut: Tensor | None,
-        gain: Tensor,
-        offset: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        shortcut_gain: Tensor | None,
-        shortcut_offset: Tensor | None,
-        shortcut_mean: Tensor | None,
-        shortcut_rstd: Tensor | None,
+        affine: Affine,
+        of_shortcut: Affine | None,
         start: Tensor | None,
         grad_spikes: Tensor,
         grad_end: Tensor | None,
@@ -139,19 +135,18 @@ class Passes:
         timesteps, rows, channels = grad_spikes.shape
         shared = x.shape[0] == 1
         wide = _wide_type(x)
-        of_shortcut = (shortcut_gain, shortcut_offset, shortcut_mean, shortcut_rstd)
-        affine = [_as_wide(t, x) for t in (gain, offset, mean, rstd, *of_shortcut)]
+        norms = [_as_wide(t, x) for one in (affine, of_shortcut) for t in one or _NONE]
         start, grad_end = _as_wide(start, x), _as_wide(grad_end, x)
         # Where all timesteps share x, theirs is the sum; each one's own is the shortcut's alone.
         total = torch.empty_like(grad_spikes) if shortcut is not None or not shared else None
         own = torch.empty_like(x) if shared else None
         sum_grad, sum_grad_xhat = torch.empty(2, channels, dtype=wide)
-        sum_shortcut = None if shortcut_mean is None else torch.empty(channels, dtype=wide)
+        sum_shortcut = None if of_shortcut is None else torch.empty(channels, dtype=wide)
         grad_start = None if start is None else torch.empty_like(start)
         partial = self._partial(3, rows, x)
         pointers = map(
             _at,
-            (x, shortcut, *affine, start, grad_spikes, grad_end, total, own,
+            (x, shortcut, *norms, start, grad_spikes, grad_end, total, own,
              sum_grad, sum_grad_xhat, sum_shortcut, grad_start, partial),
         )  # fmt: skip
         job = _Backward(*pointers, timesteps, rows, channels, shared, self.neuron)
@@ -164,9 +159,7 @@ class Passes:
         self,
         x: Tensor,
         grad_y: Tensor,
-        gain: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
+        affine: Affine,
         sum_grad: Tensor,
         sum_grad_xhat: Tensor,
         *,
@@ -174,6 +167,7 @@ class Passes:
     ) -> Tensor:
         rows, channels = x.shape[0] * x.shape[1], x.shape[2]
         grad_x = grad_y if in_place else torch.empty_like(grad_y)
+        gain, _, mean, rstd = affine
         wide = [_as_wide(t, x) for t in (gain, mean, rstd, sum_grad, sum_grad_xhat)]
         function = self._function("input_gradient", TYPES[x.dtype])
         function(*map(_at, (x, grad_y, *wide, grad_x)), rows, channels, _threads())
@@ -299,7 +293,7 @@ def passes(config: LIF) -> Passes | None:
     library = load_library(
         "neuron",
         f"-DSURROGATE={list(SURROGATES).index(config.surrogate)}",
-        f"-DHARD_RESET={int(config.reset == 'hard')}",
+        f"-DHARD_RESET={int(config.resets_to_zero)}",
         f"-DDETACH_RESET={int(config.detach_reset)}",
     )
     return None if library is None else Passes(library, config)

@@ -17,7 +17,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, assert_never, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +76,13 @@ def spike(x: Tensor, config: "LIF") -> Tensor:
 
     With ``spike="sigmoid"``: numbers between 0 and 1, with their own gradient.
     """
-    if config.spike == "sigmoid":
-        return torch.sigmoid(config.surrogate_width * x)
-    return _Spike.apply(x, config.surrogate, config.surrogate_width)
+    match config.spike:
+        case "step":
+            return _Spike.apply(x, config.surrogate, config.surrogate_width)
+        case "sigmoid":
+            return torch.sigmoid(config.surrogate_width * x)
+        case other:
+            assert_never(other)
 
 
 def run(
@@ -111,10 +115,7 @@ def run(
         s = spike(u - config.threshold, config)
         spikes.append(s)
         s_reset = s.detach() if config.detach_reset else s
-        if config.reset == "hard":
-            u = u * (1 - s_reset)
-        else:
-            u = u - config.threshold * s_reset
+        u = u * (1 - s_reset) if config.resets_to_zero else u - config.threshold * s_reset
     return torch.stack(spikes).to(current.dtype), u
 
 
@@ -256,6 +257,11 @@ class LIF(NeuronConfig):
                 f"spike 'sigmoid' has its own derivative: surrogate must be 'sigmoid', not "
                 f"{self.surrogate!r}"
             )
+
+    @property
+    def resets_to_zero(self) -> bool:
+        """True: the hard reset."""
+        return {"hard": True, "soft": False}[self.reset]
 
     @property
     def binary(self) -> bool:
