@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, assert_never
 
 import torch
 from timm.models import build_model_with_cfg
@@ -145,12 +145,19 @@ class SpikingNetwork(nn.Module):
         Raises:
             ValueError: The shape does not suit, or has fewer than T time bins.
         """
-        if self.input_kind == "images":
-            if x.ndim != 4:
-                raise ValueError(f"an image batch is (B, C, H, W), not {tuple(x.shape)}")
-            # channels_last, so that every activation after it is, too (fused.py relies on it to
-            # be fast).
-            return x.contiguous(memory_format=torch.channels_last)[None]
+        match self.input_kind:
+            case "images":
+                if x.ndim != 4:
+                    raise ValueError(f"an image batch is (B, C, H, W), not {tuple(x.shape)}")
+                # channels_last, so that every activation after it is, too (fused.py relies on it
+                # to be fast).
+                return x.contiguous(memory_format=torch.channels_last)[None]
+            case "events":
+                return self._frames_first(x)
+            case other:
+                assert_never(other)
+
+    def _frames_first(self, x: Tensor) -> Tensor:
         if x.ndim != 5:
             raise ValueError(f"an event batch is (B, T, C, H, W), not {tuple(x.shape)}")
         if self.input_size not in (None, x.shape[-1]):

@@ -6,6 +6,7 @@ those of its input by a connect function: ADD (sums of spikes, small integers), 
 convolves and normalises a static image once; all timesteps share it.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from timm.models import generate_default_cfgs, register_model
@@ -17,6 +18,12 @@ from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import Conv2d, MaxPool, carry, pack
 
 Connect = Literal["add", "and", "iand"]
+# What becomes of a block's spikes and those of its input.
+CONNECT: dict[Connect, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": lambda residual, identity: residual + identity,
+    "and": lambda residual, identity: residual * identity,
+    "iand": lambda residual, identity: (1 - residual) * identity,
+}
 
 
 def connect(last: ConvNormNeuron, x: Tensor, identity: Tensor, function: Connect) -> Tensor:
@@ -33,9 +40,7 @@ def connect(last: ConvNormNeuron, x: Tensor, identity: Tensor, function: Connect
     if function == "add" and last.training:
         return last(x, identity=identity)
     residual = last(x)
-    if function == "add":
-        return residual + identity
-    joined = residual * identity if function == "and" else (1 - residual) * identity
+    joined = CONNECT[function](residual, identity)
     return carry(joined, pack(joined.detach())) if last.training else joined
 
 
@@ -107,7 +112,7 @@ class SEWResNet(SpikingNetwork):
         timesteps: int = 4,
     ) -> None:
         super().__init__(num_classes=num_classes, timesteps=timesteps)
-        if connect_function not in ("add", "and", "iand"):
+        if connect_function not in CONNECT:
             raise ValueError(f"connect_function must be add, and or iand, not {connect_function!r}")
         self.stem = ConvNormNeuron(
             Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False), neuron

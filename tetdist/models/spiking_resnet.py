@@ -90,11 +90,13 @@ class Bottleneck(nn.Module):
 
 def _norm_scales(neuron: NeuronConfig, norm: Norm) -> tuple[float, float]:
     """Batch norm's scale in a chain, and where two branches meet."""
-    if norm == "bn":
-        return 1.0, 1.0
-    if norm == "tdbn":
-        return neuron.threshold, neuron.threshold * INV_SQRT_2
-    raise ValueError(f"norm must be 'bn' or 'tdbn', not {norm!r}")
+    match norm:
+        case "bn":
+            return 1.0, 1.0
+        case "tdbn":
+            return neuron.threshold, neuron.threshold * INV_SQRT_2
+        case _:
+            raise ValueError(f"norm must be 'bn' or 'tdbn', not {norm!r}")
 
 
 class SpikingResNet(SpikingNetwork):
@@ -131,11 +133,14 @@ class SpikingResNet(SpikingNetwork):
         super().__init__(num_classes=num_classes, timesteps=timesteps)
         scale, _ = _norm_scales(neuron, norm)
         self.pool: nn.Module = nn.Identity()
-        if stem == "imagenet":
-            conv = Conv2d(in_chans, stem_width, 7, stride=2, padding=3, bias=False)
-            self.pool = MaxPool(3, stride=2, padding=1)
-        else:
-            conv = conv3x3(in_chans, stem_width)
+        match stem:
+            case "imagenet":
+                conv = Conv2d(in_chans, stem_width, 7, stride=2, padding=3, bias=False)
+                self.pool = MaxPool(3, stride=2, padding=1)
+            case "cifar":
+                conv = conv3x3(in_chans, stem_width)
+            case _:
+                raise ValueError(f"stem must be 'imagenet' or 'cifar', not {stem!r}")
         self.stem = ConvNormNeuron(conv, neuron, norm_scale=scale)
         blocks: list[nn.Module] = []
         channels = stem_width

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from tetdist.nn.fused import Affine, Passes
 from tetdist.nn.neurons import LIF, SURROGATES
@@ -169,9 +168,15 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Tensor | Affine | None) -> Any:
         # Of a tensor that is a view for autograd, torch.compile also guards the shape of the base,
         # and compiles again for another: twice as often as there is anything new.
-        return compiled(*tree_map_only(Tensor, Tensor.detach, arguments))
+        return compiled(*map(_detached, arguments))
 
     return call
+
+
+def _detached(argument: Tensor | Affine | None) -> Tensor | Affine | None:
+    if isinstance(argument, Affine):
+        return Affine(*(tensor.detach() for tensor in argument))
+    return None if argument is None else argument.detach()
 
 
 @functools.cache

@@ -79,9 +79,13 @@ class NormNeuron(nn.Module):
             shortcut_norm: Normalises the shortcut before it is added.
         """
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
-        if self.execution == "fused" and passes.passes_work(current.device.type, self.neuron):
-            return self._fused(current, timesteps, shortcut, identity, shortcut_norm)
-        return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
+        match self.execution:
+            case "fused" if passes.passes_work(current.device.type, self.neuron):
+                return self._fused(current, timesteps, shortcut, identity, shortcut_norm)
+            case "fused" | "reference":
+                return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
+            case other:
+                raise ValueError(other)
 
     def reference(
         self,

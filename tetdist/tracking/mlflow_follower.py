@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 from tetdist.files import write_text
 from tetdist.tracking.environment import git_state
@@ -320,10 +320,13 @@ class _Session:
     def _set_status(self, receiver: _Receiver, status: Status) -> None:
         if receiver.status == status:
             return
-        if status == "RUNNING":
-            self._client.update_run(receiver.run_id, status=status)
-        else:
-            self._client.set_terminated(receiver.run_id, status)
+        match status:
+            case "RUNNING":
+                self._client.update_run(receiver.run_id, status=status)
+            case "FINISHED" | "FAILED" | "KILLED":
+                self._client.set_terminated(receiver.run_id, status)
+            case other:
+                assert_never(other)
         receiver.status = status
 
     def send_points(self) -> None:

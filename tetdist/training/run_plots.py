@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -57,12 +57,15 @@ class RunPlots:
         images = batch.images.detach().float().cpu()
         if batch.mix is not None:
             images = mixing.mixed_images(images, batch.mix)
-        if self.config.data.kind == "events":
-            pictures = event_pictures(images[:SHOWN_EVENTS, :SHOWN_TIMESTEPS])
-            unit = f"events (red: on, blue: off), {images.shape[1]} time bins"
-        else:
-            pictures = image_pictures(images[:SHOWN_IMAGES], self.config.data)
-            unit = f"{images.shape[-1]}x{images.shape[-2]} pixels"
+        match self.config.data.kind:
+            case "events":
+                pictures = event_pictures(images[:SHOWN_EVENTS, :SHOWN_TIMESTEPS])
+                unit = f"events (red: on, blue: off), {images.shape[1]} time bins"
+            case "images":
+                pictures = image_pictures(images[:SHOWN_IMAGES], self.config.data)
+                unit = f"{images.shape[-1]}x{images.shape[-2]} pixels"
+            case other:
+                assert_never(other)
         labels = [self.classes[label] for label in batch.labels[: len(pictures)].tolist()]
         title = f"{self.config.name}: augmented training input, {unit}"
         self._draw("inputs.png", lambda out: curves.inputs(pictures, labels, title, out))

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from tetdist.nn.precision import LOW_PRECISION
+
 
 class Update(NamedTuple):
     """What an update did, as tensors on the device.
@@ -66,6 +68,11 @@ class LossScale:
 
     def __init__(self) -> None:
         self.value, self.good_steps, self.overflows = self.START, 0, 0
+
+    @classmethod
+    def of(cls, precision: str) -> "LossScale | None":
+        """Make the one that a configured precision needs, if it needs one."""
+        return cls() if LOW_PRECISION[precision] == torch.float16 else None
 
     def succeeded(self) -> None:
         self.good_steps += 1

@@ -50,7 +50,7 @@ class DeepSpeedEngine:
         self.engine = _initialize(model, optimizer, settings, world)
         # It skips overflows, and neither says so nor saves its scale: the scaling is ours, too.
         self.engine.torch_autocast_z0_gradscaler = None
-        self.loss_scale = LossScale() if config.precision == "fp16" else None
+        self.loss_scale = LossScale.of(config.precision)
         lay_out(model, torch.channels_last)
         start_momentum(optimizer)
         self.optimizer, self.max_norm = optimizer, config.gradient_clipping
@@ -92,7 +92,7 @@ class ZeroEngine:
     convolutions are slower than at stage 0.
     """
 
-    loss_scale: LossScale | None = None  # config.py refuses fp16 here
+    loss_scale: LossScale | None = None  # config/checks.py refuses fp16 here
 
     def __init__(
         self,
@@ -223,13 +223,13 @@ def _settings(config: RunConfig, accumulation: int) -> dict[str, Any]:
         "zero_optimization": {"stage": config.zero_stage},
         "steps_per_print": 2**31,
     }
-    if config.precision in LOW_PRECISION:
+    if dtype := LOW_PRECISION[config.precision]:
         # The empty list: gradients are averaged as the float32 numbers they are. By default
         # those of convolutions would travel in bfloat16, and the result depend on the number
         # of processes.
         settings["torch_autocast"] = {
             "enabled": True,
-            "dtype": str(LOW_PRECISION[config.precision]).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
             "lower_precision_safe_modules": [],
         }
     return settings
