@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal, Protocol, TypeVar, assert_never
 
 import torch
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 from tetdist.nn import neurons
@@ -300,3 +300,15 @@ def build(
     if not neuron.binary:
         model.spike_levels = None
     return model
+
+
+def register(cls: type[Network], name: str, **defaults: Any) -> Callable[..., Network]:
+    """Register a variant with timm: a network of ``cls`` with these arguments by default."""
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> Network:
+        return build(cls, name, pretrained, **(defaults | kwargs))
+
+    entrypoint.__name__, entrypoint.__module__ = name, cls.__module__
+    entrypoint.__annotations__["return"] = cls  # by which `class_of` knows it
+    registered: Callable[..., Network] = register_model(entrypoint)
+    return registered

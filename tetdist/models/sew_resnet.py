@@ -7,9 +7,9 @@ convolves and normalises a static image once; all timesteps share it.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
@@ -145,42 +145,9 @@ default_cfgs = generate_default_cfgs(
     {f"sew_resnet{depth}": base.model_cfg() for depth in (18, 34, 50, 101, 152)}
 )
 
-
-@register_model
-def sew_resnet18(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
-    """SEW-ResNet-18."""
-    return base.build(
-        SEWResNet, "sew_resnet18", pretrained, block=BasicBlock, layers=(2, 2, 2, 2), **kwargs
-    )
-
-
-@register_model
-def sew_resnet34(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
-    """SEW-ResNet-34: 21.79 million parameters at 1000 classes."""
-    return base.build(
-        SEWResNet, "sew_resnet34", pretrained, block=BasicBlock, layers=(3, 4, 6, 3), **kwargs
-    )
-
-
-@register_model
-def sew_resnet50(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
-    """SEW-ResNet-50."""
-    return base.build(
-        SEWResNet, "sew_resnet50", pretrained, block=Bottleneck, layers=(3, 4, 6, 3), **kwargs
-    )
-
-
-@register_model
-def sew_resnet101(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
-    """SEW-ResNet-101."""
-    return base.build(
-        SEWResNet, "sew_resnet101", pretrained, block=Bottleneck, layers=(3, 4, 23, 3), **kwargs
-    )
-
-
-@register_model
-def sew_resnet152(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
-    """SEW-ResNet-152."""
-    return base.build(
-        SEWResNet, "sew_resnet152", pretrained, block=Bottleneck, layers=(3, 8, 36, 3), **kwargs
-    )
+sew_resnet18 = base.register(SEWResNet, "sew_resnet18", block=BasicBlock, layers=(2, 2, 2, 2))
+# 21.79 million parameters at 1000 classes.
+sew_resnet34 = base.register(SEWResNet, "sew_resnet34", block=BasicBlock, layers=(3, 4, 6, 3))
+sew_resnet50 = base.register(SEWResNet, "sew_resnet50", block=Bottleneck, layers=(3, 4, 6, 3))
+sew_resnet101 = base.register(SEWResNet, "sew_resnet101", block=Bottleneck, layers=(3, 4, 23, 3))
+sew_resnet152 = base.register(SEWResNet, "sew_resnet152", block=Bottleneck, layers=(3, 8, 36, 3))

@@ -6,9 +6,9 @@ branches are added. `spiking_resnet19` is the CIFAR network as released with TET
 and a hidden spiking layer in the head.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
@@ -90,13 +90,13 @@ class Bottleneck(nn.Module):
 
 def _norm_scales(neuron: NeuronConfig, norm: Norm) -> tuple[float, float]:
     """Batch norm's scale in a chain, and where two branches meet."""
-    match norm:
-        case "bn":
-            return 1.0, 1.0
-        case "tdbn":
-            return neuron.threshold, neuron.threshold * INV_SQRT_2
-        case _:
-            raise ValueError(f"norm must be 'bn' or 'tdbn', not {norm!r}")
+    scales: dict[Norm, tuple[float, float]] = {
+        "bn": (1.0, 1.0),
+        "tdbn": (neuron.threshold, neuron.threshold * INV_SQRT_2),
+    }
+    if norm not in scales:
+        raise ValueError(f"norm must be 'bn' or 'tdbn', not {norm!r}")
+    return scales[norm]
 
 
 class SpikingResNet(SpikingNetwork):
@@ -180,61 +180,24 @@ default_cfgs = generate_default_cfgs(
     | {"spiking_resnet19": base.model_cfg(32, **_CIFAR)}
 )
 
-
-@register_model
-def spiking_resnet18(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
-    """Spiking ResNet-18 with tdBN."""
-    return base.build(
-        SpikingResNet,
-        "spiking_resnet18",
-        pretrained,
-        block=BasicBlock,
-        layers=(2, 2, 2, 2),
-        **kwargs,
-    )
-
-
-@register_model
-def spiking_resnet34(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
-    """Spiking ResNet-34 with tdBN."""
-    return base.build(
-        SpikingResNet,
-        "spiking_resnet34",
-        pretrained,
-        block=BasicBlock,
-        layers=(3, 4, 6, 3),
-        **kwargs,
-    )
-
-
-@register_model
-def spiking_resnet50(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
-    """Spiking ResNet-50 with tdBN."""
-    return base.build(
-        SpikingResNet,
-        "spiking_resnet50",
-        pretrained,
-        block=Bottleneck,
-        layers=(3, 4, 6, 3),
-        **kwargs,
-    )
-
-
-@register_model
-def spiking_resnet19(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
-    """ResNet-19 for 32x32 images: 12.63 million parameters at 10 classes."""
-    defaults: dict[str, Any] = {
-        "norm": "bn",
-        "stem": "cifar",
-        "stem_width": 64,
-        "width": 128,
-        "hidden_features": 256,
-    }
-    return base.build(
-        SpikingResNet,
-        "spiking_resnet19",
-        pretrained,
-        block=BasicBlock,
-        layers=(3, 3, 2),
-        **(defaults | kwargs),
-    )
+spiking_resnet18 = base.register(
+    SpikingResNet, "spiking_resnet18", block=BasicBlock, layers=(2, 2, 2, 2)
+)
+spiking_resnet34 = base.register(
+    SpikingResNet, "spiking_resnet34", block=BasicBlock, layers=(3, 4, 6, 3)
+)
+spiking_resnet50 = base.register(
+    SpikingResNet, "spiking_resnet50", block=Bottleneck, layers=(3, 4, 6, 3)
+)
+# For 32x32 images: 12.63 million parameters at 10 classes.
+spiking_resnet19 = base.register(
+    SpikingResNet,
+    "spiking_resnet19",
+    block=BasicBlock,
+    layers=(3, 3, 2),
+    norm="bn",
+    stem="cifar",
+    stem_width=64,
+    width=128,
+    hidden_features=256,
+)
