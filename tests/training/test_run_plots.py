@@ -13,6 +13,7 @@ import tetdist
 from tetdist.config import loading as configuration
 from tetdist.config.schema import RunConfig
 from tetdist.tracking.tracker import Tracker
+from tetdist.tracking.trackers import TrackedRun
 from tetdist.training.run_plots import RunPlots
 
 assert tetdist.__doc__  # registers the models
@@ -27,13 +28,11 @@ def config(tmp_path: Path) -> RunConfig:
 @pytest.fixture
 def tracker(config: RunConfig) -> Iterator[Tracker]:
     config.run_dir.mkdir(parents=True)
-    about: dict[str, Any] = {"run_name": "r", "params": {}, "tags": {}, "experiment": "e"}
     tracker = Tracker(
-        config.run_dir,
+        TrackedRun(config.run_dir, "r", {}, {}, None),
         tracking_uri=None,
+        experiment="e",
         artifact_root=config.run_dir,
-        resume_step=None,
-        **about,
     )
     yield tracker
     tracker.close("FINISHED")

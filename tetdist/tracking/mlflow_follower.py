@@ -190,14 +190,9 @@ class _Session:
     """
 
     def __init__(self, follower: MLflowFollower, *, system_metrics: bool) -> None:
-        import mlflow
-
-        _quieten_mlflow()
         self._follower = follower
-        self._run_dir = follower.path.parent
-        if follower.uri.startswith("sqlite:///"):
-            _prepare_database(Path(follower.uri.removeprefix("sqlite:///")))
-        self._client = mlflow.MlflowClient(tracking_uri=follower.uri)
+        self._run_dir = follower.run.folder
+        self._client = _client_of(follower.uri)
         run = self._known_run() or _create_run(
             self._client,
             self._run_dir,
@@ -475,12 +470,7 @@ def announce(
     """
     _set_mlflow_up()
     try:
-        import mlflow
-
-        _quieten_mlflow()
-        if uri.startswith("sqlite:///"):
-            _prepare_database(Path(uri.removeprefix("sqlite:///")))
-        client = mlflow.MlflowClient(tracking_uri=uri)
+        client = _client_of(uri)
         id_file = run_dir / "mlflow_run_id"
         run_id = id_file.read_text().strip() if id_file.exists() else None
         if run_id is None:
@@ -532,11 +522,20 @@ def _set_mlflow_up() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
-def _quieten_mlflow() -> None:
-    """Silence what MLflow has to say of itself; to be called when it is imported."""
+def _client_of(uri: str) -> Any:
+    """Return a client of a tracker, whose database is made if need be; MLflow itself says little.
+
+    Raises:
+        Exception: One of MLflow's many kinds.
+    """
+    import mlflow
+
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:
         for name in ("mlflow", "alembic", "urllib3.connectionpool"):
             logging.getLogger(name).setLevel(logging.ERROR)
+    if uri.startswith("sqlite:///"):
+        _prepare_database(Path(uri.removeprefix("sqlite:///")))
+    return mlflow.MlflowClient(tracking_uri=uri)
 
 
 def _create_run(

@@ -28,15 +28,11 @@ class Tracker:
 
     def __init__(
         self,
-        run_dir: Path,
+        run: TrackedRun,
         *,
-        run_name: str,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
         tracking_uri: str | None,
         experiment: str,
         artifact_root: Path,
-        resume_step: int | None,
         phases: Sequence[Mapping[str, Any]] = (),
         datasets: Sequence[Dataset] = (),
         note: str | None = None,
@@ -45,17 +41,13 @@ class Tracker:
         """Open the run's file and have it followed.
 
         Args:
-            run_dir: The run's folder, which exists.
-            run_name: The run's name in MLflow.
-            params: The resolved configuration, flattened. What MLflow already knows of an earlier
-                start is left as it is, since MLflow lets no parameter change.
-            tags: What else is known of the run; unlike `params` they may change between starts.
+            run: The run. What MLflow already knows of its parameters from an earlier start is left
+                as it is, since MLflow lets none change; tags may. Lines of metrics after its
+                ``resume_step`` are removed, because those steps are computed again.
             tracking_uri: A server's http(s) address or an absolute sqlite:/// URI; None: no MLflow.
             experiment: The experiment's name, made when missing.
             artifact_root: Where a new experiment in a local store keeps its files. A server decides
                 for itself.
-            resume_step: The optimiser step of the checkpoint that the run continues from; lines of
-                later steps are removed, because those steps are computed again. None: a new run.
             phases: The configuration of each phase, flattened, with its `timesteps`. If there are
                 several, each gets a child run in MLflow when it begins.
             datasets: What the run is trained and evaluated on.
@@ -66,27 +58,26 @@ class Tracker:
             UserError: A new run finds the file of another, a line of the file is damaged, MLflow is
                 asked for and not installed, or there is no tracker of a name.
         """
-        self.path = run_dir / "metrics.jsonl"
-        self._resume_step = resume_step
+        self.path = run.folder / "metrics.jsonl"
+        self._resume_step = run.resume_step
         self._last: dict[str, int] = {}
         self._lines = 0
-        if resume_step is None:
+        if run.resume_step is None:
             if self.path.exists():
                 raise UserError(
                     f"{self.path} belongs to an earlier run: resume that run, or give this one "
                     "another folder"
                 )
         else:
-            self._last, self._lines = keep_until(self.path, resume_step)
+            self._last, self._lines = keep_until(self.path, run.resume_step)
         if tracking_uri is not None and importlib.util.find_spec("mlflow") is None:
             raise UserError(
                 "MLflow is not installed: pip install 'tetdist[train]', or train without a tracker"
             )
         # Unbuffered, so that a line is with the operating system, and survives our death, when
         # log() returns.
-        self._file = self.path.open("ab" if resume_step is not None else "xb", buffering=0)
+        self._file = self.path.open("xb" if run.resume_step is None else "ab", buffering=0)
         self._size = self._file.seek(0, os.SEEK_END)
-        run = TrackedRun(run_dir, run_name, params, tags, resume_step)
         self._follower: MLflowFollower | None = None
         if tracking_uri is not None:
             self._follower = MLflowFollower(
@@ -102,7 +93,7 @@ class Tracker:
             )
             self._follower.thread.start()
         # They know nothing of a run whose file is empty.
-        run = replace(run, resume_step=resume_step if self._size else None)
+        run = run if self._size else replace(run, resume_step=None)
         self._following = [Following(name, self.path, run) for name in trackers]
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:

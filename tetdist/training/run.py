@@ -7,7 +7,7 @@ from tetdist.distributed.signals import StopRequest
 from tetdist.distributed.watchdog import PeerFailed, Watch
 from tetdist.distributed.world import join
 from tetdist.errors import Stopped
-from tetdist.training.launcher import Launcher
+from tetdist.training.run_summary import Launcher
 from tetdist.training.trainer import Trainer
 
 

@@ -1,22 +1,40 @@
 """What is told of a run: to MLflow and other trackers while it goes on, to a person at its end."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tetdist import checkpoint
 from tetdist.config.identity import flatten
 from tetdist.config.schema import RunConfig
 from tetdist.data.index import Index
+from tetdist.distributed.signals import StopRequest
 from tetdist.errors import Stopped, typed
 from tetdist.reports.tables import markdown
 from tetdist.tracking import environment
 from tetdist.tracking.mlflow_follower import Dataset, Status, ui_command
 from tetdist.tracking.tracker import Tracker
+from tetdist.tracking.trackers import TrackedRun
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A program that starts a run, and starts it again.
+
+    Attributes:
+        tags: Further tags for MLflow.
+        goes_on_after: Signals after which the run is started again: meanwhile MLflow shows it as
+            running.
+        on_failure: Told what a process raises, before the other processes lose it and raise, too.
+    """
+
+    tags: Mapping[str, str] = field(default_factory=dict)
+    goes_on_after: Collection[int] = ()
+    on_failure: Callable[[Exception], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -28,7 +46,7 @@ class RunSummary:
         train: What it is trained on.
         val: What it is evaluated on.
         world_size: Number of its processes.
-        further_tags: Those of the program that started it.
+        launcher: The program that started it.
         data_split: See `RunFolder`.
     """
 
@@ -36,22 +54,24 @@ class RunSummary:
     train: Index
     val: Index
     world_size: int
-    further_tags: Mapping[str, str]
+    launcher: Launcher
     data_split: str | None
 
     @contextmanager
-    def tracked(self, step: int, goes_on: Callable[[], bool]) -> Iterator[Tracker]:
-        """Record the run from ``step`` on; ``goes_on``: whether a stopped one is started again."""
+    def tracked(self, step: int, stop: StopRequest) -> Iterator[Tracker]:
+        """Record the run from ``step`` on, until it ends or is stopped."""
         config, folder = self.config, self.config.run_dir
         tracker = Tracker(
-            folder,
-            run_name=config.name,
-            params=flatten(config.as_dict()),
-            tags=self._tags(),
+            TrackedRun(
+                folder,
+                config.name,
+                params=flatten(config.as_dict()),
+                tags=self._tags(),
+                resume_step=step if (folder / "metrics.jsonl").exists() else None,
+            ),
             tracking_uri=config.tracking_uri,
             experiment=config.tracking.experiment,
             artifact_root=Path(config.runs_dir).resolve() / "mlartifacts",
-            resume_step=step if (folder / "metrics.jsonl").exists() else None,
             phases=[flatten(phase) for phase in config.as_dict()["phases"]],
             datasets=self._datasets(),
             note=self._note(),
@@ -65,7 +85,8 @@ class RunSummary:
             self._log_checkpoint(tracker)
             status = "FINISHED"
         except Stopped:
-            status = "RUNNING" if goes_on() else "KILLED"
+            restarts = stop.exit_status - 128 in self.launcher.goes_on_after
+            status = "RUNNING" if restarts else "KILLED"
             raise
         finally:
             tracker.close(status)
@@ -116,7 +137,7 @@ class RunSummary:
             "data": self.train.fingerprint[:16],
             **({"data_split": self.data_split} if self.data_split else {}),
             **{key: str(value) for key, value in begun_with.items() if value is not None},
-            **self.further_tags,
+            **self.launcher.tags,
         } | {f"version.{name}": version for name, version in environment.versions().items()}
 
     def _note(self) -> str:

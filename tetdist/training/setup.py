@@ -70,13 +70,7 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
         UserError: ``model.arguments`` does not suit the model or the data.
     """
     section = config.model
-    match config.data.kind:
-        case "events":
-            image_sizes = {int(index.heights[0])}
-        case "images":
-            image_sizes = _image_sizes(config)
-        case other:
-            assert_never(other)
+    image_sizes = _image_sizes(config, index)
     model = section.build(
         num_classes=section.num_classes or len(index.classes),
         timesteps=config.phases[0].timesteps,
@@ -132,7 +126,13 @@ def _refuse_foreign_norms(name: str, model: nn.Module) -> None:
             )
 
 
-def _image_sizes(config: RunConfig) -> set[int]:
-    """Of evaluation and of all epochs' first and last sizes."""
-    phases = (size for phase in config.phases for size in phase_image_sizes(config, phase))
-    return {config.data.image_size, *phases}
+def _image_sizes(config: RunConfig, index: Index) -> set[int]:
+    """Sizes of all that the network will see, in evaluation and in all phases."""
+    match config.data.kind:
+        case "events":
+            return {int(index.heights[0])}
+        case "images":
+            phases = (size for phase in config.phases for size in phase_image_sizes(config, phase))
+            return {config.data.image_size, *phases}
+        case other:
+            assert_never(other)

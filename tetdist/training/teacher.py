@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tetdist import checkpoint, plugins
 from tetdist.config.loading import parse
-from tetdist.config.schema import TIMM, ModelSection, RunConfig, phase_image_sizes
+from tetdist.config.schema import TIMM, RunConfig, phase_image_sizes
 from tetdist.data.index import Index
 from tetdist.errors import UserError
 from tetdist.exchange import foreign
@@ -27,7 +27,7 @@ class Teacher:
     events over the time bins that the student gets.
 
     Attributes:
-        fingerprint: Of its weights: that of a run must stay the same.
+        fingerprint: Checksum of its weights: that of a run must stay the same.
 
     Args:
         config: The student's; ``loss.distillation.teacher`` is set.
@@ -87,7 +87,7 @@ class Teacher:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """SHA-256 of its weights and running statistics."""
+    """SHA-256 of a network's weights and running statistics."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
@@ -116,20 +116,7 @@ def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
         )
     num_classes = theirs.model.num_classes or (len(classes) if classes else len(index.classes))
     _check_num_classes(str(path), num_classes, config, index)
-    model = _spiking(theirs.model, num_classes, description.timesteps, config, index, path)
-    checkpoint.load_weights(model, weights, path)
-    return model, theirs.data.mean, theirs.data.std
-
-
-def _spiking(
-    section: ModelSection,
-    num_classes: int,
-    timesteps: int,
-    config: RunConfig,
-    index: Index,
-    path: Path,
-) -> SpikingNetwork:
-    model = section.build(num_classes=num_classes, timesteps=timesteps)
+    model = theirs.model.build(num_classes=num_classes, timesteps=description.timesteps)
     if hasattr(model, "set_execution"):
         model.set_execution(config.execution)
     input_size = getattr(model, "input_size", None)
@@ -138,7 +125,8 @@ def _spiking(
             f"{KEY}: {path} is built for {model.input_size}x{model.input_size} pixels and the data "
             f"has {index.heights[0]}x{index.heights[0]}"
         )
-    return model
+    checkpoint.load_weights(model, weights, path)
+    return model, theirs.data.mean, theirs.data.std
 
 
 def _from_timm(config: RunConfig, index: Index) -> _Loaded:

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,9 @@ from tetdist.tracking.tracker import Tracker
 from tetdist.training import health
 from tetdist.training.engines.base import Engine, Update
 from tetdist.training.engines.create import make_engine
-from tetdist.training.launcher import Launcher
 from tetdist.training.run_folder import RunFolder
 from tetdist.training.run_plots import RunPlots
-from tetdist.training.run_summary import RunSummary
+from tetdist.training.run_summary import Launcher, RunSummary
 from tetdist.training.sample_record import SampleRecord, sample_record
 from tetdist.training.schedule import Phase, phase_at, schedule_phases
 from tetdist.training.setup import make_model, open_data
@@ -58,29 +57,17 @@ LOSS, CORRECT, SAMPLES = range(3)
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run is: what a checkpoint holds beside the model and the optimiser.
+    """Where a run is: what a checkpoint holds beside the model and the optimiser."""
 
-    Attributes:
-        step: Optimiser steps done.
-        evaluated_step: The one after which it was last evaluated.
-        result: Of the last evaluation, and the best one so far.
-        window: Sums over all processes since the last line of metrics.
-        non_finite: Of `NonFiniteSteps`.
-        loss_scale: Of `LossScale`, if there is one.
-        world_size: Number of processes.
-        data: The training data's fingerprint.
-        teacher: The teacher's, if there is one.
-    """
-
-    step: int
-    evaluated_step: int
-    result: dict[str, float]
-    window: list[float]
-    non_finite: dict[str, int]
-    loss_scale: dict[str, float] | None
+    step: int  # optimiser steps done
+    evaluated_step: int  # the one after which it was last evaluated
+    result: dict[str, float]  # of the last evaluation, and the best one so far
+    window: list[float]  # sums over all processes since the last line of metrics
+    non_finite: dict[str, int]  # see `NonFiniteSteps`
+    loss_scale: dict[str, float] | None  # see `LossScale`
     world_size: int
-    data: str
-    teacher: str | None
+    data: str  # the index's fingerprint
+    teacher: str | None  # the teacher's fingerprint
 
     @classmethod
     def read(cls, state: Mapping[str, Any]) -> "RunState":
@@ -177,11 +164,11 @@ class Trainer:
             self.train_index,
             self.val_index,
             world.world_size,
-            self.launcher.tags,
+            self.launcher,
             self.folder.data_split,
         )
         with (
-            self._tracked(summary) as self.tracker,
+            nullcontext() if world.rank else summary.tracked(self.step, self.stop) as self.tracker,
             sample_record(config, world, self.step) as self.record,
             RunProgress(
                 self.step,
@@ -209,13 +196,6 @@ class Trainer:
                 self._leave()
         if world.rank == 0:
             summary.log(self.result)
-
-    def _tracked(self, summary: RunSummary) -> AbstractContextManager[Tracker | None]:
-        """Open rank 0's record of the run; None elsewhere."""
-        if self.world.rank != 0:
-            return nullcontext()
-        restarts = self.launcher.goes_on_after
-        return summary.tracked(self.step, lambda: self.stop.exit_status - 128 in restarts)
 
     @property
     def finished(self) -> bool:
