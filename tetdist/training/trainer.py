@@ -118,8 +118,7 @@ class Trainer:
 
     def _open_data(self) -> None:
         config, world, batch = self.config, self.world, self.config.batch
-        if config.precision == "fp16" and world.device.type == "cpu":
-            raise UserError("precision: fp16 needs a GPU; on a CPU train with bf16 or fp32")
+        _check_device(config, world)
         # The numbers, among all processes', of those that this one works on in each step.
         self.micro_batches = order.rank_micro_batches(
             world.rank, world.world_size, batch.global_, batch.micro
@@ -620,6 +619,11 @@ class Trainer:
     plots: RunPlots | None
     record: SampleRecord
     progress: RunProgress
+
+
+def _check_device(config: RunConfig, world: World) -> None:
+    if config.precision == "fp16" and world.device.type == "cpu":
+        raise UserError("precision: fp16 needs a GPU; on a CPU train with bf16 or fp32")
 
 
 def _sums(logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
