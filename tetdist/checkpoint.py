@@ -45,7 +45,7 @@ FORMAT_VERSION = 1
 
 
 class Description(BaseModel):
-    """What model.safetensors says of its weights: enough to build the network and evaluate it.
+    """The header of model.safetensors: enough to build the network of its weights and evaluate it.
 
     Attributes:
         config: The configuration as plain values; checked as such where it is parsed.

@@ -56,10 +56,7 @@ def register_loss(
 
 
 def compute_loss(
-    settings: "LossSection",
-    logits: Tensor,
-    targets: Tensor,
-    teacher_logits: Tensor | None = None,
+    settings: "LossSection", logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None
 ) -> Tensor:
     """Compute the configured loss, ().
 

@@ -65,11 +65,7 @@ def register_optimizer(name: str, **about: Any) -> Callable[[Build], Build]:
 
 
 @register_optimizer(
-    "sgd",
-    reads=("momentum", "nesterov"),
-    skips_when_told=True,
-    zero_stages=(0, 1, 2),
-    moments=1,
+    "sgd", reads=("momentum", "nesterov"), skips_when_told=True, zero_stages=(0, 1, 2), moments=1
 )
 def _sgd(groups: Groups, section: "OptimizerSection") -> torch.optim.Optimizer:
     momentum, nesterov = section.momentum, section.nesterov

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def check(config: RunConfig) -> None:
-    """Contradictions between keys that are each fine on their own."""
+    """Refuse contradictions between keys that are each fine on their own."""
     if "/" in config.name or config.name in ("", ".", ".."):
         raise UserError(f"name: {config.name!r} is not the name of a folder")
     batch = config.batch
@@ -93,7 +93,7 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _check_kinds(config: RunConfig) -> None:
-    """Names of losses and optimisers, and whether what is set for them suits them."""
+    """Refuse unknown losses and optimisers, and what is set for them and does not suit them."""
     loss = LOSSES[config.loss.kind]
     own = [name for name in loss.arguments if name not in ("lambda_", "phi", "label_smoothing")]
     for key in config.loss.arguments:

@@ -1,4 +1,4 @@
-"""What all spiking networks share: time first, logits per timestep, timm's methods."""
+"""The common part of all spiking networks: time first, logits per timestep, timm's methods."""
 
 import math
 from collections.abc import Callable
@@ -95,7 +95,7 @@ class SpikingNetwork(nn.Module):
         self.timesteps = timesteps
 
     def set_execution(self, execution: str) -> None:
-        """``fused``, or ``reference`` to run the plain definitions everywhere."""
+        """Choose ``fused`` passes, or ``reference``: the plain definitions everywhere."""
         if execution not in ("fused", "reference"):
             raise ValueError(f"execution must be 'fused' or 'reference', not {execution!r}")
         for module in self.modules():

@@ -12,13 +12,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
-from tetdist.models.base import (
-    INV_SQRT_2,
-    ConvNormNeuron,
-    SpikingNetwork,
-    conv1x1,
-    conv3x3,
-)
+from tetdist.models.base import INV_SQRT_2, ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import NeuronConfig
@@ -32,12 +26,7 @@ class _Merge(nn.Module):
     """conv-BN of the residual branch, plus the shortcut, into the block's last neuron."""
 
     def __init__(
-        self,
-        conv: Conv2d,
-        in_channels: int,
-        stride: int,
-        neuron: NeuronConfig,
-        norm_scale: float,
+        self, conv: Conv2d, in_channels: int, stride: int, neuron: NeuronConfig, norm_scale: float
     ) -> None:
         super().__init__()
         self.conv = conv

@@ -63,11 +63,7 @@ class VGGSNN(SpikingNetwork):
 default_cfgs = generate_default_cfgs(
     {
         "vggsnn": base.model_cfg(
-            num_classes=10,
-            input_size=(2, 48, 48),
-            crop_pct=1.0,
-            mean=(0.0, 0.0),
-            std=(1.0, 1.0),
+            num_classes=10, input_size=(2, 48, 48), crop_pct=1.0, mean=(0.0, 0.0), std=(1.0, 1.0)
         )
     }
 )

@@ -35,11 +35,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _input_gradient(
-    x: Tensor,
-    grad_y: Tensor,
-    affine: Affine,
-    sum_grad: Tensor,
-    sum_grad_xhat: Tensor,
+    x: Tensor, grad_y: Tensor, affine: Affine, sum_grad: Tensor, sum_grad_xhat: Tensor
 ) -> Tensor:
     """Batch norm's backward pass, (T, N, C), given its two sums per channel."""
     num_values = x.shape[0] * x.shape[1]
@@ -53,11 +49,8 @@ def compiled_passes(
     config: LIF, timesteps: int, shared: bool, carries: bool, packs: bool
 ) -> Passes:
     decay, threshold, hard = config.decay, config.threshold, config.resets_to_zero
-    surrogate, width, detach = (
-        SURROGATES[config.surrogate],
-        config.surrogate_width,
-        config.detach_reset,
-    )
+    surrogate, width = SURROGATES[config.surrogate], config.surrogate_width
+    detach = config.detach_reset
 
     def membranes(
         x: Tensor,
@@ -95,7 +88,7 @@ def compiled_passes(
         outputs = [s.to(x.dtype) for s in fired]
         if identity is not None:
             outputs = [output + identity[t] for t, output in enumerate(outputs)]
-        # Each timestep's by itself, so that it is one loop with the spikes.
+        # Each timestep is packed by itself, so that it is one loop with the spikes.
         packed = torch.stack([o.to(torch.uint8) for o in outputs]) if packs else None
         return torch.stack(outputs), packed, end if carries else None
 

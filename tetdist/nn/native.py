@@ -6,6 +6,7 @@ cache folder; neither T nor shapes, types and layers are a reason to compile aga
 
 import ctypes
 import functools
+import itertools
 from ctypes import POINTER, byref, c_double, c_int, c_int64, c_void_p
 from typing import Any
 
@@ -70,16 +71,14 @@ class Passes:
         self.neuron = _Neuron(config.decay, config.threshold, config.surrogate_width)
         library.num_blocks.restype = c_int64
         library.num_blocks.argtypes = (c_int64, c_int64)
-        for name in TYPES.values():
-            statistics, forward = (
-                self._function("statistics", name),
-                self._function("forward", name),
-            )
-            statistics.argtypes = (c_void_p, c_int64, c_int64, *[c_void_p] * 3, c_int)
-            forward.argtypes = (POINTER(_Forward), c_int)
-            self._function("backward", name).argtypes = (POINTER(_Backward), c_int)
-            gradient = self._function("input_gradient", name)
-            gradient.argtypes = (*[c_void_p] * 8, c_int64, c_int64, c_int)
+        signatures: dict[str, tuple[Any, ...]] = {
+            "statistics": (c_void_p, c_int64, c_int64, *[c_void_p] * 3, c_int),
+            "forward": (POINTER(_Forward), c_int),
+            "backward": (POINTER(_Backward), c_int),
+            "input_gradient": (*[c_void_p] * 8, c_int64, c_int64, c_int),
+        }
+        for (name, signature), dtype in itertools.product(signatures.items(), TYPES.values()):
+            self._function(name, dtype).argtypes = signature
 
     def _function(self, name: str, type_name: str) -> Any:
         return getattr(self.library, f"{name}_{type_name}")
@@ -289,7 +288,7 @@ def _sums() -> ctypes.CDLL | None:
 
 @functools.cache
 def passes(config: LIF) -> Passes | None:
-    """Passes for a neuron, compiled if they never were on this machine; None without a compiler."""
+    """Passes of a neuron, compiled if they never were on this machine; None without a compiler."""
     library = load_library(
         "neuron",
         f"-DSURROGATE={list(SURROGATES).index(config.surrogate)}",
@@ -301,6 +300,6 @@ def passes(config: LIF) -> Passes | None:
 
 @functools.cache
 def pool() -> Pool | None:
-    """Likewise."""
+    """Pooling, compiled if it never was on this machine; None without a compiler."""
     library = load_library("pool")
     return None if library is None else Pool(library)

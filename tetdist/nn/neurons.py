@@ -48,11 +48,9 @@ def rectangle(x: Tensor, width: float) -> Tensor:
     return (x.abs() < width).to(x.dtype) / (2 * width)
 
 
+# Their order is that of the numbers in kernels/neuron.cpp.
 SURROGATES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "triangle": triangle,
-    "atan": atan,
-    "sigmoid": sigmoid,
-    "rectangle": rectangle,
+    one.__name__: one for one in (triangle, atan, sigmoid, rectangle)
 }
 
 
@@ -172,12 +170,12 @@ class NeuronConfig:
 
     @property
     def binary(self) -> bool:
-        """True: what leaves the neuron is 0 or 1, which a byte keeps."""
+        """True if what leaves the neuron is 0 or 1, which a byte keeps."""
         return self.spiking
 
     @property
     def has_passes(self) -> bool:
-        """True: there are fused passes for it; else `run` is what computes, everywhere."""
+        """True if there are fused passes for it; else `run` is what computes, everywhere."""
         return False
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:
@@ -260,7 +258,7 @@ class LIF(NeuronConfig):
 
     @property
     def resets_to_zero(self) -> bool:
-        """True: the hard reset."""
+        """True for the hard reset, False for the soft one."""
         return {"hard": True, "soft": False}[self.reset]
 
     @property
@@ -311,5 +309,5 @@ class Neuron(nn.Module):
 
 
 def learned(config: NeuronConfig, num_channels: int) -> nn.ParameterDict:
-    """What a layer of neurons learns itself; the optimisers decay none of it."""
+    """Parameters that a layer of neurons learns itself; the optimisers decay none of them."""
     return nn.ParameterDict(config.parameters(num_channels))

@@ -1,4 +1,4 @@
-"""What the configuration's ``precision`` means in torch.
+"""The configuration's ``precision``, in torch's terms.
 
 fp32    parameters, activations and gradients in float32
 bf16    convolutions in bfloat16 under autocast; parameters, gradients, membranes and loss in

@@ -118,8 +118,8 @@ class MLflowFollower:
         session: _Session | None = None
         failures = 0
         while True:
-            # Both asked before sending: what was logged before close(), or before the next phase
-            # began, is then surely sent before a run is called finished.
+            # Both are asked before sending, so that what was logged before close(), or before the
+            # next phase began, is surely sent before a run is called finished.
             closing, phase = self.closing.is_set(), self.phase
             try:
                 if session is None:
@@ -127,7 +127,7 @@ class MLflowFollower:
                 session.send_points()
                 session.show_phases(phase, self.status if closing else None)
                 if closing:
-                    # Before the artifacts, lest a full artifact store leave the run unfinished.
+                    # Artifacts come later, lest a full artifact store leave the run unfinished.
                     session.end(self.status)
                 session.send_artifacts()
                 session.register_model()
@@ -206,7 +206,7 @@ class _Session:
         self._set_status(self._run, "RUNNING")
 
         if (step := follower.run.resume_step) is not None:
-            # setdefault: noted once by each process that resumes, not once a session.
+            # Each process that resumes notes it once, whatever its number of sessions.
             noted = run.data.tags.get("resumed_at_step")
             note = f"{noted}, {step}" if noted else str(step)
             follower.tags.setdefault("resumed_at_step", note)
@@ -370,7 +370,7 @@ class _Session:
             ending: The run's state from now on, if it ends; None while it runs.
         """
         if present is None and ending is not None:
-            # Ended before any phase was entered, as a finished run that is started again.
+            # It ended before any phase was entered, as a finished run that is started again does.
             present = self._last_phase
         if present is None or not self._follower.phases:
             return
@@ -392,7 +392,7 @@ class _Session:
             self._artifacts[path] = version
 
     def _artifact_folder(self, path: Path) -> str | None:
-        """Where among the run's artifacts a file goes; None: to the top."""
+        """Return where among the run's artifacts a file goes; None: to the top."""
         folder = path.parent
         inside = folder != self._run_dir and folder.is_relative_to(self._run_dir)
         return folder.relative_to(self._run_dir).as_posix() if inside else None
@@ -439,8 +439,8 @@ class _Session:
             self._client.create_model_version(name, source, run_id=self._run_id)
 
     def end(self, status: Status) -> None:
-        # First, because the monitor ends by itself, without its last values, when it sees a run
-        # that does not run.
+        # The monitor ends by itself, without its last values, when it sees a run that does not
+        # run: so it is stopped first.
         self.stop_system_metrics()
         self._set_status(self._run, status)
 
@@ -498,14 +498,14 @@ def announce(
 
 
 def run_address(uri: str, run_id: str) -> str | None:
-    """Where a server shows a run; None for a local store, which no server shows by itself."""
+    """Return a run's address on a server; None for a local store, which has no server by itself."""
     if not _is_server(uri):
         return None
     try:
         import mlflow
 
         run = mlflow.MlflowClient(tracking_uri=uri).get_run(run_id)
-    except Exception:  # what it says has been said by announce()
+    except Exception:  # announce() has said what is wrong
         return None
     return f"{shown_uri(uri).rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
 
@@ -600,7 +600,7 @@ def _prepare_database(path: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent) as folder:
             draft, ready = Path(folder, "draft.db"), Path(folder, "ready.db")
             mlflow.MlflowClient(tracking_uri=f"sqlite:///{draft}").search_experiments()
-            # Another file than the one that MLflow holds open.
+            # A copy, because MLflow holds the draft open.
             shutil.copyfile(draft, ready)
             try:
                 path.hardlink_to(ready)  # unlike a rename, never over the one of a faster process
@@ -636,7 +636,7 @@ def _origin() -> dict[str, str]:
         "mlflow.source.name": Path(sys.argv[0]).name,
         "mlflow.source.type": "JOB" if "SLURM_JOB_ID" in os.environ else "LOCAL",
     }
-    # No name for the user's number: common in containers.
+    # In containers the user's number often has no name.
     with contextlib.suppress(KeyError, OSError):
         tags["mlflow.user"] = getpass.getuser()
     commit = git_state().get("commit")

@@ -1,4 +1,4 @@
-"""What a run measured, kept in a file, and whoever follows that file.
+"""The record of a run: a file of what it measures, and whoever follows that file.
 
 `metrics.jsonl` in the run folder is the truth. The training loop only ever appends a line to it.
 MLflow and trackers of one's own follow the file, each in a thread: one that is slow, down or new is
@@ -74,8 +74,8 @@ class Tracker:
             raise UserError(
                 "MLflow is not installed: pip install 'tetdist[train]', or train without a tracker"
             )
-        # Unbuffered, so that a line is with the operating system, and survives our death, when
-        # log() returns.
+        # It is unbuffered, so that a line is with the operating system, and survives our death,
+        # when log() returns.
         self._file = self.path.open("xb" if run.resume_step is None else "ab", buffering=0)
         self._size = self._file.seek(0, os.SEEK_END)
         self._follower: MLflowFollower | None = None

@@ -40,7 +40,7 @@ class RunFolder:
         self.data_split = recorded_split(config.data.root)
         self.checkpoints = self.path / "checkpoints"
         for name in config.tracking.trackers:
-            TRACKERS[name]  # says which are known, if it is not
+            TRACKERS[name]  # raises, with those that are known, if it is not
         if world.rank == 0:
             try:
                 self._claim()

@@ -25,7 +25,7 @@ from tetdist.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 
-# Of one batch: enough to see, and seconds for a large network on a CPU.
+# Parts of one batch: enough to see, and seconds for a large network on a CPU.
 SHOWN_IMAGES, SHOWN_EVENTS, SHOWN_TIMESTEPS, LOOKED_AT = 32, 6, 10, 16
 
 # Seconds from one drawing to the next, which takes half a second: less than evaluations of a small

@@ -1,4 +1,4 @@
-"""What is told of a run: to MLflow and other trackers while it goes on, to a person at its end."""
+"""The story of a run, for MLflow and other trackers while it goes on, for a person at its end."""
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -118,7 +118,7 @@ class RunSummary:
 
     def _tags(self) -> dict[str, str]:
         config, distillation = self.config, self.config.loss.distillation
-        # What makes it another run than one of its loss alone.
+        # These make it another run than one of its loss alone.
         begun_with = {
             "init_checkpoint": config.init_checkpoint,
             "teacher": distillation.teacher,

@@ -1,4 +1,4 @@
-"""Where a run is: phase, epoch and learning rate as functions of the step, with no state."""
+"""Phase, epoch and learning rate as functions of the step, with no state."""
 
 import math
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class Phase:
             return first
         if epoch == epochs - 1:
             return last
-        # Whole multiples of what networks divide images by.
+        # Networks divide images by up to 32: sizes are multiples of it.
         between = int(first + (last - first) * epoch / (epochs - 1)) // 32 * 32
         return min(max(between, min(first, last)), max(first, last))
 

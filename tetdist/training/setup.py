@@ -72,8 +72,7 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
     section = config.model
     image_sizes = _image_sizes(config, index)
     model = section.build(
-        num_classes=section.num_classes or len(index.classes),
-        timesteps=config.phases[0].timesteps,
+        num_classes=section.num_classes or len(index.classes), timesteps=config.phases[0].timesteps
     )
     if model.input_kind != config.data.kind:
         raise UserError(

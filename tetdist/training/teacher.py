@@ -52,7 +52,7 @@ class Teacher:
         self.fingerprint = _fingerprint(self.model)
         dtype = parameter_type(config.precision)
         self.model.to(device, dtype)
-        # From the student's normalisation to the teacher's.
+        # It gets images in the student's normalisation, and was trained with its own.
         ours, theirs = (config.data.mean, config.data.std), (mean, std)
         self.between = None if ours == theirs else _between(ours, theirs).to(device, dtype)
         if config.data.kind == "images":
@@ -139,7 +139,7 @@ def _from_timm(config: RunConfig, index: Index) -> _Loaded:
     wanted: dict[str, Any] = {} if file is None else {"num_classes": _num_classes(config, index)}
     try:
         model: nn.Module = timm.create_model(name, pretrained=file is None, **wanted)
-    except Exception as error:  # whatever timm or a download comes across
+    except Exception as error:  # timm, or a download, may raise anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{KEY}: timm cannot make {name} ({reason}); `timm.list_pretrained()` has the names, "

@@ -51,7 +51,7 @@ from tetdist.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-# Of the running sums since the last line of metrics.
+# Positions in the running sums since the last line of metrics.
 LOSS, CORRECT, SAMPLES = range(3)
 
 
@@ -83,12 +83,7 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        world: World,
-        stop: StopRequest,
-        watch: Watch,
-        launcher: Launcher,
+        self, config: RunConfig, world: World, stop: StopRequest, watch: Watch, launcher: Launcher
     ) -> None:
         self.config, self.world, self.stop, self.watch = config, world, stop, watch
         self.launcher = launcher
@@ -119,7 +114,7 @@ class Trainer:
     def _open_data(self) -> None:
         config, world, batch = self.config, self.world, self.config.batch
         _check_device(config, world)
-        # The numbers, among all processes', of those that this one works on in each step.
+        # This process's part of each step: numbers of micro-batches, counted over all processes.
         self.micro_batches = order.rank_micro_batches(
             world.rank, world.world_size, batch.global_, batch.micro
         )
@@ -233,7 +228,7 @@ class Trainer:
         return phase_at(self.phases, step).image_size(step, self.config.data.image_size)
 
     def _open_loader(self, step: int) -> Loader:
-        """This process's micro-batches from a step on, all of that step's image size."""
+        """Open this process's micro-batches from a step on, all of that step's image size."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         share = Share(
             seed=self.config.seed,
@@ -281,7 +276,7 @@ class Trainer:
             self._save()
 
     def _train_step(self, clock: "_Clock") -> tuple[float, Update]:
-        """One optimiser step. Returns its learning rate and what the update did."""
+        """Take one optimiser step; return its learning rate and what the update did."""
         assert self.phase is not None
         lr = self.phase.learning_rate(self.step)
         batches: Iterable[tuple[Tensor, Tensor]] = self._micro_batches(clock)
@@ -289,7 +284,7 @@ class Trainer:
         if scale is not None:
             batches = list(batches)
         update, sums = self._forward_backward_update(batches, lr)
-        # float16: the gradient overflowed for its scale, so the same step again with half of it.
+        # In float16 the gradient may overflow for its scale: the same step again, with half of it.
         while scale is not None and not update.applied and scale.overflowed():
             update, sums = self._forward_backward_update(batches, lr)
         if scale is not None and update.applied:
@@ -388,7 +383,7 @@ class Trainer:
         self.world.run_on_all(fail)
 
     def _examine(self, step: int) -> str | None:
-        """What this process's share of a step shows, layer by layer; None: nothing bad."""
+        """Say what this process's share of a step shows, layer by layer; None: nothing bad."""
 
         numbers = iter(self.micro_batches)
 
@@ -401,11 +396,7 @@ class Trainer:
         loader = self._open_loader(step - 1)
         try:
             batches = (next(loader) for _ in self.micro_batches)
-            found = health.examine(
-                self.model,
-                (self._prepared(batch) for batch in batches),
-                loss,
-            )
+            found = health.examine(self.model, (self._prepared(batch) for batch in batches), loss)
         finally:
             loader.close()
         return None if found.is_finite else f"Rank {self.world.rank}: {found}"
@@ -414,8 +405,7 @@ class Trainer:
         sums = self._window_sums()
         self.window.zero_()
         values: dict[str, Any] = {
-            "epoch": round(self.step / self.steps_per_epoch, 6),
-            "phase": self._phase_number(),
+            **self._where(),
             "loss": sums[LOSS] / sums[SAMPLES] if sums[SAMPLES] else math.nan,
             "top1": 100 * sums[CORRECT] / sums[SAMPLES] if sums[SAMPLES] else math.nan,
             "lr": lr,
@@ -437,9 +427,10 @@ class Trainer:
         self.progress.report_training(self.step, values)
         clock.restart()
 
-    def _phase_number(self) -> int:
+    def _where(self) -> dict[str, float]:
         assert self.phase is not None
-        return self.phase.number
+        epoch = round(self.step / self.steps_per_epoch, 6)
+        return {"epoch": epoch, "phase": self.phase.number}
 
     # --- evaluation ---------------------------------------------------------------------------
 
@@ -467,8 +458,7 @@ class Trainer:
             self.result |= {"best_top1": result.top1, "best_step": self.step}
         self.result["top1"] = result.top1
         values = {
-            "epoch": round(self.step / self.steps_per_epoch, 6),
-            "phase": self._phase_number(),
+            **self._where(),
             "timesteps": result.timesteps,
             "samples": result.samples,
             "loss": result.loss,
@@ -486,10 +476,7 @@ class Trainer:
         self._save(best=is_best, validation={"top1": result.top1, "top5": result.top5})
         if self.plots:
             self.plots.after_evaluation(
-                self.model,
-                self._on_device(first.images),
-                values,
-                last=self.step == self.last_step,
+                self.model, self._on_device(first.images), values, last=self.step == self.last_step
             )
 
     def _log(self, kind: str, values: dict[str, Any]) -> None:
