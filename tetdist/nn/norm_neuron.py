@@ -85,7 +85,7 @@ class NormNeuron(nn.Module):
             case "fused" | "reference":
                 return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
             case other:
-                raise ValueError(other)
+                raise ValueError(f"there is no execution {other!r}")
 
     def reference(
         self,

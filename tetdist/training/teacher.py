@@ -133,8 +133,8 @@ def _from_timm(config: RunConfig, index: Index) -> _Loaded:
     section = config.loss.distillation
     assert section.teacher is not None
     name = section.teacher.removeprefix(TIMM)
-    if config.data.kind == "events":
-        raise UserError(f"{KEY}: timm's {name} takes images, and the data is events")
+    if config.data.kind != "images":
+        raise UserError(f"{KEY}: timm's {name} takes images, and the data is {config.data.kind}")
     file = section.teacher_weights
     wanted: dict[str, Any] = {} if file is None else {"num_classes": _num_classes(config, index)}
     try:

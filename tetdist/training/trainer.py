@@ -67,12 +67,12 @@ class RunState:
     loss_scale: dict[str, float] | None  # see `LossScale`
     world_size: int
     data: str  # the index's fingerprint
-    teacher: str | None  # the teacher's fingerprint
+    teacher: str | None = None  # the teacher's fingerprint, which the first versions did not note
 
     @classmethod
     def read(cls, state: Mapping[str, Any]) -> "RunState":
         """Make one of a checkpoint's state, which may hold more."""
-        return cls(**{one.name: state[one.name] for one in fields(cls)})
+        return cls(**{one.name: state[one.name] for one in fields(cls) if one.name in state})
 
 
 class Trainer:
