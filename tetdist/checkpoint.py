@@ -25,9 +25,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
@@ -41,6 +42,32 @@ logger = logging.getLogger(__name__)
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.pt", "state.json"
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
+
+
+class Description(BaseModel):
+    """The header of model.safetensors: enough to build the network of its weights and evaluate it.
+
+    Attributes:
+        config: The configuration as plain values; checked as such where it is parsed.
+        classes: Their names, in order; None: known by number only.
+        timesteps: T.
+        step: Optimiser steps done.
+        validation: Accuracy in percent with these very weights; None: not measured.
+        imports: Checksums of the files of one's own that it needs, by name.
+        converted: The ``file`` that weights were taken over ``from`` another library in.
+        which: The checkpoint of a run that was exported, ``last`` or ``best``.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    config: dict[str, Any]
+    classes: list[str] | None
+    timesteps: Annotated[int, Field(gt=0)]
+    step: int
+    validation: dict[str, float] | None = None
+    imports: dict[str, str] = {}
+    converted: dict[str, str] | None = None
+    which: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +92,7 @@ def save(
     *,
     model: nn.Module,
     optimizer: dict[str, Any],
-    description: dict[str, Any],
+    description: Description,
     state: dict[str, Any],
     keep_last: int,
     best: bool,
@@ -76,8 +103,7 @@ def save(
         folder: The run's ``checkpoints`` folder.
         model: Its state goes to model.safetensors.
         optimizer: The optimiser's ``state_dict``; goes to optimizer.pt.
-        description: Goes to the header of model.safetensors: all that `load_model_file` needs to
-            build the model again and evaluate it.
+        description: Goes to the header of model.safetensors.
         state: JSON values.
         keep_last: Number of the newest to keep, besides the best one.
         best: Whether this is the best one so far.
@@ -201,7 +227,7 @@ def read(path: Path) -> Checkpoint:
     )
 
 
-def load_model_file(path: Path, which: str = "last") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_model_file(path: Path, which: str = "last") -> tuple[dict[str, Tensor], Description]:
     """Read weights and description of a run folder, a checkpoint folder or a .safetensors file.
 
     Args:
@@ -227,43 +253,20 @@ def load_model_file(path: Path, which: str = "last") -> tuple[dict[str, Tensor],
             f"{file} does not say which model it is of; it was not written by tetdist's training"
         )
     try:
-        description = json.loads(metadata["tetdist"])
-    except ValueError:
-        description = None
-    wrong = _what_is_wrong(description)
-    if wrong:
+        return weights, Description.model_validate(json.loads(metadata["tetdist"]))
+    except (ValueError, ValidationError) as error:
+        errors = error.errors() if isinstance(error, ValidationError) else []
+        wrong = sorted({str(one["loc"][0]) for one in errors if one["loc"]}) or ["all of it"]
         raise UserError(
             f"the description in {file} is damaged or of another version: "
             f"{', '.join(wrong)} cannot be read"
-        )
-    return weights, description
+        ) from error
 
 
-def _what_is_wrong(description: object) -> list[str]:
-    """The parts of a model file's description that are missing or not what they should be.
-
-    The configuration is checked as such where it is parsed.
-    """
-    if not isinstance(description, dict):
-        return ["all of it"]
-    classes, timesteps = description.get("classes"), description.get("timesteps")
-    is_well = {
-        "classes": "classes" in description
-        and (classes is None or (isinstance(classes, list) and all(map(_is_text, classes)))),
-        "config": isinstance(description.get("config"), dict),
-        "step": isinstance(description.get("step"), int),
-        "timesteps": isinstance(timesteps, int) and timesteps > 0,
-    }
-    return [name for name, well in is_well.items() if not well]
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _write_weights(path: Path, weights: dict[str, Tensor], description: dict[str, Any]) -> None:
+def _write_weights(path: Path, weights: dict[str, Tensor], description: Description) -> None:
     # save_file would make a file that only its owner may read.
-    path.write_bytes(serialize(weights, metadata={"tetdist": json.dumps(description)}))
+    described = json.dumps(description.model_dump(exclude_unset=True))
+    path.write_bytes(serialize(weights, metadata={"tetdist": described}))
 
 
 def _model_file(path: Path, which: str) -> Path:
@@ -288,13 +291,13 @@ def _model_file(path: Path, which: str) -> Path:
     return folder / MODEL_FILE
 
 
-def write_model_file(path: Path, weights: dict[str, Tensor], description: dict[str, Any]) -> None:
+def write_model_file(path: Path, weights: dict[str, Tensor], description: Description) -> None:
     """Write a file that `load_model_file` reads, whole or not at all.
 
     Args:
         path: What is there already is replaced.
         weights: A model's state.
-        description: See `save`.
+        description: Of them.
 
     Raises:
         UserError: It could not be written.

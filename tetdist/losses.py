@@ -24,9 +24,9 @@ class Loss:
     """A loss that `loss.kind` may name.
 
     Attributes:
-        function: Of logits (T, B, K) and targets, labels (B,) or shares of the classes (B, K), to
-            the loss, (). Its keyword arguments are ``lambda_``, ``phi`` and ``label_smoothing``, if
-            it has them, and those of ``loss.arguments``.
+        function: Makes the loss, (), of logits (T, B, K) and targets, labels (B,) or shares of the
+            classes (B, K). Its keyword arguments are ``lambda_``, ``phi`` and ``label_smoothing``,
+            if it has them, and those of ``loss.arguments``.
         of_time_mean: Whether it sees the logits' mean over time alone; distillation then does, too.
     """
 
@@ -56,12 +56,9 @@ def register_loss(
 
 
 def compute_loss(
-    settings: "LossSection",
-    logits: Tensor,
-    targets: Tensor,
-    teacher_logits: Tensor | None = None,
+    settings: "LossSection", logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None
 ) -> Tensor:
-    """The configured loss.
+    """Compute the configured loss, ().
 
     Args:
         settings: The section ``loss`` of the configuration.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tetdist.config.schema import OptimizerSection
 
 Groups = list[dict[str, Any]]
+Build = Callable[[Groups, "OptimizerSection"], torch.optim.Optimizer]
 TIMM = "timm:"  # before the name of one of timm's optimisers
 
 
@@ -28,7 +29,7 @@ class OptimizerKind:
     """What `phases.*.optimizer.kind` may name.
 
     Attributes:
-        build: Of parameter groups (with their weight decay) and the section, to the optimiser.
+        build: Makes it of parameter groups (with their weight decay) and the section.
         reads: Keys of the section that it has a use for, besides kind, lr and weight decay.
         skips_when_told: Whether its step leaves everything alone where `found_inf` is set; else the
             host asks before each step.
@@ -38,8 +39,8 @@ class OptimizerKind:
             checkpoints.
     """
 
-    build: Callable[[Groups, "OptimizerSection"], torch.optim.Optimizer]
-    reads: tuple[str, ...]
+    build: Build
+    reads: tuple[str, ...] = ()
     skips_when_told: bool = False
     zero_stages: tuple[int, ...] = (0,)
     moments: int = 2
@@ -48,32 +49,23 @@ class OptimizerKind:
 OPTIMIZERS: Registry[OptimizerKind] = Registry("optimiser", "phases.*.optimizer.kind")
 
 
-def register_optimizer(
-    name: str,
-    *,
-    reads: tuple[str, ...] = (),
-    skips_when_told: bool = False,
-    zero_stages: tuple[int, ...] = (0,),
-    moments: int = 2,
-) -> Callable[[Callable[..., torch.optim.Optimizer]], Callable[..., torch.optim.Optimizer]]:
-    """Make a decorator that enters a function into `OPTIMIZERS`; see `OptimizerKind`."""
+def register_optimizer(name: str, **about: Any) -> Callable[[Build], Build]:
+    """Make a decorator that enters a function into `OPTIMIZERS`.
 
-    def enter(
-        build: Callable[..., torch.optim.Optimizer],
-    ) -> Callable[..., torch.optim.Optimizer]:
-        kind = OptimizerKind(build, reads, skips_when_told, zero_stages, moments)
-        OPTIMIZERS.enter(name, kind, build.__module__)
+    Args:
+        name: What a configuration calls it.
+        about: Attributes of `OptimizerKind`, where they are not the defaults.
+    """
+
+    def enter(build: Build) -> Build:
+        OPTIMIZERS.enter(name, OptimizerKind(build, **about), build.__module__)
         return build
 
     return enter
 
 
 @register_optimizer(
-    "sgd",
-    reads=("momentum", "nesterov"),
-    skips_when_told=True,
-    zero_stages=(0, 1, 2),
-    moments=1,
+    "sgd", reads=("momentum", "nesterov"), skips_when_told=True, zero_stages=(0, 1, 2), moments=1
 )
 def _sgd(groups: Groups, section: "OptimizerSection") -> torch.optim.Optimizer:
     momentum, nesterov = section.momentum, section.nesterov
@@ -91,7 +83,7 @@ def _adamw(groups: Groups, section: "OptimizerSection") -> torch.optim.Optimizer
 
 
 def _of_timm(name: str) -> OptimizerKind:
-    """timm's optimiser of that name.
+    """Describe timm's optimiser of that name.
 
     Raises:
         UserError: timm has none, or it needs more of a step than a gradient.
@@ -161,7 +153,7 @@ def make_optimizer(model: nn.Module, section: "OptimizerSection") -> torch.optim
 
 
 class _AsksFirst(torch.optim.Optimizer):
-    """Does as told by ``found_inf`` for an optimiser that does not read it."""
+    """Heeds ``found_inf`` for an optimiser that does not read it."""
 
     def step(self, closure: Any = None) -> Any:
         told = getattr(self, "found_inf", None)

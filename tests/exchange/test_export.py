@@ -84,13 +84,13 @@ def save(network: str, folder: Path, **neuron: Any) -> Path:
     if network == "resnet19":
         with torch.no_grad():
             model.hidden[0].weight.mul_(8)  # means over positions are weak currents
-    description = {
-        "config": config.as_dict(),
-        "classes": list("abcde"),
-        "timesteps": T,
-        "step": 7,
-        "validation": {"top1": 61.25, "top5": 100.0},
-    }
+    description = checkpoint.Description(
+        config=config.as_dict(),
+        classes=list("abcde"),
+        timesteps=T,
+        step=7,
+        validation={"top1": 61.25, "top5": 100.0},
+    )
     file = folder / "model.safetensors"
     checkpoint.write_model_file(file, model.state_dict(), description)
     return file

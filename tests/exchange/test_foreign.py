@@ -619,8 +619,8 @@ def test_another_number_of_classes_is_named_and_may_be_allowed(
     weights, description = checkpoint.load_model_file(output)
     assert weights["fc.weight"].shape == (7, 32)
     assert torch.equal(weights["stem.conv.weight"], load_file(relu_file)["conv1.weight"])
-    assert description["classes"] is None
-    assert description["converted"] == {"file": "resnet18.safetensors", "from": "timm"}
+    assert description.classes is None
+    assert description.converted == {"file": "resnet18.safetensors", "from": "timm"}
 
     arguments = ["--checkpoint", str(output), "--data", str(tiny_root), "--device", "cpu"]
     assert load_tool("eval").main(arguments) == 2
@@ -635,10 +635,10 @@ def test_tets_checkpoint_is_recognized(convert: Tool, tmp_path: Path) -> None:
     assert status == 0, err
     assert "as of tet" in out
     _, description = checkpoint.load_model_file(tmp_path / "o.safetensors")
-    assert description["timesteps"] == 6
-    model = description["config"]["model"]
+    assert description.timesteps == 6
+    model = description.config["model"]
     assert (model["num_classes"], model["neuron"]["decay"]) == (5, 0.5)
-    assert description["config"]["data"]["image_size"] == 32
+    assert description.config["data"]["image_size"] == 32
 
 
 @pytest.mark.parametrize(

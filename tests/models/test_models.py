@@ -106,7 +106,7 @@ def test_registered_model_and_its_default_cfg(name: str) -> None:
     assert classifier is model.get_classifier()
     assert classifier.out_features == num_classes
     assert classifier.in_features == model.num_features == model.head_hidden_size
-    assert model.input_kind == ("events" if name == "vggsnn" else "image")
+    assert model.input_kind == ("events" if name == "vggsnn" else "images")
 
 
 @pytest.mark.parametrize("name", [*SEW, *SPIKING])

@@ -24,7 +24,9 @@ from tetdist.tracking import environment as environment_module
 from tetdist.tracking import mlflow_follower
 from tetdist.tracking.environment import environment
 from tetdist.tracking.metrics_file import read_metrics
-from tetdist.tracking.mlflow_follower import Dataset, Tracker, ui_command
+from tetdist.tracking.mlflow_follower import Dataset, ui_command
+from tetdist.tracking.tracker import Tracker
+from tetdist.tracking.trackers import TrackedRun
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 40) -> None:
@@ -76,7 +78,6 @@ class Store:
     def open(self, run_dir: Path, resume_step: int | None = None, **settings: Any) -> Tracker:
         run_dir.mkdir(exist_ok=True)
         given: dict[str, Any] = {
-            "run_name": "a run",
             "params": {"model.name": "sew_resnet18", "lr": 0.1},
             "tags": {"loss": "tet"},
             "tracking_uri": self.uri,
@@ -84,7 +85,9 @@ class Store:
             "artifact_root": self.folder / "artifacts",
             **settings,
         }
-        tracker = Tracker(run_dir, resume_step=resume_step, **given)
+        known = {"params": given.pop("params"), "tags": given.pop("tags")}
+        run = TrackedRun(run_dir, "a run", resume_step=resume_step, **known)
+        tracker = Tracker(run, **given)
         self.opened.append(tracker)
         return tracker
 
@@ -246,10 +249,11 @@ def test_a_full_disk_is_said_and_leaves_whole_lines(tmp_path: Path) -> None:
         import resource, sys
         from pathlib import Path
         from tetdist.errors import UserError
-        from tetdist.tracking.mlflow_follower import Tracker
+        from tetdist.tracking.tracker import Tracker
+        from tetdist.tracking.trackers import TrackedRun
 
-        tracker = Tracker(Path(sys.argv[1]), run_name="", params={}, tags={}, tracking_uri=None,
-                          experiment="", artifact_root=Path(), resume_step=None)
+        tracker = Tracker(TrackedRun(Path(sys.argv[1]), "", {}, {}, None), tracking_uri=None,
+                          experiment="", artifact_root=Path())
         tracker.log("train", 1, {"loss": 1.0})
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         try:
@@ -401,13 +405,14 @@ def test_a_resumed_run_has_every_step_once(
 KILLED = """
 import os, sys, time
 from pathlib import Path
-from tetdist.tracking import mlflow_follower as tracking
+from tetdist.tracking import mlflow_follower
+from tetdist.tracking.tracker import Tracker
+from tetdist.tracking.trackers import TrackedRun
 
-tracking.SEND_EVERY = 0.01
+mlflow_follower.SEND_EVERY = 0.01
 run_dir, uri = Path(sys.argv[1]), sys.argv[2]
-tracker = tracking.Tracker(run_dir, run_name="a run", params={}, tags={}, tracking_uri=uri,
-                           experiment="trials", artifact_root=run_dir.parent / "artifacts",
-                           resume_step=None)
+tracker = Tracker(TrackedRun(run_dir, "a run", {}, {}, None), tracking_uri=uri,
+                  experiment="trials", artifact_root=run_dir.parent / "artifacts")
 step = 0
 while tracker._follower.sent < 30:  # until MLflow has some, and while it gets more
     step += 1
@@ -635,14 +640,15 @@ def test_the_phase_that_stops_has_the_state_of_its_run(
 KILLED_IN_PHASE_2 = """
 import os, sys, time
 from pathlib import Path
-from tetdist.tracking import mlflow_follower as tracking
+from tetdist.tracking import mlflow_follower
+from tetdist.tracking.tracker import Tracker
+from tetdist.tracking.trackers import TrackedRun
 
-tracking.SEND_EVERY = 0.01
+mlflow_follower.SEND_EVERY = 0.01
 run_dir, uri = Path(sys.argv[1]), sys.argv[2]
 phases = [{"timesteps": 4}, {"timesteps": 6}]
-tracker = tracking.Tracker(run_dir, run_name="a run", params={}, tags={}, tracking_uri=uri,
-                           experiment="trials", artifact_root=run_dir.parent / "artifacts",
-                           resume_step=None, phases=phases)
+tracker = Tracker(TrackedRun(run_dir, "a run", {}, {}, None), tracking_uri=uri,
+                  experiment="trials", artifact_root=run_dir.parent / "artifacts", phases=phases)
 end = time.monotonic() + 40
 for step in range(1, 18):
     phase = 0 if step <= 10 else 1
@@ -866,13 +872,13 @@ def test_a_server_is_away_while_the_next_phase_begins(
 SHORT_RUN = """
 import logging, sys
 from pathlib import Path
-from tetdist.tracking.mlflow_follower import Tracker
+from tetdist.tracking.tracker import Tracker
+from tetdist.tracking.trackers import TrackedRun
 
 logging.basicConfig(level=logging.WARNING)
 run_dir, uri = Path(sys.argv[1]), sys.argv[2]
-tracker = Tracker(run_dir, run_name="a run", params={"a": 1}, tags={}, tracking_uri=uri,
-                  experiment="trials", artifact_root=run_dir.parent / "artifacts",
-                  resume_step=None)
+tracker = Tracker(TrackedRun(run_dir, "a run", {"a": 1}, {}, None), tracking_uri=uri,
+                  experiment="trials", artifact_root=run_dir.parent / "artifacts")
 tracker.log("train", 1, {"loss": 1.0})
 sys.stdin.readline()
 tracker.close("FINISHED", timeout=float(sys.argv[3]))
@@ -938,7 +944,7 @@ def test_two_runs_make_one_database_at_once_and_print_nothing(tmp_path: Path) ->
 def test_mlflow_missing_is_said_at_once(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlflow_follower.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"MLflow is not installed: pip install 'tetdist\[train\]'"):
         store.open(tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from tetdist import checkpoint
+from tetdist.checkpoint import Description
 from tetdist.errors import UserError
 
 
@@ -43,7 +44,7 @@ def save(folder: Path, step: int, *, keep_last: int = 10, best: bool = False) ->
         folder,
         model=model,
         optimizer=optimizer.state_dict(),
-        description={"config": {}, "classes": ["a"], "timesteps": 1, "step": step},
+        description=Description(config={}, classes=["a"], timesteps=1, step=step),
         state={"step": step, "result": {"top1": step / 3}},
         keep_last=keep_last,
         best=best,
@@ -71,7 +72,7 @@ def test_round_trip(tmp_path: Path) -> None:
     for i, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(state[key], theirs[i][key]) for key in state)
     weights, description = checkpoint.load_model_file(path)
-    assert description == {"config": {}, "classes": ["a"], "timesteps": 1, "step": 7}
+    assert description == Description(config={}, classes=["a"], timesteps=1, step=7)
     assert weights.keys() == model.state_dict().keys()
 
 
@@ -148,7 +149,7 @@ def test_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "best").read_text().strip() == "step-00000002"
     save(tmp_path, 7, keep_last=2, best=True)
     assert names(tmp_path) == ["best", "last", "step-00000006", "step-00000007"]
-    assert checkpoint.load_model_file(tmp_path, "best")[1]["step"] == 7
+    assert checkpoint.load_model_file(tmp_path, "best")[1].step == 7
 
 
 def test_same_step_again_replaces(tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_same_step_again_replaces(tmp_path: Path) -> None:
         tmp_path,
         model=model,
         optimizer=optimizer.state_dict(),
-        description={},
+        description=Description(config={}, classes=None, timesteps=1, step=1),
         state={"step": 1},
         keep_last=2,
         best=False,
@@ -229,7 +230,7 @@ def test_full_disk_leaves_the_earlier_ones(left: int, small_disk: Path) -> None:
     assert found is not None
     # 2: all of it found room, and only the pointer to it did not.
     assert found.state["step"] == 1 or left == 20480
-    assert checkpoint.load_model_file(folder)[1]["step"] == 1
+    assert checkpoint.load_model_file(folder)[1].step == 1
     # And with room again all goes on.
     (small_disk / "filler").unlink()
     save(folder, 2)
@@ -299,7 +300,7 @@ def test_kill_while_saving_always_leaves_a_whole_newest(same_step: bool, tmp_pat
             if not killed:
                 break
             try:
-                shown = t.checkpoint.load_model_file(folder)[1]["step"]
+                shown = t.checkpoint.load_model_file(folder)[1].step
             except t.UserError:
                 shown = None
             print(at, "killed", found and found.state["step"], shown, flush=True)
@@ -395,7 +396,7 @@ def test_model_file_by_each_of_its_names(tmp_path: Path) -> None:
     for step in (1, 2):
         save(run / "checkpoints", step, best=step == 1)
     steps = {
-        checkpoint.load_model_file(path, which)[1]["step"]
+        checkpoint.load_model_file(path, which)[1].step
         for path, which in [
             (run, "best"),
             (run / "checkpoints", "best"),
@@ -404,7 +405,7 @@ def test_model_file_by_each_of_its_names(tmp_path: Path) -> None:
         ]
     }
     assert steps == {1}
-    assert checkpoint.load_model_file(run)[1]["step"] == 2
+    assert checkpoint.load_model_file(run)[1].step == 2
 
 
 def test_model_file_errors(tmp_path: Path) -> None:

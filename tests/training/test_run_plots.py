@@ -12,8 +12,9 @@ import torch
 import tetdist
 from tetdist.config import loading as configuration
 from tetdist.config.schema import RunConfig
-from tetdist.tracking.mlflow_follower import Tracker
-from tetdist.training.run_plots import Pictures
+from tetdist.tracking.tracker import Tracker
+from tetdist.tracking.trackers import TrackedRun
+from tetdist.training.run_plots import RunPlots
 
 assert tetdist.__doc__  # registers the models
 
@@ -27,13 +28,11 @@ def config(tmp_path: Path) -> RunConfig:
 @pytest.fixture
 def tracker(config: RunConfig) -> Iterator[Tracker]:
     config.run_dir.mkdir(parents=True)
-    about: dict[str, Any] = {"run_name": "r", "params": {}, "tags": {}, "experiment": "e"}
     tracker = Tracker(
-        config.run_dir,
+        TrackedRun(config.run_dir, "r", {}, {}, None),
         tracking_uri=None,
+        experiment="e",
         artifact_root=config.run_dir,
-        resume_step=None,
-        **about,
     )
     yield tracker
     tracker.close("FINISHED")
@@ -50,7 +49,7 @@ def test_pictures_now_and_then_and_warnings_at_once(
 ) -> None:
     model = timm.create_model("spiking_convnet", channels=(4, 8), input_size=16, timesteps=2)
     model.set_execution("reference")
-    pictures = Pictures(config, tiny.CLASSES, tracker)
+    pictures = RunPlots(config, tiny.CLASSES, tracker)
     images = torch.randn(3, 3, 16, 16)
 
     def drawn(epoch: int, rate: float, *, last: bool = False) -> dict[str, bytes]:
@@ -76,7 +75,7 @@ def test_a_picture_that_cannot_be_written_ends_nothing(
     (config.run_dir / "plots").write_text("in the way")
     model = timm.create_model("spiking_convnet", channels=(4, 8), input_size=16, timesteps=2)
     model.set_execution("reference")
-    pictures = Pictures(config, tiny.CLASSES, tracker)
+    pictures = RunPlots(config, tiny.CLASSES, tracker)
     values = evaluation(tracker, 1, 0.2)
     pictures.after_evaluation(model, torch.randn(3, 3, 16, 16), values, last=True)
     for name in ("learning_curves.png", "firing_rates.png", "membranes.png"):

@@ -148,7 +148,7 @@ def test_teacher_answers_as_its_own_run_does(relu: Path, tiny_config: ConfigWrit
     from tetdist.models.create import create_model
 
     weights, description = checkpoint.load_model_file(relu)
-    section = loading.parse(description["config"], "relu").model
+    section = loading.parse(description.config, "relu").model
     model = create_model(section, 4, 1)
     model.load_state_dict(weights)
     images = torch.rand(3, 3, 16, 16)

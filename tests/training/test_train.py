@@ -1011,7 +1011,7 @@ def test_description_in_the_model_file(straight: Callable[[str], Path]) -> None:
     from tetdist import checkpoint
 
     _, description = checkpoint.load_model_file(straight("phases"))
-    assert description["classes"] == list(tiny.CLASSES)
-    assert (description["timesteps"], description["step"]) == (3, LAST_STEP)
+    assert description.classes == list(tiny.CLASSES)
+    assert (description.timesteps, description.step) == (3, LAST_STEP)
     last = tiny.metrics(straight("phases"), "val")[-1]
-    assert description["validation"]["top1"] == last["top1"]
+    assert description.validation["top1"] == last["top1"]

@@ -84,14 +84,14 @@ def convert_file(options: argparse.Namespace) -> None:
     model = config.model.build(num_classes=config.model.num_classes, timesteps=timesteps)
     converted = foreign.convert(state, source, model)
     report(converted, options, config, source, timesteps)
-    description = {
-        "config": config.as_dict(),
-        "classes": classes,
-        "timesteps": timesteps,
-        "step": 0,
-        "validation": None,
-        "converted": {"file": options.source.name, "from": source},
-    }
+    description = checkpoint.Description(
+        config=config.as_dict(),
+        classes=classes,
+        timesteps=timesteps,
+        step=0,
+        validation=None,
+        converted={"file": options.source.name, "from": source},
+    )
     checkpoint.write_model_file(options.output, converted.weights, description)
     print(f"wrote {options.output}")
 

@@ -137,15 +137,11 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
                 options.checkpoint, "best" if options.best else "last"
             )
         )
-        world.run_on_all(
-            lambda: plugins.require(description.get("imports", {}), options.checkpoint)
-        )
-        config = world.run_on_all(lambda: evaluation_config(description["config"], options))
+        world.run_on_all(lambda: plugins.require(description.imports, options.checkpoint))
+        config = world.run_on_all(lambda: evaluation_config(description.config, options))
         index = world.run_on_all(lambda: open_split(config, options.split, world))
-        world.run_on_all(
-            lambda: check_classes(description["classes"], config, index.classes, options)
-        )
-        wanted = options.timesteps or list(range(1, description["timesteps"] + 1))
+        world.run_on_all(lambda: check_classes(description.classes, config, index.classes, options))
+        wanted = options.timesteps or list(range(1, description.timesteps + 1))
         world.run_on_all(lambda: check_options(options, wanted, index))
         model = world.run_on_all(lambda: make_model(config, index))
         model.to(world.device, parameter_type(config.precision))
@@ -156,11 +152,11 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         data_split = recorded_split(config.data.root)
         about = {
             "checkpoint": str(options.checkpoint),
-            "model": description["config"]["model"]["name"],
-            "step": description["step"],
+            "model": description.config["model"]["name"],
+            "step": description.step,
             "split": options.split,
             **({"data_split": data_split} if data_split else {}),
-            "trained_timesteps": description["timesteps"],
+            "trained_timesteps": description.timesteps,
             "reported_timesteps": wanted,
             "seed": options.seed,
         }

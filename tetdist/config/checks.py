@@ -3,7 +3,7 @@
 import difflib
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, assert_never
 
 from pydantic import BaseModel
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def check(config: RunConfig) -> None:
-    """Contradictions between keys that are each fine on their own."""
+    """Refuse contradictions between keys that are each fine on their own."""
     if "/" in config.name or config.name in ("", ".", ".."):
         raise UserError(f"name: {config.name!r} is not the name of a folder")
     batch = config.batch
@@ -99,7 +99,7 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _check_kinds(config: RunConfig) -> None:
-    """Names of losses and optimisers, and whether what is set for them suits them."""
+    """Refuse unknown losses and optimisers, and what is set for them and does not suit them."""
     loss = LOSSES[config.loss.kind]
     own = [name for name in loss.arguments if name not in ("lambda_", "phi", "label_smoothing")]
     for key in config.loss.arguments:
@@ -199,16 +199,17 @@ def _unread(config: RunConfig) -> Iterator[tuple[BaseModel, str, tuple[str, ...]
             yield distillation, "loss.distillation.", ("temperature",), "nothing to distil from"
     elif distillation.weight == 0:
         yield distillation, "loss.distillation.", ("teacher",), "loss.distillation.weight=0"
-    if config.data.kind == "events":
-        crops = ("image_size", "resize", "crop", "scale", "ratio", "padding", "interpolation")
-        colors = ("auto_augment", "color_jitter", "mean", "std")
-        yield config.data, "data.", (*crops, *colors), "data.kind=events"
-    else:
-        yield config.data, "data.", ("roll",), "data.kind=images"
-        if config.data.crop == "padded":
-            yield config.data, "data.", ("scale", "ratio"), "data.crop=padded"
-        else:
-            yield config.data, "data.", ("padding",), "data.crop=resized"
+    match config.data.kind:
+        case "events":
+            crops = ("image_size", "resize", "crop", "scale", "ratio", "padding", "interpolation")
+            colors = ("auto_augment", "color_jitter", "mean", "std")
+            yield config.data, "data.", (*crops, *colors), "data.kind=events"
+        case "images":
+            yield config.data, "data.", ("roll",), "data.kind=images"
+            crop, others = config.data.crop, {"padded": ("scale", "ratio"), "resized": ("padding",)}
+            yield config.data, "data.", others[crop], f"data.crop={crop}"
+        case other:
+            assert_never(other)
     for i, phase in enumerate(config.phases):
         if config.data.kind == "events":
             sizes = ("image_size", "final_image_size")

@@ -1,4 +1,4 @@
-"""Which keys make a run the run that it is, and what makes two configurations different runs."""
+"""Tells whether two configurations are of the same run: which keys make it the run that it is."""
 
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,7 @@ OPERATIONAL_KEYS = (
 
 # Files and folders of others, which are the same however their path is written. A teacher may be
 # timm:NAME instead.
-PATH_KEYS = (
-    "init_checkpoint",
-    "loss.distillation.teacher",
-    "loss.distillation.teacher_weights",
-)
+PATH_KEYS = ("init_checkpoint", "loss.distillation.teacher", "loss.distillation.teacher_weights")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -63,7 +59,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What makes two configurations different runs, a sentence part each."""
+    """List what makes two configurations different runs, a sentence part each."""
     a, b = _with_absolute_paths(flatten(old)), _with_absolute_paths(flatten(new))
     return [
         f"{key} is {b.get(key)!r} and was {a.get(key)!r}"

@@ -1,4 +1,4 @@
-"""From a YAML file and ``key=value`` overrides to a checked `RunConfig`."""
+"""Makes a checked `RunConfig` of a YAML file and ``key=value`` overrides."""
 
 import difflib
 import json
@@ -87,10 +87,10 @@ def _imports(raw: dict[str, Any], path: Path) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader keeps the last of several values of a key and says nothing."""
+    """Refuses a key that is there twice: YAML's own safe loader takes the last and says nothing."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here the keys are still those of the file, without what `<<` merges into them.
+        # Here the keys are still those of the file; `<<` has merged nothing into them yet.
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
@@ -155,15 +155,14 @@ def _with_present_names(raw: dict[str, Any], warn: bool) -> dict[str, Any]:
 
 
 def _of_its_kind(neuron: dict[str, Any], warn: bool) -> dict[str, Any]:
-    """The keys that the kind of neuron has, without those of other kinds."""
-    if neuron.get("spike") == "relu":  # Once it was a kind of spike.
+    """The neuron without the keys that only other kinds have."""
+    if neuron.get("spike") == "relu":  # what earlier versions called this kind
         neuron = {key: value for key, value in neuron.items() if key != "spike"} | {"kind": "relu"}
     kind = neuron.get("kind", "lif")
     if kind not in NEURONS:
         return neuron
-    known = {cls: {one.name for one in fields(cls)} for cls in NEURONS.values()}
-    own = known[NEURONS[kind]] | {"kind"}
-    others = set().union(*known.values()) - own
+    own = {"kind", *(one.name for one in fields(NEURONS[kind]))}
+    others = {one.name for cls in NEURONS.values() for one in fields(cls)} - own
     for key in neuron.keys() & others:
         if warn:
             logger.warning("model.neuron.%s has no effect with model.neuron.kind=%s", key, kind)

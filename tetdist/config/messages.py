@@ -18,7 +18,7 @@ def united(error: Any) -> Any:
 
 
 def innermost(errors: list[Any]) -> list[Any]:
-    """Of pydantic's errors those that say enough: it also calls a list too short, and a mapping
+    """Those of pydantic's errors that say enough: it also calls a list too short, and a mapping
     too small, of which an item is wrong."""
     return [e for e in errors if not any(_contains(e, other) for other in errors)]
 

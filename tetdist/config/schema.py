@@ -44,14 +44,13 @@ class Section(BaseModel):
 
 
 def neuron_section_of(kind: str) -> type[Section]:
-    """The keys of a kind of neuron, beside ``kind``."""
+    """The keys of a kind of neuron beside ``kind``: the fields that its class declares."""
     cls: Any = NEURONS[kind]
-    return _neuron_section(cls)
+    return _section_of(cls)
 
 
 @functools.cache
-def _neuron_section(cls: Any) -> type[Section]:
-    """The keys of a kind of neuron, as its class, a `NeuronConfig`, declares its fields."""
+def _section_of(cls: Any) -> type[Section]:
     hints, keys = get_type_hints(cls), dict[str, Any]()
     for one in dataclasses.fields(cls):
         described = Field(
@@ -63,7 +62,7 @@ def _neuron_section(cls: Any) -> type[Section]:
 
 
 def _neuron(value: Any) -> NeuronConfig:
-    """The neuron of a mapping of its kind and numbers; what is wrong is told by messages.py."""
+    """Make the neuron of a mapping of its kind and numbers; messages.py says what is wrong."""
     if isinstance(value, NeuronConfig):
         return value
     if not isinstance(value, dict):
@@ -75,10 +74,7 @@ def _neuron(value: Any) -> NeuronConfig:
         raise PydanticCustomError("neuron_kind", "{text}", {"text": f"{kind!r} is none; {hint}"})
     section = neuron_section_of(kind)
     try:
-        checked = section.model_validate_json(json.dumps(numbers))
-        return NEURONS[kind](
-            **{name: getattr(checked, name) for name in type(checked).model_fields}
-        )
+        return NEURONS[kind](**dict(section.model_validate_json(json.dumps(numbers))))
     except pydantic.ValidationError as error:
         context = {"errors": error.errors(), "known": ["kind", *section.model_fields]}
         raise PydanticCustomError("within", "see its errors", context) from error
@@ -99,7 +95,7 @@ class ModelSection(Section):
     """Further arguments of the model, such as connect_function: add."""
 
     def build(self, *, num_classes: int, timesteps: int) -> SpikingNetwork:
-        """The model, initialised; see `create_model`."""
+        """Make the model, initialised; see `create_model`."""
         return create_model(
             self.name,
             num_classes=num_classes,
@@ -214,7 +210,7 @@ class LossSection(Section):
     distillation: DistillationSection = DistillationSection()
 
     def as_text(self) -> str:
-        """For a person, such as "TET, lambda 0.001, phi 1; 0.2 x divergence from timm:NAME"."""
+        """Describe it as in "TET, lambda 0.001, phi 1; 0.2 x divergence from timm:NAME"."""
         match self.kind:
             case "tet":
                 text = f"TET, lambda {self.lambda_:g}, phi {self.phi:g}"

@@ -45,7 +45,7 @@ class Trained:
 
     model: SpikingNetwork
     config: RunConfig
-    description: dict[str, Any]
+    description: checkpoint.Description
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -87,19 +87,19 @@ def load(path: Path, which: str = "last", timesteps: int | None = None) -> Train
         UserError: See `checkpoint.load_model_file`.
     """
     weights, description = checkpoint.load_model_file(path, which)
-    plugins.require(description.get("imports", {}), path)
-    parse(description["config"], str(path), warn=False)  # somebody else may have written it
-    config = parse(_without_places(description["config"]), str(path), warn=False)
-    num_classes = config.model.num_classes or len(description["classes"])
-    timesteps = timesteps or description["timesteps"]
+    plugins.require(description.imports, path)
+    parse(description.config, str(path), warn=False)  # somebody else may have written it
+    config = parse(_without_places(description.config), str(path), warn=False)
+    num_classes = config.model.num_classes or len(description.classes or ())
+    timesteps = timesteps or description.timesteps
     model = config.model.build(num_classes=num_classes, timesteps=timesteps)
     checkpoint.load_weights(model, weights, path)
     if isinstance(model, SpikingNetwork):
         model.set_execution("reference")
-    if model.timesteps != description["timesteps"]:
-        description["validation"] = None  # It was measured at the other T.
-    description |= {"config": config.as_dict(), "timesteps": model.timesteps, "which": which}
-    return Trained(model.eval(), config, description)
+    changes = {"config": config.as_dict(), "timesteps": model.timesteps, "which": which}
+    if model.timesteps != description.timesteps:
+        changes["validation"] = None  # It was measured at the other T.
+    return Trained(model.eval(), config, description.model_copy(update=changes))
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:
@@ -178,8 +178,8 @@ def timm_config(trained: Trained) -> dict[str, Any]:
     if data.kind == "events":
         cfg |= {"crop_pct": 1.0, "mean": (0.0, 0.0), "std": (1.0, 1.0)}
     cfg |= {key: model.default_cfg[key] for key in ("first_conv", "classifier")}
-    if trained.description["classes"]:
-        cfg["label_names"] = trained.description["classes"]
+    if trained.description.classes:
+        cfg["label_names"] = trained.description.classes
     return {
         "architecture": trained.config.model.name,
         "num_classes": model.num_classes,
@@ -230,12 +230,12 @@ def card(trained: Trained, folder: str | None = None) -> str:
             f"{p.epochs} epochs at T={p.timesteps}, {p.optimizer.kind}, lr {p.optimizer.lr:g}"
             for p in config.phases
         ),
-        "trained for": f"{description['step']} steps of {config.batch.global_} samples"
-        f"{', the best checkpoint' if description.get('which') == 'best' else ''}, "
+        "trained for": f"{description.step} steps of {config.batch.global_} samples"
+        f"{', the best checkpoint' if description.which == 'best' else ''}, "
         f"precision {config.precision}, seed {config.seed}",
         "accuracy": _accuracy(description),
     }
-    converted = description.get("converted")
+    converted = description.converted
     if converted:
         of = "weights taken over from"
         rows = {k: v for k, v in rows.items() if k not in ("loss", "phases", "trained for")}
@@ -247,7 +247,7 @@ import {module}  # registers the model
 model = timm.create_model({_create_arguments(trained, folder)}).eval()
 {_call(model)}
 model.set_timesteps(2)  # fewer or more timesteps with the same weights"""
-    recipe = yaml.safe_dump(description["config"], sort_keys=False)
+    recipe = yaml.safe_dump(description.config, sort_keys=False)
     lines = [
         "---",
         "library_name: timm",
@@ -312,12 +312,12 @@ def _arguments(arguments: dict[str, Any]) -> str:
     return "".join(f", {key} {value}" for key, value in arguments.items())
 
 
-def _accuracy(description: dict[str, Any]) -> str:
-    validation = description.get("validation")
+def _accuracy(description: checkpoint.Description) -> str:
+    validation = description.validation
     if not validation:
         return "not measured with this file"
     rest = "of the validation split, with these weights"
-    if description.get("which") == "best":
+    if description.which == "best":
         rest += ", which were chosen on this very split"
     return f"{validation['top1']:.2f} % top-1, {validation['top5']:.2f} % top-5, {rest}"
 

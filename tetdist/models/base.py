@@ -1,11 +1,11 @@
-"""What all spiking networks share: time first, logits per timestep, timm's methods."""
+"""The common part of all spiking networks: time first, logits per timestep, timm's methods."""
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, assert_never
 
 import torch
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 from tetdist.nn import neurons
@@ -95,7 +95,7 @@ class SpikingNetwork(nn.Module):
         self.timesteps = timesteps
 
     def set_execution(self, execution: str) -> None:
-        """``fused``, or ``reference`` to run the plain definitions everywhere."""
+        """Choose ``fused`` passes, or ``reference``: the plain definitions everywhere."""
         if execution not in ("fused", "reference"):
             raise ValueError(f"execution must be 'fused' or 'reference', not {execution!r}")
         for module in self.modules():
@@ -145,12 +145,19 @@ class SpikingNetwork(nn.Module):
         Raises:
             ValueError: The shape does not suit, or has fewer than T time bins.
         """
-        if self.input_kind == "images":
-            if x.ndim != 4:
-                raise ValueError(f"an image batch is (B, C, H, W), not {tuple(x.shape)}")
-            # channels_last, so that every activation after it is, too (fused.py relies on it to
-            # be fast).
-            return x.contiguous(memory_format=torch.channels_last)[None]
+        match self.input_kind:
+            case "images":
+                if x.ndim != 4:
+                    raise ValueError(f"an image batch is (B, C, H, W), not {tuple(x.shape)}")
+                # channels_last, so that every activation after it is, too (fused.py relies on it
+                # to be fast).
+                return x.contiguous(memory_format=torch.channels_last)[None]
+            case "events":
+                return self._frames_first(x)
+            case other:
+                assert_never(other)
+
+    def _frames_first(self, x: Tensor) -> Tensor:
         if x.ndim != 5:
             raise ValueError(f"an event batch is (B, T, C, H, W), not {tuple(x.shape)}")
         if self.input_size not in (None, x.shape[-1]):
@@ -293,3 +300,15 @@ def build(
     if not neuron.binary:
         model.spike_levels = None
     return model
+
+
+def register(cls: type[Network], name: str, **defaults: Any) -> Callable[..., Network]:
+    """Register a variant with timm: a network of ``cls`` with these arguments by default."""
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> Network:
+        return build(cls, name, pretrained, **(defaults | kwargs))
+
+    entrypoint.__name__, entrypoint.__module__ = name, cls.__module__
+    entrypoint.__annotations__["return"] = cls  # by which `class_of` knows it
+    registered: Callable[..., Network] = register_model(entrypoint)
+    return registered

@@ -6,9 +6,10 @@ those of its input by a connect function: ADD (sums of spikes, small integers), 
 convolves and normalises a static image once; all timesteps share it.
 """
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
@@ -17,6 +18,12 @@ from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import Conv2d, MaxPool, carry, pack
 
 Connect = Literal["add", "and", "iand"]
+# What becomes of a block's spikes and those of its input.
+CONNECT: dict[Connect, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": lambda residual, identity: residual + identity,
+    "and": lambda residual, identity: residual * identity,
+    "iand": lambda residual, identity: (1 - residual) * identity,
+}
 
 
 def connect(last: ConvNormNeuron, x: Tensor, identity: Tensor, function: Connect) -> Tensor:
@@ -33,9 +40,7 @@ def connect(last: ConvNormNeuron, x: Tensor, identity: Tensor, function: Connect
     if function == "add" and last.training:
         return last(x, identity=identity)
     residual = last(x)
-    if function == "add":
-        return residual + identity
-    joined = residual * identity if function == "and" else (1 - residual) * identity
+    joined = CONNECT[function](residual, identity)
     return carry(joined, pack(joined.detach())) if last.training else joined
 
 
@@ -107,7 +112,7 @@ class SEWResNet(SpikingNetwork):
         timesteps: int = 4,
     ) -> None:
         super().__init__(num_classes=num_classes, timesteps=timesteps)
-        if connect_function not in ("add", "and", "iand"):
+        if connect_function not in CONNECT:
             raise ValueError(f"connect_function must be add, and or iand, not {connect_function!r}")
         self.stem = ConvNormNeuron(
             Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False), neuron
@@ -140,42 +145,9 @@ default_cfgs = generate_default_cfgs(
     {f"sew_resnet{depth}": base.model_cfg() for depth in (18, 34, 50, 101, 152)}
 )
 
-
-@register_model
-def sew_resnet18(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
-    """SEW-ResNet-18."""
-    return base.build(
-        SEWResNet, "sew_resnet18", pretrained, block=BasicBlock, layers=(2, 2, 2, 2), **kwargs
-    )
-
-
-@register_model
-def sew_resnet34(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
-    """SEW-ResNet-34: 21.79 million parameters at 1000 classes."""
-    return base.build(
-        SEWResNet, "sew_resnet34", pretrained, block=BasicBlock, layers=(3, 4, 6, 3), **kwargs
-    )
-
-
-@register_model
-def sew_resnet50(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
-    """SEW-ResNet-50."""
-    return base.build(
-        SEWResNet, "sew_resnet50", pretrained, block=Bottleneck, layers=(3, 4, 6, 3), **kwargs
-    )
-
-
-@register_model
-def sew_resnet101(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
-    """SEW-ResNet-101."""
-    return base.build(
-        SEWResNet, "sew_resnet101", pretrained, block=Bottleneck, layers=(3, 4, 23, 3), **kwargs
-    )
-
-
-@register_model
-def sew_resnet152(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
-    """SEW-ResNet-152."""
-    return base.build(
-        SEWResNet, "sew_resnet152", pretrained, block=Bottleneck, layers=(3, 8, 36, 3), **kwargs
-    )
+sew_resnet18 = base.register(SEWResNet, "sew_resnet18", block=BasicBlock, layers=(2, 2, 2, 2))
+# 21.79 million parameters at 1000 classes.
+sew_resnet34 = base.register(SEWResNet, "sew_resnet34", block=BasicBlock, layers=(3, 4, 6, 3))
+sew_resnet50 = base.register(SEWResNet, "sew_resnet50", block=Bottleneck, layers=(3, 4, 6, 3))
+sew_resnet101 = base.register(SEWResNet, "sew_resnet101", block=Bottleneck, layers=(3, 4, 23, 3))
+sew_resnet152 = base.register(SEWResNet, "sew_resnet152", block=Bottleneck, layers=(3, 8, 36, 3))

@@ -4,9 +4,8 @@
 """
 
 import itertools
-from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
@@ -78,21 +77,13 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-
-@register_model
-def spiking_convnet(pretrained: bool = False, **kwargs: Any) -> SpikingConvNet:
-    """Small spiking network: 55,000 parameters at 10 classes."""
-    return base.build(SpikingConvNet, "spiking_convnet", pretrained, **kwargs)
-
-
-@register_model
-def spiking_convnet_dvs(pretrained: bool = False, **kwargs: Any) -> SpikingConvNetDVS:
-    """The same for event frames of 34x34 (N-MNIST), 64, 128 and 128 channels."""
-    defaults: dict[str, Any] = {
-        "channels": (32, 64, 128, 128),
-        "input_size": 34,
-        "in_chans": 2,
-        "timesteps": 10,
-    }
-    kwargs = defaults | kwargs
-    return base.build(SpikingConvNetDVS, "spiking_convnet_dvs", pretrained, **kwargs)
+spiking_convnet = base.register(SpikingConvNet, "spiking_convnet")  # 55,000 parameters
+# For event frames of 34x34, those of N-MNIST.
+spiking_convnet_dvs = base.register(
+    SpikingConvNetDVS,
+    "spiking_convnet_dvs",
+    channels=(32, 64, 128, 128),
+    input_size=34,
+    in_chans=2,
+    timesteps=10,
+)

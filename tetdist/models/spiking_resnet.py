@@ -6,19 +6,13 @@ branches are added. `spiking_resnet19` is the CIFAR network as released with TET
 and a hidden spiking layer in the head.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
-from tetdist.models.base import (
-    INV_SQRT_2,
-    ConvNormNeuron,
-    SpikingNetwork,
-    conv1x1,
-    conv3x3,
-)
+from tetdist.models.base import INV_SQRT_2, ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import NeuronConfig
@@ -32,12 +26,7 @@ class _Merge(nn.Module):
     """conv-BN of the residual branch, plus the shortcut, into the block's last neuron."""
 
     def __init__(
-        self,
-        conv: Conv2d,
-        in_channels: int,
-        stride: int,
-        neuron: NeuronConfig,
-        norm_scale: float,
+        self, conv: Conv2d, in_channels: int, stride: int, neuron: NeuronConfig, norm_scale: float
     ) -> None:
         super().__init__()
         self.conv = conv
@@ -90,11 +79,13 @@ class Bottleneck(nn.Module):
 
 def _norm_scales(neuron: NeuronConfig, norm: Norm) -> tuple[float, float]:
     """Batch norm's scale in a chain, and where two branches meet."""
-    if norm == "bn":
-        return 1.0, 1.0
-    if norm == "tdbn":
-        return neuron.threshold, neuron.threshold * INV_SQRT_2
-    raise ValueError(f"norm must be 'bn' or 'tdbn', not {norm!r}")
+    scales: dict[Norm, tuple[float, float]] = {
+        "bn": (1.0, 1.0),
+        "tdbn": (neuron.threshold, neuron.threshold * INV_SQRT_2),
+    }
+    if norm not in scales:
+        raise ValueError(f"norm must be 'bn' or 'tdbn', not {norm!r}")
+    return scales[norm]
 
 
 class SpikingResNet(SpikingNetwork):
@@ -131,11 +122,14 @@ class SpikingResNet(SpikingNetwork):
         super().__init__(num_classes=num_classes, timesteps=timesteps)
         scale, _ = _norm_scales(neuron, norm)
         self.pool: nn.Module = nn.Identity()
-        if stem == "imagenet":
-            conv = Conv2d(in_chans, stem_width, 7, stride=2, padding=3, bias=False)
-            self.pool = MaxPool(3, stride=2, padding=1)
-        else:
-            conv = conv3x3(in_chans, stem_width)
+        match stem:
+            case "imagenet":
+                conv = Conv2d(in_chans, stem_width, 7, stride=2, padding=3, bias=False)
+                self.pool = MaxPool(3, stride=2, padding=1)
+            case "cifar":
+                conv = conv3x3(in_chans, stem_width)
+            case _:
+                raise ValueError(f"stem must be 'imagenet' or 'cifar', not {stem!r}")
         self.stem = ConvNormNeuron(conv, neuron, norm_scale=scale)
         blocks: list[nn.Module] = []
         channels = stem_width
@@ -175,61 +169,24 @@ default_cfgs = generate_default_cfgs(
     | {"spiking_resnet19": base.model_cfg(32, **_CIFAR)}
 )
 
-
-@register_model
-def spiking_resnet18(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
-    """Spiking ResNet-18 with tdBN."""
-    return base.build(
-        SpikingResNet,
-        "spiking_resnet18",
-        pretrained,
-        block=BasicBlock,
-        layers=(2, 2, 2, 2),
-        **kwargs,
-    )
-
-
-@register_model
-def spiking_resnet34(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
-    """Spiking ResNet-34 with tdBN."""
-    return base.build(
-        SpikingResNet,
-        "spiking_resnet34",
-        pretrained,
-        block=BasicBlock,
-        layers=(3, 4, 6, 3),
-        **kwargs,
-    )
-
-
-@register_model
-def spiking_resnet50(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
-    """Spiking ResNet-50 with tdBN."""
-    return base.build(
-        SpikingResNet,
-        "spiking_resnet50",
-        pretrained,
-        block=Bottleneck,
-        layers=(3, 4, 6, 3),
-        **kwargs,
-    )
-
-
-@register_model
-def spiking_resnet19(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
-    """ResNet-19 for 32x32 images: 12.63 million parameters at 10 classes."""
-    defaults: dict[str, Any] = {
-        "norm": "bn",
-        "stem": "cifar",
-        "stem_width": 64,
-        "width": 128,
-        "hidden_features": 256,
-    }
-    return base.build(
-        SpikingResNet,
-        "spiking_resnet19",
-        pretrained,
-        block=BasicBlock,
-        layers=(3, 3, 2),
-        **(defaults | kwargs),
-    )
+spiking_resnet18 = base.register(
+    SpikingResNet, "spiking_resnet18", block=BasicBlock, layers=(2, 2, 2, 2)
+)
+spiking_resnet34 = base.register(
+    SpikingResNet, "spiking_resnet34", block=BasicBlock, layers=(3, 4, 6, 3)
+)
+spiking_resnet50 = base.register(
+    SpikingResNet, "spiking_resnet50", block=Bottleneck, layers=(3, 4, 6, 3)
+)
+# For 32x32 images: 12.63 million parameters at 10 classes.
+spiking_resnet19 = base.register(
+    SpikingResNet,
+    "spiking_resnet19",
+    block=BasicBlock,
+    layers=(3, 3, 2),
+    norm="bn",
+    stem="cifar",
+    stem_width=64,
+    width=128,
+    hidden_features=256,
+)

@@ -1,8 +1,6 @@
 """VGGSNN, the network of TET for 48x48 two-channel event frames (CIFAR10-DVS)."""
 
-from typing import Any
-
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
@@ -65,17 +63,9 @@ class VGGSNN(SpikingNetwork):
 default_cfgs = generate_default_cfgs(
     {
         "vggsnn": base.model_cfg(
-            num_classes=10,
-            input_size=(2, 48, 48),
-            crop_pct=1.0,
-            mean=(0.0, 0.0),
-            std=(1.0, 1.0),
+            num_classes=10, input_size=(2, 48, 48), crop_pct=1.0, mean=(0.0, 0.0), std=(1.0, 1.0)
         )
     }
 )
 
-
-@register_model
-def vggsnn(pretrained: bool = False, **kwargs: Any) -> VGGSNN:
-    """VGGSNN: 9.27 million parameters at 48x48 and 10 classes."""
-    return base.build(VGGSNN, "vggsnn", pretrained, **kwargs)
+vggsnn = base.register(VGGSNN, "vggsnn")  # 9.27 million parameters at 48x48 and 10 classes

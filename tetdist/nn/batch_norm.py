@@ -25,7 +25,7 @@ _recomputation = threading.local()
 
 @contextlib.contextmanager
 def recomputing() -> Iterator[None]:
-    """Within this context a forward pass is a repetition and adds nothing to the statistics."""
+    """Take forward passes within this context for repetitions, which add nothing to statistics."""
     outer = getattr(_recomputation, "active", False)
     _recomputation.active = True
     try:
@@ -181,9 +181,7 @@ def defer_running_statistics(model: nn.Module) -> None:
 
 @torch.no_grad()
 def update_running_statistics(
-    model: nn.Module,
-    average_over_ranks: Callable[[Tensor], Tensor],
-    apply: Tensor | None = None,
+    model: nn.Module, average_over_ranks: Callable[[Tensor], Tensor], apply: Tensor | None = None
 ) -> None:
     """Move all running statistics once: call it once per optimiser step, on every process.
 

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 failures: dict[str, str] = {}
 
 KERNELS = Path(__file__).with_name("kernels")
-# Rounding as in torch: no fused multiply-add. And what keeps a compiler from vectorising choices:
-# errno and floating-point traps, which nobody looks at.
+# No fused multiply-add, so that rounding is that of torch. And neither errno nor floating-point
+# traps: nobody looks at them, and they keep a compiler from vectorising choices.
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"] + [
     f"-f{option}" for option in ("fp-contract=off", "no-math-errno", "no-trapping-math")
 ]
@@ -30,7 +30,7 @@ COMPILE_LIMIT = 300  # seconds
 
 
 def load_library(name: str, *variant: str) -> ctypes.CDLL | None:
-    """kernels/NAME.cpp; None where there is neither a working compiler nor an earlier result."""
+    """Load kernels/NAME.cpp; None without both a working compiler and an earlier result."""
     # The second folder is for caches that are full, or from which nothing may be executed.
     for folder in (_cache(), _private_cache()):
         try:
@@ -62,7 +62,7 @@ def _built(source: Path, variant: tuple[str, ...], folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         objects, built = Path(aside) / "kernels.o", Path(aside) / "kernels.so"
         _run(*compiler, *FLAGS, *variant, "-c", str(source), "-o", str(objects))
-        # Without OpenMP's runtime: torch has brought one, and two would fight for the cores.
+        # OpenMP's runtime is left out: torch has brought one, and two would fight for the cores.
         _run(*compiler, "-shared", str(objects), "-o", str(built))
         with built.open("rb") as file:
             os.fsync(file.fileno())
@@ -112,7 +112,7 @@ def _cache() -> Path:
 
 @functools.cache
 def _private_cache() -> Path:
-    """For as long as this process lives, where there is no writable home."""
+    """A folder that lives as long as this process, where there is no writable home."""
     import atexit
 
     folder = tempfile.mkdtemp(prefix="tetdist-")

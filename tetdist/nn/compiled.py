@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tetdist.nn.fused import Passes
+from tetdist.nn.fused import Affine, Passes
 from tetdist.nn.neurons import LIF, SURROGATES
 
 logger = logging.getLogger(__name__)
@@ -35,49 +35,38 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _input_gradient(
-    x: Tensor,
-    grad_y: Tensor,
-    gain: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    sum_grad: Tensor,
-    sum_grad_xhat: Tensor,
+    x: Tensor, grad_y: Tensor, affine: Affine, sum_grad: Tensor, sum_grad_xhat: Tensor
 ) -> Tensor:
     """Batch norm's backward pass, (T, N, C), given its two sums per channel."""
     num_values = x.shape[0] * x.shape[1]
-    xhat = (wide(x) - mean) * rstd
+    xhat = (wide(x) - affine.mean) * affine.rstd
     grad = wide(grad_y) - sum_grad / num_values - xhat * (sum_grad_xhat / num_values)
-    return (gain * grad).to(x.dtype)
+    return (affine.gain * grad).to(x.dtype)
 
 
 @functools.cache
 def compiled_passes(
     config: LIF, timesteps: int, shared: bool, carries: bool, packs: bool
 ) -> Passes:
-    decay, threshold, hard = config.decay, config.threshold, config.reset == "hard"
-    surrogate, width, detach = (
-        SURROGATES[config.surrogate],
-        config.surrogate_width,
-        config.detach_reset,
-    )
+    decay, threshold, hard = config.decay, config.threshold, config.resets_to_zero
+    surrogate, width = SURROGATES[config.surrogate], config.surrogate_width
+    detach = config.detach_reset
 
     def membranes(
         x: Tensor,
         shortcut: Tensor | None,
-        gain: Tensor,
-        offset: Tensor,
-        shortcut_gain: Tensor | None,
-        shortcut_offset: Tensor | None,
+        affine: Affine,
+        of_shortcut: Affine | None,
         start: Tensor | None,
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Membrane before the reset and spike (bool), each T times (N, C); membrane at the end."""
         u, us, spikes = start, [], []
         for t in range(timesteps):
-            current = wide(x[0 if shared else t]) * gain + offset
+            current = wide(x[0 if shared else t]) * affine.gain + affine.offset
             if shortcut is not None:
                 added = wide(shortcut[t])
-                if shortcut_gain is not None and shortcut_offset is not None:
-                    added = added * shortcut_gain + shortcut_offset
+                if of_shortcut is not None:
+                    added = added * of_shortcut.gain + of_shortcut.offset
                 current = current + added
             u = current if u is None else decay * u + current
             fires = u - threshold > 0
@@ -90,37 +79,29 @@ def compiled_passes(
     def spikes(
         x: Tensor,
         shortcut: Tensor | None,
-        gain: Tensor,
-        offset: Tensor,
-        shortcut_gain: Tensor | None,
-        shortcut_offset: Tensor | None,
+        affine: Affine,
+        of_shortcut: Affine | None,
         start: Tensor | None,
         identity: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        _, fired, end = membranes(x, shortcut, gain, offset, shortcut_gain, shortcut_offset, start)
+        _, fired, end = membranes(x, shortcut, affine, of_shortcut, start)
         outputs = [s.to(x.dtype) for s in fired]
         if identity is not None:
             outputs = [output + identity[t] for t, output in enumerate(outputs)]
-        # Each timestep's by itself, so that it is one loop with the spikes.
+        # Each timestep is packed by itself, so that it is one loop with the spikes.
         packed = torch.stack([o.to(torch.uint8) for o in outputs]) if packs else None
         return torch.stack(outputs), packed, end if carries else None
 
     def current_gradient(
         x: Tensor,
         shortcut: Tensor | None,
-        gain: Tensor,
-        offset: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        shortcut_gain: Tensor | None,
-        shortcut_offset: Tensor | None,
-        shortcut_mean: Tensor | None,
-        shortcut_rstd: Tensor | None,
+        affine: Affine,
+        of_shortcut: Affine | None,
         start: Tensor | None,
         grad_spikes: Tensor,
         grad_end: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        us, spikes, _ = membranes(x, shortcut, gain, offset, shortcut_gain, shortcut_offset, start)
+        us, spikes, _ = membranes(x, shortcut, affine, of_shortcut, start)
         after_reset = grad_end  # gradient of the membrane after the reset
         grads: list[Tensor] = []
         for t in reversed(range(timesteps)):
@@ -137,23 +118,21 @@ def compiled_passes(
         # The gradient of a current is that of its membrane: du/dI = 1.
         sum_over_time = functools.reduce(torch.add, grads)
         if shared:
-            with_xhat = sum_over_time * (wide(x[0]) - mean)
+            with_xhat = sum_over_time * (wide(x[0]) - affine.mean)
         else:
             with_xhat = functools.reduce(
-                torch.add, [g * (wide(x[t]) - mean) for t, g in enumerate(grads)]
+                torch.add, [g * (wide(x[t]) - affine.mean) for t, g in enumerate(grads)]
             )
         sum_grad_shortcut_hat = None
-        if shortcut is not None and shortcut_mean is not None and shortcut_rstd is not None:
-            with_shortcut_hat = functools.reduce(
-                torch.add, [g * (wide(shortcut[t]) - shortcut_mean) for t, g in enumerate(grads)]
-            )
-            sum_grad_shortcut_hat = with_shortcut_hat.sum(0) * shortcut_rstd
+        if shortcut is not None and of_shortcut is not None:
+            centred = [g * (wide(shortcut[t]) - of_shortcut.mean) for t, g in enumerate(grads)]
+            sum_grad_shortcut_hat = functools.reduce(torch.add, centred).sum(0) * of_shortcut.rstd
         total = None
         if shortcut is not None or not shared:
             total = torch.stack([g.to(x.dtype) for g in grads])
         own = total if total is not None and not shared else sum_over_time.to(x.dtype)[None]
         grad_start = None if start is None else after_reset
-        sum_grad_xhat = with_xhat.sum(0) * rstd
+        sum_grad_xhat = with_xhat.sum(0) * affine.rstd
         return total, own, sum_over_time.sum(0), sum_grad_xhat, sum_grad_shortcut_hat, grad_start
 
     _announce_compilation()
@@ -164,7 +143,7 @@ def compiled_passes(
         _compile(spikes),
         _compile(current_gradient),
         # in_place is a permission, which compiled code has no use for.
-        lambda *tensors, in_place: input_gradient(*tensors),  # noqa: ARG005
+        lambda *arguments, in_place: input_gradient(*arguments),  # noqa: ARG005
     )
 
 
@@ -179,12 +158,18 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     compiled = torch.compile(function, dynamic=True, fullgraph=True)
 
     @functools.wraps(function)
-    def call(*tensors: Tensor | None) -> Any:
+    def call(*arguments: Tensor | Affine | None) -> Any:
         # Of a tensor that is a view for autograd, torch.compile also guards the shape of the base,
         # and compiles again for another: twice as often as there is anything new.
-        return compiled(*(None if tensor is None else tensor.detach() for tensor in tensors))
+        return compiled(*map(_detached, arguments))
 
     return call
+
+
+def _detached(argument: Tensor | Affine | None) -> Tensor | Affine | None:
+    if isinstance(argument, Affine):
+        return Affine(*(tensor.detach() for tensor in argument))
+    return None if argument is None else argument.detach()
 
 
 @functools.cache

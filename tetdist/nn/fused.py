@@ -27,6 +27,15 @@ class Passes(NamedTuple):
     input_gradient: Callable[..., Tensor]
 
 
+class Affine(NamedTuple):
+    """A normalisation, ``gain * x + offset``, and the statistics that it is made of; each (C,)."""
+
+    gain: Tensor
+    offset: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
 class NormStatistics(NamedTuple):
     """A batch norm and the statistics by which it normalises this time."""
 
@@ -42,11 +51,11 @@ class NormStatistics(NamedTuple):
         norm.record(mean, var, x.shape[0] * x.shape[1])
         return cls(norm, mean, var)
 
-    def affine(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gain and offset, mean and reciprocal standard deviation."""
+    def affine(self, weight: Tensor, bias: Tensor) -> Affine:
+        """Return the normalisation, with the norm's weight and bias as autograd has them."""
         rstd = torch.rsqrt(self.var + self.norm.eps)
         gain = self.norm.scale * weight * rstd
-        return gain, bias - gain * self.mean, self.mean, rstd
+        return Affine(gain, bias - gain * self.mean, self.mean, rstd)
 
 
 class FusedNormNeuron(torch.autograd.Function):
@@ -72,19 +81,17 @@ class FusedNormNeuron(torch.autograd.Function):
         kernels: "Passes",
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         affine = own.affine(weight, bias)
-        of_shortcut: tuple[Tensor | None, ...] = (None,) * 4
+        of_shortcut: Affine | None = None
         if others is not None:
             assert shortcut_weight is not None
             assert shortcut_bias is not None
             of_shortcut = others.affine(shortcut_weight, shortcut_bias)
-        ctx.save_for_backward(x, shortcut, membrane, *affine, *of_shortcut)
+        ctx.save_for_backward(x, shortcut, membrane, *affine, *(of_shortcut or ()))
         ctx.norm, ctx.training, ctx.kernels = own.norm, own.norm.training, kernels
         ctx.shortcut_norm = None if others is None else others.norm
         ctx.has_identity = identity is not None
         ctx.set_materialize_grads(False)
-        spikes, packed, end = kernels.spikes(
-            x, shortcut, *affine[:2], *of_shortcut[:2], membrane, identity
-        )
+        spikes, packed, end = kernels.spikes(x, shortcut, affine, of_shortcut, membrane, identity)
         if packed is not None:
             ctx.mark_non_differentiable(packed)
         return spikes, packed, end
@@ -92,8 +99,9 @@ class FusedNormNeuron(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, shortcut, membrane, *affine = ctx.saved_tensors
-        affine, of_shortcut = affine[:4], affine[4:]
+        x, shortcut, membrane, *saved = ctx.saved_tensors
+        affine = Affine(*saved[:4])
+        of_shortcut = Affine(*saved[4:]) if ctx.shortcut_norm is not None else None
         grad_spikes, _, grad_end = grad_outputs
         if grad_spikes is None:
             assert grad_end is not None
@@ -105,8 +113,8 @@ class FusedNormNeuron(torch.autograd.Function):
             ctx.kernels.current_gradient(
                 x,
                 shortcut,
-                *affine,
-                *of_shortcut,
+                affine,
+                of_shortcut,
                 membrane,
                 grad_spikes.contiguous(),
                 None if grad_end is None else grad_end.contiguous(),
@@ -117,19 +125,18 @@ class FusedNormNeuron(torch.autograd.Function):
             norm: BatchNorm,
             x: Tensor,
             grad_y: Tensor,
-            affine: list[Tensor],
+            affine: Affine,
             sum_grad_xhat: Tensor,
             in_place: bool,
         ) -> Tensor:
-            """The gradient of what was normalised."""
-            gain, _, mean, rstd = affine
+            """Return the gradient of what was normalised."""
             if not ctx.training:
-                return (grad_y * gain).to(x.dtype)
+                return (grad_y * affine.gain).to(x.dtype)
             sums = norm.average_over_processes(torch.stack([sum_grad, sum_grad_xhat]))
-            return ctx.kernels.input_gradient(x, grad_y, gain, mean, rstd, *sums, in_place=in_place)
+            return ctx.kernels.input_gradient(x, grad_y, affine, *sums, in_place=in_place)
 
         grad_shortcut = grad_total if shortcut is not None else None
-        if ctx.shortcut_norm is not None:
+        if of_shortcut is not None:
             grad_shortcut = through(
                 ctx.shortcut_norm, shortcut, grad_total, of_shortcut, sum_grad_shortcut_hat, False
             )

@@ -6,6 +6,7 @@ a reason to compile again.
 
 import ctypes
 import functools
+import itertools
 from ctypes import POINTER, byref, c_double, c_int, c_int64, c_void_p
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tetdist.nn.build import load_library
+from tetdist.nn.fused import Affine
 from tetdist.nn.neurons import LIF, SURROGATES
 
 TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
@@ -51,6 +53,9 @@ class _Backward(ctypes.Structure):
     )
 
 
+_NONE = (None,) * 4  # instead of an `Affine`
+
+
 def serves(*tensors: Tensor | None) -> bool:
     """Whether the passes are for tensors of these types: one of three, and the same for all."""
     types = {tensor.dtype for tensor in tensors if tensor is not None}
@@ -66,16 +71,14 @@ class Passes:
         self.neuron = _Neuron(config.decay, config.threshold, config.surrogate_width)
         library.num_blocks.restype = c_int64
         library.num_blocks.argtypes = (c_int64, c_int64)
-        for name in TYPES.values():
-            statistics, forward = (
-                self._function("statistics", name),
-                self._function("forward", name),
-            )
-            statistics.argtypes = (c_void_p, c_int64, c_int64, *[c_void_p] * 3, c_int)
-            forward.argtypes = (POINTER(_Forward), c_int)
-            self._function("backward", name).argtypes = (POINTER(_Backward), c_int)
-            gradient = self._function("input_gradient", name)
-            gradient.argtypes = (*[c_void_p] * 8, c_int64, c_int64, c_int)
+        signatures: dict[str, tuple[Any, ...]] = {
+            "statistics": (c_void_p, c_int64, c_int64, *[c_void_p] * 3, c_int),
+            "forward": (POINTER(_Forward), c_int),
+            "backward": (POINTER(_Backward), c_int),
+            "input_gradient": (*[c_void_p] * 8, c_int64, c_int64, c_int),
+        }
+        for (name, signature), dtype in itertools.product(signatures.items(), TYPES.values()):
+            self._function(name, dtype).argtypes = signature
 
     def _function(self, name: str, type_name: str) -> Any:
         return getattr(self.library, f"{name}_{type_name}")
@@ -98,10 +101,8 @@ class Passes:
         self,
         x: Tensor,
         shortcut: Tensor | None,
-        gain: Tensor,
-        offset: Tensor,
-        shortcut_gain: Tensor | None,
-        shortcut_offset: Tensor | None,
+        affine: Affine,
+        of_shortcut: Affine | None,
         start: Tensor | None,
         identity: Tensor | None,
         *,
@@ -110,12 +111,12 @@ class Passes:
         carries: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         shape = (timesteps, *x.shape[1:])
-        affine = [_as_wide(t, x) for t in (gain, offset, shortcut_gain, shortcut_offset)]
+        norms = [_as_wide(t, x) for one in (affine, of_shortcut) for t in (one or _NONE)[:2]]
         start = _as_wide(start, x)
         spikes = torch.empty(shape, dtype=x.dtype)
         packed = torch.empty(shape, dtype=torch.uint8) if packs else None
         end = torch.empty(shape[1:], dtype=_wide_type(x)) if carries else None
-        pointers = map(_at, (x, shortcut, *affine, start, identity, spikes, packed, end))
+        pointers = map(_at, (x, shortcut, *norms, start, identity, spikes, packed, end))
         job = _Forward(*pointers, *shape, x.shape[0] == 1, self.neuron)
         self._function("forward", TYPES[x.dtype])(byref(job), _threads())
         return spikes, packed, end
@@ -124,14 +125,8 @@ class Passes:
         self,
         x: Tensor,
         shortcut: Tensor | None,
-        gain: Tensor,
-        offset: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        shortcut_gain: Tensor | None,
-        shortcut_offset: Tensor | None,
-        shortcut_mean: Tensor | None,
-        shortcut_rstd: Tensor | None,
+        affine: Affine,
+        of_shortcut: Affine | None,
         start: Tensor | None,
         grad_spikes: Tensor,
         grad_end: Tensor | None,
@@ -139,19 +134,18 @@ class Passes:
         timesteps, rows, channels = grad_spikes.shape
         shared = x.shape[0] == 1
         wide = _wide_type(x)
-        of_shortcut = (shortcut_gain, shortcut_offset, shortcut_mean, shortcut_rstd)
-        affine = [_as_wide(t, x) for t in (gain, offset, mean, rstd, *of_shortcut)]
+        norms = [_as_wide(t, x) for one in (affine, of_shortcut) for t in one or _NONE]
         start, grad_end = _as_wide(start, x), _as_wide(grad_end, x)
         # Where all timesteps share x, theirs is the sum; each one's own is the shortcut's alone.
         total = torch.empty_like(grad_spikes) if shortcut is not None or not shared else None
         own = torch.empty_like(x) if shared else None
         sum_grad, sum_grad_xhat = torch.empty(2, channels, dtype=wide)
-        sum_shortcut = None if shortcut_mean is None else torch.empty(channels, dtype=wide)
+        sum_shortcut = None if of_shortcut is None else torch.empty(channels, dtype=wide)
         grad_start = None if start is None else torch.empty_like(start)
         partial = self._partial(3, rows, x)
         pointers = map(
             _at,
-            (x, shortcut, *affine, start, grad_spikes, grad_end, total, own,
+            (x, shortcut, *norms, start, grad_spikes, grad_end, total, own,
              sum_grad, sum_grad_xhat, sum_shortcut, grad_start, partial),
         )  # fmt: skip
         job = _Backward(*pointers, timesteps, rows, channels, shared, self.neuron)
@@ -164,9 +158,7 @@ class Passes:
         self,
         x: Tensor,
         grad_y: Tensor,
-        gain: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
+        affine: Affine,
         sum_grad: Tensor,
         sum_grad_xhat: Tensor,
         *,
@@ -174,6 +166,7 @@ class Passes:
     ) -> Tensor:
         rows, channels = x.shape[0] * x.shape[1], x.shape[2]
         grad_x = grad_y if in_place else torch.empty_like(grad_y)
+        gain, _, mean, rstd = affine
         wide = [_as_wide(t, x) for t in (gain, mean, rstd, sum_grad, sum_grad_xhat)]
         function = self._function("input_gradient", TYPES[x.dtype])
         function(*map(_at, (x, grad_y, *wide, grad_x)), rows, channels, _threads())
@@ -295,11 +288,11 @@ def _sums() -> ctypes.CDLL | None:
 
 @functools.cache
 def passes(config: LIF) -> Passes | None:
-    """Passes for a neuron, compiled if they never were on this machine; None without a compiler."""
+    """Passes of a neuron, compiled if they never were on this machine; None without a compiler."""
     library = load_library(
         "neuron",
         f"-DSURROGATE={list(SURROGATES).index(config.surrogate)}",
-        f"-DHARD_RESET={int(config.reset == 'hard')}",
+        f"-DHARD_RESET={int(config.resets_to_zero)}",
         f"-DDETACH_RESET={int(config.detach_reset)}",
     )
     return None if library is None else Passes(library, config)
@@ -307,6 +300,6 @@ def passes(config: LIF) -> Passes | None:
 
 @functools.cache
 def pool() -> Pool | None:
-    """Likewise."""
+    """Pooling, compiled if it never was on this machine; None without a compiler."""
     library = load_library("pool")
     return None if library is None else Pool(library)

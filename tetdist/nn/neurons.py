@@ -17,7 +17,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, assert_never, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +48,9 @@ def rectangle(x: Tensor, width: float) -> Tensor:
     return (x.abs() < width).to(x.dtype) / (2 * width)
 
 
+# Their order is that of the numbers in kernels/neuron.cpp.
 SURROGATES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "triangle": triangle,
-    "atan": atan,
-    "sigmoid": sigmoid,
-    "rectangle": rectangle,
+    one.__name__: one for one in (triangle, atan, sigmoid, rectangle)
 }
 
 
@@ -76,9 +74,13 @@ def spike(x: Tensor, config: "LIF") -> Tensor:
 
     With ``spike="sigmoid"``: numbers between 0 and 1, with their own gradient.
     """
-    if config.spike == "sigmoid":
-        return torch.sigmoid(config.surrogate_width * x)
-    return _Spike.apply(x, config.surrogate, config.surrogate_width)
+    match config.spike:
+        case "step":
+            return _Spike.apply(x, config.surrogate, config.surrogate_width)
+        case "sigmoid":
+            return torch.sigmoid(config.surrogate_width * x)
+        case other:
+            assert_never(other)
 
 
 def run(
@@ -111,10 +113,7 @@ def run(
         s = spike(u - config.threshold, config)
         spikes.append(s)
         s_reset = s.detach() if config.detach_reset else s
-        if config.reset == "hard":
-            u = u * (1 - s_reset)
-        else:
-            u = u - config.threshold * s_reset
+        u = u * (1 - s_reset) if config.resets_to_zero else u - config.threshold * s_reset
     return torch.stack(spikes).to(current.dtype), u
 
 
@@ -171,12 +170,12 @@ class NeuronConfig:
 
     @property
     def binary(self) -> bool:
-        """True: what leaves the neuron is 0 or 1, which a byte keeps."""
+        """True if what leaves the neuron is 0 or 1, which a byte keeps."""
         return self.spiking
 
     @property
     def has_passes(self) -> bool:
-        """True: there are fused passes for it; else `run` is what computes, everywhere."""
+        """True if there are fused passes for it; else `run` is what computes, everywhere."""
         return False
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:
@@ -258,6 +257,11 @@ class LIF(NeuronConfig):
             )
 
     @property
+    def resets_to_zero(self) -> bool:
+        """True for the hard reset, False for the soft one."""
+        return {"hard": True, "soft": False}[self.reset]
+
+    @property
     def binary(self) -> bool:
         return self.spike == "step"
 
@@ -305,5 +309,5 @@ class Neuron(nn.Module):
 
 
 def learned(config: NeuronConfig, num_channels: int) -> nn.ParameterDict:
-    """What a layer of neurons learns itself; the optimisers decay none of it."""
+    """Parameters that a layer of neurons learns itself; the optimisers decay none of them."""
     return nn.ParameterDict(config.parameters(num_channels))

@@ -79,9 +79,13 @@ class NormNeuron(nn.Module):
             shortcut_norm: Normalises the shortcut before it is added.
         """
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
-        if self.execution == "fused" and passes.passes_work(current.device.type, self.neuron):
-            return self._fused(current, timesteps, shortcut, identity, shortcut_norm)
-        return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
+        match self.execution:
+            case "fused" if passes.passes_work(current.device.type, self.neuron):
+                return self._fused(current, timesteps, shortcut, identity, shortcut_norm)
+            case "fused" | "reference":
+                return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
+            case other:
+                raise ValueError(f"there is no execution {other!r}")
 
     def reference(
         self,
@@ -106,7 +110,7 @@ class NormNeuron(nn.Module):
         shortcut: Tensor | None = None,
         shortcut_norm: BatchNorm | None = None,
     ) -> Tensor:
-        """What the neurons integrate, (T, B, C, H, W); arguments as of `forward`."""
+        """The current that the neurons integrate, (T, B, C, H, W); arguments as of `forward`."""
         if shortcut is not None and shortcut_norm is not None:
             shortcut = shortcut_norm(shortcut)
         normalized = self.norm(current).expand(timesteps, *current.shape[1:])
@@ -164,7 +168,7 @@ def _channels_last_rows(x: Tensor) -> Tensor:
 def carrying_membranes(
     modules: list[NormNeuron], membranes: list[Tensor] | None
 ) -> Iterator[Callable[[], list[Tensor]]]:
-    """Within this context the neurons start from the given membranes and keep their last ones.
+    """Have the neurons start from the given membranes, and keep their last ones, in this context.
 
     Args:
         modules: Each is to run once.

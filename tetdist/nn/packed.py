@@ -68,7 +68,7 @@ def halve(values: Tensor) -> Halved:
 
 def carry(x: Tensor, packed: Packed) -> Tensor:
     """Note a tensor's packed form on it, for the operations that come next."""
-    # With its version: whoever writes into the tensor makes the note invalid.
+    # The version goes with it: whoever writes into the tensor makes the note invalid.
     x.packed_spikes = (packed, _version(x))  # type: ignore[attr-defined]  # ours
     return x
 
@@ -171,8 +171,8 @@ class MaxPool(nn.MaxPool2d):
 
 
 class _MaxPool(torch.autograd.Function):
-    """Looks for each window's maximum again in the backward pass: torch would keep the input and
-    eight bytes an output."""
+    """Max-pooling that looks for each window's maximum again in the backward pass: torch would keep
+    the input and eight bytes an output."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Packed, pool: nn.MaxPool2d) -> Tensor:
@@ -194,7 +194,7 @@ class _MaxPool(torch.autograd.Function):
 
 
 class _NativeMaxPool(torch.autograd.Function):
-    """Keeps a byte an output: where in its window it was."""
+    """Max-pooling that keeps a byte an output: where in its window it was."""
 
     @staticmethod
     def forward(

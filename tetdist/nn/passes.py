@@ -1,4 +1,4 @@
-"""Which passes over memory serve a neuron on a device.
+"""Chooses the passes over memory that serve a neuron on a device.
 
 On a CPU they are those of native.py. Elsewhere, and for types that those do not know, they are
 those of compiled.py. Without a working compiler the definition is used, with one warning.
@@ -50,7 +50,7 @@ def _native_passes(config: LIF, timesteps: int, shared: bool, carries: bool, pac
 
 
 def passes_work(device_type: str, config: NeuronConfig) -> bool:
-    """Whether there are passes of the neuron for the device, or can be; if there is no compiler,
+    """True if there are passes of the neuron for the device, or can be; if there is no compiler,
     this is said once."""
     if not isinstance(config, LIF) or not config.has_passes:
         return False

@@ -1,4 +1,4 @@
-"""What the configuration's ``precision`` means in torch.
+"""The configuration's ``precision``, in torch's terms.
 
 fp32    parameters, activations and gradients in float32
 bf16    convolutions in bfloat16 under autocast; parameters, gradients, membranes and loss in
@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 
-LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# What convolutions compute in where that is not the parameters' type.
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None, "fp64": None}
+PARAMETERS = dict.fromkeys(("bf16", "fp16", "fp32"), torch.float32) | {"fp64": torch.float64}
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     """The context in which a model computes forward."""
-    dtype = LOW_PRECISION.get(precision)
+    dtype = LOW_PRECISION[precision]
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def parameter_type(precision: str) -> torch.dtype:
     """The type of parameters, and of the images that enter the model."""
-    return torch.float64 if precision == "fp64" else torch.float32
+    return PARAMETERS[precision]

@@ -85,7 +85,7 @@ class Block:
         return _Recomputed.apply(x, self, *self.parameters)
 
     def pack(self, x: Tensor) -> "Kept":
-        """What is kept of an input."""
+        """Make what is kept of an input."""
         if self.levels is None:
             return x
         packed = carried(x) or pack(x.detach(), self.levels)
@@ -102,15 +102,15 @@ class Block:
 
 
 class _Recomputed(torch.autograd.Function):
-    """The parameters are inputs so that their gradients come out where any other's do, and whoever
-    waits for them there (DeepSpeed) sees nothing unusual."""
+    """A block that is run again. Its parameters are inputs, so that their gradients come out where
+    any other's do, and whoever waits for them there (DeepSpeed) sees nothing unusual."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, *_parameters: Tensor) -> Tensor:
         ctx.block, ctx.dtype = block, x.dtype
         ctx.autocast = _present_autocast(x.device.type)
         kept = block.pack(x)
-        # The tensor goes autograd's own way, to be freed with the graph.
+        # Autograd itself keeps the tensor, and frees it with the graph.
         ctx.save_for_backward(kept if isinstance(kept, Tensor) else kept.values)
         ctx.rebuild = _rebuilder(kept)
         return block.run_all(x)
@@ -150,7 +150,7 @@ Kept = Tensor | Packed | Halved
 
 
 def _rebuilder(kept: Kept) -> Callable[[Tensor], Kept]:
-    """Makes what was kept from its tensor again, without holding that."""
+    """Return what makes the kept again of its tensor, without holding that."""
     if isinstance(kept, Packed):
         levels = kept.levels
         return lambda values: Packed(values, levels)
@@ -195,7 +195,7 @@ def _segment_gradients(
 
 
 def _present_autocast(device_type: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Enters, later and elsewhere, the autocast mode that is active now."""
+    """Return what enters, later and elsewhere, the autocast mode that is active now."""
     enabled = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type)
     return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled)

@@ -16,7 +16,6 @@ import yaml
 from tetdist import plugins
 from tetdist.config import identity, loading, schema
 from tetdist.config.schema import RunConfig
-from tetdist.data.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
 from tetdist.plugins import import_files
@@ -38,7 +37,6 @@ class Prepared:
     config: RunConfig
     cluster: ClusterSection
     plan: Plan
-    index: Index
     world: World
 
 
@@ -72,7 +70,7 @@ def prepare(
         parameters=parameters,
         buffers=sum(b.numel() for b in model.buffers()),
     )
-    return Prepared(config, cluster, made, train_index, world)
+    return Prepared(config, cluster, made, world)
 
 
 def _check_inputs(config: RunConfig) -> None:
@@ -257,7 +255,7 @@ def _home(runs: list[Prepared], name: str) -> Path:
 def _claim(run: Prepared) -> None:
     """Make the run's folder, or see that it holds this very run and is not in use."""
     # The folder's lock is given up when this function ends; the job takes it.
-    RunFolder(run.config, run.index, run.world)
+    RunFolder(run.config, run.world)
 
 
 def copy_code(target: Path) -> Path:

@@ -1,13 +1,7 @@
-"""What a run measured, kept in a file and shown in MLflow.
+"""MLflow's view of a run, which follows metrics.jsonl.
 
-`metrics.jsonl` in the run folder is the truth; MLflow follows it. The training loop only ever
-appends a line to the file. A daemon thread reads the file, asks MLflow how far it is, and sends the
-rest, so a tracker that is slow, down or new is caught up whenever it answers, in this process or in
-a later one, and every step is there once.
-
-A line is strict JSON: `{"kind": "train", "step": 120, "time": 1700000000.123, ...}`. `time` is Unix
-time in seconds. JSON has no word for a value that is not finite; here such a value is one of the
-strings "NaN", "Infinity" and "-Infinity", which `float()` understands and `read_metrics` restores.
+A daemon thread reads the file, asks MLflow how far it is, and sends the rest, so every step is
+there once, whatever was down or killed in between.
 
 In MLflow a value is called `kind/key` and stands at its optimiser step. A list has one metric a
 timestep, counted from 1 (`per_timestep_top1` of an evaluation: `val/top1_t1`, `val/top1_t2`, ...),
@@ -19,8 +13,6 @@ those points whose lines say `"phase": N`. The run itself has all points.
 
 import contextlib
 import getpass
-import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
@@ -35,12 +27,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
-from tetdist.errors import UserError
 from tetdist.files import write_text
 from tetdist.tracking.environment import git_state
-from tetdist.tracking.metrics_file import keep_until, read_from, strict
+from tetdist.tracking.metrics_file import read_from
+from tetdist.tracking.trackers import TrackedRun
 
 logger = logging.getLogger(__name__)
 
@@ -73,213 +65,35 @@ class Dataset:
     profile: Mapping[str, int]
 
 
-class Tracker:
-    """Records what a run measures; one per run, on rank 0."""
-
-    def __init__(
-        self,
-        run_dir: Path,
-        *,
-        run_name: str,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-        tracking_uri: str | None,
-        experiment: str,
-        artifact_root: Path,
-        resume_step: int | None,
-        phases: Sequence[Mapping[str, Any]] = (),
-        datasets: Sequence[Dataset] = (),
-    ) -> None:
-        """Opens the run's file and starts to follow it.
-
-        Args:
-            run_dir: The run's folder, which exists.
-            run_name: The run's name in MLflow.
-            params: The resolved configuration, flattened. What MLflow already knows of an earlier
-                start is left as it is, since MLflow lets no parameter change.
-            tags: The run's tags in MLflow; unlike `params` they may change between starts.
-            tracking_uri: A server's http(s) address or an absolute sqlite:/// URI; None: no MLflow.
-            experiment: The experiment's name, made when missing.
-            artifact_root: Where a new experiment in a local store keeps its files. A server decides
-                for itself.
-            resume_step: The optimiser step of the checkpoint that the run continues from; lines of
-                later steps are removed, because those steps are computed again. None: a new run.
-            phases: The configuration of each phase, flattened, with its `timesteps`. If there are
-                several, each gets a child run in MLflow when it begins.
-            datasets: What the run is trained and evaluated on.
-
-        Raises:
-            UserError: A new run finds the file of another, a line of the file is damaged, or MLflow
-                is asked for and not installed.
-        """
-        self.path = run_dir / "metrics.jsonl"
-        self._resume_step = resume_step
-        self._last: dict[str, int] = {}
-        self._lines = 0
-        if resume_step is None:
-            if self.path.exists():
-                raise UserError(
-                    f"{self.path} belongs to an earlier run: resume that run, or give this one "
-                    "another folder"
-                )
-        else:
-            self._last, self._lines = keep_until(self.path, resume_step)
-        if tracking_uri is not None and importlib.util.find_spec("mlflow") is None:
-            raise UserError(
-                "MLflow is not installed: pip install 'tetdist[train]', or train without a tracker"
-            )
-        # Unbuffered, so that a line is with the operating system, and survives our death, when
-        # log() returns.
-        self._file = self.path.open("ab" if resume_step is not None else "xb", buffering=0)
-        self._size = self._file.seek(0, os.SEEK_END)
-        self._follower: _Follower | None = None
-        if tracking_uri is not None:
-            self._follower = _Follower(
-                self.path,
-                run_name=run_name,
-                params=dict(params),
-                tags=dict(tags),
-                uri=tracking_uri,
-                experiment=experiment,
-                artifact_root=artifact_root,
-                resume_step=resume_step,
-                # A single phase is the run itself.
-                phases=[dict(phase) for phase in phases] if len(phases) > 1 else [],
-                datasets=datasets,
-            )
-            self._follower.thread.start()
-
-    def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line; never waits for MLflow.
-
-        A line that the file holds from before a resume is not written again: a run that was killed
-        between its checkpoint and its last line of that step computes the same line anew.
-
-        Args:
-            kind: "train", "val", ...; each kind's steps must increase.
-            step: The optimiser step.
-            values: Numbers, text, None, lists of numbers and dicts of numbers, by name.
-
-        Raises:
-            UserError: The line cannot be written (disk full); the file is left as it was.
-        """
-        assert not self._file.closed, "log() after close()"
-        assert kind.isidentifier(), kind
-        assert kind != "system", "MLflow's own system metrics have that name"
-        assert not values.keys() & {"kind", "step", "time"}, values.keys()
-        last = self._last.get(kind, -1)
-        if step == last == self._resume_step:
-            return
-        assert step > last, f"{kind}: step {step} after step {last}"
-        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-        raw = json.dumps(strict(line), allow_nan=False).encode() + b"\n"
-        try:
-            written = 0
-            while written < len(raw):
-                written += self._file.write(raw[written:])
-        except OSError as error:
-            os.ftruncate(self._file.fileno(), self._size)
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
-        self._size += len(raw)
-        self._last[kind] = step
-        self._lines += 1
-
-    def sync(self) -> None:
-        """Forces the file to the disk.
-
-        Called before a checkpoint is written, it keeps a power cut from leaving a checkpoint that
-        knows of more steps than the file.
-        """
-        os.fsync(self._file.fileno())
-
-    def artifact(self, path: Path) -> None:
-        """Has a file copied to MLflow, under its path relative to the run folder.
-
-        It is read when it is sent, so it should only ever be replaced by renaming. Announce it
-        again when it has changed.
-        """
-        if self._follower is not None:
-            artifacts = self._follower.artifacts
-            artifacts[path] = artifacts.get(path, 0) + 1
-
-    def register(self, path: Path, name: str) -> None:
-        """Has an announced artifact registered as the next version of a model in MLflow.
-
-        The same artifact of the same run is registered once, however often it is asked for.
-        """
-        if self._follower is not None:
-            self._follower.model = path, name
-
-    def set_tag(self, key: str, value: str) -> None:
-        """Sets a tag of the run in MLflow."""
-        if self._follower is not None:
-            self._follower.tags[key] = value
-
-    def enter_phase(self, number: int) -> None:
-        """Says which phase runs from now on; what was logged before belongs to those before it."""
-        if self._follower is not None:
-            self._follower.phase = number
-
-    def close(self, status: Status, timeout: float = 30) -> None:
-        """Ends the record and waits, at most `timeout` seconds, until MLflow has all of it.
-
-        Args:
-            status: The run's state in MLflow from now on. "RUNNING" is for a run that goes on in
-                another process.
-            timeout: In seconds.
-        """
-        self._file.close()
-        follower = self._follower
-        if follower is None:
-            return
-        follower.status = status
-        follower.closing.set()
-        follower.thread.join(timeout)
-        if not follower.complete:
-            missing = self._lines - follower.sent
-            logger.warning(
-                "MLflow at %s has not taken everything (%s): it lacks up to %d of the %d points in "
-                "%s. It gets them when this run is opened again",
-                _shown(follower.uri),
-                follower.trouble or f"no answer within {timeout:g} s",
-                missing,
-                self._lines,
-                self.path,
-            )
-
-
-class _Follower:
+class MLflowFollower:
     """The thread that keeps MLflow level with the file.
 
     The training thread only sets `tags`, `artifacts`, `model`, `phase`, `status` and `closing`;
     this one only reads them. Single operations on a dict are atomic, hence no locks.
+
+    Args:
+        path: The run's metrics.jsonl.
+        run: The run.
+        uri, experiment, artifact_root, datasets, note: As of `Tracker`.
+        phases: As of `Tracker`; empty: no child runs.
     """
 
     def __init__(
         self,
         path: Path,
+        run: TrackedRun,
         *,
-        run_name: str,
-        params: dict[str, Any],
-        tags: dict[str, str],
         uri: str,
         experiment: str,
         artifact_root: Path,
-        resume_step: int | None,
-        phases: list[dict[str, Any]],
+        phases: Sequence[Mapping[str, Any]],
         datasets: Sequence[Dataset],
+        note: str | None,
     ) -> None:
-        self.path = path
-        self.run_name = run_name
-        self.params = params
-        self.tags = tags
-        self.uri = uri
-        self.experiment = experiment
-        self.artifact_root = artifact_root
-        self.resume_step = resume_step
-        self.phases = phases  # empty: no child runs
-        self.datasets = datasets
+        self.path, self.run, self.phases, self.datasets = path, run, phases, datasets
+        self.uri, self.experiment, self.artifact_root = uri, experiment, artifact_root
 
+        self.tags = dict(run.tags) | ({} if note is None else {"mlflow.note.content": note})
         self.phase: int | None = None  # the one that runs; None: none was entered yet
         self.artifacts: dict[Path, int] = {}  # how often each was announced
         self.model: tuple[Path, str] | None = None  # an artifact, and its name in the registry
@@ -293,12 +107,19 @@ class _Follower:
 
         _set_mlflow_up()
 
+    def close(self, status: Status, timeout: float) -> bool:
+        """Send what is left and end, in so many seconds; whether MLflow has everything."""
+        self.status = status
+        self.closing.set()
+        self.thread.join(timeout)
+        return self.complete
+
     def _follow(self) -> None:
         session: _Session | None = None
         failures = 0
         while True:
-            # Both asked before sending: what was logged before close(), or before the next phase
-            # began, is then surely sent before a run is called finished.
+            # Both are asked before sending, so that what was logged before close(), or before the
+            # next phase began, is surely sent before a run is called finished.
             closing, phase = self.closing.is_set(), self.phase
             try:
                 if session is None:
@@ -306,7 +127,7 @@ class _Follower:
                 session.send_points()
                 session.show_phases(phase, self.status if closing else None)
                 if closing:
-                    # Before the artifacts, lest a full artifact store leave the run unfinished.
+                    # Artifacts come later, lest a full artifact store leave the run unfinished.
                     session.end(self.status)
                 session.send_artifacts()
                 session.register_model()
@@ -318,7 +139,7 @@ class _Follower:
                     logger.warning(
                         "MLflow at %s: %s. Training goes on, %s has everything, and MLflow gets it "
                         "when it is back",
-                        _shown(self.uri),
+                        shown_uri(self.uri),
                         self.trouble,
                         self.path,
                     )
@@ -330,7 +151,7 @@ class _Follower:
                 pause = min(2.0 ** (failures - 1), LONGEST_PAUSE)
             else:
                 if failures >= 2:
-                    logger.info("MLflow at %s is back and has everything", _shown(self.uri))
+                    logger.info("MLflow at %s is back and has everything", shown_uri(self.uri))
                 failures, self.trouble = 0, ""
                 if closing:
                     self.complete = True
@@ -368,30 +189,28 @@ class _Session:
     whether a request that failed had its effect or not.
     """
 
-    def __init__(self, follower: _Follower, *, system_metrics: bool) -> None:
-        import mlflow
-
-        _quieten_mlflow()
+    def __init__(self, follower: MLflowFollower, *, system_metrics: bool) -> None:
         self._follower = follower
-        self._run_dir = follower.path.parent
-        if follower.uri.startswith("sqlite:///"):
-            _prepare_database(Path(follower.uri.removeprefix("sqlite:///")))
-        self._client = mlflow.MlflowClient(tracking_uri=follower.uri)
-        run = self._known_run()
-        if run is None:
-            run = self._new_run()
+        self._run_dir = follower.run.folder
+        self._client = _client_of(follower.uri)
+        run = self._known_run() or _create_run(
+            self._client,
+            self._run_dir,
+            uri=follower.uri,
+            experiment=follower.experiment,
+            artifact_root=follower.artifact_root,
+            run_name=follower.run.name,
+        )
         self._run = _Receiver(run)
         self._run_id = self._run.run_id
         self._set_status(self._run, "RUNNING")
 
-        if follower.resume_step is not None:
-            # setdefault: noted once by each process that resumes, not once a session.
+        if (step := follower.run.resume_step) is not None:
+            # Each process that resumes notes it once, whatever its number of sessions.
             noted = run.data.tags.get("resumed_at_step")
-            follower.tags.setdefault(
-                "resumed_at_step",
-                f"{noted}, {follower.resume_step}" if noted else str(follower.resume_step),
-            )
-        self._send_params(self._run, follower.params)
+            note = f"{noted}, {step}" if noted else str(step)
+            follower.tags.setdefault("resumed_at_step", note)
+        self._send_params(self._run, follower.run.params)
         self._send_datasets()
 
         self._experiment_id: str = run.info.experiment_id
@@ -407,7 +226,7 @@ class _Session:
             self._start_system_metrics()
 
     def _known_run(self) -> Any:
-        """Returns the run of an earlier session, or None."""
+        """Return the run of an earlier session, or None."""
         import mlflow
 
         id_file = self._run_dir / "mlflow_run_id"
@@ -423,23 +242,12 @@ class _Session:
         if run is None or run.info.lifecycle_stage != "active":
             logger.warning(
                 "MLflow at %s does not know run %s (any more): sending all of %s to a new one",
-                _shown(self._follower.uri),
+                shown_uri(self._follower.uri),
                 run_id,
                 self._follower.path,
             )
             return None
         return run
-
-    def _new_run(self) -> Any:
-        follower = self._follower
-        return _create_run(
-            self._client,
-            self._run_dir,
-            uri=follower.uri,
-            experiment=follower.experiment,
-            artifact_root=follower.artifact_root,
-            run_name=follower.run_name,
-        )
 
     def _start_system_metrics(self) -> None:
         try:
@@ -460,7 +268,7 @@ class _Session:
             self._monitor = None
 
     def _known_phases(self) -> dict[int, _Receiver]:
-        """Finds the phases' runs of earlier sessions, by their tags."""
+        """Find the phases' runs of earlier sessions, by their tags."""
         found: dict[int, _Receiver] = {}
         for run in self._client.search_runs(
             [self._experiment_id],
@@ -482,7 +290,7 @@ class _Session:
         return found
 
     def _phase(self, number: int) -> _Receiver:
-        """Returns the run of a phase, made when missing."""
+        """Return the run of a phase, made when missing."""
         if number not in self._phases:
             params = self._follower.phases[number]
             run = self._client.create_run(
@@ -507,14 +315,17 @@ class _Session:
     def _set_status(self, receiver: _Receiver, status: Status) -> None:
         if receiver.status == status:
             return
-        if status == "RUNNING":
-            self._client.update_run(receiver.run_id, status=status)
-        else:
-            self._client.set_terminated(receiver.run_id, status)
+        match status:
+            case "RUNNING":
+                self._client.update_run(receiver.run_id, status=status)
+            case "FINISHED" | "FAILED" | "KILLED":
+                self._client.set_terminated(receiver.run_id, status)
+            case other:
+                assert_never(other)
         receiver.status = status
 
     def send_points(self) -> None:
-        """Sends the lines that are new in the file, and the tags that have changed."""
+        """Send the lines that are new in the file, and the tags that have changed."""
         import mlflow
 
         lines, self._offset = read_from(self._follower.path, self._offset)
@@ -552,14 +363,14 @@ class _Session:
         self._follower.sent = max(self._follower.sent, self._lines)
 
     def show_phases(self, present: int | None, ending: Status | None) -> None:
-        """Gives the phases' runs the states that they are in.
+        """Give the phases' runs the states that they are in.
 
         Args:
             present: The phase that was entered last, if any was.
             ending: The run's state from now on, if it ends; None while it runs.
         """
         if present is None and ending is not None:
-            # Ended before any phase was entered, as a finished run that is started again.
+            # It ended before any phase was entered, as a finished run that is started again does.
             present = self._last_phase
         if present is None or not self._follower.phases:
             return
@@ -581,7 +392,7 @@ class _Session:
             self._artifacts[path] = version
 
     def _artifact_folder(self, path: Path) -> str | None:
-        """Where among the run's artifacts a file goes; None: to the top."""
+        """Return where among the run's artifacts a file goes; None: to the top."""
         folder = path.parent
         inside = folder != self._run_dir and folder.is_relative_to(self._run_dir)
         return folder.relative_to(self._run_dir).as_posix() if inside else None
@@ -608,7 +419,7 @@ class _Session:
             self._client.log_inputs(self._run_id, entries)
 
     def register_model(self) -> None:
-        """Registers what was asked for, once, when the artifact is there."""
+        """Register what was asked for, once, when the artifact is there."""
         if self._follower.model is None:
             return
         path, name = self._follower.model
@@ -628,8 +439,8 @@ class _Session:
             self._client.create_model_version(name, source, run_id=self._run_id)
 
     def end(self, status: Status) -> None:
-        # First, because the monitor ends by itself, without its last values, when it sees a run
-        # that does not run.
+        # The monitor ends by itself, without its last values, when it sees a run that does not
+        # run: so it is stopped first.
         self.stop_system_metrics()
         self._set_status(self._run, status)
 
@@ -644,7 +455,7 @@ def announce(
     tags: Mapping[str, str],
     status: str | None,
 ) -> str | None:
-    """Tells MLflow of a run from outside of it, while no process trains: queued, cancelled, ...
+    """Tell MLflow of a run from outside of it, while no process trains: queued, cancelled, ...
 
     The run is made if MLflow does not have it yet; the training process will find and use it.
 
@@ -659,12 +470,7 @@ def announce(
     """
     _set_mlflow_up()
     try:
-        import mlflow
-
-        _quieten_mlflow()
-        if uri.startswith("sqlite:///"):
-            _prepare_database(Path(uri.removeprefix("sqlite:///")))
-        client = mlflow.MlflowClient(tracking_uri=uri)
+        client = _client_of(uri)
         id_file = run_dir / "mlflow_run_id"
         run_id = id_file.read_text().strip() if id_file.exists() else None
         if run_id is None:
@@ -685,27 +491,27 @@ def announce(
             client.update_run(run_id, status=status)
     except Exception as error:
         logger.warning(
-            "MLflow at %s: %s; the run goes on without it", _shown(uri), _first_line(error)
+            "MLflow at %s: %s; the run goes on without it", shown_uri(uri), _first_line(error)
         )
         return None
     return run_id
 
 
 def run_address(uri: str, run_id: str) -> str | None:
-    """Where a server shows a run; None for a local store, which no server shows by itself."""
+    """Return a run's address on a server; None for a local store, which has no server by itself."""
     if not _is_server(uri):
         return None
     try:
         import mlflow
 
         run = mlflow.MlflowClient(tracking_uri=uri).get_run(run_id)
-    except Exception:  # what it says has been said by announce()
+    except Exception:  # announce() has said what is wrong
         return None
-    return f"{_shown(uri).rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
+    return f"{shown_uri(uri).rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
 
 
 def _set_mlflow_up() -> None:
-    """Bounds how long MLflow tries, before it is imported; what the environment says stands."""
+    """Bound how long MLflow tries, before it is imported; what the environment says stands."""
     # By default MLflow tries for four minutes, then 120 s more for the last answer: close() would
     # leave everything behind. Here the pauses between attempts are ours.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -716,17 +522,26 @@ def _set_mlflow_up() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
-def _quieten_mlflow() -> None:
-    """Silences what MLflow has to say of itself; to be called when it is imported."""
+def _client_of(uri: str) -> Any:
+    """Return a client of a tracker, whose database is made if need be; MLflow itself says little.
+
+    Raises:
+        Exception: One of MLflow's many kinds.
+    """
+    import mlflow
+
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:
         for name in ("mlflow", "alembic", "urllib3.connectionpool"):
             logging.getLogger(name).setLevel(logging.ERROR)
+    if uri.startswith("sqlite:///"):
+        _prepare_database(Path(uri.removeprefix("sqlite:///")))
+    return mlflow.MlflowClient(tracking_uri=uri)
 
 
 def _create_run(
     client: Any, run_dir: Path, *, uri: str, experiment: str, artifact_root: Path, run_name: str
 ) -> Any:
-    """Makes a run, and its experiment when missing, and notes its id in the run's folder."""
+    """Make a run, and its experiment when missing, and note its id in the run's folder."""
     import mlflow
 
     found = client.get_experiment_by_name(experiment)
@@ -750,7 +565,7 @@ def _create_run(
 
 
 def _points(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yields the numbers of a line under their names in MLflow."""
+    """Yield the numbers of a line under their names in MLflow."""
     kind = line["kind"]
     for key, value in line.items():
         if key in ("kind", "step", "time"):
@@ -768,12 +583,12 @@ def _points(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _allowed(name: str) -> str:
-    """The name with the characters replaced that MLflow takes in no name."""
+    """Replace the characters that MLflow takes in no name."""
     return re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII)[:250]
 
 
 def _prepare_database(path: Path) -> None:
-    """Makes MLflow's SQLite database if there is none, and sees that it can be read.
+    """Make MLflow's SQLite database if there is none, and see that it can be read.
 
     MLflow sets it up over seconds and many steps. Two processes at once, or a kill in between,
     leave a database that no later attempt can mend; so it appears all at once, set up.
@@ -785,7 +600,7 @@ def _prepare_database(path: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent) as folder:
             draft, ready = Path(folder, "draft.db"), Path(folder, "ready.db")
             mlflow.MlflowClient(tracking_uri=f"sqlite:///{draft}").search_experiments()
-            # Another file than the one that MLflow holds open.
+            # A copy, because MLflow holds the draft open.
             shutil.copyfile(draft, ready)
             try:
                 path.hardlink_to(ready)  # unlike a rename, never over the one of a faster process
@@ -803,8 +618,8 @@ def _is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
-def _shown(text: str) -> str:
-    """Hides user and password of an address."""
+def shown_uri(text: str) -> str:
+    """Hide user and password of an address."""
     return re.sub(r"//[^/@\s]*@", "//", text)
 
 
@@ -812,7 +627,7 @@ def _first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     # The reason of a refused connection is at the end of a long line, the request at its start.
     reason = re.search(r"Caused by \w+\((.*)\)\)?$", text.splitlines()[0])
-    return _shown((reason[1] if reason else text.splitlines()[0]).strip("\"'"))[:300]
+    return shown_uri((reason[1] if reason else text.splitlines()[0]).strip("\"'"))[:300]
 
 
 def _origin() -> dict[str, str]:
@@ -821,7 +636,7 @@ def _origin() -> dict[str, str]:
         "mlflow.source.name": Path(sys.argv[0]).name,
         "mlflow.source.type": "JOB" if "SLURM_JOB_ID" in os.environ else "LOCAL",
     }
-    # No name for the user's number: common in containers.
+    # In containers the user's number often has no name.
     with contextlib.suppress(KeyError, OSError):
         tags["mlflow.user"] = getpass.getuser()
     commit = git_state().get("commit")
@@ -831,13 +646,13 @@ def _origin() -> dict[str, str]:
 
 
 def ui_command(tracking_uri: str) -> str:
-    """Says how to look at a tracker: the command for a local store, the address of a server.
+    """Say how to look at a tracker: the command for a local store, the address of a server.
 
     MLflow listens on 127.0.0.1:5000 unless told otherwise, so no address is needed to keep it from
     the network.
     """
     if _is_server(tracking_uri):
-        return _shown(tracking_uri)
+        return shown_uri(tracking_uri)
     # In an environment that is not activated, `mlflow` alone would not be found.
     program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
     return shlex.join([program, "ui", "--backend-store-uri", tracking_uri])

@@ -28,7 +28,7 @@ class TrackedRun:
     """The run that is followed.
 
     Attributes:
-        folder: Its folder.
+        folder: Its folder, which exists.
         name: Its name.
         params: The resolved configuration, flattened to dotted keys.
         tags: What else is known of it, such as the commit.

@@ -1,4 +1,4 @@
-"""What goes wrong in training without an error.
+"""Signs that training goes wrong without an error.
 
 Steps whose loss or gradient is not finite are counted while they happen, and examined when they do
 not stop; layers that no longer fire, or always do, are named.
@@ -16,7 +16,7 @@ from tetdist.nn.norm_neuron import NormNeuron
 
 
 class NonFiniteSteps:
-    """Counts steps that were given up, on the device, without making the host wait for it.
+    """A count of steps that were given up, on the device, so that the host need not wait for it.
 
     All processes count alike, since they agree about each step.
 
@@ -45,11 +45,11 @@ class NonFiniteSteps:
 
     @property
     def too_many(self) -> bool:
-        """Whether there have ever been ``limit`` in a row. Asks the device."""
+        """True if there have ever been ``limit`` in a row. Asks the device."""
         return self.limit_reached_at > 0
 
     def new(self) -> int:
-        """How many since the last call."""
+        """Return how many there were since the last call."""
         count = int(self._total - self._reported)
         self._reported = self._total
         return count
@@ -70,7 +70,7 @@ class NonFiniteSteps:
 
 @dataclass(frozen=True)
 class Examination:
-    """What one process found in the samples of one step.
+    """One process's findings in the samples of one step.
 
     Attributes:
         losses: Of each micro-batch.
@@ -148,10 +148,7 @@ def examine(
                 module.discard()
     names = [name for name, _ in named]
     return Examination(
-        losses,
-        first,
-        _largest(names, sums),
-        _largest(names, [p.detach() for _, p in named]),
+        losses, first, _largest(names, sums), _largest(names, [p.detach() for _, p in named])
     )
 
 

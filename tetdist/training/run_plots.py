@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,11 @@ from tetdist.evaluation.membranes import membrane_distribution
 from tetdist.models import SpikingNetwork
 from tetdist.nn.norm_neuron import spiking_layers
 from tetdist.reports import curves
-from tetdist.tracking.mlflow_follower import Tracker
+from tetdist.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 
-# Of one batch: enough to see, and seconds for a large network on a CPU.
+# Parts of one batch: enough to see, and seconds for a large network on a CPU.
 SHOWN_IMAGES, SHOWN_EVENTS, SHOWN_TIMESTEPS, LOOKED_AT = 32, 6, 10, 16
 
 # Seconds from one drawing to the next, which takes half a second: less than evaluations of a small
@@ -33,7 +33,7 @@ SHOWN_IMAGES, SHOWN_EVENTS, SHOWN_TIMESTEPS, LOOKED_AT = 32, 6, 10, 16
 DRAW_EVERY = 20.0
 
 
-class Pictures:
+class RunPlots:
     """The files in ``runs/NAME/plots``.
 
     Args:
@@ -57,12 +57,15 @@ class Pictures:
         images = batch.images.detach().float().cpu()
         if batch.mix is not None:
             images = mixing.mixed_images(images, batch.mix)
-        if self.config.data.kind == "events":
-            pictures = event_pictures(images[:SHOWN_EVENTS, :SHOWN_TIMESTEPS])
-            unit = f"events (red: on, blue: off), {images.shape[1]} time bins"
-        else:
-            pictures = image_pictures(images[:SHOWN_IMAGES], self.config.data)
-            unit = f"{images.shape[-1]}x{images.shape[-2]} pixels"
+        match self.config.data.kind:
+            case "events":
+                pictures = event_pictures(images[:SHOWN_EVENTS, :SHOWN_TIMESTEPS])
+                unit = f"events (red: on, blue: off), {images.shape[1]} time bins"
+            case "images":
+                pictures = image_pictures(images[:SHOWN_IMAGES], self.config.data)
+                unit = f"{images.shape[-1]}x{images.shape[-2]} pixels"
+            case other:
+                assert_never(other)
         labels = [self.classes[label] for label in batch.labels[: len(pictures)].tolist()]
         title = f"{self.config.name}: augmented training input, {unit}"
         self._draw("inputs.png", lambda out: curves.inputs(pictures, labels, title, out))

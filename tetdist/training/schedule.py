@@ -1,7 +1,8 @@
-"""Where a run is: phase, epoch and learning rate as functions of the step, with no state."""
+"""Phase, epoch and learning rate as functions of the step, with no state."""
 
 import math
 from dataclasses import dataclass
+from typing import assert_never
 
 from tetdist.config.schema import PhaseSection
 
@@ -27,19 +28,23 @@ class Phase:
         return self.first_step + self.section.epochs * self.steps_per_epoch
 
     def learning_rate(self, step: int) -> float:
-        """Of the update that step ``step`` makes: linear warm-up, then cosine to 0 or constant."""
+        """Learning rate of the update of ``step``: linear warm-up, then cosine to 0 or constant."""
         done = step - self.first_step
         warmup = self.section.warmup_epochs * self.steps_per_epoch
         peak = self.section.optimizer.lr
         if done < warmup:
             return peak * min(1.0, (done + 1) / warmup)
-        if self.section.schedule == "constant":
-            return peak
-        share = (done - warmup) / (self.end_step - self.first_step - warmup)
-        return peak * 0.5 * (1 + math.cos(math.pi * share))
+        match self.section.schedule:
+            case "constant":
+                return peak
+            case "cosine":
+                share = (done - warmup) / (self.end_step - self.first_step - warmup)
+                return peak * 0.5 * (1 + math.cos(math.pi * share))
+            case other:
+                assert_never(other)
 
     def image_size(self, step: int, default: int) -> int:
-        """Of the training images of step ``step``: the same over an epoch.
+        """Size of the training images of ``step``: the same over an epoch.
 
         Args:
             step: One of the phase's.
@@ -52,7 +57,7 @@ class Phase:
             return first
         if epoch == epochs - 1:
             return last
-        # Whole multiples of what networks divide images by.
+        # Networks divide images by up to 32: sizes are multiples of it.
         between = int(first + (last - first) * epoch / (epochs - 1)) // 32 * 32
         return min(max(between, min(first, last)), max(first, last))
 

@@ -1,7 +1,7 @@
 """Data and model of a run, opened and checked before its first step."""
 
 from pathlib import Path
-from typing import Literal
+from typing import assert_never
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -70,11 +70,9 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
         UserError: ``model.arguments`` does not suit the model or the data.
     """
     section = config.model
-    is_events = config.data.kind == "events"
-    image_sizes = {int(index.heights[0])} if is_events else _image_sizes(config)
+    image_sizes = _image_sizes(config, index)
     model = section.build(
-        num_classes=section.num_classes or len(index.classes),
-        timesteps=config.phases[0].timesteps,
+        num_classes=section.num_classes or len(index.classes), timesteps=config.phases[0].timesteps
     )
     if model.input_kind != config.data.kind:
         raise UserError(
@@ -92,24 +90,29 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
         )
     if hasattr(model, "set_execution"):
         model.set_execution(config.execution)
-    if config.recompute != "none":
-        _recompute(section.name, model, config.recompute)
+    match config.recompute:
+        case "none":
+            pass
+        case "blocks":
+            _call(section.name, model, "set_grad_checkpointing", True)
+        case SegmentsSection():
+            _call(section.name, model, "set_grad_checkpointing", True)
+            _call(section.name, model, "set_segment", config.recompute.timesteps)
+        case never:
+            assert_never(never)
     return model
 
 
-def _recompute(name: str, model: SpikingNetwork, how: Literal["blocks"] | SegmentsSection) -> None:
-    wanted = ["set_grad_checkpointing", *(["set_segment"] if how != "blocks" else [])]
-    for method in wanted:
-        if not hasattr(model, method):
-            raise UserError(f"recompute: {name} has no {method}; set recompute=none")
-    model.set_grad_checkpointing(True)
-    if isinstance(how, SegmentsSection):
-        try:
-            model.set_segment(how.timesteps)
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(f"recompute: {error}") from error
+def _call(name: str, model: SpikingNetwork, method: str, argument: int) -> None:
+    """Have a network recompute, if it can."""
+    if not hasattr(model, method):
+        raise UserError(f"recompute: {name} has no {method}; set recompute=none")
+    try:
+        getattr(model, method)(argument)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"recompute: {error}") from error
 
 
 def _refuse_foreign_norms(name: str, model: nn.Module) -> None:
@@ -122,7 +125,13 @@ def _refuse_foreign_norms(name: str, model: nn.Module) -> None:
             )
 
 
-def _image_sizes(config: RunConfig) -> set[int]:
-    """Of evaluation and of all epochs' first and last sizes."""
-    phases = (size for phase in config.phases for size in phase_image_sizes(config, phase))
-    return {config.data.image_size, *phases}
+def _image_sizes(config: RunConfig, index: Index) -> set[int]:
+    """Sizes of all that the network will see, in evaluation and in all phases."""
+    match config.data.kind:
+        case "events":
+            return {int(index.heights[0])}
+        case "images":
+            phases = (size for phase in config.phases for size in phase_image_sizes(config, phase))
+            return {config.data.image_size, *phases}
+        case other:
+            assert_never(other)

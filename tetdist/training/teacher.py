@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tetdist import checkpoint, plugins
 from tetdist.config.loading import parse
-from tetdist.config.schema import TIMM, ModelSection, RunConfig, phase_image_sizes
+from tetdist.config.schema import TIMM, RunConfig, phase_image_sizes
 from tetdist.data.index import Index
 from tetdist.errors import UserError
 from tetdist.exchange import foreign
@@ -27,7 +27,7 @@ class Teacher:
     events over the time bins that the student gets.
 
     Attributes:
-        fingerprint: Of its weights: that of a run must stay the same.
+        fingerprint: Checksum of its weights: that of a run must stay the same.
 
     Args:
         config: The student's; ``loss.distillation.teacher`` is set.
@@ -52,7 +52,7 @@ class Teacher:
         self.fingerprint = _fingerprint(self.model)
         dtype = parameter_type(config.precision)
         self.model.to(device, dtype)
-        # From the student's normalisation to the teacher's.
+        # It gets images in the student's normalisation, and was trained with its own.
         ours, theirs = (config.data.mean, config.data.std), (mean, std)
         self.between = None if ours == theirs else _between(ours, theirs).to(device, dtype)
         if config.data.kind == "images":
@@ -87,7 +87,7 @@ class Teacher:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """SHA-256 of its weights and running statistics."""
+    """SHA-256 of a network's weights and running statistics."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
@@ -103,33 +103,20 @@ def _from_checkpoint(path: Path, config: RunConfig, index: Index) -> _Loaded:
         weights, description = checkpoint.load_model_file(path)
     except UserError as error:
         raise UserError(f"{KEY}: {error}") from error
-    plugins.require(description.get("imports", {}), path)
-    theirs = parse(description["config"], str(path), warn=False)
+    plugins.require(description.imports, path)
+    theirs = parse(description.config, str(path), warn=False)
     if theirs.data.kind != config.data.kind:
         raise UserError(
             f"{KEY}: {path} is of {theirs.data.kind} and the data is {config.data.kind}"
         )
-    classes = description["classes"]
+    classes = description.classes
     if classes is not None and list(classes) != list(index.classes):
         raise UserError(
             f"{KEY}: {path} knows other classes than {config.data.root} has, or in another order"
         )
     num_classes = theirs.model.num_classes or (len(classes) if classes else len(index.classes))
     _check_num_classes(str(path), num_classes, config, index)
-    model = _spiking(theirs.model, num_classes, description["timesteps"], config, index, path)
-    checkpoint.load_weights(model, weights, path)
-    return model, theirs.data.mean, theirs.data.std
-
-
-def _spiking(
-    section: ModelSection,
-    num_classes: int,
-    timesteps: int,
-    config: RunConfig,
-    index: Index,
-    path: Path,
-) -> SpikingNetwork:
-    model = section.build(num_classes=num_classes, timesteps=timesteps)
+    model = theirs.model.build(num_classes=num_classes, timesteps=description.timesteps)
     if hasattr(model, "set_execution"):
         model.set_execution(config.execution)
     input_size = getattr(model, "input_size", None)
@@ -138,20 +125,21 @@ def _spiking(
             f"{KEY}: {path} is built for {model.input_size}x{model.input_size} pixels and the data "
             f"has {index.heights[0]}x{index.heights[0]}"
         )
-    return model
+    checkpoint.load_weights(model, weights, path)
+    return model, theirs.data.mean, theirs.data.std
 
 
 def _from_timm(config: RunConfig, index: Index) -> _Loaded:
     section = config.loss.distillation
     assert section.teacher is not None
     name = section.teacher.removeprefix(TIMM)
-    if config.data.kind == "events":
-        raise UserError(f"{KEY}: timm's {name} takes images, and the data is events")
+    if config.data.kind != "images":
+        raise UserError(f"{KEY}: timm's {name} takes images, and the data is {config.data.kind}")
     file = section.teacher_weights
     wanted: dict[str, Any] = {} if file is None else {"num_classes": _num_classes(config, index)}
     try:
         model: nn.Module = timm.create_model(name, pretrained=file is None, **wanted)
-    except Exception as error:  # whatever timm or a download comes across
+    except Exception as error:  # timm, or a download, may raise anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{KEY}: timm cannot make {name} ({reason}); `timm.list_pretrained()` has the names, "

@@ -10,7 +10,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +36,43 @@ from tetdist.nn import batch_norm
 from tetdist.nn.precision import autocast, parameter_type
 from tetdist.optimizers import make_optimizer
 from tetdist.plugins import import_files
-from tetdist.tracking.mlflow_follower import Tracker
 from tetdist.tracking.progress import RunProgress
+from tetdist.tracking.tracker import Tracker
 from tetdist.training import health
 from tetdist.training.engines.base import Engine, Update
 from tetdist.training.engines.create import make_engine
-from tetdist.training.run_folder import RunFolder, SampleRecord
-from tetdist.training.run_plots import Pictures
+from tetdist.training.run_folder import RunFolder
+from tetdist.training.run_plots import RunPlots
+from tetdist.training.run_summary import Launcher, RunSummary
+from tetdist.training.sample_record import SampleRecord, sample_record
 from tetdist.training.schedule import Phase, phase_at, schedule_phases
 from tetdist.training.setup import make_model, open_data
 from tetdist.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-# Of the running sums since the last line of metrics.
+# Positions in the running sums since the last line of metrics.
 LOSS, CORRECT, SAMPLES = range(3)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run is: what a checkpoint holds beside the model and the optimiser."""
+
+    step: int  # optimiser steps done
+    evaluated_step: int  # the one after which it was last evaluated
+    result: dict[str, float]  # of the last evaluation, and the best one so far
+    window: list[float]  # sums over all processes since the last line of metrics
+    non_finite: dict[str, int]  # see `NonFiniteSteps`
+    loss_scale: dict[str, float] | None  # see `LossScale`
+    world_size: int
+    data: str  # the index's fingerprint
+    teacher: str | None = None  # the teacher's fingerprint, which the first versions did not note
+
+    @classmethod
+    def read(cls, state: Mapping[str, Any]) -> "RunState":
+        """Make one of a checkpoint's state, which may hold more."""
+        return cls(**{one.name: state[one.name] for one in fields(cls) if one.name in state})
 
 
 class Trainer:
@@ -58,20 +82,44 @@ class Trainer:
         UserError: Data, checkpoint or run folder do not suit the configuration.
     """
 
-    def __init__(self, config: RunConfig, world: World, stop: StopRequest, watch: Watch) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, stop: StopRequest, watch: Watch, launcher: Launcher
+    ) -> None:
         self.config, self.world, self.stop, self.watch = config, world, stop, watch
-        world.run_on_all(lambda: _check_device(config, world))
-        batch = config.batch
-        # The numbers, among all processes', of those that this one works on in each step.
-        self.micro_batches = world.run_on_all(
-            lambda: order.rank_micro_batches(
-                world.rank, world.world_size, batch.global_, batch.micro
-            )
+        self.launcher = launcher
+        world.run_on_all(self._open_data)
+        world.run_on_all(self._build_model)
+
+        # Optimiser steps done.
+        self.step = self.evaluated_step = self.phases[config.start_phase].first_step
+        self.result: dict[str, float] = {}  # of the last evaluation, and the best one so far
+        # float64, so that it does not matter where a stop cuts the sums in two.
+        self.window = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self.non_finite = health.NonFiniteSteps(world.device, config.non_finite_limit)
+        self.optimizer_state: dict[str, Any] | None = None
+        self.loss_scale_state: dict[str, float] | None = None
+        self.teacher: Teacher | None = None
+        self.saved_step: int | None = None
+        world.run_on_all(self._begin)
+        self.folder = world.run_on_all(lambda: RunFolder(config, world))
+        found = self.folder.newest_checkpoint()
+        if found is not None:
+            world.run_on_all(lambda: self._restore(found))
+
+        self.phase: Phase | None = None
+        self.engine: Engine
+        self.loader: Loader
+        self.image_size = 0  # of the loader's images
+
+    def _open_data(self) -> None:
+        config, world, batch = self.config, self.world, self.config.batch
+        _check_device(config, world)
+        # This process's part of each step: numbers of micro-batches, counted over all processes.
+        self.micro_batches = order.rank_micro_batches(
+            world.rank, world.world_size, batch.global_, batch.micro
         )
-        self.train_index, self.val_index = world.run_on_all(lambda: open_data(config, world))
-        self.steps_per_epoch = world.run_on_all(
-            lambda: order.steps_per_epoch(len(self.train_index), batch.global_)
-        )
+        self.train_index, self.val_index = open_data(config, world)
+        self.steps_per_epoch = order.steps_per_epoch(len(self.train_index), batch.global_)
         self.phases = schedule_phases(config.phases, self.steps_per_epoch)
         end = self.phases[-1].end_step
         self.last_step = min(end, config.max_steps or end)
@@ -82,44 +130,18 @@ class Trainer:
                 f"after step {first}; steps are counted from the first phase on"
             )
 
+    def _build_model(self) -> None:
+        config, world = self.config, self.world
         torch.manual_seed(config.seed)
         if config.deterministic:
             # cuBLAS reads it when it is first used, and torch refuses to go on without it.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic)
-        self.model = world.run_on_all(lambda: make_model(config, self.train_index))
+        self.model = make_model(config, self.train_index)
         self.model.to(world.device, parameter_type(config.precision))
         batch_norm.defer_running_statistics(self.model)
         if config.batch_norm.sync and world.world_size > 1:
             batch_norm.synchronize(self.model, world.mean_, world.world_size)
-
-        # Optimiser steps done.
-        self.step = self.evaluated_step = first
-        self.result: dict[str, float] = {}  # of the last evaluation, and the best one so far
-        # float64, so that it does not matter where a stop cuts the sums in two.
-        self.window = torch.zeros(3, dtype=torch.float64, device=world.device)
-        self.non_finite = health.NonFiniteSteps(world.device, config.non_finite_limit)
-        self.optimizer_state: dict[str, Any] | None = None
-        self.loss_scale_state: dict[str, float] | None = None
-        self.teacher: Teacher | None = None
-        if not self._has_begun():
-            # Before the folder is made: a mistake leaves nothing behind.
-            world.run_on_all(self._initialize)
-            world.run_on_all(self._open_teacher)
-        self.folder = world.run_on_all(lambda: RunFolder(config, self.train_index, world))
-        found = self.folder.newest_checkpoint()
-        self.saved_step: int | None = None
-        if found is not None:
-            world.run_on_all(lambda: self._restore(found))
-            self.saved_step = self.step
-        # One that is finished needs its teacher no more.
-        if self.teacher is None and not self.finished:
-            world.run_on_all(lambda: self._open_teacher(found))
-
-        self.phase: Phase | None = None
-        self.engine: Engine
-        self.loader: Loader
-        self.image_size = 0  # of the loader's images
 
     # --- the run ------------------------------------------------------------------------------
 
@@ -130,15 +152,30 @@ class Trainer:
             Stopped: A signal asked for it; all is saved.
             UserError: The loss is not finite, a file cannot be read, the disk is full, ...
         """
+        config, world = self.config, self.world
+        summary = RunSummary(
+            config,
+            self.train_index,
+            self.val_index,
+            world.world_size,
+            self.launcher,
+            self.folder.data_split,
+        )
         with (
-            self.folder.tracker(self.step, self.val_index) as self.tracker,
-            self.folder.sample_record(self.step) as self.record,
-            self._progress() as self.progress,
+            nullcontext() if world.rank else summary.tracked(self.step, self.stop) as self.tracker,
+            sample_record(config, world, self.step) as self.record,
+            RunProgress(
+                self.step,
+                self.last_step,
+                self.steps_per_epoch,
+                config.batch.global_,
+                silent=world.rank != 0,
+            ) as self.progress,
         ):
-            self.pictures = None
+            self.plots = None
             if (tracker := self.tracker) is not None:
                 self.watch.before_end.append(lambda _: tracker.close("FAILED", timeout=5))
-                self.pictures = Pictures(self.config, self.train_index.classes, tracker)
+                self.plots = RunPlots(config, self.train_index.classes, tracker)
             try:
                 while not self.finished:
                     if self._evaluation_due():
@@ -151,6 +188,8 @@ class Trainer:
                     self._log("final", self.result)
             finally:
                 self._leave()
+        if world.rank == 0:
+            summary.log(self.result)
 
     @property
     def finished(self) -> bool:
@@ -189,7 +228,7 @@ class Trainer:
         return phase_at(self.phases, step).image_size(step, self.config.data.image_size)
 
     def _open_loader(self, step: int) -> Loader:
-        """This process's micro-batches from a step on, all of that step's image size."""
+        """Open this process's micro-batches from a step on, all of that step's image size."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         share = Share(
             seed=self.config.seed,
@@ -237,7 +276,7 @@ class Trainer:
             self._save()
 
     def _train_step(self, clock: "_Clock") -> tuple[float, Update]:
-        """One optimiser step. Returns its learning rate and what the update did."""
+        """Take one optimiser step; return its learning rate and what the update did."""
         assert self.phase is not None
         lr = self.phase.learning_rate(self.step)
         batches: Iterable[tuple[Tensor, Tensor]] = self._micro_batches(clock)
@@ -245,7 +284,7 @@ class Trainer:
         if scale is not None:
             batches = list(batches)
         update, sums = self._forward_backward_update(batches, lr)
-        # float16: the gradient overflowed for its scale, so the same step again with half of it.
+        # In float16 the gradient may overflow for its scale: the same step again, with half of it.
         while scale is not None and not update.applied and scale.overflowed():
             update, sums = self._forward_backward_update(batches, lr)
         if scale is not None and update.applied:
@@ -266,8 +305,8 @@ class Trainer:
             with clock.waiting():
                 batch = next(self.loader)
             self.record(self.step + 1, batch)
-            if self.pictures:
-                self.pictures.inputs(batch)
+            if self.plots:
+                self.plots.inputs(batch)
             self.watch.progress(f"step {self.step + 1}")
             yield self._prepared(batch)
 
@@ -344,7 +383,7 @@ class Trainer:
         self.world.run_on_all(fail)
 
     def _examine(self, step: int) -> str | None:
-        """What this process's share of a step shows, layer by layer; None: nothing bad."""
+        """Say what this process's share of a step shows, layer by layer; None: nothing bad."""
 
         numbers = iter(self.micro_batches)
 
@@ -357,11 +396,7 @@ class Trainer:
         loader = self._open_loader(step - 1)
         try:
             batches = (next(loader) for _ in self.micro_batches)
-            found = health.examine(
-                self.model,
-                (self._prepared(batch) for batch in batches),
-                loss,
-            )
+            found = health.examine(self.model, (self._prepared(batch) for batch in batches), loss)
         finally:
             loader.close()
         return None if found.is_finite else f"Rank {self.world.rank}: {found}"
@@ -370,8 +405,7 @@ class Trainer:
         sums = self._window_sums()
         self.window.zero_()
         values: dict[str, Any] = {
-            "epoch": round(self.step / self.steps_per_epoch, 6),
-            "phase": self._phase_number(),
+            **self._where(),
             "loss": sums[LOSS] / sums[SAMPLES] if sums[SAMPLES] else math.nan,
             "top1": 100 * sums[CORRECT] / sums[SAMPLES] if sums[SAMPLES] else math.nan,
             "lr": lr,
@@ -393,9 +427,10 @@ class Trainer:
         self.progress.report_training(self.step, values)
         clock.restart()
 
-    def _phase_number(self) -> int:
+    def _where(self) -> dict[str, float]:
         assert self.phase is not None
-        return self.phase.number
+        epoch = round(self.step / self.steps_per_epoch, 6)
+        return {"epoch": epoch, "phase": self.phase.number}
 
     # --- evaluation ---------------------------------------------------------------------------
 
@@ -423,8 +458,7 @@ class Trainer:
             self.result |= {"best_top1": result.top1, "best_step": self.step}
         self.result["top1"] = result.top1
         values = {
-            "epoch": round(self.step / self.steps_per_epoch, 6),
-            "phase": self._phase_number(),
+            **self._where(),
             "timesteps": result.timesteps,
             "samples": result.samples,
             "loss": result.loss,
@@ -440,12 +474,9 @@ class Trainer:
         self._log("val", values)
         self.progress.report_evaluation(self.step, values)
         self._save(best=is_best, validation={"top1": result.top1, "top5": result.top5})
-        if self.pictures:
-            self.pictures.after_evaluation(
-                self.model,
-                self._on_device(first.images),
-                values,
-                last=self.step == self.last_step,
+        if self.plots:
+            self.plots.after_evaluation(
+                self.model, self._on_device(first.images), values, last=self.step == self.last_step
             )
 
     def _log(self, kind: str, values: dict[str, Any]) -> None:
@@ -456,29 +487,30 @@ class Trainer:
 
     def _save(self, best: bool = False, validation: dict[str, float] | None = None) -> None:
         """Write a checkpoint, from rank 0."""
-        state = {
-            "step": self.step,
-            "evaluated_step": self.evaluated_step,
-            "result": self.result,
-            "window": self._window_sums(),
-            "non_finite": self.non_finite.state_dict(),
-            "loss_scale": self.engine.loss_scale and self.engine.loss_scale.state_dict(),
-            "world_size": self.world.world_size,
-            "data": self.train_index.fingerprint,
-            "teacher": self.teacher and self.teacher.fingerprint,
-        }
+        scale = self.engine.loss_scale
+        state = RunState(
+            step=self.step,
+            evaluated_step=self.evaluated_step,
+            result=self.result,
+            window=self._window_sums(),
+            non_finite=self.non_finite.state_dict(),
+            loss_scale=None if scale is None else scale.state_dict(),
+            world_size=self.world.world_size,
+            data=self.train_index.fingerprint,
+            teacher=None if self.teacher is None else self.teacher.fingerprint,
+        )
         described = self.config.as_dict()
         # So that it can be evaluated from another folder.
         described["data"]["root"] = str(Path(self.config.data.root).resolve())
         described["data"]["index"] = str(self.config.data.index_dir.resolve())
-        description = {
-            "config": described,
-            "classes": list(self.train_index.classes),
-            "timesteps": self.model.timesteps,
-            "step": self.step,
-            "validation": validation,
-            "imports": {file.name: file.sha256 for file in import_files(self.config.imports)},
-        }
+        description = checkpoint.Description(
+            config=described,
+            classes=list(self.train_index.classes),
+            timesteps=self.model.timesteps,
+            step=self.step,
+            validation=validation,
+            imports={file.name: file.sha256 for file in import_files(self.config.imports)},
+        )
 
         optimizer = self.engine.optimizer_state()
 
@@ -490,7 +522,7 @@ class Trainer:
                     model=self.model,
                     optimizer=optimizer,
                     description=description,
-                    state=state,
+                    state=asdict(state),
                     keep_last=self.config.save.keep_last,
                     best=best,
                 )
@@ -501,9 +533,14 @@ class Trainer:
         self.world.run_on_all(write)
         self.saved_step = self.step
 
-    def _has_begun(self) -> bool:
-        """Whether it goes on from a checkpoint of its own, and needs no weights to begin with."""
-        return any((self.config.run_dir / "checkpoints").glob("step-*"))
+    def _begin(self) -> None:
+        """Have what a run begins with, before its folder is made: a mistake leaves nothing behind.
+
+        One that goes on from a checkpoint of its own needs none of it.
+        """
+        if not any((self.config.run_dir / "checkpoints").glob("step-*")):
+            self._initialize()
+            self._open_teacher()
 
     def _initialize(self) -> None:
         """Begin with somebody's weights, where the configuration names them."""
@@ -513,67 +550,60 @@ class Trainer:
         weights, description = checkpoint.load_model_file(Path(source))
         checkpoint.load_weights(self.model, weights, Path(source))
         if self.world.rank == 0:
-            theirs, ours = description["config"]["model"], self.config.as_dict()["model"]
+            theirs, ours = description.config["model"], self.config.as_dict()["model"]
             for change in differences({"model": theirs}, {"model": ours}):
                 if not change.startswith("model.num_classes"):
                     logger.warning("init_checkpoint is of another network: %s", change)
-            if description["classes"] not in (None, list(self.train_index.classes)):
+            if description.classes not in (None, list(self.train_index.classes)):
                 logger.warning("init_checkpoint knows other classes than the data has")
             logger.info(
                 "beginning with the weights of %s (step %s, T=%s)",
                 source,
-                description["step"],
-                description["timesteps"],
+                description.step,
+                description.timesteps,
             )
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
+        """Put back what a checkpoint holds, and open the teacher if it is still needed."""
+        state = RunState.read(found.state)
         checkpoint.load_weights(self.model, found.model, found.path)
-        state = found.state
-        if state["data"] != self.train_index.fingerprint:
+        if state.data != self.train_index.fingerprint:
             raise UserError(
                 f"{found.path} was trained on other data than what {self.config.data.index_dir} "
                 "now describes; restore the data, or give the run another name"
             )
-        if self.config.batch_norm.sync and state["world_size"] != self.world.world_size:
+        if self.config.batch_norm.sync and state.world_size != self.world.world_size:
             raise UserError(
                 f"batch_norm.sync normalises over all processes, and {found.path} was trained on "
-                f"{state['world_size']} of them, not {self.world.world_size}; continue it on as "
-                "many"
+                f"{state.world_size} of them, not {self.world.world_size}; continue it on as many"
             )
-        self.step, self.evaluated_step = state["step"], state["evaluated_step"]
-        self.non_finite.load_state_dict(state["non_finite"])
-        self.loss_scale_state = state["loss_scale"]
-        self.result, self.optimizer_state = state["result"], found.optimizer
+        self.step = self.saved_step = state.step
+        self.evaluated_step, self.result = state.evaluated_step, state.result
+        self.non_finite.load_state_dict(state.non_finite)
+        self.loss_scale_state, self.optimizer_state = state.loss_scale, found.optimizer
         if self.world.rank == 0:
-            self.window += torch.tensor(state["window"], dtype=torch.float64).to(self.window.device)
+            self.window += torch.tensor(state.window, dtype=torch.float64).to(self.window.device)
             if self.finished:
                 logger.info("%s was trained before: nothing to do", self.folder.path)
             else:
                 logger.info("continuing %s from step %d", self.folder.path, self.step)
-
-    def _open_teacher(self, found: checkpoint.Checkpoint | None = None) -> None:
-        """Have the teacher that is asked for, which is that of the checkpoint ``found``, if any."""
-        distillation = self.config.loss.distillation
-        if distillation.teacher is None or distillation.weight == 0:
-            return
-        self.teacher = Teacher(self.config, self.train_index, self.world.device)
-        if found is not None and found.state["teacher"] != self.teacher.fingerprint:
+        if not self.finished:
+            self._open_teacher()
+        if self.teacher and state.teacher != self.teacher.fingerprint:
             raise UserError(
                 f"loss.distillation.teacher: {found.path} learned from another network than what "
-                f"is now in {distillation.teacher}; put that back, or give the run another name"
+                f"is now in {self.config.loss.distillation.teacher}; put that back, or give the "
+                "run another name"
             )
 
-    def _progress(self) -> RunProgress:
-        return RunProgress(
-            self.step,
-            self.last_step,
-            self.steps_per_epoch,
-            self.config.batch.global_,
-            silent=self.world.rank != 0,
-        )
+    def _open_teacher(self) -> None:
+        """Have the teacher that is asked for, if any."""
+        distillation = self.config.loss.distillation
+        if distillation.teacher is not None and distillation.weight > 0:
+            self.teacher = Teacher(self.config, self.train_index, self.world.device)
 
     tracker: Tracker | None
-    pictures: Pictures | None
+    plots: RunPlots | None
     record: SampleRecord
     progress: RunProgress
 

@@ -1,4 +1,4 @@
-"""What all engines do, and what they share.
+"""The protocol of all engines, and what they share.
 
 A step is ``accumulation`` micro-batches, each ``forward`` then ``backward``; then ``update``
 averages the gradients over micro-batches and processes, clips them and applies them, unless a
@@ -15,9 +15,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from tetdist.nn.precision import LOW_PRECISION
+
 
 class Update(NamedTuple):
-    """What an update did, as tensors on the device.
+    """The outcome of an update, as tensors on the device.
 
     Attributes:
         grad_norm: Norm of the averaged gradient before clipping, ().
@@ -41,7 +43,7 @@ class Engine(Protocol):
         """Apply the average gradient of the step's micro-batches, with learning rate ``lr``."""
 
     def optimizer_state(self) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`; to be called on every process together."""
+        """Return what `torch.optim.Optimizer.state_dict` does; called on every process together."""
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Take over what `optimizer_state` of any engine returned."""
@@ -66,6 +68,11 @@ class LossScale:
 
     def __init__(self) -> None:
         self.value, self.good_steps, self.overflows = self.START, 0, 0
+
+    @classmethod
+    def of(cls, precision: str) -> "LossScale | None":
+        """Make the one that a configured precision needs, if it needs one."""
+        return cls() if LOW_PRECISION[precision] == torch.float16 else None
 
     def succeeded(self) -> None:
         self.good_steps += 1
@@ -93,7 +100,7 @@ def load_whole_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) ->
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
-                # In the parameter's memory layout, which another engine's state may not have:
+                # It takes the parameter's memory layout, which another engine's state may not have:
                 # fused kernels go through both in the order of memory, and would pair the wrong
                 # elements.
                 values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
@@ -141,7 +148,7 @@ def start_momentum(optimizer: torch.optim.Optimizer) -> None:
 def tell(optimizer: torch.optim.Optimizer, lr: float, apply: Tensor) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-    # How torch's GradScaler tells fused optimisers to leave everything as it is; the attributes are
-    # read there by name and declared nowhere.
+    # So torch's GradScaler tells fused optimisers to leave everything as it is; they read the
+    # attributes by name, and nothing declares them.
     optimizer.found_inf = (~apply).to(torch.float32)  # type: ignore[attr-defined]
     optimizer.grad_scale = None  # type: ignore[attr-defined]

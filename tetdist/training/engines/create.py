@@ -1,5 +1,7 @@
 """The engine that a configuration asks for."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -9,6 +11,14 @@ from tetdist.training.engines.base import Engine
 from tetdist.training.engines.deepspeed_engines import DeepSpeedEngine, ZeroEngine
 from tetdist.training.engines.torch_engine import TorchEngine
 
+# By engine and ZeRO stage; config/checks.py says which go together.
+ENGINES: dict[tuple[str, int], Callable[..., Engine]] = {
+    ("torch", 0): TorchEngine,
+    ("deepspeed", 0): DeepSpeedEngine,
+    ("deepspeed", 1): ZeroEngine,
+    ("deepspeed", 2): ZeroEngine,
+}
+
 
 def make_engine(
     config: RunConfig,
@@ -17,7 +27,7 @@ def make_engine(
     accumulation: int,
     world: World,
 ) -> Engine:
-    """The configured engine for one phase.
+    """Make the configured engine for one phase.
 
     Args:
         config: Its ``engine``, ``zero_stage``, ``precision``, ``batch`` and ``gradient_clipping``
@@ -30,7 +40,4 @@ def make_engine(
     Raises:
         UserError: DeepSpeed is not installed.
     """
-    cls: type[TorchEngine] | type[DeepSpeedEngine] | type[ZeroEngine] = TorchEngine
-    if config.engine == "deepspeed":
-        cls = ZeroEngine if config.zero_stage else DeepSpeedEngine
-    return cls(config, model, optimizer, accumulation, world)
+    return ENGINES[config.engine, config.zero_stage](config, model, optimizer, accumulation, world)

@@ -50,12 +50,12 @@ class DeepSpeedEngine:
         self.engine = _initialize(model, optimizer, settings, world)
         # It skips overflows, and neither says so nor saves its scale: the scaling is ours, too.
         self.engine.torch_autocast_z0_gradscaler = None
-        self.loss_scale = LossScale() if config.precision == "fp16" else None
+        self.loss_scale = LossScale.of(config.precision)
         lay_out(model, torch.channels_last)
         start_momentum(optimizer)
         self.optimizer, self.max_norm = optimizer, config.gradient_clipping
         self.world = world
-        # Alone there is nothing to average, for which DeepSpeed would copy all gradients twice.
+        # A single process has nothing to average, and DeepSpeed would copy all gradients twice.
         self.engine.enable_backward_allreduce = world.world_size > 1 and world.shared is None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -104,8 +104,8 @@ class ZeroEngine:
     ) -> None:
         lay_out(model, torch.contiguous_format)
         self.world = world
-        # In the order that numbers them in a state_dict; initialize puts flat partitions in their
-        # place.
+        # Their order numbers them in a state_dict. They are noted now, since initialize puts flat
+        # partitions in their place.
         self.groups = [list(group["params"]) for group in optimizer.param_groups]
         settings = _settings(config, accumulation) | {
             # Norm, clipping and the look for what is not finite are DeepSpeed's here, since no
@@ -179,7 +179,7 @@ class ZeroEngine:
                 self.optimizer.state[flat] = own
 
     def _whole(self, parameters: list[nn.Parameter], value: Any, flat: Tensor) -> list[Any]:
-        """A state of the partition as one of each parameter, put together from all processes."""
+        """Put a state of the partition together from all processes, one for each parameter."""
         if not torch.is_tensor(value):
             return [value] * len(parameters)
         if value.shape != flat.shape:
@@ -204,7 +204,7 @@ class ZeroEngine:
 
 
 def _fragment(parameter: nn.Parameter) -> tuple[int, int, int] | None:
-    """Which part of a parameter lies in this process's partition at ZeRO stages 1 and 2.
+    """Find the part of a parameter in this process's partition at ZeRO stages 1 and 2.
 
     Returns:
         Its start in the parameter, its start in the partition, and its length; None: no part.
@@ -223,13 +223,13 @@ def _settings(config: RunConfig, accumulation: int) -> dict[str, Any]:
         "zero_optimization": {"stage": config.zero_stage},
         "steps_per_print": 2**31,
     }
-    if config.precision in LOW_PRECISION:
-        # The empty list: gradients are averaged as the float32 numbers they are. By default
-        # those of convolutions would travel in bfloat16, and the result depend on the number
-        # of processes.
+    if dtype := LOW_PRECISION[config.precision]:
+        # By the empty list gradients are averaged as the float32 numbers that they are. By default
+        # those of convolutions would travel in bfloat16, and the result would depend on the
+        # number of processes.
         settings["torch_autocast"] = {
             "enabled": True,
-            "dtype": str(LOW_PRECISION[config.precision]).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
             "lower_precision_safe_modules": [],
         }
     return settings
@@ -248,7 +248,7 @@ def _initialize(
 
 @contextlib.contextmanager
 def _broadcasting_scalars(cls: Any, model: nn.Module) -> Iterator[None]:
-    """Within this context parameters without a dimension have one while they are broadcast.
+    """Give parameters without a dimension one while they are broadcast, within this context.
 
     DeepSpeed broadcasts bytes, which those cannot be seen as. What it makes afterwards has to find
     them in their own shape, which is that of their gradients.
@@ -283,7 +283,7 @@ def _import_deepspeed(device: torch.device) -> Any:
         raise UserError(
             "DeepSpeed is not installed: pip install 'tetdist[train]', or train with engine=torch"
         )
-    # DeepSpeed insists on it even where no launcher was.
+    # DeepSpeed insists on it even where there was no launcher.
     os.environ.setdefault("LOCAL_RANK", "0")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -292,8 +292,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     logging.getLogger().setLevel(level)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device.type == "cpu":
-        # A shared-memory reduction that init_distributed would compile for half a minute, or die
-        # of where there is no compiler. gloo does as well, and the same on one host as on several.
+        # init_distributed would compile a shared-memory reduction for half a minute, or die where
+        # there is no compiler. gloo does as well, and the same on one host as on several.
         ops = importlib.import_module("deepspeed.ops")
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(

@@ -38,7 +38,7 @@ class TorchEngine:
         self.model, self.optimizer, self.world = model, optimizer, world
         self.accumulation, self.max_norm = accumulation, config.gradient_clipping
         self.precision = config.precision
-        self.loss_scale = LossScale() if config.precision == "fp16" else None
+        self.loss_scale = LossScale.of(config.precision)
         lay_out(model, torch.channels_last)
         start_momentum(optimizer)
         self.optimizer.zero_grad()

@@ -1,0 +1,191 @@
+"""The record of a run: a file of what it measures, and whoever follows that file.
+
+`metrics.jsonl` in the run folder is the truth. The training loop only ever appends a line to it.
+MLflow and trackers of one's own follow the file, each in a thread: one that is slow, down or new is
+caught up whenever it answers, in this process or in a later one.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tetdist.errors import UserError
+from tetdist.tracking.metrics_file import keep_until, strict
+from tetdist.tracking.mlflow_follower import Dataset, MLflowFollower, Status, shown_uri
+from tetdist.tracking.trackers import Following, TrackedRun
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker:
+    """The record of what a run measures; one per run, on rank 0."""
+
+    def __init__(
+        self,
+        run: TrackedRun,
+        *,
+        tracking_uri: str | None,
+        experiment: str,
+        artifact_root: Path,
+        phases: Sequence[Mapping[str, Any]] = (),
+        datasets: Sequence[Dataset] = (),
+        note: str | None = None,
+        trackers: Sequence[str] = (),
+    ) -> None:
+        """Open the run's file and have it followed.
+
+        Args:
+            run: The run. What MLflow already knows of its parameters from an earlier start is left
+                as it is, since MLflow lets none change; tags may. Lines of metrics after its
+                ``resume_step`` are removed, because those steps are computed again.
+            tracking_uri: A server's http(s) address or an absolute sqlite:/// URI; None: no MLflow.
+            experiment: The experiment's name, made when missing.
+            artifact_root: Where a new experiment in a local store keeps its files. A server decides
+                for itself.
+            phases: The configuration of each phase, flattened, with its `timesteps`. If there are
+                several, each gets a child run in MLflow when it begins.
+            datasets: What the run is trained and evaluated on.
+            note: The description on the run's page in MLflow, in Markdown.
+            trackers: Names in `TRACKERS` of those that follow the file, besides MLflow.
+
+        Raises:
+            UserError: A new run finds the file of another, a line of the file is damaged, MLflow is
+                asked for and not installed, or there is no tracker of a name.
+        """
+        self.path = run.folder / "metrics.jsonl"
+        self._resume_step = run.resume_step
+        self._last: dict[str, int] = {}
+        self._lines = 0
+        if run.resume_step is None:
+            if self.path.exists():
+                raise UserError(
+                    f"{self.path} belongs to an earlier run: resume that run, or give this one "
+                    "another folder"
+                )
+        else:
+            self._last, self._lines = keep_until(self.path, run.resume_step)
+        if tracking_uri is not None and importlib.util.find_spec("mlflow") is None:
+            raise UserError(
+                "MLflow is not installed: pip install 'tetdist[train]', or train without a tracker"
+            )
+        # It is unbuffered, so that a line is with the operating system, and survives our death,
+        # when log() returns.
+        self._file = self.path.open("xb" if run.resume_step is None else "ab", buffering=0)
+        self._size = self._file.seek(0, os.SEEK_END)
+        self._follower: MLflowFollower | None = None
+        if tracking_uri is not None:
+            self._follower = MLflowFollower(
+                self.path,
+                run,
+                uri=tracking_uri,
+                experiment=experiment,
+                artifact_root=artifact_root,
+                # A single phase is the run itself.
+                phases=phases if len(phases) > 1 else (),
+                datasets=datasets,
+                note=note,
+            )
+            self._follower.thread.start()
+        # They know nothing of a run whose file is empty.
+        run = run if self._size else replace(run, resume_step=None)
+        self._following = [Following(name, self.path, run) for name in trackers]
+
+    def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line; never wait for whoever follows.
+
+        A line that the file holds from before a resume is not written again: a run that was killed
+        between its checkpoint and its last line of that step computes the same line anew.
+
+        Args:
+            kind: "train", "val", ...; each kind's steps must increase.
+            step: The optimiser step.
+            values: Numbers, text, None, lists of numbers and dicts of numbers, by name.
+
+        Raises:
+            UserError: The line cannot be written (disk full); the file is left as it was.
+        """
+        assert not self._file.closed, "log() after close()"
+        assert kind.isidentifier(), kind
+        assert kind != "system", "MLflow's own system metrics have that name"
+        assert not values.keys() & {"kind", "step", "time"}, values.keys()
+        last = self._last.get(kind, -1)
+        if step == last == self._resume_step:
+            return
+        assert step > last, f"{kind}: step {step} after step {last}"
+        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        raw = json.dumps(strict(line), allow_nan=False).encode() + b"\n"
+        try:
+            written = 0
+            while written < len(raw):
+                written += self._file.write(raw[written:])
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), self._size)
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        self._size += len(raw)
+        self._last[kind] = step
+        self._lines += 1
+
+    def sync(self) -> None:
+        """Force the file to the disk.
+
+        Called before a checkpoint is written, it keeps a power cut from leaving a checkpoint that
+        knows of more steps than the file.
+        """
+        os.fsync(self._file.fileno())
+
+    def artifact(self, path: Path) -> None:
+        """Have a file copied to MLflow, under its path relative to the run folder.
+
+        It is read when it is sent, so it should only ever be replaced by renaming. Announce it
+        again when it has changed.
+        """
+        if self._follower is not None:
+            artifacts = self._follower.artifacts
+            artifacts[path] = artifacts.get(path, 0) + 1
+
+    def register(self, path: Path, name: str) -> None:
+        """Have an announced artifact registered as the next version of a model in MLflow.
+
+        The same artifact of the same run is registered once, however often it is asked for.
+        """
+        if self._follower is not None:
+            self._follower.model = path, name
+
+    def set_tag(self, key: str, value: str) -> None:
+        """Set a tag of the run in MLflow."""
+        if self._follower is not None:
+            self._follower.tags[key] = value
+
+    def enter_phase(self, number: int) -> None:
+        """Say which phase runs from now on; what was logged before belongs to those before it."""
+        if self._follower is not None:
+            self._follower.phase = number
+
+    def close(self, status: Status, timeout: float = 30) -> None:
+        """End the record and wait until all who follow have all of it.
+
+        Args:
+            status: The run's state from now on. "RUNNING" is for a run that goes on in another
+                process.
+            timeout: For each of them, in seconds.
+        """
+        self._file.close()
+        follower = self._follower
+        if follower is not None and not follower.close(status, timeout):
+            logger.warning(
+                "MLflow at %s has not taken everything (%s): it lacks up to %d of the %d points in "
+                "%s. It gets them when this run is opened again",
+                shown_uri(follower.uri),
+                follower.trouble or f"no answer within {timeout:g} s",
+                self._lines - follower.sent,
+                self._lines,
+                self.path,
+            )
+        for following in self._following:
+            following.close(status, timeout)
