@@ -8,27 +8,25 @@ import pytest
 import tiny
 
 # What begins a sentence that leans on one before it, which is not there.
-LEANING = set(
-    [
-        "of",
-        "for",
-        "from",
-        "with",
-        "within",
-        "without",
-        "in",
-        "on",
-        "at",
-        "by",
-        "to",
-        "as",
-        "so",
-        "that",
-        "which",
-        "whose",
-        "likewise",
-    ]
-)
+LEANING = {
+    "of",
+    "for",
+    "from",
+    "with",
+    "within",
+    "without",
+    "in",
+    "on",
+    "at",
+    "by",
+    "to",
+    "as",
+    "so",
+    "that",
+    "which",
+    "whose",
+    "likewise",
+}
 
 
 def docstrings(file: Path) -> Iterator[tuple[str, str]]:

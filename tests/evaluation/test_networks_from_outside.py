@@ -21,10 +21,10 @@ T, CLASSES = 3, ("a", "b", "c", "d")
 class Outside(nn.Module):
     """Logits that grow with time, by a convolution that sees (B, C, H, W)."""
 
-    def __init__(self, input_kind: str = "image") -> None:
+    def __init__(self, input_kind: str = "images") -> None:
         super().__init__()
         self.timesteps, self.num_classes, self.input_kind = T, len(CLASSES), input_kind
-        self.conv = nn.Conv2d(3 if input_kind == "image" else 2, len(CLASSES), 3)
+        self.conv = nn.Conv2d(3 if input_kind == "images" else 2, len(CLASSES), 3)
 
     def set_timesteps(self, timesteps: int) -> None:
         self.timesteps = timesteps
@@ -61,7 +61,7 @@ def alone() -> Iterator[World]:
 
 def passes_of(model: Any, world: World) -> OneBatch:
     torch.manual_seed(0)
-    shape = (8, 3, 6, 6) if model.input_kind == "image" else (8, T, 2, 6, 6)
+    shape = (8, 3, 6, 6) if model.input_kind == "images" else (8, T, 2, 6, 6)
     index: Any = type("Index", (), {"classes": CLASSES})
     config: Any = None
     passes = OneBatch(model, config, index, world, lambda: None)
@@ -70,7 +70,7 @@ def passes_of(model: Any, world: World) -> OneBatch:
     return passes
 
 
-@pytest.mark.parametrize("kind", ["image", "events"])
+@pytest.mark.parametrize("kind", ["images", "events"])
 def test_all_but_what_is_known_of_ours_is_reported(kind: str, alone: World) -> None:
     model: Any = Outside(kind)
     passes = passes_of(model, alone)

@@ -76,4 +76,4 @@ def test_a_network_of_images_takes_frames() -> None:
         with taking_frames(model):
             as_frames = model(images[:, None].expand(-1, 3, -1, -1, -1), per_timestep=True)
     assert torch.allclose(as_image, as_frames, atol=1e-5)
-    assert model.input_kind == "image"
+    assert model.input_kind == "images"

@@ -80,7 +80,7 @@ def check_takes_frames(model: SpikingNetwork) -> None:
 
 @contextmanager
 def taking_frames(model: SpikingNetwork) -> Iterator[None]:
-    """Within this context a network of images takes (B, T, C, H, W), each timestep its own.
+    """Let a network of images take (B, T, C, H, W), each timestep its own, within this context.
 
     Raises:
         UserError: It is not one of tetdist's, whose input can be given so.
