@@ -28,7 +28,6 @@ from tetdist.errors import UserError
 from tetdist.exchange import export
 from tetdist.exchange.export import Trained
 from tetdist.exchange.nir_graph import to_nir
-from tetdist.models.create import create_model
 
 T = 3
 IF = {"decay": 1.0, "threshold": 0.5, "surrogate": "atan", "surrogate_width": 2.0}
@@ -79,7 +78,7 @@ def save(network: str, folder: Path, **neuron: Any) -> Path:
     }
     config = parse(raw, "test", warn=False)
     torch.manual_seed(0)
-    model = create_model(config.model, 5, T)
+    model = config.model.build(num_classes=5, timesteps=T)
     randomize(model)
     if network == "resnet19":
         with torch.no_grad():
