@@ -145,11 +145,9 @@ def test_teacher_stays_the_same_and_is_needed_no_longer_than_the_run(
 
 def test_teacher_answers_as_its_own_run_does(relu: Path, tiny_config: ConfigWriter) -> None:
     from tetdist import checkpoint
-    from tetdist.models.create import create_model
-
     weights, description = checkpoint.load_model_file(relu)
     section = loading.parse(description.config, "relu").model
-    model = create_model(section, 4, 1)
+    model = section.build(num_classes=4, timesteps=1)
     model.load_state_dict(weights)
     images = torch.rand(3, 3, 16, 16)
     random = torch.random.get_rng_state()
@@ -186,10 +184,8 @@ def test_timm_teacher_sees_images_in_its_own_normalisation(
 
 
 def test_events_are_taught_at_the_students_timesteps() -> None:
-    from tetdist.models.create import create_model
-
     section = schema.ModelSection.model_validate({"name": "spiking_convnet_dvs"})
-    model = create_model(section, 3, 2)
+    model = section.build(num_classes=3, timesteps=2)
     answering = Teacher.__new__(Teacher)
     answering.model, answering.precision = model.eval(), "fp32"
     frames = torch.rand(2, 5, 2, 34, 34).round()
