@@ -148,7 +148,7 @@ def test_unknown_option_is_refused_by_name(name: str) -> None:
             {"timesteps": 0},
             "timesteps must be a whole number and at least 1, not 0",
         ),
-        ("sew_resnet18", {"neuron": {"decay": 2.0}}, "decay must be at most 1"),
+        ("sew_resnet18", {"neuron": {"decay": 2.0}}, "decay must be at most 1, not 2.0"),
         ("spiking_resnet18", {"norm": "ln"}, "norm must be 'bn' or 'tdbn', not 'ln'"),
         ("vggsnn", {"input_size": 15}, "input_size must be at least 16"),
     ],

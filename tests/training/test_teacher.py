@@ -185,7 +185,6 @@ def test_timm_teacher_sees_images_in_its_own_normalisation(
 
 
 def test_events_are_taught_at_the_students_timesteps() -> None:
-
     section = schema.ModelSection.model_validate({"name": "spiking_convnet_dvs"})
     model = section.build(num_classes=3, timesteps=2)
     answering = Teacher.__new__(Teacher)
