@@ -248,6 +248,91 @@ def test_a_neuron_that_looks_ahead_is_refused(
     assert "model.neuron.kind: Ahead answers at t from inputs after t" in outcome.text
 
 
+@pytest.mark.parametrize(
+    ("text", "uses", "said"),
+    [
+        (
+            "from tetdist.losses import register_loss\n@register_loss('rows')\n"
+            "def rows(logits, target):\n    return logits.mean((0, 2))\n",
+            {"loss.kind": "rows"},
+            "loss.kind: rows has the shape (2,), not ()",
+        ),
+        (
+            "import torch\nfrom tetdist.nn.neurons import LIF, NEURONS\n"
+            "from dataclasses import dataclass\n"
+            "@NEURONS.register('three')\n@dataclass(frozen=True, kw_only=True)\n"
+            "class Three(LIF):\n    def parameters(self, c): return {'w': torch.ones(3)}\n",
+            {"model.neuron": {"kind": "three"}},
+            "the parameter w of Three has the shape (3,); it must be () or (4,)",
+        ),
+        (
+            "from tetdist.nn.neurons import LIF, NEURONS\n"
+            "@NEURONS.register('bare')\nclass Bare(LIF):\n    width: float = 1.0\n",
+            {"model.neuron": {"kind": "bare"}},
+            "put @dataclass(frozen=True, kw_only=True) above it",
+        ),
+        (
+            FILES["my_optimizer.py"],
+            {"phases.0.optimizer": {"kind": "rprop", "lr": 0.1, "arguments": {"foo": 1}}},
+            "rprop cannot be made with arguments {'foo': 1}",
+        ),
+        ("import sys\nsys.exit('bye')\n", {}, "bad.py:2 raises SystemExit: bye"),
+        ("", {"model.neuron": {"kind": "iff"}}, "model.neuron.kind: there is no kind of neuron"),
+        (
+            "",
+            {"phases.0.optimizer": {"kind": "foo", "lr": 0.1}},
+            "phases.0.optimizer.kind: there is no optimiser 'foo'",
+        ),
+    ],
+)
+def test_a_mistake_that_shows_later_is_one_sentence(
+    farm: Farm,
+    tiny_config: ConfigWriter,
+    tmp_path: Path,
+    text: str,
+    uses: dict[str, Any],
+    said: str,
+) -> None:
+    (tmp_path / "bad.py").write_text(text)
+    outcome = farm(tiny_config({"imports": ["bad.py"], "engine": "torch"} | uses))
+    assert outcome.status == 2, outcome.text
+    assert said in outcome.text
+    assert "Traceback" not in outcome.text
+
+
+def test_every_optimiser_of_timm_steps_or_is_refused() -> None:
+    """And leaves everything alone when it is told so."""
+    import torch
+    from timm.optim import list_optimizers
+
+    from tetdist.config.schema import OptimizerSection
+    from tetdist.optimizers import make_optimizer
+    from tetdist.training.engines.base import tell
+
+    stepped = []
+    for name in list_optimizers():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4))
+        try:
+            section = OptimizerSection(kind=f"timm:{name}", lr=0.01)
+            optimizer = make_optimizer(model, section)
+        except UserError:  # needs a package, or second derivatives
+            continue
+        begun = [p.detach().clone() for p in model.parameters()]
+        for applied in (False, True, True, False):
+            before = [p.detach().clone() for p in model.parameters()]
+            model(torch.rand(3, 4)).square().mean().backward()
+            tell(optimizer, 0.01, torch.tensor(applied))
+            optimizer.step()
+            optimizer.zero_grad()
+            if not applied:
+                assert all(map(torch.equal, before, model.parameters())), name
+        # Some only look around in their first step.
+        assert not all(map(torch.equal, begun, model.parameters())), name
+        stepped.append(name)
+    assert {"sgd", "adam", "adamw", "adagrad", "adopt", "lamb", "lion", "muon"} <= set(stepped)
+
+
 @pytest.mark.parametrize("name", ["lamb", "lion", "adan", "muon"])
 def test_optimisers_of_timm_need_no_file(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path, name: str

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tetdist.errors import UserError
 from tetdist.plugins import Registry
 
 if TYPE_CHECKING:
@@ -74,6 +75,10 @@ def compute_loss(
     }
     known = {name: value for name, value in given.items() if name in loss.arguments}
     total = loss.function(logits, targets, **known, **settings.arguments)
+    if total.ndim:
+        raise UserError(
+            f"loss.kind: {settings.kind} has the shape {tuple(total.shape)}, not (); take the mean"
+        )
     distillation = settings.distillation
     learning = logits.mean(0, keepdim=True) if loss.of_time_mean else logits
     if teacher_logits is not None:

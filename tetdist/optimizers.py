@@ -101,23 +101,20 @@ def _of_timm(name: str) -> OptimizerKind:
 
     def build(groups: Groups, section: "OptimizerSection") -> torch.optim.Optimizer:
         given = {option: getattr(section, option) for option in reads} | section.arguments
-        try:
-            return optim.create_optimizer_v2(groups, opt=name, lr=section.lr, **given)
-        except (TypeError, ValueError, AssertionError, ImportError) as error:
-            raise UserError(f"{key}: {TIMM}{name} cannot be made with {given} ({error})") from error
+        return optim.create_optimizer_v2(groups, opt=name, lr=section.lr, **given)
 
     return OptimizerKind(build, (*reads, "arguments"))
 
 
-def kind_of(name: str) -> OptimizerKind:
-    """The optimiser that a configuration names.
+def kind_of(name: str, key: str = OPTIMIZERS.key) -> OptimizerKind:
+    """The optimiser that a configuration names at ``key``.
 
     Raises:
         UserError: There is none of that name.
     """
     if name.startswith(TIMM):
         return _of_timm(name.removeprefix(TIMM))
-    return OPTIMIZERS[name]
+    return OPTIMIZERS.find(name, key)
 
 
 def make_optimizer(model: nn.Module, section: "OptimizerSection") -> torch.optim.Optimizer:
@@ -145,7 +142,15 @@ def make_optimizer(model: nn.Module, section: "OptimizerSection") -> torch.optim
         {"params": [p for p in parameters if id(p) in kept], "weight_decay": 0.0},
     ]
     kind = kind_of(section.kind)
-    optimizer = kind.build([group for group in groups if group["params"]], section)
+    try:
+        optimizer = kind.build([group for group in groups if group["params"]], section)
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{OPTIMIZERS.key}: {section.kind} cannot be made with arguments {section.arguments} "
+            f"({error})"
+        ) from error
     if not kind.skips_when_told:
         cls = type(optimizer)
         optimizer.__class__ = type(cls.__name__, (_AsksFirst, cls), {})
@@ -153,10 +158,12 @@ def make_optimizer(model: nn.Module, section: "OptimizerSection") -> torch.optim
 
 
 class _AsksFirst(torch.optim.Optimizer):
-    """Heeds ``found_inf`` for an optimiser that does not read it."""
+    """Does as told by ``found_inf`` for an optimiser that does not read it."""
 
     def step(self, closure: Any = None) -> Any:
-        told = getattr(self, "found_inf", None)
+        # Those of torch that have no use for what they are told refuse to be told.
+        told = self.__dict__.pop("found_inf", None)
+        self.__dict__.pop("grad_scale", None)
         if told is not None and bool(told):
             return None
         return super().step(closure)

@@ -68,10 +68,11 @@ class Registry(Mapping[str, T], Generic[T]):
         Raises:
             UserError: Another module has entered something under that name.
         """
-        if self._modules.get(name, module) != module:
+        owner = self._modules.get(name, module)
+        if owner != module:
             raise UserError(
-                f"{module} registers the {self.what} {name!r}, which {self._modules[name]} has "
-                "registered; give it another name"
+                f"{_file_of(module)} registers the {self.what} {name!r}, which {_file_of(owner)} "
+                "has registered; give it another name"
             )
         self._entries[name], self._modules[name] = entry, module
 
@@ -81,9 +82,21 @@ class Registry(Mapping[str, T], Generic[T]):
         Raises:
             UserError: There is none.
         """
+        return self.find(name, self.key)
+
+    def find(self, name: str, key: str) -> T:
+        """The entry of that name, which stands at ``key`` of a configuration.
+
+        Raises:
+            UserError: There is none.
+        """
         if name not in self._entries:
-            raise UserError(f"{self.key}: there is no {self.what} {name!r}; {self.hint(name)}")
+            raise UserError(f"{key}: {self.none_of(name)}")
         return self._entries[name]
+
+    def none_of(self, name: str) -> str:
+        """The sentence that says that there is none of that name."""
+        return f"there is no {self.what} {name!r}; {self.hint(name)}"
 
     def hint(self, name: str) -> str:
         """What a person may have meant by a name that is not known."""
@@ -99,6 +112,12 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _file_of(module: str) -> str:
+    """The file of an imported module, by which a person knows it; the name of others."""
+    found = getattr(sys.modules.get(module), "__file__", None)
+    return str(found) if found and module.startswith(f"{PACKAGE}.") else module
 
 
 @dataclass(frozen=True)
@@ -172,7 +191,7 @@ def _import(file: Imported) -> None:
     except UserError:
         del sys.modules[name]
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         line = _line_of(error, file.path)
         raise UserError(
@@ -238,16 +257,17 @@ def require(before: Mapping[str, str], source: Path) -> None:
     Raises:
         UserError: A file is missing.
     """
-    for name, sha256 in before.items():
-        module = sys.modules.get(f"{PACKAGE}.{Path(name).stem}")
-        if module is None:
-            copy = source / "imports" / name
-            shown = copy if copy.is_file() else name
-            raise UserError(
-                f"{source} was made with the file {name}, and a checkpoint has nothing imported: "
-                f"give --import {shown}, if you trust that file"
-            )
-        if module.sha256 != sha256:
+    modules = {name: sys.modules.get(f"{PACKAGE}.{Path(name).stem}") for name in before}
+    missing = [name for name, module in modules.items() if module is None]
+    if missing:
+        copies = [source / "imports" / name for name in missing]
+        given = " ".join(f"--import {c if c.is_file() else c.name}" for c in copies)
+        raise UserError(
+            f"{source} was made with the file {', '.join(missing)}, and a checkpoint has nothing "
+            f"imported: give {given}, if you trust what is there"
+        )
+    for name, module in modules.items():
+        if module is not None and module.sha256 != before[name]:
             logger.warning("%s is not the file that %s was made with", module.__file__, source)
 
 

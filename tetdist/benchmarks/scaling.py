@@ -281,7 +281,7 @@ def training_step(options: argparse.Namespace) -> tuple[Callable[[], None], Any]
     engine = make_engine(config, model, optimizer, options.accumulation, world)
     channels, size, _ = model.default_cfg["input_size"]
     size = options.size or size
-    frames = (options.timesteps,) if channels == 2 else ()
+    frames = (options.timesteps,) if model.input_kind == "events" else ()
     images = torch.rand((options.batch, *frames, channels, size, size), device=world.device)
     if images.ndim == 4:
         images = images.contiguous(memory_format=torch.channels_last)

@@ -114,7 +114,7 @@ def _check_kinds(config: RunConfig) -> None:
             f"loss.kind={config.loss.kind} sees that mean only; set loss.kind=tet with it"
         )
     for i, phase in enumerate(config.phases):
-        kind = kind_of(phase.optimizer.kind)
+        kind = kind_of(phase.optimizer.kind, f"phases.{i}.optimizer.kind")
         if config.zero_stage not in kind.zero_stages:
             stages = ", ".join(map(str, kind.zero_stages))
             raise UserError(

@@ -45,7 +45,7 @@ class Section(BaseModel):
 
 def neuron_section_of(kind: str) -> type[Section]:
     """The keys of a kind of neuron beside ``kind``: the fields that its class declares."""
-    cls: Any = NEURONS[kind]
+    cls: Any = neurons.class_of(kind)
     return _section_of(cls)
 
 
@@ -70,8 +70,8 @@ def _neuron(value: Any) -> NeuronConfig:
     numbers = dict(value)
     kind = numbers.pop("kind", "lif")
     if kind not in NEURONS:
-        hint = NEURONS.hint(str(kind))
-        raise PydanticCustomError("neuron_kind", "{text}", {"text": f"{kind!r} is none; {hint}"})
+        text = f"kind: {NEURONS.none_of(str(kind))}"
+        raise PydanticCustomError("neuron_numbers", "{text}", {"text": text})
     section = neuron_section_of(kind)
     try:
         return NEURONS[kind](**dict(section.model_validate_json(json.dumps(numbers))))

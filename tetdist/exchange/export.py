@@ -202,7 +202,7 @@ def refuse_foreign(trained: Trained, form: str) -> None:
     Raises:
         UserError: The network is one from outside.
     """
-    if not isinstance(trained.model, SpikingNetwork):
+    if not hasattr(trained.model, "stem"):
         raise UserError(
             f"--format {form} is for tetdist's own networks, and {trained.config.model.name} is a "
             f"{type(trained.model).__name__} from outside; export it to safetensors, onnx or torch"
@@ -422,12 +422,19 @@ def _mean_logits(model: nn.Module) -> nn.Module:
 
 def _traced(trained: Trained) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch")
-    return torch.export.export(
-        _mean_logits(trained.model),
-        (trained.examples(2),),
-        dynamic_shapes=({0: batch},),
-        strict=False,
-    )
+    try:
+        return torch.export.export(
+            _mean_logits(trained.model),
+            (trained.examples(2),),
+            dynamic_shapes=({0: batch},),
+            strict=False,
+        )
+    except Exception as error:  # torch raises many kinds
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"torch cannot trace {trained.config.model.name} for any size of a batch ({reason}); "
+            "export it as safetensors"
+        ) from error
 
 
 def _agreement(trained: Trained, run: Callable[[Tensor], Tensor]) -> str:

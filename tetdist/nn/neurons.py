@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal, assert_never, get_args, get_origin, g
 import torch
 from torch import Tensor, nn
 
+from tetdist.errors import UserError
 from tetdist.plugins import Registry
 
 SurrogateName = Literal["triangle", "atan", "sigmoid", "rectangle"]
@@ -200,6 +201,21 @@ class NeuronConfig:
         raise NotImplementedError
 
 
+def class_of(kind: str) -> type[NeuronConfig]:
+    """The class of a kind of neuron.
+
+    Raises:
+        UserError: There is no such kind, or it does not declare its numbers.
+    """
+    cls = NEURONS[kind]
+    if "__dataclass_fields__" not in vars(cls):
+        raise UserError(
+            f"model.neuron.kind: {cls.__name__} declares no numbers of its own; put "
+            "@dataclass(frozen=True, kw_only=True) above it"
+        )
+    return cls
+
+
 def make(values: Mapping[str, Any] | NeuronConfig | None = None) -> NeuronConfig:
     """Make a neuron of a mapping of its kind (``lif`` if that is not said) and its numbers.
 
@@ -212,7 +228,7 @@ def make(values: Mapping[str, Any] | NeuronConfig | None = None) -> NeuronConfig
     values = dict(values or {})
     if values.get("spike") == "relu":  # What earlier versions called this kind.
         values = {"kind": "relu"}
-    return NEURONS[values.pop("kind", "lif")](**values)
+    return class_of(values.pop("kind", "lif"))(**values)
 
 
 def as_dict(config: NeuronConfig) -> dict[str, Any]:
@@ -310,4 +326,11 @@ class Neuron(nn.Module):
 
 def learned(config: NeuronConfig, num_channels: int) -> nn.ParameterDict:
     """Parameters that a layer of neurons learns itself; the optimisers decay none of them."""
-    return nn.ParameterDict(config.parameters(num_channels))
+    parameters = config.parameters(num_channels)
+    for name, value in parameters.items():
+        if value.shape not in ((), (num_channels,)):
+            raise ValueError(
+                f"the parameter {name} of {type(config).__name__} has the shape "
+                f"{tuple(value.shape)}; it must be () or ({num_channels},), one a channel"
+            )
+    return nn.ParameterDict(parameters)

@@ -131,7 +131,7 @@ def quantity(number: float) -> str:
 
 def _text_firing_rates(found: EvaluationResults) -> str:
     if not found["firing_rate"]:
-        return "  no firing rates: the network has no neurons of tetdist's that fire"
+        return "  no firing rates: a network without neurons that fire"
     lines = [f"  firing rate over {found['timesteps']} timesteps"]
     lines += [f"{rate:10.4f}  {layer}" for layer, rate in found["firing_rate"].items()]
     return "\n".join(lines)

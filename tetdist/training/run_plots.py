@@ -92,7 +92,8 @@ class RunPlots:
             title = f"{self.config.name}   \N{EM DASH}   epoch {values['epoch']:.4g}, membranes"
             precision = self.config.precision
             found = membrane_distribution(model, images[:LOOKED_AT], precision)
-            self._draw("membranes.png", lambda out: curves.membranes(found, title, out))
+            if found.shares:
+                self._draw("membranes.png", lambda out: curves.membranes(found, title, out))
         self._drawn = time.monotonic()
 
     def _draw(self, name: str, draw: Callable[[Path], None]) -> None:
