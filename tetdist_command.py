@@ -60,3 +60,7 @@ def run(name: str, arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return int(command.main(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

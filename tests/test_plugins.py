@@ -333,7 +333,7 @@ def test_every_optimiser_of_timm_steps_or_is_refused() -> None:
     assert {"sgd", "adam", "adamw", "adagrad", "adopt", "lamb", "lion", "muon"} <= set(stepped)
 
 
-@pytest.mark.parametrize("name", ["lamb", "lion", "adan", "muon"])
+@pytest.mark.parametrize("name", ["lamb", "muon"])
 def test_optimisers_of_timm_need_no_file(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path, name: str
 ) -> None:

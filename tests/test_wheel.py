@@ -38,7 +38,7 @@ def tracked(*places: str) -> list[str]:
 
 def tetdist(installed: Path, cwd: Path, *arguments: object, status: int = 0) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "tetdist", *map(str, arguments)],
+        [sys.executable, "-m", "tetdist_command", *map(str, arguments)],
         cwd=cwd,
         env=tiny.clean_environment(PYTHONPATH=str(installed)),
         capture_output=True,

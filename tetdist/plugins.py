@@ -263,7 +263,7 @@ def require(before: Mapping[str, str], source: Path) -> None:
         copies = [source / "imports" / name for name in missing]
         given = " ".join(f"--import {c if c.is_file() else c.name}" for c in copies)
         raise UserError(
-            f"{source} was made with the file {', '.join(missing)}, and a checkpoint has nothing "
+            f"{source} was made with {', '.join(missing)}, and a checkpoint has nothing "
             f"imported: give {given}, if you trust what is there"
         )
     for name, module in modules.items():

@@ -30,7 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
 def run() -> int:
     for command, *rest in STEPS:
         print(f"$ {typed(command, *rest)}", flush=True)
-        status = subprocess.run([sys.executable, "-m", "tetdist", command, *rest]).returncode
+        status = subprocess.run(
+            [sys.executable, "-m", "tetdist_command", command, *rest]
+        ).returncode
         if status:
             return status
     print(f"\nThe run is in {RUN}, its curves are in {RUN}/plots/learning_curves.png.")

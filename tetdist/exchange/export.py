@@ -204,8 +204,8 @@ def refuse_foreign(trained: Trained, form: str) -> None:
     """
     if not hasattr(trained.model, "stem"):
         raise UserError(
-            f"--format {form} is for tetdist's own networks, and {trained.config.model.name} is a "
-            f"{type(trained.model).__name__} from outside; export it to safetensors, onnx or torch"
+            f"--format {form} is for tetdist's own networks, and {trained.config.model.name} "
+            f"({type(trained.model).__name__}) is from outside; export it to safetensors"
         )
 
 

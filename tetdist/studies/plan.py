@@ -143,7 +143,7 @@ class Command:
     def words(self) -> list[str]:
         """The words of the process: a script of the checkout, or the installed package."""
         script = script_of(self.name)
-        program = ["-m", "tetdist", self.name] if script is None else [str(script)]
+        program = ["-m", "tetdist_command", self.name] if script is None else [str(script)]
         return [sys.executable, *program, *self.arguments]
 
     def __str__(self) -> str:
