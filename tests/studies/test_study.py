@@ -324,7 +324,7 @@ def test_commands_of_an_installed_package(
     assert train.words[:2] == [sys.executable, str(tiny.PROJECT / "tetdist" / "train.py")]
     assert str(evaluate).startswith(f"python tools/eval.py --checkpoint {run.folder} ")
     monkeypatch.setattr(errors, "_CHECKOUT", tmp_path)
-    assert train.words[:5] == [sys.executable, "-m", "tetdist", "train", "--config"]
+    assert train.words[:5] == [sys.executable, "-m", "tetdist_command", "train", "--config"]
     assert str(evaluate).startswith(f"tetdist eval --checkpoint {run.folder} ")
 
 
