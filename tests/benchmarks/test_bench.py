@@ -67,7 +67,7 @@ def test_an_evaluation_is_timed(tmp_path: Path) -> None:
     assert "images_per_s" not in result
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_memory_is_what_the_documentation_promises(tmp_path: Path, precision: str) -> None:
     result, _ = bench(
         tmp_path, "memory", "--model", "sew_resnet34", "--size", 64, "--timesteps", "2,4",

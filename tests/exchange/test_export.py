@@ -234,7 +234,9 @@ def test_a_network_from_outside(tmp_path: Path) -> None:
         lambda: export.write_timm(trained, tmp_path / "timm"),
         lambda: export.write_nir(trained, tmp_path / "it.nir", 1e-4),
     ):
-        with pytest.raises(UserError, match=r"is for tetdist's own networks, and .* is a Outside"):
+        with pytest.raises(
+            UserError, match=r"is for tetdist's own networks, and .* .Outside. is from outside"
+        ):
             refused()
 
 

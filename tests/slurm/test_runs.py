@@ -289,6 +289,7 @@ def test_sweep_is_an_array_with_one_parent(
     assert capsys.readouterr().out.count("is finished: nothing to do") == 2
 
 
+@pytest.mark.long
 def test_job_imports_the_copy_that_was_made_when_it_was_submitted(
     launcher: Launcher, cluster: Cluster, tmp_path: Path
 ) -> None:
