@@ -318,8 +318,11 @@ class Cluster:
 
     def _start_database(self) -> None:
         folder = self.folder
+        # In /tmp, the temporary tables of two clusters were seen to meet.
+        (folder / "tmp").mkdir()
         output("mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={folder}/db",
-               "--skip-test-db", "--skip-name-resolve", timeout=60)  # fmt: skip
+               f"--tmpdir={folder}/tmp", "--skip-test-db", "--skip-name-resolve",
+               timeout=60)  # fmt: skip
         # slurmdbd would make its database itself, but its first connection then fails (seen with
         # Debian 13's client library).
         (folder / "database.sql").write_text(
@@ -330,7 +333,8 @@ class Cluster:
         self._run("mariadbd", "--no-defaults", "--user=root", f"--datadir={folder}/db",
                   f"--bind-address={self._net}.1", f"--port={self._database_port}",
                   f"--socket={folder}/mariadb.socket", f"--pid-file={folder}/mariadb.pid",
-                  f"--init-file={folder}/database.sql", "--skip-name-resolve",
+                  f"--init-file={folder}/database.sql", f"--tmpdir={folder}/tmp",
+                  "--skip-name-resolve",
                   "--innodb-buffer-pool-size=32M", "--innodb-log-file-size=8M",
                   "--innodb-flush-log-at-trx-commit=0")  # fmt: skip
 
