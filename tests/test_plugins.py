@@ -129,6 +129,23 @@ def test_a_changed_file_is_named(main: Main, write: Callable[..., Path], tmp_pat
     assert "nothing to do" in main(file).text
 
 
+def test_what_becomes_of_a_file_during_training_does_not_matter(
+    farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    """The file removes itself when its loss is first asked for; the run saves and finishes."""
+    (tmp_path / "gone.py").write_text(
+        "from pathlib import Path\nfrom tetdist.losses import register_loss, tet_loss\n"
+        "@register_loss('gone')\ndef gone(logits, target):\n"
+        "    Path(__file__).unlink(missing_ok=True)\n"
+        "    return tet_loss(logits, target, lambda_=0.0)\n"
+    )
+    file = tiny_config({"imports": ["gone.py"], "loss.kind": "gone", "phases.0.epochs": 1})
+    outcome = farm(file)
+    assert outcome.status == 0, outcome.text
+    assert not (tmp_path / "gone.py").exists()
+    assert (tmp_path / "runs/tiny/imports/gone.py").is_file()
+
+
 def test_import_on_the_command_line(farm: Farm, tiny_config: ConfigWriter, tmp_path: Path) -> None:
     (tmp_path / "my_loss.py").write_text(FILES["my_loss.py"])
     file = tiny_config({"phases.0.epochs": 1})

@@ -168,6 +168,12 @@ def import_files(paths: Iterable[str | Path]) -> list[Imported]:
     return list(found.values())
 
 
+def checksums_of(paths: Iterable[str | Path]) -> dict[str, str]:
+    """SHA-256 by name of imported files as they were imported, whatever became of them since."""
+    names = [Path(path).name for path in paths]
+    return {name: sys.modules[f"{PACKAGE}.{Path(name).stem}"].sha256 for name in names}
+
+
 def _import(file: Imported) -> None:
     name = f"{PACKAGE}.{file.path.stem}"
     if getattr(sys.modules.get(name), "sha256", None) == file.sha256:
@@ -183,7 +189,7 @@ def _import(file: Imported) -> None:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    module.sha256 = file.sha256  # type: ignore[attr-defined]
+    module.sha256 = file.sha256  # type: ignore[attr-defined]  # ours, for checksums_of
     # Decorators look their function's module up there.
     sys.modules[name] = module
     try:

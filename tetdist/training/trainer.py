@@ -35,7 +35,7 @@ from tetdist.losses import compute_loss
 from tetdist.nn import batch_norm
 from tetdist.nn.precision import autocast, parameter_type
 from tetdist.optimizers import make_optimizer
-from tetdist.plugins import import_files
+from tetdist.plugins import checksums_of
 from tetdist.tracking.progress import RunProgress
 from tetdist.tracking.tracker import Tracker
 from tetdist.training import health
@@ -509,7 +509,7 @@ class Trainer:
             timesteps=self.model.timesteps,
             step=self.step,
             validation=validation,
-            imports={file.name: file.sha256 for file in import_files(self.config.imports)},
+            imports=checksums_of(self.config.imports),
         )
 
         optimizer = self.engine.optimizer_state()
