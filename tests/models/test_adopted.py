@@ -284,7 +284,9 @@ def test_logits_at_t_are_those_of_a_run_of_t_timesteps() -> None:
 
 
 def test_events_are_the_first_bins() -> None:
-    make = lambda: Small(in_channels=2)  # noqa: E731
+    def make() -> nn.Module:
+        return Small(in_channels=2)
+
     model = adopt(built(make), timesteps=T, num_classes=4, input_kind="events").eval()
     torch.manual_seed(0)
     frames = torch.rand(2, 3, 2, 16, 16, dtype=torch.float64)

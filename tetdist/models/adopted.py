@@ -122,6 +122,7 @@ class Adopted(SpikingNetwork):
     def get_classifier(self) -> nn.Module:
         raise UserError("only the author of an adopted network knows its classifier")
 
+    # The arguments of the next two are timm's and the base class's.
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:  # noqa: ARG002
         raise UserError("an adopted network gets its number of classes where it is built")
 
