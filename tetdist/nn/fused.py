@@ -48,7 +48,8 @@ class NormStatistics(NamedTuple):
         if not norm.training:
             return cls(norm, norm.running_mean, norm.running_var)
         mean, var = norm.over_processes(*kernels.statistics(x.detach()))
-        norm.record(mean, var, x.shape[0] * x.shape[1])
+        # Where one x serves all timesteps, mean and variance are those of its T copies, too.
+        norm.record(mean, var, kernels.timesteps * x.shape[1])
         return cls(norm, mean, var)
 
     def affine(self, weight: Tensor, bias: Tensor) -> Affine:

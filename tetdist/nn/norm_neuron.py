@@ -113,7 +113,8 @@ class NormNeuron(nn.Module):
         """The current that the neurons integrate, (T, B, C, H, W); arguments as of `forward`."""
         if shortcut is not None and shortcut_norm is not None:
             shortcut = shortcut_norm(shortcut)
-        normalized = self.norm(current).expand(timesteps, *current.shape[1:])
+        normalized = self.norm(current, timesteps // current.shape[0])
+        normalized = normalized.expand(timesteps, *current.shape[1:])
         return normalized if shortcut is None else normalized + shortcut
 
     def _fused(
