@@ -18,13 +18,15 @@ def tensor(image):
 
 @pytest.mark.parametrize("size", [(31, 17), (200, 300), (224, 224), (500, 375)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_images_are_resized_as_pillow_does(size, interpolation):
+def test_images_are_resized_as_pillow_does_within_a_level(size, interpolation):
     image = picture(*size)
     mode = InterpolationMode(interpolation)
-    expected = np.asarray(tv.resize(image, [64, 48], mode), int)
+    # Rows first. Pillow 13 may begin with the columns, which rounds otherwise in between.
+    rows = tv.resize(image, [image.height, 48], mode)
+    expected = np.asarray(tv.resize(rows, [64, 48], mode), int)
     distance = np.abs(pixels.resized(tensor(image), 64, 48, interpolation).numpy() - expected)
     assert distance.max() <= 1
-    assert (distance == 0).mean() > 0.95
+    assert (distance == 0).mean() > 0.99
 
 
 def test_images_are_placed_and_mirrored():

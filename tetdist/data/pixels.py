@@ -1,7 +1,8 @@
 """Changes of the pixels of a decoded image, whose parameters transforms.py computes.
 
 Images are uint8 (H, W, 3) until they are normalised. On a CPU torch resizes: its kernel for bytes
-is Pillow's arithmetic, and several times as fast as DALI's resize.
+is Pillow's arithmetic with shorter weights, so that a few values in a thousand are a level apart
+(docs/data.md), and it is several times as fast as DALI's resize.
 """
 
 import math
