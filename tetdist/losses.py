@@ -158,6 +158,7 @@ def distillation_loss(logits: Tensor, teacher: Tensor, *, temperature: float) ->
 def self_distillation_loss(logits: Tensor, *, temperature: float) -> Tensor:
     """`distillation_loss` with the time-mean of the very logits (T, B, K) as the teacher.
 
-    Every timestep learns what all of them say together; no gradient goes through the mean.
+    Every timestep learns what all of them say together; no gradient goes through the mean. (It is
+    over all timesteps. Published full-range distillation takes those whose class is correct.)
     """
     return distillation_loss(logits, _full_precision(logits).mean(0), temperature=temperature)
