@@ -236,6 +236,21 @@ def test_shipped_configs_load_without_a_warning(
     assert config.name == file.stem
 
 
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("cifar10_resnet19", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        ("cifar100_resnet19", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    ],
+)
+def test_recipes_of_cifar_begin_and_scale_as_the_papers_code(
+    name: str, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    config = load(name)
+    assert config.model.arguments == {"init": "torch"}
+    assert (config.data.mean, config.data.std) == (mean, std)
+
+
 @pytest.mark.parametrize("name", ["quickstart", "spiking34_t4_t6"])
 def test_printed_config_is_the_same_config(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -327,6 +327,7 @@ def test_nir_graph_run_by_nirtorch_is_the_network(network: str, tmp_path: Path) 
     assert "3 timesteps of 0.001 s" in said
     graph = nir.read(tmp_path / "graph.nir")
     assert graph.metadata["dt"] == dt
+    assert "minus [0.5, 0.5, 0.5], over [0.229, 0.224, 0.225]" in graph.metadata["preparation"]
     assert not any("norm" in name for name in graph.nodes)  # folded
 
     x = trained.examples(2).double()
@@ -391,6 +392,8 @@ def test_onnx_graph_run_by_onnxruntime_is_the_network(tool: Tool, tmp_path: Path
     (given,) = session.get_inputs()
     trained = export.load(file)
     assert given.name == "images"
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert "minus [0.5, 0.5, 0.5], over [0.229, 0.224, 0.225]" in metadata["preparation"]
     x = trained.examples(5)  # another batch size than it was traced with
     (actual,) = session.run(["logits"], {given.name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(actual), logits(trained, x), rtol=1e-4, atol=1e-5)
@@ -403,8 +406,10 @@ def test_program_of_torch_is_the_network(tool: Tool, tmp_path: Path) -> None:
     assert "its logits are the model's" in out
     trained = export.load(file)
     x = trained.examples(5)
+    extra = {"preparation": ""}
     with torch.no_grad():
-        actual = torch.export.load(tmp_path / "net.pt2").module()(x)
+        actual = torch.export.load(tmp_path / "net.pt2", extra_files=extra).module()(x)
+    assert "event frames, (B, T, 2, H, W)" in extra["preparation"]
     torch.testing.assert_close(actual, logits(trained, x))
 
 

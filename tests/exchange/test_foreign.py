@@ -636,6 +636,32 @@ def test_tets_checkpoint_is_recognized(convert: Tool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("num_classes", "mean", "std"),
+    [
+        (10, [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
+        (100, [0.5071, 0.4867, 0.4408], [0.2675, 0.2565, 0.2761]),
+    ],
+)
+def test_tets_networks_see_images_as_its_loader_scales_them(
+    num_classes: int, mean: list[float], std: list[float], convert: Tool, tmp_path: Path
+) -> None:
+    torch.save(TetResNet19(3, 4, 6, num_classes).state_dict(), tmp_path / "tet.pth")
+    command = [
+        tmp_path / "tet.pth",
+        "--model",
+        "spiking_resnet19",
+        "--output",
+        tmp_path / "o.safetensors",
+    ]
+    small = [f"model.arguments.{k}={v}" for k, v in SMALL_RESNET19.items() if k != "num_classes"]
+    status, _, err = convert(*command, *small)
+    assert status == 0, err
+    _, description = checkpoint.load_model_file(tmp_path / "o.safetensors")
+    data = description.config["data"]
+    assert (data["mean"], data["std"]) == (mean, std)
+
+
+@pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["--model", "resnet18"], "'resnet18' is not a spiking model"),

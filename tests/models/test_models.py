@@ -150,6 +150,7 @@ def test_unknown_option_is_refused_by_name(name: str) -> None:
         ),
         ("sew_resnet18", {"neuron": {"decay": 2.0}}, "decay must be at most 1, not 2.0"),
         ("spiking_resnet18", {"norm": "ln"}, "norm must be 'bn' or 'tdbn', not 'ln'"),
+        ("spiking_resnet18", {"init": "he"}, "init must be 'kaiming' or 'torch', not 'he'"),
         ("vggsnn", {"input_size": 15}, "input_size must be at least 16"),
     ],
 )
@@ -341,8 +342,8 @@ def test_stem_of_a_static_image_is_convolved_once_as_if_it_were_repeated(name: s
     conv, norm, repeated = naive.stem.conv, naive.stem.neuron.norm, x.repeat(3, 1, 1, 1)
     current = F.batch_norm(
         F.conv2d(repeated, conv.weight, conv.bias, conv.stride, conv.padding),
-        None,
-        None,
+        norm.running_mean,
+        norm.running_var,
         norm.scale * norm.weight,
         norm.bias,
         True,
@@ -536,7 +537,7 @@ def test_vggs_pooled_spikes_are_not_spiked_again() -> None:
     assert features.unique().numel() > 2
 
 
-def test_convolutions_start_as_the_papers_say() -> None:
+def test_vggs_convolutions_start_as_in_the_papers_code() -> None:
     torch.manual_seed(0)
     model = timm.create_model("vggsnn")
     for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
@@ -545,6 +546,23 @@ def test_convolutions_start_as_the_papers_say() -> None:
         )
         assert conv.bias is not None
         assert not conv.bias.any()
+
+
+@pytest.mark.parametrize("init", ["kaiming", "torch"])
+def test_resnets_convolutions_start_as_asked(init: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("spiking_resnet19", width=32, init=init)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 1 + 2 * 8 + 3
+    for conv in convolutions:
+        area = math.prod(conv.kernel_size)
+        variance = {
+            "kaiming": 2 / (area * conv.out_channels),
+            "torch": 1 / (3 * area * conv.in_channels),
+        }[init]
+        assert conv.weight.std().item() == pytest.approx(math.sqrt(variance), rel=0.1)
+        normal = conv.weight.abs().max() > math.sqrt(3.1 * variance)  # beyond a uniform one's ends
+        assert normal == (init == "kaiming")
 
 
 # ------------------------------------------------------------------------------------ wrong input

@@ -104,7 +104,7 @@ def configuration(
 
     from tetdist import models
     from tetdist.config.loading import apply_override, parse
-    from tetdist.exchange.foreign import NEURONS
+    from tetdist.exchange.foreign import NEURONS, SCALES
 
     known = models.names()
     if options.model not in known:
@@ -114,20 +114,22 @@ def configuration(
     timesteps = options.timesteps or models.default_timesteps(options.model)
     cfg = timm.get_pretrained_cfg(options.model)
     side = cfg.input_size[-1]
+    num_classes = num_classes or cfg.num_classes
     data: dict[str, Any] = {"kind": "events", "root": "data"}
     if models.input_kind(options.model) == "images":
+        scale = SCALES.get((source, num_classes), {"mean": cfg.mean, "std": cfg.std})
         data = {
             "root": "data",
             "image_size": side,
             "resize": round(side / cfg.crop_pct),
-            "mean": list(cfg.mean),
-            "std": list(cfg.std),
+            "mean": list(scale["mean"]),
+            "std": list(scale["std"]),
         }
     raw: dict[str, Any] = {
         "name": options.output.stem,
         "model": {
             "name": options.model,
-            "num_classes": num_classes or cfg.num_classes,
+            "num_classes": num_classes,
             "neuron": dict(NEURONS[source]),
         },
         "data": data,

@@ -30,6 +30,8 @@ from tetdist.nn.neurons import LIF, NeuronConfig
 _INPUTS = {"images": "image", "events": "event frame a timestep"}
 # How many inputs an exported program is compared on, and how far it may be off.
 _CHECKED, _TOLERANCE = 4, 1e-4
+# Where a program's file or a graph's says how its input is prepared.
+_PREPARATION = "preparation"
 
 
 @dataclass(frozen=True)
@@ -333,6 +335,7 @@ def _create_arguments(trained: Trained, folder: str | None) -> str:
 
 
 def _preparation(trained: Trained) -> str:
+    """What the input is and how images are scaled, for a card or a file's metadata."""
     data = trained.config.data
     match data.kind:
         case "events":
@@ -362,6 +365,7 @@ def write_nir(trained: Trained, path: Path, dt: float) -> str:
     from tetdist.exchange.nir_graph import to_nir
 
     graph = to_nir(trained.model, trained.input_shape, dt)
+    graph.metadata[_PREPARATION] = _preparation(trained)
     with _aside(path) as aside:
         nir.write(aside, graph)
         again = nir.read(aside)
@@ -375,7 +379,8 @@ def write_nir(trained: Trained, path: Path, dt: float) -> str:
 def write_torch(trained: Trained, path: Path) -> str:
     """Write the unrolled network as a program of torch.export, for any batch size."""
     with torch.no_grad(), _aside(path) as aside:
-        torch.export.save(_traced(trained), aside)
+        extra = {_PREPARATION: _preparation(trained)}
+        torch.export.save(_traced(trained), aside, extra_files=extra)
         return _agreement(trained, torch.export.load(aside).module())
 
 
@@ -394,6 +399,7 @@ def write_onnx(trained: Trained, path: Path) -> str:
             _traced(trained), input_names=[name], output_names=["logits"], verbose=False
         )
         assert program is not None
+        program.model.metadata_props[_PREPARATION] = _preparation(trained)
         program.save(aside, external_data=False)
         session = onnxruntime.InferenceSession(aside, providers=["CPUExecutionProvider"])
 

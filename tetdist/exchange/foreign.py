@@ -51,6 +51,12 @@ NEURONS: dict[Source, dict[str, Any]] = {
     "timm": {},
 }
 
+# How images are scaled, where a source's network of so many classes does it otherwise than timm's
+# description of the model says: TET's code for CIFAR-100.
+SCALES: dict[tuple[Source, int], dict[str, tuple[float, float, float]]] = {
+    ("tet", 100): {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)}
+}
+
 # The keys under which training programs put a state dict, in the order of preference.
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 _COUNTER = "num_batches_tracked"

@@ -17,6 +17,8 @@ Network = TypeVar("Network", bound="SpikingNetwork")
 
 INV_SQRT_2 = 1 / math.sqrt(2)
 
+Init = Literal["kaiming", "torch"]
+
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, bias: bool = False) -> Conv2d:
     return Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=bias)
@@ -257,8 +259,27 @@ def new_classifier(num_features: int, num_classes: int) -> nn.Module:
     return nn.Linear(num_features, num_classes) if num_classes > 0 else nn.Identity()
 
 
-def init_weights(model: nn.Module) -> None:
-    """Kaiming (fan out, ReLU gain) for convolutions, as in the papers; torch's own elsewhere."""
+def init_weights(model: nn.Module, init: Init = "kaiming") -> None:
+    """Initialise convolutions; other layers keep torch's own initial values.
+
+    Args:
+        model: Newly built, with torch's own initial values everywhere.
+        init: ``kaiming`` is normal (fan out, ReLU gain), as in the code of SEW-ResNet and of TET's
+            VGGSNN. ``torch`` leaves torch's own, as the code of TET's ResNet-19 does: uniform,
+            with a standard deviation that is smaller by sqrt(6) where fan in and fan out are
+            equal. A batch norm makes the output the same, but not the step of Adam relative to the
+            weights, which is larger by as much.
+
+    Raises:
+        ValueError: There is no such initialisation.
+    """
+    match init:
+        case "torch":
+            return
+        case "kaiming":
+            pass
+        case _:
+            raise ValueError(f"init must be 'kaiming' or 'torch', not {init!r}")
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
