@@ -3,9 +3,11 @@
 import cameras
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms import v2
 
 from tetdist.events.binning import Binning, bin_events, resize_weights
 from tetdist.events.recording import BadRecording, Events, Sensor
@@ -78,6 +80,35 @@ def test_values_are_of_the_counts():
     # An 8-bit picture of the same.
     small = binned(events, values="normalised", dtype="uint8").tensor
     assert np.array_equal(small, np.rint(255 * expected).astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [None, Sensor(8, 7), Sensor(15, 15)])
+def test_published_frames_are_those_of_torchvisions_transforms_on_the_published_arrays(size):
+    events = recording(200)
+    each = len(events) // 5
+    loader = [v2.ToPILImage()]
+    if size is not None:
+        loader.append(v2.Resize((size.height, size.width)))
+    loader.append(v2.PILToTensor())
+    expected = []
+    for t in range(5):
+        frame = np.zeros((2, SENSOR.width, SENSOR.height))
+        part = slice(t * each, (t + 1) * each)
+        # As the published preprocessing does: numpy counts a repeated pixel once, y is from below.
+        frame[events.p[part], events.x[part], SENSOR.height - 1 - events.y[part]] += 1
+        picture = torch.from_numpy((frame / frame.max()).astype(np.float32))
+        expected.append(v2.Compose(loader)(picture).numpy())
+    options = {"size": size, "resize": "bilinear", "values": "published"}
+    assert np.array_equal(binned(events, dtype="uint8", **options).tensor, expected)
+    small = np.array(expected) / 255
+    assert np.array_equal(binned(events, **options).tensor, small.astype(np.float16))
+    # ON is what resizing makes of it; OFF is not.
+    if size is not None:
+        plain = size._replace(width=size.height, height=size.width)
+        options |= {"size": plain, "values": "occupancy"}
+        ours = binned(events, **options).tensor[:, :, ::-1].transpose(0, 1, 3, 2)
+        off, on = np.abs(small - ours).max(axis=(0, 2, 3))
+        assert on < 2 / 255 < 0.2 < off
 
 
 def test_a_frame_without_events_stays_empty_and_is_counted():

@@ -396,6 +396,7 @@ def test_what_is_no_image_is_not_simulated(image_root, prebin_dvs):
         (["--size", "48x"], "'48x' is not a size such as 48 or 64x48"),
         (["--sensor", "dvs"], "'dvs' is not a size"),
         (["--values", "sum"], "invalid choice: 'sum'"),
+        (["--values", "published", "--resize", "area"], "leave out --resize"),
         (["--split", "first-half"], "'first-half' is none of published, first-90-percent"),
         (["--split", "published"], "nothing says the part of left/0.bin"),
         (["--split", "0-99-test"], "leaves nothing to train of 'left', which has 10"),

@@ -62,12 +62,16 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--values",
-        choices=["count", "occupancy", "normalised"],
+        choices=["count", "occupancy", "normalised", "published"],
         default="count",
-        help="events of a pixel; 1 where there are any; or divided by the frame's largest;"
-        " default: %(default)s",
+        help="events of a pixel; 1 where there are any; divided by the frame's largest; or as the"
+        " TET paper's published code makes them; default: %(default)s",
     )
-    add("--resize", choices=["area", "bilinear"], default="area", help="default: %(default)s")
+    add(
+        "--resize",
+        choices=["area", "bilinear"],
+        help="default: area, and bilinear with --values published",
+    )
     add(
         "--dtype",
         choices=["uint8", "float16"],
@@ -90,6 +94,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.dtype is None:
         options.dtype = "uint8" if options.values == "count" else "float16"
+    if options.values == "published" and options.resize == "area":
+        parser.error("--values published resizes as the published code does: leave out --resize")
+    if options.resize is None:
+        options.resize = "bilinear" if options.values == "published" else "area"
     return options
 
 

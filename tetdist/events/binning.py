@@ -6,10 +6,11 @@ from typing import Literal, NamedTuple, assert_never
 import numpy as np
 import numpy.typing as npt
 
+from tetdist.events.published import published_frames
 from tetdist.events.recording import BadRecording, Events, Sensor
 
 Bins = Literal["count", "time"]
-Values = Literal["count", "occupancy", "normalised"]
+Values = Literal["count", "occupancy", "normalised", "published"]
 Resize = Literal["area", "bilinear"]
 DType = Literal["uint8", "float16"]
 
@@ -28,11 +29,11 @@ class Binning:
             parts of the time from the first event to the last.
         values: Value of a pixel. "count": its events; "occupancy": 1 where there is any;
             "normalised": its events divided by the most that any pixel of this frame, of this
-            polarity, has.
+            polarity, has; "published": those of `published_frames`, which goes with bilinear.
         resize: "area": what falls on each new pixel's area; "bilinear": weighted by a triangle as
             wide as two new pixels, as PIL does. Both keep a frame's sum of "count", and its mean
             of the other values.
-        dtype: "uint8": rounded, "occupancy" and "normalised" as multiples of 1 / 255; "float16".
+        dtype: "uint8": rounded, all values but "count" as multiples of 1 / 255; "float16".
     """
 
     timesteps: int
@@ -66,7 +67,7 @@ def bin_events(events: Events, binning: Binning) -> Frames:
     if len(events) < binning.timesteps:
         raise BadRecording(f"{len(events)} events are too few for {binning.timesteps} bins")
     counts = _count(events, _bin_numbers(events, binning), binning.timesteps)
-    frames = _resized(_valued(counts, binning.values), binning)
+    frames = _frames(counts, binning)
     tensor, saturated = _stored(frames, binning)
     return Frames(tensor, saturated, int((counts.max(axis=(2, 3)) == 0).sum()))
 
@@ -93,16 +94,19 @@ def _count(events: Events, bins: npt.NDArray[np.int64], timesteps: int) -> npt.N
     return total.reshape(timesteps + 1, 2, height, width)[:timesteps].astype(np.float64)
 
 
-def _valued(counts: npt.NDArray[np.float64], values: Values) -> npt.NDArray[np.float64]:
-    match values:
+def _frames(counts: npt.NDArray[np.float64], binning: Binning) -> npt.NDArray[np.float64]:
+    match binning.values:
         case "count":
-            return counts
+            return _resized(counts, binning)
         case "occupancy":
-            return (counts > 0).astype(np.float64)
+            return _resized((counts > 0).astype(np.float64), binning)
         case "normalised":
-            return counts / np.maximum(counts.max(axis=(2, 3), keepdims=True), 1)
+            most = counts.max(axis=(2, 3), keepdims=True)
+            return _resized(counts / np.maximum(most, 1), binning)
+        case "published":
+            return published_frames(counts, binning.size)
         case _:
-            assert_never(values)
+            assert_never(binning.values)
 
 
 def _resized(frames: npt.NDArray[np.float64], binning: Binning) -> npt.NDArray[np.float64]:
