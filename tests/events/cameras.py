@@ -87,12 +87,34 @@ def _events_packet(made):
     return _flatbuffer(b"EVTS", vtable, table + rows.tobytes())
 
 
-def aedat4(made, sensor=(64, 48), streams=(0,), finished=True, compression=0, compress=bytes):
-    packets = b""
+def _packets_table(lines):
+    """The table at the end: position, stream, size and number of elements of each packet."""
+    rows, distances = b"", []
+    for i, (position, stream, size, number) in enumerate(lines):
+        distances.append(4 * (len(lines) - i) + len(rows) + 16)
+        rows += struct.pack("<HHHHHHHH", 14, 44, 12, 4, 20, 28, 36, 0)
+        rows += struct.pack("<iiiqqqq", 16, stream, size, position, number, 0, 0)
+    table = struct.pack(f"<iII{len(lines)}I", 8, 4, len(lines), *distances)
+    return _flatbuffer(b"FTAB", struct.pack("<HHHH", 6, 8, 4, 0), table + rows)
+
+
+def aedat4(
+    made,
+    sensor=(64, 48),
+    streams=(0,),
+    finished=True,
+    compression=0,
+    compress=bytes,
+    lines=lambda lines: lines,
+):
+    """With what the table at the end says changed by `lines`."""
+    packets, listed = b"", []
     for start in range(0, len(made.t), 100):
-        packet = _events_packet(Made(*(values[start : start + 100] for values in made)))
-        packet = compress(packet)
-        packets += struct.pack("<ii", 0, len(packet)) + packet
+        part = Made(*(values[start : start + 100] for values in made))
+        packet = compress(_events_packet(part))
+        packets += struct.pack("<ii", 0, len(packet))
+        listed.append([len(packets), 0, len(packet), len(part.t)])
+        packets += packet
     info = _INFO.format("".join(_STREAM.format(stream, *sensor) for stream in streams)).encode()
 
     def header(position):
@@ -102,8 +124,12 @@ def aedat4(made, sensor=(64, 48), streams=(0,), finished=True, compression=0, co
         table += struct.pack("<I", len(info)) + info
         return b"#!AER-DAT4.0\r\n" + _flatbuffer(b"IOHE", vtable, table + b"\0")
 
-    position = len(header(0)) + len(packets) if finished else -1
-    return header(position) + packets + (b"the table" if finished else b"")
+    if not finished:
+        return header(-1) + packets
+    for line in listed:
+        line[0] += len(header(0))
+    table = compress(_packets_table(lines(listed)))
+    return header(len(header(0)) + len(packets)) + packets + table
 
 
 def dat(made, header="% Version 2\n% Width 304\n% Height 240\n", kind=0x0C):

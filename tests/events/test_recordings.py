@@ -74,6 +74,9 @@ def test_aedat4_is_read_as_written(tmp_path):
 def test_compressed_aedat4_is_read_as_written(tmp_path, module, number):
     data = cameras.aedat4(MADE, compression=number, compress=module.compress)
     check(read(tmp_path, "1.aedat4", data), MADE, (64, 48))
+    for wrong in (data[:-1], data + b"\0"):
+        with pytest.raises(BadRecording, match=r"does not decompress|cut off, or something that"):
+            read(tmp_path, "1.aedat4", wrong)
     packets = data.index(b"</dv>") + 6
     damaged = data[: packets + 30] + b"damaged" + data[packets + 37 :]
     with pytest.raises(BadRecording, match=r"does not decompress|truncated or damaged"):
@@ -156,6 +159,18 @@ def backwards(i, j):
     return changed("t", t)
 
 
+def filled(data, octet, number=400, behind=400):
+    """With a stretch before the last `behind` bytes overwritten, as by a disk that lost it."""
+    return data[: -number - behind] + bytes([octet]) * number + data[-behind:]
+
+
+def time_high_goes_back():
+    """Between two events, and without one while it does; the time that they have is right."""
+    event = [0x8002, 0x6000, 0x0001, 0x2001]
+    words = np.array([*event, 0x8001, 0x8002, 0x0002, 0x2001], "<u2")
+    return b"% evt 3.0\n% geometry 64x48\n% end\n" + words.tobytes()
+
+
 WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
 
 
@@ -187,6 +202,17 @@ WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
         ("1.dat", cameras.dat(MADE, kind=0x0E), "type 0xe and 8 bytes"),
         ("1.dat", cameras.dat(MADE, header="% Version 2\n"), "does not say the sensor's size"),
         ("1.dat", cameras.dat(changed("p", [3] * 300)), "event 0 has polarity 3 instead of 0 or 1"),
+        ("1.bin", bytes(5 * 60) + cameras.nmnist(MADE), r"event 0 is there 60 times in a row"),
+        ("1.aedat", filled(cameras.aedat31(MADE), 0), "packet says that 100 of its 101 events are"),
+        ("1.aedat", filled(cameras.davis240(MADE), 255), "has all bits set: is a stretch filled"),
+        ("1.dat", filled(cameras.dat(MADE), 0), "timestamps go back"),
+        ("1.raw", filled(cameras.evt2(MADE), 0), "timestamps go back|times in a row"),
+        ("1.raw", filled(cameras.evt2(MADE), 255), r"word \d+ of its data continues nothing"),
+        ("1.raw", filled(cameras.evt3(MADE), 0), r"said, row 0: is a stretch zeroed\?"),
+        ("1.raw", filled(cameras.evt3(MADE), 255), r"continues nothing \(type 0xf\)"),
+        ("1.raw", cameras.evt3(MADE) + bytes(4), "says again what the word before it said, row 0"),
+        ("1.raw", cameras.evt3(MADE) + b"left by something else", r"word \d+ of its data"),
+        ("1.raw", time_high_goes_back(), r"time goes back at word 4 .* \(from 2 to 1\)"),
         ("1.raw", cameras.dat(MADE), "says no EVT version"),
         ("1.raw", cameras.evt2(MADE, header="% evt 2.1\n"), "says EVT 2.1; EVT 2.0 and EVT 3.0"),
         ("1.raw", cameras.evt2(MADE)[:-1], "truncated"),
@@ -198,6 +224,7 @@ WRAPPED = changed("t", [*range(2**23 - 2, 2**23), *range(298)])
         ("1.npz", npz(**changed("t", MADE.t / 1e6)._asdict()), "t is float64: .* microseconds"),
         ("1.npz", npz(**changed("x", MADE.x[1:])._asdict()), r"x has the shape \(299,\)"),
         ("1.npz", npz(**MADE._asdict()), "does not say the sensor's size"),
+        ("1.npz", npz(**dict.fromkeys("xytp", np.zeros(99, int)), width=3, height=3), "99 times"),
         ("1.npz", npz(**MADE._asdict())[:-30], "not an NPZ file, or damaged"),
         ("1.npz", npz(**changed("x", np.array([None] * 300))._asdict()), "not an NPZ file, or dam"),
         ("1.txt", b"hello", "its suffix is none of"),
@@ -208,11 +235,19 @@ def test_bad_recordings_are_refused_with_the_reason(tmp_path, name, data, words)
         read(tmp_path, name, data)
 
 
+def fewer(lines):
+    return [[*line[:3], line[3] - 1] for line in lines]
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
         (lambda data: data[: len(data) // 2], "truncated"),
-        (lambda data: data[:-9], "truncated"),  # Just behind the last packet.
+        (lambda data: data[: data.index(b"FTAB") - 8], "truncated"),  # Behind the last packet.
+        (lambda data: data[:-1], "no whole FTAB buffer"),
+        (lambda data: data + b"\0", r"something else follows its end, 1 byte\(s\)"),
+        (lambda _: cameras.aedat4(MADE, lines=lambda lines: lines[1:]), "lists 2 packets, .* 3"),
+        (lambda _: cameras.aedat4(MADE, lines=fewer), "lists other numbers of events"),
         (lambda data: data[:40], "truncated or damaged"),
         (lambda data: data.replace(b"EVTS", b"ABCD"), "0 streams of events|no whole EVTS"),
         (lambda data: data.replace(b"</dv>", b"</dw>"), "damaged"),

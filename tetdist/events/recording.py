@@ -6,6 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+# An event that is there so often in a row, at one pixel and microsecond, comes from a stretch of the
+# file that was overwritten: a camera's pixel rests after an event.
+_REPEATS = 50
+
 
 class BadRecording(ValueError):
     """A recording that cannot be used; the text is the reason, without the file's name."""
@@ -70,7 +74,8 @@ def checked_events(
         counter: Microseconds after which the format's timestamps begin again at zero.
 
     Raises:
-        BadRecording: There are no events, time goes back, or a coordinate or polarity is none.
+        BadRecording: There are no events, time goes back, a coordinate or polarity is none, or one
+            event is repeated over and over.
     """
     x, y, t, p = (np.asarray(values).astype(np.int64) for values in (x, y, t, p))
     if not len(t):
@@ -94,7 +99,22 @@ def checked_events(
     if wrong.size:
         i = int(wrong[0])
         raise BadRecording(f"event {i} has polarity {p[i]} instead of 0 or 1")
+    _check_repeats(np.stack([x, y, t, p]))
     return Events(x, y, t, p, sensor, dropped)
+
+
+def _check_repeats(events: npt.NDArray[np.int64]) -> None:
+    """Refuse events (4, N) of which one is there _REPEATS times in a row, to the microsecond."""
+    changes = np.flatnonzero((np.diff(events) != 0).any(0)) + 1
+    starts = np.concatenate([[0], changes])
+    lengths = np.diff(starts, append=events.shape[1])
+    long = np.flatnonzero(lengths >= _REPEATS)
+    if long.size:
+        first, number = int(starts[long[0]]), int(lengths[long[0]])
+        raise BadRecording(
+            f"event {first} is there {number} times in a row (x={events[0, first]},"
+            f" y={events[1, first]}, {events[2, first]} us): is a stretch zeroed?"
+        )
 
 
 def split_header(data: bytes, mark: bytes, last: bytes) -> tuple[list[str], bytes]:

@@ -64,6 +64,9 @@ def _read_2(data: bytes, sensor: Sensor | None) -> Events:
         x, y = (address >> 1) & 0x7F, (address >> 8) & 0x7F
         p = 1 - (address & 1).astype(np.int64)  # The bit is set where it became darker.
     elif sensor == DAVIS240:
+        filled = np.flatnonzero(address == 0xFFFF_FFFF)
+        if filled.size:
+            raise BadRecording(f"record {filled[0]} has all bits set: is a stretch filled?")
         # Bit 31 marks frames and inertial measurements, bit 10 external triggers.
         is_event = (address & 0x8000_0400) == 0
         x, y, p = (address >> 12) & 0x3FF, (address >> 22) & 0x1FF, (address >> 11) & 1
@@ -104,7 +107,8 @@ def _read_3(data: bytes, sensor: Sensor | None) -> Events:
     while position < len(body):
         if len(body) - position < _PACKET.size:
             raise BadRecording("it is truncated within a packet's header")
-        kind, _, size, _, overflow, capacity, number, _ = _PACKET.unpack_from(body, position)
+        fields = _PACKET.unpack_from(body, position)
+        kind, _, size, _, overflow, capacity, number, num_valid = fields
         position += _PACKET.size
         if size <= 0 or not 0 <= number <= capacity:
             raise BadRecording(
@@ -121,7 +125,12 @@ def _read_3(data: bytes, sensor: Sensor | None) -> Events:
         words = fixed_records(packet, "<u4", 2).astype(np.int64)
         word, t = words[:, 0], words[:, 1] + (overflow << 31)
         valid = (word & 1) == 1
-        dropped += int(number - valid.sum())
+        if valid.sum() != num_valid:
+            raise BadRecording(
+                f"a packet says that {num_valid} of its {number} events are valid, and"
+                f" {valid.sum()} are: it is damaged"
+            )
+        dropped += number - num_valid
         parts.append(np.stack([word >> 17, (word >> 2) & 0x7FFF, t, (word >> 1) & 1], 1)[valid])
     x, y, t, p = np.concatenate([np.empty((0, 4), np.int64), *parts]).T
     return checked_events(x, y, t, p, sensor or DVS128, dropped=dropped)

@@ -28,10 +28,14 @@ _DAT_SIZE = 8
 
 _EVT2_OFF, _EVT2_ON, _EVT2_TIME_HIGH = 0x0, 0x1, 0x8
 _EVT2_OTHERS = (0xA, 0xE, 0xF)
+_EVT2_CONTINUED = (0xF,)
 
 _EVT3_Y, _EVT3_X, _EVT3_BASE, _EVT3_VECTOR_12, _EVT3_VECTOR_8 = 0x0, 0x2, 0x3, 0x4, 0x5
 _EVT3_TIME_LOW, _EVT3_TIME_HIGH = 0x6, 0x8
 _EVT3_OTHERS = (0x7, 0xA, 0xE, 0xF)
+_EVT3_CONTINUED = (0x7, 0xF)
+# In both, continued words go on with what a word of this type began.
+_OTHER = 0xE
 
 
 def read_dat(data: bytes, sensor: Sensor | None) -> Events:
@@ -108,6 +112,7 @@ def _read_evt2(body: bytes, sensor: Sensor) -> Events:
     word = fixed_records(body, "<u4")[:, 0].astype(np.int64)
     kind = word >> 28
     _check_kinds(kind, (_EVT2_OFF, _EVT2_ON, _EVT2_TIME_HIGH, *_EVT2_OTHERS), "EVT 2.0")
+    _check_continued(kind, _EVT2_CONTINUED)
     high = _latest(kind == _EVT2_TIME_HIGH)
     # Events before the first time word have no time.
     is_event = (kind <= _EVT2_ON) & (high >= 0)
@@ -129,6 +134,8 @@ def _read_evt3(body: bytes, sensor: Sensor) -> Events:
     kind, value = word >> 12, word & 0xFFF
     known = (_EVT3_Y, _EVT3_X, _EVT3_BASE, _EVT3_VECTOR_12, _EVT3_VECTOR_8)
     _check_kinds(kind, (*known, _EVT3_TIME_LOW, _EVT3_TIME_HIGH, *_EVT3_OTHERS), "EVT 3.0")
+    _check_continued(kind, _EVT3_CONTINUED)
+    _check_rows(kind, value)
     time, row = _evt3_times(kind, value), _latest(kind == _EVT3_Y)
     base = _latest(kind == _EVT3_BASE)
 
@@ -171,6 +178,13 @@ def _evt3_times(kind: npt.NDArray[np.int64], value: npt.NDArray[np.int64]) -> np
     """
     positions = np.flatnonzero(kind == _EVT3_TIME_HIGH)
     high = value[positions]
+    back = np.flatnonzero((np.diff(high) < 0) & (np.diff(high) >= -(2**11)))
+    if back.size:
+        i = int(back[0])
+        raise BadRecording(
+            f"the upper half of the time goes back at word {positions[i + 1]} of its data (from"
+            f" {high[i]} to {high[i + 1]})"
+        )
     high = high + np.cumsum(np.diff(high, prepend=high[:1]) < -(2**11)) * 2**12
     # The upper half is repeated all the time; where it changes, the lower one begins at zero.
     changes = np.zeros(len(kind), bool)
@@ -192,6 +206,30 @@ def _check_kinds(kind: npt.NDArray[Any], known: tuple[int, ...], format_name: st
         i = int(foreign[0])
         raise BadRecording(
             f"word {i} of its data is of type {kind[i]:#x}, unknown to {format_name}"
+        )
+
+
+def _check_continued(kind: npt.NDArray[Any], continued: tuple[int, ...]) -> None:
+    """Refuse words that continue nothing, as those of a stretch filled with ones would."""
+    before = np.concatenate([[-1], kind[:-1]])
+    alone = np.flatnonzero(np.isin(kind, continued) & ~np.isin(before, (_OTHER, *continued)))
+    if alone.size:
+        i = int(alone[0])
+        raise BadRecording(f"word {i} of its data continues nothing (type {kind[i]:#x})")
+
+
+def _check_rows(kind: npt.NDArray[np.int64], value: npt.NDArray[np.int64]) -> None:
+    """Refuse a row that is said twice without anything between, as a zeroed stretch would.
+
+    The format says what changes only.
+    """
+    is_row = kind == _EVT3_Y
+    again = np.flatnonzero(is_row[1:] & is_row[:-1] & (np.diff(value) == 0))
+    if again.size:
+        i = int(again[0])
+        raise BadRecording(
+            f"word {i + 1} of its data says again what the word before it said, row"
+            f" {value[i] & 0x7FF}: is a stretch zeroed?"
         )
 
 
