@@ -1,11 +1,14 @@
-"""Write files and folders whole or not at all, whatever kills the process meanwhile."""
+"""Write files and folders whole or not at all, whatever kills the process meanwhile; read them only
+where they are files."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -75,6 +78,20 @@ def explaining(file: Path) -> Iterator[None]:
             f"{file} cannot be written ({error.strerror}), and nothing of it was: make room or name"
             " another place, then run the same command again"
         ) from error
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file to be read, and nothing else: a pipe may never say anything, a device never end.
+
+    Raises:
+        OSError: It cannot be opened, or is no file.
+    """
+    # To open a pipe would otherwise wait for somebody who writes to it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "It is a pipe, a device or a folder, not a file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def _remove(path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import pty
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from PIL import Image
 from samples import picture, write_tar
 
 from tetdist.data.index import check_fresh, load_index
+from tetdist.data.reader import SampleReader
+from tetdist.errors import UserError
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -66,6 +69,111 @@ def test_bad_files_are_named_and_nothing_is_written(image_root, tmp_path, call):
     assert "bad: train/ant/bad.jpg" in output
     assert load_index(out / "val.npz").skipped == ("val/cow/worse.jpg",)
     assert not (root / "index").exists()
+
+
+def test_what_is_no_file_is_bad_and_never_waited_for(image_root, call):
+    root = image_root(per_class=1)
+    folder = root / "train" / "bee"
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "endless.jpg").symlink_to("/dev/zero")
+    (folder / "itself.jpg").symlink_to("itself.jpg")
+    (root / "train" / "itself").symlink_to("itself")
+    os.mkfifo(root / "train" / "x.tar")
+    (root / "itself-train-0.tar").symlink_to("itself-train-0.tar")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(folder / "socket.jpg"))
+    reasons = {
+        "pipe.jpg": "It is a pipe, a device or a folder, not a file",
+        "endless.jpg": "It is a pipe, a device or a folder, not a file",
+        "itself.jpg": "Too many levels of symbolic links",
+        "socket.jpg": "No such device or address",
+    }
+    for command in ("index", "check"):
+        status, output = call("images.py", command, root, "--workers", 1)
+        assert status == (2 if command == "index" else 1), output
+        for name, reason in reasons.items():
+            (line,) = [line for line in output.splitlines() if f"train/bee/{name}: cannot" in line]
+            assert line.startswith("bad: ")
+            assert reason in line
+    status, output = call("images.py", "index", root, "--workers", 1, "--skip-bad")
+    assert status == 0, output
+    assert len(load_index(root / "index" / "train.npz")) == 3
+
+
+def test_a_file_that_became_a_pipe_does_not_stop_a_reader(image_root, call):
+    root = image_root(per_class=1)
+    assert call("images.py", "index", root, "--workers", 1)[0] == 0
+    (root / "train" / "bee" / "bee0.jpg").unlink()
+    os.mkfifo(root / "train" / "bee" / "bee0.jpg")
+    with (
+        SampleReader(load_index(root / "index" / "train.npz"), root) as reader,
+        pytest.raises(UserError, match="has 0 bytes where the index says"),
+    ):
+        reader.read(1)
+
+
+def test_files_that_are_not_taken_are_counted_and_named(image_root, call):
+    root = image_root(per_class=1)
+    for name in ("ant/a.gif", "ant/b.gif", "bee/c.HEIC", "bee/Thumbs.db", "ant/.hidden", "note"):
+        (root / "train" / name).touch()
+    status, output = call("images.py", "index", root, "--workers", 1)
+    assert status == 0, output
+    assert (
+        "train: passed over 1 with .db (train/bee/Thumbs.db), 2 with .gif (train/ant/a.gif, ...),"
+        " 1 with .heic (train/bee/c.HEIC), 1 with no suffix (train/note)\n"
+    ) in output
+    status, output = call("images.py", "check", root, "--workers", 1)
+    assert status == 0, output
+    assert "passed over: train/ant/a.gif: 2 file(s) with .gif are no samples" in output
+    assert "passed over: train/bee/c.HEIC: 1 file(s) with .heic are no samples" in output
+    assert "all good" not in output
+    (root / "train" / "ant" / "ant0.jpg").rename(root / "train" / "ant" / "ant0.avif")
+    status, output = call("images.py", "index", root, "--workers", 1)
+    assert status == 2
+    assert "holds no images" in output
+    assert "1 with .avif (train/ant/ant0.avif)" in output
+
+
+def test_a_test_folder_is_not_mistaken_for_what_training_takes(image_root, call):
+    root = image_root(per_class=1)
+    (root / "val").rename(root / "test")
+    status, output = call("images.py", "index", root, "--workers", 1)
+    assert status == 2
+    assert f"as 'val' if it is renamed, or linked, `ln -s test {root}/val`" in output
+    status, output = call("images.py", "index", root, "--splits", "train,test", "--workers", 1)
+    assert status == 2
+    assert "would not find 'test'" in output
+    assert f"`ln -s test {root}/val`, and leave --splits out" in output
+    assert not (root / "index").exists()
+    (root / "val").symlink_to("test")
+    for options in ([], ["--splits", "train,test"]):
+        status, output = call("images.py", "index", root, "--workers", 1, *options)
+        assert status == 0, output
+        assert "not to train on" not in output
+    assert sorted(p.stem for p in (root / "index").iterdir()) == ["test", "train", "val"]
+
+
+@pytest.mark.parametrize("name", ["val", "Test"])
+def test_data_to_evaluate_alone_need_no_train(image_root, call, name):
+    root = image_root(per_class=1)
+    shutil.rmtree(root / "train")
+    (root / "val").rename(root / name)
+    shutil.rmtree(root / name / "ant")
+    shutil.rmtree(root / name / "bee")
+    status, output = call("images.py", "index", root, "--workers", 1)
+    assert status == 0, output
+    assert "1 images in 1 classes" in output
+    assert f"eval.py --data {root} --split {name}" in output
+    index = load_index(root / "index" / f"{name}.npz")
+    assert index.classes == ("cow",)
+    check_fresh(index, root)
+    status, output = call("images.py", "check", root, "--workers", 1)
+    assert status == 0, output
+    assert "\nall good\n" in output
+    shards = root.parent / "shards"
+    status, output = call("images.py", "shard", root, shards, "--workers", 1)
+    assert status == 0, output
+    assert len(load_index(shards / "index" / f"{name}.npz")) == 1
 
 
 def test_a_class_of_bad_files_only_is_refused(image_root, call):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist.cli.common import MISTAKES, answer, program
-from tetdist.errors import UserError
+from tetdist.errors import UserError, typed
 
 if TYPE_CHECKING:
     from tetdist.data.check import Examined, Finding
@@ -40,9 +40,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     _add_extract(commands)
     args = parser.parse_args(arguments)
     command = commands.choices[args.command]
-    args.splits = [split for split in args.splits.split(",") if split]
-    if not args.splits:
-        command.error("--splits names no split")
+    if args.splits is not None:
+        args.splits = [split for split in args.splits.split(",") if split]
+        if not args.splits:
+            command.error("--splits names no split")
     if args.workers < 1:
         command.error("--workers must be at least 1")
     if args.command == "index" and args.events and args.no_decode:
@@ -51,7 +52,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         command.error("--shard-mb must be at least 1")
     if args.command != "shard":
         args.shards = dict(_split_and_pattern(command, given) for given in args.shards)
-        unknown = set(args.shards) - set(args.splits)
+        if args.shards and args.splits is None:
+            args.splits = ["train", "val"]
+        unknown = set(args.shards) - set(args.splits or ())
         if unknown:
             command.error(f"--shards: {min(unknown)!r} is not among --splits")
     return args
@@ -152,7 +155,7 @@ def _add_extract(commands: Any) -> None:
 def _add_common(command: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0))
     add = command.add_argument
-    add("--splits", default="train,val", help="default: %(default)s")
+    add("--splits", help="default: train,val; without a train split, what there is to evaluate")
     add("--workers", metavar="N", type=int, default=cores, help="processes; default: %(default)s")
 
 
@@ -189,7 +192,10 @@ def _add_skip_bad(command: argparse.ArgumentParser) -> None:
 def _index(args: argparse.Namespace) -> int:
     """Index every split, then write all the indexes or none."""
     from tetdist.data.index import index_file, index_listing, save_index
+    from tetdist.data.layouts import check_splits
 
+    if args.splits is not None:
+        check_splits(args.root, args.splits)
     # Checked first, since otherwise half an hour of decoding could be lost.
     out = args.out or args.root / "index"
     _check_writable(out, "--out")
@@ -203,6 +209,9 @@ def _index(args: argparse.Namespace) -> int:
         indexes.append(result[0])
         bad.extend(result[1])
 
+    for listing in listings:
+        if listing.passed_over:
+            print(f"{listing.split}: passed over {listing.passed_over}", file=sys.stderr)
     _report_bad(bad, len(bad) + sum(map(len, indexes)))
     if bad and not args.skip_bad:
         raise UserError("no index was written: mend the bad files, or give --skip-bad")
@@ -215,6 +224,8 @@ def _index(args: argparse.Namespace) -> int:
         file = index_file(out, index.split)
         save_index(index, file)
         print(f"{file}: {_described(index)}")
+    if all(index.split != "train" for index in indexes):
+        print(f"not to train on: {typed('eval')} --data {args.root} --split {indexes[0].split}")
     return 0
 
 
@@ -242,10 +253,10 @@ def _described(index: "Index") -> str:
 
 def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
     """List every split and make sure that a label means the same in all of them."""
-    from tetdist.data.layouts import Hints, check_same_classes, list_split
+    from tetdist.data.layouts import Hints, check_same_classes, default_splits, list_split
 
     listings = []
-    for split in args.splits:
+    for split in args.splits or default_splits(args.root):
         hints = Hints(args.shards.get(split), args.labels, args.classes)
         with _progress(f"{split}: reading tars", "tar") as progress:
             listings.append(list_split(args.root, split, kind, args.workers, hints, progress))
@@ -314,10 +325,11 @@ def _shard(args: argparse.Namespace) -> int:
     from tetdist.data.shards import shard_split
 
     _check_writable(args.dest, "DEST")
-    files = [index_file(args.index or args.root / "index", split) for split in args.splits]
+    splits = args.splits or _indexed_splits(args.index or args.root / "index")
+    files = [index_file(args.index or args.root / "index", split) for split in splits]
     for file in files:
         check_fresh(load_index(file), args.root, file)
-    for split, file in zip(args.splits, files, strict=True):
+    for split, file in zip(splits, files, strict=True):
         with _progress(split, "shard") as progress:
             index = shard_split(
                 file,
@@ -330,6 +342,12 @@ def _shard(args: argparse.Namespace) -> int:
             )
         print(f"{args.dest / split}: {_described(index)}, packed and indexed")
     return 0
+
+
+def _indexed_splits(folder: Path) -> list[str]:
+    """Train and val, or all that there are indexes of where none is of a training set."""
+    indexed = sorted(file.stem for file in folder.glob("*.npz"))
+    return indexed if indexed and "train" not in indexed else ["train", "val"]
 
 
 def _extract(args: argparse.Namespace) -> int:

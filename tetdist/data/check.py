@@ -24,9 +24,11 @@ from tetdist.data.probe import SAMPLES_PER_TASK, Probe, probe_batches, probe_ima
 from tetdist.data.processes import ReportProgress
 from tetdist.errors import UserError
 
-FindingKind = Literal["bad", "label", "overlap", "missing", "index", "misnamed", "duplicate"]
+FindingKind = Literal[
+    "bad", "label", "overlap", "missing", "index", "misnamed", "duplicate", "passed over"
+]
 # Findings that do no harm; with any other, a data set should not be trained on as it is.
-NOTES: frozenset[FindingKind] = frozenset({"misnamed", "duplicate"})
+NOTES: frozenset[FindingKind] = frozenset({"misnamed", "duplicate", "passed over"})
 
 IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000}
 _VAL_PER_CLASS = 50
@@ -55,7 +57,7 @@ class Finding(NamedTuple):
         kind: "bad": does not decode or has no label; "label": the name says another class;
             "overlap": in two splits; "missing": against ImageNet-1k; "index": the index is not of
             these files; "misnamed": of another format than its suffix says; "duplicate": twice in
-            one split.
+            one split; "passed over": not taken for its suffix, the first of all with this one.
         path: Path of the sample, relative to the data root; or of what else it is about.
         text: What is wrong.
     """
@@ -160,6 +162,8 @@ def split_findings(listing: Listing, examined: list[Examined | str]) -> Iterator
     """Find samples of no use, and those whose name says another label or another format."""
     for bad in listing.bad:
         yield Finding("bad", bad.path, bad.reason)
+    for suffix, (number, first) in sorted(listing.passed_over.suffixes.items()):
+        yield Finding("passed over", first, f"{number} file(s) with {suffix} are no samples")
     wordnet = are_wordnet_ids(listing.classes)
     for i, result in enumerate(examined):
         path = listing.path(i)

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tetdist.data.archives import BadFile, ByteRange
-from tetdist.data.layouts import Kind, Listing, list_class, list_classes, list_split
+from tetdist.data.class_folders import Kind, list_class, list_classes
+from tetdist.data.layouts import Listing, list_split
 from tetdist.data.probe import Probe, probe_all, probe_image, probe_tensor
 from tetdist.data.processes import ReportProgress
 from tetdist.errors import UserError, typed
@@ -298,7 +299,7 @@ def _check_names(index: Index, root: str | Path, again: str) -> None:
         prefix = f"{index.split}/{name}/"
         known = {index.path(i) for i in range(bounds[label], bounds[label + 1])}
         known |= {path for path in index.skipped if path.startswith(prefix)}
-        listed = {prefix + file for file in list_class(folder, index.kind)}
+        listed = {prefix + file for file in list_class(folder, index.kind).samples}
         if known != listed:
             first = _first_difference(known, listed)
             raise UserError(f"{first.name} is {first.where('the index', str(root))}: {again}")

@@ -11,20 +11,27 @@ import functools
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Literal
 
 from tetdist.data import archives
 from tetdist.data.archives import BadFile, ByteRange, Member
+from tetdist.data.class_folders import (
+    SUFFIXES,
+    Kind,
+    PassedOver,
+    fewest_classes,
+    folders_called,
+    is_folder,
+    is_held_out,
+    list_class,
+    list_classes,
+    names_in,
+)
 from tetdist.data.processes import ReportProgress, run_tasks
 from tetdist.errors import UserError
 
-Kind = Literal["images", "events"]
-
-# Those of images are torchvision's ImageFolder's; they are compared without regard to case.
-_SUFFIXES: dict[Kind, tuple[str, ...]] = {"images": archives.IMAGE_SUFFIXES, "events": (".npy",)}
 # Names that the public shards have for a split.
 _ALIASES = {"val": ("val", "validation")}
 CLASSES_FILE = "classes.txt"
@@ -72,6 +79,7 @@ class Listing:
         class_mtimes_ns: When the listing of each class folder last changed; none for archives.
         archives: The tar files that hold the samples, sorted; none for class folders.
         bad: Samples that cannot be used for lack of a label, and the like.
+        passed_over: Files that lie among the samples and are none, without hidden ones.
         options: Options of the command line that list the split again.
     """
 
@@ -84,6 +92,7 @@ class Listing:
     class_mtimes_ns: list[int] = field(default_factory=list)
     archives: tuple[str, ...] = ()
     bad: list[BadFile] = field(default_factory=list)
+    passed_over: PassedOver = field(default_factory=PassedOver)
     options: str = ""
 
     def path(self, i: int) -> str:
@@ -110,13 +119,13 @@ def list_split(
         progress: Called with the number of tar files read and of all.
 
     Raises:
-        UserError: There is no such split or it is incomplete or damaged, there are fewer than
-            two classes, or a class has no sample.
+        UserError: There is no such split or it is incomplete or damaged, there is no class, or
+            only one to train on, or a class has no sample.
     """
     root, hints = Path(root), hints or Hints()
     if not root.is_dir():
         raise UserError(f"there is no data folder {root}")
-    official = f"ILSVRC2012_img_{split}.tar"
+    official = _official_tar(split)
     if kind == "events" and not hints.shards:
         return _list_folder(root, split, kind)
     if hints.shards or _shards_of(root, split):
@@ -128,34 +137,46 @@ def list_split(
     return _list_folder(root, split, kind)
 
 
-def list_classes(root: str | Path, split: str) -> tuple[str, ...]:
-    """The sorted class names of a split in class folders, without hidden ones.
+def _official_tar(split: str) -> str:
+    return f"ILSVRC2012_img_{split}.tar"
+
+
+def default_splits(root: Path) -> tuple[str, ...]:
+    """The splits that are meant where none is named: train and val, or what is there to evaluate.
+
+    Where there is nothing to train on, that is "val", or a folder with another name for it.
+    """
+    if root.is_dir() and not _is_there(root, "train"):
+        if _is_there(root, "val"):
+            return ("val",)
+        others = folders_called(root, "val")
+        if len(others) == 1 and not folders_called(root, "train"):
+            return others
+    return ("train", "val")
+
+
+def check_splits(root: Path, splits: Sequence[str]) -> None:
+    """Refuse to index a training set with something that training will not evaluate on.
 
     Raises:
-        UserError: The split's folder is missing or holds fewer than two class folders.
+        UserError: That is so; it says what training takes.
     """
-    folder = Path(root, split)
-    if not Path(root).is_dir():
-        raise UserError(f"there is no data folder {root}")
-    if not folder.is_dir():
+    others = [split for split in splits if is_held_out(split)]
+    if "train" in splits and others and "val" not in splits and not _is_there(root, "val"):
+        name, link = shlex.quote(others[0]), shlex.quote(str(root / "val"))
         raise UserError(
-            f"the data folder {root} has no folder {split!r} in it, nor tar files of it"
+            f"--splits: training takes 'train' and 'val', and would not find {others[0]!r}: rename"
+            f" or link it, `ln -s {name} {link}`, and leave --splits out; or index {others[0]!r} by"
+            " itself, to evaluate only"
         )
-    classes = _listing(folder, lambda entry: entry.is_dir())
-    if len(classes) < 2:
-        what = f"only one class folder, {classes[0]!r}" if classes else "no class folders"
-        raise UserError(f"{folder} holds {what}: it must hold one folder of files for each class")
-    return classes
 
 
-def list_class(folder: Path, kind: Kind) -> tuple[str, ...]:
-    """Sorted names of a class folder's files that have a suffix of the kind."""
-    folders = _listing(folder, lambda entry: entry.is_dir())
-    if folders:
-        raise UserError(
-            f"{folder} holds a folder, {folders[0]!r}: files must lie directly in the class folder"
-        )
-    return _listing(folder, lambda entry: entry.name.lower().endswith(_SUFFIXES[kind]))
+def _is_there(root: Path, split: str) -> bool:
+    return (
+        (root / split).is_dir()
+        or (root / _official_tar(split)).is_file()
+        or bool(_shards_of(root, split))
+    )
 
 
 def check_same_classes(classes: Mapping[str, tuple[str, ...]]) -> None:
@@ -180,23 +201,23 @@ def check_same_classes(classes: Mapping[str, tuple[str, ...]]) -> None:
             )
 
 
-def _listing(folder: Path, wanted: Callable[[os.DirEntry[str]], bool]) -> tuple[str, ...]:
-    with os.scandir(folder) as entries:
-        return tuple(sorted(e.name for e in entries if e.name[0] != "." and wanted(e)))
-
-
 def _list_folder(root: Path, split: str, kind: Kind) -> Listing:
     found = Listing(kind=kind, split=split, classes=list_classes(root, split))
+    for name in names_in(root / split, lambda entry: not is_folder(entry)):
+        found.passed_over.add(f"{split}/{name}")
     for label, name in enumerate(found.classes):
         folder = root / split / name
         # The time is taken first: a file added before the listing must make the index stale.
         found.class_mtimes_ns.append(folder.stat().st_mtime_ns)
         files = list_class(folder, kind)
-        if not files:
-            wanted = ", ".join(_SUFFIXES[kind])
-            raise UserError(f"the class folder {folder} holds no {kind} ({wanted})")
-        found.labels.extend([label] * len(files))
-        found.names.extend(f"{split}/{name}/{file}" for file in files)
+        for file in files.others:
+            found.passed_over.add(f"{split}/{name}/{file}")
+        if not files.samples:
+            wanted = ", ".join(SUFFIXES[kind])
+            there = f", but {found.passed_over}" if files.others else ""
+            raise UserError(f"the class folder {folder} holds no {kind} ({wanted}){there}")
+        found.labels.extend([label] * len(files.samples))
+        found.names.extend(f"{split}/{name}/{file}" for file in files.samples)
     found.byte_ranges = [ByteRange(name) for name in found.names]
     return found
 
@@ -231,17 +252,20 @@ def _shard_samples(root: Path, file: str) -> archives.Samples:
 def _shards_of(root: Path, split: str) -> list[str]:
     """Find a split's shards by their names: paths relative to the root, sorted."""
     if (root / split).is_dir():
-        files = [f"{split}/{name}" for name in _listing(root / split, _is_tar)]
+        files = [f"{split}/{name}" for name in names_in(root / split, _is_tar)]
     else:
         words = "|".join(_ALIASES.get(split, (re.escape(split),)))
         name = re.compile(rf"(.*[-_.])?({words})[-_.]\d.*")
-        files = [file for file in _listing(root, _is_tar) if name.fullmatch(file)]
+        files = [file for file in names_in(root, _is_tar) if name.fullmatch(file)]
     _check_no_gaps(root, files)
     return files
 
 
 def _is_tar(entry: os.DirEntry[str]) -> bool:
-    return entry.name.endswith(".tar") and entry.is_file()
+    try:
+        return entry.name.endswith(".tar") and entry.is_file()
+    except OSError:  # A link to itself.
+        return False
 
 
 def _check_no_gaps(root: Path, files: list[str]) -> None:
@@ -316,11 +340,11 @@ def _shard_classes(root: Path, split: str, last_label: int, hints: Hints) -> tup
         raise UserError(
             f"{file} names a class twice, or has an empty line: a name a line, each once"
         )
-    if len(classes) <= last_label or len(classes) < 2:
+    if len(classes) <= last_label or len(classes) < fewest_classes(split):
         raise UserError(
             f"the shards of {split} have labels up to {last_label}, but there are {len(classes)}"
-            f" class names{f' in {file}' if file else ''}: at least two, and one for each, are"
-            " needed (--classes)"
+            f" class names{f' in {file}' if file else ''}: one for each is needed, and two to train"
+            " on (--classes)"
         )
     return classes
 
@@ -348,9 +372,11 @@ def _list_training_tar(
     inner = [tars[name] for name in listing.classes]
     members = run_tasks(archives.images, inner, workers, progress)
     for label, (name, found) in enumerate(zip(listing.classes, members, strict=True)):
-        if not found:
+        for other in found.others:
+            listing.passed_over.add(f"{file}/{name}.tar/{other}")
+        if not found.members:
             raise UserError(f"the class {name} in {root / file} holds no images")
-        named = [member._replace(name=f"{name}.tar/{member.name}") for member in found]
+        named = [member._replace(name=f"{name}.tar/{member.name}") for member in found.members]
         _add(listing, file, named, [label] * len(named))
     return _sorted(listing)
 
@@ -362,7 +388,8 @@ def _list_validation_tar(root: Path, file: str, split: str, hints: Hints) -> Lis
             f"the labels of {root / file} are missing: put {_DEVKIT_FILE} beside it, or name a file"
             " of labels with --labels"
         )
-    members = sorted(archives.images(ByteRange(str(root / file))))
+    found = archives.images(ByteRange(str(root / file)))
+    members = sorted(found.members)
     if not members:
         raise UserError(f"{root / file} holds no images")
     names = [member.name for member in members]
@@ -377,6 +404,8 @@ def _list_validation_tar(root: Path, file: str, split: str, hints: Hints) -> Lis
         options=hints.options(split),
         bad=[BadFile(f"{file}/{n}", f"no label in {labels_file}") for n in names if n not in ids],
     )
+    for other in found.others:
+        listing.passed_over.add(f"{file}/{other}")
     labels = {name: label for label, name in enumerate(classes)}
     labelled = [member for member in members if member.name in ids]
     _add(listing, file, labelled, [labels[ids[member.name]] for member in labelled])

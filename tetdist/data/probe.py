@@ -13,6 +13,7 @@ import numpy as np
 
 from tetdist.data.archives import ByteRange
 from tetdist.data.processes import ReportProgress, run_tasks
+from tetdist.files import open_file
 
 # PIL and DALI both decode these; PIL alone opens many more, whatever the suffix.
 _PIL_FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
@@ -92,7 +93,7 @@ def probe_range(
     The stream begins at the sample's first byte and ends at its last.
     """
     try:
-        with Path(root, byte_range.file).open("rb") as file:
+        with open_file(Path(root, byte_range.file)) as file:
             size = os.fstat(file.fileno()).st_size if byte_range.size is None else byte_range.size
             if size == 0:
                 return "the file is empty"

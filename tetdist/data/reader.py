@@ -60,7 +60,8 @@ class SampleReader:
             os.close(descriptor)
 
     def _read_file(self, byte_range: ByteRange, i: int) -> npt.NDArray[np.uint8]:
-        descriptor = os.open(self._prefix + byte_range.file, os.O_RDONLY)
+        # To open what has become a pipe would otherwise wait for somebody who writes to it.
+        descriptor = os.open(self._prefix + byte_range.file, os.O_RDONLY | os.O_NONBLOCK)
         try:
             size = os.fstat(descriptor).st_size
             if size != byte_range.size:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-# An event that is there so often in a row, at one pixel and microsecond, comes from a stretch of the
-# file that was overwritten: a camera's pixel rests after an event.
+# An event that is there so often in a row, at one pixel and microsecond, comes from a stretch of
+# the file that was overwritten: a camera's pixel rests after an event.
 _REPEATS = 50
 
 

@@ -33,7 +33,7 @@ from tetdist.events.folders import Listing, Piece, Source
 from tetdist.events.formats import read_recording
 from tetdist.events.recording import BadRecording, Events, Sensor
 from tetdist.events.simulate import Simulation, simulate
-from tetdist.files import explaining, replacing, write_json
+from tetdist.files import explaining, open_file, replacing, write_json
 
 # This goes up when the same parameters make other tensors than before.
 _FORMAT_VERSION = 1
@@ -351,7 +351,7 @@ def _verify(task: tuple[Path, Path, list[Record]]) -> list[Record]:
         status = file.stat()
         same = (status.st_size, status.st_mtime_ns) == (first.source_size, first.source_mtime_ns)
         # The time of a copy is another one, so its contents are compared.
-        same = same or hashlib.sha256(file.read_bytes()).hexdigest() == first.source_sha256
+        same = same or hashlib.sha256(_read(file)).hexdigest() == first.source_sha256
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): {_way_out()}") from error
     if not same:
@@ -373,7 +373,7 @@ def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list
     try:
         file = source / item.path
         status = file.stat()
-        data = file.read_bytes()
+        data = _read(file)
         events = _events(file, data, item, settings)
     except (BadRecording, OSError) as error:
         return [], [BadFile(item.path, str(error))]
@@ -400,6 +400,11 @@ def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list
             )
         )
     return records, bad
+
+
+def _read(file: Path) -> bytes:
+    with open_file(file) as stream:
+        return stream.read()
 
 
 def _events(file: Path, data: bytes, item: Source, settings: Settings) -> Events:
