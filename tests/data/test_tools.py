@@ -163,7 +163,7 @@ def test_data_to_evaluate_alone_need_no_train(image_root, call, name):
     status, output = call("images.py", "index", root, "--workers", 1)
     assert status == 0, output
     assert "1 images in 1 classes" in output
-    assert f"eval.py --data {root} --split {name}" in output
+    assert f"eval.py --checkpoint RUN --data {root} --split {name}" in output
     index = load_index(root / "index" / f"{name}.npz")
     assert index.classes == ("cow",)
     check_fresh(index, root)

@@ -415,6 +415,41 @@ def test_bad_checkpoints(run: Path, evaluate: Tool, tmp_path: Path) -> None:
     assert "config.yaml" in broken(evaluate, "--checkpoint", run / "config.yaml")
 
 
+def test_some_of_the_classes_are_found_by_their_names_and_said_to_be_a_subset(
+    run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path
+) -> None:
+    from tetdist.data import index
+
+    file, page = tmp_path / "e.json", tmp_path / "e.html"
+    assert evaluate("--checkpoint", run, "--json", file)[0] == 0
+    whole = json.loads(file.read_text())
+    assert "subset" not in whole
+    # As a folder of another name, and of one class whose label there is not that of the training.
+    for split, names in (("val", ["left", "up"]), ("Test", ["right"])):
+        folder = tmp_path / split
+        for name in names:
+            shutil.copytree(tiny_copy / "val" / name, folder / split / name)
+        built, _ = index.build_index(folder, split, workers=1)
+        index.save_index(built, index.index_file(folder / "index", split))
+        options = ("--data", folder, "--split", split, "--json", file, "--report", page)
+        status, out, err = evaluate("--checkpoint", run, *options)
+        assert status == 0, err
+        found = json.loads(file.read_text())
+        assert found["subset"] == names
+        labels = [tiny.CLASSES.index(name) for name in names]
+        assert found["samples"] == sum(tiny.VAL_SIZES[k] for k in labels)
+        for k, row in enumerate(found["confusion"]):
+            assert row == (whole["confusion"][k] if k in labels else [0] * len(tiny.CLASSES))
+        right = sum(whole["confusion"][k][k] for k in labels)
+        assert found["top1"] == pytest.approx(100 * right / found["samples"])
+        words = f"which have {len(names)} of its 4 classes ({', '.join(names)}); it chose among all"
+        assert words in out
+        assert words in page.read_text()
+    assert "there is that of Test, so give --split Test" in broken(
+        evaluate, "--checkpoint", run, "--data", tmp_path / "Test"
+    )
+
+
 def test_bad_data(run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path) -> None:
     from tetdist.data import index
 
@@ -424,7 +459,7 @@ def test_bad_data(run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path) ->
     assert "there is no folder" in broken(
         evaluate, "--checkpoint", run, "--data", tmp_path / "none"
     )
-    assert "there is no index" in problem("--split", "test")
+    assert "there is that of train, val, so give" in problem("--split", "test")
     (tiny_copy / "val/up").rename(tiny_copy / "val/top")
     assert "val/" in problem()
     built, _ = index.build_index(tiny_copy, "val", workers=1)

@@ -280,6 +280,45 @@ def test_bad_recordings_are_named_and_left_out_only_when_told(source, tmp_path, 
     assert described["recordings"] == {"train": 7 + 7, "val": 3 + 3}
 
 
+def test_what_is_no_file_is_bad_and_never_waited_for(source, prebin_dvs):
+    assert prebin_dvs(source)[0] == 0
+    os.mkfifo(source / "left" / "a.bin")
+    (source / "left" / "b.bin").symlink_to("/dev/zero")
+    (source / "left" / "c.bin").symlink_to("c.bin")
+    (source / "left" / "d.mat").touch()
+    status, output = prebin_dvs(source, "--skip-bad", "--split", "first-80-percent")
+    assert status == 0, output
+    assert "passed over 1 with .mat (left/d.mat)" in output
+    for name, reason in (("a", "It is a pipe"), ("b", "a device"), ("c", "Too many levels")):
+        (line,) = [line for line in output.splitlines() if f"bad: left/{name}.bin" in line]
+        assert reason in line
+    # A recording that has become a pipe.
+    (source / "left" / "3.bin").unlink()
+    os.mkfifo(source / "left" / "3.bin")
+    status, output = prebin_dvs(source, "--skip-bad", "--split", "first-80-percent")
+    assert status == 2
+    assert "left/3.bin cannot be read (It is a pipe" in output
+
+
+def test_new_recordings_are_for_evaluation_alone(source, tmp_path, prebin_dvs):
+    shutil.rmtree(source / "right")
+    status, output = prebin_dvs(source, "--split", "all-to-val")
+    assert status == 0, output
+    root = tmp_path / "dest" / "splits" / "all-to-val"
+    assert f"{root}: 10 to test; " in output
+    assert f"eval.py --checkpoint RUN --data {root}" in output
+    assert sorted(path.name for path in root.iterdir()) == ["dataset.json", "index", "val"]
+    assert load_index(root / "index" / "val.npz").classes == ("left",)
+    described = json.loads((root / "dataset.json").read_text())
+    assert (described["split"], described["recordings"]) == ("all-to-val", {"train": 0, "val": 10})
+    times = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert prebin_dvs(source, "--split", "all-to-val")[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == times
+    status, output = prebin_dvs(source)
+    assert status == 2
+    assert "only one class, 'left'" in output
+
+
 def test_a_class_of_bad_recordings_only_is_refused(source, tmp_path, prebin_dvs):
     for i in (8, 9):
         (source / "left" / f"{i}.bin").write_bytes(b"")
@@ -478,7 +517,7 @@ def test_real_recordings_become_a_data_set(prebin_dvs, tmp_path):
         SHARED / "nmnist", "--size", 34, "--preview", timesteps=10, workers=2
     )
     assert status == 0, output
-    assert "passed over 1 file(s) outside the class folders: tonic_sample_nmnist.bin" in output
+    assert "passed over 1 with .bin (tonic_sample_nmnist.bin)" in output
     root = tmp_path / "dest" / "splits" / "published"
     assert json.loads((root / "dataset.json").read_text())["recordings"] == {
         "train": 500,

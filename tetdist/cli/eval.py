@@ -9,6 +9,7 @@ deepspeed launcher or torchrun.
 """
 
 import argparse
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -139,8 +140,11 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         )
         world.run_on_all(lambda: plugins.require(description.imports, options.checkpoint))
         config = world.run_on_all(lambda: evaluation_config(description.config, options))
-        index = world.run_on_all(lambda: open_split(config, options.split, world))
-        world.run_on_all(lambda: check_classes(description.classes, config, index.classes, options))
+        world.run_on_all(lambda: check_split(config, options.split))
+        data = world.run_on_all(lambda: open_split(config, options.split, world))
+        index = world.run_on_all(
+            lambda: with_classes_of_model(data, description.classes, config, options)
+        )
         wanted = options.timesteps or list(range(1, description.timesteps + 1))
         world.run_on_all(lambda: check_options(options, wanted, index))
         model = world.run_on_all(lambda: make_model(config, index))
@@ -156,6 +160,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
             "step": description.step,
             "split": options.split,
             **({"data_split": data_split} if data_split else {}),
+            **({"subset": list(data.classes)} if data.classes != index.classes else {}),
             "trained_timesteps": description.timesteps,
             "reported_timesteps": wanted,
             "seed": options.seed,
@@ -168,6 +173,23 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         )
         world.run_on_all(lambda: show(found, options) if world.rank == 0 else None)
     return 0
+
+
+def check_split(config: "RunConfig", split: str) -> None:
+    """Refuse a split without an index where there are indexes of others.
+
+    Raises:
+        UserError: That is so; it names the others.
+    """
+    from tetdist.data.index import index_file
+
+    file = index_file(config.data.index_dir, split)
+    others = sorted(other.stem for other in file.parent.glob("*.npz"))
+    if not file.is_file() and others:
+        raise UserError(
+            f"--split: there is no index {file}; there is that of {', '.join(others)}, so give"
+            f" --split {others[0]}"
+        )
 
 
 def check_options(options: argparse.Namespace, wanted: list[int], index: "Index") -> None:
@@ -236,28 +258,39 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
     return parse(changed, str(options.checkpoint), warn=False)
 
 
-def check_classes(
+def with_classes_of_model(
+    index: "Index",
     trained: list[str] | None,
     config: "RunConfig",
-    present: tuple[str, ...],
     options: argparse.Namespace,
-) -> None:
+) -> "Index":
+    """The index with the classes of the model, all of them, and the labels that they have there.
+
+    The data may have some of the classes only, which are found by their names.
+
+    Raises:
+        UserError: The model does not know a class, or does not name those that it knows.
+    """
+    import numpy as np
+
+    present = index.classes
     if trained is None:
         # The weights were converted from a file that does not name the classes.
         if config.model.num_classes != len(present):
             raise UserError(
                 f"the data has {len(present)} classes and {options.checkpoint} knows "
-                f"{config.model.num_classes}; give the data set of its training with --data"
+                f"{config.model.num_classes}, without their names; give the data set of its "
+                "training with --data"
             )
-        return
-    if list(present) == trained:
-        return
-    extra, missing = sorted(set(present) - set(trained)), sorted(set(trained) - set(present))
-    problem = f"unknown to the model are {extra[:3]}" if extra else f"missing are {missing[:3]}"
-    raise UserError(
-        f"the data has other classes than {options.checkpoint} was trained on ({problem}); give "
-        "the data set of the training with --data"
-    )
+        return index
+    unknown = sorted(set(present) - set(trained))
+    if unknown:
+        raise UserError(
+            f"the data has other classes than {options.checkpoint} was trained on (unknown to the "
+            f"model are {unknown[:3]}); give data of the classes of the training with --data"
+        )
+    labels = np.array([trained.index(name) for name in present], np.int32)[index.labels]
+    return dataclasses.replace(index, classes=tuple(trained), labels=labels)
 
 
 def write_json(path: Path, found: dict[str, Any]) -> None:

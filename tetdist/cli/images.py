@@ -225,7 +225,8 @@ def _index(args: argparse.Namespace) -> int:
         save_index(index, file)
         print(f"{file}: {_described(index)}")
     if all(index.split != "train" for index in indexes):
-        print(f"not to train on: {typed('eval')} --data {args.root} --split {indexes[0].split}")
+        command = f"{typed('eval')} --checkpoint RUN --data {args.root} --split {indexes[0].split}"
+        print(f"not to train on, but to evaluate: {command}")
     return 0
 
 

@@ -81,8 +81,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--split",
         metavar="NAME[,NAME]",
-        help="published, first-90-percent, first-80-percent, first-70-percent, 0-99-test or"
-        " stratified-9-1; default: published if the source has it, else stratified-9-1",
+        help="published, first-90-percent, first-80-percent, first-70-percent, 0-99-test,"
+        " stratified-9-1, or all-to-val, to evaluate only; default: published if the source has it,"
+        " all-to-val if it has a test part only, else stratified-9-1",
     )
     add("--seed", type=_seed, default=0, help="of stratified-9-1 and --simulate; default: 0")
     add("--simulate", action="store_true", help="SOURCE holds images; simulate a camera")
@@ -197,12 +198,7 @@ def _check_splits(listing: "Listing", names: list[str], seed: int) -> None:
 
 def _note_passed_over(listing: "Listing") -> None:
     if listing.passed_over:
-        first = listing.passed_over[0]
-        print(
-            f"passed over {len(listing.passed_over)} file(s) outside the class folders: {first}"
-            + (", ..." if len(listing.passed_over) > 1 else ""),
-            file=sys.stderr,
-        )
+        print(f"passed over {listing.passed_over}", file=sys.stderr)
 
 
 def _report_bad(tensors: "Tensors") -> None:
@@ -230,7 +226,7 @@ def _make_split(
     name: str,
 ) -> None:
     from tetdist.events.split_roots import make_split
-    from tetdist.events.splits import description
+    from tetdist.events.splits import ALL_TO_VAL, description
 
     root = make_split(
         options.dest,
@@ -246,4 +242,9 @@ def _make_split(
     assert described is not None
     numbers = described["recordings"]
     made = "simulated from images, " if options.simulate else ""
+    if name == ALL_TO_VAL:
+        print(
+            f"{root}: {made}{numbers['val']} to test; {typed('eval')} --checkpoint RUN --data {root}"
+        )
+        return
     print(f"{root}: {made}{numbers['train']} to train, {numbers['val']} to test; data.root={root}")

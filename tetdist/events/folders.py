@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tetdist.data.class_folders import PassedOver
 from tetdist.errors import UserError
 
 Part = Literal["train", "val"]
@@ -68,11 +69,12 @@ class Listing:
 
     Attributes:
         sources: In order: by part, class and then by name, numbers in names by their value.
-        passed_over: Files with a recording's suffix in no class.
+        passed_over: Files in class folders that have no suffix of a recording, and files with one
+            that are in none.
     """
 
     sources: tuple[Source, ...]
-    passed_over: tuple[str, ...]
+    passed_over: PassedOver
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
@@ -84,8 +86,9 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
     """List the recordings of a folder, in one of three layouts.
 
-    CLASS/FILE; PART/CLASS/FILE, where a train and a test PART are called as in _PARTS (N-MNIST,
-    N-CARS; other folders, such as index/, do not count); or FILEs that have a FILE_labels.csv
+    CLASS/FILE; PART/CLASS/FILE, where all that a PART is called is in _PARTS and there is a train
+    or a test one (N-MNIST, N-CARS; beside both, other folders, such as index/, do not count); or
+    FILEs that have a FILE_labels.csv
     beside them with the columns class, startTime_usec, endTime_usec (DVS128 Gesture; its
     trials_to_train.txt and trials_to_test.txt are the published split).
 
@@ -94,28 +97,36 @@ def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
         suffixes: Suffixes of files that count, in lower case.
 
     Raises:
-        UserError: The folder is missing, holds no recordings, or fewer than two classes, or two
-            of its recordings would get the same name.
+        UserError: The folder is missing, holds no recordings, or two of its recordings would get
+            the same name.
     """
     if not root.is_dir():
         raise UserError(f"there is no folder {root}")
+    passed_over = PassedOver()
     loose = _files(root, suffixes)
     if any(root.glob(f"*{_LABELS}")):
         sources, loose = _labelled(root, loose), []
     else:
         folders = _folders(root)
         parts = {folder.name: _PARTS.get(folder.name.lower()) for folder in folders}
-        if {"train", "val"} <= set(parts.values()):
+        if {"train", "val"} <= set(parts.values()) or _are_only_parts(folders, parts):
             sources = [
                 source
                 for folder in folders
                 if parts[folder.name]
-                for source in _classes(root, folder, suffixes, parts[folder.name])
+                for source in _classes(root, folder, suffixes, parts[folder.name], passed_over)
             ]
         else:
-            sources = _classes(root, root, suffixes, None)
+            sources = _classes(root, root, suffixes, None, passed_over)
     _check(root, sources, suffixes)
-    return Listing(tuple(sources), tuple(file.name for file in loose))
+    for file in loose:
+        passed_over.add(file.name)
+    return Listing(tuple(sources), passed_over)
+
+
+def _are_only_parts(folders: list[Path], parts: dict[str, Part | None]) -> bool:
+    """Whether all folders are called as a part of a split and hold folders, the classes."""
+    return bool(folders) and all(parts[path.name] and _folders(path) for path in folders)
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -124,15 +135,17 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    found = [
-        path
-        for path in folder.iterdir()
-        if path.name[0] != "." and path.suffix.lower() in suffixes and not path.is_dir()
-    ]
+    found = [path for path in _all_files(folder) if path.suffix.lower() in suffixes]
     return sorted(found, key=lambda path: natural_key(path.name))
 
 
-def _classes(root: Path, folder: Path, suffixes: Sequence[str], part: Part | None) -> list[Source]:
+def _all_files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name[0] != "." and not path.is_dir()]
+
+
+def _classes(
+    root: Path, folder: Path, suffixes: Sequence[str], part: Part | None, passed_over: PassedOver
+) -> list[Source]:
     sources = []
     for class_folder in _folders(folder):
         inner = _folders(class_folder)
@@ -141,6 +154,9 @@ def _classes(root: Path, folder: Path, suffixes: Sequence[str], part: Part | Non
                 f"{class_folder} holds a folder, {inner[0].name!r}: recordings must lie in"
                 " CLASS/FILE or in train/CLASS/FILE and test/CLASS/FILE"
             )
+        for other in sorted(_all_files(class_folder)):
+            if other.suffix.lower() not in suffixes:
+                passed_over.add(other.relative_to(root).as_posix())
         for file in _files(class_folder, suffixes):
             # There may be a recording of the same name in both parts.
             name = file.stem if part is None else f"{folder.name}-{file.stem}"
@@ -220,9 +236,6 @@ def _check(root: Path, sources: Iterable[Source], suffixes: Sequence[str]) -> No
             f"{root} holds no recordings ({', '.join(suffixes)}) in class folders, CLASS/FILE or"
             " train/CLASS/FILE and test/CLASS/FILE, and none with FILE_labels.csv beside it"
         )
-    classes = {piece.class_name for piece in pieces}
-    if len(classes) < 2:
-        raise UserError(f"{root} holds only one class, {classes.pop()!r}: two are the least")
     key, times = Counter(piece.key for piece in pieces).most_common(1)[0]
     if times > 1:
         raise UserError(

@@ -39,7 +39,7 @@ def make_split(
     bad: int,
     workers: int,
 ) -> Path:
-    """Make DEST/splits/NAME, a data root with train/, val/ and their indexes.
+    """Make DEST/splits/NAME, a data root with train/ (but of all-to-val), val/ and their indexes.
 
     It is made aside and renamed; one of the same name and contents is left as it is.
 
@@ -62,12 +62,15 @@ def make_split(
         if record.source in parts:
             members[parts[record.source]].append(record)
     full_name = splits.split_name(name, seed, settings.simulation is not None)
-    _check_classes(members, full_name)
+    if name == splits.ALL_TO_VAL:
+        del members["train"]
+    else:
+        _check_classes(members, full_name)
     description = _description(full_name, seed, members, settings, bad)
     root = dest / "splits" / full_name
     links = {
         root / part / f"{record.key}.npy": tensor_file(dest, record.key)
-        for part in _PARTS
+        for part in members
         for record in members[part]
     }
     if _holds(root, description, links):
@@ -79,7 +82,7 @@ def make_split(
             linked = aside / link.relative_to(root)
             linked.parent.mkdir(parents=True, exist_ok=True)
             _link(file, linked)
-        for part in _PARTS:
+        for part in members:
             index, wrong = build_event_index(aside, part, workers)
             assert not wrong
             save_index(index, index_file(aside / "index", part))
@@ -104,7 +107,7 @@ def _description(
     name: str, seed: int, members: dict[Part, list[Record]], settings: Settings, bad: int
 ) -> dict[str, Any]:
     digest = hashlib.sha256(name.encode())
-    for part in _PARTS:
+    for part in members:
         for record in sorted(members[part], key=lambda record: record.key):
             digest.update(f"\n{part} {record.key} {record.sha256}".encode())
     return {
@@ -114,7 +117,7 @@ def _description(
         "tool": "tools/prebin_dvs.py",
         "tetdist": tetdist.__version__,
         "parameters": settings.as_dict(),
-        "recordings": {part: len(members[part]) for part in _PARTS},
+        "recordings": {part: len(members.get(part, ())) for part in _PARTS},
         "left_out": bad,
         "fingerprint": digest.hexdigest(),
     }
@@ -127,7 +130,9 @@ def _holds(root: Path, description: dict[str, Any], links: dict[Path, Path]) -> 
     try:
         if splits.description(root) != description:
             return False
-        for part in _PARTS:
+        for part in description["recordings"]:
+            if not description["recordings"][part]:
+                continue
             file = index_file(root / "index", part)
             check_fresh(load_index(file), root, file)
     except UserError:

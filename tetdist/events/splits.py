@@ -25,14 +25,20 @@ _FIRST = {
 _HUNDRED = "0-99-test"
 _STRATIFIED = "stratified-9-1"
 PUBLISHED = "published"
-NAMES = (PUBLISHED, *_FIRST, _HUNDRED, _STRATIFIED)
+# New recordings, to be evaluated with a network that was trained on others.
+ALL_TO_VAL = "all-to-val"
+NAMES = (PUBLISHED, *_FIRST, _HUNDRED, _STRATIFIED, ALL_TO_VAL)
 
 DATASET_FILE = "dataset.json"
 
 
 def default_split(sources: Sequence[Source]) -> str:
-    """The published split where there is one, otherwise the stratified one."""
-    return PUBLISHED if any(source.part for source in sources) else _STRATIFIED
+    """The published split where there is one, otherwise the stratified one; of a lone test part
+    there is nothing to train on."""
+    parts = {source.part for source in sources if source.part}
+    if parts == {"val"} and not any(source.part is None for source in sources):
+        return ALL_TO_VAL
+    return PUBLISHED if "val" in parts else _STRATIFIED
 
 
 def split_name(name: str, seed: int, simulated: bool) -> str:
@@ -51,8 +57,17 @@ def assign(sources: Sequence[Source], name: str, seed: int) -> dict[str, Part]:
         seed: Seed of the stratified split.
 
     Raises:
-        UserError: The sources do not have this split.
+        UserError: The sources do not have this split, or are of fewer than two classes, of which
+            nothing can be learnt.
     """
+    if name == ALL_TO_VAL:
+        return {source.path: "val" for source in sources if source.pieces}
+    classes = {piece.class_name for source in sources for piece in source.pieces}
+    if len(classes) < 2:
+        raise UserError(
+            f"there is only one class, {classes.pop()!r}, and two are the least to train on; to"
+            f" evaluate, give --split {ALL_TO_VAL}"
+        )
     if name == PUBLISHED:
         without = [source for source in sources if source.part is None and not source.problem]
         if without:

@@ -1,7 +1,8 @@
 """The results of an evaluation as text, as a page to look at and as a picture.
 
 All are made of the same dictionary, which the JSON file holds: checkpoint, model, step, split,
-trained_timesteps, reported_timesteps and seed; data_split where the data have several; and all that
+trained_timesteps, reported_timesteps and seed; data_split where the data have several; subset, the
+names of the data's classes, where these are not all of the network's; and all that
 `suite.run_suite` returns.
 """
 
@@ -45,7 +46,20 @@ def heading(found: EvaluationResults) -> str:
     of_split = f" of the split {found['data_split']}" if "data_split" in found else ""
     return (
         f"{found['checkpoint']}: {found['model']}, step {found['step']}, "
-        f"{found['samples']} samples of {found['split']}{of_split}"
+        f"{found['samples']} samples of {found['split']}{of_split}{_of_subset(found)}"
+    )
+
+
+def _of_subset(found: EvaluationResults) -> str:
+    """Name the classes that the data have, where these are not all that the network knows."""
+    present = found.get("subset")
+    if present is None:
+        return ""
+    known = len(found["classes"])
+    more = f" and {len(present) - 5} more" if len(present) > 5 else ""
+    return (
+        f", which have {len(present)} of its {known} classes ({', '.join(present[:5])}{more}); it"
+        f" chose among all {known}"
     )
 
 

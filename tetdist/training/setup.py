@@ -54,9 +54,7 @@ def open_split(config: RunConfig, split: str, world: World) -> Index:
     file = data_index.index_file(config.data.index_dir, split)
     if not file.is_file():
         command = data_index.index_command(root, split, config.data.kind)
-        others = ", ".join(sorted(other.stem for other in file.parent.glob("*.npz")))
-        there = f" (there is that of {others}: --split, of eval)" if others else ""
-        raise UserError(f"there is no index {file}{there}; make it with `{command}`")
+        raise UserError(f"there is no index {file}; make it with `{command}`")
     index = data_index.load_index(file)
     if world.rank == 0:
         data_index.check_fresh(index, root, file)
