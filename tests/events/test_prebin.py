@@ -16,6 +16,7 @@ from PIL import Image
 from samples import SHARED
 
 from tetdist.data.index import check_fresh, load_index
+from tetdist.events import tensors as tensors_module
 from tetdist.events.binning import Binning, bin_events
 from tetdist.events.formats import read_recording
 from tetdist.events.recording import Sensor
@@ -420,6 +421,16 @@ def test_images_become_simulated_recordings_named_so(tmp_path, prebin_dvs):
     assert tensors(dest) != first
 
 
+def test_frames_that_fit_into_no_memory_end_in_a_sentence(source, prebin_dvs, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(tensors_module, "bin_events", full)
+    status, output = prebin_dvs(source, "--size", 40)
+    assert status == 2
+    assert "4 frames of 40x40 pixels, made of left/0.bin, do not fit into the memory" in output
+
+
 def test_what_is_no_image_is_not_simulated(image_root, prebin_dvs):
     root = image_root(per_class=2)
     (root / "train" / "ant" / "ant0.jpg").write_text("hello")
@@ -432,6 +443,9 @@ def test_what_is_no_image_is_not_simulated(image_root, prebin_dvs):
     ("options", "words"),
     [
         (["--timesteps", "0"], "'0' is not a number above 0"),
+        (["--timesteps", "100000000"], "'100000000': the most is 10000"),
+        (["--size", "100000"], "'100000': the most is 8192 pixels a side"),
+        (["--workers", "100000"], "the most is 512"),
         (["--size", "48x"], "'48x' is not a size such as 48 or 64x48"),
         (["--sensor", "dvs"], "'dvs' is not a size"),
         (["--values", "sum"], "invalid choice: 'sum'"),

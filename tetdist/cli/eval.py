@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from tetdist import files
 from tetdist.cli.common import answer, program
-from tetdist.config.flags import add_import, positive
+from tetdist.config.flags import MOST_TIMESTEPS, add_import, positive
 from tetdist.errors import UserError
 
 HANGS_AFTER = 600  # seconds without progress of one of several processes
-MOST_TIMESTEPS = 1000  # more is a slip of the finger, and would fill the memory
 
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig

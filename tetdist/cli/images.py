@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist.cli.common import MISTAKES, answer, program
+from tetdist.config.flags import MOST_THREADS
 from tetdist.errors import UserError, typed
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         args.splits = [split for split in args.splits.split(",") if split]
         if not args.splits:
             command.error("--splits names no split")
-    if args.workers < 1:
-        command.error("--workers must be at least 1")
+    if not 1 <= args.workers <= MOST_THREADS:
+        command.error(f"--workers must be from 1 to {MOST_THREADS}")
     if args.command == "index" and args.events and args.no_decode:
         command.error("--no-decode has no effect with --events")
     if args.command == "shard" and args.shard_mb < 1:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tetdist.cli.common import answer, program
+from tetdist.config.flags import MOST_PIXELS, MOST_THREADS, MOST_TIMESTEPS
 from tetdist.errors import UserError, typed
 
 # Each worker multiplies small matrices, for which numpy's threads would cost a hundred times what
@@ -52,7 +53,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", metavar="SOURCE", type=Path, help="folder of the recordings")
     add("dest", metavar="DEST", type=Path, help="folder of the tensors")
-    add("--timesteps", metavar="T", type=_positive, required=True, help="number of bins")
+    add("--timesteps", metavar="T", type=_timesteps, required=True, help="number of bins")
     add("--size", metavar="N|WxH", type=_size, help="of the frames; default: the sensor's")
     add(
         "--bins",
@@ -88,7 +89,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=_seed, default=0, help="of stratified-9-1 and --simulate; default: 0")
     add("--simulate", action="store_true", help="SOURCE holds images; simulate a camera")
     cores = len(os.sched_getaffinity(0))
-    add("--workers", metavar="N", type=_positive, default=cores, help="default: %(default)s")
+    add("--workers", metavar="N", type=_workers, default=cores, help="default: %(default)s")
     add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
     add("--overwrite", action="store_true", help="remove what DEST holds of this tool, begin anew")
     add("--preview", action="store_true", help="draw DEST/preview.png, a recording of each class")
@@ -102,9 +103,19 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _positive(text: str) -> int:
+def _timesteps(text: str) -> int:
+    return _positive(text, MOST_TIMESTEPS)
+
+
+def _workers(text: str) -> int:
+    return _positive(text, MOST_THREADS)
+
+
+def _positive(text: str, most: int) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    if int(text) > most:
+        raise argparse.ArgumentTypeError(f"{text!r}: the most is {most}")
     return int(text)
 
 
@@ -118,7 +129,10 @@ def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 48 or 64x48")
-    return int(match[1]), int(match[2] or match[1])
+    width, height = int(match[1]), int(match[2] or match[1])
+    if max(width, height) > MOST_PIXELS:
+        raise argparse.ArgumentTypeError(f"{text!r}: the most is {MOST_PIXELS} pixels a side")
+    return width, height
 
 
 def _sensor(text: str) -> tuple[int, int]:
@@ -243,8 +257,7 @@ def _make_split(
     numbers = described["recordings"]
     made = "simulated from images, " if options.simulate else ""
     if name == ALL_TO_VAL:
-        print(
-            f"{root}: {made}{numbers['val']} to test; {typed('eval')} --checkpoint RUN --data {root}"
-        )
+        command = f"{typed('eval')} --checkpoint RUN --data {root}"
+        print(f"{root}: {made}{numbers['val']} to test; {command}")
         return
     print(f"{root}: {made}{numbers['train']} to train, {numbers['val']} to test; data.root={root}")

@@ -1,6 +1,14 @@
-"""Arguments that several commands take."""
+"""Arguments that several commands take, and the most that some settings may be.
+
+More than that is a slip of the finger, which would fill the memory or end the process.
+"""
 
 import argparse
+
+MOST_TIMESTEPS = 10_000
+MOST_PIXELS = 8192  # of a side
+MOST_THREADS = 512  # and processes, of one command
+MOST_PREFETCHED = 64  # batches
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:

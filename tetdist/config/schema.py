@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 
+from tetdist.config.flags import MOST_PIXELS, MOST_PREFETCHED, MOST_THREADS, MOST_TIMESTEPS
 from tetdist.models import SpikingNetwork
 from tetdist.models.create import create_model
 from tetdist.nn import neurons
@@ -24,6 +25,8 @@ from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig
 TIMM = "timm:"  # before the name of one of timm's networks, where a path could stand
 
 Positive = Annotated[int, Field(gt=0)]
+Timesteps = Annotated[int, Field(gt=0, le=MOST_TIMESTEPS)]
+Pixels = Annotated[int, Field(gt=0, le=MOST_PIXELS)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # A probability below 1: a share of 1 would leave nothing.
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -122,9 +125,9 @@ class DataSection(Section):
     """Folder that holds train/ and val/, each with one folder a class."""
     index: str | None = None
     """Folder of the index files; null: ROOT/index."""
-    image_size: Positive = 224
+    image_size: Pixels = 224
     """Height and width that the network sees."""
-    resize: Positive | None = None
+    resize: Pixels | None = None
     """Shorter side before evaluation's centre crop; null: image_size / 0.875."""
     crop: Literal["resized", "padded"] = "resized"
     """resized: RandomResizedCrop. padded: image_size pixels of the image with a black border, as
@@ -157,9 +160,9 @@ class DataSection(Section):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     device: Literal["cpu", "gpu"] = "cpu"
     """Where DALI decodes; gpu needs a GPU."""
-    threads: Positive = 2
+    threads: Annotated[int, Field(gt=0, le=MOST_THREADS)] = 2
     """DALI's threads, per process."""
-    prefetch: Positive = 2
+    prefetch: Annotated[int, Field(gt=0, le=MOST_PREFETCHED)] = 2
     """Batches decoded ahead."""
 
     @property
@@ -249,21 +252,21 @@ class PhaseSection(Section):
     """A stretch of training with its own T, optimiser and schedule."""
 
     epochs: Positive
-    timesteps: Positive
+    timesteps: Timesteps
     optimizer: OptimizerSection
     schedule: Literal["cosine", "constant"] = "cosine"
     """cosine: from lr to 0 over the phase's steps."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     """Linear from 0 at the phase's start."""
-    image_size: Positive | None = None
+    image_size: Pixels | None = None
     """Of training images; null: data.image_size, which is also what evaluation takes."""
-    final_image_size: Positive | None = None
+    final_image_size: Pixels | None = None
     """Of the phase's last epoch; the epochs before rise to it evenly, in multiples of 32. Null: all
     are of image_size."""
 
 
 class SegmentsSection(Section):
-    timesteps: Positive
+    timesteps: Timesteps
     """Run each block over segments of so many timesteps, and recompute segment by segment."""
 
 

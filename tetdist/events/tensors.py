@@ -368,7 +368,11 @@ def _is_intact(dest: Path, record: Record) -> bool:
 
 
 def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list[BadFile]]:
-    """Read a source, write its tensors."""
+    """Read a source, write its tensors.
+
+    Raises:
+        UserError: A piece's frames do not fit into the memory.
+    """
     source, dest, item, settings = task
     try:
         file = source / item.path
@@ -383,6 +387,12 @@ def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list
         try:
             part = _cut(events, piece)
             frames = bin_events(part, settings.binning)
+        except MemoryError as error:
+            shape = settings.binning.timesteps, settings.binning.size or events.sensor
+            raise UserError(
+                f"{shape[0]} frames of {shape[1]} pixels, made of {item.path}, do not fit into the"
+                " memory: fewer --timesteps, a smaller --size or fewer --workers would help"
+            ) from error
         except BadRecording as error:
             where = f"{piece.window[0]} to {piece.window[1]} us: " if piece.window else ""
             bad.append(BadFile(item.path, f"{where}{error}"))

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 from tetdist import checkpoint
 from tetdist.config import identity, loading, messages
 from tetdist.config.loading import CONFIGS_DIR
-from tetdist.config.schema import Positive, RunConfig, Section
+from tetdist.config.schema import RunConfig, Section, Timesteps
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, script_of, typed
 from tetdist.tracking import metrics_file
@@ -58,7 +58,7 @@ class StudySection(Section):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Dotted keys of the configuration, for all entries."""
-    test_timesteps: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    test_timesteps: Annotated[tuple[Timesteps, ...], Field(min_length=1)]
     """Numbers of timesteps at which every run is evaluated."""
     entries: Annotated[dict[str, EntrySection], Field(min_length=1)]
 
