@@ -1,5 +1,6 @@
 """A configuration is strict, and says in one sentence what is wrong with it and where."""
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,18 @@ import yaml
 
 from tetdist.cli import train
 from tetdist.config import loading as configuration
+from tetdist.config.documentation import documented_keys
 from tetdist.config.identity import OPERATIONAL_KEYS, differences, flatten
-from tetdist.config.loading import load, parse, read_yaml
-from tetdist.config.messages import documented_keys
+from tetdist.config.loading import load, parse
+from tetdist.config.overrides import joined
 from tetdist.config.schema import RunConfig
+from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
 
 ConfigWriter = Callable[..., Path]
+
+
+SET_BY_TINY = {*flatten(tiny.CONFIG)}
 
 
 def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
@@ -200,11 +206,11 @@ def test_list_item_of_a_default_can_be_overridden(tmp_path: Path) -> None:
     [
         ("seed", ("'seed'", "dotted.key=value")),
         ("=1", ("'=1'", "dotted.key=value")),
-        ("phases.1.epochs=1", ("phases.1", "0 to 0")),
-        ("phases.x.epochs=1", ("phases.x", "0 to 0")),
+        ("phases.1.epochs=1", ("phases.1.epochs=1:", "one item, phases.0")),
+        ("phases.x.epochs=1", ("phases.x", "phases.0")),
         ("phases.5=1", ("phases.5",)),
-        ("seed.x=1", ("seed.x", "single")),
-        ("seed=[1", ("'seed'", "YAML")),
+        ("seed.x=1", ("seed.x=1: seed", "single")),
+        ("seed=[1", ("seed=[1 is", "YAML")),
         ("sead=1", ("'sead'", "'seed'")),
         ("seed=", ("'seed'",)),
     ],
@@ -214,6 +220,123 @@ def test_bad_override(tiny_config: ConfigWriter, override: str, parts: tuple[str
     with pytest.raises(UserError) as caught:
         load(file, [override])
     assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        # Each says whose mistake it is, and what to write instead.
+        ("seed=one", "seed=one: 'seed': input should be a valid integer, not 'one'"),
+        ("timesteps=3", "timesteps=3: unknown key 'timesteps'; there are 'phases.0.timesteps'"),
+        ("lr=3", "there is 'phases.0.optimizer.lr'"),
+        ("model=sew_resnet18", "did you mean model.name=sew_resnet18?"),
+        ("model.neuron=lif", "did you mean model.neuron.kind=lif?"),
+        ("model.neuron.decay=2", "model.neuron.decay=2: 'model.neuron.decay': input should be"),
+        ("model.neuron.spike=sigmoid", "model.neuron.spike=sigmoid: model.neuron.spike"),
+        ("loss=sdt", "did you mean loss.kind=sdt?"),
+        ("batch=64", "did you mean batch.global=64?"),
+        ("data=events", "did you mean data.kind=events?"),
+        ("data=/mine", "did you mean data.root=/mine?"),
+        ("phases.0.optimizer=adam", "did you mean phases.0.optimizer.kind=adam?"),
+        ("phases=3", "phases=3: 'phases' is a list"),
+        ("phases.1.epochs=1", "phases.1.epochs=1: phases has one item, phases.0"),
+        ("data.mean=[0.5]", "data.mean=[0.5]: 'data.mean.1' is missing"),
+        ("name=2026-01-01", "name=2026-01-01: a value is neither"),
+        ("imports=3", "imports=3: 'imports' must be a list"),
+    ],
+)
+def test_a_mistaken_override_is_named_and_not_the_file(
+    tiny_config: ConfigWriter, override: str, said: str
+) -> None:
+    file = str(tiny_config())
+    with pytest.raises(UserError) as caught:
+        load(file, ["log_every=2", override])
+    assert said in str(caught.value)
+    assert file not in str(caught.value)
+
+
+def test_mistakes_of_the_file_and_of_an_override_are_told_apart(tiny_config: ConfigWriter) -> None:
+    file = str(tiny_config({"sede": 1}))
+    with pytest.raises(UserError) as caught:
+        load(file, ["log_every=x"])
+    other, own = str(caught.value).split(f"; {file}: ")
+    assert own == "unknown key 'sede'; the nearest known one is 'seed'"
+    assert other.startswith("log_every=x: 'log_every'")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["seed=1", "seed=2"], "seed is given twice, as seed=1 and as seed=2"),
+        (["seed=1", "log_every=2", "seed=1"], "seed is given twice"),
+        (
+            ["model.neuron.decay=1.0", "model.neuron={kind: lif}"],
+            "model.neuron={kind: lif} would replace model.neuron.decay=1.0",
+        ),
+        (["data={kind: images, kind: events}"], "the key 'kind' is there twice"),
+    ],
+)
+def test_what_would_be_undone_in_silence_is_refused(
+    tiny_config: ConfigWriter, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load(str(tiny_config()), overrides)
+    assert said in str(caught.value)
+
+
+def test_later_layers_of_overrides_replace_earlier_ones() -> None:
+    study, entry = ["seed=1", "loss.kind=tet", "loss.phi=2"], ["loss={kind: sdt}"]
+    assert joined(study, entry, ["seed=3"]) == ["loss={kind: sdt}", "seed=3"]
+    assert joined(["lossy=1", "seeds=2"], ["loss=3", "seed=4"]) == [
+        "lossy=1",
+        "seeds=2",
+        "loss=3",
+        "seed=4",
+    ]
+
+
+def _laughs(levels: int) -> str:
+    lines = ["a0: &a0 [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &x [*x]", "contains an alias of itself"),
+        ("a: &x {b: {c: *x}}", "contains an alias of itself"),
+        ("a: &x {<<: *x}", "contains an alias of itself"),
+        (_laughs(40), "more than 100,000 values"),
+        ("[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("a: " + "9" * 5000, "not valid YAML"),
+        ("a: 2026-13-45", "not valid YAML"),
+        ('a: "\\ud800"', "not valid YAML"),
+        ("a: 2026-01-01", "quote it"),
+    ],
+    ids=["circle", "inner", "merged", "laughs", "deep", "digits", "date", "surrogate", "day"],
+)
+def test_yaml_without_an_end_or_a_meaning(
+    tiny_config: ConfigWriter, tmp_path: Path, text: str, said: str
+) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        read_yaml(file)
+    assert str(file) in str(caught.value)
+    value = text.removeprefix("a: ")
+    if value != text and "<<" not in text:
+        with pytest.raises(UserError, match=said) as caught:
+            load(str(tiny_config()), [f"name={value}"])
+        assert "name=" in str(caught.value)
+
+
+def test_what_is_written_as_an_alias_is_overridden_alone(tmp_path: Path) -> None:
+    file = tiny.write_config(tmp_path / "c.yaml", "d", {"phases": []})
+    phase = "{epochs: 1, timesteps: 2, optimizer: {lr: 0.1}}"
+    file.write_text(file.read_text().replace("phases: []", f"phases: [&p {phase}, *p]"))
+    config = load(str(file), ["phases.1.timesteps=3"])
+    assert [phase.timesteps for phase in config.phases] == [2, 3]
 
 
 def test_aliases_are_the_written_names(tiny_config: ConfigWriter) -> None:
@@ -279,6 +402,34 @@ def test_every_key_is_printed_and_explained(capsys: pytest.CaptureFixture[str]) 
     # `recompute` has two forms, of which one configuration prints one.
     assert numbered == explained - {"recompute.timesteps"}
     assert explained >= set(OPERATIONAL_KEYS)
+
+
+def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--explain"]) == 0
+    explained = {
+        line.split()[0]: line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()
+    }
+    for key, takes in {
+        "seed": "[whole number >= 0 and < 9223372036854775808; default 0]",
+        "model.name": "[sew_resnet18 | ",
+        "model.num_classes": "[whole number > 1 or null; default null]",
+        "model.neuron.kind": "[lif | relu; default lif]",
+        "model.neuron.surrogate": "[triangle | atan | sigmoid | rectangle; default triangle]",
+        "data.root": "[text; required]",
+        "data.scale": "[list of 2: number >= 0 and <= 1; default [0.08, 1.0]]",
+        "data.transforms": "[list: text; default []]",
+        "loss.kind": "[sdt | tet; default tet]",
+        "phases.N.optimizer.kind": "[sgd | adam | adamw; default sgd]",
+        "phases.N.optimizer.nesterov": "[true or false; default false]",
+        "recompute": "[none | blocks or {timesteps}; default none]",
+    }.items():
+        assert explained[key].startswith(takes), (key, explained[key])
+    # The default that is shown is the one that a run has.
+    values = flatten(resolved().as_dict())
+    for key, (_, default, _) in documented_keys().items():
+        if default != "required" and key in values and key not in SET_BY_TINY:
+            shown = values[key] if isinstance(values[key], str) else json.dumps(values[key])
+            assert default == f"default {shown}", key
 
 
 @pytest.mark.parametrize(

@@ -482,6 +482,11 @@ def test_run_folder_of_another_configuration(
     assert (tmp_path / "runs/tiny/config.yaml").read_text() == kept
     # What does not change the result may change.
     ended(main(file, "log_every=2", "data.prefetch=3", "max_steps=4"), status=0)
+    # More epochs are another run, and the error says how it begins where this one ended.
+    run = tmp_path / "runs/tiny"
+    further = f"init_checkpoint={run}"
+    ended(main(file, "phases.0.epochs=3"), "phases.0.epochs is 3 and was 2", "name=", further)
+    ended(main(file, "phases.0.epochs=3", "name=more", further), "weights of", status=0)
 
 
 def test_damaged_config_of_the_run_folder(

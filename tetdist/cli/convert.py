@@ -103,7 +103,8 @@ def configuration(
     import timm
 
     from tetdist import models
-    from tetdist.config.loading import apply_override, parse
+    from tetdist.config.loading import parse
+    from tetdist.config.overrides import apply_override, refuse_repeated
     from tetdist.exchange.foreign import NEURONS, SCALES
 
     known = models.names()
@@ -139,9 +140,11 @@ def configuration(
     # Both of these sources have plain batch norm.
     if options.model.startswith("spiking_resnet") and source in ("spikingjelly", "sew"):
         raw["model"]["arguments"] = {"norm": "bn"}
+    refuse_repeated(options.overrides)
     for override in options.overrides:
         apply_override(raw, override)
-    return parse(raw, "the configuration", warn=False), timesteps
+    config = parse(raw, "the configuration", warn=False, overrides=options.overrides)
+    return config, timesteps
 
 
 def class_names(options: argparse.Namespace, config: "RunConfig") -> list[str] | None:

@@ -42,7 +42,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="show the resolved configuration, with all defaults, and stop",
     )
     parser.add_argument(
-        "--explain", action="store_true", help="list every key of a configuration, and stop"
+        "--explain",
+        action="store_true",
+        help="list every key of a configuration, with what it takes and its default, and stop",
     )
     # The deepspeed launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
@@ -83,11 +85,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def read_config(options: argparse.Namespace) -> "RunConfig | None":
     """The configuration; None where showing it was all that was asked for."""
-    from tetdist.config import loading, messages
+    from tetdist.config import loading
+    from tetdist.config.documentation import documented_keys
 
     if options.explain:
-        for key, text in messages.documented_keys().items():
-            print(f"{key:32} {' '.join(text.split())}".rstrip())
+        for key, documented in documented_keys().items():
+            print(f"{key:32} {documented}")
         return None
     config = loading.load(options.config, options.overrides, options.imports)
     if options.print_config:

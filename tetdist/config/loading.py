@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-import yaml
 
 from tetdist.config.checks import check, warn_without_effect
-from tetdist.config.messages import explain, innermost, united
+from tetdist.config.messages import sentences
+from tetdist.config.overrides import apply_override, refuse_repeated
 from tetdist.config.schema import RunConfig
+from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
 from tetdist.nn.neurons import NEURONS
 from tetdist.plugins import import_files
@@ -56,11 +57,13 @@ def load(name: str, overrides: Sequence[str] = (), imports: Sequence[str | Path]
     raw = read_yaml(path)
     raw.setdefault("name", path.stem)
     raw["imports"] = [str((path.parent / one).absolute()) for one in _imports(raw, path)]
+    refuse_repeated(overrides)
     for override in overrides:
         apply_override(raw, override)
-    raw["imports"] = [str(Path(one).absolute()) for one in [*_imports(raw, path), *imports]]
+    given = next((one for one in overrides if one.startswith("imports")), path)
+    raw["imports"] = [str(Path(one).absolute()) for one in [*_imports(raw, given), *imports]]
     import_files(raw["imports"])
-    return parse(raw, str(path))
+    return parse(raw, str(path), overrides=overrides)
 
 
 def load_written(path: Path) -> RunConfig:
@@ -79,62 +82,37 @@ def load_written(path: Path) -> RunConfig:
     return parse(raw, str(path), warn=False)
 
 
-def _imports(raw: dict[str, Any], path: Path) -> list[str]:
+def _imports(raw: dict[str, Any], source: Path | str) -> list[str]:
     found = raw.get("imports") or []
     if isinstance(found, list) and all(isinstance(one, str) for one in found):
         return found
-    raise UserError(f"{path}: 'imports' must be a list of files, such as [my_snn.py]")
+    raise UserError(f"{source}: 'imports' must be a list of files, such as [my_snn.py]")
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice: YAML's own safe loader takes the last and says nothing."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here the keys are still those of the file; `<<` has merged nothing into them yet.
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise UserError(
-                    f"{key.start_mark.name}: the key {key.value!r} is there twice, in lines "
-                    f"{lines[key.value]} and {line}; rename or remove one"
-                )
-            lines[key.value] = line
-        return node
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Keys and values of a YAML file.
-
-    Raises:
-        UserError: It is no YAML, holds something else, or a key twice.
-    """
-    try:
-        with path.open() as file:
-            raw = yaml.load(file, _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        found = "and is empty" if raw is None else f"not a {type(raw).__name__}"
-        raise UserError(f"{path} must hold keys and values, {found}")
-    return raw
-
-
-def parse(raw: dict[str, Any], source: str, *, warn: bool = True) -> RunConfig:
-    """Check a configuration given as nested dictionaries; ``source`` is named in errors.
+def parse(
+    raw: dict[str, Any], source: str, *, warn: bool = True, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """Check a configuration given as nested dictionaries.
 
     Nothing is imported: what files register has to be known already.
+
+    Args:
+        raw: The configuration.
+        source: Where it is from, as errors name it.
+        warn: Whether to say which keys have no effect.
+        overrides: Those that were applied to it, which errors name in place of ``source`` where the
+            mistake is theirs.
+
+    Raises:
+        UserError: It is no configuration, or contradicts itself.
     """
     raw = _with_present_names(raw, warn)
     try:
-        config = RunConfig.model_validate_json(_as_json(raw, source))
+        # Through JSON, because strict validation of JSON takes a list for a tuple, and nothing
+        # else that it should not.
+        config = RunConfig.model_validate_json(json.dumps(raw))
     except pydantic.ValidationError as error:
-        errors = innermost([united(e) for e in error.errors()])
-        problems = "; ".join(dict.fromkeys(explain(e) for e in errors))
-        raise UserError(f"{source}: {problems}") from None
+        raise UserError(sentences(error, source, overrides)) from None
     check(config)
     if warn:
         warn_without_effect(config)
@@ -167,66 +145,3 @@ def _of_its_kind(neuron: dict[str, Any], warn: bool) -> dict[str, Any]:
         if warn:
             logger.warning("model.neuron.%s has no effect with model.neuron.kind=%s", key, kind)
     return {key: value for key, value in neuron.items() if key not in others}
-
-
-def _as_json(raw: dict[str, Any], source: str) -> str:
-    try:
-        # Through JSON, because strict validation of JSON takes a list for a tuple, and nothing
-        # else that it should not.
-        return json.dumps(raw)
-    except TypeError as error:
-        raise UserError(
-            f"{source}: a value is neither text, number, list nor mapping ({error}); "
-            "quote it if it is meant as text"
-        ) from error
-
-
-def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set one ``dotted.key=value`` in nested dictionaries."""
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"{override!r} is not an override; write it as dotted.key=value")
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"the value of {key!r} is not valid YAML: {' '.join(str(error).split())}"
-        ) from error
-    # YAML 1.1 takes 1e-4 for text; nobody who types it means that.
-    value = _number(value)
-    node: Any = raw
-    *parents, last = key.split(".")
-    for depth, part in enumerate(parents):
-        node = _child(node, part, ".".join(parents[: depth + 1]))
-    if isinstance(node, list):
-        position = _position(node, last, key)
-        node[position] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise UserError(f"{key!r} cannot be set: {'.'.join(parents)} is a single value")
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return float(value) if "e" in value.lower() else value
-        except ValueError:
-            return value
-    return value
-
-
-def _child(node: Any, part: str, dotted: str) -> Any:
-    if isinstance(node, list):
-        return node[_position(node, part, dotted)]
-    if not isinstance(node, dict):
-        raise UserError(f"{dotted!r} cannot be reached: a value before it is single")
-    if node.get(part) is None:
-        node[part] = {}
-    return node[part]
-
-
-def _position(items: list[Any], part: str, dotted: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        raise UserError(f"{dotted!r}: {part!r} is not one of the items 0 to {len(items) - 1}")
-    return int(part)

@@ -1,17 +1,39 @@
-"""The sentences in which a configuration's mistakes are told, and the documentation of its keys."""
+"""The sentences in which a configuration's mistakes are told."""
 
 import difflib
-from typing import Any, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, get_origin
 
+import pydantic
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from tetdist.config.schema import PhaseSection, RunConfig, neuron_section_of
-from tetdist.nn.neurons import NEURONS, NeuronConfig
+from tetdist.config.documentation import documented_keys, section_at
+from tetdist.config.overrides import key_of
+from tetdist.config.schema import Section
+
+
+def sentences(error: pydantic.ValidationError, source: str, overrides: Sequence[str] = ()) -> str:
+    """All that is wrong with a configuration.
+
+    Args:
+        error: What pydantic found.
+        source: Where the configuration is from.
+        overrides: Those that were applied to it; a mistake of one of them is told as its own.
+    """
+    found = innermost([united(one) for outer in error.errors() for one in _opened(outer)])
+    said: dict[str, list[str]] = {}
+    for one in found:
+        origin = _override_of(one, overrides) or source
+        said.setdefault(origin, []).append(_explain(one, is_override=origin != source))
+    return "; ".join(
+        f"{origin}: {'; '.join(dict.fromkeys(problems))}" for origin, problems in said.items()
+    )
 
 
 def united(error: Any) -> Any:
     """One sentence for a key of two kinds, of which pydantic complains once a kind."""
-    if error["loc"][0] != "recompute":
+    if error["loc"][:1] != ("recompute",):
         return error
     message = "must be none, blocks or {timesteps: K} with a whole number K above 0"
     return {"loc": ("recompute",), "type": "union", "msg": message, "input": ...}
@@ -28,79 +50,96 @@ def _contains(error: Any, other: Any) -> bool:
     return len(outer) < len(inner) and inner[: len(outer)] == outer
 
 
-def explain(error: Any, known: list[str] | None = None) -> str:
-    """One of pydantic's errors as a sentence part; ``known`` are the keys beside a mistaken one."""
-    if error["type"] == "within":
-        inside = error["ctx"]["errors"]
-        moved = [one | {"loc": (*error["loc"], *one["loc"])} for one in inside]
-        return "; ".join(explain(one, error["ctx"]["known"]) for one in moved)
+def _opened(error: Any) -> list[Any]:
+    """The errors within a neuron, which pydantic has as one error of the whole of it."""
+    match error["type"]:
+        case "within":
+            inside, known = error["ctx"]["errors"], error["ctx"]["known"]
+            return [one | {"loc": (*error["loc"], *one["loc"]), "known": known} for one in inside]
+        case "neuron_numbers":  # its text begins with the key
+            key = error["msg"].split()[0].rstrip(":")
+            return [error | {"loc": (*error["loc"], key)}]
+        case _:
+            return [error]
+
+
+def _override_of(error: Any, overrides: Sequence[str]) -> str | None:
+    """The override that a mistake is of; None: it is the file's."""
+    location = tuple(map(str, error["loc"]))
+    for override in reversed(overrides):
+        key = tuple(key_of(override).split("."))
+        shorter = min(len(key), len(location))
+        if shorter and key[:shorter] == location[:shorter]:
+            return override
+    return None
+
+
+def _explain(error: Any, *, is_override: bool) -> str:
+    """One of pydantic's errors as a sentence part."""
     location = [str(part) for part in error["loc"]]
     dotted = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        known = known or _known_keys(location[:-1])
-        every = [*documented_keys(), *known]
-        prefix = "".join(f"{part}." for part in location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        anywhere = [k for k in every if k.split(".")[-1] == location[-1]]
-        if close:
-            return f"unknown key {dotted!r}; the nearest known one is {prefix + close[0]!r}"
-        if anywhere:
-            return f"unknown key {dotted!r}; there is {anywhere[0]!r}"
-        return f"unknown key {dotted!r}; known here are {', '.join(known)}"
-    if error["type"] == "missing":
-        return f"{dotted!r} is missing"
-    if error["type"] == "neuron_numbers":
-        return f"{dotted}.{error['msg']}"  # it begins with the key
-    message = error["msg"][0].lower() + error["msg"][1:]
     given = error["input"]
+    match error["type"]:
+        case "extra_forbidden":
+            known = error.get("known") or _known_keys(location[:-1])
+            return f"unknown key {dotted!r}; {_nearest(location, known)}"
+        case "missing":
+            return f"{dotted!r} is missing"
+        case "neuron_numbers":
+            return f"{'.'.join(location[:-1])}.{error['msg']}"
+        case "model_type" | "neuron" if (section := section_at(location)) is not None:
+            return _no_section(dotted, section, given, is_override=is_override)
+        case "tuple_type" | "list_type" if dotted == "phases":
+            return f"{dotted!r} is a list; the first phase's keys are {dotted}.0.epochs and others"
+    message = error["msg"][0].lower() + error["msg"][1:]
     is_whole = error["type"].startswith("neuron") or given is ... or isinstance(given, dict)
     shown = "" if is_whole else f", not {given!r}"
     return f"{dotted!r}: {message}{shown}"
 
 
-def _section_at(location: list[str]) -> type[BaseModel] | None:
-    section: type[BaseModel] = RunConfig
-    for part in location:
-        if part.isdigit():
+def _nearest(location: list[str], known: list[str]) -> str:
+    """What may have been meant by a key that is not known where it stands."""
+    last, prefix = location[-1], "".join(f"{part}." for part in location[:-1])
+    every = [*documented_keys(), *known]
+    # The right word at the wrong place, or else a slip in a word at the right one.
+    elsewhere = [key.replace(".N.", ".0.") for key in every if key.split(".")[-1] == last]
+    if elsewhere:
+        there = "there is" if len(elsewhere) == 1 else "there are"
+        return f"{there} {' and '.join(map(repr, elsewhere[:3]))}"
+    if close := difflib.get_close_matches(last, known, n=1, cutoff=0.5):
+        return f"the nearest known one is {prefix + close[0]!r}"
+    return f"known here are {', '.join(known)}"
+
+
+def _no_section(dotted: str, section: type[BaseModel], given: Any, *, is_override: bool) -> str:
+    """Say that keys and values belong here, and which key the value that is here may be of."""
+    keys = [field.alias or name for name, field in section.model_fields.items()]
+    said = f"{dotted!r} holds keys ({', '.join(keys)}), not the value {given!r}"
+    key = _key_for(section, given)
+    if key is None:
+        return said
+    written = f"{dotted}.{key}={given}" if is_override else f"{dotted}: {{{key}: {given}}}"
+    return f"{said}; did you mean {written}?"
+
+
+def _key_for(section: type[BaseModel], value: Any) -> str | None:
+    """The key of a section whose value a lone value most likely is: the first that takes it, of
+    those with a few words to choose from, then of those that have to be there, then of all."""
+
+    def order(field: FieldInfo) -> tuple[bool, bool]:
+        return get_origin(field.annotation) is not Literal, not field.is_required()
+
+    for name, field in sorted(section.model_fields.items(), key=lambda item: order(item[1])):
+        alone: dict[str, Any] = {name: (field.annotation, field)}
+        one = pydantic.create_model("One", __base__=Section, **alone)
+        try:
+            one.model_validate({name: value})
+        except pydantic.ValidationError:
             continue
-        field = next((f for n, f in section.model_fields.items() if part in (n, f.alias)), None)
-        found = _section_in(field.annotation) if field else None
-        if found is None:
-            return None
-        section = found
-    return section
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    if annotation is NeuronConfig:
-        return neuron_section_of("lif")
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((s for a in get_args(annotation) if (s := _section_in(a))), None)
+        return field.alias or name
+    return None
 
 
 def _known_keys(location: list[str]) -> list[str]:
-    section = _section_at(location)
+    section = section_at(location)
     return [f.alias or n for n, f in section.model_fields.items()] if section else []
-
-
-def documented_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, str]:
-    """Every key of the configuration, dotted (list items as ``N``), with its documentation."""
-    keys: dict[str, str] = {}
-    for name, field in section.model_fields.items():
-        dotted = f"{prefix}{field.alias or name}"
-        if field.annotation is NeuronConfig:
-            keys[f"{dotted}.kind"] = f"{', '.join(NEURONS)}, or one of your own; see imports."
-            for kind in NEURONS:
-                keys = keys | documented_keys(neuron_section_of(kind), f"{dotted}.") | keys
-            continue
-        inner = _section_in(field.annotation)
-        if inner is None or field.description:
-            keys[dotted] = field.description or ""
-        if inner is None:
-            continue
-        if inner is PhaseSection:
-            keys |= documented_keys(inner, f"{dotted}.N.")
-        else:
-            keys |= documented_keys(inner, f"{dotted}.")
-    return keys

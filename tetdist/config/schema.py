@@ -8,6 +8,7 @@ contradict each other end in a `UserError` that names the dotted key.
 import dataclasses
 import functools
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -16,11 +17,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 
+from tetdist import models
 from tetdist.config.flags import MOST_PIXELS, MOST_PREFETCHED, MOST_THREADS, MOST_TIMESTEPS
+from tetdist.losses import LOSSES
 from tetdist.models import SpikingNetwork
 from tetdist.models.create import create_model
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig
+from tetdist.optimizers import OPTIMIZERS
 
 TIMM = "timm:"  # before the name of one of timm's networks, where a path could stand
 
@@ -30,6 +34,13 @@ Pixels = Annotated[int, Field(gt=0, le=MOST_PIXELS)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # A probability below 1: a share of 1 would leave nothing.
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """Says of a text that it is the name of something registered: those that --explain lists."""
+
+    names: Callable[[], Iterable[str]]
 
 
 class Section(BaseModel):
@@ -89,8 +100,8 @@ Neuron = Annotated[NeuronConfig, PlainValidator(_neuron), PlainSerializer(neuron
 
 
 class ModelSection(Section):
-    name: str
-    """A model registered with timm, such as sew_resnet34."""
+    name: Annotated[str, OneOf(models.names)]
+    """A model registered with timm, or one of your own; see imports."""
     num_classes: Annotated[int, Field(gt=1)] | None = None
     """Null: as many as the data set has."""
     neuron: Neuron = LIF()
@@ -201,7 +212,7 @@ class DistillationSection(Section):
 
 
 class LossSection(Section):
-    kind: str = "tet"
+    kind: Annotated[str, OneOf(lambda: LOSSES)] = "tet"
     """tet, sdt (cross-entropy of the time-mean), or one of your own; see imports."""
     lambda_: Fraction = Field(default=0.001, alias="lambda")
     """TET's weight of the pull towards phi."""
@@ -234,7 +245,7 @@ class LossSection(Section):
 
 
 class OptimizerSection(Section):
-    kind: str = "sgd"
+    kind: Annotated[str, OneOf(lambda: OPTIMIZERS)] = "sgd"
     """sgd, adam, adamw; timm:NAME is timm's, such as timm:lamb; or one of your own; see imports."""
     lr: Annotated[float, Field(gt=0)]
     """Peak learning rate, for the global batch as it is: nothing is scaled behind your back."""
@@ -298,7 +309,7 @@ class TrackingSection(Section):
 
 class RunConfig(Section):
     name: str
-    """Of the run and its folder."""
+    """Of the run and its folder; a file without it gives its own."""
     imports: tuple[str, ...] = ()
     """Python files of your own, beside the configuration, that register models, neurons, losses,
     optimisers, transforms or trackers; docs/extending.md. --import FILE adds one."""

@@ -176,19 +176,16 @@ def values_of(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_configuration(path: Path, effective: bool) -> dict[str, Any] | None:
-    import yaml
-
     from tetdist.config import checks, identity, loading
+    from tetdist.config.yaml_files import read_yaml
     from tetdist.errors import UserError
 
     if not path.exists():
         return None
     try:
-        values = yaml.safe_load(path.read_text())
-    except (UnicodeDecodeError, yaml.YAMLError):
-        values = None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it does not hold keys and values")
+        values = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"{path} is damaged ({error}); restore it") from error
     # A key that an older version did not know has its default. A configuration that cannot be read
     # is shown as it is.
     with suppress(UserError):

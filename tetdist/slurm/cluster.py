@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
-import yaml
 from pydantic import Field
 
 from tetdist.config.schema import Positive, Section
+from tetdist.config.yaml_files import read_value
 from tetdist.errors import UserError
 
 # Restarts take this long, from the stop to the first new step: the queue, imports, compilation.
@@ -137,8 +137,8 @@ def minutes(text: str, name: str = "cluster.time") -> int:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        facts = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        facts = read_value(file.read_text(), str(file))
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     facts = {} if facts is None else facts
     if not isinstance(facts, dict):

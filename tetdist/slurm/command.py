@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist.config.flags import add_import, positive
+from tetdist.config.overrides import joined
 from tetdist.errors import UserError, typed
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def submit(options: argparse.Namespace) -> int:
         changes = submission.combinations(options.sweep)
     runs: list[Prepared] = []
     for name, overrides in zip(names, changes, strict=True):
-        own = [*options.overrides, *overrides, f"name={name}"]
+        own = joined([*options.overrides, *overrides], [f"name={name}"])
         config = configuration.load(options.config, own, options.imports) if options.sweep else base
         runs.append(submission.prepare(config, cluster, options.after))
     if options.dry_run:

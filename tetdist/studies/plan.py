@@ -15,7 +15,9 @@ from pydantic import Field, ValidationError
 from tetdist import checkpoint
 from tetdist.config import identity, loading, messages
 from tetdist.config.loading import CONFIGS_DIR
+from tetdist.config.overrides import apply_override, joined
 from tetdist.config.schema import RunConfig, Section, Timesteps
+from tetdist.config.yaml_files import read_yaml
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, script_of, typed
 from tetdist.tracking import metrics_file
@@ -173,9 +175,7 @@ def read(path: Path) -> StudySection:
         UserError: The file is no study; the text says what is wrong with it.
     """
     try:
-        study = StudySection.model_validate_json(json.dumps(loading.read_yaml(path)))
-    except TypeError as error:
-        raise UserError(f"{path}: a value is no text, number, list or mapping ({error})") from error
+        study = StudySection.model_validate_json(json.dumps(read_yaml(path)))
     except ValidationError as error:
         problems = "; ".join(_explain(e) for e in messages.innermost(error.errors()))
         raise UserError(f"{path}: {problems}") from None
@@ -258,8 +258,8 @@ def _run(
 ) -> StudyRun:
     entry = study.entries[name]
     config_name = entry.config or study.config
-    given = [f"{key}={as_text(v)}" for key, v in (study.overrides | entry.overrides).items()]
-    given += more
+    layers = [[f"{key}={as_text(v)}" for key, v in one.overrides.items()] for one in (study, entry)]
+    given = joined(*layers, more)
     own = [f"seed={seed}", f"name={name}-seed{seed}", f"runs_dir={output}"]
     if init is not None:
         own.append(f"init_checkpoint={init.folder}")
@@ -295,7 +295,7 @@ def _refuse_own_keys(overrides: list[str], entry: EntrySection) -> None:
         own[TEACHER_KEY] = f"it learns from its teacher, {entry.teacher}; leave out one"
     given: dict[str, Any] = {}
     for override in overrides:
-        loading.apply_override(given, override)
+        apply_override(given, override)
     for key in identity.flatten(given):
         if key in own:
             raise UserError(f"overrides: {key} is set by the study itself: {own[key]}")
@@ -368,9 +368,10 @@ def check_folder(run: StudyRun) -> None:
     if not file.exists():
         return
     try:
-        earlier = loading.parse(yaml.safe_load(file.read_text()), str(file), warn=False).as_dict()
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        raw = read_yaml(file)
+    except UserError as error:
         raise UserError(f"{file} is damaged; remove its folder to train the run anew") from error
+    earlier = loading.parse(raw, str(file), warn=False).as_dict()
     changed = identity.differences(earlier, run.config.as_dict())
     if changed:
         raise UserError(

@@ -4,12 +4,11 @@ import fcntl
 import logging
 from typing import assert_never
 
-import yaml
-
 from tetdist import checkpoint, plugins
 from tetdist.config.identity import differences
 from tetdist.config.loading import parse
 from tetdist.config.schema import RunConfig
+from tetdist.config.yaml_files import read_yaml
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, way_out
 from tetdist.events.splits import recorded_split
@@ -56,7 +55,7 @@ class RunFolder:
                     f"resume=never, and {self.path} already holds a run; choose another name=..., "
                     "or resume=auto to continue it"
                 )
-            case "must" if not any(self.checkpoints.glob("step-*")):
+            case "must" if not self._saved():
                 raise UserError(f"resume=must, and there is no checkpoint in {self.checkpoints}")
             case "never" | "must" | "auto":
                 pass
@@ -77,19 +76,20 @@ class RunFolder:
         write_text(self.path / "config.yaml", self.config.as_yaml())
         write_json(self.path / "environment.json", environment.environment())
 
+    def _saved(self) -> bool:
+        return any(self.checkpoints.glob("step-*"))
+
     def _check_same_run(self, imported: list[plugins.Imported]) -> None:
         file = self.path / "config.yaml"
         if not file.exists():
             return
         try:
-            earlier = yaml.safe_load(file.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            earlier = None
-        if not isinstance(earlier, dict):
+            earlier = read_yaml(file)
+        except (OSError, UserError) as error:
             raise UserError(
                 f"{file} is damaged, so that it cannot be told which run this is; restore it, "
                 "remove it if you know that the run is the same, or give this one another name=..."
-            )
+            ) from error
         try:
             # Keys that are new since then have their defaults in the earlier run.
             earlier = parse(earlier, str(file), warn=False).as_dict()
@@ -98,9 +98,12 @@ class RunFolder:
         changed = differences(earlier, self.config.as_dict())
         changed += plugins.changes(plugins.kept(self.path / "imports"), imported)
         if changed:
+            # Epochs beyond the last are another run as well: learning rates fall towards the last.
+            further = f", with init_checkpoint={self.path} to train its weights further"
             raise UserError(
                 f"{self.path} holds a run of another configuration: {'; '.join(changed)}. Give "
-                "this one another name=..., or set these back to continue"
+                f"this one another name=...{further if self._saved() else ''}, or set these back "
+                "to continue"
             )
 
     def newest_checkpoint(self) -> checkpoint.Checkpoint | None:

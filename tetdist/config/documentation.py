@@ -1,0 +1,123 @@
+"""What each key of a configuration takes, by its schema: the documentation that --explain shows."""
+
+import json
+from collections.abc import Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import annotated_types
+import pydantic
+from pydantic import BaseModel, Field
+from pydantic.fields import FieldInfo
+
+from tetdist.config.schema import OneOf, RunConfig, neuron_section_of
+from tetdist.nn.neurons import NEURONS, NeuronConfig
+
+_PLAIN = {
+    bool: "true or false",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    NoneType: "null",
+}
+_BOUNDS = {annotated_types.Gt: "> {0.gt}", annotated_types.Ge: ">= {0.ge}"}
+_BOUNDS |= {annotated_types.Lt: "< {0.lt}", annotated_types.Le: "<= {0.le}"}
+
+
+class Documented(NamedTuple):
+    """A key: what it takes, what it is where nobody says, and what it means."""
+
+    takes: str
+    default: str
+    meaning: str
+
+    def __str__(self) -> str:
+        return f"[{self.takes}; {self.default}] {' '.join(self.meaning.split())}".rstrip()
+
+
+def documented_keys(
+    section: type[BaseModel] = RunConfig, prefix: str = ""
+) -> dict[str, Documented]:
+    """Every key of the configuration, dotted (list items as ``N``)."""
+    keys: dict[str, Documented] = {}
+    for name, field in section.model_fields.items():
+        dotted = f"{prefix}{field.alias or name}"
+        if field.annotation is NeuronConfig:
+            for kind in NEURONS:
+                for key, documented in documented_keys(neuron_section(kind), f"{dotted}.").items():
+                    keys.setdefault(key, documented)
+            continue
+        inner = _section_in(field.annotation)
+        if inner is None or field.description:
+            keys[dotted] = _documented(field)
+        if inner is not None:
+            is_list = get_origin(field.annotation) is tuple
+            keys |= documented_keys(inner, f"{dotted}.N." if is_list else f"{dotted}.")
+    return keys
+
+
+def section_at(location: Sequence[str]) -> type[BaseModel] | None:
+    """The section at a dotted key, of which list items have numbers; None where there is none."""
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        if part.isdigit():
+            continue
+        field = next((f for n, f in section.model_fields.items() if part in (n, f.alias)), None)
+        found = _section_in(field.annotation) if field else None
+        if found is None:
+            return None
+        section = found
+    return section
+
+
+def neuron_section(kind: str) -> type[BaseModel]:
+    """The keys of a kind of neuron, with the one that says which kind it is."""
+    described = Field(default="lif", description="Or one of your own; see imports.")
+    section: type[BaseModel] = pydantic.create_model(
+        "NeuronSection",
+        __base__=neuron_section_of(kind),
+        kind=(Annotated[str, OneOf(lambda: NEURONS)], described),
+    )
+    return section
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if annotation is NeuronConfig:
+        return neuron_section("lif")
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((s for a in get_args(annotation) if (s := _section_in(a))), None)
+
+
+def _documented(field: FieldInfo) -> Documented:
+    default = "required"
+    if not field.is_required():
+        plain = pydantic.TypeAdapter(Any).dump_python(field.get_default(), mode="json")
+        shown = plain if isinstance(plain, str) and plain else json.dumps(plain)
+        default = f"default {shown}"
+    return Documented(_takes(field.annotation, field.metadata), default, field.description or "")
+
+
+def _takes(annotation: Any, about: Sequence[Any] = ()) -> str:
+    """The values that a type takes, as in "whole number > 0 or null"."""
+    origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        of_fields = [one.metadata if isinstance(one, FieldInfo) else [one] for one in inside[1:]]
+        return _takes(inside[0], [*about, *(one for ones in of_fields for one in ones)])
+    for one in about:
+        if isinstance(one, OneOf):
+            return " | ".join(one.names())
+    if origin is Literal:
+        return " | ".join(map(str, inside))
+    if origin in (Union, UnionType):
+        return " or ".join(_takes(one, about) for one in inside)
+    if origin is tuple:
+        number = "" if inside[-1] is ... else f" of {len(inside)}"
+        return f"list{number}: {_takes(inside[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        keys = (field.alias or name for name, field in annotation.model_fields.items())
+        return f"{{{', '.join(keys)}}}"
+    if origin is dict:
+        return "keys and values"
+    bounds = (_BOUNDS[type(one)].format(one) for one in about if type(one) in _BOUNDS)
+    return " ".join([_PLAIN[annotation], " and ".join(bounds)]).rstrip()

@@ -1,0 +1,104 @@
+"""Overrides, ``dotted.key=value``: how they are applied, and joined where one replaces another."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tetdist.config.yaml_files import read_value
+from tetdist.errors import UserError
+
+
+def key_of(override: str) -> str:
+    """The dotted key of an override.
+
+    Raises:
+        UserError: It is none.
+    """
+    key, separator, _ = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"{override!r} is not an override; write it as dotted.key=value")
+    return key
+
+
+def refuse_repeated(overrides: Sequence[str]) -> None:
+    """Refuse overrides of which a later one would undo an earlier one in silence.
+
+    Raises:
+        UserError: A key is set twice, or set and then replaced together with what it belongs to.
+    """
+    for number, override in enumerate(overrides):
+        key = key_of(override)
+        for earlier in overrides[:number]:
+            if _replaces(key, key_of(earlier)):
+                raise UserError(
+                    f"{key} is given twice, as {earlier} and as {override}; leave out one"
+                    if key == key_of(earlier)
+                    else f"{override} would replace {earlier}, which stands before it; leave out "
+                    "one, or give the more general one first"
+                )
+
+
+def joined(*layers: Sequence[str]) -> list[str]:
+    """Overrides in one list, without those that one of a later layer replaces."""
+    result: list[str] = []
+    for layer in layers:
+        keys = [key_of(override) for override in layer]
+        kept = [one for one in result if not any(_replaces(key, key_of(one)) for key in keys)]
+        result = [*kept, *layer]
+    return result
+
+
+def _replaces(key: str, other: str) -> bool:
+    """Whether setting ``key`` undoes a setting of ``other``."""
+    return key == other or other.startswith(f"{key}.")
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one ``dotted.key=value`` in nested dictionaries.
+
+    Raises:
+        UserError: There is no such place, or the value is no YAML.
+    """
+    key = key_of(override)
+    text = override.partition("=")[2]
+    # YAML 1.1 takes 1e-4 for text; nobody who types it means that.
+    value = _number(read_value(text, override)) if text else None
+    node: Any = raw
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        node = _child(node, part, parents[:depth], override)
+    if isinstance(node, list):
+        node[_position(node, last, parents, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"{override}: {'.'.join(parents)} is a single value and holds no keys")
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() else value
+        except ValueError:
+            return value
+    return value
+
+
+def _child(node: Any, part: str, parents: list[str], override: str) -> Any:
+    if isinstance(node, list):
+        return node[_position(node, part, parents, override)]
+    if not isinstance(node, dict):
+        raise UserError(f"{override}: {'.'.join(parents)} is a single value and holds no keys")
+    if node.get(part) is None:
+        node[part] = {}
+    return node[part]
+
+
+def _position(items: list[Any], part: str, parents: list[str], override: str) -> int:
+    if part.isdecimal() and int(part) < len(items):
+        return int(part)
+    name = ".".join(parents)
+    there = {
+        0: f"{name} is empty",
+        1: f"{name} has one item, {name}.0 (items are counted from 0)",
+    }.get(len(items), f"{name} has the items {name}.0 to {name}.{len(items) - 1}")
+    raise UserError(f"{override}: {there}; a further one is written in the YAML file")
