@@ -353,7 +353,7 @@ def test_more_processes_than_batches(farm: Farm, run: Path, tiny_root: Path) -> 
     file = tiny.write_config(run.parents[1] / "few.yaml", tiny_root, {"batch.eval": 30})
     outcome = farm(file, "name=few", "max_steps=1", world=2)
     assert outcome.status == 0, outcome.text
-    assert f"({NUM_SAMPLES} images)" in outcome.text
+    assert f"({NUM_SAMPLES} samples)" in outcome.text
 
 
 def test_json_is_written_whole(run: Path, evaluate: Tool, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_cluster_file_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("nodes: 0", ["cluster.yaml", "'nodes'", "greater than 0"]),
         ("gpus_per_node: many", ["'gpus_per_node'", "not 'many'"]),
         ("- 1", ["cluster.yaml must hold keys and values"]),
-        ("a: [", ["cluster.yaml cannot be read"]),
+        ("a: [", ["cluster.yaml is not valid YAML"]),
         ('time: "1"', ["cluster.time: 1 is over before the warning 120 s"]),
         ("setup: [2020-01-01]", ["a value is neither text"]),
     ],

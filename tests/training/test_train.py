@@ -381,8 +381,11 @@ def test_finished_run_says_so_and_changes_nothing(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
     file = tiny_config()
-    ended(main(file), "runs/tiny is finished", "top-1", "tools/eval.py", status=0)
     run = tmp_path / "runs/tiny"
+    start = f"samples an epoch, {LAST_STEP} in all; {run}"
+    outcome = main(file)
+    ended(outcome, start, "runs/tiny is finished", "top-1", "tools/eval.py", status=0)
+    assert "training spiking_convnet, 2,472 parameters, in fp32 on cpu, 1 process" in outcome.text
     assert sorted(path.name for path in run.iterdir()) == [
         ".lock",
         "checkpoints",
@@ -392,7 +395,9 @@ def test_finished_run_says_so_and_changes_nothing(
         "plots",
     ]
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    ended(main(file), "runs/tiny is finished", "top-1", status=0)
+    outcome = main(file)
+    ended(outcome, "runs/tiny is finished", "top-1", status=0)
+    assert start not in outcome.text
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert before.keys() == after.keys()
     changed = {path.name for path in before if before[path] != after[path]}
@@ -951,6 +956,9 @@ def test_mlflow_has_the_run(farm: Farm, tiny_config: ConfigWriter, tmp_path: Pat
         assert params["phases.0.optimizer.lr"] == "0.05"
         tags = dict(rows("select key, value from tags"))
         assert tags["resumed_at_step"] == "4"
+        for tag, which in (("checkpoint", "last"), ("best_checkpoint", "best")):
+            newest = (run / "checkpoints" / which).read_text().strip()
+            assert tags[tag] == str(run / "checkpoints" / newest)
         assert Path(tags["run_dir"]) == run
         assert tags["split"] == "val"
         assert "| 0 | 2 | 2 | sgd | 0.05, cosine |" in tags["mlflow.note.content"]

@@ -103,6 +103,11 @@ class World:
             raise failure
         raise SystemExit(2)
 
+    def wait_for_device(self) -> None:
+        """Wait until the GPU has done what it was asked for; the host runs some steps ahead."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def __enter__(self) -> "World":
         return self
 

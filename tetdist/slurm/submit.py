@@ -26,6 +26,7 @@ from tetdist.slurm.job import Job
 from tetdist.slurm.jobs import is_here, refuse_if_queued, states_of
 from tetdist.slurm.plan import Plan
 from tetdist.tracking import mlflow_follower
+from tetdist.tracking.mlflow_store import check_store
 from tetdist.training.run_folder import RunFolder
 from tetdist.training.setup import make_model, open_data
 
@@ -56,6 +57,8 @@ def prepare(
     """
     if not after:
         _check_inputs(config)
+    if config.tracking_uri is not None:
+        check_store(config.tracking_uri)
     # Made absolute now: the job runs in another folder, and the run's own folder records the paths.
     config = _with_absolute_paths(config)
     world = World(0, cluster.processes, torch.device("cpu"), control=None)

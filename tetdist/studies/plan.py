@@ -21,6 +21,7 @@ from tetdist.config.yaml_files import read_yaml
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, script_of, typed
 from tetdist.tracking import metrics_file
+from tetdist.tracking.mlflow_store import check_store
 from tetdist.training.setup import make_model, open_data
 
 STUDIES_DIR = CONFIGS_DIR / "studies"
@@ -381,11 +382,14 @@ def check_folder(run: StudyRun) -> None:
 
 
 def check_inputs(runs: list[StudyRun]) -> None:
-    """See that each entry's data are there and suit its network.
+    """See that each entry's data are there and suit its network, and that MLflow can take its runs.
 
     Raises:
         UserError: They are not or do not, so that all runs of the entry would fail.
     """
+    for uri in {run.config.tracking_uri for run in runs}:
+        if uri is not None:
+            check_store(uri)
     alone = World(0, 1, torch.device("cpu"), control=None)
     # All seeds of an entry have the same data and network, so that one of them is enough.
     for run in {run.entry: run for run in runs}.values():

@@ -133,12 +133,12 @@ class MLflowFollower:
                 session.register_model()
             except Exception as error:
                 failures += 1
-                self.trouble = _first_line(error)
+                self.trouble = first_line(error)
                 # One failure is often two jobs that open the same database; it passes.
                 if failures == 2:
                     logger.warning(
                         "MLflow at %s: %s. Training goes on, %s has everything, and MLflow gets it "
-                        "when it is back",
+                        "as soon as it takes it again",
                         shown_uri(self.uri),
                         self.trouble,
                         self.path,
@@ -192,7 +192,7 @@ class _Session:
     def __init__(self, follower: MLflowFollower, *, system_metrics: bool) -> None:
         self._follower = follower
         self._run_dir = follower.run.folder
-        self._client = _client_of(follower.uri)
+        self._client = new_client(follower.uri)
         run = self._known_run() or _create_run(
             self._client,
             self._run_dir,
@@ -468,9 +468,8 @@ def announce(
         The run's MLflow id; None if MLflow does not answer, which is only warned of: the run gets
         there when it trains.
     """
-    _set_mlflow_up()
     try:
-        client = _client_of(uri)
+        client = new_client(uri)
         id_file = run_dir / "mlflow_run_id"
         run_id = id_file.read_text().strip() if id_file.exists() else None
         if run_id is None:
@@ -491,7 +490,7 @@ def announce(
             client.update_run(run_id, status=status)
     except Exception as error:
         logger.warning(
-            "MLflow at %s: %s; the run goes on without it", shown_uri(uri), _first_line(error)
+            "MLflow at %s: %s; the run goes on without it", shown_uri(uri), first_line(error)
         )
         return None
     return run_id
@@ -522,12 +521,13 @@ def _set_mlflow_up() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
-def _client_of(uri: str) -> Any:
+def new_client(uri: str) -> Any:
     """Return a client of a tracker, whose database is made if need be; MLflow itself says little.
 
     Raises:
         Exception: One of MLflow's many kinds.
     """
+    _set_mlflow_up()
     import mlflow
 
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:
@@ -623,7 +623,8 @@ def shown_uri(text: str) -> str:
     return re.sub(r"//[^/@\s]*@", "//", text)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what MLflow raises, without passwords."""
     text = str(error).strip() or type(error).__name__
     # The reason of a refused connection is at the end of a long line, the request at its start.
     reason = re.search(r"Caused by \w+\((.*)\)\)?$", text.splitlines()[0])

@@ -8,28 +8,48 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from tetdist.wording import counted, duration
+
 
 class RunProgress:
     """Progress of the whole run, on standard error.
+
+    In a log there is a line where metrics are logged, and one more wherever nothing has been said
+    for a while: soon after the start, so that the pace is known, and later at least every minute.
 
     Args:
         step, last_step: Optimiser steps done, and in all.
         steps_per_epoch: The run's.
         global_batch: Samples a step.
+        settle: Waits for the device, which may lag behind the host by some steps.
         silent: Show nothing (all processes but one).
     """
 
+    # Seconds of silence before the first line, and before others.
+    FIRST, LATER = 5.0, 60.0
+
     def __init__(
-        self, step: int, last_step: int, steps_per_epoch: int, global_batch: int, *, silent: bool
+        self,
+        step: int,
+        last_step: int,
+        steps_per_epoch: int,
+        global_batch: int,
+        *,
+        settle: Callable[[], None] = lambda: None,
+        silent: bool,
     ) -> None:
-        self.silent = silent
+        self.silent, self.settle = silent, settle
         self.on_terminal = sys.stderr.isatty()
         self.last_step, self.steps_per_epoch = last_step, steps_per_epoch
-        self.first_step, self.started = step, time.monotonic()
+        self.global_batch = global_batch
+        self.step = self.first_step = step
+        self.started = self.last_line = time.monotonic()
+        self.silence = self.FIRST
+        self.evaluated = 0  # samples of the evaluation that is going on
         self.bar = tqdm(
             total=last_step * global_batch,
             initial=step * global_batch,
-            unit="img",
+            unit=" samples",
             unit_scale=True,
             dynamic_ncols=True,
             disable=silent or not self.on_terminal,
@@ -41,10 +61,21 @@ class RunProgress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def advance(self, num_samples: int) -> None:
-        self.bar.update(num_samples)
+    def advance(self) -> None:
+        """Note that one more step is done."""
+        self.step += 1
+        self.bar.update(self.global_batch)
+        if self._silent_for_long():
+            self.settle()
+            seconds = time.monotonic() - self.started
+            rate = (self.step - self.first_step) * self.global_batch / seconds
+            self._say(
+                f"epoch {self.step / self.steps_per_epoch:.2f}  step {self.step}/{self.last_step}  "
+                f"{_rate(rate)} since the start, {duration(seconds)} ago  ETA {self._left()}"
+            )
 
     def report_training(self, step: int, values: dict[str, Any]) -> None:
+        """Say what is logged of training."""
         if self.silent:
             return
         loss, lr = f"{values['loss']:.3f}", f"{values['lr']:.2g}"
@@ -52,27 +83,53 @@ class RunProgress:
             self.bar.set_description(f"epoch {values['epoch']:.1f}")
             self.bar.set_postfix_str(f"loss {loss}, top-1 {values['top1']:.1f} %, lr {lr}")
             return
-        pace = (time.monotonic() - self.started) / max(step - self.first_step, 1)
-        rate = values["samples_per_s"]
-        eta = timedelta(seconds=round((self.last_step - step) * pace))
-        print(
+        self._say(
             f"epoch {values['epoch']:.2f}  step {step}/{self.last_step}  loss {loss}  "
-            f"top-1 {values['top1']:.1f} %  lr {lr}  {rate:.{0 if rate >= 10 else 1}f} images/s  "
-            f"data wait {values['data_wait']:.0f} %  ETA {eta}",
-            file=sys.stderr,
-            flush=True,
+            f"top-1 {values['top1']:.1f} %  lr {lr}  {_rate(values['samples_per_s'])}  "
+            f"data wait {values['data_wait']:.0f} %  ETA {self._left()}"
         )
 
+    def advance_evaluation(self, samples: int, total: int) -> None:
+        """Note that so many more samples of ``total`` are evaluated, on this process."""
+        self.evaluated += samples
+        if self._silent_for_long():
+            share = min(100 * self.evaluated / total, 100)
+            self._say(f"evaluating after step {self.step}: {share:.0f} % of the samples")
+
     def report_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        """Say what an evaluation found."""
+        self.evaluated = 0
         if self.silent:
             return
         by_timestep = " ".join(f"{top1:.1f}" for top1 in values["per_timestep_top1"])
         tqdm.write(
             f"evaluation at epoch {values['epoch']:g}, step {step}: top-1 {values['top1']:.2f} %  "
             f"top-5 {values['top5']:.2f} %  loss {values['loss']:.3f}  "
-            f"by timestep {by_timestep} %  ({values['samples']} images)",
+            f"by timestep {by_timestep} %  ({counted(values['samples'], 'sample')})",
             file=sys.stderr,
         )
+        self._said()
+
+    def _silent_for_long(self) -> bool:
+        if self.silent or self.on_terminal:
+            return False
+        return time.monotonic() - self.last_line >= self.silence
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+        self._said()
+
+    def _said(self) -> None:
+        self.last_line, self.silence = time.monotonic(), self.LATER
+
+    def _left(self) -> timedelta:
+        """The time to the last step at the pace since the start, evaluations included."""
+        pace = (time.monotonic() - self.started) / max(self.step - self.first_step, 1)
+        return timedelta(seconds=round((self.last_step - self.step) * pace))
+
+
+def _rate(samples_per_s: float) -> str:
+    return f"{samples_per_s:.{0 if samples_per_s >= 10 else 1}f} samples/s"
 
 
 def sample_bar(total: int, title: str, *, silent: bool) -> "tqdm[Any]":
@@ -80,7 +137,7 @@ def sample_bar(total: int, title: str, *, silent: bool) -> "tqdm[Any]":
     return tqdm(
         total=total,
         desc=title,
-        unit="img",
+        unit=" samples",
         dynamic_ncols=True,
         disable=silent or not sys.stderr.isatty(),
         leave=False,
@@ -123,9 +180,10 @@ class FileProgress:
                 return
             last_line = now
             rate = done / max(now - started, 1e-6)
+            left = duration((total - done) / rate) if done else "unknown time"
             print(
-                f"{title}: {done}/{total} {unit}s, {rate:.0f} {unit}s/s, "
-                f"{(total - done) / rate:.0f} s left",
+                f"{title}: {done} of {counted(total, unit)}, "
+                f"{rate:.{0 if rate >= 10 else 1}f} {unit}s/s, {left} left",
                 file=sys.stderr,
                 flush=True,
             )

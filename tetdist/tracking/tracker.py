@@ -59,6 +59,7 @@ class Tracker:
                 asked for and not installed, or there is no tracker of a name.
         """
         self.path = run.folder / "metrics.jsonl"
+        self.is_complete = False  # whether MLflow had everything when the record was closed
         self._resume_step = run.resume_step
         self._last: dict[str, int] = {}
         self._lines = 0
@@ -177,10 +178,11 @@ class Tracker:
         """
         self._file.close()
         follower = self._follower
-        if follower is not None and not follower.close(status, timeout):
+        self.is_complete = follower is None or follower.close(status, timeout)
+        if follower is not None and not self.is_complete:
             logger.warning(
                 "MLflow at %s has not taken everything (%s): it lacks up to %d of the %d points in "
-                "%s. It gets them when this run is opened again",
+                "%s. It gets them when this run is started again and MLflow answers",
                 shown_uri(follower.uri),
                 follower.trouble or f"no answer within {timeout:g} s",
                 self._lines - follower.sent,

@@ -15,6 +15,7 @@ from tetdist.events.splits import recorded_split
 from tetdist.files import write_json, write_text
 from tetdist.plugins import import_files
 from tetdist.tracking import environment
+from tetdist.tracking.mlflow_store import check_store
 from tetdist.tracking.trackers import TRACKERS
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class RunFolder:
         for name in config.tracking.trackers:
             TRACKERS[name]  # raises, with those that are known, if it is not
         if world.rank == 0:
+            if config.tracking_uri is not None:
+                check_store(config.tracking_uri)
             try:
                 self._claim()
             except OSError as error:

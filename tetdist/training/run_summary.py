@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from tetdist import checkpoint
 from tetdist.config.identity import flatten
 from tetdist.config.schema import RunConfig
@@ -17,6 +20,7 @@ from tetdist.tracking import environment
 from tetdist.tracking.mlflow_follower import Dataset, Status, ui_command
 from tetdist.tracking.tracker import Tracker
 from tetdist.tracking.trackers import TrackedRun
+from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,15 @@ class Launcher:
     tags: Mapping[str, str] = field(default_factory=dict)
     goes_on_after: Collection[int] = ()
     on_failure: Callable[[Exception], None] = lambda _: None
+
+
+def show_checkpoints(tracker: Tracker, checkpoints: Path) -> None:
+    """Have MLflow say where the last checkpoint is, and the best one, which may be the same."""
+    for which, tag in (("last", "checkpoint"), ("best", "best_checkpoint")):
+        pointer = checkpoints / which
+        if pointer.is_file():
+            path = pointer.with_name(pointer.read_text().strip())
+            tracker.set_tag(tag, str(path.resolve()))
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,7 @@ class RunSummary:
             note=self._note(),
             trackers=config.tracking.trackers,
         )
+        show_checkpoints(tracker, folder / "checkpoints")
         tracker.artifact(folder / "config.yaml")
         tracker.artifact(folder / "environment.json")
         status: Status = "FAILED"
@@ -102,8 +116,36 @@ class RunSummary:
         if name is not None:
             tracker.register(file, name)
 
-    def log(self, result: dict[str, float]) -> None:
-        """Say that the run is finished, what came out and where to look."""
+    def log_start(
+        self, model: nn.Module, device: torch.device, steps_per_epoch: int, last_step: int
+    ) -> None:
+        """Say what begins: on what, how much of it there is, and where it goes."""
+        config = self.config
+        where = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        processes = counted(self.world_size, "process")
+        if device.type == "cpu":
+            processes += f" of {counted(torch.get_num_threads(), 'thread')}"
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        logger.info(
+            "training %s, %s, in %s on %s, %s: %s of %s an epoch, %s in all; %s",
+            config.model.name,
+            counted(parameters, "parameter"),
+            config.precision,
+            where,
+            processes,
+            counted(steps_per_epoch, "step"),
+            counted(config.batch.global_, "sample"),
+            f"{last_step:,}",
+            config.run_dir,
+        )
+
+    def log(self, result: dict[str, float], *, in_mlflow: bool) -> None:
+        """Say that the run is finished, what came out and where to look.
+
+        Args:
+            result: Of the last evaluation, and the best one.
+            in_mlflow: Whether MLflow, if there is one, has everything.
+        """
         folder = self.config.run_dir
         lines = [f"{folder} is finished"]
         if result:
@@ -112,7 +154,7 @@ class RunSummary:
                 f"at step {result['best_step']:.0f}"
             )
         lines.append(f"  evaluate  {typed('eval', '--checkpoint', folder)}")
-        if self.config.tracking_uri:
+        if self.config.tracking_uri and in_mlflow:
             lines.append(f"  look      {ui_command(self.config.tracking_uri)}")
         logger.info("%s", "\n".join(lines))
 
@@ -143,7 +185,7 @@ class RunSummary:
     def _note(self) -> str:
         """The description on the run's page in MLflow, in Markdown."""
         config, train = self.config, self.train
-        data = f"{len(train):,} {train.kind}, {len(train.classes)} classes"
+        data = f"{len(train):,} {train.kind}, {counted(len(train.classes), 'class')}"
         phases = [
             [
                 str(number),

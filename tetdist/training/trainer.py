@@ -43,11 +43,12 @@ from tetdist.training.engines.base import Engine, Update
 from tetdist.training.engines.create import make_engine
 from tetdist.training.run_folder import RunFolder
 from tetdist.training.run_plots import RunPlots
-from tetdist.training.run_summary import Launcher, RunSummary
+from tetdist.training.run_summary import Launcher, RunSummary, show_checkpoints
 from tetdist.training.sample_record import SampleRecord, sample_record
 from tetdist.training.schedule import Phase, phase_at, schedule_phases
 from tetdist.training.setup import make_model, open_data
 from tetdist.training.teacher import Teacher
+from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +170,7 @@ class Trainer:
                 self.last_step,
                 self.steps_per_epoch,
                 config.batch.global_,
+                settle=world.wait_for_device,
                 silent=world.rank != 0,
             ) as self.progress,
         ):
@@ -177,6 +179,10 @@ class Trainer:
                 self.watch.before_end.append(lambda _: tracker.close("FAILED", timeout=5))
                 self.plots = RunPlots(config, self.train_index.classes, tracker)
             try:
+                if world.rank == 0 and not self.finished:
+                    summary.log_start(
+                        self.model, world.device, self.steps_per_epoch, self.last_step
+                    )
                 while not self.finished:
                     if self._evaluation_due():
                         self._enter(phase_at(self.phases, self.step - 1))
@@ -189,7 +195,7 @@ class Trainer:
             finally:
                 self._leave()
         if world.rank == 0:
-            summary.log(self.result)
+            summary.log(self.result, in_mlflow=tracker is not None and tracker.is_complete)
 
     @property
     def finished(self) -> bool:
@@ -263,7 +269,7 @@ class Trainer:
         end = min((self.step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.last_step)
         while self.step < end:
             lr, update = self._train_step(clock)
-            self.progress.advance(self.config.batch.global_)
+            self.progress.advance()
             if self.step % self.config.log_every == 0 or self.step == end:
                 self._log_window(lr, float(update.grad_norm), clock)
             if self.stop.agreed():
@@ -374,8 +380,8 @@ class Trainer:
 
         def fail() -> None:
             raise UserError(
-                f"the loss or its gradient was not finite in {limit} steps in a row, at last at "
-                f"step {step} (learning rate {lr:.4g}). They changed nothing, and {saved}. "
+                f"the loss or its gradient was not finite in {counted(limit, 'step')} in a row, at "
+                f"last at step {step} (learning rate {lr:.4g}). They changed nothing, and {saved}. "
                 f"{found}. A smaller phases.*.optimizer.lr, a warm-up (phases.*.warmup_epochs) or "
                 "gradient_clipping are the usual remedies"
             )
@@ -419,9 +425,9 @@ class Trainer:
             values["overflows"] = self.engine.loss_scale.overflows
         if values["non_finite_steps"] and self.world.rank == 0:
             logger.warning(
-                "step %d: %d step(s) since the last line had no finite gradient: nothing changed",
+                "step %d: %s since the last line had no finite gradient and changed nothing",
                 self.step,
-                values["non_finite_steps"],
+                counted(values["non_finite_steps"], "step"),
             )
         self._log("train", values)
         self.progress.report_training(self.step, values)
@@ -447,7 +453,7 @@ class Trainer:
                     self.world,
                     precision=self.config.precision,
                     stop=self.stop.agreed,
-                    progress=lambda _: self.watch.progress(f"evaluation after step {self.step}"),
+                    progress=self._evaluated,
                 )
         except Interrupted:
             self._save()
@@ -478,6 +484,12 @@ class Trainer:
             self.plots.after_evaluation(
                 self.model, self._on_device(first.images), values, last=self.step == self.last_step
             )
+
+    def _evaluated(self, samples: int) -> None:
+        """Tell those who watch that so many samples more are evaluated on this process."""
+        self.watch.progress(f"evaluation after step {self.step}")
+        # Each process has its share of the samples.
+        self.progress.advance_evaluation(samples, len(self.val_index) // self.world.world_size or 1)
 
     def _log(self, kind: str, values: dict[str, Any]) -> None:
         if self.tracker:
@@ -517,7 +529,7 @@ class Trainer:
         def write() -> None:
             if self.tracker:
                 self.tracker.sync()
-                path = checkpoint.save(
+                checkpoint.save(
                     self.folder.checkpoints,
                     model=self.model,
                     optimizer=optimizer,
@@ -526,9 +538,7 @@ class Trainer:
                     keep_last=self.config.save.keep_last,
                     best=best,
                 )
-                self.tracker.set_tag(
-                    "best_checkpoint" if best else "checkpoint", str(path.resolve())
-                )
+                show_checkpoints(self.tracker, self.folder.checkpoints)
 
         self.world.run_on_all(write)
         self.saved_step = self.step

@@ -1,0 +1,37 @@
+"""Numbers are written as a person says them."""
+
+import pytest
+
+from tetdist.wording import counted, duration
+
+
+@pytest.mark.parametrize(
+    ("number", "thing", "said"),
+    [
+        (0, "problem", "0 problems"),
+        (1, "problem", "1 problem"),
+        (2, "class", "2 classes"),
+        (1, "class", "1 class"),
+        (1234567, "image", "1,234,567 images"),
+    ],
+)
+def test_one_is_singular(number: int, thing: str, said: str) -> None:
+    assert counted(number, thing) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.3, "0 s"),
+        (45, "45 s"),
+        (59.6, "1 min"),
+        (185, "3 min 5 s"),
+        (3600, "1 h"),
+        (9823, "2 h 43 min"),
+        (3605, "1 h"),
+        (7 * 86_400 + 7200, "7 d 2 h"),
+        (86_400 + 59, "1 d"),
+    ],
+)
+def test_a_time_has_its_two_largest_units(seconds: float, said: str) -> None:
+    assert duration(seconds) == said

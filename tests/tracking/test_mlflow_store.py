@@ -1,0 +1,147 @@
+"""A place that MLflow can never use is refused before the run begins, with a way out that works."""
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from tiny import Farm, Outcome
+
+from tetdist.errors import UserError
+from tetdist.tracking.mlflow_store import check_store
+from tetdist.training.run_summary import show_checkpoints
+
+ConfigWriter = Callable[..., Path]
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("foo://bar", "MLflow cannot use foo://bar"),
+        ("./mlruns", "MLflow cannot use ./mlruns"),
+        ("http:///x", "names no host"),
+        ("https://", "names no host"),
+        ("sqlite://", "in memory"),
+        ("sqlite:///:memory:", "in memory"),
+        ("postgresql+nosuchdriver://host/runs", "cannot be used"),
+        ("mysql+nosuchdriver://user:secret@host/runs", "cannot be used"),
+    ],
+)
+def test_an_address_of_no_kind_is_refused(uri: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_store(uri)
+    text = str(caught.value)
+    assert text.startswith("tracking.uri: ")
+    assert said in text
+    assert "tracking.mlflow=false" in text
+    assert "secret" not in text
+    assert "\n" not in text
+
+
+def test_a_server_that_does_not_answer_is_waited_for() -> None:
+    check_store(f"http://127.0.0.1:{tiny.free_port()}")
+    check_store("https://user:secret@nowhere.invalid/mlflow")
+
+
+def filled(path: Path) -> Path:
+    with sqlite3.connect(path) as database:
+        database.execute("create table metrics (key text, step integer)")
+        database.executemany(
+            "insert into metrics values (?, ?)", [("x" * 50, i) for i in range(999)]
+        )
+    database.close()
+    return path
+
+
+def test_a_database_that_is_whole_missing_empty_or_locked_is_taken(tmp_path: Path) -> None:
+    path = filled(tmp_path / "mlflow.db")
+    check_store(f"sqlite:///{path}")
+    check_store(f"sqlite:///{tmp_path / 'new' / 'folder' / 'mlflow.db'}")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "empty.db").touch()
+    check_store(f"sqlite:///{tmp_path / 'empty.db'}")
+    with sqlite3.connect(path, isolation_level=None) as busy:
+        busy.execute("begin exclusive")
+        check_store(f"sqlite:///{path}")
+        busy.execute("rollback")
+    busy.close()
+
+
+@pytest.mark.parametrize("damage", ["garbage", "torn", "within"])
+def test_a_damaged_database_is_refused(damage: str, tmp_path: Path) -> None:
+    path = filled(tmp_path / "mlflow.db")
+    data = path.read_bytes()
+    torn = {"garbage": b"no database" * 100, "torn": data[: len(data) // 2]}
+    path.write_bytes(torn.get(damage, data[:8192] + bytes(8192) + data[16384:]))
+    with pytest.raises(UserError, match=r"is damaged .*move it away") as caught:
+        check_store(f"sqlite:///{path}")
+    assert str(path) in str(caught.value)
+
+
+def test_a_database_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is no folder"):
+        check_store(f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}")
+    with pytest.raises(UserError, match="no file"):
+        check_store(f"sqlite:///{tmp_path}")
+
+
+def test_permissions_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = filled(tmp_path / "mlflow.db")
+    monkeypatch.setattr(os, "access", lambda place, _: place != tmp_path)
+    with pytest.raises(UserError, match="permission to write to"):
+        check_store(f"sqlite:///{path}")
+
+
+def test_the_run_is_refused_and_the_way_out_works(
+    main: Callable[..., Outcome], farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    file = tiny_config({"tracking": {"mlflow": True}, "max_steps": 2})
+    refused = main(file, "tracking.uri=foo://bar")
+    assert refused.status == 2
+    assert refused.text.count("error: ") == 1
+    database = tmp_path / "runs" / "mlflow.db"
+    database.parent.mkdir()
+    database.write_bytes(b"no database" * 100)
+    refused = main(file)
+    assert refused.status == 2
+    assert "is damaged" in refused.text
+    assert not (tmp_path / "runs/tiny").exists()
+    shutil.move(database, tmp_path / "away")
+    done = farm(file)
+    assert done.status == 0, done.text
+    assert "mlflow ui" in done.text
+    with sqlite3.connect(database) as store:
+        ((points,),) = store.execute("select count(*) from metrics where key = 'train/loss'")
+    assert points == 2
+
+
+def test_the_end_does_not_send_to_an_mlflow_that_has_nothing(
+    farm: Farm, tiny_config: ConfigWriter
+) -> None:
+    uri = f"http://127.0.0.1:{tiny.free_port()}"
+    file = tiny_config({"tracking": {"mlflow": True, "uri": uri}, "max_steps": 1})
+    done = farm(file)
+    assert done.status == 0, done.text
+    assert "runs/tiny is finished" in done.text
+    assert "started again and MLflow answers" in done.text
+    assert "look  " not in done.text
+
+
+def test_the_tags_name_the_last_checkpoint_also_where_it_is_the_best(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    said: dict[str, str] = {}
+
+    class Tags:
+        def set_tag(self, key: str, value: str) -> None:
+            said[key] = value
+
+    for which in ("last", "best"):
+        (checkpoints / which).write_text("step-00000007\n")
+    show_checkpoints(Tags(), checkpoints)  # type: ignore[arg-type]
+    step = str((checkpoints / "step-00000007").resolve())
+    assert said == {"checkpoint": step, "best_checkpoint": step}

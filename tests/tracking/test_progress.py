@@ -1,0 +1,116 @@
+"""A log says soon how fast a run is, whatever it logs of it, and never nothing for minutes."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from tiny import Outcome
+
+from tetdist.tracking import progress
+from tetdist.tracking.progress import FileProgress, RunProgress
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+TRAINED = {"epoch": 0.1, "loss": 1.0, "top1": 50.0, "lr": 0.1, "samples_per_s": 16.0}
+TRAINED |= {"data_wait": 3.0}
+
+
+def test_the_first_line_comes_soon_and_others_after_a_minute(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settled: list[float] = []
+    shown = RunProgress(0, 1000, 100, 32, settle=lambda: settled.append(clock.now), silent=False)
+    said: dict[int, str] = {}
+    with shown:
+        for step in range(1, 101):
+            clock.now += 2
+            shown.advance()
+            if step == 40:
+                shown.report_training(step, TRAINED)
+            if text := capsys.readouterr().err:
+                said[step] = text.strip()
+    # 2 s a step: after 5 s, and 60 s after each line that there was.
+    assert list(said) == [3, 33, 40, 70, 100]
+    assert said[3] == (
+        "epoch 0.03  step 3/1000  16 samples/s since the start, 6 s ago  ETA 0:33:14"
+    )
+    assert said[40].startswith("epoch 0.10  step 40/1000  loss 1.000")
+    # A GPU is waited for only where its pace is told.
+    assert len(settled) == 4
+
+
+def test_a_long_evaluation_says_how_far_it_is(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = RunProgress(0, 10, 5, 8, silent=False)
+    for _ in range(4):
+        clock.now += 31
+        shown.advance_evaluation(25, 100)
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluating after step 0: 25 % of the samples",
+        "evaluating after step 0: 75 % of the samples",
+    ]
+
+
+def test_one_process_of_several_speaks(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = RunProgress(0, 10, 5, 8, silent=True)
+    clock.now += 1000
+    shown.advance()
+    shown.advance_evaluation(8, 10)
+    assert capsys.readouterr().err == ""
+
+
+def test_lines_between_do_not_change_what_is_logged(
+    main: Callable[..., Outcome],
+    tiny_config: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rare = ("log_every=1000", "max_steps=7")
+    quiet = main(tiny_config(), *rare, "name=quiet")
+    assert "since the start" not in quiet.text
+    monkeypatch.setattr(RunProgress, "FIRST", 0.0)
+    monkeypatch.setattr(RunProgress, "LATER", 0.0)
+    often = main(tiny_config(), *rare, "name=often")
+    # Metrics are of the epoch's end, step 5, and of the run's; here each step has a line.
+    steps = re.findall(r"step (\d+)/7  \d+(?:\.\d)? samples/s since the start", often.text)
+    assert list(map(int, steps)) == [1, 2, 3, 4, 5, 6, 7]
+    assert "evaluating after step 5" in often.text
+    metrics = [tiny.metrics(tmp_path / "runs" / name) for name in ("quiet", "often")]
+    assert metrics[0] == metrics[1]
+
+
+def test_files_are_counted_in_words_and_human_time(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FileProgress() as shown:
+        done = shown.titled("val", "recording")
+        clock.now += 20
+        done(2, 2000)
+        done(2000, 2000)
+        done = shown.titled("train", "image")
+        clock.now += 0.5
+        done(1, 1)
+    assert capsys.readouterr().err.splitlines() == [
+        "val: 2 of 2,000 recordings, 0.1 recordings/s, 5 h 33 min left",
+        "val: 2000 of 2,000 recordings, 100 recordings/s, 0 s left",
+        "train: 1 of 1 image, 2.0 images/s, 0 s left",
+    ]

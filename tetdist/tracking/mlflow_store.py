@@ -1,0 +1,114 @@
+"""Whether MLflow can keep a run where a configuration says, asked before the run begins.
+
+A server that does not answer may come back, and the run is sent to it then. What is refused here
+would never take anything: an address of no kind that there is, or a damaged database.
+"""
+
+import contextlib
+import os
+import sqlite3
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+from tetdist.errors import UserError
+from tetdist.tracking.mlflow_follower import first_line, new_client, shown_uri
+
+_OTHERWISE = "or train without MLflow: tracking.mlflow=false"
+_SUGGESTED = f"give tracking.uri=http://HOST:PORT or sqlite:////FOLDER/mlflow.db, {_OTHERWISE}"
+# To read the whole of a larger database would hold up the start, and those who write to it.
+_MOST_BYTES_READ = 64 * 2**20
+
+
+def check_store(uri: str) -> None:
+    """See that MLflow can keep runs at an address, as far as that is known without a server.
+
+    Args:
+        uri: The tracking URI of a configuration.
+
+    Raises:
+        UserError: It never can; the text says what to do about it.
+    """
+    address = urlsplit(uri)
+    shown = shown_uri(uri)
+    match address.scheme.partition("+")[0]:
+        case "http" | "https":
+            if not address.hostname:
+                raise UserError(f"tracking.uri: {shown} names no host; {_SUGGESTED}")
+        case "sqlite":
+            path = uri.partition("///")[2]
+            if not path or path == ":memory:":
+                raise UserError(
+                    f"tracking.uri: {shown} is a database in memory, which is gone with the run; "
+                    f"{_SUGGESTED}"
+                )
+            _check_database(Path(path))
+        case "postgresql" | "mysql" | "mssql":
+            _check_driver(uri)
+        case _:
+            try:
+                new_client(uri)
+            except Exception as error:  # MLflow raises many kinds
+                raise UserError(
+                    f"tracking.uri: MLflow cannot use {shown} ({first_line(error)}); {_SUGGESTED}"
+                ) from error
+
+
+def _check_driver(uri: str) -> None:
+    from sqlalchemy import create_engine
+
+    try:
+        create_engine(uri)  # does not connect yet
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"tracking.uri: {shown_uri(uri)} needs the package {error.name}; install it, "
+            f"{_OTHERWISE}"
+        ) from error
+    except Exception as error:  # SQLAlchemy raises many kinds
+        raise UserError(
+            f"tracking.uri: {shown_uri(uri)} cannot be used ({first_line(error)}); {_SUGGESTED}"
+        ) from error
+
+
+def _check_database(path: Path) -> None:
+    # A database that is missing will be made, and its folder with it.
+    place = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if place != path and not place.is_dir():
+        raise UserError(
+            f"tracking.uri: MLflow's database {path} cannot be made: {place} is no folder; "
+            f"{_SUGGESTED}"
+        )
+    if place == path and not path.is_file():
+        raise UserError(f"tracking.uri: {path} is no file, so no database; {_SUGGESTED}")
+    folder = path.parent if place == path else place
+    locked = next((one for one in (place, folder) if not os.access(one, os.W_OK)), None)
+    if locked is not None:
+        raise UserError(
+            f"tracking.uri: MLflow's database {path} needs permission to write to {locked}; give "
+            f"yourself that, {_SUGGESTED}"
+        )
+    if place != path:
+        return
+    damage = _damage(path)
+    if damage is not None:
+        raise UserError(
+            f"tracking.uri: MLflow's database {path} is damaged ({damage}); restore it, or move it "
+            f"away and a new one is made, to which this run is sent from its first step on; "
+            f"{_OTHERWISE}"
+        )
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with an SQLite file; None: nothing, or somebody else is busy with it."""
+    try:
+        database = sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=rw", 1.0, uri=True)
+        with contextlib.closing(database):
+            database.execute("PRAGMA schema_version")
+            if path.stat().st_size > _MOST_BYTES_READ:
+                return None
+            (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            return None if found == "ok" else " ".join(str(found).split())
+    except sqlite3.OperationalError as error:
+        # It is locked, or a server's disk does not answer; that passes.
+        return None if "lock" in str(error) or "busy" in str(error) else str(error)
+    except sqlite3.DatabaseError as error:
+        return str(error)

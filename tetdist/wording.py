@@ -1,0 +1,20 @@
+"""Numbers as a person says them: "1 image", "2 images", "2 h 44 min"."""
+
+
+def counted(number: int, thing: str) -> str:
+    """A number of things, in the singular or plural: ``counted(1, "class")`` is "1 class"."""
+    if number != 1:
+        thing += "es" if thing.endswith(("s", "x", "sh", "ch")) else "s"
+    return f"{number:,} {thing}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the two largest units that it has: "45 s", "3 min 5 s", "2 h 44 min", "3 d 1 h"."""
+    left, parts = round(seconds), list[str]()
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
+        number, left = divmod(left, size)
+        if number or parts or unit == "s":
+            parts.append(f"{number} {unit}")
+        if len(parts) == 2:
+            break
+    return " ".join(parts[:1] if parts[-1].startswith("0 ") else parts)
