@@ -228,10 +228,10 @@ def read(path: Path) -> Checkpoint:
 
 
 def load_model_file(path: Path, which: str = "last") -> tuple[dict[str, Tensor], Description]:
-    """Read weights and description of a run folder, a checkpoint folder or a .safetensors file.
+    """Read weights and description of a run, a checkpoint, an export or a .safetensors file.
 
     Args:
-        path: One of these three.
+        path: The folder of one of these, or the file.
         which: The ``last`` checkpoint of a run folder, or the ``best`` one.
 
     Raises:
@@ -278,12 +278,17 @@ def _model_file(path: Path, which: str) -> Path:
     if not path.exists():
         raise UserError(f"there is no checkpoint {path}; give a run folder or a .safetensors file")
     if (path / MODEL_FILE).is_file():
+        if not any((path / name).exists() for name in (MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE)):
+            return path / MODEL_FILE  # what the command export has written
         folder = path
     else:
         checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         pointer = checkpoints / which
         if not pointer.is_file():
-            raise UserError(f"there is no {which} checkpoint in {path}")
+            raise UserError(
+                f"there is no {which} checkpoint in {path}; give the folder of a run, of a "
+                "checkpoint or of an export, or a .safetensors file"
+            )
         folder = checkpoints / pointer.read_text().strip()
     problem = verify(folder)
     if problem is not None:

@@ -23,6 +23,7 @@ from tiny import Outcome
 from torch import Tensor, nn
 
 from tetdist import checkpoint
+from tetdist.cli import eval as evaluation
 from tetdist.config.loading import parse
 from tetdist.errors import UserError
 from tetdist.exchange import export
@@ -191,7 +192,12 @@ def test_accuracy_is_not_claimed_at_another_t(tool: Tool, tmp_path: Path) -> Non
 
 
 def test_real_run_is_given_away_and_taken_back(
-    tool: Tool, tiny_config: Callable[..., Path], main: Callable[..., Outcome], tmp_path: Path
+    tool: Tool,
+    tiny_root: Path,
+    tiny_config: Callable[..., Path],
+    main: Callable[..., Outcome],
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     outcome = main(tiny_config({"evaluate_every": 1}))
     assert outcome.status == 0, outcome.text
@@ -205,6 +211,29 @@ def test_real_run_is_given_away_and_taken_back(
     assert outcome.status == 0, outcome.text
     assert "beginning with the weights of" in outcome.text
     assert "another network" not in outcome.text
+    # The folder is what its weights are; the name of a file makes one, of the same weights.
+    changes = {"name": "of the folder", "init_checkpoint": str(given)}
+    outcome = main(tiny_config(changes), "max_steps=1")
+    assert outcome.status == 0, outcome.text
+    alone = tmp_path / "alone.safetensors"
+    status, said, err = tool(given, "--format", "safetensors", "--output", alone)
+    assert status == 0, err
+    assert f"wrote {alone}: the weights" in said
+    assert alone.read_bytes() == (given / "model.safetensors").read_bytes()
+    tables = []
+    for source in (run, given):
+        status = evaluation.main(["--checkpoint", str(source), "--data", str(tiny_root)])
+        said = capfd.readouterr().out
+        assert status == 0, said
+        tables.append(said.replace(str(source), ""))
+    assert f"{top1:.2f}" in tables[0]
+    assert tables[0] == tables[1]
+
+
+def test_names_may_have_dots(tool: Tool, tmp_path: Path) -> None:
+    file = save("convnet", tmp_path)
+    assert tool(file, "--format", "safetensors", "--output", tmp_path / "net-1.5")[0] == 0
+    assert (tmp_path / "net-1.5" / "model.safetensors").is_file()
 
 
 class Outside(nn.Module):
@@ -440,6 +469,11 @@ def test_missing_package_is_named(
         (["--format", "onnx", "--output", "n.onnx", "--dt", "1"], "with --format nir only"),
         (["--format", "nir", "--output", "n.nir", "--dt", "0"], "--dt must be above 0"),
         (["--format", "timm", "--output", "n", "--timesteps", "0"], "--timesteps must be"),
+        (["--format", "timm", "--output", "n.safetensors"], "is a folder, and n.safetensors is"),
+        (
+            ["--format", "safetensors", "--output", "n.onnx"],
+            "a file that ends in .safetensors, and",
+        ),
         (["--format", "tflite", "--output", "n"], "invalid choice"),
     ],
 )
@@ -452,11 +486,11 @@ def test_arguments_are_checked(tool: Tool, arguments: list[str], complaint: str)
 @pytest.mark.parametrize("kind", ["safetensors", "nir"])
 def test_what_exists_is_not_replaced(tool: Tool, tmp_path: Path, kind: str) -> None:
     file = save("convnet", tmp_path)
-    output = tmp_path / "mine.nir"
+    output = tmp_path / f"mine.{kind}"
     output.write_text("precious")
     status, _, err = tool(file, "--format", kind, "--output", output)
     assert status == 2
-    assert "mine.nir exists" in err
+    assert f"{output.name} exists" in err
     assert output.read_text() == "precious"
 
 

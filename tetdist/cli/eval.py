@@ -66,7 +66,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         required=True,
         metavar="RUN_OR_FILE",
         type=Path,
-        help="a run folder (its last checkpoint), a checkpoint folder, or a .safetensors file",
+        help="a run folder (its last checkpoint), the folder of a checkpoint or an export, or a "
+        ".safetensors file",
     )
     parser.add_argument(
         "--best",

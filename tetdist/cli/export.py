@@ -12,8 +12,10 @@ from pathlib import Path
 from tetdist.cli.common import answer, program
 from tetdist.config.flags import add_import
 
-# The ending of --output for each format; None: --output is a folder.
-ENDINGS = {"safetensors": None, "timm": None, "nir": ".nir", "onnx": ".onnx", "torch": ".pt2"}
+# The ending of --output for each format.
+ENDINGS = {"safetensors": ".safetensors", "nir": ".nir", "onnx": ".onnx", "torch": ".pt2"}
+# Formats whose --output may be a folder, which has no ending then.
+FOLDERS = ("safetensors", "timm")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -25,15 +27,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "checkpoint",
         metavar="RUN_OR_FILE",
         type=Path,
-        help="a run folder (its last checkpoint), a checkpoint folder, or a .safetensors file",
+        help="a run folder (its last checkpoint), the folder of a checkpoint or an export, or a "
+        ".safetensors file",
     )
-    add("--format", required=True, choices=list(ENDINGS))
+    add("--format", required=True, choices=["safetensors", "timm", "nir", "onnx", "torch"])
     add(
         "--output",
         required=True,
         metavar="PATH",
         type=Path,
-        help="a new folder (safetensors, timm) or file (.nir, .onnx, .pt2)",
+        help="a new folder (safetensors, timm) or file (.safetensors: the weights alone; .nir, "
+        ".onnx, .pt2)",
     )
     add("--best", action="store_true", help="of a run folder, the best checkpoint")
     add("--timesteps", type=int, metavar="T", help="default: as in training")
@@ -45,9 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add_import(parser)
     options = parser.parse_args(arguments)
-    ending = ENDINGS[options.format]
-    if ending is not None and options.output.suffix != ending:
-        parser.error(f"--output of --format {options.format} must end in {ending}")
+    check_output(parser, options.format, options.output)
     if options.timesteps is not None and options.timesteps < 1:
         parser.error("--timesteps must be at least 1")
     if options.dt is not None and options.format != "nir":
@@ -55,6 +57,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.dt is not None and not 0 < options.dt < float("inf"):
         parser.error("--dt must be above 0")
     return options
+
+
+def check_output(parser: argparse.ArgumentParser, form: str, output: Path) -> None:
+    """Refuse an --output that would be something else than its name says."""
+    ending = ENDINGS.get(form)
+    if output.suffix == ending:
+        return
+    if form not in FOLDERS:
+        parser.error(f"--output of --format {form} must end in {ending}")
+    if output.suffix in ENDINGS.values():
+        file = f", or a file that ends in {ending}" if ending else ""
+        parser.error(
+            f"--output of --format {form} is a folder{file}, and {output} is named like a file: "
+            f"leave out {output.suffix}"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

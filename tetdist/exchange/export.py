@@ -128,13 +128,21 @@ def _name_of(path: str | None) -> str | None:
 # --- files of weights -----------------------------------------------------------------------------
 
 
-def write_safetensors(trained: Trained, folder: Path) -> str:
-    """Write model.safetensors, which eval and init_checkpoint take, and a model card.
+def write_safetensors(trained: Trained, path: Path) -> str:
+    """Write the weights as eval and init_checkpoint take them, and a model card.
+
+    Args:
+        trained: What is exported.
+        path: A folder, for model.safetensors and the card; or a file, which ends in .safetensors,
+            for the weights alone.
 
     Returns:
         A sentence for the person who asked for it; so do the other writers.
     """
-    with _aside(folder) as aside:
+    with _aside(path) as aside:
+        if path.suffix == ".safetensors":
+            checkpoint.write_model_file(aside, trained.model.state_dict(), trained.description)
+            return "the weights, and what they are of; a folder as --output has a model card, too"
         aside.mkdir(parents=True)
         _write_weights(trained, aside)
         (aside / "README.md").write_text(card(trained))
