@@ -26,6 +26,7 @@ from tetdist.reports.curves import (
 )
 from tetdist.reports.overlay import _group
 from tetdist.reports.style import (
+    ACCURACY,
     PERCENT,
     QUIET,
     RATE,
@@ -33,6 +34,7 @@ from tetdist.reports.style import (
     TRAIN,
     VALIDATION,
     _running_mean,
+    finish,
     new_figure,
     steady_part,
 )
@@ -238,6 +240,32 @@ def test_numbers_of_points_lie_beside_the_line() -> None:
     assert sides(1.0, 2.0, 3.0) == [(True, "right"), (True, "right"), above]
     assert sides(3.0, 1.0, 2.0, 1.0) == [above, below, above, (True, "left")]
     assert sides(5.0) == [above]
+
+
+@pytest.mark.parametrize(
+    ("top1", "limits"),
+    [
+        ([70.00, 70.05], (67.525, 72.525)),  # by chance a sample in 2000: no cliff
+        ([50.0, 50.01, 50.0], (47.505, 52.505)),
+        ([99.95, 100.0], (95.25, 100.25)),  # no accuracy beyond 100 %
+        ([0.0, 0.1], (-0.25, 4.75)),
+        ([40.0, 80.0], (38.0, 82.0)),  # as it was
+    ],
+)
+def test_accuracies_that_differ_little_look_so(
+    top1: list[float], limits: tuple[float, float]
+) -> None:
+    axis = new_figure(4, 3).subplots()
+    axis.plot(range(len(top1)), top1)
+    finish(axis, "Accuracy", ACCURACY)
+    assert axis.get_ylim() == pytest.approx(limits)
+
+
+def test_other_axes_are_as_their_values_are() -> None:
+    axis = new_figure(4, 3).subplots()
+    axis.plot([1.0, 1.1])
+    finish(axis, "Loss", "loss")
+    assert axis.get_ylim() == pytest.approx((0.995, 1.105))
 
 
 def test_running_mean() -> None:

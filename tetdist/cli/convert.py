@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from tetdist.cli.common import answer, program
 from tetdist.errors import UserError
+from tetdist.wording import counted
 
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
     from tetdist.exchange.foreign import Converted, Source
 
+SHOWN = 5  # of the tensors that do not fit, unless all are asked for
 SOURCES = ("auto", "spikingjelly", "sew", "tet", "torchvision", "timm")
 
 
@@ -44,6 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="go on though weights are missing, of another shape or unknown; those without any "
         "are initialised",
     )
+    add("--list", action="store_true", help="name all tensors that do not fit, not only the first")
     add(
         "overrides",
         nargs="*",
@@ -180,17 +183,22 @@ def report(
     """
     missing, unexpected = converted.missing, converted.unexpected
     carried = len(converted.weights) - len(missing)
-    print(f"{options.source}: {carried} of {len(converted.weights)} tensors, as of {source}")
+    total = counted(len(converted.weights), "tensor")
+    print(f"{options.source}: {carried} of {total}, as of {source}")
     if converted.counters:
-        print(f"  {converted.counters} counters of batches (num_batches_tracked) have no use here")
-    for sentence in missing:
-        print(f"  not carried over: {sentence}")
-    for name in unexpected:
-        print(f"  unknown here: {name}")
+        counters = counted(converted.counters, "counter")
+        print(f"  left out: {counters} of batches (num_batches_tracked), without use here")
+    for heading, lines in (("not carried over", missing), ("unknown here", unexpected)):
+        shown = lines if options.list or len(lines) <= SHOWN + 1 else lines[:SHOWN]
+        for line in shown:
+            print(f"  {heading}: {line}")
+        if len(shown) < len(lines):
+            print(f"  {heading}: {len(lines) - len(shown)} more (--list names them all)")
     if (missing or unexpected) and not options.allow_missing:
         raise UserError(
-            f"{options.source} is not a {config.model.name} of {source}: {len(missing)} tensors "
-            f"are missing or of another shape and {len(unexpected)} unknown (listed above); "
+            f"{options.source} is not a {config.model.name} of {source}: "
+            f"{counted(len(missing), 'tensor')} missing or of another shape and "
+            f"{len(unexpected)} unknown (see above); "
             "choose another --model or --from, or give --allow-missing to initialise and leave "
             "out what does not fit"
         )

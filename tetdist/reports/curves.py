@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tetdist.evaluation.firing import DEAD, SATURATED
 from tetdist.reports.style import (
+    ACCURACY,
     QUIET,
     RATE,
     SPEED,
@@ -269,7 +270,7 @@ def _accuracy(axis: Any, train: list[dict[str, Any]], val: list[dict[str, Any]])
             zorder=5,
             label=f"best: {top1[best]:.2f} % (epoch {epochs[best]:.4g})",
         )
-    finish(axis, "Top-1 accuracy", "top-1 (%)")
+    finish(axis, "Top-1 accuracy", ACCURACY)
 
 
 def _timesteps(axis: Any, val: list[dict[str, Any]]) -> None:
@@ -299,7 +300,7 @@ def _timesteps(axis: Any, val: list[dict[str, Any]]) -> None:
         axis.margins(y=0.2)
         axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("timesteps averaged")
-    finish(axis, title, "top-1 (%)", legend=False)
+    finish(axis, title, ACCURACY, legend=False)
 
 
 def _beside(values: Sequence[float], index: int) -> tuple[int, int, str]:

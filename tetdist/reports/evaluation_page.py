@@ -228,7 +228,7 @@ def _timesteps(axis: Any, found: EvaluationResults) -> None:
         )
     axis.set_xlabel("timesteps T")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    style.finish(axis, "Accuracy by timesteps", "top-1 (%)")
+    style.finish(axis, "Accuracy by timesteps", style.ACCURACY)
 
 
 def _early_exit(axis: Any, found: EvaluationResults) -> None:
@@ -254,7 +254,7 @@ def _early_exit(axis: Any, found: EvaluationResults) -> None:
         steps, found["per_timestep_top1"], "--", color=style.QUIET, label="the same T for all"
     )
     axis.set_xlabel("timesteps of a sample on average")
-    style.finish(axis, "Early exit", "top-1 (%)")
+    style.finish(axis, "Early exit", style.ACCURACY)
 
 
 def _confusion(axis: Any, found: EvaluationResults) -> None:
@@ -325,7 +325,7 @@ def _dropped(axis: Any, found: EvaluationResults) -> None:
             top1 = [found["top1"], *(at["top1"] for at in found[key])]
             axis.plot(shares, top1, "o-", color=colour, label=key.replace("_", " "))
     axis.set_xlabel("dropped (%)")
-    style.finish(axis, "Robustness", "top-1 (%)")
+    style.finish(axis, "Robustness", style.ACCURACY)
 
 
 # --- as a page ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.reports.style import (
+    ACCURACY,
     PERCENT,
     POSITIVE,
     SERIES,
@@ -38,7 +39,7 @@ def runs(
     axes = figure.subplot_mosaic("LLLAAA;VVVTTT")
     panels = {
         "L": ("train", "loss", "Training loss", "loss", POSITIVE),
-        "A": ("val", "top1", "Validation top-1", "top-1 (%)", PERCENT),
+        "A": ("val", "top1", "Validation top-1", ACCURACY, PERCENT),
         "V": ("val", "loss", "Validation loss", "loss", POSITIVE),
     }
     shown: dict[str, Any] = {}
@@ -119,7 +120,7 @@ def _group_timesteps(
         _group(axis, curves, colour, "", PERCENT)
     axis.set_xlabel("timesteps averaged")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    finish(axis, "Last accuracy by timestep", "top-1 (%)", legend=False)
+    finish(axis, "Last accuracy by timestep", ACCURACY, legend=False)
 
 
 def standard_deviation(values: Sequence[float]) -> float:

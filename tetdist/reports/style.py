@@ -19,6 +19,10 @@ WAIT = "#E69F00"
 QUIET = "#767676"
 # Colours for lines of which there may be many.
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31")
+ACCURACY = "top-1 (%)"  # the unit of every axis of accuracy
+# An axis shows at least so many points of accuracy: over less, chance looks like a cliff.
+LEAST_ACCURACY, LEAST_DIFFERENCE = 5.0, 1.0
+_WITH_ROOM = (-0.25, 100.25)  # for the markers of 0 and 100 %
 PERCENT, POSITIVE = (0.0, 100.0), (0.0, math.inf)  # limits of a mean and its spread
 
 
@@ -56,7 +60,8 @@ def save(figure: Any, out: Path) -> None:
 
 
 def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
-    """Give a panel its title, unit, grid and, where there are lines, legend."""
+    """Give a panel its title, unit, grid and, where there are lines, legend; an axis of accuracy
+    shows some points at least, however little there is between the values."""
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axis.set_ylabel(unit, fontsize=10)
     axis.grid(color="#E4E4E4", linewidth=0.7)
@@ -70,7 +75,9 @@ def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
         axis.text(
             0.5, 0.5, "nothing yet", transform=axis.transAxes, ha="center", va="center", color=QUIET
         )
-    elif legend:
+    if drawn and unit == ACCURACY:
+        axis.set_ylim(widened(*axis.get_ylim(), LEAST_ACCURACY, _WITH_ROOM))
+    if drawn and legend:
         # The legend stands beside the title, where it covers no curve.
         handles = [line for line in drawn if not line.get_label().startswith("_")]
         axis.legend(
@@ -83,6 +90,19 @@ def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
             handlelength=1.4,
             columnspacing=1.2,
         )
+
+
+def widened(
+    low: float, high: float, least: float, within: tuple[float, float]
+) -> tuple[float, float]:
+    """Limits of an axis that are at least so far apart, about the same middle.
+
+    Where that would pass the limits of the values, ``within``, it goes the other way, by as much.
+    """
+    lack = max(least - (high - low), 0) / 2
+    below, above = low - lack, high + lack
+    beyond = max(above - max(high, within[1]), 0) - max(min(low, within[0]) - below, 0)
+    return below - beyond, above - beyond
 
 
 def markers(axis: Any, epochs: list[float], values: list[float], colour: str, label: str) -> None:

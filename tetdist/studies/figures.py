@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tetdist.reports.style import QUIET, SERIES, finish, new_figure
+from tetdist.reports.style import (
+    ACCURACY,
+    LEAST_DIFFERENCE,
+    QUIET,
+    SERIES,
+    finish,
+    new_figure,
+    widened,
+)
 
 if TYPE_CHECKING:
     from tetdist.studies.numbers import Numbers
@@ -91,7 +99,7 @@ def _timesteps(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]])
             )
     axis.set_xticks(timesteps)
     axis.set_xlabel("T of the test (ring: of training)")
-    finish(axis, "Accuracy at every T", "top-1 (%)", legend=False)
+    finish(axis, "Accuracy at every T", ACCURACY, legend=False)
 
 
 def _loss(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]]) -> None:
@@ -133,5 +141,6 @@ def _differences(
         [f"{entry}\n- {numbers.study.entries[entry].control}" for entry in reversed(compared)],
     )
     axis.set_ylim(-0.6, len(compared) - 0.4)
+    axis.set_xlim(widened(*axis.get_xlim(), LEAST_DIFFERENCE, (-100.0, 100.0)))
     axis.set_xlabel("points of top-1, mean and 95 % interval")
     finish(axis, "Difference to the control, last epoch", "", legend=False)
