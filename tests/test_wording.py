@@ -2,7 +2,7 @@
 
 import pytest
 
-from tetdist.wording import counted, duration
+from tetdist.wording import are, counted, duration
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,10 @@ from tetdist.wording import counted, duration
 )
 def test_one_is_singular(number: int, thing: str, said: str) -> None:
     assert counted(number, thing) == said
+
+
+def test_one_thing_is_and_others_are() -> None:
+    assert [are(0), are(1), are(2)] == ["are", "is", "are"]
 
 
 @pytest.mark.parametrize(

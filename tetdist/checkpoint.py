@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from tetdist.errors import UserError, typed, way_out
 from tetdist.files import made_aside, write_text
+from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -183,8 +184,8 @@ def newest(folder: Path) -> Checkpoint | None:
         logger.warning("checkpoint %s is not used: %s", path, problem)
     if paths:
         raise UserError(
-            f"none of the {len(paths)} checkpoints in {folder} is whole; restore one, or set "
-            "resume=never and another name to start anew"
+            f"of {counted(len(paths), 'checkpoint')} in {folder} none is whole; restore one, or "
+            "set resume=never and another name to start anew"
         )
     return None
 

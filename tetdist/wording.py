@@ -8,6 +8,11 @@ def counted(number: int, thing: str) -> str:
     return f"{number:,} {thing}"
 
 
+def are(number: int) -> str:
+    """The verb of so many things: "is" of one, "are" of others."""
+    return "is" if number == 1 else "are"
+
+
 def duration(seconds: float) -> str:
     """A time in the two largest units that it has: "45 s", "3 min 5 s", "2 h 44 min", "3 d 1 h"."""
     left, parts = round(seconds), list[str]()

@@ -257,7 +257,7 @@ def test_images_go_from_folders_to_shards_and_back(image_root, tmp_path, call):
     assert call("images.py", "index", root, "--workers", 1)[0] == 0
     status, output = call("images.py", "shard", root, shards, "--workers", 1)
     assert status == 0
-    assert "12 images in 1 tar files in 3 classes, packed and indexed" in output
+    assert "12 images in 1 tar file in 3 classes, packed and indexed" in output
     status, output = call("images.py", "extract", shards, folders, "--workers", 1)
     assert (status, output.count(": 12 images")) == (0, 2)
     assert call("images.py", "index", folders, "--workers", 1)[0] == 0
@@ -284,13 +284,13 @@ def test_samples_without_a_label_are_left_out_only_if_asked(image_root, tmp_path
         status, output = call("images.py", command, tmp_path / "s", *dest, *options)
         assert status == 2
         assert "bad: data/0.tar/c.jpg: no label" in output
-        assert "1 of 3 files are bad" in output
+        assert "1 of 3 files is bad" in output
         status, output = call("images.py", command, tmp_path / "s", *dest, *options, "--skip-bad")
         assert status == 0
     assert load_index(tmp_path / "s" / "index" / "train.npz").skipped == ("data/0.tar/c.jpg",)
     assert sorted(p.name for p in (tmp_path / "d" / "train").glob("*/*")) == ["a.jpg", "b.jpg"]
     status, output = call("images.py", "index", tmp_path / "s", *options, "--skip-bad")
-    assert "2 images in 1 tar files in 3 classes, 1 of them without any, 1 bad ones" in output
+    assert "2 images in 1 tar file in 3 classes, 1 of them without any, 1 bad one" in output
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ def test_real_run_is_given_away_and_taken_back(
     assert "beginning with the weights of" in outcome.text
     assert "another network" not in outcome.text
     # The folder is what its weights are; the name of a file makes one, of the same weights.
-    changes = {"name": "of the folder", "init_checkpoint": str(given)}
+    changes = {"name": "of-the-folder", "init_checkpoint": str(given)}
     outcome = main(tiny_config(changes), "max_steps=1")
     assert outcome.status == 0, outcome.text
     alone = tmp_path / "alone.safetensors"

@@ -98,7 +98,7 @@ def test_a_study_is_trained_continued_and_reported(
     # What is finished is reported, and what is not is named.
     assert f"the report is {output / 'report.md'}" in out
     report = (output / "report.md").read_text()
-    assert "**Not complete**: 1 of 4 runs are missing (tet-seed1)" in report
+    assert "**Not complete**: 1 of 4 runs is missing (tet-seed1)" in report
     before = {path: path.read_bytes() for path in output.glob("*/metrics.jsonl")}
     assert len(before) == 3
 

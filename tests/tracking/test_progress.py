@@ -49,12 +49,26 @@ def test_the_first_line_comes_soon_and_others_after_a_minute(
                 said[step] = text.strip()
     # 2 s a step: after 5 s, and 60 s after each line that there was.
     assert list(said) == [3, 33, 40, 70, 100]
-    assert said[3] == (
-        "epoch 0.03  step 3/1000  16 samples/s since the start, 6 s ago  ETA 0:33:14"
-    )
+    assert said[3] == ("epoch 0.03  step 3/1000  16 samples/s since the first step  ETA 0:33:14")
     assert said[40].startswith("epoch 0.10  step 40/1000  loss 1.000")
     # A GPU is waited for only where its pace is told.
     assert len(settled) == 4
+
+
+def test_the_first_step_tells_nothing_of_the_pace(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = RunProgress(100, 200, 100, 32, silent=False)
+    for seconds in (185, 60, 1):
+        clock.now += seconds
+        shown.advance()
+    shown.report_training(103, TRAINED)
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == (
+        "epoch 1.01  step 101/200  the first step took 3 min 5 s, more than others will"
+    )
+    assert second == "epoch 1.02  step 102/200  0.5 samples/s since the first step  ETA 1:38:00"
+    assert third.endswith("ETA 0:49:18")  # 97 steps at 30.5 s
 
 
 def test_a_long_evaluation_says_how_far_it_is(
@@ -86,12 +100,12 @@ def test_lines_between_do_not_change_what_is_logged(
 ) -> None:
     rare = ("log_every=1000", "max_steps=7")
     quiet = main(tiny_config(), *rare, "name=quiet")
-    assert "since the start" not in quiet.text
+    assert "since the first step" not in quiet.text
     monkeypatch.setattr(RunProgress, "FIRST", 0.0)
     monkeypatch.setattr(RunProgress, "LATER", 0.0)
     often = main(tiny_config(), *rare, "name=often")
     # Metrics are of the epoch's end, step 5, and of the run's; here each step has a line.
-    steps = re.findall(r"step (\d+)/7  \d+(?:\.\d)? samples/s since the start", often.text)
+    steps = re.findall(r"step (\d+)/7  (?:the first step|.* since the first step)", often.text)
     assert list(map(int, steps)) == [1, 2, 3, 4, 5, 6, 7]
     assert "evaluating after step 5" in often.text
     metrics = [tiny.metrics(tmp_path / "runs" / name) for name in ("quiet", "often")]

@@ -4,6 +4,8 @@ import json
 import logging
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -23,10 +25,10 @@ from tetdist.errors import UserError
 from tetdist.tracking import environment as environment_module
 from tetdist.tracking import mlflow_follower
 from tetdist.tracking.environment import environment
-from tetdist.tracking.metrics_file import read_metrics
+from tetdist.tracking.metrics_file import read_from, read_metrics
 from tetdist.tracking.mlflow_follower import Dataset, ui_command
 from tetdist.tracking.tracker import Tracker
-from tetdist.tracking.trackers import TrackedRun
+from tetdist.tracking.trackers import TrackedRun, _line_start
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 40) -> None:
@@ -238,9 +240,31 @@ def test_a_damaged_line_is_named(untracked: Callable[..., Tracker], tmp_path: Pa
     path.parent.mkdir()
     path.write_text('{"kind": "train", "step": 1}\n{"kind": "tr\n{"kind": "train", "step": 3}\n')
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged") as caught:
         untracked(resume_step=3)
     assert path.read_bytes() == before
+    # Whoever follows the file and has read the first line tells the same number.
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
+        read_from(path, before.index(b"\n") + 1)
+    # The way out that it names, followed to the letter.
+    command = re.search(r"\((sed .*?)\)", str(caught.value))
+    assert command is not None
+    subprocess.run(shlex.split(command[1]), check=True, timeout=60)
+    untracked(resume_step=3).close("FINISHED")
+    assert [line["step"] for line in read_metrics(path)] == [1, 3]
+
+
+def test_a_tracker_of_ones_own_is_given_no_torn_line(tmp_path: Path) -> None:
+    """Whoever removes a damaged line moves those behind it, and the tracker's mark stays."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'{{"kind": "train", "step": {step}, "loss": 1.{"5" * step}}}\n' for step in (1, 2, 3)]
+    path.write_text("".join(lines))
+    first, second = len(lines[0]), len(lines[0]) + len(lines[1])
+    assert [_line_start(path, mark) for mark in (0, first, second)] == [0, first, second]
+    assert _line_start(path, 10_000) == path.stat().st_size
+    path.write_text("".join(lines[1:]))
+    assert _line_start(path, second) == 0
+    assert read_from(path, _line_start(path, second))[0] == read_metrics(path)
 
 
 def test_a_full_disk_is_said_and_leaves_whole_lines(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_odd_manifest_is_no_crash(manifest: str, tmp_path: Path) -> None:
 def test_all_damaged_is_an_error(tmp_path: Path) -> None:
     for step in (1, 2):
         cut(save(tmp_path, step) / "optimizer.pt")
-    with pytest.raises(UserError, match=rf"none of the 2 checkpoints in {tmp_path}"):
+    with pytest.raises(UserError, match=rf"of 2 checkpoints in {tmp_path} none is whole"):
         checkpoint.newest(tmp_path)
     # Nothing was deleted on the way.
     assert {"step-00000001", "step-00000002"} <= set(names(tmp_path))

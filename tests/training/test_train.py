@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny
 import torch
@@ -306,6 +307,22 @@ def test_launcher_with_two_processes(
     assert status == 0, output
     assert output.count("is finished") == 1
     assert_close_runs(tmp_path / "runs/default", straight("default"))
+
+
+@pytest.mark.long
+def test_a_killed_process_under_the_launcher(tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    """The launcher's status is that of the process that died: 256 - 9."""
+    file = tiny_config({"phases.0.epochs": 1000, "log_every": 5})
+    with tiny.started(tiny.launched(2, tiny.TRAIN, "--config", file), tmp_path) as process:
+        assert process.stdout is not None
+        while "step 10/" not in process.stdout.readline():
+            pass
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        next(one for one in ranks if one.environ().get("RANK") == "1").kill()
+        text, _ = process.communicate(timeout=60)
+        assert process.returncode == 247, text
+    assert "error: rank 1 (process" in text
+    assert "All processes end; the same command continues" in text
 
 
 def test_ctrl_c_under_the_launcher(tiny_config: ConfigWriter, tmp_path: Path) -> None:

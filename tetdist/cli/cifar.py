@@ -18,6 +18,7 @@ from typing import Any
 
 from tetdist.cli.common import MISTAKES, answer, program
 from tetdist.errors import UserError, typed
+from tetdist.wording import counted
 
 _PIXELS = 3 * 32 * 32
 _LARGEST_FILE = 200_000_000  # bytes; of the real ones 154 million
@@ -119,7 +120,7 @@ def make(archive: Path, dest: Path, per_class: dict[str, int] | None) -> None:
     aside.rename(dest)
     print(
         f"{dest}: {counts['train']:,} images to train and {counts['val']:,} to validate, in "
-        f"{len(classes)} classes, and their indexes"
+        f"{counted(len(classes), 'class')}, and their indexes"
     )
 
 

@@ -163,7 +163,7 @@ def class_names(options: argparse.Namespace, config: "RunConfig") -> list[str] |
         raise UserError(f"--classes: {options.classes} cannot be read ({error})") from error
     if len(names) != config.model.num_classes:
         raise UserError(
-            f"--classes: {options.classes} names {len(names)} classes, the model has "
+            f"--classes: {options.classes} names {counted(len(names), 'class')}, the model has "
             f"{config.model.num_classes}"
         )
     return names

@@ -19,6 +19,7 @@ from tetdist import files
 from tetdist.cli.common import answer, program
 from tetdist.config.flags import MOST_TIMESTEPS, add_import, positive
 from tetdist.errors import UserError
+from tetdist.wording import counted
 
 HANGS_AFTER = 600  # seconds without progress of one of several processes
 
@@ -278,7 +279,7 @@ def with_classes_of_model(
         # The weights were converted from a file that does not name the classes.
         if config.model.num_classes != len(present):
             raise UserError(
-                f"the data has {len(present)} classes and {options.checkpoint} knows "
+                f"the data has {counted(len(present), 'class')} and {options.checkpoint} knows "
                 f"{config.model.num_classes}, without their names; give the data set of its "
                 "training with --data"
             )

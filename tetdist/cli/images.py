@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tetdist.cli.common import MISTAKES, answer, program
 from tetdist.config.flags import MOST_THREADS
 from tetdist.errors import UserError, typed
+from tetdist.wording import are, counted
 
 if TYPE_CHECKING:
     from tetdist.data.check import Examined, Finding
@@ -241,15 +242,17 @@ def _report_bad(bad: "list[BadFile]", num_files: int) -> None:
     for path, reason in bad:
         print(f"bad: {path}: {reason}", file=sys.stderr)
     if bad:
-        print(f"{len(bad)} of {num_files} files are bad", file=sys.stderr)
+        files = counted(num_files, "file")
+        print(f"{len(bad)} of {files} {are(len(bad))} bad", file=sys.stderr)
 
 
 def _described(index: "Index") -> str:
     empty = len(index.classes) - len(set(index.labels.tolist()))
-    places = f" in {len(index.archives)} tar files" if index.archives else ""
+    places = f" in {counted(len(index.archives), 'tar file')}" if index.archives else ""
     without = f", {empty} of them without any" if empty else ""
-    skipped = f", {len(index.skipped)} bad ones left out" if index.skipped else ""
-    what = f"{len(index)} {index.kind}{places} in {len(index.classes)} classes"
+    skipped = f", {counted(len(index.skipped), 'bad one')} left out" if index.skipped else ""
+    samples = counted(len(index), index.kind.removesuffix("s"))
+    what = f"{samples}{places} in {counted(len(index.classes), 'class')}"
     return f"{what}{without}{skipped}"
 
 
@@ -270,8 +273,8 @@ def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
             raise
         first = unlabelled[0]
         raise UserError(
-            f"{error}; perhaps since {len(unlabelled)} images cannot be used, {first.path} first:"
-            f" {first.reason}"
+            f"{error}; perhaps since {counted(len(unlabelled), 'image')} cannot be used, "
+            f"{first.path} first: {first.reason}"
         ) from error
     return listings
 
@@ -298,9 +301,11 @@ def _check(args: argparse.Namespace) -> int:
 
     _print_findings(findings, args.json)
     for split, (listing, _) in examined.items():
-        print(f"{split}: {len(listing.labels)} images in {len(listing.classes)} classes examined")
+        number, classes = len(listing.labels), len(listing.classes)
+        print(f"{split}: {counted(number, 'image')} in {counted(classes, 'class')} examined")
     problems = sum(finding.kind not in check.NOTES for finding in findings)
-    print(f"{problems} problems, {len(findings) - problems} notes" if findings else "all good")
+    notes = counted(len(findings) - problems, "note")
+    print(f"{counted(problems, 'problem')}, {notes}" if findings else "all good")
     # The journals go only now, so that after a stop what was not printed is looked for again.
     for journal in journals:
         journal.unlink()
@@ -364,7 +369,7 @@ def _extract(args: argparse.Namespace) -> int:
     for listing in listings:
         with _progress(listing.split) as progress:
             extract_split(args.root, listing, args.dest, args.workers, progress)
-        print(f"{args.dest / listing.split}: {len(listing.labels)} images")
+        print(f"{args.dest / listing.split}: {counted(len(listing.labels), 'image')}")
     return 0
 
 

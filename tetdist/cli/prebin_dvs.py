@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from tetdist.cli.common import answer, program
 from tetdist.config.flags import MOST_PIXELS, MOST_THREADS, MOST_TIMESTEPS
 from tetdist.errors import UserError, typed
+from tetdist.wording import are, counted
 
 # Each worker multiplies small matrices, for which numpy's threads would cost a hundred times what
 # they gain. numpy reads this when it is imported.
@@ -220,7 +221,8 @@ def _report_bad(tensors: "Tensors") -> None:
         print(f"bad: {path}: {reason}", file=sys.stderr)
     if tensors.bad:
         number = len(tensors.bad) + len(tensors.records)
-        print(f"{len(tensors.bad)} of {number} recordings are bad", file=sys.stderr)
+        bad, of = len(tensors.bad), counted(number, "recording")
+        print(f"{bad} of {of} {are(bad)} bad", file=sys.stderr)
 
 
 def _note_saturation(saturated: int, dtype: str) -> None:

@@ -56,7 +56,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 finished, 2 a mistake of the user's, 3 another process of the run died or
-    hangs, 128 + n stopped by signal n."""
+    hangs, 128 + n stopped by signal n.
+
+    The deepspeed launcher ends with that of the first process that does not end with 0; where
+    signal n has killed it, with 256 - n.
+    """
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rank = os.environ.get("RANK", "0")

@@ -12,6 +12,7 @@ from tetdist.config.schema import TIMM, RunConfig, phase_image_sizes
 from tetdist.errors import UserError
 from tetdist.losses import LOSSES
 from tetdist.optimizers import kind_of
+from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def check(config: RunConfig) -> None:
         if phase.warmup_epochs >= phase.epochs:
             raise UserError(
                 f"phases.{i}.warmup_epochs: {phase.warmup_epochs} must be below the phase's "
-                f"{phase.epochs} epochs"
+                f"{counted(phase.epochs, 'epoch')}"
             )
 
 

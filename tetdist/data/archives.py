@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from tetdist.errors import UserError
+from tetdist.wording import counted
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 WORDNET_ID = re.compile(r"n\d{8}")
@@ -142,7 +143,9 @@ def shard_samples(file: Path) -> Samples:
         images = [parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts]
         label = _label(file, parts)
         if len(images) != 1:
-            found.bad.append(BadFile(key, f"{len(images)} images of this key instead of 1"))
+            found.bad.append(
+                BadFile(key, f"{counted(len(images), 'image')} of this key instead of 1")
+            )
         elif isinstance(label, str):
             found.bad.append(BadFile(images[0].name, label))
         else:

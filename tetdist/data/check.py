@@ -23,6 +23,7 @@ from tetdist.data.layouts import Listing, imagenet_classes
 from tetdist.data.probe import SAMPLES_PER_TASK, Probe, probe_batches, probe_image
 from tetdist.data.processes import ReportProgress
 from tetdist.errors import UserError
+from tetdist.wording import counted
 
 FindingKind = Literal[
     "bad", "label", "overlap", "missing", "index", "misnamed", "duplicate", "passed over"
@@ -217,21 +218,23 @@ def imagenet_findings(listing: Listing) -> Iterator[Finding]:
     if missing:
         yield Finding("missing", split, f"{len(missing)} of 1,000 classes: {_some(missing)}")
     if len(listing.labels) != total:
-        found = f"{len(listing.labels):,} images where ImageNet-1k has {total:,}"
+        found = f"{counted(len(listing.labels), 'image')} where ImageNet-1k has {total:,}"
         yield Finding("missing", split, found)
     fewest, most = _TRAIN_PER_CLASS if split == "train" else (_VAL_PER_CLASS, _VAL_PER_CLASS)
     for label, name in enumerate(listing.classes):
         if name in present and not fewest <= counts[label] <= most:
             wanted = f"{fewest} to {most:,}" if fewest != most else str(fewest)
             yield Finding(
-                "missing", f"{split}/{name}", f"{counts[label]:,} images instead of {wanted}"
+                "missing",
+                f"{split}/{name}",
+                f"{counted(counts[label], 'image')} instead of {wanted}",
             )
     if split == "val":
         names = (_VAL_NAME.search(PurePosixPath(name).name) for name in listing.names)
         numbers = {int(name[1]) for name in names if name}
         gone = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, total + 1) if i not in numbers]
         if numbers and gone:
-            yield Finding("missing", split, f"{len(gone):,} images: {_some(gone)}")
+            yield Finding("missing", split, f"{counted(len(gone), 'image')}: {_some(gone)}")
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -31,6 +31,7 @@ from tetdist.data.class_folders import (
 )
 from tetdist.data.processes import ReportProgress, run_tasks
 from tetdist.errors import UserError
+from tetdist.wording import counted
 
 # Names that the public shards have for a split.
 _ALIASES = {"val": ("val", "validation")}
@@ -368,7 +369,9 @@ def _list_training_tar(
         options=hints.options(split),
     )
     if len(tars) < 2:
-        raise UserError(f"{root / file} holds {len(tars)} tars of classes: at least two are needed")
+        raise UserError(
+            f"{root / file} holds {counted(len(tars), 'tar')} of classes: at least two are needed"
+        )
     inner = [tars[name] for name in listing.classes]
     members = run_tasks(archives.images, inner, workers, progress)
     for label, (name, found) in enumerate(zip(listing.classes, members, strict=True)):
@@ -395,7 +398,9 @@ def _list_validation_tar(root: Path, file: str, split: str, hints: Hints) -> Lis
     names = [member.name for member in members]
     classes, ids = archives.validation_labels(labels_file, names)
     if len(classes) < 2:
-        raise UserError(f"{labels_file} names {len(classes)} classes: at least two are needed")
+        raise UserError(
+            f"{labels_file} names {counted(len(classes), 'class')}: at least two are needed"
+        )
     listing = Listing(
         kind="images",
         split=split,

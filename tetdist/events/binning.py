@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from tetdist.events.published import published_frames
 from tetdist.events.recording import BadRecording, Events, Sensor
+from tetdist.wording import are, counted
 
 Bins = Literal["count", "time"]
 Values = Literal["count", "occupancy", "normalised", "published"]
@@ -65,7 +66,11 @@ def bin_events(events: Events, binning: Binning) -> Frames:
         BadRecording: It has fewer events than bins.
     """
     if len(events) < binning.timesteps:
-        raise BadRecording(f"{len(events)} events are too few for {binning.timesteps} bins")
+        number = len(events)
+        raise BadRecording(
+            f"{counted(number, 'event')} {are(number)} too few for "
+            f"{counted(binning.timesteps, 'bin')}"
+        )
     counts = _count(events, _bin_numbers(events, binning), binning.timesteps)
     frames = _frames(counts, binning)
     tensor, saturated = _stored(frames, binning)

@@ -26,6 +26,7 @@ from tetdist.files import made_aside
 from tetdist.models import SpikingNetwork
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.wording import counted
 
 _INPUTS = {"images": "image", "events": "event frame a timestep"}
 # How many inputs an exported program is compared on, and how far it may be off.
@@ -237,10 +238,12 @@ def card(trained: Trained, folder: str | None = None) -> str:
         "loss": config.loss.as_text(),
         **({"begun with": config.init_checkpoint} if config.init_checkpoint else {}),
         "phases": "; ".join(
-            f"{p.epochs} epochs at T={p.timesteps}, {p.optimizer.kind}, lr {p.optimizer.lr:g}"
+            f"{counted(p.epochs, 'epoch')} at T={p.timesteps}, {p.optimizer.kind}, "
+            f"lr {p.optimizer.lr:g}"
             for p in config.phases
         ),
-        "trained for": f"{description.step} steps of {config.batch.global_} samples"
+        "trained for": f"{counted(description.step, 'step')} of "
+        f"{counted(config.batch.global_, 'sample')}"
         f"{', the best checkpoint' if description.which == 'best' else ''}, "
         f"precision {config.precision}, seed {config.seed}",
         "accuracy": _accuracy(description),
@@ -380,7 +383,7 @@ def write_nir(trained: Trained, path: Path, dt: float) -> str:
         assert (set(again.nodes), set(again.edges)) == (set(graph.nodes), set(graph.edges))
     return (
         f"{len(graph.nodes)} nodes, {len(graph.edges)} edges, to be run for "
-        f"{trained.model.timesteps} timesteps of {dt:g} s and averaged over them"
+        f"{counted(trained.model.timesteps, 'timestep')} of {dt:g} s and averaged over them"
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist.reports.tables import aligned
+from tetdist.wording import counted
 
 if TYPE_CHECKING:
     from tetdist.reports.runs_table import RunRecord
@@ -536,7 +537,7 @@ def plain(value: Any) -> str:
 def steps_text(steps: list[int]) -> str:
     if len(steps) <= SHOWN:
         return ", ".join(map(str, steps))
-    return f"{steps[0]}, {steps[1]}, ... {steps[-1]} ({len(steps):,} steps)"
+    return f"{steps[0]}, {steps[1]}, ... {steps[-1]} ({counted(len(steps), 'step')})"
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from tetdist.files import replacing
 from tetdist.reports import style, tables
+from tetdist.wording import counted
 
 # Rows of the table of classes on a terminal; the JSON file and the page have all.
 SHOWN_CLASSES = 20
@@ -46,7 +47,7 @@ def heading(found: EvaluationResults) -> str:
     of_split = f" of the split {found['data_split']}" if "data_split" in found else ""
     return (
         f"{found['checkpoint']}: {found['model']}, step {found['step']}, "
-        f"{found['samples']} samples of {found['split']}{of_split}{_of_subset(found)}"
+        f"{counted(found['samples'], 'sample')} of {found['split']}{of_split}{_of_subset(found)}"
     )
 
 
@@ -146,7 +147,7 @@ def quantity(number: float) -> str:
 def _text_firing_rates(found: EvaluationResults) -> str:
     if not found["firing_rate"]:
         return "  no firing rates: a network without neurons that fire"
-    lines = [f"  firing rate over {found['timesteps']} timesteps"]
+    lines = [f"  firing rate over {counted(found['timesteps'], 'timestep')}"]
     lines += [f"{rate:10.4f}  {layer}" for layer, rate in found["firing_rate"].items()]
     return "\n".join(lines)
 
@@ -280,7 +281,7 @@ def _confusion(axis: Any, found: EvaluationResults) -> None:
 def _firing_rate(axis: Any, found: EvaluationResults) -> None:
     rates = found["firing_rate"]
     _layer_bars(axis, list(rates), [(100 * r for r in rates.values())], [(style.RATE, "")])
-    title = f"Firing rate over {found['timesteps']} timesteps"
+    title = f"Firing rate over {counted(found['timesteps'], 'timestep')}"
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axis.set_xlabel("spikes per neuron per timestep (%)", fontsize=9)
 

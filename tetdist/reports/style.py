@@ -22,7 +22,7 @@ SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A
 ACCURACY = "top-1 (%)"  # the unit of every axis of accuracy
 # An axis shows at least so many points of accuracy: over less, chance looks like a cliff.
 LEAST_ACCURACY, LEAST_DIFFERENCE = 5.0, 1.0
-_WITH_ROOM = (-0.25, 100.25)  # for the markers of 0 and 100 %
+_WITH_ROOM = (-0.6, 100.6)  # for the markers of 0 and 100 %, and numbers beside them
 PERCENT, POSITIVE = (0.0, 100.0), (0.0, math.inf)  # limits of a mean and its spread
 
 
@@ -76,7 +76,8 @@ def finish(axis: Any, title: str, unit: str, *, legend: bool = True) -> None:
             0.5, 0.5, "nothing yet", transform=axis.transAxes, ha="center", va="center", color=QUIET
         )
     if drawn and unit == ACCURACY:
-        axis.set_ylim(widened(*axis.get_ylim(), LEAST_ACCURACY, _WITH_ROOM))
+        low, high = axis.get_ylim()
+        axis.set_ylim(widened(low, high, LEAST_ACCURACY, _WITH_ROOM))
     if drawn and legend:
         # The legend stands beside the title, where it covers no curve.
         handles = [line for line in drawn if not line.get_label().startswith("_")]

@@ -23,6 +23,7 @@ from tetdist.errors import UserError
 from tetdist.optimizers import kind_of
 from tetdist.slurm.cluster import RESTART_MINUTES, ClusterSection
 from tetdist.training.schedule import schedule_phases
+from tetdist.wording import counted
 
 EVALUATION_SPEED = 3.0  # forward only, against forward and backward
 TABLE_NODES = (1, 2, 4, 8, 16, 32, 64)
@@ -224,15 +225,16 @@ def describe(plan: Plan, speed: Speed | None) -> str:
     phases = config.phases[config.start_phase :]
     timesteps = " then ".join(str(phase.timesteps) for phase in phases)
     epochs = " + ".join(str(phase.epochs) for phase in phases)
-    devices = f"{cluster.gpus_per_node} GPUs" if cluster.gpus_per_node else "no GPU"
+    devices = counted(cluster.gpus_per_node, "GPU") if cluster.gpus_per_node else "no GPU"
     lines = [
-        f"processes    {cluster.processes}: {cluster.nodes} nodes x {cluster.processes_per_node} "
-        f"({devices} a node)",
-        f"a step       {config.batch.global_} images in {plan.micro_batches} micro-batches of "
+        f"processes    {cluster.processes}: {counted(cluster.nodes, 'node')} x "
+        f"{cluster.processes_per_node} ({devices} a node)",
+        f"a step       {counted(config.batch.global_, 'sample')} in "
+        f"{counted(plan.micro_batches, 'micro-batch')} of "
         f"{config.batch.micro}, {per_process} a process",
         f"steps        {plan.steps_per_epoch} an epoch, {plan.steps} in all ({epochs} epochs)",
-        f"images       {plan.images} to train on ({plan.train_images} in the split), "
-        f"{plan.evaluations} evaluations of {plan.val_images}; T = {timesteps}",
+        f"samples      {plan.images} to train on ({plan.train_images} in the split), "
+        f"{counted(plan.evaluations, 'evaluation')} of {plan.val_images}; T = {timesteps}",
         f"model        {plan.parameters / 1e6:.2f} million parameters",
         f"checkpoints  {_size(plan.checkpoint_bytes)} each, {kept} kept: "
         f"{_size(kept * plan.checkpoint_bytes)}",
@@ -245,14 +247,14 @@ def describe(plan: Plan, speed: Speed | None) -> str:
     assert own is not None, "make() has checked it"
     lines += [
         f"hours        {own.hours:.1f}, GPU-hours {own.gpu_hours:.0f}, time limits {_periods(own)} "
-        f"({own.images_per_s:.0f} images/s)",
+        f"({own.images_per_s:.0f} samples/s)",
         "",
-        f"By size, from {speed.images_per_s:g} images/s a process at T={speed.timesteps}, "
+        f"By size, from {speed.images_per_s:g} samples/s a process at T={speed.timesteps}, "
         f"{_size(plan.average_bytes)} averaged a step over {cluster.link_in_node:g} GB/s in a node",
         f"and {cluster.link_between_nodes:g} GB/s between nodes, none of it hidden; "
         f"{RESTART_MINUTES:g} minutes a restart:",
         "",
-        "nodes  processes  images/s    hours  GPU-hours  averaging  time limits",
+        "nodes  processes  samples/s   hours  GPU-hours  averaging  time limits",
     ]
     for nodes in sorted({*TABLE_NODES, cluster.nodes}):
         row = cost(plan, speed, nodes)
@@ -263,7 +265,7 @@ def describe(plan: Plan, speed: Speed | None) -> str:
             )
             continue
         lines.append(
-            f"{nodes:5}  {count:9}  {row.images_per_s:8.0f}  {row.hours:7.1f}  "
+            f"{nodes:5}  {count:9}  {row.images_per_s:9.0f}  {row.hours:6.1f}  "
             f"{row.gpu_hours:9.0f}  {100 * row.communication:7.1f} %  {_periods(row):>11}"
         )
     return "\n".join(lines)

@@ -75,7 +75,7 @@ def progress(run_dir: Path, submission: Submission, state: State) -> str:
         f"step {step} of {submission.last_step} ({100 * step / submission.last_step:.1f} %)",
         f"epoch {last['epoch']:.2f}",
         f"loss {last['loss']:.3f}",
-        f"{rate:.{0 if rate >= 10 else 1}f} images/s",
+        f"{rate:.{0 if rate >= 10 else 1}f} samples/s",
         f"saved at step {saved}",
     ]
     if state.is_queued and step < submission.last_step:

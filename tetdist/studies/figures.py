@@ -141,6 +141,7 @@ def _differences(
         [f"{entry}\n- {numbers.study.entries[entry].control}" for entry in reversed(compared)],
     )
     axis.set_ylim(-0.6, len(compared) - 0.4)
-    axis.set_xlim(widened(*axis.get_xlim(), LEAST_DIFFERENCE, (-100.0, 100.0)))
+    low, high = axis.get_xlim()
+    axis.set_xlim(widened(low, high, LEAST_DIFFERENCE, (-100.0, 100.0)))
     axis.set_xlabel("points of top-1, mean and 95 % interval")
     finish(axis, "Difference to the control, last epoch", "", legend=False)

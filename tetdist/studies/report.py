@@ -28,6 +28,7 @@ from tetdist.studies.plan import (
     StudySection,
 )
 from tetdist.tracking.metrics_file import strict
+from tetdist.wording import are, counted
 
 # --- the report -----------------------------------------------------------------------------------
 
@@ -43,7 +44,8 @@ def write(study: StudySection, name: str, runs: list[StudyRun], file: Path, comm
     numbers = gather(study, runs)
     if not numbers.entries:
         raise UserError(
-            f"there is nothing to report: of {len(runs)} runs none is finished and evaluated"
+            f"there is nothing to report: of {counted(len(runs), 'run')} none is finished and "
+            "evaluated"
         )
     folder = file.with_suffix("")
     text = replaced(
@@ -85,8 +87,8 @@ def section(numbers: Numbers, link: str, command: str) -> str:
     parts = [f"## {study.title}", study.question.strip(), provenance(numbers, command)]
     if numbers.missing:
         parts.append(
-            f"**Not complete**: {len(numbers.missing)} of {len(numbers.runs)} runs are missing "
-            f"({', '.join(numbers.missing)})."
+            f"**Not complete**: {len(numbers.missing)} of {counted(len(numbers.runs), 'run')} "
+            f"{are(len(numbers.missing))} missing ({', '.join(numbers.missing)})."
         )
     verdicts = [verdict(numbers, entry) for entry in numbers.entries]
     parts.append("\n".join(text for text in verdicts if text))

@@ -17,6 +17,7 @@ from tetdist.slurm.history import Submission
 from tetdist.slurm.jobs import State, cancel, is_here, states_of
 from tetdist.studies.plan import StudyRun, check_inputs, is_trained
 from tetdist.studies.tracking import Parent
+from tetdist.wording import counted
 
 Word = Literal[
     "finished", "running", "queued", "new", "submitted", "failed", "cancelled", "held back"
@@ -250,7 +251,8 @@ def send_all(
             print(f"{run.name}: {standings[run].text}", flush=True)
     except UserError as error:
         done = len(standings)
-        rest = f"; {done} of {len(left)} runs were submitted, the same command submits the others"
+        rest = f"; {done} of {counted(len(left), 'run')} {'was' if done == 1 else 'were'} submitted"
+        rest += ", the same command submits the others"
         raise UserError(f"{run.name}: {error}{rest if done else ''}") from error
     finally:
         note_as_sweep(list(standings), folder)
@@ -281,7 +283,8 @@ def note_as_sweep(runs: list[StudyRun], folder: Path) -> None:
 def log_summary(standings: dict[StudyRun, Standing], output: Path) -> int:
     """Print the states of all runs and what to do next; returns the exit status."""
     counts = Counter(standing.word for standing in standings.values())
-    print(f"{len(standings)} runs: {', '.join(f'{n} {word}' for word, n in counts.items())}")
+    by_state = ", ".join(f"{number} {word}" for word, number in counts.items())
+    print(f"{counted(len(standings), 'run')}: {by_state}")
     if counts["finished"] == len(standings):
         print("the same command without --slurm evaluates and reports")
         return 0

@@ -5,8 +5,10 @@ time in seconds. JSON has no word for a value that is not finite; here such a va
 strings "NaN", "Infinity" and "-Infinity", which `float()` understands and `read_metrics` restores.
 """
 
+import io
 import json
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,21 +36,31 @@ def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
         file.seek(offset)
         data = file.read()
     data = data[: data.rfind(b"\n") + 1]
-    return [_restored(line) for _, line in _parsed(path, data)], offset + len(data)
+    return [_restored(line) for _, line in _parsed(path, data, offset)], offset + len(data)
 
 
-def _parsed(path: Path, data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    for number, raw in enumerate(data.splitlines(keepends=True), start=1):
+def _parsed(path: Path, data: bytes, offset: int = 0) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield lines and what they say; ``offset`` is where in the file the first of them begins."""
+    for position, raw in enumerate(io.BytesIO(data)):
         try:
             line = json.loads(raw)
             whole = isinstance(line["kind"], str) and isinstance(line["step"], int)
         except (ValueError, KeyError, TypeError):
             whole = False
         if not whole:
+            with path.open("rb") as file:
+                number = file.read(offset).count(b"\n") + position + 1
             raise UserError(
-                f"{path}: line {number} is damaged: {raw[:80].decode(errors='replace').strip()}"
+                f"{path}: line {number} is damaged: {_shown(raw)}; restore the file, or remove the "
+                f"line (sed -i {number}d {shlex.quote(str(path))}): what it said is lost to curves "
+                "and reports, the checkpoints are untouched"
             )
         yield raw, line
+
+
+def _shown(raw: bytes) -> str:
+    text = raw[:80].decode(errors="replace").strip()
+    return text if text.isprintable() else repr(text)
 
 
 def keep_until(path: Path, step: int) -> tuple[dict[str, int], int]:

@@ -43,7 +43,7 @@ class RunProgress:
         self.last_step, self.steps_per_epoch = last_step, steps_per_epoch
         self.global_batch = global_batch
         self.step = self.first_step = step
-        self.started = self.last_line = time.monotonic()
+        self.started = self.steady_since = self.last_line = time.monotonic()
         self.silence = self.FIRST
         self.evaluated = 0  # samples of the evaluation that is going on
         self.bar = tqdm(
@@ -65,14 +65,21 @@ class RunProgress:
         """Note that one more step is done."""
         self.step += 1
         self.bar.update(self.global_batch)
+        is_first = self.step == self.first_step + 1
+        if is_first:
+            self.steady_since = time.monotonic()
         if self._silent_for_long():
             self.settle()
-            seconds = time.monotonic() - self.started
-            rate = (self.step - self.first_step) * self.global_batch / seconds
-            self._say(
-                f"epoch {self.step / self.steps_per_epoch:.2f}  step {self.step}/{self.last_step}  "
-                f"{_rate(rate)} since the start, {duration(seconds)} ago  ETA {self._left()}"
-            )
+            now = time.monotonic()
+            if is_first:
+                took = duration(now - self.started)
+                pace = f"the first step took {took}, more than others will"
+            else:
+                samples = (self.step - self.first_step - 1) * self.global_batch
+                rate = samples / max(now - self.steady_since, 1e-6)
+                pace = f"{_rate(rate)} since the first step  ETA {self._left()}"
+            epoch = self.step / self.steps_per_epoch
+            self._say(f"epoch {epoch:.2f}  step {self.step}/{self.last_step}  {pace}")
 
     def report_training(self, step: int, values: dict[str, Any]) -> None:
         """Say what is logged of training."""
@@ -123,8 +130,13 @@ class RunProgress:
         self.last_line, self.silence = time.monotonic(), self.LATER
 
     def _left(self) -> timedelta:
-        """The time to the last step at the pace since the start, evaluations included."""
-        pace = (time.monotonic() - self.started) / max(self.step - self.first_step, 1)
+        """The time to the last step at the pace since the first one, evaluations included.
+
+        The first step, which compiles and warms up, may take as long as a hundred others.
+        """
+        done = self.step - self.first_step
+        since, steps = (self.steady_since, done - 1) if done > 1 else (self.started, 1)
+        pace = (time.monotonic() - since) / steps
         return timedelta(seconds=round((self.last_step - self.step) * pace))
 
 

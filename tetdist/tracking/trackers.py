@@ -60,6 +60,14 @@ class MakesTracker(Protocol):
 TRACKERS: Registry[MakesTracker] = Registry("tracker", "tracking.trackers")
 
 
+def _line_start(file: Path, offset: int) -> int:
+    """Where to go on in a file that was read up to ``offset``; 0 where somebody has changed it, so
+    that a line is given twice rather than torn."""
+    data = file.read_bytes()
+    offset = min(offset, len(data))
+    return offset if data[:offset].endswith(b"\n") else 0
+
+
 class Following:
     """One tracker and its thread.
 
@@ -83,7 +91,7 @@ class Following:
         self._status = ""
         self._offset = 0
         if run.resume_step is not None and self._mark.is_file():
-            self._offset = min(json.loads(self._mark.read_text())["bytes"], file.stat().st_size)
+            self._offset = _line_start(file, json.loads(self._mark.read_text())["bytes"])
         self._thread = threading.Thread(target=self._follow, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
