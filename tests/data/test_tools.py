@@ -124,8 +124,8 @@ def test_files_that_are_not_taken_are_counted_and_named(image_root, call):
     ) in output
     status, output = call("images.py", "check", root, "--workers", 1)
     assert status == 0, output
-    assert "passed over: train/ant/a.gif: 2 file(s) with .gif are no samples" in output
-    assert "passed over: train/bee/c.HEIC: 1 file(s) with .heic are no samples" in output
+    assert "passed over: train/ant/a.gif: 2 files with .gif, not of a kind that is read" in output
+    assert "passed over: train/bee/c.HEIC: 1 file with .heic, not of a kind that is read" in output
     assert "all good" not in output
     (root / "train" / "ant" / "ant0.jpg").rename(root / "train" / "ant" / "ant0.avif")
     status, output = call("images.py", "index", root, "--workers", 1)
@@ -162,7 +162,7 @@ def test_data_to_evaluate_alone_need_no_train(image_root, call, name):
     shutil.rmtree(root / name / "bee")
     status, output = call("images.py", "index", root, "--workers", 1)
     assert status == 0, output
-    assert "1 images in 1 classes" in output
+    assert "1 image in 1 class" in output
     assert f"eval.py --checkpoint RUN --data {root} --split {name}" in output
     index = load_index(root / "index" / f"{name}.npz")
     assert index.classes == ("cow",)

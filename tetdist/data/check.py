@@ -164,7 +164,8 @@ def split_findings(listing: Listing, examined: list[Examined | str]) -> Iterator
     for bad in listing.bad:
         yield Finding("bad", bad.path, bad.reason)
     for suffix, (number, first) in sorted(listing.passed_over.suffixes.items()):
-        yield Finding("passed over", first, f"{number} file(s) with {suffix} are no samples")
+        files = counted(number, "file")
+        yield Finding("passed over", first, f"{files} with {suffix}, not of a kind that is read")
     wordnet = are_wordnet_ids(listing.classes)
     for i, result in enumerate(examined):
         path = listing.path(i)

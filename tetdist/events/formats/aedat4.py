@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from tetdist.errors import UserError
 from tetdist.events.recording import BadRecording, Events, Sensor, checked_events
+from tetdist.wording import counted
 
 _MAGIC = b"#!AER-DAT4.0\r\n"
 _EVENT = np.dtype(
@@ -186,7 +187,9 @@ class _Table:
         if len(data) < 4 + size or data[8:12] != name:
             raise BadRecording(f"it is truncated or damaged: no whole {name.decode()} buffer")
         if whole and len(data) > 4 + size:
-            raise BadRecording(f"something else follows its end, {len(data) - 4 - size} byte(s)")
+            raise BadRecording(
+                f"something else follows its end, {counted(len(data) - 4 - size, 'byte')}"
+            )
         return cls(data, 4 + start)
 
     def _position(self, field: int) -> int | None:
