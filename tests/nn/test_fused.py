@@ -5,15 +5,19 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,8 +26,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import tetdist
+from tetdist.nn import build, native, norm_neuron, passes
 from tetdist.nn import compiled as compiled_module
-from tetdist.nn import native, norm_neuron, passes
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF, SURROGATES, SurrogateName
 from tetdist.nn.norm_neuron import NormNeuron
@@ -293,24 +297,23 @@ def test_a_library_is_built_once_and_survives_processes_that_build_it_at_once(
     )
     environment = {key: value for key, value in os.environ.items() if key != "CXX"} | {
         "XDG_CACHE_HOME": str(tmp_path),
+        "TMPDIR": str(tmp_path / "passing"),
         "PYTHONPATH": str(Path(tetdist.__file__).parents[1]),
     }
 
-    def start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", script]
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-
-    with native_passes():
-        both = [start(), start()]
-    for process in both:
-        said = process.communicate(timeout=120)[1]
-        assert process.returncode == 0, said
+    (tmp_path / "passing").mkdir()
+    with native_passes(), ExitStack() as stack:
+        command = tiny.python("-c", script)
+        both = [stack.enter_context(tiny.started(command, tmp_path, environment)) for _ in "12"]
+        for process in both:
+            said = process.communicate(timeout=120)[0]
+            assert process.returncode == 0, said
     (library,) = (tmp_path / "tetdist").iterdir()
     assert library.suffix == ".so"
 
     # The rest in one process, since a start takes seconds.
     script = f"""
-import logging, os
+import logging, os, signal
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 from tetdist.nn import native
 def load(case, **variables):
@@ -328,27 +331,49 @@ os.unlink(library)
 with open(library, "wb") as file:
     file.write(beginning)  # what a full disk leaves of it; to load it would be a crash
 load("damaged")
+os.chmod(library, 0o777)
+load("a library that others may change")
 load("a command of two words", CXX="env g++")
+os.chmod(os.path.dirname(library), 0o777)
+load("a folder in which others may put one")
+os.kill(os.getpid(), signal.SIGKILL)
 """
-    third = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-    )
-    assert third.returncode == 0, third.stdout
+    status, said = tiny.execute(tiny.python("-c", script), tmp_path, env=environment)
+    assert status == -signal.SIGKILL, said
     compiling = f"compiling kernels/pool.cpp, once (into {library.parent})"
-    assert third.stdout.splitlines() == [
+    passing = said.rpartition("(into ")[2].rstrip(")\n")
+    assert said.splitlines() == [
         "again",
         "where there is no compiler",
         "damaged",
         f"{library} is damaged and is built again",
         compiling,
+        "a library that others may change",
+        f"{library} can be changed by others and is built again",
+        compiling,
         "a command of two words",
         compiling,
+        "a folder in which others may put one",
+        f"{library.parent} can be written to by others, so nothing in it is loaded, and kernels "
+        f"are compiled at every start; its owner mends that by `chmod go-w {library.parent}`",
+        f"compiling kernels/pool.cpp, once (into {passing})",
     ]
+    assert Path(passing).parent == tmp_path / "passing"
+    assert list((tmp_path / "passing").iterdir()) == []
+
+
+def test_what_a_killed_compilation_has_left_is_removed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("tetdist-kernels-old", "tetdist-kernels-new", "of-others"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kernels.o").touch()
+        if name != "tetdist-kernels-new":
+            os.utime(tmp_path / name, (0, 0))
+    with build._passing_folder() as folder:
+        assert folder.parent == tmp_path
+    assert {path.name for path in tmp_path.iterdir()} == {"tetdist-kernels-new", "of-others"}
 
 
 # ----------------------------------------------------- compiled passes: every option at least once

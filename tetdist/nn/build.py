@@ -3,6 +3,7 @@
 A library is compiled once for each kind of neuron, in seconds, and kept in the user's cache folder.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -11,8 +12,11 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -27,14 +31,16 @@ FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"] + [
     f"-f{option}" for option in ("fp-contract=off", "no-math-errno", "no-trapping-math")
 ]
 COMPILE_LIMIT = 300  # seconds
+_ASIDE = "tetdist-kernels-"  # begins the names of folders in which a library is being made
 
 
 def load_library(name: str, *variant: str) -> ctypes.CDLL | None:
     """Load kernels/NAME.cpp; None without both a working compiler and an earlier result."""
     # The second folder is for caches that are full, or from which nothing may be executed.
-    for folder in (_cache(), _private_cache()):
+    for open_folder in (_cache, _passing_folder):
         try:
-            return ctypes.CDLL(str(_built(KERNELS / f"{name}.cpp", variant, folder)))
+            with open_folder() as folder:
+                return ctypes.CDLL(str(_built(KERNELS / f"{name}.cpp", variant, folder)))
         except (OSError, subprocess.SubprocessError) as error:
             failures[name] = str(error).strip().splitlines()[-1]
     return None
@@ -59,13 +65,15 @@ def _built(source: Path, variant: tuple[str, ...], folder: Path) -> Path:
     if (library := _whole_one(folder, f"{prefix}-*.so")) is not None:
         return library
     logger.info("compiling kernels/%s, once (into %s)", source.name, folder)
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
+    _remove_leftovers(folder)
+    with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=folder) as aside:
         objects, built = Path(aside) / "kernels.o", Path(aside) / "kernels.so"
         _run(*compiler, *FLAGS, *variant, "-c", str(source), "-o", str(objects))
         # OpenMP's runtime is left out: torch has brought one, and two would fight for the cores.
         _run(*compiler, "-shared", str(objects), "-o", str(built))
         with built.open("rb") as file:
             os.fsync(file.fileno())
+        built.chmod(0o700)
         library = folder / f"{prefix}-{_digest(built.read_bytes())}.so"
         # Several processes may build it at the same time; each finds a whole one.
         built.replace(library)
@@ -76,9 +84,13 @@ def _whole_one(folder: Path, pattern: str) -> Path | None:
     """A library whose contents are those that its name says; to load another could be a crash."""
     for library in sorted(folder.glob(pattern)):
         try:
-            if library.stem.endswith(f"-{_digest(library.read_bytes())}"):
+            facts = library.lstat()
+            if not (stat.S_ISREG(facts.st_mode) and _is_ours_alone(facts)):
+                logger.warning("%s can be changed by others and is built again", library)
+            elif library.stem.endswith(f"-{_digest(library.read_bytes())}"):
                 return library
-            logger.warning("%s is damaged and is built again", library)
+            else:
+                logger.warning("%s is damaged and is built again", library)
             library.unlink(missing_ok=True)
         except OSError:
             continue
@@ -97,27 +109,58 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
-def _cache() -> Path:
-    """A folder of this user's own; what lies in it is loaded as code."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "tetdist"
+@contextlib.contextmanager
+def _cache() -> Iterator[Path]:
+    """A folder of this user's own; what lies in it is loaded as code.
+
+    Raises:
+        OSError: There is none that only this user can write to.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):
-        pass
-    return _private_cache()
+        folder = (Path(base) if base else Path.home() / ".cache") / "tetdist"
+    except RuntimeError as error:
+        raise FileNotFoundError("this user has no home folder") from error
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not _is_ours_alone(folder.stat()):
+        _warn_of(folder)
+        raise PermissionError(f"{folder} can be written to by others")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written to")
+    yield folder
 
 
-@functools.cache
-def _private_cache() -> Path:
-    """A folder that lives as long as this process, where there is no writable home."""
-    import atexit
+@functools.cache  # once for all libraries
+def _warn_of(folder: Path) -> None:
+    logger.warning(
+        "%s can be written to by others, so nothing in it is loaded, and kernels are compiled at "
+        "every start; its owner mends that by `chmod go-w %s`",
+        *(folder, shlex.quote(str(folder))),
+    )
 
-    folder = tempfile.mkdtemp(prefix="tetdist-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+
+def _is_ours_alone(facts: os.stat_result) -> bool:
+    """Whether nobody but this user (and root) can change a file or folder."""
+    return facts.st_uid == os.getuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@contextlib.contextmanager
+def _passing_folder() -> Iterator[Path]:
+    """A folder for the moment, where there is no cache: a loaded library needs its file no more."""
+    parent = Path(tempfile.gettempdir())
+    _remove_leftovers(parent)
+    with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=parent) as folder:
+        yield Path(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what was left there by processes that were killed while they compiled."""
+    for leftover in folder.glob(f"{_ASIDE}*"):
+        with contextlib.suppress(OSError):
+            facts = leftover.lstat()
+            # Two commands of the compiler are bounded in time, so nobody works there any more.
+            if facts.st_uid == os.getuid() and time.time() - facts.st_mtime > 3 * COMPILE_LIMIT:
+                shutil.rmtree(leftover)
 
 
 def _processor() -> str:
