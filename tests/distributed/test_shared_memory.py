@@ -1,5 +1,6 @@
 """Gradients averaged through shared memory: the mean, whatever the shapes, and nothing left."""
 
+import os
 import textwrap
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import tiny
 
 # In chunks so small that a tensor takes several, and that several tensors share one.
 CODE = """
-    import os, resource, sys
+    import os, resource, socket, sys
     import torch
     from tetdist.distributed import shared_memory
     from tetdist.distributed.world import join
@@ -19,8 +20,7 @@ CODE = """
         resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
     if sys.argv[1] == "other-host" and not first:
         # There, the process of this number is another one, or none.
-        original = shared_memory._begins_with
-        shared_memory._begins_with = lambda path, token: original("/proc/self/fd/0", token)
+        socket.gethostname = lambda: "another"
 
     def tensors(rank, dtype):
         generator = torch.Generator().manual_seed(rank)
@@ -60,6 +60,39 @@ def test_mean_over_processes(processes: int, case: str, shared: bool, tmp_path: 
     for status, output in tiny.side_by_side(processes, command, tmp_path):
         assert status == 0, output
         assert f"shared {shared}" in output
+
+
+def test_no_file_of_another_host_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, the number of rank 0's process may be that of anybody's."""
+    from tetdist.distributed import shared_memory
+
+    opened: list[str] = []
+    monkeypatch.setattr(shared_memory, "_open", lambda path, *_: opened.append(path))
+    here = shared_memory._place()
+    assert here is not None
+    for i in range(len(here)):
+        there = (*here[:i], "another", *here[i + 1 :])
+        assert shared_memory.share(1, 2, lambda own, there=there: [there, own]) is None
+    assert shared_memory.share(1, 2, lambda own: [None, own]) is None
+    assert opened == []
+
+
+def test_what_is_no_file_of_rank_0_is_left_alone(tmp_path: Path) -> None:
+    from tetdist.distributed import shared_memory
+
+    token = bytes(range(16))
+    (tmp_path / "small").write_bytes(token)
+    with (tmp_path / "without-token").open("wb") as file:
+        file.truncate(shared_memory._size(2))
+    os.mkfifo(tmp_path / "nobody-writes")
+    for name in ("small", "without-token", "nobody-writes", "not-there"):
+        assert shared_memory._open(str(tmp_path / name), token, 1, 2) is None
+    reads, writes = os.pipe()
+    os.write(writes, token)
+    assert shared_memory._open(f"/proc/self/fd/{reads}", token, 1, 2) is None
+    assert os.read(reads, 100) == token
+    os.close(reads)
+    os.close(writes)
 
 
 def test_what_is_not_dense_is_refused() -> None:

@@ -8,6 +8,8 @@ main memory sees each gradient twice: when it is read, and when the average take
 import math
 import os
 import secrets
+import socket
+import stat
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +33,12 @@ class SharedMemory:
     """
 
     def __init__(self, path: str, rank: int, world_size: int) -> None:
+        """
+        Args:
+            path: A file of at least the size of ``chunks``.
+            rank: Number of this process.
+            world_size: Number of processes.
+        """
         self.rank = rank
         shape = (2, world_size, _chunk_bytes(world_size))
         memory = torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.uint8)
@@ -80,12 +88,19 @@ def share(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> Sha
         world_size: Number of processes.
         gather: Gives every process's value, by rank, to every process.
     """
+    # On another host the number of rank 0's process is somebody else's, whose files are not ours
+    # to open.
+    places = gather(_place())
+    if None in places or len(set(places)) > 1:
+        return None
     # The file has no name in any folder, so nothing is left when the processes are killed.
     token = secrets.token_bytes(_TOKEN)
     handle = _reserve(token, world_size) if rank == 0 else None
     try:
-        path, token = gather((f"/proc/{os.getpid()}/fd/{handle}", token))[0]
-        memory = SharedMemory(path, rank, world_size) if _begins_with(path, token) else None
+        process, number, token = gather((os.getpid(), handle, token))[0]
+        memory = None
+        if number is not None:
+            memory = _open(f"/proc/{process}/fd/{number}", token, rank, world_size)
         everywhere = all(gather(memory is not None))
     finally:
         if handle is not None:
@@ -93,11 +108,30 @@ def share(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> Sha
     return memory if everywhere else None
 
 
+def _place() -> tuple[str, ...] | None:
+    """Where numbers of processes mean the same: host, its start, and namespace of processes."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+        # /proc may be that of another namespace, where this process has another number or none.
+        if int(str(Path("/proc/self").readlink())) != os.getpid():
+            return None
+    except (OSError, ValueError):
+        return None
+    # Copies of a running virtual machine have the same boot id.
+    return (socket.gethostname(), boot, namespace)
+
+
+def _size(world_size: int) -> int:
+    """Bytes of the whole file."""
+    return 2 * world_size * _chunk_bytes(world_size)
+
+
 def _reserve(token: bytes, world_size: int) -> int | None:
     """Reserve a file in memory, all of it at once: missing memory would later be a bus error."""
     handle = os.memfd_create("tetdist", os.MFD_CLOEXEC)
     try:
-        os.posix_fallocate(handle, 0, 2 * world_size * _chunk_bytes(world_size))
+        os.posix_fallocate(handle, 0, _size(world_size))
         os.pwrite(handle, token, 0)
     except OSError:
         os.close(handle)
@@ -105,13 +139,25 @@ def _reserve(token: bytes, world_size: int) -> int | None:
     return handle
 
 
-def _begins_with(path: str, token: bytes) -> bool:
-    """Return whether it is rank 0's file; on another host it is another one, or there is none."""
+def _open(path: str, token: bytes, rank: int, world_size: int) -> SharedMemory | None:
+    """Map rank 0's file; None if it cannot be opened, or is another one."""
     try:
-        with Path(path).open("r+b", buffering=0) as file:
-            return file.read(len(token)) == token
+        # O_NONBLOCK, because opening a pipe could otherwise wait for ever.
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
-        return False
+        return None
+    try:
+        facts = os.fstat(handle)
+        # The type comes first: what is read from a pipe is lost to whom it belongs.
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size != _size(world_size):
+            return None
+        if os.pread(handle, len(token), 0) != token:
+            return None
+        return SharedMemory(f"/proc/self/fd/{handle}", rank, world_size)
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
 
 
 def _chunk_bytes(world_size: int) -> int:
