@@ -7,6 +7,7 @@ by TETDIST_COMMAND, to load nothing ahead. That is why this module is outside th
 
 import importlib
 import os
+import signal
 import sys
 
 COMMANDS = {
@@ -52,7 +53,15 @@ def run(name: str, arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # When a process has died, torch prints a C++ stack of each that notices; the watchdog names it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # In the background of a script the shell has Ctrl-C ignored, and what it starts inherits that.
+    # But whoever ends the script so, or sends SIGINT on purpose, means what the script has started,
+    # too, which would else go on at full load unseen. What is to stay can have a session (setsid).
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        from tetdist.distributed.starters import end_with_starters
+
+        end_with_starters()
         command = importlib.import_module(f"tetdist.cli.{name}")
     except ModuleNotFoundError as error:
         print(f"error: the package {error.name} is not installed", file=sys.stderr)

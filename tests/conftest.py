@@ -1,6 +1,5 @@
 """The tiny data set and the ways to train on it that several test files share."""
 
-import contextlib
 import gc
 import importlib
 import os
@@ -8,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("xdist_group") is None:
             folder, file = item.path.parent.name, item.path.name
             item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else file))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _all_end_with_the_tests() -> None:
+    """Whatever a test has started ends by itself when the tests are killed."""
+    from tetdist.distributed.starters import as_starter
+
+    os.environ |= as_starter()
+
+
+@pytest.fixture
+def ended() -> Iterator[Callable[["subprocess.Popen[Any]"], "subprocess.Popen[Any]"]]:
+    """Takes a process in a session of its own, and leaves nothing of it, also of a failed test."""
+    with ExitStack() as stack:
+        yield lambda process: stack.enter_context(tiny.ended(process))
 
 
 @pytest.fixture(scope="session")
@@ -106,25 +121,23 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
     command = tiny.python(Path(__file__).with_name("farm.py"))
     with (
         (folder / "farm.log").open("w") as errors,
-        subprocess.Popen(
-            command,
-            cwd=folder,
-            env=tiny.clean_environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            start_new_session=True,
+        tiny.ended(
+            subprocess.Popen(
+                command,
+                cwd=folder,
+                env=tiny.clean_environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,
+            )
         ) as process,
     ):
-        try:
-            assert process.stdout is not None
-            while (line := process.stdout.readline()) != "ready\n":
-                assert line, (folder / "farm.log").read_text()
-            yield Farm(process, folder / "log")
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        assert process.stdout is not None
+        while (line := process.stdout.readline()) != "ready\n":
+            assert line, (folder / "farm.log").read_text()
+        yield Farm(process, folder / "log")
 
 
 @pytest.fixture

@@ -91,7 +91,9 @@ def run(job: dict[str, Any], rank: int, port: int) -> int:
         if on_rank == rank:
             passing(point, number, lambda: os.kill(os.getpid(), which))
     from tetdist.cli import train
+    from tetdist.distributed.starters import end_with_starters
 
+    end_with_starters()
     return train.main(job["arguments"])
 
 
@@ -138,7 +140,10 @@ def main() -> None:
     import matplotlib.pyplot  # noqa: F401  # likewise
 
     import tetdist.training.trainer  # noqa: F401  # likewise
+    from tetdist.distributed.starters import as_starter, end_with_starters
 
+    end_with_starters()
+    os.environ |= as_starter()
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)

@@ -3,11 +3,13 @@
 import copy
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,24 +113,62 @@ def launched(processes: int, *arguments: object) -> list[str]:
 
 
 @contextmanager
-def started(
-    command: list[str], cwd: Path, env: Mapping[str, str] | None = None
-) -> Iterator["subprocess.Popen[str]"]:
+def ended(process: "subprocess.Popen[Any]") -> Iterator["subprocess.Popen[Any]"]:
     """A process in a session of its own, of which nothing is left afterwards."""
-    with subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=dict(env or clean_environment()),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    with process:
         try:
             yield process
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def started(
+    command: list[str], cwd: Path, env: Mapping[str, str] | None = None, **options: Any
+) -> Iterator["subprocess.Popen[str]"]:
+    """Start a process in a session of its own, and leave nothing of it."""
+    values: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
+    with ended(
+        subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=dict(env or clean_environment()),
+            text=True,
+            start_new_session=True,
+            **values,
+        )
+    ) as process:
+        yield process
+
+
+def marked(env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """A mark, and an environment by which `alive` finds all that inherits it."""
+    mark = f"TEST_MARK={secrets.token_hex(8)}"
+    name, _, value = mark.partition("=")
+    return mark, {**env, name: value}
+
+
+def alive(mark: str) -> list[int]:
+    """The processes with a mark, of whatever session."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def command_line(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+
+
+def wait_until(condition: Callable[[], object], seconds: float) -> None:
+    """Wait for a condition; fail if it does not come true in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.02)
 
 
 def execute(

@@ -109,6 +109,18 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_held(file: Path) -> bool:
+    """Whether a process holds a file locked, as the one at work in a run's folder does."""
+    try:
+        with file.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # It is not there, or nothing can be locked there.
+        return False
+    return False
+
+
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Make a folder, keep others from writing to it meanwhile, remove what a kill has left in it.

@@ -28,6 +28,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tetdist.distributed.starters import as_starter
 from tetdist.reports.tables import markdown
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -126,7 +127,9 @@ class Runs:
         """Train on ``world`` processes, to the end or to where ``stop`` ends it."""
         started = time.monotonic()
         run = self.folder / name
-        environment = os.environ | {
+        environment = {
+            **os.environ,
+            **as_starter(),
             "WORLD_SIZE": str(world),
             "LOCAL_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",

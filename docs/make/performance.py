@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tetdist.distributed.starters import as_starter
 from tetdist.reports.tables import markdown
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -127,11 +128,15 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"[{number}/{len(all_of_them)}] {measurement.name}", file=sys.stderr, flush=True)
             command = [sys.executable, str(BENCH), *measurement.command(options)]
             # The time of compiling is measured, too, so that nothing may be found in the cache.
-            environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+            uncached = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
             done = subprocess.run(
                 [*command, "--json", str(file)],
                 stdout=subprocess.DEVNULL,
-                env=environment if "compiled" in measurement.arguments else None,
+                env={
+                    **os.environ,
+                    **as_starter(),
+                    **(uncached if "compiled" in measurement.arguments else {}),
+                },
             )
             if done.returncode:
                 print(f"error: {shlex.join(command)} failed", file=sys.stderr)

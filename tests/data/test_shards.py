@@ -35,6 +35,7 @@ from tetdist.errors import UserError
 from tetdist.files import only_writer
 
 TOOL = Path(__file__).parents[2] / "tools" / "images.py"
+ONE_WORKER = ("--splits", "train", "--workers", "1")
 SMALL = 16 * 1024  # bytes a shard: a few of the tests' images
 
 
@@ -163,13 +164,6 @@ def test_two_do_not_write_to_one_folder(image_root, tmp_path):
         pack(root, tmp_path / "p")
 
 
-def start(*arguments, **options):
-    command = [sys.executable, TOOL, *map(str, arguments), "--splits", "train", "--workers", "1"]
-    return subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options
-    )
-
-
 class Stop(Exception):
     pass
 
@@ -198,7 +192,7 @@ def test_packing_goes_on_where_it_was_stopped(image_root, tmp_path):
 def test_a_shard_that_was_not_finished_leaves_nothing(image_root, tmp_path, how):
     root, dest = image_root(), tmp_path / "p"
     indexed(root)
-    arguments = [TOOL, "shard", root, dest, "--splits", "train", "--workers", "1"]
+    arguments = [TOOL, "shard", root, dest, *ONE_WORKER]
     # The signal comes when the first shard is written, but not yet verified.
     code = (
         "import os, runpy, sys\n"
@@ -232,9 +226,16 @@ def test_a_disk_that_is_full_is_a_sentence(image_root, tmp_path, command):
     def limit():  # A file that may not grow is refused as on a full disk.
         resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 1024, 8 * 1024))
 
-    process = start(command, root, tmp_path / "dest", preexec_fn=limit)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2, errors
+    done = subprocess.run(
+        [sys.executable, TOOL, command, root, tmp_path / "dest", *ONE_WORKER],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        preexec_fn=limit,
+    )
+    errors = done.stderr
+    assert done.returncode == 2, errors
     assert "cannot be written (File too large), and nothing of it was: make room" in errors
     assert "Traceback" not in errors
     assert [f for f in (tmp_path / "dest").rglob("*") if f.name.endswith((".tmp", ".jpg"))] == []

@@ -330,7 +330,7 @@ def test_a_missing_package_is_named(image_root, tmp_path):
     assert done.stderr == "error: the package PIL is not installed; pip install 'tetdist[train]'\n"
 
 
-def test_a_terminal_gets_a_bar_and_ctrl_c_writes_nothing(tmp_path):
+def test_a_terminal_gets_a_bar_and_ctrl_c_writes_nothing(tmp_path, ended):
     root = tmp_path / "images"
     image = picture(1200, 1600)
     for name in ("ant", "bee"):
@@ -341,8 +341,14 @@ def test_a_terminal_gets_a_bar_and_ctrl_c_writes_nothing(tmp_path):
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     command = [sys.executable, TOOLS / "images.py", "index", root, "--splits", "train"]
-    process = subprocess.Popen(
-        [*command, "--workers", "2"], stdin=end, stdout=end, stderr=end, start_new_session=True
+    command += ["--workers", "2"]
+    streams = {"stdin": end, "stdout": end, "stderr": end}
+
+    def ignore_ctrl_c():  # As a shell does to what a script starts in the background.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    process = ended(
+        subprocess.Popen(command, start_new_session=True, preexec_fn=ignore_ctrl_c, **streams)
     )
     os.close(end)
     output = b""

@@ -141,6 +141,33 @@ def test_second_interrupt_ends_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_terminal_that_closes_stops_what_is_not_under_nohup() -> None:
+    from tetdist.distributed import signals
+
+    with join("cpu") as world, signals.StopRequest(world) as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.agreed()
+        assert stop.exit_status == 129
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with signals.StopRequest(world) as nohup:
+            signal.raise_signal(signal.SIGHUP)
+            assert not nohup.agreed()
+        assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
+
+
+def test_output_that_nobody_reads_is_no_error() -> None:
+    from tetdist.distributed.signals import let_go_of_closed_streams
+
+    reads, writes = os.pipe()
+    let_go_of_closed_streams([writes])
+    os.write(writes, b"heard")
+    assert os.read(reads, 100) == b"heard"
+    os.close(reads)
+    let_go_of_closed_streams([writes])
+    os.write(writes, b"a broken pipe before")
+    os.close(writes)
+
+
 @pytest.mark.parametrize(
     ("sent", "told"),
     [

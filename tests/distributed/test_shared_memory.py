@@ -68,7 +68,7 @@ def test_no_file_of_another_host_is_opened(monkeypatch: pytest.MonkeyPatch) -> N
 
     opened: list[str] = []
     monkeypatch.setattr(shared_memory, "_open", lambda path, *_: opened.append(path))
-    here = shared_memory._place()
+    here = shared_memory.place()
     assert here is not None
     for i in range(len(here)):
         there = (*here[:i], "another", *here[i + 1 :])

@@ -140,12 +140,11 @@ def test_workers_do_not_change_what_is_written(source, tmp_path, prebin_dvs):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_call_is_continued(tmp_path, prebin_dvs, how):
+def test_a_stopped_call_is_continued(tmp_path, prebin_dvs, ended, how):
     source, dest = make_source(tmp_path / "source", per_class=150), tmp_path / "dest"
     command = [sys.executable, PATH, source, dest, "--timesteps", "4", "--workers", "2"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = ended(subprocess.Popen(command, start_new_session=True, **output))
     journal = dest / "recordings.jsonl"
     give_up = time.monotonic() + 60
     while not (journal.is_file() and journal.stat().st_size > 2500):

@@ -1,5 +1,6 @@
 """tools/study.py: runs trained, continued, skipped and failed; the report's numbers."""
 
+import contextlib
 import importlib
 import json
 import logging
@@ -7,6 +8,7 @@ import os
 import re
 import signal
 import sqlite3
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +22,8 @@ import yaml
 from PIL import Image
 from scipy import stats
 from tiny import Outcome
+
+from tetdist.studies import tracking
 
 TOOLS = tiny.PROJECT / "tools"
 STUDY = TOOLS / "study.py"
@@ -162,12 +166,22 @@ def test_one_begins_with_another(call: Call, write: Callable[..., Path], tmp_pat
     assert len(runs["longer"]["commands"]) == 1
 
 
+# --- however a study ends, its runs end with it ---------------------------------------------------
+
+ENDLESS = {"seeds": [0], "entries": {"long": {}}, "overrides": {"phases.0.epochs": 100_000}}
+
+
+def ignore_ctrl_c() -> None:
+    """As a shell does to what a script starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def test_ctrl_c_ends_the_runs_and_they_go_on(write: Callable[..., Path], tmp_path: Path) -> None:
-    file = write({"seeds": [0], "entries": {"long": {}}, "overrides": {"phases.0.epochs": 100_000}})
+    file = write(ENDLESS)
     output = tmp_path / "out"
     command = tiny.python(STUDY, file, "--output", output)
     env = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT))
-    with tiny.started(command, tmp_path, env) as process:
+    with tiny.started(command, tmp_path, env, preexec_fn=ignore_ctrl_c) as process:
         metrics = output / "long-seed0" / "metrics.jsonl"
         while not (metrics.exists() and metrics.stat().st_size):
             assert process.poll() is None, process.communicate()[0]
@@ -177,6 +191,105 @@ def test_ctrl_c_ends_the_runs_and_they_go_on(write: Callable[..., Path], tmp_pat
     assert "the same command goes on where it was" in said
     assert "stopped at step" in (output / "logs" / "long-seed0.log").read_text()
     assert list((output / "long-seed0" / "checkpoints").glob("step-*"))
+
+
+def test_runs_of_a_killed_study_save_and_end(
+    call: Call, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = write(ENDLESS)
+    output = tmp_path / "out"
+    run, log = output / "long-seed0", output / "logs" / "long-seed0.log"
+    mark, env = tiny.marked(tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT)))
+    command = tiny.python(STUDY, file, "--output", output)
+    with tiny.started(command, tmp_path, env) as process:
+        metrics = run / "metrics.jsonl"
+        tiny.wait_until(lambda: metrics.exists() and metrics.stat().st_size, 90)
+        (child,) = set(tiny.alive(mark)) - {process.pid}
+        try:
+            os.kill(child, signal.SIGSTOP)
+            process.kill()
+            process.communicate()
+            # Meanwhile the same command leaves it alone.
+            status, _, errors = call(file, "--output", output)
+            assert status == 2
+            assert f"error: another process is at work in {run}: wait for it" in errors
+        finally:
+            os.kill(child, signal.SIGCONT)
+        tiny.wait_until(lambda: not tiny.alive(mark), 60)
+    assert "stopped at step" in log.read_text()
+    assert list((run / "checkpoints").glob("step-*"))
+
+
+def test_a_run_that_is_being_started_ends_with_the_study(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes before the new process is known by its number."""
+    from tetdist.studies import local, plan
+
+    mark, env = tiny.marked({})
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+
+    class Popen(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(local.subprocess, "Popen", Popen)
+    sleep = property(lambda _: tiny.python("-c", "import time; time.sleep(300)"))
+    monkeypatch.setattr(plan.Command, "words", sleep)
+    runs = plan.runs_of(plan.read(write(ENDLESS)), tmp_path / "out", [])
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        local.work(runs, 1, tracking.Parent("study", [], tmp_path))
+    assert tiny.alive(mark) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_two_studies_do_not_share_a_run(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second has looked before the first has begun."""
+    from tetdist.studies import local, plan
+
+    runs = plan.runs_of(plan.read(write(ENDLESS)), tmp_path / "out", [])
+    sleep = property(lambda _: tiny.python("-c", "import time; time.sleep(300)"))
+    monkeypatch.setattr(plan.Command, "words", sleep)
+    first = local.Child(runs[0], 1, runs[0].next_command())
+    try:
+        failed = local.work(runs, 1, tracking.Parent("study", [], tmp_path))
+        assert "another process is at work" in failed["long-seed0"]
+    finally:
+        first.process.kill()
+        first.process.wait()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_twenty_stops_at_random_moments_leave_no_process(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = write(ENDLESS | {"seeds": [0, 1]})
+    output = tmp_path / "out"
+    command = tiny.python(STUDY, file, "--output", output, "--jobs", "2")
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        number = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)[i % 4]
+        mark, env = tiny.marked(tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT)))
+        with tiny.started(command, tmp_path, env) as process:
+            # Half of them while runs are being started, half while they train.
+            wanted = 1 if i % 8 < 4 else 3
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                tiny.wait_until(lambda m=mark, n=wanted: len(tiny.alive(m)) >= n, 90)
+                process.wait(rng.uniform(0, 10))
+            assert process.poll() is None, process.communicate()[0]
+            process.send_signal(number)
+            said, _ = process.communicate(timeout=120)
+            assert "Traceback" not in said, (i, said)
+            assert "at work" not in said, (i, said)
+            tiny.wait_until(lambda m=mark: not tiny.alive(m), 60)
+        print(i, number.name, process.returncode, flush=True)
+    assert list(output.glob("*/checkpoints/step-*")) != []
 
 
 def test_mlflow_has_the_runs_below_the_study(write: Callable[..., Path], tmp_path: Path) -> None:

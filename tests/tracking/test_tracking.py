@@ -935,7 +935,9 @@ def test_a_server_that_never_answers_holds_nobody_up(tmp_path: Path) -> None:
     assert "up to 1 of the 1 points" in printed
 
 
-def test_two_runs_make_one_database_at_once_and_print_nothing(tmp_path: Path) -> None:
+def test_two_runs_make_one_database_at_once_and_print_nothing(
+    tmp_path: Path, ended: Callable[..., subprocess.Popen[str]]
+) -> None:
     store = Store(tmp_path / "not" / "yet")
     run_dirs = [tmp_path / "a", tmp_path / "b"]
     processes = []
@@ -948,8 +950,9 @@ def test_two_runs_make_one_database_at_once_and_print_nothing(tmp_path: Path) ->
             stderr=subprocess.STDOUT,
             text=True,
             cwd=run_dir,
+            start_new_session=True,
         )
-        processes.append(process)
+        processes.append(ended(process))
     for process in processes:
         printed, _ = process.communicate(timeout=60)
         assert printed == ""

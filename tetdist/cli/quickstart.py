@@ -1,11 +1,13 @@
 """Train and evaluate a small spiking network on real digits: data/digits, runs/quickstart."""
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
 
 from tetdist.cli.common import answer, program
+from tetdist.distributed.starters import as_starter
 from tetdist.errors import typed
 
 DATA, RUN = "data/digits", "runs/quickstart"
@@ -31,7 +33,8 @@ def run() -> int:
     for command, *rest in STEPS:
         print(f"$ {typed(command, *rest)}", flush=True)
         status = subprocess.run(
-            [sys.executable, "-m", "tetdist_command", command, *rest]
+            [sys.executable, "-m", "tetdist_command", command, *rest],
+            env=os.environ | as_starter(),
         ).returncode
         if status:
             return status

@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def study(options: argparse.Namespace) -> int:
     from tetdist.studies import plan, report, tracking
-    from tetdist.studies.local import work
+    from tetdist.studies.local import refuse_if_at_work, work
 
     file = plan.find(options.study)
     section = plan.read(file)
@@ -114,6 +114,7 @@ def study(options: argparse.Namespace) -> int:
             from tetdist.studies import slurm
 
             slurm.refuse_if_queued(left)
+        refuse_if_at_work(left)
         untrained = [run for run in left if not plan.is_trained(run)]
         parent = tracking.Parent(file.stem, untrained, output)
         failed = work(chosen, options.jobs, parent)

@@ -8,15 +8,15 @@ main memory sees each gradient twice: when it is read, and when the average take
 import math
 import os
 import secrets
-import socket
 import stat
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tetdist.distributed.starters import place
 
 CHUNK_BYTES = 2 * 2**20
 _LARGEST_FILE = 64 * 2**20
@@ -90,7 +90,7 @@ def share(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> Sha
     """
     # On another host the number of rank 0's process is somebody else's, whose files are not ours
     # to open.
-    places = gather(_place())
+    places = gather(place())
     if None in places or len(set(places)) > 1:
         return None
     # The file has no name in any folder, so nothing is left when the processes are killed.
@@ -106,20 +106,6 @@ def share(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> Sha
         if handle is not None:
             os.close(handle)
     return memory if everywhere else None
-
-
-def _place() -> tuple[str, ...] | None:
-    """Where numbers of processes mean the same: host, its start, and namespace of processes."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-        # /proc may be that of another namespace, where this process has another number or none.
-        if int(str(Path("/proc/self").readlink())) != os.getpid():
-            return None
-    except (OSError, ValueError):
-        return None
-    # Copies of a running virtual machine have the same boot id.
-    return (socket.gethostname(), boot, namespace)
 
 
 def _size(world_size: int) -> int:

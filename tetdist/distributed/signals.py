@@ -1,6 +1,9 @@
 """Signals, as an agreement of all processes to stop after the same step."""
 
+import os
+import select
 import signal
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
@@ -13,11 +16,15 @@ from tetdist.distributed.world import World
 class StopRequest:
     """An agreement of all processes, upon a signal to any, to stop after the same step.
 
-    SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 to any process are requests to save and end. A
-    second SIGINT ends the process at once.
+    SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal closes), SIGUSR1 and SIGUSR2 to any process are
+    requests to save and end. A second SIGINT ends the process at once. Where SIGHUP is ignored, as
+    under nohup, it stays so.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    SIGNALS = (
+        *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+        *(signal.SIGUSR1, signal.SIGUSR2),
+    )
 
     def __init__(self, world: World) -> None:
         self.signal: signal.Signals | None = None
@@ -27,7 +34,9 @@ class StopRequest:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
+        under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        handled = [s for s in self.SIGNALS if not (s == signal.SIGHUP and under_nohup)]
+        self._previous = {s: signal.signal(s, self._receive) for s in handled}
         # A launcher blocks these signals until a process is ready to receive them.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         return self
@@ -39,6 +48,7 @@ class StopRequest:
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.signal == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
+        let_go_of_closed_streams()
         # The deepspeed launcher sends SIGTERM after the terminal's SIGINT: still one request.
         # Slurm sends SIGTERM and a job's own signal in one moment where it preempts without grace:
         # the one that says more counts, whichever is seen first.
@@ -53,7 +63,14 @@ class StopRequest:
         the slowest in between: they stop one call later than they could, all at the same one.
         """
         if self._world.world_size == 1:
-            return self.signal is not None
+            stops = self.signal is not None
+        else:
+            stops = self._others_stop()
+        if stops:
+            let_go_of_closed_streams()
+        return stops
+
+    def _others_stop(self) -> bool:
         if self._exchange is not None:
             self._exchange.wait()
             if self._flag.item() > 0:
@@ -69,3 +86,19 @@ class StopRequest:
         """Status that a shell reports of a process that a signal ended."""
         number = self.signal or int(self._flag.item())
         return 128 + int(number)
+
+
+def let_go_of_closed_streams(streams: Iterable[int] = (1, 2)) -> None:
+    """Have standard output and error go nowhere if nobody is at their other end any more.
+
+    A terminal that closes, or a `| tee` that Ctrl-C ends, would else turn the next line into an
+    error, and nothing would be saved.
+    """
+    for stream in streams:
+        poll = select.poll()
+        poll.register(stream, select.POLLOUT)
+        closed = select.POLLERR | select.POLLHUP
+        if any(event & closed for _, event in poll.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)

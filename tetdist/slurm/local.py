@@ -14,7 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
-# First of all, since it sets a variable that torch reads when it is imported.
+from tetdist.distributed.starters import as_starter, end_with_starters
+
+# Before torch is imported, since it sets a variable that torch reads then.
 from tetdist.slurm.job import RESTART_AFTER, Job, run
 from tetdist.slurm.placement import AGAIN, LocalContext
 
@@ -34,7 +36,9 @@ def run_here(job: Job, processes: int) -> int:
 
 
 def _start(file: Path, job: Job, processes: int, restart: int) -> int:
-    common = os.environ | {
+    common = {
+        **os.environ,
+        **as_starter(),
         "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
@@ -62,6 +66,8 @@ def _start(file: Path, job: Job, processes: int, restart: int) -> int:
         for rank in range(processes):
             env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             running.append(subprocess.Popen(command, env=env, cwd=job.code))
+            if received:  # It came too early to be passed on to this one.
+                running[-1].send_signal(received[-1])
         signal.pthread_sigmask(signal.SIG_UNBLOCK, RESTART_AFTER)
         return _wait(running)
     finally:
@@ -97,6 +103,7 @@ def _free_port() -> int:
 
 
 def main() -> int:
+    end_with_starters()
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     return run(job, LocalContext.find)
 

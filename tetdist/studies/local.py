@@ -1,17 +1,25 @@
 """The runs of a study on this machine, some side by side.
 
 Every run is a call of the training command. Finished runs are left alone, others continue where
-they were saved.
+they were saved. No run outlives its study: one that is stopped ends them and waits for them to
+save, and one that is killed is missed by them (tetdist/distributed/starters.py).
 """
 
+import contextlib
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from tetdist.distributed.signals import let_go_of_closed_streams
+from tetdist.distributed.starters import as_starter
+from tetdist.errors import UserError
+from tetdist.files import is_held
 
 if TYPE_CHECKING:
     from tetdist.studies.plan import Command, StudyRun
@@ -28,6 +36,9 @@ def work(runs: "list[StudyRun]", jobs: int, parent: "Parent") -> dict[str, str]:
 
     Returns:
         The runs that failed, and why.
+
+    Raises:
+        KeyboardInterrupt: A signal asked for it; all that was under way is saved.
     """
     from tetdist.studies.plan import is_trained
 
@@ -35,46 +46,89 @@ def work(runs: "list[StudyRun]", jobs: int, parent: "Parent") -> dict[str, str]:
     progress = StudyProgress(len(runs), len(waiting))
     running: dict[StudyRun, Child] = {}
     failed: dict[str, str] = {}
-    with progress, ended_at_exit(running):
+
+    def fail(run: "StudyRun", reason: str) -> None:
+        failed[run.name] = reason
+        progress.end(f"{run.name}: {reason}")
+
+    def start(run: "StudyRun", command: "Command | None") -> None:
+        try:
+            running[run] = Child(run, jobs, command)
+        except UserError as error:  # Somebody else was quicker.
+            fail(run, str(error))
+
+    with progress, StopRequest() as stop, ended_at_exit(running, stop):
         while waiting or running:
+            stop.check()
             for run in list(waiting):
                 lost = [needed.name for needed in run.needs if needed.name in failed]
                 if lost:
                     waiting.remove(run)
-                    failed[run.name] = f"not started, because {lost[0]} failed"
-                    progress.end(f"{run.name}: {failed[run.name]}")
+                    fail(run, f"not started, because {lost[0]} failed")
                 elif len(running) < jobs and all(map(is_trained, run.needs)):
                     waiting.remove(run)
                     if not is_trained(run):
                         parent.tell(run, "SCHEDULED")
-                    running[run] = Child(run, jobs)
-            ended = first_to_end(running)
+                    stop.check()
+                    start(run, run.next_command())
+            ended = first_to_end(running, stop)
             if ended is None:
                 continue
             run = ended
             child = running.pop(run)
             reason = child.failure()
-            if reason is None and (more := run.next_command()) is not None:
-                running[run] = Child(run, jobs, more)
-                continue
             if reason is not None:
-                failed[run.name] = reason
+                fail(run, reason)
                 if not is_trained(run):
                     parent.tell(run, "FAILED")
-            progress.end(f"{run.name}: {reason or outcome(run)}")
+            elif (more := run.next_command()) is not None:
+                start(run, more)
+            else:
+                progress.end(f"{run.name}: {outcome(run)}")
     return failed
 
 
-class Child:
-    """A process that trains or evaluates a run; what it prints goes to the run's log."""
+def refuse_if_at_work(runs: "list[StudyRun]") -> None:
+    """Refuse to start beside another process that trains or evaluates one of the runs.
 
-    def __init__(self, run: "StudyRun", jobs: int, command: "Command | None" = None) -> None:
-        self.run = run
-        self.command = command or run.next_command()
-        assert self.command is not None
+    Raises:
+        UserError: There is one; the text says where.
+    """
+    for run in runs:
+        # The log is held by what this command has started, the other file by whatever trains there.
+        if is_held(run.log) or is_held(run.folder / ".lock"):
+            raise at_work(run)
+
+
+def at_work(run: "StudyRun") -> UserError:
+    return UserError(
+        f"another process is at work in {run.folder}: wait for it, or stop it; the same command "
+        "then goes on from there"
+    )
+
+
+class Child:
+    """A process that trains or evaluates a run; what it prints goes to the run's log.
+
+    Raises:
+        UserError: Another process is at work on the run.
+    """
+
+    def __init__(self, run: "StudyRun", jobs: int, command: "Command | None") -> None:
+        assert command is not None
+        self.run, self.command = run, command
         run.log.parent.mkdir(parents=True, exist_ok=True)
         threads = max(1, len(os.sched_getaffinity(0)) // jobs)
         with run.log.open("ab") as log:
+            # The process has the lock together with its output, so that it holds it to its end,
+            # also where this one is killed.
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise at_work(run) from error
+            except OSError:
+                pass  # There are file systems without locks.
+            self.said_before = log.tell()
             self.process = subprocess.Popen(
                 self.command.words,
                 stdin=subprocess.DEVNULL,
@@ -82,7 +136,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 # Out of reach of the terminal's Ctrl-C, which is passed on once, as SIGTERM.
                 start_new_session=True,
-                env={"OMP_NUM_THREADS": str(threads)} | os.environ,
+                env={"OMP_NUM_THREADS": str(threads)} | os.environ | as_starter(),
             )
 
     def failure(self) -> str | None:
@@ -93,34 +147,69 @@ class Child:
         if status == 0 and self.command == self.run.train_command:
             folder = self.run.folder
             return f"{folder / 'metrics.jsonl'} lacks evaluations; remove {folder} to train it anew"
-        said = [line for line in self.run.log.read_text(errors="replace").splitlines() if line]
+        with self.run.log.open("rb") as log:
+            log.seek(self.said_before)
+            text = log.read().decode(errors="replace")
+        said = [line for line in text.splitlines() if line]
         return f"exit status {status}: {said[-1] if said else 'it said nothing'} ({self.run.log})"
 
 
-@contextmanager
-def ended_at_exit(running: "dict[StudyRun, Child]") -> Iterator[None]:
+class StopRequest:
+    """A request to end, by Ctrl-C, SIGTERM or a terminal that closes; obeyed when asked for.
+
+    An exception out of the middle of a start would leave a process that nobody knows of. Where
+    SIGHUP is ignored, as under nohup, it stays so.
+
+    Attributes:
+        came: Whether it was made.
+        at_once: Whether a Ctrl-C came after it, which means: without saving.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.came = self.at_once = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in self.SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        let_go_of_closed_streams()
+        self.at_once |= self.came and number == signal.SIGINT
+        self.came = True
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if it was made."""
+        if self.came:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def ended_at_exit(running: "dict[StudyRun, Child]", stop: StopRequest) -> Iterator[None]:
     """Leave no child behind, whatever happens: each saves and ends."""
-    # SIGTERM, from a batch system or `kill`, stops a study as Ctrl-C does.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-        children = [child.process for child in running.values()]
-        try:
-            for process in children:
-                process.terminate()
-            for process in children:
-                process.wait()
-        except KeyboardInterrupt:  # A second Ctrl-C means: at once.
-            for process in children:
-                process.kill()
-            raise
+        for child in running.values():
+            child.process.terminate()
+        while any(child.process.poll() is None for child in running.values()):
+            if stop.at_once:
+                for child in running.values():
+                    child.process.kill()
+            time.sleep(LOOK_EVERY / 4)
 
 
-def first_to_end(running: "dict[StudyRun, Child]") -> "StudyRun | None":
-    """Wait until a process ends; None if there is none."""
-    while running:
+def first_to_end(running: "dict[StudyRun, Child]", stop: StopRequest) -> "StudyRun | None":
+    """Wait until a process ends, or a signal comes; None if there is none, or a signal came."""
+    while running and not stop.came:
         for run, child in running.items():
             if child.process.poll() is not None:
                 return run

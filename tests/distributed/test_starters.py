@@ -1,0 +1,145 @@
+"""What was launched ends with its launcher or study, however that ends, and not with a shell."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+
+from tetdist.distributed import starters
+
+ConfigWriter = Callable[..., Path]
+KILL = signal.SIGKILL
+
+# Ends upon SIGTERM as training does: it saves. Left alone by all above it, it says so.
+WORKER = """
+import os, pathlib, signal, sys, time
+from tetdist.distributed import starters
+starters.BEAT = 0.05
+result = pathlib.Path(sys.argv[1])
+def save(*_):
+    result.write_text("saved")
+    os._exit(143)
+signal.signal(signal.SIGTERM, save)
+parent = os.getppid()
+starters.end_with_starters()
+print("ready", os.getpid(), flush=True)
+while os.getppid() == parent:
+    time.sleep(0.01)
+for _ in range(int(sys.argv[2])):
+    time.sleep(starters.BEAT)
+result.write_text("goes on")
+"""
+LAUNCHER = """
+import os, subprocess, sys
+os.environ.update(RANK="0")
+sys.exit(subprocess.call(sys.argv[1:], start_new_session=True))
+"""
+STUDY = """
+import os, subprocess, sys
+from tetdist.distributed.starters import as_starter
+sys.exit(subprocess.call(sys.argv[1:], env=os.environ | as_starter(), start_new_session=True))
+"""
+
+
+@pytest.mark.parametrize(
+    ("above", "result"),
+    [
+        (["torchrun"], "saved"),
+        # As the deepspeed command starts its own launcher, and that a script of the user's.
+        (["bin/deepspeed", "deepspeed/launcher/launch.py", "shell"], "saved"),
+        (["study", "shell"], "saved"),
+        (["shell"], "goes on"),
+    ],
+)
+def test_ends_with_those_it_works_for(above: list[str], result: str, tmp_path: Path) -> None:
+    """The first of those above it is killed; the rest of them live."""
+    texts = {"study": STUDY, "worker.py": WORKER}
+    for name in {*above, "worker.py"} - {"shell"}:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(texts.get(name, LAUNCHER))
+    patience = 1000 if result == "saved" else 10
+    command = tiny.python("worker.py", "result", patience)
+    for name in reversed(above):
+        inner = ["sh", "-c", '"$@"; exit $?', "sh", *command]
+        command = inner if name == "shell" else [sys.executable, name, *command]
+    env = tiny.clean_environment(
+        PYTHONPATH=str(tiny.PROJECT), TETDIST_COMMAND="test", **{starters.VARIABLE: ""}
+    )
+    with tiny.started(command, tmp_path, env) as process:
+        assert process.stdout is not None
+        words = process.stdout.readline().split()
+        assert words[:1] == ["ready"], process.stdout.read()
+        process.send_signal(KILL)
+        # It reads to the end, which comes when the last of them has ended.
+        process.communicate(timeout=60)
+    assert (tmp_path / "result").read_text() == result
+
+
+def test_what_came_from_another_host_is_nobody_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    ((name, text),) = starters.as_starter().items()
+    place, pid, started = json.loads(text)
+    assert starters.Process(pid, started).is_there
+    assert not starters.Process(pid, started + 1).is_there
+    monkeypatch.setenv(name, text)
+    assert starters._named_starter() == [starters.Process(os.getpid(), started)]
+    for i in range(len(place)):
+        elsewhere = [*place[:i], "other", *place[i + 1 :]]
+        monkeypatch.setenv(name, json.dumps([elsewhere, pid, started]))
+        assert starters._named_starter() == []
+    monkeypatch.setenv(name, "")
+    assert starters._named_starter() == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("killed", ["deepspeed", "deepspeed.launcher.launch", "torchrun"])
+def test_ranks_of_a_killed_launcher_save_and_end(
+    killed: str, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    """The real launchers: the deepspeed command, what it starts, and torchrun."""
+    file = tiny_config({"phases.0.epochs": 100_000, "evaluate_every": 100_000})
+    command = tiny.launched(2, tiny.TRAIN, "--config", file)
+    if killed == "torchrun":
+        torchrun = Path(sys.executable).with_name("torchrun")
+        options = ["--nproc-per-node", "2", "--master-port", str(tiny.free_port())]
+        command = [str(torchrun), *options, str(tiny.TRAIN), "--config", str(file)]
+    mark, env = tiny.marked(tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT)))
+    with tiny.started(command, tmp_path, env) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "step 12/" in line:
+                break
+        victim = process.pid
+        if killed == "deepspeed.launcher.launch":
+            (victim,) = (pid for pid in tiny.alive(mark) if killed in tiny.command_line(pid))
+        os.kill(victim, KILL)
+        output, _ = process.communicate(timeout=120)
+        tiny.wait_until(lambda: not tiny.alive(mark), 60)
+    assert "all saved; the same command continues" in output, output
+    step = json.loads((tiny.newest(tmp_path / "runs/tiny") / "state.json").read_text())["step"]
+    assert tiny.metrics(tmp_path / "runs/tiny")[-1]["step"] == step >= 12
+
+
+@pytest.mark.long
+def test_training_saves_when_its_terminal_closes(tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    import pty
+
+    file = tiny_config({"phases.0.epochs": 100_000, "evaluate_every": 100_000})
+    mark, env = tiny.marked(tiny.clean_environment())
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execve(sys.executable, tiny.python(tiny.TRAIN, "--config", file), env)
+    run = tmp_path / "runs" / "tiny"
+    seen = b""
+    while b"loss" not in seen:
+        seen += os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP, seen
+    assert not tiny.alive(mark)
+    assert json.loads((tiny.newest(run) / "state.json").read_text())["step"] > 0

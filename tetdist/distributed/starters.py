@@ -1,0 +1,139 @@
+"""Ends this process with the launcher, or the study, that it was started by.
+
+Whoever is killed, or whose terminal closes, can tell nobody; what it has started would train on to
+the end at full load. So each command looks once a second whether those it works for are there, and
+ends as upon SIGTERM if one is not: training saves first. A shell is none of them: what a person has
+started by hand goes on without it, as with nohup or setsid.
+
+Nothing heavy is imported here, because commands begin with it.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+# Set for those who are to end with the process that it describes.
+VARIABLE = "TETDIST_WORKS_FOR"
+
+BEAT = 1.0  # seconds between two looks
+SAVE_LIMIT = 300.0  # seconds that a process has to save, before it ends all the same
+
+# Launchers of torch and DeepSpeed, by program or module.
+_LAUNCHER = re.compile(
+    r"(?:.*/)?(?:deepspeed|ds|torchrun)"
+    r"|(?:.*/)?deepspeed[./]launcher[./](?:launch|runner)(?:\.py)?"
+    r"|(?:.*/)?torch[./]distributed[./](?:run|launch)(?:\.py)?"
+)
+
+
+class Process(NamedTuple):
+    """A process, told by its start from a later one of the same number."""
+
+    pid: int
+    started: int  # in clock ticks since the host's start
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has not ended."""
+        facts = _facts(self.pid)
+        return facts is not None and facts.started == self.started and facts.state not in "ZX"
+
+
+class _Facts(NamedTuple):
+    state: str
+    parent: int
+    started: int
+
+
+def _facts(pid: int) -> _Facts | None:
+    """What the kernel says of a process; None if there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The name, in brackets, may have brackets and spaces itself.
+    fields = text.rpartition(")")[2].split()
+    return _Facts(fields[0], int(fields[1]), int(fields[19]))
+
+
+def place() -> tuple[str, ...] | None:
+    """Where numbers of processes mean the same: host, its start, and namespace of processes."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+        # /proc may be that of another namespace, where this process has another number or none.
+        if int(str(Path("/proc/self").readlink())) != os.getpid():
+            return None
+    except (OSError, ValueError):
+        return None
+    # Copies of a running virtual machine have the same boot id.
+    return (socket.gethostname(), boot, namespace)
+
+
+def as_starter() -> dict[str, str]:
+    """Variables of the environment with which a command ends when this process does."""
+    facts, here = _facts(os.getpid()), place()
+    if facts is None or here is None:
+        return {}
+    return {VARIABLE: json.dumps([here, os.getpid(), facts.started])}
+
+
+def end_with_starters() -> None:
+    """Have a thread end this process when a process ends that it was started by; see the module."""
+    starters = [*_named_starter(), *_launchers()]
+    if starters:
+        threading.Thread(target=_watch, args=(starters,), name="starters", daemon=True).start()
+
+
+def _named_starter() -> list[Process]:
+    try:
+        there, pid, started = json.loads(os.environ[VARIABLE])
+    except (KeyError, ValueError, TypeError):
+        return []
+    # Slurm takes variables along to other hosts.
+    return [Process(pid, started)] if tuple(there) == place() else []
+
+
+def _launchers() -> list[Process]:
+    """The launchers among the processes above this one, where it was launched."""
+    launchers: list[Process] = []
+    if "RANK" not in os.environ or place() is None:
+        return launchers
+    pid = os.getppid()
+    while pid > 0 and (facts := _facts(pid)) is not None:
+        if _LAUNCHER.fullmatch(_program(pid)):
+            launchers.append(Process(pid, facts.started))
+        pid = facts.parent
+    return launchers
+
+
+def _program(pid: int) -> str:
+    """The program of a process: of Python, its script or module."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return ""
+    if not Path(words[0]).name.startswith("python"):
+        return words[0]
+    return next((word for word in words[1:] if not word.startswith("-")), "")
+
+
+def _watch(starters: list[Process]) -> None:
+    while all(starter.is_there for starter in starters):
+        time.sleep(BEAT)
+    if os.environ.get("RANK", "0") == "0":
+        gone = next(starter.pid for starter in starters if not starter.is_there)
+        # The terminal, or whoever read what is said here, may have gone with it.
+        with contextlib.suppress(OSError, ValueError):
+            print(f"process {gone}, which has started this, is gone: ending", file=sys.stderr)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(SAVE_LIMIT)
+    os._exit(128 + signal.SIGTERM)
