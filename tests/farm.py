@@ -48,7 +48,13 @@ def passing(point: str, number: int, action: Callable[[], None]) -> None:
 
         setattr(owner, name, wrapped)
 
-    if point == "micro":  # within the accumulation of a step
+    if point == "start":  # before the processes meet
+        action()
+    elif point == "met":  # before they have connected
+        from tetdist.distributed import meeting
+
+        wrap(meeting, "meet", after=True)
+    elif point == "micro":  # within the accumulation of a step
         wrap(torch_engine.TorchEngine, "backward", after=True)
         wrap(deepspeed_engines.DeepSpeedEngine, "backward", after=True)
         wrap(deepspeed_engines.ZeroEngine, "backward", after=True)

@@ -29,6 +29,16 @@ class UserError(ValueError):
     """
 
 
+class PeerFailed(Exception):
+    """Raised when another process of the run has died, hangs or failed; the text says which.
+
+    Commands print it and exit with status `PEER_FAILED`.
+    """
+
+
+PEER_FAILED = 3
+
+
 class Stopped(Exception):
     """A signal ended the run after a saved step; the same command continues it."""
 

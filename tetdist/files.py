@@ -152,3 +152,36 @@ def check_space(folder: Path, needed: int) -> None:
     in_mb = f"{needed / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB"
     if free < needed:
         raise UserError(f"{folder} needs {in_mb} free: make room or name another place")
+
+
+class OthersMayWrite(PermissionError):
+    """Raised where a folder should be this user's alone."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"{folder} can be written to by others")
+        self.folder = folder
+
+
+def own_cache() -> Path:
+    """The folder for what is kept between calls and is to be trusted, made if it is not there.
+
+    Raises:
+        OthersMayWrite: Somebody else can write to it.
+        OSError: It cannot be made or written to.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = (Path(base) if base else Path.home() / ".cache") / "tetdist"
+    except RuntimeError as error:
+        raise FileNotFoundError("this user has no home folder") from error
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not is_ours_alone(folder.stat()):
+        raise OthersMayWrite(folder)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written to")
+    return folder
+
+
+def is_ours_alone(facts: os.stat_result) -> bool:
+    """Whether nobody but this user (and root) can change a file or folder."""
+    return facts.st_uid == os.getuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

@@ -60,13 +60,26 @@ def test_two_processes(tmp_path: Path) -> None:
     """Sums, broadcast, failing together and stopping together, in one start of two processes."""
     code = """
         import os, signal
-        import torch
+        from datetime import timedelta
+        import psutil, torch
+        import torch.distributed as dist
         from tetdist.distributed.signals import StopRequest
+        from tetdist.distributed.watchdog import Watch
         from tetdist.distributed.world import join
         from tetdist.errors import UserError
 
-        with join("cpu") as world, StopRequest(world) as stop:
+        with join("cpu") as world, StopRequest(world) as stop, Watch(world, 60) as watch:
             r = world.rank
+            ports = psutil.net_connections("inet")
+            ports = [c.laddr for c in ports if c.pid == os.getpid() and c.status == "LISTEN"]
+            print("listens at", {one.ip for one in ports})
+            stores = [int(os.environ["MASTER_PORT"])]
+            if r == 0:
+                stores.append(watch._store.underlying_store.port)
+            for port in stores:
+                # Somebody without the token: what the run has written is not there.
+                stranger = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=5))
+                print("a stranger finds", stranger.check(["here/0"]), stranger.check(["0"]))
             print("sum", world.sum([r + 1.0, 0.1]))
             print("mean", world.mean_(torch.tensor([2.0 * r])).item())
             print("first", world.from_rank_0({"a": r}))
@@ -98,6 +111,9 @@ def test_two_processes(tmp_path: Path) -> None:
     (status_0, first), (status_1, second) = tiny.side_by_side(2, command, tmp_path)
     assert (status_0, status_1) == (0, 0), first + second
     for output in (first, second):
+        assert "listens at {'127.0.0.1'}" in output, output
+        # The store where all met; of rank 0 the watch's, too.
+        assert output.count("a stranger finds False False") == (2 if output is first else 1)
         assert "sum [3.0, 0.2]" in output
         assert "mean 1.0" in output
         assert "first {'a': 0}" in output

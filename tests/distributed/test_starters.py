@@ -1,5 +1,6 @@
 """What was launched ends with its launcher or study, however that ends, and not with a shell."""
 
+import contextlib
 import json
 import os
 import signal
@@ -135,9 +136,16 @@ def test_training_saves_when_its_terminal_closes(tiny_config: ConfigWriter, tmp_
         os.chdir(tmp_path)
         os.execve(sys.executable, tiny.python(tiny.TRAIN, "--config", file), env)
     run = tmp_path / "runs" / "tiny"
+    os.set_blocking(terminal, False)
     seen = b""
-    while b"loss" not in seen:
-        seen += os.read(terminal, 4096)
+
+    def trains() -> bool:
+        nonlocal seen
+        with contextlib.suppress(BlockingIOError):
+            seen += os.read(terminal, 4096)
+        return (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 0
+
+    tiny.wait_until(trains, 120)
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP, seen

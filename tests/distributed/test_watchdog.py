@@ -45,6 +45,26 @@ def test_killed_rank_0(farm: Farm, tiny_config: ConfigWriter) -> None:
     assert "Traceback" not in text
 
 
+@pytest.mark.parametrize(
+    ("point", "rank", "said"),
+    [
+        ("start", 1, "error: of 2 processes rank 1 did not come within 3 s"),
+        ("start", 0, "rank 1: error: rank 0 has not come to 127.0.0.1, port "),
+        ("met", 1, "error: a process is lost while all connect to each other"),
+    ],
+)
+def test_killed_before_all_have_met(
+    point: str, rank: int, said: str, farm: Farm, tiny_config: ConfigWriter
+) -> None:
+    statuses, text = farm.each(
+        tiny_config({"peer_timeout": 3.0}), world=2, stop=(point, 1, KILL), rank=rank, timeout=30
+    )
+    assert statuses == [-KILL if i == rank else PEER_FAILED for i in range(2)], text
+    assert said in text
+    assert text.count("error:") == 1, text
+    assert "Traceback" not in text
+
+
 def test_killed_rank_0_is_noticed_by_the_store_first(
     tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from tetdist.errors import UserError, sentence, typed
+from tetdist.errors import PEER_FAILED, PeerFailed, UserError, sentence, typed
 
 # A person's mistakes; anything else is a fault of ours and keeps its traceback.
 MISTAKES = (UserError, ModuleNotFoundError)
@@ -15,7 +15,8 @@ def answer(
     interrupted: str = "interrupted; nothing was written",
     mistakes: tuple[type[Exception], ...] = MISTAKES,
 ) -> int:
-    """Carry out a command; its exit status, 2 for a person's mistake, 130 for Ctrl-C.
+    """Carry out a command; its exit status: 2 for a person's mistake, 3 where another process of
+    several has died, 130 for Ctrl-C.
 
     Args:
         command: Returns its exit status; None is 0.
@@ -26,6 +27,9 @@ def answer(
         return command() or 0
     except mistakes as error:
         return fail(error)
+    except PeerFailed as error:
+        fail(error)
+        return PEER_FAILED
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tetdist.cli.common import MISTAKES, fail, program
 from tetdist.config.flags import add_import
+from tetdist.errors import PEER_FAILED, PeerFailed
 
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
@@ -81,6 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
         return train(config)
     except MISTAKES as error:
         return fail(error, "" if rank == "0" else f"rank {rank}: ")
+    except PeerFailed as error:
+        fail(error, "" if rank == "0" else f"rank {rank}: ")
+        return PEER_FAILED
     except KeyboardInterrupt:
         # Before the run began, or for the second time.
         print("interrupted; what was saved before is there", file=sys.stderr)

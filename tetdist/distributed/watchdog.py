@@ -10,25 +10,24 @@ import contextlib
 import json
 import logging
 import os
-import re
+import secrets
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
+from tetdist.distributed import meeting
+from tetdist.distributed.meeting import CONNECTION
 from tetdist.distributed.world import World
-from tetdist.errors import Stopped, UserError
+from tetdist.errors import PEER_FAILED, Stopped, UserError
 
 logger = logging.getLogger(__name__)
-
-PEER_FAILED = 3  # exit status of a process that ended because of another
 
 BEAT = 1.0  # seconds between two signs of life
 # Seconds of silence after which a process is taken for dead: usually, and after a failure of a
@@ -36,11 +35,6 @@ BEAT = 1.0  # seconds between two signs of life
 SILENCE, SILENCE_IN_TROUBLE = 30.0, 4.0
 
 _VERDICT, _TROUBLE = "verdict", "trouble"
-_CONNECTION = re.compile(r"gloo|nccl|connection|peer|timed out|socket", re.IGNORECASE)
-
-
-class PeerFailed(Exception):
-    """Raised when another process of the run has died, hangs or failed; the text says which."""
 
 
 class Watch:
@@ -78,28 +72,23 @@ class Watch:
             return self
         # The watch has a store of its own, so that it never waits behind a collective's use of the
         # other one. Rank 0 makes it where all have met before.
+        # Nobody else knows its token.
         self._store: Any = None
-        if world.rank == 0:
-            self._store = self._connect(0)
-        port = world.from_rank_0(self._store and self._store.port)
-        if world.rank != 0:
-            self._store = self._connect(port)
-        self._say_alive()
-        dist.barrier(group=world.control)
+        token, port = secrets.token_hex(16), 0
+        with meeting.limited(self.timeout, "a process is lost before the training began"):
+            if world.rank == 0:
+                self._store = meeting.open_store(0, token)
+                port = self._store.underlying_store.port
+            port, token = world.from_rank_0((port, token))
+            if world.rank != 0:
+                self._store = meeting.connect(port, token)
+            self._say_alive()
+            dist.barrier(group=world.control)
         # There are two, because a call to a store whose process is stopped never returns.
         for target in (self._talk, self._guard):
             self._threads.append(threading.Thread(target=target, name="watch", daemon=True))
             self._threads[-1].start()
         return self
-
-    def _connect(self, port: int) -> Any:
-        return dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            port,
-            is_master=self.world.rank == 0,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=60),
-        )
 
     def __exit__(
         self,
@@ -128,7 +117,7 @@ class Watch:
     def _report(self, error: BaseException) -> None:
         """Tell the others of an error of this process only; or learn that theirs is behind it."""
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        if _CONNECTION.search(text):
+        if CONNECTION.search(text):
             with contextlib.suppress(dist.DistError, RuntimeError):
                 self._store.set(_TROUBLE, text)
             # A thread of this process ends it when there is a verdict; or when rank 0 stays away,

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tetdist.distributed import shared_memory
+from tetdist.distributed import meeting, shared_memory
 from tetdist.errors import UserError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -121,28 +122,29 @@ class World:
             dist.destroy_process_group()
 
 
-def join(device: str, timeout: float = 600) -> World:
+def join(device: str, timeout: float = 600, shared_folder: Path | None = None) -> World:
     """Join the other processes as the launcher's environment says; without one, be alone.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
         timeout: Seconds that a process may keep the others waiting.
+        shared_folder: A folder of the run that all hosts see.
 
     Raises:
-        UserError: Only some of the launcher's variables are set, or there is no GPU where one
-            is asked for.
+        UserError: Only some of the launcher's variables are set, there is no GPU where one is asked
+            for, or the port is in use.
+        PeerFailed: Not all processes have come.
     """
     assert device in ("auto", "cpu", "cuda"), device
     present = [name for name in _VARIABLES if name in os.environ]
+    launched = bool({"RANK", "WORLD_SIZE"} & set(present))
     # LOCAL_RANK and the master's address mean nothing without these two.
-    if not {"RANK", "WORLD_SIZE"} & set(present):
+    if not launched:
         rank, world_size, local_rank = 0, 1, 0
-        store: Any = dist.HashStore()
     elif len(present) == len(_VARIABLES):
         rank, world_size, local_rank = (
             int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         )
-        store = None
     else:
         absent = [name for name in _VARIABLES if name not in os.environ]
         raise UserError(
@@ -157,29 +159,30 @@ def join(device: str, timeout: float = 600) -> World:
     if use_cuda:
         # Some launchers show each process its own GPU only, as number 0.
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    try:
+    backend = "nccl" if use_cuda else "gloo"
+    limit = timedelta(seconds=timeout) + MARGIN
+    if not launched:
+        # A launcher may also start a single process.
         dist.init_process_group(
-            "nccl" if use_cuda else "gloo",
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout) + MARGIN,
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit
         )
-    except dist.DistNetworkError as error:
-        raise UserError(
-            f"the processes cannot meet at {os.environ.get('MASTER_ADDR')}, port "
-            f"{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0]}); if another run of "
-            "this host has the port, choose one with the launcher's --master_port"
-        ) from error
-    control = dist.new_group(backend="gloo")
-    if use_cuda:
-        this_device = torch.device("cuda", torch.cuda.current_device())
-        return World(rank, world_size, this_device, control)
-    world = World(rank, world_size, torch.device("cpu"), control)
-    if world_size == 1:
-        return world
-    shared = shared_memory.share(rank, world_size, world.gather)
+        return World(0, 1, _device(use_cuda), dist.new_group(backend="gloo"))
+    store = meeting.meet(rank, world_size, timeout, shared_folder)
+    with meeting.limited(timeout, "a process is lost while all connect to each other"):
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=limit
+        )
+        world = World(rank, world_size, _device(use_cuda), dist.new_group(backend="gloo"))
+        if use_cuda or world_size == 1:
+            return world
+        shared = shared_memory.share(rank, world_size, world.gather)
     return dataclasses.replace(world, shared=shared)
+
+
+def _device(use_cuda: bool) -> torch.device:
+    if not use_cuda:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _share_cores() -> None:

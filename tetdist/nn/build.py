@@ -19,6 +19,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tetdist.files import OthersMayWrite, is_ours_alone, own_cache
+
 logger = logging.getLogger(__name__)
 
 # Why there are no kernels of a name, for whoever wants to say so.
@@ -85,7 +87,7 @@ def _whole_one(folder: Path, pattern: str) -> Path | None:
     for library in sorted(folder.glob(pattern)):
         try:
             facts = library.lstat()
-            if not (stat.S_ISREG(facts.st_mode) and _is_ours_alone(facts)):
+            if not (stat.S_ISREG(facts.st_mode) and is_ours_alone(facts)):
                 logger.warning("%s can be changed by others and is built again", library)
             elif library.stem.endswith(f"-{_digest(library.read_bytes())}"):
                 return library
@@ -111,23 +113,16 @@ def _run(*command: str) -> str:
 
 @contextlib.contextmanager
 def _cache() -> Iterator[Path]:
-    """A folder of this user's own; what lies in it is loaded as code.
+    """The folder of this user's own; what lies in it is loaded as code.
 
     Raises:
         OSError: There is none that only this user can write to.
     """
-    base = os.environ.get("XDG_CACHE_HOME")
     try:
-        folder = (Path(base) if base else Path.home() / ".cache") / "tetdist"
-    except RuntimeError as error:
-        raise FileNotFoundError("this user has no home folder") from error
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not _is_ours_alone(folder.stat()):
-        _warn_of(folder)
-        raise PermissionError(f"{folder} can be written to by others")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} cannot be written to")
-    yield folder
+        yield own_cache()
+    except OthersMayWrite as error:
+        _warn_of(error.folder)
+        raise
 
 
 @functools.cache  # once for all libraries
@@ -137,11 +132,6 @@ def _warn_of(folder: Path) -> None:
         "every start; its owner mends that by `chmod go-w %s`",
         *(folder, shlex.quote(str(folder))),
     )
-
-
-def _is_ours_alone(facts: os.stat_result) -> bool:
-    """Whether nobody but this user (and root) can change a file or folder."""
-    return facts.st_uid == os.getuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 @contextlib.contextmanager

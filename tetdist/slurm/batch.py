@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from tetdist.distributed.meeting import TOKEN
 from tetdist.errors import UserError
 from tetdist.slurm.cluster import ClusterSection
 from tetdist.slurm.job import Job
@@ -61,6 +62,8 @@ def parameters(
             *([f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []),
         ],
         "setup": [
+            # Made anew at every start, and known to the processes of this user alone.
+            f"export {TOKEN}=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')",
             *cluster.setup,
             # The snapshot comes before whatever is installed; `python -m` looks here first.
             f"cd {shlex.quote(str(code))}",

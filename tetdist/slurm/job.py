@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 # Set before torch is imported, which reads it then: see tetdist_command.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tetdist.distributed.watchdog import PeerFailed
-from tetdist.errors import UserError, sentence, typed
+from tetdist.errors import PEER_FAILED, PeerFailed, UserError, sentence, typed
 from tetdist.slurm import history
 from tetdist.slurm.history import EventKind, JobEvent
 from tetdist.slurm.placement import ProcessContext, SlurmContext
@@ -109,6 +108,11 @@ class _Start:
             prefix = "" if self.is_first else f"rank {self.context.rank}: "
             print(f"{prefix}error: {sentence(error)}", file=sys.stderr)
             return self._end_failed(2, str(error))
+        except PeerFailed as error:
+            # It was written down where it was raised.
+            prefix = "" if self.is_first else f"rank {self.context.rank}: "
+            print(f"{prefix}error: {error}", file=sys.stderr)
+            return PEER_FAILED
         except SystemExit as ended:
             return self._end_failed(int(ended.code or 0), "another process says why")
         except Exception as error:

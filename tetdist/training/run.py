@@ -4,9 +4,9 @@ import logging
 
 from tetdist.config.schema import RunConfig
 from tetdist.distributed.signals import StopRequest
-from tetdist.distributed.watchdog import PeerFailed, Watch
-from tetdist.distributed.world import join
-from tetdist.errors import Stopped
+from tetdist.distributed.watchdog import Watch
+from tetdist.distributed.world import World, join
+from tetdist.errors import PeerFailed, Stopped
 from tetdist.training.run_summary import Launcher
 from tetdist.training.trainer import Trainer
 
@@ -17,23 +17,36 @@ def train(config: RunConfig, launcher: Launcher | None = None) -> int:
     Returns:
         Its exit status: 0 finished, 3 another process of the run died or hangs, 128 + n stopped by
         signal n.
+
+    Raises:
+        PeerFailed: Another process died before the training began.
     """
     # A launcher has its own way to show what one process raises.
     shows_errors, launcher = launcher is None, launcher or Launcher()
     on_failure = launcher.on_failure
-    with (
-        join(config.device, config.peer_timeout) as world,
-        StopRequest(world) as stop,
-        Watch(world, config.peer_timeout, shows_errors=shows_errors) as watch,
-    ):
-        watch.before_end.append(lambda verdict: on_failure(PeerFailed(verdict)))
-        try:
-            trainer = Trainer(config, world, stop, watch, launcher)
-            trainer.run()
-        except Stopped:
-            logging.info("stopped at step %d, all saved; the same command continues", trainer.step)
-            return stop.exit_status
-        except Exception as error:
-            on_failure(error)
-            raise
+    try:
+        with (
+            join(config.device, config.peer_timeout, config.run_dir) as world,
+            StopRequest(world) as stop,
+            Watch(world, config.peer_timeout, shows_errors=shows_errors) as watch,
+        ):
+            watch.before_end.append(lambda verdict: on_failure(PeerFailed(verdict)))
+            return _train(config, launcher, world, stop, watch)
+    except PeerFailed as error:
+        on_failure(error)
+        raise
+
+
+def _train(
+    config: RunConfig, launcher: Launcher, world: World, stop: StopRequest, watch: Watch
+) -> int:
+    try:
+        trainer = Trainer(config, world, stop, watch, launcher)
+        trainer.run()
+    except Stopped:
+        logging.info("stopped at step %d, all saved; the same command continues", trainer.step)
+        return stop.exit_status
+    except Exception as error:
+        launcher.on_failure(error)
+        raise
     return 0

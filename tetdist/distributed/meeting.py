@@ -1,0 +1,310 @@
+"""Where the processes of a run meet: stores of torch that only they can reach or make out.
+
+A store of torch answers whoever reaches its port, and one who knows what it is for can end the run.
+So rank 0 listens on the loopback interface where all are on one host, else at the one address that
+the others use; and each key has a token in it that only the user's processes know.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from tetdist.errors import PEER_FAILED, PeerFailed, UserError
+from tetdist.files import own_cache
+
+# The secret of a run, where whoever starts its processes gives them one.
+TOKEN = "TETDIST_TOKEN"
+LOOPBACK = "127.0.0.1"
+_POLL = 0.2  # seconds between two questions to the store
+_GRACE = 10.0  # seconds within which rank 0 should have said who is missing
+# What torch says of a process that it cannot reach any more.
+CONNECTION = re.compile(r"gloo|nccl|connection|peer|timed out|socket", re.IGNORECASE)
+_ALL, _VERDICT, _MARK = "all", "verdict", "tetdist"
+
+
+def address() -> str:
+    """The address at which rank 0 listens, or that leads to it."""
+    return LOOPBACK if _on_one_host() else os.environ["MASTER_ADDR"]
+
+
+def _on_one_host() -> bool:
+    master = os.environ["MASTER_ADDR"]
+    if master in ("localhost", "::1") or master.startswith("127."):
+        return True
+    # The first is torchrun's name, the second that of the deepspeed launcher.
+    on_host = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return on_host == os.environ["WORLD_SIZE"]
+
+
+def keep_gloo_on_loopback() -> None:
+    """Have gloo's connections, too, stay within the host, where all processes are on one."""
+    if _on_one_host() and "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def open_store(port: int, token: str, seconds: float = 60) -> Any:
+    """Open a store on rank 0; its keys have the token.
+
+    Args:
+        port: 0 for any that is free.
+        token: The secret.
+        seconds: How long an answer may take.
+
+    Raises:
+        OSError: The port is in use.
+    """
+    # torch itself would listen on all interfaces.
+    listener = _listen(port)
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        address(),
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=seconds),
+        master_listen_fd=listener.detach(),
+    )
+    return dist.PrefixStore(token, store)
+
+
+def connect(port: int, token: str, seconds: float = 60) -> Any:
+    """Connect to a store of rank 0; see `open_store`."""
+    store = dist.TCPStore(
+        address(),
+        port,
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=seconds),
+    )
+    return dist.PrefixStore(token, store)
+
+
+def _listen(port: int) -> socket.socket:
+    for family, own in _own_addresses():
+        listener = socket.socket(family)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((own, port))
+            listener.listen(4096)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+    # The others reach this host by an address that is not its own, as behind a translation of
+    # addresses, or that its own name does not lead to.
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=4096)
+
+
+def _own_addresses() -> Iterator[tuple[socket.AddressFamily, str]]:
+    """Addresses of this host, rank 0's, by which the others come."""
+    if _on_one_host():
+        yield socket.AF_INET, LOOPBACK
+        return
+    for family, kind, _, _, found in socket.getaddrinfo(
+        os.environ["MASTER_ADDR"], None, type=socket.SOCK_STREAM
+    ):
+        own = str(found[0])
+        # On many hosts the own name leads to 127.0.1.1, where no other host comes.
+        if own.startswith("127.") or own == "::1":
+            continue
+        with socket.socket(family, kind) as attempt, contextlib.suppress(OSError):
+            attempt.bind((own, 0))
+            yield family, own
+
+
+def meet(rank: int, world_size: int, seconds: float, shared_folder: Path | None) -> Any:
+    """Wait until all processes of the run are there; a store for them all.
+
+    Args:
+        rank: Number of this process.
+        world_size: Number of processes.
+        seconds: How long to wait for the last.
+        shared_folder: A folder of the run that all hosts see.
+
+    Raises:
+        UserError: The port is in use, or the processes do not share a token.
+        PeerFailed: Some have not come; the text says which.
+        SystemExit: Some have not come, and rank 0 says which.
+    """
+    token = _token(shared_folder)
+    keep_gloo_on_loopback()
+    with limited(seconds + 2 * _GRACE, "rank 0 is lost before all processes had met"):
+        store = _main_store(rank, token, seconds)
+        _wait_for_all(store, rank, world_size, seconds)
+    return store
+
+
+def _main_store(rank: int, token: str, seconds: float) -> Any:
+    # The store of torchrun outlives the processes of one attempt.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key, digest = f"{_MARK}/{attempt}", hashlib.sha256(token.encode()).hexdigest()[:16]
+    port = int(os.environ["MASTER_PORT"])
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if rank == 0 and not by_torchrun:
+        try:
+            store = open_store(port, token, seconds)
+        except OSError as error:
+            raise UserError(
+                f"the processes cannot meet at {address()}, port {port} ({error.strerror}); if "
+                "another run of this host has the port, choose one with the launcher's "
+                "--master_port"
+            ) from error
+    else:
+        host = os.environ["MASTER_ADDR"] if by_torchrun else address()
+        _wait_for_port(host, port, seconds)
+        store = dist.PrefixStore(
+            token,
+            dist.TCPStore(
+                host, port, wait_for_workers=False, timeout=timedelta(seconds=max(seconds, 1))
+            ),
+        )
+    plain = store.underlying_store
+    if rank == 0:
+        plain.set(key, digest)
+    else:
+        try:
+            plain.wait([key], timedelta(seconds=seconds))
+        except dist.DistStoreError as error:
+            raise PeerFailed(
+                f"rank 0 has not come within {seconds:.0f} s, though somebody listens at "
+                f"{address()}, port {port}"
+            ) from error
+        if plain.get(key).decode() != digest:
+            raise UserError(
+                f"rank {rank} and rank 0, at {address()}, port {port}, do not have the same token: "
+                f"that is another run, or the hosts do not share files; set {TOKEN} to the same "
+                "random text for all processes"
+            )
+    return dist.PrefixStore(attempt, store)
+
+
+def _wait_for_port(host: str, port: int, seconds: float) -> None:
+    """Wait until somebody listens: torch would too, but could not be interrupted meanwhile."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise PeerFailed(
+                    f"rank 0 has not come to {host}, port {port}, within {seconds:.0f} s "
+                    f"({error.strerror or error}): it has ended before, or a firewall is in the way"
+                ) from error
+        time.sleep(_POLL)
+
+
+def _wait_for_all(store: Any, rank: int, world_size: int, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    store.set(f"here/{rank}", "")
+    keys = {other: f"here/{other}" for other in range(world_size)}
+    while rank == 0 and not store.check(list(keys.values())):
+        if time.monotonic() > end:
+            missing = [str(other) for other, key in keys.items() if not store.check([key])]
+            shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+            verdict = (
+                f"of {world_size} processes rank {shown} did not come within {seconds:.0f} s: "
+                "ended before, or never started; peer_timeout=SECONDS allows for more"
+            )
+            store.set(_VERDICT, verdict)
+            # The others need this time to read it: the store ends with this process.
+            time.sleep(5 * _POLL)
+            raise PeerFailed(verdict)
+        time.sleep(_POLL)
+    if rank == 0:
+        store.set(_ALL, "")
+    while not store.check([_ALL]):
+        if store.check([_VERDICT]):
+            raise SystemExit(PEER_FAILED)
+        if time.monotonic() > end + _GRACE:
+            raise PeerFailed(f"rank 0 does not say within {seconds:.0f} s whether all are there")
+        time.sleep(_POLL)
+
+
+@contextlib.contextmanager
+def limited(seconds: float, what: str) -> Iterator[None]:
+    """End this process, with a sentence, if what is done within takes longer.
+
+    Args:
+        seconds: How long it may take.
+        what: Is wrong then, or when a connection breaks.
+
+    Raises:
+        PeerFailed: A connection to another process broke.
+    """
+    done = threading.Event()
+
+    def guard() -> None:
+        if not done.wait(seconds):
+            rank = os.environ["RANK"]
+            prefix = "" if rank == "0" else f"rank {rank}: "
+            print(f"{prefix}error: {what}: no answer for {seconds:.0f} s", file=sys.stderr)
+            sys.stderr.flush()
+            # The main thread waits in torch, and cannot be told otherwise.
+            os._exit(PEER_FAILED)
+
+    threading.Thread(target=guard, name="meeting", daemon=True).start()
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0]
+        if not CONNECTION.search(first):
+            raise
+        raise PeerFailed(f"{what} ({first})") from error
+    finally:
+        done.set()
+
+
+# --- the token ------------------------------------------------------------------------------------
+
+
+def _token(shared_folder: Path | None) -> str:
+    """The secret of this user's processes; empty where they have no place to share one."""
+    if given := os.environ.get(TOKEN):
+        return given
+    try:
+        if _on_one_host() or shared_folder is None:
+            return _kept(own_cache() / "token")
+        return _kept(shared_folder / ".token")
+    except OSError:
+        return ""
+
+
+def _kept(file: Path) -> str:
+    """The secret in a file that only this user reads, made if it is not there.
+
+    Raises:
+        OSError: It cannot be made.
+        UserError: It is not this user's alone.
+    """
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f"{file.name}.{secrets.token_hex(8)}.tmp")
+        handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.write(handle, secrets.token_hex(16).encode())
+            os.fsync(handle)
+            # All processes come here at once; the first one's stays.
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, file)
+        finally:
+            os.close(handle)
+            aside.unlink()
+    facts = file.stat()
+    if facts.st_uid != os.getuid() or facts.st_mode & 0o077:
+        raise UserError(f"{file} can be read or changed by others: remove it, and it is made anew")
+    return file.read_text()
