@@ -31,7 +31,9 @@ def test_run_that_ended_at_a_phases_border_goes_on_as_the_straight_one(
     outcome = main(file)
     assert f"from step {tiny.STEPS_PER_EPOCH}" in outcome.text
     for kind in ("train", "val"):
-        ours, theirs = (tiny.metrics(tmp_path / "runs" / name, kind) for name in ("run", "straight"))
+        ours, theirs = (
+            tiny.metrics(tmp_path / "runs" / name, kind) for name in ("run", "straight")
+        )
         assert ours == theirs
 
 

@@ -39,6 +39,7 @@ from tetdist.plugins import checksums_of
 from tetdist.tracking.progress import RunProgress
 from tetdist.tracking.tracker import Tracker
 from tetdist.training import health
+from tetdist.training.busy_cores import BusyCores
 from tetdist.training.engines.base import Engine, Update
 from tetdist.training.engines.create import make_engine
 from tetdist.training.run_folder import RunFolder
@@ -175,6 +176,7 @@ class Trainer:
             ) as self.progress,
         ):
             self.plots = None
+            self.cores = BusyCores(world.device, config.precision)
             if (tracker := self.tracker) is not None:
                 self.watch.before_end.append(lambda _: tracker.close("FAILED", timeout=5))
                 self.plots = RunPlots(config, self.train_index.classes, tracker)
@@ -429,6 +431,8 @@ class Trainer:
                 self.step,
                 counted(values["non_finite_steps"], "step"),
             )
+        if (warning := self.cores.warning()) is not None:
+            logger.warning(warning)
         self._log("train", values)
         self.progress.report_training(self.step, values)
         clock.restart()
@@ -614,6 +618,7 @@ class Trainer:
 
     tracker: Tracker | None
     plots: RunPlots | None
+    cores: BusyCores
     record: SampleRecord
     progress: RunProgress
 
