@@ -1,5 +1,6 @@
 """What the training loop keeps and what it lets go of: from phase to phase, from best to best."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,9 +8,12 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from tiny import Outcome
 
+from tetdist import checkpoint
 from tetdist.training import trainer
+from tetdist.training.engines import base
 
 ConfigWriter = Callable[..., Path]
 Main = Callable[..., Outcome]
@@ -56,3 +60,96 @@ def test_first_of_equal_results_stays_the_best(
     assert (run / "checkpoints/best").read_text().strip() == "step-00000010"
     state = json.loads((tiny.newest(run) / "state.json").read_text())
     assert state["result"] == {"best_top1": 60.0, "best_step": 10, "top1": 50.0}
+
+
+def test_loss_scale_of_one_phase_is_where_the_next_begins(
+    main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where only the tests let float16 run."""
+    monkeypatch.setattr(trainer, "_check_device", lambda *_: None)
+    monkeypatch.setattr(base.LossScale, "START", 2.0**40)
+    phase = {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.01}}
+    outcome = main(tiny_config({"precision": "fp16", "phases": [phase, phase]}))
+    assert outcome.status == 0, outcome.text
+    overflows = [line["overflows"] for line in tiny.metrics(tmp_path / "runs/tiny", "train")]
+    assert overflows[4] > 5
+    # Begun anew, the second phase would overflow as often again, from a count of 0.
+    assert overflows[4] <= overflows[5] <= overflows[4] + 2
+
+
+def test_run_that_is_not_finite_ends_before_its_next_line_is_due(
+    main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, calls = trainer.compute_loss, itertools.count(1)
+    number = 0
+
+    def spoilt(*arguments: Any) -> Any:
+        nonlocal number
+        number = next(calls)
+        return compute(*arguments) * float("nan")
+
+    monkeypatch.setattr(trainer, "compute_loss", spoilt)
+    outcome = main(tiny_config({"log_every": 5, "non_finite_limit": 2}))
+    assert outcome.status == 2
+    assert "in 2 steps in a row, at last at step 2 (learning rate " in outcome.text
+    assert "no checkpoint has been saved yet" in outcome.text
+    # Two steps of four micro-batches, and the second once more to examine it.
+    assert number == 12
+    assert not (tmp_path / "runs/tiny/checkpoints").exists()
+
+
+def test_checkpoints_come_at_their_steps_and_at_the_end_of_each_epoch(
+    main: Main, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    changes = {"save": {"every_steps": 2, "keep_last": 100}, "evaluate_every": 2}
+    assert main(tiny_config(changes)).status == 0
+    saved = sorted(path.name for path in (tmp_path / "runs/tiny/checkpoints").glob("step-*"))
+    assert saved == [f"step-{step:08}" for step in (2, 4, 5, 6, 8, 10)]
+
+
+def test_checkpoint_is_evaluated_from_any_folder(
+    main: Main,
+    tiny_root: Path,
+    tiny_config: ConfigWriter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Though the run was told of its data by a path from where it was started."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(tiny_root)
+    changes = {"data.root": "data", "data.index": "data/index", "max_steps": 1}
+    assert main(tiny_config(changes)).status == 0
+    _, description = checkpoint.load_model_file(tmp_path / "runs/tiny")
+    data = description.config["data"]
+    assert (data["root"], data["index"]) == (str(tiny_root), str(tiny_root / "index"))
+
+
+def test_sums_of_a_micro_batch() -> None:
+    logits = torch.tensor([[[3.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.0, 1.0]]])  # (T, B, K)
+    loss = torch.tensor(0.25)
+    # The time-mean decides: class 0, then class 1.
+    assert trainer._sums(logits, torch.tensor([0, 0]), loss).tolist() == [0.5, 1.0, 2.0]
+    # A mixed sample is as correct as the predicted class's share in it.
+    shares = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+    assert trainer._sums(logits, shares, loss).tolist() == [0.5, 1.25, 2.0]
+
+
+def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 10.0
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            return now
+
+    monkeypatch.setattr(trainer, "time", Clock)
+    clock = trainer._Clock()
+    for waits in (1.0, 2.0):
+        with clock.waiting():
+            now += waits
+        now += 4
+    clock.samples += 22
+    assert (clock.seconds(), clock.waited, clock.samples) == (11, 3, 22)
+    clock.restart()
+    now += 2
+    assert (clock.seconds(), clock.waited, clock.samples) == (2, 0, 0)

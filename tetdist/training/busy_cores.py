@@ -7,8 +7,8 @@ milliseconds each time, the others spin for so long, on processor time.
 
 Measured with sew_resnet18 at 32 pixels, T=4, torch 2.13 on an AMD EPYC with AVX-512, its two cores
 shared with several other programs: two threads took 171 ms of processor time an image in bfloat16
-and 25 in float32, one thread 15 and 23. Of the 171, oneDNN's `jit_bf16:avx512_core_bf16` took nearly
-all: 274 ms a layer, and 2.4 in float32.
+and 25 in float32, one thread 15 and 23. Most of a step passed in oneDNN's kernel for that gradient,
+`jit_bf16:avx512_core_bf16`: 274 ms a layer, where float32's took 2.4.
 """
 
 import time

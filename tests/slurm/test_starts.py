@@ -1,0 +1,238 @@
+"""One start of a job, and the next: what a process writes down, decides and returns.
+
+Slurm's part is played by an object here; test_runs.py has the real one.
+"""
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import tiny
+
+from tetdist.config import loading
+from tetdist.distributed.watchdog import PeerFailed
+from tetdist.errors import UserError
+from tetdist.slurm import history, job
+from tetdist.slurm.history import EventKind, JobEvent
+from tetdist.slurm.job import Job, _Start
+from tetdist.slurm.placement import ProcessContext
+
+TERM, USR1, USR2 = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
+AGAIN = 77
+
+
+@dataclass(frozen=True)
+class Context(ProcessContext):
+    """What a test has Slurm say."""
+
+    ended: str | None = None
+    cancelled: bool = False
+    silent: list[list[str]] = field(default_factory=list)
+    asked_again: list[str] = field(default_factory=list)
+
+    def why_stopped(self, number: int) -> str:
+        return f"{signal.Signals(number).name} from outside"
+
+    def why_ended(self) -> str | None:
+        return self.ended
+
+    def was_cancelled(self) -> bool:
+        return self.cancelled
+
+    def silent_hosts(self) -> list[str]:
+        return self.silent.pop(0) if self.silent else []
+
+    def start_again(self) -> int:
+        self.asked_again.append(self.job)
+        return AGAIN
+
+
+Starter = Callable[..., _Start]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Starter:
+    """Makes the start of a job in one of its processes: (rank, restart, what Slurm says)."""
+    run_dir = tmp_path / "run"
+    (run_dir / "slurm").mkdir(parents=True)
+    (tmp_path / "log").mkdir()
+
+    def make(rank: int = 0, restart: int = 0, **says: object) -> _Start:
+        place = (rank, 2, rank, 2, "node1", 29500, None, "12", restart, ("node1", "node2"))
+        described = Job(
+            run_dir=str(run_dir),
+            config=str(run_dir / "config.yaml"),
+            code=str(tmp_path),
+            log=str(tmp_path / "log"),
+            give_up_after=3,
+            warn_before_end=60,
+            interface=None,
+        )
+        return _Start(described, Context(*place, **says))  # type: ignore[arg-type]
+
+    return make
+
+
+def note(start: _Start, *events: tuple[EventKind, int, str]) -> None:
+    for kind, step, text in events:
+        history.note(start.run_dir, JobEvent(kind, "12", step=step, text=text))
+
+
+def kinds(start: _Start) -> list[str]:
+    return [event.kind for event in history.history(start.run_dir)]
+
+
+def save(start: _Start, step: int) -> None:
+    (start.run_dir / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
+
+
+STARTED: tuple[EventKind, int, str] = ("started", 0, "")
+
+
+@pytest.mark.parametrize(
+    ("events", "ended", "why"),
+    [
+        ([], "node failure", ""),
+        ([("submitted", 0, "")], "node failure", ""),
+        ([STARTED, ("failed", 3, "disk full"), ("submitted", 3, "")], None, "submitted again"),
+        ([STARTED, ("finished", 9, "")], None, "started once more after its end"),
+        ([STARTED], "node failure", "node failure"),
+        ([STARTED], None, "ended without a word"),
+        ([STARTED, ("stopped", 3, "time limit (SIGUSR2)")], "preempted", "time limit (SIGUSR2)"),
+        ([STARTED, ("stopped", 3, "SIGTERM from outside")], "requeued", "requeued (SIGTERM)"),
+        ([STARTED, ("stopped", 3, "SIGTERM from outside")], None, "SIGTERM from outside"),
+        ([STARTED, ("stopped", 3, "SIGUSR2 from outside")], "preempted", "preempted (SIGUSR2)"),
+        (
+            [STARTED, ("stopped", 3, "SIGUSR2 from outside")],
+            "requeued",
+            "SIGUSR2 from outside",
+        ),
+    ],
+)
+def test_reason_of_a_start(
+    events: list[tuple[EventKind, int, str]], ended: str | None, why: str, start: Starter
+) -> None:
+    this = start(ended=ended)
+    note(this, *events)
+    assert this._why_started(history.history(this.run_dir)) == why
+
+
+def test_starts_are_counted_and_told_to_mlflow(
+    start: Starter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = start()
+    note(first, ("submitted", 0, ""))
+    assert first._begin() == {"slurm_job": "12", "restarts": "0"}
+    assert capsys.readouterr().err == ""
+    save(first, 5)
+    assert first._end(128 + USR2) == AGAIN
+    again = start(restart=1)
+    tags = again._begin()
+    why = "SIGUSR2 from outside; on node1, node2"
+    assert tags == {"slurm_job": "12", "restarts": "1", "restart_001": f"step 5: {why}"}
+    assert "restart 1, job 12, from step 5, on node1, node2: SIGUSR2" in capsys.readouterr().err
+    assert kinds(again) == ["submitted", "started", "stopped", "started"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "refused"),
+    [
+        # Of the earlier starts, the checkpoint that each began with; the newest is of step 5.
+        ([5, 5], False),
+        ([5, 5, 5], True),
+        ([0, 5, 5], False),
+        ([5, 5, 5, 4], False),
+    ],
+)
+def test_starts_in_vain_are_those_in_a_row_at_this_step(
+    steps: list[int], refused: bool, start: Starter
+) -> None:
+    this = start()
+    save(this, 5)
+    note(this, ("submitted", 0, ""), *(("started", step, "") for step in steps))
+    if refused:
+        with pytest.raises(UserError, match="started 3 times without getting past step 5"):
+            this._begin()
+    else:
+        this._begin()
+    # A new submission is a new attempt.
+    note(this, ("submitted", 5, ""))
+    this._begin()
+
+
+@pytest.mark.parametrize(
+    ("rank", "status", "cancelled", "answer", "again", "written"),
+    [
+        (0, 0, False, 0, 0, ["finished"]),
+        (0, 128 + USR1, False, AGAIN, 1, ["stopped"]),
+        (0, 128 + USR2, False, AGAIN, 1, ["stopped"]),
+        # Slurm has decided what comes next.
+        (0, 128 + TERM, False, 128 + TERM, 0, ["stopped"]),
+        # Slurm would start it again although somebody has cancelled it.
+        (0, 128 + USR2, True, 128 + USR2, 0, ["stopped"]),
+        (1, 0, False, 0, 0, []),
+        # Rank 0 decides, and srun must not end it meanwhile.
+        (1, 128 + USR2, False, 0, 0, []),
+        (1, 128 + TERM, False, 0, 0, []),
+    ],
+)
+def test_end_of_a_start(
+    rank: int, status: int, cancelled: bool, answer: int, again: int, written: list[str],
+    start: Starter,
+) -> None:  # fmt: skip
+    this = start(rank, cancelled=cancelled)
+    this.config = loading.parse(tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d"}), "x")
+    assert this._end(status) == answer
+    assert len(this.context.asked_again) == again  # type: ignore[attr-defined]
+    assert kinds(this) == written
+
+
+def test_failure_is_written_by_rank_0_alone(
+    start: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ignored: list[int] = []
+    monkeypatch.setattr(job.signal, "signal", lambda number, _: ignored.append(number))
+    assert start(1)._end_failed(1, "another process says why") == 1
+    assert (kinds(start()), ignored) == ([], [])
+    assert start(0)._end_failed(2, "there is no index") == 2
+    (event,) = history.history(start().run_dir)
+    assert (event.kind, event.text) == ("failed", "there is no index")
+    # srun ends the processes by it, and rank 0 still has something to write.
+    assert ignored == [TERM]
+
+
+def test_first_failure_is_kept_and_shown(
+    start: Starter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = start(1), start(0)
+    first._write_failure(ValueError("the cause"))
+    first._write_failure(RuntimeError("what came of it"))
+    second._write_failure(ConnectionError("a consequence"))
+    second._show_first_failure()
+    said = capsys.readouterr().err
+    assert said.startswith("the first to fail was rank 1 on ")
+    assert "the cause" in said
+    assert "what came of it" not in said
+    assert "a consequence" not in said
+    # That of an earlier start is not this one's.
+    start(0, restart=1)._show_first_failure()
+    assert capsys.readouterr().err == ""
+
+
+def test_lost_node_is_waited_for(start: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(job.time, "sleep", slept.append)
+    monkeypatch.setattr(job.signal, "signal", lambda *_: None)
+    this = start(silent=[["node2"], ["node2"], []])
+    this._on_failure(PeerFailed("rank 1 has died"))
+    assert len(slept) == 2
+    events = [(event.kind, event.text) for event in history.history(this.run_dir)]
+    lost = ("stopped", "a node failed: node2 does not answer")
+    assert events == [lost, ("failed", "rank 1 has died")]
+    # Where all answer, only what the watchdog says has to be written before the process is ended.
+    alone = start()
+    alone._on_failure(ValueError("of this process"))
+    assert len(slept) == 2
+    assert len(history.history(alone.run_dir)) == 2
