@@ -1,0 +1,66 @@
+"""What a launcher hears of a process's part of a run, and which status the process ends with."""
+
+import signal
+from typing import Any
+
+import pytest
+import tiny
+
+from tetdist.config.loading import parse
+from tetdist.distributed.watchdog import PeerFailed
+from tetdist.errors import Stopped
+from tetdist.training import run
+from tetdist.training.run_summary import Launcher
+
+CONFIG = parse(tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "/nowhere"}), "x")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_launcher_is_told_of_an_error_and_of_the_others_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[Exception] = []
+    shown: list[bool] = []
+
+    def fail(_config: Any, _world: Any, _stop: Any, watch: Any, _launcher: Any) -> None:
+        shown.append(watch.shows_errors)
+        for action in watch.before_end:  # as the watch does when another process is gone
+            action("rank 1 has died")
+        raise ValueError("of this process")
+
+    monkeypatch.setattr(run, "Trainer", fail)
+    with pytest.raises(ValueError, match="of this process"):
+        run.train(CONFIG, Launcher(on_failure=told.append))
+    assert [(type(error), str(error)) for error in told] == [
+        (PeerFailed, "rank 1 has died"),
+        (ValueError, "of this process"),
+    ]
+    with pytest.raises(ValueError, match="of this process"):
+        run.train(CONFIG)
+    # A launcher shows errors in its own way; without one the watch does.
+    assert shown == [False, True]
+
+
+def test_status_is_that_of_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Exception] = []
+
+    class Trainer:
+        step = 7
+
+        def __init__(self, _config: Any, _world: Any, stop: Any, *_: Any) -> None:
+            self.stop = stop
+
+        def run(self) -> None:
+            signal.raise_signal(signal.SIGUSR1)
+            while not self.stop.agreed():
+                pass
+            raise Stopped
+
+    monkeypatch.setattr(run, "Trainer", Trainer)
+    assert run.train(CONFIG, Launcher(on_failure=told.append)) == 128 + signal.SIGUSR1
+    assert told == []
