@@ -71,11 +71,18 @@ def test_commands_answer_without_a_checkout(installed: Path, tmp_path: Path) -> 
 
 
 def test_a_run_without_a_checkout(installed: Path, tmp_path: Path, tiny_root: Path) -> None:
-    """Shown, trained by the job's own launcher, evaluated: from the wheel's code and configs."""
     shown = tetdist(
         installed, tmp_path, "train", "--config", "sew34_t4", "--print-config", "data.root=x"
     )
     assert "name: sew_resnet34" in shown
+    file = tiny.write_config(tmp_path / "tiny.yaml", tiny_root, {"engine": "torch", "max_steps": 2})
+    said = tetdist(installed, tmp_path, "train", "--config", file)
+    assert f"tetdist eval --checkpoint {tmp_path / 'runs' / 'tiny'}" in said
+
+
+@pytest.mark.long
+def test_a_job_without_a_checkout(installed: Path, tmp_path: Path, tiny_root: Path) -> None:
+    """Planned, trained by the job's own launcher, evaluated: from the wheel's code and configs."""
     file = tiny.write_config(tmp_path / "tiny.yaml", tiny_root, {"engine": "torch", "max_steps": 2})
     planned = ("slurm", "--config", file, "--gpus-per-node", "0", "--dry-run")
     assert "#SBATCH" in tetdist(installed, tmp_path, *planned)

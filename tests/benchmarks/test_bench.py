@@ -56,6 +56,7 @@ def test_a_step_is_timed_against_the_relu_network(tmp_path: Path) -> None:
     assert speed == plan.Speed(result["rows"][1]["images_per_s"], timesteps=2)
 
 
+@pytest.mark.long
 def test_an_evaluation_is_timed(tmp_path: Path) -> None:
     result, out = bench(
         tmp_path, "model", "--model", "vggsnn", "--timesteps", 2, "--batch", 1, "--evaluate",
@@ -67,7 +68,8 @@ def test_an_evaluation_is_timed(tmp_path: Path) -> None:
     assert "images_per_s" not in result
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_memory_is_what_the_documentation_promises(tmp_path: Path, precision: str) -> None:
     result, _ = bench(
         tmp_path, "memory", "--model", "sew_resnet34", "--size", 64, "--timesteps", "2,4",
@@ -86,7 +88,8 @@ def test_a_model_without_a_relu_network_stands_alone(tmp_path: Path) -> None:
     assert {row["name"].split(",")[0] for row in result["rows"]} == {"tetdist"}
 
 
-@pytest.mark.parametrize("engine", ["torch", pytest.param("deepspeed", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
 def test_processes_are_timed_alone_apart_and_together(tmp_path: Path, engine: str) -> None:
     result, out = bench(
         tmp_path, "scaling", "--model", "spiking_convnet", "--engine", engine, "--repeats", 2,
@@ -161,6 +164,7 @@ def test_readmes_figure_is_drawn_from_what_is_in_the_project(tmp_path: Path) -> 
     assert "No such file" in run(README_FIGURE, "--study", "/nowhere", "--output", out, status=2)
 
 
+@pytest.mark.long
 def test_batches_are_timed_against_other_pipelines(tmp_path: Path) -> None:
     result, out = bench(
         tmp_path, "data", "--images", 48, "--size", 32, "--batch", 8, "--batches", 2, "--repeats",

@@ -501,6 +501,7 @@ def test_bad_command_line(options: tuple[str, ...], evaluate: Tool) -> None:
     broken(evaluate, *options)
 
 
+@pytest.mark.long
 def test_two_processes_name_a_mistake_and_end(run: Path, tmp_path: Path) -> None:
     command = tiny.python(tiny.EVAL, "--checkpoint", run, "--data", tmp_path)
     ended = tiny.side_by_side(2, command, tmp_path)

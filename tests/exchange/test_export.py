@@ -412,6 +412,7 @@ def test_what_nir_cannot_express_is_refused(
 # ---------------------------------------------------------------------------------- programs
 
 
+@pytest.mark.long
 def test_onnx_graph_run_by_onnxruntime_is_the_network(tool: Tool, tmp_path: Path) -> None:
     file = save("sew, add", tmp_path)
     status, out, err = tool(file, "--format", "onnx", "--output", tmp_path / "net.onnx")

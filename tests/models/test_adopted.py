@@ -617,12 +617,11 @@ def train(main: Callable[..., tiny.Outcome], file: Path, tmp_path: Path) -> Call
 
 
 def test_run_with_dropout_on_two_processes(
-    train: Callable[..., Path], file: Path, tmp_path: Path
+    train: Callable[..., Path], file: Path, farm: tiny.Farm, tmp_path: Path
 ) -> None:
     one = train("one")
-    command = tiny.python(tiny.TRAIN, "--config", file, "name=two")
-    outcomes = tiny.side_by_side(2, command, tmp_path)
-    assert [status for status, _ in outcomes] == [0, 0], outcomes
+    outcome = farm(file, "name=two", world=2)
+    assert outcome.status == 0, outcome.text
     for ours, theirs in zip(tiny.metrics(tmp_path / "runs/two"), tiny.metrics(one), strict=True):
         assert ours.keys() == theirs.keys()
         for key in ours.keys() & {"loss", "top1", "per_timestep_top1", "grad_norm"}:

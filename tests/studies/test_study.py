@@ -696,6 +696,7 @@ def test_a_folder_of_another_study_is_left_alone(
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.long
 def test_a_study_of_a_loss_of_ones_own(
     call: Call, write: Callable[..., Path], tmp_path: Path
 ) -> None:
