@@ -325,6 +325,7 @@ def test_wrong_command_line(capfd: pytest.CaptureFixture[str]) -> None:
 # --- without Slurm --------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_local_run_starts_again_after_a_warning(tiny_config: ConfigWriter, tmp_path: Path) -> None:
     """The job's own function in two processes: warned, saved, started again, to the bit."""
     changes: dict[str, Any] = {"engine": "torch", "phases.0.epochs": 30, "evaluate_every": 30}

@@ -298,6 +298,7 @@ def test_ctrl_c_from_outside(tiny_config: ConfigWriter, tmp_path: Path) -> None:
     assert tiny.metrics(tmp_path / "runs/tiny")[-1]["step"] == step
 
 
+@pytest.mark.long
 def test_launcher_with_two_processes(
     straight: Callable[[str], Path], tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
