@@ -40,8 +40,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         one = commands.add_parser(name, help=what, description=what)
         one.add_argument("--model", default="sew_resnet34", help="default: sew_resnet34")
         one.add_argument("--size", type=positive, help="pixels; default: the model's own")
-        one.add_argument("--precision", choices=["fp32", "bf16"], default=precision)
-        one.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+        one.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default=precision)
+        one.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
         one.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
         return one
 
@@ -117,9 +117,11 @@ def measure(options: argparse.Namespace) -> None:
         UserError: The options do not suit each other or this machine.
     """
     from tetdist.benchmarks import bench, data, scaling
+    from tetdist.distributed.devices import choose_device
 
     if (problem := problem_of(options)) is not None:
         raise UserError(problem)
+    options.device = choose_device(options.device, local_rank=0).type
     match options.command:
         case "data":
             result = data.measure(options)
@@ -144,14 +146,11 @@ def measure(options: argparse.Namespace) -> None:
 def problem_of(options: argparse.Namespace) -> str | None:
     """The mistake in the options, found before anything is measured; None if there is none."""
     import timm
-    import torch
 
     from tetdist import models
 
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         return f"--json: {options.json} is no file that can be written"
-    if options.device == "cuda" and not torch.cuda.is_available():
-        return "--device: torch sees no GPU here; give cpu"
     if options.command == "data":
         return None
     known = models.names()

@@ -102,7 +102,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of what is dropped (default: 0)")
     parser.add_argument("--batch", type=positive, metavar="N", help="samples of one forward pass")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads that decode")
-    parser.add_argument("--precision", choices=["bf16", "fp32", "fp16", "fp64"])
+    parser.add_argument("--precision", choices=["bf16", "fp32", "tf32", "fp16", "fp64"])
     parser.add_argument("--execution", choices=["fused", "reference"], help="default: fused")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result there, too")
@@ -129,7 +129,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist.distributed.world import join
     from tetdist.evaluation.suite import Passes, run_suite
     from tetdist.events.splits import recorded_split
-    from tetdist.nn.precision import parameter_type
+    from tetdist.nn.precision import choose_algorithms, parameter_type
     from tetdist.training.setup import make_model, open_split
 
     with join(options.device) as world, Watch(world, HANGS_AFTER) as watch:
@@ -149,6 +149,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         wanted = options.timesteps or list(range(1, description.timesteps + 1))
         world.run_on_all(lambda: check_options(options, wanted, index))
         model = world.run_on_all(lambda: make_model(config, index))
+        choose_algorithms(config.precision)
         model.to(world.device, parameter_type(config.precision))
         world.run_on_all(lambda: checkpoint.load_weights(model, weights, options.checkpoint))
         # The network is causal and at rest when a sample begins, so that one pass at the largest

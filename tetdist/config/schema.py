@@ -319,8 +319,9 @@ class RunConfig(Section):
     batch: BatchSection
     loss: LossSection = LossSection()
     phases: Annotated[tuple[PhaseSection, ...], Field(min_length=1)]
-    precision: Literal["bf16", "fp32", "fp16", "fp64"] = "bf16"
-    """bf16, fp16 (GPU only): of convolutions, beside parameters in float32. fp64: for checks."""
+    precision: Literal["bf16", "fp32", "tf32", "fp16", "fp64"] = "bf16"
+    """bf16, fp16 (GPU only): of convolutions, beside parameters in float32. tf32 (GPU only): fp32
+    with the inputs of convolutions rounded to ten bits. fp64: for checks."""
     batch_norm: BatchNormSection = BatchNormSection()
     execution: Literal["fused", "reference"] = "fused"
     """reference runs the plain definitions of normalisation and neurons."""

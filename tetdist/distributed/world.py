@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import platform
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tetdist.distributed import meeting, shared_memory
+from tetdist.distributed.devices import choose_device, share_of_cores
 from tetdist.errors import UserError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -131,8 +133,8 @@ def join(device: str, timeout: float = 600, shared_folder: Path | None = None) -
         shared_folder: A folder of the run that all hosts see.
 
     Raises:
-        UserError: Only some of the launcher's variables are set, there is no GPU where one is asked
-            for, or the port is in use.
+        UserError: Only some of the launcher's variables are set, torch sees no GPU
+            where one was meant, or the port is in use.
         PeerFailed: Not all processes have come.
     """
     assert device in ("auto", "cpu", "cuda"), device
@@ -152,45 +154,34 @@ def join(device: str, timeout: float = 600, shared_folder: Path | None = None) -
             f"but no {', '.join(absent)}; unset them all to run alone, or use a launcher "
             "(deepspeed, torchrun)"
         )
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but torch sees no GPU here; set device=cpu or device=auto")
-    _share_cores()
-    use_cuda = torch.cuda.is_available() and device != "cpu"
-    if use_cuda:
-        # Some launchers show each process its own GPU only, as number 0.
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    backend = "nccl" if use_cuda else "gloo"
+    this_device = choose_device(device, local_rank)
+    backend = "nccl" if this_device.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout) + MARGIN
     if not launched:
         # A launcher may also start a single process.
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit
         )
-        return World(0, 1, _device(use_cuda), dist.new_group(backend="gloo"))
+        return World(0, 1, this_device, dist.new_group(backend="gloo"))
     store = meeting.meet(rank, world_size, timeout, shared_folder)
     with meeting.limited(timeout, "a process is lost while all connect to each other"):
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=limit
         )
-        world = World(rank, world_size, _device(use_cuda), dist.new_group(backend="gloo"))
-        if use_cuda or world_size == 1:
+        world = World(rank, world_size, this_device, dist.new_group(backend="gloo"))
+        _share_cores(world)
+        if this_device.type == "cuda" or world_size == 1:
             return world
         shared = shared_memory.share(rank, world_size, world.gather)
     return dataclasses.replace(world, shared=shared)
 
 
-def _device(use_cuda: bool) -> torch.device:
-    if not use_cuda:
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def _share_cores() -> None:
+def _share_cores(world: World) -> None:
     """Divide the host's cores among its processes, unless the environment already has.
 
     Otherwise each would take them all, and processes would spin waiting for each other.
     """
-    # The first is torchrun's name, the second that of the deepspeed launcher.
-    on_host = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    if on_host > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_host))
+    mine = (platform.node(), sorted(os.sched_getaffinity(0)))
+    on_host = [cores for host, cores in world.gather(mine) if host == mine[0]]
+    if len(on_host) > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(share_of_cores(mine[1], on_host))

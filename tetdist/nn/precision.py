@@ -1,6 +1,8 @@
 """The configuration's ``precision``, in torch's terms.
 
 fp32    parameters, activations and gradients in float32
+tf32    the same, and a GPU's convolutions and matrix products round their inputs to TensorFloat-32,
+        ten bits of mantissa, for speed; on a CPU there is no such thing
 bf16    convolutions in bfloat16 under autocast; parameters, gradients, membranes and loss in
         float32
 fp16    the same with float16, whose loss has to be scaled (see training/engines/base.py)
@@ -9,13 +11,20 @@ fp64    everything in float64: slow, and without the rounding that flips spikes,
 """
 
 import contextlib
+import os
 from typing import Any
 
 import torch
 
 # What convolutions compute in where that is not the parameters' type.
-LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None, "fp64": None}
-PARAMETERS = dict.fromkeys(("bf16", "fp16", "fp32"), torch.float32) | {"fp64": torch.float64}
+LOW_PRECISION: dict[str, torch.dtype | None] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": None,
+    "fp32": None,
+    "fp64": None,
+}
+PARAMETERS = dict.fromkeys(LOW_PRECISION, torch.float32) | {"fp64": torch.float64}
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -27,3 +36,22 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def parameter_type(precision: str) -> torch.dtype:
     """The type of parameters, and of the images that enter the model."""
     return PARAMETERS[precision]
+
+
+def choose_algorithms(precision: str, *, deterministic: bool = False) -> None:
+    """Have torch's GPU libraries compute in the configured precision, for all of this process.
+
+    Args:
+        precision: The configuration's. Left to itself torch lets convolutions in float32 round to
+            TensorFloat-32, so that "fp32" would not be what it says.
+        deterministic: Whether every algorithm has to repeat to the bit. If not, cuDNN tries its
+            algorithms at the first batch of each shape and keeps the fastest.
+    """
+    tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        # cuBLAS reads it when it is first used, and torch refuses to go on without it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

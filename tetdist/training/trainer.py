@@ -8,7 +8,6 @@ and some running sums, and to resume is to put those back.
 import itertools
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -33,7 +32,7 @@ from tetdist.errors import Stopped, UserError
 from tetdist.evaluation.evaluate import Interrupted, evaluate
 from tetdist.losses import compute_loss
 from tetdist.nn import batch_norm
-from tetdist.nn.precision import autocast, parameter_type
+from tetdist.nn.precision import autocast, choose_algorithms, parameter_type
 from tetdist.optimizers import make_optimizer
 from tetdist.plugins import checksums_of
 from tetdist.tracking.progress import RunProgress
@@ -135,10 +134,7 @@ class Trainer:
     def _build_model(self) -> None:
         config, world = self.config, self.world
         torch.manual_seed(config.seed)
-        if config.deterministic:
-            # cuBLAS reads it when it is first used, and torch refuses to go on without it.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(config.deterministic)
+        choose_algorithms(config.precision, deterministic=config.deterministic)
         self.model = make_model(config, self.train_index)
         self.model.to(world.device, parameter_type(config.precision))
         batch_norm.defer_running_statistics(self.model)
@@ -624,8 +620,10 @@ class Trainer:
 
 
 def _check_device(config: RunConfig, world: World) -> None:
-    if config.precision == "fp16" and world.device.type == "cpu":
-        raise UserError("precision: fp16 needs a GPU; on a CPU train with bf16 or fp32")
+    if config.precision in ("fp16", "tf32") and world.device.type == "cpu":
+        raise UserError(
+            f"precision: {config.precision} needs a GPU; on a CPU train with bf16 or fp32"
+        )
 
 
 def _sums(logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:

@@ -238,12 +238,31 @@ def _settings(config: RunConfig, accumulation: int) -> dict[str, Any]:
 def _initialize(
     model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], world: World
 ) -> Any:
-    deepspeed = _import_deepspeed(world.device)
-    with _broadcasting_scalars(deepspeed.DeepSpeedEngine, model):
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, dist_init_required=False
-        )
+    with _as_local_rank(world.device):
+        deepspeed = _import_deepspeed(world.device)
+        with _broadcasting_scalars(deepspeed.DeepSpeedEngine, model):
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=settings, dist_init_required=False
+            )
     return engine
+
+
+@contextlib.contextmanager
+def _as_local_rank(device: torch.device) -> Iterator[None]:
+    """Have LOCAL_RANK be the number of this process's GPU, within this context.
+
+    DeepSpeed insists on the variable and takes the GPU of that number. Where each process sees its
+    own GPU only, local rank 3 has GPU 0, and there is no GPU 3.
+    """
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(device.index or 0) if device.type == "cuda" else before or "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
 
 
 @contextlib.contextmanager
@@ -283,8 +302,6 @@ def _import_deepspeed(device: torch.device) -> Any:
         raise UserError(
             "DeepSpeed is not installed: pip install 'tetdist[train]', or train with engine=torch"
         )
-    # DeepSpeed insists on it even where there was no launcher.
-    os.environ.setdefault("LOCAL_RANK", "0")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     level = logging.getLogger().level

@@ -1,0 +1,125 @@
+"""Nobody trains on the CPU by mistake, and cores are divided among those who share them."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tetdist.distributed.devices import choose_device, share_of_cores
+from tetdist.errors import UserError
+from tetdist.nn.precision import choose_algorithms
+from tetdist.training.engines.deepspeed_engines import _as_local_rank
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder in PATH, for an nvidia-smi; nothing hides GPUs, and torch sees none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
+
+
+def put_smi(folder: Path, body: str) -> None:
+    file = folder / "nvidia-smi"
+    file.write_text(f"#!{sys.executable}\n{body}\n")
+    file.chmod(0o755)
+
+
+TWO = 'print("GPU 0: NVIDIA A100 (UUID: GPU-1)\\nGPU 1: NVIDIA A100 (UUID: GPU-2)")'
+
+
+def test_auto_refuses_the_cpu_where_the_machine_has_a_gpu(smi: Path) -> None:
+    put_smi(smi, TWO)
+    with pytest.raises(UserError) as caught:
+        choose_device("auto", 0)
+    text = str(caught.value)
+    assert "GPU 0: NVIDIA A100 (nvidia-smi) and 1 more" in text
+    assert "torch does not see it" in text
+    assert torch.__version__ in text
+    assert "device=cpu" in text
+    # Whoever means the CPU gets it.
+    assert choose_device("cpu", 0).type == "cpu"
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_hidden_gpus_are_not_missed(
+    smi: Path, monkeypatch: pytest.MonkeyPatch, hidden: str
+) -> None:
+    put_smi(smi, TWO)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert choose_device("auto", 0).type == "cpu"
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES hides"):
+        choose_device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["print('No devices found.')", "raise SystemExit('no driver')", "print('GPU 0'); exit(9)"],
+)
+def test_auto_takes_the_cpu_where_there_is_no_gpu(smi: Path, body: str) -> None:
+    assert choose_device("auto", 0).type == "cpu"  # no nvidia-smi at all
+    put_smi(smi, body)
+    assert choose_device("auto", 0).type == "cpu"
+
+
+@pytest.mark.usefixtures("smi")
+def test_auto_refuses_the_cpu_in_a_slurm_job_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    with pytest.raises(UserError, match=r"Slurm has granted .*SLURM_GPUS_ON_NODE=8"):
+        choose_device("auto", 3)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "0")
+    assert choose_device("auto", 3).type == "cpu"
+
+
+def test_deepspeed_and_the_rest_do_not_part(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_smi(smi, TWO)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert choose_device("auto", 0).type == "cpu"
+    with pytest.raises(UserError, match="DS_ACCELERATOR=cpu"):
+        choose_device("cuda", 0)
+
+
+def test_cores_are_divided_among_those_who_share_them() -> None:
+    # By torchrun on one host: all may use all.
+    assert share_of_cores([*range(8)], [[*range(8)]] * 4) == 2
+    # By Slurm: each has its own, which are not divided once more.
+    own = [[2 * i, 2 * i + 1] for i in range(4)]
+    assert share_of_cores(own[1], own) == 2
+    # Two and two share.
+    assert share_of_cores([0, 1, 2, 3], [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2) == 2
+    assert share_of_cores([0], [[0]] * 3) == 1
+
+
+@pytest.mark.parametrize("before", [None, "3"])
+def test_deepspeed_is_told_the_gpu_that_the_process_sees(
+    monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    """With one visible GPU a process, local rank 3 has GPU 0."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if before:
+        monkeypatch.setenv("LOCAL_RANK", before)
+    with _as_local_rank(torch.device("cuda", 0)):
+        assert os.environ["LOCAL_RANK"] == "0"
+    assert os.environ.get("LOCAL_RANK") == before
+    with _as_local_rank(torch.device("cpu")):
+        assert os.environ["LOCAL_RANK"] == (before or "0")
+
+
+def test_fp32_is_not_silently_tf32() -> None:
+    try:
+        choose_algorithms("tf32")
+        assert torch.backends.cudnn.allow_tf32
+        assert torch.backends.cuda.matmul.allow_tf32
+        choose_algorithms("fp32")
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.benchmark
+        choose_algorithms("bf16", deterministic=True)
+        assert not torch.backends.cudnn.benchmark
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        choose_algorithms("fp32")

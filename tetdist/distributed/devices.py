@@ -1,0 +1,106 @@
+"""The device on which this process computes, and its share of the host's cores."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+import torch
+
+from tetdist.errors import UserError
+
+# nvidia-smi answers in a second or two, unless a driver hangs.
+_SMI_TIMEOUT = 20
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """Choose the device of a process, and make it torch's current one if it is a GPU.
+
+    Args:
+        wanted: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+        local_rank: Number of the process on its host.
+
+    Raises:
+        UserError: torch sees no GPU though one is asked for, or, with ``auto``, though the machine
+            has one: training on the CPU by mistake would take a hundred times as long.
+    """
+    assert wanted in ("auto", "cpu", "cuda"), wanted
+    # DeepSpeed would stay on the CPU with it, whatever the rest did.
+    kept_off = os.environ.get("DS_ACCELERATOR") == "cpu"
+    if wanted == "cuda" and kept_off:
+        raise UserError("device=cuda, and DS_ACCELERATOR=cpu in the environment; unset one of them")
+    if wanted == "cpu" or kept_off:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        # Some launchers show each process its own GPU only, as number 0.
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    if wanted == "cuda":
+        raise UserError(
+            f"device=cuda, but torch sees no GPU here: {_why_no_gpu()}; set device=cpu to train on "
+            "the CPU"
+        )
+    if present := _gpus_of_the_machine():
+        raise UserError(
+            f"there is {present}, but torch does not see it: {_why_no_gpu()}; set device=cpu to "
+            "train on the CPU all the same"
+        )
+    return torch.device("cpu")
+
+
+def _gpus_of_the_machine() -> str | None:
+    """Name the GPUs that this process should see; None: there are none, or they are hidden."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):
+        return None
+    granted = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if granted != "0":
+        return f"a GPU that Slurm has granted to this job (SLURM_GPUS_ON_NODE={granted})"
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    try:
+        listed = subprocess.run(
+            [command, "-L"], capture_output=True, text=True, timeout=_SMI_TIMEOUT, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
+    if listed.returncode or not lines:
+        return None
+    more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
+    return f"{lines[0].partition(' (UUID')[0]} (nvidia-smi){more}"
+
+
+def _why_no_gpu() -> str:
+    """Say why torch sees no GPU, and what would help."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):
+        return "CUDA_VISIBLE_DEVICES hides all of them"
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is built for the CPU; install one that is built for CUDA "
+            "(pytorch.org has the command for each driver)"
+        )
+    try:
+        torch.cuda.init()
+        reason = "it finds no device"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+    return (
+        f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, and says: {reason} "
+        "(nvidia-smi shows the newest CUDA that the driver takes; pytorch.org has the command that "
+        "installs torch for it)"
+    )
+
+
+def share_of_cores(mine: Sequence[int], on_host: Sequence[Sequence[int]]) -> int:
+    """Number of threads for a process among those of its host, so that none wait for each other.
+
+    Args:
+        mine: The cores that this process may use.
+        on_host: The same of all processes of this host, its own among them. Slurm gives each
+            process cores of its own, and these are not divided again; launchers on one host let
+            all of them use all.
+    """
+    sharing = sum(bool(set(mine) & set(other)) for other in on_host)
+    return max(1, len(mine) // max(1, sharing))
