@@ -14,6 +14,7 @@ OPERATIONAL_KEYS = (
     "data.device",
     "data.threads",
     "data.prefetch",
+    "data.own_process",
     "batch.eval",
     # Their content is compared instead, by checksums.
     "imports",

@@ -175,6 +175,9 @@ class DataSection(Section):
     """DALI's threads, per process."""
     prefetch: Annotated[int, Field(gt=0, le=MOST_PREFETCHED)] = 2
     """Batches decoded ahead."""
+    own_process: bool | None = None
+    """Load data in a process beside each that trains. Null: where that one drives a GPU, and its
+    launches would wait for threads that prepare images."""
 
     @property
     def index_dir(self) -> Path:

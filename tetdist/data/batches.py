@@ -179,7 +179,7 @@ def train_batches(
         index,
         root,
         _read_ahead(readings(), reader, workers),
-        image_graph(workers, output.interpolation),
+        image_graph(workers, output),
         workers,
         sample_shape=(3, output.size, output.size),
         max_batch=share.micro_batch,
@@ -273,7 +273,7 @@ def eval_batches(
         index,
         root,
         _read_ahead(readings(), reader, workers),
-        image_graph(workers, output.interpolation),
+        image_graph(workers, output),
         workers,
         sample_shape=(3, output.size, output.size),
         max_batch=share.batch_size,
@@ -425,7 +425,11 @@ def _image_reading(
     # DALI takes no views with strides.
     arrays = [np.ascontiguousarray(window[:, :2]), np.ascontiguousarray(window[:, 2:])]
     if workers.device == "gpu":
-        arrays.append(edits.size.astype(np.float32))
+        arrays += [
+            edits.size.astype(np.float32),
+            -edits.corner.astype(np.int32),
+            edits.mirror.astype(np.int32),
+        ]
     return _Reading(ids, lambda k: reader.read(int(ids[k])), tuple(arrays), edits)
 
 

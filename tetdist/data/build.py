@@ -1,13 +1,17 @@
 """The batches that this process gets, made from the configuration."""
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import assert_never
 
 import numpy as np
 
 from tetdist.config.schema import DataSection, RunConfig, phase_image_sizes
 from tetdist.data import batches, dali, loader
+from tetdist.data.delivery import Batches, DeviceBatches
 from tetdist.data.index import Index
+from tetdist.data.own_process import LoaderProcess
 from tetdist.data.pixels import Output
 from tetdist.data.transforms import TRANSFORMS, ColorJitter, Mixing, Transform
 from tetdist.distributed.world import World
@@ -16,13 +20,27 @@ from tetdist.errors import UserError
 
 def train_loader(
     config: RunConfig, index: Index, share: batches.Share, world: World, image_size: int
-) -> loader.Loader:
-    """Make the loader of this process's training batches from ``share`` on, for ever.
+) -> Batches:
+    """Make the iterator of this process's training batches from ``share`` on, for ever.
 
     Args:
         image_size: Height and width of images; events come as they are stored.
+
+    Raises:
+        UserError: Decoding on a GPU is asked for where the model runs on the CPU, or the data do
+            not suit the batch sizes.
     """
-    data, workers = config.data, loader_workers(config, world)
+    _transforms(config.data)
+    return _delivered(config, world, partial(_train_batches, config.data, index, share, image_size))
+
+
+def _train_batches(
+    data: DataSection,
+    index: Index,
+    share: batches.Share,
+    image_size: int,
+    workers: dali.Workers,
+) -> loader.Loader:
     mixing, transforms = Mixing(data.mixup, data.cutmix), _transforms(data)
     match data.kind:
         case "events":
@@ -55,6 +73,39 @@ def train_loader(
             return batches.train_batches(index, data.root, share, workers, output, augmentation)
         case _:
             assert_never(data.kind)
+
+
+def _delivered(
+    config: RunConfig, world: World, make: Callable[[dali.Workers], loader.Loader]
+) -> Batches:
+    """Have a loader of this run made, here or in a process of its own, for the run's device."""
+    data, on_gpu = config.data, world.device.type == "cuda"
+    if data.device == "gpu" and not on_gpu:
+        raise UserError("data.device=gpu needs a GPU, and this run is on the CPU; set it to cpu")
+    decodes_there = data.device == "gpu"
+    if decodes_there and (data.own_process or data.transforms):
+        key = "own_process" if data.own_process else "transforms"
+        raise UserError(f"data.{key}: is for decoding on the CPU; leave it out, or data.device=gpu")
+    own_process = data.own_process
+    if own_process is None:
+        own_process = on_gpu and not decodes_there
+    workers = dali.Workers(
+        device=data.device,
+        device_id=world.device.index if decodes_there else None,
+        threads=data.threads,
+        prefetch=data.prefetch,
+        # Transforms of one's own are given finished samples.
+        raw=(on_gpu or own_process) and not data.transforms,
+        pinned=on_gpu and not decodes_there and not own_process,
+    )
+    if not on_gpu and not own_process:
+        return make(workers)
+    source: Batches
+    if own_process:
+        source = LoaderProcess(partial(make, workers), config.imports, pinned=on_gpu)
+    else:
+        source = make(workers)
+    return DeviceBatches(source, world.device)
 
 
 def _padding(data: DataSection) -> int | None:
@@ -103,12 +154,25 @@ def check_augmentation(config: RunConfig, index: Index) -> None:
         )
 
 
-def eval_loader(config: RunConfig, index: Index, world: World) -> loader.Loader:
-    """Make the loader of this process's share of an evaluation on the split of ``index``."""
-    data, workers = config.data, loader_workers(config, world)
+def eval_loader(config: RunConfig, index: Index, world: World) -> Batches:
+    """Make the iterator of this process's share of an evaluation on the split of ``index``.
+
+    Raises:
+        UserError: Decoding on a GPU is asked for where the model runs on the CPU.
+    """
     share = batches.EvaluationShare(
         batch_size=config.batch.eval, rank=world.rank, world_size=world.world_size
     )
+    # Only training samples go through transforms.
+    without = config.model_copy(
+        update={"data": config.data.model_copy(update={"transforms": ()}), "imports": ()}
+    )
+    return _delivered(without, world, partial(_eval_batches, without.data, index, share))
+
+
+def _eval_batches(
+    data: DataSection, index: Index, share: batches.EvaluationShare, workers: dali.Workers
+) -> loader.Loader:
     match data.kind:
         case "events":
             return batches.event_eval_batches(index, data.root, share, workers)
@@ -117,20 +181,3 @@ def eval_loader(config: RunConfig, index: Index, world: World) -> loader.Loader:
             return batches.eval_batches(index, data.root, share, workers, output, data.resize_side)
         case _:
             assert_never(data.kind)
-
-
-def loader_workers(config: RunConfig, world: World) -> dali.Workers:
-    """Describe who decodes, and where.
-
-    Raises:
-        UserError: Decoding on a GPU is asked for where the model runs on the CPU.
-    """
-    on_gpu = config.data.device == "gpu"
-    if on_gpu and world.device.type != "cuda":
-        raise UserError("data.device=gpu needs a GPU, and this run is on the CPU; set it to cpu")
-    return dali.Workers(
-        device=config.data.device,
-        device_id=world.device.index if on_gpu else None,
-        threads=config.data.threads,
-        prefetch=config.data.prefetch,
-    )

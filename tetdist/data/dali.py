@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tetdist.data.index import Index
-from tetdist.data.pixels import Interpolation
+from tetdist.data.pixels import Output
 from tetdist.errors import UserError
 
 
@@ -25,12 +25,16 @@ class Workers:
             that waits for a file does nothing else: slow storage needs more of them than there are
             cores.
         prefetch: Batches that are worked on ahead of the consumer.
+        raw: Whether what a device does faster is left to it: batches come out as bytes.
+        pinned: Whether bytes come out in memory from which a GPU copies by itself.
     """
 
     device: Literal["cpu", "gpu"]
     device_id: int | None
     threads: int
     prefetch: int
+    raw: bool = False
+    pinned: bool = False
 
 
 # A source gives the pipeline's inputs for the next batch, or raises StopIteration.
@@ -49,20 +53,22 @@ def import_dali() -> Any:
         ) from error
 
 
-def image_graph(workers: Workers, interpolation: Interpolation) -> Graph:
-    """Make a graph that decodes windows, and resizes them on a GPU.
+def image_graph(workers: Workers, output: Output) -> Graph:
+    """Make a graph that decodes windows; each comes out as (H, W, 3) uint8, of its own size.
 
-    Each comes out as (H, W, 3) uint8, of its own size.
+    On a GPU it also does what the finishing threads do on a CPU, so that all windows come out as
+    (size, size, 3).
     """
 
     def graph(dali: Any, source: Source) -> Any:
         fn, types = dali.fn, dali.types
         on_gpu = workers.device == "gpu"
-        encoded, corner, extent, *size = fn.external_source(
+        encoded, corner, extent, *edits = fn.external_source(
             source,
-            num_outputs=4 if on_gpu else 3,
-            dtype=[types.UINT8, types.INT32, types.INT32] + ([types.FLOAT] if on_gpu else []),
-            ndim=[1, 1, 1] + ([1] if on_gpu else []),
+            num_outputs=6 if on_gpu else 3,
+            dtype=[types.UINT8, types.INT32, types.INT32]
+            + ([types.FLOAT, types.INT32, types.INT32] if on_gpu else []),
+            ndim=[1, 1, 1] + ([1, 1, 0] if on_gpu else []),
             # Nobody else has the stream's arrays, so DALI need not copy them.
             no_copy=True,
         )
@@ -76,16 +82,34 @@ def image_graph(workers: Workers, interpolation: Interpolation) -> Graph:
             # sizes as stored.
             adjust_orientation=False,
         )
-        if not on_gpu:
-            return windows
-        filters = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
-        return fn.resize(windows, size=size[0], interp_type=filters[interpolation], antialias=True)
+        return _placed(dali, windows, edits, output) if on_gpu else windows
 
     return graph
 
 
+def _placed(dali: Any, windows: Any, edits: list[Any], output: Output) -> Any:
+    """Resize windows, lay them into black squares, and mirror some, by the rules of pixels.py."""
+    fn, types = dali.fn, dali.types
+    size, start, mirror = edits
+    filters = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+    resized = fn.resize(
+        windows, size=size, interp_type=filters[output.interpolation], antialias=True
+    )
+    squares = fn.slice(
+        resized,
+        start=start,
+        shape=[output.size, output.size],
+        axis_names="HW",
+        normalized_anchor=False,
+        normalized_shape=False,
+        out_of_bounds_policy="pad",
+        fill_values=0,
+    )
+    return fn.flip(squares, horizontal=mirror, vertical=0)
+
+
 def event_graph(workers: Workers, index: Index) -> Graph:
-    """Make a graph that copies frames to the device and makes them float32."""
+    """Make a graph that copies frames to the device and makes them float32, unless raw."""
 
     def graph(dali: Any, source: Source) -> Any:
         fn, types = dali.fn, dali.types
@@ -93,6 +117,6 @@ def event_graph(workers: Workers, index: Index) -> Graph:
         (frames,) = fn.external_source(source, num_outputs=1, dtype=[stored], ndim=[4])
         if workers.device == "gpu":
             frames = frames.gpu()
-        return fn.cast(frames, dtype=types.FLOAT)
+        return frames if workers.raw else fn.cast(frames, dtype=types.FLOAT)
 
     return graph

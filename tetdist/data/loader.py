@@ -15,7 +15,7 @@ import torch
 
 from tetdist.data.dali import Graph, Source, Workers, import_dali
 from tetdist.data.index import Index
-from tetdist.data.pixels import Edits, Output, cut_out, edited, normalized
+from tetdist.data.pixels import Edits, Output, cut_out, edited, normalized, operated
 from tetdist.data.probe import probe_image, probe_range
 from tetdist.data.transforms import Mix, Transform
 from tetdist.errors import UserError
@@ -23,21 +23,35 @@ from tetdist.errors import UserError
 _NAMED_FILES = 5
 
 
+class Rest(NamedTuple):
+    """What is left to do for a raw batch of images: `tetdist.data.pixels.finished`.
+
+    Attributes:
+        output: Scale of the images.
+        cutout: (B, 4) boxes that are then 0; None: none.
+    """
+
+    output: Output
+    cutout: npt.NDArray[np.int32] | None
+
+
 class Batch(NamedTuple):
     """A batch of B samples.
 
     Attributes:
-        images: Float32, (B, 3, H, W) in channels_last memory, or (B, T, 2, H, W) for events; on the
-            loader's device.
-        labels: Int64, (B,), on the same device.
+        images: Float32, (B, 3, H, W) in channels_last memory, or (B, T, 2, H, W) for events. Of a
+            raw batch bytes (B, H, W, 3), or (B, T, 2, H, W) as they are stored.
+        labels: Int64, (B,).
         ids: Int64, (B,), numbers of the samples in the index.
         mix: How the images are to be mixed with each other (mixing.py); None: not at all.
+        rest: What a raw batch of images lacks; None: nothing.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     ids: npt.NDArray[np.int64]
     mix: Mix | None = None
+    rest: Rest | None = None
 
 
 Transforms = tuple[tuple[Transform, npt.NDArray[np.float64]], ...]
@@ -145,22 +159,43 @@ class Loader:
                 + ", ".join(self._index.path(i) for i in ids)
             )
             raise
-        inputs = self._in_work.popleft()
+        inputs, rest = self._in_work.popleft(), None
         if inputs.edits is None:
             images = torch.from_dlpack(output.as_tensor())
+            if self._workers.pinned:
+                images = images.pin_memory()
+        elif self._workers.raw:
+            assert self._output is not None
+            images = self._edited(output, inputs.edits, self._output)
+            rest = Rest(self._output, inputs.edits.cutout)
         else:
-            images = self._finished(output, inputs.edits)
+            assert self._output is not None
+            images = self._finished(output, inputs.edits, self._output)
         if inputs.transforms:
             self._divided(len(images), _transform_part, images, inputs.transforms)
-        return self._batch(images, inputs.ids, inputs.mix)
+        return self._batch(images, inputs.ids)._replace(mix=inputs.mix, rest=rest)
 
-    def _finished(self, windows: Any, edits: Edits) -> torch.Tensor:
+    def _finished(self, windows: Any, edits: Edits, output: Output) -> torch.Tensor:
         """Finish decoded windows: (B, 3, H, W) in channels_last memory."""
-        assert self._output is not None
-        num_images, size = len(edits.size), self._output.size
-        images = torch.empty(num_images, size, size, 3, device=self._device)
-        self._divided(num_images, _finish_part, images, windows, edits, self._output)
+        images = torch.empty(len(edits.size), output.size, output.size, 3)
+        self._divided(len(images), _finish_part, images, windows, edits, output)
         return images.permute(0, 3, 1, 2)
+
+    def _edited(self, windows: Any, edits: Edits, output: Output) -> torch.Tensor:
+        """Do what changes bytes to decoded windows: (B, H, W, 3)."""
+        if self._device.type == "cuda":
+            # DALI has brought them to their size and mirrored them.
+            images = torch.from_dlpack(windows.as_tensor())
+            for k, operations in enumerate(edits.operations):
+                if operations:
+                    images[k] = operated(images[k], operations)
+            # Whoever takes the batch has another stream.
+            torch.cuda.current_stream(self._device).synchronize()
+            return images
+        shape = (len(edits.size), output.size, output.size, 3)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._workers.pinned)
+        self._divided(len(images), _edit_part, images, windows, edits, output)
+        return images
 
     def _divided(self, count: int, work: Callable[..., None], *arguments: Any) -> None:
         """Have the finishing threads do ``work(part, *arguments)`` for all parts of a batch."""
@@ -172,14 +207,10 @@ class Loader:
         if self._empty_batches == 0:
             raise StopIteration
         self._empty_batches -= 1
-        images = torch.empty((0, *self._sample_shape), device=self._device)
-        return self._batch(images, np.empty(0, np.int64))
+        return self._batch(torch.empty(0, *self._sample_shape), np.empty(0, np.int64))
 
-    def _batch(
-        self, images: torch.Tensor, ids: npt.NDArray[np.int64], mix: Mix | None = None
-    ) -> Batch:
-        labels = torch.from_numpy(self._index.labels[ids].astype(np.int64))
-        return Batch(images, labels.to(self._device), ids, mix)
+    def _batch(self, images: torch.Tensor, ids: npt.NDArray[np.int64]) -> Batch:
+        return Batch(images, torch.from_numpy(self._index.labels[ids].astype(np.int64)), ids)
 
     def _stop(self) -> None:
         # The taker ends first, because the finishers still work on what it is taking.
@@ -209,6 +240,16 @@ def _finish_part(
         normalized(edited(torch.from_dlpack(windows[k]), edits, k, output), output, images[k])
         if edits.cutout is not None:
             cut_out(images[k].permute(2, 0, 1), edits.cutout[k])
+
+
+def _edit_part(
+    part: npt.NDArray[np.int64], images: torch.Tensor, windows: Any, edits: Edits, output: Output
+) -> None:
+    """Write the bytes of some images of a batch into (B, H, W, 3)."""
+    # numpy copies in this thread; torch would divide the work among threads of its own.
+    pixels = images.numpy()
+    for k in part.tolist():
+        pixels[k] = edited(torch.from_dlpack(windows[k]), edits, k, output).numpy()
 
 
 def _transform_part(

@@ -66,7 +66,7 @@ def edited(window: Tensor, edits: Edits, k: int, output: Output) -> Tensor:
     """A sample's image (size, size, 3) as it is before normalisation.
 
     Args:
-        window: (H, W, 3), on any device.
+        window: (H, W, 3), on the CPU.
         edits: Changes of the whole batch.
         k: The sample's number in the batch.
         output: What comes out.
@@ -104,8 +104,6 @@ def placed(image: Tensor, row: int, column: int, size: int) -> Tensor:
 
 def mirrored(image: Tensor) -> Tensor:
     """Mirror an image (H, W, 3) left to right."""
-    if image.device.type != "cpu":
-        return image.flip(1)
     # torch would divide this among threads of its own, whose start and waiting cost more than it
     # does.
     pixels = np.ascontiguousarray(image.numpy()).view("V3")
@@ -164,10 +162,6 @@ _OPERATIONS: dict[str, Callable[[Any, float], Any]] = {
 def normalized(image: Tensor, output: Output, into: Tensor) -> None:
     """Write an image (size, size, 3) as float32 into a tensor of that shape."""
     mean, scale = 255 * np.array(output.mean), 1 / (255 * np.array(output.std))
-    if image.device.type != "cpu":
-        torch.sub(image, image.new_tensor(mean, dtype=torch.float32), out=into)
-        into.mul_(into.new_tensor(scale))
-        return
     # This goes row by row, since numpy is quick where the innermost dimension is long. torch would
     # divide the work among threads, which cost more than they save.
     rows = into.numpy().reshape(output.size, -1)
@@ -177,6 +171,34 @@ def normalized(image: Tensor, output: Output, into: Tensor) -> None:
 
 def _row(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float32]:
     return np.tile(values.astype(np.float32), width)
+
+
+def finished(pixels: Tensor, output: Output, cutout: Tensor | None) -> Tensor:
+    """Normalise a batch on the device where it is, to the bits of `normalized` and `cut_out`.
+
+    Args:
+        pixels: (B, size, size, 3), uint8.
+        output: Its scale.
+        cutout: (B, 4) top, left, bottom, right of what is 0 afterwards.
+
+    Returns:
+        (B, 3, size, size), float32, in channels_last memory.
+    """
+    images = pixels.float()
+    images.sub_(images.new_tensor(255 * np.array(output.mean)))
+    images.mul_(images.new_tensor(1 / (255 * np.array(output.std))))
+    images = images.permute(0, 3, 1, 2)
+    if cutout is not None:
+        images.masked_fill_(inside(cutout, output.size, output.size)[:, None], 0)
+    return images
+
+
+def inside(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Which pixels lie in boxes (B, 4) of top, left, bottom and right: (B, height, width) bool."""
+    top, left, bottom, right = boxes[:, :, None, None].unbind(1)
+    rows = torch.arange(height, device=boxes.device)[:, None]
+    columns = torch.arange(width, device=boxes.device)
+    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
 
 
 def cut_out(image: Any, box: _Ints) -> None:

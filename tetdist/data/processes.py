@@ -60,11 +60,18 @@ def _results(
 def _prepare_worker() -> None:
     # Ctrl-C reaches every process of the terminal; the parent alone says so and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A parent that is killed says nothing; its workers would wait for tasks for ever.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this process when the one that started it has ended.
+
+    A parent that is killed says nothing; its workers would wait for tasks for ever.
+    """
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -24,7 +24,8 @@ from tetdist.config.schema import RunConfig
 from tetdist.data import mixing, order
 from tetdist.data.batches import Share
 from tetdist.data.build import eval_loader, train_loader
-from tetdist.data.loader import Batch, Loader
+from tetdist.data.delivery import Batches
+from tetdist.data.loader import Batch
 from tetdist.distributed.signals import StopRequest
 from tetdist.distributed.watchdog import Watch
 from tetdist.distributed.world import World
@@ -109,7 +110,7 @@ class Trainer:
 
         self.phase: Phase | None = None
         self.engine: Engine
-        self.loader: Loader
+        self.loader: Batches
         self.image_size = 0  # of the loader's images
 
     def _open_data(self) -> None:
@@ -231,7 +232,7 @@ class Trainer:
     def _image_size(self, step: int) -> int:
         return phase_at(self.phases, step).image_size(step, self.config.data.image_size)
 
-    def _open_loader(self, step: int) -> Loader:
+    def _open_loader(self, step: int) -> Batches:
         """Open this process's micro-batches from a step on, all of that step's image size."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         share = Share(

@@ -1,0 +1,177 @@
+"""Batches loaded in a process of their own, finished on the device: the same ones, to the bit."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tetdist.config.loading import load
+from tetdist.config.schema import RunConfig
+from tetdist.data import build, dali, own_process
+from tetdist.data.batches import Share
+from tetdist.data.dali import import_dali
+from tetdist.data.index import Index, build_event_index, load_index
+from tetdist.data.loader import Batch
+from tetdist.data.pixels import Edits, Output, edited
+from tetdist.distributed.world import World, join
+from tetdist.errors import UserError
+
+SHARE = Share(seed=5, global_batch=4, micro_batch=2, rank=0, world_size=1, epoch=0, step_in_epoch=0)
+# All that is done to images, before and after normalisation.
+AUGMENTED = {
+    "data.auto_augment": "cifar10",
+    "data.color_jitter.brightness": 0.4,
+    "data.cutout": 5,
+    "data.mixup": 0.5,
+    "data.cutmix": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with join("cpu") as one:
+        yield one
+
+
+def batches_of(
+    config: RunConfig, index: Index, world: World, count: int, *, train: bool = True
+) -> list[Batch]:
+    with (
+        build.train_loader(config, index, SHARE, world, config.data.image_size)
+        if train
+        else build.eval_loader(config, index, world)
+    ) as batches:
+        return list(islice(batches, count))
+
+
+def assert_same(first: list[Batch], second: list[Batch]) -> None:
+    assert len(first) == len(second) > 0
+    for one, two in zip(first, second, strict=True):
+        assert one.images.dtype == two.images.dtype == torch.float32
+        assert one.images.stride() == two.images.stride()
+        assert torch.equal(one.images, two.images)
+        assert one.labels.tolist() == two.labels.tolist()
+        assert one.ids.tolist() == two.ids.tolist()
+        assert (one.mix is None) == (two.mix is None)
+        for a, b in zip(one.mix or (), two.mix or (), strict=True):
+            assert np.array_equal(a, b)
+        assert one.rest is None is two.rest
+
+
+@pytest.mark.parametrize("changes", [AUGMENTED, {"data.crop": "padded"}], ids=["augmented", "padded"])
+def test_images_are_the_same_from_a_process_of_their_own(
+    tiny_root: Path, tiny_config: Callable[..., Path], world: World, changes: dict[str, Any]
+) -> None:
+    index = load_index(tiny_root / "index" / "train.npz")
+    here = load(tiny_config(changes), [])
+    there = load(tiny_config(changes | {"data.own_process": True}), [])
+    assert_same(batches_of(here, index, world, 7), batches_of(there, index, world, 7))
+    # All of an evaluation: its last batch is smaller, and it ends.
+    evaluated = batches_of(there, index, world, 99, train=False)
+    assert_same(batches_of(here, index, world, 99, train=False), evaluated)
+    assert sum(len(batch.labels) for batch in evaluated) == len(index)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16])
+def test_events_are_the_same_from_a_process_of_their_own(
+    event_root: Callable[..., Path],
+    tiny_config: Callable[..., Path],
+    world: World,
+    dtype: type[np.generic],
+) -> None:
+    root = event_root(dtype)
+    index, _ = build_event_index(root, "train", workers=1)
+    changes = {"data.kind": "events", "data.root": str(root), "data.roll": 2, "data.cutout": 2}
+    changes["model.name"] = "spiking_convnet_dvs"
+    here = load(tiny_config(changes), [])
+    there = load(tiny_config(changes | {"data.own_process": True}), [])
+    assert_same(batches_of(here, index, world, 6), batches_of(there, index, world, 6))
+
+
+@pytest.fixture
+def config(tiny_copy: Path, tiny_config: Callable[..., Path]) -> RunConfig:
+    return load(tiny_config({"data.own_process": True, "data.root": str(tiny_copy)}), [])
+
+
+def test_a_bad_file_is_named_as_ever(config: RunConfig, tiny_copy: Path, world: World) -> None:
+    index = load_index(tiny_copy / "index" / "train.npz")
+    file = tiny_copy / index.path(3)
+    file.write_bytes(bytes(file.stat().st_size))
+    with (
+        pytest.raises(UserError, match=r"do not decode: .*mend or remove"),
+        build.train_loader(config, index, SHARE, world, 16) as batches,
+    ):
+        list(islice(batches, 40))
+
+
+def test_a_killed_loader_is_told(config: RunConfig, tiny_copy: Path, world: World) -> None:
+    index = load_index(tiny_copy / "index" / "train.npz")
+    with build.train_loader(config, index, SHARE, world, 16) as batches:
+        next(batches)
+        (child,) = multiprocessing.active_children()
+        # What asks the training to stop is no matter of the loader's.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(child.pid, number)
+        next(batches)
+        os.kill(child.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match=r"died \(killed.*own_process=false"):
+            list(islice(batches, 40))
+    assert not multiprocessing.active_children()
+
+
+def test_closing_ends_the_process_at_any_moment(
+    config: RunConfig, tiny_copy: Path, world: World
+) -> None:
+    index = load_index(tiny_copy / "index" / "train.npz")
+    for taken in (0, 1, 5):
+        batches_of(config, index, world, taken)
+        assert not multiprocessing.active_children()
+
+
+def test_missing_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"no 3 MiB of memory .*own_process=false"):
+        own_process._reserve(2**20, multiprocessing.Pipe()[0])
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_gpus_graph_places_windows_by_the_same_rules(interpolation: Any) -> None:
+    """On a CPU, where DALI has the same operations; only the resizing is not to the bit."""
+    rng = np.random.default_rng(0)
+    output = Output(size=16, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation)
+    smooth = np.linspace(0, 255, 24 * 20 * 3).reshape(24, 20, 3).astype(np.uint8)
+    windows = [smooth] + [rng.integers(0, 256, (24, 20, 3), np.uint8) for _ in range(4)]
+    edits = Edits(
+        size=np.array([[16, 16], [24, 20], [24, 20], [24, 20], [24, 20]], np.int32),
+        corner=np.array([[0, 0], [-3, -2], [4, 5], [-9, 3], [2, -4]], np.int32),
+        mirror=np.array([False, True, False, True, True]),
+        operations=[],
+    )
+
+    def source() -> tuple[Any, ...]:
+        start, mirror = -edits.corner, edits.mirror.astype(np.int32)
+        return windows, edits.size.astype(np.float32), start, mirror
+
+    module = import_dali()
+    pipeline = module.Pipeline(batch_size=5, num_threads=1, device_id=None, exec_dynamic=True)
+    with pipeline:
+        images, *rest = module.fn.external_source(source, num_outputs=4, batch=True)
+        images = module.fn.reshape(images, layout="HWC")
+        pipeline.set_outputs(dali._placed(module, images, rest, output))
+    pipeline.build()
+    (placed,) = pipeline.run()
+    for k, window in enumerate(windows):
+        expected = edited(torch.from_numpy(window), edits, k, output).numpy()
+        difference = np.abs(np.array(placed[k]).astype(int) - expected.astype(int))
+        assert placed[k].shape() == [16, 16, 3]
+        assert difference.max() <= (2 if k == 0 else 0)

@@ -1,0 +1,101 @@
+"""Raw batches brought to the device that trains, and finished there, ahead of the consumer."""
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from tetdist.data.loader import Batch
+from tetdist.data.pixels import finished
+
+# Copied ahead of the consumer: while one is in use the next is there and one is on its way.
+_AHEAD = 2
+
+
+class Batches(Iterator[Batch], Protocol):
+    """An iterator of batches, to be closed or used in `with`."""
+
+    def close(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+class DeviceBatches:
+    """The batches of a source, finished on a device.
+
+    A GPU copies and finishes them on a stream of its own, while it trains on another. A thread
+    starts that and waits for it, so that whoever launches the training waits for nothing.
+    """
+
+    def __init__(self, source: Batches, device: torch.device) -> None:
+        """
+        Args:
+            source: Of raw batches, each of which need be valid only until the next is asked for.
+            device: Where they are wanted.
+        """
+        self._source, self._device = source, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: deque[Future[Batch | None]] = deque()
+        self._taker = ThreadPoolExecutor(1, thread_name_prefix="tetdist-deliver")
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        while len(self._ahead) < _AHEAD:
+            self._ahead.append(self._taker.submit(self._take))
+        batch = self._ahead[0].result()
+        if batch is None:
+            # Its future stays first, so that whoever asks again gets the same answer.
+            raise StopIteration
+        self._ahead.popleft()
+        if self._stream is not None:
+            for tensor in (batch.images, batch.labels):
+                # The allocator would otherwise give their memory back to the other stream as soon
+                # as nobody here knows of them, though the GPU may still have to read it.
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+        return batch
+
+    def _take(self) -> Batch | None:
+        batch = next(self._source, None)
+        if batch is None:
+            return None
+        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            done = self._finished(batch)
+            if self._stream is not None:
+                # This thread sleeps until it is done; the source may then overwrite its memory.
+                event = torch.cuda.Event(blocking=True)
+                event.record()
+                event.synchronize()
+        return done
+
+    def _finished(self, batch: Batch) -> Batch:
+        images, labels = self._copied(batch.images), self._copied(batch.labels)
+        if batch.rest is not None:
+            output, boxes = batch.rest
+            cutout = None if boxes is None else self._copied(torch.from_numpy(boxes))
+            images = finished(images, output, cutout)
+        # Events come as they are stored; a network is given float32.
+        return batch._replace(images=images.float(), labels=labels, rest=None)
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, non_blocking=True, copy=True)
+
+    def close(self) -> None:
+        """Close the source, too."""
+        for future in self._ahead:
+            future.cancel()
+        # The taker may be waiting for a batch, which the source's end gives it.
+        self._taker.shutdown(wait=True)
+        self._ahead.clear()
+        self._source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,231 @@
+"""A loader in a process of its own, whose batches come through memory that both share.
+
+A thread that starts a GPU's work, hundreds of launches a step, gives the interpreter's lock back at
+each of them, and then waits for those threads that prepare images to give it back in turn, up to
+five milliseconds each time. In another process they are in nobody's way.
+"""
+
+import contextlib
+import math
+import mmap
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+
+from tetdist import plugins
+from tetdist.data.loader import Batch, Loader
+from tetdist.data.processes import end_with_parent
+from tetdist.errors import UserError
+
+# While the consumer copies one batch the next are written.
+_SLOTS = 3
+
+
+class _Memory(NamedTuple):
+    """A file in memory, by its descriptor in the loader's process, for so many bytes a batch."""
+
+    descriptor: int
+    slot_bytes: int
+
+
+class _Written(NamedTuple):
+    """A batch whose images lie in a slot of the memory."""
+
+    slot: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    strides: tuple[int, ...]
+    others: Batch  # with nothing in place of the images
+
+
+class LoaderProcess:
+    """The batches of a loader that another process makes and runs.
+
+    Each is valid until the next is asked for.
+    """
+
+    def __init__(
+        self, make: Callable[[], Loader], imports: Iterable[str] = (), *, pinned: bool = False
+    ) -> None:
+        """
+        Args:
+            make: Makes the loader there; it is pickled.
+            imports: Files of one's own, that have to be imported there before.
+            pinned: Whether a GPU is to copy from the memory by itself.
+        """
+        # A fork would copy the locks of this process's threads as they are, and CUDA's state.
+        # The server imports what takes seconds once, and is forked for every loader.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tetdist.data.build"])
+        self._channel, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(make, tuple(imports), theirs), daemon=True, name="tetdist-loader"
+        )
+        self._process.start()
+        theirs.close()
+        self._pinned = pinned
+        self._memory: torch.Tensor | None = None
+        self._used: int | None = None  # the slot of the batch that the consumer has
+        self._ended = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._ended:
+            raise StopIteration
+        try:
+            if self._used is not None:
+                self._channel.send(self._used)
+                self._used = None
+            answer: Any = self._channel.recv()
+            while isinstance(answer, _Memory):
+                self._open(answer)
+                answer = self._channel.recv()
+        except (EOFError, OSError) as error:
+            raise self._death() from error
+        self._ended = not isinstance(answer, _Written)
+        if answer is None:
+            raise StopIteration
+        if isinstance(answer, Exception):
+            raise answer
+        return self._read(answer)
+
+    def _open(self, memory: _Memory) -> None:
+        """Map the memory of the other process."""
+        self._close_memory()
+        path = f"/proc/{self._process.pid}/fd/{memory.descriptor}"
+        size = _SLOTS * memory.slot_bytes
+        mapped = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+        self._memory = mapped.view(_SLOTS, -1)
+        if self._pinned:
+            _check(torch.cuda.cudart().cudaHostRegister(mapped.data_ptr(), size, 0))
+
+    def _close_memory(self) -> None:
+        if self._memory is not None and self._pinned:
+            _check(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr()))
+        self._memory = None
+
+    def _read(self, written: _Written) -> Batch:
+        num_bytes = math.prod(written.shape) * written.dtype.itemsize
+        if not num_bytes:
+            return written.others._replace(images=torch.empty(written.shape, dtype=written.dtype))
+        assert self._memory is not None
+        self._used = written.slot
+        flat = self._memory[written.slot, :num_bytes].view(written.dtype)
+        return written.others._replace(images=flat.as_strided(written.shape, written.strides))
+
+    def _death(self) -> UserError:
+        self._process.join(timeout=5)
+        return UserError(
+            "the process that loads the data died "
+            f"({_cause(self._process.exitcode)}); set data.own_process=false to load it in this one"
+        )
+
+    def close(self) -> None:
+        """End the other process."""
+        self._channel.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._close_memory()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _cause(exit_code: int | None) -> str:
+    if exit_code == -signal.SIGKILL:
+        return "killed, most often for lack of memory"
+    return f"exit status {exit_code}"
+
+
+def _check(status: Any) -> None:
+    torch.cuda.check_error(int(status))
+
+
+def _serve(make: Callable[[], Loader], imports: tuple[str, ...], channel: Connection) -> None:
+    """Write batches into free slots until the other side closes the channel."""
+    end_with_parent()
+    # Stopping is decided where the training is, and goes on until a checkpoint is written.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    # Closed by the consumer, at whatever moment.
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        try:
+            plugins.import_files(imports)
+            with make() as loader:
+                _write_all(loader, channel)
+            channel.send(None)
+        except Exception as error:
+            if isinstance(error, EOFError | BrokenPipeError | ConnectionResetError):
+                raise
+            channel.send(error)
+        # The memory has to stay until the consumer has read the last batch.
+        while True:
+            channel.recv()
+
+
+def _write_all(loader: Loader, channel: Connection) -> None:
+    free = list(range(_SLOTS))
+    slots: list[memoryview] = []
+    for batch in loader:
+        images = batch.images
+        num_bytes = images.numel() * images.element_size()
+        if num_bytes and not slots:
+            # No later batch is larger than the first.
+            slots = _reserve(num_bytes, channel)
+        while not free or channel.poll():
+            free.append(channel.recv())
+        slot = free.pop()
+        if num_bytes:
+            # In the order of memory, so that channels_last images stay that.
+            order = sorted(range(images.ndim), key=images.stride, reverse=True)
+            target = np.frombuffer(slots[slot], np.uint8, num_bytes).view(_numpy_type(images.dtype))
+            np.copyto(target.reshape([images.shape[d] for d in order]), images.permute(order))
+        channel.send(
+            _Written(
+                slot,
+                tuple(images.shape),
+                images.dtype,
+                images.stride(),
+                batch._replace(images=torch.empty(0)),
+            )
+        )
+        if not num_bytes:
+            free.append(slot)
+
+
+def _numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
+    return np.dtype(torch.empty(0, dtype=dtype).numpy().dtype)
+
+
+def _reserve(slot_bytes: int, channel: Connection) -> list[memoryview]:
+    """Reserve memory for all slots, and tell the consumer.
+
+    It is a file without a name: nothing is left when the processes are killed, and it needs no room
+    in /dev/shm, of which containers have little.
+    """
+    size = _SLOTS * slot_bytes
+    descriptor = os.memfd_create("tetdist-batches", os.MFD_CLOEXEC)
+    try:
+        # All of it now: missing memory would later be a bus error.
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        raise UserError(
+            f"there are no {size / 2**20:.0f} MiB of memory for batches of data "
+            f"({error.strerror}); set data.own_process=false"
+        ) from error
+    memory = memoryview(mmap.mmap(descriptor, size))
+    channel.send(_Memory(descriptor, slot_bytes))
+    return [memory[k * slot_bytes : (k + 1) * slot_bytes] for k in range(_SLOTS)]
