@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-long lint format clean
+.PHONY: help venv quickstart test test-long test-gpu lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ test: venv ## run the tests (minutes)
 
 test-long: venv ## run the tests that take longer
 	@$(BIN)/python -m pytest -m long -n $(WORKERS) --dist loadgroup $(PYTEST_FLAGS)
+
+test-gpu: venv ## run the tests that need a GPU
+	@$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)
 
 lint: venv ## ruff, the type checker, and which room may know which
 	@$(BIN)/ruff check .

@@ -23,6 +23,7 @@ COMMANDS = {
     "convert": "take over weights from elsewhere",
     "export": "export a trained network",
     "bench": "measure speed and memory",
+    "check_gpu": "check a machine with GPUs before training on it: ten minutes",
     "quickstart": "make the digits, train on them, evaluate: minutes on two cores",
 }
 
@@ -30,6 +31,7 @@ COMMANDS = {
 def main() -> int:
     """Run ``tetdist COMMAND ...``; its exit status."""
     name, *arguments = sys.argv[1:] or ["--help"]
+    name = name.replace("-", "_") if not name.startswith("-") else name
     if name in ("-h", "--help"):
         print("usage: tetdist COMMAND ...   (tetdist COMMAND --help says more)\n")
         print("\n".join(f"  {command:13} {text}" for command, text in COMMANDS.items()))

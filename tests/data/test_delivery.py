@@ -65,7 +65,9 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
         assert one.rest is None is two.rest
 
 
-@pytest.mark.parametrize("changes", [AUGMENTED, {"data.crop": "padded"}], ids=["augmented", "padded"])
+@pytest.mark.parametrize(
+    "changes", [AUGMENTED, {"data.crop": "padded"}], ids=["augmented", "padded"]
+)
 def test_images_are_the_same_from_a_process_of_their_own(
     tiny_root: Path, tiny_config: Callable[..., Path], world: World, changes: dict[str, Any]
 ) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tetdist.benchmarks.contestants import Contestant, contestants_of, step_of
+from tetdist.nn.precision import choose_algorithms
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -45,6 +46,7 @@ def machine(device: str) -> dict[str, str]:
 
 def measure_model(options: argparse.Namespace) -> dict[str, Any]:
     """The seconds of a step of each contestant: medians over rounds in which all take turns."""
+    choose_algorithms(options.precision)
     steps = {
         name: step_of(options, contestant()) for name, contestant in contestants_of(options).items()
     }

@@ -146,7 +146,7 @@ def batch_of(
         channels, size, _ = model.default_cfg["input_size"]
     size = options.size or size
     generator = torch.Generator().manual_seed(0)
-    frames = (options.timesteps,) if model.input_kind == "events" else ()
+    frames = (options.timesteps,) if getattr(model, "input_kind", "images") == "events" else ()
     shape = (options.batch, *frames, channels, size, size)
     return torch.rand(shape, generator=generator).to(options.device)
 

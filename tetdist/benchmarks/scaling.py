@@ -15,9 +15,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+from tetdist.benchmarks.contestants import wait
+
+if TYPE_CHECKING:
+    from tetdist.distributed.world import World
 
 # --- the processes ------------------------------------------------------------------------------
 
@@ -228,31 +234,47 @@ def table(result: dict[str, Any]) -> str:
 def work() -> None:
     options = argparse.Namespace(**json.loads(os.environ["TETDIST_BENCH"]))
     os.sched_setaffinity(0, options.cores)
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints
-        step, world = training_step(options)
-    with world:
+    from tetdist.distributed.world import join
+
+    with join(options.device) as world:
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints
+            step, _ = training_step(options, world)
         for line in sys.stdin:
             steps = int(line)
             started = time.perf_counter()
             for _ in range(steps):
                 with contextlib.redirect_stdout(sys.stderr):
                     step()
+                wait(world.device.type)
             print((time.perf_counter() - started) / steps, flush=True)
 
 
-def training_step(options: argparse.Namespace) -> tuple[Callable[[], None], Any]:
-    """A function that makes a training step on the same images again and again, and its world."""
+def training_step(
+    options: argparse.Namespace, world: "World", zero_stage: int = 0
+) -> tuple[Callable[[], Tensor], Callable[[], None]]:
+    """Make a training step on the same images again and again.
+
+    Args:
+        options: ``model``, ``size``, ``batch``, ``accumulation``, ``timesteps``, ``precision`` and
+            ``engine``.
+        world: All processes.
+        zero_stage: DeepSpeed's.
+
+    Returns:
+        A function that makes a step and gives its last loss, (), without waiting for the device;
+        and one that lets go of the engine.
+    """
     import timm
 
     import tetdist.models  # noqa: F401  # registers them
     from tetdist.config.loading import parse
-    from tetdist.distributed.world import join
     from tetdist.losses import tet_loss
     from tetdist.nn import batch_norm
+    from tetdist.nn.precision import choose_algorithms
     from tetdist.optimizers import make_optimizer
     from tetdist.training.engines.create import make_engine
 
-    world = join(options.device)
+    choose_algorithms(options.precision)
     config = parse(
         {
             "name": "bench",
@@ -271,6 +293,7 @@ def training_step(options: argparse.Namespace) -> tuple[Callable[[], None], Any]
             ],
             "precision": options.precision,
             "engine": options.engine,
+            "zero_stage": zero_stage,
         },
         "the benchmark",
     )
@@ -288,15 +311,15 @@ def training_step(options: argparse.Namespace) -> tuple[Callable[[], None], Any]
     labels = torch.arange(options.batch, device=world.device) % 10
 
     # The same calls as in trainer.py.
-    def step() -> None:
+    def step() -> Tensor:
         for _ in range(options.accumulation):
-            engine.backward(tet_loss(engine.forward(images), labels, lambda_=0.001))
+            loss = tet_loss(engine.forward(images), labels, lambda_=0.001)
+            engine.backward(loss)
         update = engine.update(0.01)
         batch_norm.update_running_statistics(model, world.mean_, update.applied)
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
+        return loss.detach()
 
-    return step, world
+    return step, engine.close
 
 
 if __name__ == "__main__":

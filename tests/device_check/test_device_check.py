@@ -1,0 +1,115 @@
+"""The check of a machine with GPUs, in the form that it has on a CPU."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from tetdist.cli import check_gpu
+from tetdist.device_check import check as checking
+from tetdist.device_check import versions
+from tetdist.device_check.check import Finding, Machine, run_checks
+from tetdist.device_check.checks import CHECKS
+from tetdist.distributed.world import World, join
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Machine]:
+    with join("cpu") as world:
+        yield Machine(world, small=True, folder=tmp_path)
+
+
+def test_the_command_knows_all_checks() -> None:
+    assert tuple(CHECKS) == check_gpu.NAMES
+
+
+def test_the_quick_checks_pass_here(tmp_path: Path, call: Callable[..., tuple[int, str]]) -> None:
+    file = tmp_path / "found.json"
+    names = "versions,numerics,links,pixels"
+    status, output = call("check_gpu", "--device", "cpu", "--only", names, "--json", file)
+    assert status == 0, output
+    assert "all is well; left out: links, pixels" in output
+    found = json.loads(file.read_text())
+    assert set(found["checks"]) == set(names.split(","))
+    # In float64 the passes and the definition are equal but for rounding.
+    assert 0 < found["checks"]["numerics"]["sew_resnet18 fp64"] < 1e-9
+    assert found["machine"]["torch"]
+
+
+@pytest.mark.long
+def test_all_checks_pass_here_on_two_processes(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    command = tiny.launched(2, tiny.PROJECT / "tools" / "check_gpu.py", "--device", "cpu")
+    status, output = tiny.execute([*command, "--json", str(file)], tmp_path, timeout=280)
+    assert status == 0, output
+    found = json.loads(file.read_text())
+    assert found["processes"] == 2
+    statuses = {name: one["status"] for name, one in found["checks"].items()}
+    assert statuses == dict.fromkeys(CHECKS, "ok") | {"pixels": "left out"}
+    assert found["checks"]["links"]["gb_per_s"] > 0
+
+
+def test_what_is_bad_is_told_with_its_remedy(here: Machine) -> None:
+    def broken(_: Machine) -> Finding:
+        raise RuntimeError("CUDA error: an illegal memory access\nmore")
+
+    lines: list[str] = []
+    report = run_checks(
+        {
+            "fine": lambda _: Finding("ok", "7 of 7"),
+            "first": lambda _: Finding("bad", "two builds", "pip uninstall one"),
+            "second": broken,
+        },
+        here,
+        lines.append,
+    )
+    assert [line.split()[0] for line in lines] == ["ok", "bad", "bad"]
+    assert "RuntimeError: CUDA error: an illegal memory access" in lines[2]
+    assert report.conclusion() == "to mend: first: pip uninstall one (1 more after that)"
+    assert "Traceback" in report.as_dict()["checks"]["second"]["traceback"]
+
+
+def test_ranks_that_fail_are_named() -> None:
+    fine, bad = Finding("ok", "x"), Finding("bad", "no link")
+    result = checking.Result("links", [fine, bad, fine, bad], 0.1)
+    assert result.line().endswith("rank 1, 3: no link")
+
+
+@pytest.mark.parametrize(
+    ("installed", "problem"),
+    [
+        ({"nvidia-dali-cuda130", "deepspeed"}, None),
+        ({"deepspeed"}, "DALI is not installed"),
+        ({"nvidia-dali-cuda130", "nvidia-dali-cuda120", "deepspeed"}, "two builds of DALI"),
+        ({"nvidia-dali-cuda120"}, "DeepSpeed is not installed"),
+    ],
+)
+def test_packages_that_do_not_suit_each_other(
+    here: Machine, monkeypatch: pytest.MonkeyPatch, installed: set[str], problem: str | None
+) -> None:
+    monkeypatch.setattr(versions, "_distributions", lambda name: [name] * (name in installed))
+    found = versions.check_versions(here)
+    assert (found.status, problem is None) in (("ok", True), ("bad", False))
+    if problem:
+        assert problem in found.text
+        assert "pip " in str(found.remedy)
+
+
+def test_dali_of_another_cuda_is_told(monkeypatch: pytest.MonkeyPatch, here: Machine) -> None:
+    import dataclasses
+
+    import torch
+
+    on_gpu = dataclasses.replace(
+        here, world=World(0, 1, torch.device("cuda", 0), here.world.control)
+    )
+    only: dict[str, Any] = {"nvidia-dali-cuda130": ["2.0"]}
+    monkeypatch.setattr(versions, "_distributions", lambda name: only.get(name, []))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    problem = versions._dali_of_another_cuda(on_gpu)
+    assert problem is not None
+    assert "CUDA 12.8" in problem[0]
+    assert "tetdist[cuda120]" in problem[1]

@@ -1,0 +1,39 @@
+"""What only a GPU can show: `make test-gpu`, on a machine that has one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from tetdist.device_check.checks import CHECKS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(),
+        reason="needs a CUDA device, which `make test` hides: `make test-gpu`",
+    ),
+]
+
+
+def test_all_checks_pass(tmp_path: Path, call: Callable[..., tuple[int, str]]) -> None:
+    file = tmp_path / "found.json"
+    status, output = call("check_gpu", "--device", "cuda", "--json", file)
+    assert status == 0, output
+    found = json.loads(file.read_text())
+    statuses = {name: one["status"] for name, one in found["checks"].items()}
+    assert statuses == dict.fromkeys(CHECKS, "ok") | {"links": "left out"}
+
+
+def test_a_run_trains_and_evaluates(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    """DeepSpeed's engine on the GPU, fused passes, data from a process of its own."""
+    changes = {"execution": "fused", "precision": "bf16", "device": "cuda", "data.mixup": 0.2}
+    command = tiny.python(tiny.TRAIN, "--config", tiny_config(changes))
+    environment = {k: v for k, v in tiny.clean_environment().items() if k != "DS_ACCELERATOR"}
+    status, output = tiny.execute(command, tmp_path, env=environment, timeout=280)
+    assert status == 0, output
+    (last,) = (tmp_path / "runs").glob("*/checkpoints/last")
+    assert (last / "model.safetensors").is_file()

@@ -1,0 +1,8 @@
+"""Check a machine with GPUs; all it does is in tetdist/cli/check_gpu.py."""
+
+import sys
+
+from tetdist_command import run
+
+if __name__ == "__main__":
+    sys.exit(run("check_gpu"))
