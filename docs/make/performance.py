@@ -177,9 +177,11 @@ def report(found: dict[str, dict[str, Any]], options: argparse.Namespace, figure
 Made by `python docs/make/performance.py --results FOLDER --output docs/performance.md`, which keeps
 what is measured in FOLDER, on {datetime.date.today():%-d %B %Y}; {machine["device"]},
 {machine["threads"]} threads, Python {machine["python"]}, torch {machine["torch"]}. What one of the
-commands at the end compares took turns in one process, step by step; times are medians, and ratios
-are medians of each round's ratio. "ReLU" is the ReLU network of the same convolutions (timm's
-ResNet) on T times the batch, in channels_last memory. The peer: {peer}.
+commands at the end compares took turns, step by step; times are medians, and ratios are medians of
+each round's ratio. On a CPU each is a process of its own, whose threads wait for each other asleep
+or spinning (OMP_WAIT_POLICY is PASSIVE or not set), whichever made it faster on this machine.
+"ReLU" is the ReLU network of the same convolutions (timm's ResNet) on T times the batch, in
+channels_last memory. The peer: {peer}.
 
 A step is the forward pass, the TET loss and the backward pass, without the update, on random
 images.""",

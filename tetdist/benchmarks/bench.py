@@ -4,23 +4,22 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import statistics
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tetdist.benchmarks import turns
 from tetdist.benchmarks.contestants import Contestant, contestants_of, step_of
 from tetdist.nn.precision import choose_algorithms
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 MIB = 2**20
 
@@ -46,37 +45,17 @@ def machine(device: str) -> dict[str, str]:
 
 def measure_model(options: argparse.Namespace) -> dict[str, Any]:
     """The seconds of a step of each contestant: medians over rounds in which all take turns."""
-    choose_algorithms(options.precision)
-    steps = {
-        name: step_of(options, contestant()) for name, contestant in contestants_of(options).items()
-    }
-    warm_up = {}
-    for name, step in steps.items():
-        started = time.perf_counter()
-        step()
-        step()
-        warm_up[name] = time.perf_counter() - started
-        print(f"{name}: first two steps {warm_up[name]:.1f} s", file=sys.stderr, flush=True)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(options.repeats):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - started)
-    first = next(iter(seconds.values()))
-    rows = [
-        {
-            "name": name,
-            "seconds": statistics.median(values),
-            "fastest": min(values),
-            # The ratio is taken round by round, since whatever slows the machine slows both.
-            "ratio": statistics.median(a / b for a, b in zip(values, first, strict=True)),
-            "images_per_s": options.batch / statistics.median(values),
-            "warm_up": warm_up[name],
-            "peak_mib": peak_mib(steps[name]) if options.device == "cuda" else None,
-        }
-        for name, values in seconds.items()
-    ]
+    names = list(contestants_of(options))
+    if options.device == "cuda":
+        rows = _rows_here(names, options)
+    else:
+        with turns.contestants(names, options) as processes:
+            seconds = _in_turns({name: one.step for name, one in processes.items()}, options)
+            rows = [
+                _row(name, seconds, options)
+                | {"warm_up": one.warm_up, "waiting": one.waiting, "peak_mib": None}
+                for name, one in processes.items()
+            ]
     keys = ("model", "size", "timesteps", "batch", "precision", "device", "evaluate", "repeats")
     result = {key: getattr(options, key) for key in keys} | {"rows": rows}
     if not options.evaluate:
@@ -84,6 +63,53 @@ def measure_model(options: argparse.Namespace) -> dict[str, Any]:
         own = next(row for row in rows if row["name"].startswith("tetdist"))
         result |= {"images_per_s": own["images_per_s"], "processes": 1}
     return result
+
+
+def _rows_here(names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure in this process: a GPU's memory is divided among processes, and its threads are its
+    own."""
+    choose_algorithms(options.precision)
+    made = contestants_of(options)
+    steps = {name: step_of(options, made[name]()) for name in names}
+    warm_up = {}
+    for name, step in steps.items():
+        warm_up[name] = _seconds(step) + _seconds(step)
+        print(f"{name}: first two steps {warm_up[name]:.1f} s", file=sys.stderr, flush=True)
+    seconds = _in_turns({name: partial(_seconds, step) for name, step in steps.items()}, options)
+    return [
+        _row(name, seconds, options)
+        | {"warm_up": warm_up[name], "waiting": None, "peak_mib": peak_mib(step)}
+        for name, step in steps.items()
+    ]
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def _in_turns(
+    steps: dict[str, Callable[[], float]], options: argparse.Namespace
+) -> dict[str, list[float]]:
+    """The seconds of each contestant's steps, by round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(options.repeats):
+        for name, step in steps.items():
+            seconds[name].append(step())
+    return seconds
+
+
+def _row(name: str, seconds: dict[str, list[float]], options: argparse.Namespace) -> dict[str, Any]:
+    values, first = seconds[name], next(iter(seconds.values()))
+    return {
+        "name": name,
+        "seconds": statistics.median(values),
+        "fastest": min(values),
+        # The ratio is taken round by round, since whatever slows the machine slows both.
+        "ratio": statistics.median(a / b for a, b in zip(values, first, strict=True)),
+        "images_per_s": options.batch / statistics.median(values),
+    }
 
 
 def model_table(result: dict[str, Any]) -> str:
@@ -97,6 +123,7 @@ def model_table(result: dict[str, Any]) -> str:
     lines += [
         f"{row['name']:22}{row['seconds']:9.3f}{row['ratio']:12.3f}{row['images_per_s']:11.2f}"
         f"{row['warm_up']:14.1f}"
+        + (f"   waiting {row['waiting']}" if row["waiting"] else "")
         + (f"   at most {row['peak_mib']:.0f} MiB" if row["peak_mib"] else "")
         for row in result["rows"]
     ]

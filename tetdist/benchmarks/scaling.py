@@ -7,13 +7,10 @@ its own cores (or GPU), and trains by the engine that runs train by.
 
 import argparse
 import contextlib
-import json
 import os
 import socket
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tetdist.benchmarks.contestants import wait
+from tetdist.benchmarks.turns import Told, answer, options_told
 
 if TYPE_CHECKING:
     from tetdist.distributed.world import World
@@ -28,60 +26,29 @@ if TYPE_CHECKING:
 # --- the processes ------------------------------------------------------------------------------
 
 
-class Worker:
+class Worker(Told):
     """A process that makes steps when told to."""
 
     def __init__(self, options: argparse.Namespace, rank: int, world_size: int, port: int) -> None:
         cores = sorted(os.sched_getaffinity(0))
         own = cores[rank :: options.processes] if len(cores) >= options.processes else cores
-        environment = os.environ | {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": str(options.threads or max(1, len(own))),
-            "TETDIST_BENCH": json.dumps(vars(options) | {"json": None, "cores": own}),
-        }
-        if world_size == 1:
-            # Each is a group of its own; local rank r still means the r-th GPU.
-            environment |= {"RANK": "0"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tetdist.benchmarks.scaling"],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+        super().__init__(
+            "tetdist.benchmarks.scaling",
+            argparse.Namespace(**vars(options) | {"cores": own}),
+            # Each that is alone is a group of its own; local rank r still means the r-th GPU.
+            RANK=str(rank if world_size > 1 else 0),
+            WORLD_SIZE=str(world_size),
+            LOCAL_RANK=str(rank),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            OMP_NUM_THREADS=str(options.threads or max(1, len(own))),
         )
-
-    def start(self, steps: int) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-
-    def seconds(self) -> float:
-        """The seconds of one of the steps, once they are made."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"error: a process of the benchmark ended ({self.process.wait()})")
-        return float(line)
-
-    def end(self) -> None:
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 def together(workers: list[Worker], steps: int) -> float:
     """The seconds of a step of the slowest, when all run at the same time."""
     for worker in workers:
-        worker.start(steps)
+        worker.tell(str(steps))
     return max([worker.seconds() for worker in workers])
 
 
@@ -232,21 +199,19 @@ def table(result: dict[str, Any]) -> str:
 
 
 def work() -> None:
-    options = argparse.Namespace(**json.loads(os.environ["TETDIST_BENCH"]))
+    options = options_told()
     os.sched_setaffinity(0, options.cores)
     from tetdist.distributed.world import join
 
     with join(options.device) as world:
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints
             step, _ = training_step(options, world)
-        for line in sys.stdin:
-            steps = int(line)
-            started = time.perf_counter()
-            for _ in range(steps):
-                with contextlib.redirect_stdout(sys.stderr):
-                    step()
-                wait(world.device.type)
-            print((time.perf_counter() - started) / steps, flush=True)
+
+        def one() -> None:
+            step()
+            wait(world.device.type)
+
+        answer(one)
 
 
 def training_step(
