@@ -1,9 +1,10 @@
 """A real Slurm cluster on one machine, for as long as the tests run.
 
-Every node is a process tree in a network namespace of its own, with its own address, host name,
-loopback and /etc/hosts, so that an address which only works on one host fails here as it fails on
-a real cluster. As on Debian, a node's own name leads to its loopback, 127.0.1.1. Files are shared.
-Accounting is on: a database, its daemon, and so `sacct`.
+Every node is a process tree in namespaces of its own. It has its own address, host name, loopback
+and /etc/hosts, so that an address which only works on one host fails here as it fails on a real
+cluster. It has its own process ids and boot id, so that what only works among processes of one
+host, such as memory that they share, fails as well. As on Debian, a node's own name leads to its
+loopback, 127.0.1.1. Files are shared. Accounting is on: a database, its daemon, and so `sacct`.
 
 The daemons run in the foreground, as children of this process, and die with it. The namespaces have
 no names: they, and the network cables into them, vanish with their last process.
@@ -20,6 +21,7 @@ import signal
 import socket
 import subprocess
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -38,7 +40,7 @@ PACKAGES = {
 }
 
 GRACE = 8  # seconds between preemption's warning and its end, in the partition main
-KILL_WAIT = 5  # seconds between SIGTERM and SIGKILL
+KILL_WAIT = 15  # seconds between SIGTERM and SIGKILL; Slurm's default is 30
 
 
 def obstacle() -> str | None:
@@ -74,8 +76,11 @@ class Cluster:
         self.folder = folder  # of everything that the cluster writes
         self.nodes = [f"node{i + 1}" for i in range(nodes)]
         self.conf = folder / "slurm.conf"
+        # With this one, commands find the same cluster as one that has no accounting.
+        self.conf_without_accounting = folder / "slurm-without-accounting.conf"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._namespaces: dict[str, str] = {}
+        self._crashed: set[str] = set()
         # Two of these at once must not meet: names and addresses from the number of this process.
         number = os.getpid() % (250 * 250)
         self._bridge = f"tet{os.getpid()}-"  # of a device's name, 15 characters are allowed
@@ -119,7 +124,7 @@ class Cluster:
         # The controller before the nodes, or it would see them failing.
         self._end("slurmctld")
         for node in self.nodes:
-            self.crash(node)
+            self._kill_all(node)
         for name in ("slurmdbd", "mariadbd", "munged"):
             self._end(name)
         for process in self._daemons.values():  # a node whose start failed half-way
@@ -137,8 +142,25 @@ class Cluster:
             self.run("scancel", "--user=root")
             wait_until(lambda: not self.squeue(), "an empty queue", 60)
 
+    def stop_controller(self) -> None:
+        """End the controller, as before an update; jobs run on, and no command is answered."""
+        self._end("slurmctld")
+
+    def start_controller(self) -> None:
+        """Start the controller again, with what it knew."""
+        self._run("slurmctld", "-D")
+        wait_until(lambda: self._answers("scontrol", "ping"), "slurmctld")
+
     def crash(self, node: str) -> None:
-        """Kill all that runs on a node, at once and without telling anybody, as a power cut."""
+        """End all that runs on a node, at once and without telling anybody, as a power cut."""
+        # Otherwise the kernel would close the connections of the processes that are killed.
+        cable = self._cable(node)
+        if cable in self.devices():
+            output("ip", "link", "set", cable, "down")
+        self._kill_all(node)
+        self._crashed.add(node)
+
+    def _kill_all(self, node: str) -> None:
         end = time.monotonic() + 10
         while pids := self.processes_of(node):
             for pid in pids:
@@ -196,6 +218,20 @@ class Cluster:
         # Without their children: one that is about to become another program has the same line.
         return [pid for pid, parent in found.items() if parent not in found]
 
+    def task(self, rank: int) -> int:
+        """The process of a rank, where a single job trains."""
+        tasks = [pid for node in self.nodes for pid in self.tasks_of(node)]
+        word = f"SLURM_PROCID={rank}".encode()
+        (found,) = [
+            p for p in tasks if word in Path(f"/proc/{p}/environ").read_bytes().split(b"\0")
+        ]
+        return found
+
+    def sharing_memory(self) -> list[bool]:
+        """Of each training process, whether it averages through memory that it shares."""
+        tasks = [pid for node in self.nodes for pid in self.tasks_of(node)]
+        return ["memfd:tetdist" in Path(f"/proc/{pid}/maps").read_text() for pid in tasks]
+
     def leftovers(self) -> list[str]:
         """The command lines of jobs' processes on all nodes: everything but the daemons."""
         lines: list[str] = []
@@ -205,8 +241,8 @@ class Cluster:
                     line = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
                 except OSError:
                     continue
-                daemon = self._daemons[node].pid
-                if pid != daemon and "slurmd" not in line.split(" ")[0]:
+                program = line.split(" ")[0]
+                if program != "unshare" and "slurmd" not in program:
                     lines.append(f"{node}: {line}")
         return lines
 
@@ -296,6 +332,8 @@ class Cluster:
             "PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF\n",
         ]
         self.conf.write_text("".join(lines))
+        without = [line for line in lines if not line.startswith("Accounting")]
+        self.conf_without_accounting.write_text("".join(without))
 
         accounting = {
             "DbdHost": host,
@@ -344,19 +382,25 @@ class Cluster:
 
         wait_until(listens, "the database")
 
+    def _cable(self, node: str) -> str:
+        """The device by which a node hangs on the bridge."""
+        return f"{self._bridge}{node[-1]}"
+
     def _start_node(self, node: str) -> None:
         """A node: first its namespaces, then its cable, then its daemon in them."""
+        (self.folder / f"boot-{node}").write_text(f"{uuid.uuid4()}\n")
         script = f"""
             hostname {node} && ip link set lo up &&
+            mount --bind {self.folder}/boot-{node} /proc/sys/kernel/random/boot_id &&
             mount --bind {self.folder}/hosts-{node} /etc/hosts &&
             mount --bind {self.folder}/nothing /etc/resolv.conf &&
             echo ready >{self.folder}/ready-{node} && read -r _ && exec slurmd -D </dev/null"""
-        process = self._run(
-            "unshare", "--net", "--uts", "--mount", "sh", "-c", script, name=node, talk=True
-        )
+        process = self._run("unshare", "--net", "--uts", "--mount", "--pid", "--fork",
+                            "--mount-proc", "--kill-child", "sh", "-c", script,
+                            name=node, talk=True)  # fmt: skip
         wait_until((self.folder / f"ready-{node}").exists, f"namespaces of {node}")
         self._namespaces[node] = str(Path(f"/proc/{process.pid}/ns/net").readlink())
-        cable, number = f"{self._bridge}{node[-1]}", self.nodes.index(node) + 11
+        cable, number = self._cable(node), self.nodes.index(node) + 11
         output("ip", "link", "add", cable, "type", "veth",
                "peer", "name", "eth0", "netns", str(process.pid))  # fmt: skip
         output("ip", "link", "set", cable, "master", self._bridge, "up")
@@ -396,6 +440,8 @@ class Cluster:
 
     def _answers(self, *command: str) -> bool:
         for name, process in self._daemons.items():
+            if name in self._crashed:
+                continue
             assert process.poll() is None, f"{name} has ended; see {self.folder}/log"
         done = subprocess.run(command, env=os.environ | self.env, capture_output=True, timeout=20)
         return done.returncode == 0 and b"DOWN" not in done.stdout

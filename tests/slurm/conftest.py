@@ -11,6 +11,8 @@ import tiny
 from cluster import Cluster
 from runs import Launcher, Run
 
+from tetdist.cli import slurm
+
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -51,7 +53,11 @@ def launcher(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Laun
 @pytest.fixture(scope="session")
 def straight(launcher: Launcher) -> Run:
     """The run that nobody disturbs."""
-    return launcher("straight", "--follow")
+    run = launcher("straight")
+    run.wait_for_step(1)
+    run.sharing_memory = run.cluster.sharing_memory()
+    assert slurm.main(["status", str(run.path), "--follow"]) == 0
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ disturbance did hit the run in mid-training.
 
 import json
 import sqlite3
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,16 @@ def write_config(file: Path, root: Path, runs_dir: Path) -> None:
 
 @dataclass
 class Run:
-    """A submitted run, as seen from outside."""
+    """A submitted run, as seen from outside.
+
+    Attributes:
+        sharing_memory: Of each of its processes, whether it averages through memory that it shares;
+            empty where nobody looked.
+    """
 
     cluster: Cluster
     path: Path
+    sharing_memory: list[bool] = field(default_factory=list)
 
     @property
     def job(self) -> str:
@@ -96,7 +102,7 @@ class Run:
         return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
     def wait_for_step(self, step: int) -> None:
-        wait_until(lambda: self.logged_step >= step, f"step {step} of {self.path}\n{self.log}", 90)
+        wait_until(lambda: self.logged_step >= step, f"step {step} of {self.path}\n{self.log}", 180)
         assert self.logged_step < LAST_STEP, "too late to disturb it"
 
     def wait_for_start(self, number: int) -> None:
