@@ -7,8 +7,11 @@ by TETDIST_COMMAND, to load nothing ahead. That is why this module is outside th
 
 import importlib
 import os
+import select
 import signal
 import sys
+from collections.abc import Callable
+from typing import TextIO
 
 COMMANDS = {
     "train": "train a network; the same command continues a stopped run",
@@ -30,7 +33,10 @@ COMMANDS = {
 
 def main() -> int:
     """Run ``tetdist COMMAND ...``; its exit status."""
-    name, *arguments = sys.argv[1:] or ["--help"]
+    return _answer_while_read(lambda: _main(*(sys.argv[1:] or ["--help"])))
+
+
+def _main(name: str, *arguments: str) -> int:
     name = name.replace("-", "_") if not name.startswith("-") else name
     if name in ("-h", "--help"):
         print("usage: tetdist COMMAND ...   (tetdist COMMAND --help says more)\n")
@@ -40,15 +46,51 @@ def main() -> int:
         known = ", ".join(COMMANDS)
         print(f"error: there is no command {name!r}; there are {known}", file=sys.stderr)
         return 2
-    return run(name, arguments)
+    return _run(name, list(arguments))
 
 
 def run(name: str, arguments: list[str] | None = None) -> int:
     """Run the command in tetdist/cli/NAME.py with ``arguments``, or ``sys.argv``'s.
 
     Returns:
-        Its exit status.
+        Its exit status; 141, as a shell says it, when what reads its output has ended.
     """
+    return _answer_while_read(lambda: _run(name, arguments))
+
+
+def _answer_while_read(command: Callable[[], int]) -> int:
+    """Carry out a command, which ends silently if its output is no longer read: ``... | head``."""
+    try:
+        try:
+            status = command()
+        except SystemExit as ended:  # argparse's, after --help as well
+            if isinstance(ended.code, str):
+                raise
+            status = ended.code or 0
+        if sys.stdout is not None:
+            # Python itself would do so later, where nobody could see that it fails.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+        if not unread:
+            raise  # another pipe is broken, and that is a fault
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in unread:
+            os.dup2(nowhere, stream.fileno())
+        return 128 + signal.SIGPIPE
+    return status
+
+
+def _is_unread(stream: TextIO | None) -> bool:
+    """Whether what reads a stream, as the other end of a pipe, has gone."""
+    if stream is None:
+        return False
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _run(name: str, arguments: list[str] | None) -> int:
     os.environ["TETDIST_COMMAND"] = name
     # Threads that spin while they wait for each other take the cores from those that decode images;
     # on a busy machine that cost a factor of three.

@@ -1,0 +1,38 @@
+"""What every command does, whichever it is: tetdist_command.py."""
+
+import os
+import subprocess
+
+import pytest
+import tiny
+
+import tetdist_command
+
+
+@pytest.mark.parametrize(
+    "command", [("-m", "tetdist_command", "--help"), (tiny.TRAIN, "--explain")]
+)
+def test_output_that_nobody_reads_is_no_fault(command: tuple[object, ...]) -> None:
+    """As in `... | head`, when head has seen enough."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            tiny.python(*command),
+            cwd=tiny.PROJECT,
+            env=tiny.clean_environment(),
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_pipe_that_breaks_is_a_fault() -> None:
+    def command() -> int:
+        raise BrokenPipeError("of a process that reads images")
+
+    with pytest.raises(BrokenPipeError, match="reads images"):
+        tetdist_command._answer_while_read(command)
