@@ -477,6 +477,44 @@ def test_a_killed_run_is_caught_up(store: Store, tmp_path: Path) -> None:
     assert set(Counter((line["kind"], line["step"]) for line in lines).values()) == {1}
 
 
+def test_steps_computed_again_have_their_new_values(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at step 6 after a checkpoint of step 2; only the speed comes out another."""
+    monkeypatch.setitem(sys.modules, "mlflow.system_metrics.system_metrics_monitor", None)
+    run_dir = tmp_path / "run"
+
+    def train(tracker: Tracker, first: int, last: int, speed: float) -> None:
+        tracker.enter_phase(1)
+        for step in range(first, last + 1):
+            values = {"loss": math.inf if step == 4 else math.nan if step == 5 else float(step)}
+            tracker.log("train", step, values | {"samples_per_s": speed + step, "phase": 1})
+
+    def newest(run: str, key: str) -> dict[int, float]:
+        found = sorted(store.client.get_metric_history(run, key), key=lambda m: m.timestamp)
+        return {metric.step: metric.value for metric in found}
+
+    tracker = store.open(run_dir, phases=PHASES)
+    train(tracker, 1, 6, 100.0)
+    tracker.close("RUNNING")  # all that a killed process could have sent
+    tracker = store.open(run_dir, 2, phases=PHASES)
+    train(tracker, 3, 8, 200.0)
+    tracker.close("FINISHED")
+    # Nothing is sent a third time.
+    store.open(run_dir, 8, phases=PHASES).close("FINISHED")
+
+    speeds = {step: (100.0 if step <= 2 else 200.0) + step for step in range(1, 9)}
+    runs = [store.run(run_dir), *store.phases(run_dir)]
+    assert len(runs) == 2
+    for run in (run.info.run_id for run in runs):
+        assert newest(run, "train/samples_per_s") == speeds
+        rates = store.client.get_metric_history(run, "train/samples_per_s")
+        assert Counter(metric.step for metric in rates) == Counter([*range(1, 9), 3, 4, 5, 6])
+        losses = store.client.get_metric_history(run, "train/loss")
+        assert sorted(metric.step for metric in losses) == list(range(1, 9))
+    assert runs[0].data.metrics["train/samples_per_s"] == 208.0
+
+
 def test_a_run_that_mlflow_forgot_is_sent_anew(
     store: Store, empty_store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,6 +7,10 @@ In MLflow a value is called `kind/key` and stands at its optimiser step. A list 
 timestep, counted from 1 (`per_timestep_top1` of an evaluation: `val/top1_t1`, `val/top1_t2`, ...),
 a dict one an entry (`val/firing_rate/layer1.0.sn1`). Text stays in the file.
 
+Steps that a run computes again, since it was killed after its last checkpoint, MLflow may have
+already. It takes nothing back, so a value that has become another, as samples_per_s does, is sent
+once more, and the newest of a step counts; what is the same stands there once.
+
 A run of several phases has a child run a phase below it in MLflow, with the phase's parameters and
 those points whose lines say `"phase": N`. The run itself has all points.
 """
@@ -15,6 +19,7 @@ import contextlib
 import getpass
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -100,6 +105,8 @@ class MLflowFollower:
         self.status: Status = "RUNNING"
         self.closing = threading.Event()
 
+        # What MLflow had, of each of its runs, before this process sent anything: see `_Receiver`.
+        self.had: dict[str, dict[str, int]] = {}
         self.sent = 0  # lines of the file that MLflow has
         self.complete = False
         self.trouble = ""
@@ -177,9 +184,24 @@ class _Receiver:
             kind = metric.key.partition("/")[0]
             self.have[kind] = max(metric.step, self.have.get(kind, -1))
         self.batch: list[Any] = []
+        self._newest: dict[str, dict[int, tuple[int, float]]] = {}
 
     def lacks(self, line: dict[str, Any]) -> bool:
         return line["step"] > self.have.get(line["kind"], -1)
+
+    def changed(self, points: Sequence[Any], client: Any) -> list[Any]:
+        """The points whose values differ from the newest ones that MLflow has of their steps."""
+        return [p for p in points if _stored(p.value) != self._value(p.key, p.step, client)]
+
+    def _value(self, key: str, step: int, client: Any) -> float | str | None:
+        if key not in self._newest:
+            newest: dict[int, tuple[int, float]] = {}
+            for metric in client.get_metric_history(self.run_id, key):
+                entry = metric.timestamp, metric.value
+                newest[metric.step] = max(newest.get(metric.step, entry), entry)
+            self._newest[key] = newest
+        known = self._newest[key].get(step)
+        return None if known is None else _stored(known[1])
 
 
 class _Session:
@@ -340,12 +362,14 @@ class _Session:
                 for name, value in _points(line)
             ]
             for receiver in receivers:
-                if not receiver.lacks(line):
-                    continue
                 # A line goes whole, because what MLflow has is asked by step.
-                if len(receiver.batch) + len(points) > BATCH:
+                missing = points
+                if not receiver.lacks(line):
+                    again = self._is_computed_again(line, receiver)
+                    missing = receiver.changed(points, self._client) if again else []
+                if len(receiver.batch) + len(missing) > BATCH:
                     self._send_batches()
-                receiver.batch += points
+                receiver.batch += missing
             self._lines += 1
         self._send_batches()
 
@@ -354,6 +378,12 @@ class _Session:
             entities = [mlflow.entities.RunTag(_allowed(key), tags[key]) for key in tags]
             self._client.log_batch(self._run_id, tags=entities)
             self._tags = tags
+
+    def _is_computed_again(self, line: dict[str, Any], receiver: _Receiver) -> bool:
+        """Whether this process computed a step that MLflow has from an earlier one."""
+        resumed, had = self._follower.run.resume_step, self._follower.had
+        earlier = had.setdefault(receiver.run_id, dict(receiver.have))
+        return resumed is not None and resumed < line["step"] <= earlier.get(line["kind"], -1)
 
     def _send_batches(self) -> None:
         for receiver in (self._run, *self._phases.values()):
@@ -580,6 +610,13 @@ def _points(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
         for name, item in pairs:
             if isinstance(item, int | float):
                 yield _allowed(name), float(item)
+
+
+def _stored(value: float) -> float | str:
+    """A value as MLflow stores it, made comparable."""
+    if math.isnan(value):
+        return "NaN"
+    return max(-sys.float_info.max, min(sys.float_info.max, value))
 
 
 def _allowed(name: str) -> str:
