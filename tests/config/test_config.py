@@ -348,6 +348,18 @@ def test_aliases_are_the_written_names(tiny_config: ConfigWriter) -> None:
     assert {"batch.global", "loss.lambda", "phases.N.optimizer.lr"} <= documented_keys().keys()
 
 
+@pytest.mark.parametrize("name", ["100%", "a b", "a\nb", "-x", ".x", "größe", "a;b", "'quoted'"])
+def test_name_of_a_new_run_is_sound_and_earlier_ones_stay_readable(
+    tiny_config: ConfigWriter, tmp_path: Path, name: str
+) -> None:
+    file = tiny_config({"name": name})
+    with pytest.raises(UserError, match=r"^name: .* must be of letters .A to Z., digits") as caught:
+        load(str(file))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "runs" / name).mkdir(parents=True)
+    assert load(str(file)).name == configuration.load_written(file).name == name
+
+
 def test_name_is_by_default_that_of_the_file(tiny_config: ConfigWriter) -> None:
     assert load(str(tiny_config())).name == "tiny"
 

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any, assert_never
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 def check(config: RunConfig) -> None:
     """Refuse contradictions between keys that are each fine on their own."""
+    # Runs of earlier versions may have any name that a folder can have, and stay readable.
     if "/" in config.name or config.name in ("", ".", ".."):
         raise UserError(f"name: {config.name!r} is not the name of a folder")
     batch = config.batch
@@ -64,6 +66,16 @@ def check(config: RunConfig) -> None:
                 f"phases.{i}.warmup_epochs: {phase.warmup_epochs} must be below the phase's "
                 f"{counted(phase.epochs, 'epoch')}"
             )
+
+
+def check_name(config: RunConfig) -> None:
+    """Refuse the name of a new run that a shell or Slurm would take for something else."""
+    is_sound = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.name)
+    if not is_sound and not config.run_dir.is_dir():
+        raise UserError(
+            f"name: {config.name!r} must be of letters (A to Z), digits and any of . _ -, and must "
+            "not begin with . or -; give the run such a name=..."
+        )
 
 
 def _check_model(config: RunConfig) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pydantic
 
-from tetdist.config.checks import check, warn_without_effect
+from tetdist.config.checks import check, check_name, warn_without_effect
 from tetdist.config.messages import sentences
 from tetdist.config.overrides import apply_override, refuse_repeated
 from tetdist.config.schema import RunConfig
@@ -63,7 +63,9 @@ def load(name: str, overrides: Sequence[str] = (), imports: Sequence[str | Path]
     given = next((one for one in overrides if one.startswith("imports")), path)
     raw["imports"] = [str(Path(one).absolute()) for one in [*_imports(raw, given), *imports]]
     import_files(raw["imports"])
-    return parse(raw, str(path), overrides=overrides)
+    config = parse(raw, str(path), overrides=overrides)
+    check_name(config)
+    return config
 
 
 def load_written(path: Path) -> RunConfig:

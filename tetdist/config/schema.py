@@ -312,7 +312,8 @@ class TrackingSection(Section):
 
 class RunConfig(Section):
     name: str
-    """Of the run and its folder; a file without it gives its own."""
+    """Of the run and its folder, of letters, digits and any of . _ -; a file without it gives its
+    own."""
     imports: tuple[str, ...] = ()
     """Python files of your own, beside the configuration, that register models, neurons, losses,
     optimisers, transforms or trackers; docs/extending.md. --import FILE adds one."""

@@ -55,6 +55,13 @@ def prepare(
     Raises:
         UserError: One of them is not right.
     """
+    folder = config.run_dir.absolute()
+    if set("%\\\n") & set(str(folder)):
+        raise UserError(
+            f"the folder of the run, {str(folder)!r}, has a %, a backslash or a new line in it, "
+            "which mean something else in Slurm's names of logs; choose another runs_dir=... or "
+            "name=..."
+        )
     if not after:
         _check_inputs(config)
     if config.tracking_uri is not None:
@@ -150,11 +157,19 @@ def sweep_names(name: str, sweep: list[str]) -> list[str]:
     names: list[str] = []
     for overrides in combinations(sweep):
         pairs = [override.split("=", 1) for override in overrides]
-        parts = [f"{k.split('.')[-1]}-{v}".replace("/", "-") for k, v in pairs if k in varied]
+        parts = [f"{k.split('.')[-1]}-{_as_name(v)}" for k, v in pairs if k in varied]
         names.append("_".join([name, *parts]))
     if len(set(names)) < len(names):
-        raise UserError("--sweep: two of its runs are the same; name each value once")
+        raise UserError(
+            "--sweep: two of its runs are the same, or differ in signs that no name has; name each "
+            "value once"
+        )
     return names
+
+
+def _as_name(value: str) -> str:
+    """A value as a part of a name: ``[0.1,1]`` as ``0.1-1``."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", value.strip("[]{}'\" "))
 
 
 # --- submission -----------------------------------------------------------------------------------
