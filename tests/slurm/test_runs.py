@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -21,6 +22,7 @@ from runs import (
 )
 
 from tetdist.cli import slurm
+from tetdist.tracking import mlflow_follower
 
 # Where pytest runs several processes, these have a cluster of their own.
 second_cluster = pytest.mark.xdist_group("second-slurm")
@@ -33,12 +35,41 @@ def preempt(cluster: Cluster, run: Run) -> None:
                 "--output=/dev/null", "--wrap", "true")  # fmt: skip
 
 
-def test_submitted_to_finished(straight: Run) -> None:
+def test_submitted_to_finished(
+    launcher: Launcher, straight: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert straight.logged_step == LAST_STEP
     assert [event.kind for event in straight.history] == ["submitted", "started", "finished"]
     tags = assert_mlflow_has(straight)
     assert (tags["slurm_job"], tags["restarts"]) == (straight.job, "0")
     straight.cluster.wait_until_clean()
+    # Nothing is left to do, and no job has to wait in the queue to find that out.
+    environment = (straight.path / "environment.json").read_text()
+    assert slurm.main(["--config", str(launcher.config), "name=straight"]) == 2
+    said = capfd.readouterr().err
+    assert f"straight is finished, at step {LAST_STEP}; `python tools/eval.py --checkpoint" in said
+    assert [event.kind for event in straight.history] == ["submitted", "started", "finished"]
+    assert (straight.path / "environment.json").read_text() == environment
+
+
+def test_processes_on_two_nodes_average_over_the_network(straight: Run) -> None:
+    assert straight.sharing_memory == [False] * 4
+
+
+@pytest.mark.long
+@second_cluster
+def test_processes_on_one_node_average_through_memory(
+    launcher: Launcher, straight: Run, cluster: Cluster
+) -> None:
+    run = launcher("on-one-node", "--nodes", "1", "cluster.tasks_per_node=4", "max_steps=40")
+    run.wait_for_step(1)
+    assert cluster.sharing_memory() == [True] * 4
+    run.wait_for("finished")
+    ours, theirs = (
+        [line["loss"] for line in tiny.metrics(each.path, "train")][:10] for each in (run, straight)
+    )
+    # gloo sums in another order, which after some steps makes a spike appear or disappear.
+    assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 @pytest.mark.long
@@ -80,7 +111,7 @@ def test_warned_and_started_once_more(
 def test_preempted_requeued_cancelled_resumed(
     launcher: Launcher, straight: Run, cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = launcher("badly treated")
+    run = launcher("badly-treated")
     run.wait_for_step(STEPS_PER_EPOCH + 5)
     preempt(cluster, run)
     run.wait_for_start(2)
@@ -201,6 +232,64 @@ def test_submitted_twice_and_cancelled_in_the_queue(
     assert "error: Slurm refuses the job: " in capfd.readouterr().err
 
 
+def test_two_submissions_at_once_are_one_run(
+    launcher: Launcher,
+    cluster: Cluster,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The second comes when the first is about to make its run in MLflow."""
+    name = "twice-at-once"
+    arguments = ["--config", str(launcher.config), f"name={name}", "cluster.sbatch.hold=true"]
+    create_run = mlflow_follower._create_run
+    others: list[int] = []
+
+    def submit_another_first(*args: Any, **kwargs: Any) -> Any:
+        if not others:
+            others.append(0)
+            others[0] = slurm.main(arguments)
+        return create_run(*args, **kwargs)
+
+    monkeypatch.setattr(mlflow_follower, "_create_run", submit_another_first)
+    assert slurm.main(arguments) == 0
+    assert others == [2]
+    assert "is being submitted by another command" in capfd.readouterr().err
+    run = Run(cluster, launcher.runs_dir / name)
+    assert mlflow_status(run) == "SCHEDULED"  # of the only run of this name
+    assert [line.split()[0] for line in cluster.squeue()] == [run.job]
+
+
+def test_without_accounting(
+    launcher: Launcher,
+    straight: Run,
+    cluster: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(cluster.conf_without_accounting))
+
+    def status(path: Path) -> str:
+        capsys.readouterr()
+        assert slurm.main(["status", str(path)]) == 0
+        return capsys.readouterr().out.splitlines()[0]
+
+    # The controller remembers a job for some minutes.
+    run = held(launcher, "cancelled-in-the-queue")
+    cluster.run("scancel", run.job)
+    assert re.search(rf"job {run.job} CANCELLED \(exit status 0:", status(run.path))
+    # Then there is the run's folder.
+    later = Path(shutil.copytree(straight.path, tmp_path / "later"))
+    for file in (later / "slurm" / "history.jsonl", later / "slurm/submission-1/submission.json"):
+        text = file.read_text().replace(f'"{straight.job}"', '"999999"')
+        file.write_text(text.replace(str(straight.path), str(later)))
+    assert "job 999999 COMPLETED (by the run's own history, 20" in status(later)
+    history = later / "slurm" / "history.jsonl"
+    history.write_text(history.read_text().splitlines(keepends=True)[0])
+    expected = "job 999999 unknown (Slurm does not know the job any more, and it did not start)"
+    assert expected in status(later)
+
+
 FAULT = """
 if os.environ.get("RANK") == "2":
     _sound_step = Trainer._train_step
@@ -287,6 +376,9 @@ def test_sweep_is_an_array_with_one_parent(
     assert all(f"job {run.job} " in said for run in swept)
     assert slurm.main(["resume", str(launcher.runs_dir / "swept_sweep")]) == 0
     assert capsys.readouterr().out.count("is finished: nothing to do") == 2
+    # Nor is any of them queued again where the sweep is.
+    assert slurm.main([*arguments, "--sweep", "loss.kind=sdt,tet"]) == 2
+    assert "all 2 runs of the sweep are finished" in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -154,6 +154,24 @@ def test_ended_by_scancel_and_submitted_again_at_once(
     assert re.findall(r"(\w+)-seed0: job", capfd.readouterr().out) == ["first", "second"]
 
 
+def test_cancelled_in_the_queue_where_nobody_remembers_it(
+    study: Callable[..., Study], cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without accounting Slurm forgets a job some minutes after its end."""
+    monkeypatch.setenv("SLURM_CONF", str(cluster.conf_without_accounting))
+    tiny_study = study({"first": {}})
+    assert tiny_study("--slurm", *ON_CPU, *HELD)[0] == 0
+    first = tiny_study.run("first-seed0")
+    cluster.run("scancel", first.job)
+    for job in (first.job, "999999"):
+        file = first.path / "slurm" / "submission-1" / "submission.json"
+        file.write_text(file.read_text().replace(f'"{first.job}"', f'"{job}"'))
+        status, said, errors = tiny_study("--slurm", *ON_CPU, *HELD)
+        assert status == 1, errors
+        assert f"first-seed0: cancelled in the queue, job {job}" in said
+    assert not cluster.squeue()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

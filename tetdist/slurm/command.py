@@ -173,9 +173,10 @@ def submit(options: argparse.Namespace) -> int:
     if options.local:
         return submission.run_here(runs[0])
     after = [run for name in options.after for run in show.find(name)]
-    submissions = submission.submit(runs, _job_name(base.name, runs), after=after)
+    left = submission.unfinished(runs)
+    submissions = submission.submit(left, _job_name(base.name, runs), after=after, sweep=runs)
     print(plan.describe(runs[0].plan, speed))
-    for run, done in zip(runs, submissions, strict=True):
+    for run, done in zip(left, submissions, strict=True):
         submission.log_summary(done, run.config)
     return _follow(runs[0].config.run_dir) if options.follow else 0
 
@@ -233,7 +234,7 @@ def cancel(options: argparse.Namespace) -> int:
     # nobody would note that.
     for run_dir in reversed(show.find(options.run)):
         job = show.submission_of(run_dir)
-        state = jobs.state_of(job.job)
+        state = jobs.state_of(job)
         if not state.is_queued:
             print(f"{run_dir} is not queued: job {job.job} is {state.name} ({state.text})")
             continue

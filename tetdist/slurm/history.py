@@ -21,7 +21,7 @@ from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tetdist.errors import UserError
+from tetdist.errors import UserError, way_out
 from tetdist.files import write_json, write_text
 from tetdist.tracking import mlflow_follower
 
@@ -99,7 +99,7 @@ def next_submission(run_dir: Path) -> Path:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror})") from error
+        raise UserError(f"cannot write to {folder}: {error.strerror}; {way_out(error)}") from error
     return folder
 
 
@@ -186,13 +186,24 @@ def first_failure(log: Path, job: str, restart: int) -> str | None:
 
 @contextmanager
 def submitting(run_dir: Path) -> Iterator[None]:
-    """Let only one program at a time look whether a run is queued, and submit it."""
-    slurm_folder(run_dir).mkdir(parents=True, exist_ok=True)
-    with (slurm_folder(run_dir) / ".lock").open("w") as lock:
+    """Let only one program at a time look whether a run is queued, and submit it or train it here.
+
+    Raises:
+        UserError: Another one does, or the run's folder cannot be written to.
+    """
+    folder = slurm_folder(run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; {way_out(error)}") from error
+    with opened as lock:
         try:
             flock(lock, LOCK_EX | LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{run_dir} is being submitted by another command") from error
+            raise UserError(
+                f"{run_dir} is being submitted by another command, or trained by its --local"
+            ) from error
         yield
 
 

@@ -4,10 +4,13 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import assert_never
 
 from tetdist.errors import UserError, typed
 from tetdist.slurm import history
+from tetdist.slurm.history import Submission
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class State:
 
     Attributes:
         name: RUNNING, PENDING, COMPLETED, FAILED, ... in Slurm's words; ``unknown`` of a job that
-            Slurm has forgotten.
+            Slurm has forgotten, and of which the run's folder does not say how it ended.
         text: The nodes that it runs on, why it waits, or how it ended.
     """
 
@@ -30,26 +33,32 @@ def is_here() -> bool:
     return shutil.which("sbatch") is not None and shutil.which("srun") is not None
 
 
-def state_of(job: str) -> State:
-    """Ask Slurm.
+def state_of(submission: Submission) -> State:
+    """Ask Slurm, or where it has forgotten the job, the run's folder.
 
     Raises:
-        UserError: It does not answer.
+        UserError: Slurm does not answer.
     """
-    return states_of([job])[job]
+    return states_of([submission])[submission.job]
 
 
-def states_of(jobs: Sequence[str]) -> dict[str, State]:
-    """Ask Slurm about several jobs at once, since it serves many.
+def states_of(submissions: Sequence[Submission]) -> dict[str, State]:
+    """The states of several jobs, by their ids; Slurm, which serves many, is asked at once.
 
     Raises:
-        UserError: It does not answer.
+        UserError: Slurm does not answer.
     """
-    if not jobs:
+    if not submissions:
         return {}
+    jobs = [submission.job for submission in submissions]
     states = _in_the_queue(jobs)
     gone = [job for job in jobs if job not in states]
-    return states | (_ended(gone) if gone else {})
+    states |= _by_accounting(gone) if gone else {}
+    for submission in submissions:
+        if submission.job not in states:
+            # Without accounting the controller knows the end of a job for some minutes.
+            states[submission.job] = _by_the_controller(submission.job) or _by_the_run(submission)
+    return states
 
 
 def _in_the_queue(jobs: Sequence[str]) -> dict[str, State]:
@@ -70,15 +79,50 @@ def _in_the_queue(jobs: Sequence[str]) -> dict[str, State]:
     return states
 
 
-def _ended(jobs: Sequence[str]) -> dict[str, State]:
-    unknown = State("unknown", "Slurm does not know the job any more", is_queued=False)
-    states = dict.fromkeys(jobs, unknown)
+def _by_accounting(jobs: Sequence[str]) -> dict[str, State]:
+    states: dict[str, State] = {}
     command = ("sacct", "-X", "-n", "-P", "-j", ",".join(jobs), "-o", "JobID,State,ExitCode,End")
     status, output, _ = _ask(*command)
     for line in output.splitlines() if status == 0 else ():
         job, name, exit_code, end = line.split("|")
         states[job] = State(name.split()[0], f"exit status {exit_code}, {end}", is_queued=False)
     return states
+
+
+def _by_the_controller(job: str) -> State | None:
+    status, output, _ = _ask("scontrol", "show", "job", "--oneliner", job)
+    shown = (
+        dict(word.split("=", 1) for word in output.split() if "=" in word) if status == 0 else {}
+    )
+    if "JobState" not in shown:
+        return None
+    text = f"exit status {shown.get('ExitCode', '?')}, {shown.get('EndTime', '?')}"
+    return State(shown["JobState"], text, is_queued=False)
+
+
+def _by_the_run(submission: Submission) -> State:
+    """What the history of the run says of the end of a job that Slurm does not know any more."""
+    forgotten = "Slurm does not know the job any more"
+    events = [
+        event
+        for event in history.history(Path(submission.run_dir))
+        if event.job == submission.job and event.kind != "submitted"
+    ]
+    if not events:
+        return State("unknown", f"{forgotten}, and it did not start", is_queued=False)
+    last = events[-1]
+    moment = datetime.fromtimestamp(last.time).strftime("%Y-%m-%dT%H:%M:%S")
+    match last.kind:
+        case "finished" | "failed" | "cancelled":
+            name = {"finished": "COMPLETED", "failed": "FAILED", "cancelled": "CANCELLED"}[
+                last.kind
+            ]
+            return State(name, f"by the run's own history, {moment}", is_queued=False)
+        case "submitted" | "started" | "stopped":
+            text = f"{forgotten}; by the run's own history {last.kind} {moment}"
+            return State("unknown", text, is_queued=False)
+        case other:
+            assert_never(other)
 
 
 def refuse_if_queued(run_dir: Path) -> None:
@@ -90,7 +134,7 @@ def refuse_if_queued(run_dir: Path) -> None:
     submission = history.newest_submission(run_dir)
     if submission is None or submission.job == history.LOCAL:
         return
-    state = state_of(submission.job)
+    state = state_of(submission)
     if state.is_queued:
         raise UserError(
             f"{run_dir} is queued already, as job {submission.job} ({state.name}): watch it with "

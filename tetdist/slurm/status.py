@@ -46,7 +46,7 @@ def describe(run_dir: Path) -> str:
     submission = submission_of(run_dir)
     is_local = submission.job == history.LOCAL
     state = State("local", "not a job of Slurm", False) if is_local else None
-    state = state or jobs.state_of(submission.job)
+    state = state or jobs.state_of(submission)
     events = history.history(run_dir)
     lines = [f"{run_dir}: job {submission.job} {state.name} ({state.text})"]
     lines.append("  " + progress(run_dir, submission, state))
@@ -112,7 +112,7 @@ def follow(run_dir: Path) -> int:
     state = State("", "", True)
     while state.is_queued:
         if time.monotonic() - asked >= ASK_EVERY:
-            state, asked = jobs.state_of(submission.job), time.monotonic()
+            state, asked = jobs.state_of(submission), time.monotonic()
             if state.name != shown:
                 print(f"--- job {submission.job} is {state.name} ({state.text})")
                 shown = state.name

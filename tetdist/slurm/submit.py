@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -27,7 +26,7 @@ from tetdist.slurm.jobs import is_here, refuse_if_queued, states_of
 from tetdist.slurm.plan import Plan
 from tetdist.tracking import mlflow_follower
 from tetdist.tracking.mlflow_store import check_store
-from tetdist.training.run_folder import RunFolder
+from tetdist.training.run_folder import RunFolder, is_trained
 from tetdist.training.setup import make_model, open_data
 
 
@@ -175,8 +174,34 @@ def _as_name(value: str) -> str:
 # --- submission -----------------------------------------------------------------------------------
 
 
+def unfinished(runs: list[Prepared]) -> list[Prepared]:
+    """The runs with something left to do; the job of another would wait in the queue for nothing.
+
+    Raises:
+        UserError: There is none.
+    """
+    left = [run for run in runs if not is_trained(run.config)]
+    if not left:
+        folder = runs[0].config.run_dir
+        is_finished = f"{folder} is finished, at step {runs[0].plan.last_step}"
+        if len(runs) > 1:
+            is_finished = f"all {len(runs)} runs of the sweep are finished; {folder} is one"
+        raise UserError(
+            f"{is_finished}; `{typed('eval', '--checkpoint', folder)}` evaluates it, and another "
+            "name=... trains anew"
+        )
+    for run in runs:
+        if run not in left:
+            print(f"{run.config.run_dir} is finished: nothing to do")
+    return left
+
+
 def submit(
-    runs: list[Prepared], name: str, code: Path | None = None, after: Sequence[Path] = ()
+    runs: list[Prepared],
+    name: str,
+    code: Path | None = None,
+    after: Sequence[Path] = (),
+    sweep: Sequence[Prepared] = (),
 ) -> list[Submission]:
     """Queue one run, or several as an array; returns what was submitted.
 
@@ -185,6 +210,7 @@ def submit(
         name: The job's name; for several runs, also that of the MLflow run above them.
         code: Run this copy of the code, say of an earlier submission, instead of a new one.
         after: Folders of runs that have to be finished first.
+        sweep: All runs of the sweep that these belong to, if they do.
 
     Raises:
         UserError: A run is queued already or its folder is in use, one of ``after`` will not be
@@ -196,51 +222,50 @@ def submit(
             "--dry-run to look at the job, or --local N to train here"
         )
     depends_on = jobs_to_wait_for(after)
-    for run in runs:
-        refuse_if_queued(run.config.run_dir)
-        _claim(run)
-    parent = _announce_parent(runs, name) if len(runs) > 1 else None
-    folder = history.next_submission(_home(runs, name))
+    with ExitStack() as locks:
+        # Whoever else submits one of these runs meanwhile is refused before MLflow hears of it.
+        for run in runs:
+            locks.enter_context(history.submitting(run.config.run_dir))
+        for run in runs:
+            refuse_if_queued(run.config.run_dir)
+            _claim(run)
+        return _submit(runs, name, code, after, depends_on, sweep)
+
+
+def _submit(
+    runs: list[Prepared],
+    name: str,
+    code: Path | None,
+    after: Sequence[Path],
+    depends_on: Sequence[str],
+    sweep: Sequence[Prepared],
+) -> list[Submission]:
+    """Submit runs whose folders are locked."""
+    home = _home(sweep or runs, name)
+    parent = _announce_parent(sweep, home, name) if len(sweep) > 1 else None
+    folder = history.next_submission(home)
     code = code or copy_code(folder / "code")
     jobs: list[Job] = []
     for run in runs:
         _announce(run, "SCHEDULED", {"mlflow.parentRunId": parent} if parent else {})
         jobs.append(_job(run, folder, code))
-    cluster = runs[0].cluster
-    values = batch.parameters(name, cluster, code, depends_on)
     try:
-        submissions = _submit_once(runs, jobs, values, folder, after)
+        ids = batch.submit(jobs, batch.parameters(name, runs[0].cluster, code, depends_on), folder)
     except UserError:
         for run in runs:
             _announce(run, "KILLED", {})
         raise
+    submissions: list[Submission] = []
+    for run, job, job_id in zip(runs, jobs, ids, strict=True):
+        submission = _submission(run, job, job_id, after)
+        # Written while the lock is held, so that the next program to take it sees this job.
+        history.write_submission(Path(job.config).parent, submission)
+        history.note(run.config.run_dir, JobEvent("submitted", job_id))
+        submissions.append(submission)
+    if len(sweep) > 1:
+        history.write_sweep(folder, [run.config.run_dir for run in sweep])
     for run, submission in zip(runs, submissions, strict=True):
         _announce(run, None, {"slurm_job": submission.job})
-    return submissions
-
-
-def _submit_once(
-    runs: list[Prepared],
-    jobs: list[Job],
-    values: dict[str, Any],
-    folder: Path,
-    after: Sequence[Path],
-) -> list[Submission]:
-    """Submit unless somebody else has just done so."""
-    with ExitStack() as locks:
-        for run in runs:
-            locks.enter_context(history.submitting(run.config.run_dir))
-            refuse_if_queued(run.config.run_dir)
-        ids = batch.submit(jobs, values, folder)
-        submissions: list[Submission] = []
-        for run, job, job_id in zip(runs, jobs, ids, strict=True):
-            submission = _submission(run, job, job_id, after)
-            # Written while the lock is held, so that the next program to take it sees this job.
-            history.write_submission(Path(job.config).parent, submission)
-            history.note(run.config.run_dir, JobEvent("submitted", job_id))
-            submissions.append(submission)
-        if len(runs) > 1:
-            history.write_sweep(folder, [run.config.run_dir for run in runs])
     return submissions
 
 
@@ -251,7 +276,7 @@ def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
         UserError: One will not be finished, because it is not queued.
     """
     submissions = {run: status.submission_of(run) for run in runs}
-    states = states_of([s.job for s in submissions.values() if s.job != history.LOCAL])
+    states = states_of([s for s in submissions.values() if s.job != history.LOCAL])
     jobs: list[str] = []
     for run, submission in submissions.items():
         state = states.get(submission.job)
@@ -265,7 +290,7 @@ def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
     return jobs
 
 
-def _home(runs: list[Prepared], name: str) -> Path:
+def _home(runs: Sequence[Prepared], name: str) -> Path:
     """The folder of the run, or of a sweep."""
     return runs[0].config.run_dir if len(runs) == 1 else Path(runs[0].config.runs_dir) / name
 
@@ -325,10 +350,10 @@ def _announce(run: Prepared, status: str | None, tags: dict[str, str]) -> None:
     history.announce(run.config, status, tags)
 
 
-def _announce_parent(runs: list[Prepared], name: str) -> str | None:
+def _announce_parent(sweep: Sequence[Prepared], home: Path, name: str) -> str | None:
     """Make the run in MLflow below which those of a sweep are shown."""
-    tags = {"sweep": ", ".join(run.config.name for run in runs)}
-    return history.announce_parent(runs[0].config, _home(runs, name), name, tags)
+    tags = {"sweep": ", ".join(run.config.name for run in sweep)}
+    return history.announce_parent(sweep[0].config, home, name, tags)
 
 
 def where_to_look(config: RunConfig) -> str | None:
@@ -400,16 +425,17 @@ def run_here(run: Prepared) -> int:
     """
     from tetdist.slurm import local
 
-    if is_here():
-        refuse_if_queued(run.config.run_dir)
-    _claim(run)
-    folder = history.next_submission(run.config.run_dir)
-    code = copy_code(folder / "code")
-    _announce(run, "SCHEDULED", {})
-    job = _job(run, folder, code)
-    history.write_submission(folder, _submission(run, job, history.LOCAL))
-    history.note(run.config.run_dir, JobEvent("submitted", history.LOCAL))
-    return local.run_here(job, run.cluster.processes)
+    with history.submitting(run.config.run_dir):
+        if is_here():
+            refuse_if_queued(run.config.run_dir)
+        _claim(run)
+        folder = history.next_submission(run.config.run_dir)
+        code = copy_code(folder / "code")
+        _announce(run, "SCHEDULED", {})
+        job = _job(run, folder, code)
+        history.write_submission(folder, _submission(run, job, history.LOCAL))
+        history.note(run.config.run_dir, JobEvent("submitted", history.LOCAL))
+        return local.run_here(job, run.cluster.processes)
 
 
 def config_of(submission: Submission) -> RunConfig:

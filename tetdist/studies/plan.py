@@ -12,7 +12,6 @@ import torch
 import yaml
 from pydantic import Field, ValidationError
 
-from tetdist import checkpoint
 from tetdist.config import identity, loading, messages
 from tetdist.config.loading import CONFIGS_DIR
 from tetdist.config.overrides import apply_override, joined
@@ -22,6 +21,7 @@ from tetdist.distributed.world import World
 from tetdist.errors import UserError, script_of, typed
 from tetdist.tracking import metrics_file
 from tetdist.tracking.mlflow_store import check_store
+from tetdist.training import run_folder
 from tetdist.training.setup import make_model, open_data
 
 STUDIES_DIR = CONFIGS_DIR / "studies"
@@ -315,23 +315,7 @@ def as_text(value: Any) -> str:
 
 def is_trained(run: StudyRun) -> bool:
     """Whether the run has reached its end, and its last checkpoint is of that step."""
-    validations = lines(run, "val")
-    if not validations:
-        return False
-    last = validations[-1]
-    epochs, most = sum(phase.epochs for phase in run.config.phases), run.config.max_steps
-    at_end = last["epoch"] >= epochs or (most is not None and last["step"] >= most)
-    return at_end and _saved_step(run) == last["step"]
-
-
-def _saved_step(run: StudyRun) -> int | None:
-    """The last evaluated step that is in a checkpoint."""
-    checkpoints = run.folder / "checkpoints"
-    try:
-        newest = checkpoints / (checkpoints / "last").read_text().strip()
-        return int(json.loads((newest / checkpoint.STATE_FILE).read_text())["evaluated_step"])
-    except (OSError, ValueError, KeyError):
-        return None
+    return run_folder.is_trained(run.config)
 
 
 def lines(run: StudyRun, kind: str) -> list[dict[str, Any]]:

@@ -134,8 +134,7 @@ def ask(runs: list[StudyRun]) -> dict[StudyRun, Standing]:
     Slurm is asked before their folders are looked at, since a run may end in between.
     """
     submissions = {run: history.newest_submission(run.folder) for run in runs}
-    jobs = [s.job for s in submissions.values() if s is not None and s.job != history.LOCAL]
-    states = states_of(jobs)
+    states = states_of([s for s in submissions.values() if s and s.job != history.LOCAL])
     return {
         run: standing_of(run, submitted, states.get(submitted.job) if submitted else None)
         for run, submitted in submissions.items()
@@ -177,7 +176,7 @@ def standing_of(run: StudyRun, submitted: Submission | None, state: State | None
     if state.name in ("CANCELLED", "unknown") and "started" not in kinds:
         # Most likely it waited for another run and left the queue when that one failed, which is no
         # failure of its own.
-        if submitted.after or state.name == "unknown":
+        if submitted.after:
             return Standing("new", "not submitted")
         return Standing("cancelled", f"cancelled in the queue, job {submitted.job}")
     reason = status.failure_of(events, submitted) or f"{state.name}, {state.text}"

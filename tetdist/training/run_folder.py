@@ -1,6 +1,7 @@
 """``runs/NAME``: who may write there, which run it is of, and its checkpoints."""
 
 import fcntl
+import json
 import logging
 from typing import assert_never
 
@@ -14,7 +15,7 @@ from tetdist.errors import UserError, way_out
 from tetdist.events.splits import recorded_split
 from tetdist.files import write_json, write_text
 from tetdist.plugins import import_files
-from tetdist.tracking import environment
+from tetdist.tracking import environment, metrics_file
 from tetdist.tracking.mlflow_store import check_store
 from tetdist.tracking.trackers import TRACKERS
 
@@ -118,3 +119,30 @@ class RunFolder:
         if name is None or found is not None:
             return found
         return checkpoint.read(self.checkpoints / name)
+
+
+def is_trained(config: RunConfig) -> bool:
+    """Whether the run has reached its end, and its last checkpoint is of that step.
+
+    Raises:
+        UserError: A line of its metrics is damaged.
+    """
+    file = config.run_dir / "metrics.jsonl"
+    lines = metrics_file.read_metrics(file) if file.exists() else []
+    validations = [line for line in lines if line["kind"] == "val"]
+    if not validations:
+        return False
+    last = validations[-1]
+    epochs, most = sum(phase.epochs for phase in config.phases), config.max_steps
+    at_end = last["epoch"] >= epochs or (most is not None and last["step"] >= most)
+    return at_end and _saved_evaluation(config) == last["step"]
+
+
+def _saved_evaluation(config: RunConfig) -> int | None:
+    """The last evaluated step that is in a checkpoint."""
+    checkpoints = config.run_dir / "checkpoints"
+    try:
+        newest = checkpoints / (checkpoints / "last").read_text().strip()
+        return int(json.loads((newest / checkpoint.STATE_FILE).read_text())["evaluated_step"])
+    except (OSError, ValueError, KeyError):
+        return None
