@@ -218,13 +218,12 @@ class Cluster:
         # Without their children: one that is about to become another program has the same line.
         return [pid for pid, parent in found.items() if parent not in found]
 
-    def task(self, rank: int) -> int:
-        """The process of a rank, where a single job trains."""
+    def task(self, job_id: str, rank: int) -> int:
+        """The training process of a rank."""
+        wanted = {f"SLURM_JOB_ID={job_id}".encode(), f"SLURM_PROCID={rank}".encode()}
         tasks = [pid for node in self.nodes for pid in self.tasks_of(node)]
-        word = f"SLURM_PROCID={rank}".encode()
-        (found,) = [
-            p for p in tasks if word in Path(f"/proc/{p}/environ").read_bytes().split(b"\0")
-        ]
+        variables = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in tasks}
+        (found,) = [pid for pid in tasks if wanted <= set(variables[pid])]
         return found
 
     def sharing_memory(self) -> list[bool]:

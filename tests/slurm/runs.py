@@ -113,7 +113,7 @@ class Run:
             120,
         )
 
-    def wait_for(self, kind: str, seconds: float = 120) -> None:
+    def wait_for(self, kind: str, seconds: float = 240) -> None:
         """Until the newest thing that happened to the run is ``kind``, and no job is left."""
 
         def done() -> bool:

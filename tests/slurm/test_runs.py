@@ -158,13 +158,63 @@ def test_preempted_without_grace_and_a_node_crashes(
     run.wait_for_start(2)
     run.wait_for_step(run.restarts[0].step + 15)
     cluster.crash("node2")
-    # Its peers are the first to notice, and wait until Slurm does, here told by an administrator.
+    # Its peers miss it before Slurm does, and must not end the job before that.
     wait_until(lambda: "waiting for Slurm to start the job again" in run.log, "the loss", 60)
-    cluster.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=crashed")
-    run.wait_for("finished", 180)
+    run.wait_for("finished")
     assert len(run.restarts) == 2
     assert "preempted (SIGUSR2)" in run.restarts[0].text
     assert run.restarts[1].text == "a node failed: node2 does not answer; on node1, node3"
+    assert_undisturbed(run, straight)
+
+
+@pytest.mark.long
+@second_cluster
+def test_a_rank_that_is_killed_is_named(
+    launcher: Launcher, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As for want of memory; the others only see that a connection breaks."""
+    run = launcher("killed")
+    for rank in (2, 0):
+        run.wait_for_step(run.logged_step + 5)
+        os.kill(cluster.task(run.job, rank), signal.SIGKILL)
+        run.wait_for("failed")
+        assert cluster.job(run.job)["JobState"] == "FAILED"
+        assert re.match(rf"rank {rank} .*has died or ", run.history[-1].text)
+        capsys.readouterr()
+        assert slurm.main(["status", str(run.path)]) == 0
+        said = capsys.readouterr().out
+        assert re.search(rf"failed +rank \d on node\d:\n +error: rank {rank} .*has died", said), (
+            said
+        )
+        assert "gloo" not in said
+        cluster.wait_until_clean()
+        if rank == 2:
+            assert mlflow_status(run) == "FAILED"
+            assert slurm.main(["resume", str(run.path)]) == 0
+            run.wait_for_start(2)
+
+
+@pytest.mark.long
+@second_cluster
+def test_started_again_when_the_controller_is_back(
+    launcher: Launcher, straight: Run, cluster: Cluster
+) -> None:
+    run = held(launcher, "without-controller")
+    placement = run.path / "slurm/submission-1/code/tetdist/slurm/placement.py"
+    placement.write_text(
+        placement.read_text() + "CONTROLLER_PAUSE = 0.5\nREQUEUE_TIMEOUT = QUESTION_TIMEOUT = 3.0\n"
+    )
+    cluster.run("scontrol", "release", run.job)
+    run.wait_for_step(10)
+    cluster.stop_controller()
+    try:
+        os.kill(cluster.task(run.job, 0), signal.SIGUSR2)
+        wait_until(lambda: "the controller of Slurm does not answer" in run.log, "that", 120)
+    finally:
+        cluster.start_controller()
+    run.wait_for("finished")
+    (restart,) = run.restarts
+    assert restart.text.startswith("SIGUSR2 from outside")
     assert_undisturbed(run, straight)
 
 
@@ -311,7 +361,7 @@ def test_rank_that_raises_ends_the_job(
     trainer = run.path / "slurm/submission-1/code/tetdist/training/trainer.py"
     trainer.write_text(trainer.read_text() + FAULT)
     cluster.run("scontrol", "release", run.job)
-    run.wait_for("failed", 60)
+    run.wait_for("failed")
     job = cluster.job(run.job)
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
     cluster.wait_until_clean()
@@ -334,7 +384,7 @@ def test_configuration_error_is_not_tried_again(
     run = held(launcher, "misconfigured", f"data.root={root}", *one)
     shutil.rmtree(root / "index")
     cluster.run("scontrol", "release", run.job)
-    run.wait_for("failed", 60)
+    run.wait_for("failed")
     job = cluster.job(run.job)
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
     assert run.log.count("error: there is no index") == 1

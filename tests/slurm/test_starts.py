@@ -5,6 +5,7 @@ Slurm's part is played by an object here; test_runs.py has the real one.
 
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +13,7 @@ import pytest
 import tiny
 
 from tetdist.config import loading
-from tetdist.distributed.watchdog import PeerFailed
-from tetdist.errors import UserError
+from tetdist.errors import PeerFailed, UserError
 from tetdist.slurm import history, job
 from tetdist.slurm.history import EventKind, JobEvent
 from tetdist.slurm.job import Job, _Start
@@ -104,6 +104,9 @@ STARTED: tuple[EventKind, int, str] = ("started", 0, "")
         ([STARTED, ("stopped", 3, "SIGTERM from outside")], "requeued", "requeued (SIGTERM)"),
         ([STARTED, ("stopped", 3, "SIGTERM from outside")], None, "SIGTERM from outside"),
         ([STARTED, ("stopped", 3, "SIGUSR2 from outside")], "preempted", "preempted (SIGUSR2)"),
+        # What a process saw of the loss of a node is less than what Slurm knows.
+        ([STARTED, ("failed", 3, "rank 1 has died")], "a node failed", "a node failed"),
+        ([STARTED, ("failed", 3, "rank 1 has died")], None, "rank 1 has died"),
         (
             [STARTED, ("stopped", 3, "SIGUSR2 from outside")],
             "requeued",
@@ -236,3 +239,24 @@ def test_lost_node_is_waited_for(start: Starter, monkeypatch: pytest.MonkeyPatch
     alone._on_failure(ValueError("of this process"))
     assert len(slept) == 2
     assert len(history.history(alone.run_dir)) == 2
+
+
+def test_lost_node_is_waited_for_in_the_watchs_thread_too(
+    start: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There no signal can be handled; the process must not end for that."""
+    slept: list[float] = []
+    monkeypatch.setattr(job.time, "sleep", slept.append)
+    this = start(silent=[["node2"], ["node2"], []])
+    with ThreadPoolExecutor(1) as watch:
+        watch.submit(this._on_failure, PeerFailed("rank 1 has died")).result()
+    assert len(slept) == 2
+    assert kinds(this) == ["stopped", "failed"]
+
+
+def test_rank_1_writes_where_rank_0_has_died(start: Starter) -> None:
+    start(1)._on_failure(PeerFailed("rank 2 has died"))
+    assert kinds(start()) == []
+    start(1, restart=1)._on_failure(PeerFailed("rank 0 has died or cannot be reached"))
+    (event,) = history.history(start().run_dir)
+    assert (event.kind, event.restart) == ("failed", 1)

@@ -7,8 +7,7 @@ import pytest
 import tiny
 
 from tetdist.config.loading import parse
-from tetdist.distributed.watchdog import PeerFailed
-from tetdist.errors import Stopped
+from tetdist.errors import PeerFailed, Stopped
 from tetdist.training import run
 from tetdist.training.run_summary import Launcher
 

@@ -56,6 +56,7 @@ class Watch:
         self._count, self._where, self._ended = 0, "the start", ""
         self._failed = False  # by an error of its own, which it shows itself
         self._closing = threading.Event()
+        self._ending = threading.Event()  # there is a verdict, with which this process ends
         self._threads: list[threading.Thread] = []
         self._answered = time.monotonic()  # when rank 0's store last did
         # Rank 0 keeps of each process its last message, when it came, and when its count changed.
@@ -116,13 +117,8 @@ class Watch:
 
     def _report(self, error: BaseException) -> None:
         """Tell the others of an error of this process only; or learn that theirs is behind it."""
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        if CONNECTION.search(text):
-            with contextlib.suppress(dist.DistError, RuntimeError):
-                self._store.set(_TROUBLE, text)
-            # A thread of this process ends it when there is a verdict; or when rank 0 stays away,
-            # whose store may be gone already, so that the line above failed.
-            self._closing.wait(SILENCE_IN_TROUBLE + 6 * BEAT)
+        self.await_verdict(error)
+        text = _in_one_line(error)
         # This error must be shown before the others' messages.
         traceback.print_exception(error)
         self._failed = True
@@ -130,6 +126,23 @@ class Watch:
             self._store.set(_VERDICT, f"rank {self.world.rank} has failed ({text})")
             # The others need this time to read it: the store may end with this process.
             self._closing.wait(3 * BEAT)
+
+    def await_verdict(self, error: BaseException) -> None:
+        """Wait a moment for the watch to say which process is gone, if ``error`` may be of that.
+
+        What a collective raises then names a connection. With a verdict this process ends, and the
+        call does not return.
+        """
+        text = _in_one_line(error)
+        if not self._threads or isinstance(error, UserError) or not CONNECTION.search(text):
+            return
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            self._store.set(_TROUBLE, text)
+        # There is a verdict also when rank 0 stays away, whose store may be gone already, so that
+        # the line above failed.
+        if self._ending.wait(SILENCE_IN_TROUBLE + 6 * BEAT):
+            # The thread that has it ends the process, perhaps after it has waited for the launcher.
+            threading.Event().wait()
 
     # --- in the threads -----------------------------------------------------------------------
 
@@ -208,7 +221,17 @@ class Watch:
         return None
 
     def _end(self, verdict: str, *, said_by_rank_0: bool = False) -> None:
-        if self.world.rank == 0 or not said_by_rank_0:
+        if self._ending.is_set():
+            return  # the other thread does it
+        self._ending.set()
+        try:
+            self._prepare_end(verdict, is_news=self.world.rank == 0 or not said_by_rank_0)
+        finally:
+            # The main thread waits in a collective, or for this, and cannot be told otherwise.
+            os._exit(PEER_FAILED)
+
+    def _prepare_end(self, verdict: str, *, is_news: bool) -> None:
+        if is_news:
             prefix = "" if self.world.rank == 0 else f"rank {self.world.rank}: "
             print(
                 f"{prefix}error: {verdict}. All processes end; the same command continues from "
@@ -223,5 +246,7 @@ class Watch:
             with contextlib.suppress(Exception):
                 action(verdict)
         sys.stdout.flush()
-        # The main thread waits in a collective, and cannot be told otherwise.
-        os._exit(PEER_FAILED)
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

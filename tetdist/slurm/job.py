@@ -8,6 +8,7 @@ the newest whole checkpoint says where to go on.
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -112,6 +113,9 @@ class _Start:
             # It was written down where it was raised.
             prefix = "" if self.is_first else f"rank {self.context.rank}: "
             print(f"{prefix}error: {error}", file=sys.stderr)
+            if self.is_first and self.config is not None:
+                # There was no tracker yet that would have told MLflow.
+                history.announce(self.config, "FAILED", {})
             return PEER_FAILED
         except SystemExit as ended:
             return self._end_failed(int(ended.code or 0), "another process says why")
@@ -196,6 +200,9 @@ class _Start:
         # The process wrote down a guess when it was stopped; Slurm's account of it comes later.
         if last.kind == "started":
             return self.context.why_ended() or "ended without a word"
+        if last.kind == "failed":
+            # The process saw no more than the loss of another, say, of which Slurm knows the cause.
+            return self.context.why_ended() or last.text
         if "from outside" in last.text:
             account = self.context.why_ended()
             name = last.text.partition(" ")[0]
@@ -236,6 +243,7 @@ class _Start:
         return status
 
     def _note(self, kind: EventKind, text: str = "") -> None:
+        """Write a line of the history, on the process that does so for all."""
         if self.is_first:
             step = history.saved_step(self.run_dir)
             event = JobEvent(kind, self.context.job, self.context.restart, step, text)
@@ -248,32 +256,47 @@ class _Start:
         takes minutes to miss a node, would count it as failed; if it still runs when Slurm does, it
         is started again on other nodes.
         """
+        # Where it is rank 0 that is gone, the next one writes the history.
+        is_of_rank_0 = isinstance(error, PeerFailed) and str(error).startswith("rank 0 ")
+        in_its_place = is_of_rank_0 and self.context.rank == 1
+        self.is_first |= in_its_place
         silent = self.context.silent_hosts()
         if silent:
             text = f"a node failed: {', '.join(silent)} does not answer"
             self._note("stopped", text)
             print(f"{text}; waiting for Slurm to start the job again", file=sys.stderr, flush=True)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if threading.current_thread() is threading.main_thread():
+                # In the watch's thread it may not be set; Slurm's SIGKILL comes a moment later.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
             end = time.monotonic() + NODE_PATIENCE
             while silent and time.monotonic() < end:
                 time.sleep(5)
                 silent = self.context.silent_hosts()
-        if isinstance(error, PeerFailed):
-            # The watchdog ends this process at once, so this is the last chance to write.
-            self._note("failed", str(error))
         self._write_failure(error)
+        if isinstance(error, PeerFailed):
+            # The watch ends this process at once, so this is the last chance to write.
+            self._show_first_failure(known=str(error))
+            self._note("failed", str(error))
+            if in_its_place and self.config is not None:
+                history.announce(self.config, "FAILED", {})
 
     def _write_failure(self, error: Exception) -> None:
         context = self.context
-        known = isinstance(error, UserError | ModuleNotFoundError)
+        known = isinstance(error, UserError | ModuleNotFoundError | PeerFailed)
         text = f"error: {error}" if known else "".join(traceback.format_exception(error))
         where = f"rank {context.rank} on {os.uname().nodename}:"
         key = (context.job, context.restart, context.rank)
         if not (self.log / f"failure-{context.job}.{context.restart}-{context.rank}.txt").exists():
             history.write_failure(self.log, *key, f"{where}\n{text}")
 
-    def _show_first_failure(self) -> None:
-        """Print it to rank 0's log, which people read first, ahead of rank 0's own complaint."""
+    def _show_first_failure(self, known: str | None = None) -> None:
+        """Print it to rank 0's log, which people read first, ahead of rank 0's own complaint.
+
+        Args:
+            known: What has been said there.
+        """
         text = history.first_failure(self.log, self.context.job, self.context.restart)
-        if self.is_first and text and not text.startswith("rank 0 "):
+        if not self.is_first or text is None or text.startswith("rank 0 "):
+            return
+        if known is None or known not in text:
             print(f"the first to fail was {text}\n", file=sys.stderr, flush=True)

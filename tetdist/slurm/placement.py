@@ -21,6 +21,13 @@ AGAIN = 75
 # The port of slurmd. Any answer shows that a host lives, a refusal as well.
 ANY_PORT = 6818
 
+# Seconds that the controller of Slurm may be away, as when it is updated, while a job that has
+# saved wants to be started again; and seconds between two attempts.
+CONTROLLER_PATIENCE, CONTROLLER_PAUSE = 1800.0, 5.0
+
+# Seconds for the answer to that, and to a question.
+REQUEUE_TIMEOUT, QUESTION_TIMEOUT = 120.0, 15.0
+
 # Linux gives ports above these to outgoing connections, one of which might take ours.
 PORTS = range(16000, 32000)
 
@@ -156,7 +163,7 @@ class SlurmContext(ProcessContext):
         ended = [line for line in lines if line and not line.startswith(("RUNNING", "PENDING"))]
         state = ended[-1] if ended else ""
         meaning = {
-            "NODE_FAIL": "a node failed",
+            "NODE_FAIL": "a node failed (NODE_FAIL)",
             "PREEMPTED": "preempted",
             "REQUEUED": "requeued from outside",
             "TIMEOUT": "time limit",
@@ -170,14 +177,32 @@ class SlurmContext(ProcessContext):
         the pickled job, which a requeue by Slurm itself does not, so that there would be two ways
         to start again. Here every start is the same, and the run folder says where to go on.
         """
-        done = subprocess.run(
-            ["scontrol", "requeue", self.job], capture_output=True, text=True, timeout=120
-        )
-        if done.returncode == 0:
-            return 0
+        end = time.monotonic() + CONTROLLER_PATIENCE
+        is_told = has_refused = False
+        while True:
+            done, refusal = _try("scontrol", "requeue", self.job, timeout=REQUEUE_TIMEOUT)
+            if done:
+                return 0
+            # A controller that answers another question has refused this one, unless it has come
+            # back in between.
+            answers = bool(_show(self.job))
+            if (answers and has_refused) or time.monotonic() > end:
+                break
+            has_refused = answers
+            if answers:
+                continue
+            if not is_told:
+                print(
+                    f"the controller of Slurm does not answer ({refusal}); all is saved, and it is "
+                    f"asked to start the job again for {CONTROLLER_PATIENCE / 60:.0f} minutes more",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                is_told = True
+            time.sleep(CONTROLLER_PAUSE)
         print(
-            f"Slurm does not take `scontrol requeue {self.job}`: {done.stderr.strip()}. If it is "
-            "requeuing the job itself, as in a preemption, all is well; otherwise continue with "
+            f"Slurm does not take `scontrol requeue {self.job}`: {refusal}. If it is requeuing the "
+            "job itself, as in a preemption, all is well; otherwise continue with "
             f"`{typed('slurm', 'resume')} RUN`",
             file=sys.stderr,
             flush=True,
@@ -268,8 +293,18 @@ def _show(job: str) -> str:
 
 def _ask(*command: str) -> str:
     """The output of a command of Slurm; empty if it fails or takes long: no run depends on it."""
+    done, text = _try(*command, timeout=QUESTION_TIMEOUT)
+    return text if done else ""
+
+
+def _try(*command: str, timeout: float) -> tuple[bool, str]:
+    """Whether a command of Slurm succeeds, and its output or else what is wrong."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=15)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return False, f"no answer within {timeout:.0f} s"
+    except OSError as error:
+        return False, str(error)
+    if done.returncode != 0:
+        return False, " ".join(done.stderr.split()) or f"exit status {done.returncode}"
+    return True, done.stdout

@@ -47,6 +47,9 @@ def _train(
         logging.info("stopped at step %d, all saved; the same command continues", trainer.step)
         return stop.exit_status
     except Exception as error:
+        if not watch.shows_errors:
+            # Which process is gone says more than the connection to it that broke here.
+            watch.await_verdict(error)
         launcher.on_failure(error)
         raise
     return 0
