@@ -21,6 +21,7 @@ from typing import Any
 
 from tetdist.distributed.starters import as_starter
 from tetdist.reports.tables import markdown
+from tetdist.wording import counted
 
 PROJECT = Path(__file__).resolve().parents[2]
 BENCH = PROJECT / "tools" / "bench.py"
@@ -116,6 +117,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.md")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="of JPEGs; default: made ones")
+    parser.add_argument(
+        "--gpu", type=Path, metavar="FILE.json", help="what tools/check_gpu.py wrote on a machine"
+    )
     parser.add_argument("--quick", action="store_true", help="small, to see that it works")
     options = parser.parse_args(arguments)
     options.spikingjelly = importlib.util.find_spec("spikingjelly") is not None
@@ -221,8 +225,36 @@ ended):
         parts.append(f"## Several processes\n\n{scaling_text(found)}")
     if "data" in found:
         parts.append(f"## From files to batches\n\n{data_text(found['data'])}")
+    if options.gpu:
+        parts.append(gpu_text(json.loads(options.gpu.read_text())))
     parts.append(f"## The commands\n\n{commands}")
     return "\n\n".join(parts) + "\n"
+
+
+def gpu_text(found: dict[str, Any]) -> str:
+    """The section about a GPU, from what tools/check_gpu.py wrote there."""
+    checks = found["checks"]
+    rows = [[name, one["status"], one["text"]] for name, one in checks.items()]
+    rates = [
+        [
+            batch,
+            name.replace("relu", "ReLU"),
+            f"{row['images_per_s']:.0f}",
+            f"{1 / row['ratio']:.2f}",
+            f"{row['peak_mib'] / 1024:.1f}" if row["peak_mib"] else "",
+        ]
+        for batch, by_name in checks.get("rates", {}).get("by_batch", {}).items()
+        for name, row in by_name.items()
+    ]
+    head = ["batch", "sew_resnet34, T=4, bf16", "images/s", "of ReLU's rate", "at most, GiB"]
+    return f"""## A GPU, measured
+
+`python tools/check_gpu.py --json FILE.json` with {counted(found["processes"], "process")} on
+{found["machine"]["device"]}, torch {found["machine"]["torch"]}, made {found["made"]}.
+
+{markdown(["check", "", ""], rows)}
+
+{markdown(head, rates)}"""
 
 
 def step_table(found: dict[str, dict[str, Any]], kind: str) -> str:

@@ -1,6 +1,7 @@
 """The check of a machine with GPUs, in the form that it has on a CPU."""
 
 import json
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import pytest
 import tiny
 
 from tetdist.cli import check_gpu
+from tetdist.config import loading
 from tetdist.device_check import check as checking
 from tetdist.device_check import versions
 from tetdist.device_check.check import Finding, Machine, run_checks
 from tetdist.device_check.checks import CHECKS
 from tetdist.distributed.world import World, join
+from tetdist.slurm import plan
 
 
 @pytest.fixture
@@ -50,6 +53,26 @@ def test_all_checks_pass_here_on_two_processes(tmp_path: Path) -> None:
     statuses = {name: one["status"] for name, one in found["checks"].items()}
     assert statuses == dict.fromkeys(CHECKS, "ok") | {"pixels": "left out"}
     assert found["checks"]["links"]["gb_per_s"] > 0
+
+
+def test_the_plan_and_the_document_read_what_is_written(here: Machine, tmp_path: Path) -> None:
+    rates = {"images_per_s": 2000.0, "ratio": 0.5, "peak_mib": 2048.0}
+    relu = {"images_per_s": 1000.0, "ratio": 1.0, "peak_mib": None}
+    numbers = {
+        "by_batch": {"32": {"relu": relu, "tetdist, none": rates}},
+        "images_per_s": 2000.0,
+        "timesteps": 4,
+    }
+    report = run_checks({"rates": lambda _: Finding("ok", "fast", None, numbers)}, here)
+    file = tmp_path / "found.json"
+    file.write_text(json.dumps(report.as_dict()))
+    values = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d"})
+    config = loading.parse(values, "x")
+    assert plan.read_speed(None, str(file), config) == plan.Speed(2000.0, timesteps=4)
+    script = tiny.PROJECT / "docs" / "make" / "performance.py"
+    text = runpy.run_path(str(script))["gpu_text"](report.as_dict())
+    assert "| 32 | tetdist, none | 2000 | 2.00 | 2.0 |" in text
+    assert "| rates | ok | fast |" in text
 
 
 def test_what_is_bad_is_told_with_its_remedy(here: Machine) -> None:

@@ -108,7 +108,12 @@ class Report:
         return f"to mend: {first.name}: {remedy}{more}"
 
     def as_dict(self) -> dict[str, Any]:
+        speed = next(
+            (result.worst.numbers for result in self.results if result.name == "rates"), {}
+        )
         return {
+            # What `slurm --benchmark` reads; each process has measured its own GPU.
+            **{key: speed[key] for key in ("images_per_s", "timesteps") if key in speed},
             "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": self.machine,
             "processes": self.processes,
