@@ -99,8 +99,9 @@ class Contestant:
                 told = Told(__name__, _of(options, name), **environment)
                 tried[waiting] = (float("inf"), told)
                 told.tell("2")
-                # Kernels are built by the first, so that its time is that of a first start.
-                self.warm_up = self.warm_up or 2 * told.seconds()
+                first_two = 2 * told.seconds()
+                # Kernels are built by the first process, so that its time is that of a first start.
+                self.warm_up = self.warm_up or first_two
                 tried[waiting] = (_median(told), told)
             self.waiting = min(tried, key=lambda one: tried[one][0])
             _, self._process = tried.pop(self.waiting)

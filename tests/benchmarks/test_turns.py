@@ -1,0 +1,67 @@
+"""Contestants take turns: each answer is that of the last request, and the better one competes."""
+
+import argparse
+
+import pytest
+
+from tetdist.benchmarks import turns
+
+
+class Pretended:
+    """A process by what it is told: a step takes 2 s asleep, or what ``spinning`` says."""
+
+    spinning = 1.0
+    alive: list["Pretended"] = []  # noqa: RUF012  # shared on purpose
+
+    def __init__(self, _module: str, _options: object, **environment: str | None) -> None:
+        self.a_step = 2.0 if environment["OMP_WAIT_POLICY"] == "PASSIVE" else self.spinning
+        self.unanswered: list[int] = []
+        self.steps = 0
+        self.alive.append(self)
+
+    def tell(self, line: str) -> None:
+        assert not self.unanswered, "told before it has answered"
+        self.unanswered.append(int(line))
+
+    def seconds(self) -> float:
+        self.steps += self.unanswered.pop()
+        return self.a_step
+
+    def end(self) -> None:
+        assert not self.unanswered
+        self.alive.remove(self)
+
+
+@pytest.mark.parametrize(("spinning", "better"), [(1.0, "spinning"), (3.0, "asleep")])
+def test_the_better_way_of_waiting_competes(
+    monkeypatch: pytest.MonkeyPatch, spinning: float, better: str
+) -> None:
+    monkeypatch.setattr(turns, "Told", Pretended)
+    monkeypatch.setattr(Pretended, "spinning", spinning)
+    with turns.contestants(["one", "other"], argparse.Namespace()) as found:
+        # Of each the better process is left, which has answered all that it was told.
+        assert len(Pretended.alive) == 2
+        for one in found.values():
+            assert one.waiting == better
+            assert one.warm_up == 4.0
+            before = [process.steps for process in Pretended.alive]
+            assert one.step() == min(spinning, 2.0)
+            assert sum(p.steps for p in Pretended.alive) == sum(before) + 1
+            assert not any(process.unanswered for process in Pretended.alive)
+    assert not Pretended.alive
+
+
+def test_real_processes_are_timed_and_end() -> None:
+    """Steps of a network of one layer, in processes of their own."""
+    options = argparse.Namespace(
+        model="spiking_convnet", size=None, timesteps=1, batch=1, precision="fp32", device="cpu",
+        evaluate=True, modes=["none"], segment=1, spikingjelly=None,
+    )  # fmt: skip
+    with turns.contestants(["tetdist, none"], options) as found:
+        (one,) = found.values()
+        seconds = [one.step() for _ in range(3)]
+        assert all(0 < value < 60 for value in seconds)
+        process = one._process
+        assert process is not None
+        assert process.process.poll() is None
+    assert process.process.poll() == 0
