@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from torch import Tensor
 
-from tetdist.distributed.world import join
+from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -204,3 +206,30 @@ def test_of_two_signals_the_one_that_says_more_counts(
             signal.raise_signal(number)
         assert stop.agreed()
         assert stop.exit_status == 128 + told
+
+
+def test_tensors_are_averaged_in_the_order_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of one type in a single collective, whatever their layout; each keeps its own."""
+    sent: list[Tensor] = []
+
+    def mean(_world: World, flat: Tensor) -> Tensor:
+        sent.append(flat.clone())
+        return flat.div_(2)
+
+    monkeypatch.setattr(World, "mean_", mean)
+    tensors = [
+        torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last),
+        torch.randn(5),
+        torch.randn(()),
+        torch.randn(6, 4).t(),
+        torch.randn(8, 2)[:, :1],  # with gaps in its memory
+        torch.randn(3, dtype=torch.float64),
+    ]
+    before, strides = [t.clone() for t in tensors], [t.stride() for t in tensors]
+    World(0, 2, torch.device("cpu"), None).mean_all_(tensors)
+    for tensor, old in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, old / 2)
+    assert [t.stride() for t in tensors] == strides
+    assert [flat.dtype for flat in sent] == [torch.float32, torch.float64]
+    assert torch.equal(sent[0][:108], before[0].permute(0, 2, 3, 1).flatten())
+    assert sent[0].numel() == 108 + 5 + 1 + 24 + 8

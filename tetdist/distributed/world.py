@@ -62,16 +62,23 @@ class World:
         return tensor
 
     def mean_all_(self, tensors: list[Tensor]) -> None:
-        """Average tensors of one type over all processes, in place."""
+        """Average tensors over all processes, in place.
+
+        Args:
+            tensors: Of the same shapes, types and strides on every process.
+        """
         if self.world_size == 1:
             return
         if self.shared:
             one = torch.zeros(1)
             self.shared.mean_(tensors, lambda: dist.all_reduce(one))
             return
-        mean = self.mean_(torch.cat([tensor.flatten() for tensor in tensors]))
-        for tensor, part in zip(tensors, mean.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        for dtype in {tensor.dtype: None for tensor in tensors}:
+            same = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat, parts = _one_buffer_for(same)
+            torch._foreach_copy_(parts, same)
+            self.mean_(flat)
+            torch._foreach_copy_(same, parts)
 
     def from_rank_0(self, value: Any) -> Any:
         """Return rank 0's value (numbers, text, lists of them) on every process."""
@@ -122,6 +129,22 @@ class World:
     ) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _one_buffer_for(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """A flat buffer for tensors of one type, and the part of it for each of them.
+
+    A part has its tensor's strides, so that elements go into it in the order of memory: on a GPU a
+    few kernels copy all tensors, and not one each.
+    """
+    flat = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
+    parts, start = [], 0
+    for tensor in tensors:
+        # Those of a tensor that fills its memory without gaps, which a gradient nearly always does.
+        strides = torch.empty_like(tensor, device="meta").stride()
+        parts.append(flat.as_strided(tensor.shape, strides, start))
+        start += tensor.numel()
+    return flat, parts
 
 
 def join(device: str, timeout: float = 600, shared_folder: Path | None = None) -> World:

@@ -197,16 +197,28 @@ def update_running_statistics(
         apply: 0-dimensional bool tensor on the model's device; where it is False the step was
             given up and the statistics stay what they were. Not read on the host.
     """
-    norms = [norm for norm in _norms(model) if norm.pending_count]
-    if not norms:
-        return
-    flat = average_over_ranks(
-        torch.cat([t / n.pending_count for n in norms for t in (n.pending_mean, n.pending_var)])
-    )
-    sizes = [norm.num_channels for norm in norms for _ in range(2)]
-    parts = iter(flat.split(sizes))
+    for momentum in {norm.momentum: None for norm in _norms(model)}:
+        norms = [n for n in _norms(model) if n.pending_count and n.momentum == momentum]
+        if norms:
+            _move_all(norms, momentum, average_over_ranks, apply)
+
+
+def _move_all(
+    norms: list[BatchNorm],
+    momentum: float,
+    average_over_ranks: Callable[[Tensor], Tensor],
+    apply: Tensor | None,
+) -> None:
+    """Move the running statistics of norms: on a GPU in a few kernels, and not in some a norm."""
+    pending = [t for n in norms for t in (n.pending_mean, n.pending_var)]
+    running = [t for n in norms for t in (n.running_mean, n.running_var)]
+    counts = [float(n.pending_count) for n in norms for _ in range(2)]
+    sizes = [tensor.numel() for tensor in running]
+    averages = average_over_ranks(torch.cat(torch._foreach_div(pending, counts)))
+    moved = torch._foreach_lerp(running, averages.split(sizes), momentum)
+    if apply is not None:
+        moved = torch.where(apply, torch.cat(moved), torch.cat(running)).split(sizes)
+    torch._foreach_copy_(running, moved)
+    torch._foreach_zero_(pending)
     for norm in norms:
-        for running in (norm.running_mean, norm.running_var):
-            moved = torch.lerp(running, next(parts), norm.momentum)
-            running.copy_(moved if apply is None else torch.where(apply, moved, running))
-        norm.discard()
+        norm.pending_count = 0

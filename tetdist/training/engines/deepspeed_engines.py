@@ -31,8 +31,9 @@ from tetdist.training.engines.base import (
 class DeepSpeedEngine:
     """DeepSpeed at ZeRO stage 0 with torch_autocast.
 
-    On CPUs of one host the gradients are averaged through shared memory and not by DeepSpeed, whose
-    average would go through the loopback device.
+    The gradients are averaged by `World.mean_all_`: on CPUs of one host through shared memory, and
+    on GPUs in a few kernels. DeepSpeed's average would go through the loopback device, and copy
+    each gradient by itself, twice.
     """
 
     def __init__(
@@ -55,8 +56,7 @@ class DeepSpeedEngine:
         start_momentum(optimizer)
         self.optimizer, self.max_norm = optimizer, config.gradient_clipping
         self.world = world
-        # A single process has nothing to average, and DeepSpeed would copy all gradients twice.
-        self.engine.enable_backward_allreduce = world.world_size > 1 and world.shared is None
+        self.engine.enable_backward_allreduce = False
 
     def forward(self, images: Tensor) -> Tensor:
         return self.engine(images, per_timestep=True)
@@ -67,8 +67,7 @@ class DeepSpeedEngine:
     def update(self, lr: float) -> Update:
         assert self.engine.is_gradient_accumulation_boundary()
         grads = gradients(self.optimizer)
-        if self.world.shared:
-            self.world.mean_all_(grads)
+        self.world.mean_all_(grads)
         update = unscale_and_clip(grads, self.loss_scale, self.max_norm)
         tell(self.optimizer, lr, update.applied)
         self.engine.step()
@@ -128,10 +127,12 @@ class ZeroEngine:
             group["lr"] = lr
         self.engine.step()
         zero = self.engine.optimizer
-        norm = torch.as_tensor(
-            zero._global_grad_norm, dtype=torch.float32, device=self.world.device
-        )
-        return Update(norm, torch.tensor(not zero.overflow, device=self.world.device))
+        # DeepSpeed's step has asked the device whether the norm is finite, and is on the host.
+        norm, device = zero._global_grad_norm, self.world.device
+        if not isinstance(norm, Tensor):
+            norm = torch.full((), norm, device=device)
+        # To fill is a kernel, and to copy a number of the host is to wait for the device again.
+        return Update(norm.float(), torch.full((), not zero.overflow, device=device))
 
     def optimizer_state(self) -> dict[str, Any]:
         states: dict[int, dict[str, Any]] = {}
@@ -222,6 +223,8 @@ def _settings(config: RunConfig, accumulation: int) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulation,
         "zero_optimization": {"stage": config.zero_stage},
         "steps_per_print": 2**31,
+        # It would wait for the device twice a micro-batch; samples_per_s is measured elsewhere.
+        "timers": {"throughput": {"enabled": False}},
     }
     if dtype := LOW_PRECISION[config.precision]:
         # By the empty list gradients are averaged as the float32 numbers that they are. By default
