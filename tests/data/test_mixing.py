@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tetdist.config.schema import LossSection
-from tetdist.data.mixing import mixed_images, mixed_targets
+from tetdist.data.mixing import mixed_images, mixed_targets, on_device
 from tetdist.data.order import uniforms
 from tetdist.data.transforms import MIXING_DRAWS, Mix, Mixing, mixes
 from tetdist.losses import sdt_loss, tet_loss
@@ -29,7 +29,7 @@ def test_each_sample_is_mixed_with_the_one_before_it(
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(shape, generator=generator)
     mix = drawn(mixing)
-    mixed = mixed_images(images, mix)
+    mixed = mixed_images(images, on_device(mix, images.device))
     for i in range(B):
         if mix.boxes[i].any():
             top, left, bottom, right = mix.boxes[i]
@@ -44,7 +44,7 @@ def test_each_sample_is_mixed_with_the_one_before_it(
 
 def test_memory_format_and_dtype_stay() -> None:
     images = torch.rand(B, 3, 9, 7).contiguous(memory_format=torch.channels_last)
-    mixed = mixed_images(images, drawn(Mixing(0.4, 1.0)))
+    mixed = mixed_images(images, on_device(drawn(Mixing(0.4, 1.0)), images.device))
     assert mixed.is_contiguous(memory_format=torch.channels_last)
     assert mixed.dtype == torch.float32
 
@@ -70,7 +70,7 @@ def test_the_loss_is_lambda_of_one_and_the_rest_of_the_other(
     logits = torch.randn(4, B, K, generator=generator, dtype=torch.float64)
     labels = torch.randint(K, (B,), generator=generator)
     mix = drawn(Mixing(0.4, 1.0))
-    targets = mixed_targets(labels, mix, K, torch.float64)
+    targets = mixed_targets(labels, on_device(mix, labels.device), K, torch.float64)
     # Sample by sample: a mean over the batch of what each would be alone. The pull to phi, too, is
     # then lambda + (1 - lambda) times itself: once.
     expected = torch.stack(
@@ -86,7 +86,7 @@ def test_the_loss_is_lambda_of_one_and_the_rest_of_the_other(
 def test_a_prediction_is_as_right_as_its_share() -> None:
     labels = torch.tensor([0, 1, 1])
     mix = Mix(np.array([0.75, 0.25, 0.5]), np.ones(3), np.zeros((3, 4), np.int32))
-    targets = mixed_targets(labels, mix, K, torch.float32)
+    targets = mixed_targets(labels, on_device(mix, labels.device), K, torch.float32)
     logits = torch.zeros(2, 3, K)
     logits[:, :, 0] = 1  # predicts class 0 thrice: shares 0.75, 0.75 and 0
     assert _sums(logits, targets, torch.tensor(0.0))[CORRECT] == 1.5

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tetdist.distributed.world import World, join
 from tetdist.evaluation.decisions import THRESHOLDS, DecisionCounts, Decisions
+from tetdist.evaluation.evaluate import running_means
 
 
 @pytest.fixture
@@ -78,3 +79,12 @@ def test_at_the_largest_threshold_it_is_nearly_the_accuracy_at_t(world: World) -
     assert math.isclose(100 * right / 50, accuracy)
     assert found.early_exit()[-1]["top1"] == pytest.approx(float(accuracy))
     assert all(sum(exits) == 50 for exits in found.exits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_running_means_are_those_of_cumsum(dtype: torch.dtype) -> None:
+    """To the bit, though cumsum itself, which is not deterministic on a GPU, is not used."""
+    logits = torch.randn(9, 5, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wide = logits.to(torch.promote_types(dtype, torch.float32))
+    steps = torch.arange(1, 10, dtype=wide.dtype).view(-1, 1, 1)
+    assert torch.equal(running_means(logits), wide.cumsum(0) / steps)

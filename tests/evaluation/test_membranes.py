@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import tetdist
+from tetdist.evaluation import membranes
 from tetdist.evaluation.membranes import membrane_distribution
 from tetdist.nn.neurons import LIF, Neuron
 
@@ -64,3 +65,14 @@ def test_what_fires_is_what_the_network_says(name: str) -> None:
         assert sum(shares) == pytest.approx(1), layer
         above = [share for share, edge in zip(shares, found.edges, strict=False) if edge > 0.999]
         assert sum(above) == pytest.approx(found.fires[layer], abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_counts_of_a_gpu_are_those_of_a_cpu(dtype: torch.dtype) -> None:
+    """There they are counted in another way, which is deterministic."""
+    lowest, highest, bins = membranes.LOWEST, membranes.HIGHEST, membranes.BINS
+    borders = torch.linspace(lowest, highest, bins + 1, dtype=dtype)
+    between = torch.randn(10_000, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    u = torch.cat([borders, between]).clamp(lowest, highest)
+    expected = torch.histc(u, bins, lowest, highest)
+    assert torch.equal(membranes._counts_in_order(u), expected.long())

@@ -194,6 +194,12 @@ def test_total_is_exact(dtype: torch.dtype) -> None:
     assert native.total(x[:0]).item() == 0
 
 
+def test_total_is_exact_beyond_what_float32_holds() -> None:
+    """An odd number of spikes above 2^24, of images that are all the same one."""
+    image = torch.ones(7, 1, 1, 1, 1).expand(-1, 1, 3, 1001, 801)
+    assert native.total(image).item() == image.numel() > 2**24
+
+
 def test_inference_mode_is_no_grad() -> None:
     model = timm.create_model("sew_resnet18", timesteps=2, num_classes=5).eval()
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -4,18 +4,37 @@ Who is mixed with whom, and how much, are functions of the position in the run (
 that the result does not depend on the number of processes.
 """
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tetdist.data import transfer
 from tetdist.data.transforms import Mix
 
 
-def mixed_images(images: Tensor, mix: Mix) -> Tensor:
+class DeviceMix(NamedTuple):
+    """A `Mix` as tensors on the device, float64: its box's borders are whole numbers, too."""
+
+    share: Tensor
+    pixels: Tensor
+    boxes: Tensor
+
+
+def on_device(mix: Mix, device: torch.device) -> DeviceMix:
+    """Copy a micro-batch's numbers to the device, all at once."""
+    numbers = np.column_stack([mix.share, mix.pixels, mix.boxes])
+    there = transfer.on_device(torch.from_numpy(numbers), device)
+    return DeviceMix(there[:, 0], there[:, 1], there[:, 2:])
+
+
+def mixed_images(images: Tensor, mix: DeviceMix) -> Tensor:
     """Mix images (B, 3, H, W), or event frames (B, T, 2, H, W), all timesteps alike."""
     ones = (1,) * (images.ndim - 1)
-    kept = torch.as_tensor(mix.pixels, dtype=images.dtype, device=images.device).view(-1, *ones)
-    boxes = torch.as_tensor(mix.boxes, device=images.device).view(-1, 4, *ones[:-2], 1, 1)
+    kept = mix.pixels.to(images.dtype).view(-1, *ones)
+    boxes = mix.boxes.view(-1, 4, *ones[:-2], 1, 1)
     top, left, bottom, right = boxes.unbind(1)
     rows = torch.arange(images.shape[-2], device=images.device)[:, None]
     columns = torch.arange(images.shape[-1], device=images.device)
@@ -24,12 +43,12 @@ def mixed_images(images: Tensor, mix: Mix) -> Tensor:
     return torch.where(inside, others, kept * images + (1 - kept) * others)
 
 
-def mixed_targets(labels: Tensor, mix: Mix, num_classes: int, dtype: torch.dtype) -> Tensor:
+def mixed_targets(labels: Tensor, mix: DeviceMix, num_classes: int, dtype: torch.dtype) -> Tensor:
     """Shares of the classes (B, K) of mixed samples with labels (B,).
 
     Cross-entropy is linear in its target, so that with these it is lambda times the one with the
     sample's class plus (1 - lambda) times the one with the other's.
     """
     targets = F.one_hot(labels, num_classes).to(dtype)
-    kept = torch.as_tensor(mix.share, dtype=dtype, device=labels.device)[:, None]
+    kept = mix.share.to(dtype)[:, None]
     return kept * targets + (1 - kept) * targets.roll(1, 0)

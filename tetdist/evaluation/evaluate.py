@@ -1,5 +1,6 @@
 """Exact evaluation: every sample counted once, over all processes, whatever the batch size."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tetdist.data.loader import Batch
+from tetdist.data.transfer import on_device
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
@@ -84,16 +86,16 @@ def evaluate(
     device = next(model.parameters()).device
     counts = torch.zeros(3, timesteps, dtype=torch.float64, device=device)
     samples = 0
-    rates = _FiringRates(model)
+    rates = _FiringRates(model, device)
     try:
         for batch in batches:
             if stop():
                 raise Interrupted
             if len(batch.labels):
-                images = batch.images.to(device, parameter_type(precision))
+                images = on_device(batch.images, device, parameter_type(precision))
                 with autocast(device, precision):
                     logits = model(images, per_timestep=True)
-                labels = batch.labels.to(device)
+                labels = on_device(batch.labels, device)
                 _check_shape(logits, timesteps, len(labels))
                 counts += _count(logits, labels)
                 also(logits, labels)
@@ -102,10 +104,9 @@ def evaluate(
     finally:
         rates.remove()
         model.train(was_training)
-    names = list(rates.sums)
-    flat = counts.flatten().tolist()
     # The names come from the model, so the vectors match on a process without a single sample, too.
-    flat += [float(rates.sums[name][i]) for name in names for i in (0, 1)]
+    names = list(rates.sums)
+    flat = torch.cat([counts.flatten(), *rates.sums.values()]).tolist()
     total, *flat = world.sum([float(samples), *flat])
     samples = int(total)
     assert samples == num_samples, f"evaluated {samples} samples of {num_samples}"
@@ -156,22 +157,24 @@ def running_means(logits: Tensor) -> Tensor:
     """The output at T = 1, 2, ...: means of the first t of logits (T, B, K), float32 at least."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     steps = torch.arange(1, len(logits) + 1, device=logits.device, dtype=logits.dtype)
-    return logits.cumsum(0) / steps.view(-1, 1, 1)
+    # In float64, as torch's cumsum on a CPU; on a GPU that has no deterministic form.
+    sums = torch.stack(list(itertools.accumulate(logits.double().unbind())))
+    return sums.to(logits.dtype) / steps.view(-1, 1, 1)
 
 
 class _FiringRates:
     """Counts spikes and neuron-timesteps of every layer of neurons while the model runs."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.sums: dict[str, Tensor] = {}
         self._handles = []
         for name, module in firing_layers(model).items():
-            self.sums[name] = torch.zeros(2, dtype=torch.float64)
+            self.sums[name] = torch.zeros(2, dtype=torch.float64, device=device)
             self._handles.append(module.register_forward_hook(self._hook(name)))
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def count(_module: nn.Module, _inputs: Any, spikes: Tensor) -> None:
-            sums = self.sums[name] = self.sums[name].to(spikes.device)
+            sums = self.sums[name]
             sums[0] += native.total(spikes)
             sums[1] += spikes.numel()
 

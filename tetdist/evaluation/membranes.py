@@ -79,6 +79,19 @@ def _neuron_of(module: nn.Module) -> object:
     return module.neuron if isinstance(module, NormNeuron) else module.config
 
 
+def _counts(u: Tensor) -> Tensor:
+    """How many values, from `LOWEST` to `HIGHEST`, each bin has, (BINS,)."""
+    if u.device.type == "cpu":
+        return torch.histc(u, BINS, LOWEST, HIGHEST)
+    return _counts_in_order(u)
+
+
+def _counts_in_order(u: Tensor) -> Tensor:
+    """What torch.histc returns, which has no deterministic form on a GPU."""
+    bins = ((u - LOWEST) * BINS / (HIGHEST - LOWEST)).long().clamp(max=BINS - 1)
+    return torch.bincount(bins.flatten(), minlength=BINS)
+
+
 def _histogram(current: Tensor, config: LIF) -> tuple[list[float], float]:
     """The shares by bin and above the threshold of neurons with the input current (T, ...)."""
     current = current.to(torch.promote_types(current.dtype, torch.float32))
@@ -87,7 +100,7 @@ def _histogram(current: Tensor, config: LIF) -> tuple[list[float], float]:
     rest = torch.zeros_like(current[0])
     for current_t in current:
         u = (config.decay * rest + current_t) / config.threshold
-        counts += torch.histc(u.clamp(LOWEST, HIGHEST), BINS, LOWEST, HIGHEST).double()
+        counts += _counts(u.clamp(LOWEST, HIGHEST))
         spikes, rest = neurons.run(current_t[None], config, rest)
         above += spikes.sum(dtype=torch.float64)
     shares: list[float] = (counts / current.numel()).tolist()

@@ -56,7 +56,7 @@ class RunPlots:
         self._has_inputs = True
         images = batch.images.detach().float().cpu()
         if batch.mix is not None:
-            images = mixing.mixed_images(images, batch.mix)
+            images = mixing.mixed_images(images, mixing.on_device(batch.mix, images.device))
         match self.config.data.kind:
             case "events":
                 pictures = event_pictures(images[:SHOWN_EVENTS, :SHOWN_TIMESTEPS])

@@ -52,6 +52,9 @@ class Teacher:
         self.fingerprint = _fingerprint(self.model)
         dtype = parameter_type(config.precision)
         self.model.to(device, dtype)
+        if device.type == "cuda":
+            # As the student's; else each convolution would change the layout of its weight anew.
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # It gets images in the student's normalisation, and was trained with its own.
         ours, theirs = (config.data.mean, config.data.std), (mean, std)
         self.between = None if ours == theirs else _between(ours, theirs).to(device, dtype)

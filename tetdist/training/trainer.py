@@ -26,6 +26,7 @@ from tetdist.data.batches import Share
 from tetdist.data.build import eval_loader, train_loader
 from tetdist.data.delivery import Batches
 from tetdist.data.loader import Batch
+from tetdist.data.transfer import on_device
 from tetdist.distributed.signals import StopRequest
 from tetdist.distributed.watchdog import Watch
 from tetdist.distributed.world import World
@@ -289,11 +290,13 @@ class Trainer:
         if scale is not None:
             batches = list(batches)
         update, sums = self._forward_backward_update(batches, lr)
-        # In float16 the gradient may overflow for its scale: the same step again, with half of it.
-        while scale is not None and not update.applied and scale.overflowed():
-            update, sums = self._forward_backward_update(batches, lr)
-        if scale is not None and update.applied:
-            scale.succeeded()
+        if scale is not None:
+            # In float16 the gradient may overflow for its scale: the same step again, with half of
+            # it. The device is asked once each time, which is to wait for it.
+            while not (applied := bool(update.applied)) and scale.overflowed():
+                update, sums = self._forward_backward_update(batches, lr)
+            if applied:
+                scale.succeeded()
         self.step += 1
         clock.samples += self.config.batch.global_
         # A step whose gradient is not finite has changed nothing, and its sums are left out. On a
@@ -320,11 +323,12 @@ class Trainer:
 
         Targets are labels (B,), or shares of the classes (B, K).
         """
-        images, targets = self._on_device(batch.images), self._on_device(batch.labels)
+        images = self._images_on_device(batch)
+        targets = on_device(batch.labels, self.world.device)
         if batch.mix is not None:
-            num_classes = self.model.num_classes
-            targets = mixing.mixed_targets(targets, batch.mix, num_classes, images.dtype)
-            images = mixing.mixed_images(images, batch.mix)
+            mix = mixing.on_device(batch.mix, self.world.device)
+            targets = mixing.mixed_targets(targets, mix, self.model.num_classes, images.dtype)
+            images = mixing.mixed_images(images, mix)
         return images, targets
 
     def _forward_backward_update(
@@ -351,13 +355,8 @@ class Trainer:
         """The teacher's logits (B, K) for the images; None where there is no teacher."""
         return None if self.teacher is None else self.teacher(images)
 
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point():
-            tensor = tensor.to(parameter_type(self.config.precision))
-        if tensor.device.type == "cpu" and self.world.device.type == "cuda":
-            # From pinned memory the host need not wait for the copy.
-            return tensor.pin_memory().to(self.world.device, non_blocking=True)
-        return tensor.to(self.world.device)
+    def _images_on_device(self, batch: Batch) -> Tensor:
+        return on_device(batch.images, self.world.device, parameter_type(self.config.precision))
 
     def _window_sums(self) -> list[float]:
         """The sums over all processes, checked."""
@@ -483,7 +482,7 @@ class Trainer:
         self._save(best=is_best, validation={"top1": result.top1, "top5": result.top5})
         if self.plots:
             self.plots.after_evaluation(
-                self.model, self._on_device(first.images), values, last=self.step == self.last_step
+                self.model, self._images_on_device(first), values, last=self.step == self.last_step
             )
 
     def _evaluated(self, samples: int) -> None:

@@ -1,0 +1,17 @@
+"""Copies from the host to the device that computes, for which the host does not wait."""
+
+import torch
+from torch import Tensor
+
+
+def on_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor on the device, as ``dtype`` if that is given.
+
+    From memory that is not pinned a GPU's driver copies while the host waits, and only after all
+    that was launched before is done. So it is pinned first, and copied while both go on.
+    """
+    if dtype is not None:
+        tensor = tensor.to(dtype)
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
