@@ -174,14 +174,21 @@ def _detached(argument: Tensor | Affine | None) -> Tensor | Affine | None:
 
 @functools.cache
 def torch_compile_works(device_type: str) -> bool:
-    try:
-        _compile(lambda x: x + 1)(torch.zeros(3, 5, device=device_type))
-    except Exception as error:  # torch raises many kinds: no compiler, no headers, no write access
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """True if torch.compile works on a device; if not, this is said once."""
+    reason = reason_against_torch_compile(device_type)
+    if reason is not None:
         logger.warning(
             "torch.compile does not work here (%s): normalisation and neurons run uncompiled, "
             "slower and with more memory. A C++ compiler (Debian: apt-get install g++) mends it.",
             reason,
         )
-        return False
-    return True
+    return reason is None
+
+
+@functools.cache
+def reason_against_torch_compile(device_type: str) -> str | None:
+    try:
+        _compile(lambda x: x + 1)(torch.zeros(3, 5, device=device_type))
+    except Exception as error:  # torch raises many kinds: no compiler, no headers, no write access
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return None

@@ -6,11 +6,17 @@ those of compiled.py. Without a working compiler the definition is used, with on
 
 import functools
 import logging
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from tetdist.nn import build, native
-from tetdist.nn.compiled import compiled_passes, torch_compile_works
+from tetdist.nn.compiled import (
+    compiled_passes,
+    reason_against_torch_compile,
+    torch_compile_works,
+)
 from tetdist.nn.fused import Passes
 from tetdist.nn.neurons import LIF, NeuronConfig
 
@@ -47,6 +53,19 @@ def _native_passes(config: LIF, timesteps: int, shared: bool, carries: bool, pac
         passes.current_gradient,
         passes.input_gradient,
     )
+
+
+def decide(device: torch.device, gather: Callable[[str | None], list[str | None]]) -> None:
+    """Find out, before the first step, whether there are passes for a GPU on all processes.
+
+    Args:
+        device: This process's.
+        gather: Given this process's reason why there are none (None: there are), returns those of
+            all processes, by rank. It may raise where they are not of one mind.
+    """
+    if device.type == "cuda":
+        gather(reason_against_torch_compile(device.type))
+        torch_compile_works(device.type)
 
 
 def passes_work(device_type: str, config: NeuronConfig) -> bool:

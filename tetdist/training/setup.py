@@ -13,6 +13,7 @@ from tetdist.data.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
 from tetdist.models import SpikingNetwork
+from tetdist.nn import passes
 
 
 def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
@@ -101,6 +102,32 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
         case never:
             assert_never(never)
     return model
+
+
+def choose_passes(world: World) -> None:
+    """Have the same passes of normalisation and neurons compute on all processes.
+
+    They round otherwise than the definition, which takes their place where they cannot be compiled.
+    If that is so on all processes, it is said once and the run goes on, slower.
+
+    Raises:
+        UserError: It is so on some processes only.
+    """
+
+    def gather(reason: str | None) -> list[str | None]:
+        reasons = world.gather(reason)
+        missing = [rank for rank, one in enumerate(reasons) if one]
+        if missing and len(missing) < len(reasons):
+            raise UserError(
+                "the kernels of normalisation and neurons work on "
+                f"{len(reasons) - len(missing)} of {len(reasons)} processes, and not on rank "
+                f"{', '.join(map(str, missing))} "
+                f"({reasons[missing[0]]}): make the environments of the hosts the same, or set "
+                "execution=reference, which needs no kernels and is slower"
+            )
+        return reasons
+
+    passes.decide(world.device, gather)
 
 
 def _call(name: str, model: SpikingNetwork, method: str, argument: int) -> None:

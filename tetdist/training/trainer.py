@@ -48,7 +48,7 @@ from tetdist.training.run_plots import RunPlots
 from tetdist.training.run_summary import Launcher, RunSummary, show_checkpoints
 from tetdist.training.sample_record import SampleRecord, sample_record
 from tetdist.training.schedule import Phase, phase_at, schedule_phases
-from tetdist.training.setup import make_model, open_data
+from tetdist.training.setup import choose_passes, make_model, open_data
 from tetdist.training.teacher import Teacher
 from tetdist.wording import counted
 
@@ -92,6 +92,8 @@ class Trainer:
         self.launcher = launcher
         world.run_on_all(self._open_data)
         world.run_on_all(self._build_model)
+        if config.execution == "fused":
+            world.run_on_all(lambda: choose_passes(world))
 
         # Optimiser steps done.
         self.step = self.evaluated_step = self.phases[config.start_phase].first_step
