@@ -1,0 +1,65 @@
+// Lets a torch without CUDA take a device "cuda:0" for real, as far as tensors without memory need it.
+//
+// Two registries are filled in: the device guard, which autograd asks for streams and events, and the
+// hooks by which torch asks what the build can do. The device has cuDNN, so that convolutions choose
+// the memory formats that they would choose there. Nothing here computes.
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+
+namespace {
+
+using c10::Device;
+using c10::DeviceIndex;
+using c10::DeviceType;
+using c10::Stream;
+
+struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+  static Device device() { return {DeviceType::CUDA, 0}; }
+  static Stream stream() { return Stream(Stream::DEFAULT, device()); }
+
+  Device getDevice() const override { return device(); }
+  Device exchangeDevice(Device) const override { return device(); }
+  Stream getStream(Device) const noexcept override { return stream(); }
+  Stream getNewStream(Device, int) const override { return stream(); }
+  Stream getDefaultStream(Device) const override { return stream(); }
+  Stream getStreamFromGlobalPool(Device, bool) const override { return stream(); }
+  Stream exchangeStream(Stream) const noexcept override { return stream(); }
+  bool queryStream(const Stream&) const override { return true; }
+  void synchronizeStream(const Stream&) const override {}
+  void record(void**, const Stream&, const DeviceIndex, const c10::EventFlag) const override {}
+  void block(void*, const Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void synchronizeEvent(void*) const override {}
+  void destroyEvent(void*, const DeviceIndex) const noexcept override {}
+};
+
+// torch looks for hooks of this name. Without `override` are those that not all its releases have.
+struct CUDAHooks : at::CUDAHooksInterface {
+  explicit CUDAHooks(at::CUDAHooksArgs) {}
+  void init() const {}
+  bool isBuilt() const { return true; }
+  bool isAvailable() const { return true; }
+  bool hasCUDA() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+
+  bool hasCuDNN() const override { return true; }
+  bool compiledWithCuDNN() const override { return true; }
+  bool supportsDilatedConvolutionWithCuDNN() const override { return true; }
+  bool supportsDepthwiseConvolutionWithCuDNN() const override { return true; }
+  bool supportsBFloat16ConvolutionWithCuDNNv8() const override { return true; }
+  double batchnormMinEpsilonCuDNN() const override { return 1e-5; }
+  long versionCuDNN() const override { return 91000; }
+  long versionRuntimeCuDNN() const { return 91000; }
+  long versionCuDNNFrontend() const { return 11400; }
+};
+
+}  // namespace
+
+namespace c10::impl {
+C10_REGISTER_GUARD_IMPL(CUDA, Guard);
+}
+namespace at {
+REGISTER_CUDA_HOOKS(CUDAHooks);
+}

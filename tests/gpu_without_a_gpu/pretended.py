@@ -1,0 +1,400 @@
+"""A GPU that is not there, for a process into which the library of cuda_guard.cpp was preloaded.
+
+`install` answers, in Python, what torch and DeepSpeed ask of a device. Tensors on it are fake:
+they have a shape, a type and strides, but no numbers. `Recorder` takes down what is done to them:
+which kernels would be launched, and what would have the host wait for the device.
+"""
+
+import contextlib
+import os
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from launches import is_refused_if_deterministic, num_launches
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+DEVICE = torch.device("cuda", 0)
+ROOM = f"{os.sep}tetdist{os.sep}"
+# Their callers are who did it.
+_NOT_TO_BLAME = ("data/transfer.py", "nn/triton_passes.py", "cuda_accelerator.py")
+
+
+class Properties:
+    """What `torch.cuda.get_device_properties` says of an H100."""
+
+    name = "NVIDIA H100 80GB HBM3"
+    major, minor = 9, 0
+    total_memory = 80 << 30
+    multi_processor_count = 132
+    max_threads_per_multi_processor, warp_size = 2048, 32
+    regs_per_multiprocessor = 65536
+    shared_memory_per_block, shared_memory_per_block_optin = 48 << 10, 227 << 10
+    shared_memory_per_multiprocessor = 228 << 10
+    L2_cache_size = 50 << 20
+    is_integrated = is_multi_gpu_board = False
+    gcnArchName = ""
+
+
+# The recorder that is active, if any: what is patched below reports to it.
+_active: "Recorder | None" = None
+
+
+def waited(what: str) -> None:
+    """Take down that the host would wait for the device."""
+    if _active is not None:
+        _active.wait(f"{what} at {_place()}")
+
+
+def launched(name: str, number: int = 1) -> None:
+    """Take down kernels that no operation of torch launches."""
+    if _active is not None:
+        _active.count(name, number)
+
+
+def silent() -> contextlib.AbstractContextManager[None]:
+    """A context in which nothing is counted: one kernel does all of it."""
+    return contextlib.nullcontext() if _active is None else _active.silent()
+
+
+def within(phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function during which a phase of the step runs."""
+
+    def wrapped(*arguments: Any) -> Any:
+        if _active is None:
+            return call(*arguments)
+        before, _active.phase = _active.phase, phase
+        try:
+            return call(*arguments)
+        finally:
+            _active.phase = before
+
+    return wrapped
+
+
+class _Stream:
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.device, self.device_index, self.cuda_stream = DEVICE, 0, 0
+
+    def synchronize(self) -> None:
+        waited("Stream.synchronize()")
+
+    def query(self) -> bool:
+        return True
+
+    def wait_stream(self, _other: Any) -> None: ...
+
+    def wait_event(self, _event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class _Event:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record(self, *_: Any) -> None: ...
+
+    def wait(self, *_: Any) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        waited("Event.synchronize()")
+
+    def elapsed_time(self, _end: Any) -> float:
+        waited("Event.elapsed_time()")
+        return 1.0
+
+
+def install() -> None:
+    """Answer for the device, for as long as this process lives."""
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "_lazy_init": lambda: None,
+        "init": lambda: None,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda _device: None,
+        "get_device_name": lambda *_: Properties.name,
+        "get_device_properties": lambda *_: Properties,
+        "get_device_capability": lambda *_: (Properties.major, Properties.minor),
+        "is_bf16_supported": lambda *_, **__: True,
+        "synchronize": lambda *_: waited("torch.cuda.synchronize()"),
+        "empty_cache": lambda: waited("torch.cuda.empty_cache()"),
+        "Stream": _Stream,
+        "Event": _Event,
+        "stream": lambda stream: stream or contextlib.nullcontext(),
+        "set_stream": lambda _stream: None,
+        "manual_seed": lambda _seed: None,
+        "manual_seed_all": lambda _seed: None,
+    }
+    for name in ("current_stream", "default_stream"):
+        answers[name] = lambda *_: _Stream()
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        answers[name] = lambda *_: 0
+    for name in ("max_memory_reserved", "reset_peak_memory_stats"):
+        answers[name] = lambda *_: 0
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    torch.Tensor.pin_memory = _pinned  # type: ignore[method-assign]
+    FakeTensor.tolist = _fetched  # type: ignore[method-assign]
+    torch.nn.Module._apply = _apply  # type: ignore[method-assign]
+    _count_triton_kernels()
+
+
+def _apply(
+    module: nn.Module, function: Callable[[Tensor], Tensor], _recurse: bool = True
+) -> nn.Module:
+    """Do what `nn.Module.to` does, whose way to exchange a tensor's insides fake ones refuse."""
+    for child in module.children():
+        child._apply(function)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        changed = function(parameter.detach())
+        if changed.device == parameter.device:
+            parameter.data = changed
+        else:
+            module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = function(buffer)
+    return module
+
+
+def _pinned(tensor: Tensor, *_: Any) -> Tensor:
+    assert tensor.device.type == "cpu", f"only memory of the host is pinned, not {tensor.device}"
+    pinned = tensor.clone()
+    if _active is not None:
+        _active.note_pinned(pinned)
+    return pinned
+
+
+def _fetched(tensor: Tensor) -> Any:
+    """Numbers of a tensor, all zeros: of one on the device the host waits for them, once."""
+    if tensor.device.type == "cuda":
+        waited("numbers fetched")
+    numbers: Any = 0.0 if tensor.is_floating_point() else 0
+    for size in reversed(tensor.shape):
+        numbers = [numbers] * size
+    return numbers
+
+
+def _count_triton_kernels() -> None:
+    """Have a Triton kernel that is called count as one launch, and do nothing else.
+
+    Its outputs are tensors that were allocated before; they stay as they are.
+    """
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import JITFunction
+
+    def run(kernel: Any, *arguments: Any, **_options: Any) -> None:
+        devices = {x.device.type for x in arguments if isinstance(x, Tensor)}
+        name = getattr(kernel, "__name__", None) or kernel.fn.__name__
+        assert devices <= {"cuda"}, f"the Triton kernel {name} is given tensors on {devices}"
+        launched(f"triton.{name}")
+
+    JITFunction.run = run
+    Autotuner.run = run
+
+
+class Recorder(TorchDispatchMode):
+    """Takes down what is done to tensors on the device while it is active.
+
+    Attributes:
+        phase: The part of a step that is running; `launches` are told apart by it.
+        launches: Numbers of kernels by (phase, name).
+        waits: All that would have the host wait for the device, with its place: (phase, what).
+        refused: Operations that ``torch.use_deterministic_algorithms`` refuses on a GPU.
+        layouts: Fused optimisers' tensors whose elements do not lie in the same order, and weights
+            of convolutions that are not channels_last.
+        places: Numbers of kernels by (phase, name, place), if ``with_places``.
+    """
+
+    def __init__(self, *, with_places: bool = False) -> None:
+        super().__init__()
+        self.phase = "input"
+        self.launches: Counter[tuple[str, str]] = Counter()
+        self.places: Counter[tuple[str, str, str]] = Counter()
+        self.waits: list[tuple[str, str]] = []
+        self.refused: list[str] = []
+        self.layouts: list[str] = []
+        self._with_places = with_places
+        self._silent = 0
+        # Storages whose memory would be pinned; held, so that no other gets the address of one.
+        self._pinned: dict[int, Any] = {}
+
+    def __enter__(self) -> "Recorder":
+        global _active
+        assert _active is None
+        _active = self
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        global _active
+        _active = None
+        super().__exit__(*error)
+
+    def total(self, *phases: str) -> int:
+        """Launches in the given phases."""
+        return sum(n for (phase, _), n in self.launches.items() if phase in phases)
+
+    def wait(self, what: str) -> None:
+        self.waits.append((self.phase, what))
+
+    def waits_of(self, *phases: str) -> list[str]:
+        """What the host would wait for in the given phases."""
+        return [what for phase, what in self.waits if phase in phases]
+
+    def count(self, name: str, number: int = 1) -> None:
+        if self._silent:
+            return
+        self.launches[self.phase, name] += number
+        if self._with_places:
+            self.places[self.phase, name, _place()] += number
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """What is done in this context is not counted: one kernel does all of it."""
+        self._silent += 1
+        try:
+            yield
+        finally:
+            self._silent -= 1
+
+    def note_pinned(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._pinned[storage._cdata] = storage
+
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Any,
+        arguments: tuple[Any, ...] = (),
+        options: dict[str, Any] | None = None,
+    ) -> Any:
+        options = dict(options or {})
+        pins = bool(options.pop("pin_memory", None))
+        name = str(function)
+        tensors = [x for x in tree_leaves((arguments, options)) if isinstance(x, Tensor)]
+        if name.startswith("aten._fused_"):
+            # Fake tensors have no such kernels; they write into tensors and return nothing.
+            self._check_layouts(name, arguments)
+            self.count(name, num_launches(function, arguments, None))
+            return None
+        if name == "aten._local_scalar_dense.default" and tensors[0].device.type == "cuda":
+            self.wait(f"a number fetched at {(place := _place())}")
+            if tensors[0].dtype == torch.bool:
+                # DeepSpeed asks whether something is wrong, and tetdist whether all is well.
+                return not place.startswith("deepspeed/")
+            return 0.0 if tensors[0].is_floating_point() else 0
+        if name == "aten.bincount.default" and tensors[0].device.type == "cuda":
+            self.wait(f"bincount, which looks for the largest number, at {_place()}")
+            least = arguments[2] if len(arguments) > 2 else options.get("minlength", 0)
+            return torch.empty(least, dtype=torch.int64, device=DEVICE)
+        self._look_for_waits(name, arguments, options, tensors)
+        if name == "aten.convolution.default":
+            self._check_weight(*arguments[:2])
+        result = function(*arguments, **options)
+        if pins:
+            self.note_pinned(result)
+        results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if any(x.device.type == "cuda" for x in (*tensors, *results)):
+            self.count(name, num_launches(function, arguments, result))
+            if is_refused_if_deterministic(name, arguments, options):
+                self.refused.append(f"{name} at {_place()}")
+        return result
+
+    def _look_for_waits(
+        self, name: str, arguments: tuple[Any, ...], options: dict[str, Any], tensors: list[Tensor]
+    ) -> None:
+        """Find copies between host and device for which the host would wait."""
+        if name == "aten._to_copy.default":
+            source, target = arguments[0], options.get("device") or arguments[0].device
+            free = bool(options.get("non_blocking"))
+        elif name == "aten.copy_.default":
+            source, target = arguments[1], arguments[0].device
+            free = bool(arguments[2] if len(arguments) > 2 else options.get("non_blocking"))
+        elif name.startswith("aten.where.self"):
+            # A number of the host is copied to the device first.
+            devices = {x.device.type for x in tensors}
+            if len(devices) > 1:
+                self.wait(f"a copy of a number of the host at {_place()}")
+            return
+        else:
+            return
+        source_type, target_type = source.device.type, torch.device(target).type
+        if (source_type, target_type) == ("cpu", "cuda"):
+            pinned = source.untyped_storage()._cdata in self._pinned
+            if not (pinned and free):
+                kind = "a blocking" if pinned else "a pageable"
+                self.wait(f"{kind} copy {_described(source)} to the device at {_place()}")
+        elif (source_type, target_type) == ("cuda", "cpu"):
+            into_pinned = name.startswith("aten.copy_") and (
+                arguments[0].untyped_storage()._cdata in self._pinned
+            )
+            if not (into_pinned and free):
+                self.wait(f"a copy {_described(source)} to the host at {_place()}")
+
+    def _check_weight(self, x: Tensor, weight: Tensor) -> None:
+        """See that cuDNN need not change the layout of a convolution's weight at every call."""
+        is_laid_out = weight.is_contiguous(memory_format=torch.channels_last)
+        if x.device.type == "cuda" and x.ndim == 4 and not is_laid_out:
+            self.layouts.append(
+                f"convolution: weight {tuple(weight.shape)} has strides {weight.stride()}"
+                f" at {_place()}"
+            )
+
+    def _check_layouts(self, name: str, lists: tuple[Any, ...]) -> None:
+        """Check what a fused optimiser goes through side by side, in the order of memory."""
+        groups = [group for group in lists if isinstance(group, (list, tuple)) and group]
+        first = groups[0][0]
+        # Without the step that each tensor counts.
+        groups = [group for group in groups if group[0].shape == first.shape]
+        for number, same in enumerate(zip(*groups, strict=True)):
+            what = f"{name}: tensor {number}, {tuple(same[0].shape)}"
+            if any(x.device.type != "cuda" for x in same):
+                self.layouts.append(f"{what}, is on {[str(x.device) for x in same]}")
+            if len({_order(x) for x in same}) > 1:
+                self.layouts.append(f"{what}, has strides {[x.stride() for x in same]}")
+
+
+def _order(x: Tensor) -> tuple[int, ...]:
+    """Strides, but of dimensions of a single element, whose stride means nothing."""
+    return tuple(s for s, n in zip(x.stride(), x.shape, strict=True) if n != 1)
+
+
+def _described(x: Tensor) -> str:
+    return f"of {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+
+
+def _place() -> str:
+    """The innermost line of tetdist that is running, or of DeepSpeed."""
+    for frame in reversed(traceback.extract_stack()):
+        for package in (ROOM, f"{os.sep}deepspeed{os.sep}"):
+            if package in frame.filename and not frame.filename.endswith(_NOT_TO_BLAME):
+                file = frame.filename.rpartition(package)[2]
+                return f"{package.strip(os.sep)}/{file}:{frame.lineno}"
+    return "torch"
+
+
+def failure(error: BaseException) -> str:
+    """One line of an error, and where in tetdist it came from."""
+    text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if ROOM in f.filename]
+    return f"{text} at {' < '.join(reversed(places[-3:])) or frames[-1].filename}"

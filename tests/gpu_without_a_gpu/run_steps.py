@@ -1,0 +1,300 @@
+"""Runs training steps and evaluation batches on a GPU that is not there, one case a line.
+
+A start of Python with torch and DeepSpeed takes seconds, and then many cases are answered. Each
+comes in on standard input, a line of JSON (the fields of `Case`), and its answer (`report`'s)
+leaves on standard output. cuda_guard.cpp's library has to be preloaded.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+os.environ |= {"DS_ACCELERATOR": "cuda", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "8"}
+
+import numpy as np
+import pretended
+import timm
+import torch
+import torch.distributed as dist
+from pretended import DEVICE, Recorder
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+WORLD_SIZE = 8
+# The phases by which launches and waits are told apart.
+STEP = ("input", "forward", "teacher", "loss", "backward", "update", "statistics")
+EVALUATION, ASIDE = "evaluation", "shown besides"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network and the way that it is trained.
+
+    Attributes:
+        model: By which timm knows it.
+        overrides: ``key=value`` of the configuration.
+        base: The configuration that they change.
+        steps: Optimiser steps that are taken; the last one's launches are counted.
+        micro_batches: Of this process, in each.
+        world_size: Processes that there are said to be.
+        learns: Whether it learns from a teacher, which has no weights.
+        evaluates: Whether a batch is evaluated, too, and the membranes are looked at.
+        places: Whether the answer says from which line each launch comes.
+    """
+
+    model: str
+    overrides: list[str] = field(default_factory=list)
+    base: str = "sew34_t4.yaml"
+    steps: int = 1
+    micro_batches: int = 1
+    world_size: int = WORLD_SIZE
+    learns: bool = False
+    evaluates: bool = False
+    places: bool = False
+
+
+def main() -> None:
+    pretended.install()
+    count_compiled_passes()
+    from tetdist.nn import batch_norm
+
+    batch_norm.update_running_statistics = pretended.within(
+        "statistics", batch_norm.update_running_statistics
+    )
+    dist.init_process_group("fake", rank=0, world_size=WORLD_SIZE, store=FakeStore())
+    print(json.dumps({"ready": True}), flush=True)
+    answers = sys.stdout
+    sys.stdout = sys.stderr
+    for line in sys.stdin:
+        print(json.dumps(answer(Case(**json.loads(line)))), file=answers, flush=True)
+
+
+class _FakeTensors(FakeTensorMode):
+    """Makes tensors of numbers (`torch.tensor`) on the host first, and has them copied: so does a
+    GPU, and there is no other way without one."""
+
+    avoid_device_init = True
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=False)
+
+
+def answer(case: Case) -> dict[str, Any]:
+    # DeepSpeed's optimisers of the case before wait for the device when they are let go of.
+    gc.collect()
+    recorder = Recorder(with_places=case.places)
+    started = time.process_time()
+    error = None
+    torch.set_grad_enabled(True)
+    try:
+        with _FakeTensors(), _world(case) as world:
+            run(case, world, recorder)
+    except Exception as raised:
+        error = pretended.failure(raised)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return report(recorder, error) | {"seconds": round(time.process_time() - started, 2)}
+
+
+def count_compiled_passes() -> None:
+    """Have each pass that torch.compile would compile count as one launch."""
+    from tetdist.nn import compiled, passes
+
+    def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            pretended.launched(f"compiled.{function.__name__}")
+            with pretended.silent():
+                return function(*map(compiled._detached, arguments))
+
+        return call
+
+    compiled._compile = compile_
+    compiled.torch_compile_works = lambda _device: True
+    passes.torch_compile_works = lambda _device: True
+
+
+def report(recorder: Recorder, error: str | None) -> dict[str, Any]:
+    launches: dict[str, dict[str, int]] = {}
+    for (phase, name), number in recorder.launches.most_common():
+        launches.setdefault(phase, {})[name] = number
+    return {
+        "error": error,
+        "waits": recorder.waits_of(*STEP),
+        "evaluation_waits": recorder.waits_of(EVALUATION),
+        "refused": recorder.refused,
+        "layouts": recorder.layouts,
+        "launches": launches,
+        "places": [[*key, number] for key, number in recorder.places.most_common()],
+    }
+
+
+@contextlib.contextmanager
+def _world(case: Case) -> Iterator[Any]:
+    from tetdist.distributed.world import World
+
+    class Alone(World):
+        """What goes over the network between hosts is not on the device, and is left out."""
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value] * self.world_size
+
+        def sum(self, values: list[float]) -> list[float]:
+            return values
+
+    yield Alone(0, case.world_size, DEVICE, None)
+
+
+def run(case: Case, world: Any, recorder: Recorder) -> None:
+    from tetdist.config import loading
+
+    config = loading.load(
+        case.base, [f"model.name={case.model}", "data.root=nowhere", *case.overrides]
+    )
+    trainer = make_trainer(case, config, world)
+    step = trainer.steps_per_epoch  # the first of the second epoch
+    trainer.step = step
+    trainer._enter(trainer.phases[0])
+    try:
+        trainer.model.train()
+        _tell_phases_apart(trainer)
+        from tetdist.training.trainer import _Clock
+
+        for number in range(case.steps):
+            recorder.launches.clear()
+            recorder.places.clear()
+            with recorder:
+                trainer._train_step(_Clock())
+            recorder.phase = "input"
+            assert trainer.step == step + number + 1
+        if case.evaluates:
+            _evaluate(trainer, recorder)
+    finally:
+        trainer._leave()
+
+
+def make_trainer(case: Case, config: Any, world: Any) -> Any:
+    """A trainer whose data are made up and whose run folder is not there; the rest is its own."""
+    from tetdist.training import health
+    from tetdist.training.schedule import schedule_phases
+    from tetdist.training.trainer import Trainer
+
+    class OnPaper(Trainer):
+        def __init__(self) -> None:
+            self.config, self.world = config, world
+            self.stop = None
+            self.watch = types.SimpleNamespace(progress=lambda _where: None)
+            self.micro_batches = range(case.micro_batches)
+            self.train_index = _index(config)
+            self.steps_per_epoch = 10
+            self.phases = schedule_phases(config.phases, self.steps_per_epoch)
+            self._build_model()
+            self.window = torch.zeros(3, dtype=torch.float64, device=world.device)
+            self.non_finite = health.NonFiniteSteps(world.device, config.non_finite_limit)
+            self.optimizer_state = self.loss_scale_state = None
+            self.teacher = _teacher(config, self.train_index) if case.learns else None
+            self.tracker = self.plots = self.phase = None
+            self.record = lambda _step, _batch: None
+
+        def _open_loader(self, _step: int) -> Any:
+            return _Batches(config, self.model)
+
+    return OnPaper()
+
+
+def _index(config: Any) -> Any:
+    size = config.model.arguments.get("input_size", 48)
+    return types.SimpleNamespace(
+        classes=[str(k) for k in range(config.model.num_classes or 1000)], heights=[size]
+    )
+
+
+class _Batches:
+    """What a loader returns: images in pageable memory, for `pin_memory` is the trainer's."""
+
+    def __init__(self, config: Any, model: Any) -> None:
+        self._config, self._model = config, model
+
+    def __next__(self) -> Any:
+        from tetdist.data.loader import Batch
+        from tetdist.data.transforms import MIXING_DRAWS, Mixing, mixes
+
+        config = self._config
+        count, size = config.batch.micro, config.data.image_size
+        if config.data.kind == "events":
+            size = self._model.input_size or 48
+            images = torch.zeros(count, self._model.timesteps, 2, size, size)
+        else:
+            images = torch.zeros(count, size, size, 3).permute(0, 3, 1, 2)
+        mixing = Mixing(config.data.mixup, config.data.cutmix)
+        draws = np.linspace(0.1, 0.9, count * MIXING_DRAWS).reshape(count, MIXING_DRAWS)
+        mix = mixes(draws, size, size, mixing) if any(mixing) else None
+        labels = torch.zeros(count, dtype=torch.int64)
+        return Batch(images, labels, np.arange(count), mix)
+
+    def close(self) -> None: ...
+
+
+def _teacher(config: Any, index: Any) -> Any:
+    """One of timm's networks for images, one like the student for events."""
+    from tetdist.training import teacher
+
+    def untrained(_config: Any, _index: Any) -> Any:
+        classes = config.model.num_classes or len(index.classes)
+        if config.data.kind == "events":
+            model = config.model.build(num_classes=classes, timesteps=4)
+        else:
+            model = timm.create_model("resnet18", num_classes=classes)
+        return model, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+    teacher._from_timm, teacher._fingerprint = untrained, lambda _model: ""
+    return teacher.Teacher(config, index, DEVICE)
+
+
+def _tell_phases_apart(trainer: Any) -> None:
+    for owner, phases in (
+        (trainer.engine, {name: name for name in ("forward", "backward", "update")}),
+        (
+            trainer,
+            {
+                "_prepared": "input",
+                "_teacher_logits": "teacher",
+                "_forward_backward_update": "loss",
+            },
+        ),
+    ):
+        for name, phase in phases.items():
+            setattr(owner, name, pretended.within(phase, getattr(owner, name)))
+
+
+def _evaluate(trainer: Any, recorder: Recorder) -> None:
+    """Evaluate two batches, and look at what the commands show of a network besides."""
+    from tetdist.evaluation.decisions import DecisionCounts
+    from tetdist.evaluation.evaluate import evaluate
+    from tetdist.evaluation.membranes import membrane_distribution
+
+    model, precision = trainer.model, trainer.config.precision
+    batches = [next(trainer.loader)._replace(mix=None) for _ in range(2)]
+    samples = sum(len(batch.labels) for batch in batches)
+    classes = trainer.train_index.classes
+    decisions = DecisionCounts(classes, model.num_classes, model.timesteps, DEVICE)
+    logits = torch.empty(model.timesteps, samples, model.num_classes, device=DEVICE)
+    labels = torch.empty(samples, dtype=torch.int64, device=DEVICE)
+    images = trainer._images_on_device(batches[0])
+    with recorder:
+        recorder.phase = EVALUATION
+        evaluate(model, batches, samples, trainer.world, precision=precision)
+    with recorder:
+        recorder.phase = ASIDE
+        decisions.add(logits, labels)
+        membrane_distribution(model, images, precision)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Whole training steps and evaluation batches on a GPU that is not there.
+
+A process of its own (run_steps.py) takes them on tensors without numbers, through the trainer's and
+the engines' own code. So these tests find tensors on the wrong device, what has the host wait for
+the device, and kernels that are launched without need; they are blind to numbers and to time.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import worker
+from worker import Answer, launches
+
+from tetdist import models
+
+Ask = Callable[..., Answer]
+
+RECOMPUTE = {
+    "none": "recompute=none",
+    "blocks": "recompute=blocks",
+    "segments": "recompute={timesteps: 2}",
+}
+ENGINES = {
+    "torch": ("engine=torch",),
+    "deepspeed": ("engine=deepspeed",),
+    "zero1": ("engine=deepspeed", "zero_stage=1"),
+    "zero2": ("engine=deepspeed", "zero_stage=2"),
+}
+EVERYTHING = (
+    "data.mixup=0.2",
+    "data.cutmix=1.0",
+    "batch_norm.sync=true",
+    "gradient_clipping=1.0",
+    "loss.distillation.teacher=timm:resnet18",
+    "loss.distillation.self_weight=0.1",
+)
+
+
+@pytest.fixture(scope="session")
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    with worker.started(tmp_path_factory.mktemp("steps")) as running:
+        yield running.ask
+
+
+def assert_runs(answer: Answer) -> None:
+    """It ran, waited for nothing, and would run in the same way twice."""
+    assert answer["error"] is None
+    assert answer["waits"] == []
+    assert answer["refused"] == []
+    assert answer["layouts"] == []
+
+
+def assert_fp16_runs(answer: Answer) -> None:
+    """Likewise; in float16 the host has to know whether the gradient overflowed."""
+    waits = answer.pop("waits")
+    assert len(waits) == 1, waits
+    assert waits[0].startswith("a number fetched at tetdist/training/trainer.py")
+    assert_runs(answer | {"waits": []})
+
+
+def assert_zero_runs(answer: Answer) -> None:
+    """Likewise; at ZeRO's stages DeepSpeed itself asks the device whether the norm is finite, and
+    weights, which are parts of its flat buffers, are not channels_last."""
+    waits, layouts = answer.pop("waits"), answer.pop("layouts")
+    assert [wait for wait in waits if " at deepspeed/" not in wait] == []
+    assert len(set(waits)) <= 2, waits
+    others = [text for text in layouts if not text.startswith("convolution: ")]
+    assert_runs(answer | {"waits": [], "layouts": others})
+
+
+CHECKS: dict[tuple[str, str], Callable[[Answer], None]] = {
+    ("torch", "bf16"): assert_runs,
+    ("torch", "fp16"): assert_fp16_runs,
+    ("deepspeed", "bf16"): assert_runs,
+    ("deepspeed", "fp16"): assert_fp16_runs,
+    ("zero1", "bf16"): assert_zero_runs,
+    ("zero2", "bf16"): assert_zero_runs,
+}
+
+
+# Of a micro-batch of sew_resnet34, T = 4, bf16; and of the end of a step.
+FORWARD_AND_BACKWARD, UPDATE_AND_STATISTICS = 830, 60
+
+
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_launches(engine: str, ask: Ask) -> None:
+    answer = ask("sew_resnet34", *ENGINES[engine])
+    assert_runs(answer)
+    assert launches(answer, "forward", "loss", "backward") <= FORWARD_AND_BACKWARD
+    assert launches(answer, "update", "statistics") <= UPDATE_AND_STATISTICS
+    # What the batch and the sums for the metrics need.
+    assert launches(answer, "input") <= 20
+
+
+def test_deepspeeds_timers_do_not_wait(ask: Ask) -> None:
+    """Its throughput timer would begin with the third step."""
+    answer = ask("spiking_convnet", *ENGINES["deepspeed"], steps=3, micro_batches=2)
+    assert_runs(answer)
+
+
+@pytest.mark.parametrize("stage", [pytest.param("zero1", marks=pytest.mark.long), "zero2"])
+def test_zero(stage: str, ask: Ask) -> None:
+    assert_zero_runs(ask("spiking_convnet", *ENGINES[stage], steps=2, micro_batches=2))
+
+
+def test_an_evaluation_waits_once_and_is_deterministic(ask: Ask) -> None:
+    answer = ask("spiking_convnet", *ENGINES["torch"], "deterministic=true", evaluates=True)
+    assert_runs(answer)
+    (wait,) = answer["evaluation_waits"]
+    assert wait.startswith("numbers fetched at tetdist/evaluation/evaluate.py")
+
+
+SHORT = [
+    ("sew_resnet18", "blocks", "torch", "fp16"),
+    ("spiking_resnet18", "segments", "deepspeed", "bf16"),
+    ("spiking_resnet19", "none", "torch", "bf16"),
+    ("vggsnn", "blocks", "deepspeed", "bf16"),
+    ("spiking_convnet_dvs", "segments", "torch", "bf16"),
+]
+
+
+def everything(ask: Ask, model: str, recompute: str, engine: str, precision: str) -> Answer:
+    """One step with all that a configuration can ask for."""
+    answer = ask(
+        model,
+        RECOMPUTE[recompute],
+        *ENGINES[engine],
+        *EVERYTHING,
+        f"precision={precision}",
+        learns=True,
+        micro_batches=2,
+    )
+    CHECKS[engine, precision](answer)
+    return answer
+
+
+@pytest.mark.parametrize(("model", "recompute", "engine", "precision"), SHORT)
+def test_everything(model: str, recompute: str, engine: str, precision: str, ask: Ask) -> None:
+    everything(ask, model, recompute, engine, precision)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("engine", "precision"), CHECKS)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("model", models.names())
+def test_everything_with_every_network(
+    model: str, recompute: str, engine: str, precision: str, ask: Ask
+) -> None:
+    everything(ask, model, recompute, engine, precision)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("model", models.names())
+def test_every_network_as_it_is(model: str, recompute: str, ask: Ask) -> None:
+    answer = ask(model, RECOMPUTE[recompute], *ENGINES["torch"], evaluates=True)
+    assert_runs(answer)
+    assert len(answer["evaluation_waits"]) == 1

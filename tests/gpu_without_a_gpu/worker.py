@@ -1,0 +1,116 @@
+"""Starts run_steps.py, and asks it."""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from torch.utils import cpp_extension
+
+HERE = Path(__file__).parent
+Answer = dict[str, Any]
+
+# A configuration of each network, and what is changed of it.
+CONFIGS: dict[str, tuple[str, ...]] = {
+    "sew_resnet": ("sew34_t4.yaml",),
+    "spiking_resnet": ("spiking34_t4_t6.yaml",),
+    "spiking_resnet19": ("cifar10_resnet19.yaml",),
+    "spiking_convnet": ("quickstart.yaml", "precision=bf16", "phases.0.optimizer.kind=sgd"),
+    "spiking_convnet_dvs": ("nmnist.yaml", "precision=bf16", "model.arguments={input_size: 34}"),
+    "vggsnn": ("vggsnn_dvs.yaml",),
+}
+
+
+class Worker:
+    """Answers cases, one after another.
+
+    Args:
+        process: run_steps.py.
+        log: The file of its standard error.
+    """
+
+    def __init__(self, process: "subprocess.Popen[str]", log: Path) -> None:
+        self._process, self._log = process, log
+        assert process.stdout is not None
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(process.stdout, selectors.EVENT_READ)
+        assert self._read(200) == {"ready": True}
+
+    def ask(self, model: str, *overrides: str, **about: Any) -> Answer:
+        """Run a case at T = 4, with these fields of `Case`; its answer is that of `report`."""
+        base, *changes = CONFIGS.get(model) or CONFIGS[model.rstrip("0123456789")]
+        changes += ["phases.0.timesteps=4", *overrides]
+        case = {"model": model, "base": base, "overrides": changes, **about}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(case) + "\n")
+        self._process.stdin.flush()
+        return self._read(280)
+
+    def _read(self, seconds: float) -> Answer:
+        assert self._process.stdout is not None
+        ready = self._selector.select(seconds)
+        line = self._process.stdout.readline() if ready else ""
+        if not line:
+            self._process.kill()
+        assert line, f"no answer: {self._log.read_text()[-2000:]}"
+        answer: Answer = json.loads(line)
+        return answer
+
+
+@contextlib.contextmanager
+def started(folder: Path) -> Iterator[Worker]:
+    """A process to be asked, which ends with the context; ``folder`` is for its files."""
+    log = folder / "log"
+    extra = {
+        "LD_PRELOAD": str(_guard(folder)),
+        "PYTHONPATH": os.pathsep.join([str(tiny.PROJECT), str(HERE)]),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            tiny.python(HERE / "run_steps.py"),
+            cwd=folder,
+            env=tiny.clean_environment(**extra),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            yield Worker(process, log)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _guard(folder: Path) -> Path:
+    """Build cuda_guard.cpp's library, as torch's own extensions are."""
+    library = folder / "cuda_guard.so"
+    libraries = cpp_extension.library_paths()
+    command = [
+        cpp_extension.get_cxx_compiler(),
+        *("-std=c++20", "-O0", "-fPIC", "-shared", "cuda_guard.cpp", "-o", str(library)),
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *(f"-I{path}" for path in cpp_extension.include_paths()),
+        *(f"-L{path}" for path in libraries),
+        *(f"-Wl,-rpath,{path}" for path in libraries),
+        *("-lc10", "-ltorch_cpu"),
+    ]
+    status, output = tiny.execute(command, HERE, timeout=200)
+    assert status == 0, output
+    return library
+
+
+def launches(answer: Answer, *phases: str) -> int:
+    """Kernels of the last step in the given phases."""
+    return sum(sum(answer["launches"].get(phase, {}).values()) for phase in phases)
