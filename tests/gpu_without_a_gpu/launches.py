@@ -44,7 +44,7 @@ def num_launches(function: Any, arguments: tuple[Any, ...], result: Any) -> int:
         result: What it returned.
     """
     name = str(function).rpartition(".")[0]
-    if name in _FREE or not str(function).startswith(("aten.", "c10d.", "tetdist.")):
+    if name in _FREE or not str(function).startswith(("aten.", "c10d.")):
         return 0
     if name.startswith(("aten._foreach_", "aten._fused_")):
         return _of_lists(name, arguments, result) + _EXTRA_LAUNCHES.get(name, 0)

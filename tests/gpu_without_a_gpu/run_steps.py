@@ -2,7 +2,8 @@
 
 A start of Python with torch and DeepSpeed takes seconds, and then many cases are answered. Each
 comes in on standard input, a line of JSON (the fields of `Case`), and its answer (`report`'s)
-leaves on standard output. cuda_guard.cpp's library has to be preloaded.
+leaves on standard output; one without any fields asks for what is found of `MISTAKES`. The library
+of cuda_guard.cpp has to be preloaded.
 """
 
 import contextlib
@@ -23,7 +24,9 @@ import pretended
 import timm
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from pretended import DEVICE, Recorder
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -60,6 +63,45 @@ class Case:
     places: bool = False
 
 
+MISTAKES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "pageable copy": lambda here, _: here.to(DEVICE),
+    "pageable copy, said not to block": lambda here, _: here.to(DEVICE, non_blocking=True),
+    "blocking copy": lambda here, _: here.pin_memory().to(DEVICE),
+    "copy to the host": lambda _, there: there.cpu(),
+    "copy into a tensor": lambda here, there: there.copy_(here),
+    "copy of a number": lambda _, there: torch.tensor(1.0, device=DEVICE) + there,
+    "number of the host in where": lambda here, there: torch.where(there > 0, there, here[0]),
+    "number": lambda _, there: float(there[0]),
+    "question": lambda _, there: bool(there[0] > 0),
+    "numbers": lambda _, there: there.tolist(),
+    "device": lambda _, __: torch.cuda.synchronize(),
+    "stream": lambda _, __: torch.cuda.current_stream().synchronize(),
+    "another device": lambda here, there: here + there,
+    "not deterministic": lambda _, there: there.cumsum(0),
+    "weight": lambda _, there: F.conv2d(there.view(1, 2, 2, 3), there.new_ones(2, 2, 2, 2)),
+    "none": lambda here, there: here.pin_memory().to(DEVICE, non_blocking=True) + 2 * there,
+}
+
+
+def make_mistakes() -> dict[str, Any]:
+    """Make mistakes of all kinds, and one thing that is none; return what was found of each."""
+    found = {}
+    for name, make in MISTAKES.items():
+        recorder = Recorder()
+        error = None
+        with _FakeTensors():
+            here = torch.ones(12)
+            there = torch.empty(12, device=DEVICE)
+            recorder.phase = STEP[0]
+            try:
+                with recorder:
+                    make(here, there)
+            except Exception as raised:
+                error = pretended.failure(raised)
+        found[name] = report(recorder, error)
+    return found
+
+
 def main() -> None:
     pretended.install()
     count_compiled_passes()
@@ -73,7 +115,9 @@ def main() -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr
     for line in sys.stdin:
-        print(json.dumps(answer(Case(**json.loads(line)))), file=answers, flush=True)
+        asked = json.loads(line)
+        told = answer(Case(**asked)) if asked else make_mistakes()
+        print(json.dumps(told), file=answers, flush=True)
 
 
 class _FakeTensors(FakeTensorMode):

@@ -8,8 +8,10 @@ the device, and kernels that are launched without need; they are blind to number
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 import worker
-from worker import Answer, launches
+from launches import num_launches
+from worker import Answer, Worker, launches
 
 from tetdist import models
 
@@ -37,9 +39,50 @@ EVERYTHING = (
 
 
 @pytest.fixture(scope="session")
-def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    with worker.started(tmp_path_factory.mktemp("steps")) as running:
-        yield running.ask
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    with worker.started(tmp_path_factory.mktemp("steps")) as started:
+        yield started
+
+
+@pytest.fixture
+def ask(running: Worker) -> Ask:
+    return running.ask
+
+
+def test_mistakes_are_found(running: Worker) -> None:
+    found = running.mistakes()
+    clean = found.pop("none")
+    assert_runs(clean)
+    assert launches(clean, "input") == 3
+    for name, text in (
+        ("another device", "to be on the same device"),
+        ("not deterministic", "aten.cumsum"),
+        ("weight", "convolution: weight (2, 2, 2, 2)"),
+    ):
+        answer = found.pop(name)
+        assert text in str([answer["error"], answer["refused"], answer["layouts"]]), name
+    for name, answer in found.items():
+        assert answer["error"] is None, name
+        assert len(answer["waits"]) == 1, (name, answer["waits"])
+
+
+def test_launches_of_lists_are_counted() -> None:
+    """As multi_tensor_apply divides lists of tensors: 110 or 64 of one or two, and 320 chunks."""
+    function = torch.ops.aten._foreach_add_.Scalar
+
+    def add(*numels: int) -> int:
+        return num_launches(function, ([torch.empty(n, device="meta") for n in numels], 1), None)
+
+    assert add(*[5] * 110) == 1
+    assert add(*[5] * 111) == 2
+    assert add(320 * 65536) == 1
+    assert add(320 * 65536 + 1) == 2
+    lists = [[torch.empty(5, device="meta") for _ in range(65)] for _ in range(2)]
+    copy = torch.ops.aten._foreach_copy_.default
+    assert num_launches(copy, tuple(lists), None) == 2
+    # Of another layout, each is copied by itself.
+    lists[1][0] = torch.empty(5, 2, device="meta")[:, 0]
+    assert num_launches(copy, tuple(lists), None) == 65
 
 
 def assert_runs(answer: Answer) -> None:

@@ -47,9 +47,15 @@ class Worker:
         """Run a case at T = 4, with these fields of `Case`; its answer is that of `report`."""
         base, *changes = CONFIGS.get(model) or CONFIGS[model.rstrip("0123456789")]
         changes += ["phases.0.timesteps=4", *overrides]
-        case = {"model": model, "base": base, "overrides": changes, **about}
+        return self._answer({"model": model, "base": base, "overrides": changes, **about})
+
+    def mistakes(self) -> dict[str, Answer]:
+        """What is found of mistakes that are made on purpose, by their names."""
+        return self._answer({})
+
+    def _answer(self, asked: dict[str, Any]) -> Answer:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(case) + "\n")
+        self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         return self._read(280)
 
