@@ -6,6 +6,7 @@ which kernels would be launched, and what would have the host wait for the devic
 """
 
 import contextlib
+import importlib.util
 import os
 import traceback
 from collections import Counter
@@ -199,6 +200,8 @@ def _count_triton_kernels() -> None:
 
     Its outputs are tensors that were allocated before; they stay as they are.
     """
+    if importlib.util.find_spec("triton") is None:
+        return
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 

@@ -24,8 +24,7 @@ class OneOfThree(World):
 def reason(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """Why there are no kernels on this process; None: there are."""
     said: dict[str, str | None] = {"ours": None}
-    monkeypatch.setattr(passes, "reason_against_torch_compile", lambda _device: said["ours"])
-    monkeypatch.setattr(passes, "torch_compile_works", lambda _device: said["ours"] is None)
+    monkeypatch.setattr(passes, "decide", lambda _device, gather: gather(said["ours"]))
     return said
 
 

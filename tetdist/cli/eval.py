@@ -129,8 +129,8 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist.distributed.world import join
     from tetdist.evaluation.suite import Passes, run_suite
     from tetdist.events.splits import recorded_split
-    from tetdist.nn.precision import choose_algorithms, parameter_type
-    from tetdist.training.setup import make_model, open_split
+    from tetdist.nn.precision import choose_algorithms, place
+    from tetdist.training.setup import choose_passes, make_model, open_split
 
     with join(options.device) as world, Watch(world, HANGS_AFTER) as watch:
         world.run_on_all(lambda: plugins.import_files(options.imports))
@@ -150,7 +150,9 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         world.run_on_all(lambda: check_options(options, wanted, index))
         model = world.run_on_all(lambda: make_model(config, index))
         choose_algorithms(config.precision)
-        model.to(world.device, parameter_type(config.precision))
+        if config.execution == "fused":
+            world.run_on_all(lambda: choose_passes(world))
+        place(model, world.device, config.precision)
         world.run_on_all(lambda: checkpoint.load_weights(model, weights, options.checkpoint))
         # The network is causal and at rest when a sample begins, so that one pass at the largest
         # T also gives the result at all smaller ones.

@@ -15,6 +15,7 @@ import os
 from typing import Any
 
 import torch
+from torch import nn
 
 # What convolutions compute in where that is not the parameters' type.
 LOW_PRECISION: dict[str, torch.dtype | None] = {
@@ -55,3 +56,14 @@ def choose_algorithms(precision: str, *, deterministic: bool = False) -> None:
     if deterministic:
         # cuBLAS reads it when it is first used, and torch refuses to go on without it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def place(model: nn.Module, device: torch.device, precision: str) -> None:
+    """Move a model that is not trained to where it computes, in the type of its parameters.
+
+    On a GPU the weights of convolutions become channels_last, as activations are: else each
+    convolution would change the layout of its weight every time.
+    """
+    model.to(device, parameter_type(precision))
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it

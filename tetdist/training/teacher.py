@@ -15,7 +15,7 @@ from tetdist.data.index import Index
 from tetdist.errors import UserError
 from tetdist.exchange import foreign
 from tetdist.models import SpikingNetwork
-from tetdist.nn.precision import autocast, parameter_type
+from tetdist.nn.precision import autocast, parameter_type, place
 
 KEY = "loss.distillation.teacher"
 
@@ -50,11 +50,8 @@ class Teacher:
                 self.model, mean, std = _from_checkpoint(Path(name), config, index)
         self.model.requires_grad_(False).eval()
         self.fingerprint = _fingerprint(self.model)
+        place(self.model, device, config.precision)
         dtype = parameter_type(config.precision)
-        self.model.to(device, dtype)
-        if device.type == "cuda":
-            # As the student's; else each convolution would change the layout of its weight anew.
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # It gets images in the student's normalisation, and was trained with its own.
         ours, theirs = (config.data.mean, config.data.std), (mean, std)
         self.between = None if ours == theirs else _between(ours, theirs).to(device, dtype)
