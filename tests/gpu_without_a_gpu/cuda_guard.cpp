@@ -1,8 +1,9 @@
-// Lets a torch without CUDA take a device "cuda:0" for real, as far as tensors without memory need it.
+// Lets torch take a device "cuda:0" for real, as far as tensors without memory need it.
 //
 // Two registries are filled in: the device guard, which autograd asks for streams and events, and the
 // hooks by which torch asks what the build can do. The device has cuDNN, so that convolutions choose
-// the memory formats that they would choose there. Nothing here computes.
+// the memory formats that they would choose there. Nothing here computes. torch may be built with CUDA
+// or without; what it brings of its own gives way.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -57,9 +58,11 @@ struct CUDAHooks : at::CUDAHooksInterface {
 
 }  // namespace
 
-namespace c10::impl {
-C10_REGISTER_GUARD_IMPL(CUDA, Guard);
-}
 namespace at {
-REGISTER_CUDA_HOOKS(CUDAHooks);
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
+}
+
+// To be called when torch has been loaded, since of two guards the later one stays.
+extern "C" void pretend() {
+  c10::impl::registerDeviceGuard(DeviceType::CUDA, new Guard());
 }
