@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import selectors
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +45,9 @@ class Worker:
     def ask(self, model: str, *overrides: str, **about: Any) -> Answer:
         """Run a case at T = 4, with these fields of `Case`; its answer is that of `report`."""
         base, *changes = CONFIGS.get(model) or CONFIGS[model.rstrip("0123456789")]
-        changes += ["phases.0.timesteps=4", *overrides]
+        # The last one of a key counts.
+        pairs = (pair.split("=", 1) for pair in [*changes, "phases.0.timesteps=4", *overrides])
+        changes = [f"{key}={value}" for key, value in dict(pairs).items()]
         return self._answer({"model": model, "base": base, "overrides": changes, **about})
 
     def mistakes(self) -> dict[str, Answer]:
@@ -81,22 +82,15 @@ def started(folder: Path) -> Iterator[Worker]:
     }
     with (
         log.open("w") as errors,
-        subprocess.Popen(
+        tiny.started(
             tiny.python(HERE / "run_steps.py"),
-            cwd=folder,
-            env=tiny.clean_environment(**extra),
+            folder,
+            tiny.clean_environment(**extra),
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
-            start_new_session=True,
         ) as process,
     ):
-        try:
-            yield Worker(process, log)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        yield Worker(process, log)
 
 
 def _guard(folder: Path) -> Path:
