@@ -194,7 +194,7 @@ def finished(pixels: Tensor, output: Output, cutout: Tensor | None) -> Tensor:
 
 
 def inside(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Which pixels lie in boxes (B, 4) of top, left, bottom and right: (B, height, width) bool."""
+    """The pixels that lie in boxes (B, 4) of top, left, bottom, right: (B, height, width) bool."""
     top, left, bottom, right = boxes[:, :, None, None].unbind(1)
     rows = torch.arange(height, device=boxes.device)[:, None]
     columns = torch.arange(width, device=boxes.device)
