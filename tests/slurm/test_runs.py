@@ -341,6 +341,7 @@ def test_without_accounting(
 
 
 FAULT = """
+import os
 if os.environ.get("RANK") == "2":
     _sound_step = Trainer._train_step
 
