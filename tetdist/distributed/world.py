@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tetdist.distributed import meeting, shared_memory
+from tetdist.distributed.buffers import one_buffer_for
 from tetdist.distributed.devices import choose_device, share_of_cores
 from tetdist.errors import UserError
 
@@ -75,7 +76,7 @@ class World:
             return
         for dtype in {tensor.dtype: None for tensor in tensors}:
             same = [tensor for tensor in tensors if tensor.dtype == dtype]
-            flat, parts = _one_buffer_for(same)
+            flat, parts = one_buffer_for(same)
             torch._foreach_copy_(parts, same)
             self.mean_(flat)
             torch._foreach_copy_(same, parts)
@@ -129,22 +130,6 @@ class World:
     ) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _one_buffer_for(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """A flat buffer for tensors of one type, and the part of it for each of them.
-
-    A part has its tensor's strides, so that elements go into it in the order of memory: on a GPU a
-    few kernels copy all tensors, and not one each.
-    """
-    flat = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
-    parts, start = [], 0
-    for tensor in tensors:
-        # Those of a tensor that fills its memory without gaps, which a gradient nearly always does.
-        strides = torch.empty_like(tensor, device="meta").stride()
-        parts.append(flat.as_strided(tensor.shape, strides, start))
-        start += tensor.numel()
-    return flat, parts
 
 
 def join(device: str, timeout: float = 600, shared_folder: Path | None = None) -> World:

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from tetdist.config.schema import RunConfig, SegmentsSection
+from tetdist.distributed.overlap import OverlappedMean
+from tetdist.distributed.world import World
 from tetdist.nn.precision import LOW_PRECISION
 
 
@@ -117,6 +120,46 @@ def scaled(loss: Tensor, scale: LossScale | None) -> Tensor:
 def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return [p.grad for p in parameters if p.grad is not None]
+
+
+class GradientMean:
+    """The average of a step's gradients over all processes.
+
+    On GPUs, and on CPUs of several hosts, it is formed while the last micro-batch's backward pass
+    is still under way. Not where blocks run over segments of timesteps: there a parameter's
+    gradient comes in several parts, and nobody knows which is the last.
+    """
+
+    def __init__(
+        self, config: RunConfig, optimizer: torch.optim.Optimizer, world: World, accumulation: int
+    ) -> None:
+        self._world, self._optimizer = world, optimizer
+        self._accumulation, self._backward_passes = accumulation, 0
+        self._overlapped: OverlappedMean | None = None
+        once = not isinstance(config.recompute, SegmentsSection)
+        if world.world_size > 1 and world.shared is None and once:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            self._overlapped = OverlappedMean(parameters, world.world_size)
+
+    def before_backward(self) -> None:
+        """Be told that a micro-batch's backward pass begins."""
+        self._backward_passes += 1
+        if self._overlapped is not None:
+            self._overlapped.active = self._backward_passes == self._accumulation
+
+    def average(self) -> list[Tensor]:
+        """Average the step's gradients in place; return them."""
+        self._backward_passes = 0
+        grads = gradients(self._optimizer)
+        if self._overlapped is not None:
+            self._overlapped.finish()
+        else:
+            self._world.mean_all_(grads)
+        return grads
+
+    def close(self) -> None:
+        if self._overlapped is not None:
+            self._overlapped.close()
 
 
 def unscale_and_clip(

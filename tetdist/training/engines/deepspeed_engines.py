@@ -16,9 +16,9 @@ from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.nn.precision import LOW_PRECISION
 from tetdist.training.engines.base import (
+    GradientMean,
     LossScale,
     Update,
-    gradients,
     lay_out,
     load_whole_state,
     scaled,
@@ -31,8 +31,8 @@ from tetdist.training.engines.base import (
 class DeepSpeedEngine:
     """DeepSpeed at ZeRO stage 0 with torch_autocast.
 
-    The gradients are averaged by `World.mean_all_`: on CPUs of one host through shared memory, and
-    on GPUs in a few kernels. DeepSpeed's average would go through the loopback device, and copy
+    The gradients are averaged by `GradientMean`: on CPUs of one host through shared memory, and on
+    GPUs in a few kernels. DeepSpeed's average would go through the loopback device, and copy
     each gradient by itself, twice.
     """
 
@@ -55,20 +55,19 @@ class DeepSpeedEngine:
         lay_out(model, torch.channels_last)
         start_momentum(optimizer)
         self.optimizer, self.max_norm = optimizer, config.gradient_clipping
-        self.world = world
+        self.mean = GradientMean(config, optimizer, world, accumulation)
         self.engine.enable_backward_allreduce = False
 
     def forward(self, images: Tensor) -> Tensor:
         return self.engine(images, per_timestep=True)
 
     def backward(self, loss: Tensor) -> None:
+        self.mean.before_backward()
         _accumulate(self.engine, scaled(loss, self.loss_scale))
 
     def update(self, lr: float) -> Update:
         assert self.engine.is_gradient_accumulation_boundary()
-        grads = gradients(self.optimizer)
-        self.world.mean_all_(grads)
-        update = unscale_and_clip(grads, self.loss_scale, self.max_norm)
+        update = unscale_and_clip(self.mean.average(), self.loss_scale, self.max_norm)
         tell(self.optimizer, lr, update.applied)
         self.engine.step()
         return update
@@ -80,6 +79,7 @@ class DeepSpeedEngine:
         load_whole_state(self.optimizer, state)
 
     def close(self) -> None:
+        self.mean.close()
         self.engine.destroy()
 
 

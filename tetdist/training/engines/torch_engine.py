@@ -9,9 +9,9 @@ from tetdist.config.schema import RunConfig
 from tetdist.distributed.world import World
 from tetdist.nn.precision import autocast
 from tetdist.training.engines.base import (
+    GradientMean,
     LossScale,
     Update,
-    gradients,
     lay_out,
     load_whole_state,
     scaled,
@@ -35,10 +35,11 @@ class TorchEngine:
         accumulation: int,
         world: World,
     ) -> None:
-        self.model, self.optimizer, self.world = model, optimizer, world
+        self.model, self.optimizer = model, optimizer
         self.accumulation, self.max_norm = accumulation, config.gradient_clipping
         self.precision = config.precision
         self.loss_scale = LossScale.of(config.precision)
+        self.mean = GradientMean(config, optimizer, world, accumulation)
         lay_out(model, torch.channels_last)
         start_momentum(optimizer)
         self.optimizer.zero_grad()
@@ -48,12 +49,11 @@ class TorchEngine:
             return self.model(images, per_timestep=True)
 
     def backward(self, loss: Tensor) -> None:
+        self.mean.before_backward()
         (scaled(loss, self.loss_scale) / self.accumulation).backward()
 
     def update(self, lr: float) -> Update:
-        grads = gradients(self.optimizer)
-        self.world.mean_all_(grads)
-        update = unscale_and_clip(grads, self.loss_scale, self.max_norm)
+        update = unscale_and_clip(self.mean.average(), self.loss_scale, self.max_norm)
         tell(self.optimizer, lr, update.applied)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -66,4 +66,4 @@ class TorchEngine:
         load_whole_state(self.optimizer, state)
 
     def close(self) -> None:
-        pass
+        self.mean.close()

@@ -1,0 +1,80 @@
+"""Gradients averaged in the backward pass are those averaged after it, to the bit."""
+
+import json
+import textwrap
+from pathlib import Path
+
+import tiny
+
+CODE = """
+    import dataclasses, json, sys
+    import torch, timm
+    import torch.distributed as dist
+    import tetdist.models
+    from tetdist.config import loading
+    from tetdist.distributed import overlap
+    from tetdist.distributed.world import join
+    from tetdist.losses import tet_loss
+    from tetdist.optimizers import make_optimizer
+    from tetdist.training.engines.base import GradientMean
+
+    overlap.BUCKET_BYTES = 2000
+
+    def averaged(world, recompute, overlapped, unused=False):
+        values = json.loads(sys.argv[1]) | {"recompute": recompute}
+        config = loading.parse(values, "x")
+        torch.manual_seed(0)
+        model = timm.create_model("sew_resnet18", num_classes=4, timesteps=2)
+        model.set_grad_checkpointing(recompute != "none")
+        if recompute not in ("none", "blocks"):
+            model.set_segment(1)
+        if unused:
+            model.fc.bias.requires_grad_(True)
+            model.register_parameter("stray", torch.nn.Parameter(torch.ones(3)))
+        optimizer = make_optimizer(model, config.phases[0].optimizer)
+        mean = GradientMean(config, optimizer, world, accumulation=2)
+        early = []
+        for step in range(2 if recompute == "none" else 1):
+            optimizer.zero_grad()
+            for k in range(2):
+                generator = torch.Generator().manual_seed(10 * step + 4 * k + world.rank)
+                images = torch.rand(2, 3, 33, 33, generator=generator)
+                logits = model(images, per_timestep=True)
+                loss = tet_loss(logits, torch.tensor([0, 1]), lambda_=0.001)
+                if overlapped:
+                    mean.before_backward()
+                loss.backward()
+                if mean._overlapped is not None:
+                    early.append(len(mean._overlapped._under_way))
+            if overlapped:
+                mean.average()
+            else:
+                world.mean_all_([p.grad for p in model.parameters() if p.grad is not None])
+        mean.close()
+        return [p.grad for p in model.parameters() if p.grad is not None], early
+
+    with join("cpu") as joined:
+        world = dataclasses.replace(joined, shared=None)
+        for recompute in ("none", "blocks"):
+            after, _ = averaged(world, recompute, False)
+            during, early = averaged(world, recompute, True)
+            assert all(map(torch.equal, after, during)), recompute
+            # None before a step's last micro-batch, and then all of them in the backward pass.
+            assert early[::2] == [0] * (len(early) // 2), early
+            assert min(early[1::2]) > 10, early
+        # Over segments a gradient comes in parts.
+        assert averaged(world, {"timesteps": 1}, True)[1] == []
+        after, _ = averaged(world, "none", False, unused=True)
+        during, _ = averaged(world, "none", True, unused=True)
+        assert all(map(torch.equal, after, during))
+        print("all equal")
+"""
+
+
+def test_averages_of_a_backward_pass_are_those_after_it(tmp_path: Path) -> None:
+    model = {"name": "sew_resnet18", "arguments": {}}
+    values = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d", "model": model})
+    command = tiny.python("-c", textwrap.dedent(CODE), json.dumps(values))
+    for status, output in tiny.side_by_side(2, command, tmp_path):
+        assert status == 0, output
+        assert "all equal" in output
