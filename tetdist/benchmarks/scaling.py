@@ -181,7 +181,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Predicted from {predicted['images_per_s_of_one']:.4g} images/s of one ({source}) and "
-        f"{predicted['mb_averaged']:.1f} MB averaged a step, none of it hidden:",
+        f"{predicted['mb_averaged']:.1f} MB averaged a step, counted as if nothing hid it:",
         f"{predicted['gpus_per_node']} GPUs a node, {predicted['link_in_node']:g} GB/s in a node, "
         f"{predicted['link_between_nodes']:g} GB/s between nodes",
         "",

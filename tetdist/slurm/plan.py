@@ -1,8 +1,9 @@
 """The cost of a run: steps, images, checkpoints and, from a measured speed, hours.
 
-The model of communication. All processes average the gradient once a step, in float32, after the
-last micro-batch, so nothing of it hides behind computing. For P parameters, g processes on each of
-n nodes and rings within and between the nodes, it takes
+The model of communication. All processes average the gradient once a step, in float32. It is
+counted as if it began after the last micro-batch; in truth most of it is done during that one's
+backward pass, so that the plan is an upper bound. For P parameters, g processes on each of n nodes
+and rings within and between the nodes, it takes
 
     4 P * 2 (g - 1) / g / link_in_node  +  4 P * 2 (n - 1) / n / link_between_nodes
 
@@ -251,7 +252,7 @@ def describe(plan: Plan, speed: Speed | None) -> str:
         "",
         f"By size, from {speed.images_per_s:g} samples/s a process at T={speed.timesteps}, "
         f"{_size(plan.average_bytes)} averaged a step over {cluster.link_in_node:g} GB/s in a node",
-        f"and {cluster.link_between_nodes:g} GB/s between nodes, none of it hidden; "
+        f"and {cluster.link_between_nodes:g} GB/s between nodes, counted as if nothing hid it; "
         f"{RESTART_MINUTES:g} minutes a restart:",
         "",
         "nodes  processes  samples/s   hours  GPU-hours  averaging  time limits",
