@@ -384,8 +384,8 @@ loses by itself when both cores are busy.
 {markdown(head, rows)}
 
 What the model of communication (tetdist/slurm/plan.py) says of {predicted["mb_averaged"]:.0f} MB
-averaged a step, counted as if nothing hid it, at {predicted["images_per_s_of_one"]:.1f} images/s a process,
-{predicted["gpus_per_node"]} GPUs a node, {predicted["link_in_node"]:g} GB/s in a node and
+averaged a step, counted as if nothing hid it, at {predicted["images_per_s_of_one"]:.1f} images/s a
+process, {predicted["gpus_per_node"]} GPUs a node, {predicted["link_in_node"]:g} GB/s in a node and
 {predicted["link_between_nodes"]:g} GB/s between nodes (`--images-per-s` asks it of a GPU):
 
 {forecast}"""
