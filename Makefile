@@ -30,6 +30,14 @@ $(VENV)/.installed: pyproject.toml setup.py
 	  -e '.[train,$(DALI),quickstart,events,export,test,lint]'
 	@touch $@
 
+# What only tests need on a machine without a GPU: Triton. With torch for CUDA it is there.
+$(VENV)/.tests: $(VENV)/.installed
+	@$(BIN)/python -c 'import triton' 2>/dev/null || { \
+	  echo "installing Triton for the tests into $(VENV) (1 GB)"; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+	    -e '.[gpu-code]'; }
+	@touch $@
+
 quickstart: venv ## real data, a trained and evaluated spiking network, in minutes
 	@$(BIN)/python tools/digits.py data/digits
 	@$(BIN)/deepspeed --num_gpus 1 --log_level warning tetdist/train.py --config quickstart.yaml
@@ -38,10 +46,10 @@ quickstart: venv ## real data, a trained and evaluated spiking network, in minut
 	@echo "The run is in $(RUN), its curves are in $(RUN)/plots/learning_curves.png. To watch it:"
 	@echo "  $(BIN)/mlflow ui --backend-store-uri 'sqlite:///$(CURDIR)/runs/mlflow.db'"
 
-test: venv ## run the tests (minutes)
+test: $(VENV)/.tests ## run the tests (minutes)
 	@$(BIN)/python -m pytest -m "not long" -n $(WORKERS) --dist loadgroup $(PYTEST_FLAGS)
 
-test-long: venv ## run the tests that take longer
+test-long: $(VENV)/.tests ## run the tests that take longer
 	@$(BIN)/python -m pytest -m long -n $(WORKERS) --dist loadgroup $(PYTEST_FLAGS)
 
 test-gpu: venv ## run the tests that need a GPU

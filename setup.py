@@ -8,5 +8,8 @@ setup(
     packages=[*find_packages(include=["tetdist*"]), *CONFIGS],
     package_dir=CONFIGS,
     py_modules=["tetdist_command"],
-    package_data={"tetdist.nn": ["kernels/*"], "tetdist.configs": ["*.yaml", "studies/*.yaml"]},
+    package_data={
+        "tetdist.nn.kernels": ["*.cpp", "*.h"],
+        "tetdist.configs": ["*.yaml", "studies/*.yaml"],
+    },
 )

@@ -2,7 +2,11 @@
 
 import contextlib
 import copy
+import functools
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,27 +17,51 @@ from tetdist.nn.batch_norm import BatchNorm
 
 
 @contextlib.contextmanager
-def uncompiled() -> Iterator[None]:
-    """Fused passes as the Python that is compiled elsewhere: the same arithmetic, no waiting.
-
-    It needs no compiler either, and does not let the question whether one works be answered
-    while nothing is compiled.
-    """
-    with (
-        not_native(),
-        pytest.MonkeyPatch.context() as patch,
-        torch.compiler.set_stance("force_eager"),
-    ):
-        patch.setattr(passes, "passes_work", lambda *_: True)
-        yield
-
-
-@contextlib.contextmanager
 def not_native() -> Iterator[None]:
-    """On the CPU the passes that torch.compile compiles, as on a GPU."""
+    """As if there were no kernels in C++."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "serves", lambda *_: False)
         yield
+
+
+def needs_triton() -> None:
+    """Skip the test, or the module that calls this, where there is no Triton."""
+    if importlib.util.find_spec("triton") is None:
+        assert not os.environ.get("CI"), "make test installs Triton, and CI calls that"
+        pytest.skip("there is no Triton; make test installs it", allow_module_level=True)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """The passes of GPUs, interpreted: the same kernels on the CPU, by NumPy, one by one."""
+    needs_triton()
+    from tetdist.nn import triton_passes
+
+    with not_native(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "triton_for", lambda *_: triton_passes)
+        for attribute, name in (("neuron", "neuron"), ("pooling", "pool"), ("packing", "packing")):
+            patch.setattr(triton_passes, attribute, _interpreted_kernels(name))
+        # What was made with other kernels is not to be taken, nor to be left behind.
+        patch.setattr(passes, "_triton_passes", passes._triton_passes.__wrapped__)
+        yield
+
+
+@functools.cache
+def _interpreted_kernels(name: str) -> ModuleType:
+    """A second copy of a module of kernels. Triton decides by a variable of the environment, at the
+    moment of decoration, whether it will compile a kernel or interpret it."""
+    import triton.language as tl
+
+    spec = importlib.util.find_spec(f"tetdist.nn.kernels.{name}")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        spec.loader.exec_module(module)
+    # By this name the interpreter knows a sum, and has NumPy make it; another it makes in Python.
+    module._add = tl.standard._sum_combine  # type: ignore[attr-defined]
+    return module
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import datetime
 import importlib.util
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -194,8 +195,8 @@ images.""",
 {step_table(found, "step")}
 
 "blocks" and "timesteps" are `recompute: blocks` and `recompute: {{timesteps: 2}}`. The first two
-steps include building the kernels where they are not in the cache: 2 to 9 s more, once on a machine
-(the passes that torch.compile makes for GPUs took 23 s on this CPU, from its own cache 4 s).
+steps include building the kernels where they are not in the cache: 2 to 9 s more, once on a
+machine.
 {compiled_peer(found)}
 
 Evaluation (forward pass only):
@@ -227,6 +228,8 @@ ended):
         parts.append(f"## From files to batches\n\n{data_text(found['data'])}")
     if options.gpu:
         parts.append(gpu_text(json.loads(options.gpu.read_text())))
+    if gpu := gpu_section(options.output):
+        parts.append(gpu)
     parts.append(f"## The commands\n\n{commands}")
     return "\n\n".join(parts) + "\n"
 
@@ -255,6 +258,13 @@ def gpu_text(found: dict[str, Any]) -> str:
 {markdown(["check", "", ""], rows)}
 
 {markdown(head, rates)}"""
+
+
+def gpu_section(page: Path) -> str:
+    """What docs/make/gpu.py has written into the page, if anything."""
+    text = page.read_text() if page.is_file() else ""
+    found = re.search(r"^## The GPU path, computed\n.*?(?=^## |\Z)", text, re.M | re.S)
+    return found[0].strip() if found else ""
 
 
 def step_table(found: dict[str, dict[str, Any]], kind: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from passes import assert_same, one_thread, randomize, results_of, uncompiled
+from passes import assert_same, one_thread, randomize, results_of
 from torch import Tensor, nn
 
 import tetdist
@@ -27,7 +27,7 @@ from tetdist.nn.norm_neuron import NormNeuron
 
 @pytest.fixture(autouse=True, scope="module")
 def _fast() -> Iterator[None]:
-    with one_thread(), uncompiled():
+    with one_thread():
         yield
 
 

@@ -1,9 +1,11 @@
-"""The fused path against its definition, in value and in gradient: native, compiled, and not."""
+"""The fused path against its definition, in value and in gradient: in C++, and in Triton.
+
+Triton's kernels are interpreted here; test_triton.py has what concerns them alone.
+"""
 
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import signal
 import subprocess
@@ -16,18 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes import assert_same, not_native, one_thread, randomize, results_of, uncompiled
+from passes import assert_same, interpreted, one_thread, randomize, results_of
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 import tetdist
 from tetdist.nn import build, native, norm_neuron, passes
-from tetdist.nn import compiled as compiled_module
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF, SURROGATES, SurrogateName
 from tetdist.nn.norm_neuron import NormNeuron
@@ -40,27 +39,18 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def compiled() -> Iterator[None]:
-    """The passes as torch.compile makes them."""
-    if not compiled_module.torch_compile_works("cpu"):
-        assert not os.environ.get("CI"), "CI has a C++ compiler, and torch.compile does not work"
-        pytest.skip("no C++ compiler that torch.compile could use")
-    with not_native():
-        yield
-
-
-@contextlib.contextmanager
 def native_passes() -> Iterator[None]:
-    if native.passes(LIF()) is None:
+    if native.kernels(LIF()) is None:
         assert not os.environ.get("CI"), "CI has a C++ compiler, and this does not build"
         pytest.skip("no C++ compiler")
     with pytest.MonkeyPatch.context() as patch:
         # Should a neuron's own not build, this must not become a test of something else.
-        patch.setattr(passes, "compiled_passes", None)
+        patch.setattr(passes, "_say_that_there_is_no_library", None)
         yield
 
 
-IMPLEMENTATIONS = {"native": native_passes, "compiled": compiled}
+IMPLEMENTATIONS = {"native": native_passes, "triton": interpreted}
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +145,7 @@ def test_definition_is_norm_plus_shortcut_into_the_neuron(shared: bool) -> None:
     assert torch.equal(spikes, torch.stack(expected).double())
 
 
-# ------------------------------------------------------- uncompiled passes: the whole of options
+# --------------------------------------------------------------------- passes: the whole of options
 
 any_neuron = st.builds(
     LIF,
@@ -181,34 +171,6 @@ any_case = st.builds(
     seed=st.integers(0, 2**31),
 )
 
-
-@settings(derandomize=True, database=None, deadline=None, max_examples=200)
-@given(any_case)
-def test_any_combination_uncompiled(case: Case) -> None:
-    with uncompiled():
-        assert_fused_is_the_definition(case)
-
-
-@pytest.mark.parametrize("timesteps", [1, 2, 4, 16], ids="T{}".format)
-@pytest.mark.parametrize("decay", [0.5, 1.0], ids=["lif", "if"])
-@pytest.mark.parametrize("detach_reset", [False, True], ids=["through-reset", "detached"])
-@pytest.mark.parametrize("reset", ["hard", "soft"])
-@pytest.mark.parametrize("surrogate", SURROGATES)
-def test_every_neuron_uncompiled(
-    surrogate: SurrogateName, reset: str, detach_reset: bool, decay: float, timesteps: int
-) -> None:
-    neuron = LIF(
-        decay=decay,
-        reset=reset,
-        detach_reset=detach_reset,
-        surrogate=surrogate,
-        surrogate_width=1.5,
-    )
-    with uncompiled():
-        assert_fused_is_the_definition(Case(neuron=neuron, timesteps=timesteps, shape=(1, 3, 3, 2)))
-
-
-# -------------------------------------------------------------------- native passes: the same whole
 
 # A library is built for each kind of neuron; these four have every surrogate, and every reset.
 BUILT = [
@@ -278,9 +240,9 @@ def test_native_statistics_do_not_cancel() -> None:
     # The difference of the mean square and the squared mean is nothing at all here in float32.
     x = 1000 + torch.randn(2, 5000, 3, generator=torch.Generator().manual_seed(0))
     with native_passes():
-        passes = native.passes(LIF())
-        assert passes is not None
-        mean, var = passes.statistics(x)
+        kernels = native.kernels(LIF())
+        assert kernels is not None
+        mean, var = kernels.statistics(x)
     torch.testing.assert_close(mean.double(), x.double().mean((0, 1)), rtol=1e-6, atol=0)
     torch.testing.assert_close(
         var.double(), x.double().var((0, 1), correction=0), rtol=1e-4, atol=0
@@ -376,96 +338,107 @@ def test_what_a_killed_compilation_has_left_is_removed_later(
     assert {path.name for path in tmp_path.iterdir()} == {"tetdist-kernels-new", "of-others"}
 
 
-# ----------------------------------------------------- compiled passes: every option at least once
-
-SEW_NEURON = LIF(
-    decay=1.0, detach_reset=True, surrogate="atan", surrogate_width=2.0, threshold=0.75
-)
-COMPILED = {
-    # The paper's neuron on shapes that one set of kernels must serve; the first is what compiles.
-    "lif-T4": Case(),
-    "lif-T4-eval": Case(training=False),
-    "lif-T4-other-shape": Case(shape=(3, 7, 2, 9)),
-    "soft-if-sigmoid-shortcut-tdbn-T2": Case(
-        neuron=LIF(
-            decay=1.0, threshold=0.5, reset="soft", surrogate="sigmoid", surrogate_width=4.0
-        ),
-        timesteps=2,
-        shortcut=True,
-        shortcut_norm=True,
-        norm_scale=0.5 / math.sqrt(2),
-    ),
-    "detached-if-atan-stem-T2": Case(neuron=SEW_NEURON, shared=True, timesteps=2),
-    "soft-detached-rectangle-T1-of-one-value": Case(
-        neuron=LIF(reset="soft", detach_reset=True, surrogate="rectangle", surrogate_width=0.5),
-        timesteps=1,
-        shape=(1, 1, 1, 1),
-    ),
-    # 13 s to compile on a busy machine.
-    "if-T16": Case(neuron=LIF(decay=1.0), timesteps=16),
-}
+@pytest.mark.parametrize("timesteps", [1, 3], ids="T{}".format)
+@pytest.mark.parametrize("detach_reset", [False, True], ids=["through-reset", "detached"])
+@pytest.mark.parametrize("reset", ["hard", "soft"])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_every_neuron_triton(
+    surrogate: SurrogateName, reset: str, detach_reset: bool, timesteps: int
+) -> None:
+    neuron = LIF(reset=reset, detach_reset=detach_reset, surrogate=surrogate, surrogate_width=1.5)
+    with interpreted():
+        assert_fused_is_the_definition(Case(neuron=neuron, timesteps=timesteps, shape=(1, 3, 3, 2)))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=[pytest.mark.long] if "T16" in c else []) for c in COMPILED],
-)
-def test_compiled(case: str) -> None:
-    with compiled():
-        assert_fused_is_the_definition(COMPILED[case])
+# As many channels as a program works on, fewer, and more; as many rows, and one more.
+TRITON_SHAPES = [
+    (1, 1, 1, 1),
+    (2, 3, 5, 6),
+    (1, 64, 2, 2),
+    (2, 65, 1, 3),
+    (1, 96, 3, 1),
+    (5, 64, 1, 1),
+]
+
+
+def check_combination_triton(case: Case, shape: tuple[int, int, int, int]) -> None:
+    with interpreted():
+        assert_fused_is_the_definition(dataclasses.replace(case, shape=shape))
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=40)
+@given(any_case, st.sampled_from(TRITON_SHAPES[:4]))
+def test_any_combination_triton(case: Case, shape: tuple[int, int, int, int]) -> None:
+    check_combination_triton(case, shape)
+
+
+@pytest.mark.long
+@settings(derandomize=True, database=None, deadline=None, max_examples=300)
+@given(any_case, st.sampled_from(TRITON_SHAPES), st.integers(1, 16))
+def test_any_combination_and_timesteps_triton(
+    case: Case, shape: tuple[int, int, int, int], timesteps: int
+) -> None:
+    check_combination_triton(dataclasses.replace(case, timesteps=timesteps), shape)
 
 
 # ----------------------------------------------------------------------------- what it leaves alone
 
 
-def test_spikes_are_channels_last_so_that_the_next_layer_copies_nothing() -> None:
+@each_implementation
+def test_spikes_are_channels_last_so_that_the_next_layer_copies_nothing(
+    implementation: str,
+) -> None:
     case = Case(shape=(2, 8, 4, 4))
     current = case.inputs()["current"]
     rows = norm_neuron._channels_last_rows(current)
     assert rows.data_ptr() == current.data_ptr()
-    with uncompiled():
+    with IMPLEMENTATIONS[implementation]():
         spikes = case.module()(current, 4)
     assert spikes.shape == current.shape
     assert spikes.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_gradient_of_any_layout_is_taken() -> None:
+@each_implementation
+def test_gradient_of_any_layout_is_taken(implementation: str) -> None:
     # A spike map that is pooled or transposed comes back as a strided, even an expanded gradient.
     case = Case(timesteps=2)
     gradients = []
     for execution in ("fused", "reference"):
         module, current = case.module(), case.inputs()["current"]
         module.execution = execution
-        with uncompiled():
+        with IMPLEMENTATIONS[implementation]():
             module(current, 2).mean((0, 3, 4)).transpose(0, 1)[:2].sum().backward()
         assert current.grad is not None
         gradients.append(current.grad)
     torch.testing.assert_close(*gradients)
 
 
-def test_current_without_gradient_still_trains_the_norm() -> None:
+@each_implementation
+def test_current_without_gradient_still_trains_the_norm(implementation: str) -> None:
     case = Case()
     results = []
     for execution in ("fused", "reference"):
         module, current = case.module(), case.inputs()["current"].detach()
         module.execution = execution
-        with uncompiled():
+        with IMPLEMENTATIONS[implementation]():
             results.append(results_of(module, lambda m, x=current: m(x, 4), {}))
     assert_same(*results)
 
 
-def test_frozen_norm_still_passes_the_gradient_on() -> None:
+@each_implementation
+def test_frozen_norm_still_passes_the_gradient_on(implementation: str) -> None:
     case = Case()
     results = []
     for execution in ("fused", "reference"):
         module, inputs = case.module().requires_grad_(False), case.inputs()
         module.execution = execution
-        with uncompiled():
+        with IMPLEMENTATIONS[implementation]():
             results.append(results_of(module, lambda m, x=inputs["current"]: m(x, 4), inputs))
     assert_same(*results)
 
 
-def test_only_the_current_is_kept_for_the_backward_pass() -> None:
+@each_implementation
+def test_only_the_current_is_kept_for_the_backward_pass(implementation: str) -> None:
     # What makes the neuron cheap: nothing of the size of T membranes between the passes.
     case = Case(shape=(2, 16, 8, 8), timesteps=16)
     module, current = case.module(), case.inputs()["current"]
@@ -475,7 +448,10 @@ def test_only_the_current_is_kept_for_the_backward_pass() -> None:
         kept.append(tensor.numel())
         return tensor
 
-    with uncompiled(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with (
+        IMPLEMENTATIONS[implementation](),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
         module(current, 16)
     per_channel = 16
     assert sorted(kept, reverse=True)[0] == current.numel()
@@ -485,7 +461,7 @@ def test_only_the_current_is_kept_for_the_backward_pass() -> None:
 # ----------------------------------------------------------------------------------------- bfloat16
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 def test_bfloat16_differs_from_the_definition_only_within_rounding_of_the_threshold(
     implementation: str,
 ) -> None:
@@ -531,64 +507,6 @@ def test_bfloat16_differs_from_the_definition_only_within_rounding_of_the_thresh
         assert error < 0.01, name
 
 
-# --------------------------------------------------------------------------- number of compilations
-
-
-@dataclass(frozen=True)
-class NetworkRuns:
-    first: int  # compilations of the first training step
-    later: int  # and of two more, with other numbers and sizes of images
-    compiled: dict[str, Tensor]  # results of the first
-    definition: dict[str, Tensor]
-
-
-@pytest.fixture(scope="module")
-def network_runs() -> NetworkRuns:
-    """A float64 SEW-ResNet-18: 20 layers of 4 widths, 5 sizes, one of them a stem."""
-    torch.manual_seed(0)
-    model = timm.create_model(
-        "sew_resnet18", width=8, num_classes=5, timesteps=2, neuron=SEW_NEURON
-    ).double()
-
-    def train(images: Tensor) -> tuple[int, dict[str, Tensor]]:
-        before = counters["stats"]["unique_graphs"]
-        results = results_of(model, lambda m: m(images, per_timestep=True), {})
-        return counters["stats"]["unique_graphs"] - before, results
-
-    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    with compiled():
-        first, results = train(images)
-        later = train(images[:2])[0] + train(torch.randn(2, 3, 48, 40, dtype=torch.float64))[0]
-    model.set_execution("reference")
-    return NetworkRuns(first, later, results, train(images)[1])
-
-
-def test_compiled_network_is_the_definition(network_runs: NetworkRuns) -> None:
-    assert_same(network_runs.compiled, network_runs.definition)
-
-
-def test_compilations_do_not_grow_with_the_layers(network_runs: NetworkRuns) -> None:
-    # One set of four passes a layer would be 80; beyond the limit there would be none at all.
-    assert network_runs.first + network_runs.later <= 20
-    assert torch._dynamo.config.recompile_limit >= compiled_module._MAX_VARIANTS
-
-
-def test_one_set_of_passes_serves_all_layers(network_runs: NetworkRuns) -> None:
-    # Of the stem, whose current all timesteps share; of the rest; and of spikes that are added to
-    # others.
-    assert network_runs.first <= 2 * 4 + 1
-    assert network_runs.later == 0
-
-
-def test_beyond_torchs_limit_of_compilations_is_an_error_not_a_slow_network() -> None:
-    double = compiled_module._compile(lambda x: 2 * x)
-    with torch._dynamo.config.patch(recompile_limit=2):
-        double(torch.zeros(3))
-        double(torch.zeros(3, dtype=torch.float64))
-        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-            double(torch.zeros(3, dtype=torch.int32))
-
-
 # ------------------------------------------------------------------------------ without a compiler
 
 WITHOUT_COMPILER = """
@@ -622,7 +540,6 @@ def test_without_a_compiler_a_model_trains_and_says_so_once(tmp_path: Path) -> N
     environment = os.environ | {
         "PATH": str(tmp_path / "bin"),
         "CXX": str(tmp_path / "no-such-compiler"),
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
         "XDG_CACHE_HOME": str(tmp_path / "kernels"),
         "PYTHONPATH": str(Path(tetdist.__file__).parents[1]),
     }
@@ -637,9 +554,8 @@ def test_without_a_compiler_a_model_trains_and_says_so_once(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     ((logger, message),) = said["records"]
-    assert logger == "tetdist.nn.compiled"
-    assert "torch.compile does not work here" in message
-    assert "no-such-compiler" in message
+    assert logger == "tetdist.nn.passes"
+    assert "the C++ kernels cannot be built or loaded here (there is no C++ compiler)" in message
     assert "apt-get install g++" in message
     assert "\n" not in message
     assert "Traceback" not in done.stderr

@@ -26,12 +26,17 @@ _recomputation = threading.local()
 @contextlib.contextmanager
 def recomputing() -> Iterator[None]:
     """Take forward passes within this context for repetitions, which add nothing to statistics."""
-    outer = getattr(_recomputation, "active", False)
+    outer = is_repetition()
     _recomputation.active = True
     try:
         yield
     finally:
         _recomputation.active = outer
+
+
+def is_repetition() -> bool:
+    """True within `recomputing`."""
+    return getattr(_recomputation, "active", False)
 
 
 class BatchNorm(nn.Module):
@@ -112,12 +117,16 @@ class BatchNorm(nn.Module):
 
         ``num_values`` of this process were normalised, copies of a static image's counted.
         """
-        if getattr(_recomputation, "active", False):
+        if is_repetition():
             return
         num_values *= self.num_processes
         self.pending_mean += mean
         # The running variance estimates that of the population: unbiased, as in torch.
         self.pending_var += var * (num_values / max(num_values - 1, 1))
+        self.recorded()
+
+    def recorded(self) -> None:
+        """Take note that a batch was added to pending_mean and pending_var."""
         self.pending_count += 1
         if not self.deferred:
             self._move(self.pending_mean, self.pending_var, self.pending_count)

@@ -6,25 +6,13 @@ normalised current and the membranes again from them, in registers, so nothing o
 membranes is ever stored. The passes see every activation as (T, N, C), N = B*H*W, channels last.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tetdist.nn.batch_norm import BatchNorm
-
-
-class Passes(NamedTuple):
-    """The passes of one variant: neuron, T, whether all timesteps share one x, whether membranes
-    are carried on, and whether spikes are packed, too."""
-
-    timesteps: int
-    statistics: Callable[..., tuple[Tensor, Tensor]]
-    spikes: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
-    current_gradient: Callable[..., tuple[Tensor | None, ...]]
-    input_gradient: Callable[..., Tensor]
 
 
 class Affine(NamedTuple):
@@ -36,27 +24,79 @@ class Affine(NamedTuple):
     rstd: Tensor
 
 
-class NormStatistics(NamedTuple):
-    """A batch norm and the statistics by which it normalises this time."""
+class Inputs(NamedTuple):
+    """What makes the current of a layer's neurons, and where they start.
 
-    norm: BatchNorm
-    mean: Tensor
-    var: Tensor
+    Attributes:
+        x: The convolution's output, (T, N, C), or (1, N, C) where all timesteps share it.
+        shortcut: Added to the normalised x, (T, N, C).
+        affine: Normalises x.
+        of_shortcut: Normalises the shortcut; None: it is added as it is.
+        start: Membranes after an earlier stretch of time, (N, C); None: at rest.
+    """
 
-    @classmethod
-    def of(cls, norm: BatchNorm, x: Tensor, kernels: "Passes") -> "NormStatistics":
-        if not norm.training:
-            return cls(norm, norm.running_mean, norm.running_var)
-        mean, var = norm.over_processes(*kernels.statistics(x.detach()))
-        # Where one x serves all timesteps, mean and variance are those of its T copies, too.
-        norm.record(mean, var, kernels.timesteps * x.shape[1])
-        return cls(norm, mean, var)
+    x: Tensor
+    shortcut: Tensor | None
+    affine: Affine
+    of_shortcut: Affine | None
+    start: Tensor | None
 
-    def affine(self, weight: Tensor, bias: Tensor) -> Affine:
-        """Return the normalisation, with the norm's weight and bias as autograd has them."""
-        rstd = torch.rsqrt(self.var + self.norm.eps)
-        gain = self.norm.scale * weight * rstd
-        return Affine(gain, bias - gain * self.mean, self.mean, rstd)
+
+class Sums(NamedTuple):
+    """Sums over T and N, each (C,): of the current's gradient, and of its products with the
+    normalised x and the normalised shortcut, both before gain and offset."""
+
+    grad: Tensor
+    grad_xhat: Tensor
+    grad_shortcut_hat: Tensor | None
+
+
+class Passes(Protocol):
+    """The passes of one variant: neuron, T, whether membranes are carried on, and whether spikes
+    are packed, too. Tensors are without gaps."""
+
+    timesteps: int
+
+    def normalization(self, norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Affine:
+        """Make the normalisation of x, by its own statistics in training, which are recorded then.
+
+        weight and bias are those of the norm, as autograd has them.
+        """
+
+    def spikes(
+        self, inputs: Inputs, identity: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Spikes plus identity, (T, N, C); the same in bytes, or None; membranes after the last
+        reset, (N, C), or None."""
+
+    def sums(
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+    ) -> tuple[Sums, Any]:
+        """The sums that batch norm's backward pass needs, and what `gradients` is to be given."""
+
+    def gradients(
+        self,
+        inputs: Inputs,
+        grad_spikes: Tensor,
+        grad_end: Tensor | None,
+        kept: Any,
+        of_x: tuple[Tensor, Tensor] | None,
+        of_shortcut: tuple[Tensor, Tensor] | None,
+        *,
+        needs_x: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of x (None where it needs none), shortcut and start.
+
+        Args:
+            inputs: Those of `sums`.
+            grad_spikes: Likewise, (T, N, C).
+            grad_end: Likewise, (N, C).
+            kept: What `sums` returned.
+            of_x: Sums of the gradient and of its products with the normalised x, averaged over the
+                processes that normalise together; None: the statistics were constants.
+            of_shortcut: The same of the shortcut, where that is normalised.
+            needs_x: Whether x needs a gradient.
+        """
 
 
 class FusedNormNeuron(torch.autograd.Function):
@@ -77,22 +117,26 @@ class FusedNormNeuron(torch.autograd.Function):
         bias: Tensor,
         shortcut_weight: Tensor | None,
         shortcut_bias: Tensor | None,
-        own: NormStatistics,
-        others: NormStatistics | None,
-        kernels: "Passes",
+        norm: BatchNorm,
+        shortcut_norm: BatchNorm | None,
+        kernels: Passes,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        affine = own.affine(weight, bias)
+        affine = kernels.normalization(norm, x, weight, bias)
         of_shortcut: Affine | None = None
-        if others is not None:
+        if shortcut_norm is not None:
+            assert shortcut is not None
             assert shortcut_weight is not None
             assert shortcut_bias is not None
-            of_shortcut = others.affine(shortcut_weight, shortcut_bias)
+            of_shortcut = kernels.normalization(
+                shortcut_norm, shortcut, shortcut_weight, shortcut_bias
+            )
         ctx.save_for_backward(x, shortcut, membrane, *affine, *(of_shortcut or ()))
-        ctx.norm, ctx.training, ctx.kernels = own.norm, own.norm.training, kernels
-        ctx.shortcut_norm = None if others is None else others.norm
+        ctx.norm, ctx.shortcut_norm, ctx.kernels = norm, shortcut_norm, kernels
+        ctx.training = norm.training
         ctx.has_identity = identity is not None
         ctx.set_materialize_grads(False)
-        spikes, packed, end = kernels.spikes(x, shortcut, affine, of_shortcut, membrane, identity)
+        inputs = Inputs(x, shortcut, affine, of_shortcut, membrane)
+        spikes, packed, end = kernels.spikes(inputs, identity)
         if packed is not None:
             ctx.mark_non_differentiable(packed)
         return spikes, packed, end
@@ -101,62 +145,45 @@ class FusedNormNeuron(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         x, shortcut, membrane, *saved = ctx.saved_tensors
-        affine = Affine(*saved[:4])
         of_shortcut = Affine(*saved[4:]) if ctx.shortcut_norm is not None else None
+        inputs = Inputs(x, shortcut, Affine(*saved[:4]), of_shortcut, membrane)
         grad_spikes, _, grad_end = grad_outputs
         if grad_spikes is None:
             assert grad_end is not None
             grad_spikes = x.new_zeros(()).expand(ctx.kernels.timesteps, *grad_end.shape)
-        # Gradient of the total current, of the convolution's own part of it (which is summed over
-        # time where one output serves all timesteps), its sum per channel and those of its products
-        # with both normalised currents, and the gradient of the membrane at the start.
-        grad_total, grad_y, sum_grad, sum_grad_xhat, sum_grad_shortcut_hat, grad_start = (
-            ctx.kernels.current_gradient(
-                x,
-                shortcut,
-                affine,
-                of_shortcut,
-                membrane,
-                grad_spikes.contiguous(),
-                None if grad_end is None else grad_end.contiguous(),
-            )
-        )
+        grads = (grad_spikes.contiguous(), None if grad_end is None else grad_end.contiguous())
+        sums, kept = ctx.kernels.sums(inputs, *grads)
 
-        def through(
-            norm: BatchNorm,
-            x: Tensor,
-            grad_y: Tensor,
-            affine: Affine,
-            sum_grad_xhat: Tensor,
-            in_place: bool,
-        ) -> Tensor:
-            """Return the gradient of what was normalised."""
+        def averaged(norm: BatchNorm, products: Tensor) -> tuple[Tensor, Tensor] | None:
             if not ctx.training:
-                return (grad_y * affine.gain).to(x.dtype)
-            sums = norm.average_over_processes(torch.stack([sum_grad, sum_grad_xhat]))
-            return ctx.kernels.input_gradient(x, grad_y, affine, *sums, in_place=in_place)
+                return None
+            if norm.average is None:
+                return sums.grad, products
+            first, second = norm.average_over_processes(torch.stack([sums.grad, products]))
+            return first, second
 
-        grad_shortcut = grad_total if shortcut is not None else None
-        if of_shortcut is not None:
-            grad_shortcut = through(
-                ctx.shortcut_norm, shortcut, grad_total, of_shortcut, sum_grad_shortcut_hat, False
-            )
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            # Written over grad_y, unless that is the shortcut's gradient, too.
-            in_place = grad_shortcut is not grad_y
-            grad_x = through(ctx.norm, x, grad_y, affine, sum_grad_xhat, in_place)
+        sums_of_shortcut = None
+        if sums.grad_shortcut_hat is not None:
+            sums_of_shortcut = averaged(ctx.shortcut_norm, sums.grad_shortcut_hat)
+        grad_x, grad_shortcut, grad_start = ctx.kernels.gradients(
+            inputs,
+            *grads,
+            kept,
+            averaged(ctx.norm, sums.grad_xhat),
+            sums_of_shortcut,
+            needs_x=ctx.needs_input_grad[0],
+        )
         grad_shortcut_weight = grad_shortcut_bias = None
-        if ctx.shortcut_norm is not None:
-            grad_shortcut_weight = ctx.shortcut_norm.scale * sum_grad_shortcut_hat
-            grad_shortcut_bias = sum_grad
+        if sums.grad_shortcut_hat is not None:
+            grad_shortcut_weight = ctx.shortcut_norm.scale * sums.grad_shortcut_hat
+            grad_shortcut_bias = sums.grad
         return (
             grad_x,
             None if grad_shortcut is None else grad_shortcut.to(shortcut.dtype),
             grad_spikes if ctx.has_identity else None,
             grad_start,
-            ctx.norm.scale * sum_grad_xhat,
-            sum_grad,
+            ctx.norm.scale * sums.grad_xhat,
+            sums.grad,
             grad_shortcut_weight,
             grad_shortcut_bias,
             *(None,) * 3,

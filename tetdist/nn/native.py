@@ -8,13 +8,14 @@ import ctypes
 import functools
 import itertools
 from ctypes import POINTER, byref, c_double, c_int, c_int64, c_void_p
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.build import load_library
-from tetdist.nn.fused import Affine
+from tetdist.nn.fused import Affine, Inputs, Sums
 from tetdist.nn.neurons import LIF, SURROGATES
 
 TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
@@ -63,8 +64,8 @@ def serves(*tensors: Tensor | None) -> bool:
     return devices == {"cpu"} and len(types) == 1 and types <= TYPES.keys()
 
 
-class Passes:
-    """The passes of one neuron; fused.py says what each is. All tensors are without gaps."""
+class Kernels:
+    """The functions of the library of one neuron. All tensors are without gaps."""
 
     def __init__(self, library: ctypes.CDLL, config: LIF) -> None:
         self.library = library
@@ -99,17 +100,14 @@ class Passes:
 
     def spikes(
         self,
-        x: Tensor,
-        shortcut: Tensor | None,
-        affine: Affine,
-        of_shortcut: Affine | None,
-        start: Tensor | None,
+        inputs: Inputs,
         identity: Tensor | None,
         *,
         timesteps: int,
         packs: bool,
         carries: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x, shortcut, affine, of_shortcut, start = inputs
         shape = (timesteps, *x.shape[1:])
         norms = [_as_wide(t, x) for one in (affine, of_shortcut) for t in (one or _NONE)[:2]]
         start = _as_wide(start, x)
@@ -122,15 +120,9 @@ class Passes:
         return spikes, packed, end
 
     def current_gradient(
-        self,
-        x: Tensor,
-        shortcut: Tensor | None,
-        affine: Affine,
-        of_shortcut: Affine | None,
-        start: Tensor | None,
-        grad_spikes: Tensor,
-        grad_end: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+    ) -> tuple[Sums, "_Gradients"]:
+        x, shortcut, affine, of_shortcut, start = inputs
         timesteps, rows, channels = grad_spikes.shape
         shared = x.shape[0] == 1
         wide = _wide_type(x)
@@ -152,7 +144,7 @@ class Passes:
         self._function("backward", TYPES[x.dtype])(byref(job), _threads())
         grad_y = own if own is not None else total
         assert grad_y is not None
-        return total, grad_y, sum_grad, sum_grad_xhat, sum_shortcut, grad_start
+        return Sums(sum_grad, sum_grad_xhat, sum_shortcut), _Gradients(total, grad_y, grad_start)
 
     def input_gradient(
         self,
@@ -171,6 +163,87 @@ class Passes:
         function = self._function("input_gradient", TYPES[x.dtype])
         function(*map(_at, (x, grad_y, *wide, grad_x)), rows, channels, _threads())
         return grad_x
+
+
+class _Gradients(NamedTuple):
+    """Of the current, (T, N, C), or None where nobody needs it at each timestep; of x as it was
+    normalised, which is its sum over time where all timesteps share x; of the start."""
+
+    total: Tensor | None
+    of_normalized: Tensor
+    start: Tensor | None
+
+
+class Passes:
+    """The passes of fused.py, for a neuron, T, and what the spikes come with."""
+
+    def __init__(self, kernels: Kernels, timesteps: int, *, carries: bool, packs: bool) -> None:
+        self.kernels, self.timesteps = kernels, timesteps
+        self.carries, self.packs = carries, packs
+
+    def normalization(self, norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Affine:
+        mean, var = norm.running_mean, norm.running_var
+        if norm.training:
+            mean, var = norm.over_processes(*self.kernels.statistics(x))
+            # Where one x serves all timesteps, mean and variance are those of its T copies, too.
+            norm.record(mean, var, self.timesteps * x.shape[1])
+        rstd = torch.rsqrt(var + norm.eps)
+        gain = norm.scale * weight * rstd
+        return Affine(gain, bias - gain * mean, mean, rstd)
+
+    def spikes(
+        self, inputs: Inputs, identity: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.kernels.spikes(
+            inputs, identity, timesteps=self.timesteps, packs=self.packs, carries=self.carries
+        )
+
+    def sums(
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+    ) -> tuple[Sums, _Gradients]:
+        # On a CPU the gradient of the current is worth writing down: to compute it again would take
+        # longer than to read it.
+        return self.kernels.current_gradient(inputs, grad_spikes, grad_end)
+
+    def gradients(
+        self,
+        inputs: Inputs,
+        grad_spikes: Tensor,
+        grad_end: Tensor | None,
+        kept: _Gradients,
+        of_x: tuple[Tensor, Tensor] | None,
+        of_shortcut: tuple[Tensor, Tensor] | None,
+        *,
+        needs_x: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        del grad_spikes, grad_end
+
+        def through(
+            x: Tensor,
+            grad_y: Tensor,
+            affine: Affine,
+            sums: tuple[Tensor, Tensor] | None,
+            in_place: bool,
+        ) -> Tensor:
+            """Return the gradient of what was normalised."""
+            if sums is None:
+                return (grad_y * affine.gain).to(x.dtype)
+            return self.kernels.input_gradient(x, grad_y, affine, *sums, in_place=in_place)
+
+        grad_shortcut = None
+        if inputs.shortcut is not None:
+            assert kept.total is not None
+            grad_shortcut = kept.total
+            if inputs.of_shortcut is not None:
+                grad_shortcut = through(
+                    inputs.shortcut, kept.total, inputs.of_shortcut, of_shortcut, False
+                )
+        grad_x = None
+        if needs_x:
+            # Written over the other, unless that is the shortcut's gradient, too.
+            in_place = grad_shortcut is not kept.of_normalized
+            grad_x = through(inputs.x, kept.of_normalized, inputs.affine, of_x, in_place)
+        return grad_x, grad_shortcut, kept.start
 
 
 def _at(tensor: Tensor | None) -> int | None:
@@ -290,15 +363,15 @@ def _sums() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def passes(config: LIF) -> Passes | None:
-    """Passes of a neuron, compiled if they never were on this machine; None without a compiler."""
+def kernels(config: LIF) -> Kernels | None:
+    """Those of a neuron, compiled if they never were on this machine; None without a compiler."""
     library = load_library(
         "neuron",
         f"-DSURROGATE={list(SURROGATES).index(config.surrogate)}",
         f"-DHARD_RESET={int(config.resets_to_zero)}",
         f"-DDETACH_RESET={int(config.detach_reset)}",
     )
-    return None if library is None else Passes(library, config)
+    return None if library is None else Kernels(library, config)
 
 
 @functools.cache

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tetdist.nn import neurons, passes
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fused import FusedNormNeuron, NormStatistics
-from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.nn.fused import FusedNormNeuron, Passes
+from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import Packed, carry
 
 
@@ -80,9 +80,18 @@ class NormNeuron(nn.Module):
         """
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
         match self.execution:
-            case "fused" if passes.passes_work(current.device.type, self.neuron):
-                return self._fused(current, timesteps, shortcut, identity, shortcut_norm)
-            case "fused" | "reference":
+            case "fused":
+                kernels = passes.passes_for(
+                    self.neuron,
+                    (current, shortcut, identity),
+                    timesteps,
+                    carries=self.carries,
+                    packs=self.norm.training and torch.is_grad_enabled(),
+                )
+                if kernels is not None:
+                    return self._fused(current, shortcut, identity, shortcut_norm, kernels)
+                return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
+            case "reference":
                 return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
             case other:
                 raise ValueError(f"there is no execution {other!r}")
@@ -120,41 +129,32 @@ class NormNeuron(nn.Module):
     def _fused(
         self,
         current: Tensor,
-        timesteps: int,
         shortcut: Tensor | None,
         identity: Tensor | None,
         shortcut_norm: BatchNorm | None,
+        kernels: Passes,
     ) -> Tensor:
         norm = self.norm
-        x = _channels_last_rows(current)
         added = None if shortcut is None else _channels_last_rows(shortcut)
         joined = None if identity is None else _channels_last_rows(identity)
-        packs = norm.training and torch.is_grad_enabled()
-        assert isinstance(self.neuron, LIF)
-        kernels = passes.passes_for(
-            self.neuron, (x, added, joined), timesteps, carries=self.carries, packs=packs
-        )
-        own = NormStatistics.of(norm, x, kernels)
-        others = None
-        if added is not None and shortcut_norm is not None:
-            assert shortcut_norm.training == norm.training
-            others = NormStatistics.of(shortcut_norm, added, kernels)
+        others = shortcut_norm if added is not None else None
+        assert others is None or others.training == norm.training
         batch, channels, height, width = current.shape[1:]
         start = None
         if self.membrane is not None:
             start = self.membrane.permute(0, 2, 3, 1).reshape(-1, channels)
         parameters: list[Tensor | None] = [norm.weight, norm.bias]
-        parameters += [None, None] if others is None else [others.norm.weight, others.norm.bias]
+        parameters += [None, None] if others is None else [others.weight, others.bias]
         rows, packed, end = FusedNormNeuron.apply(
-            x, added, joined, start, *parameters, own, others, kernels
+            _channels_last_rows(current), added, joined, start, *parameters, norm, others, kernels
         )
         if self.carries:
             self.membrane = end.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
         def image(rows: Tensor) -> Tensor:
-            return rows.view(timesteps, batch, height, width, channels).permute(0, 1, 4, 2, 3)
+            return rows.view(len(rows), batch, height, width, channels).permute(0, 1, 4, 2, 3)
 
-        return carry(image(rows), Packed(image(packed), 1)) if packs else image(rows)
+        return image(rows) if packed is None else carry(image(rows), Packed(image(packed), 1))
 
     def extra_repr(self) -> str:
         return str(self.neuron)

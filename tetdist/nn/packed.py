@@ -7,14 +7,14 @@ along as an attribute; the operations here keep that and let go of the tensor it
 attribute they are torch's own.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tetdist.nn import native
+from tetdist.nn import native, passes
 
 
 class Packed(NamedTuple):
@@ -29,8 +29,11 @@ class Packed(NamedTuple):
     levels: int
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        x = self.values.to(dtype)
-        return x if self.levels == 1 else x / self.levels
+        if self.levels == 1:
+            return self.values.to(dtype)
+        if (gpu := passes.triton_for(self.values)) is not None:
+            return gpu.unpack(self.values, self.levels, dtype)
+        return self.values.to(dtype) / self.levels
 
 
 def pack(x: Tensor, levels: int = 1) -> Packed:
@@ -52,13 +55,26 @@ class Halved(NamedTuple):
     shape: torch.Size
     strides: tuple[int, ...]
 
+    def unpack(self, levels: int, dtype: torch.dtype) -> Tensor:
+        """The numbers, multiples of ``1 / levels``, which carry their bytes."""
+        if (gpu := passes.triton_for(self.values)) is not None:
+            values, numbers = gpu.unpack_halves(
+                self.values, self.shape, self.strides, levels, dtype
+            )
+            return carry(numbers, Packed(values, levels))
+        packed = Packed(self.whole(), levels)
+        return carry(packed.unpack(dtype), packed)
+
     def whole(self) -> Tensor:
+        """The bytes."""
         flat = torch.stack([self.values & 15, self.values >> 4], dim=1).flatten()
         return flat.as_strided(self.shape, self.strides)
 
 
 def halve(values: Tensor) -> Halved:
     """Pack bytes below 16, of a tensor that fills its memory without gaps."""
+    if (gpu := passes.triton_for(values)) is not None:
+        return Halved(gpu.halve(values), values.shape, values.stride())
     flat = values.as_strided((values.numel(),), (1,), values.storage_offset())
     if flat.numel() % 2:
         flat = F.pad(flat, (0, 1))
@@ -161,13 +177,34 @@ class MaxPool(nn.MaxPool2d):
         if packed is None or not torch.is_grad_enabled():
             return super().forward(flat).unflatten(0, x.shape[:2])
         flat_packed = packed._replace(values=packed.values.flatten(0, 1))
-        kernel = native.pool() if native.serves(flat) else None
+        kernel = _pool_kernel(flat)
         if kernel is not None:
-            pooled, values = _NativeMaxPool.apply(flat, flat_packed, self, kernel)
+            pooled, values = _MaxPoolInBytes.apply(flat, flat_packed, self, kernel)
             again = packed._replace(values=values.unflatten(0, x.shape[:2]))
             return carry(pooled.unflatten(0, x.shape[:2]), again)
         y = _MaxPool.apply(flat, flat_packed, self).unflatten(0, x.shape[:2])
         return carry(y, pack(y.detach(), packed.levels))
+
+
+class PoolKernel(Protocol):
+    """Max-pooling of images (N, C, H, W) whose values are in bytes, too."""
+
+    def forward(
+        self, packed: Tensor, levels: int, dtype: torch.dtype, pool: nn.MaxPool2d
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest of each window, of ``dtype`` and in bytes, and where it was."""
+
+    def backward(
+        self, grad: Tensor, where: Tensor, shape: torch.Size, pool: nn.MaxPool2d
+    ) -> Tensor:
+        """The gradient of the images, whose shape is given."""
+
+
+def _pool_kernel(x: Tensor) -> PoolKernel | None:
+    if native.serves(x):
+        return native.pool()
+    gpu = passes.triton_for(x)
+    return None if gpu is None else gpu.Pool()
 
 
 class _MaxPool(torch.autograd.Function):
@@ -193,12 +230,12 @@ class _MaxPool(torch.autograd.Function):
         return grad_x, None, None
 
 
-class _NativeMaxPool(torch.autograd.Function):
+class _MaxPoolInBytes(torch.autograd.Function):
     """Max-pooling that keeps a byte an output: where in its window it was."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, packed: Packed, pool: nn.MaxPool2d, kernel: native.Pool
+        ctx: Any, x: Tensor, packed: Packed, pool: nn.MaxPool2d, kernel: PoolKernel
     ) -> tuple[Tensor, Tensor]:
         y, values, where = kernel.forward(packed.values, packed.levels, x.dtype, pool)
         ctx.save_for_backward(where)

@@ -1,90 +1,122 @@
 """Chooses the passes over memory that serve a neuron on a device.
 
-On a CPU they are those of native.py. Elsewhere, and for types that those do not know, they are
-those of compiled.py. Without a working compiler the definition is used, with one warning.
+On a CPU they are those of native.py, in C++; on a GPU those of triton_passes.py. Where these cannot
+be built, and for types that they do not know, there are none, and the definition computes.
 """
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tetdist.nn import build, native
-from tetdist.nn.compiled import (
-    compiled_passes,
-    reason_against_torch_compile,
-    torch_compile_works,
-)
 from tetdist.nn.fused import Passes
 from tetdist.nn.neurons import LIF, NeuronConfig
 
 logger = logging.getLogger(__name__)
 
+# By type of device, whether Triton's passes are used there; asked once in a process.
+_uses_triton: dict[str, bool] = {}
+
 
 def passes_for(
-    config: LIF, tensors: tuple[Tensor | None, ...], timesteps: int, *, carries: bool, packs: bool
-) -> Passes:
-    """The passes of a neuron.
+    config: NeuronConfig,
+    tensors: tuple[Tensor | None, ...],
+    timesteps: int,
+    *,
+    carries: bool,
+    packs: bool,
+) -> Passes | None:
+    """The passes of a neuron; None: the definition is to compute. What is missing is said once.
 
     Args:
-        config: The neuron, for which `passes_work`.
-        tensors: Current, (T or 1, N, C), shortcut and identity.
+        config: The neuron.
+        tensors: Current, shortcut and identity.
         timesteps: T.
         carries: Whether membranes are carried on.
         packs: Whether spikes are packed, too.
     """
-    current = tensors[0]
-    assert current is not None
-    of = _native_passes if native.serves(*tensors) else compiled_passes
-    return of(config, timesteps, current.shape[0] == 1, carries, packs)
+    if not isinstance(config, LIF) or not config.has_passes:
+        return None
+    if native.serves(*tensors):
+        return _native_passes(config, timesteps, carries, packs)
+    if (kernels := triton_for(*tensors)) is not None:
+        return _triton_passes(kernels, config, timesteps, carries, packs)
+    return None
 
 
 @functools.cache
-def _native_passes(config: LIF, timesteps: int, shared: bool, carries: bool, packs: bool) -> Passes:
-    passes = native.passes(config)
-    if passes is None:
-        return compiled_passes(config, timesteps, shared, carries, packs)
-    return Passes(
-        timesteps,
-        passes.statistics,
-        functools.partial(passes.spikes, timesteps=timesteps, packs=packs, carries=carries),
-        passes.current_gradient,
-        passes.input_gradient,
+def _native_passes(config: LIF, timesteps: int, carries: bool, packs: bool) -> Passes | None:
+    kernels = native.kernels(config)
+    if kernels is None:
+        _say_that_there_is_no_library()
+        return None
+    return native.Passes(kernels, timesteps, carries=carries, packs=packs)
+
+
+@functools.cache
+def _say_that_there_is_no_library() -> None:
+    logger.warning(
+        "the C++ kernels cannot be built or loaded here (%s): normalisation and neurons run as "
+        "torch's own operations, slower and with more memory. A C++ compiler (Debian: apt-get "
+        "install g++) mends it.",
+        build.failures.get("neuron", "for a reason unknown"),
     )
 
 
-def decide(device: torch.device, gather: Callable[[str | None], list[str | None]]) -> None:
-    """Find out, before the first step, whether there are passes for a GPU on all processes.
+@functools.cache
+def _triton_passes(kernels: Any, config: LIF, timesteps: int, carries: bool, packs: bool) -> Passes:
+    return kernels.Passes(config, timesteps, carries=carries, packs=packs)
+
+
+def triton_for(*tensors: Tensor | None) -> Any:
+    """The module triton_passes, if it serves these tensors; else None."""
+    devices = {tensor.device.type for tensor in tensors if tensor is not None}
+    if devices != {"cuda"}:
+        return None
+    if "cuda" not in _uses_triton:
+        decide(torch.device("cuda"))
+    return importlib.import_module("tetdist.nn.triton_passes") if _uses_triton["cuda"] else None
+
+
+def decide(
+    device: torch.device,
+    gather: Callable[[str | None], list[str | None]] = lambda reason: [reason],
+) -> None:
+    """Decide whether Triton's passes are used on a device: on all processes of a run, or on none.
+
+    Rounding differs between them and the definition, so that processes which decided differently
+    would train different networks. If they are not used, each process says why.
 
     Args:
         device: This process's.
-        gather: Given this process's reason why there are none (None: there are), returns those of
-            all processes, by rank. It may raise where they are not of one mind.
+        gather: Given this process's reason against them (None: there is none), returns those of all
+            processes, by rank. Every process must call this then.
     """
-    if device.type == "cuda":
-        gather(reason_against_torch_compile(device.type))
-        torch_compile_works(device.type)
+    if device.type != "cuda":
+        return
+    reasons = gather(_reason_against_triton(device))
+    missing = [rank for rank, reason in enumerate(reasons) if reason]
+    _uses_triton[device.type] = not missing
+    if missing:
+        where = "here" if len(reasons) == 1 else f"on {len(missing)} of {len(reasons)} processes"
+        logger.warning(
+            "Triton's kernels do not work %s (%s): normalisation and neurons run as torch's own "
+            "operations, slower and with more memory. They need the package triton of the version "
+            "that torch names (pip show torch) and a C compiler (Debian: apt-get install gcc).",
+            where,
+            reasons[missing[0]],
+        )
 
 
-def passes_work(device_type: str, config: NeuronConfig) -> bool:
-    """True if there are passes of the neuron for the device, or can be; if there is no compiler,
-    this is said once."""
-    if not isinstance(config, LIF) or not config.has_passes:
-        return False
-    if device_type == "cpu" and native.passes(config) is not None:
-        return True
-    works = torch_compile_works(device_type)
-    if works and device_type == "cpu":
-        _say_that_it_is_slower()
-    return works
-
-
-@functools.cache
-def _say_that_it_is_slower() -> None:
-    logger.warning(
-        "the C++ kernels cannot be built or loaded here (%s): torch.compile's are used, which are "
-        "slower to begin and to run",
-        build.failures.get("neuron", "for a reason unknown"),
-    )
+def _reason_against_triton(device: torch.device) -> str | None:
+    try:
+        importlib.import_module("tetdist.nn.triton_passes").check(device)
+    except Exception as error:  # Triton, the driver and the compiler raise many kinds.
+        lines = str(error).strip().splitlines()
+        return lines[0] if lines else type(error).__name__
+    return None

@@ -97,7 +97,7 @@ class Block:
             return kept
         if isinstance(kept, Halved):
             assert self.levels is not None
-            kept = Packed(kept.whole(), self.levels)
+            return kept.unpack(self.levels, dtype)
         return carry(kept.unpack(dtype), kept)
 
 

@@ -1,0 +1,301 @@
+"""The passes of GPUs where they are to be the same as those in C++ to the bit, and how they are
+chosen. The kernels are interpreted; test_fused.py has them against the definition."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+from passes import assert_same, interpreted, needs_triton, one_thread, randomize, results_of
+from torch import Tensor
+
+import tetdist.models  # noqa: F401  # registers them
+from tetdist.nn import native, packed, passes
+from tetdist.nn.batch_norm import BatchNorm, recomputing, synchronize
+from tetdist.nn.fused import Affine, Inputs
+from tetdist.nn.neurons import LIF
+from tetdist.nn.norm_neuron import NormNeuron
+
+needs_triton()
+
+from tetdist.nn import triton_passes  # noqa: E402  # needs Triton
+
+# A neuron of each reset, whose numbers are no powers of two.
+NEURONS = [
+    LIF(decay=0.9, threshold=0.7, surrogate_width=1.5),
+    LIF(decay=0.6, threshold=0.7, reset="soft", detach_reset=True, surrogate="atan"),
+]
+# With everything, with nothing, and what all timesteps share.
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "plain shortcut, identity": {"shortcut": "plain", "identity": True},
+    "normalised shortcut, carried": {"shortcut": "normalized", "carries": True},
+    "shared": {"shared": True, "carries": True, "identity": True},
+    "shared, shortcut": {"shared": True, "shortcut": "plain"},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def affine(seed: int, channels: int, wide: torch.dtype) -> Affine:
+    gain, offset, mean, spread = draw(seed, 4, channels).to(wide)
+    return Affine(1 + gain / 4, offset / 4, mean / 2, 1 + spread.abs())
+
+
+def both_passes(neuron: LIF, timesteps: int, carries: bool) -> tuple[passes.Passes, passes.Passes]:
+    kernels = native.kernels(neuron)
+    assert kernels is not None, "there is no C++ compiler"
+    return (
+        triton_passes.Passes(neuron, timesteps, carries=carries, packs=True),
+        native.Passes(kernels, timesteps, carries=carries, packs=True),
+    )
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("neuron", NEURONS, ids=["hard", "soft"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_spikes_bytes_and_membranes_are_those_of_cpp_to_the_bit(
+    dtype: torch.dtype, neuron: LIF, call: str
+) -> None:
+    options = {"shared": False, "shortcut": None, "identity": False, "carries": False} | CALLS[call]
+    timesteps, rows, channels = 3, 37, 20
+    wide = torch.promote_types(dtype, torch.float32)
+    shape = (timesteps, rows, channels)
+    inputs = Inputs(
+        draw(0, 1 if options["shared"] else timesteps, rows, channels).to(dtype),
+        draw(1, *shape).to(dtype) if options["shortcut"] else None,
+        affine(2, channels, wide),
+        affine(3, channels, wide) if options["shortcut"] == "normalized" else None,
+        draw(4, rows, channels).to(wide) if options["carries"] else None,
+    )
+    identity = draw(5, *shape).gt(0).to(dtype) * 2 if options["identity"] else None
+    grad_spikes = draw(6, *shape).to(dtype)
+    grad_end = draw(7, rows, channels).to(wide) if options["carries"] else None
+    found = []
+    for kernels in both_passes(neuron, timesteps, options["carries"]):
+        with interpreted():
+            fired = kernels.spikes(inputs, identity)
+            sums, kept = kernels.sums(inputs, grad_spikes, grad_end)
+            others = sums.grad_shortcut_hat
+            gradients = kernels.gradients(
+                inputs,
+                grad_spikes,
+                grad_end,
+                kept,
+                (sums.grad, sums.grad_xhat),
+                None if others is None else (sums.grad, others),
+                needs_x=True,
+            )
+        found.append((fired, [*sums, *gradients]))
+    (fired, gradients), (expected_fired, expected_gradients) = found
+    assert 0.2 < expected_fired[0].double().mean() < 1.8
+    for ours, theirs in zip(fired, expected_fired, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs)
+    # C++ writes the current's gradient down in the activations' type in between.
+    rounding = {torch.bfloat16: 2**-6, torch.float32: 2e-6, torch.float64: 1e-14}[dtype]
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            assert ours.dtype == theirs.dtype
+            scale = theirs.double().abs().max().item()
+            torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding * scale)
+
+
+def test_float16_is_float32_rounded() -> None:
+    """C++ does not know the type; numbers of it are numbers of float32."""
+    neuron, (timesteps, rows, channels) = NEURONS[0], (3, 37, 20)
+    x, grad = (draw(seed, timesteps, rows, channels).half() for seed in (0, 1))
+    norm = affine(2, channels, torch.float32)
+    results = []
+    for kernels, kind in zip(
+        both_passes(neuron, timesteps, False), (torch.float16, torch.float32), strict=True
+    ):
+        inputs = Inputs(x.to(kind), None, norm, None, None)
+        with interpreted():
+            spikes, packed_spikes, _ = kernels.spikes(inputs, None)
+            sums, kept = kernels.sums(inputs, grad.to(kind), None)
+            grad_x, _, _ = kernels.gradients(
+                inputs, grad.to(kind), None, kept, sums[:2], None, needs_x=True
+            )
+        assert packed_spikes is not None
+        assert grad_x is not None
+        assert spikes.dtype == grad_x.dtype == kind
+        results.append((spikes.float(), packed_spikes, grad_x.float(), *sums[:2]))
+    for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
+        if i < 2:
+            assert torch.equal(ours, theirs)
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("few_programs", [False, True], ids=["one-step", "many-steps"])
+def test_statistics_of_many_blocks_do_not_cancel(
+    few_programs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if few_programs:
+        monkeypatch.setattr(triton_passes, "PROGRAMS", dict.fromkeys(triton_passes.PROGRAMS, 3))
+    x = (1000 + draw(0, 2, 5000, 3)).float()
+    norm = BatchNorm(3, scale=0.7).train()
+    randomize(norm)
+    norm.deferred = True
+    kernels = triton_passes.Passes(LIF(), 2, carries=False, packs=False)
+    with interpreted(), torch.no_grad():
+        gain, offset, mean, rstd = kernels.normalization(norm, x, norm.weight, norm.bias)
+    exact_mean = x.double().mean((0, 1))
+    exact_var = x.double().var((0, 1), correction=0)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-7, atol=0)
+    exact_rstd = (exact_var + norm.eps).rsqrt()
+    torch.testing.assert_close(rstd.double(), exact_rstd, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gain, 0.7 * norm.weight.detach() * rstd, rtol=2e-7, atol=0)
+    torch.testing.assert_close(offset, norm.bias.detach() - gain * mean, rtol=1e-6, atol=0)
+    assert norm.pending_count == 1
+    assert torch.equal(norm.pending_mean, mean)
+    unbiased = (exact_var * 10000 / 9999).float()
+    torch.testing.assert_close(norm.pending_var, unbiased, rtol=1e-5, atol=0)
+
+
+def test_statistics_are_recorded_as_by_the_definition() -> None:
+    """At once or once a step, of one process or several, and not when a block is run again."""
+    for deferred, processes, again in (
+        (False, 1, False),
+        (True, 1, False),
+        (True, 2, False),
+        (True, 1, True),
+    ):
+        results = []
+        for execution in ("fused", "reference"):
+            module = NormNeuron(3, LIF()).double().train()
+            randomize(module)
+            module.execution = execution
+            module.norm.deferred = deferred
+            if processes > 1:  # All of them have the same values.
+                synchronize(module, lambda x: x, processes)
+            x = {"current": draw(0, 2, 2, 3, 3, 2).requires_grad_()}
+            with interpreted():
+                if again:
+                    with recomputing():
+                        module(x["current"], 2)
+                results.append(results_of(module, lambda m, x=x: m(x["current"], 2), x))
+            results[-1]["count"] = torch.tensor(module.norm.pending_count)
+        assert_same(*results)
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 200])
+def test_bytes_are_halved_and_unpacked_as_by_torch(count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 16, (count,), generator=generator).to(torch.uint8)
+    expected = packed.halve(values)
+    with interpreted():
+        found = packed.halve(values)
+        assert torch.equal(found.values, expected.values)
+        numbers = found.unpack(4, torch.bfloat16)
+        unpacked = packed.Packed(values, 4).unpack(torch.float32)
+    carried = packed.carried(numbers)
+    assert carried is not None
+    assert torch.equal(carried.values, values)
+    assert torch.equal(numbers, values.bfloat16() / 4)
+    assert torch.equal(unpacked, values / 4)
+
+
+NETWORKS = {
+    "spiking_convnet": {"channels": (4, 6), "input_size": 8},
+    "sew_resnet18": {"width": 4},
+    "spiking_resnet18": {"width": 4, "stem_width": 4},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] if "18" in n else []) for n in NETWORKS]
+)
+def test_network_in_segments_is_the_definition(name: str) -> None:
+    """Membranes are carried, blocks run again from halves of bytes, maxima are taken of bytes."""
+    torch.manual_seed(0)
+    neuron = LIF(threshold=0.5, surrogate="atan", surrogate_width=2.0)
+    model = timm.create_model(
+        name, num_classes=5, timesteps=3, neuron=neuron, **NETWORKS[name]
+    ).double()
+    randomize(model)
+    model.set_grad_checkpointing(True)
+    model.set_segment(2)
+    size = 8 if name == "spiking_convnet" else 32
+    images = draw(0, 2, 3, size, size)
+    results = []
+    for execution in ("fused", "reference"):
+        model.set_execution(execution)
+        with interpreted():
+            results.append(results_of(model, lambda m: m(images, per_timestep=True), {}))
+    assert_same(*results)
+
+
+# -------------------------------------------------------------------------------- what is chosen
+
+
+@pytest.fixture
+def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "_uses_triton", {})
+
+
+@pytest.mark.usefixtures("undecided")
+@pytest.mark.parametrize("reasons", [["no Triton"], [None, "no Triton", None], [None, None]])
+def test_all_processes_use_triton_or_none_does(
+    reasons: list[str | None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(passes, "_reason_against_triton", lambda _: reasons[0])
+    asked = []
+
+    def gather(reason: str | None) -> list[str | None]:
+        asked.append(reason)
+        return reasons
+
+    with caplog.at_level(logging.WARNING):
+        passes.decide(torch.device("cuda"), gather)
+    assert asked == [reasons[0]]
+    works = not any(reasons)
+    assert passes._uses_triton == {"cuda": works}
+    assert len(caplog.records) == (0 if works else 1)
+    if not works:
+        (message,) = caplog.messages
+        assert "no Triton" in message
+        assert ("1 of 3 processes" in message) == (len(reasons) == 3)
+
+
+@pytest.mark.usefixtures("undecided")
+def test_where_triton_does_not_work_the_reason_is_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nothing can be computed on this device, and no driver is asked for it.
+    monkeypatch.setattr(torch, "arange", lambda *_, **__: 1 / 0)
+    with caplog.at_level(logging.WARNING):
+        passes.decide(torch.device("cuda"))
+    assert passes._uses_triton == {"cuda": False}
+    (message,) = caplog.messages
+    assert "division by zero" in message
+    assert "apt-get install gcc" in message
+
+
+@pytest.mark.usefixtures("undecided")
+def test_a_cpu_needs_no_decision() -> None:
+    passes.decide(torch.device("cpu"), lambda _: pytest.fail("a CPU has nothing to agree about"))
+    assert passes._uses_triton == {}
+
+
+def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_passes.triton, "__version__", "3.2.0")
+    with pytest.raises(RuntimeError, match=r"Triton 3\.2\.0 is older than 3\.3"):
+        triton_passes.check(torch.device("cpu"))
+
+
+def test_kernels_compute_what_check_asks_for() -> None:
+    with interpreted():
+        triton_passes.check(torch.device("cpu"))

@@ -1,0 +1,128 @@
+"""What the kernels of the GPU become: no GPU is needed to compile them and to read their code."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from passes import needs_triton
+
+from tetdist.nn.neurons import LIF, SURROGATES
+
+needs_triton()
+
+import triton  # noqa: E402
+
+from tetdist.benchmarks import gpu_code  # noqa: E402
+from tetdist.benchmarks.gpu_code import CAPABILITIES, Layer  # noqa: E402
+
+RECORD = Path(__file__).parents[2] / "docs" / "performance" / "gpu_code.json"
+each_gpu = pytest.mark.parametrize("capability", CAPABILITIES, ids="sm_{}".format)
+
+
+def check(code: gpu_code.Code) -> None:
+    assert code.calls == 0
+    assert code.spills == 0
+    assert not {"LDL", "STL"} & {name.split(".")[0] for name in code.memory}
+    # Nothing whose order is left to chance.
+    assert "atomic" not in code.intermediate
+
+
+@each_gpu
+def test_code_is_what_is_recorded(capability: int) -> None:
+    """A change of a kernel updates the record, knowingly: `python docs/make/gpu.py`."""
+    record = json.loads(RECORD.read_text())
+    launches = gpu_code.recorded_launches()
+    names = {name.rpartition(" sm_")[0] for name in record["code"]}
+    assert names == launches.keys()
+    for name, launch in launches.items():
+        code = gpu_code.compiled(launch, capability)
+        check(code)
+        recorded = record["code"][f"{name} sm_{capability}"]
+        if triton.__version__ == record["triton"]:
+            assert {key: getattr(code, key) for key in recorded} == recorded, name
+        else:  # Another Triton, another assembler: roughly the same.
+            assert code.instructions < 1.3 * recorded["instructions"], name
+
+
+# Of bfloat16. The passes are as fast as memory, so that all is read and written once, and no more.
+BYTES = {
+    "statistics": 2,  # x
+    "fire": 2 + 2 + 1,  # x; spikes, and the same in bytes
+    "fire with identity": 2 + 2 + 2 + 1,
+    "backward_sums": 2 + 2,  # x and the gradient of the spikes
+    "backward": 2 + 2 + 2,  # and the gradient of x
+}
+
+
+def test_bytes_of_a_number_and_timestep() -> None:
+    launches = gpu_code.recorded_launches()
+    for name, expected in BYTES.items():
+        timesteps = 1 if name == "statistics" else 4
+        code = gpu_code.compiled(launches[name], 90)
+        assert code.bytes_of_number(timesteps) == expected, name
+
+
+@each_gpu
+def test_loads_and_stores_are_of_16_bytes(capability: int) -> None:
+    launches = gpu_code.recorded_launches()
+    for name, loads, stores in (
+        ("fire", 4, 4),
+        ("fire with identity", 8, 4),
+        ("backward_sums", 8, 0),
+        ("backward", 8, 4),
+    ):
+        memory = gpu_code.compiled(launches[name], capability).memory
+        # Beside them numbers of a channel, likewise; spikes in bytes, of which 8 are as many as 16
+        # bytes of bfloat16; and the sums of a program.
+        assert memory["LDG.128"] >= loads, name
+        assert memory.get("STG.128", 0) == stores, name
+        assert memory.keys() <= {"LDG.128", "STG.128", "STG.64", "STG.32"}, name
+        assert memory.get("STG.64", 0) == (4 if "fire" in name else 0), name
+        assert memory.get("STG.32", 0) == (2 if name == "backward_sums" else 0), name
+
+
+def test_of_any_number_of_channels() -> None:
+    # Loads as wide as rows allow: 24 channels are a multiple of 8 numbers, 3 of none.
+    for channels, width in ((24, "LDG.128"), (3, "LDG.16")):
+        (code,) = (
+            gpu_code.compiled(launch, 90)
+            for launch in Layer(timesteps=2, channels=channels).launches()
+            if launch.name == "fire"
+        )
+        check(code)
+        assert code.memory[width] >= 2
+
+
+@each_gpu
+@pytest.mark.parametrize("timesteps", [1, 10, 16], ids="T{}".format)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.long
+def test_nothing_spills_with_many_timesteps(
+    dtype: torch.dtype, timesteps: int, capability: int
+) -> None:
+    layer = Layer(dtype=dtype, timesteps=timesteps, shortcut="normalized", carries=True)
+    launches = layer.launches() + dataclasses.replace(layer, shortcut="none").launches()
+    for launch in launches:
+        if launch.name in ("fire", "backward_sums", "backward"):
+            check(gpu_code.compiled(launch, capability))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_every_neuron(surrogate: str, dtype: torch.dtype) -> None:
+    for reset, detach, shared, shortcut in (
+        ("hard", False, True, "plain"),
+        ("hard", True, False, "none"),
+        ("soft", False, True, "none"),
+        ("soft", True, False, "plain"),
+    ):
+        neuron = LIF(
+            reset=reset, detach_reset=detach, surrogate=surrogate, surrogate_width=1.5, decay=0.9
+        )
+        layer = Layer(neuron=neuron, dtype=dtype, shared=shared, shortcut=shortcut)
+        for launch in layer.launches():
+            if launch.name in ("backward_sums", "backward"):
+                check(gpu_code.compiled(launch, 90))

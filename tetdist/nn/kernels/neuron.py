@@ -1,0 +1,521 @@
+"""Normalisation and neurons on a GPU, in Triton: the passes of fused.py.
+
+Tensors are (T, N, C) without gaps: N = B*H*W, channels last. "Wide" is the type in which one
+computes: float32, and float64 for float64; gains, offsets, membranes and sums are of that type.
+
+A program works on `BN` rows and `BC` channels at a time, `steps` times one below the other;
+membranes stay in registers. A sum over rows is made of one partial sum a program, which a second
+kernel adds up in float64. How rows are divided is for the caller to say, and depends on shapes
+alone; there are no atomics. So a result has the same bits whatever ran before.
+
+The number of channels is ``groups * VEC``: so the compiler knows that rows begin at multiples of
+`VEC`, and loads 16 bytes at a time. Nothing else about shapes is known to it, and one compilation
+serves all layers. Numbers in capitals are known to it; a tensor that may be absent is then None.
+
+Neither this file nor any other of tetdist imports Triton before passes.py has decided to use it.
+"""
+
+import triton
+import triton.language as tl
+
+SIZES = ["rows", "groups", "steps", "blocks", "rows_of_block"]
+
+
+@triton.jit
+def _add(a, b):
+    return a + b
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x, of float64 to its last bit but one; for which the hardware has no instruction, and
+    Triton's division calls a function."""
+    if x.dtype == tl.float64:
+        r = (1.0 / x.to(tl.float32)).to(tl.float64)
+        r = r * (2.0 - x * r)
+        r = r * (2.0 - x * r)
+    else:
+        r = 1.0 / x
+    return r
+
+
+@triton.jit
+def _channels(groups, VEC: tl.constexpr, BC: tl.constexpr):
+    """C, and which channels this program is for."""
+    return groups * VEC, tl.program_id(1) * BC + tl.arange(0, BC)
+
+
+@triton.jit
+def _load_row(base, c, C):
+    """Numbers of the channels, (1, BC)."""
+    return tl.load(base + c, mask=c < C, other=0.0)[None, :]
+
+
+# -------------------------------------------------------------------------------------- statistics
+
+
+@triton.jit(do_not_specialize=SIZES)
+def statistics(
+    x, partial, rows, groups, steps, VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+):
+    """Sums of a program's rows of x, (rows, C), and of their squares, both above its first row.
+
+    The difference of a mean square and a squared mean would cancel; around a value of the channel
+    itself it does not. partial is (blocks, 3, C): that value and the two sums.
+    """
+    C, c = _channels(groups, VEC, BC)
+    block = tl.program_id(0).to(tl.int64)
+    r = tl.arange(0, BN)
+    at = r[:, None] * C + c[None, :]
+    wide = partial.dtype.element_ty
+    shift = tl.load(x + block * steps * BN * C + c, mask=c < C, other=0.0).to(wide)
+    total = tl.full([BN, BC], 0.0, wide)
+    squares = tl.full([BN, BC], 0.0, wide)
+    for i in range(steps):
+        first = (block * steps + i) * BN
+        mask = (r < rows - first)[:, None] & (c < C)[None, :]
+        above = tl.load(x + first * C + at, mask=mask, other=0.0).to(wide) - shift[None, :]
+        above = tl.where(mask, above, 0.0)
+        total += above
+        squares += above * above
+    partial += block * 3 * C
+    kept = c < C
+    tl.store(partial + c, shift, mask=kept)
+    tl.store(partial + C + c, tl.reduce(total, 0, _add), mask=kept)
+    tl.store(partial + 2 * C + c, tl.reduce(squares, 0, _add), mask=kept)
+
+
+@triton.jit
+def _normalization(
+    mean, var, weight, bias, affine, mean_sum, var_sum, count, c, C, SCALE: tl.constexpr,
+    EPS: tl.constexpr, RECORDS: tl.constexpr
+):  # fmt: skip
+    """Write gain, offset, mean and 1/std, (4, C); add mean and variance to those of the step.
+
+    ``count`` is of how many values they are, float64. mean and var are wide, of the channels c.
+    """
+    kept = c < C
+    wide = affine.dtype.element_ty
+    v = var.to(tl.float64) + EPS
+    # Newton's steps on the hardware's approximation, for 1/sqrt is rounded once.
+    r = tl.rsqrt(v.to(tl.float32)).to(tl.float64)
+    r = r * (1.5 - 0.5 * v * r * r)
+    r = r * (1.5 - 0.5 * v * r * r)
+    rstd = r.to(wide)
+    gain = tl.load(weight + c, mask=kept, other=0.0).to(wide) * SCALE * rstd
+    offset = tl.load(bias + c, mask=kept, other=0.0).to(wide) - gain * mean
+    tl.store(affine + c, gain, mask=kept)
+    tl.store(affine + C + c, offset, mask=kept)
+    tl.store(affine + 2 * C + c, mean, mask=kept)
+    tl.store(affine + 3 * C + c, rstd, mask=kept)
+    if RECORDS:
+        # The running variance estimates that of the population.
+        unbiased = (count * _reciprocal(tl.maximum(count - 1.0, 1.0))).to(wide)
+        tl.store(mean_sum + c, tl.load(mean_sum + c, mask=kept, other=0.0) + mean, mask=kept)
+        more = tl.load(var_sum + c, mask=kept, other=0.0) + var * unbiased
+        tl.store(var_sum + c, more, mask=kept)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "values"])
+def finish_statistics(
+    partial, moments, weight, bias, affine, mean_sum, var_sum, values, rows, rows_of_block, blocks,
+    groups, SCALE: tl.constexpr, EPS: tl.constexpr, RECORDS: tl.constexpr, VEC: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """Mean and biased variance from the sums of `statistics`, in float64.
+
+    They are written to moments, (2, C), where others' are to be averaged with them first; else
+    (None), what `normalization` makes of them.
+    """
+    C, c = _channels(groups, VEC, BC)
+    p = tl.arange(0, BP).to(tl.int64)
+    count = rows.to(tl.float64)
+    total = tl.full([BP, BC], 0.0, tl.float64)
+    for i in range(0, blocks, BP):
+        mask = (i + p < blocks)[:, None] & (c < C)[None, :]
+        here = partial + (i + p)[:, None] * 3 * C + c[None, :]
+        own = tl.minimum(rows - (i + p) * rows_of_block, rows_of_block)
+        shift = tl.load(here, mask=mask, other=0.0).to(tl.float64)
+        above = tl.load(here + C, mask=mask, other=0.0).to(tl.float64)
+        total += tl.where(mask, shift * own.to(tl.float64)[:, None] + above, 0.0)
+    per_value = _reciprocal(count)
+    mean = tl.reduce(total, 0, _add) * per_value
+    squares = tl.full([BP, BC], 0.0, tl.float64)
+    for i in range(0, blocks, BP):
+        mask = (i + p < blocks)[:, None] & (c < C)[None, :]
+        here = partial + (i + p)[:, None] * 3 * C + c[None, :]
+        own = tl.minimum(rows - (i + p) * rows_of_block, rows_of_block)
+        own = tl.maximum(own, 1).to(tl.float64)[:, None]
+        shift = tl.load(here, mask=mask, other=0.0).to(tl.float64)
+        above = tl.load(here + C, mask=mask, other=0.0).to(tl.float64) * _reciprocal(own)
+        within = tl.load(here + 2 * C, mask=mask, other=0.0).to(tl.float64) - own * above * above
+        apart = shift + above - mean[None, :]
+        squares += tl.where(mask, tl.maximum(within, 0.0) + own * apart * apart, 0.0)
+    var = tl.reduce(squares, 0, _add) * per_value
+    wide = partial.dtype.element_ty
+    mean = mean.to(wide)
+    var = var.to(wide)
+    if moments is not None:
+        tl.store(moments + c, mean, mask=c < C)
+        tl.store(moments + C + c, var, mask=c < C)
+    else:
+        _normalization(
+            mean, var, weight, bias, affine, mean_sum, var_sum, values.to(tl.float64), c, C, SCALE,
+            EPS, RECORDS
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*SIZES, "values"])
+def normalization(
+    mean, var, weight, bias, affine, mean_sum, var_sum, values, groups, SCALE: tl.constexpr,
+    EPS: tl.constexpr, RECORDS: tl.constexpr, VEC: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """Write gain, offset, mean and 1/std, affine (4, C), of the mean and variance, each (C,)."""
+    C = groups * VEC
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    wide = affine.dtype.element_ty
+    _normalization(
+        tl.load(mean + c, mask=c < C, other=0.0).to(wide),
+        tl.load(var + c, mask=c < C, other=0.0).to(wide),
+        weight, bias, affine, mean_sum, var_sum, values.to(tl.float64), c, C, SCALE, EPS, RECORDS
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ firing
+
+
+@triton.jit
+def _after_reset(v, above, HARD: tl.constexpr):
+    """The membrane after the reset, of that before it and what of that is above the threshold."""
+    if HARD:
+        u = tl.where(above > 0, 0.0, v)
+    else:
+        u = tl.where(above > 0, above, v)
+    return u
+
+
+@triton.jit(do_not_specialize=SIZES)
+def fire(
+    x, shortcut, identity, gain, offset, shortcut_gain, shortcut_offset, start, spikes, packed, end,
+    rows, groups, steps, T: tl.constexpr, SHARED: tl.constexpr, HARD: tl.constexpr,
+    DECAY: tl.constexpr, THRESHOLD: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
+    BC: tl.constexpr
+):  # fmt: skip
+    """Spikes of the neurons, plus identity, (T, N, C); the same in bytes; membranes, (N, C).
+
+    x is (1, N, C) where all timesteps share it. Without start, neurons begin at rest.
+    """
+    C, c = _channels(groups, VEC, BC)
+    wide = gain.dtype.element_ty
+    plane = rows.to(tl.int64) * C
+    r = tl.arange(0, BN)
+    at = r[:, None] * C + c[None, :]
+    g = _load_row(gain, c, C)
+    o = _load_row(offset, c, C)
+    if shortcut_gain is not None:
+        g2 = _load_row(shortcut_gain, c, C)
+        o2 = _load_row(shortcut_offset, c, C)
+    for i in range(steps):
+        first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
+        mask = (r < rows - first)[:, None] & (c < C)[None, :]
+        here = first * C
+        u = None
+        if start is not None:
+            u = tl.load(start + here + at, mask=mask).to(wide)
+        if SHARED:
+            own = tl.load(x + here + at, mask=mask).to(wide) * g + o
+        for t in tl.static_range(T):
+            now = here + t * plane
+            if not SHARED:
+                own = tl.load(x + now + at, mask=mask).to(wide) * g + o
+            current = own
+            if shortcut is not None:
+                added = tl.load(shortcut + now + at, mask=mask).to(wide)
+                if shortcut_gain is not None:
+                    added = added * g2 + o2
+                current = own + added
+            v = current
+            if u is not None:
+                v = u * DECAY + current
+            above = v - THRESHOLD
+            out = tl.where(above > 0, 1.0, 0.0).to(wide)
+            byte = (above > 0).to(tl.uint8)
+            if identity is not None:
+                out += tl.load(identity + now + at, mask=mask).to(wide)
+                byte = out.to(tl.int32).to(tl.uint8)
+            tl.store(spikes + now + at, out.to(spikes.dtype.element_ty), mask=mask)
+            if packed is not None:
+                tl.store(packed + now + at, byte, mask=mask)
+            u = _after_reset(v, above, HARD)
+        if end is not None:
+            tl.store(end + here + at, u, mask=mask)
+
+
+# ---------------------------------------------------------------------------------------- backward
+
+
+@triton.jit
+def _membranes(
+    x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T: tl.constexpr, SHARED: tl.constexpr,
+    HARD: tl.constexpr, DECAY: tl.constexpr, THRESHOLD: tl.constexpr
+):  # fmt: skip
+    """Membranes before the reset at each timestep, again, less the threshold; and what was loaded
+    to compute them. No more is kept: a thread has 255 registers."""
+    wide = g.dtype
+    xs = ()
+    added = ()
+    aboves = ()
+    u = None
+    if start is not None:
+        u = tl.load(start + here + at, mask=mask, other=0.0).to(wide)
+    if SHARED:
+        xs = (tl.load(x + here + at, mask=mask, other=0.0),)
+        own = xs[0].to(wide) * g + o
+    for t in tl.static_range(T):
+        now = here + t * plane
+        if not SHARED:
+            value = tl.load(x + now + at, mask=mask, other=0.0)
+            xs = xs + (value,)  # noqa: RUF005  # Triton has no other way
+            own = value.to(wide) * g + o
+        current = own
+        if shortcut is not None:
+            value = tl.load(shortcut + now + at, mask=mask, other=0.0)
+            if g2 is not None:
+                added = added + (value,)  # noqa: RUF005
+                current = own + (value.to(wide) * g2 + o2)
+            else:
+                current = own + value.to(wide)
+        v = current
+        if u is not None:
+            v = u * DECAY + current
+        above = v - THRESHOLD
+        aboves = aboves + (above,)  # noqa: RUF005
+        u = _after_reset(v, above, HARD)
+    return aboves, xs, added
+
+
+@triton.jit
+def _slope(x, SURROGATE: tl.constexpr, WIDTH: tl.constexpr):
+    """The surrogate of neurons.py, which has the formulas, at ``x = u - V_th``."""
+    if SURROGATE == "triangle":
+        slope = tl.maximum(WIDTH - tl.abs(x), 0.0) * (1 / (WIDTH * WIDTH))
+    elif SURROGATE == "atan":
+        y = x * (1.5707963267948966 * WIDTH)
+        slope = _reciprocal(1.0 + y * y) * (WIDTH / 2)
+    elif SURROGATE == "sigmoid":
+        # sigma(y) (1 - sigma(y)) is the same of -y; of the negative one exp does not overflow.
+        e = tl.exp(tl.abs(x) * -WIDTH)
+        r = _reciprocal(1.0 + e)
+        slope = e * WIDTH * r * r
+    else:
+        tl.static_assert(SURROGATE == "rectangle")
+        slope = (tl.abs(x) < WIDTH).to(x.dtype) * (1 / (2 * WIDTH))
+    return slope
+
+
+@triton.jit
+def _gradient_of_membrane(
+    above, grad_spikes, after, THRESHOLD: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr,
+    SURROGATE: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """That of the membrane before the reset, hence of the current, from that of the spike and that
+    of the membrane after the reset (None: nothing comes from there)."""
+    slope = _slope(above, SURROGATE, WIDTH)
+    if after is None:
+        grad = grad_spikes * slope
+    else:
+        if DETACH:
+            grad = grad_spikes * slope
+        elif HARD:
+            grad = (grad_spikes - after * (above + THRESHOLD)) * slope
+        else:
+            grad = (grad_spikes - after * THRESHOLD) * slope
+        if HARD:
+            grad += tl.where(above > 0, 0.0, after)
+        else:
+            grad += after
+    return grad
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_sums(
+    x, shortcut, gain, offset, mean, shortcut_gain, shortcut_offset, shortcut_mean, start,
+    grad_spikes, grad_end, partial, rows, groups, steps, T: tl.constexpr, SHARED: tl.constexpr,
+    HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr, DECAY: tl.constexpr,
+    THRESHOLD: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
+    BC: tl.constexpr
+):  # fmt: skip
+    """Sums of a program's rows: of the current's gradient, and of that times what was normalised
+    (less its mean). partial is (blocks, 2, C), or with a normalised shortcut (blocks, 3, C)."""
+    C, c = _channels(groups, VEC, BC)
+    wide = gain.dtype.element_ty
+    plane = rows.to(tl.int64) * C
+    r = tl.arange(0, BN)
+    at = r[:, None] * C + c[None, :]
+    g = _load_row(gain, c, C)
+    o = _load_row(offset, c, C)
+    m = _load_row(mean, c, C)
+    g2 = None
+    o2 = None
+    if shortcut_gain is not None:
+        g2 = _load_row(shortcut_gain, c, C)
+        o2 = _load_row(shortcut_offset, c, C)
+        m2 = _load_row(shortcut_mean, c, C)
+        with_shortcut = tl.full([BN, BC], 0.0, wide)
+    total = tl.full([BN, BC], 0.0, wide)
+    with_x = tl.full([BN, BC], 0.0, wide)
+    for i in range(steps):
+        first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
+        # What is masked is 0, and so is its gradient.
+        mask = (r < rows - first)[:, None] & (c < C)[None, :]
+        here = first * C
+        aboves, xs, added = _membranes(
+            x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T, SHARED, HARD, DECAY,
+            THRESHOLD
+        )  # fmt: skip
+        after = None
+        if grad_end is not None:
+            after = tl.load(grad_end + here + at, mask=mask, other=0.0).to(wide)
+        over_time = tl.full([BN, BC], 0.0, wide)
+        for t in tl.static_range(T - 1, -1, -1):
+            grad = tl.load(grad_spikes + here + t * plane + at, mask=mask, other=0.0).to(wide)
+            grad = _gradient_of_membrane(
+                aboves[t], grad, after, THRESHOLD, HARD, DETACH, SURROGATE, WIDTH
+            )
+            over_time += grad
+            if not SHARED:
+                with_x += grad * (xs[t].to(wide) - m)
+            if shortcut_gain is not None:
+                with_shortcut += grad * (added[t].to(wide) - m2)
+            after = grad * DECAY
+        total += over_time
+        if SHARED:
+            with_x += over_time * (xs[0].to(wide) - m)
+    kept = c < C
+    sums: tl.constexpr = 2 if shortcut_gain is None else 3
+    partial += tl.program_id(0).to(tl.int64) * sums * C
+    tl.store(partial + c, tl.reduce(total, 0, _add), mask=kept)
+    tl.store(partial + C + c, tl.reduce(with_x, 0, _add), mask=kept)
+    if shortcut_gain is not None:
+        tl.store(partial + 2 * C + c, tl.reduce(with_shortcut, 0, _add), mask=kept)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def finish_sums(
+    partial,
+    rstd,
+    shortcut_rstd,
+    sums,
+    blocks,
+    groups,
+    VEC: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Add the sums of `backward_sums` up, in float64.
+
+    sums is (2, C), or with a normalised shortcut (3, C): of the gradient, and of its products with
+    the normalised current and shortcut, both before their gain and offset.
+    """
+    C, c = _channels(groups, VEC, BC)
+    p = tl.arange(0, BP).to(tl.int64)
+    number: tl.constexpr = 2 if shortcut_rstd is None else 3
+    wide = sums.dtype.element_ty
+    for k in tl.static_range(number):
+        total = tl.full([BP, BC], 0.0, tl.float64)
+        for i in range(0, blocks, BP):
+            mask = (i + p < blocks)[:, None] & (c < C)[None, :]
+            at = ((i + p) * number + k)[:, None] * C + c[None, :]
+            total += tl.load(partial + at, mask=mask, other=0.0).to(tl.float64)
+        one = tl.reduce(total, 0, _add)
+        if k == 1:
+            one *= tl.load(rstd + c, mask=c < C, other=0.0).to(tl.float64)
+        if k == 2:
+            one *= tl.load(shortcut_rstd + c, mask=c < C, other=0.0).to(tl.float64)
+        tl.store(sums + k * C + c, one.to(wide), mask=c < C)
+
+
+@triton.jit
+def _coefficients(rstd, sum_grad, sum_grad_hat, per_value, c, C):
+    """What a batch norm's backward pass subtracts, and what of the centred value, each (1, BC)."""
+    share = _load_row(sum_grad, c, C) * per_value
+    return share, _load_row(sum_grad_hat, c, C) * per_value * _load_row(rstd, c, C)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward(
+    x, shortcut, gain, offset, mean, rstd, shortcut_gain, shortcut_offset, shortcut_mean,
+    shortcut_rstd, start, grad_spikes, grad_end, sum_grad, sum_grad_hat, shortcut_sum_grad,
+    shortcut_sum_grad_hat, grad_x, grad_shortcut, grad_start, rows, groups, steps, T: tl.constexpr,
+    SHARED: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr,
+    DECAY: tl.constexpr, THRESHOLD: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """Gradients of x, (T or 1, N, C), shortcut, (T, N, C), and start, (N, C); of those there are.
+
+    Without sums, means and variances were constants.
+    """
+    C, c = _channels(groups, VEC, BC)
+    wide = gain.dtype.element_ty
+    plane = rows.to(tl.int64) * C
+    r = tl.arange(0, BN)
+    at = r[:, None] * C + c[None, :]
+    g = _load_row(gain, c, C)
+    o = _load_row(offset, c, C)
+    g2 = None
+    o2 = None
+    if shortcut_gain is not None:
+        g2 = _load_row(shortcut_gain, c, C)
+        o2 = _load_row(shortcut_offset, c, C)
+    if sum_grad is not None:
+        values = rows.to(wide)
+        own_values = values if SHARED else values * T
+        m = _load_row(mean, c, C)
+        a, b = _coefficients(rstd, sum_grad, sum_grad_hat, _reciprocal(own_values), c, C)
+        if shortcut_gain is not None:
+            m2 = _load_row(shortcut_mean, c, C)
+            per_value = _reciprocal(values * T)
+            a2, b2 = _coefficients(
+                shortcut_rstd, shortcut_sum_grad, shortcut_sum_grad_hat, per_value, c, C
+            )
+    for i in range(steps):
+        first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
+        mask = (r < rows - first)[:, None] & (c < C)[None, :]
+        here = first * C
+        aboves, xs, added = _membranes(
+            x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T, SHARED, HARD, DECAY,
+            THRESHOLD
+        )  # fmt: skip
+        after = None
+        if grad_end is not None:
+            after = tl.load(grad_end + here + at, mask=mask, other=0.0).to(wide)
+        over_time = tl.full([BN, BC], 0.0, wide)
+        for t in tl.static_range(T - 1, -1, -1):
+            now = here + t * plane
+            grad = tl.load(grad_spikes + now + at, mask=mask, other=0.0).to(wide)
+            grad = _gradient_of_membrane(
+                aboves[t], grad, after, THRESHOLD, HARD, DETACH, SURROGATE, WIDTH
+            )
+            if SHARED:
+                over_time += grad
+            elif grad_x is not None:
+                through = grad
+                if sum_grad is not None:
+                    through = grad - a - (xs[t].to(wide) - m) * b
+                tl.store(grad_x + now + at, (through * g).to(grad_x.dtype.element_ty), mask=mask)
+            if grad_shortcut is not None:
+                through = grad
+                if shortcut_gain is not None:
+                    if sum_grad is not None:
+                        through = grad - a2 - (added[t].to(wide) - m2) * b2
+                    through = through * g2
+                kind = grad_shortcut.dtype.element_ty
+                tl.store(grad_shortcut + now + at, through.to(kind), mask=mask)
+            after = grad * DECAY
+        if SHARED and grad_x is not None:
+            through = over_time
+            if sum_grad is not None:
+                through = over_time - a - (xs[0].to(wide) - m) * b
+            tl.store(grad_x + here + at, (through * g).to(grad_x.dtype.element_ty), mask=mask)
+        if grad_start is not None:
+            tl.store(grad_start + here + at, after.to(grad_start.dtype.element_ty), mask=mask)

@@ -1,0 +1,54 @@
+"""Spikes in bytes, and in halves of bytes, on a GPU, in Triton: what packed.py keeps, made numbers
+again in one pass. Tensors are taken flat, in their order in memory."""
+
+import triton
+import triton.language as tl
+
+SIZES = ["groups"]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def unpack(values, numbers, groups, LEVELS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr):
+    """Bytes to numbers, ``LEVELS`` times as small; there are ``groups * VEC``."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < groups * VEC
+    kind = numbers.dtype.element_ty
+    wide = tl.float64 if kind == tl.float64 else tl.float32
+    value = tl.load(values + at, mask=mask, other=0).to(wide) * (1 / LEVELS)
+    tl.store(numbers + at, value.to(kind), mask=mask)
+
+
+@triton.jit
+def _half(groups, VEC: tl.constexpr):
+    """Halves of ``groups * VEC``, rounded up; written so that the compiler sees what divides it."""
+    if VEC > 1:
+        half = groups * (VEC // 2)
+    else:
+        half = (groups + 1) // 2
+    return half
+
+
+@triton.jit(do_not_specialize=SIZES)
+def halve(values, halves, groups, VEC: tl.constexpr, BLOCK: tl.constexpr):
+    """Two bytes below 16 into each one: the first of them into the lower half."""
+    at = tl.program_id(0).to(tl.int64) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+    value = tl.load(values + at, mask=at < groups * VEC, other=0)
+    low, high = tl.split(tl.reshape(value, [BLOCK, 2]))
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(halves + at, low | (high << 4), mask=at < _half(groups, VEC))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def unpack_halves(
+    halves, values, numbers, groups, LEVELS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Halves of bytes to bytes, and to numbers as `unpack` does."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    both = tl.load(halves + at, mask=at < _half(groups, VEC), other=0)
+    value = tl.reshape(tl.join(both & 15, both >> 4), [2 * BLOCK])
+    at = tl.program_id(0).to(tl.int64) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+    mask = at < groups * VEC
+    kind = numbers.dtype.element_ty
+    wide = tl.float64 if kind == tl.float64 else tl.float32
+    tl.store(values + at, value, mask=mask)
+    tl.store(numbers + at, (value.to(wide) * (1 / LEVELS)).to(kind), mask=mask)

@@ -1,0 +1,94 @@
+"""Max-pooling of spikes in bytes on a GPU, in Triton; pool.cpp is the same on a CPU.
+
+Images are (N, H, W, C) without gaps. Each output remembers in a byte which position of its window
+it came from (the first of the largest, as in torch), so the backward pass needs nothing else. A
+program works on `BN` pixels of `BC` channels; neuron.py says what ``groups`` and capitals are.
+"""
+
+import triton
+import triton.language as tl
+
+SIZES = ["pixels", "groups", "height", "width", "out_height", "out_width"]
+
+
+@triton.jit
+def _at(pixel, C, c):
+    # Pixels are counted in 32 bits, which a GPU divides without a call; numbers need 64.
+    return pixel.to(tl.int64)[:, None] * C + c[None, :]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward(
+    images, out, packed, where, pixels, groups, height, width, out_height, out_width,
+    LEVELS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """The largest byte of each window, as a number, in a byte, and its position in the window."""
+    C = groups * VEC
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    pixel = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = pixel < pixels
+    channels = (c < C)[None, :]
+    row = pixel // out_width
+    left = pixel % out_width * STRIDE - PADDING
+    top = row % out_height * STRIDE - PADDING
+    image = row // out_height
+    most = tl.full([BN, BC], -1, tl.int32)
+    position = tl.full([BN, BC], 0, tl.int32)
+    for dy in tl.static_range(KERNEL):
+        for dx in tl.static_range(KERNEL):
+            y = top + dy
+            x = left + dx
+            here = inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            at = _at((image * height + y) * width + x, C, c)
+            mask = here[:, None] & channels
+            value = tl.load(images + at, mask=mask, other=0).to(tl.int32)
+            larger = here[:, None] & (value > most)
+            most = tl.where(larger, value, most)
+            position = tl.where(larger, dy * KERNEL + dx, position)
+    at = _at(pixel, C, c)
+    mask = inside[:, None] & channels
+    kind = out.dtype.element_ty
+    wide = tl.float64 if kind == tl.float64 else tl.float32
+    tl.store(out + at, (most.to(wide) * (1 / LEVELS)).to(kind), mask=mask)
+    tl.store(packed + at, most.to(tl.uint8), mask=mask)
+    tl.store(where + at, position.to(tl.uint8), mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward(
+    grad_out, where, grad_in, pixels, groups, height, width, out_height, out_width,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, VEC: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """The gradient of each pixel: the sum over the windows whose largest it is."""
+    C = groups * VEC
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    pixel = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = pixel < pixels
+    channels = (c < C)[None, :]
+    row = pixel // width
+    x = pixel % width + PADDING
+    y = row % height + PADDING
+    image = row // height
+    kind = grad_in.dtype.element_ty
+    wide = tl.float64 if kind == tl.float64 else tl.float32
+    total = tl.full([BN, BC], 0.0, wide)
+    # The last window that contains a pixel begins at its own multiple of the stride; at most so
+    # many others before it contain it, too. In the order of the outputs, as in torch.
+    WINDOWS: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
+    for back_y in tl.static_range(WINDOWS - 1, -1, -1):
+        for back_x in tl.static_range(WINDOWS - 1, -1, -1):
+            window_y = y // STRIDE - back_y
+            window_x = x // STRIDE - back_x
+            dy = y - window_y * STRIDE
+            dx = x - window_x * STRIDE
+            here = inside & (window_y >= 0) & (window_y < out_height) & (dy < KERNEL)
+            here = here & (window_x >= 0) & (window_x < out_width) & (dx < KERNEL)
+            at = _at((image * out_height + window_y) * out_width + window_x, C, c)
+            mask = here[:, None] & channels
+            origin = tl.load(where + at, mask=mask, other=255).to(tl.int32)
+            grad = tl.load(grad_out + at, mask=mask, other=0.0).to(wide)
+            total += tl.where(origin == (dy * KERNEL + dx)[:, None], grad, 0.0)
+    at = _at(pixel, C, c)
+    tl.store(grad_in + at, total.to(kind), mask=inside[:, None] & channels)
