@@ -176,8 +176,8 @@ Of a number and timestep, in bfloat16 at T = 4, with 64 channels: bytes that a p
 stores, instructions of a thread in machine code, registers of a thread, and the picoseconds that
 the larger of the two takes at 80 % of 3.35 TB/s, or at 65 % of all instructions that 132 processors
 can issue. What comes once a program is shared out as for a layer of 56x56 pixels at batch 32.
-"Before" is what torch.compile made of the passes, without knowing their sizes; its backward sums were
-three kernels.
+"Before" is what torch.compile made of the passes, without knowing their sizes; its backward sums
+were three kernels.
 
 {passes}
 

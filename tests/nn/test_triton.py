@@ -1,6 +1,7 @@
 """The passes of GPUs where they are to be the same as those in C++ to the bit, and how they are
 chosen. The kernels are interpreted; test_fused.py has them against the definition."""
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -61,11 +62,27 @@ def both_passes(neuron: LIF, timesteps: int, carries: bool) -> tuple[passes.Pass
     )
 
 
+def moved(inputs: Inputs, device: str) -> Inputs:
+    def move(one: Any) -> Any:
+        if isinstance(one, Affine):
+            return Affine(*(tensor.to(device) for tensor in one))
+        return None if one is None else one.to(device)
+
+    return Inputs(*map(move, inputs))
+
+
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+
+
+@pytest.mark.parametrize("where", ["interpreted", pytest.param("cuda", marks=on_gpu)])
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("neuron", NEURONS, ids=["hard", "soft"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_spikes_bytes_and_membranes_are_those_of_cpp_to_the_bit(
-    dtype: torch.dtype, neuron: LIF, call: str
+    dtype: torch.dtype, neuron: LIF, call: str, where: str
 ) -> None:
     options = {"shared": False, "shortcut": None, "identity": False, "carries": False} | CALLS[call]
     timesteps, rows, channels = 3, 37, 20
@@ -83,20 +100,24 @@ def test_spikes_bytes_and_membranes_are_those_of_cpp_to_the_bit(
     grad_end = draw(7, rows, channels).to(wide) if options["carries"] else None
     found = []
     for kernels in both_passes(neuron, timesteps, options["carries"]):
-        with interpreted():
-            fired = kernels.spikes(inputs, identity)
-            sums, kept = kernels.sums(inputs, grad_spikes, grad_end)
+        device = "cuda" if where == "cuda" and not found else "cpu"
+        own = moved(inputs, device)
+        grads = (grad_spikes.to(device), None if grad_end is None else grad_end.to(device))
+        with contextlib.nullcontext() if device == "cuda" else interpreted():
+            fired = kernels.spikes(own, None if identity is None else identity.to(device))
+            sums, kept = kernels.sums(own, *grads)
             others = sums.grad_shortcut_hat
             gradients = kernels.gradients(
-                inputs,
-                grad_spikes,
-                grad_end,
+                own,
+                *grads,
                 kept,
                 (sums.grad, sums.grad_xhat),
                 None if others is None else (sums.grad, others),
                 needs_x=True,
             )
-        found.append((fired, [*sums, *gradients]))
+        every = (*fired, *sums, *gradients)
+        every = tuple(None if one is None else one.cpu() for one in every)
+        found.append((every[:3], every[3:]))
     (fired, gradients), (expected_fired, expected_gradients) = found
     assert 0.2 < expected_fired[0].double().mean() < 1.8
     for ours, theirs in zip(fired, expected_fired, strict=True):

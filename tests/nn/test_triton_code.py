@@ -3,11 +3,14 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from passes import needs_triton
 
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.fused import Inputs
 from tetdist.nn.neurons import LIF, SURROGATES
 
 needs_triton()
@@ -16,6 +19,7 @@ import triton  # noqa: E402
 
 from tetdist.benchmarks import gpu_code  # noqa: E402
 from tetdist.benchmarks.gpu_code import CAPABILITIES, Layer  # noqa: E402
+from tetdist.nn import triton_passes  # noqa: E402
 
 RECORD = Path(__file__).parents[2] / "docs" / "performance" / "gpu_code.json"
 each_gpu = pytest.mark.parametrize("capability", CAPABILITIES, ids="sm_{}".format)
@@ -81,6 +85,60 @@ def test_loads_and_stores_are_of_16_bytes(capability: int) -> None:
         assert memory.keys() <= {"LDG.128", "STG.128", "STG.64", "STG.32"}, name
         assert memory.get("STG.64", 0) == (4 if "fire" in name else 0), name
         assert memory.get("STG.32", 0) == (2 if name == "backward_sums" else 0), name
+
+
+def test_numbers_are_rounded_as_in_cpp() -> None:
+    """Products and sums one by one, where one instruction could make both; bfloat16 to nearest."""
+    launches = gpu_code.recorded_launches()
+    for name in ("statistics", "fire", "backward_sums", "backward"):
+        operations = gpu_code.compiled(launches[name], 90).operations
+        assert operations["FADD"] >= 32, name
+        assert "FFMA" not in operations, name
+        assert ("F2FP" in operations) == (name in ("fire", "backward")), name
+
+
+class _Driver:
+    """All that Triton asks of a driver before it starts a kernel."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+
+def test_one_compilation_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own way from the arguments of a call to a compiled kernel, up to its start."""
+    used = set()
+
+    def prepare(kernel: Any, grid: tuple[int, ...], arguments: Any, known: Any) -> None:
+        if kernel not in used:
+            kernel.device_caches.clear()
+            used.add(kernel)
+        options = {"num_warps": triton_passes.WARPS, "enable_fp_fusion": False}
+        kernel.run(*arguments, grid=grid, warmup=True, **known, **options)
+
+    monkeypatch.setattr(triton_passes, "launch", prepare)
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
+    passes = triton_passes.Passes(LIF(), 2, carries=False, packs=True)
+    # One row, and as many channels as there are; a multiple of 16, or none.
+    for rows, channels in ((100, 64), (1, 128), (16, 256), (7, 512)):
+        x, norm = torch.zeros(2, rows, channels).bfloat16(), BatchNorm(channels)
+        with torch.no_grad():
+            affine = passes.normalization(norm, x, norm.weight, norm.bias)
+            inputs = Inputs(x, None, affine, None, None)
+            passes.spikes(inputs, None)
+            sums, _ = passes.sums(inputs, x, None)
+            passes.gradients(inputs, x, None, None, sums[:2], None, needs_x=True)
+    numbers = {kernel.fn.__name__: len(kernel.device_caches[0][0]) for kernel in used}
+    for kernel in used:
+        # What was compiled for no GPU is not for one that is there.
+        kernel.device_caches.clear()
+    assert len(numbers) == 6
+    assert set(numbers.values()) == {1}, numbers
 
 
 def test_of_any_number_of_channels() -> None:

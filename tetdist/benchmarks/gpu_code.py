@@ -166,6 +166,7 @@ class Code:
         registers: A thread's.
         spills: Bytes that did not fit into them.
         calls: Of functions.
+        operations: How many instructions of each kind, {"FADD": 40, ...}.
         memory: How many loads and stores of each width, {"LDG.128": 4, ...}: of global memory
             (LDG, STG) and of what did not fit into registers (LDL, STL).
         intermediate: Triton's own code of it.
@@ -176,6 +177,7 @@ class Code:
     registers: int
     spills: int
     calls: int
+    operations: dict[str, int]
     memory: dict[str, int]
     intermediate: str
 
@@ -247,6 +249,7 @@ def _read(kernel: Any) -> Code:
         int(found[2]),
         # Of a function, which has a name; the assembler also jumps by this instruction.
         len(re.findall(r"\bCALL\.[^;]*\$", text)),
+        dict(collections.Counter(operation.split(".")[0] for operation in operations)),
         dict(sorted(memory.items())),
         kernel.asm["ttir"],
     )
