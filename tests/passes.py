@@ -41,8 +41,6 @@ def interpreted() -> Iterator[None]:
         patch.setattr(passes, "triton_for", lambda *_: triton_passes)
         for attribute, name in (("neuron", "neuron"), ("pooling", "pool"), ("packing", "packing")):
             patch.setattr(triton_passes, attribute, _interpreted_kernels(name))
-        # What was made with other kernels is not to be taken, nor to be left behind.
-        patch.setattr(passes, "_triton_passes", passes._triton_passes.__wrapped__)
         yield
 
 

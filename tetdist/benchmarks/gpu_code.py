@@ -164,7 +164,7 @@ class Code:
         instructions: Number of them in machine code, padding left out.
         of_tile: Those of the loop over a program's tiles, if there is one.
         registers: A thread's.
-        spills: Bytes that did not fit into them.
+        spills: Loads and stores of what did not fit into them.
         calls: Of functions.
         operations: How many instructions of each kind, {"FADD": 40, ...}.
         memory: How many loads and stores of each width, {"LDG.128": 4, ...}: of global memory
@@ -240,13 +240,13 @@ def _read(kernel: Any) -> Code:
         if kind in ("LDG", "STG", "LDL", "STL"):
             width = next((part for part in rest if part in ("64", "128", "U8", "U16", "S8")), "32")
             memory[f"{kind}.{width.lstrip('US')}"] += 1
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    found = re.search(r"REG:(\d+)", usage)
     assert found is not None, usage
     return Code(
         len(operations),
         of_tile,
         int(found[1]),
-        int(found[2]),
+        sum(number for name, number in memory.items() if name.startswith(("LDL", "STL"))),
         # Of a function, which has a name; the assembler also jumps by this instruction.
         len(re.findall(r"\bCALL\.[^;]*\$", text)),
         dict(collections.Counter(operation.split(".")[0] for operation in operations)),

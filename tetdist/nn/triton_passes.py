@@ -28,8 +28,8 @@ OLDEST = (3, 3)
 WARPS = 4
 THREADS = 32 * WARPS
 # What a thread keeps of the backward pass, at most, so that it all stays in registers: of 255, for
-# the rest is needed to compute. [computed: tests/nn/test_triton_code.py sees that nothing spills.]
-KEPT_REGISTERS = 128
+# the rest is needed to compute. tests/nn/test_triton_code.py sees that nothing spills.
+KEPT_REGISTERS = 100
 # The most programs of a pass. Enough that a GPU of 132 processors, or of 108, is busy to the end,
 # and few enough that the partial sums of them are a percent of what is read.
 PROGRAMS = {"statistics": 1024, "fire": 4096, "backward_sums": 2048, "backward": 4096}
@@ -196,12 +196,13 @@ class Passes:
         """Numbers of a timestep that a thread works on in the backward pass: as many as it loads at
         once, or fewer, so that what it keeps of all timesteps stays in registers."""
         x, shortcut, _, of_shortcut, _ = inputs
-        loaded = self.timesteps * x.element_size() if x.shape[0] > 1 else x.element_size()
+        wide = _wide_type(x).itemsize
+        kept = x.shape[0] * x.element_size() + self.timesteps * wide
         if shortcut is not None and of_shortcut is not None:
-            loaded += self.timesteps * shortcut.element_size()
-        kept = (loaded + self.timesteps * _wide_type(x).itemsize) / 4
+            # And what normalises it, of the channel.
+            kept += self.timesteps * shortcut.element_size() + 4 * wide
         number = _per_load(x)
-        while number > 1 and number * kept > KEPT_REGISTERS:
+        while number > 1 and number * kept > 4 * KEPT_REGISTERS:
             number //= 2
         return number
 
