@@ -33,7 +33,7 @@ MATRIX = 989e12 * 0.4
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a number and timestep: bytes of memory, instructions of a thread."""
+    """Bytes of memory and instructions of a thread, for a number and timestep."""
 
     bytes: float
     instructions: float
@@ -71,7 +71,7 @@ def record() -> dict[str, Any]:
 
 
 def hand_written() -> dict[str, Cost]:
-    """Of each pass, what comes once a program shared out among its tiles."""
+    """Costs of the passes; what comes once a program is shared out among its tiles."""
     launches = gpu_code.recorded_launches()
     costs = {}
     for name in COMPILED:

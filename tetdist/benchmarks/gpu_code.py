@@ -58,7 +58,7 @@ class Launch:
 
 @contextlib.contextmanager
 def noted() -> Iterator[list[Launch]]:
-    """In this context note launches instead of doing them."""
+    """Note launches, in this context, instead of doing them."""
     launches: list[Launch] = []
 
     def note(

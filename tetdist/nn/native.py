@@ -166,8 +166,8 @@ class Kernels:
 
 
 class _Gradients(NamedTuple):
-    """Of the current, (T, N, C), or None where nobody needs it at each timestep; of x as it was
-    normalised, which is its sum over time where all timesteps share x; of the start."""
+    """Gradients of the current, (T, N, C), or None where nobody needs it at each timestep; of x as
+    it was normalised, which is its sum over time where all timesteps share x; of the start."""
 
     total: Tensor | None
     of_normalized: Tensor

@@ -318,8 +318,8 @@ def _gradient_of_membrane(
     above, grad_spikes, after, THRESHOLD: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr,
     SURROGATE: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """That of the membrane before the reset, hence of the current, from that of the spike and that
-    of the membrane after the reset (None: nothing comes from there)."""
+    """The gradient of the membrane before the reset, hence of the current, from the spike's and
+    that of the membrane after the reset (None: nothing comes from there)."""
     slope = _slope(above, SURROGATE, WIDTH)
     if after is None:
         grad = grad_spikes * slope
