@@ -122,7 +122,7 @@ CHECKS: dict[tuple[str, str], Callable[[Answer], None]] = {
 
 
 # Of a micro-batch of sew_resnet34, T = 4, bf16; and of the end of a step.
-FORWARD_AND_BACKWARD, UPDATE_AND_STATISTICS = 830, 60
+FORWARD_AND_BACKWARD, UPDATE_AND_STATISTICS = 600, 60
 
 
 @pytest.mark.parametrize("engine", ["torch", "deepspeed"])
