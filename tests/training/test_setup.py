@@ -1,14 +1,18 @@
 """What is agreed on before the first step."""
 
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tetdist.distributed.world import World
+from tetdist.config.loading import load
+from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
 from tetdist.nn import passes
-from tetdist.training.setup import choose_passes
+from tetdist.training.setup import choose_passes, open_split
 
 
 class OneOfThree(World):
@@ -46,3 +50,19 @@ def test_kernels_that_work_on_all_or_none_do_not(reason: dict[str, str | None]) 
     choose_passes(world((None, None)))
     reason["ours"] = "no gcc"
     choose_passes(world(("no gcc", "no gcc")))
+
+
+def test_data_to_evaluate_alone_are_not_trained_on(
+    tiny_copy: Path, tiny_config: Callable[..., Path]
+) -> None:
+    """No command is advised that cannot work."""
+    config = load(tiny_config({"data.root": str(tiny_copy)}), [])
+    (tiny_copy / "index" / "train.npz").unlink()
+    with join("cpu") as world:
+        with pytest.raises(UserError, match=r"there is no index .*make it with .*--splits train"):
+            open_split(config, "train", world)
+        shutil.rmtree(tiny_copy / "train")
+        with pytest.raises(
+            UserError, match=r"no train split .*, but val, which .*eval.* evaluates"
+        ):
+            open_split(config, "train", world)

@@ -55,6 +55,13 @@ def open_split(config: RunConfig, split: str, world: World) -> Index:
     file = data_index.index_file(config.data.index_dir, split)
     if not file.is_file():
         command = data_index.index_command(root, split, config.data.kind)
+        indexed = sorted(one.stem for one in config.data.index_dir.glob("*.npz"))
+        if indexed and not (root / split).is_dir():
+            raise UserError(
+                f"{root} has no {split} split that is indexed, but {', '.join(indexed)}, which "
+                f"{typed('eval')} evaluates (--split); if {split} is there in archives, index it "
+                f"with `{command}`"
+            )
         raise UserError(f"there is no index {file}; make it with `{command}`")
     index = data_index.load_index(file)
     if world.rank == 0:
