@@ -45,6 +45,21 @@ def test_launcher_is_told_of_an_error_and_of_the_others_end(
     assert shown == [False, True]
 
 
+def test_launcher_is_told_of_a_peer_that_is_lost_before_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[Exception] = []
+    lost = PeerFailed("rank 1 did not come")
+
+    def fail(*_: Any) -> None:
+        raise lost
+
+    monkeypatch.setattr(run, "join", fail)
+    with pytest.raises(PeerFailed):
+        run.train(CONFIG, Launcher(on_failure=told.append))
+    assert told == [lost]
+
+
 def test_status_is_that_of_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Exception] = []
 

@@ -34,6 +34,12 @@ _LAUNCHER = re.compile(
 )
 
 
+# The part of DeepSpeed's launcher that its command starts, on each host.
+_STARTED_LAUNCHER = re.compile(r"(?:.*/)?deepspeed[./]launcher[./]launch(?:\.py)?")
+# Who takes over the children of a process that has ended, beside process 1.
+_INITS = ("systemd", "init", "tini", "docker-init", "dumb-init", "catatonit")
+
+
 class Process(NamedTuple):
     """A process, told by its start from a later one of the same number."""
 
@@ -45,6 +51,10 @@ class Process(NamedTuple):
         """Whether it has not ended."""
         facts = _facts(self.pid)
         return facts is not None and facts.started == self.started and facts.state not in "ZX"
+
+
+# Stands for one that was gone before anybody looked.
+GONE = Process(0, 0)
 
 
 class _Facts(NamedTuple):
@@ -108,11 +118,24 @@ def _launchers() -> list[Process]:
     if "RANK" not in os.environ or place() is None:
         return launchers
     pid = os.getppid()
+    # A launcher may have been killed before this process could look, even before it was there.
+    if "TORCHELASTIC_RUN_ID" in os.environ and _is_init(pid):
+        return [GONE]
     while pid > 0 and (facts := _facts(pid)) is not None:
-        if _LAUNCHER.fullmatch(_program(pid)):
+        program = _program(pid)
+        if _LAUNCHER.fullmatch(program):
             launchers.append(Process(pid, facts.started))
+        if _STARTED_LAUNCHER.fullmatch(program) and _is_init(facts.parent):
+            return [GONE]
         pid = facts.parent
     return launchers
+
+
+def _is_init(pid: int) -> bool:
+    """Whether a process is one that takes over children whose parent has ended."""
+    if _LAUNCHER.fullmatch(_program(pid)):
+        return False  # the first process of a container
+    return pid == 1 or Path(_program(pid)).name in _INITS
 
 
 def _program(pid: int) -> str:
@@ -133,7 +156,8 @@ def _watch(starters: list[Process]) -> None:
         gone = next(starter.pid for starter in starters if not starter.is_there)
         # The terminal, or whoever read what is said here, may have gone with it.
         with contextlib.suppress(OSError, ValueError):
-            print(f"process {gone}, which has started this, is gone: ending", file=sys.stderr)
+            who = f"process {gone}" if gone else "the launcher"
+            print(f"{who}, which has started this, is gone: ending", file=sys.stderr)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(SAVE_LIMIT)
     os._exit(128 + signal.SIGTERM)
