@@ -157,7 +157,9 @@ def draw_cost(axis: Any, performance: dict[str, Any]) -> None:
             y = group * (len(names) + 1) + i
             axis.barh(y, ratio, color=colour, label=None if group else label)
             text = f"{ratio:.2f}" if group == 0 else f"{ratio:.2f}  ({values[name]:.0f} MiB/image)"
-            axis.text(ratio + 0.03, y, text, va="center", fontsize=8)
+            # White behind it: the line at 1 would cross it.
+            behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            axis.text(ratio + 0.03, y, text, va="center", fontsize=8, bbox=behind)
     # A group's label stands between its bars.
     middle = (len(names) - 1) / 2
     ticks = [middle + group * (len(names) + 1) for group in range(len(groups))]
@@ -168,7 +170,8 @@ def draw_cost(axis: Any, performance: dict[str, Any]) -> None:
     what = f"{step['model']}, T={step['timesteps']}, bf16"
     axis.set_xlabel(f"multiple of the ReLU network's ({what})", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    # Beside the bars there is no place that is free whatever their lengths are.
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     title(axis, "At the price of a ReLU network")
 
 
