@@ -416,6 +416,34 @@ def test_every_key_is_printed_and_explained(capsys: pytest.CaptureFixture[str]) 
     assert explained >= set(OPERATIONAL_KEYS)
 
 
+def test_some_keys_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--explain", "batch", "phases.0.epochs"]) == 0
+    explained = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert explained == ["batch.global", "batch.micro", "batch.eval", "phases.N.epochs"]
+    assert train.main(["--explain", "bach"]) == 2
+    assert "no key 'bach'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("neuron.decay=0.2", "there is 'model.neuron'"),
+        ("optimizer=adam", "there is 'phases.0.optimizer'"),
+        ("phases.00.epochs=2", "phases has one item, phases.0"),
+        ("batch.eval=1000000000000", "less than or equal to 1048576"),
+        ("phases.0.epochs=100000000000000000000", "less than or equal to 1000000"),
+        ("log_every=10000000000", "less than or equal to 1000000000"),
+    ],
+)
+def test_overrides_that_cannot_be_meant(
+    tiny_config: Callable[..., Path], override: str, said: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load(tiny_config(), [override])
+    assert override in str(caught.value)
+    assert said in str(caught.value)
+
+
 def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--explain"]) == 0
     explained = {

@@ -9,12 +9,13 @@ The same command continues a run that was stopped.
 import argparse
 import logging
 import os
+import re
 import sys
 from typing import TYPE_CHECKING
 
 from tetdist.cli.common import MISTAKES, fail, program
 from tetdist.config.flags import add_import
-from tetdist.errors import PEER_FAILED, PeerFailed
+from tetdist.errors import PEER_FAILED, PeerFailed, UserError
 
 if TYPE_CHECKING:
     from tetdist.config.schema import RunConfig
@@ -45,7 +46,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--explain",
         action="store_true",
-        help="list every key of a configuration, with what it takes and its default, and stop",
+        help="list every key of a configuration, or the given ones (--explain batch), with what it "
+        "takes and its default, and stop",
     )
     # The deepspeed launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
@@ -91,14 +93,29 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def _is_of(key: str, word: str) -> bool:
+    """Whether a key is one that is asked for, or lies in a section that is."""
+    return not word or key == word or key.startswith(f"{word}.")
+
+
 def read_config(options: argparse.Namespace) -> "RunConfig | None":
     """The configuration; None where showing it was all that was asked for."""
     from tetdist.config import loading
     from tetdist.config.documentation import documented_keys
 
     if options.explain:
-        for key, documented in documented_keys().items():
-            print(f"{key:32} {documented}")
+        known = documented_keys()
+        asked = options.overrides or [""]
+        # As they are typed: phases.0.epochs, optimizer=..., or the beginning of a key.
+        wanted = [re.sub(r"\.\d+(?=\.|$)", ".N", one.partition("=")[0]) for one in asked]
+        for word, key in zip(wanted, asked, strict=True):
+            if not any(_is_of(one, word) for one in known):
+                raise UserError(
+                    f"--explain: there is no key {key!r}; --explain alone lists them all"
+                )
+        for key, documented in known.items():
+            if any(_is_of(key, word) for word in wanted):
+                print(f"{key:32} {documented}")
         return None
     config = loading.load(options.config, options.overrides, options.imports)
     if options.print_config:

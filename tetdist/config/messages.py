@@ -102,13 +102,19 @@ def _nearest(location: list[str], known: list[str]) -> str:
     last, prefix = location[-1], "".join(f"{part}." for part in location[:-1])
     every = [*documented_keys(), *known]
     # The right word at the wrong place, or else a slip in a word at the right one.
-    elsewhere = [key.replace(".N.", ".0.") for key in every if key.split(".")[-1] == last]
+    elsewhere = list(dict.fromkeys(place for key in every if (place := _place_of(last, key))))
     if elsewhere:
         there = "there is" if len(elsewhere) == 1 else "there are"
         return f"{there} {' and '.join(map(repr, elsewhere[:3]))}"
     if close := difflib.get_close_matches(last, known, n=1, cutoff=0.5):
         return f"the nearest known one is {prefix + close[0]!r}"
     return f"known here are {', '.join(known)}"
+
+
+def _place_of(word: str, key: str) -> str | None:
+    """The place of a word in a documented key, as a key of its own or as a section; or None."""
+    parts = key.replace(".N.", ".0.").split(".")
+    return ".".join(parts[: parts.index(word) + 1]) if word in parts else None
 
 
 def _no_section(dotted: str, section: type[BaseModel], given: Any, *, is_override: bool) -> str:

@@ -94,7 +94,7 @@ def _child(node: Any, part: str, parents: list[str], override: str) -> Any:
 
 
 def _position(items: list[Any], part: str, parents: list[str], override: str) -> int:
-    if part.isdecimal() and int(part) < len(items):
+    if part.isdecimal() and part == str(int(part)) and int(part) < len(items):
         return int(part)
     name = ".".join(parents)
     there = {

@@ -28,7 +28,10 @@ from tetdist.optimizers import OPTIMIZERS
 
 TIMM = "timm:"  # before the name of one of timm's networks, where a path could stand
 
-Positive = Annotated[int, Field(gt=0)]
+# What is larger is a slip of the finger, which libraries of C would answer otherwise.
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+Epochs = Annotated[int, Field(gt=0, le=10**6)]
+Samples = Annotated[int, Field(gt=0, le=2**20)]
 Timesteps = Annotated[int, Field(gt=0, le=MOST_TIMESTEPS)]
 Pixels = Annotated[int, Field(gt=0, le=MOST_PIXELS)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -189,11 +192,11 @@ class DataSection(Section):
 
 
 class BatchSection(Section):
-    global_: Positive = Field(alias="global")
+    global_: Samples = Field(alias="global")
     """Samples of one optimiser step, whatever the number of processes."""
-    micro: Positive
+    micro: Samples
     """Samples of one forward pass on one process: what batch norm normalises over."""
-    eval: Positive = 64
+    eval: Samples = 64
     """Samples of one evaluation batch on one process."""
 
 
@@ -265,7 +268,7 @@ class OptimizerSection(Section):
 class PhaseSection(Section):
     """A stretch of training with its own T, optimiser and schedule."""
 
-    epochs: Positive
+    epochs: Epochs
     timesteps: Timesteps
     optimizer: OptimizerSection
     schedule: Literal["cosine", "constant"] = "cosine"
