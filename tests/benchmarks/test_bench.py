@@ -38,6 +38,7 @@ def speed_that_the_plan_reads(file: Path) -> plan.Speed | None:
     return plan.read_speed(None, str(file), loading.parse(values, "x"))
 
 
+@pytest.mark.long
 def test_a_step_is_timed_against_the_relu_network(tmp_path: Path) -> None:
     result, out = bench(
         tmp_path, "model", "--model", "sew_resnet18", "--size", 64, "--timesteps", 2, "--batch", 2,

@@ -57,6 +57,7 @@ def test_the_better_way_of_waiting_competes(
     assert not Pretended.alive
 
 
+@pytest.mark.long
 def test_real_processes_are_timed_and_end() -> None:
     """Steps of a network of one layer, in processes of their own."""
     options = argparse.Namespace(

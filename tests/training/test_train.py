@@ -775,7 +775,7 @@ def test_a_few_non_finite_steps_end_nothing(
 
     monkeypatch.setattr(trainer, "compute_loss", spoilt)
     outcome = main(tiny_config({"log_every": 5, "phases.0.schedule": "constant"}))
-    ended(outcome, "2 step(s) since the last line had no finite gradient", status=0)
+    ended(outcome, "2 steps since the last line had no finite gradient", status=0)
     first, second = tiny.metrics(tmp_path / "runs/tiny", "train")
     assert (first["non_finite_steps"], second["non_finite_steps"]) == (2, 0)
     monkeypatch.undo()
@@ -909,7 +909,7 @@ def test_damaged_checkpoints(main: Main, tiny_config: ConfigWriter, tmp_path: Pa
     tiny.assert_same_run(run, straight)
     for path in (run / "checkpoints").glob("step-*"):
         os.truncate(path / "model.safetensors", 100)
-    ended(main(file), "none of the 2 checkpoints")
+    ended(main(file), "of 2 checkpoints", "none is whole")
     assert len(list((run / "checkpoints").glob("step-*"))) == 2
 
 
