@@ -185,6 +185,7 @@ def test_a_checkpoint_asks_for_its_files_and_imports_none(
         )
 
 
+@pytest.mark.long
 def test_one_process_and_its_own_launcher(write: Callable[..., Path], tmp_path: Path) -> None:
     """The job of a cluster, without Slurm: it runs from the copies that were made."""
     file = write("my_loss.py", changes={"phases.0.epochs": 1, "engine": "torch"})
@@ -317,6 +318,7 @@ def test_a_mistake_that_shows_later_is_one_sentence(
     assert "Traceback" not in outcome.text
 
 
+@pytest.mark.long
 def test_every_optimiser_of_timm_steps_or_is_refused() -> None:
     """And leaves everything alone when it is told so."""
     import torch

@@ -249,6 +249,7 @@ def test_native_statistics_do_not_cancel() -> None:
     )
 
 
+@pytest.mark.long
 def test_a_library_is_built_once_and_survives_processes_that_build_it_at_once(
     tmp_path: Path,
 ) -> None:

@@ -369,6 +369,7 @@ def test_samples_of_one_run_only_and_damaged(run_tool: Tool, sampled: tuple[Path
 # --- whole runs -----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_runs_of_the_trainer(
     run_tool: Tool, farm: Farm, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -355,6 +355,7 @@ def test_local_run_starts_again_after_a_warning(tiny_config: ConfigWriter, tmp_p
     tiny.assert_same_run(run, tmp_path / "runs" / "straight")
 
 
+@pytest.mark.long
 def test_starts_that_lead_nowhere_end(
     tiny_config: ConfigWriter, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -309,6 +309,7 @@ def test_two_submissions_at_once_are_one_run(
     assert [line.split()[0] for line in cluster.squeue()] == [run.job]
 
 
+@pytest.mark.long
 def test_without_accounting(
     launcher: Launcher,
     straight: Run,

@@ -865,6 +865,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait(10)
 
 
+@pytest.mark.long
 def test_a_server_comes_late_and_goes_early(
     store: Store,
     server: Callable[[int], subprocess.Popen[bytes]],
@@ -973,6 +974,7 @@ def test_a_server_that_never_answers_holds_nobody_up(tmp_path: Path) -> None:
     assert "up to 1 of the 1 points" in printed
 
 
+@pytest.mark.long
 def test_two_runs_make_one_database_at_once_and_print_nothing(
     tmp_path: Path, ended: Callable[..., subprocess.Popen[str]]
 ) -> None:
