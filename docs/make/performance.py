@@ -295,7 +295,8 @@ def older(found: dict[str, dict[str, Any]]) -> str:
 The sections below, but for those on several processes and on files, are of 25 November 2026, when
 all contestants took turns in one process whose threads waited asleep. How much that matters shows
 in the tables above, which were made that day, too: there spikingjelly took 1.43 (fp32) and 1.93
-(bf16) times the ReLU network's step, and tetdist 0.97 and 1.00."""
+(bf16) times the ReLU network's step, and tetdist 0.97 and 1.00. The machine was about twice as fast
+that day, so that seconds cannot be compared with those above; memory can."""
 
 
 def compiled_peer(found: dict[str, dict[str, Any]]) -> str:
