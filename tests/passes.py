@@ -58,7 +58,7 @@ def _interpreted_kernels(name: str) -> ModuleType:
         patch.setenv("TRITON_INTERPRET", "1")
         spec.loader.exec_module(module)
     # By this name the interpreter knows a sum, and has NumPy make it; another it makes in Python.
-    module._add = tl.standard._sum_combine  # type: ignore[attr-defined]
+    module._add = tl.standard._sum_combine  # type: ignore[attr-defined]  # see above
     return module
 
 

@@ -12,7 +12,7 @@ import tiny
 from tetdist.cli import check_gpu
 from tetdist.config import loading
 from tetdist.device_check import check as checking
-from tetdist.device_check import versions
+from tetdist.device_check import numerics, versions
 from tetdist.device_check.check import Finding, Machine, run_checks
 from tetdist.device_check.checks import CHECKS
 from tetdist.distributed.world import World, join
@@ -93,6 +93,16 @@ def test_what_is_bad_is_told_with_its_remedy(here: Machine) -> None:
     assert "RuntimeError: CUDA error: an illegal memory access" in lines[2]
     assert report.conclusion() == "to mend: first: pip uninstall one (1 more after that)"
     assert "Traceback" in report.as_dict()["checks"]["second"]["traceback"]
+
+
+def test_passes_that_do_not_work_are_not_called_equal(
+    here: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them both would be the definition."""
+    monkeypatch.setattr(numerics, "passes_for", lambda *_, **__: None)
+    found = numerics.check_numerics(here)
+    assert found.status == "bad"
+    assert "do not work here" in found.text
 
 
 def test_ranks_that_fail_are_named() -> None:

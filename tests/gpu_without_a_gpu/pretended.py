@@ -151,9 +151,9 @@ def install() -> None:
         answers[name] = lambda *_: 0
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
-    torch.Tensor.pin_memory = _pinned  # type: ignore[method-assign]
-    FakeTensor.tolist = _fetched  # type: ignore[method-assign]
-    torch.nn.Module._apply = _apply  # type: ignore[method-assign]
+    torch.Tensor.pin_memory = _pinned  # type: ignore[method-assign]  # on purpose
+    FakeTensor.tolist = _fetched  # type: ignore[method-assign]  # on purpose
+    torch.nn.Module._apply = _apply  # type: ignore[method-assign]  # on purpose
     _count_triton_kernels()
 
 

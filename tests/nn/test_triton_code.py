@@ -15,11 +15,11 @@ from tetdist.nn.neurons import LIF, SURROGATES
 
 needs_triton()
 
-import triton  # noqa: E402
+import triton  # noqa: E402  # needs Triton, as do those that follow
 
-from tetdist.benchmarks import gpu_code  # noqa: E402
-from tetdist.benchmarks.gpu_code import CAPABILITIES, Layer  # noqa: E402
-from tetdist.nn import triton_passes  # noqa: E402
+from tetdist.benchmarks import gpu_code  # noqa: E402  # likewise
+from tetdist.benchmarks.gpu_code import CAPABILITIES, Layer  # noqa: E402  # likewise
+from tetdist.nn import triton_passes  # noqa: E402  # likewise
 
 RECORD = Path(__file__).parents[2] / "docs" / "performance" / "gpu_code.json"
 each_gpu = pytest.mark.parametrize("capability", CAPABILITIES, ids="sm_{}".format)

@@ -70,7 +70,7 @@ def start(tmp_path: Path) -> Starter:
             warn_before_end=60,
             interface=None,
         )
-        return _Start(described, Context(*place, **says))  # type: ignore[arg-type]
+        return _Start(described, Context(*place, **says))  # type: ignore[arg-type]  # a stand-in
 
     return make
 
@@ -188,7 +188,7 @@ def test_end_of_a_start(
     this = start(rank, cancelled=cancelled)
     this.config = loading.parse(tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d"}), "x")
     assert this._end(status) == answer
-    assert len(this.context.asked_again) == again  # type: ignore[attr-defined]
+    assert len(this.context.asked_again) == again  # type: ignore[attr-defined]  # the stand-in's
     assert kinds(this) == written
 
 

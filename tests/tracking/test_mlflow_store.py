@@ -142,6 +142,6 @@ def test_the_tags_name_the_last_checkpoint_also_where_it_is_the_best(tmp_path: P
 
     for which in ("last", "best"):
         (checkpoints / which).write_text("step-00000007\n")
-    show_checkpoints(Tags(), checkpoints)  # type: ignore[arg-type]
+    show_checkpoints(Tags(), checkpoints)  # type: ignore[arg-type]  # a stand-in
     step = str((checkpoints / "step-00000007").resolve())
     assert said == {"checkpoint": step, "best_checkpoint": step}

@@ -332,7 +332,7 @@ class Decaying(nn.Module):
         self.neuron = nn.ParameterDict({"decay": nn.Parameter(torch.tensor(0.5))})
         self.last = nn.Linear(8, 4)
 
-    def forward(self, x: Tensor, per_timestep: bool = True) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, per_timestep: bool = True) -> Tensor:  # noqa: ARG002  # all networks have it
         return self.last(torch.tanh(self.neuron["decay"].sigmoid() * self.first(x.flatten(1))))[
             None
         ]

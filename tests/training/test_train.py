@@ -694,8 +694,6 @@ def test_file_that_breaks_after_indexing(
 def test_what_does_not_suit_the_data(
     changes: dict[str, Any], parts: tuple[str, ...], main: Main, tiny_config: ConfigWriter
 ) -> None:
-    if "device" in str(changes) and torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
     ended(main(tiny_config(changes)), "error:", *parts)
 
 
@@ -785,8 +783,6 @@ def test_a_few_non_finite_steps_end_nothing(
 
 
 def test_float16_is_refused_on_a_cpu(main: Main, tiny_config: ConfigWriter) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
     ended(main(tiny_config({"precision": "fp16"})), "fp16 needs a GPU", "bf16 or fp32")
 
 

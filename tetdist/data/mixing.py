@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tetdist.data import transfer
+from tetdist.data.pixels import inside
 from tetdist.data.transforms import Mix
 
 
@@ -34,13 +35,10 @@ def mixed_images(images: Tensor, mix: DeviceMix) -> Tensor:
     """Mix images (B, 3, H, W), or event frames (B, T, 2, H, W), all timesteps alike."""
     ones = (1,) * (images.ndim - 1)
     kept = mix.pixels.to(images.dtype).view(-1, *ones)
-    boxes = mix.boxes.view(-1, 4, *ones[:-2], 1, 1)
-    top, left, bottom, right = boxes.unbind(1)
-    rows = torch.arange(images.shape[-2], device=images.device)[:, None]
-    columns = torch.arange(images.shape[-1], device=images.device)
-    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+    height, width = images.shape[-2:]
+    swapped = inside(mix.boxes, height, width).view(-1, *ones[:-2], height, width)
     others = images.roll(1, 0)
-    return torch.where(inside, others, kept * images + (1 - kept) * others)
+    return torch.where(swapped, others, kept * images + (1 - kept) * others)
 
 
 def mixed_targets(labels: Tensor, mix: DeviceMix, num_classes: int, dtype: torch.dtype) -> Tensor:

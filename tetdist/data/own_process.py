@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Self
 
-import numpy as np
 import torch
 
 from tetdist import plugins
@@ -157,6 +156,8 @@ def _check(status: Any) -> None:
 def _serve(make: Callable[[], Loader], imports: tuple[str, ...], channel: Connection) -> None:
     """Write batches into free slots until the other side closes the channel."""
     end_with_parent()
+    # Images are shared out among threads of the loader's, each of which works on one at a time.
+    torch.set_num_threads(1)
     # Stopping is decided where the training is, and goes on until a checkpoint is written.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -167,9 +168,9 @@ def _serve(make: Callable[[], Loader], imports: tuple[str, ...], channel: Connec
             with make() as loader:
                 _write_all(loader, channel)
             channel.send(None)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise
         except Exception as error:
-            if isinstance(error, EOFError | BrokenPipeError | ConnectionResetError):
-                raise
             channel.send(error)
         # The memory has to stay until the consumer has read the last batch.
         while True:
@@ -189,25 +190,13 @@ def _write_all(loader: Loader, channel: Connection) -> None:
             free.append(channel.recv())
         slot = free.pop()
         if num_bytes:
-            # In the order of memory, so that channels_last images stay that.
-            order = sorted(range(images.ndim), key=images.stride, reverse=True)
-            target = np.frombuffer(slots[slot], np.uint8, num_bytes).view(_numpy_type(images.dtype))
-            np.copyto(target.reshape([images.shape[d] for d in order]), images.permute(order))
-        channel.send(
-            _Written(
-                slot,
-                tuple(images.shape),
-                images.dtype,
-                images.stride(),
-                batch._replace(images=torch.empty(0)),
-            )
-        )
+            place = torch.frombuffer(slots[slot], dtype=images.dtype, count=images.numel())
+            place.as_strided(images.shape, images.stride()).copy_(images)
+        others = batch._replace(images=torch.empty(0))
+        shape, strides = tuple(images.shape), images.stride()
+        channel.send(_Written(slot, shape, images.dtype, strides, others))
         if not num_bytes:
             free.append(slot)
-
-
-def _numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
-    return np.dtype(torch.empty(0, dtype=dtype).numpy().dtype)
 
 
 def _reserve(slot_bytes: int, channel: Connection) -> list[memoryview]:

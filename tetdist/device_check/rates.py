@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import functools
 import importlib.util
 import io
 from typing import Any
@@ -49,7 +48,6 @@ def check_rates(here: Machine) -> Finding:
     return Finding("ok", "; ".join(parts), None, numbers)
 
 
-@functools.cache
 def images_per_s_of_a_step(here: Machine, batch: int) -> float:
     """Images a second of sew_resnet34's training steps, T = 4."""
     (own,) = (row for row in _measured(here, batch, None) if row["name"].startswith("tetdist"))

@@ -81,13 +81,12 @@ def open_store(port: int, token: str, seconds: float = 60) -> Any:
 
 def connect(port: int, token: str, seconds: float = 60) -> Any:
     """Connect to a store of rank 0; see `open_store`."""
-    store = dist.TCPStore(
-        address(),
-        port,
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=seconds),
-    )
+    return _connect(address(), port, token, seconds)
+
+
+def _connect(host: str, port: int, token: str, seconds: float) -> Any:
+    limit = timedelta(seconds=max(seconds, 1))
+    store = dist.TCPStore(host, port, wait_for_workers=False, timeout=limit)
     return dist.PrefixStore(token, store)
 
 
@@ -166,12 +165,7 @@ def _main_store(rank: int, token: str, seconds: float) -> Any:
     else:
         host = os.environ["MASTER_ADDR"] if by_torchrun else address()
         _wait_for_port(host, port, seconds)
-        store = dist.PrefixStore(
-            token,
-            dist.TCPStore(
-                host, port, wait_for_workers=False, timeout=timedelta(seconds=max(seconds, 1))
-            ),
-        )
+        store = _connect(host, port, token, seconds)
     plain = store.underlying_store
     if rank == 0:
         plain.set(key, digest)

@@ -21,10 +21,7 @@ class StopRequest:
     under nohup, it stays so.
     """
 
-    SIGNALS = (
-        *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
-        *(signal.SIGUSR1, signal.SIGUSR2),
-    )
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self, world: World) -> None:
         self.signal: signal.Signals | None = None

@@ -17,6 +17,7 @@ from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.build import load_library
 from tetdist.nn.fused import Affine, Inputs, Sums
 from tetdist.nn.neurons import LIF, SURROGATES
+from tetdist.nn.window import Window
 
 TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
@@ -317,16 +318,9 @@ class Pool:
 
 
 def _pool_sizes(shape: torch.Size, pool: torch.nn.MaxPool2d) -> _Sizes:
-    kernel, stride, padding = pool.kernel_size, pool.stride, pool.padding
-    assert isinstance(kernel, int)
-    assert isinstance(stride, int)
-    assert isinstance(padding, int)
-    assert kernel <= 16, "positions in a window are bytes"
-    assert pool.dilation == 1
-    assert not pool.ceil_mode
-    images, channels, height, width = shape
-    out_height, out_width = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
-    return _Sizes(images, height, width, channels, out_height, out_width, kernel, stride, padding)
+    window = Window.of(pool)
+    images, channels, *sides = shape
+    return _Sizes(images, *sides, channels, *map(window.outputs, sides), *window)
 
 
 # --- sums ---------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from tetdist.nn.fused import Affine, Inputs, Sums
 from tetdist.nn.kernels import neuron, packing
 from tetdist.nn.kernels import pool as pooling
 from tetdist.nn.neurons import LIF
+from tetdist.nn.window import Window
 
 Argument = Tensor | int | None
 # Before, kernels knew no tuples.
@@ -270,11 +271,8 @@ class Pool:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The largest of each window, of ``dtype`` and in bytes, and where it was."""
         images, channels, height, width = packed.shape
-        known = _window(pool)
-        out_height, out_width = (
-            (n + 2 * known["PADDING"] - known["KERNEL"]) // known["STRIDE"] + 1
-            for n in (height, width)
-        )
+        window = Window.of(pool)
+        out_height, out_width = window.outputs(height), window.outputs(width)
         shape = (images, out_height, out_width, channels)
         out = torch.empty(shape, dtype=dtype, device=packed.device)
         most = torch.empty(shape, dtype=torch.uint8, device=packed.device)
@@ -284,7 +282,8 @@ class Pool:
         grid, groups, sizes = _pixels(pixels, rows)
         arguments: list[Argument] = [rows, out, most, where, pixels, groups]
         arguments += [height, width, out_height, out_width]
-        launch(pooling.forward, grid, arguments, known | sizes | {"LEVELS": levels})
+        known = _known(window) | sizes | {"LEVELS": levels}
+        launch(pooling.forward, grid, arguments, known)
         return out.permute(0, 3, 1, 2), most.permute(0, 3, 1, 2), where
 
     def backward(
@@ -298,19 +297,12 @@ class Pool:
         grid, groups, sizes = _pixels(pixels, rows)
         arguments: list[Argument] = [rows, where, grad_in, pixels, groups]
         arguments += [height, width, *where.shape[1:3]]
-        launch(pooling.backward, grid, arguments, _window(pool) | sizes)
+        launch(pooling.backward, grid, arguments, _known(Window.of(pool)) | sizes)
         return grad_in.permute(0, 3, 1, 2)
 
 
-def _window(pool: torch.nn.MaxPool2d) -> dict[str, int]:
-    kernel, stride, padding = pool.kernel_size, pool.stride, pool.padding
-    assert isinstance(kernel, int)
-    assert isinstance(stride, int)
-    assert isinstance(padding, int)
-    assert kernel <= 16, "positions in a window are bytes"
-    assert pool.dilation == 1
-    assert not pool.ceil_mode
-    return {"KERNEL": kernel, "STRIDE": stride, "PADDING": padding}
+def _known(window: Window) -> dict[str, int]:
+    return {name.upper(): number for name, number in window._asdict().items()}
 
 
 def _pixels(pixels: int, rows: Tensor) -> tuple[tuple[int, int], int, dict[str, int]]:

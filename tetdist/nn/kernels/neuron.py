@@ -18,6 +18,9 @@ Neither this file nor any other of tetdist imports Triton before passes.py has d
 import triton
 import triton.language as tl
 
+# A kernel has many arguments, and a line for each would hide what it does.
+# fmt: off
+
 SIZES = ["rows", "groups", "steps", "blocks", "rows_of_block"]
 
 
@@ -89,7 +92,7 @@ def statistics(
 def _normalization(
     mean, var, weight, bias, affine, mean_sum, var_sum, count, c, C, SCALE: tl.constexpr,
     EPS: tl.constexpr, RECORDS: tl.constexpr
-):  # fmt: skip
+):
     """Write gain, offset, mean and 1/std, (4, C); add mean and variance to those of the step.
 
     ``count`` is of how many values they are, float64. mean and var are wide, of the channels c.
@@ -121,7 +124,7 @@ def finish_statistics(
     partial, moments, weight, bias, affine, mean_sum, var_sum, values, rows, rows_of_block, blocks,
     groups, SCALE: tl.constexpr, EPS: tl.constexpr, RECORDS: tl.constexpr, VEC: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
+):
     """Mean and biased variance from the sums of `statistics`, in float64.
 
     They are written to moments, (2, C), where others' are to be averaged with them first; else
@@ -162,14 +165,14 @@ def finish_statistics(
         _normalization(
             mean, var, weight, bias, affine, mean_sum, var_sum, values.to(tl.float64), c, C, SCALE,
             EPS, RECORDS
-        )  # fmt: skip
+        )
 
 
 @triton.jit(do_not_specialize=[*SIZES, "values"])
 def normalization(
     mean, var, weight, bias, affine, mean_sum, var_sum, values, groups, SCALE: tl.constexpr,
     EPS: tl.constexpr, RECORDS: tl.constexpr, VEC: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
+):
     """Write gain, offset, mean and 1/std, affine (4, C), of the mean and variance, each (C,)."""
     C = groups * VEC
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -178,7 +181,7 @@ def normalization(
         tl.load(mean + c, mask=c < C, other=0.0).to(wide),
         tl.load(var + c, mask=c < C, other=0.0).to(wide),
         weight, bias, affine, mean_sum, var_sum, values.to(tl.float64), c, C, SCALE, EPS, RECORDS
-    )  # fmt: skip
+    )
 
 
 # ------------------------------------------------------------------------------------------ firing
@@ -200,7 +203,7 @@ def fire(
     rows, groups, steps, T: tl.constexpr, SHARED: tl.constexpr, HARD: tl.constexpr,
     DECAY: tl.constexpr, THRESHOLD: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
     BC: tl.constexpr
-):  # fmt: skip
+):
     """Spikes of the neurons, plus identity, (T, N, C); the same in bytes; membranes, (N, C).
 
     x is (1, N, C) where all timesteps share it. Without start, neurons begin at rest.
@@ -258,7 +261,7 @@ def fire(
 def _membranes(
     x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T: tl.constexpr, SHARED: tl.constexpr,
     HARD: tl.constexpr, DECAY: tl.constexpr, THRESHOLD: tl.constexpr
-):  # fmt: skip
+):
     """Membranes before the reset at each timestep, again, less the threshold; and what was loaded
     to compute them. No more is kept: a thread has 255 registers."""
     wide = g.dtype
@@ -281,7 +284,7 @@ def _membranes(
         if shortcut is not None:
             value = tl.load(shortcut + now + at, mask=mask, other=0.0)
             if g2 is not None:
-                added = added + (value,)  # noqa: RUF005
+                added = added + (value,)  # noqa: RUF005  # likewise
                 current = own + (value.to(wide) * g2 + o2)
             else:
                 current = own + value.to(wide)
@@ -289,7 +292,7 @@ def _membranes(
         if u is not None:
             v = u * DECAY + current
         above = v - THRESHOLD
-        aboves = aboves + (above,)  # noqa: RUF005
+        aboves = aboves + (above,)  # noqa: RUF005  # likewise
         u = _after_reset(v, above, HARD)
     return aboves, xs, added
 
@@ -317,7 +320,7 @@ def _slope(x, SURROGATE: tl.constexpr, WIDTH: tl.constexpr):
 def _gradient_of_membrane(
     above, grad_spikes, after, THRESHOLD: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr,
     SURROGATE: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+):
     """The gradient of the membrane before the reset, hence of the current, from the spike's and
     that of the membrane after the reset (None: nothing comes from there)."""
     slope = _slope(above, SURROGATE, WIDTH)
@@ -344,7 +347,7 @@ def backward_sums(
     HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr, DECAY: tl.constexpr,
     THRESHOLD: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
     BC: tl.constexpr
-):  # fmt: skip
+):
     """Sums of a program's rows: of the current's gradient, and of that times what was normalised
     (less its mean). partial is (blocks, 2, C), or with a normalised shortcut (blocks, 3, C)."""
     C, c = _channels(groups, VEC, BC)
@@ -372,7 +375,7 @@ def backward_sums(
         aboves, xs, added = _membranes(
             x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T, SHARED, HARD, DECAY,
             THRESHOLD
-        )  # fmt: skip
+        )
         after = None
         if grad_end is not None:
             after = tl.load(grad_end + here + at, mask=mask, other=0.0).to(wide)
@@ -450,7 +453,7 @@ def backward(
     SHARED: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr,
     DECAY: tl.constexpr, THRESHOLD: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
+):
     """Gradients of x, (T or 1, N, C), shortcut, (T, N, C), and start, (N, C); of those there are.
 
     Without sums, means and variances were constants.
@@ -485,7 +488,7 @@ def backward(
         aboves, xs, added = _membranes(
             x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T, SHARED, HARD, DECAY,
             THRESHOLD
-        )  # fmt: skip
+        )
         after = None
         if grad_end is not None:
             after = tl.load(grad_end + here + at, mask=mask, other=0.0).to(wide)

@@ -8,6 +8,9 @@ program works on `BN` pixels of `BC` channels; neuron.py says what ``groups`` an
 import triton
 import triton.language as tl
 
+# A kernel has many arguments, and a line for each would hide what it does.
+# fmt: off
+
 SIZES = ["pixels", "groups", "height", "width", "out_height", "out_width"]
 
 
@@ -22,7 +25,7 @@ def forward(
     images, out, packed, where, pixels, groups, height, width, out_height, out_width,
     LEVELS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
+):
     """The largest byte of each window, as a number, in a byte, and its position in the window."""
     C = groups * VEC
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -60,7 +63,7 @@ def backward(
     grad_out, where, grad_in, pixels, groups, height, width, out_height, out_width,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, VEC: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
+):
     """The gradient of each pixel: the sum over the windows whose largest it is."""
     C = groups * VEC
     c = tl.program_id(1) * BC + tl.arange(0, BC)
