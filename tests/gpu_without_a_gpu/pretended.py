@@ -22,7 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("cuda", 0)
-ROOM = f"{os.sep}tetdist{os.sep}"
+
+
+def _folder_of(package: str) -> str:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    return f"{Path(spec.origin).parent}{os.sep}"
+
+
+# The whole path, since the checkout may be in a folder of that name, too.
+FOLDERS = {package: _folder_of(package) for package in ("tetdist", "deepspeed")}
 # Their callers are who did it.
 _NOT_TO_BLAME = ("data/transfer.py", "nn/triton_passes.py", "cuda_accelerator.py")
 
@@ -388,10 +398,10 @@ def _described(x: Tensor) -> str:
 def _place() -> str:
     """The innermost line of tetdist that is running, or of DeepSpeed."""
     for frame in reversed(traceback.extract_stack()):
-        for package in (ROOM, f"{os.sep}deepspeed{os.sep}"):
-            if package in frame.filename and not frame.filename.endswith(_NOT_TO_BLAME):
-                file = frame.filename.rpartition(package)[2]
-                return f"{package.strip(os.sep)}/{file}:{frame.lineno}"
+        for package, folder in FOLDERS.items():
+            file = frame.filename.removeprefix(folder)
+            if file != frame.filename and not file.endswith(_NOT_TO_BLAME):
+                return f"{package}/{file}:{frame.lineno}"
     return "torch"
 
 
@@ -399,5 +409,9 @@ def failure(error: BaseException) -> str:
     """One line of an error, and where in tetdist it came from."""
     text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     frames = traceback.extract_tb(error.__traceback__)
-    places = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if ROOM in f.filename]
+    places = [
+        f"{Path(f.filename).name}:{f.lineno}"
+        for f in frames
+        if f.filename.startswith(FOLDERS["tetdist"])
+    ]
     return f"{text} at {' < '.join(reversed(places[-3:])) or frames[-1].filename}"
