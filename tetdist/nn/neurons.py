@@ -244,7 +244,7 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     """Kind and numbers as an earlier version wrote them down, with those that came since."""
     kind = values.get("kind", "lif")
     defaults = as_dict(class_of(kind)()) if kind in NEURONS else {}
-    return defaults | values
+    return defaults | dict(values)
 
 
 @NEURONS.register("lif")
@@ -324,21 +324,6 @@ class ReLU(NeuronConfig):
     ) -> tuple[Tensor, Tensor]:
         del membrane, parameters
         return current.relu(), torch.zeros_like(current[0])
-
-
-class Neuron(nn.Module):
-    """Neurons that start every sample at rest: current (T, B, ...) to spikes (T, B, ...)."""
-
-    def __init__(self, config: NeuronConfig, num_channels: int = 1) -> None:
-        super().__init__()
-        self.config = config
-        self.learned = learned(config, num_channels)
-
-    def forward(self, current: Tensor) -> Tensor:
-        return self.config.run(current, None, **self.learned)[0]
-
-    def extra_repr(self) -> str:
-        return str(self.config)
 
 
 def learned(config: NeuronConfig, num_channels: int) -> nn.ParameterDict:
