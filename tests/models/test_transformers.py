@@ -21,8 +21,8 @@ from tetdist.losses import tet_loss
 from tetdist.models import QKFormer, SpikingNetwork
 from tetdist.models.attention import attention_neuron
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.neurons import LIF, Neuron, ReLU, make
-from tetdist.nn.norm_neuron import NormNeuron
+from tetdist.nn.neurons import LIF, ReLU, make
+from tetdist.nn.norm_neuron import Neuron, NormNeuron
 
 assert tetdist.__doc__  # registers the models
 
@@ -359,6 +359,23 @@ def test_grad_checkpointing_changes_no_bit(case: Case) -> None:
         assert torch.equal(one.grad, other.grad), name
     for (name, one), other in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
         assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
+@each_family
+def test_segments_carry_the_membranes(case: Case, recompute: bool) -> None:
+    """With statistics that are constants, a network in segments is the one without."""
+    model, x = case.loaded(), case.batch()
+    results = []
+    for segment in (None, 2):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, BatchNorm):
+                module.eval()
+        model.set_segment(segment)
+        model.set_grad_checkpointing(recompute and segment is not None)
+        results.append(results_of(model, lambda m: m(x, per_timestep=True), {}))
+    assert_same(results[1], results[0], rtol=1e-8)
 
 
 @each_case

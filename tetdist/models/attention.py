@@ -9,8 +9,8 @@ import dataclasses
 
 from torch import Tensor, nn
 
-from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import Conv2d
 
@@ -42,7 +42,7 @@ class ConvPoolNeuron(nn.Module):
         super().__init__()
         self.conv = conv
         self.norm = NormPool(conv.out_channels)
-        self.neuron = neurons.Neuron(neuron, conv.out_channels)
+        self.neuron = Neuron(neuron, conv.out_channels)
 
     def forward(self, x: Tensor, timesteps: int | None = None) -> Tensor:
         """(1 or T, B, C, H, W) to spikes (T, B, C', H', W').
@@ -52,4 +52,4 @@ class ConvPoolNeuron(nn.Module):
         current = self.conv(x)
         timesteps = timesteps or current.shape[0]
         pooled = self.norm(current, timesteps // current.shape[0])
-        return self.neuron(pooled.expand(timesteps, *pooled.shape[1:]))
+        return self.neuron(pooled, timesteps)
