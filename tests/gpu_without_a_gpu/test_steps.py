@@ -135,6 +135,14 @@ def test_launches(engine: str, ask: Ask) -> None:
     assert launches(answer, "input") <= 20
 
 
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_gradients_are_added_up_in_a_few_launches(engine: str, ask: Ask) -> None:
+    """Not in one for each parameter, of which a sew_resnet34 has 110."""
+    one, two = (ask("sew_resnet34", *ENGINES[engine], micro_batches=n) for n in (1, 2))
+    assert_runs(two)
+    assert launches(two, "backward") <= 2 * launches(one, "backward") + 10
+
+
 def test_deepspeeds_timers_do_not_wait(ask: Ask) -> None:
     """Its throughput timer would begin with the third step."""
     answer = ask("spiking_convnet", *ENGINES["deepspeed"], steps=3, micro_batches=2)

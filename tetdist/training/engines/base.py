@@ -10,13 +10,15 @@ parameter. So a checkpoint of any engine and ZeRO stage continues on any other, 
 of processes.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tetdist.config.schema import RunConfig, SegmentsSection
-from tetdist.distributed.overlap import OverlappedMean
+from tetdist.distributed.overlap import Earlier, OverlappedMean, join
 from tetdist.distributed.world import World
 from tetdist.nn.precision import LOW_PRECISION
 
@@ -123,11 +125,11 @@ def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 class GradientMean:
-    """The average of a step's gradients over all processes.
+    """The sum of a step's gradients over its micro-batches, and their average over all processes.
 
-    On GPUs, and on CPUs of several hosts, it is formed while the last micro-batch's backward pass
-    is still under way. Not where blocks run over segments of timesteps: there a parameter's
-    gradient comes in several parts, and nobody knows which is the last.
+    On GPUs, and on CPUs of several hosts, the average is formed while the last micro-batch's
+    backward pass is still under way. Not where blocks run over segments of timesteps: there a
+    parameter's gradient comes in several parts, and nobody knows which is the last.
     """
 
     def __init__(
@@ -135,17 +137,24 @@ class GradientMean:
     ) -> None:
         self._world, self._optimizer = world, optimizer
         self._accumulation, self._backward_passes = accumulation, 0
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._overlapped: OverlappedMean | None = None
         once = not isinstance(config.recompute, SegmentsSection)
         if world.world_size > 1 and world.shared is None and once:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            self._overlapped = OverlappedMean(parameters, world.world_size)
+            self._overlapped = OverlappedMean(self._parameters, world.world_size)
 
-    def before_backward(self) -> None:
-        """Be told that a micro-batch's backward pass begins."""
+    @contextlib.contextmanager
+    def backward_pass(self) -> Iterator[None]:
+        """Add up the gradients of a micro-batch's backward pass, which runs in this context."""
+        earlier: Earlier = {p: p.grad for p in self._parameters if p.grad is not None}
+        for parameter in earlier:
+            parameter.grad = None
         self._backward_passes += 1
         if self._overlapped is not None:
+            self._overlapped.earlier = earlier
             self._overlapped.active = self._backward_passes == self._accumulation
+        yield
+        join(self._parameters, earlier)
 
     def average(self) -> list[Tensor]:
         """Average the step's gradients in place; return them."""

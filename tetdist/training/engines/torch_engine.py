@@ -49,8 +49,8 @@ class TorchEngine:
             return self.model(images, per_timestep=True)
 
     def backward(self, loss: Tensor) -> None:
-        self.mean.before_backward()
-        (scaled(loss, self.loss_scale) / self.accumulation).backward()
+        with self.mean.backward_pass():
+            (scaled(loss, self.loss_scale) / self.accumulation).backward()
 
     def update(self, lr: float) -> Update:
         update = unscale_and_clip(self.mean.average(), self.loss_scale, self.max_norm)
