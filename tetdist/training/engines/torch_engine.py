@@ -42,6 +42,8 @@ class TorchEngine:
         self.mean = GradientMean(config, optimizer, world, accumulation)
         lay_out(model, torch.channels_last)
         start_momentum(optimizer)
+        # A CUDA graph goes on adding to the gradients where it found them.
+        self.keeps_gradients = config.cuda_graphs
         self.optimizer.zero_grad()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ class TorchEngine:
         update = unscale_and_clip(self.mean.average(), self.loss_scale, self.max_norm)
         tell(self.optimizer, lr, update.applied)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         return update
 
     def optimizer_state(self) -> dict[str, Any]:
