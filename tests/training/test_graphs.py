@@ -1,9 +1,7 @@
 """A run with CUDA graphs is the run without them, to the bit: what a CPU can show of it.
 
-Two things stand in for a GPU's graph. A tape takes down torch's operations and the tensors that
-they read and write, and repeats these alone: like a graph it does nothing of what Python does, and
-finds its numbers where they were when it was made. Fused passes, which are no operations of torch's
-on a CPU, are run again by Python instead. tests/gpu_without_a_gpu/ looks at what a capture asks.
+graph_stand_ins.py has what stands in for the graph. tests/gpu_without_a_gpu/ looks at what a GPU's
+capture asks of a micro-batch.
 """
 
 import contextlib
@@ -14,74 +12,19 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
+from graph_stand_ins import Captured, run_again, taped
 from tiny import Outcome
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import Tensor, nn
 
-from tetdist.nn.batch_norm import BatchNorm
+from tetdist import checkpoint
+from tetdist.errors import UserError
+from tetdist.models.spiking_convnet import SpikingConvNet
 from tetdist.training import graphs, trainer
 from tetdist.training.engines import base, torch_engine
 
 ConfigWriter = Callable[..., Path]
 Main = Callable[..., Outcome]
-Captured = tuple[Tensor, Callable[[], None]]
-
-
-class Tape(TorchDispatchMode):
-    """Operations of torch, with the tensors that they read and write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, arguments: Any = (), options: Any = None
-    ) -> Any:
-        result = function(*arguments, **(options or {}))
-        # The memory as it is now, whatever becomes of the tensor that names it.
-        held = tree_map_only(Tensor, Tensor.detach, (arguments, options or {}, result))
-        self.operations.append((function, *held))
-        return result
-
-    @torch.no_grad()
-    def replay(self) -> None:
-        """Repeat them on the same memory."""
-        for function, arguments, options, result in self.operations:
-            again = function(*arguments, **options)
-            inputs = {_memory(x) for x in tree_leaves((arguments, options)) if torch.is_tensor(x)}
-            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                if torch.is_tensor(old) and _memory(old) not in inputs:
-                    old.copy_(new)
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def taped(function: Callable[[], Tensor]) -> Captured:
-    for _ in range(graphs.WARM_UPS):
-        function()
-    with Tape() as tape:
-        result = function()
-    return result, tape.replay
-
-
-def run_again(function: Callable[[], Tensor]) -> Captured:
-    for _ in range(graphs.WARM_UPS):
-        function()
-    result = function()
-    recorded = BatchNorm.recorded
-
-    def replay() -> None:
-        # What is counted on the host is not counted by a graph.
-        BatchNorm.recorded = lambda _: None  # type: ignore[method-assign]  # until the next line
-        try:
-            result.copy_(function())
-        finally:
-            BatchNorm.recorded = recorded  # type: ignore[method-assign]  # as it was
-
-    return result, replay
 
 
 @pytest.fixture
@@ -170,47 +113,32 @@ def test_each_phase_and_size_of_images_has_its_graph(
     tiny.assert_same_run(*both(changes, taped, captured=3))
 
 
-NETWORK = """
-import torch
-from timm.models import register_model
-from torch import nn
+@pytest.fixture
+def dropping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the network draw numbers, and have a parameter that takes no part."""
+    build, head = SpikingConvNet.__init__, SpikingConvNet.forward_head
 
-from tetdist.models.spiking_convnet import SpikingConvNet
-from tetdist.models import base
-
-
-class Dropping(SpikingConvNet):
-    '''Draws numbers, and has a parameter that takes no part.'''
-
-    def __init__(self, **options):
-        super().__init__(**options)
+    def make(self: Any, *arguments: Any, **options: Any) -> None:
+        build(self, *arguments, **options)
         self.stray = nn.Parameter(torch.ones(3))
 
-    def forward_head(self, x, pre_logits=False):
-        return super().forward_head(nn.functional.dropout(x, 0.3, self.training), pre_logits)
+    def drop(self: Any, x: Tensor, *arguments: Any) -> Tensor:
+        return head(self, F.dropout(x, 0.3, self.training), *arguments)
+
+    monkeypatch.setattr(SpikingConvNet, "__init__", make)
+    monkeypatch.setattr(SpikingConvNet, "forward_head", drop)
 
 
-@register_model
-def dropping(pretrained=False, **options):
-    return base.build(Dropping, "dropping", pretrained, **options)
-
-
-dropping.__annotations__["return"] = Dropping
-"""
-
-
+@pytest.mark.usefixtures("dropping")
 def test_what_a_network_draws_and_leaves_alone_is_the_same(
-    both: Callable[..., tuple[Path, Path]], tmp_path: Path
+    both: Callable[..., tuple[Path, Path]],
 ) -> None:
     """A parameter without a gradient decays in neither run."""
-    (tmp_path / "dropping.py").write_text(NETWORK)
     optimizer = {"kind": "sgd", "lr": 0.05, "weight_decay": 0.1}
-    changes = {
-        "imports": [str(tmp_path / "dropping.py")],
-        "model": {"name": "dropping", "arguments": {"channels": [4, 8], "input_size": 16}},
-        "phases.0.optimizer": optimizer,
-    }
-    tiny.assert_same_run(*both(changes, taped))
+    plain, with_graphs = both({"phases.0.optimizer": optimizer}, taped)
+    tiny.assert_same_run(plain, with_graphs)
+    weights, _ = checkpoint.load_model_file(tiny.newest(with_graphs))
+    assert weights["stray"].tolist() == [1.0, 1.0, 1.0]
 
 
 @long
@@ -293,22 +221,19 @@ def _keeps_the_seed(patch: pytest.MonkeyPatch) -> None:
 MISTAKES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = {
     "gradients in other memory": (_moves, {}),
     "a number of the host": (_scales_on_the_host, {"precision": "fp16", "non_finite_limit": 100}),
-    "seeds": (_keeps_the_seed, {"model.name": "dropping"}),
+    "seeds": (_keeps_the_seed, {}),
 }
 
 
 @long
+@pytest.mark.usefixtures("dropping")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_found(
-    mistake: str,
-    both: Callable[..., tuple[Path, Path]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    mistake: str, both: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, changes = MISTAKES[mistake]
-    (tmp_path / "dropping.py").write_text(NETWORK)
     make(monkeypatch)
-    plain, with_graphs = both(changes | {"imports": [str(tmp_path / "dropping.py")]}, taped)
+    plain, with_graphs = both(changes, taped)
     assert tiny.metrics(plain, "train") != tiny.metrics(with_graphs, "train")
 
 
@@ -316,3 +241,37 @@ def test_a_cpu_and_another_engine_are_refused(main: Main, tiny_config: ConfigWri
     outcome = main(tiny_config(), "cuda_graphs=true", "device=auto")
     assert outcome.status == 2
     assert "cuda_graphs: they are a GPU's" in outcome.text
+
+
+def test_what_cannot_be_captured_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what went wrong first: ending such a capture fails as well."""
+
+    class Stream:
+        def wait_stream(self, _other: object) -> None: ...
+
+    @contextlib.contextmanager
+    def graph(*_: object, **__: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("the capture was invalidated")
+
+    stand_ins = {"CUDAGraph": object, "Stream": Stream, "current_stream": Stream, "graph": graph}
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
+    calls = 0
+
+    def asking() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > graphs.WARM_UPS:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+        return torch.zeros(())
+
+    with pytest.raises(UserError) as caught:
+        graphs.capture(asking)
+    assert str(caught.value) == (
+        "cuda_graphs: a micro-batch cannot be captured (operation not permitted when stream is "
+        "capturing); set cuda_graphs=false"
+    )
