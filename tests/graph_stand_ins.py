@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.training import graphs
-
-Captured = tuple[Tensor, Callable[[], None]]
+from tetdist.training.graphs import Captured
 
 
 class Tape(TorchDispatchMode):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from graph_stand_ins import Captured, run_again
+from graph_stand_ins import run_again
 from torch import Tensor
 
 from tetdist.cli import check_gpu
@@ -21,6 +21,7 @@ from tetdist.device_check.checks import CHECKS
 from tetdist.distributed.world import World, join
 from tetdist.slurm import plan
 from tetdist.training import graphs as training_graphs
+from tetdist.training.graphs import Captured
 
 
 @pytest.fixture

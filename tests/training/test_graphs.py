@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from graph_stand_ins import Captured, run_again, taped
+from graph_stand_ins import run_again, taped
 from tiny import Outcome
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from tetdist.errors import UserError
 from tetdist.models.spiking_convnet import SpikingConvNet
 from tetdist.training import graphs, trainer
 from tetdist.training.engines import base, torch_engine
+from tetdist.training.graphs import Captured
 
 ConfigWriter = Callable[..., Path]
 Main = Callable[..., Outcome]

@@ -47,7 +47,7 @@ def check_graphs(here: Machine) -> Finding:
 
 
 def losses(here: Machine, precision: str, *, cuda_graphs: bool) -> list[float]:
-    """Of a few steps of a small network, of two micro-batches each.
+    """Losses of a few steps of a small network, of two micro-batches each.
 
     Raises:
         RuntimeError: A step makes the host wait for the device.
@@ -67,7 +67,7 @@ def losses(here: Machine, precision: str, *, cuda_graphs: bool) -> list[float]:
 
 
 def _images_per_s(here: Machine, batch: int) -> tuple[float, float]:
-    """Without and with graphs, which take turns."""
+    """Images a second without graphs and with them, which take turns."""
     options = _options("sew_resnet34", size=None, batch=batch, accumulation=1, precision="bf16")
     two = [training_step(options, here.world, cuda_graphs=on) for on in (False, True)]
     seconds: tuple[list[float], list[float]] = ([], [])

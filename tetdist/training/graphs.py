@@ -28,6 +28,9 @@ from tetdist.nn.batch_norm import BatchNorm
 # gradients come to where they stay. torch's documentation takes three.
 WARM_UPS = 3
 
+# A result, and what has it computed anew.
+Captured = tuple[Tensor, Callable[[], None]]
+
 
 class Graphed:
     """A function of a micro-batch, captured when it is first called, and replayed from then on.
@@ -53,8 +56,7 @@ class Graphed:
         self._norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
         self._inputs: tuple[Tensor, ...] = ()
         self._records: list[int] = []
-        self._result: Tensor
-        self._replay: Callable[[], None]
+        self._captured: Captured | None = None
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
         """Return what the function does, in a tensor that the next call overwrites.
@@ -67,12 +69,16 @@ class Graphed:
             self._agree(lambda: self._capture(given))
         for static, tensor in zip(self._inputs, given, strict=True):
             static.copy_(tensor)
-        self._replay()
+        assert self._captured is not None
+        result, replay = self._captured
+        replay()
         for norm, records in zip(self._norms, self._records, strict=True):
             norm.pending_count += records
-        return self._result
+        return result
 
     def _capture(self, given: tuple[Tensor, ...]) -> None:
+        # A graph keeps its memory, which the next one may need.
+        self._captured = None
         self._inputs = tuple(tensor.clone() for tensor in given)
         parameters = list(self._model.parameters())
         # What the calls before the capture change is put back: this micro-batch counts once.
@@ -87,7 +93,7 @@ class Graphed:
 
         device = given[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            self._result, self._replay = capture(once)
+            self._captured = capture(once)
         after = [norm.pending_count for norm in self._norms]
         self._records = [now - then for now, then in zip(after, before, strict=True)]
         for norm, count in zip(self._norms, counts, strict=True):
@@ -104,20 +110,20 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
-def capture(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+def capture(function: Callable[[], Tensor]) -> Captured:
     """Capture a function as a CUDA graph.
 
     Args:
         function: Launches the same kernels on the same memory at every call.
 
     Returns:
-        The function's result, in the graph's own memory, and what has the GPU compute it anew.
+        The function's result, in the graph's own memory, and what has the GPU do all of it again.
 
     Raises:
         UserError: Something in it cannot be captured, such as asking the device for a number.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    present = torch.cuda.current_stream()
+    graph = torch.cuda.CUDAGraph()
+    present, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(present)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
