@@ -103,7 +103,7 @@ def make(
     batch = config.batch
     order.rank_micro_batches(0, cluster.processes, batch.global_, batch.micro)
     per_epoch = order.steps_per_epoch(train_images, batch.global_)
-    phases = schedule_phases(config.phases, per_epoch)
+    phases = schedule_phases(config.phases, per_epoch, config.batch.global_)
     end = phases[-1].end_step
     last_step = min(end, config.max_steps or end)
     first_step = phases[config.start_phase].first_step
@@ -134,8 +134,8 @@ def cost(plan: Plan, speed: Speed, nodes: int) -> Cost | None:
     communication = communication_seconds(plan.average_bytes, nodes, in_node, cluster)
     share = batch.global_ / processes
     training = evaluating = waiting = 0.0
-    phases = list(enumerate(schedule_phases(plan.config.phases, plan.steps_per_epoch)))
-    for number, phase in phases[plan.config.start_phase :]:
+    phases = schedule_phases(plan.config.phases, plan.steps_per_epoch, plan.config.batch.global_)
+    for number, phase in list(enumerate(phases))[plan.config.start_phase :]:
         steps = max(0, min(phase.end_step, plan.last_step) - phase.first_step)
         rate = speed.rate(number, phase.section.timesteps)
         training += steps * share / rate
