@@ -262,17 +262,8 @@ def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "Cluster
     """The facts of the cluster from all places; how many GPUs must be among them."""
     from tetdist.slurm import cluster
 
-    names = (
-        "nodes",
-        "gpus_per_node",
-        "gpu",
-        "partition",
-        "account",
-        "qos",
-        "constraint",
-        "time",
-        "setup",
-    )
+    of_job = ("partition", "account", "qos", "constraint", "time", "setup")
+    names = ("nodes", "gpus_per_node", "gpu", *of_job)
     flags = {name: value for name in names if (value := getattr(options, name)) is not None}
     facts = cluster.gather(section, flags)
     if facts.gpus_per_node is None and not getattr(options, "local", None):
