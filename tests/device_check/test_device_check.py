@@ -19,7 +19,9 @@ from tetdist.device_check import graphs, numerics, versions
 from tetdist.device_check.check import Finding, Machine, run_checks
 from tetdist.device_check.checks import CHECKS
 from tetdist.distributed.world import World, join
-from tetdist.slurm import plan
+from tetdist.errors import UserError
+from tetdist.slurm import speed
+from tetdist.slurm.cluster import ClusterSection
 from tetdist.training import graphs as training_graphs
 from tetdist.training.graphs import Captured
 
@@ -74,7 +76,13 @@ def test_the_plan_and_the_document_read_what_is_written(here: Machine, tmp_path:
     file.write_text(json.dumps(report.as_dict()))
     values = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d"})
     config = loading.parse(values, "x")
-    assert plan.read_speed(None, str(file), config) == plan.Speed(2000.0, timesteps=4)
+    network = speed.Network(config.model.build(num_classes=10, timesteps=4), None)
+    facts = ClusterSection(gpus_per_node=0)
+    found = speed.speed_of(config, facts, network, file=str(file))
+    assert isinstance(found, speed.Speed)
+    assert (found.images_per_s, found.timesteps) == (2000.0, 4)
+    with pytest.raises(UserError, match="was measured on a CPU"):
+        speed.speed_of(config, ClusterSection(gpus_per_node=1), network, file=str(file))
     script = tiny.PROJECT / "docs" / "make" / "performance.py"
     text = runpy.run_path(str(script))["gpu_text"](report.as_dict())
     assert "| 32 | tetdist, none | 2000 | 2.00 | 2.0 |" in text

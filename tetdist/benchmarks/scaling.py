@@ -1,4 +1,4 @@
-"""The benchmark scaling: several processes against one, and what larger numbers would reach.
+"""The benchmark scaling: several processes against one.
 
 Contestants take turns in one run: one process alone; as many as there are to be, each for itself,
 which shows what the machine has to give; and the same averaging their gradients. Each process has
@@ -107,56 +107,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name, values in seconds.items()
     ]
     keys = ("model", "size", "timesteps", "batch", "accumulation", "precision", "device", "engine")
-    result = {key: getattr(options, key) for key in keys} | {
+    return {key: getattr(options, key) for key in keys} | {
         "rows": rows,
-        # The two keys that `slurm --benchmark` reads.
+        # With these two `slurm --benchmark` knows the speed of a process.
         "images_per_s": rows[-1]["images_per_s"],
         "processes": options.processes,
-    }
-    return result | {"predicted": predict(options, rows[0]["images_per_s"])}
-
-
-def predict(options: argparse.Namespace, measured: float) -> dict[str, Any]:
-    """The images a second of many GPUs, by the model of `tetdist.slurm.plan`."""
-    import timm
-
-    from tetdist.slurm.cluster import ClusterSection
-    from tetdist.slurm.plan import communication_seconds
-
-    model = timm.create_model(options.model, timesteps=options.timesteps)
-    num_bytes = 4 * sum(p.numel() for p in model.parameters())
-    rate = options.images_per_s or measured
-    cluster = ClusterSection(
-        link_in_node=options.link_in_node, link_between_nodes=options.link_between_nodes
-    )
-    images = options.batch * options.accumulation
-    rows = []
-    for gpus in (8, 16, 32, 64, 128, 256, 512):
-        nodes = max(1, gpus // options.gpus_per_node)
-        in_node = min(gpus, options.gpus_per_node)
-        waiting = communication_seconds(num_bytes, nodes, in_node, cluster)
-        efficiency = (images / rate) / (images / rate + waiting)
-        rows.append(
-            {
-                "gpus": gpus,
-                "images_per_s": gpus * rate * efficiency,
-                "efficiency": efficiency,
-                "communication_ms": 1e3 * waiting,
-            }
-        )
-    return {
-        "images_per_s_of_one": rate,
-        "measured": options.images_per_s is None,
-        "mb_averaged": num_bytes / 1e6,
-        "gpus_per_node": options.gpus_per_node,
-        "link_in_node": options.link_in_node,
-        "link_between_nodes": options.link_between_nodes,
-        "rows": rows,
     }
 
 
 def table(result: dict[str, Any]) -> str:
-    predicted = result["predicted"]
     count = result["processes"]
     lines = [
         f"{result['model']}, T={result['timesteps']}, {result['accumulation']} x batch "
@@ -177,21 +136,6 @@ def table(result: dict[str, Any]) -> str:
             f"{names[row['name']]:22}{row['seconds']:9.3f}{row['images_per_s']:11.2f}"
             f"{efficiency}{apart}"
         )
-    source = "as measured" if predicted["measured"] else "as given"
-    lines += [
-        "",
-        f"Predicted from {predicted['images_per_s_of_one']:.4g} images/s of one ({source}) and "
-        f"{predicted['mb_averaged']:.1f} MB averaged a step, counted as if nothing hid it:",
-        f"{predicted['gpus_per_node']} GPUs a node, {predicted['link_in_node']:g} GB/s in a node, "
-        f"{predicted['link_between_nodes']:g} GB/s between nodes",
-        "",
-        "GPUs    images/s   efficiency   averaging, ms",
-    ]
-    lines += [
-        f"{row['gpus']:4}{row['images_per_s']:12.1f}{row['efficiency']:13.3f}"
-        f"{row['communication_ms']:16.1f}"
-        for row in predicted["rows"]
-    ]
     return "\n".join(lines)
 
 
