@@ -3,7 +3,6 @@
 Triton's kernels are interpreted here; test_triton.py has what concerns them alone.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -22,11 +21,20 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes import assert_same, interpreted, one_thread, randomize, results_of
+from passes import (
+    IMPLEMENTATIONS,
+    assert_same,
+    each_implementation,
+    interpreted,
+    native_passes,
+    one_thread,
+    randomize,
+    results_of,
+)
 from torch import Tensor, nn
 
 import tetdist
-from tetdist.nn import build, native, norm_neuron, passes
+from tetdist.nn import build, native, norm_neuron
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF, SURROGATES, SurrogateName
 from tetdist.nn.norm_neuron import NormNeuron
@@ -36,21 +44,6 @@ from tetdist.nn.norm_neuron import NormNeuron
 def _one_thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-@contextlib.contextmanager
-def native_passes() -> Iterator[None]:
-    if native.kernels(LIF()) is None:
-        assert not os.environ.get("CI"), "CI has a C++ compiler, and this does not build"
-        pytest.skip("no C++ compiler")
-    with pytest.MonkeyPatch.context() as patch:
-        # Should a neuron's own not build, this must not become a test of something else.
-        patch.setattr(passes, "_say_that_there_is_no_library", None)
-        yield
-
-
-IMPLEMENTATIONS = {"native": native_passes, "triton": interpreted}
-each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +165,12 @@ any_case = st.builds(
 )
 
 
-# A library is built for each kind of neuron; these four have every surrogate, and every reset.
-BUILT = [
+# A library is built for each kind of neuron; these four have every surrogate, every reset, and both
+# ways at the threshold.
+BUILT: list[dict[str, Any]] = [
     {"surrogate": "triangle", "reset": "hard", "detach_reset": False},
-    {"surrogate": "atan", "reset": "hard", "detach_reset": True},
-    {"surrogate": "sigmoid", "reset": "soft", "detach_reset": False},
+    {"surrogate": "atan", "reset": "hard", "detach_reset": True, "fires_at_threshold": True},
+    {"surrogate": "sigmoid", "reset": "soft", "detach_reset": False, "fires_at_threshold": True},
     {"surrogate": "rectangle", "reset": "soft", "detach_reset": True},
 ]
 
@@ -196,6 +190,28 @@ def test_any_combination_native(
         assert_fused_is_the_definition(
             dataclasses.replace(case, neuron=neuron, shape=shape or case.shape)
         )
+
+
+@pytest.mark.parametrize("built", BUILT, ids=[one["surrogate"] for one in BUILT])
+@each_implementation
+def test_membranes_exactly_at_the_threshold(implementation: str, built: dict[str, Any]) -> None:
+    """Of whole numbers, which the norm leaves what they are, many membranes are there."""
+    case = Case(neuron=LIF(decay=0.5, **built), timesteps=4, training=False, shape=(2, 8, 4, 3))
+    results = []
+    for execution in ("fused", "reference"):
+        module = case.module()
+        module.norm = BatchNorm(8, eps=0.0).double().eval()  # the identity
+        module.execution = execution
+        current = case.inputs()["current"].detach().mul(2).round().requires_grad_()
+        with IMPLEMENTATIONS[implementation]():
+            inputs = {"current": current}
+            results.append(results_of(module, lambda m, x=current: m(x, 4), inputs))
+        spikes = results[-1]["output"]
+        at = current[0] == 1
+        assert 0.1 < at.double().mean() < 0.5
+        assert (spikes[0][at] == built.get("fires_at_threshold", False)).all()
+    assert torch.equal(results[0]["output"], results[1]["output"])
+    assert_same(*results)
 
 
 @pytest.mark.long
@@ -240,7 +256,7 @@ def test_native_statistics_do_not_cancel() -> None:
     # The difference of the mean square and the squared mean is nothing at all here in float32.
     x = 1000 + torch.randn(2, 5000, 3, generator=torch.Generator().manual_seed(0))
     with native_passes():
-        kernels = native.kernels(LIF())
+        kernels = native.norm_kernels()
         assert kernels is not None
         mean, var = kernels.statistics(x)
     torch.testing.assert_close(mean.double(), x.double().mean((0, 1)), rtol=1e-6, atol=0)

@@ -8,7 +8,7 @@ libraries step them, they are ours exactly (without input scaling: ``R`` undoes 
                                                                             R = tau / dt
 
 Both fire where v is above the threshold, and are reset to 0: the hard reset. The soft reset has no
-node in NIR.
+node in NIR. Neurons that fire at their threshold, too, get the float32 below it.
 
 An edge carries a node's output, and a node's input is the sum of its edges; that is how shortcuts
 join. Batch norm is folded into the convolution before it. What NIR lacks is put together exactly,
@@ -32,8 +32,8 @@ from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork, SpikingResNet, sew_resnet, spiking_resnet
 from tetdist.models.base import ConvNormNeuron
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.neurons import LIF, Neuron, NeuronConfig
-from tetdist.nn.norm_neuron import NormNeuron
+from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.nn.norm_neuron import Neuron, NormNeuron
 from tetdist.nn.packed import AvgPool, MaxPool
 
 
@@ -201,6 +201,8 @@ class _Builder:
             return np.full(shape, value, np.float32)
 
         threshold, zero = everywhere(config.threshold), everywhere(0.0)
+        if config.fires_at_threshold:
+            threshold = np.nextafter(threshold, zero)
         if config.decay == 1:
             return nir.IF(r=everywhere(1 / self.dt), v_threshold=threshold, v_reset=zero)
         steps = 1 / (1 - config.decay)

@@ -9,7 +9,7 @@ from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 from tetdist.nn import neurons
-from tetdist.nn.norm_neuron import NormNeuron
+from tetdist.nn.norm_neuron import FusedLayer, NormNeuron
 from tetdist.nn.packed import Conv2d
 from tetdist.nn.recompute import Block
 
@@ -101,7 +101,7 @@ class SpikingNetwork(nn.Module):
         if execution not in ("fused", "reference"):
             raise ValueError(f"execution must be 'fused' or 'reference', not {execution!r}")
         for module in self.modules():
-            if isinstance(module, NormNeuron):
+            if isinstance(module, FusedLayer):
                 module.execution = execution
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

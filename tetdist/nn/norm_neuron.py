@@ -1,27 +1,29 @@
-"""Normalisation, an added shortcut, the neuron and added spikes: what models are built of.
+"""Neurons, alone or with normalisation, an added shortcut and added spikes: what models consist of.
 
-The definition is a few lines (`NormNeuron.reference`); fused.py computes the same in one pass over
+The definitions are a few lines each (`reference`); fused.py computes the same in one pass over
 memory each way.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tetdist.nn import neurons, passes
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fused import FusedNormNeuron, Passes
+from tetdist.nn.fused import FusedNeuron, FusedNormAdd, FusedNormNeuron, NormPasses, Passes
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import Packed, carry
 
 
-def spiking_layers(model: nn.Module) -> "dict[str, NormNeuron | neurons.Neuron]":
+def spiking_layers(model: nn.Module) -> "dict[str, NormNeuron | Neuron]":
     """A model's layers of neurons, by name; none in a ReLU network."""
-    found: dict[str, NormNeuron | neurons.Neuron] = {}
+    found: dict[str, NormNeuron | Neuron] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (NormNeuron, neurons.Neuron)):
+        if isinstance(module, (NormNeuron, Neuron)):
             neuron = module.neuron if isinstance(module, NormNeuron) else module.config
             if neuron.spiking:
                 found[name] = module
@@ -41,7 +43,122 @@ def firing_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-class NormNeuron(nn.Module):
+class FusedLayer(nn.Module):
+    """A layer that has fused passes, and ``reference``, their definition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.execution = "fused"
+
+    def is_fused(self) -> bool:
+        """Whether the fused passes are to compute, where there are some."""
+        match self.execution:
+            case "fused":
+                return True
+            case "reference":
+                return False
+            case other:
+                raise ValueError(f"there is no execution {other!r}")
+
+
+class NeuronLayer(FusedLayer):
+    """A layer of neurons: one that has membranes, see `carrying_membranes`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.carries = False
+        self.membrane: Tensor | None = None
+
+
+class Neuron(NeuronLayer):
+    """Neurons that start every sample at rest: current (T, B, ...) to spikes (T, B, ...).
+
+    Args:
+        config: The neuron.
+        num_channels: C of a current (T, B, C, H, W), else its last dimension; it matters for kinds
+            that learn a number for each.
+    """
+
+    def __init__(self, config: NeuronConfig, num_channels: int = 1) -> None:
+        super().__init__()
+        self.config = config
+        self.learned = neurons.learned(config, num_channels)
+
+    def forward(self, current: Tensor, timesteps: int | None = None) -> Tensor:
+        """Spikes (T, B, ...), of the current's type and memory layout.
+
+        Args:
+            current: (T, B, ...); or (1, B, ...) when it is the same at all timesteps.
+            timesteps: T; needed only then.
+        """
+        timesteps = timesteps or current.shape[0]
+        assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
+        if self.is_fused():
+            kernels = passes.passes_for(
+                self.config,
+                (current,),
+                timesteps,
+                carries=self.carries,
+                packs=self.training and torch.is_grad_enabled(),
+            )
+            if kernels is not None:
+                return self._fused(current, kernels)
+        return self.reference(current, timesteps)
+
+    def reference(self, current: Tensor, timesteps: int) -> Tensor:
+        """The definition of `forward`."""
+        learned = dict(self.learned)
+        if current.ndim == 5:
+            learned = {name: value.view(-1, 1, 1) for name, value in learned.items()}
+        current = current.expand(timesteps, *current.shape[1:])
+        spikes, membrane = self.config.run(current, self.membrane, **learned)
+        if self.carries:
+            self.membrane = membrane
+        return spikes
+
+    def _fused(self, current: Tensor, kernels: Passes) -> Tensor:
+        layout = _Layout.of(current)
+        start = None if self.membrane is None else layout.flat(self.membrane[None])[0]
+        spikes, packed, end = FusedNeuron.apply(layout.flat(current), start, kernels)
+        if self.carries:
+            self.membrane = layout.shaped(end[None])[0]
+        spikes = layout.shaped(spikes)
+        return spikes if packed is None else carry(spikes, Packed(layout.shaped(packed), 1))
+
+    def extra_repr(self) -> str:
+        return str(self.config)
+
+
+class _Layout(NamedTuple):
+    """How the numbers of a timestep are ordered in memory.
+
+    Attributes:
+        order: The dimensions, but for time, from that of the largest stride on.
+        sizes: Their sizes, in this order.
+    """
+
+    order: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Layout":
+        order = sorted(range(1, x.ndim), key=x.stride, reverse=True)
+        return cls(tuple(order), tuple(x.shape[i] for i in order))
+
+    def flat(self, x: Tensor) -> Tensor:
+        """(T, ...) as (T, N, C), as the kernels take it: a view, where x has this layout."""
+        numbers = math.prod(self.sizes)
+        columns = math.gcd(numbers, 64)
+        rows = x.permute(0, *self.order).reshape(len(x), numbers // columns, columns)
+        return rows.contiguous()
+
+    def shaped(self, rows: Tensor) -> Tensor:
+        """The reverse of `flat`: a view."""
+        back = [self.order.index(i) + 1 for i in range(1, len(self.order) + 1)]
+        return rows.view(len(rows), *self.sizes).permute(0, *back)
+
+
+class NormNeuron(NeuronLayer):
     """Batch norm, an optional shortcut added to the normalised current, and the neuron.
 
     Args:
@@ -55,10 +172,6 @@ class NormNeuron(nn.Module):
         self.norm = BatchNorm(num_channels, scale=norm_scale)
         self.neuron = neuron
         self.learned = neurons.learned(neuron, num_channels)
-        self.execution = "fused"
-        # See carrying_membranes.
-        self.carries = False
-        self.membrane: Tensor | None = None
 
     def forward(
         self,
@@ -79,22 +192,17 @@ class NormNeuron(nn.Module):
             shortcut_norm: Normalises the shortcut before it is added.
         """
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
-        match self.execution:
-            case "fused":
-                kernels = passes.passes_for(
-                    self.neuron,
-                    (current, shortcut, identity),
-                    timesteps,
-                    carries=self.carries,
-                    packs=self.norm.training and torch.is_grad_enabled(),
-                )
-                if kernels is not None:
-                    return self._fused(current, shortcut, identity, shortcut_norm, kernels)
-                return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
-            case "reference":
-                return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
-            case other:
-                raise ValueError(f"there is no execution {other!r}")
+        if self.is_fused():
+            kernels = passes.passes_for(
+                self.neuron,
+                (current, shortcut, identity),
+                timesteps,
+                carries=self.carries,
+                packs=self.norm.training and torch.is_grad_enabled(),
+            )
+            if kernels is not None:
+                return self._fused(current, shortcut, identity, shortcut_norm, kernels)
+        return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
 
     def reference(
         self,
@@ -151,10 +259,8 @@ class NormNeuron(nn.Module):
         if self.carries:
             self.membrane = end.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
-        def image(rows: Tensor) -> Tensor:
-            return rows.view(len(rows), batch, height, width, channels).permute(0, 1, 4, 2, 3)
-
-        return image(rows) if packed is None else carry(image(rows), Packed(image(packed), 1))
+        spikes = _image(rows, current)
+        return spikes if packed is None else carry(spikes, Packed(_image(packed, current), 1))
 
     def extra_repr(self) -> str:
         return str(self.neuron)
@@ -165,15 +271,95 @@ def _channels_last_rows(x: Tensor) -> Tensor:
     return x.permute(0, 1, 3, 4, 2).flatten(1, 3).contiguous()
 
 
+def _image(rows: Tensor, like: Tensor) -> Tensor:
+    """(T, B*H*W, C) as (T, B, C, H, W), a view, of the sizes of another."""
+    batch, channels, height, width = like.shape[1:]
+    return rows.view(len(rows), batch, height, width, channels).permute(0, 1, 4, 2, 3)
+
+
+class NormAdd(FusedLayer):
+    """Batch norm, and a real-valued shortcut that is added: the stream of membrane shortcuts.
+
+    Kept for the backward pass is the current, and the shortcut where that is normalised.
+
+    Args:
+        num_channels: C.
+        norm_scale: See `BatchNorm`.
+    """
+
+    def __init__(self, num_channels: int, norm_scale: float = 1.0) -> None:
+        super().__init__()
+        self.norm = BatchNorm(num_channels, scale=norm_scale)
+
+    def forward(
+        self,
+        current: Tensor,
+        shortcut: Tensor | None = None,
+        shortcut_norm: BatchNorm | None = None,
+        *,
+        copies: int = 1,
+    ) -> Tensor:
+        """The sum, (T, B, C, H, W), of the current's type.
+
+        Args:
+            current: Output of a convolution, (T, B, C, H, W).
+            shortcut: Added to the normalised current, (T, B, C, H, W); or (1, B, C, H, W) when it
+                is the same at all timesteps.
+            shortcut_norm: Normalises the shortcut before it is added.
+            copies: How many equal timesteps each of the current's stands for, see `BatchNorm`.
+        """
+        assert shortcut is None or shortcut.shape[0] in (1, current.shape[0])
+        if self.is_fused():
+            timesteps = copies * current.shape[0]
+            kernels = passes.norm_passes_for((current, shortcut), timesteps)
+            if kernels is not None:
+                return self._fused(current, shortcut, shortcut_norm, kernels)
+        return self.reference(current, shortcut, shortcut_norm, copies=copies)
+
+    def reference(
+        self,
+        current: Tensor,
+        shortcut: Tensor | None = None,
+        shortcut_norm: BatchNorm | None = None,
+        *,
+        copies: int = 1,
+    ) -> Tensor:
+        """The definition of `forward`."""
+        normalized = self.norm(current, copies)
+        if shortcut is None:
+            return normalized
+        if shortcut_norm is not None:
+            shortcut = shortcut_norm(shortcut, copies * current.shape[0] // shortcut.shape[0])
+        return normalized + shortcut
+
+    def _fused(
+        self,
+        current: Tensor,
+        shortcut: Tensor | None,
+        shortcut_norm: BatchNorm | None,
+        kernels: NormPasses,
+    ) -> Tensor:
+        norm = self.norm
+        added = None if shortcut is None else _channels_last_rows(shortcut)
+        others = shortcut_norm if added is not None else None
+        assert others is None or others.training == norm.training
+        parameters: list[Tensor | None] = [norm.weight, norm.bias]
+        parameters += [None, None] if others is None else [others.weight, others.bias]
+        rows = FusedNormAdd.apply(
+            _channels_last_rows(current), added, *parameters, norm, others, kernels
+        )
+        return _image(rows, current)
+
+
 @contextlib.contextmanager
 def carrying_membranes(
-    modules: list[NormNeuron], membranes: list[Tensor] | None
+    modules: list[NeuronLayer], membranes: list[Tensor] | None
 ) -> Iterator[Callable[[], list[Tensor]]]:
     """Have the neurons start from the given membranes, and keep their last ones, in this context.
 
     Args:
         modules: Each is to run once.
-        membranes: Of each, after its last reset, (B, C, H, W); None: all at rest.
+        membranes: Of each, after its last reset, (B, ...); None: all at rest.
 
     Yields:
         Returns, when they have run, their membranes after the last reset.

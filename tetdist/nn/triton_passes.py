@@ -28,12 +28,21 @@ Argument = Tensor | int | None
 OLDEST = (3, 3)
 WARPS = 4
 THREADS = 32 * WARPS
+_NONE = (None,) * 4  # instead of an `Affine`
 # What a thread keeps of the backward pass, at most, so that it all stays in registers: of 255, for
 # the rest is needed to compute. tests/nn/test_triton_code.py sees that nothing spills.
 KEPT_REGISTERS = 100
 # The most programs of a pass. Enough that a GPU of 132 processors, or of 108, is busy to the end,
 # and few enough that the partial sums of them are a percent of what is read.
-PROGRAMS = {"statistics": 1024, "fire": 4096, "backward_sums": 2048, "backward": 4096}
+PROGRAMS = {
+    "statistics": 1024,
+    "add": 4096,
+    "add_sums": 2048,
+    "norm_gradient": 4096,
+    "fire": 4096,
+    "backward_sums": 2048,
+    "backward": 4096,
+}
 
 
 def launch(
@@ -113,22 +122,11 @@ def _adding(channels: int) -> tuple[int, dict[str, int]]:
     }
 
 
-class Passes:
-    """The passes of fused.py, for a neuron, T, and what the spikes come with."""
+class NormPasses:
+    """The passes of fused.py without neurons."""
 
-    def __init__(self, config: LIF, timesteps: int, *, carries: bool, packs: bool) -> None:
-        self.timesteps, self.carries, self.packs = timesteps, carries, packs
-        self.forward: dict[str, Any] = {
-            "T": timesteps,
-            "HARD": config.resets_to_zero,
-            "DECAY": config.decay,
-            "THRESHOLD": config.threshold,
-        }
-        self.backward = self.forward | {
-            "DETACH": config.detach_reset,
-            "SURROGATE": config.surrogate,
-            "WIDTH": config.surrogate_width,
-        }
+    def __init__(self, timesteps: int) -> None:
+        self.timesteps = timesteps
 
     def normalization(self, norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Affine:
         channels, wide = x.shape[2], _wide_type(x)
@@ -171,6 +169,85 @@ class Passes:
         arguments += [rows, divided.rows_of_block, divided.blocks, groups]
         launch(neuron.finish_statistics, (1, programs), arguments, known | sizes)
 
+    def add(
+        self, x: Tensor, shortcut: Tensor | None, affine: Affine, of_shortcut: Affine | None
+    ) -> Tensor:
+        out = torch.empty_like(x)
+        rows, channels = x.shape[0] * x.shape[1], x.shape[2]
+        divided = tiling("add", rows, channels, 2 * _per_load(x))
+        arguments: list[Argument] = [x, shortcut, *affine[:2], *(of_shortcut or _NONE)[:2], out]
+        arguments += [rows, x.shape[1], channels // divided.sizes["VEC"], divided.steps]
+        launch(neuron.add, divided.grid, arguments, divided.sizes | _shared(x, shortcut))
+        return out
+
+    def add_sums(
+        self,
+        x: Tensor,
+        shortcut: Tensor | None,
+        affine: Affine,
+        of_shortcut: Affine | None,
+        grad: Tensor,
+    ) -> Sums:
+        rows, channels = x.shape[0] * x.shape[1], x.shape[2]
+        divided = tiling("add_sums", rows, channels, 2 * _per_load(x))
+        groups = channels // divided.sizes["VEC"]
+        number = 2 if of_shortcut is None else 3
+        shape = (divided.blocks, number, channels)
+        partial = torch.empty(shape, dtype=_wide_type(x), device=x.device)
+        mean_of_shortcut = None if of_shortcut is None else of_shortcut.mean
+        arguments: list[Argument] = [x, shortcut, affine.mean, mean_of_shortcut, grad, partial]
+        arguments += [rows, x.shape[1], groups, divided.steps]
+        launch(neuron.add_sums, divided.grid, arguments, divided.sizes | _shared(x, shortcut))
+        return self._finish_sums(partial, affine, of_shortcut)
+
+    def norm_gradient(
+        self, x: Tensor, grad: Tensor, affine: Affine, sums: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        grad_x = torch.empty_like(x)
+        rows, channels = x.shape[0] * x.shape[1], x.shape[2]
+        divided = tiling("norm_gradient", rows, channels, 2 * _per_load(x))
+        gain, _, mean, rstd = affine
+        arguments: list[Argument] = [x, grad, gain, mean, rstd, *(sums or [None] * 2), grad_x]
+        arguments += [rows, channels // divided.sizes["VEC"], divided.steps]
+        launch(neuron.norm_gradient, divided.grid, arguments, divided.sizes)
+        return grad_x
+
+    def _finish_sums(self, partial: Tensor, affine: Affine, of_shortcut: Affine | None) -> Sums:
+        """Add partial sums up, (blocks, 2 or 3, C)."""
+        blocks, number, channels = partial.shape
+        sums = torch.empty(number, channels, dtype=partial.dtype, device=partial.device)
+        programs, sizes = _adding(channels)
+        arguments: list[Argument] = [partial, affine.rstd]
+        arguments += [None if of_shortcut is None else of_shortcut.rstd, sums]
+        arguments += [blocks, channels // sizes["VEC"]]
+        launch(neuron.finish_sums, (1, programs), arguments, sizes)
+        grad, grad_xhat, *others = sums.unbind()
+        return Sums(grad, grad_xhat, others[0] if others else None)
+
+
+def _shared(x: Tensor, shortcut: Tensor | None) -> dict[str, bool]:
+    return {"SHARED": shortcut is not None and shortcut.shape[0] < x.shape[0]}
+
+
+class Passes(NormPasses):
+    """The passes of fused.py, for a neuron, T, and what the spikes come with."""
+
+    def __init__(self, config: LIF, timesteps: int, *, carries: bool, packs: bool) -> None:
+        super().__init__(timesteps)
+        self.carries, self.packs = carries, packs
+        self.forward: dict[str, Any] = {
+            "T": timesteps,
+            "HARD": config.resets_to_zero,
+            "DECAY": config.decay,
+            "THRESHOLD": config.threshold,
+            "AT_THRESHOLD": config.fires_at_threshold,
+        }
+        self.backward = self.forward | {
+            "DETACH": config.detach_reset,
+            "SURROGATE": config.surrogate,
+            "WIDTH": config.surrogate_width,
+        }
+
     def spikes(
         self, inputs: Inputs, identity: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -185,8 +262,8 @@ class Passes:
         packed = empty(*shape, dtype=torch.uint8) if self.packs else None
         end = empty(rows, channels, dtype=_wide_type(x)) if self.carries else None
         divided = tiling("fire", rows, channels, _per_load(x))
-        arguments: list[Argument] = [x, shortcut, identity, *affine[:2]]
-        arguments += of_shortcut[:2] if of_shortcut is not None else [None] * 2
+        arguments: list[Argument] = [x, shortcut, identity, *(affine or _NONE)[:2]]
+        arguments += (of_shortcut or _NONE)[:2]
         arguments += [start, spikes, packed, end]
         arguments += [rows, channels // divided.sizes["VEC"], divided.steps]
         known = self.forward | divided.sizes | {"SHARED": x.shape[0] == 1}
@@ -211,6 +288,7 @@ class Passes:
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
     ) -> tuple[Sums, None]:
         x, shortcut, affine, of_shortcut, start = inputs
+        assert affine is not None
         rows, channels = x.shape[1:]
         wide = _wide_type(x)
         divided = tiling("backward_sums", rows, channels, self._per_thread(inputs))
@@ -218,17 +296,20 @@ class Passes:
         number = 2 if of_shortcut is None else 3
         partial = torch.empty(divided.blocks, number, channels, dtype=wide, device=x.device)
         arguments: list[Argument] = [x, shortcut, *affine[:3]]
-        arguments += of_shortcut[:3] if of_shortcut is not None else [None] * 3
+        arguments += (of_shortcut or _NONE)[:3]
         arguments += [start, grad_spikes, grad_end, partial, rows, groups, divided.steps]
         known = self.backward | divided.sizes | {"SHARED": x.shape[0] == 1}
         launch(neuron.backward_sums, divided.grid, arguments, known)
-        sums = torch.empty(number, channels, dtype=wide, device=x.device)
-        programs, sizes = _adding(channels)
-        arguments = [partial, affine.rstd, None if of_shortcut is None else of_shortcut.rstd]
-        arguments += [sums, divided.blocks, groups]
-        launch(neuron.finish_sums, (1, programs), arguments, sizes)
-        grad, grad_xhat, *others = sums.unbind()
-        return Sums(grad, grad_xhat, others[0] if others else None), None
+        return self._finish_sums(partial, affine, of_shortcut), None
+
+    def current_gradient(
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        grad_x, _, grad_start = self.gradients(
+            inputs, grad_spikes, grad_end, None, None, None, needs_x=True
+        )
+        assert grad_x is not None
+        return grad_x, grad_start
 
     def gradients(
         self,
@@ -250,7 +331,8 @@ class Passes:
         if grad_x is None and grad_shortcut is None and grad_start is None:
             return None, None, None
         divided = tiling("backward", rows, channels, self._per_thread(inputs))
-        arguments: list[Argument] = [x, shortcut, *affine, *(affine_of_shortcut or [None] * 4)]
+        arguments: list[Argument] = [x, shortcut]
+        arguments += [*(affine or _NONE), *(affine_of_shortcut or _NONE)]
         arguments += [start, grad_spikes, grad_end]
         arguments += [*(of_x or [None] * 2), *(of_shortcut or [None] * 2)]
         arguments += [grad_x, grad_shortcut, grad_start]

@@ -1,13 +1,15 @@
-// Normalisation and neurons on a CPU: the passes of fused.py, each of which goes through memory once.
+// Neurons on a CPU: the passes of fused.py, each of which goes through memory once.
 //
 // native.py compiles this file for one kind of neuron:
 //
 //     SURROGATE        0 triangle, 1 atan, 2 sigmoid, 3 rectangle (neurons.py has their formulas)
 //     HARD_RESET       1 hard, 0 soft
 //     DETACH_RESET     whether the reset is a constant to the backward pass
+//     FIRES_AT_THRESHOLD    whether a membrane at the threshold fires
 //
-// Tensors are (T, N, C) without gaps: N = B*H*W, channels last. "Wide" is the type in which one
-// computes: float, and double for double. A sum over rows is made of sums over blocks of rows, whose
+// Tensors are (T, N, C) without gaps: N = B*H*W, channels last. Where nothing is normalised they are
+// any numbers, one beside the other. "Wide" is the type in which one computes: float, and double for
+// double. A sum over rows is made of sums over blocks of rows, whose
 // size does not depend on the number of threads; so neither does any result.
 
 #include <algorithm>
@@ -16,6 +18,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "rows.h"
 #include "types.h"
 
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
@@ -30,17 +33,15 @@ namespace {
 
 // Channels that are worked on at a time, so that T membranes of each stay in the first-level cache.
 constexpr int CHANNELS = 64;
-// Numbers in a block of rows, which so stays in the second-level cache; and its most rows, since
-// one adds them one after the other, in float32, before double takes the sums of blocks.
-constexpr int64_t BLOCK = 32768, MOST_ROWS = 256;
-
-int64_t rows_of_block(int64_t channels) {
-    return std::clamp<int64_t>(BLOCK / channels, 1, MOST_ROWS);
-}
 
 struct Neuron {
     double decay, threshold, width;
 };
+
+// Whether a membrane fires that is so much above the threshold.
+template <class W> inline bool does_fire(W above) {
+    return FIRES_AT_THRESHOLD ? above >= 0 : above > 0;
+}
 
 template <class W> inline W slope(W x, W width) {
 #if SURROGATE == 0
@@ -65,53 +66,10 @@ template <class Body> inline void over_channels(int64_t channels, Body body) {
     if (c < channels) body(c, int(channels - c));
 }
 
-// ------------------------------------------------------------------------------------ statistics
-
-template <class X>
-void statistics(const X* x, int64_t rows, int64_t channels, Wide<X>* mean, Wide<X>* var,
-                Wide<X>* partial, int threads) {
-    using W = Wide<X>;
-    const int64_t step = rows_of_block(channels), blocks = (rows + step - 1) / step;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t b = 0; b < blocks; b++) {
-        W *sum = partial + 2 * b * channels, *square = sum + channels;
-        const int64_t first = b * step, last = std::min(rows, first + step);
-        std::fill(sum, sum + 2 * channels, W(0));
-        for (int64_t n = first; n < last; n++) {
-            const X* row = x + n * channels;
-#pragma omp simd
-            for (int64_t c = 0; c < channels; c++) sum[c] += wide(row[c]);
-        }
-        // Of the block, around its own mean: the difference of a mean square and a squared mean
-        // would cancel. The second look finds the block in the cache.
-        std::vector<W> center(sum, sum + channels);
-        for (auto& value : center) value /= W(last - first);
-        for (int64_t n = first; n < last; n++) {
-            const X* row = x + n * channels;
-#pragma omp simd
-            for (int64_t c = 0; c < channels; c++) {
-                W d = wide(row[c]) - center[c];
-                square[c] += d * d;
-            }
-        }
-    }
-    // Chan, Golub and LeVeque: of the union of blocks.
-    for (int64_t c = 0; c < channels; c++) {
-        double total = 0, squares = 0, count = 0;
-        for (int64_t b = 0; b < blocks; b++) {
-            const double n = double(std::min(rows, (b + 1) * step) - b * step);
-            const double sum = partial[2 * b * channels + c];
-            if (count > 0) {
-                const double d = sum / n - total / count;
-                squares += d * d * n * count / (n + count);
-            }
-            squares += partial[(2 * b + 1) * channels + c];
-            total += sum;
-            count += n;
-        }
-        mean[c] = W(total / count);
-        var[c] = W(squares / count);
-    }
+// The same of the group of CHANNELS that begins at a channel.
+template <class Body> inline void of_group(int64_t channels, int64_t c, Body body) {
+    if (c + CHANNELS <= channels) body(c, std::integral_constant<int, CHANNELS>());
+    else body(c, int(channels - c));
 }
 
 // --------------------------------------------------------------------------------------- forward
@@ -120,7 +78,7 @@ template <class X> struct Forward {
     using W = Wide<X>;
     const X* x;         // (T or 1, N, C)
     const X* shortcut;  // (T, N, C) or null
-    const W *gain, *offset;
+    const W *gain, *offset;                    // null: x is the current
     const W *shortcut_gain, *shortcut_offset;  // null: the shortcut is added as it is
     const W* start;     // membranes, (N, C), or null
     const X* identity;  // (T, N, C) or null
@@ -131,8 +89,8 @@ template <class X> struct Forward {
     Neuron neuron;
 };
 
-// What is added to the normalised current.
-enum Shortcut { NONE, PLAIN, NORMALIZED };
+// What is added to the normalised current; ALONE: nothing, and it is not normalised.
+enum Shortcut { ALONE, NONE, PLAIN, NORMALIZED };
 
 template <Shortcut SHORTCUT, bool IDENTITY, class X, class Length>
 inline void forward_part(const Forward<X>& f, int64_t n, int64_t c0, Length length) {
@@ -151,11 +109,12 @@ inline void forward_part(const Forward<X>& f, int64_t n, int64_t c0, Length leng
         W out[CHANNELS];
 #pragma omp simd
         for (int c = 0; c < length; c++) {
-            W current = wide(x[c]) * gain[c] + offset[c];
+            W current = wide(x[c]);
+            if (SHORTCUT != ALONE) current = current * gain[c] + offset[c];
             if (SHORTCUT == PLAIN) current += wide(shortcut[c]);
             if (SHORTCUT == NORMALIZED) current += wide(shortcut[c]) * gain2[c] + offset2[c];
             W v = decay * u[c] + current;
-            const bool fires = v - threshold > 0;
+            const bool fires = does_fire(v - threshold);
             out[c] = fires ? W(1) : W(0);
             if (IDENTITY) out[c] += wide(identity[c]);
             spikes[c] = narrow<X>(out[c]);
@@ -185,8 +144,20 @@ template <Shortcut SHORTCUT, class X> void forward_with(const Forward<X>& f, int
     else forward_rows<SHORTCUT, false>(f, threads);
 }
 
+template <class X> void forward_alone(const Forward<X>& f, int threads) {
+    Forward<X> row = f;
+    row.channels = f.rows * f.channels;
+    row.rows = 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < row.channels; first += CHANNELS)
+        of_group(row.channels, first, [&](int64_t c, auto length) {
+            forward_part<ALONE, false>(row, 0, c, length);
+        });
+}
+
 template <class X> void forward(const Forward<X>& f, int threads) {
-    if (!f.shortcut) forward_with<NONE>(f, threads);
+    if (!f.gain) forward_alone(f, threads);
+    else if (!f.shortcut) forward_with<NONE>(f, threads);
     else if (!f.shortcut_gain) forward_with<PLAIN>(f, threads);
     else forward_with<NORMALIZED>(f, threads);
 }
@@ -197,14 +168,14 @@ template <class X> struct Backward {
     using W = Wide<X>;
     const X* x;         // (T or 1, N, C)
     const X* shortcut;  // (T, N, C) or null
-    const W *gain, *offset, *mean, *rstd;
+    const W *gain, *offset, *mean, *rstd;  // or all null: x is the current
     const W *shortcut_gain, *shortcut_offset, *shortcut_mean, *shortcut_rstd;  // or all null
     const W* start;        // membranes, (N, C), or null
     const X* grad_spikes;  // (T, N, C)
     const W* grad_end;     // (N, C) or null
     X* total;              // gradient of the current, (T, N, C), or null
     X* own;                // its sum over time, (N, C), where all timesteps share x; or null
-    W *sum_grad, *sum_grad_xhat, *sum_grad_shortcut_hat;  // (C,); the last may be null
+    W *sum_grad, *sum_grad_xhat, *sum_grad_shortcut_hat;  // (C,); the last, or all, may be null
     W* grad_start;                                        // (N, C) or null
     W* partial;                                           // (blocks, 3, C)
     int64_t timesteps, rows, channels, shared;
@@ -227,12 +198,13 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
         W* before_reset = us + t * CHANNELS;
 #pragma omp simd
         for (int c = 0; c < length; c++) {
-            W current = wide(x[c]) * gain[c] + offset[c];
+            W current = wide(x[c]);
+            if (SHORTCUT != ALONE) current = current * gain[c] + offset[c];
             if (SHORTCUT == PLAIN) current += wide(shortcut[c]);
             if (SHORTCUT == NORMALIZED) current += wide(shortcut[c]) * gain2[c] + offset2[c];
             const W v = decay * u[c] + current;
             before_reset[c] = v;
-            u[c] = v - threshold > 0 ? (HARD_RESET ? W(0) : v - threshold) : v;
+            u[c] = does_fire(v - threshold) ? (HARD_RESET ? W(0) : v - threshold) : v;
         }
     }
     for (int c = 0; c < length; c++) {
@@ -248,13 +220,13 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
 #pragma omp simd
         for (int c = 0; c < length; c++) {
             const W v = before_reset[c];
-            const bool fires = v - threshold > 0;
+            const bool fires = does_fire(v - threshold);
             const W kept = HARD_RESET && fires ? W(0) : after[c];
             const W through_reset = DETACH_RESET ? W(0) : after[c] * (HARD_RESET ? v : threshold);
             const W g = (wide(grad_spikes[c]) - through_reset) * slope(v - threshold, width) + kept;
             grad[c] = g;
             over_time[c] += g;
-            with_x[c] += g * (wide(x[c]) - mean[c]);
+            if (SHORTCUT != ALONE) with_x[c] += g * (wide(x[c]) - mean[c]);
             if (SHORTCUT == NORMALIZED) with_shortcut[c] += g * (wide(shortcut[c]) - mean2[c]);
             after[c] = decay * g;  // the gradient of the membrane that was there before
         }
@@ -264,11 +236,13 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             for (int c = 0; c < length; c++) total[c] = narrow<X>(grad[c]);
         }
     }
+    if (SHORTCUT != ALONE) {
 #pragma omp simd
-    for (int c = 0; c < length; c++) {
-        sum[c0 + c] += over_time[c];
-        sum_x[c0 + c] += with_x[c];
-        if (SHORTCUT == NORMALIZED) sum_shortcut[c0 + c] += with_shortcut[c];
+        for (int c = 0; c < length; c++) {
+            sum[c0 + c] += over_time[c];
+            sum_x[c0 + c] += with_x[c];
+            if (SHORTCUT == NORMALIZED) sum_shortcut[c0 + c] += with_shortcut[c];
+        }
     }
     if (b.own)
         for (int c = 0; c < length; c++) b.own[at + c] = narrow<X>(over_time[c]);
@@ -304,58 +278,37 @@ template <Shortcut SHORTCUT, class X> void backward_rows(const Backward<X>& b, i
     }
 }
 
-template <class X> void backward(const Backward<X>& b, int threads) {
-    if (!b.shortcut) backward_rows<NONE>(b, threads);
-    else if (!b.shortcut_gain) backward_rows<PLAIN>(b, threads);
-    else backward_rows<NORMALIZED>(b, threads);
+template <class X> void backward_alone(const Backward<X>& b, int threads) {
+    using W = Wide<X>;
+    Backward<X> row = b;
+    row.channels = b.rows * b.channels;
+    row.rows = 1;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<W> us(b.timesteps * CHANNELS);
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < row.channels; first += CHANNELS)
+            of_group(row.channels, first, [&](int64_t c, auto length) {
+                W* none = nullptr;
+                backward_part<ALONE>(row, 0, c, length, us.data(), none, none, none);
+            });
+    }
 }
 
-// Batch norm's backward pass; grad_x may be grad_y.
-template <class X>
-void input_gradient(const X* x, const X* grad_y, const Wide<X>* gain, const Wide<X>* mean,
-                    const Wide<X>* rstd, const Wide<X>* sum_grad, const Wide<X>* sum_grad_xhat,
-                    X* grad_x, int64_t rows, int64_t channels, int threads) {
-    using W = Wide<X>;
-    std::vector<W> a(channels), b(channels);
-    for (int64_t c = 0; c < channels; c++) {
-        a[c] = sum_grad[c] / W(rows);
-        b[c] = sum_grad_xhat[c] / W(rows);
-    }
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < rows; n++) {
-        const X *row = x + n * channels, *grad = grad_y + n * channels;
-        X* out = grad_x + n * channels;
-#pragma omp simd
-        for (int64_t c = 0; c < channels; c++) {
-            const W xhat = (wide(row[c]) - mean[c]) * rstd[c];
-            out[c] = narrow<X>(gain[c] * (wide(grad[c]) - a[c] - xhat * b[c]));
-        }
-    }
+template <class X> void backward(const Backward<X>& b, int threads) {
+    if (!b.gain) backward_alone(b, threads);
+    else if (!b.shortcut) backward_rows<NONE>(b, threads);
+    else if (!b.shortcut_gain) backward_rows<PLAIN>(b, threads);
+    else backward_rows<NORMALIZED>(b, threads);
 }
 
 }  // namespace
 
 extern "C" {
 
-int64_t num_blocks(int64_t rows, int64_t channels) {
-    const int64_t step = rows_of_block(channels);
-    return (rows + step - 1) / step;
-}
-
 #define PASSES(X, NAME)                                                                            \
-    void statistics_##NAME(const X* x, int64_t rows, int64_t channels, Wide<X>* mean,              \
-                           Wide<X>* var, Wide<X>* partial, int threads) {                          \
-        statistics<X>(x, rows, channels, mean, var, partial, threads);                             \
-    }                                                                                              \
     void forward_##NAME(const Forward<X>* f, int threads) { forward<X>(*f, threads); }             \
-    void backward_##NAME(const Backward<X>* b, int threads) { backward<X>(*b, threads); }          \
-    void input_gradient_##NAME(const X* x, const X* grad_y, const Wide<X>* gain,                   \
-                               const Wide<X>* mean, const Wide<X>* rstd, const Wide<X>* sum_grad,  \
-                               const Wide<X>* sum_grad_xhat, X* grad_x, int64_t rows,              \
-                               int64_t channels, int threads) {                                    \
-        input_gradient<X>(x, grad_y, gain, mean, rstd, sum_grad, sum_grad_xhat, grad_x, rows,      \
-                          channels, threads);                                                      \
-    }
+    void backward_##NAME(const Backward<X>* b, int threads) { backward<X>(*b, threads); }
 
 PASSES(float, float32)
 PASSES(double, float64)

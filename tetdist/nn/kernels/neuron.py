@@ -12,6 +12,9 @@ The number of channels is ``groups * VEC``: so the compiler knows that rows begi
 `VEC`, and loads 16 bytes at a time. Nothing else about shapes is known to it, and one compilation
 serves all layers. Numbers in capitals are known to it; a tensor that may be absent is then None.
 
+Where nothing is normalised, tensors are any numbers, one beside the other, and N and C how they are
+divided.
+
 Neither this file nor any other of tetdist imports Triton before passes.py has decided to use it.
 """
 
@@ -21,12 +24,20 @@ import triton.language as tl
 # A kernel has many arguments, and a line for each would hide what it does.
 # fmt: off
 
-SIZES = ["rows", "groups", "steps", "blocks", "rows_of_block"]
+SIZES = ["rows", "groups", "steps", "blocks", "rows_of_block", "period"]
 
 
 @triton.jit
 def _add(a, b):
     return a + b
+
+
+@triton.jit
+def _wide(x):
+    """Numbers in the type in which one computes."""
+    if x.dtype != tl.float64:
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -184,33 +195,29 @@ def normalization(
     )
 
 
-# ------------------------------------------------------------------------------------------ firing
+# ------------------------------------------------------------------------- norm, and a shortcut
 
 
 @triton.jit
-def _after_reset(v, above, HARD: tl.constexpr):
-    """The membrane after the reset, of that before it and what of that is above the threshold."""
-    if HARD:
-        u = tl.where(above > 0, 0.0, v)
+def _rows_of_shortcut(i, steps, period, r, c, C, BN: tl.constexpr, SHARED: tl.constexpr):
+    """Where the shortcut of a tile's rows is: at the same place, or, where all timesteps share it,
+    at the row of the first one."""
+    if SHARED:
+        row = ((tl.program_id(0) * steps + i) * BN + r) % period
+        at = row.to(tl.int64)[:, None] * C + c[None, :]
     else:
-        u = tl.where(above > 0, above, v)
-    return u
+        first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
+        at = first * C + (r[:, None] * C + c[None, :])
+    return at
 
 
 @triton.jit(do_not_specialize=SIZES)
-def fire(
-    x, shortcut, identity, gain, offset, shortcut_gain, shortcut_offset, start, spikes, packed, end,
-    rows, groups, steps, T: tl.constexpr, SHARED: tl.constexpr, HARD: tl.constexpr,
-    DECAY: tl.constexpr, THRESHOLD: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr
+def add(
+    x, shortcut, gain, offset, shortcut_gain, shortcut_offset, out, rows, period, groups, steps,
+    SHARED: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
 ):
-    """Spikes of the neurons, plus identity, (T, N, C); the same in bytes; membranes, (N, C).
-
-    x is (1, N, C) where all timesteps share it. Without start, neurons begin at rest.
-    """
+    """The normalised x plus the shortcut, (rows, C). One that is shared is (period, C)."""
     C, c = _channels(groups, VEC, BC)
-    wide = gain.dtype.element_ty
-    plane = rows.to(tl.int64) * C
     r = tl.arange(0, BN)
     at = r[:, None] * C + c[None, :]
     g = _load_row(gain, c, C)
@@ -222,18 +229,143 @@ def fire(
         first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
         mask = (r < rows - first)[:, None] & (c < C)[None, :]
         here = first * C
+        total = _wide(tl.load(x + here + at, mask=mask)) * g + o
+        if shortcut is not None:
+            there = _rows_of_shortcut(i, steps, period, r, c, C, BN, SHARED)
+            added = _wide(tl.load(shortcut + there, mask=mask))
+            if shortcut_gain is not None:
+                added = added * g2 + o2
+            total += added
+        tl.store(out + here + at, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def add_sums(
+    x, shortcut, mean, shortcut_mean, grad, partial, rows, period, groups, steps,
+    SHARED: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+):
+    """Sums of a program's rows: of the gradient, and of that times what was normalised (less its
+    mean). partial is (blocks, 2, C), or with a normalised shortcut (blocks, 3, C)."""
+    C, c = _channels(groups, VEC, BC)
+    wide = mean.dtype.element_ty
+    r = tl.arange(0, BN)
+    at = r[:, None] * C + c[None, :]
+    m = _load_row(mean, c, C)
+    total = tl.full([BN, BC], 0.0, wide)
+    with_x = tl.full([BN, BC], 0.0, wide)
+    if shortcut_mean is not None:
+        m2 = _load_row(shortcut_mean, c, C)
+        with_shortcut = tl.full([BN, BC], 0.0, wide)
+    for i in range(steps):
+        first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
+        mask = (r < rows - first)[:, None] & (c < C)[None, :]
+        here = first * C
+        # What is masked is 0.
+        g = _wide(tl.load(grad + here + at, mask=mask, other=0.0))
+        total += g
+        with_x += g * (_wide(tl.load(x + here + at, mask=mask, other=0.0)) - m)
+        if shortcut_mean is not None:
+            there = _rows_of_shortcut(i, steps, period, r, c, C, BN, SHARED)
+            with_shortcut += g * (_wide(tl.load(shortcut + there, mask=mask, other=0.0)) - m2)
+    kept = c < C
+    sums: tl.constexpr = 2 if shortcut_mean is None else 3
+    partial += tl.program_id(0).to(tl.int64) * sums * C
+    tl.store(partial + c, tl.reduce(total, 0, _add), mask=kept)
+    tl.store(partial + C + c, tl.reduce(with_x, 0, _add), mask=kept)
+    if shortcut_mean is not None:
+        tl.store(partial + 2 * C + c, tl.reduce(with_shortcut, 0, _add), mask=kept)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def norm_gradient(
+    x, grad, gain, mean, rstd, sum_grad, sum_grad_hat, grad_x, rows, groups, steps,
+    VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+):
+    """The gradient of x, (rows, C), of that of the normalised x; without sums, mean and variance
+    were constants."""
+    C, c = _channels(groups, VEC, BC)
+    r = tl.arange(0, BN)
+    at = r[:, None] * C + c[None, :]
+    g = _load_row(gain, c, C)
+    if sum_grad is not None:
+        m = _load_row(mean, c, C)
+        per_value = _reciprocal(rows.to(gain.dtype.element_ty))
+        a, b = _coefficients(rstd, sum_grad, sum_grad_hat, per_value, c, C)
+    for i in range(steps):
+        first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
+        mask = (r < rows - first)[:, None] & (c < C)[None, :]
+        here = first * C
+        through = _wide(tl.load(grad + here + at, mask=mask))
+        if sum_grad is not None:
+            through = through - a - (_wide(tl.load(x + here + at, mask=mask)) - m) * b
+        tl.store(grad_x + here + at, (through * g).to(grad_x.dtype.element_ty), mask=mask)
+
+
+# ------------------------------------------------------------------------------------------ firing
+
+
+@triton.jit
+def _fires(above, AT_THRESHOLD: tl.constexpr):
+    """Whether membranes fire that are so much above the threshold."""
+    if AT_THRESHOLD:
+        fires = above >= 0
+    else:
+        fires = above > 0
+    return fires
+
+
+@triton.jit
+def _after_reset(v, above, AT_THRESHOLD: tl.constexpr, HARD: tl.constexpr):
+    """The membrane after the reset, of that before it and what of that is above the threshold."""
+    if HARD:
+        u = tl.where(_fires(above, AT_THRESHOLD), 0.0, v)
+    else:
+        u = tl.where(_fires(above, AT_THRESHOLD), above, v)
+    return u
+
+
+@triton.jit(do_not_specialize=SIZES)
+def fire(
+    x, shortcut, identity, gain, offset, shortcut_gain, shortcut_offset, start, spikes, packed, end,
+    rows, groups, steps, T: tl.constexpr, SHARED: tl.constexpr, HARD: tl.constexpr,
+    DECAY: tl.constexpr, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, VEC: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr
+):
+    """Spikes of the neurons, plus identity, (T, N, C); the same in bytes; membranes, (N, C).
+
+    x is (1, N, C) where all timesteps share it. Without start, neurons begin at rest; without gain
+    and offset, x is the current.
+    """
+    C, c = _channels(groups, VEC, BC)
+    plane = rows.to(tl.int64) * C
+    r = tl.arange(0, BN)
+    at = r[:, None] * C + c[None, :]
+    if gain is not None:
+        g = _load_row(gain, c, C)
+        o = _load_row(offset, c, C)
+    if shortcut_gain is not None:
+        g2 = _load_row(shortcut_gain, c, C)
+        o2 = _load_row(shortcut_offset, c, C)
+    for i in range(steps):
+        first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
+        mask = (r < rows - first)[:, None] & (c < C)[None, :]
+        here = first * C
         u = None
         if start is not None:
-            u = tl.load(start + here + at, mask=mask).to(wide)
+            u = _wide(tl.load(start + here + at, mask=mask))
         if SHARED:
-            own = tl.load(x + here + at, mask=mask).to(wide) * g + o
+            own = _wide(tl.load(x + here + at, mask=mask))
+            if gain is not None:
+                own = own * g + o
         for t in tl.static_range(T):
             now = here + t * plane
             if not SHARED:
-                own = tl.load(x + now + at, mask=mask).to(wide) * g + o
+                own = _wide(tl.load(x + now + at, mask=mask))
+                if gain is not None:
+                    own = own * g + o
             current = own
             if shortcut is not None:
-                added = tl.load(shortcut + now + at, mask=mask).to(wide)
+                added = _wide(tl.load(shortcut + now + at, mask=mask))
                 if shortcut_gain is not None:
                     added = added * g2 + o2
                 current = own + added
@@ -241,15 +373,16 @@ def fire(
             if u is not None:
                 v = u * DECAY + current
             above = v - THRESHOLD
-            out = tl.where(above > 0, 1.0, 0.0).to(wide)
-            byte = (above > 0).to(tl.uint8)
+            fires = _fires(above, AT_THRESHOLD)
+            out = tl.where(fires, 1.0, 0.0).to(v.dtype)
+            byte = fires.to(tl.uint8)
             if identity is not None:
-                out += tl.load(identity + now + at, mask=mask).to(wide)
+                out += _wide(tl.load(identity + now + at, mask=mask))
                 byte = out.to(tl.int32).to(tl.uint8)
             tl.store(spikes + now + at, out.to(spikes.dtype.element_ty), mask=mask)
             if packed is not None:
                 tl.store(packed + now + at, byte, mask=mask)
-            u = _after_reset(v, above, HARD)
+            u = _after_reset(v, above, AT_THRESHOLD, HARD)
         if end is not None:
             tl.store(end + here + at, u, mask=mask)
 
@@ -260,40 +393,43 @@ def fire(
 @triton.jit
 def _membranes(
     x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T: tl.constexpr, SHARED: tl.constexpr,
-    HARD: tl.constexpr, DECAY: tl.constexpr, THRESHOLD: tl.constexpr
+    HARD: tl.constexpr, DECAY: tl.constexpr, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr
 ):
     """Membranes before the reset at each timestep, again, less the threshold; and what was loaded
     to compute them. No more is kept: a thread has 255 registers."""
-    wide = g.dtype
     xs = ()
     added = ()
     aboves = ()
     u = None
     if start is not None:
-        u = tl.load(start + here + at, mask=mask, other=0.0).to(wide)
+        u = _wide(tl.load(start + here + at, mask=mask, other=0.0))
     if SHARED:
         xs = (tl.load(x + here + at, mask=mask, other=0.0),)
-        own = xs[0].to(wide) * g + o
+        own = _wide(xs[0])
+        if g is not None:
+            own = own * g + o
     for t in tl.static_range(T):
         now = here + t * plane
         if not SHARED:
             value = tl.load(x + now + at, mask=mask, other=0.0)
             xs = xs + (value,)  # noqa: RUF005  # Triton has no other way
-            own = value.to(wide) * g + o
+            own = _wide(value)
+            if g is not None:
+                own = own * g + o
         current = own
         if shortcut is not None:
             value = tl.load(shortcut + now + at, mask=mask, other=0.0)
             if g2 is not None:
                 added = added + (value,)  # noqa: RUF005  # likewise
-                current = own + (value.to(wide) * g2 + o2)
+                current = own + (_wide(value) * g2 + o2)
             else:
-                current = own + value.to(wide)
+                current = own + _wide(value)
         v = current
         if u is not None:
             v = u * DECAY + current
         above = v - THRESHOLD
         aboves = aboves + (above,)  # noqa: RUF005  # likewise
-        u = _after_reset(v, above, HARD)
+        u = _after_reset(v, above, AT_THRESHOLD, HARD)
     return aboves, xs, added
 
 
@@ -318,8 +454,8 @@ def _slope(x, SURROGATE: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _gradient_of_membrane(
-    above, grad_spikes, after, THRESHOLD: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr,
-    SURROGATE: tl.constexpr, WIDTH: tl.constexpr
+    above, grad_spikes, after, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr,
+    HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr, WIDTH: tl.constexpr
 ):
     """The gradient of the membrane before the reset, hence of the current, from the spike's and
     that of the membrane after the reset (None: nothing comes from there)."""
@@ -334,7 +470,7 @@ def _gradient_of_membrane(
         else:
             grad = (grad_spikes - after * THRESHOLD) * slope
         if HARD:
-            grad += tl.where(above > 0, 0.0, after)
+            grad += tl.where(_fires(above, AT_THRESHOLD), 0.0, after)
         else:
             grad += after
     return grad
@@ -345,8 +481,8 @@ def backward_sums(
     x, shortcut, gain, offset, mean, shortcut_gain, shortcut_offset, shortcut_mean, start,
     grad_spikes, grad_end, partial, rows, groups, steps, T: tl.constexpr, SHARED: tl.constexpr,
     HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr, DECAY: tl.constexpr,
-    THRESHOLD: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr
+    THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr
 ):
     """Sums of a program's rows: of the current's gradient, and of that times what was normalised
     (less its mean). partial is (blocks, 2, C), or with a normalised shortcut (blocks, 3, C)."""
@@ -374,7 +510,7 @@ def backward_sums(
         here = first * C
         aboves, xs, added = _membranes(
             x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T, SHARED, HARD, DECAY,
-            THRESHOLD
+            THRESHOLD, AT_THRESHOLD
         )
         after = None
         if grad_end is not None:
@@ -383,7 +519,7 @@ def backward_sums(
         for t in tl.static_range(T - 1, -1, -1):
             grad = tl.load(grad_spikes + here + t * plane + at, mask=mask, other=0.0).to(wide)
             grad = _gradient_of_membrane(
-                aboves[t], grad, after, THRESHOLD, HARD, DETACH, SURROGATE, WIDTH
+                aboves[t], grad, after, THRESHOLD, AT_THRESHOLD, HARD, DETACH, SURROGATE, WIDTH
             )
             over_time += grad
             if not SHARED:
@@ -451,27 +587,29 @@ def backward(
     shortcut_rstd, start, grad_spikes, grad_end, sum_grad, sum_grad_hat, shortcut_sum_grad,
     shortcut_sum_grad_hat, grad_x, grad_shortcut, grad_start, rows, groups, steps, T: tl.constexpr,
     SHARED: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr,
-    DECAY: tl.constexpr, THRESHOLD: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr
+    DECAY: tl.constexpr, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, WIDTH: tl.constexpr,
+    VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
 ):
     """Gradients of x, (T or 1, N, C), shortcut, (T, N, C), and start, (N, C); of those there are.
 
-    Without sums, means and variances were constants.
+    Without sums, means and variances were constants; without gain, x is the current.
     """
     C, c = _channels(groups, VEC, BC)
-    wide = gain.dtype.element_ty
     plane = rows.to(tl.int64) * C
     r = tl.arange(0, BN)
     at = r[:, None] * C + c[None, :]
-    g = _load_row(gain, c, C)
-    o = _load_row(offset, c, C)
+    g = None
+    o = None
+    if gain is not None:
+        g = _load_row(gain, c, C)
+        o = _load_row(offset, c, C)
     g2 = None
     o2 = None
     if shortcut_gain is not None:
         g2 = _load_row(shortcut_gain, c, C)
         o2 = _load_row(shortcut_offset, c, C)
     if sum_grad is not None:
-        values = rows.to(wide)
+        values = rows.to(gain.dtype.element_ty)
         own_values = values if SHARED else values * T
         m = _load_row(mean, c, C)
         a, b = _coefficients(rstd, sum_grad, sum_grad_hat, _reciprocal(own_values), c, C)
@@ -487,30 +625,32 @@ def backward(
         here = first * C
         aboves, xs, added = _membranes(
             x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T, SHARED, HARD, DECAY,
-            THRESHOLD
+            THRESHOLD, AT_THRESHOLD
         )
         after = None
         if grad_end is not None:
-            after = tl.load(grad_end + here + at, mask=mask, other=0.0).to(wide)
-        over_time = tl.full([BN, BC], 0.0, wide)
+            after = _wide(tl.load(grad_end + here + at, mask=mask, other=0.0))
+        over_time = tl.full([BN, BC], 0.0, aboves[0].dtype)
         for t in tl.static_range(T - 1, -1, -1):
             now = here + t * plane
-            grad = tl.load(grad_spikes + now + at, mask=mask, other=0.0).to(wide)
+            grad = _wide(tl.load(grad_spikes + now + at, mask=mask, other=0.0))
             grad = _gradient_of_membrane(
-                aboves[t], grad, after, THRESHOLD, HARD, DETACH, SURROGATE, WIDTH
+                aboves[t], grad, after, THRESHOLD, AT_THRESHOLD, HARD, DETACH, SURROGATE, WIDTH
             )
             if SHARED:
                 over_time += grad
             elif grad_x is not None:
                 through = grad
                 if sum_grad is not None:
-                    through = grad - a - (xs[t].to(wide) - m) * b
-                tl.store(grad_x + now + at, (through * g).to(grad_x.dtype.element_ty), mask=mask)
+                    through = grad - a - (_wide(xs[t]) - m) * b
+                if gain is not None:
+                    through = through * g
+                tl.store(grad_x + now + at, through.to(grad_x.dtype.element_ty), mask=mask)
             if grad_shortcut is not None:
                 through = grad
                 if shortcut_gain is not None:
                     if sum_grad is not None:
-                        through = grad - a2 - (added[t].to(wide) - m2) * b2
+                        through = grad - a2 - (_wide(added[t]) - m2) * b2
                     through = through * g2
                 kind = grad_shortcut.dtype.element_ty
                 tl.store(grad_shortcut + now + at, through.to(kind), mask=mask)
@@ -518,7 +658,9 @@ def backward(
         if SHARED and grad_x is not None:
             through = over_time
             if sum_grad is not None:
-                through = over_time - a - (xs[0].to(wide) - m) * b
-            tl.store(grad_x + here + at, (through * g).to(grad_x.dtype.element_ty), mask=mask)
+                through = over_time - a - (_wide(xs[0]) - m) * b
+            if gain is not None:
+                through = through * g
+            tl.store(grad_x + here + at, through.to(grad_x.dtype.element_ty), mask=mask)
         if grad_start is not None:
             tl.store(grad_start + here + at, after.to(grad_start.dtype.element_ty), mask=mask)
