@@ -395,26 +395,13 @@ def scaling_text(found: dict[str, dict[str, Any]]) -> str:
         f"averaging / {count} x one",
         "averaging / apart",
     ]
-    predicted = result["predicted"]
-    forecast = markdown(
-        ["GPUs", "efficiency", "averaging, ms"],
-        [
-            [str(row["gpus"]), f"{row['efficiency']:.3f}", f"{row['communication_ms']:.1f}"]
-            for row in predicted["rows"]
-        ],
-    )
     return f"""{result["model"]}, {result["precision"]}, {result["engine"]}, whole steps with the
 update, a core a process. Processes that do not speak to each other ("apart") show what the machine
 loses by itself when both cores are busy.
 
 {markdown(head, rows)}
 
-What the model of communication (tetdist/slurm/plan.py) says of {predicted["mb_averaged"]:.0f} MB
-averaged a step, counted as if nothing hid it, at {predicted["images_per_s_of_one"]:.1f} images/s a
-process, {predicted["gpus_per_node"]} GPUs a node, {predicted["link_in_node"]:g} GB/s in a node and
-{predicted["link_between_nodes"]:g} GB/s between nodes (`--images-per-s` asks it of a GPU):
-
-{forecast}"""
+What many GPUs would reach is in "The GPU path, computed"."""
 
 
 def data_text(result: dict[str, Any]) -> str:

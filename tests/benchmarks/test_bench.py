@@ -15,7 +15,8 @@ from passes import randomize
 
 from tetdist import models
 from tetdist.config import loading
-from tetdist.slurm import plan
+from tetdist.slurm.cluster import ClusterSection
+from tetdist.slurm.speed import Network, Speed, speed_of
 
 BENCH = tiny.PROJECT / "tools" / "bench.py"
 README_FIGURE = tiny.PROJECT / "docs" / "make" / "readme_figure.py"
@@ -37,9 +38,20 @@ def bench(tmp_path: Path, *arguments: object) -> tuple[dict[str, Any], str]:
     return json.loads((tmp_path / "result.json").read_text()), out
 
 
-def speed_that_the_plan_reads(file: Path) -> plan.Speed | None:
-    values = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d"})
-    return plan.read_speed(None, str(file), loading.parse(values, "x"))
+def speed_that_the_plan_reads(file: Path) -> Speed | str:
+    """The speed of a run, on a CPU, of what was measured."""
+    measured = json.loads(file.read_text())
+    changes = {
+        "name": "x",
+        "data.root": "d",
+        "model.name": measured["model"],
+        "model.arguments": {},
+        "data.image_size": measured["size"] or 28,
+        "precision": measured["precision"],
+    }
+    config = loading.parse(tiny.changed(tiny.CONFIG, changes), "x")
+    network = Network(config.model.build(num_classes=10, timesteps=2), None)
+    return speed_of(config, ClusterSection(gpus_per_node=0), network, file=str(file))
 
 
 @pytest.mark.long
@@ -59,7 +71,7 @@ def test_a_step_is_timed_against_the_relu_network(tmp_path: Path) -> None:
         assert row["waiting"] in ("asleep", "spinning")
     assert {"device", "threads", "torch", "python"} <= result["machine"].keys()
     speed = speed_that_the_plan_reads(tmp_path / "result.json")
-    assert speed == plan.Speed(result["rows"][1]["images_per_s"], timesteps=2)
+    assert speed == Speed(result["rows"][1]["images_per_s"], timesteps=2, source="measured")
 
 
 @pytest.mark.long
@@ -108,7 +120,7 @@ def test_a_model_without_a_relu_network_stands_alone(tmp_path: Path) -> None:
 def test_processes_are_timed_alone_apart_and_together(tmp_path: Path, engine: str) -> None:
     result, out = bench(
         tmp_path, "scaling", "--model", "spiking_convnet", "--engine", engine, "--repeats", 2,
-        "--accumulation", 3, "--link-between-nodes", 2,
+        "--accumulation", 3,
     )  # fmt: skip
     alone, apart, together = result["rows"]
     assert (alone["name"], apart["name"], together["name"]) == ("alone", "apart", "together")
@@ -116,11 +128,8 @@ def test_processes_are_timed_alone_apart_and_together(tmp_path: Path, engine: st
     for row, count in ((alone, 1), (apart, 2), (together, 2)):
         assert row["images_per_s"] == pytest.approx(count * 3 * 4 / row["seconds"])
     speed = speed_that_the_plan_reads(tmp_path / "result.json")
-    assert speed is not None
+    assert isinstance(speed, Speed)
     assert speed.images_per_s == pytest.approx(together["images_per_s"] / 2)
-    rows = result["predicted"]["rows"]
-    assert [row["gpus"] for row in rows] == [8, 16, 32, 64, 128, 256, 512]
-    assert 1 >= rows[0]["efficiency"] > rows[1]["efficiency"] > rows[-1]["efficiency"] > 0
     assert "averaging" in out
 
 
@@ -132,8 +141,6 @@ def test_processes_are_timed_alone_apart_and_together(tmp_path: Path, engine: st
         (["model", "--model", "vggsnn", "--size", "32"], "vggsnn is built for 48 pixels"),
         (["memory", "--size", "32"], "--size: 32 pixels"),
         (["model", "--model", "vggsnn", "--spikingjelly", "eager"], "it has no vggsnn"),
-        (["scaling", "--link-in-node", "0"], "--link-in-node: 0 must be above 0"),
-        (["scaling", "--images-per-s", "-3"], "--images-per-s: -3 must be above 0"),
         (["model", "--json", "."], "--json"),
         (["model", "--modes", "none,all"], "'all' is none of none, blocks, timesteps, reference"),
         (["model", "--batch", "0"], "0: the least is 1"),

@@ -8,15 +8,22 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
+from graph_stand_ins import run_again
+from torch import Tensor
 
 from tetdist.cli import check_gpu
 from tetdist.config import loading
 from tetdist.device_check import check as checking
-from tetdist.device_check import numerics, versions
+from tetdist.device_check import graphs, numerics, versions
 from tetdist.device_check.check import Finding, Machine, run_checks
 from tetdist.device_check.checks import CHECKS
 from tetdist.distributed.world import World, join
-from tetdist.slurm import plan
+from tetdist.errors import UserError
+from tetdist.slurm import speed
+from tetdist.slurm.cluster import ClusterSection
+from tetdist.training import graphs as training_graphs
+from tetdist.training.graphs import Captured
 
 
 @pytest.fixture
@@ -31,10 +38,11 @@ def test_the_command_knows_all_checks() -> None:
 
 def test_the_quick_checks_pass_here(tmp_path: Path, call: Callable[..., tuple[int, str]]) -> None:
     file = tmp_path / "found.json"
-    names = "versions,numerics,links,pixels"
+    names = "versions,numerics,graphs,links,pixels"
     status, output = call("check_gpu", "--device", "cpu", "--only", names, "--json", file)
     assert status == 0, output
-    assert "all is well; left out: links, pixels" in output
+    assert "all is well; left out: graphs, links, pixels" in output
+    assert "there is no GPU, and CUDA graphs are a GPU's" in output
     found = json.loads(file.read_text())
     assert set(found["checks"]) == set(names.split(","))
     # In float64 the passes and the definition are equal but for rounding.
@@ -51,7 +59,7 @@ def test_all_checks_pass_here_on_two_processes(tmp_path: Path) -> None:
     found = json.loads(file.read_text())
     assert found["processes"] == 2
     statuses = {name: one["status"] for name, one in found["checks"].items()}
-    assert statuses == dict.fromkeys(CHECKS, "ok") | {"pixels": "left out"}
+    assert statuses == dict.fromkeys(CHECKS, "ok") | dict.fromkeys(("graphs", "pixels"), "left out")
     assert found["checks"]["links"]["gb_per_s"] > 0
 
 
@@ -68,7 +76,13 @@ def test_the_plan_and_the_document_read_what_is_written(here: Machine, tmp_path:
     file.write_text(json.dumps(report.as_dict()))
     values = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d"})
     config = loading.parse(values, "x")
-    assert plan.read_speed(None, str(file), config) == plan.Speed(2000.0, timesteps=4)
+    network = speed.Network(config.model.build(num_classes=10, timesteps=4), None)
+    facts = ClusterSection(gpus_per_node=0)
+    found = speed.speed_of(config, facts, network, file=str(file))
+    assert isinstance(found, speed.Speed)
+    assert (found.images_per_s, found.timesteps) == (2000.0, 4)
+    with pytest.raises(UserError, match="was measured on a CPU"):
+        speed.speed_of(config, ClusterSection(gpus_per_node=1), network, file=str(file))
     script = tiny.PROJECT / "docs" / "make" / "performance.py"
     text = runpy.run_path(str(script))["gpu_text"](report.as_dict())
     assert "| 32 | tetdist, none | 2000 | 2.00 | 2.0 |" in text
@@ -105,6 +119,29 @@ def test_passes_that_do_not_work_are_not_called_equal(
     assert "do not work here" in found.text
 
 
+def test_losses_with_graphs_are_compared(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what stands in for a graph on a CPU, and with one that does not read the images anew."""
+    monkeypatch.setattr(training_graphs, "capture", run_again)
+    monkeypatch.setattr(Machine, "on_gpu", True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _mode: None)
+    monkeypatch.setattr(graphs, "BATCHES", ())
+    monkeypatch.setattr(graphs, "STEPS", 2)
+    monkeypatch.setattr(graphs, "PRECISIONS", ("bf16",))
+    found = graphs.check_graphs(here)
+    assert (found.status, found.text) == ("ok", "2 steps in bf16 have the same losses with graphs")
+
+    def forgetful(function: Callable[[], Tensor]) -> Captured:
+        result, replay = run_again(function)
+        replays = iter([replay])
+        return result, lambda: next(replays, lambda: None)()
+
+    monkeypatch.setattr(training_graphs, "capture", forgetful)
+    found = graphs.check_graphs(here)
+    assert found.status == "bad"
+    assert found.text.startswith("bf16: the loss of step 2 is ")
+    assert str(found.remedy).startswith("train with cuda_graphs=false")
+
+
 def test_ranks_that_fail_are_named() -> None:
     fine, bad = Finding("ok", "x"), Finding("bad", "no link")
     result = checking.Result("links", [fine, bad, fine, bad], 0.1)
@@ -133,8 +170,6 @@ def test_packages_that_do_not_suit_each_other(
 
 def test_dali_of_another_cuda_is_told(monkeypatch: pytest.MonkeyPatch, here: Machine) -> None:
     import dataclasses
-
-    import torch
 
     on_gpu = dataclasses.replace(
         here, world=World(0, 1, torch.device("cuda", 0), here.world.control)

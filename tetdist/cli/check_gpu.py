@@ -16,7 +16,17 @@ from tetdist.errors import UserError
 from tetdist.files import write_json
 
 # Those of device_check/checks.py, which is slow to import.
-NAMES = ("versions", "numerics", "steps", "links", "pixels", "resume", "rates", "loading")
+NAMES = (
+    "versions",
+    "numerics",
+    "steps",
+    "graphs",
+    "links",
+    "pixels",
+    "resume",
+    "rates",
+    "loading",
+)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -114,16 +114,12 @@ def mirrored(image: Tensor) -> Tensor:
 
 
 def operated(image: Tensor, operations: list[Operation]) -> Tensor:
-    """Change an image (H, W, 3); on a CPU with Pillow, which published recipes use."""
-    if image.device.type == "cpu":
-        picture = Image.fromarray(image.numpy())
-        for name, value in operations:
-            picture = _OPERATIONS[name](picture, value)
-        return torch.from_numpy(np.array(picture))
-    planes = image.permute(2, 0, 1)
+    """Change an image (H, W, 3) with Pillow, which published recipes use; batch_operations.py does
+    it on a GPU."""
+    picture = Image.fromarray(image.numpy())
     for name, value in operations:
-        planes = _OPERATIONS[name](planes, value)
-    return planes.permute(1, 2, 0)
+        picture = _OPERATIONS[name](picture, value)
+    return torch.from_numpy(np.array(picture))
 
 
 def _shear(x: float, y: float) -> dict[str, Any]:
@@ -135,8 +131,7 @@ def _translation(x: float, y: float) -> dict[str, Any]:
     return {"translate": [int(x), int(y)], "shear": [0.0, 0.0]}
 
 
-# They take an image of Pillow's or a tensor (3, H, W), and the value. What comes in at a side is
-# black.
+# They take an image, of Pillow's, and the value. What comes in at a side is black.
 _OPERATIONS: dict[str, Callable[[Any, float], Any]] = {
     "brightness": vision.adjust_brightness,
     "contrast": vision.adjust_contrast,

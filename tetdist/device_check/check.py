@@ -90,6 +90,7 @@ class Result:
 @dataclass
 class Report:
     machine: dict[str, str]
+    device: str
     processes: int
     results: list[Result] = field(default_factory=list)
 
@@ -108,12 +109,8 @@ class Report:
         return f"to mend: {first.name}: {remedy}{more}"
 
     def as_dict(self) -> dict[str, Any]:
-        speed = next(
-            (result.worst.numbers for result in self.results if result.name == "rates"), {}
-        )
         return {
-            # What `slurm --benchmark` reads; each process has measured its own GPU.
-            **{key: speed[key] for key in ("images_per_s", "timesteps") if key in speed},
+            **self._speed(),
             "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": self.machine,
             "processes": self.processes,
@@ -127,6 +124,18 @@ class Report:
                 }
                 for result in self.results
             },
+        }
+
+    def _speed(self) -> dict[str, Any]:
+        """What `slurm --benchmark` reads; each process has measured its own GPU."""
+        rates = next((one.worst.numbers for one in self.results if one.name == "rates"), {})
+        keys = ("images_per_s", "timesteps", "model", "size", "precision")
+        by_batch = {
+            batch: rows["tetdist, none"]["images_per_s"]
+            for batch, rows in rates.get("by_batch", {}).items()
+        }
+        return {"device": self.device, "by_batch": by_batch} | {
+            key: rates[key] for key in keys if key in rates
         }
 
 
@@ -147,7 +156,7 @@ def run_checks(
         here: What they run on.
         show: Given each result's line, on rank 0.
     """
-    report = Report(machine(here.device.type), here.world.world_size)
+    report = Report(machine(here.device.type), here.device.type, here.world.world_size)
     for name, check in checks.items():
         started = time.monotonic()
         found = _finding_of(check, here)

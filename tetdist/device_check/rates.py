@@ -12,7 +12,7 @@ from tetdist.benchmarks.bench import measure_model
 from tetdist.device_check.check import Finding, Machine
 
 BATCHES = (32, 64, 128)
-TIMESTEPS = 4
+MODEL, PRECISION, TIMESTEPS = "sew_resnet34", "bf16", 4
 
 
 def check_rates(here: Machine) -> Finding:
@@ -42,9 +42,9 @@ def check_rates(here: Machine) -> Finding:
             text += f", {own['peak_mib'] / 1024:.1f} GiB"
         parts.append(text)
     smallest, by_name = next(iter(measured.items()))
-    # The keys that `slurm --benchmark` reads, of the micro-batch that the recipes take.
     speed = {"images_per_s": by_name["tetdist, none"]["images_per_s"], "timesteps": TIMESTEPS}
-    numbers = {"by_batch": measured, "micro_batch": int(smallest), **speed}
+    of_what = {"model": MODEL, "size": _size(here), "precision": PRECISION}
+    numbers = {"by_batch": measured, "micro_batch": int(smallest), **of_what, **speed}
     return Finding("ok", "; ".join(parts), None, numbers)
 
 
@@ -54,13 +54,17 @@ def images_per_s_of_a_step(here: Machine, batch: int) -> float:
     return float(own["images_per_s"])
 
 
+def _size(here: Machine) -> int:
+    return 64 if here.small else 224
+
+
 def _measured(here: Machine, batch: int, peer: str | None) -> list[dict[str, Any]]:
     options = argparse.Namespace(
-        model="sew_resnet34",
-        size=64 if here.small else None,
+        model=MODEL,
+        size=_size(here),
         timesteps=TIMESTEPS,
         batch=batch,
-        precision="bf16",
+        precision=PRECISION,
         device=here.device.type,
         evaluate=False,
         modes=["none"],

@@ -39,7 +39,7 @@ def check_steps(here: Machine) -> Finding:
         step, close = training_step(options, here.world, stage)
         step()  # Kernels are built and memory is taken.
         try:
-            with _refusing_synchronisation(here.on_gpu and asynchronous):
+            with refusing_synchronisation(here.on_gpu and asynchronous):
                 losses = [step() for _ in range(STEPS)]
         except RuntimeError as error:
             if "synchronizing" not in str(error).lower():
@@ -57,7 +57,8 @@ def check_steps(here: Machine) -> Finding:
 
 
 @contextlib.contextmanager
-def _refusing_synchronisation(refused: bool) -> Iterator[None]:
+def refusing_synchronisation(refused: bool) -> Iterator[None]:
+    """Have it be an error, if that is wanted, to wait for the device in this context."""
     if not refused:
         yield
         return
