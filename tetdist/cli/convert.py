@@ -8,6 +8,7 @@ docs/weights.md says which files are known and what carries over.
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from tetdist.exchange.foreign import Converted, Source
 
 SHOWN = 5  # of the tensors that do not fit, unless all are asked for
-SOURCES = ("auto", "spikingjelly", "sew", "tet", "torchvision", "timm")
+SOURCES = ("auto", "spikingjelly", "sew", "tet", "torchvision", "timm", "qkformer", "sdt")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -125,7 +126,8 @@ def configuration(
         data = {
             "root": "data",
             "image_size": side,
-            "resize": round(side / cfg.crop_pct),
+            "resize": math.floor(side / cfg.crop_pct),  # as timm
+            "interpolation": cfg.interpolation,
             "mean": list(scale["mean"]),
             "std": list(scale["std"]),
         }
@@ -188,6 +190,9 @@ def report(
     if converted.counters:
         counters = counted(converted.counters, "counter")
         print(f"  left out: {counters} of batches (num_batches_tracked), without use here")
+    if converted.unused:
+        unused = counted(len(converted.unused), "tensor")
+        print(f"  left out: {unused} that its network does not use: {', '.join(converted.unused)}")
     for heading, lines in (("not carried over", missing), ("unknown here", unexpected)):
         shown = lines if options.list or len(lines) <= SHOWN + 1 else lines[:SHOWN]
         for line in shown:
@@ -210,3 +215,9 @@ def report(
         f"{key} {value}" for key, value in neurons.as_dict(config.model.neuron).items()
     )
     print(f"  neuron, which the file does not tell: {neuron}; T={timesteps}")
+    if source == "qkformer" and not config.model.arguments.get("mixes_samples"):
+        print(
+            "  QKFormer's accuracies were measured by code in which the samples of a batch "
+            "influence each other; here they do not, and the accuracy is lower: docs/weights.md, "
+            "model.arguments.mixes_samples"
+        )

@@ -1,12 +1,17 @@
 """Weights from elsewhere: the same networks under other libraries' names.
 
-Three layouts of names are known. All are first put into the one of torchvision's ResNet (`conv1`,
+Three layouts of ResNets' names are known. All are first put into the one of torchvision's (`conv1`,
 `bn1`, `layer1.0.conv1`, ..., `fc`), from which `convert` takes what a model of ours needs:
 
     torchvision     torchvision's and timm's ResNets (ReLU), spikingjelly's sew_resnet* and
                     spiking_resnet*
     sew             the original repository of SEW-ResNet, for both families
     tet             the original repository of TET: its VGGSNN and ResNet-19
+
+Transformers have names of their own, of which `convert` takes what it needs:
+
+    qkformer        the original repository of QKFormer: its networks for ImageNet, CIFAR and DVS
+    sdt             the original repository of the Spike-driven Transformer, V1
 
 A state dict holds weights and running statistics, but not the neuron, which decides about the
 result as much: `NEURONS` has what each source trains with.
@@ -25,13 +30,16 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.errors import UserError
+from tetdist.models import qkformer
 from tetdist.models.base import SpikingNetwork
+from tetdist.models.qkformer import QKFormer
 from tetdist.models.sew_resnet import Bottleneck, SEWResNet
+from tetdist.models.spike_driven_transformer import SpikeDrivenTransformer
 from tetdist.models.spiking_resnet import SpikingResNet
 from tetdist.models.vggsnn import VGGSNN
 from tetdist.nn.batch_norm import BatchNorm
 
-Source = Literal["spikingjelly", "sew", "tet", "torchvision", "timm"]
+Source = Literal["spikingjelly", "sew", "tet", "torchvision", "timm", "qkformer", "sdt"]
 
 _SEW_NEURON = {
     "decay": 1.0,
@@ -39,6 +47,16 @@ _SEW_NEURON = {
     "detach_reset": True,
     "surrogate": "atan",
     "surrogate_width": 2.0,
+}
+# spikingjelly's with tau = 2 and threshold 1, whose input is halved: the membrane in other units.
+_HALVING_NEURON = {
+    "decay": 0.5,
+    "threshold": 2.0,
+    "reset": "hard",
+    "detach_reset": True,
+    "surrogate": "sigmoid",
+    "surrogate_width": 2.0,
+    "fires_at_threshold": True,
 }
 # Fields of `NeuronConfig` that differ from its defaults, which are TET's own. ReLU networks have
 # none: theirs is that of the recipe that goes on from them. spikingjelly's is whatever its user
@@ -49,6 +67,8 @@ NEURONS: dict[Source, dict[str, Any]] = {
     "tet": {},
     "torchvision": {},
     "timm": {},
+    "qkformer": _HALVING_NEURON,
+    "sdt": _HALVING_NEURON,
 }
 
 # How images are scaled, where a source's network of so many classes does it otherwise than timm's
@@ -80,6 +100,12 @@ _TET_NAMES = (
     (r"^fc2\.", "fc."),
 )
 
+# The classifier of a transformer.
+_HEAD_NAMES = ((r"^head\.", "fc."),)
+
+# Weights that a network makes and does not compute with: those of the Spike-driven Transformer.
+_UNUSED = {"sdt": re.compile(r"^block\.\d+\.attn\.talking_heads\.weight$")}
+
 # Names of a block of ours to torchvision's; LAST is the number of the block's last convolution.
 _BLOCK_NAMES = (
     (r"conv(\d)\.conv\.", r"conv\1."),
@@ -101,12 +127,14 @@ class Converted:
         unexpected: Names in the source that the model has no place for.
         counters: How many counts of batches the source has. They have no effect on running
             statistics of a fixed momentum, as all of these are, and are left out.
+        unused: Names in the source of weights with which its network does not compute.
     """
 
     weights: dict[str, Tensor]
     missing: list[str]
     unexpected: list[str]
     counters: int
+    unused: list[str]
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -203,6 +231,10 @@ def source_of(state: Mapping[str, Tensor], path: Path) -> Source:
         return "tet"
     if "layer1.0.conv1.module.0.weight" in state:
         return "sew"
+    if "patch_embed1.proj_res_conv.weight" in state:
+        return "qkformer"
+    if "block.0.attn.talking_heads.weight" in state:
+        return "sdt"
     if "layer1.0.conv1.weight" in state:
         raise UserError(
             f"{path} has the names of torchvision's ResNets, which timm and spikingjelly use, too; "
@@ -228,7 +260,9 @@ def convert(state: Mapping[str, Tensor], source: Source, model: SpikingNetwork) 
         UserError: The file contradicts itself, or is of a network that ``model`` is only alike to.
     """
     _refuse_look_alikes(state, source, model)
-    theirs, original, counters = _in_torchvisions_names(state, source)
+    unused = [key for key in state if source in _UNUSED and _UNUSED[source].match(key)]
+    state = {key: value for key, value in state.items() if key not in unused}
+    theirs, original, counters = _in_known_names(state, source)
     scales = {
         f"{name}.weight": module.scale
         for name, module in model.named_modules()
@@ -250,20 +284,21 @@ def convert(state: Mapping[str, Tensor], source: Source, model: SpikingNetwork) 
         else:
             shapes = f"{tuple(value.shape)} instead of {tuple(own.shape)}"
             missing.append(f"{wanted} has shape {shapes}")
-    return Converted(weights, missing, [original[name] for name in theirs], counters)
+    return Converted(weights, missing, [original[name] for name in theirs], counters, unused)
 
 
 def num_classes(state: Mapping[str, Tensor], source: Source) -> int | None:
     """The number of classes of a state dict's classifier, if it has one."""
-    weight = _in_torchvisions_names(state, source)[0].get("fc.weight")
+    weight = _in_known_names(state, source)[0].get("fc.weight")
     return None if weight is None or weight.ndim == 0 else len(weight)
 
 
-def _in_torchvisions_names(
+def _in_known_names(
     state: Mapping[str, Tensor], source: Source
 ) -> tuple[dict[str, Tensor], dict[str, str], int]:
-    """Tensors by torchvision's names, these names' originals, and the number of counters."""
-    rules = {"sew": _SEW_NAMES, "tet": _TET_NAMES}.get(source, ())
+    """Tensors by the names that `_names` has, the originals of these, the number of counters."""
+    transformers = {"qkformer": _HEAD_NAMES, "sdt": _HEAD_NAMES}
+    rules = ({"sew": _SEW_NAMES, "tet": _TET_NAMES} | transformers).get(source, ())
     renamed: dict[str, Tensor] = {}
     original: dict[str, str] = {}
     counters = 0
@@ -271,6 +306,9 @@ def _in_torchvisions_names(
         if key.endswith(_COUNTER):
             counters += 1
             continue
+        if source in transformers and key.endswith("_conv.weight") and value.ndim == 3:
+            # Of a convolution over the positions in a row, (C, C, 1), which is one over an image.
+            value = value.unsqueeze(-1)
         name = _substitute(key, rules)
         if name in renamed and not torch.equal(renamed[name], value):
             raise UserError(
@@ -283,17 +321,77 @@ def _in_torchvisions_names(
 
 
 def _names(model: SpikingNetwork) -> dict[str, str]:
-    """torchvision's name for each entry of a model's state dict."""
-    if isinstance(model, VGGSNN):
+    """The known name for each entry of a model's state dict."""
+    rules: tuple[tuple[str, str], ...]
+    if isinstance(model, QKFormer):
+        rules = tuple(_qkformer_names(model))
+    elif isinstance(model, SpikeDrivenTransformer):
+        rules = _SDT_NAMES
+    elif isinstance(model, VGGSNN):
         rules = tuple(_vgg_names(model))
     elif isinstance(model, (SEWResNet, SpikingResNet)):
         rules = tuple(_resnet_names(model))
     else:
         raise UserError(
             f"{model.default_cfg['architecture']} has no counterpart elsewhere to take weights "
-            "from; there are those of sew_resnet*, spiking_resnet* and vggsnn"
+            "from; there are those of sew_resnet*, spiking_resnet*, vggsnn, qkformer_* and sdt_*"
         )
     return {key: _substitute(key, rules) for key in model.state_dict()}
+
+
+def _qkformer_names(model: QKFormer) -> list[tuple[str, str]]:
+    """The names of the authors' networks, of which that for ImageNet differs from the others."""
+    on_imagenet = model.embedding == "imagenet"
+    last_attention, mlp = ("attn", "fc") if on_imagenet else ("ssa", "mlp")
+    rules = list(_embedding_names(r"^stem", "patch_embed1", ["proj", "proj1", "proj2", "proj3"]))
+    later = ["proj", "proj4"] if model.embedding == "dvs" else ["proj3", "proj4"]
+    stage, position = 1, -1
+    for i, block in enumerate(model.blocks):
+        own = rf"^blocks\.{i}"
+        if isinstance(block, qkformer.Embedding):
+            stage, position = stage + 1, -1
+            rules += _embedding_names(own, f"patch_embed{stage}", later)
+            continue
+        position += 1
+        theirs = f"stage{stage}.{position}"
+        is_token = isinstance(block.attention, qkformer.TokenAttention)
+        attention = f"{theirs}.{'tssa' if is_token else last_attention}"
+        rules += _layer_names(rf"{own}\.attention\.(q|k|v|proj)", rf"{attention}.\1")
+        rules += _layer_names(rf"{own}\.mlp\.fc(1|2)", rf"{theirs}.mlp.{mlp}\1")
+    return rules
+
+
+def _embedding_names(own: str, theirs: str, layers: list[str]) -> list[tuple[str, str]]:
+    rules = _layer_names(rf"{own}\.shortcut", f"{theirs}.proj_res")
+    for i, layer in enumerate(layers):
+        rules += _layer_names(rf"{own}\.layers\.{i}", f"{theirs}.{layer}")
+    return rules
+
+
+def _layer_names(own: str, theirs: str) -> list[tuple[str, str]]:
+    """Rules for the convolution of a layer, and for its norm with or without a pooling."""
+    norm = r"\.(?:neuron|norm)\.norm\."
+    return [(rf"{own}\.conv\.", f"{theirs}_conv."), (own + norm, f"{theirs}_bn.")]
+
+
+_SDT_NAMES = (
+    (r"^stem\.layers\.0\.conv\.", "patch_embed.proj_conv."),
+    (r"^stem\.layers\.0\.neuron\.norm\.", "patch_embed.proj_bn."),
+    (r"^stem\.layers\.(\d)\.conv\.", r"patch_embed.proj_conv\1."),
+    (r"^stem\.layers\.(\d)\.neuron\.norm\.", r"patch_embed.proj_bn\1."),
+    (r"^stem\.conv\.", "patch_embed.proj_conv3."),
+    (r"^stem\.norm\.(norm\.)?", "patch_embed.proj_bn3."),
+    (r"^stem\.position\.", "patch_embed.rpe_conv."),
+    (r"^stem\.add\.norm\.", "patch_embed.rpe_bn."),
+    (r"^blocks\.(\d+)\.attention\.([qkv])\.conv\.", r"block.\1.attn.\2_conv."),
+    (r"^blocks\.(\d+)\.attention\.([qkv])\.neuron\.norm\.", r"block.\1.attn.\2_bn."),
+    (r"^blocks\.(\d+)\.attention\.proj\.", r"block.\1.attn.proj_conv."),
+    (r"^blocks\.(\d+)\.attention\.add\.norm\.", r"block.\1.attn.proj_bn."),
+    (r"^blocks\.(\d+)\.mlp\.fc1\.conv\.", r"block.\1.mlp.fc1_conv."),
+    (r"^blocks\.(\d+)\.mlp\.fc1\.neuron\.norm\.", r"block.\1.mlp.fc1_bn."),
+    (r"^blocks\.(\d+)\.mlp\.fc2\.", r"block.\1.mlp.fc2_conv."),
+    (r"^blocks\.(\d+)\.mlp\.add\.norm\.", r"block.\1.mlp.fc2_bn."),
+)
 
 
 def _resnet_names(model: SEWResNet | SpikingResNet) -> list[tuple[str, str]]:
