@@ -392,6 +392,14 @@ def test_nir_neurons_are_the_equations_of_the_documentation(tmp_path: Path) -> N
     np.testing.assert_allclose(perfect.nodes["stem_neuron"].r, 1e4)
 
 
+def test_nir_neuron_that_fires_at_the_threshold(tmp_path: Path) -> None:
+    file = save("convnet", tmp_path, threshold=0.7, fires_at_threshold=True)
+    node = to_nir(export.load(file).model, (3, 12, 12)).nodes["stem_neuron"]
+    at = np.float32(0.7)
+    assert (at > node.v_threshold).all()
+    assert not (np.nextafter(at, np.float32(0)) > node.v_threshold).any()
+
+
 @pytest.mark.parametrize(
     ("neuron", "words"),
     [

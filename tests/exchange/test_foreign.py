@@ -27,6 +27,7 @@ from tetdist.errors import UserError
 from tetdist.exchange import foreign
 from tetdist.models import SpikingNetwork
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.neurons import LIF, Neuron
 
 T = 3
 
@@ -164,6 +165,31 @@ def test_spikingjellys_lif_is_one_of_ours(decay_input: bool, threshold: int, alp
     logits.square().sum().backward()
     expected.square().sum().backward()
     assert relative(model.stem.conv.weight.grad, theirs.conv1.weight.grad) < 1e-8
+
+
+def test_spikingjelly_fires_at_its_threshold() -> None:
+    """docs/weights.md: it matters of whole numbers, as spikes that attention adds up."""
+    node = neuron.LIFNode(
+        tau=2.0,
+        v_threshold=0.5,
+        surrogate_function=surrogate.Sigmoid(alpha=4.0),
+        detach_reset=True,
+        step_mode="m",
+    )
+    generator = torch.Generator().manual_seed(0)
+    current = torch.randint(0, 3, (4, 200), generator=generator).double().requires_grad_()
+    weight = torch.randn(4, 200, generator=generator, dtype=torch.float64)
+    config: dict[str, Any] = {
+        **{"decay": 0.5, "threshold": 1.0, "detach_reset": True},
+        **{"surrogate": "sigmoid", "surrogate_width": 2.0},
+    }
+    spikes, gradients = [], []
+    for layer in (node, Neuron(LIF(fires_at_threshold=True, **config)), Neuron(LIF(**config))):
+        spikes.append(layer(current))
+        gradients += torch.autograd.grad((spikes[-1] * weight).sum(), current)
+    assert torch.equal(spikes[0], spikes[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert (spikes[0] != spikes[2]).double().mean() > 0.2
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

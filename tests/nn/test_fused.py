@@ -172,11 +172,12 @@ any_case = st.builds(
 )
 
 
-# A library is built for each kind of neuron; these four have every surrogate, and every reset.
-BUILT = [
+# A library is built for each kind of neuron; these four have every surrogate, every reset, and both
+# ways at the threshold.
+BUILT: list[dict[str, Any]] = [
     {"surrogate": "triangle", "reset": "hard", "detach_reset": False},
-    {"surrogate": "atan", "reset": "hard", "detach_reset": True},
-    {"surrogate": "sigmoid", "reset": "soft", "detach_reset": False},
+    {"surrogate": "atan", "reset": "hard", "detach_reset": True, "fires_at_threshold": True},
+    {"surrogate": "sigmoid", "reset": "soft", "detach_reset": False, "fires_at_threshold": True},
     {"surrogate": "rectangle", "reset": "soft", "detach_reset": True},
 ]
 
@@ -196,6 +197,28 @@ def test_any_combination_native(
         assert_fused_is_the_definition(
             dataclasses.replace(case, neuron=neuron, shape=shape or case.shape)
         )
+
+
+@pytest.mark.parametrize("built", BUILT, ids=[one["surrogate"] for one in BUILT])
+@each_implementation
+def test_membranes_exactly_at_the_threshold(implementation: str, built: dict[str, Any]) -> None:
+    """Of whole numbers, which the norm leaves what they are, many membranes are there."""
+    case = Case(neuron=LIF(decay=0.5, **built), timesteps=4, training=False, shape=(2, 8, 4, 3))
+    results = []
+    for execution in ("fused", "reference"):
+        module = case.module()
+        module.norm = BatchNorm(8, eps=0.0).double().eval()  # the identity
+        module.execution = execution
+        current = case.inputs()["current"].detach().mul(2).round().requires_grad_()
+        with IMPLEMENTATIONS[implementation]():
+            inputs = {"current": current}
+            results.append(results_of(module, lambda m, x=current: m(x, 4), inputs))
+        spikes = results[-1]["output"]
+        at = current[0] == 1
+        assert 0.1 < at.double().mean() < 0.5
+        assert (spikes[0][at] == built.get("fires_at_threshold", False)).all()
+    assert torch.equal(results[0]["output"], results[1]["output"])
+    assert_same(*results)
 
 
 @pytest.mark.long

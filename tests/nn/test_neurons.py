@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tetdist.nn.neurons import LIF, SURROGATES, Neuron, run, spike
+from tetdist.nn.neurons import LIF, SURROGATES, Neuron, as_dict, completed, run, spike
 
 # Currents, spikes and the last membrane, worked out by hand in binary fractions: float arithmetic
 # is exact on them, so every comparison is for equality.
@@ -58,6 +58,20 @@ def test_membrane_exactly_at_the_threshold_is_silent(threshold: float, reset: st
     fired, u = run(current, config)
     assert fired.tolist() == [[0, 1]]
     assert u[0] == threshold
+
+
+@pytest.mark.parametrize("threshold", [0.25, 1.0, 3.0])
+@pytest.mark.parametrize("reset", ["hard", "soft"])
+def test_membrane_exactly_at_the_threshold_fires_if_asked_to(threshold: float, reset: str) -> None:
+    config = LIF(threshold=threshold, reset=reset, fires_at_threshold=True)
+    just_below = math.nextafter(threshold, 0)
+    current = torch.tensor([[threshold, just_below]], dtype=torch.float64, requires_grad=True)
+    fired, u = run(current, config)
+    assert fired.tolist() == [[1, 0]]
+    assert u.tolist() == [0, just_below]
+    # The surrogate is what it was, around the threshold.
+    (gradient,) = torch.autograd.grad(fired[0, 0], current)
+    assert gradient.tolist() == [[1, 0]]
 
 
 def test_given_membrane_is_where_the_neuron_starts() -> None:
@@ -289,6 +303,8 @@ def test_sigmoid_control_asks_for_its_derivative() -> None:
         LIF(spike="sigmoid")
     with pytest.raises(ValueError, match="spike must be one of step, sigmoid, not 'stop'"):
         LIF(spike="stop")  # type: ignore[arg-type]  # the mistake
+    with pytest.raises(ValueError, match="fires_at_threshold must be false"):
+        LIF(spike="sigmoid", surrogate="sigmoid", fires_at_threshold=True)
 
 
 def test_detaching_the_reset_changes_the_gradient_and_not_the_spikes() -> None:
@@ -364,4 +380,11 @@ def test_defaults_are_the_papers_neuron() -> None:
         detach_reset=False,
         surrogate="triangle",
         surrogate_width=1.0,
+        fires_at_threshold=False,
     )
+
+
+def test_numbers_of_an_earlier_version_are_completed() -> None:
+    earlier = {"decay": 0.75, "reset": "soft"}
+    assert completed(earlier) == as_dict(LIF(decay=0.75, reset="soft"))
+    assert completed({"kind": "somebodys", "a": 1}) == {"kind": "somebodys", "a": 1}

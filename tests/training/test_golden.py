@@ -121,6 +121,14 @@ def test_its_run_folder_is_continued_and_evaluated(train: Main, tmp_path: Path, 
     assert same(json.loads(result.read_text()) | {"checkpoint": ""}, wanted | {"checkpoint": ""})
 
 
+def test_its_weights_are_of_the_same_network(train: Main) -> None:
+    """Keys that the neuron has got since are as if they had not changed it."""
+    outcome = train("begun", f"init_checkpoint={GOLDEN / 'stopped'}", "max_steps=1")
+    assert outcome.status == 0, outcome.text
+    assert "beginning with the weights of" in outcome.text
+    assert "of another network" not in outcome.text
+
+
 def test_its_folder_is_held_to_what_it_was(train: Main, tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "stopped", tmp_path / "runs" / "stopped")
     outcome = train("stopped", "model.neuron.decay=0.6")

@@ -22,7 +22,7 @@ class Membranes:
     Attributes:
         edges: Borders of the bins, in thresholds; the outermost bins hold what is beyond, too.
         shares: By layer, the share of membranes (before the reset) in each bin.
-        fires: By layer, the share above the threshold: its firing rate.
+        fires: By layer, the share of those that fire: its firing rate.
     """
 
     edges: list[float]
@@ -89,7 +89,7 @@ def _counts_in_order(u: Tensor) -> Tensor:
 
 
 def _histogram(current: Tensor, config: LIF) -> tuple[list[float], float]:
-    """The shares by bin and above the threshold of neurons with the input current (T, ...)."""
+    """The shares by bin, and of what fires, of neurons with the input current (T, ...)."""
     current = current.to(torch.promote_types(current.dtype, torch.float32))
     counts = torch.zeros(BINS, dtype=torch.float64, device=current.device)
     above = torch.zeros((), dtype=torch.float64, device=current.device)

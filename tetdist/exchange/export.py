@@ -316,7 +316,8 @@ def _neuron(neuron: NeuronConfig) -> str:
     if neuron.spike != "step":
         kind += f" with a {neuron.spike} in place of spikes"
     return (
-        f"{kind}, decay {neuron.decay:g}, threshold {neuron.threshold:g}, {neuron.reset} reset, "
+        f"{kind}, decay {neuron.decay:g}, threshold {neuron.threshold:g}"
+        f"{' (fires at it)' if neuron.fires_at_threshold else ''}, {neuron.reset} reset, "
         f"{neuron.surrogate} surrogate of width {neuron.surrogate_width:g}"
     )
 

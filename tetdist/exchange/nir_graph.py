@@ -8,7 +8,7 @@ libraries step them, they are ours exactly (without input scaling: ``R`` undoes 
                                                                             R = tau / dt
 
 Both fire where v is above the threshold, and are reset to 0: the hard reset. The soft reset has no
-node in NIR.
+node in NIR. Neurons that fire at their threshold, too, get the float32 below it.
 
 An edge carries a node's output, and a node's input is the sum of its edges; that is how shortcuts
 join. Batch norm is folded into the convolution before it. What NIR lacks is put together exactly,
@@ -201,6 +201,8 @@ class _Builder:
             return np.full(shape, value, np.float32)
 
         threshold, zero = everywhere(config.threshold), everywhere(0.0)
+        if config.fires_at_threshold:
+            threshold = np.nextafter(threshold, zero)
         if config.decay == 1:
             return nir.IF(r=everywhere(1 / self.dt), v_threshold=threshold, v_reset=zero)
         steps = 1 / (1 - config.decay)

@@ -364,6 +364,7 @@ def kernels(config: LIF) -> Kernels | None:
         f"-DSURROGATE={list(SURROGATES).index(config.surrogate)}",
         f"-DHARD_RESET={int(config.resets_to_zero)}",
         f"-DDETACH_RESET={int(config.detach_reset)}",
+        f"-DFIRES_AT_THRESHOLD={int(config.fires_at_threshold)}",
     )
     return None if library is None else Kernels(library, config)
 

@@ -4,7 +4,8 @@ One timestep of a neuron with membrane ``u``, input current ``I`` and threshold 
 (TET, Deng et al., ICLR 2022, equations 1 to 3):
 
     u[t] = decay * u_after_reset[t-1] + I[t]        (decay = 1: IF; decay < 1: LIF)
-    s[t] = 1 if u[t] - V_th > 0 else 0              (strict: a membrane at the threshold is silent)
+    s[t] = 1 if u[t] - V_th > 0 else 0              (a membrane at the threshold is silent, unless
+                                                     fires_at_threshold: >= 0)
     u_after_reset[t] = u[t] * (1 - s[t])            (hard reset, to 0)
                      = u[t] - V_th * s[t]           (soft reset)
 
@@ -59,15 +60,15 @@ class _Spike(torch.autograd.Function):
     """Heaviside step forward, surrogate backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, surrogate: str, width: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, surrogate: str, width: float, at_threshold: bool) -> Tensor:
         ctx.save_for_backward(x)
         ctx.surrogate, ctx.width = surrogate, width
-        return (x > 0).to(x.dtype)
+        return (x >= 0 if at_threshold else x > 0).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        return grad_outputs[0] * SURROGATES[ctx.surrogate](x, ctx.width), None, None
+        return grad_outputs[0] * SURROGATES[ctx.surrogate](x, ctx.width), None, None, None
 
 
 def spike(x: Tensor, config: "LIF") -> Tensor:
@@ -77,7 +78,9 @@ def spike(x: Tensor, config: "LIF") -> Tensor:
     """
     match config.spike:
         case "step":
-            return _Spike.apply(x, config.surrogate, config.surrogate_width)
+            return _Spike.apply(
+                x, config.surrogate, config.surrogate_width, config.fires_at_threshold
+            )
         case "sigmoid":
             return torch.sigmoid(config.surrogate_width * x)
         case other:
@@ -264,6 +267,13 @@ def as_dict(config: NeuronConfig) -> dict[str, Any]:
     return {"kind": kind_of(config)} | asdict(config)
 
 
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Kind and numbers as an earlier version wrote them down, with those that came since."""
+    kind = values.get("kind", "lif")
+    defaults = as_dict(class_of(kind)()) if kind in NEURONS else {}
+    return defaults | values
+
+
 @NEURONS.register("lif")
 @dataclass(frozen=True, kw_only=True)
 class LIF(NeuronConfig):
@@ -290,6 +300,11 @@ class LIF(NeuronConfig):
         "sigmoid: the control of the paper whose gradient is its own. Needs surrogate=sigmoid, "
         "whose width is its steepness; without fused passes, so slower.",
     )
+    fires_at_threshold: bool = option(
+        False,
+        "Whether a membrane exactly at the threshold fires, as in spikingjelly (u >= V_th). It "
+        "matters where the input is whole numbers, such as sums of spikes.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -298,6 +313,8 @@ class LIF(NeuronConfig):
                 f"spike 'sigmoid' has its own derivative: surrogate must be 'sigmoid', not "
                 f"{self.surrogate!r}"
             )
+        if self.spike == "sigmoid" and self.fires_at_threshold:
+            raise ValueError("spike 'sigmoid' never fires: fires_at_threshold must be false")
 
     @property
     def resets_to_zero(self) -> bool:

@@ -123,6 +123,7 @@ class Passes:
             "HARD": config.resets_to_zero,
             "DECAY": config.decay,
             "THRESHOLD": config.threshold,
+            "AT_THRESHOLD": config.fires_at_threshold,
         }
         self.backward = self.forward | {
             "DETACH": config.detach_reset,

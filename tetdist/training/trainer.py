@@ -33,7 +33,7 @@ from tetdist.distributed.world import World
 from tetdist.errors import Stopped, UserError
 from tetdist.evaluation.evaluate import Interrupted, evaluate
 from tetdist.losses import compute_loss
-from tetdist.nn import batch_norm
+from tetdist.nn import batch_norm, neurons
 from tetdist.nn.precision import autocast, choose_algorithms, parameter_type
 from tetdist.optimizers import make_optimizer
 from tetdist.plugins import checksums_of
@@ -563,6 +563,7 @@ class Trainer:
         checkpoint.load_weights(self.model, weights, Path(source))
         if self.world.rank == 0:
             theirs, ours = description.config["model"], self.config.as_dict()["model"]
+            theirs = theirs | {"neuron": neurons.completed(theirs.get("neuron", {}))}
             for change in differences({"model": theirs}, {"model": ours}):
                 if not change.startswith("model.num_classes"):
                     logger.warning("init_checkpoint is of another network: %s", change)

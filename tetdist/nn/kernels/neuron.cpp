@@ -5,6 +5,7 @@
 //     SURROGATE        0 triangle, 1 atan, 2 sigmoid, 3 rectangle (neurons.py has their formulas)
 //     HARD_RESET       1 hard, 0 soft
 //     DETACH_RESET     whether the reset is a constant to the backward pass
+//     FIRES_AT_THRESHOLD    whether a membrane at the threshold fires
 //
 // Tensors are (T, N, C) without gaps: N = B*H*W, channels last. "Wide" is the type in which one
 // computes: float, and double for double. A sum over rows is made of sums over blocks of rows, whose
@@ -41,6 +42,11 @@ int64_t rows_of_block(int64_t channels) {
 struct Neuron {
     double decay, threshold, width;
 };
+
+// Whether a membrane fires that is so much above the threshold.
+template <class W> inline bool does_fire(W above) {
+    return FIRES_AT_THRESHOLD ? above >= 0 : above > 0;
+}
 
 template <class W> inline W slope(W x, W width) {
 #if SURROGATE == 0
@@ -155,7 +161,7 @@ inline void forward_part(const Forward<X>& f, int64_t n, int64_t c0, Length leng
             if (SHORTCUT == PLAIN) current += wide(shortcut[c]);
             if (SHORTCUT == NORMALIZED) current += wide(shortcut[c]) * gain2[c] + offset2[c];
             W v = decay * u[c] + current;
-            const bool fires = v - threshold > 0;
+            const bool fires = does_fire(v - threshold);
             out[c] = fires ? W(1) : W(0);
             if (IDENTITY) out[c] += wide(identity[c]);
             spikes[c] = narrow<X>(out[c]);
@@ -232,7 +238,7 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             if (SHORTCUT == NORMALIZED) current += wide(shortcut[c]) * gain2[c] + offset2[c];
             const W v = decay * u[c] + current;
             before_reset[c] = v;
-            u[c] = v - threshold > 0 ? (HARD_RESET ? W(0) : v - threshold) : v;
+            u[c] = does_fire(v - threshold) ? (HARD_RESET ? W(0) : v - threshold) : v;
         }
     }
     for (int c = 0; c < length; c++) {
@@ -248,7 +254,7 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
 #pragma omp simd
         for (int c = 0; c < length; c++) {
             const W v = before_reset[c];
-            const bool fires = v - threshold > 0;
+            const bool fires = does_fire(v - threshold);
             const W kept = HARD_RESET && fires ? W(0) : after[c];
             const W through_reset = DETACH_RESET ? W(0) : after[c] * (HARD_RESET ? v : threshold);
             const W g = (wide(grad_spikes[c]) - through_reset) * slope(v - threshold, width) + kept;

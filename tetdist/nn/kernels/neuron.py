@@ -188,12 +188,22 @@ def normalization(
 
 
 @triton.jit
-def _after_reset(v, above, HARD: tl.constexpr):
+def _fires(above, AT_THRESHOLD: tl.constexpr):
+    """Whether membranes fire that are so much above the threshold."""
+    if AT_THRESHOLD:
+        fires = above >= 0
+    else:
+        fires = above > 0
+    return fires
+
+
+@triton.jit
+def _after_reset(v, above, AT_THRESHOLD: tl.constexpr, HARD: tl.constexpr):
     """The membrane after the reset, of that before it and what of that is above the threshold."""
     if HARD:
-        u = tl.where(above > 0, 0.0, v)
+        u = tl.where(_fires(above, AT_THRESHOLD), 0.0, v)
     else:
-        u = tl.where(above > 0, above, v)
+        u = tl.where(_fires(above, AT_THRESHOLD), above, v)
     return u
 
 
@@ -201,8 +211,8 @@ def _after_reset(v, above, HARD: tl.constexpr):
 def fire(
     x, shortcut, identity, gain, offset, shortcut_gain, shortcut_offset, start, spikes, packed, end,
     rows, groups, steps, T: tl.constexpr, SHARED: tl.constexpr, HARD: tl.constexpr,
-    DECAY: tl.constexpr, THRESHOLD: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr
+    DECAY: tl.constexpr, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, VEC: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr
 ):
     """Spikes of the neurons, plus identity, (T, N, C); the same in bytes; membranes, (N, C).
 
@@ -241,15 +251,16 @@ def fire(
             if u is not None:
                 v = u * DECAY + current
             above = v - THRESHOLD
-            out = tl.where(above > 0, 1.0, 0.0).to(wide)
-            byte = (above > 0).to(tl.uint8)
+            fires = _fires(above, AT_THRESHOLD)
+            out = tl.where(fires, 1.0, 0.0).to(wide)
+            byte = fires.to(tl.uint8)
             if identity is not None:
                 out += tl.load(identity + now + at, mask=mask).to(wide)
                 byte = out.to(tl.int32).to(tl.uint8)
             tl.store(spikes + now + at, out.to(spikes.dtype.element_ty), mask=mask)
             if packed is not None:
                 tl.store(packed + now + at, byte, mask=mask)
-            u = _after_reset(v, above, HARD)
+            u = _after_reset(v, above, AT_THRESHOLD, HARD)
         if end is not None:
             tl.store(end + here + at, u, mask=mask)
 
@@ -260,7 +271,7 @@ def fire(
 @triton.jit
 def _membranes(
     x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T: tl.constexpr, SHARED: tl.constexpr,
-    HARD: tl.constexpr, DECAY: tl.constexpr, THRESHOLD: tl.constexpr
+    HARD: tl.constexpr, DECAY: tl.constexpr, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr
 ):
     """Membranes before the reset at each timestep, again, less the threshold; and what was loaded
     to compute them. No more is kept: a thread has 255 registers."""
@@ -293,7 +304,7 @@ def _membranes(
             v = u * DECAY + current
         above = v - THRESHOLD
         aboves = aboves + (above,)  # noqa: RUF005  # likewise
-        u = _after_reset(v, above, HARD)
+        u = _after_reset(v, above, AT_THRESHOLD, HARD)
     return aboves, xs, added
 
 
@@ -318,8 +329,8 @@ def _slope(x, SURROGATE: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _gradient_of_membrane(
-    above, grad_spikes, after, THRESHOLD: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr,
-    SURROGATE: tl.constexpr, WIDTH: tl.constexpr
+    above, grad_spikes, after, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr,
+    HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr, WIDTH: tl.constexpr
 ):
     """The gradient of the membrane before the reset, hence of the current, from the spike's and
     that of the membrane after the reset (None: nothing comes from there)."""
@@ -334,7 +345,7 @@ def _gradient_of_membrane(
         else:
             grad = (grad_spikes - after * THRESHOLD) * slope
         if HARD:
-            grad += tl.where(above > 0, 0.0, after)
+            grad += tl.where(_fires(above, AT_THRESHOLD), 0.0, after)
         else:
             grad += after
     return grad
@@ -345,8 +356,8 @@ def backward_sums(
     x, shortcut, gain, offset, mean, shortcut_gain, shortcut_offset, shortcut_mean, start,
     grad_spikes, grad_end, partial, rows, groups, steps, T: tl.constexpr, SHARED: tl.constexpr,
     HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr, DECAY: tl.constexpr,
-    THRESHOLD: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr
+    THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr
 ):
     """Sums of a program's rows: of the current's gradient, and of that times what was normalised
     (less its mean). partial is (blocks, 2, C), or with a normalised shortcut (blocks, 3, C)."""
@@ -374,7 +385,7 @@ def backward_sums(
         here = first * C
         aboves, xs, added = _membranes(
             x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T, SHARED, HARD, DECAY,
-            THRESHOLD
+            THRESHOLD, AT_THRESHOLD
         )
         after = None
         if grad_end is not None:
@@ -383,7 +394,7 @@ def backward_sums(
         for t in tl.static_range(T - 1, -1, -1):
             grad = tl.load(grad_spikes + here + t * plane + at, mask=mask, other=0.0).to(wide)
             grad = _gradient_of_membrane(
-                aboves[t], grad, after, THRESHOLD, HARD, DETACH, SURROGATE, WIDTH
+                aboves[t], grad, after, THRESHOLD, AT_THRESHOLD, HARD, DETACH, SURROGATE, WIDTH
             )
             over_time += grad
             if not SHARED:
@@ -451,8 +462,8 @@ def backward(
     shortcut_rstd, start, grad_spikes, grad_end, sum_grad, sum_grad_hat, shortcut_sum_grad,
     shortcut_sum_grad_hat, grad_x, grad_shortcut, grad_start, rows, groups, steps, T: tl.constexpr,
     SHARED: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr,
-    DECAY: tl.constexpr, THRESHOLD: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr
+    DECAY: tl.constexpr, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, WIDTH: tl.constexpr,
+    VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
 ):
     """Gradients of x, (T or 1, N, C), shortcut, (T, N, C), and start, (N, C); of those there are.
 
@@ -487,7 +498,7 @@ def backward(
         here = first * C
         aboves, xs, added = _membranes(
             x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T, SHARED, HARD, DECAY,
-            THRESHOLD
+            THRESHOLD, AT_THRESHOLD
         )
         after = None
         if grad_end is not None:
@@ -497,7 +508,7 @@ def backward(
             now = here + t * plane
             grad = tl.load(grad_spikes + now + at, mask=mask, other=0.0).to(wide)
             grad = _gradient_of_membrane(
-                aboves[t], grad, after, THRESHOLD, HARD, DETACH, SURROGATE, WIDTH
+                aboves[t], grad, after, THRESHOLD, AT_THRESHOLD, HARD, DETACH, SURROGATE, WIDTH
             )
             if SHARED:
                 over_time += grad
