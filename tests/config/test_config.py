@@ -227,7 +227,10 @@ def test_bad_override(tiny_config: ConfigWriter, override: str, parts: tuple[str
     [
         # Each says whose mistake it is, and what to write instead.
         ("seed=one", "seed=one: 'seed': input should be a valid integer, not 'one'"),
-        ("timesteps=3", "timesteps=3: unknown key 'timesteps'; there are 'phases.0.timesteps'"),
+        (
+            "timesteps=3",
+            "timesteps=3: unknown key 'timesteps'; there are 'model.neuron.timesteps' and",
+        ),
         ("lr=3", "there is 'phases.0.optimizer.lr'"),
         ("model=sew_resnet18", "did you mean model.name=sew_resnet18?"),
         ("model.neuron=lif", "did you mean model.neuron.kind=lif?"),

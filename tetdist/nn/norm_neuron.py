@@ -19,13 +19,34 @@ from tetdist.nn.packed import Packed, carry
 
 def spiking_layers(model: nn.Module) -> "dict[str, NormNeuron | neurons.Neuron]":
     """A model's layers of neurons, by name; none in a ReLU network."""
-    found: dict[str, NormNeuron | neurons.Neuron] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (NormNeuron, neurons.Neuron)):
-            neuron = module.neuron if isinstance(module, NormNeuron) else module.config
-            if neuron.spiking:
-                found[name] = module
-    return found
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (NormNeuron, neurons.Neuron))
+        and (neuron := neuron_of(module)) is not None
+        and neuron.spiking
+    }
+
+
+def neurons_of(model: nn.Module) -> list[NeuronConfig]:
+    """The neurons of a model's layers of them; none in a ReLU network."""
+    found = (neuron_of(module) for module in model.modules())
+    return [neuron for neuron in found if neuron is not None and neuron.spiking]
+
+
+def neuron_of(module: nn.Module) -> NeuronConfig | None:
+    """The neuron of a layer of them; None: the module is none."""
+    match module:
+        case NormNeuron():
+            return module.neuron
+        case neurons.Neuron():
+            return module.config
+    return None
+
+
+def is_causal(model: nn.Module) -> bool:
+    """True if a model's logits at t do not depend on T, so that one pass shows all smaller T."""
+    return all(neuron.causal for neuron in neurons_of(model))
 
 
 def firing_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -106,7 +127,7 @@ class NormNeuron(nn.Module):
     ) -> Tensor:
         """The definition of `forward`."""
         total = self.input_current(current, timesteps, shortcut, shortcut_norm)
-        learned = {name: value.view(-1, 1, 1) for name, value in self.learned.items()}
+        learned = neurons.broadcasting(self.neuron, self.learned, 2)
         spikes, membrane = self.neuron.run(total, self.membrane, **learned)
         if self.carries:
             self.membrane = membrane
