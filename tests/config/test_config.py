@@ -107,6 +107,14 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"data.std": [0.5, 0.0, 0.5]}, ("data.std",)),
         ({"data.resize": 8}, ("data.resize", "8", "16")),
         ({"phases.0.warmup_epochs": 2.0}, ("phases.0.warmup_epochs", "2")),
+        (
+            {"phases.0.warmup_epochs": 1.0, "phases.0.cooldown_epochs": 1},
+            ("phases.0.warmup_epochs and cooldown_epochs: 2 must be below", "2 epochs"),
+        ),
+        (
+            {"phases.0.min_lr": 0.06, "phases.0.optimizer.lr_per": 8},
+            ("phases.0.min_lr: 0.06", "not be above the peak"),
+        ),
         ({"name": "a/b"}, ("name", "'a/b'")),
         ({"name": ".."}, ("name", "'..'")),
         ({"name": ""}, ("name",)),
@@ -402,7 +410,7 @@ def test_printed_config_is_the_same_config(
     printed.write_text(capsys.readouterr().out)
     config = load(str(printed))
     assert config == load(name, ["seed=3"])
-    assert config.as_yaml() == printed.read_text()
+    assert config.as_dict() == read_yaml(printed)
     assert differences(config.as_dict(), load(name).as_dict()) == ["seed is 0 and was 3"]
 
 

@@ -224,7 +224,7 @@ def make_trainer(case: Case, config: Any, world: Any) -> Any:
             self.micro_batches = range(case.micro_batches)
             self.train_index = _index(config)
             self.steps_per_epoch = 10
-            self.phases = schedule_phases(config.phases, self.steps_per_epoch)
+            self.phases = schedule_phases(config.phases, self.steps_per_epoch, config.batch.global_)
             self._build_model()
             self.window = torch.zeros(3, dtype=torch.float64, device=world.device)
             self.non_finite = health.NonFiniteSteps(world.device, config.non_finite_limit)

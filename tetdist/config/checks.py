@@ -9,7 +9,7 @@ from typing import Any, assert_never
 from pydantic import BaseModel
 
 from tetdist.config.identity import flatten
-from tetdist.config.schema import TIMM, RunConfig, phase_image_sizes
+from tetdist.config.schema import TIMM, PhaseSection, RunConfig, phase_image_sizes
 from tetdist.errors import UserError
 from tetdist.losses import LOSSES
 from tetdist.optimizers import kind_of
@@ -61,11 +61,19 @@ def check(config: RunConfig) -> None:
             "set init_checkpoint to what they left"
         )
     for i, phase in enumerate(config.phases):
-        if phase.warmup_epochs >= phase.epochs:
+        if phase.warmup_epochs + phase.cooldown_epochs >= phase.epochs:
+            both = " and cooldown_epochs" if phase.cooldown_epochs else ""
             raise UserError(
-                f"phases.{i}.warmup_epochs: {phase.warmup_epochs} must be below the phase's "
-                f"{counted(phase.epochs, 'epoch')}"
+                f"phases.{i}.warmup_epochs{both}: {phase.warmup_epochs + phase.cooldown_epochs:g} "
+                f"must be below the phase's {counted(phase.epochs, 'epoch')}"
             )
+        peak = phase.optimizer.peak_lr(config.batch.global_)
+        for key, value in (("warmup_lr", phase.warmup_lr), ("min_lr", phase.min_lr)):
+            if value > peak:
+                raise UserError(
+                    f"phases.{i}.{key}: {value:g} must not be above the peak of the learning rate, "
+                    f"{peak:g}"
+                )
 
 
 def check_name(config: RunConfig) -> None:
@@ -224,6 +232,10 @@ def _unread(config: RunConfig) -> Iterator[tuple[BaseModel, str, tuple[str, ...]
         if config.data.kind == "events":
             sizes = ("image_size", "final_image_size")
             yield phase, f"phases.{i}.", sizes, "data.kind=events"
+        yield phase, f"phases.{i}.", _unread_by_schedule(phase), f"schedule={phase.schedule}"
+        if not phase.warmup_epochs:
+            of_warmup = ("warmup_lr", "clock_after_warmup")
+            yield phase, f"phases.{i}.", of_warmup, f"phases.{i}.warmup_epochs=0"
         prefix = f"phases.{i}.optimizer."
         read = kind_of(phase.optimizer.kind).reads
         names = ("momentum", "nesterov", "betas", "arguments")
@@ -234,3 +246,16 @@ def _unread(config: RunConfig) -> Iterator[tuple[BaseModel, str, tuple[str, ...]
     if not config.tracking.mlflow:
         of_mlflow = ("uri", "experiment", "log_checkpoint", "register_")
         yield config.tracking, "tracking.", of_mlflow, "tracking.mlflow=false"
+
+
+def _unread_by_schedule(phase: PhaseSection) -> tuple[str, ...]:
+    others = {
+        "constant": ("min_lr", "cooldown_epochs", "clock_after_warmup"),
+        "cosine": (),
+        "polynomial": (),
+        "step": ("cooldown_epochs",),
+    }
+    of_one = {"power": "polynomial", "decay_epochs": "step", "decay_rate": "step"}
+    return others[phase.schedule] + tuple(
+        key for key, schedule in of_one.items() if phase.schedule != schedule
+    )

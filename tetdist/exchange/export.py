@@ -239,7 +239,7 @@ def card(trained: Trained, folder: str | None = None) -> str:
         **({"begun with": config.init_checkpoint} if config.init_checkpoint else {}),
         "phases": "; ".join(
             f"{counted(p.epochs, 'epoch')} at T={p.timesteps}, {p.optimizer.kind}, "
-            f"lr {p.optimizer.lr:g}"
+            f"lr {p.optimizer.lr_as_text(config.batch.global_)}"
             for p in config.phases
         ),
         "trained for": f"{counted(description.step, 'step')} of "

@@ -119,7 +119,7 @@ def make(
     batch = config.batch
     order.rank_micro_batches(0, cluster.processes, batch.global_, batch.micro)
     per_epoch = order.steps_per_epoch(train_images, batch.global_)
-    phases = schedule_phases(config.phases, per_epoch)
+    phases = schedule_phases(config.phases, per_epoch, config.batch.global_)
     end = phases[-1].end_step
     last_step = min(end, config.max_steps or end)
     first_step = phases[config.start_phase].first_step
@@ -150,9 +150,9 @@ def cost(plan: Plan, speed: Speed, nodes: int) -> Cost | None:
     communication = communication_seconds(plan.average_bytes, nodes, in_node, cluster)
     share = batch.global_ / processes
     training = evaluating = waiting = 0.0
-    for phase in schedule_phases(plan.config.phases, plan.steps_per_epoch)[
-        plan.config.start_phase :
-    ]:
+    for phase in schedule_phases(
+        plan.config.phases, plan.steps_per_epoch, plan.config.batch.global_
+    )[plan.config.start_phase :]:
         steps = max(0, min(phase.end_step, plan.last_step) - phase.first_step)
         rate = speed.images_per_s * speed.timesteps / phase.section.timesteps
         training += steps * share / rate

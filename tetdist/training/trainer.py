@@ -125,7 +125,7 @@ class Trainer:
         )
         self.train_index, self.val_index = open_data(config, world)
         self.steps_per_epoch = order.steps_per_epoch(len(self.train_index), batch.global_)
-        self.phases = schedule_phases(config.phases, self.steps_per_epoch)
+        self.phases = schedule_phases(config.phases, self.steps_per_epoch, config.batch.global_)
         end = self.phases[-1].end_step
         self.last_step = min(end, config.max_steps or end)
         first = self.phases[config.start_phase].first_step
