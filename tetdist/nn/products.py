@@ -127,7 +127,7 @@ class LinearAttention(Product):
         self.heads, self.scale = heads, scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Three tensors (T, B, C, H, W) to one."""
+        """Queries and keys (T, B, C, H, W) and values (T, B, C', H, W) to (T, B, C', H, W)."""
         packed = [carried(x) for x in (q, k, v)]
         values = [one.values for one in packed if one is not None and one.levels == 1]
         if len(values) < 3 or not torch.is_grad_enabled():
