@@ -215,3 +215,9 @@ def report(
         f"{key} {value}" for key, value in neurons.as_dict(config.model.neuron).items()
     )
     print(f"  neuron, which the file does not tell: {neuron}; T={timesteps}")
+    if source == "qkformer" and not config.model.arguments.get("mixes_samples"):
+        print(
+            "  QKFormer's accuracies were measured by code in which the samples of a batch "
+            "influence each other; here they do not, and the accuracy is lower: docs/weights.md, "
+            "model.arguments.mixes_samples"
+        )

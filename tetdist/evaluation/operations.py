@@ -12,6 +12,12 @@ What is counted, a layer of synapses (a convolution or a linear layer) at a time
 * **Real numbers are multiply-accumulates**, one a synapse, whether zero or not: an image, or the
   mean over all positions before a classifier. A static image's first layer is computed once for all
   timesteps.
+* **Attention** has no weights but sums of products of spikes (nn/products.py). Of a sum over a
+  head's channels, or of products over positions, each spike or product that is 1 is an accumulate.
+  Of k^T v it is each pair of a key's and a value's spike at the same position; then a spike of q
+  adds the d sums that it selects, d accumulates. A mask lets spikes pass or not, and is not
+  counted. In place of synapses stand the multiplications of real numbers: N d of each sum over
+  positions or channels, 2 N d^2 of k^T v and of q with it, a head and timestep.
 
 Batch norm is taken as folded into the weights. Not counted are biases, membranes (decay, threshold,
 reset), identity shortcuts, pooling and, above all, memory: on most hardware it takes more energy
@@ -29,6 +35,7 @@ from torch import Tensor, nn
 
 from tetdist.distributed.world import World
 from tetdist.nn import native
+from tetdist.nn.products import Product
 
 # Energy of a 32-bit floating-point operation in a 45 nm process, in picojoules (Horowitz, ISSCC
 # 2014): an addition, and a multiplication with an addition.
@@ -41,6 +48,8 @@ ASSUMPTIONS = (
     "a mean over 2x2 pixels is its spikes",
     "real-valued inputs (an image, a mean before the classifier) are a multiply-accumulate at each "
     "synapse; a static image's first layer is computed once for all timesteps",
+    "attention: an accumulate a spike or product of spikes that is added up, and a spike of q adds "
+    "the d sums that it selects; masks are not counted",
     "batch norm is folded into the weights; biases, membranes, identity shortcuts, pooling and "
     "memory access are not counted",
 )
@@ -53,7 +62,7 @@ class LayerOperations:
     Attributes:
         accumulates, multiply_accumulates: Operations; one of the two is 0.
         synapses: Pairs of an input and an output that a weight joins: what the same layer of a
-            ReLU network multiplies and accumulates.
+            ReLU network multiplies and accumulates. So of attention, which has no weights.
     """
 
     accumulates: float
@@ -131,6 +140,9 @@ class OperationCounts:
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 self._sums[name] = torch.zeros(5, dtype=torch.float64)
                 self._handles.append(module.register_forward_hook(self._hook(name)))
+            if isinstance(module, Product):
+                self._sums[name] = torch.zeros(5, dtype=torch.float64)
+                self._handles.append(module.register_forward_hook(self._product_hook(name)))
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
         def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -152,6 +164,21 @@ class OperationCounts:
             if _has_other_than_multiples(x, 1):
                 sums[NOT_WHOLE] += 1
                 sums[NOT_QUARTERS] += _has_other_than_multiples(x, 4)
+
+        return count
+
+    def _product_hook(self, name: str) -> Callable[[Product, tuple[Tensor, ...], Tensor], None]:
+        def count(product: Product, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+            inputs = tuple(x.detach() for x in inputs)
+            sums = self._sums[name] = self._sums[name].to(inputs[0].device)
+            sums[PRESENTATIONS] += inputs[0].shape[0] * inputs[0].shape[1]  # T * B
+            sums[PRESENTED_SYNAPSES] += product.synapses(*inputs)
+            if any(_has_other_than_multiples(x, 1) for x in inputs):
+                # Products of quarters are no quarters.
+                sums[NOT_WHOLE] += 1
+                sums[NOT_QUARTERS] += 1
+                return
+            sums[CARRIED] += product.accumulates(*inputs)
 
         return count
 

@@ -62,6 +62,8 @@ class Trained:
                 return (3, self.config.data.image_size, self.config.data.image_size)
             case "events":
                 side = getattr(self.model, "input_size", None)
+                if side is None and isinstance(self.model, SpikingNetwork):
+                    side = self.model.default_cfg["input_size"][-1]  # any would do
                 if side is None:
                     raise UserError(
                         f"{self.config.model.name} does not say how large its event frames are: "

@@ -29,7 +29,14 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.errors import UserError
-from tetdist.models import SpikingNetwork, SpikingResNet, sew_resnet, spiking_resnet
+from tetdist.models import (
+    QKFormer,
+    SpikeDrivenTransformer,
+    SpikingNetwork,
+    SpikingResNet,
+    sew_resnet,
+    spiking_resnet,
+)
 from tetdist.models.base import ConvNormNeuron
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF, Neuron, NeuronConfig
@@ -76,6 +83,12 @@ class _Builder:
     @torch.no_grad()
     def build(self, input_shape: tuple[int, ...]) -> nir.NIRGraph:
         model = self.model
+        if isinstance(model, (QKFormer, SpikeDrivenTransformer)):
+            raise UserError(
+                f"NIR cannot express {type(model).__name__}: it has no node for the maximum over "
+                "currents, which the embedding pools, nor for the product of two signals, of which "
+                "attention is made; export it to onnx or torch"
+            )
         self.nodes["input"] = nir.Input({"input": np.array(input_shape)})
         x = self.layer("stem", model.stem, Signal(("input",), input_shape))
         # Families without a pooling in the stem lack the attribute, or have the identity there.
