@@ -6,7 +6,8 @@ What is counted, a layer of synapses (a convolution or a linear layer) at a time
   synapse. The synapses of a convolution are counted at their place, so that a pixel at the border,
   or one that a stride skips, has fewer of them.
 * **A sum of n spikes is n of them**: what SEW blocks exchange by ADD arrives as n events. So are n
-  events of a camera in one time bin.
+  events of a camera in one time bin, and what an I-LIF neuron sends, which fires n times within the
+  timestep. NI-LIF neurons send n / D, which is n events that weigh a D-th.
 * **A mean of 2x2 spikes** is the same as its spikes with a quarter of the weight: each of them is
   an accumulate a synapse.
 * **Real numbers are multiply-accumulates**, one a synapse, whether zero or not: an image, or the
@@ -18,6 +19,7 @@ reset), identity shortcuts, pooling and, above all, memory: on most hardware it 
 than arithmetic. So the result compares networks and says little about a device.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 
 from tetdist.distributed.world import World
 from tetdist.nn import native
+from tetdist.nn.norm_neuron import neurons_of
 
 # Energy of a 32-bit floating-point operation in a 45 nm process, in picojoules (Horowitz, ISSCC
 # 2014): an addition, and a multiplication with an addition.
@@ -103,16 +106,18 @@ class Operations:
 
 
 @contextmanager
-def counting_operations(model: nn.Module) -> Iterator["OperationCounts"]:
-    """Count the operations of the forward passes within the context."""
-    counts = OperationCounts(model)
+def counting_operations(
+    model: nn.Module, *, in_spikes: bool = False
+) -> Iterator["OperationCounts"]:
+    """Count the operations of the forward passes within the context; see `OperationCounts`."""
+    counts = OperationCounts(model, in_spikes=in_spikes)
     try:
         yield counts
     finally:
         counts.remove()
 
 
-# Positions of the sums of a layer.
+# Positions of the sums of a layer. Whole are multiples of what one spike sends.
 PRESENTATIONS, PRESENTED_SYNAPSES, CARRIED, NOT_WHOLE, NOT_QUARTERS = range(5)
 
 
@@ -120,10 +125,17 @@ class OperationCounts:
     """Sums over what each layer of synapses sees on one process; `total` adds up those of all.
 
     The kind of a layer's numbers is found out from all of them: one that is not whole, or not a
-    quarter, decides.
+    quarter, decides. A spike sends 1; where neurons send shares of 1, it is the smallest of them,
+    but for the layer that sees the network's input.
+
+    Args:
+        model: The network.
+        in_spikes: Whether its layers see single spikes, as in the context of `unrolled`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, in_spikes: bool = False) -> None:
+        levels = [1 if in_spikes else neuron.levels or 1 for neuron in neurons_of(model)]
+        self._spikes_in_one = math.lcm(*levels)
         self._sums: dict[str, Tensor] = {}
         self._fan_outs: dict[tuple[str, torch.Size], Tensor] = {}
         self._handles = []
@@ -131,6 +143,8 @@ class OperationCounts:
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 self._sums[name] = torch.zeros(5, dtype=torch.float64)
                 self._handles.append(module.register_forward_hook(self._hook(name)))
+        # Networks register their layers in the order in which they run.
+        self._of_input = next(iter(self._sums), None)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
         def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -138,6 +152,7 @@ class OperationCounts:
             if x.ndim == (4 if isinstance(module, nn.Conv2d) else 2):
                 # A library's container has folded time into the batch.
                 x = x[None]
+            levels = self._levels_of(name)
             sums = self._sums[name] = self._sums[name].to(x.device)
             presentations = x.shape[0] * x.shape[1]  # T * B
             if isinstance(module, nn.Conv2d):
@@ -149,11 +164,15 @@ class OperationCounts:
             sums[PRESENTATIONS] += presentations
             sums[PRESENTED_SYNAPSES] += presentations * inputs_a_position * fan_out.sum()
             sums[CARRIED] += carried.sum()
-            if _has_other_than_multiples(x, 1):
+            if _has_other_than_multiples(x, levels):
                 sums[NOT_WHOLE] += 1
-                sums[NOT_QUARTERS] += _has_other_than_multiples(x, 4)
+                sums[NOT_QUARTERS] += _has_other_than_multiples(x, 4 * levels)
 
         return count
+
+    def _levels_of(self, name: str) -> int:
+        """What a layer's inputs are multiples of, as one over it, if they are spikes."""
+        return 1 if name == self._of_input else self._spikes_in_one
 
     def _fan_out(self, name: str, conv: nn.Conv2d, x: Tensor, y: Tensor) -> Tensor:
         """The number of outputs that a spike of one channel reaches from each position, (H, W)."""
@@ -182,7 +201,10 @@ class OperationCounts:
         flat = world.sum([value for name in names for value in self._sums[name].tolist()])
         rows = [flat[5 * i : 5 * i + 5] for i in range(len(names))]
         return Operations(
-            {name: _layer(row, samples) for name, row in zip(names, rows, strict=True)}
+            {
+                name: _layer(row, samples, self._levels_of(name))
+                for name, row in zip(names, rows, strict=True)
+            }
         )
 
     def remove(self) -> None:
@@ -190,11 +212,11 @@ class OperationCounts:
             handle.remove()
 
 
-def _layer(sums: list[float], samples: int) -> LayerOperations:
+def _layer(sums: list[float], samples: int, levels: int) -> LayerOperations:
     synapses = sums[PRESENTED_SYNAPSES] / sums[PRESENTATIONS]
     if sums[NOT_WHOLE] and sums[NOT_QUARTERS]:
         return LayerOperations(0.0, sums[PRESENTED_SYNAPSES] / samples, synapses)
-    spikes_in_one = 4 if sums[NOT_WHOLE] else 1
+    spikes_in_one = levels * (4 if sums[NOT_WHOLE] else 1)
     return LayerOperations(spikes_in_one * sums[CARRIED] / samples, 0.0, synapses)
 
 
