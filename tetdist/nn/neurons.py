@@ -358,21 +358,6 @@ class ReLU(NeuronConfig):
         return current.relu(), torch.zeros_like(current[0])
 
 
-class Neuron(nn.Module):
-    """Neurons that start every sample at rest: current (T, B, ...) to spikes (T, B, ...)."""
-
-    def __init__(self, config: NeuronConfig, num_channels: int = 1) -> None:
-        super().__init__()
-        self.config = config
-        self.learned = learned(config, num_channels)
-
-    def forward(self, current: Tensor) -> Tensor:
-        return self.config.run(current, None, **self.learned)[0]
-
-    def extra_repr(self) -> str:
-        return str(self.config)
-
-
 def learned(config: NeuronConfig, num_channels: int) -> nn.ParameterDict:
     """Parameters that a layer of neurons learns itself; the optimisers decay none of them."""
     parameters = config.parameters(num_channels)
