@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tetdist.nn import native, passes
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.neurons import LIF
 
 
 @contextlib.contextmanager
@@ -42,6 +43,22 @@ def interpreted() -> Iterator[None]:
         for attribute, name in (("neuron", "neuron"), ("pooling", "pool"), ("packing", "packing")):
             patch.setattr(triton_passes, attribute, _interpreted_kernels(name))
         yield
+
+
+@contextlib.contextmanager
+def native_passes() -> Iterator[None]:
+    """The passes of CPUs, and nothing else in their place."""
+    if native.kernels(LIF()) is None:
+        assert not os.environ.get("CI"), "CI has a C++ compiler, and this does not build"
+        pytest.skip("no C++ compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        # Should a neuron's own not build, this must not become a test of something else.
+        patch.setattr(passes, "_say_that_there_is_no_library", None)
+        yield
+
+
+IMPLEMENTATIONS = {"native": native_passes, "triton": interpreted}
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 @functools.cache

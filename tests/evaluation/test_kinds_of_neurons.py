@@ -15,7 +15,9 @@ from tetdist.data.loader import Batch
 from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
 from tetdist.evaluation.evaluate import Evaluation, evaluate
+from tetdist.evaluation.operations import counting_operations
 from tetdist.evaluation.suite import Passes, run_suite
+from tetdist.evaluation.unrolling import unrolled
 from tetdist.models import SpikingNetwork
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF
@@ -140,6 +142,103 @@ def test_a_network_runs_at_the_t_of_its_neurons_only() -> None:
         masked.set_timesteps(5)
 
 
+UNROLLED: dict[str, dict[str, Any]] = {
+    "spiking_convnet": {"channels": (6, 8, 8), "input_size": 12},
+    "sew_resnet18": {"width": 4},
+    "spiking_resnet18": {"width": 4, "stem_width": 4},
+    "spiking_resnet19": {"width": 4, "stem_width": 4, "hidden_features": 8},
+    "vggsnn": {"input_size": 16, "timesteps": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name in UNROLLED
+        for kind in ("ilif", "nilif", "lif")
+        if name != "vggsnn" or kind == "nilif"  # It is large.
+    ],
+)
+def test_binary_sub_timesteps_give_the_same_logits(name: str, kind: str) -> None:
+    numbers = {"lif": {"threshold": 0.3}}.get(kind, {"threshold": 0.3, "most_spikes": 4})
+    model = network(name, {"kind": kind, **numbers}, **UNROLLED[name])
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 4, 2, 16, 16) if model.input_kind == "events" else (2, 3, 12, 12)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    seen: dict[str, Tensor] = {}
+
+    def look(layer: str) -> Callable[..., None]:
+        return lambda _module, inputs, _output: seen.__setitem__(layer, inputs[0])
+
+    with torch.no_grad():
+        expected = model(x, per_timestep=True)
+        with unrolled(model) as most:
+            for layer, module in model.named_modules():
+                if isinstance(module, torch.nn.Conv2d) and not layer.startswith("stem"):
+                    # After the hook that sums up, whose inputs are those of the layer.
+                    module.register_forward_hook(look(layer))
+            got = model(x, per_timestep=True)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert expected.std() > 1e-3
+    assert seen
+    convs = {layer: number for layer, number in most.items() if layer in seen}
+    assert convs.keys() == seen.keys()
+    for layer, spikes in seen.items():
+        assert set(spikes.unique().tolist()) <= {0.0, 1.0}
+        assert len(spikes) == 4 * convs[layer]
+    sums = 4 if name == "vggsnn" else 5 if name == "sew_resnet18" else 1  # of pixels, of a stage
+    assert max(convs.values()) <= sums * (1 if kind == "lif" else 4)
+    if kind != "lif":
+        assert max(convs.values()) >= 3
+    # All is as before.
+    with torch.no_grad():
+        assert torch.equal(model(x, per_timestep=True), expected)
+
+
+@pytest.mark.parametrize("kind", ["ilif", "nilif"])
+@pytest.mark.parametrize("name", ["spiking_convnet", "sew_resnet18"])
+def test_operations_of_integer_spikes_are_those_of_the_unrolled_network(
+    name: str, kind: str
+) -> None:
+    """Spikes one by one: each layer's inputs in sub-timesteps, times what each reaches."""
+    model = network(name, {"kind": kind, "threshold": 0.3}, **UNROLLED[name])
+    x = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(0)).double()
+    reached: dict[str, float] = {}
+
+    def count(layer: str) -> Callable[..., None]:
+        def hook(module: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+            ones, flat = torch.ones_like(module.weight), inputs[0].flatten(0, 1)
+            assert set(flat.unique().tolist()) <= {0.0, 1.0}
+            sums = torch.nn.functional.conv2d(flat, ones, None, module.stride, module.padding)
+            reached[layer] = sums.sum().item() / len(x)
+
+        return hook
+
+    with torch.no_grad():
+        with counting_operations(model) as counts:
+            model(x)
+        with unrolled(model):
+            for layer, module in model.named_modules():
+                if isinstance(module, torch.nn.Conv2d) and not layer.startswith("stem"):
+                    module.register_forward_hook(count(layer))
+            model(x)
+    with join("cpu") as world:
+        found = counts.total(world, len(x)).layers
+    for layer, number in reached.items():
+        assert found[layer].accumulates == pytest.approx(number)
+        assert found[layer].multiply_accumulates == 0
+    assert sum(reached.values()) > 0
+
+
+def test_what_does_not_fire_is_not_unrolled() -> None:
+    with (
+        pytest.raises(UserError, match="--unroll: only neurons"),
+        unrolled(small({"kind": "relu"})),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("kind", ["ilif", "nilif"])
 def test_firing_rates_of_integer_spikes_are_shares_of_the_most(kind: str, alone: World) -> None:
     model = small({"kind": kind, "most_spikes": 8, "threshold": 0.3})
@@ -149,3 +248,23 @@ def test_firing_rates_of_integer_spikes_are_shares_of_the_most(kind: str, alone:
     spikes = seen[0] / (8 if kind == "ilif" else 1)
     assert 0.1 < result.firing_rate["stem.neuron"] < 1
     assert result.firing_rate["stem.neuron"] == pytest.approx(spikes.mean().item())
+
+
+@pytest.mark.parametrize("kind", ["ilif", "nilif"])
+def test_an_unrolled_evaluation_says_the_same(kind: str, alone: World) -> None:
+    model = small({"kind": kind, "threshold": 0.3})
+    passes = passes_of(model, alone)
+    numbers, spikes = (
+        run_suite(
+            passes, timesteps=[2, 4], unroll=unroll, drop_timesteps=[], drop_events=[], seed=0
+        )
+        for unroll in (False, True)
+    )
+    most = spikes.pop("sub_timesteps")
+    assert most.keys() == {"blocks.0.conv", "blocks.1.conv", "fc"}
+    assert set(most.values()) <= {2, 3, 4}
+    assert spikes["per_timestep_loss"] == pytest.approx(numbers["per_timestep_loss"], rel=1e-12)
+    for key in ("per_timestep_top1", "confusion", "firing_rate"):
+        assert spikes[key] == numbers[key]
+    for layer, found in spikes["operations"]["layers"].items():
+        assert found == pytest.approx(numbers["operations"]["layers"][layer]), layer

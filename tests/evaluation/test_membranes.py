@@ -8,7 +8,8 @@ from torch import Tensor, nn
 import tetdist
 from tetdist.evaluation import membranes
 from tetdist.evaluation.membranes import membrane_distribution
-from tetdist.nn.neurons import LIF, Neuron
+from tetdist.nn.neurons import LIF
+from tetdist.nn.norm_neuron import Neuron
 
 assert tetdist.__doc__  # registers the models
 

@@ -27,7 +27,8 @@ from tetdist.errors import UserError
 from tetdist.exchange import foreign
 from tetdist.models import SpikingNetwork
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.neurons import LIF, Neuron
+from tetdist.nn.neurons import LIF
+from tetdist.nn.norm_neuron import Neuron
 
 T = 3
 

@@ -21,8 +21,8 @@ from tetdist.losses import tet_loss
 from tetdist.models import QKFormer, SpikingNetwork
 from tetdist.models.attention import attention_neuron
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.neurons import LIF, Neuron, ReLU, make
-from tetdist.nn.norm_neuron import NormNeuron
+from tetdist.nn.neurons import LIF, ReLU, make
+from tetdist.nn.norm_neuron import Neuron, NormNeuron
 
 assert tetdist.__doc__  # registers the models
 

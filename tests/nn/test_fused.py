@@ -3,7 +3,6 @@
 Triton's kernels are interpreted here; test_triton.py has what concerns them alone.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -22,11 +21,20 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes import assert_same, interpreted, one_thread, randomize, results_of
+from passes import (
+    IMPLEMENTATIONS,
+    assert_same,
+    each_implementation,
+    interpreted,
+    native_passes,
+    one_thread,
+    randomize,
+    results_of,
+)
 from torch import Tensor, nn
 
 import tetdist
-from tetdist.nn import build, native, norm_neuron, passes
+from tetdist.nn import build, native, norm_neuron
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF, SURROGATES, SurrogateName
 from tetdist.nn.norm_neuron import NormNeuron
@@ -36,21 +44,6 @@ from tetdist.nn.norm_neuron import NormNeuron
 def _one_thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-@contextlib.contextmanager
-def native_passes() -> Iterator[None]:
-    if native.kernels(LIF()) is None:
-        assert not os.environ.get("CI"), "CI has a C++ compiler, and this does not build"
-        pytest.skip("no C++ compiler")
-    with pytest.MonkeyPatch.context() as patch:
-        # Should a neuron's own not build, this must not become a test of something else.
-        patch.setattr(passes, "_say_that_there_is_no_library", None)
-        yield
-
-
-IMPLEMENTATIONS = {"native": native_passes, "triton": interpreted}
-each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tetdist.nn.neurons import LIF, SURROGATES, Neuron, as_dict, completed, run, spike
+from tetdist.nn.neurons import LIF, SURROGATES, as_dict, completed, run, spike
+from tetdist.nn.norm_neuron import Neuron
 
 # Currents, spikes and the last membrane, worked out by hand in binary fractions: float arithmetic
 # is exact on them, so every comparison is for equality.

@@ -99,6 +99,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="0.1,0.5",
         help="also evaluate with this share of the events dropped, by chance",
     )
+    parser.add_argument(
+        "--unroll",
+        action="store_true",
+        help="run each timestep as sub-timesteps of spikes that are 0 or 1, as a device runs "
+        "neurons that fire several times: slower, with the same result",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is dropped (default: 0)")
     parser.add_argument("--batch", type=positive, metavar="N", help="samples of one forward pass")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads that decode")
@@ -169,6 +175,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         found = about | run_suite(
             Passes(model, config, index, world, lambda: watch.progress("the evaluation")),
             timesteps=wanted,
+            unroll=options.unroll,
             drop_timesteps=options.drop_timesteps,
             drop_events=options.drop_events,
             seed=options.seed,

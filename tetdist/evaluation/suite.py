@@ -20,6 +20,7 @@ from tetdist.evaluation.robustness import (
     without_events,
     without_timesteps,
 )
+from tetdist.evaluation.unrolling import unrolled
 from tetdist.models import SpikingNetwork
 from tetdist.nn.norm_neuron import is_causal
 from tetdist.tracking.progress import sample_bar
@@ -64,6 +65,7 @@ def run_suite(
     passes: Passes,
     *,
     timesteps: Sequence[int],
+    unroll: bool = False,
     drop_timesteps: Sequence[float],
     drop_events: Sequence[float],
     seed: int,
@@ -79,6 +81,7 @@ def run_suite(
     Args:
         passes: The network, the split and the processes.
         timesteps: Every T that is asked for, rising. The model is left at the largest.
+        unroll: Evaluate it as it is in sub-timesteps of binary spikes, see unrolling.py.
         drop_timesteps: Shares of timesteps, see `without_timesteps`.
         drop_events: Shares of events, see `without_events`; the frames must be numbers of events.
         seed: Seed of what is dropped.
@@ -98,9 +101,12 @@ def run_suite(
     counts = DecisionCounts(list(passes.index.classes), model.num_classes, most, world.device)
     # The layers of a network from outside may be given something else than (T, B, ...).
     counting: AbstractContextManager[OperationCounts | None] = (
-        counting_operations(model) if isinstance(model, SpikingNetwork) else nullcontext()
+        counting_operations(model, in_spikes=unroll)
+        if isinstance(model, SpikingNetwork)
+        else nullcontext()
     )
-    with counting as operations:
+    unrolling = unrolled(model) if unroll else nullcontext(dict[str, int]())
+    with unrolling as sub_timesteps, counting as operations:
         result = passes.run("evaluate", also=counts.add)
     decisions = counts.total(world)
     found: dict[str, Any] = {
@@ -111,6 +117,7 @@ def run_suite(
         "confusion": decisions.confusion,
         "per_class": decisions.per_class(),
         "operations": operations and operations.total(world, result.samples).as_dict(),
+        **({"sub_timesteps": sub_timesteps} if unroll else {}),
         "dropped_timesteps": [],
         "dropped_events": [],
     }

@@ -39,8 +39,8 @@ from tetdist.models import (
 )
 from tetdist.models.base import ConvNormNeuron
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.neurons import LIF, Neuron, NeuronConfig
-from tetdist.nn.norm_neuron import NormNeuron
+from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.nn.norm_neuron import Neuron, NormNeuron
 from tetdist.nn.packed import AvgPool, MaxPool
 
 

@@ -1,4 +1,4 @@
-"""What spiking transformers share: attention's neurons, attention of a real-valued stream, and layers
+"""What spiking transformers share: attention's neurons, attention of a real-valued stream, layers
 that pool before they fire.
 
 A transformer's tokens are the positions of an image (T, B, C, H, W), whose channels come last in
@@ -11,9 +11,8 @@ import dataclasses
 from torch import Tensor, nn
 
 from tetdist.models.base import ConvNormNeuron, conv1x1
-from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NeuronConfig
-from tetdist.nn.norm_neuron import NormAdd
+from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import Conv2d
 from tetdist.nn.products import LinearAttention
@@ -46,7 +45,7 @@ class ConvPoolNeuron(nn.Module):
         super().__init__()
         self.conv = conv
         self.norm = NormPool(conv.out_channels)
-        self.neuron = neurons.Neuron(neuron, conv.out_channels)
+        self.neuron = Neuron(neuron, conv.out_channels)
 
     def forward(self, x: Tensor, timesteps: int | None = None) -> Tensor:
         """(1 or T, B, C, H, W) to spikes (T, B, C', H', W').
@@ -86,12 +85,12 @@ class StreamAttention(nn.Module):
     ) -> None:
         super().__init__()
         value_channels = value_channels or channels
-        self.neuron = neurons.Neuron(neuron, channels)
+        self.neuron = Neuron(neuron, channels)
         self.q = ConvNormNeuron(conv1x1(channels, channels), neuron)
         self.k = ConvNormNeuron(conv1x1(channels, channels), neuron)
         self.v = ConvNormNeuron(conv1x1(channels, value_channels), neuron)
         self.attention = LinearAttention(heads, scale)
-        self.attended = neurons.Neuron(attention_neuron(neuron, threshold), value_channels)
+        self.attended = Neuron(attention_neuron(neuron, threshold), value_channels)
         self.proj = conv1x1(value_channels, channels, bias=bias)
         self.add = NormAdd(channels)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tetdist.errors import UserError
 from tetdist.nn import neurons
-from tetdist.nn.norm_neuron import NormNeuron, neurons_of
+from tetdist.nn.norm_neuron import FusedLayer, NormNeuron, neurons_of
 from tetdist.nn.packed import Conv2d
 from tetdist.nn.recompute import Block
 
@@ -106,7 +106,7 @@ class SpikingNetwork(nn.Module):
         if execution not in ("fused", "reference"):
             raise ValueError(f"execution must be 'fused' or 'reference', not {execution!r}")
         for module in self.modules():
-            if isinstance(module, NormNeuron):
+            if isinstance(module, FusedLayer):
                 module.execution = execution
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -6,9 +6,10 @@ stream: what each half of a block adds to it is a current, and its first layer i
 every convolution but the first one, and the classifier, sees spikes.
 
 **T and D.** The authors train at T=1, with neurons that fire up to D=4 times in their one timestep
-(`NILIF`: a number of spikes over D, and no membrane to speak of, since there is no timestep before).
-So a network has T=1 by default, and its recipe NI-LIF neurons of D=4. A device takes D sub-timesteps
-in which each neuron fires or does not; evaluation/unrolling.py computes so, with the same result.
+(`NILIF`: a number of spikes over D, and no membrane to speak of, since there is no timestep
+before). So a network has T=1 by default, and its recipe NI-LIF neurons of D=4. A device takes D
+sub-timesteps, in each of which a neuron fires or does not; evaluation/unrolling.py computes so,
+with the same result.
 
 With more timesteps the image is shown again: what rounding or the limit of D spikes left of a
 membrane is carried on to the next timestep, times the neuron's decay, and the logits of all are
@@ -30,11 +31,10 @@ from tetdist.models import base
 from tetdist.models.attention import StreamAttention
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.models.spike_driven_transformer import Mlp
-from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.integer_neurons import ILIF, NILIF
 from tetdist.nn.neurons import NeuronConfig
-from tetdist.nn.norm_neuron import NormAdd
+from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.packed import Conv2d
 
 # Channels of the values in attention, in those of the stream.
@@ -66,13 +66,13 @@ class Stem(nn.Module):
 
 
 class SeparableConv(nn.Module):
-    """A depthwise convolution between two 1x1 ones, the first twice as wide, added to the stream."""
+    """A depthwise convolution between two of 1x1, twice as wide as the stream, and added to it."""
 
     def __init__(self, channels: int, kernel: int, neuron: NeuronConfig) -> None:
         super().__init__()
         hidden = 2 * channels
         depthwise = Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False)
-        self.neuron = neurons.Neuron(neuron, channels)
+        self.neuron = Neuron(neuron, channels)
         self.widen = ConvNormNeuron(conv1x1(channels, hidden), neuron)
         self.depthwise = ConvNormNeuron(depthwise, neuron)
         self.narrow = conv1x1(hidden, channels)
@@ -88,7 +88,7 @@ class ConvMlp(nn.Module):
 
     def __init__(self, channels: int, hidden: int, neuron: NeuronConfig) -> None:
         super().__init__()
-        self.neuron = neurons.Neuron(neuron, channels)
+        self.neuron = Neuron(neuron, channels)
         self.conv1 = ConvNormNeuron(conv3x3(channels, hidden), neuron)
         self.conv2 = conv3x3(hidden, channels)
         self.add = NormAdd(channels)
@@ -147,7 +147,7 @@ class Downsampling(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int, neuron: NeuronConfig) -> None:
         super().__init__()
-        self.neuron = neurons.Neuron(neuron, in_channels)
+        self.neuron = Neuron(neuron, in_channels)
         self.conv = conv3x3(in_channels, channels, stride, bias=True)
         self.norm = BatchNorm(channels)
 
@@ -213,7 +213,7 @@ class ESpikeFormer(SpikingNetwork):
             Downsampling(third, fourth, 1, neuron),
             *(transformer(fourth) for _ in range(depths[1])),
         )
-        self.head_neuron = neurons.Neuron(counting_neuron(neuron), fourth)
+        self.head_neuron = Neuron(counting_neuron(neuron), fourth)
         self.num_features = self.head_hidden_size = fourth
         self.fc = base.new_classifier(fourth, num_classes)
         if isinstance(self.fc, nn.Linear):

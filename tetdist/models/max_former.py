@@ -18,10 +18,9 @@ from tetdist.models import base
 from tetdist.models.attention import ConvPoolNeuron, StreamAttention
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.models.spike_driven_transformer import Mlp
-from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import NeuronConfig
-from tetdist.nn.norm_neuron import NormAdd
+from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import Conv2d
 
@@ -69,7 +68,7 @@ class Embedding(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, neuron: NeuronConfig) -> None:
         super().__init__()
-        self.neuron = neurons.Neuron(neuron, in_channels)
+        self.neuron = Neuron(neuron, in_channels)
         self.layer = ConvPoolNeuron(conv3x3(in_channels, channels), neuron)
         self.conv = conv3x3(channels, channels)
         self.shortcut = conv1x1(in_channels, channels)
@@ -87,7 +86,7 @@ class DepthwiseMixer(nn.Module):
 
     def __init__(self, channels: int, kernel: int, neuron: NeuronConfig) -> None:
         super().__init__()
-        self.neuron = neurons.Neuron(neuron, channels)
+        self.neuron = Neuron(neuron, channels)
         self.conv = Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
         self.add = NormAdd(channels)
 
@@ -165,7 +164,7 @@ class MaxFormer(SpikingNetwork):
                     )
                 blocks.append(Block(mixer, Mlp(width, mlp_ratio * width, neuron)))
         self.blocks = nn.Sequential(*blocks)
-        self.head_neuron = neurons.Neuron(neuron, widths[-1])
+        self.head_neuron = Neuron(neuron, widths[-1])
         self.num_features = self.head_hidden_size = widths[-1]
         self.fc = base.new_classifier(widths[-1], num_classes)
         self._initialise()
@@ -199,7 +198,7 @@ default_cfgs = generate_default_cfgs(
     {f"maxformer_10_{width}": base.model_cfg(**_IMAGENET) for width in (384, 512, 768)}
 )
 
-# 16.24, 28.65 and 63.99 million parameters at 1000 classes. The names are those of the paper, of the
+# 16.24, 28.65 and 63.99 million parameters at 1000 classes. Names are made as in the paper, of the
 # number of blocks and the channels of the last stage.
 maxformer_10_384 = base.register(MaxFormer, "maxformer_10_384", widths=(96, 192, 384), heads=6)
 maxformer_10_512 = base.register(MaxFormer, "maxformer_10_512", widths=(128, 256, 512), heads=8)

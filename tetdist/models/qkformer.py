@@ -24,8 +24,8 @@ from tetdist.models import base
 from tetdist.models.attention import ConvPoolNeuron, attention_neuron
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.models.sew_resnet import connect
-from tetdist.nn import neurons
 from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.packed import carried, carry
 from tetdist.nn.products import HeadSum, LinearAttention, masked
 
@@ -88,7 +88,7 @@ class TokenAttention(nn.Module):
         self.q = ConvNormNeuron(conv1x1(channels, channels), neuron)
         self.k = ConvNormNeuron(conv1x1(channels, channels), neuron)
         self.sum = HeadSum(heads)
-        self.neuron = neurons.Neuron(attention_neuron(neuron, threshold), heads)
+        self.neuron = Neuron(attention_neuron(neuron, threshold), heads)
         self.proj = ConvNormNeuron(conv1x1(channels, channels, bias=True), neuron)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class SelfAttention(nn.Module):
         self.k = ConvNormNeuron(conv1x1(channels, channels), neuron)
         self.v = ConvNormNeuron(conv1x1(channels, channels), neuron)
         self.attention = LinearAttention(heads, SCALE)
-        self.neuron = neurons.Neuron(attention_neuron(neuron, threshold), channels)
+        self.neuron = Neuron(attention_neuron(neuron, threshold), channels)
         last = MixingConvNormNeuron if mixes_samples else ConvNormNeuron
         self.proj = last(conv1x1(channels, channels, bias=True), neuron)
 

@@ -22,10 +22,9 @@ from torch.nn import functional
 from tetdist.models import base
 from tetdist.models.attention import attention_neuron
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
-from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import NeuronConfig
-from tetdist.nn.norm_neuron import NormAdd
+from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import MaxPool, carried, carry, pack
 from tetdist.nn.products import PositionSum, masked
@@ -54,7 +53,7 @@ class Embedding(nn.Module):
             in_channels = channels // share
         self.conv = conv3x3(in_channels, channels)
         self.norm = NormPool(channels) if pools[3] else BatchNorm(channels)
-        self.neuron = neurons.Neuron(neuron, channels)
+        self.neuron = Neuron(neuron, channels)
         self.position = conv3x3(channels, channels)
         self.add = NormAdd(channels)
 
@@ -89,14 +88,14 @@ class Attention(nn.Module):
         heads: int = 8,
     ) -> None:
         super().__init__()
-        self.neuron = neurons.Neuron(neuron, channels)
+        self.neuron = Neuron(neuron, channels)
         self.q = ConvNormNeuron(conv1x1(channels, channels), neuron)
         self.k = ConvNormNeuron(conv1x1(channels, channels), neuron)
         self.v = ConvNormNeuron(conv1x1(channels, channels), neuron)
         self.spread = MaxPool(3, stride=1, padding=1) if dilated else nn.Identity()
         self.spread_tokens = SpreadTokens(heads) if dilated else nn.Identity()
         self.sum = PositionSum(SpreadTokens(heads) if dilated else None)
-        self.mask = neurons.Neuron(attention_neuron(neuron, threshold), channels)
+        self.mask = Neuron(attention_neuron(neuron, threshold), channels)
         self.proj = conv1x1(channels, channels, bias=True)
         self.add = NormAdd(channels)
 
@@ -133,7 +132,7 @@ class Mlp(nn.Module):
 
     def __init__(self, channels: int, hidden: int, neuron: NeuronConfig) -> None:
         super().__init__()
-        self.neuron = neurons.Neuron(neuron, channels)
+        self.neuron = Neuron(neuron, channels)
         self.fc1 = ConvNormNeuron(conv1x1(channels, hidden, bias=True), neuron)
         self.fc2 = conv1x1(hidden, channels, bias=True)
         self.add = NormAdd(channels)
@@ -204,7 +203,7 @@ class SpikeDrivenTransformer(SpikingNetwork):
                 for _ in range(depth)
             )
         )
-        self.head_neuron = neurons.Neuron(neuron, channels)
+        self.head_neuron = Neuron(neuron, channels)
         self.num_features = self.head_hidden_size = channels
         self.fc = base.new_classifier(channels, num_classes)
         for module in self.modules():

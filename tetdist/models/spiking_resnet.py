@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from tetdist.models import base
 from tetdist.models.base import INV_SQRT_2, ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
-from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import NeuronConfig
-from tetdist.nn.norm_neuron import NormNeuron
+from tetdist.nn.norm_neuron import Neuron, NormNeuron
 from tetdist.nn.packed import Conv2d, MaxPool
 
 Norm = Literal["bn", "tdbn"]
@@ -146,7 +145,7 @@ class SpikingResNet(SpikingNetwork):
         self.hidden: nn.Module = nn.Identity()
         if hidden_features:
             self.hidden = nn.Sequential(
-                nn.Linear(channels, hidden_features), neurons.Neuron(neuron, hidden_features)
+                nn.Linear(channels, hidden_features), Neuron(neuron, hidden_features)
             )
         self.num_features = self.head_hidden_size = hidden_features or channels
         self.fc = base.new_classifier(self.num_features, num_classes)

@@ -30,14 +30,15 @@ class Inputs(NamedTuple):
     Attributes:
         x: The convolution's output, (T, N, C), or (1, N, C) where all timesteps share it.
         shortcut: Added to the normalised x, (T, N, C).
-        affine: Normalises x.
+        affine: Normalises x; None: x is the current, and N and C any two numbers whose product is
+            that of neurons. Then there is no shortcut.
         of_shortcut: Normalises the shortcut; None: it is added as it is.
         start: Membranes after an earlier stretch of time, (N, C); None: at rest.
     """
 
     x: Tensor
     shortcut: Tensor | None
-    affine: Affine
+    affine: Affine | None
     of_shortcut: Affine | None
     start: Tensor | None
 
@@ -69,6 +70,11 @@ class Passes(Protocol):
         """Spikes plus identity, (T, N, C); the same in bytes, or None; membranes after the last
         reset, (N, C), or None."""
 
+    def current_gradient(
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of x, which is not normalised, and of the start, if there is one."""
+
     def sums(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
     ) -> tuple[Sums, Any]:
@@ -97,6 +103,44 @@ class Passes(Protocol):
             of_shortcut: The same of the shortcut, where that is normalised.
             needs_x: Whether x needs a gradient.
         """
+
+
+class FusedNeuron(torch.autograd.Function):
+    """Forward and backward of neurons alone, of a current (T or 1, N, C).
+
+    Returns what `FusedNormNeuron` does. Kept for the backward pass is the current.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, membrane: Tensor | None, kernels: Passes
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        ctx.save_for_backward(x, membrane)
+        ctx.kernels = kernels
+        ctx.set_materialize_grads(False)
+        spikes, packed, end = kernels.spikes(Inputs(x, None, None, None, membrane), None)
+        if packed is not None:
+            ctx.mark_non_differentiable(packed)
+        return spikes, packed, end
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, membrane = ctx.saved_tensors
+        inputs = Inputs(x, None, None, None, membrane)
+        grads = _gradients_of_outputs(x, ctx.kernels.timesteps, grad_outputs)
+        return *ctx.kernels.current_gradient(inputs, *grads), None
+
+
+def _gradients_of_outputs(
+    x: Tensor, timesteps: int, grad_outputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of spikes, which are 0 if there are none, and of the last membranes."""
+    grad_spikes, _, grad_end = grad_outputs
+    if grad_spikes is None:
+        assert grad_end is not None
+        grad_spikes = x.new_zeros(()).expand(timesteps, *grad_end.shape)
+    return grad_spikes.contiguous(), None if grad_end is None else grad_end.contiguous()
 
 
 class FusedNormNeuron(torch.autograd.Function):
@@ -147,11 +191,7 @@ class FusedNormNeuron(torch.autograd.Function):
         x, shortcut, membrane, *saved = ctx.saved_tensors
         of_shortcut = Affine(*saved[4:]) if ctx.shortcut_norm is not None else None
         inputs = Inputs(x, shortcut, Affine(*saved[:4]), of_shortcut, membrane)
-        grad_spikes, _, grad_end = grad_outputs
-        if grad_spikes is None:
-            assert grad_end is not None
-            grad_spikes = x.new_zeros(()).expand(ctx.kernels.timesteps, *grad_end.shape)
-        grads = (grad_spikes.contiguous(), None if grad_end is None else grad_end.contiguous())
+        grads = _gradients_of_outputs(x, ctx.kernels.timesteps, grad_outputs)
         sums, kept = ctx.kernels.sums(inputs, *grads)
 
         def averaged(norm: BatchNorm, products: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -180,7 +220,7 @@ class FusedNormNeuron(torch.autograd.Function):
         return (
             grad_x,
             None if grad_shortcut is None else grad_shortcut.to(shortcut.dtype),
-            grad_spikes if ctx.has_identity else None,
+            grad_outputs[0] if ctx.has_identity else None,
             grad_start,
             _times(ctx.norm.scale, sums.grad_xhat),
             sums.grad,

@@ -135,7 +135,7 @@ class Kernels:
         sum_grad, sum_grad_xhat = torch.empty(2, channels, dtype=wide)
         sum_shortcut = None if of_shortcut is None else torch.empty(channels, dtype=wide)
         grad_start = None if start is None else torch.empty_like(start)
-        partial = self._partial(3, rows, x)
+        partial = None if affine is None else self._partial(3, rows, x)
         pointers = map(
             _at,
             (x, shortcut, *norms, start, grad_spikes, grad_end, total, own,
@@ -206,6 +206,12 @@ class Passes:
         # longer than to read it.
         return self.kernels.current_gradient(inputs, grad_spikes, grad_end)
 
+    def current_gradient(
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        _, gradients = self.kernels.current_gradient(inputs, grad_spikes, grad_end)
+        return gradients.of_normalized, gradients.start
+
     def gradients(
         self,
         inputs: Inputs,
@@ -218,6 +224,7 @@ class Passes:
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         del grad_spikes, grad_end
+        assert inputs.affine is not None
 
         def through(
             x: Tensor,

@@ -71,6 +71,12 @@ class _Spike(torch.autograd.Function):
         return grad_outputs[0] * SURROGATES[ctx.surrogate](x, ctx.width), None, None, None
 
 
+def step(x: Tensor, surrogate: str, width: float, *, at_threshold: bool) -> Tensor:
+    """1 where x is above 0, or at it if ``at_threshold``, else 0; backward, the surrogate."""
+    fired: Tensor = _Spike.apply(x, surrogate, width, at_threshold)
+    return fired
+
+
 def spike(x: Tensor, config: "LIF") -> Tensor:
     """Spikes (0 or 1, of the type of ``x``) of ``x = u - V_th``, with the surrogate's gradient.
 
@@ -78,9 +84,8 @@ def spike(x: Tensor, config: "LIF") -> Tensor:
     """
     match config.spike:
         case "step":
-            return _Spike.apply(
-                x, config.surrogate, config.surrogate_width, config.fires_at_threshold
-            )
+            surrogate, width = config.surrogate, config.surrogate_width
+            return step(x, surrogate, width, at_threshold=config.fires_at_threshold)
         case "sigmoid":
             return torch.sigmoid(config.surrogate_width * x)
         case other:
@@ -271,7 +276,7 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     """Kind and numbers as an earlier version wrote them down, with those that came since."""
     kind = values.get("kind", "lif")
     defaults = as_dict(class_of(kind)()) if kind in NEURONS else {}
-    return defaults | values
+    return defaults | dict(values)
 
 
 @NEURONS.register("lif")
@@ -351,21 +356,6 @@ class ReLU(NeuronConfig):
     ) -> tuple[Tensor, Tensor]:
         del membrane, parameters
         return current.relu(), torch.zeros_like(current[0])
-
-
-class Neuron(nn.Module):
-    """Neurons that start every sample at rest: current (T, B, ...) to spikes (T, B, ...)."""
-
-    def __init__(self, config: NeuronConfig, num_channels: int = 1) -> None:
-        super().__init__()
-        self.config = config
-        self.learned = learned(config, num_channels)
-
-    def forward(self, current: Tensor) -> Tensor:
-        return self.config.run(current, None, **self.learned)[0]
-
-    def extra_repr(self) -> str:
-        return str(self.config)
 
 
 def learned(config: NeuronConfig, num_channels: int) -> nn.ParameterDict:

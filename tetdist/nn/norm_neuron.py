@@ -1,28 +1,30 @@
-"""Normalisation, an added shortcut, the neuron and added spikes: what models are built of.
+"""Neurons, alone or with normalisation, an added shortcut and added spikes: what models consist of.
 
-The definition is a few lines (`NormNeuron.reference`); fused.py computes the same in one pass over
+The definitions are a few lines each (`reference`); fused.py computes the same in one pass over
 memory each way.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tetdist.nn import neurons, passes
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fused import FusedNormNeuron, Passes
+from tetdist.nn.fused import FusedNeuron, FusedNormNeuron, Passes
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import Packed, carry
 
 
-def spiking_layers(model: nn.Module) -> "dict[str, NormNeuron | neurons.Neuron]":
+def spiking_layers(model: nn.Module) -> "dict[str, NormNeuron | Neuron]":
     """A model's layers of neurons, by name; none in a ReLU network."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (NormNeuron, neurons.Neuron))
+        if isinstance(module, (NormNeuron, Neuron))
         and (neuron := neuron_of(module)) is not None
         and neuron.spiking
     }
@@ -39,7 +41,7 @@ def neuron_of(module: nn.Module) -> NeuronConfig | None:
     match module:
         case NormNeuron():
             return module.neuron
-        case neurons.Neuron():
+        case Neuron():
             return module.config
     return None
 
@@ -62,7 +64,148 @@ def firing_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-class NormNeuron(nn.Module):
+class LatestLevels:
+    """What the neurons of a model that ran last send, while it runs.
+
+    A layer of synapses sees spikes of the neurons before it. Those of a network are alike, but for
+    E-SpikeFormer's, of which those before the classifier send whole numbers.
+
+    Attributes:
+        levels: Multiples of ``1 / levels``; None: anything, or no neuron has run.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.levels: int | None = None
+        self._handles = []
+        for module in model.modules():
+            if (neuron := neuron_of(module)) is not None:
+                self._handles.append(module.register_forward_hook(self._note(neuron.levels)))
+
+    def _note(self, levels: int | None) -> Callable[..., None]:
+        def note(*_: object) -> None:
+            self.levels = levels
+
+        return note
+
+    def remove(self) -> None:
+        """Look at the model no longer."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class FusedLayer(nn.Module):
+    """A layer that has fused passes, and ``reference``, their definition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.execution = "fused"
+
+    def is_fused(self) -> bool:
+        """Whether the fused passes are to compute, where there are some."""
+        match self.execution:
+            case "fused":
+                return True
+            case "reference":
+                return False
+            case other:
+                raise ValueError(f"there is no execution {other!r}")
+
+
+class NeuronLayer(FusedLayer):
+    """A layer of neurons: one that has membranes, see `carrying_membranes`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.carries = False
+        self.membrane: Tensor | None = None
+
+
+class Neuron(NeuronLayer):
+    """Neurons that start every sample at rest: current (T, B, ...) to spikes (T, B, ...).
+
+    Args:
+        config: The neuron.
+        num_channels: C of a current (T, B, C, H, W), else its last dimension; it matters for kinds
+            that learn a number for each.
+    """
+
+    def __init__(self, config: NeuronConfig, num_channels: int = 1) -> None:
+        super().__init__()
+        self.config = config
+        self.learned = neurons.learned(config, num_channels)
+
+    def forward(self, current: Tensor, timesteps: int | None = None) -> Tensor:
+        """Spikes (T, B, ...), of the current's type and memory layout.
+
+        Args:
+            current: (T, B, ...); or (1, B, ...) when it is the same at all timesteps.
+            timesteps: T; needed only then.
+        """
+        timesteps = timesteps or current.shape[0]
+        assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
+        if self.is_fused():
+            kernels = passes.passes_for(
+                self.config,
+                (current,),
+                timesteps,
+                carries=self.carries,
+                packs=self.training and torch.is_grad_enabled(),
+            )
+            if kernels is not None:
+                return self._fused(current, kernels)
+        return self.reference(current, timesteps)
+
+    def reference(self, current: Tensor, timesteps: int) -> Tensor:
+        """The definition of `forward`."""
+        learned = neurons.broadcasting(self.config, self.learned, 2 if current.ndim == 5 else 0)
+        current = current.expand(timesteps, *current.shape[1:])
+        spikes, membrane = self.config.run(current, self.membrane, **learned)
+        if self.carries:
+            self.membrane = membrane
+        return spikes
+
+    def _fused(self, current: Tensor, kernels: Passes) -> Tensor:
+        layout = _Layout.of(current)
+        start = None if self.membrane is None else layout.flat(self.membrane[None])[0]
+        spikes, packed, end = FusedNeuron.apply(layout.flat(current), start, kernels)
+        if self.carries:
+            self.membrane = layout.shaped(end[None])[0]
+        spikes = layout.shaped(spikes)
+        return spikes if packed is None else carry(spikes, Packed(layout.shaped(packed), 1))
+
+    def extra_repr(self) -> str:
+        return str(self.config)
+
+
+class _Layout(NamedTuple):
+    """How the numbers of a timestep are ordered in memory.
+
+    Attributes:
+        order: The dimensions, but for time, from that of the largest stride on.
+        sizes: Their sizes, in this order.
+    """
+
+    order: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Layout":
+        order = sorted(range(1, x.ndim), key=x.stride, reverse=True)
+        return cls(tuple(order), tuple(x.shape[i] for i in order))
+
+    def flat(self, x: Tensor) -> Tensor:
+        """(T, ...) as (T, N, C), as the kernels take it: a view, where x has this layout."""
+        numbers = math.prod(self.sizes)
+        columns = math.gcd(numbers, 64)
+        return x.permute(0, *self.order).reshape(-1, numbers // columns, columns).contiguous()
+
+    def shaped(self, rows: Tensor) -> Tensor:
+        """The reverse of `flat`: a view."""
+        back = [self.order.index(i) + 1 for i in range(1, len(self.order) + 1)]
+        return rows.view(-1, *self.sizes).permute(0, *back)
+
+
+class NormNeuron(NeuronLayer):
     """Batch norm, an optional shortcut added to the normalised current, and the neuron.
 
     Args:
@@ -76,10 +219,6 @@ class NormNeuron(nn.Module):
         self.norm = BatchNorm(num_channels, scale=norm_scale)
         self.neuron = neuron
         self.learned = neurons.learned(neuron, num_channels)
-        self.execution = "fused"
-        # See carrying_membranes.
-        self.carries = False
-        self.membrane: Tensor | None = None
 
     def forward(
         self,
@@ -100,22 +239,17 @@ class NormNeuron(nn.Module):
             shortcut_norm: Normalises the shortcut before it is added.
         """
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
-        match self.execution:
-            case "fused":
-                kernels = passes.passes_for(
-                    self.neuron,
-                    (current, shortcut, identity),
-                    timesteps,
-                    carries=self.carries,
-                    packs=self.norm.training and torch.is_grad_enabled(),
-                )
-                if kernels is not None:
-                    return self._fused(current, shortcut, identity, shortcut_norm, kernels)
-                return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
-            case "reference":
-                return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
-            case other:
-                raise ValueError(f"there is no execution {other!r}")
+        if self.is_fused():
+            kernels = passes.passes_for(
+                self.neuron,
+                (current, shortcut, identity),
+                timesteps,
+                carries=self.carries,
+                packs=self.norm.training and torch.is_grad_enabled(),
+            )
+            if kernels is not None:
+                return self._fused(current, shortcut, identity, shortcut_norm, kernels)
+        return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
 
     def reference(
         self,
@@ -203,13 +337,13 @@ def _channels_last_rows(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def carrying_membranes(
-    modules: list[NormNeuron], membranes: list[Tensor] | None
+    modules: list[NeuronLayer], membranes: list[Tensor] | None
 ) -> Iterator[Callable[[], list[Tensor]]]:
     """Have the neurons start from the given membranes, and keep their last ones, in this context.
 
     Args:
         modules: Each is to run once.
-        membranes: Of each, after its last reset, (B, C, H, W); None: all at rest.
+        membranes: Of each, after its last reset, (B, ...); None: all at rest.
 
     Yields:
         Returns, when they have run, their membranes after the last reset.

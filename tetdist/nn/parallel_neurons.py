@@ -21,23 +21,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tetdist.nn.neurons import NEURONS, SURROGATES, NeuronConfig, SurrogateName, option
+from tetdist.nn import neurons
+from tetdist.nn.neurons import NEURONS, NeuronConfig, SurrogateName, option
 from tetdist.wording import counted
-
-
-class _Fires(torch.autograd.Function):
-    """1 where x is at least 0 forward, surrogate backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, surrogate: str, width: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.surrogate, ctx.width = surrogate, width
-        return (x >= 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        return grad_outputs[0] * SURROGATES[ctx.surrogate](x, ctx.width), None, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +57,7 @@ class ParallelNeuron(NeuronConfig):
 
     def fired(self, h: Tensor) -> Tensor:
         """Spikes of H, with the surrogate's gradient."""
-        spikes: Tensor = _Fires.apply(h, self.surrogate, self.surrogate_width)
-        return spikes
+        return neurons.step(h, self.surrogate, self.surrogate_width, at_threshold=True)
 
 
 def _as_wide_as_they_are(x: Tensor) -> contextlib.AbstractContextManager[Any]:

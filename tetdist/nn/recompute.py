@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tetdist.nn import batch_norm
-from tetdist.nn.norm_neuron import NormNeuron, carrying_membranes
+from tetdist.nn.norm_neuron import NeuronLayer, carrying_membranes
 from tetdist.nn.packed import Halved, Packed, carried, carry, halve, pack
 
 
@@ -49,7 +49,7 @@ class Block:
         self.lengths = [timesteps]
         if segment is not None:
             self.lengths = [min(segment, timesteps - t) for t in range(0, timesteps, segment)]
-        self.neurons = [m for top in modules for m in top.modules() if isinstance(m, NormNeuron)]
+        self.neurons = [m for top in modules for m in top.modules() if isinstance(m, NeuronLayer)]
         self.parameters = [p for top in modules for p in top.parameters() if p.requires_grad]
 
     def split(self, x: Tensor) -> list[Tensor]:

@@ -28,6 +28,7 @@ Argument = Tensor | int | None
 OLDEST = (3, 3)
 WARPS = 4
 THREADS = 32 * WARPS
+_NONE = (None,) * 4  # instead of an `Affine`
 # What a thread keeps of the backward pass, at most, so that it all stays in registers: of 255, for
 # the rest is needed to compute. tests/nn/test_triton_code.py sees that nothing spills.
 KEPT_REGISTERS = 100
@@ -186,8 +187,8 @@ class Passes:
         packed = empty(*shape, dtype=torch.uint8) if self.packs else None
         end = empty(rows, channels, dtype=_wide_type(x)) if self.carries else None
         divided = tiling("fire", rows, channels, _per_load(x))
-        arguments: list[Argument] = [x, shortcut, identity, *affine[:2]]
-        arguments += of_shortcut[:2] if of_shortcut is not None else [None] * 2
+        arguments: list[Argument] = [x, shortcut, identity, *(affine or _NONE)[:2]]
+        arguments += (of_shortcut or _NONE)[:2]
         arguments += [start, spikes, packed, end]
         arguments += [rows, channels // divided.sizes["VEC"], divided.steps]
         known = self.forward | divided.sizes | {"SHARED": x.shape[0] == 1}
@@ -212,6 +213,7 @@ class Passes:
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
     ) -> tuple[Sums, None]:
         x, shortcut, affine, of_shortcut, start = inputs
+        assert affine is not None
         rows, channels = x.shape[1:]
         wide = _wide_type(x)
         divided = tiling("backward_sums", rows, channels, self._per_thread(inputs))
@@ -219,7 +221,7 @@ class Passes:
         number = 2 if of_shortcut is None else 3
         partial = torch.empty(divided.blocks, number, channels, dtype=wide, device=x.device)
         arguments: list[Argument] = [x, shortcut, *affine[:3]]
-        arguments += of_shortcut[:3] if of_shortcut is not None else [None] * 3
+        arguments += (of_shortcut or _NONE)[:3]
         arguments += [start, grad_spikes, grad_end, partial, rows, groups, divided.steps]
         known = self.backward | divided.sizes | {"SHARED": x.shape[0] == 1}
         launch(neuron.backward_sums, divided.grid, arguments, known)
@@ -230,6 +232,15 @@ class Passes:
         launch(neuron.finish_sums, (1, programs), arguments, sizes)
         grad, grad_xhat, *others = sums.unbind()
         return Sums(grad, grad_xhat, others[0] if others else None), None
+
+    def current_gradient(
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        grad_x, _, grad_start = self.gradients(
+            inputs, grad_spikes, grad_end, None, None, None, needs_x=True
+        )
+        assert grad_x is not None
+        return grad_x, grad_start
 
     def gradients(
         self,
@@ -251,7 +262,8 @@ class Passes:
         if grad_x is None and grad_shortcut is None and grad_start is None:
             return None, None, None
         divided = tiling("backward", rows, channels, self._per_thread(inputs))
-        arguments: list[Argument] = [x, shortcut, *affine, *(affine_of_shortcut or [None] * 4)]
+        arguments: list[Argument] = [x, shortcut]
+        arguments += [*(affine or _NONE), *(affine_of_shortcut or _NONE)]
         arguments += [start, grad_spikes, grad_end]
         arguments += [*(of_x or [None] * 2), *(of_shortcut or [None] * 2)]
         arguments += [grad_x, grad_shortcut, grad_start]

@@ -7,8 +7,9 @@
 //     DETACH_RESET     whether the reset is a constant to the backward pass
 //     FIRES_AT_THRESHOLD    whether a membrane at the threshold fires
 //
-// Tensors are (T, N, C) without gaps: N = B*H*W, channels last. "Wide" is the type in which one
-// computes: float, and double for double. A sum over rows is made of sums over blocks of rows, whose
+// Tensors are (T, N, C) without gaps: N = B*H*W, channels last. Where nothing is normalised they are
+// any numbers, one beside the other. "Wide" is the type in which one computes: float, and double for
+// double. A sum over rows is made of sums over blocks of rows, whose
 // size does not depend on the number of threads; so neither does any result.
 
 #include <algorithm>
@@ -71,6 +72,12 @@ template <class Body> inline void over_channels(int64_t channels, Body body) {
     if (c < channels) body(c, int(channels - c));
 }
 
+// The same of the group of CHANNELS that begins at a channel.
+template <class Body> inline void of_group(int64_t channels, int64_t c, Body body) {
+    if (c + CHANNELS <= channels) body(c, std::integral_constant<int, CHANNELS>());
+    else body(c, int(channels - c));
+}
+
 // ------------------------------------------------------------------------------------ statistics
 
 template <class X>
@@ -126,7 +133,7 @@ template <class X> struct Forward {
     using W = Wide<X>;
     const X* x;         // (T or 1, N, C)
     const X* shortcut;  // (T, N, C) or null
-    const W *gain, *offset;
+    const W *gain, *offset;                    // null: x is the current
     const W *shortcut_gain, *shortcut_offset;  // null: the shortcut is added as it is
     const W* start;     // membranes, (N, C), or null
     const X* identity;  // (T, N, C) or null
@@ -137,8 +144,8 @@ template <class X> struct Forward {
     Neuron neuron;
 };
 
-// What is added to the normalised current.
-enum Shortcut { NONE, PLAIN, NORMALIZED };
+// What is added to the normalised current; ALONE: nothing, and it is not normalised.
+enum Shortcut { ALONE, NONE, PLAIN, NORMALIZED };
 
 template <Shortcut SHORTCUT, bool IDENTITY, class X, class Length>
 inline void forward_part(const Forward<X>& f, int64_t n, int64_t c0, Length length) {
@@ -157,7 +164,8 @@ inline void forward_part(const Forward<X>& f, int64_t n, int64_t c0, Length leng
         W out[CHANNELS];
 #pragma omp simd
         for (int c = 0; c < length; c++) {
-            W current = wide(x[c]) * gain[c] + offset[c];
+            W current = wide(x[c]);
+            if (SHORTCUT != ALONE) current = current * gain[c] + offset[c];
             if (SHORTCUT == PLAIN) current += wide(shortcut[c]);
             if (SHORTCUT == NORMALIZED) current += wide(shortcut[c]) * gain2[c] + offset2[c];
             W v = decay * u[c] + current;
@@ -191,8 +199,20 @@ template <Shortcut SHORTCUT, class X> void forward_with(const Forward<X>& f, int
     else forward_rows<SHORTCUT, false>(f, threads);
 }
 
+template <class X> void forward_alone(const Forward<X>& f, int threads) {
+    Forward<X> row = f;
+    row.channels = f.rows * f.channels;
+    row.rows = 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < row.channels; first += CHANNELS)
+        of_group(row.channels, first, [&](int64_t c, auto length) {
+            forward_part<ALONE, false>(row, 0, c, length);
+        });
+}
+
 template <class X> void forward(const Forward<X>& f, int threads) {
-    if (!f.shortcut) forward_with<NONE>(f, threads);
+    if (!f.gain) forward_alone(f, threads);
+    else if (!f.shortcut) forward_with<NONE>(f, threads);
     else if (!f.shortcut_gain) forward_with<PLAIN>(f, threads);
     else forward_with<NORMALIZED>(f, threads);
 }
@@ -203,14 +223,14 @@ template <class X> struct Backward {
     using W = Wide<X>;
     const X* x;         // (T or 1, N, C)
     const X* shortcut;  // (T, N, C) or null
-    const W *gain, *offset, *mean, *rstd;
+    const W *gain, *offset, *mean, *rstd;  // or all null: x is the current
     const W *shortcut_gain, *shortcut_offset, *shortcut_mean, *shortcut_rstd;  // or all null
     const W* start;        // membranes, (N, C), or null
     const X* grad_spikes;  // (T, N, C)
     const W* grad_end;     // (N, C) or null
     X* total;              // gradient of the current, (T, N, C), or null
     X* own;                // its sum over time, (N, C), where all timesteps share x; or null
-    W *sum_grad, *sum_grad_xhat, *sum_grad_shortcut_hat;  // (C,); the last may be null
+    W *sum_grad, *sum_grad_xhat, *sum_grad_shortcut_hat;  // (C,); the last, or all, may be null
     W* grad_start;                                        // (N, C) or null
     W* partial;                                           // (blocks, 3, C)
     int64_t timesteps, rows, channels, shared;
@@ -233,7 +253,8 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
         W* before_reset = us + t * CHANNELS;
 #pragma omp simd
         for (int c = 0; c < length; c++) {
-            W current = wide(x[c]) * gain[c] + offset[c];
+            W current = wide(x[c]);
+            if (SHORTCUT != ALONE) current = current * gain[c] + offset[c];
             if (SHORTCUT == PLAIN) current += wide(shortcut[c]);
             if (SHORTCUT == NORMALIZED) current += wide(shortcut[c]) * gain2[c] + offset2[c];
             const W v = decay * u[c] + current;
@@ -260,7 +281,7 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             const W g = (wide(grad_spikes[c]) - through_reset) * slope(v - threshold, width) + kept;
             grad[c] = g;
             over_time[c] += g;
-            with_x[c] += g * (wide(x[c]) - mean[c]);
+            if (SHORTCUT != ALONE) with_x[c] += g * (wide(x[c]) - mean[c]);
             if (SHORTCUT == NORMALIZED) with_shortcut[c] += g * (wide(shortcut[c]) - mean2[c]);
             after[c] = decay * g;  // the gradient of the membrane that was there before
         }
@@ -270,11 +291,13 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             for (int c = 0; c < length; c++) total[c] = narrow<X>(grad[c]);
         }
     }
+    if (SHORTCUT != ALONE) {
 #pragma omp simd
-    for (int c = 0; c < length; c++) {
-        sum[c0 + c] += over_time[c];
-        sum_x[c0 + c] += with_x[c];
-        if (SHORTCUT == NORMALIZED) sum_shortcut[c0 + c] += with_shortcut[c];
+        for (int c = 0; c < length; c++) {
+            sum[c0 + c] += over_time[c];
+            sum_x[c0 + c] += with_x[c];
+            if (SHORTCUT == NORMALIZED) sum_shortcut[c0 + c] += with_shortcut[c];
+        }
     }
     if (b.own)
         for (int c = 0; c < length; c++) b.own[at + c] = narrow<X>(over_time[c]);
@@ -310,8 +333,26 @@ template <Shortcut SHORTCUT, class X> void backward_rows(const Backward<X>& b, i
     }
 }
 
+template <class X> void backward_alone(const Backward<X>& b, int threads) {
+    using W = Wide<X>;
+    Backward<X> row = b;
+    row.channels = b.rows * b.channels;
+    row.rows = 1;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<W> us(b.timesteps * CHANNELS);
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < row.channels; first += CHANNELS)
+            of_group(row.channels, first, [&](int64_t c, auto length) {
+                W* none = nullptr;
+                backward_part<ALONE>(row, 0, c, length, us.data(), none, none, none);
+            });
+    }
+}
+
 template <class X> void backward(const Backward<X>& b, int threads) {
-    if (!b.shortcut) backward_rows<NONE>(b, threads);
+    if (!b.gain) backward_alone(b, threads);
+    else if (!b.shortcut) backward_rows<NONE>(b, threads);
     else if (!b.shortcut_gain) backward_rows<PLAIN>(b, threads);
     else backward_rows<NORMALIZED>(b, threads);
 }

@@ -12,6 +12,9 @@ The number of channels is ``groups * VEC``: so the compiler knows that rows begi
 `VEC`, and loads 16 bytes at a time. Nothing else about shapes is known to it, and one compilation
 serves all layers. Numbers in capitals are known to it; a tensor that may be absent is then None.
 
+Where nothing is normalised, tensors are any numbers, one beside the other, and N and C how they are
+divided.
+
 Neither this file nor any other of tetdist imports Triton before passes.py has decided to use it.
 """
 
@@ -27,6 +30,14 @@ SIZES = ["rows", "groups", "steps", "blocks", "rows_of_block"]
 @triton.jit
 def _add(a, b):
     return a + b
+
+
+@triton.jit
+def _wide(x):
+    """Numbers in the type in which one computes."""
+    if x.dtype != tl.float64:
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -216,15 +227,16 @@ def fire(
 ):
     """Spikes of the neurons, plus identity, (T, N, C); the same in bytes; membranes, (N, C).
 
-    x is (1, N, C) where all timesteps share it. Without start, neurons begin at rest.
+    x is (1, N, C) where all timesteps share it. Without start, neurons begin at rest; without gain
+    and offset, x is the current.
     """
     C, c = _channels(groups, VEC, BC)
-    wide = gain.dtype.element_ty
     plane = rows.to(tl.int64) * C
     r = tl.arange(0, BN)
     at = r[:, None] * C + c[None, :]
-    g = _load_row(gain, c, C)
-    o = _load_row(offset, c, C)
+    if gain is not None:
+        g = _load_row(gain, c, C)
+        o = _load_row(offset, c, C)
     if shortcut_gain is not None:
         g2 = _load_row(shortcut_gain, c, C)
         o2 = _load_row(shortcut_offset, c, C)
@@ -234,16 +246,20 @@ def fire(
         here = first * C
         u = None
         if start is not None:
-            u = tl.load(start + here + at, mask=mask).to(wide)
+            u = _wide(tl.load(start + here + at, mask=mask))
         if SHARED:
-            own = tl.load(x + here + at, mask=mask).to(wide) * g + o
+            own = _wide(tl.load(x + here + at, mask=mask))
+            if gain is not None:
+                own = own * g + o
         for t in tl.static_range(T):
             now = here + t * plane
             if not SHARED:
-                own = tl.load(x + now + at, mask=mask).to(wide) * g + o
+                own = _wide(tl.load(x + now + at, mask=mask))
+                if gain is not None:
+                    own = own * g + o
             current = own
             if shortcut is not None:
-                added = tl.load(shortcut + now + at, mask=mask).to(wide)
+                added = _wide(tl.load(shortcut + now + at, mask=mask))
                 if shortcut_gain is not None:
                     added = added * g2 + o2
                 current = own + added
@@ -252,10 +268,10 @@ def fire(
                 v = u * DECAY + current
             above = v - THRESHOLD
             fires = _fires(above, AT_THRESHOLD)
-            out = tl.where(fires, 1.0, 0.0).to(wide)
+            out = tl.where(fires, 1.0, 0.0).to(v.dtype)
             byte = fires.to(tl.uint8)
             if identity is not None:
-                out += tl.load(identity + now + at, mask=mask).to(wide)
+                out += _wide(tl.load(identity + now + at, mask=mask))
                 byte = out.to(tl.int32).to(tl.uint8)
             tl.store(spikes + now + at, out.to(spikes.dtype.element_ty), mask=mask)
             if packed is not None:
@@ -275,30 +291,33 @@ def _membranes(
 ):
     """Membranes before the reset at each timestep, again, less the threshold; and what was loaded
     to compute them. No more is kept: a thread has 255 registers."""
-    wide = g.dtype
     xs = ()
     added = ()
     aboves = ()
     u = None
     if start is not None:
-        u = tl.load(start + here + at, mask=mask, other=0.0).to(wide)
+        u = _wide(tl.load(start + here + at, mask=mask, other=0.0))
     if SHARED:
         xs = (tl.load(x + here + at, mask=mask, other=0.0),)
-        own = xs[0].to(wide) * g + o
+        own = _wide(xs[0])
+        if g is not None:
+            own = own * g + o
     for t in tl.static_range(T):
         now = here + t * plane
         if not SHARED:
             value = tl.load(x + now + at, mask=mask, other=0.0)
             xs = xs + (value,)  # noqa: RUF005  # Triton has no other way
-            own = value.to(wide) * g + o
+            own = _wide(value)
+            if g is not None:
+                own = own * g + o
         current = own
         if shortcut is not None:
             value = tl.load(shortcut + now + at, mask=mask, other=0.0)
             if g2 is not None:
                 added = added + (value,)  # noqa: RUF005  # likewise
-                current = own + (value.to(wide) * g2 + o2)
+                current = own + (_wide(value) * g2 + o2)
             else:
-                current = own + value.to(wide)
+                current = own + _wide(value)
         v = current
         if u is not None:
             v = u * DECAY + current
@@ -467,22 +486,24 @@ def backward(
 ):
     """Gradients of x, (T or 1, N, C), shortcut, (T, N, C), and start, (N, C); of those there are.
 
-    Without sums, means and variances were constants.
+    Without sums, means and variances were constants; without gain, x is the current.
     """
     C, c = _channels(groups, VEC, BC)
-    wide = gain.dtype.element_ty
     plane = rows.to(tl.int64) * C
     r = tl.arange(0, BN)
     at = r[:, None] * C + c[None, :]
-    g = _load_row(gain, c, C)
-    o = _load_row(offset, c, C)
+    g = None
+    o = None
+    if gain is not None:
+        g = _load_row(gain, c, C)
+        o = _load_row(offset, c, C)
     g2 = None
     o2 = None
     if shortcut_gain is not None:
         g2 = _load_row(shortcut_gain, c, C)
         o2 = _load_row(shortcut_offset, c, C)
     if sum_grad is not None:
-        values = rows.to(wide)
+        values = rows.to(gain.dtype.element_ty)
         own_values = values if SHARED else values * T
         m = _load_row(mean, c, C)
         a, b = _coefficients(rstd, sum_grad, sum_grad_hat, _reciprocal(own_values), c, C)
@@ -502,11 +523,11 @@ def backward(
         )
         after = None
         if grad_end is not None:
-            after = tl.load(grad_end + here + at, mask=mask, other=0.0).to(wide)
-        over_time = tl.full([BN, BC], 0.0, wide)
+            after = _wide(tl.load(grad_end + here + at, mask=mask, other=0.0))
+        over_time = tl.full([BN, BC], 0.0, aboves[0].dtype)
         for t in tl.static_range(T - 1, -1, -1):
             now = here + t * plane
-            grad = tl.load(grad_spikes + now + at, mask=mask, other=0.0).to(wide)
+            grad = _wide(tl.load(grad_spikes + now + at, mask=mask, other=0.0))
             grad = _gradient_of_membrane(
                 aboves[t], grad, after, THRESHOLD, AT_THRESHOLD, HARD, DETACH, SURROGATE, WIDTH
             )
@@ -515,13 +536,15 @@ def backward(
             elif grad_x is not None:
                 through = grad
                 if sum_grad is not None:
-                    through = grad - a - (xs[t].to(wide) - m) * b
-                tl.store(grad_x + now + at, (through * g).to(grad_x.dtype.element_ty), mask=mask)
+                    through = grad - a - (_wide(xs[t]) - m) * b
+                if gain is not None:
+                    through = through * g
+                tl.store(grad_x + now + at, through.to(grad_x.dtype.element_ty), mask=mask)
             if grad_shortcut is not None:
                 through = grad
                 if shortcut_gain is not None:
                     if sum_grad is not None:
-                        through = grad - a2 - (added[t].to(wide) - m2) * b2
+                        through = grad - a2 - (_wide(added[t]) - m2) * b2
                     through = through * g2
                 kind = grad_shortcut.dtype.element_ty
                 tl.store(grad_shortcut + now + at, through.to(kind), mask=mask)
@@ -529,7 +552,9 @@ def backward(
         if SHARED and grad_x is not None:
             through = over_time
             if sum_grad is not None:
-                through = over_time - a - (xs[0].to(wide) - m) * b
-            tl.store(grad_x + here + at, (through * g).to(grad_x.dtype.element_ty), mask=mask)
+                through = over_time - a - (_wide(xs[0]) - m) * b
+            if gain is not None:
+                through = through * g
+            tl.store(grad_x + here + at, through.to(grad_x.dtype.element_ty), mask=mask)
         if grad_start is not None:
             tl.store(grad_start + here + at, after.to(grad_start.dtype.element_ty), mask=mask)

@@ -1,0 +1,274 @@
+"""Neurons without a norm, fused, against their definition: in C++, and in Triton."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from passes import IMPLEMENTATIONS, assert_same, each_implementation, one_thread, results_of
+from torch import Tensor, nn
+
+from tetdist.nn import neurons
+from tetdist.nn.neurons import LIF
+from tetdist.nn.norm_neuron import Neuron, NormNeuron, carrying_membranes, spiking_layers
+from tetdist.nn.packed import carried
+from tetdist.nn.recompute import Block
+
+# Of these libraries are built for test_fused.py, too.
+KINDS = {
+    "hard": LIF(),
+    "hard, at the threshold": LIF(
+        decay=1.0, detach_reset=True, surrogate="atan", fires_at_threshold=True
+    ),
+    "soft": LIF(
+        decay=0.9, threshold=0.7, reset="soft", surrogate="sigmoid", fires_at_threshold=True
+    ),
+    "soft, detached": LIF(
+        reset="soft", detach_reset=True, surrogate="rectangle", surrogate_width=0.5
+    ),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+
+# Tensors that a network has, and some that it hardly has; each (T, B, ...).
+LAYOUTS: dict[str, Callable[[int], Tensor]] = {
+    "image": lambda t: draw(0, t, 2, 3, 4, 5),
+    "image, channels last": lambda t: channels_last(draw(0, t, 2, 8, 4, 4)),
+    "tokens": lambda t: draw(0, t, 2, 5, 16),
+    "tokens, transposed": lambda t: draw(0, t, 2, 16, 5).transpose(2, 3),
+    "heads": lambda t: draw(0, t, 2, 4, 5, 8).transpose(2, 3),
+    "vector": lambda t: draw(0, t, 2, 7),
+    "a number": lambda t: draw(0, t),
+    "batch first": lambda t: draw(0, 3, t, 6).transpose(0, 1),
+    "with gaps": lambda t: draw(0, t, 2, 130)[:, :, ::2],
+    "expanded": lambda t: draw(0, t, 1, 6).expand(t, 3, 6),
+    "more than is worked on at a time": lambda t: draw(0, t, 3, 43),
+}
+
+
+def assert_fused_is_the_definition(
+    neuron: Neuron, current: Tensor, timesteps: int | None = None
+) -> None:
+    results = []
+    for execution in ("fused", "reference"):
+        neuron.execution = execution
+        leaf = current.detach().requires_grad_()
+        results.append(results_of(neuron, lambda m, x=leaf: m(x, timesteps), {"current": leaf}))
+    assert 0.05 < results[1]["output"].mean() < 0.95
+    assert torch.equal(results[0]["output"], results[1]["output"])
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each_implementation
+def test_any_layout(implementation: str, layout: str) -> None:
+    current = 2 * LAYOUTS[layout](4)
+    with IMPLEMENTATIONS[implementation]():
+        assert_fused_is_the_definition(Neuron(LIF()), current)
+        spikes = Neuron(LIF())(current)
+    assert spikes.shape == current.shape
+    if "channels last" in layout or layout in ("tokens, transposed", "heads"):
+        assert spikes.stride() == current.stride()
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=60)
+@given(st.sampled_from(list(KINDS)), st.integers(1, 12), st.integers(1, 300), st.integers(0, 2**31))
+def test_any_combination_native(kind: str, timesteps: int, size: int, seed: int) -> None:
+    current = 2 * draw(seed, timesteps, 2, size) + 0.5
+    results = []
+    with IMPLEMENTATIONS["native"]():
+        for execution in ("fused", "reference"):
+            neuron = Neuron(KINDS[kind])
+            neuron.execution = execution
+            leaf = current.clone().requires_grad_()
+            results.append(results_of(neuron, lambda m, x=leaf: m(x), {"current": leaf}))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("timesteps", [1, 3], ids="T{}".format)
+@each_kind
+def test_every_kind_triton(kind: str, timesteps: int) -> None:
+    with IMPLEMENTATIONS["triton"]():
+        assert_fused_is_the_definition(Neuron(KINDS[kind]), 2 * draw(0, timesteps, 2, 3, 32) + 0.5)
+
+
+@each_kind
+@each_implementation
+def test_whole_numbers_meet_the_threshold_exactly(implementation: str, kind: str) -> None:
+    """As of attention, whose neurons get sums of spikes."""
+    config = dataclasses.replace(KINDS[kind], threshold=1.0)
+    current = draw(3, 4, 2, 64).round()
+    assert (current[0] == 1).double().mean() > 0.1
+    with IMPLEMENTATIONS[implementation]():
+        assert_fused_is_the_definition(Neuron(config), current)
+        spikes = Neuron(config)(current)
+    assert (spikes[0][current[0] == 1] == config.fires_at_threshold).all()
+
+
+@pytest.mark.parametrize("fires_at_threshold", [False, True])
+@each_implementation
+def test_one_current_for_all_timesteps(implementation: str, fires_at_threshold: bool) -> None:
+    """As a static image makes behind the stem."""
+    config = dataclasses.replace(
+        KINDS["hard, at the threshold"], fires_at_threshold=fires_at_threshold
+    )
+    current = 2 * channels_last(draw(0, 1, 2, 8, 3, 2))
+    with IMPLEMENTATIONS[implementation]():
+        assert_fused_is_the_definition(Neuron(config), current, timesteps=3)
+        assert Neuron(config)(current, 3).shape == (3, 2, 8, 3, 2)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+@each_implementation
+def test_types(implementation: str, dtype: torch.dtype) -> None:
+    """Membranes are in float32, also those of the definition: the spikes are the same."""
+    current = (2 * draw(0, 4, 2, 48)).to(dtype)
+    results = []
+    for execution in ("fused", "reference"):
+        neuron = Neuron(LIF(surrogate="atan", detach_reset=True, fires_at_threshold=True))
+        neuron.execution = execution
+        leaf = current.clone().requires_grad_()
+        with IMPLEMENTATIONS[implementation]():
+            results.append(results_of(neuron, lambda m, x=leaf: m(x), {"current": leaf}))
+    assert results[0]["output"].dtype == dtype
+    assert torch.equal(results[0]["output"], results[1]["output"])
+    ours, theirs = (result["gradient of current"].double() for result in results)
+    assert (ours - theirs).norm() / theirs.norm() < 4 * torch.finfo(dtype).eps
+
+
+@each_implementation
+def test_nothing_but_the_current_is_kept(implementation: str) -> None:
+    current = channels_last(draw(0, 16, 2, 8, 4, 4)).requires_grad_()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with IMPLEMENTATIONS[implementation](), hooks:
+        Neuron(LIF())(current)
+    assert [tensor.data_ptr() for tensor in kept] == [current.data_ptr()]
+    assert kept[0].numel() == current.numel()
+
+
+@each_implementation
+def test_spikes_come_in_bytes_too_where_they_are_kept(implementation: str) -> None:
+    neuron, current = Neuron(LIF()), 2 * draw(0, 3, 2, 16)
+    with IMPLEMENTATIONS[implementation]():
+        spikes = neuron(current)
+        packed = carried(spikes)
+        assert packed is not None
+        assert packed.levels == 1
+        assert torch.equal(packed.values.double(), spikes)
+        assert carried(neuron.eval()(current)) is None
+        with torch.no_grad():
+            assert carried(neuron.train()(current)) is None
+
+
+class Stretch(nn.Sequential):
+    """Neurons of both kinds of layer, which carry their membranes."""
+
+    def __init__(self) -> None:
+        super().__init__(Neuron(KINDS["soft"]), Neuron(LIF()), NormNeuron(8, LIF()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, last = self
+        return last(3 * second(2 * first(x)), x.shape[0])
+
+
+@each_implementation
+def test_membranes_are_carried_between_segments(implementation: str) -> None:
+    current = (3 * channels_last(draw(0, 5, 2, 8, 3, 3))).requires_grad_()
+    results = []
+    for execution in ("fused", "reference"):
+        for recomputes in (False, True):
+            net = Stretch().double()
+            for layer in net:
+                layer.execution = execution
+            block = Block(lambda x, _, net=net: net(x), net, timesteps=5, segment=2, levels=None)
+            run = block.recomputed if recomputes else block.run_all
+            with IMPLEMENTATIONS[implementation]():
+                # A copy would be another than the block's.
+                results.append(_in_place(net, run, current))
+            assert all(not layer.carries and layer.membrane is None for layer in net)
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+def _in_place(net: nn.Module, run: Callable[[Tensor], Tensor], current: Tensor) -> dict[str, Any]:
+    current.grad = None
+    output = run(current)
+    (output * draw(1, *output.shape)).sum().backward()
+    assert current.grad is not None
+    return {"output": output.detach(), "current": current.grad} | {
+        name: parameter.grad for name, parameter in net.named_parameters()
+    }
+
+
+@each_implementation
+def test_gradient_of_the_last_membrane_alone(implementation: str) -> None:
+    current, results = 2 * draw(0, 3, 2, 16), []
+    for execution in ("fused", "reference"):
+        neuron = Neuron(LIF())
+        neuron.execution = execution
+        leaf, start = current.clone().requires_grad_(), draw(1, 2, 16).requires_grad_()
+        with IMPLEMENTATIONS[implementation](), carrying_membranes([neuron], [start]) as ends:
+            neuron(leaf)
+            ends()[0].square().sum().backward()
+        assert leaf.grad is not None
+        assert start.grad is not None
+        results.append({"current": leaf.grad, "start": start.grad})
+    assert_same(*results)
+
+
+def test_it_is_a_layer_of_neurons() -> None:
+    net = nn.ModuleDict({"spiking": Neuron(LIF()), "relu": Neuron(neurons.make({"kind": "relu"}))})
+    assert spiking_layers(net).keys() == {"spiking"}
+    neuron = Neuron(LIF())
+    neuron.execution = "fast"
+    with pytest.raises(ValueError, match="there is no execution 'fast'"):
+        neuron(torch.zeros(1, 1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnThresholds(LIF):
+    """A kind without fused passes, each of whose channels has a shift of its own."""
+
+    def parameters(self, num_channels: int) -> dict[str, Tensor]:
+        return {"shift": torch.arange(num_channels) / num_channels}
+
+    def run(
+        self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return neurons.run(current + parameters["shift"], self, membrane)
+
+
+def test_what_a_channel_learns_is_of_the_channel() -> None:
+    neuron = Neuron(OwnThresholds(), 4)
+    for current, view in (
+        (draw(0, 3, 2, 4, 2, 2), (4, 1, 1)),
+        (draw(0, 3, 2, 5, 4), (4,)),
+        (draw(0, 3, 2, 4), (4,)),
+    ):
+        shift = neuron.learned["shift"].detach().view(view)
+        assert torch.equal(neuron(current), neurons.run(current + shift, LIF())[0])
