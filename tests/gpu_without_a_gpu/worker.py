@@ -24,6 +24,16 @@ CONFIGS: dict[str, tuple[str, ...]] = {
     "spiking_convnet": ("quickstart.yaml", "precision=bf16", "phases.0.optimizer.kind=sgd"),
     "spiking_convnet_dvs": ("nmnist.yaml", "precision=bf16", "model.arguments={input_size: 34}"),
     "vggsnn": ("vggsnn_dvs.yaml",),
+    "qkformer": ("qkformer_10_384.yaml", "loss.kind=tet"),
+    "qkformer_4_384_cifar": ("qkformer_cifar10.yaml", "loss.kind=tet"),
+    "qkformer_2_256_dvs": ("vggsnn_dvs.yaml", "model.arguments={}"),
+    "qkformer_2_256_gesture": ("vggsnn_dvs.yaml", "model.arguments={}"),
+    # Its own optimiser, LAMB, takes no `found_inf`.
+    "sdt": ("sdt_8_384.yaml", "loss.kind=tet", "phases.0.optimizer={kind: adamw, lr: 0.001}"),
+    "sdt_2_256_cifar": ("qkformer_cifar10.yaml", "loss.kind=tet"),
+    "sdt_2_512_cifar": ("qkformer_cifar10.yaml", "loss.kind=tet"),
+    "sdt_2_256_dvs": ("vggsnn_dvs.yaml", "model.arguments={}"),
+    "sdt_2_256_gesture": ("vggsnn_dvs.yaml", "model.arguments={}"),
 }
 
 
@@ -44,7 +54,7 @@ class Worker:
 
     def ask(self, model: str, *overrides: str, **about: Any) -> Answer:
         """Run a case at T = 4, with these fields of `Case`; its answer is that of `report`."""
-        base, *changes = CONFIGS.get(model) or CONFIGS[model.rstrip("0123456789")]
+        base, *changes = CONFIGS.get(model) or CONFIGS[model.rstrip("0123456789_")]
         # The last one of a key counts.
         pairs = (pair.split("=", 1) for pair in [*changes, "phases.0.timesteps=4", *overrides])
         changes = [f"{key}={value}" for key, value in dict(pairs).items()]

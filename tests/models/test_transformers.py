@@ -231,7 +231,7 @@ CASES = {
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 # One of each family, for what does not depend on the embedding.
-FAMILIES = ("qkformer", "sdt", "sdt dvs", "espikeformer", "maxformer")
+FAMILIES = ("qkformer", "sdt", "sdt dvs", "espikeformer over time", "maxformer")
 each_family = pytest.mark.parametrize("case", [CASES[name] for name in FAMILIES], ids=FAMILIES)
 
 
@@ -423,6 +423,23 @@ def test_grad_checkpointing_changes_no_bit(case: Case) -> None:
         assert torch.equal(one.grad, other.grad), name
     for (name, one), other in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
         assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
+@each_family
+def test_segments_carry_the_membranes(case: Case, recompute: bool) -> None:
+    """With statistics that are constants, a network in segments is the one without."""
+    model, x = case.loaded(), case.batch()
+    results = []
+    for segment in (None, 2):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, BatchNorm):
+                module.eval()
+        model.set_segment(segment)
+        model.set_grad_checkpointing(recompute and segment is not None)
+        results.append(results_of(model, lambda m: m(x, per_timestep=True), {}))
+    assert_same(results[1], results[0], rtol=1e-8)
 
 
 @each_case

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tetdist.benchmarks import peers
+
 # --- contestants -------------------------------------------------------------------------------
 
 
@@ -107,19 +109,9 @@ def relu_twin(name: str) -> torch.nn.Module | None:
 
 
 def spikingjelly(options: argparse.Namespace) -> Contestant:
-    from spikingjelly.activation_based import functional, neuron, surrogate
-    from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
+    from spikingjelly.activation_based import functional
 
-    zoo = sew_resnet if options.model.startswith("sew_") else spiking_resnet
-    keywords: dict[str, Any] = {"cnf": "ADD"} if zoo is sew_resnet else {}
-    model = getattr(zoo, options.model)(
-        spiking_neuron=neuron.LIFNode,
-        tau=2.0,
-        decay_input=False,
-        surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0),
-        detach_reset=False,
-        **keywords,
-    )
+    model = spikingjelly_network(options.model)
     functional.set_step_mode(model, "m")
     run: Callable[[Tensor], Tensor] = model
     if options.spikingjelly == "compiled":
@@ -132,6 +124,46 @@ def spikingjelly(options: argparse.Namespace) -> Contestant:
 
     images = batch_of(options, model, channels=3, size=224)
     return laid_out(options, model, images, logits)
+
+
+def has_spikingjelly_network(name: str) -> bool:
+    """Whether `spikingjelly_network` makes one."""
+    if name.startswith(("sew_resnet", "spiking_resnet")):
+        return name != "spiking_resnet19"
+    # Transformers for images of ImageNet's size.
+    return name.startswith(("qkformer_10_", "sdt_")) and not name.startswith("sdt_2_")
+
+
+def spikingjelly_network(name: str) -> torch.nn.Module:
+    """The network of spikingjelly's neurons that is one of ours with the default neuron: the
+    library's own, or a transformer of peers.py."""
+    from spikingjelly.activation_based import neuron, surrogate
+    from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
+
+    keywords: dict[str, Any] = {
+        "tau": 2.0,
+        "decay_input": False,
+        "surrogate_function": surrogate.PiecewiseQuadratic(alpha=1.0),
+        "detach_reset": False,
+    }
+
+    def make() -> torch.nn.Module:
+        return neuron.LIFNode(**keywords)
+
+    family, *numbers = name.split("_")
+    match family:
+        case "sew":
+            return getattr(sew_resnet, name)(spiking_neuron=neuron.LIFNode, cnf="ADD", **keywords)
+        case "spiking":
+            return getattr(spiking_resnet, name)(spiking_neuron=neuron.LIFNode, **keywords)
+        case "qkformer":
+            width = int(numbers[1])
+            widths = (width // 4, width // 2, width)
+            return peers.QKFormer(widths, (1, 2, 7), width // 64, make)
+        case "sdt":
+            return peers.SpikeDrivenTransformer(int(numbers[1]), int(numbers[0]), make)
+        case _:
+            raise AssertionError(name)
 
 
 def batch_of(

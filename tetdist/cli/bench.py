@@ -58,7 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         one.add_argument(
             "--spikingjelly",
             choices=["eager", "compiled"],
-            help="also its network of the same name, with the same neuron, where it is installed",
+            help="also the same network of its neurons, where it is installed",
         )
 
     model = command("model", "fp32", "seconds of a training step, against others side by side")
@@ -166,9 +166,9 @@ def problem_of(options: argparse.Namespace) -> str | None:
     if getattr(options, "spikingjelly", None):
         if importlib.util.find_spec("spikingjelly") is None:
             return "--spikingjelly: it is not installed; pip install spikingjelly"
-        if not options.model.startswith(("sew_resnet", "spiking_resnet")) or (
-            options.model == "spiking_resnet19"
-        ):
+        from tetdist.benchmarks.contestants import has_spikingjelly_network
+
+        if not has_spikingjelly_network(options.model):
             return f"--spikingjelly: it has no {options.model}"
     for name in ("images_per_s", "link_in_node", "link_between_nodes"):
         value = getattr(options, name, None)

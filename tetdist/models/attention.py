@@ -55,7 +55,7 @@ class ConvPoolNeuron(nn.Module):
         current = self.conv(x)
         timesteps = timesteps or current.shape[0]
         pooled = self.norm(current, timesteps // current.shape[0])
-        return self.neuron(pooled.expand(timesteps, *pooled.shape[1:]))
+        return self.neuron(pooled, timesteps)
 
 
 class StreamAttention(nn.Module):
@@ -97,8 +97,5 @@ class StreamAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """A current (T, B, C, H, W) to one of the same shape."""
         spikes = self.neuron(x)
-        q = self.q(spikes)
-        sums = self.attention(q, self.k(spikes), self.v(spikes))
-        # The sums are float32, and what they decide are spikes.
-        attended = self.attended(sums).to(q.dtype)
-        return self.add(self.proj(attended), x)
+        sums = self.attention(self.q(spikes), self.k(spikes), self.v(spikes))
+        return self.add(self.proj(self.attended(sums)), x)
