@@ -459,7 +459,7 @@ def _espikeformer_names(model: ESpikeFormer) -> list[tuple[str, str]]:
 def _down_names(own: str, theirs: str) -> list[tuple[str, str]]:
     return [
         (rf"^{own}\.conv\.", f"{theirs}.encode_conv."),
-        (rf"^{own}\.norm\.", f"{theirs}.encode_bn."),
+        (rf"^{own}\.norm\.norm\.", f"{theirs}.encode_bn."),
     ]
 
 

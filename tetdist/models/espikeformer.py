@@ -31,7 +31,6 @@ from tetdist.models import base
 from tetdist.models.attention import StreamAttention
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.models.spike_driven_transformer import Mlp
-from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.integer_neurons import ILIF, NILIF
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
@@ -57,11 +56,11 @@ class Stem(nn.Module):
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
         self.conv = Conv2d(in_channels, channels, 7, stride=2, padding=3)
-        self.norm = BatchNorm(channels)
+        self.norm = NormAdd(channels)
 
     def forward(self, x: Tensor, timesteps: int) -> Tensor:
         """(1 or T, B, C, H, W) to a current (T, B, C', H', W')."""
-        current = self.norm(self.conv(x), timesteps // x.shape[0])
+        current: Tensor = self.norm(self.conv(x), copies=timesteps // x.shape[0])
         return current.expand(timesteps, *current.shape[1:])
 
 
@@ -149,7 +148,7 @@ class Downsampling(nn.Module):
         super().__init__()
         self.neuron = Neuron(neuron, in_channels)
         self.conv = conv3x3(in_channels, channels, stride, bias=True)
-        self.norm = BatchNorm(channels)
+        self.norm = NormAdd(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.norm(self.conv(self.neuron(x)))
