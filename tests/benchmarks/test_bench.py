@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import tiny
+import torch
+from passes import randomize
 
+from tetdist import models
 from tetdist.config import loading
 from tetdist.slurm import plan
 
@@ -189,3 +193,41 @@ def test_batches_are_timed_against_other_pipelines(tmp_path: Path) -> None:
     assert result["rows"][0]["of_torchvision"] == result["rows"][1]["of_dali"] == 1
     assert len(result["memory_mib"]) == 2
     assert "JPEG" in run(BENCH, "data", "--data", tmp_path, status=1)
+
+
+@pytest.mark.parametrize("name", ["qkformer_10_384", "sdt_8_384"])
+def test_transformers_of_spikingjellys_neurons_are_ours(name: str) -> None:
+    """With the same weights in the same order, in a small size: logits at every timestep."""
+    from spikingjelly.activation_based import functional
+
+    from tetdist.benchmarks import contestants, peers
+
+    make = contestants.spikingjelly_neuron
+    small: dict[str, Any]
+    if name.startswith("qkformer"):
+        small = {"widths": (8, 16, 24), "depths": (1, 1, 1), "heads": 2}
+        theirs: torch.nn.Module = peers.QKFormer((8, 16, 24), (1, 1, 1), 2, make)
+    else:
+        small = {"channels": 32, "depth": 1}
+        theirs = peers.SpikeDrivenTransformer(32, 1, make)
+    torch.manual_seed(0)
+    ours = timm.create_model(name, timesteps=3, **small).double().eval()
+    randomize(ours)
+    state = {key: value for key, value in theirs.state_dict().items() if value.is_floating_point()}
+    theirs.load_state_dict(
+        dict(zip(state, ours.state_dict().values(), strict=True)), strict=False, assign=True
+    )
+    functional.set_step_mode(theirs, "m")
+    x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    with torch.no_grad():
+        expected = ours(x, per_timestep=True)
+        assert len(expected.flatten(1).unique(dim=0)) == 3
+        torch.testing.assert_close(theirs.double().eval()(x.expand(3, *x.shape)), expected)
+
+
+def test_whether_there_is_a_network_of_spikingjellys() -> None:
+    from tetdist.benchmarks.contestants import has_spikingjelly_network
+
+    found = {name for name in models.names() if has_spikingjelly_network(name)}
+    assert {"sew_resnet34", "spiking_resnet50", "qkformer_10_768", "sdt_10_512"} <= found
+    assert not {"spiking_resnet19", "vggsnn", "qkformer_4_384_cifar", "sdt_2_256_dvs"} & found

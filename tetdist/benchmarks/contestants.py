@@ -137,33 +137,35 @@ def has_spikingjelly_network(name: str) -> bool:
 def spikingjelly_network(name: str) -> torch.nn.Module:
     """The network of spikingjelly's neurons that is one of ours with the default neuron: the
     library's own, or a transformer of peers.py."""
-    from spikingjelly.activation_based import neuron, surrogate
     from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
-
-    keywords: dict[str, Any] = {
-        "tau": 2.0,
-        "decay_input": False,
-        "surrogate_function": surrogate.PiecewiseQuadratic(alpha=1.0),
-        "detach_reset": False,
-    }
-
-    def make() -> torch.nn.Module:
-        return neuron.LIFNode(**keywords)
 
     family, *numbers = name.split("_")
     match family:
         case "sew":
-            return getattr(sew_resnet, name)(spiking_neuron=neuron.LIFNode, cnf="ADD", **keywords)
+            return getattr(sew_resnet, name)(spiking_neuron=spikingjelly_neuron, cnf="ADD")
         case "spiking":
-            return getattr(spiking_resnet, name)(spiking_neuron=neuron.LIFNode, **keywords)
+            return getattr(spiking_resnet, name)(spiking_neuron=spikingjelly_neuron)
         case "qkformer":
             width = int(numbers[1])
             widths = (width // 4, width // 2, width)
-            return peers.QKFormer(widths, (1, 2, 7), width // 64, make)
+            return peers.QKFormer(widths, (1, 2, 7), width // 64, spikingjelly_neuron)
         case "sdt":
-            return peers.SpikeDrivenTransformer(int(numbers[1]), int(numbers[0]), make)
+            depth, width = map(int, numbers)
+            return peers.SpikeDrivenTransformer(width, depth, spikingjelly_neuron)
         case _:
             raise AssertionError(name)
+
+
+def spikingjelly_neuron() -> torch.nn.Module:
+    """A layer of spikingjelly's neurons, of the default numbers of ours."""
+    from spikingjelly.activation_based import neuron, surrogate
+
+    return neuron.LIFNode(
+        tau=2.0,
+        decay_input=False,
+        surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0),
+        detach_reset=False,
+    )
 
 
 def batch_of(

@@ -2,17 +2,18 @@
 
 spikingjelly has no transformers. These are the networks of models/qkformer.py and
 models/spike_driven_transformer.py, for images of ImageNet's size, with the same weights in the same
-order, built as published code builds them: convolution and batch norm on (T * B, C, H, W), neurons in
-multi-step mode on (T, B, C, H, W), and attention's tensors put in the order of heads and tokens.
+order, built as published code builds them: convolution and batch norm on (T * B, C, H, W), neurons
+in multi-step mode on (T, B, C, H, W), and attention's tensors in the order of heads and tokens.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-# Makes a layer of spikingjelly's neurons. Attention's have the threshold of the others, 1, and fire at
-# it, as all of spikingjelly's.
+# Makes a layer of spikingjelly's neurons. Attention's have the threshold of the others, 1, and fire
+# at it, as all of spikingjelly's do.
 MakeNeuron = Callable[[], nn.Module]
 
 
@@ -147,7 +148,7 @@ class QKFormer(nn.Module):
         return y
 
 
-# --------------------------------------------------------------------------- Spike-driven Transformer
+# ------------------------------------------------------------------------- Spike-driven Transformer
 
 
 class DrivenEmbedding(nn.Module):
@@ -155,8 +156,7 @@ class DrivenEmbedding(nn.Module):
         super().__init__()
         widths = [3, channels // 8, channels // 4, channels // 2]
         self.layers = nn.ModuleList(
-            Layer(conv3x3(before, after), make())
-            for before, after in zip(widths[:-1], widths[1:], strict=True)
+            Layer(conv3x3(before, after), make()) for before, after in itertools.pairwise(widths)
         )
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         self.last = Layer(conv3x3(widths[-1], channels), pools=True)

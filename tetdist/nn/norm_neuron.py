@@ -313,21 +313,6 @@ class NormNeuron(NeuronLayer):
         return str(self.neuron)
 
 
-class NormAdd(nn.Module):
-    """Batch norm of a current, plus a shortcut."""
-
-    def __init__(self, num_channels: int, norm_scale: float = 1.0) -> None:
-        super().__init__()
-        self.norm = BatchNorm(num_channels, scale=norm_scale)
-
-    def forward(
-        self, current: Tensor, shortcut: Tensor, shortcut_norm: BatchNorm | None = None
-    ) -> Tensor:
-        if shortcut_norm is not None:
-            shortcut = shortcut_norm(shortcut)
-        return self.norm(current) + shortcut
-
-
 def _channels_last_rows(x: Tensor) -> Tensor:
     """(T, B, C, H, W) as (T, B*H*W, C): a view where the channels are the last in memory."""
     return x.permute(0, 1, 3, 4, 2).flatten(1, 3).contiguous()
