@@ -206,6 +206,21 @@ def test_attentions_products_are_counted(world: World) -> None:
             "blocks.4.attention.attention",
         ),
         ("sdt_8_384", {"channels": 16, "depth": 1}, "blocks.0.attention.sum"),
+        (
+            "maxformer_10_384",
+            {"widths": (8, 8, 8), "depths": (1, 1, 1), "heads": 2},
+            "blocks.4.mixer.attention",
+        ),
+        (
+            "espikeformer_t",
+            {
+                "widths": (8, 8, 8, 8),
+                "depths": (1, 1),
+                "heads": 2,
+                "neuron": {"kind": "nilif", "threshold": 0.5},
+            },
+            "blocks.7.attention.attention",
+        ),
     ],
 )
 def test_a_transformer(name: str, arguments: dict[str, object], layer: str, world: World) -> None:
@@ -219,5 +234,5 @@ def test_a_transformer(name: str, arguments: dict[str, object], layer: str, worl
     found = count(model, world, torch.randn(2, 3, 64, 64))
     assert found.layers[layer].accumulates > 0
     real = {name for name, one in found.layers.items() if one.multiply_accumulates}
-    assert real == {"stem.layers.0.conv"} | ({"fc"} if name.startswith("qk") else set())
+    assert real == {model.default_cfg["first_conv"]} | ({"fc"} if name[0] == "q" else set())
     assert all(one.synapses > 0 for one in found.layers.values())

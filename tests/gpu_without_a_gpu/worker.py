@@ -34,6 +34,12 @@ CONFIGS: dict[str, tuple[str, ...]] = {
     "sdt_2_512_cifar": ("qkformer_cifar10.yaml", "loss.kind=tet"),
     "sdt_2_256_dvs": ("vggsnn_dvs.yaml", "model.arguments={}"),
     "sdt_2_256_gesture": ("vggsnn_dvs.yaml", "model.arguments={}"),
+    "maxformer": ("maxformer_10_384.yaml", "loss.kind=tet"),
+    # LAMB, as above.
+    **dict.fromkeys(
+        ("espikeformer_t", "espikeformer_s", "espikeformer_m", "espikeformer_l"),
+        ("espikeformer_s.yaml", "loss.kind=tet", "phases.0.optimizer={kind: adamw, lr: 0.001}"),
+    ),
 }
 
 

@@ -21,7 +21,18 @@ if TYPE_CHECKING:
     from tetdist.exchange.foreign import Converted, Source
 
 SHOWN = 5  # of the tensors that do not fit, unless all are asked for
-SOURCES = ("auto", "spikingjelly", "sew", "tet", "torchvision", "timm", "qkformer", "sdt")
+SOURCES = (
+    "auto",
+    "spikingjelly",
+    "sew",
+    "tet",
+    "torchvision",
+    "timm",
+    "qkformer",
+    "sdt",
+    "espikeformer",
+    "maxformer",
+)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NeuronConfig
-from tetdist.nn.norm_neuron import NormNeuron, spiking_layers
+from tetdist.nn.norm_neuron import NormNeuron, neuron_of, spiking_layers
 from tetdist.nn.precision import autocast
 
 LOWEST, HIGHEST, BINS = -3.0, 3.0, 120  # in thresholds; a border of bins is at 1
@@ -60,7 +60,7 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
         module.register_forward_pre_hook(look(name), with_kwargs=True)
         for name, module in spiking_layers(model).items()
         # Others have no membrane, or move it by numbers of their own.
-        if type(_neuron_of(module)) is LIF
+        if type(neuron_of(module)) is LIF
     ]
     was_training = model.training
     model.eval()
@@ -73,10 +73,6 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
             handle.remove()
     edges = torch.linspace(LOWEST, HIGHEST, BINS + 1, dtype=torch.float64).tolist()
     return Membranes(edges, shares, fires)
-
-
-def _neuron_of(module: nn.Module) -> object:
-    return module.neuron if isinstance(module, NormNeuron) else module.config
 
 
 def _counts(u: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ Transformers have names of their own, of which `convert` takes what it needs:
 
     qkformer        the original repository of QKFormer: its networks for ImageNet, CIFAR and DVS
     sdt             the original repository of the Spike-driven Transformer, V1
+    espikeformer    that of its V3: the small networks, Efficient_Spiking_Transformer_t, s, m and l
+    maxformer       the original repository of Max-Former: its networks for ImageNet
 
 A state dict holds weights and running statistics, but not the neuron, which decides about the
 result as much: `NEURONS` has what each source trains with.
@@ -30,8 +32,11 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.errors import UserError
-from tetdist.models import qkformer
+from tetdist.models import espikeformer, max_former, qkformer
+from tetdist.models.attention import StreamAttention
 from tetdist.models.base import SpikingNetwork
+from tetdist.models.espikeformer import ESpikeFormer
+from tetdist.models.max_former import MaxFormer
 from tetdist.models.qkformer import QKFormer
 from tetdist.models.sew_resnet import Bottleneck, SEWResNet
 from tetdist.models.spike_driven_transformer import SpikeDrivenTransformer
@@ -39,7 +44,17 @@ from tetdist.models.spiking_resnet import SpikingResNet
 from tetdist.models.vggsnn import VGGSNN
 from tetdist.nn.batch_norm import BatchNorm
 
-Source = Literal["spikingjelly", "sew", "tet", "torchvision", "timm", "qkformer", "sdt"]
+Source = Literal[
+    "spikingjelly",
+    "sew",
+    "tet",
+    "torchvision",
+    "timm",
+    "qkformer",
+    "sdt",
+    "espikeformer",
+    "maxformer",
+]
 
 _SEW_NEURON = {
     "decay": 1.0,
@@ -69,6 +84,9 @@ NEURONS: dict[Source, dict[str, Any]] = {
     "timm": {},
     "qkformer": _HALVING_NEURON,
     "sdt": _HALVING_NEURON,
+    # Theirs has no membrane, and so no decay: at T=1 it does not matter.
+    "espikeformer": {"kind": "nilif", "most_spikes": 4, "threshold": 1.0, "decay": 0.25},
+    "maxformer": _HALVING_NEURON,
 }
 
 # How images are scaled, where a source's network of so many classes does it otherwise than timm's
@@ -100,7 +118,8 @@ _TET_NAMES = (
     (r"^fc2\.", "fc."),
 )
 
-# The classifier of a transformer.
+# Sources of transformers, and the classifier of each.
+_TRANSFORMERS: tuple[Source, ...] = ("qkformer", "sdt", "espikeformer", "maxformer")
 _HEAD_NAMES = ((r"^head\.", "fc."),)
 
 # Weights that a network makes and does not compute with: those of the Spike-driven Transformer.
@@ -235,6 +254,10 @@ def source_of(state: Mapping[str, Tensor], path: Path) -> Source:
         return "qkformer"
     if "block.0.attn.talking_heads.weight" in state:
         return "sdt"
+    if "downsample1_1.encode_conv.weight" in state:
+        return "espikeformer"
+    if "stage1.0.mixer.conv5.weight" in state:
+        return "maxformer"
     if "layer1.0.conv1.weight" in state:
         raise UserError(
             f"{path} has the names of torchvision's ResNets, which timm and spikingjelly use, too; "
@@ -297,7 +320,7 @@ def _in_known_names(
     state: Mapping[str, Tensor], source: Source
 ) -> tuple[dict[str, Tensor], dict[str, str], int]:
     """Tensors by the names that `_names` has, the originals of these, the number of counters."""
-    transformers = {"qkformer": _HEAD_NAMES, "sdt": _HEAD_NAMES}
+    transformers = dict.fromkeys(_TRANSFORMERS, _HEAD_NAMES)
     rules = ({"sew": _SEW_NAMES, "tet": _TET_NAMES} | transformers).get(source, ())
     renamed: dict[str, Tensor] = {}
     original: dict[str, str] = {}
@@ -327,6 +350,10 @@ def _names(model: SpikingNetwork) -> dict[str, str]:
         rules = tuple(_qkformer_names(model))
     elif isinstance(model, SpikeDrivenTransformer):
         rules = _SDT_NAMES
+    elif isinstance(model, ESpikeFormer):
+        rules = tuple(_espikeformer_names(model))
+    elif isinstance(model, MaxFormer):
+        rules = tuple(_maxformer_names(model))
     elif isinstance(model, VGGSNN):
         rules = tuple(_vgg_names(model))
     elif isinstance(model, (SEWResNet, SpikingResNet)):
@@ -334,7 +361,8 @@ def _names(model: SpikingNetwork) -> dict[str, str]:
     else:
         raise UserError(
             f"{model.default_cfg['architecture']} has no counterpart elsewhere to take weights "
-            "from; there are those of sew_resnet*, spiking_resnet*, vggsnn, qkformer_* and sdt_*"
+            "from; there are those of sew_resnet*, spiking_resnet*, vggsnn, qkformer_*, sdt_*, "
+            "espikeformer_* and maxformer_*"
         )
     return {key: _substitute(key, rules) for key in model.state_dict()}
 
@@ -392,6 +420,122 @@ _SDT_NAMES = (
     (r"^blocks\.(\d+)\.mlp\.fc2\.", r"block.\1.mlp.fc2_conv."),
     (r"^blocks\.(\d+)\.mlp\.add\.norm\.", r"block.\1.mlp.fc2_bn."),
 )
+
+
+def _espikeformer_names(model: ESpikeFormer) -> list[tuple[str, str]]:
+    rules = _down_names("stem", "downsample1_1")
+    convolutional = iter(("1_1", "1_2", "2_1", "2_2"))
+    down = iter(("1_2", "2", "3", "4"))
+    stage, position = 3, -1
+    for i, block in enumerate(model.blocks):
+        own = rf"blocks\.{i}"
+        match block:
+            case espikeformer.Downsampling():
+                number = next(down)
+                rules += _down_names(own, f"downsample{number}")
+                if number == "4":
+                    stage, position = 4, -1
+                continue
+            case espikeformer.ConvBlock():
+                theirs = f"ConvBlock{next(convolutional)}.0"
+                rules += _separable_names(own, f"{theirs}.Conv")
+                rules += [
+                    (rf"^{own}\.mlp\.conv1\.conv\.", f"{theirs}.conv1."),
+                    (rf"^{own}\.mlp\.conv1\.neuron\.norm\.", f"{theirs}.bn1."),
+                    (rf"^{own}\.mlp\.conv2\.", f"{theirs}.conv2."),
+                    (rf"^{own}\.mlp\.add\.norm\.", f"{theirs}.bn2."),
+                ]
+            case espikeformer.TransformerBlock():
+                position += 1
+                theirs = f"block{stage}.{position}"
+                rules += _separable_names(own, f"{theirs}.conv")
+                rules += _attention_names(own, f"{theirs}.attn", "_conv.0.", "_conv.1.")
+                rules += _mlp_names(own, f"{theirs}.mlp")
+            case _:
+                raise AssertionError(f"no names for {type(block).__name__}")
+    return rules
+
+
+def _down_names(own: str, theirs: str) -> list[tuple[str, str]]:
+    return [
+        (rf"^{own}\.conv\.", f"{theirs}.encode_conv."),
+        (rf"^{own}\.norm\.norm\.", f"{theirs}.encode_bn."),
+    ]
+
+
+def _separable_names(own: str, theirs: str) -> list[tuple[str, str]]:
+    rules = []
+    for layer, name in (("widen", "pwconv1"), ("depthwise", "dwconv")):
+        rules += [
+            (rf"^{own}\.separable\.{layer}\.conv\.", f"{theirs}.{name}.0."),
+            (rf"^{own}\.separable\.{layer}\.neuron\.norm\.", f"{theirs}.{name}.1."),
+        ]
+    return [
+        *rules,
+        (rf"^{own}\.separable\.narrow\.", f"{theirs}.pwconv2.0."),
+        (rf"^{own}\.separable\.add\.norm\.", f"{theirs}.pwconv2.1."),
+    ]
+
+
+def _attention_names(own: str, theirs: str, conv: str, norm: str) -> list[tuple[str, str]]:
+    """Names of a `StreamAttention`, whose place in its block is ``attention`` or ``mixer``."""
+    own = rf"^{own}\.(?:attention|mixer)"
+    return [
+        (rf"{own}\.([qkv])\.conv\.", rf"{theirs}.\1{conv}"),
+        (rf"{own}\.([qkv])\.neuron\.norm\.", rf"{theirs}.\1{norm}"),
+        (rf"{own}\.proj\.", f"{theirs}.proj{conv}"),
+        (rf"{own}\.add\.norm\.", f"{theirs}.proj{norm}"),
+    ]
+
+
+def _mlp_names(own: str, theirs: str) -> list[tuple[str, str]]:
+    """Names of an MLP of a real-valued stream."""
+    return [
+        *_layer_names(rf"^{own}\.mlp\.fc1", f"{theirs}.fc1"),
+        (rf"^{own}\.mlp\.fc2\.", f"{theirs}.fc2_conv."),
+        (rf"^{own}\.mlp\.add\.norm\.", f"{theirs}.fc2_bn."),
+    ]
+
+
+def _maxformer_names(model: MaxFormer) -> list[tuple[str, str]]:
+    rules = [
+        *_layer_names(r"^stem\.layers\.0", "patch_embed1.embed1.embed"),
+        *_layer_names(r"^stem\.layers\.1", "patch_embed1.embed2.embed"),
+        *_added_names("stem", "patch_embed1.embed3.embed"),
+        (r"^stem\.shortcut\.", "patch_embed1.embed4.embed_conv."),
+        (r"^stem\.shortcut_norm\.", "patch_embed1.embed4.embed_bn."),
+    ]
+    stage, position = 1, -1
+    for i, block in enumerate(model.blocks):
+        own = rf"blocks\.{i}"
+        if isinstance(block, max_former.Embedding):
+            stage, position = stage + 1, -1
+            theirs = f"patch_embed{stage}"
+            rules += _layer_names(rf"^{own}\.layer", f"{theirs}.max_embed1.embed")
+            rules += _added_names(own, f"{theirs}.embed1.embed")
+            rules += [
+                (rf"^{own}\.shortcut\.", f"{theirs}.max_embed2.embed_conv."),
+                (rf"^{own}\.shortcut_norm\.norm\.", f"{theirs}.max_embed2.embed_bn."),
+            ]
+            continue
+        position += 1
+        theirs = f"stage{stage}.{position}"
+        if isinstance(block.mixer, StreamAttention):
+            rules += _attention_names(own, f"{theirs}.attn", "_conv.", "_bn.")
+        else:
+            # The first stage's is called so whatever its size, which is 7x7.
+            mixer = f"{theirs}.mixer.{'conv5' if stage == 1 else 'conv'}"
+            rules += [
+                (rf"^{own}\.mixer\.conv\.", f"{mixer}."),
+                (rf"^{own}\.mixer\.add\.norm\.", f"{mixer}_bn."),
+            ]
+        rules += _mlp_names(own, f"{theirs}.mlp")
+    return rules
+
+
+def _added_names(own: str, theirs: str) -> list[tuple[str, str]]:
+    """Names of a convolution whose norm is in a `NormAdd`."""
+    return [(rf"^{own}\.conv\.", f"{theirs}_conv."), (rf"^{own}\.add\.norm\.", f"{theirs}_bn.")]
 
 
 def _resnet_names(model: SEWResNet | SpikingResNet) -> list[tuple[str, str]]:

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 
 from tetdist.errors import UserError
 from tetdist.models import (
+    ESpikeFormer,
+    MaxFormer,
     QKFormer,
     SpikeDrivenTransformer,
     SpikingNetwork,
@@ -41,6 +43,7 @@ from tetdist.models.base import ConvNormNeuron
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormNeuron
+from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import AvgPool, MaxPool
 
 
@@ -83,11 +86,13 @@ class _Builder:
     @torch.no_grad()
     def build(self, input_shape: tuple[int, ...]) -> nir.NIRGraph:
         model = self.model
-        if isinstance(model, (QKFormer, SpikeDrivenTransformer)):
+        if isinstance(model, (ESpikeFormer, MaxFormer, QKFormer, SpikeDrivenTransformer)):
+            pools = any(isinstance(module, NormPool) for module in model.modules())
+            maximum = ", nor for the maximum over currents, which the embedding pools"
             raise UserError(
-                f"NIR cannot express {type(model).__name__}: it has no node for the maximum over "
-                "currents, which the embedding pools, nor for the product of two signals, of which "
-                "attention is made; export it to onnx or torch"
+                f"NIR cannot express {type(model).__name__}: it has no node for the product of two "
+                f"signals, of which attention is made{maximum if pools else ''}; export it to onnx "
+                "or torch"
             )
         self.nodes["input"] = nir.Input({"input": np.array(input_shape)})
         x = self.layer("stem", model.stem, Signal(("input",), input_shape))

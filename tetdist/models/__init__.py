@@ -15,6 +15,8 @@ from torch import nn
 
 from tetdist import plugins
 from tetdist.models.base import SpikingModel, SpikingNetwork
+from tetdist.models.espikeformer import ESpikeFormer
+from tetdist.models.max_former import MaxFormer
 from tetdist.models.qkformer import QKFormer
 from tetdist.models.sew_resnet import SEWResNet
 from tetdist.models.spike_driven_transformer import SpikeDrivenTransformer
@@ -24,6 +26,8 @@ from tetdist.models.vggsnn import VGGSNN
 
 __all__ = [
     "VGGSNN",
+    "ESpikeFormer",
+    "MaxFormer",
     "QKFormer",
     "SEWResNet",
     "SpikeDrivenTransformer",

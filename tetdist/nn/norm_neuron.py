@@ -21,13 +21,34 @@ from tetdist.nn.packed import Packed, carry
 
 def spiking_layers(model: nn.Module) -> "dict[str, NormNeuron | Neuron]":
     """A model's layers of neurons, by name; none in a ReLU network."""
-    found: dict[str, NormNeuron | Neuron] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (NormNeuron, Neuron)):
-            neuron = module.neuron if isinstance(module, NormNeuron) else module.config
-            if neuron.spiking:
-                found[name] = module
-    return found
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (NormNeuron, Neuron))
+        and (neuron := neuron_of(module)) is not None
+        and neuron.spiking
+    }
+
+
+def neurons_of(model: nn.Module) -> list[NeuronConfig]:
+    """The neurons of a model's layers of them; none in a ReLU network."""
+    found = (neuron_of(module) for module in model.modules())
+    return [neuron for neuron in found if neuron is not None and neuron.spiking]
+
+
+def neuron_of(module: nn.Module) -> NeuronConfig | None:
+    """The neuron of a layer of them; None: the module is none."""
+    match module:
+        case NormNeuron():
+            return module.neuron
+        case Neuron():
+            return module.config
+    return None
+
+
+def is_causal(model: nn.Module) -> bool:
+    """True if a model's logits at t do not depend on T, so that one pass shows all smaller T."""
+    return all(neuron.causal for neuron in neurons_of(model))
 
 
 def firing_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -41,6 +62,35 @@ def firing_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if name in own or getattr(module, "fires_spikes", False)
     }
+
+
+class LatestLevels:
+    """What the neurons of a model that ran last send, while it runs.
+
+    A layer of synapses sees spikes of the neurons before it. Those of a network are alike, but for
+    E-SpikeFormer's, of which those before the classifier send whole numbers.
+
+    Attributes:
+        levels: Multiples of ``1 / levels``; None: anything, or no neuron has run.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.levels: int | None = None
+        self._handles = []
+        for module in model.modules():
+            if (neuron := neuron_of(module)) is not None:
+                self._handles.append(module.register_forward_hook(self._note(neuron.levels)))
+
+    def _note(self, levels: int | None) -> Callable[..., None]:
+        def note(*_: object) -> None:
+            self.levels = levels
+
+        return note
+
+    def remove(self) -> None:
+        """Look at the model no longer."""
+        for handle in self._handles:
+            handle.remove()
 
 
 class FusedLayer(nn.Module):
@@ -107,9 +157,7 @@ class Neuron(NeuronLayer):
 
     def reference(self, current: Tensor, timesteps: int) -> Tensor:
         """The definition of `forward`."""
-        learned = dict(self.learned)
-        if current.ndim == 5:
-            learned = {name: value.view(-1, 1, 1) for name, value in learned.items()}
+        learned = neurons.broadcasting(self.config, self.learned, 2 if current.ndim == 5 else 0)
         current = current.expand(timesteps, *current.shape[1:])
         spikes, membrane = self.config.run(current, self.membrane, **learned)
         if self.carries:
@@ -214,7 +262,7 @@ class NormNeuron(NeuronLayer):
     ) -> Tensor:
         """The definition of `forward`."""
         total = self.input_current(current, timesteps, shortcut, shortcut_norm)
-        learned = {name: value.view(-1, 1, 1) for name, value in self.learned.items()}
+        learned = neurons.broadcasting(self.neuron, self.learned, 2)
         spikes, membrane = self.neuron.run(total, self.membrane, **learned)
         if self.carries:
             self.membrane = membrane
