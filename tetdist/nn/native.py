@@ -15,15 +15,19 @@ from torch import Tensor
 
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.build import load_library
+from tetdist.nn.dynamics import Dynamics, dynamics_of
 from tetdist.nn.fused import Affine, Inputs, Sums
-from tetdist.nn.neurons import LIF, SURROGATES
+from tetdist.nn.neurons import SURROGATES, NeuronConfig
 from tetdist.nn.window import Window
 
+CHANNELS = 64  # that kernels/neuron.cpp works on at a time
 TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
 class _Neuron(ctypes.Structure):
-    _fields_ = (("decay", c_double), ("threshold", c_double), ("width", c_double))
+    _fields_ = tuple(
+        (name, c_double) for name in ("decay", "threshold", "width", "share", "most", "levels")
+    )
 
 
 _SIZES = tuple((name, c_int64) for name in ("timesteps", "rows", "channels", "shared"))
@@ -49,7 +53,7 @@ class _Backward(ctypes.Structure):
         *((f"shortcut_{name}", c_void_p) for name in ("gain", "offset", "mean", "rstd")),
         *((name, c_void_p) for name in ("start", "grad_spikes", "grad_end", "total", "own")),
         *((name, c_void_p) for name in ("sum_grad", "sum_grad_xhat", "sum_grad_shortcut_hat")),
-        *((name, c_void_p) for name in ("grad_start", "partial")),
+        *((name, c_void_p) for name in ("grad_start", "partial", "sum_share", "partial_share")),
         *_SIZES,
         ("neuron", _Neuron),
     )
@@ -68,9 +72,8 @@ def serves(*tensors: Tensor | None) -> bool:
 class Kernels:
     """The functions of the library of one neuron. All tensors are without gaps."""
 
-    def __init__(self, library: ctypes.CDLL, config: LIF) -> None:
-        self.library = library
-        self.neuron = _Neuron(config.decay, config.threshold, config.surrogate_width)
+    def __init__(self, library: ctypes.CDLL, dynamics: Dynamics) -> None:
+        self.library, self.dynamics = library, dynamics
         library.num_blocks.restype = c_int64
         library.num_blocks.argtypes = (c_int64, c_int64)
         signatures: dict[str, tuple[Any, ...]] = {
@@ -81,6 +84,13 @@ class Kernels:
         }
         for (name, signature), dtype in itertools.product(signatures.items(), TYPES.values()):
             self._function(name, dtype).argtypes = signature
+
+    def _neuron(self, inputs: Inputs) -> _Neuron:
+        of = self.dynamics
+        # The share is computed in torch, as the definition has it, and so is the decay.
+        share = inputs.learned[0] if of.learns_decay else torch.tensor(1 - of.decay)
+        decay = (1 - share).item() if of.learns_decay else of.decay
+        return _Neuron(decay, of.threshold, of.width, share.item(), of.most or 0, of.levels)
 
     def _function(self, name: str, type_name: str) -> Any:
         return getattr(self.library, f"{name}_{type_name}")
@@ -108,7 +118,7 @@ class Kernels:
         packs: bool,
         carries: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, shortcut, affine, of_shortcut, start = inputs
+        x, shortcut, affine, of_shortcut, start, _ = inputs
         shape = (timesteps, *x.shape[1:])
         norms = [_as_wide(t, x) for one in (affine, of_shortcut) for t in (one or _NONE)[:2]]
         start = _as_wide(start, x)
@@ -116,14 +126,14 @@ class Kernels:
         packed = torch.empty(shape, dtype=torch.uint8) if packs else None
         end = torch.empty(shape[1:], dtype=_wide_type(x)) if carries else None
         pointers = map(_at, (x, shortcut, *norms, start, identity, spikes, packed, end))
-        job = _Forward(*pointers, *shape, x.shape[0] == 1, self.neuron)
+        job = _Forward(*pointers, *shape, x.shape[0] == 1, self._neuron(inputs))
         self._function("forward", TYPES[x.dtype])(byref(job), _threads())
         return spikes, packed, end
 
     def current_gradient(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
     ) -> tuple[Sums, "_Gradients"]:
-        x, shortcut, affine, of_shortcut, start = inputs
+        x, shortcut, affine, of_shortcut, start, learned = inputs
         timesteps, rows, channels = grad_spikes.shape
         shared = x.shape[0] == 1
         wide = _wide_type(x)
@@ -136,16 +146,26 @@ class Kernels:
         sum_shortcut = None if of_shortcut is None else torch.empty(channels, dtype=wide)
         grad_start = None if start is None else torch.empty_like(start)
         partial = None if affine is None else self._partial(3, rows, x)
+        sum_share = partial_share = None
+        if learned:
+            sum_share = torch.empty((), dtype=torch.float64)
+            parts = -(-rows * channels // CHANNELS)
+            if affine is not None:
+                parts = self.library.num_blocks(rows, channels)
+            partial_share = torch.empty(parts, dtype=torch.float64)
         pointers = map(
             _at,
             (x, shortcut, *norms, start, grad_spikes, grad_end, total, own,
-             sum_grad, sum_grad_xhat, sum_shortcut, grad_start, partial),
+             sum_grad, sum_grad_xhat, sum_shortcut, grad_start, partial, sum_share, partial_share),
         )  # fmt: skip
-        job = _Backward(*pointers, timesteps, rows, channels, shared, self.neuron)
+        neuron = self._neuron(inputs)
+        job = _Backward(*pointers, timesteps, rows, channels, shared, neuron)
         self._function("backward", TYPES[x.dtype])(byref(job), _threads())
         grad_y = own if own is not None else total
         assert grad_y is not None
-        return Sums(sum_grad, sum_grad_xhat, sum_shortcut), _Gradients(total, grad_y, grad_start)
+        grad_learned = () if sum_share is None else (sum_share.to(wide),)
+        sums = Sums(sum_grad, sum_grad_xhat, sum_shortcut, grad_learned)
+        return sums, _Gradients(total, grad_y, grad_start)
 
     def input_gradient(
         self,
@@ -208,9 +228,9 @@ class Passes:
 
     def current_gradient(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        _, gradients = self.kernels.current_gradient(inputs, grad_spikes, grad_end)
-        return gradients.of_normalized, gradients.start
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        sums, gradients = self.kernels.current_gradient(inputs, grad_spikes, grad_end)
+        return gradients.of_normalized, gradients.start, sums.grad_learned
 
     def gradients(
         self,
@@ -364,16 +384,20 @@ def _sums() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def kernels(config: LIF) -> Kernels | None:
+def kernels(config: NeuronConfig) -> Kernels | None:
     """Those of a neuron, compiled if they never were on this machine; None without a compiler."""
+    of = dynamics_of(config)
     library = load_library(
         "neuron",
-        f"-DSURROGATE={list(SURROGATES).index(config.surrogate)}",
-        f"-DHARD_RESET={int(config.resets_to_zero)}",
-        f"-DDETACH_RESET={int(config.detach_reset)}",
-        f"-DFIRES_AT_THRESHOLD={int(config.fires_at_threshold)}",
+        f"-DSURROGATE={list(SURROGATES).index(of.surrogate)}",
+        f"-DHARD_RESET={int(of.resets_to_zero)}",
+        f"-DDETACH_RESET={int(of.detach_reset)}",
+        f"-DFIRES_AT_THRESHOLD={int(of.fires_at_threshold)}",
+        f"-DCOUNTS={int(of.most is not None)}",
+        f"-DLEARNS_DECAY={int(of.learns_decay)}",
+        f"-DSCALES_INPUT={int(of.scales_input)}",
     )
-    return None if library is None else Kernels(library, config)
+    return None if library is None else Kernels(library, of)
 
 
 @functools.cache

@@ -138,11 +138,12 @@ class Neuron(NeuronLayer):
     def _fused(self, current: Tensor, kernels: Passes) -> Tensor:
         layout = _Layout.of(current)
         start = None if self.membrane is None else layout.flat(self.membrane[None])[0]
-        spikes, packed, end = FusedNeuron.apply(layout.flat(current), start, kernels)
+        learned = _in_passes(self.config, self.learned, current, kernels)
+        spikes, packed, end = FusedNeuron.apply(layout.flat(current), start, kernels, *learned)
         if self.carries:
             self.membrane = layout.shaped(end[None])[0]
         spikes = layout.shaped(spikes)
-        return spikes if packed is None else carry(spikes, Packed(layout.shaped(packed), 1))
+        return _carrying(spikes, None if packed is None else layout.shaped(packed), self.config)
 
     def extra_repr(self) -> str:
         return str(self.config)
@@ -272,7 +273,9 @@ class NormNeuron(NeuronLayer):
         parameters: list[Tensor | None] = [norm.weight, norm.bias]
         parameters += [None, None] if others is None else [others.weight, others.bias]
         rows, packed, end = FusedNormNeuron.apply(
-            _channels_last_rows(current), added, joined, start, *parameters, norm, others, kernels
+            *(_channels_last_rows(current), added, joined, start),
+            *(*parameters, norm, others, kernels),
+            *_in_passes(self.neuron, self.learned, current, kernels),
         )
         if self.carries:
             self.membrane = end.view(batch, height, width, channels).permute(0, 3, 1, 2)
@@ -280,10 +283,27 @@ class NormNeuron(NeuronLayer):
         def image(rows: Tensor) -> Tensor:
             return rows.view(len(rows), batch, height, width, channels).permute(0, 1, 4, 2, 3)
 
-        return image(rows) if packed is None else carry(image(rows), Packed(image(packed), 1))
+        return _carrying(image(rows), None if packed is None else image(packed), self.neuron)
 
     def extra_repr(self) -> str:
         return str(self.neuron)
+
+
+def _in_passes(
+    neuron: NeuronConfig, learned: nn.ParameterDict, current: Tensor, kernels: Passes
+) -> tuple[Tensor, ...]:
+    """What a layer learns, as the passes take it, in the type in which they compute."""
+    wide = torch.promote_types(current.dtype, torch.float32)
+    parameters = {name: value.to(wide) for name, value in learned.items()}
+    return neuron.in_passes(kernels.timesteps, **parameters)
+
+
+def _carrying(spikes: Tensor, packed: Tensor | None, neuron: NeuronConfig) -> Tensor:
+    """Spikes that carry their form in bytes, if there is one."""
+    if packed is None:
+        return spikes
+    assert neuron.levels is not None
+    return carry(spikes, Packed(packed, neuron.levels))
 
 
 def _channels_last_rows(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tetdist.nn import build, native
 from tetdist.nn.fused import Passes
-from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.nn.neurons import NeuronConfig
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def passes_for(
         carries: Whether membranes are carried on.
         packs: Whether spikes are packed, too.
     """
-    if not isinstance(config, LIF) or not config.has_passes:
+    if not config.has_passes:
         return None
     if native.serves(*tensors):
         return _native_passes(config, timesteps, carries, packs)
@@ -50,7 +50,9 @@ def passes_for(
 
 
 @functools.cache
-def _native_passes(config: LIF, timesteps: int, carries: bool, packs: bool) -> Passes | None:
+def _native_passes(
+    config: NeuronConfig, timesteps: int, carries: bool, packs: bool
+) -> Passes | None:
     kernels = native.kernels(config)
     if kernels is None:
         _say_that_there_is_no_library()
@@ -69,7 +71,9 @@ def _say_that_there_is_no_library() -> None:
 
 
 @functools.cache
-def _triton_passes(kernels: Any, config: LIF, timesteps: int, carries: bool, packs: bool) -> Passes:
+def _triton_passes(
+    kernels: Any, config: NeuronConfig, timesteps: int, carries: bool, packs: bool
+) -> Passes:
     return kernels.Passes(config, timesteps, carries=carries, packs=packs)
 
 

@@ -6,6 +6,9 @@
 //     HARD_RESET       1 hard, 0 soft
 //     DETACH_RESET     whether the reset is a constant to the backward pass
 //     FIRES_AT_THRESHOLD    whether a membrane at the threshold fires
+//     COUNTS           whether it fires as often as it is above the threshold, up to a most (I-LIF)
+//     LEARNS_DECAY     whether the decay, 1 - share, gets a gradient (PLIF)
+//     SCALES_INPUT     whether the current is multiplied by the share
 //
 // Tensors are (T, N, C) without gaps: N = B*H*W, channels last. Where nothing is normalised they are
 // any numbers, one beside the other. "Wide" is the type in which one computes: float, and double for
@@ -42,6 +45,8 @@ int64_t rows_of_block(int64_t channels) {
 
 struct Neuron {
     double decay, threshold, width;
+    double share;         // 1 - decay
+    double most, levels;  // spikes in a timestep, and what they are divided by when they are sent
 };
 
 // Whether a membrane fires that is so much above the threshold.
@@ -49,6 +54,25 @@ template <class W> inline bool does_fire(W above) {
     return FIRES_AT_THRESHOLD ? above >= 0 : above > 0;
 }
 
+// The number of spikes of a membrane before its reset.
+template <class W> inline W spikes_of(W v, W threshold, W most) {
+#if COUNTS
+    return std::rint(std::min(std::max(W(0), v / threshold), most));
+#else
+    return does_fire(v - threshold) ? W(1) : W(0);
+#endif
+}
+
+// What so many spikes leave of it.
+template <class W> inline W after_reset(W v, W spikes, W threshold) {
+#if COUNTS
+    return v - threshold * spikes;
+#else
+    return spikes > 0 ? (HARD_RESET ? W(0) : v - threshold) : v;
+#endif
+}
+
+// The surrogate, x above the threshold.
 template <class W> inline W slope(W x, W width) {
 #if SURROGATE == 0
     return std::max(width - std::abs(x), W(0)) / (width * width);
@@ -60,6 +84,16 @@ template <class W> inline W slope(W x, W width) {
     return width * s * (1 - s);
 #else
     return (std::abs(x) < width ? W(1) : W(0)) / (2 * width);
+#endif
+}
+
+// The derivative of the number of spikes of a membrane.
+template <class W> inline W derivative(W v, W threshold, W width, W most) {
+#if COUNTS
+    const W in_thresholds = v / threshold;
+    return (in_thresholds >= 0 && in_thresholds <= most ? W(1) : W(0)) / threshold;
+#else
+    return slope(v - threshold, width);
 #endif
 }
 
@@ -150,7 +184,8 @@ enum Shortcut { ALONE, NONE, PLAIN, NORMALIZED };
 template <Shortcut SHORTCUT, bool IDENTITY, class X, class Length>
 inline void forward_part(const Forward<X>& f, int64_t n, int64_t c0, Length length) {
     using W = Wide<X>;
-    const W decay(f.neuron.decay), threshold(f.neuron.threshold);
+    const W decay(f.neuron.decay), threshold(f.neuron.threshold), most(f.neuron.most);
+    const W share(f.neuron.share), levels(f.neuron.levels);
     const int64_t at = n * f.channels + c0, plane = f.rows * f.channels;
     const W *gain = f.gain + c0, *offset = f.offset + c0;
     const W *gain2 = f.shortcut_gain + c0, *offset2 = f.shortcut_offset + c0;
@@ -168,12 +203,14 @@ inline void forward_part(const Forward<X>& f, int64_t n, int64_t c0, Length leng
             if (SHORTCUT != ALONE) current = current * gain[c] + offset[c];
             if (SHORTCUT == PLAIN) current += wide(shortcut[c]);
             if (SHORTCUT == NORMALIZED) current += wide(shortcut[c]) * gain2[c] + offset2[c];
+            if (SCALES_INPUT) current *= share;
             W v = decay * u[c] + current;
-            const bool fires = does_fire(v - threshold);
-            out[c] = fires ? W(1) : W(0);
+            const W number = spikes_of(v, threshold, most);
+            out[c] = COUNTS ? number / levels : number;
             if (IDENTITY) out[c] += wide(identity[c]);
             spikes[c] = narrow<X>(out[c]);
-            u[c] = fires ? (HARD_RESET ? W(0) : v - threshold) : v;
+            if (COUNTS) out[c] *= levels;
+            u[c] = after_reset(v, number, threshold);
         }
         if (f.packed) {
             uint8_t* packed = f.packed + now;
@@ -233,20 +270,24 @@ template <class X> struct Backward {
     W *sum_grad, *sum_grad_xhat, *sum_grad_shortcut_hat;  // (C,); the last, or all, may be null
     W* grad_start;                                        // (N, C) or null
     W* partial;                                           // (blocks, 3, C)
+    double *sum_share, *partial_share;                    // (), (parts,): of the share's gradient
     int64_t timesteps, rows, channels, shared;
     Neuron neuron;
 };
 
 template <Shortcut SHORTCUT, class X, class Length>
 inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length length, Wide<X>* us,
-                          Wide<X>* sum, Wide<X>* sum_x, Wide<X>* sum_shortcut) {
+                          Wide<X>* sum, Wide<X>* sum_x, Wide<X>* sum_shortcut,
+                          double* sum_share) {
     using W = Wide<X>;
     const W decay(b.neuron.decay), threshold(b.neuron.threshold), width(b.neuron.width);
+    const W share(b.neuron.share), most(b.neuron.most), levels(b.neuron.levels);
     const int64_t at = n * b.channels + c0, plane = b.rows * b.channels;
     const W *gain = b.gain + c0, *offset = b.offset + c0, *mean = b.mean + c0;
     const W *gain2 = b.shortcut_gain + c0, *offset2 = b.shortcut_offset + c0;
     const W* mean2 = b.shortcut_mean + c0;
     W u[CHANNELS], after[CHANNELS], over_time[CHANNELS], with_x[CHANNELS], with_shortcut[CHANNELS];
+    W with_share[CHANNELS];
     for (int c = 0; c < length; c++) u[c] = b.start ? b.start[at + c] : W(0);
     for (int64_t t = 0; t < b.timesteps; t++) {  // the membranes again
         const X *x = b.x + (b.shared ? at : t * plane + at), *shortcut = b.shortcut + t * plane + at;
@@ -257,14 +298,15 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             if (SHORTCUT != ALONE) current = current * gain[c] + offset[c];
             if (SHORTCUT == PLAIN) current += wide(shortcut[c]);
             if (SHORTCUT == NORMALIZED) current += wide(shortcut[c]) * gain2[c] + offset2[c];
+            if (SCALES_INPUT) current *= share;
             const W v = decay * u[c] + current;
             before_reset[c] = v;
-            u[c] = does_fire(v - threshold) ? (HARD_RESET ? W(0) : v - threshold) : v;
+            u[c] = after_reset(v, spikes_of(v, threshold, most), threshold);
         }
     }
     for (int c = 0; c < length; c++) {
         after[c] = b.grad_end ? b.grad_end[at + c] : W(0);
-        over_time[c] = with_x[c] = with_shortcut[c] = 0;
+        over_time[c] = with_x[c] = with_shortcut[c] = with_share[c] = 0;
     }
     for (int64_t t = b.timesteps - 1; t >= 0; t--) {
         const int64_t now = t * plane + at;
@@ -275,15 +317,27 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
 #pragma omp simd
         for (int c = 0; c < length; c++) {
             const W v = before_reset[c];
-            const bool fires = does_fire(v - threshold);
+            const bool fires = !COUNTS && does_fire(v - threshold);
             const W kept = HARD_RESET && fires ? W(0) : after[c];
             const W through_reset = DETACH_RESET ? W(0) : after[c] * (HARD_RESET ? v : threshold);
-            const W g = (wide(grad_spikes[c]) - through_reset) * slope(v - threshold, width) + kept;
+            const W sent = COUNTS ? wide(grad_spikes[c]) / levels : wide(grad_spikes[c]);
+            const W fired = (sent - through_reset) * derivative(v, threshold, width, most);
+            const W of_v = fired + kept;
+            if (LEARNS_DECAY) {
+                // v is (1 - share) times what was there before, plus the current, of which a share.
+                W before = b.start ? b.start[at + c] : W(0);
+                if (t > 0) {
+                    const W earlier = us[(t - 1) * CHANNELS + c];
+                    before = after_reset(earlier, spikes_of(earlier, threshold, most), threshold);
+                }
+                with_share[c] += of_v * (SCALES_INPUT ? (v - before) / share : -before);
+            }
+            const W g = SCALES_INPUT ? of_v * share : of_v;
             grad[c] = g;
             over_time[c] += g;
             if (SHORTCUT != ALONE) with_x[c] += g * (wide(x[c]) - mean[c]);
             if (SHORTCUT == NORMALIZED) with_shortcut[c] += g * (wide(shortcut[c]) - mean2[c]);
-            after[c] = decay * g;  // the gradient of the membrane that was there before
+            after[c] = decay * of_v;  // the gradient of the membrane that was there before
         }
         if (b.total) {
             X* total = b.total + now;
@@ -299,10 +353,18 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             if (SHORTCUT == NORMALIZED) sum_shortcut[c0 + c] += with_shortcut[c];
         }
     }
+    if (LEARNS_DECAY)
+        for (int c = 0; c < length; c++) *sum_share += with_share[c];
     if (b.own)
         for (int c = 0; c < length; c++) b.own[at + c] = narrow<X>(over_time[c]);
     if (b.grad_start)
         for (int c = 0; c < length; c++) b.grad_start[at + c] = after[c];
+}
+
+template <class X> void add_shares(const Backward<X>& b, int64_t parts) {
+    if (!LEARNS_DECAY) return;
+    *b.sum_share = 0;
+    for (int64_t part = 0; part < parts; part++) *b.sum_share += b.partial_share[part];
 }
 
 template <Shortcut SHORTCUT, class X> void backward_rows(const Backward<X>& b, int threads) {
@@ -316,12 +378,16 @@ template <Shortcut SHORTCUT, class X> void backward_rows(const Backward<X>& b, i
             W *sum = b.partial + 3 * block * b.channels, *sum_x = sum + b.channels;
             W* sum_shortcut = sum_x + b.channels;
             std::fill(sum, sum + 3 * b.channels, W(0));
+            double* share = LEARNS_DECAY ? b.partial_share + block : nullptr;
+            if (LEARNS_DECAY) *share = 0;
             for (int64_t n = block * step; n < std::min(b.rows, (block + 1) * step); n++)
                 over_channels(b.channels, [&](int64_t c, auto length) {
-                    backward_part<SHORTCUT>(b, n, c, length, us.data(), sum, sum_x, sum_shortcut);
+                    backward_part<SHORTCUT>(b, n, c, length, us.data(), sum, sum_x, sum_shortcut,
+                                            share);
                 });
         }
     }
+    add_shares(b, blocks);
     for (int64_t c = 0; c < b.channels; c++) {
         double sums[3] = {0, 0, 0};
         for (int64_t block = 0; block < blocks; block++)
@@ -345,9 +411,12 @@ template <class X> void backward_alone(const Backward<X>& b, int threads) {
         for (int64_t first = 0; first < row.channels; first += CHANNELS)
             of_group(row.channels, first, [&](int64_t c, auto length) {
                 W* none = nullptr;
-                backward_part<ALONE>(row, 0, c, length, us.data(), none, none, none);
+                double* share = LEARNS_DECAY ? b.partial_share + first / CHANNELS : nullptr;
+                if (LEARNS_DECAY) *share = 0;
+                backward_part<ALONE>(row, 0, c, length, us.data(), none, none, none, share);
             });
     }
+    add_shares(b, (row.channels + CHANNELS - 1) / CHANNELS);
 }
 
 template <class X> void backward(const Backward<X>& b, int threads) {

@@ -1,0 +1,65 @@
+"""What the passes of leaky neurons have to know of a kind of them: its choices and its numbers."""
+
+from dataclasses import dataclass
+
+from tetdist.nn.integer_neurons import ILIF
+from tetdist.nn.learned_decay import PLIF
+from tetdist.nn.neurons import LIF, NeuronConfig
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """A neuron whose membrane leaks, in the terms of the kernels.
+
+    Attributes:
+        decay: As it begins, where it is learnt.
+        most: The most spikes in a timestep, where it counts them; None: it fires or does not.
+        levels: What it sends is its number of spikes over this.
+        learns_decay: Whether ``share``, 1 - decay, is learnt.
+        scales_input: Whether the current is multiplied by the share.
+    """
+
+    decay: float
+    threshold: float
+    resets_to_zero: bool
+    detach_reset: bool
+    surrogate: str
+    width: float
+    fires_at_threshold: bool
+    most: int | None = None
+    levels: int = 1
+    learns_decay: bool = False
+    scales_input: bool = False
+
+
+def dynamics_of(config: NeuronConfig) -> Dynamics:
+    """The dynamics of a kind of leaky neuron that has passes."""
+    match config:
+        case LIF():
+            learns = isinstance(config, PLIF)
+            return Dynamics(
+                decay=config.decay,
+                threshold=config.threshold,
+                resets_to_zero=config.resets_to_zero,
+                detach_reset=config.detach_reset,
+                surrogate=config.surrogate,
+                width=config.surrogate_width,
+                fires_at_threshold=config.fires_at_threshold,
+                learns_decay=learns,
+                scales_input=isinstance(config, PLIF) and config.decay_input,
+            )
+        case ILIF():
+            assert config.levels is not None
+            # There is no step, hence neither a surrogate nor a threshold to be met exactly.
+            return Dynamics(
+                decay=config.decay,
+                threshold=config.threshold,
+                resets_to_zero=False,
+                detach_reset=config.detach_reset,
+                surrogate="triangle",
+                width=1.0,
+                fires_at_threshold=False,
+                most=config.most_spikes,
+                levels=config.levels,
+            )
+    raise AssertionError(f"{type(config).__name__} has no passes of leaky neurons")
