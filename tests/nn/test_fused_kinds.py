@@ -35,6 +35,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "ilif": {"kind": "ilif", "threshold": 0.6},
     "nilif": {"kind": "nilif", "threshold": 0.4, "most_spikes": 8, "detach_reset": True},
 }
+PARALLEL: dict[str, dict[str, Any]] = {
+    "psn": {"kind": "psn", "timesteps": T},
+    "masked_psn": {"kind": "masked_psn", "timesteps": T, "mask": 0.5, "surrogate": "sigmoid"},
+    "sliding_psn": {"kind": "sliding_psn"},
+}
+ALL = KINDS | PARALLEL
+KINDS_ON: dict[str, list[str]] = {"native": [*KINDS, *PARALLEL], "triton": [*KINDS]}
+each_kind_and_implementation = pytest.mark.parametrize(
+    ("implementation", "kind"), [(where, kind) for where in KINDS_ON for kind in KINDS_ON[where]]
+)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -50,7 +60,7 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 def layer(kind: str, channels: int = 5) -> NormNeuron:
     torch.manual_seed(0)
-    module = NormNeuron(channels, make(KINDS[kind])).double()
+    module = NormNeuron(channels, make(ALL[kind])).double()
     randomize(module)
     with torch.no_grad():
         for value in module.learned.values():
@@ -100,8 +110,7 @@ def inputs_of(names: tuple[str, ...]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("form", FORMS)
-@each_kind
-@each_implementation
+@each_kind_and_implementation
 def test_against_the_definition(implementation: str, kind: str, form: str, training: bool) -> None:
     call, names = FORMS[form]
     results = []
@@ -115,12 +124,12 @@ def test_against_the_definition(implementation: str, kind: str, form: str, train
     assert_same(results[1], results[0])
 
 
-@each_kind
-@each_implementation
+@each_kind_and_implementation
 def test_neurons_without_a_norm(implementation: str, kind: str) -> None:
     results = []
     for execution in ("reference", "fused"):
-        module = Neuron(make(KINDS[kind]), 7).double()
+        torch.manual_seed(0)
+        module = Neuron(make(ALL[kind]), 7).double()
         module.execution = execution
         inputs = {"current": draw(0, T, 3, 5, 7).requires_grad_()}
         with IMPLEMENTATIONS[implementation]():
@@ -150,8 +159,7 @@ def test_membranes_carried_over_segments(implementation: str, kind: str) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@each_kind
-@each_implementation
+@each_kind_and_implementation
 def test_spikes_in_bytes(implementation: str, kind: str, dtype: torch.dtype) -> None:
     """What is kept for the next layer is what the layer sends, with what is added to it."""
     module = layer(kind).float().train()
@@ -160,7 +168,7 @@ def test_spikes_in_bytes(implementation: str, kind: str, dtype: torch.dtype) -> 
         first = module(current, T)
         both = module(current, T, identity=first)
         both.float().sum().backward()
-    levels = KINDS[kind].get("most_spikes", 1) if kind == "nilif" else 1
+    levels = ALL[kind].get("most_spikes", 1) if kind == "nilif" else 1
     for spikes, most in ((first, 1), (both, 2)):
         packed = carried(spikes)
         assert packed is not None
@@ -168,13 +176,13 @@ def test_spikes_in_bytes(implementation: str, kind: str, dtype: torch.dtype) -> 
         assert torch.equal(packed.unpack(dtype), spikes)
         assert 0 <= spikes.min() <= spikes.max() <= most * module.neuron.highest
     assert torch.equal(both, 2 * first)
-    assert len(first.unique()) == (2 if "plif" in kind else first.unique().numel())
+    assert len(first.unique()) == (first.unique().numel() if "ilif" in kind else 2)
     assert first.dtype == dtype
     assert current.grad is not None
     assert current.grad.abs().max() > 0
 
 
-@each_kind
+@pytest.mark.parametrize("kind", ALL)
 def test_one_float32_layer_is_near_the_definition(kind: str) -> None:
     results = []
     for execution in ("reference", "fused"):

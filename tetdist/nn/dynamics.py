@@ -1,15 +1,16 @@
-"""What the passes of leaky neurons have to know of a kind of them: its choices and its numbers."""
+"""What the passes have to know of a kind of neuron: its choices and its numbers."""
 
 from dataclasses import dataclass
 
 from tetdist.nn.integer_neurons import ILIF
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.nn.parallel_neurons import ParallelNeuron
 
 
 @dataclass(frozen=True)
 class Dynamics:
-    """A neuron whose membrane leaks, in the terms of the kernels.
+    """A neuron in the terms of the kernels.
 
     Attributes:
         decay: As it begins, where it is learnt.
@@ -17,6 +18,7 @@ class Dynamics:
         levels: What it sends is its number of spikes over this.
         learns_decay: Whether ``share``, 1 - decay, is learnt.
         scales_input: Whether the current is multiplied by the share.
+        parallel: Whether it has no membrane at all, but fires at learnt sums over time.
     """
 
     decay: float
@@ -30,10 +32,11 @@ class Dynamics:
     levels: int = 1
     learns_decay: bool = False
     scales_input: bool = False
+    parallel: bool = False
 
 
 def dynamics_of(config: NeuronConfig) -> Dynamics:
-    """The dynamics of a kind of leaky neuron that has passes."""
+    """The dynamics of a kind of neuron that has passes."""
     match config:
         case LIF():
             learns = isinstance(config, PLIF)
@@ -62,4 +65,15 @@ def dynamics_of(config: NeuronConfig) -> Dynamics:
                 most=config.most_spikes,
                 levels=config.levels,
             )
-    raise AssertionError(f"{type(config).__name__} has no passes of leaky neurons")
+        case ParallelNeuron():
+            return Dynamics(
+                decay=0.0,
+                threshold=config.threshold,
+                resets_to_zero=False,
+                detach_reset=False,
+                surrogate=config.surrogate,
+                width=config.surrogate_width,
+                fires_at_threshold=True,
+                parallel=True,
+            )
+    raise AssertionError(f"{type(config).__name__} has no passes")

@@ -25,8 +25,12 @@ TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bf
 
 
 class _Neuron(ctypes.Structure):
-    _fields_ = tuple(
-        (name, c_double) for name in ("decay", "threshold", "width", "share", "most", "levels")
+    """Neuron of kernels/neuron.cpp."""
+
+    _fields_ = (
+        *((name, c_double) for name in ("decay", "threshold", "width")),
+        *((name, c_double) for name in ("share", "most", "levels")),
+        ("weights", c_void_p),
     )
 
 
@@ -85,12 +89,16 @@ class Kernels:
         for (name, signature), dtype in itertools.product(signatures.items(), TYPES.values()):
             self._function(name, dtype).argtypes = signature
 
-    def _neuron(self, inputs: Inputs) -> _Neuron:
+    def _neuron(self, learned: Tensor | None) -> _Neuron:
+        """The numbers of the neuron; it refers to those that are learnt, flat in float64."""
         of = self.dynamics
-        # The share is computed in torch, as the definition has it, and so is the decay.
-        share = inputs.learned[0] if of.learns_decay else torch.tensor(1 - of.decay)
-        decay = (1 - share).item() if of.learns_decay else of.decay
-        return _Neuron(decay, of.threshold, of.width, share.item(), of.most or 0, of.levels)
+        decay, share = of.decay, 1 - of.decay
+        if of.learns_decay:
+            assert learned is not None
+            share = learned.item()
+            decay = 1 - share
+        numbers = (decay, of.threshold, of.width, share, of.most or 0, of.levels)
+        return _Neuron(*numbers, _at(learned) if of.parallel else None)
 
     def _function(self, name: str, type_name: str) -> Any:
         return getattr(self.library, f"{name}_{type_name}")
@@ -126,7 +134,8 @@ class Kernels:
         packed = torch.empty(shape, dtype=torch.uint8) if packs else None
         end = torch.empty(shape[1:], dtype=_wide_type(x)) if carries else None
         pointers = map(_at, (x, shortcut, *norms, start, identity, spikes, packed, end))
-        job = _Forward(*pointers, *shape, x.shape[0] == 1, self._neuron(inputs))
+        flat = _flat(inputs.learned)
+        job = _Forward(*pointers, *shape, x.shape[0] == 1, self._neuron(flat))
         self._function("forward", TYPES[x.dtype])(byref(job), _threads())
         return spikes, packed, end
 
@@ -146,25 +155,29 @@ class Kernels:
         sum_shortcut = None if of_shortcut is None else torch.empty(channels, dtype=wide)
         grad_start = None if start is None else torch.empty_like(start)
         partial = None if affine is None else self._partial(3, rows, x)
-        sum_share = partial_share = None
-        if learned:
-            sum_share = torch.empty((), dtype=torch.float64)
+        flat, grad_flat, partial_learned = _flat(learned), None, None
+        if flat is not None:
+            grad_flat = torch.empty_like(flat)
             parts = -(-rows * channels // CHANNELS)
             if affine is not None:
                 parts = self.library.num_blocks(rows, channels)
-            partial_share = torch.empty(parts, dtype=torch.float64)
+            partial_learned = torch.empty(parts, len(flat), dtype=torch.float64)
         pointers = map(
             _at,
             (x, shortcut, *norms, start, grad_spikes, grad_end, total, own,
-             sum_grad, sum_grad_xhat, sum_shortcut, grad_start, partial, sum_share, partial_share),
+             sum_grad, sum_grad_xhat, sum_shortcut, grad_start, partial,
+             grad_flat, partial_learned),
         )  # fmt: skip
-        neuron = self._neuron(inputs)
+        neuron = self._neuron(flat)
         job = _Backward(*pointers, timesteps, rows, channels, shared, neuron)
         self._function("backward", TYPES[x.dtype])(byref(job), _threads())
         grad_y = own if own is not None else total
         assert grad_y is not None
-        grad_learned = () if sum_share is None else (sum_share.to(wide),)
-        sums = Sums(sum_grad, sum_grad_xhat, sum_shortcut, grad_learned)
+        grad_learned: list[Tensor] = []
+        if grad_flat is not None:
+            parts_of_it = grad_flat.to(wide).split([one.numel() for one in learned])
+            grad_learned = [a.view_as(b) for a, b in zip(parts_of_it, learned, strict=True)]
+        sums = Sums(sum_grad, sum_grad_xhat, sum_shortcut, tuple(grad_learned))
         return sums, _Gradients(total, grad_y, grad_start)
 
     def input_gradient(
@@ -287,6 +300,11 @@ def _as_wide(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     return None if tensor is None else tensor.to(_wide_type(like)).contiguous()
 
 
+def _flat(learned: tuple[Tensor, ...]) -> Tensor | None:
+    """All that neurons learn, one after the other, float64; None: nothing."""
+    return torch.cat([one.double().flatten() for one in learned]) if learned else None
+
+
 def _threads() -> int:
     return torch.get_num_threads()
 
@@ -396,6 +414,7 @@ def kernels(config: NeuronConfig) -> Kernels | None:
         f"-DCOUNTS={int(of.most is not None)}",
         f"-DLEARNS_DECAY={int(of.learns_decay)}",
         f"-DSCALES_INPUT={int(of.scales_input)}",
+        f"-DPARALLEL={int(of.parallel)}",
     )
     return None if library is None else Kernels(library, of)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from tetdist.nn import build, native
 from tetdist.nn.fused import Passes
 from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.parallel_neurons import ParallelNeuron
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,13 @@ def passes_for(
     """
     if not config.has_passes:
         return None
+    if carries and isinstance(config, ParallelNeuron):
+        return None  # What it carries on is no membrane.
     if native.serves(*tensors):
         return _native_passes(config, timesteps, carries, packs)
+    # For sums over time there are no kernels in Triton yet.
+    if isinstance(config, ParallelNeuron):
+        return None
     if (kernels := triton_for(*tensors)) is not None:
         return _triton_passes(kernels, config, timesteps, carries, packs)
     return None

@@ -9,6 +9,7 @@
 //     COUNTS           whether it fires as often as it is above the threshold, up to a most (I-LIF)
 //     LEARNS_DECAY     whether the decay, 1 - share, gets a gradient (PLIF)
 //     SCALES_INPUT     whether the current is multiplied by the share
+//     PARALLEL         whether it has no membrane, but weights of the currents of all timesteps (PSN)
 //
 // Tensors are (T, N, C) without gaps: N = B*H*W, channels last. Where nothing is normalised they are
 // any numbers, one beside the other. "Wide" is the type in which one computes: float, and double for
@@ -47,7 +48,30 @@ struct Neuron {
     double decay, threshold, width;
     double share;         // 1 - decay
     double most, levels;  // spikes in a timestep, and what they are divided by when they are sent
+    const double* weights;  // (T, T), and what is added to the sums, (T,)
 };
+
+// How many numbers there are whose gradients neurons make.
+inline int64_t num_learned(int64_t timesteps) {
+    return PARALLEL ? timesteps * (timesteps + 1) : LEARNS_DECAY ? 1 : 0;
+}
+
+#if PARALLEL
+// Weighted sums over time of the currents (T, CHANNELS), at a timestep.
+template <class W, class Length>
+inline void sum_over_time(const Neuron& neuron, int64_t timesteps, int64_t t, const W* currents,
+                          W* h, Length length) {
+    const double* weights = neuron.weights + t * timesteps;
+    const W bias(neuron.weights[timesteps * timesteps + t]);
+    for (int c = 0; c < length; c++) h[c] = bias;
+    for (int64_t s = 0; s < timesteps; s++) {
+        const W weight(weights[s]);
+        const W* current = currents + s * CHANNELS;
+#pragma omp simd
+        for (int c = 0; c < length; c++) h[c] += weight * current[c];
+    }
+}
+#endif
 
 // Whether a membrane fires that is so much above the threshold.
 template <class W> inline bool does_fire(W above) {
@@ -181,6 +205,17 @@ template <class X> struct Forward {
 // What is added to the normalised current; ALONE: nothing, and it is not normalised.
 enum Shortcut { ALONE, NONE, PLAIN, NORMALIZED };
 
+// The current of a channel; all pointers are at the first channel of the group.
+template <Shortcut SHORTCUT, class W, class X>
+inline W current_of(const X* x, const X* shortcut, const W* gain, const W* offset, const W* gain2,
+                    const W* offset2, int c) {
+    W current = wide(x[c]);
+    if (SHORTCUT != ALONE) current = current * gain[c] + offset[c];
+    if (SHORTCUT == PLAIN) current += wide(shortcut[c]);
+    if (SHORTCUT == NORMALIZED) current += wide(shortcut[c]) * gain2[c] + offset2[c];
+    return current;
+}
+
 template <Shortcut SHORTCUT, bool IDENTITY, class X, class Length>
 inline void forward_part(const Forward<X>& f, int64_t n, int64_t c0, Length length) {
     using W = Wide<X>;
@@ -191,18 +226,36 @@ inline void forward_part(const Forward<X>& f, int64_t n, int64_t c0, Length leng
     const W *gain2 = f.shortcut_gain + c0, *offset2 = f.shortcut_offset + c0;
     W u[CHANNELS];
     for (int c = 0; c < length; c++) u[c] = f.start ? f.start[at + c] : W(0);
+#if PARALLEL
+    static thread_local std::vector<W> currents;
+    currents.resize(f.timesteps * CHANNELS);
+    for (int64_t t = 0; t < f.timesteps; t++) {
+        const X *x = f.x + (f.shared ? at : t * plane + at), *shortcut = f.shortcut + t * plane + at;
+        W* current = currents.data() + t * CHANNELS;
+#pragma omp simd
+        for (int c = 0; c < length; c++)
+            current[c] = current_of<SHORTCUT, W>(x, shortcut, gain, offset, gain2, offset2, c);
+    }
+#endif
     for (int64_t t = 0; t < f.timesteps; t++) {
         const int64_t now = t * plane + at;
         const X* x = f.x + (f.shared ? at : now);
         const X *shortcut = f.shortcut + now, *identity = f.identity + now;
         X* spikes = f.spikes + now;
         W out[CHANNELS];
+#if PARALLEL
+        W h[CHANNELS];
+        sum_over_time(f.neuron, f.timesteps, t, currents.data(), h, length);
 #pragma omp simd
         for (int c = 0; c < length; c++) {
-            W current = wide(x[c]);
-            if (SHORTCUT != ALONE) current = current * gain[c] + offset[c];
-            if (SHORTCUT == PLAIN) current += wide(shortcut[c]);
-            if (SHORTCUT == NORMALIZED) current += wide(shortcut[c]) * gain2[c] + offset2[c];
+            out[c] = h[c] >= 0 ? W(1) : W(0);
+            if (IDENTITY) out[c] += wide(identity[c]);
+            spikes[c] = narrow<X>(out[c]);
+        }
+#else
+#pragma omp simd
+        for (int c = 0; c < length; c++) {
+            W current = current_of<SHORTCUT, W>(x, shortcut, gain, offset, gain2, offset2, c);
             if (SCALES_INPUT) current *= share;
             W v = decay * u[c] + current;
             const W number = spikes_of(v, threshold, most);
@@ -212,6 +265,7 @@ inline void forward_part(const Forward<X>& f, int64_t n, int64_t c0, Length leng
             if (COUNTS) out[c] *= levels;
             u[c] = after_reset(v, number, threshold);
         }
+#endif
         if (f.packed) {
             uint8_t* packed = f.packed + now;
 #pragma omp simd
@@ -270,7 +324,7 @@ template <class X> struct Backward {
     W *sum_grad, *sum_grad_xhat, *sum_grad_shortcut_hat;  // (C,); the last, or all, may be null
     W* grad_start;                                        // (N, C) or null
     W* partial;                                           // (blocks, 3, C)
-    double *sum_share, *partial_share;                    // (), (parts,): of the share's gradient
+    double *sum_share, *partial_share;  // (K,), (parts, K): gradients of the K learnt numbers
     int64_t timesteps, rows, channels, shared;
     Neuron neuron;
 };
@@ -294,10 +348,11 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
         W* before_reset = us + t * CHANNELS;
 #pragma omp simd
         for (int c = 0; c < length; c++) {
-            W current = wide(x[c]);
-            if (SHORTCUT != ALONE) current = current * gain[c] + offset[c];
-            if (SHORTCUT == PLAIN) current += wide(shortcut[c]);
-            if (SHORTCUT == NORMALIZED) current += wide(shortcut[c]) * gain2[c] + offset2[c];
+            W current = current_of<SHORTCUT, W>(x, shortcut, gain, offset, gain2, offset2, c);
+            if (PARALLEL) {
+                before_reset[c] = current;
+                continue;
+            }
             if (SCALES_INPUT) current *= share;
             const W v = decay * u[c] + current;
             before_reset[c] = v;
@@ -308,12 +363,52 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
         after[c] = b.grad_end ? b.grad_end[at + c] : W(0);
         over_time[c] = with_x[c] = with_shortcut[c] = with_share[c] = 0;
     }
+#if PARALLEL
+    // Of the weighted sums, and of their weights; `us` are the currents.
+    static thread_local std::vector<W> grad_sums;
+    grad_sums.resize(b.timesteps * CHANNELS);
+    for (int64_t t = 0; t < b.timesteps; t++) {
+        const X* grad_spikes = b.grad_spikes + t * plane + at;
+        W* grad_h = grad_sums.data() + t * CHANNELS;
+        W h[CHANNELS];
+        sum_over_time(b.neuron, b.timesteps, t, us, h, length);
+#pragma omp simd
+        for (int c = 0; c < length; c++) grad_h[c] = wide(grad_spikes[c]) * slope(h[c], width);
+        W of_bias = 0;
+        for (int64_t s = 0; s < b.timesteps; s++) {
+            const W* current = us + s * CHANNELS;
+            W of_weight = 0;
+#pragma omp simd reduction(+ : of_weight)
+            for (int c = 0; c < length; c++) of_weight += grad_h[c] * current[c];
+            sum_share[t * b.timesteps + s] += of_weight;
+        }
+#pragma omp simd reduction(+ : of_bias)
+        for (int c = 0; c < length; c++) of_bias += grad_h[c];
+        sum_share[b.timesteps * b.timesteps + t] += of_bias;
+    }
+#endif
     for (int64_t t = b.timesteps - 1; t >= 0; t--) {
         const int64_t now = t * plane + at;
         const X *x = b.x + (b.shared ? at : now), *grad_spikes = b.grad_spikes + now;
         const X* shortcut = b.shortcut + now;
         const W* before_reset = us + t * CHANNELS;
         W grad[CHANNELS];
+#if PARALLEL
+        for (int c = 0; c < length; c++) grad[c] = 0;
+        for (int64_t later = 0; later < b.timesteps; later++) {
+            const W weight(b.neuron.weights[later * b.timesteps + t]);
+            const W* grad_h = grad_sums.data() + later * CHANNELS;
+#pragma omp simd
+            for (int c = 0; c < length; c++) grad[c] += weight * grad_h[c];
+        }
+#pragma omp simd
+        for (int c = 0; c < length; c++) {
+            const W g = grad[c];
+            over_time[c] += g;
+            if (SHORTCUT != ALONE) with_x[c] += g * (wide(x[c]) - mean[c]);
+            if (SHORTCUT == NORMALIZED) with_shortcut[c] += g * (wide(shortcut[c]) - mean2[c]);
+        }
+#else
 #pragma omp simd
         for (int c = 0; c < length; c++) {
             const W v = before_reset[c];
@@ -339,6 +434,7 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             if (SHORTCUT == NORMALIZED) with_shortcut[c] += g * (wide(shortcut[c]) - mean2[c]);
             after[c] = decay * of_v;  // the gradient of the membrane that was there before
         }
+#endif
         if (b.total) {
             X* total = b.total + now;
 #pragma omp simd
@@ -361,10 +457,19 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
         for (int c = 0; c < length; c++) b.grad_start[at + c] = after[c];
 }
 
+// Room for the gradients that a part makes of the learnt numbers; they begin at 0.
+template <class X> double* share_of(const Backward<X>& b, int64_t part) {
+    const int64_t learned = num_learned(b.timesteps);
+    double* share = b.partial_share + part * learned;
+    std::fill(share, share + learned, 0.0);
+    return share;
+}
+
 template <class X> void add_shares(const Backward<X>& b, int64_t parts) {
-    if (!LEARNS_DECAY) return;
-    *b.sum_share = 0;
-    for (int64_t part = 0; part < parts; part++) *b.sum_share += b.partial_share[part];
+    const int64_t learned = num_learned(b.timesteps);
+    std::fill(b.sum_share, b.sum_share + learned, 0.0);
+    for (int64_t part = 0; part < parts; part++)
+        for (int64_t k = 0; k < learned; k++) b.sum_share[k] += b.partial_share[part * learned + k];
 }
 
 template <Shortcut SHORTCUT, class X> void backward_rows(const Backward<X>& b, int threads) {
@@ -378,8 +483,7 @@ template <Shortcut SHORTCUT, class X> void backward_rows(const Backward<X>& b, i
             W *sum = b.partial + 3 * block * b.channels, *sum_x = sum + b.channels;
             W* sum_shortcut = sum_x + b.channels;
             std::fill(sum, sum + 3 * b.channels, W(0));
-            double* share = LEARNS_DECAY ? b.partial_share + block : nullptr;
-            if (LEARNS_DECAY) *share = 0;
+            double* share = share_of(b, block);
             for (int64_t n = block * step; n < std::min(b.rows, (block + 1) * step); n++)
                 over_channels(b.channels, [&](int64_t c, auto length) {
                     backward_part<SHORTCUT>(b, n, c, length, us.data(), sum, sum_x, sum_shortcut,
@@ -411,8 +515,7 @@ template <class X> void backward_alone(const Backward<X>& b, int threads) {
         for (int64_t first = 0; first < row.channels; first += CHANNELS)
             of_group(row.channels, first, [&](int64_t c, auto length) {
                 W* none = nullptr;
-                double* share = LEARNS_DECAY ? b.partial_share + first / CHANNELS : nullptr;
-                if (LEARNS_DECAY) *share = 0;
+                double* share = share_of(b, first / CHANNELS);
                 backward_part<ALONE>(row, 0, c, length, us.data(), none, none, none, share);
             });
     }
