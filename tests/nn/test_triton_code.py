@@ -18,7 +18,7 @@ needs_triton()
 import triton  # noqa: E402  # needs Triton, as do those that follow
 
 from tetdist.benchmarks import gpu_code  # noqa: E402  # likewise
-from tetdist.benchmarks.gpu_code import CAPABILITIES, Layer  # noqa: E402  # likewise
+from tetdist.benchmarks.gpu_code import CAPABILITIES, Layer, Stream  # noqa: E402  # likewise
 from tetdist.nn import triton_passes  # noqa: E402  # likewise
 
 RECORD = Path(__file__).parents[2] / "docs" / "performance" / "gpu_code.json"
@@ -56,13 +56,20 @@ BYTES = {
     "fire with identity": 2 + 2 + 2 + 1,
     "backward_sums": 2 + 2,  # x and the gradient of the spikes
     "backward": 2 + 2 + 2,  # and the gradient of x
+    "add": 2 + 2 + 2,  # x, the shortcut, the sum
+    "add_sums": 2 + 2,  # x and the gradient of the sum
+    "norm_gradient": 2 + 2 + 2,  # and that of x
+    "fire alone": 2 + 2 + 1,
+    "backward alone": 2 + 2 + 2,
 }
+# Whose loops over tiles see no timesteps.
+FLAT = ("statistics", "add", "add_sums", "norm_gradient")
 
 
 def test_bytes_of_a_number_and_timestep() -> None:
     launches = gpu_code.recorded_launches()
     for name, expected in BYTES.items():
-        timesteps = 1 if name == "statistics" else 4
+        timesteps = 1 if name in FLAT else 4
         code = gpu_code.compiled(launches[name], 90)
         assert code.bytes_of_number(timesteps) == expected, name
 
@@ -75,6 +82,11 @@ def test_loads_and_stores_are_of_16_bytes(capability: int) -> None:
         ("fire with identity", 8, 4),
         ("backward_sums", 8, 0),
         ("backward", 8, 4),
+        ("add", 4, 2),
+        ("add_sums", 4, 0),
+        ("norm_gradient", 4, 2),
+        ("fire alone", 4, 4),
+        ("backward alone", 8, 4),
     ):
         memory = gpu_code.compiled(launches[name], capability).memory
         # Beside them numbers of a channel, likewise; spikes in bytes, of which 8 are as many as 16
@@ -83,17 +95,18 @@ def test_loads_and_stores_are_of_16_bytes(capability: int) -> None:
         assert memory.get("STG.128", 0) == stores, name
         assert memory.keys() <= {"LDG.128", "STG.128", "STG.64", "STG.32"}, name
         assert memory.get("STG.64", 0) == (4 if "fire" in name else 0), name
-        assert memory.get("STG.32", 0) == (2 if name == "backward_sums" else 0), name
+        assert memory.get("STG.32", 0) == (2 if "sums" in name else 0), name
 
 
 def test_numbers_are_rounded_as_in_cpp() -> None:
     """Products and sums one by one, where one instruction could make both; bfloat16 to nearest."""
     launches = gpu_code.recorded_launches()
-    for name in ("statistics", "fire", "backward_sums", "backward"):
+    rounding = ("fire", "backward", "add", "norm_gradient", "backward alone")
+    for name in (*rounding, "statistics", "backward_sums", "add_sums"):
         operations = gpu_code.compiled(launches[name], 90).operations
-        assert operations["FADD"] >= 32, name
+        assert operations["FADD"] >= 16, name
         assert "FFMA" not in operations, name
-        assert ("F2FP" in operations) == (name in ("fire", "backward")), name
+        assert ("F2FP" in operations) == (name in rounding), name
 
 
 class _Driver:
@@ -132,12 +145,26 @@ def test_one_compilation_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> N
             passes.spikes(inputs, None)
             sums, _ = passes.sums(inputs, x, None)
             passes.gradients(inputs, x, None, None, sums[:2], None, needs_x=True)
+            passes.add(x, x, affine, None)
+            passes.add_sums(x, x, affine, None, x)
+            passes.norm_gradient(x, x, affine, sums[:2])
     numbers = {kernel.fn.__name__: len(kernel.device_caches[0][0]) for kernel in used}
     for kernel in used:
         # What was compiled for no GPU is not for one that is there.
         kernel.device_caches.clear()
-    assert len(numbers) == 6
+    assert len(numbers) == 9
     assert set(numbers.values()) == {1}, numbers
+
+
+@each_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_stream_that_all_timesteps_share(dtype: torch.dtype, capability: int) -> None:
+    """With everything that there can be, on any number of channels."""
+    for channels in (64, 3):
+        stream = Stream(dtype=dtype, timesteps=2, channels=channels, shared=True, normalized=True)
+        for launch in stream.launches():
+            if launch.name in ("add", "add_sums"):
+                check(gpu_code.compiled(launch, capability))
 
 
 def test_of_any_number_of_channels() -> None:

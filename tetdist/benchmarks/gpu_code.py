@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from tetdist.nn import triton_passes
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fused import Inputs
+from tetdist.nn.fused import Affine, Inputs
 from tetdist.nn.neurons import LIF
 
 CAPABILITIES = (80, 90)  # A100, H100
@@ -125,6 +125,38 @@ class Layer:
         return launches
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """A norm, a shortcut that is added, and neurons without a norm: of membrane shortcuts."""
+
+    dtype: torch.dtype = torch.bfloat16
+    timesteps: int = 4
+    rows: int = 32 * 56 * 56
+    channels: int = 64
+    neuron: LIF = field(default_factory=LIF)
+    shared: bool = False
+    normalized: bool = False
+
+    def launches(self) -> list[Launch]:
+        """What is started for it beside statistics: forward, then backward."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        shape = (self.rows, self.channels)
+        x = torch.empty(self.timesteps, *shape, dtype=self.dtype, device="meta")
+        shortcut = x[:1] if self.shared else x
+        affine = Affine(*torch.empty(4, self.channels, dtype=wide, device="meta"))
+        of_shortcut = affine if self.normalized else None
+        norm = triton_passes.NormPasses(self.timesteps)
+        passes = triton_passes.Passes(self.neuron, self.timesteps, carries=False, packs=True)
+        with noted() as launches:
+            norm.add(x, shortcut, affine, of_shortcut)
+            inputs = Inputs(shortcut, None, None, None, None)
+            passes.spikes(inputs, None)
+            passes.current_gradient(inputs, x, None)
+            sums = norm.add_sums(x, shortcut, affine, of_shortcut, x)
+            norm.norm_gradient(x, x, affine, (sums.grad, sums.grad_xhat))
+        return launches
+
+
 def pooling() -> list[Launch]:
     """What the max-pooling behind a ResNet's stem starts."""
     kernels = triton_passes.Pool()
@@ -152,6 +184,11 @@ def recorded_launches() -> dict[str, Launch]:
     named = {launch.name: launch for launch in layer.launches()}
     fire = next(one for one in Layer(identity=True).launches() if one.name == "fire")
     named["fire with identity"] = fire
+    for launch in Stream().launches():
+        # Those of neurons are what they are behind a norm, too, but without it.
+        name = f"{launch.name} alone" if launch.name in named else launch.name
+        if launch.name != "finish_sums":
+            named[name] = launch
     named |= {f"pool {launch.name}": launch for launch in pooling()}
     return named | {launch.name: launch for launch in packing()}
 

@@ -54,7 +54,8 @@ def _built(source: Path, variant: tuple[str, ...], folder: Path) -> Path:
     Raises:
         OSError, subprocess.SubprocessError: It is not there, and there is no working compiler.
     """
-    text = source.read_bytes() + (KERNELS / "types.h").read_bytes()
+    headers = sorted(KERNELS.glob("*.h"))
+    text = b"".join(file.read_bytes() for file in (source, *headers))
     # Home folders are shared by machines with different processors.
     prefix = f"{source.stem}-{_digest(text, *FLAGS, *variant, _processor())}"
     compiler = shlex.split(os.environ.get("CXX", "g++"))

@@ -56,9 +56,12 @@ class Sums(NamedTuple):
     grad_learned: tuple[Tensor, ...] = ()
 
 
-class Passes(Protocol):
-    """The passes of one variant: neuron, T, whether membranes are carried on, and whether spikes
-    are packed, too. Tensors are without gaps."""
+class NormPasses(Protocol):
+    """The passes without neurons. Tensors are without gaps.
+
+    Attributes:
+        timesteps: T, which counts for the statistics: what is given as (1, N, C) stands for all.
+    """
 
     timesteps: int
 
@@ -67,6 +70,45 @@ class Passes(Protocol):
 
         weight and bias are those of the norm, as autograd has them.
         """
+
+    def add(
+        self, x: Tensor, shortcut: Tensor | None, affine: Affine, of_shortcut: Affine | None
+    ) -> Tensor:
+        """The normalised x plus the shortcut, normalised if ``of_shortcut`` is given, (T, N, C).
+
+        The shortcut may be (1, N, C), for all timesteps.
+        """
+
+    def add_sums(
+        self,
+        x: Tensor,
+        shortcut: Tensor | None,
+        affine: Affine,
+        of_shortcut: Affine | None,
+        grad: Tensor,
+    ) -> Sums:
+        """The sums that batch norm's backward pass needs, of the gradient of what `add` returned.
+
+        The shortcut is needed where it was normalised.
+        """
+
+    def norm_gradient(
+        self, x: Tensor, grad: Tensor, affine: Affine, sums: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """The gradient of x of that of the normalised x, both (T, N, C).
+
+        Args:
+            x: What was normalised.
+            grad: The gradient of the normalised x.
+            affine: What normalised it.
+            sums: Of the gradient and of its products with the normalised x, averaged over the
+                processes that normalise together; None: the statistics were constants.
+        """
+
+
+class Passes(NormPasses, Protocol):
+    """The passes of one variant: neuron, T, whether membranes are carried on, and whether spikes
+    are packed, too."""
 
     def spikes(
         self, inputs: Inputs, identity: Tensor | None
@@ -197,48 +239,124 @@ class FusedNormNeuron(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         x, shortcut, membrane, *saved = ctx.saved_tensors
         affine, saved = Affine(*saved[:4]), saved[4:]
-        of_shortcut = None
+        affine_of_shortcut = None
         if ctx.shortcut_norm is not None:
-            of_shortcut, saved = Affine(*saved[:4]), saved[4:]
-        inputs = Inputs(x, shortcut, affine, of_shortcut, membrane, tuple(saved))
+            affine_of_shortcut, saved = Affine(*saved[:4]), saved[4:]
+        inputs = Inputs(x, shortcut, affine, affine_of_shortcut, membrane, tuple(saved))
         grads = _gradients_of_outputs(x, ctx.kernels.timesteps, grad_outputs)
         sums, kept = ctx.kernels.sums(inputs, *grads)
 
-        def averaged(norm: BatchNorm, products: Tensor) -> tuple[Tensor, Tensor] | None:
-            if not ctx.training:
-                return None
-            if norm.average is None:
-                return sums.grad, products
-            first, second = norm.average_over_processes(torch.stack([sums.grad, products]))
-            return first, second
-
-        sums_of_shortcut = None
-        if sums.grad_shortcut_hat is not None:
-            sums_of_shortcut = averaged(ctx.shortcut_norm, sums.grad_shortcut_hat)
+        of_x, of_shortcut = _averaged(sums, ctx.norm, ctx.shortcut_norm, training=ctx.training)
         grad_x, grad_shortcut, grad_start = ctx.kernels.gradients(
             inputs,
             *grads,
             kept,
-            averaged(ctx.norm, sums.grad_xhat),
-            sums_of_shortcut,
+            of_x,
+            of_shortcut,
             needs_x=ctx.needs_input_grad[0],
         )
-        grad_shortcut_weight = grad_shortcut_bias = None
-        if sums.grad_shortcut_hat is not None:
-            grad_shortcut_weight = _times(ctx.shortcut_norm.scale, sums.grad_shortcut_hat)
-            grad_shortcut_bias = sums.grad
         return (
             grad_x,
             None if grad_shortcut is None else grad_shortcut.to(shortcut.dtype),
             grad_outputs[0] if ctx.has_identity else None,
             grad_start,
-            _times(ctx.norm.scale, sums.grad_xhat),
-            sums.grad,
-            grad_shortcut_weight,
-            grad_shortcut_bias,
+            *_gradients_of_norms(sums, ctx.norm, ctx.shortcut_norm),
             *(None,) * 3,
             *sums.grad_learned,
         )
+
+
+def _averaged(
+    sums: Sums, norm: BatchNorm, shortcut_norm: BatchNorm | None, *, training: bool
+) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
+    """The sums for x and for the shortcut, over the processes that normalise together.
+
+    None: it is not normalised, or not by statistics of its own.
+    """
+
+    def averaged(norm: BatchNorm, products: Tensor) -> tuple[Tensor, Tensor]:
+        if norm.average is None:
+            return sums.grad, products
+        first, second = norm.average_over_processes(torch.stack([sums.grad, products]))
+        return first, second
+
+    if not training:
+        return None, None
+    of_shortcut = None
+    if shortcut_norm is not None:
+        assert sums.grad_shortcut_hat is not None
+        of_shortcut = averaged(shortcut_norm, sums.grad_shortcut_hat)
+    return averaged(norm, sums.grad_xhat), of_shortcut
+
+
+def _gradients_of_norms(
+    sums: Sums, norm: BatchNorm, shortcut_norm: BatchNorm | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of weight and bias of the norm of x, and of that of the shortcut, each (C,)."""
+    of_x = (_times(norm.scale, sums.grad_xhat), sums.grad)
+    if shortcut_norm is None:
+        return *of_x, None, None
+    assert sums.grad_shortcut_hat is not None
+    return *of_x, _times(shortcut_norm.scale, sums.grad_shortcut_hat), sums.grad
+
+
+class FusedNormAdd(torch.autograd.Function):
+    """Forward and backward of norm + shortcut, of (T, N, C); the shortcut may be (1, N, C).
+
+    Kept for the backward pass is x, and the shortcut where that is normalised.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shortcut: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        shortcut_weight: Tensor | None,
+        shortcut_bias: Tensor | None,
+        norm: BatchNorm,
+        shortcut_norm: BatchNorm | None,
+        kernels: NormPasses,
+    ) -> Tensor:
+        affine = kernels.normalization(norm, x, weight, bias)
+        of_shortcut: Affine | None = None
+        kept = None
+        if shortcut_norm is not None:
+            assert shortcut is not None
+            assert shortcut_weight is not None
+            assert shortcut_bias is not None
+            of_shortcut = kernels.normalization(
+                shortcut_norm, shortcut, shortcut_weight, shortcut_bias
+            )
+            kept = shortcut
+        ctx.save_for_backward(x, kept, *affine, *(of_shortcut or ()))
+        ctx.norm, ctx.shortcut_norm, ctx.kernels = norm, shortcut_norm, kernels
+        ctx.training = norm.training
+        ctx.shared = shortcut is not None and shortcut.shape[0] < x.shape[0]
+        return kernels.add(x, shortcut, affine, of_shortcut)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, shortcut, *saved = ctx.saved_tensors
+        kernels: NormPasses = ctx.kernels
+        affine = Affine(*saved[:4])
+        affine_of_shortcut = Affine(*saved[4:]) if ctx.shortcut_norm is not None else None
+        grad = grad_outputs[0].contiguous()
+        sums = kernels.add_sums(x, shortcut, affine, affine_of_shortcut, grad)
+        of_x, of_shortcut = _averaged(sums, ctx.norm, ctx.shortcut_norm, training=ctx.training)
+        grad_x = grad_shortcut = None
+        if ctx.needs_input_grad[0]:
+            grad_x = kernels.norm_gradient(x, grad, affine, of_x)
+        if ctx.needs_input_grad[1]:
+            grad_shortcut = grad.sum(0, keepdim=True) if ctx.shared else grad
+            if affine_of_shortcut is not None:
+                grad_shortcut = kernels.norm_gradient(
+                    shortcut, grad_shortcut, affine_of_shortcut, of_shortcut
+                )
+        of_norms = _gradients_of_norms(sums, ctx.norm, ctx.shortcut_norm)
+        return grad_x, grad_shortcut, *of_norms, *(None,) * 3
 
 
 def _times(scale: float, x: Tensor) -> Tensor:

@@ -63,6 +63,18 @@ class _Backward(ctypes.Structure):
     )
 
 
+class _Add(ctypes.Structure):
+    """Add of kernels/norm.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "shortcut", "gain", "offset", "mean", "rstd")),
+        *((f"shortcut_{name}", c_void_p) for name in ("gain", "offset", "mean", "rstd")),
+        *((name, c_void_p) for name in ("out", "grad")),
+        *((name, c_void_p) for name in ("sum_grad", "sum_grad_xhat", "sum_grad_shortcut_hat")),
+        *(("partial", c_void_p), ("rows", c_int64), ("channels", c_int64), ("period", c_int64)),
+    )
+
+
 _NONE = (None,) * 4  # instead of an `Affine`
 
 
@@ -73,21 +85,113 @@ def serves(*tensors: Tensor | None) -> bool:
     return devices == {"cpu"} and len(types) == 1 and types <= TYPES.keys()
 
 
-class Kernels:
-    """The functions of the library of one neuron. All tensors are without gaps."""
+class _Library:
+    """A library whose functions exist for each type, and whose sums are made of blocks of rows."""
 
-    def __init__(self, library: ctypes.CDLL, dynamics: Dynamics) -> None:
-        self.library, self.dynamics = library, dynamics
+    def __init__(self, library: ctypes.CDLL, signatures: dict[str, tuple[Any, ...]]) -> None:
+        self.library = library
         library.num_blocks.restype = c_int64
         library.num_blocks.argtypes = (c_int64, c_int64)
-        signatures: dict[str, tuple[Any, ...]] = {
-            "statistics": (c_void_p, c_int64, c_int64, *[c_void_p] * 3, c_int),
-            "forward": (POINTER(_Forward), c_int),
-            "backward": (POINTER(_Backward), c_int),
-            "input_gradient": (*[c_void_p] * 8, c_int64, c_int64, c_int),
-        }
         for (name, signature), dtype in itertools.product(signatures.items(), TYPES.values()):
             self._function(name, dtype).argtypes = signature
+
+    def _function(self, name: str, type_name: str) -> Any:
+        return getattr(self.library, f"{name}_{type_name}")
+
+    def _partial(self, sums: int, rows: int, like: Tensor) -> Tensor:
+        """Room for so many sums a channel of every block of rows."""
+        channels = like.shape[-1]
+        blocks = self.library.num_blocks(rows, channels)
+        return torch.empty(sums * blocks * channels, dtype=_wide_type(like))
+
+
+class NormKernels(_Library):
+    """The functions of kernels/norm.cpp. All tensors are without gaps, (T, N, C)."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        signatures: dict[str, tuple[Any, ...]] = {
+            "statistics": (c_void_p, c_int64, c_int64, *[c_void_p] * 3, c_int),
+            "add": (POINTER(_Add), c_int),
+            "add_sums": (POINTER(_Add), c_int),
+            "input_gradient": (*[c_void_p] * 8, c_int64, c_int64, c_int),
+        }
+        super().__init__(library, signatures)
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        channels, rows = x.shape[-1], x.shape[0] * x.shape[1]
+        mean, var = torch.empty(2, channels, dtype=_wide_type(x))
+        partial = self._partial(2, rows, x)
+        function = self._function("statistics", TYPES[x.dtype])
+        function(*map(_at, (x,)), rows, channels, *map(_at, (mean, var, partial)), _threads())
+        return mean, var
+
+    def add(
+        self, x: Tensor, shortcut: Tensor | None, affine: Affine, of_shortcut: Affine | None
+    ) -> Tensor:
+        out = torch.empty_like(x)
+        self._add("add", x, shortcut, affine, of_shortcut, out, *(None,) * 5)
+        return out
+
+    def add_sums(
+        self,
+        x: Tensor,
+        shortcut: Tensor | None,
+        affine: Affine,
+        of_shortcut: Affine | None,
+        grad: Tensor,
+    ) -> Sums:
+        channels, wide = x.shape[-1], _wide_type(x)
+        sum_grad, sum_grad_xhat = torch.empty(2, channels, dtype=wide)
+        sum_shortcut = None if of_shortcut is None else torch.empty(channels, dtype=wide)
+        partial = self._partial(3, x.shape[0] * x.shape[1], x)
+        sums = (sum_grad, sum_grad_xhat, sum_shortcut)
+        self._add("add_sums", x, shortcut, affine, of_shortcut, None, grad, *sums, partial)
+        return Sums(*sums)
+
+    def _add(
+        self,
+        function: str,
+        x: Tensor,
+        shortcut: Tensor | None,
+        affine: Affine,
+        of_shortcut: Affine | None,
+        *results: Tensor | None,
+    ) -> None:
+        norms = [_as_wide(t, x) for one in (affine, of_shortcut) for t in one or _NONE]
+        period = 1 if shortcut is None else shortcut.shape[0] * shortcut.shape[1]
+        sizes = (x.shape[0] * x.shape[1], x.shape[2], period)
+        job = _Add(*map(_at, (x, shortcut, *norms, *results)), *sizes)
+        self._function(function, TYPES[x.dtype])(byref(job), _threads())
+
+    def input_gradient(
+        self,
+        x: Tensor,
+        grad_y: Tensor,
+        affine: Affine,
+        sum_grad: Tensor,
+        sum_grad_xhat: Tensor,
+        *,
+        in_place: bool,
+    ) -> Tensor:
+        rows, channels = x.shape[0] * x.shape[1], x.shape[2]
+        grad_x = grad_y if in_place else torch.empty_like(grad_y)
+        gain, _, mean, rstd = affine
+        wide = [_as_wide(t, x) for t in (gain, mean, rstd, sum_grad, sum_grad_xhat)]
+        function = self._function("input_gradient", TYPES[x.dtype])
+        function(*map(_at, (x, grad_y, *wide, grad_x)), rows, channels, _threads())
+        return grad_x
+
+
+class Kernels(_Library):
+    """The functions of the library of one neuron. All tensors are without gaps."""
+
+    def __init__(self, library: ctypes.CDLL, norms: NormKernels, dynamics: Dynamics) -> None:
+        signatures: dict[str, tuple[Any, ...]] = {
+            "forward": (POINTER(_Forward), c_int),
+            "backward": (POINTER(_Backward), c_int),
+        }
+        super().__init__(library, signatures)
+        self.norms, self.dynamics = norms, dynamics
 
     def _neuron(self, learned: Tensor | None) -> _Neuron:
         """The numbers of the neuron; it refers to those that are learnt, flat in float64."""
@@ -99,23 +203,6 @@ class Kernels:
             decay = 1 - share
         numbers = (decay, of.threshold, of.width, share, of.most or 0, of.levels)
         return _Neuron(*numbers, _at(learned) if of.parallel else None)
-
-    def _function(self, name: str, type_name: str) -> Any:
-        return getattr(self.library, f"{name}_{type_name}")
-
-    def _partial(self, sums: int, rows: int, like: Tensor) -> Tensor:
-        """Room for so many sums a channel of every block of rows."""
-        channels = like.shape[-1]
-        blocks = self.library.num_blocks(rows, channels)
-        return torch.empty(sums * blocks * channels, dtype=_wide_type(like))
-
-    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        channels, rows = x.shape[-1], x.shape[0] * x.shape[1]
-        mean, var = torch.empty(2, channels, dtype=_wide_type(x))
-        partial = self._partial(2, rows, x)
-        function = self._function("statistics", TYPES[x.dtype])
-        function(*map(_at, (x,)), rows, channels, *map(_at, (mean, var, partial)), _threads())
-        return mean, var
 
     def spikes(
         self,
@@ -180,24 +267,6 @@ class Kernels:
         sums = Sums(sum_grad, sum_grad_xhat, sum_shortcut, tuple(grad_learned))
         return sums, _Gradients(total, grad_y, grad_start)
 
-    def input_gradient(
-        self,
-        x: Tensor,
-        grad_y: Tensor,
-        affine: Affine,
-        sum_grad: Tensor,
-        sum_grad_xhat: Tensor,
-        *,
-        in_place: bool,
-    ) -> Tensor:
-        rows, channels = x.shape[0] * x.shape[1], x.shape[2]
-        grad_x = grad_y if in_place else torch.empty_like(grad_y)
-        gain, _, mean, rstd = affine
-        wide = [_as_wide(t, x) for t in (gain, mean, rstd, sum_grad, sum_grad_xhat)]
-        function = self._function("input_gradient", TYPES[x.dtype])
-        function(*map(_at, (x, grad_y, *wide, grad_x)), rows, channels, _threads())
-        return grad_x
-
 
 class _Gradients(NamedTuple):
     """Gradients of the current, (T, N, C), or None where nobody needs it at each timestep; of x as
@@ -208,22 +277,57 @@ class _Gradients(NamedTuple):
     start: Tensor | None
 
 
-class Passes:
-    """The passes of fused.py, for a neuron, T, and what the spikes come with."""
+class NormPasses:
+    """The passes of fused.py without neurons."""
 
-    def __init__(self, kernels: Kernels, timesteps: int, *, carries: bool, packs: bool) -> None:
-        self.kernels, self.timesteps = kernels, timesteps
-        self.carries, self.packs = carries, packs
+    def __init__(self, norms: NormKernels, timesteps: int) -> None:
+        self.norms, self.timesteps = norms, timesteps
 
     def normalization(self, norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Affine:
         mean, var = norm.running_mean, norm.running_var
         if norm.training:
-            mean, var = norm.over_processes(*self.kernels.statistics(x))
+            mean, var = norm.over_processes(*self.norms.statistics(x))
             # Where one x serves all timesteps, mean and variance are those of its T copies, too.
             norm.record(mean, var, self.timesteps * x.shape[1])
         rstd = torch.rsqrt(var + norm.eps)
         gain = norm.scale * weight * rstd
         return Affine(gain, bias - gain * mean, mean, rstd)
+
+    def add(
+        self, x: Tensor, shortcut: Tensor | None, affine: Affine, of_shortcut: Affine | None
+    ) -> Tensor:
+        return self.norms.add(x, shortcut, affine, of_shortcut)
+
+    def add_sums(
+        self,
+        x: Tensor,
+        shortcut: Tensor | None,
+        affine: Affine,
+        of_shortcut: Affine | None,
+        grad: Tensor,
+    ) -> Sums:
+        return self.norms.add_sums(x, shortcut, affine, of_shortcut, grad)
+
+    def norm_gradient(
+        self,
+        x: Tensor,
+        grad: Tensor,
+        affine: Affine,
+        sums: tuple[Tensor, Tensor] | None,
+        *,
+        in_place: bool = False,
+    ) -> Tensor:
+        if sums is None:
+            return (grad * affine.gain).to(x.dtype)
+        return self.norms.input_gradient(x, grad, affine, *sums, in_place=in_place)
+
+
+class Passes(NormPasses):
+    """The passes of fused.py, for a neuron, T, and what the spikes come with."""
+
+    def __init__(self, kernels: Kernels, timesteps: int, *, carries: bool, packs: bool) -> None:
+        super().__init__(kernels.norms, timesteps)
+        self.kernels, self.carries, self.packs = kernels, carries, packs
 
     def spikes(
         self, inputs: Inputs, identity: Tensor | None
@@ -259,31 +363,21 @@ class Passes:
         del grad_spikes, grad_end
         assert inputs.affine is not None
 
-        def through(
-            x: Tensor,
-            grad_y: Tensor,
-            affine: Affine,
-            sums: tuple[Tensor, Tensor] | None,
-            in_place: bool,
-        ) -> Tensor:
-            """Return the gradient of what was normalised."""
-            if sums is None:
-                return (grad_y * affine.gain).to(x.dtype)
-            return self.kernels.input_gradient(x, grad_y, affine, *sums, in_place=in_place)
-
         grad_shortcut = None
         if inputs.shortcut is not None:
             assert kept.total is not None
             grad_shortcut = kept.total
             if inputs.of_shortcut is not None:
-                grad_shortcut = through(
-                    inputs.shortcut, kept.total, inputs.of_shortcut, of_shortcut, False
+                grad_shortcut = self.norm_gradient(
+                    inputs.shortcut, kept.total, inputs.of_shortcut, of_shortcut
                 )
         grad_x = None
         if needs_x:
             # Written over the other, unless that is the shortcut's gradient, too.
             in_place = grad_shortcut is not kept.of_normalized
-            grad_x = through(inputs.x, kept.of_normalized, inputs.affine, of_x, in_place)
+            grad_x = self.norm_gradient(
+                inputs.x, kept.of_normalized, inputs.affine, of_x, in_place=in_place
+            )
         return grad_x, grad_shortcut, kept.start
 
 
@@ -404,7 +498,7 @@ def _sums() -> ctypes.CDLL | None:
 @functools.cache
 def kernels(config: NeuronConfig) -> Kernels | None:
     """Those of a neuron, compiled if they never were on this machine; None without a compiler."""
-    of = dynamics_of(config)
+    of, norms = dynamics_of(config), norm_kernels()
     library = load_library(
         "neuron",
         f"-DSURROGATE={list(SURROGATES).index(of.surrogate)}",
@@ -416,7 +510,14 @@ def kernels(config: NeuronConfig) -> Kernels | None:
         f"-DSCALES_INPUT={int(of.scales_input)}",
         f"-DPARALLEL={int(of.parallel)}",
     )
-    return None if library is None else Kernels(library, of)
+    return None if library is None or norms is None else Kernels(library, norms, of)
+
+
+@functools.cache
+def norm_kernels() -> NormKernels | None:
+    """Normalisation, compiled if it never was on this machine; None without a compiler."""
+    library = load_library("norm")
+    return None if library is None else NormKernels(library)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tetdist.nn import neurons, passes
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fused import FusedNeuron, FusedNormNeuron, Passes
+from tetdist.nn.fused import FusedNeuron, FusedNormAdd, FusedNormNeuron, NormPasses, Passes
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import Packed, carry
 
@@ -280,10 +280,8 @@ class NormNeuron(NeuronLayer):
         if self.carries:
             self.membrane = end.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
-        def image(rows: Tensor) -> Tensor:
-            return rows.view(len(rows), batch, height, width, channels).permute(0, 1, 4, 2, 3)
-
-        return _carrying(image(rows), None if packed is None else image(packed), self.neuron)
+        bytes_of = None if packed is None else _image(packed, current)
+        return _carrying(_image(rows, current), bytes_of, self.neuron)
 
     def extra_repr(self) -> str:
         return str(self.neuron)
@@ -309,6 +307,86 @@ def _carrying(spikes: Tensor, packed: Tensor | None, neuron: NeuronConfig) -> Te
 def _channels_last_rows(x: Tensor) -> Tensor:
     """(T, B, C, H, W) as (T, B*H*W, C): a view where the channels are the last in memory."""
     return x.permute(0, 1, 3, 4, 2).flatten(1, 3).contiguous()
+
+
+def _image(rows: Tensor, like: Tensor) -> Tensor:
+    """(T, B*H*W, C) as (T, B, C, H, W), a view, of the sizes of another."""
+    batch, channels, height, width = like.shape[1:]
+    return rows.view(len(rows), batch, height, width, channels).permute(0, 1, 4, 2, 3)
+
+
+class NormAdd(FusedLayer):
+    """Batch norm, and a real-valued shortcut that is added: the stream of membrane shortcuts.
+
+    Kept for the backward pass is the current, and the shortcut where that is normalised.
+
+    Args:
+        num_channels: C.
+        norm_scale: See `BatchNorm`.
+    """
+
+    def __init__(self, num_channels: int, norm_scale: float = 1.0) -> None:
+        super().__init__()
+        self.norm = BatchNorm(num_channels, scale=norm_scale)
+
+    def forward(
+        self,
+        current: Tensor,
+        shortcut: Tensor | None = None,
+        shortcut_norm: BatchNorm | None = None,
+        *,
+        copies: int = 1,
+    ) -> Tensor:
+        """The sum, (T, B, C, H, W), of the current's type.
+
+        Args:
+            current: Output of a convolution, (T, B, C, H, W).
+            shortcut: Added to the normalised current, (T, B, C, H, W); or (1, B, C, H, W) when it
+                is the same at all timesteps.
+            shortcut_norm: Normalises the shortcut before it is added.
+            copies: How many equal timesteps each of the current's stands for, see `BatchNorm`.
+        """
+        assert shortcut is None or shortcut.shape[0] in (1, current.shape[0])
+        if self.is_fused():
+            timesteps = copies * current.shape[0]
+            kernels = passes.norm_passes_for((current, shortcut), timesteps)
+            if kernels is not None:
+                return self._fused(current, shortcut, shortcut_norm, kernels)
+        return self.reference(current, shortcut, shortcut_norm, copies=copies)
+
+    def reference(
+        self,
+        current: Tensor,
+        shortcut: Tensor | None = None,
+        shortcut_norm: BatchNorm | None = None,
+        *,
+        copies: int = 1,
+    ) -> Tensor:
+        """The definition of `forward`."""
+        normalized = self.norm(current, copies)
+        if shortcut is None:
+            return normalized
+        if shortcut_norm is not None:
+            shortcut = shortcut_norm(shortcut, copies * current.shape[0] // shortcut.shape[0])
+        return normalized + shortcut
+
+    def _fused(
+        self,
+        current: Tensor,
+        shortcut: Tensor | None,
+        shortcut_norm: BatchNorm | None,
+        kernels: NormPasses,
+    ) -> Tensor:
+        norm = self.norm
+        added = None if shortcut is None else _channels_last_rows(shortcut)
+        others = shortcut_norm if added is not None else None
+        assert others is None or others.training == norm.training
+        parameters: list[Tensor | None] = [norm.weight, norm.bias]
+        parameters += [None, None] if others is None else [others.weight, others.bias]
+        rows = FusedNormAdd.apply(
+            _channels_last_rows(current), added, *parameters, norm, others, kernels
+        )
+        return _image(rows, current)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tetdist.nn import build, native
-from tetdist.nn.fused import Passes
+from tetdist.nn.fused import NormPasses, Passes
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.parallel_neurons import ParallelNeuron
 
@@ -55,6 +55,18 @@ def passes_for(
     return None
 
 
+def norm_passes_for(tensors: tuple[Tensor | None, ...], timesteps: int) -> NormPasses | None:
+    """The passes of normalisation alone; otherwise like `passes_for`."""
+    if native.serves(*tensors):
+        kernels = native.norm_kernels()
+        if kernels is None:
+            _say_that_there_is_no_library()
+            return None
+        return native.NormPasses(kernels, timesteps)
+    gpu = triton_for(*tensors)
+    return None if gpu is None else gpu.NormPasses(timesteps)
+
+
 @functools.cache
 def _native_passes(
     config: NeuronConfig, timesteps: int, carries: bool, packs: bool
@@ -72,7 +84,7 @@ def _say_that_there_is_no_library() -> None:
         "the C++ kernels cannot be built or loaded here (%s): normalisation and neurons run as "
         "torch's own operations, slower and with more memory. A C++ compiler (Debian: apt-get "
         "install g++) mends it.",
-        build.failures.get("neuron", "for a reason unknown"),
+        build.failures.get("neuron") or build.failures.get("norm", "for a reason unknown"),
     )
 
 

@@ -35,7 +35,15 @@ _NONE = (None,) * 4  # instead of an `Affine`
 KEPT_REGISTERS = 100
 # The most programs of a pass. Enough that a GPU of 132 processors, or of 108, is busy to the end,
 # and few enough that the partial sums of them are a percent of what is read.
-PROGRAMS = {"statistics": 1024, "fire": 4096, "backward_sums": 2048, "backward": 4096}
+PROGRAMS = {
+    "statistics": 1024,
+    "add": 4096,
+    "add_sums": 2048,
+    "norm_gradient": 4096,
+    "fire": 4096,
+    "backward_sums": 2048,
+    "backward": 4096,
+}
 
 
 def launch(
@@ -115,27 +123,11 @@ def _adding(channels: int) -> tuple[int, dict[str, int]]:
     }
 
 
-class Passes:
-    """The passes of fused.py, for a neuron, T, and what the spikes come with."""
+class NormPasses:
+    """The passes of fused.py without neurons."""
 
-    def __init__(self, config: NeuronConfig, timesteps: int, *, carries: bool, packs: bool) -> None:
-        of = dynamics_of(config)
-        self.timesteps, self.carries, self.packs = timesteps, carries, packs
-        self.forward: dict[str, Any] = {
-            "T": timesteps,
-            "HARD": of.resets_to_zero,
-            "DECAY": of.decay,
-            "THRESHOLD": of.threshold,
-            "AT_THRESHOLD": of.fires_at_threshold,
-            "MOST": of.most,
-            "LEVELS": of.levels,
-            "SCALES_INPUT": of.scales_input,
-        }
-        self.backward = self.forward | {
-            "DETACH": of.detach_reset,
-            "SURROGATE": of.surrogate,
-            "WIDTH": of.width,
-        }
+    def __init__(self, timesteps: int) -> None:
+        self.timesteps = timesteps
 
     def normalization(self, norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Affine:
         channels, wide = x.shape[2], _wide_type(x)
@@ -177,6 +169,89 @@ class Passes:
         arguments = [partial, moments, *made_of]
         arguments += [rows, divided.rows_of_block, divided.blocks, groups]
         launch(neuron.finish_statistics, (1, programs), arguments, known | sizes)
+
+    def add(
+        self, x: Tensor, shortcut: Tensor | None, affine: Affine, of_shortcut: Affine | None
+    ) -> Tensor:
+        out = torch.empty_like(x)
+        rows, channels = x.shape[0] * x.shape[1], x.shape[2]
+        divided = tiling("add", rows, channels, 2 * _per_load(x))
+        arguments: list[Argument] = [x, shortcut, *affine[:2], *(of_shortcut or _NONE)[:2], out]
+        arguments += [rows, x.shape[1], channels // divided.sizes["VEC"], divided.steps]
+        launch(neuron.add, divided.grid, arguments, divided.sizes | _shared(x, shortcut))
+        return out
+
+    def add_sums(
+        self,
+        x: Tensor,
+        shortcut: Tensor | None,
+        affine: Affine,
+        of_shortcut: Affine | None,
+        grad: Tensor,
+    ) -> Sums:
+        rows, channels = x.shape[0] * x.shape[1], x.shape[2]
+        divided = tiling("add_sums", rows, channels, 2 * _per_load(x))
+        groups = channels // divided.sizes["VEC"]
+        number = 2 if of_shortcut is None else 3
+        shape = (divided.blocks, number, channels)
+        partial = torch.empty(shape, dtype=_wide_type(x), device=x.device)
+        mean_of_shortcut = None if of_shortcut is None else of_shortcut.mean
+        arguments: list[Argument] = [x, shortcut, affine.mean, mean_of_shortcut, grad, partial]
+        arguments += [rows, x.shape[1], groups, divided.steps]
+        launch(neuron.add_sums, divided.grid, arguments, divided.sizes | _shared(x, shortcut))
+        return self._finish_sums(partial, affine, of_shortcut)
+
+    def norm_gradient(
+        self, x: Tensor, grad: Tensor, affine: Affine, sums: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        grad_x = torch.empty_like(x)
+        rows, channels = x.shape[0] * x.shape[1], x.shape[2]
+        divided = tiling("norm_gradient", rows, channels, 2 * _per_load(x))
+        gain, _, mean, rstd = affine
+        arguments: list[Argument] = [x, grad, gain, mean, rstd, *(sums or [None] * 2), grad_x]
+        arguments += [rows, channels // divided.sizes["VEC"], divided.steps]
+        launch(neuron.norm_gradient, divided.grid, arguments, divided.sizes)
+        return grad_x
+
+    def _finish_sums(self, partial: Tensor, affine: Affine, of_shortcut: Affine | None) -> Sums:
+        """Add partial sums up, (blocks, 2 or 3, C)."""
+        blocks, number, channels = partial.shape
+        sums = torch.empty(number, channels, dtype=partial.dtype, device=partial.device)
+        programs, sizes = _adding(channels)
+        arguments: list[Argument] = [partial, affine.rstd]
+        arguments += [None if of_shortcut is None else of_shortcut.rstd, sums]
+        arguments += [blocks, channels // sizes["VEC"]]
+        launch(neuron.finish_sums, (1, programs), arguments, sizes)
+        grad, grad_xhat, *others = sums.unbind()
+        return Sums(grad, grad_xhat, others[0] if others else None)
+
+
+def _shared(x: Tensor, shortcut: Tensor | None) -> dict[str, bool]:
+    return {"SHARED": shortcut is not None and shortcut.shape[0] < x.shape[0]}
+
+
+class Passes(NormPasses):
+    """The passes of fused.py, for a neuron, T, and what the spikes come with."""
+
+    def __init__(self, config: NeuronConfig, timesteps: int, *, carries: bool, packs: bool) -> None:
+        super().__init__(timesteps)
+        of = dynamics_of(config)
+        self.carries, self.packs = carries, packs
+        self.forward: dict[str, Any] = {
+            "T": timesteps,
+            "HARD": of.resets_to_zero,
+            "DECAY": of.decay,
+            "THRESHOLD": of.threshold,
+            "AT_THRESHOLD": of.fires_at_threshold,
+            "MOST": of.most,
+            "LEVELS": of.levels,
+            "SCALES_INPUT": of.scales_input,
+        }
+        self.backward = self.forward | {
+            "DETACH": of.detach_reset,
+            "SURROGATE": of.surrogate,
+            "WIDTH": of.width,
+        }
 
     def spikes(
         self, inputs: Inputs, identity: Tensor | None
@@ -232,14 +307,8 @@ class Passes:
         arguments += [rows, groups, divided.steps]
         known = self.backward | divided.sizes | {"SHARED": x.shape[0] == 1}
         launch(neuron.backward_sums, divided.grid, arguments, known)
-        sums = torch.empty(number, channels, dtype=wide, device=x.device)
-        programs, sizes = _adding(channels)
-        arguments = [partial, affine.rstd, None if of_shortcut is None else of_shortcut.rstd]
-        arguments += [sums, divided.blocks, groups]
-        launch(neuron.finish_sums, (1, programs), arguments, sizes)
-        grad, grad_xhat, *others = sums.unbind()
-        of_share = _grad_learned(learned, partial_share)
-        return Sums(grad, grad_xhat, others[0] if others else None, of_share), None
+        sums = self._finish_sums(partial, affine, of_shortcut)
+        return sums._replace(grad_learned=_grad_learned(learned, partial_share)), None
 
     def current_gradient(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.norm_neuron import NormNeuron
+from tetdist.nn.norm_neuron import FusedLayer
 
 
 class NonFiniteSteps:
@@ -123,7 +123,7 @@ def examine(
 
         return hook
 
-    kinds = (nn.Conv2d, nn.Linear, BatchNorm, NormNeuron)
+    kinds = (nn.Conv2d, nn.Linear, BatchNorm, FusedLayer)
     handles = [
         module.register_forward_hook(look(name))
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-// Normalisation and neurons on a CPU: the passes of fused.py, each of which goes through memory once.
+// Neurons on a CPU: the passes of fused.py, each of which goes through memory once.
 //
 // native.py compiles this file for one kind of neuron:
 //
@@ -22,6 +22,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "rows.h"
 #include "types.h"
 
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
@@ -36,13 +37,6 @@ namespace {
 
 // Channels that are worked on at a time, so that T membranes of each stay in the first-level cache.
 constexpr int CHANNELS = 64;
-// Numbers in a block of rows, which so stays in the second-level cache; and its most rows, since
-// one adds them one after the other, in float32, before double takes the sums of blocks.
-constexpr int64_t BLOCK = 32768, MOST_ROWS = 256;
-
-int64_t rows_of_block(int64_t channels) {
-    return std::clamp<int64_t>(BLOCK / channels, 1, MOST_ROWS);
-}
 
 struct Neuron {
     double decay, threshold, width;
@@ -134,55 +128,6 @@ template <class Body> inline void over_channels(int64_t channels, Body body) {
 template <class Body> inline void of_group(int64_t channels, int64_t c, Body body) {
     if (c + CHANNELS <= channels) body(c, std::integral_constant<int, CHANNELS>());
     else body(c, int(channels - c));
-}
-
-// ------------------------------------------------------------------------------------ statistics
-
-template <class X>
-void statistics(const X* x, int64_t rows, int64_t channels, Wide<X>* mean, Wide<X>* var,
-                Wide<X>* partial, int threads) {
-    using W = Wide<X>;
-    const int64_t step = rows_of_block(channels), blocks = (rows + step - 1) / step;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t b = 0; b < blocks; b++) {
-        W *sum = partial + 2 * b * channels, *square = sum + channels;
-        const int64_t first = b * step, last = std::min(rows, first + step);
-        std::fill(sum, sum + 2 * channels, W(0));
-        for (int64_t n = first; n < last; n++) {
-            const X* row = x + n * channels;
-#pragma omp simd
-            for (int64_t c = 0; c < channels; c++) sum[c] += wide(row[c]);
-        }
-        // Of the block, around its own mean: the difference of a mean square and a squared mean
-        // would cancel. The second look finds the block in the cache.
-        std::vector<W> center(sum, sum + channels);
-        for (auto& value : center) value /= W(last - first);
-        for (int64_t n = first; n < last; n++) {
-            const X* row = x + n * channels;
-#pragma omp simd
-            for (int64_t c = 0; c < channels; c++) {
-                W d = wide(row[c]) - center[c];
-                square[c] += d * d;
-            }
-        }
-    }
-    // Chan, Golub and LeVeque: of the union of blocks.
-    for (int64_t c = 0; c < channels; c++) {
-        double total = 0, squares = 0, count = 0;
-        for (int64_t b = 0; b < blocks; b++) {
-            const double n = double(std::min(rows, (b + 1) * step) - b * step);
-            const double sum = partial[2 * b * channels + c];
-            if (count > 0) {
-                const double d = sum / n - total / count;
-                squares += d * d * n * count / (n + count);
-            }
-            squares += partial[(2 * b + 1) * channels + c];
-            total += sum;
-            count += n;
-        }
-        mean[c] = W(total / count);
-        var[c] = W(squares / count);
-    }
 }
 
 // --------------------------------------------------------------------------------------- forward
@@ -529,52 +474,13 @@ template <class X> void backward(const Backward<X>& b, int threads) {
     else backward_rows<NORMALIZED>(b, threads);
 }
 
-// Batch norm's backward pass; grad_x may be grad_y.
-template <class X>
-void input_gradient(const X* x, const X* grad_y, const Wide<X>* gain, const Wide<X>* mean,
-                    const Wide<X>* rstd, const Wide<X>* sum_grad, const Wide<X>* sum_grad_xhat,
-                    X* grad_x, int64_t rows, int64_t channels, int threads) {
-    using W = Wide<X>;
-    std::vector<W> a(channels), b(channels);
-    for (int64_t c = 0; c < channels; c++) {
-        a[c] = sum_grad[c] / W(rows);
-        b[c] = sum_grad_xhat[c] / W(rows);
-    }
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < rows; n++) {
-        const X *row = x + n * channels, *grad = grad_y + n * channels;
-        X* out = grad_x + n * channels;
-#pragma omp simd
-        for (int64_t c = 0; c < channels; c++) {
-            const W xhat = (wide(row[c]) - mean[c]) * rstd[c];
-            out[c] = narrow<X>(gain[c] * (wide(grad[c]) - a[c] - xhat * b[c]));
-        }
-    }
-}
-
 }  // namespace
 
 extern "C" {
 
-int64_t num_blocks(int64_t rows, int64_t channels) {
-    const int64_t step = rows_of_block(channels);
-    return (rows + step - 1) / step;
-}
-
 #define PASSES(X, NAME)                                                                            \
-    void statistics_##NAME(const X* x, int64_t rows, int64_t channels, Wide<X>* mean,              \
-                           Wide<X>* var, Wide<X>* partial, int threads) {                          \
-        statistics<X>(x, rows, channels, mean, var, partial, threads);                             \
-    }                                                                                              \
     void forward_##NAME(const Forward<X>* f, int threads) { forward<X>(*f, threads); }             \
-    void backward_##NAME(const Backward<X>* b, int threads) { backward<X>(*b, threads); }          \
-    void input_gradient_##NAME(const X* x, const X* grad_y, const Wide<X>* gain,                   \
-                               const Wide<X>* mean, const Wide<X>* rstd, const Wide<X>* sum_grad,  \
-                               const Wide<X>* sum_grad_xhat, X* grad_x, int64_t rows,              \
-                               int64_t channels, int threads) {                                    \
-        input_gradient<X>(x, grad_y, gain, mean, rstd, sum_grad, sum_grad_xhat, grad_x, rows,      \
-                          channels, threads);                                                      \
-    }
+    void backward_##NAME(const Backward<X>* b, int threads) { backward<X>(*b, threads); }
 
 PASSES(float, float32)
 PASSES(double, float64)

@@ -24,7 +24,7 @@ import triton.language as tl
 # A kernel has many arguments, and a line for each would hide what it does.
 # fmt: off
 
-SIZES = ["rows", "groups", "steps", "blocks", "rows_of_block"]
+SIZES = ["rows", "groups", "steps", "blocks", "rows_of_block", "period"]
 
 
 @triton.jit
@@ -193,6 +193,112 @@ def normalization(
         tl.load(var + c, mask=c < C, other=0.0).to(wide),
         weight, bias, affine, mean_sum, var_sum, values.to(tl.float64), c, C, SCALE, EPS, RECORDS
     )
+
+
+# ------------------------------------------------------------------------- norm, and a shortcut
+
+
+@triton.jit
+def _rows_of_shortcut(i, steps, period, r, c, C, BN: tl.constexpr, SHARED: tl.constexpr):
+    """Where the shortcut of a tile's rows is: at the same place, or, where all timesteps share it,
+    at the row of the first one."""
+    if SHARED:
+        row = ((tl.program_id(0) * steps + i) * BN + r) % period
+        at = row.to(tl.int64)[:, None] * C + c[None, :]
+    else:
+        first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
+        at = first * C + (r[:, None] * C + c[None, :])
+    return at
+
+
+@triton.jit(do_not_specialize=SIZES)
+def add(
+    x, shortcut, gain, offset, shortcut_gain, shortcut_offset, out, rows, period, groups, steps,
+    SHARED: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+):
+    """The normalised x plus the shortcut, (rows, C). One that is shared is (period, C)."""
+    C, c = _channels(groups, VEC, BC)
+    r = tl.arange(0, BN)
+    at = r[:, None] * C + c[None, :]
+    g = _load_row(gain, c, C)
+    o = _load_row(offset, c, C)
+    if shortcut_gain is not None:
+        g2 = _load_row(shortcut_gain, c, C)
+        o2 = _load_row(shortcut_offset, c, C)
+    for i in range(steps):
+        first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
+        mask = (r < rows - first)[:, None] & (c < C)[None, :]
+        here = first * C
+        total = _wide(tl.load(x + here + at, mask=mask)) * g + o
+        if shortcut is not None:
+            there = _rows_of_shortcut(i, steps, period, r, c, C, BN, SHARED)
+            added = _wide(tl.load(shortcut + there, mask=mask))
+            if shortcut_gain is not None:
+                added = added * g2 + o2
+            total += added
+        tl.store(out + here + at, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def add_sums(
+    x, shortcut, mean, shortcut_mean, grad, partial, rows, period, groups, steps,
+    SHARED: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+):
+    """Sums of a program's rows: of the gradient, and of that times what was normalised (less its
+    mean). partial is (blocks, 2, C), or with a normalised shortcut (blocks, 3, C)."""
+    C, c = _channels(groups, VEC, BC)
+    wide = mean.dtype.element_ty
+    r = tl.arange(0, BN)
+    at = r[:, None] * C + c[None, :]
+    m = _load_row(mean, c, C)
+    total = tl.full([BN, BC], 0.0, wide)
+    with_x = tl.full([BN, BC], 0.0, wide)
+    if shortcut_mean is not None:
+        m2 = _load_row(shortcut_mean, c, C)
+        with_shortcut = tl.full([BN, BC], 0.0, wide)
+    for i in range(steps):
+        first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
+        mask = (r < rows - first)[:, None] & (c < C)[None, :]
+        here = first * C
+        # What is masked is 0.
+        g = _wide(tl.load(grad + here + at, mask=mask, other=0.0))
+        total += g
+        with_x += g * (_wide(tl.load(x + here + at, mask=mask, other=0.0)) - m)
+        if shortcut_mean is not None:
+            there = _rows_of_shortcut(i, steps, period, r, c, C, BN, SHARED)
+            with_shortcut += g * (_wide(tl.load(shortcut + there, mask=mask, other=0.0)) - m2)
+    kept = c < C
+    sums: tl.constexpr = 2 if shortcut_mean is None else 3
+    partial += tl.program_id(0).to(tl.int64) * sums * C
+    tl.store(partial + c, tl.reduce(total, 0, _add), mask=kept)
+    tl.store(partial + C + c, tl.reduce(with_x, 0, _add), mask=kept)
+    if shortcut_mean is not None:
+        tl.store(partial + 2 * C + c, tl.reduce(with_shortcut, 0, _add), mask=kept)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def norm_gradient(
+    x, grad, gain, mean, rstd, sum_grad, sum_grad_hat, grad_x, rows, groups, steps,
+    VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+):
+    """The gradient of x, (rows, C), of that of the normalised x; without sums, mean and variance
+    were constants."""
+    C, c = _channels(groups, VEC, BC)
+    r = tl.arange(0, BN)
+    at = r[:, None] * C + c[None, :]
+    g = _load_row(gain, c, C)
+    if sum_grad is not None:
+        m = _load_row(mean, c, C)
+        per_value = _reciprocal(rows.to(gain.dtype.element_ty))
+        a, b = _coefficients(rstd, sum_grad, sum_grad_hat, per_value, c, C)
+    for i in range(steps):
+        first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
+        mask = (r < rows - first)[:, None] & (c < C)[None, :]
+        here = first * C
+        through = _wide(tl.load(grad + here + at, mask=mask))
+        if sum_grad is not None:
+            through = through - a - (_wide(tl.load(x + here + at, mask=mask)) - m) * b
+        tl.store(grad_x + here + at, (through * g).to(grad_x.dtype.element_ty), mask=mask)
 
 
 # ------------------------------------------------------------------------------------------ firing
