@@ -188,8 +188,8 @@ def test_one_float32_layer_is_near_the_definition(kind: str) -> None:
     for execution in ("reference", "fused"):
         module = layer(kind).float().train()
         module.execution = execution
-        inputs = {"current": draw(0, 4, 8, 5, 9, 9).float().requires_grad_()}
-        results.append(results_of(module, lambda m, i=inputs: m(i["current"], 4), inputs))
+        inputs = {"current": draw(0, T, 8, 5, 9, 9).float().requires_grad_()}
+        results.append(results_of(module, lambda m, i=inputs: m(i["current"], T), inputs))
     # A membrane within rounding of a border may fall on its other side.
     differing = (results[0]["output"] != results[1]["output"]).double().mean()
     assert differing < 1e-3

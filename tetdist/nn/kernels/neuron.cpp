@@ -394,8 +394,12 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             if (SHORTCUT == NORMALIZED) sum_shortcut[c0 + c] += with_shortcut[c];
         }
     }
-    if (LEARNS_DECAY)
-        for (int c = 0; c < length; c++) *sum_share += with_share[c];
+    if (LEARNS_DECAY) {
+        W of_group = 0;
+#pragma omp simd reduction(+ : of_group)
+        for (int c = 0; c < length; c++) of_group += with_share[c];
+        *sum_share += of_group;
+    }
     if (b.own)
         for (int c = 0; c < length; c++) b.own[at + c] = narrow<X>(over_time[c]);
     if (b.grad_start)
