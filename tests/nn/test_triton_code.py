@@ -188,6 +188,7 @@ def test_nothing_spills_with_many_timesteps(
 ) -> None:
     layer = Layer(dtype=dtype, timesteps=timesteps, shortcut="normalized", carries=True)
     launches = layer.launches() + dataclasses.replace(layer, shortcut="none").launches()
+    launches += Stream(dtype=dtype, timesteps=timesteps).launches()
     for launch in launches:
         if launch.name in ("fire", "backward_sums", "backward"):
             check(gpu_code.compiled(launch, capability))

@@ -169,12 +169,13 @@ class _Layout(NamedTuple):
         """(T, ...) as (T, N, C), as the kernels take it: a view, where x has this layout."""
         numbers = math.prod(self.sizes)
         columns = math.gcd(numbers, 64)
-        return x.permute(0, *self.order).reshape(-1, numbers // columns, columns).contiguous()
+        rows = x.permute(0, *self.order).reshape(len(x), numbers // columns, columns)
+        return rows.contiguous()
 
     def shaped(self, rows: Tensor) -> Tensor:
         """The reverse of `flat`: a view."""
         back = [self.order.index(i) + 1 for i in range(1, len(self.order) + 1)]
-        return rows.view(-1, *self.sizes).permute(0, *back)
+        return rows.view(len(rows), *self.sizes).permute(0, *back)
 
 
 class NormNeuron(NeuronLayer):
