@@ -7,6 +7,8 @@ libraries step them, they are ours exactly (without input scaling: ``R`` undoes 
     nir.LIF  tau dv/dt = -v + R I    v <- (1 - dt/tau) v + (dt/tau) R I     tau = dt / (1 - decay)
                                                                             R = tau / dt
 
+A neuron that scales its input by 1/tau, as PLIF does, is nir.LIF with R = 1.
+
 Both fire where v is above the threshold, and are reset to 0: the hard reset. The soft reset has no
 node in NIR. Neurons that fire at their threshold, too, get the float32 below it.
 
@@ -41,6 +43,7 @@ from tetdist.models import (
 )
 from tetdist.models.base import ConvNormNeuron
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormNeuron
 from tetdist.nn.norm_pool import NormPool
@@ -195,10 +198,12 @@ class _Builder:
     def neurons(self, name: str, module: nn.Module, x: Signal) -> Signal:
         assert isinstance(module, (NormNeuron, Neuron))
         config = module.neuron if isinstance(module, NormNeuron) else module.config
-        return self.add(name, self.neuron(config, x.shape), x, x.shape)
+        return self.add(name, self.neuron(config, x.shape, module.learned), x, x.shape)
 
-    def neuron(self, config: NeuronConfig, shape: tuple[int, ...]) -> nir.NIRNode:
-        if type(config) is not LIF:
+    def neuron(
+        self, config: NeuronConfig, shape: tuple[int, ...], learned: nn.ParameterDict
+    ) -> nir.NIRNode:
+        if not isinstance(config, LIF) or type(config) not in (LIF, PLIF):
             raise UserError(
                 f"NIR has no neurons of the kind of this network ({type(config).__name__}); export "
                 "it to onnx or torch"
@@ -221,12 +226,15 @@ class _Builder:
         threshold, zero = everywhere(config.threshold), everywhere(0.0)
         if config.fires_at_threshold:
             threshold = np.nextafter(threshold, zero)
-        if config.decay == 1:
+        if config.decay == 1:  # A learnt one never is.
             return nir.IF(r=everywhere(1 / self.dt), v_threshold=threshold, v_reset=zero)
-        steps = 1 / (1 - config.decay)
+        steps = resistance = 1 / (1 - config.decay)
+        if isinstance(config, PLIF):
+            steps = 1 / float(learned["w"].double().sigmoid())
+            resistance = 1.0 if config.decay_input else steps
         return nir.LIF(
             tau=everywhere(steps * self.dt),
-            r=everywhere(steps),
+            r=everywhere(resistance),
             v_leak=zero,
             v_threshold=threshold,
             v_reset=zero,

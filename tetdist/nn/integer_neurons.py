@@ -61,6 +61,10 @@ class ILIF(NeuronConfig):
         return False
 
     @property
+    def has_passes(self) -> bool:
+        return type(self) in (ILIF, NILIF)
+
+    @property
     def levels(self) -> int | None:
         return 1
 

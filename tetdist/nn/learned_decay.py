@@ -45,6 +45,14 @@ class PLIF(LIF):
         del num_channels
         return {"w": torch.tensor(math.log((1 - self.decay) / self.decay))}
 
+    @property
+    def has_passes(self) -> bool:
+        return type(self) is PLIF and self.spike == "step"
+
+    def in_passes(self, timesteps: int, **parameters: Tensor) -> tuple[Tensor, ...]:
+        del timesteps
+        return (parameters["w"].sigmoid(),)
+
     def run(
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
     ) -> tuple[Tensor, Tensor]:

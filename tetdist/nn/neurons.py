@@ -210,6 +210,14 @@ class NeuronConfig:
         del num_channels
         return {}
 
+    def in_passes(self, timesteps: int, **parameters: Tensor) -> tuple[Tensor, ...]:
+        """What fused passes compute with, of the parameters as they are stored, in their type.
+
+        Gradients flow through it.
+        """
+        del timesteps, parameters
+        return ()
+
     def refusal(self, timesteps: int) -> str | None:
         """The reason why the neurons cannot run so many timesteps; None: they can."""
         del timesteps

@@ -167,11 +167,12 @@ class Neuron(NeuronLayer):
     def _fused(self, current: Tensor, kernels: Passes) -> Tensor:
         layout = _Layout.of(current)
         start = None if self.membrane is None else layout.flat(self.membrane[None])[0]
-        spikes, packed, end = FusedNeuron.apply(layout.flat(current), start, kernels)
+        learned = _in_passes(self.config, self.learned, current, kernels)
+        spikes, packed, end = FusedNeuron.apply(layout.flat(current), start, kernels, *learned)
         if self.carries:
             self.membrane = layout.shaped(end[None])[0]
         spikes = layout.shaped(spikes)
-        return spikes if packed is None else carry(spikes, Packed(layout.shaped(packed), 1))
+        return _carrying(spikes, None if packed is None else layout.shaped(packed), self.config)
 
     def extra_repr(self) -> str:
         return str(self.config)
@@ -302,16 +303,35 @@ class NormNeuron(NeuronLayer):
         parameters: list[Tensor | None] = [norm.weight, norm.bias]
         parameters += [None, None] if others is None else [others.weight, others.bias]
         rows, packed, end = FusedNormNeuron.apply(
-            _channels_last_rows(current), added, joined, start, *parameters, norm, others, kernels
+            *(_channels_last_rows(current), added, joined, start),
+            *(*parameters, norm, others, kernels),
+            *_in_passes(self.neuron, self.learned, current, kernels),
         )
         if self.carries:
             self.membrane = end.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
-        spikes = _image(rows, current)
-        return spikes if packed is None else carry(spikes, Packed(_image(packed, current), 1))
+        bytes_of = None if packed is None else _image(packed, current)
+        return _carrying(_image(rows, current), bytes_of, self.neuron)
 
     def extra_repr(self) -> str:
         return str(self.neuron)
+
+
+def _in_passes(
+    neuron: NeuronConfig, learned: nn.ParameterDict, current: Tensor, kernels: Passes
+) -> tuple[Tensor, ...]:
+    """What a layer learns, as the passes take it, in the type in which they compute."""
+    wide = torch.promote_types(current.dtype, torch.float32)
+    parameters = {name: value.to(wide) for name, value in learned.items()}
+    return neuron.in_passes(kernels.timesteps, **parameters)
+
+
+def _carrying(spikes: Tensor, packed: Tensor | None, neuron: NeuronConfig) -> Tensor:
+    """Spikes that carry their form in bytes, if there is one."""
+    if packed is None:
+        return spikes
+    assert neuron.levels is not None
+    return carry(spikes, Packed(packed, neuron.levels))
 
 
 def _channels_last_rows(x: Tensor) -> Tensor:

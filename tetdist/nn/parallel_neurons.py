@@ -40,6 +40,13 @@ class ParallelNeuron(NeuronConfig):
         2.0, "Half-width of triangle and rectangle, steepness of atan and sigmoid.", gt=0
     )
 
+    @property
+    def has_passes(self) -> bool:
+        return type(self) in (PSN, MaskedPSN, SlidingPSN)
+
+    def in_passes(self, timesteps: int, **parameters: Tensor) -> tuple[Tensor, ...]:
+        return self.sums_over_time(timesteps, **parameters)
+
     def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's A, (T, T), and b, (T,), of its parameters."""
         raise NotImplementedError
