@@ -159,6 +159,8 @@ SHORT = [
     ("spiking_resnet19", "none", "torch", "bf16"),
     ("vggsnn", "blocks", "deepspeed", "bf16"),
     ("spiking_convnet_dvs", "segments", "torch", "bf16"),
+    ("preact_resnet18", "blocks", "deepspeed", "bf16"),
+    ("ms_resnet18", "segments", "torch", "fp16"),
 ]
 
 

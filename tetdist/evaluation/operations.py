@@ -9,8 +9,9 @@ What is counted, a layer of synapses (a convolution or a linear layer) at a time
   events of a camera in one time bin.
 * **A mean of 2x2 spikes** is the same as its spikes with a quarter of the weight: each of them is
   an accumulate a synapse.
-* **Real numbers are multiply-accumulates**, one a synapse, whether zero or not: an image, or the
-  mean over all positions before a classifier. A static image's first layer is computed once for all
+* **Real numbers are multiply-accumulates**, one a synapse, whether zero or not: an image, the mean
+  over all positions before a classifier, or the currents that a membrane shortcut carries to a
+  projection (PreAct- and MS-ResNets). A static image's first layers are computed once for all
   timesteps.
 
 Batch norm is taken as folded into the weights. Not counted are biases, membranes (decay, threshold,

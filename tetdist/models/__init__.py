@@ -14,6 +14,8 @@ from torch import nn
 
 from tetdist import plugins
 from tetdist.models.base import SpikingModel, SpikingNetwork
+from tetdist.models.ms_resnet import MSResNet
+from tetdist.models.preact_resnet import PreActResNet
 from tetdist.models.sew_resnet import SEWResNet
 from tetdist.models.spiking_convnet import SpikingConvNet
 from tetdist.models.spiking_resnet import SpikingResNet
@@ -21,6 +23,8 @@ from tetdist.models.vggsnn import VGGSNN
 
 __all__ = [
     "VGGSNN",
+    "MSResNet",
+    "PreActResNet",
     "SEWResNet",
     "SpikingConvNet",
     "SpikingModel",
