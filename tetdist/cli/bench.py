@@ -157,7 +157,12 @@ def problem_of(options: argparse.Namespace) -> str | None:
     if options.model not in known:
         return f"--model: {options.model!r} is not a spiking model; there are {', '.join(known)}"
     size = timm.get_pretrained_cfg(options.model).input_size[-1]
-    if options.model in ("vggsnn", "spiking_convnet", "spiking_convnet_dvs"):
+    if options.model in (
+        "vggsnn",
+        "spiking_convnet",
+        "spiking_convnet_dvs",
+        "spiking_resnet19_dvs",
+    ):
         # The classifiers of these networks see all positions, so that the size is fixed.
         if options.size not in (None, size):
             return f"--size: {options.model} is built for {size} pixels; leave it out"
@@ -167,7 +172,7 @@ def problem_of(options: argparse.Namespace) -> str | None:
         if importlib.util.find_spec("spikingjelly") is None:
             return "--spikingjelly: it is not installed; pip install spikingjelly"
         if not options.model.startswith(("sew_resnet", "spiking_resnet")) or (
-            options.model == "spiking_resnet19"
+            options.model.startswith(("spiking_resnet19", "spiking_resnet18_"))
         ):
             return f"--spikingjelly: it has no {options.model}"
     for name in ("images_per_s", "link_in_node", "link_between_nodes"):
