@@ -95,6 +95,8 @@ def data_arguments(options: argparse.Namespace) -> str:
 OTHER_NETWORKS = (
     ("spiking_resnet34-T4", "--model spiking_resnet34"),
     ("spiking_resnet34-T6", "--model spiking_resnet34 --timesteps 6"),
+    ("preact_resnet34", "--model preact_resnet34"),
+    ("ms_resnet34", "--model ms_resnet34"),
     ("vggsnn", "--model vggsnn --timesteps 10 --batch 8"),
     ("spiking_resnet19", "--model spiking_resnet19 --batch 16"),
 )

@@ -10,8 +10,9 @@ What is counted, a layer of synapses (a convolution or a linear layer) at a time
   timestep. NI-LIF neurons send n / D, which is n events that weigh a D-th.
 * **A mean of 2x2 spikes** is the same as its spikes with a quarter of the weight: each of them is
   an accumulate a synapse.
-* **Real numbers are multiply-accumulates**, one a synapse, whether zero or not: an image, or the
-  mean over all positions before a classifier. A static image's first layer is computed once for all
+* **Real numbers are multiply-accumulates**, one a synapse, whether zero or not: an image, the mean
+  over all positions before a classifier, or the currents that a membrane shortcut carries to a
+  projection (PreAct- and MS-ResNets). A static image's first layers are computed once for all
   timesteps.
 * **Attention** has no weights but sums of products of spikes (nn/products.py). Of a sum over a
   head's channels, or of products over positions, each spike or product that is 1 is an accumulate.
