@@ -77,6 +77,14 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
                 found.append(
                     Measurement(f"{name}-{precision}", f"model {more} --precision {precision}")
                 )
+        for network in TRANSFORMERS:
+            for precision in ("fp32", "bf16"):
+                options_of = f"--model {network} --precision {precision} --modes none,blocks{peer}"
+                found += [
+                    Measurement(f"{network}-{precision}", f"model {options_of} --repeats 5"),
+                    Measurement(f"{network}-memory-{precision}",
+                                f"memory {options_of} --timesteps 4"),
+                ]  # fmt: skip
     if options.device == "cpu":
         found += [
             Measurement("scaling-1", f"scaling --model {network}"),
@@ -100,6 +108,9 @@ OTHER_NETWORKS = (
     ("vggsnn", "--model vggsnn --timesteps 10 --batch 8"),
     ("spiking_resnet19", "--model spiking_resnet19 --batch 16"),
 )
+
+
+TRANSFORMERS = ("qkformer_10_384", "sdt_8_384")
 
 
 def timesteps_of(options: argparse.Namespace) -> tuple[int, ...]:
@@ -207,6 +218,7 @@ Evaluation (forward pass only):
     ]
     if not options.quick:
         parts.append(f"## Other networks\n\n{other_table(found)}")
+        parts.append(f"## Transformers, T=4, 224 pixels, batch 4\n\n{transformers_text(found)}")
     parts += [
         f"""## Against T
 
@@ -325,6 +337,38 @@ def other_table(found: dict[str, dict[str, Any]]) -> str:
         rows.append([first["model"], str(first["timesteps"]), str(first["batch"]), *cells])
     head = ["", "T", "batch", "ReLU fp32, s", "tetdist, s", "ratio", "ReLU bf16, s", "tetdist, s"]
     return markdown([*head, "ratio"], rows)
+
+
+def transformers_text(found: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    for network in TRANSFORMERS:
+        for precision in ("fp32", "bf16"):
+            steps = found[f"{network}-{precision}"]["rows"]
+            memory = found[f"{network}-memory-{precision}"]["rows"]
+            by_name = {row["name"]: row for row in memory}
+            for step in steps:
+                kept = by_name[step["name"]]
+                share = kept["after_forward_mib"] / memory[-1]["after_forward_mib"]
+                rows.append(
+                    [
+                        network,
+                        precision,
+                        step["name"],
+                        f"{step['seconds']:.3f}",
+                        f"{step['ratio']:.3f}",
+                        step.get("waiting") or "",
+                        f"{kept['after_forward_mib']:.1f} ({kept['at_most_mib']:.1f})",
+                        f"{share:.2f}",
+                    ]
+                )
+    head = ["", "", "", "s", "/ first", "waits", "MiB an image (at most)", "share"]
+    peer = found[f"{TRANSFORMERS[0]}-fp32"]["rows"][-1]["name"].startswith("spikingjelly")
+    text = """
+
+The peer is the same network of torch's layers and spikingjelly's neurons in multi-step mode, built
+as the authors' code is (tetdist/benchmarks/peers.py; a test compares its logits with ours). MiB are
+those kept for the backward pass, as below; the last column is their share of the peer's."""
+    return markdown(head, rows) + (text if peer else "")
 
 
 def series(

@@ -244,9 +244,10 @@ def exact(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     Args:
         x: On the device that is meant.
     """
-    if not torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
+    return torch.autocast(kind, enabled=False)
 
 
 def _is_whole(packed: Packed | None) -> TypeGuard[Packed]:

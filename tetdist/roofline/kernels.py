@@ -37,11 +37,11 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-class Passes:
-    """See `tetdist.nn.fused.Passes`."""
+class NormPasses:
+    """See `tetdist.nn.fused.NormPasses`."""
 
-    def __init__(self, _config: LIF, timesteps: int, *, carries: bool, packs: bool) -> None:
-        self.timesteps, self.carries, self.packs = timesteps, carries, packs
+    def __init__(self, timesteps: int) -> None:
+        self.timesteps = timesteps
 
     def normalization(self, norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Affine:
         if norm.training:
@@ -50,6 +50,49 @@ class Passes:
         else:
             note(NORM_AND_NEURON, "normalization", (weight, bias), 1)
         return Affine(*_empty(x, 4, x.shape[2], dtype=_wide(x)).unbind())
+
+    def add(
+        self,
+        x: Tensor,
+        shortcut: Tensor | None,
+        _affine: Affine,
+        _of_shortcut: Affine | None,
+    ) -> Tensor:
+        out = torch.empty_like(x)
+        note(NORM_AND_NEURON, "add", (x, shortcut, out), 1)
+        return out
+
+    def add_sums(
+        self,
+        x: Tensor,
+        shortcut: Tensor | None,
+        _affine: Affine,
+        of_shortcut: Affine | None,
+        grad: Tensor,
+    ) -> Sums:
+        note(NORM_AND_NEURON, "add_sums", (x, shortcut, grad), 2)
+        return _sums(x, normalized=of_shortcut is not None)
+
+    def norm_gradient(
+        self, x: Tensor, grad: Tensor, _affine: Affine, _sums: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        grad_x = torch.empty_like(x)
+        note(NORM_AND_NEURON, "norm_gradient", (x, grad, grad_x), 1)
+        return grad_x
+
+
+def _sums(x: Tensor, *, normalized: bool) -> Sums:
+    sums = _empty(x, 3 if normalized else 2, x.shape[2], dtype=_wide(x))
+    grad, grad_xhat, *others = sums.unbind()
+    return Sums(grad, grad_xhat, others[0] if others else None)
+
+
+class Passes(NormPasses):
+    """See `tetdist.nn.fused.Passes`."""
+
+    def __init__(self, _config: LIF, timesteps: int, *, carries: bool, packs: bool) -> None:
+        super().__init__(timesteps)
+        self.carries, self.packs = carries, packs
 
     def spikes(
         self, inputs: Inputs, identity: Tensor | None
@@ -68,10 +111,16 @@ class Passes:
     ) -> tuple[Sums, None]:
         read = (inputs.x, inputs.shortcut, inputs.start, grad_spikes, grad_end)
         note(NORM_AND_NEURON, "backward_sums", read, 2)
-        number = 2 if inputs.of_shortcut is None else 3
-        sums = _empty(inputs.x, number, inputs.x.shape[2], dtype=_wide(inputs.x))
-        grad, grad_xhat, *others = sums.unbind()
-        return Sums(grad, grad_xhat, others[0] if others else None), None
+        return _sums(inputs.x, normalized=inputs.of_shortcut is not None), None
+
+    def current_gradient(
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        grad_x, _, grad_start = self.gradients(
+            inputs, grad_spikes, grad_end, None, None, None, needs_x=True
+        )
+        assert grad_x is not None
+        return grad_x, grad_start
 
     def gradients(
         self,
