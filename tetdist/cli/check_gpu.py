@@ -160,7 +160,7 @@ def _ending_on_signals(options: argparse.Namespace) -> Iterator[None]:
         raise KeyboardInterrupt(number)
 
     previous = {one: signal.signal(one, interrupt) for one in (signal.SIGINT, signal.SIGTERM)}
-    faulthandler.dump_traceback_later(LAST_RESORT, exit=True)
+    faulthandler.dump_traceback_later(LAST_RESORT, exit=True, file=2)  # standard error
     try:
         yield
     except KeyboardInterrupt as interrupted:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,7 +95,8 @@ def on(world: World, *, small: bool) -> Iterator[Machine]:
 def compared(findings: Sequence[Finding]) -> list[Finding]:
     """The findings by rank, in which one that is slower than most, or unlike them, is bad."""
     speeds = [one.speed for one in findings if one.status == "ok" and one.speed is not None]
-    usual = statistics.median_high(speeds) if len(speeds) > 1 else 0.0
+    known = [speed for speed in speeds if not math.isnan(speed)]
+    usual = statistics.median_high(known) if len(speeds) > 1 and known else 0.0
     names = dict.fromkeys(name for one in findings if one.status == "ok" for name in one.same)
     common: dict[str, Any] = {}
     for name in names:

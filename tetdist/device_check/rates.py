@@ -80,8 +80,8 @@ def _figures(row: dict[str, Any], ratio: float | None) -> dict[str, Any]:
 
 def _alone(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
     """The figures of one contestant that has the GPU for itself; None: it does not fit."""
-    gc.collect()
     if options.device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
     with contextlib.suppress(torch.OutOfMemoryError):
         (row,) = measure_here([name], options)

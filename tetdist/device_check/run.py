@@ -70,8 +70,9 @@ def run_checks(
         for name, check in checks.items():
             started = time.monotonic()
             worker.begin(check)
-            limit = min(here.limit, end - started)
-            findings, hangs = _Round(name, store, here.world, worker, limit).findings()
+            one = _Round(name, store, here.world, worker)
+            one.limit, one.last = min((here.limit, False), (end - started, True))
+            findings, hangs = one.findings()
             findings = findings if here.small else compared(findings)
             result = Result(name, findings, time.monotonic() - started)
             report.results.append(result)
@@ -230,14 +231,19 @@ def _exchange(world: World) -> Iterator[_Exchange]:
 
 
 class _Round:
-    """One check on all processes, as this one sees it."""
+    """One check on all processes, as this one sees it.
 
-    def __init__(
-        self, name: str, exchange: _Exchange, world: World, worker: _Worker, limit: float
-    ) -> None:
+    Attributes:
+        limit: Seconds that it may take.
+        last: Whether that is because the time of all checks is over then.
+    """
+
+    limit: float
+    last: bool
+
+    def __init__(self, name: str, exchange: _Exchange, world: World, worker: _Worker) -> None:
         self.name, self.exchange, self.world, self.worker = name, exchange, world, worker
         self.started = time.monotonic()
-        self.limit = limit
         self._beats = itertools.count()
         self._told: tuple[bool, bool] | None = None
         self._next_beat = 0.0
@@ -319,8 +325,10 @@ class _Round:
                 # Where most are, they wait for the one that is elsewhere.
                 alone = len(places) > 1 and places[where] == min(places.values())
                 text = f"not done after {now - self.started:.0f} s: it is at {where}"
+                remedy = remedies.hangs(self.name)
+                if self.last:
+                    text = f"{text}, and the time of all checks is over"
+                    remedy = f"the same command with --only {self.name}, which has more time alone"
                 waits = len(places) > 1 and not alone
-                findings.append(
-                    Finding("left out" if waits else "bad", text, remedies.hangs(self.name))
-                )
+                findings.append(Finding("left out" if waits else "bad", text, remedy))
         return findings, True

@@ -64,6 +64,7 @@ def check_steps(here: Machine) -> Finding:
 # What has the host wait without torch's sync_debug_mode seeing it.
 _WAITS = (
     (torch.cuda, "synchronize"),
+    (torch.accelerator, "synchronize"),
     (torch.cuda.Event, "synchronize"),
     (torch.cuda.Stream, "synchronize"),
 )
