@@ -17,6 +17,7 @@ from tetdist.data.dali import Graph, Source, Workers, import_dali
 from tetdist.data.index import Index
 from tetdist.data.pixels import Edits, Output, cut_out, edited, normalized, operated
 from tetdist.data.probe import probe_image, probe_range
+from tetdist.data.transfer import taker
 from tetdist.data.transforms import Mix, Transform
 from tetdist.errors import UserError
 
@@ -122,7 +123,7 @@ class Loader:
         self._pipeline.build()
         # One thread takes batches from DALI and has them finished by others, ahead of the consumer.
         self._ahead: deque[Future[Batch | None]] = deque()
-        self._taker = ThreadPoolExecutor(1, thread_name_prefix="tetdist-take")
+        self._taker = taker(self._device, "tetdist-take")
         self._finishers = ThreadPoolExecutor(workers.threads, thread_name_prefix="tetdist-finish")
 
     def __iter__(self) -> Self:
