@@ -4,12 +4,18 @@ section "The GPU path, computed" of docs/performance.md.
     python docs/make/gpu.py
 
 No GPU is needed: Triton compiles the kernels for two kinds of them, as
-tetdist/benchmarks/gpu_code.py says, and the rest is arithmetic. Nothing here is measured. The tests
-compare the code with the record, so this is the command after a change of a kernel. A minute.
+tetdist/benchmarks/gpu_code.py says, tests/gpu_without_a_gpu/count.py counts launches, and the rest
+is arithmetic. Nothing here is measured. The tests compare the code with the record, so this is the
+command after a change of a kernel. A minute.
 """
 
 import json
+import os
 import re
+import shlex
+import subprocess
+import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +51,13 @@ class Cost:
         by_memory = self.bytes / BANDWIDTH >= self.instructions / INSTRUCTIONS
         return "memory" if by_memory else "instructions"
 
+
+# Seconds that the host takes to start a kernel: little more than the launch itself, and with more
+# of what Python and torch do around it. Seconds that the GPU takes from one kernel to the next.
+# Assumed, as is usual: no GPU has been seen.
+STARTS = (5e-6, 10e-6)
+BETWEEN_KERNELS = 1e-6
+COUNT = "python tests/gpu_without_a_gpu/count.py sew_resnet34 engine=torch"
 
 # What torch.compile made of the same passes before they were written by hand: the kernels of torch
 # 2.13's Inductor for sizes that it does not know, read in the same way. `backward_sums` were three,
@@ -138,6 +151,51 @@ def microseconds(costs: dict[str, Cost], timesteps: int = 4) -> dict[str, float]
     return {name: 1e6 * seconds for name, seconds in parts.items()}
 
 
+def launches(command: str) -> dict[str, int]:
+    """Kernels of a step of one micro-batch, by phase."""
+    paths = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]],
+        cwd=PROJECT,
+        env=os.environ | {"PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return {
+        phase: int(number) for phase, number in re.findall(r"^(\w+) +(\d+)$", done.stdout, re.M)
+    }
+
+
+def small_batches(seconds_of_image: float) -> str:
+    """What launches cost where the micro-batch is small, without graphs and with them."""
+    counts = [launches(command) for command in (COUNT, f"{COUNT} cuda_graphs=true")]
+    alone, graphed = (
+        sum(one.get(phase, 0) for phase in ("forward", "loss", "backward")) for one in counts
+    )
+    rest = sum(counts[1][phase] for phase in ("input", "update", "statistics"))
+    rows = []
+    for batch in (1, 4, 8, 16, 32):
+        work = batch * seconds_of_image + alone * BETWEEN_KERNELS
+        times = [*(max(work, start * alone) for start in STARTS), work + STARTS[1] * graphed]
+        rows.append([str(batch), *(f"{1e3 * one:.1f}" for one in times)])
+    starts = [f"{1e6 * start:g} us" for start in STARTS]
+    table = markdown(["batch", *(f"{start} a launch" for start in starts), "a graph"], rows)
+    enough = [
+        f"{(start - BETWEEN_KERNELS) * alone / seconds_of_image:.0f} at {text}"
+        for start, text in zip(STARTS, starts, strict=True)
+    ]
+    text = f"""Forward, loss and backward pass of a micro-batch are {alone} launches, and {graphed}
+    with `cuda_graphs=true`: the graph, two copies of its input, and its sums. (`{COUNT}`, and the
+    same with `cuda_graphs=true`. Input, update and running statistics are {rest} more in both.)
+    The host takes some microseconds for each, and a GPU that is faster waits for it: with
+    micro-batches
+    below {", below ".join(enough)}. A graph is for these. In milliseconds of a micro-batch,
+    assumed that a launch takes so long and that the GPU takes {1e6 * BETWEEN_KERNELS:g} us from
+    one kernel to the next:"""
+    return f"{textwrap.fill(' '.join(text.split()), 100)}\n\n{table}"
+
+
 def section(found: dict[str, Any]) -> str:
     by_hand = hand_written()
     rows = [
@@ -186,7 +244,9 @@ microseconds an image and timestep, with convolutions at 40 % of 989 TFLOP/s:
 
 {whole}
 
-Left out are launches, which the GPU waits for if the batch is small, the head, and the update.
+Left out are launches, the head, and the update.
+
+{small_batches(4e-6 * sum(microseconds(by_hand).values()))}
 """
 
 

@@ -82,7 +82,17 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"model.num_classes": 1}, ("'model.num_classes'",)),
         ({"precision": "fp8"}, ("'precision'", "'bf16'", "'fp8'")),
         ({"gradient_clipping": 0.0}, ("'gradient_clipping'",)),
+        ({"cuda_graphs": "yes"}, ("'cuda_graphs'", "'yes'")),
         # Contradictions.
+        ({"cuda_graphs": True}, ("cuda_graphs", "engine=deepspeed", "engine=torch")),
+        (
+            {"cuda_graphs": True, "engine": "torch", "batch_norm.sync": True},
+            ("cuda_graphs", "batch_norm.sync averages over processes"),
+        ),
+        (
+            {"cuda_graphs": True, "engine": "torch", "device": "cpu"},
+            ("cuda_graphs", "device=cpu"),
+        ),
         ({"batch.micro": 3}, ("batch.global", "8", "batch.micro", "3", "6")),
         ({"batch.micro": 16}, ("batch.global", "batch.micro", "16")),
         ({"data.kind": "events"}, ("data.kind", "events", "spiking_convnet", "images")),

@@ -13,16 +13,29 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from graph_stand_ins import run_again
+from torch import Tensor
 
 from tetdist.cli import check_gpu
 from tetdist.config import loading
-from tetdist.device_check import images, numerics, rates, remedies, resume, steps, versions
+from tetdist.device_check import (
+    graphs,
+    images,
+    numerics,
+    rates,
+    remedies,
+    resume,
+    steps,
+    versions,
+)
 from tetdist.device_check.check import Finding, Machine
 from tetdist.device_check.checks import CHECKS
 from tetdist.device_check.run import run_checks
 from tetdist.distributed.world import World, join
 from tetdist.nn.neurons import LIF
 from tetdist.slurm import plan
+from tetdist.training import graphs as training_graphs
+from tetdist.training.graphs import Captured
 
 
 @pytest.fixture
@@ -37,12 +50,13 @@ def test_the_command_knows_all_checks() -> None:
 
 def test_the_quick_checks_pass_here(tmp_path: Path, call: Callable[..., tuple[int, str]]) -> None:
     file = tmp_path / "found.json"
-    names = "versions,numerics,links,pixels"
+    names = "versions,numerics,graphs,links,pixels"
     status, output = call("check_gpu", "--device", "cpu", "--only", names, "--json", file)
     assert status == 0, output
     last = output.splitlines()[-1]
     assert last.startswith("no GPU: ")
-    assert last.endswith("; left out: links, pixels")
+    assert last.endswith("; left out: graphs, links, pixels")
+    assert "there is no GPU, and CUDA graphs are a GPU's" in output
     found = json.loads(file.read_text())
     assert set(found["checks"]) == set(names.split(","))
     # In float64 the passes and the definition are equal but for rounding.
@@ -59,11 +73,11 @@ def test_all_checks_pass_here_on_two_processes(tmp_path: Path) -> None:
     assert status == 0, output
     # What DeepSpeed and torch tell their developers does not come between the lines.
     lines = [line for line in output.splitlines() if not line.startswith("ok ")]
-    assert [line.split()[0] for line in lines if line] == ["no", *["left"] * 1, "no"], output
+    assert [line.split()[0] for line in lines if line] == ["no", "left", "left", "no"], output
     found = json.loads(file.read_text())
     assert found["processes"] == 2
     statuses = {name: one["status"] for name, one in found["checks"].items()}
-    assert statuses == dict.fromkeys(CHECKS, "ok") | {"pixels": "left out"}
+    assert statuses == dict.fromkeys(CHECKS, "ok") | dict.fromkeys(("graphs", "pixels"), "left out")
     assert found["checks"]["links"]["gb_per_s"] > 0
     # Both are on this host, and share its cores.
     cores = len(os.sched_getaffinity(0))
@@ -342,6 +356,29 @@ def test_a_machine_whose_gpu_torch_does_not_see_is_told_what_to_install(
     found = json.loads(file.read_text())
     assert found["checks"]["device"]["status"] == "bad"
     assert found["conclusion"] == last
+
+
+def test_losses_with_graphs_are_compared(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what stands in for a graph on a CPU, and with one that does not read the images anew."""
+    monkeypatch.setattr(training_graphs, "capture", run_again)
+    monkeypatch.setattr(Machine, "on_gpu", True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _mode: None)
+    monkeypatch.setattr(graphs, "BATCHES", ())
+    monkeypatch.setattr(graphs, "STEPS", 2)
+    monkeypatch.setattr(graphs, "PRECISIONS", ("bf16",))
+    found = graphs.check_graphs(here)
+    assert (found.status, found.text) == ("ok", "2 steps in bf16 have the same losses with graphs")
+
+    def forgetful(function: Callable[[], Tensor]) -> Captured:
+        result, replay = run_again(function)
+        replays = iter([replay])
+        return result, lambda: next(replays, lambda: None)()
+
+    monkeypatch.setattr(training_graphs, "capture", forgetful)
+    found = graphs.check_graphs(here)
+    assert found.status == "bad"
+    assert found.text.startswith("bf16: the loss of step 2 is ")
+    assert str(found.remedy).startswith("train with cuda_graphs=false")
 
 
 @pytest.mark.parametrize(

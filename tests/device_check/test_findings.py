@@ -16,9 +16,7 @@ from tetdist.errors import UserError
 
 def rates(images_per_s: float, **others: Any) -> Finding:
     numbers = {"images_per_s": images_per_s, "timesteps": 4}
-    return Finding(
-        "ok", f"{images_per_s} images/s", None, numbers, speed=images_per_s, same=others
-    )
+    return Finding("ok", f"{images_per_s} images/s", None, numbers, speed=images_per_s, same=others)
 
 
 def test_ranks_that_fail_are_named() -> None:
@@ -112,9 +110,7 @@ def test_a_torch_is_found_for_a_driver_and_a_gpu(
         (RuntimeError("something else"), None),
     ],
 )
-def test_what_fails_for_a_known_reason_has_its_remedy(
-    error: Exception, remedy: str | None
-) -> None:
+def test_what_fails_for_a_known_reason_has_its_remedy(error: Exception, remedy: str | None) -> None:
     found = remedies.of(error)
     assert found == remedy or (remedy is not None and remedy in str(found))
 

@@ -30,6 +30,33 @@ def test_all_checks_pass(tmp_path: Path, call: Callable[..., tuple[int, str]]) -
     assert sum(one["seconds"] for one in found["checks"].values()) < 600
 
 
+def test_a_run_is_the_same_with_graphs(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    """With mixing, clipping, and images that grow, so that a second graph is captured."""
+    optimizer = {"kind": "sgd", "lr": 0.05, "momentum": 0.9}
+    phase = {"epochs": 2, "timesteps": 2, "image_size": 32, "final_image_size": 64}
+    changes = {
+        "model": {"name": "sew_resnet18"},
+        "execution": "fused",
+        "precision": "bf16",
+        "device": "cuda",
+        "engine": "torch",
+        "deterministic": True,
+        "gradient_clipping": 0.5,
+        "data.mixup": 0.2,
+        "data.image_size": 32,
+        "data.resize": 32,
+        "phases": [phase | {"optimizer": optimizer}],
+    }
+    environment = {k: v for k, v in tiny.clean_environment().items() if k != "DS_ACCELERATOR"}
+    for name, with_graphs in (("plain", "false"), ("graphs", "true")):
+        file = tiny_config(changes | {"name": name})
+        command = tiny.python(tiny.TRAIN, "--config", file, f"cuda_graphs={with_graphs}")
+        status, output = tiny.execute(command, tmp_path, env=environment, timeout=140)
+        assert status == 0, output
+        assert ("check_gpu" in output) == (with_graphs == "true")
+    tiny.assert_same_run(tmp_path / "runs/plain", tmp_path / "runs/graphs")
+
+
 def test_a_run_trains_and_evaluates(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     """DeepSpeed's engine on the GPU, fused passes, data from a process of its own."""
     changes = {"execution": "fused", "precision": "bf16", "device": "cuda", "data.mixup": 0.2}

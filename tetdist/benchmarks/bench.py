@@ -89,7 +89,11 @@ def measure_here(
     seconds = _in_turns({name: partial(_seconds, step) for name, step in steps.items()}, options)
     return [
         _row(name, seconds, options)
-        | {"warm_up": warm_up[name], "waiting": None, "peak_mib": peak_mib(step) if on_gpu else None}
+        | {
+            "warm_up": warm_up[name],
+            "waiting": None,
+            "peak_mib": peak_mib(step) if on_gpu else None,
+        }
         for name, step in steps.items()
     ]
 

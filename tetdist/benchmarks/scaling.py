@@ -215,7 +215,11 @@ def work() -> None:
 
 
 def training_step(
-    options: argparse.Namespace, world: "World", zero_stage: int = 0
+    options: argparse.Namespace,
+    world: "World",
+    zero_stage: int = 0,
+    *,
+    cuda_graphs: bool = False,
 ) -> tuple[Callable[[], Tensor], Callable[[], None]]:
     """Make a training step on the same images again and again.
 
@@ -224,10 +228,11 @@ def training_step(
             ``engine``.
         world: All processes.
         zero_stage: DeepSpeed's.
+        cuda_graphs: Whether a micro-batch is a CUDA graph.
 
     Returns:
-        A function that makes a step and gives its last loss, (), without waiting for the device;
-        and one that lets go of the engine.
+        A function that makes a step and gives its last loss, (), without waiting for the device,
+        in a tensor that with graphs the next step overwrites; and one that lets go of the engine.
     """
     import timm
 
@@ -237,6 +242,7 @@ def training_step(
     from tetdist.nn import batch_norm
     from tetdist.nn.precision import choose_algorithms
     from tetdist.optimizers import make_optimizer
+    from tetdist.training import graphs
     from tetdist.training.engines.create import make_engine
 
     choose_algorithms(options.precision)
@@ -259,6 +265,7 @@ def training_step(
             "precision": options.precision,
             "engine": options.engine,
             "zero_stage": zero_stage,
+            "cuda_graphs": cuda_graphs,
         },
         "the benchmark",
     )
@@ -276,13 +283,19 @@ def training_step(
     labels = torch.arange(options.batch, device=world.device) % 10
 
     # The same calls as in trainer.py.
+    def add_micro_batch(images: Tensor, labels: Tensor) -> Tensor:
+        loss = tet_loss(engine.forward(images), labels, lambda_=0.001)
+        engine.backward(loss)
+        return loss.detach()
+
+    run = graphs.Graphed(add_micro_batch, model) if cuda_graphs else add_micro_batch
+
     def step() -> Tensor:
         for _ in range(options.accumulation):
-            loss = tet_loss(engine.forward(images), labels, lambda_=0.001)
-            engine.backward(loss)
+            loss = run(images, labels)
         update = engine.update(0.01)
         batch_norm.update_running_statistics(model, world.mean_, update.applied)
-        return loss.detach()
+        return loss
 
     return step, engine.close
 

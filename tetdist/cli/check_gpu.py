@@ -30,7 +30,17 @@ if TYPE_CHECKING:
     from tetdist.device_check.check import Report
 
 # Those of device_check/checks.py, which is slow to import.
-NAMES = ("versions", "numerics", "steps", "links", "pixels", "resume", "rates", "loading")
+NAMES = (
+    "versions",
+    "numerics",
+    "steps",
+    "graphs",
+    "links",
+    "pixels",
+    "resume",
+    "rates",
+    "loading",
+)
 
 MEETING = 120.0  # seconds within which all processes must have come
 # Seconds after which this process ends even if nothing in it answers any more.

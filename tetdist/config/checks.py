@@ -45,6 +45,7 @@ def check(config: RunConfig) -> None:
         )
     _check_augmentation(config)
     _check_precision_and_engine(config)
+    _check_cuda_graphs(config)
     _check_distillation(config)
     if config.tracking.register_ is not None and config.tracking.log_checkpoint == "none":
         raise UserError(
@@ -172,6 +173,23 @@ def _check_precision_and_engine(config: RunConfig) -> None:
             "precision: fp16 needs zero_stage=0 (DeepSpeed never lowers its loss scale at stages 1 "
             "and 2); bf16 goes with all of them"
         )
+
+
+def _check_cuda_graphs(config: RunConfig) -> None:
+    if not config.cuda_graphs:
+        return
+    if config.engine != "torch":
+        raise UserError(
+            f"cuda_graphs: engine={config.engine} does more on the host in each micro-batch than a "
+            "graph repeats; set engine=torch with them"
+        )
+    if config.batch_norm.sync:
+        raise UserError(
+            "cuda_graphs: batch_norm.sync averages over processes within a micro-batch, which is "
+            "not captured; set one of them to false"
+        )
+    if config.device == "cpu":
+        raise UserError("cuda_graphs: they are a GPU's, and device=cpu; set cuda_graphs=false")
 
 
 def _check_distillation(config: RunConfig) -> None:

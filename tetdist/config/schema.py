@@ -375,6 +375,10 @@ class RunConfig(Section):
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed's ZeRO. 1: the optimiser's state is divided among processes; 2: gradients, too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    cuda_graphs: bool = False
+    """Have a GPU start a micro-batch's kernels, forward and backward, all at once: for small
+    micro-batches, where it would wait for the host. With engine=torch. Shown right on no GPU yet:
+    run tools/check_gpu.py there first."""
     deterministic: bool = False
     """Only algorithms that repeat to the bit on a GPU; slower. (On a CPU they all do.)"""
     max_steps: Positive | None = None

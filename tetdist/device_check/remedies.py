@@ -48,8 +48,14 @@ NETWORK = (
 _SAID = (
     (r"NCCL|ncclUnhandled|ncclSystem|ncclInternal", NETWORK),
     (r"uncorrectable ECC|illegal memory access|unspecified launch failure|hardware", HARDWARE),
-    (r"shared memory|/dev/shm|bus error", "give /dev/shm room: docker run --ipc=host, or --shm-size"),
-    (r"No space left", "make room where TMPDIR points (else /tmp), or TMPDIR=FOLDER of another disk"),
+    (
+        r"shared memory|/dev/shm|bus error",
+        "give /dev/shm room: docker run --ipc=host, or --shm-size",
+    ),
+    (
+        r"No space left",
+        "make room where TMPDIR points (else /tmp), or TMPDIR=FOLDER of another disk",
+    ),
     (r"Too many open files", "ulimit -n 65536, in the shell that starts it"),
 )
 
