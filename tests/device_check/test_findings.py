@@ -52,7 +52,8 @@ def test_a_speed_that_is_no_number_is_bad() -> None:
 
 
 def test_a_process_with_another_version_is_bad() -> None:
-    found = compared([rates(1.0, driver="580.1"), rates(1.0, driver="570.2"), rates(1.0, driver="580.1")])  # fmt: skip
+    drivers = ("580.1", "570.2", "580.1")
+    found = compared([rates(1.0, driver=driver) for driver in drivers])
     assert [one.status for one in found] == ["ok", "bad", "ok"]
     assert found[1].text == "driver is 570.2 there, and 580.1 on other processes"
     without = compared([rates(1.0, triton="3.4"), rates(1.0), rates(1.0, triton="3.4")])

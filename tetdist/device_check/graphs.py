@@ -38,7 +38,8 @@ def check_graphs(here: Machine) -> Finding:
         try:
             without, with_graphs = _images_per_s(here, batch)
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+            parts.append(f"b={batch}: out of memory")
+            by_batch[str(batch)] = {"out_of_memory": True}
             continue
         by_batch[str(batch)] = {"images_per_s": without, "images_per_s_with_graphs": with_graphs}
         rates = f"{without:.0f} images/s, with graphs {with_graphs:.0f}"

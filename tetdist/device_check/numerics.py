@@ -18,8 +18,8 @@ NETWORKS = ("sew_resnet18", "spiking_resnet18")
 SIZE, BATCH, TIMESTEPS = 64, 4, 4
 CHANNELS = 64
 
-# Whole networks are compared in float64, where no membrane comes so near the threshold that rounding
-# decides: the largest difference of logits and gradients, as a share of the largest of them.
+# Whole networks are compared in float64, where no membrane comes so near the threshold that
+# rounding decides: the largest difference of logits and gradients, as a share of the largest.
 NETWORK_LIMIT = 1e-9
 
 

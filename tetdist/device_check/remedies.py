@@ -24,7 +24,7 @@ class Build(NamedTuple):
 
 
 # The newest first. NVIDIA: "Minor Version Compatibility"; the GPUs are those that pytorch/pytorch
-# lists for its releases 2.10 to 2.14 (issues 172352 and 190385), after which there is none for CUDA 12.
+# lists for its releases 2.10 to 2.14 (issues 172352, 190385), after which none is for CUDA 12.
 BUILDS = (
     Build("cu130", 580, (7, 5), (12, 9), "torch torchvision", "cuda130"),
     Build("cu126", 525, (5, 0), (9, 9), "'torch<2.15' torchvision", "cuda120"),
@@ -40,8 +40,9 @@ HANGING_DRIVER = (
 )
 DEAD = "what the launcher says of that process comes first; sudo dmesg | grep -i oom: memory"
 NETWORK = (
-    "the same command with NCCL_DEBUG=INFO before it says how the GPUs are reached; nvidia-smi topo "
-    "-m shows how they are connected, and NCCL_SOCKET_IFNAME=NAME chooses the network between hosts"
+    "the same command with NCCL_DEBUG=INFO before it says how the GPUs are reached; nvidia-smi "
+    "topo -m shows how they are connected, and NCCL_SOCKET_IFNAME=NAME chooses the network "
+    "between hosts"
 )
 
 # What exceptions say, where their types do not.

@@ -1,9 +1,9 @@
 """Runs the checks one after the other on all processes, and waits for none of them for ever.
 
-On each process the checks run in a thread of their own, and the main thread watches it: nothing can
-interrupt a collective that waits for a process which has failed. What is found goes through a store,
-not a collective, so that it is told also then. Rank 0 says when all are done with a check and the
-next one may begin, or that one hangs; then all end, after rank 0 has told what was found.
+On each process the checks run in a thread of their own, and the main thread watches it: nothing
+can interrupt a collective that waits for a process which has failed. What is found goes through a
+store, not a collective, so that it is told also then. Rank 0 says when all are done with a check
+and the next one may begin, or that one hangs; then all end, after rank 0 has told what was found.
 """
 
 import collections

@@ -230,8 +230,8 @@ def _refuse_shared_gpus(world: World) -> None:
             raise UserError(
                 f"ranks {', '.join(map(str, sharing))} have the same GPU on {platform.node()}, as "
                 "the number of each says (CUDA_VISIBLE_DEVICES="
-                f"{os.environ.get('CUDA_VISIBLE_DEVICES')}); start one process a GPU, and show each "
-                "all of them or one of its own"
+                f"{os.environ.get('CUDA_VISIBLE_DEVICES')}); start one process a GPU, and show "
+                "each all of them or one of its own"
             )
 
 
@@ -245,7 +245,7 @@ def _refuse_to_be_alone_under_srun() -> None:
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
     if tasks > 1:
         raise UserError(
-            f"srun has started {tasks} tasks, which do not find each other: launch/slurm.py submits "
-            "a run, `srun --ntasks-per-node=1 torchrun ...` starts another command on all GPUs, and "
-            "srun --ntasks=1 a single process"
+            f"srun has started {tasks} tasks, which do not find each other: launch/slurm.py "
+            "submits a run, `srun --ntasks-per-node=1 torchrun ...` starts another command on all "
+            "GPUs, and srun --ntasks=1 a single process"
         )
