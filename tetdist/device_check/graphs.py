@@ -33,7 +33,8 @@ def check_graphs(here: Machine) -> Finding:
                 text = f"{precision}: the loss of step {step} is {loss!r}, with graphs {other!r}"
                 return Finding("bad", text, REMEDY, numbers)
     parts = [f"{STEPS} steps in {', '.join(PRECISIONS)} have the same losses with graphs"]
-    numbers["by_batch"] = by_batch = {}
+    by_batch: dict[str, dict[str, Any]] = {}
+    numbers["by_batch"] = by_batch
     for batch in BATCHES:
         try:
             without, with_graphs = _images_per_s(here, batch)

@@ -65,12 +65,12 @@ def rates_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if not by_name:
         alone = {name: _alone(name, options) for name in names}
         relu = alone[RELU]
-        for name, row in alone.items():
-            if row is None:
+        for name, own in alone.items():
+            if own is None:
                 by_name[name] = {"out_of_memory": True}
             else:
-                ratio = None if relu is None else relu["images_per_s"] / row["images_per_s"]
-                by_name[name] = _figures(row, ratio)
+                ratio = None if relu is None else relu["images_per_s"] / own["images_per_s"]
+                by_name[name] = _figures(own, ratio)
     return by_name
 
 

@@ -248,7 +248,9 @@ class _Round:
         self._told: tuple[bool, bool] | None = None
         self._next_beat = 0.0
         # Rank 0's: the last state of each process, and when it came.
-        self._heard = {rank: ({}, self.started) for rank in range(world.world_size)}
+        self._heard: dict[int, tuple[dict[str, Any], float]] = {
+            rank: ({}, self.started) for rank in range(world.world_size)
+        }
 
     def findings(self) -> tuple[list[Finding], bool]:
         """The findings of all by rank, and whether the check hangs.

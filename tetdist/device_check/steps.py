@@ -62,7 +62,7 @@ def check_steps(here: Machine) -> Finding:
 
 
 # What has the host wait without torch's sync_debug_mode seeing it.
-_WAITS = (
+_WAITS: tuple[tuple[Any, str], ...] = (
     (torch.cuda, "synchronize"),
     (torch.accelerator, "synchronize"),
     (torch.cuda.Event, "synchronize"),
