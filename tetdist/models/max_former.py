@@ -170,7 +170,7 @@ class MaxFormer(SpikingNetwork):
         self._initialise()
 
     def _initialise(self) -> None:
-        """As the authors' code, whose attention keeps torch's own initial values."""
+        """Initialise as the authors do, whose attention keeps torch's own initial values."""
         of_attention = {
             conv
             for module in self.modules()
