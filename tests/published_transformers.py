@@ -58,12 +58,16 @@ class Published:
 
     def conv_bn(self, name: str, x: Tensor, stride: int = 1, number: str = "") -> Tensor:
         """Convolution of (T, B, C, H, W), and batch norm."""
-        conv, bn = f"{name}_conv{number}", f"{name}_bn{number}"
+        return self.layer(f"{name}_conv{number}", f"{name}_bn{number}", x, stride)
+
+    def layer(self, conv: str, bn: str, x: Tensor, stride: int = 1) -> Tensor:
+        """The same by the names of both."""
         weight = self.state[f"{conv}.weight"]
         if weight.ndim == 3:
             weight = weight[..., None]
-        bias = self.state.get(f"{conv}.bias")
-        y = F.conv2d(x.flatten(0, 1), weight, bias, stride, padding=weight.shape[-1] // 2)
+        bias, groups = self.state.get(f"{conv}.bias"), x.shape[2] // weight.shape[1]
+        padding = weight.shape[-1] // 2
+        y = F.conv2d(x.flatten(0, 1), weight, bias, stride, padding, groups=groups)
         statistics = [self.state[f"{bn}.running_{one}"].clone() for one in ("mean", "var")]
         self.moved |= {f"{bn}.running_mean": statistics[0], f"{bn}.running_var": statistics[1]}
         affine = [self.state[f"{bn}.{one}"] for one in ("weight", "bias")]
@@ -78,7 +82,7 @@ def pool(x: Tensor, stride: int = 2) -> Tensor:
     return F.max_pool2d(x.flatten(0, 1), 3, stride, 1).unflatten(0, x.shape[:2])
 
 
-def _split(x: Tensor, heads: int) -> Tensor:
+def split(x: Tensor, heads: int) -> Tensor:
     """(T, B, C, H, W) as (T, B, heads, N, d)."""
     return x.flatten(3).unflatten(2, (heads, -1)).transpose(3, 4)
 
@@ -203,7 +207,7 @@ def _token_attention(net: Published, name: str, x: Tensor, heads: int) -> Tensor
 def _self_attention(
     net: Published, name: str, x: Tensor, heads: int, mixes_samples: bool
 ) -> Tensor:
-    q, k, v = (_split(lif(net.conv_bn(f"{name}.{one}", x)), heads) for one in "qkv")
+    q, k, v = (split(lif(net.conv_bn(f"{name}.{one}", x)), heads) for one in "qkv")
     attended = (q @ k.mT) @ v * 0.125
     image = attended.transpose(3, 4).reshape(x.shape)
     current = net.conv_bn(f"{name}.proj", lif(image, threshold=0.5))
@@ -267,7 +271,7 @@ def sdt(net: Published, x: Tensor, size: SDTSize) -> Tensor:
         q, k, v = (lif(net.conv_bn(f"block.{i}.attn.{one}", spikes)) for one in "qkv")
         if size.dilates:
             k, v = pool(k, 1), pool(v, 1)
-        q, k, v = (_split(one, size.heads) for one in (q, k, v))
+        q, k, v = (split(one, size.heads) for one in (q, k, v))
         products = pool(k * v, 1) if size.dilates else k * v
         passed = q * lif(products.sum(3, keepdim=True), threshold=0.5)
         passed = pool(passed, 1) if size.dilates else passed
@@ -302,9 +306,12 @@ def num_parameters(shapes: Shapes) -> int:
     return sum(torch.Size(shapes[one]).numel() for one in counted)
 
 
-def random_state(shapes: Shapes, seed: int = 0, bias: Sequence[float] = (-0.2, 1.6)) -> Any:
+def random_state(
+    shapes: Shapes, seed: int = 0, bias: Sequence[float] = (-0.2, 1.6), gain: float = 1.0
+) -> Any:
     """Weights of these shapes in float64, and norms of no initialiser's choice: some gains are
-    negative. The biases of norms are uniform, large enough that small networks fire."""
+    negative. The biases of norms are uniform, large enough that small networks fire. Convolutions
+    have ``gain`` times the weights that keep the deviation of a white input."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(shape: tuple[int, ...], low: float, high: float) -> Tensor:
@@ -312,17 +319,19 @@ def random_state(shapes: Shapes, seed: int = 0, bias: Sequence[float] = (-0.2, 1
 
     state: dict[str, Tensor] = {}
     for name, shape in shapes.items():
+        is_norm = f"{name.rpartition('.')[0]}.running_mean" in shapes
         if name.endswith("num_batches_tracked"):
             state[name] = torch.tensor(7)
         elif name.endswith("running_mean"):
             state[name] = uniform(shape, -0.3, 0.3)
         elif name.endswith("running_var"):
             state[name] = uniform(shape, 0.3, 1.0)
-        elif "_bn" in name and name.endswith("weight"):
+        elif is_norm and name.endswith("weight"):
             state[name] = uniform(shape, 0.6, 1.8) * torch.where(uniform(shape, 0, 1) < 0.2, -1, 1)
-        elif "_bn" in name:
+        elif is_norm:
             state[name] = uniform(shape, *bias)
         else:
             fan_in = torch.Size(shape[1:]).numel()
-            state[name] = uniform(shape, -1, 1) * (3 / fan_in) ** 0.5
+            kept = uniform(shape, -1, 1) * (3 / fan_in) ** 0.5
+            state[name] = gain * kept if len(shape) > 2 else kept
     return state

@@ -251,21 +251,6 @@ def test_one_file_may_use_another(tmp_path: Path) -> None:
     assert sys.modules[f"{plugins.PACKAGE}.uses"].answer == 42
 
 
-def test_a_neuron_that_looks_ahead_is_refused(
-    farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
-) -> None:
-    (tmp_path / "ahead.py").write_text(
-        "from dataclasses import dataclass\nfrom typing import ClassVar\n"
-        "from tetdist.nn.neurons import LIF, NEURONS\n"
-        "@NEURONS.register('ahead')\n@dataclass(frozen=True, kw_only=True)\n"
-        "class Ahead(LIF):\n    causal: ClassVar[bool] = False\n"
-    )
-    changes = {"imports": ["ahead.py"], "model.neuron": {"kind": "ahead"}}
-    outcome = farm(tiny_config(changes))
-    assert outcome.status == 2
-    assert "model.neuron.kind: Ahead answers at t from inputs after t" in outcome.text
-
-
 @pytest.mark.parametrize(
     ("text", "uses", "said"),
     [

@@ -103,6 +103,8 @@ def data_arguments(options: argparse.Namespace) -> str:
 OTHER_NETWORKS = (
     ("spiking_resnet34-T4", "--model spiking_resnet34"),
     ("spiking_resnet34-T6", "--model spiking_resnet34 --timesteps 6"),
+    ("preact_resnet34", "--model preact_resnet34"),
+    ("ms_resnet34", "--model ms_resnet34"),
     ("vggsnn", "--model vggsnn --timesteps 10 --batch 8"),
     ("spiking_resnet19", "--model spiking_resnet19 --batch 16"),
 )
@@ -251,13 +253,7 @@ def gpu_text(found: dict[str, Any]) -> str:
     checks = found["checks"]
     rows = [[name, one["status"], one["text"]] for name, one in checks.items()]
     rates = [
-        [
-            batch,
-            name.replace("relu", "ReLU"),
-            f"{row['images_per_s']:.0f}",
-            f"{1 / row['ratio']:.2f}",
-            f"{row['peak_mib'] / 1024:.1f}" if row["peak_mib"] else "",
-        ]
+        [batch, name.replace("relu", "ReLU"), *gpu_cells(row)]
         for batch, by_name in checks.get("rates", {}).get("by_batch", {}).items()
         for name, row in by_name.items()
     ]
@@ -270,6 +266,17 @@ def gpu_text(found: dict[str, Any]) -> str:
 {markdown(["check", "", ""], rows)}
 
 {markdown(head, rates)}"""
+
+
+def gpu_cells(row: dict[str, Any]) -> list[str]:
+    """A contestant's rate, as such and of ReLU's, and memory."""
+    if row.get("out_of_memory"):
+        return ["out of memory", "", ""]
+    return [
+        f"{row['images_per_s']:.0f}",
+        f"{1 / row['ratio']:.2f}" if row["ratio"] else "",
+        f"{row['peak_mib'] / 1024:.1f}" if row["peak_mib"] else "",
+    ]
 
 
 def gpu_section(page: Path) -> str:

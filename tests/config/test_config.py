@@ -10,6 +10,7 @@ import pytest
 import tiny
 import yaml
 
+from tetdist import models
 from tetdist.cli import train
 from tetdist.config import loading as configuration
 from tetdist.config.documentation import documented_keys
@@ -19,6 +20,8 @@ from tetdist.config.overrides import joined
 from tetdist.config.schema import RunConfig
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
+from tetdist.nn import neurons
+from tetdist.nn.neurons import NEURONS, make
 
 ConfigWriter = Callable[..., Path]
 
@@ -245,7 +248,10 @@ def test_bad_override(tiny_config: ConfigWriter, override: str, parts: tuple[str
     [
         # Each says whose mistake it is, and what to write instead.
         ("seed=one", "seed=one: 'seed': input should be a valid integer, not 'one'"),
-        ("timesteps=3", "timesteps=3: unknown key 'timesteps'; there are 'phases.0.timesteps'"),
+        (
+            "timesteps=3",
+            "timesteps=3: unknown key 'timesteps'; there are 'model.neuron.timesteps' and",
+        ),
         ("lr=3", "there is 'phases.0.optimizer.lr'"),
         ("model=sew_resnet18", "did you mean model.name=sew_resnet18?"),
         ("model.neuron=lif", "did you mean model.neuron.kind=lif?"),
@@ -429,8 +435,12 @@ def test_every_key_is_printed_and_explained(capsys: pytest.CaptureFixture[str]) 
     numbered = {key.replace("phases.0.", "phases.N.") for key in printed}
     # Free mappings have entries of their own.
     numbered = {k if not k.startswith("model.arguments.") else "model.arguments" for k in numbered}
-    # `recompute` has two forms, of which one configuration prints one.
-    assert numbered == explained - {"recompute.timesteps"}
+    # What is printed is one form of `recompute`, and the numbers of one kind of neuron.
+    others = {
+        f"model.neuron.{key}" for kind in NEURONS for key in neurons.as_dict(make({"kind": kind}))
+    }
+    others = {key for key in explained if key.startswith("model.neuron.")} & others
+    assert numbered - others == explained - others - {"recompute.timesteps"}
     assert explained >= set(OPERATIONAL_KEYS)
 
 
@@ -469,9 +479,9 @@ def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture
     }
     for key, takes in {
         "seed": "[whole number >= 0 and < 9223372036854775808; default 0]",
-        "model.name": "[sew_resnet18 | ",
+        "model.name": f"[{models.names()[0]} | ",
         "model.num_classes": "[whole number > 1 or null; default null]",
-        "model.neuron.kind": "[lif | relu; default lif]",
+        "model.neuron.kind": "[lif | relu | ilif | nilif | plif | psn | masked_psn | sliding_psn; ",
         "model.neuron.surrogate": "[triangle | atan | sigmoid | rectangle; default triangle]",
         "data.root": "[text; required]",
         "data.scale": "[list of 2: number >= 0 and <= 1; default [0.08, 1.0]]",

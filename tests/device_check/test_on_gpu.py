@@ -19,6 +19,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.timeout(900)  # The checks take ten minutes at most, and end by themselves.
 def test_all_checks_pass(tmp_path: Path, call: Callable[..., tuple[int, str]]) -> None:
     file = tmp_path / "found.json"
     status, output = call("check_gpu", "--device", "cuda", "--json", file)
@@ -26,6 +27,7 @@ def test_all_checks_pass(tmp_path: Path, call: Callable[..., tuple[int, str]]) -
     found = json.loads(file.read_text())
     statuses = {name: one["status"] for name, one in found["checks"].items()}
     assert statuses == dict.fromkeys(CHECKS, "ok") | {"links": "left out"}
+    assert sum(one["seconds"] for one in found["checks"].values()) < 600
 
 
 def test_a_run_is_the_same_with_graphs(tiny_config: Callable[..., Path], tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ from torch import Tensor, nn
 
 import tetdist
 from tetdist.evaluation import membranes
-from tetdist.evaluation.membranes import membrane_distribution
+from tetdist.evaluation.membranes import Membranes, membrane_distribution
+from tetdist.nn.integer_neurons import ILIF
+from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import Neuron
+from tetdist.nn.parallel_neurons import PSN
 
 assert tetdist.__doc__  # registers the models
 
@@ -27,13 +30,31 @@ def test_a_neuron_by_hand(reset: str) -> None:
     found = membrane_distribution(
         Network(Neuron(config)), torch.tensor([[1.0], [2.1], [9.0]]), "fp32"
     )
-    (shares,) = found.shares.values()
-    bins = {
-        round(found.edges[i], 2): share for i, share in enumerate(shares) if share > 0
-    }  # in thresholds
-    assert bins == pytest.approx({0.5: 1 / 3, 1.3: 1 / 3, 2.95: 1 / 3})
+    assert _bins(found) == pytest.approx({0.5: 1 / 3, 1.3: 1 / 3, 2.95: 1 / 3})
     assert found.fires == {"0": pytest.approx(2 / 3)}
     assert any(edge == pytest.approx(1) for edge in found.edges)
+
+
+def test_membranes_of_other_kinds() -> None:
+    """By hand: PLIF with half of each current, and a neuron that fires twice."""
+    plif = PLIF(threshold=1.0)
+    found = membrane_distribution(
+        Network(Neuron(plif)), torch.tensor([[1.0], [2.0], [2.0]]), "fp32"
+    )
+    assert _bins(found) == pytest.approx({0.5: 1 / 3, 1.25: 1 / 3, 1.0: 1 / 3})
+    assert found.fires == {"0": pytest.approx(2 / 3)}  # at the threshold, too
+    ilif = ILIF(decay=0.5)
+    found = membrane_distribution(Network(Neuron(ilif)), torch.tensor([[2.2], [0.4]]), "fp32")
+    assert _bins(found) == pytest.approx({2.2: 1 / 2, 0.5: 1 / 2})
+    assert found.fires == {"0": pytest.approx(2 / 8)}
+    assert membrane_distribution(Network(Neuron(PSN(timesteps=2))), torch.ones(2, 1), "fp32") == (
+        Membranes(found.edges, {}, {})
+    )
+
+
+def _bins(found: Membranes) -> dict[float, float]:
+    (shares,) = found.shares.values()
+    return {round(found.edges[i], 2): share for i, share in enumerate(shares) if share > 0}
 
 
 @pytest.mark.parametrize("name", ["sew_resnet18", "spiking_resnet18"])

@@ -206,6 +206,21 @@ def test_attentions_products_are_counted(world: World) -> None:
             "blocks.4.attention.attention",
         ),
         ("sdt_8_384", {"channels": 16, "depth": 1}, "blocks.0.attention.sum"),
+        (
+            "maxformer_10_384",
+            {"widths": (8, 8, 8), "depths": (1, 1, 1), "heads": 2},
+            "blocks.4.mixer.attention",
+        ),
+        (
+            "espikeformer_t",
+            {
+                "widths": (8, 8, 8, 8),
+                "depths": (1, 1),
+                "heads": 2,
+                "neuron": {"kind": "nilif", "threshold": 0.5},
+            },
+            "blocks.7.attention.attention",
+        ),
     ],
 )
 def test_a_transformer(name: str, arguments: dict[str, object], layer: str, world: World) -> None:
@@ -219,5 +234,23 @@ def test_a_transformer(name: str, arguments: dict[str, object], layer: str, worl
     found = count(model, world, torch.randn(2, 3, 64, 64))
     assert found.layers[layer].accumulates > 0
     real = {name for name, one in found.layers.items() if one.multiply_accumulates}
-    assert real == {"stem.layers.0.conv"} | ({"fc"} if name.startswith("qk") else set())
+    assert real == {model.default_cfg["first_conv"]} | ({"fc"} if name[0] == "q" else set())
     assert all(one.synapses > 0 for one in found.layers.values())
+
+
+def test_real_numbers_of_a_membrane_shortcut(world: World) -> None:
+    """Projections multiply what the shortcut carries; a deep stem's convolutions run once."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "ms_resnet18", num_classes=3, timesteps=2, width=4, stem="deep", pooled_projections=True
+    ).eval()
+    found = count(model, world, 3 * torch.randn(2, 3, 64, 64))
+    real = {name for name, layer in found.layers.items() if layer.multiply_accumulates}
+    stem = {"stem.conv.0", "stem.conv.1", "stem.conv.2"}
+    projections = {f"blocks.{i}.downsample" for i in (0, 2, 4, 6)}
+    assert real - {"fc"} == stem | projections
+    for name in stem:
+        assert found.layers[name].multiply_accumulates == found.layers[name].synapses
+    # 32x32 positions of the stem, averaged to 16x16, of 4 channels to 4; at both timesteps.
+    assert found.layers["blocks.0.downsample"].multiply_accumulates == 2 * 16 * 16 * 4 * 4
+    assert found.layers["blocks.0.conv1.conv"].accumulates > 0

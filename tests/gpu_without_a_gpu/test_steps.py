@@ -240,6 +240,9 @@ SHORT = [
     ("spiking_convnet_dvs", "segments", "torch", "bf16"),
     ("qkformer_2_256_dvs", "blocks", "torch", "bf16"),
     ("sdt_2_256_dvs", "segments", "torch", "bf16"),
+    ("espikeformer_t", "blocks", "torch", "bf16"),
+    ("preact_resnet18", "blocks", "deepspeed", "bf16"),
+    ("ms_resnet18", "segments", "torch", "fp16"),
 ]
 # Of networks of the same layers one is enough for all ways of training: the others are wider or
 # deeper.

@@ -5,8 +5,10 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import published_formers as formers
 import published_transformers as published
 import pytest
 import timm
@@ -53,6 +55,13 @@ PARAMETERS = {
     "sdt_2_256_cifar": (2_567_082, 2 * 64),
     "sdt_2_256_dvs": (2_566_794, 2 * 64),
     "sdt_2_256_gesture": (2_567_051, 2 * 64),
+    "espikeformer_t": (2_702_048, 0),
+    "espikeformer_s": (5_105_608, 0),
+    "espikeformer_m": (10_023_112, 0),
+    "espikeformer_l": (18_987_504, 0),
+    "maxformer_10_384": (16_237_240, 0),
+    "maxformer_10_512": (28_653_480, 0),
+    "maxformer_10_768": (63_992_200, 0),
 }
 
 
@@ -75,6 +84,13 @@ def test_published_number_of_parameters(name: str) -> None:
 # ------------------------------------------------------------------------- the published networks
 
 
+def source_of(name: str) -> foreign.Source:
+    """Where the weights of a network are from."""
+    sources: tuple[foreign.Source, ...] = ("qkformer", "sdt", "espikeformer", "maxformer")
+    (source,) = (source for source in sources if name.startswith(f"{source}_"))
+    return source
+
+
 @dataclass(frozen=True)
 class Case:
     """A network in a small size, and the same typed anew.
@@ -85,6 +101,8 @@ class Case:
         shapes: Of the published state dict in that size.
         forward: Frames (T, B, C, H, W) to logits (T, B, K).
         input: Of one sample: (C, H, W), or (T, C, H, W) of events.
+        timesteps: T.
+        seed, gain: Of the weights: such that samples and timesteps come out different.
     """
 
     name: str
@@ -92,20 +110,23 @@ class Case:
     shapes: published.Shapes
     forward: Callable[[Published, Tensor], Tensor]
     input: tuple[int, ...]
+    timesteps: int = T
+    seed: int = 0
+    gain: float = 1.0
 
     @property
     def source(self) -> foreign.Source:
-        return "qkformer" if self.name.startswith("qkformer") else "sdt"
+        return source_of(self.name)
 
     def state(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = published.random_state(self.shapes)
+        state: dict[str, Tensor] = published.random_state(self.shapes, self.seed, gain=self.gain)
         return state
 
     def model(self) -> SpikingNetwork:
         return timm.create_model(
             self.name,
             num_classes=5,
-            timesteps=T,
+            timesteps=self.timesteps,
             neuron=foreign.NEURONS[self.source],
             **self.arguments,
         ).double()
@@ -125,7 +146,7 @@ class Case:
 
     def frames(self, x: Tensor) -> Tensor:
         """The batch at all timesteps, (T, B, C, H, W)."""
-        return x.expand(T, *x.shape) if x.ndim == 4 else x.transpose(0, 1)
+        return x.expand(self.timesteps, *x.shape) if x.ndim == 4 else x.transpose(0, 1)
 
 
 def qkformer_case(
@@ -148,6 +169,34 @@ def sdt_case(name: str, size: SDTSize, image: tuple[int, ...]) -> Case:
         published.sdt_shapes(size),
         lambda net, x: published.sdt(net, x, size),
         image,
+    )
+
+
+def espikeformer_case(timesteps: int) -> Case:
+    # Sums of attention are multiples of 1/64 where it has 4 channels a head, and some are halves,
+    # which are rounded to even; with 6 channels they are irrational.
+    size = formers.ESpikeFormerSize((8, 8, 8, 12), (1, 1), heads=2, mlp_ratio=2)
+    return Case(
+        "espikeformer_t",
+        {"widths": size.widths, "depths": size.depths, "heads": 2, "mlp_ratio": 2},
+        formers.espikeformer_shapes(size),
+        lambda net, x: formers.espikeformer(net, x, size),
+        (3, 48, 32),
+        timesteps,
+        seed=1,
+        gain=4.0,  # Neurons that round see no small differences.
+    )
+
+
+def maxformer_case() -> Case:
+    size = formers.MaxFormerSize((8, 16, 24), (1, 1, 2), heads=2, mlp_ratio=2)
+    return Case(
+        "maxformer_10_384",
+        {"widths": size.widths, "depths": size.depths, "heads": 2, "mlp_ratio": 2},
+        formers.maxformer_shapes(size),
+        lambda net, x: formers.maxformer(net, x, size),
+        (3, 48, 32),
+        seed=3,
     )
 
 
@@ -176,12 +225,14 @@ CASES = {
     "sdt gesture": sdt_case(
         "sdt_2_256_gesture", SDTSize(32, 2, "0111", in_chans=2), (T, 2, 24, 16)
     ),
+    "espikeformer": espikeformer_case(1),  # as published
+    "espikeformer over time": espikeformer_case(T),
+    "maxformer": maxformer_case(),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 # One of each family, for what does not depend on the embedding.
-each_family = pytest.mark.parametrize(
-    "case", [CASES["qkformer"], CASES["sdt"], CASES["sdt dvs"]], ids=["qkformer", "sdt", "sdt dvs"]
-)
+FAMILIES = ("qkformer", "sdt", "sdt dvs", "espikeformer over time", "maxformer")
+each_family = pytest.mark.parametrize("case", [CASES[name] for name in FAMILIES], ids=FAMILIES)
 
 
 @pytest.mark.parametrize("execution", ["fused", "reference"])
@@ -201,7 +252,7 @@ def test_is_the_published_network(case: Case, training: bool, execution: str) ->
     logits = model(x, per_timestep=True)
     # Samples differ, and so do timesteps.
     assert len(expected.detach().transpose(0, 1).flatten(1).unique(dim=0)) == BATCH
-    assert len(expected.detach().flatten(1).unique(dim=0)) == T
+    assert len(expected.detach().flatten(1).unique(dim=0)) == case.timesteps
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
 
     weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).double()
@@ -241,8 +292,18 @@ def test_is_the_published_network(case: Case, training: bool, execution: str) ->
             None,
         ),
         ("sdt_8_384", published.sdt_shapes(SDTSize(384, 8, classes=1000)), 352),
+        (
+            "espikeformer_s",
+            formers.espikeformer_shapes(formers.ESpikeFormerSize((32, 64, 128, 192), classes=1000)),
+            605,
+        ),
+        (
+            "maxformer_10_384",
+            formers.maxformer_shapes(formers.MaxFormerSize((96, 192, 384), classes=1000)),
+            398,
+        ),
     ],
-    ids=["qkformer", "qkformer cifar", "sdt"],
+    ids=["qkformer", "qkformer cifar", "sdt", "espikeformer", "maxformer"],
 )
 def test_published_state_dicts_have_these_tensors(
     name: str, shapes: published.Shapes, tensors: int | None
@@ -253,7 +314,8 @@ def test_published_state_dicts_have_these_tensors(
     with torch.device("meta"):
         model = timm.create_model(name)
         state = {one: torch.empty(shape) for one, shape in shapes.items()}
-    found = foreign.convert(state, "qkformer" if name.startswith("qk") else "sdt", model)
+    assert foreign.source_of(state, Path("file")) == source_of(name)
+    found = foreign.convert(state, source_of(name), model)
     assert (found.missing, found.unexpected) == ([], [])
     assert len(found.unused) * 64 == PARAMETERS[name][1]
 
@@ -315,10 +377,12 @@ def test_attentions_neurons_have_a_threshold_of_their_own(case: Case) -> None:
     )
     of_attention = dataclasses.replace(own, threshold=2.0, fires_at_threshold=True)
     found = neurons_of(model)
-    in_attention = {
-        name for name in found if name.endswith(("attention.neuron", "attention.mask"))
-    } - {name for name in found if case.source == "sdt" and name.endswith("attention.neuron")}
+    # SDT's attention begins with ordinary neurons of this name.
+    last = {"qkformer": "attention.neuron", "sdt": "attention.mask"}.get(case.source, "attended")
+    in_attention = {name for name in found if name.endswith(last)}
     depth = case.arguments.get("depth") or sum(case.arguments["depths"])
+    if case.source == "maxformer":  # Its first stages have none.
+        depth = case.arguments["depths"][-1]
     assert len(in_attention) == depth
     for name, config in found.items():
         assert config == (of_attention if name in in_attention else own), name
@@ -383,7 +447,7 @@ def test_the_future_has_no_influence_on_the_past(case: Case) -> None:
     model, x = case.loaded().eval(), case.batch()
     with torch.no_grad():
         whole = model(x, per_timestep=True)
-        for timesteps in (1, 2):
+        for timesteps in range(1, case.timesteps):
             model.set_timesteps(timesteps)
             shorter = model(x, per_timestep=True)
             if not case.arguments.get("mixes_samples"):
@@ -395,7 +459,7 @@ def test_classifier_can_be_replaced(case: Case) -> None:
     model, x = case.loaded().eval(), case.batch()
     with torch.no_grad():
         features = model.forward_head(model.forward_features(x), pre_logits=True)
-        assert features.shape == (T, BATCH, model.num_features)
+        assert features.shape == (case.timesteps, BATCH, model.num_features)
         assert torch.equal(model(x, per_timestep=True), model.get_classifier()(features))
         model.reset_classifier(7)
         assert model(x).shape == (BATCH, 7)

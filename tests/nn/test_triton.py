@@ -16,7 +16,9 @@ import tetdist.models  # noqa: F401  # registers them
 from tetdist.nn import native, packed, passes
 from tetdist.nn.batch_norm import BatchNorm, recomputing, synchronize
 from tetdist.nn.fused import Affine, Inputs
-from tetdist.nn.neurons import LIF
+from tetdist.nn.integer_neurons import ILIF, NILIF
+from tetdist.nn.learned_decay import PLIF
+from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import NormNeuron
 
 needs_triton()
@@ -24,10 +26,14 @@ needs_triton()
 from tetdist.nn import triton_passes  # noqa: E402  # needs Triton
 
 # A neuron of each reset, whose numbers are no powers of two.
-NEURONS = [
-    LIF(decay=0.9, threshold=0.7, surrogate_width=1.5),
-    LIF(decay=0.6, threshold=0.7, reset="soft", detach_reset=True, surrogate="atan"),
-]
+NEURONS: dict[str, NeuronConfig] = {
+    "hard": LIF(decay=0.9, threshold=0.7, surrogate_width=1.5),
+    "soft": LIF(decay=0.6, threshold=0.7, reset="soft", detach_reset=True, surrogate="atan"),
+    "plif": PLIF(threshold=0.2),
+    "plif, soft": PLIF(threshold=0.4, reset="soft", decay_input=False, surrogate="rectangle"),
+    "ilif": ILIF(threshold=0.7),
+    "nilif": NILIF(decay=0.6, threshold=0.1, most_spikes=8, detach_reset=True),
+}
 # With everything, with nothing, and what all timesteps share.
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -36,6 +42,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "shared": {"shared": True, "carries": True, "identity": True},
     "shared, shortcut": {"shared": True, "shortcut": "plain"},
 }
+
+
+OF_ALL_KINDS = ("plain shortcut, identity", "normalised shortcut, carried")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -53,7 +62,9 @@ def affine(seed: int, channels: int, wide: torch.dtype) -> Affine:
     return Affine(1 + gain / 4, offset / 4, mean / 2, 1 + spread.abs())
 
 
-def both_passes(neuron: LIF, timesteps: int, carries: bool) -> tuple[passes.Passes, passes.Passes]:
+def both_passes(
+    neuron: NeuronConfig, timesteps: int, carries: bool
+) -> tuple[passes.Passes, passes.Passes]:
     kernels = native.kernels(neuron)
     assert kernels is not None, "there is no C++ compiler"
     return (
@@ -66,6 +77,8 @@ def moved(inputs: Inputs, device: str) -> Inputs:
     def move(one: Any) -> Any:
         if isinstance(one, Affine):
             return Affine(*(tensor.to(device) for tensor in one))
+        if isinstance(one, tuple):
+            return tuple(tensor.to(device) for tensor in one)
         return None if one is None else one.to(device)
 
     return Inputs(*map(move, inputs))
@@ -78,12 +91,16 @@ on_gpu = [
 
 
 @pytest.mark.parametrize("where", ["interpreted", pytest.param("cuda", marks=on_gpu)])
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("neuron", NEURONS, ids=["hard", "soft"])
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    # Of the other kinds what is their own, with a membrane that was there and without.
+    [(k, c) for k in NEURONS for c in CALLS if k in ("hard", "soft") or c in OF_ALL_KINDS],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_spikes_bytes_and_membranes_are_those_of_cpp_to_the_bit(
-    dtype: torch.dtype, neuron: LIF, call: str, where: str
+    dtype: torch.dtype, kind: str, call: str, where: str
 ) -> None:
+    neuron = NEURONS[kind]
     options = {"shared": False, "shortcut": None, "identity": False, "carries": False} | CALLS[call]
     timesteps, rows, channels = 3, 37, 20
     wide = torch.promote_types(dtype, torch.float32)
@@ -94,6 +111,7 @@ def test_spikes_bytes_and_membranes_are_those_of_cpp_to_the_bit(
         affine(2, channels, wide),
         affine(3, channels, wide) if options["shortcut"] == "normalized" else None,
         draw(4, rows, channels).to(wide) if options["carries"] else None,
+        (torch.tensor(0.375, dtype=wide),) if isinstance(neuron, PLIF) else (),
     )
     identity = draw(5, *shape).gt(0).to(dtype) * 2 if options["identity"] else None
     grad_spikes = draw(6, *shape).to(dtype)
@@ -115,7 +133,7 @@ def test_spikes_bytes_and_membranes_are_those_of_cpp_to_the_bit(
                 None if others is None else (sums.grad, others),
                 needs_x=True,
             )
-        every = (*fired, *sums, *gradients)
+        every = (*fired, *sums[:3], *sums.grad_learned, *gradients)
         every = tuple(None if one is None else one.cpu() for one in every)
         found.append((every[:3], every[3:]))
     (fired, gradients), (expected_fired, expected_gradients) = found
@@ -135,7 +153,7 @@ def test_spikes_bytes_and_membranes_are_those_of_cpp_to_the_bit(
 
 def test_float16_is_float32_rounded() -> None:
     """C++ does not know the type; numbers of it are numbers of float32."""
-    neuron, (timesteps, rows, channels) = NEURONS[0], (3, 37, 20)
+    neuron, (timesteps, rows, channels) = NEURONS["hard"], (3, 37, 20)
     x, grad = (draw(seed, timesteps, rows, channels).half() for seed in (0, 1))
     norm = affine(2, channels, torch.float32)
     results = []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tetdist.benchmarks import peers
+from tetdist.benchmarks.relu_twins import relu_twin
 
 # --- contestants -------------------------------------------------------------------------------
 
@@ -77,37 +78,6 @@ def relu(options: argparse.Namespace) -> Contestant:
     )
 
 
-def relu_twin(name: str) -> torch.nn.Module | None:
-    """A network of ReLU units with the convolutions of a spiking one, if there is one."""
-    import timm
-    from timm.models.resnet import BasicBlock, ResNet
-
-    family, _, depth = name.rpartition("resnet")
-    if family in ("sew_", "spiking_") and depth != "19":
-        return timm.create_model(f"resnet{depth}")
-    if depth == "19":
-        twin = ResNet(BasicBlock, (3, 3, 2), channels=(128, 256, 512), num_classes=10)
-        twin.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        twin.maxpool = torch.nn.Identity()
-        twin.layer4 = torch.nn.Identity()
-        return twin
-    if name != "vggsnn":
-        return None
-    layers: list[torch.nn.Module] = []
-    channels = 2
-    for width in (64, 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"):
-        if width == "pool":
-            layers.append(torch.nn.AvgPool2d(2))
-            continue
-        layers += [
-            torch.nn.Conv2d(channels, int(width), 3, padding=1),
-            torch.nn.BatchNorm2d(int(width)),
-            torch.nn.ReLU(inplace=True),
-        ]
-        channels = int(width)
-    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(512 * 9, 10))
-
-
 def spikingjelly(options: argparse.Namespace) -> Contestant:
     from spikingjelly.activation_based import functional
 
@@ -129,7 +99,7 @@ def spikingjelly(options: argparse.Namespace) -> Contestant:
 def has_spikingjelly_network(name: str) -> bool:
     """Whether `spikingjelly_network` makes one."""
     if name.startswith(("sew_resnet", "spiking_resnet")):
-        return name != "spiking_resnet19"
+        return not name.startswith(("spiking_resnet19", "spiking_resnet18_"))
     # Transformers for images of ImageNet's size.
     return name.startswith(("qkformer_10_", "sdt_")) and not name.startswith("sdt_2_")
 

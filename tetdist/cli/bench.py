@@ -150,7 +150,12 @@ def problem_of(options: argparse.Namespace) -> str | None:
     if options.model not in known:
         return f"--model: {options.model!r} is not a spiking model; there are {', '.join(known)}"
     size = timm.get_pretrained_cfg(options.model).input_size[-1]
-    if options.model in ("vggsnn", "spiking_convnet", "spiking_convnet_dvs"):
+    if options.model in (
+        "vggsnn",
+        "spiking_convnet",
+        "spiking_convnet_dvs",
+        "spiking_resnet19_dvs",
+    ):
         # The classifiers of these networks see all positions, so that the size is fixed.
         if options.size not in (None, size):
             return f"--size: {options.model} is built for {size} pixels; leave it out"

@@ -21,7 +21,21 @@ if TYPE_CHECKING:
     from tetdist.exchange.foreign import Converted, Source
 
 SHOWN = 5  # of the tensors that do not fit, unless all are asked for
-SOURCES = ("auto", "spikingjelly", "sew", "tet", "torchvision", "timm", "qkformer", "sdt")
+SOURCES = (
+    "auto",
+    "spikingjelly",
+    "sew",
+    "tet",
+    "torchvision",
+    "timm",
+    "qkformer",
+    "sdt",
+    "espikeformer",
+    "maxformer",
+    "decoupling",
+    "seal",
+    "ms",
+)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -109,7 +123,7 @@ def configuration(
     from tetdist import models
     from tetdist.config.loading import parse
     from tetdist.config.overrides import apply_override, refuse_repeated
-    from tetdist.exchange.foreign import NEURONS, SCALES
+    from tetdist.exchange.foreign import SCALES, arguments_of, neuron_of
 
     known = models.names()
     if options.model not in known:
@@ -136,15 +150,14 @@ def configuration(
         "model": {
             "name": options.model,
             "num_classes": num_classes,
-            "neuron": dict(NEURONS[source]),
+            "neuron": neuron_of(source, options.model),
         },
         "data": data,
         "batch": {"global": 256, "micro": 32},
         "phases": [{"epochs": 1, "timesteps": timesteps, "optimizer": {"lr": 0.1}}],
     }
-    # Both of these sources have plain batch norm.
-    if options.model.startswith("spiking_resnet") and source in ("spikingjelly", "sew"):
-        raw["model"]["arguments"] = {"norm": "bn"}
+    if arguments := arguments_of(source, options.model):
+        raw["model"]["arguments"] = arguments
     refuse_repeated(options.overrides)
     for override in options.overrides:
         apply_override(raw, override)

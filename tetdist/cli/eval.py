@@ -99,6 +99,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="0.1,0.5",
         help="also evaluate with this share of the events dropped, by chance",
     )
+    parser.add_argument(
+        "--unroll",
+        action="store_true",
+        help="run each timestep as sub-timesteps of spikes that are 0 or 1, as a device runs "
+        "neurons that fire several times: slower, with the same result",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is dropped (default: 0)")
     parser.add_argument("--batch", type=positive, metavar="N", help="samples of one forward pass")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads that decode")
@@ -146,7 +152,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         index = world.run_on_all(
             lambda: with_classes_of_model(data, description.classes, config, options)
         )
-        wanted = options.timesteps or list(range(1, description.timesteps + 1))
+        wanted = world.run_on_all(lambda: wanted_timesteps(options, config, description.timesteps))
         world.run_on_all(lambda: check_options(options, wanted, index))
         model = world.run_on_all(lambda: make_model(config, index))
         choose_algorithms(config.precision)
@@ -154,9 +160,6 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
             world.run_on_all(lambda: choose_passes(world))
         place(model, world.device, config.precision)
         world.run_on_all(lambda: checkpoint.load_weights(model, weights, options.checkpoint))
-        # The network is causal and at rest when a sample begins, so that one pass at the largest
-        # T also gives the result at all smaller ones.
-        model.set_timesteps(wanted[-1])
         data_split = recorded_split(config.data.root)
         about = {
             "checkpoint": str(options.checkpoint),
@@ -171,12 +174,29 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         }
         found = about | run_suite(
             Passes(model, config, index, world, lambda: watch.progress("the evaluation")),
+            timesteps=wanted,
+            unroll=options.unroll,
             drop_timesteps=options.drop_timesteps,
             drop_events=options.drop_events,
             seed=options.seed,
         )
         world.run_on_all(lambda: show(found, options) if world.rank == 0 else None)
     return 0
+
+
+def wanted_timesteps(options: argparse.Namespace, config: "RunConfig", trained: int) -> list[int]:
+    """Every T that was asked for, or all up to that of the training that the neurons can run.
+
+    Raises:
+        UserError: The neurons cannot run one that was asked for.
+    """
+    refusal = config.model.neuron.refusal
+    if options.timesteps is None:
+        return [t for t in range(1, trained + 1) if refusal(t) is None]
+    for one in options.timesteps:
+        if (reason := refusal(one)) is not None:
+            raise UserError(f"--timesteps: {reason}")
+    return list(options.timesteps)
 
 
 def check_split(config: "RunConfig", split: str) -> None:

@@ -106,12 +106,9 @@ def _check_model(config: RunConfig) -> None:
             close = difflib.get_close_matches(key, allowed, n=1)
             hint = f"the nearest known one is {close[0]!r}" if close else f"known: {allowed}"
             raise UserError(f"model.arguments.{key}: {name} has no such; {hint}")
-    if not config.model.neuron.causal:
-        raise UserError(
-            f"model.neuron.kind: {type(config.model.neuron).__name__} answers at t from inputs "
-            "after t, so that one pass at T does not show what it gives at fewer timesteps, as "
-            "evaluations here say; take a causal neuron"
-        )
+    for i, phase in enumerate(config.phases):
+        if (reason := config.model.neuron.refusal(phase.timesteps)) is not None:
+            raise UserError(f"phases.{i}.timesteps: {reason}")
     kind = models.input_kind(name)
     if kind not in (None, config.data.kind):
         raise UserError(

@@ -43,9 +43,7 @@ def documented_keys(
     for name, field in section.model_fields.items():
         dotted = f"{prefix}{field.alias or name}"
         if field.annotation is NeuronConfig:
-            for kind in NEURONS:
-                for key, documented in documented_keys(neuron_section(kind), f"{dotted}.").items():
-                    keys.setdefault(key, documented)
+            keys |= _of_all_kinds(f"{dotted}.")
             continue
         inner = _section_in(field.annotation)
         if inner is None or field.description:
@@ -54,6 +52,28 @@ def documented_keys(
             is_list = get_origin(field.annotation) is tuple
             keys |= documented_keys(inner, f"{dotted}.N." if is_list else f"{dotted}.")
     return keys
+
+
+def _of_all_kinds(prefix: str) -> dict[str, Documented]:
+    """The keys of all kinds of neurons, with what is said of a key that only some have, and of its
+    defaults where kinds differ."""
+    by_key: dict[str, dict[str, Documented]] = {}
+    for kind in NEURONS:
+        for key, documented in documented_keys(neuron_section(kind), prefix).items():
+            by_key.setdefault(key, {})[kind] = documented
+    merged = {}
+    for key, of_kinds in by_key.items():
+        (first, *_), meaning = of_kinds.values(), ""
+        if "lif" not in of_kinds:
+            meaning = f"Of {', '.join(of_kinds)}: "
+        by_default: dict[str, list[str]] = {}
+        for kind, documented in of_kinds.items():
+            by_default.setdefault(documented.default, []).append(kind)
+        meaning += first.meaning
+        for default, kinds in list(by_default.items())[1:]:
+            meaning += f" {default.capitalize()} of {', '.join(kinds)}."
+        merged[key] = first._replace(meaning=meaning)
+    return merged
 
 
 def section_at(location: Sequence[str]) -> type[BaseModel] | None:

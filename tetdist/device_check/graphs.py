@@ -33,12 +33,14 @@ def check_graphs(here: Machine) -> Finding:
                 text = f"{precision}: the loss of step {step} is {loss!r}, with graphs {other!r}"
                 return Finding("bad", text, REMEDY, numbers)
     parts = [f"{STEPS} steps in {', '.join(PRECISIONS)} have the same losses with graphs"]
-    numbers["by_batch"] = by_batch = {}
+    by_batch: dict[str, dict[str, Any]] = {}
+    numbers["by_batch"] = by_batch
     for batch in BATCHES:
         try:
             without, with_graphs = _images_per_s(here, batch)
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+            parts.append(f"b={batch}: out of memory")
+            by_batch[str(batch)] = {"out_of_memory": True}
             continue
         by_batch[str(batch)] = {"images_per_s": without, "images_per_s_with_graphs": with_graphs}
         rates = f"{without:.0f} images/s, with graphs {with_graphs:.0f}"

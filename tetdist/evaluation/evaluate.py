@@ -15,7 +15,7 @@ from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 from tetdist.nn import native
-from tetdist.nn.norm_neuron import firing_layers
+from tetdist.nn.norm_neuron import firing_layers, is_causal, neuron_of
 from tetdist.nn.precision import autocast, parameter_type
 
 
@@ -29,9 +29,11 @@ class Evaluation:
         top1: Percent of samples whose class has the largest time-mean logit.
         top5: Percent whose class is among the five largest (or all, with fewer classes).
         loss: Cross-entropy of the time-mean, averaged over samples.
-        per_timestep_top1: For t = 1 to T, top-1 of the mean over the first t timesteps.
+        per_timestep_top1: For t = 1 to T, top-1 of the mean over the first t timesteps, which is
+            the result at T = t. Empty if the network is not causal, of which that is not true.
         per_timestep_top5, per_timestep_loss: The same for the other two.
-        firing_rate: Spikes per neuron per timestep, by layer.
+        firing_rate: Spikes per neuron per timestep, by layer; where neurons fire up to D spikes in
+            a timestep, per sub-timestep, of which it has D.
     """
 
     samples: int
@@ -112,6 +114,7 @@ def evaluate(
     assert samples == num_samples, f"evaluated {samples} samples of {num_samples}"
     table = torch.tensor(flat[: 3 * timesteps], dtype=torch.float64).view(3, timesteps) / samples
     top1, top5, loss = (100 * table[0]).tolist(), (100 * table[1]).tolist(), table[2].tolist()
+    shows_each = is_causal(model)
     spikes = flat[3 * timesteps :]
     return Evaluation(
         samples=samples,
@@ -119,9 +122,9 @@ def evaluate(
         top1=top1[-1],
         top5=top5[-1],
         loss=loss[-1],
-        per_timestep_top1=top1,
-        per_timestep_top5=top5,
-        per_timestep_loss=loss,
+        per_timestep_top1=top1 if shows_each else [],
+        per_timestep_top5=top5 if shows_each else [],
+        per_timestep_loss=loss if shows_each else [],
         firing_rate={
             name: spikes[2 * i] / spikes[2 * i + 1] if spikes[2 * i + 1] else 0.0
             for i, name in enumerate(names)
@@ -170,13 +173,16 @@ class _FiringRates:
         self._handles = []
         for name, module in firing_layers(model).items():
             self.sums[name] = torch.zeros(2, dtype=torch.float64, device=device)
-            self._handles.append(module.register_forward_hook(self._hook(name)))
+            self._handles.append(module.register_forward_hook(self._hook(name, module)))
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def _hook(self, name: str, module: nn.Module) -> Callable[[nn.Module, Any, Tensor], None]:
+        neuron = neuron_of(module)
+        highest = 1 if neuron is None else neuron.highest
+
         def count(_module: nn.Module, _inputs: Any, spikes: Tensor) -> None:
             sums = self.sums[name]
             sums[0] += native.total(spikes)
-            sums[1] += spikes.numel()
+            sums[1] += spikes.numel() * highest
 
         return count
 

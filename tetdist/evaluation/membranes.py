@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.nn import neurons
-from tetdist.nn.neurons import LIF, NeuronConfig
-from tetdist.nn.norm_neuron import NormNeuron, spiking_layers
+from tetdist.nn.integer_neurons import ILIF, NILIF
+from tetdist.nn.learned_decay import PLIF
+from tetdist.nn.neurons import LIF
+from tetdist.nn.norm_neuron import Neuron, NormNeuron, neuron_of, spiking_layers
 from tetdist.nn.precision import autocast
 
 LOWEST, HIGHEST, BINS = -3.0, 3.0, 120  # in thresholds; a border of bins is at 1
@@ -42,17 +44,19 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
     shares: dict[str, list[float]] = {}
     fires: dict[str, float] = {}
 
-    def note(name: str, current: Tensor, config: NeuronConfig) -> None:
-        assert isinstance(config, LIF)
-        shares[name], fires[name] = _histogram(current, config)
+    def note(name: str, current: Tensor, layer: NormNeuron | Neuron) -> None:
+        config = neuron_of(layer)
+        assert isinstance(config, (LIF, ILIF))
+        learned = neurons.broadcasting(config, layer.learned, 2 if current.ndim == 5 else 0)
+        shares[name], fires[name] = _histogram(current, config, learned)
 
     def look(name: str) -> Callable[..., None]:
         def hook(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             if isinstance(module, NormNeuron):
                 named = {key: value for key, value in named.items() if key != "identity"}
-                note(name, module.input_current(*arguments, **named), module.neuron)
+                note(name, module.input_current(*arguments, **named), module)
             else:
-                note(name, arguments[0], module.config)
+                note(name, arguments[0], module)
 
         return hook
 
@@ -60,7 +64,7 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
         module.register_forward_pre_hook(look(name), with_kwargs=True)
         for name, module in spiking_layers(model).items()
         # Others have no membrane, or move it by numbers of their own.
-        if type(_neuron_of(module)) is LIF
+        if type(neuron_of(module)) in (LIF, PLIF, ILIF, NILIF)
     ]
     was_training = model.training
     model.eval()
@@ -73,10 +77,6 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
             handle.remove()
     edges = torch.linspace(LOWEST, HIGHEST, BINS + 1, dtype=torch.float64).tolist()
     return Membranes(edges, shares, fires)
-
-
-def _neuron_of(module: nn.Module) -> object:
-    return module.neuron if isinstance(module, NormNeuron) else module.config
 
 
 def _counts(u: Tensor) -> Tensor:
@@ -92,16 +92,23 @@ def _counts_in_order(u: Tensor) -> Tensor:
     return torch.bincount(bins.flatten(), minlength=BINS)
 
 
-def _histogram(current: Tensor, config: LIF) -> tuple[list[float], float]:
-    """The shares by bin, and of what fires, of neurons with the input current (T, ...)."""
+def _histogram(
+    current: Tensor, config: LIF | ILIF, learned: dict[str, Tensor]
+) -> tuple[list[float], float]:
+    """The shares by bin and the firing rate of neurons with the input current (T, ...)."""
     current = current.to(torch.promote_types(current.dtype, torch.float32))
     counts = torch.zeros(BINS, dtype=torch.float64, device=current.device)
-    above = torch.zeros((), dtype=torch.float64, device=current.device)
+    fired = torch.zeros((), dtype=torch.float64, device=current.device)
     rest = torch.zeros_like(current[0])
-    for current_t in current:
-        u = (config.decay * rest + current_t) / config.threshold
+    decay: Tensor | float = config.decay
+    scaled = current
+    if isinstance(config, PLIF):
+        share = learned["w"].sigmoid()
+        decay, scaled = 1 - share, current * share if config.decay_input else current
+    for current_t, scaled_t in zip(current, scaled, strict=True):
+        u = (decay * rest + scaled_t) / config.threshold
         counts += _counts(u.clamp(LOWEST, HIGHEST))
-        spikes, rest = neurons.run(current_t[None], config, rest)
-        above += spikes.sum(dtype=torch.float64)
+        spikes, rest = config.run(current_t[None], rest, **learned)
+        fired += spikes.sum(dtype=torch.float64) / config.highest
     shares: list[float] = (counts / current.numel()).tolist()
-    return shares, float(above / current.numel())
+    return shares, float(fired / current.numel())

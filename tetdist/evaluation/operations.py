@@ -6,18 +6,21 @@ What is counted, a layer of synapses (a convolution or a linear layer) at a time
   synapse. The synapses of a convolution are counted at their place, so that a pixel at the border,
   or one that a stride skips, has fewer of them.
 * **A sum of n spikes is n of them**: what SEW blocks exchange by ADD arrives as n events. So are n
-  events of a camera in one time bin.
+  events of a camera in one time bin, and what an I-LIF neuron sends, which fires n times within the
+  timestep. NI-LIF neurons send n / D, which is n events that weigh a D-th.
 * **A mean of 2x2 spikes** is the same as its spikes with a quarter of the weight: each of them is
   an accumulate a synapse.
-* **Real numbers are multiply-accumulates**, one a synapse, whether zero or not: an image, or the
-  mean over all positions before a classifier. A static image's first layer is computed once for all
+* **Real numbers are multiply-accumulates**, one a synapse, whether zero or not: an image, the mean
+  over all positions before a classifier, or the currents that a membrane shortcut carries to a
+  projection (PreAct- and MS-ResNets). A static image's first layers are computed once for all
   timesteps.
 * **Attention** has no weights but sums of products of spikes (nn/products.py). Of a sum over a
   head's channels, or of products over positions, each spike or product that is 1 is an accumulate.
   Of k^T v it is each pair of a key's and a value's spike at the same position; then a spike of q
   adds the d sums that it selects, d accumulates. A mask lets spikes pass or not, and is not
-  counted. In place of synapses stand the multiplications of real numbers: N d of each sum over
-  positions or channels, 2 N d^2 of k^T v and of q with it, a head and timestep.
+  counted. Where neurons fire several times in a timestep, these are all pairs of their spikes. In
+  place of synapses stand the multiplications of real numbers: N d of each sum over positions or
+  channels, 2 N d^2 of k^T v and of q with it, a head and timestep.
 
 Batch norm is taken as folded into the weights. Not counted are biases, membranes (decay, threshold,
 reset), identity shortcuts, pooling and, above all, memory: on most hardware it takes more energy
@@ -35,6 +38,7 @@ from torch import Tensor, nn
 
 from tetdist.distributed.world import World
 from tetdist.nn import native
+from tetdist.nn.norm_neuron import LatestLevels
 from tetdist.nn.products import Product
 
 # Energy of a 32-bit floating-point operation in a 45 nm process, in picojoules (Horowitz, ISSCC
@@ -112,16 +116,18 @@ class Operations:
 
 
 @contextmanager
-def counting_operations(model: nn.Module) -> Iterator["OperationCounts"]:
-    """Count the operations of the forward passes within the context."""
-    counts = OperationCounts(model)
+def counting_operations(
+    model: nn.Module, *, in_spikes: bool = False
+) -> Iterator["OperationCounts"]:
+    """Count the operations of the forward passes within the context; see `OperationCounts`."""
+    counts = OperationCounts(model, in_spikes=in_spikes)
     try:
         yield counts
     finally:
         counts.remove()
 
 
-# Positions of the sums of a layer.
+# Positions of the sums of a layer. Whole are multiples of what one spike sends.
 PRESENTATIONS, PRESENTED_SYNAPSES, CARRIED, NOT_WHOLE, NOT_QUARTERS = range(5)
 
 
@@ -129,10 +135,17 @@ class OperationCounts:
     """Sums over what each layer of synapses sees on one process; `total` adds up those of all.
 
     The kind of a layer's numbers is found out from all of them: one that is not whole, or not a
-    quarter, decides.
+    quarter, decides. A spike sends 1; where neurons send shares of 1, it is the smallest of them,
+    but for the layer that sees the network's input.
+
+    Args:
+        model: The network.
+        in_spikes: Whether its layers see single spikes, as in the context of `unrolled`. Products
+            of spikes get their numbers in either case.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, in_spikes: bool = False) -> None:
+        self._latest, self._in_spikes = LatestLevels(model), in_spikes
         self._sums: dict[str, Tensor] = {}
         self._fan_outs: dict[tuple[str, torch.Size], Tensor] = {}
         self._handles = []
@@ -143,6 +156,8 @@ class OperationCounts:
             if isinstance(module, Product):
                 self._sums[name] = torch.zeros(5, dtype=torch.float64)
                 self._handles.append(module.register_forward_hook(self._product_hook(name)))
+        # Networks register their layers in the order in which they run.
+        self._of_input = next(iter(self._sums), None)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
         def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -150,6 +165,7 @@ class OperationCounts:
             if x.ndim == (4 if isinstance(module, nn.Conv2d) else 2):
                 # A library's container has folded time into the batch.
                 x = x[None]
+            levels = self._levels_of(name)
             sums = self._sums[name] = self._sums[name].to(x.device)
             presentations = x.shape[0] * x.shape[1]  # T * B
             if isinstance(module, nn.Conv2d):
@@ -160,10 +176,10 @@ class OperationCounts:
                 carried, inputs_a_position = native.total(x) * fan_out, x.shape[-1]
             sums[PRESENTATIONS] += presentations
             sums[PRESENTED_SYNAPSES] += presentations * inputs_a_position * fan_out.sum()
-            sums[CARRIED] += carried.sum()
-            if _has_other_than_multiples(x, 1):
+            sums[CARRIED] += levels * carried.sum()
+            if _has_other_than_multiples(x, levels):
                 sums[NOT_WHOLE] += 1
-                sums[NOT_QUARTERS] += _has_other_than_multiples(x, 4)
+                sums[NOT_QUARTERS] += _has_other_than_multiples(x, 4 * levels)
 
         return count
 
@@ -173,14 +189,21 @@ class OperationCounts:
             sums = self._sums[name] = self._sums[name].to(inputs[0].device)
             sums[PRESENTATIONS] += inputs[0].shape[0] * inputs[0].shape[1]  # T * B
             sums[PRESENTED_SYNAPSES] += product.synapses(*inputs)
-            if any(_has_other_than_multiples(x, 1) for x in inputs):
+            levels = self._latest.levels or 1
+            if any(_has_other_than_multiples(x, levels) for x in inputs):
                 # Products of quarters are no quarters.
                 sums[NOT_WHOLE] += 1
                 sums[NOT_QUARTERS] += 1
                 return
-            sums[CARRIED] += product.accumulates(*inputs)
+            sums[CARRIED] += product.accumulates(*(levels * x for x in inputs))
 
         return count
+
+    def _levels_of(self, name: str) -> int:
+        """What a layer's present inputs are multiples of, as one over it, if they are spikes."""
+        if self._in_spikes or name == self._of_input:
+            return 1
+        return self._latest.levels or 1
 
     def _fan_out(self, name: str, conv: nn.Conv2d, x: Tensor, y: Tensor) -> Tensor:
         """The number of outputs that a spike of one channel reaches from each position, (H, W)."""
@@ -215,6 +238,7 @@ class OperationCounts:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._latest.remove()
 
 
 def _layer(sums: list[float], samples: int) -> LayerOperations:

@@ -20,7 +20,9 @@ from tetdist.evaluation.robustness import (
     without_events,
     without_timesteps,
 )
+from tetdist.evaluation.unrolling import unrolled
 from tetdist.models import SpikingNetwork
+from tetdist.nn.norm_neuron import is_causal
 from tetdist.tracking.progress import sample_bar
 
 
@@ -60,14 +62,26 @@ class Passes:
 
 
 def run_suite(
-    passes: Passes, *, drop_timesteps: Sequence[float], drop_events: Sequence[float], seed: int
+    passes: Passes,
+    *,
+    timesteps: Sequence[int],
+    unroll: bool = False,
+    drop_timesteps: Sequence[float],
+    drop_events: Sequence[float],
+    seed: int,
 ) -> dict[str, Any]:
-    """Evaluate at the model's present T: as it is, and then with each share of something dropped.
+    """Evaluate at the largest T: as it is, and then with each share of something dropped.
+
+    A causal network at rest when a sample begins shows the results at all smaller T in the same
+    pass. Another is evaluated at each of ``timesteps`` by itself: ``per_timestep_*`` have None at
+    other t, and ``early_exit`` is None, since its first logits depend on how long it runs.
 
     The result is the same on every process.
 
     Args:
         passes: The network, the split and the processes.
+        timesteps: Every T that is asked for, rising. The model is left at the largest.
+        unroll: Evaluate it as it is in sub-timesteps of binary spikes, see unrolling.py.
         drop_timesteps: Shares of timesteps, see `without_timesteps`.
         drop_events: Shares of events, see `without_events`; the frames must be numbers of events.
         seed: Seed of what is dropped.
@@ -81,27 +95,34 @@ def run_suite(
     model, world = passes.model, passes.world
     if drop_timesteps:
         world.run_on_all(lambda: check_takes_frames(model))
-    timesteps = model.timesteps
-    counts = DecisionCounts(list(passes.index.classes), model.num_classes, timesteps, world.device)
+    shows_each, most = is_causal(model), timesteps[-1]
+    alone = {} if shows_each else _each_alone(passes, timesteps[:-1])
+    model.set_timesteps(most)
+    counts = DecisionCounts(list(passes.index.classes), model.num_classes, most, world.device)
     # The layers of a network from outside may be given something else than (T, B, ...).
     counting: AbstractContextManager[OperationCounts | None] = (
-        counting_operations(model) if isinstance(model, SpikingNetwork) else nullcontext()
+        counting_operations(model, in_spikes=unroll)
+        if isinstance(model, SpikingNetwork)
+        else nullcontext()
     )
-    with counting as operations:
+    unrolling = unrolled(model) if unroll else nullcontext(dict[str, int]())
+    with unrolling as sub_timesteps, counting as operations:
         result = passes.run("evaluate", also=counts.add)
     decisions = counts.total(world)
     found: dict[str, Any] = {
         **dataclasses.asdict(result),
-        "early_exit": decisions.early_exit(),
+        **({} if shows_each else _by_timestep(alone | {most: result})),
+        "early_exit": decisions.early_exit() if shows_each else None,
         "classes": decisions.classes,
         "confusion": decisions.confusion,
         "per_class": decisions.per_class(),
         "operations": operations and operations.total(world, result.samples).as_dict(),
+        **({"sub_timesteps": sub_timesteps} if unroll else {}),
         "dropped_timesteps": [],
         "dropped_events": [],
     }
     for share in drop_timesteps:
-        change = partial(without_timesteps, share=share, timesteps=timesteps, seed=seed)
+        change = partial(without_timesteps, share=share, timesteps=most, seed=seed)
         with taking_frames(model):
             dropped = passes.run(f"without {share:g} of timesteps", change)
         found["dropped_timesteps"].append(_robustness(share, dropped))
@@ -110,6 +131,24 @@ def run_suite(
         dropped = passes.run(f"without {share:g} of events", change)
         found["dropped_events"].append(_robustness(share, dropped))
     return found
+
+
+def _each_alone(passes: Passes, timesteps: Sequence[int]) -> dict[int, Evaluation]:
+    """Evaluate at each T by itself."""
+    found = {}
+    for one in timesteps:
+        passes.model.set_timesteps(one)
+        found[one] = passes.run(f"evaluate at T = {one}")
+    return found
+
+
+def _by_timestep(found: dict[int, Evaluation]) -> dict[str, list[float | None]]:
+    """What `Evaluation` says for t = 1, 2, ..., of evaluations at some of them."""
+    steps = range(1, max(found) + 1)
+    return {
+        f"per_timestep_{key}": [getattr(found[t], key) if t in found else None for t in steps]
+        for key in ("top1", "top5", "loss")
+    }
 
 
 def _robustness(share: float, result: Evaluation) -> dict[str, Any]:

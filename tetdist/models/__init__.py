@@ -15,6 +15,10 @@ from torch import nn
 
 from tetdist import plugins
 from tetdist.models.base import SpikingModel, SpikingNetwork
+from tetdist.models.espikeformer import ESpikeFormer
+from tetdist.models.max_former import MaxFormer
+from tetdist.models.ms_resnet import MSResNet
+from tetdist.models.preact_resnet import PreActResNet
 from tetdist.models.qkformer import QKFormer
 from tetdist.models.sew_resnet import SEWResNet
 from tetdist.models.spike_driven_transformer import SpikeDrivenTransformer
@@ -24,6 +28,10 @@ from tetdist.models.vggsnn import VGGSNN
 
 __all__ = [
     "VGGSNN",
+    "ESpikeFormer",
+    "MSResNet",
+    "MaxFormer",
+    "PreActResNet",
     "QKFormer",
     "SEWResNet",
     "SpikeDrivenTransformer",

@@ -8,8 +8,9 @@ import torch
 from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
+from tetdist.errors import UserError
 from tetdist.nn import neurons
-from tetdist.nn.norm_neuron import FusedLayer, NormNeuron
+from tetdist.nn.norm_neuron import FusedLayer, NormNeuron, neurons_of
 from tetdist.nn.packed import Conv2d
 from tetdist.nn.recompute import Block
 
@@ -66,6 +67,7 @@ class SpikingNetwork(nn.Module):
     num_features: int
     # What blocks exchange is a multiple of 1 / spike_levels and, where it is more than 1, at most
     # what highest_inputs says of each block's input: recompute.py keeps it in half a byte or one.
+    # Networks say it for spikes of 0 and 1; `build` has it right for neurons that send others.
     spike_levels: int | None = 1
     highest_inputs: tuple[int, ...] = ()
     # How many of the last blocks are not computed again where the others are: those of a ResNet's
@@ -90,10 +92,13 @@ class SpikingNetwork(nn.Module):
         """Change T; weights and running statistics stay.
 
         Raises:
-            ValueError: T is below 1.
+            ValueError: T is below 1, or none that the neurons can run.
         """
         if not isinstance(timesteps, int) or timesteps < 1:
             raise ValueError(f"timesteps must be a whole number and at least 1, not {timesteps!r}")
+        for neuron in neurons_of(self):
+            if (reason := neuron.refusal(timesteps)) is not None:
+                raise UserError(f"timesteps: {reason}")
         self.timesteps = timesteps
 
     def set_execution(self, execution: str) -> None:
@@ -120,10 +125,17 @@ class SpikingNetwork(nn.Module):
         another network than without segments (and the same one with and without checkpointing).
 
         Raises:
-            ValueError: Fewer than one timestep.
+            ValueError: Fewer than one timestep, or the neurons cannot be run so.
         """
         if timesteps is not None and timesteps < 1:
             raise ValueError(f"a segment has at least one timestep, not {timesteps}")
+        for neuron in neurons_of(self):
+            if timesteps is not None and not neuron.segments:
+                raise UserError(
+                    f"recompute: {neurons.kind_of(neuron)} neurons weigh the currents of all "
+                    f"timesteps at once and do not run in segments of {timesteps}; set "
+                    "recompute=blocks"
+                )
         self.segment = timesteps
 
     def get_classifier(self) -> nn.Module:
@@ -318,9 +330,32 @@ def build(
     for unused in ("drop_rate", "global_pool", "scriptable"):
         kwargs.pop(unused, None)
     model: Network = build_model_with_cfg(cls, variant, pretrained, neuron=neuron, **kwargs)
-    if not neuron.binary:
-        model.spike_levels = None
+    model.set_timesteps(model.timesteps)  # Now it has neurons, which may refuse.
+    _say_what_is_exchanged(model, neuron, variant)
     return model
+
+
+def _say_what_is_exchanged(
+    model: SpikingNetwork, neuron: neurons.NeuronConfig, variant: str
+) -> None:
+    """Correct what a network says of its blocks' inputs for spikes that are not 0 and 1.
+
+    Raises:
+        UserError: Sums of spikes of its blocks do not go into a byte.
+    """
+    if neuron.levels is None or model.spike_levels is None:
+        model.spike_levels = None
+        return
+    model.spike_levels *= neuron.levels
+    if neuron.highest == 1:
+        return
+    ones = model.highest_inputs or (1,) * len(model.blocks)
+    model.highest_inputs = tuple(one * neuron.highest for one in ones)
+    if (most := max(model.highest_inputs) * model.spike_levels) > 255:
+        raise UserError(
+            f"model.neuron: sums of spikes of {variant} reach {most} with {neuron.highest} spikes "
+            "a timestep, and 255 is the most that it can keep; take fewer, or a smaller network"
+        )
 
 
 def register(cls: type[Network], name: str, **defaults: Any) -> Callable[..., Network]:

@@ -12,8 +12,10 @@ from typing import Literal
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from tetdist.errors import UserError
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
+from tetdist.nn import neurons
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import Conv2d, MaxPool, carry, pack
 
@@ -41,7 +43,8 @@ def connect(last: ConvNormNeuron, x: Tensor, identity: Tensor, function: Connect
         return last(x, identity=identity)
     residual = last(x)
     joined = CONNECT[function](residual, identity)
-    return carry(joined, pack(joined.detach())) if last.training else joined
+    in_bytes = last.training and last.neuron.neuron.binary
+    return carry(joined, pack(joined.detach())) if in_bytes else joined
 
 
 class BasicBlock(nn.Module):
@@ -114,6 +117,12 @@ class SEWResNet(SpikingNetwork):
         super().__init__(num_classes=num_classes, timesteps=timesteps)
         if connect_function not in CONNECT:
             raise ValueError(f"connect_function must be add, and or iand, not {connect_function!r}")
+        of_others = neuron.levels is not None and not neuron.binary
+        if connect_function != "add" and of_others:
+            raise UserError(
+                f"model.arguments.connect_function: {connect_function} joins spikes of 0 and 1, "
+                f"and {neurons.kind_of(neuron)} neurons send others; set connect_function: add"
+            )
         self.stem = ConvNormNeuron(
             Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False), neuron
         )

@@ -34,6 +34,7 @@ class Inputs(NamedTuple):
             that of neurons. Then there is no shortcut.
         of_shortcut: Normalises the shortcut; None: it is added as it is.
         start: Membranes after an earlier stretch of time, (N, C); None: at rest.
+        learned: What the neurons learn themselves, as `NeuronConfig.in_passes` has it.
     """
 
     x: Tensor
@@ -41,15 +42,18 @@ class Inputs(NamedTuple):
     affine: Affine | None
     of_shortcut: Affine | None
     start: Tensor | None
+    learned: tuple[Tensor, ...] = ()
 
 
 class Sums(NamedTuple):
     """Sums over T and N, each (C,): of the current's gradient, and of its products with the
-    normalised x and the normalised shortcut, both before gain and offset."""
+    normalised x and the normalised shortcut, both before gain and offset. And the gradients of what
+    the neurons learn."""
 
     grad: Tensor
     grad_xhat: Tensor
     grad_shortcut_hat: Tensor | None
+    grad_learned: tuple[Tensor, ...] = ()
 
 
 class NormPasses(Protocol):
@@ -114,8 +118,9 @@ class Passes(NormPasses, Protocol):
 
     def current_gradient(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of x, which is not normalised, and of the start, if there is one."""
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """Gradients of x, which is not normalised, of the start, if there is one, and of what the
+        neurons learn."""
 
     def sums(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
@@ -155,12 +160,12 @@ class FusedNeuron(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, membrane: Tensor | None, kernels: Passes
+        ctx: Any, x: Tensor, membrane: Tensor | None, kernels: Passes, *learned: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        ctx.save_for_backward(x, membrane)
+        ctx.save_for_backward(x, membrane, *learned)
         ctx.kernels = kernels
         ctx.set_materialize_grads(False)
-        spikes, packed, end = kernels.spikes(Inputs(x, None, None, None, membrane), None)
+        spikes, packed, end = kernels.spikes(Inputs(x, None, None, None, membrane, learned), None)
         if packed is not None:
             ctx.mark_non_differentiable(packed)
         return spikes, packed, end
@@ -168,10 +173,11 @@ class FusedNeuron(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, membrane = ctx.saved_tensors
-        inputs = Inputs(x, None, None, None, membrane)
+        x, membrane, *learned = ctx.saved_tensors
+        inputs = Inputs(x, None, None, None, membrane, tuple(learned))
         grads = _gradients_of_outputs(x, ctx.kernels.timesteps, grad_outputs)
-        return *ctx.kernels.current_gradient(inputs, *grads), None
+        grad_x, grad_start, grad_learned = ctx.kernels.current_gradient(inputs, *grads)
+        return grad_x, grad_start, None, *grad_learned
 
 
 def _gradients_of_outputs(
@@ -206,6 +212,7 @@ class FusedNormNeuron(torch.autograd.Function):
         norm: BatchNorm,
         shortcut_norm: BatchNorm | None,
         kernels: Passes,
+        *learned: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         affine = kernels.normalization(norm, x, weight, bias)
         of_shortcut: Affine | None = None
@@ -216,12 +223,12 @@ class FusedNormNeuron(torch.autograd.Function):
             of_shortcut = kernels.normalization(
                 shortcut_norm, shortcut, shortcut_weight, shortcut_bias
             )
-        ctx.save_for_backward(x, shortcut, membrane, *affine, *(of_shortcut or ()))
+        ctx.save_for_backward(x, shortcut, membrane, *affine, *(of_shortcut or ()), *learned)
         ctx.norm, ctx.shortcut_norm, ctx.kernels = norm, shortcut_norm, kernels
         ctx.training = norm.training
         ctx.has_identity = identity is not None
         ctx.set_materialize_grads(False)
-        inputs = Inputs(x, shortcut, affine, of_shortcut, membrane)
+        inputs = Inputs(x, shortcut, affine, of_shortcut, membrane, learned)
         spikes, packed, end = kernels.spikes(inputs, identity)
         if packed is not None:
             ctx.mark_non_differentiable(packed)
@@ -231,8 +238,11 @@ class FusedNormNeuron(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         x, shortcut, membrane, *saved = ctx.saved_tensors
-        affine_of_shortcut = Affine(*saved[4:]) if ctx.shortcut_norm is not None else None
-        inputs = Inputs(x, shortcut, Affine(*saved[:4]), affine_of_shortcut, membrane)
+        affine, saved = Affine(*saved[:4]), saved[4:]
+        affine_of_shortcut = None
+        if ctx.shortcut_norm is not None:
+            affine_of_shortcut, saved = Affine(*saved[:4]), saved[4:]
+        inputs = Inputs(x, shortcut, affine, affine_of_shortcut, membrane, tuple(saved))
         grads = _gradients_of_outputs(x, ctx.kernels.timesteps, grad_outputs)
         sums, kept = ctx.kernels.sums(inputs, *grads)
 
@@ -252,6 +262,7 @@ class FusedNormNeuron(torch.autograd.Function):
             grad_start,
             *gradients_of_norms(sums, ctx.norm, ctx.shortcut_norm),
             *(None,) * 3,
+            *sums.grad_learned,
         )
 
 

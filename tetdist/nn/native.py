@@ -15,15 +15,23 @@ from torch import Tensor
 
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.build import load_library
+from tetdist.nn.dynamics import Dynamics, dynamics_of
 from tetdist.nn.fused import Affine, Inputs, Sums
-from tetdist.nn.neurons import LIF, SURROGATES
+from tetdist.nn.neurons import SURROGATES, NeuronConfig
 from tetdist.nn.window import Window
 
+CHANNELS = 64  # that kernels/neuron.cpp works on at a time
 TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
 class _Neuron(ctypes.Structure):
-    _fields_ = (("decay", c_double), ("threshold", c_double), ("width", c_double))
+    """Neuron of kernels/neuron.cpp."""
+
+    _fields_ = (
+        *((name, c_double) for name in ("decay", "threshold", "width")),
+        *((name, c_double) for name in ("share", "most", "levels")),
+        ("weights", c_void_p),
+    )
 
 
 _SIZES = tuple((name, c_int64) for name in ("timesteps", "rows", "channels", "shared"))
@@ -49,7 +57,7 @@ class _Backward(ctypes.Structure):
         *((f"shortcut_{name}", c_void_p) for name in ("gain", "offset", "mean", "rstd")),
         *((name, c_void_p) for name in ("start", "grad_spikes", "grad_end", "total", "own")),
         *((name, c_void_p) for name in ("sum_grad", "sum_grad_xhat", "sum_grad_shortcut_hat")),
-        *((name, c_void_p) for name in ("grad_start", "partial")),
+        *((name, c_void_p) for name in ("grad_start", "partial", "sum_share", "partial_share")),
         *_SIZES,
         ("neuron", _Neuron),
     )
@@ -177,14 +185,24 @@ class NormKernels(_Library):
 class Kernels(_Library):
     """The functions of the library of one neuron. All tensors are without gaps."""
 
-    def __init__(self, library: ctypes.CDLL, norms: NormKernels, config: LIF) -> None:
+    def __init__(self, library: ctypes.CDLL, norms: NormKernels, dynamics: Dynamics) -> None:
         signatures: dict[str, tuple[Any, ...]] = {
             "forward": (POINTER(_Forward), c_int),
             "backward": (POINTER(_Backward), c_int),
         }
         super().__init__(library, signatures)
-        self.norms = norms
-        self.neuron = _Neuron(config.decay, config.threshold, config.surrogate_width)
+        self.norms, self.dynamics = norms, dynamics
+
+    def _neuron(self, learned: Tensor | None) -> _Neuron:
+        """The numbers of the neuron; it refers to those that are learnt, flat in float64."""
+        of = self.dynamics
+        decay, share = of.decay, 1 - of.decay
+        if of.learns_decay:
+            assert learned is not None
+            share = learned.item()
+            decay = 1 - share
+        numbers = (decay, of.threshold, of.width, share, of.most or 0, of.levels)
+        return _Neuron(*numbers, _at(learned) if of.parallel else None)
 
     def spikes(
         self,
@@ -195,7 +213,7 @@ class Kernels(_Library):
         packs: bool,
         carries: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, shortcut, affine, of_shortcut, start = inputs
+        x, shortcut, affine, of_shortcut, start, _ = inputs
         shape = (timesteps, *x.shape[1:])
         norms = [_as_wide(t, x) for one in (affine, of_shortcut) for t in (one or _NONE)[:2]]
         start = _as_wide(start, x)
@@ -203,14 +221,15 @@ class Kernels(_Library):
         packed = torch.empty(shape, dtype=torch.uint8) if packs else None
         end = torch.empty(shape[1:], dtype=_wide_type(x)) if carries else None
         pointers = map(_at, (x, shortcut, *norms, start, identity, spikes, packed, end))
-        job = _Forward(*pointers, *shape, x.shape[0] == 1, self.neuron)
+        flat = _flat(inputs.learned)
+        job = _Forward(*pointers, *shape, x.shape[0] == 1, self._neuron(flat))
         self._function("forward", TYPES[x.dtype])(byref(job), _threads())
         return spikes, packed, end
 
     def current_gradient(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
     ) -> tuple[Sums, "_Gradients"]:
-        x, shortcut, affine, of_shortcut, start = inputs
+        x, shortcut, affine, of_shortcut, start, learned = inputs
         timesteps, rows, channels = grad_spikes.shape
         shared = x.shape[0] == 1
         wide = _wide_type(x)
@@ -223,16 +242,30 @@ class Kernels(_Library):
         sum_shortcut = None if of_shortcut is None else torch.empty(channels, dtype=wide)
         grad_start = None if start is None else torch.empty_like(start)
         partial = None if affine is None else self._partial(3, rows, x)
+        flat, grad_flat, partial_learned = _flat(learned), None, None
+        if flat is not None:
+            grad_flat = torch.empty_like(flat)
+            parts = -(-rows * channels // CHANNELS)
+            if affine is not None:
+                parts = self.library.num_blocks(rows, channels)
+            partial_learned = torch.empty(parts, len(flat), dtype=torch.float64)
         pointers = map(
             _at,
             (x, shortcut, *norms, start, grad_spikes, grad_end, total, own,
-             sum_grad, sum_grad_xhat, sum_shortcut, grad_start, partial),
+             sum_grad, sum_grad_xhat, sum_shortcut, grad_start, partial,
+             grad_flat, partial_learned),
         )  # fmt: skip
-        job = _Backward(*pointers, timesteps, rows, channels, shared, self.neuron)
+        neuron = self._neuron(flat)
+        job = _Backward(*pointers, timesteps, rows, channels, shared, neuron)
         self._function("backward", TYPES[x.dtype])(byref(job), _threads())
         grad_y = own if own is not None else total
         assert grad_y is not None
-        return Sums(sum_grad, sum_grad_xhat, sum_shortcut), _Gradients(total, grad_y, grad_start)
+        grad_learned: list[Tensor] = []
+        if grad_flat is not None:
+            parts_of_it = grad_flat.to(wide).split([one.numel() for one in learned])
+            grad_learned = [a.view_as(b) for a, b in zip(parts_of_it, learned, strict=True)]
+        sums = Sums(sum_grad, sum_grad_xhat, sum_shortcut, tuple(grad_learned))
+        return sums, _Gradients(total, grad_y, grad_start)
 
 
 class _Gradients(NamedTuple):
@@ -312,9 +345,9 @@ class Passes(NormPasses):
 
     def current_gradient(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        _, gradients = self.kernels.current_gradient(inputs, grad_spikes, grad_end)
-        return gradients.of_normalized, gradients.start
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        sums, gradients = self.kernels.current_gradient(inputs, grad_spikes, grad_end)
+        return gradients.of_normalized, gradients.start, sums.grad_learned
 
     def gradients(
         self,
@@ -359,6 +392,11 @@ def _wide_type(x: Tensor) -> torch.dtype:
 
 def _as_wide(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     return None if tensor is None else tensor.to(_wide_type(like)).contiguous()
+
+
+def _flat(learned: tuple[Tensor, ...]) -> Tensor | None:
+    """All that neurons learn, one after the other, float64; None: nothing."""
+    return torch.cat([one.double().flatten() for one in learned]) if learned else None
 
 
 def _threads() -> int:
@@ -475,17 +513,21 @@ def _sums() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def kernels(config: LIF) -> Kernels | None:
+def kernels(config: NeuronConfig) -> Kernels | None:
     """Those of a neuron, compiled if they never were on this machine; None without a compiler."""
-    norms = norm_kernels()
+    of, norms = dynamics_of(config), norm_kernels()
     library = load_library(
         "neuron",
-        f"-DSURROGATE={list(SURROGATES).index(config.surrogate)}",
-        f"-DHARD_RESET={int(config.resets_to_zero)}",
-        f"-DDETACH_RESET={int(config.detach_reset)}",
-        f"-DFIRES_AT_THRESHOLD={int(config.fires_at_threshold)}",
+        f"-DSURROGATE={list(SURROGATES).index(of.surrogate)}",
+        f"-DHARD_RESET={int(of.resets_to_zero)}",
+        f"-DDETACH_RESET={int(of.detach_reset)}",
+        f"-DFIRES_AT_THRESHOLD={int(of.fires_at_threshold)}",
+        f"-DCOUNTS={int(of.most is not None)}",
+        f"-DLEARNS_DECAY={int(of.learns_decay)}",
+        f"-DSCALES_INPUT={int(of.scales_input)}",
+        f"-DPARALLEL={int(of.parallel)}",
     )
-    return None if library is None or norms is None else Kernels(library, norms, config)
+    return None if library is None or norms is None else Kernels(library, norms, of)
 
 
 @functools.cache

@@ -71,6 +71,12 @@ class _Spike(torch.autograd.Function):
         return grad_outputs[0] * SURROGATES[ctx.surrogate](x, ctx.width), None, None, None
 
 
+def step(x: Tensor, surrogate: str, width: float, *, at_threshold: bool) -> Tensor:
+    """1 where x is above 0, or at it if ``at_threshold``, else 0; backward, the surrogate."""
+    fired: Tensor = _Spike.apply(x, surrogate, width, at_threshold)
+    return fired
+
+
 def spike(x: Tensor, config: "LIF") -> Tensor:
     """Spikes (0 or 1, of the type of ``x``) of ``x = u - V_th``, with the surrogate's gradient.
 
@@ -78,9 +84,8 @@ def spike(x: Tensor, config: "LIF") -> Tensor:
     """
     match config.spike:
         case "step":
-            return _Spike.apply(
-                x, config.surrogate, config.surrogate_width, config.fires_at_threshold
-            )
+            surrogate, width = config.surrogate, config.surrogate_width
+            return step(x, surrogate, width, at_threshold=config.fires_at_threshold)
         case "sigmoid":
             return torch.sigmoid(config.surrogate_width * x)
         case other:
@@ -133,7 +138,7 @@ def option(default: Any, doc: str, **bounds: float) -> Any:
     Args:
         default: Its value where nobody says another.
         doc: What it is, for the list of a configuration's keys.
-        bounds: ``gt``, ``ge`` or ``le``: what it must be above, at least, at most.
+        bounds: ``gt``, ``ge``, ``lt`` or ``le``: what it must be above, at least, below, at most.
     """
     return field(default=default, metadata={"doc": doc, "bounds": bounds})
 
@@ -141,6 +146,7 @@ def option(default: Any, doc: str, **bounds: float) -> Any:
 _BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "gt": ("above", operator.gt),
     "ge": ("at least", operator.ge),
+    "lt": ("below", operator.lt),
     "le": ("at most", operator.le),
 }
 
@@ -157,6 +163,10 @@ class NeuronConfig:
     spiking: ClassVar[bool] = True
     # True: spikes at t depend on the input up to t alone, so that one pass at T shows all t below.
     causal: ClassVar[bool] = True
+    # False: it cannot be run over one stretch of time after another, as recompute.timesteps asks.
+    segments: ClassVar[bool] = True
+    # Parameters that all channels share and that have a shape of their own, such as (T, T).
+    over_time: ClassVar[frozenset[str]] = frozenset()
 
     threshold: float = option(1.0, "V_th, in units of the input current.", gt=0)
 
@@ -174,8 +184,18 @@ class NeuronConfig:
 
     @property
     def binary(self) -> bool:
-        """True if what leaves the neuron is 0 or 1, which a byte keeps."""
+        """True if what leaves the neuron is 0 or 1."""
         return self.spiking
+
+    @property
+    def levels(self) -> int | None:
+        """What leaves the neuron is a multiple of ``1 / levels``, which a byte keeps; None: any."""
+        return 1 if self.binary else None
+
+    @property
+    def highest(self) -> int:
+        """The most that leaves the neuron, where that is of `levels`."""
+        return 1
 
     @property
     def has_passes(self) -> bool:
@@ -183,9 +203,25 @@ class NeuronConfig:
         return False
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:
-        """Initial values of what a layer of C channels learns beside its norm, each (C,) or ()."""
+        """Initial values of what a layer of C channels learns beside its norm.
+
+        Each is (C,) or (), or of any shape if it is named in `over_time`.
+        """
         del num_channels
         return {}
+
+    def in_passes(self, timesteps: int, **parameters: Tensor) -> tuple[Tensor, ...]:
+        """What fused passes compute with, of the parameters as they are stored, in their type.
+
+        Gradients flow through it.
+        """
+        del timesteps, parameters
+        return ()
+
+    def refusal(self, timesteps: int) -> str | None:
+        """The reason why the neurons cannot run so many timesteps; None: they can."""
+        del timesteps
+        return None
 
     def run(
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
@@ -196,7 +232,7 @@ class NeuronConfig:
             current: Input current, (T, B, C, H, W).
             membrane: What `run` returned last for the same samples; None: at rest.
             parameters: Those of `parameters`, as trained so far, of a shape that broadcasts to a
-                timestep of ``current``.
+                timestep of ``current``, or as they are if they are named in `over_time`.
 
         Returns:
             Spikes (T, ...) of the current's type, and what the next stretch of time starts from.
@@ -234,10 +270,14 @@ def make(values: Mapping[str, Any] | NeuronConfig | None = None) -> NeuronConfig
     return class_of(values.pop("kind", "lif"))(**values)
 
 
+def kind_of(config: NeuronConfig) -> str:
+    """The name of a neuron's kind."""
+    return next(name for name, cls in NEURONS.items() if cls is type(config))
+
+
 def as_dict(config: NeuronConfig) -> dict[str, Any]:
     """Kind and numbers, such that `make` makes the same neuron of them."""
-    kind = next(name for name, cls in NEURONS.items() if cls is type(config))
-    return {"kind": kind} | asdict(config)
+    return {"kind": kind_of(config)} | asdict(config)
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -330,9 +370,25 @@ def learned(config: NeuronConfig, num_channels: int) -> nn.ParameterDict:
     """Parameters that a layer of neurons learns itself; the optimisers decay none of them."""
     parameters = config.parameters(num_channels)
     for name, value in parameters.items():
-        if value.shape not in ((), (num_channels,)):
+        if name not in config.over_time and value.shape not in ((), (num_channels,)):
             raise ValueError(
                 f"the parameter {name} of {type(config).__name__} has the shape "
                 f"{tuple(value.shape)}; it must be () or ({num_channels},), one a channel"
             )
     return nn.ParameterDict(parameters)
+
+
+def broadcasting(
+    config: NeuronConfig, parameters: nn.ParameterDict, sides: int
+) -> dict[str, Tensor]:
+    """The parameters of a layer as `run` takes them.
+
+    Args:
+        config: The neuron.
+        parameters: What `learned` returned.
+        sides: How many dimensions of the current come after the channels.
+    """
+    return {
+        name: value if name in config.over_time else value.view(-1, *(1,) * sides)
+        for name, value in parameters.items()
+    }

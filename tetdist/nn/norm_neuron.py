@@ -21,13 +21,34 @@ from tetdist.nn.packed import Packed, carry
 
 def spiking_layers(model: nn.Module) -> "dict[str, NormNeuron | Neuron]":
     """A model's layers of neurons, by name; none in a ReLU network."""
-    found: dict[str, NormNeuron | Neuron] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (NormNeuron, Neuron)):
-            neuron = module.neuron if isinstance(module, NormNeuron) else module.config
-            if neuron.spiking:
-                found[name] = module
-    return found
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (NormNeuron, Neuron))
+        and (neuron := neuron_of(module)) is not None
+        and neuron.spiking
+    }
+
+
+def neurons_of(model: nn.Module) -> list[NeuronConfig]:
+    """The neurons of a model's layers of them; none in a ReLU network."""
+    found = (neuron_of(module) for module in model.modules())
+    return [neuron for neuron in found if neuron is not None and neuron.spiking]
+
+
+def neuron_of(module: nn.Module) -> NeuronConfig | None:
+    """The neuron of a layer of them; None: the module is none."""
+    match module:
+        case NormNeuron():
+            return module.neuron
+        case Neuron():
+            return module.config
+    return None
+
+
+def is_causal(model: nn.Module) -> bool:
+    """True if a model's logits at t do not depend on T, so that one pass shows all smaller T."""
+    return all(neuron.causal for neuron in neurons_of(model))
 
 
 def firing_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -41,6 +62,35 @@ def firing_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if name in own or getattr(module, "fires_spikes", False)
     }
+
+
+class LatestLevels:
+    """What the neurons of a model that ran last send, while it runs.
+
+    A layer of synapses sees spikes of the neurons before it. Those of a network are alike, but for
+    E-SpikeFormer's, of which those before the classifier send whole numbers.
+
+    Attributes:
+        levels: Multiples of ``1 / levels``; None: anything, or no neuron has run.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.levels: int | None = None
+        self._handles = []
+        for module in model.modules():
+            if (neuron := neuron_of(module)) is not None:
+                self._handles.append(module.register_forward_hook(self._note(neuron.levels)))
+
+    def _note(self, levels: int | None) -> Callable[..., None]:
+        def note(*_: object) -> None:
+            self.levels = levels
+
+        return note
+
+    def remove(self) -> None:
+        """Look at the model no longer."""
+        for handle in self._handles:
+            handle.remove()
 
 
 class FusedLayer(nn.Module):
@@ -107,9 +157,7 @@ class Neuron(NeuronLayer):
 
     def reference(self, current: Tensor, timesteps: int) -> Tensor:
         """The definition of `forward`."""
-        learned = dict(self.learned)
-        if current.ndim == 5:
-            learned = {name: value.view(-1, 1, 1) for name, value in learned.items()}
+        learned = neurons.broadcasting(self.config, self.learned, 2 if current.ndim == 5 else 0)
         current = current.expand(timesteps, *current.shape[1:])
         spikes, membrane = self.config.run(current, self.membrane, **learned)
         if self.carries:
@@ -119,11 +167,12 @@ class Neuron(NeuronLayer):
     def _fused(self, current: Tensor, kernels: Passes) -> Tensor:
         layout = _Layout.of(current)
         start = None if self.membrane is None else layout.flat(self.membrane[None])[0]
-        spikes, packed, end = FusedNeuron.apply(layout.flat(current), start, kernels)
+        learned = _in_passes(self.config, self.learned, current, kernels)
+        spikes, packed, end = FusedNeuron.apply(layout.flat(current), start, kernels, *learned)
         if self.carries:
             self.membrane = layout.shaped(end[None])[0]
         spikes = layout.shaped(spikes)
-        return spikes if packed is None else carry(spikes, Packed(layout.shaped(packed), 1))
+        return _carrying(spikes, None if packed is None else layout.shaped(packed), self.config)
 
     def extra_repr(self) -> str:
         return str(self.config)
@@ -214,7 +263,7 @@ class NormNeuron(NeuronLayer):
     ) -> Tensor:
         """The definition of `forward`."""
         total = self.input_current(current, timesteps, shortcut, shortcut_norm)
-        learned = {name: value.view(-1, 1, 1) for name, value in self.learned.items()}
+        learned = neurons.broadcasting(self.neuron, self.learned, 2)
         spikes, membrane = self.neuron.run(total, self.membrane, **learned)
         if self.carries:
             self.membrane = membrane
@@ -254,16 +303,35 @@ class NormNeuron(NeuronLayer):
         parameters: list[Tensor | None] = [norm.weight, norm.bias]
         parameters += [None, None] if others is None else [others.weight, others.bias]
         rows, packed, end = FusedNormNeuron.apply(
-            _channels_last_rows(current), added, joined, start, *parameters, norm, others, kernels
+            *(_channels_last_rows(current), added, joined, start),
+            *(*parameters, norm, others, kernels),
+            *_in_passes(self.neuron, self.learned, current, kernels),
         )
         if self.carries:
             self.membrane = end.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
-        spikes = _image(rows, current)
-        return spikes if packed is None else carry(spikes, Packed(_image(packed, current), 1))
+        bytes_of = None if packed is None else _image(packed, current)
+        return _carrying(_image(rows, current), bytes_of, self.neuron)
 
     def extra_repr(self) -> str:
         return str(self.neuron)
+
+
+def _in_passes(
+    neuron: NeuronConfig, learned: nn.ParameterDict, current: Tensor, kernels: Passes
+) -> tuple[Tensor, ...]:
+    """What a layer learns, as the passes take it, in the type in which they compute."""
+    wide = torch.promote_types(current.dtype, torch.float32)
+    parameters = {name: value.to(wide) for name, value in learned.items()}
+    return neuron.in_passes(kernels.timesteps, **parameters)
+
+
+def _carrying(spikes: Tensor, packed: Tensor | None, neuron: NeuronConfig) -> Tensor:
+    """Spikes that carry their form in bytes, if there is one."""
+    if packed is None:
+        return spikes
+    assert neuron.levels is not None
+    return carry(spikes, Packed(packed, neuron.levels))
 
 
 def _channels_last_rows(x: Tensor) -> Tensor:

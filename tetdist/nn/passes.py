@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tetdist.nn import build, native
 from tetdist.nn.fused import NormPasses, Passes
-from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.parallel_neurons import ParallelNeuron
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +44,15 @@ def passes_for(
         carries: Whether membranes are carried on.
         packs: Whether spikes are packed, too.
     """
-    if not isinstance(config, LIF) or not config.has_passes:
+    if not config.has_passes:
         return None
+    if carries and isinstance(config, ParallelNeuron):
+        return None  # What it carries on is no membrane.
     if native.serves(*tensors):
         return _native_passes(config, timesteps, carries, packs)
+    # For sums over time there are no kernels in Triton yet.
+    if isinstance(config, ParallelNeuron):
+        return None
     if (kernels := triton_for(*tensors)) is not None:
         return _triton_passes(kernels, config, timesteps, carries, packs)
     return None
@@ -65,7 +71,9 @@ def norm_passes_for(tensors: tuple[Tensor | None, ...], timesteps: int) -> NormP
 
 
 @functools.cache
-def _native_passes(config: LIF, timesteps: int, carries: bool, packs: bool) -> Passes | None:
+def _native_passes(
+    config: NeuronConfig, timesteps: int, carries: bool, packs: bool
+) -> Passes | None:
     kernels = native.kernels(config)
     if kernels is None:
         _say_that_there_is_no_library()
@@ -84,7 +92,9 @@ def _say_that_there_is_no_library() -> None:
 
 
 @functools.cache
-def _triton_passes(kernels: Any, config: LIF, timesteps: int, carries: bool, packs: bool) -> Passes:
+def _triton_passes(
+    kernels: Any, config: NeuronConfig, timesteps: int, carries: bool, packs: bool
+) -> Passes:
     return kernels.Passes(config, timesteps, carries=carries, packs=packs)
 
 

@@ -8,21 +8,22 @@ token of C numbers, and nothing is transposed to become one.
 neurons behind it have a threshold of whole spikes: whether there are exactly as many decides. So
 the sums are float32 at least, under autocast, too; bfloat16 would round whole numbers from 257 on,
 and float16 from 2049 on, where 196 positions and 64 channels a head make sums up to 12544. float32
-has all whole numbers up to 2^24. On a GPU TensorFloat-32 would do as well: its ten bits of mantissa
-hold the factors, spikes and sums over at most 2048 positions, and it adds up in float32.
+has all whole numbers up to 2^24. On a GPU TensorFloat-32 would do as well for spikes of 0 and 1:
+its ten bits of mantissa hold the factors, spikes and sums over at most 2048 positions, and it adds
+up in float32.
 
 **Bytes.** Where spikes carry their bytes (packed.py), the backward pass keeps those alone and
 computes the sums of the forward pass again.
 """
 
 import contextlib
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tetdist.nn.packed import carried, carry
+from tetdist.nn.packed import Packed, carried, carry
 
 
 class Product(nn.Module):
@@ -78,9 +79,8 @@ class PositionSum(Product):
             products: Tensor = self.spread(one * other)
             return products.sum((3, 4), keepdim=True, dtype=_wide_type(one))
         packed, packed_other = carried(one), carried(other)
-        if packed is None or packed_other is None or not torch.is_grad_enabled():
+        if not (_is_whole(packed) and _is_whole(packed_other) and torch.is_grad_enabled()):
             return _position_sum(one, other)
-        assert packed.levels == packed_other.levels == 1
         total: Tensor = _PositionSum.apply(one, other, packed.values, packed_other.values)
         return total
 
@@ -118,8 +118,8 @@ class LinearAttention(Product):
 
     The result is that of (q k^T) v; this order takes d operations a token and channel instead of N.
 
-    Operations: of k^T v a pair of spikes of the same token is an accumulate; a spike of q adds d of
-    its sums.
+    Values may have more channels than queries and keys, d' a head. Operations: of k^T v a pair of
+    spikes of the same token is an accumulate; a spike of q adds d' of its sums.
     """
 
     def __init__(self, heads: int, scale: float = 1.0) -> None:
@@ -127,12 +127,11 @@ class LinearAttention(Product):
         self.heads, self.scale = heads, scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Three tensors (T, B, C, H, W) to one."""
-        packed = [carried(x) for x in (q, k, v)]
-        values = [one.values for one in packed if one is not None and one.levels == 1]
-        if len(values) < 3 or not torch.is_grad_enabled():
+        """Queries and keys (T, B, C, H, W) and values (T, B, C', H, W) to (T, B, C', H, W)."""
+        packed = [one for one in map(carried, (q, k, v)) if one is not None]
+        if len(packed) < 3 or not torch.is_grad_enabled():
             return self.of(q, k, v)
-        attended: Tensor = _LinearAttention.apply(q, k, v, *values, self)
+        attended: Tensor = _LinearAttention.apply(q, k, v, packed, self)
         return attended
 
     def of(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -156,10 +155,11 @@ class LinearAttention(Product):
     def accumulates(self, *inputs: Tensor) -> Tensor:
         q, k, v = inputs
         of_k, of_v = (x.unflatten(2, (self.heads, -1)).sum(3, dtype=torch.float64) for x in (k, v))
-        return (of_k * of_v).sum() + q.shape[2] // self.heads * _total(q)
+        return (of_k * of_v).sum() + v.shape[2] // self.heads * _total(q)
 
     def synapses(self, *inputs: Tensor) -> int:
-        return 2 * inputs[0].numel() * (inputs[0].shape[2] // self.heads)
+        q, _, v = inputs
+        return 2 * q.numel() * (v.shape[2] // self.heads)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, scale={self.scale:.4g}"
@@ -172,13 +172,11 @@ class _LinearAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        q_values: Tensor,
-        k_values: Tensor,
-        v_values: Tensor,
+        packed: list[Packed],
         attention: LinearAttention,
     ) -> Tensor:
-        ctx.save_for_backward(q_values, k_values, v_values)
-        ctx.attention, ctx.dtype = attention, q.dtype
+        ctx.save_for_backward(*(one.values for one in packed))
+        ctx.levels, ctx.attention, ctx.dtype = [one.levels for one in packed], attention, q.dtype
         return attention.of(q, k, v)
 
     @staticmethod
@@ -187,12 +185,13 @@ class _LinearAttention(torch.autograd.Function):
         attention: LinearAttention = ctx.attention
         shape = ctx.saved_tensors[0].shape
         grad = attention.tokens(grad_outputs[0], grad_outputs[0].dtype)
-        q, k, v = (attention.tokens(x, grad.dtype) for x in ctx.saved_tensors)
+        packed = (Packed(*one) for one in zip(ctx.saved_tensors, ctx.levels, strict=True))
+        q, k, v = (attention.tokens(one.unpack(grad.dtype), grad.dtype) for one in packed)
         with exact(grad):
             of_k_v = attention.scale * (q.mT @ grad)
             grads = grad @ (attention.scale * (v.mT @ k)), v @ of_k_v.mT, k @ of_k_v
         images = (attention.image(one, shape).to(ctx.dtype) for one in grads)
-        return *images, None, None, None, None
+        return *images, None, None
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -205,9 +204,8 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     """
     packed, packed_mask = carried(x), carried(mask)
     mask = mask.to(x.dtype)
-    if packed is None or packed_mask is None or not torch.is_grad_enabled():
+    if not (_is_whole(packed) and _is_whole(packed_mask) and torch.is_grad_enabled()):
         return _where_masked(x, mask)
-    assert packed.levels == packed_mask.levels == 1
     y: Tensor = _Masked.apply(x, mask, packed.values, packed_mask.values)
     return carry(y, packed._replace(values=_where_masked(packed.values, packed_mask.values)))
 
@@ -250,6 +248,10 @@ def exact(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
     return torch.autocast(kind, enabled=False)
+
+
+def _is_whole(packed: Packed | None) -> TypeGuard[Packed]:
+    return packed is not None and packed.levels == 1
 
 
 def _wide_type(x: Tensor) -> torch.dtype:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from tetdist.nn import batch_norm
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.dynamics import dynamics_of
 from tetdist.nn.fused import Affine, Inputs, Sums
 from tetdist.nn.kernels import neuron, packing
 from tetdist.nn.kernels import pool as pooling
-from tetdist.nn.neurons import LIF
+from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.window import Window
 
 Argument = Tensor | int | None
@@ -232,26 +233,30 @@ def _shared(x: Tensor, shortcut: Tensor | None) -> dict[str, bool]:
 class Passes(NormPasses):
     """The passes of fused.py, for a neuron, T, and what the spikes come with."""
 
-    def __init__(self, config: LIF, timesteps: int, *, carries: bool, packs: bool) -> None:
+    def __init__(self, config: NeuronConfig, timesteps: int, *, carries: bool, packs: bool) -> None:
         super().__init__(timesteps)
+        of = dynamics_of(config)
         self.carries, self.packs = carries, packs
         self.forward: dict[str, Any] = {
             "T": timesteps,
-            "HARD": config.resets_to_zero,
-            "DECAY": config.decay,
-            "THRESHOLD": config.threshold,
-            "AT_THRESHOLD": config.fires_at_threshold,
+            "HARD": of.resets_to_zero,
+            "DECAY": of.decay,
+            "THRESHOLD": of.threshold,
+            "AT_THRESHOLD": of.fires_at_threshold,
+            "MOST": of.most,
+            "LEVELS": of.levels,
+            "SCALES_INPUT": of.scales_input,
         }
         self.backward = self.forward | {
-            "DETACH": config.detach_reset,
-            "SURROGATE": config.surrogate,
-            "WIDTH": config.surrogate_width,
+            "DETACH": of.detach_reset,
+            "SURROGATE": of.surrogate,
+            "WIDTH": of.width,
         }
 
     def spikes(
         self, inputs: Inputs, identity: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, shortcut, affine, of_shortcut, start = inputs
+        x, shortcut, affine, of_shortcut, start, learned = inputs
         rows, channels = x.shape[1:]
         shape = (self.timesteps, rows, channels)
 
@@ -264,7 +269,7 @@ class Passes(NormPasses):
         divided = tiling("fire", rows, channels, _per_load(x))
         arguments: list[Argument] = [x, shortcut, identity, *(affine or _NONE)[:2]]
         arguments += (of_shortcut or _NONE)[:2]
-        arguments += [start, spikes, packed, end]
+        arguments += [start, _share(learned), spikes, packed, end]
         arguments += [rows, channels // divided.sizes["VEC"], divided.steps]
         known = self.forward | divided.sizes | {"SHARED": x.shape[0] == 1}
         launch(neuron.fire, divided.grid, arguments, known)
@@ -273,7 +278,7 @@ class Passes(NormPasses):
     def _per_thread(self, inputs: Inputs) -> int:
         """Numbers of a timestep that a thread works on in the backward pass: as many as it loads at
         once, or fewer, so that what it keeps of all timesteps stays in registers."""
-        x, shortcut, _, of_shortcut, _ = inputs
+        x, shortcut, _, of_shortcut, _, _ = inputs
         wide = _wide_type(x).itemsize
         kept = x.shape[0] * x.element_size() + self.timesteps * wide
         if shortcut is not None and of_shortcut is not None:
@@ -287,7 +292,7 @@ class Passes(NormPasses):
     def sums(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
     ) -> tuple[Sums, None]:
-        x, shortcut, affine, of_shortcut, start = inputs
+        x, shortcut, affine, of_shortcut, start, learned = inputs
         assert affine is not None
         rows, channels = x.shape[1:]
         wide = _wide_type(x)
@@ -297,19 +302,25 @@ class Passes(NormPasses):
         partial = torch.empty(divided.blocks, number, channels, dtype=wide, device=x.device)
         arguments: list[Argument] = [x, shortcut, *affine[:3]]
         arguments += (of_shortcut or _NONE)[:3]
-        arguments += [start, grad_spikes, grad_end, partial, rows, groups, divided.steps]
+        partial_share = _partial_share(learned, divided)
+        arguments += [start, _share(learned), grad_spikes, grad_end, partial, partial_share]
+        arguments += [rows, groups, divided.steps]
         known = self.backward | divided.sizes | {"SHARED": x.shape[0] == 1}
         launch(neuron.backward_sums, divided.grid, arguments, known)
-        return self._finish_sums(partial, affine, of_shortcut), None
+        sums = self._finish_sums(partial, affine, of_shortcut)
+        return sums._replace(grad_learned=_grad_learned(learned, partial_share)), None
 
     def current_gradient(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        grad_x, _, grad_start = self.gradients(
-            inputs, grad_spikes, grad_end, None, None, None, needs_x=True
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        rows, channels = inputs.x.shape[1:]
+        divided = tiling("backward", rows, channels, self._per_thread(inputs))
+        partial_share = _partial_share(inputs.learned, divided)
+        grad_x, _, grad_start = self._gradients(
+            inputs, grad_spikes, grad_end, partial_share, None, None, needs_x=True
         )
         assert grad_x is not None
-        return grad_x, grad_start
+        return grad_x, grad_start, _grad_learned(inputs.learned, partial_share)
 
     def gradients(
         self,
@@ -323,7 +334,23 @@ class Passes(NormPasses):
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         del kept
-        x, shortcut, affine, affine_of_shortcut, start = inputs
+        return self._gradients(
+            inputs, grad_spikes, grad_end, None, of_x, of_shortcut, needs_x=needs_x
+        )
+
+    def _gradients(
+        self,
+        inputs: Inputs,
+        grad_spikes: Tensor,
+        grad_end: Tensor | None,
+        partial_share: Tensor | None,
+        of_x: tuple[Tensor, Tensor] | None,
+        of_shortcut: tuple[Tensor, Tensor] | None,
+        *,
+        needs_x: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What `gradients` returns; sums of the gradient of the share as well, if there is room."""
+        x, shortcut, affine, affine_of_shortcut, start, learned = inputs
         rows, channels = x.shape[1:]
         grad_x = torch.empty_like(x) if needs_x else None
         grad_shortcut = None if shortcut is None else torch.empty_like(shortcut)
@@ -333,13 +360,28 @@ class Passes(NormPasses):
         divided = tiling("backward", rows, channels, self._per_thread(inputs))
         arguments: list[Argument] = [x, shortcut]
         arguments += [*(affine or _NONE), *(affine_of_shortcut or _NONE)]
-        arguments += [start, grad_spikes, grad_end]
+        arguments += [start, _share(learned), grad_spikes, grad_end]
         arguments += [*(of_x or [None] * 2), *(of_shortcut or [None] * 2)]
-        arguments += [grad_x, grad_shortcut, grad_start]
+        arguments += [grad_x, grad_shortcut, grad_start, partial_share]
         arguments += [rows, channels // divided.sizes["VEC"], divided.steps]
         known = self.backward | divided.sizes | {"SHARED": x.shape[0] == 1}
         launch(neuron.backward, divided.grid, arguments, known)
         return grad_x, grad_shortcut, grad_start
+
+
+def _share(learned: tuple[Tensor, ...]) -> Tensor | None:
+    return learned[0] if learned else None
+
+
+def _partial_share(learned: tuple[Tensor, ...], divided: Tiling) -> Tensor | None:
+    """Room for the sum of each program of the share's gradient, if there is a share."""
+    return learned[0].new_empty(math.prod(divided.grid)) if learned else None
+
+
+def _grad_learned(learned: tuple[Tensor, ...], partial: Tensor | None) -> tuple[Tensor, ...]:
+    if partial is None:
+        return ()
+    return (partial.sum(dtype=torch.float64).to(learned[0].dtype),)
 
 
 # --- pooling ------------------------------------------------------------------------------------

@@ -24,6 +24,11 @@ NUMBERED_CLASSES, NAMED_CLASSES = 20, 50
 
 EvaluationResults = dict[str, Any]
 
+NO_EARLY_EXIT = (
+    "no early exit: the network is not causal, so that its first logits depend on the timesteps "
+    "that come after them"
+)
+
 
 # --- on a terminal --------------------------------------------------------------------------------
 
@@ -73,6 +78,8 @@ def _text_sweep(found: EvaluationResults) -> str:
 
 
 def _text_early_exit(found: EvaluationResults) -> str:
+    if found["early_exit"] is None:
+        return f"  {NO_EARLY_EXIT}"
     lines = ["  early exit: at confidence   top-1 %   mean T"]
     for point in found["early_exit"]:
         spent = point["mean_timesteps"]
@@ -203,7 +210,7 @@ def _panels(found: EvaluationResults) -> list[tuple[Panel, bool]]:
     """The panels in their order, and whether there is something to show."""
     return [
         (_timesteps, True),
-        (_early_exit, True),
+        (_early_exit, found["early_exit"] is not None),
         (_confusion, True),
         (_firing_rate, bool(found["firing_rate"])),
         (_operations, bool(found["operations"])),
@@ -213,7 +220,8 @@ def _panels(found: EvaluationResults) -> list[tuple[Panel, bool]]:
 
 def _timesteps(axis: Any, found: EvaluationResults) -> None:
     trained = found["trained_timesteps"]
-    evaluated = trained <= found["timesteps"]
+    known = found["per_timestep_top1"]
+    evaluated = trained <= len(known) and known[trained - 1] is not None
     shown = sorted({*found["reported_timesteps"], *([trained] if evaluated else [])})
     top1 = [found["per_timestep_top1"][t - 1] for t in shown]
     axis.plot(shown, top1, "o-", color=style.VALIDATION, label="top-1")
@@ -344,13 +352,16 @@ img { max-width: 100%; vertical-align: top } .note { color: #555; font-size: .9r
 
 def html_page(found: EvaluationResults) -> str:
     """The page, with its pictures within it, and nothing that is fetched or run."""
+    by_timesteps: list[Panel] = [_timesteps]
+    if found["early_exit"] is not None:
+        by_timesteps.append(_early_exit)
     parts = [
         f"<h1>{html.escape(heading(found))}</h1>",
         f"<p><b>top-1 {found['top1']:.2f} %</b>, top-5 {found['top5']:.2f} %, loss "
         f"{found['loss']:.4f} at T = {found['timesteps']}; trained at T = "
         f"{found['trained_timesteps']}.</p>",
         "<h2>Accuracy by timesteps, and early exit</h2>",
-        _image(found, [_timesteps, _early_exit], 13, 4.5),
+        _image(found, by_timesteps, 6.5 * len(by_timesteps), 4.5),
         tables.as_html(
             ["T", "top-1 %", "top-5 %", "loss"],
             [
@@ -363,15 +374,7 @@ def html_page(found: EvaluationResults) -> str:
                 for t in found["reported_timesteps"]
             ],
         ),
-        '<p class="note">Early exit: a sample is decided at the first timestep at which the '
-        "softmax of its time-mean reaches the confidence, at the latest at T.</p>",
-        tables.as_html(
-            ["confidence", "top-1 %", "mean T"],
-            [
-                [f"{p['threshold']:g}", f"{p['top1']:.2f}", f"{p['mean_timesteps']:.3f}"]
-                for p in found["early_exit"]
-            ],
-        ),
+        *_html_early_exit(found),
     ]
     if found["dropped_timesteps"] or found["dropped_events"]:
         parts += [
@@ -413,6 +416,22 @@ def html_page(found: EvaluationResults) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
+
+
+def _html_early_exit(found: EvaluationResults) -> list[str]:
+    if found["early_exit"] is None:
+        return [f'<p class="note">{html.escape(NO_EARLY_EXIT.capitalize())}.</p>']
+    return [
+        '<p class="note">Early exit: a sample is decided at the first timestep at which the '
+        "softmax of its time-mean reaches the confidence, at the latest at T.</p>",
+        tables.as_html(
+            ["confidence", "top-1 %", "mean T"],
+            [
+                [f"{p['threshold']:g}", f"{p['top1']:.2f}", f"{p['mean_timesteps']:.3f}"]
+                for p in found["early_exit"]
+            ],
+        ),
+    ]
 
 
 def _image(found: EvaluationResults, panels: list[Panel], width: float, height: float) -> str:

@@ -33,6 +33,10 @@ def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tenso
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
+def _like(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(one) for one in tensors)
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -111,16 +115,17 @@ class Passes(NormPasses):
     ) -> tuple[Sums, None]:
         read = (inputs.x, inputs.shortcut, inputs.start, grad_spikes, grad_end)
         note(NORM_AND_NEURON, "backward_sums", read, 2)
-        return _sums(inputs.x, normalized=inputs.of_shortcut is not None), None
+        found = _sums(inputs.x, normalized=inputs.of_shortcut is not None)
+        return found._replace(grad_learned=_like(inputs.learned)), None
 
     def current_gradient(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         grad_x, _, grad_start = self.gradients(
             inputs, grad_spikes, grad_end, None, None, None, needs_x=True
         )
         assert grad_x is not None
-        return grad_x, grad_start
+        return grad_x, grad_start, _like(inputs.learned)
 
     def gradients(
         self,
@@ -133,7 +138,7 @@ class Passes(NormPasses):
         *,
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, shortcut, _, _, start = inputs
+        x, shortcut, start = inputs.x, inputs.shortcut, inputs.start
         grad_x = torch.empty_like(x) if needs_x else None
         grad_shortcut = None if shortcut is None else torch.empty_like(shortcut)
         grad_start = None if start is None else torch.empty_like(start)

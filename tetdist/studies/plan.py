@@ -113,8 +113,8 @@ class StudyRun:
 
     @property
     def is_tested_beyond(self) -> bool:
-        """Whether it is evaluated at more timesteps than its own evaluations know."""
-        return self.timesteps < max(self.test_timesteps)
+        """Whether it is evaluated at timesteps that its own evaluations do not know."""
+        return self.timesteps < max(self.test_timesteps) or not self.config.model.neuron.causal
 
     @property
     def train_command(self) -> "Command":
@@ -272,6 +272,9 @@ def _run(
         resolved = loading.load(config_name, overrides, imports)
     except UserError as error:
         raise UserError(f"entries.{name}: {error}") from error
+    for one in study.test_timesteps:
+        if (reason := resolved.model.neuron.refusal(one)) is not None:
+            raise UserError(f"test_timesteps: of entries.{name}, {reason}")
     return StudyRun(
         entry=name,
         control=entry.control,

@@ -109,10 +109,12 @@ class RunProgress:
         if self.silent:
             return
         by_timestep = " ".join(f"{top1:.1f}" for top1 in values["per_timestep_top1"])
+        # Of a network that is not causal nothing is known but the whole.
+        by_timestep = f"by timestep {by_timestep} %  " if by_timestep else ""
         tqdm.write(
             f"evaluation at epoch {values['epoch']:g}, step {step}: top-1 {values['top1']:.2f} %  "
             f"top-5 {values['top5']:.2f} %  loss {values['loss']:.3f}  "
-            f"by timestep {by_timestep} %  ({counted(values['samples'], 'sample')})",
+            f"{by_timestep}({counted(values['samples'], 'sample')})",
             file=sys.stderr,
         )
         self._said()

@@ -6,6 +6,10 @@
 //     HARD_RESET       1 hard, 0 soft
 //     DETACH_RESET     whether the reset is a constant to the backward pass
 //     FIRES_AT_THRESHOLD    whether a membrane at the threshold fires
+//     COUNTS           whether it fires as often as it is above the threshold, up to a most (I-LIF)
+//     LEARNS_DECAY     whether the decay, 1 - share, gets a gradient (PLIF)
+//     SCALES_INPUT     whether the current is multiplied by the share
+//     PARALLEL         whether it has no membrane, but weights of the currents of all timesteps (PSN)
 //
 // Tensors are (T, N, C) without gaps: N = B*H*W, channels last. Where nothing is normalised they are
 // any numbers, one beside the other. "Wide" is the type in which one computes: float, and double for
@@ -36,13 +40,57 @@ constexpr int CHANNELS = 64;
 
 struct Neuron {
     double decay, threshold, width;
+    double share;         // 1 - decay
+    double most, levels;  // spikes in a timestep, and what they are divided by when they are sent
+    const double* weights;  // (T, T), and what is added to the sums, (T,)
 };
+
+// How many numbers there are whose gradients neurons make.
+inline int64_t num_learned(int64_t timesteps) {
+    return PARALLEL ? timesteps * (timesteps + 1) : LEARNS_DECAY ? 1 : 0;
+}
+
+#if PARALLEL
+// Weighted sums over time of the currents (T, CHANNELS), at a timestep.
+template <class W, class Length>
+inline void sum_over_time(const Neuron& neuron, int64_t timesteps, int64_t t, const W* currents,
+                          W* h, Length length) {
+    const double* weights = neuron.weights + t * timesteps;
+    const W bias(neuron.weights[timesteps * timesteps + t]);
+    for (int c = 0; c < length; c++) h[c] = bias;
+    for (int64_t s = 0; s < timesteps; s++) {
+        const W weight(weights[s]);
+        const W* current = currents + s * CHANNELS;
+#pragma omp simd
+        for (int c = 0; c < length; c++) h[c] += weight * current[c];
+    }
+}
+#endif
 
 // Whether a membrane fires that is so much above the threshold.
 template <class W> inline bool does_fire(W above) {
     return FIRES_AT_THRESHOLD ? above >= 0 : above > 0;
 }
 
+// The number of spikes of a membrane before its reset.
+template <class W> inline W spikes_of(W v, W threshold, W most) {
+#if COUNTS
+    return std::rint(std::min(std::max(W(0), v / threshold), most));
+#else
+    return does_fire(v - threshold) ? W(1) : W(0);
+#endif
+}
+
+// What so many spikes leave of it.
+template <class W> inline W after_reset(W v, W spikes, W threshold) {
+#if COUNTS
+    return v - threshold * spikes;
+#else
+    return spikes > 0 ? (HARD_RESET ? W(0) : v - threshold) : v;
+#endif
+}
+
+// The surrogate, x above the threshold.
 template <class W> inline W slope(W x, W width) {
 #if SURROGATE == 0
     return std::max(width - std::abs(x), W(0)) / (width * width);
@@ -54,6 +102,16 @@ template <class W> inline W slope(W x, W width) {
     return width * s * (1 - s);
 #else
     return (std::abs(x) < width ? W(1) : W(0)) / (2 * width);
+#endif
+}
+
+// The derivative of the number of spikes of a membrane.
+template <class W> inline W derivative(W v, W threshold, W width, W most) {
+#if COUNTS
+    const W in_thresholds = v / threshold;
+    return (in_thresholds >= 0 && in_thresholds <= most ? W(1) : W(0)) / threshold;
+#else
+    return slope(v - threshold, width);
 #endif
 }
 
@@ -92,34 +150,67 @@ template <class X> struct Forward {
 // What is added to the normalised current; ALONE: nothing, and it is not normalised.
 enum Shortcut { ALONE, NONE, PLAIN, NORMALIZED };
 
+// The current of a channel; all pointers are at the first channel of the group.
+template <Shortcut SHORTCUT, class W, class X>
+inline W current_of(const X* x, const X* shortcut, const W* gain, const W* offset, const W* gain2,
+                    const W* offset2, int c) {
+    W current = wide(x[c]);
+    if (SHORTCUT != ALONE) current = current * gain[c] + offset[c];
+    if (SHORTCUT == PLAIN) current += wide(shortcut[c]);
+    if (SHORTCUT == NORMALIZED) current += wide(shortcut[c]) * gain2[c] + offset2[c];
+    return current;
+}
+
 template <Shortcut SHORTCUT, bool IDENTITY, class X, class Length>
 inline void forward_part(const Forward<X>& f, int64_t n, int64_t c0, Length length) {
     using W = Wide<X>;
-    const W decay(f.neuron.decay), threshold(f.neuron.threshold);
+    const W decay(f.neuron.decay), threshold(f.neuron.threshold), most(f.neuron.most);
+    const W share(f.neuron.share), levels(f.neuron.levels);
     const int64_t at = n * f.channels + c0, plane = f.rows * f.channels;
     const W *gain = f.gain + c0, *offset = f.offset + c0;
     const W *gain2 = f.shortcut_gain + c0, *offset2 = f.shortcut_offset + c0;
     W u[CHANNELS];
     for (int c = 0; c < length; c++) u[c] = f.start ? f.start[at + c] : W(0);
+#if PARALLEL
+    static thread_local std::vector<W> currents;
+    currents.resize(f.timesteps * CHANNELS);
+    for (int64_t t = 0; t < f.timesteps; t++) {
+        const X *x = f.x + (f.shared ? at : t * plane + at), *shortcut = f.shortcut + t * plane + at;
+        W* current = currents.data() + t * CHANNELS;
+#pragma omp simd
+        for (int c = 0; c < length; c++)
+            current[c] = current_of<SHORTCUT, W>(x, shortcut, gain, offset, gain2, offset2, c);
+    }
+#endif
     for (int64_t t = 0; t < f.timesteps; t++) {
         const int64_t now = t * plane + at;
         const X* x = f.x + (f.shared ? at : now);
         const X *shortcut = f.shortcut + now, *identity = f.identity + now;
         X* spikes = f.spikes + now;
         W out[CHANNELS];
+#if PARALLEL
+        W h[CHANNELS];
+        sum_over_time(f.neuron, f.timesteps, t, currents.data(), h, length);
 #pragma omp simd
         for (int c = 0; c < length; c++) {
-            W current = wide(x[c]);
-            if (SHORTCUT != ALONE) current = current * gain[c] + offset[c];
-            if (SHORTCUT == PLAIN) current += wide(shortcut[c]);
-            if (SHORTCUT == NORMALIZED) current += wide(shortcut[c]) * gain2[c] + offset2[c];
-            W v = decay * u[c] + current;
-            const bool fires = does_fire(v - threshold);
-            out[c] = fires ? W(1) : W(0);
+            out[c] = h[c] >= 0 ? W(1) : W(0);
             if (IDENTITY) out[c] += wide(identity[c]);
             spikes[c] = narrow<X>(out[c]);
-            u[c] = fires ? (HARD_RESET ? W(0) : v - threshold) : v;
         }
+#else
+#pragma omp simd
+        for (int c = 0; c < length; c++) {
+            W current = current_of<SHORTCUT, W>(x, shortcut, gain, offset, gain2, offset2, c);
+            if (SCALES_INPUT) current *= share;
+            W v = decay * u[c] + current;
+            const W number = spikes_of(v, threshold, most);
+            out[c] = COUNTS ? number / levels : number;
+            if (IDENTITY) out[c] += wide(identity[c]);
+            spikes[c] = narrow<X>(out[c]);
+            if (COUNTS) out[c] *= levels;
+            u[c] = after_reset(v, number, threshold);
+        }
+#endif
         if (f.packed) {
             uint8_t* packed = f.packed + now;
 #pragma omp simd
@@ -178,58 +269,117 @@ template <class X> struct Backward {
     W *sum_grad, *sum_grad_xhat, *sum_grad_shortcut_hat;  // (C,); the last, or all, may be null
     W* grad_start;                                        // (N, C) or null
     W* partial;                                           // (blocks, 3, C)
+    double *sum_share, *partial_share;  // (K,), (parts, K): gradients of the K learnt numbers
     int64_t timesteps, rows, channels, shared;
     Neuron neuron;
 };
 
 template <Shortcut SHORTCUT, class X, class Length>
 inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length length, Wide<X>* us,
-                          Wide<X>* sum, Wide<X>* sum_x, Wide<X>* sum_shortcut) {
+                          Wide<X>* sum, Wide<X>* sum_x, Wide<X>* sum_shortcut,
+                          double* sum_share) {
     using W = Wide<X>;
     const W decay(b.neuron.decay), threshold(b.neuron.threshold), width(b.neuron.width);
+    const W share(b.neuron.share), most(b.neuron.most), levels(b.neuron.levels);
     const int64_t at = n * b.channels + c0, plane = b.rows * b.channels;
     const W *gain = b.gain + c0, *offset = b.offset + c0, *mean = b.mean + c0;
     const W *gain2 = b.shortcut_gain + c0, *offset2 = b.shortcut_offset + c0;
     const W* mean2 = b.shortcut_mean + c0;
     W u[CHANNELS], after[CHANNELS], over_time[CHANNELS], with_x[CHANNELS], with_shortcut[CHANNELS];
+    W with_share[CHANNELS];
     for (int c = 0; c < length; c++) u[c] = b.start ? b.start[at + c] : W(0);
     for (int64_t t = 0; t < b.timesteps; t++) {  // the membranes again
         const X *x = b.x + (b.shared ? at : t * plane + at), *shortcut = b.shortcut + t * plane + at;
         W* before_reset = us + t * CHANNELS;
 #pragma omp simd
         for (int c = 0; c < length; c++) {
-            W current = wide(x[c]);
-            if (SHORTCUT != ALONE) current = current * gain[c] + offset[c];
-            if (SHORTCUT == PLAIN) current += wide(shortcut[c]);
-            if (SHORTCUT == NORMALIZED) current += wide(shortcut[c]) * gain2[c] + offset2[c];
+            W current = current_of<SHORTCUT, W>(x, shortcut, gain, offset, gain2, offset2, c);
+            if (PARALLEL) {
+                before_reset[c] = current;
+                continue;
+            }
+            if (SCALES_INPUT) current *= share;
             const W v = decay * u[c] + current;
             before_reset[c] = v;
-            u[c] = does_fire(v - threshold) ? (HARD_RESET ? W(0) : v - threshold) : v;
+            u[c] = after_reset(v, spikes_of(v, threshold, most), threshold);
         }
     }
     for (int c = 0; c < length; c++) {
         after[c] = b.grad_end ? b.grad_end[at + c] : W(0);
-        over_time[c] = with_x[c] = with_shortcut[c] = 0;
+        over_time[c] = with_x[c] = with_shortcut[c] = with_share[c] = 0;
     }
+#if PARALLEL
+    // Of the weighted sums, and of their weights; `us` are the currents.
+    static thread_local std::vector<W> grad_sums;
+    grad_sums.resize(b.timesteps * CHANNELS);
+    for (int64_t t = 0; t < b.timesteps; t++) {
+        const X* grad_spikes = b.grad_spikes + t * plane + at;
+        W* grad_h = grad_sums.data() + t * CHANNELS;
+        W h[CHANNELS];
+        sum_over_time(b.neuron, b.timesteps, t, us, h, length);
+#pragma omp simd
+        for (int c = 0; c < length; c++) grad_h[c] = wide(grad_spikes[c]) * slope(h[c], width);
+        W of_bias = 0;
+        for (int64_t s = 0; s < b.timesteps; s++) {
+            const W* current = us + s * CHANNELS;
+            W of_weight = 0;
+#pragma omp simd reduction(+ : of_weight)
+            for (int c = 0; c < length; c++) of_weight += grad_h[c] * current[c];
+            sum_share[t * b.timesteps + s] += of_weight;
+        }
+#pragma omp simd reduction(+ : of_bias)
+        for (int c = 0; c < length; c++) of_bias += grad_h[c];
+        sum_share[b.timesteps * b.timesteps + t] += of_bias;
+    }
+#endif
     for (int64_t t = b.timesteps - 1; t >= 0; t--) {
         const int64_t now = t * plane + at;
         const X *x = b.x + (b.shared ? at : now), *grad_spikes = b.grad_spikes + now;
         const X* shortcut = b.shortcut + now;
         const W* before_reset = us + t * CHANNELS;
         W grad[CHANNELS];
+#if PARALLEL
+        for (int c = 0; c < length; c++) grad[c] = 0;
+        for (int64_t later = 0; later < b.timesteps; later++) {
+            const W weight(b.neuron.weights[later * b.timesteps + t]);
+            const W* grad_h = grad_sums.data() + later * CHANNELS;
+#pragma omp simd
+            for (int c = 0; c < length; c++) grad[c] += weight * grad_h[c];
+        }
+#pragma omp simd
+        for (int c = 0; c < length; c++) {
+            const W g = grad[c];
+            over_time[c] += g;
+            if (SHORTCUT != ALONE) with_x[c] += g * (wide(x[c]) - mean[c]);
+            if (SHORTCUT == NORMALIZED) with_shortcut[c] += g * (wide(shortcut[c]) - mean2[c]);
+        }
+#else
 #pragma omp simd
         for (int c = 0; c < length; c++) {
             const W v = before_reset[c];
-            const bool fires = does_fire(v - threshold);
+            const bool fires = !COUNTS && does_fire(v - threshold);
             const W kept = HARD_RESET && fires ? W(0) : after[c];
             const W through_reset = DETACH_RESET ? W(0) : after[c] * (HARD_RESET ? v : threshold);
-            const W g = (wide(grad_spikes[c]) - through_reset) * slope(v - threshold, width) + kept;
+            const W sent = COUNTS ? wide(grad_spikes[c]) / levels : wide(grad_spikes[c]);
+            const W fired = (sent - through_reset) * derivative(v, threshold, width, most);
+            const W of_v = fired + kept;
+            if (LEARNS_DECAY) {
+                // v is (1 - share) times what was there before, plus the current, of which a share.
+                W before = b.start ? b.start[at + c] : W(0);
+                if (t > 0) {
+                    const W earlier = us[(t - 1) * CHANNELS + c];
+                    before = after_reset(earlier, spikes_of(earlier, threshold, most), threshold);
+                }
+                with_share[c] += of_v * (SCALES_INPUT ? (v - before) / share : -before);
+            }
+            const W g = SCALES_INPUT ? of_v * share : of_v;
             grad[c] = g;
             over_time[c] += g;
             if (SHORTCUT != ALONE) with_x[c] += g * (wide(x[c]) - mean[c]);
             if (SHORTCUT == NORMALIZED) with_shortcut[c] += g * (wide(shortcut[c]) - mean2[c]);
-            after[c] = decay * g;  // the gradient of the membrane that was there before
+            after[c] = decay * of_v;  // the gradient of the membrane that was there before
         }
+#endif
         if (b.total) {
             X* total = b.total + now;
 #pragma omp simd
@@ -244,10 +394,31 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             if (SHORTCUT == NORMALIZED) sum_shortcut[c0 + c] += with_shortcut[c];
         }
     }
+    if (LEARNS_DECAY) {
+        W of_group = 0;
+#pragma omp simd reduction(+ : of_group)
+        for (int c = 0; c < length; c++) of_group += with_share[c];
+        *sum_share += of_group;
+    }
     if (b.own)
         for (int c = 0; c < length; c++) b.own[at + c] = narrow<X>(over_time[c]);
     if (b.grad_start)
         for (int c = 0; c < length; c++) b.grad_start[at + c] = after[c];
+}
+
+// Room for the gradients that a part makes of the learnt numbers; they begin at 0.
+template <class X> double* share_of(const Backward<X>& b, int64_t part) {
+    const int64_t learned = num_learned(b.timesteps);
+    double* share = b.partial_share + part * learned;
+    std::fill(share, share + learned, 0.0);
+    return share;
+}
+
+template <class X> void add_shares(const Backward<X>& b, int64_t parts) {
+    const int64_t learned = num_learned(b.timesteps);
+    std::fill(b.sum_share, b.sum_share + learned, 0.0);
+    for (int64_t part = 0; part < parts; part++)
+        for (int64_t k = 0; k < learned; k++) b.sum_share[k] += b.partial_share[part * learned + k];
 }
 
 template <Shortcut SHORTCUT, class X> void backward_rows(const Backward<X>& b, int threads) {
@@ -261,12 +432,15 @@ template <Shortcut SHORTCUT, class X> void backward_rows(const Backward<X>& b, i
             W *sum = b.partial + 3 * block * b.channels, *sum_x = sum + b.channels;
             W* sum_shortcut = sum_x + b.channels;
             std::fill(sum, sum + 3 * b.channels, W(0));
+            double* share = share_of(b, block);
             for (int64_t n = block * step; n < std::min(b.rows, (block + 1) * step); n++)
                 over_channels(b.channels, [&](int64_t c, auto length) {
-                    backward_part<SHORTCUT>(b, n, c, length, us.data(), sum, sum_x, sum_shortcut);
+                    backward_part<SHORTCUT>(b, n, c, length, us.data(), sum, sum_x, sum_shortcut,
+                                            share);
                 });
         }
     }
+    add_shares(b, blocks);
     for (int64_t c = 0; c < b.channels; c++) {
         double sums[3] = {0, 0, 0};
         for (int64_t block = 0; block < blocks; block++)
@@ -290,9 +464,11 @@ template <class X> void backward_alone(const Backward<X>& b, int threads) {
         for (int64_t first = 0; first < row.channels; first += CHANNELS)
             of_group(row.channels, first, [&](int64_t c, auto length) {
                 W* none = nullptr;
-                backward_part<ALONE>(row, 0, c, length, us.data(), none, none, none);
+                double* share = share_of(b, first / CHANNELS);
+                backward_part<ALONE>(row, 0, c, length, us.data(), none, none, none, share);
             });
     }
+    add_shares(b, (row.channels + CHANNELS - 1) / CHANNELS);
 }
 
 template <class X> void backward(const Backward<X>& b, int threads) {

@@ -315,9 +315,45 @@ def _fires(above, AT_THRESHOLD: tl.constexpr):
 
 
 @triton.jit
-def _after_reset(v, above, AT_THRESHOLD: tl.constexpr, HARD: tl.constexpr):
+def _in_thresholds(v, THRESHOLD: tl.constexpr):
+    """v / THRESHOLD, rounded as in C++ and in torch."""
+    if THRESHOLD == 1:
+        x = v
+    elif v.dtype == tl.float64:
+        x = v * (1 / THRESHOLD)
+    else:
+        x = tl.math.div_rn(v, tl.full(v.shape, THRESHOLD, v.dtype))
+    return x
+
+
+@triton.jit
+def _number(v, THRESHOLD: tl.constexpr, MOST: tl.constexpr):
+    """The number of spikes of membranes that fire up to MOST of them, a half rounded to even."""
+    x = tl.minimum(tl.maximum(_in_thresholds(v, THRESHOLD), 0.0), MOST)
+    # So large a number has no room for a fraction: the addition rounds it away.
+    large: tl.constexpr = 6755399441055744.0 if v.dtype == tl.float64 else 12582912.0
+    return (x + large) - large
+
+
+@triton.jit
+def _decayed(u, a, DECAY: tl.constexpr):
+    """What decay leaves: 1 - a of it, where the share a is learnt."""
+    if a is None:
+        left = u * DECAY
+    else:
+        left = u * (1.0 - a)
+    return left
+
+
+@triton.jit
+def _after_reset(
+    v, above, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr,
+    HARD: tl.constexpr
+):
     """The membrane after the reset, of that before it and what of that is above the threshold."""
-    if HARD:
+    if MOST is not None:
+        u = v - _number(v, THRESHOLD, MOST) * THRESHOLD
+    elif HARD:
         u = tl.where(_fires(above, AT_THRESHOLD), 0.0, v)
     else:
         u = tl.where(_fires(above, AT_THRESHOLD), above, v)
@@ -326,17 +362,21 @@ def _after_reset(v, above, AT_THRESHOLD: tl.constexpr, HARD: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def fire(
-    x, shortcut, identity, gain, offset, shortcut_gain, shortcut_offset, start, spikes, packed, end,
-    rows, groups, steps, T: tl.constexpr, SHARED: tl.constexpr, HARD: tl.constexpr,
-    DECAY: tl.constexpr, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, VEC: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr
+    x, shortcut, identity, gain, offset, shortcut_gain, shortcut_offset, start, share, spikes,
+    packed, end, rows, groups, steps, T: tl.constexpr, SHARED: tl.constexpr, HARD: tl.constexpr,
+    DECAY: tl.constexpr, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr,
+    LEVELS: tl.constexpr, SCALES_INPUT: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
+    BC: tl.constexpr
 ):
     """Spikes of the neurons, plus identity, (T, N, C); the same in bytes; membranes, (N, C).
 
     x is (1, N, C) where all timesteps share it. Without start, neurons begin at rest; without gain
-    and offset, x is the current.
+    and offset, x is the current. With a share, that is what is learnt, and the decay 1 less.
     """
     C, c = _channels(groups, VEC, BC)
+    a = None
+    if share is not None:
+        a = tl.load(share)
     plane = rows.to(tl.int64) * C
     r = tl.arange(0, BN)
     at = r[:, None] * C + c[None, :]
@@ -369,20 +409,27 @@ def fire(
                 if shortcut_gain is not None:
                     added = added * g2 + o2
                 current = own + added
+            if SCALES_INPUT:
+                current = current * a
             v = current
             if u is not None:
-                v = u * DECAY + current
+                v = _decayed(u, a, DECAY) + current
             above = v - THRESHOLD
-            fires = _fires(above, AT_THRESHOLD)
-            out = tl.where(fires, 1.0, 0.0).to(v.dtype)
-            byte = fires.to(tl.uint8)
+            if MOST is not None:
+                number = _number(v, THRESHOLD, MOST)
+                out = number * (1 / LEVELS)
+                byte = number.to(tl.int32).to(tl.uint8)
+            else:
+                fires = _fires(above, AT_THRESHOLD)
+                out = tl.where(fires, 1.0, 0.0).to(v.dtype)
+                byte = fires.to(tl.uint8)
             if identity is not None:
                 out += _wide(tl.load(identity + now + at, mask=mask))
-                byte = out.to(tl.int32).to(tl.uint8)
+                byte = (out * LEVELS).to(tl.int32).to(tl.uint8)
             tl.store(spikes + now + at, out.to(spikes.dtype.element_ty), mask=mask)
             if packed is not None:
                 tl.store(packed + now + at, byte, mask=mask)
-            u = _after_reset(v, above, AT_THRESHOLD, HARD)
+            u = _after_reset(v, above, THRESHOLD, AT_THRESHOLD, MOST, HARD)
         if end is not None:
             tl.store(end + here + at, u, mask=mask)
 
@@ -392,11 +439,13 @@ def fire(
 
 @triton.jit
 def _membranes(
-    x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T: tl.constexpr, SHARED: tl.constexpr,
-    HARD: tl.constexpr, DECAY: tl.constexpr, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr
+    x, shortcut, start, g, o, g2, o2, a, here, plane, at, mask, T: tl.constexpr,
+    SHARED: tl.constexpr, HARD: tl.constexpr, DECAY: tl.constexpr, THRESHOLD: tl.constexpr,
+    AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr, SCALES_INPUT: tl.constexpr
 ):
-    """Membranes before the reset at each timestep, again, less the threshold; and what was loaded
-    to compute them. No more is kept: a thread has 255 registers."""
+    """Membranes before the reset at each timestep, again, less the threshold (or with it, where
+    they fire up to MOST spikes); and what was loaded to compute them. No more is kept: a thread has
+    255 registers."""
     xs = ()
     added = ()
     aboves = ()
@@ -424,12 +473,17 @@ def _membranes(
                 current = own + (_wide(value) * g2 + o2)
             else:
                 current = own + _wide(value)
+        if SCALES_INPUT:
+            current = current * a
         v = current
         if u is not None:
-            v = u * DECAY + current
+            v = _decayed(u, a, DECAY) + current
         above = v - THRESHOLD
-        aboves = aboves + (above,)  # noqa: RUF005  # likewise
-        u = _after_reset(v, above, AT_THRESHOLD, HARD)
+        if MOST is not None:
+            aboves = aboves + (v,)  # noqa: RUF005  # likewise
+        else:
+            aboves = aboves + (above,)  # noqa: RUF005  # likewise
+        u = _after_reset(v, above, THRESHOLD, AT_THRESHOLD, MOST, HARD)
     return aboves, xs, added
 
 
@@ -455,11 +509,17 @@ def _slope(x, SURROGATE: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _gradient_of_membrane(
     above, grad_spikes, after, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr,
-    HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr, WIDTH: tl.constexpr
+    MOST: tl.constexpr, LEVELS: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr,
+    SURROGATE: tl.constexpr, WIDTH: tl.constexpr
 ):
     """The gradient of the membrane before the reset, hence of the current, from the spike's and
     that of the membrane after the reset (None: nothing comes from there)."""
-    slope = _slope(above, SURROGATE, WIDTH)
+    if MOST is not None:
+        x = _in_thresholds(above, THRESHOLD)
+        slope = ((x >= 0) & (x <= MOST)).to(above.dtype) * (1 / THRESHOLD)
+        grad_spikes = grad_spikes * (1 / LEVELS)
+    else:
+        slope = _slope(above, SURROGATE, WIDTH)
     if after is None:
         grad = grad_spikes * slope
     else:
@@ -476,17 +536,50 @@ def _gradient_of_membrane(
     return grad
 
 
+@triton.jit
+def _store_sum(partial, x):
+    """Store a program's sum of a tile, partial (programs,)."""
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(partial + program, tl.reduce(tl.reduce(x, 0, _add), 0, _add))
+
+
+@triton.jit
+def _gradient_of_share(
+    aboves, start, a, grad, here, at, mask, t: tl.constexpr, THRESHOLD: tl.constexpr,
+    AT_THRESHOLD: tl.constexpr, HARD: tl.constexpr, SCALES_INPUT: tl.constexpr
+):
+    """The gradient of the share, of a neuron's membrane's at t: that is 1 - share of the membrane
+    after the reset before, plus the current, of which it may be the share."""
+    v = aboves[t] + THRESHOLD
+    before = tl.full(v.shape, 0.0, v.dtype)
+    if t > 0:
+        earlier = aboves[t - 1]
+        before = _after_reset(earlier + THRESHOLD, earlier, THRESHOLD, AT_THRESHOLD, None, HARD)
+    elif start is not None:
+        before = _wide(tl.load(start + here + at, mask=mask, other=0.0))
+    if SCALES_INPUT:
+        result = grad * ((v - before) * _reciprocal(a))
+    else:
+        result = -grad * before
+    return result
+
+
 @triton.jit(do_not_specialize=SIZES)
 def backward_sums(
-    x, shortcut, gain, offset, mean, shortcut_gain, shortcut_offset, shortcut_mean, start,
-    grad_spikes, grad_end, partial, rows, groups, steps, T: tl.constexpr, SHARED: tl.constexpr,
-    HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr, DECAY: tl.constexpr,
-    THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
+    x, shortcut, gain, offset, mean, shortcut_gain, shortcut_offset, shortcut_mean, start, share,
+    grad_spikes, grad_end, partial, partial_share, rows, groups, steps, T: tl.constexpr,
+    SHARED: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr,
+    DECAY: tl.constexpr, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr,
+    LEVELS: tl.constexpr, SCALES_INPUT: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr
 ):
     """Sums of a program's rows: of the current's gradient, and of that times what was normalised
-    (less its mean). partial is (blocks, 2, C), or with a normalised shortcut (blocks, 3, C)."""
+    (less its mean). partial is (blocks, 2, C), or with a normalised shortcut (blocks, 3, C). And of
+    the share's gradient, partial_share (programs,)."""
     C, c = _channels(groups, VEC, BC)
+    a = None
+    if share is not None:
+        a = tl.load(share)
     wide = gain.dtype.element_ty
     plane = rows.to(tl.int64) * C
     r = tl.arange(0, BN)
@@ -503,14 +596,16 @@ def backward_sums(
         with_shortcut = tl.full([BN, BC], 0.0, wide)
     total = tl.full([BN, BC], 0.0, wide)
     with_x = tl.full([BN, BC], 0.0, wide)
+    if partial_share is not None:
+        with_share = tl.full([BN, BC], 0.0, wide)
     for i in range(steps):
         first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
         # What is masked is 0, and so is its gradient.
         mask = (r < rows - first)[:, None] & (c < C)[None, :]
         here = first * C
         aboves, xs, added = _membranes(
-            x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T, SHARED, HARD, DECAY,
-            THRESHOLD, AT_THRESHOLD
+            x, shortcut, start, g, o, g2, o2, a, here, plane, at, mask, T, SHARED, HARD, DECAY,
+            THRESHOLD, AT_THRESHOLD, MOST, SCALES_INPUT
         )
         after = None
         if grad_end is not None:
@@ -519,14 +614,22 @@ def backward_sums(
         for t in tl.static_range(T - 1, -1, -1):
             grad = tl.load(grad_spikes + here + t * plane + at, mask=mask, other=0.0).to(wide)
             grad = _gradient_of_membrane(
-                aboves[t], grad, after, THRESHOLD, AT_THRESHOLD, HARD, DETACH, SURROGATE, WIDTH
+                aboves[t], grad, after, THRESHOLD, AT_THRESHOLD, MOST, LEVELS, HARD, DETACH,
+                SURROGATE, WIDTH
             )
+            after = _decayed(grad, a, DECAY)
+            if partial_share is not None:
+                with_share += _gradient_of_share(
+                    aboves, start, a, grad, here, at, mask, t, THRESHOLD, AT_THRESHOLD, HARD,
+                    SCALES_INPUT
+                )
+            if SCALES_INPUT:
+                grad = grad * a
             over_time += grad
             if not SHARED:
                 with_x += grad * (xs[t].to(wide) - m)
             if shortcut_gain is not None:
                 with_shortcut += grad * (added[t].to(wide) - m2)
-            after = grad * DECAY
         total += over_time
         if SHARED:
             with_x += over_time * (xs[0].to(wide) - m)
@@ -537,6 +640,8 @@ def backward_sums(
     tl.store(partial + C + c, tl.reduce(with_x, 0, _add), mask=kept)
     if shortcut_gain is not None:
         tl.store(partial + 2 * C + c, tl.reduce(with_shortcut, 0, _add), mask=kept)
+    if partial_share is not None:
+        _store_sum(partial_share, with_share)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -584,17 +689,23 @@ def _coefficients(rstd, sum_grad, sum_grad_hat, per_value, c, C):
 @triton.jit(do_not_specialize=SIZES)
 def backward(
     x, shortcut, gain, offset, mean, rstd, shortcut_gain, shortcut_offset, shortcut_mean,
-    shortcut_rstd, start, grad_spikes, grad_end, sum_grad, sum_grad_hat, shortcut_sum_grad,
-    shortcut_sum_grad_hat, grad_x, grad_shortcut, grad_start, rows, groups, steps, T: tl.constexpr,
-    SHARED: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr,
-    DECAY: tl.constexpr, THRESHOLD: tl.constexpr, AT_THRESHOLD: tl.constexpr, WIDTH: tl.constexpr,
-    VEC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+    shortcut_rstd, start, share, grad_spikes, grad_end, sum_grad, sum_grad_hat, shortcut_sum_grad,
+    shortcut_sum_grad_hat, grad_x, grad_shortcut, grad_start, partial_share, rows, groups, steps,
+    T: tl.constexpr, SHARED: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr,
+    SURROGATE: tl.constexpr, DECAY: tl.constexpr, THRESHOLD: tl.constexpr,
+    AT_THRESHOLD: tl.constexpr, MOST: tl.constexpr, LEVELS: tl.constexpr,
+    SCALES_INPUT: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, BN: tl.constexpr,
+    BC: tl.constexpr
 ):
     """Gradients of x, (T or 1, N, C), shortcut, (T, N, C), and start, (N, C); of those there are.
 
-    Without sums, means and variances were constants; without gain, x is the current.
+    Without sums, means and variances were constants; without gain, x is the current. Then sums of
+    the share's gradient are made, too, partial_share (programs,).
     """
     C, c = _channels(groups, VEC, BC)
+    a = None
+    if share is not None:
+        a = tl.load(share)
     plane = rows.to(tl.int64) * C
     r = tl.arange(0, BN)
     at = r[:, None] * C + c[None, :]
@@ -612,20 +723,22 @@ def backward(
         values = rows.to(gain.dtype.element_ty)
         own_values = values if SHARED else values * T
         m = _load_row(mean, c, C)
-        a, b = _coefficients(rstd, sum_grad, sum_grad_hat, _reciprocal(own_values), c, C)
+        less, b = _coefficients(rstd, sum_grad, sum_grad_hat, _reciprocal(own_values), c, C)
         if shortcut_gain is not None:
             m2 = _load_row(shortcut_mean, c, C)
             per_value = _reciprocal(values * T)
             a2, b2 = _coefficients(
                 shortcut_rstd, shortcut_sum_grad, shortcut_sum_grad_hat, per_value, c, C
             )
+    if partial_share is not None:
+        with_share = tl.full([BN, BC], 0.0, share.dtype.element_ty)
     for i in range(steps):
         first = (tl.program_id(0).to(tl.int64) * steps + i) * BN
         mask = (r < rows - first)[:, None] & (c < C)[None, :]
         here = first * C
         aboves, xs, added = _membranes(
-            x, shortcut, start, g, o, g2, o2, here, plane, at, mask, T, SHARED, HARD, DECAY,
-            THRESHOLD, AT_THRESHOLD
+            x, shortcut, start, g, o, g2, o2, a, here, plane, at, mask, T, SHARED, HARD, DECAY,
+            THRESHOLD, AT_THRESHOLD, MOST, SCALES_INPUT
         )
         after = None
         if grad_end is not None:
@@ -635,14 +748,23 @@ def backward(
             now = here + t * plane
             grad = _wide(tl.load(grad_spikes + now + at, mask=mask, other=0.0))
             grad = _gradient_of_membrane(
-                aboves[t], grad, after, THRESHOLD, AT_THRESHOLD, HARD, DETACH, SURROGATE, WIDTH
+                aboves[t], grad, after, THRESHOLD, AT_THRESHOLD, MOST, LEVELS, HARD, DETACH,
+                SURROGATE, WIDTH
             )
+            after = _decayed(grad, a, DECAY)
+            if partial_share is not None:
+                with_share += _gradient_of_share(
+                    aboves, start, a, grad, here, at, mask, t, THRESHOLD, AT_THRESHOLD, HARD,
+                    SCALES_INPUT
+                )
+            if SCALES_INPUT:
+                grad = grad * a
             if SHARED:
                 over_time += grad
             elif grad_x is not None:
                 through = grad
                 if sum_grad is not None:
-                    through = grad - a - (_wide(xs[t]) - m) * b
+                    through = grad - less - (_wide(xs[t]) - m) * b
                 if gain is not None:
                     through = through * g
                 tl.store(grad_x + now + at, through.to(grad_x.dtype.element_ty), mask=mask)
@@ -654,13 +776,14 @@ def backward(
                     through = through * g2
                 kind = grad_shortcut.dtype.element_ty
                 tl.store(grad_shortcut + now + at, through.to(kind), mask=mask)
-            after = grad * DECAY
         if SHARED and grad_x is not None:
             through = over_time
             if sum_grad is not None:
-                through = over_time - a - (_wide(xs[0]) - m) * b
+                through = over_time - less - (_wide(xs[0]) - m) * b
             if gain is not None:
                 through = through * g
             tl.store(grad_x + here + at, through.to(grad_x.dtype.element_ty), mask=mask)
         if grad_start is not None:
             tl.store(grad_start + here + at, after.to(grad_start.dtype.element_ty), mask=mask)
+    if partial_share is not None:
+        _store_sum(partial_share, with_share)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
+import published_formers as formers
 import published_transformers as published
 import pytest
 import timm
@@ -16,11 +17,19 @@ from torch import Tensor
 
 from tetdist import checkpoint
 from tetdist.exchange import export
+from tetdist.nn.integer_neurons import NILIF
 
-T = 2
 QKFORMER = QKFormerSize("imagenet", (8, 16, 24), (1, 1, 1), 2)
 SDT = SDTSize(32, 1)
-NAMES = {"qkformer": "qkformer_10_384", "sdt": "sdt_8_384"}
+ESPIKEFORMER = formers.ESpikeFormerSize((8, 8, 8, 12), (1, 1), heads=2)
+MAXFORMER = formers.MaxFormerSize((8, 16, 24), (1, 1, 1), heads=2)
+NAMES = {
+    "qkformer": "qkformer_10_384",
+    "sdt": "sdt_8_384",
+    "espikeformer": "espikeformer_s",
+    "maxformer": "maxformer_10_384",
+}
+TIMESTEPS = dict.fromkeys(NAMES, 2) | {"espikeformer": 1}  # which is published so
 each_family = pytest.mark.parametrize("family", NAMES)
 
 
@@ -50,8 +59,14 @@ def tool(capfd: pytest.CaptureFixture[str]) -> Tool:
 
 
 def state_of(family: str) -> dict[str, Tensor]:
-    shapes = {"qkformer": published.qkformer_shapes(QKFORMER), "sdt": published.sdt_shapes(SDT)}
-    state: dict[str, Tensor] = published.random_state(shapes[family])
+    shapes = {
+        "qkformer": published.qkformer_shapes(QKFORMER),
+        "sdt": published.sdt_shapes(SDT),
+        "espikeformer": formers.espikeformer_shapes(ESPIKEFORMER),
+        "maxformer": formers.maxformer_shapes(MAXFORMER),
+    }
+    gain = 4.0 if family == "espikeformer" else 1.0
+    state: dict[str, Tensor] = published.random_state(shapes[family], gain=gain)
     return state
 
 
@@ -60,11 +75,24 @@ def converted(family: str, tool: Tool, folder: Path, *more: str) -> tuple[Path, 
     wrapper, small = {
         "qkformer": ("model", {"widths": [8, 16, 24], "depths": [1, 1, 1], "heads": 2}),
         "sdt": ("state_dict", {"channels": 32, "depth": 1}),
+        "espikeformer": (
+            "model",
+            {"widths": [8, 8, 8, 12], "depths": [1, 1], "heads": 2},
+        ),
+        "maxformer": ("model", {"widths": [8, 16, 24], "depths": [1, 1, 1], "heads": 2}),
     }[family]
     name = "".join(letter for letter in "-".join(more) if letter.isalnum())
     source, output = folder / f"{family}.pth", folder / f"{family}{name}.safetensors"
     torch.save({wrapper: state_of(family), "epoch": 199}, source)
-    command = [source, "--model", NAMES[family], "--timesteps", T, "--output", output]
+    command = [
+        source,
+        "--model",
+        NAMES[family],
+        "--timesteps",
+        TIMESTEPS[family],
+        "--output",
+        output,
+    ]
     arguments = [f"model.arguments.{key}={value}" for key, value in small.items()]
     status, out, err = tool("convert", *command, *arguments, "data.image_size=32", *more)
     assert status == 0, err
@@ -84,18 +112,27 @@ def test_published_file_is_recognised_and_computes_what_it_did(
     assert f"as of {family}" in out
     trained = export.load(file)
     net = Published({k: v.float() for k, v in state_of(family).items()}, training=False)
-    frames = images(4).expand(T, -1, -1, -1, -1)
-    if family == "qkformer":
-        expected = published.qkformer(net, frames, QKFORMER, mixes_samples=False)
-    else:
-        expected = published.sdt(net, frames, SDT)
+    frames = images(4).expand(TIMESTEPS[family], -1, -1, -1, -1)
+    match family:
+        case "qkformer":
+            expected = published.qkformer(net, frames, QKFORMER, mixes_samples=False)
+        case "sdt":
+            expected = published.sdt(net, frames, SDT)
+        case "espikeformer":
+            expected = formers.espikeformer(net, frames, ESPIKEFORMER)
+        case "maxformer":
+            expected = formers.maxformer(net, frames, MAXFORMER)
     with torch.no_grad():
         torch.testing.assert_close(trained.model(images(4)), expected.mean(0), rtol=1e-4, atol=1e-5)
     data = trained.config.data
     assert data.interpolation == "bicubic"
-    side = {"qkformer": 256, "sdt": 235}[family]  # timm's, of crop_pct 0.95
-    assert data.resize_side == side
-    assert trained.config.model.neuron.threshold == 2
+    side = {"qkformer": 256, "sdt": 235, "espikeformer": 232, "maxformer": 256}[family]
+    assert data.resize_side == side  # as timm rounds it, of a crop of 95 % of the SDT's
+    neuron = trained.config.model.neuron
+    if family == "espikeformer":
+        assert neuron == NILIF(most_spikes=4)
+    else:
+        assert neuron.threshold == 2
 
 
 def test_unused_weights_are_named(tool: Tool, tmp_path: Path) -> None:
@@ -123,7 +160,12 @@ def test_nir_is_refused_by_name(family: str, tool: Tool, tmp_path: Path) -> None
 
 
 # Traced with all timesteps, of which each is some tens of operations a layer: that takes its time.
-@pytest.mark.parametrize("family", [pytest.param("qkformer", marks=pytest.mark.long), "sdt"])
+LONG = ("qkformer", "espikeformer", "maxformer")
+
+
+@pytest.mark.parametrize(
+    "family", ["sdt", *(pytest.param(family, marks=pytest.mark.long) for family in LONG)]
+)
 def test_program_of_torch_is_the_network(family: str, tool: Tool, tmp_path: Path) -> None:
     file, _ = converted(family, tool, tmp_path)
     status, out, err = tool("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")

@@ -1,0 +1,309 @@
+"""What evaluations say of networks whose neurons are no LIF."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from tests.passes import randomize
+from tetdist.data.loader import Batch
+from tetdist.distributed.world import World, join
+from tetdist.errors import UserError
+from tetdist.evaluation.evaluate import Evaluation, evaluate
+from tetdist.evaluation.operations import counting_operations
+from tetdist.evaluation.suite import Passes, run_suite
+from tetdist.evaluation.unrolling import unrolled
+from tetdist.models import SpikingNetwork
+from tetdist.nn import neurons
+from tetdist.nn.neurons import LIF
+from tetdist.nn.products import LinearAttention
+from tetdist.reports.evaluation_page import as_text, html_page, png_page
+
+CLASSES = ("a", "b", "c", "d")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ahead(LIF):
+    """Every timestep sees the mean of all timesteps' currents; any T will do."""
+
+    causal: ClassVar[bool] = False
+
+    def run(
+        self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        grown = torch.arange(1, len(current) + 1).view(-1, *(1,) * (current.ndim - 1))
+        return neurons.run(current + (current * grown).mean(0), self, membrane, **parameters)
+
+
+@pytest.fixture(autouse=True)
+def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(neurons.NEURONS._entries, "ahead", Ahead)
+
+
+class OneBatch(Passes):
+    """Evaluates a batch that is at hand, in place of a folder's."""
+
+    batch: Batch
+
+    def run(
+        self,
+        title: str,
+        change: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
+        also: Callable[..., Any] = lambda _logits, _labels: None,
+    ) -> Evaluation:
+        del title
+        batches = change([self.batch])
+        samples = len(self.batch.labels)
+        return evaluate(self.model, batches, samples, self.world, precision="fp64", also=also)
+
+
+@pytest.fixture
+def alone() -> Iterator[World]:
+    with join("cpu") as world:
+        yield world
+
+
+def network(name: str, neuron: dict[str, Any], **arguments: Any) -> SpikingNetwork:
+    torch.manual_seed(0)
+    model: SpikingNetwork = timm.create_model(name, num_classes=4, neuron=neuron, **arguments)
+    randomize(model)
+    return model.double().eval()
+
+
+def small(neuron: dict[str, Any]) -> SpikingNetwork:
+    return network("spiking_convnet", neuron, channels=(6, 8, 8), input_size=12)
+
+
+def passes_of(model: SpikingNetwork, world: World) -> OneBatch:
+    generator = torch.Generator().manual_seed(0)
+    index: Any = type("Index", (), {"classes": CLASSES})
+    config: Any = None
+    passes = OneBatch(model, config, index, world, lambda: None)
+    images = torch.randn(24, 3, 12, 12, generator=generator, dtype=torch.float64)
+    object.__setattr__(passes, "batch", Batch(images, torch.arange(24) % 4, np.arange(24)))
+    return passes
+
+
+def suite(model: SpikingNetwork, world: World, timesteps: list[int]) -> dict[str, Any]:
+    return run_suite(
+        passes_of(model, world), timesteps=timesteps, drop_timesteps=[], drop_events=[], seed=0
+    )
+
+
+def test_what_is_not_causal_is_evaluated_at_each_t_by_itself(alone: World) -> None:
+    model = small({"kind": "ahead"})
+    found = suite(model, alone, [1, 2, 4])
+    images, labels = passes_of(model, alone).batch.images, torch.arange(24) % 4
+    losses = []
+    with torch.no_grad():
+        for t in (1, 2, 4):
+            model.set_timesteps(t)
+            losses.append(torch.nn.functional.cross_entropy(model(images), labels).item())
+        first_two = model(images, per_timestep=True)[:2].mean(0)
+    got = found["per_timestep_loss"]
+    assert [got[0], got[1], got[3]] == pytest.approx(losses)
+    assert got[2] is None
+    # One pass at the largest T would have said something else.
+    other = torch.nn.functional.cross_entropy(first_two, labels).item()
+    assert abs(other - losses[1]) > 1e-3
+    assert (found["timesteps"], found["loss"]) == (4, got[3])
+    assert found["early_exit"] is None
+    about = {"checkpoint": "x", "model": "m", "step": 1, "split": "val", "seed": 0}
+    about |= {"trained_timesteps": 4, "reported_timesteps": [1, 2, 4]}
+    for text in (as_text(about | found), html_page(about | found)):
+        assert "the network is not causal" in text
+    assert png_page(about | found).startswith(b"\x89PNG")
+
+
+def test_a_training_says_of_what_is_not_causal_only_the_whole(alone: World) -> None:
+    passes = passes_of(small({"kind": "psn"}), alone)
+    result = passes.run("evaluate")
+    assert result.timesteps == 4
+    assert result.per_timestep_top1 == result.per_timestep_loss == []
+    assert passes_of(small({"kind": "masked_psn"}), alone).run("").per_timestep_top1 != []
+
+
+def test_a_network_runs_at_the_t_of_its_neurons_only() -> None:
+    model = small({"kind": "psn"})
+    with pytest.raises(UserError, match="timesteps: psn has weights for T=4 alone"):
+        model.set_timesteps(2)
+    assert model.timesteps == 4
+    with pytest.raises(UserError, match="psn neurons weigh the currents of all timesteps at once"):
+        model.set_segment(2)
+    with pytest.raises(UserError, match="timesteps: psn has weights for T=4 alone"):
+        network("spiking_convnet", {"kind": "psn"}, timesteps=6)
+    masked = small({"kind": "masked_psn"})
+    masked.set_timesteps(2)
+    with pytest.raises(UserError, match="and none for later timesteps; it cannot run 5 timesteps"):
+        masked.set_timesteps(5)
+
+
+UNROLLED: dict[str, dict[str, Any]] = {
+    "spiking_convnet": {"channels": (6, 8, 8), "input_size": 12},
+    "sew_resnet18": {"width": 4},
+    "spiking_resnet18": {"width": 4, "stem_width": 4},
+    "spiking_resnet19": {"width": 4, "stem_width": 4, "hidden_features": 8},
+    "vggsnn": {"input_size": 16, "timesteps": 4},
+    "espikeformer_t": {"widths": (4, 4, 4, 6), "depths": (1, 1), "heads": 2, "timesteps": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name in UNROLLED
+        for kind in ("ilif", "nilif", "lif")
+        if name != "vggsnn" or kind == "nilif"  # It is large.
+    ],
+)
+def test_binary_sub_timesteps_give_the_same_logits(name: str, kind: str) -> None:
+    numbers = {"lif": {"threshold": 0.3}}.get(kind, {"threshold": 0.3, "most_spikes": 4})
+    model = network(name, {"kind": kind, **numbers}, **UNROLLED[name])
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 4, 2, 16, 16) if model.input_kind == "events" else (2, 3, 12, 12)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    seen: dict[str, Tensor] = {}
+
+    def look(layer: str) -> Callable[..., None]:
+        return lambda _module, inputs, _output: seen.__setitem__(layer, inputs[0])
+
+    with torch.no_grad():
+        expected = model(x, per_timestep=True)
+        with unrolled(model) as most:
+            for layer, module in model.named_modules():
+                if isinstance(module, torch.nn.Conv2d) and not layer.startswith("stem"):
+                    # After the hook that sums up, whose inputs are those of the layer.
+                    module.register_forward_hook(look(layer))
+            got = model(x, per_timestep=True)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert expected.std() > 1e-3
+    assert seen
+    convs = {layer: number for layer, number in most.items() if layer in seen}
+    assert convs.keys() == seen.keys()
+    for layer, spikes in seen.items():
+        assert set(spikes.unique().tolist()) <= {0.0, 1.0}
+        assert len(spikes) == 4 * convs[layer]
+    sums = 4 if name == "vggsnn" else 5 if name == "sew_resnet18" else 1  # of pixels, of a stage
+    assert max(convs.values()) <= sums * (1 if kind == "lif" else 4)
+    if kind != "lif":
+        assert max(convs.values()) >= 3
+    # All is as before.
+    with torch.no_grad():
+        assert torch.equal(model(x, per_timestep=True), expected)
+
+
+@pytest.mark.parametrize("kind", ["ilif", "nilif"])
+@pytest.mark.parametrize("name", ["spiking_convnet", "sew_resnet18"])
+def test_operations_of_integer_spikes_are_those_of_the_unrolled_network(
+    name: str, kind: str
+) -> None:
+    """Spikes one by one: each layer's inputs in sub-timesteps, times what each reaches."""
+    model = network(name, {"kind": kind, "threshold": 0.3}, **UNROLLED[name])
+    x = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(0)).double()
+    reached: dict[str, float] = {}
+
+    def count(layer: str) -> Callable[..., None]:
+        def hook(module: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+            ones, flat = torch.ones_like(module.weight), inputs[0].flatten(0, 1)
+            assert set(flat.unique().tolist()) <= {0.0, 1.0}
+            sums = torch.nn.functional.conv2d(flat, ones, None, module.stride, module.padding)
+            reached[layer] = sums.sum().item() / len(x)
+
+        return hook
+
+    with torch.no_grad():
+        with counting_operations(model) as counts:
+            model(x)
+        with unrolled(model):
+            for layer, module in model.named_modules():
+                if isinstance(module, torch.nn.Conv2d) and not layer.startswith("stem"):
+                    module.register_forward_hook(count(layer))
+            model(x)
+    with join("cpu") as world:
+        found = counts.total(world, len(x)).layers
+    for layer, number in reached.items():
+        assert found[layer].accumulates == pytest.approx(number)
+        assert found[layer].multiply_accumulates == 0
+    assert sum(reached.values()) > 0
+
+
+@pytest.mark.parametrize("kind", ["ilif", "nilif"])
+def test_attentions_products_are_unrolled(
+    kind: str, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its convolutions, E-SpikeFormer's attention sees spikes of 0 and 1, and counts the same;
+    so does the classifier, whose neurons send whole numbers of spikes in either case."""
+    model = network(
+        "espikeformer_t", {"kind": kind, "threshold": 0.3}, **UNROLLED["espikeformer_t"]
+    )
+    x = torch.randn(3, 3, 48, 32, generator=torch.Generator().manual_seed(0)).double()
+    seen: list[Tensor] = []
+    tokens = LinearAttention.tokens
+
+    def look(attention: LinearAttention, x: Tensor, dtype: torch.dtype) -> Tensor:
+        seen.append(x)
+        return tokens(attention, x, dtype)
+
+    with torch.no_grad():
+        with counting_operations(model) as numbers:
+            features = model.forward_head(model.forward_features(x), pre_logits=True)
+            expected = model.get_classifier()(features)
+        monkeypatch.setattr(LinearAttention, "tokens", look)
+        with unrolled(model) as most, counting_operations(model, in_spikes=True) as spikes:
+            got = model(x, per_timestep=True)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert {value for x in seen for value in x.unique().tolist()} == {0.0, 1.0}
+    assert most["fc"] == features.max() > 1
+    of_numbers, of_spikes = (counts.total(alone, len(x)).layers for counts in (numbers, spikes))
+    # 4 outputs of the classifier.
+    assert of_numbers["fc"].accumulates == pytest.approx(4 * features.sum().item() / len(x))
+    products = [name for name in of_numbers if name.endswith("attention.attention")]
+    assert len(products) == 2
+    for name, layer in of_numbers.items():
+        assert of_spikes[name].accumulates == pytest.approx(layer.accumulates), name
+        assert layer.accumulates > 0 or name == "stem.conv"
+
+
+def test_what_does_not_fire_is_not_unrolled() -> None:
+    with (
+        pytest.raises(UserError, match="--unroll: only neurons"),
+        unrolled(small({"kind": "relu"})),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["ilif", "nilif"])
+def test_firing_rates_of_integer_spikes_are_shares_of_the_most(kind: str, alone: World) -> None:
+    model = small({"kind": kind, "most_spikes": 8, "threshold": 0.3})
+    seen: list[Tensor] = []
+    model.stem.neuron.register_forward_hook(lambda _m, _i, output: seen.append(output))  # type: ignore[union-attr]  # of a ConvNormNeuron
+    result = passes_of(model, alone).run("evaluate")
+    spikes = seen[0] / (8 if kind == "ilif" else 1)
+    assert 0.1 < result.firing_rate["stem.neuron"] < 1
+    assert result.firing_rate["stem.neuron"] == pytest.approx(spikes.mean().item())
+
+
+@pytest.mark.parametrize("kind", ["ilif", "nilif"])
+def test_an_unrolled_evaluation_says_the_same(kind: str, alone: World) -> None:
+    model = small({"kind": kind, "threshold": 0.3})
+    passes = passes_of(model, alone)
+    numbers, spikes = (
+        run_suite(
+            passes, timesteps=[2, 4], unroll=unroll, drop_timesteps=[], drop_events=[], seed=0
+        )
+        for unroll in (False, True)
+    )
+    most = spikes.pop("sub_timesteps")
+    assert most.keys() == {"blocks.0.conv", "blocks.1.conv", "fc"}
+    assert set(most.values()) <= {2, 3, 4}
+    assert spikes["per_timestep_loss"] == pytest.approx(numbers["per_timestep_loss"], rel=1e-12)
+    for key in ("per_timestep_top1", "confusion", "firing_rate"):
+        assert spikes[key] == numbers[key]
+    for layer, found in spikes["operations"]["layers"].items():
+        assert found == pytest.approx(numbers["operations"]["layers"][layer]), layer

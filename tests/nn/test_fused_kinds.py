@@ -1,0 +1,199 @@
+"""Fused passes of the kinds of neurons beside LIF, against their definition: C++ and Triton."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from passes import (
+    IMPLEMENTATIONS,
+    assert_same,
+    each_implementation,
+    one_thread,
+    randomize,
+    results_of,
+)
+from torch import Tensor, nn
+
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.neurons import make
+from tetdist.nn.norm_neuron import Neuron, NormNeuron, carrying_membranes
+from tetdist.nn.packed import carried
+
+T = 3
+KINDS: dict[str, dict[str, Any]] = {
+    "plif": {"kind": "plif"},
+    "plif, soft": {
+        "kind": "plif",
+        "decay": 0.75,
+        "threshold": 0.7,
+        "reset": "soft",
+        "decay_input": False,
+        "surrogate": "atan",
+        "surrogate_width": 2.0,
+    },
+    "ilif": {"kind": "ilif", "threshold": 0.6},
+    "nilif": {"kind": "nilif", "threshold": 0.4, "most_spikes": 8, "detach_reset": True},
+}
+PARALLEL: dict[str, dict[str, Any]] = {
+    "psn": {"kind": "psn", "timesteps": T},
+    "masked_psn": {"kind": "masked_psn", "timesteps": T, "mask": 0.5, "surrogate": "sigmoid"},
+    "sliding_psn": {"kind": "sliding_psn"},
+}
+ALL = KINDS | PARALLEL
+KINDS_ON: dict[str, list[str]] = {"native": [*KINDS, *PARALLEL], "triton": [*KINDS]}
+each_kind_and_implementation = pytest.mark.parametrize(
+    ("implementation", "kind"), [(where, kind) for where in KINDS_ON for kind in KINDS_ON[where]]
+)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def layer(kind: str, channels: int = 5) -> NormNeuron:
+    torch.manual_seed(0)
+    module = NormNeuron(channels, make(ALL[kind])).double()
+    randomize(module)
+    with torch.no_grad():
+        for value in module.learned.values():
+            value += 0.3 * torch.randn_like(value)
+    return module
+
+
+class Whole(nn.Module):
+    """A layer with all that can be added: a normalised shortcut, and spikes."""
+
+    def __init__(self, kind: str, form: str) -> None:
+        super().__init__()
+        self.layer = layer(kind)
+        if "normalised" in form:
+            self.norm = BatchNorm(5).double()
+            randomize(self.norm, seed=1)
+
+
+Call = Callable[[Any, dict[str, Tensor]], Tensor]
+FORMS: dict[str, tuple[Call, tuple[str, ...]]] = {
+    "alone": (lambda m, x: m.layer(x["current"], T), ("current",)),
+    "one for all timesteps": (lambda m, x: m.layer(x["still"], T), ("still",)),
+    "with a shortcut": (
+        lambda m, x: m.layer(x["current"], T, shortcut=x["added"]),
+        ("current", "added"),
+    ),
+    "with a normalised shortcut": (
+        lambda m, x: m.layer(x["current"], T, shortcut=x["added"], shortcut_norm=m.norm),
+        ("current", "added"),
+    ),
+    "with spikes": (
+        lambda m, x: m.layer(x["current"], T, identity=x["identity"]),
+        ("current", "identity"),
+    ),
+}
+
+
+def inputs_of(names: tuple[str, ...]) -> dict[str, Tensor]:
+    made = {
+        "current": draw(0, T, 3, 5, 3, 4),
+        "still": draw(1, 1, 3, 5, 3, 4),
+        "added": draw(2, T, 3, 5, 3, 4),
+        "identity": (draw(3, T, 3, 5, 3, 4) > 0).double(),
+    }
+    return {name: made[name].requires_grad_() for name in names}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("form", FORMS)
+@each_kind_and_implementation
+def test_against_the_definition(implementation: str, kind: str, form: str, training: bool) -> None:
+    call, names = FORMS[form]
+    results = []
+    for execution in ("reference", "fused"):
+        module = Whole(kind, form).train(training)
+        module.layer.execution = execution
+        inputs = inputs_of(names)
+        with IMPLEMENTATIONS[implementation]():
+            results.append(results_of(module, lambda m, i=inputs: call(m, i), inputs))
+    assert results[0]["output"].std() > 0.1
+    assert_same(results[1], results[0])
+
+
+@each_kind_and_implementation
+def test_neurons_without_a_norm(implementation: str, kind: str) -> None:
+    results = []
+    for execution in ("reference", "fused"):
+        torch.manual_seed(0)
+        module = Neuron(make(ALL[kind]), 7).double()
+        module.execution = execution
+        inputs = {"current": draw(0, T, 3, 5, 7).requires_grad_()}
+        with IMPLEMENTATIONS[implementation]():
+            results.append(results_of(module, lambda m, i=inputs: m(i["current"]), inputs))
+    assert_same(results[1], results[0])
+
+
+@each_kind
+@each_implementation
+def test_membranes_carried_over_segments(implementation: str, kind: str) -> None:
+    """Outputs and gradients of the second stretch of time, which starts where the first ended."""
+    results = []
+    for execution in ("reference", "fused"):
+        module = layer(kind).eval()
+        module.execution = execution
+        start = (0.5 * draw(4, 3, 5, 3, 4)).requires_grad_()
+        inputs = {"current": draw(0, T, 3, 5, 3, 4).requires_grad_(), "start": start}
+
+        def call(m: Any, inputs: dict[str, Tensor] = inputs) -> Tensor:
+            with carrying_membranes([m], [inputs["start"]]) as ends:
+                spikes = m(inputs["current"], T)
+                return torch.cat([spikes, ends()[0][None]])
+
+        with IMPLEMENTATIONS[implementation]():
+            results.append(results_of(module, call, inputs))
+    assert_same(results[1], results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_kind_and_implementation
+def test_spikes_in_bytes(implementation: str, kind: str, dtype: torch.dtype) -> None:
+    """What is kept for the next layer is what the layer sends, with what is added to it."""
+    module = layer(kind).float().train()
+    current = draw(0, T, 3, 5, 3, 4).to(dtype).requires_grad_()
+    with IMPLEMENTATIONS[implementation]():
+        first = module(current, T)
+        both = module(current, T, identity=first)
+        both.float().sum().backward()
+    levels = ALL[kind].get("most_spikes", 1) if kind == "nilif" else 1
+    for spikes, most in ((first, 1), (both, 2)):
+        packed = carried(spikes)
+        assert packed is not None
+        assert packed.levels == levels
+        assert torch.equal(packed.unpack(dtype), spikes)
+        assert 0 <= spikes.min() <= spikes.max() <= most * module.neuron.highest
+    assert torch.equal(both, 2 * first)
+    assert len(first.unique()) == (first.unique().numel() if "ilif" in kind else 2)
+    assert first.dtype == dtype
+    assert current.grad is not None
+    assert current.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_one_float32_layer_is_near_the_definition(kind: str) -> None:
+    results = []
+    for execution in ("reference", "fused"):
+        module = layer(kind).float().train()
+        module.execution = execution
+        inputs = {"current": draw(0, T, 8, 5, 9, 9).float().requires_grad_()}
+        results.append(results_of(module, lambda m, i=inputs: m(i["current"], T), inputs))
+    # A membrane within rounding of a border may fall on its other side.
+    differing = (results[0]["output"] != results[1]["output"]).double().mean()
+    assert differing < 1e-3
+    for name, value in results[0].items():
+        if name.startswith("gradient"):
+            scale = value.abs().max()
+            assert (results[1][name] - value).abs().median() < 1e-4 * scale, name

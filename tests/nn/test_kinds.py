@@ -1,0 +1,311 @@
+"""Kinds of neurons beside LIF: each against its equations, typed anew, and by hand."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tetdist.nn import neurons
+from tetdist.nn.neurons import NeuronConfig, make
+
+DOUBLE = torch.float64
+
+
+def fires(x: Tensor, smooth: Callable[[Tensor], Tensor]) -> Tensor:
+    """A step at 0, included, that has the derivative of ``smooth``."""
+    soft = smooth(x)
+    return (x.detach() >= 0).to(x.dtype) + soft - soft.detach()
+
+
+def sigmoid_of(alpha: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.sigmoid(alpha * x)
+
+
+def atan_of(alpha: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: (math.pi / 2 * alpha * x).atan() / math.pi
+
+
+def plif(x: Tensor, p: dict[str, Tensor], *, soft: bool, scaled: bool, cut: bool) -> Tensor:
+    """As spikingjelly has it: a membrane v and a threshold of 1."""
+    v, spikes = torch.zeros_like(x[0]), []
+    share = 1 / (1 + (-p["w"]).exp())
+    for x_t in x:
+        v = v + (x_t - v) * share if scaled else v - v * share + x_t
+        s = fires(v - 1, sigmoid_of(4.0))
+        spikes.append(s)
+        again = s.detach() if cut else s
+        v = v - again if soft else (1 - again) * v
+    return torch.stack(spikes)
+
+
+def weighted(
+    x: Tensor, allowed: Callable[[int, int], Tensor], bias: Callable[[int], Tensor]
+) -> Tensor:
+    rows = []
+    for t in range(len(x)):
+        h = bias(t) + sum(allowed(t, s) * x[s] for s in range(len(x)))
+        rows.append(fires(h, atan_of(2.0)))
+    return torch.stack(rows)
+
+
+def psn(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    return weighted(x, lambda t, s: p["weight"][t, s], lambda t: p["bias"][t])
+
+
+def masked_psn(x: Tensor, p: dict[str, Tensor], *, order: int, mask: float) -> Tensor:
+    def share(t: int, s: int) -> Tensor:
+        return p["weight"][t, s] * (1.0 if t - order < s <= t else 1 - mask)
+
+    return weighted(x, share, lambda t: p["bias"][t])
+
+
+def sliding_psn(x: Tensor, p: dict[str, Tensor], *, order: int) -> Tensor:
+    def share(t: int, s: int) -> Tensor:
+        return (
+            p["weight"][order - 1 - (t - s)]
+            if 0 <= t - s < order
+            else torch.zeros((), dtype=DOUBLE)
+        )
+
+    return weighted(x, share, lambda _: p["bias"])
+
+
+def ilif(
+    x: Tensor,
+    p: dict[str, Tensor],
+    *,
+    decay: float,
+    threshold: float,
+    most: int,
+    cut: bool,
+    over: int,
+) -> Tensor:
+    assert not p
+    u, counts = torch.zeros_like(x[0]), []
+    for x_t in x:
+        u = decay * u + x_t
+        clipped = (u / threshold).clamp(0, most)
+        count = clipped + (clipped.round() - clipped).detach()
+        counts.append(count)
+        u = u - threshold * (count.detach() if cut else count)
+    return torch.stack(counts) / over
+
+
+CASES: dict[str, tuple[dict[str, Any], Callable[..., Tensor], dict[str, Any]]] = {
+    "plif": ({"kind": "plif"}, plif, {"soft": False, "scaled": True, "cut": False}),
+    "plif, soft": (
+        {
+            "kind": "plif",
+            "decay": 0.75,
+            "reset": "soft",
+            "detach_reset": True,
+            "decay_input": False,
+        },
+        plif,
+        {"soft": True, "scaled": False, "cut": True},
+    ),
+    "psn": ({"kind": "psn", "timesteps": 5}, psn, {}),
+    "masked_psn": (
+        {"kind": "masked_psn", "timesteps": 5},
+        masked_psn,
+        {"order": 2, "mask": 1.0},
+    ),
+    "masked_psn, in part": (
+        {"kind": "masked_psn", "timesteps": 5, "order": 3, "mask": 0.25},
+        masked_psn,
+        {"order": 3, "mask": 0.25},
+    ),
+    "sliding_psn": ({"kind": "sliding_psn", "order": 3}, sliding_psn, {"order": 3}),
+    "ilif": (
+        {"kind": "ilif"},
+        ilif,
+        {"decay": 0.25, "threshold": 1.0, "most": 4, "cut": False, "over": 1},
+    ),
+    "ilif, other numbers": (
+        {"kind": "ilif", "decay": 0.5, "threshold": 0.7, "most_spikes": 3, "detach_reset": True},
+        ilif,
+        {"decay": 0.5, "threshold": 0.7, "most": 3, "cut": True, "over": 1},
+    ),
+    "nilif": (
+        {"kind": "nilif", "most_spikes": 8},
+        ilif,
+        {"decay": 0.25, "threshold": 1.0, "most": 8, "cut": False, "over": 8},
+    ),
+}
+
+
+def doubled(config: NeuronConfig, seed: int = 0) -> dict[str, Tensor]:
+    """The neuron's parameters in float64, away from where they begin."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (
+            value.detach().double()
+            + 0.2 * torch.randn(value.shape, generator=generator, dtype=DOUBLE)
+        ).requires_grad_()
+        for name, value in neurons.learned(config, 3).items()
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_against_the_equations(case: str) -> None:
+    values, equations, numbers = CASES[case]
+    config = make(values)
+    generator = torch.Generator().manual_seed(1)
+    current = torch.randn(5, 40, 3, generator=generator, dtype=DOUBLE) * 1.2 + 0.4
+    weight = torch.randn(5, 40, 3, generator=generator, dtype=DOUBLE)
+    current.requires_grad_()
+    parameters = doubled(config)
+    leaves = [current, *parameters.values()]
+
+    own, _ = config.run(current, None, **parameters)
+    typed = equations(current, parameters, **numbers)
+    assert 0 < own.mean() < (config.highest if config.levels else 1)
+    torch.testing.assert_close(own, typed, rtol=0, atol=1e-12)
+    for got, right in zip(
+        torch.autograd.grad((own * weight).sum(), leaves),
+        torch.autograd.grad((typed * weight).sum(), leaves),
+        strict=True,
+    ):
+        assert right.abs().max() > 0
+        torch.testing.assert_close(got, right, rtol=1e-10, atol=1e-10)
+
+
+def test_integer_spikes_by_hand() -> None:
+    # Half goes to the even one: 0.5 is silent, 1.5 and 2.5 are two spikes. What is above 4 stays.
+    config = make({"kind": "ilif", "decay": 0.5})
+    current = torch.tensor([[0.5, 1.5, 2.5, 5.0, -1.0], [0.0, 0.0, 0.0, 0.0, 3.5]])
+    counts, u = config.run(current, None)
+    assert counts.tolist() == [[0, 2, 2, 4, 0], [0, 0, 0, 0, 3]]
+    assert u.tolist() == [0.25, -0.25, 0.25, 0.5, 0.0]
+    assert config.run(current, None)[0].dtype == torch.float32
+    shares, _ = make({"kind": "nilif", "decay": 0.5}).run(current, None)
+    assert torch.equal(shares, counts / 4)
+
+
+def test_plif_begins_as_lif_of_its_decay() -> None:
+    generator = torch.Generator().manual_seed(0)
+    current = torch.randn(6, 50, generator=generator, dtype=DOUBLE) + 0.5
+    surrogate = {"surrogate": "sigmoid", "surrogate_width": 4.0}
+    config = make({"kind": "plif", "decay": 0.75, "decay_input": False})
+    (w,) = config.parameters(3).values()
+    assert w.item() == pytest.approx(math.log(0.25 / 0.75))
+    assert make({"kind": "plif"}).parameters(3)["w"].item() == 0
+    as_lif = make({"decay": 0.75, **surrogate})
+    exact = {"w": torch.tensor(math.log(0.25 / 0.75), dtype=DOUBLE)}
+    assert torch.equal(config.run(current, None, **exact)[0], as_lif.run(current, None)[0])
+
+
+def test_sliding_psn_begins_as_a_leaky_neuron_without_reset() -> None:
+    config = make({"kind": "sliding_psn", "order": 5})
+    assert config.parameters(1)["weight"].tolist() == [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
+    current = torch.rand(5, 30, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+    parameters = {name: value.double() for name, value in config.parameters(1).items()}
+    u, spikes = torch.zeros(30, dtype=DOUBLE), []
+    for current_t in current:
+        u = u / 2 + current_t
+        spikes.append(u >= 1)
+    assert torch.equal(config.run(current, None, **parameters)[0], torch.stack(spikes).double())
+
+
+@pytest.mark.parametrize("kind", ["psn", "masked_psn", "sliding_psn"])
+def test_first_weights_of_psn(kind: str) -> None:
+    torch.manual_seed(0)
+    numbers = {"sliding_psn": {"order": 100, "init": "uniform"}}
+    config = make({"kind": kind, **numbers.get(kind, {"timesteps": 100})})
+    parameters = config.parameters(7)
+    weight = parameters["weight"]
+    assert weight.shape == ((100,) if kind == "sliding_psn" else (100, 100))
+    assert 0.09 < weight.abs().max() <= 0.1  # 1 / sqrt(100)
+    assert weight.std() == pytest.approx(0.1 / math.sqrt(3), rel=0.15)
+    assert (parameters["bias"] == -1).all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_sliding_psn_over_segments_equals_one_run(length: int) -> None:
+    config = make({"kind": "sliding_psn", "order": 4})
+    parameters = doubled(config)
+    current = torch.randn(6, 20, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+    current.requires_grad_()
+    whole, _ = config.run(current, None, **parameters)
+    parts, membrane = [], None
+    for part in current.split(length):
+        spikes, membrane = config.run(part, membrane, **parameters)
+        parts.append(spikes)
+    together = torch.cat(parts)
+    assert torch.equal(together, whole)
+    leaves = [current, *parameters.values()]
+    weight = torch.randn(6, 20, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
+    for got, right in zip(
+        torch.autograd.grad((together * weight).sum(), leaves),
+        torch.autograd.grad((whole * weight).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
+
+
+def test_which_kinds_are_causal_and_what_they_run() -> None:
+    """A causal one gives at T = t what it gives at t of a longer run; another says so."""
+    current = torch.randn(4, 200, dtype=DOUBLE, generator=torch.Generator().manual_seed(0)) + 0.5
+    found = {}
+    for values in (
+        {"kind": "plif"},
+        {"kind": "ilif"},
+        {"kind": "nilif"},
+        {"kind": "sliding_psn", "order": 3},
+        {"kind": "masked_psn", "order": 3},
+        {"kind": "masked_psn", "order": 3, "mask": 0.5},
+        {"kind": "psn"},
+    ):
+        config = make(values)
+        parameters = doubled(config)
+        name = values["kind"] + ("" if "mask" not in values else ", in part")
+        found[name] = (config.causal, [t for t in range(1, 7) if config.refusal(t) is None])
+        if config.causal:
+            whole, _ = config.run(current, None, **parameters)
+            for t in range(1, 4):
+                assert torch.equal(config.run(current[:t], None, **parameters)[0], whole[:t]), name
+    everything = (True, [1, 2, 3, 4, 5, 6])
+    assert found == {
+        "plif": everything,
+        "ilif": everything,
+        "nilif": everything,
+        "sliding_psn": everything,
+        "masked_psn": (True, [1, 2, 3, 4]),
+        "masked_psn, in part": (False, [4]),
+        "psn": (False, [4]),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_membranes_are_wide_and_spikes_are_as_the_current(case: str, dtype: torch.dtype) -> None:
+    config = make(CASES[case][0])
+    current = torch.randn(5, 60, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    parameters = neurons.learned(config, 3)
+    spikes, _ = config.run(current, None, **parameters)
+    assert spikes.dtype == dtype
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(config.run(current, None, **parameters)[0], spikes)
+    # Computed in float32, whatever the current's type: rounding it first is all that matters.
+    wide, _ = config.run(current.float(), None, **parameters)
+    assert torch.equal(spikes.float(), wide.to(dtype).float())
+
+
+BAD = {
+    "decay must be below 1, not 1.0": {"kind": "plif", "decay": 1.0},
+    "decay must be at least 0, not -0.5": {"kind": "ilif", "decay": -0.5},
+    "most_spikes must be at most 16, not 17": {"kind": "ilif", "most_spikes": 17},
+    "most_spikes must be a power of 2": {"kind": "nilif", "most_spikes": 3},
+    "mask must be at most 1, not 1.5": {"kind": "masked_psn", "mask": 1.5},
+    "order must be at least 1, not 0": {"kind": "sliding_psn", "order": 0},
+    "init must be one of exponential, uniform, not 'zero'": {"kind": "sliding_psn", "init": "zero"},
+}
+
+
+@pytest.mark.parametrize("said", BAD)
+def test_numbers_outside_their_range_are_refused(said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make(BAD[said])

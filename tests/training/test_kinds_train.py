@@ -1,0 +1,123 @@
+"""Whole runs with each kind of neuron: it learns, on any number of processes, and continues."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from tiny import Farm
+
+from tetdist.cli import eval as eval_command
+
+ConfigWriter = Callable[..., Path]
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plif": {"kind": "plif", "threshold": 0.5},
+    "psn": {"kind": "psn", "timesteps": 2},
+    "masked_psn": {"kind": "masked_psn", "timesteps": 2},
+    "sliding_psn": {"kind": "sliding_psn", "threshold": 0.5},
+    "ilif": {"kind": "ilif"},
+    "nilif": {"kind": "nilif"},
+}
+LEARNT = {"plif": ["w"], "psn": ["bias", "weight"], "masked_psn": ["bias", "weight"]}
+LEARNT |= {"sliding_psn": ["bias", "weight"], "ilif": [], "nilif": []}
+each_kind = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(k, marks=() if k in ("plif", "psn", "ilif") else pytest.mark.long)
+        for k in KINDS
+    ],
+)
+
+
+def changes(kind: str) -> dict[str, Any]:
+    phase = {"epochs": 8, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05}}
+    phase["optimizer"]["weight_decay"] = 0.01  # type: ignore[index]  # of a mapping
+    return {
+        "model.neuron": KINDS[kind],
+        "phases": [phase],
+        "evaluate_every": 8,
+        "execution": "fused",
+        "recompute": "blocks",
+    }
+
+
+@each_kind
+def test_it_learns_and_continues_to_the_bit(
+    kind: str, farm: Farm, tiny_root: Path, tmp_path: Path
+) -> None:
+    files = {
+        name: tiny.write_config(
+            tmp_path / f"{name}.yaml", tiny_root, changes(kind) | {"name": name}
+        )
+        for name in ("straight", "stopped")
+    }
+    outcome = farm(files["straight"])
+    assert outcome.status == 0, outcome.text
+    straight, stopped = tmp_path / "runs/straight", tmp_path / "runs/stopped"
+    (val,) = tiny.metrics(straight, "val")
+    assert val["top1"] > 50  # chance is 25 %
+    # What the neurons learn is in the checkpoint, and has moved.
+    weights = load_file(tiny.newest(straight) / "model.safetensors")
+    learnt = {
+        key: value for key, value in weights.items() if key.startswith("stem.neuron.learned.")
+    }
+    assert [key.rpartition(".")[2] for key in sorted(learnt)] == LEARNT[kind]
+    begins = {"w": 0.0, "bias": -KINDS[kind].get("threshold", 1.0)}
+    for key, value in learnt.items():
+        first = begins.get(key.rpartition(".")[2])
+        assert first is None or (value != first).all(), key
+
+    first = farm(files["stopped"], stop=("micro", 33, signal.SIGTERM))
+    assert first.status == 128 + signal.SIGTERM, first.text
+    second = farm(files["stopped"])
+    assert second.status == 0, second.text
+    tiny.assert_same_run(stopped, straight)
+
+
+@each_kind
+def test_two_processes_are_the_run_of_one(
+    kind: str, farm: Farm, tiny_root: Path, tmp_path: Path
+) -> None:
+    own = changes(kind) | {"phases.0.epochs": 2, "engine": "torch", "precision": "fp64"}
+    runs = []
+    for world in (1, 2):
+        name = f"of{world}"
+        file = tiny.write_config(tmp_path / f"{name}.yaml", tiny_root, own | {"name": name})
+        outcome = farm(file, world=world)
+        assert outcome.status == 0, outcome.text
+        runs.append(load_file(tiny.newest(tmp_path / "runs" / name) / "model.safetensors"))
+    for key, value in runs[0].items():
+        torch.testing.assert_close(runs[1][key], value, rtol=1e-9, atol=1e-9, msg=key)
+
+
+def test_a_phase_of_another_t_is_refused_where_the_neurons_have_but_one(
+    farm: Farm, tiny_config: ConfigWriter
+) -> None:
+    phases = [{"epochs": 1, "timesteps": t, "optimizer": {"lr": 0.05}} for t in (2, 3)]
+    outcome = farm(tiny_config({"model.neuron": KINDS["psn"], "phases": phases}))
+    assert outcome.status == 2
+    assert "phases.1.timesteps: psn has weights for T=2 alone" in outcome.text
+    outcome = farm(tiny_config(changes("psn") | {"recompute": {"timesteps": 1}}))
+    assert outcome.status == 2
+    assert "recompute: psn neurons weigh the currents of all timesteps at once" in outcome.text
+
+
+def test_an_evaluation_refuses_the_t_that_does_not_exist(
+    farm: Farm, tiny_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tiny_config(changes("psn") | {"phases.0.epochs": 1})
+    assert farm(file).status == 0
+    run, found = tmp_path / "runs/tiny", tmp_path / "found.json"
+    assert eval_command.main(["--checkpoint", str(run), "--timesteps", "1,2"]) == 2
+    assert "--timesteps: psn has weights for T=2 alone" in capsys.readouterr().err
+    assert eval_command.main(["--checkpoint", str(run), "--json", str(found)]) == 0
+    values = json.loads(found.read_text())
+    assert values["reported_timesteps"] == [2]
+    assert values["per_timestep_top1"] == [None, values["top1"]]
+    assert values["top1"] == tiny.metrics(run, "val")[-1]["top1"]

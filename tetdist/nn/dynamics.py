@@ -1,0 +1,79 @@
+"""What the passes have to know of a kind of neuron: its choices and its numbers."""
+
+from dataclasses import dataclass
+
+from tetdist.nn.integer_neurons import ILIF
+from tetdist.nn.learned_decay import PLIF
+from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.nn.parallel_neurons import ParallelNeuron
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """A neuron in the terms of the kernels.
+
+    Attributes:
+        decay: As it begins, where it is learnt.
+        most: The most spikes in a timestep, where it counts them; None: it fires or does not.
+        levels: What it sends is its number of spikes over this.
+        learns_decay: Whether ``share``, 1 - decay, is learnt.
+        scales_input: Whether the current is multiplied by the share.
+        parallel: Whether it has no membrane at all, but fires at learnt sums over time.
+    """
+
+    decay: float
+    threshold: float
+    resets_to_zero: bool
+    detach_reset: bool
+    surrogate: str
+    width: float
+    fires_at_threshold: bool
+    most: int | None = None
+    levels: int = 1
+    learns_decay: bool = False
+    scales_input: bool = False
+    parallel: bool = False
+
+
+def dynamics_of(config: NeuronConfig) -> Dynamics:
+    """The dynamics of a kind of neuron that has passes."""
+    match config:
+        case LIF():
+            learns = isinstance(config, PLIF)
+            return Dynamics(
+                decay=config.decay,
+                threshold=config.threshold,
+                resets_to_zero=config.resets_to_zero,
+                detach_reset=config.detach_reset,
+                surrogate=config.surrogate,
+                width=config.surrogate_width,
+                fires_at_threshold=config.fires_at_threshold,
+                learns_decay=learns,
+                scales_input=isinstance(config, PLIF) and config.decay_input,
+            )
+        case ILIF():
+            assert config.levels is not None
+            # There is no step, hence neither a surrogate nor a threshold to be met exactly.
+            return Dynamics(
+                decay=config.decay,
+                threshold=config.threshold,
+                resets_to_zero=False,
+                detach_reset=config.detach_reset,
+                surrogate="triangle",
+                width=1.0,
+                fires_at_threshold=False,
+                most=config.most_spikes,
+                levels=config.levels,
+            )
+        case ParallelNeuron():
+            return Dynamics(
+                decay=0.0,
+                threshold=config.threshold,
+                resets_to_zero=False,
+                detach_reset=False,
+                surrogate=config.surrogate,
+                width=config.surrogate_width,
+                fires_at_threshold=True,
+                parallel=True,
+            )
+    raise AssertionError(f"{type(config).__name__} has no passes")

@@ -1,0 +1,116 @@
+"""Neurons that fire up to D spikes in a timestep: I-LIF and NI-LIF.
+
+I-LIF (Luo et al., ECCV 2024, arXiv 2407.20708) is trained on whole numbers of spikes:
+
+    u[t] = decay * u_after_reset[t-1] + I[t]
+    c[t] = round(clip(u[t] / V_th, 0, D))               (half to even)
+    u_after_reset[t] = u[t] - V_th * c[t]
+
+c leaves the neuron; its derivative with respect to ``u / V_th`` is taken for 1 in [0, D], the ends
+included, and 0 outside. A device runs each timestep as D sub-timesteps, in c of which the neuron
+fires: the next layer of synapses adds its weights c times, which is the same. `unrolled`, in
+evaluation/unrolling.py, computes so.
+
+NI-LIF (Yao et al., Spike-driven Transformer V3) sends ``c / D``, which is as if the weights were
+divided by D. At T=1, or with ``decay: 0``, there is no membrane, and c is the input quantised.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tetdist.nn.neurons import NEURONS, NeuronConfig, option
+
+
+class _Count(torch.autograd.Function):
+    """``round(clip(x, 0, most))`` forward, the gradient of ``clip`` backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, most: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.most = most
+        return x.clamp(0, most).round()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grad_outputs[0] * ((x >= 0) & (x <= ctx.most)), None
+
+
+@NEURONS.register("ilif")
+@dataclass(frozen=True, kw_only=True)
+class ILIF(NeuronConfig):
+    """Leaky integrate-and-fire with up to `most_spikes` spikes in a timestep, and a soft reset."""
+
+    decay: float = option(
+        0.25,
+        "Share of the membrane kept from one timestep to the next; 0: no membrane.",
+        ge=0,
+        le=1,
+    )
+    # Sums of spikes over a stage of a SEW-ResNet have to stay within a byte.
+    most_spikes: int = option(4, "D, the most spikes of a neuron in a timestep.", ge=1, le=16)
+    detach_reset: bool = option(
+        False, "Whether the reset is a constant to the backward pass. The paper's is not."
+    )
+
+    @property
+    def binary(self) -> bool:
+        return False
+
+    @property
+    def has_passes(self) -> bool:
+        return type(self) in (ILIF, NILIF)
+
+    @property
+    def levels(self) -> int | None:
+        return 1
+
+    @property
+    def highest(self) -> int:
+        return self.most_spikes
+
+    def run(
+        self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert not parameters
+        wide = torch.promote_types(current.dtype, torch.float32)
+        u = torch.zeros_like(current[0], dtype=wide) if membrane is None else membrane
+        counts = []
+        for current_t in current.to(wide):
+            u = self.decay * u + current_t
+            count = _Count.apply(u / self.threshold, self.most_spikes)
+            counts.append(count)
+            u = u - self.threshold * (count.detach() if self.detach_reset else count)
+        return self.sent(torch.stack(counts)).to(current.dtype), u
+
+    def sent(self, counts: Tensor) -> Tensor:
+        """What leaves the neurons, of their numbers of spikes."""
+        return counts
+
+
+@NEURONS.register("nilif")
+@dataclass(frozen=True, kw_only=True)
+class NILIF(ILIF):
+    """I-LIF that sends its number of spikes divided by their most, D: 0, 1/D, ..., 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.most_spikes & (self.most_spikes - 1):
+            raise ValueError(
+                "most_spikes must be a power of 2 where spikes are divided by it, so that their "
+                f"sums are exact, not {self.most_spikes}"
+            )
+
+    @property
+    def levels(self) -> int | None:
+        return self.most_spikes
+
+    @property
+    def highest(self) -> int:
+        return 1
+
+    def sent(self, counts: Tensor) -> Tensor:
+        return counts / self.most_spikes

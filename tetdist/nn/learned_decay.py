@@ -1,0 +1,65 @@
+"""LIF neurons that learn their decay: PLIF (Fang et al., ICCV 2021), one number a layer.
+
+With ``a = sigmoid(w)``, the inverse of the time constant tau, and w learnt:
+
+    u[t] = (1 - a) * u_after_reset[t-1] + a * I[t]      (decay_input)
+         = (1 - a) * u_after_reset[t-1] + I[t]          (without)
+
+Spike and reset are those of neurons.py. w begins with ``-log(tau - 1)``, where ``tau = 1 / (1 -
+decay)``. Original values and surrogate are those of spikingjelly's ParametricLIFNode.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tetdist.nn import neurons
+from tetdist.nn.neurons import LIF, NEURONS, SurrogateName, option
+
+
+@NEURONS.register("plif")
+@dataclass(frozen=True, kw_only=True)
+class PLIF(LIF):
+    """Leaky integrate-and-fire whose decay is learnt, one number a layer."""
+
+    decay: float = option(
+        0.5,
+        "Share of the membrane kept from one timestep to the next, 1 - 1/tau, as it begins.",
+        gt=0,
+        lt=1,
+    )
+    surrogate: SurrogateName = option(
+        "sigmoid", "Stands in for the spike's derivative in the backward pass."
+    )
+    surrogate_width: float = option(
+        4.0, "Half-width of triangle and rectangle, steepness of atan and sigmoid.", gt=0
+    )
+    fires_at_threshold: bool = option(True, "Whether a membrane exactly at the threshold fires.")
+    decay_input: bool = option(
+        True, "Whether the input is scaled by 1/tau, the share of the membrane that is lost."
+    )
+
+    def parameters(self, num_channels: int) -> dict[str, Tensor]:
+        del num_channels
+        return {"w": torch.tensor(math.log((1 - self.decay) / self.decay))}
+
+    @property
+    def has_passes(self) -> bool:
+        return type(self) is PLIF and self.spike == "step"
+
+    def in_passes(self, timesteps: int, **parameters: Tensor) -> tuple[Tensor, ...]:
+        del timesteps
+        return (parameters["w"].sigmoid(),)
+
+    def run(
+        self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        (w,) = parameters.values()
+        share = w.to(torch.promote_types(current.dtype, torch.float32)).sigmoid()
+        scaled = current.to(share.dtype)
+        if self.decay_input:
+            scaled = scaled * share
+        spikes, membrane = neurons.run(scaled, self, membrane, decay=1 - share)
+        return spikes.to(current.dtype), membrane

@@ -1,0 +1,188 @@
+"""Parallel spiking neurons (PSN, Fang et al., NeurIPS 2023): all timesteps at once, without reset.
+
+What a neuron fires at is a learnt weighted sum of its currents, the same sum in a whole layer:
+
+    H[t] = sum over s of A[t, s] I[s], plus b[t]
+    s[t] = 1 if H[t] >= 0 else 0
+
+    psn            A is any (T, T) and b any (T,): a spike depends on later currents, too
+    masked_psn     A[t, s] is multiplied by 1 - mask unless t - order < s <= t: with mask 1 a spike
+                   depends on the last `order` currents
+    sliding_psn    A[t, s] = w[order - 1 - (t - s)] for those, and one b: any number of timesteps
+
+b begins with -threshold. The values are those of the authors' code, as are the initial weights.
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tetdist.nn import neurons
+from tetdist.nn.neurons import NEURONS, NeuronConfig, SurrogateName, option
+from tetdist.wording import counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelNeuron(NeuronConfig):
+    """What the three kinds share."""
+
+    over_time: ClassVar[frozenset[str]] = frozenset({"weight", "bias"})
+    segments: ClassVar[bool] = False
+
+    surrogate: SurrogateName = option(
+        "atan", "Stands in for the spike's derivative in the backward pass."
+    )
+    surrogate_width: float = option(
+        2.0, "Half-width of triangle and rectangle, steepness of atan and sigmoid.", gt=0
+    )
+
+    @property
+    def has_passes(self) -> bool:
+        return type(self) in (PSN, MaskedPSN, SlidingPSN)
+
+    def in_passes(self, timesteps: int, **parameters: Tensor) -> tuple[Tensor, ...]:
+        return self.sums_over_time(timesteps, **parameters)
+
+    def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's A, (T, T), and b, (T,), of its parameters."""
+        raise NotImplementedError
+
+    def run(
+        self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert membrane is None, "it would have to know all earlier currents"
+        wide = torch.promote_types(current.dtype, torch.float32)
+        parameters = {name: value.to(wide) for name, value in parameters.items()}
+        weight, bias = self.sums_over_time(len(current), **parameters)
+        with _as_wide_as_they_are(current):
+            h = torch.addmm(bias[:, None], weight, current.to(wide).flatten(1))
+        return self.fired(h.view(current.shape)).to(current.dtype), torch.zeros_like(current[0])
+
+    def fired(self, h: Tensor) -> Tensor:
+        """Spikes of H, with the surrogate's gradient."""
+        return neurons.step(h, self.surrogate, self.surrogate_width, at_threshold=True)
+
+
+def _as_wide_as_they_are(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Products of matrices in the type of the matrices, also where autocast is on."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+@NEURONS.register("psn")
+@dataclass(frozen=True, kw_only=True)
+class PSN(ParallelNeuron):
+    """The parallel spiking neuron: each timestep's spikes depend on all timesteps' currents."""
+
+    causal: ClassVar[bool] = False
+
+    timesteps: int = option(4, "T, of whose currents the neurons learn weighted sums.", ge=1)
+
+    def parameters(self, num_channels: int) -> dict[str, Tensor]:
+        del num_channels
+        return _square(self.timesteps, self.threshold)
+
+    def refusal(self, timesteps: int) -> str | None:
+        if timesteps == self.timesteps:
+            return None
+        return (
+            f"psn has weights for T={self.timesteps} alone (model.neuron.timesteps); one that runs "
+            f"{counted(timesteps, 'timestep')} is another neuron, which is trained by itself"
+        )
+
+    def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        assert timesteps == self.timesteps
+        return weight, bias
+
+
+@NEURONS.register("masked_psn")
+@dataclass(frozen=True, kw_only=True)
+class MaskedPSN(ParallelNeuron):
+    """The parallel spiking neuron with only the last `order` currents, as far as `mask` says."""
+
+    timesteps: int = option(4, "T, of whose currents the neurons learn weighted sums.", ge=1)
+    order: int = option(2, "Number of timesteps, up to its own, that a spike depends on.", ge=1)
+    mask: float = option(
+        1.0, "lambda: 1 leaves nothing of what the mask takes away, 0 leaves all.", ge=0, le=1
+    )
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]  # of its numbers, and not of its class
+        return self.mask == 1
+
+    def parameters(self, num_channels: int) -> dict[str, Tensor]:
+        del num_channels
+        return _square(self.timesteps, self.threshold)
+
+    def refusal(self, timesteps: int) -> str | None:
+        if timesteps == self.timesteps or (self.causal and timesteps < self.timesteps):
+            return None
+        because = (
+            "and none for later timesteps"
+            if timesteps > self.timesteps
+            else f"and with mask {self.mask:g} answers from later ones, too"
+        )
+        return (
+            f"masked_psn has weights for T={self.timesteps} (model.neuron.timesteps), {because}; "
+            f"it cannot run {counted(timesteps, 'timestep')}"
+        )
+
+    def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.refusal(timesteps) is None
+        weight, bias = weight[:timesteps, :timesteps], bias[:timesteps]
+        ones = torch.ones_like(weight)
+        recent = ones.tril() * ones.triu(1 - self.order)
+        return weight * (self.mask * recent + (1 - self.mask)), bias
+
+
+def _square(timesteps: int, threshold: float) -> dict[str, Tensor]:
+    weight = torch.empty(timesteps, timesteps)
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    return {"weight": weight, "bias": torch.full((timesteps,), -threshold)}
+
+
+@NEURONS.register("sliding_psn")
+@dataclass(frozen=True, kw_only=True)
+class SlidingPSN(ParallelNeuron):
+    """The parallel spiking neuron with the same weights of the last `order` currents at all t."""
+
+    segments: ClassVar[bool] = True
+
+    order: int = option(2, "Number of timesteps, up to its own, that a spike depends on.", ge=1)
+    init: Literal["exponential", "uniform"] = option(
+        "exponential",
+        "Weights as they begin: 1 of the present current, 1/2 of the one before it, and so on; or "
+        "uniform between -1 and 1 over the root of order.",
+    )
+
+    def parameters(self, num_channels: int) -> dict[str, Tensor]:
+        del num_channels
+        weight = 0.5 ** torch.arange(self.order - 1, -1, -1, dtype=torch.float32)
+        if self.init == "uniform":
+            nn.init.kaiming_uniform_(weight[None], a=math.sqrt(5))
+        return {"weight": weight, "bias": torch.tensor(-self.threshold)}
+
+    def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        ones = weight.new_ones(timesteps, timesteps)
+        of_lag = [ones.tril(-lag) * ones.triu(-lag) for lag in range(self.order - 1, -1, -1)]
+        return (weight[:, None, None] * torch.stack(of_lag)).sum(0), bias.expand(timesteps)
+
+    def run(
+        self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run the neurons over time. What the next stretch starts from are the last currents,
+        (order - 1, ...)."""
+        wide = torch.promote_types(current.dtype, torch.float32)
+        weight, bias = (parameters[name].to(wide) for name in ("weight", "bias"))
+        if membrane is None:
+            membrane = current.new_zeros((self.order - 1, *current.shape[1:]), dtype=wide)
+        present = torch.cat([membrane, current.to(wide)])
+        timesteps = len(current)
+        h = sum(weight[i] * present[i : i + timesteps] for i in range(self.order)) + bias
+        return self.fired(h).to(current.dtype), present[timesteps:]
