@@ -13,7 +13,7 @@ import published_transformers as published
 import pytest
 import timm
 import torch
-from passes import assert_same, one_thread, results_of
+from passes import assert_same, one_thread, randomize, results_of
 from published_transformers import Published, QKFormerSize, SDTSize
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ from tetdist.losses import tet_loss
 from tetdist.models import QKFormer, SpikingNetwork
 from tetdist.models.attention import attention_neuron
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.neurons import LIF, ReLU, make
+from tetdist.nn.neurons import LIF, NEURONS, ReLU, make
 from tetdist.nn.norm_neuron import Neuron, NormNeuron
 
 assert tetdist.__doc__  # registers the models
@@ -478,10 +478,42 @@ def test_relu_network_of_the_same_shape(case: Case) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("kind", [kind for kind in NEURONS if kind != "lif"])
+@each_family
+def test_every_kind_of_neuron(case: Case, kind: str) -> None:
+    """The fast paths are the definitions, and activation checkpointing changes no bit."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        case.name,
+        neuron={"kind": kind} | ({"timesteps": T} if kind == "psn" else {}),
+        num_classes=5,
+        timesteps=T,
+        **case.arguments,
+    ).double()
+    randomize(model)
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.bias.data += 1  # so that all of these kinds fire up to the last layer
+    x, results = case.batch(), []
+    for execution, recomputes in (("fused", False), ("fused", True), ("reference", False)):
+        model.set_execution(execution)
+        model.set_grad_checkpointing(recomputes)
+        results.append(results_of(model, lambda m: m(x, per_timestep=True), {}))
+    assert results[0]["output"].any()
+    assert_same(results[1], results[0], rtol=0)
+    # The gradient of a bias before a norm is nothing but rounding.
+    assert_same(results[0], results[2], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "complaint"),
     [
         ("qkformer_10_384", {"widths": (8, 16)}, "are not of as many stages"),
+        (
+            "sdt_8_384",
+            {"neuron": {"kind": "ilif", "most_spikes": 16}, "channels": 16},
+            "attention multiplies spikes, so that they can be at most 15, not 16",
+        ),
         ("qkformer_10_384", {"heads": 5}, "96 channels cannot be divided among 5 heads"),
         ("qkformer_10_384", {"embedding": "mnist"}, "embedding must be .* not 'mnist'"),
         ("sdt_8_384", {"pools": (True,)}, "pools must be four"),

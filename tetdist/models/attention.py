@@ -30,7 +30,14 @@ def attention_neuron(neuron: NeuronConfig, threshold: float) -> NeuronConfig:
         neuron: That of the other layers.
         threshold: In units of attention's sums. 1 in the published networks, whose neurons halve
             their input (tau = 2) and have the threshold 0.5.
+
+    Raises:
+        ValueError: A byte does not hold the product of two spikes, which a mask makes.
     """
+    if neuron.levels == 1 and neuron.highest > 15:
+        raise ValueError(
+            f"attention multiplies spikes, so that they can be at most 15, not {neuron.highest}"
+        )
     at_threshold = {}
     if isinstance(neuron, LIF) and neuron.spike == "step":
         at_threshold = {"fires_at_threshold": True}

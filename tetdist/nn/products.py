@@ -195,7 +195,7 @@ class _LinearAttention(torch.autograd.Function):
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """Spikes (T, B, C, H, W) where the mask spikes, too.
+    """Spikes (T, B, C, H, W) where the mask spikes, too; of spikes above 1, products.
 
     Args:
         x: The spikes.
