@@ -468,7 +468,7 @@ def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture
     }
     for key, takes in {
         "seed": "[whole number >= 0 and < 9223372036854775808; default 0]",
-        "model.name": "[sew_resnet18 | ",
+        "model.name": "[espikeformer_l | ",
         "model.num_classes": "[whole number > 1 or null; default null]",
         "model.neuron.kind": "[lif | relu | ilif | nilif | plif | psn | masked_psn | sliding_psn; ",
         "model.neuron.surrogate": "[triangle | atan | sigmoid | rectangle; default triangle]",

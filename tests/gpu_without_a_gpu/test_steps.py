@@ -161,7 +161,6 @@ SHORT = [
     ("spiking_convnet_dvs", "segments", "torch", "bf16"),
     ("qkformer_2_256_dvs", "blocks", "torch", "bf16"),
     ("sdt_2_256_dvs", "segments", "torch", "bf16"),
-    ("espikeformer_t", "blocks", "torch", "bf16"),
 ]
 # Of networks of the same layers one is enough for all ways of training: the others are wider or
 # deeper.
