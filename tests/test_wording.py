@@ -11,6 +11,7 @@ from tetdist.wording import are, counted, duration
         (0, "problem", "0 problems"),
         (1, "problem", "1 problem"),
         (2, "class", "2 classes"),
+        (2, "epoch", "2 epochs"),
         (1, "class", "1 class"),
         (1234567, "image", "1,234,567 images"),
     ],

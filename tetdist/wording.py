@@ -4,7 +4,8 @@
 def counted(number: int, thing: str) -> str:
     """A number of things, in the singular or plural: ``counted(1, "class")`` is "1 class"."""
     if number != 1:
-        thing += "es" if thing.endswith(("s", "x", "sh", "ch")) else "s"
+        hisses = thing.endswith(("s", "x", "sh", "ch")) and not thing.endswith("epoch")
+        thing += "es" if hisses else "s"
     return f"{number:,} {thing}"
 
 

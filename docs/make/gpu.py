@@ -4,31 +4,51 @@ section "The GPU path, computed" of docs/performance.md.
     python docs/make/gpu.py
 
 No GPU is needed: Triton compiles the kernels for two kinds of them, as
-tetdist/benchmarks/gpu_code.py says, and the rest is arithmetic. Nothing here is measured. The tests
-compare the code with the record, so this is the command after a change of a kernel. A minute.
+tetdist/benchmarks/gpu_code.py says, tetdist/roofline counts what a step asks of a GPU, and
+tests/gpu_without_a_gpu what it launches; the rest is arithmetic. Nothing here is measured. The
+tests compare the code with the record, so this is the command after a change of a kernel. Two
+minutes.
 """
 
 import json
 import re
+import sys
+import tempfile
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import triton
 
+import tetdist.models  # noqa: F401  # registers them with timm
 from tetdist.benchmarks import gpu_code
 from tetdist.reports.tables import markdown
+from tetdist.roofline.cards import CARDS
+from tetdist.roofline.count import Kernel, Work, count
+from tetdist.roofline.estimate import (
+    ARITHMETIC_SHARES,
+    BANDWIDTH_SHARE,
+    LAUNCH_SECONDS,
+    Estimate,
+    estimate,
+    memory_seconds,
+)
+from tetdist.slurm.cluster import ClusterSection
+from tetdist.slurm.plan import communication_seconds
 
 PROJECT = Path(__file__).resolve().parents[2]
 RECORD = PROJECT / "docs" / "performance" / "gpu_code.json"
 PAGE = PROJECT / "docs" / "performance.md"
 TITLE = "## The GPU path, computed"
 
-# An H100 (SXM): bytes a second from its memory, instructions of a thread a second, and operations a
-# second of its matrix units in bfloat16; each times the share that well-made code is seen to reach.
-BANDWIDTH = 3.35e12 * 0.8
+H100 = CARDS["H100"]
+# Instructions of a thread a second of an H100: of 132 processors, at their clock, times the share
+# of them that is seen to be issued.
 INSTRUCTIONS = 132 * 128 * 1.75e9 * 0.65
-MATRIX = 989e12 * 0.4
+MODEL, TIMESTEPS, BATCH, PRECISION = "sew_resnet34", 4, 32, "bf16"
+RECOMPUTE = ("none", "blocks", "{timesteps: 2}")
 
 
 @dataclass(frozen=True)
@@ -38,12 +58,15 @@ class Cost:
     bytes: float
     instructions: float
 
+    def _by_memory(self) -> float:
+        return self.bytes / (H100.bandwidth * BANDWIDTH_SHARE)
+
     def seconds(self) -> float:
-        return max(self.bytes / BANDWIDTH, self.instructions / INSTRUCTIONS)
+        return max(self._by_memory(), self.instructions / INSTRUCTIONS)
 
     def bound(self) -> str:
-        by_memory = self.bytes / BANDWIDTH >= self.instructions / INSTRUCTIONS
-        return "memory" if by_memory else "instructions"
+        is_memory = self._by_memory() >= self.instructions / INSTRUCTIONS
+        return "memory" if is_memory else "instructions"
 
 
 # What torch.compile made of the same passes before they were written by hand: the kernels of torch
@@ -75,7 +98,7 @@ def hand_written() -> dict[str, Cost]:
     launches = gpu_code.recorded_launches()
     costs = {}
     for name in COMPILED:
-        timesteps = 1 if name == "statistics" else 4
+        timesteps = 1 if name == "statistics" else TIMESTEPS
         code, steps = gpu_code.compiled(launches[name], 90), launches[name].argument("steps")
         assert isinstance(steps, int)
         assert code.of_tile
@@ -87,58 +110,75 @@ def hand_written() -> dict[str, Cost]:
 # ------------------------------------------------------------------------------- a whole network
 
 
-def sew_resnet34(timesteps: int) -> list[dict[str, float]]:
-    """Its convolutions, for a 224-pixel image and one timestep: numbers in and out, operations."""
-    layers = []
-
-    def add(inputs: int, outputs: int, kernel: int, size: int, stride: int, **more: float) -> None:
-        operations = 2 * inputs * outputs * kernel**2 * size**2
-        numbers_in = inputs * (size * stride) ** 2
-        layer = {"out": outputs * size**2, "in": numbers_in, "operations": 3 * operations}
-        layers.append(layer | {"identity": 0, "shared": 0} | more)
-
-    # The stem's convolution is made once for all timesteps; the image needs no gradient.
-    add(3, 64, 7, 112, 2, shared=1, operations=2 * 2 * 3 * 64 * 49 * 112**2 / timesteps)
-    channels = 64
-    for blocks, width, size in ((3, 64, 56), (4, 128, 28), (6, 256, 14), (3, 512, 7)):
-        for _ in range(blocks):
-            stride = 2 if width != channels else 1
-            add(channels, width, 3, size, stride)
-            if stride == 2:
-                add(channels, width, 1, size, stride)
-            add(width, width, 3, size, 1, identity=1)
-            channels = width
-    return layers
+def work_of(recompute: str) -> Work:
+    """What a micro-batch of the recipe sew34_t4.yaml asks of a GPU."""
+    model = timm.create_model(MODEL, timesteps=TIMESTEPS)
+    model.set_grad_checkpointing(recompute != "none")
+    model.set_segment(2 if recompute == "{timesteps: 2}" else None)
+    return count(model, (BATCH, 3, 224, 224), PRECISION)
 
 
-def microseconds(costs: dict[str, Cost], timesteps: int = 4) -> dict[str, float]:
-    """A training step's time on an H100 for an image and timestep of sew_resnet34, in parts."""
-    layers = sew_resnet34(timesteps)
-    spiking = 0.0
-    for layer in layers:
-        fire = costs["fire with identity" if layer["identity"] else "fire"]
-        # Of what all timesteps share, x and its gradient are there once.
-        share = timesteps if layer["shared"] else 1
-        per_number = costs["statistics"].seconds() / share
-        for one in (fire, costs["backward_sums"], costs["backward"]):
-            saved = 2 * (1 - 1 / share) * (2 if one is costs["backward"] else 1)
-            per_number += Cost(one.bytes - saved, one.instructions).seconds()
-        spiking += layer["out"] * per_number
-    stem = layers[0]["out"]
-    parts = {
-        "norm and neuron": spiking,
-        "convolutions": sum(layer["operations"] for layer in layers) / MATRIX,
-        # Bytes made numbers for the gradient of the weights; sums of gradients of two branches.
-        "unpacking": sum(layer["in"] for layer in layers[1:]) * 3 / BANDWIDTH,
-        "pooling and sums": (
-            sum(layer["out"] * layer["identity"] for layer in layers) * 6 + stem * (3.5 + 3.5)
-        )
-        / BANDWIDTH,
-    }
-    return {name: 1e6 * seconds for name, seconds in parts.items()}
+def estimated(work: Work) -> Estimate:
+    found = estimate(work, H100)
+    assert found is not None
+    return found
 
 
-def section(found: dict[str, Any]) -> str:
+def seconds_before(work: Work, by_hand: dict[str, Cost]) -> dict[str, float]:
+    """Seconds by kind, with the passes that torch.compile made."""
+    found: defaultdict[str, float] = defaultdict(float, estimated(work).by_kind)
+
+    def longer(kernel: Kernel) -> float:
+        times = COMPILED[kernel.name].seconds() / by_hand[kernel.name].seconds()
+        return (times - 1) * memory_seconds(kernel, H100)
+
+    for kernel in work.kernels:
+        if kernel.name in COMPILED:
+            found[kernel.kind] += longer(kernel)
+    return found
+
+
+PHASES = (("forward", "loss", "backward"), ("update", "statistics"), ("input",))
+
+
+def launches() -> dict[str, list[int]]:
+    """Kernels of a step, by PHASES, as tests/gpu_without_a_gpu counts them."""
+    sys.path[:0] = [str(PROJECT), str(PROJECT / "tests"), str(PROJECT / "tests/gpu_without_a_gpu")]
+    import worker  # of the tests
+
+    found = {}
+    with tempfile.TemporaryDirectory() as folder, worker.started(Path(folder)) as running:
+        for settings in ("engine=torch", "engine=deepspeed", "engine=torch cuda_graphs=true"):
+            # The second step: the first would capture a graph.
+            answer = running.ask(MODEL, *settings.split(), steps=2)
+            assert answer["error"] is None, answer["error"]
+            found[settings] = [worker.launches(answer, *names) for names in PHASES]
+    return found
+
+
+def small_batches(seconds_of_image: float, alone: int, graphed: int) -> list[list[str]]:
+    """Milliseconds of a micro-batch, started kernel by kernel and as a graph."""
+    rows = []
+    for batch in (1, 4, 8, 16, 32):
+        work = batch * seconds_of_image
+        times = (max(work, LAUNCH_SECONDS * alone), work + LAUNCH_SECONDS * graphed)
+        rows.append([str(batch), *(f"{1e3 * one:.1f}" for one in times)])
+    return rows
+
+
+def many_gpus(found: Estimate) -> list[list[str]]:
+    parameters = sum(p.numel() for p in timm.create_model(MODEL).parameters())
+    cluster = ClusterSection()
+    rows = []
+    for gpus in (8, 16, 64, 512):
+        averaging = communication_seconds(4 * parameters, gpus // 8, 8, cluster)
+        share = found.seconds / (found.seconds + averaging)
+        rate = gpus * share * found.images_per_s
+        rows.append([str(gpus), f"{1e3 * averaging:.1f}", f"{share:.2f}", f"{rate:.0f}"])
+    return rows
+
+
+def section(code: dict[str, Any]) -> str:
     by_hand = hand_written()
     rows = [
         [
@@ -147,7 +187,7 @@ def section(found: dict[str, Any]) -> str:
             f"{before.instructions:.0f}",
             f"{by_hand[name].bytes:g}",
             f"{by_hand[name].instructions:.0f}",
-            f"{found['code'][f'{name} sm_90']['registers']}",
+            f"{code['code'][f'{name} sm_90']['registers']}",
             f"{1e12 * before.seconds():.1f}",
             f"{1e12 * by_hand[name].seconds():.1f}",
             by_hand[name].bound(),
@@ -158,51 +198,129 @@ def section(found: dict[str, Any]) -> str:
         ["pass", "bytes before", "instructions", "bytes now", "instructions", "registers",
          "ps before", "ps now", "bound by"], rows
     )  # fmt: skip
+    works = {recompute: work_of(recompute) for recompute in RECOMPUTE}
+    now = estimated(works["none"])
+    kinds = sorted(now.by_kind, key=lambda kind: -now.by_kind[kind])
     networks = []
-    for name, costs in (("torch.compile's", COMPILED), ("hand-written", by_hand)):
-        parts = microseconds(costs)
+    for name, recompute, parts in (
+        ("torch.compile's", "none", seconds_before(works["none"], by_hand)),
+        *(("hand-written", recompute, estimated(works[recompute]).by_kind) for recompute in works),
+    ):
         total = sum(parts.values())
-        rates = [f"{total:.0f}", f"{1e6 / total / 4:.0f}", f"{total * 4 * 32 / 1e3:.1f}"]
-        networks.append([name, *(f"{one:.0f}" for one in parts.values()), *rates])
+        each = [f"{1e6 * parts[kind] / BATCH / TIMESTEPS:.0f}" for kind in kinds]
+        mib = works[recompute].peak_bytes / BATCH / 2**20
+        networks.append(
+            [name, recompute, *each, f"{1e6 * total / BATCH / TIMESTEPS:.0f}",
+             f"{BATCH / total:.0f}", f"{1e3 * total:.1f}", f"{mib:.0f}"]
+        )  # fmt: skip
     whole = markdown(
-        ["passes", *microseconds(by_hand), "all", "images/s", "ms, batch 32"], networks
+        ["passes", "recompute", *kinds, "all", "images/s", f"ms, batch {BATCH}", "MiB an image"],
+        networks,
     )
+    cards = []
+    for card in CARDS.values():
+        precision = PRECISION if card.arithmetic(PRECISION) else "fp16"
+        found = estimate(Work(BATCH, precision, works["none"].kernels, 0), card)
+        assert found is not None
+        memory = found.memory / (found.memory + found.arithmetic)
+        cards.append(
+            [card.name, precision, f"{card.bandwidth / 1e12:.2f}",
+             f"{(card.arithmetic(precision) or 0) / 1e12:.0f}", f"{1e3 * found.seconds:.1f}",
+             f"{found.images_per_s:.0f}", f"{100 * memory:.0f} %"]
+        )  # fmt: skip
+    of_cards = markdown(
+        ["GPU", "precision", "TB/s", "TFLOP/s", f"ms, batch {BATCH}", "images/s", "memory's share"],
+        cards,
+    )
+    counts = launches()
+    of_engines = markdown(
+        ["settings", "forward and backward", "update and statistics", "input"],
+        [[settings, *map(str, numbers)] for settings, numbers in counts.items()],
+    )
+    alone, graphed = counts["engine=torch"][0], counts["engine=torch cuda_graphs=true"][0]
+    small = markdown(
+        ["batch", "ms, kernel by kernel", "ms, as a graph"],
+        small_batches(now.seconds / BATCH, alone, graphed),
+    )
+    gpus = markdown(["GPUs", "averaging, ms", "efficiency", "images/s"], many_gpus(now))
+    host = 1e3 * now.launches
+    bandwidth = f"{100 * BANDWIDTH_SHARE:.0f} % of {H100.bandwidth / 1e12:g} TB/s"
+    share = 100 * ARITHMETIC_SHARES[PRECISION]
+    arithmetic = f"{share:.0f} % of {(H100.bf16 or 0) / 1e12:g} TFLOP/s"
     return f"""{TITLE}
 
 *Computed, not measured*: no GPU has run these passes. Made by `python docs/make/gpu.py`, from the
-code that Triton {found["triton"]} makes for an H100 (sm_90), and arithmetic.
+code that Triton {code["triton"]} makes for an H100 (sm_90), and arithmetic; it says what changes.
 
-Of a number and timestep, in bfloat16 at T = 4, with 64 channels: bytes that a pass loads and
-stores, instructions of a thread in machine code, registers of a thread, and the picoseconds that
-the larger of the two takes at 80 % of 3.35 TB/s, or at 65 % of all instructions that 132 processors
-can issue. What comes once a program is shared out as for a layer of 56x56 pixels at batch 32.
-"Before" is what torch.compile made of the passes, without knowing their sizes; its backward sums
-were three kernels.
+### Passes
+
+Of a number and timestep, in bfloat16 at T = {TIMESTEPS}, with 64 channels: bytes that a pass loads
+and stores, instructions of a thread in machine code, registers of a thread, and the picoseconds
+that the larger of the two takes at {bandwidth}, or at
+65 % of all instructions that 132 processors can issue. What comes once a program is shared out as
+for a layer of 56x56 pixels at batch 32. "Before" is what torch.compile made of the passes, without
+knowing their sizes; its backward sums were three kernels. (`tetdist/benchmarks/gpu_code.py`;
+`pytest tests/nn/test_triton_code.py` compares it with docs/performance/gpu_code.json.)
 
 {passes}
 
-All that a training step of sew_resnet34 (T=4, 224 pixels, bfloat16) takes of the GPU, in
-microseconds an image and timestep, with convolutions at 40 % of 989 TFLOP/s:
+### Steps
+
+All that a micro-batch of {MODEL} (T={TIMESTEPS}, 224 pixels, bfloat16) takes of an H100, in
+microseconds an image and timestep: each kernel as long as its bytes at {bandwidth},
+or its operations at {arithmetic}. Memory is the most that activations and
+gradients fill.
+(`tetdist/roofline`; `pytest tests/roofline` compares it with the passes' own code, with the memory
+measured above, and with what NVIDIA has measured of a ReLU ResNet-50.)
 
 {whole}
 
-Left out are launches, which the GPU waits for if the batch is small, the head, and the update.
+The same of other GPUs, with the share of the time in which memory is what is waited for:
+
+{of_cards}
+
+Left out are the loss, the update and loading.
+
+### Launches
+
+Kernels of a step of one micro-batch (`PYTHONPATH=.:tests python tests/gpu_without_a_gpu/count.py
+{MODEL} engine=torch`), before the passes were written by hand some 1,650; a graph is one launch,
+beside the copies of its input. At an estimated {1e6 * LAUNCH_SECONDS:.0f} us each, forward and
+backward take the host {host:.1f} ms, and the GPU waits for it where the batch is so small that its
+own time is less: there `cuda_graphs=true` helps.
+
+{of_engines}
+
+{small}
+
+### Many GPUs
+
+What `python launch/slurm.py --config sew34_t4_64gpus.yaml --gpu H100 --dry-run` reckons with: a
+micro-batch of {BATCH} a GPU and step, {H100.name} in nodes of 8, gradients averaged over 100 GB/s
+in a node and 12.5 GB/s between nodes, as if nothing hid it.
+
+{gpus}
 """
 
 
 def main() -> None:
     found = record()
+    before = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     RECORD.write_text(json.dumps(found, indent=1) + "\n")
     text = PAGE.read_text()
     new = section(found)
+    start = text.index(TITLE) if TITLE in text else text.index("## The commands")
+    end = start
     if TITLE in text:
-        start = text.index(TITLE)
-        end = re.compile(r"^## ", re.M).search(text, start + len(TITLE))
-        text = text[:start] + new + "\n" + (text[end.start() :] if end else "")
-    else:
-        commands = text.index("## The commands")
-        text = text[:commands] + new + "\n" + text[commands:]
-    PAGE.write_text(text)
+        following = re.compile(r"^## ", re.M).search(text, start + len(TITLE))
+        end = following.start() if following else len(text)
+    old = text[start:end]
+    PAGE.write_text(text[:start] + new + "\n" + text[end:])
+    for file, is_same in ((RECORD, found == before), (PAGE, old.strip() == new.strip())):
+        print(f"{file.relative_to(PROJECT)}: {'as it was' if is_same else 'changed'}")
+    for line in new.splitlines():
+        if line not in old.splitlines():
+            print(f"  {line}")
 
 
 if __name__ == "__main__":

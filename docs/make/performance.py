@@ -77,6 +77,14 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
                 found.append(
                     Measurement(f"{name}-{precision}", f"model {more} --precision {precision}")
                 )
+        for network in TRANSFORMERS:
+            for precision in ("fp32", "bf16"):
+                options_of = f"--model {network} --precision {precision} --modes none,blocks{peer}"
+                found += [
+                    Measurement(f"{network}-{precision}", f"model {options_of} --repeats 5"),
+                    Measurement(f"{network}-memory-{precision}",
+                                f"memory {options_of} --timesteps 4"),
+                ]  # fmt: skip
     if options.device == "cpu":
         found += [
             Measurement("scaling-1", f"scaling --model {network}"),
@@ -95,9 +103,14 @@ def data_arguments(options: argparse.Namespace) -> str:
 OTHER_NETWORKS = (
     ("spiking_resnet34-T4", "--model spiking_resnet34"),
     ("spiking_resnet34-T6", "--model spiking_resnet34 --timesteps 6"),
+    ("preact_resnet34", "--model preact_resnet34"),
+    ("ms_resnet34", "--model ms_resnet34"),
     ("vggsnn", "--model vggsnn --timesteps 10 --batch 8"),
     ("spiking_resnet19", "--model spiking_resnet19 --batch 16"),
 )
+
+
+TRANSFORMERS = ("qkformer_10_384", "sdt_8_384")
 
 
 def timesteps_of(options: argparse.Namespace) -> tuple[int, ...]:
@@ -205,6 +218,7 @@ Evaluation (forward pass only):
     ]
     if not options.quick:
         parts.append(f"## Other networks\n\n{other_table(found)}")
+        parts.append(f"## Transformers, T=4, 224 pixels, batch 4\n\n{transformers_text(found)}")
     parts += [
         f"""## Against T
 
@@ -239,13 +253,7 @@ def gpu_text(found: dict[str, Any]) -> str:
     checks = found["checks"]
     rows = [[name, one["status"], one["text"]] for name, one in checks.items()]
     rates = [
-        [
-            batch,
-            name.replace("relu", "ReLU"),
-            f"{row['images_per_s']:.0f}",
-            f"{1 / row['ratio']:.2f}",
-            f"{row['peak_mib'] / 1024:.1f}" if row["peak_mib"] else "",
-        ]
+        [batch, name.replace("relu", "ReLU"), *gpu_cells(row)]
         for batch, by_name in checks.get("rates", {}).get("by_batch", {}).items()
         for name, row in by_name.items()
     ]
@@ -258,6 +266,17 @@ def gpu_text(found: dict[str, Any]) -> str:
 {markdown(["check", "", ""], rows)}
 
 {markdown(head, rates)}"""
+
+
+def gpu_cells(row: dict[str, Any]) -> list[str]:
+    """A contestant's rate, as such and of ReLU's, and memory."""
+    if row.get("out_of_memory"):
+        return ["out of memory", "", ""]
+    return [
+        f"{row['images_per_s']:.0f}",
+        f"{1 / row['ratio']:.2f}" if row["ratio"] else "",
+        f"{row['peak_mib'] / 1024:.1f}" if row["peak_mib"] else "",
+    ]
 
 
 def gpu_section(page: Path) -> str:
@@ -323,6 +342,38 @@ def other_table(found: dict[str, dict[str, Any]]) -> str:
         rows.append([first["model"], str(first["timesteps"]), str(first["batch"]), *cells])
     head = ["", "T", "batch", "ReLU fp32, s", "tetdist, s", "ratio", "ReLU bf16, s", "tetdist, s"]
     return markdown([*head, "ratio"], rows)
+
+
+def transformers_text(found: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    for network in TRANSFORMERS:
+        for precision in ("fp32", "bf16"):
+            steps = found[f"{network}-{precision}"]["rows"]
+            memory = found[f"{network}-memory-{precision}"]["rows"]
+            by_name = {row["name"]: row for row in memory}
+            for step in steps:
+                kept = by_name[step["name"]]
+                share = kept["after_forward_mib"] / memory[-1]["after_forward_mib"]
+                rows.append(
+                    [
+                        network,
+                        precision,
+                        step["name"],
+                        f"{step['seconds']:.3f}",
+                        f"{step['ratio']:.3f}",
+                        step.get("waiting") or "",
+                        f"{kept['after_forward_mib']:.1f} ({kept['at_most_mib']:.1f})",
+                        f"{share:.2f}",
+                    ]
+                )
+    head = ["", "", "", "s", "/ first", "waits", "MiB an image (at most)", "share"]
+    peer = found[f"{TRANSFORMERS[0]}-fp32"]["rows"][-1]["name"].startswith("spikingjelly")
+    text = """
+
+The peer is the same network of torch's layers and spikingjelly's neurons in multi-step mode, built
+as the authors' code is (tetdist/benchmarks/peers.py; a test compares its logits with ours). MiB are
+those kept for the backward pass, as below; the last column is their share of the peer's."""
+    return markdown(head, rows) + (text if peer else "")
 
 
 def series(
@@ -395,26 +446,13 @@ def scaling_text(found: dict[str, dict[str, Any]]) -> str:
         f"averaging / {count} x one",
         "averaging / apart",
     ]
-    predicted = result["predicted"]
-    forecast = markdown(
-        ["GPUs", "efficiency", "averaging, ms"],
-        [
-            [str(row["gpus"]), f"{row['efficiency']:.3f}", f"{row['communication_ms']:.1f}"]
-            for row in predicted["rows"]
-        ],
-    )
     return f"""{result["model"]}, {result["precision"]}, {result["engine"]}, whole steps with the
 update, a core a process. Processes that do not speak to each other ("apart") show what the machine
 loses by itself when both cores are busy.
 
 {markdown(head, rows)}
 
-What the model of communication (tetdist/slurm/plan.py) says of {predicted["mb_averaged"]:.0f} MB
-averaged a step, counted as if nothing hid it, at {predicted["images_per_s_of_one"]:.1f} images/s a
-process, {predicted["gpus_per_node"]} GPUs a node, {predicted["link_in_node"]:g} GB/s in a node and
-{predicted["link_between_nodes"]:g} GB/s between nodes (`--images-per-s` asks it of a GPU):
-
-{forecast}"""
+What many GPUs would reach is in "The GPU path, computed"."""
 
 
 def data_text(result: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from tetdist.config.loading import load
 from tetdist.config.schema import RunConfig
-from tetdist.data import build, dali, own_process
+from tetdist.data import build, dali, own_process, transfer
 from tetdist.data.batches import Share
 from tetdist.data.dali import import_dali
 from tetdist.data.index import Index, build_event_index, load_index
@@ -177,3 +177,13 @@ def test_a_gpus_graph_places_windows_by_the_same_rules(interpolation: Any) -> No
         difference = np.abs(np.array(placed[k]).astype(int) - expected.astype(int))
         assert placed[k].shape() == [16, 16, 3]
         assert difference.max() <= (2 if k == 0 else 0)
+
+
+def test_threads_ask_nothing_of_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their present GPU would be the first of the machine, whichever one trains here."""
+    calls: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    device = torch.device("cuda", 3)
+    with transfer.taker(device, "test") as taker:
+        taker.submit(lambda: calls.append("work")).result(timeout=60)
+    assert calls == [device, "work"]

@@ -69,22 +69,6 @@ def test_colour_jitter_is_torchvisions(monkeypatch):
         assert torch.equal(pixels.operated(tensor(image), operations), tensor(theirs(image)))
 
 
-@pytest.mark.parametrize("name", sorted(pixels._OPERATIONS))
-def test_operations_on_a_gpus_tensors_are_nearly_pillows(name):
-    """Which are taken as they are there; on a CPU the same tensors can be had."""
-    image = picture(40, 30)
-    value = {"posterize": 5, "solarize": 100, "rotate": 20, "hue": 0.1}.get(name, 0.3)
-    if name.startswith("translate"):
-        value = 7
-    planes = tensor(image).permute(2, 0, 1)
-    got = pixels._OPERATIONS[name](planes, value).permute(1, 2, 0).numpy().astype(int)
-    expected = pixels.operated(tensor(image), [transforms.Operation(name, value)]).numpy()
-    distance = np.abs(got - expected)
-    # Rotations and shears differ by a pixel at edges, and hues by what Pillow rounds.
-    assert np.median(distance) <= 1
-    assert distance.mean() < 4
-
-
 def test_normalising_is_torchvisions():
     image = picture(24, 24)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -2,12 +2,14 @@
 
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from tetdist.distributed.devices import choose_device, share_of_cores
+from tetdist.distributed.world import World, _refuse_shared_gpus, cores_of, join
 from tetdist.errors import UserError
 from tetdist.nn.precision import choose_algorithms
 from tetdist.training.engines.deepspeed_engines import _as_local_rank
@@ -83,6 +85,42 @@ def test_deepspeed_and_the_rest_do_not_part(smi: Path, monkeypatch: pytest.Monke
         choose_device("cuda", 0)
 
 
+def test_no_two_processes_take_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", 1) == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="local rank 2 has no GPU of its own: torch sees 2"):
+        choose_device("auto", 2)
+    # Each may be shown its own, as number 0; or the same, which only all together can tell.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_device("auto", 2) == torch.device("cuda", 0)
+    properties = types.SimpleNamespace(uuid="GPU-b")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+    class Others(World):
+        def gather(self, value: str) -> list[str]:
+            return ["GPU-a", value, "GPU-c", shown]
+
+    shown = "GPU-d"
+    _refuse_shared_gpus(Others(1, 4, torch.device("cuda", 0), None))
+    shown = "GPU-b"
+    with pytest.raises(UserError, match="ranks 1, 3 have the same GPU"):
+        _refuse_shared_gpus(Others(1, 4, torch.device("cuda", 0), None))
+    with pytest.raises(SystemExit):
+        _refuse_shared_gpus(Others(3, 4, torch.device("cuda", 0), None))
+
+
+def test_a_task_of_srun_does_not_think_that_it_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(UserError, match="srun has started 2 tasks"):
+        join("cpu")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    with join("cpu") as world:
+        assert world.world_size == 1
+
+
 def test_cores_are_divided_among_those_who_share_them() -> None:
     # By torchrun on one host: all may use all.
     assert share_of_cores([*range(8)], [[*range(8)]] * 4) == 2
@@ -92,6 +130,27 @@ def test_cores_are_divided_among_those_who_share_them() -> None:
     # Two and two share.
     assert share_of_cores([0, 1, 2, 3], [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2) == 2
     assert share_of_cores([0], [[0]] * 3) == 1
+
+
+@pytest.mark.parametrize(
+    ("hosts", "cores"),
+    [
+        # srun gives each its own; torchrun on two hosts lets the two of each have all.
+        ([("node1", [0, 1]), ("node1", [2, 3]), ("node2", [0, 1]), ("node2", [2, 3])], 2),
+        ([("node1", [0, 1, 2, 3])] * 2 + [("node2", [0, 1, 2, 3])] * 2, 2),
+    ],
+)
+def test_cores_are_counted_by_host(
+    monkeypatch: pytest.MonkeyPatch, hosts: list[tuple[str, list[int]]], cores: int
+) -> None:
+    class Gathered(World):
+        def gather(self, value: object) -> list[tuple[str, list[int]]]:
+            assert value == hosts[0]
+            return hosts
+
+    monkeypatch.setattr("platform.node", lambda: hosts[0][0])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(hosts[0][1]))
+    assert cores_of(Gathered(0, 4, torch.device("cpu"), None)) == cores
 
 
 @pytest.mark.parametrize("before", [None, "3"])

@@ -21,6 +21,7 @@ from tetdist.evaluation.unrolling import unrolled
 from tetdist.models import SpikingNetwork
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF
+from tetdist.nn.products import LinearAttention
 from tetdist.reports.evaluation_page import as_text, html_page, png_page
 
 CLASSES = ("a", "b", "c", "d")
@@ -148,6 +149,7 @@ UNROLLED: dict[str, dict[str, Any]] = {
     "spiking_resnet18": {"width": 4, "stem_width": 4},
     "spiking_resnet19": {"width": 4, "stem_width": 4, "hidden_features": 8},
     "vggsnn": {"input_size": 16, "timesteps": 4},
+    "espikeformer_t": {"widths": (4, 4, 4, 6), "depths": (1, 1), "heads": 2, "timesteps": 4},
 }
 
 
@@ -229,6 +231,43 @@ def test_operations_of_integer_spikes_are_those_of_the_unrolled_network(
         assert found[layer].accumulates == pytest.approx(number)
         assert found[layer].multiply_accumulates == 0
     assert sum(reached.values()) > 0
+
+
+@pytest.mark.parametrize("kind", ["ilif", "nilif"])
+def test_attentions_products_are_unrolled(
+    kind: str, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its convolutions, E-SpikeFormer's attention sees spikes of 0 and 1, and counts the same;
+    so does the classifier, whose neurons send whole numbers of spikes in either case."""
+    model = network(
+        "espikeformer_t", {"kind": kind, "threshold": 0.3}, **UNROLLED["espikeformer_t"]
+    )
+    x = torch.randn(3, 3, 48, 32, generator=torch.Generator().manual_seed(0)).double()
+    seen: list[Tensor] = []
+    tokens = LinearAttention.tokens
+
+    def look(attention: LinearAttention, x: Tensor, dtype: torch.dtype) -> Tensor:
+        seen.append(x)
+        return tokens(attention, x, dtype)
+
+    with torch.no_grad():
+        with counting_operations(model) as numbers:
+            features = model.forward_head(model.forward_features(x), pre_logits=True)
+            expected = model.get_classifier()(features)
+        monkeypatch.setattr(LinearAttention, "tokens", look)
+        with unrolled(model) as most, counting_operations(model, in_spikes=True) as spikes:
+            got = model(x, per_timestep=True)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert {value for x in seen for value in x.unique().tolist()} == {0.0, 1.0}
+    assert most["fc"] == features.max() > 1
+    of_numbers, of_spikes = (counts.total(alone, len(x)).layers for counts in (numbers, spikes))
+    # 4 outputs of the classifier.
+    assert of_numbers["fc"].accumulates == pytest.approx(4 * features.sum().item() / len(x))
+    products = [name for name in of_numbers if name.endswith("attention.attention")]
+    assert len(products) == 2
+    for name, layer in of_numbers.items():
+        assert of_spikes[name].accumulates == pytest.approx(layer.accumulates), name
+        assert layer.accumulates > 0 or name == "stem.conv"
 
 
 def test_what_does_not_fire_is_not_unrolled() -> None:

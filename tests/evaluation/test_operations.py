@@ -152,3 +152,105 @@ def test_a_network(world: World) -> None:
     # 1x1 positions: their mean is the spikes themselves.
     assert found.layers["fc"].accumulates == pytest.approx(float(seen["fc"].sum()) * 3 / 2)
     assert not found.layers["fc"].multiply_accumulates
+
+
+# --------------------------------------------------------------------------------------- attention
+
+
+class Products(nn.Module):
+    """A sum of products of what is given as (B, 3, T, C, H, W), three inputs of it."""
+
+    def __init__(self, product: nn.Module, inputs: int) -> None:
+        super().__init__()
+        self.product, self.inputs = product, inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(*(x[:, i].transpose(0, 1) for i in range(self.inputs)))
+
+
+def test_attentions_products_are_counted(world: World) -> None:
+    from tetdist.nn.products import HeadSum, LinearAttention, PositionSum
+
+    # One sample at one timestep: two heads of three channels, 2x2 positions.
+    x = torch.zeros(1, 3, 1, 6, 2, 2)
+    q, k, v = x[0, :, 0]
+    k[0, 0, 0] = k[1, 0, 0] = v[0, 0, 0] = v[2, 0, 0] = v[1, 1, 1] = 1  # the first head
+    k[3, 0, 1] = v[4, 0, 1] = v[5, 0, 1] = 1  # the second head
+    q[0, 0, 0] = q[5, 1, 1] = 1
+
+    found = count(Products(LinearAttention(heads=2), 3), world, x)
+    # At the first position two spikes of k with two of v, at the second one with two; at the last
+    # one of v alone. A spike of q adds three sums.
+    assert found.accumulates == 2 * 2 + 1 * 2 + 2 * 3
+    assert found.relu_multiply_accumulates == 2 * (2 * 4 * 3 * 3)
+    assert not found.multiply_accumulates
+
+    x[0, 0], x[0, 1] = x[0, 1].clone(), x[0, 2].clone()  # k and v
+    found = count(Products(PositionSum(), 2), world, x)
+    assert found.accumulates == 1  # the first channel's at the first position
+    assert found.relu_multiply_accumulates == 6 * 4
+    found = count(Products(HeadSum(heads=2), 1), world, x)
+    assert found.accumulates == 3  # spikes of k
+    assert found.relu_multiply_accumulates == 6 * 4
+
+    real = count(Products(HeadSum(heads=2), 1), world, x, 0.5 * x)
+    assert (real.accumulates, real.multiply_accumulates) == (0, 6 * 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "layer"),
+    [
+        (
+            "qkformer_10_384",
+            {"widths": (8, 8, 8), "depths": (1, 1, 1), "heads": 2},
+            "blocks.4.attention.attention",
+        ),
+        ("sdt_8_384", {"channels": 16, "depth": 1}, "blocks.0.attention.sum"),
+        (
+            "maxformer_10_384",
+            {"widths": (8, 8, 8), "depths": (1, 1, 1), "heads": 2},
+            "blocks.4.mixer.attention",
+        ),
+        (
+            "espikeformer_t",
+            {
+                "widths": (8, 8, 8, 8),
+                "depths": (1, 1),
+                "heads": 2,
+                "neuron": {"kind": "nilif", "threshold": 0.5},
+            },
+            "blocks.7.attention.attention",
+        ),
+    ],
+)
+def test_a_transformer(name: str, arguments: dict[str, object], layer: str, world: World) -> None:
+    """Attention is a layer among the others; only the first one, and a mean's, see real numbers."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, timesteps=2, **arguments).eval()
+    for module in model.modules():
+        if hasattr(module, "running_var"):
+            module.running_var.fill_(0.02)
+            module.bias.data.fill_(0.5)
+    found = count(model, world, torch.randn(2, 3, 64, 64))
+    assert found.layers[layer].accumulates > 0
+    real = {name for name, one in found.layers.items() if one.multiply_accumulates}
+    assert real == {model.default_cfg["first_conv"]} | ({"fc"} if name[0] == "q" else set())
+    assert all(one.synapses > 0 for one in found.layers.values())
+
+
+def test_real_numbers_of_a_membrane_shortcut(world: World) -> None:
+    """Projections multiply what the shortcut carries; a deep stem's convolutions run once."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "ms_resnet18", num_classes=3, timesteps=2, width=4, stem="deep", pooled_projections=True
+    ).eval()
+    found = count(model, world, 3 * torch.randn(2, 3, 64, 64))
+    real = {name for name, layer in found.layers.items() if layer.multiply_accumulates}
+    stem = {"stem.conv.0", "stem.conv.1", "stem.conv.2"}
+    projections = {f"blocks.{i}.downsample" for i in (0, 2, 4, 6)}
+    assert real - {"fc"} == stem | projections
+    for name in stem:
+        assert found.layers[name].multiply_accumulates == found.layers[name].synapses
+    # 32x32 positions of the stem, averaged to 16x16, of 4 channels to 4; at both timesteps.
+    assert found.layers["blocks.0.downsample"].multiply_accumulates == 2 * 16 * 16 * 4 * 4
+    assert found.layers["blocks.0.conv1.conv"].accumulates > 0

@@ -44,6 +44,14 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     "spiking, tdbn": ("spiking_resnet18", {"width": 4, "stem_width": 4}, LIF, 32),
     "spiking bottleneck": ("spiking_resnet50", {"width": 2, "stem_width": 4}, IF, 32),
     "resnet19": ("spiking_resnet19", RESNET19, LIF, 16),
+    "ms": ("ms_resnet34", {"width": 4}, LIF, 32),
+    "ms, deep": (
+        "ms_resnet18",
+        {"width": 4, "stem": "deep", "pooled_projections": True, "dropout": 0.2},
+        IF,
+        32,
+    ),
+    "preact": ("preact_resnet18", {"width": 4}, LIF, 32),
     "vggsnn": ("vggsnn", {"input_size": 16}, LIF, 16),
     "convnet": ("spiking_convnet", CONVNET, LIF, 12),
     "plif": ("spiking_convnet", CONVNET, {"kind": "plif", "threshold": 0.3}, 12),
@@ -359,7 +367,7 @@ def over_time(module: nn.Module, trained: Trained, x: Tensor) -> Tensor:
     return torch.stack(outputs).detach()
 
 
-@pytest.mark.parametrize("network", [name for name in NETWORKS if name != "vggsnn"])
+@pytest.mark.parametrize("network", [name for name in NETWORKS if name not in ("vggsnn", "preact")])
 def test_nir_graph_run_by_nirtorch_is_the_network(network: str, tmp_path: Path) -> None:
     trained = export.load(save(network, tmp_path))
     dt = 1e-3
@@ -412,18 +420,23 @@ def test_nir_neuron_that_fires_at_the_threshold(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("neuron", "words"),
+    ("network", "neuron", "words"),
     [
-        ({"reset": "soft"}, "reset is soft"),
-        ({"spike": "sigmoid", "surrogate": "sigmoid"}, "spike is sigmoid"),
-        ({"kind": "psn", "timesteps": T}, "no neurons of the kind of this network (PSN)"),
-        ({"kind": "ilif"}, "no neurons of the kind of this network (ILIF)"),
+        ("convnet", {"reset": "soft"}, "reset is soft"),
+        ("convnet", {"spike": "sigmoid", "surrogate": "sigmoid"}, "spike is sigmoid"),
+        (
+            "convnet",
+            {"kind": "psn", "timesteps": T},
+            "no neurons of the kind of this network (PSN)",
+        ),
+        ("convnet", {"kind": "ilif"}, "no neurons of the kind of this network (ILIF)"),
+        ("preact", {}, "preact_resnet18 takes maxima of real numbers in its stem"),
     ],
 )
 def test_what_nir_cannot_express_is_refused(
-    tool: Tool, tmp_path: Path, neuron: dict[str, Any], words: str
+    tool: Tool, tmp_path: Path, network: str, neuron: dict[str, Any], words: str
 ) -> None:
-    file = save("convnet", tmp_path, **neuron)
+    file = save(network, tmp_path, **neuron)
     status, _, err = tool(file, "--format", "nir", "--output", tmp_path / "graph.nir")
     assert status == 2
     assert words in err
@@ -444,8 +457,11 @@ def test_programs_of_other_neurons_say_what_the_network_says(kind: str, tmp_path
 
 
 @pytest.mark.long
-def test_onnx_graph_run_by_onnxruntime_is_the_network(tool: Tool, tmp_path: Path) -> None:
-    file = save("sew, add", tmp_path)
+@pytest.mark.parametrize("network", ["sew, add", "preact"])
+def test_onnx_graph_run_by_onnxruntime_is_the_network(
+    network: str, tool: Tool, tmp_path: Path
+) -> None:
+    file = save(network, tmp_path)
     status, out, err = tool(file, "--format", "onnx", "--output", tmp_path / "net.onnx")
     assert status == 0, err
     assert "its logits are the model's" in out
@@ -460,8 +476,9 @@ def test_onnx_graph_run_by_onnxruntime_is_the_network(tool: Tool, tmp_path: Path
     torch.testing.assert_close(torch.from_numpy(actual), logits(trained, x), rtol=1e-4, atol=1e-5)
 
 
-def test_program_of_torch_is_the_network(tool: Tool, tmp_path: Path) -> None:
-    file = save("vggsnn", tmp_path)
+@pytest.mark.parametrize("network", ["vggsnn", pytest.param("ms, deep", marks=pytest.mark.long)])
+def test_program_of_torch_is_the_network(network: str, tool: Tool, tmp_path: Path) -> None:
+    file = save(network, tmp_path)
     status, out, err = tool(file, "--format", "torch", "--output", tmp_path / "net.pt2")
     assert status == 0, err
     assert "its logits are the model's" in out
@@ -470,7 +487,8 @@ def test_program_of_torch_is_the_network(tool: Tool, tmp_path: Path) -> None:
     extra = {"preparation": ""}
     with torch.no_grad():
         actual = torch.export.load(tmp_path / "net.pt2", extra_files=extra).module()(x)
-    assert "event frames, (B, T, 2, H, W)" in extra["preparation"]
+    expected = "event frames, (B, T, 2, H, W)" if network == "vggsnn" else "RGB images in [0, 1]"
+    assert expected in extra["preparation"]
     torch.testing.assert_close(actual, logits(trained, x))
 
 

@@ -14,8 +14,10 @@ import pytest
 import timm
 import tiny
 import torch
+import torch.nn.functional as F
 import torchvision
 from passes import one_thread, randomize
+from published_networks import Shapes, distilled_shapes, ms_shapes, preact_shapes, random_state
 from safetensors.torch import load_file, save_file
 from spikingjelly.activation_based import functional, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
@@ -426,6 +428,92 @@ def test_vggsnn_without_pooling_is_another_network() -> None:
         foreign.convert(state, "tet", ours("vggsnn", num_classes=5, input_size=16))
 
 
+def test_checkpoints_of_the_repositories_of_distillation(tmp_path: Path) -> None:
+    """Under best_net; PreAct-ResNets have torchvision's names, the others their own."""
+    state = random_state(distilled_shapes((3, 3, 2), 6, 8, 10, 5))
+    file = tmp_path / "model_weights.pth"
+    torch.save({"best_acc": 95.0, "best_epoch": 7, "best_net": state, "optimizer": {}}, file)
+    read = foreign.read(file)
+    assert read.keys() == state.keys()
+    with pytest.raises(
+        UserError, match=r"whose neurons are not the same; say .*decoupling or seal"
+    ):
+        foreign.source_of(read, file)
+    assert foreign.num_classes(read, "decoupling") == 5
+    neuron = foreign.neuron_of("decoupling", "spiking_resnet19")
+    assert neuron["decay"] == 0.5
+    model = ours(
+        "spiking_resnet19",
+        neuron=neuron,
+        num_classes=5,
+        stem_width=6,
+        width=8,
+        hidden_features=10,
+    ).eval()
+    converted(read, "decoupling", model)
+
+    def layer(name: str, x: Tensor, stride: int = 1) -> Tensor:
+        weight = state[f"{name}.weight"]
+        y = F.conv2d(x.flatten(0, 1), weight, None, stride, weight.shape[-1] // 2)
+        return y.unflatten(0, x.shape[:2])
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        values = [state[f"{name}.{one}"].view(-1, 1, 1) for one in ("running_mean", "running_var")]
+        y = (x - values[0]) / (values[1] + 1e-5).sqrt()
+        return y * state[f"{name}.weight"].view(-1, 1, 1) + state[f"{name}.bias"].view(-1, 1, 1)
+
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    x = fire(norm("conv0.1", layer("conv0.0", images.expand(T, *images.shape))))
+    for stage, count in enumerate((3, 3, 2)):
+        for i in range(count):
+            block, stride = f"layer{stage + 1}.{i}", 2 if stage and not i else 1
+            y = fire(norm(f"{block}.bn1", layer(f"{block}.conv1", x, stride)))
+            y = norm(f"{block}.bn2", layer(f"{block}.conv2", y))
+            if i == 0:
+                x = norm(f"{block}.shortcut.1", layer(f"{block}.shortcut.0", x, stride))
+            x = fire(y + x)
+    x = fire(x.mean((3, 4)) @ state["classifier.0.weight"].T + state["classifier.0.bias"])
+    expected = x @ state["classifier.2.weight"].T + state["classifier.2.bias"]
+    with torch.no_grad():
+        logits = model(images, per_timestep=True)
+    assert len(logits.flatten(0, 1).unique(dim=0)) > 1
+    assert relative(logits, expected) < 1e-12
+
+
+def test_resnet18_for_cifar_of_the_repositories_of_distillation() -> None:
+    state = random_state(distilled_shapes((2, 2, 2, 2), 4, 4, 0, 5))
+    assert foreign.num_classes(state, "seal") == 5
+    model = ours("spiking_resnet18_cifar", num_classes=5, stem_width=4, width=4)
+    converted(state, "seal", model)
+    assert torch.equal(model.fc.weight, state["classifier.0.weight"])
+    assert torch.equal(model.stem.conv.weight, state["conv0.0.weight"])
+
+
+def test_ms_resnets_file_is_recognised(tmp_path: Path) -> None:
+    state = {f"module.{k}": v for k, v in random_state(ms_shapes((2, 2, 2, 2), 4, 5)).items()}
+    torch.save(state, tmp_path / "resnet18-125-best.pth")
+    read = foreign.read(tmp_path / "resnet18-125-best.pth")
+    assert foreign.source_of(read, tmp_path / "resnet18-125-best.pth") == "ms"
+    assert foreign.num_classes(read, "ms") == 5
+    converted(read, "ms", ours("ms_resnet18", num_classes=5, width=4))
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("preact_resnet18", "torchvision"),
+        ("preact_resnet18", "ms"),
+        ("ms_resnet18", "decoupling"),
+        ("sew_resnet18", "decoupling"),
+        ("spiking_resnet18", "ms"),
+        ("vggsnn", "seal"),
+    ],
+)
+def test_weights_of_other_shortcuts_are_refused(name: str, source: foreign.Source) -> None:
+    with pytest.raises(UserError, match=f"weights of {source} are of other networks than {name}"):
+        foreign.convert({"fc.weight": torch.zeros(1)}, source, ours(name, num_classes=5))
+
+
 # ------------------------------------------------------------------------------ ReLU networks
 
 
@@ -660,6 +748,68 @@ def test_tets_checkpoint_is_recognized(convert: Tool, tmp_path: Path) -> None:
     model = description.config["model"]
     assert (model["num_classes"], model["neuron"]["decay"]) == (5, 0.5)
     assert description.config["data"]["image_size"] == 32
+
+
+@pytest.mark.parametrize(
+    ("source", "model", "shapes", "arguments", "neuron"),
+    [
+        (
+            "decoupling",
+            "preact_resnet18",
+            preact_shapes((2, 2, 2, 2), 4, 4),
+            {"width": 4},
+            {"decay": 0.2, "threshold": 1.0, "reset": "soft", "surrogate_width": 4.0},
+        ),
+        (
+            "seal",
+            "preact_resnet18",
+            preact_shapes((2, 2, 2, 2), 4, 4),
+            {"width": 4},
+            {"decay": 0.2, "threshold": 1.0, "reset": "hard", "surrogate": "sigmoid"},
+        ),
+        (
+            "decoupling",
+            "spiking_resnet19",
+            distilled_shapes((3, 3, 2), 128, 4, 6, 4),
+            {"width": 4, "hidden_features": 6, "stem_width": 128},
+            {"decay": 0.5, "reset": "hard"},
+        ),
+        (
+            "ms",
+            "ms_resnet18",
+            ms_shapes((2, 2, 2, 2), 4, 4),
+            {"width": 4},
+            {"decay": 0.25, "threshold": 0.5, "surrogate": "rectangle", "detach_reset": True},
+        ),
+    ],
+)
+def test_converted_file_notes_its_sources_network(
+    source: str,
+    model: str,
+    shapes: Shapes,
+    arguments: dict[str, int],
+    neuron: dict[str, Any],
+    convert: Tool,
+    tiny_root: Path,
+    tmp_path: Path,
+) -> None:
+    torch.save({"best_acc": 1.0, "best_net": random_state(shapes)}, tmp_path / "theirs.pth")
+    output = tmp_path / "o.safetensors"
+    # The width of the stem is noted unasked.
+    given = [f"model.arguments.{k}={v}" for k, v in arguments.items() if k != "stem_width"]
+    command = [tmp_path / "theirs.pth", "--model", model, "--from", source, "--output", output]
+    status, out, err = convert(*command, *given, "data.image_size=32", "data.resize=32")
+    assert status == 0, err
+    assert f"as of {source}" in out
+    _, description = checkpoint.load_model_file(output)
+    noted = description.config["model"]
+    assert noted["arguments"] == arguments
+    assert {key: noted["neuron"][key] for key in neuron} == neuron
+    command = ["--checkpoint", str(output), "--data", str(tiny_root), "--device", "cpu"]
+    assert load_tool("eval").main([*command, "--json", str(tmp_path / "e.json")]) == 0
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert found["samples"] == sum(tiny.VAL_SIZES)
+    assert 0 < max(found["firing_rate"].values()) < 1
 
 
 @pytest.mark.parametrize(

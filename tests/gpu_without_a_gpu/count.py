@@ -16,7 +16,8 @@ def main(arguments: list[str]) -> int:
     """Print a table of the phases of a step, and of the kernels in each."""
     model, *overrides = arguments
     with tempfile.TemporaryDirectory() as folder, worker.started(Path(folder)) as running:
-        answer = running.ask(model, *overrides)
+        # The second step: the first would capture a graph.
+        answer = running.ask(model, *overrides, steps=2)
     if answer["error"]:
         print(answer["error"], file=sys.stderr)
         return 1

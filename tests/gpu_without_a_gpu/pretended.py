@@ -2,11 +2,13 @@
 
 `install` answers, in Python, what torch and DeepSpeed ask of a device. Tensors on it are fake:
 they have a shape, a type and strides, but no numbers. `Recorder` takes down what is done to them:
-which kernels would be launched, and what would have the host wait for the device.
+which kernels would be launched, what would have the host wait for the device, and whether a CUDA
+graph would do the same at every replay.
 """
 
 import contextlib
 import importlib.util
+import inspect
 import os
 import traceback
 from collections import Counter
@@ -18,8 +20,9 @@ import torch
 from launches import is_refused_if_deterministic, num_launches
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.cuda import graphs as torchs_graphs
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 DEVICE = torch.device("cuda", 0)
 
@@ -63,10 +66,17 @@ def waited(what: str) -> None:
         _active.wait(f"{what} at {_place()}")
 
 
-def launched(name: str, number: int = 1) -> None:
-    """Take down kernels that no operation of torch launches."""
+def launched(name: str, arguments: Any = ()) -> None:
+    """Take down a kernel that no operation of torch launches, and what it is given."""
     if _active is not None:
-        _active.count(name, number)
+        _active.note_captured(name, arguments, None)
+        _active.count(name)
+
+
+def seeded(*_: Any) -> None:
+    """Take down that the device's random numbers would be seeded, which a graph cannot do."""
+    if _active is not None:
+        _active.refuse_in_graph("a seed")
 
 
 def silent() -> contextlib.AbstractContextManager[None]:
@@ -130,6 +140,45 @@ class _Event:
         return 1.0
 
 
+class _Graph:
+    """A CUDA graph, whose replay is one launch."""
+
+    def replay(self) -> None:
+        launched("cuda.graph")
+
+
+@contextlib.contextmanager
+def _graph(*arguments: Any, **options: Any) -> Iterator[None]:
+    """What `torch.cuda.graph` does but once, before it captures: to wait, is not taken down."""
+    inspect.signature(torchs_graphs.graph).bind(*arguments, **options)
+    with capturing():
+        yield
+
+
+def capturing() -> contextlib.AbstractContextManager[None]:
+    """A context in which all goes into a graph."""
+    return contextlib.nullcontext() if _active is None else _active.capturing()
+
+
+def compared(
+    capture: Callable[..., tuple[Tensor, Callable[[], None]]],
+) -> Callable[..., tuple[Tensor, Callable[[], None]]]:
+    """A capture at whose replays the function runs once more, to be compared with what was
+    captured."""
+
+    def wrapped(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        result, replay = capture(function)
+
+        def replayed() -> None:
+            replay()
+            with capturing():
+                function()
+
+        return result, replayed
+
+    return wrapped
+
+
 def install() -> None:
     """Answer for the device, for as long as this process lives."""
     answers: dict[str, Any] = {
@@ -150,8 +199,12 @@ def install() -> None:
         "Event": _Event,
         "stream": lambda stream: stream or contextlib.nullcontext(),
         "set_stream": lambda _stream: None,
-        "manual_seed": lambda _seed: None,
-        "manual_seed_all": lambda _seed: None,
+        "manual_seed": seeded,
+        "manual_seed_all": seeded,
+        "get_rng_state": lambda *_: None,
+        "set_rng_state": lambda *_: None,
+        "CUDAGraph": _Graph,
+        "graph": _graph,
     }
     for name in ("current_stream", "default_stream"):
         answers[name] = lambda *_: _Stream()
@@ -192,6 +245,7 @@ def _pinned(tensor: Tensor, *_: Any) -> Tensor:
     pinned = tensor.clone()
     if _active is not None:
         _active.note_pinned(pinned)
+        _active.refuse_in_graph("pinned memory")
     return pinned
 
 
@@ -215,11 +269,12 @@ def _count_triton_kernels() -> None:
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
-    def run(kernel: Any, *arguments: Any, **_options: Any) -> None:
+    def run(kernel: Any, *arguments: Any, **options: Any) -> None:
         devices = {x.device.type for x in arguments if isinstance(x, Tensor)}
         name = getattr(kernel, "__name__", None) or kernel.fn.__name__
         assert devices <= {"cuda"}, f"the Triton kernel {name} is given tensors on {devices}"
-        launched(f"triton.{name}")
+        options["grid"] = repr(options.get("grid"))
+        launched(f"triton.{name}", (arguments, options))
 
     JITFunction.run = run
     Autotuner.run = run
@@ -236,6 +291,8 @@ class Recorder(TorchDispatchMode):
         layouts: Fused optimisers' tensors whose elements do not lie in the same order, and weights
             of convolutions that are not channels_last.
         places: Numbers of kernels by (phase, name, place), if ``with_places``.
+        captures: What was launched in each capture of a CUDA graph, one after another.
+        ungraphed: What a capture refuses, or does not do again at a replay.
     """
 
     def __init__(self, *, with_places: bool = False) -> None:
@@ -246,6 +303,9 @@ class Recorder(TorchDispatchMode):
         self.waits: list[tuple[str, str]] = []
         self.refused: list[str] = []
         self.layouts: list[str] = []
+        self.captures: list[_Capture] = []
+        self.ungraphed: list[str] = []
+        self._capture: _Capture | None = None
         self._with_places = with_places
         self._silent = 0
         # Storages whose memory would be pinned; held, so that no other gets the address of one.
@@ -274,7 +334,7 @@ class Recorder(TorchDispatchMode):
         return [what for phase, what in self.waits if phase in phases]
 
     def count(self, name: str, number: int = 1) -> None:
-        if self._silent:
+        if self._silent or self._capture is not None:
             return
         self.launches[self.phase, name] += number
         if self._with_places:
@@ -288,6 +348,28 @@ class Recorder(TorchDispatchMode):
             yield
         finally:
             self._silent -= 1
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """A context whose launches go into a graph, and are compared with those of the first."""
+        assert self._capture is None
+        self._capture = capture = _Capture()
+        try:
+            yield
+        finally:
+            self._capture = None
+        if self.captures and (difference := self.captures[0].difference(capture)):
+            self.ungraphed.append(f"capture {len(self.captures) + 1}: {difference}")
+        self.captures.append(capture)
+
+    def refuse_in_graph(self, what: str) -> None:
+        if self._capture is not None:
+            self.ungraphed.append(f"{what} at {_place()}")
+
+    def note_captured(self, name: str, arguments: Any, results: Any) -> None:
+        """Add an operation to the capture that is under way, if any."""
+        if self._capture is not None:
+            self._capture.add(name, arguments, results)
 
     def note_pinned(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -307,6 +389,7 @@ class Recorder(TorchDispatchMode):
         if name.startswith("aten._fused_"):
             # Fake tensors have no such kernels; they write into tensors and return nothing.
             self._check_layouts(name, arguments)
+            self.note_captured(name, (arguments, options), None)
             self.count(name, num_launches(function, arguments, None))
             return None
         if name == "aten._local_scalar_dense.default" and tensors[0].device.type == "cuda":
@@ -325,7 +408,11 @@ class Recorder(TorchDispatchMode):
         result = function(*arguments, **options)
         if pins:
             self.note_pinned(result)
+            self.refuse_in_graph("pinned memory")
         results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.note_captured(name, (arguments, options), results)
+        if any(x.device.type == "cpu" for x in results):
+            self.refuse_in_graph(f"{name}, computed on the host,")
         if any(x.device.type == "cuda" for x in (*tensors, *results)):
             self.count(name, num_launches(function, arguments, result))
             if is_refused_if_deterministic(name, arguments, options):
@@ -353,6 +440,7 @@ class Recorder(TorchDispatchMode):
         source_type, target_type = source.device.type, torch.device(target).type
         if (source_type, target_type) == ("cpu", "cuda"):
             pinned = source.untyped_storage()._cdata in self._pinned
+            self.refuse_in_graph("a copy to the device")
             if not (pinned and free):
                 kind = "a blocking" if pinned else "a pageable"
                 self.wait(f"{kind} copy {_described(source)} to the device at {_place()}")
@@ -386,6 +474,54 @@ class Recorder(TorchDispatchMode):
                 self.layouts.append(f"{what}, has strides {[x.stride() for x in same]}")
 
 
+class _Capture:
+    """Operations in their order, each with what it was given.
+
+    A tensor is known by its memory. What is allocated in the capture has the same number in each
+    that does the same; what was there before has to be the very same memory, for a replay finds it
+    nowhere else.
+    """
+
+    def __init__(self) -> None:
+        self._operations: list[tuple[str, tuple[Any, ...], str]] = []
+        self._inside: dict[int, int] = {}
+        # Held, so that no other memory gets the address of one.
+        self._storages: list[Any] = []
+
+    def add(self, name: str, arguments: Any, results: Any) -> None:
+        leaves, structure = tree_flatten(arguments)
+        given = tuple(self._known(leaf) for leaf in leaves)
+        self._operations.append((name, (*given, str(structure)), _place()))
+        before = {storage._cdata for storage in map(_storage, leaves) if storage is not None}
+        for storage in map(_storage, tree_leaves(results)):
+            if storage is not None and storage._cdata not in before:
+                self._storages.append(storage)
+                self._inside[storage._cdata] = len(self._inside)
+
+    def _known(self, leaf: Any) -> Any:
+        storage = _storage(leaf)
+        if storage is None:
+            return leaf if isinstance(leaf, (int, float, str)) else repr(leaf)
+        self._storages.append(storage)
+        number = self._inside.get(storage._cdata)
+        memory = f"outside {storage._cdata}" if number is None else f"inside {number}"
+        return memory, tuple(leaf.shape), leaf.stride(), leaf.storage_offset(), leaf.dtype
+
+    def difference(self, other: "_Capture") -> str | None:
+        """Say where another one parts from this one, if it does."""
+        for number, (ours, theirs) in enumerate(
+            zip(self._operations, other._operations, strict=False)
+        ):
+            if ours[:2] != theirs[:2]:
+                return f"operation {number} was {ours}, and is {theirs}"
+        numbers = len(self._operations), len(other._operations)
+        return None if len(set(numbers)) == 1 else f"{numbers[1]} operations, not {numbers[0]}"
+
+
+def _storage(leaf: Any) -> Any:
+    return leaf.untyped_storage() if isinstance(leaf, Tensor) else None
+
+
 def _order(x: Tensor) -> tuple[int, ...]:
     """Strides, but of dimensions of a single element, whose stride means nothing."""
     return tuple(s for s, n in zip(x.stride(), x.shape, strict=True) if n != 1)
@@ -397,11 +533,14 @@ def _described(x: Tensor) -> str:
 
 def _place() -> str:
     """The innermost line of tetdist that is running, or of DeepSpeed."""
-    for frame in reversed(traceback.extract_stack()):
+    frame = inspect.currentframe()
+    while frame is not None:
+        name = frame.f_code.co_filename
         for package, folder in FOLDERS.items():
-            file = frame.filename.removeprefix(folder)
-            if file != frame.filename and not file.endswith(_NOT_TO_BLAME):
-                return f"{package}/{file}:{frame.lineno}"
+            file = name.removeprefix(folder)
+            if file != name and not file.endswith(_NOT_TO_BLAME):
+                return f"{package}/{file}:{frame.f_lineno}"
+        frame = frame.f_back
     return "torch"
 
 

@@ -9,6 +9,7 @@ of cuda_guard.cpp has to be preloaded.
 import contextlib
 import ctypes
 import gc
+import itertools
 import json
 import os
 import sys
@@ -51,6 +52,7 @@ class Case:
         learns: Whether it learns from a teacher, which has no weights.
         evaluates: Whether a batch is evaluated, too, and the membranes are looked at.
         places: Whether the answer says from which line each launch comes.
+        mistake: One of `TRAINING_MISTAKES`, which is made.
     """
 
     model: str
@@ -62,6 +64,7 @@ class Case:
     learns: bool = False
     evaluates: bool = False
     places: bool = False
+    mistake: str | None = None
 
 
 MISTAKES: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -84,6 +87,56 @@ MISTAKES: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
+def _graph_mistakes() -> dict[str, Callable[[Tensor, Tensor], Any]]:
+    """What must not be done in a CUDA graph, each of which is run three times."""
+    numbers = {name: itertools.count(1) for name in ("number", "kernel", "part")}
+    sums: list[Tensor] = []
+
+    def another_tensor(_: Tensor, there: Tensor) -> None:
+        sums.append(there + sums[-1] if sums else there + there)
+
+    return {
+        "a number of the host": lambda _, there: there * next(numbers["number"]),
+        "another tensor each time": another_tensor,
+        "another kernel": lambda _, there: next(numbers["kernel"]) < 3 or there.add_(1),
+        "another part": lambda _, there: there[next(numbers["part"]) :] + 1,
+        "pinned memory": lambda here, _: here.pin_memory(),
+        "pinned memory of its own": lambda _, __: torch.empty(3, pin_memory=True),
+        "a copy to the device": lambda here, _: here.to(DEVICE, non_blocking=True),
+        "work of the host": lambda here, _: here + 1,
+        "a seed": lambda _, __: torch.manual_seed(0),
+        "none": lambda _, there: there.add_(1).sum().mul(2),
+    }
+
+
+def _seed_within(trainer: Any) -> None:
+    forward = trainer.engine.forward
+    trainer.engine.forward = lambda images: (trainer._seed(trainer.step, 0), forward(images))[1]
+
+
+def _scale_on_the_host(trainer: Any) -> None:
+    from tetdist.training.engines import torch_engine
+
+    backward, scaled = trainer.engine.backward, torch_engine.scaled
+
+    def on_the_host(loss: Tensor) -> None:
+        torch_engine.scaled = lambda loss, scale: loss * scale.value
+        try:
+            backward(loss)
+        finally:
+            torch_engine.scaled = scaled
+
+    trainer.engine.backward = on_the_host
+
+
+# With CUDA graphs, made in a training step.
+TRAINING_MISTAKES: dict[str, Callable[[Any], None]] = {
+    "gradients let go of": lambda trainer: setattr(trainer.engine, "keeps_gradients", False),
+    "a seed": _seed_within,
+    "a scale of the host": _scale_on_the_host,
+}
+
+
 def make_mistakes() -> dict[str, Any]:
     """Make mistakes of all kinds, and one thing that is none; return what was found of each."""
     found = {}
@@ -100,6 +153,16 @@ def make_mistakes() -> dict[str, Any]:
             except Exception as raised:
                 error = pretended.failure(raised)
         found[name] = report(recorder, error)
+    for name, make in _graph_mistakes().items():
+        recorder = Recorder()
+        with _FakeTensors():
+            here, there = torch.ones(12).pin_memory(), torch.empty(12, device=DEVICE)
+            with recorder:
+                recorder.note_pinned(here)
+                for _ in range(3):
+                    with recorder.capturing():
+                        make(here, there)
+        found[f"in a graph: {name}"] = report(recorder, None)
     return found
 
 
@@ -107,7 +170,9 @@ def main() -> None:
     ctypes.CDLL(os.environ["LD_PRELOAD"]).pretend()
     pretended.install()
     from tetdist.nn import batch_norm, passes
+    from tetdist.training import graphs
 
+    graphs.capture = pretended.compared(graphs.capture)
     # Nothing can be computed here to find out whether Triton's kernels work.
     passes._reason_against_triton = lambda _device: None
 
@@ -161,6 +226,8 @@ def report(recorder: Recorder, error: str | None) -> dict[str, Any]:
         "evaluation_waits": recorder.waits_of(EVALUATION),
         "refused": recorder.refused,
         "layouts": recorder.layouts,
+        "captures": len(recorder.captures),
+        "ungraphed": recorder.ungraphed,
         "launches": launches,
         "places": [[*key, number] for key, number in recorder.places.most_common()],
     }
@@ -195,6 +262,8 @@ def run(case: Case, world: Any, recorder: Recorder) -> None:
     try:
         trainer.model.train()
         _tell_phases_apart(trainer)
+        if case.mistake is not None:
+            TRAINING_MISTAKES[case.mistake](trainer)
         from tetdist.training.trainer import _Clock
 
         for number in range(case.steps):
@@ -203,6 +272,9 @@ def run(case: Case, world: Any, recorder: Recorder) -> None:
             with recorder:
                 trainer._train_step(_Clock())
             recorder.phase = "input"
+            if trainer.engine.loss_scale is not None:
+                # As after a step whose gradient overflowed.
+                trainer.engine.loss_scale.overflowed()
             assert trainer.step == step + number + 1
         if case.evaluates:
             _evaluate(trainer, recorder)
@@ -224,7 +296,7 @@ def make_trainer(case: Case, config: Any, world: Any) -> Any:
             self.micro_batches = range(case.micro_batches)
             self.train_index = _index(config)
             self.steps_per_epoch = 10
-            self.phases = schedule_phases(config.phases, self.steps_per_epoch)
+            self.phases = schedule_phases(config.phases, self.steps_per_epoch, config.batch.global_)
             self._build_model()
             self.window = torch.zeros(3, dtype=torch.float64, device=world.device)
             self.non_finite = health.NonFiniteSteps(world.device, config.non_finite_limit)

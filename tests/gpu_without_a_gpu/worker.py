@@ -21,9 +21,29 @@ CONFIGS: dict[str, tuple[str, ...]] = {
     "sew_resnet": ("sew34_t4.yaml",),
     "spiking_resnet": ("spiking34_t4_t6.yaml",),
     "spiking_resnet19": ("cifar10_resnet19.yaml",),
+    "spiking_resnet18_cifar": ("cifar10_resnet19.yaml",),
+    "spiking_resnet19_dvs": ("vggsnn_dvs.yaml",),
+    "preact_resnet": ("preact_resnet34_t4.yaml",),
+    "ms_resnet": ("ms_resnet34_t6.yaml",),
     "spiking_convnet": ("quickstart.yaml", "precision=bf16", "phases.0.optimizer.kind=sgd"),
     "spiking_convnet_dvs": ("nmnist.yaml", "precision=bf16", "model.arguments={input_size: 34}"),
     "vggsnn": ("vggsnn_dvs.yaml",),
+    "qkformer": ("qkformer_10_384.yaml", "loss.kind=tet"),
+    "qkformer_4_384_cifar": ("qkformer_cifar10.yaml", "loss.kind=tet"),
+    "qkformer_2_256_dvs": ("vggsnn_dvs.yaml", "model.arguments={}"),
+    "qkformer_2_256_gesture": ("vggsnn_dvs.yaml", "model.arguments={}"),
+    # Its own optimiser, LAMB, takes no `found_inf`.
+    "sdt": ("sdt_8_384.yaml", "loss.kind=tet", "phases.0.optimizer={kind: adamw, lr: 0.001}"),
+    "sdt_2_256_cifar": ("qkformer_cifar10.yaml", "loss.kind=tet"),
+    "sdt_2_512_cifar": ("qkformer_cifar10.yaml", "loss.kind=tet"),
+    "sdt_2_256_dvs": ("vggsnn_dvs.yaml", "model.arguments={}"),
+    "sdt_2_256_gesture": ("vggsnn_dvs.yaml", "model.arguments={}"),
+    "maxformer": ("maxformer_10_384.yaml", "loss.kind=tet"),
+    # LAMB, as above.
+    **dict.fromkeys(
+        ("espikeformer_t", "espikeformer_s", "espikeformer_m", "espikeformer_l"),
+        ("espikeformer_s.yaml", "loss.kind=tet", "phases.0.optimizer={kind: adamw, lr: 0.001}"),
+    ),
 }
 
 
@@ -44,7 +64,7 @@ class Worker:
 
     def ask(self, model: str, *overrides: str, **about: Any) -> Answer:
         """Run a case at T = 4, with these fields of `Case`; its answer is that of `report`."""
-        base, *changes = CONFIGS.get(model) or CONFIGS[model.rstrip("0123456789")]
+        base, *changes = CONFIGS.get(model) or CONFIGS[model.rstrip("0123456789_")]
         # The last one of a key counts.
         pairs = (pair.split("=", 1) for pair in [*changes, "phases.0.timesteps=4", *overrides])
         changes = [f"{key}={value}" for key, value in dict(pairs).items()]

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 pytest.importorskip("spikingjelly", reason="the package spikingjelly is not installed")
 
 from adopted_networks import Small
+from graph_stand_ins import taped
 from spikingjelly.activation_based import encoding, functional, layer, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spikformer, spiking_resnet, spiking_vgg
 
@@ -27,6 +28,7 @@ from tetdist.evaluation.operations import counting_operations
 from tetdist.losses import tet_loss
 from tetdist.models.adopted import Adopted, AdoptedBatchNorm, adopt
 from tetdist.nn import batch_norm
+from tetdist.training import graphs, trainer
 from tetdist.training.trainer import Trainer
 
 T, TARGET = 2, torch.tensor([1, 3])
@@ -653,3 +655,16 @@ def test_run_with_checkpointed_blocks(train: Callable[..., Path]) -> None:
     rates = tiny.metrics(again, "val")[-1]["firing_rate"]
     assert list(rates) == ["net.features.2", "net.features.6", "net.classifier.1"]
     assert all(0 < rate < 1 for rate in rates.values()), rates
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recompute", ["none", "blocks"])
+def test_run_with_graphs(
+    recompute: str, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neurons keep their membranes in Python, from one timestep to the next."""
+    monkeypatch.setattr(trainer, "_check_device", lambda *_: None)
+    monkeypatch.setattr(graphs, "capture", taped)
+    changes = (f"recompute={recompute}", "phases.0.epochs=1")
+    plain = train("plain", *changes)
+    tiny.assert_same_run(plain, train("graphs", *changes, "cuda_graphs=true"))

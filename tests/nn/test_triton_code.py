@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,17 @@ def test_code_is_what_is_recorded(capability: int) -> None:
             assert {key: getattr(code, key) for key in recorded} == recorded, name
         else:  # Another Triton, another assembler: roughly the same.
             assert code.instructions < 1.3 * recorded["instructions"], name
+
+
+def test_no_number_of_a_large_tensor_overflows() -> None:
+    """Sizes are 32 bits wide where they fit, and a tensor may have more than 2^31 numbers."""
+    for launch in gpu_code.packing():
+        code = gpu_code.compiled(launch, 90).intermediate
+        types = re.findall(
+            r"arith\.(?:muli|addi) %groups[^\n]*: (\w+)|extsi %groups[^\n]*to (\w+)", code
+        )
+        assert types, launch.name
+        assert {wide for pair in types for wide in pair if wide} == {"i64"}, launch.name
 
 
 # Of bfloat16. The passes are as fast as memory, so that all is read and written once, and no more.

@@ -1,7 +1,5 @@
 """The plan's arithmetic, against numbers worked out by hand."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +8,8 @@ from tetdist.config import loading as configuration
 from tetdist.errors import UserError
 from tetdist.slurm import plan
 from tetdist.slurm.cluster import ClusterSection
-from tetdist.slurm.plan import Plan, Speed
+from tetdist.slurm.plan import Plan
+from tetdist.slurm.speed import Speed
 
 IMAGENET = {"train_images": 1281167, "val_images": 50000}
 PARAMETERS = 20_000_000
@@ -77,6 +76,16 @@ def test_timesteps_cost() -> None:
     assert two.hours / one.hours == pytest.approx(9 / 8, rel=0.01)
 
 
+def test_phases_of_known_speeds() -> None:
+    made = make("spiking34_t4_t6.yaml", ("evaluate_every=1000",))
+    both = plan.cost(made, Speed(100.0, 4, of_phases=(100.0, 50.0)), 1)
+    alike = plan.cost(made, Speed(100.0, 4, of_phases=(100.0, 100.0)), 1)
+    assert both is not None
+    assert alike is not None
+    # A quarter of the epochs takes twice as long.
+    assert both.hours / alike.hours == pytest.approx(5 / 4, rel=0.01)
+
+
 def test_time_limit_shorter_than_a_restart() -> None:
     made = make(time="5")
     assert "too short" in plan.describe(made, Speed(100.0, 4))
@@ -95,39 +104,13 @@ def test_table() -> None:
     assert one.hours / 2 < two.hours < one.hours
 
 
-def test_speed(tmp_path: Path) -> None:
-    config = configuration.load("sew34_t4.yaml")
-    assert plan.read_speed(None, None, config) is None
-    assert plan.read_speed(90.0, None, config) == Speed(90.0, 4)
-    file = tmp_path / "bench.json"
-    file.write_text(json.dumps({"images_per_s": 800, "processes": 8, "timesteps": 6}))
-    assert plan.read_speed(None, str(file), config) == Speed(100.0, 6)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"images_per_s": "fast"}', '{"images_per_s": 0}']
-)
-def test_file_that_is_no_benchmark(text: str, tmp_path: Path) -> None:
-    file = tmp_path / "bench.json"
-    file.write_text(text)
-    with pytest.raises(UserError, match=r"--benchmark: .*bench\.json"):
-        plan.read_speed(None, str(file), configuration.load("sew34_t4.yaml"))
-
-
-def test_speed_that_is_none(tmp_path: Path) -> None:
-    config = configuration.load("sew34_t4.yaml")
-    for value in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="--images-per-s"):
-            plan.read_speed(value, None, config)
-    with pytest.raises(UserError, match="cannot be read"):
-        plan.read_speed(None, str(tmp_path / "nothing"), config)
-
-
 def test_run_that_begins_with_a_later_phase() -> None:
     made = make("spiking34_t4_t6.yaml", ("start_phase=1", "init_checkpoint=weights.safetensors"))
     assert (made.first_step, made.last_step) == (90 * 5004, 120 * 5004)
     assert (made.images, made.evaluations) == (30 * 5004 * 256, 30)
-    assert "T = 6" in plan.describe(made, None)
+    text = plan.describe(made, "nobody said")
+    assert "T = 6" in text
+    assert "hours        unknown: nobody said" in text
     cost = plan.cost(made, Speed(images_per_s=100.0, timesteps=6), nodes=2)
     whole = plan.cost(make("spiking34_t4_t6.yaml"), Speed(100.0, timesteps=6), nodes=2)
     assert cost is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 import tiny
 
 CODE = """
-    import dataclasses, json, sys
+    import contextlib, dataclasses, json, sys
     import torch, timm
     import torch.distributed as dist
     import tetdist.models
@@ -41,9 +41,8 @@ CODE = """
                 images = torch.rand(2, 3, 33, 33, generator=generator)
                 logits = model(images, per_timestep=True)
                 loss = tet_loss(logits, torch.tensor([0, 1]), lambda_=0.001)
-                if overlapped:
-                    mean.before_backward()
-                loss.backward()
+                with mean.backward_pass() if overlapped else contextlib.nullcontext():
+                    loss.backward()
                 if mean._overlapped is not None:
                     early.append(len(mean._overlapped._under_way))
             if overlapped:

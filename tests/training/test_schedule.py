@@ -5,9 +5,17 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 
 from tetdist.config.schema import OptimizerSection, PhaseSection
-from tetdist.training.schedule import phase_at, schedule_phases
+from tetdist.training.schedule import Phase, phase_at
+from tetdist.training.schedule import schedule_phases as schedule
+
+
+def schedule_phases(sections: tuple[PhaseSection, ...], steps_per_epoch: int) -> list[Phase]:
+    return schedule(sections, steps_per_epoch, 8)
 
 
 def section(**values: Any) -> PhaseSection:
@@ -77,3 +85,76 @@ def test_image_sizes_rise_epoch_by_epoch() -> None:
     assert sizes(image_size=16, final_image_size=24) == [16, 16, 16, 16, 24]
     (phase,) = schedule_phases((section(epochs=1, image_size=64, final_image_size=96),), 10)
     assert [phase.image_size(step, 224) for step in (0, 9)] == [64, 64]
+
+
+def of_timm(cls: type[Scheduler], epochs: int, **values: Any) -> list[float]:
+    """The learning rate that a scheduler of timm's has in each epoch."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.8)
+    scheduler = cls(optimizer, **values)
+    rates = [optimizer.param_groups[0]["lr"]]
+    for epoch in range(1, epochs):
+        scheduler.step(epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+WARM = {"warmup_epochs": 3.0, "warmup_lr": 0.01}
+WARM_AT_TIMM = {"warmup_t": 3, "warmup_lr_init": 0.01, "warmup_prefix": False}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        pytest.param(
+            WARM | {"min_lr": 0.05, "cooldown_epochs": 2, "clock_after_warmup": False},
+            lambda: of_timm(CosineLRScheduler, 12, t_initial=10, lr_min=0.05, **WARM_AT_TIMM),
+            id="cosine",
+        ),
+        pytest.param(
+            WARM | {"min_lr": 0.05, "cooldown_epochs": 2},
+            lambda: of_timm(
+                CosineLRScheduler,
+                12,
+                t_initial=7,  # timm's are the epochs after the warm-up then
+                lr_min=0.05,
+                **(WARM_AT_TIMM | {"warmup_prefix": True}),
+            ),
+            id="cosine after the warm-up",
+        ),
+        pytest.param(
+            WARM | {"schedule": "polynomial", "power": 0.5, "clock_after_warmup": False},
+            lambda: of_timm(PolyLRScheduler, 12, t_initial=12, power=0.5, **WARM_AT_TIMM),
+            id="polynomial",
+        ),
+        pytest.param(
+            WARM
+            | {"schedule": "step", "decay_epochs": 4.0, "decay_rate": 0.3}
+            | {"clock_after_warmup": False},
+            lambda: of_timm(StepLRScheduler, 12, decay_t=4, decay_rate=0.3, **WARM_AT_TIMM),
+            id="step",
+        ),
+    ],
+)
+def test_epochs_learn_at_the_rates_of_timm(ours: dict[str, Any], theirs: Any) -> None:
+    (phase,) = schedule_phases((section(epochs=12, lr_changes="epochs", **ours),), 10)
+    rates = [phase.learning_rate(step) for step in range(120)]
+    assert rates[::10] == pytest.approx(theirs(), rel=1e-12)
+    assert rates == [rates[step // 10 * 10] for step in range(120)]
+
+
+def test_steps_follow_the_same_curve() -> None:
+    values = {"min_lr": 0.1, "cooldown_epochs": 1, "schedule": "polynomial", "power": 2.0}
+    (phase,) = schedule_phases((section(epochs=5, warmup_epochs=1.0, **values),), 10)
+    rates = [phase.learning_rate(step) for step in range(50)]
+    assert rates[9] == pytest.approx(0.8)
+    assert rates[25] == pytest.approx(0.1 + 0.7 * 0.5**2)
+    assert rates[40:] == [pytest.approx(0.1)] * 10
+
+
+def test_a_rate_per_256_is_scaled_and_said() -> None:
+    optimizer = OptimizerSection(lr=6e-4, lr_per=256)
+    phase = PhaseSection(epochs=1, timesteps=1, optimizer=optimizer, schedule="constant")
+    (of_2048,) = schedule((phase,), 10, 2048)
+    assert of_2048.learning_rate(0) == pytest.approx(4.8e-3)
+    assert optimizer.lr_as_text(2048) == "0.0048 (0.0006 per 256)"
+    assert section().optimizer.lr_as_text(2048) == "0.8"

@@ -47,7 +47,7 @@ def measure_model(options: argparse.Namespace) -> dict[str, Any]:
     """The seconds of a step of each contestant: medians over rounds in which all take turns."""
     names = list(contestants_of(options))
     if options.device == "cuda":
-        rows = _rows_here(names, options)
+        rows = measure_here(names, options, _tell)
     else:
         with turns.contestants(names, options) as processes:
             seconds = _in_turns({name: one.step for name, one in processes.items()}, options)
@@ -65,22 +65,41 @@ def measure_model(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _rows_here(names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_here(
+    names: list[str], options: argparse.Namespace, tell: Callable[[str], None] = lambda _: None
+) -> list[dict[str, Any]]:
     """Measure in this process: a GPU's memory is divided among processes, and its threads are its
-    own."""
+    own.
+
+    Args:
+        names: Of the contestants.
+        options: Those of `measure_model`.
+        tell: Given a line when a contestant is ready.
+
+    Raises:
+        torch.OutOfMemoryError: They do not fit into the GPU's memory together.
+    """
     choose_algorithms(options.precision)
-    made = contestants_of(options)
+    made, on_gpu = contestants_of(options), options.device == "cuda"
     steps = {name: step_of(options, made[name]()) for name in names}
     warm_up = {}
     for name, step in steps.items():
         warm_up[name] = _seconds(step) + _seconds(step)
-        print(f"{name}: first two steps {warm_up[name]:.1f} s", file=sys.stderr, flush=True)
+        tell(f"{name}: first two steps {warm_up[name]:.1f} s")
     seconds = _in_turns({name: partial(_seconds, step) for name, step in steps.items()}, options)
     return [
         _row(name, seconds, options)
-        | {"warm_up": warm_up[name], "waiting": None, "peak_mib": peak_mib(step)}
+        | {
+            "warm_up": warm_up[name],
+            "waiting": None,
+            "peak_mib": peak_mib(step) if on_gpu else None,
+        }
         for name, step in steps.items()
     ]
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _seconds(step: Callable[[], None]) -> float:

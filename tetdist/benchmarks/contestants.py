@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tetdist.benchmarks import peers
+from tetdist.benchmarks.relu_twins import relu_twin
+
 # --- contestants -------------------------------------------------------------------------------
 
 
@@ -75,51 +78,10 @@ def relu(options: argparse.Namespace) -> Contestant:
     )
 
 
-def relu_twin(name: str) -> torch.nn.Module | None:
-    """A network of ReLU units with the convolutions of a spiking one, if there is one."""
-    import timm
-    from timm.models.resnet import BasicBlock, ResNet
-
-    family, _, depth = name.rpartition("resnet")
-    if family in ("sew_", "spiking_") and depth != "19":
-        return timm.create_model(f"resnet{depth}")
-    if depth == "19":
-        twin = ResNet(BasicBlock, (3, 3, 2), channels=(128, 256, 512), num_classes=10)
-        twin.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        twin.maxpool = torch.nn.Identity()
-        twin.layer4 = torch.nn.Identity()
-        return twin
-    if name != "vggsnn":
-        return None
-    layers: list[torch.nn.Module] = []
-    channels = 2
-    for width in (64, 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"):
-        if width == "pool":
-            layers.append(torch.nn.AvgPool2d(2))
-            continue
-        layers += [
-            torch.nn.Conv2d(channels, int(width), 3, padding=1),
-            torch.nn.BatchNorm2d(int(width)),
-            torch.nn.ReLU(inplace=True),
-        ]
-        channels = int(width)
-    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(512 * 9, 10))
-
-
 def spikingjelly(options: argparse.Namespace) -> Contestant:
-    from spikingjelly.activation_based import functional, neuron, surrogate
-    from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
+    from spikingjelly.activation_based import functional
 
-    zoo = sew_resnet if options.model.startswith("sew_") else spiking_resnet
-    keywords: dict[str, Any] = {"cnf": "ADD"} if zoo is sew_resnet else {}
-    model = getattr(zoo, options.model)(
-        spiking_neuron=neuron.LIFNode,
-        tau=2.0,
-        decay_input=False,
-        surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0),
-        detach_reset=False,
-        **keywords,
-    )
+    model = spikingjelly_network(options.model)
     functional.set_step_mode(model, "m")
     run: Callable[[Tensor], Tensor] = model
     if options.spikingjelly == "compiled":
@@ -132,6 +94,48 @@ def spikingjelly(options: argparse.Namespace) -> Contestant:
 
     images = batch_of(options, model, channels=3, size=224)
     return laid_out(options, model, images, logits)
+
+
+def has_spikingjelly_network(name: str) -> bool:
+    """Whether `spikingjelly_network` makes one."""
+    if name.startswith(("sew_resnet", "spiking_resnet")):
+        return not name.startswith(("spiking_resnet19", "spiking_resnet18_"))
+    # Transformers for images of ImageNet's size.
+    return name.startswith(("qkformer_10_", "sdt_")) and not name.startswith("sdt_2_")
+
+
+def spikingjelly_network(name: str) -> torch.nn.Module:
+    """The network of spikingjelly's neurons that is one of ours with the default neuron: the
+    library's own, or a transformer of peers.py."""
+    from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
+
+    family, *numbers = name.split("_")
+    match family:
+        case "sew":
+            return getattr(sew_resnet, name)(spiking_neuron=spikingjelly_neuron, cnf="ADD")
+        case "spiking":
+            return getattr(spiking_resnet, name)(spiking_neuron=spikingjelly_neuron)
+        case "qkformer":
+            width = int(numbers[1])
+            widths = (width // 4, width // 2, width)
+            return peers.QKFormer(widths, (1, 2, 7), width // 64, spikingjelly_neuron)
+        case "sdt":
+            depth, width = map(int, numbers)
+            return peers.SpikeDrivenTransformer(width, depth, spikingjelly_neuron)
+        case _:
+            raise AssertionError(name)
+
+
+def spikingjelly_neuron() -> torch.nn.Module:
+    """A layer of spikingjelly's neurons, of the default numbers of ours."""
+    from spikingjelly.activation_based import neuron, surrogate
+
+    return neuron.LIFNode(
+        tau=2.0,
+        decay_input=False,
+        surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0),
+        detach_reset=False,
+    )
 
 
 def batch_of(

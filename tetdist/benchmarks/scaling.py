@@ -1,4 +1,4 @@
-"""The benchmark scaling: several processes against one, and what larger numbers would reach.
+"""The benchmark scaling: several processes against one.
 
 Contestants take turns in one run: one process alone; as many as there are to be, each for itself,
 which shows what the machine has to give; and the same averaging their gradients. Each process has
@@ -107,56 +107,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name, values in seconds.items()
     ]
     keys = ("model", "size", "timesteps", "batch", "accumulation", "precision", "device", "engine")
-    result = {key: getattr(options, key) for key in keys} | {
+    return {key: getattr(options, key) for key in keys} | {
         "rows": rows,
-        # The two keys that `slurm --benchmark` reads.
+        # With these two `slurm --benchmark` knows the speed of a process.
         "images_per_s": rows[-1]["images_per_s"],
         "processes": options.processes,
-    }
-    return result | {"predicted": predict(options, rows[0]["images_per_s"])}
-
-
-def predict(options: argparse.Namespace, measured: float) -> dict[str, Any]:
-    """The images a second of many GPUs, by the model of `tetdist.slurm.plan`."""
-    import timm
-
-    from tetdist.slurm.cluster import ClusterSection
-    from tetdist.slurm.plan import communication_seconds
-
-    model = timm.create_model(options.model, timesteps=options.timesteps)
-    num_bytes = 4 * sum(p.numel() for p in model.parameters())
-    rate = options.images_per_s or measured
-    cluster = ClusterSection(
-        link_in_node=options.link_in_node, link_between_nodes=options.link_between_nodes
-    )
-    images = options.batch * options.accumulation
-    rows = []
-    for gpus in (8, 16, 32, 64, 128, 256, 512):
-        nodes = max(1, gpus // options.gpus_per_node)
-        in_node = min(gpus, options.gpus_per_node)
-        waiting = communication_seconds(num_bytes, nodes, in_node, cluster)
-        efficiency = (images / rate) / (images / rate + waiting)
-        rows.append(
-            {
-                "gpus": gpus,
-                "images_per_s": gpus * rate * efficiency,
-                "efficiency": efficiency,
-                "communication_ms": 1e3 * waiting,
-            }
-        )
-    return {
-        "images_per_s_of_one": rate,
-        "measured": options.images_per_s is None,
-        "mb_averaged": num_bytes / 1e6,
-        "gpus_per_node": options.gpus_per_node,
-        "link_in_node": options.link_in_node,
-        "link_between_nodes": options.link_between_nodes,
-        "rows": rows,
     }
 
 
 def table(result: dict[str, Any]) -> str:
-    predicted = result["predicted"]
     count = result["processes"]
     lines = [
         f"{result['model']}, T={result['timesteps']}, {result['accumulation']} x batch "
@@ -177,21 +136,6 @@ def table(result: dict[str, Any]) -> str:
             f"{names[row['name']]:22}{row['seconds']:9.3f}{row['images_per_s']:11.2f}"
             f"{efficiency}{apart}"
         )
-    source = "as measured" if predicted["measured"] else "as given"
-    lines += [
-        "",
-        f"Predicted from {predicted['images_per_s_of_one']:.4g} images/s of one ({source}) and "
-        f"{predicted['mb_averaged']:.1f} MB averaged a step, counted as if nothing hid it:",
-        f"{predicted['gpus_per_node']} GPUs a node, {predicted['link_in_node']:g} GB/s in a node, "
-        f"{predicted['link_between_nodes']:g} GB/s between nodes",
-        "",
-        "GPUs    images/s   efficiency   averaging, ms",
-    ]
-    lines += [
-        f"{row['gpus']:4}{row['images_per_s']:12.1f}{row['efficiency']:13.3f}"
-        f"{row['communication_ms']:16.1f}"
-        for row in predicted["rows"]
-    ]
     return "\n".join(lines)
 
 
@@ -215,7 +159,11 @@ def work() -> None:
 
 
 def training_step(
-    options: argparse.Namespace, world: "World", zero_stage: int = 0
+    options: argparse.Namespace,
+    world: "World",
+    zero_stage: int = 0,
+    *,
+    cuda_graphs: bool = False,
 ) -> tuple[Callable[[], Tensor], Callable[[], None]]:
     """Make a training step on the same images again and again.
 
@@ -224,10 +172,11 @@ def training_step(
             ``engine``.
         world: All processes.
         zero_stage: DeepSpeed's.
+        cuda_graphs: Whether a micro-batch is a CUDA graph.
 
     Returns:
-        A function that makes a step and gives its last loss, (), without waiting for the device;
-        and one that lets go of the engine.
+        A function that makes a step and gives its last loss, (), without waiting for the device,
+        in a tensor that with graphs the next step overwrites; and one that lets go of the engine.
     """
     import timm
 
@@ -237,6 +186,7 @@ def training_step(
     from tetdist.nn import batch_norm
     from tetdist.nn.precision import choose_algorithms
     from tetdist.optimizers import make_optimizer
+    from tetdist.training import graphs
     from tetdist.training.engines.create import make_engine
 
     choose_algorithms(options.precision)
@@ -259,6 +209,7 @@ def training_step(
             "precision": options.precision,
             "engine": options.engine,
             "zero_stage": zero_stage,
+            "cuda_graphs": cuda_graphs,
         },
         "the benchmark",
     )
@@ -276,13 +227,19 @@ def training_step(
     labels = torch.arange(options.batch, device=world.device) % 10
 
     # The same calls as in trainer.py.
+    def add_micro_batch(images: Tensor, labels: Tensor) -> Tensor:
+        loss = tet_loss(engine.forward(images), labels, lambda_=0.001)
+        engine.backward(loss)
+        return loss.detach()
+
+    run = graphs.Graphed(add_micro_batch, model) if cuda_graphs else add_micro_batch
+
     def step() -> Tensor:
         for _ in range(options.accumulation):
-            loss = tet_loss(engine.forward(images), labels, lambda_=0.001)
-            engine.backward(loss)
+            loss = run(images, labels)
         update = engine.update(0.01)
         batch_norm.update_running_statistics(model, world.mean_, update.applied)
-        return loss.detach()
+        return loss
 
     return step, engine.close
 

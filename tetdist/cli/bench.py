@@ -58,7 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         one.add_argument(
             "--spikingjelly",
             choices=["eager", "compiled"],
-            help="also its network of the same name, with the same neuron, where it is installed",
+            help="also the same network of its neurons, where it is installed",
         )
 
     model = command("model", "fp32", "seconds of a training step, against others side by side")
@@ -72,7 +72,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     memory.add_argument("--timesteps", type=numbers, default=[1, 2, 4, 8, 16], metavar="1,2,4")
     contestants(memory, "none,blocks,timesteps")
 
-    scaling = command("scaling", "bf16", "several processes against one, and what many would reach")
+    scaling = command("scaling", "bf16", "several processes against one")
     scaling.add_argument("--timesteps", type=positive, default=4, metavar="T")
     scaling.add_argument("--batch", type=positive, default=4, metavar="B", help="micro-batch")
     scaling.add_argument("--accumulation", type=positive, default=1, metavar="N", help="a process")
@@ -81,13 +81,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     scaling.add_argument("--threads", type=positive, help="a process; default: its cores")
     scaling.add_argument("--repeats", type=positive, default=5, help="rounds of taking turns")
     scaling.add_argument("--steps", type=positive, default=2, help="of each in a round")
-    predicted = scaling.add_argument_group("prediction for 8 to 512 GPUs")
-    predicted.add_argument(
-        "--images-per-s", type=float, metavar="R", help="of one GPU; default: of one process here"
-    )
-    predicted.add_argument("--gpus-per-node", type=positive, default=8, metavar="G")
-    predicted.add_argument("--link-in-node", type=float, default=100.0, metavar="GB/s")
-    predicted.add_argument("--link-between-nodes", type=float, default=12.5, metavar="GB/s")
 
     what = "images a second, against DALI's own reader and torchvision's DataLoader"
     data = commands.add_parser("data", help=what, description=what)
@@ -157,7 +150,12 @@ def problem_of(options: argparse.Namespace) -> str | None:
     if options.model not in known:
         return f"--model: {options.model!r} is not a spiking model; there are {', '.join(known)}"
     size = timm.get_pretrained_cfg(options.model).input_size[-1]
-    if options.model in ("vggsnn", "spiking_convnet", "spiking_convnet_dvs"):
+    if options.model in (
+        "vggsnn",
+        "spiking_convnet",
+        "spiking_convnet_dvs",
+        "spiking_resnet19_dvs",
+    ):
         # The classifiers of these networks see all positions, so that the size is fixed.
         if options.size not in (None, size):
             return f"--size: {options.model} is built for {size} pixels; leave it out"
@@ -166,12 +164,8 @@ def problem_of(options: argparse.Namespace) -> str | None:
     if getattr(options, "spikingjelly", None):
         if importlib.util.find_spec("spikingjelly") is None:
             return "--spikingjelly: it is not installed; pip install spikingjelly"
-        if not options.model.startswith(("sew_resnet", "spiking_resnet")) or (
-            options.model == "spiking_resnet19"
-        ):
+        from tetdist.benchmarks.contestants import has_spikingjelly_network
+
+        if not has_spikingjelly_network(options.model):
             return f"--spikingjelly: it has no {options.model}"
-    for name in ("images_per_s", "link_in_node", "link_between_nodes"):
-        value = getattr(options, name, None)
-        if value is not None and not 0 < value < float("inf"):
-            return f"--{name.replace('_', '-')}: {value:g} must be above 0"
     return None

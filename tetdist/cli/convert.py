@@ -8,6 +8,7 @@ docs/weights.md says which files are known and what carries over.
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,21 @@ if TYPE_CHECKING:
     from tetdist.exchange.foreign import Converted, Source
 
 SHOWN = 5  # of the tensors that do not fit, unless all are asked for
-SOURCES = ("auto", "spikingjelly", "sew", "tet", "torchvision", "timm")
+SOURCES = (
+    "auto",
+    "spikingjelly",
+    "sew",
+    "tet",
+    "torchvision",
+    "timm",
+    "qkformer",
+    "sdt",
+    "espikeformer",
+    "maxformer",
+    "decoupling",
+    "seal",
+    "ms",
+)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -108,7 +123,7 @@ def configuration(
     from tetdist import models
     from tetdist.config.loading import parse
     from tetdist.config.overrides import apply_override, refuse_repeated
-    from tetdist.exchange.foreign import NEURONS, SCALES
+    from tetdist.exchange.foreign import SCALES, arguments_of, neuron_of
 
     known = models.names()
     if options.model not in known:
@@ -125,7 +140,8 @@ def configuration(
         data = {
             "root": "data",
             "image_size": side,
-            "resize": round(side / cfg.crop_pct),
+            "resize": math.floor(side / cfg.crop_pct),  # as timm
+            "interpolation": cfg.interpolation,
             "mean": list(scale["mean"]),
             "std": list(scale["std"]),
         }
@@ -134,15 +150,14 @@ def configuration(
         "model": {
             "name": options.model,
             "num_classes": num_classes,
-            "neuron": dict(NEURONS[source]),
+            "neuron": neuron_of(source, options.model),
         },
         "data": data,
         "batch": {"global": 256, "micro": 32},
         "phases": [{"epochs": 1, "timesteps": timesteps, "optimizer": {"lr": 0.1}}],
     }
-    # Both of these sources have plain batch norm.
-    if options.model.startswith("spiking_resnet") and source in ("spikingjelly", "sew"):
-        raw["model"]["arguments"] = {"norm": "bn"}
+    if arguments := arguments_of(source, options.model):
+        raw["model"]["arguments"] = arguments
     refuse_repeated(options.overrides)
     for override in options.overrides:
         apply_override(raw, override)
@@ -188,6 +203,9 @@ def report(
     if converted.counters:
         counters = counted(converted.counters, "counter")
         print(f"  left out: {counters} of batches (num_batches_tracked), without use here")
+    if converted.unused:
+        unused = counted(len(converted.unused), "tensor")
+        print(f"  left out: {unused} that its network does not use: {', '.join(converted.unused)}")
     for heading, lines in (("not carried over", missing), ("unknown here", unexpected)):
         shown = lines if options.list or len(lines) <= SHOWN + 1 else lines[:SHOWN]
         for line in shown:
@@ -210,3 +228,9 @@ def report(
         f"{key} {value}" for key, value in neurons.as_dict(config.model.neuron).items()
     )
     print(f"  neuron, which the file does not tell: {neuron}; T={timesteps}")
+    if source == "qkformer" and not config.model.arguments.get("mixes_samples"):
+        print(
+            "  QKFormer's accuracies were measured by code in which the samples of a batch "
+            "influence each other; here they do not, and the accuracy is lower: docs/weights.md, "
+            "model.arguments.mixes_samples"
+        )

@@ -1,7 +1,7 @@
 """Send a run to a Slurm cluster, once; it finishes by itself.
 
     python launch/slurm.py --config sew34_t4.yaml --nodes 2 --gpus-per-node 8
-    python launch/slurm.py --config sew34_t4.yaml --dry-run --images-per-s 1500
+    python launch/slurm.py --config sew34_t4.yaml --dry-run --gpu H100
     python launch/slurm.py status|cancel|resume runs/sew34_t4
 
 Time limits and preemptions stop it at a saved step and it goes on; so it does after a crash of a

@@ -41,7 +41,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--print-config",
         action="store_true",
-        help="show the resolved configuration, with all defaults, and stop",
+        help="show the resolved configuration, with all defaults and where each value is from, and "
+        "stop",
     )
     parser.add_argument(
         "--explain",
@@ -102,6 +103,7 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     """The configuration; None where showing it was all that was asked for."""
     from tetdist.config import loading
     from tetdist.config.documentation import documented_keys
+    from tetdist.config.inheritance import annotated
 
     if options.explain:
         known = documented_keys()
@@ -117,8 +119,8 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
             if any(_is_of(key, word) for word in wanted):
                 print(f"{key:32} {documented}")
         return None
-    config = loading.load(options.config, options.overrides, options.imports)
+    loaded = loading.load_with_origins(options.config, options.overrides, options.imports)
     if options.print_config:
-        print(config.as_yaml(), end="")
+        print(annotated(loaded.config.as_yaml(), loaded.origins), end="")
         return None
-    return config
+    return loaded.config

@@ -9,7 +9,7 @@ from typing import Any, assert_never
 from pydantic import BaseModel
 
 from tetdist.config.identity import flatten
-from tetdist.config.schema import TIMM, RunConfig, phase_image_sizes
+from tetdist.config.schema import TIMM, PhaseSection, RunConfig, phase_image_sizes
 from tetdist.errors import UserError
 from tetdist.losses import LOSSES
 from tetdist.optimizers import kind_of
@@ -45,6 +45,7 @@ def check(config: RunConfig) -> None:
         )
     _check_augmentation(config)
     _check_precision_and_engine(config)
+    _check_cuda_graphs(config)
     _check_distillation(config)
     if config.tracking.register_ is not None and config.tracking.log_checkpoint == "none":
         raise UserError(
@@ -61,11 +62,19 @@ def check(config: RunConfig) -> None:
             "set init_checkpoint to what they left"
         )
     for i, phase in enumerate(config.phases):
-        if phase.warmup_epochs >= phase.epochs:
+        if phase.warmup_epochs + phase.cooldown_epochs >= phase.epochs:
+            both = " and cooldown_epochs" if phase.cooldown_epochs else ""
             raise UserError(
-                f"phases.{i}.warmup_epochs: {phase.warmup_epochs} must be below the phase's "
-                f"{counted(phase.epochs, 'epoch')}"
+                f"phases.{i}.warmup_epochs{both}: {phase.warmup_epochs + phase.cooldown_epochs:g} "
+                f"must be below the phase's {counted(phase.epochs, 'epoch')}"
             )
+        peak = phase.optimizer.peak_lr(config.batch.global_)
+        for key, value in (("warmup_lr", phase.warmup_lr), ("min_lr", phase.min_lr)):
+            if value > peak:
+                raise UserError(
+                    f"phases.{i}.{key}: {value:g} must not be above the peak of the learning rate, "
+                    f"{peak:g}"
+                )
 
 
 def check_name(config: RunConfig) -> None:
@@ -163,6 +172,23 @@ def _check_precision_and_engine(config: RunConfig) -> None:
         )
 
 
+def _check_cuda_graphs(config: RunConfig) -> None:
+    if not config.cuda_graphs:
+        return
+    if config.engine != "torch":
+        raise UserError(
+            f"cuda_graphs: engine={config.engine} does more on the host in each micro-batch than a "
+            "graph repeats; set engine=torch with them"
+        )
+    if config.batch_norm.sync:
+        raise UserError(
+            "cuda_graphs: batch_norm.sync averages over processes within a micro-batch, which is "
+            "not captured; set one of them to false"
+        )
+    if config.device == "cpu":
+        raise UserError("cuda_graphs: they are a GPU's, and device=cpu; set cuda_graphs=false")
+
+
 def _check_distillation(config: RunConfig) -> None:
     section, key = config.loss.distillation, "loss.distillation"
     if section.teacher_weights and not (section.teacher or "").startswith(TIMM):
@@ -224,6 +250,10 @@ def _unread(config: RunConfig) -> Iterator[tuple[BaseModel, str, tuple[str, ...]
         if config.data.kind == "events":
             sizes = ("image_size", "final_image_size")
             yield phase, f"phases.{i}.", sizes, "data.kind=events"
+        yield phase, f"phases.{i}.", _unread_by_schedule(phase), f"schedule={phase.schedule}"
+        if not phase.warmup_epochs:
+            of_warmup = ("warmup_lr", "clock_after_warmup")
+            yield phase, f"phases.{i}.", of_warmup, f"phases.{i}.warmup_epochs=0"
         prefix = f"phases.{i}.optimizer."
         read = kind_of(phase.optimizer.kind).reads
         names = ("momentum", "nesterov", "betas", "arguments")
@@ -234,3 +264,16 @@ def _unread(config: RunConfig) -> Iterator[tuple[BaseModel, str, tuple[str, ...]
     if not config.tracking.mlflow:
         of_mlflow = ("uri", "experiment", "log_checkpoint", "register_")
         yield config.tracking, "tracking.", of_mlflow, "tracking.mlflow=false"
+
+
+def _unread_by_schedule(phase: PhaseSection) -> tuple[str, ...]:
+    others = {
+        "constant": ("min_lr", "cooldown_epochs", "clock_after_warmup"),
+        "cosine": (),
+        "polynomial": (),
+        "step": ("cooldown_epochs",),
+    }
+    of_one = {"power": "polynomial", "decay_epochs": "step", "decay_rate": "step"}
+    return others[phase.schedule] + tuple(
+        key for key, schedule in of_one.items() if phase.schedule != schedule
+    )

@@ -21,6 +21,7 @@ OPERATIONAL_KEYS = (
     "recompute",
     "engine",
     "zero_stage",
+    "cuda_graphs",
     "non_finite_limit",
     "peer_timeout",
     "record_samples",

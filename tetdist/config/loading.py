@@ -1,18 +1,19 @@
-"""Makes a checked `RunConfig` of a YAML file and ``key=value`` overrides."""
+"""Makes a checked `RunConfig` of a YAML file, those it is based on, and ``key=value`` overrides."""
 
 import difflib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 
 from tetdist.config.checks import check, check_name, warn_without_effect
+from tetdist.config.inheritance import overridden, read_layers
 from tetdist.config.messages import sentences
-from tetdist.config.overrides import apply_override, refuse_repeated
+from tetdist.config.overrides import apply_override, key_of, refuse_repeated
 from tetdist.config.schema import RunConfig
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
@@ -28,9 +29,20 @@ CONFIGS_DIR = next(
 )
 
 
-def find(name: str) -> Path:
-    """The file of a configuration: a path, or a name (with or without .yaml) in configs/."""
-    candidates = [Path(name), CONFIGS_DIR / name, CONFIGS_DIR / f"{name}.yaml"]
+class Loaded(NamedTuple):
+    """A configuration, and where its values are from: `inheritance.origin_of` says it of a key."""
+
+    config: RunConfig
+    origins: dict[str, str]
+
+
+def find(name: str, folder: Path = Path()) -> Path:
+    """The file of a configuration: a path, from ``folder``, or a name (.yaml or not) in configs/.
+
+    Raises:
+        UserError: There is none.
+    """
+    candidates = [folder / name, CONFIGS_DIR / name, CONFIGS_DIR / f"{name}.yaml"]
     for path in candidates:
         if path.is_file():
             return path
@@ -53,19 +65,27 @@ def load(name: str, overrides: Sequence[str] = (), imports: Sequence[str | Path]
     Raises:
         UserError: Anything about it is wrong; the text says what and where.
     """
+    return load_with_origins(name, overrides, imports).config
+
+
+def load_with_origins(
+    name: str, overrides: Sequence[str] = (), imports: Sequence[str | Path] = ()
+) -> Loaded:
+    """Do what `load` does, and say where each value is from."""
     path = find(name)
-    raw = read_yaml(path)
-    raw.setdefault("name", path.stem)
-    raw["imports"] = [str((path.parent / one).absolute()) for one in _imports(raw, path)]
+    raw, origins = read_layers(path, find)
+    if "name" not in raw:
+        raw["name"], origins["name"] = path.stem, str(path)
     refuse_repeated(overrides)
     for override in overrides:
         apply_override(raw, override)
+        origins = overridden(origins, raw, key_of(override))
     given = next((one for one in overrides if one.startswith("imports")), path)
     raw["imports"] = [str(Path(one).absolute()) for one in [*_imports(raw, given), *imports]]
     import_files(raw["imports"])
-    config = parse(raw, str(path), overrides=overrides)
+    config = parse(raw, str(path), overrides=overrides, origins=origins)
     check_name(config)
-    return config
+    return Loaded(config, origins)
 
 
 def load_written(path: Path) -> RunConfig:
@@ -92,7 +112,12 @@ def _imports(raw: dict[str, Any], source: Path | str) -> list[str]:
 
 
 def parse(
-    raw: dict[str, Any], source: str, *, warn: bool = True, overrides: Sequence[str] = ()
+    raw: dict[str, Any],
+    source: str,
+    *,
+    warn: bool = True,
+    overrides: Sequence[str] = (),
+    origins: Mapping[str, str] | None = None,
 ) -> RunConfig:
     """Check a configuration given as nested dictionaries.
 
@@ -104,6 +129,7 @@ def parse(
         warn: Whether to say which keys have no effect.
         overrides: Those that were applied to it, which errors name in place of ``source`` where the
             mistake is theirs.
+        origins: The files that its values are from, by dotted key, if not all from ``source``.
 
     Raises:
         UserError: It is no configuration, or contradicts itself.
@@ -114,7 +140,7 @@ def parse(
         # else that it should not.
         config = RunConfig.model_validate_json(json.dumps(raw))
     except pydantic.ValidationError as error:
-        raise UserError(sentences(error, source, overrides)) from None
+        raise UserError(sentences(error, source, overrides, origins or {})) from None
     check(config)
     if warn:
         warn_without_effect(config)

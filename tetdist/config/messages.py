@@ -1,7 +1,7 @@
 """The sentences in which a configuration's mistakes are told."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_origin
 
 import pydantic
@@ -13,19 +13,26 @@ from tetdist.config.overrides import key_of
 from tetdist.config.schema import Section
 
 
-def sentences(error: pydantic.ValidationError, source: str, overrides: Sequence[str] = ()) -> str:
+def sentences(
+    error: pydantic.ValidationError,
+    source: str,
+    overrides: Sequence[str] = (),
+    origins: Mapping[str, str] | None = None,
+) -> str:
     """All that is wrong with a configuration.
 
     Args:
         error: What pydantic found.
         source: Where the configuration is from.
         overrides: Those that were applied to it; a mistake of one of them is told as its own.
+        origins: The files that its values are from, by dotted key, if not all from ``source``.
     """
     found = innermost([united(one) for outer in error.errors() for one in _opened(outer)])
     said: dict[str, list[str]] = {}
     for one in found:
-        origin = _override_of(one, overrides) or source
-        said.setdefault(origin, []).append(_explain(one, is_override=origin != source))
+        override = _override_of(one, overrides)
+        origin = override or _file_of(one, origins or {}) or source
+        said.setdefault(origin, []).append(_explain(one, is_override=override is not None))
     return "; ".join(
         f"{origin}: {'; '.join(dict.fromkeys(problems))}" for origin, problems in said.items()
     )
@@ -72,6 +79,11 @@ def _override_of(error: Any, overrides: Sequence[str]) -> str | None:
         if shorter and key[:shorter] == location[:shorter]:
             return override
     return None
+
+
+def _file_of(error: Any, origins: Mapping[str, str]) -> str | None:
+    """The file that a mistake is in, of several; None: not known, as of a key that is missing."""
+    return origins.get(".".join(map(str, error["loc"])))
 
 
 def _explain(error: Any, *, is_override: bool) -> str:

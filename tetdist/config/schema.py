@@ -254,7 +254,10 @@ class OptimizerSection(Section):
     kind: Annotated[str, OneOf(lambda: OPTIMIZERS)] = "sgd"
     """sgd, adam, adamw; timm:NAME is timm's, such as timm:lamb; or one of your own; see imports."""
     lr: Annotated[float, Field(gt=0)]
-    """Peak learning rate, for the global batch as it is: nothing is scaled behind your back."""
+    """Peak learning rate; for the global batch as it is, unless lr_per is set."""
+    lr_per: Annotated[int, Field(gt=0)] | None = None
+    """lr is meant for so many samples a step, and is multiplied by batch.global over them, the rule
+    of recipes that say "per 256". A run says both. Null: nothing is scaled."""
     momentum: Share = 0.9
     nesterov: bool = False
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -264,6 +267,15 @@ class OptimizerSection(Section):
     arguments: dict[str, Any] = {}
     """Further arguments of timm's optimisers and of your own, such as eps: 1.0e-6."""
 
+    def peak_lr(self, global_batch: int) -> float:
+        """The learning rate that warm-up ends with."""
+        return self.lr if self.lr_per is None else self.lr * global_batch / self.lr_per
+
+    def lr_as_text(self, global_batch: int) -> str:
+        """The learning rate as said in reports, with the one that it was made of."""
+        peak = f"{self.peak_lr(global_batch):g}"
+        return peak if self.lr_per is None else f"{peak} ({self.lr:g} per {self.lr_per})"
+
 
 class PhaseSection(Section):
     """A stretch of training with its own T, optimiser and schedule."""
@@ -271,10 +283,27 @@ class PhaseSection(Section):
     epochs: Epochs
     timesteps: Timesteps
     optimizer: OptimizerSection
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """cosine: from lr to 0 over the phase's steps."""
+    schedule: Literal["cosine", "constant", "polynomial", "step"] = "cosine"
+    """cosine: half a period, from the peak to min_lr; polynomial: to min_lr by (1 - share)^power;
+    step: times decay_rate every decay_epochs."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Linear from 0 at the phase's start."""
+    """Linear from warmup_lr at the phase's start."""
+    warmup_lr: Annotated[float, Field(ge=0)] = 0.0
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """What the schedule ends with, and stays at during cooldown_epochs."""
+    cooldown_epochs: Annotated[int, Field(ge=0)] = 0
+    """The last of the phase's epochs, in which the schedule has ended."""
+    lr_changes: Literal["steps", "epochs"] = "steps"
+    """With each step, or once an epoch as in timm's trainer, to what it is at the epoch's
+    beginning."""
+    clock_after_warmup: bool = True
+    """Whether the schedule's share begins with the end of the warm-up, or with the phase, so that
+    warm-up ends on a part of it that is below the peak, as timm's cosine does."""
+    power: Annotated[float, Field(gt=0)] = 1.0
+    """Of schedule: polynomial."""
+    decay_epochs: Annotated[float, Field(gt=0)] = 30.0
+    decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Of schedule: step."""
     image_size: Pixels | None = None
     """Of training images; null: data.image_size, which is also what evaluation takes."""
     final_image_size: Pixels | None = None
@@ -346,6 +375,10 @@ class RunConfig(Section):
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed's ZeRO. 1: the optimiser's state is divided among processes; 2: gradients, too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    cuda_graphs: bool = False
+    """Have a GPU start a micro-batch's kernels, forward and backward, all at once: for small
+    micro-batches, where it would wait for the host. With engine=torch. Shown right on no GPU yet:
+    run tools/check_gpu.py there first."""
     deterministic: bool = False
     """Only algorithms that repeat to the bit on a GPU; slower. (On a CPU they all do.)"""
     max_steps: Positive | None = None

@@ -3,14 +3,14 @@
 import contextlib
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Protocol, Self
 
 import torch
-from torch import Tensor
 
 from tetdist.data.loader import Batch
-from tetdist.data.pixels import finished
+from tetdist.data.pixels import Scale, finished, scale_on
+from tetdist.data.transfer import on_device, taker
 
 # Copied ahead of the consumer: while one is in use the next is there and one is on its way.
 _AHEAD = 2
@@ -39,8 +39,9 @@ class DeviceBatches:
         """
         self._source, self._device = source, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._scale: Scale | None = None  # that of all batches, when the first one is there
         self._ahead: deque[Future[Batch | None]] = deque()
-        self._taker = ThreadPoolExecutor(1, thread_name_prefix="tetdist-deliver")
+        self._taker = taker(device, "tetdist-deliver")
 
     def __iter__(self) -> Self:
         return self
@@ -74,16 +75,17 @@ class DeviceBatches:
         return done
 
     def _finished(self, batch: Batch) -> Batch:
-        images, labels = self._copied(batch.images), self._copied(batch.labels)
+        # A copy also on a CPU: the source is about to write the next batch there.
+        images = batch.images.to(self._device, non_blocking=True, copy=True)
+        labels = on_device(batch.labels.clone(), self._device)
         if batch.rest is not None:
             output, boxes = batch.rest
-            cutout = None if boxes is None else self._copied(torch.from_numpy(boxes))
-            images = finished(images, output, cutout)
+            cutout = None if boxes is None else on_device(torch.from_numpy(boxes), self._device)
+            if self._scale is None:
+                self._scale = scale_on(self._device, output)
+            images = finished(images, self._scale, cutout)
         # Events come as they are stored; a network is given float32.
         return batch._replace(images=images.float(), labels=labels, rest=None)
-
-    def _copied(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True, copy=True)
 
     def close(self) -> None:
         """Close the source, too."""

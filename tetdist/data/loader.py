@@ -13,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tetdist.data.batch_operations import operate
 from tetdist.data.dali import Graph, Source, Workers, import_dali
 from tetdist.data.index import Index
-from tetdist.data.pixels import Edits, Output, cut_out, edited, normalized, operated
+from tetdist.data.pixels import Edits, Output, cut_out, edited, normalized
 from tetdist.data.probe import probe_image, probe_range
+from tetdist.data.transfer import taker
 from tetdist.data.transforms import Mix, Transform
 from tetdist.errors import UserError
 
@@ -122,7 +124,7 @@ class Loader:
         self._pipeline.build()
         # One thread takes batches from DALI and has them finished by others, ahead of the consumer.
         self._ahead: deque[Future[Batch | None]] = deque()
-        self._taker = ThreadPoolExecutor(1, thread_name_prefix="tetdist-take")
+        self._taker = taker(self._device, "tetdist-take")
         self._finishers = ThreadPoolExecutor(workers.threads, thread_name_prefix="tetdist-finish")
 
     def __iter__(self) -> Self:
@@ -186,9 +188,7 @@ class Loader:
         if self._device.type == "cuda":
             # DALI has brought them to their size and mirrored them.
             images = torch.from_dlpack(windows.as_tensor())
-            for k, operations in enumerate(edits.operations):
-                if operations:
-                    images[k] = operated(images[k], operations)
+            operate(images, edits.operations)
             # Whoever takes the batch has another stream.
             torch.cuda.current_stream(self._device).synchronize()
             return images

@@ -8,7 +8,7 @@ is Pillow's arithmetic with shorter weights, so that a few values in a thousand 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as vision
 
+from tetdist.data.transfer import on_device
 from tetdist.data.transforms import Operation
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -113,16 +114,12 @@ def mirrored(image: Tensor) -> Tensor:
 
 
 def operated(image: Tensor, operations: list[Operation]) -> Tensor:
-    """Change an image (H, W, 3); on a CPU with Pillow, which published recipes use."""
-    if image.device.type == "cpu":
-        picture = Image.fromarray(image.numpy())
-        for name, value in operations:
-            picture = _OPERATIONS[name](picture, value)
-        return torch.from_numpy(np.array(picture))
-    planes = image.permute(2, 0, 1)
+    """Change an image (H, W, 3) with Pillow, which published recipes use; batch_operations.py does
+    it on a GPU."""
+    picture = Image.fromarray(image.numpy())
     for name, value in operations:
-        planes = _OPERATIONS[name](planes, value)
-    return planes.permute(1, 2, 0)
+        picture = _OPERATIONS[name](picture, value)
+    return torch.from_numpy(np.array(picture))
 
 
 def _shear(x: float, y: float) -> dict[str, Any]:
@@ -134,8 +131,7 @@ def _translation(x: float, y: float) -> dict[str, Any]:
     return {"translate": [int(x), int(y)], "shear": [0.0, 0.0]}
 
 
-# They take an image of Pillow's or a tensor (3, H, W), and the value. What comes in at a side is
-# black.
+# They take an image, of Pillow's, and the value. What comes in at a side is black.
 _OPERATIONS: dict[str, Callable[[Any, float], Any]] = {
     "brightness": vision.adjust_brightness,
     "contrast": vision.adjust_contrast,
@@ -173,23 +169,33 @@ def _row(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float32]
     return np.tile(values.astype(np.float32), width)
 
 
-def finished(pixels: Tensor, output: Output, cutout: Tensor | None) -> Tensor:
+class Scale(NamedTuple):
+    """What is taken off bytes, and what they are then multiplied by, (3,) each, on a device."""
+
+    mean: Tensor
+    scale: Tensor
+
+
+def scale_on(device: torch.device, output: Output) -> Scale:
+    """The numbers of `normalized`, brought to a device."""
+    wide = (255 * np.array(output.mean), 1 / (255 * np.array(output.std)))
+    return Scale(*(on_device(torch.from_numpy(one.astype(np.float32)), device) for one in wide))
+
+
+def finished(pixels: Tensor, scale: Scale, cutout: Tensor | None) -> Tensor:
     """Normalise a batch on the device where it is, to the bits of `normalized` and `cut_out`.
 
     Args:
         pixels: (B, size, size, 3), uint8.
-        output: Its scale.
+        scale: On the same device.
         cutout: (B, 4) top, left, bottom, right of what is 0 afterwards.
 
     Returns:
         (B, 3, size, size), float32, in channels_last memory.
     """
-    images = pixels.float()
-    images.sub_(images.new_tensor(255 * np.array(output.mean)))
-    images.mul_(images.new_tensor(1 / (255 * np.array(output.std))))
-    images = images.permute(0, 3, 1, 2)
+    images = pixels.float().sub_(scale.mean).mul_(scale.scale).permute(0, 3, 1, 2)
     if cutout is not None:
-        images.masked_fill_(inside(cutout, output.size, output.size)[:, None], 0)
+        images.masked_fill_(inside(cutout, *images.shape[2:])[:, None], 0)
     return images
 
 

@@ -1,39 +1,55 @@
-"""The checks in their order, what they share, and what is made of their findings."""
+"""What a check finds on each process, and what is concluded from the findings of all."""
 
+import collections
 import contextlib
+import dataclasses
 import datetime
 import functools
+import math
+import statistics
 import tempfile
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from tetdist.benchmarks.bench import machine
 from tetdist.distributed.world import World
 
+# What the bench calls a training step of tetdist that recomputes nothing.
+OWN = "tetdist, none"
+
 Status = Literal["ok", "bad", "left out"]
+
+# GPUs of one kind differ by some percent; one that is slower than that slows all of a run.
+SLOWER = 0.1
+SLOW = (
+    "nvidia-smi -q -d PERFORMANCE,TEMPERATURE,CLOCK on that rank's host says what holds its GPU "
+    "back, and nvidia-smi what else runs there"
+)
+UNLIKE = "give all hosts the same driver and the same environment of Python"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check has found.
+    """What a check has found on one process.
 
     Attributes:
         status: "left out" where the machine lacks what the check is about.
         text: A line of the table.
-        remedy: What mends it; None: there is nothing to mend.
+        remedy: What mends it; None: there is nothing to mend, or nobody knows.
         numbers: For the JSON file.
+        speed: What all GPUs should have in common, such as images a second; larger is better.
+        same: What has to be the same on all processes, by what it is.
     """
 
     status: Status
     text: str
     remedy: str | None = None
     numbers: Mapping[str, Any] = field(default_factory=dict)
+    speed: float | None = None
+    same: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,40 +74,116 @@ class Machine:
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def limit(self) -> float:
+        """Seconds that a check may take; on a CPU others may have the cores, too."""
+        return 300.0 if self.small else 150.0
+
 
 Check = Callable[[Machine], Finding]
 
 
+@contextlib.contextmanager
+def on(world: World, *, small: bool) -> Iterator[Machine]:
+    """The machine with a folder for the checks' files, in this context."""
+    # A check that hangs may go on writing there while all else ends.
+    made = tempfile.TemporaryDirectory(prefix="tetdist-check-", ignore_cleanup_errors=True)
+    with made as folder:
+        yield Machine(world, small, Path(folder))
+
+
+# --- of all processes -----------------------------------------------------------------------------
+
+
+def compared(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings by rank, in which one that is slower than most, or unlike them, is bad."""
+    speeds = [one.speed for one in findings if one.status == "ok" and one.speed is not None]
+    known = [speed for speed in speeds if not math.isnan(speed)]
+    usual = statistics.median_high(known) if len(speeds) > 1 and known else 0.0
+    names = dict.fromkeys(name for one in findings if one.status == "ok" for name in one.same)
+    common: dict[str, Any] = {}
+    for name in names:
+        values = [one.same[name] for one in findings if name in one.same]
+        common[name] = collections.Counter(values).most_common(1)[0][0]
+    return [_beside_others(one, usual, common) for one in findings]
+
+
+def _beside_others(found: Finding, usual: float, common: Mapping[str, Any]) -> Finding:
+    """A process's finding beside what is usual among all."""
+    if found.status != "ok":
+        return found
+    for name, value in common.items():
+        own = found.same.get(name)
+        if own != value:
+            text = f"{name} is {own} there, and {value} on other processes"
+            return dataclasses.replace(found, status="bad", text=text, remedy=UNLIKE)
+    if found.speed is not None and not found.speed >= (1 - SLOWER) * usual:
+        text = f"{1 - found.speed / usual:.0%} slower than most: {found.text}"
+        return dataclasses.replace(found, status="bad", text=text, remedy=SLOW)
+    return found
+
+
 @dataclass(frozen=True)
 class Result:
-    """A check's findings on all processes."""
+    """A check's findings on all processes.
+
+    Attributes:
+        name: The check's.
+        findings: By rank.
+        seconds: How long it took.
+    """
 
     name: str
-    findings: list[Finding]  # by rank
+    findings: list[Finding]
     seconds: float
 
     @functools.cached_property
     def worst(self) -> Finding:
+        """The finding that is shown: a bad one, else the slowest."""
         order = ("bad", "ok", "left out")
-        return min(self.findings, key=lambda found: order.index(found.status))
 
-    def where(self) -> str:
-        """The ranks that found something bad, where others did not."""
+        def rank(found: Finding) -> tuple[int, float]:
+            return order.index(found.status), float("inf") if found.speed is None else found.speed
+
+        return min(self.findings, key=rank)
+
+    @property
+    def text(self) -> str:
+        """What is said of it: where it is bad, and how far processes differ in speed."""
+        where, spread = "", ""
         bad = [rank for rank, found in enumerate(self.findings) if found.status == "bad"]
-        if not bad or len(bad) == len(self.findings):
-            return ""
-        return f"rank {', '.join(map(str, bad))}: "
+        if bad and len(bad) < len(self.findings):
+            where = f"rank {', '.join(map(str, bad))}: "
+        speeds = [found.speed for found in self.findings if found.speed is not None]
+        if len(speeds) > 1:
+            spread = f" (the slowest process {min(speeds):.4g}, the fastest {max(speeds):.4g})"
+        return f"{where}{self.worst.text}{spread}"
 
     def line(self) -> str:
-        worst = self.worst
-        return f"{worst.status:8}  {self.name:22} {self.where()}{worst.text}"
+        return f"{self.worst.status:8}  {self.name:22} {self.text}"
 
 
 @dataclass
 class Report:
+    """What has been found so far.
+
+    Attributes:
+        machine: What `benchmarks.bench.machine` says of rank 0's.
+        device: Type of the processes' devices, ``cpu`` or ``cuda``.
+        processes: Their number.
+        small: See `Machine`.
+        not_reached: Checks that have not been made (yet).
+        results: Of those that have.
+        hangs: Whether the last of them is still going on somewhere, so that no other may begin.
+    """
+
     machine: dict[str, str]
+    device: str
     processes: int
+    small: bool
+    not_reached: list[str] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
+    hangs: bool = False
 
     @property
     def bad(self) -> list[Result]:
@@ -99,68 +191,69 @@ class Report:
 
     def conclusion(self) -> str:
         """What to mend first, if anything; the checks are in the order of what depends on what."""
-        if not self.bad:
-            left_out = [r.name for r in self.results if r.worst.status == "left out"]
-            return "all is well" + (f"; left out: {', '.join(left_out)}" if left_out else "")
-        first = self.bad[0]
-        remedy = first.worst.remedy or "this looks like a fault of tetdist's: please report it"
-        more = f" ({len(self.bad) - 1} more after that)" if len(self.bad) > 1 else ""
-        return f"to mend: {first.name}: {remedy}{more}"
+        missing = f"; not reached: {', '.join(self.not_reached)}" if self.not_reached else ""
+        if self.bad:
+            first = self.bad[0]
+            remedy = first.worst.remedy or "this looks like a fault of tetdist's: please report it"
+            more = f" ({len(self.bad) - 1} more after that)" if len(self.bad) > 1 else ""
+            return f"to mend: {first.name}: {remedy}{more}{missing}"
+        if self.not_reached:
+            return f"the time was too short{missing}; --only NAME makes one of them alone"
+        left_out = [r.name for r in self.results if r.worst.status == "left out"]
+        also = f"; left out: {', '.join(left_out)}" if left_out else ""
+        if self.small:
+            return f"no GPU: the checks work on this CPU, and say nothing about a GPU{also}"
+        return f"all is well{also}"
+
+    @property
+    def status(self) -> int:
+        """The command's exit status."""
+        return 1 if self.bad or self.not_reached else 0
 
     def as_dict(self) -> dict[str, Any]:
-        speed = next(
-            (result.worst.numbers for result in self.results if result.name == "rates"), {}
-        )
         return {
-            # What `slurm --benchmark` reads; each process has measured its own GPU.
-            **{key: speed[key] for key in ("images_per_s", "timesteps") if key in speed},
+            **self._speed(),
             "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "conclusion": self.conclusion(),
+            "not_reached": self.not_reached,
             "machine": self.machine,
             "processes": self.processes,
             "checks": {
                 result.name: {
                     "status": result.worst.status,
-                    "text": result.where() + result.worst.text,
+                    "text": result.text,
                     "remedy": result.worst.remedy,
                     "seconds": round(result.seconds, 1),
                     **result.worst.numbers,
+                    "by_rank": [
+                        {"status": found.status, "text": found.text, **found.numbers}
+                        for found in result.findings
+                    ],
                 }
                 for result in self.results
             },
         }
 
-
-@contextlib.contextmanager
-def on(world: World, *, small: bool) -> Iterator[Machine]:
-    """The machine with a folder for the checks' files, in this context."""
-    with tempfile.TemporaryDirectory(prefix="tetdist-check-") as folder:
-        yield Machine(world, small, Path(folder))
-
-
-def run_checks(
-    checks: dict[str, Check], here: Machine, show: Callable[[str], None] = lambda _: None
-) -> Report:
-    """Run checks one after the other on all processes.
-
-    Args:
-        checks: By name, in an order in which the first that fails explains those after it.
-        here: What they run on.
-        show: Given each result's line, on rank 0.
-    """
-    report = Report(machine(here.device.type), here.world.world_size)
-    for name, check in checks.items():
-        started = time.monotonic()
-        found = _finding_of(check, here)
-        result = Result(name, here.world.gather(found), time.monotonic() - started)
-        report.results.append(result)
-        if here.world.rank == 0:
-            show(result.line())
-    return report
-
-
-def _finding_of(check: Check, here: Machine) -> Finding:
-    try:
-        return check(here)
-    except Exception as error:
-        text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        return Finding("bad", text[:300], None, {"traceback": traceback.format_exc()})
+    def _speed(self) -> dict[str, Any]:
+        """What `slurm --benchmark` reads; each process has measured its own GPU."""
+        measured = [
+            found.numbers
+            for result in self.results
+            for found in result.findings
+            if result.name == "rates" and "images_per_s" in found.numbers
+        ]
+        if not measured:
+            return {"device": self.device}
+        # A step of all processes takes as long as that of the slowest.
+        slowest = min(measured, key=lambda numbers: float(numbers["images_per_s"]))
+        by_batch = {
+            batch: rows[OWN]["images_per_s"]
+            for batch, rows in slowest["by_batch"].items()
+            if "images_per_s" in rows[OWN]
+        }
+        keys = ("timesteps", "model", "size", "precision")
+        return {
+            "device": self.device,
+            "images_per_s": slowest["images_per_s"] * self.processes,
+            "by_batch": by_batch,  # of one process
+        } | {key: slowest[key] for key in keys if key in slowest}

@@ -1,7 +1,7 @@
 """Whether images come fast enough, and are the same wherever they are decoded."""
 
+import dataclasses
 import itertools
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tetdist.data.build import eval_loader, train_loader
 from tetdist.data.index import Index, build_index
 from tetdist.device_check.check import Finding, Machine
 from tetdist.device_check.rates import images_per_s_of_a_step
+from tetdist.distributed.world import cores_of
 
 # Levels of 255 by which an image may differ on average. Both decoders are within the standard's
 # tolerance, and they filter in other ways.
@@ -27,15 +28,20 @@ def check_pixels(here: Machine) -> Finding:
     if not here.on_gpu:
         return Finding("left out", "only a GPU decodes otherwise than a CPU")
     index = _indexed(here.folder / "pixels", copies=1)
+    # Each GPU decodes all images, however many GPUs there are.
+    alone = dataclasses.replace(here.world, rank=0, world_size=1)
     two = []
     for device in ("cpu", "gpu"):
         config = _config(here.folder / "pixels", {"device": device}, batch=25)
-        with eval_loader(config, index, here.world) as batches:
+        with eval_loader(config, index, alone) as batches:
             two.append(torch.cat([batch.images.cpu() for batch in batches]))
     difference = float((two[0] - two[1]).abs().mean() * 255 * 0.226)
-    text = f"decoded on GPU and CPU: {difference:.2f} levels of 255 apart on average"
-    numbers = {"levels": difference}
-    if difference > LARGEST_DIFFERENCE:
+    text = (
+        f"{len(two[0])} images decoded on GPU and CPU: {difference:.2f} levels of 255 apart on "
+        "average"
+    )
+    numbers = {"levels": difference, "images": len(two[0])}
+    if not difference <= LARGEST_DIFFERENCE:
         return Finding("bad", text, "train with data.device=cpu, which is exact", numbers)
     return Finding("ok", text, None, numbers)
 
@@ -43,9 +49,9 @@ def check_pixels(here: Machine) -> Finding:
 def check_loading(here: Machine) -> Finding:
     """Images a second that this process gets from JPEG files, against those that it trains on."""
     root = here.folder / "loading"
-    index = _indexed(root, copies=4 if here.small else 40)
-    size, batch = (64, 8) if here.small else (224, 32)
-    threads = max(1, len(os.sched_getaffinity(0)) // here.world.world_size)
+    index = _indexed(root, copies=1 if here.small else 40)
+    size, batch = (33, 4) if here.small else (224, 32)
+    threads = cores_of(here.world)
     config = _config(root, {"threads": threads, "image_size": size}, batch=batch)
     share = Share(
         seed=0,

@@ -21,8 +21,9 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
         local_rank: Number of the process on its host.
 
     Raises:
-        UserError: torch sees no GPU though one is asked for, or, with ``auto``, though the machine
-            has one: training on the CPU by mistake would take a hundred times as long.
+        UserError: torch sees fewer GPUs than there are processes; or none though one is asked for
+            or, with ``auto``, though the machine has one: training on the CPU by mistake would take
+            a hundred times as long.
     """
     assert wanted in ("auto", "cpu", "cuda"), wanted
     # DeepSpeed would stay on the CPU with it, whatever the rest did.
@@ -32,8 +33,14 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cpu" or kept_off:
         return torch.device("cpu")
     if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if count > 1 and local_rank >= count:
+            raise UserError(
+                f"local rank {local_rank} has no GPU of its own: torch sees {count} on this host; "
+                "start one process a GPU"
+            )
         # Some launchers show each process its own GPU only, as number 0.
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        device = torch.device("cuda", 0 if count == 1 else local_rank)
         torch.cuda.set_device(device)
         return device
     if wanted == "cuda":

@@ -1,8 +1,9 @@
 """Gradients averaged over processes while the backward pass still computes those of earlier layers.
 
-The last layers' gradients are there first. As soon as a bucket of them is full it is summed over
-the processes, on a GPU by a stream of NCCL's beside the one that computes. Each element is the same
-sum as without this; only when it is formed differs.
+The last layers' gradients are there first. As soon as a bucket of them is full it is added to what
+the step's earlier backward passes left, and summed over the processes, on a GPU by a stream of
+NCCL's beside the one that computes. Each element is the same sum as without this; only when it is
+formed differs.
 """
 
 from collections.abc import Iterable
@@ -17,6 +18,28 @@ from tetdist.distributed.buffers import one_buffer_for
 # Large enough that a link's bandwidth counts and not its latency, and small enough that little is
 # left to average when the first layer's gradient is there: 87 MB of a SEW-ResNet-34 are four.
 BUCKET_BYTES = 25 * 2**20
+
+
+# Gradients that were set aside before a backward pass.
+Earlier = dict[nn.Parameter, Tensor]
+
+
+def join(parameters: Iterable[nn.Parameter], earlier: Earlier) -> None:
+    """Add the gradients of a backward pass to what was there before it, which takes their place.
+
+    On a GPU in a few kernels; autograd, which finds a gradient there, takes one for each parameter.
+
+    Args:
+        parameters: Those whose gradients are there.
+        earlier: What of these is in it is added to, and taken out.
+    """
+    grads = {p: earlier.pop(p) for p in parameters if p in earlier}
+    new = [(grad, p.grad) for p, grad in grads.items() if p.grad is not None]
+    if new:
+        sums, summands = zip(*new, strict=True)
+        torch._foreach_add_(sums, summands)
+    for parameter, grad in grads.items():
+        parameter.grad = grad
 
 
 class _Sum(NamedTuple):
@@ -35,6 +58,7 @@ class OverlappedMean:
 
     Attributes:
         active: Whether gradients that come are final: True in a step's last micro-batch alone.
+        earlier: What the step's earlier backward passes left; see `join`.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], world_size: int) -> None:
@@ -45,6 +69,7 @@ class OverlappedMean:
             world_size: Number of processes.
         """
         self.active = False
+        self.earlier: Earlier = {}
         self._world_size = world_size
         self._buckets = _buckets([p for p in parameters if p.requires_grad])
         self._bucket_of: dict[Tensor, int] = {
@@ -73,6 +98,7 @@ class OverlappedMean:
             self._begin(self._buckets[next_one])
 
     def _begin(self, bucket: list[nn.Parameter]) -> None:
+        join(bucket, self.earlier)
         grads = [parameter.grad for parameter in bucket if parameter.grad is not None]
         if not grads:
             self._under_way.append(_Sum([], torch.empty(0), [], None))

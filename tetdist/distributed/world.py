@@ -141,8 +141,9 @@ def join(device: str, timeout: float = 600, shared_folder: Path | None = None) -
         shared_folder: A folder of the run that all hosts see.
 
     Raises:
-        UserError: Only some of the launcher's variables are set, torch sees no GPU
-            where one was meant, or the port is in use.
+        UserError: Only some of the launcher's variables are set, or none though srun has started
+            several tasks; torch sees no GPU where one was meant, or one for several processes; or
+            the port is in use.
         PeerFailed: Not all processes have come.
     """
     assert device in ("auto", "cpu", "cuda"), device
@@ -150,6 +151,7 @@ def join(device: str, timeout: float = 600, shared_folder: Path | None = None) -
     launched = bool({"RANK", "WORLD_SIZE"} & set(present))
     # LOCAL_RANK and the master's address mean nothing without these two.
     if not launched:
+        _refuse_to_be_alone_under_srun()
         rank, world_size, local_rank = 0, 1, 0
     elif len(present) == len(_VARIABLES):
         rank, world_size, local_rank = (
@@ -178,10 +180,20 @@ def join(device: str, timeout: float = 600, shared_folder: Path | None = None) -
         )
         world = World(rank, world_size, this_device, dist.new_group(backend="gloo"))
         _share_cores(world)
+        if this_device.type == "cuda":
+            _refuse_shared_gpus(world)
         if this_device.type == "cuda" or world_size == 1:
             return world
         shared = shared_memory.share(rank, world_size, world.gather)
     return dataclasses.replace(world, shared=shared)
+
+
+def cores_of(world: World) -> int:
+    """The number of cores for this process, if none of its host are to wait for each other.
+
+    Every process must call this then.
+    """
+    return share_of_cores(*_cores_on_host(world))
 
 
 def _share_cores(world: World) -> None:
@@ -189,7 +201,51 @@ def _share_cores(world: World) -> None:
 
     Otherwise each would take them all, and processes would spin waiting for each other.
     """
-    mine = (platform.node(), sorted(os.sched_getaffinity(0)))
-    on_host = [cores for host, cores in world.gather(mine) if host == mine[0]]
+    mine, on_host = _cores_on_host(world)
     if len(on_host) > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(share_of_cores(mine[1], on_host))
+        torch.set_num_threads(share_of_cores(mine, on_host))
+
+
+def _cores_on_host(world: World) -> tuple[list[int], list[list[int]]]:
+    """The cores that this process may use, and those of each process of its host."""
+    mine = (platform.node(), sorted(os.sched_getaffinity(0)))
+    return mine[1], [cores for host, cores in world.gather(mine) if host == mine[0]]
+
+
+def _refuse_shared_gpus(world: World) -> None:
+    """Make sure that no two processes have the same GPU, as where a launcher hides all but one.
+
+    Raises:
+        UserError: Two have, on the lowest rank of them.
+        SystemExit: Two have, on all other ranks.
+    """
+    own = str(torch.cuda.get_device_properties(world.device).uuid)
+    ranks: dict[str, list[int]] = {}
+    for rank, gpu in enumerate(world.gather(own)):
+        ranks.setdefault(gpu, []).append(rank)
+    for sharing in ranks.values():
+        if len(sharing) > 1:
+            if world.rank != sharing[0]:
+                raise SystemExit(2)
+            raise UserError(
+                f"ranks {', '.join(map(str, sharing))} have the same GPU on {platform.node()}, as "
+                "the number of each says (CUDA_VISIBLE_DEVICES="
+                f"{os.environ.get('CUDA_VISIBLE_DEVICES')}); start one process a GPU, and show "
+                "each all of them or one of its own"
+            )
+
+
+def _refuse_to_be_alone_under_srun() -> None:
+    """Make sure that this is no task of several that srun has started and that know nothing else.
+
+    Raises:
+        UserError: It is: each would train by itself, all into one folder.
+    """
+    # srun sets it; a batch script, which is alone whatever the job has, does not see it.
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    if tasks > 1:
+        raise UserError(
+            f"srun has started {tasks} tasks, which do not find each other: launch/slurm.py "
+            "submits a run, `srun --ntasks-per-node=1 torchrun ...` starts another command on all "
+            "GPUs, and srun --ntasks=1 a single process"
+        )

@@ -10,16 +10,23 @@ What is counted, a layer of synapses (a convolution or a linear layer) at a time
   timestep. NI-LIF neurons send n / D, which is n events that weigh a D-th.
 * **A mean of 2x2 spikes** is the same as its spikes with a quarter of the weight: each of them is
   an accumulate a synapse.
-* **Real numbers are multiply-accumulates**, one a synapse, whether zero or not: an image, or the
-  mean over all positions before a classifier. A static image's first layer is computed once for all
+* **Real numbers are multiply-accumulates**, one a synapse, whether zero or not: an image, the mean
+  over all positions before a classifier, or the currents that a membrane shortcut carries to a
+  projection (PreAct- and MS-ResNets). A static image's first layers are computed once for all
   timesteps.
+* **Attention** has no weights but sums of products of spikes (nn/products.py). Of a sum over a
+  head's channels, or of products over positions, each spike or product that is 1 is an accumulate.
+  Of k^T v it is each pair of a key's and a value's spike at the same position; then a spike of q
+  adds the d sums that it selects, d accumulates. A mask lets spikes pass or not, and is not
+  counted. Where neurons fire several times in a timestep, these are all pairs of their spikes. In
+  place of synapses stand the multiplications of real numbers: N d of each sum over positions or
+  channels, 2 N d^2 of k^T v and of q with it, a head and timestep.
 
 Batch norm is taken as folded into the weights. Not counted are biases, membranes (decay, threshold,
 reset), identity shortcuts, pooling and, above all, memory: on most hardware it takes more energy
 than arithmetic. So the result compares networks and says little about a device.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +38,8 @@ from torch import Tensor, nn
 
 from tetdist.distributed.world import World
 from tetdist.nn import native
-from tetdist.nn.norm_neuron import neurons_of
+from tetdist.nn.norm_neuron import LatestLevels
+from tetdist.nn.products import Product
 
 # Energy of a 32-bit floating-point operation in a 45 nm process, in picojoules (Horowitz, ISSCC
 # 2014): an addition, and a multiplication with an addition.
@@ -44,6 +52,8 @@ ASSUMPTIONS = (
     "a mean over 2x2 pixels is its spikes",
     "real-valued inputs (an image, a mean before the classifier) are a multiply-accumulate at each "
     "synapse; a static image's first layer is computed once for all timesteps",
+    "attention: an accumulate a spike or product of spikes that is added up, and a spike of q adds "
+    "the d sums that it selects; masks are not counted",
     "batch norm is folded into the weights; biases, membranes, identity shortcuts, pooling and "
     "memory access are not counted",
 )
@@ -56,7 +66,7 @@ class LayerOperations:
     Attributes:
         accumulates, multiply_accumulates: Operations; one of the two is 0.
         synapses: Pairs of an input and an output that a weight joins: what the same layer of a
-            ReLU network multiplies and accumulates.
+            ReLU network multiplies and accumulates. So of attention, which has no weights.
     """
 
     accumulates: float
@@ -130,12 +140,12 @@ class OperationCounts:
 
     Args:
         model: The network.
-        in_spikes: Whether its layers see single spikes, as in the context of `unrolled`.
+        in_spikes: Whether its layers see single spikes, as in the context of `unrolled`. Products
+            of spikes get their numbers in either case.
     """
 
     def __init__(self, model: nn.Module, *, in_spikes: bool = False) -> None:
-        levels = [1 if in_spikes else neuron.levels or 1 for neuron in neurons_of(model)]
-        self._spikes_in_one = math.lcm(*levels)
+        self._latest, self._in_spikes = LatestLevels(model), in_spikes
         self._sums: dict[str, Tensor] = {}
         self._fan_outs: dict[tuple[str, torch.Size], Tensor] = {}
         self._handles = []
@@ -143,6 +153,9 @@ class OperationCounts:
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 self._sums[name] = torch.zeros(5, dtype=torch.float64)
                 self._handles.append(module.register_forward_hook(self._hook(name)))
+            if isinstance(module, Product):
+                self._sums[name] = torch.zeros(5, dtype=torch.float64)
+                self._handles.append(module.register_forward_hook(self._product_hook(name)))
         # Networks register their layers in the order in which they run.
         self._of_input = next(iter(self._sums), None)
 
@@ -163,16 +176,34 @@ class OperationCounts:
                 carried, inputs_a_position = native.total(x) * fan_out, x.shape[-1]
             sums[PRESENTATIONS] += presentations
             sums[PRESENTED_SYNAPSES] += presentations * inputs_a_position * fan_out.sum()
-            sums[CARRIED] += carried.sum()
+            sums[CARRIED] += levels * carried.sum()
             if _has_other_than_multiples(x, levels):
                 sums[NOT_WHOLE] += 1
                 sums[NOT_QUARTERS] += _has_other_than_multiples(x, 4 * levels)
 
         return count
 
+    def _product_hook(self, name: str) -> Callable[[Product, tuple[Tensor, ...], Tensor], None]:
+        def count(product: Product, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+            inputs = tuple(x.detach() for x in inputs)
+            sums = self._sums[name] = self._sums[name].to(inputs[0].device)
+            sums[PRESENTATIONS] += inputs[0].shape[0] * inputs[0].shape[1]  # T * B
+            sums[PRESENTED_SYNAPSES] += product.synapses(*inputs)
+            levels = self._latest.levels or 1
+            if any(_has_other_than_multiples(x, levels) for x in inputs):
+                # Products of quarters are no quarters.
+                sums[NOT_WHOLE] += 1
+                sums[NOT_QUARTERS] += 1
+                return
+            sums[CARRIED] += product.accumulates(*(levels * x for x in inputs))
+
+        return count
+
     def _levels_of(self, name: str) -> int:
-        """What a layer's inputs are multiples of, as one over it, if they are spikes."""
-        return 1 if name == self._of_input else self._spikes_in_one
+        """What a layer's present inputs are multiples of, as one over it, if they are spikes."""
+        if self._in_spikes or name == self._of_input:
+            return 1
+        return self._latest.levels or 1
 
     def _fan_out(self, name: str, conv: nn.Conv2d, x: Tensor, y: Tensor) -> Tensor:
         """The number of outputs that a spike of one channel reaches from each position, (H, W)."""
@@ -201,22 +232,20 @@ class OperationCounts:
         flat = world.sum([value for name in names for value in self._sums[name].tolist()])
         rows = [flat[5 * i : 5 * i + 5] for i in range(len(names))]
         return Operations(
-            {
-                name: _layer(row, samples, self._levels_of(name))
-                for name, row in zip(names, rows, strict=True)
-            }
+            {name: _layer(row, samples) for name, row in zip(names, rows, strict=True)}
         )
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._latest.remove()
 
 
-def _layer(sums: list[float], samples: int, levels: int) -> LayerOperations:
+def _layer(sums: list[float], samples: int) -> LayerOperations:
     synapses = sums[PRESENTED_SYNAPSES] / sums[PRESENTATIONS]
     if sums[NOT_WHOLE] and sums[NOT_QUARTERS]:
         return LayerOperations(0.0, sums[PRESENTED_SYNAPSES] / samples, synapses)
-    spikes_in_one = levels * (4 if sums[NOT_WHOLE] else 1)
+    spikes_in_one = 4 if sums[NOT_WHOLE] else 1
     return LayerOperations(spikes_in_one * sums[CARRIED] / samples, 0.0, synapses)
 
 

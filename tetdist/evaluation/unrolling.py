@@ -6,10 +6,13 @@ in the first n, so that the maximum of a window is that of each sub-timestep by 
 spikes (SEW's ADD) take more sub-timesteps; so do means over 2x2 pixels, whose spikes weigh a
 quarter. A bias is added once a timestep, and norm and neurons come after the sum. That gives the
 currents that the numbers themselves give, but for rounding.
+
+Self-attention adds up products of three neurons' spikes: each pair of the sub-timesteps of keys and
+values adds k^T v of these spikes to its sums, and each sub-timestep of the queries selects from
+them. The other products of spikes, masks among them, are computed with the numbers.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.errors import UserError
-from tetdist.nn.norm_neuron import neurons_of
+from tetdist.nn.norm_neuron import LatestLevels, neurons_of
+from tetdist.nn.products import LinearAttention
 
 
 class _Layer:
@@ -25,12 +29,13 @@ class _Layer:
 
     Args:
         module: The layer.
-        levels: Its inputs are spikes if they are multiples of ``1 / levels``, or means of four.
+        latest: The neurons before it. Its inputs are spikes if they are multiples of what one of
+            these sends, or means of four.
     """
 
-    def __init__(self, module: nn.Conv2d | nn.Linear, levels: int) -> None:
-        self.module, self.known_levels = module, (levels, 4 * levels)
-        self.levels = levels  # of the present input
+    def __init__(self, module: nn.Conv2d | nn.Linear, latest: LatestLevels) -> None:
+        self.module, self.latest = module, latest
+        self.levels = 1  # of the present input
         self.most = 0  # of spikes in one timestep
         self.sub_timesteps: int | None = None
         self.handles = (
@@ -42,15 +47,15 @@ class _Layer:
         """Replace an input (T, ...) of numbers by one of spikes, (T * sub-timesteps, ...)."""
         (x,) = inputs
         self.sub_timesteps = None
-        fitting = [n for n in self.known_levels if torch.equal(x * n, (x * n).round().abs())]
+        one = self.latest.levels or 1
+        fitting = [n for n in (one, 4 * one) if torch.equal(x * n, (x * n).round().abs())]
         if not fitting:  # A mean over many pixels, say, which is multiplied as ever.
             return None
         self.levels = fitting[0]
-        counts = x * self.levels
-        self.sub_timesteps = max(int(counts.max()), 1)
+        slots = _slots(x, self.levels)
+        self.sub_timesteps = len(slots)
         self.most = max(self.most, self.sub_timesteps)
-        slots = [counts > sub for sub in range(self.sub_timesteps)]
-        return (torch.stack(slots, 1).flatten(0, 1).to(x.dtype),)
+        return (torch.stack(slots, 1).flatten(0, 1),)
 
     def _after(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
         if self.sub_timesteps is None:
@@ -62,6 +67,28 @@ class _Layer:
         if isinstance(self.module, nn.Conv2d):
             bias = bias.view(-1, 1, 1)
         return (total - self.sub_timesteps * bias) / self.levels + bias
+
+
+def _slots(x: Tensor, levels: int) -> list[Tensor]:
+    """The spikes of each sub-timestep, of numbers of them over ``levels``."""
+    counts = x * levels
+    return [(counts > sub).to(x.dtype) for sub in range(max(int(counts.max()), 1))]
+
+
+def _attention(attention: LinearAttention, latest: LatestLevels) -> Callable[..., Tensor]:
+    """What stands in for a `LinearAttention`'s definition, and sees spikes of 0 and 1 alone."""
+    of_spikes = attention.of
+
+    def of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        levels = latest.levels or 1
+        keys, values = _slots(k, levels), _slots(v, levels)
+        # Pairs are like further positions, over which k^T v is summed.
+        k_pairs = torch.cat([one for one in keys for _ in values], 3)
+        v_pairs = torch.cat([one for _ in keys for one in values], 3)
+        selected = [of_spikes(one, k_pairs, v_pairs) for one in _slots(q, levels)]
+        return torch.stack(selected).sum(0) / levels**3
+
+    return of
 
 
 @contextmanager
@@ -86,17 +113,23 @@ def unrolled(model: nn.Module) -> Iterator[dict[str, int]]:
             "--unroll: only neurons of tetdist's that fire can be run in sub-timesteps of spikes "
             "that are 0 or 1, and those of this network are others; leave it out"
         )
-    levels = math.lcm(*(neuron.levels for neuron in neurons if neuron.levels is not None))
+    latest = LatestLevels(model)
     found = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, (nn.Conv2d, nn.Linear))
     }
-    layers = {name: _Layer(module, levels) for name, module in list(found.items())[1:]}
+    layers = {name: _Layer(module, latest) for name, module in list(found.items())[1:]}
+    attentions = [module for module in model.modules() if isinstance(module, LinearAttention)]
+    for attention in attentions:
+        attention.of = _attention(attention, latest)  # type: ignore[method-assign]  # until the end
     most: dict[str, int] = {}
     try:
         yield most
     finally:
+        latest.remove()
+        for attention in attentions:
+            del attention.of
         for name, layer in layers.items():
             for handle in layer.handles:
                 handle.remove()

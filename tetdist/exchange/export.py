@@ -62,6 +62,8 @@ class Trained:
                 return (3, self.config.data.image_size, self.config.data.image_size)
             case "events":
                 side = getattr(self.model, "input_size", None)
+                if side is None and isinstance(self.model, SpikingNetwork):
+                    side = self.model.default_cfg["input_size"][-1]  # any would do
                 if side is None:
                     raise UserError(
                         f"{self.config.model.name} does not say how large its event frames are: "
@@ -239,7 +241,7 @@ def card(trained: Trained, folder: str | None = None) -> str:
         **({"begun with": config.init_checkpoint} if config.init_checkpoint else {}),
         "phases": "; ".join(
             f"{counted(p.epochs, 'epoch')} at T={p.timesteps}, {p.optimizer.kind}, "
-            f"lr {p.optimizer.lr:g}"
+            f"lr {p.optimizer.lr_as_text(config.batch.global_)}"
             for p in config.phases
         ),
         "trained for": f"{counted(description.step, 'step')} of "

@@ -1,12 +1,23 @@
 """Weights from elsewhere: the same networks under other libraries' names.
 
-Three layouts of names are known. All are first put into the one of torchvision's ResNet (`conv1`,
-`bn1`, `layer1.0.conv1`, ..., `fc`), from which `convert` takes what a model of ours needs:
+Five layouts of ResNets' names are known. All but the last are first put into the one of
+torchvision's ResNet (`conv1`, `bn1`, `layer1.0.conv1`, ..., `fc`), from which `convert` takes what
+a model of ours needs:
 
     torchvision     torchvision's and timm's ResNets (ReLU), spikingjelly's sew_resnet* and
-                    spiking_resnet*
+                    spiking_resnet*; the PreAct-ResNets of two repositories of distillation,
+                    Intelli-Chip-Lab/snn_temporal_decoupling_distillation and KaiSUN1/SeAl
+    decoupling, seal    these two's ResNets for CIFAR and events
     sew             the original repository of SEW-ResNet, for both families
     tet             the original repository of TET: its VGGSNN and ResNet-19
+    ms              the original repository of MS-ResNet
+
+Transformers have names of their own, of which `convert` takes what it needs:
+
+    qkformer        the original repository of QKFormer: its networks for ImageNet, CIFAR and DVS
+    sdt             the original repository of the Spike-driven Transformer, V1
+    espikeformer    that of its V3: the small networks, Efficient_Spiking_Transformer_t, s, m and l
+    maxformer       the original repository of Max-Former: its networks for ImageNet
 
 A state dict holds weights and running statistics, but not the neuron, which decides about the
 result as much: `NEURONS` has what each source trains with.
@@ -19,19 +30,40 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import torch
 from torch import Tensor, nn
 
 from tetdist.errors import UserError
+from tetdist.models import espikeformer, max_former, qkformer
+from tetdist.models.attention import StreamAttention
 from tetdist.models.base import SpikingNetwork
+from tetdist.models.espikeformer import ESpikeFormer
+from tetdist.models.max_former import MaxFormer
+from tetdist.models.ms_resnet import MSResNet
+from tetdist.models.preact_resnet import PreActResNet
+from tetdist.models.qkformer import QKFormer
 from tetdist.models.sew_resnet import Bottleneck, SEWResNet
+from tetdist.models.spike_driven_transformer import SpikeDrivenTransformer
 from tetdist.models.spiking_resnet import SpikingResNet
 from tetdist.models.vggsnn import VGGSNN
 from tetdist.nn.batch_norm import BatchNorm
 
-Source = Literal["spikingjelly", "sew", "tet", "torchvision", "timm"]
+Source = Literal[
+    "spikingjelly",
+    "sew",
+    "tet",
+    "torchvision",
+    "timm",
+    "decoupling",
+    "seal",
+    "ms",
+    "qkformer",
+    "sdt",
+    "espikeformer",
+    "maxformer",
+]
 
 _SEW_NEURON = {
     "decay": 1.0,
@@ -39,6 +71,23 @@ _SEW_NEURON = {
     "detach_reset": True,
     "surrogate": "atan",
     "surrogate_width": 2.0,
+}
+# spikingjelly's with tau = 2 and threshold 1, whose input is halved: the membrane in other units.
+_HALVING_NEURON = {
+    "decay": 0.5,
+    "threshold": 2.0,
+    "reset": "hard",
+    "detach_reset": True,
+    "surrogate": "sigmoid",
+    "surrogate_width": 2.0,
+    "fires_at_threshold": True,
+}
+_DISTILLED_NEURON = {
+    "decay": 0.5,
+    "reset": "hard",
+    "detach_reset": False,
+    "surrogate": "sigmoid",
+    "surrogate_width": 4.0,
 }
 # Fields of `NeuronConfig` that differ from its defaults, which are TET's own. ReLU networks have
 # none: theirs is that of the recipe that goes on from them. spikingjelly's is whatever its user
@@ -49,16 +98,39 @@ NEURONS: dict[Source, dict[str, Any]] = {
     "tet": {},
     "torchvision": {},
     "timm": {},
+    "qkformer": _HALVING_NEURON,
+    "sdt": _HALVING_NEURON,
+    # Theirs has no membrane, and so no decay: at T=1 it does not matter.
+    "espikeformer": {"kind": "nilif", "most_spikes": 4, "threshold": 1.0, "decay": 0.25},
+    "maxformer": _HALVING_NEURON,
+    "decoupling": _DISTILLED_NEURON,
+    "seal": _DISTILLED_NEURON,
+    "ms": {
+        "decay": 0.25,
+        "threshold": 0.5,
+        "reset": "hard",
+        "detach_reset": True,
+        "surrogate": "rectangle",
+        "surrogate_width": 0.5,
+    },
+}
+# What is otherwise for ImageNet.
+_PREACT_NEURONS: dict[Source, dict[str, Any]] = {
+    "decoupling": {"decay": 0.2, "reset": "soft"},
+    "seal": {"decay": 0.2},
 }
 
+_CIFAR100 = {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)}
 # How images are scaled, where a source's network of so many classes does it otherwise than timm's
-# description of the model says: TET's code for CIFAR-100.
+# description of the model says: the code of three sources for CIFAR-100.
 SCALES: dict[tuple[Source, int], dict[str, tuple[float, float, float]]] = {
-    ("tet", 100): {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)}
+    ("tet", 100): _CIFAR100,
+    ("decoupling", 100): _CIFAR100,
+    ("seal", 100): _CIFAR100,
 }
 
 # The keys under which training programs put a state dict, in the order of preference.
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "best_net")
 _COUNTER = "num_batches_tracked"
 
 # Regular expressions to torchvision's names, applied one after the other.
@@ -80,6 +152,19 @@ _TET_NAMES = (
     (r"^fc2\.", "fc."),
 )
 
+# Sources of transformers, and the classifier of each.
+_TRANSFORMERS: tuple[Source, ...] = ("qkformer", "sdt", "espikeformer", "maxformer")
+_HEAD_NAMES = ((r"^head\.", "fc."),)
+
+# Weights that a network makes and does not compute with: those of the Spike-driven Transformer.
+_UNUSED = {"sdt": re.compile(r"^block\.\d+\.attn\.talking_heads\.weight$")}
+
+_DISTILLED_NAMES = (
+    (r"^conv0\.0\.", "conv1."),
+    (r"^conv0\.1\.", "bn1."),
+    (r"\.shortcut\.", ".downsample."),
+)
+
 # Names of a block of ours to torchvision's; LAST is the number of the block's last convolution.
 _BLOCK_NAMES = (
     (r"conv(\d)\.conv\.", r"conv\1."),
@@ -88,6 +173,23 @@ _BLOCK_NAMES = (
     (r"merge\.neuron\.norm\.", "bnLAST."),
     (r"(merge\.downsample|downsample\.conv)\.", "downsample.0."),
     (r"(merge\.downsample_norm|downsample\.neuron\.norm)\.", "downsample.1."),
+)
+_PREACT_BLOCK_NAMES = (
+    (r"conv1\.conv\.", "conv1."),
+    (r"conv1\.neuron\.norm\.", "bn1."),
+    (r"conv2\.", "conv2."),
+    (r"add\.norm\.", "bn2."),
+    (r"downsample\.", "downsample.0."),
+    (r"downsample_norm\.", "downsample.1."),
+)
+# Likewise to MS-ResNet's; pooled is 1 where its projection begins with a pooling, else 0.
+_MS_BLOCK_NAMES = (
+    (r"conv1\.conv\.", "residual_function.1."),
+    (r"conv1\.neuron\.norm\.", "residual_function.2.bn."),
+    (r"conv2\.", "residual_function.4."),
+    (r"add\.norm\.", "residual_function.5.bn."),
+    (r"downsample\.", "shortcut.{pooled}."),
+    (r"downsample_norm\.", "shortcut.{after_pooled}.bn."),
 )
 
 
@@ -101,12 +203,14 @@ class Converted:
         unexpected: Names in the source that the model has no place for.
         counters: How many counts of batches the source has. They have no effect on running
             statistics of a fixed momentum, as all of these are, and are left out.
+        unused: Names in the source of weights with which its network does not compute.
     """
 
     weights: dict[str, Tensor]
     missing: list[str]
     unexpected: list[str]
     counters: int
+    unused: list[str]
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -203,6 +307,21 @@ def source_of(state: Mapping[str, Tensor], path: Path) -> Source:
         return "tet"
     if "layer1.0.conv1.module.0.weight" in state:
         return "sew"
+    if "patch_embed1.proj_res_conv.weight" in state:
+        return "qkformer"
+    if "block.0.attn.talking_heads.weight" in state:
+        return "sdt"
+    if "downsample1_1.encode_conv.weight" in state:
+        return "espikeformer"
+    if "stage1.0.mixer.conv5.weight" in state:
+        return "maxformer"
+    if "conv2_x.0.residual_function.1.weight" in state:
+        return "ms"
+    if "conv0.0.weight" in state or "layer1.0.conv1.bias" in state:
+        raise UserError(
+            f"{path} has the names of two repositories of distillation, whose neurons are not the "
+            "same; say which of them with --from: decoupling or seal"
+        )
     if "layer1.0.conv1.weight" in state:
         raise UserError(
             f"{path} has the names of torchvision's ResNets, which timm and spikingjelly use, too; "
@@ -228,7 +347,9 @@ def convert(state: Mapping[str, Tensor], source: Source, model: SpikingNetwork) 
         UserError: The file contradicts itself, or is of a network that ``model`` is only alike to.
     """
     _refuse_look_alikes(state, source, model)
-    theirs, original, counters = _in_torchvisions_names(state, source)
+    unused = [key for key in state if source in _UNUSED and _UNUSED[source].match(key)]
+    state = {key: value for key, value in state.items() if key not in unused}
+    theirs, original, counters = _in_known_names(state, source)
     scales = {
         f"{name}.weight": module.scale
         for name, module in model.named_modules()
@@ -250,20 +371,50 @@ def convert(state: Mapping[str, Tensor], source: Source, model: SpikingNetwork) 
         else:
             shapes = f"{tuple(value.shape)} instead of {tuple(own.shape)}"
             missing.append(f"{wanted} has shape {shapes}")
-    return Converted(weights, missing, [original[name] for name in theirs], counters)
+    return Converted(weights, missing, [original[name] for name in theirs], counters, unused)
+
+
+def neuron_of(source: Source, model: str) -> dict[str, Any]:
+    """The neuron that a source trains a model with, as far as it differs from the default."""
+    other = _PREACT_NEURONS.get(source, {}) if model.startswith("preact_resnet") else {}
+    return NEURONS[source] | other
+
+
+def arguments_of(source: Source, model: str) -> dict[str, Any]:
+    """Arguments with which a model of ours is the source's network of that name."""
+    if source in ("spikingjelly", "sew") and model.startswith("spiking_resnet"):
+        return {"norm": "bn"}
+    if source in ("decoupling", "seal") and model == "spiking_resnet19":
+        return {"stem_width": 128}
+    return {}
 
 
 def num_classes(state: Mapping[str, Tensor], source: Source) -> int | None:
     """The number of classes of a state dict's classifier, if it has one."""
-    weight = _in_torchvisions_names(state, source)[0].get("fc.weight")
+    weight = _in_known_names(state, source)[0].get("fc.weight")
     return None if weight is None or weight.ndim == 0 else len(weight)
 
 
-def _in_torchvisions_names(
+def _in_known_names(
     state: Mapping[str, Tensor], source: Source
 ) -> tuple[dict[str, Tensor], dict[str, str], int]:
-    """Tensors by torchvision's names, these names' originals, and the number of counters."""
-    rules = {"sew": _SEW_NAMES, "tet": _TET_NAMES}.get(source, ())
+    """Tensors by the names that `_names` has, the originals of these, the number of counters."""
+    rules: tuple[tuple[str, str], ...] = ()
+    match source:
+        case "sew":
+            rules = _SEW_NAMES
+        case "tet":
+            rules = _TET_NAMES
+        case "decoupling" | "seal":
+            hidden = [(r"^classifier\.0\.", "fc1."), (r"^classifier\.2\.", "fc.")]
+            plain = [(r"^classifier\.0\.", "fc.")]
+            rules = (*_DISTILLED_NAMES, *(hidden if "classifier.2.weight" in state else plain))
+        case "qkformer" | "sdt" | "espikeformer" | "maxformer":
+            rules = _HEAD_NAMES
+        case "spikingjelly" | "torchvision" | "timm" | "ms":
+            pass
+        case _:
+            assert_never(source)
     renamed: dict[str, Tensor] = {}
     original: dict[str, str] = {}
     counters = 0
@@ -271,6 +422,9 @@ def _in_torchvisions_names(
         if key.endswith(_COUNTER):
             counters += 1
             continue
+        if source in _TRANSFORMERS and key.endswith("_conv.weight") and value.ndim == 3:
+            # Of a convolution over the positions in a row, (C, C, 1), which is one over an image.
+            value = value.unsqueeze(-1)
         name = _substitute(key, rules)
         if name in renamed and not torch.equal(renamed[name], value):
             raise UserError(
@@ -283,31 +437,240 @@ def _in_torchvisions_names(
 
 
 def _names(model: SpikingNetwork) -> dict[str, str]:
-    """torchvision's name for each entry of a model's state dict."""
-    if isinstance(model, VGGSNN):
+    """The known name for each entry of a model's state dict."""
+    rules: tuple[tuple[str, str], ...]
+    if isinstance(model, QKFormer):
+        rules = tuple(_qkformer_names(model))
+    elif isinstance(model, SpikeDrivenTransformer):
+        rules = _SDT_NAMES
+    elif isinstance(model, ESpikeFormer):
+        rules = tuple(_espikeformer_names(model))
+    elif isinstance(model, MaxFormer):
+        rules = tuple(_maxformer_names(model))
+    elif isinstance(model, VGGSNN):
         rules = tuple(_vgg_names(model))
-    elif isinstance(model, (SEWResNet, SpikingResNet)):
+    elif isinstance(model, MSResNet):
+        rules = tuple(_ms_names(model))
+    elif isinstance(model, (SEWResNet, SpikingResNet, PreActResNet)):
         rules = tuple(_resnet_names(model))
     else:
         raise UserError(
             f"{model.default_cfg['architecture']} has no counterpart elsewhere to take weights "
-            "from; there are those of sew_resnet*, spiking_resnet* and vggsnn"
+            "from; there are those of sew_resnet*, spiking_resnet*, preact_resnet*, ms_resnet*, "
+            "vggsnn, qkformer_*, sdt_*, espikeformer_* and maxformer_*"
         )
-    return {key: _substitute(key, rules) for key in model.state_dict()}
+    # A deep network has more rules than re remembers patterns.
+    compiled = [(re.compile(pattern), name) for pattern, name in rules]
+    return {key: _substitute(key, compiled) for key in model.state_dict()}
 
 
-def _resnet_names(model: SEWResNet | SpikingResNet) -> list[tuple[str, str]]:
-    rules = [(r"^stem\.conv\.", "conv1."), (r"^stem\.neuron\.norm\.", "bn1.")]
+def _qkformer_names(model: QKFormer) -> list[tuple[str, str]]:
+    """The names of the authors' networks, of which that for ImageNet differs from the others."""
+    on_imagenet = model.embedding == "imagenet"
+    last_attention, mlp = ("attn", "fc") if on_imagenet else ("ssa", "mlp")
+    rules = list(_embedding_names(r"^stem", "patch_embed1", ["proj", "proj1", "proj2", "proj3"]))
+    later = ["proj", "proj4"] if model.embedding == "dvs" else ["proj3", "proj4"]
+    stage, position = 1, -1
+    for i, block in enumerate(model.blocks):
+        own = rf"^blocks\.{i}"
+        if isinstance(block, qkformer.Embedding):
+            stage, position = stage + 1, -1
+            rules += _embedding_names(own, f"patch_embed{stage}", later)
+            continue
+        position += 1
+        theirs = f"stage{stage}.{position}"
+        is_token = isinstance(block.attention, qkformer.TokenAttention)
+        attention = f"{theirs}.{'tssa' if is_token else last_attention}"
+        rules += _layer_names(rf"{own}\.attention\.(q|k|v|proj)", rf"{attention}.\1")
+        rules += _layer_names(rf"{own}\.mlp\.fc(1|2)", rf"{theirs}.mlp.{mlp}\1")
+    return rules
+
+
+def _embedding_names(own: str, theirs: str, layers: list[str]) -> list[tuple[str, str]]:
+    rules = _layer_names(rf"{own}\.shortcut", f"{theirs}.proj_res")
+    for i, layer in enumerate(layers):
+        rules += _layer_names(rf"{own}\.layers\.{i}", f"{theirs}.{layer}")
+    return rules
+
+
+def _layer_names(own: str, theirs: str) -> list[tuple[str, str]]:
+    """Rules for the convolution of a layer, and for its norm with or without a pooling."""
+    norm = r"\.(?:neuron|norm)\.norm\."
+    return [(rf"{own}\.conv\.", f"{theirs}_conv."), (own + norm, f"{theirs}_bn.")]
+
+
+_SDT_NAMES = (
+    (r"^stem\.layers\.0\.conv\.", "patch_embed.proj_conv."),
+    (r"^stem\.layers\.0\.neuron\.norm\.", "patch_embed.proj_bn."),
+    (r"^stem\.layers\.(\d)\.conv\.", r"patch_embed.proj_conv\1."),
+    (r"^stem\.layers\.(\d)\.neuron\.norm\.", r"patch_embed.proj_bn\1."),
+    (r"^stem\.conv\.", "patch_embed.proj_conv3."),
+    (r"^stem\.norm\.(norm\.)?", "patch_embed.proj_bn3."),
+    (r"^stem\.position\.", "patch_embed.rpe_conv."),
+    (r"^stem\.add\.norm\.", "patch_embed.rpe_bn."),
+    (r"^blocks\.(\d+)\.attention\.([qkv])\.conv\.", r"block.\1.attn.\2_conv."),
+    (r"^blocks\.(\d+)\.attention\.([qkv])\.neuron\.norm\.", r"block.\1.attn.\2_bn."),
+    (r"^blocks\.(\d+)\.attention\.proj\.", r"block.\1.attn.proj_conv."),
+    (r"^blocks\.(\d+)\.attention\.add\.norm\.", r"block.\1.attn.proj_bn."),
+    (r"^blocks\.(\d+)\.mlp\.fc1\.conv\.", r"block.\1.mlp.fc1_conv."),
+    (r"^blocks\.(\d+)\.mlp\.fc1\.neuron\.norm\.", r"block.\1.mlp.fc1_bn."),
+    (r"^blocks\.(\d+)\.mlp\.fc2\.", r"block.\1.mlp.fc2_conv."),
+    (r"^blocks\.(\d+)\.mlp\.add\.norm\.", r"block.\1.mlp.fc2_bn."),
+)
+
+
+def _espikeformer_names(model: ESpikeFormer) -> list[tuple[str, str]]:
+    rules = _down_names("stem", "downsample1_1")
+    convolutional = iter(("1_1", "1_2", "2_1", "2_2"))
+    down = iter(("1_2", "2", "3", "4"))
+    stage, position = 3, -1
+    for i, block in enumerate(model.blocks):
+        own = rf"blocks\.{i}"
+        match block:
+            case espikeformer.Downsampling():
+                number = next(down)
+                rules += _down_names(own, f"downsample{number}")
+                if number == "4":
+                    stage, position = 4, -1
+                continue
+            case espikeformer.ConvBlock():
+                theirs = f"ConvBlock{next(convolutional)}.0"
+                rules += _separable_names(own, f"{theirs}.Conv")
+                rules += [
+                    (rf"^{own}\.mlp\.conv1\.conv\.", f"{theirs}.conv1."),
+                    (rf"^{own}\.mlp\.conv1\.neuron\.norm\.", f"{theirs}.bn1."),
+                    (rf"^{own}\.mlp\.conv2\.", f"{theirs}.conv2."),
+                    (rf"^{own}\.mlp\.add\.norm\.", f"{theirs}.bn2."),
+                ]
+            case espikeformer.TransformerBlock():
+                position += 1
+                theirs = f"block{stage}.{position}"
+                rules += _separable_names(own, f"{theirs}.conv")
+                rules += _attention_names(own, f"{theirs}.attn", "_conv.0.", "_conv.1.")
+                rules += _mlp_names(own, f"{theirs}.mlp")
+            case _:
+                raise AssertionError(f"no names for {type(block).__name__}")
+    return rules
+
+
+def _down_names(own: str, theirs: str) -> list[tuple[str, str]]:
+    return [
+        (rf"^{own}\.conv\.", f"{theirs}.encode_conv."),
+        (rf"^{own}\.norm\.norm\.", f"{theirs}.encode_bn."),
+    ]
+
+
+def _separable_names(own: str, theirs: str) -> list[tuple[str, str]]:
+    rules = []
+    for layer, name in (("widen", "pwconv1"), ("depthwise", "dwconv")):
+        rules += [
+            (rf"^{own}\.separable\.{layer}\.conv\.", f"{theirs}.{name}.0."),
+            (rf"^{own}\.separable\.{layer}\.neuron\.norm\.", f"{theirs}.{name}.1."),
+        ]
+    return [
+        *rules,
+        (rf"^{own}\.separable\.narrow\.", f"{theirs}.pwconv2.0."),
+        (rf"^{own}\.separable\.add\.norm\.", f"{theirs}.pwconv2.1."),
+    ]
+
+
+def _attention_names(own: str, theirs: str, conv: str, norm: str) -> list[tuple[str, str]]:
+    """Names of a `StreamAttention`, whose place in its block is ``attention`` or ``mixer``."""
+    own = rf"^{own}\.(?:attention|mixer)"
+    return [
+        (rf"{own}\.([qkv])\.conv\.", rf"{theirs}.\1{conv}"),
+        (rf"{own}\.([qkv])\.neuron\.norm\.", rf"{theirs}.\1{norm}"),
+        (rf"{own}\.proj\.", f"{theirs}.proj{conv}"),
+        (rf"{own}\.add\.norm\.", f"{theirs}.proj{norm}"),
+    ]
+
+
+def _mlp_names(own: str, theirs: str) -> list[tuple[str, str]]:
+    """Names of an MLP of a real-valued stream."""
+    return [
+        *_layer_names(rf"^{own}\.mlp\.fc1", f"{theirs}.fc1"),
+        (rf"^{own}\.mlp\.fc2\.", f"{theirs}.fc2_conv."),
+        (rf"^{own}\.mlp\.add\.norm\.", f"{theirs}.fc2_bn."),
+    ]
+
+
+def _maxformer_names(model: MaxFormer) -> list[tuple[str, str]]:
+    rules = [
+        *_layer_names(r"^stem\.layers\.0", "patch_embed1.embed1.embed"),
+        *_layer_names(r"^stem\.layers\.1", "patch_embed1.embed2.embed"),
+        *_added_names("stem", "patch_embed1.embed3.embed"),
+        (r"^stem\.shortcut\.", "patch_embed1.embed4.embed_conv."),
+        (r"^stem\.shortcut_norm\.", "patch_embed1.embed4.embed_bn."),
+    ]
+    stage, position = 1, -1
+    for i, block in enumerate(model.blocks):
+        own = rf"blocks\.{i}"
+        if isinstance(block, max_former.Embedding):
+            stage, position = stage + 1, -1
+            theirs = f"patch_embed{stage}"
+            rules += _layer_names(rf"^{own}\.layer", f"{theirs}.max_embed1.embed")
+            rules += _added_names(own, f"{theirs}.embed1.embed")
+            rules += [
+                (rf"^{own}\.shortcut\.", f"{theirs}.max_embed2.embed_conv."),
+                (rf"^{own}\.shortcut_norm\.norm\.", f"{theirs}.max_embed2.embed_bn."),
+            ]
+            continue
+        position += 1
+        theirs = f"stage{stage}.{position}"
+        if isinstance(block.mixer, StreamAttention):
+            rules += _attention_names(own, f"{theirs}.attn", "_conv.", "_bn.")
+        else:
+            # The first stage's is called so whatever its size, which is 7x7.
+            mixer = f"{theirs}.mixer.{'conv5' if stage == 1 else 'conv'}"
+            rules += [
+                (rf"^{own}\.mixer\.conv\.", f"{mixer}."),
+                (rf"^{own}\.mixer\.add\.norm\.", f"{mixer}_bn."),
+            ]
+        rules += _mlp_names(own, f"{theirs}.mlp")
+    return rules
+
+
+def _added_names(own: str, theirs: str) -> list[tuple[str, str]]:
+    """Names of a convolution whose norm is in a `NormAdd`."""
+    return [(rf"^{own}\.conv\.", f"{theirs}_conv."), (rf"^{own}\.add\.norm\.", f"{theirs}_bn.")]
+
+
+def _resnet_names(model: SEWResNet | SpikingResNet | PreActResNet) -> list[tuple[str, str]]:
+    rules = [(r"^stem\.conv\.", "conv1."), (r"^stem\.(neuron|add)\.norm\.", "bn1.")]
     rules += [(r"^hidden\.0\.", "fc1.")]
+    names = _PREACT_BLOCK_NAMES if isinstance(model, PreActResNet) else _BLOCK_NAMES
+    for i, stage, position in _places_of_blocks(model):
+        last = "3" if type(model.blocks[i]).__name__ == "Bottleneck" else "2"
+        for pattern, name in names:
+            theirs = f"layer{stage}.{position}.{name.replace('LAST', last)}"
+            rules.append((rf"^blocks\.{i}\.{pattern}", theirs))
+    return rules
+
+
+def _ms_names(model: MSResNet) -> list[tuple[str, str]]:
+    deep = isinstance(model.stem.conv, nn.Sequential)
+    rules = [(r"^stem\.conv\.", "conv1." if deep else "conv1.0.")]
+    rules += [(r"^stem\.add\.norm\.", "conv1.3.bn." if deep else "conv1.1.bn.")]
+    for i, stage, position in _places_of_blocks(model):
+        pooled = int(not isinstance(model.blocks[i].pool, nn.Identity))
+        for pattern, name in _MS_BLOCK_NAMES:
+            # Every stage begins with a stride there, and the first is conv2_x.
+            theirs = f"conv{stage}_x.{position}." + name.format(
+                pooled=pooled, after_pooled=pooled + 1
+            )
+            rules.append((rf"^blocks\.{i}\.{pattern}", theirs))
+    return rules
+
+
+def _places_of_blocks(model: SpikingNetwork) -> list[tuple[int, int, int]]:
+    """Number of each block, of its stage (one more wherever there is a stride) and within that."""
+    places = []
     stage, position = 1, -1
     for i, block in enumerate(model.blocks):
         strided = any(isinstance(m, nn.Conv2d) and m.stride[0] == 2 for m in block.modules())
         stage, position = (stage + 1, 0) if strided else (stage, position + 1)
-        last = "2" if type(block).__name__ == "BasicBlock" else "3"
-        for pattern, name in _BLOCK_NAMES:
-            theirs = f"layer{stage}.{position}.{name.replace('LAST', last)}"
-            rules.append((rf"^blocks\.{i}\.{pattern}", theirs))
-    return rules
+        places.append((i, stage, position))
+    return places
 
 
 def _vgg_names(model: VGGSNN) -> list[tuple[str, str]]:
@@ -326,7 +689,26 @@ def _vgg_names(model: VGGSNN) -> list[tuple[str, str]]:
     return rules
 
 
+# Families whose weights come from nowhere else, and what else has weights for no other.
+_ONLY_FROM: dict[type[SpikingNetwork], tuple[Source, ...]] = {
+    PreActResNet: ("decoupling", "seal"),
+    MSResNet: ("ms",),
+}
+_ONLY_FOR: dict[Source, tuple[type[SpikingNetwork], ...]] = {
+    "decoupling": (PreActResNet, SpikingResNet),
+    "seal": (PreActResNet, SpikingResNet),
+    "ms": (MSResNet,),
+}
+
+
 def _refuse_look_alikes(state: Mapping[str, Tensor], source: Source, model: SpikingNetwork) -> None:
+    sources = _ONLY_FROM.get(type(model), (source,))
+    if source not in sources or not isinstance(model, _ONLY_FOR.get(source, (SpikingNetwork,))):
+        raise UserError(
+            f"weights of {source} are of other networks than {model.default_cfg['architecture']}: "
+            "their shapes may agree, but shortcuts and neurons are at other places "
+            "(docs/weights.md says which belong together)"
+        )
     if source == "sew" and not any(".module." in key for key in state):
         raise UserError(
             "the file has torchvision's names, not those of the SEW-ResNet repository: give --from "
@@ -354,7 +736,7 @@ def _refuse_look_alikes(state: Mapping[str, Tensor], source: Source, model: Spik
         )
 
 
-def _substitute(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+def _substitute(name: str, rules: Sequence[tuple[str | re.Pattern[str], str]]) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name

@@ -13,9 +13,10 @@ Both fire where v is above the threshold, and are reset to 0: the hard reset. Th
 node in NIR. Neurons that fire at their threshold, too, get the float32 below it.
 
 An edge carries a node's output, and a node's input is the sum of its edges; that is how shortcuts
-join. Batch norm is folded into the convolution before it. What NIR lacks is put together exactly,
-for spikes, which are 0 or 1: the maximum over a window is a sum above 1/2, and so are AND
-(residual + identity above 3/2) and IAND (identity - residual above 1/2).
+join, those of currents (MS-ResNet) as those of spikes. Batch norm is folded into the convolution
+before it. What NIR lacks is put together exactly, for spikes, which are 0 or 1: the maximum over a
+window is a sum above 1/2, and so are AND (residual + identity above 3/2) and IAND (identity -
+residual above 1/2). A maximum of real numbers cannot be had so, and PreAct-ResNets are refused.
 
 The graph runs one timestep at a time. An image is its input at each timestep, an event bin at its
 own; the output is each timestep's logits, of which the prediction is the mean.
@@ -31,12 +32,25 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.errors import UserError
-from tetdist.models import SpikingNetwork, SpikingResNet, sew_resnet, spiking_resnet
+from tetdist.models import (
+    ESpikeFormer,
+    MaxFormer,
+    MSResNet,
+    PreActResNet,
+    QKFormer,
+    SpikeDrivenTransformer,
+    SpikingNetwork,
+    SpikingResNet,
+    preact_resnet,
+    sew_resnet,
+    spiking_resnet,
+)
 from tetdist.models.base import ConvNormNeuron
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormNeuron
+from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import AvgPool, MaxPool
 
 
@@ -79,6 +93,19 @@ class _Builder:
     @torch.no_grad()
     def build(self, input_shape: tuple[int, ...]) -> nir.NIRGraph:
         model = self.model
+        if isinstance(model, (ESpikeFormer, MaxFormer, QKFormer, SpikeDrivenTransformer)):
+            pools = any(isinstance(module, NormPool) for module in model.modules())
+            maximum = ", nor for the maximum over currents, which the embedding pools"
+            raise UserError(
+                f"NIR cannot express {type(model).__name__}: it has no node for the product of two "
+                f"signals, of which attention is made{maximum if pools else ''}; export it to onnx "
+                "or torch"
+            )
+        if isinstance(model, PreActResNet):
+            raise UserError(
+                f"{model.default_cfg['architecture']} takes maxima of real numbers in its stem, "
+                "for which NIR has no node: it cannot be expressed; export it to onnx or torch"
+            )
         self.nodes["input"] = nir.Input({"input": np.array(input_shape)})
         x = self.layer("stem", model.stem, Signal(("input",), input_shape))
         # Families without a pooling in the stem lack the attribute, or have the identity there.
@@ -106,6 +133,10 @@ class _Builder:
                 norm_neuron = module.neuron
                 x = self.convolution(f"{name}_conv", module.conv, norm_neuron.norm, x)
                 return self.neurons(f"{name}_neuron", norm_neuron, x)
+            case preact_resnet.Stem():
+                return self.stem(name, module, x)
+            case preact_resnet.Block():
+                return self.preact_block(name, module, x)
             case sew_resnet.BasicBlock() | sew_resnet.Bottleneck():
                 return self.sew_block(name, module, x)
             case spiking_resnet.BasicBlock() | spiking_resnet.Bottleneck():
@@ -118,7 +149,9 @@ class _Builder:
 
     def head(self, x: Signal) -> Signal:
         model = self.model
-        if isinstance(model, (sew_resnet.SEWResNet, SpikingResNet)):
+        if isinstance(model, MSResNet):
+            x = self.neurons("neuron", model.neuron, x)
+        if isinstance(model, (sew_resnet.SEWResNet, SpikingResNet, MSResNet)):
             x = self.average_pool("head_pool", x.shape[-1], x)
         size = int(np.prod(x.shape))
         flatten = nir.Flatten({"input": np.array(x.shape)}, start_dim=0, end_dim=-1)
@@ -128,6 +161,23 @@ class _Builder:
             x = self.affine("hidden_linear", linear, x)
             x = self.neurons("hidden_neuron", neuron, x)
         return x if isinstance(model.fc, nn.Identity) else self.affine("fc", model.fc, x)
+
+    def stem(self, name: str, stem: preact_resnet.Stem, x: Signal) -> Signal:
+        convs = list(stem.conv) if isinstance(stem.conv, nn.Sequential) else [stem.conv]
+        for i, conv in enumerate(convs[:-1]):
+            x = self.convolution(f"{name}_conv{i}", conv, None, x)
+        return self.convolution(f"{name}_conv", convs[-1], stem.add.norm, x)
+
+    def preact_block(self, name: str, block: preact_resnet.Block, x: Signal) -> Signal:
+        residual = self.neurons(f"{name}_neuron", block.neuron, x)
+        residual = self.layer(f"{name}_conv1", block.conv1, residual)
+        residual = self.convolution(f"{name}_conv2", block.conv2, block.add.norm, residual)
+        shortcut = self.layer(f"{name}_pool", block.pool, x)
+        if block.downsample_norm is not None:
+            shortcut = self.convolution(
+                f"{name}_downsample", block.downsample, block.downsample_norm, shortcut
+            )
+        return residual.plus(shortcut)
 
     def sew_block(self, name: str, block: Any, x: Signal) -> Signal:
         identity = self.layer(f"{name}_downsample", block.downsample, x)
@@ -158,12 +208,14 @@ class _Builder:
             )
         return self.neurons(f"{name}_merge_neuron", merge.neuron, residual.plus(shortcut))
 
-    def convolution(self, name: str, conv: nn.Module, norm: BatchNorm, x: Signal) -> Signal:
+    def convolution(self, name: str, conv: nn.Module, norm: BatchNorm | None, x: Signal) -> Signal:
         assert isinstance(conv, nn.Conv2d)
         # Folded in double precision, so that the graph's parameters are rounded only once.
-        norm = copy.deepcopy(norm).double()
-        gain, offset = norm.affine(norm.running_mean, norm.running_var)
-        bias = 0.0 if conv.bias is None else conv.bias.double()
+        offset = torch.zeros(conv.out_channels, dtype=torch.float64)
+        gain, bias = torch.ones_like(offset), 0.0 if conv.bias is None else conv.bias.double()
+        if norm is not None:
+            norm = copy.deepcopy(norm).double()
+            gain, offset = norm.affine(norm.running_mean, norm.running_var)
         stride, padding, kernel = conv.stride[0], int(conv.padding[0]), conv.kernel_size[0]
         node = nir.Conv2d(
             input_shape=x.shape[1:],

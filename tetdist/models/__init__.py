@@ -10,18 +10,31 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from tetdist import plugins
 from tetdist.models.base import SpikingModel, SpikingNetwork
+from tetdist.models.espikeformer import ESpikeFormer
+from tetdist.models.max_former import MaxFormer
+from tetdist.models.ms_resnet import MSResNet
+from tetdist.models.preact_resnet import PreActResNet
+from tetdist.models.qkformer import QKFormer
 from tetdist.models.sew_resnet import SEWResNet
+from tetdist.models.spike_driven_transformer import SpikeDrivenTransformer
 from tetdist.models.spiking_convnet import SpikingConvNet
 from tetdist.models.spiking_resnet import SpikingResNet
 from tetdist.models.vggsnn import VGGSNN
 
 __all__ = [
     "VGGSNN",
+    "ESpikeFormer",
+    "MSResNet",
+    "MaxFormer",
+    "PreActResNet",
+    "QKFormer",
     "SEWResNet",
+    "SpikeDrivenTransformer",
     "SpikingConvNet",
     "SpikingModel",
     "SpikingNetwork",
@@ -57,9 +70,9 @@ def arguments_of(name: str) -> list[str] | None:
 
 
 def default_timesteps(name: str) -> int:
-    """T of a registered model where nobody says another."""
-    parameter = _parameters(name).get("timesteps")
-    return 4 if parameter is None else int(parameter.default)
+    """T of one of our registered models where nobody says another."""
+    with torch.device("meta"):
+        return int(timm.create_model(name).timesteps)
 
 
 def input_kind(name: str) -> str | None:

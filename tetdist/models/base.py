@@ -25,8 +25,8 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1, bias: bool = F
     return Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=bias)
 
 
-def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> Conv2d:
-    return Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+def conv1x1(in_channels: int, out_channels: int, stride: int = 1, bias: bool = False) -> Conv2d:
+    return Conv2d(in_channels, out_channels, 1, stride=stride, bias=bias)
 
 
 class SpikingModel(Protocol):

@@ -4,6 +4,10 @@
 TET in its paper: batch norms are scaled to the threshold, by a further 1/sqrt(2) where two
 branches are added. `spiking_resnet19` is the CIFAR network as released with TET: plain batch norm
 and a hidden spiking layer in the head.
+
+Two repositories of distillation timestep by timestep (see preact_resnet.py) have three more, with
+plain batch norm: `spiking_resnet18_cifar`; `spiking_resnet19` with a stem of 128 channels, which is
+`stem_width=128`; and that for events, `spiking_resnet19_dvs`.
 """
 
 from typing import Literal
@@ -100,6 +104,7 @@ class SpikingResNet(SpikingNetwork):
         width: Channels of the first stage; they double from stage to stage.
         hidden_features: Width of a spiking layer before the classifier; 0 is none.
         init: How convolutions begin; see `base.init_weights`.
+        input_size: Height and width of event frames; None: any.
         in_chans: Channels of the input.
         num_classes, timesteps: See `SpikingNetwork`.
     """
@@ -116,11 +121,13 @@ class SpikingResNet(SpikingNetwork):
         width: int = 64,
         hidden_features: int = 0,
         init: base.Init = "kaiming",
+        input_size: int | None = None,
         in_chans: int = 3,
         num_classes: int = 1000,
         timesteps: int = 4,
     ) -> None:
         super().__init__(num_classes=num_classes, timesteps=timesteps)
+        self.input_size = input_size
         scale, _ = _norm_scales(neuron, norm)
         self.pool: nn.Module = nn.Identity()
         match stem:
@@ -159,6 +166,12 @@ class SpikingResNet(SpikingNetwork):
         return x if pre_logits else self.fc(x)
 
 
+class SpikingResNetDVS(SpikingResNet):
+    """The same network for event frames, (B, T, 2, H, W)."""
+
+    input_kind = "events"
+
+
 # The numbers of the paper's code. Its standard deviation is a widespread one, a mean over images of
 # each one's own; that of all pixels together is 0.2470, 0.2435, 0.2616.
 _CIFAR = {
@@ -169,7 +182,15 @@ _CIFAR = {
 }
 default_cfgs = generate_default_cfgs(
     {f"spiking_resnet{depth}": base.model_cfg() for depth in (18, 34, 50)}
-    | {"spiking_resnet19": base.model_cfg(32, **_CIFAR)}
+    | {
+        name: base.model_cfg(32, **_CIFAR)
+        for name in ("spiking_resnet19", "spiking_resnet18_cifar")
+    }
+    | {
+        "spiking_resnet19_dvs": base.model_cfg(
+            num_classes=10, input_size=(2, 48, 48), crop_pct=1.0, mean=(0.0, 0.0), std=(1.0, 1.0)
+        )
+    }
 )
 
 spiking_resnet18 = base.register(
@@ -192,4 +213,28 @@ spiking_resnet19 = base.register(
     stem_width=64,
     width=128,
     hidden_features=256,
+)
+# Likewise, 11,173,962 parameters.
+spiking_resnet18_cifar = base.register(
+    SpikingResNet,
+    "spiking_resnet18_cifar",
+    block=BasicBlock,
+    layers=(2, 2, 2, 2),
+    norm="bn",
+    stem="cifar",
+)
+# For 48x48 event frames: 12,696,842 parameters.
+spiking_resnet19_dvs = base.register(
+    SpikingResNetDVS,
+    "spiking_resnet19_dvs",
+    block=BasicBlock,
+    layers=(3, 3, 2),
+    norm="bn",
+    stem="cifar",
+    stem_width=128,
+    width=128,
+    hidden_features=256,
+    input_size=48,
+    in_chans=2,
+    timesteps=10,
 )

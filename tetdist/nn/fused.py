@@ -246,7 +246,7 @@ class FusedNormNeuron(torch.autograd.Function):
         grads = _gradients_of_outputs(x, ctx.kernels.timesteps, grad_outputs)
         sums, kept = ctx.kernels.sums(inputs, *grads)
 
-        of_x, of_shortcut = _averaged(sums, ctx.norm, ctx.shortcut_norm, training=ctx.training)
+        of_x, of_shortcut = averaged_sums(sums, ctx.norm, ctx.shortcut_norm, training=ctx.training)
         grad_x, grad_shortcut, grad_start = ctx.kernels.gradients(
             inputs,
             *grads,
@@ -260,13 +260,13 @@ class FusedNormNeuron(torch.autograd.Function):
             None if grad_shortcut is None else grad_shortcut.to(shortcut.dtype),
             grad_outputs[0] if ctx.has_identity else None,
             grad_start,
-            *_gradients_of_norms(sums, ctx.norm, ctx.shortcut_norm),
+            *gradients_of_norms(sums, ctx.norm, ctx.shortcut_norm),
             *(None,) * 3,
             *sums.grad_learned,
         )
 
 
-def _averaged(
+def averaged_sums(
     sums: Sums, norm: BatchNorm, shortcut_norm: BatchNorm | None, *, training: bool
 ) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
     """The sums for x and for the shortcut, over the processes that normalise together.
@@ -289,7 +289,7 @@ def _averaged(
     return averaged(norm, sums.grad_xhat), of_shortcut
 
 
-def _gradients_of_norms(
+def gradients_of_norms(
     sums: Sums, norm: BatchNorm, shortcut_norm: BatchNorm | None
 ) -> tuple[Tensor | None, ...]:
     """Gradients of weight and bias of the norm of x, and of that of the shortcut, each (C,)."""
@@ -345,7 +345,7 @@ class FusedNormAdd(torch.autograd.Function):
         affine_of_shortcut = Affine(*saved[4:]) if ctx.shortcut_norm is not None else None
         grad = grad_outputs[0].contiguous()
         sums = kernels.add_sums(x, shortcut, affine, affine_of_shortcut, grad)
-        of_x, of_shortcut = _averaged(sums, ctx.norm, ctx.shortcut_norm, training=ctx.training)
+        of_x, of_shortcut = averaged_sums(sums, ctx.norm, ctx.shortcut_norm, training=ctx.training)
         grad_x = grad_shortcut = None
         if ctx.needs_input_grad[0]:
             grad_x = kernels.norm_gradient(x, grad, affine, of_x)
@@ -355,7 +355,7 @@ class FusedNormAdd(torch.autograd.Function):
                 grad_shortcut = kernels.norm_gradient(
                     shortcut, grad_shortcut, affine_of_shortcut, of_shortcut
                 )
-        of_norms = _gradients_of_norms(sums, ctx.norm, ctx.shortcut_norm)
+        of_norms = gradients_of_norms(sums, ctx.norm, ctx.shortcut_norm)
         return grad_x, grad_shortcut, *of_norms, *(None,) * 3
 
 

@@ -419,13 +419,16 @@ class _Sizes(ctypes.Structure):
 
 
 class Pool:
-    """Max-pooling of images (N, C, H, W) whose values are in bytes, too."""
+    """Max-pooling of images (N, C, H, W): of those whose values are in bytes, too, and of currents
+    that are normalised."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         for name in TYPES.values():
             function = getattr(library, f"forward_{name}")
             function.argtypes = (*[c_void_p] * 4, POINTER(_Sizes), c_double, c_int)
+            function = getattr(library, f"forward_normalized_{name}")
+            function.argtypes = (*[c_void_p] * 5, POINTER(_Sizes), c_int)
             function = getattr(library, f"backward_{name}")
             function.argtypes = (*[c_void_p] * 3, POINTER(_Sizes), c_int)
 
@@ -442,6 +445,20 @@ class Pool:
         function = getattr(self.library, f"forward_{TYPES[dtype]}")
         function(*map(_at, (rows, out, most, where)), byref(sizes), levels, _threads())
         return out.permute(0, 3, 1, 2), most.permute(0, 3, 1, 2), where
+
+    def forward_normalized(
+        self, x: Tensor, affine: Affine, pool: torch.nn.MaxPool2d
+    ) -> tuple[Tensor, Tensor]:
+        """The largest of each window of a current (N, C, H, W), normalised, and where it was."""
+        sizes = _pool_sizes(x.shape, pool)
+        images, channels = x.shape[:2]
+        out = torch.empty(images, sizes.out_height, sizes.out_width, channels, dtype=x.dtype)
+        where = torch.empty(out.shape, dtype=torch.uint8)
+        rows = x.permute(0, 2, 3, 1).contiguous()
+        gain, offset = _as_wide(affine.gain, x), _as_wide(affine.offset, x)
+        function = getattr(self.library, f"forward_normalized_{TYPES[x.dtype]}")
+        function(*map(_at, (rows, gain, offset, out, where)), byref(sizes), _threads())
+        return out.permute(0, 3, 1, 2), where
 
     def backward(
         self, grad: Tensor, where: Tensor, shape: torch.Size, pool: torch.nn.MaxPool2d

@@ -64,6 +64,35 @@ def firing_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+class LatestLevels:
+    """What the neurons of a model that ran last send, while it runs.
+
+    A layer of synapses sees spikes of the neurons before it. Those of a network are alike, but for
+    E-SpikeFormer's, of which those before the classifier send whole numbers.
+
+    Attributes:
+        levels: Multiples of ``1 / levels``; None: anything, or no neuron has run.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.levels: int | None = None
+        self._handles = []
+        for module in model.modules():
+            if (neuron := neuron_of(module)) is not None:
+                self._handles.append(module.register_forward_hook(self._note(neuron.levels)))
+
+    def _note(self, levels: int | None) -> Callable[..., None]:
+        def note(*_: object) -> None:
+            self.levels = levels
+
+        return note
+
+    def remove(self) -> None:
+        """Look at the model no longer."""
+        for handle in self._handles:
+            handle.remove()
+
+
 class FusedLayer(nn.Module):
     """A layer that has fused passes, and ``reference``, their definition."""
 

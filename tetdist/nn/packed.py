@@ -125,7 +125,9 @@ def _is_low(x: Tensor) -> bool:
 
 def _compute_type(x: Tensor) -> torch.dtype:
     """The type in which a convolution of ``x`` computes here and now."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if x.dtype == torch.float64 or x.device.type == "meta":  # there autocast has no type
+        return x.dtype
+    if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 

@@ -4,10 +4,11 @@ On a CPU they are those of native.py, in C++; on a GPU those of triton_passes.py
 be built, and for types that they do not know, there are none, and the definition computes.
 """
 
+import contextlib
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # By type of device, whether Triton's passes are used there; asked once in a process.
 _uses_triton: dict[str, bool] = {}
+# See on_meta.
+_for_meta: Any = None
 
 
 def passes_for(
@@ -98,11 +101,28 @@ def _triton_passes(
 def triton_for(*tensors: Tensor | None) -> Any:
     """The module triton_passes, if it serves these tensors; else None."""
     devices = {tensor.device.type for tensor in tensors if tensor is not None}
+    if devices == {"meta"}:
+        return _for_meta
     if devices != {"cuda"}:
         return None
     if "cuda" not in _uses_triton:
         decide(torch.device("cuda"))
     return importlib.import_module("tetdist.nn.triton_passes") if _uses_triton["cuda"] else None
+
+
+@contextlib.contextmanager
+def on_meta(kernels: Any) -> Iterator[None]:
+    """Have tensors without numbers treated as a GPU's would be, in this context.
+
+    Args:
+        kernels: A module with the functions and classes of triton_passes.py.
+    """
+    global _for_meta
+    before, _for_meta = _for_meta, kernels
+    try:
+        yield
+    finally:
+        _for_meta = before
 
 
 def decide(

@@ -196,6 +196,8 @@ def _segment_gradients(
 
 def _present_autocast(device_type: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """Return what enters, later and elsewhere, the autocast mode that is active now."""
+    if device_type == "meta":  # there it has none
+        return contextlib.nullcontext
     enabled = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type)
     return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled)

@@ -20,6 +20,7 @@ from pydantic import Field
 from tetdist.config.schema import Positive, Section
 from tetdist.config.yaml_files import read_value
 from tetdist.errors import UserError
+from tetdist.roofline import cards
 
 # Restarts take this long, from the stop to the first new step: the queue, imports, compilation.
 RESTART_MINUTES = 5.0
@@ -34,6 +35,8 @@ class ClusterSection(Section):
     nodes: Positive = 1
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
     """GPUs to use on each node, one process each; 0: train on the CPU."""
+    gpu: str | None = None
+    """Kind of the GPUs, for the plan: H100, A100-80, ...; null: what `constraint` or Slurm says."""
     tasks_per_node: Positive | None = None
     """Processes on each node; null: one a GPU."""
     cpus_per_task: Positive | None = None
@@ -96,6 +99,8 @@ def gather(section: dict[str, Any], flags: dict[str, Any]) -> ClusterSection:
             f"cluster.time: {cluster.time} is over before the warning {cluster.warn_before_end} s "
             "ahead of its end; set a longer time, or a smaller cluster.warn_before_end"
         )
+    if cluster.gpu is not None:
+        return cluster.model_copy(update={"gpu": cards.named(cluster.gpu, "cluster.gpu").name})
     return cluster
 
 

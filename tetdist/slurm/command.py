@@ -75,10 +75,12 @@ def _submit_parser(_: str) -> argparse.ArgumentParser:
         "--images-per-s",
         type=float,
         metavar="X",
-        help="for the plan's hours: training speed of one process",
+        help="for the plan's hours: training speed of one process; default: computed",
     )
     speed.add_argument(
-        "--benchmark", metavar="FILE", help="the same, from the JSON file of a benchmark"
+        "--benchmark",
+        metavar="FILE",
+        help="the same, measured: tools/check_gpu.py --json FILE",
     )
     return parser
 
@@ -119,6 +121,9 @@ def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gpus-per-node", type=int, metavar="G", help="one process each; 0: train on the CPU"
     )
+    group.add_argument(
+        "--gpu", metavar="KIND", help="kind of GPU, for the plan's hours: H100, A100-80, ..."
+    )
     group.add_argument("--partition", metavar="P")
     group.add_argument("--account", metavar="A")
     group.add_argument("--qos", metavar="Q")
@@ -144,7 +149,7 @@ def run(options: argparse.Namespace) -> int:
 
 def submit(options: argparse.Namespace) -> int:
     from tetdist.config import loading as configuration
-    from tetdist.slurm import plan
+    from tetdist.slurm import plan, speed
     from tetdist.slurm import status as show
     from tetdist.slurm import submit as submission
 
@@ -154,7 +159,6 @@ def submit(options: argparse.Namespace) -> int:
         if options.after:
             raise UserError("--after waits for a job of Slurm and does not go with --local")
         cluster = cluster.model_copy(update={"nodes": 1, "tasks_per_node": options.local})
-    speed = plan.read_speed(options.images_per_s, options.benchmark, base)
     names: list[str] = [base.name]
     changes: list[list[str]] = [[]]
     if options.sweep:
@@ -167,15 +171,22 @@ def submit(options: argparse.Namespace) -> int:
         own = joined([*options.overrides, *overrides], [f"name={name}"])
         config = configuration.load(options.config, own, options.imports) if options.sweep else base
         runs.append(submission.prepare(config, cluster, options.after))
+    found = speed.speed_of(
+        runs[0].config,
+        cluster,
+        runs[0].network,
+        images_per_s=options.images_per_s,
+        file=options.benchmark,
+    )
     if options.dry_run:
-        print(submission.dry_run(runs, _job_name(base.name, runs), speed, options.after))
+        print(submission.dry_run(runs, _job_name(base.name, runs), found, options.after))
         return 0
     if options.local:
         return submission.run_here(runs[0])
     after = [run for name in options.after for run in show.find(name)]
     left = submission.unfinished(runs)
     submissions = submission.submit(left, _job_name(base.name, runs), after=after, sweep=runs)
-    print(plan.describe(runs[0].plan, speed))
+    print(plan.describe(runs[0].plan, found))
     for run, done in zip(left, submissions, strict=True):
         submission.log_summary(done, run.config)
     return _follow(runs[0].config.run_dir) if options.follow else 0
@@ -251,7 +262,8 @@ def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "Cluster
     """The facts of the cluster from all places; how many GPUs must be among them."""
     from tetdist.slurm import cluster
 
-    names = ("nodes", "gpus_per_node", "partition", "account", "qos", "constraint", "time", "setup")
+    of_job = ("partition", "account", "qos", "constraint", "time", "setup")
+    names = ("nodes", "gpus_per_node", "gpu", *of_job)
     flags = {name: value for name in names if (value := getattr(options, name)) is not None}
     facts = cluster.gather(section, flags)
     if facts.gpus_per_node is None and not getattr(options, "local", None):
@@ -259,7 +271,19 @@ def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "Cluster
             "how many GPUs of each node shall train is not said: --gpus-per-node G (0: none, on "
             f"the CPU), or gpus_per_node: G in {cluster.cluster_file()}"
         )
+    if facts.gpus_per_node and facts.gpu is None:
+        return facts.model_copy(update={"gpu": _kind_of_gpu(facts)})
     return facts
+
+
+def _kind_of_gpu(facts: "ClusterSection") -> str | None:
+    """The kind of GPU, where the nodes that are asked for are named by it, or Slurm knows it."""
+    from tetdist.roofline import cards
+    from tetdist.slurm import jobs
+
+    if facts.constraint and (card := cards.find(facts.constraint)):
+        return card.name
+    return jobs.kind_of_gpu(facts.partition)
 
 
 def _job_name(name: str, runs: "list[Prepared]") -> str:

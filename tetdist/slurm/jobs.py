@@ -1,5 +1,6 @@
 """The state of a job, as Slurm gives it: in the queue, or how it ended."""
 
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import assert_never
 
 from tetdist.errors import UserError, typed
+from tetdist.roofline import cards
 from tetdist.slurm import history
 from tetdist.slurm.history import Submission
 
@@ -31,6 +33,27 @@ class State:
 def is_here() -> bool:
     """Whether this machine can submit jobs."""
     return shutil.which("sbatch") is not None and shutil.which("srun") is not None
+
+
+def kind_of_gpu(partition: str | None) -> str | None:
+    """The kind of GPU that Slurm says the nodes have, if it is one, and one that the plan knows.
+
+    Args:
+        partition: Of which nodes; None: all.
+    """
+    try:
+        of_partition = [] if partition is None else [f"--partition={partition}"]
+        status, text, _ = _ask("sinfo", "--noheader", "--format=%G", *of_partition)
+    except UserError:
+        return None
+    return kind_in(text) if status == 0 else None
+
+
+def kind_in(resources: str) -> str | None:
+    """The one kind of GPU in generic resources, such as ``gpu:h100:4(S:0-1),tmpfs:100``."""
+    found = {cards.find(kind) for kind in re.findall(r"gpu:([^:,()\s]+):\d", resources)}
+    (card,) = found if len(found) == 1 else (None,)
+    return None if card is None else card.name
 
 
 def state_of(submission: Submission) -> State:

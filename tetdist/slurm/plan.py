@@ -8,39 +8,23 @@ and rings within and between the nodes, it takes
     4 P * 2 (g - 1) / g / link_in_node  +  4 P * 2 (n - 1) / n / link_between_nodes
 
 seconds (links in bytes a second). A step's computing is its share of the micro-batches at the
-measured speed; T timesteps cost T times one. Evaluations run at three times the training speed.
-Loading data is taken to keep up.
+speed that speed.py knows. Evaluations run at three times the training speed. Loading data is taken
+to keep up.
 """
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from tetdist.config.schema import RunConfig
 from tetdist.data import order
-from tetdist.errors import UserError
 from tetdist.optimizers import kind_of
 from tetdist.slurm.cluster import RESTART_MINUTES, ClusterSection
+from tetdist.slurm.speed import Speed
 from tetdist.training.schedule import schedule_phases
 from tetdist.wording import counted
 
 EVALUATION_SPEED = 3.0  # forward only, against forward and backward
 TABLE_NODES = (1, 2, 4, 8, 16, 32, 64)
-
-
-@dataclass(frozen=True)
-class Speed:
-    """The speed at which one process trains.
-
-    Attributes:
-        images_per_s: The rate of one process alone.
-        timesteps: T of the measurement.
-    """
-
-    images_per_s: float
-    timesteps: int
 
 
 @dataclass(frozen=True)
@@ -119,7 +103,7 @@ def make(
     batch = config.batch
     order.rank_micro_batches(0, cluster.processes, batch.global_, batch.micro)
     per_epoch = order.steps_per_epoch(train_images, batch.global_)
-    phases = schedule_phases(config.phases, per_epoch)
+    phases = schedule_phases(config.phases, per_epoch, config.batch.global_)
     end = phases[-1].end_step
     last_step = min(end, config.max_steps or end)
     first_step = phases[config.start_phase].first_step
@@ -150,11 +134,10 @@ def cost(plan: Plan, speed: Speed, nodes: int) -> Cost | None:
     communication = communication_seconds(plan.average_bytes, nodes, in_node, cluster)
     share = batch.global_ / processes
     training = evaluating = waiting = 0.0
-    for phase in schedule_phases(plan.config.phases, plan.steps_per_epoch)[
-        plan.config.start_phase :
-    ]:
+    phases = schedule_phases(plan.config.phases, plan.steps_per_epoch, plan.config.batch.global_)
+    for number, phase in list(enumerate(phases))[plan.config.start_phase :]:
         steps = max(0, min(phase.end_step, plan.last_step) - phase.first_step)
-        rate = speed.images_per_s * speed.timesteps / phase.section.timesteps
+        rate = speed.rate(number, phase.section.timesteps)
         training += steps * share / rate
         waiting += steps * communication
         part = plan.evaluations * steps / plan.steps
@@ -181,45 +164,11 @@ def communication_seconds(
     return inside + between
 
 
-def read_speed(images_per_s: float | None, file: str | None, config: RunConfig) -> Speed | None:
-    """The speed of one process from the flags; None if neither was given.
-
-    A benchmark's file is a JSON object with ``images_per_s`` and, if they are not 1 and the
-    configuration's, ``processes`` that reached it together and ``timesteps``.
-
-    Raises:
-        UserError: The file is not of a benchmark.
-    """
-    timesteps = config.phases[0].timesteps
-    if images_per_s is not None:
-        if not 0 < images_per_s < math.inf:
-            raise UserError(f"--images-per-s: {images_per_s:g} must be above 0")
-        return Speed(images_per_s, timesteps)
-    if file is None:
-        return None
-    try:
-        values = json.loads(Path(file).read_text())
-        return _speed_of(values, timesteps)
-    except OSError as error:
-        raise UserError(f"--benchmark: {file} cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"--benchmark: {file} does not give images_per_s as a number above 0 ({error!r})"
-        ) from error
-
-
-def _speed_of(values: Any, timesteps: int) -> Speed:
-    rate = float(values["images_per_s"]) / int(values.get("processes", 1))
-    if not 0 < rate < math.inf:
-        raise ValueError(rate)
-    return Speed(rate, int(values.get("timesteps", timesteps)))
-
-
 # --- as text --------------------------------------------------------------------------------------
 
 
-def describe(plan: Plan, speed: Speed | None) -> str:
-    """The plan as a person reads it."""
+def describe(plan: Plan, speed: Speed | str) -> str:
+    """The plan as a person reads it; without a speed it says why there is none."""
     config, cluster = plan.config, plan.cluster
     per_process = plan.micro_batches // cluster.processes
     kept = config.save.keep_last + 1
@@ -241,18 +190,21 @@ def describe(plan: Plan, speed: Speed | None) -> str:
         f"{_size(kept * plan.checkpoint_bytes)}",
         f"time limit   {cluster.time}; saves and goes on {cluster.warn_before_end} s before it",
     ]
-    if speed is None:
-        lines.append("hours        unknown: give --images-per-s or --benchmark FILE")
-        return "\n".join(lines)
+    if isinstance(speed, str):
+        return "\n".join([*lines, f"hours        unknown: {speed}"])
+    for name, text in speed.details:
+        lines.append(f"{name:12} " + text.replace("\n", "\n" + 13 * " "))
     own = cost(plan, speed, cluster.nodes)
     assert own is not None, "make() has checked it"
+    epochs_of_run = plan.steps / plan.steps_per_epoch
     lines += [
-        f"hours        {own.hours:.1f}, GPU-hours {own.gpu_hours:.0f}, time limits {_periods(own)} "
-        f"({own.images_per_s:.0f} samples/s)",
+        f"hours        {own.hours:.1f}, {own.hours / epochs_of_run:.2g} an epoch, GPU-hours "
+        f"{own.gpu_hours:.0f}, time limits {_periods(own)} ({own.images_per_s:.0f} samples/s)",
         "",
-        f"By size, from {speed.images_per_s:g} samples/s a process at T={speed.timesteps}, "
-        f"{_size(plan.average_bytes)} averaged a step over {cluster.link_in_node:g} GB/s in a node",
-        f"and {cluster.link_between_nodes:g} GB/s between nodes, counted as if nothing hid it; "
+        f"By size, from {speed.images_per_s:.4g} samples/s a process at T={speed.timesteps} "
+        f"({speed.source}),",
+        f"{_size(plan.average_bytes)} averaged a step over {cluster.link_in_node:g} GB/s in a node "
+        f"and {cluster.link_between_nodes:g} GB/s between nodes, counted as if nothing hid it;",
         f"{RESTART_MINUTES:g} minutes a restart:",
         "",
         "nodes  processes  samples/s   hours  GPU-hours  averaging  time limits",

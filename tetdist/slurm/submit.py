@@ -24,6 +24,7 @@ from tetdist.slurm.history import JobEvent, Submission
 from tetdist.slurm.job import Job
 from tetdist.slurm.jobs import is_here, refuse_if_queued, states_of
 from tetdist.slurm.plan import Plan
+from tetdist.slurm.speed import Network, Speed
 from tetdist.tracking import mlflow_follower
 from tetdist.tracking.mlflow_store import check_store
 from tetdist.training.run_folder import RunFolder, is_trained
@@ -37,6 +38,7 @@ class Prepared:
     config: RunConfig
     cluster: ClusterSection
     plan: Plan
+    network: Network
     world: World
 
 
@@ -79,7 +81,11 @@ def prepare(
         parameters=parameters,
         buffers=sum(b.numel() for b in model.buffers()),
     )
-    return Prepared(config, cluster, made, world)
+    frames = None
+    if train_index.timesteps is not None:
+        height, width = int(train_index.heights[0]), int(train_index.widths[0])
+        frames = (train_index.timesteps, height, width)
+    return Prepared(config, cluster, made, Network(model.to("meta"), frames), world)
 
 
 def _check_inputs(config: RunConfig) -> None:
@@ -391,9 +397,7 @@ def log_summary(submission: Submission, config: RunConfig) -> None:
     print("\n".join(lines))
 
 
-def dry_run(
-    runs: list[Prepared], name: str, speed: plan.Speed | None, after: Sequence[str] = ()
-) -> str:
+def dry_run(runs: list[Prepared], name: str, speed: Speed | str, after: Sequence[str] = ()) -> str:
     """The batch script, the configuration and the plan; nothing is written."""
     first = runs[0]
     folder = _home(runs, name).absolute() / "slurm" / "submission-N"

@@ -125,7 +125,8 @@ def result_of(run: StudyRun) -> Result | None:
 def image_timesteps(run: StudyRun, last_step: int, last_epoch: float) -> int:
     """Images times T that went forward and backward in training."""
     config = run.config
-    phases = schedule_phases(config.phases, round(last_step / last_epoch))[config.start_phase :]
+    steps = round(last_step / last_epoch)
+    phases = schedule_phases(config.phases, steps, config.batch.global_)[config.start_phase :]
     return sum(
         (min(phase.end_step, last_step) - phase.first_step)
         * config.batch.global_

@@ -138,6 +138,10 @@ class RunSummary:
             f"{last_step:,}",
             config.run_dir,
         )
+        for number, phase in enumerate(config.phases):
+            if phase.optimizer.lr_per is not None:
+                rate = phase.optimizer.lr_as_text(config.batch.global_)
+                logger.info("phase %d: learning rate %s", number, rate)
 
     def log(self, result: dict[str, float], *, in_mlflow: bool) -> None:
         """Say that the run is finished, what came out and where to look.
@@ -192,7 +196,7 @@ class RunSummary:
                 str(phase.epochs),
                 str(phase.timesteps),
                 phase.optimizer.kind,
-                f"{phase.optimizer.lr:g}, {phase.schedule}",
+                f"{phase.optimizer.lr_as_text(config.batch.global_)}, {phase.schedule}",
             ]
             for number, phase in enumerate(config.phases)
         ]

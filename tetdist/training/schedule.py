@@ -16,32 +16,52 @@ class Phase:
         section: Its configuration.
         first_step: Its first step; steps are counted over all phases from 0.
         steps_per_epoch: Optimiser steps of one epoch.
+        peak_lr: The learning rate that warm-up ends with, for the global batch.
     """
 
     number: int
     section: PhaseSection
     first_step: int
     steps_per_epoch: int
+    peak_lr: float
 
     @property
     def end_step(self) -> int:
         return self.first_step + self.section.epochs * self.steps_per_epoch
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of the update of ``step``: linear warm-up, then cosine to 0 or constant."""
-        done = step - self.first_step
-        warmup = self.section.warmup_epochs * self.steps_per_epoch
-        peak = self.section.optimizer.lr
+        """Learning rate of the update of ``step``."""
+        section, done = self.section, step - self.first_step
+        warmup = section.warmup_epochs * self.steps_per_epoch
+        first = 1
+        if section.lr_changes == "epochs":
+            done, first = done // self.steps_per_epoch * self.steps_per_epoch, 0
         if done < warmup:
-            return peak * min(1.0, (done + 1) / warmup)
-        match self.section.schedule:
+            # Where it changes with each step the first update is one step up, lest it be of 0.
+            share = min(1.0, (done + first) / warmup)
+            if section.warmup_lr == 0:
+                return self.peak_lr * share
+            return section.warmup_lr + (self.peak_lr - section.warmup_lr) * share
+        start = warmup if section.clock_after_warmup else 0.0
+        end = (section.epochs - section.cooldown_epochs) * self.steps_per_epoch
+        return self._after_warmup(done - start, end - start)
+
+    def _after_warmup(self, done: float, steps: float) -> float:
+        """Learning rate when ``done`` of so many steps of the schedule are done."""
+        section, share = self.section, min(1.0, done / steps)
+        match section.schedule:
             case "constant":
-                return peak
+                return self.peak_lr
             case "cosine":
-                share = (done - warmup) / (self.end_step - self.first_step - warmup)
-                return peak * 0.5 * (1 + math.cos(math.pi * share))
+                part = 0.5 * (1 + math.cos(math.pi * share))
+            case "polynomial":
+                part = (1 - share) ** section.power
+            case "step":
+                times = done // (section.decay_epochs * self.steps_per_epoch)
+                return max(section.min_lr, float(self.peak_lr * section.decay_rate**times))
             case other:
                 assert_never(other)
+        return section.min_lr + (self.peak_lr - section.min_lr) * part
 
     def image_size(self, step: int, default: int) -> int:
         """Size of the training images of ``step``: the same over an epoch.
@@ -62,12 +82,15 @@ class Phase:
         return min(max(between, min(first, last)), max(first, last))
 
 
-def schedule_phases(sections: tuple[PhaseSection, ...], steps_per_epoch: int) -> list[Phase]:
+def schedule_phases(
+    sections: tuple[PhaseSection, ...], steps_per_epoch: int, global_batch: int
+) -> list[Phase]:
     """Phases one after another from step 0."""
     phases: list[Phase] = []
     for number, section in enumerate(sections):
         first = phases[-1].end_step if phases else 0
-        phases.append(Phase(number, section, first, steps_per_epoch))
+        peak = section.optimizer.peak_lr(global_batch)
+        phases.append(Phase(number, section, first, steps_per_epoch, peak))
     return phases
 
 

@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -30,7 +30,7 @@ from tetdist.data.transfer import on_device
 from tetdist.distributed.signals import StopRequest
 from tetdist.distributed.watchdog import Watch
 from tetdist.distributed.world import World
-from tetdist.errors import Stopped, UserError
+from tetdist.errors import Stopped, UserError, typed
 from tetdist.evaluation.evaluate import Interrupted, evaluate
 from tetdist.losses import compute_loss
 from tetdist.nn import batch_norm, neurons
@@ -39,7 +39,7 @@ from tetdist.optimizers import make_optimizer
 from tetdist.plugins import checksums_of
 from tetdist.tracking.progress import RunProgress
 from tetdist.tracking.tracker import Tracker
-from tetdist.training import health
+from tetdist.training import graphs, health
 from tetdist.training.busy_cores import BusyCores
 from tetdist.training.engines.base import Engine, Update
 from tetdist.training.engines.create import make_engine
@@ -53,6 +53,11 @@ from tetdist.training.teacher import Teacher
 from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)
+
+GRAPHS_ARE_NEW = (
+    "cuda_graphs=true: no GPU has shown yet that graphs compute what is computed without them; "
+    f"`{typed('check_gpu', '--only', 'graphs')}` is the proof, or the contrary, on this machine"
+)
 
 # Positions in the running sums since the last line of metrics.
 LOSS, CORRECT, SAMPLES = range(3)
@@ -125,7 +130,7 @@ class Trainer:
         )
         self.train_index, self.val_index = open_data(config, world)
         self.steps_per_epoch = order.steps_per_epoch(len(self.train_index), batch.global_)
-        self.phases = schedule_phases(config.phases, self.steps_per_epoch)
+        self.phases = schedule_phases(config.phases, self.steps_per_epoch, config.batch.global_)
         end = self.phases[-1].end_step
         self.last_step = min(end, config.max_steps or end)
         first = self.phases[config.start_phase].first_step
@@ -185,6 +190,8 @@ class Trainer:
                     summary.log_start(
                         self.model, world.device, self.steps_per_epoch, self.last_step
                     )
+                    if config.cuda_graphs:
+                        logger.warning(GRAPHS_ARE_NEW)
                 while not self.finished:
                     if self._evaluation_due():
                         self._enter(phase_at(self.phases, self.step - 1))
@@ -228,6 +235,11 @@ class Trainer:
         if self.loss_scale_state is not None and self.engine.loss_scale:
             self.engine.loss_scale.load_state_dict(self.loss_scale_state)
         self.optimizer_state = None
+        self.add_micro_batch = self._add_micro_batch
+        if self.config.cuda_graphs:
+            self.add_micro_batch = graphs.Graphed(
+                self._add_micro_batch, self.model, self.world.run_on_all
+            )
         self.image_size = self._image_size(self.step)
         self.loader = self._open_loader(self.step)
         self.phase = phase
@@ -340,14 +352,21 @@ class Trainer:
         sums = torch.zeros_like(self.window)
         for number, (images, targets) in zip(self.micro_batches, batches, strict=True):
             self._seed(self.step, number)
-            logits = self.engine.forward(images)  # (T, B, K)
-            loss = compute_loss(self.config.loss, logits, targets, self._teacher_logits(images))
-            self.watch.progress(f"step {self.step + 1}")
-            self.engine.backward(loss)
-            sums += _sums(logits.detach(), targets, loss.detach())
+            sums += self.add_micro_batch(images, targets)
         update = self.engine.update(lr)
         batch_norm.update_running_statistics(self.model, self.world.mean_, update.applied)
         return update, sums
+
+    def _add_micro_batch(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Add a micro-batch's gradient to those of the step; its sums for the metrics.
+
+        With CUDA graphs this is called to be captured: what is not on the device is not repeated.
+        """
+        logits = self.engine.forward(images)  # (T, B, K)
+        loss = compute_loss(self.config.loss, logits, targets, self._teacher_logits(images))
+        self.watch.progress(f"step {self.step + 1}")
+        self.engine.backward(loss)
+        return _sums(logits.detach(), targets, loss.detach())
 
     def _seed(self, step: int, micro_batch: int) -> None:
         """Have what the network draws, dropout say, be a function of the step and the samples."""
@@ -615,6 +634,7 @@ class Trainer:
         if distillation.teacher is not None and distillation.weight > 0:
             self.teacher = Teacher(self.config, self.train_index, self.world.device)
 
+    add_micro_batch: Callable[[Tensor, Tensor], Tensor]  # `_add_micro_batch`, or a graph of it
     tracker: Tracker | None
     plots: RunPlots | None
     cores: BusyCores
@@ -627,6 +647,8 @@ def _check_device(config: RunConfig, world: World) -> None:
         raise UserError(
             f"precision: {config.precision} needs a GPU; on a CPU train with bf16 or fp32"
         )
+    if config.cuda_graphs and world.device.type == "cpu":
+        raise UserError("cuda_graphs: they are a GPU's; on a CPU train with cuda_graphs=false")
 
 
 def _sums(logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ import triton
 import triton.language as tl
 
 SIZES = ["groups"]
+# Products of `groups` are taken in 64 bits: a large micro-batch's stem has more than 2^31 spikes.
 
 
 @triton.jit(do_not_specialize=SIZES)
 def unpack(values, numbers, groups, LEVELS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr):
     """Bytes to numbers, ``LEVELS`` times as small; there are ``groups * VEC``."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < groups * VEC
+    mask = at < groups.to(tl.int64) * VEC
     kind = numbers.dtype.element_ty
     wide = tl.float64 if kind == tl.float64 else tl.float32
     value = tl.load(values + at, mask=mask, other=0).to(wide) * (1 / LEVELS)
@@ -22,9 +23,9 @@ def unpack(values, numbers, groups, LEVELS: tl.constexpr, VEC: tl.constexpr, BLO
 def _half(groups, VEC: tl.constexpr):
     """Halves of ``groups * VEC``, rounded up; written so that the compiler sees what divides it."""
     if VEC > 1:
-        half = groups * (VEC // 2)
+        half = groups.to(tl.int64) * (VEC // 2)
     else:
-        half = (groups + 1) // 2
+        half = (groups.to(tl.int64) + 1) // 2
     return half
 
 
@@ -32,7 +33,7 @@ def _half(groups, VEC: tl.constexpr):
 def halve(values, halves, groups, VEC: tl.constexpr, BLOCK: tl.constexpr):
     """Two bytes below 16 into each one: the first of them into the lower half."""
     at = tl.program_id(0).to(tl.int64) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
-    value = tl.load(values + at, mask=at < groups * VEC, other=0)
+    value = tl.load(values + at, mask=at < groups.to(tl.int64) * VEC, other=0)
     low, high = tl.split(tl.reshape(value, [BLOCK, 2]))
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(halves + at, low | (high << 4), mask=at < _half(groups, VEC))
@@ -47,7 +48,7 @@ def unpack_halves(
     both = tl.load(halves + at, mask=at < _half(groups, VEC), other=0)
     value = tl.reshape(tl.join(both & 15, both >> 4), [2 * BLOCK])
     at = tl.program_id(0).to(tl.int64) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
-    mask = at < groups * VEC
+    mask = at < groups.to(tl.int64) * VEC
     kind = numbers.dtype.element_ty
     wide = tl.float64 if kind == tl.float64 else tl.float32
     tl.store(values + at, value, mask=mask)

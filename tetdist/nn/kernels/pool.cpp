@@ -1,4 +1,4 @@
-// Max-pooling of spikes in bytes on a CPU, for native.py.
+// Max-pooling on a CPU, for native.py: of spikes in bytes, and of a current that is normalised.
 //
 // Images are (N, H, W, C) without gaps. Each output remembers in a byte which position of its window
 // it came from (the first of the largest, as in torch), so the backward pass needs nothing else.
@@ -51,6 +51,50 @@ void forward(const uint8_t* in, X* out, uint8_t* packed, uint8_t* from, const Si
     }
 }
 
+// The same of gain * x + offset, one of each a channel, which is nowhere written down.
+template <class X>
+void forward_normalized(const X* in, const Wide<X>* gain, const Wide<X>* offset, X* out,
+                        uint8_t* from, const Sizes& s, int threads) {
+    using W = Wide<X>;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<W> most(s.channels);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < s.images * s.out_height; row++) {
+            const int64_t image = row / s.out_height, top = row % s.out_height * s.stride - s.padding;
+            for (int64_t column = 0; column < s.out_width; column++) {
+                const int64_t left = column * s.stride - s.padding;
+                const int64_t at = (row * s.out_width + column) * s.channels;
+                uint8_t* where = from + at;
+                bool first = true;
+                for (int64_t y = std::max<int64_t>(top, 0); y < std::min(top + s.kernel, s.height);
+                     y++)
+                    for (int64_t x = std::max<int64_t>(left, 0);
+                         x < std::min(left + s.kernel, s.width); x++) {
+                        const X* value = in + ((image * s.height + y) * s.width + x) * s.channels;
+                        const uint8_t position = uint8_t((y - top) * s.kernel + x - left);
+                        if (first) {
+                            for (int64_t c = 0; c < s.channels; c++)
+                                most[c] = wide(value[c]) * gain[c] + offset[c];
+                            std::fill(where, where + s.channels, position);
+                            first = false;
+                            continue;
+                        }
+#pragma omp simd
+                        for (int64_t c = 0; c < s.channels; c++) {
+                            const W v = wide(value[c]) * gain[c] + offset[c];
+                            const bool larger = v > most[c];
+                            most[c] = larger ? v : most[c];
+                            where[c] = larger ? position : where[c];
+                        }
+                    }
+#pragma omp simd
+                for (int64_t c = 0; c < s.channels; c++) out[at + c] = narrow<X>(most[c]);
+            }
+        }
+    }
+}
+
 template <class X>
 void backward(const X* grad_out, const uint8_t* from, X* grad_in, const Sizes& s, int threads) {
     using W = Wide<X>;
@@ -94,6 +138,10 @@ extern "C" {
     void forward_##NAME(const uint8_t* in, X* out, uint8_t* packed, uint8_t* from, const Sizes* s, \
                         double levels, int threads) {                                              \
         forward<X>(in, out, packed, from, *s, levels, threads);                                    \
+    }                                                                                              \
+    void forward_normalized_##NAME(const X* in, const Wide<X>* gain, const Wide<X>* offset, X* out,\
+                                   uint8_t* from, const Sizes* s, int threads) {                   \
+        forward_normalized<X>(in, gain, offset, out, from, *s, threads);                           \
     }                                                                                              \
     void backward_##NAME(const X* grad_out, const uint8_t* from, X* grad_in, const Sizes* s,       \
                          int threads) {                                                            \

@@ -10,13 +10,15 @@ parameter. So a checkpoint of any engine and ZeRO stage continues on any other, 
 of processes.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tetdist.config.schema import RunConfig, SegmentsSection
-from tetdist.distributed.overlap import OverlappedMean
+from tetdist.distributed.overlap import Earlier, OverlappedMean, join
 from tetdist.distributed.world import World
 from tetdist.nn.precision import LOW_PRECISION
 
@@ -58,8 +60,8 @@ class Engine(Protocol):
 class LossScale:
     """Dynamic loss scaling for float16, whose smallest gradients would else be zeros.
 
-    A number of the host, not of the device: a step whose gradient overflowed is taken again with
-    half the scale, so the host has to know.
+    The host knows it, and not the device alone: a step whose gradient overflowed is taken again
+    with half the scale.
 
     Attributes:
         value: What the loss is multiplied by before its backward pass.
@@ -68,9 +70,28 @@ class LossScale:
     """
 
     START, GROWTH_INTERVAL = 2.0**16, 2000
+    _value: float
+    _factor: Tensor | None
 
     def __init__(self) -> None:
-        self.value, self.good_steps, self.overflows = self.START, 0, 0
+        self._value, self._factor = self.START, None
+        self.good_steps = self.overflows = 0
+
+    @property
+    def value(self) -> float:
+        return self._value
+
+    @value.setter
+    def value(self, value: float) -> None:
+        self._value = value
+        if self._factor is not None:
+            self._factor.fill_(value)
+
+    def factor(self, device: torch.device) -> Tensor:
+        """The value on a device, (), in the same memory always, where a CUDA graph reads it."""
+        if self._factor is None:
+            self._factor = torch.full((), self._value, device=device)
+        return self._factor
 
     @classmethod
     def of(cls, precision: str) -> "LossScale | None":
@@ -91,7 +112,7 @@ class LossScale:
         return True
 
     def state_dict(self) -> dict[str, float]:
-        return vars(self).copy()
+        return {name: getattr(self, name) for name in ("value", "good_steps", "overflows")}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.value = float(state["value"])
@@ -114,7 +135,7 @@ def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
 
 
 def scaled(loss: Tensor, scale: LossScale | None) -> Tensor:
-    return loss if scale is None else loss * scale.value
+    return loss if scale is None else loss * scale.factor(loss.device)
 
 
 def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -123,11 +144,12 @@ def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 class GradientMean:
-    """The average of a step's gradients over all processes.
+    """The sum of a step's gradients over its micro-batches, and their average over all processes.
 
-    On GPUs, and on CPUs of several hosts, it is formed while the last micro-batch's backward pass
-    is still under way. Not where blocks run over segments of timesteps: there a parameter's
-    gradient comes in several parts, and nobody knows which is the last.
+    On GPUs, and on CPUs of several hosts, the average is formed while the last micro-batch's
+    backward pass is still under way. Not where blocks run over segments of timesteps: there a
+    parameter's gradient comes in several parts, and nobody knows which is the last. Nor with CUDA
+    graphs, which do the same for each micro-batch: their average is formed at the end.
     """
 
     def __init__(
@@ -135,17 +157,24 @@ class GradientMean:
     ) -> None:
         self._world, self._optimizer = world, optimizer
         self._accumulation, self._backward_passes = accumulation, 0
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._overlapped: OverlappedMean | None = None
-        once = not isinstance(config.recompute, SegmentsSection)
+        once = not isinstance(config.recompute, SegmentsSection) and not config.cuda_graphs
         if world.world_size > 1 and world.shared is None and once:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            self._overlapped = OverlappedMean(parameters, world.world_size)
+            self._overlapped = OverlappedMean(self._parameters, world.world_size)
 
-    def before_backward(self) -> None:
-        """Be told that a micro-batch's backward pass begins."""
+    @contextlib.contextmanager
+    def backward_pass(self) -> Iterator[None]:
+        """Add up the gradients of a micro-batch's backward pass, which runs in this context."""
+        earlier: Earlier = {p: p.grad for p in self._parameters if p.grad is not None}
+        for parameter in earlier:
+            parameter.grad = None
         self._backward_passes += 1
         if self._overlapped is not None:
+            self._overlapped.earlier = earlier
             self._overlapped.active = self._backward_passes == self._accumulation
+        yield
+        join(self._parameters, earlier)
 
     def average(self) -> list[Tensor]:
         """Average the step's gradients in place; return them."""

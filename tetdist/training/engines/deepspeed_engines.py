@@ -62,8 +62,8 @@ class DeepSpeedEngine:
         return self.engine(images, per_timestep=True)
 
     def backward(self, loss: Tensor) -> None:
-        self.mean.before_backward()
-        _accumulate(self.engine, scaled(loss, self.loss_scale))
+        with self.mean.backward_pass():
+            _accumulate(self.engine, scaled(loss, self.loss_scale))
 
     def update(self, lr: float) -> Update:
         assert self.engine.is_gradient_accumulation_boundary()

@@ -42,6 +42,8 @@ class TorchEngine:
         self.mean = GradientMean(config, optimizer, world, accumulation)
         lay_out(model, torch.channels_last)
         start_momentum(optimizer)
+        # A CUDA graph goes on adding to the gradients where it found them.
+        self.keeps_gradients = config.cuda_graphs
         self.optimizer.zero_grad()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -49,14 +51,14 @@ class TorchEngine:
             return self.model(images, per_timestep=True)
 
     def backward(self, loss: Tensor) -> None:
-        self.mean.before_backward()
-        (scaled(loss, self.loss_scale) / self.accumulation).backward()
+        with self.mean.backward_pass():
+            (scaled(loss, self.loss_scale) / self.accumulation).backward()
 
     def update(self, lr: float) -> Update:
         update = unscale_and_clip(self.mean.average(), self.loss_scale, self.max_norm)
         tell(self.optimizer, lr, update.applied)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         return update
 
     def optimizer_state(self) -> dict[str, Any]:

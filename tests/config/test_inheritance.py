@@ -1,0 +1,129 @@
+"""A configuration may say only what differs from another; who asks is told what is from where."""
+
+from pathlib import Path
+
+import pytest
+
+from tetdist.cli import train
+from tetdist.config.inheritance import COMMAND_LINE, DEFAULT, origin_of
+from tetdist.config.loading import load, load_with_origins
+from tetdist.errors import UserError
+
+
+def written(file: Path, text: str) -> str:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return str(file)
+
+
+def test_only_what_differs_is_said(tmp_path: Path) -> None:
+    own = written(
+        tmp_path / "mine.yaml",
+        "base: sew34_t4.yaml\n"
+        "data: {root: here, mean: [0.1, 0.2, 0.3]}\n"
+        "phases: {0: {epochs: 7, optimizer: {lr: 0.3}}}\n",
+    )
+    base, config = load("sew34_t4"), load(own)
+    assert (config.name, config.data.root, config.data.mean) == ("mine", "here", (0.1, 0.2, 0.3))
+    assert (config.phases[0].epochs, config.phases[0].optimizer.lr) == (7, 0.3)
+    changed = base.as_dict()
+    changed["name"] = "mine"
+    changed["data"] |= {"root": "here", "mean": [0.1, 0.2, 0.3]}
+    changed["phases"][0]["epochs"] = 7
+    changed["phases"][0]["optimizer"]["lr"] = 0.3
+    assert config.as_dict() == changed
+
+
+def test_a_list_replaces_a_list(tmp_path: Path) -> None:
+    text = "base: spiking34_t4_t6\nphases:\n- {epochs: 1, timesteps: 2, optimizer: {lr: 1}}\n"
+    assert len(load("spiking34_t4_t6").phases) == 2
+    (only,) = load(written(tmp_path / "short.yaml", text)).phases
+    assert (only.epochs, only.optimizer.momentum) == (1, 0.9)
+
+
+def test_a_base_is_beside_the_file_and_may_have_a_base(tmp_path: Path) -> None:
+    written(tmp_path / "a/first.yaml", "base: quickstart\nseed: 1\nlog_every: 3\n")
+    written(tmp_path / "a/b/second.yaml", "base: ../first.yaml\nseed: 2\n")
+    own = written(tmp_path / "a/b/third.yaml", "base: second.yaml\nsave: {keep_last: 9}\n")
+    loaded = load_with_origins(own, ["batch.micro=1"])
+    config = loaded.config
+    assert (config.name, config.seed, config.log_every) == ("third", 2, 3)
+    origins = {
+        key: origin_of(key, loaded.origins)
+        for key in ("save.keep_last", "seed", "log_every", "model.name", "batch.micro", "resume")
+    }
+    assert [Path(one).name for one in origins.values()] == [
+        "third.yaml",
+        "second.yaml",
+        "first.yaml",
+        "quickstart.yaml",
+        COMMAND_LINE,
+        DEFAULT,
+    ]
+
+
+def test_printed_configuration_says_where_each_value_is_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = written(tmp_path / "mine.yaml", "base: quickstart\nseed: 5\nphases: {0: {epochs: 4}}\n")
+    overrides = ["data={root: x, kind: images, image_size: 8, resize: 8}"]
+    assert train.main(["--config", own, "--print-config", *overrides]) == 0
+    lines = [line.partition("  # ") for line in capsys.readouterr().out.splitlines()]
+    said = {text.strip(): Path(origin).name for text, separator, origin in lines if separator}
+    assert said["seed: 5"] == said["- epochs: 4"] == "mine.yaml"
+    assert said["name: mine"] == "mine.yaml"
+    assert said["root: x"] == COMMAND_LINE
+    assert said["deterministic: false"] == DEFAULT
+    # What an override replaced as a whole comes from nowhere else.
+    assert said["flip: 0.5"] == DEFAULT
+    assert said["- 0.485"] == DEFAULT
+
+
+def test_arguments_are_those_of_the_named_network(tmp_path: Path) -> None:
+    same = "base: sew34_t4\nmodel: {name: sew_resnet34, num_classes: 7}\n"
+    assert load(written(tmp_path / "same.yaml", same)).model.arguments == {
+        "connect_function": "add"
+    }
+    other = load(written(tmp_path / "o.yaml", "base: sew34_t4\nmodel: {name: spiking_resnet18}\n"))
+    assert other.model.arguments == {}
+    assert other.model.neuron == load("sew34_t4").model.neuron
+
+
+def test_files_to_be_imported_add_up(tmp_path: Path) -> None:
+    loss = (
+        "from tetdist.losses import register_loss\n"
+        "@register_loss('{0}')\n"
+        "def {0}(logits, targets, config):\n    return logits.sum()\n"
+    )
+    written(tmp_path / "base/one.py", loss.format("of_the_base"))
+    written(tmp_path / "two.py", loss.format("of_mine"))
+    written(tmp_path / "base/base.yaml", "base: quickstart\nimports: [one.py]\n")
+    own = written(tmp_path / "mine.yaml", "base: base/base.yaml\nimports: [two.py]\n")
+    for kind in ("of_the_base", "of_mine"):
+        config = load(own, [f"loss.kind={kind}"])
+        assert [Path(one).name for one in config.imports] == ["one.py", "two.py"]
+
+
+def test_a_mistake_is_told_of_the_file_that_it_is_in(tmp_path: Path) -> None:
+    written(tmp_path / "base.yaml", "base: quickstart\nlog_every: often\n")
+    own = written(tmp_path / "mine.yaml", "base: base.yaml\nsede: 1\n")
+    with pytest.raises(UserError) as caught:
+        load(own)
+    assert "base.yaml: 'log_every'" in str(caught.value)
+    assert "mine.yaml: unknown key 'sede'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("base: nowhere.yaml", "no configuration 'nowhere.yaml'"),
+        ("base: 3", "'base' must be the name of a configuration, not 3"),
+        ("base: odd.yaml", "'base' leads back to it (odd.yaml <- odd.yaml)"),
+        ("base: quickstart\nphases: {1: {epochs: 2}}", "'phases' has the items 0 to 0 in the base"),
+        ("base: quickstart\nphases: {first: {epochs: 2}}", "no 'first'"),
+    ],
+)
+def test_a_base_that_cannot_be_one(tmp_path: Path, text: str, part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(written(tmp_path / "odd.yaml", text))
+    assert part in str(caught.value)

@@ -1,0 +1,137 @@
+"""Operations on whole batches, as a GPU does them: against torchvision's on each image by itself.
+
+They are run here on tensors of the CPU, which are the same to them.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from samples import picture
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tetdist.data import auto_augment, pixels
+from tetdist.data.batch_operations import CHANGES, operate
+from tetdist.data.order import uniforms
+from tetdist.data.transforms import AUTO_AUGMENT_DRAWS, ColorJitter, Operation, color_jitter
+
+
+def images(count: int, height: int, width: int) -> Tensor:
+    """Pictures, noise, one colour, and pixels of nothing or everything, in turn; (B, H, W, 3)."""
+    noise = np.random.default_rng(0)
+    kinds = (
+        np.array(picture(height, width)),
+        noise.integers(0, 256, (height, width, 3), np.uint8),
+        np.full((height, width, 3), 77, np.uint8),
+        255 * noise.integers(0, 2, (height, width, 3)).astype(np.uint8),
+    )
+    return torch.stack([torch.from_numpy(kinds[k % 4]) for k in range(count)])
+
+
+def one_by_one(batch: Tensor, operations: list[list[Operation]]) -> Tensor:
+    """The same with torchvision's functions for tensors, an image at a time."""
+    changed = []
+    for image, of_image in zip(batch, operations, strict=True):
+        planes = image.permute(2, 0, 1)
+        for name, value in of_image:
+            planes = pixels._OPERATIONS[name](planes, value)
+        changed.append(planes.permute(1, 2, 0))
+    return torch.stack(changed)
+
+
+def values_of(name: str, size: int) -> list[float]:
+    """All that AutoAugment may ask for, or the colours' jitter."""
+    if name == "hue":
+        return [-0.5, -0.3, -0.1, 0.0, 0.07, 0.25, 0.5]
+    return [auto_augment._value(name, level, sign, size) for level in range(10) for sign in (-1, 1)]
+
+
+@pytest.mark.parametrize("size", [(40, 30), (33, 65), (224, 224)])
+@pytest.mark.parametrize("name", CHANGES)
+def test_each_operation_is_torchvisions_to_the_bit(name: str, size: tuple[int, int]) -> None:
+    values = values_of(name, size[1])
+    operations = [[Operation(name, value)] for value in values for _ in range(4)]
+    batch = images(len(operations), *size)
+    expected = one_by_one(batch, operations)
+    operate(batch, operations)
+    assert torch.equal(batch, expected)
+
+
+@pytest.mark.parametrize("policy", ["cifar10", "imagenet"])
+def test_a_batch_of_mixed_operations_is_torchvisions(policy: auto_augment.Policy) -> None:
+    count = 60
+    first = auto_augment.auto_augment(
+        uniforms(1, 0, np.arange(count), AUTO_AUGMENT_DRAWS), policy, 48
+    )
+    second = color_jitter(uniforms(2, 0, np.arange(count), 8), ColorJitter(0.4, 0.4, 0.4, 0.1))
+    operations = [a + b for a, b in zip(first, second, strict=True)]
+    operations[3] = []
+    batch = images(count, 48, 48)
+    expected = one_by_one(batch, operations)
+    operate(batch, operations)
+    assert torch.equal(batch, expected)
+
+
+def test_an_image_does_not_depend_on_the_batch_it_is_in() -> None:
+    values = values_of("rotate", 50)
+    batch, operations = images(20, 50, 50), [[Operation("rotate", value)] for value in values]
+    alone = batch[7:8].clone()
+    operate(batch, operations)
+    operate(alone, operations[7:8])
+    assert torch.equal(batch[7:8], alone)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_operations_are_nearly_pillows(name: str) -> None:
+    image = torch.from_numpy(np.array(picture(40, 30)))
+    value = {"posterize": 5, "solarize": 100, "rotate": 20, "hue": 0.1}.get(name, 0.3)
+    if name.startswith("translate"):
+        value = 7
+    operation = [Operation(name, value)]
+    batch = image[None].clone()
+    operate(batch, [operation])
+    expected = pixels.operated(image, operation).numpy().astype(int)
+    distance = np.abs(batch[0].numpy().astype(int) - expected)
+    # Rotations and shears differ by a pixel at edges, and hues by what Pillow rounds.
+    assert np.median(distance) <= 1
+    assert distance.mean() < 4
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what a GPU would launch a kernel for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Any,
+        arguments: tuple[Any, ...] = (),
+        options: dict[str, Any] | None = None,
+    ) -> Any:
+        aliases = [one.alias_info for one in function._schema.returns]
+        is_view = bool(aliases) and all(a is not None and not a.is_write for a in aliases)
+        self.count += not is_view
+        return function(*arguments, **(options or {}))
+
+
+def kernels(batch: int) -> int:
+    """Those of a batch in which all operations are due, on tensors without numbers: nothing may
+    depend on one, since the host would have to wait for it."""
+    names = list(CHANGES)
+    operations = [
+        [Operation(names[k % len(names)], 0.5), Operation(names[-1 - k % len(names)], 0.5)]
+        for k in range(batch)
+    ]
+    with Kernels() as counted:
+        operate(torch.empty(batch, 32, 32, 3, dtype=torch.uint8, device="meta"), operations)
+    return counted.count
+
+
+def test_kernels_do_not_grow_with_the_batch() -> None:
+    assert kernels(60) == kernels(240)
+    assert kernels(240) < 2 * len(CHANGES) * 25

@@ -1,0 +1,511 @@
+"""Spiking transformers: they are the published networks, and what is asked of any network."""
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import published_formers as formers
+import published_transformers as published
+import pytest
+import timm
+import torch
+from passes import assert_same, one_thread, results_of
+from published_transformers import Published, QKFormerSize, SDTSize
+from torch import Tensor, nn
+
+import tetdist
+from tetdist.exchange import foreign
+from tetdist.losses import tet_loss
+from tetdist.models import QKFormer, SpikingNetwork
+from tetdist.models.attention import attention_neuron
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.neurons import LIF, ReLU, make
+from tetdist.nn.norm_neuron import Neuron, NormNeuron
+
+assert tetdist.__doc__  # registers the models
+
+T, BATCH = 3, 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+# Parameters as published (for QKFormer and the Spike-driven Transformer those that the authors'
+# programs count), and what of them nothing computes with: the latter's talking_heads, 64 a block.
+PARAMETERS = {
+    "qkformer_10_384": (16_473_688, 0),
+    "qkformer_10_512": (29_079_336, 0),
+    "qkformer_10_768": (64_962_760, 0),
+    "qkformer_4_384_cifar": (6_706_234, 0),
+    "qkformer_2_256_dvs": (1_504_138, 0),
+    "qkformer_2_256_gesture": (1_999_371, 0),
+    "sdt_8_384": (16_816_536, 8 * 64),
+    "sdt_6_512": (23_373_736, 6 * 64),
+    "sdt_8_512": (29_689_896, 8 * 64),
+    "sdt_10_512": (36_006_056, 10 * 64),
+    "sdt_8_768": (66_339_144, 8 * 64),
+    "sdt_2_512_cifar": (10_233_546, 2 * 64),
+    "sdt_2_256_cifar": (2_567_082, 2 * 64),
+    "sdt_2_256_dvs": (2_566_794, 2 * 64),
+    "sdt_2_256_gesture": (2_567_051, 2 * 64),
+    "espikeformer_t": (2_702_048, 0),
+    "espikeformer_s": (5_105_608, 0),
+    "espikeformer_m": (10_023_112, 0),
+    "espikeformer_l": (18_987_504, 0),
+    "maxformer_10_384": (16_237_240, 0),
+    "maxformer_10_512": (28_653_480, 0),
+    "maxformer_10_768": (63_992_200, 0),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_number_of_parameters(name: str) -> None:
+    there, unused = PARAMETERS[name]
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) == there - unused
+    cfg = model.default_cfg
+    first = model.get_submodule(cfg["first_conv"])
+    assert first is next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    assert first.in_channels == cfg["input_size"][0] == len(cfg["mean"]) == len(cfg["std"])
+    assert model.get_submodule(cfg["classifier"]) is model.get_classifier()
+    assert model.get_classifier().out_features == cfg["num_classes"] == model.num_classes
+    assert model.get_classifier().in_features == model.num_features == model.head_hidden_size
+    assert model.input_kind == ("events" if cfg["input_size"][0] == 2 else "images")
+
+
+# ------------------------------------------------------------------------- the published networks
+
+
+def source_of(name: str) -> foreign.Source:
+    """Where the weights of a network are from."""
+    sources: tuple[foreign.Source, ...] = ("qkformer", "sdt", "espikeformer", "maxformer")
+    (source,) = (source for source in sources if name.startswith(f"{source}_"))
+    return source
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network in a small size, and the same typed anew.
+
+    Attributes:
+        name: Of the registered network.
+        arguments: That make it small.
+        shapes: Of the published state dict in that size.
+        forward: Frames (T, B, C, H, W) to logits (T, B, K).
+        input: Of one sample: (C, H, W), or (T, C, H, W) of events.
+        timesteps: T.
+        seed, gain: Of the weights: such that samples and timesteps come out different.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    shapes: published.Shapes
+    forward: Callable[[Published, Tensor], Tensor]
+    input: tuple[int, ...]
+    timesteps: int = T
+    seed: int = 0
+    gain: float = 1.0
+
+    @property
+    def source(self) -> foreign.Source:
+        return source_of(self.name)
+
+    def state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = published.random_state(self.shapes, self.seed, gain=self.gain)
+        return state
+
+    def model(self) -> SpikingNetwork:
+        return timm.create_model(
+            self.name,
+            num_classes=5,
+            timesteps=self.timesteps,
+            neuron=foreign.NEURONS[self.source],
+            **self.arguments,
+        ).double()
+
+    def loaded(self) -> SpikingNetwork:
+        """The model with the weights of `state`."""
+        model = self.model()
+        found = foreign.convert(self.state(), self.source, model)
+        assert (found.missing, found.unexpected) == ([], [])
+        model.load_state_dict(found.weights)
+        return model
+
+    def batch(self, size: int = BATCH) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn((size, *self.input), generator=generator, dtype=torch.float64)
+        return x if len(self.input) == 3 else x.abs().round()
+
+    def frames(self, x: Tensor) -> Tensor:
+        """The batch at all timesteps, (T, B, C, H, W)."""
+        return x.expand(self.timesteps, *x.shape) if x.ndim == 4 else x.transpose(0, 1)
+
+
+def qkformer_case(
+    name: str, size: QKFormerSize, image: tuple[int, ...], *, mixes: bool = False
+) -> Case:
+    arguments = {"widths": size.widths, "depths": size.depths, "heads": size.heads}
+    return Case(
+        name,
+        arguments | ({"mixes_samples": True} if mixes else {}),
+        published.qkformer_shapes(size),
+        lambda net, x: published.qkformer(net, x, size, mixes_samples=mixes),
+        image,
+    )
+
+
+def sdt_case(name: str, size: SDTSize, image: tuple[int, ...]) -> Case:
+    return Case(
+        name,
+        {"channels": size.channels, "depth": size.depth, "heads": size.heads},
+        published.sdt_shapes(size),
+        lambda net, x: published.sdt(net, x, size),
+        image,
+    )
+
+
+def espikeformer_case(timesteps: int) -> Case:
+    # Sums of attention are multiples of 1/64 where it has 4 channels a head, and some are halves,
+    # which are rounded to even; with 6 channels they are irrational.
+    size = formers.ESpikeFormerSize((8, 8, 8, 12), (1, 1), heads=2, mlp_ratio=2)
+    return Case(
+        "espikeformer_t",
+        {"widths": size.widths, "depths": size.depths, "heads": 2, "mlp_ratio": 2},
+        formers.espikeformer_shapes(size),
+        lambda net, x: formers.espikeformer(net, x, size),
+        (3, 48, 32),
+        timesteps,
+        seed=1,
+        gain=4.0,  # Neurons that round see no small differences.
+    )
+
+
+def maxformer_case() -> Case:
+    size = formers.MaxFormerSize((8, 16, 24), (1, 1, 2), heads=2, mlp_ratio=2)
+    return Case(
+        "maxformer_10_384",
+        {"widths": size.widths, "depths": size.depths, "heads": 2, "mlp_ratio": 2},
+        formers.maxformer_shapes(size),
+        lambda net, x: formers.maxformer(net, x, size),
+        (3, 48, 32),
+        seed=3,
+    )
+
+
+IMAGENET = QKFormerSize("imagenet", (8, 16, 24), (1, 2, 2), 2)
+CASES = {
+    "qkformer": qkformer_case("qkformer_10_384", IMAGENET, (3, 48, 32)),
+    "qkformer mixing": qkformer_case("qkformer_10_384", IMAGENET, (3, 32, 32), mixes=True),
+    "qkformer cifar": qkformer_case(
+        "qkformer_4_384_cifar", QKFormerSize("cifar", (8, 12, 16), (1, 1, 2), 2), (3, 16, 12)
+    ),
+    "qkformer dvs": qkformer_case(
+        "qkformer_2_256_dvs",
+        QKFormerSize("dvs", (16, 24), (1, 1), 2, mlp_ratio=1, in_chans=2),
+        (T, 2, 32, 32),
+    ),
+    "qkformer gesture": qkformer_case(
+        "qkformer_2_256_gesture",
+        QKFormerSize("dvs", (16, 24), (1, 1), 2, in_chans=2),
+        (T, 2, 32, 32),
+    ),
+    "sdt": sdt_case("sdt_8_384", SDTSize(32, 2), (3, 48, 32)),
+    "sdt cifar": sdt_case("sdt_2_256_cifar", SDTSize(32, 2, "0011"), (3, 16, 12)),
+    "sdt dvs": sdt_case(
+        "sdt_2_256_dvs", SDTSize(32, 2, "0011", dilates=True, in_chans=2), (T, 2, 16, 16)
+    ),
+    "sdt gesture": sdt_case(
+        "sdt_2_256_gesture", SDTSize(32, 2, "0111", in_chans=2), (T, 2, 24, 16)
+    ),
+    "espikeformer": espikeformer_case(1),  # as published
+    "espikeformer over time": espikeformer_case(T),
+    "maxformer": maxformer_case(),
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# One of each family, for what does not depend on the embedding.
+FAMILIES = ("qkformer", "sdt", "sdt dvs", "espikeformer over time", "maxformer")
+each_family = pytest.mark.parametrize("case", [CASES[name] for name in FAMILIES], ids=FAMILIES)
+
+
+@pytest.mark.parametrize("execution", ["fused", "reference"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@each_case
+def test_is_the_published_network(case: Case, training: bool, execution: str) -> None:
+    """Logits at every timestep, all gradients and running statistics, from published weights."""
+    model = case.loaded().train(training)
+    model.set_execution(execution)
+    x = case.batch()
+    state = {
+        name: value.clone().requires_grad_(value.is_floating_point() and "running" not in name)
+        for name, value in case.state().items()
+    }
+    net = Published(state, training)
+    expected = case.forward(net, case.frames(x))
+    logits = model(x, per_timestep=True)
+    # Samples differ, and so do timesteps.
+    assert len(expected.detach().transpose(0, 1).flatten(1).unique(dim=0)) == BATCH
+    assert len(expected.detach().flatten(1).unique(dim=0)) == case.timesteps
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
+
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).double()
+    (logits * weight).sum().backward()
+    (expected * weight).sum().backward()
+    gradients = {name: value.grad for name, value in state.items() if value.grad is not None}
+    there = foreign.convert(state | gradients, case.source, model).weights
+    largest = max(value.abs().max() for value in gradients.values())
+    for name, parameter in model.named_parameters():
+        # That of a bias before a norm is 0 in training, and rounding.
+        assert training or parameter.grad.any(), name
+        torch.testing.assert_close(
+            parameter.grad, there[name], rtol=1e-8, atol=1e-10 * largest, msg=name
+        )
+    if training:
+        moved = foreign.convert(state | net.moved, case.source, model).weights
+        for name, value in model.state_dict().items():
+            if "running" in name:
+                torch.testing.assert_close(value, moved[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "tensors"),
+    [
+        (
+            "qkformer_10_384",
+            published.qkformer_shapes(
+                QKFormerSize("imagenet", (96, 192, 384), (1, 2, 7), 6, classes=1000)
+            ),
+            434,
+        ),
+        (
+            "qkformer_4_384_cifar",
+            published.qkformer_shapes(
+                QKFormerSize("cifar", (96, 192, 384), (1, 1, 2), 8, classes=10)
+            ),
+            None,
+        ),
+        ("sdt_8_384", published.sdt_shapes(SDTSize(384, 8, classes=1000)), 352),
+        (
+            "espikeformer_s",
+            formers.espikeformer_shapes(formers.ESpikeFormerSize((32, 64, 128, 192), classes=1000)),
+            605,
+        ),
+        (
+            "maxformer_10_384",
+            formers.maxformer_shapes(formers.MaxFormerSize((96, 192, 384), classes=1000)),
+            398,
+        ),
+    ],
+    ids=["qkformer", "qkformer cifar", "sdt", "espikeformer", "maxformer"],
+)
+def test_published_state_dicts_have_these_tensors(
+    name: str, shapes: published.Shapes, tensors: int | None
+) -> None:
+    """In the published size; so the small ones above are of the published form, too."""
+    assert tensors is None or len(shapes) == tensors
+    assert published.num_parameters(shapes) == PARAMETERS[name][0]
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        state = {one: torch.empty(shape) for one, shape in shapes.items()}
+    assert foreign.source_of(state, Path("file")) == source_of(name)
+    found = foreign.convert(state, source_of(name), model)
+    assert (found.missing, found.unexpected) == ([], [])
+    assert len(found.unused) * 64 == PARAMETERS[name][1]
+
+
+def test_head_of_the_mean_over_time_is_the_mean_of_heads() -> None:
+    """QKFormer's authors average over time before the classifier, which is linear."""
+    case = CASES["qkformer"]
+    model = case.loaded().eval()
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(case.batch()), pre_logits=True)
+        torch.testing.assert_close(model(case.batch()), model.fc(features.mean(0)))
+
+
+# --------------------------------------------------------------------------------- sample by sample
+
+
+@each_case
+def test_a_sample_is_not_influenced_by_its_batch_in_evaluation(case: Case) -> None:
+    model, x = case.loaded().eval(), case.batch()
+    with torch.no_grad():
+        together = model(x, per_timestep=True)
+        alone = torch.cat([model(one, per_timestep=True) for one in x.split(1)], dim=1)
+        backwards = model(x.flip(0), per_timestep=True).flip(1)
+    if case.arguments.get("mixes_samples"):
+        # Only the first one's first timestep begins at rest.
+        torch.testing.assert_close(together[0, 0], alone[0, 0])
+        assert not torch.allclose(together, alone)
+        assert not torch.allclose(together, backwards)
+    else:
+        torch.testing.assert_close(together, alone)
+        torch.testing.assert_close(together, backwards)
+
+
+def test_mixing_of_samples_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        CASES["qkformer"].model()
+        assert not caplog.records
+        CASES["qkformer mixing"].model()
+    (record,) = caplog.records
+    assert "a sample's logits depend on the samples before it" in record.getMessage()
+
+
+# ------------------------------------------------------------------------------------- the neurons
+
+
+def neurons_of(model: nn.Module) -> dict[str, Any]:
+    return {
+        name: module.neuron if isinstance(module, NormNeuron) else module.config
+        for name, module in model.named_modules()
+        if isinstance(module, (NormNeuron, Neuron))
+    }
+
+
+@each_family
+def test_attentions_neurons_have_a_threshold_of_their_own(case: Case) -> None:
+    own = LIF(threshold=3.0, decay=0.25, reset="soft", surrogate="atan", surrogate_width=5.0)
+    model = timm.create_model(
+        case.name, neuron=own, **case.arguments | {"attention_threshold": 2.0}
+    )
+    of_attention = dataclasses.replace(own, threshold=2.0, fires_at_threshold=True)
+    found = neurons_of(model)
+    # SDT's attention begins with ordinary neurons of this name.
+    last = {"qkformer": "attention.neuron", "sdt": "attention.mask"}.get(case.source, "attended")
+    in_attention = {name for name in found if name.endswith(last)}
+    depth = case.arguments.get("depth") or sum(case.arguments["depths"])
+    if case.source == "maxformer":  # Its first stages have none.
+        depth = case.arguments["depths"][-1]
+    assert len(in_attention) == depth
+    for name, config in found.items():
+        assert config == (of_attention if name in in_attention else own), name
+
+
+def test_neurons_without_a_threshold_of_whole_spikes() -> None:
+    assert attention_neuron(ReLU(), 1.0) == ReLU()
+    control = make({"spike": "sigmoid", "surrogate": "sigmoid"})
+    assert attention_neuron(control, 0.5) == dataclasses.replace(control, threshold=0.5)
+
+
+# -------------------------------------------------------------------- what is asked of any network
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@each_case
+def test_fused_network_is_the_definition(case: Case, training: bool) -> None:
+    model, x = case.loaded().train(training), case.batch()
+    results = {}
+    for execution in ("fused", "reference"):
+        model.set_execution(execution)
+        results[execution] = results_of(model, lambda m: m(x, per_timestep=True), {})
+    assert_same(results["fused"], results["reference"], rtol=1e-8)
+
+
+@each_case
+def test_grad_checkpointing_changes_no_bit(case: Case) -> None:
+    plain = case.loaded()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.set_grad_checkpointing()
+    x, target = case.batch(), torch.tensor([1, 4, 0])
+    for model in (plain, checkpointed):
+        for scale in (1.0, 0.5):
+            loss = tet_loss(model(scale * x, per_timestep=True), target, lambda_=0.05)
+            loss.backward()
+    for (name, one), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        assert one.grad is not None
+        assert torch.equal(one.grad, other.grad), name
+    for (name, one), other in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
+@each_family
+def test_segments_carry_the_membranes(case: Case, recompute: bool) -> None:
+    """With statistics that are constants, a network in segments is the one without."""
+    model, x = case.loaded(), case.batch()
+    results = []
+    for segment in (None, 2):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, BatchNorm):
+                module.eval()
+        model.set_segment(segment)
+        model.set_grad_checkpointing(recompute and segment is not None)
+        results.append(results_of(model, lambda m: m(x, per_timestep=True), {}))
+    assert_same(results[1], results[0], rtol=1e-8)
+
+
+@each_case
+def test_the_future_has_no_influence_on_the_past(case: Case) -> None:
+    model, x = case.loaded().eval(), case.batch()
+    with torch.no_grad():
+        whole = model(x, per_timestep=True)
+        for timesteps in range(1, case.timesteps):
+            model.set_timesteps(timesteps)
+            shorter = model(x, per_timestep=True)
+            if not case.arguments.get("mixes_samples"):
+                torch.testing.assert_close(shorter, whole[:timesteps])
+
+
+@each_family
+def test_classifier_can_be_replaced(case: Case) -> None:
+    model, x = case.loaded().eval(), case.batch()
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(x), pre_logits=True)
+        assert features.shape == (case.timesteps, BATCH, model.num_features)
+        assert torch.equal(model(x, per_timestep=True), model.get_classifier()(features))
+        model.reset_classifier(7)
+        assert model(x).shape == (BATCH, 7)
+        model.reset_classifier(0)
+        assert torch.equal(model(x, per_timestep=True), features)
+
+
+@each_family
+def test_relu_network_of_the_same_shape(case: Case) -> None:
+    channels = 2 if "dvs" in case.name else 3
+    model = timm.create_model(
+        case.name, neuron={"kind": "relu"}, timesteps=1, in_chans=channels, **case.arguments
+    )
+    x = case.batch().float()
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "complaint"),
+    [
+        ("qkformer_10_384", {"widths": (8, 16)}, "are not of as many stages"),
+        ("qkformer_10_384", {"heads": 5}, "96 channels cannot be divided among 5 heads"),
+        ("qkformer_10_384", {"embedding": "mnist"}, "embedding must be .* not 'mnist'"),
+        ("sdt_8_384", {"pools": (True,)}, "pools must be four"),
+        ("sdt_8_384", {"channels": 12}, "channels must be a multiple of 8 and of heads, not 12"),
+    ],
+)
+def test_bad_option_is_named(name: str, options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        timm.create_model(name, **options)
+
+
+def test_sums_of_spikes_are_as_high_as_is_said() -> None:
+    """recompute.py keeps what blocks exchange in half a byte; neurons that always fire reach it."""
+    model = timm.create_model(
+        "qkformer_10_384", widths=(8, 8, 8), heads=2, neuron=LIF(threshold=0.01), num_classes=2
+    )
+    assert isinstance(model, QKFormer)
+    seen: list[float] = []
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            nn.init.constant_(module.weight, 0)
+            nn.init.constant_(module.bias, 1)
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].max().item()))
+    model.eval()(torch.rand(1, 3, 32, 32))
+    assert tuple(seen) == model.highest_inputs
+    assert max(seen) < 16

@@ -1,0 +1,91 @@
+"""Batch norm before a pooling: the fast path against the definition."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from passes import assert_same, interpreted, not_native, one_thread, randomize, results_of
+from torch import Tensor
+
+from tetdist.nn.norm_pool import NormPool
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def module_of(*, training: bool, dtype: torch.dtype = torch.float64) -> NormPool:
+    module = NormPool(5)
+    randomize(module)
+    with torch.no_grad():
+        module.norm.weight[::2] *= -1  # the largest is that of the smallest current
+    return module.to(dtype).train(training)
+
+
+def current_of(
+    timesteps: int = 2, shape: tuple[int, int] = (7, 6), dtype: torch.dtype = torch.float64
+) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(timesteps * 3, 5, *shape, generator=generator).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last).unflatten(0, (timesteps, 3))
+    return x.requires_grad_()
+
+
+@pytest.mark.parametrize("implementation", ["native", "triton"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("shape", [(7, 6), (1, 1), (8, 3)], ids=str)
+def test_is_the_definition(shape: tuple[int, int], training: bool, implementation: str) -> None:
+    x = current_of(shape=shape)
+    results = []
+    for execution in ("fused", "reference"):
+        module = module_of(training=training)
+        module.execution = execution
+        if implementation == "triton" and execution == "fused":
+            with interpreted():
+                results.append(results_of(module, lambda m: m(x), {"current": x}))
+        else:
+            results.append(results_of(module, lambda m: m(x), {"current": x}))
+    assert results[0]["output"].shape == (2, 3, 5, (shape[0] + 1) // 2, (shape[1] + 1) // 2)
+    assert_same(*results, rtol=1e-9 if implementation == "native" else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_types(dtype: torch.dtype) -> None:
+    x = current_of(dtype=dtype)
+    expected = module_of(training=True).reference(x.double())
+    output = module_of(training=True, dtype=torch.float32)(x)
+    assert output.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+    output.float().square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
+    assert x.grad.isfinite().all()
+
+
+def test_copies_count_for_the_running_variance() -> None:
+    x = current_of(timesteps=1)
+    variances = []
+    for execution in ("fused", "reference"):
+        module = module_of(training=True)
+        module.execution = execution
+        module(x, copies=4)
+        variances.append(module.norm.running_var)
+    torch.testing.assert_close(*variances)
+
+
+def test_keeps_the_current_and_bytes() -> None:
+    kept: list[Tensor] = []
+    x = current_of(dtype=torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        module_of(training=True, dtype=torch.float32)(x)
+    large = [t for t in kept if t.numel() >= 2 * 3 * 5 * 4 * 3]
+    assert sorted(t.dtype.itemsize for t in large) == [1, 4]
+
+
+def test_without_kernels_the_definition_computes() -> None:
+    module, x = module_of(training=False), current_of()
+    with not_native():
+        assert torch.equal(module(x), module.reference(x))

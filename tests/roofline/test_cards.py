@@ -1,0 +1,57 @@
+"""Cards are known by the names that drivers and clusters give them."""
+
+import pytest
+
+from tetdist.errors import UserError
+from tetdist.roofline import cards
+from tetdist.slurm import jobs
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80"),
+        ("a100_80", "A100-80"),
+        ("a100", "A100-40"),
+        ("Tesla V100-SXM2-32GB", "V100-32"),
+        ("nvidia_h200", "H200"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("rtx4090", "RTX-4090"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA A10", None),
+        ("NVIDIA L40", None),
+        ("", None),
+    ],
+)
+def test_names(text: str, name: str | None) -> None:
+    found = cards.find(text)
+    assert (None if found is None else found.name) == name
+
+
+def test_each_is_found_by_its_own_name() -> None:
+    for name, card in cards.CARDS.items():
+        assert cards.find(name) is card
+
+
+def test_an_unknown_card_is_said_with_the_way_out() -> None:
+    with pytest.raises(UserError, match=r"gpu: 'X1' is none of .*H100.*--benchmark FILE of"):
+        cards.named("X1", "gpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("gpu:h100:4(S:0-1)", "H100"),
+        ("gpu:a100_80:8,tmpfs:100\n(null)\ngpu:a100_80:8", "A100-80"),
+        # Several kinds, or none that is said.
+        ("gpu:h100:4\ngpu:v100:4", None),
+        ("gpu:4", None),
+        ("(null)", None),
+        ("gpu:mine:4", None),
+    ],
+)
+def test_kinds_in_slurms_resources(text: str, name: str | None) -> None:
+    assert jobs.kind_in(text) == name

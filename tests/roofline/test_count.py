@@ -1,0 +1,192 @@
+"""What a network asks of a GPU: counted, against the kernels' own code and against measurements."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import pytest
+import timm
+import torch
+from passes import needs_triton
+from torch import nn
+
+from tetdist import models
+from tetdist.errors import UserError
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.neurons import LIF
+from tetdist.nn.norm_neuron import NormNeuron
+from tetdist.nn.packed import Conv2d
+from tetdist.roofline.count import CONVOLUTIONS, Work, count
+
+SMALL = (2, 3, 64, 64)
+
+
+def network(name: str = "sew_resnet18", **arguments: Any) -> Any:
+    return timm.create_model(name, **{"timesteps": 4, "num_classes": 10} | arguments)
+
+
+def shape_of(model: Any, batch: int = 2) -> tuple[int, ...]:
+    channels, height, width = model.default_cfg["input_size"]
+    height, width = min(height, 64), min(width, 64)
+    bins = (model.timesteps,) if model.input_kind == "events" else ()
+    return (batch, *bins, channels, height, width)
+
+
+def bytes_of(work: Work) -> int:
+    return sum(kernel.bytes for kernel in work.kernels)
+
+
+def operations_of(work: Work) -> int:
+    return sum(kernel.operations for kernel in work.kernels)
+
+
+@pytest.mark.parametrize("name", sorted(set(models.names()) - {"sew_resnet101", "sew_resnet152"}))
+def test_every_network_is_counted(name: str) -> None:
+    model = network(name)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    work = count(model, shape_of(model), "bf16")
+    assert operations_of(work) > 0
+    assert bytes_of(work) > 0
+    # Nothing of the network has changed, and it is where it was.
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+class OneLayer(nn.Module):
+    """A convolution and a layer of neurons, with what may come besides."""
+
+    def __init__(self, shortcut: str, *, identity: bool) -> None:
+        super().__init__()
+        self.first, self.second = (Conv2d(64, 64, 1, bias=False) for _ in range(2))
+        self.neuron = NormNeuron(64, LIF())
+        self.shortcut, self.identity = shortcut, identity
+        self.norm = BatchNorm(64) if shortcut == "normalized" else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.expand(4, *x.shape).clone(memory_format=torch.preserve_format)
+        added = None if self.shortcut == "none" else self.second(x)
+        return self.neuron(
+            self.first(x),
+            4,
+            shortcut=added,
+            shortcut_norm=self.norm,
+            identity=self.second(x) if self.identity else None,
+        )
+
+
+long = pytest.mark.long  # Triton compiles each
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "identity"),
+    [
+        ("none", True),
+        ("normalized", False),
+        pytest.param("none", False, marks=long),
+        pytest.param("plain", False, marks=long),
+        pytest.param("plain", True, marks=long),
+        pytest.param("normalized", True, marks=long),
+    ],
+)
+def test_bytes_are_those_of_tritons_kernels(shortcut: str, identity: bool) -> None:
+    needs_triton()
+    from tetdist.benchmarks import gpu_code
+
+    layer = gpu_code.Layer(shortcut=shortcut, identity=identity)  # type: ignore[arg-type]  # one of them
+    expected: Counter[str] = Counter()
+    for launch in layer.launches():
+        timesteps = 1 if launch.name == "statistics" else 4
+        if launch.name in ("statistics", "fire", "backward_sums", "backward"):
+            expected[launch.name] += int(gpu_code.compiled(launch, 90).bytes_of_number(timesteps))
+    shape = (2, 64, 16, 16)
+    work = count(OneLayer(shortcut, identity=identity), shape, "bf16")
+    numbers = 4 * 2 * 64 * 16 * 16
+    found: Counter[str] = Counter()
+    for kernel in work.kernels:
+        name = kernel.name.removesuffix(" with identity")
+        if name in expected:
+            found[name] += round(kernel.bytes / numbers)
+    assert found == expected
+
+
+def test_memory_is_what_autograd_keeps_in_truth() -> None:
+    """MiB an image, of sew_resnet34 in bfloat16: docs/performance.md, "Against T"."""
+    model = network("sew_resnet34", num_classes=1000)
+    size = (3, 224, 224)
+
+    def of_an_image() -> float:
+        two, four = (count(model, (batch, *size), "bf16").peak_bytes for batch in (2, 4))
+        return (four - two) / 2 / 2**20
+
+    assert of_an_image() == pytest.approx(36.2, rel=0.05)
+    model.set_timesteps(8)
+    assert of_an_image() == pytest.approx(70.6, rel=0.05)
+
+
+def test_operations_are_those_of_the_definition() -> None:
+    """Three times the forward pass's, but for the gradient of the image."""
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1))
+    work = count(layers, (5, 3, 32, 32), "fp32")
+    first = 2 * 5 * 32 * 32 * 8 * 3 * 9
+    second = 2 * 5 * 16 * 16 * 16 * 8 * 9
+    assert operations_of(work) == 2 * first + 3 * second
+
+
+def test_recomputing_takes_work_and_spares_memory() -> None:
+    model = network()
+    plain = count(model, SMALL, "bf16")
+    model.set_grad_checkpointing(True)
+    blocks = count(model, SMALL, "bf16")
+    model.set_segment(2)
+    segments = count(model, SMALL, "bf16")
+    assert bytes_of(plain) < bytes_of(blocks) < bytes_of(segments)
+    assert operations_of(plain) < operations_of(blocks) < operations_of(segments)
+    assert blocks.peak_bytes < plain.peak_bytes
+
+
+def test_work_grows_with_what_is_asked_for() -> None:
+    model = network()
+    plain = count(model, SMALL, "bf16")
+    twice = count(model, (4, 3, 64, 64), "bf16")
+    assert operations_of(twice) == 2 * operations_of(plain)
+    assert bytes_of(plain) < bytes_of(twice) < 2 * bytes_of(plain)  # the weights are the same
+    wide = count(model, SMALL, "fp32")
+    assert operations_of(wide) == operations_of(plain)
+    assert bytes_of(wide) > 1.7 * bytes_of(plain)
+    model.set_timesteps(8)
+    longer = count(model, SMALL, "bf16")
+    # But for the stem, which all timesteps share.
+    assert 1.8 < operations_of(longer) / operations_of(plain) < 2
+
+
+def test_definitions_move_more_than_the_passes() -> None:
+    model = network()
+    fused = count(model, SMALL, "bf16")
+    model.set_execution("reference")
+    reference = count(model, SMALL, "bf16")
+    assert bytes_of(reference) > 3 * bytes_of(fused)
+    of_convolutions = [
+        sum(kernel.operations for kernel in work.kernels if kernel.kind == CONVOLUTIONS)
+        for work in (fused, reference)
+    ]
+    assert of_convolutions[0] == of_convolutions[1]
+
+
+class AsksForNumbers(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * float(x.mean())
+
+
+def test_a_network_that_asks_for_numbers_is_named() -> None:
+    with pytest.raises(UserError, match="what AsksForNumbers asks of a GPU cannot be computed"):
+        count(AsksForNumbers(), SMALL, "bf16")
+
+
+def test_counting_leaves_nothing_behind() -> None:
+    from tetdist.nn import passes
+
+    with pytest.raises(UserError):
+        count(AsksForNumbers(), SMALL, "bf16")
+    assert passes.triton_for(torch.empty(1, device="meta")) is None
+    model = network()
+    again = [dataclasses.astuple(count(model, SMALL, "bf16")) for _ in range(2)]
+    assert again[0] == again[1]

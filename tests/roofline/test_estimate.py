@@ -1,0 +1,84 @@
+"""The roofline: what bounds it, and that it is right where somebody has measured."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import timm
+
+from tetdist.roofline.cards import CARDS, Card
+from tetdist.roofline.count import Kernel, Work, count
+from tetdist.roofline.estimate import Estimate, estimate
+
+# NVIDIA DeepLearningExamples, PyTorch/Classification/ConvNets/resnet50v1.5: training performance,
+# one GPU, measured in container 21.03. "Mixed precision" is float16.
+PUBLISHED = [
+    ("A100-80", "fp16", 256, 2470),
+    ("A100-80", "tf32", 256, 938),
+    ("V100", "fp16", 256, 1200),
+    ("V100", "fp32", 128, 367),
+    ("V100-32", "fp16", 256, 1156),
+    ("V100-32", "fp32", 128, 356),
+]
+
+
+@pytest.mark.parametrize(("name", "precision", "batch", "images_per_s"), PUBLISHED)
+def test_published_rates_of_a_relu_network(
+    name: str, precision: str, batch: int, images_per_s: float
+) -> None:
+    work = count(timm.create_model("resnet50"), (batch, 3, 224, 224), precision)
+    found = estimated(work, CARDS[name])
+    assert found.images_per_s == pytest.approx(images_per_s, rel=0.12)
+
+
+def estimated(work: Work, card: Card) -> Estimate:
+    found = estimate(work, card)
+    assert found is not None
+    return found
+
+
+def work_of(*kernels: Kernel) -> Work:
+    return Work(32, "bf16", kernels, 0)
+
+
+CARD = CARDS["H100"]
+MOVES = Kernel("a", "moves", bytes=10**9)
+COMPUTES = Kernel("b", "computes", bytes=10, operations=10**12)
+
+
+def faster(**times: float) -> Card:
+    changed: dict[str, Any] = {name: getattr(CARD, name) * by for name, by in times.items()}
+    return dataclasses.replace(CARD, **changed)
+
+
+def test_each_kernel_waits_for_what_takes_longer() -> None:
+    assert estimated(work_of(MOVES), CARD).bound == "memory"
+    assert estimated(work_of(COMPUTES), CARD).bound == "arithmetic"
+    both = estimated(work_of(MOVES, COMPUTES), CARD)
+    assert both.seconds == pytest.approx(
+        estimated(work_of(MOVES), CARD).seconds + estimated(work_of(COMPUTES), CARD).seconds
+    )
+    assert both.by_kind == pytest.approx({"a": both.memory, "b": both.arithmetic})
+    # Only what bounds it makes it faster.
+    for kernel, helps, not_ in ((MOVES, "bandwidth", "bf16"), (COMPUTES, "bf16", "bandwidth")):
+        before = estimated(work_of(kernel), CARD).seconds
+        assert estimated(work_of(kernel), faster(**{helps: 2})).seconds == pytest.approx(before / 2)
+        assert estimated(work_of(kernel), faster(**{not_: 2})).seconds == before
+
+
+def test_many_small_kernels_wait_for_the_host() -> None:
+    found = estimated(work_of(*[Kernel("a", "small", bytes=1000)] * 1000), CARD)
+    assert found.bound == "launches"
+    assert found.seconds == found.launches
+    # Of larger ones as many are started while the GPU is busy.
+    found = estimated(work_of(*[MOVES] * 1000), CARD)
+    assert found.bound == "memory"
+    assert found.seconds > found.launches
+
+
+def test_a_card_without_arithmetic_for_a_precision() -> None:
+    assert estimate(work_of(MOVES), CARDS["V100"]) is None
+    for precision in ("fp32", "fp16"):
+        work = dataclasses.replace(work_of(MOVES), precision=precision)
+        assert estimate(work, CARDS["V100"]) is not None
+    assert estimate(dataclasses.replace(work_of(MOVES), precision="fp64"), CARD) is None

@@ -1,0 +1,30 @@
+"""The check of a machine under srun, which starts its tasks without a launcher."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from cluster import Cluster
+
+
+@pytest.mark.long
+def test_the_tasks_of_srun_find_each_other(cluster: Cluster, tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    command = [sys.executable, str(tiny.PROJECT / "tools/check_gpu.py"), "--device", "cpu"]
+    output = cluster.run(
+        *("srun", "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=2"),
+        f"--export=ALL,PYTHONPATH={tiny.PROJECT}",
+        *(*command, "--only", "versions,links,loading", "--json", str(file)),
+        timeout=200,
+    )
+    assert "4 processes, 2 hosts" in output
+    # Once, although four processes run.
+    assert output.count("no GPU: the checks work on this CPU") == 1
+    found = json.loads(file.read_text())
+    assert found["processes"] == 4
+    assert [one["host"] for one in found["checks"]["versions"]["by_rank"]] == [
+        *["node1"] * 2,
+        *["node2"] * 2,
+    ]

@@ -1,0 +1,185 @@
+"""The speed that a plan reckons with: given, measured, or by the roofline."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tetdist.config import loading
+from tetdist.errors import UserError
+from tetdist.slurm import plan, speed
+from tetdist.slurm.cluster import ClusterSection, gather
+from tetdist.slurm.speed import Network, Speed
+
+IMAGENET = {"train_images": 1281167, "val_images": 50000, "parameters": 20_000_000, "buffers": 0}
+GPUS = {"nodes": 1, "gpus_per_node": 8, "gpu": "H100"}
+# Less to count than the recipe's.
+SMALL = ("model.name=sew_resnet18",)
+
+
+def of(
+    *overrides: str, recipe: str = "sew34_t4.yaml", file: Path | None = None, **cluster: Any
+) -> Speed | str:
+    config = loading.load(recipe, list(overrides))
+    network = Network(config.model.build(num_classes=10, timesteps=4), None)
+    if config.recompute != "none":
+        network.model.set_grad_checkpointing(True)
+    facts = ClusterSection(**(GPUS | cluster))
+    return speed.speed_of(config, facts, network, file=None if file is None else str(file))
+
+
+def known(*overrides: str, **more: Any) -> Speed:
+    found = of(*overrides, **more)
+    assert isinstance(found, Speed), found
+    return found
+
+
+def written(tmp_path: Path, **values: Any) -> Path:
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(values))
+    return file
+
+
+# --- by the roofline ------------------------------------------------------------------------------
+
+
+def test_a_gpus_speed_is_computed_and_says_so() -> None:
+    found = known()
+    assert found.source == "computed, not measured, for an H100"
+    text = " ".join(text for _, text in found.details)
+    assert "computed, not measured" in text
+    assert re.search(r"\d+ samples/s", text)
+    assert re.search(r"its memory bounds \d+ %|starting of kernels bounds", text)
+    assert re.search(r"about \d+\.\d GB of the 80;", text)
+    config = loading.load("sew34_t4.yaml", [])
+    made = plan.make(config, ClusterSection(**GPUS), **IMAGENET)
+    said = plan.describe(made, found)
+    assert "computed, not measured, for an H100" in said
+    assert re.search(r"hours +\d+\.\d, \d\.\d+ an epoch", said)
+
+
+def test_a_better_gpu_is_faster_and_what_it_does_more_is_slower() -> None:
+    rate = known(*SMALL).images_per_s
+    assert known(*SMALL, gpu="H200").images_per_s >= rate
+    assert known(*SMALL, "precision=fp32").images_per_s < rate
+    assert known(*SMALL, "recompute=blocks").images_per_s < rate
+    assert known(*SMALL, "phases.0.timesteps=8").images_per_s < 0.7 * rate
+
+
+def test_more_gpus_take_fewer_hours_and_a_larger_share_of_averaging() -> None:
+    config = loading.load("sew34_t4_64gpus.yaml", [])
+    found = known(*SMALL)
+    made = plan.make(config, ClusterSection(**GPUS), **IMAGENET)
+    costs = [plan.cost(made, found, nodes) for nodes in (1, 2, 4, 8)]
+    hours = [cost.hours for cost in costs if cost]
+    shares = [cost.communication for cost in costs if cost]
+    assert hours == sorted(hours, reverse=True)
+    assert shares == sorted(shares)
+    assert hours[0] / hours[3] < 8
+
+
+def test_each_phase_has_its_own_speed() -> None:
+    small, grown = known(*SMALL), known(*SMALL, "phases.0.final_image_size=256")
+    assert grown.images_per_s < small.images_per_s
+    two = known("model.name=spiking_resnet18", recipe="spiking34_t4_t6.yaml")
+    assert two.of_phases[0] > two.of_phases[1] > two.of_phases[0] / 2
+
+
+def test_what_cannot_be_computed_is_said_with_the_way_out() -> None:
+    unnamed = of(gpu=None)
+    assert isinstance(unnamed, str)
+    assert re.search(r"--gpu .*H100.*--benchmark FILE of tools/check_gpu.py", unnamed)
+    without_units = of(*SMALL, gpu="V100")
+    assert isinstance(without_units, str)
+    assert "no arithmetic of a V100 for precision=bf16; take another" in without_units
+    with pytest.raises(UserError, match=r"cluster.gpu: 'X1' is none of"):
+        gather({"gpu": "X1"}, {})
+    on_cpu = of(gpus_per_node=0, gpu=None)
+    assert isinstance(on_cpu, str)
+    assert "--images-per-s" in on_cpu
+
+
+def test_memory_that_is_too_small_is_said() -> None:
+    large = ("batch.micro=256", "phases.0.timesteps=16")
+    for gpu, more, fits in (
+        ("H100", (), True),
+        ("RTX-4090", (), False),
+        ("RTX-4090", ("recompute=blocks",), True),
+    ):
+        said = dict(known(*large, *more, gpu=gpu).details)["memory"]
+        assert ("too much; take a smaller batch.micro, or recompute" in said) != fits, gpu
+
+
+# --- as measured ----------------------------------------------------------------------------------
+
+MEASURED = {"model": "sew_resnet18", "size": 224, "precision": "bf16", "device": "cuda"}
+
+
+def test_what_was_measured_comes_before_the_roofline(tmp_path: Path) -> None:
+    file = written(tmp_path, images_per_s=123.0, timesteps=4, **MEASURED)
+    found = known(*SMALL, file=file)
+    assert found == Speed(123.0, 4, source="measured")
+    # Nobody needs to know the card then; and T is not what was measured.
+    longer = known(*SMALL, "phases.0.timesteps=8", file=file, gpu=None)
+    assert longer.rate(0, 8) == 123.0 / 2
+    together = written(tmp_path, images_per_s=800, processes=8, timesteps=6)
+    assert known(file=together) == Speed(100.0, 6, source="measured")
+
+
+def test_the_batch_that_is_nearest_counts(tmp_path: Path) -> None:
+    rates = {"32": 100.0, "64": 150.0, "128": 170.0}
+    file = written(tmp_path, images_per_s=100.0, timesteps=4, by_batch=rates, **MEASURED)
+    for micro, expected in ((16, 100.0), (32, 100.0), (64, 150.0), (128, 170.0)):
+        found = known(*SMALL, f"batch.micro={micro}", file=file)
+        assert found.images_per_s == expected, micro
+
+
+def test_another_network_is_compared_by_the_roofline(tmp_path: Path) -> None:
+    by_itself, larger = known(*SMALL), known("model.name=sew_resnet34")
+    half = written(
+        tmp_path, images_per_s=by_itself.images_per_s / 2, timesteps=4, **MEASURED,
+        machine={"device": "NVIDIA H100 80GB HBM3"},
+    )  # fmt: skip
+    found = known("model.name=sew_resnet34", file=half, gpu=None)
+    assert found.images_per_s == pytest.approx(larger.images_per_s / 2, rel=0.01)
+    assert "was measured to reach 50 %" in found.source
+    # So is the same network that computes again what it did not keep.
+    again = known(*SMALL, "recompute=blocks", file=half, gpu=None)
+    alone = known(*SMALL, "recompute=blocks")
+    assert again.images_per_s == pytest.approx(alone.images_per_s / 2, rel=0.01)
+
+
+def test_a_benchmark_that_says_nothing_about_the_run(tmp_path: Path) -> None:
+    on_cpu = written(tmp_path, images_per_s=4.2, **(MEASURED | {"device": "cpu"}))
+    with pytest.raises(UserError, match="was measured on a CPU, which says nothing"):
+        of(*SMALL, file=on_cpu)
+    assert known(*SMALL, file=on_cpu, gpus_per_node=0, gpu=None).images_per_s == 4.2
+    of_another = ("model.name=sew_resnet34",)
+    with pytest.raises(UserError, match="this run trains sew_resnet34 at 224 pixels in bf16: meas"):
+        of(*of_another, file=on_cpu, gpus_per_node=0, gpu=None)
+    unknown_card = written(tmp_path, images_per_s=100.0, machine={"device": "X1"}, **MEASURED)
+    with pytest.raises(UserError, match=r"name the kind of GPU, --gpu NAME.*tools/bench\.py model"):
+        of(*of_another, file=unknown_card, gpu=None)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"images_per_s": "fast"}', '{"images_per_s": 0}']
+)
+def test_file_that_is_no_benchmark(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"--benchmark: .*bench\.json"):
+        of(file=file)
+
+
+def test_speed_that_is_none(tmp_path: Path) -> None:
+    config, facts = loading.load("sew34_t4.yaml", []), ClusterSection(**GPUS)
+    network = Network(config.model.build(num_classes=10, timesteps=4), None)
+    assert speed.speed_of(config, facts, network, images_per_s=90.0) == Speed(90.0, 4)
+    for value in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="--images-per-s"):
+            speed.speed_of(config, facts, network, images_per_s=value)
+    with pytest.raises(UserError, match="cannot be read"):
+        of(file=tmp_path / "nothing")

@@ -1,0 +1,278 @@
+"""A run with CUDA graphs is the run without them, to the bit: what a CPU can show of it.
+
+graph_stand_ins.py has what stands in for the graph. tests/gpu_without_a_gpu/ looks at what a GPU's
+capture asks of a micro-batch.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from graph_stand_ins import run_again, taped
+from tiny import Outcome
+from torch import Tensor, nn
+
+from tetdist import checkpoint
+from tetdist.errors import UserError
+from tetdist.models.spiking_convnet import SpikingConvNet
+from tetdist.training import graphs, trainer
+from tetdist.training.engines import base, torch_engine
+from tetdist.training.graphs import Captured
+
+ConfigWriter = Callable[..., Path]
+Main = Callable[..., Outcome]
+
+
+@pytest.fixture
+def both(
+    main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., tuple[Path, Path]]]:
+    """Trains with and without graphs: (changes, what stands in); the folders of the runs."""
+    monkeypatch.setattr(trainer, "_check_device", lambda *_: None)
+    captures = 0
+
+    def run(
+        changes: dict[str, Any], capture: Callable[..., Captured], *, captured: int = 1
+    ) -> tuple[Path, Path]:
+        def counting(function: Callable[[], Tensor]) -> Captured:
+            nonlocal captures
+            captures += 1
+            return capture(function)
+
+        monkeypatch.setattr(graphs, "capture", counting)
+        for name, with_graphs in (("plain", False), ("graphs", True)):
+            file = tiny_config({"phases.0.epochs": 1, "name": name, "engine": "torch"} | changes)
+            outcome = main(file, f"cuda_graphs={str(with_graphs).lower()}")
+            assert outcome.status == 0, outcome.text
+            assert ("check_gpu" in outcome.text) == with_graphs
+        assert captures == captured
+        return tmp_path / "runs/plain", tmp_path / "runs/graphs"
+
+    return run
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "clipped, smoothed, distilled from itself, mixed": {
+        "gradient_clipping": 0.5,
+        "phases.0.optimizer": {"kind": "adamw", "lr": 0.01, "weight_decay": 0.1},
+        "loss": {"label_smoothing": 0.1, "distillation": {"self_weight": 0.3}},
+        "data.mixup": 0.2,
+        "data.cutmix": 1.0,
+    },
+    "bf16, blocks, one micro-batch": {
+        "precision": "bf16",
+        "recompute": "blocks",
+        "batch": {"global": 8, "micro": 8, "eval": 7},
+    },
+    "segments, an optimiser that the host asks first": {
+        "recompute": {"timesteps": 1},
+        "phases.0.timesteps": 3,
+        "phases.0.optimizer": {"kind": "timm:lamb", "lr": 0.01},
+    },
+}
+
+
+long = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    ("case", "capture"),
+    [
+        *[(case, taped) for case in CASES],
+        *[pytest.param(case, run_again, marks=long) for case in CASES],
+        ("fused", run_again),
+    ],
+)
+def test_a_run_is_the_same_with_graphs(
+    case: str, capture: Callable[..., Captured], both: Callable[..., tuple[Path, Path]]
+) -> None:
+    execution = "fused" if capture is run_again else "reference"
+    tiny.assert_same_run(*both(CASES.get(case, {}) | {"execution": execution}, capture))
+
+
+@long
+def test_each_phase_and_size_of_images_has_its_graph(
+    both: Callable[..., tuple[Path, Path]],
+) -> None:
+    optimizer = {"kind": "sgd", "lr": 0.05, "momentum": 0.9}
+    phases = [
+        {"epochs": 2, "timesteps": 1, "image_size": 32, "final_image_size": 64},
+        {"epochs": 1, "timesteps": 2, "image_size": 32},
+    ]
+    changes = {
+        "model": {"name": "sew_resnet18"},
+        "data.image_size": 32,
+        "data.resize": 32,
+        "batch.micro": 4,
+        "phases": [phase | {"optimizer": optimizer} for phase in phases],
+    }
+    tiny.assert_same_run(*both(changes, taped, captured=3))
+
+
+@pytest.fixture
+def dropping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the network draw numbers, and have a parameter that takes no part."""
+    build, head = SpikingConvNet.__init__, SpikingConvNet.forward_head
+
+    def make(self: Any, *arguments: Any, **options: Any) -> None:
+        build(self, *arguments, **options)
+        self.stray = nn.Parameter(torch.ones(3))
+
+    def drop(self: Any, x: Tensor, *arguments: Any) -> Tensor:
+        return head(self, F.dropout(x, 0.3, self.training), *arguments)
+
+    monkeypatch.setattr(SpikingConvNet, "__init__", make)
+    monkeypatch.setattr(SpikingConvNet, "forward_head", drop)
+
+
+@pytest.mark.usefixtures("dropping")
+def test_what_a_network_draws_and_leaves_alone_is_the_same(
+    both: Callable[..., tuple[Path, Path]],
+) -> None:
+    """A parameter without a gradient decays in neither run."""
+    optimizer = {"kind": "sgd", "lr": 0.05, "weight_decay": 0.1}
+    plain, with_graphs = both({"phases.0.optimizer": optimizer}, taped)
+    tiny.assert_same_run(plain, with_graphs)
+    weights, _ = checkpoint.load_model_file(tiny.newest(with_graphs))
+    assert weights["stray"].tolist() == [1.0, 1.0, 1.0]
+
+
+@long
+def test_a_teachers_answers_are_in_the_graph(
+    main: Main, tiny_config: ConfigWriter, both: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    assert main(tiny_config({"name": "teacher", "seed": 5})).status == 0
+    changes = {"loss.distillation": {"teacher": str(tmp_path / "runs/teacher"), "weight": 1.0}}
+    tiny.assert_same_run(*both(changes, taped))
+
+
+def test_steps_that_are_not_finite_change_nothing(
+    both: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does anything of them stay in the gradients that a graph adds to."""
+    prepared, calls = trainer.Trainer._prepared, 0
+
+    def spoilt(self: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        images, targets = prepared(self, batch)
+        calls += 1
+        # A micro-batch of the first step and one of the third, of twenty in each run.
+        return (images * float("nan") if calls % 20 in (2, 11) else images), targets
+
+    monkeypatch.setattr(trainer.Trainer, "_prepared", spoilt)
+    plain, with_graphs = both({}, taped)
+    assert [one["non_finite_steps"] for one in tiny.metrics(plain, "train")][:4] == [1, 0, 1, 0]
+    tiny.assert_same_run(plain, with_graphs)
+
+
+def test_the_scale_of_a_float16_loss_is_read_anew(
+    both: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is halved while the graph is there, and doubled again."""
+    monkeypatch.setattr(base.LossScale, "START", 2.0**30)
+    monkeypatch.setattr(base.LossScale, "GROWTH_INTERVAL", 3)
+    plain, with_graphs = both({"precision": "fp16"}, taped)
+    lines = tiny.metrics(plain, "train")
+    assert len({line["loss_scale"] for line in lines}) > 1
+    assert lines[-1]["overflows"] > 2
+    tiny.assert_same_run(plain, with_graphs)
+
+
+@long
+def test_a_stopped_run_goes_on_with_graphs_or_without(
+    both: Callable[..., tuple[Path, Path]], main: Main, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    plain, _ = both({}, taped)
+    changes = {"name": "changing", "engine": "torch", "phases.0.epochs": 1}
+    for end, with_graphs in ((2, "true"), (3, "false"), (5, "true")):
+        outcome = main(tiny_config(changes), f"max_steps={end}", f"cuda_graphs={with_graphs}")
+        assert outcome.status == 0, outcome.text
+    changing = tmp_path / "runs/changing"
+    assert tiny.metrics(changing, "train") == tiny.metrics(plain, "train")
+
+
+def _moves(patch: pytest.MonkeyPatch) -> None:
+    """Have the update leave the gradients in other memory."""
+    update = torch_engine.unscale_and_clip
+
+    def moving(grads: list[Tensor], *rest: Any) -> base.Update:
+        done = update(grads, *rest)
+        for grad in grads:
+            grad.data = grad.data.clone()
+        return done
+
+    patch.setattr(torch_engine, "unscale_and_clip", moving)
+
+
+def _scales_on_the_host(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(base.LossScale, "START", 2.0**30)
+    patch.setattr(torch_engine, "scaled", lambda loss, scale: loss * scale.value)
+
+
+def _keeps_the_seed(patch: pytest.MonkeyPatch) -> None:
+    """Have the calls before the capture draw numbers that the micro-batch should have drawn."""
+    patch.setattr(torch.random, "fork_rng", lambda *_: contextlib.nullcontext())
+
+
+MISTAKES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = {
+    "gradients in other memory": (_moves, {}),
+    "a number of the host": (_scales_on_the_host, {"precision": "fp16", "non_finite_limit": 100}),
+    "seeds": (_keeps_the_seed, {}),
+}
+
+
+@long
+@pytest.mark.usefixtures("dropping")
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_found(
+    mistake: str, both: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, changes = MISTAKES[mistake]
+    make(monkeypatch)
+    plain, with_graphs = both(changes, taped)
+    assert tiny.metrics(plain, "train") != tiny.metrics(with_graphs, "train")
+
+
+def test_a_cpu_and_another_engine_are_refused(main: Main, tiny_config: ConfigWriter) -> None:
+    outcome = main(tiny_config(), "cuda_graphs=true", "device=auto")
+    assert outcome.status == 2
+    assert "cuda_graphs: they are a GPU's" in outcome.text
+
+
+def test_what_cannot_be_captured_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what went wrong first: ending such a capture fails as well."""
+
+    class Stream:
+        def wait_stream(self, _other: object) -> None: ...
+
+    @contextlib.contextmanager
+    def graph(*_: object, **__: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("the capture was invalidated")
+
+    stand_ins = {"CUDAGraph": object, "Stream": Stream, "current_stream": Stream, "graph": graph}
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
+    calls = 0
+
+    def asking() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > graphs.WARM_UPS:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+        return torch.zeros(())
+
+    with pytest.raises(UserError) as caught:
+        graphs.capture(asking)
+    assert str(caught.value) == (
+        "cuda_graphs: a micro-batch cannot be captured (operation not permitted when stream is "
+        "capturing); set cuda_graphs=false"
+    )

@@ -1,0 +1,79 @@
+"""Small transformers train as any other network does: on processes, and stopped and continued."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+from tiny import Farm
+
+ConfigWriter = Callable[..., Path]
+
+NEURON = {
+    **{"decay": 0.5, "threshold": 1.0, "detach_reset": True},
+    **{"surrogate": "sigmoid", "surrogate_width": 2.0, "fires_at_threshold": True},
+}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "qkformer": {
+        "name": "qkformer_4_384_cifar",
+        "arguments": {"widths": [8, 8, 16], "depths": [1, 1, 1], "heads": 2},
+        "neuron": NEURON,
+    },
+    "sdt": {"name": "sdt_2_256_cifar", "arguments": {"channels": 16}, "neuron": NEURON},
+}
+STEPS = 6
+
+
+def configured(network: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "model": NETWORKS[network],
+        "batch": {"global": 8, "micro": 2, "eval": 7},
+        "phases": [{"epochs": 2, "timesteps": 2, "optimizer": {"kind": "adamw", "lr": 0.01}}],
+        "execution": "fused",
+        "max_steps": STEPS,
+        "save.every_steps": 2,
+        "engine": "torch",
+        **changes,
+    }
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_two_processes_are_one(
+    network: str, farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    """In float64, where rounding flips no spike."""
+    file = tiny_config(configured(network, precision="fp64", recompute="blocks"))
+    for world in (1, 2):
+        outcome = farm(file, f"name=on{world}", world=world)
+        assert outcome.status == 0, outcome.text
+    one, two = (tiny.metrics(tmp_path / "runs" / f"on{world}", "train") for world in (1, 2))
+    assert len(one) == STEPS
+    losses = [line["loss"] for line in one]
+    assert [line["loss"] for line in two] == pytest.approx(losses, rel=1e-9)
+    assert len(set(losses)) == STEPS
+    weights = [
+        load_file(tiny.newest(tmp_path / "runs" / f"on{world}") / "model.safetensors")
+        for world in (1, 2)
+    ]
+    for key, value in weights[0].items():
+        # Adam makes steps of one size of gradients that are nothing but rounding, as those of
+        # biases before a norm are.
+        if not key.endswith("conv.bias"):
+            assert (value - weights[1][key]).abs().max() <= 1e-6 * value.abs().max().clamp(1), key
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_stopped_and_continued_to_the_bit(
+    network: str, farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    file = tiny_config(configured(network, precision="bf16"))
+    straight = farm(file, "name=straight")
+    assert straight.status == 0, straight.text
+    stopped = farm(file, "name=stopped", stop=("step", 3, signal.SIGTERM))
+    assert stopped.status == 128 + signal.SIGTERM, stopped.text
+    continued = farm(file, "name=stopped")
+    assert continued.status == 0, continued.text
+    tiny.assert_same_run(tmp_path / "runs" / "straight", tmp_path / "runs" / "stopped")

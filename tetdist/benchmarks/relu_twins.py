@@ -1,0 +1,134 @@
+"""ReLU networks of the convolutions of our spiking ones, of torch's own layers."""
+
+import torch
+from torch import Tensor, nn
+
+_LAYERS = {"18": (2, 2, 2, 2), "34": (3, 4, 6, 3), "104": (3, 8, 32, 8)}
+
+
+def relu_twin(name: str) -> nn.Module | None:
+    """A network of ReLU units with the convolutions of a spiking one, if there is one."""
+    import timm
+
+    family, _, depth = name.rpartition("resnet")
+    match family, depth:
+        case ("preact_", depth):
+            return _PreActTwin(_LAYERS[depth])
+        case ("ms_", depth):
+            return _MSTwin(_LAYERS[depth], deep=depth == "104")
+        case ("spiking_", "19"):
+            return _for_small_images((3, 3, 2), stem=64, width=128)
+        case ("spiking_", "19_dvs"):
+            return _for_small_images((3, 3, 2), stem=128, width=128, in_channels=2)
+        case ("spiking_", "18_cifar"):
+            return _for_small_images((2, 2, 2, 2), stem=64, width=64)
+        case ("sew_" | "spiking_", depth):
+            return timm.create_model(f"resnet{depth}")
+    return _vgg_twin() if name == "vggsnn" else None
+
+
+def _for_small_images(
+    layers: tuple[int, ...], *, stem: int, width: int, in_channels: int = 3
+) -> nn.Module:
+    """timm's ResNet with a 3x3 convolution for its stem, of 10 classes."""
+    from timm.models.resnet import BasicBlock, ResNet
+
+    channels = tuple(width * 2**stage for stage in range(len(layers)))
+    twin = ResNet(BasicBlock, layers, channels=channels, num_classes=10)
+    twin.conv1 = nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
+    twin.maxpool = nn.Identity()
+    if stem != 64:
+        twin.bn1 = nn.BatchNorm2d(stem)
+        if stem == width:
+            twin.layer1[0].downsample = None
+        first = twin.layer1[0].conv1
+        twin.layer1[0].conv1 = nn.Conv2d(stem, first.out_channels, 3, padding=1, bias=False)
+    if len(layers) == 3:
+        twin.layer4 = nn.Identity()
+    return twin
+
+
+class _Block(nn.Module):
+    """ReLU-conv-BN twice, added to the input."""
+
+    def __init__(
+        self, inputs: int, width: int, stride: int, *, bias: bool = False, pooled: bool = False
+    ) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(inputs, width, 3, stride, 1, bias=bias),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, 1, 1, bias=bias),
+            nn.BatchNorm2d(width),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != width:
+            self.shortcut = nn.Sequential(
+                nn.AvgPool2d(2) if pooled else nn.Identity(),
+                nn.Conv2d(inputs, width, 1, 1 if pooled else stride, bias=bias),
+                nn.BatchNorm2d(width),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.residual(x)
+        return y.add_(self.shortcut(x))
+
+
+class _PreActTwin(nn.Sequential):
+    def __init__(self, layers: tuple[int, ...]) -> None:
+        blocks: list[nn.Module] = []
+        channels = 64
+        for stage, count in enumerate(layers):
+            for i in range(count):
+                stride = 2 if stage > 0 and i == 0 else 1
+                blocks.append(_Block(channels, 64 << stage, stride, bias=True))
+                channels = 64 << stage
+        super().__init__(
+            nn.Conv2d(3, 64, 7, 2, 3),
+            nn.BatchNorm2d(64),
+            nn.MaxPool2d(3, 2, 1),
+            *blocks,
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(channels, 1000),
+        )
+
+
+class _MSTwin(nn.Sequential):
+    def __init__(self, layers: tuple[int, ...], *, deep: bool) -> None:
+        stem: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False)]
+        if deep:
+            stem = [nn.Conv2d(3, 64, 3, 2, 1), *(nn.Conv2d(64, 64, 3, 1, 1) for _ in range(2))]
+        blocks: list[nn.Module] = []
+        channels = 64
+        for stage, count in enumerate(layers):
+            for i in range(count):
+                blocks.append(_Block(channels, 64 << stage, 2 if i == 0 else 1, pooled=deep))
+                channels = 64 << stage
+        super().__init__(
+            *stem,
+            nn.BatchNorm2d(64),
+            *blocks,
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(channels, 1000),
+        )
+
+
+def _vgg_twin() -> nn.Module:
+    layers: list[nn.Module] = []
+    channels = 2
+    for width in (64, 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"):
+        if width == "pool":
+            layers.append(nn.AvgPool2d(2))
+            continue
+        layers += [
+            nn.Conv2d(channels, int(width), 3, padding=1),
+            nn.BatchNorm2d(int(width)),
+            nn.ReLU(inplace=True),
+        ]
+        channels = int(width)
+    return torch.nn.Sequential(*layers, nn.Flatten(), nn.Linear(512 * 9, 10))

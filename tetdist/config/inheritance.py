@@ -1,0 +1,154 @@
+"""A configuration file that says only what differs from another one, its ``base``."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from tetdist.config.yaml_files import read_yaml
+from tetdist.errors import UserError
+
+COMMAND_LINE, DEFAULT = "command line", "default"
+# Whatever else a mapping says, these say whose arguments are in it.
+_WHOSE = ("kind", "name")
+
+
+class Layered(NamedTuple):
+    """Keys and values of a file and of those that it is based on, joined.
+
+    Attributes:
+        values: As of `read_yaml`, without ``base``.
+        origins: By dotted key, the file that a value is from.
+    """
+
+    values: dict[str, Any]
+    origins: dict[str, str]
+
+
+def read_layers(
+    path: Path, find: Callable[[str, Path], Path], above: tuple[Path, ...] = ()
+) -> Layered:
+    """Read a file, and what it inherits from its ``base``.
+
+    Args:
+        path: The file.
+        find: The file of a ``base``, given with the folder of the file that names it.
+        above: The files that inherit from this one.
+
+    Raises:
+        UserError: A file is no configuration, or inherits from itself.
+    """
+    if path.resolve() in above:
+        names = " <- ".join(file.name for file in (*above, path))
+        raise UserError(f"{path}: 'base' leads back to it ({names}); remove one of them")
+    values = read_yaml(path)
+    base = values.pop("base", None)
+    imports = _absolute(values.pop("imports", None), path)
+    if base is None:
+        origins = dict.fromkeys(_leaves(values | {"imports": imports}), str(path))
+        return Layered(values | {"imports": imports}, origins)
+    if not isinstance(base, str):
+        raise UserError(f"{path}: 'base' must be the name of a configuration, not {base!r}")
+    inherited = read_layers(find(base, path.parent), find, (*above, path.resolve()))
+    # Two runs of one name would be one folder.
+    inherited.values.pop("name", None)
+    # Files to be imported add up: what the base names needs those of the base.
+    values["imports"] = [*inherited.values["imports"], *imports]
+    origins = inherited.origins | dict.fromkeys(_leaves(values), str(path))
+    joined = _over(inherited.values, values, str(path), "")
+    return Layered(joined, {key: origins[key] for key in _leaves(joined) if key in origins})
+
+
+def _absolute(imports: Any, path: Path) -> list[str]:
+    """The files to be imported, which lie beside the configuration."""
+    found = imports or []
+    if isinstance(found, list) and all(isinstance(one, str) for one in found):
+        return [str((path.parent / one).absolute()) for one in found]
+    raise UserError(f"{path}: 'imports' must be a list of files, such as [my_snn.py]")
+
+
+def _over(base: Any, own: Any, source: str, place: str) -> Any:
+    """A value over that of the base: mappings key by key, a list's items by their position."""
+    if not isinstance(own, dict):
+        return own
+    if isinstance(base, list):
+        return _items_over(base, own, source, place)
+    if not isinstance(base, dict):
+        return own
+    # Arguments are those of a network, say, and another one has others.
+    if any(key in own and own[key] != base.get(key) for key in _WHOSE):
+        base = {key: value for key, value in base.items() if key != "arguments"}
+    return base | {
+        key: _over(base.get(key), value, source, f"{place}.{key}".lstrip("."))
+        for key, value in own.items()
+    }
+
+
+def _items_over(base: list[Any], own: dict[str, Any], source: str, place: str) -> list[Any]:
+    items = list(base)
+    for key, value in own.items():
+        if not key.isdecimal() or int(key) >= len(items):
+            raise UserError(
+                f"{source}: {place!r} has the items 0 to {len(items) - 1} in the base, and no "
+                f"{key!r}; change one of them by its number, or give the whole list"
+            )
+        items[int(key)] = _over(items[int(key)], value, source, f"{place}.{key}")
+    return items
+
+
+def _leaves(value: Any, place: str = "") -> dict[str, Any]:
+    """Values by dotted key; a list's items are numbered from 0."""
+    match value:
+        case dict():
+            inside = value.items()
+        case list():
+            inside = {str(i): item for i, item in enumerate(value)}.items()
+        case _:
+            return {place: value}
+    if not inside:
+        return {place: value}
+    found: dict[str, Any] = {}
+    for key, item in inside:
+        found |= _leaves(item, f"{place}.{key}".lstrip("."))
+    return found
+
+
+def overridden(origins: Mapping[str, str], values: dict[str, Any], key: str) -> dict[str, str]:
+    """Origins when an override has set a key, in ``values``, that may hold others."""
+
+    def is_inside(one: str) -> bool:
+        return one == key or one.startswith(f"{key}.")
+
+    kept = {one: source for one, source in origins.items() if not is_inside(one)}
+    return kept | {one: COMMAND_LINE for one in _leaves(values) if is_inside(one)}
+
+
+def origin_of(key: str, origins: Mapping[str, str]) -> str:
+    """Where the value of a dotted key is from: a file, the command line, or the defaults."""
+    return origins.get(key, DEFAULT)
+
+
+def annotated(text: str, origins: Mapping[str, str]) -> str:
+    """YAML with a comment behind each value that says where it is from."""
+    lines = text.splitlines()
+    root = yaml.compose(text, yaml.SafeLoader)
+    assert root is not None
+    ends = {end: key for key, end in _values_by_line(root, "")}
+    width = min(max(map(len, lines)), 50)
+    for number, key in ends.items():
+        lines[number] = f"{lines[number]:{width}}  # {origin_of(key, origins)}"
+    return "\n".join(lines) + "\n"
+
+
+def _values_by_line(node: yaml.Node, place: str) -> Iterator[tuple[str, int]]:
+    """Dotted keys of all values, each with the number of the line that it ends in."""
+    parts: list[tuple[str, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        parts = [(key.value, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = [(str(number), item) for number, item in enumerate(node.value)]
+    if not parts:
+        yield place, node.end_mark.line
+    for key, part in parts:
+        yield from _values_by_line(part, f"{place}.{key}".lstrip("."))

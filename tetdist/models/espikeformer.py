@@ -1,0 +1,245 @@
+"""E-SpikeFormer (Yao et al., TPAMI 2025), the small networks of the Spike-driven Transformer V3.
+
+The authors' code is github.com/BICLab/Spike-Driven-Transformer-V3, where they are called
+Efficient_Spiking_Transformer. Convolutional blocks, then transformer blocks, on a real-valued
+stream: what each half of a block adds to it is a current, and its first layer is one of neurons. So
+every convolution but the first one, and the classifier, sees spikes.
+
+**T and D.** The authors train at T=1, with neurons that fire up to D=4 times in their one timestep
+(`NILIF`: a number of spikes over D, and no membrane to speak of, since there is no timestep
+before). So a network has T=1 by default, and its recipe NI-LIF neurons of D=4. A device takes D
+sub-timesteps, in each of which a neuron fires or does not; evaluation/unrolling.py computes so,
+with the same result.
+
+With more timesteps the image is shown again: what rounding or the limit of D spikes left of a
+membrane is carried on to the next timestep, times the neuron's decay, and the logits of all are
+averaged. The authors have trained no such network of these sizes. With ``decay: 0`` all timesteps
+would be equal, and T > 1 in vain.
+
+Any other kind of neuron can take their place, as everywhere.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from tetdist.models import base
+from tetdist.models.attention import StreamAttention
+from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
+from tetdist.models.spike_driven_transformer import Mlp
+from tetdist.nn.integer_neurons import ILIF, NILIF
+from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.norm_neuron import Neuron, NormAdd
+from tetdist.nn.packed import Conv2d
+
+# Channels of the values in attention, in those of the stream.
+VALUE_RATIO = 4
+
+
+def counting_neuron(neuron: NeuronConfig) -> NeuronConfig:
+    """The neuron before the classifier, made of that of the other layers.
+
+    Where that one sends its spikes divided by D, this one sends their number.
+    """
+    if type(neuron) is not NILIF:
+        return neuron
+    return ILIF(**{one.name: getattr(neuron, one.name) for one in dataclasses.fields(neuron)})
+
+
+class Stem(nn.Module):
+    """A 7x7 convolution of stride 2 and its norm, which no neurons follow: a current."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv2d(in_channels, channels, 7, stride=2, padding=3)
+        self.norm = NormAdd(channels)
+
+    def forward(self, x: Tensor, timesteps: int) -> Tensor:
+        """(1 or T, B, C, H, W) to a current (T, B, C', H', W')."""
+        current: Tensor = self.norm(self.conv(x), copies=timesteps // x.shape[0])
+        return current.expand(timesteps, *current.shape[1:])
+
+
+class SeparableConv(nn.Module):
+    """A depthwise convolution between two of 1x1, twice as wide as the stream, and added to it."""
+
+    def __init__(self, channels: int, kernel: int, neuron: NeuronConfig) -> None:
+        super().__init__()
+        hidden = 2 * channels
+        depthwise = Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False)
+        self.neuron = Neuron(neuron, channels)
+        self.widen = ConvNormNeuron(conv1x1(channels, hidden), neuron)
+        self.depthwise = ConvNormNeuron(depthwise, neuron)
+        self.narrow = conv1x1(hidden, channels)
+        self.add = NormAdd(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = self.depthwise(self.widen(self.neuron(x)))
+        return self.add(self.narrow(spikes), x)
+
+
+class ConvMlp(nn.Module):
+    """Two 3x3 convolutions, the first one wider, added to the stream."""
+
+    def __init__(self, channels: int, hidden: int, neuron: NeuronConfig) -> None:
+        super().__init__()
+        self.neuron = Neuron(neuron, channels)
+        self.conv1 = ConvNormNeuron(conv3x3(channels, hidden), neuron)
+        self.conv2 = conv3x3(hidden, channels)
+        self.add = NormAdd(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(self.conv2(self.conv1(self.neuron(x))), x)
+
+
+class ConvBlock(nn.Module):
+    """A separable convolution of 7x7, then two of 3x3."""
+
+    def __init__(self, channels: int, mlp_ratio: int, neuron: NeuronConfig) -> None:
+        super().__init__()
+        self.separable = SeparableConv(channels, 7, neuron)
+        self.mlp = ConvMlp(channels, mlp_ratio * channels, neuron)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp(self.separable(x))
+        return y
+
+
+class TransformerBlock(nn.Module):
+    """A separable convolution of 3x3, self-attention, and an MLP.
+
+    Args:
+        channels: Of the stream.
+        heads: Of attention.
+        mlp_ratio: Channels within the MLP, in those of the stream.
+        neuron: All neurons but those behind attention's products.
+        threshold: Of these.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, mlp_ratio: int, neuron: NeuronConfig, threshold: float
+    ) -> None:
+        super().__init__()
+        self.separable = SeparableConv(channels, 3, neuron)
+        self.attention = StreamAttention(
+            channels,
+            heads,
+            neuron,
+            threshold,
+            scale=2 * (channels // heads) ** -0.5,
+            value_channels=VALUE_RATIO * channels,
+            bias=False,
+        )
+        self.mlp = Mlp(channels, mlp_ratio * channels, neuron)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp(self.attention(self.separable(x)))
+        return y
+
+
+class Downsampling(nn.Module):
+    """Neurons, a 3x3 convolution and its norm: a current of another width."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, neuron: NeuronConfig) -> None:
+        super().__init__()
+        self.neuron = Neuron(neuron, in_channels)
+        self.conv = conv3x3(in_channels, channels, stride, bias=True)
+        self.norm = NormAdd(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(self.neuron(x)))
+        return y
+
+
+class ESpikeFormer(SpikingNetwork):
+    """E-SpikeFormer.
+
+    Args:
+        neuron: All neurons; for those of attention see `attention_neuron`, for those before the
+            classifier `counting_neuron`.
+        widths: Channels at 1/4, 1/8 and 1/16 of the sides, and of the last blocks, which are at
+            1/16, too; at 1/2 there are half of the first.
+        depths: Transformer blocks of the third and the fourth width. Before them there are a
+            convolutional block at half the first width, one at the first and two at the second.
+        heads: Of attention.
+        mlp_ratio: Channels within an MLP, in those around it.
+        attention_threshold: Of the neurons behind attention's products.
+        in_chans: Channels of the input.
+        num_classes, timesteps: See `SpikingNetwork`.
+    """
+
+    spike_levels = None  # blocks exchange currents
+
+    def __init__(
+        self,
+        *,
+        neuron: NeuronConfig,
+        widths: tuple[int, ...],
+        depths: tuple[int, ...] = (6, 2),
+        heads: int = 8,
+        mlp_ratio: int = 4,
+        attention_threshold: float = 1.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        timesteps: int = 1,
+    ) -> None:
+        super().__init__(num_classes=num_classes, timesteps=timesteps)
+        if len(widths) != 4 or len(depths) != 2:
+            raise ValueError(
+                f"there are four widths and two depths, not {len(widths)} and {len(depths)}"
+            )
+        if odd := [width for width in widths[2:] if width % heads]:
+            raise ValueError(f"{odd[0]} channels cannot be divided among {heads} heads")
+
+        def transformer(width: int) -> TransformerBlock:
+            return TransformerBlock(width, heads, mlp_ratio, neuron, attention_threshold)
+
+        first, second, third, fourth = widths
+        self.stem = Stem(in_chans, first // 2)
+        self.blocks = nn.Sequential(
+            ConvBlock(first // 2, mlp_ratio, neuron),
+            Downsampling(first // 2, first, 2, neuron),
+            ConvBlock(first, mlp_ratio, neuron),
+            Downsampling(first, second, 2, neuron),
+            ConvBlock(second, mlp_ratio, neuron),
+            ConvBlock(second, mlp_ratio, neuron),
+            Downsampling(second, third, 2, neuron),
+            *(transformer(third) for _ in range(depths[0])),
+            Downsampling(third, fourth, 1, neuron),
+            *(transformer(fourth) for _ in range(depths[1])),
+        )
+        self.head_neuron = Neuron(counting_neuron(neuron), fourth)
+        self.num_features = self.head_hidden_size = fourth
+        self.fc = base.new_classifier(fourth, num_classes)
+        if isinstance(self.fc, nn.Linear):
+            trunc_normal_(self.fc.weight, std=0.02)
+            nn.init.zeros_(self.fc.bias)
+
+    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
+        return self.stem(x, timesteps)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (T, B, K), or spikes (T, B, C) of the mean current over positions."""
+        current = x.mean((3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
+        spikes: Tensor = self.head_neuron(current)
+        return spikes if pre_logits else self.fc(spikes)
+
+
+_IMAGENET: dict[str, Any] = {
+    "first_conv": "stem.conv",
+    "crop_pct": 224 / 232,
+    "interpolation": "bicubic",
+}
+default_cfgs = generate_default_cfgs(
+    {f"espikeformer_{size}": base.model_cfg(**_IMAGENET) for size in "tsml"}
+)
+
+# 2.70, 5.11, 10.0 and 19.0 million parameters at 1000 classes.
+espikeformer_t = base.register(ESpikeFormer, "espikeformer_t", widths=(24, 48, 96, 128))
+espikeformer_s = base.register(ESpikeFormer, "espikeformer_s", widths=(32, 64, 128, 192))
+espikeformer_m = base.register(ESpikeFormer, "espikeformer_m", widths=(48, 96, 192, 240))
+espikeformer_l = base.register(ESpikeFormer, "espikeformer_l", widths=(64, 128, 256, 360))

@@ -1,0 +1,205 @@
+"""Max-Former (Fang et al., NeurIPS 2025, github.com/bic-L/MaxFormer).
+
+QKFormer's hierarchy of stages on a real-valued stream: what layers add to it are currents, and
+neurons come before every convolution but the first. A neuron passes low frequencies in the image
+better than high ones; so embeddings take the largest of each window of their currents, and the
+blocks of the first stages mix positions by a depthwise convolution in place of attention. The last
+stage has self-attention without a softmax.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from tetdist.models import base
+from tetdist.models.attention import ConvPoolNeuron, StreamAttention
+from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
+from tetdist.models.spike_driven_transformer import Mlp
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.norm_neuron import Neuron, NormAdd
+from tetdist.nn.norm_pool import NormPool
+from tetdist.nn.packed import Conv2d
+
+# Of the sums of products in self-attention; a constant, whatever the number of channels.
+SCALE = 0.125
+
+
+class Stem(nn.Module):
+    """Three 3x3 convolutions, the first two of stride 2, and a shortcut around the last two.
+
+    Args:
+        in_channels: Of the input.
+        channels: Of the current that is returned.
+        neuron: All neurons.
+    """
+
+    def __init__(self, in_channels: int, channels: int, neuron: NeuronConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                ConvNormNeuron(conv3x3(in_channels, channels // 2, 2), neuron),
+                ConvNormNeuron(conv3x3(channels // 2, channels, 2), neuron),
+            ]
+        )
+        self.conv = conv3x3(channels, channels)
+        self.shortcut = conv1x1(channels // 2, channels, 2)
+        self.shortcut_norm = BatchNorm(channels)
+        self.add = NormAdd(channels)
+
+    def forward(self, x: Tensor, timesteps: int) -> Tensor:
+        """(1 or T, B, C, H, W) to a current (T, B, C', H', W')."""
+        first = self.layers[0](x, timesteps)
+        current = self.conv(self.layers[1](first))
+        return self.add(current, self.shortcut(first), self.shortcut_norm)
+
+
+class Embedding(nn.Module):
+    """Half the height and width: the largest of 3x3 of a current, here and on the shortcut.
+
+    Args:
+        in_channels: Of the stream before.
+        channels: Of the stream behind it.
+        neuron: All neurons.
+    """
+
+    def __init__(self, in_channels: int, channels: int, neuron: NeuronConfig) -> None:
+        super().__init__()
+        self.neuron = Neuron(neuron, in_channels)
+        self.layer = ConvPoolNeuron(conv3x3(in_channels, channels), neuron)
+        self.conv = conv3x3(channels, channels)
+        self.shortcut = conv1x1(in_channels, channels)
+        self.shortcut_norm = NormPool(channels)
+        self.add = NormAdd(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = self.neuron(x)
+        shortcut = self.shortcut_norm(self.shortcut(spikes))
+        return self.add(self.conv(self.layer(spikes)), shortcut)
+
+
+class DepthwiseMixer(nn.Module):
+    """Mix the positions of each channel by a convolution of its own, added to the stream."""
+
+    def __init__(self, channels: int, kernel: int, neuron: NeuronConfig) -> None:
+        super().__init__()
+        self.neuron = Neuron(neuron, channels)
+        self.conv = Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
+        self.add = NormAdd(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(self.conv(self.neuron(x)), x)
+
+
+class Block(nn.Module):
+    """A mixer of positions, then an MLP."""
+
+    def __init__(self, mixer: DepthwiseMixer | StreamAttention, mlp: Mlp) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp(self.mixer(x))
+        return y
+
+
+class MaxFormer(SpikingNetwork):
+    """Max-Former.
+
+    Args:
+        neuron: All neurons; those of attention have another threshold, see `attention_neuron`.
+        widths: Channels of each stage.
+        depths: Blocks of each stage.
+        kernels: Sides of the depthwise convolutions, of each stage but the last, which has
+            self-attention.
+        heads: Of attention.
+        mlp_ratio: Channels within an MLP, in those around it.
+        attention_threshold: Of the neurons in attention.
+        in_chans: Channels of the input.
+        num_classes, timesteps: See `SpikingNetwork`.
+    """
+
+    spike_levels = None  # blocks exchange currents
+
+    def __init__(
+        self,
+        *,
+        neuron: NeuronConfig,
+        widths: tuple[int, ...],
+        depths: tuple[int, ...] = (1, 2, 7),
+        kernels: tuple[int, ...] = (7, 5),
+        heads: int,
+        mlp_ratio: int = 4,
+        attention_threshold: float = 1.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        timesteps: int = 4,
+    ) -> None:
+        super().__init__(num_classes=num_classes, timesteps=timesteps)
+        if not len(widths) == len(depths) == len(kernels) + 1:
+            raise ValueError(
+                f"widths {widths}, depths {depths} and kernels {kernels} (of all stages but the "
+                "last) are not of as many stages"
+            )
+        if even := [kernel for kernel in kernels if kernel % 2 == 0]:
+            raise ValueError(f"kernels must be odd, not {even[0]}")
+        if widths[-1] % heads:
+            raise ValueError(f"{widths[-1]} channels cannot be divided among {heads} heads")
+        self.stem = Stem(in_chans, widths[0], neuron)
+        blocks: list[nn.Module] = []
+        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            if stage > 0:
+                blocks.append(Embedding(widths[stage - 1], width, neuron))
+            for _ in range(depth):
+                mixer: DepthwiseMixer | StreamAttention
+                if stage < len(kernels):
+                    mixer = DepthwiseMixer(width, kernels[stage], neuron)
+                else:
+                    mixer = StreamAttention(
+                        width, heads, neuron, attention_threshold, scale=SCALE, bias=True
+                    )
+                blocks.append(Block(mixer, Mlp(width, mlp_ratio * width, neuron)))
+        self.blocks = nn.Sequential(*blocks)
+        self.head_neuron = Neuron(neuron, widths[-1])
+        self.num_features = self.head_hidden_size = widths[-1]
+        self.fc = base.new_classifier(widths[-1], num_classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Initialise as the authors do, whose attention keeps torch's own initial values."""
+        of_attention = {
+            conv
+            for module in self.modules()
+            if isinstance(module, StreamAttention)
+            for conv in module.modules()
+        }
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module not in of_attention:
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
+        return self.stem(x, timesteps)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (T, B, K), or spikes (T, B, C) of the mean current over positions."""
+        current = x.mean((3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
+        spikes: Tensor = self.head_neuron(current)
+        return spikes if pre_logits else self.fc(spikes)
+
+
+_IMAGENET: dict[str, Any] = {"first_conv": "stem.layers.0.conv", "interpolation": "bicubic"}
+default_cfgs = generate_default_cfgs(
+    {f"maxformer_10_{width}": base.model_cfg(**_IMAGENET) for width in (384, 512, 768)}
+)
+
+# 16.24, 28.65 and 63.99 million parameters at 1000 classes. Names are made as in the paper, of the
+# number of blocks and the channels of the last stage.
+maxformer_10_384 = base.register(MaxFormer, "maxformer_10_384", widths=(96, 192, 384), heads=6)
+maxformer_10_512 = base.register(MaxFormer, "maxformer_10_512", widths=(128, 256, 512), heads=8)
+maxformer_10_768 = base.register(MaxFormer, "maxformer_10_768", widths=(192, 384, 768), heads=12)

@@ -1,0 +1,132 @@
+"""MS-ResNet (Hu et al., TNNLS 2024): residual networks whose shortcuts join membranes.
+
+Blocks are those of preact_resnet.py, without biases. Unlike there the stem has no pooling, so that
+all four stages begin with a stride of 2; a layer of neurons comes before the classifier; and batch
+norms begin with the threshold as their weight, those that end a residual branch with 0. In the
+network of 104 layers the stem is three 3x3 convolutions with nothing between them, projections
+average 2x2 pixels, and a fifth of the features is dropped in training.
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from tetdist.models import base
+from tetdist.models.base import SpikingNetwork, conv3x3
+from tetdist.models.preact_resnet import Block, Stem
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.norm_neuron import Neuron
+from tetdist.nn.packed import Conv2d
+
+
+class MSResNet(SpikingNetwork):
+    """MS-ResNet.
+
+    Args:
+        layers: Number of blocks in each of the stages.
+        neuron: All neurons of the network.
+        stem: ``plain`` is a 7x7 convolution, ``deep`` three 3x3 ones with biases; both of stride 2.
+        pooled_projections: Whether projections average 2x2 pixels instead of leaving out three.
+        dropout: Share of the features that the classifier does not see in training, the same ones
+            at all timesteps.
+        width: Channels of the first stage; they double from stage to stage.
+        init: How convolutions begin; see `base.init_weights`.
+        in_chans: Channels of the input.
+        num_classes, timesteps: See `SpikingNetwork`.
+    """
+
+    spike_levels = None  # blocks exchange currents
+
+    def __init__(
+        self,
+        layers: tuple[int, ...],
+        *,
+        neuron: NeuronConfig,
+        stem: Literal["plain", "deep"] = "plain",
+        pooled_projections: bool = False,
+        dropout: float = 0.0,
+        width: int = 64,
+        init: base.Init = "torch",
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        timesteps: int = 6,
+    ) -> None:
+        super().__init__(num_classes=num_classes, timesteps=timesteps)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
+        self.dropout = dropout
+        conv: nn.Module
+        match stem:
+            case "plain":
+                conv = Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False)
+            case "deep":
+                conv = nn.Sequential(
+                    conv3x3(in_chans, width, 2, bias=True),
+                    conv3x3(width, width, bias=True),
+                    conv3x3(width, width, bias=True),
+                )
+            case _:
+                raise ValueError(f"stem must be 'plain' or 'deep', not {stem!r}")
+        self.stem = Stem(conv, width)
+        blocks: list[nn.Module] = []
+        channels = width
+        for stage, num_blocks in enumerate(layers):
+            for i in range(num_blocks):
+                blocks.append(
+                    Block(
+                        channels,
+                        width * 2**stage,
+                        2 if i == 0 else 1,
+                        neuron,
+                        pooled_projection=pooled_projections,
+                    )
+                )
+                channels = width * 2**stage
+        self.blocks = nn.Sequential(*blocks)
+        self.small_blocks = layers[-1]
+        self.neuron = Neuron(neuron, channels)
+        self.num_features = self.head_hidden_size = channels
+        self.fc = base.new_classifier(channels, num_classes)
+        base.init_weights(self, init)
+        self._init_norms(neuron.threshold)
+
+    def _init_norms(self, threshold: float) -> None:
+        for module in self.modules():
+            if isinstance(module, BatchNorm):
+                nn.init.constant_(module.weight, threshold)
+        for module in self.blocks:
+            assert isinstance(module, Block)
+            nn.init.zeros_(module.add.norm.weight)
+
+    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
+        x = self.stem(x, timesteps)
+        return x.expand(timesteps, *x.shape[1:])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.neuron(x).mean((3, 4))
+        if pre_logits:
+            return x
+        if self.training and self.dropout:
+            x = x * F.dropout(x.new_ones(1, *x.shape[1:]), self.dropout)
+        return self.fc(x)
+
+
+default_cfgs = generate_default_cfgs(
+    {f"ms_resnet{depth}": base.model_cfg() for depth in (18, 34)}
+    | {"ms_resnet104": base.model_cfg(first_conv="stem.conv.0")}
+)
+
+# 11,693,736, 21,801,896 and 77,350,504 parameters at 1000 classes.
+ms_resnet18 = base.register(MSResNet, "ms_resnet18", layers=(2, 2, 2, 2))
+ms_resnet34 = base.register(MSResNet, "ms_resnet34", layers=(3, 4, 6, 3))
+ms_resnet104 = base.register(
+    MSResNet,
+    "ms_resnet104",
+    layers=(3, 8, 32, 8),
+    stem="deep",
+    pooled_projections=True,
+    dropout=0.2,
+)

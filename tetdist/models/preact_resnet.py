@@ -1,0 +1,139 @@
+"""PreAct-ResNets: neurons before the convolutions, and a shortcut from membrane to membrane.
+
+A block is neuron-conv-BN twice, and what it adds to its input is a current: the stream between
+blocks is real-valued, and a sum of currents rather than of spikes. Every convolution but those of
+the stem and of the projections sees spikes.
+
+`preact_resnet18/34` are the ImageNet networks of two repositories of distillation timestep by
+timestep, Intelli-Chip-Lab/snn_temporal_decoupling_distillation and KaiSUN1/SeAl. Their convolutions
+have biases, which a batch norm after each makes without effect in training. There is neither norm
+nor neuron before the classifier, which sees the stream's mean over positions. ms_resnet.py has the
+older networks of this kind.
+"""
+
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from tetdist.models import base
+from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.norm_neuron import Neuron, NormAdd
+from tetdist.nn.packed import AvgPool, Conv2d, MaxPool
+
+
+class Stem(nn.Module):
+    """Convolution and batch norm, without a neuron: the stream begins with real numbers.
+
+    Args:
+        conv: One convolution, or several without anything between them.
+        channels: Of its output.
+    """
+
+    def __init__(self, conv: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.conv = conv
+        self.add = NormAdd(channels)
+
+    def forward(self, x: Tensor, timesteps: int) -> Tensor:
+        """(1 or T, B, C, H, W) to a current of as many timesteps."""
+        current: Tensor = self.conv(x)
+        return self.add(current, copies=timesteps // current.shape[0])
+
+
+class Block(nn.Module):
+    """neuron-conv-BN twice, added to the input.
+
+    Args:
+        in_channels: Of the input.
+        width: Channels of the output.
+        stride: Of the first convolution and of the projection.
+        neuron: Both layers of neurons.
+        bias: Whether convolutions have biases.
+        pooled_projection: The projection convolves means over 2x2 pixels where it would else have a
+            stride of 2.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        neuron: NeuronConfig,
+        *,
+        bias: bool = False,
+        pooled_projection: bool = False,
+    ) -> None:
+        super().__init__()
+        self.neuron = Neuron(neuron, in_channels)
+        self.conv1 = ConvNormNeuron(conv3x3(in_channels, width, stride, bias), neuron)
+        self.conv2 = conv3x3(width, width, bias=bias)
+        self.add = NormAdd(width)
+        self.pool: nn.Module = nn.Identity()
+        self.downsample: nn.Module = nn.Identity()
+        self.downsample_norm: BatchNorm | None = None
+        if stride != 1 or in_channels != width:
+            if pooled_projection:
+                if stride != 2:
+                    raise ValueError(f"a pooled projection has the stride 2, not {stride}")
+                self.pool, stride = AvgPool(), 1
+            self.downsample = conv1x1(in_channels, width, stride, bias)
+            self.downsample_norm = BatchNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.conv2(self.conv1(self.neuron(x)))
+        shortcut = self.downsample(self.pool(x))
+        return self.add(residual, shortcut, shortcut_norm=self.downsample_norm)
+
+
+class PreActResNet(SpikingNetwork):
+    """PreAct-ResNet.
+
+    Args:
+        layers: Number of blocks in each of the stages.
+        neuron: All neurons of the network.
+        width: Channels of the first stage; they double from stage to stage.
+        in_chans: Channels of the input.
+        num_classes, timesteps: See `SpikingNetwork`.
+    """
+
+    spike_levels = None  # blocks exchange currents
+
+    def __init__(
+        self,
+        layers: tuple[int, ...],
+        *,
+        neuron: NeuronConfig,
+        width: int = 64,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        timesteps: int = 4,
+    ) -> None:
+        super().__init__(num_classes=num_classes, timesteps=timesteps)
+        self.stem = Stem(Conv2d(in_chans, width, 7, stride=2, padding=3), width)
+        self.pool = MaxPool(3, stride=2, padding=1)
+        blocks: list[nn.Module] = []
+        channels = width
+        for stage, num_blocks in enumerate(layers):
+            for i in range(num_blocks):
+                stride = 2 if stage > 0 and i == 0 else 1
+                blocks.append(Block(channels, width * 2**stage, stride, neuron, bias=True))
+                channels = width * 2**stage
+        self.blocks = nn.Sequential(*blocks)
+        self.small_blocks = layers[-1]
+        self.num_features = self.head_hidden_size = channels
+        self.fc = base.new_classifier(channels, num_classes)
+        base.init_weights(self)
+
+    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
+        x = self.pool(self.stem(x, timesteps))
+        return x.expand(timesteps, *x.shape[1:])
+
+
+default_cfgs = generate_default_cfgs(
+    {f"preact_resnet{depth}": base.model_cfg() for depth in (18, 34)}
+)
+
+# 11,694,312 and 21,806,184 parameters at 1000 classes.
+preact_resnet18 = base.register(PreActResNet, "preact_resnet18", layers=(2, 2, 2, 2))
+preact_resnet34 = base.register(PreActResNet, "preact_resnet34", layers=(3, 4, 6, 3))

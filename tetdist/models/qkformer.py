@@ -1,0 +1,347 @@
+"""QKFormer (Zhou et al., NeurIPS 2024, github.com/zhouchenlin2096/QKFormer).
+
+A hierarchy of stages. What they exchange are sums of spikes, as SEW-ResNets do by ADD: each
+attention and each MLP adds the spikes of its last layer to its input. The stages before the last
+have token attention, in which a token's query decides whether the token's key passes; the last one
+has self-attention without a softmax. Each stage begins with an embedding that halves the resolution
+and doubles the channels; the first one's is the stem.
+
+It is the published network, but for one thing. In the authors' code the neurons of the last layer
+of self-attention run over T * B steps, so that a sample begins with the membranes that the one
+before it in the batch left behind: its logits depend on its batch. Here each sample starts at rest.
+``mixes_samples=True`` computes what the authors' code does, for comparisons with their weights.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from timm.layers import trunc_normal_
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from tetdist.models import base
+from tetdist.models.attention import ConvPoolNeuron, attention_neuron
+from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
+from tetdist.models.sew_resnet import connect
+from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.norm_neuron import Neuron
+from tetdist.nn.packed import carried, carry
+from tetdist.nn.products import HeadSum, LinearAttention, masked
+
+logger = logging.getLogger(__name__)
+
+# Of the sums of products in self-attention; a constant, whatever the number of channels.
+SCALE = 0.125
+
+
+class Embedding(nn.Module):
+    """3x3 convolutions, each with neurons, and a shortcut around the last ones, whose spikes are
+    added.
+
+    Args:
+        in_channels: Of the input.
+        layers: Channels of each convolution, and whether its current is pooled.
+        branch: How many of the layers are before the shortcut.
+        neuron: All neurons.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        layers: Sequence[tuple[int, bool]],
+        branch: int,
+        neuron: NeuronConfig,
+    ) -> None:
+        super().__init__()
+        self.branch = branch
+        channels = [in_channels, *(width for width, _ in layers)]
+        self.layers = nn.ModuleList()
+        for before, (width, pools) in zip(channels, layers, strict=False):
+            layer = ConvPoolNeuron if pools else ConvNormNeuron
+            self.layers.append(layer(conv3x3(before, width), neuron))
+        stride = 2 ** sum(pools for _, pools in layers[branch:])
+        self.shortcut = ConvNormNeuron(conv1x1(channels[branch], channels[-1], stride), neuron)
+
+    def forward(self, x: Tensor, timesteps: int | None = None) -> Tensor:
+        """(1 or T, B, C, H, W) to sums of two spikes, (T, B, C', H', W')."""
+        branch = x
+        for i, layer in enumerate(self.layers):
+            x = layer(x, timesteps)
+            if i + 1 == self.branch:
+                branch = x
+        return connect(self.shortcut, branch, x, "add")
+
+
+class TokenAttention(nn.Module):
+    """Token attention: a head whose query has enough spikes lets its key pass (paper, eq. 4 to 6).
+
+    Args:
+        channels: C.
+        heads: Each has a mask of its own.
+        neuron: All neurons but the mask's.
+        threshold: Of the mask's, in spikes of the query.
+    """
+
+    def __init__(self, channels: int, heads: int, neuron: NeuronConfig, threshold: float) -> None:
+        super().__init__()
+        self.q = ConvNormNeuron(conv1x1(channels, channels), neuron)
+        self.k = ConvNormNeuron(conv1x1(channels, channels), neuron)
+        self.sum = HeadSum(heads)
+        self.neuron = Neuron(attention_neuron(neuron, threshold), heads)
+        self.proj = ConvNormNeuron(conv1x1(channels, channels, bias=True), neuron)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.neuron(self.sum(self.q(x)))
+        return connect(self.proj, masked(self.k(x), mask), x, "add")
+
+
+class SelfAttention(nn.Module):
+    """Spiking self-attention (Zhou et al., Spikformer, ICLR 2023), without a softmax.
+
+    Args:
+        channels: C.
+        heads: Each attends by itself.
+        neuron: All neurons but those behind the products.
+        threshold: Of these, in eighths of the products' sums: see `SCALE`.
+        mixes_samples: See `QKFormer`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        neuron: NeuronConfig,
+        threshold: float,
+        *,
+        mixes_samples: bool = False,
+    ) -> None:
+        super().__init__()
+        self.q = ConvNormNeuron(conv1x1(channels, channels), neuron)
+        self.k = ConvNormNeuron(conv1x1(channels, channels), neuron)
+        self.v = ConvNormNeuron(conv1x1(channels, channels), neuron)
+        self.attention = LinearAttention(heads, SCALE)
+        self.neuron = Neuron(attention_neuron(neuron, threshold), channels)
+        last = MixingConvNormNeuron if mixes_samples else ConvNormNeuron
+        self.proj = last(conv1x1(channels, channels, bias=True), neuron)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x)
+        attended = self.neuron(self.attention(q, self.k(x), self.v(x)))
+        # The sums are float32, and what they decide are spikes.
+        return connect(self.proj, attended.to(q.dtype), x, "add")
+
+
+class MixingConvNormNeuron(ConvNormNeuron):
+    """Convolution, batch norm and neurons that run over T * B steps: timestep by timestep, and in
+    each over all samples. A step begins with the membrane that the one before it left behind."""
+
+    def forward(
+        self, x: Tensor, timesteps: int | None = None, identity: Tensor | None = None
+    ) -> Tensor:
+        del timesteps  # x has all
+        current = self.conv(x)
+        shape = current.shape[:2]
+        steps = current.flatten(0, 1).unsqueeze(1)
+        joined = None if identity is None else identity.flatten(0, 1).unsqueeze(1)
+        spikes = self.neuron(steps, len(steps), identity=joined)
+        packed = carried(spikes)
+        spikes = spikes.squeeze(1).unflatten(0, shape)
+        if packed is not None:
+            carry(spikes, packed._replace(values=packed.values.squeeze(1).unflatten(0, shape)))
+        return spikes
+
+
+class Mlp(nn.Module):
+    """Two layers on each token, the first one wider; their spikes are added to the input."""
+
+    def __init__(self, channels: int, hidden: int, neuron: NeuronConfig) -> None:
+        super().__init__()
+        self.fc1 = ConvNormNeuron(conv1x1(channels, hidden, bias=True), neuron)
+        self.fc2 = ConvNormNeuron(conv1x1(hidden, channels, bias=True), neuron)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return connect(self.fc2, self.fc1(x), x, "add")
+
+
+class Block(nn.Module):
+    """Attention, then an MLP."""
+
+    def __init__(self, attention: nn.Module, mlp: Mlp) -> None:
+        super().__init__()
+        self.attention = attention
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp(self.attention(x))
+        return y
+
+
+class QKFormer(SpikingNetwork):
+    """QKFormer.
+
+    Args:
+        neuron: All neurons; those of attention have another threshold, see `attention_neuron`.
+        widths: Channels of each stage.
+        depths: Blocks of each stage. Those of the last one have self-attention, the others token
+            attention.
+        heads: Of all attention.
+        mlp_ratio: Channels within an MLP, in those around it.
+        embedding: That of ``imagenet`` pools before its last convolutions, and twice in the stem;
+            that of ``cifar`` pools after them, and not in the stem; that of ``dvs`` pools three
+            times in the stem, and else is as that of ``cifar``.
+        attention_threshold: Of the neurons in attention.
+        mixes_samples: Compute what the authors' code does: a sample's logits depend on those before
+            it in its batch.
+        in_chans: Channels of the input.
+        num_classes, timesteps: See `SpikingNetwork`.
+    """
+
+    def __init__(
+        self,
+        *,
+        neuron: NeuronConfig,
+        widths: tuple[int, ...],
+        depths: tuple[int, ...],
+        heads: int,
+        mlp_ratio: int = 4,
+        embedding: Literal["imagenet", "cifar", "dvs"] = "imagenet",
+        attention_threshold: float = 1.0,
+        mixes_samples: bool = False,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        timesteps: int = 4,
+    ) -> None:
+        super().__init__(num_classes=num_classes, timesteps=timesteps)
+        if len(widths) != len(depths):
+            raise ValueError(f"widths {widths} and depths {depths} are not of as many stages")
+        if odd := [width for width in widths if width % heads]:
+            raise ValueError(f"{odd[0]} channels cannot be divided among {heads} heads")
+        if mixes_samples:
+            logger.warning(
+                "mixes_samples: a sample's logits depend on the samples before it in its batch, as "
+                "in QKFormer's published code. That is for comparison with published weights; on "
+                "data that are sorted by class it lets labels leak into the accuracy."
+            )
+        first = widths[0]
+        match embedding:
+            case "imagenet":
+                stem, branch = [(first // 2, True), (first, True), (first, False)], 1
+            case "cifar":
+                stem, branch = [(first // 2, False), (first, False)], 1
+            case "dvs":
+                stem = [(first // 8, False), (first // 4, True), (first // 2, True), (first, True)]
+                branch = 2
+            case _:
+                raise ValueError(f"embedding must be imagenet, cifar or dvs, not {embedding!r}")
+        self.embedding = embedding
+        pools_first = embedding == "imagenet"
+        self.stem = Embedding(in_chans, stem, branch, neuron)
+        blocks: list[nn.Module] = []
+        # Of each block's input: an embedding and each half of a block add the spikes of two layers.
+        highest_inputs, highest = [], 2
+        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            if stage > 0:
+                layers = [(width, pools_first), (width, not pools_first)]
+                blocks.append(Embedding(widths[stage - 1], layers, 0, neuron))
+                highest_inputs.append(highest)
+                highest = 2
+            for _ in range(depth):
+                attention: nn.Module
+                if stage < len(widths) - 1:
+                    attention = TokenAttention(width, heads, neuron, attention_threshold)
+                else:
+                    attention = SelfAttention(
+                        width, heads, neuron, attention_threshold, mixes_samples=mixes_samples
+                    )
+                blocks.append(Block(attention, Mlp(width, mlp_ratio * width, neuron)))
+                highest_inputs.append(highest)
+                highest += 2
+        self.blocks = nn.Sequential(*blocks)
+        self.highest_inputs = tuple(highest_inputs)
+        self.num_features = self.head_hidden_size = widths[-1]
+        self.fc = base.new_classifier(widths[-1], num_classes)
+        if isinstance(self.fc, nn.Linear):
+            trunc_normal_(self.fc.weight, std=0.02)
+            nn.init.zeros_(self.fc.bias)
+
+    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
+        return self.stem(x, timesteps)
+
+
+class QKFormerDVS(QKFormer):
+    """The same network for event frames, (B, T, 2, H, W)."""
+
+    input_kind = "events"
+
+
+_IMAGENET: dict[str, Any] = {"first_conv": "stem.layers.0.conv", "interpolation": "bicubic"}
+_EVENTS: dict[str, Any] = {
+    "first_conv": "stem.layers.0.conv",
+    "input_size": (2, 128, 128),
+    "crop_pct": 1.0,
+    "mean": (0.0, 0.0),
+    "std": (1.0, 1.0),
+}
+_CIFAR: dict[str, Any] = {
+    "first_conv": "stem.layers.0.conv",
+    "num_classes": 10,
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+}
+default_cfgs = generate_default_cfgs(
+    {f"qkformer_10_{width}": base.model_cfg(**_IMAGENET) for width in (384, 512, 768)}
+    | {
+        "qkformer_4_384_cifar": base.model_cfg(32, **_CIFAR),
+        "qkformer_2_256_dvs": base.model_cfg(num_classes=10, **_EVENTS),
+        "qkformer_2_256_gesture": base.model_cfg(num_classes=11, **_EVENTS),
+    }
+)
+
+# 16.47, 29.08 and 64.96 million parameters at 1000 classes. Names are made as in the paper, of the
+# number of blocks and the channels of the last stage.
+qkformer_10_384 = base.register(
+    QKFormer, "qkformer_10_384", widths=(96, 192, 384), depths=(1, 2, 7), heads=6
+)
+qkformer_10_512 = base.register(
+    QKFormer, "qkformer_10_512", widths=(128, 256, 512), depths=(1, 2, 7), heads=8
+)
+qkformer_10_768 = base.register(
+    QKFormer, "qkformer_10_768", widths=(192, 384, 768), depths=(1, 2, 7), heads=12
+)
+# For 32x32 images: 6.71 million parameters at 10 classes.
+qkformer_4_384_cifar = base.register(
+    QKFormer,
+    "qkformer_4_384_cifar",
+    widths=(96, 192, 384),
+    depths=(1, 1, 2),
+    heads=8,
+    embedding="cifar",
+    num_classes=10,
+)
+# For event frames of 128x128: of CIFAR10-DVS, 1.50 million parameters, and of DVS128 Gesture, 2.00.
+qkformer_2_256_dvs = base.register(
+    QKFormerDVS,
+    "qkformer_2_256_dvs",
+    widths=(128, 256),
+    depths=(1, 1),
+    heads=16,
+    mlp_ratio=1,
+    embedding="dvs",
+    in_chans=2,
+    num_classes=10,
+    timesteps=16,
+)
+qkformer_2_256_gesture = base.register(
+    QKFormerDVS,
+    "qkformer_2_256_gesture",
+    widths=(128, 256),
+    depths=(1, 1),
+    heads=16,
+    embedding="dvs",
+    in_chans=2,
+    num_classes=11,
+    timesteps=16,
+)

@@ -1,0 +1,296 @@
+"""Spike-driven Transformer, V1 (Yao et al., NeurIPS 2023).
+
+The authors' code is github.com/BICLab/Spike-Driven-Transformer. The stream between blocks is
+real-valued: what attention and MLP add to it are currents, and their first layer is one of neurons.
+So every convolution but the first one, and the classifier, sees spikes. Attention is a mask: a
+channel of the queries passes at all positions, or nowhere, by how often keys and values spike
+together in it.
+
+The authors' code also makes weights ``talking_heads``, heads^2 a block, which nothing computes
+with. They are left out here, so that a network has 64 parameters a block fewer than theirs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tetdist.models import base
+from tetdist.models.attention import attention_neuron
+from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.norm_neuron import Neuron, NormAdd
+from tetdist.nn.norm_pool import NormPool
+from tetdist.nn.packed import MaxPool, carried, carry, pack
+from tetdist.nn.products import PositionSum, masked
+
+
+class Embedding(nn.Module):
+    """Four 3x3 convolutions, and a fifth that adds to their current what it finds around each
+    position.
+
+    Args:
+        in_channels: Of the input.
+        channels: Of the output; the convolutions before have 1/8, 1/4 and 1/2 of them.
+        pools: Whether spikes (of the fourth: the current) are pooled behind each of the four.
+        neuron: All neurons.
+    """
+
+    def __init__(
+        self, in_channels: int, channels: int, pools: Sequence[bool], neuron: NeuronConfig
+    ) -> None:
+        super().__init__()
+        self.layers, self.pools = nn.ModuleList(), nn.ModuleList()
+        for share, pooled in zip((8, 4, 2), pools[:3], strict=True):
+            conv = conv3x3(in_channels, channels // share)
+            self.layers.append(ConvNormNeuron(conv, neuron))
+            self.pools.append(MaxPool(3, stride=2, padding=1) if pooled else nn.Identity())
+            in_channels = channels // share
+        self.conv = conv3x3(in_channels, channels)
+        self.norm = NormPool(channels) if pools[3] else BatchNorm(channels)
+        self.neuron = Neuron(neuron, channels)
+        self.position = conv3x3(channels, channels)
+        self.add = NormAdd(channels)
+
+    def forward(self, x: Tensor, timesteps: int) -> Tensor:
+        """(1 or T, B, C, H, W) to a current (T, B, C', H', W')."""
+        for layer, pool in zip(self.layers, self.pools, strict=True):
+            x = pool(layer(x, timesteps))
+        current: Tensor = self.norm(self.conv(x))
+        return self.add(self.position(self.neuron(current)), current)
+
+
+class Attention(nn.Module):
+    """Spike-driven self-attention (paper, eq. 10 and 11), added to the stream.
+
+    Args:
+        channels: C.
+        neuron: All neurons but the mask's.
+        threshold: Of the mask's, in spikes that key and value have in common.
+        dilated: Whether the spikes of key, value, their product and the output are spread to their
+            neighbours: the largest of 3x3. Of key and value these are positions; of the other two,
+            as in the authors' code, positions in their order, row by row, and channels of a head.
+        heads: Matters to that alone, since each channel has a mask of its own.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        neuron: NeuronConfig,
+        threshold: float,
+        *,
+        dilated: bool = False,
+        heads: int = 8,
+    ) -> None:
+        super().__init__()
+        self.neuron = Neuron(neuron, channels)
+        self.q = ConvNormNeuron(conv1x1(channels, channels), neuron)
+        self.k = ConvNormNeuron(conv1x1(channels, channels), neuron)
+        self.v = ConvNormNeuron(conv1x1(channels, channels), neuron)
+        self.spread = MaxPool(3, stride=1, padding=1) if dilated else nn.Identity()
+        self.spread_tokens = SpreadTokens(heads) if dilated else nn.Identity()
+        self.sum = PositionSum(SpreadTokens(heads) if dilated else None)
+        self.mask = Neuron(attention_neuron(neuron, threshold), channels)
+        self.proj = conv1x1(channels, channels, bias=True)
+        self.add = NormAdd(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = self.neuron(x)
+        k, v = self.spread(self.k(spikes)), self.spread(self.v(spikes))
+        mask = self.mask(self.sum(k, v))
+        passed = self.spread_tokens(masked(self.q(spikes), mask))
+        return self.add(self.proj(passed), x)
+
+
+class SpreadTokens(nn.Module):
+    """The largest of three tokens and three channels of a head, of (T, B, C, H, W): (N, d) of each
+    head is taken for an image."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.permute(0, 1, 3, 4, 2).flatten(2, 3).unflatten(-1, (self.heads, -1))
+        images = tokens.transpose(2, 3).flatten(0, 1)
+        spread = functional.max_pool2d(images, 3, stride=1, padding=1)
+        rows = spread.unflatten(0, x.shape[:2]).transpose(2, 3).flatten(3)
+        y = rows.unflatten(2, x.shape[3:]).permute(0, 1, 4, 2, 3)
+        return y if carried(x) is None else carry(y, pack(y.detach()))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}"
+
+
+class Mlp(nn.Module):
+    """Two layers on each token, the first one wider, added to the stream."""
+
+    def __init__(self, channels: int, hidden: int, neuron: NeuronConfig) -> None:
+        super().__init__()
+        self.neuron = Neuron(neuron, channels)
+        self.fc1 = ConvNormNeuron(conv1x1(channels, hidden, bias=True), neuron)
+        self.fc2 = conv1x1(hidden, channels, bias=True)
+        self.add = NormAdd(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(self.fc2(self.fc1(self.neuron(x))), x)
+
+
+class Block(nn.Module):
+    """Attention, then an MLP."""
+
+    def __init__(self, attention: Attention, mlp: Mlp) -> None:
+        super().__init__()
+        self.attention = attention
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp(self.attention(x))
+        return y
+
+
+class SpikeDrivenTransformer(SpikingNetwork):
+    """Spike-driven Transformer.
+
+    Args:
+        neuron: All neurons; those of attention have another threshold, see `attention_neuron`.
+        channels: Of the stream.
+        depth: Number of blocks.
+        pools: Which of the stem's four convolutions are followed by a pooling, each of which halves
+            the sides.
+        mlp_ratio: Channels within an MLP, in those of the stream.
+        attention_threshold: Of the neurons in attention.
+        dilated: See `Attention`.
+        heads: Likewise.
+        in_chans: Channels of the input.
+        num_classes, timesteps: See `SpikingNetwork`.
+    """
+
+    spike_levels = None  # blocks exchange currents
+
+    def __init__(
+        self,
+        *,
+        neuron: NeuronConfig,
+        channels: int,
+        depth: int,
+        pools: tuple[bool, ...] = (True, True, True, True),
+        mlp_ratio: int = 4,
+        attention_threshold: float = 1.0,
+        dilated: bool = False,
+        heads: int = 8,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        timesteps: int = 4,
+    ) -> None:
+        super().__init__(num_classes=num_classes, timesteps=timesteps)
+        if len(pools) != 4:
+            raise ValueError(f"pools must be four, one a convolution of the stem, not {pools}")
+        if channels % 8 or channels % heads:
+            raise ValueError(f"channels must be a multiple of 8 and of heads, not {channels}")
+        self.stem = Embedding(in_chans, channels, pools, neuron)
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    Attention(channels, neuron, attention_threshold, dilated=dilated, heads=heads),
+                    Mlp(channels, mlp_ratio * channels, neuron),
+                )
+                for _ in range(depth)
+            )
+        )
+        self.head_neuron = Neuron(neuron, channels)
+        self.num_features = self.head_hidden_size = channels
+        self.fc = base.new_classifier(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
+        return self.stem(x, timesteps)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (T, B, K), or spikes (T, B, C) of the mean current over positions."""
+        current = x.mean((3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
+        spikes: Tensor = self.head_neuron(current)
+        return spikes if pre_logits else self.fc(spikes)
+
+
+class SpikeDrivenTransformerDVS(SpikeDrivenTransformer):
+    """The same network for event frames, (B, T, 2, H, W)."""
+
+    input_kind = "events"
+
+
+_FIRST: dict[str, Any] = {"first_conv": "stem.layers.0.conv"}
+_IMAGENET = _FIRST | {"crop_pct": 0.95, "interpolation": "bicubic"}
+_CIFAR = _FIRST | {
+    "num_classes": 10,
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+}
+_EVENTS = _FIRST | {"crop_pct": 1.0, "mean": (0.0, 0.0), "std": (1.0, 1.0)}
+default_cfgs = generate_default_cfgs(
+    {f"sdt_{size}": base.model_cfg(**_IMAGENET) for size in ("8_384", "6_512", "8_512", "10_512")}
+    | {"sdt_8_768": base.model_cfg(**_IMAGENET)}
+    | {f"sdt_2_{width}_cifar": base.model_cfg(32, **_CIFAR) for width in (256, 512)}
+    | {
+        "sdt_2_256_dvs": base.model_cfg(num_classes=10, input_size=(2, 64, 64), **_EVENTS),
+        "sdt_2_256_gesture": base.model_cfg(num_classes=11, input_size=(2, 128, 128), **_EVENTS),
+    }
+)
+
+# The names are those of the paper: blocks and channels. 16.8 to 66.3 million parameters at 1000
+# classes.
+sdt_8_384 = base.register(SpikeDrivenTransformer, "sdt_8_384", channels=384, depth=8)
+sdt_6_512 = base.register(SpikeDrivenTransformer, "sdt_6_512", channels=512, depth=6)
+sdt_8_512 = base.register(SpikeDrivenTransformer, "sdt_8_512", channels=512, depth=8)
+sdt_10_512 = base.register(SpikeDrivenTransformer, "sdt_10_512", channels=512, depth=10)
+sdt_8_768 = base.register(SpikeDrivenTransformer, "sdt_8_768", channels=768, depth=8)
+# For 32x32 images: 2.57 and 10.2 million parameters at 10 classes.
+sdt_2_256_cifar = base.register(
+    SpikeDrivenTransformer,
+    "sdt_2_256_cifar",
+    channels=256,
+    depth=2,
+    pools=(False, False, True, True),
+    num_classes=10,
+)
+sdt_2_512_cifar = base.register(
+    SpikeDrivenTransformer,
+    "sdt_2_512_cifar",
+    channels=512,
+    depth=2,
+    pools=(False, False, True, True),
+    num_classes=10,
+)
+# For event frames: CIFAR10-DVS at 64x64, DVS128 Gesture at 128x128.
+sdt_2_256_dvs = base.register(
+    SpikeDrivenTransformerDVS,
+    "sdt_2_256_dvs",
+    channels=256,
+    depth=2,
+    pools=(False, False, True, True),
+    dilated=True,
+    in_chans=2,
+    num_classes=10,
+    timesteps=10,
+)
+sdt_2_256_gesture = base.register(
+    SpikeDrivenTransformerDVS,
+    "sdt_2_256_gesture",
+    channels=256,
+    depth=2,
+    pools=(False, True, True, True),
+    in_chans=2,
+    num_classes=11,
+    timesteps=16,
+)

@@ -1,0 +1,262 @@
+"""Products of spikes, of which attention is made.
+
+All take and return (T, B, C, H, W). Positions are the tokens, and the channels of the heads follow
+each other: C = heads * d. In memory the channels come last, so that a position's channels are a
+token of C numbers, and nothing is transposed to become one.
+
+**Exact sums.** What attention adds up are products of spikes, which are whole numbers, and the
+neurons behind it have a threshold of whole spikes: whether there are exactly as many decides. So
+the sums are float32 at least, under autocast, too; bfloat16 would round whole numbers from 257 on,
+and float16 from 2049 on, where 196 positions and 64 channels a head make sums up to 12544. float32
+has all whole numbers up to 2^24. On a GPU TensorFloat-32 would do as well for spikes of 0 and 1:
+its ten bits of mantissa hold the factors, spikes and sums over at most 2048 positions, and it adds
+up in float32.
+
+**Bytes.** Where spikes carry their bytes (packed.py), the backward pass keeps those alone and
+computes the sums of the forward pass again.
+"""
+
+import contextlib
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tetdist.nn.packed import Packed, carried, carry
+
+
+class Product(nn.Module):
+    """A sum of products of spikes, whose operations evaluation/operations.py counts."""
+
+    def accumulates(self, *inputs: Tensor) -> Tensor:
+        """The additions that the spikes of a forward pass cause, () float64."""
+        raise NotImplementedError
+
+    def synapses(self, *inputs: Tensor) -> int:
+        """The multiplications with an addition that a forward pass of real numbers takes."""
+        raise NotImplementedError
+
+
+class HeadSum(Product):
+    """Sum over the channels of each head: (T, B, C, H, W) to (T, B, heads, H, W), float32.
+
+    A spike is an accumulate.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).sum(3, dtype=_wide_type(x))
+
+    def accumulates(self, *inputs: Tensor) -> Tensor:
+        return _total(inputs[0])
+
+    def synapses(self, *inputs: Tensor) -> int:
+        return inputs[0].numel()
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}"
+
+
+class PositionSum(Product):
+    """Sum over positions of the products of two: (T, B, C, H, W) twice to (T, B, C, 1, 1), float32.
+
+    A product that is 1 is an accumulate; that both spike is a gate, and not counted.
+
+    Args:
+        spread: Applied to the products, (T, B, C, H, W), before they are added up.
+    """
+
+    def __init__(self, spread: nn.Module | None = None) -> None:
+        super().__init__()
+        self.spread = spread
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        if self.spread is not None:
+            products: Tensor = self.spread(one * other)
+            return products.sum((3, 4), keepdim=True, dtype=_wide_type(one))
+        packed, packed_other = carried(one), carried(other)
+        if not (_is_whole(packed) and _is_whole(packed_other) and torch.is_grad_enabled()):
+            return _position_sum(one, other)
+        total: Tensor = _PositionSum.apply(one, other, packed.values, packed_other.values)
+        return total
+
+    def accumulates(self, *inputs: Tensor) -> Tensor:
+        products = inputs[0] * inputs[1]
+        return _total(products if self.spread is None else self.spread(products))
+
+    def synapses(self, *inputs: Tensor) -> int:
+        return inputs[0].numel()
+
+
+def _position_sum(one: Tensor, other: Tensor) -> Tensor:
+    return (one * other).sum((3, 4), keepdim=True, dtype=_wide_type(one))
+
+
+class _PositionSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, one: Tensor, other: Tensor, values: Tensor, other_values: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(values, other_values)
+        ctx.dtype = one.dtype
+        return _position_sum(one, other)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        values, other_values = ctx.saved_tensors
+        grad = grad_outputs[0].to(ctx.dtype)
+        return grad * other_values, grad * values, None, None
+
+
+class LinearAttention(Product):
+    """Attention without a softmax, q (k^T v) times a scale, of each head by itself, float32.
+
+    The result is that of (q k^T) v; this order takes d operations a token and channel instead of N.
+
+    Values may have more channels than queries and keys, d' a head. Operations: of k^T v a pair of
+    spikes of the same token is an accumulate; a spike of q adds d' of its sums.
+    """
+
+    def __init__(self, heads: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries and keys (T, B, C, H, W) and values (T, B, C', H, W) to (T, B, C', H, W)."""
+        packed = [one for one in map(carried, (q, k, v)) if one is not None]
+        if len(packed) < 3 or not torch.is_grad_enabled():
+            return self.of(q, k, v)
+        attended: Tensor = _LinearAttention.apply(q, k, v, packed, self)
+        return attended
+
+    def of(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The definition."""
+        wide = _wide_type(q)
+        q_tokens, k_tokens, v_tokens = (self.tokens(x, wide) for x in (q, k, v))
+        with exact(q):
+            attended = q_tokens @ (self.scale * (k_tokens.mT @ v_tokens))
+        return self.image(attended, q.shape)
+
+    def tokens(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(T, B, C, H, W) as (T, B, heads, N, d)."""
+        heads = x.permute(0, 1, 3, 4, 2).flatten(2, 3).unflatten(-1, (self.heads, -1))
+        return heads.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format)
+
+    def image(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """(T, B, heads, N, d) as (T, B, C, H, W)."""
+        rows = x.transpose(2, 3).flatten(3)
+        return rows.unflatten(2, shape[3:]).permute(0, 1, 4, 2, 3)
+
+    def accumulates(self, *inputs: Tensor) -> Tensor:
+        q, k, v = inputs
+        of_k, of_v = (x.unflatten(2, (self.heads, -1)).sum(3, dtype=torch.float64) for x in (k, v))
+        return (of_k * of_v).sum() + v.shape[2] // self.heads * _total(q)
+
+    def synapses(self, *inputs: Tensor) -> int:
+        q, _, v = inputs
+        return 2 * q.numel() * (v.shape[2] // self.heads)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, scale={self.scale:.4g}"
+
+
+class _LinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        packed: list[Packed],
+        attention: LinearAttention,
+    ) -> Tensor:
+        ctx.save_for_backward(*(one.values for one in packed))
+        ctx.levels, ctx.attention, ctx.dtype = [one.levels for one in packed], attention, q.dtype
+        return attention.of(q, k, v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        attention: LinearAttention = ctx.attention
+        shape = ctx.saved_tensors[0].shape
+        grad = attention.tokens(grad_outputs[0], grad_outputs[0].dtype)
+        packed = (Packed(*one) for one in zip(ctx.saved_tensors, ctx.levels, strict=True))
+        q, k, v = (attention.tokens(one.unpack(grad.dtype), grad.dtype) for one in packed)
+        with exact(grad):
+            of_k_v = attention.scale * (q.mT @ grad)
+            grads = grad @ (attention.scale * (v.mT @ k)), v @ of_k_v.mT, k @ of_k_v
+        images = (attention.image(one, shape).to(ctx.dtype) for one in grads)
+        return *images, None, None
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """Spikes (T, B, C, H, W) where the mask spikes, too.
+
+    Args:
+        x: The spikes.
+        mask: Spikes of each head at each position, (T, B, heads, H, W), or of each channel,
+            (T, B, C, 1, 1).
+    """
+    packed, packed_mask = carried(x), carried(mask)
+    mask = mask.to(x.dtype)
+    if not (_is_whole(packed) and _is_whole(packed_mask) and torch.is_grad_enabled()):
+        return _where_masked(x, mask)
+    y: Tensor = _Masked.apply(x, mask, packed.values, packed_mask.values)
+    return carry(y, packed._replace(values=_where_masked(packed.values, packed_mask.values)))
+
+
+def _where_masked(x: Tensor, mask: Tensor) -> Tensor:
+    if mask.shape[2] == x.shape[2]:
+        return x * mask
+    return (x.unflatten(2, (mask.shape[2], -1)) * mask.unsqueeze(3)).flatten(2, 3)
+
+
+class _Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, values: Tensor, mask_values: Tensor) -> Tensor:
+        ctx.save_for_backward(values, mask_values)
+        return _where_masked(x, mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        values, mask_values = ctx.saved_tensors
+        grad = grad_outputs[0]
+        of_mask = grad * values
+        if mask_values.shape[2] != values.shape[2]:
+            of_mask = of_mask.unflatten(2, (mask_values.shape[2], -1)).sum(3)
+        return (
+            _where_masked(grad, mask_values),
+            of_mask.sum_to_size(mask_values.shape),
+            None,
+            None,
+        )
+
+
+def exact(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The context in which matrix products compute in their inputs' type.
+
+    Args:
+        x: On the device that is meant.
+    """
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+def _is_whole(packed: Packed | None) -> TypeGuard[Packed]:
+    return packed is not None and packed.levels == 1
+
+
+def _wide_type(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _total(x: Tensor) -> Tensor:
+    return x.sum(dtype=torch.float64)
