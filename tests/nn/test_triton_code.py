@@ -12,7 +12,9 @@ from passes import needs_triton
 
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fused import Inputs
-from tetdist.nn.neurons import LIF, SURROGATES
+from tetdist.nn.integer_neurons import NILIF
+from tetdist.nn.learned_decay import PLIF
+from tetdist.nn.neurons import LIF, SURROGATES, NeuronConfig
 
 needs_triton()
 
@@ -177,6 +179,15 @@ def test_stream_that_all_timesteps_share(dtype: torch.dtype, capability: int) ->
         for launch in stream.launches():
             if launch.name in ("add", "add_sums"):
                 check(gpu_code.compiled(launch, capability))
+
+
+@each_gpu
+@pytest.mark.parametrize("neuron", [PLIF(), PLIF(decay_input=False, reset="soft"), NILIF()])
+def test_other_kinds_of_neurons(neuron: NeuronConfig, capability: int) -> None:
+    layer = Layer(neuron=neuron, shortcut="normalized", identity=True)
+    for launch in layer.launches():
+        if launch.name in ("fire", "backward_sums", "backward"):
+            check(gpu_code.compiled(launch, capability))
 
 
 def test_of_any_number_of_channels() -> None:

@@ -26,7 +26,8 @@ from triton.compiler import ASTSource
 from tetdist.nn import triton_passes
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fused import Affine, Inputs
-from tetdist.nn.neurons import LIF
+from tetdist.nn.learned_decay import PLIF
+from tetdist.nn.neurons import LIF, NeuronConfig
 
 CAPABILITIES = (80, 90)  # A100, H100
 _TYPES = {
@@ -83,7 +84,7 @@ class Layer:
     timesteps: int = 4
     rows: int = 32 * 56 * 56
     channels: int = 64
-    neuron: LIF = field(default_factory=LIF)
+    neuron: NeuronConfig = field(default_factory=LIF)
     shared: bool = False
     shortcut: Literal["none", "plain", "normalized"] = "none"
     identity: bool = False
@@ -94,7 +95,7 @@ class Layer:
         wide = torch.promote_types(self.dtype, torch.float32)
 
         def empty(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
-            return torch.empty(*shape, dtype=dtype, device="meta")
+            return torch.empty(shape, dtype=dtype, device="meta")
 
         one_step = (self.rows, self.channels)
         all_steps = (self.timesteps, *one_step)
@@ -109,7 +110,9 @@ class Layer:
             if self.shortcut == "normalized":
                 assert shortcut is not None
                 of_shortcut = passes.normalization(norm, shortcut, norm.weight, norm.bias)
-            inputs = Inputs(x, shortcut, affine, of_shortcut, start)
+            # What a kind of neuron learns of which there are kernels is one number.
+            learned = (empty(dtype=wide),) if isinstance(self.neuron, PLIF) else ()
+            inputs = Inputs(x, shortcut, affine, of_shortcut, start, learned)
             passes.spikes(inputs, empty(*all_steps) if self.identity else None)
             grads = (empty(*all_steps), start)
             sums, _ = passes.sums(inputs, *grads)

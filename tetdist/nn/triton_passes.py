@@ -278,12 +278,15 @@ class Passes(NormPasses):
     def _per_thread(self, inputs: Inputs) -> int:
         """Numbers of a timestep that a thread works on in the backward pass: as many as it loads at
         once, or fewer, so that what it keeps of all timesteps stays in registers."""
-        x, shortcut, _, of_shortcut, _, _ = inputs
+        x, shortcut, _, of_shortcut, _, learned = inputs
         wide = _wide_type(x).itemsize
         kept = x.shape[0] * x.element_size() + self.timesteps * wide
         if shortcut is not None and of_shortcut is not None:
             # And what normalises it, of the channel.
             kept += self.timesteps * shortcut.element_size() + 4 * wide
+        if learned:
+            # And the membranes after the resets, of which the gradient of the share is made.
+            kept += self.timesteps * wide
         number = _per_load(x)
         while number > 1 and number * kept > 4 * KEPT_REGISTERS:
             number //= 2
