@@ -348,20 +348,19 @@ def transformers_text(found: dict[str, dict[str, Any]]) -> str:
     rows = []
     for network in TRANSFORMERS:
         for precision in ("fp32", "bf16"):
-            steps = found[f"{network}-{precision}"]["rows"]
+            steps = {row["name"]: row for row in found[f"{network}-{precision}"]["rows"]}
             memory = found[f"{network}-memory-{precision}"]["rows"]
-            by_name = {row["name"]: row for row in memory}
-            for step in steps:
-                kept = by_name[step["name"]]
+            for kept in memory:
+                step = steps.get(kept["name"])  # without recomputation alone, if time was short
                 share = kept["after_forward_mib"] / memory[-1]["after_forward_mib"]
                 rows.append(
                     [
                         network,
                         precision,
-                        step["name"],
-                        f"{step['seconds']:.3f}",
-                        f"{step['ratio']:.3f}",
-                        step.get("waiting") or "",
+                        kept["name"],
+                        f"{step['seconds']:.3f}" if step else "",
+                        f"{step['ratio']:.3f}" if step else "",
+                        (step.get("waiting") or "") if step else "",
                         f"{kept['after_forward_mib']:.1f} ({kept['at_most_mib']:.1f})",
                         f"{share:.2f}",
                     ]

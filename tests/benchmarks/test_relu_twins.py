@@ -8,8 +8,6 @@ from torch import nn
 from tetdist import models
 from tetdist.benchmarks.relu_twins import relu_twin
 
-WITHOUT = ("spiking_convnet", "spiking_convnet_dvs")
-
 
 def convolutions(model: nn.Module) -> list[tuple[object, ...]]:
     return sorted(
@@ -23,7 +21,7 @@ def convolutions(model: nn.Module) -> list[tuple[object, ...]]:
 def test_a_twin_has_the_same_convolutions(name: str) -> None:
     with torch.device("meta"):
         twin, model = relu_twin(name), timm.create_model(name)
-        if name in WITHOUT:
+        if "resnet" not in name and name != "vggsnn":
             assert twin is None
             return
         assert twin is not None

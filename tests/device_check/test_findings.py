@@ -15,7 +15,8 @@ from tetdist.errors import UserError
 
 
 def rates(images_per_s: float, **others: Any) -> Finding:
-    numbers = {"images_per_s": images_per_s, "timesteps": 4}
+    rows = {"tetdist, none": {"images_per_s": images_per_s}}
+    numbers = {"images_per_s": images_per_s, "timesteps": 4, "by_batch": {"32": rows}}
     return Finding("ok", f"{images_per_s} images/s", None, numbers, speed=images_per_s, same=others)
 
 
@@ -62,17 +63,20 @@ def test_a_process_with_another_version_is_bad() -> None:
 
 def test_all_processes_together_are_as_fast_as_the_slowest() -> None:
     """What `slurm --benchmark` divides by their number."""
-    report = Report({}, 4, small=False)
+    report = Report({}, "cuda", 4, small=False)
     found = [rates(2000.0), rates(1900.0), rates(2000.0), rates(2000.0)]
     report.results.append(Result("rates", found, 1.0))
     written = report.as_dict()
     assert (written["images_per_s"], written["processes"]) == (4 * 1900.0, 4)
+    assert written["by_batch"] == {"32": 1900.0}
     by_rank = [one["images_per_s"] for one in written["checks"]["rates"]["by_rank"]]
     assert by_rank == [2000.0, 1900.0, 2000.0, 2000.0]
 
 
 def test_the_last_line_says_that_there_was_no_gpu() -> None:
-    report = Report({}, 1, small=True, results=[Result("versions", [Finding("ok", "x")], 1.0)])
+    report = Report(
+        {}, "cpu", 1, small=True, results=[Result("versions", [Finding("ok", "x")], 1.0)]
+    )
     assert report.conclusion().startswith("no GPU: ")
     assert dataclasses.replace(report, small=False).conclusion() == "all is well"
 

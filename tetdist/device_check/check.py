@@ -211,6 +211,7 @@ class Report:
         return 1 if self.bad or self.not_reached else 0
 
     def as_dict(self) -> dict[str, Any]:
+        """All of it, for a JSON file."""
         return {
             **self._speed(),
             "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

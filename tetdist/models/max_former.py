@@ -170,7 +170,7 @@ class MaxFormer(SpikingNetwork):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Initialise as the authors do, whose attention keeps torch's own initial values."""
+        """Set initial values as the authors' code does: attention keeps torch's own."""
         of_attention = {
             conv
             for module in self.modules()

@@ -1,4 +1,5 @@
-"""Small transformers train as any other network does: on processes, and stopped and continued."""
+"""Small transformers, and ResNets whose shortcuts join membranes, train as any other network does:
+on processes, and stopped and continued."""
 
 import signal
 from collections.abc import Callable
@@ -23,15 +24,34 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "neuron": NEURON,
     },
     "sdt": {"name": "sdt_2_256_cifar", "arguments": {"channels": 16}, "neuron": NEURON},
+    "preact": {
+        "name": "preact_resnet18",
+        "arguments": {"width": 4},
+        "neuron": {"decay": 0.2, "reset": "soft", "surrogate": "sigmoid", "surrogate_width": 4.0},
+    },
+    # What is dropped follows from the seed and the step, on any number of processes.
+    "ms": {
+        "name": "ms_resnet18",
+        "arguments": {"width": 4, "stem": "deep", "dropout": 0.2},
+        "neuron": {"decay": 0.25, "threshold": 0.5, "surrogate": "rectangle"},
+    },
 }
+OPTIMIZERS = {
+    "qkformer": {"kind": "adamw", "lr": 0.01},
+    "sdt": {"kind": "adamw", "lr": 0.01},
+    "preact": {"kind": "sgd", "lr": 0.1},
+    "ms": {"kind": "sgd", "lr": 0.1},
+}
+CASES = ["qkformer", "sdt", "ms", pytest.param("preact", marks=pytest.mark.long)]
 STEPS = 6
 
 
 def configured(network: str, **changes: Any) -> dict[str, Any]:
+    optimizer = OPTIMIZERS[network]
     return {
         "model": NETWORKS[network],
         "batch": {"global": 8, "micro": 2, "eval": 7},
-        "phases": [{"epochs": 2, "timesteps": 2, "optimizer": {"kind": "adamw", "lr": 0.01}}],
+        "phases": [{"epochs": 2, "timesteps": 2, "optimizer": optimizer}],
         "execution": "fused",
         "max_steps": STEPS,
         "save.every_steps": 2,
@@ -40,7 +60,7 @@ def configured(network: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", CASES)
 def test_two_processes_are_one(
     network: str, farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
@@ -65,7 +85,7 @@ def test_two_processes_are_one(
             assert (value - weights[1][key]).abs().max() <= 1e-6 * value.abs().max().clamp(1), key
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", CASES)
 def test_stopped_and_continued_to_the_bit(
     network: str, farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
