@@ -170,6 +170,42 @@ def test_spikingjellys_lif_is_one_of_ours(decay_input: bool, threshold: int, alp
     assert relative(model.stem.conv.weight.grad, theirs.conv1.weight.grad) < 1e-8
 
 
+LEARNING: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+    "plif": (lambda **_: neuron.ParametricLIFNode(), {}),
+    "psn": (lambda **_: neuron.PSN(T), {"timesteps": T}),
+    "masked_psn": (
+        lambda **_: neuron.MaskedPSN(2, T, lambda_init=1.0, step_mode="m"),
+        {"timesteps": T},
+    ),
+    "sliding_psn": (lambda **_: neuron.SlidingPSN(2), {}),
+}
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+@pytest.mark.parametrize("name", ["sew_resnet18", "spiking_resnet18"])
+def test_what_spikingjellys_neurons_learn_comes_with_the_weights(name: str, kind: str) -> None:
+    """docs/weights.md: a neuron of the same kind, with its own numbers."""
+    torch.manual_seed(0)
+    make, numbers = LEARNING[kind]
+    module = sew_resnet if name.startswith("sew") else spiking_resnet
+    connect = {"cnf": "ADD"} if name.startswith("sew") else {}
+    theirs = getattr(module, name)(num_classes=5, spiking_neuron=make, **connect)
+    functional.set_step_mode(theirs, "m")
+    theirs = randomized(theirs).eval()
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if re.search(r"(^|\.)(sn\d|downsample_sn)\.", key):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    own = {"norm": "bn"} if name.startswith("spiking") else {}
+    model = ours(name, num_classes=5, neuron={"kind": kind, **numbers}, **own).eval()
+    converted(theirs.state_dict(), "spikingjelly", model)
+    x = 3 * torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected, logits = theirs(x.expand(T, *x.shape)), model(x, per_timestep=True)
+    assert logits.std() > 0
+    assert relative(logits, expected) < 1e-8
+
+
 def test_spikingjelly_fires_at_its_threshold() -> None:
     """docs/weights.md: it matters of whole numbers, as spikes that attention adds up."""
     node = neuron.LIFNode(

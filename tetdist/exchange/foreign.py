@@ -157,7 +157,11 @@ _TRANSFORMERS: tuple[Source, ...] = ("qkformer", "sdt", "espikeformer", "maxform
 _HEAD_NAMES = ((r"^head\.", "fc."),)
 
 # Weights that a network makes and does not compute with: those of the Spike-driven Transformer.
-_UNUSED = {"sdt": re.compile(r"^block\.\d+\.attn\.talking_heads\.weight$")}
+_UNUSED = {
+    "sdt": re.compile(r"^block\.\d+\.attn\.talking_heads\.weight$"),
+    # Of a masked PSN, whose mask is a number of the configuration here.
+    "spikingjelly": re.compile(r".*\.(mask[01]|_lambda_)$"),
+}
 
 _DISTILLED_NAMES = (
     (r"^conv0\.0\.", "conv1."),
@@ -173,6 +177,10 @@ _BLOCK_NAMES = (
     (r"merge\.neuron\.norm\.", "bnLAST."),
     (r"(merge\.downsample|downsample\.conv)\.", "downsample.0."),
     (r"(merge\.downsample_norm|downsample\.neuron\.norm)\.", "downsample.1."),
+    # What neurons learn, of which torchvision has nothing: as spikingjelly's ResNets have it.
+    (r"conv(\d)\.neuron\.learned\.", r"sn\1."),
+    (r"merge\.neuron\.learned\.", "snLAST."),
+    (r"downsample\.neuron\.learned\.", "downsample_sn."),
 )
 _PREACT_BLOCK_NAMES = (
     (r"conv1\.conv\.", "conv1."),
@@ -360,6 +368,8 @@ def convert(state: Mapping[str, Tensor], source: Source, model: SpikingNetwork) 
     missing: list[str] = []
     for key, own in model.state_dict().items():
         value = theirs.pop(names[key], None)
+        if value is not None and ".learned." in key and value.numel() == own.numel():
+            value = value.reshape(own.shape)  # (T, 1) there is (T,) here
         if value is not None and value.shape == own.shape:
             # Divided in the source's precision, so that a float64 file is not rounded twice.
             weights[key] = (value / scales.get(key, 1.0)).to(own.dtype)
@@ -637,6 +647,7 @@ def _added_names(own: str, theirs: str) -> list[tuple[str, str]]:
 
 def _resnet_names(model: SEWResNet | SpikingResNet | PreActResNet) -> list[tuple[str, str]]:
     rules = [(r"^stem\.conv\.", "conv1."), (r"^stem\.(neuron|add)\.norm\.", "bn1.")]
+    rules += [(r"^stem\.neuron\.learned\.", "sn1.")]
     rules += [(r"^hidden\.0\.", "fc1.")]
     names = _PREACT_BLOCK_NAMES if isinstance(model, PreActResNet) else _BLOCK_NAMES
     for i, stage, position in _places_of_blocks(model):

@@ -50,8 +50,8 @@ class ILIF(NeuronConfig):
         ge=0,
         le=1,
     )
-    # Sums of spikes over a stage of a SEW-ResNet have to stay within a byte.
-    most_spikes: int = option(4, "D, the most spikes of a neuron in a timestep.", ge=1, le=16)
+    # Products of two numbers of spikes, as in attention, have to stay within a byte.
+    most_spikes: int = option(4, "D, the most spikes of a neuron in a timestep.", ge=1, le=15)
     detach_reset: bool = option(
         False, "Whether the reset is a constant to the backward pass. The paper's is not."
     )

@@ -1,0 +1,105 @@
+"""Every network takes every kind of neuron: fused and by definition, kept and computed again."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+from passes import one_thread, randomize
+from torch import Tensor
+
+from tetdist.errors import UserError
+from tetdist.models import SpikingNetwork
+
+T = 2
+NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "sew_resnet18": ({"width": 4}, (3, 32, 32)),
+    "spiking_resnet18": ({"width": 4, "stem_width": 4}, (3, 32, 32)),
+    "spiking_resnet19": ({"width": 4, "stem_width": 4, "hidden_features": 8}, (3, 12, 12)),
+    "preact_resnet18": ({"width": 4}, (3, 32, 32)),
+    "ms_resnet18": ({"width": 4}, (3, 32, 32)),
+    "vggsnn": ({"input_size": 16}, (T, 2, 16, 16)),
+    "spiking_convnet": ({"channels": (4, 6, 8), "input_size": 12}, (3, 12, 12)),
+    "qkformer_10_384": ({"widths": (8, 16, 24), "depths": (1, 1, 1), "heads": 2}, (3, 32, 32)),
+    "sdt_8_384": ({"channels": 16, "depth": 1, "heads": 2}, (3, 32, 32)),
+    "maxformer_10_384": ({"widths": (8, 16, 24), "depths": (1, 1, 1), "heads": 2}, (3, 32, 32)),
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "plif": {},
+    "psn": {"timesteps": T},
+    "masked_psn": {"timesteps": T},
+    "sliding_psn": {},
+    "ilif": {},
+    "nilif": {},
+}
+EVERY_DAY = ("plif", "psn", "ilif")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def network(name: str, kind: str) -> tuple[SpikingNetwork, Tensor]:
+    arguments, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    neuron = {"kind": kind, "threshold": 0.3} | KINDS[kind]
+    model: SpikingNetwork = timm.create_model(
+        name, num_classes=3, timesteps=T, neuron=neuron, **arguments
+    )
+    randomize(model)
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return model.double().train(), x
+
+
+def step(model: SpikingNetwork, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    logits = model(x, per_timestep=True)
+    logits.square().sum().backward()
+    found = {"logits": logits.detach()}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad.clone()
+    return found
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in EVERY_DAY else pytest.mark.long) for k in KINDS]
+)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_step(name: str, kind: str) -> None:
+    model, x = network(name, kind)
+    kept = step(model, x)
+    assert kept["logits"].std() > 0
+    model.set_grad_checkpointing()
+    for key, value in step(model, x).items():
+        assert torch.equal(value, kept[key]), key
+    model.set_grad_checkpointing(False)
+    model.set_execution("reference")
+    for key, value in step(model, x).items():
+        scale = value.abs().max().clamp(min=1)
+        assert (value - kept[key]).abs().max() < 1e-8 * scale, key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_segments(kind: str) -> None:
+    """Of one timestep each, computed again or not; and not where a neuron sees all timesteps."""
+    model, x = network("spiking_convnet", kind)
+    if kind in ("psn", "masked_psn"):
+        with pytest.raises(UserError, match="do not run in segments of 1"):
+            model.set_segment(1)
+        return
+    model.set_segment(1)
+    results = []
+    for again in (False, True):
+        model.set_grad_checkpointing(again)
+        results.append(step(model, x))
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, rtol=1e-10, atol=1e-12, msg=key)
+    # The second segment begins where the first ended: not as a network of one timestep.
+    model.set_timesteps(1)
+    alone = model(x, per_timestep=True)
+    assert torch.equal(alone[0], results[0]["logits"][0])
+    assert not torch.equal(alone[0], results[0]["logits"][1])
