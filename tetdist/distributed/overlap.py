@@ -2,8 +2,9 @@
 
 The last layers' gradients are there first. As soon as a bucket of them is full it is added to what
 the step's earlier backward passes left, and summed over the processes, on a GPU by a stream of
-NCCL's beside the one that computes. Each element is the same sum as without this; only when it is
-formed differs.
+NCCL's beside the one that computes. Each element is the sum of the same numbers as without this.
+Of more than two processes the order in which a network adds them depends on an element's place in
+its bucket, so whoever wants the same bits takes the same buckets.
 """
 
 from collections.abc import Iterable

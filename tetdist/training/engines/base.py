@@ -149,7 +149,8 @@ class GradientMean:
     On GPUs, and on CPUs of several hosts, the average is formed while the last micro-batch's
     backward pass is still under way. Not where blocks run over segments of timesteps: there a
     parameter's gradient comes in several parts, and nobody knows which is the last. Nor with CUDA
-    graphs, which do the same for each micro-batch: their average is formed at the end.
+    graphs, which do the same for each micro-batch. Their averages are formed at the end, in the
+    same buckets, since more than two numbers are added up in an order that depends on the bucket.
     """
 
     def __init__(
@@ -159,8 +160,10 @@ class GradientMean:
         self._accumulation, self._backward_passes = accumulation, 0
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._overlapped: OverlappedMean | None = None
-        once = not isinstance(config.recompute, SegmentsSection) and not config.cuda_graphs
-        if world.world_size > 1 and world.shared is None and once:
+        self._overlaps = (
+            not isinstance(config.recompute, SegmentsSection) and not config.cuda_graphs
+        )
+        if world.world_size > 1 and world.shared is None:
             self._overlapped = OverlappedMean(self._parameters, world.world_size)
 
     @contextlib.contextmanager
@@ -172,7 +175,8 @@ class GradientMean:
         self._backward_passes += 1
         if self._overlapped is not None:
             self._overlapped.earlier = earlier
-            self._overlapped.active = self._backward_passes == self._accumulation
+            is_last = self._backward_passes == self._accumulation
+            self._overlapped.active = self._overlaps and is_last
         yield
         join(self._parameters, earlier)
 
