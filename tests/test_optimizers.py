@@ -31,13 +31,20 @@ def section(**values: Any) -> OptimizerSection:
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "timm:lamb"])
 @pytest.mark.parametrize(
-    ("decay_norms", "kept"),
-    [(True, {"2.learned.decay"}), (False, {"0.bias", "1.weight", "1.bias", "2.learned.decay"})],
+    ("asked", "kept"),
+    [
+        ({}, {"2.learned.decay"}),
+        ({"decay_norms": False}, {"0.bias", "1.weight", "1.bias", "2.learned.decay"}),
+        ({"decay_neurons": True}, set()),
+        ({"decay_norms": False, "decay_neurons": True}, {"0.bias", "1.weight", "1.bias"}),
+    ],
 )
-def test_what_neurons_learn_never_decays(kind: str, decay_norms: bool, kept: set[str]) -> None:
+def test_what_neurons_learn_decays_if_asked(
+    kind: str, asked: dict[str, bool], kept: set[str]
+) -> None:
     model = network()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = make_optimizer(model, section(kind=kind, decay_norms=decay_norms)).param_groups
+    groups = make_optimizer(model, section(kind=kind, **asked)).param_groups
     found = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
     # One that is frozen is none of the optimiser's.
     assert found.keys() == set(names.values()) - {"3.bias"}

@@ -120,12 +120,13 @@ def kind_of(name: str, key: str = OPTIMIZERS.key) -> OptimizerKind:
 def make_optimizer(model: nn.Module, section: "OptimizerSection") -> torch.optim.Optimizer:
     """A phase's optimiser over all parameters.
 
-    What neurons learn is never decayed; norms and biases are, unless ``decay_norms`` is false.
+    What neurons learn is not decayed, unless ``decay_neurons`` is true; norms and biases are,
+    unless ``decay_norms`` is false.
     """
     kept: set[int] = set()
     for module in model.modules():
         learned = getattr(module, "learned", None)
-        if isinstance(learned, nn.ParameterDict):
+        if isinstance(learned, nn.ParameterDict) and not section.decay_neurons:
             kept |= {id(p) for p in learned.parameters()}
         if section.decay_norms:
             continue

@@ -260,7 +260,7 @@ def _unread(config: RunConfig) -> Iterator[tuple[BaseModel, str, tuple[str, ...]
         unread = tuple(name for name in names if name not in read)
         yield phase.optimizer, prefix, unread, f"kind={phase.optimizer.kind}"
         if phase.optimizer.weight_decay == 0:
-            yield phase.optimizer, prefix, ("decay_norms",), "weight_decay=0"
+            yield phase.optimizer, prefix, ("decay_norms", "decay_neurons"), "weight_decay=0"
     if not config.tracking.mlflow:
         of_mlflow = ("uri", "experiment", "log_checkpoint", "register_")
         yield config.tracking, "tracking.", of_mlflow, "tracking.mlflow=false"

@@ -264,6 +264,8 @@ class OptimizerSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     decay_norms: bool = True
     """Whether weight decay applies to batch norm parameters and biases, too."""
+    decay_neurons: bool = False
+    """Whether it applies to what neurons learn; of plif that draws the decay to 0.5."""
     arguments: dict[str, Any] = {}
     """Further arguments of timm's optimisers and of your own, such as eps: 1.0e-6."""
 
