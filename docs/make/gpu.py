@@ -243,7 +243,7 @@ def section(code: dict[str, Any]) -> str:
         small_batches(now.seconds / BATCH, alone, graphed),
     )
     gpus = markdown(["GPUs", "averaging, ms", "efficiency", "images/s"], many_gpus(now))
-    host = 1e3 * now.launches
+    host = 1e3 * LAUNCH_SECONDS * alone
     bandwidth = f"{100 * BANDWIDTH_SHARE:.0f} % of {H100.bandwidth / 1e12:g} TB/s"
     share = 100 * ARITHMETIC_SHARES[PRECISION]
     arithmetic = f"{share:.0f} % of {(H100.bf16 or 0) / 1e12:g} TFLOP/s"
@@ -295,9 +295,10 @@ own time is less: there `cuda_graphs=true` helps.
 
 ### Many GPUs
 
-What `python launch/slurm.py --config sew34_t4_64gpus.yaml --gpu H100 --dry-run` reckons with: a
-micro-batch of {BATCH} a GPU and step, {H100.name} in nodes of 8, gradients averaged over 100 GB/s
-in a node and 12.5 GB/s between nodes, as if nothing hid it.
+By the model of communication of `launch/slurm.py --dry-run` (which for a recipe, an index of its
+data and `--gpus-per-node 8 --gpu H100` keeps the recipe's batch, and gives hours): a micro-batch of
+{BATCH} a GPU and step, so that the global batch grows with the GPUs; {H100.name} in nodes of 8,
+gradients averaged over 100 GB/s in a node and 12.5 GB/s between nodes, as if nothing hid it.
 
 {gpus}
 """

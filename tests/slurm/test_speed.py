@@ -9,6 +9,7 @@ import pytest
 
 from tetdist.config import loading
 from tetdist.errors import UserError
+from tetdist.nn.neurons import NEURONS
 from tetdist.slurm import plan, speed
 from tetdist.slurm.cluster import ClusterSection, gather
 from tetdist.slurm.speed import Network, Speed
@@ -149,6 +150,33 @@ def test_another_network_is_compared_by_the_roofline(tmp_path: Path) -> None:
     again = known(*SMALL, "recompute=blocks", file=half, gpu=None)
     alone = known(*SMALL, "recompute=blocks")
     assert again.images_per_s == pytest.approx(alone.images_per_s / 2, rel=0.01)
+
+
+def test_another_card_or_neuron_is_compared_by_the_roofline(tmp_path: Path) -> None:
+    on_h100, on_a100 = known(*SMALL), known(*SMALL, gpu="A100-80")
+    values = {"timesteps": 4, "machine": {"device": "NVIDIA H100 80GB HBM3"}} | MEASURED
+    half = written(tmp_path, images_per_s=on_h100.images_per_s / 2, **values)
+    found = known(*SMALL, file=half, gpu="A100-80")
+    assert found.images_per_s == pytest.approx(on_a100.images_per_s / 2, rel=0.01)
+    relu = ("model.neuron={kind: relu}",)
+    found = known(*SMALL, *relu, file=half, gpu=None)
+    assert found.images_per_s == pytest.approx(known(*SMALL, *relu).images_per_s / 2, rel=0.01)
+    too_fast = written(tmp_path, images_per_s=on_h100.images_per_s * 2, **values)
+    with pytest.raises(UserError, match="200 % of what the roofline of an H100 allows"):
+        of(*SMALL, file=too_fast, gpu="A100-80")
+
+
+def test_a_graph_helps_where_the_host_is_what_is_waited_for() -> None:
+    small = (*SMALL, "batch.micro=4", "engine=torch")
+    alone, graphed = known(*small), known(*small, "cuda_graphs=true")
+    assert graphed.images_per_s > 1.5 * alone.images_per_s
+    assert "cuda_graphs=true" in str(alone.details)
+    assert "cuda_graphs=true" not in str(graphed.details)
+
+
+@pytest.mark.parametrize("kind", NEURONS)
+def test_every_kind_of_neuron_has_an_estimate(kind: str) -> None:
+    assert known(*SMALL, f"model.neuron={{kind: {kind}}}").images_per_s > 0
 
 
 def test_a_benchmark_that_says_nothing_about_the_run(tmp_path: Path) -> None:

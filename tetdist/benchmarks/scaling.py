@@ -7,6 +7,7 @@ its own cores (or GPU), and trains by the engine that runs train by.
 
 import argparse
 import contextlib
+import itertools
 import os
 import socket
 import statistics
@@ -165,7 +166,7 @@ def training_step(
     *,
     cuda_graphs: bool = False,
 ) -> tuple[Callable[[], Tensor], Callable[[], None]]:
-    """Make a training step on the same images again and again.
+    """Make a training step on three batches in turn, again and again.
 
     Args:
         options: ``model``, ``size``, ``batch``, ``accumulation``, ``timesteps``, ``precision`` and
@@ -221,10 +222,19 @@ def training_step(
     channels, size, _ = model.default_cfg["input_size"]
     size = options.size or size
     frames = (options.timesteps,) if model.input_kind == "events" else ()
-    images = torch.rand((options.batch, *frames, channels, size, size), device=world.device)
-    if images.ndim == 4:
-        images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(options.batch, device=world.device) % 10
+    shape = (options.batch, *frames, channels, size, size)
+    layout = torch.contiguous_format if frames else torch.channels_last
+    order = torch.arange(options.batch, device=world.device)
+    # Several, so that a graph that went on with those of its capture would show.
+    batches = itertools.cycle(
+        [
+            (
+                torch.rand(shape, device=world.device).contiguous(memory_format=layout),
+                (order + i) % 10,
+            )
+            for i in range(3)
+        ]
+    )
 
     # The same calls as in trainer.py.
     def add_micro_batch(images: Tensor, labels: Tensor) -> Tensor:
@@ -236,7 +246,7 @@ def training_step(
 
     def step() -> Tensor:
         for _ in range(options.accumulation):
-            loss = run(images, labels)
+            loss = run(*next(batches))
         update = engine.update(0.01)
         batch_norm.update_running_statistics(model, world.mean_, update.applied)
         return loss

@@ -379,8 +379,9 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cuda_graphs: bool = False
     """Have a GPU start a micro-batch's kernels, forward and backward, all at once: for small
-    micro-batches, where it would wait for the host. With engine=torch. Shown right on no GPU yet:
-    run tools/check_gpu.py there first."""
+    micro-batches, where it would wait for the host. With engine=torch. What a micro-batch needs
+    stays reserved between them, beside what an evaluation takes. Shown right on no GPU yet: run
+    tools/check_gpu.py there first."""
     deterministic: bool = False
     """Only algorithms that repeat to the bit on a GPU; slower. (On a CPU they all do.)"""
     max_steps: Positive | None = None

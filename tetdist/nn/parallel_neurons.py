@@ -70,7 +70,7 @@ class ParallelNeuron(NeuronConfig):
 def _as_wide_as_they_are(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Products of matrices in the type of the matrices, also where autocast is on."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)
 

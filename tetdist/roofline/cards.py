@@ -85,6 +85,9 @@ def find(text: str) -> Card | None:
     """The card that a driver's or a cluster's name means, such as ``NVIDIA H100 80GB HBM3`` or
     ``gpu:a100_80:4``; of several that it may be, the one of which it says most."""
 
+    if re.search(r"\bmig\b|\dg[._]\d+gb|laptop", text.lower()):
+        return None  # a part of one, or a slower one of the same name
+
     def means(word: str) -> bool:
         # Neither a GB200 nor a V1000; but a RTX4090.
         before = r"(?<![0-9])" if word[0].isdigit() else r"(?<![a-z0-9])"

@@ -21,6 +21,8 @@ BANDWIDTH_SHARE = 0.8
 ARITHMETIC_SHARES = {"fp32": 0.7, "tf32": 0.25, "bf16": 0.4, "fp16": 0.4}
 # What Python, torch and Triton take to start a kernel.
 LAUNCH_SECONDS = 12e-6
+# Beside the graph itself two copies of its input, and the sums for the metrics.
+LAUNCHES_OF_GRAPH = 5
 
 Bound = Literal["memory", "arithmetic", "launches"]
 
@@ -59,8 +61,11 @@ class Estimate:
         return "memory" if self.memory > self.arithmetic else "arithmetic"
 
 
-def estimate(work: Work, card: Card) -> Estimate | None:
-    """The time of counted work on a card; None: it has no arithmetic for that precision."""
+def estimate(work: Work, card: Card, *, as_graph: bool = False) -> Estimate | None:
+    """The time of counted work on a card; None: it has no arithmetic for that precision.
+
+    With ``as_graph`` the host starts all kernels at once (training/graphs.py).
+    """
     by_kind: defaultdict[str, float] = defaultdict(float)
     by_bound: defaultdict[Bound, float] = defaultdict(float)
     speed = operations_per_s(card, work.precision)
@@ -70,7 +75,8 @@ def estimate(work: Work, card: Card) -> Estimate | None:
         memory, arithmetic = memory_seconds(kernel, card), kernel.operations / speed
         by_kind[kernel.kind] += max(memory, arithmetic)
         by_bound["memory" if memory >= arithmetic else "arithmetic"] += max(memory, arithmetic)
-    launches = sum(kernel.launches for kernel in work.kernels) * LAUNCH_SECONDS
+    count = LAUNCHES_OF_GRAPH if as_graph else sum(kernel.launches for kernel in work.kernels)
+    launches = count * LAUNCH_SECONDS
     return Estimate(work.batch, dict(by_kind), by_bound["memory"], by_bound["arithmetic"], launches)
 
 

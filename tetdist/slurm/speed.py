@@ -14,8 +14,10 @@ from typing import Any, assert_never
 
 import timm
 
+from tetdist import models
 from tetdist.config.schema import PhaseSection, RunConfig, phase_image_sizes
 from tetdist.errors import UserError, typed
+from tetdist.nn import neurons
 from tetdist.optimizers import kind_of
 from tetdist.roofline import cards
 from tetdist.roofline.cards import Card
@@ -78,9 +80,10 @@ class Network:
 
 @dataclass(frozen=True)
 class Case:
-    """What a benchmark has measured: network, pixels, and the configuration's precision."""
+    """What a benchmark has measured: network, its kind of neuron, pixels, precision."""
 
     model: str
+    neuron: str
     size: int
     precision: str
 
@@ -162,7 +165,7 @@ def _estimates(
         for size in dict.fromkeys(phase_image_sizes(config, phase)):
             shape = network.shape(config.batch.micro, size)
             work = count(network.model, shape, config.precision)
-            found.append((estimate(work, card), work))
+            found.append((estimate(work, card, as_graph=config.cuda_graphs), work))
         return found
     finally:
         network.model.set_timesteps(before)
@@ -181,6 +184,8 @@ def _details(
             waits = f"its memory bounds {of_memory:.0f} % of that, arithmetic the rest"
         case "launches":
             waits = f"the host's starting of kernels bounds it; they run for {1e3 * busy:.1f} ms"
+            if not config.cuda_graphs:
+                waits += ", which cuda_graphs=true (with engine=torch) would come nearer to"
         case other:
             assert_never(other)
     lines = [
@@ -239,7 +244,9 @@ def measured(
             "for an estimate"
         )
     case, own = _case_in(values, config, network), _case_of(config, network)
-    if case == own and config.recompute == "none":
+    measured_on = _card_in(values)
+    other_card = None not in (card, measured_on) and card != measured_on
+    if case == own and config.recompute == "none" and not other_card:
         return speed
     if not cluster.gpus_per_node:
         if case == own:
@@ -248,11 +255,12 @@ def measured(
             f"--benchmark: {file} measured {_text(case)}, and this run trains {_text(own)}: "
             "measure that, or give --images-per-s X"
         )
-    return _by_roofline(file, speed, case, config, network, card or _card_in(values))
+    card = card or measured_on
+    return _by_roofline(file, speed, case, config, network, card, measured_on or card)
 
 
 def _speed_in(values: dict[str, Any], config: RunConfig) -> Speed:
-    rate, text = float(values["images_per_s"]) / int(values.get("processes", 1)), ""
+    rate, text = float(values["images_per_s"]) / max(1, int(values.get("processes", 1))), ""
     by_batch = {int(batch): float(one) for batch, one in values.get("by_batch", {}).items()}
     if by_batch:
         smaller = [batch for batch in by_batch if batch <= config.batch.micro]
@@ -267,7 +275,8 @@ def _speed_in(values: dict[str, Any], config: RunConfig) -> Speed:
 def _case_of(config: RunConfig, network: Network) -> Case:
     first = config.phases[config.start_phase]
     size = network.frames[1] if network.frames else phase_image_sizes(config, first)[1]
-    return Case(config.model.name, size, config.precision)
+    kind = str(neurons.as_dict(config.model.neuron)["kind"])
+    return Case(config.model.name, kind, size, config.precision)
 
 
 def _case_in(values: dict[str, Any], config: RunConfig, network: Network) -> Case:
@@ -277,7 +286,9 @@ def _case_in(values: dict[str, Any], config: RunConfig, network: Network) -> Cas
     if size is None:
         # A benchmark takes a network's own size if none was named.
         size = (_own_size(model) if "model" in values else None) or own.size
-    return Case(model, size, precision)
+    # A benchmark takes a network as it is registered.
+    neuron = values.get("neuron", "lif" if "model" in values else own.neuron)
+    return Case(model, neuron, size, precision)
 
 
 def _own_size(model: str) -> int | None:
@@ -287,15 +298,23 @@ def _own_size(model: str) -> int | None:
 
 
 def _card_in(values: dict[str, Any]) -> Card | None:
-    return cards.find(str(values.get("machine", {}).get("device", "")))
+    machine = values.get("machine")
+    return cards.find(str(machine.get("device", ""))) if isinstance(machine, dict) else None
 
 
 def _text(case: Case) -> str:
-    return f"{case.model} at {case.size} pixels in {case.precision}"
+    neuron = "" if case.neuron == "lif" else f" of {case.neuron} neurons"
+    return f"{case.model}{neuron} at {case.size} pixels in {case.precision}"
 
 
 def _by_roofline(
-    file: str, speed: Speed, case: Case, config: RunConfig, network: Network, card: Card | None
+    file: str,
+    speed: Speed,
+    case: Case,
+    config: RunConfig,
+    network: Network,
+    card: Card | None,
+    measured_on: Card | None,
 ) -> Speed:
     """The roofline of this run, times the share of its own that the measured network reached."""
     command = typed("bench", "model", "--model", config.model.name, "--device", "cuda")
@@ -306,26 +325,35 @@ def _by_roofline(
         f"measure this with `{command} --precision {config.precision} --json FILE`, or give "
         "--images-per-s X"
     )
-    if card is None:
+    if card is None or measured_on is None:
         raise UserError(f"{said}: name the kind of GPU, --gpu NAME, to compare the two, {way_out}")
-    own, theirs = computed(config, network, card), _estimate_of(case, speed.timesteps, config, card)
+    own = computed(config, network, card)
+    theirs = _estimate_of(case, speed.timesteps, config, measured_on)
     if isinstance(own, str) or theirs is None:
         raise UserError(f"{said}, which the roofline of an {card.name} cannot compare: {way_out}")
     share = speed.images_per_s / theirs.images_per_s
+    if share > 1.25:
+        raise UserError(
+            f"{said}: that is {100 * share:.0f} % of what the roofline of an {measured_on.name} "
+            f"allows, so the file is not of one, or not of {_text(case)}; {way_out}"
+        )
     return Speed(
         share * own.images_per_s,
         own.timesteps,
         of_phases=tuple(share * rate for rate in own.of_phases),
-        source=f"by the roofline of an {card.name}, of which {_text(case)} was measured to reach "
-        f"{100 * share:.0f} %",
+        source=f"by the roofline of an {card.name}; {_text(case)} was measured to reach "
+        f"{100 * share:.0f} % of that of an {measured_on.name}",
         details=own.details,
     )
 
 
 def _estimate_of(case: Case, timesteps: int, config: RunConfig, card: Card) -> Estimate | None:
-    if not timm.is_model(case.model):
+    if case.model not in models.names():
         return None
-    model: Any = timm.create_model(case.model, timesteps=timesteps)
+    kind: dict[str, Any] = {"kind": case.neuron}
+    if "timesteps" in neurons.class_of(case.neuron).__dataclass_fields__:
+        kind["timesteps"] = timesteps
+    model: Any = timm.create_model(case.model, timesteps=timesteps, neuron=kind)
     frames = (timesteps, case.size, case.size) if model.input_kind == "events" else None
     shape = Network(model, frames).shape(config.batch.micro, case.size)
     return estimate(count(model, shape, case.precision), card)

@@ -79,7 +79,8 @@ class Graphed:
     def _capture(self, given: tuple[Tensor, ...]) -> None:
         # A graph keeps its memory, which the next one may need.
         self._captured = None
-        self._inputs = tuple(tensor.clone() for tensor in given)
+        self._inputs = ()
+        inputs = tuple(tensor.clone() for tensor in given)
         parameters = list(self._model.parameters())
         # What the calls before the capture change is put back: this micro-batch counts once.
         grads = [None if p.grad is None else p.grad.clone() for p in parameters]
@@ -89,7 +90,7 @@ class Graphed:
         def once() -> Tensor:
             nonlocal before
             before = [norm.pending_count for norm in self._norms]
-            return self._function(*self._inputs)
+            return self._function(*inputs)
 
         device = given[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -104,6 +105,7 @@ class Graphed:
             if parameter.grad is not None:
                 # In place, for there the graph adds to it.
                 parameter.grad.copy_(torch.zeros_like(parameter.grad) if grad is None else grad)
+        self._inputs = inputs
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
