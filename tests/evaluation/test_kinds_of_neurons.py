@@ -133,7 +133,7 @@ def test_a_network_runs_at_the_t_of_its_neurons_only() -> None:
     with pytest.raises(UserError, match="timesteps: psn has weights for T=4 alone"):
         model.set_timesteps(2)
     assert model.timesteps == 4
-    with pytest.raises(UserError, match="psn neurons weigh the currents of all timesteps at once"):
+    with pytest.raises(UserError, match="psn neurons have weights for each timestep of the whole"):
         model.set_segment(2)
     with pytest.raises(UserError, match="timesteps: psn has weights for T=4 alone"):
         network("spiking_convnet", {"kind": "psn"}, timesteps=6)

@@ -151,6 +151,23 @@ def test_membranes_are_carried_across_segments(name: str, execution: str) -> Non
             torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-12, msg=key)
 
 
+def test_networks_without_membranes_run_in_segments() -> None:
+    x, neuron = images("preact_resnet18"), {"kind": "relu"}
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model(
+            "preact_resnet18", timesteps=4, num_classes=3, neuron=neuron, width=4
+        )
+        model.set_segment(2)
+        model.set_grad_checkpointing(recompute)
+        batch_norm.defer_running_statistics(model)
+        results.append(step(model.train(), x))
+    kept, again = results
+    for key, value in kept.items():
+        torch.testing.assert_close(again[key], value, rtol=1e-4, atol=1e-6, msg=key)
+
+
 def test_segments_normalise_by_themselves() -> None:
     """As documented: in training a segmented network is another one."""
     whole = step(network("vggsnn", execution="reference", **KEEP_ALL), images("vggsnn"))

@@ -105,7 +105,7 @@ def test_a_phase_of_another_t_is_refused_where_the_neurons_have_but_one(
     assert "phases.1.timesteps: psn has weights for T=2 alone" in outcome.text
     outcome = farm(tiny_config(changes("psn") | {"recompute": {"timesteps": 1}}))
     assert outcome.status == 2
-    assert "recompute: psn neurons weigh the currents of all timesteps at once" in outcome.text
+    assert "recompute: psn neurons have weights for each timestep of the whole" in outcome.text
 
 
 def test_an_evaluation_refuses_the_t_that_does_not_exist(

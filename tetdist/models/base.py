@@ -132,8 +132,8 @@ class SpikingNetwork(nn.Module):
         for neuron in neurons_of(self):
             if timesteps is not None and not neuron.segments:
                 raise UserError(
-                    f"recompute: {neurons.kind_of(neuron)} neurons weigh the currents of all "
-                    f"timesteps at once and do not run in segments of {timesteps}; set "
+                    f"recompute: {neurons.kind_of(neuron)} neurons have weights for each "
+                    f"timestep of the whole and do not run in segments of {timesteps}; set "
                     "recompute=blocks"
                 )
         self.segment = timesteps

@@ -189,8 +189,10 @@ class SpikeDrivenTransformer(SpikingNetwork):
         timesteps: int = 4,
     ) -> None:
         super().__init__(num_classes=num_classes, timesteps=timesteps)
-        if len(pools) != 4:
-            raise ValueError(f"pools must be four, one a convolution of the stem, not {pools}")
+        if len(pools) != 4 or not all(isinstance(one, bool) for one in pools):
+            raise ValueError(
+                f"pools must be four of true or false, one a convolution of the stem, not {pools!r}"
+            )
         if channels % 8 or channels % heads:
             raise ValueError(f"channels must be a multiple of 8 and of heads, not {channels}")
         self.stem = Embedding(in_chans, channels, pools, neuron)

@@ -185,9 +185,13 @@ def _segment_gradients(
         output, ends = block.run(x, timesteps, start)
     inputs = [x] if needs_input_grad else []
     inputs += start or []
-    outputs = [output, *ends] if grad_ends else [output]
+    outputs = list(
+        zip([output, *ends] if grad_ends else [output], [grad_output, *grad_ends], strict=True)
+    )
+    # What has no membrane, ReLU say, neither reads the one that it is given nor leaves one behind.
+    ran, grads = zip(*(pair for pair in outputs if pair[0].requires_grad), strict=True)
     gradients = list(
-        torch.autograd.grad(outputs, [*inputs, *block.parameters], [grad_output, *grad_ends])
+        torch.autograd.grad(ran, [*inputs, *block.parameters], grads, materialize_grads=True)
     )
     grad_x = gradients.pop(0) if needs_input_grad else None
     grad_start = [gradients.pop(0) for _ in start or []]
