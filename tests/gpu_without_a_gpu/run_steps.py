@@ -302,7 +302,7 @@ def make_trainer(case: Case, config: Any, world: Any) -> Any:
             self.non_finite = health.NonFiniteSteps(world.device, config.non_finite_limit)
             self.optimizer_state = self.loss_scale_state = None
             self.teacher = _teacher(config, self.train_index) if case.learns else None
-            self.tracker = self.plots = self.phase = None
+            self.tracker = self.plots = self.phase = self.graph = None
             self.record = lambda _step, _batch: None
 
         def _open_loader(self, _step: int) -> Any:

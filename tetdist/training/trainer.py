@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -117,6 +117,7 @@ class Trainer:
             world.run_on_all(lambda: self._restore(found))
 
         self.phase: Phase | None = None
+        self.graph: graphs.Graphed | None = None  # of `_add_micro_batch`
         self.engine: Engine
         self.loader: Batches
         self.image_size = 0  # of the loader's images
@@ -235,11 +236,8 @@ class Trainer:
         if self.loss_scale_state is not None and self.engine.loss_scale:
             self.engine.loss_scale.load_state_dict(self.loss_scale_state)
         self.optimizer_state = None
-        self.add_micro_batch = self._add_micro_batch
         if self.config.cuda_graphs:
-            self.add_micro_batch = graphs.Graphed(
-                self._add_micro_batch, self.model, self.world.run_on_all
-            )
+            self.graph = graphs.Graphed(self._add_micro_batch, self.model, self.world.run_on_all)
         self.image_size = self._image_size(self.step)
         self.loader = self._open_loader(self.step)
         self.phase = phase
@@ -268,7 +266,7 @@ class Trainer:
                 self.loss_scale_state = self.engine.loss_scale.state_dict()
             self.loader.close()
             self.engine.close()
-            self.phase = None
+            self.graph = self.phase = None
 
     # --- training -----------------------------------------------------------------------------
 
@@ -350,9 +348,10 @@ class Trainer:
     ) -> tuple[Update, Tensor]:
         """One update from the step's micro-batches; also their sums for the metrics."""
         sums = torch.zeros_like(self.window)
+        add_micro_batch = self.graph or self._add_micro_batch
         for number, (images, targets) in zip(self.micro_batches, batches, strict=True):
             self._seed(self.step, number)
-            sums += self.add_micro_batch(images, targets)
+            sums += add_micro_batch(images, targets)
         update = self.engine.update(lr)
         batch_norm.update_running_statistics(self.model, self.world.mean_, update.applied)
         return update, sums
@@ -634,7 +633,6 @@ class Trainer:
         if distillation.teacher is not None and distillation.weight > 0:
             self.teacher = Teacher(self.config, self.train_index, self.world.device)
 
-    add_micro_batch: Callable[[Tensor, Tensor], Tensor]  # `_add_micro_batch`, or a graph of it
     tracker: Tracker | None
     plots: RunPlots | None
     cores: BusyCores
