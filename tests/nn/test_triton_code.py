@@ -217,6 +217,28 @@ def test_nothing_spills_with_many_timesteps(
             check(gpu_code.compiled(launch, capability))
 
 
+@each_gpu
+@pytest.mark.parametrize(
+    ("timesteps", "shortcut", "carries", "surrogate"),
+    [
+        (8, "plain", True, "atan"),
+        pytest.param(8, "plain", False, "sigmoid", marks=pytest.mark.long),
+        pytest.param(8, "plain", True, "triangle", marks=pytest.mark.long),
+        pytest.param(8, "none", False, "sigmoid", marks=pytest.mark.long),
+        pytest.param(16, "plain", True, "triangle", marks=pytest.mark.long),
+        pytest.param(4, "normalized", True, "sigmoid", marks=pytest.mark.long),
+    ],
+)
+def test_nothing_spills_where_much_is_kept(
+    timesteps: int, shortcut: Any, carries: bool, surrogate: Any, capability: int
+) -> None:
+    neuron = LIF(surrogate=surrogate)
+    layer = Layer(timesteps=timesteps, shortcut=shortcut, carries=carries, neuron=neuron)
+    for launch in layer.launches():
+        if launch.name in ("backward_sums", "backward"):
+            check(gpu_code.compiled(launch, capability))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("surrogate", SURROGATES)

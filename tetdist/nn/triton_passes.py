@@ -31,8 +31,9 @@ WARPS = 4
 THREADS = 32 * WARPS
 _NONE = (None,) * 4  # instead of an `Affine`
 # What a thread keeps of the backward pass, at most, so that it all stays in registers: of 255, for
-# the rest is needed to compute. tests/nn/test_triton_code.py sees that nothing spills.
-KEPT_REGISTERS = 100
+# the rest is needed to compute, a surrogate's exponential most of all.
+# tests/nn/test_triton_code.py sees that nothing spills.
+KEPT_REGISTERS = 64
 # The most programs of a pass. Enough that a GPU of 132 processors, or of 108, is busy to the end,
 # and few enough that the partial sums of them are a percent of what is read.
 PROGRAMS = {
@@ -281,9 +282,10 @@ class Passes(NormPasses):
         x, shortcut, _, of_shortcut, _, learned = inputs
         wide = _wide_type(x).itemsize
         kept = x.shape[0] * x.element_size() + self.timesteps * wide
-        if shortcut is not None and of_shortcut is not None:
-            # And what normalises it, of the channel.
-            kept += self.timesteps * shortcut.element_size() + 4 * wide
+        if shortcut is not None:
+            kept += self.timesteps * shortcut.element_size()
+        if of_shortcut is not None:
+            kept += 4 * wide  # what normalises it, of the channel
         if learned:
             # And the membranes after the resets, of which the gradient of the share is made.
             kept += self.timesteps * wide
