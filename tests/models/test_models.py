@@ -5,6 +5,7 @@ import functools
 import math
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -403,6 +404,8 @@ def test_connect_functions_on_spikes() -> None:
 
     class Layer(nn.Module):
         """Its input is its output."""
+
+        neuron = types.SimpleNamespace(neuron=LIF())
 
         def forward(self, x: Tensor, identity: Tensor | None = None) -> Tensor:
             return x if identity is None else x + identity

@@ -512,7 +512,7 @@ def test_every_kind_of_neuron(case: Case, kind: str) -> None:
         (
             "sdt_8_384",
             {"neuron": {"kind": "ilif", "most_spikes": 16}, "channels": 16},
-            "attention multiplies spikes, so that they can be at most 15, not 16",
+            "most_spikes must be at most 15, not 16",
         ),
         ("qkformer_10_384", {"heads": 5}, "96 channels cannot be divided among 5 heads"),
         ("qkformer_10_384", {"embedding": "mnist"}, "embedding must be .* not 'mnist'"),
