@@ -54,6 +54,17 @@ def _all_end_with_the_tests() -> None:
     os.environ |= as_starter()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for tensors so small that a second would only wait for the first."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def ended() -> Iterator[Callable[["subprocess.Popen[Any]"], "subprocess.Popen[Any]"]]:
     """Takes a process in a session of its own, and leaves nothing of it, also of a failed test."""

@@ -110,8 +110,11 @@ def copy(image: Image, sources: list[str], target: str) -> None:
     """Copy files of the project that git knows: the others are ignored, or ought to be."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--", *sources],
-        cwd=PROJECT, check=True, stdout=subprocess.PIPE, text=True,
-    ).stdout.split("\0")[:-1]  # fmt: skip
+        cwd=PROJECT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout.split("\0")[:-1]
     folder = _inside(image, str(Path(image.folder, target)))
     for name in listed:
         # What is copied by itself lies directly in the target, or has the name that is given.

@@ -79,13 +79,9 @@ def _interpreted_kernels(name: str) -> ModuleType:
     return module
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """The tensors here are small; a second thread would only wait for the first."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def draw(seed: int, *shape: int) -> Tensor:
+    """Normally distributed numbers in float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def randomize(module: nn.Module, seed: int = 0) -> None:

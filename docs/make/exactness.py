@@ -319,10 +319,12 @@ def stages(runs: Runs, quick: bool) -> str:
     one = runs("float32-0-1")
     cases = [(0, 2), (1, 1)] if quick else [(0, 2), (0, 4), (1, 1), (1, 2), (1, 4), (2, 2), (2, 4)]
     found = [
-        (f"stage {stage}, {world} process" + "es" * (world > 1), runs(
-            f"float32-{stage}-{world}", f"zero_stage={stage}", world=world))
+        (
+            f"stage {stage}, {world} process" + "es" * (world > 1),
+            runs(f"float32-{stage}-{world}", f"zero_stage={stage}", world=world),
+        )
         for stage, world in cases
-    ]  # fmt: skip
+    ]
     found += [
         ("control: 1 process, 2 threads", runs("control-threads", threads=2)),
         ("control: 1 process, weights contiguous", runs("control-contiguous", contiguous=True)),

@@ -195,9 +195,19 @@ def section(code: dict[str, Any]) -> str:
         for name, before in COMPILED.items()
     ]
     passes = markdown(
-        ["pass", "bytes before", "instructions", "bytes now", "instructions", "registers",
-         "ps before", "ps now", "bound by"], rows
-    )  # fmt: skip
+        [
+            "pass",
+            "bytes before",
+            "instructions",
+            "bytes now",
+            "instructions",
+            "registers",
+            "ps before",
+            "ps now",
+            "bound by",
+        ],
+        rows,
+    )
     works = {recompute: work_of(recompute) for recompute in RECOMPUTE}
     now = estimated(works["none"])
     kinds = sorted(now.by_kind, key=lambda kind: -now.by_kind[kind])
@@ -210,9 +220,16 @@ def section(code: dict[str, Any]) -> str:
         each = [f"{1e6 * parts[kind] / BATCH / TIMESTEPS:.0f}" for kind in kinds]
         mib = works[recompute].peak_bytes / BATCH / 2**20
         networks.append(
-            [name, recompute, *each, f"{1e6 * total / BATCH / TIMESTEPS:.0f}",
-             f"{BATCH / total:.0f}", f"{1e3 * total:.1f}", f"{mib:.0f}"]
-        )  # fmt: skip
+            [
+                name,
+                recompute,
+                *each,
+                f"{1e6 * total / BATCH / TIMESTEPS:.0f}",
+                f"{BATCH / total:.0f}",
+                f"{1e3 * total:.1f}",
+                f"{mib:.0f}",
+            ]
+        )
     whole = markdown(
         ["passes", "recompute", *kinds, "all", "images/s", f"ms, batch {BATCH}", "MiB an image"],
         networks,
@@ -224,10 +241,16 @@ def section(code: dict[str, Any]) -> str:
         assert found is not None
         memory = found.memory / (found.memory + found.arithmetic)
         cards.append(
-            [card.name, precision, f"{card.bandwidth / 1e12:.2f}",
-             f"{(card.arithmetic(precision) or 0) / 1e12:.0f}", f"{1e3 * found.seconds:.1f}",
-             f"{found.images_per_s:.0f}", f"{100 * memory:.0f} %"]
-        )  # fmt: skip
+            [
+                card.name,
+                precision,
+                f"{card.bandwidth / 1e12:.2f}",
+                f"{(card.arithmetic(precision) or 0) / 1e12:.0f}",
+                f"{1e3 * found.seconds:.1f}",
+                f"{found.images_per_s:.0f}",
+                f"{100 * memory:.0f} %",
+            ]
+        )
     of_cards = markdown(
         ["GPU", "precision", "TB/s", "TFLOP/s", f"ms, batch {BATCH}", "images/s", "memory's share"],
         cards,

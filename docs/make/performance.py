@@ -56,9 +56,12 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
         found += [
             Measurement(f"step-{precision}", f"{step} --modes none,blocks,timesteps{peer}"),
             Measurement(f"evaluation-{precision}", f"{step} --evaluate{peer}"),
-            Measurement(f"memory-{precision}", f"memory --model {network} --precision {precision} "
-                        f"--timesteps {','.join(map(str, timesteps_of(options)))}{peer}"),
-        ]  # fmt: skip
+            Measurement(
+                f"memory-{precision}",
+                f"memory --model {network} --precision {precision} "
+                f"--timesteps {','.join(map(str, timesteps_of(options)))}{peer}",
+            ),
+        ]
         found += [
             Measurement(f"timesteps-{t}-{precision}", f"{step} --timesteps {t} --repeats 3{peer}")
             for t in timesteps_of(options)
@@ -82,9 +85,10 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
                 options_of = f"--model {network} --precision {precision} --modes none,blocks{peer}"
                 found += [
                     Measurement(f"{network}-{precision}", f"model {options_of} --repeats 5"),
-                    Measurement(f"{network}-memory-{precision}",
-                                f"memory {options_of} --timesteps 4"),
-                ]  # fmt: skip
+                    Measurement(
+                        f"{network}-memory-{precision}", f"memory {options_of} --timesteps 4"
+                    ),
+                ]
     if options.device == "cpu":
         found += [
             Measurement("scaling-1", f"scaling --model {network}"),
@@ -306,8 +310,12 @@ def step_table(found: dict[str, dict[str, Any]], kind: str) -> str:
 
 def older(found: dict[str, dict[str, Any]]) -> str:
     """What to know of the sections below where they are of an earlier measurement."""
-    if all("waiting" in row for name in found for row in found[name].get("rows", ())
-           if name.startswith(("timesteps", "batch"))):  # fmt: skip
+    if all(
+        "waiting" in row
+        for name in found
+        for row in found[name].get("rows", ())
+        if name.startswith(("timesteps", "batch"))
+    ):
         return ""
     return """
 
@@ -551,9 +559,12 @@ def draw(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> Path:
         for name, values in by_name.items():
             plot(axis, name, sorted(values), [values[t] for t in sorted(values)])
         finish(
-            axis, f"{network}, {precision}", "T", "MiB an image, kept at most",
+            axis,
+            f"{network}, {precision}",
+            "T",
+            "MiB an image, kept at most",
             timesteps_of(options),
-        )  # fmt: skip
+        )
     figure.savefig(folder / "timesteps.png")
 
     figure, axes = panels(1)
@@ -562,9 +573,12 @@ def draw(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> Path:
             xs = sorted(by_x)
             plot(axis, name, xs, [by_x[x]["images_per_s"] for x in xs])
         finish(
-            axis, f"{network}, T=4, {precision}", "batch", "images/s (of T timesteps each)",
+            axis,
+            f"{network}, T=4, {precision}",
+            "batch",
+            "images/s (of T timesteps each)",
             batches_of(options),
-        )  # fmt: skip
+        )
     figure.savefig(folder / "batch.png")
     return folder
 

@@ -113,9 +113,13 @@ def draw_accuracy(axis: Any, study: dict[str, Any], sdt: str, tet: str) -> None:
         values = [[run[t - 1] for run in runs] for t in timesteps]
         means = [sum(at) / len(at) for at in values]
         axis.fill_between(
-            timesteps, [min(at) for at in values], [max(at) for at in values], color=colour,
-            alpha=0.15, linewidth=0,
-        )  # fmt: skip
+            timesteps,
+            [min(at) for at in values],
+            [max(at) for at in values],
+            color=colour,
+            alpha=0.15,
+            linewidth=0,
+        )
         axis.plot(timesteps, means, "o-", color=colour, label=label, markersize=4)
     (trained,) = {run["timesteps"] for run in study["runs"] if run["entry"] in (sdt, tet)}
     axis.axvline(trained, color=RELU, linestyle=":", linewidth=1)

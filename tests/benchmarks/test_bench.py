@@ -57,9 +57,21 @@ def speed_that_the_plan_reads(file: Path) -> Speed | str:
 @pytest.mark.long
 def test_a_step_is_timed_against_the_relu_network(tmp_path: Path) -> None:
     result, out = bench(
-        tmp_path, "model", "--model", "sew_resnet18", "--size", 64, "--timesteps", 2, "--batch", 2,
-        "--modes", "none,timesteps", "--repeats", 3,
-    )  # fmt: skip
+        tmp_path,
+        "model",
+        "--model",
+        "sew_resnet18",
+        "--size",
+        64,
+        "--timesteps",
+        2,
+        "--batch",
+        2,
+        "--modes",
+        "none,timesteps",
+        "--repeats",
+        3,
+    )
     names = [row["name"] for row in result["rows"]]
     assert names == ["relu", "tetdist, none", "tetdist, timesteps"]
     assert result["rows"][0]["ratio"] == 1
@@ -77,9 +89,20 @@ def test_a_step_is_timed_against_the_relu_network(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_an_evaluation_is_timed(tmp_path: Path) -> None:
     result, out = bench(
-        tmp_path, "model", "--model", "vggsnn", "--timesteps", 2, "--batch", 1, "--evaluate",
-        "--repeats", 1, "--precision", "bf16",
-    )  # fmt: skip
+        tmp_path,
+        "model",
+        "--model",
+        "vggsnn",
+        "--timesteps",
+        2,
+        "--batch",
+        1,
+        "--evaluate",
+        "--repeats",
+        1,
+        "--precision",
+        "bf16",
+    )
     assert [row["name"] for row in result["rows"]] == ["relu", "tetdist, none"]
     assert "evaluation" in out
     # The plan is one of training.
@@ -89,9 +112,21 @@ def test_an_evaluation_is_timed(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_the_peer_takes_part(tmp_path: Path) -> None:
     result, _ = bench(
-        tmp_path, "model", "--model", "sew_resnet18", "--size", 64, "--timesteps", 2, "--batch", 2,
-        "--spikingjelly", "eager", "--repeats", 1,
-    )  # fmt: skip
+        tmp_path,
+        "model",
+        "--model",
+        "sew_resnet18",
+        "--size",
+        64,
+        "--timesteps",
+        2,
+        "--batch",
+        2,
+        "--spikingjelly",
+        "eager",
+        "--repeats",
+        1,
+    )
     assert [row["name"] for row in result["rows"]][-1] == "spikingjelly, eager"
 
 
@@ -99,9 +134,17 @@ def test_the_peer_takes_part(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_memory_is_what_the_documentation_promises(tmp_path: Path, precision: str) -> None:
     result, _ = bench(
-        tmp_path, "memory", "--model", "sew_resnet34", "--size", 64, "--timesteps", "2,4",
-        "--precision", precision,
-    )  # fmt: skip
+        tmp_path,
+        "memory",
+        "--model",
+        "sew_resnet34",
+        "--size",
+        64,
+        "--timesteps",
+        "2,4",
+        "--precision",
+        precision,
+    )
     held = {(row["name"], row["timesteps"]): row["after_forward_mib"] for row in result["rows"]}
     for timesteps in (2, 4):
         # The convolutions' outputs, and spikes in bytes; ReLU keeps its own output as well.
@@ -119,9 +162,17 @@ def test_a_model_without_a_relu_network_stands_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ["torch", "deepspeed"])
 def test_processes_are_timed_alone_apart_and_together(tmp_path: Path, engine: str) -> None:
     result, out = bench(
-        tmp_path, "scaling", "--model", "spiking_convnet", "--engine", engine, "--repeats", 2,
-        "--accumulation", 3,
-    )  # fmt: skip
+        tmp_path,
+        "scaling",
+        "--model",
+        "spiking_convnet",
+        "--engine",
+        engine,
+        "--repeats",
+        2,
+        "--accumulation",
+        3,
+    )
     alone, apart, together = result["rows"]
     assert (alone["name"], apart["name"], together["name"]) == ("alone", "apart", "together")
     assert alone["efficiency"] == apart["of_apart"] == 1
@@ -189,9 +240,21 @@ def test_readmes_figure_is_drawn_from_what_is_in_the_project(tmp_path: Path) -> 
 @pytest.mark.long
 def test_batches_are_timed_against_other_pipelines(tmp_path: Path) -> None:
     result, out = bench(
-        tmp_path, "data", "--images", 48, "--size", 32, "--batch", 8, "--batches", 2, "--repeats",
-        2, "--epochs", 2,
-    )  # fmt: skip
+        tmp_path,
+        "data",
+        "--images",
+        48,
+        "--size",
+        32,
+        "--batch",
+        8,
+        "--batches",
+        2,
+        "--repeats",
+        2,
+        "--epochs",
+        2,
+    )
     names = [row["name"] for row in result["rows"]]
     assert names == ["torchvision", "DALI's reader", "tetdist", "decoding alone"]
     for row in result["rows"]:

@@ -61,9 +61,17 @@ def test_the_better_way_of_waiting_competes(
 def test_real_processes_are_timed_and_end() -> None:
     """Steps of a network of one layer, in processes of their own."""
     options = argparse.Namespace(
-        model="spiking_convnet", size=None, timesteps=1, batch=1, precision="fp32", device="cpu",
-        evaluate=True, modes=["none"], segment=1, spikingjelly=None,
-    )  # fmt: skip
+        model="spiking_convnet",
+        size=None,
+        timesteps=1,
+        batch=1,
+        precision="fp32",
+        device="cpu",
+        evaluate=True,
+        modes=["none"],
+        segment=1,
+        spikingjelly=None,
+    )
     with turns.contestants(["tetdist, none"], options) as found:
         (one,) = found.values()
         seconds = [one.step() for _ in range(3)]

@@ -224,9 +224,14 @@ def test_one_contestant_that_does_not_fit_takes_no_row_away(
         if sum(needs[name] * options.batch / 32 for name in names) > 10:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return [
-            {"name": name, "images_per_s": 1000.0 / needs[name], "ratio": needs[name],
-             "peak_mib": 1024.0} for name in names
-        ]  # fmt: skip
+            {
+                "name": name,
+                "images_per_s": 1000.0 / needs[name],
+                "ratio": needs[name],
+                "peak_mib": 1024.0,
+            }
+            for name in names
+        ]
 
     monkeypatch.setattr(rates, "measure_here", measure)
     monkeypatch.setattr(rates.importlib.util, "find_spec", lambda _: True)

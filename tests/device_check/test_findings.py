@@ -87,8 +87,16 @@ def test_the_last_line_says_that_there_was_no_gpu() -> None:
 @pytest.mark.parametrize(
     ("driver", "gpu", "wanted"),
     [
-        (580, (9, 0), "pip install torch torchvision --index-url https://download.pytorch.org/whl/cu130"),
-        (550, (9, 0), "pip install 'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/cu126"),
+        (
+            580,
+            (9, 0),
+            "pip install torch torchvision --index-url https://download.pytorch.org/whl/cu130",
+        ),
+        (
+            550,
+            (9, 0),
+            "pip install 'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/cu126",
+        ),
         (550, (8, 6), "pip install 'tetdist[train,cuda120]'"),
         (580, (7, 0), "whl/cu126"),  # CUDA 13 knows no Volta
         (550, (12, 0), "install a driver of version 580 or newer"),  # CUDA 12.6 knows no Blackwell
@@ -96,7 +104,7 @@ def test_the_last_line_says_that_there_was_no_gpu() -> None:
         (580, (3, 5), "take another GPU"),
         (None, None, "whl/cu130"),
     ],
-)  # fmt: skip
+)
 def test_a_torch_is_found_for_a_driver_and_a_gpu(
     driver: int | None, gpu: tuple[int, int] | None, wanted: str
 ) -> None:

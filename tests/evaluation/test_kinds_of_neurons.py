@@ -1,6 +1,6 @@
 """What evaluations say of networks whose neurons are no LIF."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+from one_batch import OneBatch
+from passes import randomize
 from torch import Tensor
 
-from tests.passes import randomize
 from tetdist.data.loader import Batch
 from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
-from tetdist.evaluation.evaluate import Evaluation, evaluate
 from tetdist.evaluation.operations import counting_operations
-from tetdist.evaluation.suite import Passes, run_suite
+from tetdist.evaluation.suite import run_suite
 from tetdist.evaluation.unrolling import unrolled
 from tetdist.models import SpikingNetwork
 from tetdist.nn import neurons
@@ -45,23 +45,6 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(neurons.NEURONS._entries, "ahead", Ahead)
 
 
-class OneBatch(Passes):
-    """Evaluates a batch that is at hand, in place of a folder's."""
-
-    batch: Batch
-
-    def run(
-        self,
-        title: str,
-        change: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
-        also: Callable[..., Any] = lambda _logits, _labels: None,
-    ) -> Evaluation:
-        del title
-        batches = change([self.batch])
-        samples = len(self.batch.labels)
-        return evaluate(self.model, batches, samples, self.world, precision="fp64", also=also)
-
-
 @pytest.fixture
 def alone() -> Iterator[World]:
     with join("cpu") as world:
@@ -83,10 +66,9 @@ def passes_of(model: SpikingNetwork, world: World) -> OneBatch:
     generator = torch.Generator().manual_seed(0)
     index: Any = type("Index", (), {"classes": CLASSES})
     config: Any = None
-    passes = OneBatch(model, config, index, world, lambda: None)
     images = torch.randn(24, 3, 12, 12, generator=generator, dtype=torch.float64)
-    object.__setattr__(passes, "batch", Batch(images, torch.arange(24) % 4, np.arange(24)))
-    return passes
+    batch = Batch(images, torch.arange(24) % 4, np.arange(24))
+    return OneBatch(model, config, index, world, lambda: None, batch, "fp64")
 
 
 def suite(model: SpikingNetwork, world: World, timesteps: list[int]) -> dict[str, Any]:

@@ -1,18 +1,18 @@
 """A network that is no subclass of tetdist's is evaluated by the little that is asked of one."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from one_batch import OneBatch
 from torch import Tensor, nn
 
 from tetdist.data.loader import Batch
 from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
-from tetdist.evaluation.evaluate import Evaluation, evaluate
-from tetdist.evaluation.suite import Passes, run_suite
+from tetdist.evaluation.suite import run_suite
 from tetdist.reports.evaluation_page import as_text, html_page, png_page
 
 T, CLASSES = 3, ("a", "b", "c", "d")
@@ -36,23 +36,6 @@ class Outside(nn.Module):
         return torch.stack([t * self.conv(frame).mean((2, 3)) for t, frame in steps])
 
 
-class OneBatch(Passes):
-    """Evaluates a batch that is at hand, in place of a folder's."""
-
-    batch: Batch
-
-    def run(
-        self,
-        title: str,
-        change: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
-        also: Callable[..., Any] = lambda _logits, _labels: None,
-    ) -> Evaluation:
-        del title
-        batches = change([self.batch])
-        samples = len(self.batch.labels)
-        return evaluate(self.model, batches, samples, self.world, precision="fp32", also=also)
-
-
 @pytest.fixture
 def alone() -> Iterator[World]:
     with join("cpu") as world:
@@ -64,10 +47,8 @@ def passes_of(model: Any, world: World) -> OneBatch:
     shape = (8, 3, 6, 6) if model.input_kind == "images" else (8, T, 2, 6, 6)
     index: Any = type("Index", (), {"classes": CLASSES})
     config: Any = None
-    passes = OneBatch(model, config, index, world, lambda: None)
     batch = Batch(torch.rand(shape), torch.arange(8) % 4, np.arange(8))
-    object.__setattr__(passes, "batch", batch)
-    return passes
+    return OneBatch(model, config, index, world, lambda: None, batch, "fp32")
 
 
 @pytest.mark.parametrize("kind", ["images", "events"])

@@ -4,7 +4,7 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 import timm
 import tiny
 import torch
-from passes import one_thread, randomize
+from passes import randomize
 from safetensors.torch import load_file
 from spikingjelly.activation_based import nir_exchange
 from tiny import Outcome
@@ -64,10 +64,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _fast() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def save(network: str, folder: Path, **neuron: Any) -> Path:

@@ -5,7 +5,7 @@ import copy
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 import torchvision
-from passes import one_thread, randomize
+from passes import randomize
 from published_networks import Shapes, distilled_shapes, ms_shapes, preact_shapes, random_state
 from safetensors.torch import load_file, save_file
 from spikingjelly.activation_based import functional, neuron, surrogate
@@ -35,10 +35,7 @@ from tetdist.nn.norm_neuron import Neuron
 T = 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _fast() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -1,7 +1,7 @@
 """Transformers in and out: from a published file to a program that somebody else runs."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import published_transformers as published
 import pytest
 import timm
 import torch
-from passes import one_thread
 from published_transformers import Published, QKFormerSize, SDTSize
 from torch import Tensor
 
@@ -33,10 +32,7 @@ TIMESTEPS = dict.fromkeys(NAMES, 2) | {"espikeformer": 1}  # which is published 
 each_family = pytest.mark.parametrize("family", NAMES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _fast() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 Tool = Callable[..., tuple[int, str, str]]

@@ -10,15 +10,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
-
-pytest.importorskip("spikingjelly", reason="the package spikingjelly is not installed")
-
 from adopted_networks import Small
 from graph_stand_ins import taped
 from spikingjelly.activation_based import encoding, functional, layer, neuron, surrogate
 from spikingjelly.activation_based.model import sew_resnet, spikformer, spiking_resnet, spiking_vgg
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from tetdist.data.loader import Batch
 from tetdist.distributed.world import join

@@ -1,12 +1,11 @@
 """Every network takes every kind of neuron: fused and by definition, kept and computed again."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import timm
 import torch
-from passes import one_thread, randomize
+from passes import randomize
 from torch import Tensor
 
 from tetdist.errors import UserError
@@ -36,10 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
 EVERY_DAY = ("plif", "psn", "ilif")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _fast() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(name: str, kind: str) -> tuple[SpikingNetwork, Tensor]:

@@ -2,14 +2,12 @@
 
 import copy
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from passes import one_thread
 from published_networks import (
     DECOUPLING,
     MS,
@@ -32,10 +30,7 @@ from tetdist.nn.norm_neuron import Neuron, spiking_layers
 T = 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _fast() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 PREACT = {"preact_resnet18": (2, 2, 2, 2), "preact_resnet34": (3, 4, 6, 3)}

@@ -6,7 +6,7 @@ import math
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from passes import assert_same, one_thread, randomize, results_of
+from passes import assert_same, randomize, results_of
 from torch import Tensor, nn
 
 import tetdist
@@ -25,11 +25,7 @@ from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics, update_ru
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import NormNeuron
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SEW = ["sew_resnet18", "sew_resnet34", "sew_resnet50", "sew_resnet101", "sew_resnet152"]
@@ -49,13 +45,16 @@ SMALL: dict[str, dict[str, Any]] = {
     "spiking_resnet50": {"width": 2, "stem_width": 4},
     "spiking_resnet19": {"width": 4, "stem_width": 3, "hidden_features": 6},
     "spiking_resnet19_dvs": {
-        "width": 4, "stem_width": 3, "hidden_features": 16, "input_size": 16,
+        "width": 4,
+        "stem_width": 3,
+        "hidden_features": 16,
+        "input_size": 16,
     },
     "preact_resnet18": {"width": 4},
     "ms_resnet18": {"width": 4, "stem": "deep", "pooled_projections": True},
     "vggsnn": {"input_size": 16},
     "spiking_convnet": {"channels": (4, 6, 8), "input_size": 12},
-}  # fmt: skip
+}
 each_family = pytest.mark.parametrize("name", SMALL)
 # Whose stem ends in neurons. (What is a current there: test_membrane_shortcuts.py.)
 each_image_family_with_spikes = pytest.mark.parametrize(

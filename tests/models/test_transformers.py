@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import published_transformers as published
 import pytest
 import timm
 import torch
-from passes import assert_same, one_thread, randomize, results_of
+from passes import assert_same, randomize, results_of
 from published_transformers import Published, QKFormerSize, SDTSize
 from torch import Tensor, nn
 
@@ -31,10 +31,7 @@ assert tetdist.__doc__  # registers the models
 T, BATCH = 3, 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _fast() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Parameters as published (for QKFormer and the Spike-driven Transformer those that the authors'

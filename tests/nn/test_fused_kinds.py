@@ -1,6 +1,6 @@
 """Fused passes of the kinds of neurons beside LIF, against their definition: C++ and Triton."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,8 +8,8 @@ import torch
 from passes import (
     IMPLEMENTATIONS,
     assert_same,
+    draw,
     each_implementation,
-    one_thread,
     randomize,
     results_of,
 )
@@ -48,14 +48,7 @@ each_kind_and_implementation = pytest.mark.parametrize(
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layer(kind: str, channels: int = 5) -> NormNeuron:

@@ -1,14 +1,14 @@
 """Neurons without a norm, fused, against their definition: in C++, and in Triton."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes import IMPLEMENTATIONS, assert_same, each_implementation, one_thread, results_of
+from passes import IMPLEMENTATIONS, assert_same, draw, each_implementation, results_of
 from torch import Tensor, nn
 
 from tetdist.nn import neurons
@@ -33,14 +33,7 @@ KINDS = {
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def channels_last(x: Tensor) -> Tensor:

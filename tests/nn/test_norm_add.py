@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +14,6 @@ from passes import (
     assert_same,
     each_implementation,
     interpreted,
-    one_thread,
     randomize,
     results_of,
 )
@@ -26,11 +24,7 @@ from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics, recomputi
 from tetdist.nn.norm_neuron import NormAdd
 from tetdist.nn.recompute import Block
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 Shortcut = Literal["none", "plain", "normalized"]

@@ -1,19 +1,13 @@
 """Batch norm before a pooling: the fast path against the definition."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from passes import assert_same, interpreted, not_native, one_thread, randomize, results_of
+from passes import assert_same, interpreted, not_native, randomize, results_of
 from torch import Tensor
 
 from tetdist.nn.norm_pool import NormPool
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def module_of(*, training: bool, dtype: torch.dtype = torch.float64) -> NormPool:

@@ -1,21 +1,16 @@
 """Products of spikes: exact sums, and bytes in place of numbers in the backward pass."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from passes import one_thread
 from torch import Tensor
 
 from tetdist.nn.packed import carried, carry, pack
 from tetdist.nn.products import HeadSum, LinearAttention, PositionSum, masked
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spikes(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

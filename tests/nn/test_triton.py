@@ -3,14 +3,12 @@ chosen. The kernels are interpreted; test_fused.py has them against the definiti
 
 import contextlib
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import timm
 import torch
-from passes import assert_same, interpreted, needs_triton, one_thread, randomize, results_of
-from torch import Tensor
+from passes import assert_same, draw, interpreted, needs_triton, randomize, results_of
 
 import tetdist.models  # noqa: F401  # registers them
 from tetdist.nn import native, packed, passes
@@ -47,14 +45,7 @@ CALLS: dict[str, dict[str, Any]] = {
 OF_ALL_KINDS = ("plain shortcut, identity", "normalised shortcut, carried")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def affine(seed: int, channels: int, wide: torch.dtype) -> Affine:

@@ -105,10 +105,16 @@ class Cluster:
         self._network()
         self._configure()
         socket_of_munge = self.folder / "munge.socket"
-        self._run("munged", "--foreground", "--force", f"--key-file={self.folder}/munge.key",
-                  f"--socket={socket_of_munge}", f"--pid-file={self.folder}/munged.pid",
-                  f"--seed-file={self.folder}/munged.seed",
-                  f"--log-file={self.folder}/log/munge")  # fmt: skip
+        self._run(
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={self.folder}/munge.key",
+            f"--socket={socket_of_munge}",
+            f"--pid-file={self.folder}/munged.pid",
+            f"--seed-file={self.folder}/munged.seed",
+            f"--log-file={self.folder}/log/munge",
+        )
         self._start_database()
         wait_until(socket_of_munge.exists, "munge's socket")
         self._run("slurmdbd", "-D")
@@ -323,8 +329,9 @@ class Cluster:
             "AccountingStoragePass": auth,
         }
         lines = [f"{key}={value}\n" for key, value in settings.items()]
-        lines += [f"NodeName={n} NodeAddr={a} CPUs=8 RealMemory=64000\n"
-                  for n, a in addresses.items()]  # fmt: skip
+        lines += [
+            f"NodeName={n} NodeAddr={a} CPUs=8 RealMemory=64000\n" for n, a in addresses.items()
+        ]
         lines += [
             f"PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime={GRACE}\n",
             "PartitionName=abrupt Nodes=ALL PriorityTier=1 GraceTime=0\n",
@@ -357,9 +364,16 @@ class Cluster:
         folder = self.folder
         # In /tmp, the temporary tables of two clusters were seen to meet.
         (folder / "tmp").mkdir()
-        output("mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={folder}/db",
-               f"--tmpdir={folder}/tmp", "--skip-test-db", "--skip-name-resolve",
-               timeout=60)  # fmt: skip
+        output(
+            "mariadb-install-db",
+            "--no-defaults",
+            "--user=root",
+            f"--datadir={folder}/db",
+            f"--tmpdir={folder}/tmp",
+            "--skip-test-db",
+            "--skip-name-resolve",
+            timeout=60,
+        )
         # slurmdbd would make its database itself, but its first connection then fails (seen with
         # Debian 13's client library).
         (folder / "database.sql").write_text(
@@ -367,13 +381,22 @@ class Cluster:
             f"CREATE USER slurm@'{self._net}.1';\n"
             f"GRANT ALL ON accounts.* TO slurm@'{self._net}.1';\n"
         )
-        self._run("mariadbd", "--no-defaults", "--user=root", f"--datadir={folder}/db",
-                  f"--bind-address={self._net}.1", f"--port={self._database_port}",
-                  f"--socket={folder}/mariadb.socket", f"--pid-file={folder}/mariadb.pid",
-                  f"--init-file={folder}/database.sql", f"--tmpdir={folder}/tmp",
-                  "--skip-name-resolve",
-                  "--innodb-buffer-pool-size=32M", "--innodb-log-file-size=8M",
-                  "--innodb-flush-log-at-trx-commit=0")  # fmt: skip
+        self._run(
+            "mariadbd",
+            "--no-defaults",
+            "--user=root",
+            f"--datadir={folder}/db",
+            f"--bind-address={self._net}.1",
+            f"--port={self._database_port}",
+            f"--socket={folder}/mariadb.socket",
+            f"--pid-file={folder}/mariadb.pid",
+            f"--init-file={folder}/database.sql",
+            f"--tmpdir={folder}/tmp",
+            "--skip-name-resolve",
+            "--innodb-buffer-pool-size=32M",
+            "--innodb-log-file-size=8M",
+            "--innodb-flush-log-at-trx-commit=0",
+        )
 
         def listens() -> bool:
             with socket.socket() as s:
@@ -394,14 +417,37 @@ class Cluster:
             mount --bind {self.folder}/hosts-{node} /etc/hosts &&
             mount --bind {self.folder}/nothing /etc/resolv.conf &&
             echo ready >{self.folder}/ready-{node} && read -r _ && exec slurmd -D </dev/null"""
-        process = self._run("unshare", "--net", "--uts", "--mount", "--pid", "--fork",
-                            "--mount-proc", "--kill-child", "sh", "-c", script,
-                            name=node, talk=True)  # fmt: skip
+        process = self._run(
+            "unshare",
+            "--net",
+            "--uts",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--mount-proc",
+            "--kill-child",
+            "sh",
+            "-c",
+            script,
+            name=node,
+            talk=True,
+        )
         wait_until((self.folder / f"ready-{node}").exists, f"namespaces of {node}")
         self._namespaces[node] = str(Path(f"/proc/{process.pid}/ns/net").readlink())
         cable, number = self._cable(node), self.nodes.index(node) + 11
-        output("ip", "link", "add", cable, "type", "veth",
-               "peer", "name", "eth0", "netns", str(process.pid))  # fmt: skip
+        output(
+            "ip",
+            "link",
+            "add",
+            cable,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            str(process.pid),
+        )
         output("ip", "link", "set", cable, "master", self._bridge, "up")
         inside = ("nsenter", f"--net=/proc/{process.pid}/ns/net")
         output(*inside, "ip", "address", "add", f"{self._net}.{number}/24", "dev", "eth0")

@@ -94,9 +94,16 @@ def test_wrong_facts(text: str, parts: list[str], cluster_file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("90", 90), ("1:30", 2), ("02:00:00", 120), ("00:00:30", 1), ("2-00", 2880),
-     ("1-12:30", 2190), ("1-00:00:01", 1441)],
-)  # fmt: skip
+    [
+        ("90", 90),
+        ("1:30", 2),
+        ("02:00:00", 120),
+        ("00:00:30", 1),
+        ("2-00", 2880),
+        ("1-12:30", 2190),
+        ("1-00:00:01", 1441),
+    ],
+)
 def test_times_in_slurms_notation(text: str, expected: int) -> None:
     assert cluster.minutes(text) == expected
 
@@ -108,9 +115,13 @@ def test_batch_script_of_a_typical_submission(monkeypatch: pytest.MonkeyPatch) -
     """2 nodes x 8 GPUs; to accept a change, write the new text into the file."""
     monkeypatch.setattr(sys, "executable", "/opt/tetdist/bin/python")
     section = ClusterSection(
-        nodes=2, gpus_per_node=8, cpus_per_task=8, partition="gpu", account="lab",
+        nodes=2,
+        gpus_per_node=8,
+        cpus_per_task=8,
+        partition="gpu",
+        account="lab",
         setup=("module load cuda",),
-    )  # fmt: skip
+    )
     folder = Path("/data/runs/sew34_t4/slurm/submission-1")
     text = batch.text(batch.parameters("sew34_t4", section, folder / "code"), folder)
     assert text == Path(__file__).with_name("sew34_2x8.sbatch").read_text()
@@ -223,9 +234,11 @@ def test_snapshot_of_an_installed_package(tmp_path: Path) -> None:
 
 def test_sweeps() -> None:
     assert submit.combinations(["seed=0,1", "loss.kind=sdt,tet"]) == [
-        ["seed=0", "loss.kind=sdt"], ["seed=0", "loss.kind=tet"],
-        ["seed=1", "loss.kind=sdt"], ["seed=1", "loss.kind=tet"],
-    ]  # fmt: skip
+        ["seed=0", "loss.kind=sdt"],
+        ["seed=0", "loss.kind=tet"],
+        ["seed=1", "loss.kind=sdt"],
+        ["seed=1", "loss.kind=tet"],
+    ]
     # A comma in brackets belongs to the value; what does not vary is in no name.
     sweep = ["data.scale=[0.1,1],[0.5,1]", "seed=3"]
     assert submit.combinations(sweep)[1] == ["data.scale=[0.5,1]", "seed=3"]

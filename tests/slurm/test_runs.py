@@ -31,8 +31,15 @@ second_cluster = pytest.mark.xdist_group("second-slurm")
 def preempt(cluster: Cluster, run: Run) -> None:
     """A job of a higher partition takes the run's nodes, and leaves them at once."""
     nodes = cluster.job(run.job)["NodeList"]
-    cluster.run("sbatch", "--partition=urgent", f"--nodelist={nodes}", "--exclusive",
-                "--output=/dev/null", "--wrap", "true")  # fmt: skip
+    cluster.run(
+        "sbatch",
+        "--partition=urgent",
+        f"--nodelist={nodes}",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap",
+        "true",
+    )
 
 
 def test_submitted_to_finished(

@@ -140,9 +140,12 @@ def test_the_batch_that_is_nearest_counts(tmp_path: Path) -> None:
 def test_another_network_is_compared_by_the_roofline(tmp_path: Path) -> None:
     by_itself, larger = known(*SMALL), known("model.name=sew_resnet34")
     half = written(
-        tmp_path, images_per_s=by_itself.images_per_s / 2, timesteps=4, **MEASURED,
+        tmp_path,
+        images_per_s=by_itself.images_per_s / 2,
+        timesteps=4,
+        **MEASURED,
         machine={"device": "NVIDIA H100 80GB HBM3"},
-    )  # fmt: skip
+    )
     found = known("model.name=sew_resnet34", file=half, gpu=None)
     assert found.images_per_s == pytest.approx(larger.images_per_s / 2, rel=0.01)
     assert "was measured to reach 50 %" in found.source

@@ -182,9 +182,14 @@ def test_starts_in_vain_are_those_in_a_row_at_this_step(
     ],
 )
 def test_end_of_a_start(
-    rank: int, status: int, cancelled: bool, answer: int, again: int, written: list[str],
+    rank: int,
+    status: int,
+    cancelled: bool,
+    answer: int,
+    again: int,
+    written: list[str],
     start: Starter,
-) -> None:  # fmt: skip
+) -> None:
     this = start(rank, cancelled=cancelled)
     this.config = loading.parse(tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d"}), "x")
     assert this._end(status) == answer

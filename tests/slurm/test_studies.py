@@ -215,8 +215,12 @@ def test_a_run_begins_when_the_one_it_needs_is_finished(
 
     second.wait_for("finished")
     assert [e.kind for e in first.history] == [
-        "submitted", "started", "stopped", "started", "finished",
-    ]  # fmt: skip
+        "submitted",
+        "started",
+        "stopped",
+        "started",
+        "finished",
+    ]
     assert [e.kind for e in second.history] == ["submitted", "started", "finished"]
     assert first.history[-1].time < second.history[1].time
     assert f"beginning with the weights of {first.path} (step 750, T=2)" in second.log

@@ -38,9 +38,17 @@ def test_whoever_is_waited_for_is_finished_or_queued(tmp_path: Path) -> None:
         folder = tmp_path / name
         (folder / "checkpoints" / f"step-{saved:08}").mkdir(parents=True)
         submission = Submission(
-            job=LOCAL, run_dir=str(folder), config="", code="", log="", cluster={}, last_step=10,
-            steps_per_epoch=5, global_batch=8, time=0.0,
-        )  # fmt: skip
+            job=LOCAL,
+            run_dir=str(folder),
+            config="",
+            code="",
+            log="",
+            cluster={},
+            last_step=10,
+            steps_per_epoch=5,
+            global_batch=8,
+            time=0.0,
+        )
         history.write_submission(history.next_submission(folder), submission)
         return folder
 

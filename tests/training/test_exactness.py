@@ -250,8 +250,12 @@ def undisturbed(
         if variant not in made:
             changes = {k: v for k, v in FUZZED[variant].items() if k != "world"}
             file = tiny.write_config(folder / f"{variant}.yaml", tiny_root, changes)
-            outcome = farm(file, "name=run", f"runs_dir={folder / str(variant)}",
-                           world=FUZZED[variant]["world"])  # fmt: skip
+            outcome = farm(
+                file,
+                "name=run",
+                f"runs_dir={folder / str(variant)}",
+                world=FUZZED[variant]["world"],
+            )
             assert outcome.status == 0, outcome.text
             made.add(variant)
         return folder / str(variant) / "run"

@@ -68,41 +68,95 @@ def straight(
 
 
 STOPS = [
-    *(("default", point, number, sig) for point, number, sig in [
-        ("micro", 1, TERM), ("micro", 3, KILL), ("micro", 14, INT), ("micro", 26, KILL),
-        ("step", 1, KILL), ("step", 1, USR1), ("step", 5, TERM), ("step", 6, INT),
-        ("step", 10, TERM), ("step", 10, KILL), ("evaluate", 1, TERM), ("evaluate", 4, TERM),
-        ("evaluate", 3, KILL), ("evaluate", 7, INT), ("evaluate", 8, KILL), ("save", 1, KILL),
-        ("save", 2, KILL), ("save", 2, TERM), ("saved", 1, KILL), ("saved", 2, TERM),
-        ("log", 5, KILL), ("log", 6, KILL), ("log", 12, KILL),
-    ]),
-    *(("sparse", point, number, sig) for point, number, sig in [
-        ("step", 2, TERM), ("step", 4, TERM), ("step", 7, TERM), ("step", 8, KILL),
-        ("micro", 33, KILL), ("save", 2, KILL), ("evaluate", 2, TERM), ("log", 2, KILL),
-        ("step", 9, INT),
-    ]),
-    *(("phases", point, number, sig) for point, number, sig in [
-        ("step", 4, TERM), ("step", 5, TERM), ("step", 5, KILL), ("evaluate", 2, TERM),
-        ("saved", 1, KILL), ("saved", 1, TERM), ("step", 6, TERM), ("step", 7, KILL),
-        ("evaluate", 6, TERM),
-    ]),
-    *(("rare", point, number, sig) for point, number, sig in [
-        ("step", 5, TERM), ("step", 7, INT), ("save", 1, KILL), ("saved", 1, KILL),
-    ]),
+    *(
+        ("default", point, number, sig)
+        for point, number, sig in [
+            ("micro", 1, TERM),
+            ("micro", 3, KILL),
+            ("micro", 14, INT),
+            ("micro", 26, KILL),
+            ("step", 1, KILL),
+            ("step", 1, USR1),
+            ("step", 5, TERM),
+            ("step", 6, INT),
+            ("step", 10, TERM),
+            ("step", 10, KILL),
+            ("evaluate", 1, TERM),
+            ("evaluate", 4, TERM),
+            ("evaluate", 3, KILL),
+            ("evaluate", 7, INT),
+            ("evaluate", 8, KILL),
+            ("save", 1, KILL),
+            ("save", 2, KILL),
+            ("save", 2, TERM),
+            ("saved", 1, KILL),
+            ("saved", 2, TERM),
+            ("log", 5, KILL),
+            ("log", 6, KILL),
+            ("log", 12, KILL),
+        ]
+    ),
+    *(
+        ("sparse", point, number, sig)
+        for point, number, sig in [
+            ("step", 2, TERM),
+            ("step", 4, TERM),
+            ("step", 7, TERM),
+            ("step", 8, KILL),
+            ("micro", 33, KILL),
+            ("save", 2, KILL),
+            ("evaluate", 2, TERM),
+            ("log", 2, KILL),
+            ("step", 9, INT),
+        ]
+    ),
+    *(
+        ("phases", point, number, sig)
+        for point, number, sig in [
+            ("step", 4, TERM),
+            ("step", 5, TERM),
+            ("step", 5, KILL),
+            ("evaluate", 2, TERM),
+            ("saved", 1, KILL),
+            ("saved", 1, TERM),
+            ("step", 6, TERM),
+            ("step", 7, KILL),
+            ("evaluate", 6, TERM),
+        ]
+    ),
+    *(
+        ("rare", point, number, sig)
+        for point, number, sig in [
+            ("step", 5, TERM),
+            ("step", 7, INT),
+            ("save", 1, KILL),
+            ("saved", 1, KILL),
+        ]
+    ),
     ("torch", "step", 7, TERM),
     ("torch", "micro", 30, KILL),
     ("augmented", "micro", 14, KILL),
-]  # fmt: skip
+]
 
 
 # Of the many, one of each kind is enough for every day.
 EVERY_DAY = {
-    ("default", "micro", 3), ("default", "step", 6), ("default", "evaluate", 1),
-    ("default", "evaluate", 8), ("default", "save", 2), ("default", "log", 6),
-    ("sparse", "step", 7), ("sparse", "micro", 33), ("phases", "step", 4), ("phases", "step", 5),
-    ("phases", "saved", 1), ("phases", "step", 7), ("rare", "step", 7), ("torch", "step", 7),
+    ("default", "micro", 3),
+    ("default", "step", 6),
+    ("default", "evaluate", 1),
+    ("default", "evaluate", 8),
+    ("default", "save", 2),
+    ("default", "log", 6),
+    ("sparse", "step", 7),
+    ("sparse", "micro", 33),
+    ("phases", "step", 4),
+    ("phases", "step", 5),
+    ("phases", "saved", 1),
+    ("phases", "step", 7),
+    ("rare", "step", 7),
+    ("torch", "step", 7),
     ("augmented", "micro", 14),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -216,8 +270,9 @@ def test_continued_at_another_world_size(
     (ours,) = tiny.metrics(tmp_path / "runs/run", "train")
     (theirs,) = tiny.metrics(tmp_path / "runs/one", "train")
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-    weights = [load_file(tiny.newest(tmp_path / "runs" / n) / "model.safetensors")
-               for n in ("run", "one")]  # fmt: skip
+    weights = [
+        load_file(tiny.newest(tmp_path / "runs" / n) / "model.safetensors") for n in ("run", "one")
+    ]
     for key, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][key], rtol=1e-3, atol=1e-4, msg=key)
 

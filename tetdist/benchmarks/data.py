@@ -130,9 +130,14 @@ def ours(options: argparse.Namespace, root: Path) -> Iterator[Step]:
     index, _ = build_index(root, "train", workers=1, decode=False)
     batch = options.batch
     share = Share(
-        seed=0, global_batch=batch, micro_batch=batch, rank=0, world_size=1, epoch=0,
+        seed=0,
+        global_batch=batch,
+        micro_batch=batch,
+        rank=0,
+        world_size=1,
+        epoch=0,
         step_in_epoch=0,
-    )  # fmt: skip
+    )
     workers = Workers(device="cpu", device_id=None, threads=options.threads, prefetch=2)
     output = Output(size=options.size, mean=MEAN, std=STD, interpolation="bilinear")
     augmentation = ImageAugmentation(scale=SCALE, ratio=RATIO, flip=0.5)
@@ -156,13 +161,19 @@ def dali_reader(options: argparse.Namespace, files: list[str], only_decode: bool
             pipeline.set_outputs(random_windows(fn, encoded))
         else:
             images = fn.resize(
-                random_windows(fn, encoded), size=(options.size, options.size),
-                interp_type=types.INTERP_LINEAR, antialias=True,
-            )  # fmt: skip
+                random_windows(fn, encoded),
+                size=(options.size, options.size),
+                interp_type=types.INTERP_LINEAR,
+                antialias=True,
+            )
             images = fn.crop_mirror_normalize(
-                images, mirror=fn.random.coin_flip(), mean=[255 * x for x in MEAN],
-                std=[255 * x for x in STD], output_layout="HWC", dtype=types.FLOAT,
-            )  # fmt: skip
+                images,
+                mirror=fn.random.coin_flip(),
+                mean=[255 * x for x in MEAN],
+                std=[255 * x for x in STD],
+                output_layout="HWC",
+                dtype=types.FLOAT,
+            )
             pipeline.set_outputs(images, label)
     pipeline.build()
     return pipeline.run

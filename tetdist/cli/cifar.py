@@ -109,11 +109,15 @@ def make(archive: Path, dest: Path, per_class: dict[str, int] | None) -> None:
     classes = _classes(kind, files[kind.names], archive)
     counts = {
         split: _write(
-            aside / split, kind, classes, [files[name] for name in names], archive,
+            aside / split,
+            kind,
+            classes,
+            [files[name] for name in names],
+            archive,
             per_class[split] if per_class else sys.maxsize,
         )
         for split, names in kind.files.items()
-    }  # fmt: skip
+    }
     _index(aside)
     # The files' contents must be on the disk before the name that says they are.
     os.sync()

@@ -1,5 +1,5 @@
-"""What spiking transformers share: attention's neurons, attention of a real-valued stream, layers
-that pool before they fire.
+"""What spiking transformers share: blocks, attention's neurons, layers that pool before they fire;
+and what those share whose blocks exchange currents.
 
 A transformer's tokens are the positions of an image (T, B, C, H, W), whose channels come last in
 memory: a linear layer on tokens is a 1x1 convolution, and its norm and neurons are those of any
@@ -7,14 +7,17 @@ other. The products of spikes are in nn/products.py. The families are in files o
 """
 
 import dataclasses
+from collections.abc import Iterable
 
+import torch
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from tetdist.models.base import ConvNormNeuron, conv1x1
+from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.norm_pool import NormPool
-from tetdist.nn.packed import Conv2d
+from tetdist.nn.packed import Conv2d, converted
 from tetdist.nn.products import LinearAttention
 
 
@@ -104,5 +107,61 @@ class StreamAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """A current (T, B, C, H, W) to one of the same shape."""
         spikes = self.neuron(x)
-        sums = self.attention(self.q(spikes), self.k(spikes), self.v(spikes))
-        return self.add(self.proj(self.attended(sums)), x)
+        q = self.q(spikes)
+        sums = self.attention(q, self.k(spikes), self.v(spikes))
+        # The sums are float32, and what they decide are spikes.
+        return self.add(self.proj(converted(self.attended(sums), q.dtype)), x)
+
+
+class StreamMlp(nn.Module):
+    """Two layers on each token, the first one wider, added to a real-valued stream."""
+
+    def __init__(self, channels: int, hidden: int, neuron: NeuronConfig) -> None:
+        super().__init__()
+        self.neuron = Neuron(neuron, channels)
+        self.fc1 = ConvNormNeuron(conv1x1(channels, hidden, bias=True), neuron)
+        self.fc2 = conv1x1(hidden, channels, bias=True)
+        self.add = NormAdd(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(self.fc2(self.fc1(self.neuron(x))), x)
+
+
+class Block(nn.Module):
+    """Attention, then an MLP."""
+
+    def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp(self.attention(x))
+        return y
+
+
+class StreamTransformer(SpikingNetwork):
+    """A transformer whose blocks exchange currents; ``head_neuron`` fires before the classifier."""
+
+    spike_levels = None
+    head_neuron: Neuron
+
+    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
+        current: Tensor = self.stem(x, timesteps)
+        return current
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (T, B, K), or spikes (T, B, C) of the mean current over positions."""
+        current = x.mean((3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
+        spikes: Tensor = self.head_neuron(current)
+        return spikes if pre_logits else self.fc(spikes)
+
+
+def init_as_published(layers: Iterable[nn.Module]) -> None:
+    """Begin convolutions and linear layers among the given as the authors of transformers do: with
+    a truncated normal distribution, and biases of 0."""
+    for layer in layers:
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

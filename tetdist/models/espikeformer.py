@@ -22,15 +22,17 @@ Any other kind of neuron can take their place, as everywhere.
 import dataclasses
 from typing import Any
 
-import torch
-from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
-from tetdist.models.attention import StreamAttention
-from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
-from tetdist.models.spike_driven_transformer import Mlp
+from tetdist.models.attention import (
+    StreamAttention,
+    StreamMlp,
+    StreamTransformer,
+    init_as_published,
+)
+from tetdist.models.base import ConvNormNeuron, conv1x1, conv3x3
 from tetdist.nn.integer_neurons import ILIF, NILIF
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
@@ -134,7 +136,7 @@ class TransformerBlock(nn.Module):
             value_channels=VALUE_RATIO * channels,
             bias=False,
         )
-        self.mlp = Mlp(channels, mlp_ratio * channels, neuron)
+        self.mlp = StreamMlp(channels, mlp_ratio * channels, neuron)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.mlp(self.attention(self.separable(x)))
@@ -155,7 +157,7 @@ class Downsampling(nn.Module):
         return y
 
 
-class ESpikeFormer(SpikingNetwork):
+class ESpikeFormer(StreamTransformer):
     """E-SpikeFormer.
 
     Args:
@@ -171,8 +173,6 @@ class ESpikeFormer(SpikingNetwork):
         in_chans: Channels of the input.
         num_classes, timesteps: See `SpikingNetwork`.
     """
-
-    spike_levels = None  # blocks exchange currents
 
     def __init__(
         self,
@@ -215,18 +215,7 @@ class ESpikeFormer(SpikingNetwork):
         self.head_neuron = Neuron(counting_neuron(neuron), fourth)
         self.num_features = self.head_hidden_size = fourth
         self.fc = base.new_classifier(fourth, num_classes)
-        if isinstance(self.fc, nn.Linear):
-            trunc_normal_(self.fc.weight, std=0.02)
-            nn.init.zeros_(self.fc.bias)
-
-    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        return self.stem(x, timesteps)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (T, B, K), or spikes (T, B, C) of the mean current over positions."""
-        current = x.mean((3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
-        spikes: Tensor = self.head_neuron(current)
-        return spikes if pre_logits else self.fc(spikes)
+        init_as_published([self.fc])
 
 
 _IMAGENET: dict[str, Any] = {

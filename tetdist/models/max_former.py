@@ -9,15 +9,18 @@ stage has self-attention without a softmax.
 
 from typing import Any
 
-import torch
-from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
-from tetdist.models.attention import ConvPoolNeuron, StreamAttention
-from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
-from tetdist.models.spike_driven_transformer import Mlp
+from tetdist.models.attention import (
+    ConvPoolNeuron,
+    StreamAttention,
+    StreamMlp,
+    StreamTransformer,
+    init_as_published,
+)
+from tetdist.models.base import ConvNormNeuron, conv1x1, conv3x3
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
@@ -97,7 +100,7 @@ class DepthwiseMixer(nn.Module):
 class Block(nn.Module):
     """A mixer of positions, then an MLP."""
 
-    def __init__(self, mixer: DepthwiseMixer | StreamAttention, mlp: Mlp) -> None:
+    def __init__(self, mixer: DepthwiseMixer | StreamAttention, mlp: StreamMlp) -> None:
         super().__init__()
         self.mixer = mixer
         self.mlp = mlp
@@ -107,7 +110,7 @@ class Block(nn.Module):
         return y
 
 
-class MaxFormer(SpikingNetwork):
+class MaxFormer(StreamTransformer):
     """Max-Former.
 
     Args:
@@ -122,8 +125,6 @@ class MaxFormer(SpikingNetwork):
         in_chans: Channels of the input.
         num_classes, timesteps: See `SpikingNetwork`.
     """
-
-    spike_levels = None  # blocks exchange currents
 
     def __init__(
         self,
@@ -162,35 +163,20 @@ class MaxFormer(SpikingNetwork):
                     mixer = StreamAttention(
                         width, heads, neuron, attention_threshold, scale=SCALE, bias=True
                     )
-                blocks.append(Block(mixer, Mlp(width, mlp_ratio * width, neuron)))
+                blocks.append(Block(mixer, StreamMlp(width, mlp_ratio * width, neuron)))
         self.blocks = nn.Sequential(*blocks)
         self.head_neuron = Neuron(neuron, widths[-1])
         self.num_features = self.head_hidden_size = widths[-1]
         self.fc = base.new_classifier(widths[-1], num_classes)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Set initial values as the authors' code does: attention keeps torch's own."""
+        # As the authors' code: attention keeps torch's own.
         of_attention = {
-            conv
+            layer
             for module in self.modules()
             if isinstance(module, StreamAttention)
-            for conv in module.modules()
+            for layer in module.modules()
         }
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d) and module not in of_attention:
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        return self.stem(x, timesteps)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (T, B, K), or spikes (T, B, C) of the mean current over positions."""
-        current = x.mean((3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
-        spikes: Tensor = self.head_neuron(current)
-        return spikes if pre_logits else self.fc(spikes)
+        convolutions = (module for module in self.modules() if isinstance(module, nn.Conv2d))
+        init_as_published(conv for conv in convolutions if conv not in of_attention)
 
 
 _IMAGENET: dict[str, Any] = {"first_conv": "stem.layers.0.conv", "interpolation": "bicubic"}

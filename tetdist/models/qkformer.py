@@ -16,17 +16,16 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
-from tetdist.models.attention import ConvPoolNeuron, attention_neuron
+from tetdist.models.attention import Block, ConvPoolNeuron, attention_neuron, init_as_published
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.models.sew_resnet import connect
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron
-from tetdist.nn.packed import carried, carry
+from tetdist.nn.packed import carried, carry, converted
 from tetdist.nn.products import HeadSum, LinearAttention, masked
 
 logger = logging.getLogger(__name__)
@@ -129,7 +128,7 @@ class SelfAttention(nn.Module):
         q = self.q(x)
         attended = self.neuron(self.attention(q, self.k(x), self.v(x)))
         # The sums are float32, and what they decide are spikes.
-        return connect(self.proj, attended.to(q.dtype), x, "add")
+        return connect(self.proj, converted(attended, q.dtype), x, "add")
 
 
 class MixingConvNormNeuron(ConvNormNeuron):
@@ -162,19 +161,6 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return connect(self.fc2, self.fc1(x), x, "add")
-
-
-class Block(nn.Module):
-    """Attention, then an MLP."""
-
-    def __init__(self, attention: nn.Module, mlp: Mlp) -> None:
-        super().__init__()
-        self.attention = attention
-        self.mlp = mlp
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.mlp(self.attention(x))
-        return y
 
 
 class QKFormer(SpikingNetwork):
@@ -261,9 +247,7 @@ class QKFormer(SpikingNetwork):
         self.highest_inputs = tuple(highest_inputs)
         self.num_features = self.head_hidden_size = widths[-1]
         self.fc = base.new_classifier(widths[-1], num_classes)
-        if isinstance(self.fc, nn.Linear):
-            trunc_normal_(self.fc.weight, std=0.02)
-            nn.init.zeros_(self.fc.bias)
+        init_as_published([self.fc])
 
     def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
         return self.stem(x, timesteps)

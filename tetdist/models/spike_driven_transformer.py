@@ -13,15 +13,19 @@ with. They are left out here, so that a network has 64 parameters a block fewer 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tetdist.models import base
-from tetdist.models.attention import attention_neuron
-from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
+from tetdist.models.attention import (
+    Block,
+    StreamMlp,
+    StreamTransformer,
+    attention_neuron,
+    init_as_published,
+)
+from tetdist.models.base import ConvNormNeuron, conv1x1, conv3x3
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
@@ -127,34 +131,7 @@ class SpreadTokens(nn.Module):
         return f"heads={self.heads}"
 
 
-class Mlp(nn.Module):
-    """Two layers on each token, the first one wider, added to the stream."""
-
-    def __init__(self, channels: int, hidden: int, neuron: NeuronConfig) -> None:
-        super().__init__()
-        self.neuron = Neuron(neuron, channels)
-        self.fc1 = ConvNormNeuron(conv1x1(channels, hidden, bias=True), neuron)
-        self.fc2 = conv1x1(hidden, channels, bias=True)
-        self.add = NormAdd(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.add(self.fc2(self.fc1(self.neuron(x))), x)
-
-
-class Block(nn.Module):
-    """Attention, then an MLP."""
-
-    def __init__(self, attention: Attention, mlp: Mlp) -> None:
-        super().__init__()
-        self.attention = attention
-        self.mlp = mlp
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.mlp(self.attention(x))
-        return y
-
-
-class SpikeDrivenTransformer(SpikingNetwork):
+class SpikeDrivenTransformer(StreamTransformer):
     """Spike-driven Transformer.
 
     Args:
@@ -170,8 +147,6 @@ class SpikeDrivenTransformer(SpikingNetwork):
         in_chans: Channels of the input.
         num_classes, timesteps: See `SpikingNetwork`.
     """
-
-    spike_levels = None  # blocks exchange currents
 
     def __init__(
         self,
@@ -200,7 +175,7 @@ class SpikeDrivenTransformer(SpikingNetwork):
             *(
                 Block(
                     Attention(channels, neuron, attention_threshold, dilated=dilated, heads=heads),
-                    Mlp(channels, mlp_ratio * channels, neuron),
+                    StreamMlp(channels, mlp_ratio * channels, neuron),
                 )
                 for _ in range(depth)
             )
@@ -208,20 +183,7 @@ class SpikeDrivenTransformer(SpikingNetwork):
         self.head_neuron = Neuron(neuron, channels)
         self.num_features = self.head_hidden_size = channels
         self.fc = base.new_classifier(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        return self.stem(x, timesteps)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (T, B, K), or spikes (T, B, C) of the mean current over positions."""
-        current = x.mean((3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
-        spikes: Tensor = self.head_neuron(current)
-        return spikes if pre_logits else self.fc(spikes)
+        init_as_published(module for module in self.modules() if isinstance(module, nn.Conv2d))
 
 
 class SpikeDrivenTransformerDVS(SpikeDrivenTransformer):

@@ -251,10 +251,24 @@ class Kernels(_Library):
             partial_learned = torch.empty(parts, len(flat), dtype=torch.float64)
         pointers = map(
             _at,
-            (x, shortcut, *norms, start, grad_spikes, grad_end, total, own,
-             sum_grad, sum_grad_xhat, sum_shortcut, grad_start, partial,
-             grad_flat, partial_learned),
-        )  # fmt: skip
+            (
+                x,
+                shortcut,
+                *norms,
+                start,
+                grad_spikes,
+                grad_end,
+                total,
+                own,
+                sum_grad,
+                sum_grad_xhat,
+                sum_shortcut,
+                grad_start,
+                partial,
+                grad_flat,
+                partial_learned,
+            ),
+        )
         neuron = self._neuron(flat)
         job = _Backward(*pointers, timesteps, rows, channels, shared, neuron)
         self._function("backward", TYPES[x.dtype])(byref(job), _threads())

@@ -292,8 +292,8 @@ class NormNeuron(NeuronLayer):
         kernels: Passes,
     ) -> Tensor:
         norm = self.norm
-        added = None if shortcut is None else _channels_last_rows(shortcut)
-        joined = None if identity is None else _channels_last_rows(identity)
+        added = None if shortcut is None else rows_of(shortcut)
+        joined = None if identity is None else rows_of(identity)
         others = shortcut_norm if added is not None else None
         assert others is None or others.training == norm.training
         batch, channels, height, width = current.shape[1:]
@@ -303,15 +303,15 @@ class NormNeuron(NeuronLayer):
         parameters: list[Tensor | None] = [norm.weight, norm.bias]
         parameters += [None, None] if others is None else [others.weight, others.bias]
         rows, packed, end = FusedNormNeuron.apply(
-            *(_channels_last_rows(current), added, joined, start),
+            *(rows_of(current), added, joined, start),
             *(*parameters, norm, others, kernels),
             *_in_passes(self.neuron, self.learned, current, kernels),
         )
         if self.carries:
             self.membrane = end.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
-        bytes_of = None if packed is None else _image(packed, current)
-        return _carrying(_image(rows, current), bytes_of, self.neuron)
+        bytes_of = None if packed is None else image_of(packed, current.shape)
+        return _carrying(image_of(rows, current.shape), bytes_of, self.neuron)
 
     def extra_repr(self) -> str:
         return str(self.neuron)
@@ -334,14 +334,14 @@ def _carrying(spikes: Tensor, packed: Tensor | None, neuron: NeuronConfig) -> Te
     return carry(spikes, Packed(packed, neuron.levels))
 
 
-def _channels_last_rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """(T, B, C, H, W) as (T, B*H*W, C): a view where the channels are the last in memory."""
     return x.permute(0, 1, 3, 4, 2).flatten(1, 3).contiguous()
 
 
-def _image(rows: Tensor, like: Tensor) -> Tensor:
-    """(T, B*H*W, C) as (T, B, C, H, W), a view, of the sizes of another."""
-    batch, channels, height, width = like.shape[1:]
+def image_of(rows: Tensor, shape: torch.Size) -> Tensor:
+    """(T, B*H*W, C) as (T, B, C, H, W), a view; of ``shape`` T may be another."""
+    batch, channels, height, width = shape[1:]
     return rows.view(len(rows), batch, height, width, channels).permute(0, 1, 4, 2, 3)
 
 
@@ -408,15 +408,13 @@ class NormAdd(FusedLayer):
         kernels: NormPasses,
     ) -> Tensor:
         norm = self.norm
-        added = None if shortcut is None else _channels_last_rows(shortcut)
+        added = None if shortcut is None else rows_of(shortcut)
         others = shortcut_norm if added is not None else None
         assert others is None or others.training == norm.training
         parameters: list[Tensor | None] = [norm.weight, norm.bias]
         parameters += [None, None] if others is None else [others.weight, others.bias]
-        rows = FusedNormAdd.apply(
-            _channels_last_rows(current), added, *parameters, norm, others, kernels
-        )
-        return _image(rows, current)
+        rows = FusedNormAdd.apply(rows_of(current), added, *parameters, norm, others, kernels)
+        return image_of(rows, current.shape)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from tetdist.nn import native, passes
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fused import Affine, NormPasses, averaged_sums, gradients_of_norms
-from tetdist.nn.norm_neuron import FusedLayer
+from tetdist.nn.norm_neuron import FusedLayer, image_of, rows_of
 from tetdist.nn.packed import MaxPool
 
 
@@ -64,7 +64,7 @@ class _FusedNormPool(torch.autograd.Function):
         pool: MaxPool,
         kernels: NormPasses,
     ) -> Tensor:
-        x = _rows(current)
+        x = rows_of(current)
         affine = kernels.normalization(norm, x, weight, bias)
         where: Tensor | None = None
         library = native.pool() if native.serves(x) else None
@@ -87,7 +87,7 @@ class _FusedNormPool(torch.autograd.Function):
             assert library is not None
             images = torch.Size((shape[0] * shape[1], *shape[2:]))
             of_images = library.backward(grad_outputs[0], where, images, ctx.pool)
-            grad = _rows(of_images.unflatten(0, shape[:2]))
+            grad = rows_of(of_images.unflatten(0, shape[:2]))
         else:
             with torch.enable_grad():
                 normalized = kernels.add(x, None, affine, None).requires_grad_()
@@ -98,22 +98,11 @@ class _FusedNormPool(torch.autograd.Function):
         of_x, _ = averaged_sums(sums, ctx.norm, None, training=ctx.training)
         grad_current = None
         if ctx.needs_input_grad[0]:
-            grad_current = _image(kernels.norm_gradient(x, grad, affine, of_x), shape)
+            grad_current = image_of(kernels.norm_gradient(x, grad, affine, of_x), shape)
         grad_weight, grad_bias, *_ = gradients_of_norms(sums, ctx.norm, None)
         return grad_current, grad_weight, grad_bias, None, None, None
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(T, B, C, H, W) as (T, B*H*W, C): a view where the channels are the last in memory."""
-    return x.permute(0, 1, 3, 4, 2).flatten(1, 3).contiguous()
-
-
-def _image(rows: Tensor, shape: torch.Size) -> Tensor:
-    """The reverse of `_rows`."""
-    timesteps, batch, channels, height, width = shape
-    return rows.view(timesteps, batch, height, width, channels).permute(0, 1, 4, 2, 3)
-
-
 def _pooled(rows: Tensor, shape: torch.Size, pool: MaxPool) -> Tensor:
-    images = _image(rows, shape).flatten(0, 1)
+    images = image_of(rows, shape).flatten(0, 1)
     return F.max_pool2d(images, pool.kernel_size, pool.stride, pool.padding)

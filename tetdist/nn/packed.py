@@ -95,6 +95,12 @@ def carried(x: Tensor) -> Packed | None:
     return packed if version == _version(x) else None
 
 
+def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of another type, which carries the packed form that ``x`` does."""
+    packed, y = carried(x), x.to(dtype)
+    return y if packed is None else carry(y, packed)
+
+
 def _version(x: Tensor) -> int:
     # In inference_mode tensors count no versions.
     return 0 if x.is_inference() else x._version

@@ -13,16 +13,16 @@ What a neuron fires at is a learnt weighted sum of its currents, the same sum in
 b begins with -threshold. The values are those of the authors' code, as are the initial weights.
 """
 
-import contextlib
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tetdist.nn import neurons
 from tetdist.nn.neurons import NEURONS, NeuronConfig, SurrogateName, option
+from tetdist.nn.precision import exact
 from tetdist.wording import counted
 
 
@@ -58,21 +58,13 @@ class ParallelNeuron(NeuronConfig):
         wide = torch.promote_types(current.dtype, torch.float32)
         parameters = {name: value.to(wide) for name, value in parameters.items()}
         weight, bias = self.sums_over_time(len(current), **parameters)
-        with _as_wide_as_they_are(current):
+        with exact(current):
             h = torch.addmm(bias[:, None], weight, current.to(wide).flatten(1))
         return self.fired(h.view(current.shape)).to(current.dtype), torch.zeros_like(current[0])
 
     def fired(self, h: Tensor) -> Tensor:
         """Spikes of H, with the surrogate's gradient."""
         return neurons.step(h, self.surrogate, self.surrogate_width, at_threshold=True)
-
-
-def _as_wide_as_they_are(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Products of matrices in the type of the matrices, also where autocast is on."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 @NEURONS.register("psn")

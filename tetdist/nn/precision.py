@@ -15,7 +15,7 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # What convolutions compute in where that is not the parameters' type.
 LOW_PRECISION: dict[str, torch.dtype | None] = {
@@ -67,3 +67,15 @@ def place(model: nn.Module, device: torch.device, precision: str) -> None:
     model.to(device, parameter_type(precision))
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
+
+
+def exact(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The context in which matrix products compute in their inputs' type.
+
+    Args:
+        x: On the device that is meant.
+    """
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)

@@ -16,7 +16,6 @@ up in float32.
 computes the sums of the forward pass again.
 """
 
-import contextlib
 from typing import Any, TypeGuard
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tetdist.nn.packed import Packed, carried, carry
+from tetdist.nn.precision import exact
 
 
 class Product(nn.Module):
@@ -236,18 +236,6 @@ class _Masked(torch.autograd.Function):
             None,
             None,
         )
-
-
-def exact(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The context in which matrix products compute in their inputs' type.
-
-    Args:
-        x: On the device that is meant.
-    """
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return contextlib.nullcontext()
-    return torch.autocast(kind, enabled=False)
 
 
 def _is_whole(packed: Packed | None) -> TypeGuard[Packed]:
