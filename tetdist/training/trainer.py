@@ -352,6 +352,7 @@ class Trainer:
         for number, (images, targets) in zip(self.micro_batches, batches, strict=True):
             self._seed(self.step, number)
             sums += add_micro_batch(images, targets)
+            self.watch.progress(f"step {self.step + 1}")
         update = self.engine.update(lr)
         batch_norm.update_running_statistics(self.model, self.world.mean_, update.applied)
         return update, sums
@@ -363,7 +364,6 @@ class Trainer:
         """
         logits = self.engine.forward(images)  # (T, B, K)
         loss = compute_loss(self.config.loss, logits, targets, self._teacher_logits(images))
-        self.watch.progress(f"step {self.step + 1}")
         self.engine.backward(loss)
         return _sums(logits.detach(), targets, loss.detach())
 
