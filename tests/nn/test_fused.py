@@ -401,7 +401,7 @@ def test_spikes_are_channels_last_so_that_the_next_layer_copies_nothing(
 ) -> None:
     case = Case(shape=(2, 8, 4, 4))
     current = case.inputs()["current"]
-    rows = norm_neuron._channels_last_rows(current)
+    rows = norm_neuron.rows_of(current)
     assert rows.data_ptr() == current.data_ptr()
     with IMPLEMENTATIONS[implementation]():
         spikes = case.module()(current, 4)
