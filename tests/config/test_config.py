@@ -527,6 +527,19 @@ def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture
             },
             ["data.mean"],
         ),
+        (
+            {"data.event_augment": "nda", "data.event_drop": 0.5},
+            ["data.event_augment", "data.event_drop"],
+        ),
+        (
+            {"data.mixing": {"mode": "batch", "off_epoch": 1}},
+            ["data.mixing.mode", "data.mixing.off_epoch"],
+        ),
+        ({"data.mixup": 0.2, "data.mixing": {"mode": "batch"}}, []),
+        (
+            {"data.cutmix": 1.0, "data.mixing": {"switch_probability": 0.3}},
+            ["data.mixing.switch_probability"],
+        ),
     ],
 )
 def test_keys_without_effect_are_warned_of(

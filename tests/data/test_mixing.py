@@ -1,16 +1,27 @@
 """Mixup and CutMix, written out sample by sample."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import pytest
+import timm.data
 import torch
+from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor
 
 from tetdist.config.schema import LossSection
 from tetdist.data.mixing import mixed_images, mixed_targets, on_device
 from tetdist.data.order import uniforms
-from tetdist.data.transforms import MIXING_DRAWS, Mix, Mixing, mixes
+from tetdist.data.transforms import (
+    MIXING_DRAWS,
+    Mix,
+    Mixing,
+    micro_batch_mix,
+    mixes,
+    mixing_draws,
+    symmetric_beta,
+)
 from tetdist.losses import sdt_loss, tet_loss
 from tetdist.training.trainer import CORRECT, _sums, compute_loss
 
@@ -93,3 +104,91 @@ def test_a_prediction_is_as_right_as_its_share() -> None:
     logits[:, :, 1] = 2  # class 1: shares 0.25, 0.25 and 1
     assert _sums(logits, targets, torch.tensor(0.0))[CORRECT] == 1.5
     assert _sums(logits, labels, torch.tensor(0.0))[CORRECT] == 2
+
+
+def timms(draws: list[float], mixing: Mixing, patch: pytest.MonkeyPatch) -> timm.data.Mixup:
+    """timm's Mixup, which draws these numbers."""
+    chances, places = iter([draws[5], draws[0]]), iter(draws[3:5])
+
+    def beta(alpha: float, _: float) -> float:
+        u, v = np.array(draws[1:3])[:, None]
+        return float(symmetric_beta(u, v, np.array([alpha]))[0])
+
+    def integer(low: int, high: int, size: None) -> int:
+        assert size is None
+        return low + int((high - low) * next(places))
+
+    patch.setattr(np.random, "rand", lambda: next(chances))
+    patch.setattr(np.random, "beta", beta)
+    patch.setattr(np.random, "randint", integer)
+    return timm.data.Mixup(
+        mixup_alpha=mixing.mixup,
+        cutmix_alpha=mixing.cutmix,
+        prob=mixing.probability,
+        switch_prob=mixing.switch_probability,
+        mode="batch",
+        label_smoothing=0.1,
+        num_classes=K,
+    )
+
+
+@pytest.mark.parametrize("shape", [(B, 3, 9, 7), (B, 4, 2, 8, 12)])
+@pytest.mark.parametrize(
+    "mixing", [Mixing(mixup=0.4), Mixing(cutmix=1.0), Mixing(0.4, 1.0, switch_probability=0.3)]
+)
+def test_a_whole_micro_batch_is_mixed_as_by_timm(
+    shape: tuple[int, ...], mixing: Mixing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images, targets, and the loss of these: timm smooths the labels before it mixes them."""
+    mixing = mixing._replace(mode="batch", probability=0.7, off_epoch=9)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, B, K, generator=generator)
+    section, kinds = LossSection(kind="sdt", label_smoothing=0.1), set()
+    for epoch in range(12):
+        images = torch.rand(shape, generator=generator)
+        labels = torch.randint(K, (B,), generator=generator)
+        positions = np.arange(5 * B, 6 * B)
+        mix = micro_batch_mix(2, epoch, positions, shape[-2:], mixing)
+        there = on_device(mix, images.device)
+        targets = mixed_targets(labels, there, K, torch.float32)
+        with monkeypatch.context() as patch:
+            (draws,) = mixing_draws(2, epoch, positions[:1]).tolist()
+            theirs = timms(draws, mixing, patch)
+            theirs.mixup_enabled = epoch < 9
+            # timm takes the third axis for rows, of frames of events, too.
+            flat = images.flatten(1, -3)
+            expected, smoothed = theirs(flat.clone(), labels)
+        assert torch.allclose(mixed_images(images, there).flatten(1, -3), expected, atol=1e-7)
+        loss = SoftTargetCrossEntropy()(logits.mean(0), smoothed)
+        assert torch.allclose(compute_loss(section, logits, targets), loss)
+        kinds.add("none" if mix.share[0] == 1 else "mixup" if mix.pixels[0] < 1 else "cutmix")
+    assert kinds == {"none"} | {kind for kind in ("mixup", "cutmix") if getattr(mixing, kind)}
+
+
+@pytest.mark.parametrize("mode", ["sample", "batch"])
+def test_mixing_is_a_function_of_the_position(mode: Literal["sample", "batch"]) -> None:
+    mixing = Mixing(0.4, 1.0, mode, probability=0.5, off_epoch=2)
+
+    def shares(epoch: int, first: int) -> list[float]:
+        positions = np.arange(first, first + B)
+        return micro_batch_mix(0, epoch, positions, (9, 7), mixing).share.tolist()
+
+    assert shares(1, 6) == shares(1, 6) != shares(1, 12)
+    assert shares(0, 6) != shares(1, 6)
+    assert shares(2, 6) == shares(3, 12) == [1.0] * B
+    found = np.array([shares(0, B * k) for k in range(200)])
+    assert abs((found == 1).mean() - 0.5) < 0.1
+    assert (found == found[:, :1]).all() == (mode == "batch")
+
+
+def test_what_is_not_mixed_stays_as_it_is() -> None:
+    mixing = Mixing(0.4, 1.0, probability=0.5)
+    images = torch.rand(B, 3, 9, 7)
+    mix = micro_batch_mix(0, 0, np.arange(B), (9, 7), mixing)
+    alone = torch.from_numpy(mix.share == 1)
+    assert 0 < alone.sum() < B
+    mixed = mixed_images(images, on_device(mix, images.device))
+    assert torch.equal(mixed[alone], images[alone])
+    labels = torch.arange(B) % K
+    targets = mixed_targets(labels, on_device(mix, labels.device), K, torch.float32)
+    assert torch.equal(targets[alone], torch.eye(K)[labels[alone]])

@@ -22,11 +22,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from tetdist.config.loading import load
-from tetdist.data import build, order, pixels, transforms
+from tetdist.data import build, event_augment, order, pixels, transforms
 from tetdist.data.auto_augment import auto_augment
 from tetdist.data.batches import (
     EvaluationShare,
-    EventAugmentation,
     ImageAugmentation,
     Share,
     eval_batches,
@@ -35,6 +34,7 @@ from tetdist.data.batches import (
     train_batches,
 )
 from tetdist.data.dali import Workers
+from tetdist.data.event_augment import EventAugmentation
 from tetdist.data.index import Index, build_event_index, build_index, load_index
 from tetdist.data.loader import Loader
 from tetdist.data.pixels import Output
@@ -549,13 +549,45 @@ def test_a_loader_of_events_that_is_closed_early_leaves_nothing_running(event_ro
 def test_events_resume_and_share_out_as_images_do(event_root):
     root = event_root()
     index, _ = build_event_index(root, "train", workers=1)  # 10 samples: 2 steps of 4
-    straight = images_and_ids(event_train(index, root), 12)
+    everything = {
+        "policy": "snn_augment_wide",
+        "drop": 0.75,
+        "cutout": 2,
+        "mixing": transforms.Mixing(0.5, 1.0, "batch", probability=0.7),
+    }
+
+    def batches(share, count):
+        with event_train(index, root, share, **everything) as loader:
+            return [(b.images.clone(), (*b.ids, *b.mix.share)) for b in islice(loader, count)]
+
+    straight = batches(SHARE, 12)
     resumed = dataclasses.replace(SHARE, epoch=1, step_in_epoch=1)
-    assert same(images_and_ids(event_train(index, root, resumed), 6), straight[6:])
+    assert same(batches(resumed, 6), straight[6:])
     second = dataclasses.replace(SHARE, rank=1, world_size=2)
-    assert same(images_and_ids(event_train(index, root, second), 6), straight[1::2])
+    assert same(batches(second, 6), straight[1::2])
     plain = images_and_ids(event_train(index, root, flip=0.0, roll=0), 1)
     assert np.array_equal(plain[0][0].numpy(), stored(index, root, plain[0][1]))
+
+
+def test_events_are_changed_after_the_roll_and_before_the_cutout(event_root):
+    root = event_root()
+    index, _ = build_event_index(root, "train", workers=1)
+    rolled = images_and_ids(event_train(index, root), 4)
+    changes = {"policy": "nda", "drop": 0.75, "cutout": 3}
+    changed = images_and_ids(event_train(index, root, **changes), 4)
+    for number, ((before, ids), (after, same_ids)) in enumerate(zip(rolled, changed, strict=True)):
+        assert ids == same_ids
+        positions = 2 * number + np.arange(2)
+        numbers = order.uniforms(SHARE.seed, 0, positions, 4, order.EVENT_AUGMENT)
+        boxes = transforms.cutout_boxes(
+            transforms.event_draws(SHARE.seed, 0, positions).cutout, 8, 6, 3
+        )
+        cells = order.uniforms(SHARE.seed, 0, positions, 4 + 3 * 2 * 8 * 6, order.EVENT_DROP)
+        for k, operation in enumerate(event_augment.operations(numbers, "nda", (8, 6))):
+            frames = event_augment.operated(before[k].numpy(), operation)
+            frames = event_augment.dropped(frames, lambda n, row=cells[k]: row[:n], 0.75)
+            pixels.cut_out(frames, boxes[k])
+            assert np.array_equal(after[k].numpy(), frames)
 
 
 def test_an_event_file_that_went_bad_is_named(event_root):

@@ -222,14 +222,14 @@ def test_lambda_is_drawn_from_the_symmetric_beta_distribution(alpha):
 
 def test_mixes_keep_what_their_boxes_leave():
     draws = uniforms(0, 0, np.arange(2000), transforms.MIXING_DRAWS)
-    share, pixels, boxes = transforms.mixes(draws, 20, 30, transforms.Mixing(cutmix=1.0))
+    share, pixels, boxes, _ = transforms.mixes(draws, 20, 30, transforms.Mixing(cutmix=1.0))
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     assert np.allclose(share, 1 - area / 600)
     assert (pixels == 1).all()
     assert (boxes >= 0).all()
     assert (boxes[:, 2:] <= [20, 30]).all()
     assert area.max() > 450
-    share, pixels, boxes = transforms.mixes(draws, 20, 30, transforms.Mixing(mixup=0.2))
+    share, pixels, boxes, _ = transforms.mixes(draws, 20, 30, transforms.Mixing(mixup=0.2))
     assert (share == pixels).all()
     assert not boxes.any()
     both = transforms.mixes(draws, 20, 30, transforms.Mixing(mixup=0.2, cutmix=1.0))

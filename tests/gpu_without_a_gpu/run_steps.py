@@ -326,7 +326,7 @@ class _Batches:
 
     def __next__(self) -> Any:
         from tetdist.data.loader import Batch
-        from tetdist.data.transforms import MIXING_DRAWS, Mixing, mixes
+        from tetdist.data.transforms import Mixing, micro_batch_mix
 
         config = self._config
         count, size = config.batch.micro, config.data.image_size
@@ -335,9 +335,9 @@ class _Batches:
             images = torch.zeros(count, self._model.timesteps, 2, size, size)
         else:
             images = torch.zeros(count, size, size, 3).permute(0, 3, 1, 2)
-        mixing = Mixing(config.data.mixup, config.data.cutmix)
-        draws = np.linspace(0.1, 0.9, count * MIXING_DRAWS).reshape(count, MIXING_DRAWS)
-        mix = mixes(draws, size, size, mixing) if any(mixing) else None
+        mixing = Mixing(config.data.mixup, config.data.cutmix, config.data.mixing.mode)
+        positions = np.arange(count)
+        mix = micro_batch_mix(0, 0, positions, (size, size), mixing) if mixing.is_on else None
         labels = torch.zeros(count, dtype=torch.int64)
         return Batch(images, labels, np.arange(count), mix)
 

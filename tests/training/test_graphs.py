@@ -63,6 +63,10 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": {"label_smoothing": 0.1, "distillation": {"self_weight": 0.3}},
         "data.mixup": 0.2,
         "data.cutmix": 1.0,
+        # Targets are shares of the classes whether or not a micro-batch is mixed: one graph.
+        "data.mixing": {"mode": "batch", "probability": 0.5, "off_epoch": 1},
+        "phases.0.epochs": 2,
+        "max_steps": 7,
     },
     "bf16, blocks, one micro-batch": {
         "precision": "bf16",

@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "data.cutout": 4,
         "data.mixup": 0.4,
         "data.cutmix": 1.0,
+        "data.mixing": {"mode": "batch", "probability": 0.7, "off_epoch": 1},
         "loss.label_smoothing": 0.1,
     },
 }

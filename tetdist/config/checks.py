@@ -9,7 +9,7 @@ from typing import Any, assert_never
 from pydantic import BaseModel
 
 from tetdist.config.identity import flatten
-from tetdist.config.schema import TIMM, PhaseSection, RunConfig, phase_image_sizes
+from tetdist.config.schema import TIMM, DataSection, PhaseSection, RunConfig, phase_image_sizes
 from tetdist.errors import UserError
 from tetdist.losses import LOSSES
 from tetdist.optimizers import kind_of
@@ -223,8 +223,11 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
             yield f"{prefix}{alias}", name in section.model_fields_set, because
 
 
-def _unread(config: RunConfig) -> Iterator[tuple[BaseModel, str, tuple[str, ...], str]]:
-    """Sections, their prefixes, their fields that nothing reads, and why."""
+# Sections, their prefixes, their fields that nothing reads, and why.
+_Unread = tuple[BaseModel, str, tuple[str, ...], str]
+
+
+def _unread(config: RunConfig) -> Iterator[_Unread]:
     known = LOSSES[config.loss.kind].arguments
     unread = tuple(key for key in ("lambda_", "phi", "label_smoothing") if key not in known)
     yield config.loss, "loss.", unread, f"loss.kind={config.loss.kind}"
@@ -241,11 +244,13 @@ def _unread(config: RunConfig) -> Iterator[tuple[BaseModel, str, tuple[str, ...]
             colors = ("auto_augment", "color_jitter", "mean", "std")
             yield config.data, "data.", (*crops, *colors), "data.kind=events"
         case "images":
-            yield config.data, "data.", ("roll",), "data.kind=images"
+            of_events = ("roll", "event_augment", "event_drop")
+            yield config.data, "data.", of_events, "data.kind=images"
             crop, others = config.data.crop, {"padded": ("scale", "ratio"), "resized": ("padding",)}
             yield config.data, "data.", others[crop], f"data.crop={crop}"
         case other:
             assert_never(other)
+    yield from _unread_by_mixing(config.data)
     for i, phase in enumerate(config.phases):
         if config.data.kind == "events":
             sizes = ("image_size", "final_image_size")
@@ -264,6 +269,15 @@ def _unread(config: RunConfig) -> Iterator[tuple[BaseModel, str, tuple[str, ...]
     if not config.tracking.mlflow:
         of_mlflow = ("uri", "experiment", "log_checkpoint", "register_")
         yield config.tracking, "tracking.", of_mlflow, "tracking.mlflow=false"
+
+
+def _unread_by_mixing(data: DataSection) -> Iterator[_Unread]:
+    if not (data.mixup or data.cutmix):
+        names = tuple(type(data.mixing).model_fields)
+        yield data.mixing, "data.mixing.", names, "data.mixup=0 and data.cutmix=0"
+    elif not (data.mixup and data.cutmix):
+        without = "data.cutmix=0" if data.mixup else "data.mixup=0"
+        yield data.mixing, "data.mixing.", ("switch_probability",), without
 
 
 def _unread_by_schedule(phase: PhaseSection) -> tuple[str, ...]:

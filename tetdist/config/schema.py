@@ -132,6 +132,21 @@ class ColorJitterSection(Section):
     """Largest shift of the hue; 0.5 is half a circle."""
 
 
+class MixingSection(Section):
+    """How mixup and CutMix mix, where data.mixup or data.cutmix is above 0."""
+
+    mode: Literal["sample", "batch"] = "sample"
+    """sample: each sample with the one before it in its micro-batch, by a lambda of its own. batch:
+    as timm does it, sample i with sample B - 1 - i, all by one lambda and one box."""
+    probability: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """That a sample (mode=batch: a micro-batch) is mixed; timm's mixup_prob."""
+    switch_probability: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """With mixup and CutMix: that it is by CutMix; timm's mixup_switch_prob."""
+    off_epoch: Annotated[int, Field(ge=0)] = 0
+    """The first of the run's epochs, from 0 on, that mixes nothing; 0: all do. timm's
+    mixup_off_epoch."""
+
+
 class DataSection(Section):
     kind: Literal["images", "events"] = "images"
     """images: decoded and augmented here. events: pre-binned tensors (T, 2, H, W)."""
@@ -156,16 +171,22 @@ class DataSection(Section):
     """Probability of a horizontal flip."""
     roll: Annotated[int, Field(ge=0)] = 0
     """Events: largest shift in pixels, wrapping around, of a training sample."""
+    event_augment: Literal["none", "nda", "snn_augment_wide"] = "none"
+    """Events: one operation for each training sample. nda: roll, rotation or shear (Neuromorphic
+    Data Augmentation); snn_augment_wide: as in QKFormer's code."""
+    event_drop: Fraction = 0.0
+    """Events: probability that a training sample loses some by EventDrop, whose paper takes 0.75:
+    in a stretch of time, in an area, or at random."""
     auto_augment: Literal["none", "cifar10", "imagenet"] = "none"
     """AutoAugment's policy."""
     color_jitter: ColorJitterSection = ColorJitterSection()
     cutout: Annotated[int, Field(ge=0)] = 0
     """Side of a square that is set to 0 (after normalisation); 0: none."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
-    """Alpha of mixup, whose lambda is drawn from Beta(alpha, alpha); 0: off. A sample is mixed with
-    the one before it in its micro-batch."""
+    """Alpha of mixup, whose lambda is drawn from Beta(alpha, alpha); 0: off."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0
-    """Alpha of CutMix; 0: off. With mixup, too, each sample gets one of them, equally often."""
+    """Alpha of CutMix; 0: off. With mixup, too, it is one of them."""
+    mixing: MixingSection = MixingSection()
     transforms: tuple[str, ...] = ()
     """Transforms of one's own, by the names under which they are registered; applied to training
     samples in this order, after all the others but mixup and CutMix."""

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from tetdist.data.auto_augment import Policy, auto_augment
 from tetdist.data.dali import Workers, event_graph, image_graph
+from tetdist.data.event_augment import EventAugmentation, EventChanges
 from tetdist.data.index import Index
 from tetdist.data.loader import Inputs, Loader, Stream, Transforms
 from tetdist.data.order import (
@@ -26,11 +27,11 @@ from tetdist.data.order import (
     rank_micro_batches,
     steps_per_epoch,
 )
-from tetdist.data.pixels import Edits, Output, cut_out
+from tetdist.data.pixels import Edits, Output
 from tetdist.data.reader import SampleReader
 from tetdist.data.transforms import (
+    NO_MIXING,
     ColorJitter,
-    EventDraws,
     ImageDraws,
     Mix,
     Mixing,
@@ -39,18 +40,14 @@ from tetdist.data.transforms import (
     centre_crop,
     color_jitter,
     cutout_boxes,
-    event_draws,
-    flip_and_roll,
     flips,
     image_draws,
-    mixes,
-    mixing_draws,
+    micro_batch_mix,
     padded_crop,
     random_resized_crop,
-    shifts,
 )
 
-NO_JITTER, NO_MIXING = ColorJitter(), Mixing()
+NO_JITTER = ColorJitter()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,26 +114,6 @@ class ImageAugmentation:
     padding: int | None = None
     policy: Policy | None = None
     jitter: ColorJitter = NO_JITTER
-    cutout: int = 0
-    mixing: Mixing = NO_MIXING
-    transforms: tuple[Transform, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class EventAugmentation:
-    """Random changes of training event tensors, all timesteps of a sample alike.
-
-    Attributes:
-        flip: Probability of mirroring left to right.
-        roll: Largest shift in pixels, up or down and left or right; what leaves at one side comes
-            in at the other.
-        cutout: Side of a square that is then emptied.
-        mixing: As in `ImageAugmentation`.
-        transforms: As in `ImageAugmentation`.
-    """
-
-    flip: float
-    roll: int
     cutout: int = 0
     mixing: Mixing = NO_MIXING
     transforms: tuple[Transform, ...] = ()
@@ -302,13 +279,12 @@ def event_train_batches(
         UserError: As `train_batches`.
     """
     micro_batches = _micro_batches(len(index), share)
-    reader = SampleReader(index, root)
+    reader, size = SampleReader(index, root), _frames_shape(index)[2:]
 
     def readings() -> Iterator[_Reading]:
         for epoch, positions, ids in micro_batches:
-            draws = event_draws(share.seed, epoch, positions)
-            reading = _event_reading(index, reader, ids, draws, augmentation)
-            size = _frames_shape(index)[2:]
+            changes = EventChanges(share.seed, epoch, positions, size, augmentation)
+            reading = _event_reading(index, reader, ids, changes)
             yield _with_draws(reading, share.seed, epoch, positions, size, augmentation)
 
     return Loader(
@@ -408,8 +384,8 @@ def _with_draws(
 ) -> _Reading:
     """Add to a reading of samples (..., *size) how they are mixed, and transforms' draws."""
     mixing, mix = augmentation.mixing, None
-    if any(mixing):
-        mix = mixes(mixing_draws(seed, epoch, positions), *size, mixing)
+    if mixing.is_on:
+        mix = micro_batch_mix(seed, epoch, positions, size, mixing)
     drawn = tuple((t, t.draws(seed, epoch, positions)) for t in augmentation.transforms)
     return reading._replace(mix=mix, transforms=drawn)
 
@@ -434,26 +410,12 @@ def _image_reading(
 
 
 def _event_reading(
-    index: Index,
-    reader: SampleReader,
-    ids: npt.NDArray[np.int64],
-    draws: EventDraws,
-    augmentation: EventAugmentation,
+    index: Index, reader: SampleReader, ids: npt.NDArray[np.int64], changes: EventChanges
 ) -> _Reading:
-    """Samples to be read, flipped, rolled and cut out."""
-    mirror = flips(draws.flip[:, 0], augmentation.flip)
-    shift = shifts(draws.roll, augmentation.roll)
-    boxes = cutout_boxes(draws.cutout, *_frames_shape(index)[2:], augmentation.cutout)
-
+    """Samples to be read and changed."""
     # DALI has no roll with wrap-around; one made of its concatenations and slices would take longer
     # than numpy does.
-    def read(k: int) -> npt.NDArray[Any]:
-        frames = _read_frames(index, reader, int(ids[k]))
-        frames = flip_and_roll(frames, bool(mirror[k]), int(shift[k, 0]), int(shift[k, 1]))
-        cut_out(frames, boxes[k])
-        return frames
-
-    return _Reading(ids, read)
+    return _Reading(ids, lambda k: changes.of(k, _read_frames(index, reader, int(ids[k]))))
 
 
 def _as_stored(

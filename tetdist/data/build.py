@@ -10,6 +10,7 @@ import numpy as np
 from tetdist.config.schema import DataSection, RunConfig, phase_image_sizes
 from tetdist.data import batches, dali, loader
 from tetdist.data.delivery import Batches, DeviceBatches
+from tetdist.data.event_augment import EventAugmentation
 from tetdist.data.index import Index
 from tetdist.data.own_process import LoaderProcess
 from tetdist.data.pixels import Output
@@ -41,7 +42,8 @@ def _train_batches(
     image_size: int,
     workers: dali.Workers,
 ) -> loader.Loader:
-    mixing, transforms = Mixing(data.mixup, data.cutmix), _transforms(data)
+    mixing = Mixing(data.mixup, data.cutmix, **data.mixing.model_dump())
+    transforms = _transforms(data)
     match data.kind:
         case "events":
             return batches.event_train_batches(
@@ -49,9 +51,11 @@ def _train_batches(
                 data.root,
                 share,
                 workers,
-                batches.EventAugmentation(
+                EventAugmentation(
                     flip=data.flip,
                     roll=data.roll,
+                    policy=None if data.event_augment == "none" else data.event_augment,
+                    drop=data.event_drop,
                     cutout=data.cutout,
                     mixing=mixing,
                     transforms=transforms,

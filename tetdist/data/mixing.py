@@ -1,4 +1,4 @@
-"""Mixup and CutMix: each sample with the one before it in its micro-batch.
+"""Mixup and CutMix: each sample with another one of its micro-batch.
 
 Who is mixed with whom, and how much, are functions of the position in the run (transforms.py), so
 that the result does not depend on the number of processes.
@@ -22,13 +22,18 @@ class DeviceMix(NamedTuple):
     share: Tensor
     pixels: Tensor
     boxes: Tensor
+    mirrored: bool
+
+    def others(self, samples: Tensor) -> Tensor:
+        """What each of (B, ...) is mixed with."""
+        return samples.flip(0) if self.mirrored else samples.roll(1, 0)
 
 
 def on_device(mix: Mix, device: torch.device) -> DeviceMix:
     """Copy a micro-batch's numbers to the device, all at once."""
     numbers = np.column_stack([mix.share, mix.pixels, mix.boxes])
     there = transfer.on_device(torch.from_numpy(numbers), device)
-    return DeviceMix(there[:, 0], there[:, 1], there[:, 2:])
+    return DeviceMix(there[:, 0], there[:, 1], there[:, 2:], mix.mirrored)
 
 
 def mixed_images(images: Tensor, mix: DeviceMix) -> Tensor:
@@ -37,7 +42,7 @@ def mixed_images(images: Tensor, mix: DeviceMix) -> Tensor:
     kept = mix.pixels.to(images.dtype).view(-1, *ones)
     height, width = images.shape[-2:]
     swapped = inside(mix.boxes, height, width).view(-1, *ones[:-2], height, width)
-    others = images.roll(1, 0)
+    others = mix.others(images)
     return torch.where(swapped, others, kept * images + (1 - kept) * others)
 
 
@@ -49,4 +54,4 @@ def mixed_targets(labels: Tensor, mix: DeviceMix, num_classes: int, dtype: torch
     """
     targets = F.one_hot(labels, num_classes).to(dtype)
     kept = mix.share.to(dtype)[:, None]
-    return kept * targets + (1 - kept) * targets.roll(1, 0)
+    return kept * targets + (1 - kept) * mix.others(targets)

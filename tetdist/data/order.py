@@ -17,6 +17,7 @@ from tetdist.errors import UserError
 # Streams keep the keys of the permutation, the draws of augmentation and mixing, and those of the
 # network apart.
 _PERMUTATION, AUGMENTATION, MIXING, _FORWARD = 1, 2, 3, 4
+EVENT_AUGMENT, EVENT_DROP = 5, 6
 
 
 def uniforms(
@@ -34,7 +35,7 @@ def uniforms(
     Args:
         positions: (B,) positions in the epoch's order.
         num_draws: Numbers for each sample.
-        stream: AUGMENTATION, MIXING, or a `transform_stream`.
+        stream: AUGMENTATION or another one of this module's, or a `transform_stream`.
 
     Returns:
         (B, num_draws), multiples of 2**-53.

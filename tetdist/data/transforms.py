@@ -8,7 +8,7 @@ image as stored, rows before columns.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -212,52 +212,102 @@ def cutout_boxes(draws: _Floats, height: int, width: int, side: int) -> _Ints:
 
 
 class Mixing(NamedTuple):
-    """Alphas of mixing two samples, where lambda is drawn from Beta(alpha, alpha); 0: off.
+    """How samples are mixed, two at a time; lambda, the share kept, is of Beta(alpha, alpha).
 
-    With both, each sample is mixed in either way equally often.
+    Attributes:
+        mixup: Alpha of mixup (Zhang et al., 2018); 0: none.
+        cutmix: Alpha of CutMix (Yun et al., 2019); 0: none.
+        mode: "sample": each has a lambda and a box of its own, and is mixed with the one before it
+            in the micro-batch. "batch": one of each for the whole micro-batch, whose sample i is
+            mixed with sample B - 1 - i, as by timm's `Mixup`.
+        probability: That a sample, or the micro-batch, is mixed at all.
+        switch_probability: That, of both, it is by CutMix.
+        off_epoch: Epochs from this one on, counted from 0, mix nothing; 0: all do.
     """
 
     mixup: float = 0.0
     cutmix: float = 0.0
+    mode: Literal["sample", "batch"] = "sample"
+    probability: float = 1.0
+    switch_probability: float = 0.5
+    off_epoch: int = 0
+
+    @property
+    def is_on(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+
+NO_MIXING = Mixing()
 
 
 class Mix(NamedTuple):
-    """Share of each of B samples that is kept; the rest is of the one before in the micro-batch.
+    """Share of each of B samples that is kept; the rest is of another one in the micro-batch.
 
     Attributes:
         share: (B,) of the sample in the target.
         pixels: (B,) of the sample in all pixels outside the box: `share`, or 1 with cutmix.
         boxes: (B, 4) top, left, bottom, right of what comes from the other; empty with mixup.
+        mirrored: Whether the other of sample i is B - 1 - i, and not the one before it.
     """
 
     share: _Floats
     pixels: _Floats
     boxes: _Ints
+    mirrored: bool = False
 
 
-MIXING_DRAWS = 5
+MIXING_DRAWS = 6
+
+
+def micro_batch_mix(
+    seed: int, epoch: int, positions: npt.NDArray[np.int64], size: tuple[int, int], mixing: Mixing
+) -> Mix:
+    """Draw how the samples of a micro-batch, at some positions of an epoch, are mixed.
+
+    An epoch that mixes nothing has a mix, too, which leaves all as it is: targets are shares of the
+    classes in all epochs, so that a CUDA graph of the step stays the same.
+    """
+    if mixing.off_epoch and epoch >= mixing.off_epoch:
+        mixing = mixing._replace(probability=0.0)
+    if mixing.mode == "sample":
+        return mixes(mixing_draws(seed, epoch, positions), *size, mixing)
+    one = mixes(mixing_draws(seed, epoch, positions[:1]), *size, mixing)
+    rows = np.zeros(len(positions), np.int64)
+    return Mix(one.share[rows], one.pixels[rows], one.boxes[rows], mirrored=True)
 
 
 def mixes(draws: _Floats, height: int, width: int, mixing: Mixing) -> Mix:
-    """Draw mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019), with a lambda for each sample.
+    """Draw mixup or CutMix, and a lambda, for each row of draws.
 
     Args:
         draws: (B, MIXING_DRAWS) uniform in [0, 1).
     """
-    assert mixing.mixup or mixing.cutmix
-    probability = 0.0 if not mixing.cutmix else 0.5 if mixing.mixup else 1.0
-    cut = draws[:, 0] < probability
+    assert mixing.is_on
+    both = mixing.mixup and mixing.cutmix
+    switch = mixing.switch_probability if both else float(mixing.cutmix > 0)
+    cut = draws[:, 0] < switch
     alpha = np.where(cut, mixing.cutmix or 1.0, mixing.mixup or 1.0)
     kept = symmetric_beta(draws[:, 1], draws[:, 2], alpha)
-    size = np.array([height, width])
-    centre = (draws[:, 3:] * size).astype(np.int64)
-    # As in torchvision's CutMix, the half is cut to a whole number.
-    half = (0.5 * np.sqrt(1 - kept)[:, None] * size).astype(np.int64)
-    boxes = np.concatenate([np.maximum(centre - half, 0), np.minimum(centre + half, size)], axis=1)
+    kept = np.where(draws[:, 5] < mixing.probability, kept, 1.0)
+    boxes = _mixing_boxes(draws[:, 3:5], kept, (height, width), mixing)
     boxes[~cut] = 0
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     share = np.where(cut, 1 - area / (height * width), kept)
     return Mix(share, np.where(cut, 1.0, kept), boxes.astype(np.int32))
+
+
+def _mixing_boxes(
+    draws: _Floats, kept: _Floats, image: tuple[int, int], mixing: Mixing
+) -> npt.NDArray[np.int64]:
+    """Boxes (B, 4) of CutMix around any pixel, cut off at the borders; empty where all is kept."""
+    size = np.array(image)
+    centre = (draws * size).astype(np.int64)
+    cut = np.sqrt(1 - kept)[:, None] * size
+    # torchvision's CutMix, that of single samples, takes half of the side for whole pixels on
+    # both sides; timm's takes the whole side, of which the larger half is below and to the right.
+    before = (0.5 * cut).astype(np.int64)
+    after = (cut.astype(np.int64) + 1) // 2 if mixing.mode == "batch" else before
+    return np.concatenate([np.maximum(centre - before, 0), np.minimum(centre + after, size)], 1)
 
 
 def symmetric_beta(u: _Floats, v: _Floats, alpha: _Floats) -> _Floats:

@@ -1,0 +1,276 @@
+"""Augmentation of event frames (T, 2, H, W), all timesteps of a sample alike.
+
+Operations are those of published recipes, with torchvision's pixels (nearest, and nothing where
+nothing comes in). Which one a sample gets is decided by numbers of its own streams in order.py.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, assert_never
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchvision.transforms import functional as vision
+
+from tetdist.data.order import EVENT_AUGMENT, EVENT_DROP, uniforms
+from tetdist.data.pixels import cut_out
+from tetdist.data.transforms import (
+    NO_MIXING,
+    Mixing,
+    Transform,
+    cutout_boxes,
+    event_draws,
+    flip_and_roll,
+    flips,
+    shifts,
+)
+
+Policy = Literal["nda", "snn_augment_wide"]
+_Floats = npt.NDArray[np.float64]
+_Frames = npt.NDArray[Any]
+# Gives the first so many numbers of a sample's stream, uniform in [0, 1).
+Draw = Callable[[int], _Floats]
+
+OPERATION_DRAWS, DROP_DRAWS = 4, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventAugmentation:
+    """Random changes of training event tensors, in this order.
+
+    Attributes:
+        flip: Probability of mirroring left to right.
+        roll: Largest shift in pixels, up or down and left or right; what leaves at one side comes
+            in at the other.
+        policy: One operation of this one; None: none. See `operations`.
+        drop: Probability of losing events; see `dropped`.
+        cutout: Side of a square that is then emptied.
+        mixing: What the batches say about mixing; the frames come unmixed.
+        transforms: Transforms of one's own, in their order.
+    """
+
+    flip: float
+    roll: int
+    policy: Policy | None = None
+    drop: float = 0.0
+    cutout: int = 0
+    mixing: Mixing = NO_MIXING
+    transforms: tuple[Transform, ...] = ()
+
+
+class EventChanges:
+    """What becomes of the frames of a micro-batch, before transforms of one's own and mixing."""
+
+    def __init__(
+        self,
+        seed: int,
+        epoch: int,
+        positions: npt.NDArray[np.int64],
+        size: tuple[int, int],
+        augmentation: EventAugmentation,
+    ) -> None:
+        """
+        Args:
+            positions: (B,) of the samples in the epoch's order.
+            size: Height and width of the frames.
+            augmentation: How they are changed.
+        """
+        draws = event_draws(seed, epoch, positions)
+        self._mirror = flips(draws.flip[:, 0], augmentation.flip)
+        self._shift = shifts(draws.roll, augmentation.roll)
+        self._operations: list[Operation] | None = None
+        if augmentation.policy is not None:
+            numbers = uniforms(seed, epoch, positions, OPERATION_DRAWS, EVENT_AUGMENT)
+            self._operations = operations(numbers, augmentation.policy, size)
+        self._drop = augmentation.drop
+        self._boxes = cutout_boxes(draws.cutout, *size, augmentation.cutout)
+        self._key = seed, epoch, positions
+
+    def of(self, k: int, frames: _Frames) -> _Frames:
+        """Change the frames of the k-th sample; those given stay as they are."""
+        down, right = self._shift[k].tolist()
+        frames = flip_and_roll(frames, bool(self._mirror[k]), down, right)
+        if self._operations is not None:
+            frames = operated(frames, self._operations[k])
+        if self._drop:
+            frames = dropped(frames, self._drop_draws(k), self._drop)
+        cut_out(frames, self._boxes[k])
+        return frames
+
+    def _drop_draws(self, k: int) -> Draw:
+        seed, epoch, positions = self._key
+        one = positions[k : k + 1]
+        return lambda count: uniforms(seed, epoch, one, count, EVENT_DROP)[0]
+
+
+class Operation(NamedTuple):
+    """A change of a sample's frames.
+
+    Attributes:
+        name: identity, roll, translate, rotate, shear_x or cutout.
+        values: Of roll and translate pixels down and to the right, of rotate and shear_x degrees,
+            of cutout a box: top, left, bottom, right.
+    """
+
+    name: str
+    values: tuple[float, ...] = ()
+
+
+def operations(draws: _Floats, policy: Policy, size: tuple[int, int]) -> list[Operation]:
+    """Draw the operation of each sample.
+
+    "nda" (Neuromorphic Data Augmentation, Li et al., ECCV 2022, as in the authors' code for
+    CIFAR10-DVS at 48x48): a roll of up to 5 pixels each way, a rotation or a horizontal shear of up
+    to 30 degrees. "snn_augment_wide" (SNNAugmentWide of QKFormer's code):
+    identity, a horizontal shear of up to 0.3, a shift of up to 5 pixels either way, a rotation of
+    up to 30 degrees, each by one of 31 magnitudes, or a square of 0.1 to 11 % of the area, emptied.
+
+    Args:
+        draws: (B, OPERATION_DRAWS) uniform in [0, 1).
+        size: Height and width of the frames.
+    """
+    match policy:
+        case "nda":
+            return [_nda(row) for row in draws.tolist()]
+        case "snn_augment_wide":
+            return [_snn_augment_wide(row, size) for row in draws.tolist()]
+        case _:
+            assert_never(policy)
+
+
+def _nda(draws: list[float]) -> Operation:
+    which, first, second, _ = draws
+    match ("roll", "rotate", "shear_x")[int(3 * which)]:
+        case "roll":
+            down, right = shifts(np.array([first, second]), 5).tolist()
+            return Operation("roll", (down, right))
+        case name:
+            return Operation(name, (60 * first - 30,))
+
+
+def _snn_augment_wide(draws: list[float], size: tuple[int, int]) -> Operation:
+    which, first, second, third = draws
+    names = ("identity", "shear_x", "translate_x", "translate_y", "rotate", "cutout")
+    match names[int(len(names) * which)]:
+        case "shear_x":
+            return Operation("shear_x", (math.degrees(_magnitude(0.3, first, second)),))
+        case "translate_x":
+            return Operation("translate", (0, int(_magnitude(5.0, first, second))))
+        case "translate_y":
+            return Operation("translate", (int(_magnitude(5.0, first, second)), 0))
+        case "rotate":
+            return Operation("rotate", (_magnitude(30.0, first, second),))
+        case "cutout":
+            return Operation("cutout", _square(first, second, third, *size))
+        case name:
+            return Operation(name)
+
+
+def _magnitude(most: float, first: float, second: float) -> float:
+    """One of 31 magnitudes from -most to most, of which the sign may then be turned."""
+    # Torch computes them in float32, as the original does: a shift of 4.99 pixels is one of 4.
+    magnitude = float(torch.linspace(-most, most, 31)[int(31 * first)].item())
+    return -magnitude if second < 0.5 else magnitude
+
+
+def _square(area: float, row: float, column: float, height: int, width: int) -> tuple[int, ...]:
+    """The square of torchvision's RandomErasing(p=1, scale=(0.001, 0.11), ratio=(1, 1))."""
+    side = round(math.sqrt(height * width * (0.001 + (0.11 - 0.001) * area)))
+    if side >= min(height, width):
+        return 0, 0, 0, 0
+    top, left = int(row * (height - side + 1)), int(column * (width - side + 1))
+    return top, left, top + side, left + side
+
+
+def operated(frames: _Frames, operation: Operation) -> _Frames:
+    """Change frames (T, 2, H, W) of any type; cutout does so in place."""
+    values = operation.values
+    match operation.name:
+        case "identity":
+            return frames
+        case "roll":
+            return np.roll(frames, tuple(map(int, values)), axis=(-2, -1))
+        case "translate":
+            down, right = map(int, values)
+            return _moved(frames, translate=[right, down])
+        case "shear_x":
+            return _moved(frames, shear=[values[0], 0.0])
+        case "rotate":
+            # torchvision's rotate is anticlockwise, and its affine clockwise.
+            return _moved(frames, angle=-values[0])
+        case "cutout":
+            cut_out(frames, np.array(values, np.int32))
+            return frames
+        case _:
+            raise AssertionError(operation.name)
+
+
+def _moved(frames: _Frames, **how: Any) -> _Frames:
+    """Have each pixel taken from where torchvision's affine takes it, or emptied."""
+    height, width = frames.shape[-2:]
+    # One picture, of the pixels' numbers, goes through torchvision, and not all T x 2 frames.
+    # float32 holds these numbers exactly.
+    assert height * width < 2**24
+    numbers = torch.arange(1, height * width + 1, dtype=torch.float32).view(1, height, width)
+    still: dict[str, Any] = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
+    source = vision.affine(numbers, **(still | how)).flatten().numpy().astype(np.int64)
+    moved = frames.reshape(-1, height * width).take(source - 1, axis=1, mode="clip")
+    moved[:, source == 0] = 0
+    return moved.reshape(frames.shape)
+
+
+def dropped(frames: _Frames, draw: Draw, probability: float) -> _Frames:
+    """Drop events of frames (T, 2, H, W) by EventDrop (Gu et al., IJCAI 2021).
+
+    Of binned events, equally often: those of all timesteps whose middle lies in a stretch of 10 to
+    90 % of the time, which may reach beyond the end; those of an area whose sides are 5 to 25 % of
+    the frame's; or 10 to 90 % of all, at random, where those of one pixel and polarity in a
+    timestep stay or go together. A sample that would have none left stays as it was.
+
+    Args:
+        draw: The sample's numbers: DROP_DRAWS, and one for each value of the frames.
+        probability: That any are dropped; 0.75 in the paper's code.
+    """
+    which, *rest = draw(DROP_DRAWS).tolist()
+    if which >= probability:
+        return frames
+    match ("time", "area", "random")[int(3 * which / probability)]:
+        case "time":
+            gone = _in_stretch(len(frames), *rest[:2])[:, None, None, None]
+        case "area":
+            gone = np.zeros(frames.shape[-2:], bool)
+            top, left, bottom, right = _area(*rest, *frames.shape[-2:])
+            gone[top:bottom, left:right] = True
+        case _:
+            share = _tenths(rest[0])
+            gone = (draw(DROP_DRAWS + frames.size)[DROP_DRAWS:] < share).reshape(frames.shape)
+    left_over = np.where(gone, frames.dtype.type(0), frames)
+    return left_over if left_over.any() else frames
+
+
+def _tenths(draw: float) -> float:
+    """0.1 to 0.9, as the original draws its shares."""
+    return (1 + int(9 * draw)) / 10
+
+
+def _in_stretch(timesteps: int, length: float, begin: float) -> npt.NDArray[np.bool_]:
+    middle = (np.arange(timesteps) + 0.5) / timesteps
+    return (middle >= begin) & (middle <= begin + _tenths(length))
+
+
+def _area(
+    share: float, row: float, column: float, height: int, width: int
+) -> tuple[int, int, int, int]:
+    """The rectangle of the original: top, left, bottom, right.
+
+    Its code then drops all events in the rows and all in the columns of that, the paper those in
+    the rectangle, as is done here.
+    """
+    share = (1 + int(5 * share)) / 20
+    top = int(max(0.0, row * height - share * height / 2))
+    left = int(max(0.0, column * width - share * width / 2))
+    # The original's bounds belong to it.
+    bottom, right = int(top + share * height) + 1, int(left + share * width) + 1
+    return top, left, min(height, bottom), min(width, right)
