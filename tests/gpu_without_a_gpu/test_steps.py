@@ -31,6 +31,7 @@ ENGINES = {
 EVERYTHING = (
     "data.mixup=0.2",
     "data.cutmix=1.0",
+    "data.mixing.mode=batch",
     "batch_norm.sync=true",
     "gradient_clipping=1.0",
     "loss.distillation.teacher=timm:resnet18",
