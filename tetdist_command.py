@@ -25,6 +25,7 @@ COMMANDS = {
     "cifar": "make a folder of images of a CIFAR archive",
     "convert": "take over weights from elsewhere",
     "export": "export a trained network",
+    "average": "average the weights of several trained networks",
     "bench": "measure speed and memory",
     "check_gpu": "check a machine with GPUs before training on it: ten minutes",
     "quickstart": "make the digits, train on them, evaluate: minutes on two cores",

@@ -228,9 +228,12 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert metrics(a) == metrics(b)
     # One that was saved again at the same step has a number after it.
     assert newest(a).name.split(".")[0] == newest(b).name.split(".")[0]
-    ours, theirs = (load_file(newest(run) / "model.safetensors") for run in (a, b))
-    assert ours.keys() == theirs.keys()
-    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    files = [sorted(path.name for path in newest(run).glob("*.safetensors")) for run in (a, b)]
+    assert files[0] == files[1]
+    for name in files[0]:
+        ours, theirs = (load_file(newest(run) / name) for run in (a, b))
+        assert ours.keys() == theirs.keys()
+        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == [], name
     ours, theirs = (torch.load(newest(run) / "optimizer.pt", weights_only=True) for run in (a, b))
     assert ours["param_groups"] == theirs["param_groups"]
     assert ours["state"].keys() == theirs["state"].keys()

@@ -3,11 +3,13 @@
     runs/NAME/checkpoints/
         step-00001000/
             model.safetensors   weights and running statistics; its header holds the configuration
+            ema.safetensors     their moving average, where the run has one; the same header
             optimizer.pt        the optimiser's tensors (read with weights_only=True)
             state.json          step, metrics so far, versions
             manifest.json       size and SHA-256 of the other files; written last
         last                    name of the newest
         best                    name of the one with the best validation accuracy
+        best-ema                name of the one whose moving average has the best
 
 A checkpoint is made in a hidden folder beside its place, forced to the disk, and renamed. A kill
 or a full disk at any moment leaves the earlier ones as they were. Nothing that is loaded here can
@@ -41,6 +43,7 @@ from tetdist.wording import counted
 logger = logging.getLogger(__name__)
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.pt", "state.json"
+EMA_FILE, BEST_EMA = "ema.safetensors", "best-ema"
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 
@@ -57,6 +60,7 @@ class Description(BaseModel):
         imports: Checksums of the files of one's own that it needs, by name.
         converted: The ``file`` that weights were taken over ``from`` another library in.
         which: The checkpoint of a run that was exported, ``last`` or ``best``.
+        averaged: Says what the weights are an average of; None: of nothing.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -69,6 +73,22 @@ class Description(BaseModel):
     imports: dict[str, str] = {}
     converted: dict[str, str] | None = None
     which: str | None = None
+    averaged: str | None = None
+
+
+@dataclass(frozen=True)
+class Average:
+    """A moving average of the weights, which a checkpoint holds beside them.
+
+    Attributes:
+        weights: By the names that they have in the model's state.
+        description: Of these weights: their accuracy is another.
+        best: Whether it is the best average so far.
+    """
+
+    weights: dict[str, Tensor]
+    description: Description
+    best: bool
 
 
 @dataclass(frozen=True)
@@ -80,12 +100,14 @@ class Checkpoint:
         state: What the trainer put in: step, accumulated metrics, best result, ...
         model: Model state, on the CPU.
         optimizer: The optimiser's ``state_dict``.
+        average: The moving average of the model's state; None: there is none.
     """
 
     path: Path
     state: dict[str, Any]
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
+    average: dict[str, Tensor] | None = None
 
 
 def save(
@@ -97,6 +119,7 @@ def save(
     state: dict[str, Any],
     keep_last: int,
     best: bool,
+    average: Average | None = None,
 ) -> Path:
     """Write the checkpoint of ``state["step"]`` and delete those no longer wanted.
 
@@ -106,8 +129,9 @@ def save(
         optimizer: The optimiser's ``state_dict``; goes to optimizer.pt.
         description: Goes to the header of model.safetensors.
         state: JSON values.
-        keep_last: Number of the newest to keep, besides the best one.
+        keep_last: Number of the newest to keep, besides the best ones.
         best: Whether this is the best one so far.
+        average: Goes to ema.safetensors, with its own description.
 
     Returns:
         Where it is.
@@ -125,20 +149,20 @@ def save(
         # there is for a moment neither.
         repeats = [int(path.suffix[1:] or 0) for path in folder.glob(f"{name}*")]
         target = folder / (f"{name}.{max(repeats) + 1}" if repeats else name)
-        # These are copies: at ZeRO stages above 0 the parameters are views of one buffer.
-        weights = {
-            key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for key, tensor in model.state_dict().items()
-        }
         with made_aside(target) as aside, _telling_full_disk(folder):
             aside.mkdir()
-            _write_weights(aside / MODEL_FILE, weights, description)
+            _write_weights(aside / MODEL_FILE, _copied(model.state_dict()), description)
+            if average is not None:
+                weights = _copied(average.weights)
+                _write_weights(aside / EMA_FILE, weights, average.description)
             torch.save(optimizer, aside / OPTIMIZER_FILE)
             state = {"format": FORMAT_VERSION} | state
             (aside / STATE_FILE).write_text(json.dumps(state, indent=1))
             files = {path.name: _describe(path) for path in sorted(aside.iterdir())}
             (aside / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=1))
-        for pointer in ("last", "best") if best else ("last",):
+        best_average = average is not None and average.best
+        pointers = {"last": True, "best": best, BEST_EMA: best_average}
+        for pointer in (name for name, moves in pointers.items() if moves):
             write_text(folder / pointer, f"{target.name}\n")
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
@@ -148,6 +172,14 @@ def save(
         ) from error
     _delete_old(folder, keep_last)
     return target
+
+
+def _copied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy weights to the CPU: at ZeRO stages above 0 the parameters are views of one buffer."""
+    return {
+        key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, tensor in weights.items()
+    }
 
 
 @contextmanager
@@ -225,20 +257,24 @@ def read(path: Path) -> Checkpoint:
         state,
         load_file(path / MODEL_FILE),
         torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True),
+        load_file(path / EMA_FILE) if (path / EMA_FILE).is_file() else None,
     )
 
 
-def load_model_file(path: Path, which: str = "last") -> tuple[dict[str, Tensor], Description]:
+def load_model_file(
+    path: Path, which: str = "last", *, ema: bool = False
+) -> tuple[dict[str, Tensor], Description]:
     """Read weights and description of a run, a checkpoint, an export or a .safetensors file.
 
     Args:
         path: The folder of one of these, or the file.
         which: The ``last`` checkpoint of a run folder, or the ``best`` one.
+        ema: Read the moving average in their place; the ``best`` one is then that of the averages.
 
     Raises:
         UserError: There is no such checkpoint, it is damaged, or it is not one of tetdist.
     """
-    file = _model_file(path, which)
+    file = _ema_file(path, which) if ema else _model_file(path, which)
     try:
         weights = load_file(file)
         with file.open("rb") as stream:
@@ -295,6 +331,16 @@ def _model_file(path: Path, which: str) -> Path:
     if problem is not None:
         raise UserError(f"the checkpoint {folder} is not whole: {problem}")
     return folder / MODEL_FILE
+
+
+def _ema_file(path: Path, which: str) -> Path:
+    file = _model_file(path, "last").with_name(EMA_FILE)
+    if not file.is_file():
+        raise UserError(
+            f"--ema: {path} has no moving average of its weights (a run has one with "
+            "ema.decay=...); leave out --ema"
+        )
+    return _model_file(path, BEST_EMA).with_name(EMA_FILE) if which == "best" else file
 
 
 def write_model_file(path: Path, weights: dict[str, Tensor], description: Description) -> None:
@@ -356,8 +402,8 @@ def _all(folder: Path) -> list[Path]:
 
 
 def _delete_old(folder: Path, keep_last: int) -> None:
-    best = folder / "best"
-    kept = {best.read_text().strip()} if best.is_file() else set()
+    best = [folder / name for name in ("best", BEST_EMA)]
+    kept = {pointer.read_text().strip() for pointer in best if pointer.is_file()}
     *older, newest_path = _all(folder)
     repeated = [path for path in older if path.name.split(".")[0] == newest_path.name.split(".")[0]]
     distinct = [path for path in older if path not in repeated]

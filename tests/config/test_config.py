@@ -520,6 +520,8 @@ def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture
             [],
         ),
         ({"tracking.uri": "http://localhost:1"}, ["tracking.uri"]),
+        ({"ema.warmup": True}, ["ema.warmup"]),
+        ({"ema": {"decay": 0.99, "warmup": True}}, []),
         (
             {
                 "model": {"name": "vggsnn"},

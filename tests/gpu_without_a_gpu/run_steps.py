@@ -285,6 +285,7 @@ def run(case: Case, world: Any, recorder: Recorder) -> None:
 def make_trainer(case: Case, config: Any, world: Any) -> Any:
     """A trainer whose data are made up and whose run folder is not there; the rest is its own."""
     from tetdist.training import health
+    from tetdist.training.ema import WeightAverage
     from tetdist.training.schedule import schedule_phases
     from tetdist.training.trainer import Trainer
 
@@ -298,6 +299,7 @@ def make_trainer(case: Case, config: Any, world: Any) -> Any:
             self.steps_per_epoch = 10
             self.phases = schedule_phases(config.phases, self.steps_per_epoch, config.batch.global_)
             self._build_model()
+            self.ema = WeightAverage.of(self.model, config.ema)
             self.window = torch.zeros(3, dtype=torch.float64, device=world.device)
             self.non_finite = health.NonFiniteSteps(world.device, config.non_finite_limit)
             self.optimizer_state = self.loss_scale_state = None

@@ -36,6 +36,7 @@ EVERYTHING = (
     "gradient_clipping=1.0",
     "loss.distillation.teacher=timm:resnet18",
     "loss.distillation.self_weight=0.1",
+    "ema.decay=0.999",
 )
 
 
@@ -146,6 +147,15 @@ def test_gradients_are_added_up_in_a_few_launches(engine: str, ask: Ask) -> None
     one, two = (ask("sew_resnet34", *ENGINES[engine], micro_batches=n) for n in (1, 2))
     assert_runs(two)
     assert launches(two, "backward") <= 2 * launches(one, "backward") + 10
+
+
+def test_a_moving_average_takes_a_few_launches(ask: Ask) -> None:
+    """Not some for each of sew_resnet34's 182 tensors."""
+    without, average = (
+        ask("sew_resnet34", *ENGINES["torch"], *o) for o in ((), ("ema.decay=0.9",))
+    )
+    assert_runs(average)
+    assert 3 <= launches(average, "loss") - launches(without, "loss") <= 12
 
 
 def test_deepspeeds_timers_do_not_wait(ask: Ask) -> None:

@@ -420,6 +420,19 @@ def series(tmp_path: Path) -> list[Path]:
     ]
 
 
+def test_table_has_the_moving_average_of_runs_with_one(run_tool: Tool, tmp_path: Path) -> None:
+    plain, averaged, other = (make_run(tmp_path / name) for name in ("a", "b", "c"))
+    reached = [{"kind": "val_ema", "step": step, "top1": 10.0 * step} for step in (7, 5)]
+    with (averaged / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(line | {"time": 1.0}) + "\n" for line in reached)
+    status, printed, _ = run_tool(plain, averaged, other)
+    assert status == 0
+    assert "EMA top-1 %  EMA best" in printed
+    assert row(printed, "a")[-2:] == ["-", "-"]
+    assert row(printed, "b")[-2:] == ["50.00", "70.00"]
+    assert "EMA" not in run_tool(plain, other, plain)[1]
+
+
 def test_several_runs_in_one_table(run_tool: Tool, series: list[Path], tmp_path: Path) -> None:
     status, printed, _ = run_tool(*series, "--json", tmp_path / "all.json")
     assert status == 0

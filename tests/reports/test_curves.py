@@ -27,6 +27,7 @@ from tetdist.reports.curves import (
 from tetdist.reports.overlay import _group
 from tetdist.reports.style import (
     ACCURACY,
+    AVERAGE,
     PERCENT,
     QUIET,
     RATE,
@@ -91,6 +92,15 @@ def test_a_whole_run_with_two_phases(tmp_path: Path) -> None:
     val = [line for line in lines if line["kind"] == "val"]
     assert _phase_borders(train, val) == [(9.0, "phase 1: T = 6")]
     assert _phase_borders(train[:90], val) == []
+
+
+def test_a_moving_average_has_curves_of_its_own(tmp_path: Path) -> None:
+    lines = [line(step) for step in (100, 200, 300) for line in (train_line, val_line)]
+    assert pixels(draw(tmp_path, lines), AVERAGE) == 0
+    lines += [val_line(step, kind="val_ema", top1=70.0, loss=0.5) for step in (100, 200, 300)]
+    out = draw(tmp_path, lines)
+    assert pixels(out, AVERAGE) > 1000
+    assert pixels(out, VALIDATION) > 1000
 
 
 def test_before_the_first_evaluation(tmp_path: Path) -> None:

@@ -30,6 +30,10 @@ def test_counts() -> None:
     assert made.evaluations == 120
     # Weights and SGD's momentum.
     assert made.checkpoint_bytes == 4 * (2 * PARAMETERS + 1000)
+    # Both copies of weights and running statistics are kept, and evaluated.
+    averaged = make(overrides=("ema.decay=0.999",))
+    assert averaged.checkpoint_bytes == 4 * (3 * PARAMETERS + 2 * 1000)
+    assert averaged.evaluations == 240
     # The second phase's Adam keeps two numbers a parameter.
     assert make("spiking34_t4_t6.yaml").checkpoint_bytes == 4 * (3 * PARAMETERS + 1000)
 

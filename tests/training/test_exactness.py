@@ -22,6 +22,7 @@ SEW: dict[str, Any] = {
     "batch": {"global": 24, "micro": 2, "eval": 7},
     "phases": [{"epochs": STEPS, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05}}],
     "evaluate_every": STEPS // 2,
+    "ema": {"decay": 0.8},
     "record_samples": True,
 }
 FLOAT64 = {"engine": "torch", "precision": "fp64"}
@@ -35,10 +36,13 @@ def assert_close_runs(a: Path, b: Path, tolerance: float) -> None:
         for key in ours.keys() - {"kind"}:
             expected = pytest.approx(theirs[key], rel=tolerance, abs=tolerance)
             assert ours[key] == expected, (key, ours, theirs)
-    weights = [load_file(tiny.newest(run) / "model.safetensors") for run in (a, b)]
-    for key, value in weights[0].items():
-        largest = weights[1][key].abs().max()
-        assert (value - weights[1][key]).abs().max() <= tolerance * largest, key
+    files = [{file.name for file in tiny.newest(run).glob("*.safetensors")} for run in (a, b)]
+    assert files[0] == files[1]
+    for name in files[0]:
+        weights = [load_file(tiny.newest(run) / name) for run in (a, b)]
+        for key, value in weights[0].items():
+            largest = weights[1][key].abs().max()
+            assert (value - weights[1][key]).abs().max() <= tolerance * largest, (name, key)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +159,7 @@ def test_stopped_stage_continues_to_the_bit(
     tiny_config: ConfigWriter,
     tmp_path: Path,
 ) -> None:
-    changes = {"zero_stage": stage, "save.every_steps": 2}
+    changes = {"zero_stage": stage, "save.every_steps": 2, "ema.decay": 0.8}
     changes |= {"phases.0.optimizer": {"kind": optimizer, "lr": 0.01}}
     assert farm(tiny_config(changes | {"name": "straight"}), world=2).status == 0
     file = tiny_config(changes | {"name": "run"})
@@ -224,12 +228,13 @@ POINTS = {"micro": 30, "step": 10, "evaluate": 6, "save": 2, "saved": 2, "log": 
 FUZZED: list[dict[str, Any]] = [
     {"world": 1},
     {"world": 2},
-    {"world": 1, "precision": "bf16", "log_every": 3},
-    {"world": 2, "zero_stage": 1, "save.every_steps": 3},
+    {"world": 1, "precision": "bf16", "log_every": 3, "ema.decay": 0.8},
+    {"world": 2, "zero_stage": 1, "save.every_steps": 3, "ema.decay": 0.8},
     {"world": 1, "engine": "torch", "recompute": "blocks", "save.every_steps": 2},
     {
         "world": 1,
         "log_every": 4,
+        "ema": {"decay": 0.9, "warmup": True},
         "phases": [
             {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "adamw", "lr": 0.01}},
             {"epochs": 1, "timesteps": 3, "optimizer": {"kind": "sgd", "lr": 0.05}},

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError, sentence, typed
 
@@ -39,6 +40,20 @@ def fail(error: Exception, prefix: str = "") -> int:
     """Say what is wrong; the exit status of that."""
     print(f"{prefix}error: {sentence(error)}", file=sys.stderr)
     return 2
+
+
+def check_new_weights(output: Path) -> None:
+    """Refuse to write weights over others, or into a checkpoint, which they would damage.
+
+    Raises:
+        UserError: ``--output`` would do so.
+    """
+    from tetdist import checkpoint
+
+    if (output.parent / checkpoint.MANIFEST_FILE).exists():
+        raise UserError(f"--output: {output.parent} is a checkpoint; choose another folder")
+    if output.exists():
+        raise UserError(f"{output} exists; choose another --output, or remove it first")
 
 
 def program(command: str) -> str:

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.cli.common import answer, program
+from tetdist.cli.common import answer, check_new_weights, program
 from tetdist.errors import UserError
 from tetdist.wording import counted
 
@@ -88,11 +88,8 @@ def convert_file(options: argparse.Namespace) -> None:
     from tetdist import checkpoint
     from tetdist.exchange import foreign
 
-    if (options.output.parent / checkpoint.MANIFEST_FILE).exists():
-        raise UserError(f"--output: {options.output.parent} is a checkpoint; choose another folder")
+    check_new_weights(options.output)
     state = foreign.read(options.source)
-    if options.output.exists():
-        raise UserError(f"{options.output} exists; choose another --output, or remove it first")
     layout = options.layout
     source: Source = foreign.source_of(state, options.source) if layout == "auto" else layout
     config, timesteps = configuration(options, source, foreign.num_classes(state, source))

@@ -75,6 +75,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="of a run folder, the best checkpoint, which was chosen on this very split",
     )
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="the moving average of the weights, of a run that has one; with --best the best "
+        "average",
+    )
     add_import(parser)
     parser.add_argument("--data", metavar="ROOT", help="folder of val/; default: as in training")
     parser.add_argument("--index", metavar="DIR", help="folder of the index; default: ROOT/index")
@@ -142,7 +148,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         world.run_on_all(lambda: plugins.import_files(options.imports))
         weights, description = world.run_on_all(
             lambda: checkpoint.load_model_file(
-                options.checkpoint, "best" if options.best else "last"
+                options.checkpoint, "best" if options.best else "last", ema=options.ema
             )
         )
         world.run_on_all(lambda: plugins.require(description.imports, options.checkpoint))
@@ -165,6 +171,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
             "checkpoint": str(options.checkpoint),
             "model": description.config["model"]["name"],
             "step": description.step,
+            **({"averaged": description.averaged} if description.averaged else {}),
             "split": options.split,
             **({"data_split": data_split} if data_split else {}),
             **({"subset": list(data.classes)} if data.classes != index.classes else {}),

@@ -40,6 +40,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         ".onnx, .pt2)",
     )
     add("--best", action="store_true", help="of a run folder, the best checkpoint")
+    add(
+        "--ema",
+        action="store_true",
+        help="the moving average of the weights, of a run that has one; with --best the best "
+        "average",
+    )
     add("--timesteps", type=int, metavar="T", help="default: as in training")
     add(
         "--dt",
@@ -85,7 +91,7 @@ def export(options: argparse.Namespace) -> None:
 
     import_files(options.imports)
     which = "best" if options.best else "last"
-    trained = formats.load(options.checkpoint, which, options.timesteps)
+    trained = formats.load(options.checkpoint, which, options.timesteps, ema=options.ema)
     output: Path = options.output
     match options.format:
         case "safetensors":

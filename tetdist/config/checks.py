@@ -266,6 +266,8 @@ def _unread(config: RunConfig) -> Iterator[_Unread]:
         yield phase.optimizer, prefix, unread, f"kind={phase.optimizer.kind}"
         if phase.optimizer.weight_decay == 0:
             yield phase.optimizer, prefix, ("decay_norms", "decay_neurons"), "weight_decay=0"
+    if config.ema.decay is None:
+        yield config.ema, "ema.", ("warmup",), "ema.decay=null"
     if not config.tracking.mlflow:
         of_mlflow = ("uri", "experiment", "log_checkpoint", "register_")
         yield config.tracking, "tracking.", of_mlflow, "tracking.mlflow=false"

@@ -345,6 +345,18 @@ class BatchNormSection(Section):
     result then depends on the number of processes, as it does not otherwise."""
 
 
+class EmaSection(Section):
+    """A moving average of the weights, which is evaluated beside them (docs/metrics.md). A run has
+    it from its first step or not at all."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The share that the average keeps at each step, such as 0.9998; null: there is none. Running
+    statistics are averaged likewise. As in timm's ModelEmaV3 the first step is taken whole."""
+    warmup: bool = False
+    """Let the share rise to decay as 1 - step^(-2/3) does, timm's way, so that the average of the
+    beginning is one of fewer steps."""
+
+
 class SaveSection(Section):
     every_steps: Positive | None = None
     """Besides each epoch's end; null: only there."""
@@ -390,6 +402,7 @@ class RunConfig(Section):
     norm then normalises each segment by itself, which is another network in training."""
     gradient_clipping: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the gradient."""
+    ema: EmaSection = EmaSection()
     non_finite_limit: Positive = 5
     """Steps in a row without a finite gradient after which the run ends; until then each of them
     changes nothing and is counted."""

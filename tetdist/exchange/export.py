@@ -80,18 +80,21 @@ class Trained:
         return torch.randn((count, *time, *self.input_shape), generator=generator)
 
 
-def load(path: Path, which: str = "last", timesteps: int | None = None) -> Trained:
+def load(
+    path: Path, which: str = "last", timesteps: int | None = None, *, ema: bool = False
+) -> Trained:
     """Read a run folder, a checkpoint folder or a .safetensors file.
 
     Args:
         path: One of these three.
         which: The checkpoint of a run folder: ``last`` or ``best``.
         timesteps: T, where it is another one than in training.
+        ema: Take the moving average of the weights.
 
     Raises:
         UserError: See `checkpoint.load_model_file`.
     """
-    weights, description = checkpoint.load_model_file(path, which)
+    weights, description = checkpoint.load_model_file(path, which, ema=ema)
     plugins.require(description.imports, path)
     parse(description.config, str(path), warn=False)  # somebody else may have written it
     config = parse(_without_places(description.config), str(path), warn=False)
@@ -248,6 +251,7 @@ def card(trained: Trained, folder: str | None = None) -> str:
         f"{counted(config.batch.global_, 'sample')}"
         f"{', the best checkpoint' if description.which == 'best' else ''}, "
         f"precision {config.precision}, seed {config.seed}",
+        **({"weights": description.averaged} if description.averaged else {}),
         "accuracy": _accuracy(description),
     }
     converted = description.converted

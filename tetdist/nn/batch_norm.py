@@ -182,6 +182,10 @@ def synchronize(
         norm.average, norm.num_processes = average_over_ranks, num_processes
 
 
+def has_running_statistics(model: nn.Module) -> bool:
+    return bool(_norms(model))
+
+
 def _norms(model: nn.Module) -> list[BatchNorm]:
     return [module for module in model.modules() if isinstance(module, BatchNorm)]
 
@@ -194,7 +198,10 @@ def defer_running_statistics(model: nn.Module) -> None:
 
 @torch.no_grad()
 def update_running_statistics(
-    model: nn.Module, average_over_ranks: Callable[[Tensor], Tensor], apply: Tensor | None = None
+    model: nn.Module,
+    average_over_ranks: Callable[[Tensor], Tensor],
+    apply: Tensor | None = None,
+    momentum: float | None = None,
 ) -> None:
     """Move all running statistics once: call it once per optimiser step, on every process.
 
@@ -205,11 +212,13 @@ def update_running_statistics(
             call for the whole model).
         apply: 0-dimensional bool tensor on the model's device; where it is False the step was
             given up and the statistics stay what they were. Not read on the host.
+        momentum: Weight of the newest statistics, where it is not each norm's own.
     """
-    for momentum in {norm.momentum: None for norm in _norms(model)}:
-        norms = [n for n in _norms(model) if n.pending_count and n.momentum == momentum]
+    for own in {norm.momentum: None for norm in _norms(model)}:
+        norms = [n for n in _norms(model) if n.pending_count and n.momentum == own]
         if norms:
-            _move_all(norms, momentum, average_over_ranks, apply)
+            weight = own if momentum is None else momentum
+            _move_all(norms, weight, average_over_ranks, apply)
 
 
 def _move_all(

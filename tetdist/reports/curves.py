@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tetdist.evaluation.firing import DEAD, SATURATED
 from tetdist.reports.style import (
     ACCURACY,
+    AVERAGE,
     QUIET,
     RATE,
     SPEED,
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 def learning_curves(metrics_file: Path, out: Path) -> None:
     """Draw loss, accuracy, learning rate and throughput of a run into one PNG.
 
-    Nothing is drawn while nothing is measured.
+    A moving average of the weights (EMA) has curves of its own. Nothing is drawn while nothing is
+    measured.
 
     Args:
         metrics_file: The run's metrics.jsonl.
@@ -48,12 +50,13 @@ def learning_curves(metrics_file: Path, out: Path) -> None:
     lines = read_metrics(metrics_file)
     train = [line for line in lines if line["kind"] == "train"]
     val = [line for line in lines if line["kind"] == "val"]
+    ema = [line for line in lines if line["kind"] == "val_ema"]
     if not train and not val:
         return
     figure = new_figure(13, 7.6)
     axes = figure.subplot_mosaic("LLLAAA;TTRRSS")
-    _loss(axes["L"], train, val)
-    _accuracy(axes["A"], train, val)
+    _loss(axes["L"], train, val, ema)
+    _accuracy(axes["A"], train, val, ema)
     _timesteps(axes["T"], val)
     _learning_rate(axes["R"], train)
     borders = _phase_borders(train, val)
@@ -248,29 +251,42 @@ def inputs(
     save(figure, out)
 
 
-def _loss(axis: Any, train: list[dict[str, Any]], val: list[dict[str, Any]]) -> None:
+Lines = list[dict[str, Any]]
+
+
+def _loss(axis: Any, train: Lines, val: Lines, ema: Lines) -> None:
     raw_and_smooth(axis, train, "loss", TRAIN, "training")
     markers(axis, *series(val, "loss"), VALIDATION, "validation")
+    if ema:
+        markers(axis, *series(ema, "loss"), AVERAGE, "EMA")
     finish(axis, "Loss", "loss")
 
 
-def _accuracy(axis: Any, train: list[dict[str, Any]], val: list[dict[str, Any]]) -> None:
+def _accuracy(axis: Any, train: Lines, val: Lines, ema: Lines) -> None:
     raw_and_smooth(axis, train, "top1", TRAIN, "training")
-    epochs, top1 = series(val, "top1")
-    markers(axis, epochs, top1, VALIDATION, "validation")
+    # Beside the title there is room for a legend with one long entry.
+    _with_best(axis, val, VALIDATION, "validation", briefly=bool(ema))
+    if ema:
+        _with_best(axis, ema, AVERAGE, "EMA", briefly=True)
+    finish(axis, "Top-1" if ema else "Top-1 accuracy", ACCURACY)
+
+
+def _with_best(axis: Any, evaluations: Lines, colour: str, label: str, *, briefly: bool) -> None:
+    epochs, top1 = series(evaluations, "top1")
+    markers(axis, epochs, top1, colour, label)
     if top1:
         best = max(range(len(top1)), key=top1.__getitem__)
+        of_best = f"{top1[best]:.2f} %"
         axis.plot(
             epochs[best],
             top1[best],
             "*",
-            color=VALIDATION,
+            color=colour,
             markeredgecolor="black",
             markersize=15,
             zorder=5,
-            label=f"best: {top1[best]:.2f} % (epoch {epochs[best]:.4g})",
+            label=of_best if briefly else f"best: {of_best} (epoch {epochs[best]:.4g})",
         )
-    finish(axis, "Top-1 accuracy", ACCURACY)
 
 
 def _timesteps(axis: Any, val: list[dict[str, Any]]) -> None:

@@ -50,8 +50,9 @@ def as_text(found: EvaluationResults) -> str:
 
 def heading(found: EvaluationResults) -> str:
     of_split = f" of the split {found['data_split']}" if "data_split" in found else ""
+    averaged = f" ({found['averaged']})" if "averaged" in found else ""
     return (
-        f"{found['checkpoint']}: {found['model']}, step {found['step']}, "
+        f"{found['checkpoint']}: {found['model']}, step {found['step']}{averaged}, "
         f"{counted(found['samples'], 'sample')} of {found['split']}{of_split}{_of_subset(found)}"
     )
 

@@ -42,10 +42,16 @@ class RunRecord:
             "top1": last_val.get("top1"),
             "best_top1": best.get("top1"),
             "best_epoch": best.get("epoch"),
+            **self._of_average(),
             "val_loss": last_val.get("loss"),
             "train_loss": last_train.get("loss"),
             "samples_per_s": speeds[len(speeds) // 2] if speeds else None,
         }
+
+    def _of_average(self) -> dict[str, Any]:
+        """What the moving average of the weights reached, in a run that has one."""
+        reached = [line["top1"] for line in self.of_kind("val_ema")]
+        return {"ema_top1": reached[-1], "best_ema_top1": max(reached)} if reached else {}
 
 
 def differing_keys(records: Sequence[RunRecord]) -> list[str]:
@@ -172,10 +178,13 @@ def as_dict(records: Sequence[RunRecord]) -> dict[str, Any]:
 def tables(records: Sequence[RunRecord]) -> list[list[list[str]]]:
     """The table of the runs and, if some differ only by their seed, that of the groups."""
     keys = differing_keys(records)
+    results = [record.result() for record in records]
+    averaged = any("ema_top1" in result for result in results)
     head = ["run", "epoch", "top-1 %", "best", "at epoch", "val loss", "train loss", "per s"]
+    head += ["EMA top-1 %", "EMA best"] if averaged else []
     rows = [[*head, *keys]]
-    for record in records:
-        result = record.result()
+    for record, result in zip(records, results, strict=True):
+        of_average = [number(result.get(f"{key}ema_top1"), ".2f") for key in ("", "best_")]
         rows.append(
             [
                 result["run"],
@@ -186,6 +195,7 @@ def tables(records: Sequence[RunRecord]) -> list[list[list[str]]]:
                 number(result["val_loss"], ".4f"),
                 number(result["train_loss"], ".4f"),
                 number(result["samples_per_s"], ".0f"),
+                *(of_average if averaged else []),
                 *(shortened((record.configuration or {}).get(key, "-")) for key in keys),
             ]
         )

@@ -13,6 +13,7 @@ from tetdist.files import replacing
 # Okabe and Ito's colours, told apart by most eyes; each means the same in every panel.
 TRAIN = "#0072B2"
 VALIDATION = "#D55E00"
+AVERAGE = "#CC79A7"
 RATE = "#009E73"
 SPEED = "#7A5195"
 WAIT = "#E69F00"

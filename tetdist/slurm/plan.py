@@ -35,7 +35,7 @@ class Plan:
         micro_batches: Micro-batches of a step, over all processes.
         steps_per_epoch: Optimiser steps.
         first_step, last_step: The run's; the first is not 0 where it begins with a later phase.
-        evaluations: How often the whole validation split is evaluated.
+        evaluations: How often the whole validation split is evaluated, by weights and average.
         train_images, val_images: Sizes of the splits.
         parameters: The model's.
         checkpoint_bytes: Size of one checkpoint.
@@ -109,6 +109,7 @@ def make(
     first_step = phases[config.start_phase].first_step
     every = config.evaluate_every * per_epoch
     moments = max(kind_of(phase.optimizer.kind).moments for phase in config.phases)
+    copies = 1 if config.ema.decay is None else 2  # of the weights: with their moving average
     return Plan(
         config=config,
         cluster=cluster,
@@ -116,11 +117,11 @@ def make(
         steps_per_epoch=per_epoch,
         first_step=first_step,
         last_step=last_step,
-        evaluations=math.ceil((last_step - first_step) / every),
+        evaluations=copies * math.ceil((last_step - first_step) / every),
         train_images=train_images,
         val_images=val_images,
         parameters=parameters,
-        checkpoint_bytes=4 * (parameters * (1 + moments) + buffers),
+        checkpoint_bytes=4 * (parameters * (copies + moments) + copies * buffers),
     )
 
 
@@ -171,7 +172,8 @@ def describe(plan: Plan, speed: Speed | str) -> str:
     """The plan as a person reads it; without a speed it says why there is none."""
     config, cluster = plan.config, plan.cluster
     per_process = plan.micro_batches // cluster.processes
-    kept = config.save.keep_last + 1
+    # The newest and the best, of the weights and of their moving average.
+    kept = config.save.keep_last + (1 if config.ema.decay is None else 2)
     phases = config.phases[config.start_phase :]
     timesteps = " then ".join(str(phase.timesteps) for phase in phases)
     epochs = " + ".join(str(phase.epochs) for phase in phases)

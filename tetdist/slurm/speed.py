@@ -198,12 +198,14 @@ def _details(
     ]
     parameters = sum(p.numel() for p in network.model.parameters())
     moments = max(kind_of(phase.optimizer.kind).moments for phase in config.phases)
-    weights = 4 * parameters * (2 + moments) / 1e9
+    averages = 0 if config.ema.decay is None else 1
+    weights = 4 * parameters * (2 + moments + averages) / 1e9
     total = weights + work.peak_bytes / 1e9
     fits = "" if total < card.memory_gb else ": too much; take a smaller batch.micro, or recompute"
     memory = (
         f"about {total:.1f} GB of the {card.memory_gb:g}{fits}; {weights:.1f} of it weights, their "
-        "gradients and the optimiser's, and without what cuDNN works in"
+        f"gradients, {'average ' if averages else ''}and the optimiser's, and without what cuDNN "
+        "works in"
     )
     return (("a GPU", "\n".join(lines)), ("memory", memory))
 

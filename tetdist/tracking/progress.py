@@ -103,16 +103,19 @@ class RunProgress:
             share = min(100 * self.evaluated / total, 100)
             self._say(f"evaluating after step {self.step}: {share:.0f} % of the samples")
 
-    def report_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """Say what an evaluation found."""
+    def report_evaluation(
+        self, step: int, values: dict[str, Any], *, of_average: bool = False
+    ) -> None:
+        """Say what an evaluation found, of the weights or of their moving average."""
         self.evaluated = 0
         if self.silent:
             return
         by_timestep = " ".join(f"{top1:.1f}" for top1 in values["per_timestep_top1"])
         # Of a network that is not causal nothing is known but the whole.
         by_timestep = f"by timestep {by_timestep} %  " if by_timestep else ""
+        what = "evaluation of the moving average" if of_average else "evaluation"
         tqdm.write(
-            f"evaluation at epoch {values['epoch']:g}, step {step}: top-1 {values['top1']:.2f} %  "
+            f"{what} at epoch {values['epoch']:g}, step {step}: top-1 {values['top1']:.2f} %  "
             f"top-5 {values['top5']:.2f} %  loss {values['loss']:.3f}  "
             f"{by_timestep}({counted(values['samples'], 'sample')})",
             file=sys.stderr,

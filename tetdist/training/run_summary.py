@@ -42,8 +42,13 @@ class Launcher:
 
 
 def show_checkpoints(tracker: Tracker, checkpoints: Path) -> None:
-    """Have MLflow say where the last checkpoint is, and the best one, which may be the same."""
-    for which, tag in (("last", "checkpoint"), ("best", "best_checkpoint")):
+    """Have MLflow say where the last checkpoint is, and the best ones, which may be the same."""
+    tags = {
+        "last": "checkpoint",
+        "best": "best_checkpoint",
+        checkpoint.BEST_EMA: "best_ema_checkpoint",
+    }
+    for which, tag in tags.items():
         pointer = checkpoints / which
         if pointer.is_file():
             path = pointer.with_name(pointer.read_text().strip())
@@ -156,6 +161,11 @@ class RunSummary:
             lines[0] += (
                 f": top-1 {result['top1']:.2f} %; at best {result['best_top1']:.2f} %, "
                 f"at step {result['best_step']:.0f}"
+            )
+        if "ema_top1" in result:
+            lines[0] += (
+                f". The moving average: {result['ema_top1']:.2f} %; at best "
+                f"{result['ema_best_top1']:.2f} %, at step {result['ema_best_step']:.0f}"
             )
         lines.append(f"  evaluate  {typed('eval', '--checkpoint', folder)}")
         if self.config.tracking_uri and in_mlflow:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from tetdist.tracking.progress import RunProgress
 from tetdist.tracking.tracker import Tracker
 from tetdist.training import graphs, health
 from tetdist.training.busy_cores import BusyCores
+from tetdist.training.ema import WeightAverage
 from tetdist.training.engines.base import Engine, Update
 from tetdist.training.engines.create import make_engine
 from tetdist.training.run_folder import RunFolder
@@ -83,6 +84,21 @@ class RunState:
         return cls(**{one.name: state[one.name] for one in fields(cls) if one.name in state})
 
 
+class Score(NamedTuple):
+    """An evaluation as the checkpoint of its weights tells of it.
+
+    Attributes:
+        validation: Accuracies in percent, by name; None: these weights were not evaluated.
+        is_best: Whether there was no better one before.
+    """
+
+    validation: dict[str, float] | None = None
+    is_best: bool = False
+
+
+NOT_EVALUATED = Score()
+
+
 class Trainer:
     """One run on this process, from its newest checkpoint or from the beginning.
 
@@ -111,6 +127,7 @@ class Trainer:
         self.teacher: Teacher | None = None
         self.saved_step: int | None = None
         world.run_on_all(self._begin)
+        self.ema = WeightAverage.of(self.model, config.ema)
         self.folder = world.run_on_all(lambda: RunFolder(config, world))
         found = self.folder.newest_checkpoint()
         if found is not None:
@@ -236,6 +253,8 @@ class Trainer:
         if self.loss_scale_state is not None and self.engine.loss_scale:
             self.engine.loss_scale.load_state_dict(self.loss_scale_state)
         self.optimizer_state = None
+        if self.ema is not None:
+            self.ema.follow()
         if self.config.cuda_graphs:
             self.graph = graphs.Graphed(self._add_micro_batch, self.model, self.world.run_on_all)
         self.image_size = self._image_size(self.step)
@@ -355,6 +374,8 @@ class Trainer:
             self.watch.progress(f"step {self.step + 1}")
         update = self.engine.update(lr)
         batch_norm.update_running_statistics(self.model, self.world.mean_, update.applied)
+        if self.ema is not None:
+            self.ema.update(self.step + 1, update.applied)
         return update, sums
 
     def _add_micro_batch(self, images: Tensor, targets: Tensor) -> Tensor:
@@ -462,54 +483,69 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Evaluate and save; a stop in between leaves the evaluation to the continued run."""
-        started = time.monotonic()
+        averages = None
         try:
-            with eval_loader(self.config, self.val_index, self.world) as batches:
-                first = next(batches)
-                result = evaluate(
-                    self.model,
-                    itertools.chain([first], batches),
-                    len(self.val_index),
-                    self.world,
-                    precision=self.config.precision,
-                    stop=self.stop.agreed,
-                    progress=self._evaluated,
-                )
+            first, values = self._evaluate_weights()
+            if self.ema is not None:
+                with self.ema.in_model():
+                    _, averages = self._evaluate_weights()
         except Interrupted:
             self._save()
             raise Stopped from None
         self.evaluated_step = self.step
-        is_best = not self.result or result.top1 > self.result["best_top1"]
-        if is_best:
-            self.result |= {"best_top1": result.top1, "best_step": self.step}
-        self.result["top1"] = result.top1
-        values = {
+        score = self._log_evaluation(values, "weights")
+        self._save(score, self._log_evaluation(averages, "ema") if averages else NOT_EVALUATED)
+        if self.plots:
+            self.plots.after_evaluation(
+                self.model, self._images_on_device(first), values, last=self.step == self.last_step
+            )
+
+    def _evaluate_weights(self) -> tuple[Batch, dict[str, Any]]:
+        """Evaluate what is in the model; the first batch, and the line of metrics."""
+        started = time.monotonic()
+        with eval_loader(self.config, self.val_index, self.world) as batches:
+            first = next(batches)
+            result = evaluate(
+                self.model,
+                itertools.chain([first], batches),
+                len(self.val_index),
+                self.world,
+                precision=self.config.precision,
+                stop=self.stop.agreed,
+                progress=self._evaluated,
+            )
+        return first, {
             **self._where(),
             "timesteps": result.timesteps,
             "samples": result.samples,
             "loss": result.loss,
             "top1": result.top1,
             "top5": result.top5,
-            "best_top1": self.result["best_top1"],
             "per_timestep_top1": result.per_timestep_top1,
             "firing_rate": result.firing_rate,
             "seconds": time.monotonic() - started,
         }
+
+    def _log_evaluation(self, values: dict[str, Any], of: Literal["weights", "ema"]) -> Score:
+        """Log an evaluation, and keep its result beside the best one of the same weights."""
+        kind, prefix = {"weights": ("val", ""), "ema": ("val_ema", "ema_")}[of]
+        is_best = values["top1"] > self.result.get(f"{prefix}best_top1", -math.inf)
+        if is_best:
+            self.result |= {f"{prefix}best_top1": values["top1"], f"{prefix}best_step": self.step}
+        self.result[f"{prefix}top1"] = values["top1"]
+        values["best_top1"] = self.result[f"{prefix}best_top1"]
         if self.folder.data_split:
             values["data_split"] = self.folder.data_split
-        self._log("val", values)
-        self.progress.report_evaluation(self.step, values)
-        self._save(best=is_best, validation={"top1": result.top1, "top5": result.top5})
-        if self.plots:
-            self.plots.after_evaluation(
-                self.model, self._images_on_device(first), values, last=self.step == self.last_step
-            )
+        self._log(kind, values)
+        self.progress.report_evaluation(self.step, values, of_average=of == "ema")
+        return Score({key: values[key] for key in ("top1", "top5")}, is_best)
 
     def _evaluated(self, samples: int) -> None:
         """Tell those who watch that so many samples more are evaluated on this process."""
         self.watch.progress(f"evaluation after step {self.step}")
-        # Each process has its share of the samples.
-        self.progress.advance_evaluation(samples, len(self.val_index) // self.world.world_size or 1)
+        # Each process has its share of the samples, which the average is evaluated on once more.
+        total = len(self.val_index) * (1 if self.ema is None else 2)
+        self.progress.advance_evaluation(samples, total // self.world.world_size or 1)
 
     def _log(self, kind: str, values: dict[str, Any]) -> None:
         if self.tracker:
@@ -517,8 +553,8 @@ class Trainer:
 
     # --- state --------------------------------------------------------------------------------
 
-    def _save(self, best: bool = False, validation: dict[str, float] | None = None) -> None:
-        """Write a checkpoint, from rank 0."""
+    def _save(self, score: Score = NOT_EVALUATED, of_average: Score = NOT_EVALUATED) -> None:
+        """Write a checkpoint, from rank 0, with what its weights and their average are worth."""
         scale = self.engine.loss_scale
         state = RunState(
             step=self.step,
@@ -540,10 +576,17 @@ class Trainer:
             classes=list(self.train_index.classes),
             timesteps=self.model.timesteps,
             step=self.step,
-            validation=validation,
+            validation=score.validation,
             imports=checksums_of(self.config.imports),
         )
-
+        average = None
+        if self.ema is not None:
+            changes = {"validation": of_average.validation, "averaged": self.ema.as_text()}
+            average = checkpoint.Average(
+                self.ema.state_dict(),
+                description.model_copy(update=changes),
+                of_average.is_best,
+            )
         optimizer = self.engine.optimizer_state()
 
         def write() -> None:
@@ -556,7 +599,8 @@ class Trainer:
                     description=description,
                     state=asdict(state),
                     keep_last=self.config.save.keep_last,
-                    best=best,
+                    best=score.is_best,
+                    average=average,
                 )
                 show_checkpoints(self.tracker, self.folder.checkpoints)
 
@@ -598,6 +642,13 @@ class Trainer:
         """Put back what a checkpoint holds, and open the teacher if it is still needed."""
         state = RunState.read(found.state)
         checkpoint.load_weights(self.model, found.model, found.path)
+        if self.ema is not None:
+            if found.average is None:
+                raise UserError(
+                    f"ema.decay: {found.path} has no moving average to go on from; give the run "
+                    "another name, or set ema.decay=null"
+                )
+            self.ema.load_state_dict(found.average)
         if state.data != self.train_index.fingerprint:
             raise UserError(
                 f"{found.path} was trained on other data than what {self.config.data.index_dir} "

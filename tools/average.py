@@ -1,0 +1,8 @@
+"""Average the weights of several networks; all it does is in tetdist/cli/average.py."""
+
+import sys
+
+from tetdist_command import run
+
+if __name__ == "__main__":
+    sys.exit(run("average"))
