@@ -110,8 +110,10 @@ def rising_rates(rate: float, num_blocks: int) -> list[float]:
     """Drop rates of a network's blocks: from 0 on linearly to ``rate``, as timm's.
 
     Raises:
-        ValueError: There is but one block, whose rate would be 0.
+        ValueError: The rate is no probability below 1, or there is but one block, whose own is 0.
     """
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path_rate must be at least 0 and below 1, not {rate}")
     if rate and num_blocks < 2:
         raise ValueError(
             f"drop_path_rate: {rate} is that of the last block, the first one's is 0, and there is "

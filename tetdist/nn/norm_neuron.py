@@ -47,6 +47,23 @@ def neuron_of(module: nn.Module) -> NeuronConfig | None:
     return None
 
 
+def changing_neurons(model: nn.Module) -> "dict[NormNeuron | Neuron, NeuronConfig]":
+    """Layers whose neurons change from one epoch of training to another, and their neurons."""
+    layers = spiking_layers(model).values()
+    found = {layer: neuron for layer in layers if (neuron := neuron_of(layer)) is not None}
+    return {layer: neuron for layer, neuron in found.items() if neuron.at_epoch(0) is not neuron}
+
+
+def enter_epoch(neurons: "dict[NormNeuron | Neuron, NeuronConfig]", epoch: int) -> None:
+    """Have what `changing_neurons` returned be as it is in an epoch of training."""
+    for layer, neuron in neurons.items():
+        match layer:
+            case NormNeuron():
+                layer.neuron = neuron.at_epoch(epoch)
+            case Neuron():
+                layer.config = neuron.at_epoch(epoch)
+
+
 def is_causal(model: nn.Module) -> bool:
     """True if a model's logits at t do not depend on T, so that one pass shows all smaller T."""
     return all(neuron.causal for neuron in neurons_of(model))

@@ -34,6 +34,7 @@ from tetdist.errors import Stopped, UserError, typed
 from tetdist.evaluation.evaluate import Interrupted, evaluate
 from tetdist.losses import compute_loss
 from tetdist.nn import batch_norm, dropout, neurons
+from tetdist.nn.norm_neuron import changing_neurons, enter_epoch
 from tetdist.nn.precision import autocast, choose_algorithms, parameter_type
 from tetdist.optimizers import make_optimizer
 from tetdist.plugins import checksums_of
@@ -148,6 +149,7 @@ class Trainer:
         self.model = make_model(config, self.train_index)
         self.model.to(world.device, parameter_type(config.precision))
         self.dropping = dropout.dropping(self.model)
+        self.changing = changing_neurons(self.model)
         batch_norm.defer_running_statistics(self.model)
         if config.batch_norm.sync and world.world_size > 1:
             batch_norm.synchronize(self.model, world.mean_, world.world_size)
@@ -278,6 +280,7 @@ class Trainer:
             self.loader.close()
             self.loader = self._open_loader(self.step)
         self.model.train()
+        enter_epoch(self.changing, self.step // self.steps_per_epoch)
         clock = _Clock()
         end = min((self.step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.last_step)
         while self.step < end:
@@ -486,6 +489,7 @@ class Trainer:
     def _evaluate(self) -> None:
         """Evaluate and save; a stop in between leaves the evaluation to the continued run."""
         started = time.monotonic()
+        enter_epoch(self.changing, self._trained_epoch())
         try:
             with eval_loader(self.config, self.val_index, self.world) as batches:
                 first = next(batches)
@@ -528,6 +532,10 @@ class Trainer:
                 self.model, self._images_on_device(first), values, last=self.step == self.last_step
             )
 
+    def _trained_epoch(self) -> int:
+        """The epoch that the last step was one of."""
+        return max(self.step - 1, 0) // self.steps_per_epoch
+
     def _evaluated(self, samples: int) -> None:
         """Tell those who watch that so many samples more are evaluated on this process."""
         self.watch.progress(f"evaluation after step {self.step}")
@@ -558,6 +566,9 @@ class Trainer:
         # So that it can be evaluated from another folder.
         described["data"]["root"] = str(Path(self.config.data.root).resolve())
         described["data"]["index"] = str(self.config.data.index_dir.resolve())
+        # Evaluated, it is what it was when these weights were trained.
+        neuron = self.config.model.neuron.at_epoch(self._trained_epoch())
+        described["model"]["neuron"] = neurons.as_dict(neuron)
         description = checkpoint.Description(
             config=described,
             classes=list(self.train_index.classes),
