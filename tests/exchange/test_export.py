@@ -47,7 +47,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     "ms": ("ms_resnet34", {"width": 4}, LIF, 32),
     "ms, deep": (
         "ms_resnet18",
-        {"width": 4, "stem": "deep", "pooled_projections": True, "dropout": 0.2},
+        {"width": 4, "stem": "deep", "pooled_projections": True, "drop_rate": 0.2},
         IF,
         32,
     ),

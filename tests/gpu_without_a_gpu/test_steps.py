@@ -195,6 +195,12 @@ def test_a_graph_is_one_launch(ask: Ask) -> None:
     assert answer["captures"] == 5
 
 
+def dropped(model: str) -> list[str]:
+    """Overrides that have a network drop in training all that it can."""
+    rates = {"drop_rate", "drop_path_rate"}.intersection(models.arguments_of(model) or [])
+    return [f"model.arguments.{rate}=0.1" for rate in sorted(rates)]
+
+
 def graphed(ask: Ask, model: str, recompute: str, precision: str) -> None:
     """Two steps with all that goes with graphs: each micro-batch launches the same kernels, on the
     same memory, with the same numbers of the host."""
@@ -203,6 +209,7 @@ def graphed(ask: Ask, model: str, recompute: str, precision: str) -> None:
         RECOMPUTE[recompute],
         *GRAPHS,
         *GRAPHED,
+        *dropped(model),
         f"precision={precision}",
         learns=True,
         steps=2,
@@ -270,6 +277,7 @@ def everything(ask: Ask, model: str, recompute: str, engine: str, precision: str
         RECOMPUTE[recompute],
         *ENGINES[engine],
         *EVERYTHING,
+        *dropped(model),
         f"precision={precision}",
         learns=True,
         micro_batches=2,

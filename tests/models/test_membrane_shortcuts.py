@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from published_networks import (
     DECOUPLING,
     MS,
@@ -209,33 +208,13 @@ def test_biases_before_a_norm_learn_nothing() -> None:
             assert module.bias.grad.abs().max() < 1e-12 * module.weight.grad.abs().max(), name
 
 
-# ------------------------------------------------------------------------------------ dropout
-
-
-def test_dropout_takes_the_same_features_at_all_timesteps() -> None:
-    torch.manual_seed(0)
-    model = timm.create_model("ms_resnet18", width=8, dropout=0.25, num_classes=7).double()
-    stream = 3 * torch.randn(6, 50, 64, 2, 2, dtype=torch.float64)
-    stream[..., 0, 0] = 3  # so that there is a spike in each mean over positions
-    features = model.forward_head(stream, pre_logits=True)
-    assert features.all()
-    model.fc = nn.Identity()  # to see what it would be shown
-    torch.manual_seed(1)
-    seen = model.forward_head(stream)
-    kept = seen != 0
-    assert torch.equal(kept, kept[:1].expand_as(kept))
-    assert kept[0].double().mean().item() == pytest.approx(0.75, abs=0.03)
-    torch.testing.assert_close(seen[kept], features[kept] / 0.75)
-    assert torch.equal(model.eval().forward_head(stream), features)
-    torch.manual_seed(1)
-    again = F.dropout(torch.ones(1, 50, 64), 0.25)
-    assert torch.equal(kept[:1], again != 0)
+# -------------------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, not 1.0"),
+        ({"drop_rate": 1.0}, "a drop rate must be at least 0 and below 1, not 1.0"),
         ({"stem": "cifar"}, "stem must be 'plain' or 'deep', not 'cifar'"),
     ],
 )

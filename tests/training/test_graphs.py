@@ -78,6 +78,7 @@ CASES: dict[str, dict[str, Any]] = {
         "phases.0.timesteps": 3,
         "phases.0.optimizer": {"kind": "timm:lamb", "lr": 0.01},
     },
+    "other features dropped in each step": {"model.arguments.drop_rate": 0.3},
 }
 
 

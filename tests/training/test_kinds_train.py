@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import Farm
 
+from tetdist import checkpoint
 from tetdist.cli import eval as eval_command
 
 ConfigWriter = Callable[..., Path]
@@ -19,7 +20,7 @@ ConfigWriter = Callable[..., Path]
 KINDS: dict[str, dict[str, Any]] = {
     "plif": {"kind": "plif", "threshold": 0.5},
     "psn": {"kind": "psn", "timesteps": 2},
-    "masked_psn": {"kind": "masked_psn", "timesteps": 2},
+    "masked_psn": {"kind": "masked_psn", "timesteps": 2, "mask_epochs": 6},
     "sliding_psn": {"kind": "sliding_psn", "threshold": 0.5},
     "ilif": {"kind": "ilif"},
     "nilif": {"kind": "nilif"},
@@ -106,6 +107,28 @@ def test_a_phase_of_another_t_is_refused_where_the_neurons_have_but_one(
     outcome = farm(tiny_config(changes("psn") | {"recompute": {"timesteps": 1}}))
     assert outcome.status == 2
     assert "recompute: psn neurons have weights for each timestep of the whole" in outcome.text
+
+
+def test_a_mask_rises_and_a_checkpoint_has_what_it_was(
+    farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    """A run that is stopped in the second epoch has half of the mask, and is evaluated with it."""
+    neuron = {"kind": "masked_psn", "timesteps": 2, "order": 1, "mask_epochs": 2}
+    own = changes("masked_psn") | {"model.neuron": neuron, "evaluate_every": 1}
+    file = tiny_config(own | {"phases.0.epochs": 3})
+    run, found = tmp_path / "runs/tiny", tmp_path / "found.json"
+    for max_steps, mask in ((10, 0.5), (15, 1.0)):
+        outcome = farm(file, f"max_steps={max_steps}")
+        assert outcome.status == 0, outcome.text
+        _, description = checkpoint.load_model_file(tiny.newest(run))
+        of_weights = description.config["model"]["neuron"]
+        assert (of_weights["mask"], of_weights["mask_epochs"]) == (mask, 0)
+        line = tiny.metrics(run, "val")[-1]
+        assert eval_command.main(["--checkpoint", str(run), "--json", str(found)]) == 0
+        values = json.loads(found.read_text())
+        assert [values[key] for key in ("top1", "loss")] == [line[key] for key in ("top1", "loss")]
+    refused = farm(file, "name=graphs", "engine=torch", "cuda_graphs=true")
+    assert "mask_epochs changes neurons from epoch to epoch" in refused.text
 
 
 def test_an_evaluation_refuses_the_t_that_does_not_exist(

@@ -20,7 +20,10 @@ NEURON = {
 NETWORKS: dict[str, dict[str, Any]] = {
     "qkformer": {
         "name": "qkformer_4_384_cifar",
-        "arguments": {"widths": [8, 8, 16], "depths": [1, 1, 1], "heads": 2},
+        "arguments": {
+            **{"widths": [8, 8, 16], "depths": [1, 1, 1], "heads": 2},
+            "drop_path_rate": 0.3,
+        },
         "neuron": NEURON,
     },
     "sdt": {"name": "sdt_2_256_cifar", "arguments": {"channels": 16}, "neuron": NEURON},
@@ -29,10 +32,10 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "arguments": {"width": 4},
         "neuron": {"decay": 0.2, "reset": "soft", "surrogate": "sigmoid", "surrogate_width": 4.0},
     },
-    # What is dropped follows from the seed and the step, on any number of processes.
+    # What is dropped follows from the seed, the step and the sample, on any number of processes.
     "ms": {
         "name": "ms_resnet18",
-        "arguments": {"width": 4, "stem": "deep", "dropout": 0.2},
+        "arguments": {"width": 4, "stem": "deep", "drop_rate": 0.2, "drop_path_rate": 0.3},
         "neuron": {"decay": 0.25, "threshold": 0.5, "surrogate": "rectangle"},
     },
 }

@@ -185,6 +185,11 @@ def _check_cuda_graphs(config: RunConfig) -> None:
             "cuda_graphs: batch_norm.sync averages over processes within a micro-batch, which is "
             "not captured; set one of them to false"
         )
+    if config.model.neuron.at_epoch(0) != config.model.neuron:
+        raise UserError(
+            "cuda_graphs: model.neuron.mask_epochs changes neurons from epoch to epoch, and a "
+            "graph repeats what they were; set cuda_graphs=false with it"
+        )
     if config.device == "cpu":
         raise UserError("cuda_graphs: they are a GPU's, and device=cpu; set cuda_graphs=false")
 

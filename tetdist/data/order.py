@@ -15,9 +15,9 @@ import numpy.typing as npt
 from tetdist.errors import UserError
 
 # Streams keep the keys of the permutation, the draws of augmentation and mixing, and those of the
-# network apart.
+# network, by a generator and by numbers of its own, apart.
 _PERMUTATION, AUGMENTATION, MIXING, _FORWARD = 1, 2, 3, 4
-EVENT_AUGMENT, EVENT_DROP = 5, 6
+EVENT_AUGMENT, EVENT_DROP, _DROPPING = 5, 6, 7
 
 
 def uniforms(
@@ -66,6 +66,22 @@ def forward_seed(seed: int, step: int, micro_batch: int) -> int:
         micro_batch: Its number among those of all processes; see `rank_micro_batches`.
     """
     return int(_absorb(_key(_FORWARD, seed, step), np.array([micro_batch], np.uint64))[0])
+
+
+def drop_uniforms(
+    seed: int, step: int, micro_batch: int, batch_size: int, num_draws: int
+) -> npt.NDArray[np.float64]:
+    """Random numbers in [0, 1), (batch_size, num_draws), of what a network drops (nn/dropout.py).
+
+    They belong to the samples' positions in the step's global batch, however that is divided.
+
+    Args:
+        step, micro_batch: See `forward_seed`.
+        batch_size: Samples of each micro-batch.
+        num_draws: Numbers for each sample.
+    """
+    positions = micro_batch_positions(0, micro_batch, 0, batch_size)
+    return uniforms(seed, step, positions, num_draws, _DROPPING)
 
 
 def _key(stream: int, seed: int, epoch: int) -> npt.NDArray[np.uint64]:

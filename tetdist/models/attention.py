@@ -80,6 +80,7 @@ class StreamAttention(nn.Module):
         scale: Of the products' sums.
         value_channels: Of the values; None: C.
         bias: Whether the last convolution has one.
+        drop_path: How often what is added is dropped in training.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class StreamAttention(nn.Module):
         scale: float,
         value_channels: int | None = None,
         bias: bool,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         value_channels = value_channels or channels
@@ -102,7 +104,7 @@ class StreamAttention(nn.Module):
         self.attention = LinearAttention(heads, scale)
         self.attended = Neuron(attention_neuron(neuron, threshold), value_channels)
         self.proj = conv1x1(value_channels, channels, bias=bias)
-        self.add = NormAdd(channels)
+        self.add = NormAdd(channels, drop_path=drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """A current (T, B, C, H, W) to one of the same shape."""
@@ -116,12 +118,14 @@ class StreamAttention(nn.Module):
 class StreamMlp(nn.Module):
     """Two layers on each token, the first one wider, added to a real-valued stream."""
 
-    def __init__(self, channels: int, hidden: int, neuron: NeuronConfig) -> None:
+    def __init__(
+        self, channels: int, hidden: int, neuron: NeuronConfig, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         self.neuron = Neuron(neuron, channels)
         self.fc1 = ConvNormNeuron(conv1x1(channels, hidden, bias=True), neuron)
         self.fc2 = conv1x1(hidden, channels, bias=True)
-        self.add = NormAdd(channels)
+        self.add = NormAdd(channels, drop_path=drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.add(self.fc2(self.fc1(self.neuron(x))), x)
@@ -154,7 +158,7 @@ class StreamTransformer(SpikingNetwork):
         """Logits (T, B, K), or spikes (T, B, C) of the mean current over positions."""
         current = x.mean((3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
         spikes: Tensor = self.head_neuron(current)
-        return spikes if pre_logits else self.fc(spikes)
+        return spikes if pre_logits else self.fc(self.head_drop(spikes))
 
 
 def init_as_published(layers: Iterable[nn.Module]) -> None:

@@ -1,5 +1,6 @@
 """The common part of all spiking networks: time first, logits per timestep, timm's methods."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, TypeVar, assert_never
@@ -9,7 +10,7 @@ from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 from tetdist.errors import UserError
-from tetdist.nn import neurons
+from tetdist.nn import dropout, neurons
 from tetdist.nn.norm_neuron import FusedLayer, NormNeuron, neurons_of
 from tetdist.nn.packed import Conv2d
 from tetdist.nn.recompute import Block
@@ -53,16 +54,23 @@ class SpikingNetwork(nn.Module):
     """Base of all models: ``encode`` the input, ``body`` of blocks, pooled ``head``.
 
     Subclasses set ``stem``, ``blocks`` (an ``nn.Sequential`` of (T, B, C, H, W) modules),
-    ``num_features``, ``fc`` and call `init_weights` when done.
+    ``num_features``, ``head_drop``, ``fc`` and call `init_weights` when done.
 
     Args:
         num_classes: K; 0 makes ``fc`` the identity.
         timesteps: T, how often a static image is shown; for events, how many of the input's
             bins are used.
+
+    Arguments that subclasses have in common, by timm's names:
+        drop_rate: Share of the features that the classifier does not see in training, the same ones
+            at all timesteps.
+        drop_path_rate: How often the branch of the last block is dropped in training, of a sample
+            for all timesteps; that of the others rises to this from 0, by equal steps.
     """
 
     stem: nn.Module
     blocks: nn.Sequential
+    head_drop: dropout.Dropout
     fc: nn.Module
     num_features: int
     # What blocks exchange is a multiple of 1 / spike_levels and, where it is more than 1, at most
@@ -73,6 +81,8 @@ class SpikingNetwork(nn.Module):
     # How many of the last blocks are not computed again where the others are: those of a ResNet's
     # last stage take a share of the time, and next to no memory.
     small_blocks: int = 0
+    # Stochastic depth of the last block, see dropout.py; that of the others rises to it.
+    drop_path_rate = 0.0
     # images (B, C, H, W), the same at all timesteps, or events (B, T, C, H, W).
     input_kind: Literal["images", "events"] = "images"
     # Height and width of the input where the classifier depends on it.
@@ -189,7 +199,10 @@ class SpikingNetwork(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Spikes of the last block, (T, B, C, H, W)."""
-        x = self._run(self.forward_stem, self.time_first(x), self.stem, levels=None)
+        x = self.time_first(x)
+        if self.training and self.drop_path_rate:
+            dropout.draw_paths(self.blocks, x)
+        x = self._run(self.forward_stem, x, self.stem, levels=None)
         small_from = len(self.blocks) - (0 if self.segment else self.small_blocks)
         for i, block in enumerate(self.blocks):
             if i >= small_from:
@@ -231,7 +244,7 @@ class SpikingNetwork(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(T, B, C, H, W) to logits (T, B, K), or to pooled features (T, B, C)."""
         x = x.mean((3, 4))
-        return x if pre_logits else self.fc(x)
+        return x if pre_logits else self.fc(self.head_drop(x))
 
     def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
         """Logits: their mean over time, (B, K), or each timestep's own, (T, B, K).
@@ -328,7 +341,8 @@ def build(
     neuron = neurons.make(neuron)
     # timm's train.py and benchmark.py pass what spiking networks have no use for.
     for unused in ("drop_rate", "global_pool", "scriptable"):
-        kwargs.pop(unused, None)
+        if unused not in inspect.signature(cls).parameters:
+            kwargs.pop(unused, None)
     model: Network = build_model_with_cfg(cls, variant, pretrained, neuron=neuron, **kwargs)
     model.set_timesteps(model.timesteps)  # Now it has neurons, which may refuse.
     _say_what_is_exchanged(model, neuron, variant)

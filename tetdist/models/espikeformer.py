@@ -33,6 +33,7 @@ from tetdist.models.attention import (
     init_as_published,
 )
 from tetdist.models.base import ConvNormNeuron, conv1x1, conv3x3
+from tetdist.nn.dropout import Dropout, rising_rates
 from tetdist.nn.integer_neurons import ILIF, NILIF
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
@@ -69,7 +70,7 @@ class Stem(nn.Module):
 class SeparableConv(nn.Module):
     """A depthwise convolution between two of 1x1, twice as wide as the stream, and added to it."""
 
-    def __init__(self, channels: int, kernel: int, neuron: NeuronConfig) -> None:
+    def __init__(self, channels: int, kernel: int, neuron: NeuronConfig, drop_path: float) -> None:
         super().__init__()
         hidden = 2 * channels
         depthwise = Conv2d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden, bias=False)
@@ -77,7 +78,7 @@ class SeparableConv(nn.Module):
         self.widen = ConvNormNeuron(conv1x1(channels, hidden), neuron)
         self.depthwise = ConvNormNeuron(depthwise, neuron)
         self.narrow = conv1x1(hidden, channels)
-        self.add = NormAdd(channels)
+        self.add = NormAdd(channels, drop_path=drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         spikes = self.depthwise(self.widen(self.neuron(x)))
@@ -87,12 +88,12 @@ class SeparableConv(nn.Module):
 class ConvMlp(nn.Module):
     """Two 3x3 convolutions, the first one wider, added to the stream."""
 
-    def __init__(self, channels: int, hidden: int, neuron: NeuronConfig) -> None:
+    def __init__(self, channels: int, hidden: int, neuron: NeuronConfig, drop_path: float) -> None:
         super().__init__()
         self.neuron = Neuron(neuron, channels)
         self.conv1 = ConvNormNeuron(conv3x3(channels, hidden), neuron)
         self.conv2 = conv3x3(hidden, channels)
-        self.add = NormAdd(channels)
+        self.add = NormAdd(channels, drop_path=drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.add(self.conv2(self.conv1(self.neuron(x))), x)
@@ -101,10 +102,12 @@ class ConvMlp(nn.Module):
 class ConvBlock(nn.Module):
     """A separable convolution of 7x7, then two of 3x3."""
 
-    def __init__(self, channels: int, mlp_ratio: int, neuron: NeuronConfig) -> None:
+    def __init__(
+        self, channels: int, mlp_ratio: int, neuron: NeuronConfig, drop_path: float
+    ) -> None:
         super().__init__()
-        self.separable = SeparableConv(channels, 7, neuron)
-        self.mlp = ConvMlp(channels, mlp_ratio * channels, neuron)
+        self.separable = SeparableConv(channels, 7, neuron, drop_path)
+        self.mlp = ConvMlp(channels, mlp_ratio * channels, neuron, drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.mlp(self.separable(x))
@@ -120,13 +123,20 @@ class TransformerBlock(nn.Module):
         mlp_ratio: Channels within the MLP, in those of the stream.
         neuron: All neurons but those behind attention's products.
         threshold: Of these.
+        drop_path: How often each of the three is dropped in training.
     """
 
     def __init__(
-        self, channels: int, heads: int, mlp_ratio: int, neuron: NeuronConfig, threshold: float
+        self,
+        channels: int,
+        heads: int,
+        mlp_ratio: int,
+        neuron: NeuronConfig,
+        threshold: float,
+        drop_path: float,
     ) -> None:
         super().__init__()
-        self.separable = SeparableConv(channels, 3, neuron)
+        self.separable = SeparableConv(channels, 3, neuron, drop_path)
         self.attention = StreamAttention(
             channels,
             heads,
@@ -135,8 +145,9 @@ class TransformerBlock(nn.Module):
             scale=2 * (channels // heads) ** -0.5,
             value_channels=VALUE_RATIO * channels,
             bias=False,
+            drop_path=drop_path,
         )
-        self.mlp = StreamMlp(channels, mlp_ratio * channels, neuron)
+        self.mlp = StreamMlp(channels, mlp_ratio * channels, neuron, drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.mlp(self.attention(self.separable(x)))
@@ -171,7 +182,7 @@ class ESpikeFormer(StreamTransformer):
         mlp_ratio: Channels within an MLP, in those around it.
         attention_threshold: Of the neurons behind attention's products.
         in_chans: Channels of the input.
-        num_classes, timesteps: See `SpikingNetwork`.
+        num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
     def __init__(
@@ -186,8 +197,11 @@ class ESpikeFormer(StreamTransformer):
         in_chans: int = 3,
         num_classes: int = 1000,
         timesteps: int = 1,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes=num_classes, timesteps=timesteps)
+        self.drop_path_rate = drop_path_rate
         if len(widths) != 4 or len(depths) != 2:
             raise ValueError(
                 f"there are four widths and two depths, not {len(widths)} and {len(depths)}"
@@ -195,18 +209,25 @@ class ESpikeFormer(StreamTransformer):
         if odd := [width for width in widths[2:] if width % heads]:
             raise ValueError(f"{odd[0]} channels cannot be divided among {heads} heads")
 
+        rates = iter(rising_rates(drop_path_rate, 4 + sum(depths)))
+
+        def convolutional(width: int) -> ConvBlock:
+            return ConvBlock(width, mlp_ratio, neuron, next(rates))
+
         def transformer(width: int) -> TransformerBlock:
-            return TransformerBlock(width, heads, mlp_ratio, neuron, attention_threshold)
+            return TransformerBlock(
+                width, heads, mlp_ratio, neuron, attention_threshold, next(rates)
+            )
 
         first, second, third, fourth = widths
         self.stem = Stem(in_chans, first // 2)
         self.blocks = nn.Sequential(
-            ConvBlock(first // 2, mlp_ratio, neuron),
+            convolutional(first // 2),
             Downsampling(first // 2, first, 2, neuron),
-            ConvBlock(first, mlp_ratio, neuron),
+            convolutional(first),
             Downsampling(first, second, 2, neuron),
-            ConvBlock(second, mlp_ratio, neuron),
-            ConvBlock(second, mlp_ratio, neuron),
+            convolutional(second),
+            convolutional(second),
             Downsampling(second, third, 2, neuron),
             *(transformer(third) for _ in range(depths[0])),
             Downsampling(third, fourth, 1, neuron),
@@ -214,6 +235,7 @@ class ESpikeFormer(StreamTransformer):
         )
         self.head_neuron = Neuron(counting_neuron(neuron), fourth)
         self.num_features = self.head_hidden_size = fourth
+        self.head_drop = Dropout(drop_rate, self.num_features)
         self.fc = base.new_classifier(fourth, num_classes)
         init_as_published([self.fc])
 

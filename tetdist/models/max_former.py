@@ -22,6 +22,7 @@ from tetdist.models.attention import (
 )
 from tetdist.models.base import ConvNormNeuron, conv1x1, conv3x3
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.dropout import Dropout, rising_rates
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.norm_pool import NormPool
@@ -87,11 +88,13 @@ class Embedding(nn.Module):
 class DepthwiseMixer(nn.Module):
     """Mix the positions of each channel by a convolution of its own, added to the stream."""
 
-    def __init__(self, channels: int, kernel: int, neuron: NeuronConfig) -> None:
+    def __init__(
+        self, channels: int, kernel: int, neuron: NeuronConfig, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         self.neuron = Neuron(neuron, channels)
         self.conv = Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
-        self.add = NormAdd(channels)
+        self.add = NormAdd(channels, drop_path=drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.add(self.conv(self.neuron(x)), x)
@@ -123,7 +126,7 @@ class MaxFormer(StreamTransformer):
         mlp_ratio: Channels within an MLP, in those around it.
         attention_threshold: Of the neurons in attention.
         in_chans: Channels of the input.
-        num_classes, timesteps: See `SpikingNetwork`.
+        num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
     def __init__(
@@ -139,8 +142,11 @@ class MaxFormer(StreamTransformer):
         in_chans: int = 3,
         num_classes: int = 1000,
         timesteps: int = 4,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes=num_classes, timesteps=timesteps)
+        self.drop_path_rate = drop_path_rate
         if not len(widths) == len(depths) == len(kernels) + 1:
             raise ValueError(
                 f"widths {widths}, depths {depths} and kernels {kernels} (of all stages but the "
@@ -152,21 +158,30 @@ class MaxFormer(StreamTransformer):
             raise ValueError(f"{widths[-1]} channels cannot be divided among {heads} heads")
         self.stem = Stem(in_chans, widths[0], neuron)
         blocks: list[nn.Module] = []
+        rates = iter(rising_rates(drop_path_rate, sum(depths)))
         for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
             if stage > 0:
                 blocks.append(Embedding(widths[stage - 1], width, neuron))
             for _ in range(depth):
                 mixer: DepthwiseMixer | StreamAttention
+                drop_path = next(rates)
                 if stage < len(kernels):
-                    mixer = DepthwiseMixer(width, kernels[stage], neuron)
+                    mixer = DepthwiseMixer(width, kernels[stage], neuron, drop_path)
                 else:
                     mixer = StreamAttention(
-                        width, heads, neuron, attention_threshold, scale=SCALE, bias=True
+                        width,
+                        heads,
+                        neuron,
+                        attention_threshold,
+                        scale=SCALE,
+                        bias=True,
+                        drop_path=drop_path,
                     )
-                blocks.append(Block(mixer, StreamMlp(width, mlp_ratio * width, neuron)))
+                blocks.append(Block(mixer, StreamMlp(width, mlp_ratio * width, neuron, drop_path)))
         self.blocks = nn.Sequential(*blocks)
         self.head_neuron = Neuron(neuron, widths[-1])
         self.num_features = self.head_hidden_size = widths[-1]
+        self.head_drop = Dropout(drop_rate, self.num_features)
         self.fc = base.new_classifier(widths[-1], num_classes)
         # As the authors' code: attention keeps torch's own.
         of_attention = {

@@ -9,7 +9,6 @@ average 2x2 pixels, and a fifth of the features is dropped in training.
 
 from typing import Literal
 
-import torch.nn.functional as F
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from tetdist.models import base
 from tetdist.models.base import SpikingNetwork, conv3x3
 from tetdist.models.preact_resnet import Block, Stem
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.dropout import Dropout, rising_rates
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.packed import Conv2d
@@ -30,12 +30,10 @@ class MSResNet(SpikingNetwork):
         neuron: All neurons of the network.
         stem: ``plain`` is a 7x7 convolution, ``deep`` three 3x3 ones with biases; both of stride 2.
         pooled_projections: Whether projections average 2x2 pixels instead of leaving out three.
-        dropout: Share of the features that the classifier does not see in training, the same ones
-            at all timesteps.
         width: Channels of the first stage; they double from stage to stage.
         init: How convolutions begin; see `base.init_weights`.
         in_chans: Channels of the input.
-        num_classes, timesteps: See `SpikingNetwork`.
+        num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
     spike_levels = None  # blocks exchange currents
@@ -47,17 +45,16 @@ class MSResNet(SpikingNetwork):
         neuron: NeuronConfig,
         stem: Literal["plain", "deep"] = "plain",
         pooled_projections: bool = False,
-        dropout: float = 0.0,
         width: int = 64,
         init: base.Init = "torch",
         in_chans: int = 3,
         num_classes: int = 1000,
         timesteps: int = 6,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes=num_classes, timesteps=timesteps)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
-        self.dropout = dropout
+        self.drop_path_rate = drop_path_rate
         conv: nn.Module
         match stem:
             case "plain":
@@ -72,6 +69,7 @@ class MSResNet(SpikingNetwork):
                 raise ValueError(f"stem must be 'plain' or 'deep', not {stem!r}")
         self.stem = Stem(conv, width)
         blocks: list[nn.Module] = []
+        rates = rising_rates(drop_path_rate, sum(layers))
         channels = width
         for stage, num_blocks in enumerate(layers):
             for i in range(num_blocks):
@@ -82,6 +80,7 @@ class MSResNet(SpikingNetwork):
                         2 if i == 0 else 1,
                         neuron,
                         pooled_projection=pooled_projections,
+                        drop_path=rates[len(blocks)],
                     )
                 )
                 channels = width * 2**stage
@@ -89,6 +88,7 @@ class MSResNet(SpikingNetwork):
         self.small_blocks = layers[-1]
         self.neuron = Neuron(neuron, channels)
         self.num_features = self.head_hidden_size = channels
+        self.head_drop = Dropout(drop_rate, self.num_features)
         self.fc = base.new_classifier(channels, num_classes)
         base.init_weights(self, init)
         self._init_norms(neuron.threshold)
@@ -107,11 +107,7 @@ class MSResNet(SpikingNetwork):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.neuron(x).mean((3, 4))
-        if pre_logits:
-            return x
-        if self.training and self.dropout:
-            x = x * F.dropout(x.new_ones(1, *x.shape[1:]), self.dropout)
-        return self.fc(x)
+        return x if pre_logits else self.fc(self.head_drop(x))
 
 
 default_cfgs = generate_default_cfgs(
@@ -128,5 +124,5 @@ ms_resnet104 = base.register(
     layers=(3, 8, 32, 8),
     stem="deep",
     pooled_projections=True,
-    dropout=0.2,
+    drop_rate=0.2,
 )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.dropout import Dropout, rising_rates
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.packed import AvgPool, Conv2d, MaxPool
@@ -52,6 +53,7 @@ class Block(nn.Module):
         bias: Whether convolutions have biases.
         pooled_projection: The projection convolves means over 2x2 pixels where it would else have a
             stride of 2.
+        drop_path: How often the branch is dropped in training.
     """
 
     def __init__(
@@ -63,12 +65,13 @@ class Block(nn.Module):
         *,
         bias: bool = False,
         pooled_projection: bool = False,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.neuron = Neuron(neuron, in_channels)
         self.conv1 = ConvNormNeuron(conv3x3(in_channels, width, stride, bias), neuron)
         self.conv2 = conv3x3(width, width, bias=bias)
-        self.add = NormAdd(width)
+        self.add = NormAdd(width, drop_path=drop_path)
         self.pool: nn.Module = nn.Identity()
         self.downsample: nn.Module = nn.Identity()
         self.downsample_norm: BatchNorm | None = None
@@ -94,7 +97,7 @@ class PreActResNet(SpikingNetwork):
         neuron: All neurons of the network.
         width: Channels of the first stage; they double from stage to stage.
         in_chans: Channels of the input.
-        num_classes, timesteps: See `SpikingNetwork`.
+        num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
     spike_levels = None  # blocks exchange currents
@@ -108,20 +111,30 @@ class PreActResNet(SpikingNetwork):
         in_chans: int = 3,
         num_classes: int = 1000,
         timesteps: int = 4,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes=num_classes, timesteps=timesteps)
+        self.drop_path_rate = drop_path_rate
         self.stem = Stem(Conv2d(in_chans, width, 7, stride=2, padding=3), width)
         self.pool = MaxPool(3, stride=2, padding=1)
         blocks: list[nn.Module] = []
+        rates = rising_rates(drop_path_rate, sum(layers))
         channels = width
         for stage, num_blocks in enumerate(layers):
             for i in range(num_blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(Block(channels, width * 2**stage, stride, neuron, bias=True))
+                drop_path = rates[len(blocks)]
+                blocks.append(
+                    Block(
+                        channels, width * 2**stage, stride, neuron, bias=True, drop_path=drop_path
+                    )
+                )
                 channels = width * 2**stage
         self.blocks = nn.Sequential(*blocks)
         self.small_blocks = layers[-1]
         self.num_features = self.head_hidden_size = channels
+        self.head_drop = Dropout(drop_rate, self.num_features)
         self.fc = base.new_classifier(channels, num_classes)
         base.init_weights(self)
 

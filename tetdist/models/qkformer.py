@@ -23,6 +23,7 @@ from tetdist.models import base
 from tetdist.models.attention import Block, ConvPoolNeuron, attention_neuron, init_as_published
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.models.sew_resnet import connect
+from tetdist.nn.dropout import Dropout, DropPath, rising_rates
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.packed import carried, carry, converted
@@ -80,19 +81,29 @@ class TokenAttention(nn.Module):
         heads: Each has a mask of its own.
         neuron: All neurons but the mask's.
         threshold: Of the mask's, in spikes of the query.
+        drop_path: How often what is added is dropped in training.
     """
 
-    def __init__(self, channels: int, heads: int, neuron: NeuronConfig, threshold: float) -> None:
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        neuron: NeuronConfig,
+        threshold: float,
+        *,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         self.q = ConvNormNeuron(conv1x1(channels, channels), neuron)
         self.k = ConvNormNeuron(conv1x1(channels, channels), neuron)
         self.sum = HeadSum(heads)
         self.neuron = Neuron(attention_neuron(neuron, threshold), heads)
         self.proj = ConvNormNeuron(conv1x1(channels, channels, bias=True), neuron)
+        self.drop_path = DropPath(drop_path, spikes=True)
 
     def forward(self, x: Tensor) -> Tensor:
         mask = self.neuron(self.sum(self.q(x)))
-        return connect(self.proj, masked(self.k(x), mask), x, "add")
+        return connect(self.proj, masked(self.k(x), mask), x, "add", self.drop_path)
 
 
 class SelfAttention(nn.Module):
@@ -104,6 +115,7 @@ class SelfAttention(nn.Module):
         neuron: All neurons but those behind the products.
         threshold: Of these, in eighths of the products' sums: see `SCALE`.
         mixes_samples: See `QKFormer`.
+        drop_path: How often what is added is dropped in training.
     """
 
     def __init__(
@@ -114,6 +126,7 @@ class SelfAttention(nn.Module):
         threshold: float,
         *,
         mixes_samples: bool = False,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.q = ConvNormNeuron(conv1x1(channels, channels), neuron)
@@ -123,12 +136,13 @@ class SelfAttention(nn.Module):
         self.neuron = Neuron(attention_neuron(neuron, threshold), channels)
         last = MixingConvNormNeuron if mixes_samples else ConvNormNeuron
         self.proj = last(conv1x1(channels, channels, bias=True), neuron)
+        self.drop_path = DropPath(drop_path, spikes=True)
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x)
         attended = self.neuron(self.attention(q, self.k(x), self.v(x)))
         # The sums are float32, and what they decide are spikes.
-        return connect(self.proj, converted(attended, q.dtype), x, "add")
+        return connect(self.proj, converted(attended, q.dtype), x, "add", self.drop_path)
 
 
 class MixingConvNormNeuron(ConvNormNeuron):
@@ -154,13 +168,16 @@ class MixingConvNormNeuron(ConvNormNeuron):
 class Mlp(nn.Module):
     """Two layers on each token, the first one wider; their spikes are added to the input."""
 
-    def __init__(self, channels: int, hidden: int, neuron: NeuronConfig) -> None:
+    def __init__(
+        self, channels: int, hidden: int, neuron: NeuronConfig, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         self.fc1 = ConvNormNeuron(conv1x1(channels, hidden, bias=True), neuron)
         self.fc2 = ConvNormNeuron(conv1x1(hidden, channels, bias=True), neuron)
+        self.drop_path = DropPath(drop_path, spikes=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return connect(self.fc2, self.fc1(x), x, "add")
+        return connect(self.fc2, self.fc1(x), x, "add", self.drop_path)
 
 
 class QKFormer(SpikingNetwork):
@@ -180,7 +197,7 @@ class QKFormer(SpikingNetwork):
         mixes_samples: Compute what the authors' code does: a sample's logits depend on those before
             it in its batch.
         in_chans: Channels of the input.
-        num_classes, timesteps: See `SpikingNetwork`.
+        num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
     def __init__(
@@ -197,8 +214,11 @@ class QKFormer(SpikingNetwork):
         in_chans: int = 3,
         num_classes: int = 1000,
         timesteps: int = 4,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes=num_classes, timesteps=timesteps)
+        self.drop_path_rate = drop_path_rate
         if len(widths) != len(depths):
             raise ValueError(f"widths {widths} and depths {depths} are not of as many stages")
         if odd := [width for width in widths if width % heads]:
@@ -224,6 +244,7 @@ class QKFormer(SpikingNetwork):
         pools_first = embedding == "imagenet"
         self.stem = Embedding(in_chans, stem, branch, neuron)
         blocks: list[nn.Module] = []
+        rates = iter(rising_rates(drop_path_rate, sum(depths)))
         # Of each block's input: an embedding and each half of a block add the spikes of two layers.
         highest_inputs, highest = [], 2
         for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
@@ -234,18 +255,27 @@ class QKFormer(SpikingNetwork):
                 highest = 2
             for _ in range(depth):
                 attention: nn.Module
+                drop_path = next(rates)
                 if stage < len(widths) - 1:
-                    attention = TokenAttention(width, heads, neuron, attention_threshold)
+                    attention = TokenAttention(
+                        width, heads, neuron, attention_threshold, drop_path=drop_path
+                    )
                 else:
                     attention = SelfAttention(
-                        width, heads, neuron, attention_threshold, mixes_samples=mixes_samples
+                        width,
+                        heads,
+                        neuron,
+                        attention_threshold,
+                        mixes_samples=mixes_samples,
+                        drop_path=drop_path,
                     )
-                blocks.append(Block(attention, Mlp(width, mlp_ratio * width, neuron)))
+                blocks.append(Block(attention, Mlp(width, mlp_ratio * width, neuron, drop_path)))
                 highest_inputs.append(highest)
                 highest += 2
         self.blocks = nn.Sequential(*blocks)
         self.highest_inputs = tuple(highest_inputs)
         self.num_features = self.head_hidden_size = widths[-1]
+        self.head_drop = Dropout(drop_rate, self.num_features)
         self.fc = base.new_classifier(widths[-1], num_classes)
         init_as_published([self.fc])
 

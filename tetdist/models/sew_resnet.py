@@ -16,6 +16,7 @@ from tetdist.errors import UserError
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.nn import neurons
+from tetdist.nn.dropout import Dropout, DropPath, rising_rates
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import Conv2d, MaxPool, carry, pack
 
@@ -28,7 +29,13 @@ CONNECT: dict[Connect, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def connect(last: ConvNormNeuron, x: Tensor, identity: Tensor, function: Connect) -> Tensor:
+def connect(
+    last: ConvNormNeuron,
+    x: Tensor,
+    identity: Tensor,
+    function: Connect,
+    drop_path: DropPath | None = None,
+) -> Tensor:
     """Join the spikes of a block's last layer with its input's (paper of SEW-ResNet, table 1).
 
     Args:
@@ -36,7 +43,14 @@ def connect(last: ConvNormNeuron, x: Tensor, identity: Tensor, function: Connect
         x: Its input, (T, B, C, H, W).
         identity: Spikes of the shortcut, of the shape of the layer's output.
         function: How.
+        drop_path: Of whom the block's spikes are dropped, so that the identity alone is left,
+            whatever the function.
     """
+    joined = _joined(last, x, identity, function)
+    return joined if drop_path is None else drop_path.chosen(joined, identity)
+
+
+def _joined(last: ConvNormNeuron, x: Tensor, identity: Tensor, function: Connect) -> Tensor:
     # In training the sum is part of the layer's one pass. In evaluation the layer's output stays
     # what it says, spikes, which are counted there.
     if function == "add" and last.training:
@@ -51,26 +65,41 @@ class BasicBlock(nn.Module):
     expansion = 1
 
     def __init__(
-        self, in_channels: int, width: int, stride: int, function: Connect, neuron: NeuronConfig
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        function: Connect,
+        neuron: NeuronConfig,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.function = function
+        self.drop_path = DropPath(drop_path, spikes=True)
         self.conv1 = ConvNormNeuron(conv3x3(in_channels, width, stride), neuron)
         self.conv2 = ConvNormNeuron(conv3x3(width, width), neuron)
         self.downsample = _downsample(in_channels, width, stride, neuron)
 
     def forward(self, x: Tensor) -> Tensor:
-        return connect(self.conv2, self.conv1(x), self.downsample(x), self.function)
+        identity = self.downsample(x)
+        return connect(self.conv2, self.conv1(x), identity, self.function, self.drop_path)
 
 
 class Bottleneck(nn.Module):
     expansion = 4
 
     def __init__(
-        self, in_channels: int, width: int, stride: int, function: Connect, neuron: NeuronConfig
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        function: Connect,
+        neuron: NeuronConfig,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.function = function
+        self.drop_path = DropPath(drop_path, spikes=True)
         self.conv1 = ConvNormNeuron(conv1x1(in_channels, width), neuron)
         self.conv2 = ConvNormNeuron(conv3x3(width, width, stride), neuron)
         self.conv3 = ConvNormNeuron(conv1x1(width, 4 * width), neuron)
@@ -78,7 +107,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv2(self.conv1(x))
-        return connect(self.conv3, hidden, self.downsample(x), self.function)
+        return connect(self.conv3, hidden, self.downsample(x), self.function, self.drop_path)
 
 
 def _downsample(
@@ -99,7 +128,7 @@ class SEWResNet(SpikingNetwork):
         connect_function: How a block's spikes join its input's.
         width: Channels of the first stage; they double from stage to stage.
         in_chans: Channels of the input.
-        num_classes, timesteps: See `SpikingNetwork`.
+        num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
     def __init__(
@@ -113,8 +142,11 @@ class SEWResNet(SpikingNetwork):
         in_chans: int = 3,
         num_classes: int = 1000,
         timesteps: int = 4,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes=num_classes, timesteps=timesteps)
+        self.drop_path_rate = drop_path_rate
         if connect_function not in CONNECT:
             raise ValueError(f"connect_function must be add, and or iand, not {connect_function!r}")
         of_others = neuron.levels is not None and not neuron.binary
@@ -128,12 +160,14 @@ class SEWResNet(SpikingNetwork):
         )
         self.pool = MaxPool(3, stride=2, padding=1)
         blocks: list[nn.Module] = []
+        rates = rising_rates(drop_path_rate, sum(layers))
         channels, highest, highest_inputs = width, 1, []
         for stage, num_blocks in enumerate(layers):
             stage_width = width * 2**stage
             for i in range(num_blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(block(channels, stage_width, stride, connect_function, neuron))
+                rate = rates[len(blocks)]
+                blocks.append(block(channels, stage_width, stride, connect_function, neuron, rate))
                 highest_inputs.append(highest)
                 if connect_function == "add":
                     is_identity = isinstance(blocks[-1].downsample, nn.Identity)
@@ -143,6 +177,7 @@ class SEWResNet(SpikingNetwork):
         self.blocks = nn.Sequential(*blocks)
         self.small_blocks = layers[-1]
         self.num_features = self.head_hidden_size = channels
+        self.head_drop = Dropout(drop_rate, self.num_features)
         self.fc = base.new_classifier(channels, num_classes)
         base.init_weights(self)
 

@@ -27,6 +27,7 @@ from tetdist.models.attention import (
 )
 from tetdist.models.base import ConvNormNeuron, conv1x1, conv3x3
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.dropout import Dropout, rising_rates
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.norm_pool import NormPool
@@ -80,6 +81,7 @@ class Attention(nn.Module):
             neighbours: the largest of 3x3. Of key and value these are positions; of the other two,
             as in the authors' code, positions in their order, row by row, and channels of a head.
         heads: Matters to that alone, since each channel has a mask of its own.
+        drop_path: How often what is added is dropped in training.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Attention(nn.Module):
         *,
         dilated: bool = False,
         heads: int = 8,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.neuron = Neuron(neuron, channels)
@@ -101,7 +104,7 @@ class Attention(nn.Module):
         self.sum = PositionSum(SpreadTokens(heads) if dilated else None)
         self.mask = Neuron(attention_neuron(neuron, threshold), channels)
         self.proj = conv1x1(channels, channels, bias=True)
-        self.add = NormAdd(channels)
+        self.add = NormAdd(channels, drop_path=drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         spikes = self.neuron(x)
@@ -145,7 +148,7 @@ class SpikeDrivenTransformer(StreamTransformer):
         dilated: See `Attention`.
         heads: Likewise.
         in_chans: Channels of the input.
-        num_classes, timesteps: See `SpikingNetwork`.
+        num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
     def __init__(
@@ -162,8 +165,11 @@ class SpikeDrivenTransformer(StreamTransformer):
         in_chans: int = 3,
         num_classes: int = 1000,
         timesteps: int = 4,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes=num_classes, timesteps=timesteps)
+        self.drop_path_rate = drop_path_rate
         if len(pools) != 4 or not all(isinstance(one, bool) for one in pools):
             raise ValueError(
                 f"pools must be four of true or false, one a convolution of the stem, not {pools!r}"
@@ -174,14 +180,22 @@ class SpikeDrivenTransformer(StreamTransformer):
         self.blocks = nn.Sequential(
             *(
                 Block(
-                    Attention(channels, neuron, attention_threshold, dilated=dilated, heads=heads),
-                    StreamMlp(channels, mlp_ratio * channels, neuron),
+                    Attention(
+                        channels,
+                        neuron,
+                        attention_threshold,
+                        dilated=dilated,
+                        heads=heads,
+                        drop_path=rate,
+                    ),
+                    StreamMlp(channels, mlp_ratio * channels, neuron, rate),
                 )
-                for _ in range(depth)
+                for rate in rising_rates(drop_path_rate, depth)
             )
         )
         self.head_neuron = Neuron(neuron, channels)
         self.num_features = self.head_hidden_size = channels
+        self.head_drop = Dropout(drop_rate, self.num_features)
         self.fc = base.new_classifier(channels, num_classes)
         init_as_published(module for module in self.modules() if isinstance(module, nn.Conv2d))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv3x3
+from tetdist.nn.dropout import Dropout
 from tetdist.nn.neurons import NeuronConfig
 
 
@@ -24,7 +25,7 @@ class SpikingConvNet(SpikingNetwork):
         channels: Output channels of the convolutions.
         input_size: Height and width of the images.
         in_chans: Channels of the input.
-        num_classes, timesteps: See `SpikingNetwork`.
+        num_classes, timesteps, drop_rate: See `SpikingNetwork`.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class SpikingConvNet(SpikingNetwork):
         in_chans: int = 3,
         num_classes: int = 10,
         timesteps: int = 4,
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes=num_classes, timesteps=timesteps)
         self.stem = ConvNormNeuron(conv3x3(in_chans, channels[0]), neuron)
@@ -49,6 +51,7 @@ class SpikingConvNet(SpikingNetwork):
         for _ in channels[1:]:
             side = (side + 1) // 2
         self.num_features = self.head_hidden_size = channels[-1] * side**2
+        self.head_drop = Dropout(drop_rate, self.num_features)
         self.fc = base.new_classifier(self.num_features, num_classes)
         base.init_weights(self)
 
@@ -57,7 +60,7 @@ class SpikingConvNet(SpikingNetwork):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = x.flatten(2)
-        return x if pre_logits else self.fc(x)
+        return x if pre_logits else self.fc(self.head_drop(x))
 
 
 class SpikingConvNetDVS(SpikingConvNet):

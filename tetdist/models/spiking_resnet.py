@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tetdist.models import base
 from tetdist.models.base import INV_SQRT_2, ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.dropout import Dropout, rising_rates
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormNeuron
 from tetdist.nn.packed import Conv2d, MaxPool
@@ -29,11 +30,19 @@ class _Merge(nn.Module):
     """conv-BN of the residual branch, plus the shortcut, into the block's last neuron."""
 
     def __init__(
-        self, conv: Conv2d, in_channels: int, stride: int, neuron: NeuronConfig, norm_scale: float
+        self,
+        conv: Conv2d,
+        in_channels: int,
+        stride: int,
+        neuron: NeuronConfig,
+        norm_scale: float,
+        drop_path: float,
     ) -> None:
         super().__init__()
         self.conv = conv
-        self.neuron = NormNeuron(conv.out_channels, neuron, norm_scale=norm_scale)
+        self.neuron = NormNeuron(
+            conv.out_channels, neuron, norm_scale=norm_scale, drop_path=drop_path
+        )
         self.downsample: nn.Module = nn.Identity()
         self.downsample_norm: BatchNorm | None = None
         if stride != 1 or in_channels != conv.out_channels:
@@ -53,12 +62,19 @@ class BasicBlock(nn.Module):
     expansion = 1
 
     def __init__(
-        self, in_channels: int, width: int, stride: int, neuron: NeuronConfig, norm: Norm
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        neuron: NeuronConfig,
+        norm: Norm,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         scale, merged_scale = _norm_scales(neuron, norm)
         self.conv1 = ConvNormNeuron(conv3x3(in_channels, width, stride), neuron, norm_scale=scale)
-        self.merge = _Merge(conv3x3(width, width), in_channels, stride, neuron, merged_scale)
+        conv = conv3x3(width, width)
+        self.merge = _Merge(conv, in_channels, stride, neuron, merged_scale, drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.merge(self.conv1(x), x)
@@ -68,13 +84,20 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     def __init__(
-        self, in_channels: int, width: int, stride: int, neuron: NeuronConfig, norm: Norm
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        neuron: NeuronConfig,
+        norm: Norm,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         scale, merged_scale = _norm_scales(neuron, norm)
         self.conv1 = ConvNormNeuron(conv1x1(in_channels, width), neuron, norm_scale=scale)
         self.conv2 = ConvNormNeuron(conv3x3(width, width, stride), neuron, norm_scale=scale)
-        self.merge = _Merge(conv1x1(width, 4 * width), in_channels, stride, neuron, merged_scale)
+        conv = conv1x1(width, 4 * width)
+        self.merge = _Merge(conv, in_channels, stride, neuron, merged_scale, drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.merge(self.conv2(self.conv1(x)), x)
@@ -106,7 +129,7 @@ class SpikingResNet(SpikingNetwork):
         init: How convolutions begin; see `base.init_weights`.
         input_size: Height and width of event frames; None: any.
         in_chans: Channels of the input.
-        num_classes, timesteps: See `SpikingNetwork`.
+        num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
     def __init__(
@@ -125,8 +148,11 @@ class SpikingResNet(SpikingNetwork):
         in_chans: int = 3,
         num_classes: int = 1000,
         timesteps: int = 4,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes=num_classes, timesteps=timesteps)
+        self.drop_path_rate = drop_path_rate
         self.input_size = input_size
         scale, _ = _norm_scales(neuron, norm)
         self.pool: nn.Module = nn.Identity()
@@ -140,12 +166,14 @@ class SpikingResNet(SpikingNetwork):
                 raise ValueError(f"stem must be 'imagenet' or 'cifar', not {stem!r}")
         self.stem = ConvNormNeuron(conv, neuron, norm_scale=scale)
         blocks: list[nn.Module] = []
+        rates = rising_rates(drop_path_rate, sum(layers))
         channels = stem_width
         for stage, num_blocks in enumerate(layers):
             stage_width = width * 2**stage
             for i in range(num_blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(block(channels, stage_width, stride, neuron, norm))
+                drop_path = rates[len(blocks)]
+                blocks.append(block(channels, stage_width, stride, neuron, norm, drop_path))
                 channels = stage_width * block.expansion
         self.blocks = nn.Sequential(*blocks)
         self.small_blocks = layers[-1]
@@ -155,6 +183,7 @@ class SpikingResNet(SpikingNetwork):
                 nn.Linear(channels, hidden_features), Neuron(neuron, hidden_features)
             )
         self.num_features = self.head_hidden_size = hidden_features or channels
+        self.head_drop = Dropout(drop_rate, self.num_features)
         self.fc = base.new_classifier(self.num_features, num_classes)
         base.init_weights(self, init)
 
@@ -163,7 +192,7 @@ class SpikingResNet(SpikingNetwork):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.hidden(x.mean((3, 4)))
-        return x if pre_logits else self.fc(x)
+        return x if pre_logits else self.fc(self.head_drop(x))
 
 
 class SpikingResNetDVS(SpikingResNet):

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv3x3
+from tetdist.nn.dropout import Dropout
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import AvgPool
 
@@ -17,7 +18,7 @@ class VGGSNN(SpikingNetwork):
         input_size: Height and width of the frames; the classifier sees all positions, so it
             depends on this.
         in_chans: Channels of the input: two polarities.
-        num_classes, timesteps: See `SpikingNetwork`.
+        num_classes, timesteps, drop_rate: See `SpikingNetwork`.
     """
 
     input_kind = "events"
@@ -31,6 +32,7 @@ class VGGSNN(SpikingNetwork):
         in_chans: int = 2,
         num_classes: int = 10,
         timesteps: int = 10,
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes=num_classes, timesteps=timesteps)
         if input_size < 16:
@@ -49,6 +51,7 @@ class VGGSNN(SpikingNetwork):
             nn.Sequential(layer(512, 512), layer(512, 512), AvgPool()),
         )
         self.num_features = self.head_hidden_size = 512 * (input_size // 16) ** 2
+        self.head_drop = Dropout(drop_rate, self.num_features)
         self.fc = base.new_classifier(self.num_features, num_classes)
         base.init_weights(self)
 
@@ -57,7 +60,7 @@ class VGGSNN(SpikingNetwork):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = x.flatten(2)
-        return x if pre_logits else self.fc(x)
+        return x if pre_logits else self.fc(self.head_drop(x))
 
 
 default_cfgs = generate_default_cfgs(

@@ -223,6 +223,11 @@ class NeuronConfig:
         del timesteps
         return None
 
+    def at_epoch(self, epoch: int) -> "NeuronConfig":
+        """The neurons as they are in an epoch of training, the first one being 0."""
+        del epoch
+        return self
+
     def run(
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tetdist.nn import neurons, passes
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.dropout import DropPath
 from tetdist.nn.fused import FusedNeuron, FusedNormAdd, FusedNormNeuron, NormPasses, Passes
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import Packed, carry
@@ -44,6 +45,23 @@ def neuron_of(module: nn.Module) -> NeuronConfig | None:
         case Neuron():
             return module.config
     return None
+
+
+def changing_neurons(model: nn.Module) -> "dict[NormNeuron | Neuron, NeuronConfig]":
+    """Layers whose neurons change from one epoch of training to another, and their neurons."""
+    layers = spiking_layers(model).values()
+    found = {layer: neuron for layer in layers if (neuron := neuron_of(layer)) is not None}
+    return {layer: neuron for layer, neuron in found.items() if neuron.at_epoch(0) is not neuron}
+
+
+def enter_epoch(neurons: "dict[NormNeuron | Neuron, NeuronConfig]", epoch: int) -> None:
+    """Have what `changing_neurons` returned be as it is in an epoch of training."""
+    for layer, neuron in neurons.items():
+        match layer:
+            case NormNeuron():
+                layer.neuron = neuron.at_epoch(epoch)
+            case Neuron():
+                layer.config = neuron.at_epoch(epoch)
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -114,10 +132,45 @@ class FusedLayer(nn.Module):
 class NeuronLayer(FusedLayer):
     """A layer of neurons: one that has membranes, see `carrying_membranes`."""
 
+    learned: nn.ParameterDict
+
     def __init__(self) -> None:
         super().__init__()
         self.carries = False
         self.membrane: Tensor | None = None
+
+    def fire(self, neuron: NeuronConfig, current: Tensor, timesteps: int) -> Tensor:
+        """Spikes (T, B, ...) of a current (1 or T, B, ...), in its type and memory layout."""
+        if self.is_fused():
+            kernels = passes.passes_for(
+                neuron,
+                (current,),
+                timesteps,
+                carries=self.carries,
+                packs=self.training and torch.is_grad_enabled(),
+            )
+            if kernels is not None:
+                return self._fire_fused(neuron, current, kernels)
+        return self.fire_by_definition(neuron, current, timesteps)
+
+    def fire_by_definition(self, neuron: NeuronConfig, current: Tensor, timesteps: int) -> Tensor:
+        """The definition of `fire`."""
+        learned = neurons.broadcasting(neuron, self.learned, 2 if current.ndim == 5 else 0)
+        current = current.expand(timesteps, *current.shape[1:])
+        spikes, membrane = neuron.run(current, self.membrane, **learned)
+        if self.carries:
+            self.membrane = membrane
+        return spikes
+
+    def _fire_fused(self, neuron: NeuronConfig, current: Tensor, kernels: Passes) -> Tensor:
+        layout = _Layout.of(current)
+        start = None if self.membrane is None else layout.flat(self.membrane[None])[0]
+        learned = _in_passes(neuron, self.learned, current, kernels)
+        spikes, packed, end = FusedNeuron.apply(layout.flat(current), start, kernels, *learned)
+        if self.carries:
+            self.membrane = layout.shaped(end[None])[0]
+        spikes = layout.shaped(spikes)
+        return _carrying(spikes, None if packed is None else layout.shaped(packed), neuron)
 
 
 class Neuron(NeuronLayer):
@@ -143,36 +196,11 @@ class Neuron(NeuronLayer):
         """
         timesteps = timesteps or current.shape[0]
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
-        if self.is_fused():
-            kernels = passes.passes_for(
-                self.config,
-                (current,),
-                timesteps,
-                carries=self.carries,
-                packs=self.training and torch.is_grad_enabled(),
-            )
-            if kernels is not None:
-                return self._fused(current, kernels)
-        return self.reference(current, timesteps)
+        return self.fire(self.config, current, timesteps)
 
     def reference(self, current: Tensor, timesteps: int) -> Tensor:
         """The definition of `forward`."""
-        learned = neurons.broadcasting(self.config, self.learned, 2 if current.ndim == 5 else 0)
-        current = current.expand(timesteps, *current.shape[1:])
-        spikes, membrane = self.config.run(current, self.membrane, **learned)
-        if self.carries:
-            self.membrane = membrane
-        return spikes
-
-    def _fused(self, current: Tensor, kernels: Passes) -> Tensor:
-        layout = _Layout.of(current)
-        start = None if self.membrane is None else layout.flat(self.membrane[None])[0]
-        learned = _in_passes(self.config, self.learned, current, kernels)
-        spikes, packed, end = FusedNeuron.apply(layout.flat(current), start, kernels, *learned)
-        if self.carries:
-            self.membrane = layout.shaped(end[None])[0]
-        spikes = layout.shaped(spikes)
-        return _carrying(spikes, None if packed is None else layout.shaped(packed), self.config)
+        return self.fire_by_definition(self.config, current, timesteps)
 
     def extra_repr(self) -> str:
         return str(self.config)
@@ -214,11 +242,21 @@ class NormNeuron(NeuronLayer):
         num_channels: C.
         neuron: The neuron.
         norm_scale: See `BatchNorm`.
+        drop_path: How often the normalised current is dropped in training, so that the shortcut
+            alone is left. Where that can be, norm, sum and neuron are a pass over memory each.
     """
 
-    def __init__(self, num_channels: int, neuron: NeuronConfig, *, norm_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        num_channels: int,
+        neuron: NeuronConfig,
+        *,
+        norm_scale: float = 1.0,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         self.norm = BatchNorm(num_channels, scale=norm_scale)
+        self.drop_path = DropPath(drop_path)
         self.neuron = neuron
         self.learned = neurons.learned(neuron, num_channels)
 
@@ -241,7 +279,15 @@ class NormNeuron(NeuronLayer):
             shortcut_norm: Normalises the shortcut before it is added.
         """
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
-        if self.is_fused():
+        if self.is_fused() and self.drop_path.is_active:
+            assert identity is None
+            norms = passes.norm_passes_for((current, shortcut), timesteps)
+            if norms is not None:
+                total = _norm_add(
+                    self.norm, current, shortcut, shortcut_norm, self.drop_path, norms
+                )
+                return self.fire(self.neuron, total, timesteps)
+        elif self.is_fused():
             kernels = passes.passes_for(
                 self.neuron,
                 (current, shortcut, identity),
@@ -263,10 +309,7 @@ class NormNeuron(NeuronLayer):
     ) -> Tensor:
         """The definition of `forward`."""
         total = self.input_current(current, timesteps, shortcut, shortcut_norm)
-        learned = neurons.broadcasting(self.neuron, self.learned, 2)
-        spikes, membrane = self.neuron.run(total, self.membrane, **learned)
-        if self.carries:
-            self.membrane = membrane
+        spikes = self.fire_by_definition(self.neuron, total, timesteps)
         return spikes if identity is None else spikes + identity
 
     def input_current(
@@ -281,7 +324,7 @@ class NormNeuron(NeuronLayer):
             shortcut = shortcut_norm(shortcut)
         normalized = self.norm(current, timesteps // current.shape[0])
         normalized = normalized.expand(timesteps, *current.shape[1:])
-        return normalized if shortcut is None else normalized + shortcut
+        return normalized if shortcut is None else self.drop_path.added(normalized, shortcut)
 
     def _fused(
         self,
@@ -353,11 +396,16 @@ class NormAdd(FusedLayer):
     Args:
         num_channels: C.
         norm_scale: See `BatchNorm`.
+        drop_path: How often the normalised current is dropped in training, so that the shortcut
+            alone is left. Where that can be, the sum is a pass over memory of its own.
     """
 
-    def __init__(self, num_channels: int, norm_scale: float = 1.0) -> None:
+    def __init__(
+        self, num_channels: int, norm_scale: float = 1.0, *, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         self.norm = BatchNorm(num_channels, scale=norm_scale)
+        self.drop_path = DropPath(drop_path)
 
     def forward(
         self,
@@ -381,7 +429,8 @@ class NormAdd(FusedLayer):
             timesteps = copies * current.shape[0]
             kernels = passes.norm_passes_for((current, shortcut), timesteps)
             if kernels is not None:
-                return self._fused(current, shortcut, shortcut_norm, kernels)
+                drop_path = self.drop_path
+                return _norm_add(self.norm, current, shortcut, shortcut_norm, drop_path, kernels)
         return self.reference(current, shortcut, shortcut_norm, copies=copies)
 
     def reference(
@@ -398,23 +447,30 @@ class NormAdd(FusedLayer):
             return normalized
         if shortcut_norm is not None:
             shortcut = shortcut_norm(shortcut, copies * current.shape[0] // shortcut.shape[0])
-        return normalized + shortcut
+        return self.drop_path.added(normalized, shortcut)
 
-    def _fused(
-        self,
-        current: Tensor,
-        shortcut: Tensor | None,
-        shortcut_norm: BatchNorm | None,
-        kernels: NormPasses,
-    ) -> Tensor:
-        norm = self.norm
-        added = None if shortcut is None else rows_of(shortcut)
-        others = shortcut_norm if added is not None else None
-        assert others is None or others.training == norm.training
-        parameters: list[Tensor | None] = [norm.weight, norm.bias]
-        parameters += [None, None] if others is None else [others.weight, others.bias]
-        rows = FusedNormAdd.apply(rows_of(current), added, *parameters, norm, others, kernels)
-        return image_of(rows, current.shape)
+
+def _norm_add(
+    norm: BatchNorm,
+    current: Tensor,
+    shortcut: Tensor | None,
+    shortcut_norm: BatchNorm | None,
+    drop_path: DropPath,
+    kernels: NormPasses,
+) -> Tensor:
+    """Norm and shortcut by fused passes: one, or several where the current may be dropped."""
+    if shortcut is not None and drop_path.is_active:
+        if shortcut_norm is not None:
+            shortcut = _norm_add(shortcut_norm, shortcut, None, None, drop_path, kernels)
+        normalized = _norm_add(norm, current, None, None, drop_path, kernels)
+        return drop_path.added(normalized, shortcut)
+    added = None if shortcut is None else rows_of(shortcut)
+    others = shortcut_norm if added is not None else None
+    assert others is None or others.training == norm.training
+    parameters: list[Tensor | None] = [norm.weight, norm.bias]
+    parameters += [None, None] if others is None else [others.weight, others.bias]
+    rows = FusedNormAdd.apply(rows_of(current), added, *parameters, norm, others, kernels)
+    return image_of(rows, current.shape)
 
 
 @contextlib.contextmanager

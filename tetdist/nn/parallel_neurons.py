@@ -11,10 +11,12 @@ What a neuron fires at is a learnt weighted sum of its currents, the same sum in
     sliding_psn    A[t, s] = w[order - 1 - (t - s)] for those, and one b: any number of timesteps
 
 b begins with -threshold. The values are those of the authors' code, as are the initial weights.
+There the mask of E epochs begins with 0 and is min(8 e / (E - 1), 1) in epoch e, counted from 0:
+here mask_epochs = (E - 1) / 8.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -103,10 +105,26 @@ class MaskedPSN(ParallelNeuron):
     mask: float = option(
         1.0, "lambda: 1 leaves nothing of what the mask takes away, 0 leaves all.", ge=0, le=1
     )
+    mask_epochs: float = option(
+        0.0,
+        "Epochs, from the run's first one on, over which mask rises from 0 to its value, once an "
+        "epoch. Until then spikes depend on later currents, too.",
+        ge=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask_epochs and self.mask == 0:
+            raise ValueError("mask_epochs has mask rise to its value, and mask is 0")
 
     @property
     def causal(self) -> bool:  # type: ignore[override]  # of its numbers, and not of its class
-        return self.mask == 1
+        return self.mask == 1 and not self.mask_epochs
+
+    def at_epoch(self, epoch: int) -> "MaskedPSN":
+        if not self.mask_epochs:
+            return self
+        return replace(self, mask=self.mask * min(epoch / self.mask_epochs, 1), mask_epochs=0.0)
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:
         del num_channels
@@ -115,11 +133,12 @@ class MaskedPSN(ParallelNeuron):
     def refusal(self, timesteps: int) -> str | None:
         if timesteps == self.timesteps or (self.causal and timesteps < self.timesteps):
             return None
-        because = (
-            "and none for later timesteps"
-            if timesteps > self.timesteps
-            else f"and with mask {self.mask:g} answers from later ones, too"
-        )
+        if timesteps > self.timesteps:
+            because = "and none for later timesteps"
+        elif self.mask_epochs:
+            because = "and until mask_epochs answers from later ones, too"
+        else:
+            because = f"and with mask {self.mask:g} answers from later ones, too"
         return (
             f"masked_psn has weights for T={self.timesteps} (model.neuron.timesteps), {because}; "
             f"it cannot run {counted(timesteps, 'timestep')}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tetdist.nn import batch_norm
+from tetdist.nn import batch_norm, dropout
 from tetdist.nn.norm_neuron import NeuronLayer, carrying_membranes
 from tetdist.nn.packed import Halved, Packed, carried, carry, halve, pack
 
@@ -50,6 +50,7 @@ class Block:
         if segment is not None:
             self.lengths = [min(segment, timesteps - t) for t in range(0, timesteps, segment)]
         self.neurons = [m for top in modules for m in top.modules() if isinstance(m, NeuronLayer)]
+        self.dropping = [layer for top in modules for layer in dropout.dropping(top)]
         self.parameters = [p for top in modules for p in top.parameters() if p.requires_grad]
 
     def split(self, x: Tensor) -> list[Tensor]:
@@ -108,6 +109,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, *_parameters: Tensor) -> Tensor:
         ctx.block, ctx.dtype = block, x.dtype
+        ctx.factors = [layer.factors for layer in block.dropping]
         ctx.autocast = _present_autocast(x.device.type)
         kept = block.pack(x)
         # Autograd itself keeps the tensor, and frees it with the graph.
@@ -122,7 +124,8 @@ class _Recomputed(torch.autograd.Function):
         (values,) = ctx.saved_tensors
         x = block.unpack(ctx.rebuild(values), ctx.dtype)
         segments = list(zip(block.split(x), block.lengths, strict=True))
-        with batch_norm.recomputing(), ctx.autocast():
+        dropped = dropout.using(block.dropping, ctx.factors)
+        with batch_norm.recomputing(), ctx.autocast(), dropped:
             starts: list[list[Tensor] | None] = [None]
             with torch.no_grad():
                 for part, length in segments[:-1]:

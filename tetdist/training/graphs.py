@@ -4,11 +4,11 @@ Every kernel costs the host some microseconds to start, and a micro-batch has ab
 are short, because the micro-batch is small, the GPU waits for the host. A graph starts them all at
 once, in the memory in which they ran when it was taken down ("captured"). So:
 
-* images and targets are copied to where the graph reads them;
+* images, targets and what is dropped (nn/dropout.py) are copied to where the graph reads them;
 * gradients are added to tensors that stay where they are, which the engine sets to 0 and keeps;
 * the scale of a float16 loss is a number on the device (`LossScale.factor`);
-* random numbers are drawn from the seed that torch's generator has when the graph is started, so
-  the trainer seeds it before each micro-batch, as without graphs;
+* random numbers that a network draws itself are drawn from the seed that torch's generator has when
+  the graph is started, so the trainer seeds it before each micro-batch, as without graphs;
 * what Python does is done once. Of that only the count of recorded batches matters
   (`BatchNorm.pending_count`), which is put right here.
 
@@ -35,20 +35,20 @@ Captured = tuple[Tensor, Callable[[], None]]
 class Graphed:
     """A function of a micro-batch, captured when it is first called, and replayed from then on.
 
-    It is captured anew where images or targets have another shape than before, as in an epoch whose
-    images are larger.
+    It is captured anew where a tensor that it is given has another shape than before, as in an
+    epoch whose images are larger.
     """
 
     def __init__(
         self,
-        function: Callable[[Tensor, Tensor], Tensor],
+        function: Callable[..., Tensor],
         model: nn.Module,
         agree: Callable[[Callable[[], None]], None] = lambda action: action(),
     ) -> None:
         """
         Args:
-            function: Of images and targets; adds the gradients of the model's parameters, and
-                returns a tensor.
+            function: Of images, targets and maybe other tensors; adds the gradients of the model's
+                parameters, and returns a tensor.
             model: Whose parameters and buffers the function changes, and nothing else.
             agree: Runs an action that may fail on this process; see `World.run_on_all`.
         """
@@ -58,13 +58,12 @@ class Graphed:
         self._records: list[int] = []
         self._captured: Captured | None = None
 
-    def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, *given: Tensor) -> Tensor:
         """Return what the function does, in a tensor that the next call overwrites.
 
         Raises:
             UserError: The function cannot be captured.
         """
-        given = (images, targets)
         if list(map(_layout, given)) != list(map(_layout, self._inputs)):
             self._agree(lambda: self._capture(given))
         for static, tensor in zip(self._inputs, given, strict=True):

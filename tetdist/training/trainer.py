@@ -33,7 +33,8 @@ from tetdist.distributed.world import World
 from tetdist.errors import Stopped, UserError, typed
 from tetdist.evaluation.evaluate import Interrupted, evaluate
 from tetdist.losses import compute_loss
-from tetdist.nn import batch_norm, neurons
+from tetdist.nn import batch_norm, dropout, neurons
+from tetdist.nn.norm_neuron import changing_neurons, enter_epoch
 from tetdist.nn.precision import autocast, choose_algorithms, parameter_type
 from tetdist.optimizers import make_optimizer
 from tetdist.plugins import checksums_of
@@ -164,6 +165,8 @@ class Trainer:
         choose_algorithms(config.precision, deterministic=config.deterministic)
         self.model = make_model(config, self.train_index)
         self.model.to(world.device, parameter_type(config.precision))
+        self.dropping = dropout.dropping(self.model)
+        self.changing = changing_neurons(self.model)
         batch_norm.defer_running_statistics(self.model)
         if config.batch_norm.sync and world.world_size > 1:
             batch_norm.synchronize(self.model, world.mean_, world.world_size)
@@ -296,6 +299,7 @@ class Trainer:
             self.loader.close()
             self.loader = self._open_loader(self.step)
         self.model.train()
+        enter_epoch(self.changing, self.step // self.steps_per_epoch)
         clock = _Clock()
         end = min((self.step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.last_step)
         while self.step < end:
@@ -370,7 +374,7 @@ class Trainer:
         add_micro_batch = self.graph or self._add_micro_batch
         for number, (images, targets) in zip(self.micro_batches, batches, strict=True):
             self._seed(self.step, number)
-            sums += add_micro_batch(images, targets)
+            sums += add_micro_batch(images, targets, *self._dropped(self.step, number))
             self.watch.progress(f"step {self.step + 1}")
         update = self.engine.update(lr)
         batch_norm.update_running_statistics(self.model, self.world.mean_, update.applied)
@@ -378,19 +382,38 @@ class Trainer:
             self.ema.update(self.step + 1, update.applied)
         return update, sums
 
-    def _add_micro_batch(self, images: Tensor, targets: Tensor) -> Tensor:
+    def _add_micro_batch(self, images: Tensor, targets: Tensor, *dropped: Tensor) -> Tensor:
         """Add a micro-batch's gradient to those of the step; its sums for the metrics.
 
         With CUDA graphs this is called to be captured: what is not on the device is not repeated.
+
+        Args:
+            images, targets: See `_prepared`.
+            dropped: See `_dropped`.
         """
+        for factors in dropped:
+            dropout.give(self.dropping, factors)
         logits = self.engine.forward(images)  # (T, B, K)
         loss = compute_loss(self.config.loss, logits, targets, self._teacher_logits(images))
         self.engine.backward(loss)
         return _sums(logits.detach(), targets, loss.detach())
 
     def _seed(self, step: int, micro_batch: int) -> None:
-        """Have what the network draws, dropout say, be a function of the step and the samples."""
+        """Have what a network draws, one from outside say, be a function of step and samples."""
         torch.manual_seed(order.forward_seed(self.config.seed, step, micro_batch))
+
+    def _dropped(self, step: int, micro_batch: int) -> tuple[Tensor, ...]:
+        """What our own layers drop of a micro-batch, as `dropout.give` takes it; (): nothing.
+
+        It is computed here and not by the layers, so that a CUDA graph has it as an input.
+        """
+        if not self.dropping:
+            return ()
+        count, size = dropout.num_factors(self.dropping), self.config.batch.micro
+        uniforms = order.drop_uniforms(self.config.seed, step, micro_batch, size, count)
+        factors = dropout.factors(self.dropping, torch.from_numpy(uniforms))
+        dtype = parameter_type(self.config.precision)
+        return (on_device(factors, self.world.device, dtype),)
 
     def _teacher_logits(self, images: Tensor) -> Tensor | None:
         """The teacher's logits (B, K) for the images; None where there is no teacher."""
@@ -433,7 +456,10 @@ class Trainer:
         numbers = iter(self.micro_batches)
 
         def loss(images: Tensor, targets: Tensor) -> Tensor:
-            self._seed(step - 1, next(numbers))
+            number = next(numbers)
+            self._seed(step - 1, number)
+            for factors in self._dropped(step - 1, number):
+                dropout.give(self.dropping, factors)
             with autocast(self.world.device, self.config.precision):
                 logits = self.model(images, per_timestep=True)
             return compute_loss(self.config.loss, logits, targets, self._teacher_logits(images))
@@ -484,6 +510,7 @@ class Trainer:
     def _evaluate(self) -> None:
         """Evaluate and save; a stop in between leaves the evaluation to the continued run."""
         averages = None
+        enter_epoch(self.changing, self._trained_epoch())
         try:
             first, values = self._evaluate_weights()
             if self.ema is not None:
@@ -540,6 +567,10 @@ class Trainer:
         self.progress.report_evaluation(self.step, values, of_average=of == "ema")
         return Score({key: values[key] for key in ("top1", "top5")}, is_best)
 
+    def _trained_epoch(self) -> int:
+        """The epoch that the last step was one of."""
+        return max(self.step - 1, 0) // self.steps_per_epoch
+
     def _evaluated(self, samples: int) -> None:
         """Tell those who watch that so many samples more are evaluated on this process."""
         self.watch.progress(f"evaluation after step {self.step}")
@@ -571,6 +602,9 @@ class Trainer:
         # So that it can be evaluated from another folder.
         described["data"]["root"] = str(Path(self.config.data.root).resolve())
         described["data"]["index"] = str(self.config.data.index_dir.resolve())
+        # Evaluated, it is what it was when these weights were trained.
+        neuron = self.config.model.neuron.at_epoch(self._trained_epoch())
+        described["model"]["neuron"] = neurons.as_dict(neuron)
         description = checkpoint.Description(
             config=described,
             classes=list(self.train_index.classes),
