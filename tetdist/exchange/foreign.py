@@ -20,7 +20,7 @@ Transformers have names of their own, of which `convert` takes what it needs:
     maxformer       the original repository of Max-Former: its networks for ImageNet
 
 A state dict holds weights and running statistics, but not the neuron, which decides about the
-result as much: `NEURONS` has what each source trains with.
+result as much: it is the model's own, unless `NEURONS` has what the source trains with.
 """
 
 import argparse
@@ -71,16 +71,6 @@ _SEW_NEURON = {
     "surrogate": "atan",
     "surrogate_width": 2.0,
 }
-# spikingjelly's with tau = 2 and threshold 1, whose input is halved: the membrane in other units.
-_HALVING_NEURON = {
-    "decay": 0.5,
-    "threshold": 2.0,
-    "reset": "hard",
-    "detach_reset": True,
-    "surrogate": "sigmoid",
-    "surrogate_width": 2.0,
-    "fires_at_threshold": True,
-}
 _DISTILLED_NEURON = {
     "decay": 0.5,
     "reset": "hard",
@@ -88,36 +78,16 @@ _DISTILLED_NEURON = {
     "surrogate": "sigmoid",
     "surrogate_width": 4.0,
 }
-# Fields of `NeuronConfig` that differ from its defaults, which are TET's own. ReLU networks have
-# none: theirs is that of the recipe that goes on from them. spikingjelly's is whatever its user
-# asked for; this is the one of its ImageNet networks.
+# What differs from the `default_neuron` of the networks that a source has. ReLU networks have none:
+# theirs is that of the recipe that goes on from them. spikingjelly's is whatever its user asked
+# for; this is the one of its ImageNet networks.
 NEURONS: dict[Source, dict[str, Any]] = {
     "spikingjelly": _SEW_NEURON,
     "sew": _SEW_NEURON,
-    "tet": {},
-    "torchvision": {},
-    "timm": {},
-    "qkformer": _HALVING_NEURON,
-    "sdt": _HALVING_NEURON,
-    # Theirs has no membrane, and so no decay: at T=1 it does not matter.
-    "espikeformer": {"kind": "nilif", "most_spikes": 4, "threshold": 1.0, "decay": 0.25},
-    "maxformer": _HALVING_NEURON,
     "decoupling": _DISTILLED_NEURON,
     "seal": _DISTILLED_NEURON,
-    "ms": {
-        "decay": 0.25,
-        "threshold": 0.5,
-        "reset": "hard",
-        "detach_reset": True,
-        "surrogate": "rectangle",
-        "surrogate_width": 0.5,
-    },
 }
-# What is otherwise for ImageNet.
-_PREACT_NEURONS: dict[Source, dict[str, Any]] = {
-    "decoupling": {"decay": 0.2, "reset": "soft"},
-    "seal": {"decay": 0.2},
-}
+_PREACT_NEURONS: dict[Source, dict[str, Any]] = {"seal": {"reset": "hard"}}
 
 _CIFAR100 = {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)}
 # How images are scaled, where a source's network of so many classes does it otherwise than timm's
@@ -384,9 +354,9 @@ def convert(state: Mapping[str, Tensor], source: Source, model: SpikingNetwork) 
 
 
 def neuron_of(source: Source, model: str) -> dict[str, Any]:
-    """The neuron that a source trains a model with, as far as it differs from the default."""
-    other = _PREACT_NEURONS.get(source, {}) if model.startswith("preact_resnet") else {}
-    return NEURONS[source] | other
+    """The neuron that a source trains a model with, as far as it differs from the model's own."""
+    known = _PREACT_NEURONS if model.startswith("preact_resnet") else NEURONS
+    return known.get(source, {})
 
 
 def arguments_of(source: Source, model: str) -> dict[str, Any]:

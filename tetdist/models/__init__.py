@@ -25,6 +25,7 @@ from tetdist.models.spike_driven_transformer import SpikeDrivenTransformer
 from tetdist.models.spiking_convnet import SpikingConvNet
 from tetdist.models.spiking_resnet import SpikingResNet
 from tetdist.models.vggsnn import VGGSNN
+from tetdist.nn.neurons import LIF, NeuronConfig
 
 __all__ = [
     "VGGSNN",
@@ -73,6 +74,12 @@ def default_timesteps(name: str) -> int:
     """T of one of our registered models where nobody says another."""
     with torch.device("meta"):
         return int(timm.create_model(name).timesteps)
+
+
+def default_neuron(name: str) -> NeuronConfig:
+    """The neuron of a registered model where nobody says another: the published one, or LIF."""
+    neuron: Any = getattr(class_of(name), "default_neuron", None)
+    return neuron if isinstance(neuron, NeuronConfig) else LIF()
 
 
 def input_kind(name: str) -> str | None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeVar, assert_never
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, assert_never
 
 import torch
 from timm.models import build_model_with_cfg, register_model
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tetdist.errors import UserError
 from tetdist.nn import neurons
+from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import FusedLayer, NormNeuron, neurons_of
 from tetdist.nn.packed import Conv2d
 from tetdist.nn.recompute import Block
@@ -77,6 +78,8 @@ class SpikingNetwork(nn.Module):
     input_kind: Literal["images", "events"] = "images"
     # Height and width of the input where the classifier depends on it.
     input_size: int | None = None
+    # Of the network where nobody says another: the one that it was published with; TET's own here.
+    default_neuron: ClassVar[NeuronConfig] = LIF()
     # timm's builder sets these.
     pretrained_cfg: dict[str, Any]
     default_cfg: dict[str, Any]
@@ -245,9 +248,7 @@ class SpikingNetwork(nn.Module):
 class ConvNormNeuron(nn.Module):
     """Convolution, batch norm, neuron: (T, B, C, H, W) to spikes (T, B, C', H', W')."""
 
-    def __init__(
-        self, conv: Conv2d, neuron: neurons.NeuronConfig, *, norm_scale: float = 1.0
-    ) -> None:
+    def __init__(self, conv: Conv2d, neuron: NeuronConfig, *, norm_scale: float = 1.0) -> None:
         super().__init__()
         self.conv = conv
         self.neuron = NormNeuron(conv.out_channels, neuron, norm_scale=norm_scale)
@@ -321,11 +322,14 @@ def build(
     variant: str,
     pretrained: bool,
     *,
-    neuron: neurons.NeuronConfig | dict[str, Any] | None = None,
+    neuron: NeuronConfig | dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Network:
-    """Build a registered model through timm. ``neuron`` may be a mapping of `NeuronConfig`."""
-    neuron = neurons.make(neuron)
+    """Build a registered model through timm.
+
+    ``neuron`` may be a mapping; what it leaves out is as in the network's `default_neuron`.
+    """
+    neuron = neurons.make(neuron, cls.default_neuron)
     # timm's train.py and benchmark.py pass what spiking networks have no use for.
     for unused in ("drop_rate", "global_pool", "scriptable"):
         kwargs.pop(unused, None)
@@ -335,9 +339,7 @@ def build(
     return model
 
 
-def _say_what_is_exchanged(
-    model: SpikingNetwork, neuron: neurons.NeuronConfig, variant: str
-) -> None:
+def _say_what_is_exchanged(model: SpikingNetwork, neuron: NeuronConfig, variant: str) -> None:
     """Correct what a network says of its blocks' inputs for spikes that are not 0 and 1.
 
     Raises:

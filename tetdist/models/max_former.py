@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tetdist.models import base
 from tetdist.models.attention import (
+    HALVING_NEURON,
     ConvPoolNeuron,
     StreamAttention,
     StreamMlp,
@@ -125,6 +126,8 @@ class MaxFormer(StreamTransformer):
         in_chans: Channels of the input.
         num_classes, timesteps: See `SpikingNetwork`.
     """
+
+    default_neuron = HALVING_NEURON
 
     def __init__(
         self,

@@ -20,7 +20,13 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
-from tetdist.models.attention import Block, ConvPoolNeuron, attention_neuron, init_as_published
+from tetdist.models.attention import (
+    HALVING_NEURON,
+    Block,
+    ConvPoolNeuron,
+    attention_neuron,
+    init_as_published,
+)
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.models.sew_resnet import connect
 from tetdist.nn.neurons import NeuronConfig
@@ -182,6 +188,8 @@ class QKFormer(SpikingNetwork):
         in_chans: Channels of the input.
         num_classes, timesteps: See `SpikingNetwork`.
     """
+
+    default_neuron = HALVING_NEURON
 
     def __init__(
         self,
