@@ -19,6 +19,7 @@ from tetdist.models.espikeformer import ESpikeFormer
 from tetdist.models.max_former import MaxFormer
 from tetdist.models.ms_resnet import MSResNet
 from tetdist.models.preact_resnet import PreActResNet
+from tetdist.models.psn_sew_resnet import PSNSEWResNet
 from tetdist.models.qkformer import QKFormer
 from tetdist.models.sew_resnet import SEWResNet
 from tetdist.models.spike_driven_transformer import SpikeDrivenTransformer
@@ -32,6 +33,7 @@ __all__ = [
     "ESpikeFormer",
     "MSResNet",
     "MaxFormer",
+    "PSNSEWResNet",
     "PreActResNet",
     "QKFormer",
     "SEWResNet",

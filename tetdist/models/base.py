@@ -67,10 +67,11 @@ class SpikingNetwork(nn.Module):
     fc: nn.Module
     num_features: int
     # What blocks exchange is a multiple of 1 / spike_levels and, where it is more than 1, at most
-    # what highest_inputs says of each block's input: recompute.py keeps it in half a byte or one.
-    # Networks say it for spikes of 0 and 1; `build` has it right for neurons that send others.
+    # what highest_inputs says of each block's input, which is anything where that is None:
+    # recompute.py keeps it in half a byte or one. Networks say it for spikes of 0 and 1; `build`
+    # has it right for neurons that send others.
     spike_levels: int | None = 1
-    highest_inputs: tuple[int, ...] = ()
+    highest_inputs: tuple[int | None, ...] = ()
     # How many of the last blocks are not computed again where the others are: those of a ResNet's
     # last stage take a share of the time, and next to no memory.
     small_blocks: int = 0
@@ -199,9 +200,8 @@ class SpikingNetwork(nn.Module):
                 x = block(x)
                 continue
             highest = self.highest_inputs[i] if self.highest_inputs else 1
-            x = self._run(
-                _of_any_length(block), x, block, levels=self.spike_levels, highest=highest
-            )
+            levels = None if highest is None else self.spike_levels
+            x = self._run(_of_any_length(block), x, block, levels=levels, highest=highest or 1)
         return x
 
     def _run(
@@ -352,8 +352,9 @@ def _say_what_is_exchanged(model: SpikingNetwork, neuron: NeuronConfig, variant:
     if neuron.highest == 1:
         return
     ones = model.highest_inputs or (1,) * len(model.blocks)
-    model.highest_inputs = tuple(one * neuron.highest for one in ones)
-    if (most := max(model.highest_inputs) * model.spike_levels) > 255:
+    most_of_all = [None if one is None else one * neuron.highest for one in ones]
+    model.highest_inputs = tuple(most_of_all)
+    if (most := max(one or 0 for one in most_of_all) * model.spike_levels) > 255:
         raise UserError(
             f"model.neuron: sums of spikes of {variant} reach {most} with {neuron.highest} spikes "
             "a timestep, and 255 is the most that it can keep; take fewer, or a smaller network"
