@@ -1,4 +1,6 @@
-"""PreAct- and MS-ResNets as their repositories have them: names, shapes and plain definitions.
+"""ResNets as their repositories have them: names, shapes and plain definitions.
+
+They are PreAct-ResNets, MS-ResNets, and SEW-ResNets of parallel spiking neurons.
 
 The definitions are written anew, as functions of a state dict under the published names, with
 torch's own operations and an image that is really repeated over time.
@@ -90,6 +92,35 @@ def distilled_shapes(
     return shapes | {"classifier.2.weight": (classes, hidden), "classifier.2.bias": (classes,)}
 
 
+def psn_sew_shapes(
+    layers: tuple[int, ...], width: int = 64, classes: int = 1000, timesteps: int = 4
+) -> Shapes:
+    """The state dict of a SEW-ResNet of the repository of parallel spiking neurons."""
+
+    def unit(block: str, number: str, inputs: int, outputs: int, kernel: int) -> Shapes:
+        return {
+            f"{block}conv{number}.weight": (outputs, inputs, kernel, kernel),
+            **norm_shapes(f"{block}bn{number}", outputs),
+            **neuron(f"{block}sn{number}"),
+        }
+
+    def neuron(name: str) -> Shapes:
+        return {f"{name}.fc.weight": (timesteps, timesteps), f"{name}.fc.bias": (timesteps,)}
+
+    shapes = {"pe": (timesteps, 1, 1, 1, 1)} | unit("", "1", 3, width, 7)
+    channels = width
+    for stage, count in enumerate(layers):
+        for i in range(count):
+            block, wide = f"layer{stage + 1}.{i}.", width << stage
+            shapes |= unit(block, "1", channels, wide, 3) | unit(block, "2", wide, wide, 3)
+            if stage > 0 and i == 0:
+                shapes |= {f"{block}downsample.0.weight": (wide, channels, 1, 1)}
+                shapes |= norm_shapes(f"{block}downsample.1", wide)
+                shapes |= neuron(f"{block}downsample_sn")
+            channels = wide
+    return shapes | {"fc.weight": (classes, channels), "fc.bias": (classes,)}
+
+
 def random_state(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
     """Weights at which spikes come through to the end, and norms of no initialiser's choice."""
     generator = torch.Generator().manual_seed(seed)
@@ -146,13 +177,13 @@ class Definition:
     Args:
         state: Parameters are leaves of autograd where they are to be; running statistics are moved
             in training.
-        neurons: All of its neurons.
+        neurons: All of its neurons; None: they have weights of their own, in the state.
         timesteps: T.
         training: Whether norms take the batch's statistics.
     """
 
     def __init__(
-        self, state: dict[str, Tensor], neurons: Neurons, timesteps: int, training: bool
+        self, state: dict[str, Tensor], neurons: Neurons | None, timesteps: int, training: bool
     ) -> None:
         self.state, self.neurons = state, neurons
         self.timesteps, self.training = timesteps, training
@@ -214,3 +245,28 @@ class Definition:
                 x = y + x
         features = self.neurons.fire(x).mean((0, 3, 4))
         return features @ self.state["fc.weight"].T + self.state["fc.bias"]
+
+    def parallel(self, name: str, x: Tensor) -> Tensor:
+        """Spikes of parallel neurons, whose surrogate is the derivative of an arc tangent."""
+        weight, bias = self.state[f"{name}.fc.weight"], self.state[f"{name}.fc.bias"]
+        h = torch.einsum("ts,s...->t...", weight, x) + bias.view(-1, 1, 1, 1, 1)
+        smooth = torch.atan(math.pi * h) / math.pi
+        return (h >= 0).double() + smooth - smooth.detach()
+
+    def psn_sew(self, images: Tensor) -> Tensor:
+        """Logits (T, B, K) of a SEW-ResNet of parallel neurons."""
+        x = images.expand(self.timesteps, *images.shape) + self.state["pe"]
+        x = self.parallel("sn1", self.norm("bn1", self.conv("conv1", x, 2)))
+        x = F.avg_pool2d(x.flatten(0, 1), 3, 2, 1).unflatten(0, x.shape[:2])
+        for stage in ("layer1", "layer2", "layer3", "layer4"):
+            for block in self.blocks(stage):
+                projects = f"{block}.downsample.0.weight" in self.state
+                stride = 2 if projects else 1
+                y = self.norm(f"{block}.bn1", self.conv(f"{block}.conv1", x, stride))
+                y = self.conv(f"{block}.conv2", self.parallel(f"{block}.sn1", y))
+                y = self.parallel(f"{block}.sn2", self.norm(f"{block}.bn2", y))
+                if projects:
+                    x = self.norm(f"{block}.downsample.1", self.conv(f"{block}.downsample.0", x, 2))
+                    x = self.parallel(f"{block}.downsample_sn", x)
+                x = x + y
+        return x.mean((3, 4)) @ self.state["fc.weight"].T + self.state["fc.bias"]

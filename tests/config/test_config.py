@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from tetdist.config.documentation import documented_keys
 from tetdist.config.identity import OPERATIONAL_KEYS, differences, flatten
 from tetdist.config.loading import load, parse
 from tetdist.config.overrides import joined
-from tetdist.config.schema import RunConfig
+from tetdist.config.schema import ModelSection, RunConfig
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
+from tetdist.models import QKFormer
 from tetdist.nn import neurons
-from tetdist.nn.neurons import NEURONS, make
+from tetdist.nn.integer_neurons import NILIF
+from tetdist.nn.learned_decay import PLIF
+from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig, make
 
 ConfigWriter = Callable[..., Path]
 
@@ -213,6 +217,37 @@ def test_overrides(tiny_config: ConfigWriter) -> None:
     assert config.model.neuron.decay == 1.0
     assert config.save.every_steps == 3
     assert config.loss.lambda_ == 0.05
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"name": "sew_resnet18"}, LIF()),
+        ({"name": "no_such_network"}, LIF()),  # and checks.py refuses it
+        ({"name": "qkformer_10_384"}, QKFormer.default_neuron),
+        (
+            {"name": "qkformer_10_384", "neuron": {"decay": 0.9}},
+            replace(QKFormer.default_neuron, decay=0.9),
+        ),
+        ({"name": "qkformer_10_384", "neuron": {"kind": "plif"}}, PLIF()),
+        ({"name": "espikeformer_s"}, NILIF()),
+        # No key of a LIF alone, though the kind is not said.
+        ({"name": "espikeformer_s", "neuron": {"most_spikes": 2}}, NILIF(most_spikes=2)),
+    ],
+)
+def test_what_a_neuron_leaves_out_is_the_networks_own(model: Any, expected: NeuronConfig) -> None:
+    section = ModelSection.model_validate_json(json.dumps(model))
+    assert section.neuron == expected
+    assert section.model_dump(mode="json")["neuron"] == neurons.as_dict(expected)
+
+
+def test_the_networks_neuron_is_written_down(caplog: pytest.LogCaptureFixture) -> None:
+    neuron = {"most_spikes": 2, "surrogate": "atan"}
+    config = resolved({"model": {"name": "espikeformer_s", "neuron": neuron}})
+    assert "model.neuron.surrogate has no effect with model.neuron.kind=nilif" in caplog.text
+    written = yaml.safe_load(config.as_yaml())
+    assert written["model"]["neuron"] == neurons.as_dict(NILIF(most_spikes=2))
+    assert parse(written, "config.yaml") == config
 
 
 def test_list_item_of_a_default_can_be_overridden(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tetdist.models import SpikingNetwork
 T = 2
 NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "sew_resnet18": ({"width": 4}, (3, 32, 32)),
+    "psn_sew_resnet18": ({"width": 4}, (3, 32, 32)),
     "spiking_resnet18": ({"width": 4, "stem_width": 4}, (3, 32, 32)),
     "spiking_resnet19": ({"width": 4, "stem_width": 4, "hidden_features": 8}, (3, 12, 12)),
     "preact_resnet18": ({"width": 4}, (3, 32, 32)),
@@ -22,6 +23,10 @@ NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "spiking_convnet": ({"channels": (4, 6, 8), "input_size": 12}, (3, 12, 12)),
     "qkformer_10_384": ({"widths": (8, 16, 24), "depths": (1, 1, 1), "heads": 2}, (3, 32, 32)),
     "sdt_8_384": ({"channels": 16, "depth": 1, "heads": 2}, (3, 32, 32)),
+    "espikeformer_t": (
+        {"widths": (8, 8, 16, 16), "depths": (1, 1), "heads": 2, "mlp_ratio": 2},
+        (3, 32, 32),
+    ),
     "maxformer_10_384": ({"widths": (8, 16, 24), "depths": (1, 1, 1), "heads": 2}, (3, 32, 32)),
 }
 KINDS: dict[str, dict[str, Any]] = {

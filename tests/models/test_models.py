@@ -30,10 +30,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SEW = ["sew_resnet18", "sew_resnet34", "sew_resnet50", "sew_resnet101", "sew_resnet152"]
 SPIKING = ["spiking_resnet18", "spiking_resnet34", "spiking_resnet50"]
+PSN_SEW = ["psn_sew_resnet18", "psn_sew_resnet34"]
 MEMBRANE = ["preact_resnet18", "preact_resnet34", "ms_resnet18", "ms_resnet34", "ms_resnet104"]
 EVENTS = ["vggsnn", "spiking_resnet19_dvs"]
 OTHERS = [*EVENTS, "spiking_resnet19", "spiking_resnet18_cifar", "spiking_convnet"]
-ALL = [*SEW, *SPIKING, *MEMBRANE, *OTHERS]
+ALL = [*SEW, *PSN_SEW, *SPIKING, *MEMBRANE, *OTHERS]
 
 # One of each family, and of each kind of block, small enough to be run many times. Thresholds are
 # low, so that random networks of this size fire up to the last layer.

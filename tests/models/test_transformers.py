@@ -121,11 +121,7 @@ class Case:
 
     def model(self) -> SpikingNetwork:
         return timm.create_model(
-            self.name,
-            num_classes=5,
-            timesteps=self.timesteps,
-            neuron=foreign.NEURONS[self.source],
-            **self.arguments,
+            self.name, num_classes=5, timesteps=self.timesteps, **self.arguments
         ).double()
 
     def loaded(self) -> SpikingNetwork:

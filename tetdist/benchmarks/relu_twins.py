@@ -12,6 +12,10 @@ def relu_twin(name: str) -> nn.Module | None:
 
     family, _, depth = name.rpartition("resnet")
     match family, depth:
+        case ("psn_sew_", depth):
+            twin: nn.Module = timm.create_model(f"resnet{depth}")
+            twin.maxpool = nn.AvgPool2d(3, 2, 1)
+            return twin
         case ("preact_", depth):
             return _PreActTwin(_LAYERS[depth])
         case ("ms_", depth):

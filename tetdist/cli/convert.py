@@ -35,6 +35,7 @@ SOURCES = (
     "decoupling",
     "seal",
     "ms",
+    "psn",
 )
 
 
@@ -194,7 +195,7 @@ def report(
         UserError: Something does not fit, and that was not allowed.
     """
     missing, unexpected = converted.missing, converted.unexpected
-    carried = len(converted.weights) - len(missing)
+    carried = len(converted.weights) - len(missing) - len(converted.initialised)
     total = counted(len(converted.weights), "tensor")
     print(f"{options.source}: {carried} of {total}, as of {source}")
     if converted.counters:
@@ -203,6 +204,11 @@ def report(
     if converted.unused:
         unused = counted(len(converted.unused), "tensor")
         print(f"  left out: {unused} that its network does not use: {', '.join(converted.unused)}")
+    if converted.initialised:
+        print(
+            f"  initialised: {counted(len(converted.initialised), 'tensor')} that a ReLU network "
+            f"has not, such as {converted.initialised[0]}"
+        )
     for heading, lines in (("not carried over", missing), ("unknown here", unexpected)):
         shown = lines if options.list or len(lines) <= SHOWN + 1 else lines[:SHOWN]
         for line in shown:

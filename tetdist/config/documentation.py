@@ -92,7 +92,13 @@ def section_at(location: Sequence[str]) -> type[BaseModel] | None:
 
 def neuron_section(kind: str) -> type[BaseModel]:
     """The keys of a kind of neuron, with the one that says which kind it is."""
-    described = Field(default="lif", description="Or one of your own; see imports.")
+    described = Field(
+        default="lif",
+        description=(
+            "Or one of your own; see imports. Kind and numbers that are not given are those that "
+            "the network was published with."
+        ),
+    )
     section: type[BaseModel] = pydantic.create_model(
         "NeuronSection",
         __base__=neuron_section_of(kind),

@@ -14,9 +14,10 @@ from tetdist.config.checks import check, check_name, warn_without_effect
 from tetdist.config.inheritance import overridden, read_layers
 from tetdist.config.messages import sentences
 from tetdist.config.overrides import apply_override, key_of, refuse_repeated
-from tetdist.config.schema import RunConfig
+from tetdist.config.schema import RunConfig, network_neuron
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
+from tetdist.nn import neurons
 from tetdist.nn.neurons import NEURONS
 from tetdist.plugins import import_files
 
@@ -156,15 +157,16 @@ def _with_present_names(raw: dict[str, Any], warn: bool) -> dict[str, Any]:
             logger.warning("checkpoint is called recompute now; the old name still works")
     model = raw.get("model")
     if isinstance(model, dict) and isinstance(model.get("neuron"), dict):
-        raw["model"] = model | {"neuron": _of_its_kind(model["neuron"], warn)}
+        kind = neurons.kind_of(network_neuron(model))
+        raw["model"] = model | {"neuron": _of_its_kind(model["neuron"], kind, warn)}
     return raw
 
 
-def _of_its_kind(neuron: dict[str, Any], warn: bool) -> dict[str, Any]:
-    """The neuron without the keys that only other kinds have."""
+def _of_its_kind(neuron: dict[str, Any], kind: str, warn: bool) -> dict[str, Any]:
+    """The neuron, by default of a kind, without the keys that only other kinds have."""
     if neuron.get("spike") == "relu":  # what earlier versions called this kind
         neuron = {key: value for key, value in neuron.items() if key != "spike"} | {"kind": "relu"}
-    kind = neuron.get("kind", "lif")
+    kind = neuron.get("kind", kind)
     if kind not in NEURONS:
         return neuron
     own = {"kind", *(one.name for one in fields(NEURONS[kind]))}

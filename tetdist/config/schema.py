@@ -8,11 +8,12 @@ contradict each other end in a `UserError` that names the dotted key.
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import pydantic
+import timm
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
@@ -102,14 +103,36 @@ def _neuron(value: Any) -> NeuronConfig:
 Neuron = Annotated[NeuronConfig, PlainValidator(_neuron), PlainSerializer(neurons.as_dict)]
 
 
+def network_neuron(model: Mapping[str, Any]) -> NeuronConfig:
+    """The neuron that the network of a `model:` section was published with.
+
+    It is LIF where there is no such network, which checks.py says.
+    """
+    name = model.get("name")
+    if not isinstance(name, str) or not timm.is_model(name):
+        return LIF()
+    return models.default_neuron(name)
+
+
 class ModelSection(Section):
     name: Annotated[str, OneOf(models.names)]
     """A model registered with timm, or one of your own; see imports."""
     num_classes: Annotated[int, Field(gt=1)] | None = None
     """Null: as many as the data set has."""
-    neuron: Neuron = LIF()
+    neuron: Neuron
+    """What is left out is as in the neuron that the network was published with."""
     arguments: dict[str, Any] = {}
     """Further arguments of the model, such as connect_function: add."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _with_whole_neuron(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        neuron = values.get("neuron", {})
+        if not isinstance(neuron, dict):
+            return values
+        return values | {"neuron": neurons.completed(neuron, network_neuron(values))}
 
     def build(self, *, num_classes: int, timesteps: int) -> SpikingNetwork:
         """Make the model, initialised; see `create_model`."""

@@ -9,7 +9,7 @@ What is counted, a layer of synapses (a convolution or a linear layer) at a time
   events of a camera in one time bin, and what an I-LIF neuron sends, which fires n times within the
   timestep. NI-LIF neurons send n / D, which is n events that weigh a D-th.
 * **A mean of 2x2 spikes** is the same as its spikes with a quarter of the weight: each of them is
-  an accumulate a synapse.
+  an accumulate a synapse. Of 3x3 spikes (the stem of PSN-SEW-ResNets) they are real numbers here.
 * **Real numbers are multiply-accumulates**, one a synapse, whether zero or not: an image, the mean
   over all positions before a classifier, or the currents that a membrane shortcut carries to a
   projection (PreAct- and MS-ResNets). A static image's first layers are computed once for all

@@ -264,8 +264,9 @@ def card(trained: Trained, folder: str | None = None) -> str:
 import {module}  # registers the model
 
 model = timm.create_model({_create_arguments(trained, folder)}).eval()
-{_call(model)}
-model.set_timesteps(2)  # fewer or more timesteps with the same weights"""
+{_call(model)}"""
+    if neuron.refusal(2) is None:
+        loading += "\nmodel.set_timesteps(2)  # fewer or more timesteps with the same weights"
     recipe = yaml.safe_dump(description.config, sort_keys=False)
     lines = [
         "---",

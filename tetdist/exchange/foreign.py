@@ -11,6 +11,7 @@ a model of ours needs:
     sew             the original repository of SEW-ResNet, for both families
     tet             the original repository of TET: its VGGSNN and ResNet-19
     ms              the original repository of MS-ResNet
+    psn             that of the parallel spiking neurons: its SEW-ResNets for ImageNet
 
 Transformers have names of their own, of which `convert` takes what it needs:
 
@@ -20,7 +21,7 @@ Transformers have names of their own, of which `convert` takes what it needs:
     maxformer       the original repository of Max-Former: its networks for ImageNet
 
 A state dict holds weights and running statistics, but not the neuron, which decides about the
-result as much: `NEURONS` has what each source trains with.
+result as much: it is the model's own, unless `NEURONS` has what the source trains with.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from tetdist.models.espikeformer import ESpikeFormer
 from tetdist.models.max_former import MaxFormer
 from tetdist.models.ms_resnet import MSResNet
 from tetdist.models.preact_resnet import PreActResNet
+from tetdist.models.psn_sew_resnet import PSNSEWResNet
 from tetdist.models.qkformer import QKFormer
 from tetdist.models.sew_resnet import Bottleneck, SEWResNet
 from tetdist.models.spike_driven_transformer import SpikeDrivenTransformer
@@ -58,6 +60,7 @@ Source = Literal[
     "decoupling",
     "seal",
     "ms",
+    "psn",
     "qkformer",
     "sdt",
     "espikeformer",
@@ -71,16 +74,6 @@ _SEW_NEURON = {
     "surrogate": "atan",
     "surrogate_width": 2.0,
 }
-# spikingjelly's with tau = 2 and threshold 1, whose input is halved: the membrane in other units.
-_HALVING_NEURON = {
-    "decay": 0.5,
-    "threshold": 2.0,
-    "reset": "hard",
-    "detach_reset": True,
-    "surrogate": "sigmoid",
-    "surrogate_width": 2.0,
-    "fires_at_threshold": True,
-}
 _DISTILLED_NEURON = {
     "decay": 0.5,
     "reset": "hard",
@@ -88,36 +81,16 @@ _DISTILLED_NEURON = {
     "surrogate": "sigmoid",
     "surrogate_width": 4.0,
 }
-# Fields of `NeuronConfig` that differ from its defaults, which are TET's own. ReLU networks have
-# none: theirs is that of the recipe that goes on from them. spikingjelly's is whatever its user
-# asked for; this is the one of its ImageNet networks.
+# What differs from the `default_neuron` of the networks that a source has. ReLU networks have none:
+# theirs is that of the recipe that goes on from them. spikingjelly's is whatever its user asked
+# for; this is the one of its ImageNet networks.
 NEURONS: dict[Source, dict[str, Any]] = {
     "spikingjelly": _SEW_NEURON,
     "sew": _SEW_NEURON,
-    "tet": {},
-    "torchvision": {},
-    "timm": {},
-    "qkformer": _HALVING_NEURON,
-    "sdt": _HALVING_NEURON,
-    # Theirs has no membrane, and so no decay: at T=1 it does not matter.
-    "espikeformer": {"kind": "nilif", "most_spikes": 4, "threshold": 1.0, "decay": 0.25},
-    "maxformer": _HALVING_NEURON,
     "decoupling": _DISTILLED_NEURON,
     "seal": _DISTILLED_NEURON,
-    "ms": {
-        "decay": 0.25,
-        "threshold": 0.5,
-        "reset": "hard",
-        "detach_reset": True,
-        "surrogate": "rectangle",
-        "surrogate_width": 0.5,
-    },
 }
-# What is otherwise for ImageNet.
-_PREACT_NEURONS: dict[Source, dict[str, Any]] = {
-    "decoupling": {"decay": 0.2, "reset": "soft"},
-    "seal": {"decay": 0.2},
-}
+_PREACT_NEURONS: dict[Source, dict[str, Any]] = {"seal": {"reset": "hard"}}
 
 _CIFAR100 = {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)}
 # How images are scaled, where a source's network of so many classes does it otherwise than timm's
@@ -150,6 +123,9 @@ _TET_NAMES = (
     (r"^classifier\.module\.", "fc."),
     (r"^fc2\.", "fc."),
 )
+
+# Neurons' weights are those of a linear layer over time.
+_PSN_NAMES = ((r"(^|\.)(sn\d|downsample_sn)\.fc\.", r"\1\2."),)
 
 # Sources of transformers, and the classifier of each.
 _TRANSFORMERS: tuple[Source, ...] = ("qkformer", "sdt", "espikeformer", "maxformer")
@@ -211,6 +187,8 @@ class Converted:
         counters: How many counts of batches the source has. They have no effect on running
             statistics of a fixed momentum, as all of these are, and are left out.
         unused: Names in the source of weights with which its network does not compute.
+        initialised: Entries of the model that no network of the source has: what neurons learn, and
+            PSN-SEW-ResNet's offsets, beside a ReLU network.
     """
 
     weights: dict[str, Tensor]
@@ -218,6 +196,7 @@ class Converted:
     unexpected: list[str]
     counters: int
     unused: list[str]
+    initialised: list[str]
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -322,6 +301,8 @@ def source_of(state: Mapping[str, Tensor], path: Path) -> Source:
         return "espikeformer"
     if "stage1.0.mixer.conv5.weight" in state:
         return "maxformer"
+    if "sn1.fc.weight" in state:
+        return "psn"
     if "conv2_x.0.residual_function.1.weight" in state:
         return "ms"
     if "conv0.0.weight" in state or "layer1.0.conv1.bias" in state:
@@ -365,28 +346,34 @@ def convert(state: Mapping[str, Tensor], source: Source, model: SpikingNetwork) 
     names = _names(model)
     weights: dict[str, Tensor] = {}
     missing: list[str] = []
+    initialised: list[str] = []
     for key, own in model.state_dict().items():
         value = theirs.pop(names[key], None)
-        if value is not None and ".learned." in key and value.numel() == own.numel():
+        over_time = key == "offsets" or ".learned." in key
+        if value is not None and over_time and value.numel() == own.numel():
             value = value.reshape(own.shape)  # (T, 1) there is (T,) here
         if value is not None and value.shape == own.shape:
             # Divided in the source's precision, so that a float64 file is not rounded twice.
             weights[key] = (value / scales.get(key, 1.0)).to(own.dtype)
             continue
         weights[key] = own.clone()
+        if source in _RELU_SOURCES and over_time:
+            initialised.append(key)
+            continue
         wanted = f"{key} (there {names[key]})"
         if value is None:
             missing.append(f"{wanted} is missing")
         else:
             shapes = f"{tuple(value.shape)} instead of {tuple(own.shape)}"
             missing.append(f"{wanted} has shape {shapes}")
-    return Converted(weights, missing, [original[name] for name in theirs], counters, unused)
+    unexpected = [original[name] for name in theirs]
+    return Converted(weights, missing, unexpected, counters, unused, initialised)
 
 
 def neuron_of(source: Source, model: str) -> dict[str, Any]:
-    """The neuron that a source trains a model with, as far as it differs from the default."""
-    other = _PREACT_NEURONS.get(source, {}) if model.startswith("preact_resnet") else {}
-    return NEURONS[source] | other
+    """The neuron that a source trains a model with, as far as it differs from the model's own."""
+    known = _PREACT_NEURONS if model.startswith("preact_resnet") else NEURONS
+    return known.get(source, {})
 
 
 def arguments_of(source: Source, model: str) -> dict[str, Any]:
@@ -418,6 +405,8 @@ def _in_known_names(
             hidden = [(r"^classifier\.0\.", "fc1."), (r"^classifier\.2\.", "fc.")]
             plain = [(r"^classifier\.0\.", "fc.")]
             rules = (*_DISTILLED_NAMES, *(hidden if "classifier.2.weight" in state else plain))
+        case "psn":
+            rules = _PSN_NAMES
         case "qkformer" | "sdt" | "espikeformer" | "maxformer":
             rules = _HEAD_NAMES
         case "spikingjelly" | "torchvision" | "timm" | "ms":
@@ -465,8 +454,8 @@ def _names(model: SpikingNetwork) -> dict[str, str]:
     else:
         raise UserError(
             f"{model.default_cfg['architecture']} has no counterpart elsewhere to take weights "
-            "from; there are those of sew_resnet*, spiking_resnet*, preact_resnet*, ms_resnet*, "
-            "vggsnn, qkformer_*, sdt_*, espikeformer_* and maxformer_*"
+            "from; there are those of sew_resnet*, psn_sew_resnet*, spiking_resnet*, "
+            "preact_resnet*, ms_resnet*, vggsnn, qkformer_*, sdt_*, espikeformer_* and maxformer_*"
         )
     # A deep network has more rules than re remembers patterns.
     compiled = [(re.compile(pattern), name) for pattern, name in rules]
@@ -476,7 +465,7 @@ def _names(model: SpikingNetwork) -> dict[str, str]:
 def _resnet_names(model: SEWResNet | SpikingResNet | PreActResNet) -> list[tuple[str, str]]:
     rules = [(r"^stem\.conv\.", "conv1."), (r"^stem\.(neuron|add)\.norm\.", "bn1.")]
     rules += [(r"^stem\.neuron\.learned\.", "sn1.")]
-    rules += [(r"^hidden\.0\.", "fc1.")]
+    rules += [(r"^hidden\.0\.", "fc1."), (r"^offsets$", "pe")]
     names = _PREACT_BLOCK_NAMES if isinstance(model, PreActResNet) else _BLOCK_NAMES
     for i, stage, position in _places_of_blocks(model):
         last = "3" if type(model.blocks[i]).__name__ == "Bottleneck" else "2"
@@ -528,15 +517,19 @@ def _vgg_names(model: VGGSNN) -> list[tuple[str, str]]:
     return rules
 
 
+_RELU_SOURCES: tuple[Source, ...] = ("torchvision", "timm")
+
 # Families whose weights come from nowhere else, and what else has weights for no other.
 _ONLY_FROM: dict[type[SpikingNetwork], tuple[Source, ...]] = {
     PreActResNet: ("decoupling", "seal"),
     MSResNet: ("ms",),
+    PSNSEWResNet: ("psn", *_RELU_SOURCES),
 }
 _ONLY_FOR: dict[Source, tuple[type[SpikingNetwork], ...]] = {
     "decoupling": (PreActResNet, SpikingResNet),
     "seal": (PreActResNet, SpikingResNet),
     "ms": (MSResNet,),
+    "psn": (PSNSEWResNet,),
 }
 
 

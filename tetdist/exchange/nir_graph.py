@@ -37,6 +37,7 @@ from tetdist.models import (
     MaxFormer,
     MSResNet,
     PreActResNet,
+    PSNSEWResNet,
     QKFormer,
     SpikeDrivenTransformer,
     SpikingNetwork,
@@ -105,6 +106,12 @@ class _Builder:
             raise UserError(
                 f"{model.default_cfg['architecture']} takes maxima of real numbers in its stem, "
                 "for which NIR has no node: it cannot be expressed; export it to onnx or torch"
+            )
+        if isinstance(model, PSNSEWResNet):
+            raise UserError(
+                f"{model.default_cfg['architecture']} adds a number of its own to the image at "
+                "each timestep, for which NIR has no node: it cannot be expressed; export it to "
+                "onnx or torch"
             )
         self.nodes["input"] = nir.Input({"input": np.array(input_shape)})
         x = self.layer("stem", model.stem, Signal(("input",), input_shape))

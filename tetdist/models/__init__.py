@@ -19,18 +19,21 @@ from tetdist.models.espikeformer import ESpikeFormer
 from tetdist.models.max_former import MaxFormer
 from tetdist.models.ms_resnet import MSResNet
 from tetdist.models.preact_resnet import PreActResNet
+from tetdist.models.psn_sew_resnet import PSNSEWResNet
 from tetdist.models.qkformer import QKFormer
 from tetdist.models.sew_resnet import SEWResNet
 from tetdist.models.spike_driven_transformer import SpikeDrivenTransformer
 from tetdist.models.spiking_convnet import SpikingConvNet
 from tetdist.models.spiking_resnet import SpikingResNet
 from tetdist.models.vggsnn import VGGSNN
+from tetdist.nn.neurons import LIF, NeuronConfig
 
 __all__ = [
     "VGGSNN",
     "ESpikeFormer",
     "MSResNet",
     "MaxFormer",
+    "PSNSEWResNet",
     "PreActResNet",
     "QKFormer",
     "SEWResNet",
@@ -73,6 +76,12 @@ def default_timesteps(name: str) -> int:
     """T of one of our registered models where nobody says another."""
     with torch.device("meta"):
         return int(timm.create_model(name).timesteps)
+
+
+def default_neuron(name: str) -> NeuronConfig:
+    """The neuron of a registered model where nobody says another: the published one, or LIF."""
+    neuron: Any = getattr(class_of(name), "default_neuron", None)
+    return neuron if isinstance(neuron, NeuronConfig) else LIF()
 
 
 def input_kind(name: str) -> str | None:

@@ -20,6 +20,17 @@ from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import Conv2d, converted
 from tetdist.nn.products import LinearAttention
 
+# spikingjelly's with tau = 2 and threshold 1, whose input is halved: the membrane in other units.
+HALVING_NEURON = LIF(
+    decay=0.5,
+    threshold=2.0,
+    reset="hard",
+    detach_reset=True,
+    surrogate="sigmoid",
+    surrogate_width=2.0,
+    fires_at_threshold=True,
+)
+
 
 def attention_neuron(neuron: NeuronConfig, threshold: float) -> NeuronConfig:
     """The neuron that attention's sums of spikes go to, made of that of the other layers.

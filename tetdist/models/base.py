@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeVar, assert_never
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, assert_never
 
 import torch
 from timm.models import build_model_with_cfg, register_model
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tetdist.errors import UserError
 from tetdist.nn import dropout, neurons
+from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import FusedLayer, NormNeuron, neurons_of
 from tetdist.nn.packed import Conv2d
 from tetdist.nn.recompute import Block
@@ -74,10 +75,11 @@ class SpikingNetwork(nn.Module):
     fc: nn.Module
     num_features: int
     # What blocks exchange is a multiple of 1 / spike_levels and, where it is more than 1, at most
-    # what highest_inputs says of each block's input: recompute.py keeps it in half a byte or one.
-    # Networks say it for spikes of 0 and 1; `build` has it right for neurons that send others.
+    # what highest_inputs says of each block's input, which is anything where that is None:
+    # recompute.py keeps it in half a byte or one. Networks say it for spikes of 0 and 1; `build`
+    # has it right for neurons that send others.
     spike_levels: int | None = 1
-    highest_inputs: tuple[int, ...] = ()
+    highest_inputs: tuple[int | None, ...] = ()
     # How many of the last blocks are not computed again where the others are: those of a ResNet's
     # last stage take a share of the time, and next to no memory.
     small_blocks: int = 0
@@ -87,6 +89,8 @@ class SpikingNetwork(nn.Module):
     input_kind: Literal["images", "events"] = "images"
     # Height and width of the input where the classifier depends on it.
     input_size: int | None = None
+    # Of the network where nobody says another: the one that it was published with; TET's own here.
+    default_neuron: ClassVar[NeuronConfig] = LIF()
     # timm's builder sets these.
     pretrained_cfg: dict[str, Any]
     default_cfg: dict[str, Any]
@@ -209,9 +213,8 @@ class SpikingNetwork(nn.Module):
                 x = block(x)
                 continue
             highest = self.highest_inputs[i] if self.highest_inputs else 1
-            x = self._run(
-                _of_any_length(block), x, block, levels=self.spike_levels, highest=highest
-            )
+            levels = None if highest is None else self.spike_levels
+            x = self._run(_of_any_length(block), x, block, levels=levels, highest=highest or 1)
         return x
 
     def _run(
@@ -258,9 +261,7 @@ class SpikingNetwork(nn.Module):
 class ConvNormNeuron(nn.Module):
     """Convolution, batch norm, neuron: (T, B, C, H, W) to spikes (T, B, C', H', W')."""
 
-    def __init__(
-        self, conv: Conv2d, neuron: neurons.NeuronConfig, *, norm_scale: float = 1.0
-    ) -> None:
+    def __init__(self, conv: Conv2d, neuron: NeuronConfig, *, norm_scale: float = 1.0) -> None:
         super().__init__()
         self.conv = conv
         self.neuron = NormNeuron(conv.out_channels, neuron, norm_scale=norm_scale)
@@ -334,11 +335,14 @@ def build(
     variant: str,
     pretrained: bool,
     *,
-    neuron: neurons.NeuronConfig | dict[str, Any] | None = None,
+    neuron: NeuronConfig | dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Network:
-    """Build a registered model through timm. ``neuron`` may be a mapping of `NeuronConfig`."""
-    neuron = neurons.make(neuron)
+    """Build a registered model through timm.
+
+    ``neuron`` may be a mapping; what it leaves out is as in the network's `default_neuron`.
+    """
+    neuron = neurons.make(neuron, cls.default_neuron)
     # timm's train.py and benchmark.py pass what spiking networks have no use for.
     for unused in ("drop_rate", "global_pool", "scriptable"):
         if unused not in inspect.signature(cls).parameters:
@@ -349,9 +353,7 @@ def build(
     return model
 
 
-def _say_what_is_exchanged(
-    model: SpikingNetwork, neuron: neurons.NeuronConfig, variant: str
-) -> None:
+def _say_what_is_exchanged(model: SpikingNetwork, neuron: NeuronConfig, variant: str) -> None:
     """Correct what a network says of its blocks' inputs for spikes that are not 0 and 1.
 
     Raises:
@@ -364,8 +366,9 @@ def _say_what_is_exchanged(
     if neuron.highest == 1:
         return
     ones = model.highest_inputs or (1,) * len(model.blocks)
-    model.highest_inputs = tuple(one * neuron.highest for one in ones)
-    if (most := max(model.highest_inputs) * model.spike_levels) > 255:
+    most_of_all = [None if one is None else one * neuron.highest for one in ones]
+    model.highest_inputs = tuple(most_of_all)
+    if (most := max(one or 0 for one in most_of_all) * model.spike_levels) > 255:
         raise UserError(
             f"model.neuron: sums of spikes of {variant} reach {most} with {neuron.highest} spikes "
             "a timestep, and 255 is the most that it can keep; take fewer, or a smaller network"

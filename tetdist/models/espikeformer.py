@@ -185,6 +185,10 @@ class ESpikeFormer(StreamTransformer):
         num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
 
+    # Published is a number of spikes without a membrane, at T=1, where the decay does not matter.
+    # It is that of the paper of I-LIF neurons.
+    default_neuron = NILIF(most_spikes=4, threshold=1.0, decay=0.25)
+
     def __init__(
         self,
         *,

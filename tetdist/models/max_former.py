@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tetdist.models import base
 from tetdist.models.attention import (
+    HALVING_NEURON,
     ConvPoolNeuron,
     StreamAttention,
     StreamMlp,
@@ -128,6 +129,8 @@ class MaxFormer(StreamTransformer):
         in_chans: Channels of the input.
         num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
+
+    default_neuron = HALVING_NEURON
 
     def __init__(
         self,

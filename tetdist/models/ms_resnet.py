@@ -17,7 +17,7 @@ from tetdist.models.base import SpikingNetwork, conv3x3
 from tetdist.models.preact_resnet import Block, Stem
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.dropout import Dropout, rising_rates
-from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.packed import Conv2d
 
@@ -37,6 +37,14 @@ class MSResNet(SpikingNetwork):
     """
 
     spike_levels = None  # blocks exchange currents
+    default_neuron = LIF(
+        decay=0.25,
+        threshold=0.5,
+        reset="hard",
+        detach_reset=True,
+        surrogate="rectangle",
+        surrogate_width=0.5,
+    )
 
     def __init__(
         self,

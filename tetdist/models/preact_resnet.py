@@ -18,7 +18,7 @@ from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.dropout import Dropout, rising_rates
-from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.packed import AvgPool, Conv2d, MaxPool
 
@@ -101,6 +101,10 @@ class PreActResNet(SpikingNetwork):
     """
 
     spike_levels = None  # blocks exchange currents
+    # The first repository's; SeAl's differs by a hard reset.
+    default_neuron = LIF(
+        decay=0.2, reset="soft", detach_reset=False, surrogate="sigmoid", surrogate_width=4.0
+    )
 
     def __init__(
         self,

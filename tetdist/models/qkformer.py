@@ -13,14 +13,20 @@ before it in the batch left behind: its logits depend on its batch. Here each sa
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tetdist.models import base
-from tetdist.models.attention import Block, ConvPoolNeuron, attention_neuron, init_as_published
+from tetdist.models.attention import (
+    HALVING_NEURON,
+    Block,
+    ConvPoolNeuron,
+    attention_neuron,
+    init_as_published,
+)
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.models.sew_resnet import connect
 from tetdist.nn.dropout import Dropout, DropPath, rising_rates
@@ -155,14 +161,24 @@ class MixingConvNormNeuron(ConvNormNeuron):
         del timesteps  # x has all
         current = self.conv(x)
         shape = current.shape[:2]
-        steps = current.flatten(0, 1).unsqueeze(1)
-        joined = None if identity is None else identity.flatten(0, 1).unsqueeze(1)
-        spikes = self.neuron(steps, len(steps), identity=joined)
-        packed = carried(spikes)
-        spikes = spikes.squeeze(1).unflatten(0, shape)
-        if packed is not None:
-            carry(spikes, packed._replace(values=packed.values.squeeze(1).unflatten(0, shape)))
-        return spikes
+
+        def steps(x: Tensor) -> Tensor:
+            return x.flatten(0, 1).unsqueeze(1)
+
+        def samples(x: Tensor) -> Tensor:
+            return x.squeeze(1).unflatten(0, shape)
+
+        joined = None if identity is None else _in_both_forms(steps, identity)
+        spikes = self.neuron(steps(current), shape.numel(), identity=joined)
+        return _in_both_forms(samples, spikes)
+
+
+def _in_both_forms(view: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A view of a tensor, which carries the same view of its bytes."""
+    packed = carried(x)
+    return (
+        view(x) if packed is None else carry(view(x), packed._replace(values=view(packed.values)))
+    )
 
 
 class Mlp(nn.Module):
@@ -199,6 +215,8 @@ class QKFormer(SpikingNetwork):
         in_chans: Channels of the input.
         num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
+
+    default_neuron = HALVING_NEURON
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.nn import neurons
 from tetdist.nn.dropout import Dropout, DropPath, rising_rates
 from tetdist.nn.neurons import NeuronConfig
-from tetdist.nn.packed import Conv2d, MaxPool, carry, pack
+from tetdist.nn.packed import Conv2d, MaxPool, carried, carry, pack
 
 Connect = Literal["add", "and", "iand"]
 # What becomes of a block's spikes and those of its input.
@@ -57,7 +57,7 @@ def _joined(last: ConvNormNeuron, x: Tensor, identity: Tensor, function: Connect
         return last(x, identity=identity)
     residual = last(x)
     joined = CONNECT[function](residual, identity)
-    in_bytes = last.training and last.neuron.neuron.binary
+    in_bytes = last.training and last.neuron.neuron.binary and carried(identity) is not None
     return carry(joined, pack(joined.detach())) if in_bytes else joined
 
 
@@ -158,10 +158,11 @@ class SEWResNet(SpikingNetwork):
         self.stem = ConvNormNeuron(
             Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False), neuron
         )
-        self.pool = MaxPool(3, stride=2, padding=1)
+        self.pool: nn.Module = MaxPool(3, stride=2, padding=1)
         blocks: list[nn.Module] = []
         rates = rising_rates(drop_path_rate, sum(layers))
-        channels, highest, highest_inputs = width, 1, []
+        channels, highest = width, 1
+        highest_inputs: list[int | None] = []
         for stage, num_blocks in enumerate(layers):
             stage_width = width * 2**stage
             for i in range(num_blocks):
@@ -182,7 +183,8 @@ class SEWResNet(SpikingNetwork):
         base.init_weights(self)
 
     def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        return self.pool(self.stem(x, timesteps))
+        y: Tensor = self.pool(self.stem(x, timesteps))
+        return y
 
 
 default_cfgs = generate_default_cfgs(

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from tetdist.models import base
 from tetdist.models.attention import (
+    HALVING_NEURON,
     Block,
     StreamMlp,
     StreamTransformer,
@@ -150,6 +151,8 @@ class SpikeDrivenTransformer(StreamTransformer):
         in_chans: Channels of the input.
         num_classes, timesteps, drop_rate, drop_path_rate: See `SpikingNetwork`.
     """
+
+    default_neuron = HALVING_NEURON
 
     def __init__(
         self,

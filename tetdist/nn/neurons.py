@@ -260,8 +260,11 @@ def class_of(kind: str) -> type[NeuronConfig]:
     return cls
 
 
-def make(values: Mapping[str, Any] | NeuronConfig | None = None) -> NeuronConfig:
-    """Make a neuron of a mapping of its kind (``lif`` if that is not said) and its numbers.
+def make(
+    values: Mapping[str, Any] | NeuronConfig | None = None, default: NeuronConfig | None = None
+) -> NeuronConfig:
+    """Make a neuron of a mapping of its kind and its numbers; what is left out is as `completed`
+    has it.
 
     Raises:
         UserError: There is no such kind.
@@ -272,7 +275,8 @@ def make(values: Mapping[str, Any] | NeuronConfig | None = None) -> NeuronConfig
     values = dict(values or {})
     if values.get("spike") == "relu":  # What earlier versions called this kind.
         values = {"kind": "relu"}
-    return class_of(values.pop("kind", "lif"))(**values)
+    values = completed(values, default)
+    return class_of(values.pop("kind"))(**values)
 
 
 def kind_of(config: NeuronConfig) -> str:
@@ -285,11 +289,19 @@ def as_dict(config: NeuronConfig) -> dict[str, Any]:
     return {"kind": kind_of(config)} | asdict(config)
 
 
-def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Kind and numbers as an earlier version wrote them down, with those that came since."""
-    kind = values.get("kind", "lif")
-    defaults = as_dict(class_of(kind)()) if kind in NEURONS else {}
-    return defaults | dict(values)
+def completed(values: Mapping[str, Any], default: NeuronConfig | None = None) -> dict[str, Any]:
+    """Kind and all numbers, of which some are given, perhaps by an earlier version that had fewer.
+
+    Args:
+        values: Those that are given.
+        default: What is left out is as here, unless another kind is given, whose own defaults it
+            then is; None: LIF.
+    """
+    own = as_dict(default or LIF())
+    kind = values.get("kind", own["kind"])
+    if kind != own["kind"]:
+        own = as_dict(class_of(kind)()) if kind in NEURONS else {}
+    return own | dict(values)
 
 
 @NEURONS.register("lif")

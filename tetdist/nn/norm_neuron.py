@@ -17,7 +17,7 @@ from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.dropout import DropPath
 from tetdist.nn.fused import FusedNeuron, FusedNormAdd, FusedNormNeuron, NormPasses, Passes
 from tetdist.nn.neurons import NeuronConfig
-from tetdist.nn.packed import Packed, carry
+from tetdist.nn.packed import Packed, carried, carry
 
 
 def spiking_layers(model: nn.Module) -> "dict[str, NormNeuron | Neuron]":
@@ -275,7 +275,7 @@ class NormNeuron(NeuronLayer):
                 same at all timesteps (the stem of a static image).
             timesteps: T.
             shortcut: Added to the normalised current, (T, B, C, H, W).
-            identity: Spikes (T, B, C, H, W) that are added to those of the neurons.
+            identity: Added to the spikes of the neurons: spikes, too, or else, (T, B, C, H, W).
             shortcut_norm: Normalises the shortcut before it is added.
         """
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
@@ -293,11 +293,21 @@ class NormNeuron(NeuronLayer):
                 (current, shortcut, identity),
                 timesteps,
                 carries=self.carries,
-                packs=self.norm.training and torch.is_grad_enabled(),
+                packs=self.norm.training
+                and torch.is_grad_enabled()
+                and self._joins_bytes(identity),
             )
             if kernels is not None:
                 return self._fused(current, shortcut, identity, shortcut_norm, kernels)
         return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
+
+    def _joins_bytes(self, identity: Tensor | None) -> bool:
+        """Whether spikes plus ``identity`` go into bytes, as spikes do: what it is a multiple of is
+        known of a tensor that carries its bytes alone."""
+        if identity is None:
+            return True
+        packed = carried(identity)
+        return packed is not None and packed.levels == self.neuron.levels
 
     def reference(
         self,

@@ -259,12 +259,37 @@ class _MaxPoolInBytes(torch.autograd.Function):
         return grad_x, None, None, None
 
 
-class AvgPool(nn.Module):
-    """Mean over 2x2 pixels of each timestep of (T, B, C, H, W)."""
+class AvgPool(nn.AvgPool2d):
+    """Mean over windows, of 2x2 pixels if nothing else is said, of each timestep of
+    (T, B, C, H, W)."""
+
+    def __init__(self, kernel_size: int = 2, stride: int | None = None, padding: int = 0) -> None:
+        super().__init__(kernel_size, stride, padding)
 
     def forward(self, x: Tensor) -> Tensor:
         packed = carried(x)
-        y = F.avg_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
+        flat = x.flatten(0, 1)
         if packed is None or not torch.is_grad_enabled():
-            return y
-        return carry(y, pack(y.detach(), 4 * packed.levels))
+            return super().forward(flat).unflatten(0, x.shape[:2])
+        y = _AvgPool.apply(flat, self).unflatten(0, x.shape[:2])
+        # Quarters are exact in floating point, and so are sums of them; ninths are not.
+        return carry(y, pack(y.detach(), 4 * packed.levels)) if self.kernel_size == 2 else y
+
+
+class _AvgPool(torch.autograd.Function):
+    """Averages over windows, whose gradient asks for the input's shape alone: torch would keep the
+    input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pool: nn.AvgPool2d) -> Tensor:
+        ctx.shape, ctx.strides, ctx.pool = x.shape, x.stride(), pool
+        return F.avg_pool2d(x, pool.kernel_size, pool.stride, pool.padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        grad, pool = grad_outputs[0], ctx.pool
+        like = torch.empty_strided(ctx.shape, ctx.strides, dtype=grad.dtype, device=grad.device)
+        sides = [[side, side] for side in (pool.kernel_size, pool.stride, pool.padding)]
+        grad_x = torch.ops.aten.avg_pool2d_backward(grad, like, *sides, False, True, None)
+        return grad_x, None

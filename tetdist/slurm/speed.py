@@ -277,7 +277,7 @@ def _speed_in(values: dict[str, Any], config: RunConfig) -> Speed:
 def _case_of(config: RunConfig, network: Network) -> Case:
     first = config.phases[config.start_phase]
     size = network.frames[1] if network.frames else phase_image_sizes(config, first)[1]
-    kind = str(neurons.as_dict(config.model.neuron)["kind"])
+    kind = neurons.kind_of(config.model.neuron)
     return Case(config.model.name, kind, size, config.precision)
 
 
@@ -289,8 +289,12 @@ def _case_in(values: dict[str, Any], config: RunConfig, network: Network) -> Cas
         # A benchmark takes a network's own size if none was named.
         size = (_own_size(model) if "model" in values else None) or own.size
     # A benchmark takes a network as it is registered.
-    neuron = values.get("neuron", "lif" if "model" in values else own.neuron)
+    neuron = values.get("neuron", _own_neuron(model) if "model" in values else own.neuron)
     return Case(model, neuron, size, precision)
+
+
+def _own_neuron(model: str) -> str:
+    return neurons.kind_of(models.default_neuron(model)) if timm.is_model(model) else "lif"
 
 
 def _own_size(model: str) -> int | None:
@@ -305,7 +309,7 @@ def _card_in(values: dict[str, Any]) -> Card | None:
 
 
 def _text(case: Case) -> str:
-    neuron = "" if case.neuron == "lif" else f" of {case.neuron} neurons"
+    neuron = "" if case.neuron == _own_neuron(case.model) else f" of {case.neuron} neurons"
     return f"{case.model}{neuron} at {case.size} pixels in {case.precision}"
 
 

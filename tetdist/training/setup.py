@@ -87,6 +87,9 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
             f"data.kind is {config.data.kind!r} and model.name {section.name!r} takes "
             f"{model.input_kind!r}: choose a model or data that suit each other"
         )
+    # What cannot run the T of a later phase says so now. The first one's is the last to be set.
+    for phase in reversed(config.phases):
+        model.set_timesteps(phase.timesteps)
     _refuse_foreign_norms(section.name, model)
     input_size = getattr(model, "input_size", None)
     if input_size is not None and (others := image_sizes - {input_size}):
