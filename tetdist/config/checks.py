@@ -262,7 +262,9 @@ def _unread(config: RunConfig) -> Iterator[tuple[BaseModel, str, tuple[str, ...]
         if phase.optimizer.weight_decay == 0:
             yield phase.optimizer, prefix, ("decay_norms", "decay_neurons"), "weight_decay=0"
     if not config.tracking.mlflow:
-        of_mlflow = ("uri", "experiment", "log_checkpoint", "register_")
+        of_mlflow: tuple[str, ...] = ("uri", "log_checkpoint", "register_")
+        if "wandb" not in config.tracking.trackers:  # its project
+            of_mlflow = ("experiment", *of_mlflow)
         yield config.tracking, "tracking.", of_mlflow, "tracking.mlflow=false"
 
 

@@ -336,10 +336,11 @@ class TrackingSection(Section):
     uri: str | None = None
     """MLflow's tracking URI; null: the SQLite file RUNS_DIR/mlflow.db."""
     experiment: str = "tetdist"
+    """MLflow's; also the project of wandb, where WANDB_PROJECT does not name one."""
     log_checkpoint: Literal["none", "last", "best"] = "none"
     """Copy this checkpoint's model.safetensors to MLflow when the run is finished."""
     trackers: tuple[str, ...] = ()
-    """Trackers of your own, beside MLflow or instead of it; see imports."""
+    """Beside MLflow or instead of it: tensorboard, wandb, or your own; see imports."""
     register_: str | None = Field(default=None, alias="register")
     """Name of a model in MLflow's registry that gets the logged checkpoint as its next version."""
 

@@ -3,9 +3,7 @@
 A daemon thread reads the file, asks MLflow how far it is, and sends the rest, so every step is
 there once, whatever was down or killed in between.
 
-In MLflow a value is called `kind/key` and stands at its optimiser step. A list has one metric a
-timestep, counted from 1 (`per_timestep_top1` of an evaluation: `val/top1_t1`, `val/top1_t2`, ...),
-a dict one an entry (`val/firing_rate/layer1.0.sn1`). Text stays in the file.
+In MLflow a value stands at its optimiser step, under the name that `points_of` gives it.
 
 Steps that a run computes again, since it was killed after its last checkpoint, MLflow may have
 already. It takes nothing back, so a value that has become another, as samples_per_s does, is sent
@@ -29,14 +27,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
 from tetdist.files import write_text
 from tetdist.tracking.environment import git_state
-from tetdist.tracking.metrics_file import read_from
+from tetdist.tracking.metrics_file import points_of, read_from
 from tetdist.tracking.trackers import TrackedRun
 
 logger = logging.getLogger(__name__)
@@ -358,8 +356,10 @@ class _Session:
                 receivers.append(self._phase(number))
                 self._last_phase = number
             points = [
-                mlflow.entities.Metric(name, value, int(line["time"] * 1000), line["step"])
-                for name, value in _points(line)
+                mlflow.entities.Metric(
+                    _allowed(name), value, int(line["time"] * 1000), line["step"]
+                )
+                for name, value in points_of(line)
             ]
             for receiver in receivers:
                 # A line goes whole, because what MLflow has is asked by step.
@@ -592,24 +592,6 @@ def _create_run(
     run = client.create_run(experiment_id, run_name=run_name, tags=_origin())
     write_text(run_dir / "mlflow_run_id", run.info.run_id + "\n")
     return run
-
-
-def _points(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the numbers of a line under their names in MLflow."""
-    kind = line["kind"]
-    for key, value in line.items():
-        if key in ("kind", "step", "time"):
-            continue
-        if isinstance(value, dict):
-            pairs = [(f"{kind}/{key}/{entry}", item) for entry, item in value.items()]
-        elif isinstance(value, list):
-            stem = f"{kind}/{key.removeprefix('per_timestep_')}"
-            pairs = [(f"{stem}_t{t}", item) for t, item in enumerate(value, start=1)]
-        else:
-            pairs = [(f"{kind}/{key}", value)]
-        for name, item in pairs:
-            if isinstance(item, int | float):
-                yield _allowed(name), float(item)
 
 
 def _stored(value: float) -> float | str:
