@@ -43,6 +43,7 @@ from tetdist.training import graphs, health
 from tetdist.training.busy_cores import BusyCores
 from tetdist.training.engines.base import Engine, Update
 from tetdist.training.engines.create import make_engine
+from tetdist.training.gpu_usage import GPUUsage
 from tetdist.training.run_folder import RunFolder
 from tetdist.training.run_plots import RunPlots
 from tetdist.training.run_summary import Launcher, RunSummary, show_checkpoints
@@ -177,12 +178,14 @@ class Trainer:
                 self.last_step,
                 self.steps_per_epoch,
                 config.batch.global_,
+                phases=len(config.phases),
                 settle=world.wait_for_device,
                 silent=world.rank != 0,
             ) as self.progress,
         ):
             self.plots = None
             self.cores = BusyCores(world.device, config.precision)
+            self.gpus = GPUUsage(world)
             if (tracker := self.tracker) is not None:
                 self.watch.before_end.append(lambda _: tracker.close("FAILED", timeout=5))
                 self.plots = RunPlots(config, self.train_index.classes, tracker)
@@ -278,6 +281,7 @@ class Trainer:
             self.loader = self._open_loader(self.step)
         self.model.train()
         clock = _Clock()
+        self.gpus.restart()
         end = min((self.step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.last_step)
         while self.step < end:
             lr, update = self._train_step(clock)
@@ -437,6 +441,7 @@ class Trainer:
             "non_finite_steps": self.non_finite.new(),
             "samples_per_s": clock.samples / clock.seconds(),
             "data_wait": 100 * clock.waited / clock.seconds(),
+            **self.gpus.values(),
         }
         if self.engine.loss_scale:
             values["loss_scale"] = self.engine.loss_scale.value
@@ -636,6 +641,7 @@ class Trainer:
     tracker: Tracker | None
     plots: RunPlots | None
     cores: BusyCores
+    gpus: GPUUsage
     record: SampleRecord
     progress: RunProgress
 
