@@ -167,7 +167,7 @@ def test_online_only_what_wandb_lacks_is_sent(
     rows: list[dict[str, float]] = []
 
     class Run:
-        url = None
+        url, offline = "https://there", False
         summary: dict[str, float] = {}  # noqa: RUF012  # the server's, for all starts
 
         def define_metric(self, *_: Any, **__: Any) -> None:

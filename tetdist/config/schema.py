@@ -345,6 +345,12 @@ class TrackingSection(Section):
     """Name of a model in MLflow's registry that gets the logged checkpoint as its next version."""
 
 
+class ProfileSection(Section):
+    steps: tuple[Positive, Positive]
+    """First and last of the optimiser steps, counted from 1: [20, 30]. It ends with the epoch at
+    the latest."""
+
+
 class RunConfig(Section):
     name: str
     """Of the run and its folder, of letters, digits and any of . _ -; a file without it gives its
@@ -401,6 +407,9 @@ class RunConfig(Section):
     """Seconds without any progress of a process after which all others end."""
     record_samples: bool = False
     """Debugging aid: write ids and checksums of the samples of each step to samples-RANK.jsonl."""
+    profile: ProfileSection | None = None
+    """Time the operations of some steps on rank 0, by torch.profiler: RUN/profile/ gets a trace and
+    a table of the dearest. Results stay the same."""
     resume: Literal["auto", "never", "must"] = "auto"
     """What to do about checkpoints in the run folder: auto continues if there are any."""
     runs_dir: str = "runs"

@@ -71,7 +71,7 @@ class WeightsAndBiases:
             settings=wandb.Settings(silent=True, console="off"),
         )
         self._last_step: dict[str, int] = {}  # of each kind, that W&B has
-        if self._run.url:
+        if not self._run.offline:
             logger.info("Weights & Biases: %s", self._run.url)
 
     def log(self, lines: list[dict[str, Any]]) -> None:

@@ -50,6 +50,7 @@ from tetdist.training.run_summary import Launcher, RunSummary, show_checkpoints
 from tetdist.training.sample_record import SampleRecord, sample_record
 from tetdist.training.schedule import Phase, phase_at, schedule_phases
 from tetdist.training.setup import choose_passes, make_model, open_data
+from tetdist.training.step_profile import StepProfile
 from tetdist.training.teacher import Teacher
 from tetdist.wording import counted
 
@@ -141,6 +142,11 @@ class Trainer:
                 f"max_steps: {config.max_steps} ends before phase {config.start_phase} begins, "
                 f"after step {first}; steps are counted from the first phase on"
             )
+        if config.profile is not None and config.profile.steps[0] > self.last_step:
+            raise UserError(
+                f"profile.steps: step {config.profile.steps[0]:,} is after the run's last, "
+                f"{self.last_step:,}; take earlier ones"
+            )
 
     def _build_model(self) -> None:
         config, world = self.config, self.world
@@ -173,6 +179,7 @@ class Trainer:
         with (
             nullcontext() if world.rank else summary.tracked(self.step, self.stop) as self.tracker,
             sample_record(config, world, self.step) as self.record,
+            StepProfile(config, world.device, is_here=world.rank == 0) as self.profile,
             RunProgress(
                 self.step,
                 self.last_step,
@@ -284,7 +291,11 @@ class Trainer:
         self.gpus.restart()
         end = min((self.step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.last_step)
         while self.step < end:
-            lr, update = self._train_step(clock)
+            with self.profile.step(self.step + 1):
+                lr, update = self._train_step(clock)
+            table = self.profile.finish(at_epochs_end=self.step == end)
+            if table is not None and self.tracker:
+                self.tracker.artifact(table)
             self.progress.advance()
             if self.step % self.config.log_every == 0 or self.step == end:
                 self._log_window(lr, float(update.grad_norm), clock)
@@ -642,6 +653,7 @@ class Trainer:
     plots: RunPlots | None
     cores: BusyCores
     gpus: GPUUsage
+    profile: StepProfile
     record: SampleRecord
     progress: RunProgress
 
