@@ -140,7 +140,7 @@ def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
     saved = _step_of(checkpoint)
     state, text = _state(folder, lines, saved, job)
     eta = None
-    if state == "training" and last_step is not None and train.get("samples_per_s"):
+    if state == "training" and step and epoch and last_step and train.get("samples_per_s"):
         eta = (last_step - step) * global_batch / train["samples_per_s"]
         epochs_left = (last_step - step) / round(step / epoch)
         evaluations = math.ceil(epochs_left / config.get("evaluate_every", 1))
