@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": "evaluate a checkpoint",
     "slurm": "send a run to a Slurm cluster; status, cancel, resume",
     "study": "train several configurations with several seeds, and report",
+    "status": "how a run is, or several: progress, ETA, results, checkpoint",
     "compare_runs": "where two runs part, or several side by side",
     "images": "index, check, shard or extract a data set of images",
     "prebin_dvs": "make tensors of recordings of event cameras",

@@ -40,7 +40,7 @@ CONFIG: dict[str, Any] = {
 }
 
 # What may differ between two runs that are the same.
-_OF_THE_CLOCK = ("time", "samples_per_s", "data_wait", "seconds")
+_OF_THE_CLOCK = ("time", "samples_per_s", "data_wait", "gpu_memory", "gpu_energy", "seconds")
 
 
 def make_images(root: Path, seed: int = 0) -> None:

@@ -14,6 +14,8 @@ _EXTRAS = {
     "onnxruntime": "train,export",
     "onnxscript": "train,export",
     "spikingjelly": "spikingjelly",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
 }
 _CHECKOUT = Path(__file__).resolve().parents[1]
 # The scripts of a checkout that people type, by the command that they are.

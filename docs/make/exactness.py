@@ -29,6 +29,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tetdist.distributed.starters import as_starter
+from tetdist.reports.compare import OF_THE_CLOCK
 from tetdist.reports.tables import markdown
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -245,7 +246,7 @@ def identical(a: Path, b: Path, *, but: tuple[str, ...] = ()) -> str:
     Args:
         but: Names of metrics that may differ.
     """
-    ignored = ("time", "samples_per_s", "data_wait", "seconds", *but)
+    ignored = (*OF_THE_CLOCK, *but)
     for kind in ("train", "val"):
         ours, theirs = (
             [{k: v for k, v in line.items() if k not in ignored} for line in lines(run, kind)]

@@ -470,12 +470,13 @@ def test_every_key_is_printed_and_explained(capsys: pytest.CaptureFixture[str]) 
     numbered = {key.replace("phases.0.", "phases.N.") for key in printed}
     # Free mappings have entries of their own.
     numbered = {k if not k.startswith("model.arguments.") else "model.arguments" for k in numbered}
-    # What is printed is one form of `recompute`, and the numbers of one kind of neuron.
+    # What is printed is one form of `recompute` and of `profile`, and the numbers of one kind of
+    # neuron.
     others = {
         f"model.neuron.{key}" for kind in NEURONS for key in neurons.as_dict(make({"kind": kind}))
     }
     others = {key for key in explained if key.startswith("model.neuron.")} & others
-    assert numbered - others == explained - others - {"recompute.timesteps"}
+    assert numbered - others == explained - others - {"recompute.timesteps", "profile.steps"}
     assert explained >= set(OPERATIONAL_KEYS)
 
 

@@ -389,6 +389,18 @@ def test_everything_arrives(store: Store, tmp_path: Path, monkeypatch: pytest.Mo
     assert list(elsewhere.iterdir()) == []
 
 
+def test_experiments_open_as_model_training(store: Store, tmp_path: Path) -> None:
+    def kind(name: str) -> str:
+        return str(store.client.get_experiment_by_name(name).tags["mlflow.experimentKind"])
+
+    store.client.create_experiment("older")
+    store.client.create_experiment("chosen", tags={"mlflow.experimentKind": "genai_development"})
+    for name in ("new", "older", "chosen"):
+        store.open(tmp_path / name, experiment=name).close("FINISHED")
+    assert [kind(name) for name in ("new", "older")] == ["custom_model_development"] * 2
+    assert kind("chosen") == "genai_development"
+
+
 def test_a_resumed_run_has_every_step_once(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -558,7 +570,7 @@ def test_datasets_and_the_registered_model(store: Store, tmp_path: Path) -> None
             tracker.log("train", 5, {"loss": 0.5})
         if start:  # asked for afterwards
             tracker.artifact(file)
-            tracker.register(file, "digits")
+            tracker.register(file, "digits", "top-1 50 %")
         tracker.close("FINISHED")
         assert len(store.client.search_model_versions("name = 'digits'")) == min(start, 1)
     inputs = store.run(run_dir).inputs.dataset_inputs
@@ -568,13 +580,14 @@ def test_datasets_and_the_registered_model(store: Store, tmp_path: Path) -> None
     ]
     (version,) = store.client.search_model_versions("name = 'digits'")
     assert version.run_id == store.run(run_dir).info.run_id
+    assert version.description == "top-1 50 %"
     folder = Path(version.source.removeprefix("file://"))
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     # Another run's model is the next version.
     other = store.open(tmp_path / "other", datasets=datasets)
     (tmp_path / "other" / "model.safetensors").write_bytes(b"others")
     other.artifact(tmp_path / "other" / "model.safetensors")
-    other.register(tmp_path / "other" / "model.safetensors", "digits")
+    other.register(tmp_path / "other" / "model.safetensors", "digits", "")
     other.close("FINISHED")
     versions = store.client.search_model_versions("name = 'digits'")
     assert sorted(v.version for v in versions) == [1, 2]
@@ -652,6 +665,9 @@ def test_each_phase_is_a_run_below_the_run(store: Store, tmp_path: Path) -> None
     assert second.data.metrics["train/phase"] == 1
     parent = store.run(run_dir)
     assert first.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    # They are found by the run's tags, too, and by their own T.
+    assert first.data.tags["loss"] == "tet"
+    assert [run.data.tags["timesteps"] for run in (first, second)] == ["4", "6"]
     assert parent.data.params == {"model.name": "sew_resnet18", "lr": "0.1"}
     assert "mlflow.parentRunId" not in parent.data.tags
 

@@ -1036,9 +1036,13 @@ def test_mlflow_has_the_run(farm: Farm, tiny_config: ConfigWriter, tmp_path: Pat
         assert dict(rows("select name, digest from datasets")).keys() == {"data/train", "data/val"}
         (final,) = rows("select step, value from metrics where key = 'final/top1'")
         assert final == (10, tiny.metrics(run, "val")[-1]["top1"])
-        ((source,),) = rows("select source from model_versions where name = 't'")
+        ((source, description),) = rows(
+            "select source, description from model_versions where name = 't'"
+        )
         losses = rows("select step, value from metrics where key = 'train/loss' order by step")
     registered = Path(source.removeprefix("file://")) / "model.safetensors"
+    told = f"The last checkpoint of tiny, of step 10: top-1 {final[1]:.2f} % on val.\n\n"
+    assert description == told + tags["mlflow.note.content"]
     assert registered.read_bytes() == (tiny.newest(run) / "model.safetensors").read_bytes()
     plots = {path.name for path in registered.parents[2].glob("plots/*")}
     assert plots == {"learning_curves.png", "firing_rates.png", "membranes.png", "inputs.png"}

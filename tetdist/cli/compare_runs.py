@@ -6,7 +6,8 @@ Or see several: what each reached, the mean and spread over seeds, their curves 
     python tools/compare_runs.py runs/tet_* runs/sdt_* --plot tet_sdt.png
     python tools/compare_runs.py runs/STUDY --plot study.png
 
-Of two runs, values that depend on the clock (time, samples_per_s, data_wait, seconds) are left out.
+Of two runs, values that depend on the clock or the machine (time, samples_per_s, data_wait,
+gpu_memory, gpu_energy, seconds) are left out.
 Two values differ when |a - b| is more than the tolerance times the larger of |a| and |b|; NaN
 equals NaN. Of two folders the configurations are compared too, and the samples-RANK.jsonl files
 where both have them.

@@ -17,6 +17,8 @@ from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)
 
+MOST_PROFILED = 100  # steps
+
 
 def check(config: RunConfig) -> None:
     """Refuse contradictions between keys that are each fine on their own."""
@@ -47,6 +49,7 @@ def check(config: RunConfig) -> None:
     _check_precision_and_engine(config)
     _check_cuda_graphs(config)
     _check_distillation(config)
+    _check_profile(config)
     if config.tracking.register_ is not None and config.tracking.log_checkpoint == "none":
         raise UserError(
             f"tracking.register: {config.tracking.register_!r} needs a checkpoint that MLflow has; "
@@ -194,6 +197,29 @@ def _check_cuda_graphs(config: RunConfig) -> None:
         raise UserError("cuda_graphs: they are a GPU's, and device=cpu; set cuda_graphs=false")
 
 
+def _check_profile(config: RunConfig) -> None:
+    if config.profile is None:
+        return
+    first, last = config.profile.steps
+    if first > last:
+        raise UserError(f"profile.steps: [{first}, {last}] must rise from the first to the last")
+    if last - first >= MOST_PROFILED:
+        raise UserError(
+            f"profile.steps: {last - first + 1:,} steps make a trace that nothing opens; take at "
+            f"most {MOST_PROFILED}"
+        )
+    if config.max_steps is not None and first > config.max_steps:
+        raise UserError(
+            f"profile.steps: step {first} is after max_steps, {config.max_steps}, with which the "
+            "run ends; take earlier ones"
+        )
+    if config.cuda_graphs:
+        raise UserError(
+            "profile: with cuda_graphs a micro-batch is started as a whole, whose operations have "
+            "no names; profile with cuda_graphs=false"
+        )
+
+
 def _check_distillation(config: RunConfig) -> None:
     section, key = config.loss.distillation, "loss.distillation"
     if section.teacher_weights and not (section.teacher or "").startswith(TIMM):
@@ -274,7 +300,9 @@ def _unread(config: RunConfig) -> Iterator[_Unread]:
     if config.ema.decay is None:
         yield config.ema, "ema.", ("warmup",), "ema.decay=null"
     if not config.tracking.mlflow:
-        of_mlflow = ("uri", "experiment", "log_checkpoint", "register_")
+        of_mlflow: tuple[str, ...] = ("uri", "log_checkpoint", "register_")
+        if "wandb" not in config.tracking.trackers:  # its project
+            of_mlflow = ("experiment", *of_mlflow)
         yield config.tracking, "tracking.", of_mlflow, "tracking.mlflow=false"
 
 

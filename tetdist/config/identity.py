@@ -25,6 +25,8 @@ OPERATIONAL_KEYS = (
     "non_finite_limit",
     "peer_timeout",
     "record_samples",
+    "profile",
+    "profile.steps",
     "device",
     "max_steps",
     "log_every",

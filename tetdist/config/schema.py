@@ -392,12 +392,19 @@ class TrackingSection(Section):
     uri: str | None = None
     """MLflow's tracking URI; null: the SQLite file RUNS_DIR/mlflow.db."""
     experiment: str = "tetdist"
+    """MLflow's; also the project of wandb, where WANDB_PROJECT does not name one."""
     log_checkpoint: Literal["none", "last", "best"] = "none"
     """Copy this checkpoint's model.safetensors to MLflow when the run is finished."""
     trackers: tuple[str, ...] = ()
-    """Trackers of your own, beside MLflow or instead of it; see imports."""
+    """Beside MLflow or instead of it: tensorboard, wandb, or your own; see imports."""
     register_: str | None = Field(default=None, alias="register")
     """Name of a model in MLflow's registry that gets the logged checkpoint as its next version."""
+
+
+class ProfileSection(Section):
+    steps: tuple[Positive, Positive]
+    """First and last of the optimiser steps, counted from 1: [20, 30]. It ends with the epoch at
+    the latest."""
 
 
 class RunConfig(Section):
@@ -457,6 +464,9 @@ class RunConfig(Section):
     """Seconds without any progress of a process after which all others end."""
     record_samples: bool = False
     """Debugging aid: write ids and checksums of the samples of each step to samples-RANK.jsonl."""
+    profile: ProfileSection | None = None
+    """Time the operations of some steps on rank 0, by torch.profiler: RUN/profile/ gets a trace and
+    a table of the dearest. Results stay the same."""
     resume: Literal["auto", "never", "must"] = "auto"
     """What to do about checkpoints in the run folder: auto continues if there are any."""
     runs_dir: str = "runs"

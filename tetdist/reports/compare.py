@@ -17,7 +17,8 @@ from tetdist.wording import counted
 if TYPE_CHECKING:
     from tetdist.reports.runs_table import RunRecord
 
-OF_THE_CLOCK = ("time", "samples_per_s", "data_wait", "seconds")
+# And of the machine.
+OF_THE_CLOCK = ("time", "samples_per_s", "data_wait", "gpu_memory", "gpu_energy", "seconds")
 
 SHOWN = 8  # rows or items of what may be long; --json has all
 

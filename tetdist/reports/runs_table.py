@@ -10,6 +10,7 @@ from typing import Any
 
 from tetdist.config.identity import OPERATIONAL_KEYS, PATH_KEYS, absolute_path
 from tetdist.reports import overlay
+from tetdist.reports.tables import number
 
 # The keys that may differ within a group; OPERATIONAL_KEYS have no effect on the result.
 OF_THE_SEED = ("seed", "name", *OPERATIONAL_KEYS)
@@ -216,10 +217,6 @@ def tables(records: Sequence[RunRecord]) -> list[list[list[str]]]:
             ]
         )
     return [rows, of_groups]
-
-
-def number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
 
 
 def with_deviation(mean: float | None, deviation: float | None, spec: str) -> str:

@@ -6,6 +6,11 @@ from collections.abc import Sequence
 Row = Sequence[str]
 
 
+def number(value: float | None, spec: str) -> str:
+    """A cell of a number that may not be known."""
+    return "-" if value is None else format(value, spec)
+
+
 def markdown(head: Row, rows: Sequence[Row], *, numbers: bool = False, tight: bool = False) -> str:
     """A table in Markdown.
 

@@ -82,6 +82,29 @@ def keep_until(path: Path, step: int) -> tuple[dict[str, int], int]:
     return last, len(kept)
 
 
+def points_of(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a line by the names that trackers show them under.
+
+    A value is called ``kind/key``. A list has one number a timestep, counted from 1
+    (``per_timestep_top1`` of an evaluation: ``val/top1_t1``, ``val/top1_t2``, ...), a dict one an
+    entry (``val/firing_rate/layer1.0.sn1``). Text stays in the file.
+    """
+    kind = line["kind"]
+    for key, value in line.items():
+        if key in ("kind", "step", "time"):
+            continue
+        if isinstance(value, dict):
+            pairs = [(f"{kind}/{key}/{entry}", item) for entry, item in value.items()]
+        elif isinstance(value, list):
+            stem = f"{kind}/{key.removeprefix('per_timestep_')}"
+            pairs = [(f"{stem}_t{t}", item) for t, item in enumerate(value, start=1)]
+        else:
+            pairs = [(f"{kind}/{key}", value)]
+        for name, item in pairs:
+            if isinstance(item, int | float):
+                yield name, float(item)
+
+
 def strict(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: strict(item) for key, item in value.items()}

@@ -3,9 +3,7 @@
 A daemon thread reads the file, asks MLflow how far it is, and sends the rest, so every step is
 there once, whatever was down or killed in between.
 
-In MLflow a value is called `kind/key` and stands at its optimiser step. A list has one metric a
-timestep, counted from 1 (`per_timestep_top1` of an evaluation: `val/top1_t1`, `val/top1_t2`, ...),
-a dict one an entry (`val/firing_rate/layer1.0.sn1`). Text stays in the file.
+In MLflow a value stands at its optimiser step, under the name that `points_of` gives it.
 
 Steps that a run computes again, since it was killed after its last checkpoint, MLflow may have
 already. It takes nothing back, so a value that has become another, as samples_per_s does, is sent
@@ -29,14 +27,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
 from tetdist.files import write_text
 from tetdist.tracking.environment import git_state
-from tetdist.tracking.metrics_file import read_from
+from tetdist.tracking.metrics_file import points_of, read_from
 from tetdist.tracking.trackers import TrackedRun
 
 logger = logging.getLogger(__name__)
@@ -48,6 +46,8 @@ LONGEST_PAUSE = 60.0  # seconds between two attempts to reach a tracker that is 
 BATCH = 1000  # the most metrics that MLflow takes in one call
 
 PARENT_TAG = "mlflow.parentRunId"  # by which MLflow's pages nest runs
+# By which MLflow chooses the pages of an experiment; without it, it guesses.
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 PHASE_TAG = "phase"  # the phase's number, as in the file and in the configuration: from 0
 
 
@@ -101,7 +101,8 @@ class MLflowFollower:
         self.tags = dict(run.tags) | ({} if note is None else {"mlflow.note.content": note})
         self.phase: int | None = None  # the one that runs; None: none was entered yet
         self.artifacts: dict[Path, int] = {}  # how often each was announced
-        self.model: tuple[Path, str] | None = None  # an artifact, and its name in the registry
+        # An artifact, its name in the registry, and the description of that version of it.
+        self.model: tuple[Path, str, str] | None = None
         self.status: Status = "RUNNING"
         self.closing = threading.Event()
 
@@ -315,10 +316,12 @@ class _Session:
         """Return the run of a phase, made when missing."""
         if number not in self._phases:
             params = self._follower.phases[number]
+            of_run = {_allowed(key): value for key, value in self._follower.run.tags.items()}
+            of_phase = {"timesteps": str(params["timesteps"]), PHASE_TAG: str(number)}
             run = self._client.create_run(
                 self._experiment_id,
                 run_name=f"phase {number}: T={params['timesteps']}",
-                tags=_origin() | {PARENT_TAG: self._run_id, PHASE_TAG: str(number)},
+                tags=of_run | of_phase | _origin() | {PARENT_TAG: self._run_id},
             )
             self._phases[number] = _Receiver(run)
             self._send_params(self._phases[number], params)
@@ -358,8 +361,10 @@ class _Session:
                 receivers.append(self._phase(number))
                 self._last_phase = number
             points = [
-                mlflow.entities.Metric(name, value, int(line["time"] * 1000), line["step"])
-                for name, value in _points(line)
+                mlflow.entities.Metric(
+                    _allowed(name), value, int(line["time"] * 1000), line["step"]
+                )
+                for name, value in points_of(line)
             ]
             for receiver in receivers:
                 # A line goes whole, because what MLflow has is asked by step.
@@ -452,7 +457,7 @@ class _Session:
         """Register what was asked for, once, when the artifact is there."""
         if self._follower.model is None:
             return
-        path, name = self._follower.model
+        path, name, description = self._follower.model
         if path not in self._artifacts:
             return
         import mlflow
@@ -466,7 +471,9 @@ class _Session:
                 raise
         versions = self._client.search_model_versions(f"run_id = '{self._run_id}'")
         if not any(version.name == name and version.source == source for version in versions):
-            self._client.create_model_version(name, source, run_id=self._run_id)
+            self._client.create_model_version(
+                name, source, run_id=self._run_id, description=description
+            )
 
     def end(self, status: Status) -> None:
         # The monitor ends by itself, without its last values, when it sees a run that does not
@@ -577,12 +584,16 @@ def _create_run(
     found = client.get_experiment_by_name(experiment)
     if found is not None:
         experiment_id = found.experiment_id
+        if KIND_TAG not in found.tags:  # of an earlier version, or made by hand
+            client.set_experiment_tag(experiment_id, KIND_TAG, KIND)
     else:
         # A server's own location works for all who can reach the server; a path of this machine
         # would not.
         location = None if _is_server(uri) else artifact_root.absolute().as_uri()
         try:
-            experiment_id = client.create_experiment(experiment, artifact_location=location)
+            experiment_id = client.create_experiment(
+                experiment, artifact_location=location, tags={KIND_TAG: KIND}
+            )
         except mlflow.exceptions.MlflowException:
             # Another run may have been faster.
             found = client.get_experiment_by_name(experiment)
@@ -592,24 +603,6 @@ def _create_run(
     run = client.create_run(experiment_id, run_name=run_name, tags=_origin())
     write_text(run_dir / "mlflow_run_id", run.info.run_id + "\n")
     return run
-
-
-def _points(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the numbers of a line under their names in MLflow."""
-    kind = line["kind"]
-    for key, value in line.items():
-        if key in ("kind", "step", "time"):
-            continue
-        if isinstance(value, dict):
-            pairs = [(f"{kind}/{key}/{entry}", item) for entry, item in value.items()]
-        elif isinstance(value, list):
-            stem = f"{kind}/{key.removeprefix('per_timestep_')}"
-            pairs = [(f"{stem}_t{t}", item) for t, item in enumerate(value, start=1)]
-        else:
-            pairs = [(f"{kind}/{key}", value)]
-        for name, item in pairs:
-            if isinstance(item, int | float):
-                yield _allowed(name), float(item)
 
 
 def _stored(value: float) -> float | str:

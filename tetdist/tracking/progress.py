@@ -21,6 +21,7 @@ class RunProgress:
         step, last_step: Optimiser steps done, and in all.
         steps_per_epoch: The run's.
         global_batch: Samples a step.
+        phases: How many the run has; of several, the present one is said.
         settle: Waits for the device, which may lag behind the host by some steps.
         silent: Show nothing (all processes but one).
     """
@@ -35,13 +36,14 @@ class RunProgress:
         steps_per_epoch: int,
         global_batch: int,
         *,
+        phases: int = 1,
         settle: Callable[[], None] = lambda: None,
         silent: bool,
     ) -> None:
         self.silent, self.settle = silent, settle
         self.on_terminal = sys.stderr.isatty()
         self.last_step, self.steps_per_epoch = last_step, steps_per_epoch
-        self.global_batch = global_batch
+        self.global_batch, self.phases = global_batch, phases
         self.step = self.first_step = step
         self.started = self.steady_since = self.last_line = time.monotonic()
         self.silence = self.FIRST
@@ -85,15 +87,24 @@ class RunProgress:
         """Say what is logged of training."""
         if self.silent:
             return
-        loss, lr = f"{values['loss']:.3f}", f"{values['lr']:.2g}"
+        learned = [
+            f"loss {values['loss']:.3f}",
+            f"top-1 {values['top1']:.1f} %",
+            f"lr {values['lr']:.2g}",
+        ]
+        machine = [f"data wait {values['data_wait']:.0f} %"]
+        if "gpu_memory" in values:
+            machine.append(f"GPU {values['gpu_memory']:.1f} GiB")
+        # Phases are counted from 0 here as everywhere.
+        phase = f"phase {values['phase']}  " if self.phases > 1 else ""
         if self.on_terminal:
-            self.bar.set_description(f"epoch {values['epoch']:.1f}")
-            self.bar.set_postfix_str(f"loss {loss}, top-1 {values['top1']:.1f} %, lr {lr}")
+            self.bar.set_description(f"{phase}epoch {values['epoch']:.1f}  step {step}")
+            self.bar.set_postfix_str(", ".join([*learned, *machine]))
             return
+        rate, left = _rate(values["samples_per_s"]), f"ETA {self._left()}"
+        where = f"{phase}epoch {values['epoch']:.2f}"
         self._say(
-            f"epoch {values['epoch']:.2f}  step {step}/{self.last_step}  loss {loss}  "
-            f"top-1 {values['top1']:.1f} %  lr {lr}  {_rate(values['samples_per_s'])}  "
-            f"data wait {values['data_wait']:.0f} %  ETA {self._left()}"
+            "  ".join([where, f"step {step}/{self.last_step}", *learned, rate, *machine, left])
         )
 
     def advance_evaluation(self, samples: int, total: int) -> None:

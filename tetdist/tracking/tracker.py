@@ -150,13 +150,18 @@ class Tracker:
             artifacts = self._follower.artifacts
             artifacts[path] = artifacts.get(path, 0) + 1
 
-    def register(self, path: Path, name: str) -> None:
+    def register(self, path: Path, name: str, description: str) -> None:
         """Have an announced artifact registered as the next version of a model in MLflow.
 
         The same artifact of the same run is registered once, however often it is asked for.
+
+        Args:
+            path: The artifact.
+            name: Of the model.
+            description: Of this version, in Markdown.
         """
         if self._follower is not None:
-            self._follower.model = path, name
+            self._follower.model = path, name, description
 
     def set_tag(self, key: str, value: str) -> None:
         """Set a tag of the run in MLflow."""

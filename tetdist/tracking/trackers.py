@@ -1,11 +1,13 @@
-"""Trackers of one's own: they follow metrics.jsonl as MLflow's does, each in a thread.
+"""Trackers beside MLflow: they follow metrics.jsonl as MLflow's does, each in a thread.
 
 A tracker is a class that is made with a `TrackedRun`, takes lines, and is closed; docs/extending.md
 has one. What it raises is said once and ends no training: the lines are tried again, and those that
 are left when the run ends are given to it when the run is opened again. So a line may come twice
-after a kill, and is then the same to the bit.
+after a kill, and is then the same to the bit. A tracker that knows better what it has already, as
+TensorBoard's and W&B's do, is given the whole file at each start instead.
 """
 
+import importlib.util
 import json
 import logging
 import threading
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from tetdist.errors import UserError, sentence
 from tetdist.files import replacing
 from tetdist.plugins import Registry
 from tetdist.tracking.metrics_file import read_from
@@ -44,7 +47,15 @@ class TrackedRun:
 
 
 class OwnTracker(Protocol):
-    """What is asked of a tracker besides being made with a `TrackedRun`."""
+    """What is asked of a tracker besides being made with a `TrackedRun`.
+
+    What is registered may have two attributes more:
+
+    * ``check``: called with nothing before the run begins; raises a `UserError` where the tracker
+      could not do its work, as without its package.
+    * ``from_first_line = True``: at each start, and after each error, it is made anew and given the
+      file from its first line on.
+    """
 
     def log(self, lines: list[dict[str, Any]]) -> None:
         """Take lines of metrics.jsonl, in order; values that are not finite are floats."""
@@ -58,6 +69,28 @@ class MakesTracker(Protocol):
 
 
 TRACKERS: Registry[MakesTracker] = Registry("tracker", "tracking.trackers")
+
+
+def check_tracker(name: str) -> None:
+    """See that there is a tracker of a name, and that it can be used here.
+
+    Raises:
+        UserError: There is none, or it cannot.
+    """
+    check = getattr(TRACKERS[name], "check", None)
+    if check is not None:
+        check()
+
+
+def require_package(tracker: str, package: str) -> None:
+    """See that a tracker's package is installed; it is not imported.
+
+    Raises:
+        UserError: It is not; the text says how to install it.
+    """
+    if importlib.util.find_spec(package) is None:
+        missing = sentence(ModuleNotFoundError(name=package))
+        raise UserError(f"tracking.trackers: {tracker}: {missing}, or leave {tracker} out")
 
 
 def _line_start(file: Path, offset: int) -> int:
@@ -83,14 +116,16 @@ class Following:
     def __init__(self, name: str, file: Path, run: TrackedRun) -> None:
         self.name, self._file, self._run = name, file, run
         self._make = TRACKERS[name]
-        # How far it got in an earlier start, in bytes of the file.
+        self._from_first_line: bool = getattr(self._make, "from_first_line", False)
+        # How far another one got in an earlier start, in bytes of the file.
         self._mark = run.folder / "trackers" / f"{name}.json"
         self._tracker: OwnTracker | None = None
         self._trouble = ""
         self._closing = threading.Event()
         self._status = ""
         self._offset = 0
-        if run.resume_step is not None and self._mark.is_file():
+        goes_on = run.resume_step is not None and not self._from_first_line
+        if goes_on and self._mark.is_file():
             self._offset = _line_start(file, json.loads(self._mark.read_text())["bytes"])
         self._thread = threading.Thread(target=self._follow, name=f"tracker-{name}", daemon=True)
         self._thread.start()
@@ -113,6 +148,8 @@ class Following:
                         self._file,
                     )
                 self._trouble = str(error) or type(error).__name__
+                if self._from_first_line:
+                    self._tracker, self._offset = None, 0
             if closing:
                 return
             self._closing.wait(LOOK_EVERY)
@@ -125,6 +162,8 @@ class Following:
             return
         self._tracker.log(lines)
         self._offset = offset
+        if self._from_first_line:
+            return
         self._mark.parent.mkdir(exist_ok=True)
         with replacing(self._mark, sync=False) as stream:
             stream.write(json.dumps({"bytes": offset}).encode())

@@ -17,7 +17,7 @@ from tetdist.files import write_json, write_text
 from tetdist.plugins import import_files
 from tetdist.tracking import environment, metrics_file
 from tetdist.tracking.mlflow_store import check_store
-from tetdist.tracking.trackers import TRACKERS
+from tetdist.tracking.trackers import check_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +40,9 @@ class RunFolder:
         self.path = config.run_dir
         self.data_split = recorded_split(config.data.root)
         self.checkpoints = self.path / "checkpoints"
-        for name in config.tracking.trackers:
-            TRACKERS[name]  # raises, with those that are known, if it is not
         if world.rank == 0:
+            for name in config.tracking.trackers:
+                check_tracker(name)
             if config.tracking_uri is not None:
                 check_store(config.tracking_uri)
             try:

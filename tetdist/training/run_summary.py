@@ -1,5 +1,6 @@
 """The story of a run, for MLflow and other trackers while it goes on, for a person at its end."""
 
+import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -116,10 +117,16 @@ class RunSummary:
         pointer = self.config.run_dir / "checkpoints" / which
         if which == "none" or not pointer.is_file():
             return
-        file = pointer.with_name(pointer.read_text().strip()) / checkpoint.MODEL_FILE
+        folder = pointer.with_name(pointer.read_text().strip())
+        file = folder / checkpoint.MODEL_FILE
         tracker.artifact(file)
         if name is not None:
-            tracker.register(file, name)
+            state = json.loads((folder / checkpoint.STATE_FILE).read_text())
+            what = (
+                f"The {which} checkpoint of {self.config.name}, of step {state['step']:,}: top-1 "
+                f"{state['result']['top1']:.2f} % on val."
+            )
+            tracker.register(file, name, f"{what}\n\n{self._note()}")
 
     def log_start(
         self, model: nn.Module, device: torch.device, steps_per_epoch: int, last_step: int

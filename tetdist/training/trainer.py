@@ -45,12 +45,14 @@ from tetdist.training.busy_cores import BusyCores
 from tetdist.training.ema import WeightAverage
 from tetdist.training.engines.base import Engine, Update
 from tetdist.training.engines.create import make_engine
+from tetdist.training.gpu_usage import GPUUsage
 from tetdist.training.run_folder import RunFolder
 from tetdist.training.run_plots import RunPlots
 from tetdist.training.run_summary import Launcher, RunSummary, show_checkpoints
 from tetdist.training.sample_record import SampleRecord, sample_record
 from tetdist.training.schedule import Phase, phase_at, schedule_phases
 from tetdist.training.setup import choose_passes, make_model, open_data
+from tetdist.training.step_profile import StepProfile
 from tetdist.training.teacher import Teacher
 from tetdist.wording import counted
 
@@ -158,6 +160,11 @@ class Trainer:
                 f"max_steps: {config.max_steps} ends before phase {config.start_phase} begins, "
                 f"after step {first}; steps are counted from the first phase on"
             )
+        if config.profile is not None and config.profile.steps[0] > self.last_step:
+            raise UserError(
+                f"profile.steps: step {config.profile.steps[0]:,} is after the run's last, "
+                f"{self.last_step:,}; take earlier ones"
+            )
 
     def _build_model(self) -> None:
         config, world = self.config, self.world
@@ -192,17 +199,20 @@ class Trainer:
         with (
             nullcontext() if world.rank else summary.tracked(self.step, self.stop) as self.tracker,
             sample_record(config, world, self.step) as self.record,
+            StepProfile(config, world.device, is_here=world.rank == 0) as self.profile,
             RunProgress(
                 self.step,
                 self.last_step,
                 self.steps_per_epoch,
                 config.batch.global_,
+                phases=len(config.phases),
                 settle=world.wait_for_device,
                 silent=world.rank != 0,
             ) as self.progress,
         ):
             self.plots = None
             self.cores = BusyCores(world.device, config.precision)
+            self.gpus = GPUUsage(world)
             if (tracker := self.tracker) is not None:
                 self.watch.before_end.append(lambda _: tracker.close("FAILED", timeout=5))
                 self.plots = RunPlots(config, self.train_index.classes, tracker)
@@ -301,9 +311,14 @@ class Trainer:
         self.model.train()
         enter_epoch(self.changing, self.step // self.steps_per_epoch)
         clock = _Clock()
+        self.gpus.restart()
         end = min((self.step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.last_step)
         while self.step < end:
-            lr, update = self._train_step(clock)
+            with self.profile.step(self.step + 1):
+                lr, update = self._train_step(clock)
+            table = self.profile.finish(at_epochs_end=self.step == end)
+            if table is not None and self.tracker:
+                self.tracker.artifact(table)
             self.progress.advance()
             if self.step % self.config.log_every == 0 or self.step == end:
                 self._log_window(lr, float(update.grad_norm), clock)
@@ -484,6 +499,7 @@ class Trainer:
             "non_finite_steps": self.non_finite.new(),
             "samples_per_s": clock.samples / clock.seconds(),
             "data_wait": 100 * clock.waited / clock.seconds(),
+            **self.gpus.values(),
         }
         if self.engine.loss_scale:
             values["loss_scale"] = self.engine.loss_scale.value
@@ -721,6 +737,8 @@ class Trainer:
     tracker: Tracker | None
     plots: RunPlots | None
     cores: BusyCores
+    gpus: GPUUsage
+    profile: StepProfile
     record: SampleRecord
     progress: RunProgress
 

@@ -1,0 +1,131 @@
+"""A run's folder alone tells how the run is, without torch."""
+
+import fcntl
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+
+from tetdist.cli import status as command
+from tetdist.reports.run_status import JobEvent, as_text, find_runs, read_status
+
+CONFIG: dict[str, Any] = {
+    "phases": [{"epochs": 3}, {"epochs": 1}],
+    "batch": {"global": 8},
+    "max_steps": None,
+    "evaluate_every": 1,
+}
+
+
+def train_line(step: int) -> dict[str, Any]:
+    values = {"epoch": step / 5, "phase": 0, "loss": 1 / step, "top1": 50.0, "lr": 0.1}
+    return {"kind": "train", "step": step} | values | {"samples_per_s": 16.0, "data_wait": 3.0}
+
+
+def val_line(step: int, top1: float) -> dict[str, Any]:
+    values = {"epoch": step / 5, "phase": 0, "loss": 1.0, "top1": top1, "seconds": 10.0}
+    return {"kind": "val", "step": step} | values
+
+
+def made(folder: Path, lines: list[dict[str, Any]], saved: int | None, **config: Any) -> Path:
+    """The folder of a run of 20 steps, 5 an epoch."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | config))
+    if lines:
+        text = "".join(json.dumps(line | {"time": time.time() - 60}) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text)
+    if saved is not None:
+        (folder / "checkpoints" / f"step-{saved:08d}.1").mkdir(parents=True)
+        (folder / "checkpoints" / "last").write_text(f"step-{saved:08d}.1\n")
+    (folder / ".lock").touch()
+    return folder
+
+
+LINES = [train_line(5), val_line(5, 70.0), train_line(10), val_line(10, 60.0), train_line(12)]
+FINISHED = [*LINES, train_line(20), val_line(20, 65.0), {"kind": "final", "step": 20}]
+
+
+@pytest.mark.parametrize(
+    ("lines", "saved", "job", "state", "text"),
+    [
+        ([], None, None, "begun", "no step is logged"),
+        (LINES, 12, None, "stopped", "all is saved"),
+        (LINES, 10, None, "broken off", "2 logged steps after the last checkpoint"),
+        (FINISHED, 20, None, "finished", ""),
+        (FINISHED, 20, JobEvent("finished", "7", ""), "finished", ""),
+        (LINES, 10, JobEvent("failed", "7", "out of memory"), "failed", "job 7: out of memory"),
+        ([], None, JobEvent("submitted", "7", ""), "queued", "job 7: `python launch/slurm.py stat"),
+        (LINES, 12, JobEvent("stopped", "7", "time limit"), "stopped", "all is saved"),
+    ],
+)
+def test_the_state(
+    lines: list[dict[str, Any]],
+    saved: int | None,
+    job: JobEvent | None,
+    state: str,
+    text: str,
+    tmp_path: Path,
+) -> None:
+    status = read_status(made(tmp_path / "run", lines, saved), job)
+    assert status.state == state
+    assert status.text.startswith(text)
+    as_text(status)  # of whatever there is
+
+
+def test_a_run_that_trains_says_how_far_it_is(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", LINES, 10)
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status = read_status(run)
+        assert status.state == "training"
+        assert (status.step, status.last_step, status.epoch, status.epochs) == (12, 20, 2.4, 4)
+        assert (status.best_top1, status.best_step) == (70.0, 5)
+        # Eight steps of 8 samples at 16 a second, and the evaluations of two epochs.
+        assert status.eta_s == 4 + 20
+        lines = as_text(status).splitlines()
+    assert lines[0].startswith(f"{run}: training (for ")
+    assert lines[1].startswith("  epoch 2.40/4  phase 0  step 12/20  ETA 24 s  last line 1 min")
+    assert lines[2] == "  train       loss 0.083  top-1 50.0 %  lr 0.1  16 samples/s  data wait 3 %"
+    assert "top-1 60.00 %  loss 1.000, epoch 2; at best 70.00 %, step 5" in lines[3]
+    assert lines[4].startswith("  checkpoint  step-00000010.1, ")
+
+
+def test_max_steps_end_a_run(tmp_path: Path) -> None:
+    assert read_status(made(tmp_path / "run", LINES, 12, max_steps=14)).last_step == 14
+
+
+def test_several_runs_are_a_table_and_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made(Path("runs/one"), LINES, 12)
+    made(Path("runs/two"), FINISHED, 20)
+    assert command.main([]) == 0
+    head, one, two = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head[:4] == ["run", "state", "epoch", "step"]
+    assert one[:5] == ["one", "stopped", "2.40/4", "12/20", "0.083"]
+    assert two[:4] == ["two", "finished", "4.00/4", "20/20"]
+    assert command.main(["two", "runs/two", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)  # once, however it is named
+    assert (told["run"], told["state"], told["val"]["top1"]) == ("two", "finished", 65.0)
+    assert find_runs(["runs"]) == [Path("runs/one"), Path("runs/two")]
+    assert command.main(["three"]) == 2
+    assert "there is no run three" in capsys.readouterr().err
+    Path("runs/one/config.yaml").write_text("phases: 3\n")
+    assert command.main(["one"]) == 2
+    assert "config.yaml is not the configuration of a run" in capsys.readouterr().err
+
+
+def test_it_loads_no_torch(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", LINES, 12)
+    command_line = tiny.python("-X", "importtime", tiny.PROJECT / "tools/status.py", run)
+    done = subprocess.run(command_line, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "tetdist.reports.run_status" in loaded
+    assert not loaded & {"torch", "timm", "mlflow", "matplotlib", "numpy", "pydantic"}

@@ -1,0 +1,287 @@
+"""How a run is, from its folder alone: state, progress, results, checkpoint, disk.
+
+No torch is loaded, and nobody but the file system is asked, so that it takes no time.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tetdist.config.yaml_files import read_yaml
+from tetdist.errors import UserError, typed
+from tetdist.files import is_held
+from tetdist.reports.tables import aligned, number
+from tetdist.tracking.metrics_file import read_metrics
+from tetdist.wording import duration
+
+
+class JobEvent(NamedTuple):
+    """What happened last to the run's job on a cluster.
+
+    Attributes:
+        kind: ``submitted``, ``started``, ``stopped``, ``finished``, ``failed`` or ``cancelled``.
+        job: Its id.
+        text: The reason, or the hosts.
+    """
+
+    kind: str
+    job: str
+    text: str
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How a run is; None is what is not known (yet).
+
+    Attributes:
+        run: Its name.
+        folder: Its folder.
+        state: ``training`` (its process holds the folder), ``finished``, ``stopped`` (all is
+            saved), ``broken off`` (steps after the checkpoint will be computed again), ``begun``
+            (no step is logged), or what its job's history says last: ``queued``, ``started``,
+            ``failed``, ``cancelled``.
+        text: More about the state.
+        step, last_step: Optimiser steps logged, and in all.
+        epoch, epochs: The same in epochs.
+        phase, phases: Number of the present phase, from 0, and how many there are.
+        train: The last line of training in metrics.jsonl.
+        val: The last evaluation in metrics.jsonl.
+        best_top1, best_step: The best evaluation.
+        eta_s: Seconds to the end at the pace of the last line, evaluations included.
+        line_age_s: Seconds since the last line.
+        checkpoint: Name of the newest checkpoint.
+        checkpoint_age_s: Seconds since it was written.
+        bytes: What the folder takes.
+    """
+
+    run: str
+    folder: str
+    state: str
+    text: str
+    step: int | None
+    last_step: int | None
+    epoch: float | None
+    epochs: int
+    phase: int | None
+    phases: int
+    train: dict[str, Any]
+    val: dict[str, Any]
+    best_top1: float | None
+    best_step: int | None
+    eta_s: float | None
+    line_age_s: float | None
+    checkpoint: str | None
+    checkpoint_age_s: float | None
+    bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def find_runs(names: Sequence[str], runs_dir: str = "runs") -> list[Path]:
+    """The folders that are meant: of a run, by its path or its name in ``runs_dir``, or of all runs
+    in a folder.
+
+    Raises:
+        UserError: There is no run of that name.
+    """
+    found: list[Path] = []
+    for name in names:
+        runs = _runs_at(Path(name)) or _runs_at(Path(runs_dir) / name)
+        if not runs:
+            raise UserError(
+                f"there is no run {name}, neither as a folder (with a config.yaml, or of runs that "
+                f"have one) nor in {runs_dir}/"
+            )
+        found += runs
+    return list(dict.fromkeys(found))
+
+
+def _runs_at(path: Path) -> list[Path]:
+    if (path / "config.yaml").is_file():
+        return [path]
+    return sorted(file.parent for file in path.glob("*/config.yaml"))
+
+
+def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
+    """How the run in a folder is.
+
+    Args:
+        folder: With a config.yaml.
+        job: What happened last to the run's job, if it is one of a cluster.
+
+    Raises:
+        UserError: The configuration or a line of the metrics is damaged.
+    """
+    try:
+        config = read_yaml(folder / "config.yaml")
+        epochs = sum(int(phase["epochs"]) for phase in config["phases"])
+        global_batch, most = int(config["batch"]["global"]), config.get("max_steps")
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(
+            f"{folder / 'config.yaml'} is not the configuration of a run, or damaged"
+        ) from error
+    file, now = folder / "metrics.jsonl", time.time()
+    lines = read_metrics(file) if file.is_file() else []
+    train = _last(lines, "train")
+    val = _last(lines, "val")
+    where = max(train, val, key=lambda line: line.get("step", -1))
+    step, epoch = where.get("step"), where.get("epoch")
+    last_step = None
+    if step and epoch:
+        last_step = min(epochs * round(step / epoch), most or math.inf)
+    best = max(
+        (line for line in lines if line["kind"] == "val"), key=lambda line: line["top1"], default={}
+    )
+    checkpoint = _newest_checkpoint(folder)
+    saved = _step_of(checkpoint)
+    state, text = _state(folder, lines, saved, job)
+    eta = None
+    if state == "training" and step and epoch and last_step and train.get("samples_per_s"):
+        eta = (last_step - step) * global_batch / train["samples_per_s"]
+        epochs_left = (last_step - step) / round(step / epoch)
+        evaluations = math.ceil(epochs_left / config.get("evaluate_every", 1))
+        eta += evaluations * val.get("seconds", 0.0)
+    return RunStatus(
+        run=folder.resolve().name,
+        folder=str(folder),
+        state=state,
+        text=text,
+        step=step,
+        last_step=None if last_step is None else int(last_step),
+        epoch=epoch,
+        epochs=epochs,
+        phase=where.get("phase"),
+        phases=len(config["phases"]),
+        train=train,
+        val=val,
+        best_top1=best.get("top1"),
+        best_step=best.get("step"),
+        eta_s=eta,
+        line_age_s=now - lines[-1]["time"] if lines else None,
+        checkpoint=None if checkpoint is None else checkpoint.name,
+        checkpoint_age_s=None if checkpoint is None else now - checkpoint.stat().st_mtime,
+        bytes=_bytes_of(folder),
+    )
+
+
+def _last(lines: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    return next((line for line in reversed(lines) if line["kind"] == kind), {})
+
+
+def _state(
+    folder: Path, lines: list[dict[str, Any]], saved: int, job: JobEvent | None
+) -> tuple[str, str]:
+    """The state of a run, and more about it."""
+    if is_held(folder / ".lock"):
+        # It is opened anew by each process that trains.
+        since = time.time() - (folder / ".lock").stat().st_mtime
+        return "training", f"for {duration(since)}"
+    if lines and lines[-1]["kind"] == "final":
+        return "finished", ""
+    if job is not None and job.kind in ("submitted", "started", "failed", "cancelled"):
+        # Of a lock that a process on another host holds, a file system may know nothing.
+        asked = f"`{typed('slurm', 'status', folder)}` asks Slurm"
+        more = {"submitted": asked, "started": asked}.get(job.kind, job.text)
+        name = {"submitted": "queued"}.get(job.kind, job.kind)
+        return name, f"job {job.job}: {more}" if more else f"job {job.job}"
+    if not lines and not saved:
+        return "begun", "no step is logged"
+    ahead = max((line["step"] for line in lines), default=0) - saved
+    if ahead > 0:
+        return "broken off", f"{ahead:,} logged steps after the last checkpoint are to be repeated"
+    return "stopped", "all is saved; the same command continues"
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    pointer = folder / "checkpoints" / "last"
+    if not pointer.is_file():
+        return None
+    path = pointer.with_name(pointer.read_text().strip())
+    return path if path.is_dir() else None
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    """A checkpoint's step, by its name: step-00000040, or step-00000040.2."""
+    return int(checkpoint.name.removeprefix("step-").partition(".")[0]) if checkpoint else 0
+
+
+def _bytes_of(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        try:
+            total += file.lstat().st_size
+        except OSError:  # an old checkpoint that was deleted meanwhile
+            continue
+    return total
+
+
+# --- for a person ---------------------------------------------------------------------------------
+
+
+def as_text(status: RunStatus) -> str:
+    """One run, some lines long."""
+    train, val = status.train, status.val
+    lines = [f"{status.folder}: {status.state}" + (f" ({status.text})" if status.text else "")]
+    if status.step is not None:
+        lines.append("  " + "  ".join(_progress(status)))
+    else:
+        lines.append(f"  of {status.epochs} epochs")
+    if train:
+        parts = [
+            f"loss {train['loss']:.3f}",
+            f"top-1 {train['top1']:.1f} %",
+            f"lr {train['lr']:.2g}",
+            f"{train['samples_per_s']:.{0 if train['samples_per_s'] >= 10 else 1}f} samples/s",
+            f"data wait {train['data_wait']:.0f} %",
+        ]
+        if "gpu_memory" in train:
+            parts.append(f"GPU {train['gpu_memory']:.1f} GiB")
+        lines.append("  train       " + "  ".join(parts))
+    if val:
+        lines.append(
+            f"  evaluation  top-1 {val['top1']:.2f} %  loss {val['loss']:.3f}, epoch "
+            f"{val['epoch']:g}; at best {status.best_top1:.2f} %, step {status.best_step:,}"
+        )
+    if status.checkpoint is not None and status.checkpoint_age_s is not None:
+        age = duration(max(status.checkpoint_age_s, 0))
+        lines.append(f"  checkpoint  {status.checkpoint}, {age} ago")
+    lines.append(f"  disk        {status.bytes / 1e6:,.1f} MB")
+    return "\n".join(lines)
+
+
+def _progress(status: RunStatus) -> list[str]:
+    parts = [f"epoch {status.epoch:.2f}/{status.epochs}"]
+    if status.phases > 1:
+        parts.append(f"phase {status.phase}")
+    parts.append(f"step {status.step:,}/{number(status.last_step, ',')}")
+    if status.eta_s is not None:
+        parts.append(f"ETA {duration(status.eta_s)}")
+    if status.line_age_s is not None:
+        parts.append(f"last line {duration(max(status.line_age_s, 0))} ago")
+    return parts
+
+
+def as_table(statuses: Sequence[RunStatus]) -> str:
+    """Several runs, a line each."""
+    rows = [["run", "state", "epoch", "step", "loss", "per s", "ETA", "top-1 %", "best", "saved"]]
+    for status in statuses:
+        age, eta = status.checkpoint_age_s, status.eta_s
+        rows.append(
+            [
+                status.run,
+                status.state,
+                f"{number(status.epoch, '.2f')}/{status.epochs}",
+                f"{number(status.step, ',')}/{number(status.last_step, ',')}",
+                number(status.train.get("loss"), ".3f"),
+                number(status.train.get("samples_per_s"), ".0f"),
+                "-" if eta is None else duration(eta),
+                number(status.val.get("top1"), ".2f"),
+                number(status.best_top1, ".2f"),
+                "-" if age is None else f"{duration(max(age, 0))} ago",
+            ]
+        )
+    return aligned(rows, right=range(2, 10))
