@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tetdist.losses import distillation_loss, sdt_loss, self_distillation_loss, tet_loss
+from tetdist.config.schema import LossSection
+from tetdist.losses import (
+    SelfTarget,
+    compute_loss,
+    distillation_loss,
+    error_aware_alignment,
+    sdt_loss,
+    self_target,
+    tet_loss,
+)
 
 
 def _cross_entropy(logits: list[float], target: int, smoothing: float = 0.0) -> float:
@@ -212,10 +221,18 @@ def test_teacher_learns_nothing() -> None:
     assert teacher.grad is None
 
 
+def _self_distillation(
+    kind: SelfTarget, logits: Tensor, labels: Tensor | None = None, *, temperature: float
+) -> Tensor:
+    labels = torch.zeros(logits.shape[1], dtype=torch.int64) if labels is None else labels
+    target = self_target(kind, logits, labels)
+    return distillation_loss(logits, target, temperature=temperature)
+
+
 def test_self_distillation_learns_from_the_time_mean_alone() -> None:
     logits, _ = _random(3, 4, 5)
     logits.requires_grad_()
-    self_distillation_loss(logits, temperature=1.5).backward()
+    _self_distillation("time_mean", logits, temperature=1.5).backward()
     assert logits.grad is not None
     ours, own = logits.grad.clone(), logits.detach().clone().requires_grad_()
     distillation_loss(own, own.detach().mean(0), temperature=1.5).backward()
@@ -223,10 +240,205 @@ def test_self_distillation_learns_from_the_time_mean_alone() -> None:
     # To the bit: of a mean over all timesteps such a gradient would be rounding alone.
     assert torch.equal(ours, own.grad)
     constant = logits.detach()[:1].expand(3, 4, 5)
-    assert self_distillation_loss(constant, temperature=1.5).item() == pytest.approx(0, abs=1e-14)
+    loss = _self_distillation("time_mean", constant, temperature=1.5)
+    assert loss.item() == pytest.approx(0, abs=1e-14)
 
 
 def test_distillation_is_in_full_precision() -> None:
     logits, _ = _random(2, 3, 4)
     loss = distillation_loss(logits.bfloat16(), logits[0].bfloat16(), temperature=2.0)
     assert loss.dtype is torch.float32
+
+
+# --- published objectives: value and gradient, one timestep of one sample after another -----------
+
+LABELS = [1, 0, 3, 2, 4]
+Gradient = list[list[list[float]]]
+
+
+def _cases(timesteps: int = 4, num_classes: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, a teacher's and labels of samples that are right always, never, in the first half of
+    the timesteps, and as it happens."""
+    (logits, _), (teacher, _) = _random(timesteps, 5, num_classes), _random(1, 5, num_classes, 1)
+    logits[:, 0, LABELS[0]] += 20
+    logits[:, 1, LABELS[1]] -= 20
+    logits[: timesteps // 2, 2, LABELS[2]] += 20
+    logits[timesteps // 2 :, 2, LABELS[2]] -= 20
+    return logits, teacher[0], torch.tensor(LABELS)
+
+
+def _divergence(teacher: list[float], student: list[float], temperature: float) -> float:
+    """``temperature^2 * KL`` of one answer."""
+    p, s = _softened(teacher, temperature), _softened(student, temperature)
+    return temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, s, strict=True))
+
+
+def _pull(teacher: list[float], student: list[float], temperature: float) -> list[float]:
+    """Its gradient with respect to the student's logits."""
+    p, s = _softened(teacher, temperature), _softened(student, temperature)
+    return [temperature * (b - a) for a, b in zip(p, s, strict=True)]
+
+
+def _most(row: list[float]) -> int:
+    return max(range(len(row)), key=row.__getitem__)
+
+
+def _mean(rows: list[list[float]], weights: list[float]) -> list[float]:
+    pairs = list(zip(rows, weights, strict=True))
+    return [sum(weight * row[k] for row, weight in pairs) for k in range(len(rows[0]))]
+
+
+def _correct_mean(rows: list[list[float]], label: int) -> list[float]:
+    correct = [row for row in rows if _most(row) == label]
+    return _mean(correct, [1 / len(correct)] * len(correct)) if correct else [0.0] * len(rows[0])
+
+
+def _similarity_mean(rows: list[list[float]], i: int) -> list[float]:
+    def product(a: list[float], b: list[float]) -> float:
+        return sum(x * y for x, y in zip(a, b, strict=True))
+
+    scores = []
+    for row in rows:
+        entropy = -sum(p * math.log(p + 1e-8) for p in _softened(row, 1.0))
+        confidence = 1 - entropy / math.log(len(row))
+        cosine = product(rows[i], row) / math.sqrt(product(rows[i], rows[i]) * product(row, row))
+        scores.append(confidence * cosine)
+    others = [0.0 if j == i else math.exp(score) for j, score in enumerate(scores)]
+    return _mean(rows, [other / sum(others) for other in others])
+
+
+def _published(
+    name: str, logits: Tensor, teacher: Tensor, labels: Tensor, temperature: float
+) -> tuple[float, Gradient]:
+    """Loss and gradient of full-range distillation, with weights of 0.2 (teacher) and 0.5, or of
+    SeAl, with 0.6 and 0.15."""
+    timesteps, batch, num_classes = logits.shape
+    of_teacher, of_itself = {"full-range": (0.2, 0.5), "SeAl": (0.6, 0.15)}[name]
+    total, gradient = 0.0, []
+    for i in range(timesteps):
+        gradient.append([])
+        for b in range(batch):
+            rows, y = logits[:, b].tolist(), int(labels[b])
+            z, q, w = rows[i], teacher[b].tolist(), _most(rows[i])
+            target, aligned = _correct_mean(rows, y), list(z)
+            if name == "SeAl":
+                if timesteps > 1:
+                    target = _similarity_mean(rows, i)
+                else:
+                    target = z
+                aligned[w] = z[y]
+                q[w] = q[y] = min(q[w], q[y])
+            total += _cross_entropy(z, y)
+            total += of_teacher * _divergence(q, aligned, temperature)
+            total += of_itself * _divergence(target, z, temperature)
+            taught, own = _pull(q, aligned, temperature), _pull(target, z, temperature)
+            if name == "SeAl" and w != y:
+                taught[w], taught[y] = 0.0, 2 * taught[y]
+            shares = _softened(z, 1.0)
+            gradient[-1].append(
+                [
+                    (shares[k] - (k == y) + of_teacher * taught[k] + of_itself * own[k])
+                    / (timesteps * batch)
+                    for k in range(num_classes)
+                ]
+            )
+    return total / (timesteps * batch), gradient
+
+
+def _objective(name: str, temperature: float) -> LossSection:
+    keys = {
+        "full-range": {"weight": 0.2, "self_weight": 0.5, "self_target": "correct_mean"},
+        "SeAl": {
+            "weight": 0.6,
+            "teacher_alignment": "error_aware",
+            "self_weight": 0.15,
+            "self_target": "similarity",
+        },
+    }[name]
+    distillation = {"teacher": "timm:resnet34", "temperature": temperature} | keys
+    return LossSection.model_validate({"lambda": 0.0, "distillation": distillation})
+
+
+each_objective = pytest.mark.parametrize("name", ["full-range", "SeAl"])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("timesteps", [1, 4])
+@each_objective
+def test_published_objectives(name: str, timesteps: int, temperature: float) -> None:
+    logits, teacher, labels = _cases(timesteps)
+    logits.requires_grad_()
+    loss = compute_loss(_objective(name, temperature), logits, labels, teacher)
+    loss.backward()
+    expected, gradient = _published(name, logits.detach(), teacher, labels, temperature)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert logits.grad is not None
+    torch.testing.assert_close(
+        logits.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-9, atol=1e-14
+    )
+
+
+@each_objective
+def test_published_objectives_of_half_precision_logits(name: str) -> None:
+    logits, teacher, labels = _cases()
+    half, taught, section = logits.bfloat16(), teacher.bfloat16(), _objective(name, 3.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = compute_loss(section, half, labels, taught)
+    assert loss.dtype is torch.float32
+    wide = compute_loss(section, half.double(), labels, taught.double())
+    assert loss.item() == pytest.approx(wide.item(), rel=1e-6)
+
+
+def test_correct_timesteps_are_a_target_and_none_is_equal_shares() -> None:
+    logits, _, labels = _cases()
+    right, wrong, some = (logits[:, b : b + 1] for b in range(3))
+    target = self_target("correct_mean", right, labels[:1])
+    torch.testing.assert_close(target, self_target("time_mean", right, labels[:1]))
+    assert self_target("correct_mean", wrong, labels[1:2]).tolist() == [[0.0] * 5]
+    target = self_target("correct_mean", some, labels[2:3])
+    torch.testing.assert_close(target, logits[:2, 2:3].mean(0))
+    # The sample that is never right is drawn to the uniform distribution.
+    wrong = wrong.clone().requires_grad_()
+    _self_distillation("correct_mean", wrong, labels[1:2], temperature=1.0).backward()
+    assert wrong.grad is not None
+    torch.testing.assert_close(wrong.grad, (wrong.detach().softmax(-1) - 1 / 5) / 4)
+
+
+def test_error_aware_alignment_leaves_the_wrong_class_to_the_cross_entropy() -> None:
+    logits, teacher, labels = _cases()
+    logits.requires_grad_()
+    distillation_loss(*error_aware_alignment(logits, teacher, labels), temperature=3.0).backward()
+    assert logits.grad is not None
+    said = logits.argmax(-1)
+    of_said = logits.grad.gather(-1, said[..., None])[..., 0]
+    wrong = said != labels
+    assert wrong[:, 1].all()
+    assert not wrong[:, 0].any()
+    assert (of_said[wrong] == 0).all()
+    assert (of_said[~wrong] != 0).all()
+    # A sample that is right is compared as it is.
+    kept, taught = error_aware_alignment(logits[:, :1], teacher[:1], labels[:1])
+    assert torch.equal(kept, logits[:, :1])
+    assert torch.equal(taught, teacher[:1].expand_as(kept))
+
+
+def test_a_timestep_without_others_has_nothing_to_learn_from_them() -> None:
+    logits, _ = _random(1, 4, 5)
+    logits.requires_grad_()
+    loss = _self_distillation("similarity", logits, temperature=3.0)
+    loss.backward()
+    assert logits.grad is not None
+    assert loss.item() == 0
+    assert logits.grad.abs().max() < 1e-15
+
+
+def test_what_an_objective_is_called() -> None:
+    text = _objective("full-range", 1.0).as_text()
+    assert text == (
+        "TET, lambda 0, phi 1; 0.2 x divergence from timm:resnet34; 0.5 x divergence from the mean "
+        "of the correct timesteps, temperature 1"
+    )
+    assert "0.6 x divergence from timm:resnet34 after error-aware alignment; " in (
+        text := _objective("SeAl", 3.0).as_text()
+    )
+    assert "0.15 x divergence from the similarity-weighted mean of the other timesteps" in text

@@ -5,9 +5,10 @@ network's precision.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,12 @@ from tetdist.plugins import Registry
 
 if TYPE_CHECKING:
     from tetdist.config.schema import LossSection
+
+
+# What a timestep learns from, and how it is compared with a teacher: see `self_target` and
+# `error_aware_alignment`.
+SelfTarget = Literal["time_mean", "correct_mean", "similarity"]
+TeacherAlignment = Literal["plain", "error_aware"]
 
 
 @dataclass(frozen=True)
@@ -82,12 +89,14 @@ def compute_loss(
     distillation = settings.distillation
     learning = logits.mean(0, keepdim=True) if loss.of_time_mean else logits
     if teacher_logits is not None:
-        divergence = distillation_loss(
-            learning, teacher_logits, temperature=distillation.temperature
-        )
+        answers, theirs = learning, teacher_logits
+        if distillation.teacher_alignment == "error_aware":
+            answers, theirs = error_aware_alignment(learning, teacher_logits, targets)
+        divergence = distillation_loss(answers, theirs, temperature=distillation.temperature)
         total = total + distillation.weight * divergence
     if distillation.self_weight:
-        divergence = self_distillation_loss(learning, temperature=distillation.temperature)
+        theirs = self_target(distillation.self_target, learning, targets)
+        divergence = distillation_loss(learning, theirs, temperature=distillation.temperature)
         total = total + distillation.self_weight * divergence
     return total
 
@@ -146,7 +155,7 @@ def distillation_loss(logits: Tensor, teacher: Tensor, *, temperature: float) ->
 
     Args:
         logits: Output before softmax at each timestep, (T, B, K).
-        teacher: The teacher's output before softmax, (B, K).
+        teacher: The teacher's output before softmax, (B, K), or one a timestep, (T, B, K).
         temperature: Above 0.
     """
     ours = F.log_softmax(_full_precision(logits) / temperature, dim=-1)
@@ -155,10 +164,76 @@ def distillation_loss(logits: Tensor, teacher: Tensor, *, temperature: float) ->
     return temperature**2 * divergence / ours.shape[:-1].numel()
 
 
-def self_distillation_loss(logits: Tensor, *, temperature: float) -> Tensor:
-    """`distillation_loss` with the time-mean of the very logits (T, B, K) as the teacher.
+def error_aware_alignment(logits: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sides' logits, (T, B, K) each, changed where a timestep's class w is not the label y.
 
-    Every timestep learns what all of them say together; no gradient goes through the mean. (It is
-    over all timesteps. Published full-range distillation takes those whose class is correct.)
+    The first half of SeAl, of its authors' code: the timestep's logit of w becomes that of y, and
+    the teacher's of both become the smaller of the two. So the divergence asks that w and y rise or
+    fall together, and leaves it to the cross-entropy to part them: w itself gets no gradient, and y
+    that of both. A timestep that is right keeps its logits and the teacher's.
+
+    Args:
+        logits: Output before softmax at each timestep, (T, B, K).
+        teacher: The teacher's output before softmax, (B, K).
+        labels: Class numbers, (B,), int64.
     """
-    return distillation_loss(logits, _full_precision(logits).mean(0), temperature=temperature)
+    logits = _full_precision(logits)
+    teacher = _full_precision(teacher).expand_as(logits)
+    said = logits.argmax(-1, keepdim=True)
+    true = labels.view(1, -1, 1).expand_as(said)
+    # Where the timestep is right, both indices are the same, and each logit is put where it was.
+    aligned = logits.scatter(-1, said, logits.gather(-1, true))
+    smaller = torch.minimum(teacher.gather(-1, true), teacher.gather(-1, said))
+    return aligned, teacher.scatter(-1, true, smaller).scatter(-1, said, smaller)
+
+
+def self_target(kind: SelfTarget, logits: Tensor, targets: Tensor) -> Tensor:
+    """What timesteps learn from one another: logits (B, K), or (T, B, K), one a timestep.
+
+    Args:
+        kind: ``time_mean``, the mean of all of them; `correct_mean`; or `similarity_mean`.
+        logits: Output before softmax at each timestep, (T, B, K). No gradient goes through the
+            target to them.
+        targets: Class numbers, (B,), int64; only `correct_mean` reads them.
+    """
+    logits = _full_precision(logits.detach())
+    match kind:
+        case "time_mean":
+            return logits.mean(0)
+        case "correct_mean":
+            return correct_mean(logits, targets)
+        case "similarity":
+            return similarity_mean(logits)
+        case other:
+            assert_never(other)
+
+
+def correct_mean(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over those timesteps of logits (T, B, K) whose class is the label's (B,): (B, K).
+
+    The target of full-range distillation ("Efficient Logit-based Knowledge Distillation of Deep
+    Spiking Neural Networks for Full-Range Timestep Deployment"). Where no timestep is right it is
+    0, as in its authors' code: equal shares of all classes.
+    """
+    correct = (logits.argmax(-1) == labels).to(logits.dtype)[..., None]
+    return (logits * correct).sum(0) / correct.sum(0).clamp(min=1)
+
+
+def similarity_mean(logits: Tensor) -> Tensor:
+    """For each timestep of logits (T, B, K) a weighted mean of all others: (T, B, K).
+
+    The second half of SeAl, of its authors' code. Timestep i gives j the weight
+    ``softmax_j(confidence(j) * cosine(O(i), O(j)))``, where the confidence is 1 less the entropy of
+    j's answer over the largest possible, ln K. A timestep that has no others is its own target.
+    """
+    timesteps, _, num_classes = logits.shape
+    if timesteps == 1:
+        return logits
+    shares = logits.softmax(-1)
+    entropy = -(shares * (shares + 1e-8).log()).sum(-1)  # (T, B); the summand is theirs
+    confidence = 1 - entropy / math.log(num_classes)
+    # Not as a product of matrices, whose inputs a GPU or autocast may round.
+    cosine = F.cosine_similarity(logits[:, None], logits[None], dim=-1)  # (T, T, B)
+    itself = torch.eye(timesteps, dtype=torch.bool, device=logits.device)[..., None]
+    weights = (confidence * cosine).masked_fill(itself, -math.inf).softmax(1)
+    return (weights[..., None] * logits).sum(1)

@@ -152,8 +152,9 @@ def test_a_teachers_answers_are_in_the_graph(
     main: Main, tiny_config: ConfigWriter, both: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     assert main(tiny_config({"name": "teacher", "seed": 5})).status == 0
-    changes = {"loss.distillation": {"teacher": str(tmp_path / "runs/teacher"), "weight": 1.0}}
-    tiny.assert_same_run(*both(changes, taped))
+    distillation = {"teacher": str(tmp_path / "runs/teacher"), "weight": 1.0}
+    distillation |= {"self_weight": 0.5, "self_target": "correct_mean"}
+    tiny.assert_same_run(*both({"loss.distillation": distillation}, taped))
 
 
 def test_steps_that_are_not_finite_change_nothing(

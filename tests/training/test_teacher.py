@@ -55,7 +55,7 @@ def test_loss_is_the_sum_of_its_parts() -> None:
     expected = (
         losses.tet_loss(logits, targets, lambda_=0.05)
         + 0.3 * losses.distillation_loss(logits, taught, temperature=1.5)
-        + 0.7 * losses.self_distillation_loss(logits, temperature=1.5)
+        + 0.7 * losses.distillation_loss(logits, logits.mean(0), temperature=1.5)
     )
     torch.testing.assert_close(compute_loss(tet, logits, targets, taught), expected)
     # SDT's network answers once, by the time-mean, and so it learns.
@@ -89,7 +89,9 @@ def test_relu_network_is_a_teacher_and_the_weights_to_begin_with(
 def test_taught_run_is_the_same_on_two_processes_and_when_stopped(
     farm: Farm, relu: Path, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
-    changes = {"loss.distillation": {"teacher": str(relu), "weight": 0.5}, "max_steps": 6}
+    distillation = {"teacher": str(relu), "weight": 0.6, "teacher_alignment": "error_aware"}
+    distillation |= {"self_weight": 0.15, "self_target": "similarity", "temperature": 3.0}
+    changes = {"loss.distillation": distillation, "max_steps": 6}
     changes |= {"engine": "torch", "precision": "fp64"}
     assert farm(tiny_config({"name": "one"} | changes)).status == 0
     assert farm(tiny_config({"name": "two"} | changes), world=2).status == 0
@@ -218,6 +220,11 @@ def test_teachers_that_do_not_suit(
     assert "has shape (7,) instead of (4,)" in text
     text = refusal("loss.kind=sdt", "loss.distillation.self_weight=0.5")
     assert "set loss.kind=tet with it" in text
+    aligned = ("loss.distillation.teacher_alignment=error_aware", f"{KEY}={relu}")
+    correct = ("loss.distillation.self_target=correct_mean", "loss.distillation.self_weight=0.5")
+    for overrides, mixing in ((aligned, "data.mixup=0.2"), (correct, "data.cutmix=1.0")):
+        text = refusal(*overrides, mixing)
+        assert f"{overrides[0].replace('=', ': ')} asks whether a timestep's class is right" in text
     text = refusal(f"{KEY}={relu}", f"{KEY}_weights={file}")
     assert f"set {KEY}=timm:NAME with it" in text
 
@@ -237,10 +244,17 @@ def test_keys_without_effect_are_said(main: Main, tiny_config: ConfigWriter) -> 
     outcome = main(tiny_config({"loss.distillation.weight": 0.5}), "max_steps=1")
     assert outcome.status == 0
     assert "loss.distillation.weight has no effect with" in outcome.text
-    changes = {"name": "none", "loss.distillation": {"teacher": "/nowhere", "weight": 0.0}}
+    distillation = {"teacher": "/nowhere", "weight": 0.0, "teacher_alignment": "error_aware"}
+    distillation |= {"self_target": "correct_mean"}
+    # Mixing is refused with the last two only where they have an effect.
+    changes = {"name": "none", "loss.distillation": distillation, "data.mixup": 0.2}
     outcome = main(tiny_config(changes), "max_steps=1")
     assert outcome.status == 0, outcome.text
-    assert "loss.distillation.teacher has no effect with" in outcome.text
+    for key in ("teacher", "teacher_alignment"):
+        said = f"loss.distillation.{key} has no effect with loss.distillation.weight=0"
+        assert said in outcome.text
+    said = "loss.distillation.self_target has no effect with loss.distillation.self_weight=0"
+    assert said in outcome.text
     outcome = main(tiny_config(RELU | {"name": "decay", "model.neuron.decay": 0.9}), "max_steps=1")
     assert outcome.status == 0
     assert "model.neuron.decay has no effect with model.neuron.kind=relu" in outcome.text

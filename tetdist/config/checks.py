@@ -227,6 +227,19 @@ def _check_distillation(config: RunConfig) -> None:
             f"{key}.teacher_weights: is of a timm teacher; set {key}.teacher=timm:NAME with it, or "
             f"give the file itself as {key}.teacher"
         )
+    if not (config.data.mixup or config.data.cutmix):
+        return
+    needs_labels = {}  # with what asks for none in its place
+    if section.teacher is not None and section.weight and section.teacher_alignment != "plain":
+        needs_labels["teacher_alignment"] = "plain"
+    if section.self_weight and section.self_target == "correct_mean":
+        needs_labels["self_target"] = "time_mean"
+    for name, other in needs_labels.items():
+        raise UserError(
+            f"{key}.{name}: {getattr(section, name)} asks whether a timestep's class is right, and "
+            "a mixed sample has two classes; set data.mixup=0 and data.cutmix=0, or "
+            f"{key}.{name}={other}"
+        )
 
 
 def effective(config: RunConfig) -> dict[str, Any]:
@@ -264,11 +277,16 @@ def _unread(config: RunConfig) -> Iterator[_Unread]:
     yield config.loss, "loss.", unread, f"loss.kind={config.loss.kind}"
     distillation = config.loss.distillation
     if distillation.teacher is None:
-        yield distillation, "loss.distillation.", ("weight",), "loss.distillation.teacher=null"
+        of_teacher = ("weight", "teacher_alignment")
+        yield distillation, "loss.distillation.", of_teacher, "loss.distillation.teacher=null"
         if not distillation.self_weight:
             yield distillation, "loss.distillation.", ("temperature",), "nothing to distil from"
     elif distillation.weight == 0:
-        yield distillation, "loss.distillation.", ("teacher",), "loss.distillation.weight=0"
+        of_teacher = ("teacher", "teacher_alignment")
+        yield distillation, "loss.distillation.", of_teacher, "loss.distillation.weight=0"
+    if not distillation.self_weight:
+        of_itself = ("self_target",)
+        yield distillation, "loss.distillation.", of_itself, "loss.distillation.self_weight=0"
     match config.data.kind:
         case "events":
             crops = ("image_size", "resize", "crop", "scale", "ratio", "padding", "interpolation")

@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from tetdist import models
 from tetdist.config.flags import MOST_PIXELS, MOST_PREFETCHED, MOST_THREADS, MOST_TIMESTEPS
-from tetdist.losses import LOSSES
+from tetdist.losses import LOSSES, SelfTarget, TeacherAlignment
 from tetdist.models import SpikingNetwork
 from tetdist.models.create import create_model
 from tetdist.nn import neurons
@@ -255,10 +255,20 @@ class DistillationSection(Section):
     """Of a timm:NAME teacher: the file of its weights; null: timm downloads those it knows."""
     weight: Annotated[float, Field(ge=0)] = 0.2
     """Of the divergence from the teacher, where there is one."""
+    teacher_alignment: TeacherAlignment = "plain"
+    """plain: logits are compared as they are. error_aware, that of SeAl: where a timestep's class
+    is wrong, its logit is replaced by that of the right class, and the teacher's of both by the
+    smaller one."""
     self_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Of the divergence of each timestep from the time-mean; 0: none. For TET only."""
+    """Of the divergence of each timestep from what the timesteps say together; 0: none. For TET
+    only."""
+    self_target: SelfTarget = "time_mean"
+    """time_mean: the mean of all timesteps. correct_mean, that of full-range distillation: of those
+    whose class is right, and equal shares of the classes where none is. similarity, that of SeAl:
+    each timestep's own mean of the others, by their confidence and similarity to it."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    """Both sides' logits are divided by it; above 1 it shows more of the lesser classes."""
+    """Of both divergences: both sides' logits are divided by it; above 1 it shows more of the
+    lesser classes."""
 
 
 class LossSection(Section):
@@ -287,8 +297,15 @@ class LossSection(Section):
         distillation = self.distillation
         if distillation.teacher is not None:
             text += f"; {distillation.weight:g} x divergence from {distillation.teacher}"
+            if distillation.teacher_alignment == "error_aware":
+                text += " after error-aware alignment"
         if distillation.self_weight:
-            text += f"; {distillation.self_weight:g} x divergence from the time-mean"
+            of_what = {
+                "time_mean": "the time-mean",
+                "correct_mean": "the mean of the correct timesteps",
+                "similarity": "the similarity-weighted mean of the other timesteps",
+            }[distillation.self_target]
+            text += f"; {distillation.self_weight:g} x divergence from {of_what}"
         if distillation.teacher is not None or distillation.self_weight:
             text += f", temperature {distillation.temperature:g}"
         return text
