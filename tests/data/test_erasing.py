@@ -80,6 +80,13 @@ def test_a_batch_is_erased_as_its_images_are_to_the_bit(mode: Any) -> None:
         assert len(image[~untouched].unique()) <= {"pixel": 24**2 * 3, "rand": 6, "const": 1}[mode]
 
 
+@pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
+def test_the_host_waits_for_no_pixel(mode: Any) -> None:
+    """Tensors without numbers cannot be waited for."""
+    what = erased(1, 0, POSITIONS, 24, Erasing(0.5, mode, 2))
+    erase_batch(torch.empty(len(POSITIONS), 3, 24, 24, device="meta"), what)
+
+
 def test_erasing_depends_on_seed_epoch_and_position_alone() -> None:
     erasing = Erasing(1.0)
     whole = erased(1, 0, POSITIONS, 24, erasing)

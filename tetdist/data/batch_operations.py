@@ -261,15 +261,15 @@ def _cubic(values: list[Tensor], d: Tensor) -> Tensor:
     return b + d * (-a + c + d * (2 * (a - b) + c - e + d * (-a + b - c + e)))
 
 
-# With the pixels that each needs, from that at the left of or above a place.
+# Each with the pixels that it takes, counted from the one to the left of a place, or above it.
 _BETWEEN: dict[str, tuple[Callable[[list[Tensor], Tensor], Tensor], tuple[int, ...]]] = {
     "bilinear": (_linear, (0, 1)),
     "bicubic": (_cubic, (-1, 0, 1, 2)),
 }
 
 
-# By the names that transforms.py, auto_augment.py and rand_augment.py use; of timm's geometry,
-# which is all done at once, by `_warped`.
+# By the names that transforms.py, auto_augment.py and rand_augment.py use. timm's geometry is not
+# among them: `_warped` does all of it at once.
 CHANGES: dict[str, _Change] = {
     "brightness": _brightness,
     "contrast": _contrast,

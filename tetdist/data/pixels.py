@@ -52,7 +52,7 @@ class Edits:
 
 
 class Resampling(NamedTuple):
-    """How operations of timm's that move pixels find colours between them.
+    """Rules by which timm's operations that move pixels find colours between them.
 
     Attributes:
         interpolation: That of the resize, but without antialiasing.
@@ -81,7 +81,7 @@ class Output:
 
     @property
     def resampling(self) -> Resampling:
-        """That of operations, where the mean comes in from outside."""
+        """The resampling of operations, for which the mean comes in from outside."""
         red, green, blue = (min(max(round(255 * mean), 0), 255) for mean in self.mean)
         return Resampling(self.interpolation, (red, green, blue))
 
