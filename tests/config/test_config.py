@@ -122,6 +122,12 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"data.scale": [1.0, 0.5]}, ("data.scale",)),
         ({"data.ratio": [-1.0, 0.5]}, ("data.ratio",)),
         ({"data.std": [0.5, 0.0, 0.5]}, ("data.std",)),
+        ({"data.auto_augment": "randm9"}, ("'data.auto_augment'", "cifar10", "as rand-m9-")),
+        ({"data.auto_augment": "rand-w0"}, ("'data.auto_augment'", "no parts but m, n,", "'w0'")),
+        (
+            {"data.auto_augment": "rand-m9", "data.color_jitter.hue": 0.1},
+            ("data.color_jitter", "data.auto_augment=rand-m9"),
+        ),
         ({"data.resize": 8}, ("data.resize", "8", "16")),
         ({"phases.0.warmup_epochs": 2.0}, ("phases.0.warmup_epochs", "2")),
         (
@@ -544,6 +550,8 @@ def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture
         ({"loss": {"kind": "sdt", "lambda": 0.1, "phi": 1.0}}, ["loss.lambda", "loss.phi"]),
         ({"data.roll": 3}, ["data.roll"]),
         ({"data.padding": 2}, ["data.padding"]),
+        ({"data.erasing.count": 2}, ["data.erasing.count"]),
+        ({"data.erasing": {"count": 2, "probability": 0.1}, "data.auto_augment": "rand-m9"}, []),
         ({"data.crop": "padded", "data.scale": ..., "data.ratio": [1.0, 1.0]}, ["data.ratio"]),
         ({"phases.0.optimizer.betas": [0.9, 0.9]}, ["phases.0.optimizer.betas"]),
         (

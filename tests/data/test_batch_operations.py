@@ -1,4 +1,5 @@
-"""Operations on whole batches, as a GPU does them: against torchvision's on each image by itself.
+"""Operations on whole batches, as a GPU does them: against torchvision's on each image by itself,
+and against Pillow's where torchvision has none.
 
 They are run here on tensors of the CPU, which are the same to them.
 """
@@ -16,6 +17,10 @@ from tetdist.data import auto_augment, pixels
 from tetdist.data.batch_operations import CHANGES, operate
 from tetdist.data.order import uniforms
 from tetdist.data.transforms import AUTO_AUGMENT_DRAWS, ColorJitter, Operation, color_jitter
+
+RESAMPLING = pixels.Resampling("bicubic", (124, 116, 104))
+ONLY_TIMMS = ("solarize_add", "gaussian_blur")
+TORCHVISIONS = [name for name in CHANGES if name not in ONLY_TIMMS]
 
 
 def images(count: int, height: int, width: int) -> Tensor:
@@ -49,13 +54,13 @@ def values_of(name: str, size: int) -> list[float]:
 
 
 @pytest.mark.parametrize("size", [(40, 30), (33, 65), (224, 224)])
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", TORCHVISIONS)
 def test_each_operation_is_torchvisions_to_the_bit(name: str, size: tuple[int, int]) -> None:
     values = values_of(name, size[1])
     operations = [[Operation(name, value)] for value in values for _ in range(4)]
     batch = images(len(operations), *size)
     expected = one_by_one(batch, operations)
-    operate(batch, operations)
+    operate(batch, operations, RESAMPLING)
     assert torch.equal(batch, expected)
 
 
@@ -70,7 +75,7 @@ def test_a_batch_of_mixed_operations_is_torchvisions(policy: auto_augment.Policy
     operations[3] = []
     batch = images(count, 48, 48)
     expected = one_by_one(batch, operations)
-    operate(batch, operations)
+    operate(batch, operations, RESAMPLING)
     assert torch.equal(batch, expected)
 
 
@@ -78,12 +83,12 @@ def test_an_image_does_not_depend_on_the_batch_it_is_in() -> None:
     values = values_of("rotate", 50)
     batch, operations = images(20, 50, 50), [[Operation("rotate", value)] for value in values]
     alone = batch[7:8].clone()
-    operate(batch, operations)
-    operate(alone, operations[7:8])
+    operate(batch, operations, RESAMPLING)
+    operate(alone, operations[7:8], RESAMPLING)
     assert torch.equal(batch[7:8], alone)
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", TORCHVISIONS)
 def test_operations_are_nearly_pillows(name: str) -> None:
     image = torch.from_numpy(np.array(picture(40, 30)))
     value = {"posterize": 5, "solarize": 100, "rotate": 20, "hue": 0.1}.get(name, 0.3)
@@ -91,12 +96,42 @@ def test_operations_are_nearly_pillows(name: str) -> None:
         value = 7
     operation = [Operation(name, value)]
     batch = image[None].clone()
-    operate(batch, [operation])
-    expected = pixels.operated(image, operation).numpy().astype(int)
+    operate(batch, [operation], RESAMPLING)
+    expected = pixels.operated(image, operation, RESAMPLING).numpy().astype(int)
     distance = np.abs(batch[0].numpy().astype(int) - expected)
     # Rotations and shears differ by a pixel at edges, and hues by what Pillow rounds.
     assert np.median(distance) <= 1
     assert distance.mean() < 4
+
+
+TIMMS_VALUES = {
+    "warp_rotate": [-30.0, -13.3, 0.0, 0.7, 27.0, 90.0],
+    "warp_shear_x": [-0.3, 0.0, 0.271],
+    "warp_shear_y": [-0.3, 0.0, 0.271],
+    "warp_translate_x": [-14.9, 0.0, 0.4, 13.0],
+    "warp_translate_y": [-14.9, 0.0, 0.4, 13.0],
+    "posterize": [0],
+    "solarize_add": [0, 9, 128],
+    "gaussian_blur": [0.1, 0.37, 0.9, 1.41, 1.5, 2.0],
+}
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(40, 30), (33, 65)])
+def test_what_only_timm_has_is_pillows_to_the_bit(
+    interpolation: Any, size: tuple[int, int]
+) -> None:
+    resampling = RESAMPLING._replace(interpolation=interpolation)
+    each = [Operation(name, value) for name, values in TIMMS_VALUES.items() for value in values]
+    operations = [[operation] for operation in each for _ in range(4)]
+    batch = images(len(operations), *size)
+    expected = [
+        pixels.operated(image, one, resampling)
+        for image, one in zip(batch, operations, strict=True)
+    ]
+    operate(batch, operations, resampling)
+    for got, image, one in zip(batch, expected, operations, strict=True):
+        assert torch.equal(got, image), one
 
 
 class Kernels(TorchDispatchMode):
@@ -122,16 +157,18 @@ class Kernels(TorchDispatchMode):
 def kernels(batch: int) -> int:
     """Those of a batch in which all operations are due, on tensors without numbers: nothing may
     depend on one, since the host would have to wait for it."""
-    names = list(CHANGES)
+    names = [*CHANGES, *pixels.WARPS]
     operations = [
         [Operation(names[k % len(names)], 0.5), Operation(names[-1 - k % len(names)], 0.5)]
         for k in range(batch)
     ]
     with Kernels() as counted:
-        operate(torch.empty(batch, 32, 32, 3, dtype=torch.uint8, device="meta"), operations)
+        empty = torch.empty(batch, 32, 32, 3, dtype=torch.uint8, device="meta")
+        operate(empty, operations, RESAMPLING)
     return counted.count
 
 
 def test_kernels_do_not_grow_with_the_batch() -> None:
     assert kernels(60) == kernels(240)
-    assert kernels(240) < 2 * len(CHANGES) * 25
+    # The blur and all geometry between pixels are some 150 each.
+    assert kernels(240) < 2 * (len(CHANGES) * 25 + 300)

@@ -31,6 +31,7 @@ AUGMENTED = {
     "data.cutout": 5,
     "data.mixup": 0.5,
     "data.cutmix": 1.0,
+    "data.erasing": {"probability": 0.6, "mode": "pixel", "count": 2},
 }
 
 

@@ -12,7 +12,9 @@ from torchvision.transforms import RandomErasing, functional
 from tetdist.data import order
 from tetdist.data.event_augment import (
     DROP_DRAWS,
+    DROP_STREAM,
     OPERATION_DRAWS,
+    OPERATION_STREAM,
     Draw,
     Operation,
     dropped,
@@ -27,7 +29,7 @@ def some_frames(dtype: type = np.uint8) -> np.ndarray:
     return np.random.default_rng(0).integers(1, 9, (T, 2, H, W)).astype(dtype)
 
 
-def drawn(count: int, columns: int, stream: int = order.EVENT_AUGMENT) -> np.ndarray:
+def drawn(count: int, columns: int, stream: int = OPERATION_STREAM) -> np.ndarray:
     return order.uniforms(3, 1, np.arange(count), columns, stream)
 
 
@@ -124,7 +126,7 @@ def test_a_square_that_does_not_fit_is_none() -> None:
 
 def sample(number: int, **fixed: float) -> tuple[Draw, np.ndarray]:
     """Numbers of one sample, some of them fixed by their place, and how they are asked for."""
-    numbers = drawn(number + 1, DROP_DRAWS + T * 2 * H * W, order.EVENT_DROP)[number].copy()
+    numbers = drawn(number + 1, DROP_DRAWS + T * 2 * H * W, DROP_STREAM)[number].copy()
     for i, name in enumerate(("which", "first", "second", "third")):
         numbers[i] = fixed.get(name, numbers[i])
     return (lambda count: numbers[:count]), numbers
@@ -171,7 +173,7 @@ def test_events_are_dropped_at_random() -> None:
 def test_a_share_of_the_samples_is_dropped_from_and_none_loses_all() -> None:
     frames = some_frames()[:1]  # one timestep: a stretch of time is all of it, or nothing
     changed, number = Counter[int](), 1000
-    draws = drawn(number, DROP_DRAWS + frames.size, order.EVENT_DROP)
+    draws = drawn(number, DROP_DRAWS + frames.size, DROP_STREAM)
     for numbers in draws:
         left = dropped(frames.copy(), lambda count, n=numbers: n[:count], 0.75)
         assert left.any()
@@ -184,6 +186,6 @@ def test_a_share_of_the_samples_is_dropped_from_and_none_loses_all() -> None:
 
 def test_draws_are_of_streams_of_their_own() -> None:
     positions = np.arange(4)
-    streams = (order.AUGMENTATION, order.MIXING, order.EVENT_AUGMENT, order.EVENT_DROP)
+    streams = (order.AUGMENTATION, order.MIXING, OPERATION_STREAM, DROP_STREAM)
     draws = [order.uniforms(0, 0, positions, 50, stream) for stream in streams]
     assert len(np.unique(draws)) == 4 * 4 * 50

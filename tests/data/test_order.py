@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.data.distributed_sampler import RepeatAugSampler
 
 from tetdist.data import order
 from tetdist.errors import UserError
@@ -118,6 +119,21 @@ def test_an_epoch_takes_each_sample_at_most_once_and_drops_others_each_time():
     assert len(taken) == len(set(taken)) == 96
     dropped = [set(order.permutation(100, 0, epoch)[96:]) for epoch in range(2)]
     assert dropped[0] != dropped[1]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 8])
+def test_repeats_are_dealt_out_as_timms_among_as_many_processes(micro_batches):
+    samples, micro, steps = 100, 3, 100 // (3 * micro_batches)
+    step = micro * micro_batches
+    places = order.repeated(np.arange(steps * step), 3, step, micro).reshape(steps, -1, micro)
+    for number in range(micro_batches):
+        sampler = RepeatAugSampler(
+            range(samples), micro_batches, number, shuffle=False, num_repeats=3, selected_round=0
+        )
+        assert places[:, number].ravel().tolist() == list(sampler)[: steps * micro]
+    # Of an epoch's length a third are other images.
+    assert set(places.ravel()) == set(range(-(-steps * step // 3)))
+    assert order.repeated(np.arange(9), 1, 3, 1).tolist() == list(range(9))
 
 
 @given(st.integers(0, 200), st.integers(1, 20), st.integers(1, 5))

@@ -22,11 +22,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from tetdist.config.loading import load
+from tetdist.config.rand_augment import RandAugment
 from tetdist.data import build, event_augment, order, pixels, transforms
 from tetdist.data.auto_augment import auto_augment
 from tetdist.data.batches import (
     EvaluationShare,
-    ImageAugmentation,
     Share,
     eval_batches,
     event_eval_batches,
@@ -34,7 +34,9 @@ from tetdist.data.batches import (
     train_batches,
 )
 from tetdist.data.dali import Workers
+from tetdist.data.erasing import Erasing
 from tetdist.data.event_augment import EventAugmentation
+from tetdist.data.image_augmentation import ImageAugmentation
 from tetdist.data.index import Index, build_event_index, build_index, load_index
 from tetdist.data.loader import Loader
 from tetdist.data.pixels import Output
@@ -186,6 +188,32 @@ def test_every_kind_of_image_is_decoded_as_pil_does(tmp_path):
         assert largest <= 1, index.path(i)
 
 
+def test_the_resize_in_training_is_pillows_of_the_interpolation_asked_for(tmp_path):
+    noise = np.random.default_rng(0)
+    for k in range(4):
+        file = tmp_path / "train" / ("one", "two")[k % 2] / f"{k}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 256, (50, 40 + k, 3), np.uint8)).save(file)
+    index = indexed(tmp_path)
+    draws = order.uniforms(SHARE.seed, 0, np.arange(2), 22)
+
+    def expected(i, draw, mode):
+        sizes = index.heights[[i]], index.widths[[i]]
+        (window,) = transforms.random_resized_crop(*sizes, draw[None], (0.2, 1.0), (3 / 4, 4 / 3))
+        image = tv.crop(Image.open(tmp_path / index.path(i)), *window.tolist())
+        # Rows first; see test_pixels.py.
+        return tv.resize(tv.resize(image, [image.height, 32], mode), [32, 32], mode)
+
+    for interpolation, other in (("bilinear", "bicubic"), ("bicubic", "bilinear")):
+        output = dataclasses.replace(OUTPUT, interpolation=interpolation)
+        with train(index, tmp_path, output=output, flip=0.0) as loader:
+            batch = next(loader)
+        for k, i in enumerate(batch.ids):
+            right, wrong = (expected(i, draws[k], MODES[name]) for name in (interpolation, other))
+            assert difference(batch.images[k], [right])[1] <= 1.01
+            assert difference(batch.images[k], [wrong])[0] > 2
+
+
 @pytest.fixture
 def png_root(tmp_path):
     """12 images of 2 classes, 40 x 36 pixels and more, that are decoded without loss."""
@@ -227,7 +255,9 @@ def test_every_augmentation_is_pillows_with_the_same_parameters(png_root):
             image = image.crop((left, top, left + 32, top + 32))
             if draws.flip[k, 0] < CROPS["flip"]:
                 image = ImageOps.mirror(image)
-            expected = pixels.operated(torch.from_numpy(np.array(image)), first + second).numpy()
+            expected = pixels.operated(
+                torch.from_numpy(np.array(image)), first + second, OUTPUT.resampling
+            ).numpy()
             upper, left, lower, right = boxes[k]
             expected[upper:lower, left:right] = 0
             assert np.array_equal(batch.images[k].permute(1, 2, 0).round().numpy(), expected)
@@ -235,11 +265,20 @@ def test_every_augmentation_is_pillows_with_the_same_parameters(png_root):
     assert changes > 0
 
 
-def test_augmented_batches_resume_and_share_out_as_others_do(png_root):
+AS_TIMM = {
+    "policy": RandAugment(m=9, mstd=0.5, inc=True),
+    "erasing": Erasing(0.5, "pixel", count=2),
+    "mixing": transforms.Mixing(mixup=0.2),
+}
+
+
+@pytest.mark.parametrize(("changes", "repeats"), [(EVERYTHING, 1), (AS_TIMM, 3)])
+def test_augmented_batches_resume_and_share_out_as_others_do(png_root, changes, repeats):
     index = indexed(png_root)
 
     def batches(share, count):
-        with train(index, png_root, share=share, **EVERYTHING) as loader:
+        share = dataclasses.replace(share, repeats=repeats)
+        with train(index, png_root, share=share, **changes) as loader:
             return [(b.images, b.ids.tolist(), *b.mix) for b in islice(loader, count)]
 
     def assert_same(first, second):
@@ -254,7 +293,10 @@ def test_augmented_batches_resume_and_share_out_as_others_do(png_root):
     for rank in (0, 1):
         share = dataclasses.replace(SHARE, rank=rank, world_size=2)
         assert_same(batches(share, 6), straight[rank::2])
-    # Two samples of an epoch are never mixed alike.
+    counts = np.unique(np.concatenate([ids for _, ids, *_ in straight[:6]]), return_counts=True)[1]
+    assert counts.tolist() == [repeats] * (12 // repeats)
+    # Two samples of an epoch are never changed alike.
+    assert len({image.numpy().tobytes() for batch in straight[:6] for image in batch[0]}) == 12
     kept = np.concatenate([share for _, _, share, *_ in straight[:6]])
     assert len(set(kept)) > 6
 
@@ -578,11 +620,11 @@ def test_events_are_changed_after_the_roll_and_before_the_cutout(event_root):
     for number, ((before, ids), (after, same_ids)) in enumerate(zip(rolled, changed, strict=True)):
         assert ids == same_ids
         positions = 2 * number + np.arange(2)
-        numbers = order.uniforms(SHARE.seed, 0, positions, 4, order.EVENT_AUGMENT)
+        numbers = order.uniforms(SHARE.seed, 0, positions, 4, event_augment.OPERATION_STREAM)
         boxes = transforms.cutout_boxes(
             transforms.event_draws(SHARE.seed, 0, positions).cutout, 8, 6, 3
         )
-        cells = order.uniforms(SHARE.seed, 0, positions, 4 + 3 * 2 * 8 * 6, order.EVENT_DROP)
+        cells = order.uniforms(SHARE.seed, 0, positions, 4 + 3 * 2 * 8 * 6, event_augment.DROP_STREAM)
         for k, operation in enumerate(event_augment.operations(numbers, "nda", (8, 6))):
             frames = event_augment.operated(before[k].numpy(), operation)
             frames = event_augment.dropped(frames, lambda n, row=cells[k]: row[:n], 0.75)

@@ -11,6 +11,9 @@ from torchvision.transforms import functional as tv
 from tetdist.data import auto_augment, pixels, transforms
 from tetdist.data.order import uniforms
 
+# What timm takes for images of ImageNet.
+TIMMS = pixels.Resampling("bicubic", (124, 116, 104))
+
 
 def tensor(image):
     return torch.from_numpy(np.array(image))
@@ -51,7 +54,7 @@ def test_auto_augment_is_torchvisions(policy, monkeypatch):
         parameters = int(row[0] * 25), torch.tensor(row[1:3]), torch.tensor((row[3:] >= 0.5) * 1)
         monkeypatch.setattr(theirs, "get_params", lambda _, found=parameters: found)
         expected = theirs(image)
-        got = pixels.operated(tensor(image), operations)
+        got = pixels.operated(tensor(image), operations, TIMMS)
         assert torch.equal(got, tensor(expected)), operations
         used |= {(parameters[0], len(operations))}
     assert {number for number, _ in used} == set(range(25))
@@ -66,7 +69,7 @@ def test_colour_jitter_is_torchvisions(monkeypatch):
         factors = dict(operations)
         parameters = (order, *(factors[name] for name in reach._fields))
         monkeypatch.setattr(theirs, "get_params", lambda *_, found=parameters: found)
-        assert torch.equal(pixels.operated(tensor(image), operations), tensor(theirs(image)))
+        assert torch.equal(pixels.operated(tensor(image), operations, TIMMS), tensor(theirs(image)))
 
 
 def test_normalising_is_torchvisions():

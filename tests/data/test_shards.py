@@ -21,13 +21,13 @@ from torchvision.transforms import functional as tv
 from tetdist.data import index as ix
 from tetdist.data.batches import (
     EvaluationShare,
-    ImageAugmentation,
     Share,
     eval_batches,
     train_batches,
 )
 from tetdist.data.dali import Workers
 from tetdist.data.extract import extract_split
+from tetdist.data.image_augmentation import ImageAugmentation
 from tetdist.data.layouts import Hints, list_split
 from tetdist.data.pixels import Output
 from tetdist.data.shards import plan_shards, shard_split

@@ -122,8 +122,9 @@ def make_images(folder: Path, count: int = 100) -> list[Path]:
 
 @contextlib.contextmanager
 def ours(options: argparse.Namespace, root: Path) -> Iterator[Step]:
-    from tetdist.data.batches import ImageAugmentation, Share, train_batches
+    from tetdist.data.batches import Share, train_batches
     from tetdist.data.dali import Workers
+    from tetdist.data.image_augmentation import ImageAugmentation
     from tetdist.data.index import build_index
     from tetdist.data.pixels import Output
 

@@ -154,6 +154,11 @@ def _check_augmentation(config: RunConfig) -> None:
             f"data.padding: {data.padding} must be below the image size, {smallest}: a crop could "
             "be all border"
         )
+    if data.auto_augment.startswith("rand") and any(dict(data.color_jitter).values()):
+        raise UserError(
+            f"data.color_jitter: data.auto_augment={data.auto_augment} changes colours itself, and "
+            "timm drops the jitter with it; leave one of them out"
+        )
     if (data.mixup or data.cutmix) and config.batch.micro == 1:
         raise UserError(
             "batch.micro: 1 leaves data.mixup and data.cutmix nothing to mix a sample with; take 2 "
@@ -290,13 +295,16 @@ def _unread(config: RunConfig) -> Iterator[_Unread]:
     match config.data.kind:
         case "events":
             crops = ("image_size", "resize", "crop", "scale", "ratio", "padding", "interpolation")
-            colors = ("auto_augment", "color_jitter", "mean", "std")
+            colors = ("auto_augment", "color_jitter", "erasing", "mean", "std")
             yield config.data, "data.", (*crops, *colors), "data.kind=events"
         case "images":
             of_events = ("roll", "event_augment", "event_drop")
             yield config.data, "data.", of_events, "data.kind=images"
             crop, others = config.data.crop, {"padded": ("scale", "ratio"), "resized": ("padding",)}
             yield config.data, "data.", others[crop], f"data.crop={crop}"
+            if not config.data.erasing.probability:
+                because = "data.erasing.probability=0"
+                yield config.data.erasing, "data.erasing.", ("mode", "count"), because
         case other:
             assert_never(other)
     yield from _unread_by_mixing(config.data)

@@ -15,11 +15,19 @@ from typing import Annotated, Any, Literal, get_type_hints
 import pydantic
 import timm
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+)
 from pydantic_core import PydanticCustomError
 
 from tetdist import models
 from tetdist.config.flags import MOST_PIXELS, MOST_PREFETCHED, MOST_THREADS, MOST_TIMESTEPS
+from tetdist.config.rand_augment import EXAMPLE, rand_augment
 from tetdist.losses import LOSSES, SelfTarget, TeacherAlignment
 from tetdist.models import SpikingNetwork
 from tetdist.models.create import create_model
@@ -170,6 +178,32 @@ class MixingSection(Section):
     mixup_off_epoch."""
 
 
+class ErasingSection(Section):
+    """Random erasing of rectangles of training images, after normalisation, as timm's."""
+
+    probability: Fraction = 0.0
+    """Of an image to have rectangles erased."""
+    mode: Literal["pixel", "rand", "const"] = "pixel"
+    """What is there instead: noise in every pixel, one random colour, or the mean's."""
+    count: Annotated[int, Field(gt=0, le=100)] = 1
+    """Most rectangles of an image; it gets from one to so many, which share the area of one."""
+
+
+POLICIES = ("none", "cifar10", "imagenet", "trivial", "3a")
+
+
+def _policy(text: str) -> str:
+    if text in POLICIES:
+        return text
+    try:
+        if text.split("-")[0] != "rand":
+            raise ValueError(f"must be {', '.join(POLICIES)}, or RandAugment, as {EXAMPLE}")
+        rand_augment(text)
+    except ValueError as error:
+        raise PydanticCustomError("policy", "{text}", {"text": str(error)}) from error
+    return text
+
+
 class DataSection(Section):
     kind: Literal["images", "events"] = "images"
     """images: decoded and augmented here. events: pre-binned tensors (T, 2, H, W)."""
@@ -200,11 +234,19 @@ class DataSection(Section):
     event_drop: Fraction = 0.0
     """Events: probability that a training sample loses some by EventDrop, whose paper takes 0.75:
     in a stretch of time, in an area, or at random."""
-    auto_augment: Literal["none", "cifar10", "imagenet"] = "none"
-    """AutoAugment's policy."""
+    auto_augment: Annotated[str, OneOf(lambda: (*POLICIES, EXAMPLE)), AfterValidator(_policy)] = (
+        "none"
+    )
+    """Operations on colours and geometry: AutoAugment's policy for cifar10 or imagenet, trivial:
+    TrivialAugment (wide), 3a: 3-Augment, rand-...: RandAugment, with timm's numbers m, n, p, mstd,
+    mmax, inc."""
     color_jitter: ColorJitterSection = ColorJitterSection()
     cutout: Annotated[int, Field(ge=0)] = 0
     """Side of a square that is set to 0 (after normalisation); 0: none."""
+    erasing: ErasingSection = ErasingSection()
+    repeats: Positive = 1
+    """Times that a sample comes in a row, augmented differently each time. An epoch is as long as
+    without, of fewer samples."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Alpha of mixup, whose lambda is drawn from Beta(alpha, alpha); 0: off."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0

@@ -3,17 +3,20 @@
 On a CPU pixels.py changes one image after another with Pillow. A GPU would wait for the host: an
 operation of torchvision is some ten kernels an image. Here all images that are due to have the same
 operation, each with its own value, share these kernels, so that their number depends on the kinds
-of operations, and not on the batch. The bytes are those of torchvision's functions for tensors.
+of operations, and not on the batch. The bytes are those of torchvision's functions for tensors, and
+Pillow's of what only timm has: blur, addition to dark pixels, and geometry between pixels.
 """
 
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import functional as vision
 
+from tetdist.data.pixels import WARPS, Resampling, Rows, solarize_add_levels
 from tetdist.data.transfer import on_device
 from tetdist.data.transforms import Operation
 
@@ -21,18 +24,23 @@ from tetdist.data.transforms import Operation
 _Change = Callable[[Tensor, list[float]], Tensor]
 
 
-def operate(images: Tensor, operations: list[list[Operation]]) -> None:
+def operate(images: Tensor, operations: list[list[Operation]], resampling: Resampling) -> None:
     """Change images (B, H, W, 3), uint8, in place, each by its operations one after another."""
     planes = images.permute(0, 3, 1, 2)
     for turn in range(max(map(len, operations), default=0)):
-        due: dict[str, list[tuple[int, float]]] = {}
+        due: dict[str, list[tuple[int, Operation]]] = {}
         for k, of_image in enumerate(operations):
             if turn < len(of_image):
-                due.setdefault(of_image[turn].name, []).append((k, of_image[turn].value))
+                name = of_image[turn].name
+                due.setdefault("warp" if name in WARPS else name, []).append((k, of_image[turn]))
         for name, those in due.items():
             rows = on_device(torch.tensor([k for k, _ in those]), images.device)
-            values = [value for _, value in those]
-            planes.index_copy_(0, rows, CHANGES[name](planes.index_select(0, rows), values))
+            chosen = planes.index_select(0, rows)
+            if name == "warp":
+                changed = _warped(chosen, [operation for _, operation in those], resampling)
+            else:
+                changed = CHANGES[name](chosen, [operation.value for _, operation in those])
+            planes.index_copy_(0, rows, changed)
 
 
 def _numbers(images: Tensor, values: list[float]) -> Tensor:
@@ -125,17 +133,56 @@ def _equalize(images: Tensor, _: list[float]) -> Tensor:
     return levels.gather(2, channels).to(torch.uint8).view_as(images)
 
 
+def _solarize_add(images: Tensor, adds: list[float]) -> Tensor:
+    levels = torch.tensor([solarize_add_levels(add) for add in adds], dtype=torch.uint8)
+    levels = on_device(levels, images.device)
+    return levels.gather(1, images.flatten(1).long()).view_as(images)
+
+
+def _gaussian_blur(images: Tensor, radii: list[float]) -> Tensor:
+    """Pillow's blur: thrice in each direction the mean of a window, of whose ends a part counts."""
+    weights = on_device(torch.tensor([_window(radius) for radius in radii]), images.device)
+    middle, *others = weights[:, :, None, None, None].unbind(1)
+    values = images.long()
+    for dim in (3, 3, 3, 2, 2, 2):
+        last = values.shape[dim] - 1
+        places = torch.arange(last + 1, device=images.device)
+        total = middle * values + 2**23
+        for distance, weight in enumerate(others, start=1):
+            before = values.index_select(dim, (places - distance).clamp(min=0))
+            behind = values.index_select(dim, (places + distance).clamp(max=last))
+            total = total + weight * (before + behind)
+        values = total >> 24
+    return values.to(torch.uint8)
+
+
+def _window(radius: float) -> list[int]:
+    """Weights, in units of 2**-24, of a pixel and of those one and two away from it.
+
+    They are Pillow's, which has those of three windows together vary as a Gaussian does, in float32
+    (Gwosdek et al., 2011).
+    """
+    one = np.float32
+    variance = one(radius) * one(radius) / one(3)
+    whole = one(math.floor((math.sqrt(12 * float(variance) + 1) - 1) / 2))
+    assert whole <= 1, f"a radius of {radius} takes a longer window"
+    next_one = whole + one(1)
+    part = (2 * whole + one(1)) * (whole * next_one - 3 * variance)
+    part = part / (6 * (variance - next_one * next_one))
+    inner = int(one(2**24) / (2 * (whole + part) + one(1)))
+    outer = (2**24 - (2 * int(whole) + 1) * inner) // 2
+    return [inner, inner, outer] if whole else [inner, outer, 0]
+
+
 # --- geometry -------------------------------------------------------------------------------------
 
-# Two rows of a matrix: where in the input, from its middle, x and y of an output pixel come from.
-_Rows = tuple[float, float, float, float, float, float]
 
-
-def _moved(rows_of: Callable[[float, int, int], _Rows]) -> _Change:
+def _moved(rows_of: Callable[[float, int, int], Rows]) -> _Change:
     """Take each pixel from another place, the nearest one; what comes from outside is black.
 
     Args:
-        rows_of: Gives the matrix of a value, and height and width of the images.
+        rows_of: Gives the matrix of a value, and height and width of the images, whose middle is
+            where x and y are 0.
     """
 
     def change(images: Tensor, values: list[float]) -> Tensor:
@@ -155,28 +202,74 @@ def _moved(rows_of: Callable[[float, int, int], _Rows]) -> _Change:
     return change
 
 
-def _shear_x(value: float, height: int, _: int) -> _Rows:
+def _shear_x(value: float, height: int, _: int) -> Rows:
     return (1, value, value * height / 2, 0, 1, 0)
 
 
-def _shear_y(value: float, _: int, width: int) -> _Rows:
+def _shear_y(value: float, _: int, width: int) -> Rows:
     return (1, 0, 0, value, 1, value * width / 2)
 
 
-def _translate_x(value: float, _: int, __: int) -> _Rows:
+def _translate_x(value: float, _: int, __: int) -> Rows:
     return (1, 0, -int(value), 0, 1, 0)
 
 
-def _translate_y(value: float, _: int, __: int) -> _Rows:
+def _translate_y(value: float, _: int, __: int) -> Rows:
     return (1, 0, 0, 0, 1, -int(value))
 
 
-def _rotate(degrees: float, _: int, __: int) -> _Rows:
+def _rotate(degrees: float, _: int, __: int) -> Rows:
     angle = math.radians(-degrees)
     return (math.cos(angle), math.sin(angle), 0, -math.sin(angle), math.cos(angle), 0)
 
 
-# By the names that transforms.py and auto_augment.py use.
+def _warped(images: Tensor, operations: list[Operation], resampling: Resampling) -> Tensor:
+    """Take each pixel from between others, as Pillow does, in its order of sums and products."""
+    height, width = images.shape[2:]
+    rows = [WARPS[name](value, height, width) for name, value in operations]
+    table = on_device(torch.tensor(rows, dtype=torch.float64).view(-1, 2, 3, 1, 1), images.device)
+    x = torch.arange(width, dtype=torch.float64, device=images.device) + 0.5
+    y = torch.arange(height, dtype=torch.float64, device=images.device)[:, None] + 0.5
+    place_x, place_y = (table[:, :, 0] * x + table[:, :, 1] * y + table[:, :, 2]).unbind(1)
+    is_inside = (place_x >= 0) & (place_x < width) & (place_y >= 0) & (place_y < height)
+    place_x, place_y = place_x - 0.5, place_y - 0.5
+    left, top = place_x.floor(), place_y.floor()
+    right_of, below = (place_x - left)[:, None], (place_y - top)[:, None]
+    between, offsets = _BETWEEN[resampling.interpolation]
+    columns = [(left.long() + offset).clamp(0, width - 1) for offset in offsets]
+    pixels, found = images.flatten(2), []
+    for offset in offsets:
+        first = (top.long() + offset).clamp(0, height - 1) * width
+        row = [
+            pixels.gather(2, (first + column).flatten(1)[:, None].expand(-1, 3, -1))
+            for column in columns
+        ]
+        found.append(between([one.view_as(images).double() for one in row], right_of))
+    warped = between(found, below).clamp(0, 255).to(torch.uint8)
+    fill = on_device(torch.tensor(resampling.fill, dtype=torch.uint8), images.device)
+    return torch.where(is_inside[:, None], warped, fill[:, None, None])
+
+
+def _linear(values: list[Tensor], d: Tensor) -> Tensor:
+    first, second = values
+    return first + (second - first) * d
+
+
+def _cubic(values: list[Tensor], d: Tensor) -> Tensor:
+    """Convolution with the cubic kernel of a = -1, between the second and the third value."""
+    a, b, c, e = values
+    return b + d * (-a + c + d * (2 * (a - b) + c - e + d * (-a + b - c + e)))
+
+
+# Each with the pixels that it takes, counted from the one to the left of a place, or above it.
+_BETWEEN: dict[str, tuple[Callable[[list[Tensor], Tensor], Tensor], tuple[int, ...]]] = {
+    "bilinear": (_linear, (0, 1)),
+    "bicubic": (_cubic, (-1, 0, 1, 2)),
+}
+
+
+# By the names that transforms.py, auto_augment.py and rand_augment.py use. timm's geometry is not
+# among them: `_warped` does all of it at once.
 CHANGES: dict[str, _Change] = {
     "brightness": _brightness,
     "contrast": _contrast,
@@ -193,4 +286,6 @@ CHANGES: dict[str, _Change] = {
     "autocontrast": lambda images, _: vision.autocontrast(images),
     "equalize": _equalize,
     "invert": lambda images, _: 255 - images,
+    "solarize_add": _solarize_add,
+    "gaussian_blur": _gaussian_blur,
 }

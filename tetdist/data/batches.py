@@ -8,16 +8,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from tetdist.data.auto_augment import Policy, auto_augment
 from tetdist.data.dali import Workers, event_graph, image_graph
 from tetdist.data.event_augment import EventAugmentation, EventChanges
+from tetdist.data.image_augmentation import ImageAugmentation, augmented
 from tetdist.data.index import Index
 from tetdist.data.loader import Inputs, Loader, Stream, Transforms
 from tetdist.data.order import (
@@ -25,29 +24,16 @@ from tetdist.data.order import (
     micro_batch_positions,
     permutation,
     rank_micro_batches,
+    repeated,
     steps_per_epoch,
 )
 from tetdist.data.pixels import Edits, Output
 from tetdist.data.reader import SampleReader
 from tetdist.data.transforms import (
-    NO_MIXING,
-    ColorJitter,
-    ImageDraws,
     Mix,
-    Mixing,
-    Operation,
-    Transform,
     centre_crop,
-    color_jitter,
-    cutout_boxes,
-    flips,
-    image_draws,
     micro_batch_mix,
-    padded_crop,
-    random_resized_crop,
 )
-
-NO_JITTER = ColorJitter()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +48,7 @@ class Share:
         world_size: Number of processes.
         epoch: The first batch's epoch.
         step_in_epoch: The first batch's step in that epoch.
+        repeats: Times that a sample comes in a row; see `order.repeated`.
     """
 
     seed: int
@@ -71,6 +58,7 @@ class Share:
     world_size: int
     epoch: int
     step_in_epoch: int
+    repeats: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,37 +74,6 @@ class EvaluationShare:
     batch_size: int
     rank: int
     world_size: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageAugmentation:
-    """Random changes of training images.
-
-    After the crop come the flip, AutoAugment, the colours, normalisation, the cutout, and the
-    transforms.
-
-    Attributes:
-        scale: Least and greatest part of the image's area in a crop.
-        ratio: Least and greatest width / height of a crop.
-        flip: Probability of mirroring left to right.
-        padding: Instead of a crop by scale and ratio, one of the output's size from the image with
-            so many black pixels on each side; no image may be too small for it.
-        policy: AutoAugment's policy; None for none.
-        jitter: Reach of the changes of colour.
-        cutout: Side of a square that is 0 after normalisation.
-        mixing: What the batches say about mixing; the images come unmixed.
-        transforms: Transforms of one's own, in their order.
-    """
-
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    flip: float
-    padding: int | None = None
-    policy: Policy | None = None
-    jitter: ColorJitter = NO_JITTER
-    cutout: int = 0
-    mixing: Mixing = NO_MIXING
-    transforms: tuple[Transform, ...] = ()
 
 
 def train_batches(
@@ -144,8 +101,9 @@ def train_batches(
 
     def readings() -> Iterator[_Reading]:
         for epoch, positions, ids in micro_batches:
-            draws = image_draws(share.seed, epoch, positions)
-            window, edits = _augmented(index, ids, draws, output.size, augmentation)
+            window, edits = augmented(
+                index, ids, share.seed, epoch, positions, output.size, augmentation
+            )
             reading = _image_reading(reader, workers, ids, window, edits)
             size = output.size, output.size
             yield _with_draws(reading, share.seed, epoch, positions, size, augmentation)
@@ -162,48 +120,6 @@ def train_batches(
         max_batch=share.micro_batch,
         output=output,
     )
-
-
-def _augmented(
-    index: Index,
-    ids: npt.NDArray[np.int64],
-    draws: ImageDraws,
-    image_size: int,
-    augmentation: ImageAugmentation,
-) -> tuple[npt.NDArray[np.int32], Edits]:
-    """Windows (B, 4) of some images, and what becomes of them."""
-    heights, widths = index.heights[ids], index.widths[ids]
-    if augmentation.padding is None:
-        window = random_resized_crop(
-            heights, widths, draws.crop, augmentation.scale, augmentation.ratio
-        )
-        size = np.full((len(ids), 2), image_size, np.int32)
-        corner = np.zeros_like(size)
-    else:
-        window, corner = padded_crop(
-            heights, widths, draws.crop[:, :2], augmentation.padding, image_size
-        )
-        size = window[:, 2:]
-    side = augmentation.cutout
-    return window, Edits(
-        size=size,
-        corner=corner,
-        mirror=flips(draws.flip[:, 0], augmentation.flip),
-        operations=_operations(draws, augmentation.policy, augmentation.jitter, image_size),
-        cutout=cutout_boxes(draws.cutout, image_size, image_size, side) if side else None,
-    )
-
-
-def _operations(
-    draws: ImageDraws, policy: Policy | None, jitter: ColorJitter, image_size: int
-) -> list[list[Operation]]:
-    """Operations of each sample, AutoAugment's before the colours'; empty if there are none."""
-    kinds = []
-    if policy:
-        kinds.append(auto_augment(draws.auto_augment, policy, image_size))
-    if any(jitter):
-        kinds.append(color_jitter(draws.color_jitter, jitter))
-    return [list(chain(*of_a_sample)) for of_a_sample in zip(*kinds, strict=True)]
 
 
 def eval_batches(
@@ -338,7 +254,10 @@ def _micro_batches(num_samples: int, share: Share) -> Iterator[_MicroBatch]:
                     positions = micro_batch_positions(
                         step, i, share.global_batch, share.micro_batch
                     )
-                    yield _MicroBatch(epoch, positions, order[positions])
+                    places = repeated(
+                        positions, share.repeats, share.global_batch, share.micro_batch
+                    )
+                    yield _MicroBatch(epoch, positions, order[places])
             epoch, first_step = epoch + 1, 0
 
     # This is a generator of its own, so that the checks above are made now and not at the first

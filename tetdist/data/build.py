@@ -7,13 +7,18 @@ from typing import assert_never
 
 import numpy as np
 
+from tetdist.config.rand_augment import rand_augment
 from tetdist.config.schema import DataSection, RunConfig, phase_image_sizes
 from tetdist.data import batches, dali, loader
+from tetdist.data.auto_augment import Policy
 from tetdist.data.delivery import Batches, DeviceBatches
+from tetdist.data.erasing import Erasing
 from tetdist.data.event_augment import EventAugmentation
+from tetdist.data.image_augmentation import ImageAugmentation
 from tetdist.data.index import Index
 from tetdist.data.own_process import LoaderProcess
 from tetdist.data.pixels import Output
+from tetdist.data.rand_augment import RandomPolicy
 from tetdist.data.transforms import TRANSFORMS, ColorJitter, Mixing, Transform
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
@@ -62,14 +67,15 @@ def _train_batches(
                 ),
             )
         case "images":
-            augmentation = batches.ImageAugmentation(
+            augmentation = ImageAugmentation(
                 scale=data.scale,
                 ratio=data.ratio,
                 flip=data.flip,
                 padding=_padding(data),
-                policy=None if data.auto_augment == "none" else data.auto_augment,
+                policy=_policy(data.auto_augment),
                 jitter=ColorJitter(**data.color_jitter.model_dump()),
                 cutout=data.cutout,
+                erasing=Erasing(**data.erasing.model_dump()),
                 mixing=mixing,
                 transforms=transforms,
             )
@@ -120,6 +126,16 @@ def _padding(data: DataSection) -> int | None:
             return None
         case _:
             assert_never(data.crop)
+
+
+def _policy(text: str) -> Policy | RandomPolicy | None:
+    match text:
+        case "none":
+            return None
+        case "cifar10" | "imagenet" | "trivial" | "3a" as policy:
+            return policy
+        case _:
+            return rand_augment(text)
 
 
 def _output(data: DataSection, size: int) -> Output:

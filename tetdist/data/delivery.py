@@ -8,6 +8,7 @@ from typing import Protocol, Self
 
 import torch
 
+from tetdist.data.erasing import erase_batch
 from tetdist.data.loader import Batch
 from tetdist.data.pixels import Scale, finished, scale_on
 from tetdist.data.transfer import on_device, taker
@@ -79,11 +80,13 @@ class DeviceBatches:
         images = batch.images.to(self._device, non_blocking=True, copy=True)
         labels = on_device(batch.labels.clone(), self._device)
         if batch.rest is not None:
-            output, boxes = batch.rest
+            output, boxes, erased = batch.rest
             cutout = None if boxes is None else on_device(torch.from_numpy(boxes), self._device)
             if self._scale is None:
                 self._scale = scale_on(self._device, output)
             images = finished(images, self._scale, cutout)
+            if erased is not None:
+                erase_batch(images, erased)
         # Events come as they are stored; a network is given float32.
         return batch._replace(images=images.float(), labels=labels, rest=None)
 

@@ -1,7 +1,7 @@
 """Augmentation of event frames (T, 2, H, W), all timesteps of a sample alike.
 
 Operations are those of published recipes, with torchvision's pixels (nearest, and nothing where
-nothing comes in). Which one a sample gets is decided by numbers of its own streams in order.py.
+nothing comes in). Which one a sample gets is decided by numbers of its own streams.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torchvision.transforms import functional as vision
 
-from tetdist.data.order import EVENT_AUGMENT, EVENT_DROP, uniforms
+from tetdist.data.order import named_stream, uniforms
 from tetdist.data.pixels import cut_out
 from tetdist.data.transforms import (
     NO_MIXING,
@@ -34,6 +34,7 @@ _Frames = npt.NDArray[Any]
 Draw = Callable[[int], _Floats]
 
 OPERATION_DRAWS, DROP_DRAWS = 4, 4
+OPERATION_STREAM, DROP_STREAM = named_stream("event operations"), named_stream("event drop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class EventChanges:
         self._shift = shifts(draws.roll, augmentation.roll)
         self._operations: list[Operation] | None = None
         if augmentation.policy is not None:
-            numbers = uniforms(seed, epoch, positions, OPERATION_DRAWS, EVENT_AUGMENT)
+            numbers = uniforms(seed, epoch, positions, OPERATION_DRAWS, OPERATION_STREAM)
             self._operations = operations(numbers, augmentation.policy, size)
         self._drop = augmentation.drop
         self._boxes = cutout_boxes(draws.cutout, *size, augmentation.cutout)
@@ -102,7 +103,7 @@ class EventChanges:
     def _drop_draws(self, k: int) -> Draw:
         seed, epoch, positions = self._key
         one = positions[k : k + 1]
-        return lambda count: uniforms(seed, epoch, one, count, EVENT_DROP)[0]
+        return lambda count: uniforms(seed, epoch, one, count, DROP_STREAM)[0]
 
 
 class Operation(NamedTuple):

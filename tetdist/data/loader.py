@@ -15,6 +15,7 @@ import torch
 
 from tetdist.data.batch_operations import operate
 from tetdist.data.dali import Graph, Source, Workers, import_dali
+from tetdist.data.erasing import Erased, erase
 from tetdist.data.index import Index
 from tetdist.data.pixels import Edits, Output, cut_out, edited, normalized
 from tetdist.data.probe import probe_image, probe_range
@@ -31,10 +32,12 @@ class Rest(NamedTuple):
     Attributes:
         output: Scale of the images.
         cutout: (B, 4) boxes that are then 0; None: none.
+        erased: What is erased after that; None: nothing.
     """
 
     output: Output
     cutout: npt.NDArray[np.int32] | None
+    erased: Erased | None
 
 
 class Batch(NamedTuple):
@@ -169,7 +172,7 @@ class Loader:
         elif self._workers.raw:
             assert self._output is not None
             images = self._edited(output, inputs.edits, self._output)
-            rest = Rest(self._output, inputs.edits.cutout)
+            rest = Rest(self._output, inputs.edits.cutout, inputs.edits.erased)
         else:
             assert self._output is not None
             images = self._finished(output, inputs.edits, self._output)
@@ -188,7 +191,7 @@ class Loader:
         if self._device.type == "cuda":
             # DALI has brought them to their size and mirrored them.
             images = torch.from_dlpack(windows.as_tensor())
-            operate(images, edits.operations)
+            operate(images, edits.operations, output.resampling)
             # Whoever takes the batch has another stream.
             torch.cuda.current_stream(self._device).synchronize()
             return images
@@ -240,6 +243,8 @@ def _finish_part(
         normalized(edited(torch.from_dlpack(windows[k]), edits, k, output), output, images[k])
         if edits.cutout is not None:
             cut_out(images[k].permute(2, 0, 1), edits.cutout[k])
+        if edits.erased is not None:
+            erase(images[k].numpy(), edits.erased, k)
 
 
 def _edit_part(

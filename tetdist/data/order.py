@@ -15,9 +15,8 @@ import numpy.typing as npt
 from tetdist.errors import UserError
 
 # Streams keep the keys of the permutation, the draws of augmentation and mixing, and those of the
-# network, by a generator and by numbers of its own, apart.
-_PERMUTATION, AUGMENTATION, MIXING, _FORWARD = 1, 2, 3, 4
-EVENT_AUGMENT, EVENT_DROP, _DROPPING = 5, 6, 7
+# network, by a generator and by numbers of its own, apart. What is new takes a `named_stream`.
+_PERMUTATION, AUGMENTATION, MIXING, _FORWARD, _DROPPING = 1, 2, 3, 4, 5
 
 
 def uniforms(
@@ -35,26 +34,38 @@ def uniforms(
     Args:
         positions: (B,) positions in the epoch's order.
         num_draws: Numbers for each sample.
-        stream: AUGMENTATION or another one of this module's, or a `transform_stream`.
+        stream: AUGMENTATION, MIXING, or a `named_stream`.
 
     Returns:
         (B, num_draws), multiples of 2**-53.
     """
-    keys = _absorb(_key(stream, seed, epoch), positions.astype(np.uint64))
-    words = _absorb(keys[:, None], np.arange(num_draws, dtype=np.uint64))
+    keys = position_keys(seed, epoch, positions, stream)
+    words = hashed(keys[:, None], np.arange(num_draws, dtype=np.uint64))
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def transform_stream(name: str) -> int:
-    """Number of the stream of a transform of one's own, whose draws no other one changes."""
-    digest = hashlib.sha256(f"transform {name}".encode()).digest()
+def position_keys(
+    seed: int, epoch: int, positions: npt.NDArray[np.int64], stream: int
+) -> npt.NDArray[np.uint64]:
+    """Keys (B,), for `hashed`, of the samples at some positions of an epoch."""
+    return hashed(_key(stream, seed, epoch), positions.astype(np.uint64))
+
+
+def named_stream(name: str) -> int:
+    """Number of the stream of one augmentation, whose draws no other one changes."""
+    digest = hashlib.sha256(name.encode()).digest()
     # It is in the upper half of all numbers, and the other streams are in the lower.
     return int.from_bytes(digest[:8], "little") | 2**63
 
 
+def transform_stream(name: str) -> int:
+    """Number of the stream of a transform of one's own."""
+    return named_stream(f"transform {name}")
+
+
 def permutation(num_samples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """The epoch's order: (num_samples,) sample numbers, each once."""
-    keys = _absorb(_key(_PERMUTATION, seed, epoch), np.arange(num_samples, dtype=np.uint64))
+    keys = hashed(_key(_PERMUTATION, seed, epoch), np.arange(num_samples, dtype=np.uint64))
     return np.argsort(keys, kind="stable")
 
 
@@ -65,7 +76,7 @@ def forward_seed(seed: int, step: int, micro_batch: int) -> int:
         step: Optimiser steps before this one.
         micro_batch: Its number among those of all processes; see `rank_micro_batches`.
     """
-    return int(_absorb(_key(_FORWARD, seed, step), np.array([micro_batch], np.uint64))[0])
+    return int(hashed(_key(_FORWARD, seed, step), np.array([micro_batch], np.uint64))[0])
 
 
 def drop_uniforms(
@@ -87,11 +98,11 @@ def drop_uniforms(
 def _key(stream: int, seed: int, epoch: int) -> npt.NDArray[np.uint64]:
     key = np.array([stream], np.uint64)
     for word in (seed, epoch):
-        key = _absorb(key, np.array([word], np.uint64))
+        key = hashed(key, np.array([word], np.uint64))
     return key
 
 
-def _absorb(key: npt.NDArray[np.uint64], word: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def hashed(key: npt.NDArray[np.uint64], word: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Hash of a key and one more word: the step and the finaliser of the splitmix64 generator.
 
     For one key it is a bijection of the words, so different positions never share a hash.
@@ -149,6 +160,23 @@ def micro_batch_positions(
     """Positions (micro_batch,) in the epoch's order that make up a micro-batch of a step."""
     start = step_in_epoch * global_batch + index_in_step * micro_batch
     return np.arange(start, start + micro_batch, dtype=np.int64)
+
+
+def repeated(
+    positions: npt.NDArray[np.int64], repeats: int, global_batch: int, micro_batch: int
+) -> npt.NDArray[np.int64]:
+    """Places in the permutation of the samples at some positions, where each comes several times.
+
+    As timm's RepeatAugSampler deals out the copies of a sample in turn among its processes, so they
+    are dealt out here among the micro-batches of a step, whatever the number of processes. An epoch
+    is as long as without, and shows the permutation's beginning only, one of its ``repeats`` parts.
+    """
+    if repeats == 1:
+        return positions
+    step, place = np.divmod(positions, global_batch)
+    number, place = np.divmod(place, micro_batch)
+    micro_batches = global_batch // micro_batch
+    return (step * global_batch + place * micro_batches + number) // repeats
 
 
 def evaluation_batches(

@@ -8,18 +8,21 @@ is Pillow's arithmetic with shorter weights, so that a few values in a thousand 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import functional as vision
 
 from tetdist.data.transfer import on_device
 from tetdist.data.transforms import Operation
+
+if TYPE_CHECKING:
+    from tetdist.data.erasing import Erased
 
 Interpolation = Literal["bilinear", "bicubic"]
 Channels = tuple[float, float, float]
@@ -37,6 +40,7 @@ class Edits:
         mirror: (B,) whether the output is then mirrored left to right.
         operations: Changes of each that follow; empty: none of any.
         cutout: (B, 4) top, left, bottom, right of what is 0 after normalisation; None: nothing.
+        erased: What is erased after that; None: nothing.
     """
 
     size: _Ints
@@ -44,6 +48,19 @@ class Edits:
     mirror: npt.NDArray[np.bool_]
     operations: list[list[Operation]]
     cutout: _Ints | None = None
+    erased: "Erased | None" = None
+
+
+class Resampling(NamedTuple):
+    """Rules by which timm's operations that move pixels find colours between them.
+
+    Attributes:
+        interpolation: That of the resize, but without antialiasing.
+        fill: What comes in from outside of the image.
+    """
+
+    interpolation: Interpolation
+    fill: tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +79,12 @@ class Output:
     std: Channels
     interpolation: Interpolation
 
+    @property
+    def resampling(self) -> Resampling:
+        """The resampling of operations, for which the mean comes in from outside."""
+        red, green, blue = (min(max(round(255 * mean), 0), 255) for mean in self.mean)
+        return Resampling(self.interpolation, (red, green, blue))
+
 
 def edited(window: Tensor, edits: Edits, k: int, output: Output) -> Tensor:
     """A sample's image (size, size, 3) as it is before normalisation.
@@ -78,7 +101,7 @@ def edited(window: Tensor, edits: Edits, k: int, output: Output) -> Tensor:
     if edits.mirror[k]:
         image = mirrored(image)
     if edits.operations and edits.operations[k]:
-        image = operated(image, edits.operations[k])
+        image = operated(image, edits.operations[k], output.resampling)
     return image
 
 
@@ -113,13 +136,45 @@ def mirrored(image: Tensor) -> Tensor:
     )
 
 
-def operated(image: Tensor, operations: list[Operation]) -> Tensor:
+def operated(image: Tensor, operations: list[Operation], resampling: Resampling) -> Tensor:
     """Change an image (H, W, 3) with Pillow, which published recipes use; batch_operations.py does
     it on a GPU."""
     picture = Image.fromarray(image.numpy())
     for name, value in operations:
-        picture = _OPERATIONS[name](picture, value)
+        if name in WARPS:
+            picture = picture.transform(
+                picture.size,
+                Image.Transform.AFFINE,
+                WARPS[name](value, picture.height, picture.width),
+                resample=_FILTERS[resampling.interpolation],
+                fillcolor=resampling.fill,
+            )
+        else:
+            picture = _OPERATIONS[name](picture, value)
     return torch.from_numpy(np.array(picture))
+
+
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+# Two rows of a matrix: where in the input x and y of an output pixel come from.
+Rows = tuple[float, float, float, float, float, float]
+
+
+def _rotation(degrees: float, height: int, width: int) -> Rows:
+    # To the bit Pillow's, which rounds so.
+    angle = -math.radians(degrees)
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    x, y = width / 2, height / 2
+    return (cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y)
+
+
+# timm's geometry, with a `Resampling`; torchvision's is below, and takes the nearest pixel.
+WARPS: dict[str, Callable[[float, int, int], Rows]] = {
+    "warp_rotate": _rotation,
+    "warp_shear_x": lambda v, *_: (1, v, 0, 0, 1, 0),
+    "warp_shear_y": lambda v, *_: (1, 0, 0, v, 1, 0),
+    "warp_translate_x": lambda v, *_: (1, 0, v, 0, 1, 0),
+    "warp_translate_y": lambda v, *_: (1, 0, 0, 0, 1, v),
+}
 
 
 def _shear(x: float, y: float) -> dict[str, Any]:
@@ -147,12 +202,22 @@ _OPERATIONS: dict[str, Callable[[Any, float], Any]] = {
         image, angle=0.0, scale=1.0, **_translation(0, v)
     ),
     "rotate": vision.rotate,
-    "posterize": lambda image, v: vision.posterize(image, int(v)),
+    # Pillow takes 0 bits no longer, which timm still asks for: nothing is left then.
+    "posterize": lambda image, v: (
+        vision.posterize(image, int(v)) if v else Image.new(image.mode, image.size)
+    ),
     "solarize": vision.solarize,
     "autocontrast": lambda image, _: vision.autocontrast(image),
     "equalize": lambda image, _: vision.equalize(image),
     "invert": lambda image, _: vision.invert(image),
+    "solarize_add": lambda image, v: image.point(3 * solarize_add_levels(v)),
+    "gaussian_blur": lambda image, v: image.filter(ImageFilter.GaussianBlur(v)),
 }
+
+
+def solarize_add_levels(add: float) -> list[int]:
+    """What becomes of each level of 256: the darker half is lighter by so many."""
+    return [min(255, level + int(add)) if level < 128 else level for level in range(256)]
 
 
 def normalized(image: Tensor, output: Output, into: Tensor) -> None:

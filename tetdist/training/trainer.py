@@ -288,6 +288,7 @@ class Trainer:
             world_size=self.world.world_size,
             epoch=epoch,
             step_in_epoch=step_in_epoch,
+            repeats=self.config.data.repeats,
         )
         size = self._image_size(step)
         return train_loader(self.config, self.train_index, share, self.world, size)

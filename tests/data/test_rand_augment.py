@@ -1,0 +1,135 @@
+"""RandAugment, 3-Augment, TrivialAugment: timm's and torchvision's pixels with the same draws."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from samples import picture
+from timm.data import auto_augment as timms
+from torchvision.transforms import TrivialAugmentWide
+
+from tetdist.config.rand_augment import RandAugment, rand_augment
+from tetdist.data import pixels
+from tetdist.data.order import uniforms
+from tetdist.data.rand_augment import RandomPolicy, num_draws, random_operations
+
+IMAGE = picture(32, 32)
+OUTPUT = pixels.Output(
+    size=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic"
+)
+# What timm derives from the same mean and interpolation.
+HYPERPARAMETERS = {"img_mean": (124, 116, 104), "interpolation": 3}
+
+
+class Draws:
+    """Takes the place of Python's generator, and answers with what was put in."""
+
+    def __init__(self, *answers: float) -> None:
+        self.answers = list(answers)
+
+    def random(self) -> float:
+        return self.answers.pop(0)
+
+    def gauss(self, mean: float, deviation: float) -> float:
+        return mean + deviation * self.answers.pop(0)
+
+    def uniform(self, low: float, high: float) -> float:
+        return low + (high - low) * self.answers.pop(0)
+
+    def choice(self, items: list[Any]) -> Any:
+        return items[int(self.answers.pop(0) * len(items))]
+
+
+def posterize(image: Image.Image, bits: int) -> Image.Image:
+    """Pillow's as it was up to 12, when it took any number of bits; timm asks for 0, too."""
+    mask = ~(2 ** (8 - bits) - 1)
+    return image.point([level & mask for level in range(256)] * 3)
+
+
+def ours(policy: RandomPolicy, count: int) -> tuple[np.ndarray, list[Any], list[torch.Tensor]]:
+    """Draws, operations and pixels of so many samples."""
+    draws = uniforms(3, 1, np.arange(count), num_draws(policy))
+    operations = random_operations(draws, policy, 32)
+    image = torch.from_numpy(np.array(IMAGE))
+    return draws, operations, [pixels.operated(image, o, OUTPUT.resampling) for o in operations]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rand-m9-mstd0.5-inc1",
+        "rand-m9-n1-mstd0.4-inc1",
+        "rand-m5-n3-p0.8",
+        "rand-m18-mmax20-mstd101-inc1",
+        "rand",
+    ],
+)
+def test_rand_augment_is_timms_to_the_bit(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    policy = rand_augment(text)
+    theirs = timms.rand_augment_transform(text, dict(HYPERPARAMETERS))
+    monkeypatch.setattr(timms.ImageOps, "posterize", posterize)
+    draws, operations, images = ours(policy, 150)
+    found = set()
+    for row, done, got in zip(draws.reshape(150, policy.n, 5), operations, images, strict=True):
+        expected: Any = IMAGE
+        for choice, chance, u, v, back in row.tolist():
+            normal = (-2 * np.log(1 - u)) ** 0.5 * np.cos(2 * np.pi * v)
+            varied = [] if policy.mstd == 0 else [u if policy.mstd > 100 else normal]
+            monkeypatch.setattr(timms, "random", Draws(chance, *varied, 1 - back))
+            expected = theirs.ops[int(choice * len(theirs.ops))](expected)
+        assert torch.equal(got, torch.from_numpy(np.array(expected))), done
+        found |= {name for name, _ in done}
+    assert len(found) == 15
+
+
+def test_three_augment_is_timms_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = timms.auto_augment_transform("3a", dict(HYPERPARAMETERS))
+    draws, operations, images = ours("3a", 40)
+    for (choice, level), got in zip(draws.tolist(), images, strict=True):
+        monkeypatch.setattr(timms, "random", Draws(choice, level))
+        assert torch.equal(got, torch.from_numpy(np.array(theirs(IMAGE))))
+    assert len({done.name for (done,) in operations}) == 3
+
+
+def test_trivial_augment_is_torchvisions_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws, operations, images = ours("trivial", 300)
+    for (choice, level, back), got in zip(draws.tolist(), images, strict=True):
+        answers = {14: int(choice * 14), 31: int(level * 31), 2: int(back < 0.5)}
+        monkeypatch.setattr(torch, "randint", lambda n, *_, a=answers, **__: torch.tensor([a[n]]))
+        assert torch.equal(got, torch.from_numpy(np.array(TrivialAugmentWide()(IMAGE))))
+    assert len({name for done in operations for name, _ in done}) == 13
+
+
+def test_magnitudes_vary_as_asked() -> None:
+    policy = RandAugment(m=9, mstd=0.5, inc=True)
+    operations = random_operations(uniforms(0, 0, np.arange(20_000), 10), policy, 100)
+    flat = [one for of_a_sample in operations for one in of_a_sample]
+    assert abs(len(flat) / 20_000 - 1) < 0.02
+    shears = np.abs([value for name, value in flat if name == "warp_shear_x"]) / 0.03
+    rng = random.Random(0)
+    expected = np.array([min(max(rng.gauss(9, 0.5), 0), 10) for _ in range(20_000)])
+    assert abs(shears.mean() - expected.mean()) < 0.05
+    assert abs(shears.std() - expected.std()) < 0.05
+
+
+def test_the_mean_comes_in_from_outside() -> None:
+    assert OUTPUT.resampling == pixels.Resampling("bicubic", HYPERPARAMETERS["img_mean"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rand-m9-w0", "no parts but m, n, p, mstd, mmax and inc .*'w0' is another"),
+        ("rand-m9-tweights", "'tweights' is another"),
+        ("rand-m9.5", "a whole number from 0 to 100 as m"),
+        ("rand-m9-p2", "a number from 0 to 1 as p"),
+        ("rand-m9-m8", "m once"),
+        ("rand-", "'' is another"),
+    ],
+)
+def test_what_a_text_must_be_is_said(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        rand_augment(text)

@@ -1,0 +1,66 @@
+"""RandAugment as timm writes it, all in one text: rand-m9-mstd0.5-inc1."""
+
+import re
+from typing import NamedTuple
+
+EXAMPLE = "rand-m9-mstd0.5-inc1"
+
+
+class RandAugment(NamedTuple):
+    """Random operations on an image, all of them as strong (Cubuk et al., 2020).
+
+    Attributes:
+        m: How strong they are, the magnitude.
+        n: Operations drawn for an image, of which it may get the same one twice.
+        p: Probability with which each of those is carried out.
+        mstd: Standard deviation of the magnitude; above 100 it is uniform from 0 to m.
+        mmax: Largest magnitude. 10 is where the operations are said to end.
+        inc: Whether all operations are stronger with a larger magnitude; else posterize and
+            solarize are weaker, and colours change least at 5.
+    """
+
+    m: float = 10.0
+    n: int = 2
+    p: float = 0.5
+    mstd: float = 0.0
+    mmax: float = 10.0
+    inc: bool = False
+
+
+# Least and greatest value of each key, and whether it is a whole number.
+_BOUNDS = {
+    "m": (0, 100, True),
+    "n": (1, 15, True),
+    "p": (0, 1, False),
+    "mstd": (0, 1000, False),
+    "mmax": (1, 100, True),
+    "inc": (0, 1, True),
+}
+
+
+def rand_augment(text: str) -> RandAugment:
+    """Read what a text says that begins with "rand".
+
+    Raises:
+        ValueError: A part of it is not known, not in its bounds, or there twice; the message says
+            what the text must be.
+    """
+    values: dict[str, float] = {}
+    for part in text.split("-")[1:]:
+        found = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
+        if found is None or found[1] not in _BOUNDS:
+            *known, last = _BOUNDS
+            raise ValueError(
+                f"must have no parts but {', '.join(known)} and {last} with a number, as in "
+                f"{EXAMPLE} ({part!r} is another)"
+            )
+        key, value = found[1], float(found[2])
+        low, high, is_whole = _BOUNDS[key]
+        if not low <= value <= high or (is_whole and not value.is_integer()):
+            kind = "whole number" if is_whole else "number"
+            raise ValueError(f"must have a {kind} from {low} to {high} as {key}")
+        if key in values:
+            raise ValueError(f"must have {key} once")
+        values[key] = value
+    n, inc = int(values.pop("n", 2)), bool(values.pop("inc", 0))
+    return RandAugment(**values, n=n, inc=inc)

@@ -1,0 +1,179 @@
+"""Random erasing (Zhong et al., 2020) by timm's rules: parts of normalised images are replaced.
+
+Noise is a function of the seed, the epoch, the sample's position in it and the pixel, made of whole
+numbers and a table, so that it has the same bits on a CPU and on a GPU.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tetdist.data.order import hashed, named_stream, position_keys, uniforms
+from tetdist.data.pixels import inside
+from tetdist.data.transfer import on_device
+
+_BOXES, _NOISE = named_stream("erasing"), named_stream("erasing: noise")
+_TRIES = 10
+_AREA = (0.02, 1 / 3)
+_LOG_RATIO = (math.log(0.3), math.log(1 / 0.3))
+
+_Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Erasing:
+    """What is erased.
+
+    Attributes:
+        probability: Of an image to lose anything.
+        mode: pixel: normal noise. rand: one normal number a channel. const: 0.
+        count: Most rectangles of an image; it gets from 1 to so many, which share the area of one.
+    """
+
+    probability: float = 0.0
+    mode: Literal["pixel", "rand", "const"] = "pixel"
+    count: int = 1
+
+
+class Erased(NamedTuple):
+    """Rectangles of B images, each with what is there instead.
+
+    Attributes:
+        boxes: (B, count, 4) top, left, bottom, right; empty where nothing is erased.
+        colours: (B, count, 3) float32, of the whole rectangle; None: noise.
+        keys: (B,) of the noise.
+    """
+
+    boxes: npt.NDArray[np.int32]
+    colours: npt.NDArray[np.float32] | None
+    keys: npt.NDArray[np.uint64]
+
+
+def erased(
+    seed: int,
+    epoch: int,
+    positions: npt.NDArray[np.int64],
+    size: int,
+    erasing: Erasing,
+) -> Erased:
+    """Draw what is erased of the images (size, size) at some positions of an epoch."""
+    count = erasing.count
+    draws = uniforms(seed, epoch, positions, 2 + count * (2 * _TRIES + 2), _BOXES)
+    number = 1 + (draws[:, 1] * count).astype(np.int64)
+    number[draws[:, 0] >= erasing.probability] = 0
+    each = draws[:, 2:].reshape(len(positions), count, -1)
+    boxes = _rectangles(each, size, np.maximum(number, 1)[:, None, None])
+    boxes[np.arange(count) >= number[:, None]] = 0
+    keys = position_keys(seed, epoch, positions, _NOISE)
+    match erasing.mode:
+        case "pixel":
+            colours = None
+        case "rand":
+            # Their words are behind those of all pixels.
+            words = 2**62 + np.arange(count, dtype=np.uint64)
+            colours = normals(keys[:, None], words)
+        case "const":
+            colours = np.zeros((len(positions), count, 3), np.float32)
+    return Erased(boxes, colours, keys)
+
+
+def _rectangles(draws: _Floats, size: int, number: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """The first of several tries that leaves something of each side, or an empty rectangle.
+
+    Args:
+        draws: (B, count, 2 * _TRIES + 2) uniform in [0, 1).
+        number: (B, 1, 1) rectangles that share the area.
+    """
+    areas, log_ratios, corners = np.split(draws, [_TRIES, 2 * _TRIES], axis=2)
+    areas = (_AREA[0] + (_AREA[1] - _AREA[0]) * areas) * size**2 / number
+    ratios = np.exp(_LOG_RATIO[0] + (_LOG_RATIO[1] - _LOG_RATIO[0]) * log_ratios)
+    sides = np.rint(np.stack([np.sqrt(areas * ratios), np.sqrt(areas / ratios)], axis=3))
+    fits = (sides < size).all(axis=3)
+    first = fits.argmax(axis=2)[:, :, None, None]
+    side = np.take_along_axis(sides, first, axis=2)[:, :, 0].astype(np.int64)
+    side[~fits.any(axis=2)] = 0
+    corner = (corners * (size - side + 1)).astype(np.int64)
+    return np.concatenate([corner, corner + side], axis=2).astype(np.int32)
+
+
+# --- noise ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _quantiles(device: torch.device) -> Tensor:
+    """Normal numbers, one for each of 16 bits: (65536,), from -4.3 to 4.3, float32."""
+    shares = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
+    return on_device(torch.special.ndtri(shares).float(), device)
+
+
+def normals(keys: npt.NDArray[np.uint64], words: npt.NDArray[np.uint64]) -> npt.NDArray[Any]:
+    """Normal numbers of three channels, (..., 3) float32, from the upper bits of a hash of each."""
+    hashes = hashed(keys, words)[..., None]
+    bits = hashes >> np.array([48, 32, 16], np.uint64) & np.uint64(0xFFFF)
+    found: npt.NDArray[np.float32] = _quantiles(torch.device("cpu")).numpy()[bits]
+    return found
+
+
+def _normals_of_pixels(keys: Tensor, pixels: int) -> Tensor:
+    """The same of whole images on a device, of keys (n,) as int64: (n, 3, pixels)."""
+    hashes = _hashed(keys[:, None], torch.arange(pixels, device=keys.device))
+    bits = torch.stack([_shifted(hashes, by) & 0xFFFF for by in (48, 32, 16)], dim=1)
+    return _quantiles(keys.device)[bits]
+
+
+def _hashed(key: Tensor, word: Tensor) -> Tensor:
+    """`order.hashed` in int64, whose sums and products wrap around to the same bits."""
+    z = (key ^ word) + _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    """Shift to the right, with zeros coming in instead of the sign."""
+    return (z >> by) & (2 ** (64 - by) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - 2**64
+
+
+# --- pixels ---------------------------------------------------------------------------------------
+
+
+def erase(image: npt.NDArray[np.float32], what: Erased, k: int) -> None:
+    """Erase rectangles of the k-th image (H, W, 3), in place."""
+    for j, (top, left, bottom, right) in enumerate(what.boxes[k].tolist()):
+        if what.colours is not None:
+            image[top:bottom, left:right] = what.colours[k, j]
+            continue
+        rows = np.arange(top, bottom, dtype=np.uint64)[:, None] * np.uint64(image.shape[1])
+        columns = np.arange(left, right, dtype=np.uint64)
+        image[top:bottom, left:right] = normals(what.keys[k], rows + columns)
+
+
+def erase_batch(images: Tensor, what: Erased) -> None:
+    """Erase rectangles of images (B, 3, H, W) on the device where they are, in place."""
+    device, (height, width) = images.device, images.shape[2:]
+    some = np.flatnonzero(what.boxes.any(axis=(1, 2)))
+    if not some.size:
+        return
+    rows = on_device(torch.from_numpy(some), device)
+    boxes = on_device(torch.from_numpy(what.boxes[some]), device)
+    if what.colours is None:
+        keys = on_device(torch.from_numpy(what.keys[some].view(np.int64)), device)
+        noise = _normals_of_pixels(keys, height * width).view(len(some), 3, height, width)
+        filled = [noise] * boxes.shape[1]
+    else:
+        colours = on_device(torch.from_numpy(what.colours[some]), device)
+        filled = list(colours[..., None, None].unbind(1))
+    changed = images.index_select(0, rows)
+    for j, new in enumerate(filled):
+        changed = torch.where(inside(boxes[:, j], height, width)[:, None], new, changed)
+    images.index_copy_(0, rows, changed)
