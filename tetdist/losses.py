@@ -220,7 +220,7 @@ def correct_mean(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def similarity_mean(logits: Tensor) -> Tensor:
-    """For each timestep of logits (T, B, K) a weighted mean of all others: (T, B, K).
+    """The weighted mean of all other timesteps, for each of logits (T, B, K): (T, B, K).
 
     The second half of SeAl, of its authors' code. Timestep i gives j the weight
     ``softmax_j(confidence(j) * cosine(O(i), O(j)))``, where the confidence is 1 less the entropy of

@@ -624,7 +624,9 @@ def test_events_are_changed_after_the_roll_and_before_the_cutout(event_root):
         boxes = transforms.cutout_boxes(
             transforms.event_draws(SHARE.seed, 0, positions).cutout, 8, 6, 3
         )
-        cells = order.uniforms(SHARE.seed, 0, positions, 4 + 3 * 2 * 8 * 6, event_augment.DROP_STREAM)
+        cells = order.uniforms(
+            SHARE.seed, 0, positions, 4 + 3 * 2 * 8 * 6, event_augment.DROP_STREAM
+        )
         for k, operation in enumerate(event_augment.operations(numbers, "nda", (8, 6))):
             frames = event_augment.operated(before[k].numpy(), operation)
             frames = event_augment.dropped(frames, lambda n, row=cells[k]: row[:n], 0.75)
