@@ -170,6 +170,11 @@ def _check_precision_and_engine(config: RunConfig) -> None:
             "precision: fp16 needs zero_stage=0 (DeepSpeed never lowers its loss scale at stages 1 "
             "and 2); bf16 goes with all of them"
         )
+    if config.zero_stage and config.gradient_clipping is not None and config.clip_mode != "norm":
+        raise UserError(
+            f"clip_mode: {config.clip_mode} needs zero_stage=0 (no process has the whole gradient "
+            "at stages 1 and 2, where DeepSpeed clips by the norm)"
+        )
 
 
 def _check_cuda_graphs(config: RunConfig) -> None:
@@ -261,6 +266,8 @@ def _unread(config: RunConfig) -> Iterator[tuple[BaseModel, str, tuple[str, ...]
         yield phase.optimizer, prefix, unread, f"kind={phase.optimizer.kind}"
         if phase.optimizer.weight_decay == 0:
             yield phase.optimizer, prefix, ("decay_norms", "decay_neurons"), "weight_decay=0"
+    if config.gradient_clipping is None:
+        yield config, "", ("clip_mode",), "gradient_clipping=null"
     if not config.tracking.mlflow:
         of_mlflow = ("uri", "experiment", "log_checkpoint", "register_")
         yield config.tracking, "tracking.", of_mlflow, "tracking.mlflow=false"

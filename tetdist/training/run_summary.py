@@ -139,8 +139,9 @@ class RunSummary:
             config.run_dir,
         )
         for number, phase in enumerate(config.phases):
-            if phase.optimizer.lr_per is not None:
-                rate = phase.optimizer.lr_as_text(config.batch.global_)
+            optimizer = phase.optimizer
+            if optimizer.lr_per is not None or optimizer.layer_decay is not None:
+                rate = optimizer.lr_as_text(config.batch.global_)
                 logger.info("phase %d: learning rate %s", number, rate)
 
     def log(self, result: dict[str, float], *, in_mlflow: bool) -> None:

@@ -14,6 +14,8 @@ from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
 from tetdist.models import SpikingNetwork
 from tetdist.nn import passes
+from tetdist.optimizers import layers_of
+from tetdist.training.engines.clipping import Clipping
 
 
 def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
@@ -96,6 +98,7 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
             f"data has {size}x{size}; set model.arguments.input_size={size}"
             + (", and all phases' image sizes to the same" if len(image_sizes) > 1 else "")
         )
+    _check_steps(config, model)
     if hasattr(model, "set_execution"):
         model.set_execution(config.execution)
     match config.recompute:
@@ -157,6 +160,13 @@ def _refuse_foreign_norms(name: str, model: nn.Module) -> None:
                 "statistics would depend on the number of processes and be lost in recomputation; "
                 "build it of tetdist.nn.batch_norm.BatchNorm"
             )
+
+
+def _check_steps(config: RunConfig, model: nn.Module) -> None:
+    """Refuse what the optimiser of a later phase would refuse when that phase begins."""
+    Clipping(config, model)
+    if any(phase.optimizer.layer_decay is not None for phase in config.phases):
+        layers_of(model)
 
 
 def _image_sizes(config: RunConfig, index: Index) -> set[int]:
