@@ -139,6 +139,10 @@ class DataSection(Section):
     """Folder that holds train/ and val/, each with one folder a class."""
     index: str | None = None
     """Folder of the index files; null: ROOT/index."""
+    held_out: Share = 0.0
+    """Share of the training samples of each class that is kept out of training, and evaluated on
+    instead of the validation split, which is left unseen: to choose by. Which ones depends on seed;
+    pieces of one recording stay together."""
     image_size: Pixels = 224
     """Height and width that the network sees."""
     resize: Pixels | None = None

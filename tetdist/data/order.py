@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 from tetdist.errors import UserError
 
-# Streams keep the keys of the permutation, the draws of augmentation and mixing, and those of the
-# network apart.
+# Streams keep the keys of the permutation, the draws of augmentation and mixing, those of the
+# network, and the choice of what is held out apart.
 _PERMUTATION, AUGMENTATION, MIXING, _FORWARD = 1, 2, 3, 4
+HELD_OUT = 6
 
 
 def uniforms(
@@ -51,9 +52,11 @@ def transform_stream(name: str) -> int:
     return int.from_bytes(digest[:8], "little") | 2**63
 
 
-def permutation(num_samples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def permutation(
+    num_samples: int, seed: int, epoch: int, stream: int = _PERMUTATION
+) -> npt.NDArray[np.int64]:
     """The epoch's order: (num_samples,) sample numbers, each once."""
-    keys = _absorb(_key(_PERMUTATION, seed, epoch), np.arange(num_samples, dtype=np.uint64))
+    keys = _absorb(_key(stream, seed, epoch), np.arange(num_samples, dtype=np.uint64))
     return np.argsort(keys, kind="stable")
 
 

@@ -163,6 +163,10 @@ class RunSummary:
             lines.append(f"  look      {ui_command(self.config.tracking_uri)}")
         logger.info("%s", "\n".join(lines))
 
+    @property
+    def _evaluated_on(self) -> str:
+        return "train, held out" if self.config.data.held_out else "val"
+
     def _tags(self) -> dict[str, str]:
         config, distillation = self.config, self.config.loss.distillation
         # These make it another run than one of its loss alone.
@@ -175,7 +179,7 @@ class RunSummary:
             "model": config.model.name,
             "timesteps": " then ".join(str(phase.timesteps) for phase in config.phases),
             "loss": config.loss.kind,
-            "split": "val",
+            "split": self._evaluated_on,
             "git": environment.git_version() or "none",
             "seed": str(config.seed),
             "precision": config.precision,
@@ -203,7 +207,7 @@ class RunSummary:
         ]
         lines = [
             f"**{config.model.name}** by {config.loss.kind.upper()} on {config.data.root} ({data}; "
-            f"evaluated on the {len(self.val):,} of val)",
+            f"evaluated on the {len(self.val):,} of {self._evaluated_on})",
             "",
             markdown(["phase", "epochs", "T", "optimiser", "learning rate"], phases, tight=True),
             "",

@@ -7,11 +7,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tetdist.config.schema import RunConfig, SegmentsSection, phase_image_sizes
+from tetdist.data import held_out
 from tetdist.data import index as data_index
 from tetdist.data.build import check_augmentation
 from tetdist.data.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
+from tetdist.events import splits
 from tetdist.models import SpikingNetwork
 from tetdist.nn import passes
 from tetdist.optimizers import layers_of
@@ -19,12 +21,19 @@ from tetdist.training.engines.clipping import Clipping
 
 
 def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
-    """Indexes of the training and validation splits, checked against the files and each other.
+    """Indexes of what is trained on and what is evaluated on, checked against the files and each
+    other: the training and validation splits, or two parts of the training split (`held_out`).
 
     Raises:
         UserError: Something is missing, outdated or does not suit the configuration.
     """
-    train, val = (open_split(config, split, world) for split in ("train", "val"))
+    train = open_split(config, "train", world)
+    if config.data.held_out:
+        train, val = held_out.divide(
+            train, config.data.held_out, config.seed, _recordings(config, train)
+        )
+    else:
+        val = open_split(config, "val", world)
     if train.classes != val.classes:
         raise UserError(f"train/ and val/ of {config.data.root} do not have the same classes")
     most = max(phase.timesteps for phase in config.phases)
@@ -40,6 +49,32 @@ def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
             f"model.num_classes is {wanted} and the data has {len(train.classes)} classes"
         )
     return train, val
+
+
+def _recordings(config: RunConfig, index: Index) -> list[str] | None:
+    """The recording that each sample was cut from; None: each is one by itself."""
+    match config.data.kind:
+        case "images":
+            return None
+        case "events":
+            known = splits.recordings_of(config.data.root)
+        case other:
+            assert_never(other)
+    if known is None:
+        return None
+    keys = [index.path(i).partition("/")[2].removesuffix(".npy") for i in range(len(index))]
+    return [known.get(key, key) for key in keys]
+
+
+def evaluated_split(config: RunConfig) -> str | None:
+    """The name of what a run is evaluated on: of one of several splits of the data set, or of a
+    part that is held out of training; None: the only validation split.
+
+    Raises:
+        UserError: The data's dataset.json is damaged.
+    """
+    recorded, share = splits.recorded_split(config.data.root), config.data.held_out
+    return held_out.name(share, config.seed, recorded) if share else recorded
 
 
 def open_split(config: RunConfig, split: str, world: World) -> Index:
