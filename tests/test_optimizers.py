@@ -1,15 +1,20 @@
 """Which parameters an optimiser gets, what of them decays, and when it does not step."""
 
+import copy
+import io
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from tetdist.config.schema import OptimizerSection
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.optimizers import make_optimizer
+from tetdist.optimizers import TIMM_MOMENTS, kind_of, layers_of, make_optimizer
+from tetdist.training.engines.base import set_lr
 
 
 class Neuron(nn.Module):
@@ -75,3 +80,116 @@ def test_a_step_that_is_told_of_what_is_not_finite_is_none(kind: str) -> None:
 def test_arguments_of_an_optimiser_that_has_none_such() -> None:
     with pytest.raises(UserError, match=r"timm:lamb cannot be made with arguments .*nonsense"):
         make_optimizer(network(), section(kind="timm:lamb", arguments={"nonsense": 1}))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "timm:lamb"])
+@pytest.mark.parametrize("name", ["spiking_convnet", "qkformer_2_256_dvs", "spiking_resnet19"])
+def test_layer_decay_is_that_of_timm(name: str, kind: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=4, timesteps=2)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def scales(groups: list[dict[str, Any]]) -> dict[str, float]:
+        return {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+
+    optimizer = make_optimizer(model, section(kind=kind, layer_decay=0.7, decay_norms=False))
+    expected = scales(param_groups_layer_decay(model, layer_decay=0.7))
+    assert scales(optimizer.param_groups) == expected
+    assert len(set(expected.values())) == len(model.blocks) + 2
+    assert expected["fc.weight"] == 1
+    set_lr(optimizer, 0.3)
+    rates = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert rates == {name: 0.3 * scale for name, scale in expected.items()}
+    # Weight decay is as without.
+    decays = {
+        wanted: {
+            names[id(p)]: group["weight_decay"]
+            for group in make_optimizer(model, section(**asked, decay_norms=False)).param_groups
+            for p in group["params"]
+        }
+        for wanted, asked in ((True, {"layer_decay": 0.7}), (False, dict[str, Any]()))
+    }
+    assert decays[True] == decays[False]
+
+
+def test_every_network_has_its_blocks_as_layers() -> None:
+    for name in ("sew_resnet18", "preact_resnet18", "ms_resnet18", "vggsnn", "sdt_2_256_cifar"):
+        with torch.device("meta"):
+            model = timm.create_model(name, timesteps=2)
+        layers = layers_of(model)
+        assert layers["fc.weight"] == len(model.blocks) + 1, name
+        for parameter, layer in layers.items():
+            first, second, *_ = parameter.split(".")
+            assert first in ("stem", "blocks", "fc"), parameter
+            number = {"stem": 0, "fc": len(model.blocks) + 1}
+            assert layer == number.get(first, 1 + int(second) if first == "blocks" else -1)
+
+
+def test_layer_decay_of_a_network_that_knows_no_layers() -> None:
+    with pytest.raises(UserError, match=r"layer_decay: Sequential does not say .*group_matcher"):
+        make_optimizer(network(), section(layer_decay=0.5))
+
+
+@pytest.mark.parametrize("kind", ["timm:muon", "timm:lion", "timm:adan", "timm:lamb"])
+def test_optimisers_of_timm_skip_and_continue(kind: str) -> None:
+    """To the bit: a step that is told to be none, and what is continued of a saved state."""
+
+    def model_of() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(4, 8, 3), BatchNorm(8), nn.Linear(8, 4))
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: tuple[int, ...]) -> None:
+        for number in numbers:
+            generator = torch.Generator().manual_seed(abs(number))
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.found_inf = torch.tensor(float(number < 0))
+            optimizer.grad_scale = None
+            optimizer.step()
+
+    straight, asked = model_of(), section(kind=kind, lr=0.01)
+    optimizer = make_optimizer(straight, asked)
+
+    def everything() -> Any:
+        held = optimizer.state_dict()
+        counts = [group.get("step") for group in held["param_groups"]]
+        return copy.deepcopy((straight.state_dict(), held["state"], counts))
+
+    steps(straight, optimizer, (1,))
+    before = everything()
+    steps(straight, optimizer, (-2,))
+    torch.testing.assert_close(everything(), before, rtol=0, atol=0)
+    file = io.BytesIO()
+    torch.save((straight.state_dict(), optimizer.state_dict()), file)
+    steps(straight, optimizer, (3, 4))
+    assert not torch.equal(straight[0].weight, before[0]["0.weight"])
+
+    file.seek(0)
+    weights, held = torch.load(file, weights_only=True)
+    continued = model_of()
+    continued.load_state_dict(weights)
+    optimizer_of_it = make_optimizer(continued, asked)
+    optimizer_of_it.load_state_dict(held)
+    steps(continued, optimizer_of_it, (3, 4))
+    torch.testing.assert_close(continued.state_dict(), straight.state_dict(), rtol=0, atol=0)
+    # What a plan takes for the size of a checkpoint.
+    weight = straight[0].weight
+    numbers = sum(one.numel() for one in optimizer.state[weight].values() if torch.is_tensor(one))
+    assert numbers // weight.numel() == kind_of(kind).moments
+    assert TIMM_MOMENTS.get(kind.removeprefix("timm:"), 2) == kind_of(kind).moments
+
+
+def test_muon_takes_a_filter_for_a_row() -> None:
+    """The update of a convolution is orthogonal as the matrix (out, in x height x width)."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 4, 3, bias=False).to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(
+        conv, section(kind="timm:muon", weight_decay=0, arguments={"ns_steps": 10})
+    )
+    before = conv.weight.detach().clone()
+    conv.weight.grad = torch.randn_like(conv.weight)
+    optimizer.step()
+    moved = (conv.weight.detach() - before).flatten(1)
+    found = torch.linalg.svdvals(moved)
+    # 0.1 is the learning rate, the rest the scaling by shape with which its steps match AdamW's.
+    torch.testing.assert_close(found, torch.full((4,), 0.1 * 0.2 * 54**0.5), rtol=0.1, atol=0)

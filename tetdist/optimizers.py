@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.models import group_parameters
 from torch import nn
 
 from tetdist.errors import UserError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 Groups = list[dict[str, Any]]
 Build = Callable[[Groups, "OptimizerSection"], torch.optim.Optimizer]
 TIMM = "timm:"  # before the name of one of timm's optimisers
+# Of those of timm's that do not keep two; of a matrix, where it depends on the shape.
+TIMM_MOMENTS = {"adan": 4, "adanw": 4, "lion": 1, "muon": 1}
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def _of_timm(name: str) -> OptimizerKind:
         given = {option: getattr(section, option) for option in reads} | section.arguments
         return optim.create_optimizer_v2(groups, opt=name, lr=section.lr, **given)
 
-    return OptimizerKind(build, (*reads, "arguments"))
+    return OptimizerKind(build, (*reads, "arguments"), moments=TIMM_MOMENTS.get(name, 2))
 
 
 def kind_of(name: str, key: str = OPTIMIZERS.key) -> OptimizerKind:
@@ -121,7 +124,11 @@ def make_optimizer(model: nn.Module, section: "OptimizerSection") -> torch.optim
     """A phase's optimiser over all parameters.
 
     What neurons learn is not decayed, unless ``decay_neurons`` is true; norms and biases are,
-    unless ``decay_norms`` is false.
+    unless ``decay_norms`` is false. With ``layer_decay`` each layer has groups of its own, whose
+    ``lr_scale`` the engines multiply the learning rate by.
+
+    Raises:
+        UserError: Its arguments or the model do not suit it.
     """
     kept: set[int] = set()
     for module in model.modules():
@@ -142,6 +149,8 @@ def make_optimizer(model: nn.Module, section: "OptimizerSection") -> torch.optim
         },
         {"params": [p for p in parameters if id(p) in kept], "weight_decay": 0.0},
     ]
+    if section.layer_decay is not None:
+        groups = _by_layer(model, groups, section.layer_decay)
     kind = kind_of(section.kind)
     try:
         optimizer = kind.build([group for group in groups if group["params"]], section)
@@ -152,10 +161,56 @@ def make_optimizer(model: nn.Module, section: "OptimizerSection") -> torch.optim
             f"{OPTIMIZERS.key}: {section.kind} cannot be made with arguments {section.arguments} "
             f"({error})"
         ) from error
+    scales = ["lr_scale" in group for group in optimizer.param_groups]
+    if section.layer_decay is not None and not all(scales):
+        raise UserError(
+            f"phases.*.optimizer.layer_decay: kind={section.kind} makes parameter groups without "
+            "lr_scale; have it keep that of the groups that it is given"
+        )
     if not kind.skips_when_told:
         cls = type(optimizer)
         optimizer.__class__ = type(cls.__name__, (_AsksFirst, cls), {})
     return optimizer
+
+
+def layers_of(model: nn.Module) -> dict[str, int]:
+    """The layer of each parameter, by its name, counted from the input on.
+
+    As timm counts them, by the model's ``group_matcher``; what that does not match is the last one.
+
+    Raises:
+        UserError: The model has none, or it tells no two layers apart.
+    """
+    layers: dict[str, int] = {}
+    if (matcher := getattr(model, "group_matcher", None)) is not None:
+        layers = group_parameters(model, matcher(coarse=False), reverse=True)
+    if len(set(layers.values())) < 2:
+        raise UserError(
+            f"phases.*.optimizer.layer_decay: {type(model).__name__} does not say which parameters "
+            "are of one layer; give it a group_matcher as timm's networks have, or set "
+            "layer_decay=null"
+        )
+    return layers
+
+
+def _by_layer(model: nn.Module, groups: Groups, layer_decay: float) -> Groups:
+    """Divide groups by layers, each with the share of the learning rate that it gets.
+
+    That is layer_decay^(layers above it), so 1 for the classifier, as for timm's optimisers and in
+    the fine-tuning of ELECTRA (https://arxiv.org/abs/2003.10555) and BEiT.
+    """
+    layers = layers_of(model)
+    layer_of = {id(p): layers[name] for name, p in model.named_parameters()}
+    last = max(layers.values())
+    return [
+        group
+        | {
+            "params": [p for p in group["params"] if layer_of[id(p)] == layer],
+            "lr_scale": layer_decay ** (last - layer),
+        }
+        for layer in range(last + 1)
+        for group in groups
+    ]
 
 
 class _AsksFirst(torch.optim.Optimizer):

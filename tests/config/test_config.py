@@ -89,8 +89,14 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"model.num_classes": 1}, ("'model.num_classes'",)),
         ({"precision": "fp8"}, ("'precision'", "'bf16'", "'fp8'")),
         ({"gradient_clipping": 0.0}, ("'gradient_clipping'",)),
+        ({"clip_mode": "adaptive"}, ("'clip_mode'", "'agc'", "'adaptive'")),
+        ({"phases.0.optimizer.layer_decay": 1.5}, ("layer_decay", "less than or equal to 1")),
         ({"cuda_graphs": "yes"}, ("'cuda_graphs'", "'yes'")),
         # Contradictions.
+        (
+            {"gradient_clipping": 0.01, "clip_mode": "agc", "zero_stage": 1},
+            ("clip_mode: agc needs zero_stage=0",),
+        ),
         ({"cuda_graphs": True}, ("cuda_graphs", "engine=deepspeed", "engine=torch")),
         (
             {"cuda_graphs": True, "engine": "torch", "batch_norm.sync": True},
@@ -563,6 +569,8 @@ def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture
             {"phases.0.optimizer": {"lr": 0.1, "weight_decay": 0.1, "decay_norms": False}},
             [],
         ),
+        ({"clip_mode": "value"}, ["clip_mode"]),
+        ({"clip_mode": "value", "gradient_clipping": 0.5}, []),
         ({"tracking.uri": "http://localhost:1"}, ["tracking.uri"]),
         ({"ema.warmup": True}, ["ema.warmup"]),
         ({"ema": {"decay": 0.99, "warmup": True}}, []),

@@ -6,7 +6,14 @@ import pytest
 
 from tetdist.errors import UserError
 from tetdist.events.folders import list_sources, natural_key
-from tetdist.events.splits import NAMES, assign, default_split, recorded_split, split_name
+from tetdist.events.splits import (
+    NAMES,
+    assign,
+    default_split,
+    recorded_split,
+    recordings_of,
+    split_name,
+)
 
 LABELS = "class,startTime_usec,endTime_usec\n"
 
@@ -213,3 +220,15 @@ def test_a_data_root_says_its_split(tmp_path):
         (tmp_path / "dataset.json").write_text(text)
         with pytest.raises(UserError, match=r"dataset\.json"):
             recorded_split(tmp_path)
+
+
+def test_a_data_root_says_what_pieces_are_of_one_recording(tmp_path):
+    root = tmp_path / "splits" / "published"
+    root.mkdir(parents=True)
+    assert recordings_of(root) is None
+    (root / "dataset.json").write_text(json.dumps({"split": "published"}))
+    with pytest.raises(UserError, match=r"recordings\.jsonl, which says what pieces"):
+        recordings_of(root)
+    lines = [{"key": f"1/user1-{n}", "source": "user1.aedat", "events": 3} for n in range(2)]
+    (tmp_path / "recordings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert recordings_of(root) == {"1/user1-0": "user1.aedat", "1/user1-1": "user1.aedat"}

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from tetdist.config.loading import parse
 from tetdist.config.schema import OptimizerSection, RunConfig
 from tetdist.distributed.world import World, join
+from tetdist.errors import UserError
 from tetdist.nn import batch_norm
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.optimizers import make_optimizer
 from tetdist.training.engines import base, create, deepspeed_engines
+from tetdist.training.engines.clipping import Clipping
 from tetdist.training.engines.deepspeed_engines import DeepSpeedEngine, ZeroEngine
 from tetdist.training.engines.torch_engine import TorchEngine
 
@@ -96,6 +98,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "nesterov": {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True},
     "adam": {"kind": "adam", "lr": 0.01, "weight_decay": 0.01, "decay_norms": False},
     "adamw": {"kind": "adamw", "lr": 0.01, "weight_decay": 0.1},
+    "layers": {"kind": "adamw", "lr": 0.01, "decay_norms": False, "layer_decay": 0.5},
 }
 
 
@@ -176,6 +179,42 @@ def test_clipping_is_to_the_given_norm(cls: type[Any], world: World) -> None:
     assert full > 1.5
     expected = {None: full, 0.5: 0.5, 1.5: 1.5, 1000.0: full}
     assert lengths == pytest.approx(expected, rel=1e-4)
+
+
+def _by_filter(gradient: Tensor, weight: Tensor, limit: float) -> Tensor:
+    dims = list(range(1, weight.ndim)) or [0]
+    ours, its = (torch.linalg.vector_norm(x, dim=dims, keepdim=True) for x in (weight, gradient))
+    return gradient * (limit * ours.clamp(min=1e-3) / its).clamp(max=1.0)
+
+
+@pytest.mark.parametrize("cls", [TorchEngine, DeepSpeedEngine])
+def test_clipping_of_numbers_and_of_filters(cls: type[Any], world: World) -> None:
+    """Against the formulas; the norm that is told is that before clipping."""
+    limits = {"norm": None, "value": 0.02, "agc": 0.05}
+    moved, told = {}, set()
+    for mode, limit in limits.items():
+        sgd = {"kind": "sgd", "lr": 0.5, "momentum": 0.0}
+        changes: dict[str, Any] = {"phases.0.optimizer": sgd}
+        changes |= {} if limit is None else {"gradient_clipping": limit, "clip_mode": mode}
+        cfg = config(changes)
+        model = network()
+        before = {name: p.detach().clone().double() for name, p in model.named_parameters()}
+        eng = cls(cfg, model, make_optimizer(model, cfg.phases[0].optimizer), MICRO_BATCHES, world)
+        told.add(float(step(eng, model, 0, lr=0.5).grad_norm))
+        eng.close()
+        moved[mode] = {
+            name: (before[name] - p.detach()) / 0.5 for name, p in model.named_parameters()
+        }
+    assert len(told) == 1
+    limited = set()
+    for name, gradient in moved["norm"].items():
+        by_number = gradient.clamp(-0.02, 0.02)
+        by_filter = _by_filter(gradient, before[name], 0.05)
+        expected = {"value": by_number, "agc": gradient if name.startswith("fc.") else by_filter}
+        for mode, wanted in expected.items():
+            torch.testing.assert_close(moved[mode][name], wanted, rtol=1e-3, atol=1e-6, msg=name)
+            limited |= {mode} if (wanted - gradient).abs().max() > 1e-3 else set()
+    assert limited == {"value", "agc"}
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -444,3 +483,9 @@ def test_missing_deepspeed_is_named(world: World, monkeypatch: pytest.MonkeyPatc
     opt = make_optimizer(model, cfg.phases[0].optimizer)
     with pytest.raises(deepspeed_engines.UserError, match=r"tetdist\[train\]"):
         create.make_engine(cfg, model, opt, 1, world)
+
+
+def test_clipping_by_filters_has_to_know_the_classifier() -> None:
+    cfg = config({"gradient_clipping": 0.01, "clip_mode": "agc"})
+    with pytest.raises(UserError, match=r"clip_mode: agc .* Decaying .*get_classifier"):
+        Clipping(cfg, Decaying())

@@ -3,6 +3,10 @@
     python tools/study.py tet_vs_sdt_digits
     python tools/study.py STUDY.yaml --jobs 2 --append-to docs/results.md
     python tools/study.py STUDY.yaml --slurm --gpus-per-node 1 --time 4:00:00
+    python tools/study.py SEARCH.yaml --dry-run
+
+A file with the section `search` is a search for the values of keys, by successive halving on
+held-out training data (docs/searches.md).
 
 The same command goes on after a stop: runs that are finished are left alone, others continue where
 they were saved. On a cluster it also says how they are, and leaves alone what is queued.
@@ -17,6 +21,7 @@ from typing import TYPE_CHECKING
 from tetdist.cli.common import answer, program
 from tetdist.config.flags import add_import
 from tetdist.errors import UserError
+from tetdist.wording import counted
 
 if TYPE_CHECKING:
     from tetdist.studies.plan import StudyRun
@@ -51,6 +56,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be trained, for how many epochs"
+    )
+    parser.add_argument(
         "--append-to",
         metavar="FILE.md",
         type=Path,
@@ -75,6 +83,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--jobs must be at least 1")
     if options.append_to and options.append_to.suffix != ".md":
         parser.error(f"--append-to takes a Markdown file, FILE.md, not {options.append_to}")
+    if options.slurm is not None and options.dry_run:
+        parser.error("--dry-run goes behind --slurm: --slurm ... --dry-run")
     if options.slurm is not None and options.report_only:
         parser.error("--report-only submits nothing: leave out --slurm")
     if options.again and options.slurm is None:
@@ -92,10 +102,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def study(options: argparse.Namespace) -> int:
-    from tetdist.studies import plan, report, tracking
+    from tetdist.studies import plan, report, search, tracking
     from tetdist.studies.local import refuse_if_at_work, work
 
     file = plan.find(options.study)
+    if search.is_search(file):
+        return search_for(options, file)
     section = plan.read(file)
     output = options.output or Path("runs") / file.stem
     runs = plan.runs_of(section, output, options.overrides, options.imports)
@@ -103,6 +115,9 @@ def study(options: argparse.Namespace) -> int:
     for run in runs:
         plan.check_folder(run)
     failed: dict[str, str] = {}
+    if options.dry_run:
+        print(planned(chosen))
+        return 0
     if options.slurm is not None:
         from tetdist.studies import slurm
 
@@ -126,6 +141,48 @@ def study(options: argparse.Namespace) -> int:
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def search_for(options: argparse.Namespace, file: Path) -> int:
+    from tetdist.studies import search, search_report, tracking
+    from tetdist.studies.local import refuse_if_at_work, work
+
+    for flag, given in (("--slurm", options.slurm is not None), ("--only", bool(options.only))):
+        if given:
+            raise UserError(f"{flag}: {file} is a search, which is made here and as a whole")
+    output = options.output or Path("runs") / file.stem
+    found = search.Search(search.read(file), output, options.overrides, options.imports)
+    found.check_inputs()
+    print(f"budget: {found.budget()}")
+    if options.dry_run:
+        print(search_report.candidates_as_text(found))
+        return 0
+    failed: dict[str, str] = {}
+    standing = found.standing()
+    while not options.report_only and not failed and (left := found.left_to_do(standing)):
+        refuse_if_at_work(left)
+        failed = work(left, options.jobs, tracking.Parent(file.stem, left, output))
+        if standing.winner is None:
+            # What does not stay finite is a result of a search.
+            failed = {name: why for name, why in failed.items() if search.NOT_FINITE not in why}
+            standing = found.standing()
+    for target in filter(None, (output / "report.md", options.append_to)):
+        search_report.write(found, standing, file.stem, target, command(options, file))
+        print(f"the report is {target}")
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def planned(runs: "list[StudyRun]") -> str:
+    """What is left to train, in words: the runs, and their epochs."""
+    from tetdist.studies import plan
+
+    left = [run for run in runs if not plan.is_trained(run)]
+    epochs = {run.name: sum(phase.epochs for phase in run.config.phases) for run in left}
+    lines = [f"{name}: {counted(number, 'epoch')}" for name, number in epochs.items()]
+    total = f"{len(left)} of {counted(len(runs), 'run')} to train"
+    return "\n".join([*lines, f"{total}, {counted(sum(epochs.values()), 'epoch')} in all"])
 
 
 def command(options: argparse.Namespace, file: Path) -> str:

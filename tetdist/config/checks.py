@@ -178,6 +178,11 @@ def _check_precision_and_engine(config: RunConfig) -> None:
             "precision: fp16 needs zero_stage=0 (DeepSpeed never lowers its loss scale at stages 1 "
             "and 2); bf16 goes with all of them"
         )
+    if config.zero_stage and config.gradient_clipping is not None and config.clip_mode != "norm":
+        raise UserError(
+            f"clip_mode: {config.clip_mode} needs zero_stage=0 (no process has the whole gradient "
+            "at stages 1 and 2, where DeepSpeed clips by the norm)"
+        )
 
 
 def _check_cuda_graphs(config: RunConfig) -> None:
@@ -325,6 +330,8 @@ def _unread(config: RunConfig) -> Iterator[_Unread]:
             yield phase.optimizer, prefix, ("decay_norms", "decay_neurons"), "weight_decay=0"
     if config.ema.decay is None:
         yield config.ema, "ema.", ("warmup",), "ema.decay=null"
+    if config.gradient_clipping is None:
+        yield config, "", ("clip_mode",), "gradient_clipping=null"
     if not config.tracking.mlflow:
         of_mlflow: tuple[str, ...] = ("uri", "log_checkpoint", "register_")
         if "wandb" not in config.tracking.trackers:  # its project

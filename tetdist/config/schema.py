@@ -211,6 +211,10 @@ class DataSection(Section):
     """Folder that holds train/ and val/, each with one folder a class."""
     index: str | None = None
     """Folder of the index files; null: ROOT/index."""
+    held_out: Share = 0.0
+    """Share of the training samples of each class that is kept out of training, and evaluated on
+    instead of the validation split, which is left unseen: to choose by. Which ones depends on seed;
+    pieces of one recording stay together."""
     image_size: Pixels = 224
     """Height and width that the network sees."""
     resize: Pixels | None = None
@@ -361,6 +365,10 @@ class OptimizerSection(Section):
     lr_per: Annotated[int, Field(gt=0)] | None = None
     """lr is meant for so many samples a step, and is multiplied by batch.global over them, the rule
     of recipes that say "per 256". A run says both. Null: nothing is scaled."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """What a layer's learning rate is multiplied by for each layer between it and the classifier,
+    counting stem, blocks, classifier; of metrics' lr, which is the classifier's. Null: all have the
+    same."""
     momentum: Share = 0.9
     nesterov: bool = False
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -378,8 +386,12 @@ class OptimizerSection(Section):
 
     def lr_as_text(self, global_batch: int) -> str:
         """The learning rate as said in reports, with the one that it was made of."""
-        peak = f"{self.peak_lr(global_batch):g}"
-        return peak if self.lr_per is None else f"{peak} ({self.lr:g} per {self.lr_per})"
+        text = f"{self.peak_lr(global_batch):g}"
+        if self.lr_per is not None:
+            text += f" ({self.lr:g} per {self.lr_per})"
+        if self.layer_decay is not None:
+            text += f", times {self.layer_decay:g} for each layer below the classifier"
+        return text
 
 
 class PhaseSection(Section):
@@ -490,7 +502,11 @@ class RunConfig(Section):
     result to the bit. {timesteps: k}: the same over segments of k timesteps, for long T; batch
     norm then normalises each segment by itself, which is another network in training."""
     gradient_clipping: Annotated[float, Field(gt=0)] | None = None
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient, or what clip_mode says; null: it is not clipped."""
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    """What gradient_clipping limits. norm: the norm of the whole gradient; value: each number of
+    it; agc (adaptive): the gradient's norm of each filter, to so many times the weights' norm, but
+    for the classifier, 0.01 say."""
     ema: EmaSection = EmaSection()
     non_finite_limit: Positive = 5
     """Steps in a row without a finite gradient after which the run ends; until then each of them

@@ -63,9 +63,11 @@ def transform_stream(name: str) -> int:
     return named_stream(f"transform {name}")
 
 
-def permutation(num_samples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def permutation(
+    num_samples: int, seed: int, epoch: int, stream: int = _PERMUTATION
+) -> npt.NDArray[np.int64]:
     """The epoch's order: (num_samples,) sample numbers, each once."""
-    keys = hashed(_key(_PERMUTATION, seed, epoch), np.arange(num_samples, dtype=np.uint64))
+    keys = hashed(_key(stream, seed, epoch), np.arange(num_samples, dtype=np.uint64))
     return np.argsort(keys, kind="stable")
 
 

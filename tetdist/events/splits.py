@@ -29,7 +29,7 @@ PUBLISHED = "published"
 ALL_TO_VAL = "all-to-val"
 NAMES = (PUBLISHED, *_FIRST, _HUNDRED, _STRATIFIED, ALL_TO_VAL)
 
-DATASET_FILE = "dataset.json"
+DATASET_FILE, RECORDS_FILE = "dataset.json", "recordings.jsonl"
 
 
 def default_split(sources: Sequence[Source]) -> str:
@@ -128,6 +128,27 @@ def description(root: str | Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{file} is damaged ({error!r}): make the split again") from error
     raise UserError(f"{file} names no split: make it again")
+
+
+def recordings_of(root: str | Path) -> dict[str, str] | None:
+    """The recording that each tensor of a data root, CLASS/NAME, was cut from.
+
+    None where tetdist has not made the data root, and each tensor stands for itself.
+
+    Raises:
+        UserError: What says so is not there any more, or damaged.
+    """
+    if description(root) is None:
+        return None
+    file = Path(root).resolve().parent.parent / RECORDS_FILE
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return {record["key"]: record["source"] for record in map(json.loads, lines)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file}, which says what pieces of one recording are, cannot be read ({error!r}): "
+            "keep the split where tools/prebin_dvs.py has made it"
+        ) from error
 
 
 def recorded_split(root: str | Path) -> str | None:

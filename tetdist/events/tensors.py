@@ -33,12 +33,13 @@ from tetdist.events.folders import Listing, Piece, Source
 from tetdist.events.formats import read_recording
 from tetdist.events.recording import BadRecording, Events, Sensor
 from tetdist.events.simulate import Simulation, simulate
+from tetdist.events.splits import RECORDS_FILE
 from tetdist.files import explaining, open_file, replacing, write_json
 
 # This goes up when the same parameters make other tensors than before.
 _FORMAT_VERSION = 1
 
-_MANIFEST, _RECORDS, _TENSORS, _LOCK = "manifest.json", "recordings.jsonl", "recordings", ".lock"
+_MANIFEST, _RECORDS, _TENSORS, _LOCK = "manifest.json", RECORDS_FILE, "recordings", ".lock"
 _OURS = {_MANIFEST, _RECORDS, _TENSORS, _LOCK, "splits", "statistics.json", "preview.png"}
 
 

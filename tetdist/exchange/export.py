@@ -337,7 +337,9 @@ def _accuracy(description: checkpoint.Description) -> str:
     validation = description.validation
     if not validation:
         return "not measured with this file"
-    rest = "of the validation split, with these weights"
+    held_out = description.config["data"].get("held_out")
+    of = "samples held out of the training split" if held_out else "the validation split"
+    rest = f"of {of}, with these weights"
     if description.which == "best":
         rest += ", which were chosen on this very split"
     return f"{validation['top1']:.2f} % top-1, {validation['top5']:.2f} % top-5, {rest}"

@@ -163,6 +163,11 @@ class SpikingNetwork(nn.Module):
         old = next(self.parameters())
         self.fc = new_classifier(self.num_features, num_classes).to(old.device, old.dtype)
 
+    # timm's networks take `coarse`, for stages instead of blocks; here are blocks alone.
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:  # noqa: ARG002  # see above
+        """Patterns of the names of parameters by layer, as timm's: stem, each block, the rest."""
+        return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
+
     def no_weight_decay(self) -> set[str]:
         return set()
 

@@ -50,11 +50,11 @@ def styles_of(numbers: "Numbers") -> dict[str, dict[str, Any]]:
     """
     entries = numbers.study.entries
     controls = [entry.control for entry in entries.values() if entry.control is not None]
-    colours = _colours()
+    unused = colours()
     styles: dict[str, dict[str, Any]] = {
-        name: {"color": next(colours), "linestyle": "-"} for name in entries if name not in controls
+        name: {"color": next(unused), "linestyle": "-"} for name in entries if name not in controls
     }
-    of_several = itertools.chain([QUIET], colours)
+    of_several = itertools.chain([QUIET], unused)
     for control in dict.fromkeys(controls):
         served = [name for name, entry in entries.items() if entry.control == control]
         shared = len(served) > 1 or served[0] in controls
@@ -63,7 +63,7 @@ def styles_of(numbers: "Numbers") -> dict[str, dict[str, Any]]:
     return styles
 
 
-def _colours() -> Iterator[str]:
+def colours() -> Iterator[str]:
     """Yield colours without end, no two alike."""
     yield from SERIES
     # Steps by the golden ratio never come back to the same hue.

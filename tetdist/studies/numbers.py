@@ -118,7 +118,7 @@ def result_of(run: StudyRun) -> Result | None:
         image_timesteps=image_timesteps(run, last["step"], last["epoch"]),
         seconds=training_seconds(run),
         ended=last["time"],
-        environment=_environment(run),
+        environment=run_environment(run),
     )
 
 
@@ -144,7 +144,7 @@ def training_seconds(run: StudyRun) -> float:
     return float(np.sum(steps * run.config.batch.global_ / rates))
 
 
-def _environment(run: StudyRun) -> dict[str, Any]:
+def run_environment(run: StudyRun) -> dict[str, Any]:
     try:
         values = json.loads((run.folder / "environment.json").read_text())
     except (OSError, ValueError):

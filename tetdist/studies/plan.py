@@ -77,7 +77,7 @@ class StudyRun:
             ``key=value`` and ``--import``.
         init: The run whose weights it begins with.
         teacher: The run whose network it learns from.
-        test_timesteps: Numbers of timesteps at which it is evaluated.
+        test_timesteps: Numbers of timesteps at which it is evaluated; none: at its own.
     """
 
     entry: str
@@ -114,7 +114,8 @@ class StudyRun:
     @property
     def is_tested_beyond(self) -> bool:
         """Whether it is evaluated at timesteps that its own evaluations do not know."""
-        return self.timesteps < max(self.test_timesteps) or not self.config.model.neuron.causal
+        most = max(self.test_timesteps, default=0)
+        return self.timesteps < most or not self.config.model.neuron.causal
 
     @property
     def train_command(self) -> "Command":
@@ -125,7 +126,7 @@ class StudyRun:
         timesteps = ",".join(map(str, self.test_timesteps))
         file = self.folder / EVALUATION_FILE
         of = ("--checkpoint", str(self.folder), "--timesteps", timesteps, "--json", str(file))
-        imports = _import_flags(self.config.imports)
+        imports = import_flags(self.config.imports)
         return Command("eval", (*of, "--threads", str(self.config.data.threads), *imports))
 
     def next_command(self) -> "Command | None":
@@ -207,7 +208,7 @@ def _explain(error: Any) -> str:
     return f"{key!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _import_flags(files: Sequence[str]) -> list[str]:
+def import_flags(files: Sequence[str]) -> list[str]:
     return [word for file in files for word in ("--import", file)]
 
 
@@ -268,10 +269,15 @@ def _run(
         own.append(f"{TEACHER_KEY}={teacher.folder}")
     overrides = given + own
     try:
-        _refuse_own_keys(given, entry)
+        refuse_own_keys(given, _own_keys(entry))
         resolved = loading.load(config_name, overrides, imports)
     except UserError as error:
         raise UserError(f"entries.{name}: {error}") from error
+    if resolved.data.held_out and max(study.test_timesteps) > resolved.phases[-1].timesteps:
+        raise UserError(
+            f"test_timesteps: what is beyond the T of entries.{name} is evaluated on val, and the "
+            "rest on what data.held_out holds out; leave out one of them"
+        )
     for one in study.test_timesteps:
         if (reason := resolved.model.neuron.refusal(one)) is not None:
             raise UserError(f"test_timesteps: of entries.{name}, {reason}")
@@ -279,7 +285,7 @@ def _run(
         entry=name,
         control=entry.control,
         seed=seed,
-        arguments=("--config", config_name, *overrides, *_import_flags(imports)),
+        arguments=("--config", config_name, *overrides, *import_flags(imports)),
         config=resolved,
         init=init,
         teacher=teacher,
@@ -287,8 +293,8 @@ def _run(
     )
 
 
-def _refuse_own_keys(overrides: list[str], entry: EntrySection) -> None:
-    """Refuse overrides that the study itself would override in silence.
+def _own_keys(entry: EntrySection) -> dict[str, str]:
+    """Keys that the study sets for an entry, and what to do instead.
 
     An entry may name weights or a teacher from elsewhere, unless another entry is named for them.
     """
@@ -297,6 +303,19 @@ def _refuse_own_keys(overrides: list[str], entry: EntrySection) -> None:
         own["init_checkpoint"] = f"it begins with the weights of init, {entry.init}; leave out one"
     if entry.teacher is not None:
         own[TEACHER_KEY] = f"it learns from its teacher, {entry.teacher}; leave out one"
+    return own
+
+
+def refuse_own_keys(overrides: list[str], own: dict[str, str]) -> None:
+    """Refuse overrides that the study itself would override in silence.
+
+    Args:
+        overrides: ``key=value``.
+        own: The study's keys, and what to do instead.
+
+    Raises:
+        UserError: One of them is there.
+    """
     given: dict[str, Any] = {}
     for override in overrides:
         apply_override(given, override)
@@ -335,7 +354,7 @@ def evaluation(run: StudyRun) -> list[float] | None:
     and None while that is not there.
     """
     last = lines(run, "val")[-1]
-    most = max(run.test_timesteps)
+    most = max(run.test_timesteps, default=0)
     if len(last["per_timestep_top1"]) >= most:
         return list(last["per_timestep_top1"])
     try:

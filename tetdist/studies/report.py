@@ -57,8 +57,8 @@ def write(study: StudySection, name: str, runs: list[StudyRun], file: Path, comm
     folder.mkdir(parents=True, exist_ok=True)
     style.save(figures.draw(numbers), folder / f"{name}.png")
     values = json.dumps(strict(numbers.as_dict()), indent=1, allow_nan=False)
-    _write(folder / f"{name}.json", values + "\n")
-    _write(file, text)
+    write_whole(folder / f"{name}.json", values + "\n")
+    write_whole(file, text)
 
 
 def replaced(text: str, name: str, section: str, file: Path) -> str:
@@ -74,7 +74,7 @@ def replaced(text: str, name: str, section: str, file: Path) -> str:
     return before + whole + after
 
 
-def _write(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
     from tetdist.files import explaining, write_text
 
     with explaining(file):

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.norm_neuron import FusedLayer
 
+# Begins the message with which a run ends whose steps are not finite; a search looks for it.
+NOT_FINITE = "the loss or its gradient was not finite in"
+
 
 class NonFiniteSteps:
     """A count of steps that were given up, on the device, so that the host need not wait for it.

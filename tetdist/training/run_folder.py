@@ -12,12 +12,12 @@ from tetdist.config.schema import RunConfig
 from tetdist.config.yaml_files import read_yaml
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, way_out
-from tetdist.events.splits import recorded_split
 from tetdist.files import write_json, write_text
 from tetdist.plugins import import_files
 from tetdist.tracking import environment, metrics_file
 from tetdist.tracking.mlflow_store import check_store
 from tetdist.tracking.trackers import check_tracker
+from tetdist.training.setup import evaluated_split
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,7 @@ class RunFolder:
     Opened by every process of the run, written by rank 0, which holds it locked.
 
     Attributes:
-        data_split: Name of the split that the data is, where it says so: one of several that
-            published figures of this data set are of.
+        data_split: Name of what the run is evaluated on; see `evaluated_split`.
 
     Raises:
         UserError: The folder is of another run, in use, or not what ``resume`` asks for.
@@ -38,7 +37,7 @@ class RunFolder:
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
         self.path = config.run_dir
-        self.data_split = recorded_split(config.data.root)
+        self.data_split = evaluated_split(config)
         self.checkpoints = self.path / "checkpoints"
         if world.rank == 0:
             for name in config.tracking.trackers:

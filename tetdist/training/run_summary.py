@@ -151,8 +151,9 @@ class RunSummary:
             config.run_dir,
         )
         for number, phase in enumerate(config.phases):
-            if phase.optimizer.lr_per is not None:
-                rate = phase.optimizer.lr_as_text(config.batch.global_)
+            optimizer = phase.optimizer
+            if optimizer.lr_per is not None or optimizer.layer_decay is not None:
+                rate = optimizer.lr_as_text(config.batch.global_)
                 logger.info("phase %d: learning rate %s", number, rate)
 
     def log(self, result: dict[str, float], *, in_mlflow: bool) -> None:
@@ -179,6 +180,10 @@ class RunSummary:
             lines.append(f"  look      {ui_command(self.config.tracking_uri)}")
         logger.info("%s", "\n".join(lines))
 
+    @property
+    def _evaluated_on(self) -> str:
+        return "train, held out" if self.config.data.held_out else "val"
+
     def _tags(self) -> dict[str, str]:
         config, distillation = self.config, self.config.loss.distillation
         # These make it another run than one of its loss alone.
@@ -191,7 +196,7 @@ class RunSummary:
             "model": config.model.name,
             "timesteps": " then ".join(str(phase.timesteps) for phase in config.phases),
             "loss": config.loss.kind,
-            "split": "val",
+            "split": self._evaluated_on,
             "git": environment.git_version() or "none",
             "seed": str(config.seed),
             "precision": config.precision,
@@ -219,7 +224,7 @@ class RunSummary:
         ]
         lines = [
             f"**{config.model.name}** by {config.loss.kind.upper()} on {config.data.root} ({data}; "
-            f"evaluated on the {len(self.val):,} of val)",
+            f"evaluated on the {len(self.val):,} of {self._evaluated_on})",
             "",
             markdown(["phase", "epochs", "T", "optimiser", "learning rate"], phases, tight=True),
             "",

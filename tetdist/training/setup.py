@@ -7,22 +7,33 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tetdist.config.schema import RunConfig, SegmentsSection, phase_image_sizes
+from tetdist.data import held_out
 from tetdist.data import index as data_index
 from tetdist.data.build import check_augmentation
 from tetdist.data.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
+from tetdist.events import splits
 from tetdist.models import SpikingNetwork
 from tetdist.nn import passes
+from tetdist.optimizers import layers_of
+from tetdist.training.engines.clipping import Clipping
 
 
 def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
-    """Indexes of the training and validation splits, checked against the files and each other.
+    """Indexes of what is trained on and what is evaluated on, checked against the files and each
+    other: the training and validation splits, or two parts of the training split (`held_out`).
 
     Raises:
         UserError: Something is missing, outdated or does not suit the configuration.
     """
-    train, val = (open_split(config, split, world) for split in ("train", "val"))
+    train = open_split(config, "train", world)
+    if config.data.held_out:
+        train, val = held_out.divide(
+            train, config.data.held_out, config.seed, _recordings(config, train)
+        )
+    else:
+        val = open_split(config, "val", world)
     if train.classes != val.classes:
         raise UserError(f"train/ and val/ of {config.data.root} do not have the same classes")
     most = max(phase.timesteps for phase in config.phases)
@@ -38,6 +49,32 @@ def open_data(config: RunConfig, world: World) -> tuple[Index, Index]:
             f"model.num_classes is {wanted} and the data has {len(train.classes)} classes"
         )
     return train, val
+
+
+def _recordings(config: RunConfig, index: Index) -> list[str] | None:
+    """The recording that each sample was cut from; None: each is one by itself."""
+    match config.data.kind:
+        case "images":
+            return None
+        case "events":
+            known = splits.recordings_of(config.data.root)
+        case other:
+            assert_never(other)
+    if known is None:
+        return None
+    keys = [index.path(i).partition("/")[2].removesuffix(".npy") for i in range(len(index))]
+    return [known.get(key, key) for key in keys]
+
+
+def evaluated_split(config: RunConfig) -> str | None:
+    """The name of what a run is evaluated on: of one of several splits of the data set, or of a
+    part that is held out of training; None: the only validation split.
+
+    Raises:
+        UserError: The data's dataset.json is damaged.
+    """
+    recorded, share = splits.recorded_split(config.data.root), config.data.held_out
+    return held_out.name(share, config.seed, recorded) if share else recorded
 
 
 def open_split(config: RunConfig, split: str, world: World) -> Index:
@@ -99,6 +136,7 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
             f"data has {size}x{size}; set model.arguments.input_size={size}"
             + (", and all phases' image sizes to the same" if len(image_sizes) > 1 else "")
         )
+    _check_steps(config, model)
     if hasattr(model, "set_execution"):
         model.set_execution(config.execution)
     match config.recompute:
@@ -160,6 +198,13 @@ def _refuse_foreign_norms(name: str, model: nn.Module) -> None:
                 "statistics would depend on the number of processes and be lost in recomputation; "
                 "build it of tetdist.nn.batch_norm.BatchNorm"
             )
+
+
+def _check_steps(config: RunConfig, model: nn.Module) -> None:
+    """Refuse what the optimiser of a later phase would refuse when that phase begins."""
+    Clipping(config, model)
+    if any(phase.optimizer.layer_decay is not None for phase in config.phases):
+        layers_of(model)
 
 
 def _image_sizes(config: RunConfig, index: Index) -> set[int]:

@@ -458,7 +458,7 @@ class Trainer:
 
         def fail() -> None:
             raise UserError(
-                f"the loss or its gradient was not finite in {counted(limit, 'step')} in a row, at "
+                f"{health.NOT_FINITE} {counted(limit, 'step')} in a row, at "
                 f"last at step {step} (learning rate {lr:.4g}). They changed nothing, and {saved}. "
                 f"{found}. A smaller phases.*.optimizer.lr, a warm-up (phases.*.warmup_epochs) or "
                 "gradient_clipping are the usual remedies"

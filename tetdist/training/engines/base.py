@@ -21,6 +21,7 @@ from tetdist.config.schema import RunConfig, SegmentsSection
 from tetdist.distributed.overlap import Earlier, OverlappedMean, join
 from tetdist.distributed.world import World
 from tetdist.nn.precision import LOW_PRECISION
+from tetdist.training.engines.clipping import Clipping
 
 
 class Update(NamedTuple):
@@ -195,15 +196,12 @@ class GradientMean:
             self._overlapped.close()
 
 
-def unscale_and_clip(
-    grads: list[Tensor], scale: LossScale | None, max_norm: float | None
-) -> Update:
-    """Undo the loss's scale and limit the norm, in place, without asking the device."""
+def unscale_and_clip(grads: list[Tensor], scale: LossScale | None, clipping: Clipping) -> Update:
+    """Undo the loss's scale and clip, in place, without asking the device."""
     if scale is not None:
         torch._foreach_mul_(grads, 1 / scale.value)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    if max_norm is not None:
-        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    clipping(grads, norm)
     return Update(norm, torch.isfinite(norm))
 
 
@@ -221,9 +219,14 @@ def start_momentum(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def tell(optimizer: torch.optim.Optimizer, lr: float, apply: Tensor) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all groups; those of a layer have a share of it (`layer_decay`)."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def tell(optimizer: torch.optim.Optimizer, lr: float, apply: Tensor) -> None:
+    set_lr(optimizer, lr)
     # So torch's GradScaler tells fused optimisers to leave everything as it is; they read the
     # attributes by name, and nothing declares them.
     optimizer.found_inf = (~apply).to(torch.float32)  # type: ignore[attr-defined]

@@ -30,8 +30,8 @@ def make_engine(
     """Make the configured engine for one phase.
 
     Args:
-        config: Its ``engine``, ``zero_stage``, ``precision``, ``batch`` and ``gradient_clipping``
-            are read.
+        config: Its ``engine``, ``zero_stage``, ``precision``, ``batch``, ``gradient_clipping`` and
+            ``clip_mode`` are read.
         model: On its device, the same on every process.
         optimizer: From `make_optimizer`.
         accumulation: Micro-batches that this process contributes to each step.

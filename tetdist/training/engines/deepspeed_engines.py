@@ -22,10 +22,12 @@ from tetdist.training.engines.base import (
     lay_out,
     load_whole_state,
     scaled,
+    set_lr,
     start_momentum,
     tell,
     unscale_and_clip,
 )
+from tetdist.training.engines.clipping import Clipping
 
 
 class DeepSpeedEngine:
@@ -54,7 +56,7 @@ class DeepSpeedEngine:
         self.loss_scale = LossScale.of(config.precision)
         lay_out(model, torch.channels_last)
         start_momentum(optimizer)
-        self.optimizer, self.max_norm = optimizer, config.gradient_clipping
+        self.optimizer, self.clipping = optimizer, Clipping(config, model)
         self.mean = GradientMean(config, optimizer, world, accumulation)
         self.engine.enable_backward_allreduce = False
 
@@ -67,7 +69,7 @@ class DeepSpeedEngine:
 
     def update(self, lr: float) -> Update:
         assert self.engine.is_gradient_accumulation_boundary()
-        update = unscale_and_clip(self.mean.average(), self.loss_scale, self.max_norm)
+        update = unscale_and_clip(self.mean.average(), self.loss_scale, self.clipping)
         tell(self.optimizer, lr, update.applied)
         self.engine.step()
         return update
@@ -123,8 +125,7 @@ class ZeroEngine:
 
     def update(self, lr: float) -> Update:
         assert self.engine.is_gradient_accumulation_boundary()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         self.engine.step()
         zero = self.engine.optimizer
         # DeepSpeed's step has asked the device whether the norm is finite, and is on the host.

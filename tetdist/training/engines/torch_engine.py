@@ -19,6 +19,7 @@ from tetdist.training.engines.base import (
     tell,
     unscale_and_clip,
 )
+from tetdist.training.engines.clipping import Clipping
 
 
 class TorchEngine:
@@ -36,7 +37,7 @@ class TorchEngine:
         world: World,
     ) -> None:
         self.model, self.optimizer = model, optimizer
-        self.accumulation, self.max_norm = accumulation, config.gradient_clipping
+        self.accumulation, self.clipping = accumulation, Clipping(config, model)
         self.precision = config.precision
         self.loss_scale = LossScale.of(config.precision)
         self.mean = GradientMean(config, optimizer, world, accumulation)
@@ -55,7 +56,7 @@ class TorchEngine:
             (scaled(loss, self.loss_scale) / self.accumulation).backward()
 
     def update(self, lr: float) -> Update:
-        update = unscale_and_clip(self.mean.average(), self.loss_scale, self.max_norm)
+        update = unscale_and_clip(self.mean.average(), self.loss_scale, self.clipping)
         tell(self.optimizer, lr, update.applied)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)

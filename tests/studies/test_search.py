@@ -1,0 +1,258 @@
+"""A search by successive halving: who goes on, what is evaluated on what, and that it goes on."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import Outcome
+
+from tetdist.cli import study
+from tetdist.errors import UserError
+from tetdist.studies import local, search
+from tetdist.studies.plan import STUDIES_DIR, StudyRun
+
+RATES = {"c01": 0.001, "c02": 0.05, "c03": 1e30, "c04": 0.2}
+Call = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def write(tiny_config: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Writes search.yaml, over four learning rates of a training of 3 epochs."""
+    base = tiny_config({"phases.0.epochs": 3, "engine": "torch"})
+
+    def made(changes: dict[str, Any] | None = None) -> Path:
+        values: dict[str, Any] = {
+            "title": "A tiny search",
+            "config": str(base),
+            "seeds": [0],
+            "overrides": {"non_finite_limit": 1},
+            "search": {
+                "over": {"phases.0.optimizer.lr": list(RATES.values())},
+                "held_out": 0.3,
+                "rungs": [1, 2],
+                "eta": 2,
+            },
+        }
+        file = tmp_path / "search.yaml"
+        # A key of `over` has dots in it, which `changed` would take for several keys.
+        given = dict(changes or {})
+        over = given.pop("over", None)
+        values = tiny.changed(values, given)
+        if over is not None:
+            values["search"]["over"] = over
+        file.write_text(yaml.safe_dump(values, sort_keys=False))
+        return file
+
+    return made
+
+
+@pytest.fixture
+def here(main: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Has runs trained in this process, which saves the seconds of a start.
+
+    What is returned has the names of the runs that were trained, and takes a number of them after
+    which the search is interrupted.
+    """
+    state: dict[str, Any] = {"trained": [], "interrupt_after": None}
+
+    def work(runs: list[StudyRun], _jobs: int, _parent: object) -> dict[str, str]:
+        failed = {}
+        for run in runs:
+            if len(state["trained"]) == state["interrupt_after"]:
+                raise KeyboardInterrupt
+            _, config, *overrides = run.arguments
+            outcome = main(config, *overrides)
+            state["trained"].append((run.name, run.config.max_steps))
+            run.log.parent.mkdir(parents=True, exist_ok=True)
+            said = [line for line in outcome.text.splitlines() if line.startswith("error")]
+            run.log.write_text("\n".join(said))
+            if outcome.status:
+                failed[run.name] = said[-1]
+        return failed
+
+    monkeypatch.setattr(local, "work", work)
+    return state
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Iterator[Call]:
+    """Runs the tool in this process: status, and what it said."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        capfd.readouterr()
+        status = study.main([*map(str, arguments)])
+        return status, "".join(capfd.readouterr())
+
+    yield run
+    # Which the tool sets for a process of its own.
+    logging.getLogger("tetdist.tracking").setLevel(logging.NOTSET)
+
+
+def test_halving_goes_on_after_a_stop_and_sees_validation_once(
+    call: Call,
+    write: Callable[..., Path],
+    here: dict[str, Any],
+    main: Callable[..., Outcome],
+    tmp_path: Path,
+) -> None:
+    file, output = write(), tmp_path / "out"
+    arguments = (file, "--output", output)
+    status, said = call(*arguments, "--dry-run")
+    assert status == 0, said
+    # 4 x 1 + 2 x 1 + 3 epochs.
+    assert "4 candidates to epoch 1, 2 candidates to epoch 2, " in said
+    assert "9 epochs in all, as many as 3 whole trainings" in said
+    assert not output.exists()
+
+    here["interrupt_after"] = 3
+    status, said = call(*arguments)
+    assert status == 130, said
+    here["interrupt_after"] = None
+    status, said = call(*arguments)
+    assert status == 0, said
+
+    # What was trained before the stop is not trained again, nor is what did not stay finite.
+    names = [name.removesuffix("-seed0") for name, _ in here["trained"]]
+    assert names[:4] == ["c01", "c02", "c03", "c04"]
+    steps = [most for _, most in here["trained"]]
+    assert steps == [4, 4, 4, 4, 8, 8, None]  # an epoch of 32 samples has 4 steps of 8
+    validations = {name: tiny.metrics(output / f"{name}-seed0", "val") for name in RATES}
+    assert validations["c03"] == []
+    assert {line["data_split"] for lines in validations.values() for line in lines} == {
+        "train-held-out-0.3-seed-0"
+    }
+    finite = [name for name in RATES if name != "c03"]
+    first = sorted(finite, key=lambda name: -validations[name][0]["top1"])
+    assert set(names[4:6]) == set(first[:2])
+    second = max(first[:2], key=lambda name: validations[name][1]["top1"])
+    values = json.loads((output / "report" / "search.json").read_text())
+    assert values["chosen"] == second
+    assert names[6] == "final"
+
+    # The winner is trained on all 47 samples, and the 23 of val are looked at once.
+    (only,) = tiny.metrics(output / "final-seed0", "val")
+    assert (only["step"], only["samples"], "data_split" in only) == (15, 23, False)
+    assert values["final"]["final-seed0"]["top1"] == only["top1"]
+    report = (output / "report.md").read_text()
+    assert f"| {second} | {RATES[second]:g} |" in report
+    assert "| c03 | 1e+30 |  |  | not finite before epoch 1 |" in report
+    assert report.count("**chosen**") == 1
+    assert f"top-1 **{only['top1']:.2f}** % on the 23 samples of the validation split" in report
+    assert (output / "report" / "search.png").stat().st_size > 10_000
+
+    # Through rungs it is the run that it would have been at once.
+    straight = _search(file, output).run(search.Candidate("straight", _values(second)), 0, 2)
+    _, config, *overrides = straight.arguments
+    assert main(config, *overrides).status == 0
+    halved = output / f"{second}-seed0"
+    for kind in ("train", "val"):
+        assert tiny.metrics(straight.folder, kind) == tiny.metrics(halved, kind)
+    weights = [tiny.newest(run) / "model.safetensors" for run in (straight.folder, halved)]
+    ours, theirs = map(load_file, weights)
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+
+    # Nothing is left to do.
+    trained = len(here["trained"])
+    assert call(*arguments)[0] == 0
+    assert len(here["trained"]) == trained
+    # Whoever changes what is searched over after that is told.
+    other = {key: values for key, values in RATES.items() if key != second}
+    write({"over": {"phases.0.optimizer.lr": list(other.values())}})
+    status, said = call(*arguments)
+    assert status == 2
+    assert "another candidate was evaluated on the validation split before" in said
+
+
+def _values(name: str) -> dict[str, Any]:
+    return {"phases.0.optimizer.lr": RATES[name]}
+
+
+def _search(file: Path, output: Path) -> search.Search:
+    return search.Search(search.read(file), output, (), ())
+
+
+@pytest.mark.parametrize(
+    ("axis", "values"),
+    [
+        ({"from": 0.01, "to": 1, "number": 5, "log": True}, [0.01, 0.0316, 0.1, 0.316, 1.0]),
+        ({"from": 0, "to": 0.3, "number": 4}, [0.0, 0.1, 0.2, 0.3]),
+        ([[1, 2], "a", None], [[1, 2], "a", None]),
+    ],
+)
+def test_values_of_an_axis(write: Callable[..., Path], axis: Any, values: list[Any]) -> None:
+    over = {"loss.phi": axis, "loss.kind": ["sdt", "tet"]}
+    found = search.read(write({"over": over})).search
+    assert search.axes(found) == {"loss.phi": values, "loss.kind": ["sdt", "tet"]}
+    combined = [tuple(one.values.values()) for one in search.candidates(found)]
+    assert combined == [(value, kind) for value in values for kind in ("sdt", "tet")]
+
+
+def test_ties_and_losses_are_ranked() -> None:
+    a, b, c, d = (search.Candidate(name, {}) for name in "abcd")
+    scores: dict[search.Candidate, list[float | None]] = {
+        a: [1.0, 3.0],
+        b: [2.0, 2.0],
+        c: [],
+        d: [1.0, 2.0],
+    }
+    assert search.Rung(1, scores, "top1").ranked == [a, b, d, c]
+    assert search.Rung(1, scores, "loss").ranked == [d, a, b, c]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"search.rungs": [2, 1]}, "search.rungs: [2, 1] must rise"),
+        ({"search.rungs": [1, 2, 3]}, "one candidate left before epoch 3"),
+        ({"search.rungs": [1, 4]}, "search.rungs: 4 is beyond the 3 epochs"),
+        ({"search.eta": 1}, "'search.eta': input should be greater than or equal to 2"),
+        ({"search.held": 0.1}, "unknown key 'search.held'; known here are over, held_out"),
+        ({"search.metric": "top5"}, "'search.metric'"),
+        ({"over": {"phases.0.optimizer.lrr": [1.0, 2.0, 3.0]}}, "c01 (phases.0.optimizer.lrr=1.0)"),
+        ({"over": {"loss.phi": []}}, "'search.over.loss.phi'"),
+        ({"over": {"loss.phi": {"from": 0, "to": 1}}}, "'search.over.loss.phi.number' is missing"),
+        ({"over": {"loss.phi": {"from": 0, "to": 1, "number": 3, "log": True}}}, "above 0"),
+        ({"over": {"non_finite_limit": [1, 2, 3]}}, "non_finite_limit: is in overrides, too"),
+        ({"over": {"seed": [1, 2, 3]}}, "seed is set by the study itself"),
+        ({"overrides": {"max_steps": 3}}, "max_steps is set by the study itself: say in search"),
+        ({"overrides": {"data.root": "nowhere"}}, "nowhere"),
+        ({"entries": {}}, "unknown key 'entries'"),
+    ],
+)
+def test_mistakes_in_a_search_are_named(
+    call: Call, write: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    status, said = call(write(changes), "--output", tmp_path / "out")
+    assert (status, said.count("\n")) == (2, 1), said
+    assert words in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_that_a_search_does_not_take(
+    call: Call, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = write()
+    for arguments, words in (
+        (("--only", "c01"), "--only: "),
+        (("--slurm", "--time", "1:00:00"), "--slurm: "),
+        (("phases.0.optimizer.lr=0.1",), "phases.0.optimizer.lr: is searched over"),
+    ):
+        status, said = call(file, "--output", tmp_path / "out", *arguments)
+        assert (status, words in said) == (2, True), said
+
+
+def test_the_search_of_the_project_resolves(tmp_path: Path) -> None:
+    found = [file for file in sorted(STUDIES_DIR.glob("*.yaml")) if search.is_search(file)]
+    assert found
+    for file in found:
+        made = search.Search(search.read(file), tmp_path, (), ())
+        with pytest.raises(UserError, match=r"data\.root"):
+            made.check_inputs()
