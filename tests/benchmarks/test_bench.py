@@ -265,24 +265,38 @@ def test_batches_are_timed_against_other_pipelines(tmp_path: Path) -> None:
     assert "JPEG" in run(BENCH, "data", "--data", tmp_path, status=1)
 
 
-@pytest.mark.parametrize("name", ["qkformer_10_384", "sdt_8_384"])
+@pytest.mark.parametrize(
+    "name", ["qkformer_10_384", "sdt_8_384", "maxformer_10_384", "espikeformer_s"]
+)
 def test_transformers_of_spikingjellys_neurons_are_ours(name: str) -> None:
     """With the same weights in the same order, in a small size: logits at every timestep."""
     from spikingjelly.activation_based import functional
 
     from tetdist.benchmarks import contestants, peers
 
-    make = contestants.spikingjelly_neuron
-    small: dict[str, Any]
-    if name.startswith("qkformer"):
-        small = {"widths": (8, 16, 24), "depths": (1, 1, 1), "heads": 2}
-        theirs: torch.nn.Module = peers.QKFormer((8, 16, 24), (1, 1, 1), 2, make)
-    else:
-        small = {"channels": 32, "depth": 1}
-        theirs = peers.SpikeDrivenTransformer(32, 1, make)
+    make = contestants.halving_neuron
+    small: dict[str, Any] = {"widths": (8, 16, 24), "depths": (1, 1, 1), "heads": 2}
+    theirs: torch.nn.Module
+    match name.split("_")[0]:
+        case "qkformer":
+            theirs = peers.QKFormer(*small.values(), make)
+        case "maxformer":
+            theirs = peers.MaxFormer(*small.values(), make)
+        case "sdt":
+            small = {"channels": 32, "depth": 1}
+            theirs = peers.SpikeDrivenTransformer(32, 1, make)
+        case "espikeformer":
+            small = {"widths": (8, 8, 16, 24), "depths": (1, 1), "heads": 2}
+            sharing, counting = contestants.sharing_neuron, contestants.counting_neuron
+            theirs = peers.ESpikeFormer(*small.values(), sharing, counting)
     torch.manual_seed(0)
     ours = timm.create_model(name, timesteps=3, **small).double().eval()
     randomize(ours)
+    if name.startswith("qkformer"):
+        with torch.no_grad():
+            for key, value in ours.named_parameters():
+                if key.endswith("norm.bias"):
+                    value += 1  # so that spikes come through to the end
     state = {key: value for key, value in theirs.state_dict().items() if value.is_floating_point()}
     theirs.load_state_dict(
         dict(zip(state, ours.state_dict().values(), strict=True)), strict=False, assign=True
@@ -300,4 +314,5 @@ def test_whether_there_is_a_network_of_spikingjellys() -> None:
 
     found = {name for name in models.names() if has_spikingjelly_network(name)}
     assert {"sew_resnet34", "spiking_resnet50", "qkformer_10_768", "sdt_10_512"} <= found
+    assert {"maxformer_10_512", "espikeformer_l"} <= found
     assert not {"spiking_resnet19", "vggsnn", "qkformer_4_384_cifar", "sdt_2_256_dvs"} & found

@@ -496,6 +496,10 @@ def test_some_keys_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--explain", "batch", "phases.0.epochs"]) == 0
     explained = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert explained == ["batch.global", "batch.micro", "batch.eval", "phases.N.epochs"]
+    assert train.main(["--explain", "model.neuron.decay"]) == 0
+    of_kinds = "[number > 0 and <= 1; default 0.5]", "Number > 0 and < 1 of plif.", "0.25 of ilif"
+    said = capsys.readouterr().out
+    assert all(one in said for one in of_kinds)
     assert train.main(["--explain", "bach"]) == 2
     assert "no key 'bach'" in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
 """What evaluations say of networks whose neurons are no LIF."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -77,6 +78,17 @@ def suite(model: SpikingNetwork, world: World, timesteps: list[int]) -> dict[str
     )
 
 
+ABOUT = {
+    "checkpoint": "x",
+    "model": "m",
+    "step": 1,
+    "split": "val",
+    "seed": 0,
+    "trained_timesteps": 4,
+    "reported_timesteps": [2, 4],
+}
+
+
 def test_what_is_not_causal_is_evaluated_at_each_t_by_itself(alone: World) -> None:
     model = small({"kind": "ahead"})
     found = suite(model, alone, [1, 2, 4])
@@ -95,8 +107,7 @@ def test_what_is_not_causal_is_evaluated_at_each_t_by_itself(alone: World) -> No
     assert abs(other - losses[1]) > 1e-3
     assert (found["timesteps"], found["loss"]) == (4, got[3])
     assert found["early_exit"] is None
-    about = {"checkpoint": "x", "model": "m", "step": 1, "split": "val", "seed": 0}
-    about |= {"trained_timesteps": 4, "reported_timesteps": [1, 2, 4]}
+    about = ABOUT | {"reported_timesteps": [1, 2, 4]}
     for text in (as_text(about | found), html_page(about | found)):
         assert "the network is not causal" in text
     assert png_page(about | found).startswith(b"\x89PNG")
@@ -271,6 +282,14 @@ def test_firing_rates_of_integer_spikes_are_shares_of_the_most(kind: str, alone:
     assert result.firing_rate["stem.neuron"] == pytest.approx(spikes.mean().item())
 
 
+def test_there_may_be_nothing_to_unroll(alone: World) -> None:
+    passes = passes_of(small({"kind": "lif", "threshold": 0.3}), alone)
+    found = run_suite(
+        passes, timesteps=[2, 4], unroll=True, drop_timesteps=[], drop_events=[], seed=0
+    )
+    assert "nothing to unroll: every layer that sees spikes sees 0 and 1" in as_text(ABOUT | found)
+
+
 @pytest.mark.parametrize("kind", ["ilif", "nilif"])
 def test_an_unrolled_evaluation_says_the_same(kind: str, alone: World) -> None:
     model = small({"kind": kind, "threshold": 0.3})
@@ -281,7 +300,11 @@ def test_an_unrolled_evaluation_says_the_same(kind: str, alone: World) -> None:
         )
         for unroll in (False, True)
     )
+    unrolled_into = re.search(r"unrolled: 3 layers in up to (\d) sub", as_text(ABOUT | spikes))
+    assert "unrolled" not in as_text(ABOUT | numbers)
     most = spikes.pop("sub_timesteps")
+    assert unrolled_into is not None
+    assert int(unrolled_into[1]) == max(most.values())
     assert most.keys() == {"blocks.0.conv", "blocks.1.conv", "fc"}
     assert set(most.values()) <= {2, 3, 4}
     assert spikes["per_timestep_loss"] == pytest.approx(numbers["per_timestep_loss"], rel=1e-12)

@@ -18,6 +18,7 @@ from passes import assert_same, randomize, results_of
 from torch import Tensor, nn
 
 import tetdist
+from tetdist.errors import UserError
 from tetdist.losses import tet_loss
 from tetdist.models import SpikingNetwork, sew_resnet, spiking_resnet
 from tetdist.nn import neurons
@@ -127,6 +128,12 @@ def test_registered_model_and_its_default_cfg(name: str) -> None:
     assert classifier.out_features == num_classes
     assert classifier.in_features == model.num_features == model.head_hidden_size
     assert model.input_kind == ("events" if name in EVENTS else "images")
+
+
+def test_features_of_all_blocks_are_refused() -> None:
+    with pytest.raises(UserError, match="features_only: sew_resnet18 has features of every"):
+        timm.create_model("sew_resnet18", features_only=True)
+    timm.create_model("sew_resnet18", features_only=False, width=4)
 
 
 @pytest.mark.parametrize("name", [*SEW, *SPIKING])

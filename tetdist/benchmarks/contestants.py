@@ -101,7 +101,8 @@ def has_spikingjelly_network(name: str) -> bool:
     if name.startswith(("sew_resnet", "spiking_resnet")):
         return not name.startswith(("spiking_resnet19", "spiking_resnet18_"))
     # Transformers for images of ImageNet's size.
-    return name.startswith(("qkformer_10_", "sdt_")) and not name.startswith("sdt_2_")
+    transformers = ("qkformer_10_", "sdt_", "maxformer_", "espikeformer_")
+    return name.startswith(transformers) and not name.startswith("sdt_2_")
 
 
 def spikingjelly_network(name: str) -> torch.nn.Module:
@@ -118,16 +119,30 @@ def spikingjelly_network(name: str) -> torch.nn.Module:
         case "qkformer":
             width = int(numbers[1])
             widths = (width // 4, width // 2, width)
-            return peers.QKFormer(widths, (1, 2, 7), width // 64, spikingjelly_neuron)
+            return peers.QKFormer(widths, (1, 2, 7), width // 64, halving_neuron)
+        case "maxformer":
+            width = int(numbers[1])
+            widths = (width // 4, width // 2, width)
+            return peers.MaxFormer(widths, (1, 2, 7), width // 64, halving_neuron)
         case "sdt":
             depth, width = map(int, numbers)
-            return peers.SpikeDrivenTransformer(width, depth, spikingjelly_neuron)
+            return peers.SpikeDrivenTransformer(width, depth, halving_neuron)
+        case "espikeformer":
+            of_size = {
+                "t": (24, 48, 96, 128),
+                "s": (32, 64, 128, 192),
+                "m": (48, 96, 192, 240),
+                "l": (64, 128, 256, 360),
+            }
+            return peers.ESpikeFormer(
+                of_size[numbers[0]], (6, 2), 8, sharing_neuron, counting_neuron
+            )
         case _:
             raise AssertionError(name)
 
 
 def spikingjelly_neuron() -> torch.nn.Module:
-    """A layer of spikingjelly's neurons, of the default numbers of ours."""
+    """A layer of spikingjelly's neurons, of the numbers of ours in SEW- and Spiking-ResNets."""
     from spikingjelly.activation_based import neuron, surrogate
 
     return neuron.LIFNode(
@@ -136,6 +151,35 @@ def spikingjelly_neuron() -> torch.nn.Module:
         surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0),
         detach_reset=False,
     )
+
+
+def halving_neuron(threshold: float = 1.0) -> torch.nn.Module:
+    """A layer of spikingjelly's neurons as QKFormer, Max-Former and SDT have them."""
+    from spikingjelly.activation_based import neuron, surrogate
+
+    return neuron.LIFNode(
+        tau=2.0,
+        v_threshold=threshold,
+        surrogate_function=surrogate.Sigmoid(alpha=4.0),
+        detach_reset=True,
+    )
+
+
+def counting_neuron(threshold: float = 1.0) -> torch.nn.Module:
+    """A layer of spikingjelly's neurons that send a number of spikes, of up to 4."""
+    from spikingjelly.activation_based import neuron
+
+    return neuron.ILIFNode(v_threshold=threshold)
+
+
+def sharing_neuron(threshold: float = 1.0) -> torch.nn.Module:
+    """The same, divided by 4, as E-SpikeFormer has them."""
+    return torch.nn.Sequential(counting_neuron(threshold), _Quarter())
+
+
+class _Quarter(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 4
 
 
 def batch_of(

@@ -56,7 +56,7 @@ def documented_keys(
 
 def _of_all_kinds(prefix: str) -> dict[str, Documented]:
     """The keys of all kinds of neurons, with what is said of a key that only some have, and of its
-    defaults where kinds differ."""
+    defaults and of what it takes where kinds differ."""
     by_key: dict[str, dict[str, Documented]] = {}
     for kind in NEURONS:
         for key, documented in documented_keys(neuron_section(kind), prefix).items():
@@ -66,12 +66,13 @@ def _of_all_kinds(prefix: str) -> dict[str, Documented]:
         (first, *_), meaning = of_kinds.values(), ""
         if "lif" not in of_kinds:
             meaning = f"Of {', '.join(of_kinds)}: "
-        by_default: dict[str, list[str]] = {}
-        for kind, documented in of_kinds.items():
-            by_default.setdefault(documented.default, []).append(kind)
         meaning += first.meaning
-        for default, kinds in list(by_default.items())[1:]:
-            meaning += f" {default.capitalize()} of {', '.join(kinds)}."
+        for says in ("takes", "default"):
+            kinds_by_text: dict[str, list[str]] = {}
+            for kind, documented in of_kinds.items():
+                kinds_by_text.setdefault(getattr(documented, says), []).append(kind)
+            for text, kinds in list(kinds_by_text.items())[1:]:
+                meaning += f" {text.capitalize()} of {', '.join(kinds)}."
         merged[key] = first._replace(meaning=meaning)
     return merged
 

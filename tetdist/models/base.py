@@ -346,7 +346,15 @@ def build(
     """Build a registered model through timm.
 
     ``neuron`` may be a mapping; what it leaves out is as in the network's `default_neuron`.
+
+    Raises:
+        UserError: ``features_only`` is asked for.
     """
+    if kwargs.pop("features_only", False):
+        raise UserError(
+            f"features_only: {variant} has features of every timestep, (T, B, C, H, W), which "
+            "timm's extraction does not know; call forward_features, or put hooks on model.blocks"
+        )
     neuron = neurons.make(neuron, cls.default_neuron)
     # timm's train.py and benchmark.py pass what spiking networks have no use for.
     for unused in ("drop_rate", "global_pool", "scriptable"):

@@ -41,11 +41,25 @@ def as_text(found: EvaluationResults) -> str:
             _text_sweep(found),
             _text_early_exit(found),
             *_text_dropped(found),
+            *_text_unrolled(found),
             _text_classes(found),
             _text_operations(found),
             _text_firing_rates(found),
         ]
     )
+
+
+def _text_unrolled(found: EvaluationResults) -> list[str]:
+    """What --unroll did, if it was given."""
+    if "sub_timesteps" not in found:
+        return []
+    several = {name: most for name, most in found["sub_timesteps"].items() if most > 1}
+    if not several:
+        return ["  nothing to unroll: every layer that sees spikes sees 0 and 1 as it is"]
+    return [
+        f"  unrolled: {counted(len(several), 'layer')} in up to {max(several.values())} "
+        "sub-timesteps of 0 and 1 a timestep"
+    ]
 
 
 def heading(found: EvaluationResults) -> str:
