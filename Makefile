@@ -47,7 +47,8 @@ quickstart: venv ## real data, a trained and evaluated spiking network, in minut
 	@echo "  $(BIN)/mlflow ui --backend-store-uri 'sqlite:///$(CURDIR)/runs/mlflow.db'"
 
 test: $(VENV)/.tests ## run the tests (minutes)
-	@$(BIN)/python -m pytest -m "not long" -n $(WORKERS) --dist loadgroup $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -m "not long" -n $(WORKERS) --dist loadgroup \
+	  --nbmake tests docs/first_look.ipynb $(PYTEST_FLAGS)
 
 test-long: $(VENV)/.tests ## run the tests that take longer
 	@$(BIN)/python -m pytest -m long -n $(WORKERS) --dist loadgroup $(PYTEST_FLAGS)
