@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-long test-gpu lint format clean
+.PHONY: help venv quickstart test test-long test-gpu docs lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,13 +47,21 @@ quickstart: venv ## real data, a trained and evaluated spiking network, in minut
 	@echo "  $(BIN)/mlflow ui --backend-store-uri 'sqlite:///$(CURDIR)/runs/mlflow.db'"
 
 test: $(VENV)/.tests ## run the tests (minutes)
-	@$(BIN)/python -m pytest -m "not long" -n $(WORKERS) --dist loadgroup $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -m "not long" -n $(WORKERS) --dist loadgroup \
+	  --nbmake tests docs/first_look.ipynb $(PYTEST_FLAGS)
 
 test-long: $(VENV)/.tests ## run the tests that take longer
 	@$(BIN)/python -m pytest -m long -n $(WORKERS) --dist loadgroup $(PYTEST_FLAGS)
 
 test-gpu: venv ## run the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)
+
+$(VENV)/.docs: $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs ## build the site of docs/ in site/; a link that leads nowhere is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: venv ## ruff, the type checker, and which room may know which
 	@$(BIN)/ruff check .
@@ -66,5 +74,5 @@ format: venv ## let ruff rewrite what it can
 	@$(BIN)/ruff format .
 
 clean: ## remove caches (neither .venv nor data nor runs)
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

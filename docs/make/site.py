@@ -1,0 +1,191 @@
+"""Makes the pages of the documentation's site that are not written by hand; mkdocs loads it.
+
+    make docs        (mkdocs build --strict; the site is in site/)
+
+The README is the first page. Commands, recipes and keys of the configuration are listed by asking
+the code itself, so that no list of them can be out of date. Links in all pages, which lead through
+the project's folders, are made to lead to the site's pages.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+PROJECT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from tetdist.config.documentation import documented_keys  # noqa: E402 - found by the line above
+from tetdist_command import COMMANDS  # noqa: E402 - likewise
+
+# Pages at the project's root, and what they are called on the site.
+ROOT_PAGES = {
+    "README.md": "index.md",
+    "ARCHITECTURE.md": "architecture.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+RECIPES = "reference/recipes.md"
+_LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
+_CODE = re.compile(r"^(```.*?^```)", flags=re.MULTILINE | re.DOTALL)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made here."""
+    made = {site: (PROJECT / name).read_text() for name, site in ROOT_PAGES.items()}
+    made["reference/commands.md"] = commands_page()
+    made["reference/configuration.md"] = configuration_page()
+    made[RECIPES] = recipes_page()
+    for uri, content in made.items():
+        files.append(File.generated(config, uri, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Have links lead to the site's pages, but within code."""
+    del config, files  # mkdocs hands them over by name
+    uri = page.file.src_uri
+    at_root = {site: Path() for site in ROOT_PAGES.values()}
+    folder = at_root.get(uri, (Path("docs") / uri).parent)
+    parts = _CODE.split(markdown)
+    parts[::2] = [
+        _LINK.sub(lambda link: _site_link(link, folder, uri), text) for text in parts[::2]
+    ]
+    return "".join(parts)
+
+
+def _site_link(link: re.Match[str], folder: Path, uri: str) -> str:
+    """A link of a file in the project's ``folder``, as it is on the page ``uri``."""
+    image, text, target, anchor = link.groups(default="")
+    if not target or "://" in target:
+        return link[0]
+    path = Path(os.path.normpath(folder / target))
+    if str(path) in ROOT_PAGES:
+        there = ROOT_PAGES[str(path)]
+    elif path.is_relative_to("docs") and path.suffix:
+        there = str(path.relative_to("docs"))
+    elif path.is_relative_to("configs"):
+        there, anchor = RECIPES, f"#{_anchor(path)}" if path.suffix else ""
+    elif (PROJECT / path).exists():
+        return text  # of the code: the site does not have it
+    else:
+        return link[0]  # mkdocs says that it leads nowhere
+    return f"{image}[{text}]({os.path.relpath(there, Path(uri).parent)}{anchor})"
+
+
+def _anchor(recipe: Path) -> str:
+    return f"{recipe.parent.name}-{recipe.stem}" if recipe.parent.name != "configs" else recipe.stem
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+def commands_page() -> str:
+    """What each command says of itself, and each command of a command."""
+    with ThreadPoolExecutor() as pool:
+        texts = list(pool.map(lambda name: list(_helps(name)), COMMANDS))
+    lines = [
+        "# Commands",
+        "",
+        "In a checkout `python tools/COMMAND.py`, `launch/slurm.py` and `tetdist/train.py`; with",
+        "the package alone `tetdist COMMAND`. Each answers `--help` in a moment.",
+        "",
+        "| command | what for |",
+        "|---|---|",
+        *(f"| [{name}](#{name}) | {text} |" for name, text in COMMANDS.items()),
+    ]
+    for name, helps in zip(COMMANDS, texts, strict=True):
+        lines += ["", f"## {name} {{ #{name} }}"]
+        for words, text in helps:
+            lines += ["", f"### {name} {words}"] if words else []
+            lines += ["", "```text", text.rstrip(), "```"]
+    return "\n".join(lines)
+
+
+def _helps(name: str) -> Iterator[tuple[str, str]]:
+    """The help of a command, then those of its own commands, each with their words."""
+    text = _help(name)
+    yield "", text
+    inner = re.search(r"^  \{([a-z_,-]+)\}", text, flags=re.MULTILINE)
+    for word in inner[1].split(",") if inner else []:
+        yield word, _help(name, word)
+
+
+def _help(*words: str) -> str:
+    command = [sys.executable, "tetdist_command.py", *words, "--help"]
+    shown = subprocess.run(
+        command,
+        cwd=PROJECT,
+        env=os.environ | {"COLUMNS": "88", "NO_COLOR": "1"},
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    return shown.stdout
+
+
+# --- configuration -------------------------------------------------------------------------------
+
+
+def configuration_page() -> str:
+    """Every key of a configuration, a table for each section."""
+    lines = [
+        "# Every key of a configuration",
+        "",
+        "A YAML file holds them, and `key=value` on the command line overrides one: dotted, items",
+        "of a list by their number, `phases.0.epochs=10`. `--explain KEY` shows the same in a",
+        "terminal, `--print-config` what a run gets and where each value is from.",
+    ]
+    by_section: dict[str, list[str]] = {}
+    for key, documented in documented_keys().items():
+        section = key.rpartition(".")[0]
+        meaning = " ".join(documented.meaning.split())
+        default = documented.default.removeprefix("default ")
+        row = f"| `{key}` | {_cell(documented.takes)} | {_cell(default)} | {_cell(meaning)} |"
+        by_section.setdefault(section, []).append(row)
+    for section, rows in by_section.items():
+        lines += ["", f"## {section or 'The run'}", ""]
+        lines += ["| key | takes | default | meaning |", "|---|---|---|---|", *rows]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    for sign, shown in {"|": "\\|", "<": "&lt;", "*": "\\*", "{": "&#123;"}.items():
+        text = text.replace(sign, shown)
+    return text
+
+
+# --- recipes -------------------------------------------------------------------------------------
+
+
+def recipes_page() -> str:
+    """Every file of configs/: what its header says, and the file."""
+    lines = [
+        "# Recipes",
+        "",
+        "The files of `configs/`. Each says at its beginning with which command it is run, on",
+        "which hardware, and what is known of its result; `--config NAME.yaml` finds it from",
+        "anywhere.",
+    ]
+    folder = PROJECT / "configs"
+    for title, found in [
+        ("Runs", folder.glob("*.yaml")),
+        ("Studies", (folder / "studies").glob("*.yaml")),
+    ]:
+        lines += ["", f"## {title} {{ #{title.lower()} }}"]
+        for file in sorted(found):
+            text = file.read_text()
+            content = yaml.safe_load(text)
+            first = text.splitlines()[0].lstrip("# ")
+            title = content.get("title", file.name)
+            lines += ["", f"### {title} {{ #{_anchor(file)} }}", "", first]
+            lines += ["", f'```yaml title="{file.relative_to(PROJECT)}"', text.rstrip(), "```"]
+    return "\n".join(lines)
