@@ -161,11 +161,13 @@ class Stream:
 
 
 def pooling() -> list[Launch]:
-    """What the max-pooling behind a ResNet's stem starts."""
+    """What max-pooling starts: behind a ResNet's stem, and of a transformer's current."""
     kernels = triton_passes.Pool()
     window = torch.nn.MaxPool2d(3, 2, 1)
     images = torch.empty(128, 112, 112, 64, dtype=torch.uint8, device="meta").permute(0, 3, 1, 2)
+    affine = Affine(*torch.empty(4, 64, device="meta"))
     with noted() as launches:
+        kernels.forward_normalized(images.to(torch.bfloat16), affine, window)
         pooled, _, where = kernels.forward(images, 1, torch.bfloat16, window)
         kernels.backward(pooled, where, images.shape, window)
     return launches

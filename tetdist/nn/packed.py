@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tetdist.nn import native, passes
+from tetdist.nn.fused import Affine
 
 
 class Packed(NamedTuple):
@@ -185,7 +186,7 @@ class MaxPool(nn.MaxPool2d):
         if packed is None or not torch.is_grad_enabled():
             return super().forward(flat).unflatten(0, x.shape[:2])
         flat_packed = packed._replace(values=packed.values.flatten(0, 1))
-        kernel = _pool_kernel(flat)
+        kernel = pool_kernel(flat)
         if kernel is not None:
             pooled, values = _MaxPoolInBytes.apply(flat, flat_packed, self, kernel)
             again = packed._replace(values=values.unflatten(0, x.shape[:2]))
@@ -195,12 +196,18 @@ class MaxPool(nn.MaxPool2d):
 
 
 class PoolKernel(Protocol):
-    """Max-pooling of images (N, C, H, W) whose values are in bytes, too."""
+    """Max-pooling of images (N, C, H, W): of those whose values are in bytes, too, and of currents
+    that are normalised."""
 
     def forward(
         self, packed: Tensor, levels: int, dtype: torch.dtype, pool: nn.MaxPool2d
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The largest of each window, of ``dtype`` and in bytes, and where it was."""
+
+    def forward_normalized(
+        self, x: Tensor, affine: Affine, pool: nn.MaxPool2d
+    ) -> tuple[Tensor, Tensor]:
+        """The largest of each window of a current, normalised, and where it was."""
 
     def backward(
         self, grad: Tensor, where: Tensor, shape: torch.Size, pool: nn.MaxPool2d
@@ -208,7 +215,8 @@ class PoolKernel(Protocol):
         """The gradient of the images, whose shape is given."""
 
 
-def _pool_kernel(x: Tensor) -> PoolKernel | None:
+def pool_kernel(x: Tensor) -> PoolKernel | None:
+    """What pools tensors like ``x``; None: torch is to."""
     if native.serves(x):
         return native.pool()
     gpu = passes.triton_for(x)

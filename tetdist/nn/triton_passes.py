@@ -393,7 +393,8 @@ def _grad_learned(learned: tuple[Tensor, ...], partial: Tensor | None) -> tuple[
 
 
 class Pool:
-    """Max-pooling of images (N, C, H, W) whose values are in bytes, too."""
+    """Max-pooling of images (N, C, H, W): of those whose values are in bytes, too, and of currents
+    that are normalised."""
 
     def forward(
         self, packed: Tensor, levels: int, dtype: torch.dtype, pool: torch.nn.MaxPool2d
@@ -414,6 +415,23 @@ class Pool:
         known = _known(window) | sizes | {"LEVELS": levels}
         launch(pooling.forward, grid, arguments, known)
         return out.permute(0, 3, 1, 2), most.permute(0, 3, 1, 2), where
+
+    def forward_normalized(
+        self, x: Tensor, affine: Affine, pool: torch.nn.MaxPool2d
+    ) -> tuple[Tensor, Tensor]:
+        """The largest of each window of a current (N, C, H, W), normalised, and where it was."""
+        images, channels, height, width = x.shape
+        window = Window.of(pool)
+        out_height, out_width = window.outputs(height), window.outputs(width)
+        out = torch.empty(images, out_height, out_width, channels, dtype=x.dtype, device=x.device)
+        where = torch.empty_like(out, dtype=torch.uint8)
+        rows = x.permute(0, 2, 3, 1).contiguous()
+        pixels = images * out_height * out_width
+        grid, groups, sizes = _pixels(pixels, rows)
+        arguments: list[Argument] = [rows, affine.gain, affine.offset, out, where, pixels, groups]
+        arguments += [height, width, out_height, out_width]
+        launch(pooling.forward_normalized, grid, arguments, _known(window) | sizes)
+        return out.permute(0, 3, 1, 2), where
 
     def backward(
         self, grad: Tensor, where: Tensor, shape: torch.Size, pool: torch.nn.MaxPool2d

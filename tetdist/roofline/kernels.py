@@ -163,6 +163,16 @@ class Pool:
         note(POOLING, "pool forward", (packed, out, most, where), 1)
         return out.permute(0, 3, 1, 2), most.permute(0, 3, 1, 2), where
 
+    def forward_normalized(
+        self, x: Tensor, _affine: Affine, pool: nn.MaxPool2d
+    ) -> tuple[Tensor, Tensor]:
+        images, channels, height, width = x.shape
+        window = Window.of(pool)
+        out = _empty(x, images, window.outputs(height), window.outputs(width), channels)
+        where = torch.empty_like(out, dtype=torch.uint8)
+        note(POOLING, "pool forward_normalized", (x, out, where), 1)
+        return out.permute(0, 3, 1, 2), where
+
     def backward(
         self, grad: Tensor, where: Tensor, shape: torch.Size, _pool: nn.MaxPool2d
     ) -> Tensor:

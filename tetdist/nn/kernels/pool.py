@@ -1,4 +1,5 @@
-"""Max-pooling of spikes in bytes on a GPU, in Triton; pool.cpp is the same on a CPU.
+"""Max-pooling on a GPU, in Triton: of spikes in bytes, and of a current that is normalised.
+pool.cpp is the same on a CPU.
 
 Images are (N, H, W, C) without gaps. Each output remembers in a byte which position of its window
 it came from (the first of the largest, as in torch), so the backward pass needs nothing else. A
@@ -55,6 +56,45 @@ def forward(
     wide = tl.float64 if kind == tl.float64 else tl.float32
     tl.store(out + at, (most.to(wide) * (1 / LEVELS)).to(kind), mask=mask)
     tl.store(packed + at, most.to(tl.uint8), mask=mask)
+    tl.store(where + at, position.to(tl.uint8), mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_normalized(
+    images, gain, offset, out, where, pixels, groups, height, width, out_height, out_width,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, VEC: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr
+):
+    """The same of gain * x + offset, one of each a channel, which is nowhere written down."""
+    C = groups * VEC
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    pixel = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = pixel < pixels
+    channels = (c < C)[None, :]
+    row = pixel // out_width
+    left = pixel % out_width * STRIDE - PADDING
+    top = row % out_height * STRIDE - PADDING
+    image = row // out_height
+    wide = gain.dtype.element_ty
+    g = tl.load(gain + c, mask=c < C, other=0.0)[None, :]
+    o = tl.load(offset + c, mask=c < C, other=0.0)[None, :]
+    most = tl.full([BN, BC], 0.0, wide)
+    # The first pixel of a window is taken, whatever it is: what is not finite is nowhere larger.
+    position = tl.full([BN, BC], -1, tl.int32)
+    for dy in tl.static_range(KERNEL):
+        for dx in tl.static_range(KERNEL):
+            y = top + dy
+            x = left + dx
+            here = inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            at = _at((image * height + y) * width + x, C, c)
+            mask = here[:, None] & channels
+            value = tl.load(images + at, mask=mask, other=0.0).to(wide) * g + o
+            larger = here[:, None] & ((position < 0) | (value > most))
+            most = tl.where(larger, value, most)
+            position = tl.where(larger, dy * KERNEL + dx, position)
+    at = _at(pixel, C, c)
+    mask = inside[:, None] & channels
+    tl.store(out + at, most.to(out.dtype.element_ty), mask=mask)
     tl.store(where + at, position.to(tl.uint8), mask=mask)
 
 
