@@ -10,6 +10,7 @@ setup(
     py_modules=["tetdist_command"],
     package_data={
         "tetdist.nn.kernels": ["*.cpp", "*.h"],
+        "tetdist.reports": ["published_curves.yaml"],
         "tetdist.configs": ["*.yaml", "studies/*.yaml"],
     },
 )

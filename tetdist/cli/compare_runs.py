@@ -1,10 +1,12 @@
 """Compare two runs: where their metrics part, by how much, and whether they saw the same samples.
 Or see several: what each reached, the mean and spread over seeds, their curves in one figure.
+Or see whether a run on ImageNet is on the way that a published training took.
 
     python tools/compare_runs.py runs/one runs/two
     python tools/compare_runs.py one/metrics.jsonl two/metrics.jsonl --tolerance 1e-6
     python tools/compare_runs.py runs/tet_* runs/sdt_* --plot tet_sdt.png
     python tools/compare_runs.py runs/STUDY --plot study.png
+    python tools/compare_runs.py runs/sew34_t4 --reference sew34
 
 Of two runs, values that depend on the clock or the machine (time, samples_per_s, data_wait,
 gpu_memory, gpu_energy, seconds) are left out.
@@ -14,6 +16,7 @@ where both have them.
 
 Exit status: 0 the same, 1 different (in values, in steps or in samples; another configuration alone
 is no difference), 2 a mistake of the user's. More than two runs are shown, not judged: 0, or 2.
+With --reference: 1 if a run is behind.
 """
 
 import argparse
@@ -46,7 +49,9 @@ def show(options: argparse.Namespace) -> int:
     status = 0
     if options.plot:
         require_plots()
-    if len(options.runs) == 2:
+    if options.reference:
+        status = beside(options)
+    elif len(options.runs) == 2:
         a, b = (read_run(path) for path in options.runs)
         comparison = compare(a, b, options.tolerance)
         print(report(comparison))
@@ -56,8 +61,25 @@ def show(options: argparse.Namespace) -> int:
     else:
         overview(options.runs, options.json)
     if options.plot:
-        plot(options.runs, options.plot)
+        plot(options.runs, options.plot, options.reference)
     return status
+
+
+def beside(options: argparse.Namespace) -> int:
+    """Show runs beside a published training; 1 if one of them is behind, else 0."""
+    from tetdist.reports import reference
+    from tetdist.reports.compare import read_records, write_json
+
+    published = reference.find_reference(options.reference)
+    verdicts = [reference.verdict(record, published) for record in read_records(options.runs)]
+    print(f"{published.name}: {published.what}, {published.epochs} epochs ({published.source})")
+    if published.caveat:
+        print(f"  of its numbers: {published.caveat}")
+    for found in verdicts:
+        print(f"\n{found.run}\n{reference.table(found)}\n{found.sentence}")
+    if options.json:
+        write_json(options.json, {"verdicts": [reference.as_dict(found) for found in verdicts]})
+    return int(any(found.on_the_way is False for found in verdicts))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -85,11 +107,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--plot", metavar="FILE.png", type=Path, help="draw the curves of all runs into one PNG"
     )
+    parser.add_argument(
+        "--reference",
+        metavar="NAME",
+        help="a published training on ImageNet, such as sew34; an unknown name lists them",
+    )
     options = parser.parse_args(arguments)
     options.runs = runs_in(options.runs)
-    if len(options.runs) < 2:
-        parser.error("one run alone cannot be compared; name two or more")
-    if len(options.runs) > 2 and options.tolerance:
+    if len(options.runs) < 2 and not options.reference:
+        parser.error("one run alone cannot be compared; name two or more, or --reference sew34")
+    if (len(options.runs) > 2 or options.reference) and options.tolerance:
         parser.error("--tolerance is for two runs, which are compared value by value")
     if options.plot and options.plot.suffix != ".png":
         parser.error(f"--plot: {options.plot} does not end in .png")

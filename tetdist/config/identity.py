@@ -30,6 +30,7 @@ OPERATIONAL_KEYS = (
     "device",
     "max_steps",
     "log_every",
+    "reference",
     "resume",
     "runs_dir",
     "save.every_steps",

@@ -527,6 +527,10 @@ class RunConfig(Section):
     """End after so many optimiser steps in all, for a try; schedules stay those of the phases."""
     log_every: Positive = 20
     """Optimiser steps between two lines of metrics."""
+    reference: str | None = None
+    """A published training on ImageNet, such as sew34: its accuracy after as many images is in the
+    metrics and plots beside each evaluation, and a run that is far behind warns. More by
+    tools/compare_runs.py --reference; an unknown name lists those that there are."""
     evaluate_every: Positive = 1
     """Epochs between two evaluations; the last epoch is always evaluated."""
     init_checkpoint: str | None = None

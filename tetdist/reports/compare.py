@@ -272,12 +272,14 @@ def require_plots() -> None:
     style.new_figure(1, 1)
 
 
-def plot(paths: list[Path], out: Path) -> None:
+def plot(paths: list[Path], out: Path, beside: str | None = None) -> None:
+    """Draw the curves of runs, and the published one of that name beside them."""
     from tetdist.errors import UserError
-    from tetdist.reports import runs_table
+    from tetdist.reports import reference, runs_table
 
+    published = [] if beside is None else [reference.as_record(reference.find_reference(beside))]
     try:
-        runs_table.plot(read_records(paths), out)
+        runs_table.plot([*read_records(paths), *published], out)
     except OSError as error:
         raise UserError(f"--plot: cannot write {out}: {error.strerror}") from error
 

@@ -11,6 +11,7 @@ from tetdist.evaluation.firing import DEAD, SATURATED
 from tetdist.reports.style import (
     ACCURACY,
     AVERAGE,
+    PUBLISHED,
     QUIET,
     RATE,
     SPEED,
@@ -268,6 +269,9 @@ def _accuracy(axis: Any, train: Lines, val: Lines, ema: Lines) -> None:
     _with_best(axis, val, VALIDATION, "validation", briefly=bool(ema))
     if ema:
         _with_best(axis, ema, AVERAGE, "EMA", briefly=True)
+    epochs, published = series(val, "reference_top1")
+    if published:
+        axis.plot(epochs, published, "--", color=PUBLISHED, linewidth=1, label="published")
     finish(axis, "Top-1" if ema else "Top-1 accuracy", ACCURACY)
 
 

@@ -14,6 +14,7 @@ from tetdist.files import replacing
 TRAIN = "#0072B2"
 VALIDATION = "#D55E00"
 AVERAGE = "#CC79A7"
+PUBLISHED = "#000000"
 RATE = "#009E73"
 SPEED = "#7A5195"
 WAIT = "#E69F00"

@@ -38,6 +38,7 @@ from tetdist.nn.norm_neuron import changing_neurons, enter_epoch
 from tetdist.nn.precision import autocast, choose_algorithms, parameter_type
 from tetdist.optimizers import make_optimizer
 from tetdist.plugins import checksums_of
+from tetdist.reports.reference import find_reference
 from tetdist.tracking.progress import RunProgress
 from tetdist.tracking.tracker import Tracker
 from tetdist.training import graphs, health
@@ -150,6 +151,9 @@ class Trainer:
             world.rank, world.world_size, batch.global_, batch.micro
         )
         self.train_index, self.val_index = open_data(config, world)
+        self.reference = (
+            None if config.reference is None else find_reference(config.reference, "reference")
+        )
         self.steps_per_epoch = order.steps_per_epoch(len(self.train_index), batch.global_)
         self.phases = schedule_phases(config.phases, self.steps_per_epoch, config.batch.global_)
         end = self.phases[-1].end_step
@@ -578,6 +582,11 @@ class Trainer:
             self.result |= {f"{prefix}best_top1": values["top1"], f"{prefix}best_step": self.step}
         self.result[f"{prefix}top1"] = values["top1"]
         values["best_top1"] = self.result[f"{prefix}best_top1"]
+        if self.reference is not None:
+            values |= self.reference.beside(self.step * self.config.batch.global_)
+            warmed_up = values["epoch"] > self.config.phases[0].warmup_epochs
+            if warmed_up and (warning := self.reference.warning(values)) is not None:
+                logger.warning(warning)
         if self.folder.data_split:
             values["data_split"] = self.folder.data_split
         self._log(kind, values)

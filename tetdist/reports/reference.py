@@ -1,0 +1,241 @@
+"""A run beside a published training: is it on the way, at epoch three and at every later one?
+
+Published curves and how they were trained are in published_curves.yaml. A run of other epochs,
+batches or augmentation runs along another curve; what differs is said, and whether that explains a
+difference is for a person to judge.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tetdist.config.yaml_files import read_yaml
+from tetdist.errors import UserError
+from tetdist.reports.runs_table import RunRecord
+from tetdist.reports.tables import aligned, number
+
+CURVES = Path(__file__).with_name("published_curves.yaml")
+IMAGES = 1_281_167  # of ImageNet's training split, which all published epochs are of
+# Points of top-1 by which trainings differ for their seed alone, or for where in an epoch they are:
+# our choice, wide where curves are steep, since nobody has published several seeds.
+EARLY, LATER = 5.0, 1.5
+STEEP_EPOCHS = 10
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A published training on ImageNet.
+
+    Attributes:
+        name: What --reference calls it.
+        what: Network, loss and T.
+        source: Where the curve was read.
+        caveat: What is wrong with the numbers, if anything.
+        epochs: Of the whole training.
+        top1: Percent after so many epochs.
+        recipe: How it was trained, by the keys of our configuration.
+    """
+
+    name: str
+    what: str
+    source: str
+    caveat: str | None
+    epochs: int
+    top1: dict[float, float]
+    recipe: dict[str, Any]
+
+    def at(self, epochs: float) -> float | None:
+        """Top-1 after so many epochs: between those published linear in the epochs' logarithm; None
+        before the first and after the last of them."""
+        known = sorted(self.top1)
+        if not 0.99 * known[0] <= epochs <= 1.01 * known[-1]:
+            return None
+        # An epoch that drops an incomplete batch is a little less than all images.
+        epochs = min(max(epochs, known[0]), known[-1])
+        after = next(epoch for epoch in known if epoch >= epochs)
+        if after == epochs:
+            return self.top1[after]
+        before = max(epoch for epoch in known if epoch < epochs)
+        share = math.log(epochs / before) / math.log(after / before)
+        return self.top1[before] + share * (self.top1[after] - self.top1[before])
+
+    def reached(self, top1: float) -> float | None:
+        """The first epoch at which it had reached so much; None: never."""
+        known = sorted(self.top1)
+        if self.top1[known[0]] >= top1:
+            return known[0]
+        for before, after in itertools.pairwise(known):
+            low, high = self.top1[before], self.top1[after]
+            if low < top1 <= high:
+                return before * (after / before) ** ((top1 - low) / (high - low))
+        return None
+
+    def beside(self, images: int) -> dict[str, float]:
+        """What a line of metrics says of it: its top-1 after as many images, where it has one."""
+        top1 = self.at(images / IMAGES)
+        return {} if top1 is None else {"reference_top1": top1}
+
+    def warning(self, evaluation: Mapping[str, Any]) -> str | None:
+        """A sentence, if an evaluation (a line of metrics) is far behind."""
+        there = evaluation.get("reference_top1")
+        if there is None or there - evaluation["top1"] <= tolerated(evaluation["epoch"]):
+            return None
+        return (
+            f"{there - evaluation['top1']:.1f} points behind {self.name}, which had {there:.2f} % "
+            "after as many images; tools/compare_runs.py --reference says what differs"
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """An evaluation of the run beside the reference; None where that has no value.
+
+    Attributes:
+        epoch: Epochs done of the run's data.
+        top1: The run's, percent.
+        at_epoch: The reference's after as many epochs.
+        at_images: The reference's after as many images.
+    """
+
+    epoch: float
+    top1: float
+    at_epoch: float | None
+    at_images: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said of a run: ``on_the_way`` is None where nothing can be."""
+
+    run: str
+    reference: str
+    on_the_way: bool | None
+    sentence: str
+    points: list[Point]
+    differences: dict[str, tuple[Any, Any]]  # by key: the run's value, the reference's
+
+
+def references() -> dict[str, Reference]:
+    """All published curves, by name."""
+    found = {}
+    for name, about in read_yaml(CURVES).items():
+        top1 = {float(epoch): value for epoch, value in about.pop("top1").items()}
+        found[name] = Reference(name=name, top1=top1, caveat=about.pop("caveat", None), **about)
+    return found
+
+
+def find_reference(name: str, key: str = "--reference") -> Reference:
+    """The curve that a flag, or a key of the configuration, names.
+
+    Raises:
+        UserError: There is none; those that there are.
+    """
+    known = references()
+    if name not in known:
+        raise UserError(
+            f"{key}: there is no published curve {name!r}; there are {', '.join(known)}"
+        )
+    return known[name]
+
+
+def verdict(record: RunRecord, reference: Reference) -> Verdict:
+    """Compare a run's evaluations with a published curve at equal epochs and at equal images.
+
+    Raises:
+        UserError: The run has no configuration, which says how many images a step has.
+    """
+    if record.configuration is None:
+        raise UserError(
+            f"{record.name}: --reference needs the run's folder, whose config.yaml says the batch"
+        )
+    batch = record.configuration["batch.global"]
+    points = [
+        Point(
+            line["epoch"],
+            line["top1"],
+            reference.at(line["epoch"]),
+            reference.at(line["step"] * batch / IMAGES),
+        )
+        for line in record.of_kind("val")
+    ]
+    differences = _differences(_of_the_batch(record.configuration), reference.recipe)
+    on_the_way, sentence = _judge(record.name, points, reference)
+    if differences:
+        sentence += f" {_said(differences)}"
+    return Verdict(record.name, reference.name, on_the_way, sentence, points, differences)
+
+
+def _judge(name: str, points: Sequence[Point], reference: Reference) -> tuple[bool | None, str]:
+    compared = [point for point in points if point.at_images is not None]
+    if not compared:
+        return None, (
+            f"{name} cannot be compared with {reference.name} yet: it has no evaluation after "
+            f"{min(reference.top1):g} to {max(reference.top1):g} epochs of ImageNet's images."
+        )
+    last = compared[-1]
+    assert last.at_images is not None
+    behind = last.at_images - last.top1
+    there = f"{last.top1:.2f} % after {last.epoch:g} epochs, where {reference.name} had about "
+    there += f"{last.at_images:.2f} %"
+    if behind <= tolerated(last.epoch):
+        ahead = f", {-behind:.1f} points ahead" if behind < -LATER else ""
+        return True, f"{name} is on the way{ahead}: {there}."
+    since = reference.reached(last.top1)
+    when = (
+        f", which it had reached after {since:.1f} epochs" if since and since < last.epoch else ""
+    )
+    return False, f"{name} is {behind:.1f} points behind: {there}{when}."
+
+
+def tolerated(epoch: float) -> float:
+    """The points of top-1 by which a run may be behind after so many epochs."""
+    return EARLY if epoch <= STEEP_EPOCHS else LATER
+
+
+def _of_the_batch(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with learning rates for the batch as it is."""
+    lr, per = "phases.0.optimizer.lr", configuration.get("phases.0.optimizer.lr_per")
+    if per is None:
+        return dict(configuration)
+    return {**configuration, lr: configuration[lr] * configuration["batch.global"] / per}
+
+
+def _differences(
+    configuration: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    return {
+        key: (configuration.get(key), theirs)
+        for key, theirs in recipe.items()
+        if configuration.get(key) != theirs
+    }
+
+
+def _said(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    told = [f"{key} {ours} (theirs {theirs})" for key, (ours, theirs) in differences.items()]
+    return f"Its configuration differs in {', '.join(told)}."
+
+
+def table(found: Verdict) -> str:
+    """The run's evaluations beside the published ones, as text."""
+    rows = [["epoch", "top-1 %", f"{found.reference} at equal epochs", "at equal images"]]
+    for point in found.points:
+        values = (point.top1, point.at_epoch, point.at_images)
+        rows.append([f"{point.epoch:g}", *(number(value, ".2f") for value in values)])
+    return aligned(rows, right=range(4))
+
+
+def as_record(reference: Reference) -> RunRecord:
+    """The published curve as a run among runs, for a figure."""
+    lines = [
+        {"kind": "val", "epoch": epoch, "top1": top1}
+        for epoch, top1 in sorted(reference.top1.items())
+    ]
+    return RunRecord(f"{reference.name} (published)", lines, None)
+
+
+def as_dict(found: Verdict) -> dict[str, Any]:
+    """The verdict, ready for JSON."""
+    return asdict(found)
