@@ -184,10 +184,9 @@ def _judge(name: str, points: Sequence[Point], reference: Reference) -> tuple[bo
         ahead = f", {-behind:.1f} points ahead" if behind < -LATER else ""
         return True, f"{name} is on the way{ahead}: {there}."
     since = reference.reached(last.top1)
-    when = (
-        f", which it had reached after {since:.1f} epochs" if since and since < last.epoch else ""
-    )
-    return False, f"{name} is {behind:.1f} points behind: {there}{when}."
+    if since is not None and since < last.epoch:
+        there += f", and {last.top1:.2f} % after {since:.1f} epochs"
+    return False, f"{name} is {behind:.1f} points behind: {there}."
 
 
 def tolerated(epoch: float) -> float:
