@@ -230,7 +230,7 @@ def test_a_transformer(name: str, arguments: dict[str, object], layer: str, worl
     for module in model.modules():
         if hasattr(module, "running_var"):
             module.running_var.fill_(0.02)
-            module.bias.data.fill_(0.5)
+            module.bias.data.fill_(1.0)
     found = count(model, world, torch.randn(2, 3, 64, 64))
     assert found.layers[layer].accumulates > 0
     real = {name for name, one in found.layers.items() if one.multiply_accumulates}

@@ -104,10 +104,9 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "needs the run's folder" in told
 
 
-def test_a_run_says_so_itself(farm: Farm, tmp_path: Path) -> None:
-    data, runs = tmp_path / "data", tmp_path / "runs"
-    tiny.make_images(data)
-    config = tiny.write_config(tmp_path / "c.yaml", data, {"runs_dir": str(runs)})
+def test_a_run_says_so_itself(farm: Farm, tiny_root: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    config = tiny.write_config(tmp_path / "c.yaml", tiny_root)
     unknown = farm(config, "reference=sew43")
     assert unknown.status == 2
     assert "reference: there is no published curve 'sew43'; there are sew18" in unknown.text
