@@ -115,6 +115,8 @@ def test_a_test_part_alone_is_to_be_evaluated(tmp_path, name):
     assert set(assign(listing.sources, "all-to-val", 0).values()) == {"val"}
     assert {piece.class_name for source in listing.sources for piece in source.pieces} == {"0", "1"}
     assert listing.passed_over.suffixes == {".txt": (1, f"{name}/0/notes.txt")}
+    with pytest.raises(UserError, match="'published' has nothing to train, no recording is of"):
+        assign(listing.sources, "published", 0)
 
 
 def test_a_training_part_alone_is_divided(tmp_path):
@@ -122,6 +124,16 @@ def test_a_training_part_alone_is_divided(tmp_path):
     sources = list_sources(tmp_path, [".bin"]).sources
     assert default_split(sources) == "stratified-9-1"
     assert len(trained(sources, "stratified-9-1")) == 18
+    with pytest.raises(UserError, match="'published' has nothing to test, no recording is of"):
+        assign(sources, "published", 0)
+
+
+def test_the_folders_of_n_cars_are_its_published_split(tmp_path):
+    folders = [f"n-cars_{part}/{name}" for part in ("train", "test") for name in ("car", "road")]
+    touch(tmp_path, *(f"{folder}/obj_{i}.dat" for folder in folders for i in (1, 2)))
+    sources = list_sources(tmp_path, [".dat"]).sources
+    assert default_split(sources) == "published"
+    assert {path.split("/")[0] for path in trained(sources, "published")} == {"n-cars_train"}
 
 
 def test_one_class_can_be_evaluated_and_not_learnt(tmp_path):

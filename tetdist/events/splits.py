@@ -78,7 +78,14 @@ def assign(sources: Sequence[Source], name: str, seed: int) -> dict[str, Part]:
                 f"the split {PUBLISHED!r} needs folders Train/ and Test/ or lists of trials, and"
                 f" nothing says the part of {without[0].path}: choose another with --split"
             )
-        return {source.path: source.part for source in sources if source.part}
+        published = {source.path: source.part for source in sources if source.part}
+        for part, purpose in (("train", "train"), ("val", "test")):
+            if part not in published.values():
+                raise UserError(
+                    f"the split {PUBLISHED!r} has nothing to {purpose}, no recording is of that"
+                    " part: choose another with --split"
+                )
+        return published
     parts: dict[str, Part] = {}
     for number, (stratum, members) in enumerate(_strata(sources).items()):
         train = _training_members(members, name, seed, number)
