@@ -193,6 +193,14 @@ def test_a_part_that_has_none_of_a_presets_splits_is_refused(tmp_path, prebin_dv
     assert "error: there is only one class, 'Faces_easy'" in output
 
 
+def test_the_folder_around_a_data_set_is_refused_with_what_is_expected(trees, prebin_dvs):
+    around = trees["n-caltech101"].parent
+    status, output = prebin_dvs(around, "--preset", "n-caltech101")
+    assert status == 2
+    assert "holds a folder" in output
+    assert "--preset n-caltech101 expects 101 classes in 8,709 recordings, accordion/" in output
+
+
 def test_presets_are_listed(call):
     status, output = call("prebin_dvs.py", "--list-presets")
     assert status == 0

@@ -181,9 +181,6 @@ def _sensor(text: str) -> "Sensor":
 
 
 def _prebin(options: argparse.Namespace) -> None:
-    from tetdist.events.folders import list_sources
-    from tetdist.events.formats import SUFFIXES
-    from tetdist.events.simulate import IMAGE_SUFFIXES
     from tetdist.events.splits import default_split
     from tetdist.events.statistics import draw_preview, statistics, table
     from tetdist.events.tensors import make_tensors, open_destination
@@ -191,7 +188,7 @@ def _prebin(options: argparse.Namespace) -> None:
     from tetdist.tracking.progress import FileProgress
 
     settings = _settings(options)
-    listing = list_sources(options.source, IMAGE_SUFFIXES if options.simulate else SUFFIXES)
+    listing = _listing(options)
     _note_passed_over(listing)
     if options.preset:
         _check_preset(options, listing)
@@ -241,6 +238,20 @@ def _settings(options: argparse.Namespace) -> "Settings":
     return Settings(binning, None, Simulation(width, height, options.seed))
 
 
+def _listing(options: argparse.Namespace) -> "Listing":
+    from tetdist.events.folders import list_sources
+    from tetdist.events.formats import SUFFIXES
+    from tetdist.events.presets import expectation
+    from tetdist.events.simulate import IMAGE_SUFFIXES
+
+    try:
+        return list_sources(options.source, IMAGE_SUFFIXES if options.simulate else SUFFIXES)
+    except UserError as error:
+        if options.preset is None:
+            raise
+        raise UserError(f"{error}; {expectation(options.preset)}") from error
+
+
 def _check_preset(options: argparse.Namespace, listing: "Listing") -> None:
     """See that the source is the preset's data set; say what is set, and what is set otherwise."""
     from tetdist.events.presets import PRESETS, check_source
@@ -248,7 +259,7 @@ def _check_preset(options: argparse.Namespace, listing: "Listing") -> None:
     warning = check_source(options.preset, options.source, listing.sources)
     preset = PRESETS[options.preset].options()
     kept = [f"--{name} {value}" for name, value in preset.items() if name not in options.given]
-    print(f"--preset {options.preset}: {' '.join(kept)}", file=sys.stderr)
+    print(f"--preset {options.preset}: {' '.join(kept) or 'all is given'}", file=sys.stderr)
     for name in (name for name in _DEFAULTS if name in options.given):
         given, otherwise = getattr(options, name), preset.get(name, "none")
         if given != otherwise:

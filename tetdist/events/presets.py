@@ -229,6 +229,15 @@ PRESETS = {
 }
 
 
+def expectation(name: str) -> str:
+    """What a preset's data set looks like, as the beginning of a sentence."""
+    preset = PRESETS[name]
+    return (
+        f"--preset {name} expects {counted(preset.classes, 'class')} in"
+        f" {counted(preset.recordings, 'recording')}, {preset.tree}"
+    )
+
+
 def check_source(name: str, root: Path, sources: Sequence[Source]) -> str | None:
     """See that a folder holds the recordings of a preset's data set.
 
@@ -262,8 +271,7 @@ def check_source(name: str, root: Path, sources: Sequence[Source]) -> str | None
     else:
         return None
     raise UserError(
-        f"--preset {name} expects {preset.classes} classes in {preset.recordings:,} recordings,"
-        f" {preset.tree}, and {difference}: name that folder, or give --timesteps and so on"
+        f"{expectation(name)}, and {difference}: name that folder, or give --timesteps and so on"
         " instead of the preset"
     )
 
