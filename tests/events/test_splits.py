@@ -66,6 +66,18 @@ def test_the_first_of_each_class_are_to_train(classes, percent, cutters, mugs):
     assert trained(classes, f"first-{percent}-percent") == expected
 
 
+def test_the_first_by_letters_are_those_of_spikingjelly(tmp_path):
+    """A thousand names of CIFAR10-DVS; of 105 others 94.5 are rounded up."""
+    touch(tmp_path, *(f"bird/cifar10_bird_{i}.aedat" for i in range(1000)))
+    touch(tmp_path, *(f"cat/cifar10_cat_{i}.aedat" for i in range(105)))
+    sources = list_sources(tmp_path, [".aedat"]).sources
+    train = trained(sources, "first-90-percent-by-letters")
+    numbers = {int(path.rsplit("_")[-1][:-6]) for path in train if path.startswith("bird")}
+    assert set(range(1000)) - numbers == {*range(91, 100), *range(909, 1000)}
+    cats = sorted(f"cifar10_cat_{i}.aedat" for i in range(105))
+    assert train == {path for path in train if "bird" in path} | {f"cat/{c}" for c in cats[:95]}
+
+
 def test_the_first_hundred_of_each_class_are_to_test(classes):
     expected = {f"cutter/cutter_{i}.aedat" for i in range(100, 105)}
     expected |= {f"mug/mug_{i}.aedat" for i in range(100, 120)}
@@ -103,6 +115,8 @@ def test_a_test_part_alone_is_to_be_evaluated(tmp_path, name):
     assert set(assign(listing.sources, "all-to-val", 0).values()) == {"val"}
     assert {piece.class_name for source in listing.sources for piece in source.pieces} == {"0", "1"}
     assert listing.passed_over.suffixes == {".txt": (1, f"{name}/0/notes.txt")}
+    with pytest.raises(UserError, match="'published' has nothing to train, no recording is of"):
+        assign(listing.sources, "published", 0)
 
 
 def test_a_training_part_alone_is_divided(tmp_path):
@@ -110,6 +124,16 @@ def test_a_training_part_alone_is_divided(tmp_path):
     sources = list_sources(tmp_path, [".bin"]).sources
     assert default_split(sources) == "stratified-9-1"
     assert len(trained(sources, "stratified-9-1")) == 18
+    with pytest.raises(UserError, match="'published' has nothing to test, no recording is of"):
+        assign(sources, "published", 0)
+
+
+def test_the_folders_of_n_cars_are_its_published_split(tmp_path):
+    folders = [f"n-cars_{part}/{name}" for part in ("train", "test") for name in ("car", "road")]
+    touch(tmp_path, *(f"{folder}/obj_{i}.dat" for folder in folders for i in (1, 2)))
+    sources = list_sources(tmp_path, [".dat"]).sources
+    assert default_split(sources) == "published"
+    assert {path.split("/")[0] for path in trained(sources, "published")} == {"n-cars_train"}
 
 
 def test_one_class_can_be_evaluated_and_not_learnt(tmp_path):

@@ -129,12 +129,15 @@ def test_files_are_counted_in_words_and_human_time(
         done = shown.titled("val", "recording")
         clock.now += 20
         done(2, 2000)
+        clock.now += 20
+        done(1002, 2000)
         done(2000, 2000)
         done = shown.titled("train", "image")
         clock.now += 0.5
         done(1, 1)
     assert capsys.readouterr().err.splitlines() == [
         "val: 2 of 2,000 recordings, 0.1 recordings/s, 5 h 33 min left",
-        "val: 2000 of 2,000 recordings, 100 recordings/s, 0 s left",
+        "val: 1002 of 2,000 recordings, 50 recordings/s, 20 s left",
+        "val: 2000 of 2,000 recordings, 50 recordings/s, 0 s left",
         "train: 1 of 1 image, 2.0 images/s, 0 s left",
     ]

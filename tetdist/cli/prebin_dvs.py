@@ -1,6 +1,6 @@
 """Make recordings of event cameras into tensors to train on.
 
-    python tools/prebin_dvs.py /data/nmnist data/nmnist --timesteps 10 --size 34
+    python tools/prebin_dvs.py /data/nmnist data/nmnist --preset nmnist
     python tetdist/train.py --config CONFIG data.root=data/nmnist/splits/published
 
 docs/events.md has the formats, layouts, parameters and splits. The same command continues what was
@@ -25,10 +25,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from tetdist.events.folders import Listing
+    from tetdist.events.recording import Sensor
     from tetdist.events.tensors import Settings, Tensors
 
 
 _SENSORS = {"dvs128": "128x128", "davis240": "240x180"}
+# The options that a preset sets, with what holds where neither it nor the user says anything.
+_DEFAULTS = {
+    "timesteps": None,
+    "size": None,
+    "bins": "count",
+    "values": "count",
+    "sensor": None,
+    "split": None,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,6 +56,8 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    from tetdist.events.presets import PRESETS, presets_in_words
+
     parser = argparse.ArgumentParser(
         prog=program("prebin_dvs"),
         description=(__doc__ or "").replace("python tools/prebin_dvs.py", typed("prebin_dvs")),
@@ -54,20 +66,30 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", metavar="SOURCE", type=Path, help="folder of the recordings")
     add("dest", metavar="DEST", type=Path, help="folder of the tensors")
-    add("--timesteps", metavar="T", type=_timesteps, required=True, help="number of bins")
+    add(
+        "--preset",
+        choices=list(PRESETS),
+        help="a published data set: sets --timesteps, --size, --bins, --values, --sensor and"
+        " --split where they are not given",
+    )
+    add(
+        "--list-presets",
+        action="version",
+        version=presets_in_words(),
+        help="say what the presets set, where it is from, and how easy their splits are",
+    )
+    add("--timesteps", metavar="T", type=_timesteps, help="number of bins; needed without --preset")
     add("--size", metavar="N|WxH", type=_size, help="of the frames; default: the sensor's")
     add(
         "--bins",
         choices=["count", "time"],
-        default="count",
-        help="of equally many events, or equally long; default: %(default)s",
+        help="of equally many events, or equally long; default: count",
     )
     add(
         "--values",
         choices=["count", "occupancy", "normalised", "published"],
-        default="count",
         help="events of a pixel; 1 where there are any; divided by the frame's largest; or as the"
-        " TET paper's published code makes them; default: %(default)s",
+        " TET paper's published code makes them; default: count",
     )
     add(
         "--resize",
@@ -83,9 +105,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--split",
         metavar="NAME[,NAME]",
-        help="published, first-90-percent, first-80-percent, first-70-percent, 0-99-test,"
-        " stratified-9-1, or all-to-val, to evaluate only; default: published if the source has it,"
-        " all-to-val if it has a test part only, else stratified-9-1",
+        help="published, first-90-percent, first-80-percent, first-70-percent,"
+        " first-90-percent-by-letters, 0-99-test, stratified-9-1, or all-to-val, to evaluate only;"
+        " default: published if the source has it, all-to-val if it has a test part only, else"
+        " stratified-9-1",
     )
     add("--seed", type=_seed, default=0, help="of stratified-9-1 and --simulate; default: 0")
     add("--simulate", action="store_true", help="SOURCE holds images; simulate a camera")
@@ -95,6 +118,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="remove what DEST holds of this tool, begin anew")
     add("--preview", action="store_true", help="draw DEST/preview.png, a recording of each class")
     options = parser.parse_args(arguments)
+    if options.preset and options.simulate:
+        parser.error("--preset is of recordings and --simulate of images: leave one out")
+    _fill(options)
+    if options.timesteps is None:
+        parser.error("give --timesteps, the number of bins, or --preset")
     if options.dtype is None:
         options.dtype = "uint8" if options.values == "count" else "float16"
     if options.values == "published" and options.resize == "area":
@@ -102,6 +130,16 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.resize is None:
         options.resize = "bilinear" if options.values == "published" else "area"
     return options
+
+
+def _fill(options: argparse.Namespace) -> None:
+    """Set what was not given to the preset's values; add `given`, the names of what was."""
+    from tetdist.events.presets import PRESETS
+
+    options.given = {name for name in _DEFAULTS if getattr(options, name) is not None}
+    defaults = _DEFAULTS | (PRESETS[options.preset].options() if options.preset else {})
+    for name in defaults.keys() - options.given:
+        setattr(options, name, defaults[name])
 
 
 def _timesteps(text: str) -> int:
@@ -126,24 +164,23 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _size(text: str) -> tuple[int, int]:
+def _size(text: str) -> "Sensor":
+    from tetdist.events.recording import Sensor
+
     match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 48 or 64x48")
     width, height = int(match[1]), int(match[2] or match[1])
     if max(width, height) > MOST_PIXELS:
         raise argparse.ArgumentTypeError(f"{text!r}: the most is {MOST_PIXELS} pixels a side")
-    return width, height
+    return Sensor(width, height)
 
 
-def _sensor(text: str) -> tuple[int, int]:
+def _sensor(text: str) -> "Sensor":
     return _size(_SENSORS.get(text.lower(), text))
 
 
 def _prebin(options: argparse.Namespace) -> None:
-    from tetdist.events.folders import list_sources
-    from tetdist.events.formats import SUFFIXES
-    from tetdist.events.simulate import IMAGE_SUFFIXES
     from tetdist.events.splits import default_split
     from tetdist.events.statistics import draw_preview, statistics, table
     from tetdist.events.tensors import make_tensors, open_destination
@@ -151,10 +188,12 @@ def _prebin(options: argparse.Namespace) -> None:
     from tetdist.tracking.progress import FileProgress
 
     settings = _settings(options)
-    listing = list_sources(options.source, IMAGE_SUFFIXES if options.simulate else SUFFIXES)
+    listing = _listing(options)
     _note_passed_over(listing)
+    if options.preset:
+        _check_preset(options, listing)
     names = options.split.split(",") if options.split else [default_split(listing.sources)]
-    _check_splits(listing, names, options.seed)
+    names = _possible_splits(options, listing, names)
     with open_destination(options.dest, options.source, settings, overwrite=options.overwrite):
         with FileProgress() as progress:
             tensors = make_tensors(
@@ -180,35 +219,79 @@ def _prebin(options: argparse.Namespace) -> None:
 
 def _settings(options: argparse.Namespace) -> "Settings":
     from tetdist.events.binning import Binning
-    from tetdist.events.recording import Sensor
     from tetdist.events.simulate import DEFAULT_SENSOR, SMALLEST_SENSOR, Simulation
     from tetdist.events.tensors import Settings
 
     binning = Binning(
         timesteps=options.timesteps,
-        size=Sensor(*options.size) if options.size else None,
+        size=options.size,
         bins=options.bins,
         values=options.values,
         resize=options.resize,
         dtype=options.dtype,
     )
-    sensor = Sensor(*options.sensor) if options.sensor else None
     if not options.simulate:
-        return Settings(binning, sensor)
-    width, height = sensor or DEFAULT_SENSOR
+        return Settings(binning, options.sensor)
+    width, height = options.sensor or DEFAULT_SENSOR
     if min(width, height) < SMALLEST_SENSOR:
         raise UserError(f"--sensor: simulated, {SMALLEST_SENSOR}x{SMALLEST_SENSOR} is the least")
     return Settings(binning, None, Simulation(width, height, options.seed))
 
 
-def _check_splits(listing: "Listing", names: list[str], seed: int) -> None:
-    """See that the splits exist, before any tensor is made."""
+def _listing(options: argparse.Namespace) -> "Listing":
+    from tetdist.events.folders import list_sources
+    from tetdist.events.formats import SUFFIXES
+    from tetdist.events.presets import expectation
+    from tetdist.events.simulate import IMAGE_SUFFIXES
+
+    try:
+        return list_sources(options.source, IMAGE_SUFFIXES if options.simulate else SUFFIXES)
+    except UserError as error:
+        if options.preset is None:
+            raise
+        raise UserError(f"{error}; {expectation(options.preset)}") from error
+
+
+def _check_preset(options: argparse.Namespace, listing: "Listing") -> None:
+    """See that the source is the preset's data set; say what is set, and what is set otherwise."""
+    from tetdist.events.presets import PRESETS, check_source
+
+    warning = check_source(options.preset, options.source, listing.sources)
+    preset = PRESETS[options.preset].options()
+    kept = [f"--{name} {value}" for name, value in preset.items() if name not in options.given]
+    print(f"--preset {options.preset}: {' '.join(kept) or 'all is given'}", file=sys.stderr)
+    for name in (name for name in _DEFAULTS if name in options.given):
+        given, otherwise = getattr(options, name), preset.get(name, "none")
+        if given != otherwise:
+            print(f"--{name} {given} instead of the preset's {otherwise}", file=sys.stderr)
+    if warning:
+        print(warning, file=sys.stderr)
+
+
+def _possible_splits(
+    options: argparse.Namespace, listing: "Listing", names: list[str]
+) -> list[str]:
+    """See that the splits exist, before any tensor is made; return their names.
+
+    Those of a preset that a part of its data set cannot have are left out, which is said.
+    """
     from tetdist.events import splits
 
+    may_lack_some = options.preset and "split" not in options.given
+    possible = list[str]()
     for name in names:
         if name not in splits.NAMES:
             raise UserError(f"--split: {name!r} is none of {', '.join(splits.NAMES)}")
-        splits.assign(listing.sources, name, seed)
+        try:
+            splits.assign(listing.sources, name, options.seed)
+        except UserError as error:
+            none_is_left = name == names[-1] and not possible
+            if not may_lack_some or none_is_left:
+                raise
+            print(f"not made: {error}", file=sys.stderr)
+        else:
+            possible.append(name)
+    return possible
 
 
 def _note_passed_over(listing: "Listing") -> None:
@@ -241,6 +324,7 @@ def _make_split(
     settings: "Settings",
     name: str,
 ) -> None:
+    from tetdist.events.presets import PRESETS
     from tetdist.events.split_roots import make_split
     from tetdist.events.splits import ALL_TO_VAL, description
 
@@ -263,3 +347,6 @@ def _make_split(
         print(f"{root}: {made}{numbers['val']} to test; {command}")
         return
     print(f"{root}: {made}{numbers['train']} to train, {numbers['val']} to test; data.root={root}")
+    for split in PRESETS[options.preset].splits if options.preset else ():
+        if split.name == name:
+            print(f"  behind {split.behind}\n  ease: {split.ease}")

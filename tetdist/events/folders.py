@@ -17,11 +17,13 @@ Part = Literal["train", "val"]
 _PARTS: dict[str, Part] = {
     "train": "train",
     "training": "train",
+    "n-cars_train": "train",
     "val": "val",
     "valid": "val",
     "validation": "val",
     "test": "val",
     "testing": "val",
+    "n-cars_test": "val",
 }
 _LABELS = "_labels.csv"
 _TRIALS: dict[Part, str] = {"train": "trials_to_train.txt", "val": "trials_to_test.txt"}

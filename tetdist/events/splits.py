@@ -21,13 +21,16 @@ _FIRST = {
     "first-80-percent": 80,
     "first-70-percent": 70,
 }
+# As the first 90 percent, but by the letters of names (2 after 10), and rounded up: what
+# torchvision's sorted file names and spikingjelly's `split_to_train_test_set` make.
+_BY_LETTERS = "first-90-percent-by-letters"
 # Numbers 0 to 99 of each class are to test, the others to train.
 _HUNDRED = "0-99-test"
 _STRATIFIED = "stratified-9-1"
 PUBLISHED = "published"
 # New recordings, to be evaluated with a network that was trained on others.
 ALL_TO_VAL = "all-to-val"
-NAMES = (PUBLISHED, *_FIRST, _HUNDRED, _STRATIFIED, ALL_TO_VAL)
+NAMES = (PUBLISHED, *_FIRST, _BY_LETTERS, _HUNDRED, _STRATIFIED, ALL_TO_VAL)
 
 DATASET_FILE, RECORDS_FILE = "dataset.json", "recordings.jsonl"
 
@@ -75,7 +78,14 @@ def assign(sources: Sequence[Source], name: str, seed: int) -> dict[str, Part]:
                 f"the split {PUBLISHED!r} needs folders Train/ and Test/ or lists of trials, and"
                 f" nothing says the part of {without[0].path}: choose another with --split"
             )
-        return {source.path: source.part for source in sources if source.part}
+        published = {source.path: source.part for source in sources if source.part}
+        for part, purpose in (("train", "train"), ("val", "test")):
+            if part not in published.values():
+                raise UserError(
+                    f"the split {PUBLISHED!r} has nothing to {purpose}, no recording is of that"
+                    " part: choose another with --split"
+                )
+        return published
     parts: dict[str, Part] = {}
     for number, (stratum, members) in enumerate(_strata(sources).items()):
         train = _training_members(members, name, seed, number)
@@ -103,6 +113,8 @@ def _training_members(members: list[Source], name: str, seed: int, stratum: int)
     number = len(members)
     if name in _FIRST:
         chosen = members[: number * _FIRST[name] // 100]
+    elif name == _BY_LETTERS:
+        chosen = sorted(members, key=lambda source: source.path)[: -(-number * 9 // 10)]
     elif name == _HUNDRED:
         chosen = members[100:]
     else:

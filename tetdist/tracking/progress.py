@@ -192,9 +192,14 @@ class FileProgress:
             self._bar = None
 
     def titled(self, title: str, unit: str = "file") -> Callable[[int, int], None]:
-        """Begin with other files; the result is called with the files done and in all."""
+        """Begin with other files; the result is called with the files done and in all.
+
+        The time left is at the pace since the first files were done, which waited for processes to
+        start; the rate of the last line is of all of it.
+        """
         self._close()
         started = last_line = time.monotonic()
+        first: tuple[int, float] | None = None  # the files done at the first call, and its time
 
         def on_terminal(done: int, total: int) -> None:
             if self._bar is None:
@@ -202,12 +207,14 @@ class FileProgress:
             self._bar.update(done - self._bar.n)
 
         def in_log(done: int, total: int) -> None:
-            nonlocal last_line
+            nonlocal last_line, first
             now = time.monotonic()
+            first = first or (done, now)
             if done < total and now - last_line <= self._SECONDS_BETWEEN_LINES:
                 return
             last_line = now
-            rate = done / max(now - started, 1e-6)
+            before, since = first if first[0] < done < total else (0, started)
+            rate = (done - before) / max(now - since, 1e-6)
             left = duration((total - done) / rate) if done else "unknown time"
             print(
                 f"{title}: {done} of {counted(total, unit)}, "
