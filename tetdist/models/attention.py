@@ -14,6 +14,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1
+from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.norm_pool import NormPool
@@ -52,6 +53,8 @@ def attention_neuron(neuron: NeuronConfig, threshold: float) -> NeuronConfig:
         raise ValueError(
             f"attention multiplies spikes, so that they can be at most 15, not {neuron.highest}"
         )
+    if isinstance(neuron, PLIF) and neuron.decay_input:
+        threshold *= 1 - neuron.decay  # in units of the input as the neuron scales it, at first
     at_threshold = {}
     if isinstance(neuron, LIF) and neuron.spike == "step":
         at_threshold = {"fires_at_threshold": True}

@@ -169,7 +169,8 @@ class SpikingNetwork(nn.Module):
         return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
 
     def no_weight_decay(self) -> set[str]:
-        return set()
+        """Names of the parameters that timm's optimisers are not to decay: what neurons learn."""
+        return {name for name, _ in self.named_parameters() if ".learned." in name}
 
     def time_first(self, x: Tensor) -> Tensor:
         """The input as (1, B, C, H, W) for an image, which is the same at all timesteps, or
