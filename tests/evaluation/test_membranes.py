@@ -35,6 +35,22 @@ def test_a_neuron_by_hand(reset: str) -> None:
     assert any(edge == pytest.approx(1) for edge in found.edges)
 
 
+def test_a_current_that_all_timesteps_share() -> None:
+    """By hand: u = 1, 1.5 and 1.75, of one current of 1."""
+
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Neuron(LIF(decay=0.5, threshold=2.0))
+
+        def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
+            y: Tensor = self.layer(x, 3)
+            return y
+
+    found = membrane_distribution(Three(), torch.ones(1, 1), "fp32")
+    assert sum(share > 0 for share in found.shares["layer"]) == 3
+
+
 def test_membranes_of_other_kinds() -> None:
     """By hand: PLIF with half of each current, and a neuron that fires twice."""
     plif = PLIF(threshold=1.0)
