@@ -38,17 +38,15 @@ def test_a_neuron_by_hand(reset: str) -> None:
 def test_a_current_that_all_timesteps_share() -> None:
     """By hand: u = 1, 1.5 and 1.75, of one current of 1."""
 
-    class Three(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = Neuron(LIF(decay=0.5, threshold=2.0))
-
+    class OfThree(Network):
         def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
-            y: Tensor = self.layer(x, 3)
-            return y
+            assert per_timestep
+            return self[0](x, 3)
 
-    found = membrane_distribution(Three(), torch.ones(1, 1), "fp32")
-    assert sum(share > 0 for share in found.shares["layer"]) == 3
+    found = membrane_distribution(
+        OfThree(Neuron(LIF(decay=0.5, threshold=2.0))), torch.ones(1, 1), "fp32"
+    )
+    assert _bins(found) == pytest.approx({0.5: 1 / 3, 0.75: 1 / 3, 0.85: 1 / 3}, abs=0.05)
 
 
 def test_membranes_of_other_kinds() -> None:
