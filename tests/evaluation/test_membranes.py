@@ -35,6 +35,20 @@ def test_a_neuron_by_hand(reset: str) -> None:
     assert any(edge == pytest.approx(1) for edge in found.edges)
 
 
+def test_a_current_that_all_timesteps_share() -> None:
+    """By hand: u = 1, 1.5 and 1.75, of one current of 1."""
+
+    class OfThree(Network):
+        def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
+            assert per_timestep
+            return self[0](x, 3)
+
+    found = membrane_distribution(
+        OfThree(Neuron(LIF(decay=0.5, threshold=2.0))), torch.ones(1, 1), "fp32"
+    )
+    assert _bins(found) == pytest.approx({0.5: 1 / 3, 0.75: 1 / 3, 0.85: 1 / 3}, abs=0.05)
+
+
 def test_membranes_of_other_kinds() -> None:
     """By hand: PLIF with half of each current, and a neuron that fires twice."""
     plif = PLIF(threshold=1.0)

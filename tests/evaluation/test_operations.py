@@ -251,6 +251,8 @@ def test_real_numbers_of_a_membrane_shortcut(world: World) -> None:
     assert real - {"fc"} == stem | projections
     for name in stem:
         assert found.layers[name].multiply_accumulates == found.layers[name].synapses
-    # 32x32 positions of the stem, averaged to 16x16, of 4 channels to 4; at both timesteps.
-    assert found.layers["blocks.0.downsample"].multiply_accumulates == 2 * 16 * 16 * 4 * 4
+    # 32x32 positions of the stem, averaged to 16x16, of 4 channels to 4; once for both timesteps.
+    assert found.layers["blocks.0.downsample"].multiply_accumulates == 16 * 16 * 4 * 4
+    # Then 16x16 to 8x8, of 4 channels to 8, at each of them.
+    assert found.layers["blocks.2.downsample"].multiply_accumulates == 2 * 8 * 8 * 4 * 8
     assert found.layers["blocks.0.conv1.conv"].accumulates > 0

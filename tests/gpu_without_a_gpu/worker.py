@@ -19,6 +19,7 @@ Answer = dict[str, Any]
 # A configuration of each network, and what is changed of it.
 CONFIGS: dict[str, tuple[str, ...]] = {
     "sew_resnet": ("sew34_t4.yaml",),
+    "psn_sew_resnet": ("psn_sew34_t4.yaml", "init_checkpoint=null"),
     "spiking_resnet": ("spiking34_t4_t6.yaml",),
     "spiking_resnet19": ("cifar10_resnet19.yaml",),
     "spiking_resnet18_cifar": ("cifar10_resnet19.yaml",),

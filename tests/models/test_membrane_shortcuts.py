@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tetdist.exchange import foreign
 from tetdist.models import SpikingNetwork
 from tetdist.models.preact_resnet import Block
-from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics, update_running_statistics
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import Neuron, spiking_layers
 
@@ -242,8 +242,8 @@ def test_stem_is_convolved_once_as_if_the_image_were_repeated(case: str) -> None
     stream = model.forward_stem(model.time_first(x), T)
     assert seen == [1]
     expected = repeated.forward_stem(x.expand(T, *x.shape), T)
-    assert stream.shape == expected.shape
-    torch.testing.assert_close(stream, expected)
+    assert stream.shape == (1, *expected.shape[1:])
+    torch.testing.assert_close(stream.expand_as(expected), expected)
     for name in ("running_mean", "running_var"):
         own, other = (getattr(m.stem.add.norm, name) for m in (model, repeated))
         torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
@@ -281,6 +281,35 @@ def test_blocks_keep_real_numbers_where_they_are_computed_again() -> None:
         one(images(), per_timestep=True).square().sum().backward()
     for (key, parameter), other in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(parameter.grad, other.grad), key
+
+
+@pytest.mark.parametrize("segment", [None, 2])
+@pytest.mark.parametrize("case", ["preact, decoupling", "ms", "ms, deep"])
+def test_an_image_is_as_its_copies_at_all_timesteps(case: str, segment: int | None) -> None:
+    """Logits, gradients and running statistics, computed again or not."""
+    model, _ = created(case)
+    repeated, again = copy.deepcopy(model), copy.deepcopy(model)
+    repeated.time_first = lambda x: x.expand(T, *x.shape)
+    again.set_grad_checkpointing()
+    logits = []
+    for one in (model, repeated, again):
+        one.set_segment(segment)
+        defer_running_statistics(one)
+        logits.append(one(images(), per_timestep=True))
+        logits[-1].square().sum().backward()
+        update_running_statistics(one, lambda averages: averages)
+    assert torch.equal(logits[0], logits[2])
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-9, atol=1e-11)
+    for key, parameter in model.named_parameters():
+        others = [dict(one.named_parameters())[key].grad for one in (repeated, again)]
+        scale = max(1.0, parameter.grad.abs().max().item())
+        for other in others:
+            torch.testing.assert_close(parameter.grad, other, rtol=1e-8, atol=1e-10 * scale)
+    norms = [key for key in model.state_dict() if "running_mean" in key]
+    for key in norms:
+        torch.testing.assert_close(
+            *(one.state_dict()[key] for one in (model, repeated)), rtol=1e-9, atol=1e-12
+        )
 
 
 def test_neurons_are_a_networks_own() -> None:

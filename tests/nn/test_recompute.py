@@ -99,8 +99,11 @@ def test_recomputed_segments_are_the_segmented_network(
     kept = step(network(name, recompute=False, segment=segment, execution=execution), x)
     again = step(network(name, recompute=True, segment=segment, execution=execution), x)
     for key, value in kept.items():
-        # Gradients of several segments are added in another order.
-        torch.testing.assert_close(again[key], value, rtol=1e-4, atol=1e-6, msg=key)
+        # Gradients of several segments are added in another order. Of a bias before a norm they are
+        # 0, and what rounding leaves of them is small beside those of the weights only.
+        scale = kept[key.replace("bias", "weight")].abs().max().clamp(min=1).item()
+        atol = 1e-6 * (scale if key.endswith("conv.bias") else 1)
+        torch.testing.assert_close(again[key], value, rtol=1e-4, atol=atol, msg=key)
     if segment == TIMESTEPS:
         assert differing(kept, again) == []
 

@@ -56,7 +56,12 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
                 named = {key: value for key, value in named.items() if key != "identity"}
                 note(name, module.input_current(*arguments, **named), module)
             else:
-                note(name, arguments[0], module)
+                current, *timesteps = arguments  # T is said where one current is for all of them
+                note(
+                    name,
+                    current.expand(*timesteps or current.shape[:1], *current.shape[1:]),
+                    module,
+                )
 
         return hook
 

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, assert_never
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from tetdist.errors import UserError
 from tetdist.nn import dropout, neurons
 from tetdist.nn.neurons import LIF, NeuronConfig
-from tetdist.nn.norm_neuron import FusedLayer, NormNeuron, neurons_of
+from tetdist.nn.norm_neuron import FusedLayer, NeuronLayer, NormNeuron, neurons_of
 from tetdist.nn.packed import Conv2d
 from tetdist.nn.recompute import Block
 
@@ -216,11 +217,12 @@ class SpikingNetwork(nn.Module):
         small_from = len(self.blocks) - (0 if self.segment else self.small_blocks)
         for i, block in enumerate(self.blocks):
             if i >= small_from:
-                x = block(x)
+                x = self.forward_block(block, x, self.timesteps)
                 continue
             highest = self.highest_inputs[i] if self.highest_inputs else 1
             levels = None if highest is None else self.spike_levels
-            x = self._run(_of_any_length(block), x, block, levels=levels, highest=highest or 1)
+            run = partial(self.forward_block, block)
+            x = self._run(run, x, block, levels=levels, highest=highest or 1)
         return x
 
     def _run(
@@ -234,11 +236,13 @@ class SpikingNetwork(nn.Module):
         """Stem or block, in segments or recomputed where that was asked for."""
         if not self.training or not (self.segment or self.grad_checkpointing):
             return function(x, self.timesteps)
+        # One image through layers without membranes is the same in every segment.
+        timeless = x.shape[0] == 1 and not any(isinstance(m, NeuronLayer) for m in module.modules())
         block = Block(
             function,
             module,
             timesteps=self.timesteps,
-            segment=self.segment,
+            segment=None if timeless else self.segment,
             levels=levels,
             highest=highest,
         )
@@ -249,6 +253,13 @@ class SpikingNetwork(nn.Module):
     def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
         """(1 or T, B, C, H, W) to spikes (T, B, C', H', W'); each family has its own."""
         raise NotImplementedError
+
+    def forward_block(self, block: nn.Module, x: Tensor, timesteps: int) -> Tensor:
+        """One of ``blocks``, whose input says T; families whose stem ends in a current, which may
+        be (1, ...) for all of them, have their own."""
+        assert x.shape[0] == timesteps
+        y: Tensor = block(x)
+        return y
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(T, B, C, H, W) to logits (T, B, K), or to pooled features (T, B, C)."""
@@ -280,11 +291,6 @@ class ConvNormNeuron(nn.Module):
         ``timesteps`` is needed only where ``x`` is (1, ...), one input for all of them.
         """
         return self.neuron(self.conv(x), timesteps or x.shape[0], identity=identity)
-
-
-def _of_any_length(block: nn.Module) -> Callable[[Tensor, int], Tensor]:
-    """A block as `Block` wants it; it sees T in its input's shape."""
-    return lambda x, _timesteps: block(x)
 
 
 def new_classifier(num_features: int, num_classes: int) -> nn.Module:

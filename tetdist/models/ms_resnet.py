@@ -110,8 +110,13 @@ class MSResNet(SpikingNetwork):
             nn.init.zeros_(module.add.norm.weight)
 
     def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        x = self.stem(x, timesteps)
-        return x.expand(timesteps, *x.shape[1:])
+        """(1 or T, B, C, H, W) to a current of as many timesteps."""
+        current: Tensor = self.stem(x, timesteps)
+        return current
+
+    def forward_block(self, block: nn.Module, x: Tensor, timesteps: int) -> Tensor:
+        y: Tensor = block(x, timesteps)
+        return y
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.neuron(x).mean((3, 4))

@@ -83,8 +83,9 @@ class Block(nn.Module):
             self.downsample = conv1x1(in_channels, width, stride, bias)
             self.downsample_norm = BatchNorm(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        residual = self.conv2(self.conv1(self.neuron(x)))
+    def forward(self, x: Tensor, timesteps: int) -> Tensor:
+        """(T, B, C, H, W) of (T, B, C, H, W), or of (1, ...), the same at all timesteps."""
+        residual = self.conv2(self.conv1(self.neuron(x, timesteps)))
         shortcut = self.downsample(self.pool(x))
         return self.add(residual, shortcut, shortcut_norm=self.downsample_norm)
 
@@ -143,8 +144,12 @@ class PreActResNet(SpikingNetwork):
         base.init_weights(self)
 
     def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        x = self.pool(self.stem(x, timesteps))
-        return x.expand(timesteps, *x.shape[1:])
+        """(1 or T, B, C, H, W) to a current of as many timesteps."""
+        return self.pool(self.stem(x, timesteps))
+
+    def forward_block(self, block: nn.Module, x: Tensor, timesteps: int) -> Tensor:
+        y: Tensor = block(x, timesteps)
+        return y
 
 
 default_cfgs = generate_default_cfgs(

@@ -133,7 +133,10 @@ class _Recomputed(torch.autograd.Function):
             grads_x: list[Tensor] = []
             grad_parameters: list[Tensor | None] = [None] * len(block.parameters)
             grad_ends: list[Tensor] = []
-            grads = grad_outputs[0].split(block.lengths)
+            # Layers without neurons may return (1, ...) for all timesteps. They are no segments.
+            grads = (grad_outputs[0],)
+            if len(segments) > 1:
+                grads = grad_outputs[0].split(block.lengths)
             for (part, length), start, grad in reversed(
                 list(zip(segments, starts, grads, strict=True))
             ):
