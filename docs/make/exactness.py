@@ -2,40 +2,33 @@
 
     python docs/make/exactness.py --data data/digits --output docs/exactness.md
 
-Trains a small SEW-ResNet for 30 steps again and again, each time in real processes (on the CPU,
-over gloo), stops some of them by real signals, and writes how far the results are apart. Takes some
-ten minutes on two cores. The data must be indexed (tools/images.py index, or make quickstart).
+Trains small networks for some steps again and again, each time in real processes (on the CPU,
+over gloo), stops some of them by real signals, and writes how far the results are apart. There are
+two parts, which `--part` makes by itself: a plain SEW-ResNet, in some ten minutes on two cores, and
+a QKFormer with all that draws random numbers or averages weights, in as many. The data must be
+indexed (tools/images.py index, or make quickstart).
 """
 
 import argparse
 import datetime
-import json
-import os
 import platform
+import random
 import shlex
+import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from safetensors.torch import load_file
+from exactness_runs import COMPARED, Runs, Stop, compare, identical, loss_difference
 
-from tetdist.distributed.starters import as_starter
-from tetdist.reports.compare import OF_THE_CLOCK
+from tetdist.data.index import build_index, index_file, save_index
 from tetdist.reports.tables import markdown
 
-PROJECT = Path(__file__).resolve().parents[2]
 STEPS = 30
 TERM, KILL, INT, USR1 = signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGUSR1
-START_LIMIT = 300  # seconds that a run may take to come to the step where it is stopped
+FLOAT64 = ("engine=torch", "precision=fp64")
 
 CONFIG: dict[str, Any] = {
     "model": {"name": "sew_resnet18", "arguments": {"width": 8}},
@@ -51,26 +44,45 @@ CONFIG: dict[str, Any] = {
     "save": {"every_steps": 5},
     "tracking": {"mlflow": False},
 }
-FLOAT64 = ("engine=torch", "precision=fp64")
-# Trains with weights laid out as in ZeRO's flat buffers, and with nothing else of ZeRO.
-CONTIGUOUS = (
-    "import sys; from tetdist.training.engines import torch_engine; "
-    "torch_engine.lay_out = lambda *_: None; "
-    "from tetdist.cli.train import main; sys.exit(main())"
-)
 
-
-@dataclass(frozen=True)
-class Stop:
-    """A signal to some of the processes when a step is on record."""
-
-    step: int
-    signal: signal.Signals
-    ranks: tuple[int, ...]
-
-    def __str__(self) -> str:
-        who = "all" if len(self.ranks) > 1 else f"rank {self.ranks[0]}"
-        return f"{self.signal.name} to {who} after step {self.step}"
+EVERYTHING = "## With everything on"  # where the second part begins
+STOPS, STOPS_SEED = 20, 16
+# Two epochs of six steps, of which the second mixes nothing.
+STOPPED = ("batch.global=8", "data.mixing.off_epoch=1")
+# Of each class; six epochs of two steps.
+TRAIN_IMAGES, VAL_IMAGES, ALL_STEPS = 5, 4, 12
+CONFIG_OF_ALL: dict[str, Any] = CONFIG | {
+    "model": {
+        "name": "qkformer_4_384_cifar",
+        "arguments": {
+            **{"widths": [8, 8, 16], "depths": [1, 1, 1], "heads": 2},
+            "drop_path_rate": 0.3,
+        },
+    },
+    "data": CONFIG["data"]
+    | {
+        "auto_augment": "rand-m9-mstd0.5-inc1",
+        "erasing": {"probability": 0.5, "count": 2},
+        "repeats": 3,
+        **{"mixup": 0.5, "cutmix": 1.0},
+        "mixing": {"mode": "batch", "probability": 0.8, "off_epoch": 4},
+    },
+    "phases": [
+        {
+            **{"epochs": 6, "timesteps": 2, "warmup_epochs": 0.5},
+            "optimizer": {
+                **{"kind": "timm:lamb", "lr": 0.01, "layer_decay": 0.8},
+                **{"weight_decay": 0.05, "decay_norms": False},
+            },
+        }
+    ],
+    "loss": {"label_smoothing": 0.1},
+    **{"gradient_clipping": 0.1, "clip_mode": "agc"},
+    "ema": {"decay": 0.9, "warmup": True},
+    "execution": "fused",
+    "evaluate_every": 3,
+    "max_steps": ALL_STEPS,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,8 +93,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, metavar="FILE.md", help="write the report there, too"
     )
+    parser.add_argument(
+        "--part",
+        choices=("plain", "everything"),
+        help="make this part only, and keep the other one that --output holds",
+    )
     parser.add_argument("--quick", action="store_true", help="a few of the runs only")
     options = parser.parse_args(arguments)
+    if options.part and not (options.output and options.output.is_file()):
+        parser.error("--part: --output FILE.md must be there, to hold the other part")
     if not (options.data / "index" / "train.npz").is_file():
         print(
             f"error: --data: {options.data} is not indexed; python tools/images.py index "
@@ -90,199 +109,70 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    with tempfile.TemporaryDirectory(prefix="exactness-") as folder:
-        runs = Runs(Path(folder), options.data)
-        report = "\n\n".join(
-            [
-                heading(options),
-                world_sizes(runs, options.quick),
-                stages(runs, options.quick),
-                stops(runs, options.quick),
-            ]
-        )
+    parts = dict.fromkeys(("plain", "everything"), "")
+    if options.part:
+        parts["plain"], _, rest = options.output.read_text().partition(EVERYTHING)
+        parts["everything"] = EVERYTHING + rest
+    with tempfile.TemporaryDirectory(prefix="exactness-") as name:
+        folder = Path(name)
+        if options.part != "everything":
+            runs = Runs(folder / "plain", CONFIG, options.data)
+            parts["plain"] = "\n\n".join(
+                [
+                    heading(options),
+                    world_sizes(runs, options.quick),
+                    stages(runs, options.quick),
+                    stops(runs, options.quick),
+                ]
+            )
+        if options.part != "plain":
+            first_images(options.data, folder / "data")
+            runs = Runs(folder / "everything", CONFIG_OF_ALL, folder / "data")
+            parts["everything"] = "\n\n".join(
+                [
+                    heading_of_all(options),
+                    processes_with_all(runs, options.quick),
+                    stops_with_all(runs, options.quick),
+                ]
+            )
+    report = "\n\n".join(part.strip() for part in parts.values())
     print(report)
     if options.output:
         options.output.write_text(report + "\n")
     return 0
 
 
-class Runs:
-    """Make runs, each in a folder of its own."""
-
-    def __init__(self, folder: Path, data: Path) -> None:
-        self.folder = folder
-        values = CONFIG | {"runs_dir": str(folder)}
-        values["data"] = CONFIG["data"] | {"root": str(data.resolve())}
-        self.config = folder / "exactness.yaml"
-        self.config.write_text(yaml.safe_dump(values))
-
-    def __call__(
-        self,
-        name: str,
-        *overrides: str,
-        world: int = 1,
-        stop: Stop | None = None,
-        threads: int = 1,
-        contiguous: bool = False,
-    ) -> Path:
-        """Train on ``world`` processes, to the end or to where ``stop`` ends it."""
-        started = time.monotonic()
-        run = self.folder / name
-        environment = {
-            **os.environ,
-            **as_starter(),
-            "WORLD_SIZE": str(world),
-            "LOCAL_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "OMP_NUM_THREADS": str(threads),
-            "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        program = ["-c", CONTIGUOUS] if contiguous else [str(PROJECT / "tetdist" / "train.py")]
-        command = [sys.executable, *program]
-        command += ["--config", str(self.config), f"name={name}", "device=cpu", *overrides]
-        with (self.folder / f"{name}.log").open("a") as log:
-            processes = [
-                subprocess.Popen(
-                    command,
-                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=log,
-                    stderr=log,
-                )
-                for rank in range(world)
-            ]
-            try:
-                if stop:
-                    wait_for(lambda: last_step(run) >= stop.step, processes)
-                    for rank in stop.ranks:
-                        processes[rank].send_signal(stop.signal)
-                statuses = [process.wait(START_LIMIT) for process in processes]
-            finally:
-                for process in processes:
-                    process.kill()
-        expected = "stopped" if stop else "finished"
-        if stop is None and any(statuses):
-            raise SystemExit(f"{name} failed: {(self.folder / f'{name}.log').read_text()[-3000:]}")
-        seconds = time.monotonic() - started
-        print(f"{name}: {expected} at step {last_step(run)}, {seconds:.0f} s", file=sys.stderr)
-        return run
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], bool], processes: "list[subprocess.Popen[bytes]]") -> None:
-    end = time.monotonic() + START_LIMIT
-    while not condition() and all(process.poll() is None for process in processes):
-        if time.monotonic() > end:
-            raise SystemExit(f"no such step within {START_LIMIT} s")
-        time.sleep(0.005)
-
-
-def lines(run: Path, kind: str) -> list[dict[str, Any]]:
-    file = run / "metrics.jsonl"
-    whole = file.read_text().rpartition("\n")[0].splitlines() if file.is_file() else []
-    return [line for line in map(json.loads, whole) if line["kind"] == kind]
-
-
-def last_step(run: Path) -> int:
-    return max((line["step"] for line in lines(run, "train")), default=0)
-
-
-# --- comparisons -------------------------------------------------------------------------------
-
-
-def samples(run: Path) -> dict[int, list[tuple[int, int]]]:
-    """The samples of each step, (id, checksum of the augmented pixels), over all processes."""
-    steps: dict[int, list[tuple[int, int]]] = {}
-    for path in run.glob("samples-*.jsonl"):
-        for line in map(json.loads, path.read_text().splitlines()):
-            pairs = zip(line["ids"], line["crc32"], strict=True)
-            steps[line["step"]] = sorted([*steps.get(line["step"], []), *pairs])
-    return steps
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    last = (run / "checkpoints" / "last").read_text().strip()
-    return load_file(run / "checkpoints" / last / "model.safetensors")
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
-
-
-def loss_difference(a: Path, b: Path, first: int, last: int) -> float:
-    pairs = zip(lines(a, "train"), lines(b, "train"), strict=True)
-    return max(
-        abs(x["loss"] - y["loss"]) / abs(y["loss"]) for x, y in pairs if first <= x["step"] <= last
-    )
-
-
-def compare(a: Path, b: Path) -> list[str]:
-    """Samples, losses, parameters, running statistics and evaluation of two runs, as cells."""
-    ours, theirs = weights(a), weights(b)
-    buffers = [key for key in ours if "running" in key]
-    parameters = [key for key in ours if "running" not in key]
-    answers = [
-        [(line["samples"], line["per_timestep_top1"]) for line in lines(run, "val")]
-        for run in (a, b)
-    ]
-    return [
-        "the same" if samples(a) == samples(b) else "DIFFERENT",
-        f"{loss_difference(a, b, 1, STEPS):.1e}",
-        f"{max(relative(ours[key], theirs[key]) for key in parameters):.1e}",
-        f"{max(relative(ours[key], theirs[key]) for key in buffers):.1e}",
-        "the same" if answers[0] == answers[1] else "DIFFERENT",
-    ]
-
-
-def identical(a: Path, b: Path, *, but: tuple[str, ...] = ()) -> str:
-    """Whether metrics, weights, running statistics and optimiser state are the same to the bit.
-
-    Args:
-        but: Names of metrics that may differ.
-    """
-    ignored = (*OF_THE_CLOCK, *but)
-    for kind in ("train", "val"):
-        ours, theirs = (
-            [{k: v for k, v in line.items() if k not in ignored} for line in lines(run, kind)]
-            for run in (a, b)
-        )
-        if ours != theirs:
-            return "NO: metrics"
-    ours, theirs = weights(a), weights(b)
-    if any(not torch.equal(ours[key], theirs[key]) for key in theirs):
-        return "NO: weights"
-    states = []
-    for run in (a, b):
-        last = (run / "checkpoints" / "last").read_text().strip()
-        file = run / "checkpoints" / last / "optimizer.pt"
-        states.append(torch.load(file, weights_only=True)["state"])
-    for number, state in states[0].items():
-        for key, value in state.items():
-            if not torch.equal(value, states[1][number][key]):
-                return "NO: optimiser"
-    return "to the bit" if samples(a) == samples(b) else "NO: samples"
+def first_images(source: Path, root: Path) -> None:
+    """Put the first images of each class into a data root of their own, and index them."""
+    for split, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
+        for images in sorted((source / split).iterdir()):
+            (root / split / images.name).mkdir(parents=True)
+            for file in sorted(images.iterdir())[:count]:
+                shutil.copy(file, root / split / images.name)
+        index, bad = build_index(root, split, workers=1)
+        assert not bad
+        save_index(index, index_file(root / "index", split))
 
 
 # --- the report --------------------------------------------------------------------------------
 
 
-def heading(options: argparse.Namespace) -> str:
+def made(options: argparse.Namespace, part: str) -> str:
+    """The sentence that says how, when and where a part was made."""
     from tetdist.tracking.environment import environment
 
     found = environment()
     packages = ", ".join(f"{k} {v}" for k, v in found["packages"].items() if k != "tetdist")
+    return f"""Made by `python docs/make/exactness.py --data {options.data.name} --part {part}` on
+{datetime.date.today():%-d %B %Y}; {found["cpu"]}, {found["usable_cores"]} cores, Python
+{platform.python_version()}, {packages}."""
+
+
+def heading(options: argparse.Namespace) -> str:
     model, batch = CONFIG["model"], CONFIG["batch"]
     return f"""# Exactness, measured
 
-Made by `python docs/make/exactness.py --data {options.data.name}` on
-{datetime.date.today():%-d %B %Y}; {found["cpu"]}, {found["usable_cores"]} cores, Python
-{platform.python_version()}, {packages}.
+{made(options, "plain")}
 
 Every run below is {STEPS} steps of {model["name"]} (width {model["arguments"]["width"]}, T=2,
 {CONFIG["data"]["image_size"]} pixels) with SGD and momentum, global batch {batch["global"]} in
@@ -303,17 +193,16 @@ def world_sizes(runs: Runs, quick: bool) -> str:
         runs(name, *FLOAT64, world=before, stop=Stop(step, TERM, (before - 1,)))
         run = runs(name, *FLOAT64, world=after)
         again.append([f"{before}, then {after}", str(step), *compare(run, one)])
-    columns = ["samples and pixels", "loss", "parameters", "running statistics", "evaluation"]
     return f"""## Any number of processes: float64
 
 In float64 rounding flips no spike, so what differs beyond 1e-9 would be a fault. Against the run on
 one process, with the plain torch engine:
 
-{markdown(["processes", *columns], rows)}
+{markdown(["processes", *COMPARED], rows)}
 
 Stopped (SIGTERM to one process) after the given step and continued on another number:
 
-{markdown(["processes", "stopped after", *columns], again)}"""
+{markdown(["processes", "stopped after", *COMPARED], again)}"""
 
 
 def stages(runs: Runs, quick: bool) -> str:
@@ -335,7 +224,7 @@ def stages(runs: Runs, quick: bool) -> str:
     rows = [
         [name]
         + [
-            f"{loss_difference(run, one, first, last):.1e}"
+            f"{loss_difference(run, one, range(first, last + 1)):.1e}"
             for first, last in ((1, 3), (4, 10), (11, 20), (21, STEPS))
         ]
         for name, run in found
@@ -385,6 +274,60 @@ def stops(runs: Runs, quick: bool) -> str:
 Against the same run that nothing stopped: metrics, weights, running statistics, optimiser, samples.
 
 {markdown(["stage", "stop", "the same"], rows)}"""
+
+
+def heading_of_all(options: argparse.Namespace) -> str:
+    model, data, ema = (CONFIG_OF_ALL[key] for key in ("model", "data", "ema"))
+    optimizer = CONFIG_OF_ALL["phases"][0]["optimizer"]
+    return f"""{EVERYTHING}
+
+{made(options, "everything")}
+
+Here every run is {ALL_STEPS} steps of a QKFormer (widths 8, 8, 16; T=2) with fused kernels,
+stochastic depth ({model["arguments"]["drop_path_rate"]}), RandAugment ({data["auto_augment"]}),
+random erasing, each sample {data["repeats"]} times in a row, mixup and CutMix by micro-batch (none
+in the last epochs), label smoothing, LAMB with layer decay {optimizer["layer_decay"]}, warm-up and
+adaptive gradient clipping, and a moving average of the weights with decay {ema["decay"]} and
+warm-up, evaluated beside them."""
+
+
+def processes_with_all(runs: Runs, quick: bool) -> str:
+    one = runs("float64-1", *FLOAT64)
+    rows = [
+        [str(world), *compare(runs(f"float64-{world}", *FLOAT64, world=world), one)]
+        for world in ((2,) if quick else (2, 3, 4))
+    ]
+    columns = ["processes", *COMPARED, "moving average"]
+    return f"""### Any number of processes: float64
+
+Against the run on one process, with the plain torch engine:
+
+{markdown(columns, rows)}"""
+
+
+def stops_with_all(runs: Runs, quick: bool) -> str:
+    chance = random.Random(STOPS_SEED)
+    straight: dict[tuple[str, int], Path] = {}
+    rows = []
+    for number in range(2 if quick else STOPS):
+        engine, world = chance.choice(("deepspeed", "torch")), chance.choice((1, 2))
+        everyone = tuple(range(world))
+        ranks = chance.choice([everyone, *((rank,) for rank in everyone)])
+        stop = Stop(chance.randint(1, ALL_STEPS), chance.choice([TERM, KILL, INT, USR1]), ranks)
+        overrides = (*STOPPED, f"engine={engine}")
+        if (engine, world) not in straight:
+            straight[engine, world] = runs(f"straight-{engine}-{world}", *overrides, world=world)
+        name = f"stopped-{number}"
+        runs(name, *overrides, world=world, stop=stop)
+        run = runs(name, *overrides, world=world)
+        rows.append([engine, str(world), str(stop), identical(run, straight[engine, world])])
+    return f"""### {STOPS} random stops: float32
+
+Global batch 8. Engine, number of processes, step, signal and who gets it are drawn (seed
+{STOPS_SEED}). Against the same run that nothing stopped: metrics, weights and their moving average,
+running statistics, optimiser, samples and pixels.
+
+{markdown(["engine", "processes", "stop", "the same"], rows)}"""
 
 
 if __name__ == "__main__":

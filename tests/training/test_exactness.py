@@ -221,6 +221,55 @@ def test_synchronised_batch_norm_of_two_is_one_with_twice_the_batch(
     assert "trained on 2" in outcome.text
 
 
+# --- everything on -----------------------------------------------------------------------------
+
+# All that draws random numbers, averages weights or treats layers apart; see docs/exactness.md.
+EVERYTHING: dict[str, Any] = FLOAT64 | {
+    "model": {
+        "name": "qkformer_4_384_cifar",
+        "arguments": {
+            **{"widths": [8, 8, 16], "depths": [1, 1, 1], "heads": 2},
+            "drop_path_rate": 0.3,
+        },
+    },
+    "data.auto_augment": "rand-m9-mstd0.5-inc1",
+    "data.erasing": {"probability": 0.5, "count": 2},
+    "data.repeats": 3,
+    **{"data.mixup": 0.5, "data.cutmix": 1.0},
+    "data.mixing": {"mode": "batch", "probability": 0.8, "off_epoch": 1},
+    "loss.label_smoothing": 0.1,
+    "phases.0.warmup_epochs": 0.5,
+    "phases.0.optimizer": {
+        **{"kind": "timm:lamb", "lr": 0.01, "layer_decay": 0.8},
+        **{"weight_decay": 0.05, "decay_norms": False},
+    },
+    **{"gradient_clipping": 0.1, "clip_mode": "agc"},
+    "ema": {"decay": 0.9, "warmup": True},
+    "max_steps": 7,  # the second epoch's mix nothing
+    "save.every_steps": 2,
+    "record_samples": True,
+}
+
+
+def test_everything_on_two_processes_and_stopped(
+    farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    file = tiny_config(EVERYTHING)
+    for name, world in (("one", 1), ("two", 2)):
+        outcome = farm(file, f"name={name}", world=world)
+        assert outcome.status == 0, outcome.text
+    one, two = tmp_path / "runs/one", tmp_path / "runs/two"
+    assert len(set(samples := tiny.samples(one))) == EVERYTHING["max_steps"]
+    assert samples == tiny.samples(two)
+    assert_close_runs(two, one, 1e-9)
+    statuses, text = farm.each(file, "name=stopped", world=2, stop=("step", 4, KILL), rank=1)
+    assert statuses[1] == -KILL, text
+    outcome = farm(file, "name=stopped", world=2)
+    assert outcome.status == 0, outcome.text
+    tiny.assert_same_run(tmp_path / "runs/stopped", two)
+    assert tiny.samples(tmp_path / "runs/stopped") == samples
+
+
 # --- stops at random ---------------------------------------------------------------------------
 
 NUM_FUZZED = 54
