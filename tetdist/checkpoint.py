@@ -36,6 +36,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from tetdist import hub
 from tetdist.errors import UserError, typed, way_out
 from tetdist.files import made_aside, write_text
 from tetdist.wording import counted
@@ -267,7 +268,7 @@ def load_model_file(
     """Read weights and description of a run, a checkpoint, an export or a .safetensors file.
 
     Args:
-        path: The folder of one of these, or the file.
+        path: The folder of one of these, or the file; or ``hf:ORG/NAME`` of the hub, see hub.py.
         which: The ``last`` checkpoint of a run folder, or the ``best`` one.
         ema: Read the moving average in their place; the ``best`` one is then that of the averages.
 
@@ -307,6 +308,8 @@ def _write_weights(path: Path, weights: dict[str, Tensor], description: Descript
 
 
 def _model_file(path: Path, which: str) -> Path:
+    if str(path).startswith(hub.HF):
+        return hub.fetch(str(path), MODEL_FILE)
     if path.is_file():
         problem = verify(path.parent) if (path.parent / MANIFEST_FILE).is_file() else None
         if problem is not None:

@@ -27,8 +27,8 @@ from tetdist.cli import eval as evaluation
 from tetdist.config.loading import parse
 from tetdist.errors import UserError
 from tetdist.exchange import export
-from tetdist.exchange.export import Trained
 from tetdist.exchange.nir_graph import to_nir
+from tetdist.exchange.trained import Trained, load
 
 T = 3
 IF = {"decay": 1.0, "threshold": 0.5, "surrogate": "atan", "surrogate_width": 2.0}
@@ -157,7 +157,7 @@ def test_code_of_the_card_loads_the_network(
     folder = tmp_path / "given"
     status, _, err = tool(file, "--format", kind, "--output", folder)
     assert status == 0, err
-    trained = export.load(file)
+    trained = load(file)
     x = trained.examples(2)
     card = (folder / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
@@ -266,7 +266,7 @@ class Outside(nn.Module):
 
 
 def test_a_network_from_outside(tmp_path: Path) -> None:
-    ours = export.load(save("convnet", tmp_path))
+    ours = load(save("convnet", tmp_path))
     network: Any = Outside().eval()
     trained = Trained(network, ours.config, ours.description)
     assert "relative difference" in export.write_torch(trained, tmp_path / "it.pt2")
@@ -366,7 +366,7 @@ def over_time(module: nn.Module, trained: Trained, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("network", [name for name in NETWORKS if name not in ("vggsnn", "preact")])
 def test_nir_graph_run_by_nirtorch_is_the_network(network: str, tmp_path: Path) -> None:
-    trained = export.load(save(network, tmp_path))
+    trained = load(save(network, tmp_path))
     dt = 1e-3
     said = export.write_nir(trained, tmp_path / "graph.nir", dt)
     assert "3 timesteps of 0.001 s" in said
@@ -385,7 +385,7 @@ def test_nir_graph_run_by_nirtorch_is_the_network(network: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("network", ["convnet", "vggsnn"])
 def test_spikingjelly_imports_the_nir_graph(network: str, tmp_path: Path) -> None:
-    trained = export.load(save(network, tmp_path))
+    trained = load(save(network, tmp_path))
     export.write_nir(trained, tmp_path / "graph.nir", 1e-4)
     module = nir_exchange.import_from_nir(tmp_path / "graph.nir", dtype=torch.float64)
     x = trained.examples(2).double()
@@ -397,20 +397,20 @@ def test_spikingjelly_imports_the_nir_graph(network: str, tmp_path: Path) -> Non
 
 
 def test_nir_neurons_are_the_equations_of_the_documentation(tmp_path: Path) -> None:
-    lif = to_nir(export.load(save("convnet", tmp_path)).model, (3, 12, 12), dt=1e-4)
+    lif = to_nir(load(save("convnet", tmp_path)).model, (3, 12, 12), dt=1e-4)
     neuron = lif.nodes["stem_neuron"]
     assert isinstance(neuron, nir.LIF)
     assert neuron.tau.shape == (4, 12, 12)
     np.testing.assert_allclose(neuron.tau, 4e-4, rtol=1e-6)
     np.testing.assert_allclose(neuron.r, 4)
-    perfect = to_nir(export.load(save("convnet", tmp_path, decay=1.0)).model, (3, 12, 12), dt=1e-4)
+    perfect = to_nir(load(save("convnet", tmp_path, decay=1.0)).model, (3, 12, 12), dt=1e-4)
     assert isinstance(perfect.nodes["stem_neuron"], nir.IF)
     np.testing.assert_allclose(perfect.nodes["stem_neuron"].r, 1e4)
 
 
 def test_nir_neuron_that_fires_at_the_threshold(tmp_path: Path) -> None:
     file = save("convnet", tmp_path, threshold=0.7, fires_at_threshold=True)
-    node = to_nir(export.load(file).model, (3, 12, 12)).nodes["stem_neuron"]
+    node = to_nir(load(file).model, (3, 12, 12)).nodes["stem_neuron"]
     at = np.float32(0.7)
     assert (at > node.v_threshold).all()
     assert not (np.nextafter(at, np.float32(0)) > node.v_threshold).any()
@@ -446,7 +446,7 @@ def test_what_nir_cannot_express_is_refused(
 @pytest.mark.parametrize("kind", ["plif", "psn", "masked_psn", "sliding_psn", "ilif", "nilif"])
 def test_programs_of_other_neurons_say_what_the_network_says(kind: str, tmp_path: Path) -> None:
     numbers = {"timesteps": T} if kind in ("psn", "masked_psn") else {}
-    trained = export.load(save("convnet", tmp_path, kind=kind, threshold=0.3, **numbers))
+    trained = load(save("convnet", tmp_path, kind=kind, threshold=0.3, **numbers))
     assert len(logits(trained, trained.examples(4)).unique()) > 5
     # Each compares its logits with the model's.
     assert "its logits are the model's" in export.write_torch(trained, tmp_path / "net.pt2")
@@ -464,7 +464,7 @@ def test_onnx_graph_run_by_onnxruntime_is_the_network(
     assert "its logits are the model's" in out
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
     (given,) = session.get_inputs()
-    trained = export.load(file)
+    trained = load(file)
     assert given.name == "images"
     metadata = session.get_modelmeta().custom_metadata_map
     assert "minus [0.5, 0.5, 0.5], over [0.229, 0.224, 0.225]" in metadata["preparation"]
@@ -479,7 +479,7 @@ def test_program_of_torch_is_the_network(network: str, tool: Tool, tmp_path: Pat
     status, out, err = tool(file, "--format", "torch", "--output", tmp_path / "net.pt2")
     assert status == 0, err
     assert "its logits are the model's" in out
-    trained = export.load(file)
+    trained = load(file)
     x = trained.examples(5)
     extra = {"preparation": ""}
     with torch.no_grad():
@@ -542,14 +542,14 @@ def test_what_exists_is_not_replaced(tool: Tool, tmp_path: Path, kind: str) -> N
 
 
 def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    trained = export.load(save("convnet", tmp_path))
+    trained = load(save("convnet", tmp_path))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"graph\.nir could not be written"):
         export.write_nir(trained, tmp_path / "file" / "graph.nir", 1e-4)
 
 
 def test_timm_takes_the_file_as_a_checkpoint(tmp_path: Path) -> None:
-    trained = export.load(save("sew, add", tmp_path))
+    trained = load(save("sew, add", tmp_path))
     model = timm.create_model(
         "sew_resnet18",
         width=4,

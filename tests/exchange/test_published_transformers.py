@@ -15,7 +15,7 @@ from published_transformers import Published, QKFormerSize, SDTSize
 from torch import Tensor
 
 from tetdist import checkpoint
-from tetdist.exchange import export
+from tetdist.exchange.trained import Trained, load
 from tetdist.nn.integer_neurons import NILIF
 
 QKFORMER = QKFormerSize("imagenet", (8, 16, 24), (1, 1, 1), 2)
@@ -106,7 +106,7 @@ def test_published_file_is_recognised_and_computes_what_it_did(
 ) -> None:
     file, out = converted(family, tool, tmp_path)
     assert f"as of {family}" in out
-    trained = export.load(file)
+    trained = load(file)
     net = Published({k: v.float() for k, v in state_of(family).items()}, training=False)
     frames = images(4).expand(TIMESTEPS[family], -1, -1, -1, -1)
     match family:
@@ -142,7 +142,7 @@ def test_mixing_of_samples_is_told_and_may_be_asked_for(tool: Tool, tmp_path: Pa
     mixing, out = converted("qkformer", tool, tmp_path, "model.arguments.mixes_samples=true")
     assert "QKFormer's accuracies" not in out
     with torch.no_grad():
-        logits = [export.load(file).model(images(4)) for file in (plain, mixing)]
+        logits = [load(file).model(images(4)) for file in (plain, mixing)]
     assert not torch.allclose(*logits)
 
 
@@ -170,7 +170,7 @@ def test_program_of_torch_is_the_network(family: str, tool: Tool, tmp_path: Path
     x = images(5)  # another batch size than it was traced with
     with torch.no_grad():
         actual = torch.export.load(tmp_path / "net.pt2").module()(x)
-        torch.testing.assert_close(actual, export.load(file).model(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, load(file).model(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.long
@@ -185,7 +185,7 @@ def test_onnx_graph_is_the_network(family: str, tool: Tool, tmp_path: Path) -> N
     x = images(5)
     (actual,) = session.run(["logits"], {"images": x.numpy()})
     with torch.no_grad():
-        expected = export.load(file).model(x)
+        expected = load(file).model(x)
     torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -198,7 +198,7 @@ def test_timm_loads_the_folder(family: str, tool: Tool, tmp_path: Path) -> None:
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     model.set_execution("reference")
     with torch.no_grad():
-        assert torch.equal(model(images(2)), export.load(file).model(images(2)))
+        assert torch.equal(model(images(2)), load(file).model(images(2)))
 
 
 def test_program_of_events_has_the_size_that_the_network_is_described_with() -> None:
@@ -218,7 +218,7 @@ def test_program_of_events_has_the_size_that_the_network_is_described_with() -> 
 
     config = parse(description, "test", warn=False)
     model = config.model.build(num_classes=3, timesteps=2)
-    trained = export.Trained(
+    trained = Trained(
         model,
         config,
         checkpoint.Description(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hub_stand_in
 import pytest
 import tiny
 import yaml
@@ -169,6 +170,21 @@ def test_files_of_others_are_found_from_the_folder_of_the_code(
     # timm's models have names, not paths.
     timm = loading.load(str(tiny_config()), ["loss.distillation.teacher=timm:resnet18"])
     assert submit.prepare(timm, facts).config.loss.distillation.teacher == "timm:resnet18"
+
+
+def test_networks_of_the_hub_are_fetched_before_the_job_is_queued(
+    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = loading.load(str(tiny_config()), ["init_checkpoint=hf:us/small"])
+    facts = ClusterSection(gpus_per_node=0)
+    with hub_stand_in.serving(monkeypatch, tmp_path / "home") as hub:
+        with pytest.raises(UserError, match="there is no hf:us/small"):
+            submit.prepare(config, facts)
+        hub.repositories["us/small"] = hub_stand_in.Repository()
+        hub.repositories["us/small"].commit({"model.safetensors": b"weights"})
+        prepared = submit.prepare(config, facts).config
+    assert prepared.init_checkpoint == "hf:us/small"
+    assert len(list((tmp_path / "home").rglob("snapshots/*/model.safetensors"))) == 1
 
 
 def test_snapshot_holds_what_is_not_committed(tmp_path: Path) -> None:

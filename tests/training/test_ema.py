@@ -20,6 +20,7 @@ from tetdist.cli import eval as evaluation
 from tetdist.config.schema import EmaSection
 from tetdist.errors import UserError
 from tetdist.exchange import export
+from tetdist.exchange.trained import load
 from tetdist.training.ema import WeightAverage, decay_at
 
 ConfigWriter = Callable[..., Path]
@@ -196,7 +197,7 @@ def test_evaluated_again_it_is_what_the_run_logged(which: str, run: Path, tmp_pa
 def test_exported_and_begun_with(
     run: Path, main: Main, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
-    trained = export.load(run, "last", ema=True)
+    trained = load(run, "last", ema=True)
     expected = load_file(tiny.newest(run) / "ema.safetensors")
     assert all(torch.equal(v, expected[k]) for k, v in trained.model.state_dict().items())
     card = export.card(trained)

@@ -67,8 +67,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         required=True,
         metavar="RUN_OR_FILE",
         type=Path,
-        help="a run folder (its last checkpoint), the folder of a checkpoint or an export, or a "
-        ".safetensors file",
+        help="a run folder (its last checkpoint), the folder of a checkpoint or an export, a "
+        ".safetensors file, or hf:ORG/NAME[@REVISION] of the Hugging Face hub",
     )
     parser.add_argument(
         "--best",

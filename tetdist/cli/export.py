@@ -1,16 +1,22 @@
-"""Give a trained network away: as weights with a card, to timm, NIR, ONNX or torch.export.
+"""Give a trained network away: as weights with a card, to timm, NIR, ONNX, torch.export or the hub.
 
     python tools/export.py runs/sew34_t4 --format safetensors --output sew34_t4
     python tools/export.py runs/sew34_t4 --best --format nir --output sew34_t4.nir
+    python tools/export.py runs/sew34_t4 --best --push ORG/NAME --dry-run
 
 docs/weights.md says what each format holds and what it cannot.
 """
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from tetdist.cli.common import answer, program
 from tetdist.config.flags import add_import
+
+if TYPE_CHECKING:
+    from tetdist.exchange.trained import Trained
 
 # The ending of --output for each format.
 ENDINGS = {"safetensors": ".safetensors", "nir": ".nir", "onnx": ".onnx", "torch": ".pt2"}
@@ -27,13 +33,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "checkpoint",
         metavar="RUN_OR_FILE",
         type=Path,
-        help="a run folder (its last checkpoint), the folder of a checkpoint or an export, or a "
-        ".safetensors file",
+        help="a run folder (its last checkpoint), the folder of a checkpoint or an export, a "
+        ".safetensors file, or hf:ORG/NAME",
     )
-    add("--format", required=True, choices=["safetensors", "timm", "nir", "onnx", "torch"])
+    add("--format", choices=["safetensors", "timm", "nir", "onnx", "torch"])
     add(
         "--output",
-        required=True,
         metavar="PATH",
         type=Path,
         help="a new folder (safetensors, timm) or file (.safetensors: the weights alone; .nir, "
@@ -54,8 +59,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="nir: length of a timestep (default: 1e-4, as in other libraries)",
     )
     add_import(parser)
+    add_hub(parser.add_argument_group("the Hugging Face hub"))
     options = parser.parse_args(arguments)
-    check_output(parser, options.format, options.output)
+    check_hub(parser, options)
+    if options.output is not None:
+        check_output(parser, options.format, options.output)
     if options.timesteps is not None and options.timesteps < 1:
         parser.error("--timesteps must be at least 1")
     if options.dt is not None and options.format != "nir":
@@ -63,6 +71,48 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.dt is not None and not 0 < options.dt < float("inf"):
         parser.error("--dt must be above 0")
     return options
+
+
+def add_hub(group: argparse._ArgumentGroup) -> None:
+    """Add the options of a push."""
+    add = group.add_argument
+    add(
+        "--push",
+        metavar="ORG/NAME",
+        help="upload what --format timm writes to this repository, which is made, private, if "
+        "there is none (--output FOLDER: keep it there, too)",
+    )
+    add("--public", action="store_true", help="make the repository one that all can see")
+    add("--dry-run", action="store_true", help="say what would be uploaded, and upload nothing")
+    add(
+        "--zoo",
+        metavar="FILE",
+        type=Path,
+        help="then add the network to this index of published ones",
+    )
+    add("--trained-by", metavar="WHO", help="who trained it, for --zoo")
+
+
+def check_hub(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse options of a push that do not suit each other, and a missing --format or --output."""
+    from tetdist.hub import is_repository
+
+    if options.push is None:
+        for flag in ("public", "dry_run", "zoo", "trained_by"):
+            if getattr(options, flag):
+                parser.error(f"--{flag.replace('_', '-')} has a meaning with --push only")
+        if options.format is None or options.output is None:
+            parser.error("give --format and --output, or --push ORG/NAME")
+        return
+    if not is_repository(options.push):
+        parser.error(f"--push {options.push}: a repository is called ORG/NAME")
+    if options.format not in (None, "timm"):
+        parser.error(f"--push uploads what --format timm writes; leave out {options.format}")
+    if (options.zoo is None) != (options.trained_by is None):
+        parser.error("--zoo and --trained-by go together")
+    if options.zoo is not None and options.timesteps is not None:
+        parser.error("--zoo notes the run's accuracy, which is not that of other --timesteps")
+    options.format = "timm"
 
 
 def check_output(parser: argparse.ArgumentParser, form: str, output: Path) -> None:
@@ -87,11 +137,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def export(options: argparse.Namespace) -> None:
     from tetdist.exchange import export as formats
+    from tetdist.exchange.trained import load
     from tetdist.plugins import import_files
 
     import_files(options.imports)
     which = "best" if options.best else "last"
-    trained = formats.load(options.checkpoint, which, options.timesteps, ema=options.ema)
+    trained = load(options.checkpoint, which, options.timesteps, ema=options.ema)
+    if options.push is not None:
+        publish(trained, options)
+        return
     output: Path = options.output
     match options.format:
         case "safetensors":
@@ -107,3 +161,39 @@ def export(options: argparse.Namespace) -> None:
         case other:
             raise AssertionError(other)
     print(f"wrote {output}: {said}")
+
+
+def publish(trained: "Trained", options: argparse.Namespace) -> None:
+    """Push a network to the hub, or say what would be pushed."""
+    from tetdist.exchange import publishing, zoo
+    from tetdist.hub import HF, destination
+
+    repo, private = options.push, not options.public
+    top1 = None
+    if options.zoo is not None:
+        zoo.check_new(options.zoo, trained.config.name)
+        top1 = zoo.accuracies(options.checkpoint)
+    with TemporaryDirectory() as aside:
+        folder = options.output or Path(aside, "it")
+        publishing.write(trained, repo, folder)
+        if options.output is not None:
+            print(f"wrote {folder}")
+        if options.dry_run:
+            kind = "private" if private else "public"
+            print(
+                f"would push to {destination(repo)}, {kind} if there is none yet:\n"
+                f"{publishing.contents(folder)}\nnothing was sent"
+            )
+            return
+        pushed = publishing.push(trained, repo, folder, private=private)
+        print(f"pushed {pushed.url}, commit {pushed.commit}")
+        if top1 is not None:
+            entry = publishing.zoo_entry(
+                trained,
+                f"{HF}{repo}@{pushed.commit}",
+                folder,
+                top1=top1,
+                trained_by=options.trained_by,
+            )
+            zoo.add(options.zoo, entry)
+            print(f"added {entry.name} to {options.zoo}")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.config.schema import TIMM
+from tetdist.hub import HF
 
 # What may differ between a run and its continuation: where things are, how much is shown or kept,
 # and how the same numbers are computed, nothing that changes the result beyond rounding. (The data
@@ -44,8 +45,8 @@ OPERATIONAL_KEYS = (
 )
 
 
-# Files and folders of others, which are the same however their path is written. A teacher may be
-# timm:NAME instead.
+# Files and folders of others, which are the same however their path is written. Instead, a network
+# may be hf:ORG/NAME, and a teacher timm:NAME.
 PATH_KEYS = ("init_checkpoint", "loss.distillation.teacher", "loss.distillation.teacher_weights")
 
 
@@ -81,4 +82,4 @@ def _with_absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
 
 def absolute_path(value: str) -> str:
     """The value of one of the `PATH_KEYS` as it is understood in any folder."""
-    return value if value.startswith(TIMM) else str(Path(value).absolute())
+    return value if value.startswith((TIMM, HF)) else str(Path(value).absolute())

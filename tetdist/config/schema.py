@@ -296,7 +296,7 @@ class DistillationSection(Section):
 
     teacher: str | None = None
     """A run folder (its last checkpoint), the folder of a checkpoint or an export, a .safetensors
-    file (see init_checkpoint), or timm:NAME. Null: none."""
+    file (see init_checkpoint), hf:ORG/NAME, or timm:NAME. Null: none."""
     teacher_weights: str | None = None
     """Of a timm:NAME teacher: the file of its weights; null: timm downloads those it knows."""
     weight: Annotated[float, Field(ge=0)] = 0.2
@@ -535,8 +535,8 @@ class RunConfig(Section):
     """Epochs between two evaluations; the last epoch is always evaluated."""
     init_checkpoint: str | None = None
     """Weights and running statistics to begin with: a run folder (its last checkpoint), the folder
-    of a checkpoint or an export, or a .safetensors file (tools/convert.py makes one of other
-    libraries' weights). The optimiser starts anew."""
+    of a checkpoint or an export, a .safetensors file (tools/convert.py makes one of other
+    libraries' weights), or hf:ORG/NAME[@REVISION]. The optimiser starts anew."""
     start_phase: Annotated[int, Field(ge=0)] = 0
     """Begin with this phase, from init_checkpoint, as if those before it were done."""
     peer_timeout: Annotated[float, Field(gt=0)] = 600.0

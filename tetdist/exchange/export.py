@@ -8,7 +8,6 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -18,11 +17,12 @@ import yaml
 from torch import Tensor, nn
 
 import tetdist
-from tetdist import checkpoint, plugins
-from tetdist.config.loading import parse
-from tetdist.config.schema import RunConfig
+from tetdist import checkpoint
+from tetdist.data.layouts import CLASSES_FILE
 from tetdist.errors import UserError, typed
+from tetdist.exchange.trained import Trained
 from tetdist.files import made_aside
+from tetdist.hub import HF
 from tetdist.models import SpikingNetwork
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NeuronConfig
@@ -31,104 +31,11 @@ from tetdist.wording import counted
 _INPUTS = {"images": "image", "events": "event frame a timestep"}
 # How many inputs an exported program is compared on, and how far it may be off.
 _CHECKED, _TOLERANCE = 4, 1e-4
+# Beside the weights of a folder for timm: the configuration, which the command train takes.
+RECIPE_FILE = "recipe.yaml"
+_TIMMS_HUB = "hf-hub:"  # what timm calls the hub; with tetdist it is `HF`
 # Where a program's file or a graph's says how its input is prepared.
 _PREPARATION = "preparation"
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A checkpoint, ready to be exported.
-
-    Attributes:
-        model: Set to evaluation, in float32; one of ours by the plain definitions of normalisation
-            and neurons.
-        config: That of its training.
-        description: The checkpoint's description of itself, without the machine's paths.
-    """
-
-    model: SpikingNetwork
-    config: RunConfig
-    description: checkpoint.Description
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """The shape of one sample at one timestep, (C, H, W).
-
-        Raises:
-            UserError: A network of events from outside does not say it.
-        """
-        match self.config.data.kind:
-            case "images":
-                return (3, self.config.data.image_size, self.config.data.image_size)
-            case "events":
-                side = getattr(self.model, "input_size", None)
-                if side is None and isinstance(self.model, SpikingNetwork):
-                    side = self.model.default_cfg["input_size"][-1]  # any would do
-                if side is None:
-                    raise UserError(
-                        f"{self.config.model.name} does not say how large its event frames are: "
-                        "give the network an attribute input_size"
-                    )
-                return (2, side, side)
-            case other:
-                assert_never(other)
-
-    def examples(self, count: int) -> Tensor:
-        """Random inputs, (B, C, H, W) or (B, T, C, H, W), always the same."""
-        time = {"images": (), "events": (self.model.timesteps,)}[self.config.data.kind]
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn((count, *time, *self.input_shape), generator=generator)
-
-
-def load(
-    path: Path, which: str = "last", timesteps: int | None = None, *, ema: bool = False
-) -> Trained:
-    """Read a run folder, a checkpoint folder or a .safetensors file.
-
-    Args:
-        path: One of these three.
-        which: The checkpoint of a run folder: ``last`` or ``best``.
-        timesteps: T, where it is another one than in training.
-        ema: Take the moving average of the weights.
-
-    Raises:
-        UserError: See `checkpoint.load_model_file`.
-    """
-    weights, description = checkpoint.load_model_file(path, which, ema=ema)
-    plugins.require(description.imports, path)
-    parse(description.config, str(path), warn=False)  # somebody else may have written it
-    config = parse(_without_places(description.config), str(path), warn=False)
-    num_classes = config.model.num_classes or len(description.classes or ())
-    timesteps = timesteps or description.timesteps
-    model = config.model.build(num_classes=num_classes, timesteps=timesteps)
-    checkpoint.load_weights(model, weights, path)
-    if isinstance(model, SpikingNetwork):
-        model.set_execution("reference")
-    changes = {"config": config.as_dict(), "timesteps": model.timesteps, "which": which}
-    if model.timesteps != description.timesteps:
-        changes["validation"] = None  # It was measured at the other T.
-    return Trained(model.eval(), config, description.model_copy(update=changes))
-
-
-def _without_places(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without folders and addresses of whoever trained."""
-    loss = config.get("loss", {})
-    distillation = loss.get("distillation", {})
-    named = {key: _name_of(distillation.get(key)) for key in ("teacher", "teacher_weights")}
-    return config | {
-        "data": config["data"] | {"root": "data", "index": None},
-        "tracking": config["tracking"] | {"uri": None},
-        "init_checkpoint": _name_of(config.get("init_checkpoint")),
-        "imports": [Path(one).name for one in config.get("imports", [])],
-        "loss": loss | {"distillation": distillation | named},
-        "runs_dir": "runs",
-        "cluster": {},
-    }
-
-
-def _name_of(path: str | None) -> str | None:
-    """The name of a file or folder without its place; timm:NAME as it is."""
-    return path and Path(path).name
 
 
 # --- files of weights -----------------------------------------------------------------------------
@@ -155,8 +62,12 @@ def write_safetensors(trained: Trained, path: Path) -> str:
     return "model.safetensors and its card, README.md"
 
 
-def write_timm(trained: Trained, folder: Path) -> str:
+def write_timm(trained: Trained, folder: Path, repo: str | None = None) -> str:
     """Write a folder that timm loads as a local model or one of the Hugging Face hub.
+
+    Args:
+        folder: A new one.
+        repo: The ``ORG/NAME`` that it will have on the hub, by which its card loads it.
 
     Raises:
         UserError: The network is not one of tetdist's, or cannot be written.
@@ -166,13 +77,21 @@ def write_timm(trained: Trained, folder: Path) -> str:
         aside.mkdir(parents=True)
         _write_weights(trained, aside)
         (aside / "config.json").write_text(json.dumps(timm_config(trained), indent=1) + "\n")
-        (aside / "README.md").write_text(card(trained, folder=folder.name))
+        source = f"{_TIMMS_HUB}{repo}" if repo else f"local-dir:{folder.name}"
+        (aside / "README.md").write_text(card(trained, source))
+        (aside / RECIPE_FILE).write_text(_recipe(trained))
+        if trained.description.classes:
+            names = "".join(f"{name}\n" for name in trained.description.classes)
+            (aside / CLASSES_FILE).write_text(names)
         with torch.no_grad():
             x = trained.examples(1)
             again = timm.create_model(f"local-dir:{aside}", pretrained=True).eval()
             again.set_execution("reference")
             assert torch.equal(again(x), trained.model(x)), "timm loads another network"
-    return "config.json, model.safetensors and the card; timm loads it, and the logits are the same"
+    return (
+        "config.json, model.safetensors, the card, the recipe and the classes; timm loads it, and "
+        "the logits are the same"
+    )
 
 
 def _write_weights(trained: Trained, folder: Path) -> None:
@@ -225,11 +144,16 @@ def refuse_foreign(trained: Trained, form: str) -> None:
         )
 
 
-def card(trained: Trained, folder: str | None = None) -> str:
+def _recipe(trained: Trained) -> str:
+    """The configuration of the training, as a file that the command train takes."""
+    return yaml.safe_dump(trained.description.config, sort_keys=False)
+
+
+def card(trained: Trained, source: str | None = None) -> str:
     """A model card in Markdown.
 
     Args:
-        folder: Name of the folder, if timm can load it.
+        source: By which timm loads it, ``local-dir:NAME`` or ``hf-hub:ORG/NAME``, if it can.
     """
     model, config, description = trained.model, trained.config, trained.description
     neuron, data = config.model.neuron, config.data
@@ -263,11 +187,13 @@ def card(trained: Trained, folder: str | None = None) -> str:
     loading = f"""import timm
 import {module}  # registers the model
 
-model = timm.create_model({_create_arguments(trained, folder)}).eval()
+model = timm.create_model({_create_arguments(trained, source)}).eval()
 {_call(model)}"""
     if neuron.refusal(2) is None:
         loading += "\nmodel.set_timesteps(2)  # fewer or more timesteps with the same weights"
-    recipe = yaml.safe_dump(description.config, sort_keys=False)
+    weights = checkpoint.MODEL_FILE
+    if source is not None and source.startswith(_TIMMS_HUB):
+        weights = source.replace(_TIMMS_HUB, HF)
     lines = [
         "---",
         "library_name: timm",
@@ -290,15 +216,15 @@ model = timm.create_model({_create_arguments(trained, folder)}).eval()
         "",
         _preparation(trained),
         "",
-        f"`{typed('eval')} --checkpoint model.safetensors --data ROOT` evaluates it, and",
-        "`init_checkpoint=model.safetensors` begins a training with it.",
+        f"`{typed('eval')} --checkpoint {weights} --data ROOT` evaluates it, and",
+        f"`init_checkpoint={weights}` begins a training with it.",
         "",
         "## Recipe",
         "",
         f"With tetdist {tetdist.__version__}:",
         "",
         "```yaml",
-        recipe.rstrip(),
+        _recipe(trained).rstrip(),
         "```",
     ]
     return "\n".join(lines) + "\n"
@@ -345,9 +271,9 @@ def _accuracy(description: checkpoint.Description) -> str:
     return f"{validation['top1']:.2f} % top-1, {validation['top5']:.2f} % top-5, {rest}"
 
 
-def _create_arguments(trained: Trained, folder: str | None) -> str:
-    if folder is not None:
-        return f'"local-dir:{folder}", pretrained=True'
+def _create_arguments(trained: Trained, source: str | None) -> str:
+    if source is not None:
+        return f'"{source}", pretrained=True'
     arguments = {"num_classes": trained.model.num_classes, **_model_arguments(trained)}
     inner = "".join(f"    {key}={value!r},\n" for key, value in arguments.items())
     return (

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from tetdist import plugins
+from tetdist import checkpoint, hub, plugins
 from tetdist.config import identity, loading, schema
 from tetdist.config.schema import RunConfig
 from tetdist.distributed.world import World
@@ -94,6 +94,10 @@ def _check_inputs(config: RunConfig) -> None:
     for key in identity.PATH_KEYS:
         path = values.get(key)
         if path is None or path.startswith(schema.TIMM) or (has_begun and key == "init_checkpoint"):
+            continue
+        if path.startswith(hub.HF):
+            # Into the cache, before the job is on a node that may have no network.
+            hub.fetch(path, checkpoint.MODEL_FILE)
             continue
         if not Path(path).exists():
             raise UserError(

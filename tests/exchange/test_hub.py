@@ -1,0 +1,277 @@
+"""A network goes to the Hugging Face hub and comes back, through a stand-in on this machine."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hub_stand_in
+import pytest
+import timm
+import tiny
+import torch
+import yaml
+from hub_stand_in import Hub, Repository
+from huggingface_hub import constants
+from tiny import Outcome
+
+from tetdist import checkpoint, hub
+from tetdist.cli import eval as evaluation
+from tetdist.cli import export as exporting
+from tetdist.config.loading import parse
+from tetdist.errors import UserError
+from tetdist.exchange import zoo
+from tetdist.exchange.trained import load
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FILES = {"README.md", "classes.txt", "config.json", "model.safetensors", "recipe.yaml"}
+
+
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with hub_stand_in.serving(monkeypatch, tmp_path / "home") as found:
+        yield found
+
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command in this process: its status, and all that it said."""
+
+    def call(module: Any, *arguments: object) -> tuple[int, str]:
+        capfd.readouterr()
+        try:
+            status = module.main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        said = capfd.readouterr()
+        return status, said.out + said.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a small network of the tiny data set."""
+    folder = tmp_path_factory.mktemp("weights")
+    return save(folder / "small.safetensors", tiny.CLASSES)
+
+
+def save(path: Path, classes: tuple[str, ...] | None) -> Path:
+    changes = {
+        "name": "small",
+        "model.num_classes": len(tiny.CLASSES),
+        "data.root": "/home/me/secret",
+        "init_checkpoint": "hf:them/relu",
+    }
+    config = parse(tiny.changed(tiny.CONFIG, changes), "test", warn=False)
+    torch.manual_seed(0)
+    model = config.model.build(num_classes=len(tiny.CLASSES), timesteps=2)
+    description = checkpoint.Description(
+        config=config.as_dict(),
+        classes=None if classes is None else list(classes),
+        timesteps=2,
+        step=7,
+        validation={"top1": 61.25, "top5": 100.0},
+    )
+    checkpoint.write_model_file(path, model.state_dict(), description)
+    return path
+
+
+def test_network_goes_out_and_comes_back(
+    there: Hub, command: Command, file: Path, tiny_root: Path, tmp_path: Path
+) -> None:
+    status, said = command(exporting, file, "--push", "us/small")
+    assert status == 0, said
+    repository = there.repositories["us/small"]
+    assert repository.private
+    (commit,) = re.findall(r"pushed http.*/us/small, commit ([0-9a-f]{40})", said)
+    files = repository.files(commit)
+    assert files is not None
+    assert files.keys() - {".gitattributes"} == FILES
+    assert all(hub_stand_in.TOKEN.encode() not in data for data in files.values())
+    assert all(b"/home/me" not in data for data in files.values())
+    assert hub_stand_in.TOKEN not in said
+    assert files["classes.txt"].decode().split() == list(tiny.CLASSES)
+    recipe = parse(yaml.safe_load(files["recipe.yaml"]), "recipe.yaml", warn=False)
+    assert recipe.init_checkpoint == "hf:them/relu"
+    card = files["README.md"].decode()
+    assert "| begun with | hf:them/relu |" in card
+    assert "--checkpoint hf:us/small --data ROOT" in card
+    assert '"hf-hub:us/small", pretrained=True' in card
+
+    trained = load(file)
+    x = trained.examples(2)
+    model = timm.create_model("hf-hub:us/small", pretrained=True).eval()
+    model.set_execution("reference")
+    with torch.no_grad():
+        assert torch.equal(model(x), trained.model(x))
+    # The next push is a commit of its own, and the first one stays.
+    save(tmp_path / "other.safetensors", ("a", "b", "c", "d"))
+    status, said = command(exporting, tmp_path / "other.safetensors", "--push", "us/small")
+    assert status == 0, said
+    evaluated = {}
+    for source in (file, f"hf:us/small@{commit}"):
+        status, said = command(evaluation, "--checkpoint", source, "--data", tiny_root)
+        assert status == 0, said
+        evaluated[source] = said.replace(str(source), "")
+    assert len(set(evaluated.values())) == 1
+    status, said = command(evaluation, "--checkpoint", "hf:us/small", "--data", tiny_root)
+    assert status == 2
+    assert "the data has other classes than hf:us/small was trained on" in said
+
+
+def test_dry_run_sends_nothing(there: Hub, command: Command, file: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    status, said = command(exporting, file, "--push", "us/it", "--dry-run", "--output", kept)
+    assert status == 0, said
+    assert there.requests == []
+    assert f"would push to {there.url}/us/it, private if there is none yet" in said
+    assert {path.name for path in kept.iterdir()} == FILES
+    for path in kept.iterdir():
+        assert f"{path.stat().st_size:,} bytes  {path.name}" in said
+    assert "in 5 files\nnothing was sent" in said
+
+
+def test_run_begins_with_a_network_of_the_hub_and_is_taught_by_it(
+    there: Hub,
+    command: Command,
+    file: Path,
+    main: Callable[..., Outcome],
+    tiny_config: Callable[..., Path],
+) -> None:
+    assert command(exporting, file, "--push", "us/small", "--public")[0] == 0
+    assert not there.repositories["us/small"].private
+    commit = there.repositories["us/small"].hash("main")
+    changes = {
+        "init_checkpoint": "hf:us/small",
+        "loss.distillation.teacher": f"hf:us/small@{commit}",
+    }
+    outcome = main(tiny_config(changes), "max_steps=1")
+    assert outcome.status == 0, outcome.text
+    assert "beginning with the weights of hf:us/small (step 7, T=2)" in outcome.text
+    # By now the cache has it, and no network is needed.
+    there.repositories.clear()
+    assert load(Path(f"hf:us/small@{commit}")).description.step == 7
+
+
+def test_files_that_may_hold_code_are_not_fetched(there: Hub, tmp_path: Path) -> None:
+    repository = there.repositories["them/it"] = Repository()
+    repository.commit({"pytorch_model.bin": b"code", "model.py": b"code"})
+    with pytest.raises(UserError, match=r"hf:them/it has no model.safetensors, but model.py, pyt"):
+        load(Path("hf:them/it"))
+    repository.commit({"model.safetensors": b"no weights"})
+    with pytest.raises(UserError, match="is not a readable model file"):
+        load(Path("hf:them/it"))
+    fetched = {path.name for path in (tmp_path / "home").rglob("snapshots/*/*")}
+    assert fetched == {"model.safetensors"}
+    assert not any(".bin" in request or ".py" in request for request in there.requests)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("hf:small", "hf:small is not of the form hf:ORG/NAME"),
+        ("hf:us/small/more", "is not of the form"),
+        ("hf:them/nothing", "there is no hf:them/nothing at http://127.0.0.1"),
+        ("hf:them/it@v2", "hf:them/it@v2: the repository has no such revision"),
+        ("hf:them/secret", "there is no hf:them/secret at http://127.0.0.1.*, or it is private"),
+    ],
+)
+def test_what_cannot_be_fetched_is_named(there: Hub, tmp_path: Path, name: str, words: str) -> None:
+    there.repositories["them/it"] = Repository()
+    there.repositories["them/it"].commit({"README.md": b""})
+    there.repositories["them/secret"] = Repository(private=True)
+    (tmp_path / "home" / "token").write_text("hf_of_somebody_else")
+    with pytest.raises(UserError, match=words) as raised:
+        load(Path(name))
+    assert "hf_of" not in str(raised.value)
+
+
+def test_what_cannot_be_pushed_is_named(
+    there: Hub, command: Command, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(source: Path, repo: str, words: str) -> None:
+        status, said = command(exporting, source, "--push", repo)
+        assert status == 2, said
+        assert words in said
+        assert "hf_of" not in said
+
+    refused(file, "them/it", "does not let this user's token do that to them/it (status 403)")
+    there.repositories["them/it"] = Repository()
+    there.repositories["them/it"].commit({".gitattributes": b""})
+    refused(file, "them/it", "does not let this user's token do that to them/it (status 403)")
+    there.repositories["us/it"] = Repository()
+    there.repositories["us/it"].commit({"train.py": b"", "README.md": b""})
+    refused(file, "us/it", "us/it holds other files than an export (train.py)")
+    nameless = save(tmp_path / "nameless.safetensors", None)
+    refused(nameless, "us/new", "do not name their classes")
+    token = tmp_path / "home" / "token"
+    token.write_text("hf_of_somebody_else")
+    refused(file, "us/new", "(status 401)")
+    token.unlink()
+    refused(file, "us/new", "there is no token of http://127.0.0.1")
+    assert there.repositories.keys() == {"them/it", "us/it"}
+    token.write_text(hub_stand_in.TOKEN)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody is there
+    refused(file, "us/new", "http://127.0.0.1:9 could not be asked for us/new")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--push", "small"], "--push small: a repository is called ORG/NAME"),
+        (["--push", "a/b", "--format", "onnx"], "leave out onnx"),
+        (["--push", "a/b", "--zoo", "zoo.json"], "--zoo and --trained-by go together"),
+        (["--format", "timm", "--output", "it", "--dry-run"], "--dry-run has a meaning with"),
+        (["--format", "timm"], "give --format and --output, or --push ORG/NAME"),
+    ],
+)
+def test_arguments_are_checked(command: Command, arguments: list[str], complaint: str) -> None:
+    status, said = command(exporting, "nowhere", *arguments)
+    assert status == 2
+    assert complaint in said
+
+
+def test_run_is_added_to_the_index_of_networks(
+    there: Hub,
+    command: Command,
+    main: Callable[..., Outcome],
+    tiny_config: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    outcome = main(tiny_config())
+    assert outcome.status == 0, outcome.text
+    run, index = tmp_path / "runs" / "tiny", tmp_path / "zoo.json"
+    index.write_text('{"networks": []}')
+    push = (exporting, run, "--best", "--push", "us/tiny", "--zoo", index, "--trained-by", "Us")
+    status, said = command(*push)
+    assert status == 0, said
+    (network,) = zoo.read(index)
+    evaluated = [line["top1"] for line in tiny.metrics(run, "val")]
+    assert (network.top1.last, network.top1.best) == (evaluated[-1], max(evaluated))
+    assert (network.name, network.checkpoint, network.trained_by) == ("tiny", "best", "Us")
+    # What the entry names is what it says.
+    fetched = hub.fetch(network.repository, "model.safetensors")
+    assert hashlib.sha256(fetched.read_bytes()).hexdigest() == network.sha256
+    assert load(Path(network.repository)).description.validation["top1"] == max(evaluated)
+    requests = len(there.requests)
+    status, said = command(*push)
+    assert status == 2
+    assert "has tiny already; remove that entry, or rename the run" in said
+    assert len(there.requests) == requests
+
+    damaged = json.loads(index.read_text())
+    damaged["networks"][0]["top1"]["last"] = 101
+    index.write_text(json.dumps(damaged))
+    with pytest.raises(UserError, match=r"top1.last of an entry: Input should be less than"):
+        zoo.read(index)
+
+
+def test_index_of_this_project_is_valid() -> None:
+    zoo.read(tiny.PROJECT / "docs" / "zoo.json")

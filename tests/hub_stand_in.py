@@ -1,0 +1,221 @@
+"""A stand-in for the Hugging Face hub on this machine: the requests that huggingface_hub makes to
+create a repository, commit files to it, list them and fetch them."""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
+
+TOKEN, OWNER = "hf_of_the_tests", "us"
+_API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>[a-z]+)/(?P<revision>[^/]+))?")
+_FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+
+
+@dataclass
+class Repository:
+    """The files after each commit, by its hash."""
+
+    private: bool = False
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def commit(self, files: dict[str, bytes]) -> str:
+        before = self.files("main") or {}
+        name = hashlib.sha1(f"{len(self.commits)}".encode()).hexdigest()
+        self.commits[name] = before | files
+        return name
+
+    def files(self, revision: str) -> dict[str, bytes] | None:
+        return self.commits.get(self.hash(revision) or "")
+
+    def hash(self, revision: str) -> str | None:
+        """The commit that a revision is; None: there is no such revision."""
+        if revision == "main":
+            return list(self.commits)[-1] if self.commits else None
+        return revision if revision in self.commits else None
+
+
+@dataclass
+class Hub:
+    """The repositories there are, and all requests so far as METHOD PATH."""
+
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+    url: str = ""
+
+
+def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        timeout = 10
+
+        def do_GET(self) -> None:
+            self._answer_get()
+
+        def do_HEAD(self) -> None:
+            self._answer_get()
+
+        def _answer_get(self) -> None:
+            path = self._path()
+            if found := _FILE.fullmatch(path):
+                self._file(found["repo"], found["revision"], found["path"])
+            elif (found := _API.fullmatch(path)) and found["what"] in (None, "revision", "tree"):
+                self._about(found["repo"], found["what"], found["revision"] or "main")
+            else:
+                self._say(404, {"error": "no such page"})
+
+        def do_POST(self) -> None:
+            path = self._path()
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if path == "/api/validate-yaml":
+                self._say(200, {"errors": [], "warnings": []})
+            elif not self._is_known():
+                self._say(401, {"error": "who is that?"})
+            elif path == "/api/repos/create":
+                self._create(json.loads(body))
+            elif (found := _API.fullmatch(path)) and found["what"] in ("preupload", "commit"):
+                self._write(found["repo"], found["what"], body)
+            else:
+                self._say(404, {"error": "no such page"})
+
+        def _create(self, wanted: dict[str, Any]) -> None:
+            owner = wanted.get("organization") or OWNER
+            name = f"{owner}/{wanted['name']}"
+            if owner != OWNER:
+                self._say(403, {"error": "not yours"})
+            elif name in hub.repositories:
+                self._say(409, {"error": "is there", "url": f"{hub.url}/{name}"})
+            else:
+                private = wanted.get("private") or wanted.get("visibility") == "private"
+                hub.repositories[name] = Repository(bool(private))
+                hub.repositories[name].commit({".gitattributes": b""})
+                self._say(200, {"url": f"{hub.url}/{name}"})
+
+        def _write(self, repo: str, what: str, body: bytes) -> None:
+            if not repo.startswith(f"{OWNER}/"):
+                self._say(403, {"error": "not yours"})
+            elif what == "preupload":
+                files = [
+                    {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for one in json.loads(body)["files"]
+                ]
+                self._say(200, {"files": files})
+            else:
+                lines = [json.loads(line) for line in body.splitlines()]
+                files = {
+                    line["value"]["path"]: base64.b64decode(line["value"]["content"])
+                    for line in lines
+                    if line["key"] == "file"
+                }
+                name = hub.repositories[repo].commit(files)
+                url = f"{hub.url}/{repo}/commit/{name}"
+                self._say(200, {"success": True, "commitUrl": url, "commitOid": name})
+
+        def _about(self, repo: str, what: str | None, revision: str) -> None:
+            found = self._readable(repo, revision)
+            if found is None:
+                return
+            if what == "tree":
+                self._say(
+                    200,
+                    [
+                        {
+                            "type": "file",
+                            "path": path,
+                            "size": len(data),
+                            "oid": hashlib.sha1(data).hexdigest(),
+                        }
+                        for path, data in found.items()
+                    ],
+                )
+            else:
+                files = [{"rfilename": path} for path in found]
+                sha = hub.repositories[repo].hash(revision)
+                self._say(200, {"id": repo, "modelId": repo, "sha": sha, "siblings": files})
+
+        def _file(self, repo: str, revision: str, path: str) -> None:
+            found = self._readable(repo, revision)
+            if found is None:
+                return
+            commit = {"X-Repo-Commit": hub.repositories[repo].hash(revision) or ""}
+            if path not in found:
+                self._say(404, {}, {"X-Error-Code": "EntryNotFound"} | commit)
+            else:
+                etag = {"ETag": f'"{hashlib.sha256(found[path]).hexdigest()}"'}
+                self._send(200, found[path], commit | etag)
+
+        def _readable(self, repo: str, revision: str) -> dict[str, bytes] | None:
+            """The files of a revision; None where it was said that there are none to be seen."""
+            there = hub.repositories.get(repo)
+            if there is None or (there.private and not self._is_known()):
+                self._say(404, {}, {"X-Error-Code": "RepoNotFound"})
+                return None
+            files = there.files(revision)
+            if files is None:
+                self._say(404, {}, {"X-Error-Code": "RevisionNotFound"})
+            return files
+
+        def _is_known(self) -> bool:
+            return self.headers["Authorization"] == f"Bearer {TOKEN}"
+
+        def _path(self) -> str:
+            hub.requests.append(f"{self.command} {self.path}")
+            return unquote(urlsplit(self.path).path)
+
+        def _say(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
+            self._send(status, json.dumps(value).encode(), headers or {})
+
+        def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            """Say nothing."""
+
+    return Handler
+
+
+@contextmanager
+def serving(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Hub]:
+    """A hub on the loopback, which is huggingface_hub's for as long, with its cache and token.
+
+    Args:
+        home: Stands for the user's folder of huggingface_hub.
+    """
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    # huggingface_hub has read the environment when it was imported.
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
+        monkeypatch.delenv(name, raising=False)
+    home.mkdir(exist_ok=True)
+    (home / "token").write_text(TOKEN)
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

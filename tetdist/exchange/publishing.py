@@ -1,0 +1,70 @@
+"""A trained network as a repository of the Hugging Face hub, and its entry in the index of them."""
+
+import hashlib
+from datetime import UTC, datetime
+from pathlib import Path
+
+import tetdist
+from tetdist import checkpoint, hub
+from tetdist.errors import UserError
+from tetdist.exchange import zoo
+from tetdist.exchange.export import RECIPE_FILE, write_timm
+from tetdist.exchange.trained import Trained
+from tetdist.wording import counted
+
+
+def write(trained: Trained, repo: str, folder: Path) -> None:
+    """Write the folder that is the repository: weights, timm's config, card, recipe and classes.
+
+    Raises:
+        UserError: Its classes have no names, or see `write_timm`.
+    """
+    if not trained.description.classes:
+        raise UserError(
+            "--push: these weights do not name their classes, which those who fetch them need; "
+            "convert them again with --classes"
+        )
+    write_timm(trained, folder, repo)
+
+
+def contents(folder: Path) -> str:
+    """What would be pushed, a line a file."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    lines = [f"{size:14,} bytes  {name}" for name, size in sizes.items()]
+    return "\n".join([*lines, f"{sum(sizes.values()):14,} bytes  in {counted(len(sizes), 'file')}"])
+
+
+def push(trained: Trained, repo: str, folder: Path, *, private: bool) -> hub.Pushed:
+    """Push what `write` has written; see `hub.push`."""
+    name, step = trained.config.name, counted(trained.description.step, "step")
+    message = f"{name} after {step}, by tetdist {tetdist.__version__}"
+    return hub.push(folder, repo, private=private, message=message)
+
+
+def zoo_entry(
+    trained: Trained, repository: str, folder: Path, *, top1: zoo.Accuracies, trained_by: str
+) -> zoo.Network:
+    """The entry of the index.
+
+    Args:
+        trained: What is published.
+        repository: ``hf:ORG/NAME@COMMIT``.
+        folder: What `write` has written.
+        top1: Of its run.
+        trained_by: Who trained it.
+    """
+    weights = (folder / checkpoint.MODEL_FILE).read_bytes()
+    return zoo.Network(
+        name=trained.config.name,
+        checkpoint="best" if trained.description.which == "best" else "last",
+        repository=repository,
+        sha256=hashlib.sha256(weights).hexdigest(),
+        model=trained.config.model.name,
+        timesteps=trained.model.timesteps,
+        classes=trained.model.num_classes,
+        split="val",
+        top1=top1,
+        recipe=RECIPE_FILE,
+        trained_by=trained_by,
+        date=datetime.now(UTC).date().isoformat(),
+    )

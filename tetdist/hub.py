@@ -1,0 +1,163 @@
+"""Networks on the Hugging Face hub: their weights fetched by name, a folder pushed as a repository.
+
+Of a repository one file is fetched, that of its weights; what else lies there is never looked at.
+The token is the one that huggingface_hub finds where its users keep it; it is nowhere written.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from tetdist.errors import UserError
+
+HF = "hf:"  # before the name of a repository, where a path could stand
+_REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
+_NAME = re.compile(rf"{HF}(?P<repo>{_REPOSITORY})(?:@(?P<revision>.+))?")
+# The hub makes this one by itself in every new repository.
+_OF_THE_HUB = frozenset({".gitattributes"})
+
+
+class Pushed(NamedTuple):
+    """What was pushed: the address of its page, and the commit that it is."""
+
+    url: str
+    commit: str
+
+
+def is_repository(name: str) -> bool:
+    """Whether it is ORG/NAME, as a repository of the hub is called."""
+    return re.fullmatch(_REPOSITORY, name) is not None
+
+
+def fetch(name: str, file: str) -> Path:
+    """Download a file of a repository, unless the cache of huggingface_hub has it.
+
+    Args:
+        name: ``hf:ORG/NAME``, or ``hf:ORG/NAME@REVISION`` for a branch, a tag or a commit.
+        file: Its path in the repository.
+
+    Returns:
+        Where it lies in the cache.
+
+    Raises:
+        UserError: There is no such thing, or it cannot be reached.
+    """
+    found = _NAME.fullmatch(name)
+    if found is None:
+        raise UserError(f"{name} is not of the form {HF}ORG/NAME or {HF}ORG/NAME@REVISION")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    repo, revision = found["repo"], found["revision"]
+    with _explained(name):
+        try:
+            return Path(HfApi().hf_hub_download(repo, file, revision=revision))
+        except LocalEntryNotFoundError as error:  # one of EntryNotFoundError's
+            raise UserError(
+                f"{name} is not in the cache of huggingface_hub, and {_endpoint()} cannot be "
+                "reached; fetch it once where there is a network, or give a file or folder"
+            ) from error
+        except EntryNotFoundError as error:
+            others = ", ".join(sorted(HfApi().list_repo_files(repo, revision=revision)))
+            raise UserError(
+                f"{name} has no {file}, but {others or 'no file at all'}: only such weights are "
+                "taken, since other files may hold code"
+            ) from error
+
+
+def push(folder: Path, repo: str, *, private: bool, message: str) -> Pushed:
+    """Upload a folder's files as one commit, to a repository that is made if there is none.
+
+    Args:
+        folder: Its files, and no others, are what the repository then holds.
+        repo: ``ORG/NAME``.
+        private: Whether a new repository is; one that exists stays as it is.
+        message: Of the commit.
+
+    Raises:
+        UserError: The repository holds something else, or it cannot be written to.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise UserError(
+            f"--push: there is no token of {_endpoint()}; log in with `hf auth login`, or set the "
+            "variable HF_TOKEN"
+        )
+    api = HfApi()
+    with _explained(repo):
+        api.create_repo(repo, private=private, exist_ok=True)
+        present = set(api.list_repo_files(repo)) - _OF_THE_HUB
+        others = sorted(present - {path.name for path in folder.iterdir()})
+        if others:
+            raise UserError(
+                f"{repo} holds other files than an export ({', '.join(others[:3])}), which would "
+                "stay beside it; remove them there, or choose another --push ORG/NAME"
+            )
+        made = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+    return Pushed(destination(repo), str(made.oid))
+
+
+def destination(repo: str) -> str:
+    """Where a push to a repository goes, for messages."""
+    return f"{_endpoint()}/{repo}"
+
+
+def _endpoint() -> str:
+    # A mirror or a hub of one's own, as for huggingface_hub itself.
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a sentence.
+
+    Raises:
+        UserError: Something was raised.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except UserError:
+        raise
+    except GatedRepoError as error:
+        raise UserError(
+            f"{name} asks its users to agree to something first: do so on its page at {_endpoint()}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"there is no {name} at {_endpoint()}, or it is private: see that the name is right, "
+            "and that `hf auth whoami` says somebody who may read it"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"{name}: the repository has no such revision; leave out what is after the @, or name "
+            "a branch, a tag or a commit of it"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise UserError(
+                f"{_endpoint()} does not let this user's token do that to {name} (status "
+                f"{status}); see `hf auth whoami`, and that the token is one that may write"
+            ) from error
+        raise UserError(
+            f"{_endpoint()} did not answer as it should for {name} (status {status}); try again "
+            "later"
+        ) from error
+    except Exception as error:  # those of the network are of other classes in each version
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{_endpoint()} could not be asked for {name} ({reason}); see that there is a network, "
+            "and try again"
+        ) from error
