@@ -20,7 +20,7 @@ class OneBatch(Passes):
         self,
         title: str,
         change: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
-        also: Callable[..., Any] = lambda _logits, _labels: None,
+        also: Callable[..., Any] = lambda _logits, _labels, _ids: None,
     ) -> Evaluation:
         del title
         batches = change([self.batch])

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,19 @@ from tetdist.config.flags import MOST_TIMESTEPS, add_import, positive
 from tetdist.errors import UserError
 from tetdist.wording import counted
 
+# Variants of ImageNet's validation set, see evaluation/variants.py; the first have a folder of class
+# folders.
+OF_CLASS_FOLDERS = ("imagenet-v2", "imagenet-a", "imagenet-r")
+VARIANTS = (*OF_CLASS_FOLDERS, "imagenet-c", "real")
 HANGS_AFTER = 600  # seconds without progress of one of several processes
 
 if TYPE_CHECKING:
+    from tetdist.checkpoint import Description
     from tetdist.config.schema import RunConfig
     from tetdist.data.index import Index
+    from tetdist.distributed.world import World
+    from tetdist.evaluation.variants import Compared, RealLabels
+    from tetdist.models import SpikingNetwork
 
 
 def timesteps_list(text: str) -> list[int]:
@@ -86,6 +95,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--index", metavar="DIR", help="folder of the index; default: ROOT/index")
     parser.add_argument("--split", default="val", help="split to evaluate (default: val)")
     parser.add_argument(
+        "--variant",
+        choices=VARIANTS,
+        help="--data is this variant of ImageNet's validation set, evaluated as published "
+        "(docs/data.md); real: the validation set, with real.json beside it",
+    )
+    parser.add_argument(
         "--timesteps",
         type=timesteps_list,
         metavar="1,2,4-8",
@@ -126,7 +141,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     # The deepspeed launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    check_variant(parser, options)
+    return options
+
+
+def check_variant(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse options that do not suit a variant."""
+    if options.variant not in (None, "real"):
+        if options.data is None:
+            parser.error(f"--variant {options.variant} needs its folder, --data FOLDER")
+        if options.split != "val":
+            parser.error(f"--variant {options.variant} is a split by itself; leave out --split")
+    if options.variant == "imagenet-c":
+        for flag in ("report", "unroll", "drop_timesteps", "drop_events"):
+            if getattr(options, flag):
+                parser.error(f"--{flag.replace('_', '-')} is not for --variant imagenet-c")
+        if len(options.timesteps or ()) > 1:
+            parser.error("--variant imagenet-c is evaluated at one number of timesteps; give one")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -140,11 +172,16 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
     from tetdist.evaluation.suite import Passes, run_suite
-    from tetdist.events.splits import recorded_split
+    from tetdist.evaluation.variants import Compared, run_corruptions
     from tetdist.nn.precision import choose_algorithms, place
-    from tetdist.training.setup import choose_passes, make_model, open_split
+    from tetdist.training.setup import choose_passes, make_model
 
+    locate_variant(options)
     with join(options.device) as world, Watch(world, HANGS_AFTER) as watch:
+
+        def alive() -> None:
+            watch.progress("the evaluation")
+
         world.run_on_all(lambda: plugins.import_files(options.imports))
         weights, description = world.run_on_all(
             lambda: checkpoint.load_model_file(
@@ -153,42 +190,154 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         )
         world.run_on_all(lambda: plugins.require(description.imports, options.checkpoint))
         config = world.run_on_all(lambda: evaluation_config(description.config, options))
-        world.run_on_all(lambda: check_split(config, options.split))
-        data = world.run_on_all(lambda: open_split(config, options.split, world))
-        index = world.run_on_all(
-            lambda: with_classes_of_model(data, description.classes, config, options)
-        )
+        corrupted = world.run_on_all(lambda: corrupted_splits(options))
+
+        def opened(split: str) -> Compared:
+            return open_compared(split, description, config, options, world, alive)
+
+        compared = opened(next(iter(corrupted), options.split))
+        index = compared.index
         wanted = world.run_on_all(lambda: wanted_timesteps(options, config, description.timesteps))
         world.run_on_all(lambda: check_options(options, wanted, index))
         model = world.run_on_all(lambda: make_model(config, index))
+        real = world.run_on_all(lambda: real_labels(options, config, model, index, wanted, world))
         choose_algorithms(config.precision)
         if config.execution == "fused":
             world.run_on_all(lambda: choose_passes(world))
         place(model, world.device, config.precision)
         world.run_on_all(lambda: checkpoint.load_weights(model, weights, options.checkpoint))
-        data_split = recorded_split(config.data.root)
-        about = {
-            "checkpoint": str(options.checkpoint),
-            "model": description.config["model"]["name"],
-            "step": description.step,
-            **({"averaged": description.averaged} if description.averaged else {}),
-            "split": options.split,
-            **({"data_split": data_split} if data_split else {}),
-            **({"subset": list(data.classes)} if data.classes != index.classes else {}),
-            "trained_timesteps": description.timesteps,
-            "reported_timesteps": wanted,
-            "seed": options.seed,
-        }
-        found = about | run_suite(
-            Passes(model, config, index, world, lambda: watch.progress("the evaluation")),
-            timesteps=wanted,
-            unroll=options.unroll,
-            drop_timesteps=options.drop_timesteps,
-            drop_events=options.drop_events,
-            seed=options.seed,
-        )
+        found = about(description, config, compared, options) | {"reported_timesteps": wanted}
+
+        def passes(of: Compared) -> Passes:
+            return Passes(model, config, of.index, world, alive, outputs=of.outputs)
+
+        if corrupted:
+            model.set_timesteps(wanted[-1])
+            found |= {"timesteps": wanted[-1]} | run_corruptions(
+                corrupted, lambda split, title: passes(opened(split)).run(title)
+            )
+        else:
+            found |= run_suite(
+                passes(compared),
+                timesteps=wanted,
+                unroll=options.unroll,
+                drop_timesteps=options.drop_timesteps,
+                drop_events=options.drop_events,
+                seed=options.seed,
+                real=real,
+            )
         world.run_on_all(lambda: show(found, options) if world.rank == 0 else None)
     return 0
+
+
+def about(
+    description: "Description",
+    config: "RunConfig",
+    compared: "Compared",
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """What was evaluated, and on what."""
+    from tetdist.events.splits import recorded_split
+
+    data_split = recorded_split(config.data.root)
+    return {
+        "checkpoint": str(options.checkpoint),
+        "model": description.config["model"]["name"],
+        "step": description.step,
+        **({"averaged": description.averaged} if description.averaged else {}),
+        "split": options.split,
+        **({"variant": options.variant} if options.variant else {}),
+        **({"protocol": compared.protocol} if compared.protocol else {}),
+        **({"data_split": data_split} if data_split else {}),
+        **({"subset": compared.subset} if compared.subset else {}),
+        "trained_timesteps": description.timesteps,
+        "seed": options.seed,
+    }
+
+
+def open_compared(
+    split: str,
+    description: "Description",
+    config: "RunConfig",
+    options: argparse.Namespace,
+    world: "World",
+    alive: Callable[[], None],
+) -> "Compared":
+    """Open a split, with the labels that its classes have among the network's outputs."""
+    from tetdist.training.setup import open_split
+
+    if options.variant is not None:
+        world.run_on_all(lambda: index_variant(config, split, alive) if world.rank == 0 else None)
+    world.run_on_all(lambda: check_split(config, split))
+    data = world.run_on_all(lambda: open_split(config, split, world))
+    return world.run_on_all(lambda: compared_with_model(data, description.classes, config, options))
+
+
+def corrupted_splits(options: argparse.Namespace) -> "dict[str, tuple[str, int]]":
+    """Corruption and severity of each split of imagenet-c; of other data none."""
+    from tetdist.evaluation.variants import corruptions
+
+    return corruptions(Path(options.data)) if options.variant == "imagenet-c" else {}
+
+
+def locate_variant(options: argparse.Namespace) -> None:
+    """Have a variant's folder be the split that it is, of the folder that it lies in."""
+    if options.variant in OF_CLASS_FOLDERS:
+        folder = Path(options.data).absolute()
+        options.data, options.split = str(folder.parent), folder.name
+
+
+def index_variant(config: "RunConfig", split: str, alive: Callable[[], None]) -> None:
+    """Index a variant's split, unless it is indexed."""
+    from tetdist.evaluation.variants import make_index
+
+    data = config.data
+    if data.kind != "images":
+        raise UserError("--variant is of ImageNet, and this network is of events; leave it out")
+    make_index(Path(data.root), data.index_dir, split, data.threads, alive)
+
+
+def compared_with_model(
+    data: "Index",
+    trained: list[str] | None,
+    config: "RunConfig",
+    options: argparse.Namespace,
+) -> "Compared":
+    """A split with the labels that its classes have among the network's outputs.
+
+    Raises:
+        UserError: They have none.
+    """
+    from tetdist.evaluation import variants
+
+    match options.variant:
+        case "imagenet-v2":
+            num_classes = config.model.num_classes or len(trained or ())
+            return variants.numbered_classes(data, trained, num_classes)
+        case "imagenet-a" | "imagenet-r":
+            return variants.classes_alone(data, trained, options.variant)
+        case "real":
+            variants.check_numbered("real", trained)
+    index = with_classes_of_model(data, trained, config, options)
+    subset = list(data.classes) if data.classes != index.classes else []
+    return variants.Compared(index, subset=subset)
+
+
+def real_labels(
+    options: argparse.Namespace,
+    config: "RunConfig",
+    model: "SpikingNetwork",
+    index: "Index",
+    wanted: list[int],
+    world: "World",
+) -> "RealLabels | None":
+    """The several labels of each image of the validation set, where they are asked for."""
+    from tetdist.evaluation.variants import REAL_FILE, RealLabels
+
+    if options.variant != "real":
+        return None
+    file = Path(config.data.root, REAL_FILE)
+    return RealLabels(file, index, model.num_classes, wanted[-1], world.device)
 
 
 def wanted_timesteps(options: argparse.Namespace, config: "RunConfig", trained: int) -> list[int]:
@@ -247,9 +396,9 @@ def check_options(options: argparse.Namespace, wanted: list[int], index: "Index"
 
 def show(found: dict[str, Any], options: argparse.Namespace) -> None:
     """Print the result, and write what was asked for."""
-    from tetdist.reports.evaluation_page import as_text, write_page
+    from tetdist.reports.evaluation_page import as_text, corruptions_as_text, write_page
 
-    print(as_text(found))
+    print(corruptions_as_text(found) if "corruptions" in found else as_text(found))
     if options.json:
         write_json(options.json, found)
     if options.report:
@@ -269,6 +418,9 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
         data |= {"root": options.data, "index": None}
     if options.index:
         data["index"] = options.index
+    if options.variant == "imagenet-c":
+        # Its images are cropped already.
+        data["resize"] = data["image_size"]
     if options.threads:
         data["threads"] = options.threads
     data["device"] = "cpu"

@@ -1,10 +1,12 @@
 """Exact evaluation: every sample counted once, over all processes, whatever the batch size."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from tetdist.models import SpikingNetwork
 from tetdist.nn import native
 from tetdist.nn.norm_neuron import firing_layers, is_causal, neuron_of
 from tetdist.nn.precision import autocast, parameter_type
+
+Also = Callable[[Tensor, Tensor, npt.NDArray[np.int64]], Any]
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ def evaluate(
     precision: str,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], Any] = lambda _: None,
-    also: Callable[[Tensor, Tensor], Any] = lambda _logits, _labels: None,
+    also: Also = lambda _logits, _labels, _ids: None,
+    outputs: Sequence[int] | None = None,
 ) -> Evaluation:
     """Evaluate at the model's present T.
 
@@ -76,7 +81,9 @@ def evaluate(
         precision: That of the forward pass, see precision.py.
         stop: Asked before each batch, on every process the same answer; True gives up.
         progress: Told the number of samples of each batch.
-        also: Given each batch's logits (T, B, K) and labels (B,), on the device.
+        also: Given each batch's logits (T, B, K) and labels (B,), on the device, and the samples'
+            numbers (B,).
+        outputs: The only ones of the network that are compared, which labels number; None: all.
 
     Raises:
         Interrupted: ``stop`` said so.
@@ -86,6 +93,7 @@ def evaluate(
     model.eval()
     timesteps = model.timesteps
     device = next(model.parameters()).device
+    compared = None if outputs is None else on_device(torch.tensor(outputs), device)
     counts = torch.zeros(3, timesteps, dtype=torch.float64, device=device)
     samples = 0
     rates = _FiringRates(model, device)
@@ -99,8 +107,10 @@ def evaluate(
                     logits = model(images, per_timestep=True)
                 labels = on_device(batch.labels, device)
                 _check_shape(logits, timesteps, len(labels))
+                if compared is not None:
+                    logits = logits.index_select(-1, compared)
                 counts += _count(logits, labels)
-                also(logits, labels)
+                also(logits, labels, batch.ids)
                 samples += len(batch.labels)
             progress(len(batch.labels))
     finally:

@@ -6,13 +6,17 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
 from tetdist.config.schema import RunConfig
 from tetdist.data.build import eval_loader
 from tetdist.data.index import Index
 from tetdist.data.loader import Batch
 from tetdist.distributed.world import World
 from tetdist.evaluation.decisions import DecisionCounts
-from tetdist.evaluation.evaluate import Evaluation, evaluate
+from tetdist.evaluation.evaluate import Also, Evaluation, evaluate
 from tetdist.evaluation.operations import OperationCounts, counting_operations
 from tetdist.evaluation.robustness import (
     check_takes_frames,
@@ -21,6 +25,7 @@ from tetdist.evaluation.robustness import (
     without_timesteps,
 )
 from tetdist.evaluation.unrolling import unrolled
+from tetdist.evaluation.variants import RealLabels
 from tetdist.models import SpikingNetwork
 from tetdist.nn.norm_neuron import is_causal
 from tetdist.tracking.progress import sample_bar
@@ -28,19 +33,21 @@ from tetdist.tracking.progress import sample_bar
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-    """The things that every pass over the split takes; ``alive`` is called after each batch."""
+    """The things that every pass over the split takes; ``alive`` is called after each batch, and
+    ``outputs`` are those of the network that are compared, None: all."""
 
     model: SpikingNetwork
     config: RunConfig
     index: Index
     world: World
     alive: Callable[[], Any]
+    outputs: Sequence[int] | None = dataclasses.field(default=None, kw_only=True)
 
     def run(
         self,
         title: str,
         change: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
-        also: Callable[..., Any] = lambda _logits, _labels: None,
+        also: Also = lambda _logits, _labels, _ids: None,
     ) -> Evaluation:
         """Evaluate the split once, with changed batches; ``also`` as of `evaluate`."""
         bar = sample_bar(len(self.index), title, silent=self.world.rank != 0)
@@ -58,6 +65,7 @@ class Passes:
                 precision=self.config.precision,
                 progress=progress,
                 also=also,
+                outputs=self.outputs,
             )
 
 
@@ -69,6 +77,7 @@ def run_suite(
     drop_timesteps: Sequence[float],
     drop_events: Sequence[float],
     seed: int,
+    real: RealLabels | None = None,
 ) -> dict[str, Any]:
     """Evaluate at the largest T: as it is, and then with each share of something dropped.
 
@@ -85,9 +94,11 @@ def run_suite(
         drop_timesteps: Shares of timesteps, see `without_timesteps`.
         drop_events: Shares of events, see `without_events`; the frames must be numbers of events.
         seed: Seed of what is dropped.
+        real: Several labels of each sample, at the largest T.
 
     Returns:
-        Everything in `Evaluation` and more; ``operations`` is None where they are not counted.
+        Everything in `Evaluation` and more; ``operations`` is None where they are not counted, and
+        ``real`` is there where the several labels are.
 
     Raises:
         UserError: The network cannot be evaluated so.
@@ -98,7 +109,14 @@ def run_suite(
     shows_each, most = is_causal(model), timesteps[-1]
     alone = {} if shows_each else _each_alone(passes, timesteps[:-1])
     model.set_timesteps(most)
-    counts = DecisionCounts(list(passes.index.classes), model.num_classes, most, world.device)
+    compared = model.num_classes if passes.outputs is None else len(passes.outputs)
+    counts = DecisionCounts(list(passes.index.classes), compared, most, world.device)
+
+    def count(logits: Tensor, labels: Tensor, ids: npt.NDArray[np.int64]) -> None:
+        counts.add(logits, labels)
+        if real is not None:
+            real.add(logits, ids)
+
     # The layers of a network from outside may be given something else than (T, B, ...).
     counting: AbstractContextManager[OperationCounts | None] = (
         counting_operations(model, in_spikes=unroll)
@@ -107,7 +125,7 @@ def run_suite(
     )
     unrolling = unrolled(model) if unroll else nullcontext(dict[str, int]())
     with unrolling as sub_timesteps, counting as operations:
-        result = passes.run("evaluate", also=counts.add)
+        result = passes.run("evaluate", also=count)
     decisions = counts.total(world)
     found: dict[str, Any] = {
         **dataclasses.asdict(result),
@@ -118,6 +136,7 @@ def run_suite(
         "per_class": decisions.per_class(),
         "operations": operations and operations.total(world, result.samples).as_dict(),
         **({"sub_timesteps": sub_timesteps} if unroll else {}),
+        **({} if real is None else {"real": real.total(world, shows_each)}),
         "dropped_timesteps": [],
         "dropped_events": [],
     }

@@ -2,8 +2,8 @@
 
 All are made of the same dictionary, which the JSON file holds: checkpoint, model, step, split,
 trained_timesteps, reported_timesteps and seed; data_split where the data have several; subset, the
-names of the data's classes, where these are not all of the network's; and all that
-`suite.run_suite` returns.
+names of the data's classes, where these are not all of the network's; variant and protocol of one
+of ImageNet's; and all that `suite.run_suite` returns.
 """
 
 import base64
@@ -39,6 +39,7 @@ def as_text(found: EvaluationResults) -> str:
         [
             heading(found),
             _text_sweep(found),
+            *_text_real(found),
             _text_early_exit(found),
             *_text_dropped(found),
             *_text_unrolled(found),
@@ -64,11 +65,22 @@ def _text_unrolled(found: EvaluationResults) -> list[str]:
 
 def heading(found: EvaluationResults) -> str:
     of_split = f" of the split {found['data_split']}" if "data_split" in found else ""
-    averaged = f" ({found['averaged']})" if "averaged" in found else ""
     return (
-        f"{found['checkpoint']}: {found['model']}, step {found['step']}{averaged}, "
-        f"{counted(found['samples'], 'sample')} of {found['split']}{of_split}{_of_subset(found)}"
+        f"{_of_network(found)}, {counted(found['samples'], 'sample')} of {found['split']}{of_split}"
+        f"{_of_variant(found)}{_of_subset(found)}"
     )
+
+
+def _of_network(found: EvaluationResults) -> str:
+    averaged = f" ({found['averaged']})" if "averaged" in found else ""
+    return f"{found['checkpoint']}: {found['model']}, step {found['step']}{averaged}"
+
+
+def _of_variant(found: EvaluationResults) -> str:
+    if "variant" not in found:
+        return ""
+    protocol = f": {found['protocol']}" if "protocol" in found else ""
+    return f" ({found['variant']}{protocol})"
 
 
 def _of_subset(found: EvaluationResults) -> str:
@@ -90,6 +102,44 @@ def _text_sweep(found: EvaluationResults) -> str:
         top1, top5, loss = (found[f"per_timestep_{key}"][t - 1] for key in ("top1", "top5", "loss"))
         lines.append(f"{t:3}{top1:10.2f}{top5:10.2f}{loss:9.4f}")
     return "\n".join(lines)
+
+
+def _text_real(found: EvaluationResults) -> list[str]:
+    return [f"  {real_line(found)}"] if "real" in found else []
+
+
+def real_line(found: EvaluationResults) -> str:
+    """What the several labels of each image say."""
+    real = found["real"]
+    if real["top1"] is None:
+        return "real labels: no image has one"
+    return (
+        f"real labels: top-1 {real['top1']:.2f} % of the {counted(real['samples'], 'image')} that "
+        f"have one, at T = {found['timesteps']}"
+    )
+
+
+def corruptions_as_text(found: EvaluationResults) -> str:
+    """The text of an evaluation of corruptions: top-1 by severity."""
+    severities = sorted({s for by_severity in found["corruptions"].values() for s in by_severity})
+    width = max(map(len, found["corruptions"]))
+    lines = [f"  {'top-1 % at severity':{width}}" + "".join(f"{s:8}" for s in severities)]
+    width = len(lines[0]) - 8 * len(severities) - 2
+    for name, by_severity in found["corruptions"].items():
+        cells = [f"{by_severity[s]:8.2f}" if s in by_severity else f"{'-':>8}" for s in severities]
+        lines.append(f"  {name:{width}}{''.join(cells)}")
+    lines.append("")
+    mean, mce = found["mean_error"], found["mce"]
+    if mean is not None:
+        lines.append(
+            f"  mean error {mean:.2f} % of those of the 15 published corruptions that are there"
+        )
+    if mce is None:
+        lines.append("  no mean corruption error: it is of all 15, each at 5 severities")
+    else:
+        lines.append(f"  mean corruption error (mCE) {mce:.2f} %, each error over AlexNet's")
+    heading = f"{_of_network(found)}, imagenet-c at T = {found['timesteps']}"
+    return "\n".join([heading, "", *lines])
 
 
 def _text_early_exit(found: EvaluationResults) -> str:
@@ -375,6 +425,7 @@ def html_page(found: EvaluationResults) -> str:
         f"<p><b>top-1 {found['top1']:.2f} %</b>, top-5 {found['top5']:.2f} %, loss "
         f"{found['loss']:.4f} at T = {found['timesteps']}; trained at T = "
         f"{found['trained_timesteps']}.</p>",
+        *([f"<p>{html.escape(real_line(found))}</p>"] if "real" in found else []),
         "<h2>Accuracy by timesteps, and early exit</h2>",
         _image(found, by_timesteps, 6.5 * len(by_timesteps), 4.5),
         tables.as_html(

@@ -1,0 +1,237 @@
+"""Variants of ImageNet's validation set, in miniature, against plain sums over the logits."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from tetdist import checkpoint
+from tetdist.cli import eval as evaluation
+from tetdist.config.loading import parse
+from tetdist.data import index
+from tetdist.evaluation import variants
+from tetdist.exchange.trained import load
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# In the order of their names; 10 and 11 are not where text would have them.
+CLASSES = [f"n{1000 + 7 * k}" for k in range(12)]
+EACH = 3
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained network that knows twelve classes."""
+    changes = {"name": "twelve", "model.num_classes": len(CLASSES), "data.root": "data"}
+    # A crop of what was enlarged would not be the image that is stored.
+    changes |= {"data.resize": 20}
+    config = parse(tiny.changed(tiny.CONFIG, changes), "test", warn=False)
+    torch.manual_seed(3)
+    model = config.model.build(num_classes=len(CLASSES), timesteps=2)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.mul_(20)
+    description = checkpoint.Description(
+        config=config.as_dict(), classes=CLASSES, timesteps=2, step=0
+    )
+    path = tmp_path_factory.mktemp("network") / "twelve.safetensors"
+    checkpoint.write_model_file(path, model.state_dict(), description)
+    return path
+
+
+def make(folder: Path, names: Sequence[str], seed: int = 0, side: int = 20) -> torch.Tensor:
+    """Class folders of noise of several colours, by default with a border that is cropped."""
+    rng = np.random.default_rng(seed)
+    pixels = np.zeros((len(names), EACH, side, side, 3), np.uint8)
+    for k, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(EACH):
+            colour = rng.integers(0, 256, 3)
+            pixels[k, i] = (0.5 * colour + 0.5 * rng.integers(0, 256, (side, side, 3))).astype(
+                np.uint8
+            )
+            Image.fromarray(pixels[k, i]).save(folder / name / f"{i}.png")
+    return torch.from_numpy(pixels)
+
+
+def decided(file: Path, pixels: torch.Tensor, outputs: Sequence[int] | None = None) -> torch.Tensor:
+    """Outputs, (K, N), that the network decides on for images in the middle of ``pixels``."""
+    trained = load(file)
+    border = (pixels.shape[2] - 16) // 2
+    middle = slice(border, border + 16)
+    images = pixels[:, :, middle, middle].flatten(0, 1).permute(0, 3, 1, 2).float() / 255
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in (trained.config.data.mean, trained.config.data.std)
+    )
+    with torch.no_grad():
+        logits = trained.model((images - mean) / std)
+    kept = logits if outputs is None else logits[:, list(outputs)]
+    assert len(kept.argmax(1).unique()) > 1
+    return kept.argmax(1).view(pixels.shape[:2])
+
+
+def top1(right: torch.Tensor) -> Any:
+    return pytest.approx(100 * right.double().mean().item())
+
+
+Evaluate = Callable[..., tuple[int, str, dict[str, Any]]]
+
+
+@pytest.fixture
+def evaluate(file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Evaluate:
+    """Runs tools/eval.py on a variant: status, all it said, the JSON."""
+
+    def call(variant: str, *arguments: object) -> tuple[int, str, dict[str, Any]]:
+        out = tmp_path / "found.json"
+        out.unlink(missing_ok=True)
+        command = ["--checkpoint", file, "--variant", variant, "--json", out, *arguments]
+        capfd.readouterr()
+        try:
+            status = evaluation.main([*map(str, command), "--execution", "reference"])
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        said = capfd.readouterr()
+        found = json.loads(out.read_text()) if out.is_file() else {}
+        return status, said.out + said.err, found
+
+    return call
+
+
+def test_numbered_folders_of_v2(file: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    numbers = [0, 2, 10, 11]
+    pixels = make(tmp_path / "data" / "v2", [str(k) for k in numbers])
+    status, said, found = evaluate("imagenet-v2", "--data", tmp_path / "data" / "v2")
+    assert status == 0, said
+    assert found["top1"] == top1(decided(file, pixels) == torch.tensor(numbers)[:, None])
+    assert [sum(row) for row in found["confusion"]] == [EACH * (k in numbers) for k in range(12)]
+    assert "12 samples of v2 (imagenet-v2: 4 classes by number)" in said
+    assert (tmp_path / "data" / "index" / "v2.npz").is_file()
+    (tmp_path / "data" / "v2" / "12").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "data" / "v2" / "12" / "0.png")
+    (tmp_path / "data" / "index" / "v2.npz").unlink()
+    status, said, _ = evaluate("imagenet-v2", "--data", tmp_path / "data" / "v2")
+    assert status == 2
+    assert "the numbers from 0 to 11 of the network's classes, and 12 is none" in said
+
+
+def test_some_classes_compared_with_each_other(
+    file: Path, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    numbers = [1, 4, 5, 9]
+    names = [CLASSES[k] for k in numbers]
+    pixels = make(tmp_path / "imagenet-a", names)
+    page = tmp_path / "page.html"
+    options = ("--data", tmp_path / "imagenet-a", "--index", tmp_path / "kept")
+    status, said, found = evaluate("imagenet-a", *options, "--report", page)
+    assert status == 0, said
+    right = decided(file, pixels, numbers) == torch.arange(4)[:, None]
+    assert found["top1"] == top1(right)
+    # Among all twelve it would be another number.
+    assert found["top1"] != top1(decided(file, pixels) == torch.tensor(numbers)[:, None])
+    assert found["classes"] == names
+    assert "imagenet-a (imagenet-a: the logits of its 4 classes alone)" in page.read_text()
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["imagenet-a.npz"]
+    make(tmp_path / "imagenet-r", ["n9"])
+    status, said, _ = evaluate("imagenet-r", "--data", tmp_path / "imagenet-r")
+    assert status == 2
+    assert "the folder has the class n9, which the network was not trained on" in said
+
+
+def test_corruptions_by_severity(file: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    places = {("fog", "1"): "fog/1", ("glass_blur", "2"): "blur/glass_blur/2"}
+    places |= {("fog", "5"): "fog/5", ("saturate", "1"): "extra/saturate/1"}
+    expected = {}
+    for seed, (key, place) in enumerate(places.items()):
+        # They are of the network's size already.
+        pixels = make(tmp_path / place, CLASSES, seed, side=16)
+        expected[key] = top1(decided(file, pixels) == torch.arange(12)[:, None])
+    status, said, found = evaluate("imagenet-c", "--data", tmp_path)
+    assert status == 0, said
+    for (name, severity), value in expected.items():
+        assert found["corruptions"][name][severity] == value
+    accuracy = found["corruptions"]
+    fog = (accuracy["fog"]["1"] + accuracy["fog"]["5"]) / 2
+    assert found["mean_error"] == pytest.approx(100 - (fog + accuracy["glass_blur"]["2"]) / 2)
+    assert found["mce"] is None
+    assert "no mean corruption error: it is of all 15" in said
+    assert f"{accuracy['glass_blur']['2']:.2f}" in said
+
+
+def test_mean_corruption_error_is_100_times_that_of_alexnet() -> None:
+    def mce(factor: float, **changed: dict[int, float]) -> Any:
+        accuracies = {
+            name: dict.fromkeys(range(1, 6), 100 - 100 * factor * error)
+            for name, error in variants.ALEXNET.items()
+        }
+        return variants.corruption_errors(accuracies | changed)["mce"]
+
+    assert mce(1) == pytest.approx(100)
+    assert mce(0.5) == pytest.approx(50)
+    half = dict(zip(range(1, 6), (100.0, 90.0, 80.0, 70.0, 60.0), strict=True))
+    error = 20 / (100 * variants.ALEXNET["snow"])
+    assert mce(1, snow=half) == pytest.approx(100 * (14 + error) / 15)
+    assert mce(1, saturate=half) == pytest.approx(100)  # It does not count.
+    assert mce(1, snow={1: 50.0}) is None
+
+
+def test_several_labels_of_an_image(file: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    pixels = make(tmp_path / "val", CLASSES)
+    # Numbers in no order of the folders.
+    numbers = np.random.default_rng(1).permutation(12 * EACH).reshape(12, EACH)
+    for k, name in enumerate(CLASSES):
+        for i in range(EACH):
+            image = tmp_path / "val" / name / f"{i}.png"
+            image.rename(image.with_name(f"ILSVRC2012_val_{numbers[k, i] + 1:08}.JPEG"))
+    outputs = decided(file, pixels)
+    built, bad = index.build_index(tmp_path, "val", workers=1)
+    assert not bad
+    index.save_index(built, index.index_file(tmp_path / "index", "val"))
+    rng = np.random.default_rng(2)
+    answers: list[list[int]] = [
+        sorted(rng.choice(12, size, replace=False).tolist()) for size in rng.integers(0, 5, 36)
+    ]
+    status, said, _ = evaluate("real", "--data", tmp_path)
+    assert status == 2
+    assert "real.json of github.com/google-research/reassessed-imagenet; put it there" in said
+    (tmp_path / "real.json").write_text(json.dumps(answers))
+    status, said, found = evaluate("real", "--data", tmp_path)
+    assert status == 0, said
+    labelled = [
+        int(outputs[k, i]) in answers[numbers[k, i]]
+        for k in range(12)
+        for i in range(EACH)
+        if answers[numbers[k, i]]
+    ]
+    assert 0 < sum(labelled) < len(labelled) < 36
+    assert found["real"]["samples"] == len(labelled)
+    assert found["real"]["top1"] == pytest.approx(100 * sum(labelled) / len(labelled))
+    assert found["top1"] == top1(outputs == torch.arange(12)[:, None])
+    assert f"real labels: top-1 {found['real']['top1']:.2f} % of the {len(labelled)} images" in said
+    (tmp_path / "real.json").write_text(json.dumps(answers[:5]))
+    status, said, _ = evaluate("real", "--data", tmp_path)
+    assert status == 2
+    assert "with a number up to the 5 of" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["imagenet-a"], "--variant imagenet-a needs its folder, --data FOLDER"),
+        (["imagenet-r", "--data", "x", "--split", "y"], "leave out --split"),
+        (["imagenet-c", "--data", "x", "--report", "a.html"], "--report is not for --variant"),
+        (["imagenet-c", "--data", "x", "--timesteps", "1,2"], "at one number of timesteps"),
+        (["imagenet-c", "--data", "nowhere"], "nowhere has no corruption's folder in it"),
+        (["imagenet-v2", "--data", "/nowhere/v2"], "there is no folder /nowhere"),
+    ],
+)
+def test_options_are_checked(evaluate: Evaluate, arguments: list[str], complaint: str) -> None:
+    status, said, _ = evaluate(*arguments)
+    assert status == 2
+    assert complaint in said

@@ -1,0 +1,299 @@
+"""Published variants of ImageNet's validation set, each evaluated as its authors do.
+
+| variant | folders | compared |
+|---|---|---|
+| imagenet-v2 (Recht et al., 2019) | NUMBER of the class | all logits |
+| imagenet-a, -r (Hendrycks et al., 2021) | WordNet id, of 200 classes | the logits of these alone |
+| imagenet-c (Hendrycks and Dietterich, 2019) | corruption / severity / WordNet id | all logits |
+| real (Beyer et al., 2020) | the validation set, and real.json | all logits with several labels |
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tetdist.data import index as data_index
+from tetdist.data.index import Index
+from tetdist.data.transfer import on_device
+from tetdist.distributed.world import World
+from tetdist.errors import UserError
+from tetdist.evaluation.evaluate import Evaluation, running_means
+from tetdist.wording import counted
+
+REAL_FILE = "real.json"
+SEVERITIES = range(1, 6)
+# AlexNet's top-1 error, averaged over severities, by which the mean corruption error is measured
+# (github.com/hendrycks/robustness). The data set has four more corruptions, which do not count.
+ALEXNET = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
+_FURTHER = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+_VALIDATION_NUMBER = re.compile(r".*ILSVRC2012_val_(\d{8})\.\w+")
+
+
+# --- classes --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """A split whose labels are of a network's outputs.
+
+    Attributes:
+        index: Its labels number ``outputs`` where these are some, else all outputs.
+        outputs: The outputs that are compared; None: all.
+        protocol: What a reader of the result has to know; empty: nothing.
+        subset: The names of its classes, where these are not all that are compared.
+    """
+
+    index: Index
+    outputs: Sequence[int] | None = None
+    protocol: str = ""
+    subset: Sequence[str] = ()
+
+
+def numbered_classes(index: Index, trained: list[str] | None, num_classes: int) -> Compared:
+    """A split whose class folders are called by number, as imagenet-v2's.
+
+    Args:
+        index: Of it.
+        trained: The network's classes; None: not known by name.
+        num_classes: How many it knows.
+
+    Raises:
+        UserError: They are not the numbers of the network's classes.
+    """
+    check_numbered("imagenet-v2", trained)
+    wrong = [k for k in index.classes if not k.isdecimal() or int(k) >= num_classes]
+    if wrong:
+        raise UserError(
+            f"--variant imagenet-v2: its class folders are the numbers from 0 to {num_classes - 1} "
+            f"of the network's classes, and {wrong[0]} is none; give the folder that holds them"
+        )
+    numbers = np.array([int(k) for k in index.classes], np.int32)
+    names = tuple(trained or map(str, range(num_classes)))
+    labels = numbers[index.labels]
+    return Compared(
+        dataclasses.replace(index, classes=names, labels=labels),
+        protocol=f"{counted(len(numbers), 'class')} by number",
+    )
+
+
+def classes_alone(index: Index, trained: list[str] | None, variant: str) -> Compared:
+    """A split of some classes, which are compared with each other alone: imagenet-a and -r.
+
+    Raises:
+        UserError: The network does not know one, or does not name those that it knows.
+    """
+    known = trained or ()
+    unknown = [name for name in index.classes if name not in known]
+    if unknown:
+        of_network = "was not trained on" if known else "does not name, nor any other"
+        raise UserError(
+            f"--variant {variant}: the folder has the class {unknown[0]}, which the network "
+            f"{of_network}; it needs one that names its classes by the folders' WordNet ids"
+        )
+    places = {name: k for k, name in enumerate(known)}
+    return Compared(
+        index,
+        outputs=[places[name] for name in index.classes],
+        protocol=f"the logits of its {len(index.classes)} classes alone",
+    )
+
+
+def check_numbered(variant: str, trained: list[str] | None) -> None:
+    """Refuse a network whose classes have another order than their numbers in a data set.
+
+    Raises:
+        UserError: Its classes are named, and not in the order of their names.
+    """
+    if trained is not None and trained != sorted(trained):
+        raise UserError(
+            f"--variant {variant} numbers classes in the order of their WordNet ids, and this "
+            "network has them in another"
+        )
+
+
+# --- indexes --------------------------------------------------------------------------------------
+
+
+def make_index(
+    root: Path, index_dir: Path, split: str, workers: int, progress: Callable[[], Any]
+) -> None:
+    """Index a split that is not, without decoding its images.
+
+    Args:
+        root: The folder that the split's lies in.
+        index_dir: Where indexes are kept.
+        split: Its name.
+        workers: Processes that read.
+        progress: Called now and then.
+
+    Raises:
+        UserError: An image cannot be read, of which published numbers are, too; or the index
+            cannot be written.
+    """
+    file = data_index.index_file(index_dir, split)
+    if file.is_file() or not (root / split).is_dir():
+        return  # what opens it says if there is nothing
+    built, bad = data_index.build_index(
+        root, split, workers, decode=False, progress=lambda _done, _of: progress()
+    )
+    if bad:
+        raise UserError(
+            f"{bad[0].path} in {root} cannot be used ({bad[0].reason}), one of "
+            f"{counted(len(bad), 'file')}; fetch it again"
+        )
+    try:
+        data_index.save_index(built, file)
+    except (OSError, UserError) as error:
+        raise UserError(f"{error}; give another place for it with --index DIR") from error
+
+
+# --- corruptions ----------------------------------------------------------------------------------
+
+
+def corruptions(folder: Path) -> dict[str, tuple[str, int]]:
+    """Corruption and severity of each split of imagenet-c, which are called by their folders.
+
+    Corruptions lie in the folder, or in those of their kinds as in the archives, blur/defocus_blur.
+
+    Raises:
+        UserError: There is none.
+    """
+    found = {}
+    for name in (*ALEXNET, *_FURTHER):
+        places = [folder / name, *sorted(folder.glob(f"*/{name}"))]
+        place = next((one for one in places if one.is_dir()), places[0])
+        for severity in SEVERITIES:
+            if (split := place / str(severity)).is_dir():
+                found[str(split.relative_to(folder))] = name, severity
+    if not found:
+        raise UserError(
+            f"--variant imagenet-c: {folder} has no corruption's folder in it, such as "
+            f"{next(iter(ALEXNET))}/1"
+        )
+    return found
+
+
+def run_corruptions(
+    splits: dict[str, tuple[str, int]], run: Callable[[str, str], Evaluation]
+) -> dict[str, Any]:
+    """Evaluate each split of imagenet-c, by ``run(split, title)``; see `corruption_errors`."""
+    top1: dict[str, dict[int, float]] = {}
+    for split, (name, severity) in splits.items():
+        top1.setdefault(name, {})[severity] = run(split, f"{name} {severity}").top1
+    return corruption_errors(top1)
+
+
+def corruption_errors(top1: dict[str, dict[int, float]]) -> dict[str, Any]:
+    """Errors in percent over the 15 corruptions that count, of top-1 by corruption and severity.
+
+    Returns:
+        ``corruptions``; ``mean_error`` over those of the 15 that are there, None: none is; and
+        ``mce``, the mean of each one's error over AlexNet's, None: one or a severity is missing.
+    """
+    errors = {
+        name: 100 - sum(by_severity.values()) / len(by_severity)
+        for name, by_severity in top1.items()
+        if name in ALEXNET
+    }
+    whole = all(len(top1.get(name, ())) == len(SEVERITIES) for name in ALEXNET)
+    return {
+        "corruptions": top1,
+        "mean_error": sum(errors.values()) / len(errors) if errors else None,
+        "mce": sum(errors[name] / ALEXNET[name] for name in ALEXNET) / len(ALEXNET)
+        if whole
+        else None,
+    }
+
+
+# --- labels assessed anew -------------------------------------------------------------------------
+
+
+class RealLabels:
+    """Counts how often a decision is one of an image's several labels, of images that have any.
+
+    Args:
+        file: A list with a list of class numbers for each image of the validation set, in the
+            order of the files' numbers.
+        index: Of the validation set.
+        outputs: K of the network.
+        timesteps: T.
+        device: Where it computes.
+
+    Raises:
+        UserError: The file is not that, or the index's files do not have their own names.
+    """
+
+    def __init__(
+        self, file: Path, index: Index, outputs: int, timesteps: int, device: torch.device
+    ) -> None:
+        answers = _read_real(file, outputs)
+        self._answers = torch.zeros(len(index), outputs, dtype=torch.bool)
+        for i in range(len(index)):
+            found = _VALIDATION_NUMBER.fullmatch(index.path(i))
+            if found is None or not 1 <= int(found[1]) <= len(answers):
+                raise UserError(
+                    f"--variant real: {index.path(i)} is no image of ImageNet's validation set, "
+                    f"ILSVRC2012_val_NUMBER.JPEG, with a number up to the {len(answers)} of {file}"
+                )
+            self._answers[i, answers[int(found[1]) - 1]] = True
+        self._right = torch.zeros(timesteps + 1, dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, ids: Any) -> None:
+        """Count a batch of logits (T, B, K) of the samples ``ids``, (B,)."""
+        answers = on_device(self._answers[torch.from_numpy(ids)], logits.device)
+        decided = running_means(logits).argmax(-1)  # (T, B)
+        self._right[:-1] += answers.gather(1, decided.T).sum(0)
+        self._right[-1] += answers.any(1).sum()
+
+    def total(self, world: World, shows_each: bool) -> dict[str, Any]:
+        """Those of all processes, in percent; those of t below T where the network shows them."""
+        *right, samples = world.sum(self._right.tolist())
+        top1 = [100 * count / samples for count in right] if samples else []
+        return {
+            "samples": int(samples),
+            "top1": top1[-1] if top1 else None,
+            "per_timestep_top1": top1 if shows_each else [],
+        }
+
+
+def _read_real(file: Path, outputs: int) -> list[list[int]]:
+    try:
+        answers = json.loads(file.read_text())
+        good = isinstance(answers, list) and all(
+            isinstance(k, int) and 0 <= k < outputs for labels in answers for k in labels
+        )
+    except FileNotFoundError as error:
+        raise UserError(
+            f"--variant real needs {file}, which is {REAL_FILE} of "
+            "github.com/google-research/reassessed-imagenet; put it there"
+        ) from error
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); fetch it again") from error
+    if not good:
+        raise UserError(
+            f"{file} is no list with a list of class numbers below {outputs} for each image"
+        )
+    return answers
