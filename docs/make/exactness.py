@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -307,20 +308,30 @@ Against the run on one process, with the plain torch engine:
 
 def stops_with_all(runs: Runs, quick: bool) -> str:
     chance = random.Random(STOPS_SEED)
-    straight: dict[tuple[str, int], Path] = {}
-    rows = []
-    for number in range(2 if quick else STOPS):
+    cases: list[tuple[str, int, Stop]] = []
+    for _ in range(2 if quick else STOPS):
         engine, world = chance.choice(("deepspeed", "torch")), chance.choice((1, 2))
         everyone = tuple(range(world))
         ranks = chance.choice([everyone, *((rank,) for rank in everyone)])
         stop = Stop(chance.randint(1, ALL_STEPS), chance.choice([TERM, KILL, INT, USR1]), ranks)
-        overrides = (*STOPPED, f"engine={engine}")
-        if (engine, world) not in straight:
-            straight[engine, world] = runs(f"straight-{engine}-{world}", *overrides, world=world)
-        name = f"stopped-{number}"
+        cases.append((engine, world, stop))
+    straight = {
+        (engine, world): runs(
+            f"straight-{engine}-{world}", *STOPPED, f"engine={engine}", world=world
+        )
+        for engine, world in sorted({case[:2] for case in cases})
+    }
+
+    def row(number: int) -> list[str]:
+        engine, world, stop = cases[number]
+        name, overrides = f"stopped-{number}", (*STOPPED, f"engine={engine}")
         runs(name, *overrides, world=world, stop=stop)
         run = runs(name, *overrides, world=world)
-        rows.append([engine, str(world), str(stop), identical(run, straight[engine, world])])
+        return [engine, str(world), str(stop), identical(run, straight[engine, world])]
+
+    # Processes that wait for one another leave a core to others.
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(row, range(len(cases))))
     return f"""### {STOPS} random stops: float32
 
 Global batch 8. Engine, number of processes, step, signal and who gets it are drawn (seed
