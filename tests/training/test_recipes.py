@@ -1,0 +1,166 @@
+"""Every recipe in configs/ resolves, plans and trains: its network, made small, on tiny data."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import Outcome
+
+from tetdist import checkpoint
+from tetdist.cli import slurm
+from tetdist.config.loading import CONFIGS_DIR, load
+from tetdist.config.schema import RunConfig
+from tetdist.data import index as data_index
+from tetdist.data.layouts import list_split
+
+Main = Callable[..., Outcome]
+
+SIDE = 32  # pixels of images; 16 of event frames
+CLASSES = len(tiny.CLASSES)
+STEPS = 2
+TRANSFORMER = "widths=[8,8,16]", "heads=2", "depths=[1,1,1]"
+# Smaller networks of the same kind, by the beginnings of their names: a longer one is nearer.
+SMALL: dict[str, tuple[str, ...]] = {
+    "espikeformer": ("widths=[8,8,16,16]", "depths=[1,1]", "heads=2"),
+    "maxformer": TRANSFORMER,
+    "ms_resnet": ("width=4",),
+    "preact_resnet": ("width=4",),
+    "psn_sew_resnet": ("width=4",),
+    "qkformer": TRANSFORMER,
+    "qkformer_2": ("widths=[8,16]", "heads=2"),
+    "sdt": ("channels=16", "depth=1", "heads=2"),
+    "sew_resnet": ("width=4",),
+    "spiking_convnet": ("channels=[4,4,4]", f"input_size={SIDE}"),
+    "spiking_convnet_dvs": ("channels=[4,4,4]", "input_size=16"),
+    "spiking_resnet": ("width=4",),
+    "spiking_resnet19": ("width=4", "hidden_features=8"),
+    "vggsnn": ("input_size=16",),  # it has no width: 9 million parameters
+}
+OVERRIDES = (
+    *("batch.global=4", "batch.micro=2", "batch.eval=25", "data.threads=1", "precision=fp32"),
+    *("device=cpu", "tracking.mlflow=false"),
+    *(f"max_steps={STEPS}", "log_every=1", "save.every_steps=1"),
+)
+
+
+@pytest.fixture(scope="module")
+def event_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An indexed data root of event tensors."""
+    root, rng = tmp_path_factory.mktemp("events"), np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in tiny.CLASSES:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(2):
+                np.save(folder / f"{i}.npy", rng.integers(0, 4, (2, 2, 16, 16)).astype(np.uint8))
+        listing = list_split(root, split, "events", 1)
+        built, bad = data_index.index_listing(root, listing, 1)
+        assert not bad
+        data_index.save_index(built, data_index.index_file(root / "index", split))
+    return root
+
+
+def small(name: str, data: Path) -> list[str]:
+    """Overrides that make a recipe one for two cores."""
+    config = load(name)
+    nearest = max((key for key in SMALL if config.model.name.startswith(key)), key=len)
+    overrides = [f"model.arguments.{item}" for item in SMALL[nearest]]
+    overrides += [f"data.root={data}"]
+    if config.data.kind == "images":
+        overrides += [f"data.image_size={SIDE}", f"data.resize={SIDE}"]
+    if config.data.cutout:  # of half of the sides, as of 224 pixels
+        overrides.append(f"data.cutout={SIDE // 2}")
+    if config.data.crop == "padded":
+        overrides.append("data.padding=6")  # to 32 pixels, of images of 20
+    for i, phase in enumerate(config.phases):
+        # Some neurons have weights for one T.
+        if phase.timesteps > 2 and config.model.neuron.refusal(2) is None:
+            overrides.append(f"phases.{i}.timesteps=2")
+    return [*overrides, *OVERRIDES]
+
+
+def given(config: RunConfig, folder: Path, relu: Path) -> list[str]:
+    """Overrides of what a recipe begins with, or learns from, by files of the right shape."""
+    overrides = []
+    if config.init_checkpoint:
+        timesteps = config.phases[0].timesteps
+        model = config.model.build(num_classes=CLASSES, timesteps=timesteps)
+        description = checkpoint.Description(
+            config=config.as_dict(), classes=list(tiny.CLASSES), timesteps=timesteps, step=0
+        )
+        file = folder / "begin.safetensors"
+        checkpoint.write_model_file(file, model.state_dict(), description)
+        overrides.append(f"init_checkpoint={file}")
+    teacher = config.loss.distillation.teacher
+    if teacher and teacher.startswith("timm:"):
+        weights = timm.create_model("test_resnet", num_classes=CLASSES).state_dict()
+        save_file(weights, folder / "teacher.safetensors")
+        overrides += [
+            "loss.distillation.teacher=timm:test_resnet",
+            f"loss.distillation.teacher_weights={folder / 'teacher.safetensors'}",
+        ]
+    elif teacher:
+        overrides.append(f"loss.distillation.teacher={relu}")
+    return overrides
+
+
+@pytest.fixture(scope="module")
+def relu(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Main], Path]:
+    """Trains the ReLU network that a recipe learns from."""
+    folder = tmp_path_factory.mktemp("relu")
+
+    def train(main: Main) -> Path:
+        changes: dict[str, Any] = {
+            **{"data.image_size": SIDE, "data.resize": SIDE, "model.arguments.input_size": SIDE},
+            **{"name": "relu", "model.neuron.kind": "relu", "phases.0.timesteps": 1},
+        }
+        file = tiny.write_config(folder / "relu.yaml", tiny_root, changes)
+        outcome = main(file, "max_steps=1")
+        assert outcome.status == 0, outcome.text
+        return folder / "runs/relu"
+
+    return train
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in CONFIGS_DIR.glob("*.yaml")))
+def test_recipe_resolves_plans_and_trains(
+    name: str,
+    main: Main,
+    relu: Callable[[Main], Path],
+    tiny_root: Path,
+    event_data: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    recipe = load(name)
+    overrides = small(name, tiny_root if recipe.data.kind == "images" else event_data)
+    teacher = relu(main) if recipe.loss.distillation.teacher == "runs/relu34" else tmp_path
+    overrides += given(load(name, overrides), tmp_path, teacher)
+    overrides.append(f"runs_dir={tmp_path / 'runs'}")
+
+    capfd.readouterr()
+    arguments = ["--config", name, "--dry-run", "--gpus-per-node", "1", "--images-per-s", "100"]
+    assert slurm.main([*arguments, *overrides]) == 0
+    plan = capfd.readouterr().out
+    assert "a step       4 samples in 2 micro-batches of 2, 2 a process" in plan
+    assert f"{STEPS} in all" in plan
+
+    outcome = main(name, *overrides)
+    assert outcome.status == 0, outcome.text
+    run = tmp_path / "runs" / name
+    lines = tiny.metrics(run, "train")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+    assert lines[-1]["non_finite_steps"] == 0
+    (first, second) = (
+        load_file(run / "checkpoints" / f"step-{step:08}" / "model.safetensors") for step in (1, 2)
+    )
+    learned = {key for key in first if "running" not in key and "num_batches" not in key}
+    assert any(not torch.equal(first[key], second[key]) for key in learned)
