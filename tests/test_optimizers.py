@@ -193,3 +193,13 @@ def test_muon_takes_a_filter_for_a_row() -> None:
     found = torch.linalg.svdvals(moved)
     # 0.1 is the learning rate, the rest the scaling by shape with which its steps match AdamW's.
     torch.testing.assert_close(found, torch.full((4,), 0.1 * 0.2 * 54**0.5), rtol=0.1, atol=0)
+
+
+def test_what_does_not_continue_is_refused() -> None:
+    with pytest.raises(UserError, match="timm:kron does not continue after a stop"):
+        make_optimizer(nn.Linear(2, 2), section(kind="timm:kron"))
+
+
+def test_a_name_of_timms_is_hinted_at() -> None:
+    with pytest.raises(UserError, match="timm's is timm:lamb"):
+        make_optimizer(nn.Linear(2, 2), section(kind="lamb"))

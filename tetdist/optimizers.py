@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Groups = list[dict[str, Any]]
 Build = Callable[[Groups, "OptimizerSection"], torch.optim.Optimizer]
 TIMM = "timm:"  # before the name of one of timm's optimisers
+# Those of timm whose state, put back, leads elsewhere: weights differ after some hundred steps.
+NOT_CONTINUED = ("kron",)
 # Of those of timm's that do not keep two; of a matrix, where it depends on the shape.
 TIMM_MOMENTS = {"adan": 4, "adanw": 4, "lion": 1, "muon": 1}
 
@@ -97,6 +99,11 @@ def _of_timm(name: str) -> OptimizerKind:
     if name not in optim.list_optimizers():
         raise UserError(f"{key}: timm has no optimiser {name!r}; timm.optim.list_optimizers() does")
     described = optim.get_optimizer_info(name)
+    if name in NOT_CONTINUED:
+        raise UserError(
+            f"{key}: {TIMM}{name} does not continue after a stop as it would have without one "
+            "(seen with timm 1.0), so that a run would not be what its configuration says"
+        )
     if described.second_order:
         raise UserError(f"{key}: {TIMM}{name} needs second derivatives, which are not made here")
     reads: tuple[str, ...] = ("momentum",) if described.has_momentum else ()
@@ -117,6 +124,10 @@ def kind_of(name: str, key: str = OPTIMIZERS.key) -> OptimizerKind:
     """
     if name.startswith(TIMM):
         return _of_timm(name.removeprefix(TIMM))
+    from timm.optim import list_optimizers
+
+    if name not in OPTIMIZERS and name in list_optimizers():
+        raise UserError(f"{key}: {OPTIMIZERS.none_of(name)}; timm's is {TIMM}{name}")
     return OPTIMIZERS.find(name, key)
 
 
@@ -130,11 +141,11 @@ def make_optimizer(model: nn.Module, section: "OptimizerSection") -> torch.optim
     Raises:
         UserError: Its arguments or the model do not suit it.
     """
-    kept: set[int] = set()
+    kept, of_neurons = set[int](), set[int]()
     for module in model.modules():
         learned = getattr(module, "learned", None)
-        if isinstance(learned, nn.ParameterDict) and not section.decay_neurons:
-            kept |= {id(p) for p in learned.parameters()}
+        if isinstance(learned, nn.ParameterDict):
+            of_neurons |= {id(p) for p in learned.parameters()}
         if section.decay_norms:
             continue
         if isinstance(module, (BatchNorm, nn.GroupNorm, nn.LayerNorm)):
@@ -142,6 +153,9 @@ def make_optimizer(model: nn.Module, section: "OptimizerSection") -> torch.optim
         elif getattr(module, "bias", None) is not None:
             kept.add(id(module.bias))
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if not section.decay_norms:
+        kept |= {id(p) for p in parameters if p.ndim == 1}  # biases by another name
+    kept = kept - of_neurons if section.decay_neurons else kept | of_neurons
     groups: Groups = [
         {
             "params": [p for p in parameters if id(p) not in kept],

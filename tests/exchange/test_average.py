@@ -127,7 +127,7 @@ def test_statistics_are_of_the_training_samples(run: Path) -> None:
         micro_batch=2,
         rank=0,
         world_size=1,
-        epoch=0,
+        epoch=sum(phase.epochs for phase in config.phases) - 1,
         step_in_epoch=0,
     )
     model.train()

@@ -54,7 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.output.suffix != ".safetensors":
         parser.error("--output must end in .safetensors")
     # What evaluation_config reads besides.
-    options.checkpoint, options.batch = options.sources[0], None
+    options.checkpoint, options.batch, options.variant = options.sources[0], None, None
     return options
 
 

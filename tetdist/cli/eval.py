@@ -22,8 +22,8 @@ from tetdist.config.flags import MOST_TIMESTEPS, add_import, positive
 from tetdist.errors import UserError
 from tetdist.wording import counted
 
-# Variants of ImageNet's validation set, see evaluation/variants.py; the first have a folder of class
-# folders.
+# Variants of ImageNet's validation set, see evaluation/variants.py; the first have a folder of
+# class folders.
 OF_CLASS_FOLDERS = ("imagenet-v2", "imagenet-a", "imagenet-r")
 VARIANTS = (*OF_CLASS_FOLDERS, "imagenet-c", "real")
 HANGS_AFTER = 600  # seconds without progress of one of several processes

@@ -62,5 +62,7 @@ def rand_augment(text: str) -> RandAugment:
         if key in values:
             raise ValueError(f"must have {key} once")
         values[key] = value
+    if values.get("m", 0) > values.get("mmax", 10):
+        raise ValueError(f"must have at most {values.get('mmax', 10):g} as m, or a larger mmax")
     n, inc = int(values.pop("n", 2)), bool(values.pop("inc", 0))
     return RandAugment(**values, n=n, inc=inc)

@@ -19,12 +19,13 @@ from tetdist.config.schema import RunConfig, phase_image_sizes
 from tetdist.data import mixing, order
 from tetdist.data.batches import Share
 from tetdist.data.build import train_loader
+from tetdist.data.dropping import drop_factors
 from tetdist.data.index import Index
 from tetdist.data.transfer import on_device
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
-from tetdist.nn import batch_norm
+from tetdist.nn import batch_norm, dropout
 from tetdist.nn.precision import autocast, parameter_type
 from tetdist.wording import counted
 
@@ -124,8 +125,8 @@ def recompute_statistics(
 ) -> int:
     """Compute a model's running statistics anew: call it on every process together.
 
-    The samples and their augmentation are those with which a training of the configuration begins,
-    in images of the size that it ends with.
+    The samples, their augmentation and what the network drops of them are those of the last epoch
+    that a training of the configuration has, and of what would be the next.
 
     Args:
         model: On its device, at its T; left in evaluation mode.
@@ -144,15 +145,18 @@ def recompute_statistics(
     batch, device = config.batch, world.device
     steps = -(-samples // batch.global_)
     numbers = order.rank_micro_batches(world.rank, world.world_size, batch.global_, batch.micro)
+    epoch = sum(phase.epochs for phase in config.phases) - 1
     share = Share(
         seed=config.seed,
         global_batch=batch.global_,
         micro_batch=batch.micro,
         rank=world.rank,
         world_size=world.world_size,
-        epoch=0,
+        epoch=epoch,
         step_in_epoch=0,
     )
+    first = epoch * order.steps_per_epoch(len(index), batch.global_)
+    dropping = dropout.dropping(model)
     size = phase_image_sizes(config, config.phases[-1])[1]
     batch_norm.defer_running_statistics(model)
     model.train()
@@ -163,8 +167,10 @@ def recompute_statistics(
                 images = on_device(given.images, device, parameter_type(config.precision))
                 if given.mix is not None:
                     images = mixing.mixed_images(images, mixing.on_device(given.mix, device))
-                # What the network draws, dropout say, is a function of the samples.
-                torch.manual_seed(order.forward_seed(config.seed, step, number))
+                # As in training: a network from outside draws of torch's generator.
+                torch.manual_seed(order.forward_seed(config.seed, first + step, number))
+                for factors in drop_factors(config, dropping, first + step, number, device):
+                    dropout.give(dropping, factors)
                 with autocast(device, config.precision):
                     model(images, per_timestep=True)
             # So each step has the same weight in the end.

@@ -55,7 +55,8 @@ _OWN_KEYS = OWN_KEYS | {
 
 
 class RangeSection(Section):
-    """Values at equal distances, both ends included, rounded to three digits."""
+    """Values at equal distances, both ends included, rounded to three digits; whole ones are whole
+    numbers, as keys such as batch.micro ask for."""
 
     from_: float = Field(alias="from")
     to: float
@@ -66,7 +67,8 @@ class RangeSection(Section):
     @property
     def values(self) -> list[float]:
         space = np.geomspace if self.log else np.linspace
-        return [float(f"{value:.3g}") for value in space(self.from_, self.to, self.number)]
+        rounded = [float(f"{value:.3g}") for value in space(self.from_, self.to, self.number)]
+        return [int(value) if value.is_integer() else value for value in rounded]
 
 
 class SearchSection(Section):
@@ -175,6 +177,11 @@ def read(path: Path) -> SearchStudy:
     for key, axis in search.over.items():
         if isinstance(axis, RangeSection) and axis.log and min(axis.from_, axis.to) <= 0:
             raise UserError(f"{path}: search.over.{key}: with log both ends must be above 0")
+        if isinstance(axis, RangeSection) and len(set(axis.values)) < axis.number:
+            raise UserError(
+                f"{path}: search.over.{key}: rounded to three digits, some of its {axis.number} "
+                "values are the same; take fewer, or a list"
+            )
         if key in study.overrides:
             raise UserError(f"{path}: search.over.{key}: is in overrides, too; leave out one")
     for epochs, number in at_rungs(search):

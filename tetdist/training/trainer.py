@@ -25,6 +25,7 @@ from tetdist.data import mixing, order
 from tetdist.data.batches import Share
 from tetdist.data.build import eval_loader, train_loader
 from tetdist.data.delivery import Batches
+from tetdist.data.dropping import drop_factors
 from tetdist.data.loader import Batch
 from tetdist.data.transfer import on_device
 from tetdist.distributed.signals import StopRequest
@@ -427,13 +428,7 @@ class Trainer:
 
         It is computed here and not by the layers, so that a CUDA graph has it as an input.
         """
-        if not self.dropping:
-            return ()
-        count, size = dropout.num_factors(self.dropping), self.config.batch.micro
-        uniforms = order.drop_uniforms(self.config.seed, step, micro_batch, size, count)
-        factors = dropout.factors(self.dropping, torch.from_numpy(uniforms))
-        dtype = parameter_type(self.config.precision)
-        return (on_device(factors, self.world.device, dtype),)
+        return drop_factors(self.config, self.dropping, step, micro_batch, self.world.device)
 
     def _teacher_logits(self, images: Tensor) -> Tensor | None:
         """The teacher's logits (B, K) for the images; None where there is no teacher."""
