@@ -24,6 +24,9 @@ START_LIMIT = 300  # seconds that a run may take to come to the step where it is
 
 # A start of Python with torch and DeepSpeed takes as long as a run; one process makes it, and all
 # others are its forks.
+# Threads that had been started there would be missing in a fork, which waits for them for ever.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as of every command
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["deepspeed.ops", "matplotlib.pyplot", "tetdist.training.trainer", "tetdist.cli.train"]
