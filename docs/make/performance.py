@@ -80,14 +80,13 @@ def measurements(options: argparse.Namespace) -> list[Measurement]:
                 found.append(
                     Measurement(f"{name}-{precision}", f"model {more} --precision {precision}")
                 )
-        for network in TRANSFORMERS:
+        for network, timesteps in TRANSFORMERS:
             for precision in ("fp32", "bf16"):
                 options_of = f"--model {network} --precision {precision} --modes none,blocks{peer}"
+                options_of += f" --timesteps {timesteps}"
                 found += [
                     Measurement(f"{network}-{precision}", f"model {options_of} --repeats 5"),
-                    Measurement(
-                        f"{network}-memory-{precision}", f"memory {options_of} --timesteps 4"
-                    ),
+                    Measurement(f"{network}-memory-{precision}", f"memory {options_of}"),
                 ]
     if options.device == "cpu":
         found += [
@@ -109,12 +108,19 @@ OTHER_NETWORKS = (
     ("spiking_resnet34-T6", "--model spiking_resnet34 --timesteps 6"),
     ("preact_resnet34", "--model preact_resnet34"),
     ("ms_resnet34", "--model ms_resnet34"),
+    ("psn_sew_resnet34", "--model psn_sew_resnet34"),
     ("vggsnn", "--model vggsnn --timesteps 10 --batch 8"),
     ("spiking_resnet19", "--model spiking_resnet19 --batch 16"),
 )
 
 
-TRANSFORMERS = ("qkformer_10_384", "sdt_8_384")
+# And T.
+TRANSFORMERS = (
+    ("qkformer_10_384", 4),
+    ("sdt_8_384", 4),
+    ("maxformer_10_384", 4),
+    ("espikeformer_s", 1),
+)
 
 
 def timesteps_of(options: argparse.Namespace) -> tuple[int, ...]:
@@ -222,7 +228,7 @@ Evaluation (forward pass only):
     ]
     if not options.quick:
         parts.append(f"## Other networks\n\n{other_table(found)}")
-        parts.append(f"## Transformers, T=4, 224 pixels, batch 4\n\n{transformers_text(found)}")
+        parts.append(f"## Transformers, 224 pixels\n\n{transformers_text(found)}")
     parts += [
         f"""## Against T
 
@@ -354,9 +360,10 @@ def other_table(found: dict[str, dict[str, Any]]) -> str:
 
 def transformers_text(found: dict[str, dict[str, Any]]) -> str:
     rows = []
-    for network in TRANSFORMERS:
+    for network, _ in TRANSFORMERS:
         for precision in ("fp32", "bf16"):
-            steps = {row["name"]: row for row in found[f"{network}-{precision}"]["rows"]}
+            of_steps = found[f"{network}-{precision}"]
+            steps = {row["name"]: row for row in of_steps["rows"]}
             memory = found[f"{network}-memory-{precision}"]["rows"]
             for kept in memory:
                 step = steps.get(kept["name"])  # without recomputation alone, if time was short
@@ -364,6 +371,8 @@ def transformers_text(found: dict[str, dict[str, Any]]) -> str:
                 rows.append(
                     [
                         network,
+                        str(of_steps["timesteps"]),
+                        str(of_steps["batch"]),
                         precision,
                         kept["name"],
                         f"{step['seconds']:.3f}" if step else "",
@@ -373,8 +382,8 @@ def transformers_text(found: dict[str, dict[str, Any]]) -> str:
                         f"{share:.2f}",
                     ]
                 )
-    head = ["", "", "", "s", "/ first", "waits", "MiB an image (at most)", "share"]
-    peer = found[f"{TRANSFORMERS[0]}-fp32"]["rows"][-1]["name"].startswith("spikingjelly")
+    head = ["", "T", "batch", "", "", "s", "/ first", "waits", "MiB an image (at most)", "share"]
+    peer = found[f"{TRANSFORMERS[0][0]}-fp32"]["rows"][-1]["name"].startswith("spikingjelly")
     text = """
 
 The peer is the same network of torch's layers and spikingjelly's neurons in multi-step mode, built

@@ -47,6 +47,7 @@ def speed_that_the_plan_reads(file: Path) -> Speed | str:
         "model.name": measured["model"],
         "model.arguments": {},
         "data.image_size": measured["size"] or 28,
+        "data.resize": None,
         "precision": measured["precision"],
     }
     config = loading.parse(tiny.changed(tiny.CONFIG, changes), "x")
