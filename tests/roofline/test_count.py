@@ -15,7 +15,7 @@ from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import NormNeuron
-from tetdist.nn.packed import Conv2d
+from tetdist.nn.packed import Conv2d, carry, pack
 from tetdist.roofline.count import CONVOLUTIONS, Work, count
 
 SMALL = (2, 3, 64, 64)
@@ -64,12 +64,12 @@ class OneLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.expand(4, *x.shape).clone(memory_format=torch.preserve_format)
         added = None if self.shortcut == "none" else self.second(x)
+        identity = None
+        if self.identity:  # spikes, which carry their bytes
+            identity = self.second(x)
+            carry(identity, pack(identity))
         return self.neuron(
-            self.first(x),
-            4,
-            shortcut=added,
-            shortcut_norm=self.norm,
-            identity=self.second(x) if self.identity else None,
+            self.first(x), 4, shortcut=added, shortcut_norm=self.norm, identity=identity
         )
 
 

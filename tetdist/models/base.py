@@ -56,7 +56,8 @@ class SpikingNetwork(nn.Module):
     """Base of all models: ``encode`` the input, ``body`` of blocks, pooled ``head``.
 
     Subclasses set ``stem``, ``blocks`` (an ``nn.Sequential`` of (T, B, C, H, W) modules),
-    ``num_features``, ``head_drop``, ``fc`` and call `init_weights` when done.
+    ``num_features``, ``fc`` and, for a ``drop_rate``, ``head_drop``, and call `init_weights` when
+    done.
 
     Args:
         num_classes: K; 0 makes ``fc`` the identity.
@@ -72,7 +73,6 @@ class SpikingNetwork(nn.Module):
 
     stem: nn.Module
     blocks: nn.Sequential
-    head_drop: dropout.Dropout
     fc: nn.Module
     num_features: int
     # What blocks exchange is a multiple of 1 / spike_levels and, where it is more than 1, at most
@@ -98,6 +98,7 @@ class SpikingNetwork(nn.Module):
 
     def __init__(self, *, num_classes: int, timesteps: int) -> None:
         super().__init__()
+        self.head_drop = dropout.Dropout(0.0, 1)  # of a network that has no drop_rate
         self.num_classes = num_classes
         self.set_timesteps(timesteps)
         self.grad_checkpointing = False
