@@ -98,7 +98,6 @@ class SpikingNetwork(nn.Module):
 
     def __init__(self, *, num_classes: int, timesteps: int) -> None:
         super().__init__()
-        self.head_drop = dropout.Dropout(0.0, 1)  # of a network that has no drop_rate
         self.num_classes = num_classes
         self.set_timesteps(timesteps)
         self.grad_checkpointing = False
@@ -265,7 +264,11 @@ class SpikingNetwork(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(T, B, C, H, W) to logits (T, B, K), or to pooled features (T, B, C)."""
         x = x.mean((3, 4))
-        return x if pre_logits else self.fc(self.head_drop(x))
+        if pre_logits:
+            return x
+        # A network from outside may have none.
+        drop = getattr(self, "head_drop", None)
+        return self.fc(x if drop is None else drop(x))
 
     def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
         """Logits: their mean over time, (B, K), or each timestep's own, (T, B, K).
