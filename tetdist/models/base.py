@@ -73,6 +73,7 @@ class SpikingNetwork(nn.Module):
 
     stem: nn.Module
     blocks: nn.Sequential
+    head_drop: dropout.Dropout
     fc: nn.Module
     num_features: int
     # What blocks exchange is a multiple of 1 / spike_levels and, where it is more than 1, at most
