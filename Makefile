@@ -74,5 +74,5 @@ format: venv ## let ruff rewrite what it can
 	@$(BIN)/ruff format .
 
 clean: ## remove caches (neither .venv nor data nor runs)
-	@rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf build dist site .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
