@@ -12,7 +12,7 @@ from tetdist.config.identity import flatten
 from tetdist.errors import UserError
 from tetdist.reports import style
 from tetdist.reports.tables import markdown
-from tetdist.studies import figures
+from tetdist.studies import figures, summary
 from tetdist.studies.numbers import (
     Numbers,
     at,
@@ -36,7 +36,8 @@ from tetdist.wording import are, counted
 def write(study: StudySection, name: str, runs: list[StudyRun], file: Path, command: str) -> None:
     """Put the study's section, with figure and numbers beside it, into a Markdown file.
 
-    A section that the study has there already is replaced, all else stays.
+    A section that the study has there already is replaced, and so is the summary of all studies
+    where the file has one; all else stays.
 
     Raises:
         UserError: No run is finished, or the file's section has no end.
@@ -58,7 +59,7 @@ def write(study: StudySection, name: str, runs: list[StudyRun], file: Path, comm
     style.save(figures.draw(numbers), folder / f"{name}.png")
     values = json.dumps(strict(numbers.as_dict()), indent=1, allow_nan=False)
     write_whole(folder / f"{name}.json", values + "\n")
-    write_whole(file, text)
+    write_whole(file, summary.refreshed(text, folder, file))
 
 
 def replaced(text: str, name: str, section: str, file: Path) -> str:
