@@ -54,6 +54,17 @@ def test_a_sample_is_decided_when_it_is_sure_enough(world: World) -> None:
     assert list(curve) == list(THRESHOLDS)
 
 
+def test_the_lowest_threshold_that_costs_little_from_there_on() -> None:
+    # Of 10 samples 8 are right at T; in early exit at the thresholds 7, 9, 6, 7 and 8.
+    of_one_class, exits = [[8, 2], [0, 0]], [[10]] * 5
+    thresholds, right = (0.3, 0.5, 0.7, 0.8, 0.9), [7, 9, 6, 7, 8]
+    found = Decisions(["a", "b"], of_one_class, thresholds, exits, right)
+    # 0.3 and 0.5 cost little, too, but by chance: what is between them costs more.
+    assert [found.threshold_within(points) for points in (0, 9.9, 10, 20)] == [0.9, 0.9, 0.8, 0.3]
+    worse = Decisions(["a", "b"], of_one_class, thresholds, exits, [7, 9, 6, 7, 7])
+    assert worse.threshold_within(5) is None
+
+
 def test_confusion_and_classes(world: World) -> None:
     logits = torch.zeros(2, 5, 3)
     for sample, decided in enumerate((0, 1, 1, 2, 0)):

@@ -285,6 +285,50 @@ def test_events_are_dropped(main: Callable[..., Any], evaluate: Tool, tmp_path: 
     assert "3 time bins, not 4" in broken(evaluate, "--checkpoint", run, "--timesteps", "4")
 
 
+def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
+    main: Callable[..., Any],
+    tiny_config: Callable[..., Path],
+    evaluate: Tool,
+    run: Path,
+    tmp_path: Path,
+) -> None:
+    held = 4 * 3  # a quarter of the 11 or 12 training samples of each class
+    outcome = main(tiny_config({"data.held_out": 0.25, "phases.0.timesteps": 3}))
+    assert outcome.status == 0, outcome.text
+    trained, found = tmp_path / "runs" / "tiny", {}
+    for within in (0, 5, 100):
+        file = tmp_path / f"{within}.json"
+        status, out, err = evaluate(
+            "--checkpoint", trained, "--json", file, "--exit-within", within, "--timesteps", "3"
+        )
+        assert status == 0, err
+        found[within] = json.loads(file.read_text())
+        chosen = found[within]["chosen_exit"]
+        assert f"at most {within} points lost on {held} training samples held out" in out
+        assert f"at T = {chosen['mean_timesteps']:.3f} on average" in out
+        # It is chosen on other samples than it is judged by, and the run saw them as these.
+        own = tiny.metrics(trained, "val")[-1]
+        assert chosen["chosen_on"] == {"samples": held, "top1": own["top1"]}
+        assert own["samples"] == held
+        assert found[within]["samples"] == NUM_SAMPLES
+        # The curve beside it stays what it is without.
+        assert len(found[within]["early_exit"]) == 8
+    spent = [found[within]["chosen_exit"]["mean_timesteps"] for within in (0, 5, 100)]
+    assert 3 >= spent[0] >= spent[1] >= spent[2] >= 1
+    # At 0.3 nearly all of four classes are decided at once.
+    assert found[100]["chosen_exit"]["threshold"] == 0.3
+    page = tmp_path / "page.html"
+    assert evaluate("--checkpoint", trained, "--exit-within", 5, "--report", page)[0] == 0
+    assert f"lost on {held} training samples held out" in page.read_text()
+    for arguments, said in (
+        (("--checkpoint", run, "--exit-within", "1"), "train it with data.held_out=0.1"),
+        (("--checkpoint", run, "--exit-within", "-1"), "from 0 to 100"),
+        (("--checkpoint", run, "--exit-within", "few"), "not a number of points"),
+        (("--checkpoint", run, "--exit-within", "1", "--variant", "real"), "leave out --variant"),
+    ):
+        assert said in broken(evaluate, *arguments)
+
+
 def test_images_have_no_events(run: Path, evaluate: Tool) -> None:
     assert "--drop-events needs" in broken(evaluate, "--checkpoint", run, "--drop-events", "0.5")
 

@@ -129,6 +129,33 @@ def test_a_study_is_trained_continued_and_reported(
 
 
 @pytest.mark.long
+def test_thresholds_of_early_exit_are_compared(
+    call: Call, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    output, results = tmp_path / "out", tmp_path / "results.md"
+    results.write_text("<!-- summary of studies -->\n<!-- end of the summary -->\n")
+    file = write({"exit_within": 20.0, "overrides": {"data.held_out": 0.25}})
+    status, _, errors = call(file, "--output", output, "--jobs", 2, "--append-to", results)
+    assert status == 0, errors
+    values = json.loads((tmp_path / "results" / "study.json").read_text())
+    spent: dict[str, list[float]] = {"sdt": [], "tet": []}
+    for run in values["runs"]:
+        found = json.loads((output / run["name"] / "test_timesteps.json").read_text())
+        # The validation split is what is reported, not what the run held out.
+        assert (run["samples"], run["top1"]) == (sum(tiny.VAL_SIZES), found["top1"])
+        assert run["chosen_exit"] == found["chosen_exit"]
+        assert run["best_top1"] == "NaN"
+        assert "--exit-within 20" in run["commands"][1]
+        spent[run["entry"]].append(found["chosen_exit"]["mean_timesteps"])
+    difference = values["differences"]["tet"]["exit_timesteps"]
+    assert difference["mean"] == pytest.approx(np.mean(np.subtract(spent["tet"], spent["sdt"])))
+    report = results.read_text()
+    assert "costs at most 20 points on the 12 training samples that a run holds out" in report
+    row = f"| `tet` - `sdt` | 2 | 20 | {np.mean(spent['tet']):.2f} | {np.mean(spent['sdt']):.2f} |"
+    assert row in report[: report.index("<!-- end of the summary -->")]
+    assert "best epoch" not in report
+
+
 def test_one_begins_with_another(call: Call, write: Callable[..., Path], tmp_path: Path) -> None:
     longer = {"phases.0.timesteps": 3, "phases.0.optimizer.lr": 0.01}
     entries = {
@@ -492,6 +519,12 @@ def test_commands_of_an_installed_package(
             {"test_timesteps": [1, 4], "overrides": {"data.held_out": 0.2}},
             ("test_timesteps", "evaluated on val", "data.held_out"),
         ),
+        ({"exit_within": 1.0}, ("exit_within", "entries.sdt", "data.held_out: 0.1")),
+        (
+            {"exit_within": 1.0, "test_timesteps": [1], "overrides": {"data.held_out": 0.2}},
+            ("exit_within", "the T of entries.sdt, 2"),
+        ),
+        ({"exit_within": -1.0, "overrides": {"data.held_out": 0.2}}, ("'exit_within'",)),
     ],
 )
 def test_mistakes_in_a_study_are_named(

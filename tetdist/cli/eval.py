@@ -63,6 +63,19 @@ def shares_list(text: str) -> list[float]:
     return sorted(set(values))
 
 
+def points(text: str) -> float:
+    """Points of accuracy, from 0 to 100."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of points such as 0.5"
+        ) from None
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r}: points of accuracy are from 0 to 100")
+    return value
+
+
 def report_file(text: str) -> Path:
     if Path(text).suffix not in (".html", ".png"):
         raise argparse.ArgumentTypeError(f"{text!r} ends neither in .html nor in .png")
@@ -105,6 +118,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=timesteps_list,
         metavar="1,2,4-8",
         help="numbers of timesteps to report, also beyond that of the training (default: 1 to it)",
+    )
+    parser.add_argument(
+        "--exit-within",
+        type=points,
+        metavar="POINTS",
+        help="choose the threshold of early exit that costs at most so much top-1 on the training "
+        "samples that the run held out (data.held_out), and say what it does on this split",
     )
     parser.add_argument(
         "--drop-timesteps",
@@ -153,6 +173,8 @@ def check_variant(parser: argparse.ArgumentParser, options: argparse.Namespace) 
             parser.error(f"--variant {options.variant} needs its folder, --data FOLDER")
         if options.split != "val":
             parser.error(f"--variant {options.variant} is a split by itself; leave out --split")
+    if options.variant is not None and options.exit_within is not None:
+        parser.error("--exit-within is for the data that were trained on; leave out --variant")
     if options.variant == "imagenet-c":
         for flag in ("report", "unroll", "drop_timesteps", "drop_events"):
             if getattr(options, flag):
@@ -171,7 +193,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist import checkpoint, plugins
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
-    from tetdist.evaluation.suite import Passes, run_suite
+    from tetdist.evaluation.suite import Passes, choose_exit, run_suite
     from tetdist.evaluation.variants import Compared, run_corruptions
     from tetdist.nn.precision import choose_algorithms, place
     from tetdist.training.setup import choose_passes, make_model
@@ -211,6 +233,10 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         def passes(of: Compared) -> Passes:
             return Passes(model, config, of.index, world, alive, outputs=of.outputs)
 
+        exit_choice = None
+        if options.exit_within is not None:
+            held = held_out_samples(config, description, model, world)
+            exit_choice = choose_exit(passes(held), wanted[-1], options.exit_within)
         if corrupted:
             model.set_timesteps(wanted[-1])
             found |= {"timesteps": wanted[-1]} | run_corruptions(
@@ -225,6 +251,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
                 drop_events=options.drop_events,
                 seed=options.seed,
                 real=real,
+                exit_choice=exit_choice,
             )
         world.run_on_all(lambda: show(found, options) if world.rank == 0 else None)
     return 0
@@ -321,6 +348,34 @@ def compared_with_model(
     index = with_classes_of_model(data, trained, config, options)
     subset = list(data.classes) if data.classes != index.classes else []
     return variants.Compared(index, subset=subset)
+
+
+def held_out_samples(
+    config: "RunConfig", description: "Description", model: "SpikingNetwork", world: "World"
+) -> "Compared":
+    """The training samples that the run held out.
+
+    Raises:
+        UserError: It held out none, or the network cannot be stopped early.
+    """
+    from tetdist.evaluation.variants import Compared
+    from tetdist.nn.norm_neuron import is_causal
+    from tetdist.training.setup import open_data
+
+    if not config.data.held_out:
+        raise UserError(
+            "--exit-within chooses on training samples that the run held out, and this run held "
+            "out none; train it with data.held_out=0.1"
+        )
+    if not is_causal(model):
+        raise UserError("--exit-within: the network is not causal, so that it has no early exit")
+    _, held_out = world.run_on_all(lambda: open_data(config, world))
+    if list(held_out.classes) != list(description.classes or held_out.classes):
+        raise UserError(
+            f"--exit-within: the classes of {config.data.root} are not those that the network was "
+            "trained on"
+        )
+    return Compared(held_out)
 
 
 def real_labels(

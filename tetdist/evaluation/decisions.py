@@ -1,6 +1,7 @@
 """The decisions of a network beyond its accuracy: the classes that it takes for each other, and how
 early it could have decided."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from tetdist.evaluation.evaluate import running_means
 
 # Early exit: the least softmax probability of the time-mean at which a sample is decided.
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
+# Of these one is chosen: from 0.3 on, each a tenth nearer to 1 than the one before.
+FINE_THRESHOLDS = tuple(round(1 - 0.7 * 0.9**k, 6) for k in range(90))
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,15 @@ class Decisions:
     Attributes:
         classes: The K names.
         confusion: Rows of true classes, columns of decided ones, at T: numbers of samples.
-        exits: For each threshold of `THRESHOLDS`, how many samples are decided at t = 1 to T. A
-            sample that never reaches the threshold is decided at T.
+        thresholds: Softmax probabilities of the time-mean, rising, at which a sample is decided.
+        exits: For each threshold, how many samples are decided at t = 1 to T. A sample that never
+            reaches the threshold is decided at T.
         exit_correct: For each threshold, how many of the decisions are right.
     """
 
     classes: list[str]
     confusion: list[list[int]]
+    thresholds: tuple[float, ...]
     exits: list[list[int]]
     exit_correct: list[int]
 
@@ -58,7 +63,8 @@ class Decisions:
     def early_exit(self) -> list[dict[str, Any]]:
         """A point for each threshold: top-1 (percent), average timesteps of a sample, the exits."""
         curve = []
-        for threshold, exits, right in zip(THRESHOLDS, self.exits, self.exit_correct, strict=True):
+        points = zip(self.thresholds, self.exits, self.exit_correct, strict=True)
+        for threshold, exits, right in points:
             samples = sum(exits)
             spent = sum(t * count for t, count in enumerate(exits, start=1))
             curve.append(
@@ -71,6 +77,22 @@ class Decisions:
             )
         return curve
 
+    def threshold_within(self, points: float) -> float | None:
+        """The lowest threshold from which on early exit costs at most ``points`` of top-1.
+
+        Compared is with deciding all samples at T. None: the highest threshold costs more.
+        """
+        right = sum(row[k] for k, row in enumerate(self.confusion))
+        allowed = right - points / 100 * sum(self.exits[0])
+        lowest = None
+        for threshold, early in zip(
+            reversed(self.thresholds), reversed(self.exit_correct), strict=True
+        ):
+            if early < allowed:
+                break
+            lowest = threshold
+        return lowest
+
 
 class DecisionCounts:
     """Collects `Decisions` batch by batch on one process; `total` adds up those of all.
@@ -80,17 +102,24 @@ class DecisionCounts:
         num_outputs: K of the network, at least as many.
         timesteps: T.
         device: The device of the logits.
+        thresholds: Those of early exit, rising.
     """
 
     def __init__(
-        self, classes: list[str], num_outputs: int, timesteps: int, device: torch.device
+        self,
+        classes: list[str],
+        num_outputs: int,
+        timesteps: int,
+        device: torch.device,
+        thresholds: Sequence[float] = THRESHOLDS,
     ) -> None:
         unnamed = range(len(classes), num_outputs)
         self.classes = [*classes, *(f"output {k}" for k in unnamed)]
         self._confusion = torch.zeros(num_outputs, num_outputs, dtype=torch.int64, device=device)
-        self._exits = torch.zeros(len(THRESHOLDS), timesteps, dtype=torch.int64, device=device)
-        self._exit_correct = torch.zeros(len(THRESHOLDS), dtype=torch.int64, device=device)
-        self._thresholds = torch.tensor(THRESHOLDS, device=device).view(-1, 1, 1)
+        self.thresholds = tuple(thresholds)
+        self._exits = torch.zeros(len(thresholds), timesteps, dtype=torch.int64, device=device)
+        self._exit_correct = torch.zeros(len(thresholds), dtype=torch.int64, device=device)
+        self._thresholds = torch.tensor(self.thresholds, device=device).view(-1, 1, 1)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch of logits (T, B, K) with labels (B,)."""
@@ -116,4 +145,4 @@ class DecisionCounts:
         confusion, exits, right = (
             part.view_as(t).tolist() for part, t in zip(parts, tensors, strict=True)
         )
-        return Decisions(self.classes, confusion, exits, right)
+        return Decisions(self.classes, confusion, self.thresholds, exits, right)

@@ -15,7 +15,7 @@ from tetdist.data.build import eval_loader
 from tetdist.data.index import Index
 from tetdist.data.loader import Batch
 from tetdist.distributed.world import World
-from tetdist.evaluation.decisions import DecisionCounts
+from tetdist.evaluation.decisions import FINE_THRESHOLDS, THRESHOLDS, DecisionCounts
 from tetdist.evaluation.evaluate import Also, Evaluation, evaluate
 from tetdist.evaluation.operations import OperationCounts, counting_operations
 from tetdist.evaluation.robustness import (
@@ -69,6 +69,45 @@ class Passes:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class ExitChoice:
+    """A threshold of early exit, and what it was chosen by.
+
+    Attributes:
+        within: How much top-1 it may cost, in points.
+        threshold: Softmax probability of the time-mean; None: no threshold costs so little, so
+            that all samples are decided at T.
+        samples: Number of the samples that it was chosen on.
+        top1: Their accuracy at T, in percent.
+    """
+
+    within: float
+    threshold: float | None
+    samples: int
+    top1: float
+
+
+def choose_exit(passes: Passes, timesteps: int, within: float) -> ExitChoice:
+    """Choose the lowest threshold of early exit that costs little on some samples.
+
+    The result is the same on every process.
+
+    Args:
+        passes: The network, and samples that it was neither trained on nor will be judged by.
+        timesteps: T, at which the model is left.
+        within: How much top-1 it may cost, in points.
+    """
+    model, world = passes.model, passes.world
+    model.set_timesteps(timesteps)
+    classes = list(passes.index.classes)
+    counts = DecisionCounts(classes, model.num_classes, timesteps, world.device, FINE_THRESHOLDS)
+    result = passes.run(
+        "choose a threshold", also=lambda logits, labels, _ids: counts.add(logits, labels)
+    )
+    threshold = counts.total(world).threshold_within(within)
+    return ExitChoice(within, threshold, result.samples, result.top1)
+
+
 def run_suite(
     passes: Passes,
     *,
@@ -78,6 +117,7 @@ def run_suite(
     drop_events: Sequence[float],
     seed: int,
     real: RealLabels | None = None,
+    exit_choice: ExitChoice | None = None,
 ) -> dict[str, Any]:
     """Evaluate at the largest T: as it is, and then with each share of something dropped.
 
@@ -95,10 +135,12 @@ def run_suite(
         drop_events: Shares of events, see `without_events`; the frames must be numbers of events.
         seed: Seed of what is dropped.
         real: Several labels of each sample, at the largest T.
+        exit_choice: A threshold of early exit, of a causal network.
 
     Returns:
-        Everything in `Evaluation` and more; ``operations`` is None where they are not counted, and
-        ``real`` is there where the several labels are.
+        Everything in `Evaluation` and more; ``operations`` is None where they are not counted;
+        ``real`` is there where the several labels are, and ``chosen_exit`` where ``exit_choice``
+        is.
 
     Raises:
         UserError: The network cannot be evaluated so.
@@ -110,7 +152,10 @@ def run_suite(
     alone = {} if shows_each else _each_alone(passes, timesteps[:-1])
     model.set_timesteps(most)
     compared = model.num_classes if passes.outputs is None else len(passes.outputs)
-    counts = DecisionCounts(list(passes.index.classes), compared, most, world.device)
+    chosen = () if exit_choice is None else (exit_choice.threshold,)
+    thresholds = sorted({*THRESHOLDS, *(one for one in chosen if one is not None)})
+    classes = list(passes.index.classes)
+    counts = DecisionCounts(classes, compared, most, world.device, thresholds)
 
     def count(logits: Tensor, labels: Tensor, ids: npt.NDArray[np.int64]) -> None:
         counts.add(logits, labels)
@@ -127,16 +172,18 @@ def run_suite(
     with unrolling as sub_timesteps, counting as operations:
         result = passes.run("evaluate", also=count)
     decisions = counts.total(world)
+    points = decisions.early_exit()
     found: dict[str, Any] = {
         **dataclasses.asdict(result),
         **({} if shows_each else _by_timestep(alone | {most: result})),
-        "early_exit": decisions.early_exit() if shows_each else None,
+        "early_exit": [p for p in points if p["threshold"] in THRESHOLDS] if shows_each else None,
         "classes": decisions.classes,
         "confusion": decisions.confusion,
         "per_class": decisions.per_class(),
         "operations": operations and operations.total(world, result.samples).as_dict(),
         **({"sub_timesteps": sub_timesteps} if unroll else {}),
         **({} if real is None else {"real": real.total(world, shows_each)}),
+        **({} if exit_choice is None else {"chosen_exit": _chosen(exit_choice, result, points)}),
         "dropped_timesteps": [],
         "dropped_events": [],
     }
@@ -150,6 +197,17 @@ def run_suite(
         dropped = passes.run(f"without {share:g} of events", change)
         found["dropped_events"].append(_robustness(share, dropped))
     return found
+
+
+def _chosen(choice: ExitChoice, result: Evaluation, points: list[dict[str, Any]]) -> dict[str, Any]:
+    """Early exit at the threshold that was chosen."""
+    never = {"threshold": None, "top1": result.top1, "mean_timesteps": float(result.timesteps)}
+    point = next((p for p in points if p["threshold"] == choice.threshold), never)
+    return {
+        "within": choice.within,
+        "chosen_on": {"samples": choice.samples, "top1": choice.top1},
+        **{key: point[key] for key in never},
+    }
 
 
 def _each_alone(passes: Passes, timesteps: Sequence[int]) -> dict[int, Evaluation]:

@@ -149,7 +149,23 @@ def _text_early_exit(found: EvaluationResults) -> str:
     for point in found["early_exit"]:
         spent = point["mean_timesteps"]
         lines.append(f"{point['threshold']:29g}{point['top1']:10.2f}{spent:9.3f}")
+    if "chosen_exit" in found:
+        lines += ["", f"  {_of_chosen_exit(found)}"]
     return "\n".join(lines)
+
+
+def _of_chosen_exit(found: EvaluationResults) -> str:
+    chosen = found["chosen_exit"]
+    on = counted(chosen["chosen_on"]["samples"], "training sample")
+    limit = f"at most {chosen['within']:g} points lost on {on} held out"
+    if chosen["threshold"] is None:
+        return f"early exit with {limit}: at no threshold"
+    lost = chosen["top1"] - found["top1"]
+    return (
+        f"early exit with {limit}: at confidence {chosen['threshold']:.4g}, "
+        f"{chosen['top1']:.2f} % ({lost:+.2f} points) at T = {chosen['mean_timesteps']:.3f} on "
+        "average"
+    )
 
 
 def _text_dropped(found: EvaluationResults) -> list[str]:
@@ -497,6 +513,7 @@ def _html_early_exit(found: EvaluationResults) -> list[str]:
                 for p in found["early_exit"]
             ],
         ),
+        *([f"<p>{_of_chosen_exit(found).capitalize()}.</p>"] if "chosen_exit" in found else []),
     ]
 
 

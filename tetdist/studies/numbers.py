@@ -56,11 +56,14 @@ class Result:
     """The result of one run.
 
     Attributes:
-        top1, best_top1: Accuracies of the last and the best epoch, in percent.
+        top1, best_top1: Accuracies of the last and the best epoch, in percent; the latter is NaN
+            where only samples that were held out were evaluated along the way.
         samples: Size of the validation split.
         data_split: Name of the split of recordings, where there are several.
         by_timestep: Top-1 of the last epoch's time-mean up to timestep 1, 2, ...
         loss: That of the last epoch, on the validation split.
+        chosen_exit: Early exit at the threshold that was chosen, see `tetdist.evaluation.suite`;
+            None: none was.
         curve: (epoch, loss, top-1) of every evaluation.
         image_timesteps: Images trained on times T, of this run alone.
         seconds: Time of training this run alone, without evaluations.
@@ -73,6 +76,7 @@ class Result:
     best_epoch: float
     by_timestep: list[float]
     loss: float
+    chosen_exit: dict[str, Any] | None
     samples: int
     data_split: str | None
     curve: list[tuple[float, float, float]]
@@ -87,7 +91,7 @@ class Result:
         named = {"name": self.run.name, "entry": self.run.entry, "seed": self.run.seed}
         named |= {"timesteps": self.run.timesteps}
         commands = [str(self.run.train_command)]
-        if self.run.is_tested_beyond:
+        if self.run.is_evaluated_again:
             commands.append(str(self.run.eval_command))
         return named | values | {"commands": commands}
 
@@ -99,21 +103,23 @@ def result_of(run: StudyRun) -> Result | None:
     """The result of a run; None while it is not finished and evaluated."""
     if not is_trained(run):
         return None
-    by_timestep = evaluation(run)
-    if by_timestep is None:
+    found = evaluation(run)
+    if found is None:
         return None
     validations = lines(run, "val")
     last = validations[-1]
     best = max(validations, key=lambda line: line["top1"])
+    chosen_exit = found.get("chosen_exit")
     return Result(
         run=run,
-        top1=last["top1"],
-        best_top1=best["top1"],
+        top1=found["top1"],
+        best_top1=best["top1"] if chosen_exit is None else math.nan,
         best_epoch=best["epoch"],
-        by_timestep=by_timestep,
-        loss=last["loss"],
-        samples=last["samples"],
-        data_split=last.get("data_split"),
+        by_timestep=list(found["per_timestep_top1"]),
+        loss=found["loss"],
+        chosen_exit=chosen_exit,
+        samples=found["samples"],
+        data_split=found.get("data_split"),
         curve=[(line["epoch"], line["loss"], line["top1"]) for line in validations],
         image_timesteps=image_timesteps(run, last["step"], last["epoch"]),
         seconds=training_seconds(run),
@@ -252,6 +258,12 @@ class Numbers:
             entry: {
                 "control": self.study.entries[entry].control,
                 "top1": vars(found),
+                **{
+                    key: vars(difference)
+                    for key, value in EXIT_VALUES.items()
+                    if self.study.exit_within is not None
+                    and (difference := self.difference(entry, value)) is not None
+                },
                 "by_timestep": {
                     t: vars(difference)
                     for t in self.study.test_timesteps
@@ -269,6 +281,11 @@ class Numbers:
                     "top1": vars(spread([result.top1 for result in self.of(entry)])),
                     "best_top1": vars(spread([result.best_top1 for result in self.of(entry)])),
                     "loss": vars(spread([result.loss for result in self.of(entry)])),
+                    **{
+                        key: vars(spread([value(result) for result in self.of(entry)]))
+                        for key, value in EXIT_VALUES.items()
+                        if self.study.exit_within is not None
+                    },
                     "by_timestep": {t: vars(self.at(entry, t)) for t in self.study.test_timesteps},
                     "image_timesteps": self.cost(entry)[0],
                     "seconds": self.cost(entry)[1],
@@ -287,6 +304,20 @@ def last(result: Result) -> float:
 
 def best(result: Result) -> float:
     return result.best_top1
+
+
+def exit_timesteps(result: Result) -> float:
+    """Timesteps of a sample on average, with early exit at the threshold that was chosen."""
+    assert result.chosen_exit is not None
+    return float(result.chosen_exit["mean_timesteps"])
+
+
+def exit_top1(result: Result) -> float:
+    assert result.chosen_exit is not None
+    return float(result.chosen_exit["top1"])
+
+
+EXIT_VALUES = {"exit_timesteps": exit_timesteps, "exit_top1": exit_top1}
 
 
 def at(timesteps: int) -> Any:

@@ -63,6 +63,9 @@ class StudySection(Section):
     """Dotted keys of the configuration, for all entries."""
     test_timesteps: Annotated[tuple[Timesteps, ...], Field(min_length=1)]
     """Numbers of timesteps at which every run is evaluated."""
+    exit_within: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Points of top-1 that early exit may cost. Each run's threshold is chosen on the training
+    samples that it holds out (data.held_out), and all is evaluated on the validation split."""
     entries: Annotated[dict[str, EntrySection], Field(min_length=1)]
 
 
@@ -78,6 +81,7 @@ class StudyRun:
         init: The run whose weights it begins with.
         teacher: The run whose network it learns from.
         test_timesteps: Numbers of timesteps at which it is evaluated; none: at its own.
+        exit_within: Points of top-1 that early exit may cost; None: it has no threshold chosen.
     """
 
     entry: str
@@ -88,6 +92,7 @@ class StudyRun:
     init: "StudyRun | None"
     teacher: "StudyRun | None"
     test_timesteps: tuple[int, ...]
+    exit_within: float | None = None
 
     @property
     def name(self) -> str:
@@ -112,10 +117,11 @@ class StudyRun:
         return self.config.phases[-1].timesteps
 
     @property
-    def is_tested_beyond(self) -> bool:
-        """Whether it is evaluated at timesteps that its own evaluations do not know."""
-        most = max(self.test_timesteps, default=0)
-        return self.timesteps < most or not self.config.model.neuron.causal
+    def is_evaluated_again(self) -> bool:
+        """Whether it is evaluated for what its own evaluations do not know."""
+        beyond = self.timesteps < max(self.test_timesteps, default=0)
+        chooses = self.exit_within is not None
+        return beyond or chooses or not self.config.model.neuron.causal
 
     @property
     def train_command(self) -> "Command":
@@ -126,8 +132,10 @@ class StudyRun:
         timesteps = ",".join(map(str, self.test_timesteps))
         file = self.folder / EVALUATION_FILE
         of = ("--checkpoint", str(self.folder), "--timesteps", timesteps, "--json", str(file))
-        imports = import_flags(self.config.imports)
-        return Command("eval", (*of, "--threads", str(self.config.data.threads), *imports))
+        within = self.exit_within
+        choosing = () if within is None else ("--exit-within", f"{within:g}")
+        more = (*choosing, "--threads", str(self.config.data.threads))
+        return Command("eval", (*of, *more, *import_flags(self.config.imports)))
 
     def next_command(self) -> "Command | None":
         """The command that is left to do, by the state on the disk; None if there is none."""
@@ -273,7 +281,9 @@ def _run(
         resolved = loading.load(config_name, overrides, imports)
     except UserError as error:
         raise UserError(f"entries.{name}: {error}") from error
-    if resolved.data.held_out and max(study.test_timesteps) > resolved.phases[-1].timesteps:
+    if study.exit_within is not None:
+        _check_exit(study, name, resolved)
+    elif resolved.data.held_out and max(study.test_timesteps) > resolved.phases[-1].timesteps:
         raise UserError(
             f"test_timesteps: what is beyond the T of entries.{name} is evaluated on val, and the "
             "rest on what data.held_out holds out; leave out one of them"
@@ -290,7 +300,31 @@ def _run(
         init=init,
         teacher=teacher,
         test_timesteps=study.test_timesteps,
+        exit_within=study.exit_within,
     )
+
+
+def _check_exit(study: StudySection, name: str, config: RunConfig) -> None:
+    """Refuse an entry for which no threshold of early exit can be chosen.
+
+    Raises:
+        UserError: That is so.
+    """
+    if not config.data.held_out:
+        raise UserError(
+            f"exit_within: entries.{name} holds out no training samples to choose a threshold on; "
+            "set data.held_out: 0.1 in overrides"
+        )
+    if not config.model.neuron.causal:
+        raise UserError(
+            f"exit_within: entries.{name} has neurons that see later timesteps, so that there is "
+            "no early exit; leave out one of them"
+        )
+    if max(study.test_timesteps) != config.phases[-1].timesteps:
+        raise UserError(
+            f"exit_within: the last of test_timesteps must be the T of entries.{name}, "
+            f"{config.phases[-1].timesteps}"
+        )
 
 
 def _own_keys(entry: EntrySection) -> dict[str, str]:
@@ -347,20 +381,25 @@ def lines(run: StudyRun, kind: str) -> list[dict[str, Any]]:
     return [line for line in found if line["kind"] == kind]
 
 
-def evaluation(run: StudyRun) -> list[float] | None:
-    """Top-1 of the last epoch's time-mean up to timestep 1, 2, ..., in percent.
+def evaluation(run: StudyRun) -> dict[str, Any] | None:
+    """What the run's last epoch has come to: top1, loss, samples, per_timestep_top1 and so on.
 
-    Up to the T of training the run's own evaluation says it; beyond it, that of the command eval,
-    and None while that is not there.
+    Up to the T of training the run's own evaluation says it. Beyond it per_timestep_top1 is that
+    of the command eval; and where a threshold of early exit is chosen, all of it is, since the
+    run's own evaluation is of the samples that it held out. None while that is not there.
     """
     last = lines(run, "val")[-1]
     most = max(run.test_timesteps, default=0)
-    if len(last["per_timestep_top1"]) >= most:
-        return list(last["per_timestep_top1"])
+    chooses = run.exit_within is not None
+    if len(last["per_timestep_top1"]) >= most and not chooses:
+        return last
     try:
         values = json.loads((run.folder / EVALUATION_FILE).read_text())
-        top1 = list(values["per_timestep_top1"])
-        return top1 if values["step"] == last["step"] and len(top1) >= most else None
+        if values["step"] != last["step"] or len(values["per_timestep_top1"]) < most:
+            return None
+        if not chooses:
+            return last | {"per_timestep_top1": values["per_timestep_top1"]}
+        return dict(values) if values["chosen_exit"]["within"] == run.exit_within else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

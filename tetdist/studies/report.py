@@ -18,6 +18,8 @@ from tetdist.studies.numbers import (
     at,
     best,
     distinct,
+    exit_timesteps,
+    exit_top1,
     gather,
     last,
     spread,
@@ -93,7 +95,12 @@ def section(numbers: Numbers, link: str, command: str) -> str:
         )
     verdicts = [verdict(numbers, entry) for entry in numbers.entries]
     parts.append("\n".join(text for text in verdicts if text))
-    parts += [overview(numbers), f"![{study.title}]({link}.png)", by_timestep(numbers)]
+    parts += [
+        overview(numbers),
+        early_exit(numbers),
+        f"![{study.title}]({link}.png)",
+        by_timestep(numbers),
+    ]
     if any(study.entries[entry].control for entry in numbers.entries):
         parts.append(difference_by_timestep(numbers))
     parts += [what_differs(numbers), commands(numbers, f"{link}.json")]
@@ -145,34 +152,72 @@ def verdict(numbers: Numbers, entry: str) -> str:
 
 def overview(numbers: Numbers) -> str:
     rows = []
+    # Where samples are held out, the validation split is seen once, at the end.
+    shown = (last, best) if numbers.study.exit_within is None else (last,)
     for entry in numbers.entries:
         results = numbers.of(entry)
         image_timesteps, seconds = numbers.cost(entry)
-        against = [numbers.difference(entry, value) for value in (last, best)]
+        against = [numbers.difference(entry, value) for value in shown]
         rows.append(
             [
                 f"`{entry}`",
                 str(numbers.timesteps(entry)),
                 str(len(results)),
-                *(str(spread(list(map(value, results)))) for value in (last, best)),
+                *(str(spread(list(map(value, results)))) for value in shown),
                 *("" if difference is None else str(difference) for difference in against),
                 f"{np.mean([result.loss for result in results]):.4f}",
                 f"{image_timesteps / 1e6:.3g}",
                 f"{seconds:.0f}",
             ]
         )
-    head = ["", "T", "n", "last epoch, %", "best epoch, %", "last - control", "best - control"]
-    head += ["loss", "image-timesteps, millions", "training, s"]
+    epochs = ["last", "best"][: len(shown)]
+    head = ["", "T", "n", *(f"{one} epoch, %" for one in epochs)]
+    head += [*(f"{one} - control" for one in epochs), "loss", "image-timesteps, millions"]
+    head += ["training, s"]
     table = markdown(head, rows, numbers=True)
     first = numbers.of(numbers.entries[0])[0]
     split = f" of the split {first.data_split}" if first.data_split else ""
+    flatters = (
+        "The best epoch is chosen on the same samples, which flatters it. " if best in shown else ""
+    )
     return (
         f"{table}\n\nTop-1 on {first.samples} validation samples{split}: mean ± standard "
-        " deviation over n seeds. A difference is that of runs with the same seed, with "
-        "the 95 % interval of the paired t-test. The best epoch is chosen on the same samples, "
-        "which flatters it. Image-timesteps and seconds are medians and include what a run began "
-        "with, and its teacher's training; seconds are without evaluations and depend on what else "
-        "the machine did."
+        "deviation over n seeds. A difference is that of runs with the same seed, with "
+        f"the 95 % interval of the paired t-test. {flatters}Image-timesteps and seconds are "
+        "medians and include what a run began with, and its teacher's training; seconds are "
+        "without evaluations and depend on what else the machine did."
+    )
+
+
+def early_exit(numbers: Numbers) -> str:
+    """How early samples are decided at the thresholds that were chosen; empty where none were."""
+    if numbers.study.exit_within is None:
+        return ""
+    rows = []
+    for entry in numbers.entries:
+        results = numbers.of(entry)
+        thresholds = [(result.chosen_exit or {}).get("threshold") for result in results]
+        chosen = [threshold for threshold in thresholds if threshold is not None]
+        lost = [exit_top1(result) - result.top1 for result in results]
+        against = [numbers.difference(entry, value) for value in (exit_timesteps, exit_top1)]
+        rows.append(
+            [
+                f"`{entry}`",
+                f"{min(chosen):.3f} to {max(chosen):.3f}" if chosen else "none",
+                str(spread(list(map(exit_timesteps, results)))),
+                str(spread(list(map(exit_top1, results)))),
+                str(spread(lost)),
+                *("" if difference is None else str(difference) for difference in against),
+            ]
+        )
+    head = ["", "confidence", "T on average", "top-1, %", "- at full T"]
+    head += ["T on average - control", "top-1 - control"]
+    held_out = numbers.of(numbers.entries[0])[0].chosen_exit or {}
+    return (
+        "Early exit: a sample is decided once the softmax of its time-mean reaches a confidence, "
+        f"the lowest that costs at most {numbers.study.exit_within:g} points on the "
+        f"{held_out['chosen_on']['samples']} training samples that a run holds out:\n\n"
+        f"{markdown(head, rows, numbers=True)}"
     )
 
 
@@ -237,9 +282,9 @@ def what_differs(numbers: Numbers) -> str:
 def commands(numbers: Numbers, link: str) -> str:
     runs = [numbers.of(entry)[0].run for entry in numbers.entries]
     listed = "\n".join(str(run.train_command) for run in runs)
-    beyond = [run for run in runs if run.is_tested_beyond]
+    beyond = [run for run in runs if run.is_evaluated_again]
     tested = (
-        "Accuracies at a T above that of training are of another command, for instance "
+        "Accuracies that the training does not evaluate are of another command, for instance "
         f"`{beyond[0].eval_command}`.\n\n"
         if beyond
         else ""

@@ -60,8 +60,7 @@ def table(studies: dict[str, dict[str, Any]]) -> str:
     """
     rows = []
     for values in studies.values():
-        title = values["study"]["title"]
-        link = f"[{title}](#{anchor(title)})"
+        link = _link(values)
         for entry, against in values["differences"].items():
             difference = Difference(**_numbers(against["top1"]))
             first = against["by_timestep"].get("1")
@@ -83,7 +82,43 @@ def table(studies: dict[str, dict[str, Any]]) -> str:
         "seeds and as much spread between them, a true difference of the size in the next column "
         "would have been told from chance four times in five. At T=1 the same networks are stopped "
         "after one timestep. No correction is made for the number of rows: of twenty comparisons "
-        "without effect one is expected to be bold.\n"
+        f"without effect one is expected to be bold.\n{exits(studies)}"
+    )
+
+
+def exits(studies: dict[str, dict[str, Any]]) -> str:
+    """The table of early exit, of the studies that chose thresholds; empty without one."""
+    rows = []
+    for values in studies.values():
+        link = _link(values)
+        for entry, against in values["differences"].items():
+            if "exit_timesteps" not in against:
+                continue
+            control = against["control"]
+            of_both = [
+                values["entries"][name]["exit_timesteps"]["mean"] for name in (entry, control)
+            ]
+            found = [
+                Difference(**_numbers(against[f"exit_{key}"])) for key in ("timesteps", "top1")
+            ]
+            rows.append(
+                [
+                    link,
+                    f"`{entry}` - `{control}`",
+                    str(found[0].n),
+                    f"{values['study']['exit_within']:g}",
+                    *(f"{mean:.2f}" for mean in of_both),
+                    *map(_marked, found),
+                ]
+            )
+            link = ""
+    if not rows:
+        return ""
+    head = ["study", "entry against its control", "n", "may cost, points", "T of the entry"]
+    head += ["of the control", "difference", "top-1 there, points"]
+    return (
+        "\nEarly exit, at thresholds chosen on training samples that each run held out: timesteps "
+        f"of a sample on average, and what becomes of top-1.\n\n{markdown(head, rows)}\n"
     )
 
 
@@ -107,6 +142,11 @@ def anchor(title: str) -> str:
     return "-".join(kept.split())
 
 
+def _link(values: dict[str, Any]) -> str:
+    title = values["study"]["title"]
+    return f"[{title}](#{anchor(title)})"
+
+
 def _marked(difference: Difference) -> str:
     is_told = difference.low > 0 or difference.high < 0
     return f"**{difference}**" if is_told else str(difference)
@@ -117,5 +157,5 @@ def _number(value: float) -> str:
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, Any]:
-    # JSON has no NaN; null stands for it.
-    return {key: math.nan if value is None else value for key, value in values.items()}
+    # JSON has no NaN; the text "NaN" stands for it.
+    return {key: float(v) if isinstance(v, str) else v for key, v in values.items()}
