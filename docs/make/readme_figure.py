@@ -146,13 +146,20 @@ NAMES = {
 def draw_cost(axis: Any, performance: dict[str, Any]) -> None:
     """Time of a step and memory kept, both as multiples of the ReLU network's."""
     step, memory = performance["step-bf16"], performance["memory-bf16"]
-    seconds = {row["name"]: row["ratio"] for row in step["rows"]}
+    seconds, seconds_fp32 = (
+        {row["name"]: row["ratio"] for row in performance[f"step-{precision}"]["rows"]}
+        for precision in ("bf16", "fp32")
+    )
     kept = {
         row["name"]: row["at_most_mib"]
         for row in memory["rows"]
         if row["timesteps"] == step["timesteps"]
     }
-    groups = (("time of a training step", seconds), ("memory kept for\nthe backward pass", kept))
+    groups = (
+        ("time of a training\nstep, bf16", seconds),
+        ("the same, fp32", seconds_fp32),
+        ("memory kept for the\nbackward pass, bf16", kept),
+    )
     names = [name for name in NAMES if name in seconds]
     for group, (_, values) in enumerate(groups):
         for i, name in enumerate(names):
@@ -160,7 +167,8 @@ def draw_cost(axis: Any, performance: dict[str, Any]) -> None:
             ratio = values[name] / values["relu"]
             y = group * (len(names) + 1) + i
             axis.barh(y, ratio, color=colour, label=None if group else label)
-            text = f"{ratio:.2f}" if group == 0 else f"{ratio:.2f}  ({values[name]:.0f} MiB/image)"
+            size = f"  ({values[name]:.0f} MiB/image)" if values is kept else ""
+            text = f"{ratio:.2f}{size}"
             # White behind it: the line at 1 would cross it.
             behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
             axis.text(ratio + 0.03, y, text, va="center", fontsize=8, bbox=behind)
@@ -171,11 +179,11 @@ def draw_cost(axis: Any, performance: dict[str, Any]) -> None:
     axis.axvline(1, color=RELU, linestyle=":", linewidth=1)
     axis.invert_yaxis()
     axis.set_xlim(0, 3.6)
-    what = f"{step['model']}, T={step['timesteps']}, bf16"
-    axis.set_xlabel(f"multiple of the ReLU network's ({what})", fontsize=9)
+    what = f"{step['model']}, T={step['timesteps']}, on 2 CPU threads"
+    axis.set_xlabel(f"multiple of the ReLU network's\n({what})", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     # Beside the bars there is no place that is free whatever their lengths are.
-    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2)
     title(axis, "At the price of a ReLU network")
 
 

@@ -1,4 +1,5 @@
-"""Makes the pages of the documentation's site that are not written by hand; mkdocs loads it.
+"""Makes the pages of the documentation's site that are not written by hand, and checks all links;
+mkdocs loads it.
 
     make docs        (mkdocs build --strict; the site is in site/)
 
@@ -7,13 +8,16 @@ the code itself, so that no list of them can be out of date. Links in all pages,
 the project's folders, are made to lead to the site's pages.
 """
 
+import logging
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import yaml
 from mkdocs.config.defaults import MkDocsConfig
@@ -34,7 +38,9 @@ ROOT_PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 RECIPES = "reference/recipes.md"
-_LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
+# The text of a link may be an image.
+_LINK = re.compile(r"(!?)\[((?:!\[[^\]]*\]\([^)]*\))?[^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
+_LOG = logging.getLogger("mkdocs.hooks.site")
 _CODE = re.compile(r"^(```.*?^```)", flags=re.MULTILINE | re.DOTALL)
 
 
@@ -65,6 +71,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def _site_link(link: re.Match[str], folder: Path, uri: str) -> str:
     """A link of a file in the project's ``folder``, as it is on the page ``uri``."""
     image, text, target, anchor = link.groups(default="")
+    text = _LINK.sub(lambda inner: _site_link(inner, folder, uri), text)
     if not target or "://" in target:
         return link[0]
     path = Path(os.path.normpath(folder / target))
@@ -79,6 +86,74 @@ def _site_link(link: re.Match[str], folder: Path, uri: str) -> str:
     else:
         return link[0]  # mkdocs says that it leads nowhere
     return f"{image}[{text}]({os.path.relpath(there, Path(uri).parent)}{anchor})"
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Have the links of a notebook, which mkdocs leaves as they are, lead to pages."""
+    del config, files
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+
+    def to_page(link: re.Match[str]) -> str:
+        there = Path(page.file.src_uri).parent / link[1]
+        folder = os.path.relpath(there.with_suffix(""), Path(page.file.dest_uri).parent)
+        return f'href="{folder}/{link[2] or ""}"'
+
+    return re.sub(r'href="([^":#]+\.md)(#[^"]*)?"', to_page, html)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Warn, which ends a strict build, of what leads nowhere or is shown as its own Markdown.
+
+    mkdocs sees the links of its pages' Markdown only, not those of notebooks and of raw HTML.
+    """
+    site = Path(config.site_dir)
+    pages = {file: _Page(file.read_text()) for file in site.rglob("*.html")}
+    for file, page in pages.items():
+        if file == site / "404.html":
+            continue  # Its links begin at the root, wherever that may be.
+        for link in page.links:
+            url = urlsplit(link)
+            if url.scheme or url.netloc:
+                continue
+            there = Path(os.path.normpath(file.parent / unquote(url.path))) if url.path else file
+            there = there / "index.html" if there.is_dir() else there
+            known = pages[there].anchors if there in pages else None
+            if not there.exists() or (
+                url.fragment and known and unquote(url.fragment) not in known
+            ):
+                _LOG.warning("%s: the link %s leads nowhere", file.relative_to(site), link)
+        for text in page.lists_in_text:
+            name = file.relative_to(site)
+            _LOG.warning("%s: a list without an empty line before it, after: %s", name, text)
+
+
+class _Page(HTMLParser):
+    """The links and anchors of a page, and paragraphs that hold a list's Markdown."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.anchors: set[str] = set()
+        self.lists_in_text: list[str] = []
+        self._in_paragraph = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._in_paragraph = tag == "p" or (self._in_paragraph and tag in ("a", "code", "strong"))
+        for name, value in attrs:
+            if value and name in ("href", "src"):
+                self.links.append(value)
+            elif value and name in ("id", "name"):
+                self.anchors.add(value)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_paragraph = self._in_paragraph and tag != "p"
+
+    def handle_data(self, data: str) -> None:
+        before, found, _ = data.partition("\n* ")
+        if self._in_paragraph and found:
+            self.lists_in_text.append(before.rpartition("\n")[2])
 
 
 def _anchor(recipe: Path) -> str:
@@ -149,11 +224,11 @@ def configuration_page() -> str:
         section = key.rpartition(".")[0]
         meaning = " ".join(documented.meaning.split())
         default = documented.default.removeprefix("default ")
-        row = f"| `{key}` | {_cell(documented.takes)} | {_cell(default)} | {_cell(meaning)} |"
+        row = f"| `{key}` | {_cell(meaning)} | {_cell(documented.takes)} | {_cell(default)} |"
         by_section.setdefault(section, []).append(row)
     for section, rows in by_section.items():
         lines += ["", f"## {section or 'The run'}", ""]
-        lines += ["| key | takes | default | meaning |", "|---|---|---|---|", *rows]
+        lines += ["| key | meaning | takes | default |", "|---|---|---|---|", *rows]
     return "\n".join(lines)
 
 

@@ -544,9 +544,10 @@ def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture
         "recompute": "[none | blocks or {timesteps}; default none]",
     }.items():
         assert explained[key].startswith(takes), (key, explained[key])
-    # The default that is shown is the one that a run has.
+    # The default that is shown is the one that a run has, and no key is without a meaning.
     values = flatten(resolved().as_dict())
-    for key, (_, default, _) in documented_keys().items():
+    for key, (_, default, meaning) in documented_keys().items():
+        assert meaning.strip(), key
         if default != "required" and key in values and key not in SET_BY_TINY:
             shown = values[key] if isinstance(values[key], str) else json.dumps(values[key])
             assert default == f"default {shown}", key

@@ -157,8 +157,11 @@ class ColorJitterSection(Section):
     """torchvision's ColorJitter: brightness 0.4 draws a factor from 0.6 to 1.4."""
 
     brightness: Annotated[float, Field(ge=0)] = 0.0
+    """Pixels are multiplied by a factor from 1 - brightness to 1 + brightness."""
     contrast: Annotated[float, Field(ge=0)] = 0.0
+    """Likewise, their distance from the image's mean."""
     saturation: Annotated[float, Field(ge=0)] = 0.0
+    """Likewise, their distance from their own grey."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Largest shift of the hue; 0.5 is half a circle."""
 
@@ -260,8 +263,11 @@ class DataSection(Section):
     """Transforms of one's own, by the names under which they are registered; applied to training
     samples in this order, after all the others but mixup and CutMix."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Of resizing; where an image is made smaller, over all pixels that fall into one."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Of red, green and blue from 0 to 1, subtracted from the pixels."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """What they are divided by after that."""
     device: Literal["cpu", "gpu"] = "cpu"
     """Where DALI decodes; gpu needs a GPU."""
     threads: Annotated[int, Field(gt=0, le=MOST_THREADS)] = 2
@@ -325,6 +331,7 @@ class LossSection(Section):
     phi: float = 1.0
     """TET's target of all outputs; the paper takes the threshold."""
     label_smoothing: Share = 0.0
+    """Share of the target that is spread evenly over all classes, as of torch's cross_entropy."""
     arguments: dict[str, Any] = {}
     """Further arguments of a loss of your own."""
     distillation: DistillationSection = DistillationSection()
@@ -370,9 +377,14 @@ class OptimizerSection(Section):
     counting stem, blocks, classifier; of metrics' lr, which is the classifier's. Null: all have the
     same."""
     momentum: Share = 0.9
+    """Of sgd."""
     nesterov: bool = False
+    """Of sgd: the gradient of where the momentum leads."""
     betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decays of the averages of gradients and of their squares; not of sgd."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Share of a weight that is added to its gradient; adamw and its like subtract it, times the
+    learning rate, from the weight itself."""
     decay_norms: bool = True
     """Whether weight decay applies to batch norm parameters and biases, too."""
     decay_neurons: bool = False
@@ -398,7 +410,9 @@ class PhaseSection(Section):
     """A stretch of training with its own T, optimiser and schedule."""
 
     epochs: Epochs
+    """Number of passes over the training samples in this phase."""
     timesteps: Timesteps
+    """T: how often the network sees an image, or how many time bins of a recording."""
     optimizer: OptimizerSection
     schedule: Literal["cosine", "constant", "polynomial", "step"] = "cosine"
     """cosine: half a period, from the peak to min_lr; polynomial: to min_lr by (1 - share)^power;
@@ -406,6 +420,7 @@ class PhaseSection(Section):
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     """Linear from warmup_lr at the phase's start."""
     warmup_lr: Annotated[float, Field(ge=0)] = 0.0
+    """The learning rate at which warmup_epochs begins."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """What the schedule ends with, and stays at during cooldown_epochs."""
     cooldown_epochs: Annotated[int, Field(ge=0)] = 0
@@ -419,6 +434,7 @@ class PhaseSection(Section):
     power: Annotated[float, Field(gt=0)] = 1.0
     """Of schedule: polynomial."""
     decay_epochs: Annotated[float, Field(gt=0)] = 30.0
+    """Of schedule=step: epochs from one fall of the learning rate to the next."""
     decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Of schedule: step."""
     image_size: Pixels | None = None
@@ -460,6 +476,7 @@ class SaveSection(Section):
 
 class TrackingSection(Section):
     mlflow: bool = True
+    """Whether MLflow gets the run."""
     uri: str | None = None
     """MLflow's tracking URI; null: the SQLite file RUNS_DIR/mlflow.db."""
     experiment: str = "tetdist"
@@ -486,6 +503,7 @@ class RunConfig(Section):
     """Python files of your own, beside the configuration, that register models, neurons, losses,
     optimisers, transforms or trackers; docs/extending.md. --import FILE adds one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of everything that is drawn: initial weights, order of samples, augmentation, dropout."""
     model: ModelSection
     data: DataSection
     batch: BatchSection
@@ -516,6 +534,7 @@ class RunConfig(Section):
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed's ZeRO. 1: the optimiser's state is divided among processes; 2: gradients, too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where torch sees a GPU, else cpu."""
     cuda_graphs: bool = False
     """Have a GPU start a micro-batch's kernels, forward and backward, all at once: for small
     micro-batches, where it would wait for the host. With engine=torch. What a micro-batch needs
@@ -549,6 +568,7 @@ class RunConfig(Section):
     resume: Literal["auto", "never", "must"] = "auto"
     """What to do about checkpoints in the run folder: auto continues if there are any."""
     runs_dir: str = "runs"
+    """Folder of the run's folder, and of MLflow's database unless tracking.uri says another."""
     save: SaveSection = SaveSection()
     tracking: TrackingSection = TrackingSection()
     cluster: dict[str, Any] = {}

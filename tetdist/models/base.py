@@ -64,11 +64,10 @@ class SpikingNetwork(nn.Module):
         timesteps: T, how often a static image is shown; for events, how many of the input's
             bins are used.
 
-    Arguments that subclasses have in common, by timm's names:
-        drop_rate: Share of the features that the classifier does not see in training, the same ones
-            at all timesteps.
-        drop_path_rate: How often the branch of the last block is dropped in training, of a sample
-            for all timesteps; that of the others rises to this from 0, by equal steps.
+    Subclasses take two more, by timm's names: ``drop_rate``, the share of the features that the
+    classifier does not see in training, the same ones at all timesteps; and ``drop_path_rate``, how
+    often the branch of the last block is dropped in training, of a sample for all timesteps, while
+    that of the others rises to this from 0, by equal steps.
     """
 
     stem: nn.Module

@@ -290,7 +290,8 @@ def commands(numbers: Numbers, link: str) -> str:
         else ""
     )
     return (
-        f"<details><summary>Commands</summary>\n\nOf the first seed, {runs[0].seed}; those of all "
-        f"runs, and every number, are in [{link.rpartition('/')[2]}]({link}).\n\n"
+        '<details markdown="1"><summary>Commands</summary>\n\n'
+        f"Of the first seed, {runs[0].seed}; those of all runs, and every number, are in "
+        f"[{link.rpartition('/')[2]}]({link}).\n\n"
         f"```\n{listed}\n```\n\n{tested}</details>"
     )
