@@ -134,11 +134,15 @@ def test_thresholds_of_early_exit_are_compared(
 ) -> None:
     output, results = tmp_path / "out", tmp_path / "results.md"
     results.write_text("<!-- summary of studies -->\n<!-- end of the summary -->\n")
-    file = write({"exit_within": 20.0, "overrides": {"data.held_out": 0.25}})
+    averaged = {"control": "tet", "average": True, "overrides": {"ema.decay": 0.5}}
+    entries = {**ENTRIES, "averaged": averaged}
+    overrides = {"data.held_out": 0.25, "phases.0.optimizer.lr": 0.5}
+    changes = {"exit_within": 20.0, "seeds": [0], "entries": entries, "overrides": overrides}
+    file = write(changes)
     status, _, errors = call(file, "--output", output, "--jobs", 2, "--append-to", results)
     assert status == 0, errors
     values = json.loads((tmp_path / "results" / "study.json").read_text())
-    spent: dict[str, list[float]] = {"sdt": [], "tet": []}
+    spent: dict[str, list[float]] = {"sdt": [], "tet": [], "averaged": []}
     for run in values["runs"]:
         found = json.loads((output / run["name"] / "test_timesteps.json").read_text())
         # The validation split is what is reported, not what the run held out.
@@ -146,12 +150,20 @@ def test_thresholds_of_early_exit_are_compared(
         assert run["chosen_exit"] == found["chosen_exit"]
         assert run["best_top1"] == "NaN"
         assert "--exit-within 20" in run["commands"][1]
+        assert ("averaged" in found, "--ema" in run["commands"][1]) == 2 * (
+            run["entry"] == "averaged",
+        )
         spent[run["entry"]].append(found["chosen_exit"]["mean_timesteps"])
+    # It is the same training, of which other weights are evaluated.
+    losses = {run["name"]: run["loss"] for run in values["runs"]}
+    assert losses["averaged-seed0"] != losses["tet-seed0"]
+    curves = {run["name"]: run["curve"] for run in values["runs"]}
+    assert curves["averaged-seed0"] == curves["tet-seed0"]
     difference = values["differences"]["tet"]["exit_timesteps"]
     assert difference["mean"] == pytest.approx(np.mean(np.subtract(spent["tet"], spent["sdt"])))
     report = results.read_text()
     assert "costs at most 20 points on the 12 training samples that a run holds out" in report
-    row = f"| `tet` - `sdt` | 2 | 20 | {np.mean(spent['tet']):.2f} | {np.mean(spent['sdt']):.2f} |"
+    row = f"| `tet` - `sdt` | 1 | 20 | {np.mean(spent['tet']):.2f} | {np.mean(spent['sdt']):.2f} |"
     assert row in report[: report.index("<!-- end of the summary -->")]
     assert "best epoch" not in report
 
@@ -524,6 +536,7 @@ def test_commands_of_an_installed_package(
             {"exit_within": 1.0, "test_timesteps": [1], "overrides": {"data.held_out": 0.2}},
             ("exit_within", "the T of entries.sdt, 2"),
         ),
+        ({"entries.tet.average": True}, ("entries.tet.average", "set ema.decay")),
         ({"exit_within": -1.0, "overrides": {"data.held_out": 0.2}}, ("'exit_within'",)),
     ],
 )

@@ -28,6 +28,8 @@ class Spread:
     std: float
 
     def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return ""
         return f"{self.mean:.2f}" + ("" if math.isnan(self.std) else f" ± {self.std:.2f}")
 
 
@@ -47,7 +49,7 @@ class Difference:
 
     def __str__(self) -> str:
         if math.isnan(self.low):
-            return signed(self.mean)
+            return "" if math.isnan(self.mean) else signed(self.mean)
         return f"{signed(self.mean)} [{signed(self.low)}, {signed(self.high)}]"
 
 
@@ -57,7 +59,7 @@ class Result:
 
     Attributes:
         top1, best_top1: Accuracies of the last and the best epoch, in percent; the latter is NaN
-            where only samples that were held out were evaluated along the way.
+            where what was evaluated along the way were samples held out, or weights not averaged.
         samples: Size of the validation split.
         data_split: Name of the split of recordings, where there are several.
         by_timestep: Top-1 of the last epoch's time-mean up to timestep 1, 2, ...
@@ -109,15 +111,14 @@ def result_of(run: StudyRun) -> Result | None:
     validations = lines(run, "val")
     last = validations[-1]
     best = max(validations, key=lambda line: line["top1"])
-    chosen_exit = found.get("chosen_exit")
     return Result(
         run=run,
         top1=found["top1"],
-        best_top1=best["top1"] if chosen_exit is None else math.nan,
+        best_top1=math.nan if run.is_judged_apart else best["top1"],
         best_epoch=best["epoch"],
         by_timestep=list(found["per_timestep_top1"]),
         loss=found["loss"],
-        chosen_exit=chosen_exit,
+        chosen_exit=found.get("chosen_exit"),
         samples=found["samples"],
         data_split=found.get("data_split"),
         curve=[(line["epoch"], line["loss"], line["top1"]) for line in validations],

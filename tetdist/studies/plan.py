@@ -50,6 +50,8 @@ class EntrySection(Section):
     """The entry whose weights, of the same seed, it begins with."""
     teacher: str | None = None
     """The entry whose network, of the same seed, is its teacher (loss.distillation.teacher)."""
+    average: bool = False
+    """Whether it is the moving average of the weights (ema.decay) that is evaluated at the end."""
 
 
 class StudySection(Section):
@@ -82,6 +84,7 @@ class StudyRun:
         teacher: The run whose network it learns from.
         test_timesteps: Numbers of timesteps at which it is evaluated; none: at its own.
         exit_within: Points of top-1 that early exit may cost; None: it has no threshold chosen.
+        average: Whether the moving average of its weights is what is evaluated at the end.
     """
 
     entry: str
@@ -93,6 +96,7 @@ class StudyRun:
     teacher: "StudyRun | None"
     test_timesteps: tuple[int, ...]
     exit_within: float | None = None
+    average: bool = False
 
     @property
     def name(self) -> str:
@@ -120,8 +124,12 @@ class StudyRun:
     def is_evaluated_again(self) -> bool:
         """Whether it is evaluated for what its own evaluations do not know."""
         beyond = self.timesteps < max(self.test_timesteps, default=0)
-        chooses = self.exit_within is not None
-        return beyond or chooses or not self.config.model.neuron.causal
+        return beyond or self.is_judged_apart or not self.config.model.neuron.causal
+
+    @property
+    def is_judged_apart(self) -> bool:
+        """Whether its own evaluations are of other samples or weights than the result."""
+        return self.exit_within is not None or self.average
 
     @property
     def train_command(self) -> "Command":
@@ -134,7 +142,8 @@ class StudyRun:
         of = ("--checkpoint", str(self.folder), "--timesteps", timesteps, "--json", str(file))
         within = self.exit_within
         choosing = () if within is None else ("--exit-within", f"{within:g}")
-        more = (*choosing, "--threads", str(self.config.data.threads))
+        averaged = ("--ema",) if self.average else ()
+        more = (*choosing, *averaged, "--threads", str(self.config.data.threads))
         return Command("eval", (*of, *more, *import_flags(self.config.imports)))
 
     def next_command(self) -> "Command | None":
@@ -288,6 +297,8 @@ def _run(
             f"test_timesteps: what is beyond the T of entries.{name} is evaluated on val, and the "
             "rest on what data.held_out holds out; leave out one of them"
         )
+    if entry.average and resolved.ema.decay is None:
+        raise UserError(f"entries.{name}.average: there is none; set ema.decay, such as 0.999")
     for one in study.test_timesteps:
         if (reason := resolved.model.neuron.refusal(one)) is not None:
             raise UserError(f"test_timesteps: of entries.{name}, {reason}")
@@ -301,6 +312,7 @@ def _run(
         teacher=teacher,
         test_timesteps=study.test_timesteps,
         exit_within=study.exit_within,
+        average=entry.average,
     )
 
 
@@ -385,21 +397,22 @@ def evaluation(run: StudyRun) -> dict[str, Any] | None:
     """What the run's last epoch has come to: top1, loss, samples, per_timestep_top1 and so on.
 
     Up to the T of training the run's own evaluation says it. Beyond it per_timestep_top1 is that
-    of the command eval; and where a threshold of early exit is chosen, all of it is, since the
-    run's own evaluation is of the samples that it held out. None while that is not there.
+    of the command eval; and all of it is where the run's own evaluation is of the samples that it
+    held out, or of the weights that are not averaged. None while that is not there.
     """
     last = lines(run, "val")[-1]
     most = max(run.test_timesteps, default=0)
-    chooses = run.exit_within is not None
-    if len(last["per_timestep_top1"]) >= most and not chooses:
+    if len(last["per_timestep_top1"]) >= most and not run.is_judged_apart:
         return last
     try:
         values = json.loads((run.folder / EVALUATION_FILE).read_text())
         if values["step"] != last["step"] or len(values["per_timestep_top1"]) < most:
             return None
-        if not chooses:
+        if not run.is_judged_apart:
             return last | {"per_timestep_top1": values["per_timestep_top1"]}
-        return dict(values) if values["chosen_exit"]["within"] == run.exit_within else None
+        within = values["chosen_exit"]["within"] if "chosen_exit" in values else None
+        is_its = (within, "averaged" in values) == (run.exit_within, run.average)
+        return dict(values) if is_its else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
