@@ -243,12 +243,12 @@ def test_run_is_added_to_the_index_of_networks(
     command: Command,
     main: Callable[..., Outcome],
     tiny_config: Callable[..., Path],
+    tiny_root: Path,
     tmp_path: Path,
 ) -> None:
     outcome = main(tiny_config())
     assert outcome.status == 0, outcome.text
     run, index = tmp_path / "runs" / "tiny", tmp_path / "zoo.json"
-    index.write_text('{"networks": []}')
     push = (exporting, run, "--best", "--push", "us/tiny", "--zoo", index, "--trained-by", "Us")
     status, said = command(*push)
     assert status == 0, said
@@ -256,6 +256,9 @@ def test_run_is_added_to_the_index_of_networks(
     evaluated = [line["top1"] for line in tiny.metrics(run, "val")]
     assert (network.top1.last, network.top1.best) == (evaluated[-1], max(evaluated))
     assert (network.name, network.checkpoint, network.trained_by) == ("tiny", "best", "Us")
+    # By which networks of several data sets of ten classes are told apart.
+    assert (network.data, network.split) == (tiny_root.name, "val")
+    assert (network.classes, network.samples) == (len(tiny.CLASSES), sum(tiny.VAL_SIZES))
     # What the entry names is what it says.
     fetched = hub.fetch(network.repository, "model.safetensors")
     assert hashlib.sha256(fetched.read_bytes()).hexdigest() == network.sha256
@@ -264,6 +267,10 @@ def test_run_is_added_to_the_index_of_networks(
     status, said = command(*push)
     assert status == 2
     assert "has tiny already; remove that entry, or rename the run" in said
+    assert len(there.requests) == requests
+    status, said = command(*push[:6], tmp_path / "no" / "zoo.json", *push[7:])
+    assert status == 2
+    assert f"--zoo: there is no folder {tmp_path / 'no'}; make it" in said
     assert len(there.requests) == requests
 
     damaged = json.loads(index.read_text())
