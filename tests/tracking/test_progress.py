@@ -129,15 +129,36 @@ def test_files_are_counted_in_words_and_human_time(
         done = shown.titled("val", "recording")
         clock.now += 20
         done(2, 2000)
-        clock.now += 20
+        clock.now += 4
+        done(3, 2000)
+        clock.now += 16
         done(1002, 2000)
         done(2000, 2000)
         done = shown.titled("train", "image")
         clock.now += 0.5
         done(1, 1)
     assert capsys.readouterr().err.splitlines() == [
-        "val: 2 of 2,000 recordings, 0.1 recordings/s, 5 h 33 min left",
-        "val: 1002 of 2,000 recordings, 50 recordings/s, 20 s left",
-        "val: 2000 of 2,000 recordings, 50 recordings/s, 0 s left",
-        "train: 1 of 1 image, 2.0 images/s, 0 s left",
+        # Of the first files, which waited for processes, nothing follows for the others.
+        "val: 2 of 2,000 recordings",
+        "val: 1,002 of 2,000 recordings, 50 recordings/s, 20 s left",
+        "val: 2,000 of 2,000 recordings in 40 s, 50 recordings/s",
+        "train: 1 of 1 image in 0 s, 2.0 images/s",
+    ]
+
+
+def test_no_time_is_left_before_there_is_a_pace(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """600 recordings that take 12 s once the processes have started, which took 9 s."""
+    with FileProgress() as shown:
+        done = shown.titled("bin")
+        clock.now += 9
+        for number in range(1, 601):
+            done(number, 600)
+            clock.now += 0.02
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "bin: 52 of 600 files",
+        "bin: 553 of 600 files, 50 files/s, 1 s left",
+        "bin: 600 of 600 files in 21 s, 29 files/s",
     ]
