@@ -16,15 +16,21 @@ from tetdist.reports.run_status import JobEvent, as_text, find_runs, read_status
 
 CONFIG: dict[str, Any] = {
     "phases": [{"epochs": 3}, {"epochs": 1}],
-    "batch": {"global": 8},
     "max_steps": None,
-    "evaluate_every": 1,
 }
 
 
 def train_line(step: int) -> dict[str, Any]:
     values = {"epoch": step / 5, "phase": 0, "loss": 1 / step, "top1": 50.0, "lr": 0.1}
-    return {"kind": "train", "step": step} | values | {"samples_per_s": 16.0, "data_wait": 3.0}
+    return (
+        {"kind": "train", "step": step}
+        | values
+        | {
+            "samples_per_s": 16.0,
+            "data_wait": 3.0,
+            "eta_s": 24.4,
+        }
+    )
 
 
 def val_line(step: int, top1: float) -> dict[str, Any]:
@@ -85,8 +91,7 @@ def test_a_run_that_trains_says_how_far_it_is(tmp_path: Path) -> None:
         assert status.state == "training"
         assert (status.step, status.last_step, status.epoch, status.epochs) == (12, 20, 2.4, 4)
         assert (status.best_top1, status.best_step) == (70.0, 5)
-        # Eight steps of 8 samples at 16 a second, and the evaluations of two epochs.
-        assert status.eta_s == 4 + 20
+        assert status.eta_s == 24.4
         lines = as_text(status).splitlines()
     assert lines[0].startswith(f"{run}: training (for ")
     assert lines[1].startswith("  epoch 2.40/4  phase 0  step 12/20  ETA 24 s  last line 1 min")

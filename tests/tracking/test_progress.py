@@ -1,5 +1,7 @@
 """A log says soon how fast a run is, whatever it logs of it, and never nothing for minutes."""
 
+import fcntl
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 import tiny
 from tiny import Outcome
 
+from tetdist.reports.run_status import read_status
 from tetdist.tracking import progress
 from tetdist.tracking.progress import FileProgress, RunProgress
 
@@ -30,7 +33,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 TRAINED = {"epoch": 0.1, "loss": 1.0, "top1": 50.0, "lr": 0.1, "samples_per_s": 16.0}
-TRAINED |= {"data_wait": 3.0}
+TRAINED |= {"data_wait": 3.0, "eta_s": 2000.0}
 
 
 def test_the_first_line_comes_soon_and_others_after_a_minute(
@@ -62,7 +65,7 @@ def test_the_first_step_tells_nothing_of_the_pace(
     for seconds in (185, 60, 1):
         clock.now += seconds
         shown.advance()
-    shown.report_training(103, TRAINED)
+    shown.report_training(103, TRAINED | {"eta_s": shown.seconds_left()})
     first, second, third = capsys.readouterr().err.splitlines()
     assert first == (
         "epoch 1.01  step 101/200  the first step took 3 min 5 s, more than others will"
@@ -100,6 +103,27 @@ def test_one_process_of_several_speaks(clock: Clock, capsys: pytest.CaptureFixtu
     shown.advance()
     shown.advance_evaluation(8, 10)
     assert capsys.readouterr().err == ""
+
+
+def test_status_has_the_time_left_of_the_log(
+    main: Callable[..., Outcome], tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    outcome = main(tiny_config(), "log_every=2", "max_steps=7")
+    assert outcome.status == 0, outcome.text
+    said = re.findall(r"step (\d+)/7  loss .*ETA (\d+):(\d+):(\d+)", outcome.text)
+    run = tmp_path / "runs" / "tiny"
+    # The file's last lines, when the process was at each of these steps.
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for step, *clock in said:
+        until = [line for line in lines if json.loads(line)["step"] <= int(step)]
+        (run / "metrics.jsonl").write_text("".join(until))
+        with (run / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            eta = read_status(run).eta_s
+        hours, minutes, seconds = map(int, clock)
+        assert eta is not None
+        assert round(eta) == 3600 * hours + 60 * minutes + seconds
+    assert [int(step) for step, *_ in said] == [2, 4, 5, 6, 7]
 
 
 def test_lines_between_do_not_change_what_is_logged(

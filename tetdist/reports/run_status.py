@@ -50,7 +50,7 @@ class RunStatus:
         train: The last line of training in metrics.jsonl.
         val: The last evaluation in metrics.jsonl.
         best_top1, best_step: The best evaluation.
-        eta_s: Seconds to the end at the pace of the last line, evaluations included.
+        eta_s: Seconds to the end, as the run's log had it at the last line of training.
         line_age_s: Seconds since the last line.
         checkpoint: Name of the newest checkpoint.
         checkpoint_age_s: Seconds since it was written.
@@ -119,7 +119,7 @@ def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
     try:
         config = read_yaml(folder / "config.yaml")
         epochs = sum(int(phase["epochs"]) for phase in config["phases"])
-        global_batch, most = int(config["batch"]["global"]), config.get("max_steps")
+        most = config.get("max_steps")
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(
             f"{folder / 'config.yaml'} is not the configuration of a run, or damaged"
@@ -139,12 +139,6 @@ def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
     checkpoint = _newest_checkpoint(folder)
     saved = _step_of(checkpoint)
     state, text = _state(folder, lines, saved, job)
-    eta = None
-    if state == "training" and step and epoch and last_step and train.get("samples_per_s"):
-        eta = (last_step - step) * global_batch / train["samples_per_s"]
-        epochs_left = (last_step - step) / round(step / epoch)
-        evaluations = math.ceil(epochs_left / config.get("evaluate_every", 1))
-        eta += evaluations * val.get("seconds", 0.0)
     return RunStatus(
         run=folder.resolve().name,
         folder=str(folder),
@@ -160,7 +154,7 @@ def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
         val=val,
         best_top1=best.get("top1"),
         best_step=best.get("step"),
-        eta_s=eta,
+        eta_s=train.get("eta_s") if state == "training" else None,
         line_age_s=now - lines[-1]["time"] if lines else None,
         checkpoint=None if checkpoint is None else checkpoint.name,
         checkpoint_age_s=None if checkpoint is None else now - checkpoint.stat().st_mtime,

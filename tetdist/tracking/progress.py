@@ -79,7 +79,7 @@ class RunProgress:
             else:
                 samples = (self.step - self.first_step - 1) * self.global_batch
                 rate = samples / max(now - self.steady_since, 1e-6)
-                pace = f"{_pace(rate)} since the first step  ETA {self._left()}"
+                pace = f"{_pace(rate)} since the first step  ETA {_clock(self.seconds_left())}"
             epoch = self.step / self.steps_per_epoch
             self._say(f"epoch {epoch:.2f}  step {self.step}/{self.last_step}  {pace}")
 
@@ -101,7 +101,7 @@ class RunProgress:
             self.bar.set_description(f"{phase}epoch {values['epoch']:.1f}  step {step}")
             self.bar.set_postfix_str(", ".join([*learned, *machine]))
             return
-        rate, left = _pace(values["samples_per_s"]), f"ETA {self._left()}"
+        rate, left = _pace(values["samples_per_s"]), f"ETA {_clock(values['eta_s'])}"
         where = f"{phase}epoch {values['epoch']:.2f}"
         self._say(
             "  ".join([where, f"step {step}/{self.last_step}", *learned, rate, *machine, left])
@@ -145,15 +145,19 @@ class RunProgress:
     def _said(self) -> None:
         self.last_line, self.silence = time.monotonic(), self.LATER
 
-    def _left(self) -> timedelta:
-        """The time to the last step at the pace since the first one, evaluations included.
+    def seconds_left(self) -> float:
+        """Compute the time to the last step at the pace since the first one, evaluations included.
 
         The first step, which compiles and warms up, may take as long as a hundred others.
         """
         done = self.step - self.first_step
         since, steps = (self.steady_since, done - 1) if done > 1 else (self.started, 1)
         pace = (time.monotonic() - since) / steps
-        return timedelta(seconds=round((self.last_step - self.step) * pace))
+        return (self.last_step - self.step) * pace
+
+
+def _clock(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
 
 
 def _pace(per_second: float, unit: str = "sample") -> str:
