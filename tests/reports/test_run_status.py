@@ -121,9 +121,41 @@ def test_several_runs_are_a_table_and_json(
     assert find_runs(["runs"]) == [Path("runs/one"), Path("runs/two")]
     assert command.main(["three"]) == 2
     assert "there is no run three" in capsys.readouterr().err
-    Path("runs/one/config.yaml").write_text("phases: 3\n")
-    assert command.main(["one"]) == 2
-    assert "config.yaml is not the configuration of a run" in capsys.readouterr().err
+
+
+def test_damaged_run_is_a_row_among_others_and_no_run_is_none_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command.main([]) == 0
+    assert capsys.readouterr().out == "there are no runs yet in runs/\n"
+    assert command.main(["--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    made(Path("runs/b"), FINISHED, 20)
+    Path("runs/a").mkdir()
+    Path("runs/a/config.yaml").write_text("phases: 3\n")
+    made(Path("runs/c"), LINES, 12)
+    with Path("runs/c/metrics.jsonl").open("a") as file:
+        file.write("torn\n")
+    assert command.main([]) == 2
+    said = capsys.readouterr()
+    rows = [line.split()[:4] for line in said.out.splitlines()[1:]]
+    assert rows == [
+        ["a", "damaged", "-/-", "-/-"],
+        ["b", "finished", "4.00/4", "20/20"],
+        ["c", "damaged", "-/-", "-/-"],
+    ]
+    first, second = said.err.splitlines()
+    assert first.startswith("error: runs/a/config.yaml is not the configuration of a run")
+    assert second.startswith("error: runs/c/metrics.jsonl: line 6 is damaged: torn;")
+    assert command.main(["--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert [one["state"] for one in told] == ["damaged", "finished", "damaged"]
+    # Of one run there is nothing to show.
+    assert command.main(["a"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "config.yaml is not the configuration of a run" in said.err
 
 
 def test_it_loads_no_torch(tmp_path: Path) -> None:
