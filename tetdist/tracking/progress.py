@@ -222,8 +222,7 @@ class FileProgress:
             said = f"{title}: {done:,} of {counted(total, unit)}"
             files, seconds = done - first[0], now - first[1]
             if done >= total:
-                rate = done / max(now - started, 1e-6)
-                said += f" in {duration(now - started)}, {_pace(rate, unit)}"
+                said += f", {_pace(done / max(now - started, 1e-6), unit)}"
             elif files and seconds >= self._SECONDS_OF_A_RATE:
                 rate = files / seconds
                 said += f", {_pace(rate, unit)}, {duration((total - done) / rate)} left"
