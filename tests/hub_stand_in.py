@@ -1,5 +1,6 @@
 """A stand-in for the Hugging Face hub on this machine: the requests that huggingface_hub makes to
-create a repository, commit files to it, list them and fetch them."""
+create a repository, commit files to it, list them and fetch them. As the real one it takes and
+gives weights as LFS objects: by their checksum, beside the commits."""
 
 import base64
 import hashlib
@@ -19,6 +20,8 @@ from huggingface_hub import constants
 
 TOKEN, OWNER = "hf_of_the_tests", "us"
 _API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>[a-z]+)/(?P<revision>[^/]+))?")
+_BATCH = re.compile(r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
+_OBJECT = re.compile(r"/lfs/(?P<oid>[0-9a-f]{64})(?P<verify>/verify)?")
 _FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
 
@@ -47,11 +50,21 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The repositories there are, and all requests so far as METHOD PATH."""
+    """The repositories there are, all requests so far as METHOD PATH, and what lies beside them."""
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    objects: dict[str, bytes] = field(default_factory=dict)  # of LFS, by their SHA-256
     url: str = ""
+
+    @property
+    def storage(self) -> str:
+        """Where objects are: a host of another name, as the real one's."""
+        return self.url.replace("127.0.0.1", "localhost")
+
+
+def _is_large(path: str) -> bool:
+    return path.endswith(".safetensors")
 
 
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -67,7 +80,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def _answer_get(self) -> None:
             path = self._path()
-            if found := _FILE.fullmatch(path):
+            if found := _OBJECT.fullmatch(path):
+                self._send(200, hub.objects[found["oid"]], {})
+            elif found := _FILE.fullmatch(path):
                 self._file(found["repo"], found["revision"], found["path"])
             elif (found := _API.fullmatch(path)) and found["what"] in (None, "revision", "tree"):
                 self._about(found["repo"], found["what"], found["revision"] or "main")
@@ -81,12 +96,37 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self._say(200, {"errors": [], "warnings": []})
             elif not self._is_known():
                 self._say(401, {"error": "who is that?"})
+            elif found := _BATCH.fullmatch(path):
+                self._say_where_to_upload(json.loads(body)["objects"])
+            elif found := _OBJECT.fullmatch(path):
+                size = len(hub.objects.get(found["oid"], b""))
+                self._say(200 if size == json.loads(body)["size"] else 404, {})
             elif path == "/api/repos/create":
                 self._create(json.loads(body))
             elif (found := _API.fullmatch(path)) and found["what"] in ("preupload", "commit"):
                 self._write(found["repo"], found["what"], body)
             else:
                 self._say(404, {"error": "no such page"})
+
+        def do_PUT(self) -> None:
+            found = _OBJECT.fullmatch(self._path())
+            data = self.rfile.read(int(self.headers["Content-Length"]))
+            # The address is proof enough, as it is of the storage of the real one.
+            if found is None or hashlib.sha256(data).hexdigest() != found["oid"]:
+                self._say(400, {"error": "no such object"})
+                return
+            hub.objects[found["oid"]] = data
+            self._say(200, {})
+
+        def _say_where_to_upload(self, wanted: list[dict[str, Any]]) -> None:
+            """Answer for each object where it is put and verified; nothing where it is there."""
+            answers = []
+            for one in wanted:
+                url = f"{hub.storage}/lfs/{one['oid']}"
+                actions = {"upload": {"href": url}, "verify": {"href": f"{url}/verify"}}
+                is_new = one["oid"] not in hub.objects
+                answers.append(one | ({"actions": actions} if is_new else {}))
+            self._say(200, {"transfer": "basic", "objects": answers})
 
         def _create(self, wanted: dict[str, Any]) -> None:
             owner = wanted.get("organization") or OWNER
@@ -105,17 +145,29 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if not repo.startswith(f"{OWNER}/"):
                 self._say(403, {"error": "not yours"})
             elif what == "preupload":
-                files = [
-                    {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
-                    for one in json.loads(body)["files"]
-                ]
-                self._say(200, {"files": files})
+                self._say(
+                    200,
+                    {
+                        "files": [
+                            {
+                                "path": one["path"],
+                                "uploadMode": "lfs" if _is_large(one["path"]) else "regular",
+                                "shouldIgnore": False,
+                            }
+                            for one in json.loads(body)["files"]
+                        ]
+                    },
+                )
             else:
                 lines = [json.loads(line) for line in body.splitlines()]
                 files = {
                     line["value"]["path"]: base64.b64decode(line["value"]["content"])
                     for line in lines
                     if line["key"] == "file"
+                } | {
+                    line["value"]["path"]: hub.objects[line["value"]["oid"]]
+                    for line in lines
+                    if line["key"] == "lfsFile"
                 }
                 name = hub.repositories[repo].commit(files)
                 url = f"{hub.url}/{repo}/commit/{name}"
@@ -150,9 +202,14 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             commit = {"X-Repo-Commit": hub.repositories[repo].hash(revision) or ""}
             if path not in found:
                 self._say(404, {}, {"X-Error-Code": "EntryNotFound"} | commit)
+                return
+            oid = hashlib.sha256(found[path]).hexdigest()
+            if _is_large(path):
+                hub.objects[oid] = found[path]
+                facts = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(found[path]))}
+                self._send(302, b"", commit | facts | {"Location": f"{hub.storage}/lfs/{oid}"})
             else:
-                etag = {"ETag": f'"{hashlib.sha256(found[path]).hexdigest()}"'}
-                self._send(200, found[path], commit | etag)
+                self._send(200, found[path], commit | {"ETag": f'"{oid}"'})
 
         def _readable(self, repo: str, revision: str) -> dict[str, bytes] | None:
             """The files of a revision; None where it was said that there are none to be seen."""
@@ -208,6 +265,8 @@ def serving(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Hub]:
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    # The package hf_xet, where it is installed, would speak another protocol.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
         monkeypatch.delenv(name, raising=False)

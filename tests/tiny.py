@@ -40,7 +40,15 @@ CONFIG: dict[str, Any] = {
 }
 
 # What may differ between two runs that are the same.
-_OF_THE_CLOCK = ("time", "samples_per_s", "data_wait", "gpu_memory", "gpu_energy", "seconds")
+_OF_THE_CLOCK = (
+    "time",
+    "samples_per_s",
+    "data_wait",
+    "eta_s",
+    "gpu_memory",
+    "gpu_energy",
+    "seconds",
+)
 
 
 def make_images(root: Path, seed: int = 0) -> None:

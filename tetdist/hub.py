@@ -15,8 +15,8 @@ from tetdist.errors import UserError
 HF = "hf:"  # before the name of a repository, where a path could stand
 _REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
 _NAME = re.compile(rf"{HF}(?P<repo>{_REPOSITORY})(?:@(?P<revision>.+))?")
-# The hub makes this one by itself in every new repository.
-_OF_THE_HUB = frozenset({".gitattributes"})
+# What a repository that was made on the hub's pages may hold; a README.md is replaced by the card.
+_OF_THE_HUB = frozenset({".gitattributes", "LICENSE"})
 
 
 class Pushed(NamedTuple):
@@ -47,24 +47,41 @@ def fetch(name: str, file: str) -> Path:
     found = _NAME.fullmatch(name)
     if found is None:
         raise UserError(f"{name} is not of the form {HF}ORG/NAME or {HF}ORG/NAME@REVISION")
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+    )
 
     repo, revision = found["repo"], found["revision"]
     with _explained(name):
         try:
+            if try_to_load_from_cache(repo, file, revision=revision) is None:
+                # To download what is not in the cache tries again for 20 seconds where there is no
+                # network; this asks once.
+                try:
+                    HfApi().get_hf_file_metadata(url=hf_hub_url(repo, file, revision=revision))
+                except (HfHubHTTPError, ValueError):
+                    pass  # it was reached, or the name is none; what is wrong is said below
+                except Exception as error:  # of other classes in each version
+                    raise _unreachable(name) from error
             return Path(HfApi().hf_hub_download(repo, file, revision=revision))
         except LocalEntryNotFoundError as error:  # one of EntryNotFoundError's
-            raise UserError(
-                f"{name} is not in the cache of huggingface_hub, and {_endpoint()} cannot be "
-                "reached; fetch it once where there is a network, or give a file or folder"
-            ) from error
+            raise _unreachable(name) from error
         except EntryNotFoundError as error:
             others = ", ".join(sorted(HfApi().list_repo_files(repo, revision=revision)))
             raise UserError(
                 f"{name} has no {file}, but {others or 'no file at all'}: only such weights are "
                 "taken, since other files may hold code"
             ) from error
+
+
+def _unreachable(name: str) -> UserError:
+    return UserError(
+        f"{name} is not in the cache of huggingface_hub, and {_endpoint()} cannot be reached; "
+        "fetch it once where there is a network, or give a file or folder"
+    )
 
 
 def push(folder: Path, repo: str, *, private: bool, message: str) -> Pushed:
@@ -114,7 +131,7 @@ def _endpoint() -> str:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a sentence.
+    """Turn what huggingface_hub raises into a sentence, which its warnings are left out before.
 
     Raises:
         UserError: Something was raised.
@@ -125,7 +142,11 @@ def _explained(name: str) -> Iterator[None]:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from huggingface_hub.utils import logging as hub_logging
 
+    verbosity = hub_logging.get_verbosity()
+    # It warns of each attempt, once by its own handler and once by that of the command.
+    hub_logging.set_verbosity_error()
     try:
         yield
     except UserError:
@@ -161,3 +182,5 @@ def _explained(name: str) -> Iterator[None]:
             f"{_endpoint()} could not be asked for {name} ({reason}); see that there is a network, "
             "and try again"
         ) from error
+    finally:
+        hub_logging.set_verbosity(verbosity)

@@ -474,6 +474,22 @@ def test_printed_config_is_the_same_config(
     assert differences(config.as_dict(), load(name).as_dict()) == ["seed is 0 and was 3"]
 
 
+def test_forms_that_people_write_are_taken() -> None:
+    def loaded(*overrides: str) -> RunConfig:
+        return load("quickstart", overrides)
+
+    assert loaded("profile.steps=20..30").profile == loaded("profile.steps=[20, 30]").profile
+    assert loaded("tracking.trackers=tensorboard").tracking.trackers == ("tensorboard",)
+    assert loaded("data.transforms=[]").data.transforms == ()
+    for wrong in ("20", "20-30", "[20]", "[1, 2, 3]"):
+        with pytest.raises(UserError, match=r"'profile.steps': must be the first and the last "):
+            loaded(f"profile.steps={wrong}")
+    with pytest.raises(UserError, match=r"'profile.steps.0': input should be greater than 0"):
+        loaded("profile.steps=0..3")
+    with pytest.raises(UserError, match=r"'tracking.trackers.0': input should be a valid string"):
+        loaded("tracking.trackers=[1]")
+
+
 def test_every_key_is_printed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--explain"]) == 0
     explained = {line.split()[0] for line in capsys.readouterr().out.splitlines()}

@@ -437,6 +437,22 @@ def test_file_alone_is_enough_wherever_the_data_is(
     assert status == 0, err
 
 
+def test_weights_of_somebody_else_ask_for_the_data(
+    run: Path, evaluate: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export names no place of the data; one of that name may be here by chance."""
+    from tetdist.cli import export
+
+    file = tmp_path / "model.safetensors"
+    assert export.main([str(run), "--format", "safetensors", "--output", str(file)]) == 0
+    monkeypatch.chdir(tmp_path)
+    said = broken(evaluate, "--checkpoint", file)
+    assert "the training's data, data, is not here; give --data ROOT, a folder with the" in said
+    (tmp_path / "data").mkdir()
+    said = broken(evaluate, "--checkpoint", file)
+    assert "no index data/index/val.npz in the folder that the recipe names; give --data" in said
+
+
 def broken(evaluate: Tool, *arguments: object) -> str:
     status, out, err = evaluate(*arguments)
     assert status == 2, out + err
@@ -500,9 +516,9 @@ def test_bad_data(run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path) ->
     def problem(*options: object) -> str:
         return broken(evaluate, "--checkpoint", run, "--data", tiny_copy, *options)
 
-    assert "there is no folder" in broken(
-        evaluate, "--checkpoint", run, "--data", tmp_path / "none"
-    )
+    none = tmp_path / "none"
+    said = broken(evaluate, "--checkpoint", run, "--data", none)
+    assert f"--data: {none} does not exist; give the folder of the data" in said
     assert "there is that of train, val, so give" in problem("--split", "test")
     (tiny_copy / "val/up").rename(tiny_copy / "val/top")
     assert "val/" in problem()

@@ -227,11 +227,17 @@ def test_several_labels_of_an_image(file: Path, evaluate: Evaluate, tmp_path: Pa
         (["imagenet-r", "--data", "x", "--split", "y"], "leave out --split"),
         (["imagenet-c", "--data", "x", "--report", "a.html"], "--report is not for --variant"),
         (["imagenet-c", "--data", "x", "--timesteps", "1,2"], "at one number of timesteps"),
-        (["imagenet-c", "--data", "nowhere"], "nowhere has no corruption's folder in it"),
-        (["imagenet-v2", "--data", "/nowhere/v2"], "there is no folder /nowhere"),
+        (["imagenet-c", "--data", "/"], "/ has no corruption's folder in it"),
+        (["imagenet-c", "--data", "nowhere"], "--data: nowhere does not exist"),
+        # Not "there is no index /index/nowhere.npz", which would have the whole disk indexed.
+        (["imagenet-v2", "--data", "/nowhere"], "--data: /nowhere does not exist"),
+        (["imagenet-a", "--data", "/nowhere"], "--data: /nowhere does not exist"),
+        (["imagenet-r", "--data", __file__], "test_variants.py is a file; give the folder"),
+        (["real", "--data", __file__], "test_variants.py is a file; give the folder"),
     ],
 )
 def test_options_are_checked(evaluate: Evaluate, arguments: list[str], complaint: str) -> None:
     status, said, _ = evaluate(*arguments)
     assert status == 2
     assert complaint in said
+    assert "index" not in said.partition("error:")[2]

@@ -129,6 +129,17 @@ def test_a_preset_makes_its_frames_and_splits(name, trees, tmp_path, prebin_dvs)
         assert "not made: the split '0-99-test' leaves nothing to train of 'cat'" in output
 
 
+def test_a_split_of_ones_own_is_said_to_have_no_published_result(trees, prebin_dvs):
+    status, output = prebin_dvs(
+        trees["nmnist"], "--preset", "nmnist", "--split", "published,first-90-percent"
+    )
+    assert status == 0, output
+    published, _, own = output.partition("splits/first-90-percent")
+    assert "  ease: " in published
+    assert "no published result" not in published
+    assert "\n  no published result is known on this split\n" in own
+
+
 def test_a_preset_takes_no_other_data_set_for_its_own(trees):
     for name in PRESETS:
         for other, root in trees.items():

@@ -16,6 +16,7 @@ import pytest
 import timm
 import tiny
 import torch
+import yaml
 from passes import randomize
 from safetensors.torch import load_file
 from spikingjelly.activation_based import nir_exchange
@@ -86,7 +87,8 @@ def save(network: str, folder: Path, **neuron: Any) -> Path:
         "phases": [{"epochs": 2, "timesteps": T, "optimizer": {"lr": 0.1}}],
         "loss": {"distillation": {"teacher": "/home/me/secret/big", "self_weight": 0.5}},
         "init_checkpoint": "/home/me/secret/relu.safetensors",
-        "tracking": {"uri": "http://user:secret@tracker"},
+        "tracking": {"uri": "http://user:secret@tracker", "trackers": ["tensorboard"]},
+        "profile": {"steps": [1, 2]},
         "runs_dir": "/home/me/runs",
         "cluster": {"account": "secret"},
     }
@@ -160,6 +162,7 @@ def test_code_of_the_card_loads_the_network(
     trained = load(file)
     x = trained.examples(2)
     card = (folder / "README.md").read_text()
+    assert ("pipeline_tag" in card) == ("image-classification" in card) == (network != "vggsnn")
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     # As its reader does: beside the folder, or in it.
     monkeypatch.chdir(tmp_path if kind == "timm" else folder)
@@ -189,8 +192,16 @@ def test_card_says_what_a_reader_asks_and_no_secrets(tool: Tool, tmp_path: Path)
         "61.25 % top-1",
         "shorter side resized to 37 (bilinear), centre crop of 32, minus [0.5, 0.5, 0.5]",
         "  surrogate: triangle",
+        "pip install -e '.[train,cuda130]'",
     ):
         assert part in card, part
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["pipeline_tag"] == "image-classification"
+    assert "license" not in front  # nobody has said which
+    recipe = yaml.safe_load((tmp_path / "given" / "recipe.yaml").read_text())
+    assert not recipe.keys() & {"profile", "tracking", "cluster", "save", "runs_dir"}
+    assert recipe["data"].keys() & {"root", "threads", "image_size"} == {"root", "image_size"}
+    parse(recipe, "recipe.yaml", warn=False)
     for path in (tmp_path / "given").iterdir():
         assert b"secret" not in path.read_bytes(), path
         assert b"/home/me" not in path.read_bytes(), path

@@ -126,6 +126,55 @@ def test_network_goes_out_and_comes_back(
     assert "the data has other classes than hf:us/small was trained on" in said
 
 
+def test_weights_are_sent_as_an_object_and_once(there: Hub, command: Command, file: Path) -> None:
+    assert command(exporting, file, "--push", "us/small")[0] == 0
+    (oid,) = there.objects
+    steps = [
+        "POST /us/small.git/info/lfs/objects/batch",
+        f"PUT /lfs/{oid}",
+        f"POST /lfs/{oid}/verify",
+        "POST /api/models/us/small/commit/main",
+    ]
+    assert [one for one in there.requests if one in steps] == steps
+    assert command(exporting, file, "--push", "us/again")[0] == 0
+    assert there.requests.count(f"PUT /lfs/{oid}") == 1
+    fetched = hub.fetch("hf:us/again", "model.safetensors")
+    assert hashlib.sha256(fetched.read_bytes()).hexdigest() == oid
+
+
+def test_repository_that_was_made_on_the_hubs_pages_is_taken(
+    there: Hub, command: Command, file: Path
+) -> None:
+    repository = there.repositories["us/made"] = Repository()
+    repository.commit({".gitattributes": b"x", "LICENSE": b"theirs", "README.md": b"---\n---\n"})
+    status, said = command(exporting, file, "--push", "us/made")
+    assert status == 0, said
+    files = repository.files("main")
+    assert files is not None
+    assert files.keys() == FILES | {".gitattributes", "LICENSE"}
+    assert files["LICENSE"] == b"theirs"
+    assert b"# small" in files["README.md"]
+
+
+def test_without_a_network_one_sentence_says_so(
+    there: Hub, command: Command, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command(exporting, file, "--push", "us/small")[0] == 0
+    commit = there.repositories["us/small"].hash("main")
+    assert hub.fetch(f"hf:us/small@{commit}", "model.safetensors").is_file()
+    nobody = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "ENDPOINT", nobody)
+    template = f"{nobody}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    status, said = command(evaluation, "--checkpoint", "hf:us/other")
+    assert status == 2
+    assert said == (
+        f"error: hf:us/other is not in the cache of huggingface_hub, and {nobody} cannot be "
+        "reached; fetch it once where there is a network, or give a file or folder\n"
+    )
+    assert hub.fetch(f"hf:us/small@{commit}", "model.safetensors").is_file()
+
+
 def test_dry_run_sends_nothing(there: Hub, command: Command, file: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     status, said = command(exporting, file, "--push", "us/it", "--dry-run", "--output", kept)
@@ -207,7 +256,7 @@ def test_what_cannot_be_pushed_is_named(
     there.repositories["them/it"].commit({".gitattributes": b""})
     refused(file, "them/it", "does not let this user's token do that to them/it (status 403)")
     there.repositories["us/it"] = Repository()
-    there.repositories["us/it"].commit({"train.py": b"", "README.md": b""})
+    there.repositories["us/it"].commit({"train.py": b"", "README.md": b"", "LICENSE": b""})
     refused(file, "us/it", "us/it holds other files than an export (train.py)")
     nameless = save(tmp_path / "nameless.safetensors", None)
     refused(nameless, "us/new", "do not name their classes")
@@ -243,12 +292,12 @@ def test_run_is_added_to_the_index_of_networks(
     command: Command,
     main: Callable[..., Outcome],
     tiny_config: Callable[..., Path],
+    tiny_root: Path,
     tmp_path: Path,
 ) -> None:
     outcome = main(tiny_config())
     assert outcome.status == 0, outcome.text
     run, index = tmp_path / "runs" / "tiny", tmp_path / "zoo.json"
-    index.write_text('{"networks": []}')
     push = (exporting, run, "--best", "--push", "us/tiny", "--zoo", index, "--trained-by", "Us")
     status, said = command(*push)
     assert status == 0, said
@@ -256,6 +305,9 @@ def test_run_is_added_to_the_index_of_networks(
     evaluated = [line["top1"] for line in tiny.metrics(run, "val")]
     assert (network.top1.last, network.top1.best) == (evaluated[-1], max(evaluated))
     assert (network.name, network.checkpoint, network.trained_by) == ("tiny", "best", "Us")
+    # By which networks of several data sets of ten classes are told apart.
+    assert (network.data, network.split) == (tiny_root.name, "val")
+    assert (network.classes, network.samples) == (len(tiny.CLASSES), sum(tiny.VAL_SIZES))
     # What the entry names is what it says.
     fetched = hub.fetch(network.repository, "model.safetensors")
     assert hashlib.sha256(fetched.read_bytes()).hexdigest() == network.sha256
@@ -264,6 +316,10 @@ def test_run_is_added_to_the_index_of_networks(
     status, said = command(*push)
     assert status == 2
     assert "has tiny already; remove that entry, or rename the run" in said
+    assert len(there.requests) == requests
+    status, said = command(*push[:6], tmp_path / "no" / "zoo.json", *push[7:])
+    assert status == 2
+    assert f"--zoo: there is no folder {tmp_path / 'no'}; make it" in said
     assert len(there.requests) == requests
 
     damaged = json.loads(index.read_text())

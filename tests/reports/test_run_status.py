@@ -16,15 +16,21 @@ from tetdist.reports.run_status import JobEvent, as_text, find_runs, read_status
 
 CONFIG: dict[str, Any] = {
     "phases": [{"epochs": 3}, {"epochs": 1}],
-    "batch": {"global": 8},
     "max_steps": None,
-    "evaluate_every": 1,
 }
 
 
 def train_line(step: int) -> dict[str, Any]:
     values = {"epoch": step / 5, "phase": 0, "loss": 1 / step, "top1": 50.0, "lr": 0.1}
-    return {"kind": "train", "step": step} | values | {"samples_per_s": 16.0, "data_wait": 3.0}
+    return (
+        {"kind": "train", "step": step}
+        | values
+        | {
+            "samples_per_s": 16.0,
+            "data_wait": 3.0,
+            "eta_s": 24.4,
+        }
+    )
 
 
 def val_line(step: int, top1: float) -> dict[str, Any]:
@@ -85,8 +91,7 @@ def test_a_run_that_trains_says_how_far_it_is(tmp_path: Path) -> None:
         assert status.state == "training"
         assert (status.step, status.last_step, status.epoch, status.epochs) == (12, 20, 2.4, 4)
         assert (status.best_top1, status.best_step) == (70.0, 5)
-        # Eight steps of 8 samples at 16 a second, and the evaluations of two epochs.
-        assert status.eta_s == 4 + 20
+        assert status.eta_s == 24.4
         lines = as_text(status).splitlines()
     assert lines[0].startswith(f"{run}: training (for ")
     assert lines[1].startswith("  epoch 2.40/4  phase 0  step 12/20  ETA 24 s  last line 1 min")
@@ -116,9 +121,41 @@ def test_several_runs_are_a_table_and_json(
     assert find_runs(["runs"]) == [Path("runs/one"), Path("runs/two")]
     assert command.main(["three"]) == 2
     assert "there is no run three" in capsys.readouterr().err
-    Path("runs/one/config.yaml").write_text("phases: 3\n")
-    assert command.main(["one"]) == 2
-    assert "config.yaml is not the configuration of a run" in capsys.readouterr().err
+
+
+def test_damaged_run_is_a_row_among_others_and_no_run_is_none_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command.main([]) == 0
+    assert capsys.readouterr().out == "there are no runs yet in runs/\n"
+    assert command.main(["--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    made(Path("runs/b"), FINISHED, 20)
+    Path("runs/a").mkdir()
+    Path("runs/a/config.yaml").write_text("phases: 3\n")
+    made(Path("runs/c"), LINES, 12)
+    with Path("runs/c/metrics.jsonl").open("a") as file:
+        file.write("torn\n")
+    assert command.main([]) == 2
+    said = capsys.readouterr()
+    rows = [line.split()[:4] for line in said.out.splitlines()[1:]]
+    assert rows == [
+        ["a", "damaged", "-/-", "-/-"],
+        ["b", "finished", "4.00/4", "20/20"],
+        ["c", "damaged", "-/-", "-/-"],
+    ]
+    first, second = said.err.splitlines()
+    assert first.startswith("error: runs/a/config.yaml is not the configuration of a run")
+    assert second.startswith("error: runs/c/metrics.jsonl: line 6 is damaged: torn;")
+    assert command.main(["--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert [one["state"] for one in told] == ["damaged", "finished", "damaged"]
+    # Of one run there is nothing to show.
+    assert command.main(["a"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "config.yaml is not the configuration of a run" in said.err
 
 
 def test_it_loads_no_torch(tmp_path: Path) -> None:

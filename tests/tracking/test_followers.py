@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 
+from tetdist.cli import train as training
 from tetdist.errors import UserError
 from tetdist.tracking import trackers
 from tetdist.tracking.metrics_file import points_of, read_metrics
@@ -228,6 +229,27 @@ def test_a_missing_package_is_said_before_the_run_begins(
     assert outcome.status == 2
     assert f"the package {name} is not installed; pip install 'tetdist[{name}]'" in outcome.text
     assert not (tmp_path / "runs" / "without").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mlflow", "MLflow is none of these but tracking.mlflow, which is true unless"),
+        ("foo", "there is no tracker 'foo'; there are tensorboard, wandb"),
+        ("tensorbord", "did you mean tensorboard?"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_configuration(
+    name: str,
+    words: str,
+    tiny_config: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["--config", str(tiny_config()), f"tracking.trackers=[tensorboard, {name}]"]
+    assert training.main([*given, "--print-config"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert words in said.err
 
 
 def test_wandb_without_an_account_is_said_instead_of_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """A log says soon how fast a run is, whatever it logs of it, and never nothing for minutes."""
 
+import fcntl
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 import tiny
 from tiny import Outcome
 
+from tetdist.reports.run_status import read_status
 from tetdist.tracking import progress
 from tetdist.tracking.progress import FileProgress, RunProgress
 
@@ -30,7 +33,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 TRAINED = {"epoch": 0.1, "loss": 1.0, "top1": 50.0, "lr": 0.1, "samples_per_s": 16.0}
-TRAINED |= {"data_wait": 3.0}
+TRAINED |= {"data_wait": 3.0, "eta_s": 2000.0}
 
 
 def test_the_first_line_comes_soon_and_others_after_a_minute(
@@ -62,7 +65,7 @@ def test_the_first_step_tells_nothing_of_the_pace(
     for seconds in (185, 60, 1):
         clock.now += seconds
         shown.advance()
-    shown.report_training(103, TRAINED)
+    shown.report_training(103, TRAINED | {"eta_s": shown.seconds_left()})
     first, second, third = capsys.readouterr().err.splitlines()
     assert first == (
         "epoch 1.01  step 101/200  the first step took 3 min 5 s, more than others will"
@@ -102,6 +105,27 @@ def test_one_process_of_several_speaks(clock: Clock, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == ""
 
 
+def test_status_has_the_time_left_of_the_log(
+    main: Callable[..., Outcome], tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    outcome = main(tiny_config(), "log_every=2", "max_steps=7")
+    assert outcome.status == 0, outcome.text
+    said = re.findall(r"step (\d+)/7  loss .*ETA (\d+):(\d+):(\d+)", outcome.text)
+    run = tmp_path / "runs" / "tiny"
+    # The file's last lines, when the process was at each of these steps.
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for step, *clock in said:
+        until = [line for line in lines if json.loads(line)["step"] <= int(step)]
+        (run / "metrics.jsonl").write_text("".join(until))
+        with (run / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            eta = read_status(run).eta_s
+        hours, minutes, seconds = map(int, clock)
+        assert eta is not None
+        assert round(eta) == 3600 * hours + 60 * minutes + seconds
+    assert [int(step) for step, *_ in said] == [2, 4, 5, 6, 7]
+
+
 def test_lines_between_do_not_change_what_is_logged(
     main: Callable[..., Outcome],
     tiny_config: Callable[..., Path],
@@ -129,15 +153,36 @@ def test_files_are_counted_in_words_and_human_time(
         done = shown.titled("val", "recording")
         clock.now += 20
         done(2, 2000)
-        clock.now += 20
+        clock.now += 4
+        done(3, 2000)
+        clock.now += 16
         done(1002, 2000)
         done(2000, 2000)
         done = shown.titled("train", "image")
         clock.now += 0.5
         done(1, 1)
     assert capsys.readouterr().err.splitlines() == [
-        "val: 2 of 2,000 recordings, 0.1 recordings/s, 5 h 33 min left",
-        "val: 1002 of 2,000 recordings, 50 recordings/s, 20 s left",
-        "val: 2000 of 2,000 recordings, 50 recordings/s, 0 s left",
-        "train: 1 of 1 image, 2.0 images/s, 0 s left",
+        # Of the first files, which waited for processes, nothing follows for the others.
+        "val: 2 of 2,000 recordings",
+        "val: 1,002 of 2,000 recordings, 50 recordings/s, 20 s left",
+        "val: 2,000 of 2,000 recordings, 50 recordings/s",
+        "train: 1 of 1 image, 2.0 images/s",
+    ]
+
+
+def test_no_time_is_left_before_there_is_a_pace(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """600 recordings that take 12 s once the processes have started, which took 9 s."""
+    with FileProgress() as shown:
+        done = shown.titled("bin")
+        clock.now += 9
+        for number in range(1, 601):
+            done(number, 600)
+            clock.now += 0.02
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "bin: 52 of 600 files",
+        "bin: 553 of 600 files, 50 files/s, 1 s left",
+        "bin: 600 of 600 files, 29 files/s",
     ]

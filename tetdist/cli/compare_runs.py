@@ -9,7 +9,7 @@ Or see whether a run on ImageNet is on the way that a published training took.
     python tools/compare_runs.py runs/sew34_t4 --reference sew34
 
 Of two runs, values that depend on the clock or the machine (time, samples_per_s, data_wait,
-gpu_memory, gpu_energy, seconds) are left out.
+eta_s, gpu_memory, gpu_energy, seconds) are left out.
 Two values differ when |a - b| is more than the tolerance times the larger of |a| and |b|; NaN
 equals NaN. Of two folders the configurations are compared too, and the samples-RANK.jsonl files
 where both have them.

@@ -198,12 +198,13 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist.nn.precision import choose_algorithms, place
     from tetdist.training.setup import choose_passes, make_model
 
-    locate_variant(options)
     with join(options.device) as world, Watch(world, HANGS_AFTER) as watch:
 
         def alive() -> None:
             watch.progress("the evaluation")
 
+        world.run_on_all(lambda: check_data_folder(options))
+        locate_variant(options)
         world.run_on_all(lambda: plugins.import_files(options.imports))
         weights, description = world.run_on_all(
             lambda: checkpoint.load_model_file(
@@ -295,7 +296,7 @@ def open_compared(
 
     if options.variant is not None:
         world.run_on_all(lambda: index_variant(config, split, alive) if world.rank == 0 else None)
-    world.run_on_all(lambda: check_split(config, split))
+    world.run_on_all(lambda: check_split(config, split, options))
     data = world.run_on_all(lambda: open_split(config, split, world))
     return world.run_on_all(lambda: compared_with_model(data, description.classes, config, options))
 
@@ -305,6 +306,19 @@ def corrupted_splits(options: argparse.Namespace) -> "dict[str, tuple[str, int]]
     from tetdist.evaluation.variants import corruptions
 
     return corruptions(Path(options.data)) if options.variant == "imagenet-c" else {}
+
+
+def check_data_folder(options: argparse.Namespace) -> None:
+    """Refuse a --data that is no folder, before anything is made of its name.
+
+    Raises:
+        UserError: That is so.
+    """
+    if options.data is None or Path(options.data).is_dir():
+        return
+    if Path(options.data).exists():
+        raise UserError(f"--data: {options.data} is a file; give the folder that the data lie in")
+    raise UserError(f"--data: {options.data} does not exist; give the folder of the data")
 
 
 def locate_variant(options: argparse.Namespace) -> None:
@@ -410,20 +424,33 @@ def wanted_timesteps(options: argparse.Namespace, config: "RunConfig", trained: 
     return list(options.timesteps)
 
 
-def check_split(config: "RunConfig", split: str) -> None:
-    """Refuse a split without an index where there are indexes of others.
+def check_split(config: "RunConfig", split: str, options: argparse.Namespace) -> None:
+    """Refuse a split without an index where another folder or another split is what was meant.
 
     Raises:
-        UserError: That is so; it names the others.
+        UserError: The training's data are not here, or only other splits are indexed.
     """
-    from tetdist.data.index import index_file
+    from tetdist.data.index import index_command, index_file
 
-    file = index_file(config.data.index_dir, split)
+    data = config.data
+    file = index_file(data.index_dir, split)
     others = sorted(other.stem for other in file.parent.glob("*.npz"))
-    if not file.is_file() and others:
+    if file.is_file():
+        return
+    if options.data is None and not Path(data.root).is_dir():
+        raise UserError(
+            f"--data: the folder of the training's data, {data.root}, is not here; give --data "
+            f"ROOT, a folder with the split {split}"
+        )
+    if others:
         raise UserError(
             f"--split: there is no index {file}; there is that of {', '.join(others)}, so give"
             f" --split {others[0]}"
+        )
+    if options.data is None:
+        raise UserError(
+            f"--data: there is no index {file} in the folder that the recipe names; give --data "
+            f"ROOT, or index it with `{index_command(data.root, split, data.kind)}`"
         )
 
 

@@ -88,7 +88,7 @@ def add_hub(group: argparse._ArgumentGroup) -> None:
         "--zoo",
         metavar="FILE",
         type=Path,
-        help="then add the network to this index of published ones",
+        help="then add the network to this index of published ones, which is made if there is none",
     )
     add("--trained-by", metavar="WHO", help="who trained it, for --zoo")
 
@@ -169,10 +169,10 @@ def publish(trained: "Trained", options: argparse.Namespace) -> None:
     from tetdist.hub import HF, destination
 
     repo, private = options.push, not options.public
-    top1 = None
+    evaluated = None
     if options.zoo is not None:
         zoo.check_new(options.zoo, trained.config.name)
-        top1 = zoo.accuracies(options.checkpoint)
+        evaluated = zoo.evaluated(options.checkpoint)
     with TemporaryDirectory() as aside:
         folder = options.output or Path(aside, "it")
         publishing.write(trained, repo, folder)
@@ -187,12 +187,12 @@ def publish(trained: "Trained", options: argparse.Namespace) -> None:
             return
         pushed = publishing.push(trained, repo, folder, private=private)
         print(f"pushed {pushed.url}, commit {pushed.commit}")
-        if top1 is not None:
+        if evaluated is not None:
             entry = publishing.zoo_entry(
                 trained,
                 f"{HF}{repo}@{pushed.commit}",
                 folder,
-                top1=top1,
+                of=evaluated,
                 trained_by=options.trained_by,
             )
             zoo.add(options.zoo, entry)

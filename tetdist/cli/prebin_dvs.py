@@ -347,6 +347,9 @@ def _make_split(
         print(f"{root}: {made}{numbers['val']} to test; {command}")
         return
     print(f"{root}: {made}{numbers['train']} to train, {numbers['val']} to test; data.root={root}")
-    for split in PRESETS[options.preset].splits if options.preset else ():
-        if split.name == name:
+    if options.preset:
+        known = [split for split in PRESETS[options.preset].splits if split.name == name]
+        for split in known:
             print(f"  behind {split.behind}\n  ease: {split.ease}")
+        if not known:
+            print("  no published result is known on this split")

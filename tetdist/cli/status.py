@@ -10,13 +10,15 @@ Of one run some lines, of several a table. It asks nobody, Slurm neither; `slurm
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from tetdist.cli.common import answer, program
+from tetdist.cli.common import answer, fail, program
+from tetdist.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 for a run that is not there."""
+    """Exit status: 0, or 2 for a run that is not there or damaged."""
     options = parse_arguments(arguments)
     return answer(lambda: show(options), interrupted="interrupted")
 
@@ -29,7 +31,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "runs",
         nargs="*",
-        default=["runs"],
         metavar="RUN",
         help="a run folder, its name in runs/, or a folder of run folders (default: runs)",
     )
@@ -37,8 +38,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def show(options: argparse.Namespace) -> None:
-    from tetdist.reports.run_status import JobEvent, as_table, as_text, find_runs, read_status
+def show(options: argparse.Namespace) -> int:
+    """Show the runs; of several a damaged one is a row, and its error comes behind the table.
+
+    Returns:
+        Exit status.
+
+    Raises:
+        UserError: There is no such run, or the only one is damaged.
+    """
+    from tetdist.reports import run_status
+    from tetdist.reports.run_status import JobEvent, RunStatus
     from tetdist.slurm.history import history
     from tetdist.tracking.metrics_file import strict
 
@@ -46,10 +56,27 @@ def show(options: argparse.Namespace) -> None:
         events = history(folder)
         return JobEvent(events[-1].kind, events[-1].job, events[-1].text) if events else None
 
-    statuses = [read_status(run, last_event(run)) for run in find_runs(options.runs)]
+    folders = run_status.find_runs(options.runs)
+
+    def status_of(folder: Path) -> RunStatus:
+        try:
+            return run_status.read_status(folder, last_event(folder))
+        except UserError as error:
+            if len(folders) == 1:
+                raise
+            return run_status.damaged(folder, str(error))
+
+    statuses = [status_of(folder) for folder in folders]
     if options.json:
         print(json.dumps(strict([status.as_dict() for status in statuses]), indent=1))
+    elif not statuses:
+        print("there are no runs yet in runs/")
     elif len(statuses) == 1:
-        print(as_text(statuses[0]))
+        print(run_status.as_text(statuses[0]))
     else:
-        print(as_table(statuses))
+        print(run_status.as_table(statuses))
+    found = [status for status in statuses if status.state == run_status.DAMAGED]
+    sys.stdout.flush()
+    for status in found:
+        fail(UserError(status.text))
+    return 2 if found else 0

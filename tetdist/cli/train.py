@@ -104,6 +104,7 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     from tetdist.config import loading
     from tetdist.config.documentation import documented_keys
     from tetdist.config.inheritance import annotated
+    from tetdist.tracking.trackers import check_names
 
     if options.explain:
         known = documented_keys()
@@ -120,6 +121,7 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
                 print(f"{key:32} {documented}")
         return None
     loaded = loading.load_with_origins(options.config, options.overrides, options.imports)
+    check_names(loaded.config.tracking.trackers)
     if options.print_config:
         print(annotated(loaded.config.as_yaml(), loaded.origins), end="")
         return None

@@ -44,10 +44,36 @@ OPERATIONAL_KEYS = (
     "tracking.register",
 )
 
+# Of those, what repeating a run on another machine has no use for: where and on what it ran, how it
+# was followed, how often it was saved.
+_OF_THE_MACHINE = (
+    "data.index",
+    "data.device",
+    "data.threads",
+    "data.prefetch",
+    "data.own_process",
+    "peer_timeout",
+    "record_samples",
+    "profile",
+    "device",
+    "log_every",
+    "resume",
+    "runs_dir",
+    "save",
+    "tracking",
+    "cluster",
+)
 
 # Files and folders of others, which are the same however their path is written. Instead, a network
 # may be hf:ORG/NAME, and a teacher timm:NAME.
 PATH_KEYS = ("init_checkpoint", "loss.distillation.teacher", "loss.distillation.teacher_weights")
+
+
+def without_machine(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what concerns the machine and not the result."""
+    data = {key: v for key, v in config["data"].items() if f"data.{key}" not in _OF_THE_MACHINE}
+    kept = {key: value for key, value in config.items() if key not in _OF_THE_MACHINE}
+    return kept | {"data": data}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,6 +8,7 @@ contradict each other end in a `UserError` that names the dotted key.
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -18,6 +19,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -46,6 +48,35 @@ Pixels = Annotated[int, Field(gt=0, le=MOST_PIXELS)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # A probability below 1: a share of 1 would leave nothing.
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _names(value: Any) -> Any:
+    """A list of names as a tuple, to which a single name is one of one name."""
+    return (value,) if isinstance(value, str) else _as_tuple(value)
+
+
+def _steps(value: Any) -> Any:
+    """The first and the last step of a pair, or of text such as 20..30.
+
+    Raises:
+        PydanticCustomError: It is neither.
+    """
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d+)\.\.(\d+)", value)):
+        return int(found[1]), int(found[2])
+    pair = _as_tuple(value)
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise PydanticCustomError(
+            "steps", "must be the first and the last step, such as [20, 30] or 20..30"
+        )
+    return pair
+
+
+def _as_tuple(value: Any) -> Any:
+    # What a validator has been given is no JSON any more, where a list is taken for a tuple.
+    return tuple(value) if isinstance(value, list) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +290,7 @@ class DataSection(Section):
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     """Alpha of CutMix; 0: off. With mixup, too, it is one of them."""
     mixing: MixingSection = MixingSection()
-    transforms: tuple[str, ...] = ()
+    transforms: Names = ()
     """Transforms of one's own, by the names under which they are registered; applied to training
     samples in this order, after all the others but mixup and CutMix."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
@@ -483,16 +514,16 @@ class TrackingSection(Section):
     """MLflow's; also the project of wandb, where WANDB_PROJECT does not name one."""
     log_checkpoint: Literal["none", "last", "best"] = "none"
     """Copy this checkpoint's model.safetensors to MLflow when the run is finished."""
-    trackers: tuple[str, ...] = ()
+    trackers: Names = ()
     """Beside MLflow or instead of it: tensorboard, wandb, or your own; see imports."""
     register_: str | None = Field(default=None, alias="register")
     """Name of a model in MLflow's registry that gets the logged checkpoint as its next version."""
 
 
 class ProfileSection(Section):
-    steps: tuple[Positive, Positive]
-    """First and last of the optimiser steps, counted from 1: [20, 30]. It ends with the epoch at
-    the latest."""
+    steps: Annotated[tuple[Positive, Positive], BeforeValidator(_steps)]
+    """First and last of the optimiser steps, counted from 1: [20, 30], or 20..30. It ends with the
+    epoch at the latest."""
 
 
 class RunConfig(Section):

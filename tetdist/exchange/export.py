@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import tetdist
 from tetdist import checkpoint
+from tetdist.config.identity import without_machine
 from tetdist.data.layouts import CLASSES_FILE
 from tetdist.errors import UserError, typed
 from tetdist.exchange.trained import Trained
@@ -29,6 +30,8 @@ from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.wording import counted
 
 _INPUTS = {"images": "image", "events": "event frame a timestep"}
+# What the hub finds a network by; it has no word for event frames.
+_TASKS = {"images": ["pipeline_tag: image-classification"], "events": []}
 # How many inputs an exported program is compared on, and how far it may be off.
 _CHECKED, _TOLERANCE = 4, 1e-4
 # Beside the weights of a folder for timm: the configuration, which the command train takes.
@@ -146,7 +149,7 @@ def refuse_foreign(trained: Trained, form: str) -> None:
 
 def _recipe(trained: Trained) -> str:
     """The configuration of the training, as a file that the command train takes."""
-    return yaml.safe_dump(trained.description.config, sort_keys=False)
+    return yaml.safe_dump(without_machine(trained.description.config), sort_keys=False)
 
 
 def card(trained: Trained, source: str | None = None) -> str:
@@ -197,7 +200,8 @@ model = timm.create_model({_create_arguments(trained, source)}).eval()
     lines = [
         "---",
         "library_name: timm",
-        "tags: [spiking-neural-network, image-classification, tetdist]",
+        *_TASKS[data.kind],
+        "tags: [spiking-neural-network, tetdist]",
         "---",
         "",
         f"# {config.name}",
@@ -209,6 +213,9 @@ model = timm.create_model({_create_arguments(trained, source)}).eval()
         *(f"| {key} | {value} |" for key, value in rows.items()),
         "",
         "## Load",
+        "",
+        "With tetdist, which is installed in a checkout of it by `pip install -e .` (networks and",
+        "losses alone) or `pip install -e '.[train,cuda130]'` (training and evaluation, too):",
         "",
         "```python",
         loading,

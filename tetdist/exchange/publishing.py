@@ -42,7 +42,7 @@ def push(trained: Trained, repo: str, folder: Path, *, private: bool) -> hub.Pus
 
 
 def zoo_entry(
-    trained: Trained, repository: str, folder: Path, *, top1: zoo.Accuracies, trained_by: str
+    trained: Trained, repository: str, folder: Path, *, of: zoo.Evaluated, trained_by: str
 ) -> zoo.Network:
     """The entry of the index.
 
@@ -50,7 +50,7 @@ def zoo_entry(
         trained: What is published.
         repository: ``hf:ORG/NAME@COMMIT``.
         folder: What `write` has written.
-        top1: Of its run.
+        of: What its run was evaluated on, and with what result.
         trained_by: Who trained it.
     """
     weights = (folder / checkpoint.MODEL_FILE).read_bytes()
@@ -62,8 +62,7 @@ def zoo_entry(
         model=trained.config.model.name,
         timesteps=trained.model.timesteps,
         classes=trained.model.num_classes,
-        split="val",
-        top1=top1,
+        **of._asdict(),
         recipe=RECIPE_FILE,
         trained_by=trained_by,
         date=datetime.now(UTC).date().isoformat(),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tetdist import checkpoint, plugins
+from tetdist.config.identity import without_machine
 from tetdist.config.loading import parse
 from tetdist.config.schema import TIMM, RunConfig
 from tetdist.errors import UserError
@@ -91,18 +92,16 @@ def load(
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without folders and addresses of whoever trained."""
+    """The configuration without folders, addresses and machine of whoever trained."""
+    config = without_machine(config)
     loss = config.get("loss", {})
     distillation = loss.get("distillation", {})
     named = {key: _name_of(distillation.get(key)) for key in ("teacher", "teacher_weights")}
     return config | {
-        "data": config["data"] | {"root": "data", "index": None},
-        "tracking": config["tracking"] | {"uri": None},
+        "data": config["data"] | {"root": "data"},
         "init_checkpoint": _name_of(config.get("init_checkpoint")),
         "imports": [Path(one).name for one in config.get("imports", [])],
         "loss": loss | {"distillation": distillation | named},
-        "runs_dir": "runs",
-        "cluster": {},
     }
 
 

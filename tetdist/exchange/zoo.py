@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tetdist import checkpoint, files
 from tetdist.errors import UserError
+from tetdist.tracking.metrics_file import read_metrics
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 Text = Annotated[str, Field(min_length=1)]
@@ -35,7 +36,9 @@ class Network(_Part):
         model: The architecture's name.
         timesteps: T.
         classes: How many it knows.
+        data: The folder of the data set that it was trained on, by its name alone.
         split: The part of the data that its accuracies are of.
+        samples: How many these are.
         top1: Percent.
         recipe: The file in the repository that trains it.
         trained_by: Who did.
@@ -49,11 +52,22 @@ class Network(_Part):
     model: Text
     timesteps: Annotated[int, Field(gt=0)]
     classes: Annotated[int, Field(gt=0)]
+    data: Text
     split: Text
+    samples: Annotated[int, Field(gt=0)]
     top1: Accuracies
     recipe: Text
     trained_by: Text
     date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
+
+
+class Evaluated(NamedTuple):
+    """What a run's own evaluations found, and on what; the fields are those of `Network`."""
+
+    data: str
+    split: str
+    samples: int
+    top1: Accuracies
 
 
 def read(file: Path) -> list[Network]:
@@ -71,7 +85,8 @@ def read(file: Path) -> list[Network]:
         raise UserError(f"{file}: {key} of an entry: {first['msg']}; mend it there") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f'{file} is no index of networks ({error}); a new one is {{"networks": []}}'
+            f"{file} is no index of networks ({error}); name another file, which is made if there "
+            "is none"
         ) from error
     names = [network.name for network in networks]
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -84,26 +99,32 @@ def check_new(file: Path, name: str) -> None:
     """Make sure, before anything is pushed, that an entry can be added.
 
     Raises:
-        UserError: The index cannot be read, or has a network of this name.
+        UserError: The index cannot be read or made, or has a network of this name.
     """
-    if name in [network.name for network in read(file)]:
+    if not file.parent.is_dir():
+        raise UserError(f"--zoo: there is no folder {file.parent}; make it, or name another file")
+    if name in [network.name for network in _present(file)]:
         raise UserError(f"--zoo: {file} has {name} already; remove that entry, or rename the run")
 
 
 def add(file: Path, network: Network) -> None:
-    """Add a network at the end of the index.
+    """Add a network at the end of the index, which is made if there is none.
 
     Raises:
         UserError: The index cannot be read or written, or has a network of this name.
     """
     check_new(file, network.name)
-    networks = [*read(file), network]
+    networks = [*_present(file), network]
     with files.explaining(file):
         files.write_json(file, {"networks": [one.model_dump() for one in networks]})
 
 
-def accuracies(run: Path) -> Accuracies:
-    """What a run's own evaluations found of its two checkpoints.
+def _present(file: Path) -> list[Network]:
+    return read(file) if file.exists() else []
+
+
+def evaluated(run: Path) -> Evaluated:
+    """What a run's own evaluations found of its two checkpoints, and on what.
 
     Raises:
         UserError: It is no run folder, or one of them was not evaluated.
@@ -121,4 +142,21 @@ def accuracies(run: Path) -> Accuracies:
                 f"--zoo: the {which} checkpoint of {run} was not evaluated; let the run finish"
             )
         found[which] = description.validation["top1"]
-    return Accuracies(**found)
+    metrics = run / "metrics.jsonl"
+    lines = read_metrics(metrics) if metrics.is_file() else []
+    line = next((one for one in reversed(lines) if one["kind"] == "val"), None)
+    if line is None:
+        raise UserError(
+            f"--zoo: {metrics} has no evaluation, which says how many samples it was of"
+        )
+    return Evaluated(
+        data=_name_of_data(Path(description.config["data"]["root"])),
+        split=line.get("data_split", "val"),
+        samples=line["samples"],
+        top1=Accuracies(**found),
+    )
+
+
+def _name_of_data(root: Path) -> str:
+    """The data set's folder; of a split of recordings, NAME/splits/SPLIT, not SPLIT's."""
+    return root.parents[1].name if root.parent.name == "splits" else root.name

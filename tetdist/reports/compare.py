@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from tetdist.reports.runs_table import RunRecord
 
 # And of the machine.
-OF_THE_CLOCK = ("time", "samples_per_s", "data_wait", "gpu_memory", "gpu_energy", "seconds")
+OF_THE_CLOCK = (
+    "time",
+    "samples_per_s",
+    "data_wait",
+    "eta_s",
+    "gpu_memory",
+    "gpu_energy",
+    "seconds",
+)
 
 SHOWN = 8  # rows or items of what may be long; --json has all
 

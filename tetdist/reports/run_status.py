@@ -6,7 +6,7 @@ No torch is loaded, and nobody but the file system is asked, so that it takes no
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from tetdist.files import is_held
 from tetdist.reports.tables import aligned, number
 from tetdist.tracking.metrics_file import read_metrics
 from tetdist.wording import duration
+
+DAMAGED = "damaged"
 
 
 class JobEvent(NamedTuple):
@@ -42,7 +44,7 @@ class RunStatus:
         state: ``training`` (its process holds the folder), ``finished``, ``stopped`` (all is
             saved), ``broken off`` (steps after the checkpoint will be computed again), ``begun``
             (no step is logged), or what its job's history says last: ``queued``, ``started``,
-            ``failed``, ``cancelled``.
+            ``failed``, ``cancelled``; or ``damaged``, of which nothing else is known.
         text: More about the state.
         step, last_step: Optimiser steps logged, and in all.
         epoch, epochs: The same in epochs.
@@ -50,7 +52,7 @@ class RunStatus:
         train: The last line of training in metrics.jsonl.
         val: The last evaluation in metrics.jsonl.
         best_top1, best_step: The best evaluation.
-        eta_s: Seconds to the end at the pace of the last line, evaluations included.
+        eta_s: Seconds to the end, as the run's log had it at the last line of training.
         line_age_s: Seconds since the last line.
         checkpoint: Name of the newest checkpoint.
         checkpoint_age_s: Seconds since it was written.
@@ -64,9 +66,9 @@ class RunStatus:
     step: int | None
     last_step: int | None
     epoch: float | None
-    epochs: int
+    epochs: int | None
     phase: int | None
-    phases: int
+    phases: int | None
     train: dict[str, Any]
     val: dict[str, Any]
     best_top1: float | None
@@ -83,11 +85,13 @@ class RunStatus:
 
 def find_runs(names: Sequence[str], runs_dir: str = "runs") -> list[Path]:
     """The folders that are meant: of a run, by its path or its name in ``runs_dir``, or of all runs
-    in a folder.
+    in a folder. Without names those in ``runs_dir``, where there may be none yet.
 
     Raises:
         UserError: There is no run of that name.
     """
+    if not names:
+        return _runs_at(Path(runs_dir))
     found: list[Path] = []
     for name in names:
         runs = _runs_at(Path(name)) or _runs_at(Path(runs_dir) / name)
@@ -119,7 +123,7 @@ def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
     try:
         config = read_yaml(folder / "config.yaml")
         epochs = sum(int(phase["epochs"]) for phase in config["phases"])
-        global_batch, most = int(config["batch"]["global"]), config.get("max_steps")
+        most = config.get("max_steps")
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(
             f"{folder / 'config.yaml'} is not the configuration of a run, or damaged"
@@ -139,12 +143,6 @@ def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
     checkpoint = _newest_checkpoint(folder)
     saved = _step_of(checkpoint)
     state, text = _state(folder, lines, saved, job)
-    eta = None
-    if state == "training" and step and epoch and last_step and train.get("samples_per_s"):
-        eta = (last_step - step) * global_batch / train["samples_per_s"]
-        epochs_left = (last_step - step) / round(step / epoch)
-        evaluations = math.ceil(epochs_left / config.get("evaluate_every", 1))
-        eta += evaluations * val.get("seconds", 0.0)
     return RunStatus(
         run=folder.resolve().name,
         folder=str(folder),
@@ -160,12 +158,20 @@ def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
         val=val,
         best_top1=best.get("top1"),
         best_step=best.get("step"),
-        eta_s=eta,
+        eta_s=train.get("eta_s") if state == "training" else None,
         line_age_s=now - lines[-1]["time"] if lines else None,
         checkpoint=None if checkpoint is None else checkpoint.name,
         checkpoint_age_s=None if checkpoint is None else now - checkpoint.stat().st_mtime,
         bytes=_bytes_of(folder),
     )
+
+
+def damaged(folder: Path, reason: str) -> RunStatus:
+    """The status of a run whose own cannot be read."""
+    unknown = {one.name: None for one in fields(RunStatus)}
+    known = {"run": folder.resolve().name, "folder": str(folder), "state": DAMAGED, "text": reason}
+    values: dict[str, Any] = unknown | known | {"train": {}, "val": {}, "bytes": _bytes_of(folder)}
+    return RunStatus(**values)
 
 
 def _last(lines: list[dict[str, Any]], kind: str) -> dict[str, Any]:
@@ -255,7 +261,7 @@ def as_text(status: RunStatus) -> str:
 
 def _progress(status: RunStatus) -> list[str]:
     parts = [f"epoch {status.epoch:.2f}/{status.epochs}"]
-    if status.phases > 1:
+    if (status.phases or 1) > 1:
         parts.append(f"phase {status.phase}")
     parts.append(f"step {status.step:,}/{number(status.last_step, ',')}")
     if status.eta_s is not None:
@@ -274,7 +280,7 @@ def as_table(statuses: Sequence[RunStatus]) -> str:
             [
                 status.run,
                 status.state,
-                f"{number(status.epoch, '.2f')}/{status.epochs}",
+                f"{number(status.epoch, '.2f')}/{number(status.epochs, '')}",
                 f"{number(status.step, ',')}/{number(status.last_step, ',')}",
                 number(status.train.get("loss"), ".3f"),
                 number(status.train.get("samples_per_s"), ".0f"),

@@ -78,9 +78,8 @@ def progress(run_dir: Path, submission: Submission, state: State) -> str:
         f"{rate:.{0 if rate >= 10 else 1}f} samples/s",
         f"saved at step {saved}",
     ]
-    if state.is_queued and step < submission.last_step:
-        seconds = (submission.last_step - step) * submission.global_batch / rate
-        parts.append(f"ETA {timedelta(seconds=round(seconds))} of training")
+    if state.is_queued and step < submission.last_step and "eta_s" in last:
+        parts.append(f"ETA {timedelta(seconds=round(last['eta_s']))} of training")
     return ", ".join(parts)
 
 

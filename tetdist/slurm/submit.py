@@ -27,6 +27,7 @@ from tetdist.slurm.plan import Plan
 from tetdist.slurm.speed import Network, Speed
 from tetdist.tracking import mlflow_follower
 from tetdist.tracking.mlflow_store import check_store
+from tetdist.tracking.trackers import check_names
 from tetdist.training.run_folder import RunFolder, is_trained
 from tetdist.training.setup import make_model, open_data
 
@@ -65,6 +66,7 @@ def prepare(
         )
     if not after:
         _check_inputs(config)
+    check_names(config.tracking.trackers)
     if config.tracking_uri is not None:
         check_store(config.tracking_uri)
     # Made absolute now: the job runs in another folder, and the run's own folder records the paths.

@@ -21,6 +21,7 @@ from tetdist.distributed.world import World
 from tetdist.errors import UserError, script_of, typed
 from tetdist.tracking import metrics_file
 from tetdist.tracking.mlflow_store import check_store
+from tetdist.tracking.trackers import check_names
 from tetdist.training import run_folder
 from tetdist.training.setup import make_model, open_data
 
@@ -288,6 +289,7 @@ def _run(
     try:
         refuse_own_keys(given, _own_keys(entry))
         resolved = loading.load(config_name, overrides, imports)
+        check_names(resolved.tracking.trackers)
     except UserError as error:
         raise UserError(f"entries.{name}: {error}") from error
     if study.exit_within is not None:

@@ -41,6 +41,7 @@ from tetdist.studies.plan import (
     refuse_own_keys,
 )
 from tetdist.tracking.mlflow_store import check_store
+from tetdist.tracking.trackers import check_names
 from tetdist.training.health import NOT_FINITE
 from tetdist.training.setup import make_model, open_data
 from tetdist.wording import counted
@@ -305,6 +306,7 @@ class Search:
         try:
             refuse_own_keys(given, _OWN_KEYS)
             config = loading.load(study.config, overrides, self.imports)
+            check_names(config.tracking.trackers)
         except UserError as error:
             shown = ", ".join(values)
             raise UserError(f"the candidate {candidate.name} ({shown}): {error}") from error

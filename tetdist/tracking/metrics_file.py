@@ -87,11 +87,12 @@ def points_of(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
     A value is called ``kind/key``. A list has one number a timestep, counted from 1
     (``per_timestep_top1`` of an evaluation: ``val/top1_t1``, ``val/top1_t2``, ...), a dict one an
-    entry (``val/firing_rate/layer1.0.sn1``). Text stays in the file.
+    entry (``val/firing_rate/layer1.0.sn1``). Text stays in the file, and so does the time left,
+    which measures nothing.
     """
     kind = line["kind"]
     for key, value in line.items():
-        if key in ("kind", "step", "time"):
+        if key in ("kind", "step", "time", "eta_s"):
             continue
         if isinstance(value, dict):
             pairs = [(f"{kind}/{key}/{entry}", item) for entry, item in value.items()]

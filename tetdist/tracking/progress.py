@@ -79,7 +79,7 @@ class RunProgress:
             else:
                 samples = (self.step - self.first_step - 1) * self.global_batch
                 rate = samples / max(now - self.steady_since, 1e-6)
-                pace = f"{_rate(rate)} since the first step  ETA {self._left()}"
+                pace = f"{_pace(rate)} since the first step  ETA {_clock(self.seconds_left())}"
             epoch = self.step / self.steps_per_epoch
             self._say(f"epoch {epoch:.2f}  step {self.step}/{self.last_step}  {pace}")
 
@@ -101,7 +101,7 @@ class RunProgress:
             self.bar.set_description(f"{phase}epoch {values['epoch']:.1f}  step {step}")
             self.bar.set_postfix_str(", ".join([*learned, *machine]))
             return
-        rate, left = _rate(values["samples_per_s"]), f"ETA {self._left()}"
+        rate, left = _pace(values["samples_per_s"]), f"ETA {_clock(values['eta_s'])}"
         where = f"{phase}epoch {values['epoch']:.2f}"
         self._say(
             "  ".join([where, f"step {step}/{self.last_step}", *learned, rate, *machine, left])
@@ -145,19 +145,23 @@ class RunProgress:
     def _said(self) -> None:
         self.last_line, self.silence = time.monotonic(), self.LATER
 
-    def _left(self) -> timedelta:
-        """The time to the last step at the pace since the first one, evaluations included.
+    def seconds_left(self) -> float:
+        """Compute the time to the last step at the pace since the first one, evaluations included.
 
         The first step, which compiles and warms up, may take as long as a hundred others.
         """
         done = self.step - self.first_step
         since, steps = (self.steady_since, done - 1) if done > 1 else (self.started, 1)
         pace = (time.monotonic() - since) / steps
-        return timedelta(seconds=round((self.last_step - self.step) * pace))
+        return (self.last_step - self.step) * pace
 
 
-def _rate(samples_per_s: float) -> str:
-    return f"{samples_per_s:.{0 if samples_per_s >= 10 else 1}f} samples/s"
+def _clock(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
+
+
+def _pace(per_second: float, unit: str = "sample") -> str:
+    return f"{per_second:.{0 if per_second >= 10 else 1}f} {unit}s/s"
 
 
 def sample_bar(total: int, title: str, *, silent: bool) -> "tqdm[Any]":
@@ -176,6 +180,8 @@ class FileProgress:
     """Files done, with rate and time left: a bar on a terminal, elsewhere a line now and then."""
 
     _SECONDS_BETWEEN_LINES = 10.0
+    # After the first files, before a rate is told: of less it would be a guess.
+    _SECONDS_OF_A_RATE = 5.0
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
@@ -194,8 +200,8 @@ class FileProgress:
     def titled(self, title: str, unit: str = "file") -> Callable[[int, int], None]:
         """Begin with other files; the result is called with the files done and in all.
 
-        The time left is at the pace since the first files were done, which waited for processes to
-        start; the rate of the last line is of all of it.
+        Rate and time left are of the pace since the first files were done, which waited for
+        processes to start, and are told some seconds after these; the last line's rate is of all.
         """
         self._close()
         started = last_line = time.monotonic()
@@ -203,7 +209,7 @@ class FileProgress:
 
         def on_terminal(done: int, total: int) -> None:
             if self._bar is None:
-                self._bar = tqdm(desc=title, unit=unit, total=total, smoothing=0.05)
+                self._bar = tqdm(desc=title, unit=unit, total=total, initial=done, smoothing=0.05)
             self._bar.update(done - self._bar.n)
 
         def in_log(done: int, total: int) -> None:
@@ -213,14 +219,13 @@ class FileProgress:
             if done < total and now - last_line <= self._SECONDS_BETWEEN_LINES:
                 return
             last_line = now
-            before, since = first if first[0] < done < total else (0, started)
-            rate = (done - before) / max(now - since, 1e-6)
-            left = duration((total - done) / rate) if done else "unknown time"
-            print(
-                f"{title}: {done} of {counted(total, unit)}, "
-                f"{rate:.{0 if rate >= 10 else 1}f} {unit}s/s, {left} left",
-                file=sys.stderr,
-                flush=True,
-            )
+            said = f"{title}: {done:,} of {counted(total, unit)}"
+            files, seconds = done - first[0], now - first[1]
+            if done >= total:
+                said += f", {_pace(done / max(now - started, 1e-6), unit)}"
+            elif files and seconds >= self._SECONDS_OF_A_RATE:
+                rate = files / seconds
+                said += f", {_pace(rate, unit)}, {duration((total - done) / rate)} left"
+            print(said, file=sys.stderr, flush=True)
 
         return on_terminal if sys.stderr.isatty() else in_log

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,6 +69,21 @@ class MakesTracker(Protocol):
 
 
 TRACKERS: Registry[MakesTracker] = Registry("tracker", "tracking.trackers")
+
+
+def check_names(names: Iterable[str]) -> None:
+    """See that there are trackers of these names, whether or not they can be used here.
+
+    Raises:
+        UserError: There is none of one of them.
+    """
+    for name in names:
+        if name == "mlflow" and name not in TRACKERS:
+            raise UserError(
+                "tracking.trackers: MLflow is none of these but tracking.mlflow, which is true "
+                "unless it is set to false; leave mlflow out"
+            )
+        TRACKERS.find(name, "tracking.trackers")
 
 
 def check_tracker(name: str) -> None:

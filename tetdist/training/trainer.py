@@ -499,6 +499,7 @@ class Trainer:
             "non_finite_steps": self.non_finite.new(),
             "samples_per_s": clock.samples / clock.seconds(),
             "data_wait": 100 * clock.waited / clock.seconds(),
+            "eta_s": self.progress.seconds_left(),
             **self.gpus.values(),
         }
         if self.engine.loss_scale:
