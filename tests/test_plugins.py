@@ -337,7 +337,7 @@ def test_every_optimiser_of_timm_steps_or_is_refused() -> None:
     assert {"sgd", "adam", "adamw", "adagrad", "adopt", "lamb", "lion", "muon"} <= set(stepped)
 
 
-@pytest.mark.parametrize("name", ["lamb", "muon"])
+@pytest.mark.parametrize("name", ["lamb", pytest.param("muon", marks=pytest.mark.long)])
 def test_optimisers_of_timm_need_no_file(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path, name: str
 ) -> None:

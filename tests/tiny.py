@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,8 @@ def assert_same_run(a: Path, b: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    assert metrics(a) == metrics(b)
+    parted = [pair for pair in zip_longest(metrics(a), metrics(b)) if pair[0] != pair[1]]
+    assert not parted, f"of {a} and {b}: {parted[0]}"
     # One that was saved again at the same step has a number after it.
     assert newest(a).name.split(".")[0] == newest(b).name.split(".")[0]
     files = [sorted(path.name for path in newest(run).glob("*.safetensors")) for run in (a, b)]

@@ -372,6 +372,7 @@ def test_a_machine_whose_gpu_torch_does_not_see_is_told_what_to_install(
     assert found["conclusion"] == last
 
 
+@pytest.mark.long
 def test_losses_with_graphs_are_compared(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what stands in for a graph on a CPU, and with one that does not read the images anew."""
     monkeypatch.setattr(training_graphs, "capture", run_again)

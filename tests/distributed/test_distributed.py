@@ -158,6 +158,8 @@ def test_second_interrupt_ends_at_once() -> None:
 def test_a_terminal_that_closes_stops_what_is_not_under_nohup() -> None:
     from tetdist.distributed import signals
 
+    # The tests themselves may run under nohup.
+    as_started = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with join("cpu") as world, signals.StopRequest(world) as stop:
         signal.raise_signal(signal.SIGHUP)
         assert stop.agreed()
@@ -167,6 +169,7 @@ def test_a_terminal_that_closes_stops_what_is_not_under_nohup() -> None:
             signal.raise_signal(signal.SIGHUP)
             assert not nohup.agreed()
         assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
+    signal.signal(signal.SIGHUP, as_started)
 
 
 def test_output_that_nobody_reads_is_no_error() -> None:

@@ -454,7 +454,17 @@ def test_what_nir_cannot_express_is_refused(
 # ---------------------------------------------------------------------------------- programs
 
 
-@pytest.mark.parametrize("kind", ["plif", "psn", "masked_psn", "sliding_psn", "ilif", "nilif"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "plif",
+        "psn",
+        *(
+            pytest.param(kind, marks=pytest.mark.long)
+            for kind in ("masked_psn", "sliding_psn", "ilif", "nilif")
+        ),
+    ],
+)
 def test_programs_of_other_neurons_say_what_the_network_says(kind: str, tmp_path: Path) -> None:
     numbers = {"timesteps": T} if kind in ("psn", "masked_psn") else {}
     trained = load(save("convnet", tmp_path, kind=kind, threshold=0.3, **numbers))

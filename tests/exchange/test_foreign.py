@@ -96,7 +96,7 @@ def from_spikingjelly(name: str, decay_input: bool | None = None, **options: Any
 @pytest.mark.parametrize(
     ("name", "theirs_options", "ours_options"),
     [
-        ("sew_resnet34", {"cnf": "ADD"}, {}),
+        pytest.param("sew_resnet34", {"cnf": "ADD"}, {}, marks=pytest.mark.long),
         ("sew_resnet18", {"cnf": "IAND"}, {"connect_function": "iand"}),
         pytest.param("sew_resnet50", {"cnf": "ADD"}, {}, marks=pytest.mark.long),
         ("spiking_resnet18", {}, {"norm": "bn"}),

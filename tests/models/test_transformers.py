@@ -387,7 +387,14 @@ def test_neurons_without_a_threshold_of_whole_spikes() -> None:
     assert attention_neuron(control, 0.5) == dataclasses.replace(control, threshold=0.5)
 
 
-@pytest.mark.parametrize("name", ["qkformer_4_384_cifar", "maxformer_10_384", "sdt_2_256_cifar"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qkformer_4_384_cifar",
+        pytest.param("maxformer_10_384", marks=pytest.mark.long),
+        "sdt_2_256_cifar",
+    ],
+)
 def test_a_learned_decay_begins_as_the_published_neuron(name: str) -> None:
     """Its input is halved as that of the published neurons is, also in attention."""
     small = {"sdt_2_256_cifar": {"channels": 16, "depth": 1}}.get(

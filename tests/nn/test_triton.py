@@ -87,7 +87,11 @@ on_gpu = [
     # Of the other kinds what is their own, with a membrane that was there and without.
     [(k, c) for k in NEURONS for c in CALLS if k in ("hard", "soft") or c in OF_ALL_KINDS],
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, torch.float32, pytest.param(torch.float64, marks=pytest.mark.long)],
+    ids=str,
+)
 def test_spikes_bytes_and_membranes_are_those_of_cpp_to_the_bit(
     dtype: torch.dtype, kind: str, call: str, where: str
 ) -> None:

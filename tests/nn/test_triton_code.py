@@ -35,7 +35,9 @@ def check(code: gpu_code.Code, *, spills: bool = False) -> None:
     assert "atomic" not in code.intermediate
 
 
-@each_gpu
+@pytest.mark.parametrize(
+    "capability", [pytest.param(80, marks=pytest.mark.long), 90], ids="sm_{}".format
+)
 def test_code_is_what_is_recorded(capability: int) -> None:
     """A change of a kernel updates the record, knowingly: `python docs/make/gpu.py`."""
     record = json.loads(RECORD.read_text())

@@ -45,8 +45,11 @@ OPTIMIZERS = {
     "preact": {"kind": "sgd", "lr": 0.1},
     "ms": {"kind": "sgd", "lr": 0.1},
 }
-CASES = ["qkformer", "sdt", "ms", pytest.param("preact", marks=pytest.mark.long)]
 STEPS = 6
+
+
+def long(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.long) for name in names]
 
 
 def configured(network: str, **changes: Any) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def configured(network: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("network", CASES)
+@pytest.mark.parametrize("network", ["qkformer", "ms", *long("sdt", "preact")])
 def test_two_processes_are_one(
     network: str, farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
@@ -88,7 +91,7 @@ def test_two_processes_are_one(
             assert (value - weights[1][key]).abs().max() <= 1e-6 * value.abs().max().clamp(1), key
 
 
-@pytest.mark.parametrize("network", CASES)
+@pytest.mark.parametrize("network", ["sdt", *long("qkformer", "ms", "preact")])
 def test_stopped_and_continued_to_the_bit(
     network: str, farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:

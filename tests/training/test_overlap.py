@@ -4,6 +4,7 @@ import json
 import textwrap
 from pathlib import Path
 
+import pytest
 import tiny
 
 CODE = """
@@ -70,6 +71,7 @@ CODE = """
 
 
 # Of two processes' numbers a sum is the same in any order; of three it is not.
+@pytest.mark.long
 def test_averages_of_a_backward_pass_are_those_after_it(tmp_path: Path) -> None:
     model = {"name": "sew_resnet18", "arguments": {}}
     values = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d", "model": model})

@@ -144,13 +144,9 @@ STOPS = [
 EVERY_DAY = {
     ("default", "micro", 3),
     ("default", "step", 6),
-    ("default", "evaluate", 1),
     ("default", "evaluate", 8),
     ("default", "save", 2),
-    ("default", "log", 6),
-    ("sparse", "step", 7),
     ("sparse", "micro", 33),
-    ("phases", "step", 4),
     ("phases", "step", 5),
     ("phases", "saved", 1),
     ("phases", "step", 7),
