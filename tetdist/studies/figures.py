@@ -123,7 +123,8 @@ def _loss(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]]) -> N
     continued = any(map(numbers.epochs_before, numbers.entries))
     meaning = "with those of what it began with; band" if continued else "band"
     axis.set_xlabel(f"epoch ({meaning}: all seeds)")
-    finish(axis, "Loss on the validation split", "cross-entropy of the time-mean", legend=False)
+    of = "samples held out" if numbers.study.exit_within is not None else "the validation split"
+    finish(axis, f"Loss on {of}", "cross-entropy of the time-mean", legend=False)
 
 
 def _differences(
