@@ -40,7 +40,8 @@ CONFIG: dict[str, Any] = {
     "tracking": {"mlflow": False},
 }
 
-# What may differ between two runs that are the same.
+# What may differ between two runs that are the same. Not taken from compare.py: what that left out
+# by mistake would be left out here, too.
 _OF_THE_CLOCK = (
     "time",
     "samples_per_s",

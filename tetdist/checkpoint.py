@@ -416,6 +416,7 @@ def _delete_old(folder: Path, keep_last: int) -> None:
 
 
 def _remove(path: Path) -> None:
+    # What cannot be removed now is a leftover, which the next writing removes or steps over.
     shutil.rmtree(path, ignore_errors=True)
 
 

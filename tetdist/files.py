@@ -95,6 +95,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def _remove(path: Path) -> None:
+    # What cannot be removed now is a leftover, which the next writing removes or steps over.
     shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
         path.unlink()

@@ -206,6 +206,7 @@ def _import(file: Imported) -> None:
     for model, entrypoint in before.items():
         if timm.model_entrypoint(model) is not entrypoint and entrypoint.__module__ != name:
             del sys.modules[name]
+            # timm warns that the name is there already, by which it is put back.
             with warnings.catch_warnings(action="ignore"):
                 timm.models.register_model(entrypoint)
             raise UserError(

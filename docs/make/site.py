@@ -140,7 +140,7 @@ class _Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._in_paragraph = tag == "p" or (self._in_paragraph and tag in ("a", "code", "strong"))
+        self._in_paragraph = self._in_paragraph or tag == "p"
         for name, value in attrs:
             if value and name in ("href", "src"):
                 self.links.append(value)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from PIL import Image
-from samples import SHARED, picture, write_shards, write_tar
+from samples import SHARED, needs_real_data, picture, write_shards, write_tar
 
 from tetdist.data import check
 from tetdist.data import index as ix
@@ -244,7 +244,7 @@ def turn(file):
     assert file.stat().st_size == status.st_size
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no real images here")
+@needs_real_data
 def test_real_images_are_good(tmp_path):
     for split, source in (("train", "imagenet-sample"), ("val", "imagen-20x5/val")):
         (tmp_path / split).symlink_to(SHARED / source)

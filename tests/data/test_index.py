@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from samples import SHARED, picture
+from samples import SHARED, needs_real_data, picture
 
 from tetdist.data import index as ix
 from tetdist.data.layouts import check_same_classes
@@ -340,7 +340,7 @@ def test_event_tensors_that_differ_or_are_damaged_are_named(event_root):
         assert word in reason, path
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no real images here")
+@needs_real_data
 def test_real_images_are_all_good():
     index, bad = build(SHARED, "imagenet-sample")
     assert (len(index), bad) == (157, [])

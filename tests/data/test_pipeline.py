@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from samples import SHARED, picture
+from samples import SHARED, needs_real_data, picture
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
@@ -772,7 +772,7 @@ def test_the_configuration_names_transforms_which_change_training_alone(
         loaded("shifted", "shifted")
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no real images here")
+@needs_real_data
 def test_real_imagenet_files_evaluate_as_in_torchvision():
     index = indexed(SHARED, "imagenet-sample")
     total, largest = 0.0, 0.0
@@ -787,7 +787,7 @@ def test_real_imagenet_files_evaluate_as_in_torchvision():
     assert largest <= 2
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no real images here")
+@needs_real_data
 def test_real_imagenet_files_train_as_in_torchvision():
     index = indexed(SHARED, "imagenet-sample")
     share = dataclasses.replace(SHARE, global_batch=78, micro_batch=78)

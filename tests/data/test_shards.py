@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from samples import SHARED, images_by_class, picture, write_official, write_shards, write_tar
+from samples import (
+    SHARED,
+    images_by_class,
+    needs_real_data,
+    picture,
+    write_official,
+    write_shards,
+    write_tar,
+)
 from torchvision.transforms import functional as tv
 
 from tetdist.data import index as ix
@@ -391,7 +399,7 @@ def test_every_layout_gives_the_same_batches_at_any_world_size(image_root, tmp_p
                     assert ids == expected[2]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no real images here")
+@needs_real_data
 def test_real_imagenet_files_come_out_of_shards_as_from_their_folder(tmp_path):
     root = tmp_path / "images"
     root.mkdir()

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -155,11 +156,18 @@ def test_second_interrupt_ends_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.fixture
+def a_terminal() -> Iterator[None]:
+    """As in a terminal, though the tests themselves may run under nohup."""
+    as_started = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, as_started)
+
+
+@pytest.mark.usefixtures("a_terminal")
 def test_a_terminal_that_closes_stops_what_is_not_under_nohup() -> None:
     from tetdist.distributed import signals
 
-    # The tests themselves may run under nohup.
-    as_started = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with join("cpu") as world, signals.StopRequest(world) as stop:
         signal.raise_signal(signal.SIGHUP)
         assert stop.agreed()
@@ -169,7 +177,6 @@ def test_a_terminal_that_closes_stops_what_is_not_under_nohup() -> None:
             signal.raise_signal(signal.SIGHUP)
             assert not nohup.agreed()
         assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
-    signal.signal(signal.SIGHUP, as_started)
 
 
 def test_output_that_nobody_reads_is_no_error() -> None:

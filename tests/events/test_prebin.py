@@ -13,7 +13,7 @@ import cameras
 import numpy as np
 import pytest
 from PIL import Image
-from samples import SHARED
+from samples import SHARED, needs_real_data
 
 from tetdist.data.index import check_fresh, load_index
 from tetdist.events import tensors as tensors_module
@@ -524,7 +524,7 @@ def test_a_missing_package_is_named(source, prebin_dvs, monkeypatch):
     assert "error: HDF5 needs the package h5py: pip install 'tetdist[events]'" in output
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no real recordings here")
+@needs_real_data
 def test_real_recordings_become_a_data_set(prebin_dvs, tmp_path):
     status, output = prebin_dvs(
         SHARED / "nmnist", "--size", 34, "--preview", timesteps=10, workers=2

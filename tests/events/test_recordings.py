@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zstandard
 from cameras import Made
-from samples import SHARED
+from samples import SHARED, needs_real_data
 
 from tetdist.events.formats import read_recording
 from tetdist.events.recording import BadRecording, Sensor
@@ -288,7 +288,7 @@ def test_a_sensor_that_the_file_contradicts_is_refused(tmp_path, name, write):
         read(tmp_path, name, write(MADE), Sensor(99, 99))
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no real recordings here")
+@needs_real_data
 @pytest.mark.parametrize(
     ("path", "sensor", "events", "dropped"),
     [

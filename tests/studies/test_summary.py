@@ -73,7 +73,7 @@ def test_a_file_without_a_summary_stays_as_it_is(tmp_path: Path) -> None:
     [
         ("", "{}", "has no end"),
         (summary.END, "{}", "no numbers of a study"),
-        (summary.END, "", "it"),
+        (summary.END, "", "cannot be read"),
     ],
 )
 def test_mistakes_are_named(end: str, numbers: str, said: str, tmp_path: Path) -> None:

@@ -1050,7 +1050,9 @@ def test_environment_is_json_and_true(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["usable_cores"] >= 1
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="no git here (CI installs it)")
+@pytest.mark.skipif(
+    shutil.which("git") is None and not os.environ.get("CI"), reason="no git here (CI installs it)"
+)
 def test_environment_tells_the_state_of_the_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

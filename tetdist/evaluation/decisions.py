@@ -83,12 +83,12 @@ class Decisions:
         Compared is with deciding all samples at T. None: the highest threshold costs more.
         """
         right = sum(row[k] for k, row in enumerate(self.confusion))
-        allowed = right - points / 100 * sum(self.exits[0])
+        samples = sum(self.exits[0])
         lowest = None
         for threshold, early in zip(
             reversed(self.thresholds), reversed(self.exit_correct), strict=True
         ):
-            if early < allowed:
+            if 100 * (right - early) > points * samples:
                 break
             lowest = threshold
         return lowest

@@ -123,10 +123,10 @@ class Adopted(SpikingNetwork):
         raise UserError("only the author of an adopted network knows its classifier")
 
     # The arguments of the next two are timm's and the base class's.
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:  # noqa: ARG002
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:  # noqa: ARG002  # see above
         raise UserError("an adopted network gets its number of classes where it is built")
 
-    def forward_features(self, x: Tensor) -> Tensor:  # noqa: ARG002
+    def forward_features(self, x: Tensor) -> Tensor:  # noqa: ARG002  # see above
         raise UserError("an adopted network is run as a whole and has no features of its own")
 
     def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:

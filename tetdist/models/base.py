@@ -252,7 +252,7 @@ class SpikingNetwork(nn.Module):
 
     def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
         """(1 or T, B, C, H, W) to spikes (T, B, C', H', W'); each family has its own."""
-        raise NotImplementedError
+        raise NotImplementedError  # A family without one is a mistake in it.
 
     def forward_block(self, block: nn.Module, x: Tensor, timesteps: int) -> Tensor:
         """One of ``blocks``, whose input says T; families whose stem ends in a current, which may

@@ -242,7 +242,7 @@ class NeuronConfig:
         Returns:
             Spikes (T, ...) of the current's type, and what the next stretch of time starts from.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # Each kind has its own.
 
 
 def class_of(kind: str) -> type[NeuronConfig]:

@@ -51,7 +51,7 @@ class ParallelNeuron(NeuronConfig):
 
     def sums_over_time(self, timesteps: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's A, (T, T), and b, (T,), of its parameters."""
-        raise NotImplementedError
+        raise NotImplementedError  # Each of the three kinds has its own.
 
     def run(
         self, current: Tensor, membrane: Tensor | None, **parameters: Tensor

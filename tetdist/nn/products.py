@@ -31,11 +31,11 @@ class Product(nn.Module):
 
     def accumulates(self, *inputs: Tensor) -> Tensor:
         """The additions that the spikes of a forward pass cause, () float64."""
-        raise NotImplementedError
+        raise NotImplementedError  # Each product has its own.
 
     def synapses(self, *inputs: Tensor) -> int:
         """The multiplications with an addition that a forward pass of real numbers takes."""
-        raise NotImplementedError
+        raise NotImplementedError  # Each product has its own.
 
 
 class HeadSum(Product):

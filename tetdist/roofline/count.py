@@ -88,7 +88,7 @@ def count(model: nn.Module, shape: tuple[int, ...], precision: str) -> Work:
     try:
         with counting(counter):
             shadow(images).float().sum().backward()
-    except (NotImplementedError, RuntimeError) as error:
+    except (NotImplementedError, RuntimeError) as error:  # of torch, whose meta tensors lack it
         raise UserError(
             f"what {type(model).__name__} asks of a GPU cannot be computed, since it needs more of "
             f"a tensor than its shape ({str(error).splitlines()[0]})"

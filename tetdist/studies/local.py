@@ -218,8 +218,12 @@ def first_to_end(running: "dict[StudyRun, Child]", stop: StopRequest) -> "StudyR
 
 
 def outcome(run: "StudyRun") -> str:
-    from tetdist.studies.plan import lines
+    from tetdist.studies.plan import evaluation, lines
 
+    if run.is_judged_apart:
+        found = evaluation(run)
+        assert found is not None  # A run without one is not at its end.
+        return f"top-1 {found['top1']:.2f} %"
     last = lines(run, "val")[-1]
     return f"top-1 {last['top1']:.2f} %, best {last['best_top1']:.2f} %"
 

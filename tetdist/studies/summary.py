@@ -8,6 +8,7 @@ from typing import Any
 from tetdist.errors import UserError
 from tetdist.reports.tables import markdown
 from tetdist.studies.numbers import CONFIDENCE, Difference
+from tetdist.tracking.metrics_file import restored
 
 BEGIN, END = "<!-- summary of studies -->\n", "<!-- end of the summary -->\n"
 POWER = 0.8
@@ -45,10 +46,11 @@ def refreshed(text: str, folder: Path, file: Path) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text())
-        values["study"]["title"], values["differences"], values["entries"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} has no numbers of a study ({error}); run it again") from None
+        values = restored(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); run its study again") from None
+    if not isinstance(values, dict) or not {"study", "entries", "differences"} <= values.keys():
+        raise UserError(f"{file} has no numbers of a study; run it again")
     return values
 
 
@@ -62,7 +64,7 @@ def table(studies: dict[str, dict[str, Any]]) -> str:
     for values in studies.values():
         link = _link(values)
         for entry, against in values["differences"].items():
-            difference = Difference(**_numbers(against["top1"]))
+            difference = Difference(**against["top1"])
             first = against["by_timestep"].get("1")
             rows.append(
                 [
@@ -71,7 +73,7 @@ def table(studies: dict[str, dict[str, Any]]) -> str:
                     str(difference.n),
                     _marked(difference),
                     _number(detectable(difference)),
-                    "" if first is None else _marked(Difference(**_numbers(first))),
+                    "" if first is None else _marked(Difference(**first)),
                     f"{values['entries'][entry]['image_timesteps'] / 1e6:.3g}",
                 ]
             )
@@ -98,9 +100,7 @@ def exits(studies: dict[str, dict[str, Any]]) -> str:
             of_both = [
                 values["entries"][name]["exit_timesteps"]["mean"] for name in (entry, control)
             ]
-            found = [
-                Difference(**_numbers(against[f"exit_{key}"])) for key in ("timesteps", "top1")
-            ]
+            found = [Difference(**against[f"exit_{key}"]) for key in ("timesteps", "top1")]
             rows.append(
                 [
                     link,
@@ -154,8 +154,3 @@ def _marked(difference: Difference) -> str:
 
 def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2f}"
-
-
-def _numbers(values: dict[str, Any]) -> dict[str, Any]:
-    # JSON has no NaN; the text "NaN" stands for it.
-    return {key: float(v) if isinstance(v, str) else v for key, v in values.items()}

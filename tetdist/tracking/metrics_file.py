@@ -36,7 +36,7 @@ def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
         file.seek(offset)
         data = file.read()
     data = data[: data.rfind(b"\n") + 1]
-    return [_restored(line) for _, line in _parsed(path, data, offset)], offset + len(data)
+    return [restored(line) for _, line in _parsed(path, data, offset)], offset + len(data)
 
 
 def _parsed(path: Path, data: bytes, offset: int = 0) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -107,6 +107,7 @@ def points_of(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def strict(value: Any) -> Any:
+    """Write numbers that are not finite, which JSON has not, as text."""
     if isinstance(value, dict):
         return {key: strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -116,9 +117,10 @@ def strict(value: Any) -> Any:
     return value
 
 
-def _restored(value: Any) -> Any:
+def restored(value: Any) -> Any:
+    """Undo `strict`: what JSON has as text becomes a number again."""
     if isinstance(value, dict):
-        return {key: _restored(item) for key, item in value.items()}
+        return {key: restored(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_restored(item) for item in value]
+        return [restored(item) for item in value]
     return NON_FINITE.get(value, value) if isinstance(value, str) else value

@@ -59,7 +59,7 @@ class WeightsAndBiases:
             write_text(id_file, secrets.token_hex(4) + "\n")
         run_id = id_file.read_text().strip()
         for earlier in (run.folder / "wandb").glob(f"offline-run-*-{run_id}"):
-            shutil.rmtree(earlier, ignore_errors=True)
+            shutil.rmtree(earlier, ignore_errors=True)  # left there, it is only in the way
         self._run = wandb.init(
             id=run_id,
             resume="allow",

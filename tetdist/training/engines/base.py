@@ -229,5 +229,5 @@ def tell(optimizer: torch.optim.Optimizer, lr: float, apply: Tensor) -> None:
     set_lr(optimizer, lr)
     # So torch's GradScaler tells fused optimisers to leave everything as it is; they read the
     # attributes by name, and nothing declares them.
-    optimizer.found_inf = (~apply).to(torch.float32)  # type: ignore[attr-defined]
-    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.found_inf = (~apply).to(torch.float32)  # type: ignore[attr-defined]  # see above
+    optimizer.grad_scale = None  # type: ignore[attr-defined]  # see above
