@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Generic, TypeVar, cast
 
 from tetdist.errors import UserError
-from tetdist.files import replacing, write_text
+from tetdist.storage.files import replacing, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ from tetdist.data.layouts import Hints, list_split
 from tetdist.data.pixels import Output
 from tetdist.data.shards import plan_shards, shard_split
 from tetdist.errors import UserError
-from tetdist.files import only_writer
+from tetdist.storage.files import only_writer
 
 TOOL = Path(__file__).parents[2] / "tools" / "images.py"
 ONE_WORKER = ("--splits", "train", "--workers", "1")

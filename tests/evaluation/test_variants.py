@@ -11,12 +11,12 @@ import tiny
 import torch
 from PIL import Image
 
-from tetdist import checkpoint
 from tetdist.cli import eval as evaluation
 from tetdist.config.loading import parse
 from tetdist.data import index
 from tetdist.evaluation import variants
 from tetdist.exchange.trained import load
+from tetdist.storage import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

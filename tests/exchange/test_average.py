@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tetdist import checkpoint
 from tetdist.cli import train
 from tetdist.config.loading import parse
 from tetdist.config.schema import RunConfig
@@ -23,6 +22,7 @@ from tetdist.distributed.world import World
 from tetdist.exchange.average import mean_weights, recompute_statistics
 from tetdist.models import SpikingNetwork
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.storage import checkpoint
 
 Call = Callable[..., tuple[int, str]]
 ConfigWriter = Callable[..., Path]

@@ -23,13 +23,13 @@ from spikingjelly.activation_based import nir_exchange
 from tiny import Outcome
 from torch import Tensor, nn
 
-from tetdist import checkpoint
 from tetdist.cli import eval as evaluation
 from tetdist.config.loading import parse
 from tetdist.errors import UserError
 from tetdist.exchange import export
 from tetdist.exchange.nir_graph import to_nir
 from tetdist.exchange.trained import Trained, load
+from tetdist.storage import checkpoint
 
 T = 3
 IF = {"decay": 1.0, "threshold": 0.5, "surrogate": "atan", "surrogate_width": 2.0}

@@ -24,13 +24,13 @@ from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
 from tiny import Outcome
 from torch import Tensor, nn
 
-from tetdist import checkpoint
 from tetdist.errors import UserError
 from tetdist.exchange import foreign
 from tetdist.models import SpikingNetwork
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import Neuron
+from tetdist.storage import checkpoint
 
 T = 3
 

@@ -14,9 +14,9 @@ import torch
 from published_transformers import Published, QKFormerSize, SDTSize
 from torch import Tensor
 
-from tetdist import checkpoint
 from tetdist.exchange.trained import Trained, load
 from tetdist.nn.integer_neurons import NILIF
+from tetdist.storage import checkpoint
 
 QKFORMER = QKFormerSize("imagenet", (8, 16, 24), (1, 1, 1), 2)
 SDT = SDTSize(32, 1)

@@ -15,12 +15,12 @@ from timm.utils import ModelEmaV3
 from tiny import Farm, Outcome
 from torch import Tensor, nn
 
-from tetdist import checkpoint
 from tetdist.cli import eval as evaluation
 from tetdist.config.schema import EmaSection
 from tetdist.errors import UserError
 from tetdist.exchange import export
 from tetdist.exchange.trained import load
+from tetdist.storage import checkpoint
 from tetdist.training.ema import WeightAverage, decay_at
 
 ConfigWriter = Callable[..., Path]

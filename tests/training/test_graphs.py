@@ -17,9 +17,9 @@ from graph_stand_ins import run_again, taped
 from tiny import Outcome
 from torch import Tensor, nn
 
-from tetdist import checkpoint
 from tetdist.errors import UserError
 from tetdist.models.spiking_convnet import SpikingConvNet
+from tetdist.storage import checkpoint
 from tetdist.training import graphs, trainer
 from tetdist.training.engines import base, torch_engine
 from tetdist.training.graphs import Captured

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import Farm
 
-from tetdist import checkpoint
 from tetdist.cli import eval as eval_command
+from tetdist.storage import checkpoint
 
 ConfigWriter = Callable[..., Path]
 

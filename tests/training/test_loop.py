@@ -11,7 +11,7 @@ import tiny
 import torch
 from tiny import Outcome
 
-from tetdist import checkpoint
+from tetdist.storage import checkpoint
 from tetdist.training import trainer
 from tetdist.training.engines import base
 

@@ -146,7 +146,7 @@ def test_teacher_stays_the_same_and_is_needed_no_longer_than_the_run(
 
 
 def test_teacher_answers_as_its_own_run_does(relu: Path, tiny_config: ConfigWriter) -> None:
-    from tetdist import checkpoint
+    from tetdist.storage import checkpoint
 
     weights, description = checkpoint.load_model_file(relu)
     section = loading.parse(description.config, "relu").model

@@ -933,7 +933,7 @@ def test_start_phase_is_the_rest_of_the_recipe(
 
 def test_checkpoint_of_another_model(main: Main, tiny_config: ConfigWriter, tmp_path: Path) -> None:
     """By hand only, since another configuration is refused before."""
-    from tetdist import checkpoint
+    from tetdist.storage import checkpoint
 
     file = tiny_config({"max_steps": 2})
     ended(main(file), status=0)
@@ -1091,7 +1091,7 @@ def test_mlflow_has_the_phases(farm: Farm, tiny_config: ConfigWriter, tmp_path: 
 
 
 def test_description_in_the_model_file(straight: Callable[[str], Path]) -> None:
-    from tetdist import checkpoint
+    from tetdist.storage import checkpoint
 
     _, description = checkpoint.load_model_file(straight("phases"))
     assert description.classes == list(tiny.CLASSES)

@@ -65,13 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def average(options: argparse.Namespace) -> None:
-    from tetdist import checkpoint, plugins
+    from tetdist import plugins
     from tetdist.data.order import steps_per_epoch
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
     from tetdist.exchange.average import mean_weights, recompute_statistics
     from tetdist.nn.batch_norm import has_running_statistics
     from tetdist.nn.precision import choose_algorithms, place
+    from tetdist.storage import checkpoint
     from tetdist.tracking.progress import FileProgress
     from tetdist.training.setup import choose_passes, make_model, open_split
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from tetdist.cli.common import answer, program
 from tetdist.config.flags import positive
 from tetdist.errors import UserError
-from tetdist.files import write_json
+from tetdist.storage.files import write_json
 
 
 def numbers(text: str) -> list[int]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from tetdist.cli.common import answer, fail, program
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError
-from tetdist.files import explaining, write_json
+from tetdist.storage.files import explaining, write_json
 
 if TYPE_CHECKING:
     from tetdist.device_check.check import Report

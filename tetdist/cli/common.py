@@ -48,7 +48,7 @@ def check_new_weights(output: Path) -> None:
     Raises:
         UserError: ``--output`` would do so.
     """
-    from tetdist import checkpoint
+    from tetdist.storage import checkpoint
 
     if (output.parent / checkpoint.MANIFEST_FILE).exists():
         raise UserError(f"--output: {output.parent} is a checkpoint; choose another folder")

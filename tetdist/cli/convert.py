@@ -86,8 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
 def convert_file(options: argparse.Namespace) -> None:
     import torch
 
-    from tetdist import checkpoint
     from tetdist.exchange import foreign
+    from tetdist.storage import checkpoint
 
     check_new_weights(options.output)
     state = foreign.read(options.source)

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist import files
 from tetdist.cli.common import answer, program
 from tetdist.config.flags import MOST_TIMESTEPS, add_import, positive
 from tetdist.errors import UserError
+from tetdist.storage import files
 from tetdist.wording import counted
 
 # Variants of ImageNet's validation set, see evaluation/variants.py; the first have a folder of
@@ -29,12 +29,12 @@ VARIANTS = (*OF_CLASS_FOLDERS, "imagenet-c", "real")
 HANGS_AFTER = 600  # seconds without progress of one of several processes
 
 if TYPE_CHECKING:
-    from tetdist.checkpoint import Description
     from tetdist.config.schema import RunConfig
     from tetdist.data.index import Index
     from tetdist.distributed.world import World
     from tetdist.evaluation.variants import Compared, RealLabels
     from tetdist.models import SpikingNetwork
+    from tetdist.storage.checkpoint import Description
 
 
 def timesteps_list(text: str) -> list[int]:
@@ -190,12 +190,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate_checkpoint(options: argparse.Namespace) -> int:
-    from tetdist import checkpoint, plugins
+    from tetdist import plugins
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
     from tetdist.evaluation.suite import Passes, choose_exit, run_suite
     from tetdist.evaluation.variants import Compared, run_corruptions
     from tetdist.nn.precision import choose_algorithms, place
+    from tetdist.storage import checkpoint
     from tetdist.training.setup import choose_passes, make_model
 
     with join(options.device) as world, Watch(world, HANGS_AFTER) as watch:

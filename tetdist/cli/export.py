@@ -95,7 +95,7 @@ def add_hub(group: argparse._ArgumentGroup) -> None:
 
 def check_hub(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse options of a push that do not suit each other, and a missing --format or --output."""
-    from tetdist.hub import is_repository
+    from tetdist.storage.hub import is_repository
 
     if options.push is None:
         for flag in ("public", "dry_run", "zoo", "trained_by"):
@@ -166,7 +166,7 @@ def export(options: argparse.Namespace) -> None:
 def publish(trained: "Trained", options: argparse.Namespace) -> None:
     """Push a network to the hub, or say what would be pushed."""
     from tetdist.exchange import publishing, zoo
-    from tetdist.hub import HF, destination
+    from tetdist.storage.hub import HF, destination
 
     repo, private = options.push, not options.public
     evaluated = None

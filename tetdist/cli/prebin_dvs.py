@@ -184,7 +184,7 @@ def _prebin(options: argparse.Namespace) -> None:
     from tetdist.events.splits import default_split
     from tetdist.events.statistics import draw_preview, statistics, table
     from tetdist.events.tensors import make_tensors, open_destination
-    from tetdist.files import explaining, write_json
+    from tetdist.storage.files import explaining, write_json
     from tetdist.tracking.progress import FileProgress
 
     settings = _settings(options)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.config.schema import TIMM
-from tetdist.hub import HF
+from tetdist.storage.hub import HF
 
 # What may differ between a run and its continuation: where things are, how much is shown or kept,
 # and how the same numbers are computed, nothing that changes the result beyond rounding. (The data

@@ -11,7 +11,7 @@ from tetdist.data.layouts import Listing
 from tetdist.data.probe import SAMPLES_PER_TASK
 from tetdist.data.processes import ReportProgress, run_tasks
 from tetdist.errors import UserError
-from tetdist.files import check_space, explaining, only_writer, replacing
+from tetdist.storage.files import check_space, explaining, only_writer, replacing
 
 _NUMBER = re.compile(r"^\d{8}-(?=.)")
 

@@ -25,7 +25,7 @@ from tetdist.data.layouts import Listing, list_split
 from tetdist.data.probe import Probe, probe_all, probe_image, probe_tensor
 from tetdist.data.processes import ReportProgress
 from tetdist.errors import UserError, typed
-from tetdist.files import explaining, replacing
+from tetdist.storage.files import explaining, replacing
 
 _FORMAT_VERSION = 2
 _SAMPLED_FILES = 10_000

@@ -13,7 +13,7 @@ import numpy as np
 
 from tetdist.data.archives import ByteRange
 from tetdist.data.processes import ReportProgress, run_tasks
-from tetdist.files import open_file
+from tetdist.storage.files import open_file
 
 # PIL and DALI both decode these; PIL alone opens many more, whatever the suffix.
 _PIL_FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}

@@ -26,7 +26,7 @@ from tetdist.data.probe import Probe
 from tetdist.data.processes import ReportProgress, run_tasks
 from tetdist.data.reader import SampleReader
 from tetdist.errors import UserError
-from tetdist.files import check_space, explaining, only_writer, replacing
+from tetdist.storage.files import check_space, explaining, only_writer, replacing
 
 _PLAN_FILE = "plan.json"
 _VERSION = 1

@@ -13,10 +13,10 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from tetdist.checkpoint import load_model_file
 from tetdist.data.index import build_index, index_file, save_index
 from tetdist.device_check.check import Finding, Machine
 from tetdist.distributed.starters import as_starter
+from tetdist.storage.checkpoint import load_model_file
 
 STEPS = 6
 RERUN = "a run of your own with deterministic=true, alone on one GPU, says more"

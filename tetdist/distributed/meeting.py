@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError
-from tetdist.files import own_cache
+from tetdist.storage.files import own_cache
 
 # The secret of a run, where whoever starts its processes gives them one.
 TOKEN = "TETDIST_TOKEN"

@@ -21,7 +21,7 @@ from tetdist.errors import UserError
 from tetdist.events import splits
 from tetdist.events.folders import Part, Source
 from tetdist.events.tensors import Record, Settings, tensor_file
-from tetdist.files import explaining, made_aside, write_json
+from tetdist.storage.files import explaining, made_aside, write_json
 
 _PARTS: tuple[Part, Part] = ("train", "val")
 # Errors of a file system without hard links, and of a file that has the most it may have.

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tetdist.events.folders import natural_key
 from tetdist.events.tensors import Record, tensor_file
-from tetdist.files import replacing
+from tetdist.storage.files import replacing
 
 ALL = "all"
 

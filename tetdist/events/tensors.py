@@ -34,7 +34,7 @@ from tetdist.events.formats import read_recording
 from tetdist.events.recording import BadRecording, Events, Sensor
 from tetdist.events.simulate import Simulation, simulate
 from tetdist.events.splits import RECORDS_FILE
-from tetdist.files import explaining, open_file, replacing, write_json
+from tetdist.storage.files import explaining, open_file, replacing, write_json
 
 # This goes up when the same parameters make other tensors than before.
 _FORMAT_VERSION = 1

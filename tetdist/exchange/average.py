@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tetdist import checkpoint, plugins
+from tetdist import plugins
 from tetdist.config.identity import differences
 from tetdist.config.loading import parse
 from tetdist.config.schema import RunConfig, phase_image_sizes
@@ -27,6 +27,7 @@ from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 from tetdist.nn import batch_norm, dropout
 from tetdist.nn.precision import autocast, parameter_type
+from tetdist.storage import checkpoint
 from tetdist.wording import counted
 
 

@@ -17,16 +17,16 @@ import yaml
 from torch import Tensor, nn
 
 import tetdist
-from tetdist import checkpoint
 from tetdist.config.identity import without_machine
 from tetdist.data.layouts import CLASSES_FILE
 from tetdist.errors import UserError, typed
 from tetdist.exchange.trained import Trained
-from tetdist.files import made_aside
-from tetdist.hub import HF
 from tetdist.models import SpikingNetwork
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.storage import checkpoint
+from tetdist.storage.files import made_aside
+from tetdist.storage.hub import HF
 from tetdist.wording import counted
 
 _INPUTS = {"images": "image", "events": "event frame a timestep"}

@@ -5,11 +5,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import tetdist
-from tetdist import checkpoint, hub
 from tetdist.errors import UserError
 from tetdist.exchange import zoo
 from tetdist.exchange.export import RECIPE_FILE, write_timm
 from tetdist.exchange.trained import Trained
+from tetdist.storage import checkpoint, hub
 from tetdist.wording import counted
 
 

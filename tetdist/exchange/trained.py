@@ -7,13 +7,14 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor
 
-from tetdist import checkpoint, plugins
+from tetdist import plugins
 from tetdist.config.identity import without_machine
 from tetdist.config.loading import parse
 from tetdist.config.schema import TIMM, RunConfig
 from tetdist.errors import UserError
-from tetdist.hub import HF
 from tetdist.models import SpikingNetwork
+from tetdist.storage import checkpoint
+from tetdist.storage.hub import HF
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tetdist import checkpoint, files
 from tetdist.errors import UserError
+from tetdist.storage import checkpoint, files
 from tetdist.tracking.metrics_file import read_metrics
 
 Percent = Annotated[float, Field(ge=0, le=100)]

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tetdist.files import OthersMayWrite, is_ours_alone, own_cache
+from tetdist.storage.files import OthersMayWrite, is_ours_alone, own_cache
 
 logger = logging.getLogger(__name__)
 

@@ -589,7 +589,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     from tetdist.errors import UserError
-    from tetdist.files import write_text
+    from tetdist.storage.files import write_text
     from tetdist.tracking.metrics_file import strict
 
     # YAML knows dates, JSON does not.

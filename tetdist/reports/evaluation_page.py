@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tetdist.files import replacing
 from tetdist.reports import style, tables
+from tetdist.storage.files import replacing
 from tetdist.wording import counted
 
 # Rows of the table of classes on a terminal; the JSON file and the page have all.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.errors import UserError
-from tetdist.files import replacing
+from tetdist.storage.files import replacing
 
 # Okabe and Ito's colours, told apart by most eyes; each means the same in every panel.
 TRAIN = "#0072B2"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tetdist.errors import UserError, way_out
-from tetdist.files import write_json, write_text
+from tetdist.storage.files import write_json, write_text
 from tetdist.tracking import mlflow_follower
 
 if TYPE_CHECKING:

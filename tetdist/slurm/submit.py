@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from tetdist import checkpoint, hub, plugins
+from tetdist import plugins
 from tetdist.config import identity, loading, schema
 from tetdist.config.schema import RunConfig
 from tetdist.distributed.world import World
@@ -25,6 +25,7 @@ from tetdist.slurm.job import Job
 from tetdist.slurm.jobs import is_here, refuse_if_queued, states_of
 from tetdist.slurm.plan import Plan
 from tetdist.slurm.speed import Network, Speed
+from tetdist.storage import checkpoint, hub
 from tetdist.tracking import mlflow_follower
 from tetdist.tracking.mlflow_store import check_store
 from tetdist.tracking.trackers import check_names

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tetdist.distributed.signals import let_go_of_closed_streams
 from tetdist.distributed.starters import as_starter
 from tetdist.errors import UserError
-from tetdist.files import is_held
+from tetdist.storage.files import is_held
 
 if TYPE_CHECKING:
     from tetdist.studies.plan import Command, StudyRun

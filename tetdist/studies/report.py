@@ -78,7 +78,7 @@ def replaced(text: str, name: str, section: str, file: Path) -> str:
 
 
 def write_whole(file: Path, text: str) -> None:
-    from tetdist.files import explaining, write_text
+    from tetdist.storage.files import explaining, write_text
 
     with explaining(file):
         write_text(file, text)

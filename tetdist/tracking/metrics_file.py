@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.errors import UserError
-from tetdist.files import replacing
+from tetdist.storage.files import replacing
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

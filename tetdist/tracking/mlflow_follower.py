@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
-from tetdist.files import write_text
+from tetdist.storage.files import write_text
 from tetdist.tracking.environment import git_state
 from tetdist.tracking.metrics_file import points_of, read_from
 from tetdist.tracking.trackers import TrackedRun

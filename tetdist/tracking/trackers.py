@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tetdist.errors import UserError, sentence
-from tetdist.files import replacing
 from tetdist.plugins import Registry
+from tetdist.storage.files import replacing
 from tetdist.tracking.metrics_file import read_from
 
 logger = logging.getLogger(__name__)

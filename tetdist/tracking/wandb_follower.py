@@ -21,7 +21,7 @@ import shutil
 from typing import Any, ClassVar
 
 from tetdist.errors import UserError
-from tetdist.files import write_text
+from tetdist.storage.files import write_text
 from tetdist.tracking.metrics_file import points_of
 from tetdist.tracking.trackers import TRACKERS, TrackedRun, require_package
 

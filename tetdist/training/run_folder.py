@@ -5,15 +5,16 @@ import json
 import logging
 from typing import assert_never
 
-from tetdist import checkpoint, plugins
+from tetdist import plugins
 from tetdist.config.identity import differences
 from tetdist.config.loading import parse
 from tetdist.config.schema import RunConfig
 from tetdist.config.yaml_files import read_yaml
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, way_out
-from tetdist.files import write_json, write_text
 from tetdist.plugins import import_files
+from tetdist.storage import checkpoint
+from tetdist.storage.files import write_json, write_text
 from tetdist.tracking import environment, metrics_file
 from tetdist.tracking.mlflow_store import check_store
 from tetdist.tracking.trackers import check_tracker

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tetdist import checkpoint
 from tetdist.config.identity import flatten
 from tetdist.config.schema import RunConfig
 from tetdist.data.index import Index
 from tetdist.distributed.signals import StopRequest
 from tetdist.errors import Stopped, typed
 from tetdist.reports.tables import markdown
+from tetdist.storage import checkpoint
 from tetdist.tracking import environment
 from tetdist.tracking.mlflow_follower import Dataset, Status, ui_command
 from tetdist.tracking.tracker import Tracker

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from tetdist.config.schema import RunConfig
 from tetdist.data.loader import Batch
 from tetdist.distributed.world import World
-from tetdist.files import write_text
+from tetdist.storage.files import write_text
 
 # Takes down a micro-batch of an optimiser step (counted from 1).
 SampleRecord = Callable[[int, Batch], None]

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from tetdist.config.schema import RunConfig
-from tetdist.files import explaining, made_aside, write_text
 from tetdist.reports.tables import markdown
+from tetdist.storage.files import explaining, made_aside, write_text
 from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)

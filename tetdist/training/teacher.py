@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tetdist import checkpoint, plugins
+from tetdist import plugins
 from tetdist.config.loading import parse
 from tetdist.config.schema import TIMM, RunConfig, phase_image_sizes
 from tetdist.data.index import Index
@@ -16,6 +16,7 @@ from tetdist.errors import UserError
 from tetdist.exchange import foreign
 from tetdist.models import SpikingNetwork
 from tetdist.nn.precision import autocast, parameter_type, place
+from tetdist.storage import checkpoint
 
 KEY = "loss.distillation.teacher"
 

@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tetdist import checkpoint
 from tetdist.config.identity import differences
 from tetdist.config.schema import RunConfig
 from tetdist.data import mixing, order
@@ -40,6 +39,7 @@ from tetdist.nn.precision import autocast, choose_algorithms, parameter_type
 from tetdist.optimizers import make_optimizer
 from tetdist.plugins import checksums_of
 from tetdist.reports.reference import find_reference
+from tetdist.storage import checkpoint
 from tetdist.tracking.progress import RunProgress
 from tetdist.tracking.tracker import Tracker
 from tetdist.training import graphs, health

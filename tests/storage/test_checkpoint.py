@@ -19,9 +19,9 @@ import tiny
 import torch
 from torch import nn
 
-from tetdist import checkpoint
-from tetdist.checkpoint import Description
 from tetdist.errors import UserError
+from tetdist.storage import checkpoint
+from tetdist.storage.checkpoint import Description
 
 
 def network(width: int = 4) -> nn.Module:

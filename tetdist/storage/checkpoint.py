@@ -36,9 +36,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from tetdist import hub
 from tetdist.errors import UserError, typed, way_out
-from tetdist.files import made_aside, write_text
+from tetdist.storage import hub
+from tetdist.storage.files import made_aside, remove, write_text
 from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".step-*"):  # of a process that was killed
-            _remove(leftover)
+            remove(leftover)
         # A run that was stopped while it evaluated, or that comes by a damaged checkpoint again,
         # saves the same step twice. The second gets a name of its own: while a folder is replaced,
         # there is for a moment neither.
@@ -412,12 +412,7 @@ def _delete_old(folder: Path, keep_last: int) -> None:
     distinct = [path for path in older if path not in repeated]
     for path in repeated + distinct[: -keep_last + 1]:
         if path.name not in kept:
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    # What cannot be removed now is a leftover, which the next writing removes or steps over.
-    shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
 
 def _describe(path: Path) -> dict[str, Any]:

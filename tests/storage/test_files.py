@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tetdist import files
 from tetdist.errors import UserError
+from tetdist.storage import files
 
 
 def names(folder: Path) -> list[str]:

@@ -33,7 +33,7 @@ def made_aside(path: Path, *, sync: bool = True, ending: str = "") -> Iterator[P
         OSError: Writing fails, as on a full disk.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp{ending}")
-    _remove(aside)  # A killed process may have had the same number.
+    remove(aside)  # A killed process may have had the same number.
     try:
         yield aside
         if sync:
@@ -43,7 +43,7 @@ def made_aside(path: Path, *, sync: bool = True, ending: str = "") -> Iterator[P
         if sync:
             _sync(path.parent)
     finally:
-        _remove(aside)
+        remove(aside)
 
 
 @contextlib.contextmanager
@@ -94,7 +94,8 @@ def open_file(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; what is not there is no error."""
     # What cannot be removed now is a leftover, which the next writing removes or steps over.
     shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
