@@ -34,7 +34,13 @@ SPIKING = ["spiking_resnet18", "spiking_resnet34", "spiking_resnet50"]
 PSN_SEW = ["psn_sew_resnet18", "psn_sew_resnet34"]
 MEMBRANE = ["preact_resnet18", "preact_resnet34", "ms_resnet18", "ms_resnet34", "ms_resnet104"]
 EVENTS = ["vggsnn", "spiking_resnet19_dvs"]
-OTHERS = [*EVENTS, "spiking_resnet19", "spiking_resnet18_cifar", "spiking_convnet"]
+OTHERS = [
+    *EVENTS,
+    "spiking_resnet19",
+    "spiking_resnet18_cifar",
+    "ms_resnet14_cifar",
+    "spiking_convnet",
+]
 ALL = [*SEW, *PSN_SEW, *SPIKING, *MEMBRANE, *OTHERS]
 
 # One of each family, and of each kind of block, small enough to be run many times. Thresholds are
@@ -101,7 +107,7 @@ def test_timm_lists_the_models() -> None:
     others = ["spiking_resnet19", "spiking_resnet18_cifar", "spiking_resnet19_dvs"]
     assert sorted(timm.list_models("spiking_resnet*")) == sorted([*SPIKING, *others])
     membrane = [*timm.list_models("preact_*"), *timm.list_models("ms_*")]
-    assert sorted(membrane) == sorted(MEMBRANE)
+    assert sorted(membrane) == sorted([*MEMBRANE, "ms_resnet14_cifar"])
     assert set(OTHERS) <= set(timm.list_models())
     assert timm.list_models("sew_resnet*", pretrained=True) == []  # and promises no weights
 
@@ -111,8 +117,9 @@ def test_registered_model_and_its_default_cfg(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     cfg = model.default_cfg
-    sizes = {"spiking_resnet19": 32, "spiking_resnet18_cifar": 32, "spiking_convnet": 28}
-    size = (sizes | dict.fromkeys(EVENTS, 48)).get(name, 224)
+    cifar = ("spiking_resnet19", "spiking_resnet18_cifar", "ms_resnet14_cifar")
+    sizes = dict.fromkeys(cifar, 32) | dict.fromkeys(EVENTS, 48) | {"spiking_convnet": 28}
+    size = sizes.get(name, 224)
     channels = 2 if name in EVENTS else 3
     num_classes = 10 if name in OTHERS else 1000
     assert cfg["architecture"] == name
@@ -533,6 +540,7 @@ def test_scales_of_the_batch_norms(
         ("preact_resnet34", 64, [(64, 16)] * 3 + [(128, 8)] * 4 + [(256, 4)] * 6 + [(512, 2)] * 3),
         ("ms_resnet18", 64, [(64, 16)] * 2 + [(128, 8)] * 2 + [(256, 4)] * 2 + [(512, 2)] * 2),
         ("ms_resnet104", 32, [(64, 8)] * 3 + [(128, 4)] * 8 + [(256, 2)] * 32 + [(512, 1)] * 8),
+        ("ms_resnet14_cifar", 32, [(64, 16)] * 2 + [(128, 8)] * 2 + [(256, 4)] * 2),
         ("vggsnn", 48, [(128, 24), (256, 12), (512, 6), (512, 3)]),
     ],
 )

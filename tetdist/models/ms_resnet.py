@@ -28,7 +28,8 @@ class MSResNet(SpikingNetwork):
     Args:
         layers: Number of blocks in each of the stages.
         neuron: All neurons of the network.
-        stem: ``plain`` is a 7x7 convolution, ``deep`` three 3x3 ones with biases; both of stride 2.
+        stem: ``plain`` is a 7x7 convolution, ``deep`` three 3x3 ones with biases, both of stride 2;
+            ``cifar`` one 3x3 convolution of stride 1.
         pooled_projections: Whether projections average 2x2 pixels instead of leaving out three.
         width: Channels of the first stage; they double from stage to stage.
         init: How convolutions begin; see `base.init_weights`.
@@ -51,7 +52,7 @@ class MSResNet(SpikingNetwork):
         layers: tuple[int, ...],
         *,
         neuron: NeuronConfig,
-        stem: Literal["plain", "deep"] = "plain",
+        stem: Literal["plain", "deep", "cifar"] = "plain",
         pooled_projections: bool = False,
         width: int = 64,
         init: base.Init = "torch",
@@ -73,8 +74,10 @@ class MSResNet(SpikingNetwork):
                     conv3x3(width, width, bias=True),
                     conv3x3(width, width, bias=True),
                 )
+            case "cifar":
+                conv = conv3x3(in_chans, width)
             case _:
-                raise ValueError(f"stem must be 'plain' or 'deep', not {stem!r}")
+                raise ValueError(f"stem must be 'plain', 'deep' or 'cifar', not {stem!r}")
         self.stem = Stem(conv, width)
         blocks: list[nn.Module] = []
         rates = rising_rates(drop_path_rate, sum(layers))
@@ -126,6 +129,15 @@ class MSResNet(SpikingNetwork):
 default_cfgs = generate_default_cfgs(
     {f"ms_resnet{depth}": base.model_cfg() for depth in (18, 34)}
     | {"ms_resnet104": base.model_cfg(first_conv="stem.conv.0")}
+    | {
+        "ms_resnet14_cifar": base.model_cfg(
+            32,
+            num_classes=10,
+            crop_pct=1.0,
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2470, 0.2435, 0.2616),
+        )
+    }
 )
 
 # 11,693,736, 21,801,896 and 77,350,504 parameters at 1000 classes.
@@ -138,4 +150,8 @@ ms_resnet104 = base.register(
     stem="deep",
     pooled_projections=True,
     drop_rate=0.2,
+)
+# For 32x32 images, of our own.
+ms_resnet14_cifar = base.register(
+    MSResNet, "ms_resnet14_cifar", layers=(2, 2, 2), stem="cifar", timesteps=4
 )
