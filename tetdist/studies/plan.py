@@ -334,10 +334,10 @@ def _check_exit(study: StudySection, name: str, config: RunConfig) -> None:
             f"exit_within: entries.{name} has neurons that see later timesteps, so that there is "
             "no early exit; leave out one of them"
         )
-    if max(study.test_timesteps) != config.phases[-1].timesteps:
+    if (last := max(study.test_timesteps)) < config.phases[-1].timesteps:
         raise UserError(
-            f"exit_within: the last of test_timesteps must be the T of entries.{name}, "
-            f"{config.phases[-1].timesteps}"
+            f"exit_within: early exit is with up to {last} timesteps, the last of test_timesteps, "
+            f"and entries.{name} is trained with {config.phases[-1].timesteps}; add these"
         )
 
 

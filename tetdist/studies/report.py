@@ -198,7 +198,9 @@ def early_exit(numbers: Numbers) -> str:
         results = numbers.of(entry)
         thresholds = [(result.chosen_exit or {}).get("threshold") for result in results]
         chosen = [threshold for threshold in thresholds if threshold is not None]
-        lost = [exit_top1(result) - result.top1 for result in results]
+        # An entry may have been trained with fewer timesteps than early exit is up to.
+        full = at(max(numbers.study.test_timesteps))
+        lost = [exit_top1(result) - full(result) for result in results]
         against = [numbers.difference(entry, value) for value in (exit_timesteps, exit_top1)]
         rows.append(
             [
