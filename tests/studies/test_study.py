@@ -135,18 +135,23 @@ def test_thresholds_of_early_exit_are_compared(
     output, results = tmp_path / "out", tmp_path / "results.md"
     results.write_text("<!-- summary of studies -->\n<!-- end of the summary -->\n")
     averaged = {"control": "tet", "average": True, "overrides": {"ema.decay": 0.5}}
-    entries = {**ENTRIES, "averaged": averaged}
+    fewer = {"overrides": {"phases.0.timesteps": 1}}
+    entries = {**ENTRIES, "averaged": averaged, "fewer": fewer}
     overrides = {"data.held_out": 0.25, "phases.0.optimizer.lr": 0.5}
     changes = {"exit_within": 20.0, "seeds": [0], "entries": entries, "overrides": overrides}
     file = write(changes)
     status, _, errors = call(file, "--output", output, "--jobs", 2, "--append-to", results)
     assert status == 0, errors
     values = json.loads((tmp_path / "results" / "study.json").read_text())
-    spent: dict[str, list[float]] = {"sdt": [], "tet": [], "averaged": []}
+    spent: dict[str, list[float]] = {name: [] for name in entries}
     for run in values["runs"]:
         found = json.loads((output / run["name"] / "test_timesteps.json").read_text())
         # The validation split is what is reported, not what the run held out.
-        assert (run["samples"], run["top1"]) == (sum(tiny.VAL_SIZES), found["top1"])
+        assert run["samples"] == sum(tiny.VAL_SIZES)
+        # It is the accuracy at the T of training; early exit is with up to the last of the study's.
+        trained = 1 if run["entry"] == "fewer" else 2
+        assert run["top1"] == found["per_timestep_top1"][trained - 1]
+        assert run["loss"] == found["per_timestep_loss"][trained - 1]
         assert run["chosen_exit"] == found["chosen_exit"]
         assert run["best_top1"] == "NaN"
         assert "--exit-within 20" in run["commands"][1]
@@ -170,23 +175,30 @@ def test_thresholds_of_early_exit_are_compared(
 
 def test_one_begins_with_another(call: Call, write: Callable[..., Path], tmp_path: Path) -> None:
     longer = {"phases.0.timesteps": 3, "phases.0.optimizer.lr": 0.01}
+    phases = [{"epochs": 1, "timesteps": t, "optimizer": {"lr": 0.01}} for t in (2, 3)]
     entries = {
         "short": {},
         "longer": {"init": "short", "overrides": longer},
         "taught": {"init": "short", "teacher": "longer"},
+        "second": {"init": "short", "overrides": {"phases": phases, "start_phase": 1}},
         "unasked": {},
     }
     file = write({"entries": entries, "seeds": [0], "test_timesteps": [1, 3]})
     output = tmp_path / "out"
-    # Asked for one, it trains the other first; that one is evaluated beyond its T, too.
-    status, _, errors = call(file, "--output", output, "--only", "taught")
+    # Asked for some, it trains the others first; those are evaluated beyond their T, too.
+    status, _, errors = call(file, "--output", output, "--only", "taught", "--only", "second")
     assert status == 0, errors
     log = (output / "logs" / "longer-seed0.log").read_text()
     assert f"beginning with the weights of {output / 'short-seed0'} (step 5, T=2)" in log
     values = json.loads((output / "report" / "study.json").read_text())
     cost = {name: entry["image_timesteps"] for name, entry in values["entries"].items()}
     # What two of a run's needs begin with is paid for once.
-    assert cost == {"short": 80, "longer": 80 + 120, "taught": 80 + 120 + 80}
+    assert cost == {
+        "short": 80,
+        "longer": 80 + 120,
+        "taught": 80 + 120 + 80,
+        "second": 80 + 120,
+    }
     report = (output / "report.md").read_text()
     assert report.count("| `short` | `longer` |") == 1  # begins with, learns from
     runs = {run["entry"]: run for run in values["runs"]}
@@ -196,7 +208,14 @@ def test_one_begins_with_another(call: Call, write: Callable[..., Path], tmp_pat
         "short": 80,
         "longer": 120,
         "taught": 80,
+        "second": 120,
     }
+    # Of the steps that a later phase begins after, none counts among its own.
+    metrics = (output / "second-seed0" / "metrics.jsonl").read_text().splitlines()
+    trained = [line for line in map(json.loads, metrics) if line["kind"] == "train"]
+    assert [line["step"] for line in trained] == [6, 7, 8, 9, 10]
+    seconds = sum(8 / line["samples_per_s"] for line in trained)
+    assert runs["second"]["seconds"] == pytest.approx(seconds)
     (val,) = tiny.metrics(output / "short-seed0", "val")
     assert runs["short"]["by_timestep"][:2] == pytest.approx(val["per_timestep_top1"])
     assert len(runs["short"]["by_timestep"]) == 3

@@ -14,7 +14,7 @@ from tetdist.studies.plan import (
     is_trained,
     lines,
 )
-from tetdist.training.schedule import schedule_phases
+from tetdist.training.schedule import Phase, schedule_phases
 
 CONFIDENCE = 0.95
 
@@ -122,31 +122,37 @@ def result_of(run: StudyRun) -> Result | None:
         samples=found["samples"],
         data_split=found.get("data_split"),
         curve=[(line["epoch"], line["loss"], line["top1"]) for line in validations],
-        image_timesteps=image_timesteps(run, last["step"], last["epoch"]),
+        image_timesteps=image_timesteps(run, last),
         seconds=training_seconds(run),
         ended=last["time"],
         environment=run_environment(run),
     )
 
 
-def image_timesteps(run: StudyRun, last_step: int, last_epoch: float) -> int:
-    """Images times T that went forward and backward in training."""
+def phases_of(run: StudyRun, line: dict[str, Any]) -> list[Phase]:
+    """The phases that the run trains, by the step and epoch of a line of its metrics."""
     config = run.config
-    steps = round(last_step / last_epoch)
-    phases = schedule_phases(config.phases, steps, config.batch.global_)[config.start_phase :]
+    steps_per_epoch = round(line["step"] / line["epoch"])
+    phases = schedule_phases(config.phases, steps_per_epoch, config.batch.global_)
+    return phases[config.start_phase :]
+
+
+def image_timesteps(run: StudyRun, last: dict[str, Any]) -> int:
+    """Images times T that went forward and backward in training, up to a line of metrics."""
     return sum(
-        (min(phase.end_step, last_step) - phase.first_step)
-        * config.batch.global_
+        (min(phase.end_step, last["step"]) - phase.first_step)
+        * run.config.batch.global_
         * phase.section.timesteps
-        for phase in phases
-        if phase.first_step < last_step
+        for phase in phases_of(run, last)
+        if phase.first_step < last["step"]
     )
 
 
 def training_seconds(run: StudyRun) -> float:
     """The time of all steps, by the rates in the run's lines of metrics."""
     train = lines(run, "train")
-    steps = np.diff([line["step"] for line in train], prepend=0)
+    first_step = phases_of(run, train[-1])[0].first_step
+    steps = np.diff([line["step"] for line in train], prepend=first_step)
     rates = np.array([line["samples_per_s"] for line in train])
     return float(np.sum(steps * run.config.batch.global_ / rates))
 

@@ -413,9 +413,14 @@ def evaluation(run: StudyRun) -> dict[str, Any] | None:
         if not run.is_judged_apart:
             return last | {"per_timestep_top1": values["per_timestep_top1"]}
         within = values["chosen_exit"]["within"] if "chosen_exit" in values else None
-        is_its = (within, "averaged" in values) == (run.exit_within, run.average)
-        return dict(values) if is_its else None
-    except (OSError, ValueError, KeyError, TypeError):
+        if (within, "averaged" in values) != (run.exit_within, run.average):
+            return None
+        # It may be of more timesteps than the run was trained with, and the result is at these.
+        of_training = {
+            key: values[f"per_timestep_{key}"][run.timesteps - 1] for key in ("top1", "loss")
+        }
+        return dict(values) | of_training
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
