@@ -9,16 +9,14 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tetdist.config.identity import differences
 from tetdist.config.schema import RunConfig
 from tetdist.data import mixing, order
 from tetdist.data.batches import Share
@@ -33,11 +31,10 @@ from tetdist.distributed.world import World
 from tetdist.errors import Stopped, UserError, typed
 from tetdist.evaluation.evaluate import Interrupted, evaluate
 from tetdist.losses import compute_loss
-from tetdist.nn import batch_norm, dropout, neurons
+from tetdist.nn import batch_norm, dropout
 from tetdist.nn.norm_neuron import changing_neurons, enter_epoch
 from tetdist.nn.precision import autocast, choose_algorithms, parameter_type
 from tetdist.optimizers import make_optimizer
-from tetdist.plugins import checksums_of
 from tetdist.reports.reference import find_reference
 from tetdist.storage import checkpoint
 from tetdist.tracking.progress import RunProgress
@@ -54,6 +51,7 @@ from tetdist.training.run_summary import Launcher, RunSummary, show_checkpoints
 from tetdist.training.sample_record import SampleRecord, sample_record
 from tetdist.training.schedule import Phase, phase_at, schedule_phases
 from tetdist.training.setup import choose_passes, make_model, open_data
+from tetdist.training.state import RunState, describe, load_initial_weights
 from tetdist.training.step_profile import StepProfile
 from tetdist.training.teacher import Teacher
 from tetdist.wording import counted
@@ -67,26 +65,6 @@ GRAPHS_ARE_NEW = (
 
 # Positions in the running sums since the last line of metrics.
 LOSS, CORRECT, SAMPLES = range(3)
-
-
-@dataclass(frozen=True)
-class RunState:
-    """Where a run is: what a checkpoint holds beside the model and the optimiser."""
-
-    step: int  # optimiser steps done
-    evaluated_step: int  # the one after which it was last evaluated
-    result: dict[str, float]  # of the last evaluation, and the best one so far
-    window: list[float]  # sums over all processes since the last line of metrics
-    non_finite: dict[str, int]  # see `NonFiniteSteps`
-    loss_scale: dict[str, float] | None  # see `LossScale`
-    world_size: int
-    data: str  # the index's fingerprint
-    teacher: str | None = None  # the teacher's fingerprint, which the first versions did not note
-
-    @classmethod
-    def read(cls, state: Mapping[str, Any]) -> "RunState":
-        """Make one of a checkpoint's state, which may hold more."""
-        return cls(**{one.name: state[one.name] for one in fields(cls) if one.name in state})
 
 
 class Score(NamedTuple):
@@ -620,20 +598,13 @@ class Trainer:
             data=self.train_index.fingerprint,
             teacher=None if self.teacher is None else self.teacher.fingerprint,
         )
-        described = self.config.as_dict()
-        # So that it can be evaluated from another folder.
-        described["data"]["root"] = str(Path(self.config.data.root).resolve())
-        described["data"]["index"] = str(self.config.data.index_dir.resolve())
-        # Evaluated, it is what it was when these weights were trained.
-        neuron = self.config.model.neuron.at_epoch(self._trained_epoch())
-        described["model"]["neuron"] = neurons.as_dict(neuron)
-        description = checkpoint.Description(
-            config=described,
-            classes=list(self.train_index.classes),
-            timesteps=self.model.timesteps,
+        description = describe(
+            self.config,
+            self.train_index,
             step=self.step,
+            timesteps=self.model.timesteps,
+            epoch=self._trained_epoch(),
             validation=score.validation,
-            imports=checksums_of(self.config.imports),
         )
         average = None
         if self.ema is not None:
@@ -669,30 +640,9 @@ class Trainer:
         One that goes on from a checkpoint of its own needs none of it.
         """
         if not any((self.config.run_dir / "checkpoints").glob("step-*")):
-            self._initialize()
+            say = self.world.rank == 0
+            load_initial_weights(self.model, self.config, self.train_index, say=say)
             self._open_teacher()
-
-    def _initialize(self) -> None:
-        """Begin with somebody's weights, where the configuration names them."""
-        source = self.config.init_checkpoint
-        if source is None:
-            return
-        weights, description = checkpoint.load_model_file(Path(source))
-        checkpoint.load_weights(self.model, weights, Path(source))
-        if self.world.rank == 0:
-            theirs, ours = description.config["model"], self.config.as_dict()["model"]
-            theirs = theirs | {"neuron": neurons.completed(theirs.get("neuron", {}))}
-            for change in differences({"model": theirs}, {"model": ours}):
-                if not change.startswith("model.num_classes"):
-                    logger.warning("init_checkpoint is of another network: %s", change)
-            if description.classes not in (None, list(self.train_index.classes)):
-                logger.warning("init_checkpoint knows other classes than the data has")
-            logger.info(
-                "beginning with the weights of %s (step %s, T=%s)",
-                source,
-                description.step,
-                description.timesteps,
-            )
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         """Put back what a checkpoint holds, and open the teacher if it is still needed."""
@@ -705,16 +655,7 @@ class Trainer:
                     "another name, or set ema.decay=null"
                 )
             self.ema.load_state_dict(found.average)
-        if state.data != self.train_index.fingerprint:
-            raise UserError(
-                f"{found.path} was trained on other data than what {self.config.data.index_dir} "
-                "now describes; restore the data, or give the run another name"
-            )
-        if self.config.batch_norm.sync and state.world_size != self.world.world_size:
-            raise UserError(
-                f"batch_norm.sync normalises over all processes, and {found.path} was trained on "
-                f"{state.world_size} of them, not {self.world.world_size}; continue it on as many"
-            )
+        state.check(found.path, self.config, self.train_index, self.world.world_size)
         self.step = self.saved_step = state.step
         self.evaluated_step, self.result = state.evaluated_step, state.result
         self.non_finite.load_state_dict(state.non_finite)
@@ -727,12 +668,8 @@ class Trainer:
                 logger.info("continuing %s from step %d", self.folder.path, self.step)
         if not self.finished:
             self._open_teacher()
-        if self.teacher and state.teacher != self.teacher.fingerprint:
-            raise UserError(
-                f"loss.distillation.teacher: {found.path} learned from another network than what "
-                f"is now in {self.config.loss.distillation.teacher}; put that back, or give the "
-                "run another name"
-            )
+        if self.teacher is not None:
+            state.check_teacher(found.path, self.config, self.teacher.fingerprint)
 
     def _open_teacher(self) -> None:
         """Have the teacher that is asked for, if any."""

@@ -1,0 +1,142 @@
+"""What a run begins with and goes on from: others' weights, and its own checkpoints' state."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tetdist.config.identity import differences
+from tetdist.config.schema import RunConfig
+from tetdist.data.index import Index
+from tetdist.errors import UserError
+from tetdist.nn import neurons
+from tetdist.plugins import checksums_of
+from tetdist.storage import checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run is: what a checkpoint holds beside the model and the optimiser."""
+
+    step: int  # optimiser steps done
+    evaluated_step: int  # the one after which it was last evaluated
+    result: dict[str, float]  # of the last evaluation, and the best one so far
+    window: list[float]  # sums over all processes since the last line of metrics
+    non_finite: dict[str, int]  # see `NonFiniteSteps`
+    loss_scale: dict[str, float] | None  # see `LossScale`
+    world_size: int
+    data: str  # the index's fingerprint
+    teacher: str | None = None  # the teacher's fingerprint, which the first versions did not note
+
+    @classmethod
+    def read(cls, state: Mapping[str, Any]) -> "RunState":
+        """Make one of a checkpoint's state, which may hold more."""
+        return cls(**{one.name: state[one.name] for one in fields(cls) if one.name in state})
+
+    def check(self, path: Path, config: RunConfig, index: Index, world_size: int) -> None:
+        """See that the run can go on from it, as far as its data and processes go.
+
+        Args:
+            path: The checkpoint's, for the message.
+            config: Of the run.
+            index: Of the training samples.
+            world_size: Number of processes.
+
+        Raises:
+            UserError: It cannot.
+        """
+        if self.data != index.fingerprint:
+            raise UserError(
+                f"{path} was trained on other data than what {config.data.index_dir} "
+                "now describes; restore the data, or give the run another name"
+            )
+        if config.batch_norm.sync and self.world_size != world_size:
+            raise UserError(
+                f"batch_norm.sync normalises over all processes, and {path} was trained on "
+                f"{self.world_size} of them, not {world_size}; continue it on as many"
+            )
+
+    def check_teacher(self, path: Path, config: RunConfig, fingerprint: str) -> None:
+        """See that the run learns from the same network as before, whose fingerprint is given.
+
+        Raises:
+            UserError: It does not.
+        """
+        if self.teacher != fingerprint:
+            raise UserError(
+                f"loss.distillation.teacher: {path} learned from another network than what "
+                f"is now in {config.loss.distillation.teacher}; put that back, or give the "
+                "run another name"
+            )
+
+
+def describe(
+    config: RunConfig,
+    index: Index,
+    *,
+    step: int,
+    timesteps: int,
+    epoch: int,
+    validation: dict[str, float] | None,
+) -> checkpoint.Description:
+    """What a checkpoint says of its weights, so that they can be evaluated from another folder.
+
+    Args:
+        config: Of the run.
+        index: Of the training samples.
+        step: Optimiser steps done.
+        timesteps: T.
+        epoch: The one that the last step was one of: neurons are those of that time.
+        validation: Accuracies in percent, by name; None: these weights were not evaluated.
+    """
+    described = config.as_dict()
+    described["data"]["root"] = str(Path(config.data.root).resolve())
+    described["data"]["index"] = str(config.data.index_dir.resolve())
+    described["model"]["neuron"] = neurons.as_dict(config.model.neuron.at_epoch(epoch))
+    return checkpoint.Description(
+        config=described,
+        classes=list(index.classes),
+        timesteps=timesteps,
+        step=step,
+        validation=validation,
+        imports=checksums_of(config.imports),
+    )
+
+
+def load_initial_weights(model: nn.Module, config: RunConfig, index: Index, *, say: bool) -> None:
+    """Begin with somebody's weights, where the configuration names them.
+
+    Args:
+        model: Takes them.
+        config: Of the run.
+        index: Of the training samples.
+        say: Whether this process tells of them, and of what may be amiss.
+
+    Raises:
+        UserError: There are none, or they do not fit the network.
+    """
+    source = config.init_checkpoint
+    if source is None:
+        return
+    weights, description = checkpoint.load_model_file(Path(source))
+    checkpoint.load_weights(model, weights, Path(source))
+    if not say:
+        return
+    theirs, ours = description.config["model"], config.as_dict()["model"]
+    theirs = theirs | {"neuron": neurons.completed(theirs.get("neuron", {}))}
+    for change in differences({"model": theirs}, {"model": ours}):
+        if not change.startswith("model.num_classes"):
+            logger.warning("init_checkpoint is of another network: %s", change)
+    if description.classes not in (None, list(index.classes)):
+        logger.warning("init_checkpoint knows other classes than the data has")
+    logger.info(
+        "beginning with the weights of %s (step %s, T=%s)",
+        source,
+        description.step,
+        description.timesteps,
+    )
