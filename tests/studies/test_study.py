@@ -128,6 +128,14 @@ def test_a_study_is_trained_continued_and_reported(
     assert (status, lacks in errors) == (1, True), errors
 
 
+def figure_of(file: Path, output: Path) -> Any:
+    from tetdist.studies import figures, plan
+    from tetdist.studies.numbers import gather
+
+    study = plan.read(file)
+    return figures.draw(gather(study, plan.runs_of(study, output, [])))
+
+
 @pytest.mark.long
 def test_thresholds_of_early_exit_are_compared(
     call: Call, write: Callable[..., Path], tmp_path: Path
@@ -153,12 +161,20 @@ def test_thresholds_of_early_exit_are_compared(
         assert run["top1"] == found["per_timestep_top1"][trained - 1]
         assert run["loss"] == found["per_timestep_loss"][trained - 1]
         assert run["chosen_exit"] == found["chosen_exit"]
+        points = [[p["threshold"], p["top1"], p["mean_timesteps"]] for p in found["early_exit"]]
+        assert run["early_exit"] == points
         assert run["best_top1"] == "NaN"
         assert "--exit-within 20" in run["commands"][1]
         is_averaged = run["entry"] == "averaged"
         assert ("averaged" in found) == is_averaged
         assert ("--ema" in run["commands"][1]) == is_averaged
         spent[run["entry"]].append(found["chosen_exit"]["mean_timesteps"])
+    axis = figure_of(file, output).axes[1]
+    curves = [line for line in axis.get_lines() if len(line.get_xdata()) > 1]
+    chosen = [line for line in axis.get_lines() if len(line.get_xdata()) == 1]
+    assert {(line.get_xdata()[0], line.get_xdata()[-1]) for line in curves} == {(1, 2)}
+    drawn = [float(line.get_xdata()[0]) for line in chosen]
+    assert drawn == pytest.approx([np.mean(values) for values in spent.values()])
     # It is the same training, of which other weights are evaluated.
     losses = {run["name"]: run["loss"] for run in values["runs"]}
     assert losses["averaged-seed0"] != losses["tet-seed0"]

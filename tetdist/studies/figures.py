@@ -1,10 +1,10 @@
-"""The picture of a study: accuracy at every test T, loss along training, differences."""
+"""The picture of a study: accuracy at every test T, loss or early exit, differences."""
 
 import colorsys
 import itertools
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,23 +17,22 @@ from tetdist.reports.style import (
     new_figure,
     widened,
 )
-
-if TYPE_CHECKING:
-    from tetdist.studies.numbers import Numbers
+from tetdist.studies.numbers import Numbers, exit_timesteps, exit_top1, last
 
 
-def draw(numbers: "Numbers") -> Any:
+def draw(numbers: Numbers) -> Any:
     """The figure.
 
     Raises:
         UserError: matplotlib is not installed.
     """
-    compared = [entry for entry in numbers.entries if numbers.difference(entry, _last)]
+    compared = [entry for entry in numbers.entries if numbers.difference(entry, last)]
     figure = new_figure(15 if compared else 10.4, 4.8)
     axes = figure.subplots(1, 3 if compared else 2)
     styles = styles_of(numbers)
     _timesteps(axes[0], numbers, styles)
-    _loss(axes[1], numbers, styles)
+    draw_second = _loss if numbers.study.exit_within is None else _early_exit
+    draw_second(axes[1], numbers, styles)
     if compared:
         _differences(axes[2], numbers, compared, styles)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -42,7 +41,7 @@ def draw(numbers: "Numbers") -> Any:
     return figure
 
 
-def styles_of(numbers: "Numbers") -> dict[str, dict[str, Any]]:
+def styles_of(numbers: Numbers) -> dict[str, dict[str, Any]]:
     """Colour and dashes of every entry.
 
     The control of one entry has that one's colour, dashed. That of several entries is grey, any
@@ -72,11 +71,7 @@ def colours() -> Iterator[str]:
         yield "#" + "".join(f"{round(channel * 255):02x}" for channel in channels)
 
 
-def _last(result: Any) -> float:
-    return float(result.top1)
-
-
-def _timesteps(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]]) -> None:
+def _timesteps(axis: Any, numbers: Numbers, styles: dict[str, dict[str, Any]]) -> None:
     """Mean over seeds as a line, its standard deviation as a band; a ring at the T of training."""
     timesteps = list(numbers.study.test_timesteps)
     for entry in numbers.entries:
@@ -102,7 +97,7 @@ def _timesteps(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]])
     finish(axis, "Accuracy at every T", ACCURACY, legend=False)
 
 
-def _loss(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]]) -> None:
+def _loss(axis: Any, numbers: Numbers, styles: dict[str, dict[str, Any]]) -> None:
     for entry in numbers.entries:
         curves = [result.curve for result in numbers.of(entry)]
         shortest = min(map(len, curves))
@@ -123,15 +118,39 @@ def _loss(axis: Any, numbers: "Numbers", styles: dict[str, dict[str, Any]]) -> N
     continued = any(map(numbers.epochs_before, numbers.entries))
     meaning = "with those of what it began with; band" if continued else "band"
     axis.set_xlabel(f"epoch ({meaning}: all seeds)")
-    of = "samples held out" if numbers.study.exit_within is not None else "the validation split"
-    finish(axis, f"Loss on {of}", "cross-entropy of the time-mean", legend=False)
+    title = "Loss on the validation split"
+    finish(axis, title, "cross-entropy of the time-mean", legend=False)
+
+
+def _early_exit(axis: Any, numbers: Numbers, styles: dict[str, dict[str, Any]]) -> None:
+    """Accuracy by the timesteps that samples take, means over seeds at each threshold.
+
+    From all samples decided at T=1 to all decided at the last T; a diamond at the thresholds that
+    the runs chose.
+    """
+    most = max(numbers.study.test_timesteps)
+    for entry in numbers.entries:
+        curves = [
+            [
+                (1.0, result.by_timestep[0]),
+                *((spent, top1) for _, top1, spent in result.early_exit),
+                (most, result.by_timestep[most - 1]),
+            ]
+            for result in numbers.of(entry)
+        ]
+        spent, top1 = np.mean(curves, axis=0).T
+        axis.plot(spent, top1, marker="o", markersize=3.5, **styles[entry])
+        chosen = [[exit_timesteps(one), exit_top1(one)] for one in numbers.of(entry)]
+        axis.plot(*np.mean(chosen, axis=0), "D", markersize=9, color=styles[entry]["color"])
+    axis.set_xlabel("timesteps of a sample on average (diamond: threshold chosen)")
+    finish(axis, "Early exit", ACCURACY, legend=False)
 
 
 def _differences(
-    axis: Any, numbers: "Numbers", compared: list[str], styles: dict[str, dict[str, Any]]
+    axis: Any, numbers: Numbers, compared: list[str], styles: dict[str, dict[str, Any]]
 ) -> None:
     for row, entry in enumerate(reversed(compared)):
-        difference = numbers.difference(entry, _last)
+        difference = numbers.difference(entry, last)
         assert difference is not None
         half = 0.0 if math.isnan(difference.low) else difference.high - difference.mean
         colour = styles[entry]["color"]

@@ -66,6 +66,8 @@ class Result:
         loss: That of the last epoch, on the validation split.
         chosen_exit: Early exit at the threshold that was chosen, see `tetdist.evaluation.suite`;
             None: none was.
+        early_exit: (threshold, top-1, timesteps of a sample on average) at others; empty where none
+            was chosen.
         curve: (epoch, loss, top-1) of every evaluation.
         image_timesteps: Images trained on times T, of this run alone.
         seconds: Time of training this run alone, without evaluations.
@@ -79,6 +81,7 @@ class Result:
     by_timestep: list[float]
     loss: float
     chosen_exit: dict[str, Any] | None
+    early_exit: list[tuple[float, float, float]]
     samples: int
     data_split: str | None
     curve: list[tuple[float, float, float]]
@@ -119,6 +122,10 @@ def result_of(run: StudyRun) -> Result | None:
         by_timestep=list(found["per_timestep_top1"]),
         loss=found["loss"],
         chosen_exit=found.get("chosen_exit"),
+        early_exit=[
+            (point["threshold"], point["top1"], point["mean_timesteps"])
+            for point in (found["early_exit"] if "chosen_exit" in found else ())
+        ],
         samples=found["samples"],
         data_split=found.get("data_split"),
         curve=[(line["epoch"], line["loss"], line["top1"]) for line in validations],
