@@ -42,6 +42,7 @@ def _study(folder: Path, name: str, mean: float) -> None:
     values = {
         "study": {"title": f"Title, {name}"},
         "entries": {"a": {"image_timesteps": 2e6}},
+        "runs": [{"entry": "a", "timesteps": 4}, {"entry": "b", "timesteps": 2}],
         "differences": {"a": {"control": "b", "top1": difference, "by_timestep": {}}},
     }
     folder.mkdir(exist_ok=True)
@@ -57,10 +58,11 @@ def test_rows_are_in_the_order_of_sections_and_bold_without_zero(tmp_path: Path)
     )
     lines = summary.refreshed(text, tmp_path / "kept", file).splitlines()
     rows = [line.split(" | ") for line in lines if "`a` - `b`" in line]
-    assert [(row[0], row[3]) for row in rows] == [
-        ("| [Title, second](#title-second)", "**-3.00 [-4.00, -2.00]**"),
-        ("| [Title, first](#title-first)", "+0.50 [-0.50, +1.50]"),
+    assert [(row[0], row[2], row[4]) for row in rows] == [
+        ("| [Title, second](#title-second)", "4", "**-3.00 [-4.00, -2.00]**"),
+        ("| [Title, first](#title-first)", "4", "+0.50 [-0.50, +1.50]"),
     ]
+    assert "of the 2 intervals" in "".join(lines)
     assert "an old table" not in lines
 
 

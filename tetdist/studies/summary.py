@@ -14,12 +14,23 @@ BEGIN, END = "<!-- summary of studies -->\n", "<!-- end of the summary -->\n"
 POWER = 0.8
 HEAD = [
     "study",
-    "entry against its control",
-    "n",
-    "effect, points",
-    "smallest that would be seen",
-    "at T=1",
+    "entry - control",
+    "T",
+    "seeds",
+    "effect on top-1, points",
+    "smallest effect told",
+    "effect at T=1, points",
     "image-timesteps, millions",
+]
+EXIT_HEAD = [
+    "study",
+    "entry - control",
+    "seeds",
+    "loss allowed, points",
+    "timesteps, entry",
+    "timesteps, control",
+    "timesteps, entry - control",
+    "top-1, entry - control, points",
 ]
 
 
@@ -60,16 +71,19 @@ def table(studies: dict[str, dict[str, Any]]) -> str:
     Args:
         studies: By name, what `tetdist.studies.numbers.Numbers.as_dict` makes of a study.
     """
-    rows = []
+    rows, intervals = [], 0
     for values in studies.values():
         link = _link(values)
         for entry, against in values["differences"].items():
             difference = Difference(**against["top1"])
             first = against["by_timestep"].get("1")
+            trained = {run["timesteps"] for run in values["runs"] if run["entry"] == entry}
+            intervals += 1 if first is None else 2
             rows.append(
                 [
                     link,
                     f"`{entry}` - `{against['control']}`",
+                    "/".join(map(str, sorted(trained))),
                     str(difference.n),
                     _marked(difference),
                     _number(detectable(difference)),
@@ -79,12 +93,14 @@ def table(studies: dict[str, dict[str, Any]]) -> str:
             )
             link = ""
     return (
-        f"{markdown(HEAD, rows)}\n\nThe effect is on top-1 of the last epoch at the T of training, "
-        "paired by seed, with its 95 % interval; bold: the interval is without zero. With as many "
-        "seeds and as much spread between them, a true difference of the size in the next column "
-        "would have been told from chance four times in five. At T=1 the same networks are stopped "
-        "after one timestep. No correction is made for the number of rows: of twenty comparisons "
-        f"without effect one is expected to be bold.\n{exits(studies)}"
+        f"{markdown(HEAD, rows)}\n\nEffects are differences of top-1 after the last epoch, in "
+        "percentage points, of runs with the same seed, with 95 % intervals: at the T of training, "
+        "and where the same networks are stopped after one timestep. Bold: the interval is without "
+        "zero. The smallest effect told is the true one that so many seeds, with the spread seen "
+        "between them, would tell from chance four times in five. Nothing is corrected for the "
+        f"number of comparisons: of the {intervals} intervals one in twenty would be bold with no "
+        "effect anywhere. Image-timesteps are images times T that one run trains on, with what it "
+        f"begins with and its teacher's training.\n{exits(studies)}"
     )
 
 
@@ -114,26 +130,32 @@ def exits(studies: dict[str, dict[str, Any]]) -> str:
             link = ""
     if not rows:
         return ""
-    head = ["study", "entry against its control", "n", "may cost, points", "T of the entry"]
-    head += ["of the control", "difference", "top-1 there, points"]
     return (
-        "\nEarly exit, at thresholds chosen on training samples that each run held out: timesteps "
-        f"of a sample on average, and what becomes of top-1.\n\n{markdown(head, rows)}\n"
+        "\nEarly exit, at the lowest threshold by which a run loses at most so many points, as "
+        "allowed, of the training samples that it holds out: timesteps that a validation sample "
+        "takes on average, and the difference of top-1 with early exit.\n\n"
+        f"{markdown(EXIT_HEAD, rows)}\n"
     )
 
 
 def detectable(difference: Difference) -> float:
     """The smallest true difference that a paired t-test of n pairs finds with a power of 80 %.
 
-    By the usual sum of two quantiles of t, from the spread that was seen; NaN where n is 1.
+    The spread that was seen is taken for the true one. NaN where n is 1.
     """
-    from scipy import stats
+    from scipy import optimize, stats
 
     if math.isnan(difference.low):
         return math.nan
-    t = [float(stats.t.ppf(p, difference.n - 1)) for p in (0.5 + CONFIDENCE / 2, POWER)]
-    error = (difference.high - difference.low) / 2 / t[0]
-    return sum(t) * error
+    freedom = difference.n - 1
+    limit = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom))
+    error = (difference.high - difference.low) / 2 / limit
+
+    def lacking(size: float) -> float:
+        return POWER - float(stats.nct.sf(limit, freedom, size))
+
+    # In standard errors; two seeds need the most, 16.
+    return error * float(optimize.brentq(lacking, 0.1, 100.0))
 
 
 def anchor(title: str) -> str:
