@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tetdist.distributed.world import World, join
 from tetdist.evaluation.decisions import THRESHOLDS, DecisionCounts, Decisions
-from tetdist.evaluation.evaluate import running_means
+from tetdist.evaluation.evaluate import _count, running_means
 
 
 @pytest.fixture
@@ -99,3 +99,27 @@ def test_running_means_are_those_of_cumsum(dtype: torch.dtype) -> None:
     wide = logits.to(torch.promote_types(dtype, torch.float32))
     steps = torch.arange(1, 10, dtype=wide.dtype).view(-1, 1, 1)
     assert torch.equal(running_means(logits), wide.cumsum(0) / steps)
+
+
+def test_of_equal_logits_the_first_class_is_ahead(world: World) -> None:
+    # 12 classes with three logits between them: half of the samples have several highest ones.
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 3, (2, 500, 12), generator=generator).bfloat16()
+    labels = torch.randint(0, 12, (500,), generator=generator)
+    counts = _count(logits, labels)
+    order = running_means(logits).sort(dim=-1, descending=True, stable=True).indices
+    for row, places in ((0, 1), (1, 5)):
+        right = (order[..., :places] == labels.view(1, -1, 1)).any(-1).sum(-1)
+        assert counts[row].tolist() == right.tolist()
+    decisions = DecisionCounts([str(i) for i in range(12)], 12, 2, torch.device("cpu"))
+    decisions.add(logits, labels)
+    points = decisions.total(world).early_exit()
+    never = next(point for point in points if point["mean_timesteps"] == 2)
+    assert never["top1"] == 100 * counts[0, -1].item() / 500
+
+
+def test_what_is_not_a_number_is_never_right() -> None:
+    logits = torch.zeros(1, 3, 6)
+    logits[0, 0, 2] = logits[0, 1, 3] = logits[0, 2] = math.nan
+    counts = _count(logits, torch.tensor([2, 0, 0]))
+    assert counts[:2].tolist() == [[0.0], [1.0]]  # the second sample's class is behind the one

@@ -123,7 +123,8 @@ class DecisionCounts:
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch of logits (T, B, K) with labels (B,)."""
-        probabilities, decided = running_means(logits).softmax(-1).max(-1)  # each (T, B)
+        means = running_means(logits)
+        probabilities, decided = means.softmax(-1).amax(-1), means.argmax(-1)  # each (T, B)
         pairs = labels * len(self.classes) + decided[-1]
         self._confusion += torch.bincount(pairs, minlength=self._confusion.numel()).view_as(
             self._confusion

@@ -156,13 +156,21 @@ def _check_shape(logits: Tensor, timesteps: int, samples: int) -> None:
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:
-    """Correct in the first place, among five, and summed loss, (3, T), of logits (T, B, K)."""
+    """Correct in the first place, among five, and summed loss, (3, T), of logits (T, B, K).
+
+    Of equal logits the first class counts as the higher, as for argmax. Those of bfloat16 have so
+    few digits that there are some among ten thousand samples, and topk's order of them is any.
+    """
     means = running_means(logits)
-    top = means.topk(min(5, logits.shape[-1]), dim=-1).indices == labels.view(1, -1, 1)
+    classes = torch.arange(logits.shape[-1], device=logits.device)
+    own = means.gather(-1, labels.view(1, -1, 1).expand(len(logits), -1, 1))
+    # The label's class itself is among them, unless its logit is not a number: then it comes last.
+    not_ahead = (means < own) | ((means == own) & (classes >= labels.view(-1, 1)))
+    place = logits.shape[-1] - not_ahead.sum(-1)
     loss = F.cross_entropy(means.flatten(0, 1), labels.repeat(len(logits)), reduction="none").view(
         len(logits), -1
     )
-    rows = [top[..., 0].double(), top.any(-1).double(), loss.double()]
+    rows = [(place == 0).double(), (place < min(5, logits.shape[-1])).double(), loss.double()]
     return torch.stack([row.sum(-1) for row in rows])
 
 
