@@ -215,7 +215,7 @@ def test_biases_before_a_norm_learn_nothing() -> None:
     ("arguments", "complaint"),
     [
         ({"drop_rate": 1.0}, "a drop rate must be at least 0 and below 1, not 1.0"),
-        ({"stem": "cifar"}, "stem must be 'plain' or 'deep', not 'cifar'"),
+        ({"stem": "imagenet"}, "stem must be 'plain', 'deep' or 'cifar', not 'imagenet'"),
     ],
 )
 def test_bad_argument_is_named(arguments: dict[str, Any], complaint: str) -> None:

@@ -18,8 +18,13 @@ def relu_twin(name: str) -> nn.Module | None:
             return twin
         case ("preact_", depth):
             return _PreActTwin(_LAYERS[depth])
+        case ("ms_", "14_cifar"):
+            return _MSTwin((2, 2, 2), nn.Conv2d(3, 64, 3, 1, 1, bias=False), num_classes=10)
+        case ("ms_", "104"):
+            deep = [nn.Conv2d(3, 64, 3, 2, 1), *(nn.Conv2d(64, 64, 3, 1, 1) for _ in range(2))]
+            return _MSTwin(_LAYERS["104"], *deep, pooled=True)
         case ("ms_", depth):
-            return _MSTwin(_LAYERS[depth], deep=depth == "104")
+            return _MSTwin(_LAYERS[depth], nn.Conv2d(3, 64, 7, 2, 3, bias=False))
         case ("spiking_", "19"):
             return _for_small_images((3, 3, 2), stem=64, width=128)
         case ("spiking_", "19_dvs"):
@@ -101,15 +106,18 @@ class _PreActTwin(nn.Sequential):
 
 
 class _MSTwin(nn.Sequential):
-    def __init__(self, layers: tuple[int, ...], *, deep: bool) -> None:
-        stem: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False)]
-        if deep:
-            stem = [nn.Conv2d(3, 64, 3, 2, 1), *(nn.Conv2d(64, 64, 3, 1, 1) for _ in range(2))]
+    def __init__(
+        self,
+        layers: tuple[int, ...],
+        *stem: nn.Module,
+        pooled: bool = False,
+        num_classes: int = 1000,
+    ) -> None:
         blocks: list[nn.Module] = []
         channels = 64
         for stage, count in enumerate(layers):
             for i in range(count):
-                blocks.append(_Block(channels, 64 << stage, 2 if i == 0 else 1, pooled=deep))
+                blocks.append(_Block(channels, 64 << stage, 2 if i == 0 else 1, pooled=pooled))
                 channels = 64 << stage
         super().__init__(
             *stem,
@@ -118,7 +126,7 @@ class _MSTwin(nn.Sequential):
             nn.ReLU(inplace=True),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(channels, 1000),
+            nn.Linear(channels, num_classes),
         )
 
 
