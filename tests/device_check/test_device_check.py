@@ -171,8 +171,8 @@ def test_every_way_to_wait_for_the_device_is_refused(monkeypatch: pytest.MonkeyP
     ways = {
         "device": lambda: torch.cuda.synchronize(),
         "accelerator": lambda: torch.accelerator.synchronize(),
-        "event": lambda: torch.cuda.Event.synchronize(None),  # type: ignore[arg-type]
-        "stream": lambda: torch.cuda.Stream.synchronize(None),  # type: ignore[arg-type]
+        "event": lambda: torch.cuda.Event.synchronize(None),  # type: ignore[arg-type]  # refused before
+        "stream": lambda: torch.cuda.Stream.synchronize(None),  # type: ignore[arg-type]  # likewise
     }
     before = torch.cuda.synchronize
     with steps.refusing_synchronisation(True):

@@ -569,7 +569,7 @@ def test_commands_of_an_installed_package(
         ({"exit_within": 1.0}, ("exit_within", "entries.sdt", "data.held_out: 0.1")),
         (
             {"exit_within": 1.0, "test_timesteps": [1], "overrides": {"data.held_out": 0.2}},
-            ("exit_within", "up to 1 timesteps", "entries.sdt is trained with 2"),
+            ("exit_within", "up to 1 timestep,", "entries.sdt is trained with 2"),
         ),
         ({"entries.tet.average": True}, ("entries.tet.average", "set ema.decay")),
         ({"exit_within": -1.0, "overrides": {"data.held_out": 0.2}}, ("'exit_within'",)),

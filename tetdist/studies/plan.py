@@ -24,6 +24,7 @@ from tetdist.tracking.mlflow_store import check_store
 from tetdist.tracking.trackers import check_names
 from tetdist.training import run_folder
 from tetdist.training.setup import make_model, open_data
+from tetdist.wording import counted
 
 STUDIES_DIR = CONFIGS_DIR / "studies"
 EVALUATION_FILE = "test_timesteps.json"
@@ -336,8 +337,9 @@ def _check_exit(study: StudySection, name: str, config: RunConfig) -> None:
         )
     if (last := max(study.test_timesteps)) < config.phases[-1].timesteps:
         raise UserError(
-            f"exit_within: early exit is with up to {last} timesteps, the last of test_timesteps, "
-            f"and entries.{name} is trained with {config.phases[-1].timesteps}; add these"
+            f"exit_within: early exit is with up to {counted(last, 'timestep')}, the last of "
+            f"test_timesteps, and entries.{name} is trained with "
+            f"{config.phases[-1].timesteps}; add these"
         )
 
 

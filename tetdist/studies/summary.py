@@ -77,13 +77,13 @@ def table(studies: dict[str, dict[str, Any]]) -> str:
         for entry, against in values["differences"].items():
             difference = Difference(**against["top1"])
             first = against["by_timestep"].get("1")
-            trained = {run["timesteps"] for run in values["runs"] if run["entry"] == entry}
+            trained = next(run["timesteps"] for run in values["runs"] if run["entry"] == entry)
             intervals += 1 if first is None else 2
             rows.append(
                 [
                     link,
                     f"`{entry}` - `{against['control']}`",
-                    "/".join(map(str, sorted(trained))),
+                    str(trained),
                     str(difference.n),
                     _marked(difference),
                     _number(detectable(difference)),
