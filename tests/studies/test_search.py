@@ -253,7 +253,11 @@ def test_flags_that_a_search_does_not_take(
         assert (status, words in said) == (2, True), said
 
 
-def test_the_search_of_the_project_resolves(tmp_path: Path) -> None:
+def test_the_searches_of_the_project_resolve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Elsewhere than in the checkout, where `make quickstart` may have left the data.
+    monkeypatch.chdir(tmp_path)
     found = [file for file in sorted(STUDIES_DIR.glob("*.yaml")) if search.is_search(file)]
     assert found
     for file in found:
