@@ -1,6 +1,7 @@
 """Nobody trains on the CPU by mistake, and cores are divided among those who share them."""
 
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -182,3 +183,43 @@ def test_fp32_is_not_silently_tf32() -> None:
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         choose_algorithms("fp32")
+
+
+# The pages that the system had to give for forty tensors of 64 MiB, one after the other.
+PAGES = """
+import resource
+import torch
+from tetdist.distributed.world import join
+
+def asked_for():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+with join("cpu"):
+    torch.ones(2**24)
+    before = asked_for()
+    for _ in range(40):
+        torch.ones(2**24)
+    print(asked_for() - before)
+"""
+
+
+@pytest.mark.parametrize("said", [None, "MALLOC_TRIM_THRESHOLD_"])
+def test_freed_memory_is_kept_unless_the_environment_says_how(said: str | None) -> None:
+    names = ("MALLOC_", "GLIBC_TUNABLES")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(names)}
+    if said is not None:
+        environment[said] = "131072"
+    asked = subprocess.run(
+        [sys.executable, "-c", PAGES],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    one_tensor = 2**26 // os.sysconf("SC_PAGE_SIZE")
+    if said is None:
+        assert int(asked.stdout) < one_tensor
+    else:
+        # At least, as huge pages are fewer: one of 2 MiB is 512.
+        assert int(asked.stdout) > 20 * one_tensor / 512

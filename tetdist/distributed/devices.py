@@ -1,5 +1,6 @@
-"""The device on which this process computes, and its share of the host's cores."""
+"""The device on which this process computes, and its share of the cores and memory there."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -11,6 +12,9 @@ from tetdist.errors import UserError
 
 # nvidia-smi answers in a second or two, unless a driver hangs.
 _SMI_TIMEOUT = 20
+
+# Parameters of glibc's mallopt, as malloc.h has them.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -111,3 +115,19 @@ def share_of_cores(mine: Sequence[int], on_host: Sequence[Sequence[int]]) -> int
     """
     sharing = sum(bool(set(mine) & set(other)) for other in on_host)
     return max(1, len(mine) // max(1, sharing))
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep the memory of freed tensors for the next ones.
+
+    glibc's gives the memory of large ones back to the system at once, which has to clear its pages
+    when it is asked for them again: on a CPU, in every step for almost every tensor. The next step
+    needs as many. Left as it is where the environment says how malloc should do (MALLOC_...,
+    GLIBC_TUNABLES), and without glibc.
+    """
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)

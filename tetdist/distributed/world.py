@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tetdist.distributed import meeting, shared_memory
 from tetdist.distributed.buffers import one_buffer_for
-from tetdist.distributed.devices import choose_device, share_of_cores
+from tetdist.distributed.devices import choose_device, keep_freed_memory, share_of_cores
 from tetdist.errors import UserError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -165,6 +165,8 @@ def join(device: str, timeout: float = 600, shared_folder: Path | None = None) -
             "(deepspeed, torchrun)"
         )
     this_device = choose_device(device, local_rank)
+    if this_device.type == "cpu":
+        keep_freed_memory()
     backend = "nccl" if this_device.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout) + MARGIN
     if not launched:
