@@ -189,6 +189,21 @@ def test_thresholds_of_early_exit_are_compared(
     assert "best epoch" not in report
 
 
+def test_the_result_is_on_the_validation_split_where_samples_are_held_out(
+    call: Call, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    file = write({"seeds": [0], "overrides": {"data.held_out": 0.25}})
+    status, _, errors = call(file, "--output", output, "--jobs", 2)
+    assert status == 0, errors
+    values = json.loads((output / "report" / "study.json").read_text())
+    assert [run["samples"] for run in values["runs"]] == [sum(tiny.VAL_SIZES)] * 2
+    report = (output / "report.md").read_text()
+    assert f"on {sum(tiny.VAL_SIZES)} validation samples" in report
+    assert "best epoch" not in report
+    assert figure_of(file, output).axes[1].get_title(loc="left") == "Loss on samples held out"
+
+
 def test_one_begins_with_another(call: Call, write: Callable[..., Path], tmp_path: Path) -> None:
     longer = {"phases.0.timesteps": 3, "phases.0.optimizer.lr": 0.01}
     phases = [{"epochs": 1, "timesteps": t, "optimizer": {"lr": 0.01}} for t in (2, 3)]
@@ -563,13 +578,13 @@ def test_commands_of_an_installed_package(
         ),
         ({"config": "nothing.yaml"}, ("nothing.yaml",)),
         (
-            {"test_timesteps": [1, 4], "overrides": {"data.held_out": 0.2}},
-            ("test_timesteps", "evaluated on val", "data.held_out"),
+            {"test_timesteps": [1], "overrides": {"data.held_out": 0.2}},
+            ("test_timesteps", "entries.sdt", "up to 1 timestep,", "trained with 2"),
         ),
         ({"exit_within": 1.0}, ("exit_within", "entries.sdt", "data.held_out: 0.1")),
         (
             {"exit_within": 1.0, "test_timesteps": [1], "overrides": {"data.held_out": 0.2}},
-            ("exit_within", "up to 1 timestep,", "entries.sdt is trained with 2"),
+            ("test_timesteps", "entries.sdt", "up to 1 timestep,", "trained with 2"),
         ),
         ({"entries.tet.average": True}, ("entries.tet.average", "set ema.decay")),
         ({"exit_within": -1.0, "overrides": {"data.held_out": 0.2}}, ("'exit_within'",)),

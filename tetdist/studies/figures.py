@@ -118,7 +118,8 @@ def _loss(axis: Any, numbers: Numbers, styles: dict[str, dict[str, Any]]) -> Non
     continued = any(map(numbers.epochs_before, numbers.entries))
     meaning = "with those of what it began with; band" if continued else "band"
     axis.set_xlabel(f"epoch ({meaning}: all seeds)")
-    title = "Loss on the validation split"
+    held_out = all(run.config.data.held_out for run in numbers.runs)
+    title = f"Loss on {'samples held out' if held_out else 'the validation split'}"
     finish(axis, title, "cross-entropy of the time-mean", legend=False)
 
 

@@ -130,8 +130,12 @@ class StudyRun:
 
     @property
     def is_judged_apart(self) -> bool:
-        """Whether its own evaluations are of other samples or weights than the result."""
-        return self.exit_within is not None or self.average
+        """Whether its own evaluations are of other samples or weights than the result.
+
+        A search, which tests at no timesteps, judges by them nevertheless.
+        """
+        holds_out = bool(self.config.data.held_out and self.test_timesteps)
+        return holds_out or self.average
 
     @property
     def train_command(self) -> "Command":
@@ -294,18 +298,13 @@ def _run(
     except UserError as error:
         raise UserError(f"entries.{name}: {error}") from error
     if study.exit_within is not None:
-        _check_exit(study, name, resolved)
-    elif resolved.data.held_out and max(study.test_timesteps) > resolved.phases[-1].timesteps:
-        raise UserError(
-            f"test_timesteps: what is beyond the T of entries.{name} is evaluated on val, and the "
-            "rest on what data.held_out holds out; leave out one of them"
-        )
+        _check_exit(name, resolved)
     if entry.average and resolved.ema.decay is None:
         raise UserError(f"entries.{name}.average: there is none; set ema.decay, such as 0.999")
     for one in study.test_timesteps:
         if (reason := resolved.model.neuron.refusal(one)) is not None:
             raise UserError(f"test_timesteps: of entries.{name}, {reason}")
-    return StudyRun(
+    run = StudyRun(
         entry=name,
         control=entry.control,
         seed=seed,
@@ -317,9 +316,15 @@ def _run(
         exit_within=study.exit_within,
         average=entry.average,
     )
+    if run.is_judged_apart and (last := max(study.test_timesteps)) < run.timesteps:
+        raise UserError(
+            f"test_timesteps: entries.{name} is evaluated at up to "
+            f"{counted(last, 'timestep')}, and trained with {run.timesteps}; add these"
+        )
+    return run
 
 
-def _check_exit(study: StudySection, name: str, config: RunConfig) -> None:
+def _check_exit(name: str, config: RunConfig) -> None:
     """Refuse an entry for which no threshold of early exit can be chosen.
 
     Raises:
@@ -334,12 +339,6 @@ def _check_exit(study: StudySection, name: str, config: RunConfig) -> None:
         raise UserError(
             f"exit_within: entries.{name} has neurons that see later timesteps, so that there is "
             "no early exit; leave out one of them"
-        )
-    if (last := max(study.test_timesteps)) < config.phases[-1].timesteps:
-        raise UserError(
-            f"exit_within: early exit is with up to {counted(last, 'timestep')}, the last of "
-            f"test_timesteps, and entries.{name} is trained with "
-            f"{config.phases[-1].timesteps}; add these"
         )
 
 

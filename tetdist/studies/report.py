@@ -152,8 +152,9 @@ def verdict(numbers: Numbers, entry: str) -> str:
 
 def overview(numbers: Numbers) -> str:
     rows = []
-    # Where samples are held out, the validation split is seen once, at the end.
-    shown = (last, best) if numbers.study.exit_within is None else (last,)
+    # Where all hold samples out, the validation split is seen once, at the end.
+    apart = all(run.is_judged_apart for run in numbers.runs)
+    shown = (last,) if apart else (last, best)
     for entry in numbers.entries:
         results = numbers.of(entry)
         image_timesteps, seconds = numbers.cost(entry)
