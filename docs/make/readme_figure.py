@@ -26,9 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--study",
         type=Path,
         metavar="JSON",
-        default=DOCS / "results/tet_vs_sdt_dvs128_objects.json",
+        default=DOCS / "results/early_exit_dvs128_objects.json",
     )
-    add("--entries", nargs=2, metavar=("SDT", "TET"), default=["sdt_t10", "tet_t10"])
+    add("--entries", nargs=2, metavar=("SDT", "TET"), default=["sdt", "tet"])
     add("--performance", type=Path, metavar="JSON", default=DOCS / "performance/results.json")
     add("--output", type=Path, metavar="PNG", default=DOCS / "overview.png")
     options = parser.parse_args(arguments)
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         figure = new_figure(13, 3.7)
         axes = figure.subplots(1, 3, width_ratios=(1.15, 1, 1.25))
         draw_losses(axes[0])
-        draw_accuracy(axes[1], study, *options.entries)
+        draw_early_exit(axes[1], study, *options.entries)
         draw_cost(axes[2], performance)
         save(figure, options.output)
     except (UserError, OSError, ValueError, KeyError) as error:
@@ -103,34 +103,50 @@ def arrow(axis: Any, start: tuple[float, float], end: tuple[float, float], colou
 # --- what it gives --------------------------------------------------------------------------------
 
 
-def draw_accuracy(axis: Any, study: dict[str, Any], sdt: str, tet: str) -> None:
-    """Accuracy at every test T of two entries of a study: mean and range of the seeds."""
+def draw_early_exit(axis: Any, study: dict[str, Any], sdt: str, tet: str) -> None:
+    """Accuracy by the timesteps that a sample takes, of two entries of a study: means of the seeds.
+
+    Each sample stops when the network is sure enough of it: a dot is a threshold, a diamond those
+    that the runs chose. Dashed: all samples stop at the same timestep.
+    """
     seeds = 0
     timesteps = study["study"]["test_timesteps"]
+    most = max(timesteps)
     for entry, colour, label in ((sdt, PEER, "SDT"), (tet, OURS, "TET")):
-        runs = [run["by_timestep"] for run in study["runs"] if run["entry"] == entry]
+        runs = [run for run in study["runs"] if run["entry"] == entry]
         seeds = len(runs)
-        values = [[run[t - 1] for run in runs] for t in timesteps]
-        means = [sum(at) / len(at) for at in values]
-        axis.fill_between(
-            timesteps,
-            [min(at) for at in values],
-            [max(at) for at in values],
-            color=colour,
-            alpha=0.15,
-            linewidth=0,
-        )
-        axis.plot(timesteps, means, "o-", color=colour, label=label, markersize=4)
-    (trained,) = {run["timesteps"] for run in study["runs"] if run["entry"] in (sdt, tet)}
-    axis.axvline(trained, color=RELU, linestyle=":", linewidth=1)
-    axis.set_xlabel(f"timesteps of the test (dotted: of training), {seeds} seeds", fontsize=9)
+        accuracy = [run["by_timestep"] for run in runs]
+        thresholds = [[[spent, top1] for _, top1, spent in run["early_exit"]] for run in runs]
+        curves = [
+            [[1, by_timestep[0]], *points, [most, by_timestep[most - 1]]]
+            for by_timestep, points in zip(accuracy, thresholds, strict=True)
+        ]
+        at_once = mean([[by_timestep[t - 1] for t in timesteps] for by_timestep in accuracy])
+        axis.plot(timesteps, at_once, "--", color=colour, linewidth=1, alpha=0.7)
+        spent, top1 = zip(*mean(curves), strict=True)
+        axis.plot(spent, top1, "o-", color=colour, label=label, markersize=3.5)
+        exits = [run["chosen_exit"] for run in runs]
+        chosen = mean([[point["mean_timesteps"], point["top1"]] for point in exits])
+        axis.plot(*chosen, "D", color=colour, markersize=8)
+    axis.set_xlabel(
+        f"timesteps of a sample on average, {seeds} seeds\n"
+        "(diamonds: thresholds chosen; dashed: all stop at t)",
+        fontsize=9,
+    )
     data = study["study"]["title"].partition(" on ")[2]
     axis.set_ylabel(f"top-1 (%), {data}", fontsize=8)
     axis.set_xticks(timesteps)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9, loc="lower center")
-    title(axis, "Right at any number of timesteps")
+    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    title(axis, "As many timesteps as a sample needs")
+
+
+def mean(values: list[Any]) -> Any:
+    """The mean over the first axis."""
+    import numpy as np
+
+    return np.mean(values, axis=0).tolist()
 
 
 # --- what it costs --------------------------------------------------------------------------------
