@@ -156,8 +156,9 @@ def _text_early_exit(found: EvaluationResults) -> str:
 
 def _of_chosen_exit(found: EvaluationResults) -> str:
     chosen = found["chosen_exit"]
-    on = counted(chosen["chosen_on"]["samples"], "training sample")
-    limit = f"at most {chosen['within']:g} points lost on {on} held out"
+    samples = chosen["chosen_on"]["samples"]
+    on = f"{counted(samples, 'training sample')} held out (one is {100 / samples:.2g} points)"
+    limit = f"at most {chosen['within']:g} points lost on {on}"
     if chosen["threshold"] is None:
         return f"early exit with {limit}: at no threshold"
     lost = chosen["top1"] - found["top1"]
