@@ -115,7 +115,8 @@ def _loss(axis: Any, numbers: Numbers, styles: dict[str, dict[str, Any]]) -> Non
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.tick_params(axis="y", which="minor", labelsize=7)
     # Of a single evaluation the axis would show tenths of an epoch.
-    axis.set_xlim(widened(*axis.get_xlim(), 2.0, (0.0, math.inf)))
+    start, end = axis.get_xlim()
+    axis.set_xlim(widened(start, end, 2.0, (0.0, math.inf)))
     axis.xaxis.get_major_locator().set_params(integer=True)
     continued = any(map(numbers.epochs_before, numbers.entries))
     meaning = "with those of what it began with; band" if continued else "band"
