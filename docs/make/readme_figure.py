@@ -121,8 +121,8 @@ def draw_early_exit(axis: Any, study: dict[str, Any], sdt: str, tet: str) -> Non
             [[1, by_timestep[0]], *points, [most, by_timestep[most - 1]]]
             for by_timestep, points in zip(accuracy, thresholds, strict=True)
         ]
-        at_once = mean([[by_timestep[t - 1] for t in timesteps] for by_timestep in accuracy])
-        axis.plot(timesteps, at_once, "--", color=colour, linewidth=1, alpha=0.7)
+        at_once = mean([by_timestep[:most] for by_timestep in accuracy])
+        axis.plot(range(1, most + 1), at_once, "--", color=colour, linewidth=1, alpha=0.7)
         spent, top1 = zip(*mean(curves), strict=True)
         axis.plot(spent, top1, "o-", color=colour, label=label, markersize=3.5)
         exits = [run["chosen_exit"] for run in runs]

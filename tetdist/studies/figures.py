@@ -42,10 +42,10 @@ def draw(numbers: Numbers) -> Any:
 
 
 def styles_of(numbers: Numbers) -> dict[str, dict[str, Any]]:
-    """Colour and dashes of every entry.
+    """Colour, dashes and points of every entry.
 
-    The control of one entry has that one's colour, dashed. That of several entries is grey, any
-    further such has a colour of its own.
+    The control of one entry has that one's colour, dashed, and hollow points. That of several
+    entries is grey, any further such has a colour of its own.
     """
     entries = numbers.study.entries
     controls = [entry.control for entry in entries.values() if entry.control is not None]
@@ -58,7 +58,7 @@ def styles_of(numbers: Numbers) -> dict[str, dict[str, Any]]:
         served = [name for name, entry in entries.items() if entry.control == control]
         shared = len(served) > 1 or served[0] in controls
         colour = next(of_several) if shared else styles[served[0]]["color"]
-        styles[control] = {"color": colour, "linestyle": (0, (4, 2))}
+        styles[control] = {"color": colour, "linestyle": (0, (4, 2)), "markerfacecolor": "white"}
     return styles
 
 
@@ -145,7 +145,8 @@ def _early_exit(axis: Any, numbers: Numbers, styles: dict[str, dict[str, Any]]) 
         spent, top1 = np.mean(curves, axis=0).T
         axis.plot(spent, top1, marker="o", markersize=3.5, **styles[entry])
         chosen = [[exit_timesteps(one), exit_top1(one)] for one in numbers.of(entry)]
-        axis.plot(*np.mean(chosen, axis=0), "D", markersize=9, color=styles[entry]["color"])
+        style = styles[entry] | {"linestyle": "none"}
+        axis.plot(*np.mean(chosen, axis=0), marker="D", markersize=9, **style)
     axis.set_xlabel("timesteps of a sample on average (diamond: threshold chosen)")
     finish(axis, "Early exit", ACCURACY, legend=False)
 
