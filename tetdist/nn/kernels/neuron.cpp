@@ -354,6 +354,17 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             if (SHORTCUT == NORMALIZED) with_shortcut[c] += g * (wide(shortcut[c]) - mean2[c]);
         }
 #else
+        W before[CHANNELS];
+        // What was there before, apart from the loop below: with a condition on t in it that is not
+        // made one of vectors.
+        if (LEARNS_DECAY && t > 0) {
+            const W* earlier = us + (t - 1) * CHANNELS;
+#pragma omp simd
+            for (int c = 0; c < length; c++)
+                before[c] = after_reset(earlier[c], spikes_of(earlier[c], threshold, most), threshold);
+        } else if (LEARNS_DECAY) {
+            for (int c = 0; c < length; c++) before[c] = b.start ? b.start[at + c] : W(0);
+        }
 #pragma omp simd
         for (int c = 0; c < length; c++) {
             const W v = before_reset[c];
@@ -364,13 +375,8 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             const W fired = (sent - through_reset) * derivative(v, threshold, width, most);
             const W of_v = fired + kept;
             if (LEARNS_DECAY) {
-                // v is (1 - share) times what was there before, plus the current, of which a share.
-                W before = b.start ? b.start[at + c] : W(0);
-                if (t > 0) {
-                    const W earlier = us[(t - 1) * CHANNELS + c];
-                    before = after_reset(earlier, spikes_of(earlier, threshold, most), threshold);
-                }
-                with_share[c] += of_v * (SCALES_INPUT ? (v - before) / share : -before);
+                // v is (1 - share) times that, plus the current, of which a share.
+                with_share[c] += of_v * (SCALES_INPUT ? (v - before[c]) / share : -before[c]);
             }
             const W g = SCALES_INPUT ? of_v * share : of_v;
             grad[c] = g;
