@@ -214,12 +214,9 @@ def test_freed_memory_is_kept_unless_the_environment_says_how(said: str | None) 
         env=environment,
         capture_output=True,
         text=True,
-        check=True,
         timeout=120,
     )
-    one_tensor = 2**26 // os.sysconf("SC_PAGE_SIZE")
-    if said is None:
-        assert int(asked.stdout) < one_tensor
-    else:
-        # At least, as huge pages are fewer: one of 2 MiB is 512.
-        assert int(asked.stdout) > 20 * one_tensor / 512
+    assert asked.returncode == 0, asked.stderr
+    # Of twenty of the tensors, if the system gives 2 MiB at a time, the most that it does.
+    many = 20 * 2**26 // 2**21
+    assert (int(asked.stdout) < many) == (said is None), asked.stdout

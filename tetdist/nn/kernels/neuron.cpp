@@ -355,8 +355,8 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
         }
 #else
         W before[CHANNELS];
-        // What was there before, apart from the loop below: with a condition on t in it that is not
-        // made one of vectors.
+        // The membranes before this timestep. With a condition on t inside of it, the loop below would
+        // not be made one of vectors.
         if (LEARNS_DECAY && t > 0) {
             const W* earlier = us + (t - 1) * CHANNELS;
 #pragma omp simd
@@ -375,7 +375,7 @@ inline void backward_part(const Backward<X>& b, int64_t n, int64_t c0, Length le
             const W fired = (sent - through_reset) * derivative(v, threshold, width, most);
             const W of_v = fired + kept;
             if (LEARNS_DECAY) {
-                // v is (1 - share) times that, plus the current, of which a share.
+                // v is (1 - share) times the membrane before, plus the current, of which a share.
                 with_share[c] += of_v * (SCALES_INPUT ? (v - before[c]) / share : -before[c]);
             }
             const W g = SCALES_INPUT ? of_v * share : of_v;
