@@ -124,7 +124,11 @@ def test_continued_on_another_number_of_processes(
 def test_stages_agree_in_float32(
     stage: int, world: int, optimizer: str, farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
-    """Until the first spike flips. Clipped, which stages do in different ways."""
+    """Until the first spike flips. Clipped, which stages do in different ways.
+
+    Adam divides a gradient by its own size, so that rounding shows in the steps of small ones.
+    """
+    within = {"sgd": 1e-5, "adam": 1e-4}[optimizer]
     changes = SEW | {
         "phases.0.optimizer": {"kind": optimizer, "lr": 0.01, "weight_decay": 0.01},
         "gradient_clipping": 1.0,
@@ -139,7 +143,7 @@ def test_stages_agree_in_float32(
     assert tiny.samples(runs[0]) == tiny.samples(runs[1])
     for ours, theirs in zip(*(tiny.metrics(run, "train")[:3] for run in runs), strict=True):
         for key in ("loss", "grad_norm", "lr"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (ours["step"], key)
+            assert ours[key] == pytest.approx(theirs[key], rel=within), (ours["step"], key)
 
 
 @pytest.mark.parametrize(
