@@ -255,6 +255,13 @@ def test_keys_without_effect_are_said(main: Main, tiny_config: ConfigWriter) -> 
         assert said in outcome.text
     said = "loss.distillation.self_target has no effect with loss.distillation.self_weight=0"
     assert said in outcome.text
+    for target, is_said in (("similarity", True), ("time_mean", True), ("correct_mean", False)):
+        itself = {"self_weight": 0.5, "self_target": target}
+        changes = {"name": target, "loss.distillation": itself, "phases.0.timesteps": 1}
+        outcome = main(tiny_config(changes), "max_steps=1")
+        assert outcome.status == 0, outcome.text
+        said = "loss.distillation.self_weight has no effect with timesteps=1 in every phase"
+        assert (said in outcome.text) == is_said
     outcome = main(tiny_config(RELU | {"name": "decay", "model.neuron.decay": 0.9}), "max_steps=1")
     assert outcome.status == 0
     assert "model.neuron.decay has no effect with model.neuron.kind=relu" in outcome.text

@@ -286,10 +286,14 @@ def _unread(config: RunConfig) -> Iterator[_Unread]:
     unread = tuple(key for key in ("lambda_", "phi", "label_smoothing") if key not in known)
     yield config.loss, "loss.", unread, f"loss.kind={config.loss.kind}"
     distillation = config.loss.distillation
+    # A timestep without others says what they say together; correct_mean asks the labels, too.
+    alone = distillation.self_target != "correct_mean" and all(
+        phase.timesteps == 1 for phase in config.phases
+    )
     if distillation.teacher is None:
         of_teacher = ("weight", "teacher_alignment")
         yield distillation, "loss.distillation.", of_teacher, "loss.distillation.teacher=null"
-        if not distillation.self_weight:
+        if not distillation.self_weight or alone:
             yield distillation, "loss.distillation.", ("temperature",), "nothing to distil from"
     elif distillation.weight == 0:
         of_teacher = ("teacher", "teacher_alignment")
@@ -297,6 +301,9 @@ def _unread(config: RunConfig) -> Iterator[_Unread]:
     if not distillation.self_weight:
         of_itself = ("self_target",)
         yield distillation, "loss.distillation.", of_itself, "loss.distillation.self_weight=0"
+    elif alone:
+        of_mean = ("self_weight", "self_target")
+        yield distillation, "loss.distillation.", of_mean, "timesteps=1 in every phase"
     match config.data.kind:
         case "events":
             crops = ("image_size", "resize", "crop", "scale", "ratio", "padding", "interpolation")
