@@ -37,6 +37,8 @@ CONFIG: dict[str, Any] = {
     "precision": "fp32",
     "execution": "reference",
     "log_every": 1,
+    # Pictures take three quarters of so short a run; the tests that are about them set it.
+    "plots": False,
     "tracking": {"mlflow": False},
 }
 

@@ -269,6 +269,7 @@ def test_events_are_dropped(main: Callable[..., Any], evaluate: Tool, tmp_path: 
         "model": {"name": "vggsnn", "arguments": {"input_size": 16}},
         "data": {"kind": "events", "root": str(root), "threads": 1},
         "max_steps": 1,
+        "plots": True,
     }
     outcome = main(tiny.write_config(tmp_path / "events.yaml", root, changes))
     assert outcome.status == 0, outcome.text

@@ -55,6 +55,7 @@ def write_config(file: Path, root: Path, runs_dir: Path) -> None:
         "execution": "reference",
         "engine": "torch",
         "log_every": 1,
+        "plots": False,
         "save": {"every_steps": 10},
         "runs_dir": str(runs_dir),
         "cluster": {"nodes": 2, "tasks_per_node": 2, "gpus_per_node": 0, "time": "10"},

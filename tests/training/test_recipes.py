@@ -46,7 +46,7 @@ SMALL: dict[str, tuple[str, ...]] = {
 OVERRIDES = (
     *("batch.global=4", "batch.micro=2", "batch.eval=25", "data.threads=1", "precision=fp32"),
     *("device=cpu", "tracking.mlflow=false"),
-    *(f"max_steps={STEPS}", "log_every=1", "save.every_steps=1"),
+    *(f"max_steps={STEPS}", "log_every=1", "save.every_steps=1", "plots=false"),
 )
 
 

@@ -1,6 +1,6 @@
 """When a run draws itself, and what it says in the log."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ assert tetdist.__doc__  # registers the models
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    file = tiny.write_config(tmp_path / "tiny.yaml", tmp_path)
+    file = tiny.write_config(tmp_path / "tiny.yaml", tmp_path, {"plots": True})
     return configuration.load(str(file))
 
 
@@ -80,3 +80,15 @@ def test_a_picture_that_cannot_be_written_ends_nothing(
     pictures.after_evaluation(model, torch.randn(3, 3, 16, 16), values, last=True)
     for name in ("learning_curves.png", "firing_rates.png", "membranes.png"):
         assert f"no plot {name} was made" in caplog.text
+
+
+def test_without_plots_the_log_still_names_dead_layers(
+    main: Callable[..., tiny.Outcome], tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    changes = {"model.neuron.threshold": 1e6, "loss.phi": 1e6}
+    for plots in (True, False):
+        outcome = main(tiny_config(changes | {"name": f"{plots}", "plots": plots}))
+        assert outcome.status == 0, outcome.text
+        assert "dead layers, firing below 0.1 %" in outcome.text
+        assert (tmp_path / f"runs/{plots}/plots").exists() == plots
+    tiny.assert_same_run(tmp_path / "runs/True", tmp_path / "runs/False")

@@ -450,7 +450,7 @@ def ended(outcome: Outcome, *parts: str, status: int = 2) -> None:
 def test_finished_run_says_so_and_changes_nothing(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
-    file = tiny_config()
+    file = tiny_config({"plots": True})
     run = tmp_path / "runs/tiny"
     start = f"samples an epoch, {LAST_STEP} in all; {run}"
     outcome = main(file)
@@ -1004,7 +1004,7 @@ def test_recomputed_blocks_are_the_same_run(
 
 def test_mlflow_has_the_run(farm: Farm, tiny_config: ConfigWriter, tmp_path: Path) -> None:
     tracking = {"mlflow": True, "experiment": "tiny", "log_checkpoint": "last", "register": "t"}
-    file = tiny_config({"tracking": tracking})
+    file = tiny_config({"tracking": tracking, "plots": True})
     first = farm(file, stop=("step", 4, TERM))
     assert first.status == 143, first.text
     second = farm(file)

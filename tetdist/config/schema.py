@@ -577,6 +577,9 @@ class RunConfig(Section):
     """End after so many optimiser steps in all, for a try; schedules stay those of the phases."""
     log_every: Positive = 20
     """Optimiser steps between two lines of metrics."""
+    plots: bool = True
+    """Draw the pictures in RUN/plots, which takes a second or two at the first evaluation, at the
+    last and now and then between: most of the time of a run of seconds."""
     reference: str | None = None
     """A published training on ImageNet, such as sew34: its accuracy after as many images is in the
     metrics and plots beside each evaluation, and a run that is far behind warns. More by

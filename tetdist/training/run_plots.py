@@ -34,10 +34,10 @@ DRAW_EVERY = 20.0
 
 
 class RunPlots:
-    """The files in ``runs/NAME/plots``.
+    """The files in ``runs/NAME/plots``, and what the log says of layers that died or saturated.
 
     Args:
-        config: Of the run.
+        config: Of the run. With ``plots`` false nothing is drawn.
         classes: Names of the data's classes.
         tracker: Gets every picture as an artifact.
     """
@@ -51,7 +51,7 @@ class RunPlots:
 
     def inputs(self, batch: Batch) -> None:
         """Draw a training batch as the network sees it: the first one of the run, once."""
-        if self._has_inputs:
+        if self._has_inputs or not self.config.plots:
             return
         self._has_inputs = True
         images = batch.images.detach().float().cpu()
@@ -83,6 +83,8 @@ class RunPlots:
         """
         for sentence in self._firing.changes(values["firing_rate"]):
             logger.warning("epoch %g: %s", values["epoch"], sentence)
+        if not self.config.plots:
+            return
         if not last and time.monotonic() - self._drawn < DRAW_EVERY:
             return
         metrics = self.tracker.path
