@@ -377,7 +377,7 @@ def check_combination_triton(case: Case, shape: tuple[int, int, int, int]) -> No
         assert_fused_is_the_definition(dataclasses.replace(case, shape=shape))
 
 
-@settings(derandomize=True, database=None, deadline=None, max_examples=25)
+@settings(derandomize=True, database=None, deadline=None, max_examples=15)
 @given(any_case, st.sampled_from(TRITON_SHAPES[:4]))
 def test_any_combination_triton(case: Case, shape: tuple[int, int, int, int]) -> None:
     check_combination_triton(case, shape)

@@ -137,7 +137,7 @@ def test_any_combination_native(case: Case) -> None:
         assert_fused_is_the_definition(case)
 
 
-@settings(derandomize=True, database=None, deadline=None, max_examples=40)
+@settings(derandomize=True, database=None, deadline=None, max_examples=20)
 @given(any_case)
 def test_any_combination_triton(case: Case) -> None:
     with IMPLEMENTATIONS["triton"]():

@@ -1,6 +1,7 @@
 """What the kernels of the GPU become: no GPU is needed to compile them and to read their code."""
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -25,7 +26,15 @@ from tetdist.benchmarks.gpu_code import CAPABILITIES, Layer, Stream  # noqa: E40
 from tetdist.nn import triton_passes  # noqa: E402  # likewise
 
 RECORD = Path(__file__).parents[2] / "docs" / "performance" / "gpu_code.json"
-each_gpu = pytest.mark.parametrize("capability", CAPABILITIES, ids="sm_{}".format)
+*OLDER, NEWEST = CAPABILITIES
+GPUS = [*(pytest.param(older, marks=pytest.mark.long) for older in OLDER), NEWEST]
+each_gpu = pytest.mark.parametrize("capability", GPUS, ids="sm_{}".format)
+
+
+@functools.cache
+def recorded(name: str, capability: int) -> gpu_code.Code:
+    """One of the kernels in the record, compiled once for all tests."""
+    return gpu_code.compiled(gpu_code.recorded_launches()[name], capability)
 
 
 def check(code: gpu_code.Code, *, spills: bool = False) -> None:
@@ -35,23 +44,20 @@ def check(code: gpu_code.Code, *, spills: bool = False) -> None:
     assert "atomic" not in code.intermediate
 
 
-@pytest.mark.parametrize(
-    "capability", [pytest.param(80, marks=pytest.mark.long), 90], ids="sm_{}".format
-)
+@each_gpu
 def test_code_is_what_is_recorded(capability: int) -> None:
     """A change of a kernel updates the record, knowingly: `python docs/make/gpu.py`."""
     record = json.loads(RECORD.read_text())
-    launches = gpu_code.recorded_launches()
     names = {name.rpartition(" sm_")[0] for name in record["code"]}
-    assert names == launches.keys()
-    for name, launch in launches.items():
-        code = gpu_code.compiled(launch, capability)
+    assert names == gpu_code.recorded_launches().keys()
+    for name in sorted(names):
+        code = recorded(name, capability)
         check(code)
-        recorded = record["code"][f"{name} sm_{capability}"]
+        expected = record["code"][f"{name} sm_{capability}"]
         if triton.__version__ == record["triton"]:
-            assert {key: getattr(code, key) for key in recorded} == recorded, name
+            assert {key: getattr(code, key) for key in expected} == expected, name
         else:  # Another Triton, another assembler: roughly the same.
-            assert code.instructions < 1.3 * recorded["instructions"], name
+            assert code.instructions < 1.3 * expected["instructions"], name
 
 
 def test_no_number_of_a_large_tensor_overflows() -> None:
@@ -83,16 +89,13 @@ FLAT = ("statistics", "add", "add_sums", "norm_gradient")
 
 
 def test_bytes_of_a_number_and_timestep() -> None:
-    launches = gpu_code.recorded_launches()
     for name, expected in BYTES.items():
         timesteps = 1 if name in FLAT else 4
-        code = gpu_code.compiled(launches[name], 90)
-        assert code.bytes_of_number(timesteps) == expected, name
+        assert recorded(name, NEWEST).bytes_of_number(timesteps) == expected, name
 
 
 @each_gpu
 def test_loads_and_stores_are_of_16_bytes(capability: int) -> None:
-    launches = gpu_code.recorded_launches()
     for name, loads, stores in (
         ("fire", 4, 4),
         ("fire with identity", 8, 4),
@@ -104,7 +107,7 @@ def test_loads_and_stores_are_of_16_bytes(capability: int) -> None:
         ("fire alone", 4, 4),
         ("backward alone", 8, 4),
     ):
-        memory = gpu_code.compiled(launches[name], capability).memory
+        memory = recorded(name, capability).memory
         # Beside them numbers of a channel, likewise; spikes in bytes, of which 8 are as many as 16
         # bytes of bfloat16; and the sums of a program.
         assert memory["LDG.128"] >= loads, name
@@ -116,10 +119,9 @@ def test_loads_and_stores_are_of_16_bytes(capability: int) -> None:
 
 def test_numbers_are_rounded_as_in_cpp() -> None:
     """Products and sums one by one, where one instruction could make both; bfloat16 to nearest."""
-    launches = gpu_code.recorded_launches()
     rounding = ("fire", "backward", "add", "norm_gradient", "backward alone")
     for name in (*rounding, "statistics", "backward_sums", "add_sums"):
-        operations = gpu_code.compiled(launches[name], 90).operations
+        operations = recorded(name, NEWEST).operations
         assert operations["FADD"] >= 16, name
         assert "FFMA" not in operations, name
         assert ("F2FP" in operations) == (name in rounding), name

@@ -193,11 +193,12 @@ def test_the_result_is_on_the_validation_split_where_samples_are_held_out(
     call: Call, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    file = write({"seeds": [0], "overrides": {"data.held_out": 0.25}})
-    status, _, errors = call(file, "--output", output, "--jobs", 2)
+    changes = {"seeds": [0], "entries": {"tet": {}}, "overrides": {"data.held_out": 0.25}}
+    file = write(changes)
+    status, _, errors = call(file, "--output", output)
     assert status == 0, errors
     values = json.loads((output / "report" / "study.json").read_text())
-    assert [run["samples"] for run in values["runs"]] == [sum(tiny.VAL_SIZES)] * 2
+    assert [run["samples"] for run in values["runs"]] == [sum(tiny.VAL_SIZES)]
     report = (output / "report.md").read_text()
     assert f"on {sum(tiny.VAL_SIZES)} validation samples" in report
     assert "best epoch" not in report

@@ -746,7 +746,7 @@ os._exit(9)
     [
         pytest.param(17, 8, marks=pytest.mark.long),
         (17, 10),
-        (4, 14),
+        pytest.param(4, 14, marks=pytest.mark.long),
         pytest.param(13, 14, marks=pytest.mark.long),
     ],
 )

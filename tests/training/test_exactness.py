@@ -55,7 +55,7 @@ def one_process(farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFa
     return folder / "runs" / "one"
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.long), 4])
 def test_float64_run_on_any_number_of_processes(
     world: int, one_process: Path, farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
@@ -112,8 +112,8 @@ def test_continued_on_another_number_of_processes(
 @pytest.mark.parametrize(
     ("stage", "world"),
     [
-        (1, 2),
         (2, 2),
+        pytest.param(1, 2, marks=pytest.mark.long),
         pytest.param(0, 3, marks=pytest.mark.long),
         pytest.param(1, 1, marks=pytest.mark.long),
         pytest.param(1, 3, marks=pytest.mark.long),
@@ -182,7 +182,7 @@ def test_stopped_stage_continues_to_the_bit(
         pytest.param((2, 4), (1, 2), marks=pytest.mark.long),
     ],
 )
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.long), "adam"])
 def test_checkpoint_of_any_stage_continues_on_any_other(
     before: tuple[int, int],
     after: tuple[int, int],

@@ -486,7 +486,7 @@ def test_it_learns(main: Main, tiny_config: ConfigWriter, tmp_path: Path) -> Non
 
 
 GROWING = {
-    "model": {"name": "sew_resnet18"},
+    "model": {"name": "sew_resnet18", "arguments": {"width": 4}},
     "data.image_size": 32,
     "data.resize": ...,
     "phases.0": {"epochs": 2, "timesteps": 1, "optimizer": {"lr": 0.01}, "image_size": 16},
