@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,7 @@ from PIL import Image
 from scipy import stats
 from tiny import Outcome
 
-from tetdist.studies import search, tracking
+from tetdist.studies import local, search, tracking
 
 TOOLS = tiny.PROJECT / "tools"
 STUDY = TOOLS / "study.py"
@@ -612,6 +613,53 @@ def test_a_dry_run_says_what_is_left_to_train(
     assert status == 0
     assert out.splitlines()[-1] == "4 of 4 runs to train, 4 epochs in all"
     assert not (tmp_path / "out").exists()
+    # A run that begins with the second phase trains that alone.
+    phases = [{"epochs": e, "timesteps": 2, "optimizer": {"lr": 0.01}} for e in (5, 1)]
+    later = {"init": "short", "overrides": {"phases": phases, "start_phase": 1}}
+    file = write({"entries": {"short": {}, "later": later}, "seeds": [0]})
+    status, out, _ = call(file, "--output", tmp_path / "out", "--dry-run")
+    assert status == 0
+    assert out.splitlines()[1:] == ["later-seed0: 1 epoch", "2 of 2 runs to train, 2 epochs in all"]
+
+
+@dataclass(frozen=True)
+class Sized:
+    name: str
+    size: int
+
+
+def test_the_time_left_goes_by_the_size_of_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = 0.0
+    monkeypatch.setattr(local.time, "monotonic", lambda: clock)
+    long, broken, short, last = (
+        Sized(*of) for of in (("long", 40), ("broken", 4), ("short", 4), ("last", 4))
+    )
+    left: Any = [long, broken, short, last]
+    with local.StudyProgress(5, left, jobs=2) as progress:
+        for at, act in (
+            (0, lambda: progress.begin(long)),
+            (0, lambda: progress.begin(broken)),
+            # Of one that failed at once nothing follows about the others.
+            (60, lambda: progress.end(broken, "lost")),
+            (60, lambda: progress.begin(short)),
+            (80, lambda: progress.begin(short)),
+            # 22.5 s for the size of 1: of long 12.5 minutes more, of last 1.5, two at a time.
+            (150, lambda: progress.end(short, "well", finished=True)),
+            (150, lambda: progress.begin(last)),
+            (240, lambda: progress.end(last, "well", finished=True)),
+            (900, lambda: progress.end(long, "well", finished=True)),
+        ):
+            clock = at
+            act()
+    assert capsys.readouterr().err.splitlines() == [
+        "1 of 5 runs are done already",
+        "[2/5] broken: lost",
+        "[3/5] short: well; about 7 min left",
+        "[4/5] last: well; about 11 min left",
+        "[5/5] long: well",
+    ]
 
 
 def test_mistakes_on_the_command_line_are_named(

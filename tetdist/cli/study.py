@@ -179,7 +179,7 @@ def planned(runs: "list[StudyRun]") -> str:
     from tetdist.studies import plan
 
     left = [run for run in runs if not plan.is_trained(run)]
-    epochs = {run.name: sum(phase.epochs for phase in run.config.phases) for run in left}
+    epochs = {run.name: run.own_epochs for run in left}
     lines = [f"{name}: {counted(number, 'epoch')}" for name, number in epochs.items()]
     total = f"{len(left)} of {counted(len(runs), 'run')} to train"
     return "\n".join([*lines, f"{total}, {counted(sum(epochs.values()), 'epoch')} in all"])

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -43,15 +43,16 @@ def work(runs: "list[StudyRun]", jobs: int, parent: "Parent") -> dict[str, str]:
     from tetdist.studies.plan import is_trained
 
     waiting = [run for run in runs if run.next_command() is not None]
-    progress = StudyProgress(len(runs), len(waiting))
+    progress = StudyProgress(len(runs), waiting, jobs)
     running: dict[StudyRun, Child] = {}
     failed: dict[str, str] = {}
 
     def fail(run: "StudyRun", reason: str) -> None:
         failed[run.name] = reason
-        progress.end(f"{run.name}: {reason}")
+        progress.end(run, reason)
 
     def start(run: "StudyRun", command: "Command | None") -> None:
+        progress.begin(run)
         try:
             running[run] = Child(run, jobs, command)
         except UserError as error:  # Somebody else was quicker.
@@ -84,7 +85,7 @@ def work(runs: "list[StudyRun]", jobs: int, parent: "Parent") -> dict[str, str]:
             elif (more := run.next_command()) is not None:
                 start(run, more)
             else:
-                progress.end(f"{run.name}: {outcome(run)}")
+                progress.end(run, outcome(run), finished=True)
     return failed
 
 
@@ -229,23 +230,32 @@ def outcome(run: "StudyRun") -> str:
 
 
 class StudyProgress:
-    """Runs done, with rate and time left: a bar on a terminal, a line a run elsewhere."""
+    """Runs done, with rate and time left: a bar on a terminal, a line a run elsewhere.
 
-    def __init__(self, total: int, left: int) -> None:
+    Args:
+        total: Number of runs, also of those that were done before.
+        left: Those to do.
+        jobs: How many are under way at a time.
+    """
+
+    def __init__(self, total: int, left: "Iterable[StudyRun]", jobs: int) -> None:
         from tqdm import tqdm
 
-        self.total, self.left, self.done_here = total, left, 0
-        self.started = time.monotonic()
+        self.total, self.left, self.jobs = total, set(left), jobs
+        self.begun: dict[StudyRun, float] = {}
+        self.seconds, self.size = 0.0, 0  # of those that were finished here
         self.on_terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=total,
-            initial=total - left,
+            initial=total - len(self.left),
             unit="run",
             dynamic_ncols=True,
             disable=not self.on_terminal,
+            # Without tqdm's own time left, for which all runs would have to be of one size.
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]",
         )
-        if left < total:
-            self.say(f"{total - left} of {total} runs are done already")
+        if len(self.left) < total:
+            self.say(f"{total - len(self.left)} of {total} runs are done already")
 
     def __enter__(self) -> "StudyProgress":
         return self
@@ -253,13 +263,31 @@ class StudyProgress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def end(self, text: str) -> None:
-        self.left -= 1
-        self.done_here += 1
+    def begin(self, run: "StudyRun") -> None:
+        """Start a run's clock; a second call, for its evaluation, changes nothing."""
+        self.begun.setdefault(run, time.monotonic())
+
+    def end(self, run: "StudyRun", text: str, *, finished: bool = False) -> None:
+        """Say how a run ended, and how much time is left."""
+        self.left.remove(run)
+        begun = self.begun.pop(run, None)
+        if finished and begun is not None:
+            self.seconds += time.monotonic() - begun
+            self.size += run.size
+        eta = self._time_left()
+        self.bar.set_postfix_str(eta, refresh=False)
         self.bar.update()
-        seconds = (time.monotonic() - self.started) / self.done_here * self.left
-        eta = f"; about {seconds / 60:.0f} min left" if self.left and not self.on_terminal else ""
-        self.say(f"[{self.total - self.left}/{self.total}] {text}{eta}")
+        behind = f"; {eta}" if eta and not self.on_terminal else ""
+        self.say(f"[{self.total - len(self.left)}/{self.total}] {run.name}: {text}{behind}")
+
+    def _time_left(self) -> str:
+        """In words; none before the first run is finished, nor after the last."""
+        if not self.left or not self.size:
+            return ""
+        now = time.monotonic()
+        seconds = self.seconds / self.size * sum(run.size for run in self.left)
+        seconds -= sum(now - begun for begun in self.begun.values())
+        return f"about {max(seconds, 0) / min(self.jobs, len(self.left)) / 60:.0f} min left"
 
     def say(self, text: str) -> None:
         self.bar.write(text, file=sys.stderr)

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 from tetdist.config import identity, loading, messages
 from tetdist.config.loading import CONFIGS_DIR
 from tetdist.config.overrides import apply_override, joined
-from tetdist.config.schema import RunConfig, Section, Timesteps
+from tetdist.config.schema import PhaseSection, RunConfig, Section, Timesteps
 from tetdist.config.yaml_files import read_yaml
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, script_of, typed
@@ -121,6 +121,20 @@ class StudyRun:
     def timesteps(self) -> int:
         """T at the end of training."""
         return self.config.phases[-1].timesteps
+
+    @property
+    def own_phases(self) -> tuple[PhaseSection, ...]:
+        """The phases that it trains itself: all from ``start_phase`` on."""
+        return self.config.phases[self.config.start_phase :]
+
+    @property
+    def own_epochs(self) -> int:
+        return sum(phase.epochs for phase in self.own_phases)
+
+    @property
+    def size(self) -> int:
+        """How long it takes, beside other runs of a study: epochs times T."""
+        return sum(phase.epochs * phase.timesteps for phase in self.own_phases)
 
     @property
     def is_evaluated_again(self) -> bool:
