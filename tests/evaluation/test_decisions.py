@@ -118,8 +118,14 @@ def test_of_equal_logits_the_first_class_is_ahead(world: World) -> None:
     assert never["top1"] == 100 * counts[0, -1].item() / 500
 
 
-def test_what_is_not_a_number_is_never_right() -> None:
+def test_what_is_not_a_number_is_never_right(world: World) -> None:
     logits = torch.zeros(1, 3, 6)
     logits[0, 0, 2] = logits[0, 1, 3] = logits[0, 2] = math.nan
-    counts = _count(logits, torch.tensor([2, 0, 0]))
+    labels = torch.tensor([2, 0, 0])
+    counts = _count(logits, labels)
     assert counts[:2].tolist() == [[0.0], [1.0]]  # the second sample's class is behind the one
+    decisions = DecisionCounts([str(i) for i in range(6)], 6, 1, torch.device("cpu"))
+    decisions.add(logits, labels)
+    found = decisions.total(world)
+    assert [point["top1"] for point in found.early_exit()] == [0.0] * len(THRESHOLDS)
+    assert [row["recall"] for row in found.per_class()[:3:2]] == [0.0, 0.0]

@@ -1,6 +1,7 @@
 """The decisions of a network beyond its accuracy: the classes that it takes for each other, and how
 early it could have decided."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +125,12 @@ class DecisionCounts:
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch of logits (T, B, K) with labels (B,)."""
         means = running_means(logits)
-        probabilities, decided = means.softmax(-1).amax(-1), means.argmax(-1)  # each (T, B)
+        probabilities = means.softmax(-1).amax(-1)  # (T, B)
+        # argmax takes what is not a number for the highest, and top-1 takes it for wrong.
+        own = labels.view(1, -1, 1).expand(len(means), -1, 1)
+        of_label = means.gather(-1, own)
+        means = means.scatter(-1, own, torch.where(of_label.isnan(), -math.inf, of_label))
+        decided = means.argmax(-1)  # (T, B)
         pairs = labels * len(self.classes) + decided[-1]
         self._confusion += torch.bincount(pairs, minlength=self._confusion.numel()).view_as(
             self._confusion
