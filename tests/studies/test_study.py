@@ -24,7 +24,7 @@ from PIL import Image
 from scipy import stats
 from tiny import Outcome
 
-from tetdist.studies import local, search, tracking
+from tetdist.studies import local, plan, search, tracking
 
 TOOLS = tiny.PROJECT / "tools"
 STUDY = TOOLS / "study.py"
@@ -130,7 +130,7 @@ def test_a_study_is_trained_continued_and_reported(
 
 
 def figure_of(file: Path, output: Path) -> Any:
-    from tetdist.studies import figures, plan
+    from tetdist.studies import figures
     from tetdist.studies.numbers import gather
 
     study = plan.read(file)
@@ -393,7 +393,6 @@ def test_twenty_stops_at_random_moments_leave_no_process(
 
 
 def test_mlflow_has_the_runs_below_the_study(write: Callable[..., Path], tmp_path: Path) -> None:
-    from tetdist.studies import plan
     from tetdist.studies.tracking import Parent
 
     changes = {"seeds": [7], "overrides": {"tracking.mlflow": True}}
@@ -504,7 +503,7 @@ def test_what_is_submitted_by_how_the_runs_are(
     write: Callable[..., Path], tmp_path: Path, again: bool
 ) -> None:
     """A failed run is tried again only if that is said; those that need it wait for that, too."""
-    from tetdist.studies import plan, slurm
+    from tetdist.studies import slurm
     from tetdist.studies.slurm import Standing
 
     words = {"done": "finished", "bad": "failed", "ended": "cancelled", "waits": "queued"}
@@ -530,7 +529,6 @@ def test_commands_of_an_installed_package(
 ) -> None:
     """Without a checkout there are no scripts: the package itself is run."""
     from tetdist import errors
-    from tetdist.studies import plan
 
     run = plan.runs_of(plan.read(write()), tmp_path / "out", [])[0]
     train, evaluate = run.train_command, run.eval_command
@@ -622,6 +620,21 @@ def test_a_dry_run_says_what_is_left_to_train(
     assert out.splitlines()[1:] == ["later-seed0: 1 epoch", "2 of 2 runs to train, 2 epochs in all"]
 
 
+def test_runs_that_others_wait_for_go_first_side_by_side(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    begun = {"begun": {}, "sdt": {"init": "begun"}, "tet": {"init": "begun", "teacher": "sdt"}}
+    study = plan.read(write({"entries": {"alone": {}, **begun}}))
+    runs = plan.runs_of(study, tmp_path / "out", [])
+    assert [run.name for run in local.needed_first(runs)] == [
+        *("begun-seed0", "begun-seed1", "sdt-seed0", "sdt-seed1"),
+        *("alone-seed0", "tet-seed0", "alone-seed1", "tet-seed1"),
+    ]
+    # What was needed and is done already holds nothing up.
+    left = [run for run in runs if run.entry in ("alone", "tet")]
+    assert local.needed_first(left) == left
+
+
 @dataclass(frozen=True)
 class Sized:
     name: str
@@ -704,8 +717,6 @@ ACCURACIES = {
 @pytest.fixture
 def finished(write: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
     """A study of three seeds at T=4 whose runs are written by hand, and its folder."""
-    from tetdist.studies import plan
-
     changes = {"seeds": [3, 4, 5], "test_timesteps": [1, 2, 4]}
     phases = [{"epochs": 2, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.05}}]
     file, output = write(changes | {"overrides": {"phases": phases}}), tmp_path / "out"
@@ -774,7 +785,7 @@ def test_numbers_are_numpys(call: Call, finished: tuple[Path, Path]) -> None:
 def test_the_figure_tells_entries_and_epochs_apart(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from tetdist.studies import figures, plan
+    from tetdist.studies import figures
     from tetdist.studies.numbers import gather
 
     phases = [{"epochs": 2, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.05}}]

@@ -43,6 +43,8 @@ def work(runs: "list[StudyRun]", jobs: int, parent: "Parent") -> dict[str, str]:
     from tetdist.studies.plan import is_trained
 
     waiting = [run for run in runs if run.next_command() is not None]
+    if jobs > 1:
+        waiting = needed_first(waiting)
     progress = StudyProgress(len(runs), waiting, jobs)
     running: dict[StudyRun, Child] = {}
     failed: dict[str, str] = {}
@@ -87,6 +89,22 @@ def work(runs: "list[StudyRun]", jobs: int, parent: "Parent") -> dict[str, str]:
             else:
                 progress.end(run, outcome(run), finished=True)
     return failed
+
+
+def needed_first(runs: "list[StudyRun]") -> "list[StudyRun]":
+    """Put runs that others wait for, to begin with or learn from, in front: longest chains first.
+
+    In the order of seeds one core would be left with the last seed's chain while others are idle.
+
+    Args:
+        runs: None before one that it needs.
+    """
+    after = dict.fromkeys(runs, 0)  # the size of the longest chain that waits for a run
+    for run in reversed(runs):
+        for needed in run.needs:
+            if needed in after:
+                after[needed] = max(after[needed], run.size + after[run])
+    return sorted(runs, key=lambda run: -after[run])
 
 
 def refuse_if_at_work(runs: "list[StudyRun]") -> None:
