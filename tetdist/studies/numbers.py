@@ -68,7 +68,7 @@ class Result:
             None: none was.
         early_exit: (threshold, top-1, timesteps of a sample on average) at others; empty where none
             was chosen.
-        curve: (epoch, loss, top-1) of every evaluation.
+        curve: (epoch, loss, top-1) of every evaluation, of the weights that the result is of.
         image_timesteps: Images trained on times T, of this run alone.
         seconds: Time of training this run alone, without evaluations.
         ended: Unix time in seconds.
@@ -113,6 +113,7 @@ def result_of(run: StudyRun) -> Result | None:
         return None
     validations = lines(run, "val")
     last = validations[-1]
+    evaluated = lines(run, "val_ema") if run.average else validations
     best = max(validations, key=lambda line: line["top1"])
     return Result(
         run=run,
@@ -128,7 +129,7 @@ def result_of(run: StudyRun) -> Result | None:
         ],
         samples=found["samples"],
         data_split=found.get("data_split"),
-        curve=[(line["epoch"], line["loss"], line["top1"]) for line in validations],
+        curve=[(line["epoch"], line["loss"], line["top1"]) for line in evaluated],
         image_timesteps=image_timesteps(run, last),
         seconds=training_seconds(run),
         ended=last["time"],
