@@ -121,10 +121,11 @@ def provenance(numbers: Numbers, command: str) -> str:
 
 def machine(environment: dict[str, Any]) -> str:
     packages = environment.get("packages") or {}
+    cores = int(environment.get("usable_cores") or 0)
     kept = [f"{name} {packages[name]}" for name in ("torch", "deepspeed") if name in packages]
     parts = [
         *(environment.get("gpus") or []),
-        f"{environment.get('cpu') or 'unknown CPU'}, {environment.get('usable_cores')} cores",
+        f"{environment.get('cpu') or 'unknown CPU'}, {counted(cores, 'core')}",
         f"Python {environment.get('python')}",
         *kept,
     ]
