@@ -236,6 +236,11 @@ def test_one_begins_with_another(call: Call, write: Callable[..., Path], tmp_pat
     }
     report = (output / "report.md").read_text()
     assert report.count("| `short` | `longer` |") == 1  # begins with, learns from
+    # Of the phase that the others lack those keys that are set, and only keys that are read.
+    assert re.findall(r"`(phases\.1\.[\w.]+)`", report) == [
+        f"phases.1.{key}" for key in ("epochs", "timesteps", "optimizer.lr")
+    ]
+    assert "`loss.distillation.self_target`" not in report
     runs = {run["entry"]: run for run in values["runs"]}
     teacher = f"loss.distillation.teacher={output / 'longer-seed0'}"
     assert teacher in runs["taught"]["commands"][0]

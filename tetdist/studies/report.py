@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tetdist.config.checks import effective
 from tetdist.config.identity import flatten
 from tetdist.errors import UserError
 from tetdist.reports import style
@@ -254,9 +255,20 @@ def difference_by_timestep(numbers: Numbers) -> str:
 
 
 def what_differs(numbers: Numbers) -> str:
-    """The keys that are not the same in all entries."""
+    """The keys that have an effect and are not the same in all entries."""
     entries = numbers.entries
-    flat = {entry: flatten(numbers.of(entry)[0].run.config.as_dict()) for entry in entries}
+    configs = {entry: numbers.of(entry)[0].run.config for entry in entries}
+    flat = {entry: effective(config) for entry, config in configs.items()}
+    for entry, config in configs.items():
+        for i, phase in enumerate(config.phases):
+            # A phase that some entries have none of differs in all its keys: the set ones will do.
+            if any(len(other.phases) <= i for other in configs.values()):
+                is_set = flatten(phase.model_dump(mode="json", exclude_unset=True), f"phases.{i}.")
+                flat[entry] = {
+                    key: value
+                    for key, value in flat[entry].items()
+                    if key in is_set or not key.startswith(f"phases.{i}.")
+                }
     of_the_run = ("name", "seed", "init_checkpoint", TEACHER_KEY)
     keys = [
         key for key in dict.fromkeys(k for e in entries for k in flat[e]) if key not in of_the_run
