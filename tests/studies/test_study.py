@@ -646,6 +646,7 @@ def test_runs_that_others_wait_for_go_first_side_by_side(
 class Sized:
     name: str
     size: int
+    needs: "tuple[Sized, ...]" = ()
 
 
 def test_the_time_left_goes_by_the_size_of_runs(
@@ -653,32 +654,47 @@ def test_the_time_left_goes_by_the_size_of_runs(
 ) -> None:
     clock = 0.0
     monkeypatch.setattr(local.time, "monotonic", lambda: clock)
-    long, broken, short, last = (
-        Sized(*of) for of in (("long", 40), ("broken", 4), ("short", 4), ("last", 4))
+    trunk, half, broken, short = (
+        Sized(*of) for of in (("trunk", 20), ("half", 4), ("broken", 4), ("short", 4))
     )
-    left: Any = [long, broken, short, last]
-    with local.StudyProgress(5, left, jobs=2) as progress:
-        for at, act in (
-            (0, lambda: progress.begin(long)),
-            (0, lambda: progress.begin(broken)),
-            # Of one that failed at once nothing follows about the others.
-            (60, lambda: progress.end(broken, "lost")),
-            (60, lambda: progress.begin(short)),
-            (80, lambda: progress.begin(short)),
-            # 22.5 s for the size of 1: of long 12.5 minutes more, of last 1.5, two at a time.
-            (150, lambda: progress.end(short, "well", finished=True)),
-            (150, lambda: progress.begin(last)),
-            (240, lambda: progress.end(last, "well", finished=True)),
-            (900, lambda: progress.end(long, "well", finished=True)),
+    next_one, last = Sized("next", 4, (trunk,)), Sized("last", 12, (trunk,))
+    left: Any = [trunk, half, broken, short, next_one, last]
+
+    def begin(run: Any, *, is_whole: bool = True) -> None:
+        progress.begin(run, is_whole=is_whole)
+
+    def end(run: Any) -> None:
+        progress.end(run, "well", finished=True)
+
+    with local.StudyProgress(7, left, jobs=2) as progress:
+        for at, act, run in (
+            (0, begin, trunk),
+            (0, lambda run: begin(run, is_whole=False), half),
+            # How fast runs are follows from none that was half done before, or failed at once.
+            (2, end, half),
+            (2, begin, broken),
+            (60, lambda run: progress.end(run, "lost"), broken),
+            (60, begin, short),
+            (80, begin, short),
+            # 24 s for the size of 1: of the trunk 324 s more, and of its longest chain 288.
+            (156, end, short),
+            # Of the size of 16 there is 192 in each of two, and the last one takes 288.
+            (480, end, trunk),
+            (480, begin, next_one),
+            (480, begin, last),
+            (576, end, next_one),
+            (768, end, last),
         ):
             clock = at
-            act()
+            act(run)
     assert capsys.readouterr().err.splitlines() == [
-        "1 of 5 runs are done already",
-        "[2/5] broken: lost",
-        "[3/5] short: well; about 7 min left",
-        "[4/5] last: well; about 11 min left",
-        "[5/5] long: well",
+        "1 of 7 runs are done already",
+        "[2/7] half: well",
+        "[3/7] broken: lost",
+        "[4/7] short: well; about 10 min left",
+        "[5/7] trunk: well; about 5 min left",
+        "[6/7] next: well; about 3 min left",
+        "[7/7] last: well",
     ]
 
 

@@ -40,7 +40,7 @@ def work(runs: "list[StudyRun]", jobs: int, parent: "Parent") -> dict[str, str]:
     Raises:
         KeyboardInterrupt: A signal asked for it; all that was under way is saved.
     """
-    from tetdist.studies.plan import is_trained
+    from tetdist.studies.plan import is_trained, lines
 
     waiting = [run for run in runs if run.next_command() is not None]
     if jobs > 1:
@@ -54,7 +54,7 @@ def work(runs: "list[StudyRun]", jobs: int, parent: "Parent") -> dict[str, str]:
         progress.end(run, reason)
 
     def start(run: "StudyRun", command: "Command | None") -> None:
-        progress.begin(run)
+        progress.begin(run, is_whole=not lines(run, "train"))
         try:
             running[run] = Child(run, jobs, command)
         except UserError as error:  # Somebody else was quicker.
@@ -97,14 +97,20 @@ def needed_first(runs: "list[StudyRun]") -> "list[StudyRun]":
     In the order of seeds one core would be left with the last seed's chain while others are idle.
 
     Args:
-        runs: None before one that it needs.
+        runs: None before one that it needs; nor are they in the result.
     """
-    after = dict.fromkeys(runs, 0)  # the size of the longest chain that waits for a run
+    after = waiting_for(runs)
+    return sorted(runs, key=lambda run: -after[run])
+
+
+def waiting_for(runs: "list[StudyRun]") -> "dict[StudyRun, int]":
+    """The size of the longest chain of runs that waits for each; none is before what it needs."""
+    after = dict.fromkeys(runs, 0)
     for run in reversed(runs):
         for needed in run.needs:
             if needed in after:
                 after[needed] = max(after[needed], run.size + after[run])
-    return sorted(runs, key=lambda run: -after[run])
+    return after
 
 
 def refuse_if_at_work(runs: "list[StudyRun]") -> None:
@@ -252,16 +258,17 @@ class StudyProgress:
 
     Args:
         total: Number of runs, also of those that were done before.
-        left: Those to do.
+        left: Those to do, none before one that it needs.
         jobs: How many are under way at a time.
     """
 
     def __init__(self, total: int, left: "Iterable[StudyRun]", jobs: int) -> None:
         from tqdm import tqdm
 
-        self.total, self.left, self.jobs = total, set(left), jobs
+        self.total, self.left, self.jobs = total, list(left), jobs
         self.begun: dict[StudyRun, float] = {}
-        self.seconds, self.size = 0.0, 0  # of those that were finished here
+        self.whole: set[StudyRun] = set()  # trained from the beginning here
+        self.seconds, self.size = 0.0, 0  # of those of them that are finished
         self.on_terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=total,
@@ -281,15 +288,23 @@ class StudyProgress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def begin(self, run: "StudyRun") -> None:
-        """Start a run's clock; a second call, for its evaluation, changes nothing."""
-        self.begun.setdefault(run, time.monotonic())
+    def begin(self, run: "StudyRun", *, is_whole: bool) -> None:
+        """Start a run's clock; a second call, for its evaluation, changes nothing.
+
+        Args:
+            run: Which one.
+            is_whole: Whether nothing of it had been trained before.
+        """
+        if run not in self.begun:
+            self.begun[run] = time.monotonic()
+            if is_whole:
+                self.whole.add(run)
 
     def end(self, run: "StudyRun", text: str, *, finished: bool = False) -> None:
         """Say how a run ended, and how much time is left."""
         self.left.remove(run)
         begun = self.begun.pop(run, None)
-        if finished and begun is not None:
+        if finished and begun is not None and run in self.whole:
             self.seconds += time.monotonic() - begun
             self.size += run.size
         eta = self._time_left()
@@ -299,13 +314,16 @@ class StudyProgress:
         self.say(f"[{self.total - len(self.left)}/{self.total}] {run.name}: {text}{behind}")
 
     def _time_left(self) -> str:
-        """In words; none before the first run is finished, nor after the last."""
+        """In words; none before the first whole run is finished, nor after the last one."""
         if not self.left or not self.size:
             return ""
-        now = time.monotonic()
-        seconds = self.seconds / self.size * sum(run.size for run in self.left)
-        seconds -= sum(now - begun for begun in self.begun.values())
-        return f"about {max(seconds, 0) / min(self.jobs, len(self.left)) / 60:.0f} min left"
+        now, pace = time.monotonic(), self.seconds / self.size
+        spent = {run: now - self.begun.get(run, now) for run in self.left}
+        still = {run: max(pace * run.size - spent[run], 0.0) for run in self.left}
+        # However many are under way at a time, a chain of runs goes one by one.
+        after = waiting_for(self.left)
+        longest = max(still[run] + pace * after[run] for run in self.left)
+        return f"about {max(sum(still.values()) / self.jobs, longest) / 60:.0f} min left"
 
     def say(self, text: str) -> None:
         self.bar.write(text, file=sys.stderr)
