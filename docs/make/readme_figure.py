@@ -109,6 +109,8 @@ def draw_early_exit(axis: Any, study: dict[str, Any], sdt: str, tet: str) -> Non
     Each sample stops when the network is sure enough of it: a dot is a threshold, a diamond those
     that the runs chose. Dashed: all samples stop at the same timestep.
     """
+    from tetdist.studies.numbers import exit_curve
+
     seeds = 0
     timesteps = study["study"]["test_timesteps"]
     most = max(timesteps)
@@ -116,11 +118,7 @@ def draw_early_exit(axis: Any, study: dict[str, Any], sdt: str, tet: str) -> Non
         runs = [run for run in study["runs"] if run["entry"] == entry]
         seeds = len(runs)
         accuracy = [run["by_timestep"] for run in runs]
-        thresholds = [[[spent, top1] for _, top1, spent in run["early_exit"]] for run in runs]
-        curves = [
-            [[1, by_timestep[0]], *points, [most, by_timestep[most - 1]]]
-            for by_timestep, points in zip(accuracy, thresholds, strict=True)
-        ]
+        curves = [exit_curve(run["by_timestep"], run["early_exit"], most) for run in runs]
         at_once = mean([by_timestep[:most] for by_timestep in accuracy])
         axis.plot(range(1, most + 1), at_once, "--", color=colour, linewidth=1, alpha=0.7)
         spent, top1 = zip(*mean(curves), strict=True)

@@ -3,13 +3,14 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tetdist.errors import UserError
 from tetdist.studies import summary
-from tetdist.studies.numbers import Difference, paired_difference
+from tetdist.studies.numbers import Difference, exit_curve, paired_difference, timesteps_for
 
 PROJECT = Path(__file__).resolve().parents[2]
 RESULTS = PROJECT / "docs" / "results.md"
@@ -83,3 +84,43 @@ def test_mistakes_are_named(end: str, numbers: str, said: str, tmp_path: Path) -
     text = f"{summary.BEGIN}{end}<!-- study one -->\n"
     with pytest.raises(UserError, match=said):
         summary.refreshed(text, tmp_path, tmp_path / "kept.md")
+
+
+def test_timesteps_at_equal_accuracy_are_between_the_points_of_the_curves() -> None:
+    by_timestep = [80.0, 84.0, 86.0, 90.0]
+    curve = exit_curve(by_timestep, [(0.5, 82.0, 1.5), (0.9, 88.0, 2.0)], 4)
+    assert curve == [(1.0, 80.0), (1.5, 82.0), (2.0, 88.0), (4.0, 90.0)]
+    assert [timesteps_for(curve, top1) for top1 in (70, 80, 81, 85, 88, 89, 90)] == [
+        *(1.0, 1.0, 1.25, 1.75, 2.0, 3.0, 4.0)
+    ]
+    assert math.isnan(timesteps_for(curve, 90.5))
+
+
+def test_both_are_as_right_as_the_less_right_one_less_what_is_allowed() -> None:
+    """Two seeds; at 87.5 % the one takes 1.75 timesteps and 2 of them, the other 3 and 3.5."""
+    told = {"n": 2, "mean": 1.0, "low": 0.5, "high": 1.5, "p": 0.1}
+    against = {f"exit_{key}": told for key in ("timesteps", "top1")} | {"control": "b"}
+
+    def run(entry: str, seed: int, spent: float, last: float) -> dict[str, Any]:
+        points = [(0.6, 87.0, spent - 0.25), (0.9, 88.0, spent + 0.25)]
+        accuracy = {"by_timestep": [80.0, 0.0, 0.0, last], "early_exit": points}
+        return {"entry": entry, "seed": seed, "timesteps": 4} | accuracy
+
+    values: dict[str, Any] = {
+        "study": {"title": "Exits", "exit_within": 0.5, "test_timesteps": [1, 4]},
+        "entries": {name: {"exit_timesteps": {"mean": 2.0}} for name in "ab"},
+        "differences": {"a": against},
+        "runs": [
+            run("a", 0, 1.75, 90),
+            run("a", 1, 2, 90),
+            run("b", 0, 3, 88),
+            run("b", 1, 3.5, 88),
+        ],
+    }
+
+    def last_cell() -> str:
+        return summary.exits({"exits": values}).splitlines()[-1].split("|")[-2].strip()
+
+    assert last_cell() == str(paired_difference([1.75, 2.0], [3.0, 3.5]))
+    values["runs"][2]["early_exit"] = []  # as numbers of before curves were kept
+    assert last_cell() == ""

@@ -17,7 +17,7 @@ from tetdist.reports.style import (
     new_figure,
     widened,
 )
-from tetdist.studies.numbers import Numbers, exit_timesteps, exit_top1, last
+from tetdist.studies.numbers import Numbers, exit_curve, exit_timesteps, exit_top1, last
 
 
 def draw(numbers: Numbers) -> Any:
@@ -135,12 +135,7 @@ def _early_exit(axis: Any, numbers: Numbers, styles: dict[str, dict[str, Any]]) 
     most = max(numbers.study.test_timesteps)
     for entry in numbers.entries:
         curves = [
-            [
-                (1.0, result.by_timestep[0]),
-                *((spent, top1) for _, top1, spent in result.early_exit),
-                (most, result.by_timestep[most - 1]),
-            ]
-            for result in numbers.of(entry)
+            exit_curve(result.by_timestep, result.early_exit, most) for result in numbers.of(entry)
         ]
         spent, top1 = np.mean(curves, axis=0).T
         axis.plot(spent, top1, marker="o", markersize=3.5, **styles[entry])

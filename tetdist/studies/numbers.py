@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -330,6 +331,34 @@ def exit_timesteps(result: Result) -> float:
 def exit_top1(result: Result) -> float:
     assert result.chosen_exit is not None
     return float(result.chosen_exit["top1"])
+
+
+def exit_curve(
+    by_timestep: Sequence[float], points: Iterable[Sequence[float]], most: int
+) -> list[tuple[float, float]]:
+    """(timesteps of a sample on average, top-1) from all decided at T=1 to all at the last.
+
+    Args:
+        by_timestep: Top-1 of all decided at t = 1, 2 and so on.
+        points: (threshold, top-1, timesteps) of early exit, thresholds rising.
+        most: The last timestep.
+    """
+    between = [(spent, top1) for _, top1, spent in points]
+    return [(1.0, by_timestep[0]), *between, (float(most), by_timestep[most - 1])]
+
+
+def timesteps_for(curve: list[tuple[float, float]], top1: float) -> float:
+    """The timesteps after which an `exit_curve` first comes to an accuracy, between its points.
+
+    NaN where it never does.
+    """
+    before = curve[0]
+    for point in curve:
+        if point[1] >= top1:
+            share = (top1 - before[1]) / (point[1] - before[1]) if before[1] < top1 else 0.0
+            return before[0] + share * (point[0] - before[0])
+        before = point
+    return math.nan
 
 
 EXIT_VALUES = {"exit_timesteps": exit_timesteps, "exit_top1": exit_top1}

@@ -7,7 +7,13 @@ from typing import Any
 
 from tetdist.errors import UserError
 from tetdist.reports.tables import markdown
-from tetdist.studies.numbers import CONFIDENCE, Difference
+from tetdist.studies.numbers import (
+    CONFIDENCE,
+    Difference,
+    exit_curve,
+    paired_difference,
+    timesteps_for,
+)
 from tetdist.tracking.metrics_file import restored
 
 BEGIN, END = "<!-- summary of studies -->\n", "<!-- end of the summary -->\n"
@@ -31,6 +37,7 @@ EXIT_HEAD = [
     "timesteps, control",
     "timesteps, entry - control",
     "top-1, entry - control, points",
+    "timesteps at equal accuracy, entry - control",
 ]
 
 
@@ -125,6 +132,7 @@ def exits(studies: dict[str, dict[str, Any]]) -> str:
                     f"{values['study']['exit_within']:g}",
                     *(f"{mean:.2f}" for mean in of_both),
                     *map(_marked, found),
+                    _of_equal_accuracy(values, entry, control),
                 ]
             )
             link = ""
@@ -133,9 +141,30 @@ def exits(studies: dict[str, dict[str, Any]]) -> str:
     return (
         "\nEarly exit, at the lowest threshold by which a run loses at most so many points, as "
         "allowed, of the training samples that it holds out: timesteps that a validation sample "
-        "takes on average, and the difference of top-1 with early exit.\n\n"
+        "takes on average, and the difference of top-1 with early exit. In the last column both "
+        "are equally right: as the less right one of a pair with the same seed is at the last "
+        "timestep, less the points allowed. There the timesteps are those of whatever threshold "
+        "it takes on the validation samples, between those that were tried.\n\n"
         f"{markdown(EXIT_HEAD, rows)}\n"
     )
+
+
+def _of_equal_accuracy(values: dict[str, Any], entry: str, control: str) -> str:
+    """The difference of timesteps at the same top-1; empty where the numbers have no curves."""
+    most, within = max(values["study"]["test_timesteps"]), values["study"]["exit_within"]
+    runs = {(run["entry"], run["seed"]): run for run in values["runs"]}
+    spent: dict[str, list[float]] = {entry: [], control: []}
+    for (name, seed), run in runs.items():
+        against = runs.get((control, seed))
+        if name != entry or against is None:
+            continue
+        if not (run.get("early_exit") and against.get("early_exit")):
+            return ""
+        top1 = min(one["by_timestep"][most - 1] for one in (run, against)) - within
+        for one in (run, against):
+            curve = exit_curve(one["by_timestep"], one["early_exit"], most)
+            spent[one["entry"]].append(timesteps_for(curve, top1))
+    return _marked(paired_difference(spent[entry], spent[control]))
 
 
 def detectable(difference: Difference) -> float:
