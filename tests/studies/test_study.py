@@ -187,6 +187,7 @@ def test_thresholds_of_early_exit_are_compared(
     assert difference["mean"] == pytest.approx(np.mean(np.subtract(spent["tet"], spent["sdt"])))
     report = results.read_text()
     assert "costs at most 20 points on the 12 training samples that a run holds out" in report
+    assert "The full T is 2, more timesteps than in the training of `fewer`." in report
     row = f"| `tet` - `sdt` | 1 | 20 | {np.mean(spent['tet']):.2f} | {np.mean(spent['sdt']):.2f} |"
     assert row in report[: report.index("<!-- end of the summary -->")]
     assert "best epoch" not in report

@@ -86,8 +86,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program("compare_runs"),
         description="Compare two runs: where they part, and by how much. Or see more side by side.",
-        epilog="Exit status: 0 the same (or more than two), 1 different, 2 a mistake in what was "
-        "asked.",
+        epilog="Exit status: 0 the same (or more than two), 1 different, or behind a --reference, "
+        "2 a mistake in what was asked.",
     )
     parser.add_argument(
         "runs",

@@ -218,11 +218,18 @@ def early_exit(numbers: Numbers) -> str:
     head = ["", "confidence", "T on average", "top-1, %", "- at full T"]
     head += ["T on average - control", "top-1 - control"]
     held_out = numbers.of(numbers.entries[0])[0].chosen_exit or {}
+    most = max(numbers.study.test_timesteps)
+    fewer = [f"`{entry}`" for entry in numbers.entries if numbers.timesteps(entry) < most]
+    beyond = (
+        f"\n\nThe full T is {most}, more timesteps than in the training of {' and '.join(fewer)}."
+        if fewer
+        else ""
+    )
     return (
         "Early exit: a sample is decided once the softmax of its time-mean reaches a confidence, "
         f"the lowest that costs at most {numbers.study.exit_within:g} points on the "
         f"{held_out['chosen_on']['samples']} training samples that a run holds out:\n\n"
-        f"{markdown(head, rows, numbers=True)}"
+        f"{markdown(head, rows, numbers=True)}{beyond}"
     )
 
 
