@@ -314,7 +314,7 @@ class StudyProgress:
         self.say(f"[{self.total - len(self.left)}/{self.total}] {run.name}: {text}{behind}")
 
     def _time_left(self) -> str:
-        """In words; none before the first whole run is finished, nor after the last one."""
+        """The time left in words; none before the first whole run is finished, or at the end."""
         if not self.left or not self.size:
             return ""
         now, pace = time.monotonic(), self.seconds / self.size
