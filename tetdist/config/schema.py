@@ -579,7 +579,7 @@ class RunConfig(Section):
     """Optimiser steps between two lines of metrics."""
     plots: bool = True
     """Draw the pictures in RUN/plots, which takes a second or two at the first evaluation, at the
-    last and now and then between: most of the time of a run of seconds."""
+    last and now and then between."""
     reference: str | None = None
     """A published training on ImageNet, such as sew34: its accuracy after as many images is in the
     metrics and plots beside each evaluation, and a run that is far behind warns. More by
