@@ -14,6 +14,7 @@ no names: they, and the network cables into them, vanish with their last process
     urgent    preempts
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -41,6 +42,7 @@ PACKAGES = {
 
 GRACE = 8  # seconds between preemption's warning and its end, in the partition main
 KILL_WAIT = 15  # seconds between SIGTERM and SIGKILL; Slurm's default is 30
+MESSAGE_TIMEOUT = 30  # seconds that a command waits for the controller; Slurm's default is 10
 
 
 def obstacle() -> str | None:
@@ -62,7 +64,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) ->
         time.sleep(0.05)
 
 
-def output(*command: str, env: dict[str, str] | None = None, timeout: float = 20) -> str:
+def output(*command: str, env: dict[str, str] | None = None, timeout: float = 40) -> str:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
     return done.stdout
@@ -152,6 +154,16 @@ class Cluster:
         """End the controller, as before an update; jobs run on, and no command is answered."""
         self._end("slurmctld")
 
+    @contextlib.contextmanager
+    def frozen_controller(self) -> Iterator[None]:
+        """The controller is there and answers nothing, as one that has too much to do."""
+        controller = self._daemons["slurmctld"]
+        controller.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            controller.send_signal(signal.SIGCONT)
+
     def start_controller(self) -> None:
         """Start the controller again, with what it knew."""
         self._run("slurmctld", "-D")
@@ -180,7 +192,7 @@ class Cluster:
 
     # --- asking -------------------------------------------------------------------------------
 
-    def run(self, *command: str, timeout: float = 20) -> str:
+    def run(self, *command: str, timeout: float = 40) -> str:
         """What a client command prints; its failure is one of the test."""
         return output(*command, env=os.environ | self.env, timeout=timeout)
 
@@ -318,6 +330,8 @@ class Cluster:
             "PreemptType": "preempt/partition_prio",
             "PreemptMode": "REQUEUE",
             "PreemptParameters": "send_user_signal",
+            # Where the tests have all processors, the controller may have none for ten seconds.
+            "MessageTimeout": MESSAGE_TIMEOUT,
             # Quick to end a cancelled job and to look for work; not quick to notice a dead node.
             "SlurmdTimeout": 60,
             "ReturnToService": 2,
@@ -488,5 +502,5 @@ class Cluster:
             if name in self._crashed:
                 continue
             assert process.poll() is None, f"{name} has ended; see {self.folder}/log"
-        done = subprocess.run(command, env=os.environ | self.env, capture_output=True, timeout=20)
+        done = subprocess.run(command, env=os.environ | self.env, capture_output=True, timeout=40)
         return done.returncode == 0 and b"DOWN" not in done.stdout

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,32 @@ def test_submitted_twice_and_cancelled_in_the_queue(
     capfd.readouterr()
     assert slurm.main(["resume", str(run.path), "--partition", "nowhere"]) == 2
     assert "error: Slurm refuses the job: " in capfd.readouterr().err
+
+
+def test_status_waits_for_a_controller_that_has_much_to_do(
+    launcher: Launcher,
+    cluster: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = held(launcher, "asked-late")
+    impatient = tmp_path / "slurm.conf"
+    conf = re.sub(r"(?m)^MessageTimeout=.*$", "MessageTimeout=1", cluster.conf.read_text())
+    impatient.write_text(conf)
+    monkeypatch.setenv("SLURM_CONF", str(impatient))
+    with ThreadPoolExecutor(1) as threads, cluster.frozen_controller():
+        status = threads.submit(slurm.main, ["status", str(run.path)])
+        told: list[str] = []
+
+        def is_told() -> bool:
+            told.append(capfd.readouterr().err)
+            return "Slurm takes long to answer squeue; it is asked again" in "".join(told)
+
+        wait_until(is_told, "that status says what it waits for")
+        assert not status.done()
+    assert status.result(60) == 0
+    assert f"job {run.job} PENDING" in capfd.readouterr().out
 
 
 def test_two_submissions_at_once_are_one_run(

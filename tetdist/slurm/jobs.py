@@ -3,6 +3,8 @@
 import re
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,6 +15,9 @@ from tetdist.errors import UserError, typed
 from tetdist.roofline import cards
 from tetdist.slurm import history
 from tetdist.slurm.history import Submission
+
+PATIENCE = 60.0  # seconds that a command of Slurm may take, with all its repetitions
+PAUSE = 1.0  # seconds before it is repeated
 
 
 @dataclass(frozen=True)
@@ -178,12 +183,34 @@ def cancel(job: str) -> None:
 
 
 def _ask(*command: str) -> tuple[int, str, str]:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"there is no Slurm here (no {command[0]} on the PATH): run this on a login node"
-        ) from error
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"Slurm does not answer: {command[0]} took more than 60 s") from error
-    return done.returncode, done.stdout.strip(), done.stderr
+    """The exit status of a command of Slurm, and what it writes to its output and as errors.
+
+    A controller that has much to do lets a question wait until Slurm's own time limit, ten seconds
+    where the cluster sets no other; such a question is repeated. Nothing here does harm twice.
+    """
+    end = time.monotonic() + PATIENCE
+    is_told = False
+    while True:
+        left = end - time.monotonic()
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=max(left, 1.0))
+        except FileNotFoundError as error:
+            raise UserError(
+                f"there is no Slurm here (no {command[0]} on the PATH): run this on a login node"
+            ) from error
+        except subprocess.TimeoutExpired as error:
+            raise UserError(
+                f"Slurm does not answer: {command[0]} took more than {PATIENCE:.0f} s"
+            ) from error
+        is_late = done.returncode != 0 and "timed out" in done.stderr
+        if not is_late or time.monotonic() + PAUSE > end:
+            return done.returncode, done.stdout.strip(), done.stderr
+        if not is_told:
+            print(
+                f"Slurm takes long to answer {command[0]}; it is asked again for up to "
+                f"{PATIENCE:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+            is_told = True
+        time.sleep(PAUSE)
