@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,16 +18,24 @@ from tetdist.reports.reference import IMAGES, find_reference, references
 SEW = find_reference("sew34")
 
 
-def a_run(folder: Path, top1: dict[float, float]) -> Path:
-    """A run of sew34_t4.yaml that was evaluated after so many epochs."""
-    config = load(tiny.PROJECT / "configs" / "sew34_t4.yaml")
-    folder.mkdir()
+def a_run(
+    folder: Path,
+    top1: dict[float, float],
+    recipe: str = "sew34_t4",
+    overrides: Sequence[str] = (),
+    kind: str = "val",
+    images: int = IMAGES,
+    loss: float | str = 1.0,
+) -> Path:
+    """A run of a recipe on so many images that was evaluated after so many epochs."""
+    config = load(tiny.PROJECT / "configs" / f"{recipe}.yaml", overrides)
+    folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(config.as_yaml())
-    steps = IMAGES // config.batch.global_
-    with (folder / "metrics.jsonl").open("w") as file:
+    steps = images // config.batch.global_
+    with (folder / "metrics.jsonl").open("a") as file:
         for epoch, value in top1.items():
-            line = {"kind": "val", "step": round(epoch * steps), "epoch": epoch, "top1": value}
-            print(json.dumps(line | {"time": 0.0, "loss": 1.0}), file=file)
+            line = {"kind": kind, "step": round(epoch * steps), "epoch": epoch, "top1": value}
+            print(json.dumps(line | {"time": 0.0, "loss": loss}), file=file)
     return folder
 
 
@@ -76,18 +85,146 @@ def test_a_run_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert figure.stat().st_size > 10_000
 
 
-def test_images_count_where_the_data_are_fewer(
+@pytest.mark.parametrize("reference", ["t_revsnn", "spiking34", "qkformer_10_384", "sew34"])
+def test_a_run_that_guesses_is_behind(
+    reference: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = find_reference(reference)
+    for epoch in (1.0, 2.0, 3.0):
+        run = a_run(tmp_path / "r", {epoch: 0.10})
+        status, out, _ = compare(capsys, run, "--reference", reference)
+        assert status == 1, out
+        assert "points behind" in out
+        top1 = published.at(epoch)
+        assert top1 is not None
+        assert published.warning(0.10, round(epoch * IMAGES)) is not None
+        assert published.warning(0.6 * top1, round(epoch * IMAGES)) is None or top1 > 12
+
+
+def test_too_early_where_the_reference_itself_guesses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = a_run(tmp_path / "r", {2: 12.0})
-    lines = (run / "metrics.jsonl").read_text()
-    # A run on half of the images: two of its epochs are one of theirs.
-    half = lines.replace(f'"step": {2 * (IMAGES // 256)}', f'"step": {IMAGES // 256}')
-    assert half != lines
-    (run / "metrics.jsonl").write_text(half)
+    average = find_reference("t_revsnn_ema")
+    run = a_run(tmp_path / "r", {3: 0.10}, kind="val_ema")
+    status, out, _ = compare(capsys, run, "--reference", "t_revsnn_ema")
+    assert status == 0
+    assert "r has 0.10 % after 3 epochs, where t_revsnn_ema itself still guessed (0.12 %)" in out
+    assert average.warning(0.10, 3 * IMAGES) is None
+
+
+def test_an_average_is_compared_with_an_average(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = a_run(tmp_path / "r", {21: 52.0}, kind="val_ema")
+    a_run(run, {21: 40.0})
+    assert compare(capsys, run, "--reference", "t_revsnn_ema")[0] == 0
+    status, out, _ = compare(capsys, run, "--reference", "t_revsnn")
+    assert status == 1
+    assert "r is 9.1 points behind: 40.00 %" in out
+
+
+@pytest.mark.parametrize("loss", ["NaN", "Infinity"])
+def test_a_run_that_has_diverged(
+    loss: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = a_run(tmp_path / "r", {2: 25.0})
+    a_run(run, {3: 0.1}, loss=loss)
     status, out, _ = compare(capsys, run, "--reference", "sew34")
+    assert status == 1
+    assert f"r has diverged: its loss after 3 epochs is {float(loss)}." in out
+
+
+def test_other_data_have_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A run on half of the images: two of its epochs are one of theirs.
+    run = a_run(tmp_path / "r", {2: 12.0}, images=IMAGES // 2)
+    status, out, _ = compare(capsys, run, "--reference", "sew34", "--json", tmp_path / "v.json")
     assert status == 0
     assert out.splitlines()[4].split() == ["2", "12.00", "23.18", "12.59"]
+    said = (
+        "r has 12.00 % after 2 epochs of 640,512 images, and sew34 had about 12.59 % after as many"
+    )
+    assert f"{said} images, 1.0 of its epochs of 1,281,167" in out
+    (verdict,) = json.loads((tmp_path / "v.json").read_text())["verdicts"]
+    assert verdict["on_the_way"] is None
+    # Some held out are no other data.
+    run = a_run(tmp_path / "h", {3: 30.0}, images=round(0.98 * IMAGES))
+    assert "h is on the way" in compare(capsys, run, "--reference", "sew34")[1]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "reference", "differences"),
+    [
+        ("psn_sew34_t4", [], "psn_sew34", {}),
+        ("qkformer_10_512", [], "qkformer_10_512", {}),
+        ("maxformer_10_384", [], "maxformer_10_384", {}),
+        (
+            "psn_sew34_t4",
+            ["init_checkpoint=null"],
+            "psn_sew34",
+            {"init_checkpoint": [None, "a ReLU network's weights"]},
+        ),
+        (
+            "psn_sew34_t4",
+            [],
+            "sew34",
+            {
+                "model.name": ["psn_sew_resnet34", "sew_resnet34"],
+                "model.neuron.kind": ["psn", "lif"],
+                "loss.kind": ["tet", "sdt"],
+                "init_checkpoint": ["data/psn_sew34.safetensors", None],
+            },
+        ),
+        (
+            "sew34_t4_64gpus",
+            [],
+            "sew34",
+            {
+                "model.neuron.decay": [0.5, 1.0],
+                "model.neuron.surrogate": ["triangle", "atan"],
+                "loss.kind": ["tet", "sdt"],
+                "phases.0.epochs": [120, 320],
+                "phases.0.optimizer.lr": [0.8, 0.1],
+                "phases.0.optimizer.weight_decay": [4e-5, 0.0],
+                "phases.0.warmup_epochs": [5.0, 0.0],
+                "batch.global": [2048, 256],
+            },
+        ),
+    ],
+)
+def test_what_differs(
+    recipe: str,
+    overrides: list[str],
+    reference: str,
+    differences: dict[str, object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = a_run(tmp_path / "r", {3: 50.0}, recipe, overrides)
+    out = compare(capsys, run, "--reference", reference, "--json", tmp_path / "v.json")[1]
+    (verdict,) = json.loads((tmp_path / "v.json").read_text())["verdicts"]
+    assert verdict["differences"] == differences
+    assert ("Its configuration differs" in out) == bool(differences)
+
+
+def test_recipes_of_imagenet_name_a_curve() -> None:
+    named = {
+        file.stem: config.reference
+        for file in sorted((tiny.PROJECT / "configs").glob("*.yaml"))
+        if (config := load(file)).reference is not None
+    }
+    assert named == {
+        "maxformer_10_384": "maxformer_10_384",
+        "psn_sew34_t4": "psn_sew34",
+        "qkformer_10_384": "qkformer_10_384",
+        "qkformer_10_512": "qkformer_10_512",
+        "qkformer_10_768": "qkformer_10_768",
+        "sew34_t4": "sew34",
+        "sew34_t4_64gpus": "sew34",
+        "sew34_t4_best": "sew34",
+        "spiking34_t4_t6": "spiking34",
+    }
+    for name in named.values():
+        find_reference(name)
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +234,10 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no published curve 'sew43'; there are sew18, sew34" in told
     status, out, _ = compare(capsys, run, "--reference", "sew34")
     assert status == 0
-    assert "cannot be compared with sew34 yet" in out
+    assert "r cannot be compared with sew34 yet: it has no evaluation after 1 to 320" in out
+    status, out, _ = compare(capsys, run, "--reference", "t_revsnn_ema")
+    assert status == 0
+    assert "it has no evaluation of an average (ema.decay) after 1 to 250" in out
     alone = run / "metrics.jsonl"
     status, _, told = compare(capsys, alone, "--reference", "sew34")
     assert status == 2
@@ -111,14 +251,26 @@ def test_a_run_says_so_itself(farm: Farm, tiny_root: Path, tmp_path: Path) -> No
     assert unknown.status == 2
     assert "reference: there is no published curve 'sew43'; there are sew18" in unknown.text
     assert not runs.exists()
-    # With a data set of 8 images the run is beyond all published epochs but the first ones.
+    other = farm(config, "reference=psn_sew34", "name=other")
+    assert other.status == 0, other.text
+    said = "reference: psn_sew34 is of ImageNet's 1000 classes and these data have 4; the run is"
+    assert said in other.text
+    assert "reference_top1" not in tiny.metrics(runs / "other", "val")[0]
+    # An ImageNet of as many classes, whose epochs are as long.
+    batch = yaml.safe_load(config.read_text())["batch"]["global"]
+    images = tiny.STEPS_PER_EPOCH * batch
     small = tmp_path / "small.py"
-    small.write_text("from tetdist.reports import reference\n\nreference.IMAGES = 8\n")
+    small.write_text(
+        "from tetdist.reports import reference\n"
+        "from tetdist.training import trainer\n\n"
+        f"reference.IMAGES = {images}\n"
+        "reference.HELD_OUT = 0.5\n"
+        f"trainer.IMAGENET_CLASSES = {len(tiny.CLASSES)}\n"
+    )
     trained = farm(config, f"imports=[{small}]", "reference=psn_sew34", "name=r")
     assert trained.status == 0, trained.text
     first = tiny.metrics(runs / "r", "val")[0]
-    batch = yaml.safe_load(config.read_text())["batch"]["global"]
-    there = find_reference("psn_sew34").at(first["step"] * batch / 8)
+    there = find_reference("psn_sew34").at(first["step"] * batch / images)
     assert first["reference_top1"] == pytest.approx(there)
     behind = there - first["top1"] > 5
     assert ("points behind psn_sew34" in trained.text) == behind

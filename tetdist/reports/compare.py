@@ -285,9 +285,15 @@ def plot(paths: list[Path], out: Path, beside: str | None = None) -> None:
     from tetdist.errors import UserError
     from tetdist.reports import reference, runs_table
 
-    published = [] if beside is None else [reference.as_record(reference.find_reference(beside))]
+    records = read_records(paths)
+    published = None
+    if beside is not None:
+        evaluated = [line["epoch"] for record in records for line in record.of_kind("val")]
+        found = reference.find_reference(beside)
+        # No further than the runs are: the rest would press them into the first corner.
+        published = (f"{beside} (published)", *reference.curve(found, max(evaluated, default=1.0)))
     try:
-        runs_table.plot([*read_records(paths), *published], out)
+        runs_table.plot(records, out, published)
     except OSError as error:
         raise UserError(f"--plot: cannot write {out}: {error.strerror}") from error
 

@@ -11,6 +11,7 @@ from tetdist.reports.style import (
     ACCURACY,
     PERCENT,
     POSITIVE,
+    PUBLISHED,
     SERIES,
     finish,
     marker_style,
@@ -23,7 +24,10 @@ from tetdist.reports.style import (
 
 
 def runs(
-    groups: Mapping[str, Sequence[tuple[str, list[dict[str, Any]]]]], title: str, out: Path
+    groups: Mapping[str, Sequence[tuple[str, list[dict[str, Any]]]]],
+    title: str,
+    out: Path,
+    published: tuple[str, list[float], list[float]] | None = None,
 ) -> None:
     """Draw the curves of several runs over each other, the mean and spread of each group.
 
@@ -31,6 +35,7 @@ def runs(
         groups: By name, the runs that differ only by their seed: names and lines of metrics.
         title: Above the picture.
         out: The PNG; its folder is made.
+        published: A curve of top-1 beside theirs: its name, epochs and percent.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -52,6 +57,9 @@ def runs(
             ]
             label = f"{name} ({len(members)})" if len(members) > 1 else name
             _group(axis, curves, colour, label, limits)
+        if published is not None and panel == "A":
+            name, epochs, top1 = published
+            axis.plot(epochs, top1, "--", color=PUBLISHED, linewidth=1, label=name)
         axis.set_xlabel("epoch")
         finish(axis, heading, unit, legend=False)
         handles, names = axis.get_legend_handles_labels()

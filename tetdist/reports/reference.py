@@ -18,10 +18,13 @@ from tetdist.reports.runs_table import RunRecord
 from tetdist.reports.tables import aligned, number
 
 CURVES = Path(__file__).with_name("published_curves.yaml")
-IMAGES = 1_281_167  # of ImageNet's training split, which all published epochs are of
+# Of ImageNet, which all published curves are of: images of the training split, and classes.
+IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
+HELD_OUT = 0.05  # of these images at most, where a run is said to train on the same
 # Points of top-1 by which trainings differ for their seed alone, or for where in an epoch they are:
-# our choice, wide where curves are steep, since nobody has published several seeds.
-EARLY, LATER = 5.0, 1.5
+# our choice, wide where curves are steep, since nobody has published several seeds. No more than
+# this share of the reference's top-1 counts: in its first epochs that may be less than the points.
+EARLY, LATER, SHARE = 5.0, 1.5, 0.5
 STEEP_EPOCHS = 10
 
 
@@ -37,6 +40,8 @@ class Reference:
         epochs: Of the whole training.
         top1: Percent after so many epochs.
         recipe: How it was trained, by the keys of our configuration.
+        begins_with: Whose weights it begins with; None: random ones.
+        of_average: Whether the top-1 is that of a moving average of the weights.
     """
 
     name: str
@@ -46,6 +51,8 @@ class Reference:
     epochs: int
     top1: dict[float, float]
     recipe: dict[str, Any]
+    begins_with: str | None = None
+    of_average: bool = False
 
     def at(self, epochs: float) -> float | None:
         """Top-1 after so many epochs: between those published linear in the epochs' logarithm; None
@@ -78,14 +85,15 @@ class Reference:
         top1 = self.at(images / IMAGES)
         return {} if top1 is None else {"reference_top1": top1}
 
-    def warning(self, evaluation: Mapping[str, Any]) -> str | None:
-        """A sentence, if an evaluation (a line of metrics) is far behind."""
-        there = evaluation.get("reference_top1")
-        if there is None or there - evaluation["top1"] <= tolerated(evaluation["epoch"]):
+    def warning(self, top1: float, images: int) -> str | None:
+        """A sentence, if a run on as many of ImageNet's images is far behind."""
+        epochs = images / IMAGES
+        there = self.at(epochs)
+        if there is None or is_chance(there) or there - top1 <= tolerated(epochs, there):
             return None
         return (
-            f"{there - evaluation['top1']:.1f} points behind {self.name}, which had {there:.2f} % "
-            "after as many images; tools/compare_runs.py --reference says what differs"
+            f"{there - top1:.1f} points behind {self.name}, which had {there:.2f} % after as many "
+            "images; tools/compare_runs.py --reference says what differs"
         )
 
 
@@ -98,10 +106,12 @@ class Point:
         top1: The run's, percent.
         at_epoch: The reference's after as many epochs.
         at_images: The reference's after as many images.
+        images: Seen by the run, each as often as it was seen.
     """
 
     epoch: float
     top1: float
+    images: int
     at_epoch: float | None
     at_images: float | None
 
@@ -152,17 +162,25 @@ def verdict(record: RunRecord, reference: Reference) -> Verdict:
             f"{record.name}: --reference needs the run's folder, whose config.yaml says the batch"
         )
     batch = record.configuration["batch.global"]
+    lines = record.of_kind("val_ema" if reference.of_average else "val")
     points = [
         Point(
             line["epoch"],
             line["top1"],
+            line["step"] * batch,
             reference.at(line["epoch"]),
             reference.at(line["step"] * batch / IMAGES),
         )
-        for line in record.of_kind("val")
+        for line in lines
     ]
-    differences = _differences(_of_the_batch(record.configuration), reference.recipe)
-    on_the_way, sentence = _judge(record.name, points, reference)
+    differences = _differences(_of_the_batch(record.configuration), reference)
+    if lines and not math.isfinite(lines[-1]["loss"]):
+        last = lines[-1]
+        said = f"has diverged: its loss after {last['epoch']:g} epochs is {last['loss']}"
+        judged: tuple[bool | None, str] = (False, f"{record.name} {said}.")
+    else:
+        judged = _judge(record.name, points, reference)
+    on_the_way, sentence = judged
     if differences:
         sentence += f" {_said(differences)}"
     return Verdict(record.name, reference.name, on_the_way, sentence, points, differences)
@@ -171,27 +189,50 @@ def verdict(record: RunRecord, reference: Reference) -> Verdict:
 def _judge(name: str, points: Sequence[Point], reference: Reference) -> tuple[bool | None, str]:
     compared = [point for point in points if point.at_images is not None]
     if not compared:
+        what = "evaluation of an average (ema.decay)" if reference.of_average else "evaluation"
         return None, (
-            f"{name} cannot be compared with {reference.name} yet: it has no evaluation after "
+            f"{name} cannot be compared with {reference.name} yet: it has no {what} after "
             f"{min(reference.top1):g} to {max(reference.top1):g} epochs of ImageNet's images."
         )
     last = compared[-1]
     assert last.at_images is not None
+    has = f"{last.top1:.2f} % after {last.epoch:g} epochs"
+    had = f"{reference.name} had about {last.at_images:.2f} %"
+    epochs = last.images / IMAGES  # of the reference
+    if not is_imagenet(last.images / last.epoch):
+        return None, (
+            f"{name} has {has} of {last.images / last.epoch:,.0f} images, and {had} after as many "
+            f"images, {epochs:.1f} of its epochs of {IMAGES:,}: whether a run on other data is on "
+            "the way cannot be told from that."
+        )
+    if is_chance(last.at_images):
+        return None, (
+            f"{name} has {has}, where {reference.name} itself still guessed ({last.at_images:.2f} "
+            "%): too early to say whether it is on the way."
+        )
     behind = last.at_images - last.top1
-    there = f"{last.top1:.2f} % after {last.epoch:g} epochs, where {reference.name} had about "
-    there += f"{last.at_images:.2f} %"
-    if behind <= tolerated(last.epoch):
+    if behind <= tolerated(epochs, last.at_images):
         ahead = f", {-behind:.1f} points ahead" if behind < -LATER else ""
-        return True, f"{name} is on the way{ahead}: {there}."
+        return True, f"{name} is on the way{ahead}: {has}, where {had}."
     since = reference.reached(last.top1)
-    if since is not None and since < last.epoch:
-        there += f", and {last.top1:.2f} % after {since:.1f} epochs"
-    return False, f"{name} is {behind:.1f} points behind: {there}."
+    if since is not None and since < epochs:
+        had += f", and {last.top1:.2f} % after {since:.1f} epochs"
+    return False, f"{name} is {behind:.1f} points behind: {has}, where {had}."
 
 
-def tolerated(epoch: float) -> float:
-    """The points of top-1 by which a run may be behind after so many epochs."""
-    return EARLY if epoch <= STEEP_EPOCHS else LATER
+def tolerated(epochs: float, top1: float) -> float:
+    """The points by which a run may be behind a reference of this top-1 after so many epochs."""
+    return min(EARLY if epochs <= STEEP_EPOCHS else LATER, SHARE * top1)
+
+
+def is_chance(top1: float) -> bool:
+    """Whether a network that guesses may have as much on ImageNet, in percent."""
+    return top1 < 2 * 100 / IMAGENET_CLASSES
+
+
+def is_imagenet(images: float) -> bool:
+    """Whether a training split of so many images can be ImageNet's, without some held out."""
+    return abs(images / IMAGES - 1) <= HELD_OUT
 
 
 def _of_the_batch(configuration: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,18 +244,36 @@ def _of_the_batch(configuration: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(
-    configuration: Mapping[str, Any], recipe: Mapping[str, Any]
+    configuration: Mapping[str, Any], reference: Reference
 ) -> dict[str, tuple[Any, Any]]:
-    return {
+    kind = "model.neuron.kind"
+    found = {
         key: (configuration.get(key), theirs)
-        for key, theirs in recipe.items()
+        for key, theirs in reference.recipe.items()
         if configuration.get(key) != theirs
     }
+    if kind in found:  # what else neurons have says nothing of another kind
+        found = {key: pair for key, pair in found.items() if "model.neuron." not in key} | {
+            kind: found[kind]
+        }
+    if (begins_with := configuration.get("init_checkpoint")) is None:
+        if reference.begins_with is not None:
+            found["init_checkpoint"] = (None, reference.begins_with)
+    elif reference.begins_with is None:
+        found["init_checkpoint"] = (begins_with, None)
+    return found
 
 
 def _said(differences: Mapping[str, tuple[Any, Any]]) -> str:
-    told = [f"{key} {ours} (theirs {theirs})" for key, (ours, theirs) in differences.items()]
+    told = [
+        f"{key} {_shown(ours)} (theirs {_shown(theirs)})"
+        for key, (ours, theirs) in differences.items()
+    ]
     return f"Its configuration differs in {', '.join(told)}."
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else str(value)
 
 
 def table(found: Verdict) -> str:
@@ -226,13 +285,12 @@ def table(found: Verdict) -> str:
     return aligned(rows, right=range(4))
 
 
-def as_record(reference: Reference) -> RunRecord:
-    """The published curve as a run among runs, for a figure."""
-    lines = [
-        {"kind": "val", "epoch": epoch, "top1": top1}
-        for epoch, top1 in sorted(reference.top1.items())
-    ]
-    return RunRecord(f"{reference.name} (published)", lines, None)
+def curve(reference: Reference, until: float) -> tuple[list[float], list[float]]:
+    """Epochs and top-1 of the published curve, up to so many epochs."""
+    epochs = [epoch for epoch in sorted(reference.top1) if epoch <= until]
+    if epochs and epochs[-1] < until and reference.at(until) is not None:
+        epochs.append(until)
+    return epochs, [top1 for epoch in epochs if (top1 := reference.at(epoch)) is not None]
 
 
 def as_dict(found: Verdict) -> dict[str, Any]:

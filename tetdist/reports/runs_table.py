@@ -225,15 +225,20 @@ def with_deviation(mean: float | None, deviation: float | None, spec: str) -> st
     return f"{number(mean, spec)} +- {number(deviation, spec)}"
 
 
-def plot(records: Sequence[RunRecord], out: Path) -> None:
-    """Draw the runs' curves over each other, see `overlay.runs`.
+def plot(
+    records: Sequence[RunRecord],
+    out: Path,
+    published: tuple[str, list[float], list[float]] | None = None,
+) -> None:
+    """Draw the runs' curves over each other, and a published one, see `overlay.runs`.
 
     Raises:
         UserError: matplotlib is not installed.
     """
     groups = group(records)
     members = list(itertools.chain(*groups.values()))
-    title = f"{len(members)} runs"
+    title = "1 run" if len(members) == 1 else f"{len(members)} runs"
     if len(groups) < len(members):
         title += "; of runs that differ only by their seed: mean and standard deviation"
-    overlay.runs({name: [(r.name, r.lines) for r in rs] for name, rs in groups.items()}, title, out)
+    lines = {name: [(r.name, r.lines) for r in rs] for name, rs in groups.items()}
+    overlay.runs(lines, title, out, published)

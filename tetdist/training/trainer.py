@@ -35,7 +35,12 @@ from tetdist.nn import batch_norm, dropout
 from tetdist.nn.norm_neuron import changing_neurons, enter_epoch
 from tetdist.nn.precision import autocast, choose_algorithms, parameter_type
 from tetdist.optimizers import make_optimizer
-from tetdist.reports.reference import find_reference
+from tetdist.reports.reference import (
+    IMAGENET_CLASSES,
+    Reference,
+    find_reference,
+    is_imagenet,
+)
 from tetdist.storage import checkpoint
 from tetdist.tracking.progress import RunProgress
 from tetdist.tracking.tracker import Tracker
@@ -133,6 +138,15 @@ class Trainer:
         self.reference = (
             None if config.reference is None else find_reference(config.reference, "reference")
         )
+        classes = len(self.train_index.classes)
+        if self.reference is not None and classes != IMAGENET_CLASSES:
+            if world.rank == 0:
+                logger.info(
+                    "reference: %s is of ImageNet's %d classes and these data have %d; the run is "
+                    "not compared with it",
+                    *(self.reference.name, IMAGENET_CLASSES, classes),
+                )
+            self.reference = None
         self.steps_per_epoch = order.steps_per_epoch(len(self.train_index), batch.global_)
         self.phases = schedule_phases(config.phases, self.steps_per_epoch, config.batch.global_)
         end = self.phases[-1].end_step
@@ -556,16 +570,22 @@ class Trainer:
             self.result |= {f"{prefix}best_top1": values["top1"], f"{prefix}best_step": self.step}
         self.result[f"{prefix}top1"] = values["top1"]
         values["best_top1"] = self.result[f"{prefix}best_top1"]
-        if self.reference is not None:
-            values |= self.reference.beside(self.step * self.config.batch.global_)
-            warmed_up = values["epoch"] > self.config.phases[0].warmup_epochs
-            if warmed_up and (warning := self.reference.warning(values)) is not None:
-                logger.warning(warning)
+        if self.reference is not None and self.reference.of_average == (of == "ema"):
+            values |= self._beside(self.reference, values["top1"])
         if self.folder.data_split:
             values["data_split"] = self.folder.data_split
         self._log(kind, values)
         self.progress.report_evaluation(self.step, values, of_average=of == "ema")
         return Score({key: values[key] for key in ("top1", "top5")}, is_best)
+
+    def _beside(self, reference: Reference, top1: float) -> dict[str, float]:
+        """What a published training had after as many images; a run far behind it warns."""
+        images = self.step * self.config.batch.global_
+        is_warm = self.step > self.config.phases[0].warmup_epochs * self.steps_per_epoch
+        warning = reference.warning(top1, images)
+        if warning is not None and is_warm and is_imagenet(len(self.train_index)):
+            logger.warning(warning)
+        return reference.beside(images)
 
     def _trained_epoch(self) -> int:
         """The epoch that the last step was one of."""
