@@ -1,6 +1,6 @@
 """Cuts recordings of five objects, made on two days, into pieces to train and to test on.
 
-    git clone https://github.com/eberlawrence/DVS128_BioLab
+    git clone https://github.com/eberlawrence/DVS128_BioLab    # ours was 40a66990
     python docs/make/dvs128_days.py DVS128_BioLab recordings
     python tools/prebin_dvs.py recordings data/dvs128_days --timesteps 10 --size 48
 

@@ -42,7 +42,7 @@ def _study(folder: Path, name: str, mean: float) -> None:
     difference = {"n": 3, "mean": mean, "low": mean - 1, "high": mean + 1, "p": 0.1}
     values = {
         "study": {"title": f"Title, {name}"},
-        "entries": {"a": {"image_timesteps": 2e6}},
+        "entries": {"a": {"image_timesteps": 2e6}, "b": {"image_timesteps": 1.5e6}},
         "runs": [{"entry": "a", "timesteps": 4}, {"entry": "b", "timesteps": 2}],
         "differences": {"a": {"control": "b", "top1": difference, "by_timestep": {}}},
     }
@@ -59,9 +59,9 @@ def test_rows_are_in_the_order_of_sections_and_bold_without_zero(tmp_path: Path)
     )
     lines = summary.refreshed(text, tmp_path / "kept", file).splitlines()
     rows = [line.split(" | ") for line in lines if "`a` - `b`" in line]
-    assert [(row[0], row[2], row[4]) for row in rows] == [
-        ("| [Title, second](#title-second)", "4", "**-3.00 [-4.00, -2.00]**"),
-        ("| [Title, first](#title-first)", "4", "+0.50 [-0.50, +1.50]"),
+    assert [(row[0], row[2], row[4], row[7]) for row in rows] == [
+        ("| [Title, second](#title-second)", "4", "**-3.00 [-4.00, -2.00]**", "2, 1.5 |"),
+        ("| [Title, first](#title-first)", "4", "+0.50 [-0.50, +1.50]", "2, 1.5 |"),
     ]
     assert "of the 2 intervals" in "".join(lines)
     assert "an old table" not in lines
@@ -97,13 +97,17 @@ def test_timesteps_at_equal_accuracy_are_between_the_points_of_the_curves() -> N
 
 
 def test_both_are_as_right_as_the_less_right_one_less_what_is_allowed() -> None:
-    """Two seeds; at 87.5 % the one takes 1.75 timesteps and 2 of them, the other 3 and 3.5."""
+    """Two seeds; at 87.5 % the one takes 1.75 timesteps and 2 of them, the other 3 and 3.5.
+
+    All stopped at one t the one has them at t=2 and 3, the other at 4.
+    """
     told = {"n": 2, "mean": 1.0, "low": 0.5, "high": 1.5, "p": 0.1}
     against = {f"exit_{key}": told for key in ("timesteps", "top1")} | {"control": "b"}
 
     def run(entry: str, seed: int, spent: float, last: float) -> dict[str, Any]:
         points = [(0.6, 87.0, spent - 0.25), (0.9, 88.0, spent + 0.25)]
-        accuracy = {"by_timestep": [80.0, 0.0, 0.0, last], "early_exit": points}
+        middle = {("a", 0): [87.5, 89.0], ("a", 1): [87.0, 88.0]}.get((entry, seed), [85.0, 87.0])
+        accuracy = {"by_timestep": [80.0, *middle, last], "early_exit": points}
         return {"entry": entry, "seed": seed, "timesteps": 4} | accuracy
 
     values: dict[str, Any] = {
@@ -118,9 +122,11 @@ def test_both_are_as_right_as_the_less_right_one_less_what_is_allowed() -> None:
         ],
     }
 
-    def last_cell() -> str:
-        return summary.exits({"exits": values}).splitlines()[-1].split("|")[-2].strip()
+    def last_cells() -> list[str]:
+        cells = summary.exits({"exits": values}).splitlines()[-1].split("|")
+        return [cell.strip() for cell in cells[-3:-1]]
 
-    assert last_cell() == str(paired_difference([1.75, 2.0], [3.0, 3.5]))
+    by_t = str(paired_difference([2, 3], [4, 4]))
+    assert last_cells() == [str(paired_difference([1.75, 2.0], [3.0, 3.5])), by_t]
     values["runs"][2]["early_exit"] = []  # as numbers of before curves were kept
-    assert last_cell() == ""
+    assert last_cells() == ["", by_t]

@@ -26,7 +26,7 @@ HEAD = [
     "effect on top-1, points",
     "smallest effect told",
     "effect at T=1, points",
-    "image-timesteps, millions",
+    "image-timesteps, millions: entry, control",
 ]
 EXIT_HEAD = [
     "study",
@@ -38,6 +38,7 @@ EXIT_HEAD = [
     "timesteps, entry - control",
     "top-1, entry - control, points",
     "timesteps at equal accuracy, entry - control",
+    "the same, all samples stopped at one t",
 ]
 
 
@@ -85,6 +86,10 @@ def table(studies: dict[str, dict[str, Any]]) -> str:
             difference = Difference(**against["top1"])
             first = against["by_timestep"].get("1")
             trained = next(run["timesteps"] for run in values["runs"] if run["entry"] == entry)
+            costs = [
+                values["entries"][name]["image_timesteps"] / 1e6
+                for name in (entry, against["control"])
+            ]
             intervals += 1 if first is None else 2
             rows.append(
                 [
@@ -95,19 +100,23 @@ def table(studies: dict[str, dict[str, Any]]) -> str:
                     _marked(difference),
                     _number(detectable(difference)),
                     "" if first is None else _marked(Difference(**first)),
-                    f"{values['entries'][entry]['image_timesteps'] / 1e6:.3g}",
+                    ", ".join(f"{cost:.3g}" for cost in costs),
                 ]
             )
             link = ""
     return (
         f"{markdown(HEAD, rows)}\n\nEffects are differences of top-1 after the last epoch, in "
-        "percentage points, of runs with the same seed, with 95 % intervals: at the T of training, "
-        "and where the same networks are stopped after one timestep. Bold: the interval is without "
-        "zero. The smallest effect told is the true one that so many seeds, with the spread seen "
-        "between them, would tell from chance four times in five. Nothing is corrected for the "
-        f"number of comparisons: of the {intervals} intervals one in twenty would be bold with no "
-        "effect anywhere. Image-timesteps are images times T that one run trains on, with what it "
-        f"begins with and its teacher's training.\n{exits(studies)}"
+        "percentage points, of runs with the same seed, with 95 % intervals: at the T of "
+        "training, and where the same networks are stopped after one timestep. Bold: the "
+        "interval is without zero. Intervals are of seeds alone: all runs of a study see the "
+        "same validation samples, and of a hundred samples one is a point. The smallest effect "
+        "told is the true one that so many seeds, with the spread seen between them, would "
+        "tell from chance four times in five; three seeds show that spread to within a factor "
+        "of 0.5 to 6.3, five to within 0.6 to 2.9. Nothing is corrected for the number of "
+        f"comparisons: of the {intervals} intervals one in twenty would be bold with no effect "
+        "anywhere. Image-timesteps are images times T that one run trains on, with what it "
+        "begins with and its teacher's training, without the teacher's answers in the training "
+        f"of its student.\n{exits(studies)}"
     )
 
 
@@ -132,7 +141,7 @@ def exits(studies: dict[str, dict[str, Any]]) -> str:
                     f"{values['study']['exit_within']:g}",
                     *(f"{mean:.2f}" for mean in of_both),
                     *map(_marked, found),
-                    _of_equal_accuracy(values, entry, control),
+                    *_of_equal_accuracy(values, entry, control),
                 ]
             )
             link = ""
@@ -140,31 +149,41 @@ def exits(studies: dict[str, dict[str, Any]]) -> str:
         return ""
     return (
         "\nEarly exit, at the lowest threshold by which a run loses at most so many points, as "
-        "allowed, of the training samples that it holds out: timesteps that a validation sample "
-        "takes on average, and the difference of top-1 with early exit. In the last column both "
-        "are equally right: as the less right one of a pair with the same seed is at the last "
-        "timestep, less the points allowed. There the timesteps are those of whatever threshold "
-        "it takes on the validation samples, between those that were tried.\n\n"
+        "allowed, of the training samples that it holds out: timesteps that a validation "
+        "sample takes on average, and the difference of top-1 with early exit. In the last two "
+        "columns both are equally right: as the less right one of a pair with the same seed is "
+        "at the last timestep, less the points allowed. The first has the timesteps of "
+        "whatever threshold it takes for that on the validation samples, between those that "
+        "were tried; the second the first t at which all samples, stopped there, are as "
+        "right.\n\n"
         f"{markdown(EXIT_HEAD, rows)}\n"
     )
 
 
-def _of_equal_accuracy(values: dict[str, Any], entry: str, control: str) -> str:
-    """The difference of timesteps at the same top-1; empty where the numbers have no curves."""
+def _of_equal_accuracy(values: dict[str, Any], entry: str, control: str) -> tuple[str, str]:
+    """The differences of timesteps at the same top-1, with early exit and with one t for all.
+
+    The former is empty where the numbers have no curves.
+    """
     most, within = max(values["study"]["test_timesteps"]), values["study"]["exit_within"]
     runs = {(run["entry"], run["seed"]): run for run in values["runs"]}
-    spent: dict[str, list[float]] = {entry: [], control: []}
+    by_exit: dict[str, list[float]] = {entry: [], control: []}
+    by_t: dict[str, list[float]] = {entry: [], control: []}
     for (name, seed), run in runs.items():
         against = runs.get((control, seed))
         if name != entry or against is None:
             continue
-        if not (run.get("early_exit") and against.get("early_exit")):
-            return ""
         top1 = min(one["by_timestep"][most - 1] for one in (run, against)) - within
         for one in (run, against):
-            curve = exit_curve(one["by_timestep"], one["early_exit"], most)
-            spent[one["entry"]].append(timesteps_for(curve, top1))
-    return _marked(paired_difference(spent[entry], spent[control]))
+            reached = (t for t, of_t in enumerate(one["by_timestep"], start=1) if of_t >= top1)
+            by_t[one["entry"]].append(next(reached))
+            if one.get("early_exit"):
+                curve = exit_curve(one["by_timestep"], one["early_exit"], most)
+                by_exit[one["entry"]].append(timesteps_for(curve, top1))
+    one_t = _marked(paired_difference(by_t[entry], by_t[control]))
+    if not len(by_exit[entry]) == len(by_exit[control]) == len(by_t[entry]):
+        return "", one_t
+    return _marked(paired_difference(by_exit[entry], by_exit[control])), one_t
 
 
 def detectable(difference: Difference) -> float:
