@@ -132,7 +132,7 @@ def draw_early_exit(axis: Any, study: dict[str, Any], sdt: str, tet: str) -> Non
         fontsize=9,
     )
     data = study["study"]["title"].partition(" on ")[2]
-    axis.set_ylabel(f"top-1 (%), {data}", fontsize=8)
+    axis.set_ylabel(f"top-1 (%),\n{data}", fontsize=8)
     axis.set_xticks(timesteps)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)

@@ -98,17 +98,19 @@ def _timesteps(axis: Any, numbers: Numbers, styles: dict[str, dict[str, Any]]) -
 
 
 def _loss(axis: Any, numbers: Numbers, styles: dict[str, dict[str, Any]]) -> None:
-    for entry in numbers.entries:
+    entries = numbers.entries
+    for i, entry in enumerate(entries):
         curves = [result.curve for result in numbers.of(entry)]
         shortest = min(map(len, curves))
         losses = np.array([[loss for _, loss, _ in curve[:shortest]] for curve in curves])
         before = numbers.epochs_before(entry)
         epochs = [before + epoch for epoch, _, _ in curves[0][:shortest]]
-        marker = "o" if shortest == 1 else None
-        axis.plot(epochs, losses.mean(0), marker=marker, **styles[entry])
-        axis.fill_between(
-            epochs, losses.min(0), losses.max(0), color=styles[entry]["color"], alpha=0.12, lw=0
-        )
+        low, high, colour = losses.min(0), losses.max(0), styles[entry]["color"]
+        if shortest == 1:  # points in a column would hide one another, and a band would be a line
+            epochs = [epochs[0] + 0.8 * ((i + 0.5) / len(entries) - 0.5)]
+            axis.vlines(epochs, low, high, color=colour, alpha=0.3, lw=5)
+        axis.plot(epochs, losses.mean(0), marker="o" if shortest == 1 else None, **styles[entry])
+        axis.fill_between(epochs, low, high, color=colour, alpha=0.12, lw=0)
     # The loss falls fast at first, and the differences that matter are at the end.
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
