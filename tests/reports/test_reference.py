@@ -13,6 +13,7 @@ from tiny import Farm
 
 from tetdist.config.loading import load
 from tetdist.config.schema import RunConfig
+from tetdist.reports.compare import read_records
 from tetdist.reports.reference import IMAGES, find_reference, references
 
 SEW = find_reference("sew34")
@@ -61,7 +62,9 @@ def test_between_published_epochs() -> None:
     # An epoch without its last, incomplete batch.
     assert SEW.at(0.999) == 12.59
     assert SEW.reached(36.33) == pytest.approx(4)
+    assert SEW.reached(12.59) == 1
     assert SEW.reached(90) is None
+    assert SEW.reached(0.1) is None
 
 
 def test_a_run_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,6 +98,7 @@ def test_a_run_that_guesses_is_behind(
         status, out, _ = compare(capsys, run, "--reference", reference)
         assert status == 1, out
         assert "points behind" in out
+        assert "and 0.10 % after" not in out
         top1 = published.at(epoch)
         assert top1 is not None
         assert published.warning(0.10, round(epoch * IMAGES)) is not None
@@ -132,6 +136,12 @@ def test_a_run_that_has_diverged(
     status, out, _ = compare(capsys, run, "--reference", "sew34")
     assert status == 1
     assert f"r has diverged: its loss after 3 epochs is {float(loss)}." in out
+    # In training, before it is evaluated again.
+    run = a_run(tmp_path / "t", {2: 25.0})
+    a_run(run, {2.1: 0.1}, loss=loss, kind="train")
+    status, out, _ = compare(capsys, run, "--reference", "sew34")
+    assert status == 1
+    assert f"t has diverged: its loss after 2.1 epochs is {float(loss)}." in out
 
 
 def test_other_data_have_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,15 +150,18 @@ def test_other_data_have_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixtur
     status, out, _ = compare(capsys, run, "--reference", "sew34", "--json", tmp_path / "v.json")
     assert status == 0
     assert out.splitlines()[4].split() == ["2", "12.00", "23.18", "12.59"]
-    said = (
-        "r has 12.00 % after 2 epochs of 640,512 images, and sew34 had about 12.59 % after as many"
-    )
-    assert f"{said} images, 1.0 of its epochs of 1,281,167" in out
+    assert "r cannot be compared with sew34: its epochs have 640,512 images, those of" in out
+    assert "1.0 of these, where sew34 had about 12.59 %, it has 12.00 %." in out
     (verdict,) = json.loads((tmp_path / "v.json").read_text())["verdicts"]
     assert verdict["on_the_way"] is None
     # Some held out are no other data.
-    run = a_run(tmp_path / "h", {3: 30.0}, images=round(0.98 * IMAGES))
+    run = a_run(tmp_path / "h", {1: 11.0}, images=round(0.96 * IMAGES))
     assert "h is on the way" in compare(capsys, run, "--reference", "sew34")[1]
+    # Ten epochs of few images are less than one of ImageNet's.
+    run = a_run(tmp_path / "f", {10: 90.0}, images=IMAGES // 20)
+    status, out, _ = compare(capsys, run, "--reference", "sew34")
+    assert status == 0
+    assert "f cannot be compared with sew34: its epochs have 64," in out
 
 
 @pytest.mark.parametrize(
@@ -175,6 +188,23 @@ def test_other_data_have_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixtur
             },
         ),
         (
+            "psn_sew34_t4",
+            ["model.name=psn_sew_resnet18", "batch.global=512", "batch.micro=64"],
+            "psn_sew18",
+            {},
+        ),
+        (
+            "psn_sew34_t4",
+            ["data.image_size=128", "data.mixup=0.2", "gradient_clipping=1.0", "ema.decay=0.999"],
+            "psn_sew34",
+            {
+                "data.image_size": [128, 224],
+                "data.mixup": [0.2, 0.0],
+                "gradient_clipping": [1.0, None],
+                "ema.decay": [0.999, None],
+            },
+        ),
+        (
             "sew34_t4_64gpus",
             [],
             "sew34",
@@ -182,6 +212,7 @@ def test_other_data_have_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixtur
                 "model.neuron.decay": [0.5, 1.0],
                 "model.neuron.surrogate": ["triangle", "atan"],
                 "loss.kind": ["tet", "sdt"],
+                "loss.label_smoothing": [0.1, 0.0],
                 "phases.0.epochs": [120, 320],
                 "phases.0.optimizer.lr": [0.8, 0.1],
                 "phases.0.optimizer.weight_decay": [4e-5, 0.0],
@@ -204,6 +235,25 @@ def test_what_differs(
     (verdict,) = json.loads((tmp_path / "v.json").read_text())["verdicts"]
     assert verdict["differences"] == differences
     assert ("Its configuration differs" in out) == bool(differences)
+
+
+def test_the_phase_that_the_run_is_in_is_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = a_run(tmp_path / "r", {95: 57.0}, "spiking34_t4_t6")
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(lines.replace('"kind": "val"', '"kind": "val", "phase": 1'))
+    out = compare(capsys, run, "--reference", "spiking34")[1]
+    assert "model.arguments.norm tdbn (theirs unset)" in out
+    assert "phases.1.timesteps 6 (theirs 4), phases.1.optimizer.kind adam (theirs sgd)" in out
+    assert "phases.0" not in out
+
+
+def test_the_figure_of_an_average_has_the_average(tmp_path: Path) -> None:
+    (record,) = read_records([a_run(a_run(tmp_path / "r", {1: 40.0}), {1: 60.0}, kind="val_ema")])
+    average = record.of_average()
+    assert [line["top1"] for line in average.of_kind("val")] == [60.0]
+    assert average.name == "r (EMA)"
 
 
 def test_recipes_of_imagenet_name_a_curve() -> None:
@@ -274,3 +324,6 @@ def test_a_run_says_so_itself(farm: Farm, tiny_root: Path, tmp_path: Path) -> No
     assert first["reference_top1"] == pytest.approx(there)
     behind = there - first["top1"] > 5
     assert ("points behind psn_sew34" in trained.text) == behind
+    average = farm(config, f"imports=[{small}]", "reference=t_revsnn_ema", "name=average")
+    assert average.status == 0, average.text
+    assert "t_revsnn_ema is a moving average of weights and this run keeps none" in average.text

@@ -332,6 +332,7 @@ def test_what_is_refused_before_anything_is_written(
     refused(capfd, four, "there is no Slurm here", "--dry-run", "--local N")
     refused(capfd, [*four, "--nodes", "3"], "cannot be shared equally by 12 processes")
     refused(capfd, [*four, "data.root=/nowhere"], "data.root: there is no folder /nowhere")
+    refused(capfd, [*four, "reference=sew43"], "reference: there is no published curve 'sew43'")
     refused(capfd, [*four, "bach.micro=1"], "unknown key 'bach'")
     refused(capfd, [*four, "cluster.quos=x"], "unknown key 'quos'", "'qos'")
     refused(capfd, [*four, "--time", "soon"], "--time: 'soon' is no time")

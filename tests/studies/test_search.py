@@ -134,6 +134,8 @@ def test_halving_goes_on_after_a_stop_and_sees_validation_once(
     second = max(first[:2], key=lambda name: validations[name][1]["top1"])
     values = json.loads((output / "report" / "search.json").read_text())
     assert values["chosen"] == second
+    assert set(values["commands"]) == {*(f"{name}-seed0" for name in RATES), "final-seed0"}
+    assert len(values["environments"]) == 1
     assert names[6] == "final"
 
     # The winner is trained on all 47 samples, and the 23 of val are looked at once.

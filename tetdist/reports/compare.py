@@ -288,8 +288,10 @@ def plot(paths: list[Path], out: Path, beside: str | None = None) -> None:
     records = read_records(paths)
     published = None
     if beside is not None:
-        evaluated = [line["epoch"] for record in records for line in record.of_kind("val")]
         found = reference.find_reference(beside)
+        if found.of_average:
+            records = [record.of_average() for record in records]
+        evaluated = [line["epoch"] for record in records for line in record.of_kind("val")]
         # No further than the runs are: the rest would press them into the first corner.
         published = (f"{beside} (published)", *reference.curve(found, max(evaluated, default=1.0)))
     try:

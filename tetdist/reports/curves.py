@@ -269,7 +269,8 @@ def _accuracy(axis: Any, train: Lines, val: Lines, ema: Lines) -> None:
     _with_best(axis, val, VALIDATION, "validation", briefly=bool(ema))
     if ema:
         _with_best(axis, ema, AVERAGE, "EMA", briefly=True)
-    epochs, published = series(val, "reference_top1")
+    # Of the weights or of their average, as the reference's own numbers are.
+    epochs, published = series([*val, *ema], "reference_top1")
     if published:
         axis.plot(epochs, published, "--", color=PUBLISHED, linewidth=1, label="published")
     finish(axis, "Top-1" if ema else "Top-1 accuracy", ACCURACY)

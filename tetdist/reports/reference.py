@@ -58,9 +58,9 @@ class Reference:
         """Top-1 after so many epochs: between those published linear in the epochs' logarithm; None
         before the first and after the last of them."""
         known = sorted(self.top1)
-        if not 0.99 * known[0] <= epochs <= 1.01 * known[-1]:
+        if not (1 - HELD_OUT) * known[0] <= epochs <= 1.01 * known[-1]:
             return None
-        # An epoch that drops an incomplete batch is a little less than all images.
+        # An epoch without what is held out, or an incomplete batch, is less than all images.
         epochs = min(max(epochs, known[0]), known[-1])
         after = next(epoch for epoch in known if epoch >= epochs)
         if after == epochs:
@@ -70,9 +70,9 @@ class Reference:
         return self.top1[before] + share * (self.top1[after] - self.top1[before])
 
     def reached(self, top1: float) -> float | None:
-        """The first epoch at which it had reached so much; None: never."""
+        """The first epoch at which it had reached so much; None: never, or before its first one."""
         known = sorted(self.top1)
-        if self.top1[known[0]] >= top1:
+        if self.top1[known[0]] == top1:
             return known[0]
         for before, after in itertools.pairwise(known):
             low, high = self.top1[before], self.top1[after]
@@ -173,11 +173,13 @@ def verdict(record: RunRecord, reference: Reference) -> Verdict:
         )
         for line in lines
     ]
-    differences = _differences(_of_the_batch(record.configuration), reference)
-    if lines and not math.isfinite(lines[-1]["loss"]):
-        last = lines[-1]
-        said = f"has diverged: its loss after {last['epoch']:g} epochs is {last['loss']}"
-        judged: tuple[bool | None, str] = (False, f"{record.name} {said}.")
+    phase = lines[-1].get("phase", 0) if lines else 0
+    differences = _differences(_of_the_batch(record.configuration, phase), reference, phase)
+    ends = [of_kind[-1] for of_kind in (record.of_kind("train"), lines) if of_kind]
+    diverged = [line for line in ends if not math.isfinite(line.get("loss", 0.0))]
+    if diverged:
+        said = f"its loss after {diverged[0]['epoch']:g} epochs is {diverged[0]['loss']}"
+        judged: tuple[bool | None, str] = (False, f"{record.name} has diverged: {said}.")
     else:
         judged = _judge(record.name, points, reference)
     on_the_way, sentence = judged
@@ -188,6 +190,9 @@ def verdict(record: RunRecord, reference: Reference) -> Verdict:
 
 def _judge(name: str, points: Sequence[Point], reference: Reference) -> tuple[bool | None, str]:
     compared = [point for point in points if point.at_images is not None]
+    per_epoch = points[-1].images / points[-1].epoch if points else IMAGES
+    if not is_imagenet(per_epoch):
+        return None, _of_other_data(name, per_epoch, compared, reference)
     if not compared:
         what = "evaluation of an average (ema.decay)" if reference.of_average else "evaluation"
         return None, (
@@ -199,12 +204,6 @@ def _judge(name: str, points: Sequence[Point], reference: Reference) -> tuple[bo
     has = f"{last.top1:.2f} % after {last.epoch:g} epochs"
     had = f"{reference.name} had about {last.at_images:.2f} %"
     epochs = last.images / IMAGES  # of the reference
-    if not is_imagenet(last.images / last.epoch):
-        return None, (
-            f"{name} has {has} of {last.images / last.epoch:,.0f} images, and {had} after as many "
-            f"images, {epochs:.1f} of its epochs of {IMAGES:,}: whether a run on other data is on "
-            "the way cannot be told from that."
-        )
     if is_chance(last.at_images):
         return None, (
             f"{name} has {has}, where {reference.name} itself still guessed ({last.at_images:.2f} "
@@ -218,6 +217,22 @@ def _judge(name: str, points: Sequence[Point], reference: Reference) -> tuple[bo
     if since is not None and since < epochs:
         had += f", and {last.top1:.2f} % after {since:.1f} epochs"
     return False, f"{name} is {behind:.1f} points behind: {has}, where {had}."
+
+
+def _of_other_data(
+    name: str, per_epoch: float, compared: Sequence[Point], reference: Reference
+) -> str:
+    said = (
+        f"{name} cannot be compared with {reference.name}: its epochs have {per_epoch:,.0f} "
+        f"images, those of ImageNet {IMAGES:,}"
+    )
+    if not compared:
+        return f"{said}."
+    last = compared[-1]
+    return (
+        f"{said}. After as many images as {last.images / IMAGES:.1f} of these, where "
+        f"{reference.name} had about {last.at_images:.2f} %, it has {last.top1:.2f} %."
+    )
 
 
 def tolerated(epochs: float, top1: float) -> float:
@@ -235,21 +250,27 @@ def is_imagenet(images: float) -> bool:
     return abs(images / IMAGES - 1) <= HELD_OUT
 
 
-def _of_the_batch(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with learning rates for the batch as it is."""
-    lr, per = "phases.0.optimizer.lr", configuration.get("phases.0.optimizer.lr_per")
+def _of_the_batch(configuration: Mapping[str, Any], phase: int) -> dict[str, Any]:
+    """The configuration with a phase's learning rate for the batch as it is."""
+    lr = f"phases.{phase}.optimizer.lr"
+    per = configuration.get(f"{lr}_per")
     if per is None:
         return dict(configuration)
     return {**configuration, lr: configuration[lr] * configuration["batch.global"] / per}
 
 
 def _differences(
-    configuration: Mapping[str, Any], reference: Reference
+    configuration: Mapping[str, Any], reference: Reference, phase: int
 ) -> dict[str, tuple[Any, Any]]:
+    """The run's values and the reference's, by key; of all phases, the one that the run is in."""
     kind = "model.neuron.kind"
+    recipe = {
+        key.replace("phases.0.", f"phases.{phase}."): value
+        for key, value in reference.recipe.items()
+    }
     found = {
         key: (configuration.get(key), theirs)
-        for key, theirs in reference.recipe.items()
+        for key, theirs in recipe.items()
         if configuration.get(key) != theirs
     }
     if kind in found:  # what else neurons have says nothing of another kind

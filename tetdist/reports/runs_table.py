@@ -30,6 +30,15 @@ class RunRecord:
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["kind"] == kind]
 
+    def of_average(self) -> "RunRecord":
+        """The run with the evaluations of its weights' moving average in place of their own."""
+        lines = [
+            line | {"kind": "val"} if line["kind"] == "val_ema" else line
+            for line in self.lines
+            if line["kind"] != "val"
+        ]
+        return RunRecord(f"{self.name} (EMA)", lines, self.configuration)
+
     def result(self) -> dict[str, Any]:
         """The numbers that the run reached; None where they have not been measured."""
         train, val = self.of_kind("train"), self.of_kind("val")

@@ -18,6 +18,7 @@ from tetdist.config.schema import RunConfig
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
 from tetdist.plugins import import_files
+from tetdist.reports.reference import find_reference
 from tetdist.slurm import batch, history, plan, snapshot, status
 from tetdist.slurm.cluster import ClusterSection
 from tetdist.slurm.history import JobEvent, Submission
@@ -67,6 +68,8 @@ def prepare(
         )
     if not after:
         _check_inputs(config)
+    if config.reference is not None:
+        find_reference(config.reference, "reference")
     check_names(config.tracking.trackers)
     if config.tracking_uri is not None:
         check_store(config.tracking_uri)

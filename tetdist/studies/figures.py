@@ -121,8 +121,9 @@ def _loss(axis: Any, numbers: Numbers, styles: dict[str, dict[str, Any]]) -> Non
     axis.set_xlim(widened(start, end, 2.0, (0.0, math.inf)))
     axis.xaxis.get_major_locator().set_params(integer=True)
     continued = any(map(numbers.epochs_before, numbers.entries))
+    single = all(len(result.curve) == 1 for entry in entries for result in numbers.of(entry))
     meaning = "with those of what it began with; band" if continued else "band"
-    axis.set_xlabel(f"epoch ({meaning}: all seeds)")
+    axis.set_xlabel(f"epoch ({'side by side; bar' if single else meaning}: all seeds)")
     held_out = all(run.config.data.held_out for run in numbers.runs)
     title = f"Loss on {'samples held out' if held_out else 'the validation split'}"
     finish(axis, title, "cross-entropy of the time-mean", legend=False)

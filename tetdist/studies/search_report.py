@@ -8,7 +8,7 @@ from typing import Any
 from tetdist.reports import style
 from tetdist.reports.tables import aligned, markdown
 from tetdist.studies.figures import colours
-from tetdist.studies.numbers import run_environment, spread
+from tetdist.studies.numbers import distinct, run_environment, spread
 from tetdist.studies.plan import StudyRun, is_trained, lines
 from tetdist.studies.report import machine, replaced, write_whole
 from tetdist.studies.search import Candidate, RangeSection, Rung, Search, Standing, axes
@@ -174,12 +174,21 @@ def _shown(value: Any) -> str:
 
 
 def as_dict(search: Search, standing: Standing) -> dict[str, Any]:
-    """All numbers of the search."""
+    """All numbers of the search, and what they are of."""
     final: list[StudyRun] = []
     if standing.winner is not None:
         final = [run for run in search.final_runs(standing.winner) if is_trained(run)]
+    tried = [
+        search.run(candidate, seed, rung.epochs)
+        for rung in standing.rungs
+        for candidate in rung.scores
+        for seed in search.study.seeds
+    ]
     return {
         "study": search.study.model_dump(mode="json"),
+        "overrides": list(search.more),  # of the command line, beside those of the study
+        "commands": {run.name: str(run.train_command) for run in [*tried, *final]},
+        "environments": distinct([run_environment(run) for run in [*tried, *final]]),
         "budget": search.budget(),
         "candidates": {one.name: one.values for one in search.candidates},
         "rungs": [

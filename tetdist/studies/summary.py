@@ -107,7 +107,8 @@ def table(studies: dict[str, dict[str, Any]]) -> str:
     return (
         f"{markdown(HEAD, rows)}\n\nEffects are differences of top-1 after the last epoch, in "
         "percentage points, of runs with the same seed, with 95 % intervals: at the T of "
-        "training, and where the same networks are stopped after one timestep. Bold: the "
+        "training, and where the same networks are stopped after one timestep, if a study "
+        "tests that. Bold: the "
         "interval is without zero. Intervals are of seeds alone: all runs of a study see the "
         "same validation samples, and of a hundred samples one is a point. The smallest effect "
         "told is the true one that so many seeds, with the spread seen between them, would "

@@ -147,6 +147,14 @@ class Trainer:
                     *(self.reference.name, IMAGENET_CLASSES, classes),
                 )
             self.reference = None
+        elif self.reference is not None and self.reference.of_average and config.ema.decay is None:
+            if world.rank == 0:
+                logger.info(
+                    "reference: %s is a moving average of weights and this run keeps none "
+                    "(ema.decay); the run is not compared with it",
+                    self.reference.name,
+                )
+            self.reference = None
         self.steps_per_epoch = order.steps_per_epoch(len(self.train_index), batch.global_)
         self.phases = schedule_phases(config.phases, self.steps_per_epoch, config.batch.global_)
         end = self.phases[-1].end_step
