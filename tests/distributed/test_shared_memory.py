@@ -50,7 +50,7 @@ CODE = """
 @pytest.mark.parametrize(
     ("processes", "case", "shared"),
     [
-        (3, "as-is", True),
+        pytest.param(3, "as-is", True, marks=pytest.mark.long),
         (2, "full", False),
         (2, "other-host", False),
     ],

@@ -90,7 +90,10 @@ def test_recomputed_blocks_are_the_same_to_the_bit(
     assert next(again.stem.parameters()).grad.any()
 
 
-@pytest.mark.parametrize("segment", [1, 2, 5])
+@pytest.mark.parametrize(
+    "segment",
+    [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(5, marks=pytest.mark.long)],
+)
 @pytest.mark.parametrize(("name", "execution"), BOTH_EXECUTIONS)
 def test_recomputed_segments_are_the_segmented_network(
     name: str, execution: str, segment: int

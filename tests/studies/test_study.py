@@ -209,6 +209,7 @@ def test_the_result_is_on_the_validation_split_where_samples_are_held_out(
     assert figure_of(file, output).axes[1].get_title(loc="left") == "Loss on samples held out"
 
 
+@pytest.mark.long
 def test_one_begins_with_another(call: Call, write: Callable[..., Path], tmp_path: Path) -> None:
     longer = {"phases.0.timesteps": 3, "phases.0.optimizer.lr": 0.01}
     phases = [{"epochs": 1, "timesteps": t, "optimizer": {"lr": 0.01}} for t in (2, 3)]
@@ -626,6 +627,24 @@ def test_a_dry_run_says_what_is_left_to_train(
     status, out, _ = call(file, "--output", tmp_path / "out", "--dry-run")
     assert status == 0
     assert out.splitlines()[1:] == ["later-seed0: 1 epoch", "2 of 2 runs to train, 2 epochs in all"]
+
+
+def test_the_command_lines_key_that_entries_have_too_is_named(
+    call: Call, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    longer = {"control": "sdt", "overrides": {"phases.0.epochs": 3}}
+    file = write({"entries": ENTRIES | {"longer": longer}})
+    more = ("--output", tmp_path / "out", "--dry-run")
+    status, _, said = call(file, "phases.0.epochs=2", "batch.micro=1", *more)
+    assert status == 0
+    assert "phases.0.epochs of the command line replaces what entries have of their own" in said
+    assert "apart: longer (phases.0.epochs=3)" in said
+    assert "batch.micro" not in said
+    # A whole section replaces its keys.
+    said = call(file, "loss={kind: tet, lambda: 0.1}", *more)[2]
+    assert "loss of the command line replaces" in said
+    assert "apart: sdt (loss.kind=sdt), tet (loss.kind=tet)" in said
+    assert "replaces" not in call(file, *more)[2]
 
 
 def test_runs_that_others_wait_for_go_first_side_by_side(

@@ -112,6 +112,8 @@ def study(options: argparse.Namespace) -> int:
     output = options.output or Path("runs") / file.stem
     runs = plan.runs_of(section, output, options.overrides, options.imports)
     chosen = choose(runs, options.only)
+    for warning in plan.replaced(section, options.overrides):
+        print(warning, file=sys.stderr)
     for run in runs:
         plan.check_folder(run)
     failed: dict[str, str] = {}

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from tetdist.config import identity, loading, messages
 from tetdist.config.loading import CONFIGS_DIR
-from tetdist.config.overrides import apply_override, joined
+from tetdist.config.overrides import apply_override, joined, key_of
 from tetdist.config.schema import PhaseSection, RunConfig, Section, Timesteps
 from tetdist.config.yaml_files import read_yaml
 from tetdist.distributed.world import World
@@ -283,6 +283,29 @@ def runs_of(
         for name in study.entries:
             add(name, seed)
     return list(runs.values())
+
+
+def replaced(study: StudySection, more: Sequence[str]) -> list[str]:
+    """Sentences on keys of the command line that entries have values of their own for.
+
+    Args:
+        study: The study.
+        more: ``key=value`` for all runs.
+    """
+    said = []
+    for key in map(key_of, more):
+        own = [
+            f"{name} ({theirs}={as_text(value)})"
+            for name, entry in study.entries.items()
+            for theirs, value in entry.overrides.items()
+            if f"{theirs}.".startswith(f"{key}.") or f"{key}.".startswith(f"{theirs}.")
+        ]
+        if own:
+            said.append(
+                f"{key} of the command line replaces what entries have of their own, which may be "
+                f"what sets them apart: {', '.join(own)}"
+            )
+    return said
 
 
 def _run(
