@@ -40,16 +40,13 @@ def main() -> int:
     options = parser.parse_args()
     if options.dest.exists():
         parser.error(f"{options.dest} is there already; remove it, or give another")
-    found = {
-        (split, name): sorted((options.source / theirs / name).glob("*.jpg"))[:count]
-        for (split, (theirs, _)), count in zip(SPLITS.items(), options.per_class, strict=True)
-        for name in CLASSES
-    }
-    for (split, name), files in found.items():
-        count = options.per_class[list(SPLITS).index(split)]
-        if len(files) < count:
-            folder = options.source / SPLITS[split][0] / name
-            parser.error(f"{folder} has {len(files)} of {count} images; is SOURCE whole?")
+    found: dict[tuple[str, str], list[Path]] = {}
+    for (split, (theirs, _)), count in zip(SPLITS.items(), options.per_class, strict=True):
+        for name in CLASSES:
+            folder = options.source / theirs / name
+            files = found[split, name] = sorted(folder.glob("*.jpg"))[:count]
+            if len(files) < count:
+                parser.error(f"{folder} has {len(files)} of {count} images; is SOURCE whole?")
     for (split, name), files in found.items():
         folder = options.dest / split / name
         folder.mkdir(parents=True)

@@ -303,7 +303,7 @@ def test_a_run_says_so_itself(farm: Farm, tiny_root: Path, tmp_path: Path) -> No
     assert not runs.exists()
     other = farm(config, "reference=psn_sew34", "name=other")
     assert other.status == 0, other.text
-    said = "reference: psn_sew34 is of ImageNet's 1000 classes and these data have 4; the run is"
+    said = "reference: psn_sew34 is of ImageNet's 1,000 classes and these data have 4; the run is"
     assert said in other.text
     assert "reference_top1" not in tiny.metrics(runs / "other", "val")[0]
     # An ImageNet of as many classes, whose epochs are as long.
@@ -311,11 +311,10 @@ def test_a_run_says_so_itself(farm: Farm, tiny_root: Path, tmp_path: Path) -> No
     images = tiny.STEPS_PER_EPOCH * batch
     small = tmp_path / "small.py"
     small.write_text(
-        "from tetdist.reports import reference\n"
-        "from tetdist.training import trainer\n\n"
+        "from tetdist.reports import reference\n\n"
         f"reference.IMAGES = {images}\n"
         "reference.HELD_OUT = 0.5\n"
-        f"trainer.IMAGENET_CLASSES = {len(tiny.CLASSES)}\n"
+        f"reference.IMAGENET_CLASSES = {len(tiny.CLASSES)}\n"
     )
     trained = farm(config, f"imports=[{small}]", "reference=psn_sew34", "name=r")
     assert trained.status == 0, trained.text

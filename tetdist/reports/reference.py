@@ -20,6 +20,7 @@ from tetdist.reports.tables import aligned, number
 CURVES = Path(__file__).with_name("published_curves.yaml")
 # Of ImageNet, which all published curves are of: images of the training split, and classes.
 IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
+CHANCE = 100 / IMAGENET_CLASSES  # percent
 HELD_OUT = 0.05  # of these images at most, where a run is said to train on the same
 # Points of top-1 by which trainings differ for their seed alone, or for where in an epoch they are:
 # our choice, wide where curves are steep, since nobody has published several seeds. No more than
@@ -78,6 +79,20 @@ class Reference:
             low, high = self.top1[before], self.top1[after]
             if low < top1 <= high:
                 return before * (after / before) ** ((top1 - low) / (high - low))
+        return None
+
+    def obstacle(self, classes: int, has_average: bool) -> str | None:
+        """Why a run on data of so many classes cannot be compared with it; None: it can be.
+
+        Args:
+            classes: Of the run's data.
+            has_average: Whether the run keeps a moving average of its weights.
+        """
+        if classes != IMAGENET_CLASSES:
+            theirs = f"{self.name} is of ImageNet's {IMAGENET_CLASSES:,} classes"
+            return f"{theirs} and these data have {classes:,}"
+        if self.of_average and not has_average:
+            return f"{self.name} is a moving average of weights and this run keeps none (ema.decay)"
         return None
 
     def beside(self, images: int) -> dict[str, float]:
@@ -242,7 +257,7 @@ def tolerated(epochs: float, top1: float) -> float:
 
 def is_chance(top1: float) -> bool:
     """Whether a network that guesses may have as much on ImageNet, in percent."""
-    return top1 < 2 * 100 / IMAGENET_CLASSES
+    return top1 < 2 * CHANCE
 
 
 def is_imagenet(images: float) -> bool:

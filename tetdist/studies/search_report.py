@@ -178,17 +178,18 @@ def as_dict(search: Search, standing: Standing) -> dict[str, Any]:
     final: list[StudyRun] = []
     if standing.winner is not None:
         final = [run for run in search.final_runs(standing.winner) if is_trained(run)]
-    tried = [
+    # Of a candidate the run of the last rung that it came to, which continues those before it.
+    runs = [
         search.run(candidate, seed, rung.epochs)
         for rung in standing.rungs
         for candidate in rung.scores
         for seed in search.study.seeds
-    ]
+    ] + final
     return {
         "study": search.study.model_dump(mode="json"),
         "overrides": list(search.more),  # of the command line, beside those of the study
-        "commands": {run.name: str(run.train_command) for run in [*tried, *final]},
-        "environments": distinct([run_environment(run) for run in [*tried, *final]]),
+        "commands": {run.name: str(run.train_command) for run in runs},
+        "environments": distinct([run_environment(run) for run in runs]),
         "budget": search.budget(),
         "candidates": {one.name: one.values for one in search.candidates},
         "rungs": [

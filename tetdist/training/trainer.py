@@ -35,12 +35,7 @@ from tetdist.nn import batch_norm, dropout
 from tetdist.nn.norm_neuron import changing_neurons, enter_epoch
 from tetdist.nn.precision import autocast, choose_algorithms, parameter_type
 from tetdist.optimizers import make_optimizer
-from tetdist.reports.reference import (
-    IMAGENET_CLASSES,
-    Reference,
-    find_reference,
-    is_imagenet,
-)
+from tetdist.reports.reference import Reference, find_reference, is_imagenet
 from tetdist.storage import checkpoint
 from tetdist.tracking.progress import RunProgress
 from tetdist.tracking.tracker import Tracker
@@ -138,23 +133,12 @@ class Trainer:
         self.reference = (
             None if config.reference is None else find_reference(config.reference, "reference")
         )
-        classes = len(self.train_index.classes)
-        if self.reference is not None and classes != IMAGENET_CLASSES:
-            if world.rank == 0:
-                logger.info(
-                    "reference: %s is of ImageNet's %d classes and these data have %d; the run is "
-                    "not compared with it",
-                    *(self.reference.name, IMAGENET_CLASSES, classes),
-                )
-            self.reference = None
-        elif self.reference is not None and self.reference.of_average and config.ema.decay is None:
-            if world.rank == 0:
-                logger.info(
-                    "reference: %s is a moving average of weights and this run keeps none "
-                    "(ema.decay); the run is not compared with it",
-                    self.reference.name,
-                )
-            self.reference = None
+        if self.reference is not None:
+            classes, has_average = len(self.train_index.classes), config.ema.decay is not None
+            if (why_not := self.reference.obstacle(classes, has_average)) is not None:
+                if world.rank == 0:
+                    logger.info("reference: %s; the run is not compared with it", why_not)
+                self.reference = None
         self.steps_per_epoch = order.steps_per_epoch(len(self.train_index), batch.global_)
         self.phases = schedule_phases(config.phases, self.steps_per_epoch, config.batch.global_)
         end = self.phases[-1].end_step
