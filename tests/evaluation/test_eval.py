@@ -162,15 +162,24 @@ def test_table_of_the_wanted_timesteps(run: Path, evaluate: Tool) -> None:
 
 
 def test_what_is_decided_and_what_it_takes(run: Path, evaluate: Tool, tmp_path: Path) -> None:
-    """At T=5, which is beyond that of the training."""
-    file = tmp_path / "e.json"
-    status, out, err = evaluate(
-        "--checkpoint", run, "--json", file, "--timesteps", "1-3,5", "--drop-timesteps", "1,0"
-    )
-    assert status == 0, err
-    found = json.loads(file.read_text())
+    """At the T of training, 3, though the table of T goes beyond; or at the one T that is given."""
+    by_timesteps = {}
+    for timesteps in ("1,5", "3", "1-3,5"):
+        file, drop = tmp_path / f"{timesteps}.json", ("--drop-timesteps", "1,0")
+        options = ("--json", file, "--timesteps", timesteps, *drop)
+        status, out, err = evaluate("--checkpoint", run, *options)
+        assert status == 0, err
+        by_timesteps[timesteps] = json.loads(file.read_text())
+    beyond, alone, found = by_timesteps.values()
+    assert (beyond["timesteps"], alone["timesteps"], found["timesteps"]) == (5, 3, 3)
+    assert found["trained_timesteps"] == 3
     assert found["reported_timesteps"] == [1, 2, 3, 5]
-    assert (found["timesteps"], found["trained_timesteps"]) == (5, 3)
+    for key in alone.keys() - {"reported_timesteps"}:
+        if key.startswith("per_timestep_"):
+            rows = [*alone[key], *beyond[key][3:]]
+            assert found[key] == pytest.approx(rows, rel=1e-6)
+        else:
+            assert found[key] == alone[key]
     assert [sum(row) for row in found["confusion"]] == list(tiny.VAL_SIZES)
     right = sum(row[k] for k, row in enumerate(found["confusion"]))
     assert found["top1"] == pytest.approx(100 * right / NUM_SAMPLES)
@@ -178,19 +187,23 @@ def test_what_is_decided_and_what_it_takes(run: Path, evaluate: Tool, tmp_path: 
     assert found["per_class"][2]["recall"] == pytest.approx(100 * found["confusion"][2][2] / 6)
     spent = [point["mean_timesteps"] for point in found["early_exit"]]
     assert spent == sorted(spent)
-    assert spent[-1] <= 5
+    assert spent[-1] <= 3
     # 3 channels to 4 over 16x16 pixels, once for all timesteps, by hand: 46 of 48 rows reached.
     layers = found["operations"]["layers"]
     assert layers["stem.conv"]["multiply_accumulates"] == 46 * 46 * 3 * 4
     assert layers["stem.conv"]["accumulates"] == 0
     # Each spike of the last layer reaches each class.
-    spikes = found["firing_rate"]["blocks.0.neuron"] * 5 * 8 * 8 * 8
+    spikes = found["firing_rate"]["blocks.0.neuron"] * 3 * 8 * 8 * 8
     assert layers["fc"]["accumulates"] == pytest.approx(4 * spikes)
     nothing, everything = found["dropped_timesteps"]
     assert nothing["share"] == 0
-    assert nothing["per_timestep_top1"] == found["per_timestep_top1"]
+    assert nothing["per_timestep_top1"] == found["per_timestep_top1"][:3]
     assert everything["top1"] in [pytest.approx(100 * n / NUM_SAMPLES) for n in tiny.VAL_SIZES]
-    assert "multiply-accumulates a sample at T = 5" in out
+    assert "multiply-accumulates a sample at T = 3" in out
+    said = f"top-1 {found['top1']:.2f} %, top-5 100.00 %, loss {found['loss']:.4f} at T = 3, as is"
+    assert said in out
+    assert said in evaluation_page.html_page(found)
+    assert panel(evaluation_page._early_exit, found).get_lines()[1].get_xdata()[-1] == 3
 
 
 def test_report(run: Path, evaluate: Tool, tmp_path: Path) -> None:

@@ -72,12 +72,6 @@ def passes_of(model: SpikingNetwork, world: World) -> OneBatch:
     return OneBatch(model, config, index, world, lambda: None, batch, "fp64")
 
 
-def suite(model: SpikingNetwork, world: World, timesteps: list[int]) -> dict[str, Any]:
-    return run_suite(
-        passes_of(model, world), timesteps=timesteps, drop_timesteps=[], drop_events=[], seed=0
-    )
-
-
 ABOUT = {
     "checkpoint": "x",
     "model": "m",
@@ -91,8 +85,11 @@ ABOUT = {
 
 def test_what_is_not_causal_is_evaluated_at_each_t_by_itself(alone: World) -> None:
     model = small({"kind": "ahead"})
-    found = suite(model, alone, [1, 2, 4])
-    images, labels = passes_of(model, alone).batch.images, torch.arange(24) % 4
+    passes = passes_of(model, alone)
+    found = run_suite(
+        passes, timesteps=[1, 2, 4], headline=2, drop_timesteps=[], drop_events=[], seed=0
+    )
+    images, labels = passes.batch.images, torch.arange(24) % 4
     losses = []
     with torch.no_grad():
         for t in (1, 2, 4):
@@ -105,7 +102,7 @@ def test_what_is_not_causal_is_evaluated_at_each_t_by_itself(alone: World) -> No
     # One pass at the largest T would have said something else.
     other = torch.nn.functional.cross_entropy(first_two, labels).item()
     assert abs(other - losses[1]) > 1e-3
-    assert (found["timesteps"], found["loss"]) == (4, got[3])
+    assert (found["timesteps"], found["loss"]) == (2, got[1])
     assert found["early_exit"] is None
     about = ABOUT | {"reported_timesteps": [1, 2, 4]}
     for text in (as_text(about | found), html_page(about | found)):

@@ -117,7 +117,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--timesteps",
         type=timesteps_list,
         metavar="1,2,4-8",
-        help="numbers of timesteps to report, also beyond that of the training (default: 1 to it)",
+        help="report top-1, top-5 and loss at these T, also beyond that of the training (default: "
+        "1 to it); all else is at the T of training, or at the last of these if it is not there",
     )
     parser.add_argument(
         "--exit-within",
@@ -223,8 +224,10 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         index = compared.index
         wanted = world.run_on_all(lambda: wanted_timesteps(options, config, description.timesteps))
         world.run_on_all(lambda: check_options(options, wanted, index))
+        trained = description.timesteps
+        headline = trained if trained in wanted else wanted[-1]
         model = world.run_on_all(lambda: make_model(config, index))
-        real = world.run_on_all(lambda: real_labels(options, config, model, index, wanted, world))
+        real = world.run_on_all(lambda: real_labels(options, config, model, index, headline, world))
         choose_algorithms(config.precision)
         if config.execution == "fused":
             world.run_on_all(lambda: choose_passes(world))
@@ -238,16 +241,17 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         exit_choice = None
         if options.exit_within is not None:
             held = held_out_samples(config, description, model, world)
-            exit_choice = choose_exit(passes(held), wanted[-1], options.exit_within)
+            exit_choice = choose_exit(passes(held), headline, options.exit_within)
         if corrupted:
-            model.set_timesteps(wanted[-1])
-            found |= {"timesteps": wanted[-1]} | run_corruptions(
+            model.set_timesteps(headline)
+            found |= {"timesteps": headline} | run_corruptions(
                 corrupted, lambda split, title: passes(opened(split)).run(title)
             )
         else:
             found |= run_suite(
                 passes(compared),
                 timesteps=wanted,
+                headline=headline,
                 unroll=options.unroll,
                 drop_timesteps=options.drop_timesteps,
                 drop_events=options.drop_events,
@@ -398,7 +402,7 @@ def real_labels(
     config: "RunConfig",
     model: "SpikingNetwork",
     index: "Index",
-    wanted: list[int],
+    timesteps: int,
     world: "World",
 ) -> "RealLabels | None":
     """The several labels of each image of the validation set, where they are asked for."""
@@ -407,7 +411,7 @@ def real_labels(
     if options.variant != "real":
         return None
     file = Path(config.data.root, REAL_FILE)
-    return RealLabels(file, index, model.num_classes, wanted[-1], world.device)
+    return RealLabels(file, index, model.num_classes, timesteps, world.device)
 
 
 def wanted_timesteps(options: argparse.Namespace, config: "RunConfig", trained: int) -> list[int]:

@@ -112,6 +112,7 @@ def run_suite(
     passes: Passes,
     *,
     timesteps: Sequence[int],
+    headline: int | None = None,
     unroll: bool = False,
     drop_timesteps: Sequence[float],
     drop_events: Sequence[float],
@@ -119,22 +120,24 @@ def run_suite(
     real: RealLabels | None = None,
     exit_choice: ExitChoice | None = None,
 ) -> dict[str, Any]:
-    """Evaluate at the largest T: as it is, and then with each share of something dropped.
+    """Evaluate at one T: as it is, and then with each share of something dropped.
 
     A causal network at rest when a sample begins shows the results at all smaller T in the same
-    pass. Another is evaluated at each of ``timesteps`` by itself: ``per_timestep_*`` have None at
-    other t, and ``early_exit`` is None, since its first logits depend on how long it runs.
+    pass, and those at larger T in one pass more. Another is evaluated at each of ``timesteps`` by
+    itself: ``per_timestep_*`` have None at other t, and ``early_exit`` is None, since its first
+    logits depend on how long it runs.
 
     The result is the same on every process.
 
     Args:
         passes: The network, the split and the processes.
-        timesteps: Every T that is asked for, rising. The model is left at the largest.
+        timesteps: Every T that is asked for, rising; only ``per_timestep_*`` are of all of them.
+        headline: The one of them that all else is of; None: the last. The model is left at it.
         unroll: Evaluate it as it is in sub-timesteps of binary spikes, see unrolling.py.
         drop_timesteps: Shares of timesteps, see `without_timesteps`.
         drop_events: Shares of events, see `without_events`; the frames must be numbers of events.
         seed: Seed of what is dropped.
-        real: Several labels of each sample, at the largest T.
+        real: Several labels of each sample, at ``headline``.
         exit_choice: A threshold of early exit, of a causal network.
 
     Returns:
@@ -148,14 +151,17 @@ def run_suite(
     model, world = passes.model, passes.world
     if drop_timesteps:
         world.run_on_all(lambda: check_takes_frames(model))
-    shows_each, most = is_causal(model), timesteps[-1]
-    alone = {} if shows_each else _each_alone(passes, timesteps[:-1])
-    model.set_timesteps(most)
+    shows_each, headline = is_causal(model), headline or timesteps[-1]
+    others = [t for t in timesteps if t != headline]
+    if shows_each:
+        others = [t for t in timesteps[-1:] if t > headline]
+    alone = _each_alone(passes, others)
+    model.set_timesteps(headline)
     compared = model.num_classes if passes.outputs is None else len(passes.outputs)
     chosen = () if exit_choice is None else (exit_choice.threshold,)
     thresholds = sorted({*THRESHOLDS, *(one for one in chosen if one is not None)})
     classes = list(passes.index.classes)
-    counts = DecisionCounts(classes, compared, most, world.device, thresholds)
+    counts = DecisionCounts(classes, compared, headline, world.device, thresholds)
 
     def count(logits: Tensor, labels: Tensor, ids: npt.NDArray[np.int64]) -> None:
         counts.add(logits, labels)
@@ -175,7 +181,7 @@ def run_suite(
     points = decisions.early_exit()
     found: dict[str, Any] = {
         **dataclasses.asdict(result),
-        **({} if shows_each else _by_timestep(alone | {most: result})),
+        **_by_timestep([result, *alone]),
         "early_exit": [p for p in points if p["threshold"] in THRESHOLDS] if shows_each else None,
         "classes": decisions.classes,
         "confusion": decisions.confusion,
@@ -188,7 +194,7 @@ def run_suite(
         "dropped_events": [],
     }
     for share in drop_timesteps:
-        change = partial(without_timesteps, share=share, timesteps=most, seed=seed)
+        change = partial(without_timesteps, share=share, timesteps=headline, seed=seed)
         with taking_frames(model):
             dropped = passes.run(f"without {share:g} of timesteps", change)
         found["dropped_timesteps"].append(_robustness(share, dropped))
@@ -210,22 +216,25 @@ def _chosen(choice: ExitChoice, result: Evaluation, points: list[dict[str, Any]]
     }
 
 
-def _each_alone(passes: Passes, timesteps: Sequence[int]) -> dict[int, Evaluation]:
+def _each_alone(passes: Passes, timesteps: Sequence[int]) -> list[Evaluation]:
     """Evaluate at each T by itself."""
-    found = {}
+    found = []
     for one in timesteps:
         passes.model.set_timesteps(one)
-        found[one] = passes.run(f"evaluate at T = {one}")
+        found.append(passes.run(f"evaluate at T = {one}"))
     return found
 
 
-def _by_timestep(found: dict[int, Evaluation]) -> dict[str, list[float | None]]:
-    """What `Evaluation` says for t = 1, 2, ..., of evaluations at some of them."""
-    steps = range(1, max(found) + 1)
-    return {
-        f"per_timestep_{key}": [getattr(found[t], key) if t in found else None for t in steps]
-        for key in ("top1", "top5", "loss")
-    }
+def _by_timestep(results: Sequence[Evaluation]) -> dict[str, list[float | None]]:
+    """Return the values at t = 1, 2, ... of the first of the results that shows each."""
+    found: dict[str, list[float | None]] = {}
+    for key in ("top1", "top5", "loss"):
+        values: list[float | None] = [None] * max(one.timesteps for one in results)
+        for one in reversed(results):
+            shown = getattr(one, f"per_timestep_{key}") or [getattr(one, key)]
+            values[one.timesteps - len(shown) : one.timesteps] = shown
+        found[f"per_timestep_{key}"] = values
+    return found
 
 
 def _robustness(share: float, result: Evaluation) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 All are made of the same dictionary, which the JSON file holds: checkpoint, model, step, split,
 trained_timesteps, reported_timesteps and seed; data_split where the data have several; subset, the
 names of the data's classes, where these are not all of the network's; variant and protocol of one
-of ImageNet's; and all that `suite.run_suite` returns.
+of ImageNet's; and all that `suite.run_suite` returns, of which ``timesteps`` is the T of all but
+``per_timestep_*``.
 """
 
 import base64
@@ -39,6 +40,7 @@ def as_text(found: EvaluationResults) -> str:
         [
             heading(found),
             _text_sweep(found),
+            f"  {headline(found)}",
             *_text_real(found),
             _text_early_exit(found),
             *_text_dropped(found),
@@ -68,6 +70,15 @@ def heading(found: EvaluationResults) -> str:
     return (
         f"{_of_network(found)}, {counted(found['samples'], 'sample')} of {found['split']}{of_split}"
         f"{_of_variant(found)}{_of_subset(found)}"
+    )
+
+
+def headline(found: EvaluationResults) -> str:
+    """Return the sentence on the accuracy at the one T that all but the table of T is of."""
+    return (
+        f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %, loss {found['loss']:.4f} at "
+        f"T = {found['timesteps']}, as is all that is not listed by T; trained at T = "
+        f"{found['trained_timesteps']}"
     )
 
 
@@ -277,9 +288,8 @@ def png_page(found: EvaluationResults) -> bytes:
         axis.set_axis_off()
     for axis, panel in zip(axes, panels, strict=False):
         panel(axis, found)
-    figure.suptitle(
-        "\n".join([heading(found), *operations_lines(found)]), fontsize=11, fontweight="bold"
-    )
+    title = "\n".join([heading(found), headline(found), *operations_lines(found)])
+    figure.suptitle(title, fontsize=11, fontweight="bold")
     if operations["assumptions"]:
         assumptions = f"Energy is an estimate: {'; '.join(operations['assumptions'])}."
         figure.supxlabel(
@@ -341,9 +351,8 @@ def _early_exit(axis: Any, found: EvaluationResults) -> None:
             color=style.RATE,
         )
     steps = range(1, found["timesteps"] + 1)
-    axis.plot(
-        steps, found["per_timestep_top1"], "--", color=style.QUIET, label="the same T for all"
-    )
+    top1 = found["per_timestep_top1"][: found["timesteps"]]
+    axis.plot(steps, top1, "--", color=style.QUIET, label="the same T for all")
     axis.set_xlabel("timesteps of a sample on average")
     style.finish(axis, "Early exit", style.ACCURACY)
 
@@ -439,9 +448,7 @@ def html_page(found: EvaluationResults) -> str:
         by_timesteps.append(_early_exit)
     parts = [
         f"<h1>{html.escape(heading(found))}</h1>",
-        f"<p><b>top-1 {found['top1']:.2f} %</b>, top-5 {found['top5']:.2f} %, loss "
-        f"{found['loss']:.4f} at T = {found['timesteps']}; trained at T = "
-        f"{found['trained_timesteps']}.</p>",
+        f"<p><b>{headline(found)}.</b></p>",
         *([f"<p>{html.escape(real_line(found))}</p>"] if "real" in found else []),
         "<h2>Accuracy by timesteps, and early exit</h2>",
         _image(found, by_timesteps, 6.5 * len(by_timesteps), 4.5),

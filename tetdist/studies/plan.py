@@ -157,7 +157,10 @@ class StudyRun:
 
     @property
     def eval_command(self) -> "Command":
-        timesteps = ",".join(map(str, self.test_timesteps))
+        # One pass at the last shows all T, and early exit is up to it, whatever T was trained.
+        causal = self.config.model.neuron.causal
+        tested = self.test_timesteps[-1:] if causal else self.test_timesteps
+        timesteps = ",".join(map(str, tested))
         file = self.folder / EVALUATION_FILE
         of = ("--checkpoint", str(self.folder), "--timesteps", timesteps, "--json", str(file))
         within = self.exit_within
