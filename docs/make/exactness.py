@@ -175,6 +175,12 @@ def heading(options: argparse.Namespace) -> str:
 
 {made(options, "plain")}
 
+**What holds.** A run that is stopped and continued on as many processes is bitwise identical (on a
+GPU with `deterministic=true`). Any number of processes sees the same samples and averages the same
+statistics, so that weights agree up to rounding in float64. In float32 and bfloat16 rounding flips
+a spike sooner or later, and from there on runs on different numbers of processes drift apart, as
+they do by any other change of rounding.
+
 Every run below is {STEPS} steps of {model["name"]} (width {model["arguments"]["width"]}, T=2,
 {CONFIG["data"]["image_size"]} pixels) with SGD and momentum, global batch {batch["global"]} in
 micro-batches of {batch["micro"]}, in real processes over gloo, evaluated at the end. Differences

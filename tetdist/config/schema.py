@@ -482,8 +482,8 @@ class SegmentsSection(Section):
 
 class BatchNormSection(Section):
     sync: bool = False
-    """Normalise over the micro-batches of all processes together, not over each one's own. The
-    result then depends on the number of processes, as it does not otherwise."""
+    """Normalise over the micro-batches of all processes together, not over each one's own. Batch
+    statistics then depend on the number of processes, as they do not otherwise."""
 
 
 class EmaSection(Section):

@@ -1,7 +1,7 @@
 """Mixup and CutMix: each sample with another one of its micro-batch.
 
 Who is mixed with whom, and how much, are functions of the position in the run (transforms.py), so
-that the result does not depend on the number of processes.
+that neither depends on the number of processes.
 """
 
 from typing import NamedTuple

@@ -133,7 +133,7 @@ def recompute_statistics(
         model: On its device, at its T; left in evaluation mode.
         config: That of its training: its data, batch and precision are read.
         index: The training split.
-        world: All processes; the result does not depend on their number.
+        world: All processes; their number changes the result by rounding alone.
         samples: How many to take at least: it is rounded up to whole global batches.
         progress: Told the samples done and those in all.
 
