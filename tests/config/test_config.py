@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -461,17 +462,39 @@ def test_recipes_of_cifar_begin_and_scale_as_the_papers_code(
     assert (config.data.mean, config.data.std) == (mean, std)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "spiking34_t4_t6"])
+@pytest.mark.parametrize(
+    ("name", "neuron", "of_kind"),
+    [
+        ("quickstart", (), []),
+        ("spiking34_t4_t6", (), []),
+        (
+            "quickstart",
+            ("model.neuron.kind=plif", "model.neuron.decay_input=false"),
+            [
+                "surrogate: sigmoid  # default of plif, in place of triangle",
+                "surrogate_width: 4.0  # default of plif, in place of 1.0",
+                "fires_at_threshold: true  # default of plif, in place of false",
+            ],
+        ),
+        ("qkformer_10_384", ("model.neuron.kind=lif", "model.neuron.decay=0.9"), []),
+    ],
+)
 def test_printed_config_is_the_same_config(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    neuron: tuple[str, ...],
+    of_kind: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert train.main(["--config", name, "--print-config", "seed=3"]) == 0
+    assert train.main(["--config", name, "--print-config", "seed=3", *neuron]) == 0
     printed = tmp_path / "printed.yaml"
-    printed.write_text(capsys.readouterr().out)
+    printed.write_text(text := capsys.readouterr().out)
     config = load(str(printed))
-    assert config == load(name, ["seed=3"])
+    assert config == load(name, ["seed=3", *neuron])
     assert config.as_dict() == read_yaml(printed)
-    assert differences(config.as_dict(), load(name).as_dict()) == ["seed is 0 and was 3"]
+    assert differences(config.as_dict(), load(name, neuron).as_dict()) == ["seed is 0 and was 3"]
+    marked = [re.sub(" +#", "  #", line.strip()) for line in text.splitlines()]
+    assert [line for line in marked if "in place of" in line] == of_kind
 
 
 def test_forms_that_people_write_are_taken() -> None:

@@ -860,6 +860,39 @@ def test_the_figure_tells_entries_and_epochs_apart(
     assert [tick for tick in axis.get_xticks() if tick != round(tick)] == []
 
 
+def test_what_sets_entries_apart_unnamed_is_at_the_head(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    from tetdist.studies.numbers import gather
+    from tetdist.studies.report import section
+
+    like_lif = {"surrogate": "triangle", "surrogate_width": 1, "fires_at_threshold": False}
+    neuron = like_lif | {"kind": "plif", "decay_input": False}
+    entries: dict[str, Any] = {
+        "base": {"overrides": {"model.neuron.kind": "lif"}},
+        "plif": {"overrides": {"model.neuron.kind": "plif"}},
+        "like": {"control": "base", "overrides": {"model.neuron": neuron}},
+        "sdt": {"control": "plif", "overrides": {"model.neuron.kind": "plif", "loss.kind": "sdt"}},
+        "section": {"control": "base", "overrides": {"loss": {"kind": "tet"}}},
+    }
+    phases = [{"epochs": 2, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.05}}]
+    overrides = {"phases": phases, "loss.lambda": 0.05}
+    study = plan.read(write({"entries": entries, "seeds": [3], "overrides": overrides}))
+    runs = plan.runs_of(study, tmp_path / "out", [])
+    for run in runs:
+        finish_by_hand(run, [50.0, 60.0, 70.0, 80.0])
+    head, _, _ = section(gather(study, runs), "link", "command").partition("* `like` against")
+    said = "Entries differ in more than the keys that they name, here with both values:"
+    of_plif = (("surrogate=sigmoid", "triangle"), ("surrogate_width=4.0", "1.0"))
+    of_plif += (("fires_at_threshold=true", "false"), ("decay_input=true", "none"))
+    keys = ", ".join(f"`model.neuron.{key}` ({other})" for key, other in of_plif)
+    listed = [
+        f"* `plif` against `base`: {keys}",
+        "* `section` against `base`: `loss.lambda=0.001` (0.05)",
+    ]
+    assert head.partition(said)[2].split("\n") == ["", "", *listed, "", ""]
+
+
 def test_a_verdict_is_as_sure_as_the_interval(call: Call, finished: tuple[Path, Path]) -> None:
     from tetdist.studies.numbers import paired_difference
 

@@ -27,6 +27,12 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 LEARNT = {"plif": ["w"], "psn": ["bias", "weight"], "masked_psn": ["bias", "weight"]}
 LEARNT |= {"sliding_psn": ["bias", "weight"], "ilif": [], "nilif": []}
+SET_BY = {
+    "plif": "model.neuron.kind=plif also sets, in place of the values of spiking_convnet's own "
+    "neuron: surrogate=sigmoid (triangle), surrogate_width=4.0 (1.0), fires_at_threshold=true "
+    "(false), decay_input=true (none)",
+    "psn": "surrogate=atan (triangle), surrogate_width=2.0 (1.0)",
+}
 each_kind = pytest.mark.parametrize(
     "kind",
     [
@@ -60,6 +66,7 @@ def test_it_learns_and_continues_to_the_bit(
     }
     outcome = farm(files["straight"])
     assert outcome.status == 0, outcome.text
+    assert SET_BY.get(kind, "") in outcome.text
     straight, stopped = tmp_path / "runs/straight", tmp_path / "runs/stopped"
     (val,) = tiny.metrics(straight, "val")
     assert val["top1"] > 50  # chance is 25 %

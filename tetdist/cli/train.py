@@ -103,7 +103,8 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     """The configuration; None where showing it was all that was asked for."""
     from tetdist.config import loading
     from tetdist.config.documentation import documented_keys
-    from tetdist.config.inheritance import annotated
+    from tetdist.config.inheritance import DEFAULT, annotated
+    from tetdist.nn.neurons import kind_of
     from tetdist.tracking.trackers import check_names
 
     if options.explain:
@@ -123,6 +124,11 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     loaded = loading.load_with_origins(options.config, options.overrides, options.imports)
     check_names(loaded.config.tracking.trackers)
     if options.print_config:
-        print(annotated(loaded.config.as_yaml(), loaded.origins), end="")
+        model = loaded.config.model
+        of_kind = {
+            f"model.neuron.{key}": f"{DEFAULT} of {kind_of(model.neuron)}, in place of {own}"
+            for key, (own, _) in model.changed_by_kind.items()
+        }
+        print(annotated(loaded.config.as_yaml(), of_kind | loaded.origins), end="")
         return None
     return loaded.config

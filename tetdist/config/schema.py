@@ -173,6 +173,28 @@ class ModelSection(Section):
             return values
         return values | {"neuron": neurons.completed(neuron, network_neuron(values))}
 
+    @property
+    def changed_by_kind(self) -> dict[str, tuple[str, str]]:
+        """Keys whose values the neuron has by its kind, which is not that of the network's own.
+
+        Each has two values: the own neuron's ("none" where it has no such key), and the present.
+        """
+        own, kind = network_neuron({"name": self.name}), type(self.neuron)
+        old, new = (
+            {
+                k: v if isinstance(v, str) else json.dumps(v)
+                for k, v in dataclasses.asdict(n).items()
+            }
+            for n in (own, self.neuron)
+        )
+        return {
+            key: (old.get(key, "none"), value)
+            for key, value in new.items()
+            if kind is not type(own)
+            and old.get(key) != value
+            and getattr(self.neuron, key) == getattr(kind(), key)
+        }
+
     def build(self, *, num_classes: int, timesteps: int) -> SpikingNetwork:
         """Make the model, initialised; see `create_model`."""
         return create_model(

@@ -29,9 +29,13 @@ from tetdist.studies.plan import (
     TEACHER_KEY,
     StudyRun,
     StudySection,
+    as_text,
 )
 from tetdist.tracking.metrics_file import strict
 from tetdist.wording import are, counted
+
+# Keys that a study sets itself, or an entry by init and teacher.
+OF_THE_RUN = ("name", "seed", "init_checkpoint", TEACHER_KEY)
 
 # --- the report -----------------------------------------------------------------------------------
 
@@ -89,6 +93,7 @@ def section(numbers: Numbers, link: str, command: str) -> str:
     """The section in Markdown; ``link`` and a suffix are the names of figure and numbers."""
     study = numbers.study
     parts = [f"## {study.title}", study.question.strip(), provenance(numbers, command)]
+    parts.append(differs_unnamed(numbers))
     if numbers.missing:
         parts.append(
             f"**Not complete**: {len(numbers.missing)} of {counted(len(numbers.runs), 'run')} "
@@ -131,6 +136,35 @@ def machine(environment: dict[str, Any]) -> str:
         *kept,
     ]
     return ", ".join(parts)
+
+
+def differs_unnamed(numbers: Numbers) -> str:
+    """List the keys that differ between entries though neither names them; empty without any.
+
+    Each entry is compared with its control, or, where it has none, with the first entry. A key that
+    the other has no use for is listed if its value comes with a kind of neuron.
+    """
+    configs = {run.entry: run.config for run in numbers.runs}
+    listed = []
+    for entry in numbers.entries:
+        other = numbers.study.entries[entry].control or numbers.entries[0]
+        named = [*OF_THE_RUN]
+        for one in (entry, other):
+            named += flatten(numbers.study.entries[one].overrides)
+        theirs = effective(configs[other])
+        of_kind = {f"model.neuron.{key}" for key in configs[entry].model.changed_by_kind}
+        keys = [
+            f"`{key}={as_text(value)}` ({as_text(theirs[key]) if key in theirs else 'none'})"
+            for key, value in effective(configs[entry]).items()
+            if (key in theirs or key in of_kind) and value != theirs.get(key)
+            if not any(f"{key}.".startswith(f"{n}.") or n.startswith(f"{key}.") for n in named)
+        ]
+        if keys:
+            listed.append(f"* `{entry}` against `{other}`: {', '.join(keys)}")
+    if not listed:
+        return ""
+    lines = "\n".join(listed)
+    return f"Entries differ in more than the keys that they name, here with both values:\n\n{lines}"
 
 
 def verdict(numbers: Numbers, entry: str) -> str:
@@ -276,9 +310,8 @@ def what_differs(numbers: Numbers) -> str:
                     for key, value in flat[entry].items()
                     if key in is_set or not key.startswith(f"phases.{i}.")
                 }
-    of_the_run = ("name", "seed", "init_checkpoint", TEACHER_KEY)
     keys = [
-        key for key in dict.fromkeys(k for e in entries for k in flat[e]) if key not in of_the_run
+        key for key in dict.fromkeys(k for e in entries for k in flat[e]) if key not in OF_THE_RUN
     ]
     differing = [key for key in keys if len({str(flat[entry].get(key)) for entry in entries}) > 1]
     sections = [numbers.study.entries[entry] for entry in entries]

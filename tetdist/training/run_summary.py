@@ -15,6 +15,7 @@ from tetdist.config.schema import RunConfig
 from tetdist.data.index import Index
 from tetdist.distributed.signals import StopRequest
 from tetdist.errors import Stopped, typed
+from tetdist.nn.neurons import kind_of
 from tetdist.reports.tables import markdown
 from tetdist.storage import checkpoint
 from tetdist.tracking import environment
@@ -150,6 +151,13 @@ class RunSummary:
             f"{last_step:,}",
             config.run_dir,
         )
+        if changed := config.model.changed_by_kind:
+            logger.info(
+                "model.neuron.kind=%s also sets, in place of the values of %s's own neuron: %s",
+                kind_of(config.model.neuron),
+                config.model.name,
+                ", ".join(f"{key}={new} ({old})" for key, (old, new) in changed.items()),
+            )
         for number, phase in enumerate(config.phases):
             optimizer = phase.optimizer
             if optimizer.lr_per is not None or optimizer.layer_decay is not None:
