@@ -211,6 +211,7 @@ def test_mistakes_end_in_a_sentence(image_root, call, spoil, options, words):
 def test_a_check_names_problems_and_notes_and_says_which_by_its_status(image_root, tmp_path, call):
     root = image_root()
     report = tmp_path / "report.json"
+    report.symlink_to("target.json")
     options = ["--workers", 1, "--json", report]
     assert call("images.py", "index", root, "--workers", 1)[0] == 0
     status, output = call("images.py", "check", root, *options)
@@ -237,6 +238,7 @@ def test_a_check_names_problems_and_notes_and_says_which_by_its_status(image_roo
     assert {row["kind"] for row in json.loads(report.read_text())} == {
         *("misnamed", "duplicate", "overlap", "bad", "index")
     }
+    assert report.is_symlink()
     assert [file.name for file in (root / "index").iterdir()] == ["val.npz"]
 
 

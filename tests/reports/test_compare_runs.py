@@ -247,7 +247,7 @@ def test_mistakes_end_in_one_sentence(run_tool: Tool, tmp_path: Path) -> None:
 
     assert f"error: {empty} is no run folder: there is no metrics.jsonl in it" in mistaken(a, empty)
     assert f"there is no {tmp_path}/none; give a run folder" in mistaken(tmp_path / "none", a)
-    assert "--json: cannot write" in mistaken(a, b, "--json", tmp_path / "none" / "result.json")
+    assert "result.json cannot be written" in mistaken(a, b, "--json", empty / "none/result.json")
     (b / "config.yaml").write_text("a: [")
     assert f"{b}/config.yaml is damaged" in mistaken(a, b)
     (b / "metrics.jsonl").write_text("{\n" + json.dumps(train_line(1)) + "\n")

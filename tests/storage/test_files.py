@@ -1,7 +1,9 @@
 """Files and folders are written whole or not at all, and nothing is left beside them."""
 
+import contextlib
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,45 @@ def test_a_folder_appears_with_all_that_is_in_it(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="not empty"), files.made_aside(folder) as aside:
         aside.mkdir()
     assert names(tmp_path) == ["b"]
+
+
+def test_links_are_followed_and_what_is_no_file_is_written_through(tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    target, link, pipe = folder / "a.json", tmp_path / "link.json", tmp_path / "pipe.json"
+    link.symlink_to(target)
+    for values in ([1], [2]):  # the target is missing, then there
+        files.check_writable("--json", link)
+        files.write_json(link, values)
+        assert json.loads(target.read_text()) == values
+    assert link.is_symlink()
+    assert names(folder) == ["a.json"]
+
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        files.check_writable("--json", pipe)
+        files.write_json(pipe, [3])
+        assert json.loads(os.read(reader, 100)) == [3]
+    finally:
+        os.close(reader)
+    with pytest.raises(OSError, match="a pipe or a device"), files.made_aside(pipe):
+        pass
+    assert pipe.is_fifo()
+
+    full = tmp_path / "full.json"
+    with contextlib.suppress(PermissionError):  # for root only
+        os.mknod(full, stat.S_IFCHR | 0o600, os.makedev(1, 7))
+        with pytest.raises(UserError, match="No space left"), files.explaining(full):
+            files.write_json(full, [4])
+        assert full.is_char_device()
+        full.unlink()
+
+    itself = tmp_path / "itself.json"
+    itself.symlink_to(itself)
+    for path in (itself, folder, tmp_path / "none" / "a.json"):
+        with pytest.raises(UserError, match="--json: cannot write"):
+            files.check_writable("--json", path)
+    with pytest.raises(OSError, match="symbolic links"):
+        files.write_json(itself, [5])
+    assert names(tmp_path) == ["elsewhere", "itself.json", "link.json", "pipe.json"]

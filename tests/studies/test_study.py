@@ -914,6 +914,7 @@ def test_a_section_replaces_its_earlier_self_only(
 ) -> None:
     file, output = finished
     results = tmp_path / "results.md"
+    results.symlink_to("target.md")
     results.write_text("# Results\n\nBy hand.\n")
     arguments = (file, "--output", output, "--report-only", "--append-to", results)
     assert call(*arguments)[0] == 0
@@ -928,6 +929,7 @@ def test_a_section_replaces_its_earlier_self_only(
     results.write_text(once.replace("<!-- end of study study -->\n", ""))
     status, _, errors = call(*arguments)
     assert (status, "has no end" in errors) == (2, True)
+    assert results.is_symlink()
 
 
 def test_a_folder_of_another_study_is_left_alone(

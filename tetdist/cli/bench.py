@@ -15,7 +15,7 @@ from pathlib import Path
 from tetdist.cli.common import answer, program
 from tetdist.config.flags import positive
 from tetdist.errors import UserError
-from tetdist.storage.files import write_json
+from tetdist.storage.files import check_writable, explaining, write_json
 
 
 def numbers(text: str) -> list[int]:
@@ -112,6 +112,8 @@ def measure(options: argparse.Namespace) -> None:
     from tetdist.benchmarks import bench, data, scaling
     from tetdist.distributed.devices import choose_device
 
+    if options.json:
+        check_writable("--json", options.json)
     if (problem := problem_of(options)) is not None:
         raise UserError(problem)
     options.device = choose_device(options.device, local_rank=0).type
@@ -133,7 +135,8 @@ def measure(options: argparse.Namespace) -> None:
     print(text)
     if options.json:
         result["machine"] = bench.machine(options.device)
-        write_json(options.json, result)
+        with explaining(options.json):
+            write_json(options.json, result)
 
 
 def problem_of(options: argparse.Namespace) -> str | None:
@@ -142,8 +145,6 @@ def problem_of(options: argparse.Namespace) -> str | None:
 
     from tetdist import models
 
-    if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
-        return f"--json: {options.json} is no file that can be written"
     if options.command == "data":
         return None
     known = models.names()

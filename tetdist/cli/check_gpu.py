@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from tetdist.cli.common import answer, fail, program
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError
-from tetdist.storage.files import explaining, write_json
+from tetdist.storage.files import check_writable, explaining, write_json
 
 if TYPE_CHECKING:
     from tetdist.device_check.check import Report
@@ -151,8 +151,7 @@ def _is_first() -> bool:
 def _keep(options: argparse.Namespace, report: "Report") -> None:
     """Write what has been found so far, on rank 0."""
     if options.json and _is_first():
-        if options.json.is_dir() or not options.json.absolute().parent.is_dir():
-            raise UserError(f"--json: {options.json} is no file that can be written")
+        check_writable("--json", options.json)
         with explaining(options.json):
             write_json(options.json, report.as_dict())
 

@@ -11,7 +11,6 @@ deepspeed launcher or torchrun.
 import argparse
 import dataclasses
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -477,8 +476,8 @@ def check_options(options: argparse.Namespace, wanted: list[int], index: "Index"
     if options.report:
         style.new_figure(1, 1)  # says if matplotlib is missing
     for flag, file in (("--json", options.json), ("--report", options.report)):
-        if file and not os.access(file.parent, os.W_OK):
-            raise UserError(f"{flag}: cannot write {file}: {file.parent} is no folder to write to")
+        if file:
+            files.check_writable(flag, file)
 
 
 def show(found: dict[str, Any], options: argparse.Namespace) -> None:
@@ -487,12 +486,11 @@ def show(found: dict[str, Any], options: argparse.Namespace) -> None:
 
     print(corruptions_as_text(found) if "corruptions" in found else as_text(found))
     if options.json:
-        write_json(options.json, found)
+        with files.explaining(options.json):
+            files.write_json(options.json, found)
     if options.report:
-        try:
+        with files.explaining(options.report):
             write_page(found, options.report)
-        except OSError as error:
-            raise UserError(f"--report: cannot write {options.report}: {error.strerror}") from error
 
 
 def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunConfig":
@@ -561,10 +559,3 @@ def with_classes_of_model(
         )
     labels = np.array([trained.index(name) for name in present], np.int32)[index.labels]
     return dataclasses.replace(index, classes=tuple(trained), labels=labels)
-
-
-def write_json(path: Path, found: dict[str, Any]) -> None:
-    try:
-        files.write_json(path, found)
-    except OSError as error:
-        raise UserError(f"--json: cannot write {path}: {error.strerror}") from error

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tetdist.cli.common import MISTAKES, answer, program
 from tetdist.config.flags import MOST_THREADS
 from tetdist.errors import UserError, typed
+from tetdist.storage.files import check_writable, explaining, write_json
 from tetdist.wording import are, counted
 
 if TYPE_CHECKING:
@@ -285,6 +285,8 @@ def _check(args: argparse.Namespace) -> int:
 
     out = args.out or args.root / "index"
     _check_writable(out, "--out")
+    if args.json:
+        check_writable("--json", args.json)
     examined: dict[str, tuple[Listing, list[Examined | str]]] = {}
     findings: list[Finding] = []
     journals = []
@@ -323,8 +325,8 @@ def _print_findings(findings: "list[Finding]", file: Path | None) -> None:
             where = f"see {file}" if file else "--json FILE writes all"
             print(f"{name}: {count - _PRINTED_FINDINGS} more; {where}")
     if file:
-        rows = [finding._asdict() for finding in findings]
-        file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        with explaining(file):
+            write_json(file, [finding._asdict() for finding in findings])
 
 
 def _shard(args: argparse.Namespace) -> int:

@@ -282,8 +282,8 @@ def require_plots() -> None:
 
 def plot(paths: list[Path], out: Path, beside: str | None = None) -> None:
     """Draw the curves of runs, and the published one of that name beside them."""
-    from tetdist.errors import UserError
     from tetdist.reports import reference, runs_table
+    from tetdist.storage.files import explaining
 
     records = read_records(paths)
     published = None
@@ -294,10 +294,8 @@ def plot(paths: list[Path], out: Path, beside: str | None = None) -> None:
         evaluated = [line["epoch"] for record in records for line in record.of_kind("val")]
         # No further than the runs are: the rest would press them into the first corner.
         published = (f"{beside} (published)", *reference.curve(found, max(evaluated, default=1.0)))
-    try:
+    with explaining(out):
         runs_table.plot(records, out, published)
-    except OSError as error:
-        raise UserError(f"--plot: cannot write {out}: {error.strerror}") from error
 
 
 def read_records(paths: list[Path]) -> "list[RunRecord]":
@@ -596,13 +594,10 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    from tetdist.errors import UserError
-    from tetdist.storage.files import write_text
+    from tetdist.storage.files import explaining, write_text
     from tetdist.tracking.metrics_file import strict
 
     # YAML knows dates, JSON does not.
     text = json.dumps(strict(values), indent=1, allow_nan=False, default=str)
-    try:
+    with explaining(path):
         write_text(path, text + "\n")
-    except OSError as error:
-        raise UserError(f"--json: cannot write {path}: {error.strerror}") from error

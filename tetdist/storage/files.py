@@ -1,5 +1,8 @@
 """Write files and folders whole or not at all, whatever kills the process meanwhile; read them only
-where they are files."""
+where they are files.
+
+Writing follows links. A pipe or a device is written through, since a file must not replace it.
+"""
 
 import contextlib
 import errno
@@ -22,7 +25,8 @@ _ASIDE = re.compile(r"\..+\.\d+\.tmp")
 def made_aside(path: Path, *, sync: bool = True, ending: str = "") -> Iterator[Path]:
     """Give a hidden path beside `path`; the file or folder made there takes the place of `path`.
 
-    After an error nothing is left of it, and `path` is what it was before.
+    Where `path` is a link, its target is replaced. After an error nothing is left of it, and `path`
+    is what it was before.
 
     Args:
         path: Lies in a folder that exists; a folder of this name must be empty.
@@ -30,8 +34,12 @@ def made_aside(path: Path, *, sync: bool = True, ending: str = "") -> Iterator[P
         ending: End of the hidden name, for libraries that go by it.
 
     Raises:
-        OSError: Writing fails, as on a full disk.
+        OSError: Writing fails, as on a full disk, or `path` is a pipe or a device.
     """
+    if _is_pipe_or_device(path):
+        raise OSError(errno.EINVAL, "It is a pipe or a device", str(path))
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp{ending}")
     remove(aside)  # A killed process may have had the same number.
     try:
@@ -48,7 +56,11 @@ def made_aside(path: Path, *, sync: bool = True, ending: str = "") -> Iterator[P
 
 @contextlib.contextmanager
 def replacing(file: Path, sync: bool = True) -> Iterator[BinaryIO]:
-    """Give a stream whose contents take the place of `file`; see `made_aside`."""
+    """Give a stream whose contents take the place of `file`, or go through a pipe or a device."""
+    if _is_pipe_or_device(file):
+        with file.open("wb") as stream:
+            yield stream
+        return
     with made_aside(file, sync=sync) as aside, aside.open("wb") as stream:
         yield stream
 
@@ -92,6 +104,40 @@ def open_file(path: Path) -> BinaryIO:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "It is a pipe, a device or a folder, not a file", str(path))
     return os.fdopen(descriptor, "rb")
+
+
+def _is_pipe_or_device(path: Path) -> bool:
+    """Return whether a path leads to something that is there and neither a file nor a folder.
+
+    Raises:
+        OSError: The path is a link to itself, or cannot be looked at.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def check_writable(flag: str, file: Path) -> None:
+    """Refuse an output file that cannot be written, before the work that it is to hold.
+
+    Raises:
+        UserError: It is a folder, or the user may not write there.
+    """
+    try:
+        if _is_pipe_or_device(file):
+            writable = os.access(file, os.W_OK)
+        else:
+            target = Path(os.path.realpath(file))
+            folder = target.parent
+            writable = folder.is_dir() and os.access(folder, os.W_OK) and not target.is_dir()
+    except OSError:
+        writable = False
+    if not writable:
+        raise UserError(
+            f"{flag}: cannot write {file}: name a file in a folder that you can write to"
+        )
 
 
 def remove(path: Path) -> None:

@@ -57,7 +57,7 @@ def write(study: StudySection, name: str, runs: list[StudyRun], file: Path, comm
         )
     folder = file.with_suffix("")
     text = replaced(
-        file.read_text() if file.exists() else "",
+        file.read_text() if file.is_file() else "",
         name,
         section(numbers, f"{folder.name}/{name}", command),
         file,

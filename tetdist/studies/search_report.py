@@ -27,7 +27,7 @@ def write(search: Search, standing: Standing, name: str, file: Path, command: st
     folder = file.with_suffix("")
     link = f"{folder.name}/{name}"
     whole = section(search, standing, link, command)
-    text = replaced(file.read_text() if file.exists() else "", name, whole, file)
+    text = replaced(file.read_text() if file.is_file() else "", name, whole, file)
     folder.mkdir(parents=True, exist_ok=True)
     style.save(draw(search, standing), folder / f"{name}.png")
     values = json.dumps(strict(as_dict(search, standing)), indent=1, allow_nan=False)
