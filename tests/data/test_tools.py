@@ -277,6 +277,38 @@ def test_images_go_from_folders_to_shards_and_back(image_root, tmp_path, call):
     assert not (tmp_path / "again").exists()
 
 
+def test_nothing_is_written_into_the_source(image_root, tmp_path, call):
+    root, shards = image_root(), tmp_path / "shards"
+    assert call("images.py", "index", root, "--workers", 1)[0] == 0
+    (tmp_path / "link").symlink_to(root / "val")
+    packed = call("images.py", "shard", root, root / "packed", "--workers", 1)
+    assert packed[0] == 0, packed[1]
+    (root / "packed").rename(shards)
+
+    def everything():
+        return sorted(tmp_path.rglob("*"))
+
+    before = everything()
+    for command, source, dest in [
+        ("shard", root, root),
+        ("shard", root, root / "train"),
+        ("shard", root, root / "train" / "ant" / "new"),
+        ("shard", root, tmp_path / "link"),
+        ("shard", root, root / "index"),
+        ("extract", shards, shards),
+        ("extract", shards, shards / "val"),
+    ]:
+        # Another split than the one that is written counts, too.
+        status, output = call("images.py", command, source, dest, "--splits", "train")
+        assert (status, "a folder of the source" in output) == (2, True), (dest, output)
+        assert everything() == before
+    # The index that is read must not become that of the shards.
+    (root / "index").rename(tmp_path / "index")
+    arguments = (root, tmp_path, "--index", tmp_path / "index")
+    status, output = call("images.py", "shard", *arguments)
+    assert (status, "a folder of the source" in output) == (2, True), output
+
+
 def test_samples_without_a_label_are_left_out_only_if_asked(image_root, tmp_path, call):
     image = (image_root() / "train" / "ant" / "ant0.jpg").read_bytes()
     members = {"a.jpg": image, "a.cls": b"0", "b.jpg": image, "b.cls": b"2", "c.jpg": image}

@@ -560,6 +560,9 @@ def test_what_exists_is_not_replaced(tool: Tool, tmp_path: Path, kind: str) -> N
     assert status == 2
     assert f"{output.name} exists" in err
     assert output.read_text() == "precious"
+    (tmp_path / checkpoint.MANIFEST_FILE).write_text("{}")
+    status, _, err = tool(file, "--format", kind, "--output", tmp_path / f"new.{kind}")
+    assert (status, "is a checkpoint; choose another folder" in err) == (2, True)
 
 
 def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from tetdist.cli.common import answer, program
+from tetdist.cli.common import answer, check_new_weights, program
 from tetdist.config.flags import add_import
 
 if TYPE_CHECKING:
@@ -140,6 +140,8 @@ def export(options: argparse.Namespace) -> None:
     from tetdist.exchange.trained import load
     from tetdist.plugins import import_files
 
+    if options.output is not None:
+        check_new_weights(options.output)
     import_files(options.imports)
     which = "best" if options.best else "last"
     trained = load(options.checkpoint, which, options.timesteps, ema=options.ema)

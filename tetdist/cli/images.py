@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import os
 import sys
 from collections import Counter
@@ -334,10 +335,14 @@ def _shard(args: argparse.Namespace) -> int:
     from tetdist.data.shards import shard_split
 
     _check_writable(args.dest, "DEST")
-    splits = args.splits or _indexed_splits(args.index or args.root / "index")
-    files = [index_file(args.index or args.root / "index", split) for split in splits]
-    for file in files:
-        check_fresh(load_index(file), args.root, file)
+    folder = args.index or args.root / "index"
+    splits = args.splits or _indexed_splits(folder)
+    files = [index_file(folder, split) for split in splits]
+    indexes = [load_index(file) for file in files]
+    archives = [archive for index in indexes for archive in index.archives]
+    _check_apart(args, splits, archives, folder)
+    for index, file in zip(indexes, files, strict=True):
+        check_fresh(index, args.root, file)
     for split, file in zip(splits, files, strict=True):
         with _progress(split, "shard") as progress:
             index = shard_split(
@@ -353,6 +358,31 @@ def _shard(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_apart(
+    args: argparse.Namespace, splits: list[str], archives: list[str], index_dir: Path
+) -> None:
+    """Refuse a DEST that lies in a folder of the source, where its files would pass for samples.
+
+    Args:
+        args: ROOT and DEST.
+        splits: The splits that are read, and written.
+        archives: The tar files that are read, relative to ROOT.
+        index_dir: Folder of the source's indexes.
+
+    Raises:
+        UserError: It does.
+    """
+    held = {"train", "val", *splits, *(file.rpartition("/")[0] for file in archives)} - {""}
+    sources = [*(args.root / name for name in sorted(held)), index_dir]
+    for name, source in itertools.product((*splits, "index"), sources):
+        output = args.dest / name
+        if output.resolve().is_relative_to(source.resolve()):
+            raise UserError(
+                f"DEST: {output} would be written into {source}, a folder of the source; name a"
+                f" folder outside of {args.root}"
+            )
+
+
 def _indexed_splits(folder: Path) -> list[str]:
     """Train and val, or all that there are indexes of where none is of a training set."""
     indexed = sorted(file.stem for file in folder.glob("*.npz"))
@@ -364,6 +394,9 @@ def _extract(args: argparse.Namespace) -> int:
 
     _check_writable(args.dest, "DEST")
     listings = _list(args)
+    archives = [archive for listing in listings for archive in listing.archives]
+    splits = [listing.split for listing in listings]
+    _check_apart(args, splits, archives, args.root / "index")
     bad = [file for listing in listings for file in listing.bad]
     _report_bad(bad, len(bad) + sum(len(listing.labels) for listing in listings))
     if bad and not args.skip_bad:
