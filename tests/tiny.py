@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 from PIL import Image
 
@@ -206,6 +209,43 @@ def side_by_side(processes: int, command: list[str], cwd: Path) -> list[tuple[in
         ]
         outputs = [process.communicate(timeout=90)[0] for process in running]
         return [(p.returncode, text) for p, text in zip(running, outputs, strict=True)]
+
+
+@contextmanager
+def mlflow_server(database: Path, port: int, password: str | None = None) -> Iterator[None]:
+    """MLflow's server in this process; with a password it serves the user "me" alone.
+
+    Args:
+        database: The server's SQLite file, made if it is missing.
+        port: The port at 127.0.0.1.
+        password: The password.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("_MLFLOW_SERVER_FILE_STORE", f"sqlite:///{database}")
+        patch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", str(database.with_name("artifacts")))
+        from mlflow import server
+        from werkzeug.serving import make_server
+
+        # Those of an earlier server, of another database.
+        patch.setattr(server.handlers, "_tracking_store", None)
+        patch.setattr(server.handlers, "_model_registry_store", None)
+        known = password and b64encode(f"me:{password}".encode()).decode()
+
+        def guarded(request: dict[str, Any], start: Any) -> Any:
+            if known and request.get("HTTP_AUTHORIZATION") != f"Basic {known}":
+                start("401 Unauthorized", [])
+                return [b"who is there?"]
+            return server.app(request, start)
+
+        serving = make_server("127.0.0.1", port, guarded, threaded=True)
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        try:
+            yield
+        finally:
+            serving.shutdown()
+            thread.join()
+            serving.server_close()
 
 
 def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:

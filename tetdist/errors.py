@@ -1,6 +1,11 @@
-"""Mistakes as sentences: the exceptions that commands turn into one, and the ways out it names."""
+"""Mistakes as sentences: the exceptions that commands turn into one, and the ways out it names.
+
+No sentence, and no file that a command writes, holds a password of an address; see
+`without_passwords`.
+"""
 
 import errno
+import re
 import shlex
 from pathlib import Path
 
@@ -17,6 +22,12 @@ _EXTRAS = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
 }
+_PASSWORDS = re.compile(
+    # A server's user goes, too. What follows a colon and begins with a digit may be a port.
+    r"\b(https?://)(?:[^\s/?#]*|[^\s/?#:]*:(?!\d)\S*)@"
+    r"|\b((?!https?:)[\w+]+://[^\s:/]*):\S*(?=@)"
+    r"|([?&]password=)[^\s&#'\"]*"
+)
 _CHECKOUT = Path(__file__).resolve().parents[1]
 # The scripts of a checkout that people type, by the command that they are.
 _SCRIPTS = {"train": "tetdist/train.py", "slurm": "launch/slurm.py"}
@@ -51,7 +62,12 @@ def sentence(error: Exception) -> str:
         package = error.name.partition(".")[0]
         extra = _EXTRAS.get(package, "train")
         return f"the package {package} is not installed; pip install 'tetdist[{extra}]'"
-    return str(error)
+    return without_passwords(str(error))
+
+
+def without_passwords(text: str) -> str:
+    """Remove passwords from the addresses in a text, of http servers also the user."""
+    return _PASSWORDS.sub(lambda found: found[1] or found[2] or found[3], text)
 
 
 def script_of(command: str) -> Path | None:
@@ -66,7 +82,8 @@ def typed(command: str, *arguments: object) -> str:
     """What a person types to start a command: a script of the checkout, or ``tetdist COMMAND``."""
     script = script_of(command)
     program = f"python {script.relative_to(_CHECKOUT)}" if script else f"tetdist {command}"
-    return " ".join([program, *(shlex.quote(str(argument)) for argument in arguments)])
+    shown = (shlex.quote(without_passwords(str(argument))) for argument in arguments)
+    return " ".join([program, *shown])
 
 
 def way_out(error: BaseException) -> str:

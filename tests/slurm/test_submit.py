@@ -21,7 +21,8 @@ def test_job_runs_in_another_folder_and_again_and_again(
     monkeypatch.chdir(tmp_path)
     places = {"data.root": "data", "data.index": "where/index", "runs_dir": "out"}
     cluster = {"cluster.gpus_per_node": 2}
-    config = loading.load(str(tiny_config(places | cluster | {"resume": "never"})))
+    given = {"tracking.uri": "http://me:secret@host", "resume": "never"}
+    config = loading.load(str(tiny_config(places | cluster | given)))
     job = submit.absolute(config)
     assert job.data.root == str(tmp_path / "data")
     assert job.data.index == str(tmp_path / "where/index")
@@ -30,6 +31,7 @@ def test_job_runs_in_another_folder_and_again_and_again(
     assert job.resume == "auto"
     # What is left of the cluster's facts is in the submission.
     assert job.as_dict()["cluster"] == {}
+    assert "uri: http://host\n" in job.as_yaml()
 
 
 def test_whoever_is_waited_for_is_finished_or_queued(tmp_path: Path) -> None:

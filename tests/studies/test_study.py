@@ -916,8 +916,10 @@ def test_a_section_replaces_its_earlier_self_only(
     results = tmp_path / "results.md"
     results.symlink_to("target.md")
     results.write_text("# Results\n\nBy hand.\n")
-    arguments = (file, "--output", output, "--report-only", "--append-to", results)
+    given = "tracking.uri=http://me:secret@host"
+    arguments = (file, given, "--output", output, "--report-only", "--append-to", results)
     assert call(*arguments)[0] == 0
+    assert "secret" not in results.read_text() + (tmp_path / "results" / "study.json").read_text()
     once = results.read_text()
     assert once.startswith("# Results\n\nBy hand.\n\n<!-- study study -->\n## A tiny study\n")
     assert "(results/study.png)" in once

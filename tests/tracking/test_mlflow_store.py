@@ -1,8 +1,10 @@
 """A place that MLflow can never use is refused before the run begins, with a way out that works."""
 
 import os
+import secrets
 import shutil
 import sqlite3
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import pytest
 import tiny
 from tiny import Farm, Outcome
 
-from tetdist.errors import UserError
-from tetdist.tracking.mlflow_store import check_store
+from tetdist.errors import UserError, without_passwords
+from tetdist.tracking import mlflow_store
+from tetdist.tracking.mlflow_store import check_store, hand_over
 from tetdist.training.run_summary import show_checkpoints
 
 ConfigWriter = Callable[..., Path]
@@ -117,6 +120,75 @@ def test_the_run_is_refused_and_the_way_out_works(
     with sqlite3.connect(database) as store:
         ((points,),) = store.execute("select count(*) from metrics where key = 'train/loss'")
     assert points == 2
+
+
+def test_a_password_is_used_and_kept_nowhere(
+    main: Callable[..., Outcome],
+    tiny_config: ConfigWriter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # One that is not in the diff of this file, which environment.json has.
+    secret, port = secrets.token_hex(8), tiny.free_port()
+    address = f"127.0.0.1:{port}"
+    tracking = {"mlflow": True, "trackers": ["tensorboard", "wandb"], "log_checkpoint": "last"}
+    file = tiny_config({"tracking": tracking, "max_steps": 1})
+    given = f"tracking.uri=http://me:{secret}@{address}"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(file), given])
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb"))
+    mlflow_store._warn_of_password.cache_clear()  # of an earlier test
+    database = tmp_path / "store" / "mlflow.db"
+    database.parent.mkdir()
+    with tiny.mlflow_server(database, port, secret):
+        done = main(file, given)
+    assert done.status == 0, done.text
+    assert done.text.count("tracking.uri holds a password") == 1
+    assert "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in done.text
+    assert f"  look      http://{address}\n" in done.text
+    with sqlite3.connect(database) as store:
+        assert store.execute("select key from metrics where key = 'train/loss'").fetchall()
+        kept = store.execute("select value from params where key = 'tracking.uri'").fetchall()
+    assert kept == [(f"http://{address}",)]
+    run = tmp_path / "runs" / "tiny"
+    assert f"uri: http://{address}\n" in (run / "config.yaml").read_text()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {".json", ".safetensors", ".wandb"} <= {path.suffix for path in files}
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+    refused = main(file, "tracking.mlflow=7", given)
+    assert refused.status == 2
+    assert secret not in done.text + refused.text + main(file, given, given).text
+
+
+def test_a_job_gets_a_servers_password_by_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+    for name in variables:
+        monkeypatch.setenv(name, "")
+    hand_over("http://host")
+    assert [os.environ[name] for name in variables] == ["", ""]
+    hand_over("http://me:a%40b@host")
+    assert [os.environ[name] for name in variables] == ["me", "a@b"]
+    with pytest.raises(UserError, match=r"the password of mysql://me@host/runs, .*~/\.pgpass"):
+        hand_over("mysql://me:secret@host/runs")
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://me:secret@host:5000/x", "http://host:5000/x"),
+        ("https://secret@host", "https://host"),
+        ("http://me:sec/ret@host", "http://host"),
+        ("http://host:5000/a@b", "http://host:5000/a@b"),
+        ("postgresql+psycopg2://me:se@c/ret@host/runs", "postgresql+psycopg2://me@host/runs"),
+        (
+            "mysql://host/runs?user=me&password=secret&x=1",
+            "mysql://host/runs?user=me&password=&x=1",
+        ),
+        ("sqlite:////data/a:b@c.db", "sqlite:////data/a:b@c.db"),
+    ],
+)
+def test_what_is_shown_of_an_address(address: str, shown: str) -> None:
+    assert without_passwords(f"see {address}, me@home") == f"see {shown}, me@home"
 
 
 def test_the_end_does_not_send_to_an_mlflow_that_has_nothing(

@@ -30,6 +30,7 @@ from pydantic_core import PydanticCustomError
 from tetdist import models
 from tetdist.config.flags import MOST_PIXELS, MOST_PREFETCHED, MOST_THREADS, MOST_TIMESTEPS
 from tetdist.config.rand_augment import EXAMPLE, rand_augment
+from tetdist.errors import without_passwords
 from tetdist.losses import LOSSES, SelfTarget, TeacherAlignment
 from tetdist.models import SpikingNetwork
 from tetdist.models.create import create_model
@@ -527,11 +528,18 @@ class SaveSection(Section):
     """At least 2: the newest could be the one that a failing disk ruined."""
 
 
+def _without_passwords(uri: str | None) -> str | None:
+    # Whatever is written of a configuration is serialised; only the process itself has the rest.
+    return None if uri is None else without_passwords(uri)
+
+
 class TrackingSection(Section):
     mlflow: bool = True
     """Whether MLflow gets the run."""
-    uri: str | None = None
-    """MLflow's tracking URI; null: the SQLite file RUNS_DIR/mlflow.db."""
+    uri: Annotated[str | None, PlainSerializer(_without_passwords)] = None
+    """MLflow's tracking URI; null: the SQLite file RUNS_DIR/mlflow.db. Give a server's user and
+    password in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD: no file keeps a password that
+    is given here, so a continued run needs it again."""
     experiment: str = "tetdist"
     """MLflow's; also the project of wandb, where WANDB_PROJECT does not name one."""
     log_checkpoint: Literal["none", "last", "best"] = "none"

@@ -28,7 +28,7 @@ from tetdist.slurm.plan import Plan
 from tetdist.slurm.speed import Network, Speed
 from tetdist.storage import checkpoint, hub
 from tetdist.tracking import mlflow_follower
-from tetdist.tracking.mlflow_store import check_store
+from tetdist.tracking.mlflow_store import check_store, hand_over
 from tetdist.tracking.trackers import check_names
 from tetdist.training.run_folder import RunFolder, is_trained
 from tetdist.training.setup import make_model, open_data
@@ -73,6 +73,7 @@ def prepare(
     check_names(config.tracking.trackers)
     if config.tracking_uri is not None:
         check_store(config.tracking_uri)
+        hand_over(config.tracking_uri)
     # Made absolute now: the job runs in another folder, and the run's own folder records the paths.
     config = _with_absolute_paths(config)
     world = World(0, cluster.processes, torch.device("cpu"), control=None)
@@ -121,7 +122,9 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
             section = section[name]
         if section[last] is not None:
             section[last] = identity.absolute_path(section[last])
-    return loading.parse(values, config.name, warn=False)
+    parsed = loading.parse(values, config.name, warn=False)
+    # The values have no password, which is needed to announce the run.
+    return parsed.model_copy(update={"tracking": config.tracking})
 
 
 def absolute(config: RunConfig) -> RunConfig:

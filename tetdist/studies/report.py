@@ -10,7 +10,7 @@ import numpy as np
 
 from tetdist.config.checks import effective
 from tetdist.config.identity import flatten
-from tetdist.errors import UserError
+from tetdist.errors import UserError, without_passwords
 from tetdist.reports import style
 from tetdist.reports.tables import markdown
 from tetdist.studies import figures, summary
@@ -65,7 +65,7 @@ def write(study: StudySection, name: str, runs: list[StudyRun], file: Path, comm
     folder.mkdir(parents=True, exist_ok=True)
     style.save(figures.draw(numbers), folder / f"{name}.png")
     values = json.dumps(strict(numbers.as_dict()), indent=1, allow_nan=False)
-    write_whole(folder / f"{name}.json", values + "\n")
+    write_whole(folder / f"{name}.json", without_passwords(values) + "\n")
     write_whole(file, summary.refreshed(text, folder, file))
 
 

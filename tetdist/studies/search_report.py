@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from tetdist.errors import without_passwords
 from tetdist.reports import style
 from tetdist.reports.tables import aligned, markdown
 from tetdist.studies.figures import colours
@@ -31,7 +32,7 @@ def write(search: Search, standing: Standing, name: str, file: Path, command: st
     folder.mkdir(parents=True, exist_ok=True)
     style.save(draw(search, standing), folder / f"{name}.png")
     values = json.dumps(strict(as_dict(search, standing)), indent=1, allow_nan=False)
-    write_whole(folder / f"{name}.json", values + "\n")
+    write_whole(folder / f"{name}.json", without_passwords(values) + "\n")
     write_whole(file, text)
 
 

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tetdist.errors import without_passwords
+
 PACKAGES = (
     "tetdist",
     "torch",
@@ -66,7 +68,7 @@ def environment() -> dict[str, Any]:
         "usable_cores": len(affinity(0)) if affinity else os.cpu_count(),
         "gpus": gpus.splitlines(),
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(map(without_passwords, sys.argv)),
         "git": git_state() or None,
         "slurm": {name: os.environ[name] for name in SLURM_VARIABLES if name in os.environ},
     }
@@ -94,7 +96,7 @@ def git_state() -> dict[str, Any]:
         "commit": _output([*git, "rev-parse", "HEAD"]).strip(),
         "dirty": bool(status),
         "status": status,
-        "diff": _output([*git, "diff", "HEAD"]),
+        "diff": without_passwords(_output([*git, "diff", "HEAD"])),
     }
 
 

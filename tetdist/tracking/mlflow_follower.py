@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
+from tetdist.errors import without_passwords
 from tetdist.storage.files import write_text
 from tetdist.tracking.environment import git_state
 from tetdist.tracking.metrics_file import points_of, read_from
@@ -147,7 +148,7 @@ class MLflowFollower:
                     logger.warning(
                         "MLflow at %s: %s. Training goes on, %s has everything, and MLflow gets it "
                         "as soon as it takes it again",
-                        shown_uri(self.uri),
+                        without_passwords(self.uri),
                         self.trouble,
                         self.path,
                     )
@@ -159,7 +160,9 @@ class MLflowFollower:
                 pause = min(2.0 ** (failures - 1), LONGEST_PAUSE)
             else:
                 if failures >= 2:
-                    logger.info("MLflow at %s is back and has everything", shown_uri(self.uri))
+                    logger.info(
+                        "MLflow at %s is back and has everything", without_passwords(self.uri)
+                    )
                 failures, self.trouble = 0, ""
                 if closing:
                     self.complete = True
@@ -265,7 +268,7 @@ class _Session:
         if run is None or run.info.lifecycle_stage != "active":
             logger.warning(
                 "MLflow at %s does not know run %s (any more): sending all of %s to a new one",
-                shown_uri(self._follower.uri),
+                without_passwords(self._follower.uri),
                 run_id,
                 self._follower.path,
             )
@@ -527,7 +530,9 @@ def announce(
             client.update_run(run_id, status=status)
     except Exception as error:
         logger.warning(
-            "MLflow at %s: %s; the run goes on without it", shown_uri(uri), first_line(error)
+            "MLflow at %s: %s; the run goes on without it",
+            without_passwords(uri),
+            first_line(error),
         )
         return None
     return run_id
@@ -535,7 +540,7 @@ def announce(
 
 def run_address(uri: str, run_id: str) -> str | None:
     """Return a run's address on a server; None for a local store, which has no server by itself."""
-    if not _is_server(uri):
+    if not is_server(uri):
         return None
     try:
         import mlflow
@@ -543,7 +548,9 @@ def run_address(uri: str, run_id: str) -> str | None:
         run = mlflow.MlflowClient(tracking_uri=uri).get_run(run_id)
     except Exception:  # announce() has said what is wrong
         return None
-    return f"{shown_uri(uri).rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
+    return (
+        f"{without_passwords(uri).rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
+    )
 
 
 def _set_mlflow_up() -> None:
@@ -589,7 +596,7 @@ def _create_run(
     else:
         # A server's own location works for all who can reach the server; a path of this machine
         # would not.
-        location = None if _is_server(uri) else artifact_root.absolute().as_uri()
+        location = None if is_server(uri) else artifact_root.absolute().as_uri()
         try:
             experiment_id = client.create_experiment(
                 experiment, artifact_location=location, tags={KIND_TAG: KIND}
@@ -644,13 +651,8 @@ def _prepare_database(path: Path) -> None:
         database.execute("PRAGMA schema_version")
 
 
-def _is_server(uri: str) -> bool:
+def is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
-
-
-def shown_uri(text: str) -> str:
-    """Hide user and password of an address."""
-    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def first_line(error: Exception) -> str:
@@ -658,7 +660,7 @@ def first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     # The reason of a refused connection is at the end of a long line, the request at its start.
     reason = re.search(r"Caused by \w+\((.*)\)\)?$", text.splitlines()[0])
-    return shown_uri((reason[1] if reason else text.splitlines()[0]).strip("\"'"))[:300]
+    return without_passwords((reason[1] if reason else text.splitlines()[0]).strip("\"'"))[:300]
 
 
 def _origin() -> dict[str, str]:
@@ -682,8 +684,8 @@ def ui_command(tracking_uri: str) -> str:
     MLflow listens on 127.0.0.1:5000 unless told otherwise, so no address is needed to keep it from
     the network.
     """
-    if _is_server(tracking_uri):
-        return shown_uri(tracking_uri)
+    if is_server(tracking_uri):
+        return without_passwords(tracking_uri)
     # In an environment that is not activated, `mlflow` alone would not be found.
     program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
-    return shlex.join([program, "ui", "--backend-store-uri", tracking_uri])
+    return shlex.join([program, "ui", "--backend-store-uri", without_passwords(tracking_uri)])

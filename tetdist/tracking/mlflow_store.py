@@ -5,13 +5,17 @@ would never take anything: an address of no kind that there is, or a damaged dat
 """
 
 import contextlib
+import functools
+import logging
 import os
 import sqlite3
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
-from tetdist.errors import UserError
-from tetdist.tracking.mlflow_follower import first_line, new_client, shown_uri
+from tetdist.errors import UserError, without_passwords
+from tetdist.tracking.mlflow_follower import first_line, is_server, new_client
+
+logger = logging.getLogger(__name__)
 
 _OTHERWISE = "or train without MLflow: tracking.mlflow=false"
 _SUGGESTED = f"give tracking.uri=http://HOST:PORT or sqlite:////FOLDER/mlflow.db, {_OTHERWISE}"
@@ -29,7 +33,9 @@ def check_store(uri: str) -> None:
         UserError: It never can; the text says what to do about it.
     """
     address = urlsplit(uri)
-    shown = shown_uri(uri)
+    shown = without_passwords(uri)
+    if shown != uri:
+        _warn_of_password(is_server(uri))
     match address.scheme.partition("+")[0]:
         case "http" | "https":
             if not address.hostname:
@@ -53,6 +59,42 @@ def check_store(uri: str) -> None:
                 ) from error
 
 
+def hand_over(uri: str) -> None:
+    """Put a server's user and password into MLflow's variables, which jobs inherit.
+
+    The configuration that is written down for a job has none.
+
+    Raises:
+        UserError: The password is a database's, for which there are no such variables.
+    """
+    if without_passwords(uri) == uri:
+        return
+    if not is_server(uri):
+        raise UserError(
+            f"tracking.uri: a job is not given the password of {without_passwords(uri)}, since no "
+            "file may hold it; keep it where the database's driver looks, such as ~/.pgpass, or "
+            f"start an `mlflow server` before the database, {_OTHERWISE}"
+        )
+    address = urlsplit(uri)
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(address.username or "")
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(address.password or "")
+
+
+@functools.cache
+def _warn_of_password(of_server: bool) -> None:
+    """Say once in a process what becomes of a password in tracking.uri."""
+    better = (
+        "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        if of_server
+        else "keep it where the database's driver looks, such as ~/.pgpass"
+    )
+    logger.warning(
+        "tracking.uri holds a password, which is used here and written nowhere: give it again "
+        "whenever the run is continued, or leave it out and %s",
+        better,
+    )
+
+
 def _check_driver(uri: str) -> None:
     from sqlalchemy import create_engine
 
@@ -60,12 +102,13 @@ def _check_driver(uri: str) -> None:
         create_engine(uri)  # does not connect yet
     except ModuleNotFoundError as error:
         raise UserError(
-            f"tracking.uri: {shown_uri(uri)} needs the package {error.name}; install it, "
+            f"tracking.uri: {without_passwords(uri)} needs the package {error.name}; install it, "
             f"{_OTHERWISE}"
         ) from error
     except Exception as error:  # SQLAlchemy raises many kinds
         raise UserError(
-            f"tracking.uri: {shown_uri(uri)} cannot be used ({first_line(error)}); {_SUGGESTED}"
+            f"tracking.uri: {without_passwords(uri)} cannot be used ({first_line(error)}); "
+            f"{_SUGGESTED}"
         ) from error
 
 

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tetdist.errors import UserError
+from tetdist.errors import UserError, without_passwords
 from tetdist.tracking.metrics_file import keep_until, strict
-from tetdist.tracking.mlflow_follower import Dataset, MLflowFollower, Status, shown_uri
+from tetdist.tracking.mlflow_follower import Dataset, MLflowFollower, Status
 from tetdist.tracking.trackers import Following, TrackedRun
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ class Tracker:
             logger.warning(
                 "MLflow at %s has not taken everything (%s): it lacks up to %d of the %d points in "
                 "%s. It gets them when this run is started again and MLflow answers",
-                shown_uri(follower.uri),
+                without_passwords(follower.uri),
                 follower.trouble or f"no answer within {timeout:g} s",
                 self._lines - follower.sent,
                 self._lines,

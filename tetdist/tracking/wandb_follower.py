@@ -18,9 +18,10 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 from typing import Any, ClassVar
 
-from tetdist.errors import UserError
+from tetdist.errors import UserError, without_passwords
 from tetdist.storage.files import write_text
 from tetdist.tracking.metrics_file import points_of
 from tetdist.tracking.trackers import TRACKERS, TrackedRun, require_package
@@ -60,6 +61,8 @@ class WeightsAndBiases:
         run_id = id_file.read_text().strip()
         for earlier in (run.folder / "wandb").glob(f"offline-run-*-{run_id}"):
             shutil.rmtree(earlier, ignore_errors=True)  # left there, it is only in the way
+        # W&B keeps the command line, and takes no other than this one.
+        sys.argv[1:] = map(without_passwords, sys.argv[1:])
         self._run = wandb.init(
             id=run_id,
             resume="allow",
