@@ -436,6 +436,68 @@ def test_mlflow_has_the_runs_below_the_study(write: Callable[..., Path], tmp_pat
     assert (found["sdt-seed7"][0], "control") not in tags
 
 
+def test_mlflow_is_sent_what_it_lacks_when_the_study_ends(
+    call: Call, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tetdist.studies import local
+
+    port, database, output = tiny.free_port(), tmp_path / "mlflow.db", tmp_path / "out"
+    uri = f"http://127.0.0.1:{port}"
+    overrides = {"tracking.mlflow": True, "tracking.uri": uri}
+    entries = {"sdt": {"overrides": {"loss.kind": "sdt"}}}
+    file = write({"seeds": [0], "overrides": overrides, "entries": entries})
+    run = output / "sdt-seed0"
+    server = contextlib.ExitStack()
+
+    def asked(query: str) -> list[Any]:
+        with sqlite3.connect(database) as store:
+            return store.execute(query).fetchall()
+
+    def away_meanwhile(*arguments: Any) -> dict[str, str]:
+        monkeypatch.setattr(local, "Child", leaves)
+        failed = work(*arguments)
+        monkeypatch.setattr(local, "Child", child)
+        assert asked("select status from runs where name = 'sdt-seed0'") == [("SCHEDULED",)]
+        assert asked("select key from metrics where key = 'train/loss'") == []
+        nonlocal environment
+        environment = (run / "environment.json").stat().st_mtime_ns
+        server.enter_context(tiny.mlflow_server(database, port))
+        return failed
+
+    def leaves(*arguments: Any) -> local.Child:
+        server.close()
+        return child(*arguments)
+
+    work, child, environment = local.work, local.Child, 0
+    monkeypatch.setattr(local, "work", away_meanwhile)
+    with server:
+        server.enter_context(tiny.mlflow_server(database, port))
+        status, _, errors = call(file, "--output", output)
+        assert status == 0
+        assert "MLflow lacks points of 1 run (sdt-seed0): sending them" in errors
+        assert "the same command sends" not in errors
+    statuses = dict(asked("select name, status from runs"))
+    assert statuses == {"study": "FINISHED", "sdt-seed0": "FINISHED"}
+    losses = asked("select step, value from metrics where key = 'train/loss' order by step")
+    assert losses == [(line["step"], line["loss"]) for line in tiny.metrics(run, "train")]
+    tags = dict(asked("select key, value from tags natural join runs where name = 'sdt-seed0'"))
+    assert (tags["study"], tags["entry"], tags["model"]) == ("study", "sdt", "spiking_convnet")
+    # It was started again, but its numbers are of the environment of before.
+    assert (run / "environment.json").stat().st_mtime_ns == environment
+
+    monkeypatch.setattr(local, "work", work)
+    # A run that sent all by itself while the study could not tell MLflow whose it is.
+    with sqlite3.connect(database) as store:
+        store.execute("delete from tags where key in ('study', 'mlflow.parentRunId')")
+    with tiny.mlflow_server(database, port):
+        assert call(file, "--output", output)[0] == 0
+    assert len(asked("select key from tags where key = 'mlflow.parentRunId'")) == 1
+    status, _, errors = call(file, "--output", output)
+    assert status == 0
+    assert f"MLflow at {uri}: " in errors
+    assert "the same command sends MLflow those that it lacks" in errors
+
+
 # --- on a cluster, of which tests/slurm/test_studies.py has one -----------------------------------
 
 

@@ -135,6 +135,7 @@ def study(options: argparse.Namespace) -> int:
         untrained = [run for run in left if not plan.is_trained(run)]
         parent = tracking.Parent(file.stem, untrained, output)
         failed = work(chosen, options.jobs, parent)
+        tracking.catch_up(file.stem, chosen, output, options.jobs)
     report.write(section, file.stem, runs, output / "report.md", command(options, file))
     print(f"the report is {output / 'report.md'}")
     if options.append_to:
@@ -168,6 +169,8 @@ def search_for(options: argparse.Namespace, file: Path) -> int:
             # What does not stay finite is a result of a search.
             failed = {name: why for name, why in failed.items() if search.NOT_FINITE not in why}
             standing = found.standing()
+    if not options.report_only:
+        tracking.catch_up(file.stem, found.runs_of(standing), output, options.jobs)
     for target in filter(None, (output / "report.md", options.append_to)):
         search_report.write(found, standing, file.stem, target, command(options, file))
         print(f"the report is {target}")

@@ -91,6 +91,24 @@ def work(runs: "list[StudyRun]", jobs: int, parent: "Parent") -> dict[str, str]:
     return failed
 
 
+def start_again(runs: "list[StudyRun]", jobs: int) -> None:
+    """Start finished runs again, so many at a time, each of which sends MLflow what it lacks.
+
+    Raises:
+        UserError: Another process is at work on one of them.
+        KeyboardInterrupt: A signal asked for it.
+    """
+    waiting, running = list(runs), dict["StudyRun", Child]()
+    with StopRequest() as stop, ended_at_exit(running, stop):
+        while waiting or running:
+            stop.check()
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                running[run] = Child(run, jobs, run.train_command)
+            if (ended := first_to_end(running, stop)) is not None:
+                del running[ended]
+
+
 def needed_first(runs: "list[StudyRun]") -> "list[StudyRun]":
     """Put runs that others wait for, to begin with or learn from, in front: longest chains first.
 

@@ -403,6 +403,18 @@ class Search:
             )
         return float(at_rung[-1][self.study.search.metric]) if at_rung else None
 
+    def runs_of(self, standing: Standing) -> list[StudyRun]:
+        """List a candidate's runs up to the last rung that it came to, and the final runs."""
+        # The run of a rung continues the one of the rung before it, which has the same name.
+        runs = {
+            (candidate, seed): self.run(candidate, seed, rung.epochs)
+            for rung in standing.rungs
+            for candidate in rung.scores
+            for seed in self.study.seeds
+        }
+        final = self.final_runs(standing.winner) if standing.winner is not None else []
+        return [*runs.values(), *(run for run in final if is_trained(run))]
+
     def left_to_do(self, standing: Standing) -> list[StudyRun]:
         """The runs that the search goes on with, to be trained side by side."""
         if standing.winner is not None:

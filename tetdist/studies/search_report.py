@@ -12,7 +12,7 @@ from tetdist.studies.figures import colours
 from tetdist.studies.numbers import distinct, run_environment, spread
 from tetdist.studies.plan import StudyRun, is_trained, lines
 from tetdist.studies.report import machine, replaced, write_whole
-from tetdist.studies.search import Candidate, RangeSection, Rung, Search, Standing, axes
+from tetdist.studies.search import FINAL, Candidate, RangeSection, Rung, Search, Standing, axes
 from tetdist.tracking.metrics_file import strict
 from tetdist.wording import counted
 
@@ -176,16 +176,7 @@ def _shown(value: Any) -> str:
 
 def as_dict(search: Search, standing: Standing) -> dict[str, Any]:
     """All numbers of the search, and what they are of."""
-    final: list[StudyRun] = []
-    if standing.winner is not None:
-        final = [run for run in search.final_runs(standing.winner) if is_trained(run)]
-    # Of a candidate the run of the last rung that it came to, which continues those before it.
-    runs = [
-        search.run(candidate, seed, rung.epochs)
-        for rung in standing.rungs
-        for candidate in rung.scores
-        for seed in search.study.seeds
-    ] + final
+    runs = search.runs_of(standing)
     return {
         "study": search.study.model_dump(mode="json"),
         "overrides": list(search.more),  # of the command line, beside those of the study
@@ -198,7 +189,7 @@ def as_dict(search: Search, standing: Standing) -> dict[str, Any]:
             for rung in standing.rungs
         ],
         "chosen": standing.winner.name if standing.winner else None,
-        "final": {run.name: _result(run) for run in final},
+        "final": {run.name: _result(run) for run in runs if run.entry == FINAL},
     }
 
 

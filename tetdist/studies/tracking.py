@@ -1,9 +1,15 @@
 """A study in MLflow: one run of its name, and below it all that it trains."""
 
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+from tetdist.errors import UserError
 from tetdist.slurm import history
-from tetdist.studies.plan import StudyRun
+from tetdist.studies.local import start_again
+from tetdist.studies.plan import StudyRun, is_trained
+from tetdist.tracking import mlflow_follower
+from tetdist.wording import counted
 
 
 class Parent:
@@ -43,3 +49,61 @@ class Parent:
         if run.control is not None:
             tags["control"] = run.control
         history.announce(run.config, status, tags)
+
+
+def catch_up(study: str, runs: Iterable[StudyRun], output: Path, jobs: int) -> None:
+    """Send MLflow what it lacks of a study's finished runs, or say that it lacks it.
+
+    The study's result does not depend on MLflow, so that a study which cannot send it has not
+    failed.
+
+    Args:
+        study: Name of the study.
+        runs: Its runs.
+        output: Folder of the study.
+        jobs: How many runs are started at a time, to send what is in their folders.
+
+    Raises:
+        KeyboardInterrupt: A signal asked for it; the same command sends the rest.
+    """
+    try:
+        lacking, strangers = _lacking(runs)
+        if lacking:
+            print(f"MLflow lacks points of {_named(lacking)}: sending them", file=sys.stderr)
+            start_again(lacking, jobs)
+        if lacking or strangers:
+            parent = Parent(study, lacking + strangers, output)
+            for run in lacking + strangers:
+                parent.tell(run, None)
+        if lacking and (left := _lacking(lacking)[0]):
+            raise UserError(f"MLflow still lacks points of {_named(left)}; see {left[0].log}")
+    except UserError as error:
+        print(
+            f"{error}. The runs' metrics.jsonl have all points, and the same command sends MLflow "
+            "those that it lacks",
+            file=sys.stderr,
+        )
+
+
+def _lacking(runs: Iterable[StudyRun]) -> tuple[list[StudyRun], list[StudyRun]]:
+    """Find the finished runs that MLflow has not all of, and those that it has beside the study.
+
+    Raises:
+        UserError: MLflow does not answer.
+    """
+    lacking: list[StudyRun] = []
+    strangers: list[StudyRun] = []
+    for run in runs:
+        uri = run.config.tracking_uri
+        if uri is None or not is_trained(run):
+            continue
+        found = mlflow_follower.find_run(run.folder, uri)
+        if found is None or found.info.status != "FINISHED":
+            lacking.append(run)
+        elif "study" not in found.data.tags:
+            strangers.append(run)
+    return lacking, strangers
+
+
+def _named(runs: list[StudyRun]) -> str:
+    return f"{counted(len(runs), 'run')} ({', '.join(run.name for run in runs)})"

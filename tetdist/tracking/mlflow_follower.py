@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
-from tetdist.errors import without_passwords
+from tetdist.errors import UserError, without_passwords
 from tetdist.storage.files import write_text
 from tetdist.tracking.environment import git_state
 from tetdist.tracking.metrics_file import points_of, read_from
@@ -253,23 +253,15 @@ class _Session:
 
     def _known_run(self) -> Any:
         """Return the run of an earlier session, or None."""
-        import mlflow
-
         id_file = self._run_dir / "mlflow_run_id"
         if not id_file.exists():
             return None
-        run_id = id_file.read_text().strip()
-        try:
-            run = self._client.get_run(run_id)
-        except mlflow.exceptions.MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            run = None
+        run = _get_run(self._client, id_file)
         if run is None or run.info.lifecycle_stage != "active":
             logger.warning(
                 "MLflow at %s does not know run %s (any more): sending all of %s to a new one",
                 without_passwords(self._follower.uri),
-                run_id,
+                id_file.read_text().strip(),
                 self._follower.path,
             )
             return None
@@ -483,6 +475,35 @@ class _Session:
         # run: so it is stopped first.
         self.stop_system_metrics()
         self._set_status(self._run, status)
+
+
+def _get_run(client: Any, id_file: Path) -> Any:
+    """Return the run in MLflow whose id a file holds; None if MLflow has no such run."""
+    import mlflow
+
+    try:
+        return client.get_run(id_file.read_text().strip())
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def find_run(run_dir: Path, uri: str) -> Any:
+    """Return the run in MLflow of a run's folder; None if MLflow has none.
+
+    Its status is FINISHED only when MLflow has all of its points.
+
+    Raises:
+        UserError: MLflow does not answer.
+    """
+    id_file = run_dir / "mlflow_run_id"
+    if not id_file.exists():
+        return None
+    try:
+        return _get_run(new_client(uri), id_file)
+    except Exception as error:  # MLflow raises many kinds
+        raise UserError(f"MLflow at {without_passwords(uri)}: {first_line(error)}") from error
 
 
 def announce(

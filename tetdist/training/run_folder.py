@@ -78,7 +78,9 @@ class RunFolder:
         self._check_same_run(imported)
         plugins.keep(imported, self.path / "imports")
         write_text(self.path / "config.yaml", self.config.as_yaml())
-        write_json(self.path / "environment.json", environment.environment())
+        # A finished run that is started again, to send MLflow what it lacks, computes nothing.
+        if not is_trained(self.config):
+            write_json(self.path / "environment.json", environment.environment())
 
     def _saved(self) -> bool:
         return any(self.checkpoints.glob("step-*"))
