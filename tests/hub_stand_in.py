@@ -50,12 +50,14 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The repositories there are, all requests so far as METHOD PATH, and what lies beside them."""
+    """The repositories there are, all requests so far as METHOD PATH, what lies beside them, and
+    headers that are not as they should be."""
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)  # of LFS, by their SHA-256
     url: str = ""
+    lies: dict[str, str] = field(default_factory=dict)
 
     @property
     def storage(self) -> str:
@@ -201,13 +203,14 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return
             commit = {"X-Repo-Commit": hub.repositories[repo].hash(revision) or ""}
             if path not in found:
-                self._say(404, {}, {"X-Error-Code": "EntryNotFound"} | commit)
+                self._say(404, {}, {"X-Error-Code": "EntryNotFound"} | commit | hub.lies)
                 return
             oid = hashlib.sha256(found[path]).hexdigest()
             if _is_large(path):
                 hub.objects[oid] = found[path]
                 facts = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(found[path]))}
-                self._send(302, b"", commit | facts | {"Location": f"{hub.storage}/lfs/{oid}"})
+                facts |= {"Location": f"{hub.storage}/lfs/{oid}"} | commit | hub.lies
+                self._send(302, b"", facts)
             else:
                 self._send(200, found[path], commit | {"ETag": f'"{oid}"'})
 

@@ -242,6 +242,35 @@ def test_what_cannot_be_fetched_is_named(there: Hub, tmp_path: Path, name: str, 
     assert "hf_of" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("header", "teacher"),
+    [
+        ("X-Linked-Etag", "hf:them/it"),
+        ("X-Repo-Commit", "hf:them/it"),
+        ("X-Repo-Commit", "hf:them/nothing"),
+        ("X-Linked-Etag", "timm:test_vit"),
+    ],
+)
+def test_hub_writes_nothing_outside_of_the_cache(
+    there: Hub,
+    main: Callable[..., Outcome],
+    tiny_config: Callable[..., Path],
+    tmp_path: Path,
+    header: str,
+    teacher: str,
+) -> None:
+    for name in ("them/it", "timm/test_vit.r160_in1k"):
+        there.repositories[name] = Repository()
+        there.repositories[name].commit({"model.safetensors": b"weights"})
+    there.repositories["them/nothing"] = Repository()
+    there.repositories["them/nothing"].commit({"README.md": b""})
+    there.lies[header] = "../../../../elsewhere"
+    outcome = main(tiny_config({"loss.distillation.teacher": teacher}))
+    assert outcome.status == 2
+    assert "names the path '../../../../elsewhere' as ETag or commit of" in outcome.text
+    assert [path.name for path in tmp_path.iterdir() if "elsewhere" in path.name] == []
+
+
 def test_what_cannot_be_pushed_is_named(
     there: Hub, command: Command, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tetdist.errors import UserError
 
@@ -55,7 +55,7 @@ def fetch(name: str, file: str) -> Path:
     )
 
     repo, revision = found["repo"], found["revision"]
-    with _explained(name):
+    with _explained(name), names_checked(name):
         try:
             if try_to_load_from_cache(repo, file, revision=revision) is None:
                 # To download what is not in the cache tries again for 20 seconds where there is no
@@ -75,6 +75,46 @@ def fetch(name: str, file: str) -> Path:
                 f"{name} has no {file}, but {others or 'no file at all'}: only such weights are "
                 "taken, since other files may hold code"
             ) from error
+
+
+@contextmanager
+def names_checked(name: str) -> Iterator[None]:
+    """Refuse answers of a hub that would have huggingface_hub write outside of its cache.
+
+    It takes the ETag and the commit, as the hub says them, for names of files and folders.
+
+    Raises:
+        UserError: One of them is no name.
+    """
+    from huggingface_hub import constants, file_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    ask = file_download.get_hf_file_metadata
+
+    def check(*answers: str | None) -> None:
+        for answer in answers:
+            if answer and not re.fullmatch(r"[^./\\][^/\\]*", answer):
+                raise UserError(
+                    f"{_endpoint()} names the path {answer!r} as ETag or commit of {name}, which "
+                    "would lead out of the cache; fetch it from another HF_ENDPOINT"
+                )
+
+    def ask_and_check(*args: Any, **kwargs: Any) -> Any:
+        try:
+            found = ask(*args, **kwargs)
+        except HfHubHTTPError as error:
+            # If a commit has no such file, the cache keeps that, too.
+            check(error.response.headers.get(constants.HUGGINGFACE_HEADER_X_REPO_COMMIT))
+            raise
+        check(found.etag, found.commit_hash)
+        return found
+
+    # huggingface_hub asks for each download itself, so that no earlier answer can be relied on.
+    file_download.get_hf_file_metadata = ask_and_check
+    try:
+        yield
+    finally:
+        file_download.get_hf_file_metadata = ask
 
 
 def _unreachable(name: str) -> UserError:
