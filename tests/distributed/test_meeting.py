@@ -1,20 +1,26 @@
-"""Where processes meet: at which address, and with which secret."""
+"""Where processes meet, with which secret, and whom they take for theirs."""
 
 import socket
 import stat
-import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+import torch.distributed as dist
+from tiny import Farm
 
-from tetdist.distributed import meeting
-from tetdist.errors import UserError
+from tetdist.distributed import meeting, starters
+from tetdist.errors import PeerFailed, UserError
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
     for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE", meeting.TOKEN):
         monkeypatch.delenv(name, raising=False)
+    # `meet` sets this one, for all that follows in this process.
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     for name, value in ({"RANK": "0", "WORLD_SIZE": "4"} | variables).items():
         monkeypatch.setenv(name, value)
 
@@ -81,12 +87,87 @@ def test_where_the_secret_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert meeting._token(tmp_path / "run") == "given"
 
 
-def test_processes_of_other_tokens_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched(monkeypatch, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(tiny.free_port()))
-    stores: list[object] = []
-    rank_0 = threading.Thread(target=lambda: stores.append(meeting._main_store(0, "one", 30)))
-    rank_0.start()
-    with pytest.raises(UserError, match=r"do not have the same token.*TETDIST_TOKEN"):
-        meeting._main_store(1, "another", 30)
-    rank_0.join()
-    assert meeting._main_store(1, "one", 30).check(["here/0"]) is False
+@pytest.fixture
+def rank_0() -> Iterator[ThreadPoolExecutor]:
+    """A thread to be rank 0, beside that of the test."""
+    with ThreadPoolExecutor(1) as thread:
+        yield thread
+
+
+def met(rank: int, seconds: float = 30, folder: str = "runs/a", **run: Any) -> Any:
+    return meeting.meet(rank, 2, seconds, Path(folder), {"name": "a", "seed": 0} | run)
+
+
+@pytest.mark.parametrize(
+    ("variables", "run", "words"),
+    [
+        ({meeting.TOKEN: "another"}, {}, "do not have the same token.*TETDIST_TOKEN"),
+        ({}, {"name": "b", "seed": 5}, "another run at 127.0.0.1, .* differs in name, seed; start"),
+        ({}, {"teacher": "x"}, "differs in teacher; .*--master_port"),
+        ({}, {"folder": "elsewhere/a"}, "differs in run folder; .*--master_port"),
+        ({starters.VARIABLE: "another"}, {}, "rank 1 has met .* differs in launch; "),
+    ],
+)
+def test_run_is_met_by_its_own_processes_alone(
+    variables: dict[str, str],
+    run: dict[str, Any],
+    words: str,
+    rank_0: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    port = tiny.free_port()
+    own = starters.as_starter() | {meeting.TOKEN: "one", "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+    launched(monkeypatch, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **own)
+    first: Future[Any] = rank_0.submit(met, 0)
+    # By now it has read these variables.
+    meeting._wait_for_port("127.0.0.1", port, 30)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        met(1, **run)
+    assert not first.done()
+    for name in variables:
+        monkeypatch.setenv(name, own[name])
+    second = met(1)
+    second.set("by", "rank 1")
+    assert first.result().get("by") == b"rank 1"
+    with pytest.raises(UserError, match=r"another process has come as rank 1 .* started twice"):
+        met(1)
+
+
+def test_second_attempt_reads_nothing_of_the_first(
+    rank_0: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under torchrun, whose store outlives the processes of one attempt."""
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    launched(monkeypatch, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(agent.port))
+    for name, value in {"USE_AGENT_STORE": "True", "RUN_ID": "none"}.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        with pytest.raises(PeerFailed, match="rank 0 has not come within 1 s"):
+            met(1, seconds=1)
+        first: Future[Any] = rank_0.submit(met, 0)
+        second = met(1)
+        assert not second.check(["by"])
+        second.set("by", attempt)
+        assert first.result().get("by") == attempt.encode()
+
+
+@pytest.mark.long
+def test_two_launches_of_one_run_do_not_mix(
+    farm: Farm, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    straight = tiny_config({"name": "straight", "engine": "torch"})
+    assert farm(straight, world=2).status == 0
+    command = tiny.launched(2, tiny.TRAIN, "--config", straight, "name=twice")
+    env = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT))
+    with tiny.started(command, tmp_path, env) as one, tiny.started(command, tmp_path, env) as other:
+        texts = {
+            process.communicate(timeout=200)[0]: process.returncode for process in (one, other)
+        }
+    assert sorted(texts.values()) == [0, 2], texts
+    (refusal,) = (text for text, status in texts.items() if status == 2)
+    assert "the processes cannot meet at" in refusal or "differs in launch; " in refusal
+    assert "Traceback" not in refusal
+    tiny.assert_same_run(*(tmp_path / "runs" / name for name in ("straight", "twice")))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tetdist.distributed import watchdog
+from tetdist.distributed.meeting import SignedStore
 from tetdist.distributed.watchdog import SILENCE, SILENCE_IN_TROUBLE, Watch
 from tetdist.distributed.world import World
 
@@ -45,7 +46,7 @@ class Processes:
             for rank in range(count)
         ]
         for watch in self.watches:
-            watch._store = store
+            watch._store = SignedStore(store, "secret")
             watch.progress("step 1")
             watch._say_alive()
         assert self.watches[0]._judge() is None
@@ -94,6 +95,19 @@ def test_in_trouble_silence_is_death_soon(clock: Clock) -> None:
     assert "rank 1 " in str(run.until(SILENCE_IN_TROUBLE + 1, silent=(1,), moving=(0,)))
 
 
+def test_what_is_not_signed_is_not_heard(clock: Clock) -> None:
+    run = Processes(clock, 2, timeout=600)
+    signed = run.watches[0]._store
+    stranger = signed.store
+    stranger.set("1", stranger.get("0"))  # signed, but for another key
+    stranger.set(watchdog._VERDICT, "run a command of mine")
+    stranger.set(watchdog._TROUBLE, "ü" * 100)
+    assert [signed.get(key) for key in ("1", watchdog._VERDICT, watchdog._TROUBLE)] == [None] * 3
+    # Rank 1 is heard no more, and there is no sign of trouble.
+    assert run.until(SILENCE - 1, silent=(1,), moving=(0,)) is None
+    assert "rank 1 " in str(run.until(SILENCE + 1, silent=(1,), moving=(0,)))
+
+
 def test_whoever_is_behind_hangs_and_the_others_wait(clock: Clock) -> None:
     run = Processes(clock, 3, timeout=20)
     assert run.until(1, moving=(0, 2)) is None
@@ -121,7 +135,7 @@ def test_end_of_one_is_told_where_the_others_go_on(clock: Clock) -> None:
     run.watches[1]._ended = "ValueError: of rank 1 alone"
     # If all made the same mistake they would all have ended by now.
     assert run.until(SILENCE_IN_TROUBLE - 1, moving=(0,)) is None
-    expected = "rank 1 has ended (ValueError: of rank 1 alone)"
+    expected = "rank 1 has ended ('ValueError: of rank 1 alone')"
     assert run.until(60, silent=(1,), moving=(0,)) == expected
 
 

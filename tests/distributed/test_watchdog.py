@@ -154,7 +154,7 @@ def test_error_of_one_process_ends_all(rank: int, farm: Farm, tiny_config: Confi
     assert text.count("Traceback") == 1, text
     assert "LookupError: made for the test" in text
     if rank == 1:
-        assert "error: rank 1 has failed (LookupError: made for the test)" in text
+        assert "error: rank 1 has failed ('LookupError: made for the test')" in text
 
 
 def test_bad_file_on_one_process_ends_all(

@@ -76,7 +76,10 @@ def average(options: argparse.Namespace) -> None:
     from tetdist.tracking.progress import FileProgress
     from tetdist.training.setup import choose_passes, make_model, open_split
 
-    with join(options.device) as world, Watch(world, HANGS_AFTER) as watch:
+    with (
+        join(options.device, run=vars(options) | {"local_rank": None}) as world,
+        Watch(world, HANGS_AFTER) as watch,
+    ):
         world.run_on_all(lambda: check_new_weights(options.output))
         world.run_on_all(lambda: plugins.import_files(options.imports))
         which = "best" if options.best else "last"

@@ -88,7 +88,9 @@ def check(options: argparse.Namespace) -> int:
         stack.enter_context(_ending_on_signals(options))
         stack.enter_context(_quiet())
         try:
-            world = stack.enter_context(join(options.device, timeout=MEETING))
+            world = stack.enter_context(
+                join(options.device, timeout=MEETING, run=vars(options) | {"local_rank": None})
+            )
         except (UserError, PeerFailed) as error:
             return _no_start(options, error, list(checks))
         else:

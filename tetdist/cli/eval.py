@@ -199,7 +199,10 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from tetdist.storage import checkpoint
     from tetdist.training.setup import choose_passes, make_model
 
-    with join(options.device) as world, Watch(world, HANGS_AFTER) as watch:
+    with (
+        join(options.device, run=vars(options) | {"local_rank": None}) as world,
+        Watch(world, HANGS_AFTER) as watch,
+    ):
 
         def alive() -> None:
             watch.progress("the evaluation")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tetdist.config.schema import TIMM
+from tetdist.config.schema import TIMM, RunConfig
 from tetdist.storage.hub import HF
 
 # What may differ between a run and its continuation: where things are, how much is shown or kept,
@@ -66,6 +66,16 @@ _OF_THE_MACHINE = (
     "cluster",
 )
 
+# Of the first, what may differ from host to host: where the data lie, and how they are read there.
+_OF_THE_HOST = (
+    "data.root",
+    "data.index",
+    "data.threads",
+    "data.prefetch",
+    "data.own_process",
+    "runs_dir",
+)
+
 # Files and folders of others, which are the same however their path is written. Instead, a network
 # may be hf:ORG/NAME, and a teacher timm:NAME.
 PATH_KEYS = ("init_checkpoint", "loss.distillation.teacher", "loss.distillation.teacher_weights")
@@ -90,6 +100,12 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[dotted] = value
     return flat
+
+
+def of_all_hosts(config: RunConfig) -> dict[str, Any]:
+    """Return the dotted keys of a configuration that all processes of a run have in common."""
+    flat = flatten(config.as_dict())
+    return {key: value for key, value in flat.items() if key not in _OF_THE_HOST}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import queue
-import secrets
 import sys
 import threading
 import time
@@ -29,7 +28,7 @@ import torch.distributed as dist
 from tetdist.benchmarks.bench import machine
 from tetdist.device_check import remedies
 from tetdist.device_check.check import Check, Finding, Machine, Report, Result, compared
-from tetdist.distributed import meeting
+from tetdist.distributed.meeting import SignedStore
 from tetdist.distributed.world import World
 from tetdist.errors import PeerFailed, sentence
 
@@ -177,7 +176,7 @@ def _finding_of(check: Check, here: Machine) -> Finding:
 class _Exchange:
     """A store in which each process says what the others may ask for."""
 
-    def __init__(self, store: Any, rank: int) -> None:
+    def __init__(self, store: SignedStore, rank: int) -> None:
         self._store, self._rank = store, rank
 
     def put(self, key: str, value: Any) -> None:
@@ -185,7 +184,8 @@ class _Exchange:
 
     def get(self, key: str) -> Any:
         """What was put under a key; None: nothing was."""
-        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+        text = self._store.get(key)
+        return None if text is None else json.loads(text)
 
     def say(self, key: str, value: Any) -> None:
         """Say something to all, as rank 0; of the others nothing is heard."""
@@ -214,23 +214,15 @@ def _exchange(world: World) -> Iterator[_Exchange]:
         PeerFailed: Rank 0 has gone.
     """
     if world.world_size == 1:
-        yield _Exchange(dist.HashStore(), 0)
+        yield _Exchange(SignedStore(dist.HashStore(), ""), 0)
         return
-    token, port = secrets.token_hex(16), 0
-    store: Any = None
-    if world.rank == 0:
-        store = meeting.open_store(0, token)
-        port = store.underlying_store.port
-    port, token = world.from_rank_0((port, token))
-    if world.rank != 0:
-        store = meeting.connect(port, token)
-    exchange = _Exchange(store, world.rank)
+    exchange = _Exchange(world.make_store(), world.rank)
     try:
         yield exchange
         exchange.put(f"bye {world.rank}", True)
         end = time.monotonic() + _GOODBYE
         keys = [f"bye {rank}" for rank in range(world.world_size)]
-        while world.rank == 0 and not store.check(keys) and time.monotonic() < end:
+        while world.rank == 0 and None in map(exchange.get, keys) and time.monotonic() < end:
             time.sleep(_POLL)
     except dist.DistError as error:
         raise PeerFailed("rank 0 has gone, and with it what was found") from error

@@ -1,12 +1,14 @@
-"""Where the processes of a run meet: stores of torch that only they can reach or make out.
+"""The stores of torch at which the processes of a run meet and tell each other how they are.
 
-A store of torch answers whoever reaches its port, and one who knows what it is for can end the run.
-So rank 0 listens on the loopback interface where all are on one host, else at the one address that
-the others use; and each key has a token in it that only the user's processes know.
+A store of torch answers whoever reaches its port, lists its keys, and takes any value. So rank 0
+listens on the loopback interface where all are on one host, else at the one address that the others
+use. Processes sign what they write, and take no notice of a value that is not signed
+(`SignedStore`). They meet only if they are of one run, with one configuration and one launch.
 """
 
 import contextlib
-import hashlib
+import hmac
+import json
 import os
 import re
 import secrets
@@ -14,13 +16,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from tetdist.distributed.starters import starters
 from tetdist.errors import PEER_FAILED, PeerFailed, UserError
 from tetdist.storage.files import own_cache
 
@@ -41,8 +44,11 @@ def address() -> str:
 
 def _on_one_host() -> bool:
     master = os.environ["MASTER_ADDR"]
-    if master in ("localhost", "::1") or master.startswith("127."):
-        return True
+    return master in ("localhost", "::1") or master.startswith("127.") or _is_one_launch()
+
+
+def _is_one_launch() -> bool:
+    """Return whether a launcher on this host has started all processes of the run."""
     # The first is torchrun's name, the second that of the deepspeed launcher.
     on_host = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     return on_host == os.environ["WORLD_SIZE"]
@@ -54,40 +60,76 @@ def keep_gloo_on_loopback() -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
-def open_store(port: int, token: str, seconds: float = 60) -> Any:
-    """Open a store on rank 0; its keys have the token.
+class SignedStore:
+    """A store of torch with values that only those who know a secret can write.
 
-    Args:
-        port: 0 for any that is free.
-        token: The secret.
-        seconds: How long an answer may take.
+    A value has a code of its key and itself (HMAC) in front. One without the right code counts as
+    not there. Nothing is encrypted.
 
-    Raises:
-        OSError: The port is in use.
+    Attributes:
+        store: The store of torch for those that sign nothing, as gloo; the keys in it begin with a
+            digest of the secret.
     """
+
+    def __init__(self, store: Any, secret: str) -> None:
+        self._secret = secret
+        self.store: Any = dist.PrefixStore(_code(secret)[:16], store)
+
+    @property
+    def port(self) -> int:
+        """The port at which rank 0 listens."""
+        return int(self.store.underlying_store.port)
+
+    def set(self, key: str, value: str) -> None:
+        """Sign and write a value."""
+        self.store.set(key, _signed(self._secret, key, value))
+
+    def get(self, key: str) -> str | None:
+        """Return the value of a key; None if nobody who knows the secret has written one."""
+        if not self.store.check([key]):
+            return None
+        return _verified(self._secret, key, self.store.get(key))
+
+
+def _signed(secret: str, key: str, value: str) -> str:
+    return _code(secret, key, value) + value
+
+
+def _verified(secret: str, key: str, signed: bytes) -> str | None:
+    value = signed[len(_code(secret)) :].decode(errors="replace")
+    return value if hmac.compare_digest(signed, _signed(secret, key, value).encode()) else None
+
+
+def _code(secret: str, *parts: str) -> str:
+    return hmac.new(secret.encode(), "\0".join(parts).encode(), "sha256").hexdigest()
+
+
+def open_store(secret: str) -> SignedStore:
+    """Open a store on rank 0, at any free port."""
+    return SignedStore(_open(0, 60), secret)
+
+
+def connect(port: int, secret: str) -> SignedStore:
+    """Connect to a store of rank 0; see `open_store`."""
+    return SignedStore(_connect(address(), port, 60), secret)
+
+
+def _open(port: int, seconds: float) -> Any:
     # torch itself would listen on all interfaces.
     listener = _listen(port)
-    port = listener.getsockname()[1]
-    store = dist.TCPStore(
+    return dist.TCPStore(
         address(),
-        port,
+        listener.getsockname()[1],
         is_master=True,
         wait_for_workers=False,
         timeout=timedelta(seconds=seconds),
         master_listen_fd=listener.detach(),
     )
-    return dist.PrefixStore(token, store)
 
 
-def connect(port: int, token: str, seconds: float = 60) -> Any:
-    """Connect to a store of rank 0; see `open_store`."""
-    return _connect(address(), port, token, seconds)
-
-
-def _connect(host: str, port: int, token: str, seconds: float) -> Any:
+def _connect(host: str, port: int, seconds: float) -> Any:
     limit = timedelta(seconds=max(seconds, 1))
-    store = dist.TCPStore(host, port, wait_for_workers=False, timeout=limit)
-    return dist.PrefixStore(token, store)
+    return dist.TCPStore(host, port, wait_for_workers=False, timeout=limit)
 
 
 def _listen(port: int) -> socket.socket:
@@ -125,37 +167,56 @@ def _own_addresses() -> Iterator[tuple[socket.AddressFamily, str]]:
             yield family, own
 
 
-def meet(rank: int, world_size: int, seconds: float, shared_folder: Path | None) -> Any:
-    """Wait until all processes of the run are there; a store for them all.
+def meet(
+    rank: int,
+    world_size: int,
+    seconds: float,
+    shared_folder: Path | None,
+    run: Mapping[str, Any],
+) -> Any:
+    """Wait until all processes of the run are there; return a store of torch for them all.
 
     Args:
         rank: Number of this process.
         world_size: Number of processes.
         seconds: How long to wait for the last.
         shared_folder: A folder of the run that all hosts see.
+        run: Values that all processes of the run have in common, by name.
 
     Raises:
-        UserError: The port is in use, or the processes do not share a token.
+        UserError: The port is in use, the processes do not share a token, or rank 0 is of another
+            run or launch.
         PeerFailed: Some have not come; the text says which.
         SystemExit: Some have not come, and rank 0 says which.
     """
     token = _token(shared_folder)
     keep_gloo_on_loopback()
     with limited(seconds + 2 * _GRACE, "rank 0 is lost before all processes had met"):
-        store = _main_store(rank, token, seconds)
+        about = _about(world_size, shared_folder, run)
+        store = _main_store(rank, token, seconds, about)
         _wait_for_all(store, rank, world_size, seconds)
-    return store
+    return store.store
 
 
-def _main_store(rank: int, token: str, seconds: float) -> Any:
-    # The store of torchrun outlives the processes of one attempt.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    key, digest = f"{_MARK}/{attempt}", hashlib.sha256(token.encode()).hexdigest()[:16]
+def _about(
+    world_size: int, shared_folder: Path | None, run: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Name the values that the processes compare when they meet."""
+    # Hosts may see the folder at different paths.
+    folder = shared_folder.absolute() if shared_folder and _on_one_host() else shared_folder
+    launch = starters() if _is_one_launch() else []
+    return {**run, "number of processes": world_size, "run folder": folder, "launch": launch}
+
+
+def _main_store(rank: int, token: str, seconds: float, about: Mapping[str, Any]) -> SignedStore:
+    # The store of torchrun may be that of several runs, and outlives the processes of one attempt.
+    of_torchrun = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    key = "/".join([_MARK, *(os.environ.get(name, "") for name in of_torchrun)])
     port = int(os.environ["MASTER_PORT"])
     by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if rank == 0 and not by_torchrun:
         try:
-            store = open_store(port, token, seconds)
+            store = _open(port, seconds)
         except OSError as error:
             raise UserError(
                 f"the processes cannot meet at {address()}, port {port} ({error.strerror}); if "
@@ -165,25 +226,41 @@ def _main_store(rank: int, token: str, seconds: float) -> Any:
     else:
         host = os.environ["MASTER_ADDR"] if by_torchrun else address()
         _wait_for_port(host, port, seconds)
-        store = _connect(host, port, token, seconds)
-    plain = store.underlying_store
+        store = _connect(host, port, seconds)
+    # Nobody without the token learns more from these than that something differs.
+    codes = {
+        name: _code(token, name, json.dumps(value, sort_keys=True, default=str))[:16]
+        for name, value in about.items()
+    }
     if rank == 0:
-        plain.set(key, digest)
+        # The random part makes the secret of each launch another.
+        mark = json.dumps({"about": codes, "random": secrets.token_hex(16)})
+        store.set(key, _signed(token, key, mark))
     else:
         try:
-            plain.wait([key], timedelta(seconds=seconds))
+            store.wait([key], timedelta(seconds=seconds))
         except dist.DistStoreError as error:
             raise PeerFailed(
                 f"rank 0 has not come within {seconds:.0f} s, though somebody listens at "
                 f"{address()}, port {port}"
             ) from error
-        if plain.get(key).decode() != digest:
+        verified = _verified(token, key, store.get(key))
+        if verified is None:
             raise UserError(
                 f"rank {rank} and rank 0, at {address()}, port {port}, do not have the same token: "
                 f"that is another run, or the hosts do not share files; set {TOKEN} to the same "
                 "random text for all processes"
             )
-    return dist.PrefixStore(attempt, store)
+        mark, others = verified, json.loads(verified)["about"]
+        differing = sorted(n for n in codes | others if codes.get(n) != others.get(n))
+        if differing:
+            shown = ", ".join(differing[:8]) + (", ..." if len(differing) > 8 else "")
+            raise UserError(
+                f"rank {rank} has met rank 0 of another run at {address()}, port {port}, which "
+                f"differs in {shown}; start all processes of a run with the same command, and give "
+                "each run a port of its own with the launcher's --master_port"
+            )
+    return SignedStore(store, _code(token, "secret", mark))
 
 
 def _wait_for_port(host: str, port: int, seconds: float) -> None:
@@ -202,13 +279,15 @@ def _wait_for_port(host: str, port: int, seconds: float) -> None:
         time.sleep(_POLL)
 
 
-def _wait_for_all(store: Any, rank: int, world_size: int, seconds: float) -> None:
+def _wait_for_all(store: SignedStore, rank: int, world_size: int, seconds: float) -> None:
     end = time.monotonic() + seconds
-    store.set(f"here/{rank}", "")
-    keys = {other: f"here/{other}" for other in range(world_size)}
-    while rank == 0 and not store.check(list(keys.values())):
+    this = secrets.token_hex(8)  # tells this process from another of its rank
+    store.set(f"here/{rank}", this)
+    keys = [f"here/{other}" for other in range(world_size)]
+    came: list[str | None] = []
+    while rank == 0 and None in (came := [store.get(key) for key in keys]):
         if time.monotonic() > end:
-            missing = [str(other) for other, key in keys.items() if not store.check([key])]
+            missing = [str(other) for other, one in enumerate(came) if one is None]
             shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
             verdict = (
                 f"of {world_size} processes rank {shown} did not come within {seconds:.0f} s: "
@@ -220,13 +299,19 @@ def _wait_for_all(store: Any, rank: int, world_size: int, seconds: float) -> Non
             raise PeerFailed(verdict)
         time.sleep(_POLL)
     if rank == 0:
-        store.set(_ALL, "")
-    while not store.check([_ALL]):
-        if store.check([_VERDICT]):
+        store.set(_ALL, json.dumps(came))
+    while (taken := store.get(_ALL)) is None:
+        if store.get(_VERDICT) is not None:
             raise SystemExit(PEER_FAILED)
         if time.monotonic() > end + _GRACE:
             raise PeerFailed(f"rank 0 does not say within {seconds:.0f} s whether all are there")
         time.sleep(_POLL)
+    if json.loads(taken)[rank] != this:
+        raise UserError(
+            f"another process has come as rank {rank} to {address()}, port "
+            f"{os.environ['MASTER_PORT']}: the run was started twice, and goes on with that one; "
+            "end this start"
+        )
 
 
 @contextlib.contextmanager

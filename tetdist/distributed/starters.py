@@ -96,11 +96,15 @@ def as_starter() -> dict[str, str]:
     return {VARIABLE: json.dumps([here, os.getpid(), facts.started])}
 
 
+def starters() -> list[Process]:
+    """Return the launchers and the study that this process was started by, on this host."""
+    return [*_named_starter(), *_launchers()]
+
+
 def end_with_starters() -> None:
     """Have a thread end this process when a process ends that it was started by; see the module."""
-    starters = [*_named_starter(), *_launchers()]
-    if starters:
-        threading.Thread(target=_watch, args=(starters,), name="starters", daemon=True).start()
+    if found := starters():
+        threading.Thread(target=_watch, args=(found,), name="starters", daemon=True).start()
 
 
 def _named_starter() -> list[Process]:

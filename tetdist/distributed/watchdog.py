@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 import socket
 import sys
 import threading
@@ -73,16 +72,8 @@ class Watch:
             return self
         # The watch has a store of its own, so that it never waits behind a collective's use of the
         # other one. Rank 0 makes it where all have met before.
-        # Nobody else knows its token.
-        self._store: Any = None
-        token, port = secrets.token_hex(16), 0
         with meeting.limited(self.timeout, "a process is lost before the training began"):
-            if world.rank == 0:
-                self._store = meeting.open_store(0, token)
-                port = self._store.underlying_store.port
-            port, token = world.from_rank_0((port, token))
-            if world.rank != 0:
-                self._store = meeting.connect(port, token)
+            self._store = world.make_store()
             self._say_alive()
             dist.barrier(group=world.control)
         # There are two, because a call to a store whose process is stopped never returns.
@@ -123,7 +114,7 @@ class Watch:
         traceback.print_exception(error)
         self._failed = True
         with contextlib.suppress(dist.DistError, RuntimeError):
-            self._store.set(_VERDICT, f"rank {self.world.rank} has failed ({text})")
+            self._store.set(_VERDICT, f"rank {self.world.rank} has failed ({text!r})")
             # The others need this time to read it: the store may end with this process.
             self._closing.wait(3 * BEAT)
 
@@ -152,8 +143,8 @@ class Watch:
                 self._say_alive()
                 if self.world.rank == 0 and (verdict := self._judge()):
                     self._store.set(_VERDICT, verdict)
-                if self._store.check([_VERDICT]) and not self._failed:
-                    self._end(self._store.get(_VERDICT).decode(), said_by_rank_0=True)
+                if (verdict := self._store.get(_VERDICT)) and not self._failed:
+                    self._end(verdict, said_by_rank_0=True)
                 self._answered = time.monotonic()
             except (dist.DistError, RuntimeError) as error:
                 # The store has gone with rank 0; if that has ended well, this process soon does.
@@ -181,23 +172,24 @@ class Watch:
     def _judge(self) -> str | None:
         """Look at all processes; return what is wrong, or None."""
         now = time.monotonic()
-        ranks = range(self.world.world_size)
-        for rank, raw in zip(ranks, self._store.multi_get([str(r) for r in ranks]), strict=True):
-            message = json.loads(raw)
+        for rank in range(self.world.world_size):
+            if (text := self._store.get(str(rank))) is None:
+                continue  # somebody else has written there
+            message = json.loads(text)
             old, heard, moved = self._seen.get(rank, (None, now, now))
             if old is None or message["time"] != old["time"]:
                 heard = now
             if old is None or message["count"] != old["count"]:
                 moved = now
             self._seen[rank] = message, heard, moved
-        silence = SILENCE_IN_TROUBLE if self._store.check([_TROUBLE]) else SILENCE
+        silence = SILENCE_IN_TROUBLE if self._store.get(_TROUBLE) else SILENCE
         silence = min(silence, self.timeout)
         present = {rank: seen for rank, seen in self._seen.items() if not seen[0]["ended"]}
         for rank, (message, heard, _) in self._seen.items():
             # A mistake that all make ends all within a moment, and need not be reported.
             late = present and now - heard > SILENCE_IN_TROUBLE
             if message["ended"] not in ("", "well") and late:
-                return f"rank {rank} has ended ({message['ended']})"
+                return f"rank {rank} has ended ({message['ended']!r})"
         for rank, (message, heard, _) in present.items():
             if now - heard > silence:
                 return (

@@ -3,10 +3,11 @@
 import dataclasses
 import os
 import platform
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -93,6 +94,17 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def make_store(self) -> meeting.SignedStore:
+        """Make a store on rank 0 that all processes of the run, and nobody else, write to.
+
+        Every process must call this then.
+        """
+        store, secret = None, secrets.token_hex(16)
+        if self.rank == 0:
+            store = meeting.open_store(secret)
+        port, secret = self.from_rank_0((store.port if store else 0, secret))
+        return store or meeting.connect(port, secret)
+
     def run_on_all(self, action: Callable[[], Result]) -> Result:
         """Do something on every process that may fail on some, and fail on all if it does.
 
@@ -132,18 +144,24 @@ class World:
             dist.destroy_process_group()
 
 
-def join(device: str, timeout: float = 600, shared_folder: Path | None = None) -> World:
+def join(
+    device: str,
+    timeout: float = 600,
+    shared_folder: Path | None = None,
+    run: Mapping[str, Any] = MappingProxyType({}),
+) -> World:
     """Join the other processes as the launcher's environment says; without one, be alone.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
         timeout: Seconds that a process may keep the others waiting.
         shared_folder: A folder of the run that all hosts see.
+        run: Values that all processes of the run have in common, by name.
 
     Raises:
         UserError: Only some of the launcher's variables are set, or none though srun has started
-            several tasks; torch sees no GPU where one was meant, or one for several processes; or
-            the port is in use.
+            several tasks; torch sees no GPU where one was meant, or one for several processes; the
+            port is in use; or rank 0 is of another run.
         PeerFailed: Not all processes have come.
     """
     assert device in ("auto", "cpu", "cuda"), device
@@ -175,7 +193,7 @@ def join(device: str, timeout: float = 600, shared_folder: Path | None = None) -
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit
         )
         return World(0, 1, this_device, dist.new_group(backend="gloo"))
-    store = meeting.meet(rank, world_size, timeout, shared_folder)
+    store = meeting.meet(rank, world_size, timeout, shared_folder, run)
     with meeting.limited(timeout, "a process is lost while all connect to each other"):
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=limit

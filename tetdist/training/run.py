@@ -2,6 +2,7 @@
 
 import logging
 
+from tetdist.config.identity import of_all_hosts
 from tetdist.config.schema import RunConfig
 from tetdist.distributed.signals import StopRequest
 from tetdist.distributed.watchdog import Watch
@@ -26,7 +27,7 @@ def train(config: RunConfig, launcher: Launcher | None = None) -> int:
     on_failure = launcher.on_failure
     try:
         with (
-            join(config.device, config.peer_timeout, config.run_dir) as world,
+            join(config.device, config.peer_timeout, config.run_dir, of_all_hosts(config)) as world,
             StopRequest(world) as stop,
             Watch(world, config.peer_timeout, shows_errors=shows_errors) as watch,
         ):
