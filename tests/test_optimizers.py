@@ -20,7 +20,7 @@ from tetdist.training.engines.base import set_lr
 class Neuron(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.learned = nn.ParameterDict({"decay": nn.Parameter(torch.tensor(0.5))})
+        self.learned = nn.ParameterDict({"decay": nn.Parameter(torch.full((2,), 0.5))})
 
 
 def network() -> nn.Module:

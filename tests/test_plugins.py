@@ -124,9 +124,12 @@ def test_a_changed_file_is_named(main: Main, write: Callable[..., Path], tmp_pat
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "my_loss.py").write_text(FILES["my_loss.py"])
-    moved = yaml.safe_load(file.read_text()) | {"imports": [str(elsewhere / "my_loss.py")]}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(moved))
-    assert "nothing to do" in main(file).text
+    (elsewhere / "more.py").write_text("")
+    moved = [str(elsewhere / "my_loss.py")]
+    assert "nothing to do" in main(file, f"imports={moved}").text
+    more = main(file, f"imports={[*moved, str(elsewhere / 'more.py')]}")
+    assert more.status == 2
+    assert "more.py was not imported" in more.text
 
 
 def test_what_becomes_of_a_file_during_training_does_not_matter(

@@ -616,6 +616,17 @@ def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture
         ({"clip_mode": "value"}, ["clip_mode"]),
         ({"clip_mode": "value", "gradient_clipping": 0.5}, []),
         ({"tracking.uri": "http://localhost:1"}, ["tracking.uri"]),
+        (
+            {"phases.0.timesteps": 1, "loss.distillation.self_weight": 0.5},
+            ["loss.distillation.self_weight"],
+        ),
+        (
+            {
+                "phases": [{"epochs": 1, "timesteps": t, "optimizer": {"lr": 0.1}} for t in (1, 2)],
+                "loss.distillation.self_weight": 0.5,
+            },
+            [],
+        ),
         ({"ema.warmup": True}, ["ema.warmup"]),
         ({"ema": {"decay": 0.99, "warmup": True}}, []),
         (

@@ -184,6 +184,10 @@ def test_attentions_products_are_counted(world: World) -> None:
     assert found.accumulates == 2 * 2 + 1 * 2 + 2 * 3
     assert found.relu_multiply_accumulates == 2 * (2 * 4 * 3 * 3)
     assert not found.multiply_accumulates
+    # Of values with twice the channels, a spike of k meets six in its head, and one of q adds six.
+    wider = torch.ones(1, 1, 12, 2, 2)
+    assert LinearAttention(heads=2).accumulates(x[:, 0], x[:, 1], wider) == 3 * 6 + 2 * 6
+    assert LinearAttention(heads=2).synapses(x[:, 0], x[:, 1], wider) == 2 * (2 * 4 * 3 * 6)
 
     x[0, 0], x[0, 1] = x[0, 1].clone(), x[0, 2].clone()  # k and v
     found = count(Products(PositionSum(), 2), world, x)

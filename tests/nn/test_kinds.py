@@ -223,9 +223,9 @@ def test_first_weights_of_psn(kind: str) -> None:
     assert (parameters["bias"] == -1).all()
 
 
-@pytest.mark.parametrize("length", [1, 2, 4])
-def test_sliding_psn_over_segments_equals_one_run(length: int) -> None:
-    config = make({"kind": "sliding_psn", "order": 4})
+@pytest.mark.parametrize(("length", "order"), [(1, 4), (2, 4), (4, 4), (2, 1)])
+def test_sliding_psn_over_segments_equals_one_run(length: int, order: int) -> None:
+    config = make({"kind": "sliding_psn", "order": order})
     parameters = doubled(config)
     current = torch.randn(6, 20, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
     current.requires_grad_()

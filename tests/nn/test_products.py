@@ -13,13 +13,15 @@ from tetdist.nn.products import HeadSum, LinearAttention, PositionSum, masked
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def spikes(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+def spikes(
+    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, levels: int = 1
+) -> Tensor:
     """Spikes (T, B, C, H, W) with the channels last in memory, which carry their bytes."""
     generator = torch.Generator().manual_seed(seed)
-    x = (torch.rand(*shape, generator=generator) < 0.6).to(dtype)
+    x = ((torch.rand(*shape, generator=generator) * (levels + 1)).floor() / levels).to(dtype)
     x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, shape[:2])
     x.requires_grad_()
-    return carry(x, pack(x.detach()))
+    return carry(x, pack(x.detach(), levels))
 
 
 SHAPE = (2, 3, 12, 4, 5)
@@ -50,12 +52,12 @@ def plain(name: str, *inputs: Tensor) -> Tensor:
     return x * mask
 
 
-@pytest.mark.parametrize("carries", [True, False], ids=["bytes", "numbers"])
+@pytest.mark.parametrize("levels", [1, 4, None], ids=["bytes", "bytes of quarters", "numbers"])
 @pytest.mark.parametrize("name", CASES)
-def test_is_the_definition(name: str, carries: bool) -> None:
+def test_is_the_definition(name: str, levels: int | None) -> None:
     function, shapes = CASES[name]
-    inputs = [spikes(*shape, seed=i) for i, shape in enumerate(shapes)]
-    if not carries:
+    inputs = [spikes(*shape, seed=i, levels=levels or 1) for i, shape in enumerate(shapes)]
+    if levels is None:
         inputs = [x.detach().requires_grad_() for x in inputs]
     y, expected = function(*inputs), plain(name, *inputs)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
@@ -64,7 +66,7 @@ def test_is_the_definition(name: str, carries: bool) -> None:
     wanted = torch.autograd.grad((expected * weight).sum(), inputs)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-    if name.startswith("mask") and carries:
+    if name.startswith("mask") and levels == 1:
         packed = carried(y)
         assert packed is not None
         assert torch.equal(packed.unpack(y.dtype), y)

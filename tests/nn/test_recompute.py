@@ -201,9 +201,11 @@ def test_input_gradient_of_a_static_image() -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-9)
 
 
-def test_what_is_no_spike_is_not_packed() -> None:
+@pytest.mark.parametrize("kind", ["lif", "plif"])
+def test_what_is_no_spike_is_not_packed(kind: str) -> None:
     """The sigmoid control's outputs do not fit a byte, and its fused path is the definition."""
-    neuron = {"spike": "sigmoid", "surrogate": "sigmoid", "surrogate_width": 5.0}
+    neuron = {"kind": kind, "spike": "sigmoid", "surrogate": "sigmoid", "surrogate_width": 5.0}
+    neuron |= {"fires_at_threshold": False}
     results = []
     for execution, recompute in (("reference", False), ("fused", True)):
         torch.manual_seed(0)

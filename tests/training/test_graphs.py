@@ -244,6 +244,22 @@ def test_mistakes_are_found(
     assert tiny.metrics(plain, "train") != tiny.metrics(with_graphs, "train")
 
 
+def test_a_capture_within_a_step_keeps_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "capture", taped)
+    layer = nn.Linear(3, 1, bias=False)
+
+    def add_gradients(images: Tensor) -> Tensor:
+        loss = layer(images).sum()
+        loss.backward()
+        return loss.detach()
+
+    graphed = graphs.Graphed(add_gradients, layer)
+    for samples in (2, 4):
+        graphed(torch.ones(samples, 3))
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.tolist() == [[6.0] * 3]
+
+
 def test_a_cpu_and_another_engine_are_refused(main: Main, tiny_config: ConfigWriter) -> None:
     outcome = main(tiny_config(), "cuda_graphs=true", "device=auto")
     assert outcome.status == 2

@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from torch import nn
+
+from tetdist.distributed import overlap
+from tetdist.distributed.world import join
 
 CODE = """
     import dataclasses, json, sys
@@ -68,6 +73,26 @@ CODE = """
         assert all(map(torch.equal, after, during))
         print("all equal")
 """
+
+
+def test_gradients_behind_one_that_never_comes_are_averaged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A lone process sums its own gradients; the mean of two processes is half of that."""
+    monkeypatch.setattr(overlap, "BUCKET_BYTES", 1)  # a bucket for each parameter
+    first, stray, last = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    with join("cpu"):
+        mean = overlap.OverlappedMean([first, stray, last], world_size=2)
+        mean.active = True
+        (first * last).sum().backward()
+        assert len(mean._under_way) == 1
+        mean.finish()
+        mean.close()
+    assert [p.grad if p.grad is None else p.grad.tolist() for p in (first, stray, last)] == [
+        [0.5, 0.5],
+        None,
+        [0.5, 0.5],
+    ]
 
 
 # Of two processes' numbers a sum is the same in any order; of three it is not.

@@ -149,6 +149,9 @@ def test_steps_follow_the_same_curve() -> None:
     assert rates[9] == pytest.approx(0.8)
     assert rates[25] == pytest.approx(0.1 + 0.7 * 0.5**2)
     assert rates[40:] == [pytest.approx(0.1)] * 10
+    values = {"min_lr": 0.1, "schedule": "step", "decay_epochs": 1.0, "decay_rate": 0.25}
+    (phase,) = schedule_phases((section(**values),), 10)
+    assert [phase.learning_rate(step) for step in (0, 10, 39)] == pytest.approx([0.8, 0.2, 0.1])
 
 
 def test_a_rate_per_256_is_scaled_and_said() -> None:
