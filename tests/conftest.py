@@ -22,8 +22,22 @@ import tiny
 from samples import picture
 from tiny import Farm, Outcome
 
-# In the background of a script Ctrl-C is ignored, also by every process that a test starts.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Have Ctrl-C and SIGTERM end the test under way, what it has started, and then all tests.
+
+    In the background of a script Ctrl-C is ignored, also by every process that a test starts.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        # `timeout` sends SIGTERM twice, and the second must not interrupt what ends processes.
+        if number == signal.SIGINT or not session.shouldstop:
+            # Not only raised, because the program under test may catch it.
+            session.shouldstop = f"ended by {signal.Signals(number).name}"
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -115,7 +129,11 @@ def main(
     import torch
 
     from tetdist.cli import train
+    from tetdist.distributed.signals import StopRequest
 
+    # These two end the tests, and not the training alone.
+    others = [s for s in StopRequest.SIGNALS if s not in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(StopRequest, "SIGNALS", tuple(others))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()

@@ -636,13 +636,13 @@ def test_run_with_dropout_stopped_and_continued(
 
     def stopping(self: Trainer, clock: Any) -> Any:
         if next(steps) in (3, 9):
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGUSR1)
         return original(self, clock)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", stopping)
-        train("cut", status=128 + signal.SIGTERM)
-        train("cut", status=128 + signal.SIGTERM)
+        train("cut", status=128 + signal.SIGUSR1)
+        train("cut", status=128 + signal.SIGUSR1)
     tiny.assert_same_run(train("cut"), straight)
 
 
