@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from passes import randomize
 
 from tetdist import models
 from tetdist.config import loading
+from tetdist.reports import style
 from tetdist.slurm.cluster import ClusterSection
 from tetdist.slurm.speed import Network, Speed, speed_of
 
@@ -231,11 +234,30 @@ def test_the_report_is_made_and_goes_on_after_a_stop(tmp_path: Path) -> None:
     assert [name for name in before if before[name] != after[name]] == ["batch-2-fp32.json"]
 
 
-def test_readmes_figure_is_drawn_from_what_is_in_the_project(tmp_path: Path) -> None:
-    out = tmp_path / "overview.png"
-    run(README_FIGURE, "--output", out)
-    assert out.stat().st_size > 10_000
-    assert "No such file" in run(README_FIGURE, "--study", "/nowhere", "--output", out, status=2)
+def test_readmes_figure_shows_the_numbers_that_are_in_the_project(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(style, "save", lambda figure, _: drawn.append(figure))
+    main = runpy.run_path(str(README_FIGURE))["main"]
+    assert main([]) == 0
+    study, performance = (
+        json.loads((tiny.PROJECT / "docs" / file).read_text())
+        for file in ("results/early_exit_dvs128_objects.json", "performance/results.json")
+    )
+    _, exits, costs = drawn[0].axes
+    diamonds = [line.get_ydata().item() for line in exits.lines if line.get_marker() == "D"]
+    assert diamonds == [
+        pytest.approx(mean(r["chosen_exit"]["top1"] for r in study["runs"] if r["entry"] == entry))
+        for entry in ("sdt", "tet")
+    ]
+    names = ("spikingjelly, eager", "relu", "tetdist, none", "tetdist, blocks")
+    for first, precision in ((0, "bf16"), (4, "fp32")):
+        ratios = {row["name"]: row["ratio"] for row in performance[f"step-{precision}"]["rows"]}
+        bars = [bar.get_width() for bar in costs.patches[first : first + 4]]
+        assert bars == pytest.approx([ratios[name] for name in names])
+    assert main(["--study", "/nowhere"]) == 2
+    assert "No such file" in capsys.readouterr().err
 
 
 @pytest.mark.long
