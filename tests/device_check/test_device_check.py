@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import runpy
 import sys
@@ -163,6 +164,23 @@ def test_passes_of_another_neuron_are_called_wrong(
     apart, limit = numerics._layers_apart(dtype, here), numerics.LAYER_LIMITS[dtype]
     assert apart.spikes > limit.spikes
     assert apart.gradients > limit.gradients
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_a_single_nan_is_called_wrong(
+    here: Machine, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    """Of a network's two tensors or of a layer's two gradients one has it; the fifth time none."""
+
+    def tensors(execution: str, first: int) -> list[Tensor]:
+        wrong = place if execution == "fused" else None
+        return [torch.tensor([1.0, math.nan if first + k == wrong else 2.0]) for k in range(2)]
+
+    monkeypatch.setattr(numerics, "_of_network", lambda _, execution, __: tensors(execution, 0))
+    monkeypatch.setattr(
+        numerics, "_of_layer", lambda execution, *_: (torch.ones(1, 2), tensors(execution, 2))
+    )
+    assert numerics.check_numerics(here).status == ("ok" if place == 4 else "bad")
 
 
 def test_every_way_to_wait_for_the_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

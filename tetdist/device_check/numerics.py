@@ -1,7 +1,9 @@
 """Whether the device computes what the definitions say."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor
@@ -59,7 +61,7 @@ def check_numerics(here: Machine) -> Finding:
     numbers: dict[str, Any] = {}
     for name in NETWORKS[:1] if here.small else NETWORKS:
         fused, reference = (_of_network(name, mode, here) for mode in _MODES)
-        numbers[f"{name} fp64"] = worst = max(map(_distance, fused, reference))
+        numbers[f"{name} fp64"] = worst = _largest(map(_distance, fused, reference))
         if not worst <= NETWORK_LIMIT:
             text = f"{name} in fp64: fused and reference differ by {worst:.2g}"
             return Finding("bad", f"{text} (limit {NETWORK_LIMIT:g})", REMEDY, numbers)
@@ -111,7 +113,7 @@ def _layers_apart(dtype: torch.dtype, here: Machine, seed: int = 0) -> LayerLimi
         float(((one - other) * same).square().mean().sqrt() / other.square().mean().sqrt())
         for one, other in zip(fused_gradients, gradients, strict=True)
     ]
-    return LayerLimit(float(differ.double().mean()), max(apart))
+    return LayerLimit(float(differ.double().mean()), _largest(apart))
 
 
 def _of_layer(
@@ -141,3 +143,8 @@ def _of_layer(
 
 def _distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max().clamp(min=1e-30))
+
+
+def _largest(distances: Iterable[float]) -> float:
+    """Return the largest distance; NaN if one is NaN, which Python's max may pass over."""
+    return float(np.max([*distances]))
