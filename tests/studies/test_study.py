@@ -821,10 +821,14 @@ ACCURACIES = {
 
 @pytest.fixture
 def finished(write: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
-    """A study of three seeds at T=4 whose runs are written by hand, and its folder."""
+    """A study of three seeds whose runs are written by hand, and its folder.
+
+    The runs end in the middle of the second phase, T=2 for an epoch and then T=4.
+    """
     changes = {"seeds": [3, 4, 5], "test_timesteps": [1, 2, 4]}
-    phases = [{"epochs": 2, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.05}}]
-    file, output = write(changes | {"overrides": {"phases": phases}}), tmp_path / "out"
+    first = {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05}}
+    overrides = {"phases": [first, first | {"epochs": 3, "timesteps": 4}], "max_steps": 10}
+    file, output = write(changes | {"overrides": overrides}), tmp_path / "out"
     for run in plan.runs_of(plan.read(file), output, []):
         finish_by_hand(run, ACCURACIES[run.entry][run.seed - 3].tolist())
     return file, output
@@ -863,7 +867,7 @@ def test_numbers_are_numpys(call: Call, finished: tuple[Path, Path]) -> None:
         assert found["top1"] == found["by_timestep"]["4"]
         assert found["best_top1"] == {"n": 3, "mean": 99, "std": 0}
         assert found["loss"] == pytest.approx({"n": 3, "mean": 4.25, "std": 1})
-        assert found["image_timesteps"] == 10 * 8 * 4
+        assert found["image_timesteps"] == 5 * 8 * 2 + 5 * 8 * 4
         assert found["seconds"] == pytest.approx(4 + 2)
     difference = values["differences"]["tet"]
     assert difference["control"] == "sdt"
