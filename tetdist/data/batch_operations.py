@@ -4,7 +4,9 @@ On a CPU pixels.py changes one image after another with Pillow. A GPU would wait
 operation of torchvision is some ten kernels an image. Here all images that are due to have the same
 operation, each with its own value, share these kernels, so that their number depends on the kinds
 of operations, and not on the batch. The bytes are those of torchvision's functions for tensors, and
-Pillow's of what only timm has: blur, addition to dark pixels, and geometry between pixels.
+Pillow's of what only timm has: blur, addition to dark pixels, and geometry between pixels. Half-way
+between two pixels torchvision's shears and rotations may take the other one, since their matrix
+product rounds by processor.
 """
 
 import math
