@@ -331,8 +331,9 @@ os.kill(os.getpid(), signal.SIGKILL)
         f"are compiled at every start; its owner mends that by `chmod go-w {library.parent}`",
         f"compiling kernels/pool.cpp, once (into {passing})",
     ]
-    assert Path(passing).parent == tmp_path / "passing"
-    assert list((tmp_path / "passing").iterdir()) == []
+    assert Path(passing).match(f"{tmp_path}/passing/tetdist-*")
+    # wandb, which timm imports, leaves folders of its own.
+    assert list((tmp_path / "passing").glob("tetdist-*")) == []
 
 
 def test_what_a_killed_compilation_has_left_is_removed_later(
