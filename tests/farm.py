@@ -3,7 +3,7 @@
 A start of Python with torch and DeepSpeed takes seconds, a tiny run a fraction of one. This script
 imports all, then forks for each job that comes in on standard input, one JSON object a line:
 
-    arguments  the command line of tetdist/train.py
+    arguments  the command line of tetdist/train.py; RANK in it stands for the process's rank
     world      number of processes
     stop       null, or [point, number, signal, rank]: the process of that rank sends itself the
                signal at the number-th passage (from 1) of the point
@@ -100,7 +100,7 @@ def run(job: dict[str, Any], rank: int, port: int) -> int:
     from tetdist.distributed.starters import end_with_starters
 
     end_with_starters()
-    return train.main(job["arguments"])
+    return train.main([one.replace("RANK", str(rank)) for one in job["arguments"]])
 
 
 def child(job: dict[str, Any], rank: int, port: int) -> int:
