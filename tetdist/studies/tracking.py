@@ -67,13 +67,13 @@ def catch_up(study: str, runs: Iterable[StudyRun], output: Path, jobs: int) -> N
         KeyboardInterrupt: A signal asked for it; the same command sends the rest.
     """
     try:
-        lacking, strangers = _lacking(runs)
+        lacking, untagged = _lacking(runs)
         if lacking:
             print(f"MLflow lacks points of {_named(lacking)}: sending them", file=sys.stderr)
             start_again(lacking, jobs)
-        if lacking or strangers:
-            parent = Parent(study, lacking + strangers, output)
-            for run in lacking + strangers:
+        if lacking or untagged:
+            parent = Parent(study, lacking + untagged, output)
+            for run in lacking + untagged:
                 parent.tell(run, None)
         if lacking and (left := _lacking(lacking)[0]):
             raise UserError(f"MLflow still lacks points of {_named(left)}; see {left[0].log}")
@@ -86,13 +86,13 @@ def catch_up(study: str, runs: Iterable[StudyRun], output: Path, jobs: int) -> N
 
 
 def _lacking(runs: Iterable[StudyRun]) -> tuple[list[StudyRun], list[StudyRun]]:
-    """Find the finished runs that MLflow has not all of, and those that it has beside the study.
+    """Find the finished runs that MLflow lacks points of, and those without the study's tags.
 
     Raises:
         UserError: MLflow does not answer.
     """
     lacking: list[StudyRun] = []
-    strangers: list[StudyRun] = []
+    untagged: list[StudyRun] = []
     for run in runs:
         uri = run.config.tracking_uri
         if uri is None or not is_trained(run):
@@ -101,8 +101,8 @@ def _lacking(runs: Iterable[StudyRun]) -> tuple[list[StudyRun], list[StudyRun]]:
         if found is None or found.info.status != "FINISHED":
             lacking.append(run)
         elif "study" not in found.data.tags:
-            strangers.append(run)
-    return lacking, strangers
+            untagged.append(run)
+    return lacking, untagged
 
 
 def _named(runs: list[StudyRun]) -> str:
