@@ -84,10 +84,11 @@ class Alone(World):
         return tensor
 
 
-def network(run: Path) -> tuple[RunConfig, Index, SpikingNetwork]:
+def network(run: Path, **changes: Any) -> tuple[RunConfig, Index, SpikingNetwork]:
     """Configuration, training split and the mean of the checkpoints, in float64."""
     weights, description = mean_weights(both(run))
-    config = parse(description.config | {"precision": "fp64"}, "test", warn=False)
+    changed = tiny.changed(description.config, {"precision": "fp64"} | changes)
+    config = parse(changed, "test", warn=False)
     index = load_index(index_file(config.data.index_dir, "train"))
     model = config.model.build(num_classes=4, timesteps=2)
     model.set_execution("reference")
@@ -95,16 +96,23 @@ def network(run: Path) -> tuple[RunConfig, Index, SpikingNetwork]:
     return config, index, model.double()
 
 
-def statistics(run: Path, samples: int, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
-    config, index, model = network(run)
+def statistics(
+    run: Path, samples: int, rank: int = 0, world_size: int = 1, **changes: Any
+) -> dict[str, Tensor]:
+    config, index, model = network(run, **changes)
     world = Alone(rank, world_size, torch.device("cpu"), None)
     recompute_statistics(model, config, index, world, samples)
     return {key: value for key, value in model.state_dict().items() if is_statistic(key)}
 
 
-def test_statistics_are_of_the_training_samples(run: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "changes"), [(16, {}), (15, {"data.repeats": 2, "phases.0.final_image_size": 15})]
+)
+def test_statistics_are_of_the_training_samples(
+    size: int, changes: dict[str, Any], run: Path
+) -> None:
     """Against what the norms are given, each micro-batch by itself; 10 samples are two steps."""
-    config, index, model = network(run)
+    config, index, model = network(run, **changes)
     seen: dict[str, list[Tensor]] = {}
 
     def note(name: str) -> Callable[[nn.Module, Any], None]:
@@ -129,16 +137,17 @@ def test_statistics_are_of_the_training_samples(run: Path) -> None:
         world_size=1,
         epoch=sum(phase.epochs for phase in config.phases) - 1,
         step_in_epoch=0,
+        repeats=config.data.repeats,
     )
     model.train()
     world = Alone(0, 1, torch.device("cpu"), None)
-    with train_loader(config, index, share, world, 16) as loader, torch.no_grad():
+    with train_loader(config, index, share, world, size) as loader, torch.no_grad():
         for _ in range(8):
             batch = next(loader)
             assert batch.mix is not None
             mix = mixing.on_device(batch.mix, world.device)
             model(mixing.mixed_images(batch.images.double(), mix))
-    found = statistics(run, 10)
+    found = statistics(run, 10, **changes)
     assert found.keys() == seen.keys()
     for key, values in seen.items():
         assert len(values) == 8

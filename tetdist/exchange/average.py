@@ -155,6 +155,7 @@ def recompute_statistics(
         world_size=world.world_size,
         epoch=epoch,
         step_in_epoch=0,
+        repeats=config.data.repeats,
     )
     first = epoch * order.steps_per_epoch(len(index), batch.global_)
     dropping = dropout.dropping(model)
