@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import re
 import subprocess
 import sys
 import types
@@ -18,10 +19,11 @@ from passes import assert_same, randomize, results_of
 from torch import Tensor, nn
 
 import tetdist
+from tetdist import models
 from tetdist.errors import UserError
 from tetdist.losses import tet_loss
 from tetdist.models import SpikingNetwork, sew_resnet, spiking_resnet
-from tetdist.nn import neurons
+from tetdist.nn import dropout, neurons
 from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics, update_running_statistics
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import NormNeuron
@@ -137,10 +139,47 @@ def test_registered_model_and_its_default_cfg(name: str) -> None:
     assert model.input_kind == ("events" if name in EVENTS else "images")
 
 
-def test_features_of_all_blocks_are_refused() -> None:
-    with pytest.raises(UserError, match="features_only: sew_resnet18 has features of every"):
-        timm.create_model("sew_resnet18", features_only=True)
-    timm.create_model("sew_resnet18", features_only=False, width=4)
+# Of each class the first network.
+ONE_OF_EACH = {models.class_of(name): name for name in reversed(models.names())}.values()
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_timms_arguments_are_heeded(name: str) -> None:
+    rates = dict.fromkeys(("drop_rate", "drop_path_rate"), 0.1)
+    heeded = rates.keys() & (models.arguments_of(name) or ())
+    for rate in rates.keys() - heeded:
+        with pytest.raises(UserError, match=f"{rate}: {name} drops nothing in training; leave it"):
+            timm.create_model(name, **{rate: rates.pop(rate)})
+    with torch.device("meta"):
+        dropping = dropout.dropping(model := timm.create_model(name, **rates))
+        found = {"drop_rate": model.head_drop in dropping, "drop_path_rate": len(dropping) > 1}
+        assert {rate for rate in found if found[rate]} == heeded
+        options = {"num_classes": 0, "global_pool": "", "in_chans": 5, "scriptable": False}
+        model = timm.create_model(name, **options, drop_rate=0.0, drop_path_rate=0.0).eval()
+        assert not dropout.dropping(model)
+        model.set_execution("reference")
+        side, bins = model.input_size or 32, [model.timesteps] * (model.input_kind == "events")
+        x = torch.empty(2, *bins, 5, side, side)
+        maps = model(x, per_timestep=True)
+        assert maps.shape == model.forward_features(x).shape
+        assert maps.ndim == 5
+        model.reset_classifier(0, type(model).global_pool)
+        assert model.forward_head(maps).shape == (model.timesteps, 2, model.num_features)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"global_pool": "max"}, "global_pool must be 'flatten', or '' with num_classes=0, not 'm"),
+        ({"global_pool": ""}, "global_pool must be 'flatten', or '' with num_classes=0, not ''"),
+        ({"features_only": True}, "features_only: vggsnn has features of every timestep"),
+        ({"pretrained": True}, "No pretrained weights exist for vggsnn. Use `pretrained=False`"),
+        ({"img_size": 64}, "unexpected keyword argument 'img_size'"),
+    ],
+)
+def test_timms_other_arguments_are_refused(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises((ValueError, RuntimeError, TypeError), match=re.escape(complaint)):
+        timm.create_model("vggsnn", **options)
 
 
 @pytest.mark.parametrize("name", [*SEW, *SPIKING])
@@ -193,19 +232,6 @@ def test_bad_option_is_named(name: str, options: dict[str, Any], complaint: str)
         timm.create_model(name, **options)
 
 
-def test_options_that_timms_tools_always_pass_are_accepted() -> None:
-    model = timm.create_model(
-        "sew_resnet18",
-        width=4,
-        num_classes=7,
-        in_chans=1,
-        drop_rate=0.0,
-        global_pool="avg",
-        scriptable=False,
-    )
-    assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 7)
-
-
 def test_neuron_may_be_a_mapping() -> None:
     mapping = {"decay": 1.0, "reset": "soft"}
     model = timm.create_model("spiking_convnet", neuron=mapping)
@@ -219,6 +245,7 @@ def test_neuron_may_be_a_mapping() -> None:
 @each_family
 def test_classifier_can_be_replaced(name: str) -> None:
     model, x = create(name).eval(), inputs_for(name)
+    pool = model.global_pool
     with torch.no_grad():
         features = model.forward_head(model.forward_features(x), pre_logits=True)
         assert features.shape == (3, 2, model.num_features)
@@ -229,10 +256,14 @@ def test_classifier_can_be_replaced(name: str) -> None:
         assert model.get_classifier() is not fc
         assert model.num_classes == 7
         assert model(x).shape == (2, 7)
-        model.reset_classifier(0, "avg")
+        model.reset_classifier(0, "")
+        assert torch.equal(model(x, per_timestep=True), model.forward_features(x))
+        model.reset_classifier(0, pool)
         assert torch.equal(model(x, per_timestep=True), features)
-    with pytest.raises(ValueError, match="global_pool must be 'avg', not 'max'"):
-        model.reset_classifier(7, "max")
+    for refused in ("max", ""):
+        with pytest.raises(ValueError, match=f"global_pool must be '{pool}', .* not '{refused}'"):
+            model.reset_classifier(7, refused)
+    assert model.num_classes == 0
 
 
 @each_family

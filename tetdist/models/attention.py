@@ -168,11 +168,11 @@ class StreamTransformer(SpikingNetwork):
         current: Tensor = self.stem(x, timesteps)
         return current
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (T, B, K), or spikes (T, B, C) of the mean current over positions."""
+    def pooled(self, x: Tensor) -> Tensor:
+        """Spikes (T, B, C) of the mean current over positions."""
         current = x.mean((3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
         spikes: Tensor = self.head_neuron(current)
-        return spikes if pre_logits else self.fc(self.head_drop(spikes))
+        return spikes
 
 
 def init_as_published(layers: Iterable[nn.Module]) -> None:

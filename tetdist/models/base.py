@@ -57,7 +57,8 @@ class SpikingNetwork(nn.Module):
 
     Subclasses set ``stem``, ``blocks`` (an ``nn.Sequential`` of (T, B, C, H, W) modules),
     ``num_features``, ``fc`` and, for a ``drop_rate``, ``head_drop``, and call `init_weights` when
-    done.
+    done. A subclass with a `pooled` of its own that is no mean over positions names it in
+    ``global_pool``.
 
     Args:
         num_classes: K; 0 makes ``fc`` the identity.
@@ -84,6 +85,8 @@ class SpikingNetwork(nn.Module):
     # How many of the last blocks are not computed again where the others are: those of a ResNet's
     # last stage take a share of the time, and next to no memory.
     small_blocks: int = 0
+    # timm's name of the pooling before the classifier; '' is none, without a classifier.
+    global_pool: str = "avg"
     # Stochastic depth of the last block, see dropout.py; that of the others rises to it.
     drop_path_rate = 0.0
     # images (B, C, H, W), the same at all timesteps, or events (B, T, C, H, W).
@@ -158,11 +161,21 @@ class SpikingNetwork(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the last layer by a new one for ``num_classes`` (0: none)."""
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool must be 'avg', not {global_pool!r}")
+        self.set_global_pool(global_pool, num_classes)
         self.num_classes = num_classes
         old = next(self.parameters())
         self.fc = new_classifier(self.num_features, num_classes).to(old.device, old.dtype)
+
+    def set_global_pool(self, global_pool: str | None, num_classes: int) -> None:
+        """Pool features before a classifier of ``num_classes``, or without one ('') leave them be.
+
+        Raises:
+            ValueError: The network has no such pooling; None, which changes nothing, may be it.
+        """
+        own, pool = type(self).global_pool, self.global_pool if global_pool is None else global_pool
+        if pool != own and (pool or num_classes):
+            raise ValueError(f"global_pool must be {own!r}, or '' with num_classes=0, not {pool!r}")
+        self.global_pool = pool
 
     # timm's networks take `coarse`, for stages instead of blocks; here are blocks alone.
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:  # noqa: ARG002  # see above
@@ -262,13 +275,22 @@ class SpikingNetwork(nn.Module):
         return y
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(T, B, C, H, W) to logits (T, B, K), or to pooled features (T, B, C)."""
-        x = x.mean((3, 4))
+        """(T, B, C, H, W) to logits (T, B, K), or to pooled features (T, B, C).
+
+        Where ``global_pool`` is '' the features are returned as they are.
+        """
+        if not self.global_pool:
+            return x
+        x = self.pooled(x)
         if pre_logits:
             return x
         # A network from outside may have none.
         drop = getattr(self, "head_drop", None)
         return self.fc(x if drop is None else drop(x))
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """(T, B, C, H, W) to the classifier's input, (T, B, C)."""
+        return x.mean((3, 4))
 
     def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
         """Logits: their mean over time, (B, K), or each timestep's own, (T, B, K).
@@ -359,7 +381,7 @@ def build(
     ``neuron`` may be a mapping; what it leaves out is as in the network's `default_neuron`.
 
     Raises:
-        UserError: ``features_only`` is asked for.
+        UserError: ``features_only`` is asked for, or a rate of dropping that it has not.
     """
     if kwargs.pop("features_only", False):
         raise UserError(
@@ -367,11 +389,15 @@ def build(
             "timm's extraction does not know; call forward_features, or put hooks on model.blocks"
         )
     neuron = neurons.make(neuron, cls.default_neuron)
-    # timm's train.py and benchmark.py pass what spiking networks have no use for.
-    for unused in ("drop_rate", "global_pool", "scriptable"):
-        if unused not in inspect.signature(cls).parameters:
-            kwargs.pop(unused, None)
+    parameters = inspect.signature(cls).parameters
+    for rate in ("drop_rate", "drop_path_rate"):  # timm's train.py passes 0 to any network
+        if rate not in parameters and kwargs.pop(rate, 0):
+            raise UserError(
+                f"{rate}: {variant} drops nothing in training; leave it out, or set it to 0"
+            )
+    global_pool = None if "global_pool" in parameters else kwargs.pop("global_pool", None)
     model: Network = build_model_with_cfg(cls, variant, pretrained, neuron=neuron, **kwargs)
+    model.set_global_pool(global_pool, model.num_classes)
     model.set_timesteps(model.timesteps)  # Now it has neurons, which may refuse.
     _say_what_is_exchanged(model, neuron, variant)
     return model

@@ -122,9 +122,8 @@ class MSResNet(SpikingNetwork):
         y: Tensor = block(x, timesteps)
         return y
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.neuron(x).mean((3, 4))
-        return x if pre_logits else self.fc(self.head_drop(x))
+    def pooled(self, x: Tensor) -> Tensor:
+        return self.neuron(x).mean((3, 4))
 
 
 default_cfgs = generate_default_cfgs(

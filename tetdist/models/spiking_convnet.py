@@ -28,6 +28,8 @@ class SpikingConvNet(SpikingNetwork):
         num_classes, timesteps, drop_rate: See `SpikingNetwork`.
     """
 
+    global_pool = "flatten"
+
     def __init__(
         self,
         *,
@@ -58,9 +60,8 @@ class SpikingConvNet(SpikingNetwork):
     def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
         return self.stem(x, timesteps)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = x.flatten(2)
-        return x if pre_logits else self.fc(self.head_drop(x))
+    def pooled(self, x: Tensor) -> Tensor:
+        return x.flatten(2)
 
 
 class SpikingConvNetDVS(SpikingConvNet):

@@ -190,9 +190,8 @@ class SpikingResNet(SpikingNetwork):
     def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
         return self.pool(self.stem(x, timesteps))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.hidden(x.mean((3, 4)))
-        return x if pre_logits else self.fc(self.head_drop(x))
+    def pooled(self, x: Tensor) -> Tensor:
+        return self.hidden(x.mean((3, 4)))
 
 
 class SpikingResNetDVS(SpikingResNet):

@@ -22,6 +22,7 @@ class VGGSNN(SpikingNetwork):
     """
 
     input_kind = "events"
+    global_pool = "flatten"
     spike_levels = 4  # means of 2x2 spikes
 
     def __init__(
@@ -58,9 +59,8 @@ class VGGSNN(SpikingNetwork):
     def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
         return self.stem(x, timesteps)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = x.flatten(2)
-        return x if pre_logits else self.fc(self.head_drop(x))
+    def pooled(self, x: Tensor) -> Tensor:
+        return x.flatten(2)
 
 
 default_cfgs = generate_default_cfgs(
