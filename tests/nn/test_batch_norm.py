@@ -2,11 +2,14 @@
 
 import copy
 import threading
+from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
+from tetdist.errors import UserError
 from tetdist.nn.batch_norm import (
     BatchNorm,
     defer_running_statistics,
@@ -311,6 +314,29 @@ def test_counting_resumes_after_a_repetition_that_failed() -> None:
         raise RuntimeError("stop")
     norm(batch)
     assert norm.pending_count == 1
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        nn.SyncBatchNorm.convert_sync_batchnorm,
+        timm.layers.convert_sync_batchnorm,
+        timm.layers.convert_splitbn_model,
+        timm.utils.freeze,
+        timm.layers.freeze_batch_norm_2d,
+    ],
+)
+def test_conversions_that_would_change_nothing_are_refused(
+    convert: Callable[[nn.Module], object],
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), BatchNorm(3))
+    with pytest.raises(UserError, match=r"batch_norm.sync=true.* include_bn_running_stats=False"):
+        convert(model)
+    timm.utils.freeze(model, include_bn_running_stats=False)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    buffers = ["running_mean", "running_var"]
+    assert list(model[1].state_dict()) == ["weight", "bias", *buffers]
+    model[1].load_state_dict(dict(model[1].state_dict()))  # no version, as of a file
 
 
 def test_a_repetition_in_one_thread_does_not_silence_another() -> None:

@@ -239,13 +239,17 @@ def _dimensions(norm: nn.Module) -> tuple[int, ...]:
     return _NORMS.get(type(norm), ())
 
 
+def _is_foreign(norm: nn.Module) -> TypeGuard[_BatchNorm]:
+    return isinstance(norm, _BatchNorm) and not isinstance(norm, BatchNorm)
+
+
 def _with_own_norms(net: nn.Module) -> nn.Module:
-    if isinstance(net, _BatchNorm):
+    if _is_foreign(net):
         return AdoptedBatchNorm(net)
     own: dict[nn.Module, AdoptedBatchNorm] = {}
     for module in list(net.modules()):
         for name, child in module.named_children():
-            if isinstance(child, _BatchNorm):
+            if _is_foreign(child):
                 own[child] = own.get(child) or AdoptedBatchNorm(child)
                 setattr(module, name, own[child])
     return net
@@ -347,7 +351,7 @@ def _objection(module: nn.Module, around: Sequence[nn.Module]) -> tuple[str, str
         return _AHEAD, "set its lambda_ to 1"
     if isinstance(module, (nn.RNNBase, rnn.SpikingRNNBase)) and module.bidirectional:
         return _AHEAD, "build it with bidirectional=False"
-    if isinstance(module, _NormBase):
+    if isinstance(module, _NormBase) and not isinstance(module, BatchNorm):
         return _objection_to_norm(module, around)
     # A container has none before set_step_mode, and needs none.
     if getattr(module, "step_mode", "m") == "s" and not around:

@@ -15,10 +15,19 @@ same on all processes, and a forward repeated for activation checkpointing is no
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Never
 
 import torch
 from torch import Tensor, nn
+
+from tetdist.errors import UserError
+
+# Functions of torch and timm that synchronise or freeze batch norms convert those of BatchNorm2d,
+# and pass over all others silently. Ours is one, so that they ask for its num_features: it refuses.
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = nn.BatchNorm2d
 
 _recomputation = threading.local()
 
@@ -39,7 +48,7 @@ def is_repetition() -> bool:
     return getattr(_recomputation, "active", False)
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(_Module):
     """Batch norm of a current (T, B, C, H, W) per channel, over T, B, H and W jointly.
 
     Args:
@@ -51,6 +60,8 @@ class BatchNorm(nn.Module):
         momentum: Weight of the newest statistics in the running ones.
     """
 
+    # torch's loading would else miss num_batches_tracked in a state of this version.
+    track_running_stats, _version = False, 1
     weight: nn.Parameter
     bias: nn.Parameter
     running_mean: Tensor
@@ -62,7 +73,7 @@ class BatchNorm(nn.Module):
     def __init__(
         self, num_channels: int, *, scale: float = 1.0, eps: float = 1e-5, momentum: float = 0.1
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.num_channels, self.scale, self.eps, self.momentum = num_channels, scale, eps, momentum
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
@@ -136,6 +147,20 @@ class BatchNorm(nn.Module):
         self.running_mean.lerp_(sum_mean / count, self.momentum)
         self.running_var.lerp_(sum_var / count, self.momentum)
         self.discard()
+
+    @property
+    def num_features(self) -> Never:
+        """Refuse a conversion, which reads this first.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(
+            "tetdist's batch norm is part of fused layers, and no synchronised, split or frozen "
+            "one can replace it: set batch_norm.sync=true, or call "
+            "tetdist.nn.batch_norm.synchronize, to normalise over all processes, and give timm's "
+            "freeze include_bn_running_stats=False"
+        )
 
     def discard(self) -> None:
         """Forget what was recorded since the running statistics last moved."""
