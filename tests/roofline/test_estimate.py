@@ -31,6 +31,20 @@ def test_published_rates_of_a_relu_network(
     assert found.images_per_s == pytest.approx(images_per_s, rel=0.12)
 
 
+# MLPerf Training, closed division, ResNet-50 on one node, by the throughputs in the logs, images a
+# second. v3.0 (May 2023), Dell: 28,610 of 8 A100-80, 56,050 of 8 H100, 18,900 of 4 H100-PCIe. v4.0
+# (April 2024): NVIDIA's 57,260 of 8 H100 and 63,550 of 8 H200, Dell's 57,100 of 8 H100 and 8,735 of
+# 4 L40S. Here for one GPU, as multiples of an A100's; those of v4.0 by way of the H100.
+RATIOS = {"H100": 1.96, "H100-PCIe": 1.32, "H200": 2.17, "L40S": 0.60}
+
+
+def test_published_ratios_of_a_relu_network() -> None:
+    work = count(timm.create_model("resnet50"), (256, 3, 224, 224), "fp16")
+    a100 = estimated(work, CARDS["A100-80"]).images_per_s
+    found = {name: estimated(work, CARDS[name]).images_per_s / a100 for name in RATIOS}
+    assert found == pytest.approx(RATIOS, rel=0.1)
+
+
 def estimated(work: Work, card: Card) -> Estimate:
     found = estimate(work, card)
     assert found is not None

@@ -4,7 +4,8 @@ A kernel takes as long as its bytes at the memory's bandwidth, or as its operati
 arithmetic, whichever is longer; kernels run one after another. Neither is ever reached in full, so
 that each is taken at a share. The shares are such that the same arithmetic gives, within a tenth,
 the rates that NVIDIA has measured of a ReLU ResNet-50 on an A100 and a V100 (DeepLearningExamples,
-PyTorch, 2021): tests/roofline/test_estimate.py compares them. All kernels are started by one
+PyTorch, 2021), and MLPerf's of others relative to an A100: tests/roofline/test_estimate.py compares
+them. All kernels are started by one
 thread, which takes its time, too; how long is an estimate. What is left out (the loss, the update,
 the processes' own work, loading) makes a step longer than this.
 """
@@ -82,10 +83,15 @@ def estimate(work: Work, card: Card, *, as_graph: bool = False) -> Estimate | No
 
 def memory_seconds(kernel: Kernel, card: Card) -> float:
     """Seconds that a card takes to read and write what a kernel does."""
-    return kernel.bytes / (card.bandwidth * BANDWIDTH_SHARE)
+    return kernel.bytes / (1e9 * card.bandwidth * BANDWIDTH_SHARE)
+
+
+def arithmetic_share(card: Card, precision: str) -> float:
+    """Share of a card's arithmetic that convolutions are taken to reach."""
+    return ARITHMETIC_SHARES[precision] * card.reached
 
 
 def operations_per_s(card: Card, precision: str) -> float | None:
     """Operations a second that convolutions are taken to reach; None: see `estimate`."""
     peak = card.arithmetic(precision)
-    return None if peak is None else peak * ARITHMETIC_SHARES[precision]
+    return None if peak is None else 1e12 * peak * arithmetic_share(card, precision)

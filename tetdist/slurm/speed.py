@@ -23,10 +23,10 @@ from tetdist.roofline import cards
 from tetdist.roofline.cards import Card
 from tetdist.roofline.count import CONVOLUTIONS, Work, count
 from tetdist.roofline.estimate import (
-    ARITHMETIC_SHARES,
     BANDWIDTH_SHARE,
     LAUNCH_SECONDS,
     Estimate,
+    arithmetic_share,
     estimate,
 )
 from tetdist.slurm.cluster import ClusterSection
@@ -192,8 +192,8 @@ def _details(
         f"{card.name}, computed, not measured: {1e3 * found.seconds:.1f} ms a micro-batch of "
         f"{found.batch}, {found.images_per_s:.0f} samples/s",
         f"{waits}; {100 * of_convolutions:.0f} % of the GPU's time is convolutions",
-        f"at {100 * BANDWIDTH_SHARE:.0f} % of {card.bandwidth / 1e12:.3g} TB/s, "
-        f"{100 * ARITHMETIC_SHARES[config.precision]:.0f} % of {peak / 1e12:.3g} TFLOP/s, and "
+        f"at {100 * BANDWIDTH_SHARE:.0f} % of {card.bandwidth / 1e3:.3g} TB/s, "
+        f"{100 * arithmetic_share(card, config.precision):.0f} % of {peak:.3g} TFLOP/s, and "
         f"{1e6 * LAUNCH_SECONDS:.0f} us to start a kernel; loss, update and loading are left out",
     ]
     parameters = sum(p.numel() for p in network.model.parameters())
