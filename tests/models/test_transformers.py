@@ -21,7 +21,7 @@ import tetdist
 from tetdist.exchange import foreign
 from tetdist.losses import tet_loss
 from tetdist.models import QKFormer, SpikingNetwork
-from tetdist.models.attention import attention_neuron
+from tetdist.models.attention import StreamAttention, attention_neuron
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF, NEURONS, ReLU, make
 from tetdist.nn.norm_neuron import Neuron, NormNeuron
@@ -495,6 +495,28 @@ def test_relu_network_of_the_same_shape(case: Case) -> None:
     x = case.batch().float()
     model(x).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@each_family
+def test_weights_begin_as_in_the_authors_code(case: Case) -> None:
+    """With a deviation of 0.02 and without biases, or as torch begins them."""
+    torch.manual_seed(0)
+    model = timm.create_model(case.name, **case.arguments)
+    attention = [m for m in model.modules() if isinstance(m, StreamAttention)]
+    as_torch = {layer for module in attention for layer in module.modules()}
+    for layer in model.modules():
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)) or layer.weight.numel() < 100:
+            continue
+        match case.name.partition("_")[0]:
+            case "maxformer":
+                as_published = isinstance(layer, nn.Conv2d) and layer not in as_torch
+            case "sdt":
+                as_published = isinstance(layer, nn.Conv2d)
+            case _:
+                as_published = layer is model.fc
+        deviation = 0.02 if as_published else (3 * layer.weight[0].numel()) ** -0.5
+        assert layer.weight.std().item() == pytest.approx(deviation, rel=0.3)
+        assert layer.bias is None or layer.bias.any() != as_published
 
 
 @pytest.mark.parametrize("kind", [kind for kind in NEURONS if kind != "lif"])

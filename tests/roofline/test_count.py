@@ -1,6 +1,7 @@
 """What a network asks of a GPU: counted, against the kernels' own code and against measurements."""
 
 import dataclasses
+import math
 from collections import Counter
 from typing import Any
 
@@ -124,11 +125,28 @@ def test_memory_is_what_autograd_keeps_in_truth() -> None:
 
 def test_operations_are_those_of_the_definition() -> None:
     """Three times the forward pass's, but for the gradient of the image."""
-    layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1))
+    convolutions = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+    layers = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(16 * 16 * 16, 7))
     work = count(layers, (5, 3, 32, 32), "fp32")
     first = 2 * 5 * 32 * 32 * 8 * 3 * 9
     second = 2 * 5 * 16 * 16 * 16 * 8 * 9
-    assert operations_of(work) == 2 * first + 3 * second
+    head = 2 * 5 * 16 * 16 * 16 * 7
+    assert operations_of(work) == 2 * first + 3 * second + 3 * head
+
+
+class Expands(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.expand(4, *x.shape) * self.weight
+
+
+def test_of_an_expanded_tensor_each_number_is_read_once() -> None:
+    product = count(Expands(), SMALL, "fp32").kernels[0]
+    numbers = math.prod(SMALL)
+    assert (product.name, product.bytes) == ("mul.Tensor", 4 * (numbers + 1 + 4 * numbers))
 
 
 def test_recomputing_takes_work_and_spares_memory() -> None:

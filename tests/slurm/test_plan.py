@@ -55,18 +55,26 @@ def test_averaging_by_hand() -> None:
     # 2 * 3/4 GB at 100 GB/s, then 2 * 1/2 GB at 10 GB/s.
     assert plan.communication_seconds(10**9, 1, 4, section) == pytest.approx(0.015)
     assert plan.communication_seconds(10**9, 2, 4, section) == pytest.approx(0.115)
+    made = make(link_in_node=100.0, link_between_nodes=10.0)
+    cost = plan.cost(made, Speed(100.0, 4), nodes=2)
+    assert cost is not None
+    # 80 MB a step, of 32 samples a process; a share of training, without the evaluations.
+    assert cost.communication == pytest.approx(0.0092 / (0.0092 + 0.32))
 
 
 def test_hours_by_hand() -> None:
-    made = make(overrides=("evaluate_every=1000",), link_in_node=1e9, link_between_nodes=1e9)
+    made = make(
+        overrides=("evaluate_every=1000",), link_in_node=1e9, link_between_nodes=1e9, time="60"
+    )
     cost = plan.cost(made, Speed(images_per_s=100.0, timesteps=4), nodes=2)
     assert cost is not None
     # 120 epochs of 5004 steps of 256 images, and one evaluation at three times the speed.
     seconds = (120 * 5004 * 256 + 50000 / 3) / (8 * 100)
-    assert cost.hours == pytest.approx(seconds / 3600, rel=1e-4)
-    assert cost.gpu_hours == pytest.approx(8 * seconds / 3600, rel=1e-4)
-    # Of each day, 120 s are kept for saving and 5 minutes lost in restarting.
-    assert cost.periods == -(-seconds // (86400 - 120 - 300)) == 3
+    assert cost.hours == pytest.approx(seconds / 3600, rel=1e-7)
+    assert cost.gpu_hours == pytest.approx(8 * seconds / 3600, rel=1e-7)
+    assert cost.images_per_s == pytest.approx(8 * 100)
+    # Of each hour, 120 s are kept for saving and 5 minutes lost in restarting.
+    assert cost.periods == -(-seconds // (3600 - 120 - 300)) == 61
 
 
 def test_timesteps_cost() -> None:
@@ -100,6 +108,10 @@ def test_table() -> None:
     rows = {line.split()[0]: line for line in text.splitlines() if line[:5].strip().isdigit()}
     assert list(rows) == ["1", "2", "4", "8", "16", "32", "64"]
     assert rows["4"].endswith("8 micro-batches cannot be shared equally")
+    # The newest three and the best; with a moving average its best, too.
+    assert "160.0 MB each, 4 kept: 640.0 MB" in text
+    averaged = plan.describe(make(overrides=("ema.decay=0.999",)), Speed(100.0, 4))
+    assert "240.0 MB each, 5 kept: 1.20 GB" in averaged
     one, two = (plan.cost(make(), Speed(100.0, 4), nodes) for nodes in (1, 2))
     assert one is not None
     assert two is not None
