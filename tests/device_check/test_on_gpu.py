@@ -1,6 +1,7 @@
 """What only a GPU can show: `make test-gpu`, on a machine that has one."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,5 +65,9 @@ def test_a_run_trains_and_evaluates(tiny_config: Callable[..., Path], tmp_path: 
     environment = {k: v for k, v in tiny.clean_environment().items() if k != "DS_ACCELERATOR"}
     status, output = tiny.execute(command, tmp_path, env=environment, timeout=280)
     assert status == 0, output
-    (last,) = (tmp_path / "runs").glob("*/checkpoints/last")
-    assert (last / "model.safetensors").is_file()
+    run = tmp_path / "runs" / "tiny"
+    losses = [line["loss"] for line in tiny.metrics(run, "train")]
+    assert len(losses) == 2 * tiny.STEPS_PER_EPOCH
+    assert all(map(math.isfinite, losses))
+    assert [line["samples"] for line in tiny.metrics(run, "val")] == [sum(tiny.VAL_SIZES)] * 2
+    assert (tiny.newest(run) / "model.safetensors").is_file()

@@ -13,8 +13,10 @@ from tiny import Farm
 
 from tetdist.config.loading import load
 from tetdist.config.schema import RunConfig
-from tetdist.reports.compare import read_records
+from tetdist.reports import runs_table
+from tetdist.reports.compare import plot
 from tetdist.reports.reference import IMAGES, find_reference, references
+from tetdist.reports.runs_table import RunRecord
 
 SEW = find_reference("sew34")
 
@@ -249,11 +251,16 @@ def test_the_phase_that_the_run_is_in_is_compared(
     assert "phases.0" not in out
 
 
-def test_the_figure_of_an_average_has_the_average(tmp_path: Path) -> None:
-    (record,) = read_records([a_run(a_run(tmp_path / "r", {1: 40.0}), {1: 60.0}, kind="val_ema")])
-    average = record.of_average()
-    assert [line["top1"] for line in average.of_kind("val")] == [60.0]
-    assert average.name == "r (EMA)"
+def test_the_figure_of_an_average_has_the_average(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[RunRecord] = []
+    monkeypatch.setattr(runs_table, "plot", lambda records, *_: drawn.extend(records))
+    run = a_run(a_run(tmp_path / "r", {1: 40.0}), {1: 60.0}, kind="val_ema")
+    for name in ("t_revsnn", "t_revsnn_ema"):
+        plot([run], tmp_path / "figure.png", name)
+    assert [record.name for record in drawn] == ["r", "r (EMA)"]
+    assert [[line["top1"] for line in one.of_kind("val")] for one in drawn] == [[40.0], [60.0]]
 
 
 def test_recipes_of_imagenet_name_a_curve() -> None:

@@ -76,7 +76,7 @@ def test_job_that_slurm_refuses_leaves_nothing_behind(
     monkeypatch.setattr(submit.batch, "submit", refuse)
     with pytest.raises(UserError, match="no such partition"):
         submit.submit([run], "tiny", code=tmp_path)
-    assert told[-1:] in ([], ["KILLED"])
+    assert told == ["SCHEDULED", "KILLED"]
     assert history.history(run.config.run_dir) == []
     assert history.newest_submission(run.config.run_dir) is None
     with history.submitting(run.config.run_dir):

@@ -188,6 +188,9 @@ def test_thresholds_of_early_exit_are_compared(
     report = results.read_text()
     assert "costs at most 20 points on the 12 training samples that a run holds out" in report
     assert "The full T is 2, more timesteps than in the training of `fewer`." in report
+    found = json.loads((output / "fewer-seed0" / "test_timesteps.json").read_text())
+    exit_top1 = found["chosen_exit"]["top1"]
+    assert f"| {exit_top1:.2f} | {exit_top1 - found['per_timestep_top1'][1]:.2f} |" in report
     row = f"| `tet` - `sdt` | 1 | 20 | {np.mean(spent['tet']):.2f} | {np.mean(spent['sdt']):.2f} |"
     assert row in report[: report.index("<!-- end of the summary -->")]
     assert "best epoch" not in report
@@ -959,20 +962,31 @@ def test_what_sets_entries_apart_unnamed_is_at_the_head(
     assert head.partition(said)[2].split("\n") == ["", "", *listed, "", ""]
 
 
-def test_a_verdict_is_as_sure_as_the_interval(call: Call, finished: tuple[Path, Path]) -> None:
-    from tetdist.studies.numbers import paired_difference
+@pytest.mark.parametrize(
+    ("top1", "said"),
+    [
+        # Against 90, 90 and 90; the interval is of 4.3 standard errors to either side.
+        ([92.0, 93.0, 94.0], "+3.00 [+0.52, +5.48] points, n = 3: **better** (p = 0.035)"),
+        ([88.0, 87.0, 86.0], "-3.00 [-5.48, -0.52] points, n = 3: **worse** (p = 0.035)"),
+        ([91.0, 92.0, 93.0], "+2.00 [-0.48, +4.48] points, n = 3: no difference can be told"),
+        ([91.0, 91.0, 91.0], "+1.00 points, n = 3: no spread between the seeds"),
+        ([88.0], "-2.00 points, n = 1: one seed says nothing about chance"),
+    ],
+)
+def test_a_verdict_is_as_sure_as_the_interval(
+    write: Callable[..., Path], tmp_path: Path, top1: list[float], said: str
+) -> None:
+    from tetdist.studies.numbers import gather
+    from tetdist.studies.report import verdict
 
-    same = paired_difference([1.0, 2.0], [0.0, 1.0])
-    assert (same.mean, np.isnan([same.low, same.p]).all()) == (1, True)
-    one = paired_difference([1.0], [3.0])
-    assert (one.n, one.mean, np.isnan(one.low)) == (1, -2, True)
-    file, output = finished
-    call(file, "--output", output, "--report-only")
-    difference = json.loads((output / "report" / "study.json").read_text())["differences"]["tet"]
-    sure = difference["top1"]["low"] > 0 or difference["top1"]["high"] < 0
-    said = "**better**" if sure else "no difference can be told from chance"
-    report = (output / "report.md").read_text()
-    assert re.search(rf"`tet` against `sdt`: .*n = 3: {re.escape(said)}", report), report
+    phases = [{"epochs": 2, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.05}}]
+    seeds = list(range(len(top1)))
+    changes = {"seeds": seeds, "test_timesteps": [4], "overrides": {"phases": phases}}
+    study = plan.read(write(changes))
+    runs = plan.runs_of(study, tmp_path / "out", [])
+    for run in runs:
+        finish_by_hand(run, [0.0, 0.0, 0.0, top1[run.seed] if run.entry == "tet" else 90.0])
+    assert verdict(gather(study, runs), "tet").startswith(f"* `tet` against `sdt`: {said}")
 
 
 def test_a_section_replaces_its_earlier_self_only(

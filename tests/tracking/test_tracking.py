@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -25,7 +26,7 @@ from tetdist.errors import UserError
 from tetdist.tracking import environment as environment_module
 from tetdist.tracking import mlflow_follower
 from tetdist.tracking.environment import environment
-from tetdist.tracking.metrics_file import read_from, read_metrics
+from tetdist.tracking.metrics_file import keep_until, read_from, read_metrics
 from tetdist.tracking.mlflow_follower import Dataset, ui_command
 from tetdist.tracking.tracker import Tracker
 from tetdist.tracking.trackers import TrackedRun, _line_start
@@ -199,6 +200,7 @@ def test_resume_removes_later_steps_and_a_torn_line(
     with path.open("ab") as file:
         file.write(torn)
 
+    assert keep_until(path, 8) == ({"train": 8, "val": 5}, 9)
     tracker = untracked(resume_step=8)
     assert path.read_bytes() == kept
     for step in (9, 10):
@@ -1040,14 +1042,17 @@ def test_environment_is_json_and_true(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setenv("SLURM_JOB_ID", "42")
-    monkeypatch.setenv("SLURM_JWT", "a secret")
+    secret = secrets.token_hex()  # which no diff of the checkout has
+    monkeypatch.setenv("SLURM_JWT", secret)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
     found = json.loads(json.dumps(environment()))
     assert found["packages"]["torch"] == torch.__version__
     assert "mlflow" in found["packages"]
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["slurm"]["SLURM_JOB_ID"] == "42"
-    assert "a secret" not in json.dumps(found)
-    assert found["usable_cores"] >= 1
+    assert secret not in json.dumps(found)
+    assert (found["cores"], found["usable_cores"]) == (64, 1)
 
 
 @pytest.mark.skipif(
