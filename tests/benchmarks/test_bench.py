@@ -1,5 +1,7 @@
 """The published commands of tools/bench.py and docs/make/performance.py, on small networks."""
 
+import argparse
+import contextlib
 import importlib
 import json
 import runpy
@@ -16,6 +18,8 @@ import torch
 from passes import randomize
 
 from tetdist import models
+from tetdist.benchmarks import bench as benchmark
+from tetdist.benchmarks import data, scaling
 from tetdist.config import loading
 from tetdist.reports import style
 from tetdist.slurm.cluster import ClusterSection
@@ -88,6 +92,43 @@ def test_a_step_is_timed_against_the_relu_network(tmp_path: Path) -> None:
     assert {"device", "threads", "torch", "python"} <= result["machine"].keys()
     speed = speed_that_the_plan_reads(tmp_path / "result.json")
     assert speed == Speed(result["rows"][1]["images_per_s"], timesteps=2, source="measured")
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    """Of rounds of which the second was slowed down, for all."""
+    seconds = {"relu": [1.0, 8.0, 2.0], "own": [2.0, 8.0, 8.0]}
+    row = benchmark._row("own", seconds, argparse.Namespace(batch=4))
+    assert (row["ratio"], row["seconds"], row["fastest"], row["images_per_s"]) == (2, 8, 2, 0.5)
+    names = ("torchvision", "DALI's reader", "decoding alone")
+    rates = dict.fromkeys(names, (100.0, 10.0, 50.0)) | {"tetdist": (200.0, 10.0, 200.0)}
+    found = data.row("tetdist", rates)
+    assert (found["images_per_s"], found["fastest"], found["of_dali"]) == (200, 200, 2)
+
+
+def test_several_processes_are_as_efficient_as_one_is_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Steps of 1 s alone, of 2 s side by side, and of 4 s together."""
+    groups = contextlib.nullcontext((["a", "b"], ["c", "d"]))
+    monkeypatch.setattr(scaling, "processes", lambda _: groups)
+    seconds = {"a": 1.0, "ab": 2.0, "cd": 4.0}
+    monkeypatch.setattr(scaling, "together", lambda workers, _: seconds["".join(workers)])
+    keys = ("model", "size", "timesteps", "precision", "device", "engine")
+    options = dict.fromkeys(keys) | {"processes": 2, "repeats": 3, "steps": 1}
+    result = scaling.measure(argparse.Namespace(**options, batch=4, accumulation=2))
+    rows = [(r["efficiency"], r["of_apart"], r["images_per_s"]) for r in result["rows"]]
+    assert rows == [(1, 2, 8), (0.5, 1, 8), (0.25, 0.5, 4)]
+    assert (result["images_per_s"], result["processes"]) == (4, 2)
+
+
+def test_bytes_are_kept_once_and_parameters_not_at_all() -> None:
+    model, x = torch.nn.Linear(3, 5), torch.ones(7, 3)
+    saved = benchmark.SavedBytes(model)
+    with saved.counting():
+        y = (model(x) + model(x)).square()  # of `x` both layers keep the same
+    assert saved.now == saved.most == 4 * 7 * (3 + 5)
+    y.sum().backward()
+    assert (saved.now, saved.most) == (0, 4 * 7 * (3 + 5))
 
 
 @pytest.mark.long

@@ -99,9 +99,11 @@ def test_cifar100_takes_the_fine_label(call: Call, tmp_path: Path) -> None:
 
 
 def test_the_first_of_each_class(call: Call, tmp_path: Path) -> None:
-    file = archive(tmp_path / "ten.tar.gz", cifar10())
-    status, said = call(file, tmp_path / "ten", "--per-class", "1,1")
-    assert (status, "10 images to train and 10 to validate" in said) == (0, True)
+    three_each = records([[k] for k in range(10)] * 3, 0)[0]
+    contents = cifar10({"test_batch.bin": three_each})
+    file = archive(tmp_path / "ten.tar.gz", contents)
+    status, said = call(file, tmp_path / "ten", "--per-class", "1,2")
+    assert (status, "10 images to train and 20 to validate" in said) == (0, True)
     (first,) = (tmp_path / "ten" / "train" / "class3").iterdir()
     assert first.name == "00005.png"
 

@@ -34,9 +34,12 @@ def test_a_slow_gpu_among_others_is_bad() -> None:
         "rank 3: 15% slower than most: 1700.0 images/s (the slowest process 1700, the fastest 2010)"
     )
     assert "nvidia-smi" in str(result.worst.remedy)
-    # Of two, the slower one is.
-    statuses = [found.status for found in compared([rates(1000.0), rates(800.0)])]
-    assert statuses == ["ok", "bad"]
+    # Of two, the slower one is; of three, not those beside which one is faster.
+    for speeds, statuses in (
+        ([1000.0, 800.0], ["ok", "bad"]),
+        ([1000.0, 1000.0, 1500.0], ["ok"] * 3),
+    ):
+        assert [found.status for found in compared([rates(one) for one in speeds])] == statuses
 
 
 def test_gpus_of_one_kind_may_differ_a_little() -> None:

@@ -2,6 +2,9 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from torch import Tensor
 from tetdist.distributed.world import World, join
 from tetdist.evaluation.decisions import THRESHOLDS, DecisionCounts, Decisions
 from tetdist.evaluation.evaluate import _count, running_means
+from tetdist.evaluation.suite import ExitChoice, _chosen
+from tetdist.reports.evaluation_page import SHOWN_CLASSES, _text_classes
 
 
 @pytest.fixture
@@ -65,6 +70,15 @@ def test_the_lowest_threshold_that_costs_little_from_there_on() -> None:
     assert worse.threshold_within(5) is None
 
 
+def test_where_no_threshold_costs_so_little_all_are_decided_at_t() -> None:
+    choice, point = ExitChoice(0.0, None, 9, 70.0), {"threshold": 0.5, "top1": 1.0}
+    whole: Any = SimpleNamespace(top1=80.0, timesteps=3)
+    found = _chosen(choice, whole, [point | {"mean_timesteps": 1.0}])
+    assert (found["threshold"], found["top1"], found["mean_timesteps"]) == (None, 80.0, 3.0)
+    found = _chosen(replace(choice, threshold=0.5), whole, [point | {"mean_timesteps": 1.0}])
+    assert (found["threshold"], found["top1"], found["mean_timesteps"]) == (0.5, 1.0, 1.0)
+
+
 def test_confusion_and_classes(world: World) -> None:
     logits = torch.zeros(2, 5, 3)
     for sample, decided in enumerate((0, 1, 1, 2, 0)):
@@ -79,6 +93,13 @@ def test_confusion_and_classes(world: World) -> None:
     assert (b["samples"], b["recall"], b["precision"]) == (1, 100.0, 50.0)
     assert (b["mistaken_for"], b["mistaken"]) == (None, 0)
     assert (spare["samples"], spare["recall"], spare["precision"]) == (0, None, 0.0)
+
+
+def test_of_many_classes_those_of_least_recall_are_shown() -> None:
+    row = {"samples": 1, "precision": None, "mistaken_for": None, "mistaken": 0}
+    rows = [row | {"class": f"c{k}", "recall": 100.0 - k} for k in range(SHOWN_CLASSES + 2)]
+    said = _text_classes({"per_class": rows}).splitlines()[1:]
+    assert [line.split()[0] for line in said] == [f"c{k}" for k in range(SHOWN_CLASSES + 1, 1, -1)]
 
 
 def test_at_the_largest_threshold_it_is_nearly_the_accuracy_at_t(world: World) -> None:

@@ -260,6 +260,18 @@ def test_attentions_products_are_unrolled(
         assert layer.accumulates > 0 or name == "stem.conv"
 
 
+def test_the_most_sub_timesteps_are_those_of_all_batches() -> None:
+    model = small({"kind": "ilif", "threshold": 0.3})
+    x = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0)).double()
+    found = []
+    for batches in ((x,), (x, x / 100), (x / 100,)):
+        with torch.no_grad(), unrolled(model) as most:
+            for batch in batches:
+                model(batch)
+        found.append(most)
+    assert found[0] == found[1] != found[2]
+
+
 def test_what_does_not_fire_is_not_unrolled() -> None:
     with (
         pytest.raises(UserError, match="--unroll: only neurons"),

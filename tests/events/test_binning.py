@@ -130,9 +130,10 @@ def test_resizing_keeps_the_sum_of_counts_and_the_range_of_shares(resize, size):
         assert counts.sum() == pytest.approx(500, rel=1e-3)
     else:  # Whose weights at the border are not those of the middle.
         assert counts.sum() == pytest.approx(500, rel=0.05)
-    shares = binned(events, size=size, resize=resize, values="occupancy").tensor
-    assert shares.min() >= 0
-    assert 0 < shares.max() <= 1
+    for values in ("occupancy", "normalised"):
+        shares = binned(events, size=size, resize=resize, values=values).tensor
+        assert shares.min() >= 0
+        assert 0 < shares.max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """tools/prebin_dvs.py, as a user runs it: what it writes, continues, refuses and leaves alone."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -20,7 +21,8 @@ from tetdist.events import tensors as tensors_module
 from tetdist.events.binning import Binning, bin_events
 from tetdist.events.formats import read_recording
 from tetdist.events.recording import Sensor
-from tetdist.events.tensors import Settings, open_destination
+from tetdist.events.statistics import statistics
+from tetdist.events.tensors import Record, Settings, open_destination
 
 TOOL = "prebin_dvs.py"
 PATH = Path(__file__).parents[2] / "tools" / TOOL
@@ -512,8 +514,37 @@ def test_saturation_is_reported(tmp_path, prebin_dvs):
             (source / name / f"{i}.bin").write_bytes(cameras.nmnist(made))
     status, output = prebin_dvs(source, timesteps=2)
     assert status == 0, output
-    assert "values were too large for uint8" in output
-    assert json.loads((tmp_path / "dest" / "statistics.json").read_text())["all"]["saturated"] > 0
+    # Each of 2 pixels has some 375 of the 1500 events of a bin, of either polarity.
+    assert "32 values were too large for uint8" in output
+    found = json.loads((tmp_path / "dest" / "statistics.json").read_text())
+    assert (found["left"]["saturated"], found["all"]["saturated"]) == (16, 32)
+
+
+def test_statistics_by_hand():
+    """Of 100 events in 1 s, 900 in 3 s, and 50 in a moment, which have no rate."""
+    still = {field.name: None for field in dataclasses.fields(Record)} | {"saturated": 0}
+
+    def record(class_name, events, on, seconds, empty):
+        facts = {"key": f"{class_name}/x", "on_events": on, "empty_frames": empty, "dropped": 2}
+        facts |= {"events": events, "duration_us": int(1e6 * seconds), "frames": 8}
+        return Record(**still | facts)
+
+    records = [record("b", 100, 70, 1, 2), record("b", 900, 30, 3, 0), record("a", 50, 5, 0, 4)]
+    found = statistics(records)
+    assert list(found) == ["all", "a", "b"]
+    assert found["all"] == {
+        "tensors": 3,
+        "events_mean": 350,
+        "events_least": 50,
+        "events_most": 900,
+        "events_per_s": (100 + 300) / 2,
+        "duration_s_mean": pytest.approx(4 / 3),
+        "on_share": 105 / 1050,
+        "empty_share": 6 / 24,
+        "saturated": 0,
+        "dropped": 6,
+    }
+    assert (found["b"]["on_share"], found["a"]["events_per_s"]) == (0.1, 0)
 
 
 def test_a_missing_package_is_named(source, prebin_dvs, monkeypatch):

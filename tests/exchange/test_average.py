@@ -55,10 +55,11 @@ def test_weights_are_the_mean(
     file: str, options: tuple[str, ...], run: Path, call: Call, tmp_path: Path
 ) -> None:
     output = tmp_path / "mean.safetensors"
-    status, said = call("average", *both(run), "--output", output, *CPU, *options)
+    later, earlier = reversed(both(run))
+    status, said = call("average", later, earlier, "--output", output, *CPU, *options)
     assert status == 0, said
     assert "running statistics: 40 of 40 samples, " in said
-    names = "step-00000005, step-00000010; its running statistics are of 40 training samples"
+    names = "step-00000010, step-00000005; its running statistics are of 40 training samples"
     assert names in said
     a, b = (load_file(path / f"{file}.safetensors") for path in both(run))
     found, description = checkpoint.load_model_file(output)

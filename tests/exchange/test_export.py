@@ -205,8 +205,22 @@ def test_card_says_what_a_reader_asks_and_no_secrets(tool: Tool, tmp_path: Path)
     for path in (tmp_path / "given").iterdir():
         assert b"secret" not in path.read_bytes(), path
         assert b"/home/me" not in path.read_bytes(), path
-    config = json.loads((tmp_path / "given" / "config.json").read_text())
-    assert config["pretrained_cfg"]["label_names"] == list("abcde")
+    cfg = json.loads((tmp_path / "given" / "config.json").read_text())["pretrained_cfg"]
+    assert cfg["label_names"] == list("abcde")
+    assert (cfg["input_size"], cfg["crop_pct"]) == ([3, 32, 32], 32 / 37)
+    assert (cfg["mean"], cfg["std"]) == ([0.5, 0.5, 0.5], [0.229, 0.224, 0.225])
+
+
+def test_card_says_what_an_accuracy_flatters(tmp_path: Path) -> None:
+    _, description = checkpoint.load_model_file(save("convnet", tmp_path))
+    held_out = tiny.changed(description.config, {"data.held_out": 0.1})
+    for config, of in (
+        (description.config, "the validation split"),
+        (held_out, "samples held out of the training split"),
+    ):
+        for which, rest in (("last", ""), ("best", ", which were chosen on this very split")):
+            described = description.model_copy(update={"config": config, "which": which})
+            assert export._accuracy(described).endswith(f" of {of}, with these weights{rest}")
 
 
 def test_accuracy_is_not_claimed_at_another_t(tool: Tool, tmp_path: Path) -> None:

@@ -421,15 +421,16 @@ def series(tmp_path: Path) -> list[Path]:
 
 
 def test_table_has_the_moving_average_of_runs_with_one(run_tool: Tool, tmp_path: Path) -> None:
-    plain, averaged, other = (make_run(tmp_path / name) for name in ("a", "b", "c"))
+    fast = {("train", 3): {"samples_per_s": 9.0}}  # of ten lines one, so that the median is 1
+    plain, averaged, other = (make_run(tmp_path / name, fast) for name in ("a", "b", "c"))
     reached = [{"kind": "val_ema", "step": step, "top1": 10.0 * step} for step in (7, 5)]
     with (averaged / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(line | {"time": 1.0}) + "\n" for line in reached)
     status, printed, _ = run_tool(plain, averaged, other)
     assert status == 0
     assert "EMA top-1 %  EMA best" in printed
-    assert row(printed, "a")[-2:] == ["-", "-"]
-    assert row(printed, "b")[-2:] == ["50.00", "70.00"]
+    assert row(printed, "a")[-3:] == ["1", "-", "-"]
+    assert row(printed, "b")[-3:] == ["1", "50.00", "70.00"]
     assert "EMA" not in run_tool(plain, other, plain)[1]
 
 

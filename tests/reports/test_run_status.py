@@ -80,6 +80,7 @@ def test_the_state(
     status = read_status(made(tmp_path / "run", lines, saved), job)
     assert status.state == state
     assert status.text.startswith(text)
+    assert status.eta_s is None  # Nothing trains.
     as_text(status)  # of whatever there is
 
 

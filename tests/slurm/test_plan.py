@@ -34,6 +34,10 @@ def test_counts() -> None:
     averaged = make(overrides=("ema.decay=0.999",))
     assert averaged.checkpoint_bytes == 4 * (3 * PARAMETERS + 2 * 1000)
     assert averaged.evaluations == 240
+    # The newest and the best, of both copies.
+    for one, best in ((made, 1), (averaged, 2)):
+        kept = one.config.save.keep_last + best
+        assert f" each, {kept} kept: " in plan.describe(one, "unknown")
     # The second phase's Adam keeps two numbers a parameter.
     assert make("spiking34_t4_t6.yaml").checkpoint_bytes == 4 * (3 * PARAMETERS + 1000)
 
@@ -121,14 +125,17 @@ def test_table() -> None:
 
 
 def test_run_that_begins_with_a_later_phase() -> None:
-    made = make("spiking34_t4_t6.yaml", ("start_phase=1", "init_checkpoint=weights.safetensors"))
+    later = ("start_phase=1", "init_checkpoint=weights.safetensors")
+    links = {"link_in_node": 1e9, "link_between_nodes": 1e9}
+    made = make("spiking34_t4_t6.yaml", later, **links)
     assert (made.first_step, made.last_step) == (90 * 5004, 120 * 5004)
     assert (made.images, made.evaluations) == (30 * 5004 * 256, 30)
     text = plan.describe(made, "nobody said")
     assert "T = 6" in text
     assert "hours        unknown: nobody said" in text
     cost = plan.cost(made, Speed(images_per_s=100.0, timesteps=6), nodes=2)
-    whole = plan.cost(make("spiking34_t4_t6.yaml"), Speed(100.0, timesteps=6), nodes=2)
+    whole = plan.cost(make("spiking34_t4_t6.yaml", **links), Speed(100.0, timesteps=6), nodes=2)
     assert cost is not None
     assert whole is not None
-    assert 0.25 < cost.hours / whole.hours < 0.4
+    # 30 of 120 epochs and evaluations, each in 3/2 of the time of one at T = 4.
+    assert cost.hours / whole.hours == pytest.approx(30 * 3 / (90 * 2 + 30 * 3), rel=1e-4)

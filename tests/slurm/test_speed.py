@@ -63,7 +63,8 @@ def test_a_gpus_speed_is_computed_and_says_so() -> None:
 
 def test_a_better_gpu_is_faster_and_what_it_does_more_is_slower() -> None:
     rate = known(*SMALL).images_per_s
-    assert known(*SMALL, gpu="H200").images_per_s >= rate
+    # By 43 % more bandwidth, where that bounds it.
+    assert rate < known(*SMALL, gpu="H200").images_per_s < 1.44 * rate
     assert known(*SMALL, "precision=fp32").images_per_s < rate
     assert known(*SMALL, "recompute=blocks").images_per_s < rate
     assert known(*SMALL, "phases.0.timesteps=8").images_per_s < 0.7 * rate
@@ -114,6 +115,9 @@ def test_memory_that_is_too_small_is_said() -> None:
     ):
         said = dict(known(*large, *more, gpu=gpu).details)["memory"]
         assert ("too much; take a smaller batch.micro, or recompute" in said) != fits, gpu
+    # 11 million weights, their gradients and momentum, in float32; then their average, too.
+    for more, weights in (((), "0.1 of it weights"), (("ema.decay=0.9",), "0.2 of it weights")):
+        assert weights in dict(known(*SMALL, *more).details)["memory"]
 
 
 # --- as measured ----------------------------------------------------------------------------------

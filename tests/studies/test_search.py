@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,9 @@ def test_halving_goes_on_after_a_stop_and_sees_validation_once(
     # 4 x 1 + 2 x 1 + 3 epochs.
     assert "4 candidates to epoch 1, 2 candidates to epoch 2, " in said
     assert "9 epochs in all, as many as 3 whole trainings" in said
+    _, said = call(write({"seeds": [0, 1]}), "--output", output, "--dry-run")
+    assert "with 2 seeds: 18 epochs in all, as many as 6 whole trainings" in said
+    write()
     assert not output.exists()
 
     here["interrupt_after"] = 3
@@ -147,6 +151,9 @@ def test_halving_goes_on_after_a_stop_and_sees_validation_once(
     assert f"| {second} | {RATES[second]:g} |" in report
     assert "| c03 | 1e+30 |  |  | not finite before epoch 1 |" in report
     assert report.count("**chosen**") == 1
+    right = validations[first[0]][0]["top1"] / 100
+    error = 100 * math.sqrt(right * (1 - right) / validations[first[0]][0]["samples"])
+    assert f"is known to ± {error:.2g} points" in report
     assert f"top-1 **{only['top1']:.2f}** % on the 23 samples of the validation split" in report
     assert (output / "report" / "search.png").stat().st_size > 10_000
 
