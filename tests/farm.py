@@ -29,7 +29,7 @@ def passing(point: str, number: int, action: Callable[[], None]) -> None:
     import torch
 
     from tetdist.evaluation import evaluate
-    from tetdist.training import trainer
+    from tetdist.training import state, step, trainer
     from tetdist.training.engines import deepspeed_engines, torch_engine
 
     calls = itertools.count(1)
@@ -65,13 +65,13 @@ def passing(point: str, number: int, action: Callable[[], None]) -> None:
     elif point == "save":  # the weights are written, the rest is not
         wrap(torch, "save")
     elif point == "saved":  # the checkpoint is in its place
-        wrap(trainer.checkpoint, "save", after=True)
+        wrap(state.checkpoint, "save", after=True)
     elif point == "raise":  # an error of this process alone, instead of the signal
 
         def action() -> None:
             raise LookupError("made for the test")
 
-        wrap(trainer, "_sums", after=True)
+        wrap(step, "sums_of", after=True)
     elif point == "log":  # the line of metrics is written
         wrap(trainer.Trainer, "_log", after=True)
     else:

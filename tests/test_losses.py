@@ -11,13 +11,13 @@ from torch import Tensor
 from tetdist.config.schema import LossSection
 from tetdist.losses import (
     SelfTarget,
-    compute_loss,
     distillation_loss,
     error_aware_alignment,
     sdt_loss,
     self_target,
     tet_loss,
 )
+from tetdist.training.objective import compute_loss
 
 
 def _cross_entropy(logits: list[float], target: int, smoothing: float = 0.0) -> float:

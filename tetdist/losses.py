@@ -8,18 +8,13 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, assert_never
+from typing import Literal, assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tetdist.errors import UserError
 from tetdist.plugins import Registry
-
-if TYPE_CHECKING:
-    from tetdist.config.schema import LossSection
-
 
 # What a timestep learns from, and how it is compared with a teacher: see `self_target` and
 # `error_aware_alignment`.
@@ -61,44 +56,6 @@ def register_loss(
         return function
 
     return enter
-
-
-def compute_loss(
-    settings: "LossSection", logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None
-) -> Tensor:
-    """Compute the configured loss, ().
-
-    Args:
-        settings: The section ``loss`` of the configuration.
-        logits: Output before softmax at each timestep, (T, B, K).
-        targets: Class numbers, (B,), int64, or shares of the classes, (B, K).
-        teacher_logits: A teacher's, (B, K), where there is one.
-    """
-    loss = LOSSES[settings.kind]
-    given = {
-        "lambda_": settings.lambda_,
-        "phi": settings.phi,
-        "label_smoothing": settings.label_smoothing,
-    }
-    known = {name: value for name, value in given.items() if name in loss.arguments}
-    total = loss.function(logits, targets, **known, **settings.arguments)
-    if total.ndim:
-        raise UserError(
-            f"loss.kind: {settings.kind} has the shape {tuple(total.shape)}, not (); take the mean"
-        )
-    distillation = settings.distillation
-    learning = logits.mean(0, keepdim=True) if loss.of_time_mean else logits
-    if teacher_logits is not None:
-        answers, theirs = learning, teacher_logits
-        if distillation.teacher_alignment == "error_aware":
-            answers, theirs = error_aware_alignment(learning, teacher_logits, targets)
-        divergence = distillation_loss(answers, theirs, temperature=distillation.temperature)
-        total = total + distillation.weight * divergence
-    if distillation.self_weight:
-        theirs = self_target(distillation.self_target, learning, targets)
-        divergence = distillation_loss(learning, theirs, temperature=distillation.temperature)
-        total = total + distillation.self_weight * divergence
-    return total
 
 
 def _full_precision(logits: Tensor) -> Tensor:

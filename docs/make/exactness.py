@@ -25,7 +25,7 @@ from typing import Any
 from exactness_runs import COMPARED, Runs, Stop, compare, identical, loss_difference
 
 from tetdist.data.index import build_index, index_file, save_index
-from tetdist.reports.tables import markdown
+from tetdist.tables import markdown
 
 STEPS = 30
 TERM, KILL, INT, USR1 = signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGUSR1

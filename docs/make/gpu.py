@@ -24,7 +24,6 @@ import triton
 
 import tetdist.models  # noqa: F401  # registers them with timm
 from tetdist.benchmarks import gpu_code
-from tetdist.reports.tables import markdown
 from tetdist.roofline.cards import CARDS
 from tetdist.roofline.count import Kernel, Work, count
 from tetdist.roofline.estimate import (
@@ -37,6 +36,7 @@ from tetdist.roofline.estimate import (
 )
 from tetdist.slurm.cluster import ClusterSection
 from tetdist.slurm.plan import communication_seconds
+from tetdist.tables import markdown
 
 PROJECT = Path(__file__).resolve().parents[2]
 RECORD = PROJECT / "docs" / "performance" / "gpu_code.json"

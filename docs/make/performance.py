@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.distributed.starters import as_starter
-from tetdist.reports.tables import markdown
+from tetdist.tables import markdown
 from tetdist.wording import counted
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -23,7 +23,8 @@ from tetdist.data.transforms import (
     symmetric_beta,
 )
 from tetdist.losses import sdt_loss, tet_loss
-from tetdist.training.trainer import CORRECT, _sums, compute_loss
+from tetdist.training.objective import compute_loss
+from tetdist.training.step import CORRECT, sums_of
 
 B, K = 6, 5
 
@@ -100,10 +101,10 @@ def test_a_prediction_is_as_right_as_its_share() -> None:
     targets = mixed_targets(labels, on_device(mix, labels.device), K, torch.float32)
     logits = torch.zeros(2, 3, K)
     logits[:, :, 0] = 1  # predicts class 0 thrice: shares 0.75, 0.75 and 0
-    assert _sums(logits, targets, torch.tensor(0.0))[CORRECT] == 1.5
+    assert sums_of(logits, targets, torch.tensor(0.0))[CORRECT] == 1.5
     logits[:, :, 1] = 2  # class 1: shares 0.25, 0.25 and 1
-    assert _sums(logits, targets, torch.tensor(0.0))[CORRECT] == 1.5
-    assert _sums(logits, labels, torch.tensor(0.0))[CORRECT] == 2
+    assert sums_of(logits, targets, torch.tensor(0.0))[CORRECT] == 1.5
+    assert sums_of(logits, labels, torch.tensor(0.0))[CORRECT] == 2
 
 
 def timms(draws: list[float], mixing: Mixing, patch: pytest.MonkeyPatch) -> timm.data.Mixup:

@@ -8,6 +8,7 @@ of cuda_guard.cpp has to be preloaded.
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import itertools
 import json
@@ -111,7 +112,10 @@ def _graph_mistakes() -> dict[str, Callable[[Tensor, Tensor], Any]]:
 
 def _seed_within(trainer: Any) -> None:
     forward = trainer.engine.forward
-    trainer.engine.forward = lambda images: (trainer._seed(trainer.step, 0), forward(images))[1]
+    trainer.engine.forward = lambda images: (
+        trainer.update._seed(trainer.step, 0),
+        forward(images),
+    )[1]
 
 
 def _scale_on_the_host(trainer: Any) -> None:
@@ -256,21 +260,19 @@ def run(case: Case, world: Any, recorder: Recorder) -> None:
         case.base, [f"model.name={case.model}", "data.root=nowhere", *case.overrides]
     )
     trainer = make_trainer(case, config, world)
-    step = trainer.steps_per_epoch  # the first of the second epoch
+    step = trainer.prepared.steps_per_epoch  # the first of the second epoch
     trainer.step = step
-    trainer._enter(trainer.phases[0])
+    trainer._enter(trainer.prepared.phases[0])
     try:
         trainer.model.train()
         _tell_phases_apart(trainer)
         if case.mistake is not None:
             TRAINING_MISTAKES[case.mistake](trainer)
-        from tetdist.training.trainer import _Clock
-
         for number in range(case.steps):
             recorder.launches.clear()
             recorder.places.clear()
             with recorder:
-                trainer._train_step(_Clock())
+                trainer._train_step()
             recorder.phase = "input"
             if trainer.engine.loss_scale is not None:
                 # As after a step whose gradient overflowed.
@@ -284,40 +286,52 @@ def run(case: Case, world: Any, recorder: Recorder) -> None:
 
 def make_trainer(case: Case, config: Any, world: Any) -> Any:
     """A trainer whose data are made up and whose run folder is not there; the rest is its own."""
-    from tetdist.training import health
+    from tetdist.nn.norm_neuron import changing_neurons
+    from tetdist.training import prepared
     from tetdist.training.ema import WeightAverage
-    from tetdist.training.schedule import schedule_phases
+    from tetdist.training.feed import Feed
+    from tetdist.training.observers import Observers
     from tetdist.training.trainer import Trainer
+    from tetdist.training.window import Window
+
+    index = _Index(config)
+    prepared.open_data = lambda *_: (index, index)
 
     class OnPaper(Trainer):
         def __init__(self) -> None:
             self.config, self.world = config, world
-            self.stop = None
             self.watch = types.SimpleNamespace(progress=lambda _where: None)
-            self.micro_batches = range(case.micro_batches)
-            self.train_index = _index(config)
-            self.steps_per_epoch = 10
-            self.phases = schedule_phases(config.phases, self.steps_per_epoch, config.batch.global_)
-            self._build_model()
-            self.ema = WeightAverage.of(self.model, config.ema)
-            self.window = torch.zeros(3, dtype=torch.float64, device=world.device)
-            self.non_finite = health.NonFiniteSteps(world.device, config.non_finite_limit)
+            self.prepared = dataclasses.replace(
+                prepared._prepare(config, world), micro_batches=range(case.micro_batches)
+            )
+            self.model = self.prepared.model
+            self.changing = changing_neurons(self.model)
+            self.average = WeightAverage.of(self.model, config.ema)
+            self.window = Window(config, world)
             self.optimizer_state = self.loss_scale_state = None
-            self.teacher = _teacher(config, self.train_index) if case.learns else None
-            self.tracker = self.plots = self.phase = self.graph = None
+            self.teacher = _teacher(config, index) if case.learns else None
+            self.tracker = self.phase = None
+            self.observers = Observers()
             self.record = lambda _step, _batch: None
-
-        def _open_loader(self, _step: int) -> Any:
-            return _Batches(config, self.model)
+            self.feed = Feed(self.prepared, self._on_batch)
+            self.feed._open_loader = lambda _step: _Batches(config, self.model)
 
     return OnPaper()
 
 
-def _index(config: Any) -> Any:
-    size = config.model.arguments.get("input_size", 48)
-    return types.SimpleNamespace(
-        classes=[str(k) for k in range(config.model.num_classes or 1000)], heights=[size]
-    )
+class _Index:
+    """Ten steps of samples that are not there."""
+
+    fingerprint = ""
+    timesteps = None
+
+    def __init__(self, config: Any) -> None:
+        size = config.model.arguments.get("input_size", 48)
+        self.classes = [str(k) for k in range(config.model.num_classes or 1000)]
+        self.heights, self._samples = [size], 10 * config.batch.global_
+
+    def __len__(self) -> int:
+        return self._samples
 
 
 class _Batches:
@@ -365,14 +379,8 @@ def _teacher(config: Any, index: Any) -> Any:
 def _tell_phases_apart(trainer: Any) -> None:
     for owner, phases in (
         (trainer.engine, {name: name for name in ("forward", "backward", "update")}),
-        (
-            trainer,
-            {
-                "_prepared": "input",
-                "_teacher_logits": "teacher",
-                "_forward_backward_update": "loss",
-            },
-        ),
+        (trainer.feed, {"prepared": "input"}),
+        (trainer.update, {"_teacher_logits": "teacher", "_attempt": "loss"}),
     ):
         for name, phase in phases.items():
             setattr(owner, name, pretended.within(phase, getattr(owner, name)))
@@ -385,13 +393,13 @@ def _evaluate(trainer: Any, recorder: Recorder) -> None:
     from tetdist.evaluation.membranes import membrane_distribution
 
     model, precision = trainer.model, trainer.config.precision
-    batches = [next(trainer.loader)._replace(mix=None) for _ in range(2)]
+    batches = [next(trainer.feed._loader)._replace(mix=None) for _ in range(2)]
     samples = sum(len(batch.labels) for batch in batches)
-    classes = trainer.train_index.classes
+    classes = trainer.prepared.train.classes
     decisions = DecisionCounts(classes, model.num_classes, model.timesteps, DEVICE)
     logits = torch.empty(model.timesteps, samples, model.num_classes, device=DEVICE)
     labels = torch.empty(samples, dtype=torch.int64, device=DEVICE)
-    images = trainer._images_on_device(batches[0])
+    images, _ = trainer.feed.prepared(batches[0])
     with recorder:
         recorder.phase = EVALUATION
         evaluate(model, batches, samples, trainer.world, precision=precision)

@@ -117,7 +117,7 @@ def assert_runs(answer: Answer) -> None:
 def assert_fp16_runs(answer: Answer) -> None:
     """Likewise; in float16 the host has to know whether the gradient overflowed."""
     (wait,) = set(answer.pop("waits"))
-    assert wait.startswith("a number fetched at tetdist/training/trainer.py")
+    assert wait.startswith("a number fetched at tetdist/training/step.py")
     assert_runs(answer | {"waits": []})
 
 
@@ -267,7 +267,7 @@ def test_everything_in_a_graph_with_every_network(model: str, recompute: str, as
     ("mistake", "text"),
     [
         ("gradients let go of", "aten._foreach_add_"),
-        ("a seed", "a seed at tetdist/training/trainer.py"),
+        ("a seed", "a seed at tetdist/training/step.py"),
         ("a scale of the host", "aten.mul.Tensor"),
     ],
 )

@@ -634,10 +634,10 @@ def test_run_with_dropout_stopped_and_continued(
     steps = itertools.count(1)
     original = Trainer._train_step
 
-    def stopping(self: Trainer, clock: Any) -> Any:
+    def stopping(self: Trainer) -> Any:
         if next(steps) in (3, 9):
             signal.raise_signal(signal.SIGUSR1)
-        return original(self, clock)
+        return original(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", stopping)

@@ -25,6 +25,7 @@ from tetdist.reports.curves import (
     membranes,
 )
 from tetdist.reports.overlay import _group
+from tetdist.reports.run_plots import event_pictures, image_pictures
 from tetdist.reports.style import (
     ACCURACY,
     AVERAGE,
@@ -39,7 +40,6 @@ from tetdist.reports.style import (
     new_figure,
     steady_part,
 )
-from tetdist.training.run_plots import event_pictures, image_pictures
 
 
 def train_line(step: int, **values: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from tetdist.tracking import mlflow_store
 from tetdist.tracking.mlflow_store import check_store, hand_over
 from tetdist.tracking.tracker import Tracker
 from tetdist.tracking.trackers import TrackedRun
-from tetdist.training.run_summary import show_checkpoints
+from tetdist.training.run_record import show_checkpoints
 
 ConfigWriter = Callable[..., Path]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tetdist.errors import UserError
 from tetdist.models.spiking_convnet import SpikingConvNet
 from tetdist.storage import checkpoint
-from tetdist.training import graphs, trainer
+from tetdist.training import feed, graphs, prepared
 from tetdist.training.engines import base, torch_engine
 from tetdist.training.graphs import Captured
 
@@ -33,7 +33,7 @@ def both(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., tuple[Path, Path]]]:
     """Trains with and without graphs: (changes, what stands in); the folders of the runs."""
-    monkeypatch.setattr(trainer, "_check_device", lambda *_: None)
+    monkeypatch.setattr(prepared, "_check_device", lambda *_: None)
     captures = 0
 
     def run(
@@ -161,7 +161,7 @@ def test_steps_that_are_not_finite_change_nothing(
     both: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does anything of them stay in the gradients that a graph adds to."""
-    prepared, calls = trainer.Trainer._prepared, 0
+    prepared, calls = feed.Feed.prepared, 0
 
     def spoilt(self: Any, batch: Any) -> tuple[Tensor, Tensor]:
         nonlocal calls
@@ -170,7 +170,7 @@ def test_steps_that_are_not_finite_change_nothing(
         # A micro-batch of the first step and one of the third, of twenty in each run.
         return (images * float("nan") if calls % 20 in (2, 11) else images), targets
 
-    monkeypatch.setattr(trainer.Trainer, "_prepared", spoilt)
+    monkeypatch.setattr(feed.Feed, "prepared", spoilt)
     plain, with_graphs = both({}, taped)
     assert [one["non_finite_steps"] for one in tiny.metrics(plain, "train")][:4] == [1, 0, 1, 0]
     tiny.assert_same_run(plain, with_graphs)
@@ -263,7 +263,7 @@ def test_a_capture_within_a_step_keeps_its_gradients(monkeypatch: pytest.MonkeyP
 def test_a_cpu_and_another_engine_are_refused(main: Main, tiny_config: ConfigWriter) -> None:
     outcome = main(tiny_config(), "cuda_graphs=true", "device=auto")
     assert outcome.status == 2
-    assert "cuda_graphs: they are a GPU's" in outcome.text
+    assert "cuda_graphs=true needs a GPU" in outcome.text
 
 
 def test_what_cannot_be_captured_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 from tiny import Outcome
 
 from tetdist.storage import checkpoint
-from tetdist.training import trainer
+from tetdist.training import evaluating, prepared, window
+from tetdist.training import step as step_module
 from tetdist.training.engines import base
+from tetdist.training.engines.base import Update
 
 ConfigWriter = Callable[..., Path]
 Main = Callable[..., Outcome]
@@ -45,14 +48,14 @@ def test_first_of_equal_results_stays_the_best(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which checkpoint is published does not depend on how long the run went on at its best."""
-    real = trainer.evaluate
+    real = evaluating.evaluate
     answers: Iterator[float] = iter([40.0, 60.0, 60.0, 50.0])
 
     def evaluate(*arguments: Any, **options: Any) -> Any:
         result = real(*arguments, **options)
         return type(result)(**vars(result) | {"top1": next(answers)})
 
-    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    monkeypatch.setattr(evaluating, "evaluate", evaluate)
     outcome = main(tiny_config({"phases.0.epochs": 4, "log_every": 5}))
     assert outcome.status == 0, outcome.text
     run = tmp_path / "runs/tiny"
@@ -66,10 +69,10 @@ def test_loss_scale_of_one_phase_is_where_the_next_begins(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU, where only the tests let float16 run."""
-    monkeypatch.setattr(trainer, "_check_device", lambda *_: None)
+    monkeypatch.setattr(prepared, "_check_device", lambda *_: None)
     monkeypatch.setattr(base.LossScale, "START", 2.0**40)
     phase = {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.01}}
-    compute, calls = trainer.compute_loss, itertools.count(1)
+    compute, calls = step_module.compute_loss, itertools.count(1)
     number = 0
 
     def counted(*arguments: Any) -> Any:
@@ -77,7 +80,7 @@ def test_loss_scale_of_one_phase_is_where_the_next_begins(
         number = next(calls)
         return compute(*arguments)
 
-    monkeypatch.setattr(trainer, "compute_loss", counted)
+    monkeypatch.setattr(step_module, "compute_loss", counted)
     outcome = main(tiny_config({"precision": "fp16", "phases": [phase, phase]}))
     assert outcome.status == 0, outcome.text
     overflows = [line["overflows"] for line in tiny.metrics(tmp_path / "runs/tiny", "train")]
@@ -90,7 +93,7 @@ def test_loss_scale_of_one_phase_is_where_the_next_begins(
 def test_run_that_is_not_finite_ends_before_its_next_line_is_due(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute, calls = trainer.compute_loss, itertools.count(1)
+    compute, calls = step_module.compute_loss, itertools.count(1)
     number = 0
 
     def spoilt(*arguments: Any) -> Any:
@@ -98,10 +101,10 @@ def test_run_that_is_not_finite_ends_before_its_next_line_is_due(
         number = next(calls)
         return compute(*arguments) * float("nan")
 
-    monkeypatch.setattr(trainer, "compute_loss", spoilt)
+    monkeypatch.setattr(step_module, "compute_loss", spoilt)
     outcome = main(tiny_config({"log_every": 5, "non_finite_limit": 2}))
     assert outcome.status == 2
-    assert "in 2 steps in a row, at last at step 2 (learning rate " in outcome.text
+    assert "in 2 steps in a row, last at step 2 (learning rate " in outcome.text
     assert "no checkpoint has been saved yet" in outcome.text
     # Two steps of four micro-batches, and the second once more to examine it.
     assert number == 12
@@ -138,10 +141,10 @@ def test_sums_of_a_micro_batch() -> None:
     logits = torch.tensor([[[3.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.0, 1.0]]])  # (T, B, K)
     loss = torch.tensor(0.25)
     # The time-mean decides: class 0, then class 1.
-    assert trainer._sums(logits, torch.tensor([0, 0]), loss).tolist() == [0.5, 1.0, 2.0]
+    assert step_module.sums_of(logits, torch.tensor([0, 0]), loss).tolist() == [0.5, 1.0, 2.0]
     # A mixed sample is as correct as the predicted class's share in it.
     shares = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
-    assert trainer._sums(logits, shares, loss).tolist() == [0.5, 1.25, 2.0]
+    assert step_module.sums_of(logits, shares, loss).tolist() == [0.5, 1.25, 2.0]
 
 
 def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,14 +155,19 @@ def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch: pytest.Mon
         def monotonic() -> float:
             return now
 
-    monkeypatch.setattr(trainer, "time", Clock)
-    clock = trainer._Clock()
-    for waits in (1.0, 2.0):
-        with clock.waiting():
-            now += waits
-        now += 4
-    clock.samples += 22
-    assert (clock.seconds(), clock.waited, clock.samples) == (11, 3, 22)
-    clock.restart()
+    monkeypatch.setattr(window, "time", Clock)
+    update = Update(grad_norm=torch.tensor(1.0), applied=torch.tensor(True))
+    config = SimpleNamespace(batch=SimpleNamespace(global_=11), non_finite_limit=3)
+    alone = SimpleNamespace(device=torch.device("cpu"), sum=lambda values: values)
+    found = window.Window(config, alone)  # type: ignore[arg-type]  # all that it reads
+    sums = torch.tensor([8.0, 4.0, 16.0], dtype=torch.float64)
+    found.restart(waited=5.0)
+    for step in (1, 2):
+        now += 5.5
+        found.add(step, update, sums)
+    values = found.close(waited=8.3, scale=None)
+    assert values["samples_per_s"] == 2
+    assert values["data_wait"] == pytest.approx(30)
+    assert (values["loss"], values["top1"]) == (0.5, 25.0)
     now += 2
-    assert (clock.seconds(), clock.waited, clock.samples) == (2, 0, 0)
+    assert found.close(waited=8.3, scale=None)["samples_per_s"] == 0

@@ -9,9 +9,14 @@ import tiny
 from tetdist.config.loading import parse
 from tetdist.errors import PeerFailed, Stopped
 from tetdist.training import run
-from tetdist.training.run_summary import Launcher
+from tetdist.training.run_record import Launcher
 
 CONFIG = parse(tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "/nowhere"}), "x")
+
+
+def nobody(_watched: Any) -> tuple[()]:
+    """Nobody watches."""
+    return ()
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +31,7 @@ def test_launcher_is_told_of_an_error_and_of_the_others_end(
     told: list[Exception] = []
     shown: list[bool] = []
 
-    def fail(_config: Any, _world: Any, _stop: Any, watch: Any, _launcher: Any) -> None:
+    def fail(_config: Any, _world: Any, _stop: Any, watch: Any) -> None:
         shown.append(watch.shows_errors)
         for action in watch.before_end:  # as the watch does when another process is gone
             action("rank 1 has died")
@@ -34,13 +39,13 @@ def test_launcher_is_told_of_an_error_and_of_the_others_end(
 
     monkeypatch.setattr(run, "Trainer", fail)
     with pytest.raises(ValueError, match="of this process"):
-        run.train(CONFIG, Launcher(on_failure=told.append))
+        run.train(CONFIG, nobody, Launcher(on_failure=told.append))
     assert [(type(error), str(error)) for error in told] == [
         (PeerFailed, "rank 1 has died"),
         (ValueError, "of this process"),
     ]
     with pytest.raises(ValueError, match="of this process"):
-        run.train(CONFIG)
+        run.train(CONFIG, nobody)
     # A launcher shows errors in its own way; without one the watch does.
     assert shown == [False, True]
 
@@ -56,7 +61,7 @@ def test_launcher_is_told_of_a_peer_that_is_lost_before_training(
 
     monkeypatch.setattr(run, "join", fail)
     with pytest.raises(PeerFailed):
-        run.train(CONFIG, Launcher(on_failure=told.append))
+        run.train(CONFIG, nobody, Launcher(on_failure=told.append))
     assert told == [lost]
 
 
@@ -66,15 +71,15 @@ def test_status_is_that_of_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     class Trainer:
         step = 7
 
-        def __init__(self, _config: Any, _world: Any, stop: Any, *_: Any) -> None:
+        def __init__(self, _config: Any, _world: Any, stop: Any, _watch: Any) -> None:
             self.stop = stop
 
-        def run(self) -> None:
+        def run(self, *_: Any) -> None:
             signal.raise_signal(signal.SIGUSR1)
             while not self.stop.agreed():
                 pass
             raise Stopped
 
     monkeypatch.setattr(run, "Trainer", Trainer)
-    assert run.train(CONFIG, Launcher(on_failure=told.append)) == 128 + signal.SIGUSR1
+    assert run.train(CONFIG, nobody, Launcher(on_failure=told.append)) == 128 + signal.SIGUSR1
     assert told == []

@@ -17,7 +17,7 @@ from tetdist.config import loading, schema
 from tetdist.config.schema import LossSection
 from tetdist.data import index as data_index
 from tetdist.errors import UserError
-from tetdist.losses import compute_loss
+from tetdist.training.objective import compute_loss
 from tetdist.training.teacher import Teacher
 
 ConfigWriter = Callable[..., Path]

@@ -761,9 +761,9 @@ def test_non_finite_loss_names_step_rate_and_checkpoint(
     lr = {"phases.0.optimizer.lr": 1e30}
     file = tiny_config({"engine": engine, "save.every_steps": 1, "non_finite_limit": 3} | lr)
     outcome = farm(file)
-    ended(outcome, "not finite in 3 steps in a row, at last at step ", "learning rate ")
+    ended(outcome, "not finite in 3 steps in a row, last at step ", "learning rate ")
     run = tmp_path / "runs/tiny"
-    last = int(outcome.text.split("at last at step ")[1].split()[0])
+    last = int(outcome.text.split("last at step ")[1].split()[0])
     assert f"the last checkpoint is of step {last - 1}, in {run / 'checkpoints'}" in outcome.text
     assert re.search(r"Rank 0: loss .*; largest gradients .*stem.*; largest weights ", outcome.text)
     for value in load_file(tiny.newest(run) / "model.safetensors").values():
@@ -778,7 +778,7 @@ def test_non_finite_loss_names_step_rate_and_checkpoint(
     )
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
     # The same command goes on counting where it was, and fails in the same step.
-    assert f"at last at step {last} " in farm(file).text
+    assert f"last at step {last} " in farm(file).text
 
 
 def test_non_finite_on_one_process_names_it(tiny_config: ConfigWriter, tmp_path: Path) -> None:
@@ -799,7 +799,7 @@ sys.exit(train.main(["--config", {str(file)!r}]))
 """
     (status_0, first), (status_1, second) = tiny.side_by_side(2, tiny.python("-c", code), tmp_path)
     assert (status_0, status_1) == (2, 2), first + second
-    assert "not finite in 2 steps in a row, at last at step 2" in first
+    assert "not finite in 2 steps in a row, last at step 2" in first
     assert re.search(r"Rank 1: loss .*; not finite first after stem.conv; largest gradients", first)
     assert "Rank 0:" not in first
     assert "no checkpoint has been saved yet" in first
@@ -811,16 +811,16 @@ def test_a_few_non_finite_steps_end_nothing(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps 4 and 5 change nothing and count for nothing but themselves."""
-    from tetdist.training import trainer
+    from tetdist.training import step
 
-    compute = trainer.compute_loss
+    compute = step.compute_loss
     calls = iter(range(1000))
 
     def spoilt(*arguments: Any) -> torch.Tensor:
         bad = next(calls) // 4 + 1 in (4, 5)
         return compute(*arguments) * (float("nan") if bad else 1.0)
 
-    monkeypatch.setattr(trainer, "compute_loss", spoilt)
+    monkeypatch.setattr(step, "compute_loss", spoilt)
     outcome = main(tiny_config({"log_every": 5, "phases.0.schedule": "constant"}))
     ended(outcome, "2 steps since the last line had no finite gradient", status=0)
     first, second = tiny.metrics(tmp_path / "runs/tiny", "train")

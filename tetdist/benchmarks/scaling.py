@@ -176,19 +176,18 @@ def training_step(
         cuda_graphs: Whether a micro-batch is a CUDA graph.
 
     Returns:
-        A function that makes a step and gives its last loss, (), without waiting for the device,
-        in a tensor that with graphs the next step overwrites; and one that lets go of the engine.
+        A function that takes a step and returns its mean loss, (), without waiting for the device;
+        and one that lets go of the engine.
     """
     import timm
 
     import tetdist.models  # noqa: F401  # registers them
     from tetdist.config.loading import parse
-    from tetdist.losses import tet_loss
     from tetdist.nn import batch_norm
     from tetdist.nn.precision import choose_algorithms
     from tetdist.optimizers import make_optimizer
-    from tetdist.training import graphs
     from tetdist.training.engines.create import make_engine
+    from tetdist.training.step import LOSS, SAMPLES, Step
 
     choose_algorithms(options.precision)
     config = parse(
@@ -235,21 +234,13 @@ def training_step(
             for i in range(3)
         ]
     )
-
-    # The same calls as in trainer.py.
-    def add_micro_batch(images: Tensor, labels: Tensor) -> Tensor:
-        loss = tet_loss(engine.forward(images), labels, lambda_=0.001)
-        engine.backward(loss)
-        return loss.detach()
-
-    run = graphs.Graphed(add_micro_batch, model) if cuda_graphs else add_micro_batch
+    one = Step(config, model, engine, world, range(options.accumulation))
+    numbers = itertools.count()
 
     def step() -> Tensor:
-        for _ in range(options.accumulation):
-            loss = run(*next(batches))
-        update = engine.update(0.01)
-        batch_norm.update_running_statistics(model, world.mean_, update.applied)
-        return loss
+        given = itertools.islice(batches, options.accumulation)
+        _, sums = one.take(next(numbers), given, 0.01)
+        return sums[LOSS] / sums[SAMPLES]
 
     return step, engine.close
 

@@ -80,9 +80,10 @@ def main(arguments: list[str] | None = None) -> int:
     if config is None:
         return 0
     try:
+        from tetdist.reports.observers import observers
         from tetdist.training.run import train
 
-        return train(config)
+        return train(config, observers)
     except MISTAKES as error:
         return fail(error, "" if rank == "0" else f"rank {rank}: ")
     except PeerFailed as error:
@@ -105,6 +106,7 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     from tetdist.config.documentation import documented_keys
     from tetdist.config.inheritance import DEFAULT, annotated
     from tetdist.nn.neurons import kind_of
+    from tetdist.reports.reference import find_reference
     from tetdist.tracking.trackers import check_names
 
     if options.explain:
@@ -123,6 +125,8 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
         return None
     loaded = loading.load_with_origins(options.config, options.overrides, options.imports)
     check_names(loaded.config.tracking.trackers)
+    if loaded.config.reference is not None:
+        find_reference(loaded.config.reference, "reference")
     if options.print_config:
         model = loaded.config.model
         of_kind = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdist.reports.tables import aligned
+from tetdist.tables import aligned
 from tetdist.wording import counted
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tetdist.reports import style, tables
+from tetdist import tables
+from tetdist.reports import style
 from tetdist.storage.files import replacing
 from tetdist.wording import counted
 

@@ -15,7 +15,7 @@ from typing import Any
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
 from tetdist.reports.runs_table import RunRecord
-from tetdist.reports.tables import aligned, number
+from tetdist.tables import aligned, number
 
 CURVES = Path(__file__).with_name("published_curves.yaml")
 # Of ImageNet, which all published curves are of: images of the training split, and classes.

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError, typed
-from tetdist.reports.tables import aligned, number
 from tetdist.storage.files import is_held
+from tetdist.tables import aligned, number
 from tetdist.tracking.metrics_file import read_metrics
 from tetdist.wording import duration
 

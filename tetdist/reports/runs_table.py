@@ -10,7 +10,7 @@ from typing import Any
 
 from tetdist.config.identity import OPERATIONAL_KEYS, PATH_KEYS, absolute_path
 from tetdist.reports import overlay
-from tetdist.reports.tables import number
+from tetdist.tables import number
 
 # The keys that may differ within a group; OPERATIONAL_KEYS have no effect on the result.
 OF_THE_SEED = ("seed", "name", *OPERATIONAL_KEYS)

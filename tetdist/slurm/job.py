@@ -98,12 +98,14 @@ class _Start:
             if self._is_cancelled():
                 # This is no success: another run may be waiting for this one to finish.
                 return 128 + signal.SIGTERM
-            from tetdist.training.run import Launcher, train
+            from tetdist.reports.observers import observers
+            from tetdist.training.run import train
+            from tetdist.training.run_record import Launcher
 
             self.config = self._read_config()
             tags = self._begin() if self.is_first else {}
             launcher = Launcher(tags=tags, goes_on_after=RESTART_AFTER, on_failure=self._on_failure)
-            status = train(self.config, launcher)
+            status = train(self.config, observers, launcher)
         except (UserError, ModuleNotFoundError) as error:
             self._write_failure(error)
             prefix = "" if self.is_first else f"rank {self.context.rank}: "

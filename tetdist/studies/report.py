@@ -12,7 +12,6 @@ from tetdist.config.checks import effective
 from tetdist.config.identity import flatten
 from tetdist.errors import UserError, without_passwords
 from tetdist.reports import style
-from tetdist.reports.tables import markdown
 from tetdist.studies import figures, summary
 from tetdist.studies.numbers import (
     Numbers,
@@ -31,6 +30,7 @@ from tetdist.studies.plan import (
     StudySection,
     as_text,
 )
+from tetdist.tables import markdown
 from tetdist.tracking.metrics_file import strict
 from tetdist.wording import are, counted
 

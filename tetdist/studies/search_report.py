@@ -7,12 +7,12 @@ from typing import Any
 
 from tetdist.errors import without_passwords
 from tetdist.reports import style
-from tetdist.reports.tables import aligned, markdown
 from tetdist.studies.figures import colours
 from tetdist.studies.numbers import distinct, run_environment, spread
 from tetdist.studies.plan import StudyRun, is_trained, lines
 from tetdist.studies.report import machine, replaced, write_whole
 from tetdist.studies.search import FINAL, Candidate, RangeSection, Rung, Search, Standing, axes
+from tetdist.tables import aligned, markdown
 from tetdist.tracking.metrics_file import strict
 from tetdist.wording import counted
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.errors import UserError
-from tetdist.reports.tables import markdown
 from tetdist.studies.numbers import (
     CONFIDENCE,
     Difference,
@@ -14,6 +13,7 @@ from tetdist.studies.numbers import (
     paired_difference,
     timesteps_for,
 )
+from tetdist.tables import markdown
 from tetdist.tracking.metrics_file import restored
 
 BEGIN, END = "<!-- summary of studies -->\n", "<!-- end of the summary -->\n"

@@ -7,12 +7,15 @@ not stop; layers that no longer fire, or always do, are named.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.norm_neuron import FusedLayer
+from tetdist.wording import counted
 
 # Begins the message with which a run ends whose steps are not finite; a search looks for it.
 NOT_FINITE = "the loss or its gradient was not finite in"
@@ -56,6 +59,33 @@ class NonFiniteSteps:
         count = int(self._total - self._reported)
         self._reported = self._total
         return count
+
+    def fail(
+        self, lr: float, reports: list[str | None], saved_step: int | None, checkpoints: Path
+    ) -> None:
+        """End a run with too many of them in a row.
+
+        Args:
+            lr: Learning rate of the step that reached the limit.
+            reports: An examination of that step by each rank; None: all of it was finite.
+            saved_step: Step of the last checkpoint.
+            checkpoints: Their folder.
+
+        Raises:
+            UserError: In any case.
+        """
+        found = [f"Rank {rank}: {text}" for rank, text in enumerate(reports) if text]
+        if not found:
+            found = ["Repeated, it is finite on all processes: suspect a device"]
+        saved = "no checkpoint has been saved yet"
+        if saved_step is not None:
+            saved = f"the last checkpoint is of step {saved_step}, in {checkpoints}"
+        raise UserError(
+            f"{NOT_FINITE} {counted(self.limit, 'step')} in a row, last at step "
+            f"{self.limit_reached_at} (learning rate {lr:.4g}). They changed nothing, and {saved}. "
+            f"{'; '.join(found)}. A smaller phases.*.optimizer.lr, a warm-up "
+            "(phases.*.warmup_epochs) or gradient_clipping are the usual remedies"
+        )
 
     def state_dict(self) -> dict[str, int]:
         return {

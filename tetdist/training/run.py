@@ -8,12 +8,20 @@ from tetdist.distributed.signals import StopRequest
 from tetdist.distributed.watchdog import Watch
 from tetdist.distributed.world import World, join
 from tetdist.errors import PeerFailed, Stopped
-from tetdist.training.run_summary import Launcher
+from tetdist.training.observers import MakeObservers
+from tetdist.training.run_record import Launcher
 from tetdist.training.trainer import Trainer
 
 
-def train(config: RunConfig, launcher: Launcher | None = None) -> int:
+def train(
+    config: RunConfig, make_observers: MakeObservers, launcher: Launcher | None = None
+) -> int:
     """Do this process's part of the run.
+
+    Args:
+        config: The run's.
+        make_observers: Makes what watches it, on rank 0.
+        launcher: What started it, unless that is a person's command.
 
     Returns:
         Its exit status: 0 finished, 3 another process of the run died or hangs, 128 + n stopped by
@@ -32,18 +40,23 @@ def train(config: RunConfig, launcher: Launcher | None = None) -> int:
             Watch(world, config.peer_timeout, shows_errors=shows_errors) as watch,
         ):
             watch.before_end.append(lambda verdict: on_failure(PeerFailed(verdict)))
-            return _train(config, launcher, world, stop, watch)
+            return _train(config, make_observers, launcher, world, stop, watch)
     except PeerFailed as error:
         on_failure(error)
         raise
 
 
 def _train(
-    config: RunConfig, launcher: Launcher, world: World, stop: StopRequest, watch: Watch
+    config: RunConfig,
+    make_observers: MakeObservers,
+    launcher: Launcher,
+    world: World,
+    stop: StopRequest,
+    watch: Watch,
 ) -> int:
     try:
-        trainer = Trainer(config, world, stop, watch, launcher)
-        trainer.run()
+        trainer = Trainer(config, world, stop, watch)
+        trainer.run(launcher, make_observers)
     except Stopped:
         logging.info("stopped at step %d, all saved; the same command continues", trainer.step)
         return stop.exit_status

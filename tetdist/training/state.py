@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,11 @@ from tetdist.errors import UserError
 from tetdist.nn import neurons
 from tetdist.plugins import checksums_of
 from tetdist.storage import checkpoint
+from tetdist.tracking.tracker import Tracker
+from tetdist.training.ema import WeightAverage
+from tetdist.training.evaluating import AVERAGE, WEIGHTS, Score
+from tetdist.training.prepared import Prepared
+from tetdist.training.run_record import show_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -75,33 +80,86 @@ class RunState:
             )
 
 
-def describe(
-    config: RunConfig,
-    index: Index,
-    *,
-    step: int,
-    timesteps: int,
-    epoch: int,
-    validation: dict[str, float] | None,
-) -> checkpoint.Description:
-    """What a checkpoint says of its weights, so that they can be evaluated from another folder.
+def save(
+    state: RunState,
+    run: Prepared,
+    optimizer: dict[str, Any],
+    average: WeightAverage | None,
+    scores: Mapping[str, Score],
+    tracker: Tracker | None,
+) -> None:
+    """Write a checkpoint, on rank 0, and agree on all processes that it is there.
 
     Args:
-        config: Of the run.
-        index: Of the training samples.
-        step: Optimiser steps done.
-        timesteps: T.
-        epoch: The one that the last step was one of: neurons are those of that time.
-        validation: Accuracies in percent, by name; None: these weights were not evaluated.
+        state: Where the run is.
+        run: What is trained.
+        optimizer: State of the optimiser.
+        average: The moving average of the weights.
+        scores: Of the weights and of their average, by kind of evaluation.
+        tracker: Rank 0's.
+
+    Raises:
+        UserError: The disk is full, ...
     """
+    of_weights, of_average = scores.get(WEIGHTS, Score()), scores.get(AVERAGE, Score())
+    description = _describe(run, state.step, of_weights.validation)
+    written = None
+    if average is not None:
+        changes = {"validation": of_average.validation, "averaged": average.as_text()}
+        theirs = description.model_copy(update=changes)
+        written = checkpoint.Average(average.state_dict(), theirs, of_average.is_best)
+
+    def write() -> None:
+        if tracker is not None:
+            folder = run.config.run_dir / "checkpoints"
+            tracker.sync()
+            checkpoint.save(
+                folder,
+                model=run.model,
+                optimizer=optimizer,
+                description=description,
+                state=asdict(state),
+                keep_last=run.config.save.keep_last,
+                best=of_weights.is_best,
+                average=written,
+            )
+            show_checkpoints(tracker, folder)
+
+    run.world.run_on_all(write)
+
+
+def restore(found: checkpoint.Checkpoint, run: Prepared, average: WeightAverage | None) -> RunState:
+    """Put a checkpoint's weights and their average back; return the state.
+
+    Raises:
+        UserError: The run cannot continue from it.
+    """
+    state = RunState.read(found.state)
+    checkpoint.load_weights(run.model, found.model, found.path)
+    if average is not None:
+        if found.average is None:
+            raise UserError(
+                f"ema.decay: {found.path} has no moving average to continue from; give the run "
+                "another name, or set ema.decay=null"
+            )
+        average.load_state_dict(found.average)
+    state.check(found.path, run.config, run.train, run.world.world_size)
+    return state
+
+
+def _describe(
+    run: Prepared, step: int, validation: dict[str, float] | None
+) -> checkpoint.Description:
+    """Describe the weights, so that they can be evaluated from another folder."""
+    config = run.config
     described = config.as_dict()
     described["data"]["root"] = str(Path(config.data.root).resolve())
     described["data"]["index"] = str(config.data.index_dir.resolve())
-    described["model"]["neuron"] = neurons.as_dict(config.model.neuron.at_epoch(epoch))
+    described["model"]["neuron"] = neurons.as_dict(config.model.neuron.at_epoch(run.epoch_of(step)))
     return checkpoint.Description(
         config=described,
-        classes=list(index.classes),
-        timesteps=timesteps,
+        classes=list(run.train.classes),
+        timesteps=run.model.timesteps,
         step=step,
         validation=validation,
         imports=checksums_of(config.imports),

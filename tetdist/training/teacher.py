@@ -60,6 +60,13 @@ class Teacher:
         if config.data.kind == "images":
             self._try(config, device)
 
+    @classmethod
+    def of(cls, config: RunConfig, index: Index, device: torch.device) -> "Teacher | None":
+        """Make the teacher that a configuration asks for, if any."""
+        section = config.loss.distillation
+        wanted = section.teacher is not None and section.weight > 0
+        return cls(config, index, device) if wanted else None
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W), or frames of events (B, T, 2, H, W)."""

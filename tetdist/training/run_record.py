@@ -1,30 +1,22 @@
-"""The story of a run, for MLflow and other trackers while it goes on, for a person at its end."""
+"""What MLflow and other trackers are told of a run besides its metrics: tags, data, description."""
 
 import json
-import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from tetdist.config.identity import flatten
-from tetdist.config.schema import RunConfig
-from tetdist.data.index import Index
 from tetdist.distributed.signals import StopRequest
 from tetdist.errors import Stopped, typed
-from tetdist.nn.neurons import kind_of
-from tetdist.reports.tables import markdown
 from tetdist.storage import checkpoint
+from tetdist.tables import markdown
 from tetdist.tracking import environment
-from tetdist.tracking.mlflow_follower import Dataset, Status, ui_command
+from tetdist.tracking.mlflow_follower import Dataset, Status
 from tetdist.tracking.tracker import Tracker
 from tetdist.tracking.trackers import TrackedRun
+from tetdist.training.prepared import Prepared
 from tetdist.wording import counted
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,29 +49,25 @@ def show_checkpoints(tracker: Tracker, checkpoints: Path) -> None:
             tracker.set_tag(tag, str(path.resolve()))
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """A run as others see it.
+class RunRecord:
+    """A run as trackers show it.
 
-    Attributes:
-        config: Its configuration.
-        train: What it is trained on.
-        val: What it is evaluated on.
-        world_size: Number of its processes.
+    Args:
+        run: What is trained.
         launcher: The program that started it.
-        data_split: See `RunFolder`.
+        data_split: Name of what it is evaluated on; see `RunFolder`.
     """
 
-    config: RunConfig
-    train: Index
-    val: Index
-    world_size: int
-    launcher: Launcher
-    data_split: str | None
+    def __init__(self, run: Prepared, launcher: Launcher, data_split: str | None) -> None:
+        self.config, self.train, self.val = run.config, run.train, run.val
+        self.world, self.launcher, self.data_split = run.world, launcher, data_split
 
     @contextmanager
-    def tracked(self, step: int, stop: StopRequest) -> Iterator[Tracker]:
-        """Record the run from ``step`` on, until it ends or is stopped."""
+    def tracked(self, step: int, stop: StopRequest) -> Iterator[Tracker | None]:
+        """Record the run from ``step`` on, on rank 0, until it ends or is stopped."""
+        if self.world.rank != 0:
+            yield None
+            return
         config, folder = self.config, self.config.run_dir
         tracker = Tracker(
             TrackedRun(
@@ -129,65 +117,6 @@ class RunSummary:
             )
             tracker.register(file, name, f"{what}\n\n{self._note()}")
 
-    def log_start(
-        self, model: nn.Module, device: torch.device, steps_per_epoch: int, last_step: int
-    ) -> None:
-        """Say what begins: on what, how much of it there is, and where it goes."""
-        config = self.config
-        where = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-        processes = counted(self.world_size, "process")
-        if device.type == "cpu":
-            processes += f" of {counted(torch.get_num_threads(), 'thread')}"
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        logger.info(
-            "training %s, %s, in %s on %s, %s: %s of %s an epoch, %s in all; %s",
-            config.model.name,
-            counted(parameters, "parameter"),
-            config.precision,
-            where,
-            processes,
-            counted(steps_per_epoch, "step"),
-            counted(config.batch.global_, "sample"),
-            f"{last_step:,}",
-            config.run_dir,
-        )
-        if changed := config.model.changed_by_kind:
-            logger.info(
-                "model.neuron.kind=%s also sets, in place of the values of %s's own neuron: %s",
-                kind_of(config.model.neuron),
-                config.model.name,
-                ", ".join(f"{key}={new} ({old})" for key, (old, new) in changed.items()),
-            )
-        for number, phase in enumerate(config.phases):
-            optimizer = phase.optimizer
-            if optimizer.lr_per is not None or optimizer.layer_decay is not None:
-                rate = optimizer.lr_as_text(config.batch.global_)
-                logger.info("phase %d: learning rate %s", number, rate)
-
-    def log(self, result: dict[str, float], *, in_mlflow: bool) -> None:
-        """Say that the run is finished, what came out and where to look.
-
-        Args:
-            result: Of the last evaluation, and the best one.
-            in_mlflow: Whether MLflow, if there is one, has everything.
-        """
-        folder = self.config.run_dir
-        lines = [f"{folder} is finished"]
-        if result:
-            lines[0] += (
-                f": top-1 {result['top1']:.2f} %; at best {result['best_top1']:.2f} %, "
-                f"at step {result['best_step']:.0f}"
-            )
-        if "ema_top1" in result:
-            lines[0] += (
-                f". The moving average: {result['ema_top1']:.2f} %; at best "
-                f"{result['ema_best_top1']:.2f} %, at step {result['ema_best_step']:.0f}"
-            )
-        lines.append(f"  evaluate  {typed('eval', '--checkpoint', folder)}")
-        if self.config.tracking_uri and in_mlflow:
-            lines.append(f"  look      {ui_command(self.config.tracking_uri)}")
-        logger.info("%s", "\n".join(lines))
-
     @property
     def _evaluated_on(self) -> str:
         return "train, held out" if self.config.data.held_out else "val"
@@ -208,7 +137,7 @@ class RunSummary:
             "git": environment.git_version() or "none",
             "seed": str(config.seed),
             "precision": config.precision,
-            "world_size": str(self.world_size),
+            "world_size": str(self.world.world_size),
             "run_dir": str(config.run_dir.resolve()),
             "data": self.train.fingerprint[:16],
             **({"data_split": self.data_split} if self.data_split else {}),

@@ -4,21 +4,20 @@ A profile only looks: results are the same to the bit. The passes of normalisati
 C++ or Triton, are inside of autograd functions of tetdist's, by which torch.profiler knows them.
 """
 
-import contextlib
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
+from typing_extensions import override
 
-from tetdist.config.schema import RunConfig
-from tetdist.reports.tables import markdown
+from tetdist.data.loader import Batch
 from tetdist.storage.files import explaining, made_aside, write_text
+from tetdist.tables import markdown
+from tetdist.training.observers import Observer, Watched
 from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -42,49 +41,51 @@ class Operation(NamedTuple):
     seconds: float
 
 
-class StepProfile:
-    """The profile that a configuration asks for.
+class StepProfile(Observer):
+    """The profile that a configuration asks for, from the first batch of its first step.
 
     It ends with the epoch at the latest, lest an evaluation be in it, and is written where it ends.
-
-    Args:
-        config: With ``profile``, or without: then nothing is done.
-        device: Where this process computes.
-        is_here: Whether this is the process that is profiled.
+    A run that stops within the steps leaves no profile; resumed, it profiles the rest.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, *, is_here: bool) -> None:
-        wanted = config.profile.steps if config.profile is not None and is_here else (0, 0)
-        self._first, self._last = wanted
-        self._device, self._folder = device, config.run_dir / "profile"
+    def __init__(self, watched: Watched) -> None:
+        config = watched.run.config
+        assert config.profile is not None
+        self._first, self._last = config.profile.steps
+        self._device, self._folder = watched.run.world.device, config.run_dir / "profile"
+        self._tracker, self._steps_per_epoch = watched.tracker, watched.run.steps_per_epoch
+        self._last_step = watched.run.last_step
         self._profiler: Any = None
+        self._range: Any = None  # the present step in the trace
         self._steps: list[int] = []
         self._started = 0.0
 
-    def __enter__(self) -> Self:
-        return self
+    @override
+    def on_batch(self, step: int, batch: Batch) -> None:
+        if step > self._last:
+            self._finish()
+        elif step >= self._first and step not in self._steps:
+            if self._profiler is None:
+                self._start()
+            self._end_range()
+            self._range = torch.profiler.record_function(f"{_STEP}{step}").__enter__()
+            self._steps.append(step)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        # A run that ends within the steps leaves no profile; continued, it profiles the rest.
+    @override
+    def on_line(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        if kind == "train" and (step % self._steps_per_epoch == 0 or step == self._last_step):
+            self._finish()
+
+    @override
+    def on_end(self, result: Mapping[str, float] | None) -> None:
         if self._profiler is not None:
+            self._end_range()
             self._profiler.stop()
 
-    @contextlib.contextmanager
-    def step(self, number: int) -> Iterator[None]:
-        """Take the times of a step, counted from 1, if it is one of those that are asked for."""
-        if not self._first <= number <= self._last:
-            yield
-            return
-        if self._profiler is None:
-            self._start()
-        with torch.profiler.record_function(f"{_STEP}{number}"):
-            yield
-        self._steps.append(number)
+    def _end_range(self) -> None:
+        if self._range is not None:
+            self._range.__exit__(None, None, None)
+            self._range = None
 
     def _start(self) -> None:
         # Kineto writes two lines to the terminal that say nothing to anybody else.
@@ -96,20 +97,18 @@ class StepProfile:
         self._profiler.start()
         self._started = time.perf_counter()
 
-    def finish(self, *, at_epochs_end: bool) -> Path | None:
-        """Write the profile when its last step is done, or the epoch ends.
-
-        Returns:
-            The table, if this was the moment.
+    def _finish(self) -> None:
+        """Write the profile, once.
 
         Raises:
             UserError: It cannot be written.
         """
-        if self._profiler is None or not (at_epochs_end or self._steps[-1] == self._last):
-            return None
+        if self._profiler is None:
+            return
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - self._started
+        self._end_range()
         profiler, self._profiler = self._profiler, None
         profiler.stop()
         trace, table = self._folder / "trace.json.gz", self._folder / "table.md"
@@ -123,8 +122,8 @@ class StepProfile:
             _named(self._steps),
             table,
         )
-        self._last = 0  # once
-        return table
+        self._last = 0
+        self._tracker.artifact(table)
 
 
 def _named(steps: list[int]) -> str:

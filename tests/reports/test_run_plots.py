@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import tiny
@@ -12,9 +14,12 @@ import torch
 import tetdist
 from tetdist.config import loading as configuration
 from tetdist.config.schema import RunConfig
+from tetdist.data.loader import Batch
+from tetdist.reports.run_plots import RunPlots
 from tetdist.tracking.tracker import Tracker
 from tetdist.tracking.trackers import TrackedRun
-from tetdist.training.run_plots import RunPlots
+from tetdist.training.evaluating import Evaluated, Score
+from tetdist.training.observers import Watched
 
 assert tetdist.__doc__  # registers the models
 
@@ -38,10 +43,24 @@ def tracker(config: RunConfig) -> Iterator[Tracker]:
     tracker.close("FINISHED")
 
 
-def evaluation(tracker: Tracker, epoch: int, rate: float) -> dict[str, Any]:
+LAST = 4
+
+
+def watching(config: RunConfig, model: Any, tracker: Tracker) -> RunPlots:
+    run: Any = SimpleNamespace(
+        config=config, model=model, last_step=LAST, train=SimpleNamespace(classes=tiny.CLASSES)
+    )
+    return RunPlots(Watched(run, tracker, step=0, finished=False))
+
+
+def evaluate(pictures: RunPlots, tracker: Tracker, epoch: int, rate: float) -> None:
+    """Tell of an evaluation, as the trainer does, after epochs of one step."""
     values = {"epoch": float(epoch), "phase": 0, "top1": 50.0, "firing_rate": {"stem": rate}}
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    batch = Batch(images, torch.zeros(3), np.zeros(3, np.int64))
+    pictures.on_evaluation(epoch, Evaluated("val", values, batch, Score()))
     tracker.log("val", epoch, values)
-    return values
+    pictures.on_line("val", epoch, values)
 
 
 def test_pictures_now_and_then_and_warnings_at_once(
@@ -49,12 +68,10 @@ def test_pictures_now_and_then_and_warnings_at_once(
 ) -> None:
     model = timm.create_model("spiking_convnet", channels=(4, 8), input_size=16, timesteps=2)
     model.set_execution("reference")
-    pictures = RunPlots(config, tiny.CLASSES, tracker)
-    images = torch.randn(3, 3, 16, 16)
+    pictures = watching(config, model, tracker)
 
-    def drawn(epoch: int, rate: float, *, last: bool = False) -> dict[str, bytes]:
-        values = evaluation(tracker, epoch, rate)
-        pictures.after_evaluation(model, images, values, last=last)
+    def drawn(epoch: int, rate: float) -> dict[str, bytes]:
+        evaluate(pictures, tracker, epoch, rate)
         return {path.name: path.read_bytes() for path in pictures.folder.iterdir()}
 
     first = drawn(1, 0.2)
@@ -64,7 +81,7 @@ def test_pictures_now_and_then_and_warnings_at_once(
     assert drawn(3, 0.0) == first
     assert caplog.text.count("epoch 2: dead layers, firing below 0.1 %: stem (0 %)") == 1
     assert "epoch 3" not in caplog.text
-    last = drawn(4, 0.5, last=True)
+    last = drawn(4, 0.5)
     assert "epoch 4: layers that fire again: stem (50 %)" in caplog.text
     assert all(last[name] != first[name] for name in first)
 
@@ -75,9 +92,7 @@ def test_a_picture_that_cannot_be_written_ends_nothing(
     (config.run_dir / "plots").write_text("in the way")
     model = timm.create_model("spiking_convnet", channels=(4, 8), input_size=16, timesteps=2)
     model.set_execution("reference")
-    pictures = RunPlots(config, tiny.CLASSES, tracker)
-    values = evaluation(tracker, 1, 0.2)
-    pictures.after_evaluation(model, torch.randn(3, 3, 16, 16), values, last=True)
+    evaluate(watching(config, model, tracker), tracker, LAST, 0.2)
     for name in ("learning_curves.png", "firing_rates.png", "membranes.png"):
         assert f"no plot {name} was made" in caplog.text
 

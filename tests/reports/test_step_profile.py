@@ -9,7 +9,7 @@ import pytest
 import tiny
 from tiny import Outcome
 
-from tetdist.training.step_profile import Operation, as_table
+from tetdist.reports.step_profile import Operation, as_table
 
 Main = Callable[..., Outcome]
 

@@ -1,4 +1,4 @@
-"""The pictures that a run makes of itself while it trains: drawn on rank 0, never in its way."""
+"""The plots that a run makes while it trains, on rank 0."""
 
 import logging
 import math
@@ -11,17 +11,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from tetdist.config.schema import DataSection, RunConfig
+from tetdist.config.schema import DataSection
 from tetdist.data import mixing
 from tetdist.data.loader import Batch
+from tetdist.data.transfer import on_device
 from tetdist.errors import UserError
 from tetdist.evaluation.firing import FiringWatch
 from tetdist.evaluation.membranes import membrane_distribution
-from tetdist.models import SpikingNetwork
 from tetdist.nn.norm_neuron import spiking_layers
+from tetdist.nn.precision import parameter_type
 from tetdist.reports import curves
-from tetdist.tracking.tracker import Tracker
+from tetdist.training.evaluating import WEIGHTS, Evaluated
+from tetdist.training.observers import Observer, Watched
 
 logger = logging.getLogger(__name__)
 
@@ -33,23 +36,24 @@ SHOWN_IMAGES, SHOWN_EVENTS, SHOWN_TIMESTEPS, LOOKED_AT = 32, 6, 10, 16
 DRAW_EVERY = 20.0
 
 
-class RunPlots:
+class RunPlots(Observer):
     """The files in ``runs/NAME/plots``, and what the log says of layers that died or saturated.
 
-    Args:
-        config: Of the run. With ``plots`` false nothing is drawn.
-        classes: Names of the data's classes.
-        tracker: Gets every picture as an artifact.
+    With ``plots`` false nothing is drawn. Each plot is an artifact of the tracker.
     """
 
-    def __init__(self, config: RunConfig, classes: tuple[str, ...], tracker: Tracker) -> None:
-        self.config, self.classes, self.tracker = config, classes, tracker
-        self.folder = config.run_dir / "plots"
+    def __init__(self, watched: Watched) -> None:
+        run = watched.run
+        self.config, self.classes, self.model = run.config, run.train.classes, run.model
+        self.last_step, self.tracker = run.last_step, watched.tracker
+        self.folder = self.config.run_dir / "plots"
         self._firing = FiringWatch()
         self._drawn = -math.inf
         self._has_inputs = (self.folder / "inputs.png").exists()
+        self._images = torch.empty(0)  # of the evaluation that was the last
 
-    def inputs(self, batch: Batch) -> None:
+    @override
+    def on_batch(self, step: int, batch: Batch) -> None:
         """Draw a training batch as the network sees it: the first one of the run, once."""
         if self._has_inputs or not self.config.plots:
             return
@@ -70,30 +74,31 @@ class RunPlots:
         title = f"{self.config.name}: augmented training input, {unit}"
         self._draw("inputs.png", lambda out: curves.inputs(pictures, labels, title, out))
 
-    def after_evaluation(
-        self, model: SpikingNetwork, images: Tensor, values: Mapping[str, Any], *, last: bool
-    ) -> None:
-        """Name layers that died or saturated; now and then draw curves, firing rates, membranes.
+    @override
+    def on_evaluation(self, step: int, evaluated: Evaluated) -> None:
+        if evaluated.kind == WEIGHTS:
+            self._images = evaluated.first.images[:LOOKED_AT]
 
-        Args:
-            model: The network.
-            images: A batch of the evaluation, on the model's device.
-            values: The evaluation's line of metrics, which is in the file.
-            last: Whether it is the run's last one, which is always drawn.
-        """
+    @override
+    def on_line(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Name layers that died or saturated; now and then, and at the end, draw."""
+        if kind != WEIGHTS:
+            return
         for sentence in self._firing.changes(values["firing_rate"]):
             logger.warning("epoch %g: %s", values["epoch"], sentence)
-        if not self.config.plots:
-            return
-        if not last and time.monotonic() - self._drawn < DRAW_EVERY:
-            return
-        metrics = self.tracker.path
+        is_due = step == self.last_step or time.monotonic() - self._drawn >= DRAW_EVERY
+        if self.config.plots and is_due:
+            self._draw_all(values["epoch"])
+
+    def _draw_all(self, epoch: float) -> None:
+        metrics, images = self.tracker.path, self._images
         self._draw("learning_curves.png", lambda out: curves.learning_curves(metrics, out))
         self._draw("firing_rates.png", lambda out: curves.firing_rates(metrics, out))
-        if len(images) and spiking_layers(model):
-            title = f"{self.config.name}   \N{EM DASH}   epoch {values['epoch']:.4g}, membranes"
-            precision = self.config.precision
-            found = membrane_distribution(model, images[:LOOKED_AT], precision)
+        if len(images) and spiking_layers(self.model):
+            title = f"{self.config.name}   \N{EM DASH}   epoch {epoch:.4g}, membranes"
+            precision, device = self.config.precision, next(self.model.parameters()).device
+            images = on_device(images, device, parameter_type(precision))
+            found = membrane_distribution(self.model, images, precision)
             if found.shares:
                 self._draw("membranes.png", lambda out: curves.membranes(found, title, out))
         self._drawn = time.monotonic()
@@ -103,7 +108,7 @@ class RunPlots:
         try:
             draw(plot)
         except (UserError, OSError) as error:
-            # Training is worth more than its picture.
+            # The other plots may still be made.
             logger.warning("no plot %s was made: %s", name, error)
             return
         self.tracker.artifact(plot)

@@ -1,0 +1,125 @@
+"""The evaluations of a run: of its weights, and of their moving average."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from tetdist.data.build import eval_loader
+from tetdist.data.loader import Batch
+from tetdist.evaluation.evaluate import evaluate
+from tetdist.training.ema import WeightAverage
+from tetdist.training.prepared import Prepared
+
+# Kinds of lines in metrics.jsonl.
+WEIGHTS, AVERAGE = "val", "val_ema"
+
+
+class Score(NamedTuple):
+    """An evaluation as the checkpoint of its weights records it.
+
+    Attributes:
+        validation: Accuracies in percent, by name; None: these weights were not evaluated.
+        is_best: True if there was no better one before.
+    """
+
+    validation: dict[str, float] | None = None
+    is_best: bool = False
+
+
+class Evaluated(NamedTuple):
+    """One evaluation.
+
+    Attributes:
+        kind: WEIGHTS or AVERAGE.
+        values: Its line of metrics.
+        first: The first batch.
+        score: For the checkpoint.
+    """
+
+    kind: str
+    values: dict[str, Any]
+    first: Batch
+    score: Score
+
+
+class Evaluations:
+    """All evaluations of a run.
+
+    Attributes:
+        result: The last and the best top-1; part of a checkpoint.
+
+    Args:
+        run: What is evaluated, on what.
+        average: The moving average of the weights.
+        stop: See `evaluate`.
+        progress: Called with the number of samples evaluated on this process, and of all.
+        data_split: Name of what is evaluated on; see `RunFolder`.
+    """
+
+    def __init__(
+        self,
+        run: Prepared,
+        average: WeightAverage | None,
+        stop: Callable[[], bool],
+        progress: Callable[[int, int], None],
+        data_split: str | None,
+    ) -> None:
+        self.run, self.average, self.stop, self.progress = run, average, stop, progress
+        self.data_split = data_split
+        self.result: dict[str, float] = {}
+
+    def at(self, step: int) -> list[Evaluated]:
+        """Evaluate the weights of ``step`` and, where there is one, their average.
+
+        Raises:
+            Interrupted: ``stop`` said so; nothing has changed.
+        """
+        found = [(WEIGHTS, *self._evaluate())]
+        if self.average is not None:
+            with self.average.in_model():
+                found.append((AVERAGE, *self._evaluate()))
+        return [self._scored(step, *one) for one in found]
+
+    def _evaluate(self) -> tuple[dict[str, Any], Batch]:
+        run, started = self.run, time.monotonic()
+        with eval_loader(run.config, run.val, run.world) as batches:
+            first = next(batches)
+            result = evaluate(
+                run.model,
+                itertools.chain([first], batches),
+                len(run.val),
+                run.world,
+                precision=run.config.precision,
+                stop=self.stop,
+                progress=self._count,
+            )
+        return {
+            "timesteps": result.timesteps,
+            "samples": result.samples,
+            "loss": result.loss,
+            "top1": result.top1,
+            "top5": result.top5,
+            "per_timestep_top1": result.per_timestep_top1,
+            "firing_rate": result.firing_rate,
+            "seconds": time.monotonic() - started,
+        }, first
+
+    def _count(self, samples: int) -> None:
+        # Each process has its share of the samples, which the average is evaluated on once more.
+        total = len(self.run.val) * (1 if self.average is None else 2)
+        self.progress(samples, total // self.run.world.world_size or 1)
+
+    def _scored(self, step: int, kind: str, values: dict[str, Any], first: Batch) -> Evaluated:
+        """Keep the result beside the best one of the same weights."""
+        prefix = {WEIGHTS: "", AVERAGE: "ema_"}[kind]
+        is_best = values["top1"] > self.result.get(f"{prefix}best_top1", -math.inf)
+        if is_best:
+            self.result |= {f"{prefix}best_top1": values["top1"], f"{prefix}best_step": step}
+        self.result[f"{prefix}top1"] = values["top1"]
+        values["best_top1"] = self.result[f"{prefix}best_top1"]
+        if self.data_split:
+            values["data_split"] = self.data_split
+        score = Score({key: values[key] for key in ("top1", "top5")}, is_best)
+        return Evaluated(kind, values, first, score)

@@ -1,0 +1,96 @@
+"""The training batches of this process: from any step on, mixed, on the device."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from tetdist.data import mixing
+from tetdist.data.batches import Share
+from tetdist.data.build import train_loader
+from tetdist.data.delivery import Batches
+from tetdist.data.loader import Batch
+from tetdist.data.transfer import on_device
+from tetdist.nn.precision import parameter_type
+from tetdist.training.prepared import Prepared
+from tetdist.training.step import MicroBatch
+
+
+class Feed:
+    """This process's micro-batches, step after step.
+
+    Attributes:
+        waited: Seconds spent waiting for data so far.
+
+    Args:
+        run: What is trained on, by whom.
+        on_batch: Called with the step (from 1) and each batch, before it is mixed.
+    """
+
+    def __init__(self, run: Prepared, on_batch: Callable[[int, Batch], None]) -> None:
+        self.run, self.on_batch = run, on_batch
+        self.waited = 0.0
+        self._loader: Batches | None = None
+        self._image_size = 0
+
+    def open(self, step: int) -> None:
+        """Continue with the batches of ``step`` (steps before it)."""
+        self.close()
+        self._image_size = self.image_size(step)
+        self._loader = self._open_loader(step)
+
+    def enter_epoch(self, step: int) -> None:
+        """Open the loader anew if the epoch that begins at ``step`` has another image size."""
+        if self.image_size(step) != self._image_size:
+            self.open(step)
+
+    def of_step(self, step: int) -> Iterator[MicroBatch]:
+        """Yield the step's images and targets."""
+        assert self._loader is not None, "open() comes first"
+        for _ in self.run.micro_batches:
+            started = time.monotonic()
+            batch = next(self._loader)
+            self.waited += time.monotonic() - started
+            self.on_batch(step + 1, batch)
+            yield self.prepared(batch)
+
+    @contextlib.contextmanager
+    def again(self, step: int) -> Iterator[Iterator[MicroBatch]]:
+        """Give the batches of an earlier step once more, from a loader of their own."""
+        with self._open_loader(step) as loader:
+            yield (self.prepared(next(loader)) for _ in self.run.micro_batches)
+
+    def image_size(self, step: int) -> int:
+        """Return height and width of the step's training images."""
+        return self.run.phase_at(step).image_size(step, self.run.config.data.image_size)
+
+    def _open_loader(self, step: int) -> Batches:
+        config, world = self.run.config, self.run.world
+        epoch, step_in_epoch = divmod(step, self.run.steps_per_epoch)
+        share = Share(
+            seed=config.seed,
+            global_batch=config.batch.global_,
+            micro_batch=config.batch.micro,
+            rank=world.rank,
+            world_size=world.world_size,
+            epoch=epoch,
+            step_in_epoch=step_in_epoch,
+            repeats=config.data.repeats,
+        )
+        return train_loader(config, self.run.train, share, world, self.image_size(step))
+
+    def prepared(self, batch: Batch) -> MicroBatch:
+        """Bring a batch to the device and mix it."""
+        device = self.run.world.device
+        images = on_device(batch.images, device, parameter_type(self.run.config.precision))
+        targets = on_device(batch.labels, device)
+        if batch.mix is not None:
+            mix = mixing.on_device(batch.mix, device)
+            targets = mixing.mixed_targets(targets, mix, self.run.model.num_classes, images.dtype)
+            images = mixing.mixed_images(images, mix)
+        return images, targets
+
+    def close(self) -> None:
+        """Close the loader, with its threads and processes."""
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None

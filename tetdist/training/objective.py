@@ -1,0 +1,45 @@
+"""The training objective that the section ``loss`` of a configuration describes."""
+
+from torch import Tensor
+
+from tetdist.config.schema import LossSection
+from tetdist.errors import UserError
+from tetdist.losses import LOSSES, distillation_loss, error_aware_alignment, self_target
+
+
+def compute_loss(
+    settings: LossSection, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None
+) -> Tensor:
+    """Compute the configured loss, ().
+
+    Args:
+        settings: The section ``loss`` of the configuration.
+        logits: Output before softmax at each timestep, (T, B, K).
+        targets: Class numbers, (B,), int64, or shares of the classes, (B, K).
+        teacher_logits: A teacher's, (B, K), where there is one.
+    """
+    loss = LOSSES[settings.kind]
+    given = {
+        "lambda_": settings.lambda_,
+        "phi": settings.phi,
+        "label_smoothing": settings.label_smoothing,
+    }
+    known = {name: value for name, value in given.items() if name in loss.arguments}
+    total = loss.function(logits, targets, **known, **settings.arguments)
+    if total.ndim:
+        raise UserError(
+            f"loss.kind: {settings.kind} has the shape {tuple(total.shape)}, not (); take the mean"
+        )
+    distillation = settings.distillation
+    learning = logits.mean(0, keepdim=True) if loss.of_time_mean else logits
+    if teacher_logits is not None:
+        answers, theirs = learning, teacher_logits
+        if distillation.teacher_alignment == "error_aware":
+            answers, theirs = error_aware_alignment(learning, teacher_logits, targets)
+        divergence = distillation_loss(answers, theirs, temperature=distillation.temperature)
+        total = total + distillation.weight * divergence
+    if distillation.self_weight:
+        theirs = self_target(distillation.self_target, learning, targets)
+        divergence = distillation_loss(learning, theirs, temperature=distillation.temperature)
+        total = total + distillation.self_weight * divergence
+    return total

@@ -1,0 +1,105 @@
+"""What may watch a run: told at four places of the training loop, on rank 0, and never in its way.
+
+The command that starts a run hands its observers in; see `tetdist.reports.observers`.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from typing_extensions import override
+
+from tetdist.data.loader import Batch
+from tetdist.tracking.tracker import Tracker
+from tetdist.training.evaluating import Evaluated
+from tetdist.training.prepared import Prepared
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A run as its observers see it when it starts.
+
+    Attributes:
+        run: What is trained.
+        tracker: Takes artifacts and writes the metrics.
+        step: Optimiser steps done before this start.
+        finished: True if nothing is left to do.
+    """
+
+    run: Prepared
+    tracker: Tracker
+    step: int
+    finished: bool
+
+
+class Observer:
+    """One that watches a run. A subclass overrides what it wants to be told."""
+
+    def on_batch(self, step: int, batch: Batch) -> None:
+        """A training batch of ``step`` (from 1) is about to be used."""
+
+    def on_evaluation(self, step: int, evaluated: Evaluated) -> Mapping[str, float] | None:
+        """An evaluation is done; what is returned is added to its line of metrics."""
+
+    def on_line(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """A line of metrics is in the file: ``train`` or an evaluation's, then with a checkpoint.
+
+        An epoch ends with a line, too.
+        """
+
+    def on_end(self, result: Mapping[str, float] | None) -> None:
+        """The run is finished, with this result, or (None) stopped; the tracker is closed."""
+
+
+MakeObservers = Callable[[Watched], Sequence[Observer]]
+
+
+class Observers(Observer):
+    """All observers of a run. One that raises an error is reported and asked no more."""
+
+    def __init__(self, observers: Sequence[Observer] = ()) -> None:
+        self._observers = list(observers)
+
+    @classmethod
+    def of(cls, make: MakeObservers, watched: Watched) -> "Observers":
+        """Make them; where that fails the run goes on without."""
+        try:
+            return cls(make(watched))
+        except Exception as error:
+            logger.warning("nothing watches the run (%s: %s)", type(error).__name__, error)
+            return cls()
+
+    @override
+    def on_batch(self, step: int, batch: Batch) -> None:
+        self._tell("on_batch", step, batch)
+
+    @override
+    def on_evaluation(self, step: int, evaluated: Evaluated) -> Mapping[str, float]:
+        added = self._tell("on_evaluation", step, evaluated)
+        return {key: value for one in added if one for key, value in one.items()}
+
+    @override
+    def on_line(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        self._tell("on_line", kind, step, values)
+
+    @override
+    def on_end(self, result: Mapping[str, float] | None) -> None:
+        self._tell("on_end", result)
+
+    def _tell(self, event: str, *facts: Any) -> list[Any]:
+        answers = []
+        for observer in tuple(self._observers):
+            try:
+                answers.append(getattr(observer, event)(*facts))
+            except Exception as error:
+                self._observers.remove(observer)
+                logger.warning(
+                    "%s failed and watches no more; the run continues (%s: %s)",
+                    type(observer).__name__,
+                    type(error).__name__,
+                    error,
+                )
+        return answers

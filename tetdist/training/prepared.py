@@ -1,0 +1,146 @@
+"""A run before its first step: data opened, phases placed, the network built."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tetdist.config.schema import RunConfig
+from tetdist.data import order
+from tetdist.data.index import Index
+from tetdist.distributed.world import World
+from tetdist.errors import UserError
+from tetdist.models import SpikingNetwork
+from tetdist.nn import batch_norm
+from tetdist.nn.precision import choose_algorithms, parameter_type
+from tetdist.tracking.progress import RunProgress
+from tetdist.training.schedule import Phase, phase_at, schedule_phases
+from tetdist.training.setup import choose_passes, make_model, open_data
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What stays the same from the first step of a run to its last.
+
+    Attributes:
+        config, world: The run's configuration and processes.
+        train, val: Indexes of the training and validation samples.
+        model: On its device; the same on all processes.
+        phases: Placed on the axis of optimiser steps.
+        steps_per_epoch: Optimiser steps of an epoch.
+        last_step: Optimiser steps of the whole run.
+        micro_batches: Numbers of this process's micro-batches, counted over all processes.
+    """
+
+    config: RunConfig
+    world: World
+    train: Index
+    val: Index
+    model: SpikingNetwork
+    phases: list[Phase]
+    steps_per_epoch: int
+    last_step: int
+    micro_batches: Sequence[int]
+
+    @property
+    def first_step(self) -> int:
+        return self.phases[self.config.start_phase].first_step
+
+    def phase_at(self, step: int) -> Phase:
+        return phase_at(self.phases, step)
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of the update that follows ``step`` others."""
+        return self.phase_at(step).learning_rate(step)
+
+    def where(self, step: int) -> dict[str, float]:
+        """Return epoch and phase, as a line of metrics after ``step`` steps has them."""
+        return {
+            "epoch": round(step / self.steps_per_epoch, 6),
+            "phase": self.phase_at(step - 1).number,
+        }
+
+    def epoch_of(self, step: int) -> int:
+        """Return the epoch that the last of ``step`` steps was in."""
+        return max(step - 1, 0) // self.steps_per_epoch
+
+    def end_of_epoch(self, step: int) -> int:
+        """Return the step with which the epoch ends that begins at or contains ``step``."""
+        return min((step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.last_step)
+
+    def is_evaluated_at(self, step: int) -> bool:
+        """Return whether the configuration asks for an evaluation after so many steps."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        due = step_in_epoch == 0 and epoch % self.config.evaluate_every == 0
+        return due or step == self.last_step
+
+    def progress(self, step: int) -> RunProgress:
+        """Return the progress display of rank 0 from ``step`` on; others show nothing."""
+        return RunProgress(
+            step,
+            self.last_step,
+            self.steps_per_epoch,
+            self.config.batch.global_,
+            phases=len(self.config.phases),
+            settle=self.world.wait_for_device,
+            silent=self.world.rank != 0,
+        )
+
+
+def prepare(config: RunConfig, world: World) -> Prepared:
+    """Open data and build the model, on every process.
+
+    Raises:
+        UserError: Device, data, model or phases do not suit each other.
+    """
+    prepared = world.run_on_all(lambda: _prepare(config, world))
+    if config.execution == "fused":
+        world.run_on_all(lambda: choose_passes(world))
+    return prepared
+
+
+def _prepare(config: RunConfig, world: World) -> Prepared:
+    _check_device(config, world)
+    train, val = open_data(config, world)
+    batch = config.batch
+    steps_per_epoch = order.steps_per_epoch(len(train), batch.global_)
+    phases = schedule_phases(config.phases, steps_per_epoch, batch.global_)
+    end = phases[-1].end_step
+    last_step = min(end, config.max_steps or end)
+    _check_steps(config, phases, last_step)
+    micro_batches = order.rank_micro_batches(
+        world.rank, world.world_size, batch.global_, batch.micro
+    )
+    torch.manual_seed(config.seed)
+    choose_algorithms(config.precision, deterministic=config.deterministic)
+    model = make_model(config, train)
+    model.to(world.device, parameter_type(config.precision))
+    batch_norm.defer_running_statistics(model)
+    if config.batch_norm.sync and world.world_size > 1:
+        batch_norm.synchronize(model, world.mean_, world.world_size)
+    return Prepared(
+        config, world, train, val, model, phases, steps_per_epoch, last_step, micro_batches
+    )
+
+
+def _check_device(config: RunConfig, world: World) -> None:
+    if config.precision in ("fp16", "tf32") and world.device.type == "cpu":
+        raise UserError(
+            f"precision: {config.precision} needs a GPU; on a CPU train with bf16 or fp32"
+        )
+    if config.cuda_graphs and world.device.type == "cpu":
+        raise UserError("cuda_graphs=true needs a GPU; remove it or set device=cuda")
+
+
+def _check_steps(config: RunConfig, phases: list[Phase], last_step: int) -> None:
+    first = phases[config.start_phase].first_step
+    if last_step <= first:
+        raise UserError(
+            f"max_steps: {config.max_steps} ends before phase {config.start_phase} begins, "
+            f"after step {first}; steps are counted from the first phase on"
+        )
+    if config.profile is not None and config.profile.steps[0] > last_step:
+        raise UserError(
+            f"profile.steps: step {config.profile.steps[0]:,} is after the run's last, "
+            f"{last_step:,}; take earlier ones"
+        )

@@ -1,0 +1,160 @@
+"""One optimiser step: micro-batches forward and backward, then one update.
+
+Trainer, benchmarks, check_gpu and the tests without a GPU all take this step. It is given batches
+on the device; it opens no file and logs nothing.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from tetdist.config.schema import RunConfig
+from tetdist.data import order
+from tetdist.data.dropping import drop_factors
+from tetdist.distributed.world import World
+from tetdist.models import SpikingNetwork
+from tetdist.nn import batch_norm, dropout
+from tetdist.nn.precision import autocast
+from tetdist.training import graphs, health
+from tetdist.training.ema import WeightAverage
+from tetdist.training.engines.base import Engine, Update
+from tetdist.training.objective import compute_loss
+from tetdist.training.teacher import Teacher
+
+# Positions in a step's sums.
+LOSS, CORRECT, SAMPLES = range(3)
+
+# Images and targets on the device. Targets are labels (B,) or fractions of the classes (B, K).
+MicroBatch = tuple[Tensor, Tensor]
+
+
+class Step:
+    """This process's part of every optimiser step of a phase.
+
+    Args:
+        config: The run's; seed, micro-batch, precision, loss and cuda_graphs are read.
+        model: In training mode, with deferred running statistics.
+        engine: The phase's, made for ``model``.
+        world: All processes.
+        micro_batches: Numbers of this process's micro-batches, counted over all processes.
+        teacher: A network whose logits the model learns from as well.
+        average: The moving average of the weights.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: SpikingNetwork,
+        engine: Engine,
+        world: World,
+        micro_batches: Sequence[int],
+        *,
+        teacher: Teacher | None = None,
+        average: WeightAverage | None = None,
+    ) -> None:
+        self.config, self.model, self.engine, self.world = config, model, engine, world
+        self.micro_batches, self.teacher, self.average = micro_batches, teacher, average
+        self._dropping = dropout.dropping(model)
+        self._run: Callable[..., Tensor] = self._add_micro_batch
+        if config.cuda_graphs:
+            self._run = graphs.Graphed(self._add_micro_batch, model, world.run_on_all)
+
+    def take(self, step: int, batches: Iterable[MicroBatch], lr: float) -> tuple[Update, Tensor]:
+        """Take one step.
+
+        Args:
+            step: Optimiser steps before this one.
+            batches: One for each of `micro_batches`.
+            lr: Learning rate of the update.
+
+        Returns:
+            The outcome, on the device, and this process's sums of LOSS, CORRECT and SAMPLES, (3,),
+            float64.
+        """
+        scale = self.engine.loss_scale
+        if scale is None:
+            return self._attempt(step, batches, lr)
+        # A float16 gradient may overflow for its scale: then the step is repeated with half of it.
+        # The device is asked once for each attempt, and the host waits for the answer.
+        batches = list(batches)
+        update, sums = self._attempt(step, batches, lr)
+        while not (applied := bool(update.applied)) and scale.overflowed():
+            update, sums = self._attempt(step, batches, lr)
+        if applied:
+            scale.succeeded()
+        return update, sums
+
+    def _attempt(
+        self, step: int, batches: Iterable[MicroBatch], lr: float
+    ) -> tuple[Update, Tensor]:
+        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        for number, (images, targets) in zip(self.micro_batches, batches, strict=True):
+            self._seed(step, number)
+            sums += self._run(images, targets, *self._dropped(step, number))
+        update = self.engine.update(lr)
+        batch_norm.update_running_statistics(self.model, self.world.mean_, update.applied)
+        if self.average is not None:
+            self.average.update(step + 1, update.applied)
+        return update, sums
+
+    def _add_micro_batch(self, images: Tensor, targets: Tensor, *dropped: Tensor) -> Tensor:
+        """Add a micro-batch's gradient to the step's; return its sums.
+
+        A CUDA graph captures this call: what does not run on the device is not repeated.
+        """
+        self._drop(dropped)
+        logits = self.engine.forward(images)  # (T, B, K)
+        loss = self._loss(images, logits, targets)
+        self.engine.backward(loss)
+        return sums_of(logits.detach(), targets, loss.detach())
+
+    def _loss(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        return compute_loss(self.config.loss, logits, targets, self._teacher_logits(images))
+
+    def _teacher_logits(self, images: Tensor) -> Tensor | None:
+        return None if self.teacher is None else self.teacher(images)
+
+    def _seed(self, step: int, micro_batch: int) -> None:
+        """Seed torch's generator, from which networks of others may draw."""
+        torch.manual_seed(order.forward_seed(self.config.seed, step, micro_batch))
+
+    def _dropped(self, step: int, micro_batch: int) -> tuple[Tensor, ...]:
+        """Return what dropout layers drop of a micro-batch: inputs of a CUDA graph."""
+        config, device = self.config, self.world.device
+        return drop_factors(config, self._dropping, step, micro_batch, device)
+
+    def _drop(self, dropped: tuple[Tensor, ...]) -> None:
+        for factors in dropped:
+            dropout.give(self._dropping, factors)
+
+    def examine(self, step: int, batches: Iterable[MicroBatch]) -> health.Examination:
+        """Repeat the forward and backward passes of a step and look at every layer.
+
+        Nothing changes. Arguments are those of `take`.
+        """
+        numbers = iter(self.micro_batches)
+
+        def loss(images: Tensor, targets: Tensor) -> Tensor:
+            number = next(numbers)
+            self._seed(step, number)
+            self._drop(self._dropped(step, number))
+            with autocast(self.world.device, self.config.precision):
+                logits = self.model(images, per_timestep=True)
+            return self._loss(images, logits, targets)
+
+        return health.examine(self.model, batches, loss)
+
+
+def sums_of(logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
+    """Return LOSS, CORRECT and SAMPLES, (3,), float64, of a micro-batch with logits (T, B, K).
+
+    A mixed sample counts as correct by its fraction of the predicted class.
+    """
+    predicted = logits.mean(0).argmax(-1)
+    if targets.ndim == 2:
+        correct = targets.gather(1, predicted[:, None]).sum().double()
+    else:
+        correct = (predicted == targets).sum().double()
+    num_samples = torch.full_like(correct, len(targets))
+    return torch.stack([loss.double() * num_samples, correct, num_samples])

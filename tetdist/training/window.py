@@ -1,0 +1,74 @@
+"""Sums and clock between two lines of training metrics."""
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tetdist.config.schema import RunConfig
+from tetdist.distributed.world import World
+from tetdist.training.engines.base import LossScale, Update
+from tetdist.training.gpu_usage import GPUUsage
+from tetdist.training.health import NonFiniteSteps
+from tetdist.training.step import CORRECT, LOSS, SAMPLES
+
+
+class Window:
+    """What the steps since the last line of metrics add up to.
+
+    Attributes:
+        sums: This process's LOSS, CORRECT and SAMPLES, (3,), on the device. float64, so that it
+            does not matter where a stop cuts them in two.
+        non_finite: Steps that were given up.
+    """
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self._world, self._global_batch = world, config.batch.global_
+        self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self.non_finite = NonFiniteSteps(world.device, config.non_finite_limit)
+        self._gpus = GPUUsage(world)
+        self.restart(0.0)
+
+    def restart(self, waited: float) -> None:
+        """Restart clock and energy counter; ``waited`` is `Feed.waited` now."""
+        self._started, self._steps, self._waited_before = time.monotonic(), 0, waited
+        self._gpus.restart()
+
+    def add(self, step: int, update: Update, sums: Tensor) -> None:
+        """Add a step (from 1). One without a finite gradient changed nothing and is left out.
+
+        On a GPU the device is not asked whether that was so.
+        """
+        self.sums += torch.where(update.applied, sums, 0.0)
+        self.non_finite.record(step, update.applied)
+        self._steps += 1
+
+    def close(self, waited: float, scale: LossScale | None) -> dict[str, Any]:
+        """Return the metrics over all processes, and begin anew.
+
+        Args:
+            waited: `Feed.waited` now.
+            scale: The engine's.
+        """
+        loss, correct, samples = self.total()
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        values: dict[str, Any] = {
+            "loss": loss / samples if samples else math.nan,
+            "top1": 100 * correct / samples if samples else math.nan,
+            "non_finite_steps": self.non_finite.new(),
+            "samples_per_s": self._steps * self._global_batch / seconds,
+            "data_wait": 100 * (waited - self._waited_before) / seconds,
+            **self._gpus.values(),
+        }
+        if scale is not None:
+            values |= {"loss_scale": scale.value, "overflows": scale.overflows}
+        self.sums.zero_()
+        self.restart(waited)
+        return values
+
+    def total(self) -> list[float]:
+        """Return LOSS, CORRECT and SAMPLES over all processes."""
+        assert (LOSS, CORRECT, SAMPLES) == (0, 1, 2)
+        return self._world.sum(self.sums.tolist())
