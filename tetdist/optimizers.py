@@ -7,7 +7,7 @@ first, and waits for the device once a step.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from timm.models import group_parameters
@@ -17,16 +17,28 @@ from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.plugins import Registry
 
-if TYPE_CHECKING:
-    from tetdist.config.schema import OptimizerSection
-
 Groups = list[dict[str, Any]]
-Build = Callable[[Groups, "OptimizerSection"], torch.optim.Optimizer]
+Build = Callable[[Groups, "OptimizerSettings"], torch.optim.Optimizer]
 TIMM = "timm:"  # before the name of one of timm's optimisers
 # Those of timm whose state, put back, leads elsewhere: weights differ after some hundred steps.
 NOT_CONTINUED = ("kron",)
 # Of those of timm's that do not keep two; of a matrix, where it depends on the shape.
 TIMM_MOMENTS = {"adan": 4, "adanw": 4, "lion": 1, "muon": 1}
+
+
+class OptimizerSettings(Protocol):
+    """The section ``optimizer`` of a phase, as far as optimisers read it."""
+
+    kind: str
+    lr: float
+    layer_decay: float | None
+    momentum: float
+    nesterov: bool
+    betas: tuple[float, float]
+    weight_decay: float
+    decay_norms: bool
+    decay_neurons: bool
+    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,18 +84,18 @@ def register_optimizer(name: str, **about: Any) -> Callable[[Build], Build]:
 @register_optimizer(
     "sgd", reads=("momentum", "nesterov"), skips_when_told=True, zero_stages=(0, 1, 2), moments=1
 )
-def _sgd(groups: Groups, section: "OptimizerSection") -> torch.optim.Optimizer:
+def _sgd(groups: Groups, section: "OptimizerSettings") -> torch.optim.Optimizer:
     momentum, nesterov = section.momentum, section.nesterov
     return torch.optim.SGD(groups, lr=section.lr, momentum=momentum, nesterov=nesterov, fused=True)
 
 
 @register_optimizer("adam", reads=("betas",), skips_when_told=True, zero_stages=(0, 1, 2))
-def _adam(groups: Groups, section: "OptimizerSection") -> torch.optim.Optimizer:
+def _adam(groups: Groups, section: "OptimizerSettings") -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, lr=section.lr, betas=section.betas, fused=True)
 
 
 @register_optimizer("adamw", reads=("betas",), skips_when_told=True, zero_stages=(0, 1, 2))
-def _adamw(groups: Groups, section: "OptimizerSection") -> torch.optim.Optimizer:
+def _adamw(groups: Groups, section: "OptimizerSettings") -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, fused=True)
 
 
@@ -109,7 +121,7 @@ def _of_timm(name: str) -> OptimizerKind:
     reads: tuple[str, ...] = ("momentum",) if described.has_momentum else ()
     reads += ("betas",) if described.has_betas and described.num_betas == 2 else ()
 
-    def build(groups: Groups, section: "OptimizerSection") -> torch.optim.Optimizer:
+    def build(groups: Groups, section: "OptimizerSettings") -> torch.optim.Optimizer:
         given = {option: getattr(section, option) for option in reads} | section.arguments
         return optim.create_optimizer_v2(groups, opt=name, lr=section.lr, **given)
 
@@ -131,7 +143,7 @@ def kind_of(name: str, key: str = OPTIMIZERS.key) -> OptimizerKind:
     return OPTIMIZERS.find(name, key)
 
 
-def make_optimizer(model: nn.Module, section: "OptimizerSection") -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, section: "OptimizerSettings") -> torch.optim.Optimizer:
     """A phase's optimiser over all parameters.
 
     What neurons learn is not decayed, unless ``decay_neurons`` is true; norms and biases are,

@@ -1,7 +1,6 @@
 """A network goes to the Hugging Face hub and comes back, through a stand-in on this machine."""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,6 @@ from tetdist.cli import eval as evaluation
 from tetdist.cli import export as exporting
 from tetdist.config.loading import parse
 from tetdist.errors import UserError
-from tetdist.exchange import zoo
 from tetdist.exchange.trained import load
 from tetdist.storage import checkpoint, hub
 
@@ -305,7 +303,6 @@ def test_what_cannot_be_pushed_is_named(
     [
         (["--push", "small"], "--push small: a repository is called ORG/NAME"),
         (["--push", "a/b", "--format", "onnx"], "leave out onnx"),
-        (["--push", "a/b", "--zoo", "zoo.json"], "--zoo and --trained-by go together"),
         (["--format", "timm", "--output", "it", "--dry-run"], "--dry-run has a meaning with"),
         (["--format", "timm"], "give --format and --output, or --push ORG/NAME"),
     ],
@@ -314,49 +311,3 @@ def test_arguments_are_checked(command: Command, arguments: list[str], complaint
     status, said = command(exporting, "nowhere", *arguments)
     assert status == 2
     assert complaint in said
-
-
-def test_run_is_added_to_the_index_of_networks(
-    there: Hub,
-    command: Command,
-    main: Callable[..., Outcome],
-    tiny_config: Callable[..., Path],
-    tiny_root: Path,
-    tmp_path: Path,
-) -> None:
-    outcome = main(tiny_config())
-    assert outcome.status == 0, outcome.text
-    run, index = tmp_path / "runs" / "tiny", tmp_path / "zoo.json"
-    push = (exporting, run, "--best", "--push", "us/tiny", "--zoo", index, "--trained-by", "Us")
-    status, said = command(*push)
-    assert status == 0, said
-    (network,) = zoo.read(index)
-    evaluated = [line["top1"] for line in tiny.metrics(run, "val")]
-    assert (network.top1.last, network.top1.best) == (evaluated[-1], max(evaluated))
-    assert (network.name, network.checkpoint, network.trained_by) == ("tiny", "best", "Us")
-    # By which networks of several data sets of ten classes are told apart.
-    assert (network.data, network.split) == (tiny_root.name, "val")
-    assert (network.classes, network.samples) == (len(tiny.CLASSES), sum(tiny.VAL_SIZES))
-    # What the entry names is what it says.
-    fetched = hub.fetch(network.repository, "model.safetensors")
-    assert hashlib.sha256(fetched.read_bytes()).hexdigest() == network.sha256
-    assert load(Path(network.repository)).description.validation["top1"] == max(evaluated)
-    requests = len(there.requests)
-    status, said = command(*push)
-    assert status == 2
-    assert "has tiny already; remove that entry, or rename the run" in said
-    assert len(there.requests) == requests
-    status, said = command(*push[:6], tmp_path / "no" / "zoo.json", *push[7:])
-    assert status == 2
-    assert f"--zoo: there is no folder {tmp_path / 'no'}; make it" in said
-    assert len(there.requests) == requests
-
-    damaged = json.loads(index.read_text())
-    damaged["networks"][0]["top1"]["last"] = 101
-    index.write_text(json.dumps(damaged))
-    with pytest.raises(UserError, match=r"top1.last of an entry: Input should be less than"):
-        zoo.read(index)
-
-
-def test_index_of_this_project_is_valid() -> None:
-    zoo.read(tiny.PROJECT / "docs" / "zoo.json")

@@ -84,13 +84,6 @@ def add_hub(group: argparse._ArgumentGroup) -> None:
     )
     add("--public", action="store_true", help="make the repository one that all can see")
     add("--dry-run", action="store_true", help="say what would be uploaded, and upload nothing")
-    add(
-        "--zoo",
-        metavar="FILE",
-        type=Path,
-        help="then add the network to this index of published ones, which is made if there is none",
-    )
-    add("--trained-by", metavar="WHO", help="who trained it, for --zoo")
 
 
 def check_hub(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -98,7 +91,7 @@ def check_hub(parser: argparse.ArgumentParser, options: argparse.Namespace) -> N
     from tetdist.storage.hub import is_repository
 
     if options.push is None:
-        for flag in ("public", "dry_run", "zoo", "trained_by"):
+        for flag in ("public", "dry_run"):
             if getattr(options, flag):
                 parser.error(f"--{flag.replace('_', '-')} has a meaning with --push only")
         if options.format is None or options.output is None:
@@ -108,10 +101,6 @@ def check_hub(parser: argparse.ArgumentParser, options: argparse.Namespace) -> N
         parser.error(f"--push {options.push}: a repository is called ORG/NAME")
     if options.format not in (None, "timm"):
         parser.error(f"--push uploads what --format timm writes; leave out {options.format}")
-    if (options.zoo is None) != (options.trained_by is None):
-        parser.error("--zoo and --trained-by go together")
-    if options.zoo is not None and options.timesteps is not None:
-        parser.error("--zoo notes the run's accuracy, which is not that of other --timesteps")
     options.format = "timm"
 
 
@@ -167,14 +156,10 @@ def export(options: argparse.Namespace) -> None:
 
 def publish(trained: "Trained", options: argparse.Namespace) -> None:
     """Push a network to the hub, or say what would be pushed."""
-    from tetdist.exchange import publishing, zoo
-    from tetdist.storage.hub import HF, destination
+    from tetdist.exchange import publishing
+    from tetdist.storage.hub import destination
 
     repo, private = options.push, not options.public
-    evaluated = None
-    if options.zoo is not None:
-        zoo.check_new(options.zoo, trained.config.name)
-        evaluated = zoo.evaluated(options.checkpoint)
     with TemporaryDirectory() as aside:
         folder = options.output or Path(aside, "it")
         publishing.write(trained, repo, folder)
@@ -189,13 +174,3 @@ def publish(trained: "Trained", options: argparse.Namespace) -> None:
             return
         pushed = publishing.push(trained, repo, folder, private=private)
         print(f"pushed {pushed.url}, commit {pushed.commit}")
-        if evaluated is not None:
-            entry = publishing.zoo_entry(
-                trained,
-                f"{HF}{repo}@{pushed.commit}",
-                folder,
-                of=evaluated,
-                trained_by=options.trained_by,
-            )
-            zoo.add(options.zoo, entry)
-            print(f"added {entry.name} to {options.zoo}")

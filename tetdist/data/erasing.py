@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tetdist.data.boxes import inside
 from tetdist.data.order import hashed, named_stream, position_keys, uniforms
-from tetdist.data.pixels import inside
 from tetdist.data.transfer import on_device
 
 _BOXES, _NOISE = named_stream("erasing"), named_stream("erasing: noise")

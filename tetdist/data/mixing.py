@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tetdist.data import transfer
-from tetdist.data.pixels import inside
+from tetdist.data.boxes import inside
 from tetdist.data.transforms import Mix
 
 

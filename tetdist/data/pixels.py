@@ -18,6 +18,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import functional as vision
 
+from tetdist.data.boxes import inside
 from tetdist.data.transfer import on_device
 from tetdist.data.transforms import Operation
 
@@ -262,14 +263,6 @@ def finished(pixels: Tensor, scale: Scale, cutout: Tensor | None) -> Tensor:
     if cutout is not None:
         images.masked_fill_(inside(cutout, *images.shape[2:])[:, None], 0)
     return images
-
-
-def inside(boxes: Tensor, height: int, width: int) -> Tensor:
-    """The pixels that lie in boxes (B, 4) of top, left, bottom, right: (B, height, width) bool."""
-    top, left, bottom, right = boxes[:, :, None, None].unbind(1)
-    rows = torch.arange(height, device=boxes.device)[:, None]
-    columns = torch.arange(width, device=boxes.device)
-    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
 
 
 def cut_out(image: Any, box: _Ints) -> None:

@@ -1,15 +1,12 @@
-"""A trained network as a repository of the Hugging Face hub, and its entry in the index of them."""
+"""A trained network as a repository of the Hugging Face hub."""
 
-import hashlib
-from datetime import UTC, datetime
 from pathlib import Path
 
 import tetdist
 from tetdist.errors import UserError
-from tetdist.exchange import zoo
-from tetdist.exchange.export import RECIPE_FILE, write_timm
+from tetdist.exchange.export import write_timm
 from tetdist.exchange.trained import Trained
-from tetdist.storage import checkpoint, hub
+from tetdist.storage import hub
 from tetdist.wording import counted
 
 
@@ -39,31 +36,3 @@ def push(trained: Trained, repo: str, folder: Path, *, private: bool) -> hub.Pus
     name, step = trained.config.name, counted(trained.description.step, "step")
     message = f"{name} after {step}, by tetdist {tetdist.__version__}"
     return hub.push(folder, repo, private=private, message=message)
-
-
-def zoo_entry(
-    trained: Trained, repository: str, folder: Path, *, of: zoo.Evaluated, trained_by: str
-) -> zoo.Network:
-    """The entry of the index.
-
-    Args:
-        trained: What is published.
-        repository: ``hf:ORG/NAME@COMMIT``.
-        folder: What `write` has written.
-        of: What its run was evaluated on, and with what result.
-        trained_by: Who trained it.
-    """
-    weights = (folder / checkpoint.MODEL_FILE).read_bytes()
-    return zoo.Network(
-        name=trained.config.name,
-        checkpoint="best" if trained.description.which == "best" else "last",
-        repository=repository,
-        sha256=hashlib.sha256(weights).hexdigest(),
-        model=trained.config.model.name,
-        timesteps=trained.model.timesteps,
-        classes=trained.model.num_classes,
-        **of._asdict(),
-        recipe=RECIPE_FILE,
-        trained_by=trained_by,
-        date=datetime.now(UTC).date().isoformat(),
-    )
