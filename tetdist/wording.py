@@ -1,5 +1,7 @@
 """Numbers as a person says them: "1 image", "2 images", "2 h 44 min"."""
 
+from collections.abc import Sequence
+
 
 def counted(number: int, thing: str) -> str:
     """A number of things, in the singular or plural: ``counted(1, "class")`` is "1 class"."""
@@ -24,3 +26,8 @@ def duration(seconds: float) -> str:
         if len(parts) == 2:
             break
     return " ".join(parts[:1] if parts[-1].startswith("0 ") else parts)
+
+
+def and_more(names: Sequence[str]) -> str:
+    """Return what follows the first of several names: " and 2 more", or nothing."""
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -10,8 +10,6 @@ from tetdist.events.splits import (
     NAMES,
     assign,
     default_split,
-    recorded_split,
-    recordings_of,
     split_name,
 )
 

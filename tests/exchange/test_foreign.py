@@ -30,7 +30,7 @@ from tetdist.models import SpikingNetwork
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import Neuron
-from tetdist.storage import checkpoint
+from tetdist.storage import checkpoint, foreign_files
 
 T = 3
 
@@ -286,7 +286,7 @@ def test_checkpoints_of_the_sew_repository(name: str, tmp_path: Path) -> None:
         },
         file,
     )
-    read = foreign.read(file)
+    read = foreign_files.read(file)
     assert foreign.source_of(read, file) == "sew"
     assert foreign.num_classes(read, "sew") == 5
     result = foreign.convert(read, "sew", ours(name, num_classes=5))
@@ -443,7 +443,7 @@ def test_agrees_with_tets_vggsnn() -> None:
 def test_prefix_of_a_parallel_wrapper_is_removed(tmp_path: Path) -> None:
     state = tet_resnet19().state_dict()
     torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "a.pth")
-    read = foreign.read(tmp_path / "a.pth")
+    read = foreign_files.read(tmp_path / "a.pth")
     assert read.keys() == state.keys()
     assert foreign.source_of(read, tmp_path / "a.pth") == "tet"
 
@@ -466,7 +466,7 @@ def test_checkpoints_of_the_repositories_of_distillation(tmp_path: Path) -> None
     state = random_state(distilled_shapes((3, 3, 2), 6, 8, 10, 5))
     file = tmp_path / "model_weights.pth"
     torch.save({"best_acc": 95.0, "best_epoch": 7, "best_net": state, "optimizer": {}}, file)
-    read = foreign.read(file)
+    read = foreign_files.read(file)
     assert read.keys() == state.keys()
     with pytest.raises(
         UserError, match=r"whose neurons are not the same; say .*decoupling or seal"
@@ -525,7 +525,7 @@ def test_resnet18_for_cifar_of_the_repositories_of_distillation() -> None:
 def test_ms_resnets_file_is_recognised(tmp_path: Path) -> None:
     state = {f"module.{k}": v for k, v in random_state(ms_shapes((2, 2, 2, 2), 4, 5)).items()}
     torch.save(state, tmp_path / "resnet18-125-best.pth")
-    read = foreign.read(tmp_path / "resnet18-125-best.pth")
+    read = foreign_files.read(tmp_path / "resnet18-125-best.pth")
     assert foreign.source_of(read, tmp_path / "resnet18-125-best.pth") == "ms"
     assert foreign.num_classes(read, "ms") == 5
     converted(read, "ms", ours("ms_resnet18", num_classes=5, width=4))
@@ -605,7 +605,7 @@ class Code:
 def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "extra": Code(tmp_path / "executed")}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"holds more than weights .* is not read"):
-        foreign.read(tmp_path / "a.pth")
+        foreign_files.read(tmp_path / "a.pth")
     assert not (tmp_path / "executed").exists()
 
 
@@ -614,28 +614,28 @@ def test_damaged_file_is_named(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"a{suffix}"
     file.write_bytes(b"\x80\x05 this is neither")
     with pytest.raises(UserError, match=r"not (a readable file of weights|read)"):
-        foreign.read(file)
+        foreign_files.read(file)
     with pytest.raises(UserError, match="there is no file"):
-        foreign.read(tmp_path / f"b{suffix}")
+        foreign_files.read(tmp_path / f"b{suffix}")
 
 
 def test_file_without_a_state_dict_is_named(tmp_path: Path) -> None:
     for content in ([1, 2], {"epoch": 3}, {}, {0: torch.zeros(1)}):
         torch.save(content, tmp_path / "a.pth")
         with pytest.raises(UserError, match="holds no state dict"):
-            foreign.read(tmp_path / "a.pth")
+            foreign_files.read(tmp_path / "a.pth")
 
 
 def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"not finite \(in b\): its training went wrong"):
-        foreign.read(tmp_path / "a.pth")
+        foreign_files.read(tmp_path / "a.pth")
     torch.jit.save(torch.jit.script(nn.Linear(1, 1)), tmp_path / "b.pt")
     with pytest.raises(UserError, match="is a TorchScript program, which is code"):
-        foreign.read(tmp_path / "b.pt")
+        foreign_files.read(tmp_path / "b.pt")
     (tmp_path / "c.pth").write_text("text")
     with pytest.raises(UserError, match="neither torch's nor safetensors' format"):
-        foreign.read(tmp_path / "c.pth")
+        foreign_files.read(tmp_path / "c.pth")
     state = torchvision.models.resnet18(num_classes=5).state_dict()
     model = ours("sew_resnet18", num_classes=5)
     with pytest.raises(UserError, match="torchvision's names, not those of the SEW-ResNet"):

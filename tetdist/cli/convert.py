@@ -87,10 +87,10 @@ def convert_file(options: argparse.Namespace) -> None:
     import torch
 
     from tetdist.exchange import foreign
-    from tetdist.storage import checkpoint
+    from tetdist.storage import checkpoint, foreign_files
 
     check_new_weights(options.output)
-    state = foreign.read(options.source)
+    state = foreign_files.read(options.source)
     layout = options.layout
     source: Source = foreign.source_of(state, options.source) if layout == "auto" else layout
     config, timesteps = configuration(options, source, foreign.num_classes(state, source))

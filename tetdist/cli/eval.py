@@ -272,7 +272,7 @@ def about(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """What was evaluated, and on what."""
-    from tetdist.events.splits import recorded_split
+    from tetdist.data.recorded_split import recorded_split
 
     data_split = recorded_split(config.data.root)
     return {

@@ -324,9 +324,10 @@ def _make_split(
     settings: "Settings",
     name: str,
 ) -> None:
+    from tetdist.data.recorded_split import description
     from tetdist.events.presets import PRESETS
     from tetdist.events.split_roots import make_split
-    from tetdist.events.splits import ALL_TO_VAL, description
+    from tetdist.events.splits import ALL_TO_VAL
 
     root = make_split(
         options.dest,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tetdist
+from tetdist.data import recorded_split
 from tetdist.data.index import (
     build_event_index,
     check_fresh,
@@ -17,6 +18,7 @@ from tetdist.data.index import (
     load_index,
     save_index,
 )
+from tetdist.data.recorded_split import DATASET_FILE
 from tetdist.errors import UserError
 from tetdist.events import splits
 from tetdist.events.folders import Part, Source
@@ -86,7 +88,7 @@ def make_split(
             index, wrong = build_event_index(aside, part, workers)
             assert not wrong
             save_index(index, index_file(aside / "index", part))
-        write_json(aside / splits.DATASET_FILE, description)
+        write_json(aside / DATASET_FILE, description)
         if root.exists():
             shutil.rmtree(root)
     return root
@@ -128,7 +130,7 @@ def _holds(root: Path, description: dict[str, Any], links: dict[Path, Path]) -> 
     if not root.is_dir():
         return False
     try:
-        if splits.description(root) != description:
+        if recorded_split.description(root) != description:
             return False
         for part in description["recordings"]:
             if not description["recordings"][part]:

@@ -1,15 +1,12 @@
-"""Splits of event recordings by name, as the literature uses them, and their record.
+"""Splits of event recordings by name, as the literature uses them.
 
 Published figures of one data set were measured on different splits (for CIFAR10-DVS three), so a
 split has a name, and the name goes wherever a result does. A recording is never divided: all pieces
 of one are on the same side.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from tetdist.data.order import permutation
 from tetdist.errors import UserError
@@ -31,8 +28,6 @@ PUBLISHED = "published"
 # New recordings, to be evaluated with a network that was trained on others.
 ALL_TO_VAL = "all-to-val"
 NAMES = (PUBLISHED, *_FIRST, _BY_LETTERS, _HUNDRED, _STRATIFIED, ALL_TO_VAL)
-
-DATASET_FILE, RECORDS_FILE = "dataset.json", "recordings.jsonl"
 
 
 def default_split(sources: Sequence[Source]) -> str:
@@ -122,52 +117,3 @@ def _training_members(members: list[Source], name: str, seed: int, stratum: int)
         order = permutation(number, seed, stratum)
         chosen = [members[i] for i in order[: number * 9 // 10]]
     return {source.path for source in chosen}
-
-
-def description(root: str | Path) -> dict[str, Any] | None:
-    """Read what a data root says of itself in its dataset.json; None where it has none.
-
-    Raises:
-        UserError: The file is damaged.
-    """
-    file = Path(root, DATASET_FILE)
-    if not file.is_file():
-        return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and isinstance(found["split"], str):
-            return found
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file} is damaged ({error!r}): make the split again") from error
-    raise UserError(f"{file} names no split: make it again")
-
-
-def recordings_of(root: str | Path) -> dict[str, str] | None:
-    """The recording that each tensor of a data root, CLASS/NAME, was cut from.
-
-    None where tetdist has not made the data root, and each tensor stands for itself.
-
-    Raises:
-        UserError: What says so is not there any more, or damaged.
-    """
-    if description(root) is None:
-        return None
-    file = Path(root).resolve().parent.parent / RECORDS_FILE
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        return {record["key"]: record["source"] for record in map(json.loads, lines)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file}, which says what pieces of one recording are, cannot be read ({error!r}): "
-            "keep the split where tools/prebin_dvs.py has made it"
-        ) from error
-
-
-def recorded_split(root: str | Path) -> str | None:
-    """The name of the split that a data root says it is; None where it says nothing.
-
-    Raises:
-        UserError: Its dataset.json is damaged.
-    """
-    found = description(root)
-    return found["split"] if found else None

@@ -27,13 +27,13 @@ import numpy.typing as npt
 import tetdist
 from tetdist.data.index import BadFile
 from tetdist.data.processes import ReportProgress, run_tasks
+from tetdist.data.recorded_split import RECORDS_FILE
 from tetdist.errors import UserError
 from tetdist.events.binning import Binning, Frames, bin_events
 from tetdist.events.folders import Listing, Piece, Source
 from tetdist.events.formats import read_recording
 from tetdist.events.recording import BadRecording, Events, Sensor
 from tetdist.events.simulate import Simulation, simulate
-from tetdist.events.splits import RECORDS_FILE
 from tetdist.storage.files import explaining, open_file, replacing, write_json
 
 # This goes up when the same parameters make other tensors than before.

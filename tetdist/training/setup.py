@@ -7,13 +7,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tetdist.config.schema import RunConfig, SegmentsSection, phase_image_sizes
-from tetdist.data import held_out
+from tetdist.data import held_out, recorded_split
 from tetdist.data import index as data_index
 from tetdist.data.build import check_augmentation
 from tetdist.data.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
-from tetdist.events import splits
 from tetdist.models import SpikingNetwork
 from tetdist.nn import passes
 from tetdist.optimizers import layers_of
@@ -57,7 +56,7 @@ def _recordings(config: RunConfig, index: Index) -> list[str] | None:
         case "images":
             return None
         case "events":
-            known = splits.recordings_of(config.data.root)
+            known = recorded_split.recordings_of(config.data.root)
         case other:
             assert_never(other)
     if known is None:
@@ -73,7 +72,7 @@ def evaluated_split(config: RunConfig) -> str | None:
     Raises:
         UserError: The data's dataset.json is damaged.
     """
-    recorded, share = splits.recorded_split(config.data.root), config.data.held_out
+    recorded, share = recorded_split.recorded_split(config.data.root), config.data.held_out
     return held_out.name(share, config.seed, recorded) if share else recorded
 
 

@@ -13,10 +13,9 @@ from tetdist.config.loading import parse
 from tetdist.config.schema import TIMM, RunConfig, phase_image_sizes
 from tetdist.data.index import Index
 from tetdist.errors import UserError
-from tetdist.exchange import foreign
 from tetdist.models import SpikingNetwork
 from tetdist.nn.precision import autocast, parameter_type, place
-from tetdist.storage import checkpoint
+from tetdist.storage import checkpoint, foreign_files
 from tetdist.storage.hub import names_checked
 
 KEY = "loss.distillation.teacher"
@@ -156,7 +155,7 @@ def _from_timm(config: RunConfig, index: Index) -> _Loaded:
             f"and {KEY}_weights=FILE is for machines without a network"
         ) from error
     if file is not None:
-        checkpoint.load_weights(model, foreign.read(Path(file)), Path(file))
+        checkpoint.load_weights(model, foreign_files.read(Path(file)), Path(file))
     _check_num_classes(name, model.num_classes, config, index)
     described = timm.get_pretrained_cfg(name)
     return model, described.mean, described.std
