@@ -142,10 +142,14 @@ def wait(pids: list[int], seconds: float) -> list[int]:
 
 
 def main() -> None:
-    import deepspeed.ops  # noqa: F401  # for the children
-    import matplotlib.pyplot  # noqa: F401  # likewise
+    # What the children would else import, each for itself.
+    import deepspeed.ops  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import nvidia.dali.pipeline  # noqa: F401
+    import timm.optim  # noqa: F401
 
-    import tetdist.training.trainer  # noqa: F401  # likewise
+    import tetdist.reports.observers  # noqa: F401
+    import tetdist.training.trainer  # noqa: F401
     from tetdist.distributed.starters import as_starter, end_with_starters
 
     end_with_starters()
