@@ -148,7 +148,7 @@ def main() -> None:
     import nvidia.dali.pipeline  # noqa: F401
     import timm.optim  # noqa: F401
 
-    import tetdist.reports.observers  # noqa: F401
+    import tetdist.reports.observers
     import tetdist.training.trainer  # noqa: F401
     from tetdist.distributed.starters import as_starter, end_with_starters
 

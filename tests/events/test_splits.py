@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tetdist.data.recorded_split import recorded_split, recordings_of
 from tetdist.errors import UserError
 from tetdist.events.folders import list_sources, natural_key
 from tetdist.events.splits import (

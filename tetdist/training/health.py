@@ -4,6 +4,7 @@ Steps whose loss or gradient is not finite are counted while they happen, and ex
 not stop; layers that no longer fire, or always do, are named.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.norm_neuron import FusedLayer
 from tetdist.wording import counted
+
+logger = logging.getLogger(__name__)
 
 # Begins the message with which a run ends whose steps are not finite; a search looks for it.
 NOT_FINITE = "the loss or its gradient was not finite in"
@@ -59,6 +62,12 @@ class NonFiniteSteps:
         count = int(self._total - self._reported)
         self._reported = self._total
         return count
+
+    def warn(self, step: int, number: int) -> None:
+        """Log how many there were since the last line of metrics, if any."""
+        if number:
+            text = "step %d: %s since the last line had no finite gradient and changed nothing"
+            logger.warning(text, step, counted(number, "step"))
 
     def fail(
         self, lr: float, reports: list[str | None], saved_step: int | None, checkpoints: Path

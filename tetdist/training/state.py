@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from tetdist.config.identity import differences
 from tetdist.config.schema import RunConfig
 from tetdist.data.index import Index
@@ -20,6 +18,7 @@ from tetdist.training.ema import WeightAverage
 from tetdist.training.evaluating import AVERAGE, WEIGHTS, Score
 from tetdist.training.prepared import Prepared
 from tetdist.training.run_record import show_checkpoints
+from tetdist.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -166,24 +165,29 @@ def _describe(
     )
 
 
-def load_initial_weights(model: nn.Module, config: RunConfig, index: Index, *, say: bool) -> None:
-    """Begin with somebody's weights, where the configuration names them.
+def begin(run: Prepared) -> Teacher | None:
+    """Load what a run begins with: others' weights, and a teacher.
 
-    Args:
-        model: Takes them.
-        config: Of the run.
-        index: Of the training samples.
-        say: Whether this process tells of them, and of what may be amiss.
+    A run that continues from a checkpoint of its own needs neither.
 
     Raises:
-        UserError: There are none, or they do not fit the network.
+        UserError: They are missing or do not suit the run.
     """
+    if any((run.config.run_dir / "checkpoints").glob("step-*")):
+        return None
+    _load_initial_weights(run)
+    return Teacher.of(run.config, run.train, run.world.device)
+
+
+def _load_initial_weights(run: Prepared) -> None:
+    """Begin with somebody's weights, where the configuration names them; rank 0 tells of them."""
+    config, model, index = run.config, run.model, run.train
     source = config.init_checkpoint
     if source is None:
         return
     weights, description = checkpoint.load_model_file(Path(source))
     checkpoint.load_weights(model, weights, Path(source))
-    if not say:
+    if run.world.rank != 0:
         return
     theirs, ours = description.config["model"], config.as_dict()["model"]
     theirs = theirs | {"neuron": neurons.completed(theirs.get("neuron", {}))}

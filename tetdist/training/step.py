@@ -49,7 +49,6 @@ class Step:
         engine: Engine,
         world: World,
         micro_batches: Sequence[int],
-        *,
         teacher: Teacher | None = None,
         average: WeightAverage | None = None,
     ) -> None:

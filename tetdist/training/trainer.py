@@ -9,7 +9,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tetdist.config.schema import RunConfig
@@ -39,7 +38,6 @@ from tetdist.training.schedule import Phase
 from tetdist.training.step import Step
 from tetdist.training.teacher import Teacher
 from tetdist.training.window import Window
-from tetdist.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +60,12 @@ class Trainer:
         self.window = Window(config, world)
         self.optimizer_state: dict[str, Any] | None = None
         self.loss_scale_state: dict[str, float] | None = None
-        self.teacher: Teacher | None = None
-        world.run_on_all(self._begin)
+        # Before the run's folder is made: a mistake leaves nothing behind.
+        self.teacher = world.run_on_all(lambda: state.begin(run))
         self.average = WeightAverage.of(run.model, config.ema)
         self.folder = world.run_on_all(lambda: RunFolder(config, world))
-        self.evaluations = Evaluations(
-            run, self.average, stop.agreed, self._evaluated, self.folder.data_split
-        )
+        split = self.folder.data_split
+        self.evaluations = Evaluations(run, self.average, stop.agreed, self._evaluated, split)
         self.feed = Feed(run, self._on_batch)
         found = self.folder.newest_checkpoint()
         if found is not None:
@@ -134,11 +131,9 @@ class Trainer:
         if self.tracker:
             self.tracker.enter_phase(phase.number)
         self.model.set_timesteps(phase.section.timesteps)
-        optimizer = make_optimizer(self.model, phase.section.optimizer)
-        micro_batches = self.prepared.micro_batches
-        self.engine = make_engine(
-            self.config, self.model, optimizer, len(micro_batches), self.world
-        )
+        run, optimizer = self.prepared, make_optimizer(self.model, phase.section.optimizer)
+        accumulation = len(run.micro_batches)
+        self.engine = make_engine(run.config, run.model, optimizer, accumulation, run.world)
         # At the very start of a phase a checkpoint holds the optimiser of the one before.
         if self.optimizer_state is not None and self.step > phase.first_step:
             self.engine.load_optimizer_state(self.optimizer_state)
@@ -148,13 +143,13 @@ class Trainer:
         if self.average is not None:
             self.average.follow()
         self.update = Step(
-            self.config,
-            self.model,
+            run.config,
+            run.model,
             self.engine,
-            self.world,
-            micro_batches,
-            teacher=self.teacher,
-            average=self.average,
+            run.world,
+            run.micro_batches,
+            self.teacher,
+            self.average,
         )
         self.feed.open(self.step)
         self.phase = phase
@@ -214,9 +209,8 @@ class Trainer:
             "grad_norm": grad_norm,
             "eta_s": self.progress.seconds_left(),
         }
-        if (number := values["non_finite_steps"]) and self.world.rank == 0:
-            text = "step %d: %s since the last line had no finite gradient and changed nothing"
-            logger.warning(text, self.step, counted(number, "step"))
+        if self.world.rank == 0:
+            self.window.non_finite.warn(self.step, values["non_finite_steps"])
         self._log("train", values)
         self.progress.report_training(self.step, values)
         self.observers.on_line("train", self.step, values)
@@ -248,8 +242,7 @@ class Trainer:
             one.values.update(self.prepared.where(self.step))
             one.values.update(self.observers.on_evaluation(self.step, one))
             self._log(one.kind, one.values)
-            of_average = one.kind == AVERAGE
-            self.progress.report_evaluation(self.step, one.values, of_average=of_average)
+            self.progress.report_evaluation(self.step, one.values, of_average=one.kind == AVERAGE)
         self._save({one.kind: one.score for one in found})
         for one in found:
             self.observers.on_line(one.kind, self.step, one.values)
@@ -283,25 +276,14 @@ class Trainer:
         state.save(now, self.prepared, optimizer, self.average, scores or {}, self.tracker)
         self.saved_step = self.step
 
-    def _begin(self) -> None:
-        """Load what a run begins with, before its folder is made: a mistake leaves nothing behind.
-
-        A run that continues from a checkpoint of its own needs none of it.
-        """
-        if not any((self.config.run_dir / "checkpoints").glob("step-*")):
-            say = self.world.rank == 0
-            state.load_initial_weights(self.model, self.config, self.prepared.train, say=say)
-            self.teacher = Teacher.of(self.config, self.prepared.train, self.world.device)
-
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         """Continue from a checkpoint, and open the teacher if it is still needed."""
         then = state.restore(found, self.prepared, self.average)
         self.step = self.saved_step = then.step
         self.evaluated_step, self.evaluations.result = then.evaluated_step, then.result
-        self.window.non_finite.load_state_dict(then.non_finite)
+        self.window.restore(then.window, then.non_finite)
         self.loss_scale_state, self.optimizer_state = then.loss_scale, found.optimizer
         if self.world.rank == 0:
-            self.window.sums += torch.tensor(then.window, dtype=torch.float64).to(self.world.device)
             if self.finished:
                 logger.info("%s was trained before: nothing to do", self.folder.path)
             else:

@@ -45,6 +45,12 @@ class Window:
         self.non_finite.record(step, update.applied)
         self._steps += 1
 
+    def restore(self, total: list[float], non_finite: dict[str, int]) -> None:
+        """Continue from a checkpoint's sums, which rank 0 keeps for all."""
+        self.non_finite.load_state_dict(non_finite)
+        if self._world.rank == 0:
+            self.sums += torch.tensor(total, dtype=torch.float64).to(self.sums.device)
+
     def close(self, waited: float, scale: LossScale | None) -> dict[str, Any]:
         """Return the metrics over all processes, and begin anew.
 
