@@ -9,8 +9,8 @@ setup(
     package_dir=CONFIGS,
     py_modules=["tetdist_command"],
     package_data={
-        "tetdist.nn.kernels": ["*.cpp", "*.h"],
-        "tetdist.reports": ["published_curves.yaml"],
+        "tetdist.nn.fast.kernels": ["*.cpp", "*.h"],
+        "tetdist.apps.reports": ["published_curves.yaml"],
         "tetdist.configs": ["*.yaml", "studies/*.yaml"],
     },
 )

@@ -52,7 +52,7 @@ def _main(name: str, *arguments: str) -> int:
 
 
 def run(name: str, arguments: list[str] | None = None) -> int:
-    """Run the command in tetdist/cli/NAME.py with ``arguments``, or ``sys.argv``'s.
+    """Run the command in tetdist/apps/cli/NAME.py with ``arguments``, or ``sys.argv``'s.
 
     Returns:
         Its exit status; 141, as a shell says it, when what reads its output has ended.
@@ -108,7 +108,7 @@ def _run(name: str, arguments: list[str] | None) -> int:
         from tetdist.distributed.starters import end_with_starters
 
         end_with_starters()
-        command = importlib.import_module(f"tetdist.cli.{name}")
+        command = importlib.import_module(f"tetdist.apps.cli.{name}")
     except ModuleNotFoundError as error:
         print(f"error: the package {error.name} is not installed", file=sys.stderr)
         return 2

@@ -89,7 +89,7 @@ def ended() -> Iterator[Callable[["subprocess.Popen[Any]"], "subprocess.Popen[An
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny data set, indexed; to be read only."""
-    from tetdist.data import index
+    from tetdist.datasets import index
 
     root = tmp_path_factory.mktemp("tiny") / "data"
     tiny.make_images(root)
@@ -128,7 +128,7 @@ def main(
     """
     import torch
 
-    from tetdist.cli import train
+    from tetdist.apps.cli import train
     from tetdist.distributed.signals import StopRequest
 
     # These two end the tests, and not the training alone.
@@ -225,7 +225,7 @@ def call(
     """Runs a tool in this process, which saves the seconds of its imports: status and output."""
 
     def run_main(tool: str, *arguments: object) -> tuple[int, str]:
-        module = importlib.import_module(f"tetdist.cli.{tool.removesuffix('.py')}")
+        module = importlib.import_module(f"tetdist.apps.cli.{tool.removesuffix('.py')}")
         try:
             status = module.main([*map(str, arguments)])
         except SystemExit as e:

@@ -96,7 +96,7 @@ def run(job: dict[str, Any], rank: int, port: int) -> int:
         point, number, which, on_rank = job["stop"]
         if on_rank == rank:
             passing(point, number, lambda: os.kill(os.getpid(), which))
-    from tetdist.cli import train
+    from tetdist.apps.cli import train
     from tetdist.distributed.starters import end_with_starters
 
     end_with_starters()
@@ -148,7 +148,7 @@ def main() -> None:
     import nvidia.dali.pipeline  # noqa: F401
     import timm.optim  # noqa: F401
 
-    import tetdist.reports.observers
+    import tetdist.apps.reports.observers
     import tetdist.training.trainer  # noqa: F401
     from tetdist.distributed.starters import as_starter, end_with_starters
 

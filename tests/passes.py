@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tetdist.nn import native, passes
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.fast import native, passes
 from tetdist.nn.neurons import LIF
 
 
@@ -36,7 +36,7 @@ def needs_triton() -> None:
 def interpreted() -> Iterator[None]:
     """The passes of GPUs, interpreted: the same kernels on the CPU, by NumPy, one by one."""
     needs_triton()
-    from tetdist.nn import triton_passes
+    from tetdist.nn.fast import triton_passes
 
     with not_native(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(passes, "triton_for", lambda *_: triton_passes)
@@ -67,7 +67,7 @@ def _interpreted_kernels(name: str) -> ModuleType:
     moment of decoration, whether it will compile a kernel or interpret it."""
     import triton.language as tl
 
-    spec = importlib.util.find_spec(f"tetdist.nn.kernels.{name}")
+    spec = importlib.util.find_spec(f"tetdist.nn.fast.kernels.{name}")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

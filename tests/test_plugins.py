@@ -15,8 +15,8 @@ import yaml
 from tiny import Farm, Outcome
 
 from tetdist import plugins
-from tetdist.cli import eval as evaluation
-from tetdist.cli import export as exporting
+from tetdist.apps.cli import eval as evaluation
+from tetdist.apps.cli import export as exporting
 from tetdist.errors import UserError
 from tetdist.plugins import import_files
 

@@ -1,4 +1,4 @@
-"""Take over somebody's weights; all it does is in tetdist/cli/convert.py."""
+"""Take over somebody's weights; all it does is in tetdist/apps/cli/convert.py."""
 
 import sys
 

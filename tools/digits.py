@@ -1,4 +1,4 @@
-"""Make the data set of the quickstart; all it does is in tetdist/cli/digits.py."""
+"""Make the data set of the quickstart; all it does is in tetdist/apps/cli/digits.py."""
 
 import sys
 

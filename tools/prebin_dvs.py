@@ -1,4 +1,4 @@
-"""Make tensors of event recordings; all it does is in tetdist/cli/prebin_dvs.py."""
+"""Make tensors of event recordings; all it does is in tetdist/apps/cli/prebin_dvs.py."""
 
 import sys
 

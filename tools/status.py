@@ -1,4 +1,4 @@
-"""Say how runs are; all it does is in tetdist/cli/status.py."""
+"""Say how runs are; all it does is in tetdist/apps/cli/status.py."""
 
 import sys
 

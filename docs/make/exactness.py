@@ -24,7 +24,7 @@ from typing import Any
 
 from exactness_runs import COMPARED, Runs, Stop, compare, identical, loss_difference
 
-from tetdist.data.index import build_index, index_file, save_index
+from tetdist.datasets.index import build_index, index_file, save_index
 from tetdist.tables import markdown
 
 STEPS = 30

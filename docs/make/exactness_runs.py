@@ -17,8 +17,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tetdist.apps.reports.compare import OF_THE_CLOCK
 from tetdist.distributed.starters import as_starter
-from tetdist.reports.compare import OF_THE_CLOCK
 
 START_LIMIT = 300  # seconds that a run may take to come to the step where it is stopped
 
@@ -29,7 +29,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as of every command
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["deepspeed.ops", "matplotlib.pyplot", "tetdist.training.trainer", "tetdist.cli.train"]
+    ["deepspeed.ops", "matplotlib.pyplot", "tetdist.training.trainer", "tetdist.apps.cli.train"]
 )
 
 
@@ -124,7 +124,7 @@ def _train(
     environment: dict[str, str], log: Path, arguments: list[str], threads: int, contiguous: bool
 ) -> None:
     """Do one process's part of a run, as if it had been started by itself."""
-    from tetdist.cli import train
+    from tetdist.apps.cli import train
     from tetdist.distributed.starters import end_with_starters
     from tetdist.training.engines import torch_engine
 

@@ -4,8 +4,8 @@ section "The GPU path, computed" of docs/performance.md.
     python docs/make/gpu.py
 
 No GPU is needed: Triton compiles the kernels for two kinds of them, as
-tetdist/benchmarks/gpu_code.py says, tetdist/roofline counts what a step asks of a GPU, and
-tests/gpu_without_a_gpu what it launches; the rest is arithmetic. Nothing here is measured. The
+tetdist/apps/benchmarks/gpu_code.py says, tetdist/apps/roofline counts what a step asks of a GPU,
+and tests/gpu_without_a_gpu what it launches; the rest is arithmetic. Nothing here is measured. The
 tests compare the code with the record, so this is the command after a change of a kernel. Two
 minutes.
 """
@@ -23,10 +23,10 @@ import timm
 import triton
 
 import tetdist.models  # noqa: F401  # registers them with timm
-from tetdist.benchmarks import gpu_code
-from tetdist.roofline.cards import CARDS
-from tetdist.roofline.count import Kernel, Work, count
-from tetdist.roofline.estimate import (
+from tetdist.apps.benchmarks import gpu_code
+from tetdist.apps.roofline.cards import CARDS
+from tetdist.apps.roofline.count import Kernel, Work, count
+from tetdist.apps.roofline.estimate import (
     BANDWIDTH_SHARE,
     LAUNCH_SECONDS,
     Estimate,
@@ -34,8 +34,8 @@ from tetdist.roofline.estimate import (
     estimate,
     memory_seconds,
 )
-from tetdist.slurm.cluster import ClusterSection
-from tetdist.slurm.plan import communication_seconds
+from tetdist.apps.slurm.cluster import ClusterSection
+from tetdist.apps.slurm.plan import communication_seconds
 from tetdist.tables import markdown
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -281,7 +281,7 @@ and stores, instructions of a thread in machine code, registers of a thread, and
 that the larger of the two takes at {bandwidth}, or at
 65 % of all instructions that 132 processors can issue. What comes once a program is shared out as
 for a layer of 56x56 pixels at batch 32. "Before" is what torch.compile made of the passes, without
-knowing their sizes; its backward sums were three kernels. (`tetdist/benchmarks/gpu_code.py`;
+knowing their sizes; its backward sums were three kernels. (`tetdist/apps/benchmarks/gpu_code.py`;
 `pytest tests/nn/test_triton_code.py` compares it with docs/performance/gpu_code.json.)
 
 {passes}
@@ -292,8 +292,8 @@ All that a micro-batch of {MODEL} (T={TIMESTEPS}, 224 pixels, bfloat16) takes of
 microseconds an image and timestep: each kernel as long as its bytes at {bandwidth},
 or its operations at {arithmetic}. Memory is the most that activations and
 gradients fill.
-(`tetdist/roofline`; `pytest tests/roofline` compares it with the passes' own code, with the memory
-measured above, and with what NVIDIA and MLPerf have measured of a ReLU ResNet-50.)
+(`tetdist/apps/roofline`; `pytest tests/roofline` compares it with the passes' own code, with the
+memory measured above, and with what NVIDIA and MLPerf have measured of a ReLU ResNet-50.)
 
 {whole}
 

@@ -387,10 +387,10 @@ def transformers_text(found: dict[str, dict[str, Any]]) -> str:
     text = """
 
 The peer is the same network of torch's layers and spikingjelly's neurons in multi-step mode, built
-as the authors' code is (tetdist/benchmarks/peers.py; a test compares its logits with ours). MiB are
-those kept for the backward pass, as below; the last column is their share of the peer's. Other
-programs used this machine at times: seconds of different runs cannot be compared, and ratios are
-within a run. An empty place was not measured."""
+as the authors' code is (tetdist/apps/benchmarks/peers.py; a test compares its logits with ours).
+MiB are those kept for the backward pass, as below; the last column is their share of the peer's.
+Other programs used this machine at times: seconds of different runs cannot be compared, and
+ratios are within a run. An empty place was not measured."""
     return markdown(head, rows) + (text if peer else "")
 
 

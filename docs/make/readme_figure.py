@@ -32,8 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--performance", type=Path, metavar="JSON", default=DOCS / "performance/results.json")
     add("--output", type=Path, metavar="PNG", default=DOCS / "overview.png")
     options = parser.parse_args(arguments)
+    from tetdist.apps.reports.style import new_figure, save
     from tetdist.errors import UserError
-    from tetdist.reports.style import new_figure, save
 
     try:
         study, performance = read(options.study), read(options.performance)
@@ -109,7 +109,7 @@ def draw_early_exit(axis: Any, study: dict[str, Any], sdt: str, tet: str) -> Non
     Each sample stops when the network is sure enough of it: a dot is a threshold, a diamond those
     that the runs chose. Dashed: all samples stop at the same timestep.
     """
-    from tetdist.studies.numbers import exit_curve
+    from tetdist.apps.studies.numbers import exit_curve
 
     seeds = 0
     timesteps = study["study"]["test_timesteps"]

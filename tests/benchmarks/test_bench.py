@@ -18,12 +18,12 @@ import torch
 from passes import randomize
 
 from tetdist import models
-from tetdist.benchmarks import bench as benchmark
-from tetdist.benchmarks import data, scaling
+from tetdist.apps.benchmarks import bench as benchmark
+from tetdist.apps.benchmarks import data, scaling
+from tetdist.apps.reports import style
+from tetdist.apps.slurm.cluster import ClusterSection
+from tetdist.apps.slurm.speed import Network, Speed, speed_of
 from tetdist.config import loading
-from tetdist.reports import style
-from tetdist.slurm.cluster import ClusterSection
-from tetdist.slurm.speed import Network, Speed, speed_of
 
 BENCH = tiny.PROJECT / "tools" / "bench.py"
 README_FIGURE = tiny.PROJECT / "docs" / "make" / "readme_figure.py"
@@ -249,7 +249,7 @@ def test_wrong_flags_are_named_at_once(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # In this process, since a start takes seconds; the other tests start the tool.
-    main = importlib.import_module("tetdist.cli.bench").main
+    main = importlib.import_module("tetdist.apps.cli.bench").main
     try:
         status = main(arguments)
     except SystemExit as ended:
@@ -336,7 +336,7 @@ def test_transformers_of_spikingjellys_neurons_are_ours(name: str) -> None:
     """With the same weights in the same order, in a small size: logits at every timestep."""
     from spikingjelly.activation_based import functional
 
-    from tetdist.benchmarks import contestants, peers
+    from tetdist.apps.benchmarks import contestants, peers
 
     make = contestants.halving_neuron
     small: dict[str, Any] = {"widths": (8, 16, 24), "depths": (1, 1, 1), "heads": 2}
@@ -374,7 +374,7 @@ def test_transformers_of_spikingjellys_neurons_are_ours(name: str) -> None:
 
 
 def test_whether_there_is_a_network_of_spikingjellys() -> None:
-    from tetdist.benchmarks.contestants import has_spikingjelly_network
+    from tetdist.apps.benchmarks.contestants import has_spikingjelly_network
 
     found = {name for name in models.names() if has_spikingjelly_network(name)}
     assert {"sew_resnet34", "spiking_resnet50", "qkformer_10_768", "sdt_10_512"} <= found

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tetdist import models
-from tetdist.benchmarks.relu_twins import relu_twin
+from tetdist.apps.benchmarks.relu_twins import relu_twin
 
 
 def convolutions(model: nn.Module) -> list[tuple[object, ...]]:

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from tetdist.benchmarks import turns
+from tetdist.apps.benchmarks import turns
 
 
 class Pretended:

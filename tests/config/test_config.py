@@ -13,7 +13,7 @@ import tiny
 import yaml
 
 from tetdist import models
-from tetdist.cli import train
+from tetdist.apps.cli import train
 from tetdist.config import loading as configuration
 from tetdist.config.documentation import documented_keys
 from tetdist.config.identity import OPERATIONAL_KEYS, differences, flatten

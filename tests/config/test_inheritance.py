@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tetdist.cli import train
+from tetdist.apps.cli import train
 from tetdist.config.inheritance import COMMAND_LINE, DEFAULT, origin_of
 from tetdist.config.loading import load, load_with_origins
 from tetdist.errors import UserError

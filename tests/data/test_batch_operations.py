@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tetdist.data import auto_augment, pixels
 from tetdist.data.batch_operations import CHANGES, operate
-from tetdist.data.order import uniforms
 from tetdist.data.transforms import AUTO_AUGMENT_DRAWS, ColorJitter, Operation, color_jitter
+from tetdist.order import uniforms
 
 RESAMPLING = pixels.Resampling("bicubic", (124, 116, 104))
 ONLY_TIMMS = ("solarize_add", "gaussian_blur")

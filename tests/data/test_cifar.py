@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tetdist.data.index import check_fresh, index_file, load_index
+from tetdist.datasets.index import check_fresh, index_file, load_index
 
 TOOL = Path(__file__).parents[2] / "tools" / "cifar.py"
 TEN = [f"class{i}" for i in range(10)]
@@ -21,7 +21,7 @@ HUNDRED = [f"fine_{i}" for i in range(100)]
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    return importlib.import_module("tetdist.cli.cifar")
+    return importlib.import_module("tetdist.apps.cli.cifar")
 
 
 Call = Callable[..., tuple[int, str]]

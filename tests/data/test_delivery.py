@@ -17,9 +17,9 @@ from tetdist.config.schema import RunConfig
 from tetdist.data import build, dali, own_process, transfer
 from tetdist.data.batches import Share
 from tetdist.data.dali import import_dali
-from tetdist.data.index import Index, build_event_index, load_index
 from tetdist.data.loader import Batch
 from tetdist.data.pixels import Edits, Output, edited
+from tetdist.datasets.index import Index, build_event_index, load_index
 from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
 

@@ -11,7 +11,7 @@ from timm.data import random_erasing
 from torch import Tensor
 
 from tetdist.data.erasing import _BOXES, Erasing, erase, erase_batch, erased, normals
-from tetdist.data.order import position_keys, uniforms
+from tetdist.order import position_keys, uniforms
 
 POSITIONS = np.arange(60)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms import RandomErasing, functional
 
-from tetdist.data import order
+from tetdist import order
 from tetdist.data.event_augment import (
     DROP_DRAWS,
     DROP_STREAM,

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tetdist.config.schema import LossSection
 from tetdist.data.mixing import mixed_images, mixed_targets, on_device
-from tetdist.data.order import uniforms
 from tetdist.data.transforms import (
     MIXING_DRAWS,
     Mix,
@@ -23,6 +22,7 @@ from tetdist.data.transforms import (
     symmetric_beta,
 )
 from tetdist.losses import sdt_loss, tet_loss
+from tetdist.order import uniforms
 from tetdist.training.objective import compute_loss
 from tetdist.training.step import CORRECT, sums_of
 

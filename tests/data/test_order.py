@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from tetdist.data import order
+from tetdist import order
 from tetdist.errors import UserError
 
 MASK = 2**64 - 1

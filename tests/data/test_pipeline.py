@@ -21,9 +21,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
+from tetdist import order
 from tetdist.config.loading import load
 from tetdist.config.rand_augment import RandAugment
-from tetdist.data import build, event_augment, order, pixels, transforms
+from tetdist.data import build, event_augment, pixels, transforms
 from tetdist.data.auto_augment import auto_augment
 from tetdist.data.batches import (
     EvaluationShare,
@@ -37,10 +38,10 @@ from tetdist.data.dali import Workers
 from tetdist.data.erasing import Erasing
 from tetdist.data.event_augment import EventAugmentation
 from tetdist.data.image_augmentation import ImageAugmentation
-from tetdist.data.index import Index, build_event_index, build_index, load_index
 from tetdist.data.loader import Loader
 from tetdist.data.pixels import Output
 from tetdist.data.transforms import Transform
+from tetdist.datasets.index import Index, build_event_index, build_index, load_index
 from tetdist.distributed.world import join
 from tetdist.errors import UserError
 from tetdist.plugins import Registry

@@ -9,7 +9,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy, ColorJitter, 
 from torchvision.transforms import functional as tv
 
 from tetdist.data import auto_augment, pixels, transforms
-from tetdist.data.order import uniforms
+from tetdist.order import uniforms
 
 # What timm takes for images of ImageNet.
 TIMMS = pixels.Resampling("bicubic", (124, 116, 104))

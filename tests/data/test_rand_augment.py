@@ -13,8 +13,8 @@ from torchvision.transforms import TrivialAugmentWide
 
 from tetdist.config.rand_augment import RandAugment, rand_augment
 from tetdist.data import pixels
-from tetdist.data.order import uniforms
 from tetdist.data.rand_augment import RandomPolicy, num_draws, random_operations
+from tetdist.order import uniforms
 
 IMAGE = picture(32, 32)
 OUTPUT = pixels.Output(

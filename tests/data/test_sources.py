@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from samples import images_by_class, write_official, write_shards, write_tar
 
-from tetdist.data import index as ix
-from tetdist.data.layouts import Hints, check_same_classes, imagenet_classes, list_split
-from tetdist.data.reader import SampleReader
+from tetdist.datasets import index as ix
+from tetdist.datasets.layouts import Hints, check_same_classes, imagenet_classes, list_split
+from tetdist.datasets.reader import SampleReader
 from tetdist.errors import UserError
 
 

@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 from samples import picture, write_tar
 
-from tetdist.data.index import check_fresh, load_index
-from tetdist.data.reader import SampleReader
+from tetdist.datasets.index import check_fresh, load_index
+from tetdist.datasets.reader import SampleReader
 from tetdist.errors import UserError
 
 TOOLS = Path(__file__).parents[2] / "tools"

@@ -10,8 +10,8 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from tetdist.data import transforms
-from tetdist.data.order import uniforms
 from tetdist.errors import UserError
+from tetdist.order import uniforms
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 

@@ -76,7 +76,7 @@ def test_killed_rank_0_is_noticed_by_the_store_first(
     code = f"""
 import os, signal, sys, time
 import torch.distributed as dist
-from tetdist.cli import train
+from tetdist.apps.cli import train
 from tetdist.training import trainer
 def check(trainer):
     if os.environ["RANK"] == "0":
@@ -127,7 +127,7 @@ def test_hanging_process_is_named(tiny_config: ConfigWriter, tmp_path: Path) -> 
     file = tiny_config({"peer_timeout": 4.0, "engine": "torch"})
     code = f"""
 import os, sys, threading
-from tetdist.cli import train
+from tetdist.apps.cli import train
 from tetdist.training import step
 sums = step.sums_of
 def slow(*arguments):

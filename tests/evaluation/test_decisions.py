@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tetdist.apps.reports.evaluation_page import SHOWN_CLASSES, _text_classes
 from tetdist.distributed.world import World, join
 from tetdist.evaluation.decisions import THRESHOLDS, DecisionCounts, Decisions
 from tetdist.evaluation.evaluate import _count, running_means
 from tetdist.evaluation.suite import ExitChoice, _chosen
-from tetdist.reports.evaluation_page import SHOWN_CLASSES, _text_classes
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import Farm
 
-from tetdist.reports import evaluation_page, style
+from tetdist.apps.reports import evaluation_page, style
 
 NUM_SAMPLES = sum(tiny.VAL_SIZES)
 
@@ -34,7 +34,7 @@ def run(farm: Farm, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    return importlib.import_module("tetdist.cli.eval")
+    return importlib.import_module("tetdist.apps.cli.eval")
 
 
 Tool = Callable[..., tuple[int, str, str]]
@@ -254,7 +254,7 @@ def panel(draw: Callable[..., None], found: dict[str, Any]) -> Any:
 
 
 def test_class_names_are_text_to_the_page(run: Path, evaluate: Tool, tmp_path: Path) -> None:
-    from tetdist.reports.evaluation_page import html_page
+    from tetdist.apps.reports.evaluation_page import html_page
 
     file = tmp_path / "e.json"
     assert evaluate("--checkpoint", run, "--json", file)[0] == 0
@@ -265,7 +265,7 @@ def test_class_names_are_text_to_the_page(run: Path, evaluate: Tool, tmp_path: P
 
 def test_events_are_dropped(main: Callable[..., Any], evaluate: Tool, tmp_path: Path) -> None:
     """Two classes of events, in the upper or in the lower half; without any there is no telling."""
-    from tetdist.data import index
+    from tetdist.datasets import index
 
     root, rng = tmp_path / "events", np.random.default_rng(0)
     for split in ("train", "val"):
@@ -457,7 +457,7 @@ def test_weights_of_somebody_else_ask_for_the_data(
     run: Path, evaluate: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An export names no place of the data; one of that name may be here by chance."""
-    from tetdist.cli import export
+    from tetdist.apps.cli import export
 
     file = tmp_path / "model.safetensors"
     assert export.main([str(run), "--format", "safetensors", "--output", str(file)]) == 0
@@ -494,7 +494,7 @@ def test_bad_checkpoints(run: Path, evaluate: Tool, tmp_path: Path) -> None:
 def test_some_of_the_classes_are_found_by_their_names_and_said_to_be_a_subset(
     run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path
 ) -> None:
-    from tetdist.data import index
+    from tetdist.datasets import index
 
     file, page = tmp_path / "e.json", tmp_path / "e.html"
     assert evaluate("--checkpoint", run, "--json", file)[0] == 0
@@ -527,7 +527,7 @@ def test_some_of_the_classes_are_found_by_their_names_and_said_to_be_a_subset(
 
 
 def test_bad_data(run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path) -> None:
-    from tetdist.data import index
+    from tetdist.datasets import index
 
     def problem(*options: object) -> str:
         return broken(evaluate, "--checkpoint", run, "--data", tiny_copy, *options)

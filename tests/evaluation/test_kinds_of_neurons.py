@@ -13,6 +13,7 @@ from one_batch import OneBatch
 from passes import randomize
 from torch import Tensor
 
+from tetdist.apps.reports.evaluation_page import as_text, html_page, png_page
 from tetdist.data.loader import Batch
 from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
@@ -23,7 +24,6 @@ from tetdist.models import SpikingNetwork
 from tetdist.nn import neurons
 from tetdist.nn.neurons import LIF
 from tetdist.nn.products import LinearAttention
-from tetdist.reports.evaluation_page import as_text, html_page, png_page
 
 CLASSES = ("a", "b", "c", "d")
 

@@ -9,11 +9,11 @@ import torch
 from one_batch import OneBatch
 from torch import Tensor, nn
 
+from tetdist.apps.reports.evaluation_page import as_text, html_page, png_page
 from tetdist.data.loader import Batch
 from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
 from tetdist.evaluation.suite import run_suite
-from tetdist.reports.evaluation_page import as_text, html_page, png_page
 
 T, CLASSES = 3, ("a", "b", "c", "d")
 

@@ -11,11 +11,11 @@ import tiny
 import torch
 from PIL import Image
 
-from tetdist.cli import eval as evaluation
+from tetdist.apps.cli import eval as evaluation
+from tetdist.apps.weights.trained import load
 from tetdist.config.loading import parse
-from tetdist.data import index
+from tetdist.datasets import index
 from tetdist.evaluation import variants
-from tetdist.exchange.trained import load
 from tetdist.storage import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")

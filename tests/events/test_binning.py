@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from tetdist.events.binning import Binning, bin_events, resize_weights
-from tetdist.events.recording import BadRecording, Events, Sensor
+from tetdist.apps.events.binning import Binning, bin_events, resize_weights
+from tetdist.apps.events.recording import BadRecording, Events, Sensor
 
 SENSOR = Sensor(12, 9)
 

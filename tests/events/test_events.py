@@ -30,7 +30,7 @@ def draw_bars(root: Path) -> Path:
 
 
 def tool(name: str) -> ModuleType:
-    return importlib.import_module(f"tetdist.cli.{name}")
+    return importlib.import_module(f"tetdist.apps.cli.{name}")
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ import pytest
 from PIL import Image
 from samples import SHARED, needs_real_data
 
-from tetdist.data.index import check_fresh, load_index
-from tetdist.events import tensors as tensors_module
-from tetdist.events.binning import Binning, bin_events
-from tetdist.events.formats import read_recording
-from tetdist.events.recording import Sensor
-from tetdist.events.statistics import statistics
-from tetdist.events.tensors import Record, Settings, open_destination
+from tetdist.apps.events import tensors as tensors_module
+from tetdist.apps.events.binning import Binning, bin_events
+from tetdist.apps.events.formats import read_recording
+from tetdist.apps.events.recording import Sensor
+from tetdist.apps.events.statistics import statistics
+from tetdist.apps.events.tensors import Record, Settings, open_destination
+from tetdist.datasets.index import check_fresh, load_index
 
 TOOL = "prebin_dvs.py"
 PATH = Path(__file__).parents[2] / "tools" / TOOL

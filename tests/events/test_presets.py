@@ -6,11 +6,11 @@ import cameras
 import numpy as np
 import pytest
 
+from tetdist.apps.events.folders import Piece, Source, list_sources
+from tetdist.apps.events.formats import SUFFIXES
+from tetdist.apps.events.presets import PRESETS, check_source
+from tetdist.apps.events.splits import NAMES
 from tetdist.errors import UserError
-from tetdist.events.folders import Piece, Source, list_sources
-from tetdist.events.formats import SUFFIXES
-from tetdist.events.presets import PRESETS, check_source
-from tetdist.events.splits import NAMES
 
 LABELS = "class,startTime_usec,endTime_usec\n1,0,40000\n2,50000,90000\n"
 

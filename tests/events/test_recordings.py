@@ -11,8 +11,8 @@ import zstandard
 from cameras import Made
 from samples import SHARED, needs_real_data
 
-from tetdist.events.formats import read_recording
-from tetdist.events.recording import BadRecording, Sensor
+from tetdist.apps.events.formats import read_recording
+from tetdist.apps.events.recording import BadRecording, Sensor
 
 MADE = cameras.events()
 

@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from tetdist.data.recorded_split import recorded_split, recordings_of
-from tetdist.errors import UserError
-from tetdist.events.folders import list_sources, natural_key
-from tetdist.events.splits import (
+from tetdist.apps.events.folders import list_sources, natural_key
+from tetdist.apps.events.splits import (
     NAMES,
     assign,
     default_split,
     split_name,
 )
+from tetdist.datasets.recorded_split import recorded_split, recordings_of
+from tetdist.errors import UserError
 
 LABELS = "class,startTime_usec,endTime_usec\n"
 

@@ -173,7 +173,8 @@ def make_mistakes() -> dict[str, Any]:
 def main() -> None:
     ctypes.CDLL(os.environ["LD_PRELOAD"]).pretend()
     pretended.install()
-    from tetdist.nn import batch_norm, passes
+    from tetdist.nn import batch_norm
+    from tetdist.nn.fast import passes
     from tetdist.training import graphs
 
     graphs.capture = pretended.compared(graphs.capture)

@@ -19,7 +19,7 @@ from published_networks import (
 )
 from torch import Tensor, nn
 
-from tetdist.exchange import foreign
+from tetdist.apps.weights import foreign
 from tetdist.models import SpikingNetwork
 from tetdist.models.preact_resnet import Block
 from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics, update_running_statistics

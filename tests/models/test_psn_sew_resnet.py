@@ -10,10 +10,10 @@ import torchvision
 from published_networks import Definition, Shapes, psn_sew_shapes, random_state
 from torch import Tensor
 
-from tetdist.cli.convert import main as convert
+from tetdist.apps.cli.convert import main as convert
+from tetdist.apps.weights import foreign
+from tetdist.apps.weights.nir_graph import to_nir
 from tetdist.errors import UserError
-from tetdist.exchange import foreign
-from tetdist.exchange.nir_graph import to_nir
 from tetdist.models import SpikingNetwork
 from tetdist.nn.norm_neuron import spiking_layers
 from tetdist.nn.parallel_neurons import PSN

@@ -18,7 +18,7 @@ from published_transformers import Published, QKFormerSize, SDTSize
 from torch import Tensor, nn
 
 import tetdist
-from tetdist.exchange import foreign
+from tetdist.apps.weights import foreign
 from tetdist.losses import tet_loss
 from tetdist.models import QKFormer, SpikingNetwork
 from tetdist.models.attention import StreamAttention, attention_neuron

@@ -10,7 +10,7 @@ import torch
 from timm.layers import DropPath as TimmDropPath
 from torch import Tensor, nn
 
-from tetdist.data import order
+from tetdist import order
 from tetdist.losses import tet_loss
 from tetdist.models import SpikingNetwork
 from tetdist.nn import batch_norm, dropout

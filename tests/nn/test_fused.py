@@ -32,8 +32,9 @@ from passes import (
 from torch import Tensor, nn
 
 import tetdist
-from tetdist.nn import build, native, norm_neuron
+from tetdist.nn import norm_neuron
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.fast import build, native
 from tetdist.nn.neurons import LIF, SURROGATES, SurrogateName
 from tetdist.nn.norm_neuron import NormNeuron
 
@@ -566,7 +567,7 @@ def test_without_a_compiler_a_model_trains_and_says_so_once(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     ((logger, message),) = said["records"]
-    assert logger == "tetdist.nn.passes"
+    assert logger == "tetdist.nn.fast.passes"
     assert "the C++ kernels cannot be built or loaded here (there is no C++ compiler)" in message
     assert "apt-get install g++" in message
     assert "\n" not in message

@@ -19,8 +19,8 @@ from passes import (
 )
 from torch import Tensor, nn
 
-from tetdist.nn import native
 from tetdist.nn.batch_norm import BatchNorm, defer_running_statistics, recomputing, synchronize
+from tetdist.nn.fast import native
 from tetdist.nn.norm_neuron import NormAdd
 from tetdist.nn.recompute import Block
 
@@ -149,7 +149,7 @@ def test_many_rows_are_divided(implementation: str, monkeypatch: pytest.MonkeyPa
     case = Case(shape=(2, 2, 16, 24, 24), shortcut="normalized", shared=True)
     with IMPLEMENTATIONS[implementation]():
         if implementation == "triton":
-            from tetdist.nn import triton_passes
+            from tetdist.nn.fast import triton_passes
 
             monkeypatch.setattr(triton_passes, "PROGRAMS", dict.fromkeys(triton_passes.PROGRAMS, 3))
         assert_fused_is_the_definition(case)
@@ -202,7 +202,7 @@ def test_triton_is_cpp_to_the_bit(shared: bool, dtype: torch.dtype) -> None:
     assert kernels is not None
     ours = native.NormPasses(kernels, 3)
     with torch.no_grad(), interpreted():
-        from tetdist.nn import triton_passes
+        from tetdist.nn.fast import triton_passes
 
         theirs = triton_passes.NormPasses(3)
         norms = [

@@ -12,7 +12,7 @@ from passes import (
 )
 from torch import Tensor, nn
 
-from tetdist.nn.fused import Affine
+from tetdist.nn.fast.fused import Affine
 from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import pool_kernel
 

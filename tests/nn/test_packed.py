@@ -11,7 +11,7 @@ from passes import interpreted, not_native
 from torch import Tensor, nn
 
 import tetdist.models  # noqa: F401  # registers them
-from tetdist.nn import native
+from tetdist.nn.fast import native
 from tetdist.nn.packed import AvgPool, Conv2d, MaxPool, carried, carry, pack
 from tetdist.nn.precision import autocast
 

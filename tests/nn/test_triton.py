@@ -11,9 +11,10 @@ import torch
 from passes import assert_same, draw, interpreted, needs_triton, randomize, results_of
 
 import tetdist.models  # noqa: F401  # registers them
-from tetdist.nn import native, packed, passes
+from tetdist.nn import packed
 from tetdist.nn.batch_norm import BatchNorm, recomputing, synchronize
-from tetdist.nn.fused import Affine, Inputs
+from tetdist.nn.fast import native, passes
+from tetdist.nn.fast.fused import Affine, Inputs
 from tetdist.nn.integer_neurons import ILIF, NILIF
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NeuronConfig
@@ -21,7 +22,7 @@ from tetdist.nn.norm_neuron import NormNeuron
 
 needs_triton()
 
-from tetdist.nn import triton_passes  # noqa: E402  # needs Triton
+from tetdist.nn.fast import triton_passes  # noqa: E402  # needs Triton
 
 # A neuron of each reset, whose numbers are no powers of two.
 NEURONS: dict[str, NeuronConfig] = {

@@ -12,7 +12,7 @@ import torch
 from passes import needs_triton
 
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fused import Inputs
+from tetdist.nn.fast.fused import Inputs
 from tetdist.nn.integer_neurons import NILIF
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, SURROGATES, NeuronConfig
@@ -21,9 +21,9 @@ needs_triton()
 
 import triton  # noqa: E402  # needs Triton, as do those that follow
 
-from tetdist.benchmarks import gpu_code  # noqa: E402  # likewise
-from tetdist.benchmarks.gpu_code import CAPABILITIES, Layer, Stream  # noqa: E402  # likewise
-from tetdist.nn import triton_passes  # noqa: E402  # likewise
+from tetdist.apps.benchmarks import gpu_code  # noqa: E402  # likewise
+from tetdist.apps.benchmarks.gpu_code import CAPABILITIES, Layer, Stream  # noqa: E402  # likewise
+from tetdist.nn.fast import triton_passes  # noqa: E402  # likewise
 
 RECORD = Path(__file__).parents[2] / "docs" / "performance" / "gpu_code.json"
 *OLDER, NEWEST = CAPABILITIES

@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import Farm
 
-from tetdist.reports import compare
+from tetdist.apps.reports import compare
 
 COMPARE = tiny.PROJECT / "tools" / "compare_runs.py"
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    return importlib.import_module("tetdist.cli.compare_runs")
+    return importlib.import_module("tetdist.apps.cli.compare_runs")
 
 
 Tool = Callable[..., tuple[int, str, str]]
@@ -497,7 +497,7 @@ def test_runs_without_configuration_or_evaluation(run_tool: Tool, tmp_path: Path
 def test_figure_of_several_runs(run_tool: Tool, series: list[Path], tmp_path: Path) -> None:
     from PIL import Image
 
-    from tetdist.reports import style
+    from tetdist.apps.reports import style
 
     def colours(*runs: Path) -> list[int]:
         out = tmp_path / "all.png"

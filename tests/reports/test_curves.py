@@ -12,10 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tetdist.config.schema import DataSection
-from tetdist.errors import UserError
-from tetdist.evaluation.membranes import Membranes
-from tetdist.reports.curves import (
+from tetdist.apps.reports.curves import (
     _beside,
     _learning_rate,
     _phase_borders,
@@ -24,9 +21,9 @@ from tetdist.reports.curves import (
     learning_curves,
     membranes,
 )
-from tetdist.reports.overlay import _group
-from tetdist.reports.run_plots import event_pictures, image_pictures
-from tetdist.reports.style import (
+from tetdist.apps.reports.overlay import _group
+from tetdist.apps.reports.run_plots import event_pictures, image_pictures
+from tetdist.apps.reports.style import (
     ACCURACY,
     AVERAGE,
     PERCENT,
@@ -40,6 +37,9 @@ from tetdist.reports.style import (
     new_figure,
     steady_part,
 )
+from tetdist.config.schema import DataSection
+from tetdist.errors import UserError
+from tetdist.evaluation.membranes import Membranes
 
 
 def train_line(step: int, **values: Any) -> dict[str, Any]:
@@ -288,7 +288,8 @@ def test_running_mean() -> None:
 def test_no_display_and_no_global_figures(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps(train_line(10)) + "\n")
     code = (
-        "import sys; from pathlib import Path; from tetdist.reports.curves import learning_curves\n"
+        "import sys; from pathlib import Path\n"
+        "from tetdist.apps.reports.curves import learning_curves\n"
         "assert not any(name.startswith('matplotlib') for name in sys.modules)\n"
         "learning_curves(Path('metrics.jsonl'), Path('a.png'))\n"
         "assert 'matplotlib.pyplot' not in sys.modules and 'mlflow' not in sys.modules\n"

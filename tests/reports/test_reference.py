@@ -11,12 +11,12 @@ import tiny
 import yaml
 from tiny import Farm
 
+from tetdist.apps.reports import runs_table
+from tetdist.apps.reports.compare import plot
+from tetdist.apps.reports.reference import IMAGES, find_reference, references
+from tetdist.apps.reports.runs_table import RunRecord
 from tetdist.config.loading import load
 from tetdist.config.schema import RunConfig
-from tetdist.reports import runs_table
-from tetdist.reports.compare import plot
-from tetdist.reports.reference import IMAGES, find_reference, references
-from tetdist.reports.runs_table import RunRecord
 
 SEW = find_reference("sew34")
 
@@ -43,7 +43,7 @@ def a_run(
 
 
 def compare(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    status = importlib.import_module("tetdist.cli.compare_runs").main([*map(str, arguments)])
+    status = importlib.import_module("tetdist.apps.cli.compare_runs").main([*map(str, arguments)])
     return status, *capsys.readouterr()
 
 
@@ -318,7 +318,7 @@ def test_a_run_says_so_itself(farm: Farm, tiny_root: Path, tmp_path: Path) -> No
     images = tiny.STEPS_PER_EPOCH * batch
     small = tmp_path / "small.py"
     small.write_text(
-        "from tetdist.reports import reference\n\n"
+        "from tetdist.apps.reports import reference\n\n"
         f"reference.IMAGES = {images}\n"
         "reference.HELD_OUT = 0.5\n"
         f"reference.IMAGENET_CLASSES = {len(tiny.CLASSES)}\n"

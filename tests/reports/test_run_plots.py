@@ -12,10 +12,10 @@ import tiny
 import torch
 
 import tetdist
+from tetdist.apps.reports.run_plots import RunPlots
 from tetdist.config import loading as configuration
 from tetdist.config.schema import RunConfig
 from tetdist.data.loader import Batch
-from tetdist.reports.run_plots import RunPlots
 from tetdist.tracking.tracker import Tracker
 from tetdist.tracking.trackers import TrackedRun
 from tetdist.training.evaluating import Evaluated, Score

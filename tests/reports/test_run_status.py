@@ -11,8 +11,8 @@ import pytest
 import tiny
 import yaml
 
-from tetdist.cli import status as command
-from tetdist.reports.run_status import JobEvent, as_text, find_runs, read_status
+from tetdist.apps.cli import status as command
+from tetdist.apps.reports.run_status import JobEvent, as_text, find_runs, read_status
 
 CONFIG: dict[str, Any] = {
     "phases": [{"epochs": 3}, {"epochs": 1}],
@@ -165,5 +165,5 @@ def test_it_loads_no_torch(tmp_path: Path) -> None:
     done = subprocess.run(command_line, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "tetdist.reports.run_status" in loaded
+    assert "tetdist.apps.reports.run_status" in loaded
     assert not loaded & {"torch", "timm", "mlflow", "matplotlib", "numpy", "pydantic"}

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from tiny import Outcome
 
-from tetdist.reports.step_profile import Operation, as_table
+from tetdist.apps.reports.step_profile import Operation, as_table
 
 Main = Callable[..., Outcome]
 
@@ -38,7 +38,7 @@ def test_results_are_the_same_to_the_bit_and_own_passes_are_named(
     named = {row[0]: float(row[1]) for row in rows}
     # Four micro-batches a step, of a network with two neurons behind a norm.
     for half in ("forward", "backward"):
-        assert named[f"tetdist FusedNormNeuron (nn/fused.py), {half}"] == 8
+        assert named[f"tetdist FusedNormNeuron (nn/fast/fused.py), {half}"] == 8
     milliseconds = [float(row[2]) for row in rows[:-1]]
     assert milliseconds == sorted(milliseconds, reverse=True)
     assert sum(float(row[3]) for row in rows) == pytest.approx(100, abs=1.1)
@@ -52,9 +52,9 @@ def test_results_are_the_same_to_the_bit_and_own_passes_are_named(
 def test_a_table_names_kernels_and_sums_up_the_rest() -> None:
     operations = [Operation(f"kernel{i}", 2, 0.001) for i in range(30)]
     operations.append(Operation("fire", 4, 0.07))
-    table = as_table("kernel", operations, 2, {"fire": "tetdist fire (nn/kernels/neuron.py)"})
+    table = as_table("kernel", operations, 2, {"fire": "tetdist fire (nn/fast/kernels/neuron.py)"})
     _, _, first, second, *_, last = table.splitlines()
-    assert first == "| tetdist fire (nn/kernels/neuron.py) | 2 | 35.000 | 70.0 |"
+    assert first == "| tetdist fire (nn/fast/kernels/neuron.py) | 2 | 35.000 | 70.0 |"
     assert second == "| kernel0 | 1 | 0.500 | 1.0 |"
     assert last == "| 11 others | 11 | 5.500 | 11.0 |"
 

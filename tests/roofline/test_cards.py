@@ -2,9 +2,9 @@
 
 import pytest
 
+from tetdist.apps.roofline import cards
+from tetdist.apps.slurm import jobs
 from tetdist.errors import UserError
-from tetdist.roofline import cards
-from tetdist.slurm import jobs
 
 
 @pytest.mark.parametrize(

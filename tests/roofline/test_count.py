@@ -12,12 +12,12 @@ from passes import needs_triton
 from torch import nn
 
 from tetdist import models
+from tetdist.apps.roofline.count import CONVOLUTIONS, Work, count
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF
 from tetdist.nn.norm_neuron import NormNeuron
 from tetdist.nn.packed import Conv2d, carry, pack
-from tetdist.roofline.count import CONVOLUTIONS, Work, count
 
 SMALL = (2, 3, 64, 64)
 
@@ -90,7 +90,7 @@ long = pytest.mark.long  # Triton compiles each
 )
 def test_bytes_are_those_of_tritons_kernels(shortcut: str, identity: bool) -> None:
     needs_triton()
-    from tetdist.benchmarks import gpu_code
+    from tetdist.apps.benchmarks import gpu_code
 
     layer = gpu_code.Layer(shortcut=shortcut, identity=identity)  # type: ignore[arg-type]  # one of them
     expected: Counter[str] = Counter()
@@ -200,7 +200,7 @@ def test_a_network_that_asks_for_numbers_is_named() -> None:
 
 
 def test_counting_leaves_nothing_behind() -> None:
-    from tetdist.nn import passes
+    from tetdist.nn.fast import passes
 
     with pytest.raises(UserError):
         count(AsksForNumbers(), SMALL, "bf16")

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import timm
 
-from tetdist.roofline.cards import CARDS, Card
-from tetdist.roofline.count import Kernel, Work, count
-from tetdist.roofline.estimate import Estimate, estimate
+from tetdist.apps.roofline.cards import CARDS, Card
+from tetdist.apps.roofline.count import Kernel, Work, count
+from tetdist.apps.roofline.estimate import Estimate, estimate
 
 # NVIDIA DeepLearningExamples, PyTorch/Classification/ConvNets/resnet50v1.5: training performance,
 # one GPU, measured in container 21.03. "Mixed precision" is float16.

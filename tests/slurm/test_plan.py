@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
+from tetdist.apps.slurm import plan
+from tetdist.apps.slurm.cluster import ClusterSection
+from tetdist.apps.slurm.plan import Plan
+from tetdist.apps.slurm.speed import Speed
 from tetdist.config import loading as configuration
 from tetdist.errors import UserError
-from tetdist.slurm import plan
-from tetdist.slurm.cluster import ClusterSection
-from tetdist.slurm.plan import Plan
-from tetdist.slurm.speed import Speed
 
 IMAGENET = {"train_images": 1281167, "val_images": 50000}
 PARAMETERS = 20_000_000

@@ -22,7 +22,7 @@ from runs import (
     mlflow_status,
 )
 
-from tetdist.cli import slurm
+from tetdist.apps.cli import slurm
 from tetdist.tracking import mlflow_follower
 
 # Where pytest runs several processes, these have a cluster of their own.
@@ -208,7 +208,7 @@ def test_started_again_when_the_controller_is_back(
     launcher: Launcher, straight: Run, cluster: Cluster
 ) -> None:
     run = held(launcher, "without-controller")
-    placement = run.path / "slurm/submission-1/code/tetdist/slurm/placement.py"
+    placement = run.path / "slurm/submission-1/code/tetdist/apps/slurm/placement.py"
     placement.write_text(
         placement.read_text() + "CONTROLLER_PAUSE = 0.5\nREQUEUE_TIMEOUT = QUESTION_TIMEOUT = 3.0\n"
     )

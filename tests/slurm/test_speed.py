@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from tetdist.apps.slurm import plan, speed
+from tetdist.apps.slurm.cluster import ClusterSection, gather
+from tetdist.apps.slurm.speed import Network, Speed
 from tetdist.config import loading
 from tetdist.errors import UserError
 from tetdist.nn.neurons import NEURONS
-from tetdist.slurm import plan, speed
-from tetdist.slurm.cluster import ClusterSection, gather
-from tetdist.slurm.speed import Network, Speed
 
 IMAGENET = {"train_images": 1281167, "val_images": 50000, "parameters": 20_000_000, "buffers": 0}
 GPUS = {"nodes": 1, "gpus_per_node": 8, "gpu": "H100"}

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import tiny
 
+from tetdist.apps.slurm import history, job
+from tetdist.apps.slurm.history import EventKind, JobEvent
+from tetdist.apps.slurm.job import Job, _Start
+from tetdist.apps.slurm.placement import ProcessContext
 from tetdist.config import loading
 from tetdist.errors import PeerFailed, UserError
-from tetdist.slurm import history, job
-from tetdist.slurm.history import EventKind, JobEvent
-from tetdist.slurm.job import Job, _Start
-from tetdist.slurm.placement import ProcessContext
 
 TERM, USR1, USR2 = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
 AGAIN = 77

@@ -13,7 +13,7 @@ import yaml
 from cluster import Cluster, wait_until
 from runs import Run, assert_mlflow_has, mlflow_status
 
-from tetdist.cli import slurm
+from tetdist.apps.cli import slurm
 
 ON_CPU = ("--gpus-per-node", "0", "--time", "10")
 HELD = ("cluster.sbatch.hold=true",)
@@ -21,7 +21,7 @@ HELD = ("cluster.sbatch.hold=true",)
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    return importlib.import_module("tetdist.cli.study")
+    return importlib.import_module("tetdist.apps.cli.study")
 
 
 class Study:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from tetdist.apps.slurm import history, submit
+from tetdist.apps.slurm.cluster import ClusterSection
+from tetdist.apps.slurm.history import LOCAL, Submission
 from tetdist.config import loading
 from tetdist.errors import UserError
-from tetdist.slurm import history, submit
-from tetdist.slurm.cluster import ClusterSection
-from tetdist.slurm.history import LOCAL, Submission
 
 ConfigWriter = Callable[..., Path]
 

@@ -16,11 +16,11 @@ from hub_stand_in import Hub, Repository
 from huggingface_hub import constants
 from tiny import Outcome
 
-from tetdist.cli import eval as evaluation
-from tetdist.cli import export as exporting
+from tetdist.apps.cli import eval as evaluation
+from tetdist.apps.cli import export as exporting
+from tetdist.apps.weights.trained import load
 from tetdist.config.loading import parse
 from tetdist.errors import UserError
-from tetdist.exchange.trained import load
 from tetdist.storage import checkpoint, hub
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,10 +14,10 @@ import yaml
 from safetensors.torch import load_file
 from tiny import Outcome
 
-from tetdist.cli import study
+from tetdist.apps.cli import study
+from tetdist.apps.studies import local, search
+from tetdist.apps.studies.plan import STUDIES_DIR, StudyRun
 from tetdist.errors import UserError
-from tetdist.studies import local, search
-from tetdist.studies.plan import STUDIES_DIR, StudyRun
 
 RATES = {"c01": 0.001, "c02": 0.05, "c03": 1e30, "c04": 0.2}
 Call = Callable[..., tuple[int, str]]

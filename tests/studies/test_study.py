@@ -24,7 +24,7 @@ from PIL import Image
 from scipy import stats
 from tiny import Outcome
 
-from tetdist.studies import local, plan, search, tracking
+from tetdist.apps.studies import local, plan, search, tracking
 
 TOOLS = tiny.PROJECT / "tools"
 STUDY = TOOLS / "study.py"
@@ -36,7 +36,7 @@ ENTRIES: dict[str, Any] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def tool() -> ModuleType:
-    return importlib.import_module("tetdist.cli.study")
+    return importlib.import_module("tetdist.apps.cli.study")
 
 
 Call = Callable[..., tuple[int, str, str]]
@@ -130,8 +130,8 @@ def test_a_study_is_trained_continued_and_reported(
 
 
 def figure_of(file: Path, output: Path) -> Any:
-    from tetdist.studies import figures
-    from tetdist.studies.numbers import gather
+    from tetdist.apps.studies import figures
+    from tetdist.apps.studies.numbers import gather
 
     study = plan.read(file)
     return figures.draw(gather(study, plan.runs_of(study, output, [])))
@@ -327,7 +327,7 @@ def test_a_run_that_is_being_started_ends_with_the_study(
     write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The signal comes before the new process is known by its number."""
-    from tetdist.studies import local, plan
+    from tetdist.apps.studies import local, plan
 
     mark, env = tiny.marked({})
     for name, value in env.items():
@@ -353,7 +353,7 @@ def test_two_studies_do_not_share_a_run(
     write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second has looked before the first has begun."""
-    from tetdist.studies import local, plan
+    from tetdist.apps.studies import local, plan
 
     runs = plan.runs_of(plan.read(write(ENDLESS)), tmp_path / "out", [])
     sleep = property(lambda _: tiny.python("-c", "import time; time.sleep(300)"))
@@ -405,7 +405,7 @@ def test_twenty_stops_at_random_moments_leave_no_process(
 
 
 def test_mlflow_has_the_runs_below_the_study(write: Callable[..., Path], tmp_path: Path) -> None:
-    from tetdist.studies.tracking import Parent
+    from tetdist.apps.studies.tracking import Parent
 
     changes = {"seeds": [7], "overrides": {"tracking.mlflow": True}}
     changes["entries"] = ENTRIES | {"untracked": {"overrides": {"tracking.mlflow": False}}}
@@ -442,7 +442,7 @@ def test_mlflow_has_the_runs_below_the_study(write: Callable[..., Path], tmp_pat
 def test_mlflow_is_sent_what_it_lacks_when_the_study_ends(
     call: Call, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tetdist.studies import local
+    from tetdist.apps.studies import local
 
     port, database, output = tiny.free_port(), tmp_path / "mlflow.db", tmp_path / "out"
     uri = f"http://127.0.0.1:{port}"
@@ -577,8 +577,8 @@ def test_what_is_submitted_by_how_the_runs_are(
     write: Callable[..., Path], tmp_path: Path, again: bool
 ) -> None:
     """A failed run is tried again only if that is said; those that need it wait for that, too."""
-    from tetdist.studies import slurm
-    from tetdist.studies.slurm import Standing
+    from tetdist.apps.studies import slurm
+    from tetdist.apps.studies.slurm import Standing
 
     words = {"done": "finished", "bad": "failed", "ended": "cancelled", "waits": "queued"}
     needs = {"of_done": "done", "of_bad": "bad", "of_of_bad": "of_bad", "of_waits": "waits"}
@@ -897,8 +897,8 @@ def test_numbers_are_numpys(call: Call, finished: tuple[Path, Path]) -> None:
 def test_the_figure_tells_entries_and_epochs_apart(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from tetdist.studies import figures
-    from tetdist.studies.numbers import gather
+    from tetdist.apps.studies import figures
+    from tetdist.apps.studies.numbers import gather
 
     phases = [{"epochs": 2, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.05}}]
     # Pairs, two controls of several, a control of a control; more of them than there are colours.
@@ -932,8 +932,8 @@ def test_the_figure_tells_entries_and_epochs_apart(
 def test_what_sets_entries_apart_unnamed_is_at_the_head(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from tetdist.studies.numbers import gather
-    from tetdist.studies.report import section
+    from tetdist.apps.studies.numbers import gather
+    from tetdist.apps.studies.report import section
 
     like_lif = {"surrogate": "triangle", "surrogate_width": 1, "fires_at_threshold": False}
     neuron = like_lif | {"kind": "plif", "decay_input": False}
@@ -976,8 +976,8 @@ def test_what_sets_entries_apart_unnamed_is_at_the_head(
 def test_a_verdict_is_as_sure_as_the_interval(
     write: Callable[..., Path], tmp_path: Path, top1: list[float], said: str
 ) -> None:
-    from tetdist.studies.numbers import gather
-    from tetdist.studies.report import verdict
+    from tetdist.apps.studies.numbers import gather
+    from tetdist.apps.studies.report import verdict
 
     phases = [{"epochs": 2, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.05}}]
     seeds = list(range(len(top1)))

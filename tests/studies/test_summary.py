@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tetdist.apps.studies import summary
+from tetdist.apps.studies.numbers import Difference, exit_curve, paired_difference, timesteps_for
 from tetdist.errors import UserError
-from tetdist.studies import summary
-from tetdist.studies.numbers import Difference, exit_curve, paired_difference, timesteps_for
 
 PROJECT = Path(__file__).resolve().parents[2]
 RESULTS = PROJECT / "docs" / "results.md"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tiny
 
-from tetdist.cli import train as training
+from tetdist.apps.cli import train as training
 from tetdist.errors import UserError
 from tetdist.tracking import trackers
 from tetdist.tracking.metrics_file import points_of, read_metrics

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from tiny import Outcome
 
-from tetdist.reports.run_status import read_status
+from tetdist.apps.reports.run_status import read_status
 from tetdist.tracking import progress
 from tetdist.tracking.progress import FileProgress, RunProgress
 

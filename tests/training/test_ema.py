@@ -15,11 +15,11 @@ from timm.utils import ModelEmaV3
 from tiny import Farm, Outcome
 from torch import Tensor, nn
 
-from tetdist.cli import eval as evaluation
+from tetdist.apps.cli import eval as evaluation
+from tetdist.apps.weights import export
+from tetdist.apps.weights.trained import load
 from tetdist.config.schema import EmaSection
 from tetdist.errors import UserError
-from tetdist.exchange import export
-from tetdist.exchange.trained import load
 from tetdist.storage import checkpoint
 from tetdist.training.ema import WeightAverage, decay_at
 

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import Outcome
 
-from tetdist.cli import eval as evaluation
-from tetdist.data import index
+from tetdist.apps.cli import eval as evaluation
+from tetdist.datasets import index
 from tetdist.nn.batch_norm import BatchNorm
 
 GOLDEN = tiny.PROJECT / "tests" / "golden"

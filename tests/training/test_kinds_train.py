@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import Farm
 
-from tetdist.cli import eval as eval_command
+from tetdist.apps.cli import eval as eval_command
 from tetdist.storage import checkpoint
 
 ConfigWriter = Callable[..., Path]

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import Outcome
 
-from tetdist.cli import slurm
+from tetdist.apps.cli import slurm
 from tetdist.config.loading import CONFIGS_DIR, load
 from tetdist.config.schema import RunConfig
-from tetdist.data import index as data_index
-from tetdist.data.layouts import list_split
+from tetdist.datasets import index as data_index
+from tetdist.datasets.layouts import list_split
 from tetdist.storage import checkpoint
 
 Main = Callable[..., Outcome]

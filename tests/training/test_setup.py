@@ -11,7 +11,7 @@ import torch
 from tetdist.config.loading import load
 from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
-from tetdist.nn import passes
+from tetdist.nn.fast import passes
 from tetdist.training.setup import choose_passes, open_split
 
 

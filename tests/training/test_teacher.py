@@ -15,7 +15,7 @@ from tiny import Farm, Outcome
 from tetdist import losses
 from tetdist.config import loading, schema
 from tetdist.config.schema import LossSection
-from tetdist.data import index as data_index
+from tetdist.datasets import index as data_index
 from tetdist.errors import UserError
 from tetdist.training.objective import compute_loss
 from tetdist.training.teacher import Teacher

@@ -414,7 +414,7 @@ def test_user_error_under_the_launcher(tiny_config: ConfigWriter, tmp_path: Path
     ],
 )
 def test_wrong_command_line(arguments: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
-    from tetdist.cli import train
+    from tetdist.apps.cli import train
 
     try:
         status = train.main(list(arguments))
@@ -625,7 +625,7 @@ def test_read_only_run_folder(tiny_config: ConfigWriter, tmp_path: Path) -> None
 def test_other_data_than_the_checkpoint(
     main: Main, tiny_copy: Path, tiny_config: ConfigWriter
 ) -> None:
-    from tetdist.data import index
+    from tetdist.datasets import index
 
     file = tiny_config({"max_steps": 2, "data.root": str(tiny_copy)})
     ended(main(file), status=0)
@@ -786,7 +786,7 @@ def test_non_finite_on_one_process_names_it(tiny_config: ConfigWriter, tmp_path:
     file = tiny_config({"engine": "torch", "non_finite_limit": 2})
     code = f"""
 import os, sys
-from tetdist.cli import train
+from tetdist.apps.cli import train
 from tetdist.data.loader import Loader
 take = Loader.__next__
 def spoilt(self):
@@ -962,7 +962,7 @@ def test_full_disk_in_training(main: Main, tiny_config: ConfigWriter, tmp_path: 
     """A checkpoint that cannot be written ends the run; with room it goes on to the same end."""
     code = f"""
 import resource, signal, sys
-from tetdist.cli import train
+from tetdist.apps.cli import train
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from tetdist.training import trainer
 enter = trainer.Trainer._train_epoch

@@ -17,22 +17,22 @@ import numpy.typing as npt
 from tetdist.data.dali import Workers, event_graph, image_graph
 from tetdist.data.event_augment import EventAugmentation, EventChanges
 from tetdist.data.image_augmentation import ImageAugmentation, augmented
-from tetdist.data.index import Index
 from tetdist.data.loader import Inputs, Loader, Stream, Transforms
-from tetdist.data.order import (
+from tetdist.data.pixels import Edits, Output
+from tetdist.data.transforms import (
+    Mix,
+    centre_crop,
+    micro_batch_mix,
+)
+from tetdist.datasets.index import Index
+from tetdist.datasets.reader import SampleReader
+from tetdist.order import (
     evaluation_batches,
     micro_batch_positions,
     permutation,
     rank_micro_batches,
     repeated,
     steps_per_epoch,
-)
-from tetdist.data.pixels import Edits, Output
-from tetdist.data.reader import SampleReader
-from tetdist.data.transforms import (
-    Mix,
-    centre_crop,
-    micro_batch_mix,
 )
 
 

@@ -15,11 +15,11 @@ from tetdist.data.delivery import Batches, DeviceBatches
 from tetdist.data.erasing import Erasing
 from tetdist.data.event_augment import EventAugmentation
 from tetdist.data.image_augmentation import ImageAugmentation
-from tetdist.data.index import Index
 from tetdist.data.own_process import LoaderProcess
 from tetdist.data.pixels import Output
 from tetdist.data.rand_augment import RandomPolicy
 from tetdist.data.transforms import TRANSFORMS, ColorJitter, Mixing, Transform
+from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 

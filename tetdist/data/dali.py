@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tetdist.data.index import Index
 from tetdist.data.pixels import Output
+from tetdist.datasets.index import Index
 from tetdist.errors import UserError
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tetdist import order
 from tetdist.config.schema import RunConfig
-from tetdist.data import order
 from tetdist.data.transfer import on_device
 from tetdist.nn import dropout
 from tetdist.nn.precision import parameter_type

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tetdist.data.boxes import inside
-from tetdist.data.order import hashed, named_stream, position_keys, uniforms
 from tetdist.data.transfer import on_device
+from tetdist.order import hashed, named_stream, position_keys, uniforms
 
 _BOXES, _NOISE = named_stream("erasing"), named_stream("erasing: noise")
 _TRIES = 10

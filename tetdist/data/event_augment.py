@@ -14,7 +14,6 @@ import numpy.typing as npt
 import torch
 from torchvision.transforms import functional as vision
 
-from tetdist.data.order import named_stream, uniforms
 from tetdist.data.pixels import cut_out
 from tetdist.data.transforms import (
     NO_MIXING,
@@ -26,6 +25,7 @@ from tetdist.data.transforms import (
     flips,
     shifts,
 )
+from tetdist.order import named_stream, uniforms
 
 Policy = Literal["nda", "snn_augment_wide"]
 _Floats = npt.NDArray[np.float64]

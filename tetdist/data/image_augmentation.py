@@ -8,8 +8,6 @@ import numpy.typing as npt
 
 from tetdist.data.auto_augment import Policy, auto_augment
 from tetdist.data.erasing import Erasing, erased
-from tetdist.data.index import Index
-from tetdist.data.order import uniforms
 from tetdist.data.pixels import Edits
 from tetdist.data.rand_augment import (
     RANDOM_POLICY,
@@ -29,6 +27,8 @@ from tetdist.data.transforms import (
     padded_crop,
     random_resized_crop,
 )
+from tetdist.datasets.index import Index
+from tetdist.order import uniforms
 
 NO_JITTER, NO_ERASING = ColorJitter(), Erasing()
 

@@ -16,11 +16,11 @@ import torch
 from tetdist.data.batch_operations import operate
 from tetdist.data.dali import Graph, Source, Workers, import_dali
 from tetdist.data.erasing import Erased, erase
-from tetdist.data.index import Index
 from tetdist.data.pixels import Edits, Output, cut_out, edited, normalized
-from tetdist.data.probe import probe_image, probe_range
 from tetdist.data.transfer import taker
 from tetdist.data.transforms import Mix, Transform
+from tetdist.datasets.index import Index
+from tetdist.datasets.probe import probe_image, probe_range
 from tetdist.errors import UserError
 
 _NAMED_FILES = 5

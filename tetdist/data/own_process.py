@@ -19,7 +19,7 @@ import torch
 
 from tetdist import plugins
 from tetdist.data.loader import Batch, Loader
-from tetdist.data.processes import end_with_parent
+from tetdist.datasets.processes import end_with_parent
 from tetdist.errors import UserError
 
 # While the consumer copies one batch the next are written.

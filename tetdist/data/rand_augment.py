@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 
 from tetdist.config.rand_augment import RandAugment
-from tetdist.data.order import named_stream
 from tetdist.data.transforms import Operation
+from tetdist.order import named_stream
 
 RandomPolicy = RandAugment | Literal["trivial", "3a"]
 RANDOM_POLICY = named_stream("random policy")

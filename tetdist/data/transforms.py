@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tetdist.data.order import MIXING, transform_stream, uniforms
 from tetdist.errors import UserError
+from tetdist.order import MIXING, transform_stream, uniforms
 from tetdist.plugins import Registry
 
 if TYPE_CHECKING:

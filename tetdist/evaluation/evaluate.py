@@ -16,7 +16,7 @@ from tetdist.data.transfer import on_device
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
-from tetdist.nn import native
+from tetdist.nn.fast import native
 from tetdist.nn.norm_neuron import firing_layers, is_causal, neuron_of
 from tetdist.nn.precision import autocast, parameter_type
 

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tetdist.distributed.world import World
-from tetdist.nn import native
+from tetdist.nn.fast import native
 from tetdist.nn.norm_neuron import LatestLevels
 from tetdist.nn.products import Product
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tetdist.data import order
+from tetdist import order
 from tetdist.data.loader import Batch
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tetdist.config.schema import RunConfig
 from tetdist.data.build import eval_loader
-from tetdist.data.index import Index
 from tetdist.data.loader import Batch
+from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.evaluation.decisions import FINE_THRESHOLDS, THRESHOLDS, DecisionCounts
 from tetdist.evaluation.evaluate import Also, Evaluation, evaluate

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tetdist.data import index as data_index
-from tetdist.data.index import Index
 from tetdist.data.transfer import on_device
+from tetdist.datasets import index as data_index
+from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.evaluation.evaluate import Evaluation, running_means

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tetdist.nn import neurons, passes
+from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.dropout import DropPath
-from tetdist.nn.fused import FusedNeuron, FusedNormAdd, FusedNormNeuron, NormPasses, Passes
+from tetdist.nn.fast import passes
+from tetdist.nn.fast.fused import FusedNeuron, FusedNormAdd, FusedNormNeuron, NormPasses, Passes
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import Packed, carried, carry
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tetdist.nn import passes
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fused import Affine, NormPasses, averaged_sums, gradients_of_norms
+from tetdist.nn.fast import passes
+from tetdist.nn.fast.fused import Affine, NormPasses, averaged_sums, gradients_of_norms
 from tetdist.nn.norm_neuron import FusedLayer, image_of, rows_of
 from tetdist.nn.packed import MaxPool, PoolKernel, pool_kernel
 

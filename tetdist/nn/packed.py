@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tetdist.nn import native, passes
-from tetdist.nn.fused import Affine
+from tetdist.nn.fast import native, passes
+from tetdist.nn.fast.fused import Affine
 
 
 class Packed(NamedTuple):

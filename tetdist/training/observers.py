@@ -1,6 +1,6 @@
 """What may watch a run: told at four places of the training loop, on rank 0, and never in its way.
 
-The command that starts a run hands its observers in; see `tetdist.reports.observers`.
+The command that starts a run hands its observers in; see `tetdist.apps.reports.observers`.
 """
 
 import logging

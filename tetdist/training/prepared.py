@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from tetdist import order
 from tetdist.config.schema import RunConfig
-from tetdist.data import order
-from tetdist.data.index import Index
+from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork

@@ -7,14 +7,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tetdist.config.schema import RunConfig, SegmentsSection, phase_image_sizes
-from tetdist.data import held_out, recorded_split
-from tetdist.data import index as data_index
 from tetdist.data.build import check_augmentation
-from tetdist.data.index import Index
+from tetdist.datasets import held_out, recorded_split
+from tetdist.datasets import index as data_index
+from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
 from tetdist.models import SpikingNetwork
-from tetdist.nn import passes
+from tetdist.nn.fast import passes
 from tetdist.optimizers import layers_of
 from tetdist.training.engines.clipping import Clipping
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tetdist.config.identity import differences
 from tetdist.config.schema import RunConfig
-from tetdist.data.index import Index
+from tetdist.datasets.index import Index
 from tetdist.errors import UserError
 from tetdist.nn import neurons
 from tetdist.plugins import checksums_of

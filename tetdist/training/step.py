@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from tetdist import order
 from tetdist.config.schema import RunConfig
-from tetdist.data import order
 from tetdist.data.dropping import drop_factors
 from tetdist.distributed.world import World
 from tetdist.models import SpikingNetwork

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tetdist import plugins
 from tetdist.config.loading import parse
 from tetdist.config.schema import TIMM, RunConfig, phase_image_sizes
-from tetdist.data.index import Index
+from tetdist.datasets.index import Index
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 from tetdist.nn.precision import autocast, parameter_type, place

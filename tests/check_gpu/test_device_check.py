@@ -1,0 +1,484 @@
+"""The check of a machine with GPUs, in the form that it has on a CPU."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import runpy
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from graph_stand_ins import run_again
+from torch import Tensor
+
+from tetdist.apps.check_gpu import (
+    graphs,
+    images,
+    links,
+    numerics,
+    rates,
+    remedies,
+    resume,
+    steps,
+    versions,
+)
+from tetdist.apps.check_gpu.check import Finding, Machine
+from tetdist.apps.check_gpu.checks import CHECKS
+from tetdist.apps.check_gpu.run import run_checks
+from tetdist.apps.cli import check_gpu
+from tetdist.apps.slurm import speed
+from tetdist.apps.slurm.cluster import ClusterSection
+from tetdist.config import loading
+from tetdist.distributed.world import World, join
+from tetdist.errors import UserError
+from tetdist.nn.neurons import LIF
+from tetdist.training import graphs as training_graphs
+from tetdist.training.graphs import Captured
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Machine]:
+    with join("cpu") as world:
+        yield Machine(world, small=True, folder=tmp_path)
+
+
+def test_the_command_knows_all_checks() -> None:
+    assert tuple(CHECKS) == check_gpu.NAMES
+
+
+def test_the_quick_checks_pass_here(tmp_path: Path, call: Callable[..., tuple[int, str]]) -> None:
+    file = tmp_path / "found.json"
+    names = "versions,numerics,graphs,links,pixels"
+    status, output = call("check_gpu", "--device", "cpu", "--only", names, "--json", file)
+    assert status == 0, output
+    last = output.splitlines()[-1]
+    assert last.startswith("no GPU: ")
+    assert last.endswith("; left out: graphs, links, pixels")
+    assert "there is no GPU, and CUDA graphs are a GPU's" in output
+    found = json.loads(file.read_text())
+    assert set(found["checks"]) == set(names.split(","))
+    # In float64 the passes and the definition are equal but for rounding.
+    assert 0 < found["checks"]["numerics"]["sew_resnet18 fp64"] < 1e-9
+    assert found["machine"]["torch"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1000)  # The machine may be busy: alone it takes less than a minute.
+def test_all_checks_pass_here_on_two_processes(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    command = tiny.launched(2, tiny.PROJECT / "tools" / "check_gpu.py", "--device", "cpu")
+    status, output = tiny.execute([*command, "--json", str(file)], tmp_path, timeout=900)
+    assert status == 0, output
+    # What DeepSpeed and torch tell their developers does not come between the lines.
+    table = output[output.index("no GPU: the checks run small") :]
+    lines = [line for line in table.splitlines() if line and not line.startswith("ok ")]
+    assert [line.split()[0] for line in lines] == ["no", "left", "left", "no"], output
+    found = json.loads(file.read_text())
+    assert found["processes"] == 2
+    statuses = {name: one["status"] for name, one in found["checks"].items()}
+    assert statuses == dict.fromkeys(CHECKS, "ok") | dict.fromkeys(("graphs", "pixels"), "left out")
+    assert found["checks"]["links"]["gb_per_s"] > 0
+    # Both are on this host, and share its cores.
+    cores = len(os.sched_getaffinity(0))
+    assert found["checks"]["loading"]["threads"] == max(1, cores // 2)
+    by_rank = found["checks"]["rates"]["by_rank"]
+    assert found["images_per_s"] == 2 * min(one["images_per_s"] for one in by_rank)
+
+
+def test_the_plan_and_the_document_read_what_is_written(here: Machine, tmp_path: Path) -> None:
+    rates = {"images_per_s": 2000.0, "ratio": 0.5, "peak_mib": 2048.0}
+    relu = {"images_per_s": 1000.0, "ratio": 1.0, "peak_mib": None}
+    numbers = {
+        "by_batch": {"32": {"relu": relu, "tetdist, none": rates}},
+        "images_per_s": 2000.0,
+        "timesteps": 4,
+    }
+    report = run_checks({"rates": lambda _: Finding("ok", "fast", None, numbers)}, here)
+    file = tmp_path / "found.json"
+    file.write_text(json.dumps(report.as_dict()))
+    values = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d"})
+    config = loading.parse(values, "x")
+    network = speed.Network(config.model.build(num_classes=10, timesteps=4), None)
+    facts = ClusterSection(gpus_per_node=0)
+    found = speed.speed_of(config, facts, network, file=str(file))
+    assert isinstance(found, speed.Speed)
+    assert (found.images_per_s, found.timesteps) == (2000.0, 4)
+    with pytest.raises(UserError, match="was measured on a CPU"):
+        speed.speed_of(config, ClusterSection(gpus_per_node=1), network, file=str(file))
+    script = tiny.PROJECT / "docs" / "make" / "performance.py"
+    text = runpy.run_path(str(script))["gpu_text"](report.as_dict())
+    assert "| 32 | tetdist, none | 2000 | 2.00 | 2.0 |" in text
+    assert "| rates | ok | fast |" in text
+
+
+def test_what_is_bad_is_told_with_its_remedy(here: Machine) -> None:
+    def broken(_: Machine) -> Finding:
+        raise RuntimeError("CUDA error: an illegal memory access\nmore")
+
+    lines: list[str] = []
+    report = run_checks(
+        {
+            "fine": lambda _: Finding("ok", "7 of 7"),
+            "first": lambda _: Finding("bad", "two builds", "pip uninstall one"),
+            "second": broken,
+        },
+        here,
+        lines.append,
+    )
+    assert [line.split()[0] for line in lines] == ["ok", "bad", "bad"]
+    assert "RuntimeError: CUDA error: an illegal memory access" in lines[2]
+    assert report.conclusion() == "to mend: first: pip uninstall one (1 more after that)"
+    assert "Traceback" in report.as_dict()["checks"]["second"]["traceback"]
+
+
+def test_passes_that_do_not_work_are_not_called_equal(
+    here: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them both would be the definition."""
+    monkeypatch.setattr(numerics, "passes_for", lambda *_, **__: None)
+    found = numerics.check_numerics(here)
+    assert found.status == "bad"
+    assert "do not work here" in found.text
+
+
+def test_rounding_alone_is_not_called_wrong(here: Machine) -> None:
+    """A network in float32 would be called wrong at one of eight seeds."""
+    for dtype, limit in numerics.LAYER_LIMITS.items():
+        for seed in range(4):
+            apart = numerics._layers_apart(dtype, here, seed)
+            assert apart.spikes <= limit.spikes / 2
+            assert apart.gradients <= limit.gradients / 2
+
+
+@pytest.mark.parametrize("dtype", numerics.LAYER_LIMITS)
+def test_passes_of_another_neuron_are_called_wrong(
+    here: Machine, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    neurons = iter([LIF(decay=0.45), LIF()])
+    monkeypatch.setattr(numerics, "LIF", lambda: next(neurons))
+    apart, limit = numerics._layers_apart(dtype, here), numerics.LAYER_LIMITS[dtype]
+    assert apart.spikes > limit.spikes
+    assert apart.gradients > limit.gradients
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_a_single_nan_is_called_wrong(
+    here: Machine, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    """Of a network's two tensors or of a layer's two gradients one has it; the fifth time none."""
+
+    def tensors(execution: str, first: int) -> list[Tensor]:
+        wrong = place if execution == "fused" else None
+        return [torch.tensor([1.0, math.nan if first + k == wrong else 2.0]) for k in range(2)]
+
+    monkeypatch.setattr(numerics, "_of_network", lambda _, execution, __: tensors(execution, 0))
+    monkeypatch.setattr(
+        numerics, "_of_layer", lambda execution, *_: (torch.ones(1, 2), tensors(execution, 2))
+    )
+    assert numerics.check_numerics(here).status == ("ok" if place == 4 else "bad")
+
+
+def test_every_way_to_wait_for_the_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    ways = {
+        "device": lambda: torch.cuda.synchronize(),
+        "accelerator": lambda: torch.accelerator.synchronize(),
+        "event": lambda: torch.cuda.Event.synchronize(None),  # type: ignore[arg-type]  # refused before
+        "stream": lambda: torch.cuda.Stream.synchronize(None),  # type: ignore[arg-type]  # likewise
+    }
+    before = torch.cuda.synchronize
+    with steps.refusing_synchronisation(True):
+        for way in ways.values():
+            with pytest.raises(RuntimeError, match="synchronizing"):
+                way()
+    assert torch.cuda.synchronize is before
+    assert modes == ["error", "default"]
+
+
+class _Decoded:
+    """What stands in for a loader: the images of one batch."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __enter__(self) -> list["_Decoded"]:
+        return [self]
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_every_gpu_decodes_every_image(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a hundred images in batches of 25 ranks 4 to 7 would get none, and nothing is not bad."""
+    worlds: list[World] = []
+
+    def loader(_config: object, _index: object, world: World) -> _Decoded:
+        worlds.append(world)
+        return _Decoded(torch.zeros(100, 3, 2, 2))
+
+    monkeypatch.setattr(Machine, "on_gpu", True)
+    monkeypatch.setattr(images, "_indexed", lambda *_, **__: None)
+    monkeypatch.setattr(images, "eval_loader", loader)
+    last = dataclasses.replace(here, world=dataclasses.replace(here.world, rank=7, world_size=8))
+    found = images.check_pixels(last)
+    assert (found.status, found.numbers["images"]) == ("ok", 100)
+    assert [(world.rank, world.world_size) for world in worlds] == [(0, 1), (0, 1)]
+    monkeypatch.setattr(images, "eval_loader", lambda *_: _Decoded(torch.zeros(0, 3, 2, 2)))
+    assert images.check_pixels(last).status == "bad"
+
+
+@pytest.mark.parametrize(("trained", "status"), [(1e12, "bad"), (1e-12, "ok")])
+def test_images_that_come_slower_than_they_are_trained_on_are_bad(
+    here: Machine, monkeypatch: pytest.MonkeyPatch, trained: float, status: str
+) -> None:
+    loader = contextlib.nullcontext(itertools.repeat(None))
+    monkeypatch.setattr(Machine, "on_gpu", True)
+    monkeypatch.setattr(images, "_indexed", lambda *_, **__: None)
+    monkeypatch.setattr(images, "train_loader", lambda *_: loader)
+    monkeypatch.setattr(images, "images_per_s_of_a_step", lambda *_: trained)
+    assert images.check_loading(here).status == status
+
+
+@pytest.mark.parametrize(("hosts", "status"), [("aa", "bad"), ("ab", "ok")])
+def test_links_within_a_host_have_to_be_faster_than_those_between_hosts(
+    here: Machine, monkeypatch: pytest.MonkeyPatch, hosts: str, status: str
+) -> None:
+    """Two processes average 87 MB in 0.03 s, each sending as many."""
+    clock = itertools.count(step=0.03)
+    monkeypatch.setattr(links, "time", types.SimpleNamespace(perf_counter=clock.__next__))
+    nothing = dict.fromkeys(("sum", "mean_"), lambda _: None)
+    world: Any = types.SimpleNamespace(
+        world_size=2,
+        device=here.device,
+        gather=lambda _: list(hosts),
+        wait_for_device=lambda: None,
+        **nothing,
+    )
+    found = links.check_links(dataclasses.replace(here, world=world, small=False))
+    assert (found.status, found.numbers["gb_per_s"]) == (status, pytest.approx(2.9))
+
+
+def test_one_contestant_that_does_not_fit_takes_no_row_away(
+    here: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With sizes of memory of 10 for all, of which the batches take so much each."""
+    needs = {rates.RELU: 1, rates.OWN: 2, rates.PEER: 3}
+
+    def measure(names: list[str], options: Any) -> list[dict[str, Any]]:
+        if sum(needs[name] * options.batch / 32 for name in names) > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [
+            {
+                "name": name,
+                "images_per_s": (1000.0 + options.batch) / needs[name],
+                "ratio": needs[name],
+                "peak_mib": 1024.0,
+            }
+            for name in names
+        ]
+
+    monkeypatch.setattr(rates, "measure_here", measure)
+    monkeypatch.setattr(rates.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(rates, "contestants_of", lambda _: needs)
+    found = rates.check_rates(dataclasses.replace(here, small=False))
+    assert found.status == "ok"
+    assert found.text == (
+        "b=32: 516 images/s, 0.50 of ReLU's, 1.50 x spikingjelly, 1.0 GiB; "
+        "b=64: 532 images/s, 0.50 of ReLU's, 1.50 x spikingjelly, 1.0 GiB; "
+        "b=128: 564 images/s, 0.50 of ReLU's, spikingjelly out of memory, 1.0 GiB"
+    )
+    # GPUs are compared at the largest batch, and a plan is made by the recipes' one.
+    assert (found.speed, found.numbers["images_per_s"]) == (564.0, 516.0)
+    needs[rates.OWN] = 20
+    found = rates.check_rates(dataclasses.replace(here, small=False))
+    assert found.status == "bad"
+    assert found.text.startswith("b=32: out of memory; ")
+
+
+def test_runs_that_take_long_are_ended(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three together have less time than the check."""
+    monkeypatch.setattr(Machine, "limit", 20.1)
+    file = here.folder / "check.yaml"
+    file.touch()
+    monkeypatch.setattr(resume, "_prepared", lambda _root, _small: file)
+    found = resume.check_resume(here)
+    assert found.status == "bad"
+    assert "the run 'straight' to step 6 failed: not done within the 20 s" in found.text
+
+
+@pytest.fixture
+def on_gpu(here: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """One of two H100 whose driver, libraries and compiler suit each other, as torch would say."""
+    properties = types.SimpleNamespace(
+        name="NVIDIA H100", major=9, minor=0, total_memory=80 << 30, uuid="GPU-1"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(versions.dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(versions.importlib.util, "find_spec", lambda _: True)
+    passes = types.SimpleNamespace(OLDEST=(3, 3))
+    monkeypatch.setattr(versions.importlib, "import_module", lambda _: passes)
+    monkeypatch.setattr(remedies, "smi", lambda _: "580.95.05\n580.95.05\n")
+    monkeypatch.setattr(remedies, "driver_and_gpu", lambda: (580, (9, 0)))
+    monkeypatch.setattr(versions, "_distributions", lambda name: INSTALLED.get(name, []))
+    monkeypatch.setattr(versions.importlib.metadata, "requires", lambda _: ["triton==3.7.0"])
+    for name in ("gcc", "clang"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(versions.sysconfig, "get_path", lambda _: str(tmp_path))
+    world = World(0, 2, torch.device("cuda", 0), here.world.control)
+    return Machine(world, small=False, folder=tmp_path)
+
+
+INSTALLED = {
+    "nvidia-dali-cuda130": ["2.4.0"],
+    "nvidia-nccl-cu13": ["2.28.9"],
+    "deepspeed": ["0.19.8"],
+    "triton": ["3.7.0"],
+}
+
+
+def test_versions_that_suit_each_other(on_gpu: Machine) -> None:
+    found = versions.check_versions(on_gpu)
+    assert found.status == "ok", found
+    assert found.text.startswith("NVIDIA H100, driver 580.95.05, torch ")
+    assert found.same["driver"] == "580.95.05"
+    # These differ from process to process.
+    assert not {"host", "gpu_uuid"} & set(found.same)
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "text", "remedy"),
+    [
+        ("triton", "3.2.0", "Triton 3.2.0 is older than 3.3", "pip install torch torchvision "),
+        ("triton", "3.6.0", "wants ==3.7.0", "pip install 'triton==3.7.0'"),
+        ("nvidia-nccl-cu13", "2.27.5", "NCCL 2.28.9 is loaded", "unset LD_LIBRARY_PATH"),
+        ("nvidia-dali-cuda130", None, "DALI is not installed", "'tetdist[cuda130]'"),
+    ],
+)
+def test_a_version_that_does_not_fit_comes_with_a_command(
+    on_gpu: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+    version: str | None,
+    text: str,
+    remedy: str,
+) -> None:
+    monkeypatch.setitem(INSTALLED, package, [version] if version else [])
+    found = versions.check_versions(on_gpu)
+    assert found.status == "bad"
+    assert text in found.text
+    assert remedy in str(found.remedy)
+
+
+def test_what_triton_builds_with_is_looked_for(on_gpu: Machine) -> None:
+    (on_gpu.folder / "Python.h").unlink()
+    assert versions.check_versions(on_gpu).remedy == "apt-get install python3-dev"
+    for name in ("gcc", "clang"):
+        (on_gpu.folder / name).unlink()
+    assert versions.check_versions(on_gpu).remedy == "apt-get install gcc"
+
+
+def test_a_gpu_that_torch_is_not_built_for(
+    on_gpu: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70", "sm_75"])
+    found = versions.check_versions(on_gpu)
+    assert "built for sm_70, sm_75, and this GPU is sm_90" in found.text
+    assert "whl/cu130" in str(found.remedy)
+
+
+def test_a_machine_whose_gpu_torch_does_not_see_is_told_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str]]
+) -> None:
+    """A driver that is too old ends in a table and a file like any other finding."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        f"#!{sys.executable}\nimport sys\n"
+        "print('GPU 0: H100 (UUID: GPU-1)' if '-L' in sys.argv else '550.54.15, 9.0')\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    file = tmp_path / "found.json"
+    status, output = call("check_gpu", "--json", file)
+    assert status == 1
+    assert output.startswith("bad       device                 there is GPU 0: H100 (nvidia-smi)")
+    last = output.splitlines()[-1]
+    assert "pip install 'torch<2.15' torchvision --index-url " in last
+    found = json.loads(file.read_text())
+    assert found["checks"]["device"]["status"] == "bad"
+    assert found["conclusion"] == last
+
+
+@pytest.mark.long
+def test_losses_with_graphs_are_compared(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what stands in for a graph on a CPU, and with one that does not read the images anew."""
+    monkeypatch.setattr(training_graphs, "capture", run_again)
+    monkeypatch.setattr(Machine, "on_gpu", True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _mode: None)
+    monkeypatch.setattr(graphs, "BATCHES", ())
+    monkeypatch.setattr(graphs, "STEPS", 2)
+    monkeypatch.setattr(graphs, "PRECISIONS", ("bf16",))
+    found = graphs.check_graphs(here)
+    assert (found.status, found.text) == ("ok", "2 steps in bf16 have the same losses with graphs")
+
+    def forgetful(function: Callable[[], Tensor]) -> Captured:
+        result, replay = run_again(function)
+        replays = iter([replay])
+        return result, lambda: next(replays, lambda: None)()
+
+    monkeypatch.setattr(training_graphs, "capture", forgetful)
+    found = graphs.check_graphs(here)
+    assert found.status == "bad"
+    # The second micro-batch of the first step is another one already.
+    assert found.text.startswith("bf16: the loss of step 1 is ")
+    assert str(found.remedy).startswith("train with cuda_graphs=false")
+
+
+@pytest.mark.parametrize(
+    ("installed", "problem"),
+    [
+        ({"nvidia-dali-cuda130", "deepspeed"}, None),
+        ({"deepspeed"}, "DALI is not installed"),
+        ({"nvidia-dali-cuda130", "nvidia-dali-cuda120", "deepspeed"}, "two builds of DALI"),
+        ({"nvidia-dali-cuda120"}, "DeepSpeed is not installed"),
+    ],
+)
+def test_packages_that_do_not_suit_each_other(
+    here: Machine, monkeypatch: pytest.MonkeyPatch, installed: set[str], problem: str | None
+) -> None:
+    monkeypatch.setattr(versions, "_distributions", lambda name: [name] * (name in installed))
+    found = versions.check_versions(here)
+    assert (found.status, problem is None) in (("ok", True), ("bad", False))
+    if problem:
+        assert problem in found.text
+        assert "pip " in str(found.remedy)
+
+
+def test_dali_of_another_cuda_is_told(monkeypatch: pytest.MonkeyPatch, here: Machine) -> None:
+    on_gpu = dataclasses.replace(
+        here, world=World(0, 1, torch.device("cuda", 0), here.world.control)
+    )
+    only: dict[str, Any] = {"nvidia-dali-cuda130": ["2.0"]}
+    monkeypatch.setattr(versions, "_distributions", lambda name: only.get(name, []))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    problem = versions._dali_of_another_cuda(on_gpu)
+    assert problem is not None
+    assert "CUDA 12.8" in problem[0]
+    assert "tetdist[cuda120]" in problem[1]

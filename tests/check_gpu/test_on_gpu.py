@@ -1,0 +1,73 @@
+"""What only a GPU can show: `make test-gpu`, on a machine that has one."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from tetdist.apps.check_gpu.checks import CHECKS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(),
+        reason="needs a CUDA device, which `make test` hides: `make test-gpu`",
+    ),
+]
+
+
+@pytest.mark.timeout(900)  # The checks take ten minutes at most, and end by themselves.
+def test_all_checks_pass(tmp_path: Path, call: Callable[..., tuple[int, str]]) -> None:
+    file = tmp_path / "found.json"
+    status, output = call("check_gpu", "--device", "cuda", "--json", file)
+    assert status == 0, output
+    found = json.loads(file.read_text())
+    statuses = {name: one["status"] for name, one in found["checks"].items()}
+    assert statuses == dict.fromkeys(CHECKS, "ok") | {"links": "left out"}
+    assert sum(one["seconds"] for one in found["checks"].values()) < 600
+
+
+def test_a_run_is_the_same_with_graphs(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    """With mixing, clipping, and images that grow, so that a second graph is captured."""
+    optimizer = {"kind": "sgd", "lr": 0.05, "momentum": 0.9}
+    phase = {"epochs": 2, "timesteps": 2, "image_size": 32, "final_image_size": 64}
+    changes = {
+        "model": {"name": "sew_resnet18"},
+        "execution": "fused",
+        "precision": "bf16",
+        "device": "cuda",
+        "engine": "torch",
+        "deterministic": True,
+        "gradient_clipping": 0.5,
+        "data.mixup": 0.2,
+        "data.image_size": 32,
+        "data.resize": 32,
+        "phases": [phase | {"optimizer": optimizer}],
+    }
+    environment = {k: v for k, v in tiny.clean_environment().items() if k != "DS_ACCELERATOR"}
+    for name, with_graphs in (("plain", "false"), ("graphs", "true")):
+        file = tiny_config(changes | {"name": name})
+        command = tiny.python(tiny.TRAIN, "--config", file, f"cuda_graphs={with_graphs}")
+        status, output = tiny.execute(command, tmp_path, env=environment, timeout=140)
+        assert status == 0, output
+        assert ("check_gpu" in output) == (with_graphs == "true")
+    tiny.assert_same_run(tmp_path / "runs/plain", tmp_path / "runs/graphs")
+
+
+def test_a_run_trains_and_evaluates(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    """DeepSpeed's engine on the GPU, fused passes, data from a process of its own."""
+    changes = {"execution": "fused", "precision": "bf16", "device": "cuda", "data.mixup": 0.2}
+    command = tiny.python(tiny.TRAIN, "--config", tiny_config(changes))
+    environment = {k: v for k, v in tiny.clean_environment().items() if k != "DS_ACCELERATOR"}
+    status, output = tiny.execute(command, tmp_path, env=environment, timeout=280)
+    assert status == 0, output
+    run = tmp_path / "runs" / "tiny"
+    losses = [line["loss"] for line in tiny.metrics(run, "train")]
+    assert len(losses) == 2 * tiny.STEPS_PER_EPOCH
+    assert all(map(math.isfinite, losses))
+    assert [line["samples"] for line in tiny.metrics(run, "val")] == [sum(tiny.VAL_SIZES)] * 2
+    assert (tiny.newest(run) / "model.safetensors").is_file()

@@ -1,0 +1,176 @@
+"""The checks come to an end, and what they have found is told, whatever happens to a process."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+
+from tetdist.apps.check_gpu.check import Check, Finding, Machine, Report
+from tetdist.apps.check_gpu.run import run_checks
+from tetdist.distributed.world import join
+
+# Runs the command with checks of its own: (rank 1 fails | nothing fails), then one that hangs.
+COMMAND = """
+import os, sys, types
+import torch
+import torch.distributed as dist
+from tetdist.apps.check_gpu import run
+from tetdist.apps.check_gpu.check import Finding
+run.STANDSTILL = 1.0
+
+def fine(here):
+    return Finding("ok", "7 of 7", None, {"folder": str(here.folder)})
+
+def averages(here):
+    if here.world.rank == 1:
+        raise RuntimeError("the GPU has fallen off the bus")
+    here.world.sum([1.0])
+    if here.world.world_size == 1:
+        import threading
+        threading.Event().wait()
+    return fine(here)
+
+sys.modules["tetdist.apps.check_gpu.checks"] = types.SimpleNamespace(
+    CHECKS={"versions": fine, "steps": averages, "links": fine}
+)
+from tetdist.apps.cli import check_gpu
+check_gpu.NAMES = ("versions", "steps", "links")
+sys.exit(check_gpu.main(["--device", "cpu", "--json", sys.argv[1]]))
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Machine]:
+    with join("cpu") as world:
+        yield Machine(world, small=True, folder=tmp_path)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where processes that a test starts have their temporary folders."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    # Nothing is to be imported that is not needed.
+    monkeypatch.setenv("TETDIST_COMMAND", "check_gpu")
+    return folder
+
+
+def test_a_rank_that_fails_in_a_collective_keeps_nobody_waiting(
+    tmp_path: Path, temporary: Path
+) -> None:
+    file = tmp_path / "found.json"
+    both = tiny.side_by_side(2, tiny.python("-c", COMMAND, file), tmp_path)
+    assert [status for status, _ in both] == [1, 1], both
+    output = both[0][1]
+    assert "bad       steps                  rank 1: RuntimeError: the GPU has fallen off" in output
+    assert "to mend: steps: " in output.splitlines()[-1]
+    assert output.splitlines()[-1].endswith("not reached: links")
+    found = json.loads(file.read_text())
+    assert list(found["checks"]) == ["versions", "steps"]
+    first, second = found["checks"]["steps"]["by_rank"]
+    assert first["text"].startswith("waits for rank 1 at distributed/world.py, line ")
+    assert "Traceback" in second["traceback"]
+    assert found["not_reached"] == ["links"]
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_the_findings_and_no_folder(
+    tmp_path: Path, temporary: Path, number: signal.Signals
+) -> None:
+    """Also while a check waits where Python cannot be interrupted."""
+    file = tmp_path / "found.json"
+
+    def is_at_the_second() -> bool:
+        return file.is_file() and "versions" in json.loads(file.read_text())["checks"]
+
+    environment = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT))
+    command = tiny.python("-c", COMMAND, file)
+    with tiny.started(command, tmp_path, environment) as process:
+        tiny.wait_until(is_at_the_second, 60)
+        assert len(list(temporary.iterdir())) == 1
+        os.kill(process.pid, number)
+        output, _ = process.communicate(timeout=20)
+    assert process.returncode == 128 + number, output
+    assert f"interrupted; {file} has what was found before" in output
+    assert json.loads(file.read_text())["not_reached"] == ["steps", "links"]
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.fixture
+def hanging() -> Iterator[Check]:
+    """A check that comes to no end before the test does."""
+    awaited = threading.Event()
+
+    def hang(_: Machine) -> Finding:
+        awaited.wait()
+        return Finding("ok", "at last")
+
+    yield hang
+    awaited.set()
+
+
+def test_a_check_that_hangs_ends_at_its_limit(
+    here: Machine, hanging: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Machine, "limit", 0.3)
+    kept: list[list[str]] = []
+
+    def keep(report: Report) -> None:
+        kept.append(list(report.not_reached))
+
+    report = run_checks({"fine": fine, "resume": hanging, "last": fine}, here, keep=keep)
+    assert report.hangs
+    assert report.results[-1].worst.text.startswith("not done after 0 s: it is at ")
+    assert report.conclusion().startswith("to mend: resume: --only resume with NCCL_DEBUG=INFO")
+    assert report.conclusion().endswith("; not reached: last")
+    # What was found is kept after each check.
+    assert kept == [["resume", "last"], ["last"]]
+
+
+def test_all_checks_together_have_a_limit(
+    here: Machine, hanging: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tetdist.apps.check_gpu.run.BUDGET", 0.2)
+    report = run_checks({"fine": fine, "slow": hanging, "last": fine}, here)
+    assert report.status == 1
+    assert report.conclusion() == (
+        "to mend: slow: the same command with --only slow, which has more time alone; "
+        "not reached: last"
+    )
+
+
+def test_a_check_that_would_end_the_program_does_not(here: Machine) -> None:
+    def ending(_: Machine) -> Finding:
+        raise SystemExit("error: a process of the benchmark ended (1)")
+
+    report = run_checks({"rates": ending, "last": fine}, here)
+    assert [result.worst.status for result in report.results] == ["bad", "ok"]
+    assert "a process of the benchmark ended" in report.results[0].worst.text
+
+
+def test_no_thread_is_left(here: Machine) -> None:
+    before = threading.active_count()
+    assert not run_checks({"fine": fine}, here).hangs
+    assert threading.active_count() == before
+
+
+def fine(_: Machine) -> Finding:
+    return Finding("ok", "7 of 7")
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_checked(
+    tmp_path: Path, call: Callable[..., tuple[int, str]]
+) -> None:
+    for file in (tmp_path, tmp_path / "none" / "x.json", Path("/proc/x.json")):
+        status, output = call("check_gpu", "--device", "cpu", "--json", file)
+        assert status == 2
+        assert output.startswith("error: ")
+        assert output.count("\n") == 1

@@ -1,0 +1,271 @@
+"""The check of images: what it finds, and that it goes on where it was stopped."""
+
+import json
+import os
+import shutil
+import time
+
+import pytest
+from PIL import Image
+from samples import SHARED, needs_real_data, picture, write_shards, write_tar
+
+from tetdist.datasets import check
+from tetdist.datasets import index as ix
+from tetdist.datasets.archives import ByteRange
+from tetdist.datasets.layouts import Listing, imagenet_classes, list_split
+
+
+def examine(root, split="train", progress=None, workers=1):
+    listing = list_split(root, split, "images")
+    journal = root / "index" / f"check-{split}.jsonl"
+    return listing, check.examine_split(root, listing, journal, workers, progress)
+
+
+def by_kind(findings):
+    found = {}
+    for kind, path, text in findings:
+        found.setdefault(kind, {})[path] = text
+    return found
+
+
+def test_a_good_data_set_has_no_findings(image_root):
+    root = image_root()
+    splits = {split: examine(root, split) for split in ("train", "val")}
+    for listing, examined in splits.values():
+        assert list(check.split_findings(listing, examined)) == []
+        assert list(check.imagenet_findings(listing)) == []
+    assert list(check.duplicate_findings(splits)) == []
+
+
+def test_damage_wrong_names_and_labels_are_found(tmp_path):
+    for name in ("n00000001", "n00000002"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        picture(20, 30, int(name[-1])).save(tmp_path / "train" / name / f"{name}_1.JPEG")
+    folder = tmp_path / "train" / "n00000001"
+    picture(20, 31).save(folder / "n00000001_2.JPEG", "PNG")
+    picture(20, 32).save(folder / "n00000002_3.JPEG")
+    (folder / "n00000001_4.JPEG").write_bytes(b"hello")
+    (folder / "n00000001_5.JPEG").touch()
+    data = (folder / "n00000001_1.JPEG").read_bytes()
+    (folder / "n00000001_6.JPEG").write_bytes(data[: len(data) // 2])
+    found = by_kind(check.split_findings(*examine(tmp_path)))
+    truncated = found["bad"].pop("train/n00000001/n00000001_6.JPEG")
+    assert truncated.startswith("does not decode: ")
+    assert found == {
+        "misnamed": {"train/n00000001/n00000001_2.JPEG": "a PNG file; it is used as it is"},
+        "label": {
+            "train/n00000001/n00000002_3.JPEG": "its name says n00000002, its label n00000001"
+        },
+        "bad": {
+            "train/n00000001/n00000001_4.JPEG": "not an image",
+            "train/n00000001/n00000001_5.JPEG": "the file is empty",
+        },
+    }
+
+
+def test_duplicates_within_and_across_splits_are_told_apart(image_root):
+    root = image_root()
+    shutil.copy(root / "train" / "ant" / "ant1.jpg", root / "train" / "ant" / "same.jpg")
+    shutil.copy(root / "train" / "ant" / "ant2.jpg", root / "train" / "bee" / "other.jpg")
+    shutil.copy(root / "train" / "cow" / "cow3.jpg", root / "val" / "cow" / "leak.jpg")
+    splits = {split: examine(root, split) for split in ("train", "val")}
+    assert by_kind(check.duplicate_findings(splits)) == {
+        "duplicate": {
+            "train/ant/same.jpg": "the same bytes as train/ant/ant1.jpg",
+            "train/bee/other.jpg": "the same bytes as train/ant/ant2.jpg, where its class is ant"
+            " instead of bee",
+        },
+        "overlap": {"val/cow/leak.jpg": "the same bytes as train/cow/cow3.jpg"},
+    }
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(count):
+    def progress(done, _):
+        if done >= count:
+            raise Stop
+
+    return progress
+
+
+def test_a_check_that_was_stopped_goes_on(image_root):
+    root = image_root(per_class=50)  # 150 samples: tasks of 64, 64 and 22
+    with pytest.raises(Stop):
+        examine(root, progress=stop_after(128))
+    journal = root / "index" / "check-train.jsonl"
+    with journal.open("a") as stream:
+        stream.write("[128, [[12, 3")  # Torn by a kill.
+    paths = [root / r.file for r in list_split(root, "train", "images").byte_ranges]
+    # Spoilt without a trace, so what is known of it is not asked again; with one, it is.
+    quiet, loud, later = paths[3], paths[5], paths[140]
+    mtime = quiet.stat().st_mtime_ns
+    for file in (quiet, loud, later):
+        file.write_bytes(b"hello")
+    os.utime(quiet, ns=(mtime, mtime))
+    os.utime(loud, ns=(time.time_ns() + 10**9,) * 2)
+    seen = []
+    listing, examined = examine(root, progress=lambda *numbers: seen.append(numbers))
+    assert seen == [(150, 150)]  # 22 and the one that changed
+    bad = [listing.path(i) for i, result in enumerate(examined) if isinstance(result, str)]
+    assert bad == [str(file.relative_to(root)) for file in (loud, later)]
+    # And once more from the end: nothing is left to do but what changed.
+    assert examine(root)[1] == examined
+
+
+def test_a_journal_of_other_files_is_not_used(image_root):
+    root = image_root()
+    examine(root)
+    assert len((root / "index" / "check-train.jsonl").read_text().splitlines()) == 13
+    picture(20, 30).save(root / "train" / "ant" / "a.jpg")
+    seen = []
+    examine(root, progress=lambda *numbers: seen.append(numbers))
+    assert seen == [(13, 13)]
+    assert len((root / "index" / "check-train.jsonl").read_text().splitlines()) == 14
+
+
+def test_a_journal_of_shards_is_of_the_archives_as_they_are(image_root, tmp_path):
+    write_shards(image_root(), tmp_path / "s", "train", "train-{}.tar")
+    _, first = examine(tmp_path / "s")
+    file = tmp_path / "s" / "train-0.tar"
+    data = file.read_bytes()
+    file.write_bytes(data[:600] + bytes(300) + data[900:])
+    os.utime(file, ns=(1, 1))
+    listing, again = examine(tmp_path / "s")
+    assert all(not isinstance(result, str) for result in first)
+    changed = [listing.byte_ranges[i].file for i in range(12) if again[i] != first[i]]
+    assert changed == ["train-0.tar"]
+
+
+def test_several_workers_find_the_same(image_root):
+    root = image_root(per_class=50)
+    (root / "train" / "bee" / "bee7.jpg").write_bytes(b"hello")
+    one = examine(root)
+    (root / "index" / "check-train.jsonl").unlink()
+    assert examine(root, workers=2) == one
+
+
+def listing_of(split, counts, names=None):
+    """As if a split had so many images of each class."""
+    labels = [label for label, count in enumerate(counts.values()) for _ in range(count)]
+    names = names or [f"{i}.JPEG" for i in range(len(labels))]
+    return Listing(
+        kind="images",
+        split=split,
+        classes=tuple(counts),
+        labels=labels,
+        names=names,
+        byte_ranges=[ByteRange(name) for name in names],
+    )
+
+
+def whole_val():
+    return dict.fromkeys(imagenet_classes(), 50)
+
+
+def val_names(numbers):
+    return [f"val/x/ILSVRC2012_val_{i:08d}.JPEG" for i in numbers]
+
+
+def test_the_whole_validation_set_lacks_nothing():
+    listing = listing_of("val", whole_val(), val_names(range(1, 50_001)))
+    assert list(check.imagenet_findings(listing)) == []
+
+
+def test_missing_images_and_classes_of_imagenet_are_named():
+    counts = whole_val() | {"n01440764": 48}
+    numbers = [i for i in range(1, 50_001) if i not in (7, 4000)]
+    found = list(check.imagenet_findings(listing_of("val", counts, val_names(numbers))))
+    assert {(finding.path, finding.text) for finding in found} == {
+        ("val", "49,998 images where ImageNet-1k has 50,000"),
+        ("val/n01440764", "48 images instead of 50"),
+        ("val", "2 images: ILSVRC2012_val_00000007.JPEG, ILSVRC2012_val_00004000.JPEG"),
+    }
+    counts = whole_val()
+    del counts["n01443537"]
+    counts["n99999999"] = 50
+    found = by_kind(check.imagenet_findings(listing_of("val", counts)))
+    assert list(found) == ["missing"]
+    texts = [text for _, _, text in check.imagenet_findings(listing_of("val", counts))]
+    assert texts == ["classes that ImageNet-1k has not: n99999999", "1 of 1,000 classes: n01443537"]
+
+
+def test_training_counts_of_imagenet_are_known():
+    counts = dict.fromkeys(imagenet_classes(), 1300)
+    counts |= {"n02747177": 731, "n15075141": 1301}
+    texts = {path: text for _, path, text in check.imagenet_findings(listing_of("train", counts))}
+    assert texts["train/n02747177"] == "731 images instead of 732 to 1,300"
+    assert texts["train/n15075141"] == "1,301 images instead of 732 to 1,300"
+    assert texts["train"].endswith("images where ImageNet-1k has 1,281,167")
+    assert len(texts) == 3
+
+
+def save(root, split="train"):
+    index, _ = ix.build_index(root, split, workers=1)
+    ix.save_index(index, ix.index_file(root / "index", split))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (None, None),
+        (lambda root: (root / "train" / "bee" / "bee1.jpg").unlink(), "bee1.jpg is in the index"),
+        (lambda root: (root / "train" / "bee" / "bee1.jpg").write_bytes(b"x"), "has 1 bytes"),
+        (lambda root: turn(root / "train" / "bee" / "bee1.jpg"), "not of the files that are there"),
+        (lambda root: (root / "index" / "train.npz").write_bytes(b"x"), "is damaged"),
+        (lambda root: (root / "index" / "train.npz").unlink(), None),
+    ],
+)
+def test_an_index_of_other_files_is_found(image_root, change, words):
+    root = image_root()
+    save(root)
+    if change:
+        change(root)
+    found = list(check.index_findings(root, root / "index", *examine(root)))
+    if words is None:
+        assert found == []
+    else:
+        ((kind, path, text),) = found
+        assert (kind, path) == ("index", str(root / "index" / "train.npz"))
+        assert words in text
+        assert "tools/images.py index" in text
+
+
+def turn(file):
+    """Another image of as many bytes and the same age, which only decoding shows."""
+    status = file.stat()
+    with Image.open(file) as image:
+        width, height = image.size
+    picture(width, height).save(file, quality=60)
+    file.write_bytes(file.read_bytes().ljust(status.st_size, b"\0"))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file.stat().st_size == status.st_size
+
+
+@needs_real_data
+def test_real_images_are_good(tmp_path):
+    for split, source in (("train", "imagenet-sample"), ("val", "imagen-20x5/val")):
+        (tmp_path / split).symlink_to(SHARED / source)
+    splits = {split: examine(tmp_path, split) for split in ("train", "val")}
+    found = [f for listing in splits.values() for f in check.split_findings(*listing)]
+    assert found == []
+    assert list(check.duplicate_findings(splits)) == []
+
+
+def test_shards_and_their_problems_are_checked_as_folders_are(image_root, tmp_path):
+    root = image_root()
+    image = (root / "train" / "ant" / "ant0.jpg").read_bytes()
+    members = {"a.jpg": image, "a.cls": b"0", "b.jpg": image, "b.cls": b"1", "c.jpg": b"x"}
+    write_tar(tmp_path / "s" / "train" / "0.tar", members | {"c.cls": b"1", "d.jpg": image})
+    listing, examined = examine(tmp_path / "s")
+    found = by_kind(check.split_findings(listing, examined))
+    assert found["bad"] == {
+        "train/0.tar/d.jpg": "no label: neither .cls nor .json of this key has one",
+        "train/0.tar/c.jpg": "not an image",
+    }
+    ((kind, path, _),) = check.duplicate_findings({"train": (listing, examined)})
+    assert (kind, path) == ("duplicate", "train/0.tar/b.jpg")
+    journal = (tmp_path / "s" / "index" / "check-train.jsonl").read_text().splitlines()
+    assert [json.loads(line)[0] for line in journal[1:]] == [0, 1, 2]

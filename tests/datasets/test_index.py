@@ -1,0 +1,362 @@
+"""The index: what it holds, what it refuses, and when it is out of date."""
+
+import json
+import os
+import time
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from samples import SHARED, needs_real_data, picture
+
+from tetdist.datasets import index as ix
+from tetdist.datasets.layouts import check_same_classes
+from tetdist.errors import UserError
+
+
+def build(root, split="train", **options):
+    return ix.build_index(root, split, workers=1, **options)
+
+
+def test_an_index_holds_what_is_on_disk(image_root):
+    root = image_root()
+    index, bad = build(root)
+    assert bad == []
+    assert index.classes == ("ant", "bee", "cow")
+    assert index.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert index.path(5) == "train/bee/bee1.jpg"
+    for i in range(len(index)):
+        file = root / index.path(i)
+        assert index.file_sizes[i] == file.stat().st_size
+        assert (index.widths[i], index.heights[i]) == Image.open(file).size
+
+
+def test_an_index_survives_saving(image_root, tmp_path):
+    index, _ = build(image_root())
+    file = ix.index_file(tmp_path / "deep" / "er", "train")
+    ix.save_index(index, file)
+    loaded = ix.load_index(file)
+    for name in ix.Index.__dataclass_fields__:
+        saved, got = getattr(index, name), getattr(loaded, name)
+        assert np.array_equal(saved, got), name
+        assert type(saved) is type(got), name
+        assert not isinstance(saved, np.ndarray) or saved.dtype == got.dtype, name
+    assert [p.name for p in file.parent.iterdir()] == ["train.npz"]
+
+
+def test_the_fingerprint_is_of_the_content_not_of_the_copy(image_root):
+    root = image_root()
+    first = build(root)[0].fingerprint
+    os.utime(root / "train" / "ant", ns=(1, 1))
+    os.utime(root / "train" / "ant" / "ant0.jpg", ns=(1, 1))
+    assert build(root)[0].fingerprint == first
+    picture(60, 81).save(root / "train" / "ant" / "ant0.jpg", quality=95)
+    assert build(root)[0].fingerprint != first
+
+
+def test_workers_do_not_change_the_index(image_root):
+    root = image_root(per_class=50)  # More than one task of work.
+    progress = []
+    one, _ = build(root)
+    two, _ = ix.build_index(root, "train", 2, progress=lambda *numbers: progress.append(numbers))
+    assert two.fingerprint == one.fingerprint
+    assert progress == [(64, 150), (128, 150), (150, 150)]
+
+
+def test_hidden_and_foreign_files_are_passed_over(image_root):
+    root = image_root()
+    (root / "train" / ".cache").mkdir()
+    (root / "train" / "ant" / "._ant0.jpg").write_bytes(b"x")
+    (root / "train" / "ant" / "readme.txt").write_text("x")
+    (root / "train" / "note.jpg").write_text("x")
+    picture(20, 30).save(root / "train" / "ant" / "upper.JPEG")
+    index, bad = build(root)
+    assert len(index) == 13
+    assert index.path(4) == "train/ant/upper.JPEG"
+    assert bad == []
+
+
+def test_names_beyond_ascii_and_beyond_utf8_are_kept(image_root, tmp_path):
+    root = image_root()
+    strange = [os.fsdecode(b"\xc3\xa4.png"), os.fsdecode(b"\xff.png")]
+    for name in strange:
+        picture(20, 30).save(root / "train" / "ant" / "plain.png")
+        (root / "train" / "ant" / "plain.png").rename(root / "train" / "ant" / name)
+    index, bad = build(root)
+    ix.save_index(index, tmp_path / "i.npz")
+    loaded = ix.load_index(tmp_path / "i.npz")
+    paths = {loaded.path(i) for i in range(len(loaded))}
+    assert {f"train/ant/{name}" for name in strange} < paths
+    assert all((root / path).exists() for path in paths)
+    assert bad == []
+
+
+def test_sizes_are_as_stored(image_root):
+    root = image_root()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(20, 30).save(root / "train" / "ant" / "ant0.jpg", exif=exif)
+    index, _ = build(root)
+    assert (index.heights[0], index.widths[0]) == (20, 30)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bits_are_refused(image_root, name):
+    root = image_root()
+    Image.fromarray(np.full((20, 30), 3000, np.uint16)).save(root / "train" / "ant" / name)
+    _, bad = build(root)
+    assert bad == [
+        (f"train/ant/{name}", "more than 8 bits a channel (PIL's mode I;16): save it with 8")
+    ]
+
+
+def bad_files(folder):
+    jpeg = (folder / "ant0.jpg").read_bytes()
+    (folder / "b_truncated.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    (folder / "c_text.jpg").write_text("hello")
+    (folder / "d_empty.jpg").touch()
+    picture(20, 30).save(folder / "e_gif.jpg", "GIF")
+    (folder / "f_gone.jpg").symlink_to("nowhere")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(20, 30).save(folder / "g_turned.tif", exif=exif)
+    return {
+        "train/ant/b_truncated.jpg": "truncated",
+        "train/ant/c_text.jpg": "not an image",
+        "train/ant/d_empty.jpg": "empty",
+        "train/ant/e_gif.jpg": "GIF",
+        "train/ant/f_gone.jpg": "No such file",
+        "train/ant/g_turned.tif": "orientation",
+    }
+
+
+def test_bad_files_are_named_with_reasons_and_left_out(image_root):
+    root = image_root()
+    expected = bad_files(root / "train" / "ant")
+    index, bad = build(root)
+    assert [path for path, _ in bad] == list(expected)
+    for path, reason in bad:
+        assert expected[path] in reason
+    assert len(index) == 12
+    assert index.skipped == tuple(expected)
+    os.utime(root / "train" / "ant", ns=(1, 1))  # So that the names are compared.
+    ix.check_fresh(index, root)
+
+
+def test_without_decoding_only_headers_are_read(image_root):
+    root = image_root()
+    bad_files(root / "train" / "ant")
+    _, bad = build(root, decode=False)
+    assert "train/ant/b_truncated.jpg" not in [path for path, _ in bad]
+    assert len(bad) == 5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda root: root.rename(root.with_name("moved")), "there is no data folder"),
+        (lambda root: (root / "train").rename(root / "training"), "no folder 'train'"),
+        (lambda root: [p.rename(root / p.name) for p in (root / "train").iterdir()], "no class"),
+        (
+            lambda root: [(root / "train" / n).rename(root / n) for n in ("bee", "cow")],
+            "only one class folder, 'ant'",
+        ),
+        (lambda root: (root / "train" / "dog").mkdir(), "dog holds no images"),
+        (lambda root: (root / "train" / "ant" / "sub").mkdir(), "holds a folder, 'sub'"),
+    ],
+)
+def test_folders_that_are_not_a_data_set_are_named(image_root, spoil, words):
+    root = image_root(per_class=1)
+    spoil(root)
+    with pytest.raises(UserError, match=words):
+        build(root)
+
+
+def saved(image_root, tmp_path):
+    file = tmp_path / "index" / "train.npz"
+    ix.save_index(build(image_root())[0], file)
+    return file
+
+
+def test_a_missing_index_names_the_command_that_builds_it(tmp_path):
+    command = f"python tools/images.py index {tmp_path} --splits val"
+    with pytest.raises(UserError) as error:
+        ix.load_index(tmp_path / "index" / "val.npz")
+    assert command in str(error.value)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.99])
+def test_a_truncated_index_is_damaged(image_root, tmp_path, kept):
+    file = saved(image_root, tmp_path)
+    data = file.read_bytes()
+    file.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
+    with pytest.raises(UserError, match=r"damaged.*tools/images.py index"):
+        ix.load_index(file)
+
+
+def test_a_flipped_byte_anywhere_in_the_contents_is_noticed(image_root, tmp_path):
+    file = saved(image_root, tmp_path)
+    data = file.read_bytes()
+    index = ix.load_index(file)
+    start = data.index(index.path_blob.tobytes())
+    file.write_bytes(data[:start] + bytes([data[start] ^ 1]) + data[start + 1 :])
+    with pytest.raises(UserError, match="damaged"):
+        ix.load_index(file)
+
+
+def test_an_index_of_another_format_is_not_guessed_at(image_root, tmp_path):
+    file = saved(image_root, tmp_path)
+    with np.load(file) as archive:
+        arrays = dict(archive)
+    meta = json.loads(arrays["meta"].tobytes()) | {"version": 99}
+    np.savez(file, **arrays | {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)})
+    with pytest.raises(UserError, match="format 99"):
+        ix.load_index(file)
+    with zipfile.ZipFile(file, "w") as other:
+        other.writestr("something.npy", b"else")
+    with pytest.raises(UserError, match="damaged"):
+        ix.load_index(file)
+
+
+def test_a_save_that_fails_leaves_the_old_index(image_root, tmp_path, monkeypatch):
+    file = saved(image_root, tmp_path)
+    before = file.read_bytes()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot be written \(No space"):
+        ix.save_index(ix.load_index(file), file)
+    assert file.read_bytes() == before
+    assert [p.name for p in file.parent.iterdir()] == ["train.npz"]
+
+
+def test_a_copy_is_fresh(image_root):
+    root = image_root()
+    index, _ = build(root)
+    ix.check_fresh(index, root)
+    for folder in (root / "train").iterdir():
+        os.utime(folder, ns=(1, 1))
+    ix.check_fresh(index, root)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: (t / "bee" / "bee2.jpg").unlink(), "train/bee/bee2.jpg is in the index but"),
+        (lambda t: picture(9, 9).save(t / "cow" / "new.png"), "train/cow/new.png is in .* but not"),
+        (lambda t: (t / "dog").mkdir(), "class folder train/dog"),
+        (lambda t: (t / "bee").rename(t / "wasp"), "class folder train/bee"),
+        (lambda t: (t / "ant" / "ant3.jpg").write_bytes(b"12345"), "ant3.jpg has 5 bytes"),
+    ],
+)
+def test_a_change_makes_an_index_stale(image_root, change, words):
+    root = image_root()
+    index, _ = build(root)
+    change(root / "train")
+    with pytest.raises(UserError, match=words) as error:
+        ix.check_fresh(index, root)
+    assert f"python tools/images.py index {root} --splits train" in str(error.value)
+
+
+def test_classes_must_be_the_same_in_all_splits(image_root):
+    root = image_root(per_class=1)
+    check_same_classes({s: build(root, s)[0].classes for s in ("train", "val")})
+    (root / "val" / "bee").rename(root / "val" / "wasp")
+    with pytest.raises(UserError, match="'bee' is in train but not in val"):
+        check_same_classes({s: build(root, s)[0].classes for s in ("train", "val")})
+
+
+def test_an_index_of_imagenets_size_loads_fast_and_small(tmp_path):
+    n, classes = 1_281_167, tuple(f"n{k:08d}" for k in range(1000))
+    labels = np.sort(np.arange(n, dtype=np.int32) % 1000)
+    paths = [f"train/{classes[k]}/{classes[k]}_{i}.JPEG".encode() for i, k in enumerate(labels)]
+    index = ix.Index(
+        kind="images",
+        split="train",
+        classes=classes,
+        labels=labels,
+        heights=np.full(n, 375, np.int32),
+        widths=np.full(n, 500, np.int32),
+        file_sizes=np.full(n, 110_000),
+        offsets=np.arange(n) * 110_000,
+        archive_ids=np.arange(n, dtype=np.int32) // 1252,
+        archives=tuple(f"imagenet1k-train-{k:04d}.tar" for k in range(1024)),
+        archive_sizes=np.zeros(1024, np.int64),
+        path_blob=np.frombuffer(b"".join(paths), np.uint8),
+        path_offsets=np.cumsum([0, *map(len, paths)]),
+        class_mtimes_ns=np.zeros(1000, np.int64),
+        skipped=(),
+        options="",
+        timesteps=None,
+        dtype=None,
+        fingerprint="",
+    )
+    ix.save_index(index, tmp_path / "i.npz")
+    tracemalloc.start()
+    start = time.perf_counter()
+    loaded = ix.load_index(tmp_path / "i.npz")
+    seconds = time.perf_counter() - start
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert loaded.path(n - 1) == f"imagenet1k-train-1023.tar/{paths[-1].decode()}"
+    assert seconds < 2
+    assert peak < 300e6
+
+
+def test_event_tensors_are_indexed(event_root):
+    index, bad = ix.build_event_index(event_root(), "train", workers=1)
+    assert bad == []
+    assert (index.kind, index.timesteps, index.dtype) == ("events", 3, "uint8")
+    assert index.classes == ("left", "right")
+    assert set(zip(index.heights, index.widths, strict=True)) == {(8, 6)}
+    assert index.path(9) == "train/right/4.npy"
+
+
+def test_event_tensors_that_differ_or_are_damaged_are_named(event_root):
+    root = event_root()
+    folder = root / "train" / "right"
+    good = np.load(folder / "0.npy")
+    data = (folder / "0.npy").read_bytes()
+    np.save(folder / "a.npy", good.astype(np.float16))
+    np.save(folder / "b.npy", good[:2])
+    np.save(folder / "c.npy", good.astype(np.float32))
+    np.save(folder / "d.npy", good[0])
+    np.save(folder / "e.npy", np.asfortranarray(good))
+    (folder / "f.npy").write_bytes(data[:-1])
+    (folder / "g.npy").write_bytes(data + b"0")
+    (folder / "h.npy").write_bytes(b"PK" + data)
+    np.save(folder / "i.npy", good[:, :1])
+    index, bad = ix.build_event_index(root, "train", workers=1)
+    assert len(index) == 10
+    words = ["float16, but train/left/0.npy has", "(2, 2, 8, 6)", "type float32", "shape (2, 8, 6)"]
+    words += ["Fortran", "bytes where", "bytes where", "not a .npy file", "shape (3, 1, 8, 6)"]
+    assert [path for path, _ in bad] == [f"train/right/{name}.npy" for name in "abcdefghi"]
+    for (path, reason), word in zip(bad, words, strict=True):
+        assert word in reason, path
+
+
+@needs_real_data
+def test_real_images_are_all_good():
+    index, bad = build(SHARED, "imagenet-sample")
+    assert (len(index), bad) == (157, [])
+    ix.check_fresh(index, SHARED)
+
+
+def test_files_newer_than_the_index_are_refused(image_root, tmp_path):
+    root = image_root()
+    index, _ = ix.build_index(root, "train", workers=1)
+    file = ix.index_file(tmp_path / "index", "train")
+    ix.save_index(index, file)
+    ix.check_fresh(index, root, file)
+    newer = Path(root, index.path(1))
+    stamp = file.stat().st_mtime_ns + 1
+    os.utime(newer, ns=(stamp, stamp))
+    with pytest.raises(UserError, match=f"{index.path(1)} is newer than the index .*`touch "):
+        ix.check_fresh(index, root, file)
+    os.utime(file)
+    ix.check_fresh(index, root, file)

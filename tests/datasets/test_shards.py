@@ -1,0 +1,452 @@
+"""Packing into shards and unpacking: what comes out, how it resumes, what it refuses."""
+
+import io
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from samples import (
+    SHARED,
+    images_by_class,
+    needs_real_data,
+    picture,
+    write_official,
+    write_shards,
+    write_tar,
+)
+from torchvision.transforms import functional as tv
+
+from tetdist.data.batches import (
+    EvaluationShare,
+    Share,
+    eval_batches,
+    train_batches,
+)
+from tetdist.data.dali import Workers
+from tetdist.data.image_augmentation import ImageAugmentation
+from tetdist.data.pixels import Output
+from tetdist.datasets import index as ix
+from tetdist.datasets.extract import extract_split
+from tetdist.datasets.layouts import Hints, list_split
+from tetdist.datasets.shards import plan_shards, shard_split
+from tetdist.errors import UserError
+from tetdist.storage.files import only_writer
+
+TOOL = Path(__file__).parents[2] / "tools" / "images.py"
+ONE_WORKER = ("--splits", "train", "--workers", "1")
+SMALL = 16 * 1024  # bytes a shard: a few of the tests' images
+
+
+def indexed(root, split="train"):
+    index, bad = ix.build_index(root, split, workers=1)
+    assert bad == []
+    ix.save_index(index, ix.index_file(root / "index", split))
+    return index
+
+
+def pack(root, dest, split="train", *, seed=0, max_bytes=SMALL):
+    file = ix.index_file(root / "index", split)
+    return shard_split(file, root, dest, seed=seed, max_bytes=max_bytes, workers=1)
+
+
+def tars(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.tar"))}
+
+
+def test_shards_hold_the_data_set_in_another_order(image_root, tmp_path):
+    root = image_root(per_class=8)
+    index = indexed(root)
+    packed = pack(root, tmp_path / "p")
+    assert packed.fingerprint == index.fingerprint
+    assert (tmp_path / "p" / "classes.txt").read_text() == "ant\nbee\ncow\n"
+    files = tars(tmp_path / "p" / "train")
+    assert list(files) == [f"train-{k:06d}.tar" for k in range(len(files))]
+    assert len(files) > 3
+    # tarfile fills the last record of 10 KiB.
+    assert all(len(data) <= SMALL + 10240 for data in files.values())
+    pairs, mixed = {}, 0
+    for data in files.values():
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            names = archive.getnames()
+            assert all((m.mtime, m.uid, m.mode) == (0, 0, 0o644) for m in archive)
+            for image, label in zip(names[::2], names[1::2], strict=True):
+                assert Path(image).with_suffix(".cls") == Path(label)
+                number = int(archive.extractfile(label).read())
+                pairs[image] = number, archive.extractfile(image).read()
+            mixed += len({pairs[image][0] for image in names[::2]}) > 1
+    assert mixed >= len(files) - 1
+    for i, (name, (label, data)) in enumerate(sorted(pairs.items())):
+        assert name == f"{i:08d}-{Path(index.path(i)).stem}.jpg"
+        assert (label, data) == (index.labels[i], (root / index.path(i)).read_bytes())
+    # The index that is written is the one that tools/images.py would build.
+    again, bad = ix.build_index(tmp_path / "p", "train", workers=1)
+    loaded = ix.load_index(tmp_path / "p" / "index" / "train.npz")
+    assert bad == []
+    for name in ix.Index.__dataclass_fields__:
+        assert np.array_equal(getattr(loaded, name), getattr(again, name)), name
+
+
+def test_the_same_plan_gives_the_same_bytes(image_root, tmp_path):
+    root = image_root(per_class=8)
+    indexed(root)
+    for dest, seed in (("a", 0), ("b", 0), ("c", 1)):
+        pack(root, tmp_path / dest, seed=seed)
+    first = tars(tmp_path / "a" / "train")
+    assert tars(tmp_path / "b" / "train") == first
+    assert tars(tmp_path / "c" / "train") != first
+
+
+def test_names_are_made_fit_for_keys(tmp_path):
+    names = ["a.b.c.JPG", "ä ö.png", "x" * 120 + ".jpeg", "a.b.jpg"]
+    for folder in ("one", "two"):
+        (tmp_path / "train" / folder).mkdir(parents=True)
+        for i, name in enumerate(names):
+            picture(20, 30 + i).save(tmp_path / "train" / folder / name)
+    index = indexed(tmp_path)
+    packed = pack(tmp_path, tmp_path / "p")
+    assert packed.fingerprint == index.fingerprint
+    assert [packed.path(i).split("/")[-1] for i in range(2)] == [
+        "00000000-a_b_c.jpg",
+        "00000001-a_b.jpg",
+    ]
+
+
+def test_a_plan_takes_every_sample_once_and_none_too_many(image_root):
+    index = indexed(image_root(per_class=8))
+    for max_bytes in (1, 5000, SMALL, 10**9):
+        plan = plan_shards(index, 3, max_bytes)
+        assert sorted(np.concatenate(plan).tolist()) == list(range(24))
+        sizes = [sum(index.file_sizes[ids]) for ids in plan]
+        assert all(
+            size <= max_bytes or len(ids) == 1 for size, ids in zip(sizes, plan, strict=True)
+        )
+    assert len(plan) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda root, _: pack(root, root / "p", seed=1), "of seed 0 instead of 1"),
+        (lambda root, _: pack(root, root / "p", max_bytes=10**6), "of max_bytes 16384 instead"),
+        (lambda root, _: pack(root, root / "p", "val"), "p/val is not empty"),
+        (lambda root, tar: (tar.unlink(), add_image(root), pack(root, root / "p")), "fingerprint"),
+        (lambda root, tar: (swap(tar), pack(root, root / "p")), "are not those of the index"),
+        (lambda root, tar: (tar.write_bytes(b""), pack(root, root / "p")), "not a whole"),
+    ],
+)
+def test_other_shards_are_not_mixed_with(image_root, change, words):
+    root = image_root(per_class=8)
+    indexed(root)
+    indexed(root, "val")
+    pack(root, root / "p")
+    (root / "p" / "val").mkdir()
+    (root / "p" / "val" / "mine.tar").write_bytes(b"all of my thesis")
+    with pytest.raises(UserError, match=words):
+        change(root, root / "p" / "train" / "train-000001.tar")
+    assert (root / "p" / "val" / "mine.tar").read_bytes() == b"all of my thesis"
+
+
+def add_image(root):
+    picture(20, 20).save(root / "train" / "ant" / "z.jpg")
+    indexed(root)
+
+
+def swap(tar):
+    shutil.copy(tar.with_name("train-000000.tar"), tar)
+
+
+def test_two_do_not_write_to_one_folder(image_root, tmp_path):
+    root = image_root()
+    indexed(root)
+    with only_writer(tmp_path / "p" / "train"), pytest.raises(UserError, match="another process"):
+        pack(root, tmp_path / "p")
+
+
+class Stop(Exception):
+    pass
+
+
+def test_packing_goes_on_where_it_was_stopped(image_root, tmp_path):
+    root, dest = image_root(per_class=8), tmp_path / "p"
+    indexed(root)
+    pack(root, tmp_path / "straight")
+
+    def stop(done, _):
+        if done == 2:
+            raise Stop
+
+    file = ix.index_file(root / "index", "train")
+    with pytest.raises(Stop):
+        shard_split(file, root, dest, seed=0, max_bytes=SMALL, workers=1, progress=stop)
+    assert not (dest / "index").exists()
+    done = {file: file.stat().st_mtime_ns for file in dest.glob("train/*.tar")}
+    assert len(done) == 2
+    pack(root, dest)
+    assert tars(dest / "train") == tars(tmp_path / "straight" / "train")
+    assert all(file.stat().st_mtime_ns == mtime for file, mtime in done.items())
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_shard_that_was_not_finished_leaves_nothing(image_root, tmp_path, how):
+    root, dest = image_root(), tmp_path / "p"
+    indexed(root)
+    arguments = [TOOL, "shard", root, dest, *ONE_WORKER]
+    # The signal comes when the first shard is written, but not yet verified.
+    code = (
+        "import os, runpy, sys\n"
+        "from tetdist.data import shards\n"
+        f"shards._verify = lambda *_: os.kill(os.getpid(), {int(how)})\n"
+        f"sys.argv = {[str(argument) for argument in arguments]}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == (-9 if how == signal.SIGKILL else 130), done.stderr
+    assert how == signal.SIGKILL or "stopped; the same command continues" in done.stderr
+    assert list(dest.glob("train/*.tar")) == []
+    assert len(list(dest.glob("train/.*"))) == (1 if how == signal.SIGKILL else 0)
+    pack(root, dest, max_bytes=256 * 2**20)
+    assert [file.name for file in sorted((dest / "train").iterdir())] == [
+        "plan.json",
+        "train-000000.tar",
+    ]
+
+
+@pytest.mark.parametrize("command", ["shard", "extract"])
+def test_a_disk_that_is_full_is_a_sentence(image_root, tmp_path, command):
+    root = image_root(size=(300, 400))
+    indexed(root)
+    if command == "extract":
+        pack(root, tmp_path / "packed")
+        root = tmp_path / "packed"
+
+    def limit():  # A file that may not grow is refused as on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 1024, 8 * 1024))
+
+    done = subprocess.run(
+        [sys.executable, TOOL, command, root, tmp_path / "dest", *ONE_WORKER],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        preexec_fn=limit,
+    )
+    errors = done.stderr
+    assert done.returncode == 2, errors
+    assert "cannot be written (File too large), and nothing of it was: make room" in errors
+    assert "Traceback" not in errors
+    assert [f for f in (tmp_path / "dest").rglob("*") if f.name.endswith((".tmp", ".jpg"))] == []
+    # With room the same command goes on from there.
+    if command == "shard":
+        pack(root, tmp_path / "dest", max_bytes=256 * 2**20)
+    else:
+        extract(root, tmp_path / "dest")
+
+
+def extract(root, dest, split="train", **hints):
+    listing = list_split(root, split, "images", hints=Hints(**hints))
+    extract_split(root, listing, dest, workers=1)
+
+
+def test_the_official_tars_become_class_folders(image_root, tmp_path):
+    root = image_root()
+    ids = write_official(root, tmp_path / "o")
+    for split in ("train", "val"):
+        extract(tmp_path / "o", tmp_path / "d", split)
+        index, bad = ix.build_index(tmp_path / "d", split, workers=1)
+        packed, _ = ix.build_index(tmp_path / "o", split, workers=1)
+        assert bad == []
+        assert index.fingerprint == packed.fingerprint
+    files = images_by_class(tmp_path / "d", "train")
+    assert list(files) == sorted(ids.values())
+    assert list(files["n00000002"]) == [f"n00000002_{i}.JPEG" for i in range(4)]
+    assert all(
+        name.startswith("ILSVRC2012_val_")
+        for images in images_by_class(tmp_path / "d", "val").values()
+        for name in images
+    )
+
+
+def test_extraction_gives_packed_files_their_names_again(image_root, tmp_path):
+    root = image_root(per_class=12)
+    indexed(root)
+    pack(root, tmp_path / "p")
+    extract(tmp_path / "p", tmp_path / "d")
+    assert images_by_class(tmp_path / "d", "train") == images_by_class(root, "train")
+    again, _ = ix.build_index(tmp_path / "d", "train", workers=1)
+    assert again.fingerprint == ix.load_index(ix.index_file(root / "index", "train")).fingerprint
+
+
+def test_extraction_continues_and_overwrites_nothing(image_root, tmp_path):
+    root = image_root()
+    write_shards(root, tmp_path / "s", "train", "train-{}.tar")
+    (tmp_path / "s" / "classes.txt").write_text("ant\nbee\ncow\n")
+    extract(tmp_path / "s", tmp_path / "d")
+    folders = images_by_class(tmp_path / "d", "train")
+    assert {name: list(files.values()) for name, files in folders.items()} == {
+        name: list(files.values()) for name, files in images_by_class(root, "train").items()
+    }
+    kept, emptied, gone = (tmp_path / "d" / "train" / "bee" / f"0000000{i}.jpg" for i in (4, 5, 6))
+    os.utime(kept, ns=(1, 1))
+    emptied.write_bytes(b"")  # What a power cut may leave.
+    gone.unlink()
+    extract(tmp_path / "s", tmp_path / "d")
+    assert images_by_class(tmp_path / "d", "train") == folders
+    assert kept.stat().st_mtime_ns == 1
+    kept.write_bytes(b"all of my thesis")
+    with pytest.raises(UserError, match=r"00000004.jpg exists and is another file"):
+        extract(tmp_path / "s", tmp_path / "d")
+    assert kept.read_bytes() == b"all of my thesis"
+
+
+def shard_of(folder, name="0", twice=False):
+    members = {f"{name}.jpg": b"x", f"{name}.cls": b"0", "b.jpg": b"y", "b.cls": b"1"}
+    if twice:
+        members |= {f"other/{name}.jpg": b"z", f"other/{name}.cls": b"0"}
+    write_tar(folder / "train" / "0.tar", members)
+
+
+@pytest.mark.parametrize(
+    ("classes", "options", "words"),
+    [
+        ("..\nb\n", {}, "the class name '..' cannot be a folder's"),
+        ("a/../../x\nb\n", {}, "cannot be a folder's"),
+        ("a\nb\n", {"twice": True}, "would both become a/0.jpg"),
+        ("a\nb\n", {"name": "../../0"}, "leads out of the folder"),
+    ],
+)
+def test_extraction_stays_in_its_folder(tmp_path, classes, options, words):
+    shard_of(tmp_path / "s", **options)
+    (tmp_path / "s" / "classes.txt").write_text(classes)
+    with pytest.raises(UserError, match=words):
+        extract(tmp_path / "s", tmp_path / "in" / "d")
+    assert not (tmp_path / "in").exists()
+
+
+def test_class_folders_need_no_extraction(image_root, tmp_path):
+    with pytest.raises(UserError, match="are class folders already"):
+        extract(image_root(), tmp_path / "d")
+
+
+WORKERS = Workers(device="cpu", device_id=None, threads=2, prefetch=2)
+OUTPUT = Output(
+    size=32, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255), interpolation="bilinear"
+)
+
+
+def training(index, root, rank, world_size, count):
+    share = Share(
+        seed=5,
+        global_batch=6,
+        micro_batch=1,
+        rank=rank,
+        world_size=world_size,
+        epoch=0,
+        step_in_epoch=0,
+    )
+    augmentation = ImageAugmentation(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5)
+    loader = train_batches(index, root, share, WORKERS, OUTPUT, augmentation)
+    with loader:
+        return [batch.images.clone() for batch in islice(loader, count)]
+
+
+def evaluation(index, root, rank, world_size):
+    share = EvaluationShare(batch_size=4, rank=rank, world_size=world_size)
+    loader = eval_batches(index, root, share, WORKERS, OUTPUT, 36)
+    return [(batch.images.clone(), batch.labels, batch.ids.tolist()) for batch in loader]
+
+
+def layouts(root, tmp_path):
+    """Folder, our shards, others' shards and, of three classes, the official tars: index, root."""
+    index = indexed(root)
+    pack(root, tmp_path / "ours")
+    write_shards(root, tmp_path / "others", "train", "x-train-{:02d}.tar")
+    found = [(index, root)]
+    names = ["ours", "others"]
+    if len(index.classes) == 3:
+        write_official(root, tmp_path / "official")
+        names.append("official")
+    roots = [tmp_path / name for name in names]
+    return found + [(ix.build_index(place, "train", workers=1)[0], place) for place in roots]
+
+
+def test_every_layout_gives_the_same_batches_at_any_world_size(image_root, tmp_path):
+    root = image_root()  # 12 samples: 2 steps of 6 an epoch
+    (folder, _), *archives = layouts(root, tmp_path)
+    straight = training(folder, root, 0, 1, 24)
+    for world_size in (1, 2, 3):
+        for rank in range(world_size):
+            evaluated = evaluation(folder, root, rank, world_size)
+            for index, place in archives:
+                mine = training(index, place, rank, world_size, 24 // world_size)
+                assert all(map(torch.equal, mine, straight[rank::world_size]))
+                got = evaluation(index, place, rank, world_size)
+                assert len(got) == len(evaluated)
+                for (images, labels, ids), expected in zip(got, evaluated, strict=True):
+                    assert torch.equal(images, expected[0])
+                    assert torch.equal(labels, expected[1])
+                    assert ids == expected[2]
+
+
+@needs_real_data
+def test_real_imagenet_files_come_out_of_shards_as_from_their_folder(tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    (root / "train").symlink_to(SHARED / "imagenet-sample")
+    (folder, _), *archives = layouts(root, tmp_path)
+    straight = training(folder, root, 0, 1, 60)
+    for index, place in archives:
+        assert all(map(torch.equal, training(index, place, 0, 1, 60), straight))
+
+
+def test_odd_images_come_out_of_shards_as_pil_gives_them(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image, folder = picture(60, 50), tmp_path / "train" / "odd"
+    folder.mkdir(parents=True)
+    image.convert("CMYK").save(folder / "a_cmyk.JPEG", quality=95)
+    image.convert("L").save(folder / "b_gray.JPEG")
+    image.save(folder / "c_png.JPEG", "PNG")
+    image.save(folder / "d_turned.JPEG", exif=exif)
+    picture(36, 36).save(folder / "e_tiny.JPEG")
+    picture(1800, 2600).save(folder / "f_large.JPEG", quality=90)
+    (tmp_path / "train" / "plain").mkdir()
+    image.save(tmp_path / "train" / "plain" / "g.JPEG")
+    originals = indexed(tmp_path)
+    index = pack(tmp_path, tmp_path / "p")
+    seen = 0
+    for images, _, ids in evaluation(index, tmp_path / "p", 0, 1):
+        for got, i in zip(images, ids, strict=True):
+            expected = Image.open(tmp_path / originals.path(i)).convert("RGB")
+            expected = tv.center_crop(tv.resize(expected, 36), 32)
+            distance = (
+                got - torch.from_numpy(np.asarray(expected, np.float32)).movedim(2, 0)
+            ).abs()
+            assert distance.mean() < 0.5, originals.path(i)
+            assert distance.max() <= 2, originals.path(i)
+            seen += 1
+    assert seen == 7
+
+
+def test_an_image_in_a_shard_that_went_bad_is_named(image_root, tmp_path):
+    root = image_root()
+    indexed(root)
+    index = pack(root, tmp_path / "p")
+    damaged = index.byte_range(7)
+    file = tmp_path / "p" / damaged.file
+    data = bytearray(file.read_bytes())
+    data[damaged.offset + 700 : damaged.offset + damaged.size] = bytes(damaged.size - 700)
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"00000007-bee3.jpg \(does not decode.*images.py index"):
+        evaluation(index, tmp_path / "p", 0, 1)

@@ -1,0 +1,198 @@
+"""tools/average.py: the mean of weights, and running statistics that are the mean's own."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tetdist.apps.cli import train
+from tetdist.apps.weights.average import mean_weights, recompute_statistics
+from tetdist.config.loading import parse
+from tetdist.config.schema import RunConfig
+from tetdist.data import mixing
+from tetdist.data.batches import Share
+from tetdist.data.build import train_loader
+from tetdist.datasets.index import Index, index_file, load_index
+from tetdist.distributed.world import World
+from tetdist.models import SpikingNetwork
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.storage import checkpoint
+
+Call = Callable[..., tuple[int, str]]
+ConfigWriter = Callable[..., Path]
+STATISTICS = ("running_mean", "running_var")
+CPU = ("--device", "cpu", "--execution", "reference", "--threads", 1)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints."""
+    folder = tmp_path_factory.mktemp("average")
+    changes = {"ema.decay": 0.8, "data.cutmix": 1.0, "engine": "torch", "name": "run"}
+    file = tiny.write_config(folder / "t.yaml", tiny_root, changes)
+    assert train.main(["--config", str(file)]) == 0
+    return folder / "runs" / "run"
+
+
+def both(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def is_statistic(key: str) -> bool:
+    return key.rpartition(".")[2] in STATISTICS
+
+
+@pytest.mark.parametrize(("file", "options"), [("model", ()), ("ema", ("--ema",))])
+def test_weights_are_the_mean(
+    file: str, options: tuple[str, ...], run: Path, call: Call, tmp_path: Path
+) -> None:
+    output = tmp_path / "mean.safetensors"
+    later, earlier = reversed(both(run))
+    status, said = call("average", later, earlier, "--output", output, *CPU, *options)
+    assert status == 0, said
+    assert "running statistics: 40 of 40 samples, " in said
+    names = "step-00000010, step-00000005; its running statistics are of 40 training samples"
+    assert names in said
+    a, b = (load_file(path / f"{file}.safetensors") for path in both(run))
+    found, description = checkpoint.load_model_file(output)
+    assert found.keys() == a.keys()
+    for key, value in found.items():
+        mean = ((a[key].double() + b[key].double()) / 2).float()
+        assert value.dtype == torch.float32
+        assert torch.equal(value, mean) != is_statistic(key), key
+    assert (description.step, description.validation) == (10, None)
+    status, said = call("eval", "--checkpoint", output, "--json", tmp_path / "e.json", *CPU)
+    assert status == 0, said
+    assert "mean of 2" in json.loads((tmp_path / "e.json").read_text())["averaged"]
+    assert call("average", *both(run), "--output", output, *CPU)[0] == 2  # it exists
+
+
+# --- running statistics -------------------------------------------------------------------------
+
+
+class Alone(World):
+    """One of several processes, whose averages are its own numbers."""
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def network(run: Path, **changes: Any) -> tuple[RunConfig, Index, SpikingNetwork]:
+    """Configuration, training split and the mean of the checkpoints, in float64."""
+    weights, description = mean_weights(both(run))
+    changed = tiny.changed(description.config, {"precision": "fp64"} | changes)
+    config = parse(changed, "test", warn=False)
+    index = load_index(index_file(config.data.index_dir, "train"))
+    model = config.model.build(num_classes=4, timesteps=2)
+    model.set_execution("reference")
+    model.load_state_dict(weights)
+    return config, index, model.double()
+
+
+def statistics(
+    run: Path, samples: int, rank: int = 0, world_size: int = 1, **changes: Any
+) -> dict[str, Tensor]:
+    config, index, model = network(run, **changes)
+    world = Alone(rank, world_size, torch.device("cpu"), None)
+    recompute_statistics(model, config, index, world, samples)
+    return {key: value for key, value in model.state_dict().items() if is_statistic(key)}
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"), [(16, {}), (15, {"data.repeats": 2, "phases.0.final_image_size": 15})]
+)
+def test_statistics_are_of_the_training_samples(
+    size: int, changes: dict[str, Any], run: Path
+) -> None:
+    """Against what the norms are given, each micro-batch by itself; 10 samples are two steps."""
+    config, index, model = network(run, **changes)
+    seen: dict[str, list[Tensor]] = {}
+
+    def note(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(_norm: nn.Module, inputs: Any) -> None:
+            x = inputs[0].transpose(0, 2).flatten(1)  # (C, ...)
+            copies = inputs[1] if len(inputs) > 1 else 1
+            count = x.shape[1] * copies
+            variance = x.var(1, correction=0) * count / (count - 1)
+            seen.setdefault(f"{name}.running_mean", []).append(x.mean(1))
+            seen.setdefault(f"{name}.running_var", []).append(variance)
+
+        return hook
+
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm)}
+    for name, norm in norms.items():
+        norm.register_forward_pre_hook(note(name))
+    share = Share(
+        seed=0,
+        global_batch=8,
+        micro_batch=2,
+        rank=0,
+        world_size=1,
+        epoch=sum(phase.epochs for phase in config.phases) - 1,
+        step_in_epoch=0,
+        repeats=config.data.repeats,
+    )
+    model.train()
+    world = Alone(0, 1, torch.device("cpu"), None)
+    with train_loader(config, index, share, world, size) as loader, torch.no_grad():
+        for _ in range(8):
+            batch = next(loader)
+            assert batch.mix is not None
+            mix = mixing.on_device(batch.mix, world.device)
+            model(mixing.mixed_images(batch.images.double(), mix))
+    found = statistics(run, 10, **changes)
+    assert found.keys() == seen.keys()
+    for key, values in seen.items():
+        assert len(values) == 8
+        torch.testing.assert_close(found[key], torch.stack(values).mean(0), rtol=1e-9, atol=1e-12)
+
+
+def test_any_number_of_processes_has_the_same_statistics(run: Path) -> None:
+    one = statistics(run, 16)
+    shares = [statistics(run, 16, rank, 2) for rank in (0, 1)]
+    for key, value in one.items():
+        torch.testing.assert_close(value, (shares[0][key] + shares[1][key]) / 2, rtol=1e-9, atol=0)
+        assert not torch.equal(shares[0][key], shares[1][key])
+
+
+# --- what has no mean ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"model.neuron.decay": 0.9}, "model.neuron.decay is 0.9 and was 0.5"),
+        ({"model.arguments.channels": [4, 6]}, "model.arguments.channels is [4, 6] and was [4, 8]"),
+    ],
+)
+def test_unlike_networks_are_refused(
+    changes: dict[str, Any], text: str, run: Path, call: Call, tmp_path: Path
+) -> None:
+    _, description = checkpoint.load_model_file(run)
+    config = tiny.changed(description.config, changes)
+    model = parse(config, "test", warn=False).model.build(num_classes=4, timesteps=2)
+    other = tmp_path / "other.safetensors"
+    theirs = description.model_copy(update={"config": config})
+    checkpoint.write_model_file(other, model.state_dict(), theirs)
+    status, said = call("average", run, other, "--output", tmp_path / "m.safetensors", *CPU)
+    assert status == 2
+    assert f"{other} is another network than {run}: {text}" in said
+
+
+def test_other_timesteps_and_classes_are_refused(run: Path, call: Call, tmp_path: Path) -> None:
+    weights, description = checkpoint.load_model_file(run)
+    changes = {"timesteps": 3, "classes": list("abcd")}
+    other = tmp_path / "other.safetensors"
+    checkpoint.write_model_file(other, weights, description.model_copy(update=changes))
+    status, said = call("average", run, other, "--output", tmp_path / "m.safetensors", *CPU)
+    assert status == 2
+    assert "T is 3 and was 2; its classes are others" in said
+    assert not (tmp_path / "m.safetensors").exists()

@@ -1,0 +1,601 @@
+"""What tools/export.py writes is the network that was trained, whoever runs it."""
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nir
+import nirtorch
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import tiny
+import torch
+import yaml
+from passes import randomize
+from safetensors.torch import load_file
+from spikingjelly.activation_based import nir_exchange
+from tiny import Outcome
+from torch import Tensor, nn
+
+from tetdist.apps.cli import eval as evaluation
+from tetdist.apps.weights import export
+from tetdist.apps.weights.nir_graph import to_nir
+from tetdist.apps.weights.trained import Trained, load
+from tetdist.config.loading import parse
+from tetdist.errors import UserError
+from tetdist.storage import checkpoint
+
+T = 3
+IF = {"decay": 1.0, "threshold": 0.5, "surrogate": "atan", "surrogate_width": 2.0}
+LIF = {"decay": 0.75, "threshold": 0.5}
+RESNET19 = {"width": 4, "stem_width": 3, "hidden_features": 6}
+CONVNET = {"channels": [4, 6, 8], "input_size": 12}
+# Each family and each kind of block, connect function, neuron and pooling.
+NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
+    "sew, add": ("sew_resnet18", {"width": 4}, LIF, 32),
+    "sew bottleneck, IF": ("sew_resnet50", {"width": 2}, IF, 32),
+    "sew, and": ("sew_resnet18", {"width": 4, "connect_function": "and"}, IF, 32),
+    "sew, iand": ("sew_resnet18", {"width": 4, "connect_function": "iand"}, IF, 32),
+    "spiking, tdbn": ("spiking_resnet18", {"width": 4, "stem_width": 4}, LIF, 32),
+    "spiking bottleneck": ("spiking_resnet50", {"width": 2, "stem_width": 4}, IF, 32),
+    "resnet19": ("spiking_resnet19", RESNET19, LIF, 16),
+    "ms": ("ms_resnet34", {"width": 4}, LIF, 32),
+    "ms, deep": (
+        "ms_resnet18",
+        {"width": 4, "stem": "deep", "pooled_projections": True, "drop_rate": 0.2},
+        IF,
+        32,
+    ),
+    "preact": ("preact_resnet18", {"width": 4}, LIF, 32),
+    "vggsnn": ("vggsnn", {"input_size": 16}, LIF, 16),
+    "convnet": ("spiking_convnet", CONVNET, LIF, 12),
+    "plif": ("spiking_convnet", CONVNET, {"kind": "plif", "threshold": 0.3}, 12),
+    "plif, input as it is": (
+        "spiking_convnet",
+        CONVNET,
+        {"kind": "plif", "decay_input": False},
+        12,
+    ),
+}
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def save(network: str, folder: Path, **neuron: Any) -> Path:
+    """A checkpoint of a small network with norms of no initialiser's choice."""
+    name, arguments, own_neuron, side = NETWORKS[network]
+    data: dict[str, Any] = {"root": "/home/me/secret", "kind": "events"}
+    if name != "vggsnn":
+        data = {"root": "/home/me/secret", "image_size": side, "mean": [0.5, 0.5, 0.5]}
+    raw = {
+        "name": "small",
+        "model": {
+            "name": name,
+            "num_classes": 5,
+            "neuron": neuron if "kind" in neuron else own_neuron | neuron,
+            "arguments": arguments,
+        },
+        "data": data,
+        "batch": {"global": 8, "micro": 4},
+        "phases": [{"epochs": 2, "timesteps": T, "optimizer": {"lr": 0.1}}],
+        "loss": {"distillation": {"teacher": "/home/me/secret/big", "self_weight": 0.5}},
+        "init_checkpoint": "/home/me/secret/relu.safetensors",
+        "tracking": {"uri": "http://user:secret@tracker", "trackers": ["tensorboard"]},
+        "profile": {"steps": [1, 2]},
+        "runs_dir": "/home/me/runs",
+        "cluster": {"account": "secret"},
+    }
+    config = parse(raw, "test", warn=False)
+    torch.manual_seed(0)
+    model = config.model.build(num_classes=5, timesteps=T)
+    randomize(model)
+    with torch.no_grad():
+        if network == "resnet19":
+            model.hidden[0].weight.mul_(8)  # means over positions are weak currents
+        for key, parameter in model.named_parameters():
+            if ".learned." in key:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    description = checkpoint.Description(
+        config=config.as_dict(),
+        classes=list("abcde"),
+        timesteps=T,
+        step=7,
+        validation={"top1": 61.25, "top5": 100.0},
+    )
+    file = folder / "model.safetensors"
+    checkpoint.write_model_file(file, model.state_dict(), description)
+    return file
+
+
+Tool = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def tool(capfd: pytest.CaptureFixture[str]) -> Tool:
+    """Runs tools/export.py in this process: status, standard output, standard error."""
+    module = importlib.import_module("tetdist.apps.cli.export")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        try:
+            status = module.main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        return status, *capfd.readouterr()
+
+    return call
+
+
+def logits(trained: Trained, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        result = trained.model(x)
+    assert len(result.unique()) > 5  # it does say something
+    return result
+
+
+# --------------------------------------------------------------------------- files of weights
+
+
+@pytest.mark.parametrize(
+    ("network", "kind"),
+    [
+        ("sew, iand", "safetensors"),
+        ("vggsnn", "safetensors"),
+        ("spiking, tdbn", "timm"),
+        ("resnet19", "timm"),
+    ],
+)
+def test_code_of_the_card_loads_the_network(
+    tool: Tool, network: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = save(network, tmp_path)
+    folder = tmp_path / "given"
+    status, _, err = tool(file, "--format", kind, "--output", folder)
+    assert status == 0, err
+    trained = load(file)
+    x = trained.examples(2)
+    card = (folder / "README.md").read_text()
+    assert ("pipeline_tag" in card) == ("image-classification" in card) == (network != "vggsnn")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    # As its reader does: beside the folder, or in it.
+    monkeypatch.chdir(tmp_path if kind == "timm" else folder)
+    names: dict[str, Any] = {"x": x}
+    with torch.no_grad():
+        exec(code.replace("model(x)  #", "y = model(x)  #"), names)  # the card is ours
+    torch.testing.assert_close(names["y"], logits(trained, x))
+    assert names["model"].timesteps == 2  # the last line's
+    expected = load_file(file)
+    given = load_file(folder / "model.safetensors")
+    assert given.keys() == expected.keys()
+    assert all(torch.equal(given[key], expected[key]) for key in given)
+
+
+def test_card_says_what_a_reader_asks_and_no_secrets(tool: Tool, tmp_path: Path) -> None:
+    file = save("spiking, tdbn", tmp_path)
+    assert tool(file, "--format", "timm", "--output", tmp_path / "given")[0] == 0
+    card = (tmp_path / "given" / "README.md").read_text()
+    for part in (
+        "| network | spiking_resnet18, width 4, stem_width 4 |",
+        "| neuron | LIF, decay 0.75, threshold 0.5, hard reset, triangle surrogate of width 1 |",
+        "| timesteps | 3 |",
+        "| input | 3 x 32 x 32 image |",
+        "| loss | TET, lambda 0.001, phi 1; 0.2 x divergence from big; 0.5 x divergence from the "
+        "time-mean, temperature 2 |",
+        "| begun with | relu.safetensors |",
+        "61.25 % top-1",
+        "shorter side resized to 37 (bilinear), centre crop of 32, minus [0.5, 0.5, 0.5]",
+        "  surrogate: triangle",
+        "pip install -e '.[train,cuda130]'",
+    ):
+        assert part in card, part
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["pipeline_tag"] == "image-classification"
+    assert "license" not in front  # nobody has said which
+    recipe = yaml.safe_load((tmp_path / "given" / "recipe.yaml").read_text())
+    assert not recipe.keys() & {"profile", "tracking", "cluster", "save", "runs_dir"}
+    assert recipe["data"].keys() & {"root", "threads", "image_size"} == {"root", "image_size"}
+    parse(recipe, "recipe.yaml", warn=False)
+    for path in (tmp_path / "given").iterdir():
+        assert b"secret" not in path.read_bytes(), path
+        assert b"/home/me" not in path.read_bytes(), path
+    cfg = json.loads((tmp_path / "given" / "config.json").read_text())["pretrained_cfg"]
+    assert cfg["label_names"] == list("abcde")
+    assert (cfg["input_size"], cfg["crop_pct"]) == ([3, 32, 32], 32 / 37)
+    assert (cfg["mean"], cfg["std"]) == ([0.5, 0.5, 0.5], [0.229, 0.224, 0.225])
+
+
+def test_card_says_what_an_accuracy_flatters(tmp_path: Path) -> None:
+    _, description = checkpoint.load_model_file(save("convnet", tmp_path))
+    held_out = tiny.changed(description.config, {"data.held_out": 0.1})
+    for config, of in (
+        (description.config, "the validation split"),
+        (held_out, "samples held out of the training split"),
+    ):
+        for which, rest in (("last", ""), ("best", ", which were chosen on this very split")):
+            described = description.model_copy(update={"config": config, "which": which})
+            assert export._accuracy(described).endswith(f" of {of}, with these weights{rest}")
+
+
+def test_accuracy_is_not_claimed_at_another_t(tool: Tool, tmp_path: Path) -> None:
+    file = save("convnet", tmp_path)
+    command = [file, "--format", "safetensors", "--output", tmp_path / "given", "--timesteps", 6]
+    assert tool(*command)[0] == 0
+    card = (tmp_path / "given" / "README.md").read_text()
+    assert "| timesteps | 6 |" in card
+    assert "| accuracy | not measured with this file |" in card
+
+
+def test_real_run_is_given_away_and_taken_back(
+    tool: Tool,
+    tiny_root: Path,
+    tiny_config: Callable[..., Path],
+    main: Callable[..., Outcome],
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    outcome = main(tiny_config({"evaluate_every": 1}))
+    assert outcome.status == 0, outcome.text
+    run, given = tmp_path / "runs" / "tiny", tmp_path / "given"
+    status, _, err = tool(run, "--format", "safetensors", "--output", given)
+    assert status == 0, err
+    top1 = tiny.metrics(run, "val")[-1]["top1"]
+    assert f"{top1:.2f} % top-1" in (given / "README.md").read_text()
+    changes = {"name": "again", "init_checkpoint": str(given / "model.safetensors")}
+    outcome = main(tiny_config(changes), "max_steps=1")
+    assert outcome.status == 0, outcome.text
+    assert "beginning with the weights of" in outcome.text
+    assert "another network" not in outcome.text
+    # The folder is what its weights are; the name of a file makes one, of the same weights.
+    changes = {"name": "of-the-folder", "init_checkpoint": str(given)}
+    outcome = main(tiny_config(changes), "max_steps=1")
+    assert outcome.status == 0, outcome.text
+    alone = tmp_path / "alone.safetensors"
+    status, said, err = tool(given, "--format", "safetensors", "--output", alone)
+    assert status == 0, err
+    assert f"wrote {alone}: the weights" in said
+    assert alone.read_bytes() == (given / "model.safetensors").read_bytes()
+    tables = []
+    for source in (run, given):
+        status = evaluation.main(["--checkpoint", str(source), "--data", str(tiny_root)])
+        said = capfd.readouterr().out
+        assert status == 0, said
+        tables.append(said.replace(str(source), ""))
+    assert f"{top1:.2f}" in tables[0]
+    assert tables[0] == tables[1]
+
+
+def test_names_may_have_dots(tool: Tool, tmp_path: Path) -> None:
+    file = save("convnet", tmp_path)
+    assert tool(file, "--format", "safetensors", "--output", tmp_path / "net-1.5")[0] == 0
+    assert (tmp_path / "net-1.5" / "model.safetensors").is_file()
+
+
+class Outside(nn.Module):
+    """A network from outside, with nothing but what is asked of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.timesteps, self.num_classes, self.input_kind = T, 5, "images"
+        self.fc = nn.Linear(3 * 12 * 12, 5)
+
+    def forward(self, x: Tensor, per_timestep: bool = False) -> Tensor:
+        assert per_timestep, "nothing else may be asked for"
+        return torch.stack([t * self.fc(x.flatten(1)) for t in range(1, T + 1)])
+
+
+def test_a_network_from_outside(tmp_path: Path) -> None:
+    ours = load(save("convnet", tmp_path))
+    network: Any = Outside().eval()
+    trained = Trained(network, ours.config, ours.description)
+    assert "relative difference" in export.write_torch(trained, tmp_path / "it.pt2")
+    assert "relative difference" in export.write_onnx(trained, tmp_path / "it.onnx")
+    export.write_safetensors(trained, tmp_path / "it")
+    card = (tmp_path / "it" / "README.md").read_text()
+    assert "model(x, per_timestep=True).mean(0)" in card
+    assert f"import {__name__}  # registers the model" in card
+    for refused in (
+        lambda: export.write_timm(trained, tmp_path / "timm"),
+        lambda: export.write_nir(trained, tmp_path / "it.nir", 1e-4),
+    ):
+        with pytest.raises(
+            UserError, match=r"is for tetdist's own networks, and .* .Outside. is from outside"
+        ):
+            refused()
+
+
+# ---------------------------------------------------------------------------------------- NIR
+
+
+class Neurons(nn.Module):
+    """NIR's equation, by the Euler method."""
+
+    def __init__(self, node: nir.IF | nir.LIF, dt: float) -> None:
+        super().__init__()
+        self.node, self.dt = node, dt
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        node, v = self.node, torch.zeros_like(x) if state is None else state
+        r, reset = torch.from_numpy(node.r).double(), torch.from_numpy(node.v_reset).double()
+        change = r * x
+        if isinstance(node, nir.LIF):
+            leak, tau = torch.from_numpy(node.v_leak), torch.from_numpy(node.tau).double()
+            change = (leak - v + change) / tau
+        v = v + self.dt * change
+        spikes = (v > torch.from_numpy(node.v_threshold)).to(x.dtype)
+        return spikes, torch.where(spikes > 0, reset, v)
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def by_nirtorch(graph: nir.NIRGraph, dt: float) -> nn.Module:
+    """The graph as nirtorch runs it; what it has no module for is written here."""
+
+    def sum_pool(node: nir.SumPool2d) -> nn.Module:
+        kernel, stride, padding = (
+            tuple(map(int, v)) for v in (node.kernel_size, node.stride, node.padding)
+        )
+        return Function(
+            lambda x: nn.functional.avg_pool2d(x, kernel, stride, padding, divisor_override=1)
+        )
+
+    def affine(node: nir.Affine) -> nn.Module:
+        # nirtorch 2.6 has one that leaves the bias at random.
+        module = nn.Linear(*node.weight.shape[::-1])
+        module.weight.data, module.bias.data = map(torch.from_numpy, (node.weight, node.bias))
+        return module
+
+    def average_pool(node: nir.AvgPool2d) -> nn.Module:
+        return nn.AvgPool2d(tuple(map(int, node.kernel_size)), tuple(map(int, node.stride)))
+
+    return nirtorch.nir_to_torch(
+        graph,
+        {
+            nir.IF: lambda node: Neurons(node, dt),
+            nir.LIF: lambda node: Neurons(node, dt),
+            nir.Affine: affine,
+            nir.AvgPool2d: average_pool,
+            nir.SumPool2d: sum_pool,
+            nir.Flatten: lambda node: nn.Flatten(1 + int(node.start_dim)),
+            nir.Scale: lambda node: Function(lambda x: x * torch.from_numpy(node.scale)),
+            nir.Threshold: lambda node: Function(
+                lambda x: (x > torch.from_numpy(node.threshold)).to(x.dtype)
+            ),
+        },
+        dtype=torch.float64,
+    )
+
+
+def over_time(module: nn.Module, trained: Trained, x: Tensor) -> Tensor:
+    """Logits of each timestep, (T, B, K)."""
+    state, outputs = None, []
+    for t in range(T):
+        frame = x if trained.config.data.kind == "images" else x[:, t]
+        output, state = module(frame, state)
+        outputs.append(output)
+    return torch.stack(outputs).detach()
+
+
+@pytest.mark.parametrize("network", [name for name in NETWORKS if name not in ("vggsnn", "preact")])
+def test_nir_graph_run_by_nirtorch_is_the_network(network: str, tmp_path: Path) -> None:
+    trained = load(save(network, tmp_path))
+    dt = 1e-3
+    said = export.write_nir(trained, tmp_path / "graph.nir", dt)
+    assert "3 timesteps of 0.001 s" in said
+    graph = nir.read(tmp_path / "graph.nir")
+    assert graph.metadata["dt"] == dt
+    assert "minus [0.5, 0.5, 0.5], over [0.229, 0.224, 0.225]" in graph.metadata["preparation"]
+    assert not any("norm" in name for name in graph.nodes)  # folded
+
+    x = trained.examples(2).double()
+    with torch.no_grad():
+        expected = trained.model.double()(x, per_timestep=True)
+    assert len(expected.flatten(1).unique(dim=0)) > 1 or "and" in network
+    actual = over_time(by_nirtorch(graph, dt), trained, x)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("network", ["convnet", "vggsnn"])
+def test_spikingjelly_imports_the_nir_graph(network: str, tmp_path: Path) -> None:
+    trained = load(save(network, tmp_path))
+    export.write_nir(trained, tmp_path / "graph.nir", 1e-4)
+    module = nir_exchange.import_from_nir(tmp_path / "graph.nir", dtype=torch.float64)
+    x = trained.examples(2).double()
+    with torch.no_grad():
+        expected = trained.model.double()(x, per_timestep=True)
+        actual = over_time(module, trained, x)
+    assert len(expected.flatten(1).unique(dim=0)) > 1
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_nir_neurons_are_the_equations_of_the_documentation(tmp_path: Path) -> None:
+    lif = to_nir(load(save("convnet", tmp_path)).model, (3, 12, 12), dt=1e-4)
+    neuron = lif.nodes["stem_neuron"]
+    assert isinstance(neuron, nir.LIF)
+    assert neuron.tau.shape == (4, 12, 12)
+    np.testing.assert_allclose(neuron.tau, 4e-4, rtol=1e-6)
+    np.testing.assert_allclose(neuron.r, 4)
+    perfect = to_nir(load(save("convnet", tmp_path, decay=1.0)).model, (3, 12, 12), dt=1e-4)
+    assert isinstance(perfect.nodes["stem_neuron"], nir.IF)
+    np.testing.assert_allclose(perfect.nodes["stem_neuron"].r, 1e4)
+
+
+def test_nir_neuron_that_fires_at_the_threshold(tmp_path: Path) -> None:
+    file = save("convnet", tmp_path, threshold=0.7, fires_at_threshold=True)
+    node = to_nir(load(file).model, (3, 12, 12)).nodes["stem_neuron"]
+    at = np.float32(0.7)
+    assert (at > node.v_threshold).all()
+    assert not (np.nextafter(at, np.float32(0)) > node.v_threshold).any()
+
+
+@pytest.mark.parametrize(
+    ("network", "neuron", "words"),
+    [
+        ("convnet", {"reset": "soft"}, "reset is soft"),
+        ("convnet", {"spike": "sigmoid", "surrogate": "sigmoid"}, "spike is sigmoid"),
+        (
+            "convnet",
+            {"kind": "psn", "timesteps": T},
+            "no neurons of the kind of this network (PSN)",
+        ),
+        ("convnet", {"kind": "ilif"}, "no neurons of the kind of this network (ILIF)"),
+        ("preact", {}, "preact_resnet18 takes maxima of real numbers in its stem"),
+    ],
+)
+def test_what_nir_cannot_express_is_refused(
+    tool: Tool, tmp_path: Path, network: str, neuron: dict[str, Any], words: str
+) -> None:
+    file = save(network, tmp_path, **neuron)
+    status, _, err = tool(file, "--format", "nir", "--output", tmp_path / "graph.nir")
+    assert status == 2
+    assert words in err
+    assert list(tmp_path.iterdir()) == [file]
+
+
+# ---------------------------------------------------------------------------------- programs
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "plif",
+        "psn",
+        *(
+            pytest.param(kind, marks=pytest.mark.long)
+            for kind in ("masked_psn", "sliding_psn", "ilif", "nilif")
+        ),
+    ],
+)
+def test_programs_of_other_neurons_say_what_the_network_says(kind: str, tmp_path: Path) -> None:
+    numbers = {"timesteps": T} if kind in ("psn", "masked_psn") else {}
+    trained = load(save("convnet", tmp_path, kind=kind, threshold=0.3, **numbers))
+    assert len(logits(trained, trained.examples(4)).unique()) > 5
+    # Each compares its logits with the model's.
+    assert "its logits are the model's" in export.write_torch(trained, tmp_path / "net.pt2")
+    assert "its logits are the model's" in export.write_onnx(trained, tmp_path / "net.onnx")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("network", ["sew, add", "preact"])
+def test_onnx_graph_run_by_onnxruntime_is_the_network(
+    network: str, tool: Tool, tmp_path: Path
+) -> None:
+    file = save(network, tmp_path)
+    status, out, err = tool(file, "--format", "onnx", "--output", tmp_path / "net.onnx")
+    assert status == 0, err
+    assert "its logits are the model's" in out
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    (given,) = session.get_inputs()
+    trained = load(file)
+    assert given.name == "images"
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert "minus [0.5, 0.5, 0.5], over [0.229, 0.224, 0.225]" in metadata["preparation"]
+    x = trained.examples(5)  # another batch size than it was traced with
+    (actual,) = session.run(["logits"], {given.name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(actual), logits(trained, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", ["vggsnn", pytest.param("ms, deep", marks=pytest.mark.long)])
+def test_program_of_torch_is_the_network(network: str, tool: Tool, tmp_path: Path) -> None:
+    file = save(network, tmp_path)
+    status, out, err = tool(file, "--format", "torch", "--output", tmp_path / "net.pt2")
+    assert status == 0, err
+    assert "its logits are the model's" in out
+    trained = load(file)
+    x = trained.examples(5)
+    extra = {"preparation": ""}
+    with torch.no_grad():
+        actual = torch.export.load(tmp_path / "net.pt2", extra_files=extra).module()(x)
+    expected = "event frames, (B, T, 2, H, W)" if network == "vggsnn" else "RGB images in [0, 1]"
+    assert expected in extra["preparation"]
+    torch.testing.assert_close(actual, logits(trained, x))
+
+
+def test_a_check_that_shows_little_says_so(tool: Tool, tmp_path: Path) -> None:
+    file = save("convnet", tmp_path, threshold=1e9)  # no neuron ever fires
+    status, out, err = tool(file, "--format", "torch", "--output", tmp_path / "net.pt2")
+    assert status == 0, err
+    assert "the same to all of them, so that this shows little" in out
+
+
+# ------------------------------------------------------------------------------------ mistakes
+
+
+def test_missing_package_is_named(
+    tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = save("convnet", tmp_path)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    status, _, err = tool(file, "--format", "onnx", "--output", tmp_path / "net.onnx")
+    assert status == 2
+    assert "onnxruntime is not installed; pip install 'tetdist[train,export]'" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--format", "onnx", "--output", "net.nir"], "must end in .onnx"),
+        (["--format", "onnx", "--output", "n.onnx", "--dt", "1"], "with --format nir only"),
+        (["--format", "nir", "--output", "n.nir", "--dt", "0"], "--dt must be above 0"),
+        (["--format", "timm", "--output", "n", "--timesteps", "0"], "--timesteps must be"),
+        (["--format", "timm", "--output", "n.safetensors"], "is a folder, and n.safetensors is"),
+        (
+            ["--format", "safetensors", "--output", "n.onnx"],
+            "a file that ends in .safetensors, and",
+        ),
+        (["--format", "tflite", "--output", "n"], "invalid choice"),
+    ],
+)
+def test_arguments_are_checked(tool: Tool, arguments: list[str], complaint: str) -> None:
+    status, _, err = tool("nowhere", *arguments)
+    assert status == 2
+    assert complaint in err
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "nir"])
+def test_what_exists_is_not_replaced(tool: Tool, tmp_path: Path, kind: str) -> None:
+    file = save("convnet", tmp_path)
+    output = tmp_path / f"mine.{kind}"
+    output.write_text("precious")
+    status, _, err = tool(file, "--format", kind, "--output", output)
+    assert status == 2
+    assert f"{output.name} exists" in err
+    assert output.read_text() == "precious"
+    (tmp_path / checkpoint.MANIFEST_FILE).write_text("{}")
+    status, _, err = tool(file, "--format", kind, "--output", tmp_path / f"new.{kind}")
+    assert (status, "is a checkpoint; choose another folder" in err) == (2, True)
+
+
+def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    trained = load(save("convnet", tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"graph\.nir could not be written"):
+        export.write_nir(trained, tmp_path / "file" / "graph.nir", 1e-4)
+
+
+def test_timm_takes_the_file_as_a_checkpoint(tmp_path: Path) -> None:
+    trained = load(save("sew, add", tmp_path))
+    model = timm.create_model(
+        "sew_resnet18",
+        width=4,
+        num_classes=5,
+        timesteps=T,
+        neuron=LIF,
+        checkpoint_path=str(tmp_path / "model.safetensors"),
+    ).eval()
+    x = trained.examples(2)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), logits(trained, x))

@@ -1,0 +1,946 @@
+"""Weights from elsewhere: the network that they make is the one that they came from."""
+
+import argparse
+import copy
+import importlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import timm
+import tiny
+import torch
+import torch.nn.functional as F
+import torchvision
+from passes import randomize
+from published_networks import Shapes, distilled_shapes, ms_shapes, preact_shapes, random_state
+from safetensors.torch import load_file, save_file
+from spikingjelly.activation_based import functional, neuron, surrogate
+from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
+from tiny import Outcome
+from torch import Tensor, nn
+
+from tetdist.apps.weights import foreign
+from tetdist.errors import UserError
+from tetdist.models import SpikingNetwork
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.neurons import LIF
+from tetdist.nn.norm_neuron import Neuron
+from tetdist.storage import checkpoint, foreign_files
+
+T = 3
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a.detach() - b.detach()).norm() / b.detach().norm()).item()
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """In float64, with norms of no initialiser's choice."""
+    model = model.double()
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            values = torch.rand((4, module.num_features), generator=generator, dtype=torch.float64)
+            module.weight.data = 0.6 + values[0]
+            module.bias.data = 0.1 + 0.4 * values[1]
+            module.running_mean = 0.6 * values[2] - 0.3
+            module.running_var = 0.5 + values[3]
+    return model
+
+
+def ours(name: str, **options: Any) -> SpikingNetwork:
+    torch.manual_seed(2)
+    model = timm.create_model(name, timesteps=T, **options).double()
+    model.set_execution("reference")
+    return model
+
+
+def converted(
+    state: dict[str, Tensor], source: foreign.Source, model: SpikingNetwork
+) -> SpikingNetwork:
+    result = foreign.convert(state, source, model)
+    assert (result.missing, result.unexpected) == ([], [])
+    model.load_state_dict(result.weights)
+    return model
+
+
+# ---------------------------------------------------------------------------------- spikingjelly
+
+
+def from_spikingjelly(name: str, decay_input: bool | None = None, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    module = sew_resnet if name.startswith("sew") else spiking_resnet
+    kind, extra = neuron.IFNode, {}
+    if decay_input is not None:
+        kind, extra = neuron.LIFNode, {"tau": 2.0, "decay_input": decay_input}
+    model = getattr(module, name)(
+        num_classes=5,
+        spiking_neuron=kind,
+        surrogate_function=surrogate.ATan(),
+        detach_reset=True,
+        **options,
+        **extra,
+    )
+    functional.set_step_mode(model, "m")
+    return randomized(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs_options", "ours_options"),
+    [
+        pytest.param("sew_resnet34", {"cnf": "ADD"}, {}, marks=pytest.mark.long),
+        ("sew_resnet18", {"cnf": "IAND"}, {"connect_function": "iand"}),
+        pytest.param("sew_resnet50", {"cnf": "ADD"}, {}, marks=pytest.mark.long),
+        ("spiking_resnet18", {}, {"norm": "bn"}),
+        pytest.param("spiking_resnet50", {}, {"norm": "tdbn"}, marks=pytest.mark.long),
+    ],
+)
+def test_agrees_with_spikingjelly(
+    name: str, theirs_options: dict[str, Any], ours_options: dict[str, Any]
+) -> None:
+    theirs = from_spikingjelly(name, **theirs_options)
+    own_neuron = foreign.NEURONS["spikingjelly"]
+    model = ours(name, num_classes=5, neuron=own_neuron, **ours_options)
+    converted(theirs.state_dict(), "spikingjelly", model)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=generator)
+    for training in (False, True):
+        theirs.train(training).zero_grad()
+        functional.reset_net(theirs)
+        model.train(training).zero_grad()
+        expected = theirs(x.expand(T, *x.shape))
+        logits = model(x, per_timestep=True)
+        assert len(logits.detach().flatten(1).unique(dim=0)) > 1  # time makes a difference
+        assert relative(logits, expected) < 1e-8
+
+        weighting = torch.randn(logits.shape, dtype=torch.float64, generator=generator)
+        (logits * weighting).sum().backward()
+        (expected * weighting).sum().backward()
+        assert_same_gradients(model, theirs)
+
+    moved = foreign.convert(theirs.state_dict(), "spikingjelly", model).weights
+    for key, value in model.state_dict().items():
+        if "running" in key:
+            assert relative(value, moved[key]) < 1e-8, key
+
+
+def assert_same_gradients(model: SpikingNetwork, theirs: nn.Module) -> None:
+    # The gradient of a batch norm's weight w' = w / scale is scale times that of w, and
+    # conversion divides by the scale once.
+    scales = {
+        f"{name}.weight": module.scale**2
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNorm)
+    }
+    gradients = {key: p.grad for key, p in theirs.named_parameters()}
+    expected = foreign.convert(gradients, "spikingjelly", model).weights
+    for key, parameter in model.named_parameters():
+        assert expected[key].norm() > 0, key
+        assert relative(parameter.grad, expected[key] * scales.get(key, 1.0)) < 1e-8, key
+
+
+@pytest.mark.parametrize(("decay_input", "threshold", "alpha"), [(False, 1, 2), (True, 2, 1)])
+def test_spikingjellys_lif_is_one_of_ours(decay_input: bool, threshold: int, alpha: int) -> None:
+    """docs/weights.md: with decay_input, threshold and width are tau times what they are there."""
+    theirs = from_spikingjelly("spiking_resnet18", decay_input).eval()
+    own_neuron = foreign.NEURONS["spikingjelly"] | {
+        "decay": 0.5,
+        "threshold": float(threshold),
+        "surrogate_width": float(alpha),
+    }
+    model = ours("spiking_resnet18", num_classes=5, neuron=own_neuron, norm="bn").eval()
+    converted(theirs.state_dict(), "spikingjelly", model)
+    x = 3 * torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    expected, logits = theirs(x.expand(T, *x.shape)), model(x, per_timestep=True)
+    assert logits.detach().std() > 0
+    assert relative(logits, expected) < 1e-8
+    logits.square().sum().backward()
+    expected.square().sum().backward()
+    assert relative(model.stem.conv.weight.grad, theirs.conv1.weight.grad) < 1e-8
+
+
+LEARNING: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+    "plif": (lambda **_: neuron.ParametricLIFNode(), {}),
+    "psn": (lambda **_: neuron.PSN(T), {"timesteps": T}),
+    "masked_psn": (
+        lambda **_: neuron.MaskedPSN(2, T, lambda_init=1.0, step_mode="m"),
+        {"timesteps": T},
+    ),
+    "sliding_psn": (lambda **_: neuron.SlidingPSN(2), {}),
+}
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+@pytest.mark.parametrize("name", ["sew_resnet18", "spiking_resnet18"])
+def test_what_spikingjellys_neurons_learn_comes_with_the_weights(name: str, kind: str) -> None:
+    """docs/weights.md: a neuron of the same kind, with its own numbers."""
+    torch.manual_seed(0)
+    make, numbers = LEARNING[kind]
+    module = sew_resnet if name.startswith("sew") else spiking_resnet
+    connect = {"cnf": "ADD"} if name.startswith("sew") else {}
+    theirs = getattr(module, name)(num_classes=5, spiking_neuron=make, **connect)
+    functional.set_step_mode(theirs, "m")
+    theirs = randomized(theirs).eval()
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if re.search(r"(^|\.)(sn\d|downsample_sn)\.", key):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    own = {"norm": "bn"} if name.startswith("spiking") else {}
+    model = ours(name, num_classes=5, neuron={"kind": kind, **numbers}, **own).eval()
+    converted(theirs.state_dict(), "spikingjelly", model)
+    x = 3 * torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected, logits = theirs(x.expand(T, *x.shape)), model(x, per_timestep=True)
+    assert logits.std() > 0
+    assert relative(logits, expected) < 1e-8
+
+
+def test_spikingjelly_fires_at_its_threshold() -> None:
+    """docs/weights.md: it matters of whole numbers, as spikes that attention adds up."""
+    node = neuron.LIFNode(
+        tau=2.0,
+        v_threshold=0.5,
+        surrogate_function=surrogate.Sigmoid(alpha=4.0),
+        detach_reset=True,
+        step_mode="m",
+    )
+    generator = torch.Generator().manual_seed(0)
+    current = torch.randint(0, 3, (4, 200), generator=generator).double().requires_grad_()
+    weight = torch.randn(4, 200, generator=generator, dtype=torch.float64)
+    config: dict[str, Any] = {
+        **{"decay": 0.5, "threshold": 1.0, "detach_reset": True},
+        **{"surrogate": "sigmoid", "surrogate_width": 2.0},
+    }
+    spikes, gradients = [], []
+    for layer in (node, Neuron(LIF(fires_at_threshold=True, **config)), Neuron(LIF(**config))):
+        spikes.append(layer(current))
+        gradients += torch.autograd.grad((spikes[-1] * weight).sum(), current)
+    assert torch.equal(spikes[0], spikes[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert (spikes[0] != spikes[2]).double().mean() > 0.2
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_relu_network_is_torchvisions(name: str) -> None:
+    """So that a teacher may be one of torchvision's, and its accuracy may be checked here."""
+    theirs = randomized(getattr(torchvision.models, name)(num_classes=5))
+    model = ours(f"spiking_{name}", num_classes=5, norm="bn", neuron={"kind": "relu"})
+    converted(theirs.state_dict(), "torchvision", model)
+    model.set_timesteps(1)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for training in (False, True):
+        theirs.train(training)
+        model.train(training)
+        assert relative(model(x), theirs(x)) < 1e-12
+
+
+def test_iand_bottleneck_of_spikingjelly_is_another_network() -> None:
+    theirs = from_spikingjelly("sew_resnet50", cnf="IAND")
+    model = ours("sew_resnet50", num_classes=5, connect_function="iand")
+    with pytest.raises(UserError, match="IAND the other way round"):
+        foreign.convert(theirs.state_dict(), "spikingjelly", model)
+
+
+def test_parameters_of_a_learned_neuron_are_named() -> None:
+    theirs = from_spikingjelly("sew_resnet18", cnf="ADD").state_dict() | {"sn1.w": torch.zeros(())}
+    result = foreign.convert(theirs, "spikingjelly", ours("sew_resnet18", num_classes=5))
+    assert result.unexpected == ["sn1.w"]
+
+
+# ------------------------------------------------------------------- the original repositories
+
+
+def sew_layout(state: dict[str, Tensor], sew: bool) -> dict[str, Tensor]:
+    """torchvision's names as the original repository has them: layers in containers."""
+    renamed = {}
+    for key, value in state.items():
+        name = key
+        if key.startswith("layer"):
+            name = re.sub(r"\.conv(\d)\.", r".conv\1.module.0.", name)
+            name = re.sub(r"\.bn(\d)\.", r".conv\1.module.1.", name)
+            container = "downsample.0.module." if sew else "downsample.module."
+            name = name.replace("downsample.", container)
+        renamed[name] = value
+    return renamed
+
+
+@pytest.mark.parametrize("name", ["sew_resnet50", "spiking_resnet18"])
+def test_checkpoints_of_the_sew_repository(name: str, tmp_path: Path) -> None:
+    sew = name.startswith("sew")
+    state = from_spikingjelly(name, **({"cnf": "ADD"} if sew else {})).state_dict()
+    file = tmp_path / "checkpoint_319.pth"
+    torch.save(
+        {
+            "model": sew_layout(state, sew),
+            "optimizer": {"state": {}, "param_groups": []},
+            "epoch": 319,
+            "args": argparse.Namespace(model=name, T=4),
+        },
+        file,
+    )
+    read = foreign_files.read(file)
+    assert foreign.source_of(read, file) == "sew"
+    assert foreign.num_classes(read, "sew") == 5
+    result = foreign.convert(read, "sew", ours(name, num_classes=5))
+    expected = foreign.convert(state, "spikingjelly", ours(name, num_classes=5)).weights
+    assert (result.missing, result.unexpected) == ([], [])
+    assert [key for key in expected if not torch.equal(result.weights[key], expected[key])] == []
+
+
+def fire(current: Tensor) -> Tensor:
+    """The LIF neurons of TET in evaluation, (T, B, ...)."""
+    membrane, spikes = torch.zeros_like(current[0]), []
+    for current_t in current:
+        membrane = 0.5 * membrane + current_t
+        spikes.append((membrane > 1).to(current.dtype))
+        membrane = membrane * (1 - spikes[-1])
+    return torch.stack(spikes)
+
+
+class OverTime(nn.Module):
+    """A layer within TET's container of that: its only child is called `module`."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.module = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class TetNorm(nn.Module):
+    """Registered twice: by itself, and in a container."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels)
+        self.seqbn = OverTime(self.bn)
+
+
+class TetLayer(nn.Module):
+    def __init__(self, layer: nn.Module, bn: TetNorm | None = None) -> None:
+        super().__init__()
+        self.layer, self.bn = OverTime(layer), bn
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        return x if self.bn is None else self.bn.seqbn(x)
+
+
+class TetBlock(nn.Module):
+    def __init__(self, narrow: int, wide: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(narrow, wide, 3, stride, 1, bias=False)
+        self.bn1 = TetNorm(wide)
+        self.conv2 = nn.Conv2d(wide, wide, 3, 1, 1, bias=False)
+        self.bn2 = TetNorm(wide)
+        self.downsample = None
+        if narrow != wide:
+            shortcut = nn.Conv2d(narrow, wide, 1, stride, bias=False)
+            self.downsample = TetLayer(shortcut, TetNorm(wide))
+        self.conv1_s = TetLayer(self.conv1, self.bn1)
+        self.conv2_s = TetLayer(self.conv2, self.bn2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.conv2_s(fire(self.conv1_s(x)))
+        return fire(residual + (x if self.downsample is None else self.downsample(x)))
+
+
+class TetResNet19(nn.Module):
+    """The names and the arithmetic of TET's ResNet-19, narrower."""
+
+    def __init__(self, stem: int, width: int, hidden: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False)
+        self.bn1 = TetNorm(stem)
+        self.conv1_s = TetLayer(self.conv1, self.bn1)
+        narrow = stem
+        for i, count in enumerate((3, 3, 2)):
+            wide, blocks = width * 2**i, []
+            for j in range(count):
+                blocks.append(TetBlock(narrow, wide, 2 if i > 0 and j == 0 else 1))
+                narrow = wide
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+        self.fc1 = nn.Linear(narrow, hidden)
+        self.fc1_s = TetLayer(self.fc1)
+        self.fc2 = nn.Linear(hidden, num_classes)
+        self.fc2_s = TetLayer(self.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = fire(self.conv1_s(x))
+        x = self.layer3(self.layer2(self.layer1(x))).mean((3, 4))
+        return self.fc2_s(fire(self.fc1_s(x)))
+
+
+class TetVGGLayer(nn.Module):
+    def __init__(self, narrow: int, wide: int) -> None:
+        super().__init__()
+        self.fwd = OverTime(nn.Conv2d(narrow, wide, 3, 1, 1), nn.BatchNorm2d(wide))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fire(self.fwd(x))
+
+
+class TetVGGSNN(nn.Module):
+    """The names and the arithmetic of TET's VGGSNN, for 16x16 frames."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        narrow = 2
+        for wide in (64, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0):
+            layers.append(TetVGGLayer(narrow, wide) if wide else OverTime(nn.AvgPool2d(2)))
+            narrow = wide or narrow
+        self.features = nn.Sequential(*layers)
+        self.classifier = OverTime(nn.Linear(512, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).flatten(2))
+
+
+def tet_resnet19() -> nn.Module:
+    torch.manual_seed(0)
+    model = randomized(TetResNet19(3, 4, 6, 5))
+    with torch.no_grad():
+        model.fc1.weight.mul_(4)  # means over positions are weak currents
+    return model.eval()
+
+
+SMALL_RESNET19 = {"num_classes": 5, "stem_width": 3, "width": 4, "hidden_features": 6}
+
+
+def test_agrees_with_tets_resnet19() -> None:
+    theirs = tet_resnet19()
+    model = converted(theirs.state_dict(), "tet", ours("spiking_resnet19", **SMALL_RESNET19)).eval()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        logits = model(x, per_timestep=True)
+        assert len(logits.flatten(0, 1).unique(dim=0)) > 1
+        assert relative(logits, theirs(x.expand(T, *x.shape))) < 1e-12
+
+
+def test_agrees_with_tets_vggsnn() -> None:
+    torch.manual_seed(0)
+    theirs = randomized(TetVGGSNN(5)).eval()
+    state = {f"module.{key}": value for key, value in theirs.state_dict().items()}
+    model = ours("vggsnn", num_classes=5, input_size=16).eval()
+    converted({key.removeprefix("module."): v for key, v in state.items()}, "tet", model)
+    x = torch.randn(2, T, 2, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        logits = model(x, per_timestep=True)
+        assert len(logits.flatten(0, 1).unique(dim=0)) > 1
+        assert relative(logits, theirs(x.transpose(0, 1))) < 1e-12
+
+
+def test_prefix_of_a_parallel_wrapper_is_removed(tmp_path: Path) -> None:
+    state = tet_resnet19().state_dict()
+    torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "a.pth")
+    read = foreign_files.read(tmp_path / "a.pth")
+    assert read.keys() == state.keys()
+    assert foreign.source_of(read, tmp_path / "a.pth") == "tet"
+
+
+def test_file_that_contradicts_itself_is_refused() -> None:
+    state = tet_resnet19().state_dict()
+    state["conv1_s.layer.module.weight"] = state["conv1.weight"] + 1
+    with pytest.raises(UserError, match=r"conv1\.weight and conv1_s\.layer\.module\.weight"):
+        foreign.convert(state, "tet", ours("spiking_resnet19", **SMALL_RESNET19))
+
+
+def test_vggsnn_without_pooling_is_another_network() -> None:
+    state = {f"features.{i}.fwd.module.0.weight": torch.zeros(1) for i in range(8)}
+    with pytest.raises(UserError, match="VGGSNNwoAP"):
+        foreign.convert(state, "tet", ours("vggsnn", num_classes=5, input_size=16))
+
+
+def test_checkpoints_of_the_repositories_of_distillation(tmp_path: Path) -> None:
+    """Under best_net; PreAct-ResNets have torchvision's names, the others their own."""
+    state = random_state(distilled_shapes((3, 3, 2), 6, 8, 10, 5))
+    file = tmp_path / "model_weights.pth"
+    torch.save({"best_acc": 95.0, "best_epoch": 7, "best_net": state, "optimizer": {}}, file)
+    read = foreign_files.read(file)
+    assert read.keys() == state.keys()
+    with pytest.raises(
+        UserError, match=r"whose neurons are not the same; say .*decoupling or seal"
+    ):
+        foreign.source_of(read, file)
+    assert foreign.num_classes(read, "decoupling") == 5
+    neuron = foreign.neuron_of("decoupling", "spiking_resnet19")
+    assert neuron["decay"] == 0.5
+    model = ours(
+        "spiking_resnet19",
+        neuron=neuron,
+        num_classes=5,
+        stem_width=6,
+        width=8,
+        hidden_features=10,
+    ).eval()
+    converted(read, "decoupling", model)
+
+    def layer(name: str, x: Tensor, stride: int = 1) -> Tensor:
+        weight = state[f"{name}.weight"]
+        y = F.conv2d(x.flatten(0, 1), weight, None, stride, weight.shape[-1] // 2)
+        return y.unflatten(0, x.shape[:2])
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        values = [state[f"{name}.{one}"].view(-1, 1, 1) for one in ("running_mean", "running_var")]
+        y = (x - values[0]) / (values[1] + 1e-5).sqrt()
+        return y * state[f"{name}.weight"].view(-1, 1, 1) + state[f"{name}.bias"].view(-1, 1, 1)
+
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    x = fire(norm("conv0.1", layer("conv0.0", images.expand(T, *images.shape))))
+    for stage, count in enumerate((3, 3, 2)):
+        for i in range(count):
+            block, stride = f"layer{stage + 1}.{i}", 2 if stage and not i else 1
+            y = fire(norm(f"{block}.bn1", layer(f"{block}.conv1", x, stride)))
+            y = norm(f"{block}.bn2", layer(f"{block}.conv2", y))
+            if i == 0:
+                x = norm(f"{block}.shortcut.1", layer(f"{block}.shortcut.0", x, stride))
+            x = fire(y + x)
+    x = fire(x.mean((3, 4)) @ state["classifier.0.weight"].T + state["classifier.0.bias"])
+    expected = x @ state["classifier.2.weight"].T + state["classifier.2.bias"]
+    with torch.no_grad():
+        logits = model(images, per_timestep=True)
+    assert len(logits.flatten(0, 1).unique(dim=0)) > 1
+    assert relative(logits, expected) < 1e-12
+
+
+def test_resnet18_for_cifar_of_the_repositories_of_distillation() -> None:
+    state = random_state(distilled_shapes((2, 2, 2, 2), 4, 4, 0, 5))
+    assert foreign.num_classes(state, "seal") == 5
+    model = ours("spiking_resnet18_cifar", num_classes=5, stem_width=4, width=4)
+    converted(state, "seal", model)
+    assert torch.equal(model.fc.weight, state["classifier.0.weight"])
+    assert torch.equal(model.stem.conv.weight, state["conv0.0.weight"])
+
+
+def test_ms_resnets_file_is_recognised(tmp_path: Path) -> None:
+    state = {f"module.{k}": v for k, v in random_state(ms_shapes((2, 2, 2, 2), 4, 5)).items()}
+    torch.save(state, tmp_path / "resnet18-125-best.pth")
+    read = foreign_files.read(tmp_path / "resnet18-125-best.pth")
+    assert foreign.source_of(read, tmp_path / "resnet18-125-best.pth") == "ms"
+    assert foreign.num_classes(read, "ms") == 5
+    converted(read, "ms", ours("ms_resnet18", num_classes=5, width=4))
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("preact_resnet18", "torchvision"),
+        ("preact_resnet18", "ms"),
+        ("ms_resnet18", "decoupling"),
+        ("sew_resnet18", "decoupling"),
+        ("spiking_resnet18", "ms"),
+        ("vggsnn", "seal"),
+    ],
+)
+def test_weights_of_other_shortcuts_are_refused(name: str, source: foreign.Source) -> None:
+    with pytest.raises(UserError, match=f"weights of {source} are of other networks than {name}"):
+        foreign.convert({"fc.weight": torch.zeros(1)}, source, ours(name, num_classes=5))
+
+
+# ------------------------------------------------------------------------------ ReLU networks
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("sew_resnet34", "torchvision"),
+        ("spiking_resnet34", "timm"),
+        ("spiking_resnet50", "torchvision"),
+    ],
+)
+def test_normalized_currents_are_those_of_the_relu_network(
+    name: str, source: foreign.Source
+) -> None:
+    torch.manual_seed(0)
+    depth = name.partition("resnet")[2]
+    if source == "torchvision":
+        theirs = getattr(torchvision.models, f"resnet{depth}")(weights=None)
+    else:
+        theirs = timm.create_model(f"resnet{depth}")
+    randomized(theirs).eval()
+    # Not a threshold of 1, so that every batch norm of tdBN has a scale.
+    model = ours(name, neuron={"threshold": 0.5})
+    randomize(model)
+    converted(theirs.state_dict(), source, model).eval()
+
+    x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        stem = model.stem.neuron.norm(model.stem.conv(x[None]))[0]
+        assert relative(stem, theirs.bn1(theirs.conv1(x))) < 1e-12
+        block, twin = model.blocks[3], theirs.layer2[0]  # the first with a stride, if basic
+        spikes = (torch.rand(1, 1, twin.conv1.in_channels, 8, 8) < 0.3).double()
+        norm = block.conv1.neuron.norm
+        current = norm(block.conv1.conv(spikes))[0]
+        assert relative(current, twin.bn1(twin.conv1(spikes[0]))) < 1e-12
+        if name.startswith("spiking"):
+            merge = block.merge
+            shortcut = merge.downsample_norm(merge.downsample(spikes))[0]
+            assert relative(shortcut, twin.downsample(spikes[0])) < 1e-12
+            assert merge.downsample_norm.scale == pytest.approx(0.5 / 2**0.5)
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+
+class Code:
+    """Executes a command where it is unpickled by whoever does so."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.file,))
+
+
+def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "extra": Code(tmp_path / "executed")}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"holds more than weights .* is not read"):
+        foreign_files.read(tmp_path / "a.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_damaged_file_is_named(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(b"\x80\x05 this is neither")
+    with pytest.raises(UserError, match=r"not (a readable file of weights|read)"):
+        foreign_files.read(file)
+    with pytest.raises(UserError, match="there is no file"):
+        foreign_files.read(tmp_path / f"b{suffix}")
+
+
+def test_file_without_a_state_dict_is_named(tmp_path: Path) -> None:
+    for content in ([1, 2], {"epoch": 3}, {}, {0: torch.zeros(1)}):
+        torch.save(content, tmp_path / "a.pth")
+        with pytest.raises(UserError, match="holds no state dict"):
+            foreign_files.read(tmp_path / "a.pth")
+
+
+def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"not finite \(in b\): its training went wrong"):
+        foreign_files.read(tmp_path / "a.pth")
+    torch.jit.save(torch.jit.script(nn.Linear(1, 1)), tmp_path / "b.pt")
+    with pytest.raises(UserError, match="is a TorchScript program, which is code"):
+        foreign_files.read(tmp_path / "b.pt")
+    (tmp_path / "c.pth").write_text("text")
+    with pytest.raises(UserError, match="neither torch's nor safetensors' format"):
+        foreign_files.read(tmp_path / "c.pth")
+    state = torchvision.models.resnet18(num_classes=5).state_dict()
+    model = ours("sew_resnet18", num_classes=5)
+    with pytest.raises(UserError, match="torchvision's names, not those of the SEW-ResNet"):
+        foreign.convert(state, "sew", model)
+    state["conv1.weight"] = state["conv1.weight"].to(torch.int8)
+    with pytest.raises(UserError, match=r"conv1.weight is of torch.int8: .* quantised"):
+        foreign.convert(state, "torchvision", model)
+
+
+def test_names_that_several_sources_share_must_be_told() -> None:
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    with pytest.raises(UserError, match="--from"):
+        foreign.source_of(state, Path("a.pth"))
+    with pytest.raises(UserError, match=r"none of the known sources .*'encoder"):
+        foreign.source_of({"encoder.weight": torch.zeros(1)}, Path("a.pth"))
+
+
+def test_model_without_a_counterpart_is_refused() -> None:
+    with pytest.raises(UserError, match="spiking_convnet has no counterpart"):
+        foreign.convert({}, "timm", ours("spiking_convnet"))
+
+
+# ------------------------------------------------------------------------------------- the tool
+
+SMALL_RESNET18 = ["model.arguments.width=4", "data.image_size=16", "data.resize=16"]
+
+
+@pytest.fixture(scope="module")
+def relu_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow ResNet-18 of timm, of 4 classes."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", channels=(4, 8, 16, 32), num_classes=4)
+    file = tmp_path_factory.mktemp("relu") / "resnet18.safetensors"
+    save_file(model.state_dict(), file)
+    return file
+
+
+Tool = Callable[..., tuple[int, str, str]]
+
+
+def load_tool(name: str) -> ModuleType:
+    return importlib.import_module(f"tetdist.apps.cli.{name}")
+
+
+@pytest.fixture
+def convert(capfd: pytest.CaptureFixture[str]) -> Tool:
+    """Runs tools/convert.py in this process: status, standard output, standard error."""
+    tool = load_tool("convert")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        try:
+            status = tool.main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        return status, *capfd.readouterr()
+
+    return call
+
+
+def test_training_and_evaluation_begin_with_a_relu_network(
+    convert: Tool,
+    relu_file: Path,
+    tiny_root: Path,
+    tmp_path: Path,
+    tiny_config: Callable[..., Path],
+    main: Callable[..., Outcome],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "converted.safetensors"
+    command = [relu_file, "--model", "spiking_resnet18", "--from", "timm", "--output", output]
+    status, out, err = convert(*command, "--classes", tiny_root / "val", *SMALL_RESNET18)
+    assert status == 0, err
+    assert "107 of 107 tensors, as of timm" in out
+    assert "21 counters of batches" in out
+
+    evaluate = load_tool("eval")
+    arguments = ["--checkpoint", output, "--data", tiny_root, "--device", "cpu", "--json"]
+    status = evaluate.main([*map(str, arguments), str(tmp_path / "before.json")])
+    assert status == 0, capfd.readouterr().err
+    before = json.loads((tmp_path / "before.json").read_text())
+    assert before["samples"] == sum(tiny.VAL_SIZES)
+    assert before["model"] == "spiking_resnet18"
+    assert before["timesteps"] == 4
+
+    changes = {
+        "model": {"name": "spiking_resnet18", "arguments": {"width": 4}},
+        "init_checkpoint": str(output),
+        "phases.0.optimizer.lr": 1e-9,
+    }
+    outcome = main(tiny_config(changes), "max_steps=1")
+    assert outcome.status == 0, outcome.text
+    assert f"beginning with the weights of {output}" in outcome.text
+    assert "other classes" not in outcome.text
+    trained = load_file(tiny.newest(tmp_path / "runs" / "tiny") / "model.safetensors")
+    theirs = load_file(relu_file)
+    for own, key in (
+        ("stem.conv.weight", "conv1.weight"),
+        ("blocks.7.merge.conv.weight", "layer4.1.conv2.weight"),
+        ("fc.weight", "fc.weight"),
+    ):
+        torch.testing.assert_close(trained[own], theirs[key], atol=1e-6, rtol=0)
+
+
+def test_another_number_of_classes_is_named_and_may_be_allowed(
+    convert: Tool,
+    relu_file: Path,
+    tiny_root: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "converted.safetensors"
+    command = [relu_file, "--model", "spiking_resnet18", "--from", "timm", "--output", output]
+    command += [*SMALL_RESNET18, "model.num_classes=7"]
+    status, out, err = convert(*command)
+    assert status == 2
+    assert "fc.weight (there fc.weight) has shape (4, 32) instead of (7, 32)" in out
+    assert "2 tensors missing or of another shape and 0 unknown" in err
+    assert not output.exists()
+    status, out, err = convert(*command, "--allow-missing")
+    assert status == 0, err
+    assert "not carried over: fc.bias" in out
+    weights, description = checkpoint.load_model_file(output)
+    assert weights["fc.weight"].shape == (7, 32)
+    assert torch.equal(weights["stem.conv.weight"], load_file(relu_file)["conv1.weight"])
+    assert description.classes is None
+    assert description.converted == {"file": "resnet18.safetensors", "from": "timm"}
+
+    arguments = ["--checkpoint", str(output), "--data", str(tiny_root), "--device", "cpu"]
+    assert load_tool("eval").main(arguments) == 2
+    assert f"the data has 4 classes and {output} knows 7" in capfd.readouterr().err
+
+
+def test_tets_checkpoint_is_recognized(convert: Tool, tmp_path: Path) -> None:
+    torch.save(tet_resnet19().float().state_dict(), tmp_path / "tet.pth")
+    command = [tmp_path / "tet.pth", "--model", "spiking_resnet19", "--timesteps", 6]
+    small = [f"model.arguments.{k}={v}" for k, v in SMALL_RESNET19.items() if k != "num_classes"]
+    status, out, err = convert(*command, "--output", tmp_path / "o.safetensors", *small)
+    assert status == 0, err
+    assert "as of tet" in out
+    _, description = checkpoint.load_model_file(tmp_path / "o.safetensors")
+    assert description.timesteps == 6
+    model = description.config["model"]
+    assert (model["num_classes"], model["neuron"]["decay"]) == (5, 0.5)
+    assert description.config["data"]["image_size"] == 32
+
+
+@pytest.mark.parametrize(
+    ("source", "model", "shapes", "arguments", "neuron"),
+    [
+        (
+            "decoupling",
+            "preact_resnet18",
+            preact_shapes((2, 2, 2, 2), 4, 4),
+            {"width": 4},
+            {"decay": 0.2, "threshold": 1.0, "reset": "soft", "surrogate_width": 4.0},
+        ),
+        (
+            "seal",
+            "preact_resnet18",
+            preact_shapes((2, 2, 2, 2), 4, 4),
+            {"width": 4},
+            {"decay": 0.2, "threshold": 1.0, "reset": "hard", "surrogate": "sigmoid"},
+        ),
+        (
+            "decoupling",
+            "spiking_resnet19",
+            distilled_shapes((3, 3, 2), 128, 4, 6, 4),
+            {"width": 4, "hidden_features": 6, "stem_width": 128},
+            {"decay": 0.5, "reset": "hard"},
+        ),
+        (
+            "ms",
+            "ms_resnet18",
+            ms_shapes((2, 2, 2, 2), 4, 4),
+            {"width": 4},
+            {"decay": 0.25, "threshold": 0.5, "surrogate": "rectangle", "detach_reset": True},
+        ),
+    ],
+)
+def test_converted_file_notes_its_sources_network(
+    source: str,
+    model: str,
+    shapes: Shapes,
+    arguments: dict[str, int],
+    neuron: dict[str, Any],
+    convert: Tool,
+    tiny_root: Path,
+    tmp_path: Path,
+) -> None:
+    torch.save({"best_acc": 1.0, "best_net": random_state(shapes)}, tmp_path / "theirs.pth")
+    output = tmp_path / "o.safetensors"
+    # The width of the stem is noted unasked.
+    given = [f"model.arguments.{k}={v}" for k, v in arguments.items() if k != "stem_width"]
+    command = [tmp_path / "theirs.pth", "--model", model, "--from", source, "--output", output]
+    status, out, err = convert(*command, *given, "data.image_size=32", "data.resize=32")
+    assert status == 0, err
+    assert f"as of {source}" in out
+    _, description = checkpoint.load_model_file(output)
+    noted = description.config["model"]
+    assert noted["arguments"] == arguments
+    assert {key: noted["neuron"][key] for key in neuron} == neuron
+    command = ["--checkpoint", str(output), "--data", str(tiny_root), "--device", "cpu"]
+    assert load_tool("eval").main([*command, "--json", str(tmp_path / "e.json")]) == 0
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert found["samples"] == sum(tiny.VAL_SIZES)
+    assert 0 < max(found["firing_rate"].values()) < 1
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "mean", "std"),
+    [
+        (10, [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
+        (100, [0.5071, 0.4867, 0.4408], [0.2675, 0.2565, 0.2761]),
+    ],
+)
+def test_tets_networks_see_images_as_its_loader_scales_them(
+    num_classes: int, mean: list[float], std: list[float], convert: Tool, tmp_path: Path
+) -> None:
+    torch.save(TetResNet19(3, 4, 6, num_classes).state_dict(), tmp_path / "tet.pth")
+    command = [
+        tmp_path / "tet.pth",
+        "--model",
+        "spiking_resnet19",
+        "--output",
+        tmp_path / "o.safetensors",
+    ]
+    small = [f"model.arguments.{k}={v}" for k, v in SMALL_RESNET19.items() if k != "num_classes"]
+    status, _, err = convert(*command, *small)
+    assert status == 0, err
+    _, description = checkpoint.load_model_file(tmp_path / "o.safetensors")
+    data = description.config["data"]
+    assert (data["mean"], data["std"]) == (mean, std)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--model", "resnet18"], "'resnet18' is not a spiking model"),
+        (["--model", "spiking_resnet18", "model.neuron.tau=2"], "unknown key 'model.neuron.tau'"),
+        (["--model", "spiking_resnet18", "model.arguments.width=-1"], "cannot be built with"),
+        (["--model", "spiking_resnet18", "--classes", "nowhere"], "--classes: nowhere cannot"),
+        (["--model", "spiking_resnet18", "--timesteps", "0"], "--timesteps must be at least 1"),
+        (
+            ["--model", "vggsnn", "model.num_classes=7", "--allow-missing"],
+            "nothing in .* fits vggsnn",
+        ),
+    ],
+)
+def test_mistakes_end_in_a_sentence(
+    convert: Tool, relu_file: Path, tmp_path: Path, arguments: list[str], complaint: str
+) -> None:
+    output = tmp_path / "o.safetensors"
+    status, _, err = convert(relu_file, "--from", "timm", "--output", output, *arguments)
+    assert status == 2
+    assert re.search(complaint, err), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_replaced_that_should_stay(
+    convert: Tool, relu_file: Path, tmp_path: Path
+) -> None:
+    command = [relu_file, "--model", "spiking_resnet18", "--from", "timm", "--output"]
+    before = relu_file.read_bytes()
+    status, _, err = convert(*command, relu_file, *SMALL_RESNET18)
+    assert (status, relu_file.read_bytes()) == (2, before)
+    assert f"{relu_file} exists; choose another --output" in err
+    (tmp_path / checkpoint.MANIFEST_FILE).write_text("{}")
+    status, _, err = convert(*command, tmp_path / "model.safetensors", *SMALL_RESNET18)
+    assert status == 2
+    assert "is a checkpoint; choose another folder" in err
+
+
+def test_network_of_another_layout_lists_what_does_not_fit(convert: Tool, tmp_path: Path) -> None:
+    """A CIFAR ResNet-20, with the names and shapes that a widely used repository gives it."""
+    file = tmp_path / "resnet20.th"
+    state = torchvision.models.ResNet(
+        torchvision.models.resnet.BasicBlock, [3, 3, 3, 1], num_classes=10
+    ).state_dict()
+    kept = {k: v for k, v in state.items() if not k.startswith(("layer4", "fc"))}
+    kept |= {"linear.weight": torch.zeros(10, 64), "linear.bias": torch.zeros(10)}
+    kept["conv1.weight"] = torch.zeros(16, 3, 3, 3)
+    wrapped = {f"module.{key}": value for key, value in kept.items()}
+    torch.save({"state_dict": wrapped, "best_prec1": 91.78}, file)
+    output = tmp_path / "o.safetensors"
+    command = [file, "--model", "sew_resnet18", "--from", "torchvision", "--output", output]
+    status, out, err = convert(*command)
+    assert status == 2
+    # What is wrong is seen at a glance; the rest comes where it is asked for.
+    assert len(out.splitlines()) < 20
+    first, second, *_ = re.findall(r"(not carried over|unknown here): (\d+) more \(--list", out)
+    assert (first[0], second[0]) == ("not carried over", "unknown here")
+    status, out, err = convert(*command, "--list")
+    assert status == 2
+    assert out.count("not carried over") == 5 + int(first[1])
+    assert "not carried over: stem.conv.weight (there conv1.weight) has shape (16, 3, 3, 3)" in out
+    assert "blocks.7.conv2.conv.weight (there layer4.1.conv2.weight) is missing" in out
+    assert "unknown here: linear.weight" in out
+    assert f"{file} is not a sew_resnet18 of torchvision" in err
+    assert not output.exists()
+
+
+def test_converting_does_not_change_the_model() -> None:
+    model = ours("spiking_resnet19", **SMALL_RESNET19)
+    before = copy.deepcopy(model.state_dict())
+    result = foreign.convert(tet_resnet19().state_dict(), "tet", model)
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+    assert not torch.equal(result.weights["fc.weight"], before["fc.weight"])

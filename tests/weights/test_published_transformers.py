@@ -1,0 +1,228 @@
+"""Transformers in and out: from a published file to a program that somebody else runs."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import published_formers as formers
+import published_transformers as published
+import pytest
+import timm
+import torch
+from published_transformers import Published, QKFormerSize, SDTSize
+from torch import Tensor
+
+from tetdist.apps.weights.trained import Trained, load
+from tetdist.nn.integer_neurons import NILIF
+from tetdist.storage import checkpoint
+
+QKFORMER = QKFormerSize("imagenet", (8, 16, 24), (1, 1, 1), 2)
+SDT = SDTSize(32, 1)
+ESPIKEFORMER = formers.ESpikeFormerSize((8, 8, 8, 12), (1, 1), heads=2)
+MAXFORMER = formers.MaxFormerSize((8, 16, 24), (1, 1, 1), heads=2)
+NAMES = {
+    "qkformer": "qkformer_10_384",
+    "sdt": "sdt_8_384",
+    "espikeformer": "espikeformer_s",
+    "maxformer": "maxformer_10_384",
+}
+TIMESTEPS = dict.fromkeys(NAMES, 2) | {"espikeformer": 1}  # which is published so
+each_family = pytest.mark.parametrize("family", NAMES)
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+Tool = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def tool(capfd: pytest.CaptureFixture[str]) -> Tool:
+    """Runs a command in this process: status, standard output, standard error."""
+
+    def call(name: str, *arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        module = importlib.import_module(f"tetdist.apps.cli.{name}")
+        try:
+            status = module.main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        return status, *capfd.readouterr()
+
+    return call
+
+
+def state_of(family: str) -> dict[str, Tensor]:
+    shapes = {
+        "qkformer": published.qkformer_shapes(QKFORMER),
+        "sdt": published.sdt_shapes(SDT),
+        "espikeformer": formers.espikeformer_shapes(ESPIKEFORMER),
+        "maxformer": formers.maxformer_shapes(MAXFORMER),
+    }
+    gain = 4.0 if family == "espikeformer" else 1.0
+    state: dict[str, Tensor] = published.random_state(shapes[family], gain=gain)
+    return state
+
+
+def converted(family: str, tool: Tool, folder: Path, *more: str) -> tuple[Path, str]:
+    """A file made of a small published one, and what the command said."""
+    wrapper, small = {
+        "qkformer": ("model", {"widths": [8, 16, 24], "depths": [1, 1, 1], "heads": 2}),
+        "sdt": ("state_dict", {"channels": 32, "depth": 1}),
+        "espikeformer": (
+            "model",
+            {"widths": [8, 8, 8, 12], "depths": [1, 1], "heads": 2},
+        ),
+        "maxformer": ("model", {"widths": [8, 16, 24], "depths": [1, 1, 1], "heads": 2}),
+    }[family]
+    name = "".join(letter for letter in "-".join(more) if letter.isalnum())
+    source, output = folder / f"{family}.pth", folder / f"{family}{name}.safetensors"
+    torch.save({wrapper: state_of(family), "epoch": 199}, source)
+    command = [
+        source,
+        "--model",
+        NAMES[family],
+        "--timesteps",
+        TIMESTEPS[family],
+        "--output",
+        output,
+    ]
+    arguments = [f"model.arguments.{key}={value}" for key, value in small.items()]
+    status, out, err = tool("convert", *command, *arguments, "data.image_size=32", *more)
+    assert status == 0, err
+    return output, out
+
+
+def images(batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(batch, 3, 32, 32, generator=generator)
+
+
+@each_family
+def test_published_file_is_recognised_and_computes_what_it_did(
+    family: str, tool: Tool, tmp_path: Path
+) -> None:
+    file, out = converted(family, tool, tmp_path)
+    assert f"as of {family}" in out
+    trained = load(file)
+    net = Published({k: v.float() for k, v in state_of(family).items()}, training=False)
+    frames = images(4).expand(TIMESTEPS[family], -1, -1, -1, -1)
+    match family:
+        case "qkformer":
+            expected = published.qkformer(net, frames, QKFORMER, mixes_samples=False)
+        case "sdt":
+            expected = published.sdt(net, frames, SDT)
+        case "espikeformer":
+            expected = formers.espikeformer(net, frames, ESPIKEFORMER)
+        case "maxformer":
+            expected = formers.maxformer(net, frames, MAXFORMER)
+    with torch.no_grad():
+        torch.testing.assert_close(trained.model(images(4)), expected.mean(0), rtol=1e-4, atol=1e-5)
+    data = trained.config.data
+    assert data.interpolation == "bicubic"
+    side = {"qkformer": 256, "sdt": 235, "espikeformer": 232, "maxformer": 256}[family]
+    assert data.resize_side == side  # as timm rounds it, of a crop of 95 % of the SDT's
+    neuron = trained.config.model.neuron
+    if family == "espikeformer":
+        assert neuron == NILIF(most_spikes=4)
+    else:
+        assert neuron.threshold == 2
+
+
+def test_unused_weights_are_named(tool: Tool, tmp_path: Path) -> None:
+    _, out = converted("sdt", tool, tmp_path)
+    assert "1 tensor that its network does not use: block.0.attn.talking_heads.weight" in out
+
+
+def test_mixing_of_samples_is_told_and_may_be_asked_for(tool: Tool, tmp_path: Path) -> None:
+    plain, out = converted("qkformer", tool, tmp_path)
+    assert "the samples of a batch influence each other" in out
+    mixing, out = converted("qkformer", tool, tmp_path, "model.arguments.mixes_samples=true")
+    assert "QKFormer's accuracies" not in out
+    with torch.no_grad():
+        logits = [load(file).model(images(4)) for file in (plain, mixing)]
+    assert not torch.allclose(*logits)
+
+
+@each_family
+def test_nir_is_refused_by_name(family: str, tool: Tool, tmp_path: Path) -> None:
+    file, _ = converted(family, tool, tmp_path)
+    status, _, err = tool("export", file, "--format", "nir", "--output", tmp_path / "net.nir")
+    assert status == 2
+    assert "NIR cannot express" in err
+    assert "the product of two signals, of which attention is made" in err
+
+
+# Traced with all timesteps, of which each is some tens of operations a layer: that takes its time.
+LONG = ("qkformer", "espikeformer", "maxformer")
+
+
+@pytest.mark.parametrize(
+    "family", ["sdt", *(pytest.param(family, marks=pytest.mark.long) for family in LONG)]
+)
+def test_program_of_torch_is_the_network(family: str, tool: Tool, tmp_path: Path) -> None:
+    file, _ = converted(family, tool, tmp_path)
+    status, out, err = tool("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")
+    assert status == 0, err
+    assert "its logits are the model's" in out
+    x = images(5)  # another batch size than it was traced with
+    with torch.no_grad():
+        actual = torch.export.load(tmp_path / "net.pt2").module()(x)
+        torch.testing.assert_close(actual, load(file).model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+@each_family
+def test_onnx_graph_is_the_network(family: str, tool: Tool, tmp_path: Path) -> None:
+    file, _ = converted(family, tool, tmp_path)
+    path = tmp_path / "net.onnx"
+    status, out, err = tool("export", file, "--format", "onnx", "--output", path)
+    assert status == 0, err
+    assert "its logits are the model's" in out
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x = images(5)
+    (actual,) = session.run(["logits"], {"images": x.numpy()})
+    with torch.no_grad():
+        expected = load(file).model(x)
+    torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-3, atol=1e-4)
+
+
+@each_family
+def test_timm_loads_the_folder(family: str, tool: Tool, tmp_path: Path) -> None:
+    file, _ = converted(family, tool, tmp_path)
+    folder = tmp_path / "given"
+    status, _, err = tool("export", file, "--format", "timm", "--output", folder)
+    assert status == 0, err
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    model.set_execution("reference")
+    with torch.no_grad():
+        assert torch.equal(model(images(2)), load(file).model(images(2)))
+
+
+def test_program_of_events_has_the_size_that_the_network_is_described_with() -> None:
+    """Of a network that takes frames of any size."""
+    description = {
+        "name": "small",
+        "model": {
+            "name": "sdt_2_256_dvs",
+            "num_classes": 3,
+            "arguments": {"channels": 16, "depth": 1},
+        },
+        "data": {"root": "data", "kind": "events"},
+        "batch": {"global": 8, "micro": 4},
+        "phases": [{"epochs": 1, "timesteps": 2, "optimizer": {"lr": 0.1}}],
+    }
+    from tetdist.config.loading import parse
+
+    config = parse(description, "test", warn=False)
+    model = config.model.build(num_classes=3, timesteps=2)
+    trained = Trained(
+        model,
+        config,
+        checkpoint.Description(
+            config=config.as_dict(), classes=None, timesteps=2, step=0, validation=None
+        ),
+    )
+    assert trained.input_shape == (2, 64, 64)

@@ -1,0 +1,1 @@
+"""Applications around the core, which never imports them: commands, Slurm, studies, reports."""

@@ -1,0 +1,263 @@
+"""Seconds of a training step, and bytes kept for its backward pass, by model and T."""
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import platform
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tetdist.apps.benchmarks import turns
+from tetdist.apps.benchmarks.contestants import Contestant, contestants_of, step_of
+from tetdist.nn.precision import choose_algorithms
+
+MIB = 2**20
+
+
+def machine(device: str) -> dict[str, str]:
+    """The machine and the versions that the figures depend on."""
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    with Path("/proc/cpuinfo").open() as stream:
+        cpu = next((line.split(":")[1].strip() for line in stream if "model name" in line), name)
+    found = {
+        "device": name if device == "cuda" else cpu,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["spikingjelly"] = importlib.metadata.version("spikingjelly")
+    return found
+
+
+# --- model -------------------------------------------------------------------------------------
+
+
+def measure_model(options: argparse.Namespace) -> dict[str, Any]:
+    """The seconds of a step of each contestant: medians over rounds in which all take turns."""
+    names = list(contestants_of(options))
+    if options.device == "cuda":
+        rows = measure_here(names, options, _tell)
+    else:
+        with turns.contestants(names, options) as processes:
+            seconds = _in_turns({name: one.step for name, one in processes.items()}, options)
+            rows = [
+                _row(name, seconds, options)
+                | {"warm_up": one.warm_up, "waiting": one.waiting, "peak_mib": None}
+                for name, one in processes.items()
+            ]
+    keys = ("model", "size", "timesteps", "batch", "precision", "device", "evaluate", "repeats")
+    result = {key: getattr(options, key) for key in keys} | {"rows": rows}
+    if not options.evaluate:
+        # The two keys that `slurm --benchmark` reads.
+        own = next(row for row in rows if row["name"].startswith("tetdist"))
+        result |= {"images_per_s": own["images_per_s"], "processes": 1}
+    return result
+
+
+def measure_here(
+    names: list[str], options: argparse.Namespace, tell: Callable[[str], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """Measure in this process: a GPU's memory is divided among processes, and its threads are its
+    own.
+
+    Args:
+        names: Of the contestants.
+        options: Those of `measure_model`.
+        tell: Given a line when a contestant is ready.
+
+    Raises:
+        torch.OutOfMemoryError: They do not fit into the GPU's memory together.
+    """
+    choose_algorithms(options.precision)
+    made, on_gpu = contestants_of(options), options.device == "cuda"
+    steps = {name: step_of(options, made[name]()) for name in names}
+    warm_up = {}
+    for name, step in steps.items():
+        warm_up[name] = _seconds(step) + _seconds(step)
+        tell(f"{name}: first two steps {warm_up[name]:.1f} s")
+    seconds = _in_turns({name: partial(_seconds, step) for name, step in steps.items()}, options)
+    return [
+        _row(name, seconds, options)
+        | {
+            "warm_up": warm_up[name],
+            "waiting": None,
+            "peak_mib": peak_mib(step) if on_gpu else None,
+        }
+        for name, step in steps.items()
+    ]
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def _in_turns(
+    steps: dict[str, Callable[[], float]], options: argparse.Namespace
+) -> dict[str, list[float]]:
+    """The seconds of each contestant's steps, by round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(options.repeats):
+        for name, step in steps.items():
+            seconds[name].append(step())
+    return seconds
+
+
+def _row(name: str, seconds: dict[str, list[float]], options: argparse.Namespace) -> dict[str, Any]:
+    values, first = seconds[name], next(iter(seconds.values()))
+    return {
+        "name": name,
+        "seconds": statistics.median(values),
+        "fastest": min(values),
+        # The ratio is taken round by round, since whatever slows the machine slows both.
+        "ratio": statistics.median(a / b for a, b in zip(values, first, strict=True)),
+        "images_per_s": options.batch / statistics.median(values),
+    }
+
+
+def model_table(result: dict[str, Any]) -> str:
+    what = "evaluation" if result["evaluate"] else "training step"
+    lines = [
+        f"{result['model']}, T={result['timesteps']}, batch {result['batch']}, "
+        f"{result['precision']}, {result['device']}: a {what}, median of {result['repeats']}",
+        "",
+        "                            s    / first   images/s   first two steps, s",
+    ]
+    lines += [
+        f"{row['name']:22}{row['seconds']:9.3f}{row['ratio']:12.3f}{row['images_per_s']:11.2f}"
+        f"{row['warm_up']:14.1f}"
+        + (f"   waiting {row['waiting']}" if row["waiting"] else "")
+        + (f"   at most {row['peak_mib']:.0f} MiB" if row["peak_mib"] else "")
+        for row in result["rows"]
+    ]
+    return "\n".join(lines)
+
+
+def peak_mib(step: Callable[[], None]) -> float:
+    """The most MiB that a step allocates on the GPU, beyond those allocated before it."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+class SavedBytes:
+    """Counts what autograd holds for the backward pass, now and at its most.
+
+    A storage is counted once however many operations keep it; parameters are not counted.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.now = self.most = 0
+        self._holders: dict[int, int] = {}
+        self._ignored = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def _pack(self, tensor: Tensor) -> "_Kept":
+        storage = tensor.untyped_storage()
+        kept = _Kept(tensor)
+        pointer = storage.data_ptr()
+        if pointer not in self._ignored:
+            if pointer not in self._holders:
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+            self._holders[pointer] = self._holders.get(pointer, 0) + 1
+            weakref.finalize(kept, self._released, pointer, storage.nbytes())
+        return kept
+
+    def _released(self, pointer: int, num_bytes: int) -> None:
+        self._holders[pointer] -= 1
+        if not self._holders[pointer]:
+            del self._holders[pointer]
+            self.now -= num_bytes
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor):
+            yield
+
+
+class _Kept:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
+    """The MiB an image held after the forward pass, and the most until the backward pass ends."""
+    options = argparse.Namespace(**vars(options), evaluate=False)
+    rows: list[dict[str, Any]] = []
+    all_timesteps = options.timesteps
+    for timesteps in all_timesteps:
+        options.timesteps = timesteps
+        for name, contestant in contestants_of(options).items():
+            held = []
+            # The difference of two batch sizes is the cost of an image; costs that do not depend on
+            # the batch, such as weights in bfloat16, cancel.
+            for batch in (2, 3):
+                options.batch = batch
+                held.append(_held(options, contestant()))
+            two, three = held
+            print(f"measured T={timesteps}, {name}", file=sys.stderr, flush=True)
+            rows.append(
+                {
+                    "timesteps": timesteps,
+                    "name": name,
+                    "after_forward_mib": (three[0] - two[0]) / MIB,
+                    "at_most_mib": (three[1] - two[1]) / MIB,
+                }
+            )
+    keys = ("model", "size", "precision", "device", "segment")
+    return {key: getattr(options, key) for key in keys} | {"rows": rows}
+
+
+def _held(options: argparse.Namespace, contestant: Contestant) -> tuple[int, int]:
+    from tetdist.nn.precision import autocast
+
+    model, images, logits = contestant
+    saved = SavedBytes(model)
+    with saved.counting():
+        with autocast(images.device, options.precision):
+            loss = logits(images).float().square().mean()
+        after_forward = saved.now
+        loss.backward()
+    return after_forward, saved.most
+
+
+def memory_table(result: dict[str, Any]) -> str:
+    rows = result["rows"]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    lines = [
+        f"{result['model']}, {result['precision']}: MiB an image kept for the backward pass, after "
+        "the forward pass (and at most)",
+        "",
+        "   T" + "".join(f"{name:>24}" for name in names),
+    ]
+    table = {(row["timesteps"], row["name"]): row for row in rows}
+    for timesteps in dict.fromkeys(row["timesteps"] for row in rows):
+        cells = []
+        for name in names:
+            row = table[timesteps, name]
+            share = row["after_forward_mib"] / table[timesteps, names[0]]["after_forward_mib"]
+            cells.append(
+                f"{row['after_forward_mib']:8.1f} ({row['at_most_mib']:6.1f}) {100 * share:4.0f} %"
+            )
+        lines.append(f"{timesteps:4}" + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)

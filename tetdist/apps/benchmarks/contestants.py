@@ -1,0 +1,242 @@
+"""The networks that are measured against each other: ours, the ReLU network, spikingjelly's."""
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tetdist.apps.benchmarks import peers
+from tetdist.apps.benchmarks.relu_twins import relu_twin
+
+# --- contestants -------------------------------------------------------------------------------
+
+
+class Mode(NamedTuple):
+    """A way to run our model."""
+
+    execution: str = "fused"
+    recompute: bool = False
+    segmented: bool = False
+
+
+MODES = {
+    "none": Mode(),
+    "blocks": Mode(recompute=True),
+    "timesteps": Mode(recompute=True, segmented=True),
+    "reference": Mode(execution="reference"),
+}
+
+
+class Contestant(NamedTuple):
+    model: torch.nn.Module
+    images: Tensor
+    logits: Callable[[Tensor], Tensor]  # (T, B, K)
+
+
+def contestants_of(options: argparse.Namespace) -> dict[str, Callable[[], Contestant]]:
+    """The contestants by name; each is made only when it is called for."""
+    contestants: dict[str, Callable[[], Contestant]] = {}
+    if relu_twin(options.model):
+        contestants["relu"] = functools.partial(relu, options)
+    for mode in options.modes:
+        contestants[f"tetdist, {mode}"] = functools.partial(ours, options, mode)
+    if options.spikingjelly:
+        name = f"spikingjelly, {options.spikingjelly}"
+        contestants[name] = functools.partial(spikingjelly, options)
+    return contestants
+
+
+def ours(options: argparse.Namespace, mode: str) -> Contestant:
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(options.model, timesteps=options.timesteps)
+    execution, recompute, segmented = MODES[mode]
+    model.set_execution(execution)
+    model.set_grad_checkpointing(recompute)
+    model.set_segment(options.segment if segmented else None)
+    return laid_out(options, model, batch_of(options, model), lambda x: model(x, per_timestep=True))
+
+
+def relu(options: argparse.Namespace) -> Contestant:
+    """The ReLU network of the same convolutions, on T times the batch."""
+    import timm
+
+    spiking = timm.create_model(options.model, timesteps=options.timesteps)
+    twin = relu_twin(options.model)
+    assert twin is not None
+    images = batch_of(options, spiking)
+    if images.ndim == 5:
+        images = images.flatten(0, 1)
+    else:
+        images = images.repeat(options.timesteps, 1, 1, 1)
+    return laid_out(
+        options, twin, images, lambda x: twin(x).unflatten(0, (options.timesteps, options.batch))
+    )
+
+
+def spikingjelly(options: argparse.Namespace) -> Contestant:
+    from spikingjelly.activation_based import functional
+
+    model = spikingjelly_network(options.model)
+    functional.set_step_mode(model, "m")
+    run: Callable[[Tensor], Tensor] = model
+    if options.spikingjelly == "compiled":
+        torch._dynamo.config.recompile_limit = 128
+        run = torch.compile(model)
+
+    def logits(images: Tensor) -> Tensor:
+        functional.reset_net(model)
+        return run(images.expand(options.timesteps, *images.shape))
+
+    images = batch_of(options, model, channels=3, size=224)
+    return laid_out(options, model, images, logits)
+
+
+def has_spikingjelly_network(name: str) -> bool:
+    """Whether `spikingjelly_network` makes one."""
+    if name.startswith(("sew_resnet", "spiking_resnet")):
+        return not name.startswith(("spiking_resnet19", "spiking_resnet18_"))
+    # Transformers for images of ImageNet's size.
+    transformers = ("qkformer_10_", "sdt_", "maxformer_", "espikeformer_")
+    return name.startswith(transformers) and not name.startswith("sdt_2_")
+
+
+def spikingjelly_network(name: str) -> torch.nn.Module:
+    """The network of spikingjelly's neurons that is one of ours with the default neuron: the
+    library's own, or a transformer of peers.py."""
+    from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
+
+    family, *numbers = name.split("_")
+    match family:
+        case "sew":
+            return getattr(sew_resnet, name)(spiking_neuron=spikingjelly_neuron, cnf="ADD")
+        case "spiking":
+            return getattr(spiking_resnet, name)(spiking_neuron=spikingjelly_neuron)
+        case "qkformer":
+            width = int(numbers[1])
+            widths = (width // 4, width // 2, width)
+            return peers.QKFormer(widths, (1, 2, 7), width // 64, halving_neuron)
+        case "maxformer":
+            width = int(numbers[1])
+            widths = (width // 4, width // 2, width)
+            return peers.MaxFormer(widths, (1, 2, 7), width // 64, halving_neuron)
+        case "sdt":
+            depth, width = map(int, numbers)
+            return peers.SpikeDrivenTransformer(width, depth, halving_neuron)
+        case "espikeformer":
+            of_size = {
+                "t": (24, 48, 96, 128),
+                "s": (32, 64, 128, 192),
+                "m": (48, 96, 192, 240),
+                "l": (64, 128, 256, 360),
+            }
+            return peers.ESpikeFormer(
+                of_size[numbers[0]], (6, 2), 8, sharing_neuron, counting_neuron
+            )
+        case _:
+            raise AssertionError(name)
+
+
+def spikingjelly_neuron() -> torch.nn.Module:
+    """A layer of spikingjelly's neurons, of the numbers of ours in SEW- and Spiking-ResNets."""
+    from spikingjelly.activation_based import neuron, surrogate
+
+    return neuron.LIFNode(
+        tau=2.0,
+        decay_input=False,
+        surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0),
+        detach_reset=False,
+    )
+
+
+def halving_neuron(threshold: float = 1.0) -> torch.nn.Module:
+    """A layer of spikingjelly's neurons as QKFormer, Max-Former and SDT have them."""
+    from spikingjelly.activation_based import neuron, surrogate
+
+    return neuron.LIFNode(
+        tau=2.0,
+        v_threshold=threshold,
+        surrogate_function=surrogate.Sigmoid(alpha=4.0),
+        detach_reset=True,
+    )
+
+
+def counting_neuron(threshold: float = 1.0) -> torch.nn.Module:
+    """A layer of spikingjelly's neurons that send a number of spikes, of up to 4."""
+    from spikingjelly.activation_based import neuron
+
+    return neuron.ILIFNode(v_threshold=threshold)
+
+
+def sharing_neuron(threshold: float = 1.0) -> torch.nn.Module:
+    """The same, divided by 4, as E-SpikeFormer has them."""
+    return torch.nn.Sequential(counting_neuron(threshold), _Quarter())
+
+
+class _Quarter(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 4
+
+
+def batch_of(
+    options: argparse.Namespace,
+    model: Any,
+    *,
+    channels: int | None = None,
+    size: int | None = None,
+) -> Tensor:
+    """Random images (B, 3, H, W), or event frames (B, T, 2, H, W)."""
+    if channels is None:
+        channels, size, _ = model.default_cfg["input_size"]
+    size = options.size or size
+    generator = torch.Generator().manual_seed(0)
+    frames = (options.timesteps,) if getattr(model, "input_kind", "images") == "events" else ()
+    shape = (options.batch, *frames, channels, size, size)
+    return torch.rand(shape, generator=generator).to(options.device)
+
+
+def laid_out(
+    options: argparse.Namespace,
+    model: torch.nn.Module,
+    images: Tensor,
+    logits: Callable[[Tensor], Tensor],
+) -> Contestant:
+    model.to(options.device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+    model.train(not options.evaluate)
+    if images.ndim == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return Contestant(model, images, logits)
+
+
+def step_of(options: argparse.Namespace, contestant: Contestant) -> Callable[[], None]:
+    """A function that makes a step: forward, TET loss, backward; or only the forward pass."""
+    from tetdist.losses import tet_loss
+    from tetdist.nn.precision import autocast
+
+    model, images, logits = contestant
+    labels = torch.arange(options.batch, device=options.device) % 10
+
+    def train() -> None:
+        model.zero_grad(set_to_none=True)
+        with autocast(images.device, options.precision):
+            output = logits(images)
+        tet_loss(output, labels, lambda_=0.001).backward()
+        wait(options.device)
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        with autocast(images.device, options.precision):
+            logits(images)
+        wait(options.device)
+
+    return evaluate if options.evaluate else train
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

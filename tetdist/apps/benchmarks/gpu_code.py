@@ -1,0 +1,316 @@
+"""What the Triton passes become on a GPU, read from their code, without a GPU.
+
+The passes are called with tensors that have no contents, and each launch is noted instead of done;
+Triton compiles what was noted for a GPU of a given kind, and brings the assembler and disassembler
+for that. Counted are instructions, registers, the widths of loads and stores in machine code, and,
+in Triton's own intermediate code, the bytes that a pass loads and stores for a number and timestep.
+All of it is computed, not measured.
+"""
+
+import collections
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.fast import triton_passes
+from tetdist.nn.fast.fused import Affine, Inputs
+from tetdist.nn.learned_decay import PLIF
+from tetdist.nn.neurons import LIF, NeuronConfig
+
+CAPABILITIES = (80, 90)  # A100, H100
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "u8",
+}
+_BYTES = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "i8": 1}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel that a pass would have started, with the types of its arguments."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[str | int | None, ...]  # "*bf16" of a tensor
+    known: dict[str, Any]
+
+    def argument(self, name: str) -> str | int | None:
+        return self.arguments[self.kernel.arg_names.index(name)]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[Launch]]:
+    """Note launches, in this context, instead of doing them."""
+    launches: list[Launch] = []
+
+    def note(
+        kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], known: Mapping[str, Any]
+    ) -> None:
+        kinds = tuple(f"*{_TYPES[a.dtype]}" if isinstance(a, Tensor) else a for a in arguments)
+        launches.append(Launch(kernel, grid, kinds, dict(known)))
+
+    real = triton_passes.launch
+    triton_passes.launch = note
+    try:
+        yield launches
+    finally:
+        triton_passes.launch = real
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A layer of neurons in training; the defaults are one of SEW-ResNet-34's first stage."""
+
+    dtype: torch.dtype = torch.bfloat16
+    timesteps: int = 4
+    rows: int = 32 * 56 * 56
+    channels: int = 64
+    neuron: NeuronConfig = field(default_factory=LIF)
+    shared: bool = False
+    shortcut: Literal["none", "plain", "normalized"] = "none"
+    identity: bool = False
+    carries: bool = False
+
+    def launches(self) -> list[Launch]:
+        """What is started for it: the forward pass, then the backward pass."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+
+        def empty(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        one_step = (self.rows, self.channels)
+        all_steps = (self.timesteps, *one_step)
+        norm = BatchNorm(self.channels).to("meta", wide)
+        passes = triton_passes.Passes(self.neuron, self.timesteps, carries=self.carries, packs=True)
+        with noted() as launches:
+            x = empty(1 if self.shared else self.timesteps, *one_step)
+            shortcut = None if self.shortcut == "none" else empty(*all_steps)
+            start = empty(*one_step, dtype=wide) if self.carries else None
+            affine = passes.normalization(norm, x, norm.weight, norm.bias)
+            of_shortcut = None
+            if self.shortcut == "normalized":
+                assert shortcut is not None
+                of_shortcut = passes.normalization(norm, shortcut, norm.weight, norm.bias)
+            # What a kind of neuron learns of which there are kernels is one number.
+            learned = (empty(dtype=wide),) if isinstance(self.neuron, PLIF) else ()
+            inputs = Inputs(x, shortcut, affine, of_shortcut, start, learned)
+            passes.spikes(inputs, empty(*all_steps) if self.identity else None)
+            grads = (empty(*all_steps), start)
+            sums, _ = passes.sums(inputs, *grads)
+            others = sums.grad_shortcut_hat
+            passes.gradients(
+                inputs,
+                *grads,
+                None,
+                (sums.grad, sums.grad_xhat),
+                None if others is None else (sums.grad, others),
+                needs_x=True,
+            )
+        return launches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """A norm, a shortcut that is added, and neurons without a norm: of membrane shortcuts."""
+
+    dtype: torch.dtype = torch.bfloat16
+    timesteps: int = 4
+    rows: int = 32 * 56 * 56
+    channels: int = 64
+    neuron: LIF = field(default_factory=LIF)
+    shared: bool = False
+    normalized: bool = False
+
+    def launches(self) -> list[Launch]:
+        """What is started for it beside statistics: forward, then backward."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        shape = (self.rows, self.channels)
+        x = torch.empty(self.timesteps, *shape, dtype=self.dtype, device="meta")
+        shortcut = x[:1] if self.shared else x
+        affine = Affine(*torch.empty(4, self.channels, dtype=wide, device="meta"))
+        of_shortcut = affine if self.normalized else None
+        norm = triton_passes.NormPasses(self.timesteps)
+        passes = triton_passes.Passes(self.neuron, self.timesteps, carries=False, packs=True)
+        with noted() as launches:
+            norm.add(x, shortcut, affine, of_shortcut)
+            inputs = Inputs(shortcut, None, None, None, None)
+            passes.spikes(inputs, None)
+            passes.current_gradient(inputs, x, None)
+            sums = norm.add_sums(x, shortcut, affine, of_shortcut, x)
+            norm.norm_gradient(x, x, affine, (sums.grad, sums.grad_xhat))
+        return launches
+
+
+def pooling() -> list[Launch]:
+    """What max-pooling starts: behind a ResNet's stem, and of a transformer's current."""
+    kernels = triton_passes.Pool()
+    window = torch.nn.MaxPool2d(3, 2, 1)
+    images = torch.empty(128, 112, 112, 64, dtype=torch.uint8, device="meta").permute(0, 3, 1, 2)
+    affine = Affine(*torch.empty(4, 64, device="meta"))
+    with noted() as launches:
+        kernels.forward_normalized(images.to(torch.bfloat16), affine, window)
+        pooled, _, where = kernels.forward(images, 1, torch.bfloat16, window)
+        kernels.backward(pooled, where, images.shape, window)
+    return launches
+
+
+def packing() -> list[Launch]:
+    """What makes numbers of bytes, bytes of numbers, and numbers of halves of bytes."""
+    values = torch.empty(128, 56, 56, 64, dtype=torch.uint8, device="meta")
+    with noted() as launches:
+        triton_passes.unpack(values, 4, torch.bfloat16)
+        halves = triton_passes.halve(values)
+        triton_passes.unpack_halves(halves, values.shape, values.stride(), 1, torch.bfloat16)
+    return launches
+
+
+def recorded_launches() -> dict[str, Launch]:
+    """The launches whose code is recorded, by name."""
+    layer = Layer()
+    named = {launch.name: launch for launch in layer.launches()}
+    fire = next(one for one in Layer(identity=True).launches() if one.name == "fire")
+    named["fire with identity"] = fire
+    for launch in Stream().launches():
+        # Those of neurons are what they are behind a norm, too, but without it.
+        name = f"{launch.name} alone" if launch.name in named else launch.name
+        if launch.name != "finish_sums":
+            named[name] = launch
+    named |= {f"pool {launch.name}": launch for launch in pooling()}
+    return named | {launch.name: launch for launch in packing()}
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a kernel became on one kind of GPU.
+
+    Attributes:
+        instructions: Number of them in machine code, padding left out.
+        of_tile: Those of the loop over a program's tiles, if there is one.
+        registers: A thread's.
+        spills: Loads and stores of what did not fit into them.
+        calls: Of functions.
+        operations: How many instructions of each kind, {"FADD": 40, ...}.
+        memory: How many loads and stores of each width, {"LDG.128": 4, ...}: of global memory
+            (LDG, STG) and of what did not fit into registers (LDL, STL).
+        intermediate: Triton's own code of it.
+    """
+
+    instructions: int
+    of_tile: int
+    registers: int
+    spills: int
+    calls: int
+    operations: dict[str, int]
+    memory: dict[str, int]
+    intermediate: str
+
+    def bytes_of_number(self, timesteps: int) -> float:
+        """Bytes that are loaded and stored for a number and timestep.
+
+        Counted are loads and stores of whole tiles, of which a loop's body works on one; what is
+        there once a channel is left out.
+        """
+        found = re.findall(
+            r"tt\.(?:load|store) [^\n]*: tensor<(\d+)x(\d+)x!tt\.ptr<(\w+)>>", self.intermediate
+        )
+        tiles = {(int(rows), int(columns)) for rows, columns, _ in found}
+        assert len(tiles) == 1, tiles
+        return sum(_BYTES[kind] for _, _, kind in found) / timesteps
+
+
+def compiled(launch: Launch, capability: int) -> Code:
+    """Compile a kernel as it would be for this launch, for a GPU of a kind (80, 90)."""
+    names = launch.kernel.arg_names
+    signature: dict[str, str] = {}
+    constants = dict(launch.known)
+    attributes = {}
+    for i, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
+        match value:
+            case None:
+                constants[name] = None
+            case int():
+                signature[name] = "i32" if value < 2**31 else "i64"
+            case _:
+                signature[name] = value
+                # torch allocates at multiples of more than that.
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    signature = {name: signature.get(name, "constexpr") for name in names}
+    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": triton_passes.WARPS, "enable_fp_fusion": False}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return _read(kernel)
+
+
+def _read(kernel: Any) -> Code:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text, usage = (
+            subprocess.run(
+                [str(tools / tool), *options, file.name],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=60,
+            ).stdout
+            for tool, options in (("nvdisasm", ["-c"]), ("cuobjdump", ["-res-usage"]))
+        )
+    operations, of_tile = _operations(text)
+    memory: collections.Counter[str] = collections.Counter()
+    for operation in operations:
+        kind, *rest = operation.split(".")
+        if kind in ("LDG", "STG", "LDL", "STL"):
+            width = next((part for part in rest if part in ("64", "128", "U8", "U16", "S8")), "32")
+            memory[f"{kind}.{width.lstrip('US')}"] += 1
+    found = re.search(r"REG:(\d+)", usage)
+    assert found is not None, usage
+    return Code(
+        len(operations),
+        of_tile,
+        int(found[1]),
+        sum(number for name, number in memory.items() if name.startswith(("LDL", "STL"))),
+        # Of a function, which has a name; the assembler also jumps by this instruction.
+        len(re.findall(r"\bCALL\.[^;]*\$", text)),
+        dict(collections.Counter(operation.split(".")[0] for operation in operations)),
+        dict(sorted(memory.items())),
+        kernel.asm["ttir"],
+    )
+
+
+def _operations(text: str) -> tuple[list[str], int]:
+    """The operations that nvdisasm lists, and the number of them in the longest loop."""
+    operations: list[str] = []
+    labels: dict[str, int] = {}
+    loop = 0
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(operations)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][^;]*);", line):
+            operation, *arguments = found[1].split()
+            operations.append(operation)
+            target = re.search(r"\.L_x_\d+", " ".join(arguments))
+            if operation.startswith("BRA") and target and target[0] in labels:
+                loop = max(loop, len(operations) - labels[target[0]])
+    while operations and operations[-1] in ("NOP", "BRA"):  # after the end
+        operations.pop()
+    return operations, loop

@@ -1,0 +1,106 @@
+"""Whether CUDA graphs compute what is computed without them, and how much faster."""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from tetdist.apps.benchmarks.scaling import training_step
+from tetdist.apps.check_gpu.check import Finding, Machine
+from tetdist.apps.check_gpu.steps import refusing_synchronisation
+from tetdist.nn.precision import choose_algorithms
+
+STEPS = 6
+BATCHES = (4, 32)
+# Steps that are timed together, and how often.
+TIMED, ROUNDS = 10, 5
+PRECISIONS = ("bf16", "fp16")
+REMEDY = "train with cuda_graphs=false, and report this with the JSON file"
+
+
+def check_graphs(here: Machine) -> Finding:
+    """Training steps with and without graphs: their losses, to the bit, and their rates."""
+    if not here.on_gpu:
+        return Finding("left out", "there is no GPU, and CUDA graphs are a GPU's")
+    numbers: dict[str, Any] = {}
+    for precision in PRECISIONS:
+        plain, graphed = (losses(here, precision, cuda_graphs=on) for on in (False, True))
+        numbers[precision] = {"losses": plain, "losses_with_graphs": graphed}
+        for step, (loss, other) in enumerate(zip(plain, graphed, strict=True), start=1):
+            if loss != other:
+                text = f"{precision}: the loss of step {step} is {loss!r}, with graphs {other!r}"
+                return Finding("bad", text, REMEDY, numbers)
+    parts = [f"{STEPS} steps in {', '.join(PRECISIONS)} have the same losses with graphs"]
+    by_batch: dict[str, dict[str, Any]] = {}
+    numbers["by_batch"] = by_batch
+    for batch in BATCHES:
+        try:
+            without, with_graphs = _images_per_s(here, batch)
+        except torch.OutOfMemoryError:
+            parts.append(f"b={batch}: out of memory")
+            by_batch[str(batch)] = {"out_of_memory": True}
+            continue
+        by_batch[str(batch)] = {"images_per_s": without, "images_per_s_with_graphs": with_graphs}
+        rates = f"{without:.0f} images/s, with graphs {with_graphs:.0f}"
+        parts.append(f"b={batch}: {rates} ({with_graphs / without:.2f} x)")
+    return Finding("ok", "; ".join(parts), None, numbers)
+
+
+def losses(here: Machine, precision: str, *, cuda_graphs: bool) -> list[float]:
+    """Losses of a few steps of a small network, of two micro-batches each.
+
+    Raises:
+        RuntimeError: A step makes the host wait for the device.
+    """
+    options = _options("sew_resnet18", size=64, batch=4, accumulation=2, precision=precision)
+    step, close = training_step(options, here.world, cuda_graphs=cuda_graphs)
+    # Sums must not depend on who comes first, nor on which algorithm was the fastest just then.
+    choose_algorithms(precision, deterministic=True)
+    try:
+        found = [step()]  # in which graphs are captured
+        # In float16 each step asks whether its gradient overflowed.
+        with refusing_synchronisation(here.on_gpu and precision != "fp16"):
+            found += [step() for _ in range(STEPS - 1)]
+        return [float(loss) for loss in found]
+    finally:
+        close()
+        choose_algorithms(precision)
+
+
+def _images_per_s(here: Machine, batch: int) -> tuple[float, float]:
+    """Images a second without graphs and with them, which take turns."""
+    options = _options("sew_resnet34", size=None, batch=batch, accumulation=1, precision="bf16")
+    two = [training_step(options, here.world, cuda_graphs=on) for on in (False, True)]
+    seconds: tuple[list[float], list[float]] = ([], [])
+    try:
+        for number in range(1 + ROUNDS):
+            for (step, _), kept in zip(two, seconds, strict=True):
+                torch.cuda.synchronize(here.device)
+                started = time.perf_counter()
+                for _ in range(TIMED):
+                    step()
+                torch.cuda.synchronize(here.device)
+                # In the first round kernels are compiled, and algorithms chosen.
+                if number:
+                    kept.append(time.perf_counter() - started)
+    finally:
+        for _, close in two:
+            close()
+    without, with_graphs = (batch * TIMED / statistics.median(kept) for kept in seconds)
+    return without, with_graphs
+
+
+def _options(
+    model: str, *, size: int | None, batch: int, accumulation: int, precision: str
+) -> argparse.Namespace:
+    return argparse.Namespace(
+        model=model,
+        size=size,
+        batch=batch,
+        accumulation=accumulation,
+        timesteps=4,
+        precision=precision,
+        engine="torch",
+    )

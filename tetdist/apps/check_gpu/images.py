@@ -1,0 +1,112 @@
+"""Whether images come fast enough, and are the same wherever they are decoded."""
+
+import dataclasses
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tetdist.apps.benchmarks.data import make_images
+from tetdist.apps.check_gpu.check import Finding, Machine
+from tetdist.apps.check_gpu.rates import images_per_s_of_a_step
+from tetdist.config.loading import parse
+from tetdist.config.schema import RunConfig
+from tetdist.data.batches import Share
+from tetdist.data.build import eval_loader, train_loader
+from tetdist.datasets.index import Index, build_index
+from tetdist.distributed.world import cores_of
+
+# Levels of 255 by which an image may differ on average. Both decoders are within the standard's
+# tolerance, and they filter in other ways.
+LARGEST_DIFFERENCE = 2.0
+
+
+def check_pixels(here: Machine) -> Finding:
+    """Images decoded and resized on the GPU against the same ones on the CPU."""
+    if not here.on_gpu:
+        return Finding("left out", "only a GPU decodes otherwise than a CPU")
+    index = _indexed(here.folder / "pixels", copies=1)
+    # Each GPU decodes all images, however many GPUs there are.
+    alone = dataclasses.replace(here.world, rank=0, world_size=1)
+    two = []
+    for device in ("cpu", "gpu"):
+        config = _config(here.folder / "pixels", {"device": device}, batch=25)
+        with eval_loader(config, index, alone) as batches:
+            two.append(torch.cat([batch.images.cpu() for batch in batches]))
+    difference = float((two[0] - two[1]).abs().mean() * 255 * 0.226)
+    text = (
+        f"{len(two[0])} images decoded on GPU and CPU: {difference:.2f} levels of 255 apart on "
+        "average"
+    )
+    numbers = {"levels": difference, "images": len(two[0])}
+    if not difference <= LARGEST_DIFFERENCE:
+        return Finding("bad", text, "train with data.device=cpu, which is exact", numbers)
+    return Finding("ok", text, None, numbers)
+
+
+def check_loading(here: Machine) -> Finding:
+    """Images a second that this process gets from JPEG files, against those that it trains on."""
+    root = here.folder / "loading"
+    index = _indexed(root, copies=1 if here.small else 40)
+    size, batch = (33, 4) if here.small else (224, 32)
+    threads = cores_of(here.world)
+    config = _config(root, {"threads": threads, "image_size": size}, batch=batch)
+    share = Share(
+        seed=0,
+        global_batch=batch,
+        micro_batch=batch,
+        rank=0,
+        world_size=1,
+        epoch=0,
+        step_in_epoch=0,
+    )
+    counted = 5 if here.small else 60
+    with train_loader(config, index, share, here.world, size) as batches:
+        for _ in itertools.islice(batches, 5):
+            pass
+        started = time.perf_counter()
+        for _ in itertools.islice(batches, counted):
+            pass
+        loaded = counted * batch / (time.perf_counter() - started)
+    trained = images_per_s_of_a_step(here, batch)
+    numbers: dict[str, Any] = {"loaded_per_s": loaded, "trained_per_s": trained, "threads": threads}
+    text = (
+        f"{loaded:.0f} images/s of {size} pixels from {threads} threads, "
+        f"{trained:.0f}/s trained on (sew_resnet34)"
+    )
+    if here.on_gpu and loaded < trained:
+        return Finding(
+            "bad",
+            text,
+            f"each GPU needs {trained / loaded:.1f} times the cores that it has ({threads}), or "
+            "data.device=gpu",
+            numbers,
+        )
+    return Finding("ok", text, None, numbers)
+
+
+def _indexed(root: Path, copies: int) -> Index:
+    """Index made JPEGs, each as often as is wanted."""
+    if not root.exists():
+        for i, source in enumerate(make_images(root / "made")):
+            for split, k in itertools.product(("train", "val"), range(copies)):
+                file = root / split / "01"[i % 2] / f"{k}-{source.name}"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.symlink_to(source)
+    index, _ = build_index(root, "train", workers=1, decode=False)
+    return index
+
+
+def _config(root: Path, data: dict[str, Any], *, batch: int) -> RunConfig:
+    return parse(
+        {
+            "name": "check",
+            "model": {"name": "sew_resnet34"},
+            "data": {"root": str(root), **data},
+            "batch": {"global": batch, "micro": batch, "eval": batch},
+            "phases": [{"epochs": 1, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.1}}],
+        },
+        "the check",
+    )

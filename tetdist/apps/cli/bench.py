@@ -1,0 +1,172 @@
+"""Benchmarks, each of which measures what it compares side by side in one run.
+
+    python tools/bench.py model                         a training step against the ReLU network's
+    python tools/bench.py memory                        bytes kept for the backward pass, by T
+    python tools/bench.py scaling                       several processes against one
+    python tools/bench.py data --data FOLDER            from JPEG files to batches
+
+All but the last run on the CPU or a GPU, on random images; the last makes images if it has none.
+"""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from tetdist.apps.cli.common import answer, program
+from tetdist.config.flags import positive
+from tetdist.errors import UserError
+from tetdist.storage.files import check_writable, explaining, write_json
+
+
+def numbers(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
+
+
+MODES = ("none", "blocks", "timesteps", "reference")
+
+
+def modes(text: str) -> list[str]:
+    given = text.split(",")
+    if unknown := [mode for mode in given if mode not in MODES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(MODES)}")
+    return given
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=program("bench"), description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, precision: str, what: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=what, description=what)
+        one.add_argument("--model", default="sew_resnet34", help="default: sew_resnet34")
+        one.add_argument("--size", type=positive, help="pixels; default: the model's own")
+        one.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default=precision)
+        one.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+        one.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+        return one
+
+    def contestants(one: argparse.ArgumentParser, default: str) -> None:
+        one.add_argument(
+            "--modes",
+            type=modes,
+            default=default,
+            metavar=",".join(MODES),
+            help="ways to run our model: activation checkpointing, and the plain definitions; "
+            f"default: {default}",
+        )
+        one.add_argument("--segment", type=positive, default=2, metavar="K", help="of timesteps")
+        one.add_argument(
+            "--spikingjelly",
+            choices=["eager", "compiled"],
+            help="also the same network of its neurons, where it is installed",
+        )
+
+    model = command("model", "fp32", "seconds of a training step, against others side by side")
+    model.add_argument("--timesteps", type=positive, default=4, metavar="T")
+    model.add_argument("--batch", type=positive, default=4, metavar="B")
+    model.add_argument("--repeats", type=positive, default=7, help="rounds in which all take turns")
+    model.add_argument("--evaluate", action="store_true", help="the forward pass of an evaluation")
+    contestants(model, "none")
+
+    memory = command("memory", "fp32", "bytes kept for the backward pass, by T")
+    memory.add_argument("--timesteps", type=numbers, default=[1, 2, 4, 8, 16], metavar="1,2,4")
+    contestants(memory, "none,blocks,timesteps")
+
+    scaling = command("scaling", "bf16", "several processes against one")
+    scaling.add_argument("--timesteps", type=positive, default=4, metavar="T")
+    scaling.add_argument("--batch", type=positive, default=4, metavar="B", help="micro-batch")
+    scaling.add_argument("--accumulation", type=positive, default=1, metavar="N", help="a process")
+    scaling.add_argument("--engine", choices=["deepspeed", "torch"], default="deepspeed")
+    scaling.add_argument("--processes", type=positive, default=2)
+    scaling.add_argument("--threads", type=positive, help="a process; default: its cores")
+    scaling.add_argument("--repeats", type=positive, default=5, help="rounds of taking turns")
+    scaling.add_argument("--steps", type=positive, default=2, help="of each in a round")
+
+    what = "images a second, against DALI's own reader and torchvision's DataLoader"
+    data = commands.add_parser("data", help=what, description=what)
+    data.add_argument("--data", type=Path, metavar="FOLDER", help="of JPEGs; default: made ones")
+    data.add_argument("--images", type=positive, default=3000, help="of which an epoch is made")
+    data.add_argument("--size", type=positive, default=224, help="pixels")
+    data.add_argument("--batch", type=positive, default=32, metavar="B")
+    data.add_argument("--threads", type=positive, default=2, help="threads, or workers")
+    data.add_argument("--repeats", type=positive, default=9, help="rounds in which all take turns")
+    data.add_argument("--batches", type=positive, default=15, help="of each in a round")
+    data.add_argument("--epochs", type=int, default=0, help="after each of which memory is taken")
+    data.add_argument("--wait", action="store_true", help="also how long a training step waits")
+    data.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+    data.set_defaults(device="cpu")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    return answer(lambda: measure(options), interrupted="interrupted")
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Make one measurement and show it.
+
+    Raises:
+        UserError: The options do not suit each other or this machine.
+    """
+    from tetdist.apps.benchmarks import bench, data, scaling
+    from tetdist.distributed.devices import choose_device
+
+    if options.json:
+        check_writable("--json", options.json)
+    if (problem := problem_of(options)) is not None:
+        raise UserError(problem)
+    options.device = choose_device(options.device, local_rank=0).type
+    match options.command:
+        case "data":
+            result = data.measure(options)
+            text = data.table(result)
+        case "memory":
+            result = bench.measure_memory(options)
+            text = bench.memory_table(result)
+        case "scaling":
+            result = scaling.measure(options)
+            text = scaling.table(result)
+        case "model":
+            result = bench.measure_model(options)
+            text = bench.model_table(result)
+        case other:
+            raise AssertionError(other)
+    print(text)
+    if options.json:
+        result["machine"] = bench.machine(options.device)
+        with explaining(options.json):
+            write_json(options.json, result)
+
+
+def problem_of(options: argparse.Namespace) -> str | None:
+    """The mistake in the options, found before anything is measured; None if there is none."""
+    import timm
+
+    from tetdist import models
+
+    if options.command == "data":
+        return None
+    known = models.names()
+    if options.model not in known:
+        return f"--model: {options.model!r} is not a spiking model; there are {', '.join(known)}"
+    size = timm.get_pretrained_cfg(options.model).input_size[-1]
+    if options.model in (
+        "vggsnn",
+        "spiking_convnet",
+        "spiking_convnet_dvs",
+        "spiking_resnet19_dvs",
+    ):
+        # The classifiers of these networks see all positions, so that the size is fixed.
+        if options.size not in (None, size):
+            return f"--size: {options.model} is built for {size} pixels; leave it out"
+    elif options.size is not None and options.size < 33 and size == 224:
+        return f"--size: {options.size} pixels leave a batch norm a single one; give 33 or more"
+    if getattr(options, "spikingjelly", None):
+        if importlib.util.find_spec("spikingjelly") is None:
+            return "--spikingjelly: it is not installed; pip install spikingjelly"
+        from tetdist.apps.benchmarks.contestants import has_spikingjelly_network
+
+        if not has_spikingjelly_network(options.model):
+            return f"--spikingjelly: it has no {options.model}"
+    return None

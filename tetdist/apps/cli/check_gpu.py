@@ -1,0 +1,214 @@
+"""Check a machine with GPUs before training on it: versions, results, speed; at most ten minutes.
+
+    python tools/check_gpu.py --json gpu.json               one GPU
+    torchrun --nproc-per-node 8 tools/check_gpu.py          all of a host, and what connects them
+    srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python tools/check_gpu.py
+
+The exit status is 1 if there is something to mend, and the last line says what. docs/check_gpu.md
+says what each check is, and what to do with what it finds. docs/make/performance.py takes the JSON
+file with --gpu. With --device cpu the same checks run in a minute on small networks, and show that
+they work.
+"""
+
+import argparse
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from tetdist.apps.cli.common import answer, fail, program
+from tetdist.errors import PEER_FAILED, PeerFailed, UserError
+from tetdist.storage.files import check_writable, explaining, write_json
+
+if TYPE_CHECKING:
+    from tetdist.apps.check_gpu.check import Report
+
+# Those of device_check/checks.py, which is slow to import.
+NAMES = (
+    "versions",
+    "numerics",
+    "steps",
+    "graphs",
+    "links",
+    "pixels",
+    "resume",
+    "rates",
+    "loading",
+)
+
+MEETING = 120.0  # seconds within which all processes must have come
+# Seconds after which this process ends even if nothing in it answers any more.
+LAST_RESORT = 1000.0
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=program("check_gpu"), description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument(
+        "--only", metavar=",".join(NAMES), help="some of the checks; default: all of them"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there, too")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.only = options.only.split(",") if options.only else NAMES
+    if unknown := [name for name in options.only if name not in NAMES]:
+        parser.error(f"--only: {unknown[0]!r} is none of {', '.join(NAMES)}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    return answer(lambda: check(options))
+
+
+def check(options: argparse.Namespace) -> int:
+    """Run the checks; the exit status.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    from tetdist.apps.check_gpu.check import Report, on
+    from tetdist.apps.check_gpu.checks import CHECKS
+    from tetdist.apps.check_gpu.run import run_checks
+    from tetdist.distributed.world import join
+
+    _find_other_tasks_of_srun()
+    checks = {name: CHECKS[name] for name in NAMES if name in options.only}
+    # A file that cannot be written is better known before ten minutes than after.
+    _keep(options, Report({}, options.device, 0, small=False, not_reached=list(checks)))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ending_on_signals(options))
+        stack.enter_context(_quiet())
+        try:
+            world = stack.enter_context(
+                join(options.device, timeout=MEETING, run=vars(options) | {"local_rank": None})
+            )
+        except (UserError, PeerFailed) as error:
+            return _no_start(options, error, list(checks))
+        else:
+            small = world.device.type == "cpu"
+            if small and world.rank == 0:
+                print("no GPU: the checks run small, on the CPU, and their figures mean nothing")
+            try:
+                with on(world, small=small) as here:
+                    report = run_checks(
+                        checks,
+                        here,
+                        lambda line: print(line, flush=True),
+                        lambda report: _keep(options, report),
+                    )
+            except PeerFailed as error:
+                fail(error, prefix=f"rank {world.rank}: ")
+                _leave(PEER_FAILED)
+            if world.rank == 0:
+                print(f"\n{report.conclusion()}", flush=True)
+            if report.hangs:
+                _leave(report.status)
+    return report.status
+
+
+def _no_start(options: argparse.Namespace, error: Exception, names: list[str]) -> int:
+    """Tell, as the first finding, that this process has no device or has not met the others."""
+    from tetdist.apps.benchmarks.bench import machine
+    from tetdist.apps.check_gpu import remedies
+    from tetdist.apps.check_gpu.check import Finding, Report, Result
+
+    if not _is_first():
+        return fail(error)
+    remedy = "start them all, and see what the launcher says of those that have ended"
+    if isinstance(error, UserError):
+        # What it says is wrong it also says how to mend, but for the driver.
+        sees_none = "torch sees no GPU" in str(error) or "torch does not see it" in str(error)
+        install = remedies.torch_for(*remedies.driver_and_gpu())
+        remedy = install if sees_none and remedies.has_gpu() else str(error)
+    found = Finding("bad", str(error), remedy)
+    report = Report(machine("cpu"), "cpu", 1, small=False, not_reached=names)
+    report.results.append(Result("device", [found], 0.0))
+    print(f"{report.results[0].line()}\n\n{report.conclusion()}", flush=True)
+    _keep(options, report)
+    return report.status
+
+
+def _find_other_tasks_of_srun() -> None:
+    """Set what a launcher would set, where srun has started several tasks."""
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) == 1:
+        return
+    from tetdist.apps.slurm.placement import SlurmContext
+
+    SlurmContext.find(interface=None, warn_before_end=0).export()
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _keep(options: argparse.Namespace, report: "Report") -> None:
+    """Write what has been found so far, on rank 0."""
+    if options.json and _is_first():
+        check_writable("--json", options.json)
+        with explaining(options.json):
+            write_json(options.json, report.as_dict())
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _ending_on_signals(options: argparse.Namespace) -> Iterator[None]:
+    """Tell, upon Ctrl-C and SIGTERM, where the findings so far are, and end in any case."""
+
+    def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+        # A launcher may send several; what ends this process shall not be interrupted itself.
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    previous = {one: signal.signal(one, interrupt) for one in (signal.SIGINT, signal.SIGTERM)}
+    faulthandler.dump_traceback_later(LAST_RESORT, exit=True, file=2)  # standard error
+    try:
+        yield
+    except KeyboardInterrupt as interrupted:
+        if _is_first():
+            kept = f"{options.json} has what was found before" if options.json else "no --json"
+            print(f"interrupted; {kept}", file=sys.stderr)
+        _leave(128 + interrupted.args[0])
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        for one, handler in previous.items():
+            signal.signal(one, handler)
+
+
+def _leave(status: int) -> NoReturn:
+    """End this process at once: a thread of it may wait in a collective for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what libraries tell their developers out of the table."""
+    import logging
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    # DeepSpeed sets its logger's level when it is imported, and leaves filters alone.
+    loud = [logging.getLogger(name) for name in ("DeepSpeed", "torch.distributed")]
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        for one in loud:
+            one.addFilter(is_error)
+        try:
+            yield
+        finally:
+            for one in loud:
+                one.removeFilter(is_error)

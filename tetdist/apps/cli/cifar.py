@@ -1,0 +1,225 @@
+"""Make a folder of images of a CIFAR archive: `python tools/cifar.py ARCHIVE DEST`.
+
+The archive is cifar-10-binary.tar.gz or cifar-100-binary.tar.gz, as its authors publish them
+(https://www.cs.toronto.edu/~kriz/cifar.html). Its images become DEST/train/CLASS/*.png and
+DEST/val/CLASS/*.png, val being the archive's test images, and are indexed. The archives for Python
+are pickles, which run whatever code is in them, and are refused.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tarfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tetdist.apps.cli.common import MISTAKES, answer, program
+from tetdist.errors import UserError, typed
+from tetdist.wording import counted
+
+_PIXELS = 3 * 32 * 32
+_LARGEST_FILE = 200_000_000  # bytes; of the real ones 154 million
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The contents of one of the two archives.
+
+    Attributes:
+        files: The binary files of each split.
+        names: The text file with the classes' names, in the order of their numbers.
+        label_bytes: Bytes before the pixels of each image; the last of them is the class.
+        num_classes: The number of values of that last byte.
+    """
+
+    files: dict[str, tuple[str, ...]]
+    names: str
+    label_bytes: int
+    num_classes: int
+
+
+CIFAR10 = Kind(
+    {
+        "train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+        "val": ("test_batch.bin",),
+    },
+    "batches.meta.txt",
+    1,
+    10,
+)
+# The byte before the class names one of 20 groups of classes.
+CIFAR100 = Kind({"train": ("train.bin",), "val": ("test.bin",)}, "fine_label_names.txt", 2, 100)
+_PICKLES = {"data_batch_1", "test_batch", "batches.meta", "train", "test", "meta"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    return answer(
+        lambda: make(options.archive, options.dest, options.per_class),
+        interrupted="stopped; the same command starts anew",
+        mistakes=(*MISTAKES, OSError),
+    )
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=program("cifar"),
+        description=(__doc__ or "").replace("python tools/cifar.py", typed("cifar")),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("archive", metavar="ARCHIVE", type=Path, help="the .tar.gz of binary files")
+    parser.add_argument("dest", metavar="DEST", type=Path, help="the data root to make")
+    parser.add_argument(
+        "--per-class",
+        metavar="TRAIN,VAL",
+        type=_two_numbers,
+        help="only the first so many images of each class, for a quick study: 500,100",
+    )
+    return parser.parse_args(arguments)
+
+
+def _two_numbers(text: str) -> dict[str, int]:
+    numbers = text.split(",")
+    if len(numbers) != 2 or not all(n.isdigit() and int(n) > 0 for n in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers above 0, such as 500,100")
+    return dict(zip(("train", "val"), map(int, numbers), strict=True))
+
+
+def make(archive: Path, dest: Path, per_class: dict[str, int] | None) -> None:
+    """Make the data root aside and rename it into place.
+
+    Raises:
+        UserError: The archive is not one of the two, or the place is taken.
+    """
+    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+        raise UserError(f"{dest} exists and is not empty: name another place or move it")
+    aside = Path(f"{dest.absolute()}.tmp")
+    if aside.exists():  # left by a call that was killed
+        if not aside.is_dir() or {path.name for path in aside.iterdir()} - {
+            "train",
+            "val",
+            "index",
+        }:
+            raise UserError(f"{aside} is in the way and is not this tool's: move it")
+        shutil.rmtree(aside)
+    kind, files = read(archive)
+    classes = _classes(kind, files[kind.names], archive)
+    counts = {
+        split: _write(
+            aside / split,
+            kind,
+            classes,
+            [files[name] for name in names],
+            archive,
+            per_class[split] if per_class else sys.maxsize,
+        )
+        for split, names in kind.files.items()
+    }
+    _index(aside)
+    # The files' contents must be on the disk before the name that says they are.
+    os.sync()
+    aside.rename(dest)
+    print(
+        f"{dest}: {counts['train']:,} images to train and {counts['val']:,} to validate, in "
+        f"{counted(len(classes), 'class')}, and their indexes"
+    )
+
+
+def read(archive: Path) -> tuple[Kind, dict[str, bytes]]:
+    """The archive's kind, and the content of its files by their last name.
+
+    Nothing is unpacked to the disk, so that no name in the archive can lead anywhere.
+
+    Raises:
+        UserError: It is no archive, not one of the two, or not whole.
+    """
+    wanted = {name for kind in (CIFAR10, CIFAR100) for name in _names(kind)}
+    found: dict[str, bytes] = {}
+    pickles: set[str] = set()
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                name = PurePosixPath(member.name).name
+                pickles |= {name} & _PICKLES
+                if not member.isfile() or name not in wanted:
+                    continue
+                if member.size > _LARGEST_FILE or name in found:
+                    raise UserError(f"{archive}: {name} is there twice, or larger than it can be")
+                stream = tar.extractfile(member)
+                assert stream is not None, "it is a file"
+                found[name] = stream.read()
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise UserError(f"{archive} cannot be read as a tar archive ({error})") from error
+    for kind in (CIFAR10, CIFAR100):
+        if _names(kind) <= found.keys():
+            return kind, found
+    if pickles:
+        raise UserError(
+            f"{archive} holds pickles, which run whatever code is in them; take the binary "
+            "version, cifar-10-binary.tar.gz or cifar-100-binary.tar.gz"
+        )
+    some = CIFAR100 if _names(CIFAR100) & found.keys() else CIFAR10
+    missing = ", ".join(sorted(_names(some) - found.keys()))
+    raise UserError(
+        f"{archive} is not CIFAR's binary archive, or not all of it: it lacks {missing}"
+    )
+
+
+def _names(kind: Kind) -> set[str]:
+    return {kind.names, *(name for names in kind.files.values() for name in names)}
+
+
+def _classes(kind: Kind, text: bytes, archive: Path) -> list[str]:
+    """The names of the classes, each good for a folder."""
+    names = text.decode(errors="replace").split()
+    plain = all(name.replace("_", "").isalnum() and name.isascii() for name in names)
+    if len(set(names)) != kind.num_classes or len(names) != kind.num_classes or not plain:
+        raise UserError(
+            f"{archive}: {kind.names} does not hold {kind.num_classes} names of classes"
+        )
+    return names
+
+
+def _write(
+    folder: Path, kind: Kind, classes: list[str], files: list[bytes], archive: Path, per_class: int
+) -> int:
+    """Write a split's images as PNG files, numbered as in the archive; returns how many."""
+    import numpy as np
+    from PIL import Image
+
+    from tetdist.tracking.progress import sample_bar
+
+    records: Any = np.frombuffer(b"".join(files), np.uint8)
+    size = kind.label_bytes + _PIXELS
+    if not len(records) or any(len(file) % size for file in files):
+        raise UserError(f"{archive}: a file of {folder.name} is not a whole number of images")
+    records = records.reshape(-1, size)
+    labels = records[:, kind.label_bytes - 1]
+    if labels.max() >= kind.num_classes:
+        raise UserError(f"{archive}: {folder.name} has a label {labels.max()}, which is no class")
+    pixels = records[:, kind.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    written = [0] * kind.num_classes
+    with sample_bar(len(labels), folder.name, silent=False) as bar:
+        for number, label in enumerate(labels):
+            bar.update()
+            if written[label] == per_class:
+                continue
+            written[label] += 1
+            file = folder / classes[label] / f"{number:05d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.ascontiguousarray(pixels[number])).save(file)
+    if 0 in written:
+        raise UserError(f"{archive}: {folder.name} has no image of {classes[written.index(0)]}")
+    return sum(written)
+
+
+def _index(root: Path) -> None:
+    from tetdist.datasets.index import build_index, index_file, save_index
+
+    for split in ("train", "val"):
+        index, bad = build_index(root, split, workers=len(os.sched_getaffinity(0)))
+        assert not bad
+        save_index(index, index_file(root / "index", split))

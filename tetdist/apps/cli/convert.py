@@ -1,0 +1,239 @@
+"""Take over somebody's weights: a file that training begins with and eval evaluates.
+
+    python tools/convert.py sew34.pth --model sew_resnet34 --from sew --output sew34.safetensors
+    python tools/convert.py r34.pth --model sew_resnet34 --from torchvision --output r34.safetensors
+    python tetdist/train.py --config sew34_t4.yaml init_checkpoint=r34.safetensors
+
+docs/weights.md says which files are known and what carries over.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tetdist.apps.cli.common import answer, check_new_weights, program
+from tetdist.errors import UserError
+from tetdist.wording import counted
+
+if TYPE_CHECKING:
+    from tetdist.apps.weights.foreign import Converted, Source
+    from tetdist.config.schema import RunConfig
+
+SHOWN = 5  # of the tensors that do not fit, unless all are asked for
+SOURCES = (
+    "auto",
+    "spikingjelly",
+    "sew",
+    "tet",
+    "torchvision",
+    "timm",
+    "qkformer",
+    "sdt",
+    "espikeformer",
+    "maxformer",
+    "decoupling",
+    "seal",
+    "ms",
+    "psn",
+)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=program("convert"), description="Take over weights from elsewhere."
+    )
+    add = parser.add_argument
+    add("source", metavar="FILE", type=Path, help=".safetensors, or what torch.save wrote")
+    add("--model", required=True, metavar="NAME", help="the model here: sew_resnet34, vggsnn, ...")
+    add("--from", dest="layout", choices=SOURCES, default="auto", help="where FILE is from")
+    add("--output", required=True, metavar="FILE.safetensors", type=Path)
+    add("--timesteps", type=int, metavar="T", help="that it was trained at; default: the model's")
+    add(
+        "--classes",
+        metavar="WHERE",
+        type=Path,
+        help="names of the classes: a folder of class folders, such as ROOT/val, or a file with one"
+        " a line; without it, evaluation checks their number only",
+    )
+    add(
+        "--allow-missing",
+        action="store_true",
+        help="go on though weights are missing, of another shape or unknown; those without any "
+        "are initialised",
+    )
+    add("--list", action="store_true", help="name all tensors that do not fit, not only the first")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="keys of the configuration that is noted in the file: model.neuron.decay=0.5, "
+        "model.arguments.connect_function=and, model.num_classes=100, data.image_size=128",
+    )
+    options = parser.parse_intermixed_args(arguments)
+    if options.timesteps is not None and options.timesteps < 1:
+        parser.error("--timesteps must be at least 1")
+    if options.output.suffix != ".safetensors":
+        parser.error("--output must end in .safetensors")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    return answer(lambda: convert_file(options))
+
+
+def convert_file(options: argparse.Namespace) -> None:
+    import torch
+
+    from tetdist.apps.weights import foreign
+    from tetdist.storage import checkpoint, foreign_files
+
+    check_new_weights(options.output)
+    state = foreign_files.read(options.source)
+    layout = options.layout
+    source: Source = foreign.source_of(state, options.source) if layout == "auto" else layout
+    config, timesteps = configuration(options, source, foreign.num_classes(state, source))
+    classes = class_names(options, config)
+    torch.manual_seed(config.seed)
+    assert config.model.num_classes is not None
+    model = config.model.build(num_classes=config.model.num_classes, timesteps=timesteps)
+    converted = foreign.convert(state, source, model)
+    report(converted, options, config, source, timesteps)
+    description = checkpoint.Description(
+        config=config.as_dict(),
+        classes=classes,
+        timesteps=timesteps,
+        step=0,
+        validation=None,
+        converted={"file": options.source.name, "from": source},
+    )
+    checkpoint.write_model_file(options.output, converted.weights, description)
+    print(f"wrote {options.output}")
+
+
+def configuration(
+    options: argparse.Namespace, source: "Source", num_classes: int | None
+) -> tuple["RunConfig", int]:
+    """A configuration that builds and evaluates the network, and its T."""
+    import timm
+
+    from tetdist import models
+    from tetdist.apps.weights.foreign import SCALES, arguments_of, neuron_of
+    from tetdist.config.loading import parse
+    from tetdist.config.overrides import apply_override, refuse_repeated
+
+    known = models.names()
+    if options.model not in known:
+        raise UserError(
+            f"--model: {options.model!r} is not a spiking model; there are {', '.join(known)}"
+        )
+    timesteps = options.timesteps or models.default_timesteps(options.model)
+    cfg = timm.get_pretrained_cfg(options.model)
+    side = cfg.input_size[-1]
+    num_classes = num_classes or cfg.num_classes
+    data: dict[str, Any] = {"kind": "events", "root": "data"}
+    if models.input_kind(options.model) == "images":
+        scale = SCALES.get((source, num_classes), {"mean": cfg.mean, "std": cfg.std})
+        data = {
+            "root": "data",
+            "image_size": side,
+            "resize": math.floor(side / cfg.crop_pct),  # as timm
+            "interpolation": cfg.interpolation,
+            "mean": list(scale["mean"]),
+            "std": list(scale["std"]),
+        }
+    raw: dict[str, Any] = {
+        "name": options.output.stem,
+        "model": {
+            "name": options.model,
+            "num_classes": num_classes,
+            "neuron": neuron_of(source, options.model),
+        },
+        "data": data,
+        "batch": {"global": 256, "micro": 32},
+        "phases": [{"epochs": 1, "timesteps": timesteps, "optimizer": {"lr": 0.1}}],
+    }
+    if arguments := arguments_of(source, options.model):
+        raw["model"]["arguments"] = arguments
+    refuse_repeated(options.overrides)
+    for override in options.overrides:
+        apply_override(raw, override)
+    config = parse(raw, "the configuration", warn=False, overrides=options.overrides)
+    return config, timesteps
+
+
+def class_names(options: argparse.Namespace, config: "RunConfig") -> list[str] | None:
+    if options.classes is None:
+        return None
+    try:
+        if options.classes.is_dir():
+            names = sorted(path.name for path in options.classes.iterdir() if path.is_dir())
+        else:
+            names = options.classes.read_text().split("\n")
+            names = [name.strip() for name in names if name.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--classes: {options.classes} cannot be read ({error})") from error
+    if len(names) != config.model.num_classes:
+        raise UserError(
+            f"--classes: {options.classes} names {counted(len(names), 'class')}, the model has "
+            f"{config.model.num_classes}"
+        )
+    return names
+
+
+def report(
+    converted: "Converted",
+    options: argparse.Namespace,
+    config: "RunConfig",
+    source: "Source",
+    timesteps: int,
+) -> None:
+    """Say what was found.
+
+    Raises:
+        UserError: Something does not fit, and that was not allowed.
+    """
+    missing, unexpected = converted.missing, converted.unexpected
+    carried = len(converted.weights) - len(missing) - len(converted.initialised)
+    total = counted(len(converted.weights), "tensor")
+    print(f"{options.source}: {carried} of {total}, as of {source}")
+    if converted.counters:
+        counters = counted(converted.counters, "counter")
+        print(f"  left out: {counters} of batches (num_batches_tracked), without use here")
+    if converted.unused:
+        unused = counted(len(converted.unused), "tensor")
+        print(f"  left out: {unused} that its network does not use: {', '.join(converted.unused)}")
+    if converted.initialised:
+        print(
+            f"  initialised: {counted(len(converted.initialised), 'tensor')} that a ReLU network "
+            f"has not, such as {converted.initialised[0]}"
+        )
+    for heading, lines in (("not carried over", missing), ("unknown here", unexpected)):
+        shown = lines if options.list or len(lines) <= SHOWN + 1 else lines[:SHOWN]
+        for line in shown:
+            print(f"  {heading}: {line}")
+        if len(shown) < len(lines):
+            print(f"  {heading}: {len(lines) - len(shown)} more (--list names them all)")
+    if (missing or unexpected) and not options.allow_missing:
+        raise UserError(
+            f"{options.source} is not a {config.model.name} of {source}: "
+            f"{counted(len(missing), 'tensor')} missing or of another shape and "
+            f"{len(unexpected)} unknown (see above); "
+            "choose another --model or --from, or give --allow-missing to initialise and leave "
+            "out what does not fit"
+        )
+    if not carried:
+        raise UserError(f"nothing in {options.source} fits {config.model.name}")
+    from tetdist.nn import neurons
+
+    neuron = ", ".join(
+        f"{key} {value}" for key, value in neurons.as_dict(config.model.neuron).items()
+    )
+    print(f"  neuron, which the file does not tell: {neuron}; T={timesteps}")
+    if source == "qkformer" and not config.model.arguments.get("mixes_samples"):
+        print(
+            "  QKFormer's accuracies were measured by code in which the samples of a batch "
+            "influence each other; here they do not, and the accuracy is lower: docs/weights.md, "
+            "model.arguments.mixes_samples"
+        )

@@ -1,0 +1,564 @@
+"""Evaluate a checkpoint: accuracy at any number of timesteps, early exit, operations, robustness.
+
+    python tools/eval.py --checkpoint runs/sew34_t4
+    python tools/eval.py --checkpoint model.safetensors --data /data/imagenet --timesteps 1,2,4
+    python tools/eval.py --checkpoint runs/sew34_t4 --timesteps 1-8 --report report.html
+
+Needs neither DeepSpeed nor the machine that trained. Also runs on several processes, under the
+deepspeed launcher or torchrun.
+"""
+
+import argparse
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tetdist.apps.cli.common import answer, program
+from tetdist.config.flags import MOST_TIMESTEPS, add_import, positive
+from tetdist.errors import UserError
+from tetdist.storage import files
+from tetdist.wording import counted
+
+# Variants of ImageNet's validation set, see evaluation/variants.py; the first have a folder of
+# class folders.
+OF_CLASS_FOLDERS = ("imagenet-v2", "imagenet-a", "imagenet-r")
+VARIANTS = (*OF_CLASS_FOLDERS, "imagenet-c", "real")
+HANGS_AFTER = 600  # seconds without progress of one of several processes
+
+if TYPE_CHECKING:
+    from tetdist.config.schema import RunConfig
+    from tetdist.datasets.index import Index
+    from tetdist.distributed.world import World
+    from tetdist.evaluation.variants import Compared, RealLabels
+    from tetdist.models import SpikingNetwork
+    from tetdist.storage.checkpoint import Description
+
+
+def timesteps_list(text: str) -> list[int]:
+    """Numbers and ranges, such as 1,2,4 or 1-8 or 1-4,8; rising, each once."""
+    values: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 1,2,4 or 1-8")
+        low, high = int(first), int(last or first)
+        if high > MOST_TIMESTEPS:
+            raise argparse.ArgumentTypeError(f"{text!r}: the most is {MOST_TIMESTEPS}")
+        if not 1 <= low <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: the least is 1, and a range must rise")
+        values.update(range(low, high + 1))
+    return sorted(values)
+
+
+def shares_list(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 0.1,0.5") from None
+    if not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r}: shares are from 0 to 1")
+    return sorted(set(values))
+
+
+def points(text: str) -> float:
+    """Points of accuracy, from 0 to 100."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of points such as 0.5"
+        ) from None
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r}: points of accuracy are from 0 to 100")
+    return value
+
+
+def report_file(text: str) -> Path:
+    if Path(text).suffix not in (".html", ".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .html nor in .png")
+    return Path(text)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=program("eval"), description="Evaluate a checkpoint.")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="RUN_OR_FILE",
+        type=Path,
+        help="a run folder (its last checkpoint), the folder of a checkpoint or an export, a "
+        ".safetensors file, or hf:ORG/NAME[@REVISION] of the Hugging Face hub",
+    )
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="of a run folder, the best checkpoint, which was chosen on this very split",
+    )
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="the moving average of the weights, of a run that has one; with --best the best "
+        "average",
+    )
+    add_import(parser)
+    parser.add_argument("--data", metavar="ROOT", help="folder of val/; default: as in training")
+    parser.add_argument("--index", metavar="DIR", help="folder of the index; default: ROOT/index")
+    parser.add_argument("--split", default="val", help="split to evaluate (default: val)")
+    parser.add_argument(
+        "--variant",
+        choices=VARIANTS,
+        help="--data is this variant of ImageNet's validation set, evaluated as published "
+        "(docs/data.md); real: the validation set, with real.json beside it",
+    )
+    parser.add_argument(
+        "--timesteps",
+        type=timesteps_list,
+        metavar="1,2,4-8",
+        help="report top-1, top-5 and loss at these T, also beyond that of the training (default: "
+        "1 to it); all else is at the T of training, or at the last of these if it is not there",
+    )
+    parser.add_argument(
+        "--exit-within",
+        type=points,
+        metavar="POINTS",
+        help="choose the threshold of early exit that costs at most so much top-1 on the training "
+        "samples that the run held out (data.held_out), and say what it does on this split",
+    )
+    parser.add_argument(
+        "--drop-timesteps",
+        type=shares_list,
+        default=[],
+        metavar="0.1,0.5",
+        help="also evaluate with this share of the timesteps dropped, by chance",
+    )
+    parser.add_argument(
+        "--drop-events",
+        type=shares_list,
+        default=[],
+        metavar="0.1,0.5",
+        help="also evaluate with this share of the events dropped, by chance",
+    )
+    parser.add_argument(
+        "--unroll",
+        action="store_true",
+        help="run each timestep as sub-timesteps of spikes that are 0 or 1, as a device runs "
+        "neurons that fire several times: slower, with the same result",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is dropped (default: 0)")
+    parser.add_argument("--batch", type=positive, metavar="N", help="samples of one forward pass")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads that decode")
+    parser.add_argument("--precision", choices=["bf16", "fp32", "tf32", "fp16", "fp64"])
+    parser.add_argument("--execution", choices=["fused", "reference"], help="default: fused")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result there, too")
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        type=report_file,
+        help="write a page to look at: FILE.html, without anything outside of it, or FILE.png",
+    )
+    # The deepspeed launcher adds it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    check_variant(parser, options)
+    return options
+
+
+def check_variant(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse options that do not suit a variant."""
+    if options.variant not in (None, "real"):
+        if options.data is None:
+            parser.error(f"--variant {options.variant} needs its folder, --data FOLDER")
+        if options.split != "val":
+            parser.error(f"--variant {options.variant} is a split by itself; leave out --split")
+    if options.variant is not None and options.exit_within is not None:
+        parser.error("--exit-within is for the data that were trained on; leave out --variant")
+    if options.variant == "imagenet-c":
+        for flag in ("report", "unroll", "drop_timesteps", "drop_events"):
+            if getattr(options, flag):
+                parser.error(f"--{flag.replace('_', '-')} is not for --variant imagenet-c")
+        if len(options.timesteps or ()) > 1:
+            parser.error("--variant imagenet-c is evaluated at one number of timesteps; give one")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    return answer(lambda: evaluate_checkpoint(options))
+
+
+def evaluate_checkpoint(options: argparse.Namespace) -> int:
+    from tetdist import plugins
+    from tetdist.distributed.watchdog import Watch
+    from tetdist.distributed.world import join
+    from tetdist.evaluation.suite import Passes, choose_exit, run_suite
+    from tetdist.evaluation.variants import Compared, run_corruptions
+    from tetdist.nn.precision import choose_algorithms, place
+    from tetdist.storage import checkpoint
+    from tetdist.training.setup import choose_passes, make_model
+
+    with (
+        join(options.device, run=vars(options) | {"local_rank": None}) as world,
+        Watch(world, HANGS_AFTER) as watch,
+    ):
+
+        def alive() -> None:
+            watch.progress("the evaluation")
+
+        world.run_on_all(lambda: check_data_folder(options))
+        locate_variant(options)
+        world.run_on_all(lambda: plugins.import_files(options.imports))
+        weights, description = world.run_on_all(
+            lambda: checkpoint.load_model_file(
+                options.checkpoint, "best" if options.best else "last", ema=options.ema
+            )
+        )
+        world.run_on_all(lambda: plugins.require(description.imports, options.checkpoint))
+        config = world.run_on_all(lambda: evaluation_config(description.config, options))
+        corrupted = world.run_on_all(lambda: corrupted_splits(options))
+
+        def opened(split: str) -> Compared:
+            return open_compared(split, description, config, options, world, alive)
+
+        compared = opened(next(iter(corrupted), options.split))
+        index = compared.index
+        wanted = world.run_on_all(lambda: wanted_timesteps(options, config, description.timesteps))
+        world.run_on_all(lambda: check_options(options, wanted, index))
+        trained = description.timesteps
+        headline = trained if trained in wanted else wanted[-1]
+        model = world.run_on_all(lambda: make_model(config, index))
+        real = world.run_on_all(lambda: real_labels(options, config, model, index, headline, world))
+        choose_algorithms(config.precision)
+        if config.execution == "fused":
+            world.run_on_all(lambda: choose_passes(world))
+        place(model, world.device, config.precision)
+        world.run_on_all(lambda: checkpoint.load_weights(model, weights, options.checkpoint))
+        found = about(description, config, compared, options) | {"reported_timesteps": wanted}
+
+        def passes(of: Compared) -> Passes:
+            return Passes(model, config, of.index, world, alive, outputs=of.outputs)
+
+        exit_choice = None
+        if options.exit_within is not None:
+            held = held_out_samples(config, description, model, world)
+            exit_choice = choose_exit(passes(held), headline, options.exit_within)
+        if corrupted:
+            model.set_timesteps(headline)
+            found |= {"timesteps": headline} | run_corruptions(
+                corrupted, lambda split, title: passes(opened(split)).run(title)
+            )
+        else:
+            found |= run_suite(
+                passes(compared),
+                timesteps=wanted,
+                headline=headline,
+                unroll=options.unroll,
+                drop_timesteps=options.drop_timesteps,
+                drop_events=options.drop_events,
+                seed=options.seed,
+                real=real,
+                exit_choice=exit_choice,
+            )
+        world.run_on_all(lambda: show(found, options) if world.rank == 0 else None)
+    return 0
+
+
+def about(
+    description: "Description",
+    config: "RunConfig",
+    compared: "Compared",
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """What was evaluated, and on what."""
+    from tetdist.datasets.recorded_split import recorded_split
+
+    data_split = recorded_split(config.data.root)
+    return {
+        "checkpoint": str(options.checkpoint),
+        "model": description.config["model"]["name"],
+        "step": description.step,
+        **({"averaged": description.averaged} if description.averaged else {}),
+        "split": options.split,
+        **({"variant": options.variant} if options.variant else {}),
+        **({"protocol": compared.protocol} if compared.protocol else {}),
+        **({"data_split": data_split} if data_split else {}),
+        **({"subset": compared.subset} if compared.subset else {}),
+        "trained_timesteps": description.timesteps,
+        "seed": options.seed,
+    }
+
+
+def open_compared(
+    split: str,
+    description: "Description",
+    config: "RunConfig",
+    options: argparse.Namespace,
+    world: "World",
+    alive: Callable[[], None],
+) -> "Compared":
+    """Open a split, with the labels that its classes have among the network's outputs."""
+    from tetdist.training.setup import open_split
+
+    if options.variant is not None:
+        world.run_on_all(lambda: index_variant(config, split, alive) if world.rank == 0 else None)
+    world.run_on_all(lambda: check_split(config, split, options))
+    data = world.run_on_all(lambda: open_split(config, split, world))
+    return world.run_on_all(lambda: compared_with_model(data, description.classes, config, options))
+
+
+def corrupted_splits(options: argparse.Namespace) -> "dict[str, tuple[str, int]]":
+    """Corruption and severity of each split of imagenet-c; of other data none."""
+    from tetdist.evaluation.variants import corruptions
+
+    return corruptions(Path(options.data)) if options.variant == "imagenet-c" else {}
+
+
+def check_data_folder(options: argparse.Namespace) -> None:
+    """Refuse a --data that is no folder, before anything is made of its name.
+
+    Raises:
+        UserError: That is so.
+    """
+    if options.data is None or Path(options.data).is_dir():
+        return
+    if Path(options.data).exists():
+        raise UserError(f"--data: {options.data} is a file; give the folder that the data lie in")
+    raise UserError(f"--data: {options.data} does not exist; give the folder of the data")
+
+
+def locate_variant(options: argparse.Namespace) -> None:
+    """Have a variant's folder be the split that it is, of the folder that it lies in."""
+    if options.variant in OF_CLASS_FOLDERS:
+        folder = Path(options.data).absolute()
+        options.data, options.split = str(folder.parent), folder.name
+
+
+def index_variant(config: "RunConfig", split: str, alive: Callable[[], None]) -> None:
+    """Index a variant's split, unless it is indexed."""
+    from tetdist.evaluation.variants import make_index
+
+    data = config.data
+    if data.kind != "images":
+        raise UserError("--variant is of ImageNet, and this network is of events; leave it out")
+    make_index(Path(data.root), data.index_dir, split, data.threads, alive)
+
+
+def compared_with_model(
+    data: "Index",
+    trained: list[str] | None,
+    config: "RunConfig",
+    options: argparse.Namespace,
+) -> "Compared":
+    """A split with the labels that its classes have among the network's outputs.
+
+    Raises:
+        UserError: They have none.
+    """
+    from tetdist.evaluation import variants
+
+    match options.variant:
+        case "imagenet-v2":
+            num_classes = config.model.num_classes or len(trained or ())
+            return variants.numbered_classes(data, trained, num_classes)
+        case "imagenet-a" | "imagenet-r":
+            return variants.classes_alone(data, trained, options.variant)
+        case "real":
+            variants.check_numbered("real", trained)
+    index = with_classes_of_model(data, trained, config, options)
+    subset = list(data.classes) if data.classes != index.classes else []
+    return variants.Compared(index, subset=subset)
+
+
+def held_out_samples(
+    config: "RunConfig", description: "Description", model: "SpikingNetwork", world: "World"
+) -> "Compared":
+    """The training samples that the run held out.
+
+    Raises:
+        UserError: It held out none, or the network cannot be stopped early.
+    """
+    from tetdist.evaluation.variants import Compared
+    from tetdist.nn.norm_neuron import is_causal
+    from tetdist.training.setup import open_data
+
+    if not config.data.held_out:
+        raise UserError(
+            "--exit-within chooses on training samples that the run held out, and this run held "
+            "out none; train it with data.held_out=0.1"
+        )
+    if not is_causal(model):
+        raise UserError("--exit-within: the network is not causal, so that it has no early exit")
+    _, held_out = world.run_on_all(lambda: open_data(config, world))
+    if list(held_out.classes) != list(description.classes or held_out.classes):
+        raise UserError(
+            f"--exit-within: the classes of {config.data.root} are not those that the network was "
+            "trained on"
+        )
+    return Compared(held_out)
+
+
+def real_labels(
+    options: argparse.Namespace,
+    config: "RunConfig",
+    model: "SpikingNetwork",
+    index: "Index",
+    timesteps: int,
+    world: "World",
+) -> "RealLabels | None":
+    """The several labels of each image of the validation set, where they are asked for."""
+    from tetdist.evaluation.variants import REAL_FILE, RealLabels
+
+    if options.variant != "real":
+        return None
+    file = Path(config.data.root, REAL_FILE)
+    return RealLabels(file, index, model.num_classes, timesteps, world.device)
+
+
+def wanted_timesteps(options: argparse.Namespace, config: "RunConfig", trained: int) -> list[int]:
+    """Every T that was asked for, or all up to that of the training that the neurons can run.
+
+    Raises:
+        UserError: The neurons cannot run one that was asked for.
+    """
+    refusal = config.model.neuron.refusal
+    if options.timesteps is None:
+        return [t for t in range(1, trained + 1) if refusal(t) is None]
+    for one in options.timesteps:
+        if (reason := refusal(one)) is not None:
+            raise UserError(f"--timesteps: {reason}")
+    return list(options.timesteps)
+
+
+def check_split(config: "RunConfig", split: str, options: argparse.Namespace) -> None:
+    """Refuse a split without an index where another folder or another split is what was meant.
+
+    Raises:
+        UserError: The training's data are not here, or only other splits are indexed.
+    """
+    from tetdist.datasets.index import index_command, index_file
+
+    data = config.data
+    file = index_file(data.index_dir, split)
+    others = sorted(other.stem for other in file.parent.glob("*.npz"))
+    if file.is_file():
+        return
+    if options.data is None and not Path(data.root).is_dir():
+        raise UserError(
+            f"--data: the folder of the training's data, {data.root}, is not here; give --data "
+            f"ROOT, a folder with the split {split}"
+        )
+    if others:
+        raise UserError(
+            f"--split: there is no index {file}; there is that of {', '.join(others)}, so give"
+            f" --split {others[0]}"
+        )
+    if options.data is None:
+        raise UserError(
+            f"--data: there is no index {file} in the folder that the recipe names; give --data "
+            f"ROOT, or index it with `{index_command(data.root, split, data.kind)}`"
+        )
+
+
+def check_options(options: argparse.Namespace, wanted: list[int], index: "Index") -> None:
+    """Refuse, before an hour of evaluation, what would fail after it.
+
+    Raises:
+        UserError: The options do not suit the data or this machine.
+    """
+    from tetdist.apps.reports import style
+
+    if index.timesteps is not None and wanted[-1] > index.timesteps:
+        raise UserError(f"--timesteps: the data has {index.timesteps} time bins, not {wanted[-1]}")
+    if options.drop_events and index.dtype != "uint8":
+        raise UserError(
+            f"--drop-events needs frames that hold numbers of events (uint8), and the data are "
+            f"{index.dtype or 'images'}; leave it out"
+        )
+    if options.report:
+        style.new_figure(1, 1)  # says if matplotlib is missing
+    for flag, file in (("--json", options.json), ("--report", options.report)):
+        if file:
+            files.check_writable(flag, file)
+
+
+def show(found: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print the result, and write what was asked for."""
+    from tetdist.apps.reports.evaluation_page import as_text, corruptions_as_text, write_page
+
+    print(corruptions_as_text(found) if "corruptions" in found else as_text(found))
+    if options.json:
+        with files.explaining(options.json):
+            files.write_json(options.json, found)
+    if options.report:
+        with files.explaining(options.report):
+            write_page(found, options.report)
+
+
+def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunConfig":
+    """The training's configuration with the command line's changes."""
+    from tetdist.config.loading import parse
+
+    parse(raw, str(options.checkpoint), warn=False)  # Somebody else may have written it.
+    data = dict(raw["data"])
+    if options.data:
+        data |= {"root": options.data, "index": None}
+    if options.index:
+        data["index"] = options.index
+    if options.variant == "imagenet-c":
+        # Its images are cropped already.
+        data["resize"] = data["image_size"]
+    if options.threads:
+        data["threads"] = options.threads
+    data["device"] = "cpu"
+    changed = {
+        **{key: value for key, value in raw.items() if key != "checkpoint"},
+        "imports": options.imports,
+        "data": data,
+        # Settings that mean something in training only.
+        "recompute": "none",
+        "engine": "torch",
+        "zero_stage": 0,
+        "batch_norm": {"sync": False},
+        "execution": options.execution or "fused",
+        "precision": options.precision or raw["precision"],
+    }
+    if options.batch:
+        changed["batch"] = {**raw["batch"], "eval": options.batch}
+    return parse(changed, str(options.checkpoint), warn=False)
+
+
+def with_classes_of_model(
+    index: "Index",
+    trained: list[str] | None,
+    config: "RunConfig",
+    options: argparse.Namespace,
+) -> "Index":
+    """The index with the classes of the model, all of them, and the labels that they have there.
+
+    The data may have some of the classes only, which are found by their names.
+
+    Raises:
+        UserError: The model does not know a class, or does not name those that it knows.
+    """
+    import numpy as np
+
+    present = index.classes
+    if trained is None:
+        # The weights were converted from a file that does not name the classes.
+        if config.model.num_classes != len(present):
+            raise UserError(
+                f"the data has {counted(len(present), 'class')} and {options.checkpoint} knows "
+                f"{config.model.num_classes}, without their names; give the data set of its "
+                "training with --data"
+            )
+        return index
+    unknown = sorted(set(present) - set(trained))
+    if unknown:
+        raise UserError(
+            f"the data has other classes than {options.checkpoint} was trained on (unknown to the "
+            f"model are {unknown[:3]}); give data of the classes of the training with --data"
+        )
+    labels = np.array([trained.index(name) for name in present], np.int32)[index.labels]
+    return dataclasses.replace(index, classes=tuple(trained), labels=labels)

@@ -1,0 +1,416 @@
+"""Prepare images for training: index, check, shard, extract. docs/data.md has the layouts."""
+
+import argparse
+import contextlib
+import itertools
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tetdist.apps.cli.common import MISTAKES, answer, program
+from tetdist.config.flags import MOST_THREADS
+from tetdist.errors import UserError, typed
+from tetdist.storage.files import check_writable, explaining, write_json
+from tetdist.wording import are, counted
+
+if TYPE_CHECKING:
+    from tetdist.datasets.check import Examined, Finding
+    from tetdist.datasets.index import BadFile, Index
+    from tetdist.datasets.layouts import Listing
+
+
+_PRINTED_FINDINGS = 20
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = _parse(arguments)
+    return answer(
+        lambda: args.run(args),
+        interrupted=f"stopped; {args.when_stopped}",
+        mistakes=(*MISTAKES, OSError),
+    )
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=program("images"), description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_index(commands)
+    _add_check(commands)
+    _add_shard(commands)
+    _add_extract(commands)
+    args = parser.parse_args(arguments)
+    command = commands.choices[args.command]
+    if args.splits is not None:
+        args.splits = [split for split in args.splits.split(",") if split]
+        if not args.splits:
+            command.error("--splits names no split")
+    if not 1 <= args.workers <= MOST_THREADS:
+        command.error(f"--workers must be from 1 to {MOST_THREADS}")
+    if args.command == "index" and args.events and args.no_decode:
+        command.error("--no-decode has no effect with --events")
+    if args.command == "shard" and args.shard_mb < 1:
+        command.error("--shard-mb must be at least 1")
+    if args.command != "shard":
+        args.shards = dict(_split_and_pattern(command, given) for given in args.shards)
+        if args.shards and args.splits is None:
+            args.splits = ["train", "val"]
+        unknown = set(args.shards) - set(args.splits or ())
+        if unknown:
+            command.error(f"--shards: {min(unknown)!r} is not among --splits")
+    return args
+
+
+def _split_and_pattern(command: argparse.ArgumentParser, given: str) -> tuple[str, str]:
+    split, equals, pattern = given.partition("=")
+    if not (split and equals and pattern):
+        command.error(f"--shards {given}: it must be SPLIT=PATTERN")
+    return split, pattern
+
+
+def _add_index(commands: Any) -> None:
+    command = commands.add_parser(
+        "index",
+        help="verify every file of a data set and write its index",
+        description="Verify every image of ROOT - class folders, WebDataset shards or the official"
+        " tars - and write DIR/SPLIT.npz, from which training reads. Exit status: 0 written, 2"
+        " nothing written, 130 stopped.",
+    )
+    command.set_defaults(run=_index, when_stopped="no index was written")
+    add = command.add_argument
+    add("root", metavar="ROOT", type=Path, help="the data root")
+    add("--out", metavar="DIR", type=Path, help="default: ROOT/index")
+    add("--events", action="store_true", help="not images but .npy tensors of shape (T, 2, H, W)")
+    add(
+        "--no-decode",
+        action="store_true",
+        help="look only at the images' headers: quick, but damage will show in training",
+    )
+    _add_common(command)
+    _add_source(command)
+    _add_skip_bad(command)
+
+
+def _add_check(commands: Any) -> None:
+    command = commands.add_parser(
+        "check",
+        help="find damage, duplicates, wrong names and missing files",
+        description="Decode and sum every image of ROOT; name what does not decode, is twice there,"
+        " contradicts its label or is missing against ImageNet-1k; compare with the index. Stopped,"
+        " the same command continues. Exit status: 0 good, 1 something is wrong, 2 not checked, 130"
+        " stopped.",
+    )
+    command.set_defaults(run=_check, when_stopped="the same command continues")
+    add = command.add_argument
+    add("root", metavar="ROOT", type=Path, help="the data root")
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="where the index is, and the journal while a check lasts; default: ROOT/index",
+    )
+    add("--json", metavar="FILE", type=Path, help="write all findings")
+    add(
+        "--subset",
+        action="store_true",
+        help="do not compare with ImageNet-1k: the classes are others or fewer of WordNet's",
+    )
+    _add_common(command)
+    _add_source(command)
+
+
+def _add_shard(commands: Any) -> None:
+    command = commands.add_parser(
+        "shard",
+        help="pack an indexed data set into WebDataset shards",
+        description="Pack the images of the index of ROOT into DEST/SPLIT/SPLIT-000000.tar and"
+        " following, in random order, and write their index. Stopped, the same command continues."
+        " Exit status: 0 done, 2 not done, 130 stopped.",
+    )
+    command.set_defaults(run=_shard, when_stopped="the same command continues")
+    add = command.add_argument
+    add("root", metavar="ROOT", type=Path, help="the data root")
+    add("dest", metavar="DEST", type=Path, help="the new data root")
+    add("--index", metavar="DIR", type=Path, help="default: ROOT/index")
+    add("--shard-mb", metavar="N", type=int, default=256, help="size; default: %(default)s MB")
+    add("--seed", metavar="N", type=int, default=0, help="of the order; default: %(default)s")
+    _add_common(command)
+
+
+def _add_extract(commands: Any) -> None:
+    command = commands.add_parser(
+        "extract",
+        help="unpack shards or the official tars into class folders",
+        description="Write each image in the shards or tars of ROOT to DEST/SPLIT/CLASS/NAME."
+        " Stopped, the same command continues. Exit status: 0 done, 2 not done, 130 stopped.",
+    )
+    command.set_defaults(run=_extract, when_stopped="the same command continues")
+    add = command.add_argument
+    add("root", metavar="ROOT", type=Path, help="the data root")
+    add("dest", metavar="DEST", type=Path, help="the new data root")
+    _add_common(command)
+    _add_source(command)
+    _add_skip_bad(command)
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    cores = len(os.sched_getaffinity(0))
+    add = command.add_argument
+    add("--splits", help="default: train,val; without a train split, what there is to evaluate")
+    add("--workers", metavar="N", type=int, default=cores, help="processes; default: %(default)s")
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "--shards",
+        metavar="SPLIT=PATTERN",
+        action="append",
+        default=[],
+        help="the shards of a split, relative to ROOT: a folder, or names with * and {0000..1023};"
+        " default: found by their names",
+    )
+    add(
+        "--labels",
+        metavar="FILE",
+        help="labels of the official validation tar: the devkit, or a line 'NAME ID' for each"
+        " image; default: ROOT/ILSVRC2012_devkit_t12.tar.gz",
+    )
+    add(
+        "--classes",
+        metavar="FILE",
+        help="class names of the shards' labels, one a line, or imagenet-1k; default:"
+        " ROOT/classes.txt, else the numbers",
+    )
+
+
+def _add_skip_bad(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--skip-bad", action="store_true", help="leave out the files that cannot be used"
+    )
+
+
+def _index(args: argparse.Namespace) -> int:
+    """Index every split, then write all the indexes or none."""
+    from tetdist.datasets.index import index_file, index_listing, save_index
+    from tetdist.datasets.layouts import check_splits
+
+    if args.splits is not None:
+        check_splits(args.root, args.splits)
+    # Checked first, since otherwise half an hour of decoding could be lost.
+    out = args.out or args.root / "index"
+    _check_writable(out, "--out")
+    indexes: list[Index] = []
+    bad: list[BadFile] = []
+    listings = _list(args, "events" if args.events else "images")
+    for listing in listings:
+        with _progress(listing.split) as progress:
+            decode = not args.no_decode
+            result = index_listing(args.root, listing, args.workers, decode, progress)
+        indexes.append(result[0])
+        bad.extend(result[1])
+
+    for listing in listings:
+        if listing.passed_over:
+            print(f"{listing.split}: passed over {listing.passed_over}", file=sys.stderr)
+    _report_bad(bad, len(bad) + sum(map(len, indexes)))
+    if bad and not args.skip_bad:
+        raise UserError("no index was written: mend the bad files, or give --skip-bad")
+    for index, listing in zip(indexes, listings, strict=True):
+        missing = set(listing.labels) - set(index.labels.tolist())
+        if missing:
+            name = index.classes[min(missing)]
+            raise UserError(f"no index was written: class {name!r} of {index.split} is all bad")
+    for index in indexes:
+        file = index_file(out, index.split)
+        save_index(index, file)
+        print(f"{file}: {_described(index)}")
+    if all(index.split != "train" for index in indexes):
+        command = f"{typed('eval')} --checkpoint RUN --data {args.root} --split {indexes[0].split}"
+        print(f"not to train on, but to evaluate: {command}")
+    return 0
+
+
+def _check_writable(folder: Path, option: str) -> None:
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UserError(f"{folder} cannot be written: name another folder with {option}")
+
+
+def _report_bad(bad: "list[BadFile]", num_files: int) -> None:
+    for path, reason in bad:
+        print(f"bad: {path}: {reason}", file=sys.stderr)
+    if bad:
+        files = counted(num_files, "file")
+        print(f"{len(bad)} of {files} {are(len(bad))} bad", file=sys.stderr)
+
+
+def _described(index: "Index") -> str:
+    empty = len(index.classes) - len(set(index.labels.tolist()))
+    places = f" in {counted(len(index.archives), 'tar file')}" if index.archives else ""
+    without = f", {empty} of them without any" if empty else ""
+    skipped = f", {counted(len(index.skipped), 'bad one')} left out" if index.skipped else ""
+    samples = counted(len(index), index.kind.removesuffix("s"))
+    what = f"{samples}{places} in {counted(len(index.classes), 'class')}"
+    return f"{what}{without}{skipped}"
+
+
+def _list(args: argparse.Namespace, kind: Any = "images") -> "list[Listing]":
+    """List every split and make sure that a label means the same in all of them."""
+    from tetdist.datasets.layouts import Hints, check_same_classes, default_splits, list_split
+
+    listings = []
+    for split in args.splits or default_splits(args.root):
+        hints = Hints(args.shards.get(split), args.labels, args.classes)
+        with _progress(f"{split}: reading tars", "tar") as progress:
+            listings.append(list_split(args.root, split, kind, args.workers, hints, progress))
+    try:
+        check_same_classes({listing.split: listing.classes for listing in listings})
+    except UserError as error:
+        unlabelled = [bad for listing in listings for bad in listing.bad]
+        if not unlabelled:
+            raise
+        first = unlabelled[0]
+        raise UserError(
+            f"{error}; perhaps since {counted(len(unlabelled), 'image')} cannot be used, "
+            f"{first.path} first: {first.reason}"
+        ) from error
+    return listings
+
+
+def _check(args: argparse.Namespace) -> int:
+    """Examine every split, then compare them with each other, with ImageNet and the index."""
+    from tetdist.datasets import check
+
+    out = args.out or args.root / "index"
+    _check_writable(out, "--out")
+    if args.json:
+        check_writable("--json", args.json)
+    examined: dict[str, tuple[Listing, list[Examined | str]]] = {}
+    findings: list[Finding] = []
+    journals = []
+    for listing in _list(args):
+        journals.append(out / f"check-{listing.split}.jsonl")
+        with _progress(listing.split) as progress:
+            found = check.examine_split(args.root, listing, journals[-1], args.workers, progress)
+        examined[listing.split] = listing, found
+        findings.extend(check.split_findings(listing, found))
+        if not args.subset:
+            findings.extend(check.imagenet_findings(listing))
+        findings.extend(check.index_findings(args.root, out, listing, found))
+    findings.extend(check.duplicate_findings(examined))
+
+    _print_findings(findings, args.json)
+    for split, (listing, _) in examined.items():
+        number, classes = len(listing.labels), len(listing.classes)
+        print(f"{split}: {counted(number, 'image')} in {counted(classes, 'class')} examined")
+    problems = sum(finding.kind not in check.NOTES for finding in findings)
+    notes = counted(len(findings) - problems, "note")
+    print(f"{counted(problems, 'problem')}, {notes}" if findings else "all good")
+    # The journals go only now, so that after a stop what was not printed is looked for again.
+    for journal in journals:
+        journal.unlink()
+    return 1 if problems else 0
+
+
+def _print_findings(findings: "list[Finding]", file: Path | None) -> None:
+    printed: Counter[str] = Counter()
+    for kind, path, text in findings:
+        printed[kind] += 1
+        if printed[kind] <= _PRINTED_FINDINGS:
+            print(f"{kind}: {path}: {text}")
+    for name, count in printed.items():
+        if count > _PRINTED_FINDINGS:
+            where = f"see {file}" if file else "--json FILE writes all"
+            print(f"{name}: {count - _PRINTED_FINDINGS} more; {where}")
+    if file:
+        with explaining(file):
+            write_json(file, [finding._asdict() for finding in findings])
+
+
+def _shard(args: argparse.Namespace) -> int:
+    from tetdist.datasets.index import check_fresh, index_file, load_index
+    from tetdist.datasets.shards import shard_split
+
+    _check_writable(args.dest, "DEST")
+    folder = args.index or args.root / "index"
+    splits = args.splits or _indexed_splits(folder)
+    files = [index_file(folder, split) for split in splits]
+    indexes = [load_index(file) for file in files]
+    archives = [archive for index in indexes for archive in index.archives]
+    _check_apart(args, splits, archives, folder)
+    for index, file in zip(indexes, files, strict=True):
+        check_fresh(index, args.root, file)
+    for split, file in zip(splits, files, strict=True):
+        with _progress(split, "shard") as progress:
+            index = shard_split(
+                file,
+                args.root,
+                args.dest,
+                seed=args.seed,
+                max_bytes=args.shard_mb * 2**20,
+                workers=args.workers,
+                progress=progress,
+            )
+        print(f"{args.dest / split}: {_described(index)}, packed and indexed")
+    return 0
+
+
+def _check_apart(
+    args: argparse.Namespace, splits: list[str], archives: list[str], index_dir: Path
+) -> None:
+    """Refuse a DEST that lies in a folder of the source, where its files would pass for samples.
+
+    Args:
+        args: ROOT and DEST.
+        splits: The splits that are read, and written.
+        archives: The tar files that are read, relative to ROOT.
+        index_dir: Folder of the source's indexes.
+
+    Raises:
+        UserError: It does.
+    """
+    held = {"train", "val", *splits, *(file.rpartition("/")[0] for file in archives)} - {""}
+    sources = [*(args.root / name for name in sorted(held)), index_dir]
+    for name, source in itertools.product((*splits, "index"), sources):
+        output = args.dest / name
+        if output.resolve().is_relative_to(source.resolve()):
+            raise UserError(
+                f"DEST: {output} would be written into {source}, a folder of the source; name a"
+                f" folder outside of {args.root}"
+            )
+
+
+def _indexed_splits(folder: Path) -> list[str]:
+    """Train and val, or all that there are indexes of where none is of a training set."""
+    indexed = sorted(file.stem for file in folder.glob("*.npz"))
+    return indexed if indexed and "train" not in indexed else ["train", "val"]
+
+
+def _extract(args: argparse.Namespace) -> int:
+    from tetdist.datasets.extract import extract_split
+
+    _check_writable(args.dest, "DEST")
+    listings = _list(args)
+    archives = [archive for listing in listings for archive in listing.archives]
+    splits = [listing.split for listing in listings]
+    _check_apart(args, splits, archives, args.root / "index")
+    bad = [file for listing in listings for file in listing.bad]
+    _report_bad(bad, len(bad) + sum(len(listing.labels) for listing in listings))
+    if bad and not args.skip_bad:
+        raise UserError("nothing was extracted: mend the bad files, or give --skip-bad")
+    for listing in listings:
+        with _progress(listing.split) as progress:
+            extract_split(args.root, listing, args.dest, args.workers, progress)
+        print(f"{args.dest / listing.split}: {counted(len(listing.labels), 'image')}")
+    return 0
+
+
+@contextlib.contextmanager
+def _progress(title: str, unit: str = "file") -> Iterator[Callable[[int, int], None]]:
+    from tetdist.tracking.progress import FileProgress
+
+    with FileProgress() as progress:
+        yield progress.titled(title, unit)

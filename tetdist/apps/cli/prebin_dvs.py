@@ -1,0 +1,356 @@
+"""Make recordings of event cameras into tensors to train on.
+
+    python tools/prebin_dvs.py /data/nmnist data/nmnist --preset nmnist
+    python tetdist/train.py --config CONFIG data.root=data/nmnist/splits/published
+
+docs/events.md has the formats, layouts, parameters and splits. The same command continues what was
+stopped. Exit status: 0 done, 2 nothing to train on was written, 130 stopped.
+"""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tetdist.apps.cli.common import answer, program
+from tetdist.config.flags import MOST_PIXELS, MOST_THREADS, MOST_TIMESTEPS
+from tetdist.errors import UserError, typed
+from tetdist.wording import are, counted
+
+# Each worker multiplies small matrices, for which numpy's threads would cost a hundred times what
+# they gain. numpy reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if TYPE_CHECKING:
+    from tetdist.apps.events.folders import Listing
+    from tetdist.apps.events.recording import Sensor
+    from tetdist.apps.events.tensors import Settings, Tensors
+
+
+_SENSORS = {"dvs128": "128x128", "davis240": "240x180"}
+# The options that a preset sets, with what holds where neither it nor the user says anything.
+_DEFAULTS = {
+    "timesteps": None,
+    "size": None,
+    "bins": "count",
+    "values": "count",
+    "sensor": None,
+    "split": None,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    return answer(lambda: _run(options), interrupted="stopped; the same command goes on from here")
+
+
+def _run(options: argparse.Namespace) -> None:
+    try:
+        _prebin(options)
+    except OSError as error:
+        # The error of a full disk does not name the file.
+        where = "" if error.filename else f" in {options.dest}"
+        raise UserError(f"{error}{where}; the same command goes on from here") from error
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    from tetdist.apps.events.presets import PRESETS, presets_in_words
+
+    parser = argparse.ArgumentParser(
+        prog=program("prebin_dvs"),
+        description=(__doc__ or "").replace("python tools/prebin_dvs.py", typed("prebin_dvs")),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", type=Path, help="folder of the recordings")
+    add("dest", metavar="DEST", type=Path, help="folder of the tensors")
+    add(
+        "--preset",
+        choices=list(PRESETS),
+        help="a published data set: sets --timesteps, --size, --bins, --values, --sensor and"
+        " --split where they are not given",
+    )
+    add(
+        "--list-presets",
+        action="version",
+        version=presets_in_words(),
+        help="say what the presets set, where it is from, and how easy their splits are",
+    )
+    add("--timesteps", metavar="T", type=_timesteps, help="number of bins; needed without --preset")
+    add("--size", metavar="N|WxH", type=_size, help="of the frames; default: the sensor's")
+    add(
+        "--bins",
+        choices=["count", "time"],
+        help="of equally many events, or equally long; default: count",
+    )
+    add(
+        "--values",
+        choices=["count", "occupancy", "normalised", "published"],
+        help="events of a pixel; 1 where there are any; divided by the frame's largest; or as the"
+        " TET paper's published code makes them; default: count",
+    )
+    add(
+        "--resize",
+        choices=["area", "bilinear"],
+        help="default: area, and bilinear with --values published",
+    )
+    add(
+        "--dtype",
+        choices=["uint8", "float16"],
+        help="default: uint8 for --values count, else float16",
+    )
+    add("--sensor", metavar="NAME|WxH", type=_sensor, help=f"{', '.join(_SENSORS)} or a size")
+    add(
+        "--split",
+        metavar="NAME[,NAME]",
+        help="published, first-90-percent, first-80-percent, first-70-percent,"
+        " first-90-percent-by-letters, 0-99-test, stratified-9-1, or all-to-val, to evaluate only;"
+        " default: published if the source has it, all-to-val if it has a test part only, else"
+        " stratified-9-1",
+    )
+    add("--seed", type=_seed, default=0, help="of stratified-9-1 and --simulate; default: 0")
+    add("--simulate", action="store_true", help="SOURCE holds images; simulate a camera")
+    cores = len(os.sched_getaffinity(0))
+    add("--workers", metavar="N", type=_workers, default=cores, help="default: %(default)s")
+    add("--skip-bad", action="store_true", help="leave out recordings that cannot be used")
+    add("--overwrite", action="store_true", help="remove what DEST holds of this tool, begin anew")
+    add("--preview", action="store_true", help="draw DEST/preview.png, a recording of each class")
+    options = parser.parse_args(arguments)
+    if options.preset and options.simulate:
+        parser.error("--preset is of recordings and --simulate of images: leave one out")
+    _fill(options)
+    if options.timesteps is None:
+        parser.error("give --timesteps, the number of bins, or --preset")
+    if options.dtype is None:
+        options.dtype = "uint8" if options.values == "count" else "float16"
+    if options.values == "published" and options.resize == "area":
+        parser.error("--values published resizes as the published code does: leave out --resize")
+    if options.resize is None:
+        options.resize = "bilinear" if options.values == "published" else "area"
+    return options
+
+
+def _fill(options: argparse.Namespace) -> None:
+    """Set what was not given to the preset's values; add `given`, the names of what was."""
+    from tetdist.apps.events.presets import PRESETS
+
+    options.given = {name for name in _DEFAULTS if getattr(options, name) is not None}
+    defaults = _DEFAULTS | (PRESETS[options.preset].options() if options.preset else {})
+    for name in defaults.keys() - options.given:
+        setattr(options, name, defaults[name])
+
+
+def _timesteps(text: str) -> int:
+    return _positive(text, MOST_TIMESTEPS)
+
+
+def _workers(text: str) -> int:
+    return _positive(text, MOST_THREADS)
+
+
+def _positive(text: str, most: int) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    if int(text) > most:
+        raise argparse.ArgumentTypeError(f"{text!r}: the most is {most}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or above")
+    return int(text)
+
+
+def _size(text: str) -> "Sensor":
+    from tetdist.apps.events.recording import Sensor
+
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 48 or 64x48")
+    width, height = int(match[1]), int(match[2] or match[1])
+    if max(width, height) > MOST_PIXELS:
+        raise argparse.ArgumentTypeError(f"{text!r}: the most is {MOST_PIXELS} pixels a side")
+    return Sensor(width, height)
+
+
+def _sensor(text: str) -> "Sensor":
+    return _size(_SENSORS.get(text.lower(), text))
+
+
+def _prebin(options: argparse.Namespace) -> None:
+    from tetdist.apps.events.splits import default_split
+    from tetdist.apps.events.statistics import draw_preview, statistics, table
+    from tetdist.apps.events.tensors import make_tensors, open_destination
+    from tetdist.storage.files import explaining, write_json
+    from tetdist.tracking.progress import FileProgress
+
+    settings = _settings(options)
+    listing = _listing(options)
+    _note_passed_over(listing)
+    if options.preset:
+        _check_preset(options, listing)
+    names = options.split.split(",") if options.split else [default_split(listing.sources)]
+    names = _possible_splits(options, listing, names)
+    with open_destination(options.dest, options.source, settings, overwrite=options.overwrite):
+        with FileProgress() as progress:
+            tensors = make_tensors(
+                options.source, options.dest, listing, settings, options.workers, progress.titled
+            )
+        _report_bad(tensors)
+        if tensors.bad and not options.skip_bad:
+            raise UserError("no split was made: mend the bad recordings, or give --skip-bad")
+        if not tensors.records:
+            raise UserError("no split was made: there is no good recording")
+        found = statistics(tensors.records.values())
+        file = options.dest / "statistics.json"
+        with explaining(file):
+            write_json(file, found)
+        print(table(found))
+        _note_saturation(found["all"]["saturated"], options.dtype)
+        if options.preview:
+            draw_preview(options.dest, tensors.records.values(), options.dest / "preview.png")
+            print(f"{options.dest / 'preview.png'}: the first recording of each class")
+        for name in names:
+            _make_split(options, listing, tensors, settings, name)
+
+
+def _settings(options: argparse.Namespace) -> "Settings":
+    from tetdist.apps.events.binning import Binning
+    from tetdist.apps.events.simulate import DEFAULT_SENSOR, SMALLEST_SENSOR, Simulation
+    from tetdist.apps.events.tensors import Settings
+
+    binning = Binning(
+        timesteps=options.timesteps,
+        size=options.size,
+        bins=options.bins,
+        values=options.values,
+        resize=options.resize,
+        dtype=options.dtype,
+    )
+    if not options.simulate:
+        return Settings(binning, options.sensor)
+    width, height = options.sensor or DEFAULT_SENSOR
+    if min(width, height) < SMALLEST_SENSOR:
+        raise UserError(f"--sensor: simulated, {SMALLEST_SENSOR}x{SMALLEST_SENSOR} is the least")
+    return Settings(binning, None, Simulation(width, height, options.seed))
+
+
+def _listing(options: argparse.Namespace) -> "Listing":
+    from tetdist.apps.events.folders import list_sources
+    from tetdist.apps.events.formats import SUFFIXES
+    from tetdist.apps.events.presets import expectation
+    from tetdist.apps.events.simulate import IMAGE_SUFFIXES
+
+    try:
+        return list_sources(options.source, IMAGE_SUFFIXES if options.simulate else SUFFIXES)
+    except UserError as error:
+        if options.preset is None:
+            raise
+        raise UserError(f"{error}; {expectation(options.preset)}") from error
+
+
+def _check_preset(options: argparse.Namespace, listing: "Listing") -> None:
+    """See that the source is the preset's data set; say what is set, and what is set otherwise."""
+    from tetdist.apps.events.presets import PRESETS, check_source
+
+    warning = check_source(options.preset, options.source, listing.sources)
+    preset = PRESETS[options.preset].options()
+    kept = [f"--{name} {value}" for name, value in preset.items() if name not in options.given]
+    print(f"--preset {options.preset}: {' '.join(kept) or 'all is given'}", file=sys.stderr)
+    for name in (name for name in _DEFAULTS if name in options.given):
+        given, otherwise = getattr(options, name), preset.get(name, "none")
+        if given != otherwise:
+            print(f"--{name} {given} instead of the preset's {otherwise}", file=sys.stderr)
+    if warning:
+        print(warning, file=sys.stderr)
+
+
+def _possible_splits(
+    options: argparse.Namespace, listing: "Listing", names: list[str]
+) -> list[str]:
+    """See that the splits exist, before any tensor is made; return their names.
+
+    Those of a preset that a part of its data set cannot have are left out, which is said.
+    """
+    from tetdist.apps.events import splits
+
+    may_lack_some = options.preset and "split" not in options.given
+    possible = list[str]()
+    for name in names:
+        if name not in splits.NAMES:
+            raise UserError(f"--split: {name!r} is none of {', '.join(splits.NAMES)}")
+        try:
+            splits.assign(listing.sources, name, options.seed)
+        except UserError as error:
+            none_is_left = name == names[-1] and not possible
+            if not may_lack_some or none_is_left:
+                raise
+            print(f"not made: {error}", file=sys.stderr)
+        else:
+            possible.append(name)
+    return possible
+
+
+def _note_passed_over(listing: "Listing") -> None:
+    if listing.passed_over:
+        print(f"passed over {listing.passed_over}", file=sys.stderr)
+
+
+def _report_bad(tensors: "Tensors") -> None:
+    for path, reason in tensors.bad:
+        print(f"bad: {path}: {reason}", file=sys.stderr)
+    if tensors.bad:
+        number = len(tensors.bad) + len(tensors.records)
+        bad, of = len(tensors.bad), counted(number, "recording")
+        print(f"{bad} of {of} {are(bad)} bad", file=sys.stderr)
+
+
+def _note_saturation(saturated: int, dtype: str) -> None:
+    if saturated:
+        print(
+            f"{saturated} values were too large for {dtype} and became its largest; --timesteps,"
+            " --size or --dtype float16 would help",
+            file=sys.stderr,
+        )
+
+
+def _make_split(
+    options: argparse.Namespace,
+    listing: "Listing",
+    tensors: "Tensors",
+    settings: "Settings",
+    name: str,
+) -> None:
+    from tetdist.apps.events.presets import PRESETS
+    from tetdist.apps.events.split_roots import make_split
+    from tetdist.apps.events.splits import ALL_TO_VAL
+    from tetdist.datasets.recorded_split import description
+
+    root = make_split(
+        options.dest,
+        listing.sources,
+        tensors.records,
+        settings,
+        name=name,
+        seed=options.seed,
+        bad=len(tensors.bad),
+        workers=options.workers,
+    )
+    described = description(root)
+    assert described is not None
+    numbers = described["recordings"]
+    made = "simulated from images, " if options.simulate else ""
+    if name == ALL_TO_VAL:
+        command = f"{typed('eval')} --checkpoint RUN --data {root}"
+        print(f"{root}: {made}{numbers['val']} to test; {command}")
+        return
+    print(f"{root}: {made}{numbers['train']} to train, {numbers['val']} to test; data.root={root}")
+    if options.preset:
+        known = [split for split in PRESETS[options.preset].splits if split.name == name]
+        for split in known:
+            print(f"  behind {split.behind}\n  ease: {split.ease}")
+        if not known:
+            print("  no published result is known on this split")

@@ -1,0 +1,222 @@
+"""Run a study, several configurations with several seeds, and report what came out.
+
+    python tools/study.py tet_vs_sdt_digits
+    python tools/study.py STUDY.yaml --jobs 2 --append-to docs/results.md
+    python tools/study.py STUDY.yaml --slurm --gpus-per-node 1 --time 4:00:00
+    python tools/study.py SEARCH.yaml --dry-run
+
+A file with the section `search` is a search for the values of keys, by successive halving on
+held-out training data (docs/searches.md).
+
+The same command goes on after a stop: runs that are finished are left alone, others continue where
+they were saved. On a cluster it also says how they are, and leaves alone what is queued.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tetdist.apps.cli.common import answer, program
+from tetdist.config.flags import add_import
+from tetdist.errors import UserError
+from tetdist.wording import counted
+
+if TYPE_CHECKING:
+    from tetdist.apps.studies.plan import StudyRun
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=program("study"),
+        description="Run a study and write its report. The same command continues a stopped one.",
+        epilog="Exit status: 0 all asked for is done, 1 runs failed, 2 a mistake in what was asked "
+        "for, 130 stopped.",
+    )
+    parser.add_argument("study", metavar="STUDY", help="a YAML file, or one in configs/studies/")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="override a key of the configuration in all runs: data.root=..., batch.micro=64",
+    )
+    add_import(parser)
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, help="folder of runs and report; runs/STUDY"
+    )
+    parser.add_argument(
+        "--jobs", metavar="N", type=int, default=1, help="runs side by side, which share the cores"
+    )
+    parser.add_argument(
+        "--only",
+        metavar="ENTRY",
+        action="append",
+        help="train this entry only, and what it begins with; may be repeated",
+    )
+    parser.add_argument("--report-only", action="store_true", help="train nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be trained, for how many epochs"
+    )
+    parser.add_argument(
+        "--append-to",
+        metavar="FILE.md",
+        type=Path,
+        help="put the report there, too, in place of the study's earlier one",
+    )
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="with --slurm: submit also what was submitted before and has failed or was cancelled",
+    )
+    parser.add_argument(
+        "--slurm",
+        nargs=argparse.REMAINDER,
+        metavar="FLAG",
+        help="submit all runs at once instead, or say how they are; what follows are flags of "
+        f"{program('slurm')}: --gpus-per-node, --partition, --time, ..., --dry-run. A run that "
+        "begins with another's weights, or learns from it, waits for that one. Once all are "
+        "finished, the same command without it evaluates and reports",
+    )
+    options = parser.parse_intermixed_args(arguments)
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    if options.append_to and options.append_to.suffix != ".md":
+        parser.error(f"--append-to takes a Markdown file, FILE.md, not {options.append_to}")
+    if options.slurm is not None and options.dry_run:
+        parser.error("--dry-run goes behind --slurm: --slurm ... --dry-run")
+    if options.slurm is not None and options.report_only:
+        parser.error("--report-only submits nothing: leave out --slurm")
+    if options.again and options.slurm is None:
+        parser.error("--again goes with --slurm; here, runs that failed are always tried again")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    logging.getLogger("tetdist.tracking").setLevel(logging.WARNING)  # MLflow does not answer
+    return answer(
+        lambda: study(options), interrupted="stopped; the same command goes on where it was"
+    )
+
+
+def study(options: argparse.Namespace) -> int:
+    from tetdist.apps.studies import plan, report, search, tracking
+    from tetdist.apps.studies.local import refuse_if_at_work, work
+
+    file = plan.find(options.study)
+    if search.is_search(file):
+        return search_for(options, file)
+    section = plan.read(file)
+    output = options.output or Path("runs") / file.stem
+    runs = plan.runs_of(section, output, options.overrides, options.imports)
+    chosen = choose(runs, options.only)
+    for warning in plan.replaced(section, options.overrides):
+        print(warning, file=sys.stderr)
+    for run in runs:
+        plan.check_folder(run)
+    failed: dict[str, str] = {}
+    if options.dry_run:
+        print(planned(chosen))
+        return 0
+    if options.slurm is not None:
+        from tetdist.apps.studies import slurm
+
+        return slurm.submit(file.stem, chosen, output, options.slurm, options.again)
+    if not options.report_only:
+        left = [run for run in chosen if run.next_command()]
+        plan.check_inputs(left)
+        if any((run.folder / "slurm").exists() for run in left):
+            from tetdist.apps.studies import slurm
+
+            slurm.refuse_if_queued(left)
+        refuse_if_at_work(left)
+        untrained = [run for run in left if not plan.is_trained(run)]
+        parent = tracking.Parent(file.stem, untrained, output)
+        failed = work(chosen, options.jobs, parent)
+        tracking.catch_up(file.stem, chosen, output, options.jobs)
+    report.write(section, file.stem, runs, output / "report.md", command(options, file))
+    print(f"the report is {output / 'report.md'}")
+    if options.append_to:
+        report.write(section, file.stem, runs, options.append_to, command(options, file))
+        print(f"and in {options.append_to}")
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def search_for(options: argparse.Namespace, file: Path) -> int:
+    from tetdist.apps.studies import search, search_report, tracking
+    from tetdist.apps.studies.local import refuse_if_at_work, work
+
+    for flag, given in (("--slurm", options.slurm is not None), ("--only", bool(options.only))):
+        if given:
+            raise UserError(f"{flag}: {file} is a search, which is made here and as a whole")
+    output = options.output or Path("runs") / file.stem
+    found = search.Search(search.read(file), output, options.overrides, options.imports)
+    found.check_inputs()
+    print(f"budget: {found.budget()}")
+    if options.dry_run:
+        print(search_report.candidates_as_text(found))
+        return 0
+    failed: dict[str, str] = {}
+    standing = found.standing()
+    while not options.report_only and not failed and (left := found.left_to_do(standing)):
+        refuse_if_at_work(left)
+        failed = work(left, options.jobs, tracking.Parent(file.stem, left, output))
+        if standing.winner is None:
+            # What does not stay finite is a result of a search.
+            failed = {name: why for name, why in failed.items() if search.NOT_FINITE not in why}
+            standing = found.standing()
+    if not options.report_only:
+        tracking.catch_up(file.stem, found.runs_of(standing), output, options.jobs)
+    for target in filter(None, (output / "report.md", options.append_to)):
+        search_report.write(found, standing, file.stem, target, command(options, file))
+        print(f"the report is {target}")
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def planned(runs: "list[StudyRun]") -> str:
+    """What is left to train, in words: the runs, and their epochs."""
+    from tetdist.apps.studies import plan
+
+    left = [run for run in runs if not plan.is_trained(run)]
+    epochs = {run.name: run.own_epochs for run in left}
+    lines = [f"{name}: {counted(number, 'epoch')}" for name, number in epochs.items()]
+    total = f"{len(left)} of {counted(len(runs), 'run')} to train"
+    return "\n".join([*lines, f"{total}, {counted(sum(epochs.values()), 'epoch')} in all"])
+
+
+def command(options: argparse.Namespace, file: Path) -> str:
+    """The command that makes the study, to be quoted in its report."""
+    from tetdist.apps.studies import plan
+
+    words = [str(file), *options.overrides]
+    for one in options.imports:
+        words += ["--import", one]
+    if options.output:
+        words += ["--output", str(options.output)]
+    if options.jobs > 1:
+        words += ["--jobs", str(options.jobs)]
+    for entry in options.only or []:
+        words += ["--only", entry]
+    return str(plan.Command("study", tuple(words)))
+
+
+def choose(runs: "list[StudyRun]", entries: list[str] | None) -> "list[StudyRun]":
+    """The runs of some entries, and those that they need."""
+    if entries is None:
+        return runs
+    known = list(dict.fromkeys(run.entry for run in runs))
+    for entry in entries:
+        if entry not in known:
+            raise UserError(f"--only: there is no entry {entry}; there are {', '.join(known)}")
+    chosen: set[str] = set()
+    # Go from the end, because a run comes after those that it needs.
+    for run in reversed(runs):
+        if run.entry in entries or run.name in chosen:
+            chosen |= {run.name, *(needed.name for needed in run.needs)}
+    return [run for run in runs if run.name in chosen]

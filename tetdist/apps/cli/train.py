@@ -1,0 +1,138 @@
+"""Train a spiking network.
+
+    deepspeed tetdist/train.py --config sew34_t4.yaml data.root=/data/imagenet
+    python tetdist/train.py --config quickstart.yaml        (one process)
+
+The same command continues a run that was stopped.
+"""
+
+import argparse
+import logging
+import os
+import re
+import sys
+from typing import TYPE_CHECKING
+
+from tetdist.apps.cli.common import MISTAKES, fail, program
+from tetdist.config.flags import add_import
+from tetdist.errors import PEER_FAILED, PeerFailed, UserError
+
+if TYPE_CHECKING:
+    from tetdist.config.schema import RunConfig
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=program("train"),
+        description="Train a spiking network. The same command continues a stopped run.",
+        epilog="examples: deepspeed tetdist/train.py --config sew34_t4.yaml data.root=/imagenet"
+        "   |   python tetdist/train.py --config quickstart.yaml seed=1 name=second",
+    )
+    parser.add_argument(
+        "--config", metavar="NAME", help="a YAML file, or the name of one in configs/"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="override a key of the configuration: seed=1, phases.0.epochs=2, data.root=...",
+    )
+    add_import(parser)
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="show the resolved configuration, with all defaults and where each value is from, and "
+        "stop",
+    )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="list every key of a configuration, or the given ones (--explain batch), with what it "
+        "takes and its default, and stop",
+    )
+    # The deepspeed launcher adds it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args(arguments)
+    if not options.config and not options.explain:
+        parser.error("--config is missing: a YAML file, or the name of one in configs/")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 finished, 2 a mistake of the user's, 3 another process of the run died or
+    hangs, 128 + n stopped by signal n.
+
+    The deepspeed launcher ends with that of the first process that does not end with 0; where
+    signal n has killed it, with 256 - n.
+    """
+    options = parse_arguments(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        logging.getLogger().setLevel(logging.ERROR)
+    try:
+        config = read_config(options)
+    except MISTAKES as error:
+        # All processes make this mistake; one says it.
+        return fail(error) if rank == "0" else 2
+    except KeyboardInterrupt:
+        return 130
+    if config is None:
+        return 0
+    try:
+        from tetdist.apps.reports.observers import observers
+        from tetdist.training.run import train
+
+        return train(config, observers)
+    except MISTAKES as error:
+        return fail(error, "" if rank == "0" else f"rank {rank}: ")
+    except PeerFailed as error:
+        fail(error, "" if rank == "0" else f"rank {rank}: ")
+        return PEER_FAILED
+    except KeyboardInterrupt:
+        # Before the run began, or for the second time.
+        print("interrupted; what was saved before is there", file=sys.stderr)
+        return 130
+
+
+def _is_of(key: str, word: str) -> bool:
+    """Whether a key is one that is asked for, or lies in a section that is."""
+    return not word or key == word or key.startswith(f"{word}.")
+
+
+def read_config(options: argparse.Namespace) -> "RunConfig | None":
+    """The configuration; None where showing it was all that was asked for."""
+    from tetdist.apps.reports.reference import find_reference
+    from tetdist.config import loading
+    from tetdist.config.documentation import documented_keys
+    from tetdist.config.inheritance import DEFAULT, annotated
+    from tetdist.nn.neurons import kind_of
+    from tetdist.tracking.trackers import check_names
+
+    if options.explain:
+        known = documented_keys()
+        asked = options.overrides or [""]
+        # As they are typed: phases.0.epochs, optimizer=..., or the beginning of a key.
+        wanted = [re.sub(r"\.\d+(?=\.|$)", ".N", one.partition("=")[0]) for one in asked]
+        for word, key in zip(wanted, asked, strict=True):
+            if not any(_is_of(one, word) for one in known):
+                raise UserError(
+                    f"--explain: there is no key {key!r}; --explain alone lists them all"
+                )
+        for key, documented in known.items():
+            if any(_is_of(key, word) for word in wanted):
+                print(f"{key:32} {documented}")
+        return None
+    loaded = loading.load_with_origins(options.config, options.overrides, options.imports)
+    check_names(loaded.config.tracking.trackers)
+    if loaded.config.reference is not None:
+        find_reference(loaded.config.reference, "reference")
+    if options.print_config:
+        model = loaded.config.model
+        of_kind = {
+            f"model.neuron.{key}": f"{DEFAULT} of {kind_of(model.neuron)}, in place of {own}"
+            for key, (own, _) in model.changed_by_kind.items()
+        }
+        print(annotated(loaded.config.as_yaml(), of_kind | loaded.origins), end="")
+        return None
+    return loaded.config

@@ -1,0 +1,164 @@
+"""Frames made of events: T bins of time, two polarities, counted, resized, stored small."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, assert_never
+
+import numpy as np
+import numpy.typing as npt
+
+from tetdist.apps.events.published import published_frames
+from tetdist.apps.events.recording import BadRecording, Events, Sensor
+from tetdist.wording import are, counted
+
+Bins = Literal["count", "time"]
+Values = Literal["count", "occupancy", "normalised", "published"]
+Resize = Literal["area", "bilinear"]
+DType = Literal["uint8", "float16"]
+
+# uint8 holds values between 0 and 1 as multiples of 1 / 255.
+UINT8_STEPS = 255
+
+
+@dataclass(frozen=True)
+class Binning:
+    """The way in which events become frames.
+
+    Attributes:
+        timesteps: T, the number of bins.
+        size: Width and height of the frames; None for the sensor's.
+        bins: "count": N // T events each, as in the paper, the last N % T left out; "time": equal
+            parts of the time from the first event to the last.
+        values: Value of a pixel. "count": its events; "occupancy": 1 where there is any;
+            "normalised": its events divided by the most that any pixel of this frame, of this
+            polarity, has; "published": those of `published_frames`, which goes with bilinear.
+        resize: "area": what falls on each new pixel's area; "bilinear": weighted by a triangle as
+            wide as two new pixels, as PIL does. Both keep a frame's sum of "count", and its mean
+            of the other values.
+        dtype: "uint8": rounded, all values but "count" as multiples of 1 / 255; "float16".
+    """
+
+    timesteps: int
+    size: Sensor | None
+    bins: Bins
+    values: Values
+    resize: Resize
+    dtype: DType
+
+
+class Frames(NamedTuple):
+    """A recording as frames.
+
+    Attributes:
+        tensor: (T, 2, H, W), OFF before ON.
+        saturated: Values that were too large for the type and became its largest.
+        empty: Number of the T x 2 frames without events.
+    """
+
+    tensor: npt.NDArray[np.uint8] | npt.NDArray[np.float16]
+    saturated: int
+    empty: int
+
+
+def bin_events(events: Events, binning: Binning) -> Frames:
+    """Make the frames of a recording.
+
+    Raises:
+        BadRecording: It has fewer events than bins.
+    """
+    if len(events) < binning.timesteps:
+        number = len(events)
+        raise BadRecording(
+            f"{counted(number, 'event')} {are(number)} too few for "
+            f"{counted(binning.timesteps, 'bin')}"
+        )
+    counts = _count(events, _bin_numbers(events, binning), binning.timesteps)
+    frames = _frames(counts, binning)
+    tensor, saturated = _stored(frames, binning)
+    return Frames(tensor, saturated, int((counts.max(axis=(2, 3)) == 0).sum()))
+
+
+def _bin_numbers(events: Events, binning: Binning) -> npt.NDArray[np.int64]:
+    """Number (N,) of each event's bin; T for those that belong to none."""
+    number, timesteps = len(events), binning.timesteps
+    match binning.bins:
+        case "count":
+            return np.minimum(np.arange(number) // (number // timesteps), timesteps)
+        case "time":
+            elapsed = events.t - events.t[0]
+            return elapsed * timesteps // (elapsed[-1] + 1)
+        case _:
+            assert_never(binning.bins)
+
+
+def _count(events: Events, bins: npt.NDArray[np.int64], timesteps: int) -> npt.NDArray[np.float64]:
+    """Count the events of each pixel: (T, 2, H, W)."""
+    width, height = events.sensor
+    pixel = ((bins * 2 + events.p) * height + events.y) * width + events.x
+    # `frames[...] += 1` would count a repeated pixel once, and np.add.at is slow.
+    total = np.bincount(pixel, minlength=(timesteps + 1) * 2 * height * width)
+    return total.reshape(timesteps + 1, 2, height, width)[:timesteps].astype(np.float64)
+
+
+def _frames(counts: npt.NDArray[np.float64], binning: Binning) -> npt.NDArray[np.float64]:
+    match binning.values:
+        case "count":
+            return _resized(counts, binning)
+        case "occupancy":
+            return _resized((counts > 0).astype(np.float64), binning)
+        case "normalised":
+            most = counts.max(axis=(2, 3), keepdims=True)
+            return _resized(counts / np.maximum(most, 1), binning)
+        case "published":
+            return published_frames(counts, binning.size)
+        case _:
+            assert_never(binning.values)
+
+
+def _resized(frames: npt.NDArray[np.float64], binning: Binning) -> npt.NDArray[np.float64]:
+    height, width = frames.shape[2:]
+    size = binning.size or Sensor(width, height)
+    if size == (width, height):
+        return frames
+    rows = resize_weights(height, size.height, binning.resize)
+    columns = resize_weights(width, size.width, binning.resize)
+    resized: npt.NDArray[np.float64] = rows @ frames @ columns.T
+    if binning.values == "count":
+        resized *= height * width / (size.height * size.width)
+    return resized
+
+
+def resize_weights(source: int, target: int, how: Resize) -> npt.NDArray[np.float64]:
+    """Weights (target, source) with which pixels of a line make those of a longer or shorter one.
+
+    Each row sums to 1.
+    """
+    scale = source / target
+    pixel = np.arange(source)[None, :]
+    match how:
+        case "area":
+            edges = np.arange(target + 1) * scale
+            first, last = edges[:-1, None], edges[1:, None]
+            weights = np.clip(np.minimum(last, pixel + 1) - np.maximum(first, pixel), 0, None)
+        case "bilinear":
+            centres = (np.arange(target) + 0.5)[:, None] * scale - 0.5
+            weights = np.clip(1 - np.abs(pixel - centres) / max(scale, 1), 0, None)
+        case _:
+            assert_never(how)
+    normalised: npt.NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
+    return normalised
+
+
+def _stored(
+    frames: npt.NDArray[np.float64], binning: Binning
+) -> tuple[npt.NDArray[np.uint8] | npt.NDArray[np.float16], int]:
+    """The frames in their type, and how many values were too large for it."""
+    match binning.dtype:
+        case "float16":
+            largest = float(np.finfo(np.float16).max)
+            return np.minimum(frames, largest).astype(np.float16), int((frames > largest).sum())
+        case "uint8":
+            steps = 1 if binning.values == "count" else UINT8_STEPS
+            rounded = np.rint(frames * steps)
+            return np.minimum(rounded, 255).astype(np.uint8), int((rounded > 255).sum())
+        case _:
+            assert_never(binning.dtype)

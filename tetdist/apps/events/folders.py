@@ -1,0 +1,245 @@
+"""Recordings that a folder holds: their classes, their order, and the split they came with."""
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tetdist.datasets.class_folders import PassedOver
+from tetdist.errors import UserError
+
+Part = Literal["train", "val"]
+
+# Folders that say which part of the published split their recordings are of, in lower case.
+_PARTS: dict[str, Part] = {
+    "train": "train",
+    "training": "train",
+    "n-cars_train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "val",
+    "testing": "val",
+    "n-cars_test": "val",
+}
+_LABELS = "_labels.csv"
+_TRIALS: dict[Part, str] = {"train": "trials_to_train.txt", "val": "trials_to_test.txt"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Source of one tensor: a recording, or a labelled stretch of one.
+
+    Attributes:
+        class_name: Its class.
+        name: Name of the tensor, without suffix; unique within the class.
+        window: Microseconds where it begins and ends; None for the whole recording.
+    """
+
+    class_name: str
+    name: str
+    window: tuple[int, int] | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.class_name}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file with a recording.
+
+    Attributes:
+        path: Relative to the folder, with slashes.
+        pieces: What is made of it.
+        part: Part of the published split, where there is one.
+        problem: Why it cannot be used, where the listing already shows it.
+    """
+
+    path: str
+    pieces: tuple[Piece, ...]
+    part: Part | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Recordings that a folder holds.
+
+    Attributes:
+        sources: In order: by part, class and then by name, numbers in names by their value.
+        passed_over: Files in class folders that have no suffix of a recording, and files with one
+            that are in none.
+    """
+
+    sources: tuple[Source, ...]
+    passed_over: PassedOver
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Make a key that sorts names by the numbers in them: cutter_2 before cutter_10."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts if part]
+
+
+def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
+    """List the recordings of a folder, in one of three layouts.
+
+    CLASS/FILE; PART/CLASS/FILE, where all that a PART is called is in _PARTS and there is a train
+    or a test one (N-MNIST, N-CARS; beside both, other folders, such as index/, do not count); or
+    FILEs that have a FILE_labels.csv
+    beside them with the columns class, startTime_usec, endTime_usec (DVS128 Gesture; its
+    trials_to_train.txt and trials_to_test.txt are the published split).
+
+    Args:
+        root: The folder.
+        suffixes: Suffixes of files that count, in lower case.
+
+    Raises:
+        UserError: The folder is missing, holds no recordings, or two of its recordings would get
+            the same name.
+    """
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}")
+    passed_over = PassedOver()
+    loose = _files(root, suffixes)
+    if any(root.glob(f"*{_LABELS}")):
+        sources, loose = _labelled(root, loose), []
+    else:
+        folders = _folders(root)
+        parts = {folder.name: _PARTS.get(folder.name.lower()) for folder in folders}
+        if {"train", "val"} <= set(parts.values()) or _are_only_parts(folders, parts):
+            sources = [
+                source
+                for folder in folders
+                if parts[folder.name]
+                for source in _classes(root, folder, suffixes, parts[folder.name], passed_over)
+            ]
+        else:
+            sources = _classes(root, root, suffixes, None, passed_over)
+    _check(root, sources, suffixes)
+    for file in loose:
+        passed_over.add(file.name)
+    return Listing(tuple(sources), passed_over)
+
+
+def _are_only_parts(folders: list[Path], parts: dict[str, Part | None]) -> bool:
+    """Whether all folders are called as a part of a split and hold folders, the classes."""
+    return bool(folders) and all(parts[path.name] and _folders(path) for path in folders)
+
+
+def _folders(folder: Path) -> list[Path]:
+    found = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    return sorted(found, key=lambda path: natural_key(path.name))
+
+
+def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    found = [path for path in _all_files(folder) if path.suffix.lower() in suffixes]
+    return sorted(found, key=lambda path: natural_key(path.name))
+
+
+def _all_files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name[0] != "." and not path.is_dir()]
+
+
+def _classes(
+    root: Path, folder: Path, suffixes: Sequence[str], part: Part | None, passed_over: PassedOver
+) -> list[Source]:
+    sources = []
+    for class_folder in _folders(folder):
+        inner = _folders(class_folder)
+        if inner:
+            raise UserError(
+                f"{class_folder} holds a folder, {inner[0].name!r}: recordings must lie in"
+                " CLASS/FILE or in train/CLASS/FILE and test/CLASS/FILE"
+            )
+        for other in sorted(_all_files(class_folder)):
+            if other.suffix.lower() not in suffixes:
+                passed_over.add(other.relative_to(root).as_posix())
+        for file in _files(class_folder, suffixes):
+            # There may be a recording of the same name in both parts.
+            name = file.stem if part is None else f"{folder.name}-{file.stem}"
+            piece = Piece(class_folder.name, name)
+            sources.append(Source(file.relative_to(root).as_posix(), (piece,), part))
+    return sources
+
+
+def _labelled(root: Path, files: list[Path]) -> list[Source]:
+    parts = _listed_parts(root)
+    sources = []
+    for file in files:
+        labels = file.with_name(f"{file.stem}{_LABELS}")
+        pieces: tuple[Piece, ...] = ()
+        problem = None
+        if not labels.is_file():
+            problem = f"its labels are missing: there is no {labels.name}"
+        else:
+            try:
+                pieces = _read_labels(labels, file.stem)
+            except (OSError, ValueError, KeyError, csv.Error) as error:
+                problem = f"{labels.name} is damaged: {error!r}"
+        if parts and file.name not in parts and problem is None:
+            problem = f"it is in neither {' nor '.join(_TRIALS.values())}"
+        sources.append(Source(file.name, pieces, parts.get(file.name), problem))
+    return sources + _missing(root, parts, {file.name for file in files})
+
+
+def _missing(root: Path, parts: dict[str, Part], present: set[str]) -> list[Source]:
+    """Recordings that are not there, but in the lists of the split or with labels."""
+    missing = {
+        name: f"it is in {_TRIALS[part]}, and there is no such file"
+        for name, part in parts.items()
+        if name not in present
+    }
+    stems = {Path(name).stem for name in (*present, *missing)}
+    for labels in root.glob(f"*{_LABELS}"):
+        stem = labels.name.removesuffix(_LABELS)
+        if stem not in stems:
+            missing[stem] = f"there is {labels.name}, and no recording of its name"
+    return [
+        Source(name, (), parts.get(name), problem)
+        for name, problem in sorted(missing.items(), key=lambda item: natural_key(item[0]))
+    ]
+
+
+def _read_labels(file: Path, stem: str) -> tuple[Piece, ...]:
+    pieces = []
+    with file.open(newline="", encoding="utf-8") as stream:
+        for number, row in enumerate(csv.DictReader(stream)):
+            start, end = int(row["startTime_usec"]), int(row["endTime_usec"])
+            if start >= end:
+                raise ValueError(f"gesture {number} ends at {end} us, before its start {start}")
+            pieces.append(Piece(str(int(row["class"])), f"{stem}-{number}", (start, end)))
+    if not pieces:
+        raise ValueError("it has no rows")
+    return tuple(pieces)
+
+
+def _listed_parts(root: Path) -> dict[str, Part]:
+    """Part of each file that the lists of the published split name; empty without the lists."""
+    lists = {part: root / name for part, name in _TRIALS.items()}
+    if not all(file.is_file() for file in lists.values()):
+        return {}
+    return {
+        name.strip(): part
+        for part, file in lists.items()
+        for name in file.read_text(encoding="utf-8").splitlines()
+        if name.strip()
+    }
+
+
+def _check(root: Path, sources: Iterable[Source], suffixes: Sequence[str]) -> None:
+    pieces = [piece for source in sources for piece in source.pieces]
+    if not pieces:
+        raise UserError(
+            f"{root} holds no recordings ({', '.join(suffixes)}) in class folders, CLASS/FILE or"
+            " train/CLASS/FILE and test/CLASS/FILE, and none with FILE_labels.csv beside it"
+        )
+    key, times = Counter(piece.key for piece in pieces).most_common(1)[0]
+    if times > 1:
+        raise UserError(
+            f"{root} holds {times} recordings {key!r} that differ only in their suffix: keep one"
+        )

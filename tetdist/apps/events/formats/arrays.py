@@ -1,0 +1,90 @@
+"""Recordings as arrays x, y, t and p: NPZ and HDF5."""
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tetdist.apps.events.recording import BadRecording, Events, Sensor, checked_events
+from tetdist.errors import UserError
+
+_FIELDS = ("x", "y", "t", "p")
+
+
+def read_npz(data: bytes, sensor: Sensor | None) -> Events:
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:  # numpy has no common class for what its readers raise.
+        raise BadRecording(f"it is not an NPZ file, or damaged ({error})") from error
+    if len(arrays) == 1 and next(iter(arrays.values())).dtype.names:
+        (table,) = arrays.values()
+        arrays = {name: table[name] for name in table.dtype.names}
+    return _from_arrays(arrays, arrays, sensor)
+
+
+def read_hdf5(data: bytes, sensor: Sensor | None) -> Events:
+    try:
+        import h5py
+    except ModuleNotFoundError as error:
+        raise UserError("HDF5 needs the package h5py: pip install 'tetdist[events]'") from error
+    try:
+        with h5py.File(io.BytesIO(data), "r") as file:
+            found = file.get("events", file)
+            size = {**file.attrs, **found.attrs}
+            if isinstance(found, h5py.Dataset):
+                table = _own_values(file, "events")
+                arrays = {name: table[name] for name in table.dtype.names or ()}
+            else:
+                arrays = {name: _own_values(found, name) for name in _FIELDS if name in found}
+    except BadRecording:
+        raise
+    except Exception as error:  # h5py has no common class for what it raises.
+        raise BadRecording(f"it is not an HDF5 file, or damaged ({error})") from error
+    return _from_arrays(arrays, size, sensor)
+
+
+def _own_values(group: Any, name: str) -> Any:
+    """The values of a dataset that lies in this file: HDF5 can also point to others."""
+    import h5py
+
+    is_link = isinstance(group.get(name, getlink=True), h5py.ExternalLink)
+    if is_link or group[name].is_virtual or group[name].external:
+        raise BadRecording(f"{name} lies in another file")
+    return group[name][()]
+
+
+def _from_arrays(
+    arrays: Mapping[str, Any], size: Mapping[str, Any], sensor: Sensor | None
+) -> Events:
+    """Make events of arrays x, y, t (microseconds) and p (0 and 1, or -1 and 1, or booleans).
+
+    Args:
+        arrays: Arrays by name.
+        size: What may hold the sensor's `width` and `height`.
+        sensor: The size where that does not hold it; otherwise it must be the same.
+    """
+    missing = [name for name in _FIELDS if name not in arrays]
+    if missing:
+        raise BadRecording(f"it has no array {missing[0]!r} (x, y, t and p are needed)")
+    x, y, t, p = (arrays[name] for name in _FIELDS)
+    for name, values in zip(_FIELDS, (x, y, t, p), strict=True):
+        if values.ndim != 1 or len(values) != len(t):
+            raise BadRecording(f"{name} has the shape {values.shape} and t {t.shape}")
+        if values.dtype.kind not in "iub":
+            unit = ", in microseconds" if name == "t" else ""
+            raise BadRecording(f"{name} is {values.dtype}: it must be of integers{unit}")
+    if "width" in size and "height" in size:
+        stated = Sensor(int(size["width"]), int(size["height"]))
+        if sensor not in (None, stated):
+            raise BadRecording(f"its sensor is {stated}, and --sensor says {sensor}")
+        sensor = stated
+    if sensor is None:
+        raise BadRecording("it does not say the sensor's size: give --sensor WIDTHxHEIGHT")
+    if p.dtype.kind == "i" and set(np.unique(p)) <= {-1, 1}:
+        p = p > 0
+    return checked_events(x, y, t, p, sensor)
+
+
+READERS = {".npz": read_npz, ".h5": read_hdf5, ".hdf5": read_hdf5}

@@ -1,0 +1,155 @@
+"""A simulated event camera that looks at an image: event data without any recording.
+
+As N-MNIST was made, the image moves along three straight saccades, the sides of a triangle. Each
+pixel compares the logarithm of its light with what it was at its last event, and sends an event for
+each threshold passed. This is a model, not a measurement: what is made of it is named so.
+"""
+
+import io
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tetdist.apps.events.recording import BadRecording, Events, Sensor, checked_events
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+DEFAULT_SENSOR = Sensor(34, 34)
+# A side must have so many pixels that the movement leaves some to the image.
+SMALLEST_SENSOR = 8
+
+_STEP_US = 1_000
+# The image is at these points, in parts of the amplitude, before and after each saccade.
+_CORNERS = np.array([(0.0, 0.0), (0.5, 1.0), (1.0, 0.0), (0.0, 0.0)])
+# Light of a black pixel where a white one has 1: no logarithm is infinite, and no screen black.
+_BLACK = 0.05
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """The way in which an image becomes a recording.
+
+    Attributes:
+        width, height: Pixels of the sensor.
+        seed: Seed of the noise and of the thresholds' spread, together with the image's path.
+        saccade_ms: Duration of each of the three.
+        amplitude: Pixels that the image moves, as a share of the sensor's shorter side.
+        threshold: Change of the logarithm of light that makes an event.
+        threshold_spread: Standard deviation of the threshold over pixels.
+        noise_hz: Events without a cause, per pixel and second.
+    """
+
+    width: int
+    height: int
+    seed: int
+    saccade_ms: int = 100
+    amplitude: float = 0.12
+    threshold: float = 0.3
+    threshold_spread: float = 0.03
+    noise_hz: float = 0.1
+
+
+class _Columns(NamedTuple):
+    """Events before they are put in order, each (N,)."""
+
+    x: npt.NDArray[np.int64]
+    y: npt.NDArray[np.int64]
+    t: npt.NDArray[np.int64]
+    p: npt.NDArray[np.int64]
+
+
+def simulate(data: bytes, path: str, simulation: Simulation) -> Events:
+    """Make the events of an image moved under the simulated sensor.
+
+    Args:
+        data: The image file's contents.
+        path: Path of the image in its folder; with the seed, it decides the noise.
+        simulation: What is simulated.
+
+    Raises:
+        BadRecording: The data is no image, or makes no events.
+    """
+    rng = np.random.default_rng([simulation.seed, zlib.crc32(path.encode())])
+    scene = _scene(data, simulation)
+    columns = [*_seen(scene, simulation, rng), _noise(simulation, rng)]
+    x, y, t, p = (np.concatenate(values) for values in zip(*columns, strict=True))
+    order = np.argsort(t, kind="stable")
+    sensor = Sensor(simulation.width, simulation.height)
+    return checked_events(x[order], y[order], t[order], p[order], sensor)
+
+
+def _scene(data: bytes, simulation: Simulation) -> npt.NDArray[np.float64]:
+    """The logarithm of light, larger than the sensor by the margin through which it moves."""
+    from PIL import Image, UnidentifiedImageError
+
+    margin = _margin(simulation)
+    # The image is made so small that all of it stays in sight.
+    width, height = simulation.width - margin, simulation.height - margin
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            grey = image.convert("L")
+            grey.thumbnail((width, height), Image.Resampling.BILINEAR)
+            light = np.asarray(grey, np.float64) / 255
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise BadRecording(f"it is not an image, or damaged ({error})") from error
+    missing = (
+        simulation.height + margin - light.shape[0],
+        simulation.width + margin - light.shape[1],
+    )
+    padded = np.pad(light, [(n // 2, n - n // 2) for n in missing], mode="edge")
+    return np.log(_BLACK + (1 - _BLACK) * padded)
+
+
+def _margin(simulation: Simulation) -> int:
+    return int(np.ceil(simulation.amplitude * min(simulation.width, simulation.height))) + 1
+
+
+def _seen(
+    scene: npt.NDArray[np.float64], simulation: Simulation, rng: np.random.Generator
+) -> Iterator[_Columns]:
+    """Yield the events of the movement, step by step."""
+    shape = simulation.height, simulation.width
+    spread = rng.normal(simulation.threshold, simulation.threshold_spread, shape)
+    threshold = np.maximum(spread, simulation.threshold / 10)
+    amplitude = simulation.amplitude * min(shape)
+    steps = simulation.saccade_ms * 1_000 // _STEP_US
+    reference = _view(scene, shape, 0.0, 0.0)
+    for step in range(1, 3 * steps + 1):
+        saccade, within = divmod(step - 1, steps)
+        start, end = _CORNERS[saccade], _CORNERS[saccade + 1]
+        right, down = amplitude * (start + (end - start) * (within + 1) / steps)
+        change = _view(scene, shape, right, down) - reference
+        number = np.floor(np.abs(change) / threshold).astype(np.int64)
+        reference = reference + np.sign(change) * number * threshold
+        y, x = np.nonzero(number)
+        repeats = number[y, x]
+        t = (step - 1) * _STEP_US + rng.integers(0, _STEP_US, int(repeats.sum()))
+        p = (change[y, x] > 0).astype(np.int64)
+        yield _Columns(np.repeat(x, repeats), np.repeat(y, repeats), t, np.repeat(p, repeats))
+
+
+def _view(
+    scene: npt.NDArray[np.float64], shape: tuple[int, int], right: float, down: float
+) -> npt.NDArray[np.float64]:
+    """The part of the scene that the sensor sees, shifted by parts of a pixel."""
+    column, row = int(right), int(down)
+    across, along = right - column, down - row
+    height, width = shape
+    window = scene[row : row + height + 1, column : column + width + 1]
+    lines = (1 - along) * window[:-1] + along * window[1:]
+    return (1 - across) * lines[:, :-1] + across * lines[:, 1:]
+
+
+def _noise(simulation: Simulation, rng: np.random.Generator) -> _Columns:
+    duration_us = 3 * simulation.saccade_ms * 1_000
+    pixels = simulation.width * simulation.height
+    number = rng.poisson(simulation.noise_hz * pixels * duration_us / 1e6)
+    return _Columns(
+        rng.integers(0, simulation.width, number),
+        rng.integers(0, simulation.height, number),
+        rng.integers(0, duration_us, number),
+        rng.integers(0, 2, number),
+    )

@@ -1,0 +1,154 @@
+"""Data roots of named splits: the tensors linked into train/ and val/, indexed, and described."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from filecmp import cmp
+from pathlib import Path
+from typing import Any
+
+import tetdist
+from tetdist.apps.events import splits
+from tetdist.apps.events.folders import Part, Source
+from tetdist.apps.events.tensors import Record, Settings, tensor_file
+from tetdist.datasets import recorded_split
+from tetdist.datasets.index import (
+    build_event_index,
+    check_fresh,
+    index_file,
+    load_index,
+    save_index,
+)
+from tetdist.datasets.recorded_split import DATASET_FILE
+from tetdist.errors import UserError
+from tetdist.storage.files import explaining, made_aside, write_json
+
+_PARTS: tuple[Part, Part] = ("train", "val")
+# Errors of a file system without hard links, and of a file that has the most it may have.
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
+
+
+def make_split(
+    dest: Path,
+    sources: Sequence[Source],
+    records: dict[str, Record],
+    settings: Settings,
+    *,
+    name: str,
+    seed: int,
+    bad: int,
+    workers: int,
+) -> Path:
+    """Make DEST/splits/NAME, a data root with train/ (but of all-to-val), val/ and their indexes.
+
+    It is made aside and renamed; one of the same name and contents is left as it is.
+
+    Args:
+        dest: The folder with the tensors.
+        sources: All of them, the bad ones too, in order.
+        records: Records of the good tensors, by key.
+        settings: What the tensors were made with.
+        name: One of `splits.NAMES`.
+        seed: Seed of the stratified split.
+        bad: Number of recordings, or pieces of one, that were left out.
+        workers: Processes that index.
+
+    Raises:
+        UserError: The split is impossible, or leaves a class without a recording.
+    """
+    parts = splits.assign(sources, name, seed)
+    members: dict[Part, list[Record]] = {part: [] for part in _PARTS}
+    for record in records.values():
+        if record.source in parts:
+            members[parts[record.source]].append(record)
+    full_name = splits.split_name(name, seed, settings.simulation is not None)
+    if name == splits.ALL_TO_VAL:
+        del members["train"]
+    else:
+        _check_classes(members, full_name)
+    description = _description(full_name, seed, members, settings, bad)
+    root = dest / "splits" / full_name
+    links = {
+        root / part / f"{record.key}.npy": tensor_file(dest, record.key)
+        for part in members
+        for record in members[part]
+    }
+    if _holds(root, description, links):
+        return root
+    # There is nothing to wait for: what is linked is on the disk, and the index and the description
+    # are written so that they are, too.
+    with explaining(root), made_aside(root, sync=False) as aside:
+        for link, file in links.items():
+            linked = aside / link.relative_to(root)
+            linked.parent.mkdir(parents=True, exist_ok=True)
+            _link(file, linked)
+        for part in members:
+            index, wrong = build_event_index(aside, part, workers)
+            assert not wrong
+            save_index(index, index_file(aside / "index", part))
+        write_json(aside / DATASET_FILE, description)
+        if root.exists():
+            shutil.rmtree(root)
+    return root
+
+
+def _check_classes(members: dict[Part, list[Record]], name: str) -> None:
+    """Make sure that train and val have the same classes, or labels would not mean the same."""
+    classes = {part: {record.class_name for record in members[part]} for part in _PARTS}
+    for part in _PARTS:
+        missing = sorted((classes["train"] | classes["val"]) - classes[part])
+        if missing:
+            raise UserError(
+                f"the split {name!r} has no good recording of class {missing[0]!r} in {part}"
+            )
+
+
+def _description(
+    name: str, seed: int, members: dict[Part, list[Record]], settings: Settings, bad: int
+) -> dict[str, Any]:
+    digest = hashlib.sha256(name.encode())
+    for part in members:
+        for record in sorted(members[part], key=lambda record: record.key):
+            digest.update(f"\n{part} {record.key} {record.sha256}".encode())
+    return {
+        "split": name,
+        "simulated": settings.simulation is not None,
+        "seed": seed,
+        "tool": "tools/prebin_dvs.py",
+        "tetdist": tetdist.__version__,
+        "parameters": settings.as_dict(),
+        "recordings": {part: len(members.get(part, ())) for part in _PARTS},
+        "left_out": bad,
+        "fingerprint": digest.hexdigest(),
+    }
+
+
+def _holds(root: Path, description: dict[str, Any], links: dict[Path, Path]) -> bool:
+    """Return whether the split is there already, with these very tensors and fresh indexes."""
+    if not root.is_dir():
+        return False
+    try:
+        if recorded_split.description(root) != description:
+            return False
+        for part in description["recordings"]:
+            if not description["recordings"][part]:
+                continue
+            file = index_file(root / "index", part)
+            check_fresh(load_index(file), root, file)
+    except UserError:
+        return False
+    return all(
+        link.samefile(file) or cmp(link, file, shallow=False) for link, file in links.items()
+    )
+
+
+def _link(file: Path, link: Path) -> None:
+    """Make a hard link, or a copy where there are none."""
+    try:
+        os.link(file, link)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copy2(file, link)

@@ -1,0 +1,470 @@
+"""Recordings made into tensors: written whole, recorded, verified, continued where it stopped.
+
+    DEST/manifest.json                 parameters and versions; written first
+    DEST/recordings.jsonl              a line for each tensor: checksums, statistics
+    DEST/recordings/CLASS/NAME.npy     the tensors, (T, 2, H, W)
+    DEST/splits/NAME/                  data roots to train on, see split_roots.py
+
+A tensor counts from the moment its line is there, and the line is written after the tensor.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+import tetdist
+from tetdist.apps.events.binning import Binning, Frames, bin_events
+from tetdist.apps.events.folders import Listing, Piece, Source
+from tetdist.apps.events.formats import read_recording
+from tetdist.apps.events.recording import BadRecording, Events, Sensor
+from tetdist.apps.events.simulate import Simulation, simulate
+from tetdist.datasets.index import BadFile
+from tetdist.datasets.processes import ReportProgress, run_tasks
+from tetdist.datasets.recorded_split import RECORDS_FILE
+from tetdist.errors import UserError
+from tetdist.storage.files import explaining, open_file, replacing, write_json
+
+# This goes up when the same parameters make other tensors than before.
+_FORMAT_VERSION = 1
+
+_MANIFEST, _RECORDS, _TENSORS, _LOCK = "manifest.json", RECORDS_FILE, "recordings", ".lock"
+_OURS = {_MANIFEST, _RECORDS, _TENSORS, _LOCK, "splits", "statistics.json", "preview.png"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Parameters that a tensor depends on, besides its recording.
+
+    Attributes:
+        binning: How events become frames.
+        sensor: Size of the sensor, where the format does not say it.
+        simulation: How images become recordings; None for real recordings.
+    """
+
+    binning: Binning
+    sensor: Sensor | None
+    simulation: Simulation | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the parameters as they are recorded."""
+        size = self.binning.size
+        return {
+            **asdict(self.binning),
+            "size": str(size) if size else None,
+            "sensor": str(self.sensor) if self.sensor else None,
+            "simulated": self.simulation is not None,
+            "simulation": asdict(self.simulation) if self.simulation else None,
+        }
+
+
+@dataclass(frozen=True)
+class Record:
+    """Facts about one tensor.
+
+    Attributes:
+        key: CLASS/NAME.
+        source: Path of the recording, relative to its folder.
+        source_size: Bytes of the recording.
+        source_mtime_ns: When the recording was last changed.
+        source_sha256: Checksum of the recording.
+        window: Microseconds where the piece begins and ends; None for the whole recording.
+        sha256: Checksum of the tensor's file.
+        sensor: Width and height of the sensor.
+        events: Number of events of both polarities.
+        on_events: Number of events of the polarity ON.
+        duration_us: Time from the first event to the last.
+        dropped: Records of the file that are no events; of a piece, 0.
+        frames: T x 2.
+        empty_frames: Number of those without events.
+        saturated: Values too large for the type.
+    """
+
+    key: str
+    source: str
+    source_size: int
+    source_mtime_ns: int
+    source_sha256: str
+    window: tuple[int, int] | None
+    sha256: str
+    sensor: Sensor
+    events: int
+    on_events: int
+    duration_us: int
+    dropped: int
+    frames: int
+    empty_frames: int
+    saturated: int
+
+    @property
+    def class_name(self) -> str:
+        return self.key.partition("/")[0]
+
+
+class Tensors(NamedTuple):
+    """Result of `make_tensors`.
+
+    Attributes:
+        records: Records of all good tensors, by key, in the order of the listing.
+        bad: What cannot be used.
+    """
+
+    records: dict[str, Record]
+    bad: list[BadFile]
+
+
+def tensor_file(dest: Path, key: str) -> Path:
+    """Path of a tensor."""
+    return dest / _TENSORS / f"{key}.npy"
+
+
+@contextmanager
+def open_destination(
+    dest: Path, source: Path, settings: Settings, *, overwrite: bool
+) -> Iterator[None]:
+    """Keep the folder of the tensors to this process alone, made with these settings.
+
+    Args:
+        dest: The folder; made if it is missing.
+        source: The folder of the recordings.
+        settings: What its tensors are made with.
+        overwrite: Remove all that this tool made there before.
+
+    Raises:
+        UserError: It is in use, not this tool's, or of other settings.
+    """
+    if dest.exists() and not dest.is_dir():
+        raise UserError(f"{dest} is a file: name a folder")
+    inside, outside = dest.resolve(), source.resolve()
+    if inside == outside or inside in outside.parents or outside in inside.parents:
+        raise UserError(f"{dest} and {source} lie one in the other: name another DEST")
+    foreign = sorted({path.name for path in dest.iterdir()} - _OURS) if dest.exists() else []
+    if foreign and not (dest / _MANIFEST).is_file():
+        raise UserError(f"{dest} holds {foreign[0]!r}, which is not this tool's: name another DEST")
+    dest.mkdir(parents=True, exist_ok=True)
+    with (dest / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is at work in {dest}: wait for it") from error
+        if overwrite:
+            _clear(dest)
+        _claim(dest, source, settings)
+        yield
+
+
+def _clear(dest: Path) -> None:
+    # The manifest goes last: a folder without it, but with other things, is not this tool's.
+    for name in sorted(_OURS - {_LOCK, _MANIFEST}):
+        path = dest / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    (dest / _MANIFEST).unlink(missing_ok=True)
+
+
+def _shown(value: Any) -> str:
+    return "what the recordings say" if value is None else str(value)
+
+
+def _claim(dest: Path, source: Path, settings: Settings) -> None:
+    """Record what the tensors are made with, or compare it with what was recorded before."""
+    manifest = {
+        "tool": "tools/prebin_dvs.py",
+        "format_version": _FORMAT_VERSION,
+        "tetdist": tetdist.__version__,
+        "source": str(source.resolve()),
+        "parameters": settings.as_dict(),
+    }
+    file = dest / _MANIFEST
+    if not file.is_file():
+        with explaining(file):
+            write_json(file, manifest)
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        recorded = {"format_version": before["format_version"], **before["parameters"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error!r}): {_way_out()}") from error
+    wanted = {"format_version": _FORMAT_VERSION, **settings.as_dict()}
+    for name in sorted(wanted.keys() | recorded.keys()):
+        # JSON makes lists of tuples, and the recorded value has been through it.
+        now = json.loads(json.dumps(wanted.get(name)))
+        if now != recorded.get(name):
+            raise UserError(
+                f"the tensors in {dest} were made with {name}={_shown(recorded.get(name))} and not"
+                f" {_shown(now)}: {_way_out()}"
+            )
+
+
+def _way_out() -> str:
+    return "name another DEST, or give --overwrite to make all of them again"
+
+
+def make_tensors(
+    source: Path,
+    dest: Path,
+    listing: Listing,
+    settings: Settings,
+    workers: int,
+    progress: Callable[[str], ReportProgress],
+) -> Tensors:
+    """Make the tensor of every piece of every source that does not have one yet.
+
+    Args:
+        source: Folder of the recordings.
+        dest: Folder of the tensors, opened by `open_destination`.
+        listing: What the source holds.
+        settings: What the tensors are made with.
+        workers: Processes; with more than one, the calling script must guard its main part with
+            `if __name__ == "__main__"`.
+        progress: Makes something that is called with the files done and in all, given a title.
+
+    Raises:
+        UserError: A recording is not what it was when its tensor was made, or a tensor cannot be
+            written.
+    """
+    _remove_remains(dest)
+    kept = _keep(source, dest, listing, workers, progress)
+    made, bad = _add(source, dest, listing, settings, kept, workers, progress)
+    found = kept | made
+    keys = [piece.key for item in listing.sources for piece in item.pieces]
+    records, mixed = _same_sensor({key: found[key] for key in keys if key in found})
+    return Tensors(records, bad + mixed)
+
+
+def _keep(
+    source: Path,
+    dest: Path,
+    listing: Listing,
+    workers: int,
+    progress: Callable[[str], ReportProgress],
+) -> dict[str, Record]:
+    """Verify tensors; return the records of those that need not be made again."""
+    by_source: dict[str, list[Record]] = {}
+    for record in _recorded(dest, listing).values():
+        by_source.setdefault(record.source, []).append(record)
+    tasks = [
+        (source, dest, by_source[item.path])
+        for item in listing.sources
+        if item.pieces and len(by_source.get(item.path, ())) == len(item.pieces)
+    ]
+    advance = progress("verify") if tasks else None
+    kept: dict[str, Record] = {}
+    for number, records in enumerate(run_tasks(_verify, tasks, workers), start=1):
+        kept |= {record.key: record for record in records}
+        if advance:
+            advance(number, len(tasks))
+    return kept
+
+
+def _add(
+    source: Path,
+    dest: Path,
+    listing: Listing,
+    settings: Settings,
+    kept: dict[str, Record],
+    workers: int,
+    progress: Callable[[str], ReportProgress],
+) -> tuple[dict[str, Record], list[BadFile]]:
+    """Make and record the tensors that are missing; return them, and what is bad."""
+    bad = [BadFile(item.path, item.problem) for item in listing.sources if item.problem]
+    tasks = [
+        (source, dest, item, settings)
+        for item in listing.sources
+        if not item.problem and not all(piece.key in kept for piece in item.pieces)
+    ]
+    advance = progress("bin") if tasks else None
+    made: dict[str, Record] = {}
+    with (dest / _RECORDS).open("a", encoding="utf-8") as stream:
+        for number, (records, wrong) in enumerate(run_tasks(_make, tasks, workers), start=1):
+            stream.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+            stream.flush()
+            made |= {record.key: record for record in records}
+            bad.extend(wrong)
+            if advance:
+                advance(number, len(tasks))
+        os.fsync(stream.fileno())
+    return made, bad
+
+
+def _remove_remains(dest: Path) -> None:
+    """Remove what a kill left half-written."""
+    for path in dest.glob(f"{_TENSORS}/*/.*.tmp"):
+        path.unlink()
+    for path in dest.glob("splits/.*.tmp"):
+        shutil.rmtree(path)
+
+
+def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
+    """Read the records of tensors made before, by key."""
+    pieces = {piece.key: piece for item in listing.sources for piece in item.pieces}
+    file = dest / _RECORDS
+    found: dict[str, Record] = {}
+    data = file.read_bytes() if file.is_file() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:  # A kill tore the last line.
+        with explaining(file), replacing(file) as stream:
+            stream.write(whole)
+    for line in whole.splitlines():
+        try:
+            values = json.loads(line)
+            values["sensor"] = Sensor(*values["sensor"])
+            values["window"] = values["window"] and tuple(values["window"])
+            record = Record(**values)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is damaged ({error!r}): {_way_out()}") from error
+        found[record.key] = record
+    for record in found.values():
+        piece = pieces.get(record.key)
+        if piece is None:
+            raise UserError(
+                f"{record.source}, of which {dest} holds the tensor {record.key}, is no more there:"
+                f" {_way_out()}"
+            )
+        if piece.window != record.window:
+            raise UserError(f"the labels of {record.source} have changed: {_way_out()}")
+    return found
+
+
+def _verify(task: tuple[Path, Path, list[Record]]) -> list[Record]:
+    """Return those of a source's records whose tensors are there, as they were written.
+
+    Raises:
+        UserError: The source has changed.
+    """
+    source, dest, records = task
+    first = records[0]
+    file = source / first.source
+    try:
+        status = file.stat()
+        same = (status.st_size, status.st_mtime_ns) == (first.source_size, first.source_mtime_ns)
+        # The time of a copy is another one, so its contents are compared.
+        same = same or hashlib.sha256(_read(file)).hexdigest() == first.source_sha256
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): {_way_out()}") from error
+    if not same:
+        raise UserError(f"{file} has changed since its tensor was made: {_way_out()}")
+    return [record for record in records if _is_intact(dest, record)]
+
+
+def _is_intact(dest: Path, record: Record) -> bool:
+    try:
+        data = tensor_file(dest, record.key).read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(data).hexdigest() == record.sha256
+
+
+def _make(task: tuple[Path, Path, Source, Settings]) -> tuple[list[Record], list[BadFile]]:
+    """Read a source, write its tensors.
+
+    Raises:
+        UserError: A piece's frames do not fit into the memory.
+    """
+    source, dest, item, settings = task
+    try:
+        file = source / item.path
+        status = file.stat()
+        data = _read(file)
+        events = _events(file, data, item, settings)
+    except (BadRecording, OSError) as error:
+        return [], [BadFile(item.path, str(error))]
+    digest = hashlib.sha256(data).hexdigest()
+    records, bad = [], []
+    for piece in item.pieces:
+        try:
+            part = _cut(events, piece)
+            frames = bin_events(part, settings.binning)
+        except MemoryError as error:
+            shape = settings.binning.timesteps, settings.binning.size or events.sensor
+            raise UserError(
+                f"{shape[0]} frames of {shape[1]} pixels, made of {item.path}, do not fit into the"
+                " memory: fewer --timesteps, a smaller --size or fewer --workers would help"
+            ) from error
+        except BadRecording as error:
+            where = f"{piece.window[0]} to {piece.window[1]} us: " if piece.window else ""
+            bad.append(BadFile(item.path, f"{where}{error}"))
+            continue
+        records.append(
+            Record(
+                key=piece.key,
+                source=item.path,
+                source_size=len(data),
+                source_mtime_ns=status.st_mtime_ns,
+                source_sha256=digest,
+                window=piece.window,
+                sha256=_write_tensor(tensor_file(dest, piece.key), frames.tensor),
+                **_statistics(part, frames),
+            )
+        )
+    return records, bad
+
+
+def _read(file: Path) -> bytes:
+    with open_file(file) as stream:
+        return stream.read()
+
+
+def _events(file: Path, data: bytes, item: Source, settings: Settings) -> Events:
+    if settings.simulation is not None:
+        return simulate(data, item.path, settings.simulation)
+    return read_recording(file, data, settings.sensor)
+
+
+def _cut(events: Events, piece: Piece) -> Events:
+    if piece.window is None:
+        return events
+    part = events.between(*piece.window)
+    if not len(part):
+        raise BadRecording("there are no events")
+    return part
+
+
+def _statistics(events: Events, frames: Frames) -> dict[str, Any]:
+    return {
+        "sensor": events.sensor,
+        "events": len(events),
+        "on_events": int(events.p.sum()),
+        "duration_us": int(events.t[-1] - events.t[0]),
+        "dropped": events.dropped,
+        "frames": 2 * len(frames.tensor),
+        "empty_frames": frames.empty,
+        "saturated": frames.saturated,
+    }
+
+
+def _write_tensor(file: Path, tensor: npt.NDArray[Any]) -> str:
+    """Write a tensor whole; return its file's checksum."""
+    stream = io.BytesIO()
+    np.save(stream, tensor, allow_pickle=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with explaining(file), replacing(file) as written:
+        written.write(stream.getbuffer())
+    return hashlib.sha256(stream.getbuffer()).hexdigest()
+
+
+def _same_sensor(records: dict[str, Record]) -> tuple[dict[str, Record], list[BadFile]]:
+    """Return the records of the sensor that most are of; the others are bad."""
+    counts = Counter(record.sensor for record in records.values())
+    if len(counts) < 2:
+        return records, []
+    (usual, number), *_ = counts.most_common()
+    bad = [
+        BadFile(record.source, f"its sensor is {record.sensor}, that of {number} others {usual}")
+        for record in records.values()
+        if record.sensor != usual
+    ]
+    return {key: record for key, record in records.items() if record.sensor == usual}, bad

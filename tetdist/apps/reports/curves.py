@@ -1,0 +1,392 @@
+"""Pictures of runs: of their metrics.jsonl, of inputs and of membranes."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tetdist.apps.reports.style import (
+    ACCURACY,
+    AVERAGE,
+    PUBLISHED,
+    QUIET,
+    RATE,
+    SPEED,
+    TRAIN,
+    VALIDATION,
+    WAIT,
+    finish,
+    markers,
+    median,
+    new_figure,
+    raw_and_smooth,
+    save,
+    series,
+)
+from tetdist.evaluation.firing import DEAD, SATURATED
+from tetdist.tracking.metrics_file import read_metrics
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from tetdist.evaluation.membranes import Membranes
+
+
+def learning_curves(metrics_file: Path, out: Path) -> None:
+    """Draw loss, accuracy, learning rate and throughput of a run into one PNG.
+
+    A moving average of the weights (EMA) has curves of its own. Nothing is drawn while nothing is
+    measured.
+
+    Args:
+        metrics_file: The run's metrics.jsonl.
+        out: The PNG; its folder is made.
+
+    Raises:
+        UserError: A line of the file is damaged, or matplotlib is not installed.
+    """
+    lines = read_metrics(metrics_file)
+    train = [line for line in lines if line["kind"] == "train"]
+    val = [line for line in lines if line["kind"] == "val"]
+    ema = [line for line in lines if line["kind"] == "val_ema"]
+    if not train and not val:
+        return
+    figure = new_figure(13, 7.6)
+    axes = figure.subplot_mosaic("LLLAAA;TTRRSS")
+    _loss(axes["L"], train, val, ema)
+    _accuracy(axes["A"], train, val, ema)
+    _timesteps(axes["T"], val)
+    _learning_rate(axes["R"], train)
+    borders = _phase_borders(train, val)
+    _throughput(axes["S"], train, room=1.6 if borders else 1.1)
+
+    end = max(line["epoch"] for line in train + val)
+    # Heights at which the label of a border meets no curve.
+    for panel, height in {"L": 0.98, "A": 0.35, "R": 0.98, "S": 0.98}.items():
+        axis = axes[panel]
+        axis.set_xlabel("epoch")
+        axis.set_xlim(0, end * 1.02 if end > 0 else 1)
+        for epoch, label in borders:
+            axis.axvline(epoch, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            axis.text(
+                epoch,
+                height,
+                f" {label}",
+                transform=axis.get_xaxis_transform(),
+                fontsize=8,
+                color=QUIET,
+                rotation=90,
+                rotation_mode="anchor",
+                ha="right",
+                va="bottom",
+            )
+    step = max(line["step"] for line in train + val)
+    _head(figure, metrics_file, f"epoch {end:.4g}, step {step:,}")
+    save(figure, out)
+
+
+def _head(figure: Any, metrics_file: Path, text: str) -> None:
+    name = metrics_file.absolute().parent.name
+    figure.suptitle(f"{name}   \N{EM DASH}   {text}", fontsize=13, fontweight="bold")
+
+
+def firing_rates(metrics_file: Path, out: Path) -> None:
+    """Draw the firing rate of each layer at each evaluation of a run: a heat map.
+
+    Nothing is drawn before the first evaluation.
+
+    Args:
+        metrics_file: The run's metrics.jsonl.
+        out: The PNG; its folder is made.
+
+    Raises:
+        UserError: A line of the file is damaged, or matplotlib is not installed.
+    """
+    val = [
+        line
+        for line in read_metrics(metrics_file)
+        if line["kind"] == "val" and line.get("firing_rate")
+    ]
+    if not val:
+        return
+    layers = list(val[-1]["firing_rate"])
+    # Zero has no logarithm; a rate below the scale is drawn in the colour of dead layers.
+    rates = [
+        [max(line["firing_rate"].get(layer, math.nan), 1e-12) for line in val] for layer in layers
+    ]
+    figure = new_figure(10, _height(len(layers)))
+    axis = figure.subplots()
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    colours = colormaps["viridis"].with_extremes(under=VALIDATION, over="black", bad="white")
+    picture = axis.pcolormesh(
+        _edges([line["epoch"] for line in val]),
+        range(len(layers) + 1),
+        rates,
+        cmap=colours,
+        norm=LogNorm(DEAD, SATURATED),
+    )
+    last = val[-1]
+    _layer_axis(axis, [f"{layer}   {100 * last['firing_rate'][layer]:.3g} %" for layer in layers])
+    axis.set_xlabel("epoch")
+    if len(val) == 1:  # a single column has no width to place ticks by
+        axis.set_xticks([last["epoch"]], labels=[f"{last['epoch']:.4g}"])
+    else:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_title(
+        "Firing rate by layer: spikes per neuron per timestep, the last one in numbers",
+        loc="left",
+        fontsize=10,
+        fontweight="bold",
+    )
+    bar = figure.colorbar(picture, ax=axis, extend="both", pad=0.02)
+    ticks = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.9]
+    bar.set_ticks(ticks, labels=[f"{100 * tick:g} %" for tick in ticks])
+    bar.minorticks_off()
+    bar.ax.tick_params(labelsize=8)
+    bar.ax.set_title("black: saturated\norange: dead", fontsize=8, loc="right")
+    mean = sum(last["firing_rate"].values()) / len(layers)
+    _head(figure, metrics_file, f"epoch {last['epoch']:.4g}, {100 * mean:.3g} % on average")
+    save(figure, out)
+
+
+def _height(layers: int) -> float:
+    return min(2.4 + 0.24 * layers, 24)
+
+
+def _layer_axis(axis: Any, layers: Sequence[str]) -> None:
+    """Name the rows of layers, the first one at the top."""
+    axis.set_ylim(len(layers), 0)
+    axis.set_yticks([row + 0.5 for row in range(len(layers))], labels=layers)
+    axis.tick_params(axis="y", length=0, labelsize=8 if len(layers) <= 60 else 5)
+    axis.tick_params(axis="x", labelsize=9)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _edges(centres: list[float]) -> list[float]:
+    """Borders of cells around rising centres."""
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(centres)]
+    before = centres[0] - middles[0] if middles else 0.5
+    after = centres[-1] - middles[-1] if middles else 0.5
+    return [centres[0] - abs(before), *middles, centres[-1] + after]
+
+
+def membranes(found: "Membranes", title: str, out: Path) -> None:
+    """Draw how the membranes of each layer are distributed against its threshold.
+
+    Args:
+        found: The distributions.
+        title: Above the picture.
+        out: The PNG; its folder is made.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    layers = list(found.shares)
+    figure = new_figure(9, _height(2 * len(layers)))
+    axis = figure.subplots()
+    threshold = next(i for i, edge in enumerate(found.edges) if math.isclose(edge, 1))
+    for row, (layer, shares) in enumerate(found.shares.items()):
+        floor = row + 1
+        # Most membranes may lie beyond the scale; their bins would press the others to the floor.
+        highest = max(shares[1:-1]) or 1.0
+        tops = [floor - 0.9 * min(share / highest, 1) for share in shares]
+        for colour, part in (
+            (TRAIN, slice(0, threshold)),
+            (VALIDATION, slice(threshold, len(shares))),
+        ):
+            edges = found.edges[part.start : part.stop + 1]
+            heights = [*tops[part], tops[part][-1]]
+            axis.fill_between(edges, heights, floor, step="post", color=colour, linewidth=0)
+        axis.axhline(floor, color="#BBBBBB", linewidth=0.6)
+        axis.text(
+            found.edges[-1],
+            floor - 0.3,
+            f" {100 * found.fires[layer]:.3g} % fire",  # beside the axes, where no bar is
+            va="center",
+            fontsize=8,
+            color=VALIDATION,
+        )
+    axis.axvline(1, color="black", linewidth=1, linestyle=(0, (4, 3)))
+    axis.text(1, 0, " threshold", fontsize=8, va="bottom")
+    _layer_axis(axis, layers)
+    axis.set_xlim(found.edges[0], found.edges[-1])
+    axis.set_xlabel("membrane before the reset, in thresholds (the outermost bins: and beyond)")
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    save(figure, out)
+
+
+def inputs(
+    pictures: "npt.NDArray[np.float64]", labels: Sequence[str], title: str, out: Path
+) -> None:
+    """Draw what a network is fed: images, or the event frames of some samples over time.
+
+    Args:
+        pictures: RGB values in [0, 1]: images (N, H, W, 3), or frames (N, T, H, W, 3).
+        labels: Names of the N samples' classes.
+        title: Above the picture.
+        out: The PNG; its folder is made.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    over_time = pictures.ndim == 5
+    columns = pictures.shape[1] if over_time else min(8, len(pictures))
+    rows = len(pictures) if over_time else math.ceil(len(pictures) / columns)
+    figure = new_figure(1.35 * columns + 0.6, 1.5 * rows + 0.7)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for sample, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        frames = picture if over_time else [picture]
+        for t, frame in enumerate(frames):
+            axis = axes[sample, t] if over_time else axes.flat[sample]
+            axis.imshow(frame, interpolation="nearest")
+            name = f"{label}, t = 1" if over_time and t == 0 else f"t = {t + 1}"
+            axis.set_title(name if over_time else label, fontsize=8, loc="left", pad=2)
+    figure.suptitle(title, fontsize=11, fontweight="bold")
+    save(figure, out)
+
+
+Lines = list[dict[str, Any]]
+
+
+def _loss(axis: Any, train: Lines, val: Lines, ema: Lines) -> None:
+    raw_and_smooth(axis, train, "loss", TRAIN, "training")
+    markers(axis, *series(val, "loss"), VALIDATION, "validation")
+    if ema:
+        markers(axis, *series(ema, "loss"), AVERAGE, "EMA")
+    finish(axis, "Loss", "loss")
+
+
+def _accuracy(axis: Any, train: Lines, val: Lines, ema: Lines) -> None:
+    raw_and_smooth(axis, train, "top1", TRAIN, "training")
+    # Beside the title there is room for a legend with one long entry.
+    _with_best(axis, val, VALIDATION, "validation", briefly=bool(ema))
+    if ema:
+        _with_best(axis, ema, AVERAGE, "EMA", briefly=True)
+    # Of the weights or of their average, as the reference's own numbers are.
+    epochs, published = series([*val, *ema], "reference_top1")
+    if published:
+        axis.plot(epochs, published, "--", color=PUBLISHED, linewidth=1, label="published")
+    finish(axis, "Top-1" if ema else "Top-1 accuracy", ACCURACY)
+
+
+def _with_best(axis: Any, evaluations: Lines, colour: str, label: str, *, briefly: bool) -> None:
+    epochs, top1 = series(evaluations, "top1")
+    markers(axis, epochs, top1, colour, label)
+    if top1:
+        best = max(range(len(top1)), key=top1.__getitem__)
+        of_best = f"{top1[best]:.2f} %"
+        axis.plot(
+            epochs[best],
+            top1[best],
+            "*",
+            color=colour,
+            markeredgecolor="black",
+            markersize=15,
+            zorder=5,
+            label=of_best if briefly else f"best: {of_best} (epoch {epochs[best]:.4g})",
+        )
+
+
+def _timesteps(axis: Any, val: list[dict[str, Any]]) -> None:
+    title = "Accuracy by timestep"
+    evaluated = [line for line in val if line.get("per_timestep_top1")]
+    if evaluated:
+        last = evaluated[-1]
+        top1 = last["per_timestep_top1"]
+        steps = range(1, len(top1) + 1)
+        title += f", epoch {last['epoch']:.4g}"
+        axis.plot(steps, top1, "o-", color=VALIDATION)
+        # Every value has its number where there is room, else the first and the last one.
+        for step in steps if len(top1) <= 8 else (1, len(top1)):
+            x, y, side = _beside(top1, step - 1)
+            axis.annotate(
+                f"{top1[step - 1]:.2f}",
+                (step, top1[step - 1]),
+                xytext=(x, y),
+                textcoords="offset points",
+                ha=side,
+                va="bottom" if y > 0 else "top",
+                fontsize=9,
+                color=VALIDATION,
+            )
+        room = min(0.5 + 0.06 * len(top1), 0.95)  # of a number, and for no T = 0
+        axis.set_xlim(1 - room, len(top1) + room)
+        axis.margins(y=0.2)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("timesteps averaged")
+    finish(axis, title, ACCURACY, legend=False)
+
+
+def _beside(values: Sequence[float], index: int) -> tuple[int, int, str]:
+    """A position at which a point's number meets no line: distance in points, side at the point."""
+    here = values[index]
+    before = values[index - 1] if index > 0 else here
+    after = values[index + 1] if index + 1 < len(values) else here
+    if before > here < after:
+        return 0, -7, "center"
+    if before <= here >= after:
+        return 0, 7, "center"
+    return (-4, 4, "right") if after > before else (4, 4, "left")
+
+
+def _learning_rate(axis: Any, train: list[dict[str, Any]]) -> None:
+    markers(axis, *series(train, "lr"), RATE, "learning rate")
+    finish(axis, "Learning rate", "learning rate", legend=False)
+    peaks: dict[Any, float] = {}
+    for line in train:
+        peaks[line.get("phase")] = max(peaks.get(line.get("phase"), 0), line.get("lr", 0))
+    if peaks and 0 < min(peaks.values()) < max(peaks.values()) / 30:
+        # With SGD at 0.1 and then Adam at 1e-4, the second would look like a line at zero.
+        axis.set_yscale("log")
+        axis.set_ylim(min(peaks.values()) * 1e-2, max(peaks.values()) * 2)
+    else:
+        axis.set_ylim(bottom=0)
+        # 0.00005 beside 0.0001, not 5e-05.
+        axis.yaxis.set_major_formatter(lambda rate, _: f"{Decimal(f'{rate:.6g}'):f}")
+
+
+def _throughput(axis: Any, train: list[dict[str, Any]], *, room: float) -> None:
+    unit = "samples per second"
+    speeds = series(train, "samples_per_s")[1]
+    if speeds:
+        unit += f", median {median(speeds):,.4g}"
+        raw_and_smooth(axis, train, "samples_per_s", SPEED, "speed")
+        axis.set_ylim(0, max(speeds) * room)
+    epochs, waits = series(train, "data_wait")
+    if waits:
+        right = axis.twinx()
+        right.fill_between(epochs, waits, color=WAIT, alpha=0.5, linewidth=0)
+        # A line without points, which gives the area its entry in the legend.
+        axis.plot(math.nan, math.nan, color=WAIT, alpha=0.5, linewidth=7, label="data wait")
+        right.set_ylim(0, 100)
+        right.set_ylabel("step time waiting for data (%)", color="#A56A00", fontsize=9)
+        right.tick_params(labelsize=9, colors="#A56A00")
+        right.spines[["top", "left"]].set_visible(False)
+        right.spines["right"].set_color("#BBBBBB")
+        # Draws the lines above the area, and keeps their background from hiding it.
+        axis.set_zorder(right.get_zorder() + 1)
+        axis.patch.set_visible(False)
+    finish(axis, "Throughput", unit)
+
+
+def _phase_borders(
+    train: list[dict[str, Any]], val: list[dict[str, Any]]
+) -> list[tuple[float, str]]:
+    """The epoch at which each phase but the first begins, and what to call it."""
+    timesteps = {line.get("phase"): line.get("timesteps") for line in val}
+    borders = []
+    for before, after in itertools.pairwise(train):
+        phase = after.get("phase")
+        if phase is not None and phase != before.get("phase"):
+            label = f"phase {phase}"
+            if timesteps.get(phase):
+                label += f": T = {timesteps[phase]}"
+            borders.append((before["epoch"], label))
+    return borders

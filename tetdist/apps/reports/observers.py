@@ -1,0 +1,124 @@
+"""What watches a run that a command has started: log, plots, published curve, profile."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from typing_extensions import override
+
+from tetdist.apps.reports.reference import find_reference, is_imagenet
+from tetdist.apps.reports.run_plots import RunPlots
+from tetdist.apps.reports.step_profile import StepProfile
+from tetdist.errors import typed
+from tetdist.nn.neurons import kind_of
+from tetdist.tracking.mlflow_follower import ui_command
+from tetdist.training.evaluating import AVERAGE, Evaluated
+from tetdist.training.observers import Observer, Watched
+from tetdist.wording import counted
+
+logger = logging.getLogger(__name__)
+
+
+def observers(watched: Watched) -> Sequence[Observer]:
+    """Make the observers that a configuration asks for."""
+    config = watched.run.config
+    found: list[Observer] = [Summary(watched), RunPlots(watched)]
+    if config.reference is not None:
+        found.append(PublishedCurve(watched))
+    if config.profile is not None:
+        found.append(StepProfile(watched))
+    return found
+
+
+class Summary(Observer):
+    """Log what begins, and at the end what came out and where to look."""
+
+    def __init__(self, watched: Watched) -> None:
+        self.config, self.tracker = watched.run.config, watched.tracker
+        if not watched.finished:
+            _log_start(watched)
+
+    @override
+    def on_end(self, result: Mapping[str, float] | None) -> None:
+        if result is None:
+            return
+        folder = self.config.run_dir
+        lines = [f"{folder} is finished"]
+        if result:
+            lines[0] += (
+                f": top-1 {result['top1']:.2f} %; at best {result['best_top1']:.2f} %, "
+                f"at step {result['best_step']:.0f}"
+            )
+        if "ema_top1" in result:
+            lines[0] += (
+                f". The moving average: {result['ema_top1']:.2f} %; at best "
+                f"{result['ema_best_top1']:.2f} %, at step {result['ema_best_step']:.0f}"
+            )
+        lines.append(f"  evaluate  {typed('eval', '--checkpoint', folder)}")
+        if self.config.tracking_uri and self.tracker.is_complete:
+            lines.append(f"  look      {ui_command(self.config.tracking_uri)}")
+        logger.info("%s", "\n".join(lines))
+
+
+def _log_start(watched: Watched) -> None:
+    run = watched.run
+    config, device, parameters = run.config, run.world.device, run.model.parameters()
+    where = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    processes = counted(run.world.world_size, "process")
+    if device.type == "cpu":
+        processes += f" of {counted(torch.get_num_threads(), 'thread')}"
+    logger.info(
+        "training %s, %s, in %s on %s, %s: %s of %s an epoch, %s in all; %s",
+        config.model.name,
+        counted(sum(parameter.numel() for parameter in parameters), "parameter"),
+        config.precision,
+        where,
+        processes,
+        counted(run.steps_per_epoch, "step"),
+        counted(config.batch.global_, "sample"),
+        f"{run.last_step:,}",
+        config.run_dir,
+    )
+    if changed := config.model.changed_by_kind:
+        logger.info(
+            "model.neuron.kind=%s also sets, in place of the values of %s's own neuron: %s",
+            kind_of(config.model.neuron),
+            config.model.name,
+            ", ".join(f"{key}={new} ({old})" for key, (old, new) in changed.items()),
+        )
+    for number, phase in enumerate(config.phases):
+        optimizer = phase.optimizer
+        if optimizer.lr_per is not None or optimizer.layer_decay is not None:
+            rate = optimizer.lr_as_text(config.batch.global_)
+            logger.info("phase %d: learning rate %s", number, rate)
+    if config.cuda_graphs:
+        logger.warning(
+            "cuda_graphs=true has not been verified on a GPU yet; `%s` checks it on this machine",
+            typed("check_gpu", "--only", "graphs"),
+        )
+
+
+class PublishedCurve(Observer):
+    """Add a published training's top-1 to evaluations; warn where the run is far behind it."""
+
+    def __init__(self, watched: Watched) -> None:
+        run, config = watched.run, watched.run.config
+        assert config.reference is not None
+        self.reference = find_reference(config.reference, "reference")
+        self.batch, self.samples = config.batch.global_, len(run.train)
+        self.warm_at = config.phases[0].warmup_epochs * run.steps_per_epoch
+        classes, has_average = len(run.train.classes), config.ema.decay is not None
+        self.obstacle = self.reference.obstacle(classes, has_average)
+        if self.obstacle is not None:
+            logger.info("reference: %s; the run is not compared with it", self.obstacle)
+
+    @override
+    def on_evaluation(self, step: int, evaluated: Evaluated) -> Mapping[str, float]:
+        of_average = evaluated.kind == AVERAGE
+        if self.obstacle is not None or of_average != self.reference.of_average:
+            return {}
+        images = step * self.batch
+        warning = self.reference.warning(evaluated.values["top1"], images)
+        if warning is not None and step > self.warm_at and is_imagenet(self.samples):
+            logger.warning(warning)
+        return self.reference.beside(images)

@@ -1,0 +1,334 @@
+"""A run beside a published training: is it on the way, at epoch three and at every later one?
+
+Published curves and how they were trained are in published_curves.yaml. A run of other epochs,
+batches or augmentation runs along another curve; what differs is said, and whether that explains a
+difference is for a person to judge.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tetdist.apps.reports.runs_table import RunRecord
+from tetdist.config.yaml_files import read_yaml
+from tetdist.errors import UserError
+from tetdist.tables import aligned, number
+
+CURVES = Path(__file__).with_name("published_curves.yaml")
+# Of ImageNet, which all published curves are of: images of the training split, and classes.
+IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
+CHANCE = 100 / IMAGENET_CLASSES  # percent
+HELD_OUT = 0.05  # of these images at most, where a run is said to train on the same
+# Points of top-1 by which trainings differ for their seed alone, or for where in an epoch they are:
+# our choice, wide where curves are steep, since nobody has published several seeds. No more than
+# this share of the reference's top-1 counts: in its first epochs that may be less than the points.
+EARLY, LATER, SHARE = 5.0, 1.5, 0.5
+STEEP_EPOCHS = 10
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A published training on ImageNet.
+
+    Attributes:
+        name: What --reference calls it.
+        what: Network, loss and T.
+        source: Where the curve was read.
+        caveat: What is wrong with the numbers, if anything.
+        epochs: Of the whole training.
+        top1: Percent after so many epochs.
+        recipe: How it was trained, by the keys of our configuration.
+        begins_with: Whose weights it begins with; None: random ones.
+        of_average: Whether the top-1 is that of a moving average of the weights.
+    """
+
+    name: str
+    what: str
+    source: str
+    caveat: str | None
+    epochs: int
+    top1: dict[float, float]
+    recipe: dict[str, Any]
+    begins_with: str | None = None
+    of_average: bool = False
+
+    def at(self, epochs: float) -> float | None:
+        """Top-1 after so many epochs: between those published linear in the epochs' logarithm; None
+        before the first and after the last of them."""
+        known = sorted(self.top1)
+        if not (1 - HELD_OUT) * known[0] <= epochs <= 1.01 * known[-1]:
+            return None
+        # An epoch without what is held out, or an incomplete batch, is less than all images.
+        epochs = min(max(epochs, known[0]), known[-1])
+        after = next(epoch for epoch in known if epoch >= epochs)
+        if after == epochs:
+            return self.top1[after]
+        before = max(epoch for epoch in known if epoch < epochs)
+        share = math.log(epochs / before) / math.log(after / before)
+        return self.top1[before] + share * (self.top1[after] - self.top1[before])
+
+    def reached(self, top1: float) -> float | None:
+        """The first epoch at which it had reached so much; None: never, or before its first one."""
+        known = sorted(self.top1)
+        if self.top1[known[0]] == top1:
+            return known[0]
+        for before, after in itertools.pairwise(known):
+            low, high = self.top1[before], self.top1[after]
+            if low < top1 <= high:
+                return before * (after / before) ** ((top1 - low) / (high - low))
+        return None
+
+    def obstacle(self, classes: int, has_average: bool) -> str | None:
+        """Why a run on data of so many classes cannot be compared with it; None: it can be.
+
+        Args:
+            classes: Of the run's data.
+            has_average: Whether the run keeps a moving average of its weights.
+        """
+        if classes != IMAGENET_CLASSES:
+            theirs = f"{self.name} is of ImageNet's {IMAGENET_CLASSES:,} classes"
+            return f"{theirs} and these data have {classes:,}"
+        if self.of_average and not has_average:
+            return f"{self.name} is a moving average of weights and this run keeps none (ema.decay)"
+        return None
+
+    def beside(self, images: int) -> dict[str, float]:
+        """What a line of metrics says of it: its top-1 after as many images, where it has one."""
+        top1 = self.at(images / IMAGES)
+        return {} if top1 is None else {"reference_top1": top1}
+
+    def warning(self, top1: float, images: int) -> str | None:
+        """A sentence, if a run on as many of ImageNet's images is far behind."""
+        epochs = images / IMAGES
+        there = self.at(epochs)
+        if there is None or is_chance(there) or there - top1 <= tolerated(epochs, there):
+            return None
+        return (
+            f"{there - top1:.1f} points behind {self.name}, which had {there:.2f} % after as many "
+            "images; tools/compare_runs.py --reference says what differs"
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """An evaluation of the run beside the reference; None where that has no value.
+
+    Attributes:
+        epoch: Epochs done of the run's data.
+        top1: The run's, percent.
+        at_epoch: The reference's after as many epochs.
+        at_images: The reference's after as many images.
+        images: Seen by the run, each as often as it was seen.
+    """
+
+    epoch: float
+    top1: float
+    images: int
+    at_epoch: float | None
+    at_images: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said of a run: ``on_the_way`` is None where nothing can be."""
+
+    run: str
+    reference: str
+    on_the_way: bool | None
+    sentence: str
+    points: list[Point]
+    differences: dict[str, tuple[Any, Any]]  # by key: the run's value, the reference's
+
+
+def references() -> dict[str, Reference]:
+    """All published curves, by name."""
+    found = {}
+    for name, about in read_yaml(CURVES).items():
+        top1 = {float(epoch): value for epoch, value in about.pop("top1").items()}
+        found[name] = Reference(name=name, top1=top1, caveat=about.pop("caveat", None), **about)
+    return found
+
+
+def find_reference(name: str, key: str = "--reference") -> Reference:
+    """The curve that a flag, or a key of the configuration, names.
+
+    Raises:
+        UserError: There is none; those that there are.
+    """
+    known = references()
+    if name not in known:
+        raise UserError(
+            f"{key}: there is no published curve {name!r}; there are {', '.join(known)}"
+        )
+    return known[name]
+
+
+def verdict(record: RunRecord, reference: Reference) -> Verdict:
+    """Compare a run's evaluations with a published curve at equal epochs and at equal images.
+
+    Raises:
+        UserError: The run has no configuration, which says how many images a step has.
+    """
+    if record.configuration is None:
+        raise UserError(
+            f"{record.name}: --reference needs the run's folder, whose config.yaml says the batch"
+        )
+    batch = record.configuration["batch.global"]
+    lines = record.of_kind("val_ema" if reference.of_average else "val")
+    points = [
+        Point(
+            line["epoch"],
+            line["top1"],
+            line["step"] * batch,
+            reference.at(line["epoch"]),
+            reference.at(line["step"] * batch / IMAGES),
+        )
+        for line in lines
+    ]
+    phase = lines[-1].get("phase", 0) if lines else 0
+    differences = _differences(_of_the_batch(record.configuration, phase), reference, phase)
+    ends = [of_kind[-1] for of_kind in (record.of_kind("train"), lines) if of_kind]
+    diverged = [line for line in ends if not math.isfinite(line.get("loss", 0.0))]
+    if diverged:
+        said = f"its loss after {diverged[0]['epoch']:g} epochs is {diverged[0]['loss']}"
+        judged: tuple[bool | None, str] = (False, f"{record.name} has diverged: {said}.")
+    else:
+        judged = _judge(record.name, points, reference)
+    on_the_way, sentence = judged
+    if differences:
+        sentence += f" {_said(differences)}"
+    return Verdict(record.name, reference.name, on_the_way, sentence, points, differences)
+
+
+def _judge(name: str, points: Sequence[Point], reference: Reference) -> tuple[bool | None, str]:
+    compared = [point for point in points if point.at_images is not None]
+    per_epoch = points[-1].images / points[-1].epoch if points else IMAGES
+    if not is_imagenet(per_epoch):
+        return None, _of_other_data(name, per_epoch, compared, reference)
+    if not compared:
+        what = "evaluation of an average (ema.decay)" if reference.of_average else "evaluation"
+        return None, (
+            f"{name} cannot be compared with {reference.name} yet: it has no {what} after "
+            f"{min(reference.top1):g} to {max(reference.top1):g} epochs of ImageNet's images."
+        )
+    last = compared[-1]
+    assert last.at_images is not None
+    has = f"{last.top1:.2f} % after {last.epoch:g} epochs"
+    had = f"{reference.name} had about {last.at_images:.2f} %"
+    epochs = last.images / IMAGES  # of the reference
+    if is_chance(last.at_images):
+        return None, (
+            f"{name} has {has}, where {reference.name} itself still guessed ({last.at_images:.2f} "
+            "%): too early to say whether it is on the way."
+        )
+    behind = last.at_images - last.top1
+    if behind <= tolerated(epochs, last.at_images):
+        ahead = f", {-behind:.1f} points ahead" if behind < -LATER else ""
+        return True, f"{name} is on the way{ahead}: {has}, where {had}."
+    since = reference.reached(last.top1)
+    if since is not None and since < epochs:
+        had += f", and {last.top1:.2f} % after {since:.1f} epochs"
+    return False, f"{name} is {behind:.1f} points behind: {has}, where {had}."
+
+
+def _of_other_data(
+    name: str, per_epoch: float, compared: Sequence[Point], reference: Reference
+) -> str:
+    said = (
+        f"{name} cannot be compared with {reference.name}: its epochs have {per_epoch:,.0f} "
+        f"images, those of ImageNet {IMAGES:,}"
+    )
+    if not compared:
+        return f"{said}."
+    last = compared[-1]
+    return (
+        f"{said}. After as many images as {last.images / IMAGES:.1f} of these, where "
+        f"{reference.name} had about {last.at_images:.2f} %, it has {last.top1:.2f} %."
+    )
+
+
+def tolerated(epochs: float, top1: float) -> float:
+    """The points by which a run may be behind a reference of this top-1 after so many epochs."""
+    return min(EARLY if epochs <= STEEP_EPOCHS else LATER, SHARE * top1)
+
+
+def is_chance(top1: float) -> bool:
+    """Whether a network that guesses may have as much on ImageNet, in percent."""
+    return top1 < 2 * CHANCE
+
+
+def is_imagenet(images: float) -> bool:
+    """Whether a training split of so many images can be ImageNet's, without some held out."""
+    return abs(images / IMAGES - 1) <= HELD_OUT
+
+
+def _of_the_batch(configuration: Mapping[str, Any], phase: int) -> dict[str, Any]:
+    """The configuration with a phase's learning rate for the batch as it is."""
+    lr = f"phases.{phase}.optimizer.lr"
+    per = configuration.get(f"{lr}_per")
+    if per is None:
+        return dict(configuration)
+    return {**configuration, lr: configuration[lr] * configuration["batch.global"] / per}
+
+
+def _differences(
+    configuration: Mapping[str, Any], reference: Reference, phase: int
+) -> dict[str, tuple[Any, Any]]:
+    """The run's values and the reference's, by key; of all phases, the one that the run is in."""
+    kind = "model.neuron.kind"
+    recipe = {
+        key.replace("phases.0.", f"phases.{phase}."): value
+        for key, value in reference.recipe.items()
+    }
+    found = {
+        key: (configuration.get(key), theirs)
+        for key, theirs in recipe.items()
+        if configuration.get(key) != theirs
+    }
+    if kind in found:  # what else neurons have says nothing of another kind
+        found = {key: pair for key, pair in found.items() if "model.neuron." not in key} | {
+            kind: found[kind]
+        }
+    if (begins_with := configuration.get("init_checkpoint")) is None:
+        if reference.begins_with is not None:
+            found["init_checkpoint"] = (None, reference.begins_with)
+    elif reference.begins_with is None:
+        found["init_checkpoint"] = (begins_with, None)
+    return found
+
+
+def _said(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    told = [
+        f"{key} {_shown(ours)} (theirs {_shown(theirs)})"
+        for key, (ours, theirs) in differences.items()
+    ]
+    return f"Its configuration differs in {', '.join(told)}."
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else str(value)
+
+
+def table(found: Verdict) -> str:
+    """The run's evaluations beside the published ones, as text."""
+    rows = [["epoch", "top-1 %", f"{found.reference} at equal epochs", "at equal images"]]
+    for point in found.points:
+        values = (point.top1, point.at_epoch, point.at_images)
+        rows.append([f"{point.epoch:g}", *(number(value, ".2f") for value in values)])
+    return aligned(rows, right=range(4))
+
+
+def curve(reference: Reference, until: float) -> tuple[list[float], list[float]]:
+    """Epochs and top-1 of the published curve, up to so many epochs."""
+    epochs = [epoch for epoch in sorted(reference.top1) if epoch <= until]
+    if epochs and epochs[-1] < until and reference.at(until) is not None:
+        epochs.append(until)
+    return epochs, [top1 for epoch in epochs if (top1 := reference.at(epoch)) is not None]
+
+
+def as_dict(found: Verdict) -> dict[str, Any]:
+    """The verdict, ready for JSON."""
+    return asdict(found)

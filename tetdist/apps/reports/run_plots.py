@@ -1,0 +1,136 @@
+"""The plots that a run makes while it trains, on rank 0."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, assert_never
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from tetdist.apps.reports import curves
+from tetdist.config.schema import DataSection
+from tetdist.data import mixing
+from tetdist.data.loader import Batch
+from tetdist.data.transfer import on_device
+from tetdist.errors import UserError
+from tetdist.evaluation.firing import FiringWatch
+from tetdist.evaluation.membranes import membrane_distribution
+from tetdist.nn.norm_neuron import spiking_layers
+from tetdist.nn.precision import parameter_type
+from tetdist.training.evaluating import WEIGHTS, Evaluated
+from tetdist.training.observers import Observer, Watched
+
+logger = logging.getLogger(__name__)
+
+# Parts of one batch: enough to see, and seconds for a large network on a CPU.
+SHOWN_IMAGES, SHOWN_EVENTS, SHOWN_TIMESTEPS, LOOKED_AT = 32, 6, 10, 16
+
+# Seconds from one drawing to the next, which takes half a second: less than evaluations of a small
+# network are apart.
+DRAW_EVERY = 20.0
+
+
+class RunPlots(Observer):
+    """The files in ``runs/NAME/plots``, and what the log says of layers that died or saturated.
+
+    With ``plots`` false nothing is drawn. Each plot is an artifact of the tracker.
+    """
+
+    def __init__(self, watched: Watched) -> None:
+        run = watched.run
+        self.config, self.classes, self.model = run.config, run.train.classes, run.model
+        self.last_step, self.tracker = run.last_step, watched.tracker
+        self.folder = self.config.run_dir / "plots"
+        self._firing = FiringWatch()
+        self._drawn = -math.inf
+        self._has_inputs = (self.folder / "inputs.png").exists()
+        self._images = torch.empty(0)  # of the evaluation that was the last
+
+    @override
+    def on_batch(self, step: int, batch: Batch) -> None:
+        """Draw a training batch as the network sees it: the first one of the run, once."""
+        if self._has_inputs or not self.config.plots:
+            return
+        self._has_inputs = True
+        images = batch.images.detach().float().cpu()
+        if batch.mix is not None:
+            images = mixing.mixed_images(images, mixing.on_device(batch.mix, images.device))
+        match self.config.data.kind:
+            case "events":
+                pictures = event_pictures(images[:SHOWN_EVENTS, :SHOWN_TIMESTEPS])
+                unit = f"events (red: on, blue: off), {images.shape[1]} time bins"
+            case "images":
+                pictures = image_pictures(images[:SHOWN_IMAGES], self.config.data)
+                unit = f"{images.shape[-1]}x{images.shape[-2]} pixels"
+            case other:
+                assert_never(other)
+        labels = [self.classes[label] for label in batch.labels[: len(pictures)].tolist()]
+        title = f"{self.config.name}: augmented training input, {unit}"
+        self._draw("inputs.png", lambda out: curves.inputs(pictures, labels, title, out))
+
+    @override
+    def on_evaluation(self, step: int, evaluated: Evaluated) -> None:
+        if evaluated.kind == WEIGHTS:
+            self._images = evaluated.first.images[:LOOKED_AT]
+
+    @override
+    def on_line(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Name layers that died or saturated; now and then, and at the end, draw."""
+        if kind != WEIGHTS:
+            return
+        for sentence in self._firing.changes(values["firing_rate"]):
+            logger.warning("epoch %g: %s", values["epoch"], sentence)
+        is_due = step == self.last_step or time.monotonic() - self._drawn >= DRAW_EVERY
+        if self.config.plots and is_due:
+            self._draw_all(values["epoch"])
+
+    def _draw_all(self, epoch: float) -> None:
+        metrics, images = self.tracker.path, self._images
+        self._draw("learning_curves.png", lambda out: curves.learning_curves(metrics, out))
+        self._draw("firing_rates.png", lambda out: curves.firing_rates(metrics, out))
+        if len(images) and spiking_layers(self.model):
+            title = f"{self.config.name}   \N{EM DASH}   epoch {epoch:.4g}, membranes"
+            precision, device = self.config.precision, next(self.model.parameters()).device
+            images = on_device(images, device, parameter_type(precision))
+            found = membrane_distribution(self.model, images, precision)
+            if found.shares:
+                self._draw("membranes.png", lambda out: curves.membranes(found, title, out))
+        self._drawn = time.monotonic()
+
+    def _draw(self, name: str, draw: Callable[[Path], None]) -> None:
+        plot = self.folder / name
+        try:
+            draw(plot)
+        except (UserError, OSError) as error:
+            # The other plots may still be made.
+            logger.warning("no plot %s was made: %s", name, error)
+            return
+        self.tracker.artifact(plot)
+
+
+def image_pictures(images: Tensor, data: DataSection) -> npt.NDArray[np.float64]:
+    """RGB values in [0, 1], (N, H, W, 3), of normalised images (N, 3, H, W)."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).double().numpy()
+
+
+def event_pictures(frames: Tensor) -> npt.NDArray[np.float64]:
+    """RGB values in [0, 1], (N, T, H, W, 3), of numbers of events (N, T, 2, H, W).
+
+    White is none; a pixel is as dark as its share of its sample's 99th percentile of those that
+    are not 0.
+    """
+    shown = np.empty((*frames.shape[:2], *frames.shape[3:], 3))
+    for picture, sample in zip(shown, frames.double().numpy(), strict=True):
+        present = sample[sample > 0]
+        scale = np.percentile(present, 99) if present.size else 1.0
+        off, on = (np.clip(sample[:, polarity] / scale, 0, 1) for polarity in (0, 1))
+        picture[..., 0], picture[..., 2] = 1 - off, 1 - on
+        picture[..., 1] = 1 - np.maximum(off, on)
+    return shown

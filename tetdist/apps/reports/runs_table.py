@@ -1,0 +1,253 @@
+"""Several runs side by side: what they reached, and the mean and spread where only seeds differ."""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tetdist.apps.reports import overlay
+from tetdist.config.identity import OPERATIONAL_KEYS, PATH_KEYS, absolute_path
+from tetdist.tables import number
+
+# The keys that may differ within a group; OPERATIONAL_KEYS have no effect on the result.
+OF_THE_SEED = ("seed", "name", *OPERATIONAL_KEYS)
+
+# The length of a value in a table or a legend; --json has all of it.
+SHOWN_CHARACTERS = 24
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run: its name, the lines of its metrics, and its flattened configuration if it has one."""
+
+    name: str
+    lines: list[dict[str, Any]]
+    configuration: dict[str, Any] | None
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line["kind"] == kind]
+
+    def of_average(self) -> "RunRecord":
+        """The run with the evaluations of its weights' moving average in place of their own."""
+        lines = [
+            line | {"kind": "val"} if line["kind"] == "val_ema" else line
+            for line in self.lines
+            if line["kind"] != "val"
+        ]
+        return RunRecord(f"{self.name} (EMA)", lines, self.configuration)
+
+    def result(self) -> dict[str, Any]:
+        """The numbers that the run reached; None where they have not been measured."""
+        train, val = self.of_kind("train"), self.of_kind("val")
+        last_train, last_val = (lines[-1] if lines else {} for lines in (train, val))
+        best = max(val, key=lambda line: line["top1"], default={})
+        speeds = sorted(line["samples_per_s"] for line in train if "samples_per_s" in line)
+        return {
+            "run": self.name,
+            "step": max((line["step"] for line in self.lines), default=None),
+            "epoch": max((x["epoch"] for x in train + val if "epoch" in x), default=None),
+            "top1": last_val.get("top1"),
+            "best_top1": best.get("top1"),
+            "best_epoch": best.get("epoch"),
+            **self._of_average(),
+            "val_loss": last_val.get("loss"),
+            "train_loss": last_train.get("loss"),
+            "samples_per_s": speeds[len(speeds) // 2] if speeds else None,
+        }
+
+    def _of_average(self) -> dict[str, Any]:
+        """What the moving average of the weights reached, in a run that has one."""
+        reached = [line["top1"] for line in self.of_kind("val_ema")]
+        return {"ema_top1": reached[-1], "best_ema_top1": max(reached)} if reached else {}
+
+
+def differing_keys(records: Sequence[RunRecord]) -> list[str]:
+    """The keys of the configuration that have several values, without those a seed may change."""
+    configurations = [record.configuration for record in records if record.configuration]
+    keys = dict.fromkeys(key for configuration in configurations for key in configuration)
+    return [
+        key
+        for key in keys
+        if key not in OF_THE_SEED
+        and key.partition(".")[0] != "cluster"
+        # A run lacks a key that has no effect in it; it differs in the key that makes it so.
+        and len({repr(of_any_seed(key, c)) for c in configurations if key in c}) > 1
+    ]
+
+
+def of_any_seed(key: str, configuration: dict[str, Any]) -> Any:
+    """The value of a key; of a run that it begins with or learns from, that of all its seeds.
+
+    The runs of a study are called NAME-seed0, NAME-seed1, ..., and one of them begins with the
+    weights of its own seed: that is no difference.
+    """
+    value = configuration.get(key)
+    if key not in PATH_KEYS or not value:
+        return value
+    return re.sub(r"-seed\d+(?=/|$)", "-seed*", absolute_path(str(value)))
+
+
+def group(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Runs that differ only by their seed, by a name for them all; in the names' order.
+
+    The name is that of the runs without its seed or, if they have none in common, what sets them
+    apart from the rest. A run without a configuration is a group of its own.
+    """
+    keys = differing_keys(records)
+    groups: dict[tuple[str, ...], list[RunRecord]] = {}
+    for record in records:
+        values = record.configuration
+        what = (
+            (f"run {record.name}",)
+            if values is None
+            else tuple(repr(of_any_seed(key, values)) for key in keys)
+        )
+        groups.setdefault(what, []).append(record)
+    names = {what: _common_name(members) for what, members in groups.items()}
+    taken = Counter(names.values())
+    telling = _telling(keys, [members[0] for members in groups.values()])
+    named = {
+        (
+            name
+            if (name := names[what]) and taken[name] == 1
+            else _described(members[0], telling) or "the same but for the seed"
+        ): members
+        for what, members in groups.items()
+    }
+    # The same runs have the same colours however they were listed.
+    return dict(sorted(named.items(), key=lambda item: by_number(item[0])))
+
+
+def _common_name(members: Sequence[RunRecord]) -> str | None:
+    if len(members) == 1:
+        return members[0].name
+    names = {re.sub(r"-seed\d+$", "", record.name) for record in members}
+    return names.pop() if len(names) == 1 else None
+
+
+def _telling(keys: Sequence[str], records: Sequence[RunRecord]) -> list[str]:
+    """The first keys that suffice to tell all records apart by their values."""
+    found: list[str] = []
+    kinds = 1
+    for key in keys:
+        with_it = {
+            tuple(repr(of_any_seed(k, record.configuration)) for k in (*found, key))
+            for record in records
+            if record.configuration is not None
+        }
+        if len(with_it) > kinds:
+            found.append(key)
+            kinds = len(with_it)
+    return found
+
+
+def _described(record: RunRecord, keys: Sequence[str]) -> str:
+    if record.configuration is None:
+        return f"run {record.name}"
+    values = record.configuration
+    return ", ".join(f"{key}={shortened(of_any_seed(key, values))}" for key in keys)
+
+
+def by_number(name: str) -> list[tuple[str, int]]:
+    """A key to sort by that puts t10 behind t2."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+
+
+def shortened(value: Any) -> str:
+    """A value for a table; only the end of a long one, such as a path."""
+    text = str(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"...{text[3 - SHOWN_CHARACTERS :]}"
+
+
+def group_result(name: str, members: Sequence[RunRecord]) -> dict[str, Any]:
+    """Mean and standard deviation over the members that have been evaluated; None without any."""
+    found: dict[str, Any] = {"group": name, "runs": [record.name for record in members]}
+    for key in ("top1", "best_top1", "val_loss"):
+        values = [value for r in members if (value := r.result()[key]) is not None]
+        found[key] = sum(values) / len(values) if values else None
+        found[f"{key}_deviation"] = overlay.standard_deviation(values) if len(values) > 1 else None
+    return found
+
+
+def as_dict(records: Sequence[RunRecord]) -> dict[str, Any]:
+    """The runs and their groups, ready for JSON."""
+    keys = differing_keys(records)
+    return {
+        "runs": [
+            record.result()
+            | {"configuration": {key: (record.configuration or {}).get(key) for key in keys}}
+            for record in records
+        ],
+        "groups": [group_result(name, members) for name, members in group(records).items()],
+    }
+
+
+def tables(records: Sequence[RunRecord]) -> list[list[list[str]]]:
+    """The table of the runs and, if some differ only by their seed, that of the groups."""
+    keys = differing_keys(records)
+    results = [record.result() for record in records]
+    averaged = any("ema_top1" in result for result in results)
+    head = ["run", "epoch", "top-1 %", "best", "at epoch", "val loss", "train loss", "per s"]
+    head += ["EMA top-1 %", "EMA best"] if averaged else []
+    rows = [[*head, *keys]]
+    for record, result in zip(records, results, strict=True):
+        of_average = [number(result.get(f"{key}ema_top1"), ".2f") for key in ("", "best_")]
+        rows.append(
+            [
+                result["run"],
+                number(result["epoch"], "g"),
+                number(result["top1"], ".2f"),
+                number(result["best_top1"], ".2f"),
+                number(result["best_epoch"], "g"),
+                number(result["val_loss"], ".4f"),
+                number(result["train_loss"], ".4f"),
+                number(result["samples_per_s"], ".0f"),
+                *(of_average if averaged else []),
+                *(shortened((record.configuration or {}).get(key, "-")) for key in keys),
+            ]
+        )
+    groups = group(records)
+    if all(len(members) == 1 for members in groups.values()):
+        return [rows]
+    of_groups = [["group", "runs", "top-1 %", "best", "val loss"]]
+    for name, members in groups.items():
+        result = group_result(name, members)
+        of_groups.append(
+            [
+                name,
+                str(len(members)),
+                *(
+                    with_deviation(result[key], result[f"{key}_deviation"], spec)
+                    for key, spec in (("top1", ".2f"), ("best_top1", ".2f"), ("val_loss", ".4f"))
+                ),
+            ]
+        )
+    return [rows, of_groups]
+
+
+def with_deviation(mean: float | None, deviation: float | None, spec: str) -> str:
+    if deviation is None:
+        return number(mean, spec)
+    return f"{number(mean, spec)} +- {number(deviation, spec)}"
+
+
+def plot(
+    records: Sequence[RunRecord],
+    out: Path,
+    published: tuple[str, list[float], list[float]] | None = None,
+) -> None:
+    """Draw the runs' curves over each other, and a published one, see `overlay.runs`.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    groups = group(records)
+    members = list(itertools.chain(*groups.values()))
+    title = "1 run" if len(members) == 1 else f"{len(members)} runs"
+    if len(groups) < len(members):
+        title += "; of runs that differ only by their seed: mean and standard deviation"
+    lines = {name: [(r.name, r.lines) for r in rs] for name, rs in groups.items()}
+    overlay.runs(lines, title, out, published)

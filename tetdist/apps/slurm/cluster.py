@@ -1,0 +1,180 @@
+"""The facts of a cluster, and of the job that is sent there.
+
+The facts come, each from the last of these that gives it, from
+
+    1. ~/.config/tetdist/cluster.yaml       (another file: TETDIST_CLUSTER)
+    2. the section `cluster:` of the run's configuration, or cluster.key=value
+    3. the flags of the command line
+"""
+
+import difflib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import Field
+
+from tetdist.apps.roofline import cards
+from tetdist.config.schema import Positive, Section
+from tetdist.config.yaml_files import read_value
+from tetdist.errors import UserError
+
+# Restarts take this long, from the stop to the first new step: the queue, imports, compilation.
+RESTART_MINUTES = 5.0
+
+
+class ClusterSection(Section):
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    """Features that the nodes must have, as for sbatch."""
+    nodes: Positive = 1
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = None
+    """GPUs to use on each node, one process each; 0: train on the CPU."""
+    gpu: str | None = None
+    """Kind of the GPUs, for the plan: H100, A100-80, ...; null: what `constraint` or Slurm says."""
+    tasks_per_node: Positive | None = None
+    """Processes on each node; null: one a GPU."""
+    cpus_per_task: Positive | None = None
+    """Null: the cluster's default, often a single one, which is too few to decode images."""
+    mem_gb: Annotated[float, Field(gt=0)] | None = None
+    """Memory on each node; null: the cluster's default."""
+    time: str = "24:00:00"
+    """Time limit of one stretch, in Slurm's notation; the run goes on in the next one."""
+    setup: tuple[str, ...] = ()
+    """Shell commands before the processes start, such as `module load cuda`."""
+    sbatch: dict[str, str | int | bool] = Field(default={})
+    """Further flags of sbatch, without the dashes: {exclusive: true, mail-user: me@example.org}."""
+    warn_before_end: Positive = 120
+    """Seconds before the time limit at which the run saves and stops: more than a step, a batch of
+    an evaluation and a checkpoint take."""
+    give_up_after: Positive = 5
+    """Starts in a row without a new checkpoint, after which the run ends instead of trying again.
+    """
+    interface: str | None = None
+    """Network interface between the nodes; null: the one by which the first node is reached."""
+    link_in_node: Annotated[float, Field(gt=0)] = 100.0
+    """GB/s from GPU to GPU in a node, for the plan: 100 to 400 with NVLink, 10 to 20 over PCIe."""
+    link_between_nodes: Annotated[float, Field(gt=0)] = 12.5
+    """GB/s between two nodes, for the plan: 12.5 is 100 Gbit/s."""
+
+    @property
+    def processes_per_node(self) -> int:
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def processes(self) -> int:
+        return self.nodes * self.processes_per_node
+
+    @property
+    def minutes(self) -> int:
+        return minutes(self.time)
+
+
+def gather(section: dict[str, Any], flags: dict[str, Any]) -> ClusterSection:
+    """The facts from all places.
+
+    Args:
+        section: The section ``cluster:`` of the run's configuration.
+        flags: The flags that were given on the command line.
+
+    Raises:
+        UserError: A key is unknown, of the wrong type or without sense, or a file is no YAML.
+    """
+    facts: dict[str, Any] = {}
+    file = cluster_file()
+    if file.is_file():
+        facts |= _check(_read(file), str(file))
+    facts |= _check(section, "the configuration's section cluster")
+    if "time" in flags:
+        minutes(flags["time"], "--time")
+    facts |= flags
+    cluster = ClusterSection.model_validate_json(json.dumps(_check(facts, "the command line")))
+    if cluster.minutes * 60 <= cluster.warn_before_end:
+        raise UserError(
+            f"cluster.time: {cluster.time} is over before the warning {cluster.warn_before_end} s "
+            "ahead of its end; set a longer time, or a smaller cluster.warn_before_end"
+        )
+    if cluster.gpu is not None:
+        return cluster.model_copy(update={"gpu": cards.named(cluster.gpu, "cluster.gpu").name})
+    return cluster
+
+
+def cluster_file() -> Path:
+    named = os.environ.get("TETDIST_CLUSTER")
+    if named:
+        if not Path(named).is_file():
+            raise UserError(f"TETDIST_CLUSTER: there is no file {named}")
+        return Path(named)
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(home) / "tetdist" / "cluster.yaml"
+
+
+def minutes(text: str, name: str = "cluster.time") -> int:
+    """Slurm's notation of a time in whole minutes, rounded up.
+
+    Args:
+        text: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``.
+        name: The key or flag, for the error.
+
+    Raises:
+        UserError: It is of none of these forms.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        raise UserError(
+            f"{name}: {text!r} is no time in Slurm's notation; write minutes, HOURS:MINUTES:"
+            "SECONDS or DAYS-HOURS, such as 24:00:00 or 2-00"
+        )
+    days, *rest = match.groups()
+    numbers = [int(n) for n in rest if n is not None]
+    if days is not None or len(numbers) == 3:
+        hours, mins, seconds = [*numbers, 0, 0][:3]
+    else:
+        hours, mins, seconds = 0, numbers[0], numbers[1] if len(numbers) == 2 else 0
+    total = ((int(days or 0) * 24 + hours) * 60 + mins) * 60 + seconds
+    return max(1, -(-total // 60))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        facts = read_value(file.read_text(), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    facts = {} if facts is None else facts
+    if not isinstance(facts, dict):
+        raise UserError(f"{file} must hold keys and values, such as `partition: gpu`")
+    return facts
+
+
+def _check(facts: dict[str, Any], source: str) -> dict[str, Any]:
+    """The facts as they are, if they are right; errors name where they come from."""
+    try:
+        ClusterSection.model_validate_json(json.dumps(facts))
+    except TypeError as error:
+        raise UserError(
+            f"{source}: a value is neither text, number, list nor mapping ({error}); quote it"
+        ) from error
+    except pydantic.ValidationError as error:
+        raise UserError(f"{source}: {'; '.join(_explain(e) for e in error.errors())}") from None
+    if "time" in facts:
+        minutes(facts["time"])
+    return facts
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    known = list(ClusterSection.model_fields)
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"the nearest known one is {close[0]!r}" if close else f"known: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    if key == "time":
+        # YAML reads 24:00:00 as a number, to the base of 60.
+        return f'{key!r}: {message}; write it in quotes: time: "24:00:00"'
+    return f"{key!r}: {message}, not {error['input']!r}"

@@ -1,0 +1,301 @@
+"""The command slurm: submit, status, cancel, resume."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tetdist.config.flags import add_import, positive
+from tetdist.config.overrides import joined
+from tetdist.errors import UserError, typed
+
+if TYPE_CHECKING:
+    from tetdist.apps.slurm.cluster import ClusterSection
+    from tetdist.apps.slurm.submit import Prepared
+
+COMMANDS = ("submit", "status", "cancel", "resume")
+PROGRAM = typed("slurm").removeprefix("python ")
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command, ``submit`` if none is named, and its flags."""
+    command = arguments[0] if arguments[:1] and arguments[0] in COMMANDS else "submit"
+    rest = arguments[1:] if arguments[:1] == [command] else arguments
+    parser = {"submit": _submit_parser, "resume": _resume_parser}.get(command, _run_parser)(command)
+    options = parser.parse_intermixed_args(rest)
+    options.command = command
+    if command == "submit" and not options.config:
+        parser.error("--config is missing: a YAML file, or the name of one in configs/")
+    return options
+
+
+def _submit_parser(_: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Send a run to a Slurm cluster, once; it finishes by itself.",
+        epilog="other commands: status RUN, cancel RUN, resume RUN (each with --help). Facts of "
+        "the cluster may stand in ~/.config/tetdist/cluster.yaml; see docs/slurm.md.",
+    )
+    parser.add_argument(
+        "--config", metavar="NAME", help="a YAML file, or the name of one in configs/"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override a key of the configuration"
+    )
+    add_import(parser)
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar="key=a,b",
+        default=[],
+        help="a run for every combination, as one array: seed=0,1,2 loss.kind=sdt,tet",
+    )
+    parser.add_argument(
+        "--after",
+        metavar="RUN",
+        action="append",
+        default=[],
+        help="begin when this queued run is finished, not at all if it fails; may be repeated",
+    )
+    _add_cluster_flags(parser)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show batch script, configuration and plan; needs no Slurm, writes nothing",
+    )
+    how.add_argument("--follow", action="store_true", help="then show the log as it grows")
+    how.add_argument(
+        "--local",
+        type=positive,
+        metavar="N",
+        help="run the same job here, in N processes, without Slurm",
+    )
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument(
+        "--images-per-s",
+        type=float,
+        metavar="X",
+        help="for the plan's hours: training speed of one process; default: computed",
+    )
+    speed.add_argument(
+        "--benchmark",
+        metavar="FILE",
+        help="the same, measured: tools/check_gpu.py --json FILE",
+    )
+    return parser
+
+
+def _resume_parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} {command}",
+        description="Submit a run again, from its newest checkpoint, with the code it began with.",
+    )
+    parser.add_argument(
+        "run", metavar="RUN", help="folder of the run or sweep, or its name in runs/"
+    )
+    parser.add_argument(
+        "--new-code", action="store_true", help="take the code as it is here and now"
+    )
+    _add_cluster_flags(parser)
+    parser.add_argument("--follow", action="store_true", help="then show the log as it grows")
+    return parser
+
+
+def _run_parser(command: str) -> argparse.ArgumentParser:
+    text = {
+        "status": "Say how a run is: state, progress, restarts and their reasons.",
+        "cancel": "End a run's job; while it trains it saves first. `resume` continues it.",
+    }[command]
+    parser = argparse.ArgumentParser(prog=f"{PROGRAM} {command}", description=text)
+    parser.add_argument(
+        "run", metavar="RUN", help="folder of the run or sweep, or its name in runs/"
+    )
+    if command == "status":
+        parser.add_argument("--follow", action="store_true", help="show the log as it grows")
+    return parser
+
+
+def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the job")
+    group.add_argument("--nodes", type=positive, metavar="N")
+    group.add_argument(
+        "--gpus-per-node", type=int, metavar="G", help="one process each; 0: train on the CPU"
+    )
+    group.add_argument(
+        "--gpu", metavar="KIND", help="kind of GPU, for the plan's hours: H100, A100-80, ..."
+    )
+    group.add_argument("--partition", metavar="P")
+    group.add_argument("--account", metavar="A")
+    group.add_argument("--qos", metavar="Q")
+    group.add_argument("--constraint", metavar="C", help="features that the nodes must have")
+    group.add_argument("--time", metavar="T", help="limit of one stretch: 24:00:00, 2-00, ...")
+    group.add_argument(
+        "--setup",
+        action="append",
+        metavar="CMD",
+        help="a shell command before the processes start; may be repeated",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out the command of `parse_arguments`.
+
+    Returns:
+        Exit status: 0 as asked, 1 a followed run did not finish, 130 following was interrupted.
+    """
+    command = {"submit": submit, "status": status, "cancel": cancel, "resume": resume}
+    return command[options.command](options)
+
+
+def submit(options: argparse.Namespace) -> int:
+    from tetdist.apps.slurm import plan, speed
+    from tetdist.apps.slurm import status as show
+    from tetdist.apps.slurm import submit as submission
+    from tetdist.config import loading as configuration
+
+    base = configuration.load(options.config, options.overrides, options.imports)
+    cluster = cluster_of(base.cluster, options)
+    if options.local:
+        if options.after:
+            raise UserError("--after waits for a job of Slurm and does not go with --local")
+        cluster = cluster.model_copy(update={"nodes": 1, "tasks_per_node": options.local})
+    names: list[str] = [base.name]
+    changes: list[list[str]] = [[]]
+    if options.sweep:
+        if options.local or options.follow:
+            raise UserError("--sweep does not go with --local or --follow")
+        names = submission.sweep_names(base.name, options.sweep)
+        changes = submission.combinations(options.sweep)
+    runs: list[Prepared] = []
+    for name, overrides in zip(names, changes, strict=True):
+        own = joined([*options.overrides, *overrides], [f"name={name}"])
+        config = configuration.load(options.config, own, options.imports) if options.sweep else base
+        runs.append(submission.prepare(config, cluster, options.after))
+    found = speed.speed_of(
+        runs[0].config,
+        cluster,
+        runs[0].network,
+        images_per_s=options.images_per_s,
+        file=options.benchmark,
+    )
+    if options.dry_run:
+        print(submission.dry_run(runs, _job_name(base.name, runs), found, options.after))
+        return 0
+    if options.local:
+        return submission.run_here(runs[0])
+    after = [run for name in options.after for run in show.find(name)]
+    left = submission.unfinished(runs)
+    submissions = submission.submit(left, _job_name(base.name, runs), after=after, sweep=runs)
+    print(plan.describe(runs[0].plan, found))
+    for run, done in zip(left, submissions, strict=True):
+        submission.log_summary(done, run.config)
+    return _follow(runs[0].config.run_dir) if options.follow else 0
+
+
+def resume(options: argparse.Namespace) -> int:
+    from tetdist.apps.slurm import status as show
+
+    runs = show.find(options.run)
+    if options.follow and len(runs) > 1:
+        raise UserError(f"--follow is for one run; {options.run} is a sweep of {len(runs)}")
+    for run_dir in runs:
+        _resume(run_dir, options)
+    return _follow(runs[0]) if options.follow else 0
+
+
+def _resume(run_dir: Path, options: argparse.Namespace) -> None:
+    from tetdist.apps.slurm import history, jobs
+    from tetdist.apps.slurm import status as show
+    from tetdist.apps.slurm import submit as submission
+
+    earlier = show.submission_of(run_dir)
+    if show.is_finished(run_dir):
+        print(f"{run_dir} is finished: nothing to do")
+        return
+    jobs.refuse_if_queued(run_dir)
+    config = submission.config_of(earlier)
+    cluster = cluster_of(earlier.cluster, options)
+    # A run that has begun once has nothing to wait for: the runs before it were finished then.
+    after = [Path(path) for path in earlier.after] if not history.saved_step(run_dir) else []
+    run = submission.prepare(config, cluster, after)
+    code = None if options.new_code else Path(earlier.code)
+    (done,) = submission.submit([run], config.name, code, after)
+    submission.log_summary(done, config)
+
+
+def status(options: argparse.Namespace) -> int:
+    from tetdist.apps.slurm import status as show
+
+    runs = show.find(options.run)
+    if options.follow:
+        if len(runs) > 1:
+            raise UserError(f"--follow is for one run; {options.run} is a sweep of {len(runs)}")
+        return _follow(runs[0])
+    print("\n\n".join(map(show.describe, runs)))
+    return 0
+
+
+def cancel(options: argparse.Namespace) -> int:
+    from tetdist.apps.slurm import history, jobs
+    from tetdist.apps.slurm import status as show
+    from tetdist.apps.slurm import submit as submission
+    from tetdist.apps.slurm.history import JobEvent
+
+    # From the last run to the first: Slurm itself removes whatever waits for a cancelled job, and
+    # nobody would note that.
+    for run_dir in reversed(show.find(options.run)):
+        job = show.submission_of(run_dir)
+        state = jobs.state_of(job)
+        if not state.is_queued:
+            print(f"{run_dir} is not queued: job {job.job} is {state.name} ({state.text})")
+            continue
+        jobs.cancel(job.job)
+        # If the job is just requeuing itself, its next start finds this line and ends.
+        history.note(run_dir, JobEvent("cancelled", job.job, step=history.saved_step(run_dir)))
+        # A process that trains tells MLflow itself, but there may be none yet.
+        history.announce(submission.config_of(job), "KILLED", {})
+        print(f"cancelled job {job.job}; `{typed('slurm', 'resume', run_dir)}` continues the run")
+    return 0
+
+
+def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "ClusterSection":
+    """The facts of the cluster from all places; how many GPUs must be among them."""
+    from tetdist.apps.slurm import cluster
+
+    of_job = ("partition", "account", "qos", "constraint", "time", "setup")
+    names = ("nodes", "gpus_per_node", "gpu", *of_job)
+    flags = {name: value for name in names if (value := getattr(options, name)) is not None}
+    facts = cluster.gather(section, flags)
+    if facts.gpus_per_node is None and not getattr(options, "local", None):
+        raise UserError(
+            "how many GPUs of each node shall train is not said: --gpus-per-node G (0: none, on "
+            f"the CPU), or gpus_per_node: G in {cluster.cluster_file()}"
+        )
+    if facts.gpus_per_node and facts.gpu is None:
+        return facts.model_copy(update={"gpu": _kind_of_gpu(facts)})
+    return facts
+
+
+def _kind_of_gpu(facts: "ClusterSection") -> str | None:
+    """The kind of GPU, where the nodes that are asked for are named by it, or Slurm knows it."""
+    from tetdist.apps.roofline import cards
+    from tetdist.apps.slurm import jobs
+
+    if facts.constraint and (card := cards.find(facts.constraint)):
+        return card.name
+    return jobs.kind_of_gpu(facts.partition)
+
+
+def _job_name(name: str, runs: "list[Prepared]") -> str:
+    return name if len(runs) == 1 else f"{name}_sweep"
+
+
+def _follow(run_dir: Path) -> int:
+    from tetdist.apps.slurm import status as show
+
+    try:
+        return show.follow(run_dir)
+    except KeyboardInterrupt:
+        again = typed("slurm", "status", run_dir, "--follow")
+        print(f"\nthe job goes on; `{again}` shows it again")
+        return 130

@@ -1,0 +1,87 @@
+"""A copy of the code beside the run, from which its job runs.
+
+So the code that was queued is what runs, whatever is edited meanwhile, even days later.
+"""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from tetdist.errors import UserError
+
+PROJECT = Path(__file__).resolve().parents[3]
+# All that a job needs, and what a person wants to see beside its results.
+PARTS = ("tetdist", "tetdist_command.py", "launch", "configs", "tools", "pyproject.toml")
+
+
+# The parts of an installed tetdist, which has its configurations in the package. Whatever else lies
+# beside it belongs to other packages.
+INSTALLED_PARTS = ("tetdist", "tetdist_command.py")
+
+
+def take(target: Path, project: Path = PROJECT) -> dict[str, Any]:
+    """Copy the code to ``target``, uncommitted changes included.
+
+    Args:
+        target: A new folder; with it as PYTHONPATH a job runs the copy.
+        project: A checkout, or the folder into which a wheel was installed.
+
+    Returns:
+        Its commit, and whether it differed from that; also written to TARGET/snapshot.json, with
+        what `git diff` said in TARGET/snapshot.diff.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    try:
+        installed = (project / "tetdist" / "configs").is_dir()
+        for part in INSTALLED_PARTS if installed else PARTS:
+            source = project / part
+            if source.is_dir():
+                ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+                shutil.copytree(source, target / part, ignore=ignored)
+            elif source.is_file():
+                target.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target / part)
+        git = _git(project)
+        (target / "snapshot.diff").write_text(git.pop("diff"))
+        (target / "snapshot.json").write_text(json.dumps(git, indent=1) + "\n")
+    except (OSError, shutil.Error) as error:
+        raise UserError(f"the code cannot be copied to {target} ({error})") from error
+    return git
+
+
+def describe(git: dict[str, Any]) -> str:
+    """The commit as a person reads it, and whether there are changes beyond it."""
+    if not git["commit"]:
+        return "not from a git checkout"
+    changed = " with uncommitted changes" if git["changed"] else ""
+    return f"commit {git['commit'][:12]}{changed}"
+
+
+def _git(project: Path) -> dict[str, Any]:
+    def ask(*arguments: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(project), *arguments],
+                capture_output=True,
+                check=True,
+                timeout=60,
+            )
+        except (OSError, subprocess.SubprocessError):
+            return ""
+        return done.stdout.decode(errors="replace")
+
+    # The commit of another project, in whose checkout this code lies, would say nothing of it.
+    if Path(ask("rev-parse", "--show-toplevel").strip()) != project:
+        return {"commit": "", "changed": False, "untracked": [], "diff": ""}
+    untracked = ask("ls-files", "--others", "--exclude-standard", "--", *PARTS).splitlines()
+    diff = ask("diff", "HEAD", "--", *PARTS)
+    return {
+        "commit": ask("rev-parse", "HEAD").strip(),
+        "changed": bool(diff or untracked),
+        "untracked": untracked,
+        "diff": diff,
+    }

@@ -1,0 +1,143 @@
+"""The state of a run across all its starts: progress, what happened, its log as it grows."""
+
+import sys
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from tetdist.apps.slurm import history, jobs
+from tetdist.apps.slurm.history import JobEvent, Submission
+from tetdist.apps.slurm.jobs import State
+from tetdist.errors import UserError, typed
+from tetdist.tracking.metrics_file import read_metrics
+
+ASK_EVERY = 5.0  # seconds between two questions to Slurm, which serves many
+LOOK_EVERY = 0.5  # seconds between two looks at a log
+
+
+def find(name: str, runs_dir: str = "runs") -> list[Path]:
+    """The folder of a run, or of all runs of a sweep, by its path or by its name in runs/.
+
+    Raises:
+        UserError: There is no run, or it was never submitted.
+    """
+    for path in (Path(name), Path(runs_dir) / name):
+        if history.newest_submission(path) is not None:
+            return [path]
+        # Somebody may have removed the folders of some of the runs of a sweep.
+        swept = [run for run in history.newest_sweep(path) if history.newest_submission(run)]
+        if swept:
+            return swept
+    if Path(name).is_dir():
+        raise UserError(
+            f"{name} was not submitted with `{typed('slurm')}`: it has no slurm/ folder"
+        )
+    raise UserError(f"there is no run {name}, neither as a folder nor in {runs_dir}/")
+
+
+def submission_of(run_dir: Path) -> Submission:
+    submission = history.newest_submission(run_dir)
+    assert submission is not None, "find() has seen it"
+    return submission
+
+
+def describe(run_dir: Path) -> str:
+    """The state of the run, as a person reads it."""
+    submission = submission_of(run_dir)
+    is_local = submission.job == history.LOCAL
+    state = State("local", "not a job of Slurm", False) if is_local else None
+    state = state or jobs.state_of(submission)
+    events = history.history(run_dir)
+    lines = [f"{run_dir}: job {submission.job} {state.name} ({state.text})"]
+    lines.append("  " + progress(run_dir, submission, state))
+    if submission.after and state.name == "PENDING":
+        lines.append(f"  after     {', '.join(submission.after)}")
+    again = history.restarts(events)
+    lines.append(f"  restarts  {len(again) or 'none'}")
+    lines += [f"    {_moment(e)}  from step {e.step}: {e.text}" for e in again]
+    lines.append(f"  log       {submission.log_file}")
+    failure = failure_of(events, submission)
+    if failure and not state.is_queued:
+        lines.append(f"  failed    {failure}".replace("\n", "\n    "))
+    return "\n".join(lines)
+
+
+def progress(run_dir: Path, submission: Submission, state: State) -> str:
+    """The last step, the rate and the time to go."""
+    metrics = run_dir / "metrics.jsonl"
+    trained = [m for m in read_metrics(metrics) if m["kind"] == "train"] if metrics.exists() else []
+    saved = history.saved_step(run_dir)
+    if not trained:
+        return f"no step is logged yet, of {submission.last_step}; saved at step {saved}"
+    last = trained[-1]
+    step, rate = int(last["step"]), float(last["samples_per_s"])
+    parts = [
+        f"step {step} of {submission.last_step} ({100 * step / submission.last_step:.1f} %)",
+        f"epoch {last['epoch']:.2f}",
+        f"loss {last['loss']:.3f}",
+        f"{rate:.{0 if rate >= 10 else 1}f} samples/s",
+        f"saved at step {saved}",
+    ]
+    if state.is_queued and step < submission.last_step and "eta_s" in last:
+        parts.append(f"ETA {timedelta(seconds=round(last['eta_s']))} of training")
+    return ", ".join(parts)
+
+
+def failure_of(events: list[JobEvent], submission: Submission) -> str | None:
+    """The reason why the newest start failed: the first rank's error, or a line of the history.
+
+    None if it did not fail.
+    """
+    mine = [event for event in events if event.job == submission.job and event.kind != "submitted"]
+    if not mine or mine[-1].kind in ("finished", "stopped", "cancelled"):
+        return None
+    last = mine[-1]
+    text = history.first_failure(Path(submission.log), submission.job, last.restart)
+    return text or (last.text if last.kind == "failed" else None)
+
+
+def follow(run_dir: Path) -> int:
+    """Show the log as it grows, and changes of state, until the job has left the queue.
+
+    Returns:
+        Exit status: 0 if the run is finished, else 1.
+
+    Raises:
+        KeyboardInterrupt: Somebody has seen enough; the job goes on.
+    """
+    submission = submission_of(run_dir)
+    log, position = submission.log_file, 0
+    shown, asked = "", -ASK_EVERY
+    state = State("", "", True)
+    while state.is_queued:
+        if time.monotonic() - asked >= ASK_EVERY:
+            state, asked = jobs.state_of(submission), time.monotonic()
+            if state.name != shown:
+                print(f"--- job {submission.job} is {state.name} ({state.text})")
+                shown = state.name
+        position = _show_new(log, position)
+        if state.is_queued:
+            sys.stdout.flush()
+            time.sleep(LOOK_EVERY)
+    _show_new(log, position)
+    print(describe(run_dir))
+    return 0 if is_finished(run_dir) else 1
+
+
+def is_finished(run_dir: Path) -> bool:
+    return [event.kind for event in history.history(run_dir)][-1:] == ["finished"]
+
+
+def _show_new(log: Path, position: int) -> int:
+    """Print what a log has from ``position`` on; returns where it ends."""
+    if not log.exists():
+        return position
+    with log.open("rb") as file:
+        file.seek(position)
+        data = file.read()
+    print(data.decode(errors="replace"), end="")
+    return position + len(data)
+
+
+def _moment(event: JobEvent) -> str:
+    return datetime.fromtimestamp(event.time).strftime("%Y-%m-%d %H:%M:%S")

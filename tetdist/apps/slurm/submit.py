@@ -1,0 +1,460 @@
+"""Make a queued job of a configuration: check, write down, copy the code, submit."""
+
+import itertools
+import re
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from tetdist import plugins
+from tetdist.apps.reports.reference import find_reference
+from tetdist.apps.slurm import batch, history, plan, snapshot, status
+from tetdist.apps.slurm.cluster import ClusterSection
+from tetdist.apps.slurm.history import JobEvent, Submission
+from tetdist.apps.slurm.job import Job
+from tetdist.apps.slurm.jobs import is_here, refuse_if_queued, states_of
+from tetdist.apps.slurm.plan import Plan
+from tetdist.apps.slurm.speed import Network, Speed
+from tetdist.config import identity, loading, schema
+from tetdist.config.schema import RunConfig
+from tetdist.distributed.world import World
+from tetdist.errors import UserError, typed
+from tetdist.plugins import import_files
+from tetdist.storage import checkpoint, hub
+from tetdist.tracking import mlflow_follower
+from tetdist.tracking.mlflow_store import check_store, hand_over
+from tetdist.tracking.trackers import check_names
+from tetdist.training.run_folder import RunFolder, is_trained
+from tetdist.training.setup import make_model, open_data
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has passed every check which can be made before it is submitted."""
+
+    config: RunConfig
+    cluster: ClusterSection
+    plan: Plan
+    network: Network
+    world: World
+
+
+def prepare(
+    config: RunConfig, cluster: ClusterSection, after: Sequence[Path | str] = ()
+) -> Prepared:
+    """Check configuration, data, model and the batch arithmetic, as the run itself will.
+
+    Args:
+        config: The run's configuration.
+        cluster: The facts.
+        after: Runs that are finished before this one begins; what it takes from them need not be
+            there yet.
+
+    Raises:
+        UserError: One of them is not right.
+    """
+    folder = config.run_dir.absolute()
+    if set("%\\\n") & set(str(folder)):
+        raise UserError(
+            f"the folder of the run, {str(folder)!r}, has a %, a backslash or a new line in it, "
+            "which mean something else in Slurm's names of logs; choose another runs_dir=... or "
+            "name=..."
+        )
+    if not after:
+        _check_inputs(config)
+    if config.reference is not None:
+        find_reference(config.reference, "reference")
+    check_names(config.tracking.trackers)
+    if config.tracking_uri is not None:
+        check_store(config.tracking_uri)
+        hand_over(config.tracking_uri)
+    # Made absolute now: the job runs in another folder, and the run's own folder records the paths.
+    config = _with_absolute_paths(config)
+    world = World(0, cluster.processes, torch.device("cpu"), control=None)
+    train_index, val_index = open_data(config, world)
+    model = make_model(config, train_index)
+    parameters = sum(p.numel() for p in model.parameters())
+    made = plan.make(
+        config,
+        cluster,
+        train_images=len(train_index),
+        val_images=len(val_index),
+        parameters=parameters,
+        buffers=sum(b.numel() for b in model.buffers()),
+    )
+    frames = None
+    if train_index.timesteps is not None:
+        height, width = int(train_index.heights[0]), int(train_index.widths[0])
+        frames = (train_index.timesteps, height, width)
+    return Prepared(config, cluster, made, Network(model.to("meta"), frames), world)
+
+
+def _check_inputs(config: RunConfig) -> None:
+    has_begun = history.saved_step(config.run_dir) > 0
+    values = identity.flatten(config.as_dict())
+    for key in identity.PATH_KEYS:
+        path = values.get(key)
+        if path is None or path.startswith(schema.TIMM) or (has_begun and key == "init_checkpoint"):
+            continue
+        if path.startswith(hub.HF):
+            # Into the cache, before the job is on a node that may have no network.
+            hub.fetch(path, checkpoint.MODEL_FILE)
+            continue
+        if not Path(path).exists():
+            raise UserError(
+                f"{key}: there is no {path}; if a queued run is to leave it there, submit this one "
+                "with --after RUN"
+            )
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    values = config.as_dict()
+    for key in identity.PATH_KEYS:
+        *sections, last = key.split(".")
+        section = values
+        for name in sections:
+            section = section[name]
+        if section[last] is not None:
+            section[last] = identity.absolute_path(section[last])
+    parsed = loading.parse(values, config.name, warn=False)
+    # The values have no password, which is needed to announce the run.
+    return parsed.model_copy(update={"tracking": config.tracking})
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The configuration of the job, which runs in another folder, again and again.
+
+    ``resume`` becomes auto: whether the run may exist is asked once, when it is submitted.
+    """
+    values = config.as_dict()
+    values["runs_dir"] = str(Path(config.runs_dir).absolute())
+    values["data"]["root"] = str(Path(config.data.root).absolute())
+    if config.data.index:
+        values["data"]["index"] = str(Path(config.data.index).absolute())
+    values["cluster"], values["resume"] = {}, "auto"
+    return loading.parse(values, config.name, warn=False)
+
+
+def combinations(sweep: list[str]) -> list[list[str]]:
+    """Every combination of ``key=a,b,...`` items as a list of overrides.
+
+    Raises:
+        UserError: An item is not of this form.
+    """
+    choices: list[list[str]] = []
+    for item in sweep:
+        key, separator, text = item.partition("=")
+        values = _split(text)
+        if not separator or not key or not all(values):
+            raise UserError(f"--sweep: {item!r} is not of the form key=value,value,...")
+        choices.append([f"{key}={value}" for value in values])
+    return [list(each) for each in itertools.product(*choices)]
+
+
+def _split(text: str) -> list[str]:
+    """Split at commas, but not at those in brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def sweep_names(name: str, sweep: list[str]) -> list[str]:
+    """A run's name for each of the combinations: NAME_seed-0_kind-tet."""
+    varied = [item.partition("=")[0] for item in sweep if len(_split(item.partition("=")[2])) > 1]
+    names: list[str] = []
+    for overrides in combinations(sweep):
+        pairs = [override.split("=", 1) for override in overrides]
+        parts = [f"{k.split('.')[-1]}-{_as_name(v)}" for k, v in pairs if k in varied]
+        names.append("_".join([name, *parts]))
+    if len(set(names)) < len(names):
+        raise UserError(
+            "--sweep: two of its runs are the same, or differ in signs that no name has; name each "
+            "value once"
+        )
+    return names
+
+
+def _as_name(value: str) -> str:
+    """A value as a part of a name: ``[0.1,1]`` as ``0.1-1``."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", value.strip("[]{}'\" "))
+
+
+# --- submission -----------------------------------------------------------------------------------
+
+
+def unfinished(runs: list[Prepared]) -> list[Prepared]:
+    """The runs with something left to do; the job of another would wait in the queue for nothing.
+
+    Raises:
+        UserError: There is none.
+    """
+    left = [run for run in runs if not is_trained(run.config)]
+    if not left:
+        folder = runs[0].config.run_dir
+        is_finished = f"{folder} is finished, at step {runs[0].plan.last_step}"
+        if len(runs) > 1:
+            is_finished = f"all {len(runs)} runs of the sweep are finished; {folder} is one"
+        raise UserError(
+            f"{is_finished}; `{typed('eval', '--checkpoint', folder)}` evaluates it, and another "
+            "name=... trains anew"
+        )
+    for run in runs:
+        if run not in left:
+            print(f"{run.config.run_dir} is finished: nothing to do")
+    return left
+
+
+def submit(
+    runs: list[Prepared],
+    name: str,
+    code: Path | None = None,
+    after: Sequence[Path] = (),
+    sweep: Sequence[Prepared] = (),
+) -> list[Submission]:
+    """Queue one run, or several as an array; returns what was submitted.
+
+    Args:
+        runs: Checked; of one cluster and size.
+        name: The job's name; for several runs, also that of the MLflow run above them.
+        code: Run this copy of the code, say of an earlier submission, instead of a new one.
+        after: Folders of runs that have to be finished first.
+        sweep: All runs of the sweep that these belong to, if they do.
+
+    Raises:
+        UserError: A run is queued already or its folder is in use, one of ``after`` will not be
+            finished, or there is no Slurm.
+    """
+    if not is_here():
+        raise UserError(
+            "there is no Slurm here (no sbatch on the PATH): run this on a login node, or use "
+            "--dry-run to look at the job, or --local N to train here"
+        )
+    depends_on = jobs_to_wait_for(after)
+    with ExitStack() as locks:
+        # Whoever else submits one of these runs meanwhile is refused before MLflow hears of it.
+        for run in runs:
+            locks.enter_context(history.submitting(run.config.run_dir))
+        for run in runs:
+            refuse_if_queued(run.config.run_dir)
+            _claim(run)
+        return _submit(runs, name, code, after, depends_on, sweep)
+
+
+def _submit(
+    runs: list[Prepared],
+    name: str,
+    code: Path | None,
+    after: Sequence[Path],
+    depends_on: Sequence[str],
+    sweep: Sequence[Prepared],
+) -> list[Submission]:
+    """Submit runs whose folders are locked."""
+    home = _home(sweep or runs, name)
+    parent = _announce_parent(sweep, home, name) if len(sweep) > 1 else None
+    folder = history.next_submission(home)
+    code = code or copy_code(folder / "code")
+    jobs: list[Job] = []
+    for run in runs:
+        _announce(run, "SCHEDULED", {"mlflow.parentRunId": parent} if parent else {})
+        jobs.append(_job(run, folder, code))
+    try:
+        ids = batch.submit(jobs, batch.parameters(name, runs[0].cluster, code, depends_on), folder)
+    except UserError:
+        for run in runs:
+            _announce(run, "KILLED", {})
+        raise
+    submissions: list[Submission] = []
+    for run, job, job_id in zip(runs, jobs, ids, strict=True):
+        submission = _submission(run, job, job_id, after)
+        # Written while the lock is held, so that the next program to take it sees this job.
+        history.write_submission(Path(job.config).parent, submission)
+        history.note(run.config.run_dir, JobEvent("submitted", job_id))
+        submissions.append(submission)
+    if len(sweep) > 1:
+        history.write_sweep(folder, [run.config.run_dir for run in sweep])
+    for run, submission in zip(runs, submissions, strict=True):
+        _announce(run, None, {"slurm_job": submission.job})
+    return submissions
+
+
+def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
+    """The jobs of those runs that are not finished yet.
+
+    Raises:
+        UserError: One will not be finished, because it is not queued.
+    """
+    submissions = {run: status.submission_of(run) for run in runs}
+    states = states_of([s for s in submissions.values() if s.job != history.LOCAL])
+    jobs: list[str] = []
+    for run, submission in submissions.items():
+        state = states.get(submission.job)
+        if state is not None and state.is_queued:
+            jobs.append(submission.job)
+        elif history.saved_step(run) < submission.last_step:
+            raise UserError(
+                f"--after: {run} is neither finished nor queued; submit it first, or continue it "
+                f"with `{typed('slurm', 'resume', run)}`"
+            )
+    return jobs
+
+
+def _home(runs: Sequence[Prepared], name: str) -> Path:
+    """The folder of the run, or of a sweep."""
+    return runs[0].config.run_dir if len(runs) == 1 else Path(runs[0].config.runs_dir) / name
+
+
+def _claim(run: Prepared) -> None:
+    """Make the run's folder, or see that it holds this very run and is not in use."""
+    # The folder's lock is given up when this function ends; the job takes it.
+    RunFolder(run.config, run.world)
+
+
+def copy_code(target: Path) -> Path:
+    """A copy of the project's code for jobs to run."""
+    git = snapshot.take(target)
+    print(f"code      {snapshot.describe(git)}, copied to {target}")
+    return target
+
+
+def _job(run: Prepared, folder: Path, code: Path) -> Job:
+    """Write the job's configuration down; in a sweep each run has a folder for that."""
+    run_dir, cluster = run.config.run_dir, run.cluster
+    own = folder if folder.is_relative_to(run_dir) else history.next_submission(run_dir)
+    file = own / "config.yaml"
+    imported = plugins.keep(import_files(run.config.imports), own / "imports")
+    config = absolute(run.config).model_copy(update={"imports": imported})
+    file.write_text(config.as_yaml())
+    return Job(
+        run_dir=str(run_dir.absolute()),
+        config=str(file.absolute()),
+        code=str(code.absolute()),
+        log=str(folder.absolute()),
+        give_up_after=cluster.give_up_after,
+        warn_before_end=cluster.warn_before_end,
+        interface=cluster.interface,
+    )
+
+
+def _submission(run: Prepared, job: Job, job_id: str, after: Sequence[Path] = ()) -> Submission:
+    return Submission(
+        job=job_id,
+        run_dir=job.run_dir,
+        config=job.config,
+        code=job.code,
+        log=job.log,
+        cluster=run.cluster.model_dump(mode="json"),
+        last_step=run.plan.last_step,
+        steps_per_epoch=run.plan.steps_per_epoch,
+        global_batch=run.config.batch.global_,
+        time=round(time.time(), 3),
+        after=[str(path.absolute()) for path in after],
+    )
+
+
+# --- MLflow ---------------------------------------------------------------------------------------
+
+
+def _announce(run: Prepared, status: str | None, tags: dict[str, str]) -> None:
+    history.announce(run.config, status, tags)
+
+
+def _announce_parent(sweep: Sequence[Prepared], home: Path, name: str) -> str | None:
+    """Make the run in MLflow below which those of a sweep are shown."""
+    tags = {"sweep": ", ".join(run.config.name for run in sweep)}
+    return history.announce_parent(sweep[0].config, home, name, tags)
+
+
+def where_to_look(config: RunConfig) -> str | None:
+    """Address of the run in MLflow, or the command that shows it."""
+    uri, id_file = config.tracking_uri, config.run_dir / "mlflow_run_id"
+    if uri is None:
+        return None
+    address = (
+        mlflow_follower.run_address(uri, id_file.read_text().strip()) if id_file.exists() else None
+    )
+    return address or mlflow_follower.ui_command(uri)
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+
+def log_summary(submission: Submission, config: RunConfig) -> None:
+    """Print what a person needs after submitting: the log, MLflow and the further commands."""
+
+    def command(*arguments: object) -> str:
+        # The interpreter by its own name, since `python` may be another one on a login node.
+        words = typed("slurm", *arguments, config.run_dir)
+        return re.sub("^python ", f"{Path(sys.executable).name} ", words)
+
+    lines = [
+        f"submitted job {submission.job}: {config.run_dir}",
+        f"  log     {submission.log_file}",
+        f"  watch   {command('status')} --follow",
+        f"  stop    {command('cancel')}",
+        f"  resume  {command('resume')}",
+    ]
+    look = where_to_look(config)
+    if look:
+        lines.insert(2, f"  MLflow  {look}")
+    print("\n".join(lines))
+
+
+def dry_run(runs: list[Prepared], name: str, speed: Speed | str, after: Sequence[str] = ()) -> str:
+    """The batch script, the configuration and the plan; nothing is written."""
+    first = runs[0]
+    folder = _home(runs, name).absolute() / "slurm" / "submission-N"
+    # Placeholders: the jobs need not be there yet.
+    depends_on = [f"JOB_OF_{Path(run).name}" for run in after]
+    values = batch.parameters(name, first.cluster, folder / "code", depends_on)
+    config = absolute(first.config).as_dict() | {"cluster": first.cluster.model_dump(mode="json")}
+    parts = [
+        "# --- batch script",
+        batch.text(values, folder, len(runs)),
+        "# --- configuration" + (f" of the first of {len(runs)} runs" if len(runs) > 1 else ""),
+        yaml.safe_dump(config, sort_keys=False),
+        "# --- plan" + (f" of each of the {len(runs)} runs" if len(runs) > 1 else ""),
+        plan.describe(first.plan, speed),
+    ]
+    if len(runs) > 1:
+        parts.append("\nruns  " + "\n      ".join(run.config.name for run in runs))
+    return "\n".join(parts)
+
+
+# --- without Slurm --------------------------------------------------------------------------------
+
+
+def run_here(run: Prepared) -> int:
+    """Run the job on this machine, in as many processes as the cluster section says.
+
+    Returns:
+        Its exit status.
+    """
+    from tetdist.apps.slurm import local
+
+    with history.submitting(run.config.run_dir):
+        if is_here():
+            refuse_if_queued(run.config.run_dir)
+        _claim(run)
+        folder = history.next_submission(run.config.run_dir)
+        code = copy_code(folder / "code")
+        _announce(run, "SCHEDULED", {})
+        job = _job(run, folder, code)
+        history.write_submission(folder, _submission(run, job, history.LOCAL))
+        history.note(run.config.run_dir, JobEvent("submitted", history.LOCAL))
+        return local.run_here(job, run.cluster.processes)
+
+
+def config_of(submission: Submission) -> RunConfig:
+    """The configuration that a job was submitted with."""
+    return loading.load_written(Path(submission.config))

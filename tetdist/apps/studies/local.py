@@ -1,0 +1,348 @@
+"""The runs of a study on this machine, some side by side.
+
+Every run is a call of the training command. Finished runs are left alone, others continue where
+they were saved. No run outlives its study: one that is stopped ends them and waits for them to
+save, and one that is killed is missed by them (tetdist/distributed/starters.py).
+"""
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from tetdist.distributed.signals import let_go_of_closed_streams
+from tetdist.distributed.starters import as_starter
+from tetdist.errors import UserError
+from tetdist.storage.files import is_held
+
+if TYPE_CHECKING:
+    from tetdist.apps.studies.plan import Command, StudyRun
+    from tetdist.apps.studies.tracking import Parent
+
+LOOK_EVERY = 0.2  # seconds between two looks at the processes
+
+
+# --- on this machine ------------------------------------------------------------------------------
+
+
+def work(runs: "list[StudyRun]", jobs: int, parent: "Parent") -> dict[str, str]:
+    """Train and evaluate what is not done yet, some runs at a time.
+
+    Returns:
+        The runs that failed, and why.
+
+    Raises:
+        KeyboardInterrupt: A signal asked for it; all that was under way is saved.
+    """
+    from tetdist.apps.studies.plan import is_trained, lines
+
+    waiting = [run for run in runs if run.next_command() is not None]
+    if jobs > 1:
+        waiting = needed_first(waiting)
+    progress = StudyProgress(len(runs), waiting, jobs)
+    running: dict[StudyRun, Child] = {}
+    failed: dict[str, str] = {}
+
+    def fail(run: "StudyRun", reason: str) -> None:
+        failed[run.name] = reason
+        progress.end(run, reason)
+
+    def start(run: "StudyRun", command: "Command | None") -> None:
+        progress.begin(run, is_whole=not lines(run, "train"))
+        try:
+            running[run] = Child(run, jobs, command)
+        except UserError as error:  # Somebody else was quicker.
+            fail(run, str(error))
+
+    with progress, StopRequest() as stop, ended_at_exit(running, stop):
+        while waiting or running:
+            stop.check()
+            for run in list(waiting):
+                lost = [needed.name for needed in run.needs if needed.name in failed]
+                if lost:
+                    waiting.remove(run)
+                    fail(run, f"not started, because {lost[0]} failed")
+                elif len(running) < jobs and all(map(is_trained, run.needs)):
+                    waiting.remove(run)
+                    if not is_trained(run):
+                        parent.tell(run, "SCHEDULED")
+                    stop.check()
+                    start(run, run.next_command())
+            ended = first_to_end(running, stop)
+            if ended is None:
+                continue
+            run = ended
+            child = running.pop(run)
+            reason = child.failure()
+            if reason is not None:
+                fail(run, reason)
+                if not is_trained(run):
+                    parent.tell(run, "FAILED")
+            elif (more := run.next_command()) is not None:
+                start(run, more)
+            else:
+                progress.end(run, outcome(run), finished=True)
+    return failed
+
+
+def start_again(runs: "list[StudyRun]", jobs: int) -> None:
+    """Start finished runs again, so many at a time, each of which sends MLflow what it lacks.
+
+    Raises:
+        UserError: Another process is at work on one of them.
+        KeyboardInterrupt: A signal asked for it.
+    """
+    waiting, running = list(runs), dict["StudyRun", Child]()
+    with StopRequest() as stop, ended_at_exit(running, stop):
+        while waiting or running:
+            stop.check()
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                running[run] = Child(run, jobs, run.train_command)
+            if (ended := first_to_end(running, stop)) is not None:
+                del running[ended]
+
+
+def needed_first(runs: "list[StudyRun]") -> "list[StudyRun]":
+    """Put runs that others wait for, to begin with or learn from, in front: longest chains first.
+
+    In the order of seeds one core would be left with the last seed's chain while others are idle.
+
+    Args:
+        runs: None before one that it needs; nor are they in the result.
+    """
+    after = waiting_for(runs)
+    return sorted(runs, key=lambda run: -after[run])
+
+
+def waiting_for(runs: "list[StudyRun]") -> "dict[StudyRun, int]":
+    """The size of the longest chain of runs that waits for each; none is before what it needs."""
+    after = dict.fromkeys(runs, 0)
+    for run in reversed(runs):
+        for needed in run.needs:
+            if needed in after:
+                after[needed] = max(after[needed], run.size + after[run])
+    return after
+
+
+def refuse_if_at_work(runs: "list[StudyRun]") -> None:
+    """Refuse to start beside another process that trains or evaluates one of the runs.
+
+    Raises:
+        UserError: There is one; the text says where.
+    """
+    for run in runs:
+        # The log is held by what this command has started, the other file by whatever trains there.
+        if is_held(run.log) or is_held(run.folder / ".lock"):
+            raise at_work(run)
+
+
+def at_work(run: "StudyRun") -> UserError:
+    return UserError(
+        f"another process is at work in {run.folder}: wait for it, or stop it; the same command "
+        "then goes on from there"
+    )
+
+
+class Child:
+    """A process that trains or evaluates a run; what it prints goes to the run's log.
+
+    Raises:
+        UserError: Another process is at work on the run.
+    """
+
+    def __init__(self, run: "StudyRun", jobs: int, command: "Command | None") -> None:
+        assert command is not None
+        self.run, self.command = run, command
+        run.log.parent.mkdir(parents=True, exist_ok=True)
+        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+        with run.log.open("ab") as log:
+            # The process has the lock together with its output, so that it holds it to its end,
+            # also where this one is killed.
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise at_work(run) from error
+            except OSError:
+                pass  # There are file systems without locks.
+            self.said_before = log.tell()
+            self.process = subprocess.Popen(
+                self.command.words,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Out of reach of the terminal's Ctrl-C, which is passed on once, as SIGTERM.
+                start_new_session=True,
+                env={"OMP_NUM_THREADS": str(threads)} | os.environ | as_starter(),
+            )
+
+    def failure(self) -> str | None:
+        """The reason why it ended without having done its work; None if it has done it."""
+        status = self.process.returncode
+        if status == 0 and self.run.next_command() != self.command:
+            return None
+        if status == 0 and self.command == self.run.train_command:
+            folder = self.run.folder
+            return f"{folder / 'metrics.jsonl'} lacks evaluations; remove {folder} to train it anew"
+        with self.run.log.open("rb") as log:
+            log.seek(self.said_before)
+            text = log.read().decode(errors="replace")
+        said = [line for line in text.splitlines() if line]
+        return f"exit status {status}: {said[-1] if said else 'it said nothing'} ({self.run.log})"
+
+
+class StopRequest:
+    """A request to end, by Ctrl-C, SIGTERM or a terminal that closes; obeyed when asked for.
+
+    An exception out of the middle of a start would leave a process that nobody knows of. Where
+    SIGHUP is ignored, as under nohup, it stays so.
+
+    Attributes:
+        came: Whether it was made.
+        at_once: Whether a Ctrl-C came after it, which means: without saving.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.came = self.at_once = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in self.SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        let_go_of_closed_streams()
+        self.at_once |= self.came and number == signal.SIGINT
+        self.came = True
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if it was made."""
+        if self.came:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def ended_at_exit(running: "dict[StudyRun, Child]", stop: StopRequest) -> Iterator[None]:
+    """Leave no child behind, whatever happens: each saves and ends."""
+    try:
+        yield
+    finally:
+        for child in running.values():
+            child.process.terminate()
+        while any(child.process.poll() is None for child in running.values()):
+            if stop.at_once:
+                for child in running.values():
+                    child.process.kill()
+            time.sleep(LOOK_EVERY / 4)
+
+
+def first_to_end(running: "dict[StudyRun, Child]", stop: StopRequest) -> "StudyRun | None":
+    """Wait until a process ends, or a signal comes; None if there is none, or a signal came."""
+    while running and not stop.came:
+        for run, child in running.items():
+            if child.process.poll() is not None:
+                return run
+        time.sleep(LOOK_EVERY)
+    return None
+
+
+def outcome(run: "StudyRun") -> str:
+    from tetdist.apps.studies.plan import evaluation, lines
+
+    if run.is_judged_apart:
+        found = evaluation(run)
+        assert found is not None  # A run without one is not at its end.
+        return f"top-1 {found['top1']:.2f} %"
+    last = lines(run, "val")[-1]
+    return f"top-1 {last['top1']:.2f} %, best {last['best_top1']:.2f} %"
+
+
+class StudyProgress:
+    """Runs done, with rate and time left: a bar on a terminal, a line a run elsewhere.
+
+    Args:
+        total: Number of runs, also of those that were done before.
+        left: Those to do, none before one that it needs.
+        jobs: How many are under way at a time.
+    """
+
+    def __init__(self, total: int, left: "Iterable[StudyRun]", jobs: int) -> None:
+        from tqdm import tqdm
+
+        self.total, self.left, self.jobs = total, list(left), jobs
+        self.begun: dict[StudyRun, float] = {}
+        self.whole: set[StudyRun] = set()  # trained from the beginning here
+        self.seconds, self.size = 0.0, 0  # of those of them that are finished
+        self.on_terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total,
+            initial=total - len(self.left),
+            unit="run",
+            dynamic_ncols=True,
+            disable=not self.on_terminal,
+            # Without tqdm's own time left, for which all runs would have to be of one size.
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]",
+        )
+        if len(self.left) < total:
+            self.say(f"{total - len(self.left)} of {total} runs are done already")
+
+    def __enter__(self) -> "StudyProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def begin(self, run: "StudyRun", *, is_whole: bool) -> None:
+        """Start a run's clock; a second call, for its evaluation, changes nothing.
+
+        Args:
+            run: Which one.
+            is_whole: Whether nothing of it had been trained before.
+        """
+        if run not in self.begun:
+            self.begun[run] = time.monotonic()
+            if is_whole:
+                self.whole.add(run)
+
+    def end(self, run: "StudyRun", text: str, *, finished: bool = False) -> None:
+        """Say how a run ended, and how much time is left."""
+        self.left.remove(run)
+        begun = self.begun.pop(run, None)
+        if finished and begun is not None and run in self.whole:
+            self.seconds += time.monotonic() - begun
+            self.size += run.size
+        eta = self._time_left()
+        self.bar.set_postfix_str(eta, refresh=False)
+        self.bar.update()
+        behind = f"; {eta}" if eta and not self.on_terminal else ""
+        self.say(f"[{self.total - len(self.left)}/{self.total}] {run.name}: {text}{behind}")
+
+    def _time_left(self) -> str:
+        """The time left in words; none before the first whole run is finished, or at the end."""
+        if not self.left or not self.size:
+            return ""
+        now, pace = time.monotonic(), self.seconds / self.size
+        spent = {run: now - self.begun.get(run, now) for run in self.left}
+        still = {run: max(pace * run.size - spent[run], 0.0) for run in self.left}
+        # However many are under way at a time, a chain of runs goes one by one.
+        after = waiting_for(self.left)
+        longest = max(still[run] + pace * after[run] for run in self.left)
+        return f"about {max(sum(still.values()) / self.jobs, longest) / 60:.0f} min left"
+
+    def say(self, text: str) -> None:
+        self.bar.write(text, file=sys.stderr)
+        sys.stderr.flush()

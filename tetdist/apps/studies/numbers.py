@@ -1,0 +1,391 @@
+"""The results of a study in numbers: means, spreads and paired differences over seeds."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tetdist.apps.studies.plan import (
+    StudyRun,
+    StudySection,
+    evaluation,
+    is_trained,
+    lines,
+)
+from tetdist.training.schedule import Phase, schedule_phases
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (NaN of a single value) of n values."""
+
+    n: int
+    mean: float
+    std: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return ""
+        return f"{self.mean:.2f}" + ("" if math.isnan(self.std) else f" ± {self.std:.2f}")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean difference of n pairs; its 95 % interval and p are NaN where n is 1.
+
+    Attributes:
+        p: That of the paired t-test, two-sided.
+    """
+
+    n: int
+    mean: float
+    low: float
+    high: float
+    p: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.low):
+            return "" if math.isnan(self.mean) else signed(self.mean)
+        return f"{signed(self.mean)} [{signed(self.low)}, {signed(self.high)}]"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of one run.
+
+    Attributes:
+        top1, best_top1: Accuracies of the last and the best epoch, in percent; the latter is NaN
+            where what was evaluated along the way were samples held out, or weights not averaged.
+        samples: Size of the validation split.
+        data_split: Name of the split of recordings, where there are several.
+        by_timestep: Top-1 of the last epoch's time-mean up to timestep 1, 2, ...
+        loss: That of the last epoch, on the validation split.
+        chosen_exit: Early exit at the threshold that was chosen, see `tetdist.evaluation.suite`;
+            None: none was.
+        early_exit: (threshold, top-1, timesteps of a sample on average) at others; empty where none
+            was chosen.
+        curve: (epoch, loss, top-1) of every evaluation, of the weights that the result is of.
+        image_timesteps: Images trained on times T, of this run alone.
+        seconds: Time of training this run alone, without evaluations.
+        ended: Unix time in seconds.
+    """
+
+    run: StudyRun
+    top1: float
+    best_top1: float
+    best_epoch: float
+    by_timestep: list[float]
+    loss: float
+    chosen_exit: dict[str, Any] | None
+    early_exit: list[tuple[float, float, float]]
+    samples: int
+    data_split: str | None
+    curve: list[tuple[float, float, float]]
+    image_timesteps: int
+    seconds: float
+    ended: float
+    environment: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        left_out = ("run", "environment")
+        values = {key: value for key, value in vars(self).items() if key not in left_out}
+        named = {"name": self.run.name, "entry": self.run.entry, "seed": self.run.seed}
+        named |= {"timesteps": self.run.timesteps}
+        commands = [str(self.run.train_command)]
+        if self.run.is_evaluated_again:
+            commands.append(str(self.run.eval_command))
+        return named | values | {"commands": commands}
+
+
+# --- the numbers ----------------------------------------------------------------------------------
+
+
+def result_of(run: StudyRun) -> Result | None:
+    """The result of a run; None while it is not finished and evaluated."""
+    if not is_trained(run):
+        return None
+    found = evaluation(run)
+    if found is None:
+        return None
+    validations = lines(run, "val")
+    last = validations[-1]
+    evaluated = lines(run, "val_ema") if run.average else validations
+    best = max(validations, key=lambda line: line["top1"])
+    return Result(
+        run=run,
+        top1=found["top1"],
+        best_top1=math.nan if run.is_judged_apart else best["top1"],
+        best_epoch=best["epoch"],
+        by_timestep=list(found["per_timestep_top1"]),
+        loss=found["loss"],
+        chosen_exit=found.get("chosen_exit"),
+        early_exit=[
+            (point["threshold"], point["top1"], point["mean_timesteps"])
+            for point in (found["early_exit"] if "chosen_exit" in found else ())
+        ],
+        samples=found["samples"],
+        data_split=found.get("data_split"),
+        curve=[(line["epoch"], line["loss"], line["top1"]) for line in evaluated],
+        image_timesteps=image_timesteps(run, last),
+        seconds=training_seconds(run),
+        ended=last["time"],
+        environment=run_environment(run),
+    )
+
+
+def phases_of(run: StudyRun, line: dict[str, Any]) -> list[Phase]:
+    """The phases that the run trains, by the step and epoch of a line of its metrics."""
+    config = run.config
+    steps_per_epoch = round(line["step"] / line["epoch"])
+    phases = schedule_phases(config.phases, steps_per_epoch, config.batch.global_)
+    return phases[config.start_phase :]
+
+
+def image_timesteps(run: StudyRun, last: dict[str, Any]) -> int:
+    """Images times T that went forward and backward in training, up to a line of metrics."""
+    return sum(
+        (min(phase.end_step, last["step"]) - phase.first_step)
+        * run.config.batch.global_
+        * phase.section.timesteps
+        for phase in phases_of(run, last)
+        if phase.first_step < last["step"]
+    )
+
+
+def training_seconds(run: StudyRun) -> float:
+    """The time of all steps, by the rates in the run's lines of metrics."""
+    train = lines(run, "train")
+    first_step = phases_of(run, train[-1])[0].first_step
+    steps = np.diff([line["step"] for line in train], prepend=first_step)
+    rates = np.array([line["samples_per_s"] for line in train])
+    return float(np.sum(steps * run.config.batch.global_ / rates))
+
+
+def run_environment(run: StudyRun) -> dict[str, Any]:
+    try:
+        values = json.loads((run.folder / "environment.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def spread(values: list[float]) -> Spread:
+    return Spread(
+        len(values),
+        float(np.mean(values)),
+        float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
+    )
+
+
+def signed(value: float) -> str:
+    """A number with two decimals and a sign, which is + for what rounds to zero."""
+    return f"{round(value, 2) + 0.0:+.2f}"
+
+
+def paired_difference(values: list[float], control: list[float]) -> Difference:
+    """The mean difference of pairs of the same seed, its t interval, and the paired t-test's p."""
+    from scipy import stats
+
+    differences = np.subtract(values, control)
+    n, mean = len(differences), float(np.mean(differences))
+    if n < 2:
+        return Difference(n, mean, math.nan, math.nan, math.nan)
+    error = float(np.std(differences, ddof=1)) / math.sqrt(n)
+    if error == 0:  # All are alike, so there is no spread to estimate.
+        return Difference(n, mean, math.nan, math.nan, math.nan)
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
+    p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
+    return Difference(n, mean, mean - half, mean + half, p)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """All results of a study, by entry and seed."""
+
+    study: StudySection
+    runs: list[StudyRun]
+    results: dict[str, dict[int, Result]]
+
+    @property
+    def missing(self) -> list[str]:
+        return [run.name for run in self.runs if run.seed not in self.results[run.entry]]
+
+    @property
+    def entries(self) -> list[str]:
+        """The entries with a result."""
+        return [name for name in self.study.entries if self.results[name]]
+
+    def of(self, entry: str) -> list[Result]:
+        return list(self.results[entry].values())
+
+    def timesteps(self, entry: str) -> int:
+        """T at the end of training."""
+        return self.of(entry)[0].run.timesteps
+
+    def at(self, entry: str, timesteps: int) -> Spread:
+        """Top-1 at a number of test timesteps, over seeds."""
+        return spread([result.by_timestep[timesteps - 1] for result in self.of(entry)])
+
+    def difference(self, entry: str, value: Any) -> Difference | None:
+        """The difference to the control, seed by seed; ``value`` makes a number of a result.
+
+        None without a control, or without a seed that both have finished.
+        """
+        control = self.study.entries[entry].control
+        if control is None:
+            return None
+        seeds = [seed for seed in self.results[entry] if seed in self.results[control]]
+        if not seeds:
+            return None
+        return paired_difference(
+            [value(self.results[entry][seed]) for seed in seeds],
+            [value(self.results[control][seed]) for seed in seeds],
+        )
+
+    def cost(self, entry: str) -> tuple[float, float]:
+        """Image-timesteps and seconds of training, medians over seeds, with the runs it needed."""
+        counted = [self.of(name) for name in self.with_needed(entry) if self.results[name]]
+        image_timesteps = [np.median([r.image_timesteps for r in results]) for results in counted]
+        seconds = [np.median([r.seconds for r in results]) for results in counted]
+        return float(sum(image_timesteps)), float(sum(seconds))
+
+    def epochs_before(self, entry: str) -> int:
+        """The epochs for which the weights that the entry begins with had been trained."""
+        run, before = self.of(entry)[0].run, 0
+        # A run that begins with a later phase counts the epochs of those before it itself.
+        while run.init is not None and run.config.start_phase == 0:
+            run = run.init
+            before += sum(phase.epochs for phase in run.config.phases)
+        return before
+
+    def with_needed(self, entry: str) -> list[str]:
+        """The entry, the one that it begins with, its teacher, and so on."""
+        section = self.study.entries[entry]
+        needed = [name for name in (section.init, section.teacher) if name is not None]
+        return list(dict.fromkeys([entry, *(n for name in needed for n in self.with_needed(name))]))
+
+    def as_dict(self) -> dict[str, Any]:
+        differences = {
+            entry: {
+                "control": self.study.entries[entry].control,
+                "top1": vars(found),
+                **{
+                    key: vars(difference)
+                    for key, value in EXIT_VALUES.items()
+                    if self.study.exit_within is not None
+                    and (difference := self.difference(entry, value)) is not None
+                },
+                "by_timestep": {
+                    t: vars(difference)
+                    for t in self.study.test_timesteps
+                    if (difference := self.difference(entry, at(t))) is not None
+                },
+            }
+            for entry in self.entries
+            if (found := self.difference(entry, last)) is not None
+        }
+        return {
+            "study": self.study.model_dump(mode="json"),
+            "missing": self.missing,
+            "entries": {
+                entry: {
+                    "top1": vars(spread([result.top1 for result in self.of(entry)])),
+                    "best_top1": vars(spread([result.best_top1 for result in self.of(entry)])),
+                    "loss": vars(spread([result.loss for result in self.of(entry)])),
+                    **{
+                        key: vars(spread([value(result) for result in self.of(entry)]))
+                        for key, value in EXIT_VALUES.items()
+                        if self.study.exit_within is not None
+                    },
+                    "by_timestep": {t: vars(self.at(entry, t)) for t in self.study.test_timesteps},
+                    "image_timesteps": self.cost(entry)[0],
+                    "seconds": self.cost(entry)[1],
+                }
+                for entry in self.entries
+            },
+            "differences": differences,
+            "runs": [result.as_dict() for entry in self.entries for result in self.of(entry)],
+            "environments": distinct([r.environment for e in self.entries for r in self.of(e)]),
+        }
+
+
+def last(result: Result) -> float:
+    return result.top1
+
+
+def best(result: Result) -> float:
+    return result.best_top1
+
+
+def exit_timesteps(result: Result) -> float:
+    """Timesteps of a sample on average, with early exit at the threshold that was chosen."""
+    assert result.chosen_exit is not None
+    return float(result.chosen_exit["mean_timesteps"])
+
+
+def exit_top1(result: Result) -> float:
+    assert result.chosen_exit is not None
+    return float(result.chosen_exit["top1"])
+
+
+def exit_curve(
+    by_timestep: Sequence[float], points: Iterable[Sequence[float]], most: int
+) -> list[tuple[float, float]]:
+    """(timesteps of a sample on average, top-1) from all decided at T=1 to all at the last.
+
+    Args:
+        by_timestep: Top-1 of all decided at t = 1, 2 and so on.
+        points: (threshold, top-1, timesteps) of early exit, thresholds rising.
+        most: The last timestep.
+    """
+    between = [(spent, top1) for _, top1, spent in points]
+    return [(1.0, by_timestep[0]), *between, (float(most), by_timestep[most - 1])]
+
+
+def timesteps_for(curve: list[tuple[float, float]], top1: float) -> float:
+    """The timesteps after which an `exit_curve` first comes to an accuracy, between its points.
+
+    NaN where it never does.
+    """
+    before = curve[0]
+    for point in curve:
+        if point[1] >= top1:
+            share = (top1 - before[1]) / (point[1] - before[1]) if before[1] < top1 else 0.0
+            return before[0] + share * (point[0] - before[0])
+        before = point
+    return math.nan
+
+
+EXIT_VALUES = {"exit_timesteps": exit_timesteps, "exit_top1": exit_top1}
+
+
+def at(timesteps: int) -> Any:
+    return lambda result: result.by_timestep[timesteps - 1]
+
+
+def gather(study: StudySection, runs: list[StudyRun]) -> Numbers:
+    results: dict[str, dict[int, Result]] = {name: {} for name in study.entries}
+    for run in runs:
+        result = result_of(run)
+        if result is not None:
+            results[run.entry][run.seed] = result
+    return Numbers(study, runs, results)
+
+
+def distinct(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The environments that a result may depend on, each machine and state of the code once."""
+    found: list[dict[str, Any]] = []
+    for value in values:
+        git = value.get("git") or {}
+        kept = {
+            key: value.get(key) for key in ("python", "packages", "cpu", "usable_cores", "gpus")
+        }
+        kept |= {"commit": git.get("commit"), "dirty": git.get("dirty")}
+        if kept not in found:
+            found.append(kept)
+    return found

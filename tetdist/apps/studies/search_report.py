@@ -1,0 +1,224 @@
+"""The report of a search: all that was tried, how far it came, and what the winner gave at last."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tetdist.apps.reports import style
+from tetdist.apps.studies.figures import colours
+from tetdist.apps.studies.numbers import distinct, run_environment, spread
+from tetdist.apps.studies.plan import StudyRun, is_trained, lines
+from tetdist.apps.studies.report import machine, replaced, write_whole
+from tetdist.apps.studies.search import FINAL, Candidate, RangeSection, Rung, Search, Standing, axes
+from tetdist.errors import without_passwords
+from tetdist.tables import aligned, markdown
+from tetdist.tracking.metrics_file import strict
+from tetdist.wording import counted
+
+_UNITS = {"top1": "top-1, %", "loss": "cross-entropy"}
+
+
+def write(search: Search, standing: Standing, name: str, file: Path, command: str) -> None:
+    """Put the search's section, with figure and numbers beside it, into a Markdown file.
+
+    Raises:
+        UserError: The file's section has no end.
+    """
+    folder = file.with_suffix("")
+    link = f"{folder.name}/{name}"
+    whole = section(search, standing, link, command)
+    text = replaced(file.read_text() if file.is_file() else "", name, whole, file)
+    folder.mkdir(parents=True, exist_ok=True)
+    style.save(draw(search, standing), folder / f"{name}.png")
+    values = json.dumps(strict(as_dict(search, standing)), indent=1, allow_nan=False)
+    write_whole(folder / f"{name}.json", without_passwords(values) + "\n")
+    write_whole(file, text)
+
+
+def candidates_as_text(search: Search) -> str:
+    """The candidates with their values, in columns."""
+    head = ["", *axes(search.study.search)]
+    rows = [[one.name, *map(_shown, one.values.values())] for one in search.candidates]
+    return aligned([head, *rows])
+
+
+def section(search: Search, standing: Standing, link: str, command: str) -> str:
+    """The section in Markdown; ``link`` and a suffix are the names of figure and numbers."""
+    study = search.study
+    parts = [
+        f"## {study.title}",
+        study.question.strip(),
+        f"`{command}`",
+        f"Budget: {search.budget()}.",
+        judged_on(search, standing),
+        table(search, standing),
+        f"![{study.title}]({link}.png)",
+        at_the_edge(search, standing),
+        conclusion(search, standing),
+        f"Every number is in [{link.rpartition('/')[2]}.json]({link}.json).",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def ranked(standing: Standing) -> list[Candidate]:
+    """All candidates: those that came furthest first, and of these the best."""
+    found = list[Candidate]()
+    for rung in reversed(standing.rungs):
+        found += [one for one in rung.ranked if one not in found]
+    return found
+
+
+def table(search: Search, standing: Standing) -> str:
+    """What was tried, with the metric at every rung and where each candidate was dropped."""
+    study = search.study.search
+    head = ["", *(f"`{key}`" for key in study.over)]
+    head += [f"epoch {epochs}" for epochs in study.rungs]
+    rows = []
+    for candidate in ranked(standing):
+        reached = [rung for rung in standing.rungs if candidate in rung.scores]
+        cells = [_score(rung, candidate) for rung in reached]
+        cells += [""] * (len(study.rungs) - len(reached))
+        row = [candidate.name, *map(_shown, candidate.values.values()), *cells]
+        rows.append([*row, _outcome(standing, candidate, reached)])
+    unit = _UNITS[study.metric]
+    over = f"mean ± standard deviation over {counted(len(search.study.seeds), 'seed')}"
+    told = f"On what is held out, {unit}" + (f", {over}:" if len(search.study.seeds) > 1 else ":")
+    return f"{told}\n\n{markdown([*head, ''], rows, numbers=True)}"
+
+
+def _score(rung: Rung, candidate: Candidate) -> str:
+    known = [score for score in rung.scores[candidate] if score is not None]
+    if not known:
+        return ""
+    return str(spread(known)) if rung.metric == "top1" else f"{rung.mean(candidate):.4f}"
+
+
+def _outcome(standing: Standing, candidate: Candidate, reached: list[Rung]) -> str:
+    last = reached[-1]
+    if candidate == standing.winner:
+        return "**chosen**"
+    if not last.scores[candidate]:
+        return f"not finite before epoch {last.epochs}"
+    if last is standing.rungs[-1] and standing.winner is None:
+        return "to be compared"
+    return f"dropped at epoch {last.epochs}"
+
+
+def judged_on(search: Search, standing: Standing) -> str:
+    """What the candidates were trained and judged on, and how sure that is."""
+    share = search.study.search.held_out
+    first = standing.rungs[0].ranked[0]
+    evaluations = lines(search.run(first, search.study.seeds[0], standing.rungs[0].epochs), "val")
+    said = (
+        f"Candidates are trained without {share:.3g} of the training samples of each class and "
+        "judged on these"
+    )
+    if evaluations:
+        samples, top1 = evaluations[-1]["samples"], evaluations[-1]["top1"] / 100
+        error = 100 * math.sqrt(top1 * (1 - top1) / samples)
+        said += (
+            f", {samples:,} of them, so that an accuracy of {100 * top1:.0f} % is known to "
+            f"± {error:.2g} points (standard error)"
+        )
+    return (
+        f"{said}. Each has the schedule of the whole training, cut off at the rung: there the "
+        "learning rate is still high, which favours smaller ones in short rungs. The validation "
+        "split is opened for the last training alone."
+    )
+
+
+def at_the_edge(search: Search, standing: Standing) -> str:
+    """Say of which keys the best value is the first or last that was tried."""
+    if standing.winner is None:
+        return ""
+    said = []
+    for key, axis in search.study.search.over.items():
+        values = axis.values if isinstance(axis, RangeSection) else list(axis)
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        value = standing.winner.values[key]
+        if len(numbers) == len(values) > 2 and value in (min(numbers), max(numbers)):
+            edge = "smallest" if value == min(numbers) else "largest"
+            said.append(f"`{key}`: {_shown(value)} is the {edge} that was tried, and a better one ")
+            said[-1] += "may lie beyond."
+    return "\n".join(said)
+
+
+def conclusion(search: Search, standing: Standing) -> str:
+    """What the winner gave on the validation split."""
+    if standing.winner is None:
+        return "**Not complete**: the same command goes on."
+    runs = search.final_runs(standing.winner)
+    values = ", ".join(f"`{k}={_shown(v)}`" for k, v in standing.winner.values.items())
+    chosen = f"**{standing.winner.name}** is chosen: {values}."
+    done = [run for run in runs if is_trained(run)]
+    if len(done) < len(runs):
+        return f"{chosen} **Not complete**: its last training is not finished."
+    results = [_result(run) for run in done]
+    top1 = spread([result["top1"] for result in results])
+    environment = machine(run_environment(done[0]))
+    told = "\n".join(str(run.train_command) for run in done)
+    return (
+        f"{chosen} Trained anew on all training data for {counted(search.epochs, 'epoch')}, with "
+        f"{counted(len(runs), 'seed')}: top-1 **{top1}** % on the {results[0]['samples']:,} "
+        f"samples of the validation split, evaluated once, after the last epoch. On {environment}."
+        f"\n\n```\n{told}\n```"
+    )
+
+
+def _result(run: StudyRun) -> dict[str, Any]:
+    return lines(run, "val")[-1]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def as_dict(search: Search, standing: Standing) -> dict[str, Any]:
+    """All numbers of the search, and what they are of."""
+    runs = search.runs_of(standing)
+    return {
+        "study": search.study.model_dump(mode="json"),
+        "overrides": list(search.more),  # of the command line, beside those of the study
+        "commands": {run.name: str(run.train_command) for run in runs},
+        "environments": distinct([run_environment(run) for run in runs]),
+        "budget": search.budget(),
+        "candidates": {one.name: one.values for one in search.candidates},
+        "rungs": [
+            {"epochs": rung.epochs, "scores": {one.name: s for one, s in rung.scores.items()}}
+            for rung in standing.rungs
+        ],
+        "chosen": standing.winner.name if standing.winner else None,
+        "final": {run.name: _result(run) for run in runs if run.entry == FINAL},
+    }
+
+
+def draw(search: Search, standing: Standing) -> Any:
+    """The metric of every candidate by epoch, with a line at each rung.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    figure = style.new_figure(7.4, 4.8)
+    axis = figure.subplots()
+    metric, furthest = search.study.search.metric, standing.rungs[-1].epochs
+    for candidate, colour in zip(ranked(standing), colours(), strict=False):
+        width = 2.4 if candidate == standing.winner else 1.0
+        for number, seed in enumerate(search.study.seeds):
+            found = lines(search.run(candidate, seed, furthest), "val")
+            label = ", ".join([candidate.name, *map(_shown, candidate.values.values())])
+            axis.plot(
+                [line["epoch"] for line in found],
+                [float(line[metric]) for line in found],
+                color=colour,
+                linewidth=width,
+                marker="o",
+                markersize=3,
+                label=None if number else label,
+            )
+    for epochs in search.study.search.rungs:
+        axis.axvline(epochs, color=style.QUIET, linewidth=1, linestyle=(0, (4, 3)))
+    axis.set_xlabel("epoch (dashed: rungs)")
+    style.finish(axis, search.study.title, f"{_UNITS[metric]}, held out", legend=False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure

@@ -1,0 +1,301 @@
+"""A study's runs on a Slurm cluster: all submitted at once, each to begin after those it needs."""
+
+import argparse
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tetdist.apps.slurm import command, history, status
+from tetdist.apps.slurm import submit as submission
+from tetdist.apps.slurm.cluster import ClusterSection
+from tetdist.apps.slurm.history import Submission
+from tetdist.apps.slurm.jobs import State, cancel, is_here, states_of
+from tetdist.apps.studies.plan import StudyRun, check_inputs, is_trained
+from tetdist.apps.studies.tracking import Parent
+from tetdist.config import loading as configuration
+from tetdist.config.schema import RunConfig
+from tetdist.errors import UserError, typed
+from tetdist.wording import counted
+
+Word = Literal[
+    "finished", "running", "queued", "new", "submitted", "failed", "cancelled", "held back"
+]
+
+# The states that a run does not leave by itself, and why the runs after it do not begin.
+LOST: dict[Word, str] = {
+    "failed": "failed",
+    "cancelled": "was cancelled",
+    "held back": "does not begin either",
+}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The state of a run in the study.
+
+    Attributes:
+        word: The state; ``submitted`` means by this very command.
+        text: The same for a person, with details.
+    """
+
+    word: Word
+    text: str
+
+
+def submit(study: str, runs: list[StudyRun], output: Path, flags: list[str], again: bool) -> int:
+    """Submit the runs that are neither finished nor queued, and print the state of each.
+
+    Args:
+        study: Name of the study.
+        runs: Each after those that it needs.
+        output: Folder of the study.
+        flags: Flags of the command slurm.
+        again: Submit also those that have failed or were cancelled.
+
+    Returns:
+        Exit status: 0 all are finished, running or queued; 1 some failed or begin after such.
+
+    Raises:
+        UserError: The flags are wrong, there is no Slurm, or it refuses a job.
+    """
+    if read_flags(flags, runs[0].arguments[1]).dry_run:
+        return dry_run(runs, flags)
+    if not is_here():
+        raise UserError(
+            "there is no Slurm here (no sbatch on the PATH): run this on a login node, or leave "
+            "out --slurm to train here, or add --dry-run to look at the jobs"
+        )
+    found = ask(runs)
+    standings = decide(found, again)
+    left = {run: job_of(run, flags) for run in runs if standings[run].word == "new"}
+    check_inputs(list(left))
+    for run in runs:
+        if run in left:
+            continue
+        if standings[run].word == "held back" and history.newest_submission(run.folder):
+            history.announce(run.config, "KILLED", {})
+        print(f"{run.name}: {standings[run].text}")
+    for run in left:
+        if found[run].word == "queued":
+            _leave_queue(run)
+    if left:
+        standings |= send_all(study, left, output)
+    return log_summary(standings, output)
+
+
+def read_flags(flags: list[str], config_name: str) -> argparse.Namespace:
+    """Parse the flags after --slurm.
+
+    Raises:
+        UserError: They are not for all runs of a study.
+    """
+    options = command.parse_arguments(["--config", config_name, *flags])
+    given = [name for name in ("sweep", "follow", "local", "after") if getattr(options, name)]
+    if options.config != config_name:
+        given.insert(0, "config")
+    if given:
+        raise UserError(f"--slurm: --{given[0]} is for single runs, not for a study; leave it out")
+    for override in options.overrides:
+        if not override.startswith("cluster."):
+            raise UserError(
+                f"--slurm: only flags and cluster.key=value may follow it; write {override} before "
+                "it, as a part of the study"
+            )
+    return options
+
+
+def dry_run(runs: list[StudyRun], flags: list[str]) -> int:
+    """Show the jobs of all runs that are left; Slurm need not be there."""
+    statuses = [0]
+    for run in runs:
+        if is_trained(run):
+            print(f"# === {run.name}: finished")
+            continue
+        after = [needed for needed in run.needs if not is_trained(needed)]
+        print(f"# === {run.name}{_begins_after(after)}", flush=True)
+        dependency = [word for needed in after for word in ("--after", str(needed.folder))]
+        arguments = [*run.arguments, *dependency, *flags]
+        statuses.append(command.run(command.parse_arguments(arguments)))
+    return max(statuses)
+
+
+def _begins_after(needed: list[StudyRun]) -> str:
+    return f", begins after {', '.join(run.name for run in needed)}" if needed else ""
+
+
+# --- how the runs are -----------------------------------------------------------------------------
+
+
+def ask(runs: list[StudyRun]) -> dict[StudyRun, Standing]:
+    """The states of the runs.
+
+    Slurm is asked before their folders are looked at, since a run may end in between.
+    """
+    submissions = {run: history.newest_submission(run.folder) for run in runs}
+    states = states_of([s for s in submissions.values() if s and s.job != history.LOCAL])
+    return {
+        run: standing_of(run, submitted, states.get(submitted.job) if submitted else None)
+        for run, submitted in submissions.items()
+    }
+
+
+def refuse_if_queued(runs: list[StudyRun]) -> None:
+    """Refuse to train here what Slurm is to train.
+
+    Raises:
+        UserError: One of the runs is queued or runs.
+    """
+    if not is_here():
+        return
+    for run, standing in ask(runs).items():
+        if standing.word in ("queued", "running") and not is_trained(run):
+            raise UserError(
+                f"{run.name} is {standing.text}; wait for it, end it with "
+                f"`{typed('slurm', 'cancel', run.folder)}`, or report what is finished with "
+                "--report-only"
+            )
+
+
+def standing_of(run: StudyRun, submitted: Submission | None, state: State | None) -> Standing:
+    """The state of a run whose newest job is in the given state of Slurm."""
+    if submitted is not None and state is not None and state.is_queued:
+        text = f"{state.name} as job {submitted.job} ({state.text})"
+        if state.name == "PENDING":
+            return Standing("queued", text)
+        return Standing("running", f"{text}: {status.progress(run.folder, submitted, state)}")
+    if is_trained(run):
+        return Standing("finished", "finished")
+    if submitted is None or state is None:
+        return Standing("new", "not submitted")
+    events = history.since_submission(history.history(run.folder))
+    kinds = {event.kind for event in events}
+    if "cancelled" in kinds:
+        return Standing("cancelled", f"cancelled, job {submitted.job}")
+    if state.name in ("CANCELLED", "unknown") and "started" not in kinds:
+        # Most likely it waited for another run and left the queue when that one failed, which is no
+        # failure of its own.
+        if submitted.after:
+            return Standing("new", "not submitted")
+        return Standing("cancelled", f"cancelled in the queue, job {submitted.job}")
+    reason = status.failure_of(events, submitted) or f"{state.name}, {state.text}"
+    return Standing(
+        "failed",
+        f"failed, job {submitted.job}: {reason.splitlines()[-1]} (log: {submitted.log_file})",
+    )
+
+
+def decide(standings: dict[StudyRun, Standing], again: bool) -> dict[StudyRun, Standing]:
+    """The same states, but ``new`` are now all runs that are to be submitted, and no others.
+
+    A run that waits for a failed job leaves the queue a moment later; it is treated as if it had
+    left it already.
+
+    Args:
+        standings: The states of all runs, each after those that it needs.
+        again: Whether those that have failed are to be submitted, too.
+    """
+    decided: dict[StudyRun, Standing] = {}
+    for run, standing in standings.items():
+        if again and standing.word in LOST:
+            standing = Standing("new", "not submitted")
+        if standing.word == "queued" and any(decided[n].word == "new" for n in run.needs):
+            standing = Standing("new", "not submitted")
+        lost = [needed for needed in run.needs if decided[needed].word in LOST]
+        if standing.word in ("new", "queued") and lost:
+            reason = f"{lost[0].name} {LOST[decided[lost[0]].word]}"
+            standing = Standing("held back", f"does not begin, because {reason}")
+        decided[run] = standing
+    return decided
+
+
+# --- submission -----------------------------------------------------------------------------------
+
+
+def job_of(run: StudyRun, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
+    """The configuration of the run, and the facts of the cluster.
+
+    Raises:
+        UserError: The facts are not right, or incomplete.
+    """
+    options = command.parse_arguments([*run.arguments, *flags])
+    config = configuration.load(options.config, options.overrides, options.imports)
+    return config, command.cluster_of(config.cluster, options)
+
+
+def _leave_queue(run: StudyRun) -> None:
+    """Take the job of a run, which waits for one that has failed, out of the queue."""
+    submitted = history.newest_submission(run.folder)
+    assert submitted is not None
+    cancel(submitted.job)
+
+
+def send_all(
+    study: str, left: dict[StudyRun, tuple[RunConfig, ClusterSection]], output: Path
+) -> dict[StudyRun, Standing]:
+    """Submit the runs, each after those that it needs, all with one copy of the code.
+
+    Raises:
+        UserError: One is refused; those before it are submitted.
+    """
+    folder = history.next_submission(output)
+    code = submission.copy_code(folder / "code")
+    parent = Parent(study, list(left), output)
+    standings: dict[StudyRun, Standing] = {}
+    try:
+        for run, facts in left.items():
+            standings[run] = send(run, *facts, code)
+            parent.tell(run, None)
+            print(f"{run.name}: {standings[run].text}", flush=True)
+    except UserError as error:
+        done = len(standings)
+        rest = f"; {done} of {counted(len(left), 'run')} {'was' if done == 1 else 'were'} submitted"
+        rest += ", the same command submits the others"
+        raise UserError(f"{run.name}: {error}{rest if done else ''}") from error
+    finally:
+        note_as_sweep(list(standings), folder)
+    return standings
+
+
+def send(run: StudyRun, config: RunConfig, cluster: ClusterSection, code: Path) -> Standing:
+    """Submit one run.
+
+    Raises:
+        UserError: Something about the run is not right, or Slurm refuses it.
+    """
+    after = [needed for needed in run.needs if not is_trained(needed)]
+    folders = [needed.folder for needed in after]
+    prepared = submission.prepare(config, cluster, folders)
+    (done,) = submission.submit([prepared], run.name, code, folders)
+    return Standing("submitted", f"submitted as job {done.job}{_begins_after(after)}")
+
+
+def note_as_sweep(runs: list[StudyRun], folder: Path) -> None:
+    """Note the runs as a sweep: status and cancel then take the study's folder for all of them."""
+    # The runs that an earlier command submitted stay in the list.
+    earlier = history.newest_sweep(folder.parent.parent)
+    if everything := list(dict.fromkeys([*earlier, *(run.folder.absolute() for run in runs)])):
+        history.write_sweep(folder, everything)
+
+
+def log_summary(standings: dict[StudyRun, Standing], output: Path) -> int:
+    """Print the states of all runs and what to do next; returns the exit status."""
+    counts = Counter(standing.word for standing in standings.values())
+    by_state = ", ".join(f"{number} {word}" for word, number in counts.items())
+    print(f"{counted(len(standings), 'run')}: {by_state}")
+    if counts["finished"] == len(standings):
+        print("the same command without --slurm evaluates and reports")
+        return 0
+    if not any(counts[word] for word in LOST):
+        print(
+            f"`{typed('slurm', 'status', output)}` shows them, `cancel` ends them; once all are "
+            "finished, the same command without --slurm evaluates and reports"
+        )
+        return 0
+    print(
+        "what failed or was cancelled is submitted again, from its newest checkpoint, with --again "
+        "before --slurm, and so is what begins after it",
+        file=sys.stderr,
+    )
+    return 1

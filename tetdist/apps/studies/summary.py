@@ -1,0 +1,227 @@
+"""One table of all studies that have a section in a Markdown file."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tetdist.apps.studies.numbers import (
+    CONFIDENCE,
+    Difference,
+    exit_curve,
+    paired_difference,
+    timesteps_for,
+)
+from tetdist.errors import UserError
+from tetdist.tables import markdown
+from tetdist.tracking.metrics_file import restored
+
+BEGIN, END = "<!-- summary of studies -->\n", "<!-- end of the summary -->\n"
+POWER = 0.8
+HEAD = [
+    "study",
+    "entry - control",
+    "T",
+    "seeds",
+    "effect on top-1, points",
+    "smallest effect told",
+    "effect at T=1, points",
+    "image-timesteps, millions: entry, control",
+]
+EXIT_HEAD = [
+    "study",
+    "entry - control",
+    "seeds",
+    "loss allowed, points",
+    "timesteps, entry",
+    "timesteps, control",
+    "timesteps, entry - control",
+    "top-1, entry - control, points",
+    "timesteps at equal accuracy, entry - control",
+    "the same, all samples stopped at one t",
+]
+
+
+def refreshed(text: str, folder: Path, file: Path) -> str:
+    """The file's text with its summary made anew of the numbers in the folder.
+
+    A file without the line that begins a summary stays as it is.
+
+    Raises:
+        UserError: The summary has no end, or a file of numbers is not a study's.
+    """
+    before, found, rest = text.partition(BEGIN)
+    if not found:
+        return text
+    _, found, after = rest.partition(END)
+    if not found:
+        raise UserError(f"{file}: the summary that begins with {BEGIN.strip()} has no end; mend it")
+    # In the order of their sections; a file of numbers without one was left over.
+    names = [file.stem for file in folder.glob("*.json") if f"<!-- study {file.stem} -->" in text]
+    names.sort(key=lambda name: text.index(f"<!-- study {name} -->"))
+    studies = {name: _read(folder / f"{name}.json") for name in names}
+    return f"{before}{BEGIN}{table(studies)}\n{END}{after}"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = restored(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); run its study again") from None
+    if not isinstance(values, dict) or not {"study", "entries", "differences"} <= values.keys():
+        raise UserError(f"{file} has no numbers of a study; run it again")
+    return values
+
+
+def table(studies: dict[str, dict[str, Any]]) -> str:
+    """The table: a row for each entry that has a control.
+
+    Args:
+        studies: By name, what `tetdist.apps.studies.numbers.Numbers.as_dict` makes of a study.
+    """
+    rows, intervals = [], 0
+    for values in studies.values():
+        link = _link(values)
+        for entry, against in values["differences"].items():
+            difference = Difference(**against["top1"])
+            first = against["by_timestep"].get("1")
+            trained = next(run["timesteps"] for run in values["runs"] if run["entry"] == entry)
+            costs = [
+                values["entries"][name]["image_timesteps"] / 1e6
+                for name in (entry, against["control"])
+            ]
+            intervals += 1 if first is None else 2
+            rows.append(
+                [
+                    link,
+                    f"`{entry}` - `{against['control']}`",
+                    str(trained),
+                    str(difference.n),
+                    _marked(difference),
+                    _number(detectable(difference)),
+                    "" if first is None else _marked(Difference(**first)),
+                    ", ".join(f"{cost:.3g}" for cost in costs),
+                ]
+            )
+            link = ""
+    return (
+        f"{markdown(HEAD, rows)}\n\nEffects are differences of top-1 after the last epoch, in "
+        "percentage points, of runs with the same seed, with 95 % intervals: at the T of "
+        "training, and where the same networks are stopped after one timestep, if a study "
+        "tests that. Bold: the interval is without zero. Intervals are of seeds alone: all "
+        "runs of a study see the same validation samples, and of a hundred samples one is a "
+        "point. The smallest effect "
+        "told is the true one that so many seeds, with the spread seen between them, would "
+        "tell from chance four times in five; three seeds show that spread to within a factor "
+        "of 0.5 to 6.3, five to within 0.6 to 2.9. Nothing is corrected for the number of "
+        f"comparisons: of the {intervals} intervals one in twenty would be bold with no effect "
+        "anywhere. Image-timesteps are images times T that one run trains on, with what it "
+        "begins with and its teacher's training, without the teacher's answers in the training "
+        f"of its student.\n{exits(studies)}"
+    )
+
+
+def exits(studies: dict[str, dict[str, Any]]) -> str:
+    """The table of early exit, of the studies that chose thresholds; empty without one."""
+    rows = []
+    for values in studies.values():
+        link = _link(values)
+        for entry, against in values["differences"].items():
+            if "exit_timesteps" not in against:
+                continue
+            control = against["control"]
+            of_both = [
+                values["entries"][name]["exit_timesteps"]["mean"] for name in (entry, control)
+            ]
+            found = [Difference(**against[f"exit_{key}"]) for key in ("timesteps", "top1")]
+            rows.append(
+                [
+                    link,
+                    f"`{entry}` - `{control}`",
+                    str(found[0].n),
+                    f"{values['study']['exit_within']:g}",
+                    *(f"{mean:.2f}" for mean in of_both),
+                    *map(_marked, found),
+                    *_of_equal_accuracy(values, entry, control),
+                ]
+            )
+            link = ""
+    if not rows:
+        return ""
+    return (
+        "\nEarly exit, at the lowest threshold by which a run loses at most so many points, as "
+        "allowed, of the training samples that it holds out: timesteps that a validation "
+        "sample takes on average, and the difference of top-1 with early exit. In the last two "
+        "columns both are equally right: as the less right one of a pair with the same seed is "
+        "at the last timestep, less the points allowed. The first has the timesteps of "
+        "whatever threshold it takes for that on the validation samples, between those that "
+        "were tried; the second the first t at which all samples, stopped there, are as "
+        "right.\n\n"
+        f"{markdown(EXIT_HEAD, rows)}\n"
+    )
+
+
+def _of_equal_accuracy(values: dict[str, Any], entry: str, control: str) -> tuple[str, str]:
+    """The differences of timesteps at the same top-1, with early exit and with one t for all.
+
+    The former is empty where the numbers have no curves.
+    """
+    most, within = max(values["study"]["test_timesteps"]), values["study"]["exit_within"]
+    runs = {(run["entry"], run["seed"]): run for run in values["runs"]}
+    by_exit: dict[str, list[float]] = {entry: [], control: []}
+    by_t: dict[str, list[float]] = {entry: [], control: []}
+    for (name, seed), run in runs.items():
+        against = runs.get((control, seed))
+        if name != entry or against is None:
+            continue
+        top1 = min(one["by_timestep"][most - 1] for one in (run, against)) - within
+        for one in (run, against):
+            reached = (t for t, of_t in enumerate(one["by_timestep"], start=1) if of_t >= top1)
+            by_t[one["entry"]].append(next(reached))
+            if one.get("early_exit"):
+                curve = exit_curve(one["by_timestep"], one["early_exit"], most)
+                by_exit[one["entry"]].append(timesteps_for(curve, top1))
+    one_t = _marked(paired_difference(by_t[entry], by_t[control]))
+    if not len(by_exit[entry]) == len(by_exit[control]) == len(by_t[entry]):
+        return "", one_t
+    return _marked(paired_difference(by_exit[entry], by_exit[control])), one_t
+
+
+def detectable(difference: Difference) -> float:
+    """The smallest true difference that a paired t-test of n pairs finds with a power of 80 %.
+
+    The spread that was seen is taken for the true one. NaN where n is 1.
+    """
+    from scipy import optimize, stats
+
+    if math.isnan(difference.low):
+        return math.nan
+    freedom = difference.n - 1
+    limit = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom))
+    error = (difference.high - difference.low) / 2 / limit
+
+    def lacking(size: float) -> float:
+        return POWER - float(stats.nct.sf(limit, freedom, size))
+
+    # In standard errors; two seeds need the most, 16.
+    return error * float(optimize.brentq(lacking, 0.1, 100.0))
+
+
+def anchor(title: str) -> str:
+    """The fragment by which GitHub and Python-Markdown link to a heading."""
+    kept = "".join(c for c in title.lower() if c.isalnum() or c in " -_")
+    return "-".join(kept.split())
+
+
+def _link(values: dict[str, Any]) -> str:
+    title = values["study"]["title"]
+    return f"[{title}](#{anchor(title)})"
+
+
+def _marked(difference: Difference) -> str:
+    is_told = difference.low > 0 or difference.high < 0
+    return f"**{difference}**" if is_told else str(difference)
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}"

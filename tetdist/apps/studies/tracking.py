@@ -1,0 +1,109 @@
+"""A study in MLflow: one run of its name, and below it all that it trains."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from tetdist.apps.slurm import history
+from tetdist.apps.studies.local import start_again
+from tetdist.apps.studies.plan import StudyRun, is_trained
+from tetdist.errors import UserError
+from tetdist.tracking import mlflow_follower
+from tetdist.wording import counted
+
+
+class Parent:
+    """The run in MLflow below which a study's runs are.
+
+    Without MLflow, and where it does not answer, which is warned of once, it does nothing.
+    """
+
+    def __init__(self, study: str, runs: list[StudyRun], output: Path) -> None:
+        """
+        Args:
+            study: Name of the study.
+            runs: The runs that are to be shown.
+            output: Folder of the study, which keeps the id.
+        """
+        self.study = study
+        self.run_id: str | None = None
+        tracked = next((run.config for run in runs if run.config.tracking_uri is not None), None)
+        if tracked is not None:
+            self.run_id = history.announce_parent(tracked, output, study, {"study": study})
+
+    def tell(self, run: StudyRun, status: str | None) -> None:
+        """Show a run below this one, with tags that tell what it is in the study.
+
+        Args:
+            run: A run that no process trains now.
+            status: See `tetdist.apps.slurm.history.announce`.
+        """
+        if self.run_id is None or run.config.tracking_uri is None:
+            return
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return  # When the run is trained, it says itself what is in its way.
+        tags = {"mlflow.parentRunId": self.run_id, "study": self.study}
+        tags |= {"entry": run.entry, "seed": str(run.seed)}
+        if run.control is not None:
+            tags["control"] = run.control
+        history.announce(run.config, status, tags)
+
+
+def catch_up(study: str, runs: Iterable[StudyRun], output: Path, jobs: int) -> None:
+    """Send MLflow what it lacks of a study's finished runs, or say that it lacks it.
+
+    The study's result does not depend on MLflow, so that a study which cannot send it has not
+    failed.
+
+    Args:
+        study: Name of the study.
+        runs: Its runs.
+        output: Folder of the study.
+        jobs: How many runs are started at a time, to send what is in their folders.
+
+    Raises:
+        KeyboardInterrupt: A signal asked for it; the same command sends the rest.
+    """
+    try:
+        lacking, untagged = _lacking(runs)
+        if lacking:
+            print(f"MLflow lacks points of {_named(lacking)}: sending them", file=sys.stderr)
+            start_again(lacking, jobs)
+        if lacking or untagged:
+            parent = Parent(study, lacking + untagged, output)
+            for run in lacking + untagged:
+                parent.tell(run, None)
+        if lacking and (left := _lacking(lacking)[0]):
+            raise UserError(f"MLflow still lacks points of {_named(left)}; see {left[0].log}")
+    except UserError as error:
+        print(
+            f"{error}. The runs' metrics.jsonl have all points, and the same command sends MLflow "
+            "those that it lacks",
+            file=sys.stderr,
+        )
+
+
+def _lacking(runs: Iterable[StudyRun]) -> tuple[list[StudyRun], list[StudyRun]]:
+    """Find the finished runs that MLflow lacks points of, and those without the study's tags.
+
+    Raises:
+        UserError: MLflow does not answer.
+    """
+    lacking: list[StudyRun] = []
+    untagged: list[StudyRun] = []
+    for run in runs:
+        uri = run.config.tracking_uri
+        if uri is None or not is_trained(run):
+            continue
+        found = mlflow_follower.find_run(run.folder, uri)
+        if found is None or found.info.status != "FINISHED":
+            lacking.append(run)
+        elif "study" not in found.data.tags:
+            untagged.append(run)
+    return lacking, untagged
+
+
+def _named(runs: list[StudyRun]) -> str:
+    return f"{counted(len(runs), 'run')} ({', '.join(run.name for run in runs)})"

@@ -1,0 +1,437 @@
+"""A trained network for other people and other programs: the work of the command export.
+
+Every file is made aside, checked, and renamed; nothing that exists is replaced. Paths and addresses
+of the machine that trained stay behind.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, assert_never
+
+import timm
+import torch
+import yaml
+from torch import Tensor, nn
+
+import tetdist
+from tetdist.apps.weights.trained import Trained
+from tetdist.config.identity import without_machine
+from tetdist.datasets.layouts import CLASSES_FILE
+from tetdist.errors import UserError, typed
+from tetdist.models import SpikingNetwork
+from tetdist.nn import neurons
+from tetdist.nn.neurons import LIF, NeuronConfig
+from tetdist.storage import checkpoint
+from tetdist.storage.files import made_aside
+from tetdist.storage.hub import HF
+from tetdist.wording import counted
+
+_INPUTS = {"images": "image", "events": "event frame a timestep"}
+# What the hub finds a network by; it has no word for event frames.
+_TASKS = {"images": ["pipeline_tag: image-classification"], "events": []}
+# How many inputs an exported program is compared on, and how far it may be off.
+_CHECKED, _TOLERANCE = 4, 1e-4
+# Beside the weights of a folder for timm: the configuration, which the command train takes.
+RECIPE_FILE = "recipe.yaml"
+_TIMMS_HUB = "hf-hub:"  # what timm calls the hub; with tetdist it is `HF`
+# Where a program's file or a graph's says how its input is prepared.
+_PREPARATION = "preparation"
+
+
+# --- files of weights -----------------------------------------------------------------------------
+
+
+def write_safetensors(trained: Trained, path: Path) -> str:
+    """Write the weights as eval and init_checkpoint take them, and a model card.
+
+    Args:
+        trained: What is exported.
+        path: A folder, for model.safetensors and the card; or a file, which ends in .safetensors,
+            for the weights alone.
+
+    Returns:
+        A sentence for the person who asked for it; so do the other writers.
+    """
+    with _aside(path) as aside:
+        if path.suffix == ".safetensors":
+            checkpoint.write_model_file(aside, trained.model.state_dict(), trained.description)
+            return "the weights, and what they are of; a folder as --output has a model card, too"
+        aside.mkdir(parents=True)
+        _write_weights(trained, aside)
+        (aside / "README.md").write_text(card(trained))
+    return "model.safetensors and its card, README.md"
+
+
+def write_timm(trained: Trained, folder: Path, repo: str | None = None) -> str:
+    """Write a folder that timm loads as a local model or one of the Hugging Face hub.
+
+    Args:
+        folder: A new one.
+        repo: The ``ORG/NAME`` that it will have on the hub, by which its card loads it.
+
+    Raises:
+        UserError: The network is not one of tetdist's, or cannot be written.
+    """
+    refuse_foreign(trained, "timm")
+    with _aside(folder) as aside:
+        aside.mkdir(parents=True)
+        _write_weights(trained, aside)
+        (aside / "config.json").write_text(json.dumps(timm_config(trained), indent=1) + "\n")
+        source = f"{_TIMMS_HUB}{repo}" if repo else f"local-dir:{folder.name}"
+        (aside / "README.md").write_text(card(trained, source))
+        (aside / RECIPE_FILE).write_text(_recipe(trained))
+        if trained.description.classes:
+            names = "".join(f"{name}\n" for name in trained.description.classes)
+            (aside / CLASSES_FILE).write_text(names)
+        with torch.no_grad():
+            x = trained.examples(1)
+            again = timm.create_model(f"local-dir:{aside}", pretrained=True).eval()
+            again.set_execution("reference")
+            assert torch.equal(again(x), trained.model(x)), "timm loads another network"
+    return (
+        "config.json, model.safetensors, the card, the recipe and the classes; timm loads it, and "
+        "the logits are the same"
+    )
+
+
+def _write_weights(trained: Trained, folder: Path) -> None:
+    file, weights = folder / checkpoint.MODEL_FILE, trained.model.state_dict()
+    checkpoint.write_model_file(file, weights, trained.description)
+
+
+def timm_config(trained: Trained) -> dict[str, Any]:
+    """timm's config.json: architecture, its arguments, and how images are prepared."""
+    model, data = trained.model, trained.config.data
+    cfg = {
+        "input_size": trained.input_shape,
+        "num_classes": model.num_classes,
+        "crop_pct": data.image_size / data.resize_side,
+        "interpolation": data.interpolation,
+        "mean": data.mean,
+        "std": data.std,
+    }
+    if data.kind == "events":
+        cfg |= {"crop_pct": 1.0, "mean": (0.0, 0.0), "std": (1.0, 1.0)}
+    cfg |= {key: model.default_cfg[key] for key in ("first_conv", "classifier")}
+    if trained.description.classes:
+        cfg["label_names"] = trained.description.classes
+    return {
+        "architecture": trained.config.model.name,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "model_args": _model_arguments(trained),
+        "pretrained_cfg": cfg,
+    }
+
+
+def _model_arguments(trained: Trained) -> dict[str, Any]:
+    """The arguments of the model, besides its number of classes."""
+    section = trained.config.model
+    arguments = {"timesteps": trained.model.timesteps, "neuron": neurons.as_dict(section.neuron)}
+    return arguments | section.arguments
+
+
+def refuse_foreign(trained: Trained, form: str) -> None:
+    """Refuse a network from outside for a format that needs what only ours have.
+
+    Raises:
+        UserError: The network is one from outside.
+    """
+    if not hasattr(trained.model, "stem"):
+        raise UserError(
+            f"--format {form} is for tetdist's own networks, and {trained.config.model.name} "
+            f"({type(trained.model).__name__}) is from outside; export it to safetensors"
+        )
+
+
+def _recipe(trained: Trained) -> str:
+    """The configuration of the training, as a file that the command train takes."""
+    return yaml.safe_dump(without_machine(trained.description.config), sort_keys=False)
+
+
+def card(trained: Trained, source: str | None = None) -> str:
+    """A model card in Markdown.
+
+    Args:
+        source: By which timm loads it, ``local-dir:NAME`` or ``hf-hub:ORG/NAME``, if it can.
+    """
+    model, config, description = trained.model, trained.config, trained.description
+    neuron, data = config.model.neuron, config.data
+    shape = " x ".join(map(str, trained.input_shape))
+    rows = {
+        "network": f"{config.model.name}{_arguments(config.model.arguments)}",
+        "neuron": _neuron(neuron),
+        "timesteps": f"{model.timesteps}",
+        "input": f"{shape} {_INPUTS[data.kind]}",
+        "classes": f"{model.num_classes}",
+        "loss": config.loss.as_text(),
+        **({"begun with": config.init_checkpoint} if config.init_checkpoint else {}),
+        "phases": "; ".join(
+            f"{counted(p.epochs, 'epoch')} at T={p.timesteps}, {p.optimizer.kind}, "
+            f"lr {p.optimizer.lr_as_text(config.batch.global_)}"
+            for p in config.phases
+        ),
+        "trained for": f"{counted(description.step, 'step')} of "
+        f"{counted(config.batch.global_, 'sample')}"
+        f"{', the best checkpoint' if description.which == 'best' else ''}, "
+        f"precision {config.precision}, seed {config.seed}",
+        **({"weights": description.averaged} if description.averaged else {}),
+        "accuracy": _accuracy(description),
+    }
+    converted = description.converted
+    if converted:
+        of = "weights taken over from"
+        rows = {k: v for k, v in rows.items() if k not in ("loss", "phases", "trained for")}
+        rows["origin"] = f"{of} `{converted['file']}` ({converted['from']}), not trained here"
+    module = "tetdist" if isinstance(model, SpikingNetwork) else type(model).__module__
+    loading = f"""import timm
+import {module}  # registers the model
+
+model = timm.create_model({_create_arguments(trained, source)}).eval()
+{_call(model)}"""
+    if neuron.refusal(2) is None:
+        loading += "\nmodel.set_timesteps(2)  # fewer or more timesteps with the same weights"
+    weights = checkpoint.MODEL_FILE
+    if source is not None and source.startswith(_TIMMS_HUB):
+        weights = source.replace(_TIMMS_HUB, HF)
+    lines = [
+        "---",
+        "library_name: timm",
+        *_TASKS[data.kind],
+        "tags: [spiking-neural-network, tetdist]",
+        "---",
+        "",
+        f"# {config.name}",
+        "",
+        f"A {'spiking neural' if neuron.spiking else 'ReLU'} network, made with tetdist.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in rows.items()),
+        "",
+        "## Load",
+        "",
+        "With tetdist, which is installed in a checkout of it by `pip install -e .` (networks and",
+        "losses alone) or `pip install -e '.[train,cuda130]'` (training and evaluation, too):",
+        "",
+        "```python",
+        loading,
+        "```",
+        "",
+        _preparation(trained),
+        "",
+        f"`{typed('eval')} --checkpoint {weights} --data ROOT` evaluates it, and",
+        f"`init_checkpoint={weights}` begins a training with it.",
+        "",
+        "## Recipe",
+        "",
+        f"With tetdist {tetdist.__version__}:",
+        "",
+        "```yaml",
+        _recipe(trained).rstrip(),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _call(model: nn.Module) -> str:
+    """The call of the model; one from outside promises the logits of each timestep alone."""
+    if isinstance(model, SpikingNetwork):
+        meaning = "logits, the mean over timesteps; model(x, per_timestep=True): each one's own"
+        return f"model(x)  # {meaning}"
+    return "model(x, per_timestep=True).mean(0)  # logits, the mean over timesteps"
+
+
+def _neuron(neuron: NeuronConfig) -> str:
+    if not neuron.spiking:
+        return "none: max(0, I), the ReLU network of this shape"
+    if type(neuron) is not LIF:
+        numbers = neurons.as_dict(neuron)
+        kind = numbers.pop("kind")
+        return ", ".join([kind, *(f"{key} {value}" for key, value in numbers.items())])
+    kind = "IF" if neuron.decay == 1 else "LIF"
+    if neuron.spike != "step":
+        kind += f" with a {neuron.spike} in place of spikes"
+    return (
+        f"{kind}, decay {neuron.decay:g}, threshold {neuron.threshold:g}"
+        f"{' (fires at it)' if neuron.fires_at_threshold else ''}, {neuron.reset} reset, "
+        f"{neuron.surrogate} surrogate of width {neuron.surrogate_width:g}"
+    )
+
+
+def _arguments(arguments: dict[str, Any]) -> str:
+    return "".join(f", {key} {value}" for key, value in arguments.items())
+
+
+def _accuracy(description: checkpoint.Description) -> str:
+    validation = description.validation
+    if not validation:
+        return "not measured with this file"
+    held_out = description.config["data"].get("held_out")
+    of = "samples held out of the training split" if held_out else "the validation split"
+    rest = f"of {of}, with these weights"
+    if description.which == "best":
+        rest += ", which were chosen on this very split"
+    return f"{validation['top1']:.2f} % top-1, {validation['top5']:.2f} % top-5, {rest}"
+
+
+def _create_arguments(trained: Trained, source: str | None) -> str:
+    if source is not None:
+        return f'"{source}", pretrained=True'
+    arguments = {"num_classes": trained.model.num_classes, **_model_arguments(trained)}
+    inner = "".join(f"    {key}={value!r},\n" for key, value in arguments.items())
+    return (
+        f'\n    "{trained.config.model.name}",\n{inner}    checkpoint_path="model.safetensors",\n'
+    )
+
+
+def _preparation(trained: Trained) -> str:
+    """What the input is and how images are scaled, for a card or a file's metadata."""
+    data = trained.config.data
+    match data.kind:
+        case "events":
+            return "Input: event frames, (B, T, 2, H, W), as in the training data."
+        case "images":
+            return (
+                f"Input: RGB images in [0, 1], shorter side resized to {data.resize_side} ("
+                f"{data.interpolation}), centre crop of {data.image_size}, minus "
+                f"{list(data.mean)}, over {list(data.std)}."
+            )
+        case other:
+            assert_never(other)
+
+
+# --- programs -------------------------------------------------------------------------------------
+
+
+def write_nir(trained: Trained, path: Path, dt: float) -> str:
+    """Write the graph of `nir_graph` as a file of the package nir.
+
+    Raises:
+        UserError: NIR cannot express the network, or it is not one of tetdist's.
+    """
+    refuse_foreign(trained, "nir")
+    import nir
+
+    from tetdist.apps.weights.nir_graph import to_nir
+
+    graph = to_nir(trained.model, trained.input_shape, dt)
+    graph.metadata[_PREPARATION] = _preparation(trained)
+    with _aside(path) as aside:
+        nir.write(aside, graph)
+        again = nir.read(aside)
+        assert (set(again.nodes), set(again.edges)) == (set(graph.nodes), set(graph.edges))
+    return (
+        f"{len(graph.nodes)} nodes, {len(graph.edges)} edges, to be run for "
+        f"{counted(trained.model.timesteps, 'timestep')} of {dt:g} s and averaged over them"
+    )
+
+
+def write_torch(trained: Trained, path: Path) -> str:
+    """Write the unrolled network as a program of torch.export, for any batch size."""
+    with torch.no_grad(), _aside(path) as aside:
+        extra = {_PREPARATION: _preparation(trained)}
+        torch.export.save(_traced(trained), aside, extra_files=extra)
+        return _agreement(trained, torch.export.load(aside).module())
+
+
+def write_onnx(trained: Trained, path: Path) -> str:
+    """Write the unrolled network as an ONNX graph, for any batch size.
+
+    It maps ``images`` or ``events`` to ``logits``, the mean over timesteps.
+    """
+    import onnxruntime
+
+    name = trained.config.data.kind
+    # torch's exporter uses deprecated parts of torch and would warn of them.
+    quiet = warnings.catch_warnings(action="ignore", category=FutureWarning)
+    with quiet, torch.no_grad(), _aside(path) as aside:
+        program = torch.onnx.export(
+            _traced(trained), input_names=[name], output_names=["logits"], verbose=False
+        )
+        assert program is not None
+        program.model.metadata_props[_PREPARATION] = _preparation(trained)
+        program.save(aside, external_data=False)
+        session = onnxruntime.InferenceSession(aside, providers=["CPUExecutionProvider"])
+
+        def run(x: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(["logits"], {name: x.numpy()})[0])
+
+        return _agreement(trained, run)
+
+
+class _MeanLogits(nn.Module):
+    """A network from outside, with the mean over timesteps as its output."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x, per_timestep=True)
+        return logits.mean(0)
+
+
+def _mean_logits(model: nn.Module) -> nn.Module:
+    """The model as a function of its input alone: to the mean of the logits over timesteps."""
+    return model if isinstance(model, SpikingNetwork) else _MeanLogits(model).eval()
+
+
+def _traced(trained: Trained) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch")
+    try:
+        return torch.export.export(
+            _mean_logits(trained.model),
+            (trained.examples(2),),
+            dynamic_shapes=({0: batch},),
+            strict=False,
+        )
+    except Exception as error:  # torch raises many kinds
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"torch cannot trace {trained.config.model.name} for any size of a batch ({reason}); "
+            "export it as safetensors"
+        ) from error
+
+
+def _agreement(trained: Trained, run: Callable[[Tensor], Tensor]) -> str:
+    """Compare a program's logits with the model's, on random inputs.
+
+    A membrane within rounding of the threshold flips a spike and changes one sample's logits; a
+    wrong program is wrong about most samples. So the median decides.
+    """
+    x = trained.examples(_CHECKED)
+    expected = _mean_logits(trained.model)(x)
+    difference = (run(x) - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-12)
+    assert difference.median() < _TOLERANCE, f"the program differs by {difference.tolist()}"
+    said = (
+        f"its logits are the model's on {_CHECKED} random inputs, relative difference "
+        f"{difference.median():.1e} (median), {difference.max():.1e} (largest)"
+    )
+    if torch.equal(expected, expected[:1].expand_as(expected)):
+        said += "; but the network says the same to all of them, so that this shows little"
+    return said
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A hidden place beside ``path``; whatever was written there becomes ``path`` in the end.
+
+    Raises:
+        UserError: ``path`` exists, or cannot be written.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists; choose another --output, or remove it first")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # With its ending, by which some of the libraries go.
+        with made_aside(path, ending=path.suffix) as aside:
+            yield aside
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({error.strerror or error}); make room, or choose "
+            "another --output"
+        ) from error

@@ -1,0 +1,1 @@
+"""Data sets on disk: their indexes, layouts, archives and shards, checks, held-out parts."""

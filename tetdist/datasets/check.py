@@ -1,0 +1,264 @@
+"""Faults of a data set: damage, duplicates, wrong names and labels, missing files.
+
+Every image is read, decoded and summed once. What is done is written to a journal, so that a check
+which is stopped continues where it was.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import IO, Literal, NamedTuple
+
+import numpy as np
+
+from tetdist.datasets.archives import WORDNET_ID
+from tetdist.datasets.index import assemble, check_fresh, index_file, load_index
+from tetdist.datasets.layouts import Listing, imagenet_classes
+from tetdist.datasets.probe import SAMPLES_PER_TASK, Probe, probe_batches, probe_image
+from tetdist.datasets.processes import ReportProgress
+from tetdist.errors import UserError
+from tetdist.wording import counted
+
+FindingKind = Literal[
+    "bad", "label", "overlap", "missing", "index", "misnamed", "duplicate", "passed over"
+]
+# Findings that do no harm; with any other, a data set should not be trained on as it is.
+NOTES: frozenset[FindingKind] = frozenset({"misnamed", "duplicate", "passed over"})
+
+IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000}
+_VAL_PER_CLASS = 50
+_TRAIN_PER_CLASS = (732, 1300)
+_VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
+_TRAIN_NAME = re.compile(r"(n\d{8})_\d+")
+
+_SUFFIXES = {
+    ".jpg": ("JPEG", "MPO"),
+    ".jpeg": ("JPEG", "MPO"),
+    ".png": ("PNG",),
+    ".ppm": ("PPM",),
+    ".pgm": ("PPM",),
+    ".bmp": ("BMP",),
+    ".tif": ("TIFF",),
+    ".tiff": ("TIFF",),
+    ".webp": ("WEBP",),
+}
+_JOURNAL_VERSION = 1
+
+
+class Finding(NamedTuple):
+    """Something about a data set that its owner should know.
+
+    Attributes:
+        kind: "bad": does not decode or has no label; "label": the name says another class;
+            "overlap": in two splits; "missing": against ImageNet-1k; "index": the index is not of
+            these files; "misnamed": of another format than its suffix says; "duplicate": twice in
+            one split; "passed over": not taken for its suffix, the first of all with this one.
+        path: Path of the sample, relative to the data root; or of what else it is about.
+        text: What is wrong.
+    """
+
+    kind: FindingKind
+    path: str
+    text: str
+
+
+class Examined(NamedTuple):
+    """A sample that decodes, and the checksum of its bytes, in hex."""
+
+    probe: Probe
+    checksum: str
+
+
+def examine_split(
+    root: str | Path, listing: Listing, journal: Path, workers: int, progress: ReportProgress | None
+) -> list[Examined | str]:
+    """Decode and sum every sample of a listing of images, continuing what the journal has.
+
+    Args:
+        root: The data root.
+        listing: What to examine.
+        journal: File to which results are written; it remains, for the next call to find.
+        workers: Processes.
+        progress: Called with the number of samples done and of all.
+
+    Returns:
+        For each sample what was found, or the reason why it cannot be used.
+    """
+    found = _resume(Path(root), listing, journal)
+    remaining = [i for i in range(len(listing.byte_ranges)) if i not in found]
+    ranges = [listing.byte_ranges[i] for i in remaining]
+    batches = probe_batches(_examine, (), root, ranges, workers)
+    with journal.open("a", encoding="utf-8") as stream:
+        for start, results in zip(range(0, len(ranges), SAMPLES_PER_TASK), batches, strict=True):
+            numbers = remaining[start : start + SAMPLES_PER_TASK]
+            for i, result in zip(numbers, results, strict=True):
+                found[i] = result
+                stream.write(json.dumps([i, result]) + "\n")
+            stream.flush()
+            if progress is not None:
+                progress(len(found), len(listing.byte_ranges))
+    return [found[i] for i in range(len(listing.byte_ranges))]
+
+
+def _examine(stream: IO[bytes], size: int) -> Examined | str:
+    data = stream.read()
+    probe = probe_image(io.BytesIO(data), size, decode=True)
+    if isinstance(probe, str):
+        return probe
+    return Examined(probe, hashlib.blake2b(data, digest_size=16).hexdigest())
+
+
+def _resume(root: Path, listing: Listing, journal: Path) -> dict[int, Examined | str]:
+    """Read what the journal has of this very listing; a journal of another one begins anew."""
+    identity = _identity(root, listing)
+    lines = _whole_lines(journal)
+    header = json.loads(lines[0]) if lines else {}
+    if (header.get("version"), header.get("listing")) != (_JOURNAL_VERSION, identity):
+        header = {"version": _JOURNAL_VERSION, "listing": identity, "begun_ns": time.time_ns()}
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        journal.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        return {}
+    found: dict[int, Examined | str] = {}
+    for i, result in map(json.loads, lines[1:]):
+        if listing.archives or _unchanged(root / listing.byte_ranges[i].file, header["begun_ns"]):
+            found[i] = result if isinstance(result, str) else Examined(Probe(*result[0]), result[1])
+    return found
+
+
+def _identity(root: Path, listing: Listing) -> str:
+    """Checksum of the samples' names and byte ranges, and of the archives as they are now."""
+    digest = hashlib.sha256()
+    for name, (_, offset, size) in zip(listing.names, listing.byte_ranges, strict=True):
+        digest.update(f"{name}\0{offset}\0{size}\n".encode(errors="surrogateescape"))
+    for file in listing.archives:
+        status = (root / file).stat()
+        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _whole_lines(journal: Path) -> list[bytes]:
+    """Return the lines of a journal, after cutting it where a kill has torn its last one."""
+    if not journal.is_file():
+        return []
+    data = journal.read_bytes()
+    end = data.rfind(b"\n") + 1
+    os.truncate(journal, end)
+    return data[:end].splitlines()
+
+
+def _unchanged(file: Path, since_ns: int) -> bool:
+    try:
+        return file.stat().st_mtime_ns <= since_ns
+    except OSError:
+        return False
+
+
+def split_findings(listing: Listing, examined: list[Examined | str]) -> Iterator[Finding]:
+    """Find samples of no use, and those whose name says another label or another format."""
+    for bad in listing.bad:
+        yield Finding("bad", bad.path, bad.reason)
+    for suffix, (number, first) in sorted(listing.passed_over.suffixes.items()):
+        files = counted(number, "file")
+        yield Finding("passed over", first, f"{files} with {suffix}, not of a kind that is read")
+    wordnet = are_wordnet_ids(listing.classes)
+    for i, result in enumerate(examined):
+        path = listing.path(i)
+        if isinstance(result, str):
+            yield Finding("bad", path, result)
+            continue
+        suffix = PurePosixPath(path).suffix.lower()
+        if result.probe.format not in _SUFFIXES[suffix]:
+            yield Finding("misnamed", path, f"a {result.probe.format} file; it is used as it is")
+        named = _TRAIN_NAME.search(PurePosixPath(path).name) if wordnet else None
+        label = listing.classes[listing.labels[i]]
+        if named and named[1] != label:
+            yield Finding("label", path, f"its name says {named[1]}, its label {label}")
+
+
+def duplicate_findings(
+    splits: Mapping[str, tuple[Listing, list[Examined | str]]],
+) -> Iterator[Finding]:
+    """Find samples whose bytes are those of another one, in the same split or an earlier one."""
+    first: dict[str, tuple[str, str, str]] = {}
+    for split, (listing, examined) in splits.items():
+        for i, result in enumerate(examined):
+            if isinstance(result, str):
+                continue
+            path, label = listing.path(i), listing.classes[listing.labels[i]]
+            seen = first.setdefault(result.checksum, (split, path, label))
+            if seen[1] == path and seen[0] == split:
+                continue
+            other = "" if label == seen[2] else f", where its class is {seen[2]} instead of {label}"
+            kind: FindingKind = "duplicate" if seen[0] == split else "overlap"
+            yield Finding(kind, path, f"the same bytes as {seen[1]}{other}")
+
+
+def are_wordnet_ids(classes: tuple[str, ...]) -> bool:
+    """Return whether the classes look like ImageNet's."""
+    return all(WORDNET_ID.fullmatch(name) for name in classes)
+
+
+def imagenet_findings(listing: Listing) -> Iterator[Finding]:
+    """Find what ImageNet-1k has more than "train" or "val", if the classes are WordNet ids."""
+    total = IMAGENET_COUNTS.get(listing.split)
+    if total is None or not are_wordnet_ids(listing.classes):
+        return
+    split, known = listing.split, imagenet_classes()
+    counts = Counter(listing.labels)
+    present = {name for label, name in enumerate(listing.classes) if counts[label]}
+    unknown = sorted(present - set(known))
+    if unknown:
+        yield Finding("missing", split, f"classes that ImageNet-1k has not: {_some(unknown)}")
+    missing = sorted(set(known) - present)
+    if missing:
+        yield Finding("missing", split, f"{len(missing)} of 1,000 classes: {_some(missing)}")
+    if len(listing.labels) != total:
+        found = f"{counted(len(listing.labels), 'image')} where ImageNet-1k has {total:,}"
+        yield Finding("missing", split, found)
+    fewest, most = _TRAIN_PER_CLASS if split == "train" else (_VAL_PER_CLASS, _VAL_PER_CLASS)
+    for label, name in enumerate(listing.classes):
+        if name in present and not fewest <= counts[label] <= most:
+            wanted = f"{fewest} to {most:,}" if fewest != most else str(fewest)
+            yield Finding(
+                "missing",
+                f"{split}/{name}",
+                f"{counted(counts[label], 'image')} instead of {wanted}",
+            )
+    if split == "val":
+        names = (_VAL_NAME.search(PurePosixPath(name).name) for name in listing.names)
+        numbers = {int(name[1]) for name in names if name}
+        gone = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, total + 1) if i not in numbers]
+        if numbers and gone:
+            yield Finding("missing", split, f"{counted(len(gone), 'image')}: {_some(gone)}")
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def index_findings(
+    root: str | Path, index_dir: Path, listing: Listing, examined: list[Examined | str]
+) -> Iterator[Finding]:
+    """Find out whether the index of the split, if there is one, is still that of its files."""
+    file = index_file(index_dir, listing.split)
+    if not file.is_file():
+        return
+    try:
+        index = load_index(file)
+        check_fresh(index, root, file)
+    except UserError as error:
+        yield Finding("index", str(file), str(error))
+        return
+    probes = [result if isinstance(result, str) else result.probe for result in examined]
+    now, _ = assemble(root, listing, probes)
+    attributes = ("fingerprint", "archives", "path_blob", "offsets")
+    if any(not np.array_equal(getattr(index, a), getattr(now, a)) for a in attributes):
+        text = f"it is not of the files that are there now: `{index.command(root)}`"
+        yield Finding("index", str(file), text)

@@ -1,0 +1,132 @@
+"""Class folders, SPLIT/CLASS/FILE: which files in them are samples, and which are passed over."""
+
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Literal, NamedTuple
+
+from tetdist.datasets import archives
+from tetdist.errors import UserError
+
+Kind = Literal["images", "events"]
+
+# Those of images are torchvision's ImageFolder's; they are compared without regard to case.
+SUFFIXES: dict[Kind, tuple[str, ...]] = {"images": archives.IMAGE_SUFFIXES, "events": (".npy",)}
+# Names that folders of the two splits of a training have elsewhere, in lower case.
+_ELSEWHERE = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "test", "testing"),
+}
+
+
+@dataclass
+class PassedOver:
+    """Files that are not taken: for each suffix, how many they are, and the first."""
+
+    suffixes: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def add(self, path: str) -> None:
+        """Count a file."""
+        suffix = PurePath(path).suffix.lower() or "no suffix"
+        number, first = self.suffixes.get(suffix, (0, path))
+        self.suffixes[suffix] = number + 1, first
+
+    def __len__(self) -> int:
+        return sum(number for number, _ in self.suffixes.values())
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{number} with {suffix} ({first}{', ...' if number > 1 else ''})"
+            for suffix, (number, first) in sorted(self.suffixes.items())
+        )
+
+
+class ClassFiles(NamedTuple):
+    """Names of a class folder's files, sorted: samples of the kind, and all others."""
+
+    samples: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+def list_classes(root: str | Path, split: str) -> tuple[str, ...]:
+    """The sorted class names of a split in class folders, without hidden ones.
+
+    Raises:
+        UserError: The split's folder is missing or holds no class folder, or, to train on, fewer
+            than two.
+    """
+    folder = Path(root, split)
+    if not Path(root).is_dir():
+        raise UserError(f"there is no data folder {root}")
+    if not folder.is_dir():
+        raise UserError(
+            f"the data folder {root} has no folder {split!r} in it, nor tar files of it"
+            f"{_way_out(Path(root), split)}"
+        )
+    classes = names_in(folder, is_folder)
+    if len(classes) < fewest_classes(split):
+        what = f"only one class folder, {classes[0]!r}" if classes else "no class folders"
+        raise UserError(f"{folder} holds {what}: it must hold one folder of files for each class")
+    return classes
+
+
+def list_class(folder: Path, kind: Kind) -> ClassFiles:
+    """List a class folder, without hidden files.
+
+    Raises:
+        UserError: It holds a folder.
+    """
+    folders = names_in(folder, is_folder)
+    if folders:
+        raise UserError(
+            f"{folder} holds a folder, {folders[0]!r}: files must lie directly in the class folder"
+        )
+    names = names_in(folder, lambda _: True)
+    samples = tuple(name for name in names if name.lower().endswith(SUFFIXES[kind]))
+    taken = set(samples)
+    return ClassFiles(samples, tuple(name for name in names if name not in taken))
+
+
+def names_in(folder: Path, wanted: Callable[[os.DirEntry[str]], bool]) -> tuple[str, ...]:
+    """Sorted names of what a folder holds and is wanted, without hidden ones."""
+    with os.scandir(folder) as entries:
+        return tuple(sorted(e.name for e in entries if e.name[0] != "." and wanted(e)))
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a link to one. A link to itself is neither."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def folders_called(root: Path, split: str) -> tuple[str, ...]:
+    """Names of folders that may hold a split, "train" or "val", under another of its names."""
+    names = _ELSEWHERE.get(split, ())
+    return names_in(root, lambda entry: entry.name.lower() in names and is_folder(entry))
+
+
+def fewest_classes(split: str) -> int:
+    """The fewest classes that a split can have: one can be evaluated, but not learnt."""
+    return 2 if split == "train" else 1
+
+
+def is_held_out(split: str) -> bool:
+    """Whether a split is called as data are that are not to train on."""
+    return split.lower() in _ELSEWHERE["val"]
+
+
+def _way_out(root: Path, split: str) -> str:
+    """What to do where a split's folder is missing and there is one of another of its names."""
+    found = folders_called(root, split)
+    if not found:
+        return ""
+    name, link = shlex.quote(found[0]), shlex.quote(str(root / split))
+    evaluate = f"; to evaluate only, --splits {name}" if split == "val" else ""
+    return (
+        f"; there is {found[0]!r}: training takes it as {split!r} if it is renamed, or linked, `ln"
+        f" -s {name} {link}`{evaluate}"
+    )

@@ -1,0 +1,124 @@
+"""Unpack shards or the official tars into class folders."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from tetdist.datasets.archives import ByteRange
+from tetdist.datasets.layouts import Listing
+from tetdist.datasets.probe import SAMPLES_PER_TASK
+from tetdist.datasets.processes import ReportProgress, run_tasks
+from tetdist.errors import UserError
+from tetdist.storage.files import check_space, explaining, only_writer, replacing
+
+_NUMBER = re.compile(r"^\d{8}-(?=.)")
+
+
+class _Task(NamedTuple):
+    root: str
+    folder: str
+    byte_ranges: Sequence[ByteRange]
+    files: Sequence[str]
+
+
+def extract_split(
+    root: str | Path,
+    listing: Listing,
+    dest: Path,
+    workers: int,
+    progress: ReportProgress | None = None,
+) -> None:
+    """Write each sample of a listing to DEST/SPLIT/CLASS/NAME, without the folders in its name.
+
+    Files that are there already are kept, so an extraction that was stopped continues.
+
+    Args:
+        root: The data root of the listing.
+        listing: Samples in archives.
+        dest: The new data root.
+        workers: Processes.
+        progress: Called with the number of samples done and of all.
+
+    Raises:
+        UserError: The listing is not of archives, a name cannot be a file's or comes twice in a
+            class, another process writes to the folder, it holds another file of that name, or the
+            disk is full.
+    """
+    if not listing.archives:
+        raise UserError(f"{listing.split} in {root} are class folders already")
+    files = _file_names(listing)
+    folder = dest / listing.split
+    with only_writer(folder):
+        for name in listing.classes:
+            (folder / name).mkdir(exist_ok=True)
+        missing = [
+            byte_range.size or 0
+            for byte_range, file in zip(listing.byte_ranges, files, strict=True)
+            if not _is_there(folder / file, byte_range)
+        ]
+        check_space(folder, sum(missing))
+        tasks = [
+            _Task(
+                str(root),
+                str(folder),
+                listing.byte_ranges[i : i + SAMPLES_PER_TASK],
+                files[i : i + SAMPLES_PER_TASK],
+            )
+            for i in range(0, len(files), SAMPLES_PER_TASK)
+        ]
+        done = 0
+        for count in run_tasks(_extract, tasks, workers):
+            done += count
+            if progress is not None:
+                progress(done, len(files))
+        # This waits once for all files: to wait after each would take hours.
+        os.sync()
+
+
+def _file_names(listing: Listing) -> list[str]:
+    """Path CLASS/NAME of each sample."""
+    for name in listing.classes:
+        if "/" in name or "\0" in name or name.startswith("."):
+            raise UserError(
+                f"the class name {name!r} cannot be a folder's: give other names with --classes"
+            )
+    names = [PurePosixPath(name).name for name in listing.names]
+    # Shards of our own begin a name with the sample's number. Without it the files must come in the
+    # same order, or a run could not go on with them.
+    plain = [_NUMBER.sub("", name) for name in names]
+    in_order = list(zip(listing.labels, plain, strict=True))
+    if in_order == sorted(set(in_order)):
+        names = plain
+    seen: dict[str, str] = {}
+    for i, (label, name) in enumerate(zip(listing.labels, names, strict=True)):
+        file = f"{listing.classes[label]}/{name}"
+        if file in seen:
+            raise UserError(f"{listing.path(i)} and {seen[file]} would both become {file}")
+        seen[file] = listing.path(i)
+    return list(seen)
+
+
+def _is_there(file: Path, byte_range: ByteRange) -> bool:
+    """Return whether the file has been extracted before."""
+    size = file.stat().st_size if file.exists() else 0
+    # A file gets its name when it is whole, but a power cut soon afterwards may leave it empty.
+    if size not in (0, byte_range.size):
+        raise UserError(f"{file} exists and is another file: name another folder")
+    return size == byte_range.size
+
+
+def _extract(task: _Task) -> int:
+    for byte_range, name in zip(task.byte_ranges, task.files, strict=True):
+        file = Path(task.folder, name)
+        if _is_there(file, byte_range):
+            continue
+        with Path(task.root, byte_range.file).open("rb") as source:
+            source.seek(byte_range.offset)
+            data = source.read(byte_range.size or 0)
+        if len(data) != byte_range.size:
+            raise UserError(f"{byte_range.file} in {task.root} has become shorter: fetch it again")
+        with explaining(file), replacing(file, sync=False) as stream:
+            stream.write(data)
+    return len(task.files)

@@ -1,0 +1,94 @@
+"""A part of the training samples that is kept out of training and evaluated on instead of val.
+
+Hyperparameters that are chosen on the validation split make its result better than it is. Chosen on
+this part they leave that split as it was: unseen.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tetdist import order
+from tetdist.datasets.index import Index
+from tetdist.errors import UserError
+
+_STREAM = order.named_stream("held out")
+
+
+def divide(
+    index: Index, share: float, seed: int, recordings: Sequence[str] | None = None
+) -> tuple[Index, Index]:
+    """Divide a training split into what is trained on and what is held out.
+
+    The same share of every class, one sample at least; which ones is a function of ``seed``. All
+    samples of one recording are on one side. Where one has samples of several classes, recordings
+    are divided without regard to classes.
+
+    Args:
+        index: N samples.
+        share: The share that is held out, above 0 and below 1.
+        seed: The run's.
+        recordings: (N,) which recording each sample is a piece of; None: each is one by itself.
+
+    Raises:
+        UserError: A class has too little for both sides.
+    """
+    units = np.arange(len(index))
+    if recordings is not None:
+        units = np.unique(np.array(recordings), return_inverse=True)[1]
+    stratum_of = _strata(index.labels, units)
+    held = np.zeros(len(stratum_of), dtype=bool)
+    for stratum in np.unique(stratum_of).tolist():
+        (members,) = np.nonzero(stratum_of == stratum)
+        if len(members) < 2:
+            raise UserError(f"data.held_out: {_lacking(index, stratum)}; set data.held_out=0")
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        # Streams of draws are keyed by numbers from 0 on.
+        shuffled = order.permutation(len(members), seed, stratum + 1, _STREAM)
+        held[members[shuffled[:count]]] = True
+    is_held = held[units]
+    left = np.isin(np.arange(len(index.classes)), index.labels[~is_held])
+    if not left.all():
+        raise UserError(
+            f"data.held_out: {share:g} leaves no sample of class {index.classes[left.argmin()]!r} "
+            "to train on; make it smaller, or 0"
+        )
+    return _part(index, ~is_held, "to train"), _part(index, is_held, "held out")
+
+
+def name(share: float, seed: int, of: str | None) -> str:
+    """What results on a held-out part are marked with, beside the split that it is a part of."""
+    return f"{of or 'train'}-held-out-{share:g}-seed-{seed}"
+
+
+def _strata(labels: npt.NDArray[np.int32], units: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The class of each recording; -1 of all of them, if one has several."""
+    lowest = np.full(units.max() + 1, np.iinfo(np.int64).max)
+    highest = np.full(units.max() + 1, -1)
+    np.minimum.at(lowest, units, labels)
+    np.maximum.at(highest, units, labels)
+    return highest if np.array_equal(lowest, highest) else np.full_like(highest, -1)
+
+
+def _lacking(index: Index, stratum: int) -> str:
+    if stratum < 0:
+        return "all training samples are of one recording, which is not divided"
+    return f"class {index.classes[stratum]!r} has one recording or sample, and two are the least"
+
+
+def _part(index: Index, keep: npt.NDArray[np.bool_], what: str) -> Index:
+    """The samples of ``keep``, (N,), as an index of its own."""
+    lengths = np.diff(index.path_offsets)
+    digest = hashlib.sha256(f"{index.fingerprint} {what}".encode())
+    digest.update(np.packbits(keep).tobytes())
+    per_sample = ("labels", "heights", "widths", "file_sizes", "offsets", "archive_ids")
+    return dataclasses.replace(
+        index,
+        path_blob=index.path_blob[np.repeat(keep, lengths)],
+        path_offsets=np.cumsum([0, *lengths[keep]], dtype=np.int64),
+        fingerprint=digest.hexdigest(),
+        **{field: getattr(index, field)[keep] for field in per_sample},
+    )

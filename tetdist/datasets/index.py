@@ -1,0 +1,384 @@
+"""The index of one split: each sample's bytes, class and size, found out once and verified.
+
+Training reads the index and never scans a directory tree or a tar file; crop windows are computed
+from its sizes; and a file that would kill the DALI pipeline in the night is found and named when it
+is built. layouts.py knows how a split may lie on disk.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import zipfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, assert_never
+
+import numpy as np
+import numpy.typing as npt
+
+from tetdist.datasets.archives import BadFile, ByteRange
+from tetdist.datasets.class_folders import Kind, list_class, list_classes
+from tetdist.datasets.layouts import Listing, list_split
+from tetdist.datasets.probe import Probe, probe_all, probe_image, probe_tensor
+from tetdist.datasets.processes import ReportProgress
+from tetdist.errors import UserError, typed
+from tetdist.storage.files import explaining, replacing
+
+_FORMAT_VERSION = 2
+_SAMPLED_FILES = 10_000
+# Reading an .npz raises one of these where its bytes are not what was written.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """One split of a data set, N samples in K classes, sorted by class and then by name.
+
+    A sample is a file of its own, or lies in one of A tar files, the archives.
+
+    Attributes:
+        kind: "images", or "events" for pre-binned tensors of shape (T, 2, H, W).
+        split: Name of the split.
+        classes: The K class names; a label is a position among them. Those of class folders are
+            sorted.
+        labels: (N,).
+        heights: (N,) pixels, as stored: not turned by an EXIF orientation.
+        widths: (N,) pixels, likewise.
+        file_sizes: (N,) bytes of each sample.
+        offsets: (N,) bytes before each sample in its archive; 0 for a file of its own.
+        archive_ids: (N,) which archive; -1 for a file of its own.
+        archives: The A archives' paths, relative to the data root.
+        archive_sizes: (A,) bytes.
+        path_blob: All samples' paths, relative to the data root or, in an archive, their names in
+            it, one after another in the file system's encoding. A list of 1.28M str would take
+            130 MB, this takes 50.
+        path_offsets: (N + 1,) where each path begins in the blob.
+        class_mtimes_ns: (K,) when the listing of each class folder last changed; (0,) of archives.
+        skipped: Paths of the files that were left out because they cannot be used.
+        options: Options of tools/images.py, beside those that every split has, that built it.
+        timesteps: T of event tensors; None for images.
+        dtype: "uint8" or "float16" for event tensors; None for images.
+        fingerprint: SHA-256, in hex, of what training sees of it: kind, split, classes, labels
+            and sizes in their order; of event tensors, which all have one size, also the paths. A
+            copy has the same, and so have shards packed from a folder.
+    """
+
+    kind: Kind
+    split: str
+    classes: tuple[str, ...]
+    labels: npt.NDArray[np.int32]
+    heights: npt.NDArray[np.int32]
+    widths: npt.NDArray[np.int32]
+    file_sizes: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    archive_ids: npt.NDArray[np.int32]
+    archives: tuple[str, ...]
+    archive_sizes: npt.NDArray[np.int64]
+    path_blob: npt.NDArray[np.uint8]
+    path_offsets: npt.NDArray[np.int64]
+    class_mtimes_ns: npt.NDArray[np.int64]
+    skipped: tuple[str, ...]
+    options: str
+    timesteps: int | None
+    dtype: str | None
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, i: int) -> str:
+        """Path of sample `i`, relative to the data root, as if its archive were a folder."""
+        start, end = self.path_offsets[i : i + 2]
+        name = os.fsdecode(self.path_blob[start:end].tobytes())
+        return f"{self.archives[self.archive_ids[i]]}/{name}" if self.archives else name
+
+    def byte_range(self, i: int) -> ByteRange:
+        """Return where the bytes of sample `i` lie."""
+        file = self.archives[self.archive_ids[i]] if self.archives else self.path(i)
+        return ByteRange(file, int(self.offsets[i]), int(self.file_sizes[i]))
+
+    def command(self, root: str | Path) -> str:
+        """The command line that builds this index again, for messages."""
+        return index_command(root, self.split, self.kind) + self.options
+
+
+_ARRAYS = (
+    "labels",
+    "heights",
+    "widths",
+    "file_sizes",
+    "offsets",
+    "archive_ids",
+    "archive_sizes",
+    "path_blob",
+    "path_offsets",
+    "class_mtimes_ns",
+)
+_NAMES = ("classes", "archives", "skipped")
+_META = (*_NAMES, "kind", "split", "options", "timesteps", "dtype", "fingerprint")
+
+
+def index_file(index_dir: str | Path, split: str) -> Path:
+    """Path of the index of a split in a folder of indexes."""
+    return Path(index_dir, f"{split}.npz")
+
+
+def index_command(root: str | Path, split: str, kind: Kind = "images") -> str:
+    """The command line that builds the index, for messages."""
+    events = "--events " if kind == "events" else ""
+    return f"{typed('images')} index {events}{shlex.quote(str(root))} --splits {split}"
+
+
+def save_index(index: Index, file: str | Path) -> None:
+    """Write the index as an uncompressed .npz: whole or not at all.
+
+    Raises:
+        UserError: It cannot be written; an older one remains as it is.
+    """
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    meta = {"version": _FORMAT_VERSION} | {name: getattr(index, name) for name in _META}
+    arrays = {name: getattr(index, name) for name in _ARRAYS}
+    with explaining(file), replacing(file) as stream:
+        np.savez(stream, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
+
+
+def load_index(file: str | Path) -> Index:
+    """Read what `save_index` wrote.
+
+    Raises:
+        UserError: The file is missing, damaged, or of another version of the format.
+    """
+    file = Path(file)
+    # The default place is <root>/index/<split>.npz; elsewhere the root is the user's to fill in.
+    command = (
+        index_command(file.parent.parent, file.stem)
+        if file.parent.name == "index"
+        else f"{typed('images')} index ROOT --out {file.parent} --splits {file.stem}"
+    )
+    if not file.is_file():
+        raise UserError(f"there is no index {file}: build it with `{command}`")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            meta = json.loads(_read_array(archive, "meta").tobytes())
+            version = meta["version"]
+            if version != _FORMAT_VERSION:
+                raise UserError(
+                    f"the index {file} has format {version} and this tetdist reads format"
+                    f" {_FORMAT_VERSION}: build it again with `{command}`"
+                )
+            values: dict[str, Any] = {name: meta[name] for name in _META}
+            values |= {name: _read_array(archive, name) for name in _ARRAYS}
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        raise UserError(
+            f"the index {file} is damaged ({error}): build it again with `{command}`"
+        ) from error
+    return Index(**values | {name: tuple(values[name]) for name in _NAMES})
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> Any:
+    # zipfile checks the CRC of what it reads to the end. np.load would do the same, but would take
+    # a file that is not a zip for a pickle.
+    with archive.open(f"{name}.npy") as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def build_index(
+    root: str | Path,
+    split: str,
+    workers: int,
+    decode: bool = True,
+    progress: ReportProgress | None = None,
+) -> tuple[Index, list[BadFile]]:
+    """List and index a split of images; see `list_split` and `index_listing`."""
+    listing = list_split(root, split, "images", workers)
+    return index_listing(root, listing, workers, decode, progress)
+
+
+def build_event_index(
+    root: str | Path, split: str, workers: int, progress: ReportProgress | None = None
+) -> tuple[Index, list[BadFile]]:
+    """Index a split of event tensors, .npy files of one shape (T, 2, H, W) and one type.
+
+    Arguments, returned values and errors are those of `list_split` and `index_listing`. A file
+    whose shape or type is not that of the first good one counts as bad.
+    """
+    return index_listing(root, list_split(root, split, "events"), workers, progress=progress)
+
+
+def index_listing(
+    root: str | Path,
+    listing: Listing,
+    workers: int,
+    decode: bool = True,
+    progress: ReportProgress | None = None,
+) -> tuple[Index, list[BadFile]]:
+    """Open every sample of a listing and make the index of the good ones.
+
+    Args:
+        root: The data root.
+        listing: What `list_split` found.
+        workers: Processes that open and decode. With more than one, the calling script must guard
+            its main part with `if __name__ == "__main__"`.
+        decode: Decode every image completely, so that damage is found now; else only its header
+            is looked at.
+        progress: Called with the number of samples done and of all, now and then.
+
+    Returns:
+        The index of the good samples, and the bad ones in order.
+
+    Raises:
+        UserError: A worker dies.
+    """
+    match listing.kind:
+        case "events":
+            found = probe_all(probe_tensor, (), root, listing.byte_ranges, workers, progress)
+        case "images":
+            found = probe_all(probe_image, (decode,), root, listing.byte_ranges, workers, progress)
+        case _:
+            assert_never(listing.kind)
+    return assemble(root, listing, found)
+
+
+def check_fresh(index: Index, root: str | Path, file: str | Path | None = None) -> None:
+    """Make sure that the files are still those of the index.
+
+    Of archives the sizes are compared. Of class folders: one whose modification time is the
+    recorded one lists the same names, so nothing of it is read; where the time differs, as in a
+    copy, the names are compared; file sizes are compared for at most 10,000 files, evenly spread.
+    With ``file`` (the index's own), modification times are compared with its own, too.
+
+    Raises:
+        UserError: They are not; it names the first difference and the command to index again.
+    """
+    again = f"index the data again with `{index.command(root)}`"
+    if index.archives:
+        known = list(zip(index.archives, index.archive_sizes.tolist(), strict=True))
+    else:
+        _check_names(index, root, again)
+        count = min(len(index), _SAMPLED_FILES)
+        sample = np.unique(np.linspace(0, len(index) - 1, count, dtype=int)).tolist()
+        known = [(index.path(i), int(index.file_sizes[i])) for i in sample]
+    indexed_ns = None if file is None else Path(file).stat().st_mtime_ns
+    for path, size in known:
+        try:
+            status = Path(root, path).stat()
+        except OSError as error:
+            raise UserError(
+                f"{path} in {root} cannot be read ({error.strerror}): {again}"
+            ) from error
+        if status.st_size != size:
+            raise UserError(
+                f"{path} has {status.st_size} bytes where the index says {size}: {again}"
+            )
+        if indexed_ns is not None and status.st_mtime_ns > indexed_ns:
+            raise UserError(
+                f"{path} is newer than the index {file}: {again}, or, if the files were only"
+                f" copied, `touch {shlex.quote(str(file))}`"
+            )
+
+
+def _check_names(index: Index, root: str | Path, again: str) -> None:
+    present = list_classes(root, index.split)
+    if present != index.classes:
+        first = _first_difference(set(index.classes), set(present))
+        raise UserError(
+            f"the class folder {index.split}/{first.name} is {first.where('the index', str(root))}:"
+            f" {again}"
+        )
+    bounds = np.searchsorted(index.labels, np.arange(len(index.classes) + 1))
+    for label, name in enumerate(index.classes):
+        folder = Path(root, index.split, name)
+        if folder.stat().st_mtime_ns == index.class_mtimes_ns[label]:
+            continue
+        prefix = f"{index.split}/{name}/"
+        known = {index.path(i) for i in range(bounds[label], bounds[label + 1])}
+        known |= {path for path in index.skipped if path.startswith(prefix)}
+        listed = {prefix + file for file in list_class(folder, index.kind).samples}
+        if known != listed:
+            first = _first_difference(known, listed)
+            raise UserError(f"{first.name} is {first.where('the index', str(root))}: {again}")
+
+
+class _Difference(NamedTuple):
+    name: str
+    only_in_first: bool
+
+    def where(self, first: str, second: str) -> str:
+        has, lacks = (first, second) if self.only_in_first else (second, first)
+        return f"in {has} but not in {lacks}"
+
+
+def _first_difference(first: set[str], second: set[str]) -> _Difference:
+    name = min(first ^ second)
+    return _Difference(name, name in first)
+
+
+def assemble(
+    root: str | Path, listing: Listing, found: Iterable[Probe | str]
+) -> tuple[Index, list[BadFile]]:
+    """The index of a listing's good samples, and the bad ones.
+
+    Args:
+        root: The data root.
+        listing: N samples.
+        found: What was found out about each, or the reason why it cannot be used.
+    """
+    good: list[Probe] = []
+    rows: list[int] = []
+    bad = list(listing.bad)
+    for i, probe in enumerate(found):
+        if isinstance(probe, str):
+            bad.append(BadFile(listing.path(i), probe))
+        elif listing.kind == "events" and good and probe[1:] != good[0][1:]:
+            first = listing.path(rows[0])
+            reason = f"{_describe(probe)}, but {first} has {_describe(good[0])}"
+            bad.append(BadFile(listing.path(i), reason))
+        else:
+            good.append(probe)
+            rows.append(i)
+    names = [os.fsencode(listing.names[i]) for i in rows]
+    archive_ids = {file: number for number, file in enumerate(listing.archives)}
+    values: dict[str, Any] = {
+        "labels": np.array([listing.labels[i] for i in rows], np.int32),
+        "heights": np.array([probe.height for probe in good], np.int32),
+        "widths": np.array([probe.width for probe in good], np.int32),
+        "file_sizes": np.array([probe.size for probe in good], np.int64),
+    }
+    timesteps = good[0].timesteps if good else None
+    dtype = good[0].dtype if good else None
+    meta = [_FORMAT_VERSION, listing.kind, listing.split, listing.classes, timesteps, dtype]
+    digest = hashlib.sha256(json.dumps(meta).encode())
+    for name in sorted(values):
+        digest.update(values[name].tobytes())
+    if listing.kind == "events":
+        digest.update(b"\0".join(names))
+    ranges = [listing.byte_ranges[i] for i in rows]
+    index = Index(
+        kind=listing.kind,
+        split=listing.split,
+        classes=listing.classes,
+        offsets=np.array([r.offset for r in ranges], np.int64),
+        archive_ids=np.array([archive_ids.get(r.file, -1) for r in ranges], np.int32),
+        archives=listing.archives,
+        archive_sizes=np.array([Path(root, f).stat().st_size for f in listing.archives], np.int64),
+        path_blob=np.frombuffer(b"".join(names), np.uint8),
+        path_offsets=np.cumsum([0, *map(len, names)], dtype=np.int64),
+        class_mtimes_ns=np.array(listing.class_mtimes_ns, np.int64),
+        skipped=tuple(file.path for file in bad),
+        options=listing.options,
+        timesteps=timesteps,
+        dtype=dtype,
+        fingerprint=digest.hexdigest(),
+        **values,
+    )
+    return index, bad
+
+
+def _describe(probe: Probe) -> str:
+    return f"shape ({probe.timesteps}, 2, {probe.height}, {probe.width}) of {probe.dtype}"

@@ -1,0 +1,432 @@
+"""Layouts of a split on disk, and the list of its samples: class folders, shards, official tars.
+
+| layout | train | val |
+|---|---|---|
+| class folders | ROOT/train/CLASS/FILE | ROOT/val/CLASS/FILE |
+| WebDataset shards | ROOT/train/*.tar, or ROOT/*-train-*.tar | likewise; "validation" will do |
+| official tars | ROOT/ILSVRC2012_img_train.tar | ROOT/ILSVRC2012_img_val.tar and the devkit |
+"""
+
+import functools
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+
+from tetdist.datasets import archives
+from tetdist.datasets.archives import BadFile, ByteRange, Member
+from tetdist.datasets.class_folders import (
+    SUFFIXES,
+    Kind,
+    PassedOver,
+    fewest_classes,
+    folders_called,
+    is_folder,
+    is_held_out,
+    list_class,
+    list_classes,
+    names_in,
+)
+from tetdist.datasets.processes import ReportProgress, run_tasks
+from tetdist.errors import UserError
+from tetdist.wording import counted
+
+# Names that the public shards have for a split.
+_ALIASES = {"val": ("val", "validation")}
+CLASSES_FILE = "classes.txt"
+_DEVKIT_FILE = "ILSVRC2012_devkit_t12.tar.gz"
+IMAGENET = "imagenet-1k"
+
+
+@dataclass(frozen=True)
+class Hints:
+    """Facts about a split that the user gives where its folder does not show them.
+
+    Attributes:
+        shards: Its shards, relative to the data root: a folder, or a pattern with * ? [] {a,b}
+            {0000..1023}.
+        labels: The labels of the official validation tar: see `archives.validation_labels`.
+        classes: Class names in the order of the shards' labels: a text file with a name a line, or
+            "imagenet-1k" for its 1,000 WordNet ids.
+    """
+
+    shards: str | None = None
+    labels: str | None = None
+    classes: str | None = None
+
+    def options(self, split: str) -> str:
+        """Return the command line's options that say the same."""
+        given = {
+            "--shards": self.shards and f"{split}={self.shards}",
+            "--labels": self.labels,
+            "--classes": self.classes,
+        }
+        return "".join(f" {name} {shlex.quote(value)}" for name, value in given.items() if value)
+
+
+@dataclass(kw_only=True)
+class Listing:
+    """A split's samples as listed, N of them, sorted by label, then by name.
+
+    Attributes:
+        kind: "images" or "events".
+        split: The split's name.
+        classes: The class names; a label is a position among them.
+        labels: Label of each sample.
+        names: Paths relative to the data root; of a sample in an archive the name in it.
+        byte_ranges: Where the bytes of each sample lie.
+        class_mtimes_ns: When the listing of each class folder last changed; none for archives.
+        archives: The tar files that hold the samples, sorted; none for class folders.
+        bad: Samples that cannot be used for lack of a label, and the like.
+        passed_over: Files that lie among the samples and are none, without hidden ones.
+        options: Options of the command line that list the split again.
+    """
+
+    kind: Kind
+    split: str
+    classes: tuple[str, ...]
+    labels: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    byte_ranges: list[ByteRange] = field(default_factory=list)
+    class_mtimes_ns: list[int] = field(default_factory=list)
+    archives: tuple[str, ...] = ()
+    bad: list[BadFile] = field(default_factory=list)
+    passed_over: PassedOver = field(default_factory=PassedOver)
+    options: str = ""
+
+    def path(self, i: int) -> str:
+        """Path of sample `i` for messages: a member follows its archive's name."""
+        return f"{self.byte_ranges[i].file}/{self.names[i]}" if self.archives else self.names[i]
+
+
+def list_split(
+    root: str | Path,
+    split: str,
+    kind: Kind,
+    workers: int = 1,
+    hints: Hints | None = None,
+    progress: ReportProgress | None = None,
+) -> Listing:
+    """List a split in whichever of the layouts it has.
+
+    Args:
+        root: The data root.
+        split: The split's name.
+        kind: What the samples are. Event tensors lie in class folders.
+        workers: Processes that read tar files.
+        hints: What the user says about the split.
+        progress: Called with the number of tar files read and of all.
+
+    Raises:
+        UserError: There is no such split or it is incomplete or damaged, there is no class, or
+            only one to train on, or a class has no sample.
+    """
+    root, hints = Path(root), hints or Hints()
+    if not root.is_dir():
+        raise UserError(f"there is no data folder {root}")
+    official = _official_tar(split)
+    if kind == "events" and not hints.shards:
+        return _list_folder(root, split, kind)
+    if hints.shards or _shards_of(root, split):
+        return _list_shards(root, split, workers, hints, progress)
+    if not (root / split).is_dir() and (root / official).is_file():
+        if split == "train":
+            return _list_training_tar(root, official, split, workers, hints, progress)
+        return _list_validation_tar(root, official, split, hints)
+    return _list_folder(root, split, kind)
+
+
+def _official_tar(split: str) -> str:
+    return f"ILSVRC2012_img_{split}.tar"
+
+
+def default_splits(root: Path) -> tuple[str, ...]:
+    """The splits that are meant where none is named: train and val, or what is there to evaluate.
+
+    Where there is nothing to train on, that is "val", or a folder with another name for it.
+    """
+    if root.is_dir() and not _is_there(root, "train"):
+        if _is_there(root, "val"):
+            return ("val",)
+        others = folders_called(root, "val")
+        if len(others) == 1 and not folders_called(root, "train"):
+            return others
+    return ("train", "val")
+
+
+def check_splits(root: Path, splits: Sequence[str]) -> None:
+    """Refuse to index a training set with something that training will not evaluate on.
+
+    Raises:
+        UserError: That is so; it says what training takes.
+    """
+    others = [split for split in splits if is_held_out(split)]
+    if "train" in splits and others and "val" not in splits and not _is_there(root, "val"):
+        name, link = shlex.quote(others[0]), shlex.quote(str(root / "val"))
+        raise UserError(
+            f"--splits: training takes 'train' and 'val', and would not find {others[0]!r}: rename"
+            f" or link it, `ln -s {name} {link}`, and leave --splits out; or index {others[0]!r} by"
+            " itself, to evaluate only"
+        )
+
+
+def _is_there(root: Path, split: str) -> bool:
+    return (
+        (root / split).is_dir()
+        or (root / _official_tar(split)).is_file()
+        or bool(_shards_of(root, split))
+    )
+
+
+def check_same_classes(classes: Mapping[str, tuple[str, ...]]) -> None:
+    """Make sure that a label means the same in several splits.
+
+    Args:
+        classes: The class names of each split.
+
+    Raises:
+        UserError: They differ; it names the first difference.
+    """
+    (first, expected), *others = classes.items()
+    for split, names in others:
+        if names != expected:
+            name = min(set(expected) ^ set(names), default=None)
+            if name is None:
+                raise UserError(f"the classes of {first} and {split} are in different orders")
+            has, lacks = (first, split) if name in expected else (split, first)
+            raise UserError(
+                f"the class {name!r} is in {has} but not in {lacks}: both must have the same"
+                " classes, or labels would not mean the same (of shards, --classes names them)"
+            )
+
+
+def _list_folder(root: Path, split: str, kind: Kind) -> Listing:
+    found = Listing(kind=kind, split=split, classes=list_classes(root, split))
+    for name in names_in(root / split, lambda entry: not is_folder(entry)):
+        found.passed_over.add(f"{split}/{name}")
+    for label, name in enumerate(found.classes):
+        folder = root / split / name
+        # The time is taken first: a file added before the listing must make the index stale.
+        found.class_mtimes_ns.append(folder.stat().st_mtime_ns)
+        files = list_class(folder, kind)
+        for file in files.others:
+            found.passed_over.add(f"{split}/{name}/{file}")
+        if not files.samples:
+            wanted = ", ".join(SUFFIXES[kind])
+            there = f", but {found.passed_over}" if files.others else ""
+            raise UserError(f"the class folder {folder} holds no {kind} ({wanted}){there}")
+        found.labels.extend([label] * len(files.samples))
+        found.names.extend(f"{split}/{name}/{file}" for file in files.samples)
+    found.byte_ranges = [ByteRange(name) for name in found.names]
+    return found
+
+
+def _list_shards(
+    root: Path, split: str, workers: int, hints: Hints, progress: ReportProgress | None
+) -> Listing:
+    files = _expand(root, hints.shards) if hints.shards else _shards_of(root, split)
+    work = functools.partial(_shard_samples, root)
+    samples = list(run_tasks(work, files, workers, progress))
+    labels = {label for found in samples for label in found.labels}
+    if not labels:
+        raise UserError(f"the shards of {split} in {root} hold no image with a label")
+    classes = _shard_classes(root, split, max(labels), hints)
+    listing = Listing(
+        kind="images",
+        split=split,
+        classes=classes,
+        archives=tuple(files),
+        options=hints.options(split),
+    )
+    for file, found in zip(files, samples, strict=True):
+        _add(listing, file, found.members, found.labels)
+        listing.bad.extend(BadFile(f"{file}/{path}", reason) for path, reason in found.bad)
+    return _sorted(listing)
+
+
+def _shard_samples(root: Path, file: str) -> archives.Samples:
+    return archives.shard_samples(root / file)
+
+
+def _shards_of(root: Path, split: str) -> list[str]:
+    """Find a split's shards by their names: paths relative to the root, sorted."""
+    if (root / split).is_dir():
+        files = [f"{split}/{name}" for name in names_in(root / split, _is_tar)]
+    else:
+        words = "|".join(_ALIASES.get(split, (re.escape(split),)))
+        name = re.compile(rf"(.*[-_.])?({words})[-_.]\d.*")
+        files = [file for file in names_in(root, _is_tar) if name.fullmatch(file)]
+    _check_no_gaps(root, files)
+    return files
+
+
+def _is_tar(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.name.endswith(".tar") and entry.is_file()
+    except OSError:  # A link to itself.
+        return False
+
+
+def _check_no_gaps(root: Path, files: list[str]) -> None:
+    """Refuse shards, which are numbered from 0, of which one is missing: it was not fetched."""
+    parts = [re.fullmatch(r"(.*?)(\d+)(\.tar)", file) for file in files]
+    numbers = {int(part[2]) for part in parts if part}
+    if len(numbers) == len(files) and files and (first := parts[0]) is not None:
+        missing = sorted(set(range(max(numbers) + 1)) - numbers)
+        if missing:
+            name = f"{first[1]}{missing[0]:0{len(first[2])}d}{first[3]}"
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(
+                f"the shard {name}{more} is missing in {root}: fetch it, or name those to use with"
+                " --shards"
+            )
+
+
+def _expand(root: Path, pattern: str) -> list[str]:
+    """The tar files that a pattern means, relative to the root.
+
+    Raises:
+        UserError: One does not exist, or lies elsewhere.
+    """
+    if (root / pattern).is_dir():
+        pattern = f"{pattern}/*.tar"
+    files: list[str] = []
+    for part in _braces(pattern):
+        if PurePath(part).is_absolute() or ".." in PurePath(part).parts:
+            raise UserError(f"--shards: {part} is not relative to the data folder {root}")
+        found = sorted(str(file.relative_to(root)) for file in root.glob(part))
+        if not found:
+            raise UserError(f"--shards: there is no {part} in {root}")
+        files.extend(found)
+    return list(dict.fromkeys(files))
+
+
+def _braces(pattern: str) -> list[str]:
+    """Write out {a,b} and {000..123}, as a shell does."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    limits = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    if limits:
+        numbers = range(int(limits[1]), int(limits[2]) + 1)
+        choices = [f"{number:0{len(limits[1])}d}" for number in numbers]
+    else:
+        choices = found[1].split(",")
+    return [
+        expanded
+        for choice in choices
+        for expanded in _braces(pattern[: found.start()] + choice + pattern[found.end() :])
+    ]
+
+
+def _shard_classes(root: Path, split: str, last_label: int, hints: Hints) -> tuple[str, ...]:
+    """The class names for labels up to `last_label`; the numbers themselves where none are given.
+
+    Numbers are written with leading zeros, so that their order is the names' order.
+    """
+    beside = [root / split / CLASSES_FILE, root / CLASSES_FILE]
+    file = next((file for file in beside if file.is_file()), None)
+    if hints.classes == IMAGENET:
+        classes = imagenet_classes()
+    elif hints.classes or file:
+        file = Path(hints.classes) if hints.classes else file
+        assert file is not None
+        classes = tuple(line.strip() for line in file.read_text("utf-8").splitlines())
+    else:
+        width = len(str(last_label))
+        classes = tuple(f"{label:0{width}d}" for label in range(last_label + 1))
+    if len(set(classes)) != len(classes) or "" in classes:
+        raise UserError(
+            f"{file} names a class twice, or has an empty line: a name a line, each once"
+        )
+    if len(classes) <= last_label or len(classes) < fewest_classes(split):
+        raise UserError(
+            f"the shards of {split} have labels up to {last_label}, but there are {len(classes)}"
+            f" class names{f' in {file}' if file else ''}: one for each is needed, and two to train"
+            " on (--classes)"
+        )
+    return classes
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    """The WordNet ids of ImageNet-1k's 1,000 classes, sorted, which is the order of its labels."""
+    from timm.data import ImageNetInfo
+
+    return tuple(ImageNetInfo(IMAGENET).label_names())
+
+
+def _list_training_tar(
+    root: Path, file: str, split: str, workers: int, hints: Hints, progress: ReportProgress | None
+) -> Listing:
+    tars = archives.class_tars(root / file)
+    listing = Listing(
+        kind="images",
+        split=split,
+        classes=tuple(sorted(tars)),
+        archives=(file,),
+        options=hints.options(split),
+    )
+    if len(tars) < 2:
+        raise UserError(
+            f"{root / file} holds {counted(len(tars), 'tar')} of classes: at least two are needed"
+        )
+    inner = [tars[name] for name in listing.classes]
+    members = run_tasks(archives.images, inner, workers, progress)
+    for label, (name, found) in enumerate(zip(listing.classes, members, strict=True)):
+        for other in found.others:
+            listing.passed_over.add(f"{file}/{name}.tar/{other}")
+        if not found.members:
+            raise UserError(f"the class {name} in {root / file} holds no images")
+        named = [member._replace(name=f"{name}.tar/{member.name}") for member in found.members]
+        _add(listing, file, named, [label] * len(named))
+    return _sorted(listing)
+
+
+def _list_validation_tar(root: Path, file: str, split: str, hints: Hints) -> Listing:
+    labels_file = Path(hints.labels) if hints.labels else root / _DEVKIT_FILE
+    if not labels_file.is_file():
+        raise UserError(
+            f"the labels of {root / file} are missing: put {_DEVKIT_FILE} beside it, or name a file"
+            " of labels with --labels"
+        )
+    found = archives.images(ByteRange(str(root / file)))
+    members = sorted(found.members)
+    if not members:
+        raise UserError(f"{root / file} holds no images")
+    names = [member.name for member in members]
+    classes, ids = archives.validation_labels(labels_file, names)
+    if len(classes) < 2:
+        raise UserError(
+            f"{labels_file} names {counted(len(classes), 'class')}: at least two are needed"
+        )
+    listing = Listing(
+        kind="images",
+        split=split,
+        classes=classes,
+        archives=(file,),
+        options=hints.options(split),
+        bad=[BadFile(f"{file}/{n}", f"no label in {labels_file}") for n in names if n not in ids],
+    )
+    for other in found.others:
+        listing.passed_over.add(f"{file}/{other}")
+    labels = {name: label for label, name in enumerate(classes)}
+    labelled = [member for member in members if member.name in ids]
+    _add(listing, file, labelled, [labels[ids[member.name]] for member in labelled])
+    return _sorted(listing)
+
+
+def _add(listing: Listing, file: str, members: list[Member], labels: list[int]) -> None:
+    listing.names.extend(member.name for member in members)
+    listing.byte_ranges.extend(ByteRange(file, member.offset, member.size) for member in members)
+    listing.labels.extend(labels)
+
+
+def _sorted(listing: Listing) -> Listing:
+    """Sort by class, then by name, like class folders: packed otherwise, the data are the same."""
+    rows = sorted(zip(listing.labels, listing.names, listing.byte_ranges, strict=True))
+    listing.labels = [label for label, _, _ in rows]
+    listing.names = [name for _, name, _ in rows]
+    listing.byte_ranges = [byte_range for _, _, byte_range in rows]
+    return listing

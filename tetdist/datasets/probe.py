@@ -1,0 +1,154 @@
+"""Open and decode samples in worker processes, to know their sizes and what is wrong with them.
+
+A reason why a sample cannot be used is a plain `str` here, so that one bad file ends nothing.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from tetdist.datasets.archives import ByteRange
+from tetdist.datasets.processes import ReportProgress, run_tasks
+from tetdist.storage.files import open_file
+
+# PIL and DALI both decode these; PIL alone opens many more, whatever the suffix.
+_PIL_FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
+_EXIF_ORIENTATION = 0x0112
+SAMPLES_PER_TASK = 64
+
+_Result = TypeVar("_Result")
+
+
+class Probe(NamedTuple):
+    """Facts about one good sample.
+
+    Attributes:
+        size: Bytes.
+        height: Pixels, as stored.
+        width: Pixels, likewise.
+        timesteps: T of an event tensor.
+        dtype: Type of an event tensor.
+        format: Format of an image, as PIL calls it.
+    """
+
+    size: int
+    height: int
+    width: int
+    timesteps: int | None = None
+    dtype: str | None = None
+    format: str | None = None
+
+
+def probe_all(
+    probe: Callable[..., _Result | str],
+    arguments: tuple[Any, ...],
+    root: str | Path,
+    byte_ranges: Sequence[ByteRange],
+    workers: int,
+    progress: ReportProgress | None,
+) -> list[_Result | str]:
+    """All results of `probe_batches`."""
+    found: list[_Result | str] = []
+    for results in probe_batches(probe, arguments, root, byte_ranges, workers):
+        found.extend(results)
+        if progress is not None:
+            progress(len(found), len(byte_ranges))
+    return found
+
+
+def probe_batches(
+    probe: Callable[..., _Result | str],
+    arguments: tuple[Any, ...],
+    root: str | Path,
+    byte_ranges: Sequence[ByteRange],
+    workers: int,
+) -> Iterator[list[_Result | str]]:
+    """Call `probe(stream, size, *arguments)` for every sample: results in order, some at a time.
+
+    A sample whose file cannot be opened gives the reason instead of a result.
+    """
+    tasks = [
+        (probe, str(root), byte_ranges[i : i + SAMPLES_PER_TASK], arguments)
+        for i in range(0, len(byte_ranges), SAMPLES_PER_TASK)
+    ]
+    return run_tasks(_probe_ranges, tasks, workers)
+
+
+def _probe_ranges(
+    task: tuple[Callable[..., _Result | str], str, list[ByteRange], tuple[Any, ...]],
+) -> list[_Result | str]:
+    probe, root, byte_ranges, arguments = task
+    return [probe_range(probe, root, byte_range, *arguments) for byte_range in byte_ranges]
+
+
+def probe_range(
+    probe: Callable[..., _Result | str], root: str | Path, byte_range: ByteRange, *arguments: Any
+) -> _Result | str:
+    """Call `probe(stream, size, *arguments)`, or return the reason why the file cannot be opened.
+
+    The stream begins at the sample's first byte and ends at its last.
+    """
+    try:
+        with open_file(Path(root, byte_range.file)) as file:
+            size = os.fstat(file.fileno()).st_size if byte_range.size is None else byte_range.size
+            if size == 0:
+                return "the file is empty"
+            if byte_range.size is None:
+                return probe(file, size, *arguments)
+            file.seek(byte_range.offset)
+            data = file.read(size)
+            if len(data) != size:
+                return f"{byte_range.file} ends before it does"
+            return probe(io.BytesIO(data), size, *arguments)
+    except OSError as error:
+        return f"cannot be read: {error}"
+
+
+def probe_image(stream: IO[bytes], size: int, decode: bool) -> Probe | str:
+    """The size of an image as stored, or the reason why it cannot be used."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(stream) as image:
+            if image.format not in _PIL_FORMATS:
+                return f"a {image.format} file, which DALI does not decode"
+            # Unlike JPEG's, this orientation cannot be left alone: PIL turns the image on loading.
+            if image.format == "TIFF" and image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+                return "a TIFF file with an orientation: save it upright"
+            # DALI scales 16 bits to 8, PIL cuts off what is above 255.
+            if image.mode.startswith(("I", "F")):
+                return f"more than 8 bits a channel (PIL's mode {image.mode}): save it with 8"
+            width, height = image.size
+            if decode:
+                image.load()
+    except UnidentifiedImageError:
+        return "not an image"
+    except Exception as error:  # PIL's decoders raise whatever their format's parser stumbles over.
+        return f"does not decode: {error}" if decode else f"cannot be read: {error}"
+    return Probe(size, height, width, format=image.format)
+
+
+def probe_tensor(stream: IO[bytes], size: int) -> Probe | str:
+    """Shape and type of a (T, 2, H, W) .npy file, or the reason why it cannot be used."""
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            return f"a .npy file of version {version[0]}.{version[1]} instead of 1.0"
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+        start = stream.tell()
+    except (OSError, ValueError) as error:
+        return f"not a .npy file: {error}"
+    if len(shape) != 4 or shape[1] != 2 or 0 in shape:
+        return f"shape {shape} instead of (T, 2, H, W)"
+    if dtype not in (np.dtype("u1"), np.dtype("<f2")):
+        return f"type {dtype} instead of uint8 or float16"
+    if fortran_order:
+        return "stored in Fortran order instead of C order"
+    wanted = start + dtype.itemsize * int(np.prod(shape))
+    if size != wanted:
+        return f"{size} bytes where its shape {shape} and type {dtype} need {wanted}"
+    return Probe(size, shape[2], shape[3], shape[0], dtype.name)

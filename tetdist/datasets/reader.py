@@ -1,0 +1,99 @@
+"""The bytes of samples, from wherever the index says that they lie."""
+
+import os
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from tetdist.datasets.archives import ByteRange
+from tetdist.datasets.index import Index
+from tetdist.errors import UserError
+
+# This is well below the 1,024 files that a process may usually have open.
+_KEPT_OPEN = 256
+
+
+class SampleReader:
+    """A reader of whole samples for several threads, to be closed or used in `with`.
+
+    Archives stay open between reads, since opening is what costs on a cluster's file system: the
+    first 256 of them; any others are opened for each read.
+    """
+
+    def __init__(self, index: Index, root: str | Path) -> None:
+        self._index = index
+        self._root = root
+        # Messages show the root as given; an absolute one is read, which a chdir does not move.
+        self._prefix = f"{Path(root).absolute()}/"
+        self._kept: dict[str, int] = {}
+
+    def read(self, i: int) -> npt.NDArray[np.uint8]:
+        """All bytes of sample `i`: (size,).
+
+        Raises:
+            UserError: They cannot be read, or are not as many as the index says.
+        """
+        byte_range = self._index.byte_range(i)
+        try:
+            if self._index.archives:
+                return self._read_member(byte_range, i)
+            return self._read_file(byte_range, i)
+        except OSError as error:
+            raise self._error(i, f"cannot be read ({error.strerror})") from error
+
+    def _read_member(self, byte_range: ByteRange, i: int) -> npt.NDArray[np.uint8]:
+        descriptor = self._kept.get(byte_range.file)
+        if descriptor is not None:
+            return self._read_bytes(descriptor, byte_range, i)
+        descriptor = os.open(self._prefix + byte_range.file, os.O_RDONLY)
+        # Another thread may have opened it meanwhile: one of the two is kept.
+        if (
+            len(self._kept) < _KEPT_OPEN
+            and self._kept.setdefault(byte_range.file, descriptor) == descriptor
+        ):
+            return self._read_bytes(descriptor, byte_range, i)
+        try:
+            return self._read_bytes(descriptor, byte_range, i)
+        finally:
+            os.close(descriptor)
+
+    def _read_file(self, byte_range: ByteRange, i: int) -> npt.NDArray[np.uint8]:
+        # To open what has become a pipe would otherwise wait for somebody who writes to it.
+        descriptor = os.open(self._prefix + byte_range.file, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size != byte_range.size:
+                raise self._error(i, f"has {size} bytes where the index says {byte_range.size}")
+            return self._read_bytes(descriptor, byte_range, i)
+        finally:
+            os.close(descriptor)
+
+    def _read_bytes(self, descriptor: int, byte_range: ByteRange, i: int) -> npt.NDArray[np.uint8]:
+        assert byte_range.size is not None
+        data = np.empty(byte_range.size, np.uint8)
+        done = 0
+        while done < byte_range.size:
+            count = os.preadv(descriptor, [data[done:].data], byte_range.offset + done)
+            if count == 0:
+                raise self._error(i, f"is cut off: {byte_range.file} ends before it does")
+            done += count
+        return data
+
+    def _error(self, i: int, what: str) -> UserError:
+        return UserError(
+            f"{self._index.path(i)} in {self._root} {what}: index the data again with"
+            f" `{self._index.command(self._root)}`"
+        )
+
+    def close(self) -> None:
+        """Close the archives. A later read opens them again."""
+        while self._kept:
+            os.close(self._kept.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

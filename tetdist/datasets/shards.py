@@ -1,0 +1,206 @@
+"""Pack an indexed split into WebDataset shards: KEY.jpg and KEY.cls in plain tar files.
+
+The same index, seed and size give the same bytes on any machine. Each shard holds a random choice
+of the samples, for readers that shuffle within a few shards only; training here shuffles over all
+samples anyway.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tetdist.datasets import archives
+from tetdist.datasets.index import Index, assemble, index_file, load_index, save_index
+from tetdist.datasets.layouts import CLASSES_FILE, list_split
+from tetdist.datasets.probe import Probe
+from tetdist.datasets.processes import ReportProgress, run_tasks
+from tetdist.datasets.reader import SampleReader
+from tetdist.errors import UserError
+from tetdist.order import permutation
+from tetdist.storage.files import check_space, explaining, only_writer, replacing
+
+_PLAN_FILE = "plan.json"
+_VERSION = 1
+_BLOCK = 512
+# Letters of the sample's own name in its key; a tar's header has room for 100 bytes.
+_NAME_LENGTH = 60
+
+
+class _Task(NamedTuple):
+    index_file: str
+    root: str
+    file: str
+    ids: list[int]
+
+
+def shard_split(
+    file: Path,
+    root: str | Path,
+    dest: Path,
+    *,
+    seed: int,
+    max_bytes: int,
+    workers: int,
+    progress: ReportProgress | None = None,
+) -> Index:
+    """Pack the good samples of an index into DEST/SPLIT/SPLIT-000000.tar and following.
+
+    Shards that are there already are kept, so a packing that was stopped continues. DEST gets
+    classes.txt and the index of the shards, too; it has the fingerprint of the given one.
+
+    Args:
+        file: The index of the split.
+        root: The data root of that index.
+        dest: The new data root.
+        seed: Seed of the order of the samples.
+        max_bytes: Size of a shard; a larger sample gets one of its own.
+        workers: Processes.
+        progress: Called with the number of shards done and of all.
+
+    Returns:
+        The index of the shards.
+
+    Raises:
+        UserError: DEST holds something else, another process writes there, or the disk is full.
+    """
+    index = load_index(file)
+    if index.kind != "images":
+        raise UserError(f"{file} is an index of {index.kind}: only images are packed into shards")
+    folder = dest / index.split
+    plan = plan_shards(index, seed, max_bytes)
+    with only_writer(folder):
+        _begin(dest, index, {"seed": seed, "max_bytes": max_bytes, "shards": len(plan)})
+        files = [folder / f"{index.split}-{number:06d}.tar" for number in range(len(plan))]
+        tasks = [
+            _Task(str(file), str(root), str(shard), ids.tolist())
+            for shard, ids in zip(files, plan, strict=True)
+        ]
+        missing = [ids for shard, ids in zip(files, plan, strict=True) if not shard.is_file()]
+        check_space(folder, int(sum(_tar_sizes(index)[ids].sum() for ids in missing)))
+        for _ in run_tasks(_pack, tasks, workers, progress):
+            pass
+        packed = _index_of_shards(dest, index, workers)
+        save_index(packed, index_file(dest / "index", index.split))
+    return packed
+
+
+def plan_shards(index: Index, seed: int, max_bytes: int) -> list[npt.NDArray[np.int64]]:
+    """The sample numbers of each shard: every sample once, in the order of (seed, 0)."""
+    order = permutation(len(index), seed, epoch=0)
+    ends = np.cumsum(_tar_sizes(index)[order])
+    plan, first, done = [], 0, 0
+    while first < len(order):
+        last = max(int(np.searchsorted(ends, done + max_bytes, "right")), first + 1)
+        plan.append(order[first:last])
+        first, done = last, int(ends[last - 1])
+    return plan
+
+
+def _tar_sizes(index: Index) -> npt.NDArray[np.int64]:
+    """Bytes (N,) that each sample takes in a tar: a header and whole blocks, for two members."""
+    return 3 * _BLOCK + -(-index.file_sizes // _BLOCK) * _BLOCK
+
+
+def _begin(dest: Path, index: Index, settings: dict[str, int]) -> None:
+    """Write down what the shards are of, or make sure that it is what is there already."""
+    plan = {"version": _VERSION, "fingerprint": index.fingerprint, **settings}
+    plan_file, classes_file = dest / index.split / _PLAN_FILE, dest / CLASSES_FILE
+    classes = "".join(f"{name}\n" for name in index.classes).encode()
+    if classes_file.is_file() and classes_file.read_bytes() != classes:
+        raise UserError(f"{classes_file} names other classes than the index: name another folder")
+    if plan_file.is_file():
+        known: dict[str, Any] = json.loads(plan_file.read_bytes())
+        for name, value in plan.items():
+            if known.get(name) != value:
+                raise UserError(
+                    f"{plan_file.parent} holds shards of {name} {known.get(name)} instead of"
+                    f" {value}: pack with the same settings and data, or into another folder"
+                )
+        return
+    if any(plan_file.parent.iterdir()):
+        raise UserError(f"{plan_file.parent} is not empty: name another folder")
+    for file, data in ((classes_file, classes), (plan_file, json.dumps(plan).encode())):
+        with explaining(file), replacing(file) as stream:
+            stream.write(data)
+
+
+def _pack(task: _Task) -> None:
+    """Write one shard, read it back, and only then give it its name."""
+    file = Path(task.file)
+    if file.is_file():
+        return
+    index = _load_once(task.index_file)
+    checksums: dict[str, str] = {}
+    with (
+        explaining(file),
+        replacing(file) as stream,
+        SampleReader(index, task.root) as reader,
+    ):
+        with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for i in task.ids:
+                key, suffix = _key(index, i)
+                data = reader.read(i).tobytes()
+                checksums[key + suffix] = _checksum(data)
+                _add(archive, key + suffix, data)
+                _add(archive, f"{key}.cls", str(index.labels[i]).encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+        # What is read back must come from the disk, not from memory.
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        _verify(Path(stream.name), file, checksums)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_once(file: str) -> Index:
+    return load_index(file)
+
+
+def _key(index: Index, i: int) -> tuple[str, str]:
+    """A sample's key and suffix in the shards: its number first, so that their order is kept."""
+    path = PurePosixPath(index.path(i))
+    suffix = path.suffix.lower()
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)[:_NAME_LENGTH]
+    return f"{i:08d}-{name}", ".jpg" if suffix == ".jpeg" else suffix
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    # Owner and time are left at 0: the bytes must not depend on who packs, and when.
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def _checksum(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _verify(aside: Path, file: Path, checksums: dict[str, str]) -> None:
+    found = archives.shard_samples(aside).members
+    if {m.name: _checksum(archives.read(aside, m)) for m in found} != checksums:
+        raise UserError(f"{file} does not read back as it was written: its disk is faulty")
+
+
+def _index_of_shards(dest: Path, index: Index, workers: int) -> Index:
+    """The shards' own index, with the sizes of the images that the given one knows."""
+    listing = list_split(dest, index.split, "images", workers)
+    probes = []
+    for name, byte_range in zip(listing.names, listing.byte_ranges, strict=True):
+        i = int(name.partition("-")[0])
+        assert byte_range.size is not None
+        probes.append(Probe(byte_range.size, int(index.heights[i]), int(index.widths[i])))
+    packed, _ = assemble(dest, listing, probes)
+    if packed.fingerprint != index.fingerprint:
+        raise UserError(
+            f"the shards in {dest / index.split} are not those of the index: remove the folder and"
+            " pack again"
+        )
+    return packed

@@ -1,0 +1,1 @@
+"""Fast normalisation and neurons: in C++ on CPUs, in Triton on GPUs."""

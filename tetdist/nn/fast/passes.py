@@ -1,0 +1,166 @@
+"""Chooses the passes over memory that serve a neuron on a device.
+
+On a CPU they are those of native.py, in C++; on a GPU those of triton_passes.py. Where these cannot
+be built, and for types that they do not know, there are none, and the definition computes.
+"""
+
+import contextlib
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tetdist.nn.fast import build, native
+from tetdist.nn.fast.fused import NormPasses, Passes
+from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.parallel_neurons import ParallelNeuron
+
+logger = logging.getLogger(__name__)
+
+# By type of device, whether Triton's passes are used there; asked once in a process.
+_uses_triton: dict[str, bool] = {}
+# See on_meta.
+_for_meta: Any = None
+
+
+def passes_for(
+    config: NeuronConfig,
+    tensors: tuple[Tensor | None, ...],
+    timesteps: int,
+    *,
+    carries: bool,
+    packs: bool,
+) -> Passes | None:
+    """The passes of a neuron; None: the definition is to compute. What is missing is said once.
+
+    Args:
+        config: The neuron.
+        tensors: Current, shortcut and identity.
+        timesteps: T.
+        carries: Whether membranes are carried on.
+        packs: Whether spikes are packed, too.
+    """
+    if not config.has_passes:
+        return None
+    if carries and isinstance(config, ParallelNeuron):
+        return None  # What it carries on is no membrane.
+    if native.serves(*tensors):
+        return _native_passes(config, timesteps, carries, packs)
+    # For sums over time there are no kernels in Triton yet.
+    if isinstance(config, ParallelNeuron):
+        return None
+    if (kernels := triton_for(*tensors)) is not None:
+        return _triton_passes(kernels, config, timesteps, carries, packs)
+    return None
+
+
+def norm_passes_for(tensors: tuple[Tensor | None, ...], timesteps: int) -> NormPasses | None:
+    """The passes of normalisation alone; otherwise like `passes_for`."""
+    if native.serves(*tensors):
+        kernels = native.norm_kernels()
+        if kernels is None:
+            _say_that_there_is_no_library()
+            return None
+        return native.NormPasses(kernels, timesteps)
+    gpu = triton_for(*tensors)
+    return None if gpu is None else gpu.NormPasses(timesteps)
+
+
+@functools.cache
+def _native_passes(
+    config: NeuronConfig, timesteps: int, carries: bool, packs: bool
+) -> Passes | None:
+    kernels = native.kernels(config)
+    if kernels is None:
+        _say_that_there_is_no_library()
+        return None
+    return native.Passes(kernels, timesteps, carries=carries, packs=packs)
+
+
+@functools.cache
+def _say_that_there_is_no_library() -> None:
+    logger.warning(
+        "the C++ kernels cannot be built or loaded here (%s): normalisation and neurons run as "
+        "torch's own operations, slower and with more memory. A C++ compiler (Debian: apt-get "
+        "install g++) mends it.",
+        build.failures.get("neuron") or build.failures.get("norm", "for a reason unknown"),
+    )
+
+
+@functools.cache
+def _triton_passes(
+    kernels: Any, config: NeuronConfig, timesteps: int, carries: bool, packs: bool
+) -> Passes:
+    return kernels.Passes(config, timesteps, carries=carries, packs=packs)
+
+
+def triton_for(*tensors: Tensor | None) -> Any:
+    """The module triton_passes, if it serves these tensors; else None."""
+    devices = {tensor.device.type for tensor in tensors if tensor is not None}
+    if devices == {"meta"}:
+        return _for_meta
+    if devices != {"cuda"}:
+        return None
+    if "cuda" not in _uses_triton:
+        decide(torch.device("cuda"))
+    return (
+        importlib.import_module("tetdist.nn.fast.triton_passes") if _uses_triton["cuda"] else None
+    )
+
+
+@contextlib.contextmanager
+def on_meta(kernels: Any) -> Iterator[None]:
+    """Have tensors without numbers treated as a GPU's would be, in this context.
+
+    Args:
+        kernels: A module with the functions and classes of triton_passes.py.
+    """
+    global _for_meta
+    before, _for_meta = _for_meta, kernels
+    try:
+        yield
+    finally:
+        _for_meta = before
+
+
+def decide(
+    device: torch.device,
+    gather: Callable[[str | None], list[str | None]] = lambda reason: [reason],
+) -> None:
+    """Decide whether Triton's passes are used on a device: on all processes of a run, or on none.
+
+    Rounding differs between them and the definition, so that processes which decided differently
+    would train different networks. If they are not used, each process says why.
+
+    Args:
+        device: This process's.
+        gather: Given this process's reason against them (None: there is none), returns those of all
+            processes, by rank. Every process must call this then.
+    """
+    if device.type != "cuda":
+        return
+    reasons = gather(_reason_against_triton(device))
+    missing = [rank for rank, reason in enumerate(reasons) if reason]
+    _uses_triton[device.type] = not missing
+    if missing:
+        where = "here" if len(reasons) == 1 else f"on {len(missing)} of {len(reasons)} processes"
+        logger.warning(
+            "Triton's kernels do not work %s (%s): normalisation and neurons run as torch's own "
+            "operations, slower and with more memory. They need the package triton of the version "
+            "that torch names (pip show torch) and a C compiler (Debian: apt-get install gcc).",
+            where,
+            reasons[missing[0]],
+        )
+
+
+def _reason_against_triton(device: torch.device) -> str | None:
+    try:
+        importlib.import_module("tetdist.nn.fast.triton_passes").check(device)
+    except Exception as error:  # Triton, the driver and the compiler raise many kinds.
+        lines = str(error).strip().splitlines()
+        return lines[0] if lines else type(error).__name__
+    return None

@@ -1,0 +1,525 @@
+"""The kernels in Triton (kernels/*.py), which compute on a GPU: how they are called.
+
+Triton compiles a kernel for each kind of neuron, T, type, and set of tensors that are there, in
+seconds, and keeps it in its cache; neither shapes nor layers are a reason to compile again. How
+work is divided depends on shapes alone, and no sum on what ran before: results have the same bits
+on every GPU of a kind, on a resume, too.
+"""
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from tetdist.nn import batch_norm
+from tetdist.nn.batch_norm import BatchNorm
+from tetdist.nn.fast.dynamics import dynamics_of
+from tetdist.nn.fast.fused import Affine, Inputs, Sums
+from tetdist.nn.fast.kernels import neuron, packing
+from tetdist.nn.fast.kernels import pool as pooling
+from tetdist.nn.neurons import NeuronConfig
+from tetdist.nn.window import Window
+
+Argument = Tensor | int | None
+# Before, kernels knew no tuples.
+OLDEST = (3, 3)
+WARPS = 4
+THREADS = 32 * WARPS
+_NONE = (None,) * 4  # instead of an `Affine`
+# What a thread keeps of the backward pass, at most, so that it all stays in registers: of 255, for
+# the rest is needed to compute, a surrogate's exponential most of all.
+# tests/nn/test_triton_code.py sees that nothing spills.
+KEPT_REGISTERS = 64
+# The most programs of a pass. Enough that a GPU of 132 processors, or of 108, is busy to the end,
+# and few enough that the partial sums of them are a percent of what is read.
+PROGRAMS = {
+    "statistics": 1024,
+    "add": 4096,
+    "add_sums": 2048,
+    "norm_gradient": 4096,
+    "fire": 4096,
+    "backward_sums": 2048,
+    "backward": 4096,
+}
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Argument], known: Mapping[str, Any]
+) -> None:
+    """Start a kernel: the one place where that is done.
+
+    Args:
+        kernel: Of kernels/*.py.
+        grid: How many programs.
+        arguments: Tensors without gaps, sizes, None for what is absent.
+        known: What is known when it is compiled.
+    """
+    tensors = [one for one in arguments if isinstance(one, Tensor)]
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    with _on_device_of(tensors[0]):
+        # Products and sums are rounded one by one, as in C++ and in torch.
+        kernel[grid](*arguments, **known, num_warps=WARPS, enable_fp_fusion=False)
+
+
+def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+class Tiling(NamedTuple):
+    """How rows and channels are divided.
+
+    Attributes:
+        grid: Programs, (blocks of rows, blocks of channels).
+        steps: Tiles that a program works on, one below the other.
+        sizes: Rows and channels of a tile, and the divisor of C that the compiler is told.
+    """
+
+    grid: tuple[int, int]
+    steps: int
+    sizes: dict[str, int]
+
+    @property
+    def blocks(self) -> int:
+        return self.grid[0]
+
+    @property
+    def rows_of_block(self) -> int:
+        return self.steps * self.sizes["BN"]
+
+
+def tiling(name: str, rows: int, channels: int, per_thread: int) -> Tiling:
+    """Divide (rows, channels) among the programs of a pass, as these alone say."""
+    columns = min(64, triton.next_power_of_2(channels))
+    if channels > 64 and 0 < channels % 64 <= 32:
+        columns = 32
+    tile = {"VEC": math.gcd(channels, 16), "BN": per_thread * THREADS // columns, "BC": columns}
+    across = triton.cdiv(channels, columns)
+    tiles = triton.cdiv(rows, tile["BN"])
+    steps = triton.cdiv(tiles * across, PROGRAMS[name])
+    return Tiling((triton.cdiv(tiles, steps), across), steps, tile)
+
+
+def _per_load(x: Tensor) -> int:
+    """Numbers that a thread loads at once: 16 bytes."""
+    return 16 // x.element_size()
+
+
+def _wide_type(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _adding(channels: int) -> tuple[int, dict[str, int]]:
+    """Programs that add partial sums up, and what they are to know."""
+    columns = min(16, triton.next_power_of_2(channels))
+    return triton.cdiv(channels, columns), {
+        "VEC": math.gcd(channels, 16),
+        "BP": 1024 // columns,
+        "BC": columns,
+    }
+
+
+class NormPasses:
+    """The passes of fused.py without neurons."""
+
+    def __init__(self, timesteps: int) -> None:
+        self.timesteps = timesteps
+
+    def normalization(self, norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Affine:
+        channels, wide = x.shape[2], _wide_type(x)
+        affine = torch.empty(4, channels, dtype=wide, device=x.device)
+        records = norm.training and not batch_norm.is_repetition()
+        known = {"SCALE": norm.scale, "EPS": norm.eps, "RECORDS": records}
+        made_of: list[Argument] = [weight, bias, affine, None, None, 1]
+        if records:
+            # Where one x serves all timesteps, mean and variance are those of its T copies, too.
+            values = self.timesteps * x.shape[1] * norm.num_processes
+            made_of = [weight, bias, affine, norm.pending_mean, norm.pending_var, values]
+        if norm.training and norm.average is None:
+            self._statistics(x, None, made_of, known)
+        else:
+            mean, var = norm.running_mean, norm.running_var
+            if norm.training:
+                moments = torch.empty(2, channels, dtype=wide, device=x.device)
+                self._statistics(x, moments, made_of, known)
+                mean, var = norm.over_processes(*moments)
+            programs, sizes = _adding(channels)
+            arguments = [mean, var, *made_of, channels // sizes["VEC"]]
+            sizes = {name: sizes[name] for name in ("VEC", "BC")}
+            launch(neuron.normalization, (programs,), arguments, known | sizes)
+        if records:
+            norm.recorded()
+        return Affine(*affine.unbind())
+
+    def _statistics(
+        self, x: Tensor, moments: Tensor | None, made_of: list[Argument], known: dict[str, Any]
+    ) -> None:
+        rows, channels = x.shape[0] * x.shape[1], x.shape[2]
+        divided = tiling("statistics", rows, channels, 4 * _per_load(x))
+        shape = (divided.blocks, 3, channels)
+        partial = torch.empty(shape, dtype=_wide_type(x), device=x.device)
+        groups = channels // divided.sizes["VEC"]
+        arguments: list[Argument] = [x, partial, rows, groups, divided.steps]
+        launch(neuron.statistics, divided.grid, arguments, divided.sizes)
+        programs, sizes = _adding(channels)
+        arguments = [partial, moments, *made_of]
+        arguments += [rows, divided.rows_of_block, divided.blocks, groups]
+        launch(neuron.finish_statistics, (1, programs), arguments, known | sizes)
+
+    def add(
+        self, x: Tensor, shortcut: Tensor | None, affine: Affine, of_shortcut: Affine | None
+    ) -> Tensor:
+        out = torch.empty_like(x)
+        rows, channels = x.shape[0] * x.shape[1], x.shape[2]
+        divided = tiling("add", rows, channels, 2 * _per_load(x))
+        arguments: list[Argument] = [x, shortcut, *affine[:2], *(of_shortcut or _NONE)[:2], out]
+        arguments += [rows, x.shape[1], channels // divided.sizes["VEC"], divided.steps]
+        launch(neuron.add, divided.grid, arguments, divided.sizes | _shared(x, shortcut))
+        return out
+
+    def add_sums(
+        self,
+        x: Tensor,
+        shortcut: Tensor | None,
+        affine: Affine,
+        of_shortcut: Affine | None,
+        grad: Tensor,
+    ) -> Sums:
+        rows, channels = x.shape[0] * x.shape[1], x.shape[2]
+        divided = tiling("add_sums", rows, channels, 2 * _per_load(x))
+        groups = channels // divided.sizes["VEC"]
+        number = 2 if of_shortcut is None else 3
+        shape = (divided.blocks, number, channels)
+        partial = torch.empty(shape, dtype=_wide_type(x), device=x.device)
+        mean_of_shortcut = None if of_shortcut is None else of_shortcut.mean
+        arguments: list[Argument] = [x, shortcut, affine.mean, mean_of_shortcut, grad, partial]
+        arguments += [rows, x.shape[1], groups, divided.steps]
+        launch(neuron.add_sums, divided.grid, arguments, divided.sizes | _shared(x, shortcut))
+        return self._finish_sums(partial, affine, of_shortcut)
+
+    def norm_gradient(
+        self, x: Tensor, grad: Tensor, affine: Affine, sums: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        grad_x = torch.empty_like(x)
+        rows, channels = x.shape[0] * x.shape[1], x.shape[2]
+        divided = tiling("norm_gradient", rows, channels, 2 * _per_load(x))
+        gain, _, mean, rstd = affine
+        arguments: list[Argument] = [x, grad, gain, mean, rstd, *(sums or [None] * 2), grad_x]
+        arguments += [rows, channels // divided.sizes["VEC"], divided.steps]
+        launch(neuron.norm_gradient, divided.grid, arguments, divided.sizes)
+        return grad_x
+
+    def _finish_sums(self, partial: Tensor, affine: Affine, of_shortcut: Affine | None) -> Sums:
+        """Add partial sums up, (blocks, 2 or 3, C)."""
+        blocks, number, channels = partial.shape
+        sums = torch.empty(number, channels, dtype=partial.dtype, device=partial.device)
+        programs, sizes = _adding(channels)
+        arguments: list[Argument] = [partial, affine.rstd]
+        arguments += [None if of_shortcut is None else of_shortcut.rstd, sums]
+        arguments += [blocks, channels // sizes["VEC"]]
+        launch(neuron.finish_sums, (1, programs), arguments, sizes)
+        grad, grad_xhat, *others = sums.unbind()
+        return Sums(grad, grad_xhat, others[0] if others else None)
+
+
+def _shared(x: Tensor, shortcut: Tensor | None) -> dict[str, bool]:
+    return {"SHARED": shortcut is not None and shortcut.shape[0] < x.shape[0]}
+
+
+class Passes(NormPasses):
+    """The passes of fused.py, for a neuron, T, and what the spikes come with."""
+
+    def __init__(self, config: NeuronConfig, timesteps: int, *, carries: bool, packs: bool) -> None:
+        super().__init__(timesteps)
+        of = dynamics_of(config)
+        self.carries, self.packs = carries, packs
+        self.forward: dict[str, Any] = {
+            "T": timesteps,
+            "HARD": of.resets_to_zero,
+            "DECAY": of.decay,
+            "THRESHOLD": of.threshold,
+            "AT_THRESHOLD": of.fires_at_threshold,
+            "MOST": of.most,
+            "LEVELS": of.levels,
+            "SCALES_INPUT": of.scales_input,
+        }
+        self.backward = self.forward | {
+            "DETACH": of.detach_reset,
+            "SURROGATE": of.surrogate,
+            "WIDTH": of.width,
+        }
+
+    def spikes(
+        self, inputs: Inputs, identity: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x, shortcut, affine, of_shortcut, start, learned = inputs
+        rows, channels = x.shape[1:]
+        shape = (self.timesteps, rows, channels)
+
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=x.device)
+
+        spikes = empty(*shape, dtype=x.dtype)
+        packed = empty(*shape, dtype=torch.uint8) if self.packs else None
+        end = empty(rows, channels, dtype=_wide_type(x)) if self.carries else None
+        divided = tiling("fire", rows, channels, _per_load(x))
+        arguments: list[Argument] = [x, shortcut, identity, *(affine or _NONE)[:2]]
+        arguments += (of_shortcut or _NONE)[:2]
+        arguments += [start, _share(learned), spikes, packed, end]
+        arguments += [rows, channels // divided.sizes["VEC"], divided.steps]
+        known = self.forward | divided.sizes | {"SHARED": x.shape[0] == 1}
+        launch(neuron.fire, divided.grid, arguments, known)
+        return spikes, packed, end
+
+    def _per_thread(self, inputs: Inputs) -> int:
+        """Numbers of a timestep that a thread works on in the backward pass: as many as it loads at
+        once, or fewer, so that what it keeps of all timesteps stays in registers."""
+        x, shortcut, _, of_shortcut, _, learned = inputs
+        wide = _wide_type(x).itemsize
+        kept = x.shape[0] * x.element_size() + self.timesteps * wide
+        if shortcut is not None:
+            kept += self.timesteps * shortcut.element_size()
+        if of_shortcut is not None:
+            kept += 4 * wide  # what normalises it, of the channel
+        if learned:
+            # And the membranes after the resets, of which the gradient of the share is made.
+            kept += self.timesteps * wide
+        number = _per_load(x)
+        while number > 1 and number * kept > 4 * KEPT_REGISTERS:
+            number //= 2
+        return number
+
+    def sums(
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+    ) -> tuple[Sums, None]:
+        x, shortcut, affine, of_shortcut, start, learned = inputs
+        assert affine is not None
+        rows, channels = x.shape[1:]
+        wide = _wide_type(x)
+        divided = tiling("backward_sums", rows, channels, self._per_thread(inputs))
+        groups = channels // divided.sizes["VEC"]
+        number = 2 if of_shortcut is None else 3
+        partial = torch.empty(divided.blocks, number, channels, dtype=wide, device=x.device)
+        arguments: list[Argument] = [x, shortcut, *affine[:3]]
+        arguments += (of_shortcut or _NONE)[:3]
+        partial_share = _partial_share(learned, divided)
+        arguments += [start, _share(learned), grad_spikes, grad_end, partial, partial_share]
+        arguments += [rows, groups, divided.steps]
+        known = self.backward | divided.sizes | {"SHARED": x.shape[0] == 1}
+        launch(neuron.backward_sums, divided.grid, arguments, known)
+        sums = self._finish_sums(partial, affine, of_shortcut)
+        return sums._replace(grad_learned=_grad_learned(learned, partial_share)), None
+
+    def current_gradient(
+        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        rows, channels = inputs.x.shape[1:]
+        divided = tiling("backward", rows, channels, self._per_thread(inputs))
+        partial_share = _partial_share(inputs.learned, divided)
+        grad_x, _, grad_start = self._gradients(
+            inputs, grad_spikes, grad_end, partial_share, None, None, needs_x=True
+        )
+        assert grad_x is not None
+        return grad_x, grad_start, _grad_learned(inputs.learned, partial_share)
+
+    def gradients(
+        self,
+        inputs: Inputs,
+        grad_spikes: Tensor,
+        grad_end: Tensor | None,
+        kept: None,
+        of_x: tuple[Tensor, Tensor] | None,
+        of_shortcut: tuple[Tensor, Tensor] | None,
+        *,
+        needs_x: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        del kept
+        return self._gradients(
+            inputs, grad_spikes, grad_end, None, of_x, of_shortcut, needs_x=needs_x
+        )
+
+    def _gradients(
+        self,
+        inputs: Inputs,
+        grad_spikes: Tensor,
+        grad_end: Tensor | None,
+        partial_share: Tensor | None,
+        of_x: tuple[Tensor, Tensor] | None,
+        of_shortcut: tuple[Tensor, Tensor] | None,
+        *,
+        needs_x: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What `gradients` returns; sums of the gradient of the share as well, if there is room."""
+        x, shortcut, affine, affine_of_shortcut, start, learned = inputs
+        rows, channels = x.shape[1:]
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_shortcut = None if shortcut is None else torch.empty_like(shortcut)
+        grad_start = None if start is None else torch.empty_like(start)
+        if grad_x is None and grad_shortcut is None and grad_start is None:
+            return None, None, None
+        divided = tiling("backward", rows, channels, self._per_thread(inputs))
+        arguments: list[Argument] = [x, shortcut]
+        arguments += [*(affine or _NONE), *(affine_of_shortcut or _NONE)]
+        arguments += [start, _share(learned), grad_spikes, grad_end]
+        arguments += [*(of_x or [None] * 2), *(of_shortcut or [None] * 2)]
+        arguments += [grad_x, grad_shortcut, grad_start, partial_share]
+        arguments += [rows, channels // divided.sizes["VEC"], divided.steps]
+        known = self.backward | divided.sizes | {"SHARED": x.shape[0] == 1}
+        launch(neuron.backward, divided.grid, arguments, known)
+        return grad_x, grad_shortcut, grad_start
+
+
+def _share(learned: tuple[Tensor, ...]) -> Tensor | None:
+    return learned[0] if learned else None
+
+
+def _partial_share(learned: tuple[Tensor, ...], divided: Tiling) -> Tensor | None:
+    """Room for the sum of each program of the share's gradient, if there is a share."""
+    return learned[0].new_empty(math.prod(divided.grid)) if learned else None
+
+
+def _grad_learned(learned: tuple[Tensor, ...], partial: Tensor | None) -> tuple[Tensor, ...]:
+    if partial is None:
+        return ()
+    return (partial.sum(dtype=torch.float64).to(learned[0].dtype),)
+
+
+# --- pooling ------------------------------------------------------------------------------------
+
+
+class Pool:
+    """Max-pooling of images (N, C, H, W): of those whose values are in bytes, too, and of currents
+    that are normalised."""
+
+    def forward(
+        self, packed: Tensor, levels: int, dtype: torch.dtype, pool: torch.nn.MaxPool2d
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest of each window, of ``dtype`` and in bytes, and where it was."""
+        images, channels, height, width = packed.shape
+        window = Window.of(pool)
+        out_height, out_width = window.outputs(height), window.outputs(width)
+        shape = (images, out_height, out_width, channels)
+        out = torch.empty(shape, dtype=dtype, device=packed.device)
+        most = torch.empty(shape, dtype=torch.uint8, device=packed.device)
+        where = torch.empty_like(most)
+        rows = packed.permute(0, 2, 3, 1).contiguous()
+        pixels = images * out_height * out_width
+        grid, groups, sizes = _pixels(pixels, rows)
+        arguments: list[Argument] = [rows, out, most, where, pixels, groups]
+        arguments += [height, width, out_height, out_width]
+        known = _known(window) | sizes | {"LEVELS": levels}
+        launch(pooling.forward, grid, arguments, known)
+        return out.permute(0, 3, 1, 2), most.permute(0, 3, 1, 2), where
+
+    def forward_normalized(
+        self, x: Tensor, affine: Affine, pool: torch.nn.MaxPool2d
+    ) -> tuple[Tensor, Tensor]:
+        """The largest of each window of a current (N, C, H, W), normalised, and where it was."""
+        images, channels, height, width = x.shape
+        window = Window.of(pool)
+        out_height, out_width = window.outputs(height), window.outputs(width)
+        out = torch.empty(images, out_height, out_width, channels, dtype=x.dtype, device=x.device)
+        where = torch.empty_like(out, dtype=torch.uint8)
+        rows = x.permute(0, 2, 3, 1).contiguous()
+        pixels = images * out_height * out_width
+        grid, groups, sizes = _pixels(pixels, rows)
+        arguments: list[Argument] = [rows, affine.gain, affine.offset, out, where, pixels, groups]
+        arguments += [height, width, out_height, out_width]
+        launch(pooling.forward_normalized, grid, arguments, _known(window) | sizes)
+        return out.permute(0, 3, 1, 2), where
+
+    def backward(
+        self, grad: Tensor, where: Tensor, shape: torch.Size, pool: torch.nn.MaxPool2d
+    ) -> Tensor:
+        """The gradient of the images, whose shape is given."""
+        images, channels, height, width = shape
+        rows = grad.permute(0, 2, 3, 1).contiguous()
+        grad_in = torch.empty(images, height, width, channels, dtype=grad.dtype, device=grad.device)
+        pixels = images * height * width
+        grid, groups, sizes = _pixels(pixels, rows)
+        arguments: list[Argument] = [rows, where, grad_in, pixels, groups]
+        arguments += [height, width, *where.shape[1:3]]
+        launch(pooling.backward, grid, arguments, _known(Window.of(pool)) | sizes)
+        return grad_in.permute(0, 3, 1, 2)
+
+
+def _known(window: Window) -> dict[str, int]:
+    return {name.upper(): number for name, number in window._asdict().items()}
+
+
+def _pixels(pixels: int, rows: Tensor) -> tuple[tuple[int, int], int, dict[str, int]]:
+    """Programs, groups of channels, and what is to be known of them."""
+    assert max(pixels, rows[..., 0].numel()) < 2**31
+    channels = rows.shape[-1]
+    columns = min(64, triton.next_power_of_2(channels))
+    sizes = {"VEC": math.gcd(channels, 16), "BN": 8 * THREADS // columns, "BC": columns}
+    grid = (triton.cdiv(pixels, sizes["BN"]), triton.cdiv(channels, columns))
+    return grid, channels // sizes["VEC"], sizes
+
+
+# --- spikes in bytes ----------------------------------------------------------------------------
+
+BLOCK = 8 * THREADS
+
+
+def unpack(values: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
+    """Bytes as numbers of ``dtype``, divided by ``levels``, laid out as they are."""
+    numbers = torch.empty_like(values, dtype=dtype)
+    flat = _flat(values)
+    grid, count, known = _flat_work(flat.numel(), BLOCK)
+    launch(packing.unpack, grid, [flat, _flat(numbers), count], known | {"LEVELS": levels})
+    return numbers
+
+
+def halve(values: Tensor) -> Tensor:
+    """Bytes below 16, two in each, flat in their order in memory."""
+    flat = _flat(values)
+    halves = torch.empty(triton.cdiv(len(flat), 2), dtype=torch.uint8, device=values.device)
+    grid, count, known = _flat_work(len(flat), 2 * BLOCK)
+    launch(packing.halve, grid, [flat, halves, count], known)
+    return halves
+
+
+def unpack_halves(
+    halves: Tensor, shape: torch.Size, strides: tuple[int, ...], levels: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The bytes that were halved, and the same as numbers; see `unpack`."""
+    values = torch.empty(math.prod(shape), dtype=torch.uint8, device=halves.device)
+    numbers = torch.empty_like(values, dtype=dtype)
+    grid, count, known = _flat_work(len(values), 2 * BLOCK)
+    arguments: list[Argument] = [halves, values, numbers, count]
+    launch(packing.unpack_halves, grid, arguments, known | {"LEVELS": levels})
+    return values.as_strided(shape, strides), numbers.as_strided(shape, strides)
+
+
+def _flat_work(count: int, of_program: int) -> tuple[tuple[int], int, dict[str, int]]:
+    """Programs, groups of numbers, and what is to be known of them."""
+    known = {"VEC": math.gcd(count, 16), "BLOCK": BLOCK}
+    return (triton.cdiv(count, of_program),), count // known["VEC"], known
+
+
+def _flat(x: Tensor) -> Tensor:
+    """A tensor without gaps, in its order in memory."""
+    return x.as_strided((x.numel(),), (1,), x.storage_offset())
+
+
+def check(device: torch.device) -> None:
+    """Have Triton compile and run a kernel, and look at what it computed.
+
+    Raises:
+        Exception: Any; Triton, the driver and the compiler it calls have kinds of their own.
+    """
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise RuntimeError(
+            f"Triton {triton.__version__} is older than {oldest}, which comes with torch 2.7"
+        )
+    values = torch.arange(200, dtype=torch.uint8, device=device)
+    found = unpack(values, 4, torch.float32)
+    if not torch.equal(found.cpu(), values.cpu() / 4):
+        raise RuntimeError("a kernel computes something else than it should")
