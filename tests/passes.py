@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.fast import native, passes
+from tetdist.nn.fast import native, native_library, passes
 from tetdist.nn.neurons import LIF
 
 
@@ -21,7 +21,7 @@ from tetdist.nn.neurons import LIF
 def not_native() -> Iterator[None]:
     """As if there were no kernels in C++."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "serves", lambda *_: False)
+        patch.setattr(native_library, "serves", lambda *_: False)
         yield
 
 

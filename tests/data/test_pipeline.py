@@ -482,7 +482,8 @@ def test_dali_is_imported_late_and_an_open_loader_does_not_hold_the_process(imag
     root = image_root()
     code = (
         "import sys\n"
-        "from tetdist.data import batches as p, index\n"
+        "from tetdist.data import batches as p\n"
+        "from tetdist.datasets import index\n"
         "from tetdist.data.pixels import Output\n"
         "assert 'nvidia.dali' not in sys.modules\n"
         f"i, _ = index.build_index({str(root)!r}, 'train', 1)\n"

@@ -204,7 +204,7 @@ def test_a_shard_that_was_not_finished_leaves_nothing(image_root, tmp_path, how)
     # The signal comes when the first shard is written, but not yet verified.
     code = (
         "import os, runpy, sys\n"
-        "from tetdist.data import shards\n"
+        "from tetdist.datasets import shards\n"
         f"shards._verify = lambda *_: os.kill(os.getpid(), {int(how)})\n"
         f"sys.argv = {[str(argument) for argument in arguments]}\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"

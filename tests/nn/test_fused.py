@@ -266,8 +266,8 @@ def test_a_library_is_built_once_and_survives_processes_that_build_it_at_once(
 ) -> None:
     script = (
         "import logging; logging.basicConfig(level=logging.INFO)\n"
-        "from tetdist.nn import native\n"
-        "assert native.pool() is not None"
+        "from tetdist.nn.fast import native_pool\n"
+        "assert native_pool.pool() is not None"
     )
     environment = {key: value for key, value in os.environ.items() if key != "CXX"} | {
         "XDG_CACHE_HOME": str(tmp_path),
@@ -289,13 +289,13 @@ def test_a_library_is_built_once_and_survives_processes_that_build_it_at_once(
     script = f"""
 import logging, os, signal
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-from tetdist.nn import native
+from tetdist.nn.fast import native, native_pool
 def load(case, **variables):
     print(case, flush=True)
     os.environ.pop("CXX", None)
     os.environ.update(variables)
-    native.pool.cache_clear()
-    assert native.pool() is not None
+    native_pool.pool.cache_clear()
+    assert native_pool.pool() is not None
 load("again")
 load("where there is no compiler", CXX="no-such-compiler")
 library = {str(library)!r}

@@ -11,7 +11,7 @@ from passes import interpreted, not_native
 from torch import Tensor, nn
 
 import tetdist.models  # noqa: F401  # registers them
-from tetdist.nn.fast import native
+from tetdist.nn.fast import native_pool
 from tetdist.nn.packed import AvgPool, Conv2d, MaxPool, carried, carry, pack
 from tetdist.nn.precision import autocast
 
@@ -32,7 +32,7 @@ def with_packed(x: Tensor, levels: int) -> Tensor:
 
 
 def needs_native_pool() -> None:
-    if native.pool() is None:
+    if native_pool.pool() is None:
         assert not os.environ.get("CI"), "CI has a C++ compiler, and this does not build"
         pytest.skip("no C++ compiler")
 
@@ -196,16 +196,16 @@ def test_total_is_exact(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 9, (3, 5, 64, 20, 21), generator=generator).to(dtype) / 4
     for laid_out in (x, x.transpose(2, 4), x[..., ::2], x[:, 1:], x[:1].expand(3, -1, -1, -1, -1)):
-        total = native.total(laid_out)
+        total = native_pool.total(laid_out)
         assert total.dtype == torch.float64
         assert total.item() == laid_out.double().sum().item()
-    assert native.total(x[:0]).item() == 0
+    assert native_pool.total(x[:0]).item() == 0
 
 
 def test_total_is_exact_beyond_what_float32_holds() -> None:
     """An odd number of spikes above 2^24, of images that are all the same one."""
     image = torch.ones(7, 1, 1, 1, 1).expand(-1, 1, 3, 1001, 801)
-    assert native.total(image).item() == image.numel() > 2**24
+    assert native_pool.total(image).item() == image.numel() > 2**24
 
 
 def test_inference_mode_is_no_grad() -> None:

@@ -16,7 +16,7 @@ from tetdist.data.transfer import on_device
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
-from tetdist.nn.fast import native
+from tetdist.nn.fast import native_pool
 from tetdist.nn.norm_neuron import firing_layers, is_causal, neuron_of
 from tetdist.nn.precision import autocast, parameter_type
 
@@ -199,7 +199,7 @@ class _FiringRates:
 
         def count(_module: nn.Module, _inputs: Any, spikes: Tensor) -> None:
             sums = self.sums[name]
-            sums[0] += native.total(spikes)
+            sums[0] += native_pool.total(spikes)
             sums[1] += spikes.numel() * highest
 
         return count

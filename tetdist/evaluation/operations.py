@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tetdist.distributed.world import World
-from tetdist.nn.fast import native
+from tetdist.nn.fast import native_pool
 from tetdist.nn.norm_neuron import LatestLevels
 from tetdist.nn.products import Product
 
@@ -173,7 +173,7 @@ class OperationCounts:
                 carried, inputs_a_position = _over_positions(x) * fan_out, x.shape[2]
             else:
                 fan_out = torch.tensor(float(output.shape[-1]), device=x.device)
-                carried, inputs_a_position = native.total(x) * fan_out, x.shape[-1]
+                carried, inputs_a_position = native_pool.total(x) * fan_out, x.shape[-1]
             sums[PRESENTATIONS] += presentations
             sums[PRESENTED_SYNAPSES] += presentations * inputs_a_position * fan_out.sum()
             sums[CARRIED] += levels * carried.sum()

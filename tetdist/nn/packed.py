@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tetdist.nn.fast import native, passes
+from tetdist.nn.fast import native_library, native_pool, passes
 from tetdist.nn.fast.fused import Affine
 
 
@@ -217,8 +217,8 @@ class PoolKernel(Protocol):
 
 def pool_kernel(x: Tensor) -> PoolKernel | None:
     """What pools tensors like ``x``; None: torch is to."""
-    if native.serves(x):
-        return native.pool()
+    if native_library.serves(x):
+        return native_pool.pool()
     gpu = passes.triton_for(x)
     return None if gpu is None else gpu.Pool()
 

@@ -1,4 +1,4 @@
-"""The kernels in C++ (kernels/), which compute on a CPU: how they are called.
+"""Normalisation and neurons in C++, on a CPU: kernels/norm.cpp and kernels/neuron.cpp.
 
 build.py compiles a library once for each kind of neuron; neither T nor shapes, types and layers are
 a reason to compile again.
@@ -6,7 +6,6 @@ a reason to compile again.
 
 import ctypes
 import functools
-import itertools
 from ctypes import POINTER, byref, c_double, c_int, c_int64, c_void_p
 from typing import Any, NamedTuple
 
@@ -17,11 +16,8 @@ from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast.build import load_library
 from tetdist.nn.fast.dynamics import Dynamics, dynamics_of
 from tetdist.nn.fast.fused import Affine, Inputs, Sums
+from tetdist.nn.fast.native_library import CHANNELS, TYPES, Library, as_wide, at, threads, wide_type
 from tetdist.nn.neurons import SURROGATES, NeuronConfig
-from tetdist.nn.window import Window
-
-CHANNELS = 64  # that kernels/neuron.cpp works on at a time
-TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
 class _Neuron(ctypes.Structure):
@@ -78,34 +74,7 @@ class _Add(ctypes.Structure):
 _NONE = (None,) * 4  # instead of an `Affine`
 
 
-def serves(*tensors: Tensor | None) -> bool:
-    """Whether the passes are for tensors of these types: one of three, and the same for all."""
-    types = {tensor.dtype for tensor in tensors if tensor is not None}
-    devices = {tensor.device.type for tensor in tensors if tensor is not None}
-    return devices == {"cpu"} and len(types) == 1 and types <= TYPES.keys()
-
-
-class _Library:
-    """A library whose functions exist for each type, and whose sums are made of blocks of rows."""
-
-    def __init__(self, library: ctypes.CDLL, signatures: dict[str, tuple[Any, ...]]) -> None:
-        self.library = library
-        library.num_blocks.restype = c_int64
-        library.num_blocks.argtypes = (c_int64, c_int64)
-        for (name, signature), dtype in itertools.product(signatures.items(), TYPES.values()):
-            self._function(name, dtype).argtypes = signature
-
-    def _function(self, name: str, type_name: str) -> Any:
-        return getattr(self.library, f"{name}_{type_name}")
-
-    def _partial(self, sums: int, rows: int, like: Tensor) -> Tensor:
-        """Room for so many sums a channel of every block of rows."""
-        channels = like.shape[-1]
-        blocks = self.library.num_blocks(rows, channels)
-        return torch.empty(sums * blocks * channels, dtype=_wide_type(like))
-
-
-class NormKernels(_Library):
+class NormKernels(Library):
     """The functions of kernels/norm.cpp. All tensors are without gaps, (T, N, C)."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -119,10 +88,10 @@ class NormKernels(_Library):
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         channels, rows = x.shape[-1], x.shape[0] * x.shape[1]
-        mean, var = torch.empty(2, channels, dtype=_wide_type(x))
-        partial = self._partial(2, rows, x)
-        function = self._function("statistics", TYPES[x.dtype])
-        function(*map(_at, (x,)), rows, channels, *map(_at, (mean, var, partial)), _threads())
+        mean, var = torch.empty(2, channels, dtype=wide_type(x))
+        partial = self.partial(2, rows, x)
+        function = self.function("statistics", TYPES[x.dtype])
+        function(*map(at, (x,)), rows, channels, *map(at, (mean, var, partial)), threads())
         return mean, var
 
     def add(
@@ -140,10 +109,10 @@ class NormKernels(_Library):
         of_shortcut: Affine | None,
         grad: Tensor,
     ) -> Sums:
-        channels, wide = x.shape[-1], _wide_type(x)
+        channels, wide = x.shape[-1], wide_type(x)
         sum_grad, sum_grad_xhat = torch.empty(2, channels, dtype=wide)
         sum_shortcut = None if of_shortcut is None else torch.empty(channels, dtype=wide)
-        partial = self._partial(3, x.shape[0] * x.shape[1], x)
+        partial = self.partial(3, x.shape[0] * x.shape[1], x)
         sums = (sum_grad, sum_grad_xhat, sum_shortcut)
         self._add("add_sums", x, shortcut, affine, of_shortcut, None, grad, *sums, partial)
         return Sums(*sums)
@@ -157,11 +126,11 @@ class NormKernels(_Library):
         of_shortcut: Affine | None,
         *results: Tensor | None,
     ) -> None:
-        norms = [_as_wide(t, x) for one in (affine, of_shortcut) for t in one or _NONE]
+        norms = [as_wide(t, x) for one in (affine, of_shortcut) for t in one or _NONE]
         period = 1 if shortcut is None else shortcut.shape[0] * shortcut.shape[1]
         sizes = (x.shape[0] * x.shape[1], x.shape[2], period)
-        job = _Add(*map(_at, (x, shortcut, *norms, *results)), *sizes)
-        self._function(function, TYPES[x.dtype])(byref(job), _threads())
+        job = _Add(*map(at, (x, shortcut, *norms, *results)), *sizes)
+        self.function(function, TYPES[x.dtype])(byref(job), threads())
 
     def input_gradient(
         self,
@@ -176,13 +145,13 @@ class NormKernels(_Library):
         rows, channels = x.shape[0] * x.shape[1], x.shape[2]
         grad_x = grad_y if in_place else torch.empty_like(grad_y)
         gain, _, mean, rstd = affine
-        wide = [_as_wide(t, x) for t in (gain, mean, rstd, sum_grad, sum_grad_xhat)]
-        function = self._function("input_gradient", TYPES[x.dtype])
-        function(*map(_at, (x, grad_y, *wide, grad_x)), rows, channels, _threads())
+        wide = [as_wide(t, x) for t in (gain, mean, rstd, sum_grad, sum_grad_xhat)]
+        function = self.function("input_gradient", TYPES[x.dtype])
+        function(*map(at, (x, grad_y, *wide, grad_x)), rows, channels, threads())
         return grad_x
 
 
-class Kernels(_Library):
+class Kernels(Library):
     """The functions of the library of one neuron. All tensors are without gaps."""
 
     def __init__(self, library: ctypes.CDLL, norms: NormKernels, dynamics: Dynamics) -> None:
@@ -202,7 +171,7 @@ class Kernels(_Library):
             share = learned.item()
             decay = 1 - share
         numbers = (decay, of.threshold, of.width, share, of.most or 0, of.levels)
-        return _Neuron(*numbers, _at(learned) if of.parallel else None)
+        return _Neuron(*numbers, at(learned) if of.parallel else None)
 
     def spikes(
         self,
@@ -215,15 +184,15 @@ class Kernels(_Library):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x, shortcut, affine, of_shortcut, start, _ = inputs
         shape = (timesteps, *x.shape[1:])
-        norms = [_as_wide(t, x) for one in (affine, of_shortcut) for t in (one or _NONE)[:2]]
-        start = _as_wide(start, x)
+        norms = [as_wide(t, x) for one in (affine, of_shortcut) for t in (one or _NONE)[:2]]
+        start = as_wide(start, x)
         spikes = torch.empty(shape, dtype=x.dtype)
         packed = torch.empty(shape, dtype=torch.uint8) if packs else None
-        end = torch.empty(shape[1:], dtype=_wide_type(x)) if carries else None
-        pointers = map(_at, (x, shortcut, *norms, start, identity, spikes, packed, end))
+        end = torch.empty(shape[1:], dtype=wide_type(x)) if carries else None
+        pointers = map(at, (x, shortcut, *norms, start, identity, spikes, packed, end))
         flat = _flat(inputs.learned)
         job = _Forward(*pointers, *shape, x.shape[0] == 1, self._neuron(flat))
-        self._function("forward", TYPES[x.dtype])(byref(job), _threads())
+        self.function("forward", TYPES[x.dtype])(byref(job), threads())
         return spikes, packed, end
 
     def current_gradient(
@@ -232,16 +201,16 @@ class Kernels(_Library):
         x, shortcut, affine, of_shortcut, start, learned = inputs
         timesteps, rows, channels = grad_spikes.shape
         shared = x.shape[0] == 1
-        wide = _wide_type(x)
-        norms = [_as_wide(t, x) for one in (affine, of_shortcut) for t in one or _NONE]
-        start, grad_end = _as_wide(start, x), _as_wide(grad_end, x)
+        wide = wide_type(x)
+        norms = [as_wide(t, x) for one in (affine, of_shortcut) for t in one or _NONE]
+        start, grad_end = as_wide(start, x), as_wide(grad_end, x)
         # Where all timesteps share x, theirs is the sum; each one's own is the shortcut's alone.
         total = torch.empty_like(grad_spikes) if shortcut is not None or not shared else None
         own = torch.empty_like(x) if shared else None
         sum_grad, sum_grad_xhat = torch.empty(2, channels, dtype=wide)
         sum_shortcut = None if of_shortcut is None else torch.empty(channels, dtype=wide)
         grad_start = None if start is None else torch.empty_like(start)
-        partial = None if affine is None else self._partial(3, rows, x)
+        partial = None if affine is None else self.partial(3, rows, x)
         flat, grad_flat, partial_learned = _flat(learned), None, None
         if flat is not None:
             grad_flat = torch.empty_like(flat)
@@ -250,7 +219,7 @@ class Kernels(_Library):
                 parts = self.library.num_blocks(rows, channels)
             partial_learned = torch.empty(parts, len(flat), dtype=torch.float64)
         pointers = map(
-            _at,
+            at,
             (
                 x,
                 shortcut,
@@ -271,7 +240,7 @@ class Kernels(_Library):
         )
         neuron = self._neuron(flat)
         job = _Backward(*pointers, timesteps, rows, channels, shared, neuron)
-        self._function("backward", TYPES[x.dtype])(byref(job), _threads())
+        self.function("backward", TYPES[x.dtype])(byref(job), threads())
         grad_y = own if own is not None else total
         assert grad_y is not None
         grad_learned: list[Tensor] = []
@@ -395,132 +364,9 @@ class Passes(NormPasses):
         return grad_x, grad_shortcut, kept.start
 
 
-def _at(tensor: Tensor | None) -> int | None:
-    assert tensor is None or tensor.is_contiguous()
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _wide_type(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _as_wide(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if tensor is None else tensor.to(_wide_type(like)).contiguous()
-
-
 def _flat(learned: tuple[Tensor, ...]) -> Tensor | None:
     """All that neurons learn, one after the other, float64; None: nothing."""
     return torch.cat([one.double().flatten() for one in learned]) if learned else None
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
-
-
-# --- pooling ------------------------------------------------------------------------------------
-
-
-class _Sizes(ctypes.Structure):
-    """Sizes of kernels/pool.cpp."""
-
-    _fields_ = tuple(
-        (name, c_int64)
-        for name in (
-            *("images", "height", "width", "channels", "out_height", "out_width"),
-            *("kernel", "stride", "padding"),
-        )
-    )
-
-
-class Pool:
-    """Max-pooling of images (N, C, H, W): of those whose values are in bytes, too, and of currents
-    that are normalised."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library
-        for name in TYPES.values():
-            function = getattr(library, f"forward_{name}")
-            function.argtypes = (*[c_void_p] * 4, POINTER(_Sizes), c_double, c_int)
-            function = getattr(library, f"forward_normalized_{name}")
-            function.argtypes = (*[c_void_p] * 5, POINTER(_Sizes), c_int)
-            function = getattr(library, f"backward_{name}")
-            function.argtypes = (*[c_void_p] * 3, POINTER(_Sizes), c_int)
-
-    def forward(
-        self, packed: Tensor, levels: int, dtype: torch.dtype, pool: torch.nn.MaxPool2d
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest of each window, of ``dtype`` and in bytes, and where it was."""
-        sizes = _pool_sizes(packed.shape, pool)
-        images, channels = packed.shape[:2]
-        shape = (images, sizes.out_height, sizes.out_width, channels)
-        out = torch.empty(shape, dtype=dtype)
-        most, where = torch.empty(2, *shape, dtype=torch.uint8)
-        rows = packed.permute(0, 2, 3, 1).contiguous()
-        function = getattr(self.library, f"forward_{TYPES[dtype]}")
-        function(*map(_at, (rows, out, most, where)), byref(sizes), levels, _threads())
-        return out.permute(0, 3, 1, 2), most.permute(0, 3, 1, 2), where
-
-    def forward_normalized(
-        self, x: Tensor, affine: Affine, pool: torch.nn.MaxPool2d
-    ) -> tuple[Tensor, Tensor]:
-        """The largest of each window of a current (N, C, H, W), normalised, and where it was."""
-        sizes = _pool_sizes(x.shape, pool)
-        images, channels = x.shape[:2]
-        out = torch.empty(images, sizes.out_height, sizes.out_width, channels, dtype=x.dtype)
-        where = torch.empty(out.shape, dtype=torch.uint8)
-        rows = x.permute(0, 2, 3, 1).contiguous()
-        gain, offset = _as_wide(affine.gain, x), _as_wide(affine.offset, x)
-        function = getattr(self.library, f"forward_normalized_{TYPES[x.dtype]}")
-        function(*map(_at, (rows, gain, offset, out, where)), byref(sizes), _threads())
-        return out.permute(0, 3, 1, 2), where
-
-    def backward(
-        self, grad: Tensor, where: Tensor, shape: torch.Size, pool: torch.nn.MaxPool2d
-    ) -> Tensor:
-        """The gradient of the images, whose shape is given."""
-        images, channels, height, width = shape
-        sizes = _pool_sizes(shape, pool)
-        rows = grad.permute(0, 2, 3, 1).contiguous()
-        grad_in = torch.empty(images, height, width, channels, dtype=grad.dtype)
-        function = getattr(self.library, f"backward_{TYPES[grad.dtype]}")
-        function(*map(_at, (rows, where, grad_in)), byref(sizes), _threads())
-        return grad_in.permute(0, 3, 1, 2)
-
-
-def _pool_sizes(shape: torch.Size, pool: torch.nn.MaxPool2d) -> _Sizes:
-    window = Window.of(pool)
-    images, channels, *sides = shape
-    return _Sizes(images, *sides, channels, *map(window.outputs, sides), *window)
-
-
-# --- sums ---------------------------------------------------------------------------------------
-
-
-def total(x: Tensor) -> Tensor:
-    """Sum of all elements, () float64; exact for spikes and small sums of them.
-
-    On a CPU torch would first make a float32 copy of a bfloat16 tensor, which takes a fifth of the
-    time of an evaluation.
-    """
-    library = _sums() if serves(x) and x.dtype == torch.bfloat16 else None
-    if library is None:
-        # float32 is exact up to 2^24 only, so that it has to do for one image of a channel, (H, W).
-        image = tuple(range(x.ndim)[-2:])
-        parts = x.sum(image, dtype=torch.promote_types(x.dtype, torch.float32))
-        return parts.sum(dtype=torch.float64)
-    in_memory_order = sorted(range(x.ndim), key=x.stride, reverse=True)
-    flat = x.permute(in_memory_order).contiguous()
-    result = torch.zeros((), dtype=torch.float64)
-    library.total_bfloat16(_at(flat), flat.numel(), _at(result), _threads())
-    return result
-
-
-@functools.cache
-def _sums() -> ctypes.CDLL | None:
-    library = load_library("sum")
-    if library is not None:
-        library.total_bfloat16.argtypes = (c_void_p, c_int64, c_void_p, c_int)
-    return library
 
 
 # --- building -----------------------------------------------------------------------------------
@@ -549,10 +395,3 @@ def norm_kernels() -> NormKernels | None:
     """Normalisation, compiled if it never was on this machine; None without a compiler."""
     library = load_library("norm")
     return None if library is None else NormKernels(library)
-
-
-@functools.cache
-def pool() -> Pool | None:
-    """Pooling, compiled if it never was on this machine; None without a compiler."""
-    library = load_library("pool")
-    return None if library is None else Pool(library)

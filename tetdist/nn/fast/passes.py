@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tetdist.nn.fast import build, native
+from tetdist.nn.fast import build, native, native_library
 from tetdist.nn.fast.fused import NormPasses, Passes
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.parallel_neurons import ParallelNeuron
@@ -48,7 +48,7 @@ def passes_for(
         return None
     if carries and isinstance(config, ParallelNeuron):
         return None  # What it carries on is no membrane.
-    if native.serves(*tensors):
+    if native_library.serves(*tensors):
         return _native_passes(config, timesteps, carries, packs)
     # For sums over time there are no kernels in Triton yet.
     if isinstance(config, ParallelNeuron):
@@ -60,7 +60,7 @@ def passes_for(
 
 def norm_passes_for(tensors: tuple[Tensor | None, ...], timesteps: int) -> NormPasses | None:
     """The passes of normalisation alone; otherwise like `passes_for`."""
-    if native.serves(*tensors):
+    if native_library.serves(*tensors):
         kernels = native.norm_kernels()
         if kernels is None:
             _say_that_there_is_no_library()

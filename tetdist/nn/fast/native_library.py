@@ -1,0 +1,56 @@
+"""Libraries in C++: the types that they serve, and how tensors are handed to them."""
+
+import ctypes
+import itertools
+from ctypes import c_int64
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHANNELS = 64  # that kernels/neuron.cpp works on at a time
+TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether the passes are for tensors of these types: one of three, and the same for all."""
+    types = {tensor.dtype for tensor in tensors if tensor is not None}
+    devices = {tensor.device.type for tensor in tensors if tensor is not None}
+    return devices == {"cpu"} and len(types) == 1 and types <= TYPES.keys()
+
+
+class Library:
+    """A library whose functions exist for each type, and whose sums are made of blocks of rows."""
+
+    def __init__(self, library: ctypes.CDLL, signatures: dict[str, tuple[Any, ...]]) -> None:
+        self.library = library
+        library.num_blocks.restype = c_int64
+        library.num_blocks.argtypes = (c_int64, c_int64)
+        for (name, signature), dtype in itertools.product(signatures.items(), TYPES.values()):
+            self.function(name, dtype).argtypes = signature
+
+    def function(self, name: str, type_name: str) -> Any:
+        return getattr(self.library, f"{name}_{type_name}")
+
+    def partial(self, sums: int, rows: int, like: Tensor) -> Tensor:
+        """Room for so many sums a channel of every block of rows."""
+        channels = like.shape[-1]
+        blocks = self.library.num_blocks(rows, channels)
+        return torch.empty(sums * blocks * channels, dtype=wide_type(like))
+
+
+def at(tensor: Tensor | None) -> int | None:
+    assert tensor is None or tensor.is_contiguous()
+    return None if tensor is None else tensor.data_ptr()
+
+
+def wide_type(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def as_wide(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(wide_type(like)).contiguous()
+
+
+def threads() -> int:
+    return torch.get_num_threads()
