@@ -32,6 +32,7 @@ ConfigWriter = Callable[..., Path]
 
 
 SET_BY_TINY = {*flatten(tiny.CONFIG)}
+PHASE: dict[str, Any] = {"epochs": 1, "timesteps": 1, "optimizer": {"lr": 0.1}}
 
 
 def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
@@ -136,14 +137,19 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
             ("data.color_jitter", "data.auto_augment=rand-m9"),
         ),
         ({"data.resize": 8}, ("data.resize", "8", "16")),
+        (
+            {"data.crop": "padded", "data.padding": 8}
+            | {"phases": [PHASE, PHASE | {"final_image_size": 8}]},
+            ("data.padding: 8 must be below the image size, 8",),
+        ),
         ({"phases.0.warmup_epochs": 2.0}, ("phases.0.warmup_epochs", "2")),
         (
             {"phases.0.warmup_epochs": 1.0, "phases.0.cooldown_epochs": 1},
             ("phases.0.warmup_epochs and cooldown_epochs: 2 must be below", "2 epochs"),
         ),
         (
-            {"phases.0.min_lr": 0.06, "phases.0.optimizer.lr_per": 8},
-            ("phases.0.min_lr: 0.06", "not be above the peak"),
+            {"phases.0.min_lr": 0.03, "phases.0.optimizer.lr_per": 16},
+            ("phases.0.min_lr: 0.03", "not be above the peak of the learning rate, 0.025"),
         ),
         ({"name": "a/b"}, ("name", "'a/b'")),
         ({"name": ".."}, ("name", "'..'")),
@@ -622,7 +628,7 @@ def test_every_key_is_explained_with_what_it_takes(capsys: pytest.CaptureFixture
         ),
         (
             {
-                "phases": [{"epochs": 1, "timesteps": t, "optimizer": {"lr": 0.1}} for t in (1, 2)],
+                "phases": [PHASE, PHASE | {"timesteps": 2}],
                 "loss.distillation.self_weight": 0.5,
             },
             [],
@@ -669,3 +675,9 @@ def test_differences_pass_over_what_does_not_change_the_result() -> None:
         "data.flip is 0.0 and was 0.5",
         "phases.0.optimizer.lr is 0.1 and was 0.05",
     ]
+
+    def paths(written: Callable[[str], str]) -> dict[str, Any]:
+        teacher = {"teacher": "timm:resnet18", "teacher_weights": written("teacher.safetensors")}
+        return {"init_checkpoint": written("first"), "loss": {"distillation": teacher}}
+
+    assert differences(paths(str), paths(lambda path: str(Path(path).absolute()))) == []

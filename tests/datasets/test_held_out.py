@@ -35,6 +35,10 @@ def test_each_class_is_divided(whole: Index) -> None:
     assert sorted(files(train) + files(held)) == sorted(files(whole))
     # 11, 12, 12 and 12 samples; the nearest whole numbers to their 30 %.
     assert np.bincount(held.labels).tolist() == [3, 4, 4, 4]
+    # Each side has one of each class at least.
+    for share, least in ((0.01, 1), (0.99, 0)):
+        part = held_out.divide(whole, share, seed=1)[least]
+        assert np.bincount(part.labels).tolist() == [1, 1, 1, 1]
     place = {path: i for i, path in enumerate(files(whole))}
     for part in (train, held):
         rows = [place[path] for path in files(part)]

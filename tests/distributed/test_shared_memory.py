@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 # In chunks so small that a tensor takes several, and that several tensors share one.
 CODE = """
@@ -95,9 +96,13 @@ def test_what_is_no_file_of_rank_0_is_left_alone(tmp_path: Path) -> None:
     os.close(writes)
 
 
-def test_what_is_not_dense_is_refused() -> None:
-    import torch
+def test_chunks_of_any_number_of_processes_hold_whole_numbers() -> None:
+    from tetdist.distributed.shared_memory import _chunk_bytes
 
+    assert [n for n in range(1, 100) if _chunk_bytes(n) % torch.float64.itemsize] == []
+
+
+def test_what_is_not_dense_is_refused() -> None:
     from tetdist.distributed.shared_memory import _in_memory_order
 
     dense = torch.arange(24.0).view(2, 3, 4)

@@ -219,6 +219,15 @@ def test_what_is_no_spike_is_not_packed(kind: str) -> None:
     assert differing(*results) == []
 
 
+def test_every_block_runs_in_segments() -> None:
+    model = network("sew_resnet18", recompute=True, segment=2, execution="reference")
+    lengths: dict[nn.Module, list[int]] = {block: [] for block in model.blocks}
+    for block, seen in lengths.items():
+        block.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(len(inputs[0])))
+    model(images("sew_resnet18"))
+    assert list(lengths.values()) == [[2, 2, 1]] * len(model.blocks)
+
+
 def test_no_segment_below_one() -> None:
     with pytest.raises(ValueError, match="at least one timestep, not 0"):
         network("spiking_convnet", recompute=False, segment=0, execution="fused")
@@ -226,7 +235,7 @@ def test_no_segment_below_one() -> None:
 
 @pytest.mark.parametrize(
     ("levels", "highest", "share"),
-    [(1, 1, 0.5), (1, 15, 0.5), (4, 3, 0.5), (1, 16, 1.0), (4, 63, 1.0), (1, 255, 1.0)],
+    [(1, 1, 0.5), (1, 15, 0.5), (4, 3, 0.5), (8, 2, 1.0), (4, 63, 1.0), (1, 255, 1.0)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_packing_is_exact(levels: int, highest: int, share: float, dtype: torch.dtype) -> None:

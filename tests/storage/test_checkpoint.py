@@ -38,16 +38,29 @@ def trained(seed: int, width: int = 4) -> tuple[nn.Module, torch.optim.Optimizer
     return model, optimizer
 
 
-def save(folder: Path, step: int, *, keep_last: int = 10, best: bool = False) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    *,
+    keep_last: int = 10,
+    best: bool = False,
+    best_average: bool | None = None,
+) -> Path:
+    """Save a checkpoint, with an average of its weights if it is said whether that is the best."""
     model, optimizer = trained(step)
+    description = Description(config={}, classes=["a"], timesteps=1, step=step)
+    average = None
+    if best_average is not None:
+        average = checkpoint.Average(model.state_dict(), description, best_average)
     return checkpoint.save(
         folder,
         model=model,
         optimizer=optimizer.state_dict(),
-        description=Description(config={}, classes=["a"], timesteps=1, step=step),
+        description=description,
         state={"step": step, "result": {"top1": step / 3}},
         keep_last=keep_last,
         best=best,
+        average=average,
     )
 
 
@@ -143,13 +156,15 @@ def test_all_damaged_is_an_error(tmp_path: Path) -> None:
 
 def test_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     for step in range(1, 7):
-        save(tmp_path, step, keep_last=2, best=step == 2)
-    assert names(tmp_path) == ["best", "last", "step-00000002", "step-00000005", "step-00000006"]
+        save(tmp_path, step, keep_last=2, best=step == 2, best_average=step == 3)
+    pointers = ["best", "best-ema", "last"]
+    assert names(tmp_path) == pointers + [f"step-{step:08}" for step in (2, 3, 5, 6)]
     assert (tmp_path / "last").read_text().strip() == "step-00000006"
     assert (tmp_path / "best").read_text().strip() == "step-00000002"
-    save(tmp_path, 7, keep_last=2, best=True)
-    assert names(tmp_path) == ["best", "last", "step-00000006", "step-00000007"]
+    save(tmp_path, 7, keep_last=2, best=True, best_average=False)
+    assert names(tmp_path) == pointers + [f"step-{step:08}" for step in (3, 6, 7)]
     assert checkpoint.load_model_file(tmp_path, "best")[1].step == 7
+    assert checkpoint.load_model_file(tmp_path, "best", ema=True)[1].step == 3
 
 
 def test_same_step_again_replaces(tmp_path: Path) -> None:

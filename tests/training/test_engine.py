@@ -458,6 +458,7 @@ def test_loss_scale_cancels_out(cls: type[Any], world: World) -> None:
 def test_loss_scale_moves() -> None:
     scale = base.LossScale()
     assert scale.value == 2.0**16
+    scale.succeeded()
     assert scale.overflowed()
     assert (scale.value, scale.overflows) == (2.0**15, 1)
     for _ in range(base.LossScale.GROWTH_INTERVAL):

@@ -1072,6 +1072,8 @@ def test_mlflow_has_the_phases(farm: Farm, tiny_config: ConfigWriter, tmp_path: 
     ((parent,),) = rows("select run_uuid from runs where name = 'tiny'")
     parents = rows("select value from tags where key = 'mlflow.parentRunId'")
     assert parents == [(parent,)] * 2
+    of_parent = f"select value from tags where key = 'timesteps' and run_uuid = '{parent}'"
+    assert rows(of_parent) == [("2 then 3",)]
     for number, (name, kind) in enumerate([("phase 0: T=2", "sgd"), ("phase 1: T=3", "adam")]):
         ((child,),) = rows(f"select run_uuid from runs where name = '{name}'")
         params = dict(rows(f"select key, value from params where run_uuid = '{child}'"))
