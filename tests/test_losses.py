@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tetdist.config.schema import LossSection
+from tetdist.config.sections.loss import LossSection
 from tetdist.losses import (
     SelfTarget,
     distillation_loss,

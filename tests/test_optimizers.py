@@ -10,7 +10,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from tetdist.config.schema import OptimizerSection
+from tetdist.config.sections.phase import OptimizerSection
 from tetdist.errors import UserError
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.optimizers import kind_of, layers_of, make_optimizer

@@ -312,7 +312,7 @@ def test_every_optimiser_of_timm_steps_or_is_refused() -> None:
     import torch
     from timm.optim import list_optimizers
 
-    from tetdist.config.schema import OptimizerSection
+    from tetdist.config.sections.phase import OptimizerSection
     from tetdist.optimizers import make_optimizer
     from tetdist.training.engines.base import tell
 

@@ -19,7 +19,8 @@ from tetdist.config.documentation import documented_keys
 from tetdist.config.identity import OPERATIONAL_KEYS, differences, flatten
 from tetdist.config.loading import load, parse
 from tetdist.config.overrides import joined
-from tetdist.config.schema import ModelSection, RunConfig
+from tetdist.config.schema import RunConfig
+from tetdist.config.sections.model import ModelSection
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
 from tetdist.models import QKFormer

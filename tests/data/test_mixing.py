@@ -10,7 +10,7 @@ import torch
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor
 
-from tetdist.config.schema import LossSection
+from tetdist.config.sections.loss import LossSection
 from tetdist.data.mixing import mixed_images, mixed_targets, on_device
 from tetdist.data.transforms import (
     MIXING_DRAWS,

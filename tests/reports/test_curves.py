@@ -37,7 +37,7 @@ from tetdist.apps.reports.style import (
     new_figure,
     steady_part,
 )
-from tetdist.config.schema import DataSection
+from tetdist.config.sections.data import DataSection
 from tetdist.errors import UserError
 from tetdist.evaluation.membranes import Membranes
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tetdist.apps.cli import eval as evaluation
 from tetdist.apps.weights import export
 from tetdist.apps.weights.trained import load
-from tetdist.config.schema import EmaSection
+from tetdist.config.sections.training import EmaSection
 from tetdist.errors import UserError
 from tetdist.storage import checkpoint
 from tetdist.training.ema import WeightAverage, decay_at

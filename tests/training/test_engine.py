@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tetdist.config.loading import parse
-from tetdist.config.schema import OptimizerSection, RunConfig
+from tetdist.config.schema import RunConfig
+from tetdist.config.sections.phase import OptimizerSection
 from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
 from tetdist.nn import batch_norm

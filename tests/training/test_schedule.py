@@ -9,7 +9,7 @@ import torch
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 
-from tetdist.config.schema import OptimizerSection, PhaseSection
+from tetdist.config.sections.phase import OptimizerSection, PhaseSection
 from tetdist.training.schedule import Phase, phase_at
 from tetdist.training.schedule import schedule_phases as schedule
 

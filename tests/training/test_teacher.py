@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from tiny import Farm, Outcome
 
 from tetdist import losses
-from tetdist.config import loading, schema
-from tetdist.config.schema import LossSection
+from tetdist.config import loading
+from tetdist.config.sections.loss import LossSection
+from tetdist.config.sections.model import ModelSection
 from tetdist.datasets import index as data_index
 from tetdist.errors import UserError
 from tetdist.training.objective import compute_loss
@@ -187,7 +188,7 @@ def test_timm_teacher_sees_images_in_its_own_normalisation(
 
 
 def test_events_are_taught_at_the_students_timesteps() -> None:
-    section = schema.ModelSection.model_validate({"name": "spiking_convnet_dvs"})
+    section = ModelSection.model_validate({"name": "spiking_convnet_dvs"})
     model = section.build(num_classes=3, timesteps=2)
     answering = Teacher.__new__(Teacher)
     answering.model, answering.precision = model.eval(), "fp32"

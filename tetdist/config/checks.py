@@ -8,8 +8,11 @@ from typing import Any, assert_never
 
 from pydantic import BaseModel
 
+from tetdist.config.fields import TIMM
 from tetdist.config.identity import flatten
-from tetdist.config.schema import TIMM, DataSection, PhaseSection, RunConfig, phase_image_sizes
+from tetdist.config.schema import RunConfig, phase_image_sizes
+from tetdist.config.sections.data import DataSection
+from tetdist.config.sections.phase import PhaseSection
 from tetdist.errors import UserError
 from tetdist.losses import LOSSES
 from tetdist.optimizers import kind_of

@@ -10,7 +10,9 @@ import pydantic
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
-from tetdist.config.schema import OneOf, RunConfig, neuron_section_of
+from tetdist.config.fields import OneOf
+from tetdist.config.schema import RunConfig
+from tetdist.config.sections.model import neuron_section_of
 from tetdist.nn.neurons import NEURONS, NeuronConfig
 
 _PLAIN = {

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from tetdist.config.schema import TIMM, RunConfig
+from tetdist.config.fields import TIMM
+from tetdist.config.schema import RunConfig
 from tetdist.storage.hub import HF
 
 # What may differ between a run and its continuation: where things are, how much is shown or kept,

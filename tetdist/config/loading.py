@@ -14,7 +14,8 @@ from tetdist.config.checks import check, check_name, warn_without_effect
 from tetdist.config.inheritance import overridden, read_layers
 from tetdist.config.messages import sentences
 from tetdist.config.overrides import apply_override, key_of, refuse_repeated
-from tetdist.config.schema import RunConfig, network_neuron
+from tetdist.config.schema import RunConfig
+from tetdist.config.sections.model import network_neuron
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
 from tetdist.nn import neurons

@@ -9,8 +9,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from tetdist.config.documentation import documented_keys, section_at
+from tetdist.config.fields import Section
 from tetdist.config.overrides import key_of
-from tetdist.config.schema import Section
 
 
 def sentences(

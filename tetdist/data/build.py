@@ -8,7 +8,8 @@ from typing import assert_never
 import numpy as np
 
 from tetdist.config.rand_augment import rand_augment
-from tetdist.config.schema import DataSection, RunConfig, phase_image_sizes
+from tetdist.config.schema import RunConfig, phase_image_sizes
+from tetdist.config.sections.data import DataSection
 from tetdist.data import batches, dali, loader
 from tetdist.data.auto_augment import Policy
 from tetdist.data.delivery import Batches, DeviceBatches

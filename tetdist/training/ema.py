@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tetdist.config.schema import EmaSection
+from tetdist.config.sections.training import EmaSection
 
 
 def decay_at(section: EmaSection, step: int) -> float:

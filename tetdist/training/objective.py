@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from tetdist.config.schema import LossSection
+from tetdist.config.sections.loss import LossSection
 from tetdist.errors import UserError
 from tetdist.losses import LOSSES, distillation_loss, error_aware_alignment, self_target
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import assert_never
 
-from tetdist.config.schema import PhaseSection
+from tetdist.config.sections.phase import PhaseSection
 
 
 @dataclass(frozen=True)

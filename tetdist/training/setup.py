@@ -6,7 +6,8 @@ from typing import assert_never
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tetdist.config.schema import RunConfig, SegmentsSection, phase_image_sizes
+from tetdist.config.schema import RunConfig, phase_image_sizes
+from tetdist.config.sections.training import SegmentsSection
 from tetdist.data.build import check_augmentation
 from tetdist.datasets import held_out, recorded_split
 from tetdist.datasets import index as data_index

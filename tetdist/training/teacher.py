@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tetdist import plugins
+from tetdist.config.fields import TIMM
 from tetdist.config.loading import parse
-from tetdist.config.schema import TIMM, RunConfig, phase_image_sizes
+from tetdist.config.schema import RunConfig, phase_image_sizes
 from tetdist.datasets.index import Index
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork

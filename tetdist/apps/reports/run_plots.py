@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from tetdist.apps.reports import curves
-from tetdist.config.schema import DataSection
+from tetdist.config.sections.data import DataSection
 from tetdist.data import mixing
 from tetdist.data.loader import Batch
 from tetdist.data.transfer import on_device

@@ -18,7 +18,7 @@ import pydantic
 from pydantic import Field
 
 from tetdist.apps.roofline import cards
-from tetdist.config.schema import Positive, Section
+from tetdist.config.fields import Positive, Section
 from tetdist.config.yaml_files import read_value
 from tetdist.errors import UserError
 

@@ -26,7 +26,8 @@ from tetdist.apps.roofline.estimate import (
     estimate,
 )
 from tetdist.apps.slurm.cluster import ClusterSection
-from tetdist.config.schema import PhaseSection, RunConfig, phase_image_sizes
+from tetdist.config.schema import RunConfig, phase_image_sizes
+from tetdist.config.sections.phase import PhaseSection
 from tetdist.errors import UserError, typed
 from tetdist.nn import neurons
 from tetdist.optimizers import kind_of

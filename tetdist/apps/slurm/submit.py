@@ -21,7 +21,7 @@ from tetdist.apps.slurm.job import Job
 from tetdist.apps.slurm.jobs import is_here, refuse_if_queued, states_of
 from tetdist.apps.slurm.plan import Plan
 from tetdist.apps.slurm.speed import Network, Speed
-from tetdist.config import identity, loading, schema
+from tetdist.config import fields, identity, loading
 from tetdist.config.schema import RunConfig
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
@@ -100,7 +100,7 @@ def _check_inputs(config: RunConfig) -> None:
     values = identity.flatten(config.as_dict())
     for key in identity.PATH_KEYS:
         path = values.get(key)
-        if path is None or path.startswith(schema.TIMM) or (has_begun and key == "init_checkpoint"):
+        if path is None or path.startswith(fields.TIMM) or (has_begun and key == "init_checkpoint"):
             continue
         if path.startswith(hub.HF):
             # Into the cache, before the job is on a node that may have no network.

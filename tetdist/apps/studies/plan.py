@@ -13,9 +13,11 @@ import yaml
 from pydantic import Field, ValidationError
 
 from tetdist.config import identity, loading, messages
+from tetdist.config.fields import Section, Timesteps
 from tetdist.config.loading import CONFIGS_DIR
 from tetdist.config.overrides import apply_override, joined, key_of
-from tetdist.config.schema import PhaseSection, RunConfig, Section, Timesteps
+from tetdist.config.schema import RunConfig
+from tetdist.config.sections.phase import PhaseSection
 from tetdist.config.yaml_files import read_yaml
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, script_of, typed

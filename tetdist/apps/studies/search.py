@@ -34,8 +34,8 @@ from tetdist.apps.studies.plan import (
     refuse_own_keys,
 )
 from tetdist.config import loading, messages
+from tetdist.config.fields import Epochs, Section
 from tetdist.config.overrides import joined, key_of
-from tetdist.config.schema import Epochs, Section
 from tetdist.config.yaml_files import read_yaml
 from tetdist.distributed.world import World
 from tetdist.errors import UserError

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from tetdist import plugins
+from tetdist.config.fields import TIMM
 from tetdist.config.identity import without_machine
 from tetdist.config.loading import parse
-from tetdist.config.schema import TIMM, RunConfig
+from tetdist.config.schema import RunConfig
 from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
 from tetdist.storage import checkpoint

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from tetdist.config.schema import RunConfig, SegmentsSection
+from tetdist.config.schema import RunConfig
+from tetdist.config.sections.training import SegmentsSection
 from tetdist.distributed.overlap import Earlier, OverlappedMean, join
 from tetdist.distributed.world import World
 from tetdist.nn.precision import LOW_PRECISION

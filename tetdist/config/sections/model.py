@@ -1,0 +1,125 @@
+"""The section ``model``: the network and its neuron."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, get_type_hints
+
+import pydantic
+import timm
+from pydantic import Field, PlainSerializer, PlainValidator
+from pydantic_core import PydanticCustomError
+
+from tetdist import models
+from tetdist.config.fields import OneOf, Section
+from tetdist.models import SpikingNetwork
+from tetdist.models.create import create_model
+from tetdist.nn import neurons
+from tetdist.nn.neurons import LIF, NEURONS, NeuronConfig
+
+
+def neuron_section_of(kind: str) -> type[Section]:
+    """The keys of a kind of neuron beside ``kind``: the fields that its class declares."""
+    cls: Any = neurons.class_of(kind)
+    return _section_of(cls)
+
+
+@functools.cache
+def _section_of(cls: Any) -> type[Section]:
+    hints, keys = get_type_hints(cls), dict[str, Any]()
+    for one in dataclasses.fields(cls):
+        described = Field(
+            default=one.default, description=one.metadata["doc"], **one.metadata["bounds"]
+        )
+        keys[one.name] = (hints[one.name], described)
+    made: type[Section] = pydantic.create_model(f"{cls.__name__}Section", __base__=Section, **keys)
+    return made
+
+
+def _neuron(value: Any) -> NeuronConfig:
+    """Make the neuron of a mapping of its kind and numbers; messages.py says what is wrong."""
+    if isinstance(value, NeuronConfig):
+        return value
+    if not isinstance(value, dict):
+        raise PydanticCustomError("neuron", "must hold keys and values")
+    numbers = dict(value)
+    kind = numbers.pop("kind", "lif")
+    if kind not in NEURONS:
+        text = f"kind: {NEURONS.none_of(str(kind))}"
+        raise PydanticCustomError("neuron_numbers", "{text}", {"text": text})
+    section = neuron_section_of(kind)
+    try:
+        return NEURONS[kind](**dict(section.model_validate_json(json.dumps(numbers))))
+    except pydantic.ValidationError as error:
+        context = {"errors": error.errors(), "known": ["kind", *section.model_fields]}
+        raise PydanticCustomError("within", "see its errors", context) from error
+    except ValueError as error:
+        raise PydanticCustomError("neuron_numbers", "{text}", {"text": str(error)}) from error
+
+
+Neuron = Annotated[NeuronConfig, PlainValidator(_neuron), PlainSerializer(neurons.as_dict)]
+
+
+def network_neuron(model: Mapping[str, Any]) -> NeuronConfig:
+    """The neuron that the network of a `model:` section was published with.
+
+    It is LIF where there is no such network, which checks.py says.
+    """
+    name = model.get("name")
+    if not isinstance(name, str) or not timm.is_model(name):
+        return LIF()
+    return models.default_neuron(name)
+
+
+class ModelSection(Section):
+    name: Annotated[str, OneOf(models.names)]
+    """A model registered with timm, or one of your own; see imports."""
+    num_classes: Annotated[int, Field(gt=1)] | None = None
+    """Null: as many as the data set has."""
+    neuron: Neuron
+    """What is left out is as in the neuron that the network was published with."""
+    arguments: dict[str, Any] = {}
+    """Further arguments of the model, such as connect_function: add."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _with_whole_neuron(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        neuron = values.get("neuron", {})
+        if not isinstance(neuron, dict):
+            return values
+        return values | {"neuron": neurons.completed(neuron, network_neuron(values))}
+
+    @property
+    def changed_by_kind(self) -> dict[str, tuple[str, str]]:
+        """Keys whose values the neuron has by its kind, which is not that of the network's own.
+
+        Each has two values: the own neuron's ("none" where it has no such key), and the present.
+        """
+        own, kind = network_neuron({"name": self.name}), type(self.neuron)
+        old, new = (
+            {
+                k: v if isinstance(v, str) else json.dumps(v)
+                for k, v in dataclasses.asdict(n).items()
+            }
+            for n in (own, self.neuron)
+        )
+        return {
+            key: (old.get(key, "none"), value)
+            for key, value in new.items()
+            if kind is not type(own)
+            and old.get(key) != value
+            and getattr(self.neuron, key) == getattr(kind(), key)
+        }
+
+    def build(self, *, num_classes: int, timesteps: int) -> SpikingNetwork:
+        """Make the model, initialised; see `create_model`."""
+        return create_model(
+            self.name,
+            num_classes=num_classes,
+            timesteps=timesteps,
+            neuron=self.neuron,
+            arguments=self.arguments,
+        )
