@@ -15,6 +15,7 @@ they were saved. On a cluster it also says how they are, and leaves alone what i
 import argparse
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def study(options: argparse.Namespace) -> int:
     from tetdist.apps.studies import plan, report, search, tracking
-    from tetdist.apps.studies.local import refuse_if_at_work, work
+    from tetdist.apps.studies.local import refuse_if_at_work, start_again, work
 
     file = plan.find(options.study)
     if search.is_search(file):
@@ -135,7 +136,7 @@ def study(options: argparse.Namespace) -> int:
         untrained = [run for run in left if not plan.is_trained(run)]
         parent = tracking.Parent(file.stem, untrained, output)
         failed = work(chosen, options.jobs, parent)
-        tracking.catch_up(file.stem, chosen, output, options.jobs)
+        tracking.catch_up(file.stem, chosen, output, partial(start_again, jobs=options.jobs))
     report.write(section, file.stem, runs, output / "report.md", command(options, file))
     print(f"the report is {output / 'report.md'}")
     if options.append_to:
@@ -148,7 +149,7 @@ def study(options: argparse.Namespace) -> int:
 
 def search_for(options: argparse.Namespace, file: Path) -> int:
     from tetdist.apps.studies import search, search_report, tracking
-    from tetdist.apps.studies.local import refuse_if_at_work, work
+    from tetdist.apps.studies.local import refuse_if_at_work, start_again, work
 
     for flag, given in (("--slurm", options.slurm is not None), ("--only", bool(options.only))):
         if given:
@@ -170,7 +171,8 @@ def search_for(options: argparse.Namespace, file: Path) -> int:
             failed = {name: why for name, why in failed.items() if search.NOT_FINITE not in why}
             standing = found.standing()
     if not options.report_only:
-        tracking.catch_up(file.stem, found.runs_of(standing), output, options.jobs)
+        start = partial(start_again, jobs=options.jobs)
+        tracking.catch_up(file.stem, found.runs_of(standing), output, start)
     for target in filter(None, (output / "report.md", options.append_to)):
         search_report.write(found, standing, file.stem, target, command(options, file))
         print(f"the report is {target}")

@@ -1,11 +1,10 @@
 """A study in MLflow: one run of its name, and below it all that it trains."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tetdist.apps.slurm import history
-from tetdist.apps.studies.local import start_again
 from tetdist.apps.studies.plan import StudyRun, is_trained
 from tetdist.errors import UserError
 from tetdist.tracking import mlflow_follower
@@ -51,7 +50,9 @@ class Parent:
         history.announce(run.config, status, tags)
 
 
-def catch_up(study: str, runs: Iterable[StudyRun], output: Path, jobs: int) -> None:
+def catch_up(
+    study: str, runs: Iterable[StudyRun], output: Path, start: Callable[[list[StudyRun]], None]
+) -> None:
     """Send MLflow what it lacks of a study's finished runs, or say that it lacks it.
 
     The study's result does not depend on MLflow, so that a study which cannot send it has not
@@ -61,7 +62,7 @@ def catch_up(study: str, runs: Iterable[StudyRun], output: Path, jobs: int) -> N
         study: Name of the study.
         runs: Its runs.
         output: Folder of the study.
-        jobs: How many runs are started at a time, to send what is in their folders.
+        start: Starts finished runs again, which send what is in their folders.
 
     Raises:
         KeyboardInterrupt: A signal asked for it; the same command sends the rest.
@@ -70,7 +71,7 @@ def catch_up(study: str, runs: Iterable[StudyRun], output: Path, jobs: int) -> N
         lacking, untagged = _lacking(runs)
         if lacking:
             print(f"MLflow lacks points of {_named(lacking)}: sending them", file=sys.stderr)
-            start_again(lacking, jobs)
+            start(lacking)
         if lacking or untagged:
             parent = Parent(study, lacking + untagged, output)
             for run in lacking + untagged:
