@@ -7,6 +7,8 @@ imports all, then forks for each job that comes in on standard input, one JSON o
     world      number of processes
     stop       null, or [point, number, signal, rank]: the process of that rank sends itself the
                signal at the number-th passage (from 1) of the point
+    command    instead of arguments: those of a Python interpreter, -c CODE ... or FILE ...; each
+               process then runs in the folder cwd and has a log of its own, LOG.RANK
     log        file for what the processes print
     timeout    seconds, after which they are killed
 
@@ -16,11 +18,13 @@ Answers, a line a job, are lists of the processes' exit statuses (-n: ended by s
 import itertools
 import json
 import os
+import runpy
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -80,7 +84,8 @@ def passing(point: str, number: int, action: Callable[[], None]) -> None:
 
 def run(job: dict[str, Any], rank: int, port: int) -> int:
     """In the child: the program, as if it had been started by itself."""
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    file = f"{job['log']}.{rank}" if "command" in job else job["log"]
+    log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -92,6 +97,8 @@ def run(job: dict[str, Any], rank: int, port: int) -> int:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
+    if "command" in job:
+        return run_command(job["command"], job["cwd"])
     if job["stop"]:
         point, number, which, on_rank = job["stop"]
         if on_rank == rank:
@@ -101,6 +108,19 @@ def run(job: dict[str, Any], rank: int, port: int) -> int:
 
     end_with_starters()
     return train.main([one.replace("RANK", str(rank)) for one in job["arguments"]])
+
+
+def run_command(command: list[str], cwd: str) -> int:
+    """Run what a Python interpreter is given, as if it had just been started."""
+    os.setsid()
+    os.chdir(cwd)
+    sys.argv = command if command[0] != "-c" else ["-c", *command[2:]]
+    sys.path[0] = "" if command[0] == "-c" else str(Path(command[0]).parent)
+    if command[0] == "-c":
+        exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        runpy.run_path(command[0], run_name="__main__")
+    return 0
 
 
 def child(job: dict[str, Any], rank: int, port: int) -> int:

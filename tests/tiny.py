@@ -12,7 +12,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -195,22 +195,6 @@ def execute(
     return process.returncode, output
 
 
-def side_by_side(processes: int, command: list[str], cwd: Path) -> list[tuple[int, str]]:
-    """Exit status and output of each process of one run, started without a launcher's seconds."""
-    common = {"WORLD_SIZE": str(processes), "LOCAL_SIZE": str(processes)}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common["PYTHONPATH"] = str(PROJECT)
-    with ExitStack() as stack:
-        running = [
-            stack.enter_context(
-                started(command, cwd, clean_environment(RANK=str(i), LOCAL_RANK=str(i), **common))
-            )
-            for i in range(processes)
-        ]
-        outputs = [process.communicate(timeout=90)[0] for process in running]
-        return [(p.returncode, text) for p, text in zip(running, outputs, strict=True)]
-
-
 @contextmanager
 def mlflow_server(database: Path, port: int, password: str | None = None) -> Iterator[None]:
     """MLflow's server in this process; with a password it serves the user "me" alone.
@@ -345,8 +329,6 @@ class Farm:
             rank: Which process the signal comes to.
             timeout: Seconds after which they are killed (status -999).
         """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._log.unlink(missing_ok=True)
         job = {
             "arguments": ["--config", str(file), *overrides],
@@ -355,6 +337,21 @@ class Farm:
             "log": str(self._log),
             "timeout": timeout,
         }
+        return self._ask(job), self._log.read_text()
+
+    def side_by_side(self, processes: int, command: list[str], cwd: Path) -> list[tuple[int, str]]:
+        """Exit status and output of each process of one run of a Python command."""
+        assert command[0] == sys.executable
+        logs = [self._log.with_name(f"{self._log.name}.{rank}") for rank in range(processes)]
+        for log in logs:
+            log.unlink(missing_ok=True)
+        job = {"command": command[1:], "cwd": str(cwd), "world": processes, "stop": None}
+        statuses = self._ask(job | {"log": str(self._log), "timeout": 90})
+        return [(status, log.read_text()) for status, log in zip(statuses, logs, strict=True)]
+
+    def _ask(self, job: dict[str, Any]) -> list[int]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline()), self._log.read_text()
+        return json.loads(self._process.stdout.readline())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from tiny import Farm
 
 from tetdist.apps.check_gpu.check import Check, Finding, Machine, Report
 from tetdist.apps.check_gpu.run import run_checks
@@ -62,10 +63,10 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_rank_that_fails_in_a_collective_keeps_nobody_waiting(
-    tmp_path: Path, temporary: Path
+    farm: Farm, tmp_path: Path, temporary: Path
 ) -> None:
     file = tmp_path / "found.json"
-    both = tiny.side_by_side(2, tiny.python("-c", COMMAND, file), tmp_path)
+    both = farm.side_by_side(2, tiny.python("-c", COMMAND, file), tmp_path)
     assert [status for status, _ in both] == [1, 1], both
     output = both[0][1]
     assert "bad       steps                  rank 1: RuntimeError: the GPU has fallen off" in output

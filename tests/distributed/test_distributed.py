@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from tiny import Farm
 from torch import Tensor
 
 from tetdist.distributed.world import World, join
@@ -55,7 +56,7 @@ def test_gpu_that_is_not_there() -> None:
         join("cuda")
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def test_two_processes(farm: Farm, tmp_path: Path) -> None:
     """Sums, broadcast, failing together and stopping together, in one start of two processes."""
     code = """
         import os, signal, time
@@ -118,7 +119,7 @@ def test_two_processes(tmp_path: Path) -> None:
             print("stopped", step, stop.exit_status, flush=True)
     """
     command = tiny.python("-c", textwrap.dedent(code))
-    (status_0, first), (status_1, second) = tiny.side_by_side(2, command, tmp_path)
+    (status_0, first), (status_1, second) = farm.side_by_side(2, command, tmp_path)
     assert (status_0, status_1) == (0, 0), first + second
     for output in (first, second):
         assert "listens at {'127.0.0.1'}" in output, output

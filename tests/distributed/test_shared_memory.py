@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from tiny import Farm
 
 # In chunks so small that a tensor takes several, and that several tensors share one.
 CODE = """
@@ -56,9 +57,11 @@ CODE = """
         (2, "other-host", False),
     ],
 )
-def test_mean_over_processes(processes: int, case: str, shared: bool, tmp_path: Path) -> None:
+def test_mean_over_processes(
+    farm: Farm, processes: int, case: str, shared: bool, tmp_path: Path
+) -> None:
     command = tiny.python("-c", textwrap.dedent(CODE), case)
-    for status, output in tiny.side_by_side(processes, command, tmp_path):
+    for status, output in farm.side_by_side(processes, command, tmp_path):
         assert status == 0, output
         assert f"shared {shared}" in output
 

@@ -69,7 +69,7 @@ def test_killed_before_all_have_met(
 
 
 def test_killed_rank_0_is_noticed_by_the_store_first(
-    tiny_config: ConfigWriter, tmp_path: Path
+    farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
     """The thread has met the broken store before the training meets the broken collective."""
     file = tiny_config({"engine": "torch"})
@@ -91,7 +91,7 @@ def check(trainer):
 trainer.Trainer._check_finite = check
 sys.exit(train.main(["--config", {str(file)!r}]))
 """
-    (status_0, first), (status_1, second) = tiny.side_by_side(2, tiny.python("-c", code), tmp_path)
+    (status_0, first), (status_1, second) = farm.side_by_side(2, tiny.python("-c", code), tmp_path)
     assert (status_0, status_1) == (-KILL, PEER_FAILED), first + second
     assert "rank 1: error: rank 0 has died or cannot be reached" in second
     assert "Traceback" not in second
@@ -122,7 +122,7 @@ def test_stopped_process_ends_the_others(
     assert [part for part in parts if part not in text] == [], text
 
 
-def test_hanging_process_is_named(tiny_config: ConfigWriter, tmp_path: Path) -> None:
+def test_hanging_process_is_named(farm: Farm, tiny_config: ConfigWriter, tmp_path: Path) -> None:
     """One that lives and does not get on: its thread says so."""
     file = tiny_config({"peer_timeout": 4.0, "engine": "torch"})
     code = f"""
@@ -137,7 +137,7 @@ def slow(*arguments):
 step.sums_of = slow
 sys.exit(train.main(["--config", {str(file)!r}]))
 """
-    (status_0, first), (status_1, second) = tiny.side_by_side(2, tiny.python("-c", code), tmp_path)
+    (status_0, first), (status_1, second) = farm.side_by_side(2, tiny.python("-c", code), tmp_path)
     assert (status_0, status_1) == (PEER_FAILED, PEER_FAILED), first + second
     expected = r"error: no progress for 4 s: rank 1 \(process \d+ on .*\) hangs at step 1, and the "
     assert re.search(expected, first), first

@@ -390,14 +390,16 @@ def assert_alike(ours: Any, theirs: Any, where: str = "") -> None:
         assert theirs == ours, where
 
 
-def test_two_processes_give_the_same_json(run: Path, evaluate: Tool, tmp_path: Path) -> None:
+def test_two_processes_give_the_same_json(
+    farm: Farm, run: Path, evaluate: Tool, tmp_path: Path
+) -> None:
     one, two = tmp_path / "1.json", tmp_path / "2.json"
     common = ("--checkpoint", run, "--batch", 4, "--drop-timesteps", "0.4")
     assert evaluate(*common, "--json", one)[0] == 0
     command = tiny.python(
         tiny.EVAL, *common, "--execution", "reference", "--device", "cpu", "--json", two
     )
-    ended = tiny.side_by_side(2, command, tmp_path)
+    ended = farm.side_by_side(2, command, tmp_path)
     output = "".join(text for _, text in ended)
     assert [status for status, _ in ended] == [0, 0], output
     ours, theirs = json.loads(one.read_text()), json.loads(two.read_text())
@@ -578,9 +580,9 @@ def test_bad_command_line(options: tuple[str, ...], evaluate: Tool) -> None:
 
 
 @pytest.mark.long
-def test_two_processes_name_a_mistake_and_end(run: Path, tmp_path: Path) -> None:
+def test_two_processes_name_a_mistake_and_end(farm: Farm, run: Path, tmp_path: Path) -> None:
     command = tiny.python(tiny.EVAL, "--checkpoint", run, "--data", tmp_path)
-    ended = tiny.side_by_side(2, command, tmp_path)
+    ended = farm.side_by_side(2, command, tmp_path)
     output = "".join(text for _, text in ended)
     assert [status for status, _ in ended] == [2, 2], output
     assert output.count("there is no index") == 1, output

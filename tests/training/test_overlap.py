@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from tiny import Farm
 from torch import nn
 
 from tetdist.distributed import overlap
@@ -97,10 +98,10 @@ def test_gradients_behind_one_that_never_comes_are_averaged(
 
 # Of two processes' numbers a sum is the same in any order; of three it is not.
 @pytest.mark.long
-def test_averages_of_a_backward_pass_are_those_after_it(tmp_path: Path) -> None:
+def test_averages_of_a_backward_pass_are_those_after_it(farm: Farm, tmp_path: Path) -> None:
     model = {"name": "sew_resnet18", "arguments": {}}
     values = tiny.changed(tiny.CONFIG, {"name": "x", "data.root": "d", "model": model})
     command = tiny.python("-c", textwrap.dedent(CODE), json.dumps(values))
-    for status, output in tiny.side_by_side(3, command, tmp_path):
+    for status, output in farm.side_by_side(3, command, tmp_path):
         assert status == 0, output
         assert "all equal" in output

@@ -781,7 +781,9 @@ def test_non_finite_loss_names_step_rate_and_checkpoint(
     assert f"last at step {last} " in farm(file).text
 
 
-def test_non_finite_on_one_process_names_it(tiny_config: ConfigWriter, tmp_path: Path) -> None:
+def test_non_finite_on_one_process_names_it(
+    farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
     """Pixels that are not numbers, on rank 1 alone: no update anywhere, and rank 1 is to blame."""
     file = tiny_config({"engine": "torch", "non_finite_limit": 2})
     code = f"""
@@ -797,7 +799,7 @@ def spoilt(self):
 Loader.__next__ = spoilt
 sys.exit(train.main(["--config", {str(file)!r}]))
 """
-    (status_0, first), (status_1, second) = tiny.side_by_side(2, tiny.python("-c", code), tmp_path)
+    (status_0, first), (status_1, second) = farm.side_by_side(2, tiny.python("-c", code), tmp_path)
     assert (status_0, status_1) == (2, 2), first + second
     assert "not finite in 2 steps in a row, last at step 2" in first
     assert re.search(r"Rank 1: loss .*; not finite first after stem.conv; largest gradients", first)
