@@ -122,7 +122,7 @@ def test_several_processes_are_as_efficient_as_one_is_faster(
 
 
 def test_bytes_are_kept_once_and_parameters_not_at_all() -> None:
-    model, x = torch.nn.Linear(3, 5), torch.ones(7, 3)
+    model, x = torch.nn.Linear(3, 5), torch.ones(7, 3, requires_grad=True)
     saved = benchmark.SavedBytes(model)
     with saved.counting():
         y = (model(x) + model(x)).square()  # of `x` both layers keep the same

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from scipy import stats
 from tiny import Outcome
 
 from tetdist.apps.studies import local, plan, search, tracking
+from tetdist.apps.studies.report import early_exit, verdict
 
 TOOLS = tiny.PROJECT / "tools"
 STUDY = TOOLS / "study.py"
@@ -188,9 +189,6 @@ def test_thresholds_of_early_exit_are_compared(
     report = results.read_text()
     assert "costs at most 20 points on the 12 training samples that a run holds out" in report
     assert "The full T is 2, more timesteps than in the training of `fewer`." in report
-    found = json.loads((output / "fewer-seed0" / "test_timesteps.json").read_text())
-    exit_top1 = found["chosen_exit"]["top1"]
-    assert f"| {exit_top1:.2f} | {exit_top1 - found['per_timestep_top1'][1]:.2f} |" in report
     row = f"| `tet` - `sdt` | 1 | 20 | {np.mean(spent['tet']):.2f} | {np.mean(spent['sdt']):.2f} |"
     assert row in report[: report.index("<!-- end of the summary -->")]
     assert "best epoch" not in report
@@ -977,7 +975,6 @@ def test_a_verdict_is_as_sure_as_the_interval(
     write: Callable[..., Path], tmp_path: Path, top1: list[float], said: str
 ) -> None:
     from tetdist.apps.studies.numbers import gather
-    from tetdist.apps.studies.report import verdict
 
     phases = [{"epochs": 2, "timesteps": 4, "optimizer": {"kind": "sgd", "lr": 0.05}}]
     seeds = list(range(len(top1)))
@@ -987,6 +984,20 @@ def test_a_verdict_is_as_sure_as_the_interval(
     for run in runs:
         finish_by_hand(run, [0.0, 0.0, 0.0, top1[run.seed] if run.entry == "tet" else 90.0])
     assert verdict(gather(study, runs), "tet").startswith(f"* `tet` against `sdt`: {said}")
+
+
+def test_early_exit_is_compared_with_the_full_t_of_the_study() -> None:
+    """Of an entry that was trained with fewer timesteps, too."""
+    chosen = {"threshold": 0.5, "top1": 55.0, "mean_timesteps": 1.5, "chosen_on": {"samples": 9}}
+    result = SimpleNamespace(top1=50.0, by_timestep=[50.0, 60.0], chosen_exit=chosen)
+    numbers: Any = SimpleNamespace(
+        study=SimpleNamespace(exit_within=1.0, test_timesteps=(1, 2)),
+        entries=["a"],
+        of=lambda _: [result, result],
+        difference=lambda *_: None,
+        timesteps=lambda _: 1,
+    )
+    assert "| 1.50 ± 0.00 | 55.00 ± 0.00 | -5.00 ± 0.00 |" in early_exit(numbers)
 
 
 def test_a_section_replaces_its_earlier_self_only(
