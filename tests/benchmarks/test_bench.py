@@ -95,7 +95,7 @@ def test_a_step_is_timed_against_the_relu_network(tmp_path: Path) -> None:
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    """Of rounds of which the second was slowed down, for all."""
+    """Something slows all contestants down in the second round."""
     seconds = {"relu": [1.0, 8.0, 2.0], "own": [2.0, 8.0, 8.0]}
     row = benchmark._row("own", seconds, argparse.Namespace(batch=4))
     assert (row["ratio"], row["seconds"], row["fastest"], row["images_per_s"]) == (2, 8, 2, 0.5)

@@ -173,7 +173,7 @@ def test_passes_of_another_neuron_are_called_wrong(
 def test_a_single_nan_is_called_wrong(
     here: Machine, monkeypatch: pytest.MonkeyPatch, place: int
 ) -> None:
-    """Of a network's two tensors or of a layer's two gradients one has it; the fifth time none."""
+    """One of a network's tensors or of a layer's gradients has it; the fifth time none."""
 
     def tensors(execution: str, first: int) -> list[Tensor]:
         wrong = place if execution == "fused" else None

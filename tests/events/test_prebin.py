@@ -521,7 +521,7 @@ def test_saturation_is_reported(tmp_path, prebin_dvs):
 
 
 def test_statistics_by_hand():
-    """Of 100 events in 1 s, 900 in 3 s, and 50 in a moment, which have no rate."""
+    """Recordings have 100 events in 1 s, 900 in 3 s, and 50 in a moment, which have no rate."""
     still = {field.name: None for field in dataclasses.fields(Record)} | {"saturated": 0}
 
     def record(class_name, events, on, seconds, empty):

@@ -987,7 +987,7 @@ def test_a_verdict_is_as_sure_as_the_interval(
 
 
 def test_early_exit_is_compared_with_the_full_t_of_the_study() -> None:
-    """Of an entry that was trained with fewer timesteps, too."""
+    """The entry was trained with fewer timesteps."""
     chosen = {"threshold": 0.5, "top1": 55.0, "mean_timesteps": 1.5, "chosen_on": {"samples": 9}}
     result = SimpleNamespace(top1=50.0, by_timestep=[50.0, 60.0], chosen_exit=chosen)
     numbers: Any = SimpleNamespace(
