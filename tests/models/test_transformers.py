@@ -492,8 +492,9 @@ def test_relu_network_of_the_same_shape(case: Case) -> None:
     model = timm.create_model(
         case.name, neuron={"kind": "relu"}, timesteps=1, in_chans=channels, **case.arguments
     )
-    x = case.batch().float()
-    model(x).sum().backward()
+    # In float32 oneDNN writes past its memory on some processors, in the backward pass of a strided
+    # 1x1 convolution of four channels.
+    model.double()(case.batch()).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
