@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,13 @@ import tiny
 import torch
 from tiny import Outcome
 
+from tetdist.apps.reports import observers
 from tetdist.storage import checkpoint
 from tetdist.training import evaluating, prepared, window
 from tetdist.training import step as step_module
 from tetdist.training.engines import base
 from tetdist.training.engines.base import Update
+from tetdist.training.observers import Observer
 
 ConfigWriter = Callable[..., Path]
 Main = Callable[..., Outcome]
@@ -171,3 +174,37 @@ def test_speed_and_waiting_are_those_since_the_last_line(monkeypatch: pytest.Mon
     assert (values["loss"], values["top1"]) == (0.5, 25.0)
     now += 2
     assert found.close(waited=8.3, scale=None)["samples_per_s"] == 0
+
+
+def test_an_observer_that_fails_ends_nothing(
+    main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    class Counting(Observer):
+        def __getattribute__(self, name: str) -> Any:
+            if name.startswith("on_"):
+                told.append(name)
+            return super().__getattribute__(name)
+
+    class Faulty(Observer):
+        def on_line(self, kind: str, step: int, values: Any) -> None:
+            raise LookupError(f"{kind} {step} {sorted(values)[0]}")
+
+    def none(_: Any) -> Any:
+        raise LookupError("none")
+
+    assert main(tiny_config({"name": "usual"})).status == 0
+    monkeypatch.setattr(observers, "observers", lambda _: [Faulty(), Counting()])
+    outcome = main(tiny_config({"name": "faulty"}))
+    assert outcome.status == 0
+    said = "Faulty failed and watches no more; the run continues (LookupError: train 1 data_wait)"
+    assert outcome.text.count(said) == 1
+    # 10 steps of 4 micro-batches, and a line a step; 2 evaluations.
+    assert Counter(told) == {"on_batch": 40, "on_line": 12, "on_evaluation": 2, "on_end": 1}
+    monkeypatch.setattr(observers, "observers", none)
+    outcome = main(tiny_config({"name": "none"}))
+    assert outcome.status == 0
+    assert "nothing watches the run (LookupError: none)" in outcome.text
+    for name in ("faulty", "none"):
+        tiny.assert_same_run(tmp_path / "runs/usual", tmp_path / "runs" / name)
