@@ -51,9 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where pytest runs several processes, a file's tests stay in one, and all of Slurm's, too:
-    its cluster is there once."""
+    """Keep a file's tests in one of pytest's processes, with what its fixtures train, and all of
+    Slurm's, whose cluster is there once."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             folder, file = item.path.parent.name, item.path.name

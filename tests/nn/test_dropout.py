@@ -23,11 +23,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # One of each family and kind of block, small.
 MODELS: dict[str, dict[str, Any]] = {
-    "sew_resnet18": {"width": 4},
-    "sew_resnet50": {"width": 4, "connect_function": "iand"},
-    "spiking_resnet18": {"width": 4, "stem_width": 4},
-    "preact_resnet18": {"width": 4},
-    "ms_resnet18": {"width": 4},
+    "sew_resnet18": {"width": 8},
+    "sew_resnet50": {"width": 8, "connect_function": "iand"},
+    "spiking_resnet18": {"width": 8, "stem_width": 8},
+    "preact_resnet18": {"width": 8},
+    "ms_resnet18": {"width": 8},
     "qkformer_4_384_cifar": {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2},
     "sdt_2_256_cifar": {"channels": 16},
     "espikeformer_t": {"widths": (8, 8, 8, 16), "depths": (1, 1), "heads": 2},

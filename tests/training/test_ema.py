@@ -224,7 +224,7 @@ def test_average_cannot_come_or_go_within_a_run(
     (tmp_path / "runs/tiny/config.yaml").unlink()
     outcome = main(file, "ema.decay=0.9", "max_steps=2")
     assert outcome.status == 2
-    assert "has no moving average to go on from" in outcome.text
+    assert "has no moving average to continue from" in outcome.text
 
 
 def test_damaged_average_is_a_damaged_checkpoint(run: Path, tmp_path: Path) -> None:

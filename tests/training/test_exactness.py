@@ -18,7 +18,7 @@ TERM, KILL = signal.SIGTERM, signal.SIGKILL
 STEPS = 12  # docs/make/exactness.py takes 30
 # A small SEW-ResNet; 12 micro-batches a step, which 1, 2, 3 and 4 processes share.
 SEW: dict[str, Any] = {
-    "model": {"name": "sew_resnet18", "arguments": {"width": 4}},
+    "model": {"name": "sew_resnet18", "arguments": {"width": 8}},
     "batch": {"global": 24, "micro": 2, "eval": 7},
     "phases": [{"epochs": STEPS, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05}}],
     "evaluate_every": STEPS // 2,

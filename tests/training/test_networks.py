@@ -29,13 +29,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "sdt": {"name": "sdt_2_256_cifar", "arguments": {"channels": 16}, "neuron": NEURON},
     "preact": {
         "name": "preact_resnet18",
-        "arguments": {"width": 4},
+        "arguments": {"width": 8},
         "neuron": {"decay": 0.2, "reset": "soft", "surrogate": "sigmoid", "surrogate_width": 4.0},
     },
     # What is dropped follows from the seed, the step and the sample, on any number of processes.
     "ms": {
         "name": "ms_resnet18",
-        "arguments": {"width": 4, "stem": "deep", "drop_rate": 0.2, "drop_path_rate": 0.3},
+        "arguments": {"width": 8, "stem": "deep", "drop_rate": 0.2, "drop_path_rate": 0.3},
         "neuron": {"decay": 0.25, "threshold": 0.5, "surrogate": "rectangle"},
     },
 }

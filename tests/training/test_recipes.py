@@ -30,17 +30,17 @@ TRANSFORMER = "widths=[8,8,16]", "heads=2", "depths=[1,1,1]"
 SMALL: dict[str, tuple[str, ...]] = {
     "espikeformer": ("widths=[8,8,16,16]", "depths=[1,1]", "heads=2"),
     "maxformer": TRANSFORMER,
-    "ms_resnet": ("width=4",),
-    "preact_resnet": ("width=4",),
-    "psn_sew_resnet": ("width=4",),
+    "ms_resnet": ("width=8",),
+    "preact_resnet": ("width=8",),
+    "psn_sew_resnet": ("width=8",),
     "qkformer": TRANSFORMER,
     "qkformer_2": ("widths=[8,16]", "heads=2"),
     "sdt": ("channels=16", "depth=1", "heads=2"),
-    "sew_resnet": ("width=4",),
+    "sew_resnet": ("width=8",),
     "spiking_convnet": ("channels=[4,4,4]", f"input_size={SIDE}"),
     "spiking_convnet_dvs": ("channels=[4,4,4]", "input_size=16"),
-    "spiking_resnet": ("width=4",),
-    "spiking_resnet19": ("width=4", "hidden_features=8"),
+    "spiking_resnet": ("width=8",),
+    "spiking_resnet19": ("width=8", "hidden_features=8"),
     "vggsnn": ("input_size=16",),  # it has no width: 9 million parameters
 }
 OVERRIDES = (

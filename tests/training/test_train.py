@@ -483,7 +483,7 @@ def test_it_learns(main: Main, tiny_config: ConfigWriter, tmp_path: Path) -> Non
 
 
 GROWING = {
-    "model": {"name": "sew_resnet18", "arguments": {"width": 4}},
+    "model": {"name": "sew_resnet18", "arguments": {"width": 8}},
     "data.image_size": 32,
     "data.resize": ...,
     "phases.0": {"epochs": 2, "timesteps": 1, "optimizer": {"lr": 0.01}, "image_size": 16},
@@ -987,7 +987,7 @@ sys.exit(train.main(["--config", {str(tiny_config())!r}, "engine=torch"]))
 @pytest.mark.parametrize(
     "model",
     [
-        {"name": "sew_resnet18", "arguments": {"width": 4}},
+        {"name": "sew_resnet18", "arguments": {"width": 8}},
         {"name": "spiking_convnet", "arguments": {"channels": [4, 8, 8], "input_size": 16}},
     ],
     ids=lambda model: model["name"],
