@@ -1,5 +1,6 @@
 """What a launcher hears of a process's part of a run, and which status the process ends with."""
 
+import contextlib
 import signal
 from typing import Any
 
@@ -70,6 +71,7 @@ def test_status_is_that_of_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Trainer:
         step = 7
+        folder = contextlib.nullcontext()
 
         def __init__(self, _config: Any, _world: Any, stop: Any, _watch: Any) -> None:
             self.stop = stop

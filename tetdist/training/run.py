@@ -56,7 +56,8 @@ def _train(
 ) -> int:
     try:
         trainer = Trainer(config, world, stop, watch)
-        trainer.run(launcher, make_observers)
+        with trainer.folder:
+            trainer.run(launcher, make_observers)
     except Stopped:
         logging.info("stopped at step %d, all saved; the same command continues", trainer.step)
         return stop.exit_status

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import logging
-from typing import assert_never
+from typing import Self, assert_never
 
 from tetdist import plugins
 from tetdist.config.identity import differences
@@ -51,6 +51,14 @@ class RunFolder:
                 raise UserError(
                     f"cannot write to {self.path}: {error.strerror}; {way_out(error)}"
                 ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the folder, which another process may then claim."""
+        if self.world.rank == 0:
+            self._lock.close()
 
     def _claim(self) -> None:
         match self.config.resume:
