@@ -25,16 +25,16 @@ Main = Callable[..., Outcome]
 SIDE = 32  # pixels of images; 16 of event frames
 CLASSES = len(tiny.CLASSES)
 STEPS = 2
-TRANSFORMER = "widths=[8,8,16]", "heads=2", "depths=[1,1,1]"
+TRANSFORMER = "widths=[16,16,32]", "heads=2", "depths=[1,1,1]"
 # Smaller networks of the same kind, by the beginnings of their names: a longer one is nearer.
 SMALL: dict[str, tuple[str, ...]] = {
-    "espikeformer": ("widths=[8,8,16,16]", "depths=[1,1]", "heads=2"),
+    "espikeformer": ("widths=[16,16,32,32]", "depths=[1,1]", "heads=2"),
     "maxformer": TRANSFORMER,
     "ms_resnet": ("width=8",),
     "preact_resnet": ("width=8",),
     "psn_sew_resnet": ("width=8",),
     "qkformer": TRANSFORMER,
-    "qkformer_2": ("widths=[8,16]", "heads=2"),
+    "qkformer_2": ("widths=[16,32]", "heads=2"),
     "sdt": ("channels=16", "depth=1", "heads=2"),
     "sew_resnet": ("width=8",),
     "spiking_convnet": ("channels=[4,4,4]", f"input_size={SIDE}"),
