@@ -25,7 +25,7 @@ from tetdist.evaluation.operations import counting_operations
 from tetdist.losses import tet_loss
 from tetdist.models.adopted import Adopted, AdoptedBatchNorm, adopt
 from tetdist.nn import batch_norm
-from tetdist.training import graphs, trainer
+from tetdist.training import graphs, prepared
 from tetdist.training.trainer import Trainer
 
 T, TARGET = 2, torch.tensor([1, 3])
@@ -660,7 +660,7 @@ def test_run_with_graphs(
     recompute: str, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neurons keep their membranes in Python, from one timestep to the next."""
-    monkeypatch.setattr(trainer, "_check_device", lambda *_: None)
+    monkeypatch.setattr(prepared, "_check_device", lambda *_: None)
     monkeypatch.setattr(graphs, "capture", taped)
     changes = (f"recompute={recompute}", "phases.0.epochs=1")
     plain = train("plain", *changes)

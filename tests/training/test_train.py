@@ -841,10 +841,10 @@ def test_float16_takes_overflowed_steps_again(
     main: Main, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU, where only the tests let it run: the arithmetic is the same."""
-    from tetdist.training import trainer
+    from tetdist.training import prepared
     from tetdist.training.engines import base
 
-    monkeypatch.setattr(trainer, "_check_device", lambda *_: None)
+    monkeypatch.setattr(prepared, "_check_device", lambda *_: None)
     monkeypatch.setattr(base.LossScale, "START", 2.0**40)
     monkeypatch.setattr(base.LossScale, "GROWTH_INTERVAL", 3)
     changes = {"precision": "fp16", "record_samples": True}
