@@ -112,7 +112,7 @@ def _graph_mistakes() -> dict[str, Callable[[Tensor, Tensor], Any]]:
 def _seed_within(trainer: Any) -> None:
     forward = trainer.engine.forward
     trainer.engine.forward = lambda images: (
-        trainer.update._seed(trainer.step, 0),
+        trainer.training_step._seed(trainer.step, 0),
         forward(images),
     )[1]
 
@@ -375,7 +375,7 @@ def _tell_phases_apart(trainer: Any) -> None:
     for owner, phases in (
         (trainer.engine, {name: name for name in ("forward", "backward", "update")}),
         (trainer.feed, {"prepared": "input"}),
-        (trainer.update, {"_teacher_logits": "teacher", "_attempt": "loss"}),
+        (trainer.training_step, {"_teacher_logits": "teacher", "_attempt": "loss"}),
     ):
         for name, phase in phases.items():
             setattr(owner, name, pretended.within(phase, getattr(owner, name)))

@@ -142,7 +142,7 @@ class Trainer:
         self.optimizer_state = None
         if self.average is not None:
             self.average.follow()
-        self.update = Step(
+        self.training_step = Step(
             run.config,
             run.model,
             self.engine,
@@ -187,7 +187,7 @@ class Trainer:
     def _train_step(self) -> Tensor:
         """Take one optimiser step; return the norm of its gradient, ()."""
         lr = self.prepared.learning_rate(self.step)
-        update, sums = self.update.take(self.step, self.feed.of_step(self.step), lr)
+        update, sums = self.training_step.take(self.step, self.feed.of_step(self.step), lr)
         self.step += 1
         self.watch.progress(f"step {self.step}")
         self.window.add(self.step, update, sums)
@@ -222,7 +222,7 @@ class Trainer:
             return
         last = non_finite.limit_reached_at
         with self.feed.again(last - 1) as batches:
-            found = self.update.examine(last - 1, batches)
+            found = self.training_step.examine(last - 1, batches)
         reports = self.world.gather(None if found.is_finite else str(found))
         lr, checkpoints = self.prepared.learning_rate(last - 1), self.folder.checkpoints
         self.world.run_on_all(lambda: non_finite.fail(lr, reports, self.saved_step, checkpoints))
@@ -294,7 +294,7 @@ class Trainer:
             then.check_teacher(found.path, self.config, self.teacher.fingerprint)
 
     engine: Engine
-    update: Step
+    training_step: Step
     tracker: Tracker | None
     record: SampleRecord
     progress: RunProgress

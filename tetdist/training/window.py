@@ -16,7 +16,7 @@ from tetdist.training.step import CORRECT, LOSS, SAMPLES
 
 
 class Window:
-    """What the steps since the last line of metrics add up to.
+    """Sums and clock of the steps since the last line of metrics.
 
     Attributes:
         sums: This process's LOSS, CORRECT and SAMPLES, (3,), on the device. float64, so that it
@@ -33,8 +33,11 @@ class Window:
 
     def restart(self, waited: float) -> None:
         """Restart clock and energy counter; ``waited`` is `Feed.waited` now."""
-        self._started, self._steps, self._waited_before = time.monotonic(), 0, waited
+        self._restart_clock(waited)
         self._gpus.restart()
+
+    def _restart_clock(self, waited: float) -> None:
+        self._started, self._steps, self._waited_before = time.monotonic(), 0, waited
 
     def add(self, step: int, update: Update, sums: Tensor) -> None:
         """Add a step (from 1). One without a finite gradient changed nothing and is left out.
@@ -71,7 +74,7 @@ class Window:
         if scale is not None:
             values |= {"loss_scale": scale.value, "overflows": scale.overflows}
         self.sums.zero_()
-        self.restart(waited)
+        self._restart_clock(waited)
         return values
 
     def total(self) -> list[float]:

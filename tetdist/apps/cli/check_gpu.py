@@ -29,7 +29,7 @@ from tetdist.storage.files import check_writable, explaining, write_json
 if TYPE_CHECKING:
     from tetdist.apps.check_gpu.check import Report
 
-# Those of device_check/checks.py, which is slow to import.
+# Those of apps/check_gpu/checks.py, which is slow to import.
 NAMES = (
     "versions",
     "numerics",

@@ -77,7 +77,8 @@ class RunPlots(Observer):
     @override
     def on_evaluation(self, step: int, evaluated: Evaluated) -> None:
         if evaluated.kind == WEIGHTS:
-            self._images = evaluated.first.images[:LOOKED_AT]
+            # A copy: a view would keep the whole batch in memory.
+            self._images = evaluated.first.images[:LOOKED_AT].clone()
 
     @override
     def on_line(self, kind: str, step: int, values: Mapping[str, Any]) -> None:

@@ -5,9 +5,8 @@ arithmetic, whichever is longer; kernels run one after another. Neither is ever 
 that each is taken at a share. The shares are such that the same arithmetic gives, within a tenth,
 the rates that NVIDIA has measured of a ReLU ResNet-50 on an A100 and a V100 (DeepLearningExamples,
 PyTorch, 2021), and MLPerf's of others relative to an A100: tests/roofline/test_estimate.py compares
-them. All kernels are started by one
-thread, which takes its time, too; how long is an estimate. What is left out (the loss, the update,
-the processes' own work, loading) makes a step longer than this.
+them. All kernels are started by one thread, which takes its time, too; how long is an estimate.
+What is left out (the loss, the update, the processes' own work, loading) makes a step longer.
 """
 
 from collections import defaultdict

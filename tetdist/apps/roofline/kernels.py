@@ -1,4 +1,4 @@
-"""Stands in for the kernels of a GPU (nn/triton_passes.py) while a step is counted (count.py).
+"""Stands in for the kernels of a GPU (nn/fast/triton_passes.py) while a step is counted (count.py).
 
 Tensors have no numbers. The results have the shapes of the real ones, and each kernel is noted with
 what it reads and writes: its arguments and results, each once. tests/roofline sees that these are
