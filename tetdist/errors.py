@@ -57,7 +57,7 @@ class Stopped(Exception):
 
 
 def sentence(error: Exception) -> str:
-    """What a person reads of an error; of a missing package, also how to install it."""
+    """Return an error as a sentence; for a missing package, with the command that installs it."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         extra = _EXTRAS.get(package, "train")
@@ -79,7 +79,8 @@ def script_of(command: str) -> Path | None:
 
 
 def typed(command: str, *arguments: object) -> str:
-    """What a person types to start a command: a script of the checkout, or ``tetdist COMMAND``."""
+    """Return the command line to type for a command: a script of the checkout, or ``tetdist
+    COMMAND``."""
     script = script_of(command)
     program = f"python {script.relative_to(_CHECKOUT)}" if script else f"tetdist {command}"
     shown = (shlex.quote(without_passwords(str(argument))) for argument in arguments)
@@ -87,7 +88,7 @@ def typed(command: str, *arguments: object) -> str:
 
 
 def way_out(error: BaseException) -> str:
-    """What a person can do about a file that could not be written."""
+    """Return the advice on a file that could not be written."""
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "give yourself permission to write there, or choose another runs_dir=..."

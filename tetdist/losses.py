@@ -145,7 +145,7 @@ def error_aware_alignment(logits: Tensor, teacher: Tensor, labels: Tensor) -> tu
 
 
 def self_target(kind: SelfTarget, logits: Tensor, targets: Tensor) -> Tensor:
-    """What timesteps learn from one another: logits (B, K), or (T, B, K), one a timestep.
+    """Make the target that timesteps learn from one another: logits (B, K), or (T, B, K).
 
     Args:
         kind: ``time_mean``, the mean of all of them; `correct_mean`; or `similarity_mean`.

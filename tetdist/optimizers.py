@@ -43,7 +43,7 @@ class OptimizerSettings(Protocol):
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """What `phases.*.optimizer.kind` may name.
+    """An optimiser that `phases.*.optimizer.kind` may name.
 
     Attributes:
         build: Makes it of parameter groups (with their weight decay) and the section.

@@ -1,4 +1,4 @@
-"""Who sees which sample when, and with what random numbers: pure functions of integers.
+"""Sample order and random numbers as pure functions of (seed, epoch, position).
 
 The order of an epoch is a function of (seed, epoch); every random number of a sample's augmentation
 is one of (seed, epoch, position in the epoch). Nothing here has state, so a run resumes at any step

@@ -1,4 +1,4 @@
-"""What comes from outside: files of one's own, and the tables of things known by a name.
+"""User plug-ins: imported files and the registries they extend.
 
 A configuration's ``imports: [my_snn.py]``, or a command's ``--import my_snn.py``, has a Python
 file imported before the configuration is checked. What it registers is then known by its name like
@@ -99,7 +99,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return f"there is no {self.what} {name!r}; {self.hint(name)}"
 
     def hint(self, name: str) -> str:
-        """What a person may have meant by a name that is not known."""
+        """Suggest the names that an unknown name may have meant."""
         close = difflib.get_close_matches(name, self._entries, n=1)
         known = f"did you mean {close[0]}?" if close else f"there are {', '.join(self._entries)}"
         return f"{known} (one of your own needs its file: imports: [FILE.py], or --import FILE.py)"
@@ -279,7 +279,7 @@ def require(before: Mapping[str, str], source: Path) -> None:
 
 
 def changes(before: Mapping[str, str], files: Iterable[Imported]) -> list[str]:
-    """What is different about imported files, a sentence part each.
+    """List the differences between imported files, a sentence part each.
 
     Args:
         before: Checksums by name, as `kept` returns them.

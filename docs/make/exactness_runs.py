@@ -234,8 +234,8 @@ def compare(a: Path, b: Path) -> list[str]:
 
 
 def identical(a: Path, b: Path, *, but: tuple[str, ...] = ()) -> str:
-    """Whether metrics, weights, their average, running statistics and optimiser are the same, to
-    the bit.
+    """Return whether two runs are bitwise identical: metrics, weights, average, statistics,
+    optimiser.
 
     Args:
         but: Names of metrics that may differ.

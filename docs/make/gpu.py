@@ -111,7 +111,7 @@ def hand_written() -> dict[str, Cost]:
 
 
 def work_of(recompute: str) -> Work:
-    """What a micro-batch of the recipe sew34_t4.yaml asks of a GPU."""
+    """Count the work that a micro-batch of sew34_t4.yaml asks of a GPU."""
     model = timm.create_model(MODEL, timesteps=TIMESTEPS)
     model.set_grad_checkpointing(recompute != "none")
     model.set_segment(2 if recompute == "{timesteps: 2}" else None)

@@ -290,7 +290,7 @@ def gpu_cells(row: dict[str, Any]) -> list[str]:
 
 
 def gpu_section(page: Path) -> str:
-    """What docs/make/gpu.py has written into the page, if anything."""
+    """Return the section that docs/make/gpu.py has written into the page, if any."""
     text = page.read_text() if page.is_file() else ""
     found = re.search(r"^## The GPU path, computed\n.*?(?=^## |\Z)", text, re.M | re.S)
     return found[0].strip() if found else ""
@@ -315,7 +315,7 @@ def step_table(found: dict[str, dict[str, Any]], kind: str) -> str:
 
 
 def older(found: dict[str, dict[str, Any]]) -> str:
-    """What to know of the sections below where they are of an earlier measurement."""
+    """Return a note on sections that an earlier measurement made."""
     if all(
         "waiting" in row
         for name in found

@@ -164,7 +164,7 @@ def _anchor(recipe: Path) -> str:
 
 
 def commands_page() -> str:
-    """What each command says of itself, and each command of a command."""
+    """Return the --help of each command and of each of its subcommands."""
     with ThreadPoolExecutor() as pool:
         texts = list(pool.map(lambda name: list(_helps(name)), COMMANDS))
     lines = [

@@ -1,4 +1,4 @@
-"""What each key of a configuration takes, by its schema: the documentation that --explain shows."""
+"""The documentation of each key that --explain shows, made from the schema."""
 
 import json
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ def _of_all_kinds(prefix: str) -> dict[str, Documented]:
     for key, of_kinds in by_key.items():
         (first, *_), meaning = of_kinds.values(), ""
         if "lif" not in of_kinds:
-            meaning = f"Of {', '.join(of_kinds)}: "
+            meaning = f"({', '.join(of_kinds)} only) "
         meaning += first.meaning
         for says in ("takes", "default"):
             kinds_by_text: dict[str, list[str]] = {}

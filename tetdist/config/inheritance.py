@@ -125,7 +125,7 @@ def overridden(origins: Mapping[str, str], values: dict[str, Any], key: str) -> 
 
 
 def origin_of(key: str, origins: Mapping[str, str]) -> str:
-    """Where the value of a dotted key is from: a file, the command line, or the defaults."""
+    """Return the origin of a dotted key's value: a file, the command line, or the defaults."""
     return origins.get(key, DEFAULT)
 
 

@@ -47,8 +47,8 @@ def united(error: Any) -> Any:
 
 
 def innermost(errors: list[Any]) -> list[Any]:
-    """Those of pydantic's errors that say enough: it also calls a list too short, and a mapping
-    too small, of which an item is wrong."""
+    """Return the errors of pydantic that tell enough, without those of a list or mapping around an
+    error."""
     return [e for e in errors if not any(_contains(e, other) for other in errors)]
 
 
@@ -110,7 +110,7 @@ def _explain(error: Any, *, is_override: bool) -> str:
 
 
 def _nearest(location: list[str], known: list[str]) -> str:
-    """What may have been meant by a key that is not known where it stands."""
+    """Suggest the keys that an unknown key may have meant."""
     last, prefix = location[-1], "".join(f"{part}." for part in location[:-1])
     every = [*documented_keys(), *known]
     # The right word at the wrong place, or else a slip in a word at the right one.

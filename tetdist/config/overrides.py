@@ -48,7 +48,7 @@ def joined(*layers: Sequence[str]) -> list[str]:
 
 
 def _replaces(key: str, other: str) -> bool:
-    """Whether setting ``key`` undoes a setting of ``other``."""
+    """Return whether setting ``key`` undoes a setting of ``other``."""
     return key == other or other.startswith(f"{key}.")
 
 

@@ -29,13 +29,12 @@ from tetdist.config.sections.training import (
 
 class RunConfig(Section):
     name: str
-    """Of the run and its folder, of letters, digits and any of . _ -; a file without it gives its
-    own."""
+    """Name of the run and its folder, of letters, digits and . _ -; default: the file's name."""
     imports: tuple[str, ...] = ()
     """Python files of your own, beside the configuration, that register models, neurons, losses,
     optimisers, transforms or trackers; docs/extending.md. --import FILE adds one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of everything that is drawn: initial weights, order of samples, augmentation, dropout."""
+    """Seed of everything that is drawn: initial weights, sample order, augmentation, dropout."""
     model: ModelSection
     data: DataSection
     batch: BatchSection
@@ -54,9 +53,9 @@ class RunConfig(Section):
     gradient_clipping: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the gradient, or what clip_mode says; null: it is not clipped."""
     clip_mode: Literal["norm", "value", "agc"] = "norm"
-    """What gradient_clipping limits. norm: the norm of the whole gradient; value: each number of
-    it; agc (adaptive): the gradient's norm of each filter, to so many times the weights' norm, but
-    for the classifier, 0.01 say."""
+    """Quantity that gradient_clipping limits. norm: norm of the whole gradient; value: each
+    element; agc (adaptive): norm of each filter's gradient, relative to the weights' norm,
+    except for the classifier; 0.01, for instance."""
     ema: EmaSection = EmaSection()
     non_finite_limit: Positive = 5
     """Steps in a row without a finite gradient after which the run ends; until then each of them
@@ -101,13 +100,13 @@ class RunConfig(Section):
     """Time the operations of some steps on rank 0, by torch.profiler: RUN/profile/ gets a trace and
     a table of the dearest. Results stay the same."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """What to do about checkpoints in the run folder: auto continues if there are any."""
+    """Treatment of checkpoints in the run folder: auto resumes if there are any."""
     runs_dir: str = "runs"
     """Folder of the run's folder, and of MLflow's database unless tracking.uri says another."""
     save: SaveSection = SaveSection()
     tracking: TrackingSection = TrackingSection()
     cluster: dict[str, Any] = {}
-    """For launch/slurm.py, which checks it: partition, nodes, gpus_per_node, time, ..."""
+    """Settings of launch/slurm.py, which checks them: partition, nodes, gpus_per_node, time, ..."""
 
     @property
     def run_dir(self) -> Path:

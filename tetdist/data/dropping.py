@@ -1,4 +1,4 @@
-"""What a network drops of a micro-batch, by the samples' positions in the global batch."""
+"""Dropout factors of a micro-batch, by the samples' positions in the global batch."""
 
 from collections.abc import Sequence
 

@@ -28,7 +28,7 @@ _Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Erasing:
-    """What is erased.
+    """Rectangles to erase, and their contents.
 
     Attributes:
         probability: Of an image to lose anything.

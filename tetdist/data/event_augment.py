@@ -62,7 +62,7 @@ class EventAugmentation:
 
 
 class EventChanges:
-    """What becomes of the frames of a micro-batch, before transforms of one's own and mixing."""
+    """Changes of a micro-batch's frames, before the user's transforms and mixing."""
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ _NAMED_FILES = 5
 
 
 class Rest(NamedTuple):
-    """What is left to do for a raw batch of images: `tetdist.data.pixels.finished`.
+    """Work left to do on a raw batch of images: `tetdist.data.pixels.finished`.
 
     Attributes:
         output: Scale of the images.

@@ -25,7 +25,7 @@ class DeviceMix(NamedTuple):
     mirrored: bool
 
     def others(self, samples: Tensor) -> Tensor:
-        """What each of (B, ...) is mixed with."""
+        """Return the partner that each of (B, ...) is mixed with."""
         return samples.flip(0) if self.mirrored else samples.roll(1, 0)
 
 

@@ -217,7 +217,7 @@ _OPERATIONS: dict[str, Callable[[Any, float], Any]] = {
 
 
 def solarize_add_levels(add: float) -> list[int]:
-    """What becomes of each level of 256: the darker half is lighter by so many."""
+    """Return the new value of each of 256 levels: the darker half is lighter by so many."""
     return [min(255, level + int(add)) if level < 128 else level for level in range(256)]
 
 
@@ -236,7 +236,7 @@ def _row(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float32]
 
 
 class Scale(NamedTuple):
-    """What is taken off bytes, and what they are then multiplied by, (3,) each, on a device."""
+    """Offset that is subtracted from bytes, and factor that follows, (3,) each, on a device."""
 
     mean: Tensor
     scale: Tensor

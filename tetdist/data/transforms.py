@@ -212,7 +212,7 @@ def cutout_boxes(draws: _Floats, height: int, width: int, side: int) -> _Ints:
 
 
 class Mixing(NamedTuple):
-    """How samples are mixed, two at a time; lambda, the share kept, is of Beta(alpha, alpha).
+    """Settings of mixing two samples; lambda, the fraction kept, is drawn from Beta(alpha, alpha).
 
     Attributes:
         mixup: Alpha of mixup (Zhang et al., 2018); 0: none.

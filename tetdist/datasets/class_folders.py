@@ -96,7 +96,7 @@ def names_in(folder: Path, wanted: Callable[[os.DirEntry[str]], bool]) -> tuple[
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder, or a link to one. A link to itself is neither."""
+    """Return whether a path is a folder or a link to one; a link to itself is neither."""
     try:
         return entry.is_dir()
     except OSError:
@@ -115,12 +115,12 @@ def fewest_classes(split: str) -> int:
 
 
 def is_held_out(split: str) -> bool:
-    """Whether a split is called as data are that are not to train on."""
+    """Return whether a split has the name of data that are not for training."""
     return split.lower() in _ELSEWHERE["val"]
 
 
 def _way_out(root: Path, split: str) -> str:
-    """What to do where a split's folder is missing and there is one of another of its names."""
+    """Return the advice for a missing split whose folder has another of its usual names."""
     found = folders_called(root, split)
     if not found:
         return ""

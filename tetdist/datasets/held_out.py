@@ -60,7 +60,7 @@ def divide(
 
 
 def name(share: float, seed: int, of: str | None) -> str:
-    """What results on a held-out part are marked with, beside the split that it is a part of."""
+    """Return the name of a held-out part, which marks results on it."""
     return f"{of or 'train'}-held-out-{share:g}-seed-{seed}"
 
 

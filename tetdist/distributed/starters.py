@@ -48,7 +48,7 @@ class Process(NamedTuple):
 
     @property
     def is_there(self) -> bool:
-        """Whether it has not ended."""
+        """True if the process has not ended."""
         facts = _facts(self.pid)
         return facts is not None and facts.started == self.started and facts.state not in "ZX"
 
@@ -64,7 +64,7 @@ class _Facts(NamedTuple):
 
 
 def _facts(pid: int) -> _Facts | None:
-    """What the kernel says of a process; None if there is none."""
+    """Read the kernel's record of a process; None if there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
@@ -75,7 +75,7 @@ def _facts(pid: int) -> _Facts | None:
 
 
 def place() -> tuple[str, ...] | None:
-    """Where numbers of processes mean the same: host, its start, and namespace of processes."""
+    """Return an identity of the process namespace: host, its start, and namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = str(Path("/proc/self/ns/pid").readlink())
@@ -136,7 +136,7 @@ def _launchers() -> list[Process]:
 
 
 def _is_init(pid: int) -> bool:
-    """Whether a process is one that takes over children whose parent has ended."""
+    """Return whether a process adopts children whose parent has ended."""
     if _LAUNCHER.fullmatch(_program(pid)):
         return False  # the first process of a container
     return pid == 1 or Path(_program(pid)).name in _INITS

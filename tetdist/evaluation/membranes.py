@@ -85,14 +85,14 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
 
 
 def _counts(u: Tensor) -> Tensor:
-    """How many values, from `LOWEST` to `HIGHEST`, each bin has, (BINS,)."""
+    """Count the values from `LOWEST` to `HIGHEST` in each bin, (BINS,)."""
     if u.device.type == "cpu":
         return torch.histc(u, BINS, LOWEST, HIGHEST)
     return _counts_in_order(u)
 
 
 def _counts_in_order(u: Tensor) -> Tensor:
-    """What torch.histc returns, which has no deterministic form on a GPU."""
+    """Return the result of torch.histc, which has no deterministic form on a GPU."""
     bins = ((u - LOWEST) * BINS / (HIGHEST - LOWEST)).long().clamp(max=BINS - 1)
     return torch.bincount(bins.flatten(), minlength=BINS)
 

@@ -200,7 +200,7 @@ class OperationCounts:
         return count
 
     def _levels_of(self, name: str) -> int:
-        """What a layer's present inputs are multiples of, as one over it, if they are spikes."""
+        """Return the levels of a layer's inputs (multiples of 1 / levels), if they are spikes."""
         if self._in_spikes or name == self._of_input:
             return 1
         return self._latest.levels or 1
@@ -258,6 +258,6 @@ def _over_positions(x: Tensor) -> Tensor:
 
 
 def _has_other_than_multiples(x: Tensor, levels: int) -> bool:
-    """Whether some value is no whole multiple of 1 / levels from 0 on."""
+    """Return whether some value is no whole multiple of 1 / levels from 0 on."""
     scaled = x if levels == 1 else x * levels
     return not torch.equal(scaled, scaled.round().abs())

@@ -76,7 +76,7 @@ def _slots(x: Tensor, levels: int) -> list[Tensor]:
 
 
 def _attention(attention: LinearAttention, latest: LatestLevels) -> Callable[..., Tensor]:
-    """What stands in for a `LinearAttention`'s definition, and sees spikes of 0 and 1 alone."""
+    """Make a replacement of a `LinearAttention`'s definition that sees spikes of 0 and 1 alone."""
     of_spikes = attention.of
 
     def of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -269,7 +269,8 @@ class RealLabels:
         self._right[-1] += answers.any(1).sum()
 
     def total(self, world: World, shows_each: bool) -> dict[str, Any]:
-        """Those of all processes, in percent; those of t below T where the network shows them."""
+        """Return the accuracies over all processes, in percent; at t below T where the network
+        shows them."""
         *right, samples = world.sum(self._right.tolist())
         top1 = [100 * count / samples for count in right] if samples else []
         return {

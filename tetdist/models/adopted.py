@@ -59,7 +59,7 @@ def adopt(
 
 
 class Adopted(SpikingNetwork):
-    """What `adopt` returns. Errors of its first training pass say what only a run can show.
+    """The network that `adopt` returns. Its first training pass checks what only a run can show.
 
     Attributes:
         net: The library's network.
@@ -235,7 +235,7 @@ _NORMS = {
 
 
 def _dimensions(norm: nn.Module) -> tuple[int, ...]:
-    """How many dimensions may follow the channels; none at all: another kind of norm."""
+    """Return the numbers of dimensions after the channels; empty: another kind of norm."""
     return _NORMS.get(type(norm), ())
 
 
@@ -421,7 +421,7 @@ def _examine(net: nn.Module, sequence: Tensor) -> None:
 
 
 def _outputs(net: nn.Module, sequence: Tensor) -> list[tuple[str, Tensor]]:
-    """What each module gives for (T, 1, C, H, W), in the order that they are done."""
+    """Record each module's output for (T, 1, C, H, W), in the order of execution."""
     found: list[tuple[str, Tensor]] = []
 
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -451,7 +451,7 @@ def _random_state(device: torch.device) -> Tensor:
 
 
 def _fires(module: nn.Module) -> bool:
-    """Whether its output are spikes."""
+    """Return whether a module's outputs are spikes."""
     other = (neuron.LIAFNode, neuron.TernaryIFNode, neuron.TernaryLIFNode)
     return hasattr(module, "surrogate_function") and not isinstance(module, other)
 
@@ -514,7 +514,7 @@ class _Parts:
 
 
 def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
-    """Whether it does nothing but run its children one after another."""
+    """Return whether a module only runs its children one after another."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 

@@ -1,5 +1,5 @@
-"""What spiking transformers share: blocks, attention's neurons, layers that pool before they fire;
-and what those share whose blocks exchange currents.
+"""Parts of spiking transformers: blocks, attention's neurons, layers that pool before they fire,
+and the base of networks whose blocks exchange currents.
 
 A transformer's tokens are the positions of an image (T, B, C, H, W), whose channels come last in
 memory: a linear layer on tokens is a 1x1 convolution, and its norm and neurons are those of any

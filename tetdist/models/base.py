@@ -33,7 +33,7 @@ def conv1x1(in_channels: int, out_channels: int, stride: int = 1, bias: bool = F
 
 
 class SpikingModel(Protocol):
-    """What the trainer, evaluation and export ask of a model; no more than this.
+    """The interface that trainer, evaluation and export need of a model.
 
     Attributes:
         timesteps: T.

@@ -128,7 +128,7 @@ def dropping(model: nn.Module) -> list[Dropout]:
 
 
 def num_factors(layers: Sequence[Dropout]) -> int:
-    """How many numbers a sample needs for the layers."""
+    """Return the count of random numbers that a sample needs for the layers."""
     return sum(layer.size for layer in layers)
 
 

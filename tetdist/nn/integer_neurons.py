@@ -53,7 +53,7 @@ class ILIF(NeuronConfig):
     # Products of two numbers of spikes, as in attention, have to stay within a byte.
     most_spikes: int = option(4, "D, the most spikes of a neuron in a timestep.", ge=1, le=15)
     detach_reset: bool = option(
-        False, "Whether the reset is a constant to the backward pass. The paper's is not."
+        False, "Treat the reset as a constant in the backward pass. The paper does not."
     )
 
     @property
@@ -87,7 +87,7 @@ class ILIF(NeuronConfig):
         return self.sent(torch.stack(counts)).to(current.dtype), u
 
     def sent(self, counts: Tensor) -> Tensor:
-        """What leaves the neurons, of their numbers of spikes."""
+        """Return the neurons' output for their numbers of spikes."""
         return counts
 
 

@@ -189,7 +189,7 @@ class NeuronConfig:
 
     @property
     def levels(self) -> int | None:
-        """What leaves the neuron is a multiple of ``1 / levels``, which a byte keeps; None: any."""
+        """Outputs are multiples of ``1 / levels``, which a byte holds; None: any numbers."""
         return 1 if self.binary else None
 
     @property
@@ -211,7 +211,7 @@ class NeuronConfig:
         return {}
 
     def in_passes(self, timesteps: int, **parameters: Tensor) -> tuple[Tensor, ...]:
-        """What fused passes compute with, of the parameters as they are stored, in their type.
+        """Return the learnt values as the fused kernels take them, in the parameters' type.
 
         Gradients flow through it.
         """
@@ -317,7 +317,7 @@ class LIF(NeuronConfig):
     )
     reset: Literal["hard", "soft"] = option("hard", "hard: to 0; soft: by the threshold.")
     detach_reset: bool = option(
-        False, "Whether the reset is a constant to the backward pass. The paper's is not."
+        False, "Treat the reset as a constant in the backward pass. The paper does not."
     )
     surrogate: SurrogateName = option(
         "triangle", "Stands in for the spike's derivative in the backward pass."
@@ -332,7 +332,7 @@ class LIF(NeuronConfig):
     )
     fires_at_threshold: bool = option(
         False,
-        "Whether a membrane exactly at the threshold fires, as in spikingjelly (u >= V_th). It "
+        "Fire exactly at the threshold, too, as spikingjelly does (u >= V_th). It "
         "matters where the input is whole numbers, such as sums of spikes.",
     )
 

@@ -84,7 +84,7 @@ def firing_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class LatestLevels:
-    """What the neurons of a model that ran last send, while it runs.
+    """The outputs of a model's neurons while it runs.
 
     A layer of synapses sees spikes of the neurons before it. Those of a network are alike, but for
     E-SpikeFormer's, of which those before the classifier send whole numbers.
@@ -120,7 +120,7 @@ class FusedLayer(nn.Module):
         self.execution = "fused"
 
     def is_fused(self) -> bool:
-        """Whether the fused passes are to compute, where there are some."""
+        """Use the fused kernels, where there are some."""
         match self.execution:
             case "fused":
                 return True
@@ -208,7 +208,7 @@ class Neuron(NeuronLayer):
 
 
 class _Layout(NamedTuple):
-    """How the numbers of a timestep are ordered in memory.
+    """Return the memory order of a timestep's numbers.
 
     Attributes:
         order: The dimensions, but for time, from that of the largest stride on.
@@ -303,8 +303,8 @@ class NormNeuron(NeuronLayer):
         return self.reference(current, timesteps, shortcut, identity, shortcut_norm)
 
     def _joins_bytes(self, identity: Tensor | None) -> bool:
-        """Whether spikes plus ``identity`` go into bytes, as spikes do: what it is a multiple of is
-        known of a tensor that carries its bytes alone."""
+        """Return whether spikes plus ``identity`` fit into bytes, as spikes do: only a tensor that
+        carries its bytes tells its levels."""
         if identity is None:
             return True
         packed = carried(identity)
@@ -374,7 +374,7 @@ class NormNeuron(NeuronLayer):
 def _in_passes(
     neuron: NeuronConfig, learned: nn.ParameterDict, current: Tensor, kernels: Passes
 ) -> tuple[Tensor, ...]:
-    """What a layer learns, as the passes take it, in the type in which they compute."""
+    """Return a layer's learnt values as the kernels take them, in their compute type."""
     wide = torch.promote_types(current.dtype, torch.float32)
     parameters = {name: value.to(wide) for name, value in learned.items()}
     return neuron.in_passes(kernels.timesteps, **parameters)

@@ -216,7 +216,7 @@ class PoolKernel(Protocol):
 
 
 def pool_kernel(x: Tensor) -> PoolKernel | None:
-    """What pools tensors like ``x``; None: torch is to."""
+    """Return the kernel that pools tensors like ``x``; None: torch pools."""
     if native_library.serves(x):
         return native_pool.pool()
     gpu = passes.triton_for(x)

@@ -30,7 +30,7 @@ from tetdist.wording import counted
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelNeuron(NeuronConfig):
-    """What the three kinds share."""
+    """Base of the three kinds of parallel neurons."""
 
     over_time: ClassVar[frozenset[str]] = frozenset({"weight", "bias"})
     segments: ClassVar[bool] = False

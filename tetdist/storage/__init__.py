@@ -1,1 +1,1 @@
-"""What is kept: files written whole or not at all, checkpoints, and the Hugging Face hub."""
+"""Storage: files written whole or not at all, checkpoints, and the Hugging Face hub."""

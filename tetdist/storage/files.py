@@ -158,7 +158,7 @@ def _sync(path: Path) -> None:
 
 
 def is_held(file: Path) -> bool:
-    """Whether a process holds a file locked, as the one at work in a run's folder does."""
+    """Return whether a process holds a file locked, as the one at work in a run's folder does."""
     try:
         with file.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -231,5 +231,5 @@ def own_cache() -> Path:
 
 
 def is_ours_alone(facts: os.stat_result) -> bool:
-    """Whether nobody but this user (and root) can change a file or folder."""
+    """Return whether only this user (and root) can change a file or folder."""
     return facts.st_uid == os.getuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

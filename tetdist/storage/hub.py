@@ -20,14 +20,14 @@ _OF_THE_HUB = frozenset({".gitattributes", "LICENSE"})
 
 
 class Pushed(NamedTuple):
-    """What was pushed: the address of its page, and the commit that it is."""
+    """A push: the address of its page, and its commit."""
 
     url: str
     commit: str
 
 
 def is_repository(name: str) -> bool:
-    """Whether it is ORG/NAME, as a repository of the hub is called."""
+    """Return whether a text is ORG/NAME, the name of a repository of the hub."""
     return re.fullmatch(_REPOSITORY, name) is not None
 
 
@@ -158,7 +158,7 @@ def push(folder: Path, repo: str, *, private: bool, message: str) -> Pushed:
 
 
 def destination(repo: str) -> str:
-    """Where a push to a repository goes, for messages."""
+    """Return the destination of a push, for messages."""
     return f"{_endpoint()}/{repo}"
 
 

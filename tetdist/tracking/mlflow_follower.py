@@ -380,7 +380,7 @@ class _Session:
             self._tags = tags
 
     def _is_computed_again(self, line: dict[str, Any], receiver: _Receiver) -> bool:
-        """Whether this process computed a step that MLflow has from an earlier one."""
+        """Return whether this process computed a step that MLflow has from an earlier one."""
         resumed, had = self._follower.run.resume_step, self._follower.had
         earlier = had.setdefault(receiver.run_id, dict(receiver.have))
         return resumed is not None and resumed < line["step"] <= earlier.get(line["kind"], -1)

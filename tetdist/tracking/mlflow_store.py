@@ -1,4 +1,4 @@
-"""Whether MLflow can keep a run where a configuration says, asked before the run begins.
+"""A check, before the run begins, that MLflow can keep it where the configuration says.
 
 A server that does not answer may come back, and the run is sent to it then. What is refused here
 would never take anything: an address of no kind that there is, or a damaged database.
@@ -141,7 +141,7 @@ def _check_database(path: Path) -> None:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with an SQLite file; None: nothing, or somebody else is busy with it."""
+    """Return the fault of an SQLite file; None: none, or another process is busy with it."""
     try:
         database = sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=rw", 1.0, uri=True)
         with contextlib.closing(database):

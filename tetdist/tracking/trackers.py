@@ -47,7 +47,7 @@ class TrackedRun:
 
 
 class OwnTracker(Protocol):
-    """What is asked of a tracker besides being made with a `TrackedRun`.
+    """The interface of a tracker, which is made with a `TrackedRun`.
 
     What is registered may have two attributes more:
 
@@ -109,8 +109,8 @@ def require_package(tracker: str, package: str) -> None:
 
 
 def _line_start(file: Path, offset: int) -> int:
-    """Where to go on in a file that was read up to ``offset``; 0 where somebody has changed it, so
-    that a line is given twice rather than torn."""
+    """Return the offset at which to continue in a file that was read up to ``offset``; 0 if the
+    file was changed, so that a line is given twice rather than torn."""
     data = file.read_bytes()
     offset = min(offset, len(data))
     return offset if data[:offset].endswith(b"\n") else 0

@@ -47,7 +47,7 @@ class WeightAverage:
         return None if section.decay is None else cls(model, section)
 
     def as_text(self) -> str:
-        """What checkpoints say of the averages."""
+        """Return the description of the averages for checkpoints."""
         warmup = ", with warm-up" if self._section.warmup else ""
         return f"moving average, decay {self._section.decay:g}{warmup}"
 

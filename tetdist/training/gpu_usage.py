@@ -1,4 +1,4 @@
-"""What a run takes of its GPUs: memory and energy, asked of the driver where metrics are logged.
+"""Memory and energy that a run uses on its GPUs, asked of the driver where metrics are logged.
 
 Neither question waits for what the GPU is computing.
 """

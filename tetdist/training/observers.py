@@ -1,4 +1,4 @@
-"""What may watch a run: told at four places of the training loop, on rank 0, and never in its way.
+"""Observers of a run: told at four places of the training loop, on rank 0; an error ends no run.
 
 The command that starts a run hands its observers in; see `tetdist.apps.reports.observers`.
 """

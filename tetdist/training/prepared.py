@@ -20,7 +20,7 @@ from tetdist.training.setup import choose_passes, make_model, open_data
 
 @dataclass(frozen=True)
 class Prepared:
-    """What stays the same from the first step of a run to its last.
+    """Everything about a run that stays the same from its first step to its last.
 
     Attributes:
         config, world: The run's configuration and processes.

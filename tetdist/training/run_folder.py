@@ -132,7 +132,7 @@ class RunFolder:
 
 
 def is_trained(config: RunConfig) -> bool:
-    """Whether the run has reached its end, and its last checkpoint is of that step.
+    """Return whether the run has reached its end, and its last checkpoint is of that step.
 
     Raises:
         UserError: A line of its metrics is damaged.

@@ -1,4 +1,4 @@
-"""What MLflow and other trackers are told of a run besides its metrics: tags, data, description."""
+"""The record of a run for MLflow and other trackers besides metrics: tags, data, description."""
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What a run begins with and goes on from: others' weights, and its own checkpoints' state."""
+"""The start of a run, from others' weights, and its continuation from its own checkpoints."""
 
 import logging
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run is: what a checkpoint holds beside the model and the optimiser."""
+    """Trainer state stored in a checkpoint besides the model and optimiser."""
 
     step: int  # optimiser steps done
     evaluated_step: int  # the one after which it was last evaluated

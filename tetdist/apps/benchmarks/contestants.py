@@ -97,7 +97,7 @@ def spikingjelly(options: argparse.Namespace) -> Contestant:
 
 
 def has_spikingjelly_network(name: str) -> bool:
-    """Whether `spikingjelly_network` makes one."""
+    """Return whether `spikingjelly_network` can make this network."""
     if name.startswith(("sew_resnet", "spiking_resnet")):
         return not name.startswith(("spiking_resnet19", "spiking_resnet18_"))
     # Transformers for images of ImageNet's size.

@@ -1,4 +1,4 @@
-"""What the Triton passes become on a GPU, read from their code, without a GPU.
+"""The machine code that the Triton passes become on a GPU, read without a GPU.
 
 The passes are called with tensors that have no contents, and each launch is noted instead of done;
 Triton compiles what was noted for a GPU of a given kind, and brings the assembler and disassembler
@@ -91,7 +91,7 @@ class Layer:
     carries: bool = False
 
     def launches(self) -> list[Launch]:
-        """What is started for it: the forward pass, then the backward pass."""
+        """Return its kernel launches: the forward pass, then the backward pass."""
         wide = torch.promote_types(self.dtype, torch.float32)
 
         def empty(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
@@ -141,7 +141,7 @@ class Stream:
     normalized: bool = False
 
     def launches(self) -> list[Launch]:
-        """What is started for it beside statistics: forward, then backward."""
+        """Return its kernel launches without statistics: forward, then backward."""
         wide = torch.promote_types(self.dtype, torch.float32)
         shape = (self.rows, self.channels)
         x = torch.empty(self.timesteps, *shape, dtype=self.dtype, device="meta")
@@ -161,7 +161,7 @@ class Stream:
 
 
 def pooling() -> list[Launch]:
-    """What max-pooling starts: behind a ResNet's stem, and of a transformer's current."""
+    """Return the launches of max-pooling: behind a ResNet's stem, of a transformer's current."""
     kernels = triton_passes.Pool()
     window = torch.nn.MaxPool2d(3, 2, 1)
     images = torch.empty(128, 112, 112, 64, dtype=torch.uint8, device="meta").permute(0, 3, 1, 2)
@@ -174,7 +174,7 @@ def pooling() -> list[Launch]:
 
 
 def packing() -> list[Launch]:
-    """What makes numbers of bytes, bytes of numbers, and numbers of halves of bytes."""
+    """Return the launches that unpack bytes, pack numbers, and unpack halves of bytes."""
     values = torch.empty(128, 56, 56, 64, dtype=torch.uint8, device="meta")
     with noted() as launches:
         triton_passes.unpack(values, 4, torch.bfloat16)
@@ -200,7 +200,7 @@ def recorded_launches() -> dict[str, Launch]:
 
 @dataclass(frozen=True)
 class Code:
-    """What a kernel became on one kind of GPU.
+    """The machine code of a kernel for one kind of GPU.
 
     Attributes:
         instructions: Number of them in machine code, padding left out.

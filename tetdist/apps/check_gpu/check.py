@@ -1,4 +1,4 @@
-"""What a check finds on each process, and what is concluded from the findings of all."""
+"""Findings of a check on each process, and the conclusion from all of them."""
 
 import collections
 import contextlib
@@ -33,7 +33,7 @@ UNLIKE = "give all hosts the same driver and the same environment of Python"
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check has found on one process.
+    """The finding of a check on one process.
 
     Attributes:
         status: "left out" where the machine lacks what the check is about.
@@ -54,7 +54,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the checks run on.
+    """The machine that the checks run on.
 
     Attributes:
         world: All processes.
@@ -149,7 +149,7 @@ class Result:
 
     @property
     def text(self) -> str:
-        """What is said of it: where it is bad, and how far processes differ in speed."""
+        """The text of the table: where the result is bad, and how processes differ in speed."""
         where, spread = "", ""
         bad = [rank for rank, found in enumerate(self.findings) if found.status == "bad"]
         if bad and len(bad) < len(self.findings):
@@ -165,7 +165,7 @@ class Result:
 
 @dataclass
 class Report:
-    """What has been found so far.
+    """The findings so far.
 
     Attributes:
         machine: What `benchmarks.bench.machine` says of rank 0's.
@@ -190,7 +190,8 @@ class Report:
         return [result for result in self.results if result.worst.status == "bad"]
 
     def conclusion(self) -> str:
-        """What to mend first, if anything; the checks are in the order of what depends on what."""
+        """Return the advice on what to repair first, if anything; later checks depend on earlier
+        ones."""
         missing = f"; not reached: {', '.join(self.not_reached)}" if self.not_reached else ""
         if self.bad:
             first = self.bad[0]
@@ -236,7 +237,7 @@ class Report:
         }
 
     def _speed(self) -> dict[str, Any]:
-        """What `slurm --benchmark` reads; each process has measured its own GPU."""
+        """Return the numbers for `slurm --benchmark`; each process has measured its own GPU."""
         measured = [
             found.numbers
             for result in self.results

@@ -1,4 +1,4 @@
-"""Whether CUDA graphs compute what is computed without them, and how much faster."""
+"""The check of CUDA graphs: the same results as without them, and the speed-up."""
 
 import argparse
 import statistics

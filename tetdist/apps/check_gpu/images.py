@@ -1,4 +1,4 @@
-"""Whether images come fast enough, and are the same wherever they are decoded."""
+"""The check of images: fast enough, and the same wherever they are decoded."""
 
 import dataclasses
 import itertools

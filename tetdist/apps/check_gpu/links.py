@@ -1,4 +1,4 @@
-"""How fast the processes average gradients."""
+"""The check of the links: the rate at which processes average gradients."""
 
 import platform
 import statistics

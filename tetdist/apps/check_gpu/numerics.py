@@ -1,4 +1,4 @@
-"""Whether the device computes what the definitions say."""
+"""The check of numerics: the device computes the same as the definitions."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ NETWORK_LIMIT = 1e-9
 
 
 class LayerLimit(NamedTuple):
-    """How far a layer's two computations may be apart.
+    """Largest allowed difference between a layer's two computations.
 
     Attributes:
         spikes: The share of the spikes that differ.
@@ -102,7 +102,7 @@ def _of_network(name: str, execution: str, here: Machine) -> list[Tensor]:
 
 
 def _layers_apart(dtype: torch.dtype, here: Machine, seed: int = 0) -> LayerLimit:
-    """How far a layer's fused and plain computation from the same current are apart."""
+    """Return the difference between a layer's fused and plain computation from the same current."""
     (fused, fused_gradients), (plain, gradients) = (
         _of_layer(mode, dtype, here, seed) for mode in _MODES
     )

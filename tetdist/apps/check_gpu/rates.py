@@ -1,4 +1,4 @@
-"""How fast the networks train here, beside the ReLU network and spikingjelly's."""
+"""The check of rates: training throughput beside the ReLU network and spikingjelly's."""
 
 import argparse
 import contextlib
@@ -55,7 +55,7 @@ def _size(here: Machine) -> int:
 
 
 def fits(row: dict[str, Any]) -> bool:
-    """Whether a contestant's step fits into the GPU's memory."""
+    """Return whether a contestant's step fits into the GPU's memory."""
     return not row.get("out_of_memory")
 
 

@@ -1,4 +1,4 @@
-"""What mends a machine: commands, by what is wrong with it."""
+"""Commands that repair a machine, by what is wrong with it."""
 
 import re
 import shutil
@@ -62,7 +62,8 @@ _SAID = (
 
 
 def of(error: BaseException) -> str | None:
-    """What mends the cause of an exception; None: nobody knows, and it may be tetdist's fault."""
+    """Return the remedy for the cause of an exception; None: unknown, and perhaps a fault of
+    tetdist."""
     text = str(error)
     match error:
         case torch.OutOfMemoryError():
@@ -80,7 +81,7 @@ def of(error: BaseException) -> str | None:
 
 
 def hangs(name: str) -> str:
-    """What to do about a check that does not come to an end."""
+    """Return the advice on a check that hangs."""
     alone = f"--only {name} with NCCL_DEBUG=INFO shows more"
     return f"{alone}; nvidia-smi says whether the GPUs answer, sudo dmesg | grep -i xid why not"
 
@@ -121,12 +122,12 @@ def driver_and_gpu() -> tuple[int | None, tuple[int, int] | None]:
 
 
 def has_gpu() -> bool:
-    """Whether nvidia-smi shows a GPU."""
+    """Return whether nvidia-smi shows a GPU."""
     return driver_and_gpu() != (None, None)
 
 
 def smi(query: str) -> str:
-    """What nvidia-smi says of each GPU, a line each.
+    """Return nvidia-smi's answer for each GPU, a line each.
 
     Raises:
         FileNotFoundError: There is none.

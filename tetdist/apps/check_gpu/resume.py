@@ -1,4 +1,4 @@
-"""Whether a stopped run ends on the device in the weights of one that was not stopped."""
+"""The check of resuming: a stopped run ends in the weights of one that was not stopped."""
 
 import os
 import re

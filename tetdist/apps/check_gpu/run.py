@@ -142,7 +142,7 @@ class _Worker:
             self.idle = True
 
     def place(self) -> tuple[str, float]:
-        """Where the thread is in tetdist, and for how many seconds it has not moved."""
+        """Return the thread's place in tetdist, and the seconds since it last moved."""
         frames = [
             frame
             for frame, _ in traceback.walk_stack(sys._current_frames().get(self._thread.ident or 0))
@@ -183,7 +183,7 @@ class _Exchange:
         self._store.set(key, json.dumps(value, default=str))
 
     def get(self, key: str) -> Any:
-        """What was put under a key; None: nothing was."""
+        """Return the value of a key; None: there is none."""
         text = self._store.get(key)
         return None if text is None else json.loads(text)
 
@@ -193,7 +193,7 @@ class _Exchange:
             self.put(key, [value])
 
     def ask(self, key: str) -> Any:
-        """What rank 0 says, once it does.
+        """Wait for rank 0's value of a key and return it.
 
         Raises:
             PeerFailed: It says nothing.

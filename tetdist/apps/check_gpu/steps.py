@@ -1,4 +1,4 @@
-"""Whether every engine takes steps on the device, without making the host wait for it."""
+"""The check of steps: every engine takes steps without making the host wait for the device."""
 
 import argparse
 import contextlib

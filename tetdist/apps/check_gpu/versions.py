@@ -1,4 +1,4 @@
-"""Whether driver, torch, Triton, NCCL, DALI, DeepSpeed and the rest suit each other."""
+"""The check of versions: driver, torch, Triton, NCCL, DALI, DeepSpeed and the rest."""
 
 import importlib
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""What all commands share: how a mistake, a missing package and Ctrl-C are said."""
+"""The answer of all commands to a mistake, a missing package and Ctrl-C."""
 
 import sys
 from collections.abc import Callable

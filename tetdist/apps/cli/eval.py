@@ -271,7 +271,7 @@ def about(
     compared: "Compared",
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """What was evaluated, and on what."""
+    """Return which network was evaluated, and on which data."""
     from tetdist.datasets.recorded_split import recorded_split
 
     data_split = recorded_split(config.data.root)

@@ -1,4 +1,4 @@
-"""How a run is, or several: state, progress, results, checkpoint, from their folders alone.
+"""Show the status of one or more runs, read from their folders.
 
     python tools/status.py runs/quickstart
     python tools/status.py quickstart other_run

@@ -182,7 +182,7 @@ def search_for(options: argparse.Namespace, file: Path) -> int:
 
 
 def planned(runs: "list[StudyRun]") -> str:
-    """What is left to train, in words: the runs, and their epochs."""
+    """Describe the runs that are left to train, and their epochs."""
     from tetdist.apps.studies import plan
 
     left = [run for run in runs if not plan.is_trained(run)]

@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _is_of(key: str, word: str) -> bool:
-    """Whether a key is one that is asked for, or lies in a section that is."""
+    """Return whether a key, or a section that contains it, is asked for."""
     return not word or key == word or key.startswith(f"{word}.")
 
 

@@ -127,7 +127,7 @@ def list_sources(root: Path, suffixes: Sequence[str]) -> Listing:
 
 
 def _are_only_parts(folders: list[Path], parts: dict[str, Part | None]) -> bool:
-    """Whether all folders are called as a part of a split and hold folders, the classes."""
+    """Return whether all folders are named like parts of a split and hold folders, the classes."""
     return bool(folders) and all(parts[path.name] and _folders(path) for path in folders)
 
 

@@ -72,7 +72,7 @@ class Preset:
     origin: str
 
     def options(self) -> dict[str, Any]:
-        """What the preset sets, by the name of the option of tools/prebin_dvs.py."""
+        """Values that the preset sets, by the option of tools/prebin_dvs.py."""
         options: dict[str, Any] = {
             "timesteps": self.timesteps,
             "size": self.size,
@@ -230,7 +230,7 @@ PRESETS = {
 
 
 def expectation(name: str) -> str:
-    """What a preset's data set looks like, as the beginning of a sentence."""
+    """Return a preset's description of its data set, as the beginning of a sentence."""
     preset = PRESETS[name]
     return (
         f"--preset {name} expects {counted(preset.classes, 'class')} in"

@@ -54,7 +54,7 @@ def as_text(found: EvaluationResults) -> str:
 
 
 def _text_unrolled(found: EvaluationResults) -> list[str]:
-    """What --unroll did, if it was given."""
+    """Return the lines on --unroll, if it was given."""
     if "sub_timesteps" not in found:
         return []
     several = {name: most for name, most in found["sub_timesteps"].items() if most > 1}
@@ -121,7 +121,7 @@ def _text_real(found: EvaluationResults) -> list[str]:
 
 
 def real_line(found: EvaluationResults) -> str:
-    """What the several labels of each image say."""
+    """Return the line on accuracy by several labels of each image."""
     real = found["real"]
     if real["top1"] is None:
         return "real labels: no image has one"

@@ -1,4 +1,4 @@
-"""What watches a run that a command has started: log, plots, published curve, profile."""
+"""Observers of a run that a command has started: log, plots, published curve, profile."""
 
 import logging
 from collections.abc import Mapping, Sequence

@@ -96,7 +96,8 @@ class Reference:
         return None
 
     def beside(self, images: int) -> dict[str, float]:
-        """What a line of metrics says of it: its top-1 after as many images, where it has one."""
+        """Return the entry of a line of metrics: the published top-1 after as many images, if
+        known."""
         top1 = self.at(images / IMAGES)
         return {} if top1 is None else {"reference_top1": top1}
 
@@ -133,7 +134,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of a run: ``on_the_way`` is None where nothing can be."""
+    """The verdict on a run; ``on_the_way`` is None where none is possible."""
 
     run: str
     reference: str
@@ -256,12 +257,12 @@ def tolerated(epochs: float, top1: float) -> float:
 
 
 def is_chance(top1: float) -> bool:
-    """Whether a network that guesses may have as much on ImageNet, in percent."""
+    """Return whether a top-1 on ImageNet, in percent, may be chance."""
     return top1 < 2 * CHANCE
 
 
 def is_imagenet(images: float) -> bool:
-    """Whether a training split of so many images can be ImageNet's, without some held out."""
+    """Return whether a training split of so many images can be ImageNet's, or most of it."""
     return abs(images / IMAGES - 1) <= HELD_OUT
 
 

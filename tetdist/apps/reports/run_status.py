@@ -1,4 +1,4 @@
-"""How a run is, from its folder alone: state, progress, results, checkpoint, disk.
+"""The status of a run, read from its folder: state, progress, results, checkpoint, disk.
 
 No torch is loaded, and nobody but the file system is asked, so that it takes no time.
 """
@@ -21,7 +21,7 @@ DAMAGED = "damaged"
 
 
 class JobEvent(NamedTuple):
-    """What happened last to the run's job on a cluster.
+    """The last event of the run's job on a cluster.
 
     Attributes:
         kind: ``submitted``, ``started``, ``stopped``, ``finished``, ``failed`` or ``cancelled``.
@@ -36,7 +36,7 @@ class JobEvent(NamedTuple):
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How a run is; None is what is not known (yet).
+    """The status of a run; None is not known (yet).
 
     Attributes:
         run: Its name.
@@ -111,7 +111,7 @@ def _runs_at(path: Path) -> list[Path]:
 
 
 def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
-    """How the run in a folder is.
+    """Read the status of the run in a folder.
 
     Args:
         folder: With a config.yaml.

@@ -59,7 +59,7 @@ class RunRecord:
         }
 
     def _of_average(self) -> dict[str, Any]:
-        """What the moving average of the weights reached, in a run that has one."""
+        """Return the results of the moving average of the weights, if the run has one."""
         reached = [line["top1"] for line in self.of_kind("val_ema")]
         return {"ema_top1": reached[-1], "best_ema_top1": max(reached)} if reached else {}
 

@@ -190,7 +190,7 @@ def as_table(what: str, operations: list[Operation], steps: int, own: dict[str, 
 
 
 def own_passes() -> dict[str, str]:
-    """What tetdist's autograd functions are called in a table, by their names in a profile."""
+    """Return the names of tetdist's autograd functions for a table, by their names in a profile."""
     found: dict[str, str] = {}
     for function in torch.autograd.Function.__subclasses__():
         if function.__module__.startswith("tetdist."):
@@ -202,7 +202,7 @@ def own_passes() -> dict[str, str]:
 
 
 def own_kernels() -> dict[str, str]:
-    """What tetdist's Triton kernels are called in a table, by their names in a profile."""
+    """Return the names of tetdist's Triton kernels for a table, by their names in a profile."""
     prefix = "tetdist.nn.fast.kernels."
     return {
         name: f"tetdist {name} (nn/fast/kernels/{module.removeprefix(prefix)}.py)"

@@ -1,1 +1,1 @@
-"""What a training step asks of a GPU, and how long a GPU of a kind takes for it: computed."""
+"""The work of a training step, and the time that a kind of GPU takes for it: computed."""

@@ -33,7 +33,7 @@ OTHERS = kernels.POOLING
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one operation asks of a GPU.
+    """The work of one operation.
 
     Attributes:
         kind: The part of the table that it belongs to.
@@ -52,7 +52,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Work:
-    """What a micro-batch asks of a GPU, forward and backward.
+    """The work of a micro-batch, forward and backward.
 
     Attributes:
         batch: Samples.

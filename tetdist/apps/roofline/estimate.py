@@ -1,4 +1,4 @@
-"""How long a kind of GPU takes for counted work (count.py). Computed, not measured.
+"""The time that a kind of GPU takes for counted work (count.py). Computed, not measured.
 
 A kernel takes as long as its bytes at the memory's bandwidth, or as its operations at the speed of
 arithmetic, whichever is longer; kernels run one after another. Neither is ever reached in full, so
@@ -55,7 +55,7 @@ class Estimate:
 
     @property
     def bound(self) -> Bound:
-        """What most of the time goes by."""
+        """The resource that limits most of the time."""
         if self.launches > self.memory + self.arithmetic:
             return "launches"
         return "memory" if self.memory > self.arithmetic else "arithmetic"

@@ -153,7 +153,7 @@ class _Start:
             )
 
     def _is_cancelled(self) -> bool:
-        """Whether the run was cancelled and a requeue at that moment undid it."""
+        """Return whether the run was cancelled and a requeue at that moment undid it."""
         events = history.since_submission(history.history(self.run_dir))
         return any(event.kind == "cancelled" for event in events)
 

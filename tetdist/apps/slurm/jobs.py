@@ -36,7 +36,7 @@ class State:
 
 
 def is_here() -> bool:
-    """Whether this machine can submit jobs."""
+    """Return whether this machine can submit jobs."""
     return shutil.which("sbatch") is not None and shutil.which("srun") is not None
 
 
@@ -129,7 +129,7 @@ def _by_the_controller(job: str) -> State | None:
 
 
 def _by_the_run(submission: Submission) -> State:
-    """What the history of the run says of the end of a job that Slurm does not know any more."""
+    """Return the end of a job that Slurm no longer knows, by the run's history."""
     forgotten = "Slurm does not know the job any more"
     events = [
         event

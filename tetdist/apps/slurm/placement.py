@@ -78,7 +78,7 @@ class ProcessContext(ABC):
         return []
 
     def was_cancelled(self) -> bool:
-        """Whether somebody has cancelled the job while it saved."""
+        """Return whether somebody cancelled the job while it saved."""
         return False
 
     @abstractmethod
@@ -298,7 +298,7 @@ def _ask(*command: str) -> str:
 
 
 def _try(*command: str, timeout: float) -> tuple[bool, str]:
-    """Whether a command of Slurm succeeds, and its output or else what is wrong."""
+    """Run a command of Slurm; return whether it succeeded, and its output or its error."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""How fast one process trains, for the plan: as given, as measured, or by the roofline.
+"""The throughput of one process for the plan: as given, as measured, or by the roofline.
 
 A GPU's speed is never taken from a CPU's. What tools/check_gpu.py or tools/bench.py measured comes
 first. If that was another network, precision or size, the roofline says how their work compares,
@@ -81,7 +81,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Case:
-    """What a benchmark has measured: network, its kind of neuron, pixels, precision."""
+    """Return the subject of a benchmark: network, kind of neuron, pixels, precision."""
 
     model: str
     neuron: str

@@ -55,7 +55,7 @@ class EntrySection(Section):
     teacher: str | None = None
     """The entry whose network, of the same seed, is its teacher (loss.distillation.teacher)."""
     average: bool = False
-    """Whether it is the moving average of the weights (ema.decay) that is evaluated at the end."""
+    """Evaluate the moving average of the weights (ema.decay) at the end."""
 
 
 class StudySection(Section):
@@ -135,18 +135,18 @@ class StudyRun:
 
     @property
     def size(self) -> int:
-        """How long it takes, beside other runs of a study: epochs times T."""
+        """Cost of the run relative to others of the study: epochs times T."""
         return sum(phase.epochs * phase.timesteps for phase in self.own_phases)
 
     @property
     def is_evaluated_again(self) -> bool:
-        """Whether it is evaluated for what its own evaluations do not know."""
+        """True if it needs an evaluation of its own after the training."""
         beyond = self.timesteps < max(self.test_timesteps, default=0)
         return beyond or self.is_judged_apart or not self.config.model.neuron.causal
 
     @property
     def is_judged_apart(self) -> bool:
-        """Whether its own evaluations are of other samples or weights than the result.
+        """True if the evaluations during training use other samples or weights than the result.
 
         A search, which tests at no timesteps, judges by them nevertheless.
         """
@@ -427,7 +427,7 @@ def as_text(value: Any) -> str:
 
 
 def is_trained(run: StudyRun) -> bool:
-    """Whether the run has reached its end, and its last checkpoint is of that step."""
+    """Return whether the run has reached its end, and its last checkpoint is of that step."""
     return run_folder.is_trained(run.config)
 
 
@@ -439,7 +439,7 @@ def lines(run: StudyRun, kind: str) -> list[dict[str, Any]]:
 
 
 def evaluation(run: StudyRun) -> dict[str, Any] | None:
-    """What the run's last epoch has come to: top1, loss, samples, per_timestep_top1 and so on.
+    """Return the run's last evaluation: top1, loss, samples, per_timestep_top1 and so on.
 
     Up to the T of training the run's own evaluation says it. Beyond it per_timestep_top1 is that
     of the command eval; and all of it is where the run's own evaluation is of the samples that it

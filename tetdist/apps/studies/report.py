@@ -227,7 +227,7 @@ def overview(numbers: Numbers) -> str:
 
 
 def early_exit(numbers: Numbers) -> str:
-    """How early samples are decided at the thresholds that were chosen; empty where none were."""
+    """Return the table of early exit at the chosen thresholds; empty without any."""
     if numbers.study.exit_within is None:
         return ""
     rows = []

@@ -86,7 +86,7 @@ class SearchSection(Section):
     eta: Annotated[int, Field(ge=2)] = 3
     """After each rung one of so many goes on, rounded up; after the last, the best."""
     metric: Literal["top1", "loss"] = "top1"
-    """Of the evaluation at the rung, on what is held out."""
+    """Metric that decides, of the evaluation at the rung on held-out samples."""
 
 
 class SearchStudy(Section):
@@ -144,7 +144,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a search is.
+    """The state of a search.
 
     Attributes:
         rungs: Those that were reached; all but the last one are complete.
@@ -229,7 +229,7 @@ def candidates(search: SearchSection) -> list[Candidate]:
 
 
 def kept(number: int, eta: int) -> int:
-    """How many of so many candidates go on."""
+    """Return the number of candidates that continue, of so many."""
     return math.ceil(number / eta)
 
 
@@ -446,7 +446,7 @@ class Search:
 
 
 def not_finite(run: StudyRun) -> bool:
-    """Whether the run ended because its gradients were not finite: what it last said in its log."""
+    """Return whether the run ended for gradients that were not finite, by the end of its log."""
     if not run.log.is_file():
         return False
     said = run.log.read_text(errors="replace").splitlines()

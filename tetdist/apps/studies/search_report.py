@@ -70,7 +70,7 @@ def ranked(standing: Standing) -> list[Candidate]:
 
 
 def table(search: Search, standing: Standing) -> str:
-    """What was tried, with the metric at every rung and where each candidate was dropped."""
+    """Return the table of candidates: the metric at every rung, and where each was dropped."""
     study = search.study.search
     head = ["", *(f"`{key}`" for key in study.over)]
     head += [f"epoch {epochs}" for epochs in study.rungs]
@@ -106,7 +106,7 @@ def _outcome(standing: Standing, candidate: Candidate, reached: list[Rung]) -> s
 
 
 def judged_on(search: Search, standing: Standing) -> str:
-    """What the candidates were trained and judged on, and how sure that is."""
+    """Describe the data on which candidates were trained and compared, and the uncertainty."""
     share = search.study.search.held_out
     first = standing.rungs[0].ranked[0]
     evaluations = lines(search.run(first, search.study.seeds[0], standing.rungs[0].epochs), "val")
@@ -145,7 +145,7 @@ def at_the_edge(search: Search, standing: Standing) -> str:
 
 
 def conclusion(search: Search, standing: Standing) -> str:
-    """What the winner gave on the validation split."""
+    """Return the winner's results on the validation split."""
     if standing.winner is None:
         return "**Not complete**: the same command goes on."
     runs = search.final_runs(standing.winner)

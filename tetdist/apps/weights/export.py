@@ -289,7 +289,7 @@ def _create_arguments(trained: Trained, source: str | None) -> str:
 
 
 def _preparation(trained: Trained) -> str:
-    """What the input is and how images are scaled, for a card or a file's metadata."""
+    """Describe the input and the scaling of images, for a card or a file's metadata."""
     data = trained.config.data
     match data.kind:
         case "events":

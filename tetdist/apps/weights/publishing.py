@@ -25,7 +25,7 @@ def write(trained: Trained, repo: str, folder: Path) -> None:
 
 
 def contents(folder: Path) -> str:
-    """What would be pushed, a line a file."""
+    """Return the list of files that would be pushed, a line each."""
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     lines = [f"{size:14,} bytes  {name}" for name, size in sizes.items()]
     return "\n".join([*lines, f"{sum(sizes.values()):14,} bytes  in {counted(len(sizes), 'file')}"])

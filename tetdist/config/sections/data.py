@@ -17,23 +17,23 @@ class ColorJitterSection(Section):
     brightness: Annotated[float, Field(ge=0)] = 0.0
     """Pixels are multiplied by a factor from 1 - brightness to 1 + brightness."""
     contrast: Annotated[float, Field(ge=0)] = 0.0
-    """Likewise, their distance from the image's mean."""
+    """Distances of pixels from the image's mean are multiplied by 1 - contrast to 1 + contrast."""
     saturation: Annotated[float, Field(ge=0)] = 0.0
-    """Likewise, their distance from their own grey."""
+    """Distances of pixels from their grey are multiplied by 1 - saturation to 1 + saturation."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Largest shift of the hue; 0.5 is half a circle."""
 
 
 class MixingSection(Section):
-    """How mixup and CutMix mix, where data.mixup or data.cutmix is above 0."""
+    """Details of mixup and CutMix, where data.mixup or data.cutmix is above 0."""
 
     mode: Literal["sample", "batch"] = "sample"
     """sample: each sample with the one before it in its micro-batch, by a lambda of its own. batch:
     as timm does it, sample i with sample B - 1 - i, all by one lambda and one box."""
     probability: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """That a sample (mode=batch: a micro-batch) is mixed; timm's mixup_prob."""
+    """Probability of mixing a sample (with mode=batch, a micro-batch); timm's mixup_prob."""
     switch_probability: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """With mixup and CutMix: that it is by CutMix; timm's mixup_switch_prob."""
+    """Probability of CutMix rather than mixup, if both are on; timm's mixup_switch_prob."""
     off_epoch: Annotated[int, Field(ge=0)] = 0
     """The first of the run's epochs, from 0 on, that mixes nothing; 0: all do. timm's
     mixup_off_epoch."""
@@ -43,9 +43,9 @@ class ErasingSection(Section):
     """Random erasing of rectangles of training images, after normalisation, as timm's."""
 
     probability: Fraction = 0.0
-    """Of an image to have rectangles erased."""
+    """Probability of random erasing for each image."""
     mode: Literal["pixel", "rand", "const"] = "pixel"
-    """What is there instead: noise in every pixel, one random colour, or the mean's."""
+    """Contents of erased rectangles. pixel: noise; rand: a random colour; const: the mean."""
     count: Annotated[int, Field(gt=0, le=100)] = 1
     """Most rectangles of an image; it gets from one to so many, which share the area of one."""
 
@@ -121,13 +121,13 @@ class DataSection(Section):
     """Transforms of one's own, by the names under which they are registered; applied to training
     samples in this order, after all the others but mixup and CutMix."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Of resizing; where an image is made smaller, over all pixels that fall into one."""
+    """Interpolation of resizing; antialiased where an image is made smaller."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Of red, green and blue from 0 to 1, subtracted from the pixels."""
+    """Per-channel mean (RGB, in [0, 1]) that is subtracted from the pixels."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """What they are divided by after that."""
+    """Per-channel standard deviation (RGB, in [0, 1]) that images are divided by."""
     device: Literal["cpu", "gpu"] = "cpu"
-    """Where DALI decodes; gpu needs a GPU."""
+    """Device on which DALI decodes; gpu needs a GPU."""
     threads: Annotated[int, Field(gt=0, le=MOST_THREADS)] = 2
     """DALI's threads, per process."""
     prefetch: Annotated[int, Field(gt=0, le=MOST_PREFETCHED)] = 2

@@ -16,23 +16,21 @@ class DistillationSection(Section):
     """A run folder (its last checkpoint), the folder of a checkpoint or an export, a .safetensors
     file (see init_checkpoint), hf:ORG/NAME, or timm:NAME. Null: none."""
     teacher_weights: str | None = None
-    """Of a timm:NAME teacher: the file of its weights; null: timm downloads those it knows."""
+    """File with the weights of a timm:NAME teacher; null: timm downloads those it knows."""
     weight: Annotated[float, Field(ge=0)] = 0.2
-    """Of the divergence from the teacher, where there is one."""
+    """Weight of the teacher's KL divergence; without effect if there is no teacher."""
     teacher_alignment: TeacherAlignment = "plain"
     """plain: logits are compared as they are. error_aware, that of SeAl: where a timestep's class
     is wrong, its logit is replaced by that of the right class, and the teacher's of both by the
     smaller one."""
     self_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Of the divergence of each timestep from what the timesteps say together; 0: none. For TET
-    only."""
+    """Weight of each timestep's KL divergence from self_target; 0: none. For TET only."""
     self_target: SelfTarget = "time_mean"
     """time_mean: the mean of all timesteps. correct_mean, that of full-range distillation: of those
     whose class is right, and equal shares of the classes where none is. similarity, that of SeAl:
     each timestep's own mean of the others, by their confidence and similarity to it."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    """Of both divergences: both sides' logits are divided by it; above 1 it shows more of the
-    lesser classes."""
+    """Divisor of the logits in both divergences; above 1 lesser classes count more."""
 
 
 class LossSection(Section):

@@ -78,7 +78,7 @@ class ModelSection(Section):
     num_classes: Annotated[int, Field(gt=1)] | None = None
     """Null: as many as the data set has."""
     neuron: Neuron
-    """What is left out is as in the neuron that the network was published with."""
+    """Neuron of all layers. Unset fields default to the network's published neuron."""
     arguments: dict[str, Any] = {}
     """Further arguments of the model, such as connect_function: add."""
 

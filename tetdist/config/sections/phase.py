@@ -17,22 +17,21 @@ class OptimizerSection(Section):
     """lr is meant for so many samples a step, and is multiplied by batch.global over them, the rule
     of recipes that say "per 256". A run says both. Null: nothing is scaled."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """What a layer's learning rate is multiplied by for each layer between it and the classifier,
-    counting stem, blocks, classifier; of metrics' lr, which is the classifier's. Null: all have the
-    same."""
+    """Factor of the learning rate for each layer below the classifier (stem, blocks, classifier);
+    metrics show the classifier's rate. Null: all layers have the same; timm's layer_decay."""
     momentum: Share = 0.9
-    """Of sgd."""
+    """SGD momentum."""
     nesterov: bool = False
-    """Of sgd: the gradient of where the momentum leads."""
+    """Use Nesterov momentum (SGD)."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """Decays of the averages of gradients and of their squares; not of sgd."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Share of a weight that is added to its gradient; adamw and its like subtract it, times the
     learning rate, from the weight itself."""
     decay_norms: bool = True
-    """Whether weight decay applies to batch norm parameters and biases, too."""
+    """Apply weight decay to batch norm parameters and biases, too."""
     decay_neurons: bool = False
-    """Whether it applies to what neurons learn; of plif that draws the decay to 0.5."""
+    """Apply weight decay to learnable neuron parameters; it pulls plif's decay to 0.5."""
     arguments: dict[str, Any] = {}
     """Further arguments of timm's optimisers and of your own, such as eps: 1.0e-6."""
 
@@ -66,23 +65,23 @@ class PhaseSection(Section):
     warmup_lr: Annotated[float, Field(ge=0)] = 0.0
     """The learning rate at which warmup_epochs begins."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """What the schedule ends with, and stays at during cooldown_epochs."""
+    """Final learning rate; also the rate during cooldown_epochs."""
     cooldown_epochs: Annotated[int, Field(ge=0)] = 0
     """The last of the phase's epochs, in which the schedule has ended."""
     lr_changes: Literal["steps", "epochs"] = "steps"
-    """With each step, or once an epoch as in timm's trainer, to what it is at the epoch's
-    beginning."""
+    """Interval at which the learning rate changes. steps: each step; epochs: once an epoch, as in
+    timm's trainer, to the rate at the epoch's beginning."""
     clock_after_warmup: bool = True
-    """Whether the schedule's share begins with the end of the warm-up, or with the phase, so that
-    warm-up ends on a part of it that is below the peak, as timm's cosine does."""
+    """Start the schedule at the end of the warm-up. False: it starts with the phase, so that the
+    warm-up ends below the peak, as with timm's cosine."""
     power: Annotated[float, Field(gt=0)] = 1.0
-    """Of schedule: polynomial."""
+    """Exponent of schedule=polynomial."""
     decay_epochs: Annotated[float, Field(gt=0)] = 30.0
-    """Of schedule=step: epochs from one fall of the learning rate to the next."""
+    """Epochs between two drops of the learning rate (schedule=step)."""
     decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Of schedule: step."""
+    """Factor of the learning rate at each drop (schedule=step)."""
     image_size: Pixels | None = None
-    """Of training images; null: data.image_size, which is also what evaluation takes."""
+    """Height and width of training images, in pixels; null: data.image_size, as in evaluation."""
     final_image_size: Pixels | None = None
-    """Of the phase's last epoch; the epochs before rise to it evenly, in multiples of 32. Null: all
-    are of image_size."""
+    """Height and width of training images in the phase's last epoch, in pixels; sizes rise to it
+    evenly, in multiples of 32. Null: image_size in all epochs."""

@@ -15,7 +15,7 @@ def _without_passwords(uri: str | None) -> str | None:
 
 class TrackingSection(Section):
     mlflow: bool = True
-    """Whether MLflow gets the run."""
+    """Log the run to MLflow."""
     uri: Annotated[str | None, PlainSerializer(_without_passwords)] = None
     """MLflow's tracking URI; null: the SQLite file RUNS_DIR/mlflow.db. Give a server's user and
     password in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD: no file keeps a password that

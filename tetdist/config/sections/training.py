@@ -43,7 +43,7 @@ class SaveSection(Section):
     every_steps: Positive | None = None
     """Besides each epoch's end; null: only there."""
     keep_last: Annotated[int, Field(ge=2)] = 2
-    """At least 2: the newest could be the one that a failing disk ruined."""
+    """Number of newest checkpoints to keep, at least 2: a failing disk may ruin the newest."""
 
 
 class ProfileSection(Section):

@@ -1,4 +1,4 @@
-"""What the passes have to know of a kind of neuron: its choices and its numbers."""
+"""The choices and numbers of a kind of neuron that its kernels need."""
 
 from dataclasses import dataclass
 

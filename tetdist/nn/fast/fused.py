@@ -25,7 +25,7 @@ class Affine(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What makes the current of a layer's neurons, and where they start.
+    """Inputs of a layer's neurons: the parts of their current, and the membranes at the start.
 
     Attributes:
         x: The convolution's output, (T, N, C), or (1, N, C) where all timesteps share it.

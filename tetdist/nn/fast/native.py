@@ -374,7 +374,7 @@ def _flat(learned: tuple[Tensor, ...]) -> Tensor | None:
 
 @functools.cache
 def kernels(config: NeuronConfig) -> Kernels | None:
-    """Those of a neuron, compiled if they never were on this machine; None without a compiler."""
+    """Return the neuron's compiled kernels, building them on first use; None without a compiler."""
     of, norms = dynamics_of(config), norm_kernels()
     library = load_library(
         "neuron",

@@ -13,7 +13,7 @@ TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bf
 
 
 def serves(*tensors: Tensor | None) -> bool:
-    """Whether the passes are for tensors of these types: one of three, and the same for all."""
+    """Return whether the C++ kernels serve tensors of these types, one for all."""
     types = {tensor.dtype for tensor in tensors if tensor is not None}
     devices = {tensor.device.type for tensor in tensors if tensor is not None}
     return devices == {"cpu"} and len(types) == 1 and types <= TYPES.keys()

@@ -72,7 +72,7 @@ def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 class Tiling(NamedTuple):
-    """How rows and channels are divided.
+    """Division of rows and channels among programs.
 
     Attributes:
         grid: Programs, (blocks of rows, blocks of channels).
@@ -354,7 +354,7 @@ class Passes(NormPasses):
         *,
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What `gradients` returns; sums of the gradient of the share as well, if there is room."""
+        """Return the result of `gradients`; fill the sums for what is learnt, if given."""
         x, shortcut, affine, affine_of_shortcut, start, learned = inputs
         rows, channels = x.shape[1:]
         grad_x = torch.empty_like(x) if needs_x else None

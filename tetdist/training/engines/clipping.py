@@ -11,7 +11,7 @@ from tetdist.errors import UserError
 
 
 class Clipping:
-    """What ``gradient_clipping`` and ``clip_mode`` say.
+    """Gradient clipping as ``gradient_clipping`` and ``clip_mode`` say.
 
     Args:
         config: Of the run.

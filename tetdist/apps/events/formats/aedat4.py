@@ -228,7 +228,7 @@ class _Table:
         return [_Table(self._data, start + 4 * i + far) for i, (far,) in enumerate(distances)]
 
     def _vector(self, field: int, item_size: int) -> tuple[int, int]:
-        """Where a vector's items begin, and their bytes."""
+        """Return the start of a vector's items, and the bytes of one."""
         position = self._position(field)
         if position is None:
             return 0, 0

@@ -200,8 +200,7 @@ def normalization(
 
 @triton.jit
 def _rows_of_shortcut(i, steps, period, r, c, C, BN: tl.constexpr, SHARED: tl.constexpr):
-    """Where the shortcut of a tile's rows is: at the same place, or, where all timesteps share it,
-    at the row of the first one."""
+    """Return the rows of a tile's shortcut: its own, or the first timestep's if it is shared."""
     if SHARED:
         row = ((tl.program_id(0) * steps + i) * BN + r) % period
         at = row.to(tl.int64)[:, None] * C + c[None, :]
@@ -306,7 +305,7 @@ def norm_gradient(
 
 @triton.jit
 def _fires(above, AT_THRESHOLD: tl.constexpr):
-    """Whether membranes fire that are so much above the threshold."""
+    """Return which membranes fire, by their distance above the threshold."""
     if AT_THRESHOLD:
         fires = above >= 0
     else:
@@ -337,7 +336,7 @@ def _number(v, THRESHOLD: tl.constexpr, MOST: tl.constexpr):
 
 @triton.jit
 def _decayed(u, a, DECAY: tl.constexpr):
-    """What decay leaves: 1 - a of it, where the share a is learnt."""
+    """Return the membrane after decay: 1 - a of it, where a is learnt."""
     if a is None:
         left = u * DECAY
     else:
@@ -681,7 +680,7 @@ def finish_sums(
 
 @triton.jit
 def _coefficients(rstd, sum_grad, sum_grad_hat, per_value, c, C):
-    """What a batch norm's backward pass subtracts, and what of the centred value, each (1, BC)."""
+    """Return the terms that a batch norm's backward pass subtracts, each (1, BC)."""
     share = _load_row(sum_grad, c, C) * per_value
     return share, _load_row(sum_grad_hat, c, C) * per_value * _load_row(rstd, c, C)
 
