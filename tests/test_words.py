@@ -1,4 +1,4 @@
-"""Docstrings begin with a verb or a noun, as CONTRIBUTING.md asks."""
+"""Docstrings and the texts of --explain begin with a verb or a noun, as CONTRIBUTING.md asks."""
 
 import ast
 from collections.abc import Iterator
@@ -7,42 +7,65 @@ from pathlib import Path
 import pytest
 import tiny
 
-# What begins a sentence that leans on one before it, which is not there.
-LEANING = {
-    "of",
-    "for",
-    "from",
-    "with",
-    "within",
-    "without",
-    "in",
-    "on",
-    "at",
-    "by",
-    "to",
-    "as",
-    "so",
-    "that",
-    "which",
-    "whose",
-    "likewise",
-}
+from tetdist.config.documentation import documented_keys
+
+# Words that begin a sentence which leans on one before it, or a question without its answer.
+LEANING = set(
+    [
+        "of",
+        "for",
+        "from",
+        "with",
+        "within",
+        "without",
+        "in",
+        "on",
+        "at",
+        "by",
+        "to",
+        "as",
+        "so",
+        "that",
+        "those",
+        "which",
+        "whose",
+        "likewise",
+        "what",
+        "whether",
+        "how",
+        "where",
+        "who",
+    ]
+)
 
 
-def docstrings(file: Path) -> Iterator[tuple[str, str]]:
+def leans(text: str) -> bool:
+    return text.split()[0].strip("`\"'.,:").lower() in LEANING
+
+
+def docstrings(file: Path) -> Iterator[str]:
+    """Docstrings of modules, classes and functions, and of fields, which stand below them."""
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            text = ast.get_docstring(node)
-            if text:
-                yield getattr(node, "name", "the module"), text
+        body = getattr(node, "body", None)
+        for before, one in zip([None, *body], body, strict=False) if isinstance(body, list) else ():
+            is_documented = before is None or isinstance(before, (ast.Assign, ast.AnnAssign))
+            if is_documented and isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant):
+                yield str(one.value.value)
 
 
 @pytest.mark.parametrize("room", ["tetdist", "tools", "launch", "docs/make"])
 def test_docstrings_begin_with_a_verb_or_a_noun(room: str) -> None:
     leaning = [
-        f"{file.relative_to(tiny.PROJECT)}: {name}: {text.splitlines()[0]}"
+        f"{file.relative_to(tiny.PROJECT)}: {text.splitlines()[0]}"
         for file in sorted((tiny.PROJECT / room).rglob("*.py"))
-        for name, text in docstrings(file)
-        if text.split()[0].strip("`\"'").lower() in LEANING
+        for text in docstrings(file)
+        if text.strip() and leans(text)
     ]
     assert not leaning, "\n".join(leaning)
+
+
+def test_texts_of_keys_begin_with_a_verb_or_a_noun() -> None:
+    texts = {key: documented.meaning for key, documented in documented_keys().items()}
+    # Before it a key says for which kinds of neurons it is.
+    said = {key: text.rpartition(" only) ")[2] for key, text in texts.items() if text}
+    assert [key for key, text in said.items() if leans(text)] == []
