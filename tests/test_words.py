@@ -1,6 +1,7 @@
 """Docstrings and the texts of --explain begin with a verb or a noun, as CONTRIBUTING.md asks."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,37 +11,15 @@ import tiny
 from tetdist.config.documentation import documented_keys
 
 # Words that begin a sentence which leans on one before it, or a question without its answer.
-LEANING = set(
-    [
-        "of",
-        "for",
-        "from",
-        "with",
-        "within",
-        "without",
-        "in",
-        "on",
-        "at",
-        "by",
-        "to",
-        "as",
-        "so",
-        "that",
-        "those",
-        "which",
-        "whose",
-        "likewise",
-        "what",
-        "whether",
-        "how",
-        "where",
-        "who",
-    ]
+LEANING = re.compile(
+    r"(of|for|from|with|within|without|in|on|at|by|to|as|so|that|those|which|whose|likewise|"
+    r"what|whether|how|where|who)\b",
+    re.IGNORECASE,
 )
 
 
 def leans(text: str) -> bool:
-    return text.split()[0].strip("`\"'.,:").lower() in LEANING
+    return LEANING.match(text.strip().lstrip("`\"'")) is not None
 
 
 def docstrings(file: Path) -> Iterator[str]:
