@@ -47,11 +47,11 @@ quickstart: venv ## real data, a trained and evaluated spiking network, in minut
 	@echo "  $(BIN)/mlflow ui --backend-store-uri 'sqlite:///$(CURDIR)/runs/mlflow.db'"
 
 test: $(VENV)/.tests ## run the tests (minutes)
-	@$(BIN)/python -m pytest -m "not long" -n $(WORKERS) --dist loadgroup \
+	@$(BIN)/python -m pytest -m "not long" -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 	  --nbmake tests docs/first_look.ipynb $(PYTEST_FLAGS)
 
 test-long: $(VENV)/.tests ## run the tests that take longer
-	@$(BIN)/python -m pytest -m long -n $(WORKERS) --dist loadgroup $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -m long -n $(WORKERS) $(PYTEST_FLAGS)
 
 test-gpu: venv ## run the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)

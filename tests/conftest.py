@@ -51,16 +51,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one of pytest's processes, with what its fixtures train, and all of
-    Slurm's, whose cluster is there once."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            folder, file = item.path.parent.name, item.path.name
-            item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else file))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _all_end_with_the_tests() -> None:
     """Whatever a test has started ends by itself when the tests are killed."""

@@ -25,9 +25,6 @@ from runs import (
 from tetdist.apps.cli import slurm
 from tetdist.tracking import mlflow_follower
 
-# Where pytest runs several processes, these have a cluster of their own.
-second_cluster = pytest.mark.xdist_group("second-slurm")
-
 
 def preempt(cluster: Cluster, run: Run) -> None:
     """A job of a higher partition takes the run's nodes, and leaves them at once."""
@@ -65,7 +62,6 @@ def test_processes_on_two_nodes_average_over_the_network(straight: Run) -> None:
 
 
 @pytest.mark.long
-@second_cluster
 def test_processes_on_one_node_average_through_memory(
     launcher: Launcher, straight: Run, cluster: Cluster
 ) -> None:
@@ -155,7 +151,6 @@ def test_preempted_requeued_cancelled_resumed(
 
 
 @pytest.mark.long
-@second_cluster
 def test_preempted_without_grace_and_a_node_crashes(
     launcher: Launcher, straight: Run, cluster: Cluster
 ) -> None:
@@ -176,7 +171,6 @@ def test_preempted_without_grace_and_a_node_crashes(
 
 
 @pytest.mark.long
-@second_cluster
 def test_a_rank_that_is_killed_is_named(
     launcher: Launcher, cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,7 +197,6 @@ def test_a_rank_that_is_killed_is_named(
 
 
 @pytest.mark.long
-@second_cluster
 def test_started_again_when_the_controller_is_back(
     launcher: Launcher, straight: Run, cluster: Cluster
 ) -> None:
@@ -227,7 +220,6 @@ def test_started_again_when_the_controller_is_back(
 
 
 @pytest.mark.long
-@second_cluster
 def test_time_limit(launcher: Launcher, straight: Run, cluster: Cluster) -> None:
     """Slurm's shortest limit is a minute. One process is made to wait, so that it is reached.
 
@@ -411,7 +403,6 @@ def test_rank_that_raises_ends_the_job(
 
 
 @pytest.mark.long
-@second_cluster
 def test_configuration_error_is_not_tried_again(
     launcher: Launcher, cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
