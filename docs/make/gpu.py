@@ -3,11 +3,10 @@ section "The GPU path, computed" of docs/performance.md.
 
     python docs/make/gpu.py
 
-No GPU is needed: Triton compiles the kernels for two kinds of them, as
-tetdist/apps/benchmarks/gpu_code.py says, tetdist/apps/roofline counts what a step asks of a GPU,
-and tests/gpu_without_a_gpu what it launches; the rest is arithmetic. Nothing here is measured. The
-tests compare the code with the record, so this is the command after a change of a kernel. Two
-minutes.
+No GPU is needed: Triton compiles the kernels for two kinds of them, as tests/gpu_code.py says,
+tetdist/apps/roofline counts what a step asks of a GPU, and tests/gpu_without_a_gpu what it
+launches; the rest is arithmetic. Nothing here is measured. The tests compare the code with the
+record, so this is the command after a change of a kernel. Two minutes.
 """
 
 import json
@@ -23,7 +22,6 @@ import timm
 import triton
 
 import tetdist.models  # noqa: F401  # registers them with timm
-from tetdist.apps.benchmarks import gpu_code
 from tetdist.apps.roofline.cards import CARDS
 from tetdist.apps.roofline.count import Kernel, Work, count
 from tetdist.apps.roofline.estimate import (
@@ -39,6 +37,11 @@ from tetdist.apps.slurm.plan import communication_seconds
 from tetdist.tables import markdown
 
 PROJECT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests"), str(PROJECT / "tests/gpu_without_a_gpu")]
+
+import gpu_code  # noqa: E402  # of the tests
+import worker  # noqa: E402  # likewise
+
 RECORD = PROJECT / "docs" / "performance" / "gpu_code.json"
 PAGE = PROJECT / "docs" / "performance.md"
 TITLE = "## The GPU path, computed"
@@ -143,9 +146,6 @@ PHASES = (("forward", "loss", "backward"), ("update", "statistics"), ("input",))
 
 def launches() -> dict[str, list[int]]:
     """Kernels of a step, by PHASES, as tests/gpu_without_a_gpu counts them."""
-    sys.path[:0] = [str(PROJECT), str(PROJECT / "tests"), str(PROJECT / "tests/gpu_without_a_gpu")]
-    import worker  # of the tests
-
     found = {}
     with tempfile.TemporaryDirectory() as folder, worker.started(Path(folder)) as running:
         for settings in ("engine=torch", "engine=deepspeed", "engine=torch cuda_graphs=true"):
@@ -281,7 +281,7 @@ and stores, instructions of a thread in machine code, registers of a thread, and
 that the larger of the two takes at {bandwidth}, or at
 65 % of all instructions that 132 processors can issue. What comes once a program is shared out as
 for a layer of 56x56 pixels at batch 32. "Before" is what torch.compile made of the passes, without
-knowing their sizes; its backward sums were three kernels. (`tetdist/apps/benchmarks/gpu_code.py`;
+knowing their sizes; its backward sums were three kernels. (`tests/gpu_code.py`;
 `pytest tests/nn/test_triton_code.py` compares it with docs/performance/gpu_code.json.)
 
 {passes}

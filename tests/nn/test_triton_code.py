@@ -19,10 +19,10 @@ from tetdist.nn.neurons import LIF, SURROGATES, NeuronConfig
 
 needs_triton()
 
-import triton  # noqa: E402  # needs Triton, as do those that follow
+import gpu_code  # noqa: E402  # needs Triton, as do those that follow
+import triton  # noqa: E402  # likewise
+from gpu_code import CAPABILITIES, Layer, Stream  # noqa: E402  # likewise
 
-from tetdist.apps.benchmarks import gpu_code  # noqa: E402  # likewise
-from tetdist.apps.benchmarks.gpu_code import CAPABILITIES, Layer, Stream  # noqa: E402  # likewise
 from tetdist.nn.fast import triton_passes  # noqa: E402  # likewise
 
 RECORD = Path(__file__).parents[2] / "docs" / "performance" / "gpu_code.json"

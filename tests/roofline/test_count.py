@@ -90,7 +90,7 @@ long = pytest.mark.long  # Triton compiles each
 )
 def test_bytes_are_those_of_tritons_kernels(shortcut: str, identity: bool) -> None:
     needs_triton()
-    from tetdist.apps.benchmarks import gpu_code
+    import gpu_code
 
     layer = gpu_code.Layer(shortcut=shortcut, identity=identity)  # type: ignore[arg-type]  # one of them
     expected: Counter[str] = Counter()

@@ -1,10 +1,9 @@
 """The machine code that the Triton passes become on a GPU, read without a GPU.
 
-The passes are called with tensors that have no contents, and each launch is noted instead of done;
-Triton compiles what was noted for a GPU of a given kind, and brings the assembler and disassembler
-for that. Counted are instructions, registers, the widths of loads and stores in machine code, and,
-in Triton's own intermediate code, the bytes that a pass loads and stores for a number and timestep.
-All of it is computed, not measured.
+The passes are called with tensors without contents, and each launch is noted instead of done;
+Triton compiles what was noted for a GPU of a given kind, and brings assembler and disassembler.
+tests/nn/test_triton_code.py compares what is counted with docs/performance/gpu_code.json, which
+docs/make/gpu.py writes. All of it is computed, not measured.
 """
 
 import collections
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 import triton
@@ -45,7 +45,6 @@ class Launch:
     """A kernel that a pass would have started, with the types of its arguments."""
 
     kernel: Any
-    grid: tuple[int, ...]
     arguments: tuple[str | int | None, ...]  # "*bf16" of a tensor
     known: dict[str, Any]
 
@@ -62,18 +61,12 @@ def noted() -> Iterator[list[Launch]]:
     """Note launches, in this context, instead of doing them."""
     launches: list[Launch] = []
 
-    def note(
-        kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], known: Mapping[str, Any]
-    ) -> None:
+    def note(kernel: Any, _grid: Any, arguments: Sequence[Any], known: Mapping[str, Any]) -> None:
         kinds = tuple(f"*{_TYPES[a.dtype]}" if isinstance(a, Tensor) else a for a in arguments)
-        launches.append(Launch(kernel, grid, kinds, dict(known)))
+        launches.append(Launch(kernel, kinds, dict(known)))
 
-    real = triton_passes.launch
-    triton_passes.launch = note
-    try:
+    with mock.patch.object(triton_passes, "launch", note):
         yield launches
-    finally:
-        triton_passes.launch = real
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +96,12 @@ class Layer:
         passes = triton_passes.Passes(self.neuron, self.timesteps, carries=self.carries, packs=True)
         with noted() as launches:
             x = empty(1 if self.shared else self.timesteps, *one_step)
-            shortcut = None if self.shortcut == "none" else empty(*all_steps)
             start = empty(*one_step, dtype=wide) if self.carries else None
             affine = passes.normalization(norm, x, norm.weight, norm.bias)
-            of_shortcut = None
+            shortcut = of_shortcut = None
+            if self.shortcut != "none":
+                shortcut = empty(*all_steps)
             if self.shortcut == "normalized":
-                assert shortcut is not None
                 of_shortcut = passes.normalization(norm, shortcut, norm.weight, norm.bias)
             # What a kind of neuron learns of which there are kernels is one number.
             learned = (empty(dtype=wide),) if isinstance(self.neuron, PLIF) else ()
@@ -116,15 +109,9 @@ class Layer:
             passes.spikes(inputs, empty(*all_steps) if self.identity else None)
             grads = (empty(*all_steps), start)
             sums, _ = passes.sums(inputs, *grads)
-            others = sums.grad_shortcut_hat
-            passes.gradients(
-                inputs,
-                *grads,
-                None,
-                (sums.grad, sums.grad_xhat),
-                None if others is None else (sums.grad, others),
-                needs_x=True,
-            )
+            own, others = (sums.grad, sums.grad_xhat), (sums.grad, sums.grad_shortcut_hat)
+            of_other = None if others[1] is None else others
+            passes.gradients(inputs, *grads, None, own, of_other, needs_x=True)
         return launches
 
 
@@ -206,7 +193,6 @@ class Code:
         instructions: Number of them in machine code, padding left out.
         of_tile: Those of the loop over a program's tiles, if there is one.
         registers: A thread's.
-        spills: Loads and stores of what did not fit into them.
         calls: Of functions.
         operations: How many instructions of each kind, {"FADD": 40, ...}.
         memory: How many loads and stores of each width, {"LDG.128": 4, ...}: of global memory
@@ -217,11 +203,17 @@ class Code:
     instructions: int
     of_tile: int
     registers: int
-    spills: int
     calls: int
     operations: dict[str, int]
     memory: dict[str, int]
     intermediate: str
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of what did not fit into registers."""
+        return sum(
+            number for name, number in self.memory.items() if name.startswith(("LDL", "STL"))
+        )
 
     def bytes_of_number(self, timesteps: int) -> float:
         """Bytes that are loaded and stored for a number and timestep.
@@ -240,9 +232,8 @@ class Code:
 def compiled(launch: Launch, capability: int) -> Code:
     """Compile a kernel as it would be for this launch, for a GPU of a kind (80, 90)."""
     names = launch.kernel.arg_names
-    signature: dict[str, str] = {}
-    constants = dict(launch.known)
-    attributes = {}
+    signature = dict.fromkeys(names, "constexpr")
+    constants, attributes = dict(launch.known), {}
     for i, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
         match value:
             case None:
@@ -253,7 +244,6 @@ def compiled(launch: Launch, capability: int) -> Code:
                 signature[name] = value
                 # torch allocates at multiples of more than that.
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    signature = {name: signature.get(name, "constexpr") for name in names}
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": triton_passes.WARPS, "enable_fp_fusion": False}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -266,14 +256,8 @@ def _read(kernel: Any) -> Code:
         file.write(kernel.asm["cubin"])
         file.flush()
         text, usage = (
-            subprocess.run(
-                [str(tools / tool), *options, file.name],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=60,
-            ).stdout
-            for tool, options in (("nvdisasm", ["-c"]), ("cuobjdump", ["-res-usage"]))
+            subprocess.check_output([tools / tool, option, file.name], text=True, timeout=60)
+            for tool, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
         )
     operations, of_tile = _operations(text)
     memory: collections.Counter[str] = collections.Counter()
@@ -288,7 +272,6 @@ def _read(kernel: Any) -> Code:
         len(operations),
         of_tile,
         int(found[1]),
-        sum(number for name, number in memory.items() if name.startswith(("LDL", "STL"))),
         # Of a function, which has a name; the assembler also jumps by this instruction.
         len(re.findall(r"\bCALL\.[^;]*\$", text)),
         dict(collections.Counter(operation.split(".")[0] for operation in operations)),
