@@ -11,28 +11,31 @@ import pytest
 import tiny
 from tiny import Farm
 
+from tetdist.apps.check_gpu import remedies
 from tetdist.apps.check_gpu.check import Check, Finding, Machine, Report
 from tetdist.apps.check_gpu.run import run_checks
 from tetdist.distributed.world import join
 
-# Runs the command with checks of its own: (rank 1 fails | nothing fails), then one that hangs.
+# Runs the command with checks of its own, of which the second has rank 1 fail or die, or hangs if
+# there is a single process. Arguments: the JSON file, a folder for temporary files, fails or dies.
 COMMAND = """
-import os, sys, types
-import torch
-import torch.distributed as dist
+import os, sys, tempfile, threading, types
 from tetdist.apps.check_gpu import run
 from tetdist.apps.check_gpu.check import Finding
-run.STANDSTILL = 1.0
+from tetdist.distributed import watchdog
+file, tempfile.tempdir, how = sys.argv[1:]
+run.STANDSTILL, watchdog.SILENCE = 1.0, 3.0
 
 def fine(here):
     return Finding("ok", "7 of 7", None, {"folder": str(here.folder)})
 
 def averages(here):
+    if here.world.rank == 1 and how == "dies":
+        os._exit(7)
     if here.world.rank == 1:
         raise RuntimeError("the GPU has fallen off the bus")
     here.world.sum([1.0])
     if here.world.world_size == 1:
-        import threading
         threading.Event().wait()
     return fine(here)
 
@@ -41,7 +44,7 @@ sys.modules["tetdist.apps.check_gpu.checks"] = types.SimpleNamespace(
 )
 from tetdist.apps.cli import check_gpu
 check_gpu.NAMES = ("versions", "steps", "links")
-sys.exit(check_gpu.main(["--device", "cpu", "--json", sys.argv[1]]))
+sys.exit(check_gpu.main(["--device", "cpu", "--json", file]))
 """
 
 
@@ -52,13 +55,10 @@ def here(tmp_path: Path) -> Iterator[Machine]:
 
 
 @pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where processes that a test starts have their temporary folders."""
+def temporary(tmp_path: Path) -> Path:
+    """A folder for the temporary ones of processes that a test starts."""
     folder = tmp_path / "temporary"
     folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(folder))
-    # Nothing is to be imported that is not needed.
-    monkeypatch.setenv("TETDIST_COMMAND", "check_gpu")
     return folder
 
 
@@ -66,7 +66,7 @@ def test_a_rank_that_fails_in_a_collective_keeps_nobody_waiting(
     farm: Farm, tmp_path: Path, temporary: Path
 ) -> None:
     file = tmp_path / "found.json"
-    both = farm.side_by_side(2, tiny.python("-c", COMMAND, file), tmp_path)
+    both = farm.side_by_side(2, tiny.python("-c", COMMAND, file, temporary, "fails"), tmp_path)
     assert [status for status, _ in both] == [1, 1], both
     output = both[0][1]
     assert "bad       steps                  rank 1: RuntimeError: the GPU has fallen off" in output
@@ -81,6 +81,20 @@ def test_a_rank_that_fails_in_a_collective_keeps_nobody_waiting(
     assert list(temporary.iterdir()) == []
 
 
+def test_a_rank_that_dies_is_a_finding(farm: Farm, tmp_path: Path, temporary: Path) -> None:
+    file = tmp_path / "found.json"
+    both = farm.side_by_side(2, tiny.python("-c", COMMAND, file, temporary, "dies"), tmp_path)
+    assert [status for status, _ in both] == [3, 7], both
+    output = both[0][1]
+    assert ". All processes end; what was found before is kept" in output
+    assert "bad       steps                  rank 1 (process " in output
+    found = json.loads(file.read_text())
+    assert found["checks"]["steps"]["remedy"] == remedies.DEAD
+    assert found["not_reached"] == ["links"]
+    # That of the process that died is left.
+    assert len(list(temporary.iterdir())) == 1
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_the_findings_and_no_folder(
@@ -92,8 +106,8 @@ def test_a_signal_leaves_the_findings_and_no_folder(
     def is_at_the_second() -> bool:
         return file.is_file() and "versions" in json.loads(file.read_text())["checks"]
 
-    environment = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT))
-    command = tiny.python("-c", COMMAND, file)
+    environment = tiny.clean_environment(PYTHONPATH=str(tiny.PROJECT), TETDIST_COMMAND="check_gpu")
+    command = tiny.python("-c", COMMAND, file, temporary, "")
     with tiny.started(command, tmp_path, environment) as process:
         tiny.wait_until(is_at_the_second, 60)
         assert len(list(temporary.iterdir())) == 1

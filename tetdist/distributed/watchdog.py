@@ -47,10 +47,23 @@ class Watch:
         world: All processes; a single one is not watched.
         timeout: Seconds without progress of a process after which it is said to hang.
         shows_errors: Whether what this process alone raises is shown here, before the others end.
+        after: What holds after the end, in the words that the message closes with.
     """
 
-    def __init__(self, world: World, timeout: float, *, shows_errors: bool = True) -> None:
-        self.world, self.timeout, self.shows_errors = world, timeout, shows_errors
+    def __init__(
+        self,
+        world: World,
+        timeout: float,
+        *,
+        shows_errors: bool = True,
+        after: str = "the same command continues from the last checkpoint",
+    ) -> None:
+        self.world, self.timeout, self.shows_errors, self.after = (
+            world,
+            timeout,
+            shows_errors,
+            after,
+        )
         self.before_end: list[Callable[[str], None]] = []
         self._count, self._where, self._ended = 0, "the start", ""
         self._failed = False  # by an error of its own, which it shows itself
@@ -226,8 +239,7 @@ class Watch:
         if is_news:
             prefix = "" if self.world.rank == 0 else f"rank {self.world.rank}: "
             print(
-                f"{prefix}error: {verdict}. All processes end; the same command continues from "
-                "the last checkpoint",
+                f"{prefix}error: {verdict}. All processes end; {self.after}",
                 file=sys.stderr,
                 flush=True,
             )

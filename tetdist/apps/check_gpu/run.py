@@ -1,24 +1,23 @@
 """Runs the checks one after the other on all processes, and waits for none of them for ever.
 
-On each process the checks run in a thread of their own, and the main thread watches it: nothing
-can interrupt a collective that waits for a process which has failed. What is found goes through a
-store, not a collective, so that it is told also then. Rank 0 says when all are done with a check
-and the next one may begin, or that one hangs; then all end, after rank 0 has told what was found.
+On each process a check runs in a thread, and the main thread watches it: nothing can interrupt a
+collective that waits for a process which has failed. What is found goes through a store, not a
+collective, so that it is reported also then. Rank 0 decides when all are done with a check and the
+next one may begin, or that one hangs; then all end, after rank 0 has reported what was found. When
+a process dies, the `Watch` of every command ends the others.
 """
 
 import collections
 import contextlib
 import dataclasses
 import gc
-import itertools
 import json
-import os
-import queue
+import shutil
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,24 @@ import torch.distributed as dist
 
 from tetdist.apps.benchmarks.bench import machine
 from tetdist.apps.check_gpu import remedies
-from tetdist.apps.check_gpu.check import Check, Finding, Machine, Report, Result, compared
+from tetdist.apps.check_gpu.check import (
+    Check,
+    Finding,
+    Machine,
+    Report,
+    Result,
+    Status,
+    compared,
+)
 from tetdist.distributed.meeting import SignedStore
-from tetdist.distributed.world import World
-from tetdist.errors import PeerFailed, sentence
+from tetdist.distributed.watchdog import Watch
+from tetdist.errors import sentence
 
 BUDGET = 600.0  # seconds of all checks together
 # Seconds that a process may stand at one place after another has failed: it waits for that one.
 STANDSTILL = 20.0
-SILENCE = 60.0  # seconds after which a process of which nothing is heard is taken for dead
-_POLL = 0.05
-_BEAT = 0.5  # seconds between two signs of life
-_GOODBYE = 10.0  # seconds that the others have to read what rank 0 has said last
+_POLL = 0.1
+_GOODBYE = 10.0  # seconds that the others have to read the last verdict
 
 
 def run_checks(
@@ -49,6 +54,9 @@ def run_checks(
 ) -> Report:
     """Run checks one after the other on all processes.
 
+    When a process dies, the others end with status `PEER_FAILED`, after rank 0 has shown and kept
+    that as a finding.
+
     Args:
         checks: By name, in an order in which the first that fails explains those after it.
         here: What they run on.
@@ -58,104 +66,101 @@ def run_checks(
     Returns:
         What was found. If a check ``hangs``, its thread is still there, and the process can only be
         ended by `os._exit`.
-
-    Raises:
-        PeerFailed: Rank 0 has gone, on other ranks.
     """
-    report = Report(
-        machine(here.device.type),
-        here.device.type,
-        here.world.world_size,
-        here.small,
-        list(checks),
-    )
+    world, device = here.world, here.device.type
+    report = Report(machine(device), device, world.world_size, here.small, list(checks))
     end = time.monotonic() + (2 * BUDGET if here.small else BUDGET)
-    with _exchange(here.world) as store:
-        worker = _Worker(here)
-        for name, check in checks.items():
-            started = time.monotonic()
-            worker.begin(check)
-            one = _Round(name, store, here.world, worker)
-            one.limit, one.last = min((here.limit, False), (end - started, True))
-            findings, hangs = one.findings()
-            findings = findings if here.small else compared(findings)
-            result = Result(name, findings, time.monotonic() - started)
-            report.results.append(result)
-            report.not_reached.remove(name)
-            report.hangs = hangs
-            if here.world.rank == 0:
-                show(result.line())
-                keep(report)
-            # Rank 0 alone knows how late it is.
-            store.say(f"after {name}", time.monotonic() < end and not hangs)
-            if not store.ask(f"after {name}"):
-                break
-        if not report.hangs:
-            worker.end()
+
+    def add(name: str, findings: list[Finding], seconds: float = 0.0) -> None:
+        report.results.append(Result(name, findings, seconds))
+        report.not_reached.remove(name)
+        if world.rank == 0:
+            show(report.results[-1].line())
+            keep(report)
+
+    def add_death(what: str) -> None:
+        shutil.rmtree(here.folder, ignore_errors=True)
+        add(report.not_reached[0], [Finding("bad", what, remedies.DEAD)])
+
+    after = "what was found before is kept"
+    # An error that this process alone raises is shown by the command.
+    with Watch(world, here.limit, shows_errors=False, after=after) as watch:
+        watch.before_end.append(add_death)
+        alone = world.world_size == 1
+        store = SignedStore(dist.HashStore(), "") if alone else world.make_store()
+        try:
+            for name, check in checks.items():
+                started = time.monotonic()
+                one = _Round(name, check, here, store, end)
+                while (verdict := store.get(f"verdict {name}")) is None:
+                    watch.progress(f"the check {name}")
+                    one.take_turn()
+                    time.sleep(_POLL)
+                made, report.hangs, goes_on = json.loads(verdict)
+                findings = [Finding(**values) for values in made]
+                findings = findings if here.small else compared(findings)
+                add(name, findings, time.monotonic() - started)
+                if not goes_on:
+                    break
+            store.set(f"bye {world.rank}", "")
+            # Rank 0 keeps the store until all have read what is in it.
+            byes = [f"bye {rank}" for rank in range(world.world_size)]
+            closing = time.monotonic() + (_GOODBYE if world.rank == 0 else 0.0)
+            while time.monotonic() < closing and None in map(store.get, byes):
+                time.sleep(_POLL)
+        except dist.DistError as error:
+            watch.await_verdict(error)  # does not return if rank 0 has gone
+            raise
     return report
 
 
-# --- the check, in a thread -----------------------------------------------------------------------
-
-
-class _Worker:
-    """A thread that makes one check after the other.
+class _Task(threading.Thread):
+    """A check in a thread.
 
     Attributes:
-        finding: That of the last check; None: it is not there yet.
-        idle: Whether the thread, and what it had the GPU do, is done.
+        finding: Its finding, if it has come to one. The thread may go on after that: what a failed
+            check has begun must not go on into the next, as a collective that the GPU waits in.
     """
 
-    def __init__(self, here: Machine) -> None:
-        self._here = here
-        self._wanted: queue.SimpleQueue[Check | None] = queue.SimpleQueue()
+    def __init__(self, check: Check, here: Machine) -> None:
+        super().__init__(name="check", daemon=True)
+        self._check, self._here = check, here
         self.finding: Finding | None = None
-        self.idle = True
         self._stack: object = None
         self._moved = time.monotonic()
-        self._thread = threading.Thread(target=self._work, name="checks", daemon=True)
-        self._thread.start()
 
-    def begin(self, check: Check) -> None:
-        self.finding, self.idle = None, False
-        self._moved = time.monotonic()
-        self._wanted.put(check)
-
-    def end(self) -> None:
-        """End the thread, which must be idle."""
-        self._wanted.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
+    def run(self) -> None:
         if self._here.on_gpu:
             torch.cuda.set_device(self._here.device)  # which each thread has of its own
-        while (check := self._wanted.get()) is not None:
-            self.finding = _finding_of(check, self._here)
-            # What a failed check has begun must not go on into the next: a collective, say, that
-            # the GPU waits in.
-            with contextlib.suppress(RuntimeError):
-                self._here.world.wait_for_device()
-            if self._here.on_gpu:
-                # What it has left in the GPU's memory would be missing in the next.
-                gc.collect()
-                torch.cuda.empty_cache()
-            self.idle = True
+        self.finding = _finding_of(self._check, self._here)
+        with contextlib.suppress(RuntimeError):
+            self._here.world.wait_for_device()
+        if self._here.on_gpu:
+            # What it has left in the GPU's memory would be missing in the next.
+            gc.collect()
+            torch.cuda.empty_cache()
 
-    def place(self) -> tuple[str, float]:
+    def state(self) -> dict[str, Any]:
+        """Return, for JSON, the finding, whether the thread is busy, and where it stands."""
+        # In this order: a thread that has ended has its finding.
+        busy, finding = self.is_alive(), self.finding
+        where, still = self._place()
+        made = None if finding is None else dataclasses.asdict(finding)
+        return {"busy": busy, "finding": made, "where": where, "still": still}
+
+    def _place(self) -> tuple[str, float]:
         """Return the thread's place in tetdist, and the seconds since it last moved."""
-        frames = [
-            frame
-            for frame, _ in traceback.walk_stack(sys._current_frames().get(self._thread.ident or 0))
-        ]
+        own = sys._current_frames().get(self.ident or 0)
+        frames = [frame for frame, _ in traceback.walk_stack(own)]
         stack = [(frame.f_code, frame.f_lasti) for frame in frames]
         if stack != self._stack:
             self._stack, self._moved = stack, time.monotonic()
-        own = str(Path(__file__).parents[2])
+        package = Path(__file__).parents[2]
         for frame in frames:
-            file = frame.f_code.co_filename
-            if file.startswith(own) and file != __file__:
-                short = Path(file).relative_to(own)
-                return f"{short}, line {frame.f_lineno}", time.monotonic() - self._moved
+            file = Path(frame.f_code.co_filename)
+            if file.is_relative_to(package) and file != Path(__file__):
+                place = f"{file.relative_to(package)}, line {frame.f_lineno}"
+                return place, time.monotonic() - self._moved
         return "no check", time.monotonic() - self._moved
 
 
@@ -170,165 +175,72 @@ def _finding_of(check: Check, here: Machine) -> Finding:
         return Finding("bad", text[:300], remedies.of(error), numbers)
 
 
-# --- what the processes tell each other -----------------------------------------------------------
-
-
-class _Exchange:
-    """A store in which each process says what the others may ask for."""
-
-    def __init__(self, store: SignedStore, rank: int) -> None:
-        self._store, self._rank = store, rank
-
-    def put(self, key: str, value: Any) -> None:
-        self._store.set(key, json.dumps(value, default=str))
-
-    def get(self, key: str) -> Any:
-        """Return the value of a key; None: there is none."""
-        text = self._store.get(key)
-        return None if text is None else json.loads(text)
-
-    def say(self, key: str, value: Any) -> None:
-        """Say something to all, as rank 0; of the others nothing is heard."""
-        if self._rank == 0:
-            self.put(key, [value])
-
-    def ask(self, key: str) -> Any:
-        """Wait for rank 0's value of a key and return it.
-
-        Raises:
-            PeerFailed: It says nothing.
-        """
-        end = time.monotonic() + SILENCE
-        while (said := self.get(key)) is None:
-            if time.monotonic() > end:
-                raise PeerFailed(f"rank 0 has said nothing for {SILENCE:.0f} s")
-            time.sleep(_POLL)
-        return said[0]
-
-
-@contextlib.contextmanager
-def _exchange(world: World) -> Iterator[_Exchange]:
-    """A store of these processes, which rank 0 keeps until all have read what is in it.
-
-    Raises:
-        PeerFailed: Rank 0 has gone.
-    """
-    if world.world_size == 1:
-        yield _Exchange(SignedStore(dist.HashStore(), ""), 0)
-        return
-    exchange = _Exchange(world.make_store(), world.rank)
-    try:
-        yield exchange
-        exchange.put(f"bye {world.rank}", True)
-        end = time.monotonic() + _GOODBYE
-        keys = [f"bye {rank}" for rank in range(world.world_size)]
-        while world.rank == 0 and None in map(exchange.get, keys) and time.monotonic() < end:
-            time.sleep(_POLL)
-    except dist.DistError as error:
-        raise PeerFailed("rank 0 has gone, and with it what was found") from error
-
-
 class _Round:
-    """One check on all processes, as this one sees it.
+    """One check on all processes, as this one sees it."""
 
-    Attributes:
-        limit: Seconds that it may take.
-        last: Whether that is because the time of all checks is over then.
-    """
-
-    limit: float
-    last: bool
-
-    def __init__(self, name: str, exchange: _Exchange, world: World, worker: _Worker) -> None:
-        self.name, self.exchange, self.world, self.worker = name, exchange, world, worker
-        self.started = time.monotonic()
-        self._beats = itertools.count()
-        self._told: tuple[bool, bool] | None = None
-        self._next_beat = 0.0
-        # Rank 0's: the last state of each process, and when it came.
-        self._heard: dict[int, tuple[dict[str, Any], float]] = {
-            rank: ({}, self.started) for rank in range(world.world_size)
-        }
-
-    def findings(self) -> tuple[list[Finding], bool]:
-        """The findings of all by rank, and whether the check hangs.
-
-        Raises:
-            PeerFailed: Rank 0 says nothing.
+    def __init__(
+        self, name: str, check: Check, here: Machine, store: SignedStore, end: float
+    ) -> None:
         """
-        end = self.started + self.limit + SILENCE
-        while True:
-            self._tell()
-            if self.world.rank == 0 and (verdict := self._judge()):
-                findings, hangs = verdict
-                made = [dataclasses.asdict(found) for found in findings]
-                self.exchange.put(f"verdict {self.name}", [made, hangs])
-            if (said := self.exchange.get(f"verdict {self.name}")) is not None:
-                made, hangs = said
-                return [Finding(**values) for values in made], hangs
-            if time.monotonic() > end:
-                raise PeerFailed("rank 0 does not say what was found")
-            time.sleep(_POLL)
+        Args:
+            name: The check's.
+            check: It begins at once.
+            here: What it runs on.
+            store: What all processes write to and read.
+            end: When the time of all checks is over, by `time.monotonic`.
+        """
+        self.name, self.world, self.store, self.end = name, here.world, store, end
+        self.started = time.monotonic()
+        self.limit, self.last = min((here.limit, False), (end - self.started, True))
+        self.task = _Task(check, here)
+        self.task.start()
 
-    def _tell(self) -> None:
-        """Tell how far this process is: at once when that changes, and now and then."""
-        where, still = self.worker.place()
-        finding, idle = self.worker.finding, self.worker.idle
-        state = (finding is not None, idle)
-        if state == self._told and time.monotonic() < self._next_beat:
-            return
-        self._told, self._next_beat = state, time.monotonic() + _BEAT
-        values = {
-            "beat": next(self._beats),
-            "finding": None if finding is None else dataclasses.asdict(finding),
-            "idle": idle,
-            "where": where,
-            "still": still,
-            "pid": os.getpid(),
-        }
-        self.exchange.put(f"{self.name} {self.world.rank}", values)
+    def take_turn(self) -> None:
+        """Say how far this process is, and as rank 0 whether the check has ended."""
+        state = json.dumps(self.task.state(), default=str)
+        self.store.set(f"{self.name} {self.world.rank}", state)
+        if self.world.rank == 0 and (verdict := self._judge()) is not None:
+            findings, hangs = verdict
+            goes_on = not hangs and time.monotonic() < self.end
+            made = [dataclasses.asdict(found) for found in findings]
+            said = json.dumps([made, hangs, goes_on], default=str)
+            self.store.set(f"verdict {self.name}", said)
 
     def _judge(self) -> tuple[list[Finding], bool] | None:
-        """Decide on rank 0 whether the check has ended, well or not; None: not yet."""
-        now = time.monotonic()
-        for rank, (state, _) in self._heard.items():
-            new = self.exchange.get(f"{self.name} {rank}") or {}
-            if new.get("beat") != state.get("beat"):
-                self._heard[rank] = new, now
-        states = [state for state, _ in self._heard.values()]
+        """Decide whether the check has ended, with findings by rank, or hangs; None: not yet."""
+        texts = [self.store.get(f"{self.name} {rank}") for rank in range(self.world.world_size)]
+        states: list[dict[str, Any]]
+        states = [json.loads(text) if text else {"busy": True} for text in texts]
         found = {
             rank: Finding(**state["finding"])
             for rank, state in enumerate(states)
             if state.get("finding")
         }
-        busy = [rank for rank, state in enumerate(states) if not state.get("idle")]
+        busy = [rank for rank, state in enumerate(states) if state["busy"]]
         if not busy:
             return list(found.values()), False
         failed = [rank for rank, one in found.items() if one.status == "bad"]
-        silent = [rank for rank in busy if now - self._heard[rank][1] > SILENCE]
         stand = all(states[rank].get("still", 0) > STANDSTILL for rank in busy)
-        if not silent and not (failed and stand) and now < self.started + self.limit:
+        seconds = time.monotonic() - self.started
+        if not (failed and stand) and seconds < self.limit:
             return None
         places = collections.Counter(states[rank].get("where", "") for rank in busy)
         findings = []
         for rank, state in enumerate(states):
-            if rank in silent:
-                text = f"nothing was heard of process {state.get('pid', '?')} for {SILENCE:.0f} s"
-                findings.append(Finding("bad", text, remedies.DEAD))
-            elif rank in found and (rank not in busy or rank in failed):
+            where = state.get("where", "")
+            if rank in found and (rank not in busy or rank in failed):
                 findings.append(found[rank])
-            elif failed or silent:
-                text = f"waits for rank {(failed or silent)[0]} at {state.get('where')}"
-                findings.append(Finding("left out", text))
+            elif failed:
+                findings.append(Finding("left out", f"waits for rank {failed[0]} at {where}"))
             else:
-                where = state.get("where")
                 # Where most are, they wait for the one that is elsewhere.
-                alone = len(places) > 1 and places[where] == min(places.values())
-                text = f"not done after {now - self.started:.0f} s: it is at {where}"
-                remedy = remedies.hangs(self.name)
-                if self.last:
-                    text = f"{text}, and the time of all checks is over"
-                    remedy = f"the same command with --only {self.name}, which has more time alone"
-                waits = len(places) > 1 and not alone
-                findings.append(Finding("left out" if waits else "bad", text, remedy))
+                waits = places[where] > min(places.values())
+                findings.append(self._late("left out" if waits else "bad", where, seconds))
         return findings, True
+
+    def _late(self, status: Status, where: str, seconds: float) -> Finding:
+        text = f"not done after {seconds:.0f} s: it is at {where}"
+        if not self.last:
+            return Finding(status, text, remedies.hangs(self.name))
+        remedy = f"the same command with --only {self.name}, which has more time alone"
+        return Finding(status, f"{text}, and the time of all checks is over", remedy)

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from tetdist.apps.cli.common import answer, fail, program
-from tetdist.errors import PEER_FAILED, PeerFailed, UserError
+from tetdist.errors import PeerFailed, UserError
 from tetdist.storage.files import check_writable, explaining, write_json
 
 if TYPE_CHECKING:
@@ -97,17 +97,13 @@ def check(options: argparse.Namespace) -> int:
             small = world.device.type == "cpu"
             if small and world.rank == 0:
                 print("no GPU: the checks run small, on the CPU, and their figures mean nothing")
-            try:
-                with on(world, small=small) as here:
-                    report = run_checks(
-                        checks,
-                        here,
-                        lambda line: print(line, flush=True),
-                        lambda report: _keep(options, report),
-                    )
-            except PeerFailed as error:
-                fail(error, prefix=f"rank {world.rank}: ")
-                _leave(PEER_FAILED)
+            with on(world, small=small) as here:
+                report = run_checks(
+                    checks,
+                    here,
+                    lambda line: print(line, flush=True),
+                    lambda report: _keep(options, report),
+                )
             if world.rank == 0:
                 print(f"\n{report.conclusion()}", flush=True)
             if report.hangs:
