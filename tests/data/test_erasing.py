@@ -1,7 +1,6 @@
 """Random erasing: its rectangles are timm's with the same draws, and its noise has the same bits
 on a GPU, whose part is run here on tensors of the CPU."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,9 @@ import torch
 from timm.data import random_erasing
 from torch import Tensor
 
-from tetdist.data.erasing import _BOXES, Erasing, erase, erase_batch, erased, normals
-from tetdist.order import position_keys, uniforms
+from tetdist.config.sections.data import ErasingSection
+from tetdist.data.erasing import _BOXES, erase, erased, normals
+from tetdist.order import hashed, position_keys, uniforms
 
 POSITIONS = np.arange(60)
 
@@ -45,69 +45,74 @@ class Draws:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_rectangles_are_timms(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    erasing = Erasing(0.7, "const", count)
+    erasing = ErasingSection(probability=0.7, mode="const", count=count)
     what = erased(5, 2, POSITIONS, 24, erasing)
     theirs = random_erasing.RandomErasing(0.7, mode="const", max_count=count, device="cpu")
     draws = uniforms(5, 2, POSITIONS, 2 + 22 * count, _BOXES)
-    some = 0
-    for k, row in enumerate(draws):
+    batch, some = torch.ones(len(POSITIONS), 3, 24, 24), 0
+    erase(batch, what)
+    for got, row in zip(batch, draws, strict=True):
         monkeypatch.setattr(random_erasing, "random", Draws(row[:2], row[2:].reshape(count, 22)))
-        expected, got = theirs(torch.ones(3, 24, 24)), np.ones((24, 24, 3), np.float32)
-        erase(got, what, k)
-        assert torch.equal(torch.from_numpy(got).permute(2, 0, 1), expected)
+        expected = theirs(torch.ones(3, 24, 24))
+        assert torch.equal(got, expected)
         some += not expected.all()
     assert 30 < some < 55
 
 
-def images(count: int = len(POSITIONS)) -> Tensor:
-    """(B, H, W, 3), of numbers that noise has not."""
-    return torch.full((count, 24, 24, 3), 9.0)
+def images() -> Tensor:
+    """(B, 3, H, W), of numbers that noise has not."""
+    return torch.full((len(POSITIONS), 3, 24, 24), 9.0)
 
 
 @pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
-def test_a_batch_is_erased_as_its_images_are_to_the_bit(mode: Any) -> None:
-    what = erased(1, 0, POSITIONS, 24, Erasing(0.5, mode, 2))
-    one_by_one, batch = images(), images().permute(0, 3, 1, 2)
-    for k, image in enumerate(one_by_one):
-        erase(image.numpy(), what, k)
-    erase_batch(batch, what)
-    assert torch.equal(batch.permute(0, 2, 3, 1), one_by_one)
-    for image, boxes in zip(one_by_one, what.boxes, strict=True):
+def test_the_rectangles_and_nothing_else_are_erased(mode: Any) -> None:
+    what = erased(1, 0, POSITIONS, 24, ErasingSection(probability=0.5, mode=mode, count=2))
+    batch = images()
+    erase(batch, what)
+    for image, boxes, key in zip(batch, what.boxes, what.keys, strict=True):
         untouched = torch.ones(24, 24, dtype=torch.bool)
         for top, left, bottom, right in boxes.tolist():
             untouched[top:bottom, left:right] = False
-        assert torch.equal((image == 9).all(2), untouched)
-        assert len(image[~untouched].unique()) <= {"pixel": 24**2 * 3, "rand": 6, "const": 1}[mode]
+        assert torch.equal((image == 9).all(0), untouched)
+        assert (
+            len(image[:, ~untouched].unique()) <= {"pixel": 24**2 * 3, "rand": 6, "const": 1}[mode]
+        )
+        for row, column in (~untouched).nonzero().tolist()[:: 50 if mode == "pixel" else 10**9]:
+            if mode == "pixel":
+                word = np.array([24 * row + column], np.uint64)
+                (bits,) = hashed(np.array([key]), word) >> np.uint64(48)
+                share = torch.tensor((int(bits) + 0.5) / 2**16, dtype=torch.float64)
+                assert image[0, row, column] == torch.special.ndtri(share).float()
 
 
 @pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
 def test_the_host_waits_for_no_pixel(mode: Any) -> None:
     """Tensors without numbers cannot be waited for."""
-    what = erased(1, 0, POSITIONS, 24, Erasing(0.5, mode, 2))
-    erase_batch(torch.empty(len(POSITIONS), 3, 24, 24, device="meta"), what)
+    what = erased(1, 0, POSITIONS, 24, ErasingSection(probability=0.5, mode=mode, count=2))
+    erase(torch.empty(len(POSITIONS), 3, 24, 24, device="meta"), what)
 
 
 def test_erasing_depends_on_seed_epoch_and_position_alone() -> None:
-    erasing = Erasing(1.0)
+    erasing = ErasingSection(probability=1.0)
     whole = erased(1, 0, POSITIONS, 24, erasing)
     alone = erased(1, 0, POSITIONS[40:41], 24, erasing)
-    first, second = images(1)[0].numpy(), images(1)[0].numpy()
-    erase(first, whole, 40)
-    erase(second, alone, 0)
-    assert np.array_equal(first, second)
+    first, second = images(), images()[:1]
+    erase(first, whole)
+    erase(second, alone)
+    assert torch.equal(first[40], second[0])
     for seed, epoch in ((2, 0), (1, 1)):
         other = erased(seed, epoch, POSITIONS, 24, erasing)
         assert not np.isin(other.keys, whole.keys).any()
         assert not np.array_equal(other.boxes, whole.boxes)
-    nothing = erased(1, 0, POSITIONS, 24, dataclasses.replace(erasing, probability=0.0))
+    nothing = erased(1, 0, POSITIONS, 24, ErasingSection(probability=0.0))
     assert not nothing.boxes.any()
 
 
 def test_noise_is_normal_and_of_each_channel_and_pixel_by_itself() -> None:
-    keys = position_keys(0, 0, np.arange(4), 7)
-    noise = normals(keys[:, None], np.arange(50_000, dtype=np.uint64))  # (4, 50000, 3)
+    keys = torch.from_numpy(position_keys(0, 0, np.arange(4), 7).view(np.int64))
+    noise = normals(keys, torch.arange(50_000)).numpy()  # (4, 3, 50000)
     assert abs(noise.mean()) < 0.01
     assert abs(noise.var() - 1) < 0.01
     assert abs((noise**4).mean() - 3) < 0.1
-    columns = [*noise[0].T, noise[1, :, 0], np.roll(noise[0, :, 0], 1)]
+    columns = [*noise[0], noise[1, 0], np.roll(noise[0, 0], 1)]
     assert np.abs(np.corrcoef(columns) - np.eye(5)).max() < 0.02

@@ -18,11 +18,10 @@ from tetdist.data.transforms import (
     Mixing,
     micro_batch_mix,
     mixes,
-    mixing_draws,
     symmetric_beta,
 )
 from tetdist.losses import sdt_loss, tet_loss
-from tetdist.order import uniforms
+from tetdist.order import MIXING, uniforms
 from tetdist.training.objective import compute_loss
 from tetdist.training.step import CORRECT, sums_of
 
@@ -153,7 +152,7 @@ def test_a_whole_micro_batch_is_mixed_as_by_timm(
         there = on_device(mix, images.device)
         targets = mixed_targets(labels, there, K, torch.float32)
         with monkeypatch.context() as patch:
-            (draws,) = mixing_draws(2, epoch, positions[:1]).tolist()
+            (draws,) = uniforms(2, epoch, positions[:1], MIXING_DRAWS, MIXING).tolist()
             theirs = timms(draws, mixing, patch)
             theirs.mixup_enabled = epoch < 9
             # timm takes the third axis for rows, of frames of events, too.

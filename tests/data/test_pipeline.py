@@ -23,23 +23,12 @@ from torchvision.transforms import functional as tv
 
 from tetdist import order
 from tetdist.config.loading import load
-from tetdist.config.rand_augment import RandAugment
+from tetdist.config.sections.data import ColorJitterSection, DataSection
 from tetdist.data import build, event_augment, pixels, transforms
 from tetdist.data.auto_augment import auto_augment
-from tetdist.data.batches import (
-    EvaluationShare,
-    Share,
-    eval_batches,
-    event_eval_batches,
-    event_train_batches,
-    train_batches,
-)
+from tetdist.data.batches import Share, eval_batches, train_batches
 from tetdist.data.dali import Workers
-from tetdist.data.erasing import Erasing
-from tetdist.data.event_augment import EventAugmentation
-from tetdist.data.image_augmentation import ImageAugmentation
 from tetdist.data.loader import Loader
-from tetdist.data.pixels import Output
 from tetdist.data.transforms import Transform
 from tetdist.datasets.index import Index, build_event_index, build_index, load_index
 from tetdist.distributed.world import join
@@ -51,21 +40,19 @@ SHARE = Share(seed=5, global_batch=4, micro_batch=2, rank=0, world_size=1, epoch
 # With these, an image comes out as its pixel values.
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
 CROPS = {"scale": (0.2, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5}
-OUTPUT = Output(size=32, interpolation="bilinear", **RAW)
+RESAMPLING = pixels.Resampling("bilinear", (0, 0, 0))
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 
 
+def section(index: Index, root: Path, **changes: Any) -> DataSection:
+    values = {"kind": index.kind, "root": str(root), "roll": 2, "image_size": 32, "resize": 36}
+    return DataSection.model_validate(values | RAW | CROPS | changes)
+
+
 def train(
-    index: Index,
-    root: Path,
-    *,
-    share: Share = SHARE,
-    workers: Workers = WORKERS,
-    output: Output = OUTPUT,
-    **changes: Any,
+    index: Index, root: Path, *, share: Share = SHARE, workers: Workers = WORKERS, **changes: Any
 ) -> Loader:
-    augmentation = ImageAugmentation(**CROPS | changes)
-    return train_batches(index, root, share, workers, output, augmentation)
+    return train_batches(section(index, root, **changes), index, share, 32, workers)
 
 
 def evaluate(
@@ -75,16 +62,15 @@ def evaluate(
     batch_size: int = 5,
     rank: int = 0,
     world_size: int = 1,
-    resize: int = 36,
     **changes: Any,
 ) -> Loader:
-    share = EvaluationShare(batch_size=batch_size, rank=rank, world_size=world_size)
-    output = dataclasses.replace(OUTPUT, **changes)
-    return eval_batches(index, root, share, WORKERS, output, resize)
+    batches = list(order.evaluation_batches(len(index), batch_size, rank, world_size))
+    return eval_batches(section(index, root, **changes), index, batches, WORKERS)
 
 
-def indexed(root, split="train"):
-    index, bad = build_index(root, split, workers=1)
+def indexed(root, split="train", kind="images"):
+    build_one = build_event_index if kind == "events" else build_index
+    index, bad = build_one(root, split, workers=1)
     assert bad == []
     return index
 
@@ -99,8 +85,7 @@ def difference(images, expected):
 def test_a_batch_is_what_the_trainer_expects(image_root):
     root = image_root()
     index = indexed(root)
-    output = dataclasses.replace(OUTPUT, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.5))
-    with train(index, root, output=output) as batches:
+    with train(index, root, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.5)) as batches:
         batch = next(batches)
     assert batch.images.shape == (2, 3, 32, 32)
     assert batch.images.dtype == torch.float32
@@ -114,28 +99,23 @@ def test_a_batch_is_what_the_trainer_expects(image_root):
     assert torch.allclose(batch.images, (raw / 255 - 0.5) / deviation, atol=1e-5)
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_training_crops_are_torchvisions(image_root, interpolation):
-    root = image_root()
-    index = indexed(root)
-    output = dataclasses.replace(OUTPUT, interpolation=interpolation)
-    with train(index, root, output=output) as loader:
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=needs_real_data)])
+def test_training_crops_are_torchvisions(image_root, real):
+    root, split = (SHARED, "imagenet-sample") if real else (image_root(), "train")
+    index = indexed(root, split)
+    with train(index, root) as loader:
         batches = list(islice(loader, 6))
     flipped = 0
     for number, batch in enumerate(batches):
         positions = np.arange(2 * number, 2 * number + 2)
         draws = order.uniforms(SHARE.seed, 0, positions, 23)
-        windows = transforms.random_resized_crop(
-            index.heights[batch.ids],
-            index.widths[batch.ids],
-            draws[:, :22],
-            CROPS["scale"],
-            CROPS["ratio"],
-        )
+        sizes = index.heights[batch.ids], index.widths[batch.ids]
+        crops = CROPS["scale"], CROPS["ratio"]
+        windows = transforms.random_resized_crop(*sizes, draws[:, :22], *crops)
         expected = []
         for i, window, draw in zip(batch.ids, windows.tolist(), draws[:, 22], strict=True):
-            image = Image.open(root / index.path(i))
-            image = tv.resized_crop(image, *window, [32, 32], MODES[interpolation])
+            image = Image.open(root / index.path(i)).convert("RGB")
+            image = tv.resized_crop(image, *window, [32, 32])
             expected.append(tv.hflip(image) if draw < CROPS["flip"] else image)
             flipped += draw < CROPS["flip"]
         mean, _ = difference(batch.images, expected)
@@ -143,20 +123,23 @@ def test_training_crops_are_torchvisions(image_root, interpolation):
     assert 0 < flipped < 12
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_evaluation_crops_are_torchvisions(image_root, interpolation):
-    root = image_root(size=(41, 67))
-    index = indexed(root)
+@pytest.mark.parametrize(
+    ("interpolation", "largest", "real"),
+    [
+        ("bilinear", 1, False),
+        ("bicubic", 8, False),
+        pytest.param("bilinear", 2, True, marks=needs_real_data),
+    ],
+)
+def test_evaluation_crops_are_torchvisions(image_root, interpolation, largest, real):
+    root, split = (SHARED, "imagenet-sample") if real else (image_root(size=(41, 67)), "train")
+    index = indexed(root, split)
     for batch in evaluate(index, root, interpolation=interpolation):
-        expected = [
-            tv.center_crop(
-                tv.resize(Image.open(root / index.path(i)), 36, MODES[interpolation]), 32
-            )
-            for i in batch.ids
-        ]
-        mean, largest = difference(batch.images, expected)
+        images = [Image.open(root / index.path(i)).convert("RGB") for i in batch.ids]
+        resized = [tv.resize(image, 36, MODES[interpolation]) for image in images]
+        mean, most = difference(batch.images, [tv.center_crop(image, 32) for image in resized])
         assert mean < 0.5
-        assert largest <= (1 if interpolation == "bilinear" else 8)
+        assert most <= largest
 
 
 def test_every_kind_of_image_is_decoded_as_pil_does(tmp_path):
@@ -179,7 +162,7 @@ def test_every_kind_of_image_is_decoded_as_pil_does(tmp_path):
     image.save(tmp_path / "val" / "plain" / "z.bmp")
     index = indexed(tmp_path, "val")
     # All in one batch, at their own size, but for the one that is not 48 x 40.
-    (batch,) = evaluate(index, tmp_path, size=40, resize=40, batch_size=11)
+    (batch,) = evaluate(index, tmp_path, image_size=40, resize=40, batch_size=11)
     assert len(batch.ids) == 11
     for i, got in zip(batch.ids, batch.images, strict=True):
         expected = Image.open(tmp_path / index.path(i)).convert("RGB")
@@ -206,8 +189,7 @@ def test_the_resize_in_training_is_pillows_of_the_interpolation_asked_for(tmp_pa
         return tv.resize(tv.resize(image, [image.height, 32], mode), [32, 32], mode)
 
     for interpolation, other in (("bilinear", "bicubic"), ("bicubic", "bilinear")):
-        output = dataclasses.replace(OUTPUT, interpolation=interpolation)
-        with train(index, tmp_path, output=output, flip=0.0) as loader:
+        with train(index, tmp_path, interpolation=interpolation, flip=0.0) as loader:
             batch = next(loader)
         for k, i in enumerate(batch.ids):
             right, wrong = (expected(i, draws[k], MODES[name]) for name in (interpolation, other))
@@ -226,12 +208,36 @@ def png_root(tmp_path):
 
 
 EVERYTHING = {
+    "crop": "padded",
     "padding": 4,
-    "policy": "cifar10",
-    "jitter": transforms.ColorJitter(0.4, 0.4, 0.4, 0.1),
+    "auto_augment": "cifar10",
+    "color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
     "cutout": 10,
-    "mixing": transforms.Mixing(mixup=0.2, cutmix=1.0),
+    "mixup": 0.2,
+    "cutmix": 1.0,
 }
+
+
+def shifted(sample: Tensor, draws: tuple[float, ...]) -> Tensor:
+    """Adds a constant of its own to each sample, which its draws decide."""
+    return sample + 1000 * draws[0] + draws[1]
+
+
+def doubled(sample: Tensor, draws: tuple[float, ...]) -> Tensor:
+    assert draws == ()
+    return sample.mul_(2)
+
+
+SHIFTED, DOUBLED = Transform("shifted", shifted, 2), Transform("doubled", doubled, 0)
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two transforms, registered for the time of a test."""
+    table: Registry[Transform] = Registry("transform", "data.transforms")
+    monkeypatch.setattr(transforms, "TRANSFORMS", table)
+    transforms.register_transform("shifted", draws=2)(shifted)
+    transforms.register_transform("doubled")(doubled)
 
 
 def test_every_augmentation_is_pillows_with_the_same_parameters(png_root):
@@ -244,7 +250,9 @@ def test_every_augmentation_is_pillows_with_the_same_parameters(png_root):
         draws = transforms.image_draws(SHARE.seed, 0, positions)
         operations = zip(
             auto_augment(draws.auto_augment, "cifar10", 32),
-            transforms.color_jitter(draws.color_jitter, EVERYTHING["jitter"]),
+            transforms.color_jitter(
+                draws.color_jitter, ColorJitterSection(**EVERYTHING["color_jitter"])
+            ),
             strict=True,
         )
         boxes = transforms.cutout_boxes(draws.cutout, 32, 32, 10)
@@ -257,7 +265,7 @@ def test_every_augmentation_is_pillows_with_the_same_parameters(png_root):
             if draws.flip[k, 0] < CROPS["flip"]:
                 image = ImageOps.mirror(image)
             expected = pixels.operated(
-                torch.from_numpy(np.array(image)), first + second, OUTPUT.resampling
+                torch.from_numpy(np.array(image)), first + second, RESAMPLING
             ).numpy()
             upper, left, lower, right = boxes[k]
             expected[upper:lower, left:right] = 0
@@ -267,12 +275,14 @@ def test_every_augmentation_is_pillows_with_the_same_parameters(png_root):
 
 
 AS_TIMM = {
-    "policy": RandAugment(m=9, mstd=0.5, inc=True),
-    "erasing": Erasing(0.5, "pixel", count=2),
-    "mixing": transforms.Mixing(mixup=0.2),
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "erasing": {"probability": 0.5, "mode": "pixel", "count": 2},
+    "mixup": 0.2,
+    "transforms": ["shifted"],
 }
 
 
+@pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize(("changes", "repeats"), [(EVERYTHING, 1), (AS_TIMM, 3)])
 def test_augmented_batches_resume_and_share_out_as_others_do(png_root, changes, repeats):
     index = indexed(png_root)
@@ -290,7 +300,13 @@ def test_augmented_batches_resume_and_share_out_as_others_do(png_root, changes, 
             assert all(np.array_equal(a, b) for a, b in zip(ours[2:], theirs[2:], strict=True))
 
     straight = batches(SHARE, 12)
-    assert_same(batches(dataclasses.replace(SHARE, epoch=1, step_in_epoch=1), 4), straight[8:])
+    # At the end of an epoch, at its beginning, and in it.
+    for epoch, step in ((0, 3), (1, 0), (1, 1)):
+        resumed = dataclasses.replace(SHARE, epoch=epoch, step_in_epoch=step)
+        done = 2 * (3 * epoch + step)
+        assert_same(batches(resumed, 12 - done), straight[done:])
+    other = batches(dataclasses.replace(SHARE, seed=6), 1)
+    assert not torch.equal(other[0][0], straight[0][0])
     for rank in (0, 1):
         share = dataclasses.replace(SHARE, rank=rank, world_size=2)
         assert_same(batches(share, 6), straight[rank::2])
@@ -313,35 +329,6 @@ def same(first, second):
     )
 
 
-def test_a_run_resumed_anywhere_gets_the_very_same_batches(image_root):
-    root = image_root()  # 12 samples: 3 steps of 2 micro-batches an epoch
-    index = indexed(root)
-    straight = images_and_ids(train(index, root), 18)
-    for epoch, step in [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (0, 3)]:
-        share = dataclasses.replace(SHARE, epoch=epoch, step_in_epoch=step)
-        done = 2 * (3 * epoch + step)
-        assert same(images_and_ids(train(index, root, share=share), 18 - done), straight[done:])
-    for epoch in range(3):
-        ids = [i for _, batch in straight[6 * epoch : 6 * epoch + 6] for i in batch]
-        assert sorted(ids) == list(range(12))
-    assert not same(straight[:6], straight[6:12])
-    other = dataclasses.replace(SHARE, seed=6)
-    assert not same(images_and_ids(train(index, root, share=other), 6), straight[:6])
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_any_number_of_processes_sees_the_same_images(image_root, world_size):
-    root = image_root(per_class=9)  # 27 samples, 2 steps of 12
-    index = indexed(root)
-    alone = dataclasses.replace(SHARE, global_batch=12, micro_batch=1)
-    straight = images_and_ids(train(index, root, share=alone), 24)
-    for rank in range(world_size):
-        share = dataclasses.replace(alone, rank=rank, world_size=world_size)
-        mine = images_and_ids(train(index, root, share=share), 24 // world_size)
-        expected = [straight[i] for i in range(rank, 24, world_size)]
-        assert same(mine, expected)
-
-
 def test_batches_do_not_depend_on_threads_or_prefetch(image_root):
     root = image_root()
     index = indexed(root)
@@ -351,16 +338,11 @@ def test_batches_do_not_depend_on_threads_or_prefetch(image_root):
 
 
 @pytest.mark.parametrize(
-    ("per_class", "batch_size", "world_size", "sizes"),
-    [
-        (4, 5, 1, [[5, 5, 2]]),
-        (4, 5, 2, [[5, 2], [5, 0]]),
-        (4, 12, 3, [[12], [0], [0]]),
-        (4, 4, 3, [[4], [4], [4]]),
-    ],
+    ("batch_size", "world_size", "sizes"),
+    [(5, 2, [[5, 2], [5, 0]]), (12, 3, [[12], [0], [0]])],
 )
-def test_evaluation_sees_every_sample_once(image_root, per_class, batch_size, world_size, sizes):
-    root = image_root(per_class)
+def test_evaluation_sees_every_sample_once(image_root, batch_size, world_size, sizes):
+    root = image_root()
     index = indexed(root)
     seen, got = [], []
     for rank in range(world_size):
@@ -372,13 +354,7 @@ def test_evaluation_sees_every_sample_once(image_root, per_class, batch_size, wo
             got[-1].append(len(batch.ids))
             seen.extend(batch.ids.tolist())
     assert got == sizes
-    assert sorted(seen) == list(range(3 * per_class))
-
-
-def test_evaluation_refuses_a_crop_larger_than_the_image(image_root):
-    root = image_root()
-    with pytest.raises(UserError, match="cannot crop"):
-        evaluate(indexed(root), root, size=40)
+    assert sorted(seen) == list(range(12))
 
 
 def test_sizes_that_do_not_fit_are_refused_before_the_first_batch(image_root):
@@ -404,18 +380,16 @@ def shrink(file):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("training", "spoil", "words"),
     [
-        (lambda file: file.unlink(), "No such file"),
-        (lambda file: file.write_bytes(file.read_bytes()[:-9]), "bytes where the index says"),
-        (lambda file: file.write_bytes(b"x" * file.stat().st_size), "not an image"),
-        (lambda file: file.write_bytes(b""), "has 0 bytes where"),
-        (damage, "does not decode"),
-        (shrink, "its size is not the index's"),
+        (True, lambda file: file.unlink(), "No such file"),
+        (False, lambda file: file.write_bytes(file.read_bytes()[:-9]), "bytes where the index"),
+        (True, lambda file: file.write_bytes(b"x" * file.stat().st_size), "not an image"),
+        (False, damage, "does not decode"),
+        (False, shrink, "its size is not the index's"),
     ],
 )
-@pytest.mark.parametrize("training", [False, True])
-def test_a_file_that_went_bad_is_named(image_root, spoil, words, training):
+def test_a_file_that_went_bad_is_named(image_root, training, spoil, words):
     root = image_root()
     index = indexed(root)
     spoil(root / index.path(7))
@@ -439,14 +413,16 @@ def assert_ends_with(count):
     assert tasks() == count
 
 
-def test_a_loader_that_is_closed_early_leaves_nothing_running(image_root):
-    root = image_root()
-    index = indexed(root)
-    with train(index, root) as loader:  # DALI keeps a few threads of its own after the first.
-        next(loader)
+@pytest.mark.parametrize("kind", ["images", "events"])
+def test_a_loader_leaves_nothing_running(image_root, event_root, kind):
+    root = image_root() if kind == "images" else event_root()
+    index = indexed(root, kind=kind)
+    list(evaluate(index, root))  # DALI keeps a few threads of its own after the first.
     gc.collect()  # Of the tests before: a traceback keeps the pipeline that it went through.
     before, threads = tasks(), threading.active_count()
-    for _ in range(3):
+    list(evaluate(index, root))
+    assert_ends_with(before)
+    for _ in range(2):
         with train(index, root) as loader:
             batch = next(loader)
             assert tasks() > before
@@ -457,16 +433,6 @@ def test_a_loader_that_is_closed_early_leaves_nothing_running(image_root):
     # What was taken is still there, and still the same.
     with train(index, root) as loader:
         assert torch.equal(next(loader).images, batch.images)
-
-
-def test_a_loader_at_its_end_leaves_nothing_running(image_root):
-    root = image_root()
-    index = indexed(root)
-    list(evaluate(index, root))
-    gc.collect()
-    before = tasks()
-    list(evaluate(index, root))
-    assert_ends_with(before)
 
 
 def test_batches_may_be_kept(image_root):
@@ -482,13 +448,13 @@ def test_dali_is_imported_late_and_an_open_loader_does_not_hold_the_process(imag
     root = image_root()
     code = (
         "import sys\n"
+        "from tetdist.config.sections.data import DataSection\n"
         "from tetdist.data import batches as p\n"
         "from tetdist.datasets import index\n"
-        "from tetdist.data.pixels import Output\n"
         "assert 'nvidia.dali' not in sys.modules\n"
         f"i, _ = index.build_index({str(root)!r}, 'train', 1)\n"
-        f"a = p.ImageAugmentation(**{CROPS})\n"
-        f"b = p.train_batches(i, {str(root)!r}, p.{SHARE}, p.{WORKERS}, {OUTPUT}, a)\n"
+        f"d = DataSection(root={str(root)!r})\n"
+        f"b = p.train_batches(d, i, p.{SHARE}, 32, p.{WORKERS})\n"
         "next(b)\n"
         "raise KeyboardInterrupt\n"
     )
@@ -506,18 +472,6 @@ def test_without_dali_the_way_out_is_named(image_root, monkeypatch):
         train(index, root)
 
 
-def event_train(index: Index, root: Path, share: Share = SHARE, **changes: Any) -> Loader:
-    augmentation = EventAugmentation(**{"flip": 0.5, "roll": 2} | changes)
-    return event_train_batches(index, root, share, WORKERS, augmentation)
-
-
-def event_eval(
-    index: Index, root: Path, batch_size: int = 4, rank: int = 0, world_size: int = 1
-) -> Loader:
-    share = EvaluationShare(batch_size=batch_size, rank=rank, world_size=world_size)
-    return event_eval_batches(index, root, share, WORKERS)
-
-
 def stored(index, root, ids):
     return np.stack([np.load(root / index.path(i)) for i in ids]).astype(np.float32)
 
@@ -525,10 +479,10 @@ def stored(index, root, ids):
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16])
 def test_events_come_out_as_stored(event_root, dtype):
     root = event_root(dtype)
-    index, _ = build_event_index(root, "val", workers=1)
+    index = indexed(root, "val", "events")
     seen = []
     for rank in range(2):
-        batches = list(event_eval(index, root, rank=rank, world_size=2))
+        batches = list(evaluate(index, root, batch_size=4, rank=rank, world_size=2))
         assert [len(batch.ids) for batch in batches] == ([4, 2] if rank == 0 else [4, 0])
         for batch in batches:
             assert batch.images.dtype == torch.float32
@@ -542,9 +496,9 @@ def test_events_come_out_as_stored(event_root, dtype):
 
 def test_event_augmentation_is_one_flip_and_one_roll_a_sample(event_root):
     root = event_root()
-    index, _ = build_event_index(root, "train", workers=1)  # 10 samples: 2 steps of 4
+    index = indexed(root, kind="events")  # 10 samples: 2 steps of 4
     flipped, moved = set(), set()
-    with event_train(index, root) as loader:
+    with train(index, root) as loader:
         for number, batch in enumerate(islice(loader, 40)):
             epoch, positions = number // 4, 2 * (number % 4) + np.arange(2)
             draws = order.uniforms(SHARE.seed, epoch, positions, 3)
@@ -560,48 +514,20 @@ def test_event_augmentation_is_one_flip_and_one_roll_a_sample(event_root):
     assert {down for down, _ in moved} == {right for _, right in moved} == set(range(-2, 3))
 
 
-def test_events_are_cut_out_at_all_timesteps_alike(event_root):
-    root = event_root()
-    index, _ = build_event_index(root, "train", workers=1)
-    plain = images_and_ids(event_train(index, root), 4)
-    cut = images_and_ids(event_train(index, root, cutout=3), 4)
-    for number, ((before, ids), (after, same_ids)) in enumerate(zip(plain, cut, strict=True)):
-        assert ids == same_ids
-        draws = transforms.event_draws(SHARE.seed, 0, 2 * number + np.arange(2))
-        for k, (top, left, bottom, right) in enumerate(
-            transforms.cutout_boxes(draws.cutout, 8, 6, 3)
-        ):
-            expected = before[k].clone()
-            expected[:, :, top:bottom, left:right] = 0
-            assert torch.equal(after[k], expected)
-            assert not torch.equal(after[k], before[k])
-
-
-def test_a_loader_of_events_that_is_closed_early_leaves_nothing_running(event_root):
-    root = event_root()
-    index, _ = build_event_index(root, "train", workers=1)
-    list(event_eval(index, root))
-    gc.collect()
-    before = tasks()
-    with event_train(index, root) as loader:
-        next(loader)
-        assert tasks() > before
-    assert_ends_with(before)
-    assert list(loader) == []
-
-
 def test_events_resume_and_share_out_as_images_do(event_root):
     root = event_root()
-    index, _ = build_event_index(root, "train", workers=1)  # 10 samples: 2 steps of 4
+    index = indexed(root, kind="events")  # 10 samples: 2 steps of 4
     everything = {
-        "policy": "snn_augment_wide",
-        "drop": 0.75,
+        "event_augment": "snn_augment_wide",
+        "event_drop": 0.75,
         "cutout": 2,
-        "mixing": transforms.Mixing(0.5, 1.0, "batch", probability=0.7),
+        "mixup": 0.5,
+        "cutmix": 1.0,
+        "mixing": {"mode": "batch", "probability": 0.7},
     }
 
     def batches(share, count):
-        with event_train(index, root, share, **everything) as loader:
+        with train(index, root, share=share, **everything) as loader:
             return [(b.images.clone(), (*b.ids, *b.mix.share)) for b in islice(loader, count)]
 
     straight = batches(SHARE, 12)
@@ -609,16 +535,16 @@ def test_events_resume_and_share_out_as_images_do(event_root):
     assert same(batches(resumed, 6), straight[6:])
     second = dataclasses.replace(SHARE, rank=1, world_size=2)
     assert same(batches(second, 6), straight[1::2])
-    plain = images_and_ids(event_train(index, root, flip=0.0, roll=0), 1)
+    plain = images_and_ids(train(index, root, flip=0.0, roll=0), 1)
     assert np.array_equal(plain[0][0].numpy(), stored(index, root, plain[0][1]))
 
 
 def test_events_are_changed_after_the_roll_and_before_the_cutout(event_root):
     root = event_root()
-    index, _ = build_event_index(root, "train", workers=1)
-    rolled = images_and_ids(event_train(index, root), 4)
-    changes = {"policy": "nda", "drop": 0.75, "cutout": 3}
-    changed = images_and_ids(event_train(index, root, **changes), 4)
+    index = indexed(root, kind="events")
+    rolled = images_and_ids(train(index, root), 4)
+    changes = {"event_augment": "nda", "event_drop": 0.75, "cutout": 3}
+    changed = images_and_ids(train(index, root, **changes), 4)
     for number, ((before, ids), (after, same_ids)) in enumerate(zip(rolled, changed, strict=True)):
         assert ids == same_ids
         positions = 2 * number + np.arange(2)
@@ -638,51 +564,26 @@ def test_events_are_changed_after_the_roll_and_before_the_cutout(event_root):
 
 def test_an_event_file_that_went_bad_is_named(event_root):
     root = event_root()
-    index, _ = build_event_index(root, "val", workers=1)
+    index = indexed(root, "val", "events")
     file = root / index.path(3)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"val/left/3.npy .* index --events"):
-        list(event_eval(index, root))
+        list(evaluate(index, root))
 
 
-def shifted(sample: Tensor, draws: tuple[float, ...]) -> Tensor:
-    """Adds a constant of its own to each sample, which its draws decide."""
-    return sample + 1000 * draws[0] + draws[1]
-
-
-def doubled(sample: Tensor, draws: tuple[float, ...]) -> Tensor:
-    assert draws == ()
-    return sample.mul_(2)
-
-
-SHIFTED, DOUBLED = Transform("shifted", shifted, 2), Transform("doubled", doubled, 0)
-
-
-@pytest.fixture(params=["images", "events"])
-def training(
-    request: pytest.FixtureRequest, image_root: Callable[..., Path], event_root: Callable[..., Path]
-) -> Callable[..., list[tuple[Tensor, list[int]]]]:
-    """Training batches, as many as asked for, with and without transforms."""
-    events = request.param == "events"
-    root = event_root() if events else image_root()
-    index = build_event_index(root, "train", workers=1)[0] if events else indexed(root)
-    make = event_train if events else train
-
-    def batches(
-        *transforms: Transform, share: Share = SHARE, count: int = 8
-    ) -> list[tuple[Tensor, list[int]]]:
-        return images_and_ids(make(index, root, share=share, transforms=transforms), count)
-
-    return batches
-
-
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("kind", ["images", "events"])
 def test_transforms_of_ones_own_are_applied_in_order_with_draws_of_their_own(
-    training: Callable[..., list[tuple[Tensor, list[int]]]],
+    image_root: Callable[..., Path], event_root: Callable[..., Path], kind: str
 ) -> None:
-    plain, changed = training(), training(SHIFTED, DOUBLED)
-    steps = len({tuple(ids) for _, ids in plain})
-    assert steps > 1
-    per_epoch = 6 if plain[0][0].ndim == 4 else 4  # batches
+    root = event_root() if kind == "events" else image_root()
+    index = indexed(root, kind=kind)
+
+    def training(*names: str) -> list[tuple[Tensor, list[int]]]:
+        return images_and_ids(train(index, root, transforms=names), 8)
+
+    plain, changed = training(), training("shifted", "doubled")
+    per_epoch = 4 if kind == "events" else 6  # batches
     for number, ((before, ids), (after, same_ids)) in enumerate(zip(plain, changed, strict=True)):
         assert ids == same_ids
         epoch, step = divmod(number, per_epoch)
@@ -690,25 +591,8 @@ def test_transforms_of_ones_own_are_applied_in_order_with_draws_of_their_own(
         for k, draw in enumerate(draws.tolist()):
             assert torch.equal(after[k], 2 * shifted(before[k], tuple(draw)))
     # Its draws are those that it has alone.
-    alone = training(SHIFTED)
+    alone = training("shifted")
     assert same([(2 * images, ids) for images, ids in alone], changed)
-
-
-def test_transforms_of_ones_own_resume_and_share_out_as_all_else_does(
-    training: Callable[..., list[tuple[Tensor, list[int]]]],
-) -> None:
-    straight = training(SHIFTED, count=8)
-    per_epoch = 6 if straight[0][0].ndim == 4 else 4
-    resumed = dataclasses.replace(SHARE, epoch=1, step_in_epoch=0)
-    assert same(training(SHIFTED, share=resumed, count=8 - per_epoch), straight[per_epoch:])
-    within = dataclasses.replace(SHARE, step_in_epoch=1)
-    assert same(training(SHIFTED, share=within, count=6), straight[2:])
-    for rank in (0, 1):
-        share = dataclasses.replace(SHARE, rank=rank, world_size=2)
-        assert same(training(SHIFTED, share=share, count=4), straight[rank::2])
-    assert not same(
-        training(SHIFTED, share=dataclasses.replace(SHARE, seed=6), count=1), straight[:1]
-    )
 
 
 def test_draws_of_a_transform_are_its_own_and_never_change() -> None:
@@ -721,29 +605,21 @@ def test_draws_of_a_transform_are_its_own_and_never_change() -> None:
         "0x1.f3d01b5d20523p-1",
     ]
     assert not np.isin(draws, order.uniforms(0, 0, positions, 50)).any()
-    assert not np.isin(draws, transforms.mixing_draws(0, 0, positions)).any()
+    assert not np.isin(draws, order.uniforms(0, 0, positions, 50, order.MIXING)).any()
     assert not np.isin(draws, Transform("other", shifted, 50).draws(0, 0, positions)).any()
     more = Transform("shifted", shifted, 5).draws(0, 0, positions)
     assert np.array_equal(more[:, :2], draws)
     assert DOUBLED.draws(0, 0, positions).shape == (2, 0)
 
 
+@pytest.mark.usefixtures("registered")
 def test_a_transform_that_does_not_keep_the_shape_is_named(image_root: Callable[..., Path]) -> None:
+    transforms.register_transform("smaller")(lambda sample, _: sample[:, 1:])
     root = image_root()
-    smaller = Transform("smaller", lambda sample, _: sample[:, 1:], 0)
-    loader = train(indexed(root), root, transforms=(smaller,))
+    loader = train(indexed(root), root, transforms=["smaller"])
     with pytest.raises(UserError, match=r"data\.transforms: smaller .*\(3, 31, 32\)"):
         next(loader)
     assert list(loader) == []
-
-
-@pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The transform "shifted", registered for the time of a test."""
-    table: Registry[Transform] = Registry("transform", "data.transforms")
-    monkeypatch.setattr(transforms, "TRANSFORMS", table)
-    monkeypatch.setattr(build, "TRANSFORMS", table)
-    transforms.register_transform("shifted", draws=2)(shifted)
 
 
 @pytest.mark.usefixtures("registered")
@@ -772,43 +648,3 @@ def test_the_configuration_names_transforms_which_change_training_alone(
         loaded("shiftet")
     with pytest.raises(UserError, match=r"data\.transforms: 'shifted' is there twice"):
         loaded("shifted", "shifted")
-
-
-@needs_real_data
-def test_real_imagenet_files_evaluate_as_in_torchvision():
-    index = indexed(SHARED, "imagenet-sample")
-    total, largest = 0.0, 0.0
-    for batch in evaluate(index, SHARED, batch_size=32, size=224, resize=256):
-        images = [Image.open(SHARED / index.path(i)).convert("RGB") for i in batch.ids]
-        expected = [tv.center_crop(tv.resize(image, 256), 224) for image in images]
-        mean, worst = difference(batch.images, expected)
-        total += mean * len(images)
-        largest = max(largest, worst)
-    # 99.8 % of the values are the same; decoders differ in the others.
-    assert total / len(index) < 0.01
-    assert largest <= 2
-
-
-@needs_real_data
-def test_real_imagenet_files_train_as_in_torchvision():
-    index = indexed(SHARED, "imagenet-sample")
-    share = dataclasses.replace(SHARE, global_batch=78, micro_batch=78)
-    output = dataclasses.replace(OUTPUT, size=224)
-    with train(index, SHARED, share=share, output=output, scale=(0.08, 1.0)) as loader:
-        batches = list(islice(loader, 2))
-    for number, batch in enumerate(batches):
-        draws = order.uniforms(SHARE.seed, 0, np.arange(78) + 78 * number, 23)
-        windows = transforms.random_resized_crop(
-            index.heights[batch.ids],
-            index.widths[batch.ids],
-            draws[:, :22],
-            (0.08, 1.0),
-            CROPS["ratio"],
-        )
-        expected = []
-        for i, window, draw in zip(batch.ids, windows.tolist(), draws[:, 22], strict=True):
-            image = Image.open(SHARED / index.path(i)).convert("RGB")
-            image = tv.resized_crop(image, *window, [224, 224])
-            expected.append(tv.hflip(image) if draw < 0.5 else image)
-        mean, _ = difference(batch.images, expected)
-        assert mean < 0.3

@@ -8,6 +8,7 @@ from samples import picture
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, ColorJitter, InterpolationMode
 from torchvision.transforms import functional as tv
 
+from tetdist.config.sections.data import ColorJitterSection
 from tetdist.data import auto_augment, pixels, transforms
 from tetdist.order import uniforms
 
@@ -62,12 +63,12 @@ def test_auto_augment_is_torchvisions(policy, monkeypatch):
 
 def test_colour_jitter_is_torchvisions(monkeypatch):
     image = picture(40, 30)
-    reach = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
-    theirs = ColorJitter(*reach)
-    for operations in transforms.color_jitter(uniforms(0, 0, np.arange(20), 8), reach):
-        order = torch.tensor([reach._fields.index(name) for name, _ in operations])
+    reach = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+    section, theirs = ColorJitterSection(**reach), ColorJitter(**reach)
+    for operations in transforms.color_jitter(uniforms(0, 0, np.arange(20), 8), section):
+        order = torch.tensor([list(reach).index(name) for name, _ in operations])
         factors = dict(operations)
-        parameters = (order, *(factors[name] for name in reach._fields))
+        parameters = (order, *(factors[name] for name in reach))
         monkeypatch.setattr(theirs, "get_params", lambda *_, found=parameters: found)
         assert torch.equal(pixels.operated(tensor(image), operations, TIMMS), tensor(theirs(image)))
 
@@ -76,16 +77,18 @@ def test_normalising_is_torchvisions():
     image = picture(24, 24)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     output = pixels.Output(size=24, mean=mean, std=std, interpolation="bilinear")
-    into = torch.empty(24, 24, 3)
-    pixels.normalized(tensor(image), output, into)
-    expected = tv.normalize(tv.to_tensor(image), mean, std).permute(1, 2, 0)
-    assert torch.allclose(into, expected, atol=1e-5)
+    box = np.array([[2, 3, 9, 24]], np.int32)
+    (got,) = pixels.finished(tensor(image)[None], pixels.Rest(output, cutout=box))
+    expected = tv.normalize(tv.to_tensor(image), mean, std)
+    expected[:, 2:9, 3:24] = 0
+    assert torch.allclose(got, expected, atol=1e-5)
 
 
 def test_an_edit_does_all_in_order():
     image = picture(28, 36)
     operations = [transforms.Operation("invert", 0), transforms.Operation("brightness", 0.5)]
     edits = pixels.Edits(
+        window=np.zeros((1, 4), np.int32),
         size=np.array([[32, 40]]),
         corner=np.array([[2, -5]]),
         mirror=np.array([True]),

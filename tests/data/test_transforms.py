@@ -9,6 +9,7 @@ from samples import picture
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
+from tetdist.config.sections.data import ColorJitterSection
 from tetdist.data import transforms
 from tetdist.errors import UserError
 from tetdist.order import uniforms
@@ -103,8 +104,8 @@ def test_the_first_try_that_fits_counts():
 def test_resized_sizes_are_torchvisions(height, width, resize):
     # Resizing a view of one stored number costs nothing on the meta device.
     image = torch.empty(1, height, width, device="meta")
-    ours = transforms.resized_size(np.array([height]), np.array([width]), resize)[0]
-    assert tuple(ours) == tuple(tv.resize(image, resize).shape[1:])
+    ours, _ = transforms.centre_crop(np.array([height]), np.array([width]), resize, resize)
+    assert tuple(ours[0]) == tuple(tv.resize(image, resize).shape[1:])
 
 
 @pytest.mark.parametrize("size", [(40, 57), (41, 41), (57, 40), (300, 31), (33, 32)])
@@ -153,13 +154,6 @@ def test_padded_crops_begin_anywhere_as_often():
         assert np.abs(counts - 1000).max() < 120
 
 
-def test_flips_happen_as_often_as_asked():
-    draws = uniforms(0, 0, np.arange(20_000), 1)[:, 0]
-    assert abs(transforms.flips(draws, 0.3).mean() - 0.3) < 0.015
-    assert not transforms.flips(draws, 0.0).any()
-    assert transforms.flips(draws, 1.0).all()
-
-
 def test_shifts_are_equally_likely_from_end_to_end():
     values = transforms.shifts(uniforms(0, 0, np.arange(22_000), 1)[:, 0], 5)
     found, counts = np.unique(values, return_counts=True)
@@ -168,24 +162,11 @@ def test_shifts_are_equally_likely_from_end_to_end():
     assert transforms.shifts(np.array([0.0, 0.99]), 0).tolist() == [0, 0]
 
 
-def test_flip_and_roll_treat_all_timesteps_alike_and_lose_nothing():
-    frames = np.arange(3 * 2 * 4 * 5, dtype=np.uint8).reshape(3, 2, 4, 5)
-    assert np.array_equal(transforms.flip_and_roll(frames, False, 0, 0), frames)
-    moved = transforms.flip_and_roll(frames, True, 1, -2)
-    for t in range(3):
-        for polarity in range(2):
-            for row in range(4):
-                for column in range(5):
-                    # Mirrored first, then down by one and left by two.
-                    source = frames[t, polarity, row, 4 - column]
-                    assert moved[t, polarity, (row + 1) % 4, (column - 2) % 5] == source
-
-
 def test_colour_jitter_is_drawn_as_torchvisions():
-    n, reach = 4000, transforms.ColorJitter(0.4, 1.5, 0.2, 0.1)
+    n, reach = 4000, ColorJitterSection(brightness=0.4, contrast=1.5, saturation=0.2, hue=0.1)
     ours = transforms.color_jitter(uniforms(0, 0, np.arange(n), 8), reach)
     torch.manual_seed(0)
-    factors = {name: [dict(sample)[name] for sample in ours] for name in reach._fields}
+    factors = {name: [dict(sample)[name] for sample in ours] for name in reach.model_dump()}
     first = [sample[0].name for sample in ours]
     expected = {"brightness": (0.6, 1.4), "contrast": (0, 2.5), "saturation": (0.8, 1.2)}
     for name, (low, high) in {**expected, "hue": (-0.1, 0.1)}.items():
@@ -194,7 +175,7 @@ def test_colour_jitter_is_drawn_as_torchvisions():
         assert values.max() <= high
         assert abs(values.mean() - (low + high) / 2) < 0.03 * (high - low)
         assert abs(first.count(name) / n - 0.25) < 0.03
-    only = transforms.color_jitter(uniforms(0, 0, np.arange(3), 8), transforms.ColorJitter(hue=0.1))
+    only = transforms.color_jitter(uniforms(0, 0, np.arange(3), 8), ColorJitterSection(hue=0.1))
     assert [[name for name, _ in sample] for sample in only] == [["hue"]] * 3
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from samples import (
     SHARED,
     images_by_class,
@@ -24,22 +23,16 @@ from samples import (
     write_shards,
     write_tar,
 )
-from torchvision.transforms import functional as tv
 
-from tetdist.data.batches import (
-    EvaluationShare,
-    Share,
-    eval_batches,
-    train_batches,
-)
+from tetdist.config.sections.data import DataSection
+from tetdist.data.batches import Share, eval_batches, train_batches
 from tetdist.data.dali import Workers
-from tetdist.data.image_augmentation import ImageAugmentation
-from tetdist.data.pixels import Output
 from tetdist.datasets import index as ix
 from tetdist.datasets.extract import extract_split
 from tetdist.datasets.layouts import Hints, list_split
 from tetdist.datasets.shards import plan_shards, shard_split
 from tetdist.errors import UserError
+from tetdist.order import evaluation_batches
 from tetdist.storage.files import only_writer
 
 TOOL = Path(__file__).parents[2] / "tools" / "images.py"
@@ -340,9 +333,10 @@ def test_class_folders_need_no_extraction(image_root, tmp_path):
 
 
 WORKERS = Workers(device="cpu", device_id=None, threads=2, prefetch=2)
-OUTPUT = Output(
-    size=32, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255), interpolation="bilinear"
-)
+
+
+def section(root):
+    return DataSection(root=str(root), image_size=32, resize=36)
 
 
 def training(index, root, rank, world_size, count):
@@ -355,15 +349,13 @@ def training(index, root, rank, world_size, count):
         epoch=0,
         step_in_epoch=0,
     )
-    augmentation = ImageAugmentation(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5)
-    loader = train_batches(index, root, share, WORKERS, OUTPUT, augmentation)
-    with loader:
+    with train_batches(section(root), index, share, 32, WORKERS) as loader:
         return [batch.images.clone() for batch in islice(loader, count)]
 
 
 def evaluation(index, root, rank, world_size):
-    share = EvaluationShare(batch_size=4, rank=rank, world_size=world_size)
-    loader = eval_batches(index, root, share, WORKERS, OUTPUT, 36)
+    batches = list(evaluation_batches(len(index), 4, rank, world_size))
+    loader = eval_batches(section(root), index, batches, WORKERS)
     return [(batch.images.clone(), batch.labels, batch.ids.tolist()) for batch in loader]
 
 
@@ -408,35 +400,6 @@ def test_real_imagenet_files_come_out_of_shards_as_from_their_folder(tmp_path):
     straight = training(folder, root, 0, 1, 60)
     for index, place in archives:
         assert all(map(torch.equal, training(index, place, 0, 1, 60), straight))
-
-
-def test_odd_images_come_out_of_shards_as_pil_gives_them(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image, folder = picture(60, 50), tmp_path / "train" / "odd"
-    folder.mkdir(parents=True)
-    image.convert("CMYK").save(folder / "a_cmyk.JPEG", quality=95)
-    image.convert("L").save(folder / "b_gray.JPEG")
-    image.save(folder / "c_png.JPEG", "PNG")
-    image.save(folder / "d_turned.JPEG", exif=exif)
-    picture(36, 36).save(folder / "e_tiny.JPEG")
-    picture(1800, 2600).save(folder / "f_large.JPEG", quality=90)
-    (tmp_path / "train" / "plain").mkdir()
-    image.save(tmp_path / "train" / "plain" / "g.JPEG")
-    originals = indexed(tmp_path)
-    index = pack(tmp_path, tmp_path / "p")
-    seen = 0
-    for images, _, ids in evaluation(index, tmp_path / "p", 0, 1):
-        for got, i in zip(images, ids, strict=True):
-            expected = Image.open(tmp_path / originals.path(i)).convert("RGB")
-            expected = tv.center_crop(tv.resize(expected, 36), 32)
-            distance = (
-                got - torch.from_numpy(np.asarray(expected, np.float32)).movedim(2, 0)
-            ).abs()
-            assert distance.mean() < 0.5, originals.path(i)
-            assert distance.max() <= 2, originals.path(i)
-            seen += 1
-    assert seen == 7
 
 
 def test_an_image_in_a_shard_that_went_bad_is_named(image_root, tmp_path):

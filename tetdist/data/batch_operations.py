@@ -10,7 +10,7 @@ product rounds by processor.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from tetdist.data.transforms import Operation
 _Change = Callable[[Tensor, list[float]], Tensor]
 
 
-def operate(images: Tensor, operations: list[list[Operation]], resampling: Resampling) -> None:
+def operate(images: Tensor, operations: Sequence[list[Operation]], resampling: Resampling) -> None:
     """Change images (B, H, W, 3), uint8, in place, each by its operations one after another."""
     planes = images.permute(0, 3, 1, 2)
     for turn in range(max(map(len, operations), default=0)):

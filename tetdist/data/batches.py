@@ -1,33 +1,25 @@
 """Batches for training and evaluation: the samples, windows and changes that make them up.
 
 order.py and transforms.py decide all of it, so a batch is a function of the run's configuration and
-of the step in the run alone. Threads read the samples ahead (reader.py).
+of the step in the run alone.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import numpy as np
 import numpy.typing as npt
 
-from tetdist.data.dali import Workers, event_graph, image_graph
-from tetdist.data.event_augment import EventAugmentation, EventChanges
-from tetdist.data.image_augmentation import ImageAugmentation, augmented
-from tetdist.data.loader import Inputs, Loader, Stream, Transforms
-from tetdist.data.pixels import Edits, Output
-from tetdist.data.transforms import (
-    Mix,
-    centre_crop,
-    micro_batch_mix,
-)
+from tetdist.config.sections.data import DataSection
+from tetdist.data.dali import Workers
+from tetdist.data.event_augment import EventChanges
+from tetdist.data.image_augmentation import augmented
+from tetdist.data.loader import Inputs, Loader
+from tetdist.data.pixels import Edits, Output, Rest
+from tetdist.data.transforms import Mixing, centre_crop, micro_batch_mix, transforms_called
 from tetdist.datasets.index import Index
-from tetdist.datasets.reader import SampleReader
 from tetdist.order import (
-    evaluation_batches,
     micro_batch_positions,
     permutation,
     rank_micro_batches,
@@ -61,179 +53,100 @@ class Share:
     repeats: int = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationShare:
-    """A rank's part of an evaluation.
-
-    Attributes:
-        batch_size: Samples in a batch, at most.
-        rank: This process's number.
-        world_size: Number of processes.
-    """
-
-    batch_size: int
-    rank: int
-    world_size: int
-
-
 def train_batches(
-    index: Index,
-    root: str | Path,
-    share: Share,
-    workers: Workers,
-    output: Output,
-    augmentation: ImageAugmentation,
+    data: DataSection, index: Index, share: Share, image_size: int, workers: Workers
 ) -> Loader:
-    """Make a loader of randomly changed images, epoch after epoch for ever.
+    """Make a loader of randomly changed samples, epoch after epoch for ever.
 
     Args:
+        data: Where they are and how they are changed.
         index: The training split.
-        root: The data root, to which the index's paths are relative.
         share: What this rank takes.
+        image_size: Height and width of images; events come out as they are stored.
         workers: What does the work.
-        output: What all images come out as.
-        augmentation: How they are changed.
 
     Raises:
-        UserError: DALI is not installed, or the batch sizes do not fit each other, the data or
-            the number of processes. Iterating raises it for a file that does not read or decode.
+        UserError: DALI is not installed, a transform is not registered, or the batch sizes do not
+            fit each other, the data or the number of processes. Iterating raises it for a file that
+            does not read or decode.
     """
-
-    def readings() -> Iterator[_Reading]:
-        for epoch, positions, ids in micro_batches:
-            window, edits = augmented(
-                index, ids, share.seed, epoch, positions, output.size, augmentation
-            )
-            reading = _image_reading(reader, workers, ids, window, edits)
-            size = output.size, output.size
-            yield _with_draws(reading, share.seed, epoch, positions, size, augmentation)
-
+    output = _output(data, image_size)
+    size = (image_size, image_size) if output else index.frames_shape[2:]
+    mixing = Mixing(data.mixup, data.cutmix, **data.mixing.model_dump())
+    transforms = transforms_called(data.transforms)
     micro_batches = _micro_batches(len(index), share)
-    reader = SampleReader(index, root)
-    return Loader(
-        index,
-        root,
-        _read_ahead(readings(), reader, workers),
-        image_graph(workers, output),
-        workers,
-        sample_shape=(3, output.size, output.size),
-        max_batch=share.micro_batch,
-        output=output,
-    )
+
+    def all_inputs() -> Iterator[Inputs]:
+        for epoch, positions, ids in micro_batches:
+            place = share.seed, epoch, positions
+            if output is None:
+                inputs = _events(index, ids, EventChanges(*place, size, data))
+            else:
+                inputs = Inputs(ids, *augmented(index, ids, *place, output, data))
+            yield inputs._replace(
+                mix=micro_batch_mix(*place, size, mixing) if mixing.is_on else None,
+                transforms=tuple((t, t.draws(*place)) for t in transforms),
+            )
+
+    return Loader(index, data.root, all_inputs(), workers, output, max_batch=share.micro_batch)
 
 
 def eval_batches(
-    index: Index,
-    root: str | Path,
-    share: EvaluationShare,
-    workers: Workers,
-    output: Output,
-    resize: int,
+    data: DataSection, index: Index, batches: Sequence[npt.NDArray[np.int64]], workers: Workers
 ) -> Loader:
-    """Make a loader of a rank's share of an evaluation, the centres of resized images.
-
-    Over all ranks every sample comes once, and every rank gets the same number of batches; its last
-    one may be smaller, or hold no sample at all.
+    """Make a loader of samples without random changes: of images, their centres after a resize.
 
     Args:
+        data: Where they are and what images come out as.
         index: The split to evaluate.
-        root: The data root.
-        share: What this rank takes.
+        batches: The sample numbers of each; see `order.evaluation_batches`. The last ones may be
+            empty.
         workers: What does the work.
-        output: What all images come out as; its size is at most `resize`.
-        resize: Length of the shorter side before the crop.
 
     Raises:
         UserError: DALI is not installed or the crop is larger than the resized image. Iterating
             raises it for a file that does not read or decode.
     """
-    resized, start = centre_crop(index.heights, index.widths, resize, output.size)
-    batches = _evaluation_batches(index, share)
-    reader = SampleReader(index, root)
-
-    def readings() -> Iterator[_Reading]:
-        for ids in batches:
-            if ids.size:
-                # The window is the whole image, of the size that the index knows: the decoder fails
-                # for an image that has become smaller.
-                whole = np.stack([index.heights[ids], index.widths[ids]], axis=1)
-                window = np.concatenate([np.zeros_like(whole), whole], axis=1)
-                none = np.zeros(len(ids), bool)
-                edits = Edits(size=resized[ids], corner=-start[ids], mirror=none, operations=[])
-                yield _image_reading(reader, workers, ids, window, edits)
-
+    some = [ids for ids in batches if ids.size]
+    output = _output(data, data.image_size)
+    if output is None:
+        all_inputs = (_events(index, ids) for ids in some)
+    else:
+        sizes = index.heights, index.widths
+        resized, start = centre_crop(*sizes, data.resize_side, output.size)
+        # The window is the whole image, of the size that the index knows: the decoder fails for an
+        # image that has become smaller.
+        whole = np.stack(sizes, axis=1)
+        window = np.concatenate([np.zeros_like(whole), whole], axis=1)
+        none, rest = np.zeros(len(index), bool), Rest(output)
+        all_inputs = (
+            Inputs(ids, Edits(window[ids], resized[ids], -start[ids], none[ids]), rest)
+            for ids in some
+        )
     return Loader(
         index,
-        root,
-        _read_ahead(readings(), reader, workers),
-        image_graph(workers, output),
+        data.root,
+        all_inputs,
         workers,
-        sample_shape=(3, output.size, output.size),
-        max_batch=share.batch_size,
-        empty_batches=_count_empty(batches),
-        output=output,
+        output,
+        max_batch=max((len(ids) for ids in some), default=1),
+        empty_batches=len(batches) - len(some),
     )
 
 
-def event_train_batches(
-    index: Index,
-    root: str | Path,
-    share: Share,
-    workers: Workers,
-    augmentation: EventAugmentation,
-) -> Loader:
-    """Make a loader of randomly changed event tensors, epoch after epoch for ever.
-
-    Args:
-        index: The training split, of kind "events".
-        root: The data root.
-        share: What this rank takes.
-        workers: What does the work.
-        augmentation: How the tensors are changed.
-
-    Raises:
-        UserError: As `train_batches`.
-    """
-    micro_batches = _micro_batches(len(index), share)
-    reader, size = SampleReader(index, root), _frames_shape(index)[2:]
-
-    def readings() -> Iterator[_Reading]:
-        for epoch, positions, ids in micro_batches:
-            changes = EventChanges(share.seed, epoch, positions, size, augmentation)
-            reading = _event_reading(index, reader, ids, changes)
-            yield _with_draws(reading, share.seed, epoch, positions, size, augmentation)
-
-    return Loader(
-        index,
-        root,
-        _read_ahead(readings(), reader, workers),
-        event_graph(workers, index),
-        workers,
-        sample_shape=_frames_shape(index),
-        max_batch=share.micro_batch,
-    )
-
-
-def event_eval_batches(
-    index: Index, root: str | Path, share: EvaluationShare, workers: Workers
-) -> Loader:
-    """Make a loader of event tensors as they are stored, dealt out as by `eval_batches`."""
-    batches = _evaluation_batches(index, share)
-    reader = SampleReader(index, root)
-    return Loader(
-        index,
-        root,
-        _read_ahead(_as_stored(index, reader, batches), reader, workers),
-        event_graph(workers, index),
-        workers,
-        sample_shape=_frames_shape(index),
-        max_batch=share.batch_size,
-        empty_batches=_count_empty(batches),
-    )
+def _output(data: DataSection, size: int) -> Output | None:
+    """What all images come out as; None for events."""
+    match data.kind:
+        case "events":
+            return None
+        case "images":
+            return Output(size=size, mean=data.mean, std=data.std, interpolation=data.interpolation)
+        case _:
+            assert_never(data.kind)
 
 
 class _MicroBatch(NamedTuple):
-    """Samples of a micro-batch and their positions in the epoch's order; all (B,)."""
+    """Samples of a micro-batch and their positions in the epoch's order, both (B,)."""
 
     epoch: int
     positions: npt.NDArray[np.int64]
@@ -265,134 +178,17 @@ def _micro_batches(num_samples: int, share: Share) -> Iterator[_MicroBatch]:
     return walk(share.epoch, share.step_in_epoch)
 
 
-def _evaluation_batches(index: Index, share: EvaluationShare) -> list[npt.NDArray[np.int64]]:
-    return list(evaluation_batches(len(index), share.batch_size, share.rank, share.world_size))
-
-
-def _count_empty(batches: list[npt.NDArray[np.int64]]) -> int:
-    return sum(ids.size == 0 for ids in batches)
-
-
-class _Reading(NamedTuple):
-    """A batch of samples to be read.
-
-    Attributes:
-        ids: (B,) sample numbers.
-        read: Gives what the k-th sample's file makes of the pipeline's first input.
-        arrays: The other inputs, each (B, ...).
-        edits: What becomes of images after that.
-        mix: What the batch says about mixing.
-        transforms: What finished samples go through in the end, with its draws (B, n).
-    """
-
-    ids: npt.NDArray[np.int64]
-    read: Callable[[int], npt.NDArray[Any]]
-    arrays: tuple[npt.NDArray[Any], ...] = ()
-    edits: Edits | None = None
-    mix: Mix | None = None
-    transforms: Transforms = ()
-
-
-def _with_draws(
-    reading: _Reading,
-    seed: int,
-    epoch: int,
-    positions: npt.NDArray[np.int64],
-    size: tuple[int, int],
-    augmentation: ImageAugmentation | EventAugmentation,
-) -> _Reading:
-    """Add to a reading of samples (..., *size) how they are mixed, and transforms' draws."""
-    mixing, mix = augmentation.mixing, None
-    if mixing.is_on:
-        mix = micro_batch_mix(seed, epoch, positions, size, mixing)
-    drawn = tuple((t, t.draws(seed, epoch, positions)) for t in augmentation.transforms)
-    return reading._replace(mix=mix, transforms=drawn)
-
-
-def _image_reading(
-    reader: SampleReader,
-    workers: Workers,
-    ids: npt.NDArray[np.int64],
-    window: npt.NDArray[np.int32],
-    edits: Edits,
-) -> _Reading:
-    """Make the inputs of `image_graph` from windows (B, 4): top, left, height, width."""
-    # DALI takes no views with strides.
-    arrays = [np.ascontiguousarray(window[:, :2]), np.ascontiguousarray(window[:, 2:])]
-    if workers.device == "gpu":
-        arrays += [
-            edits.size.astype(np.float32),
-            -edits.corner.astype(np.int32),
-            edits.mirror.astype(np.int32),
-        ]
-    return _Reading(ids, lambda k: reader.read(int(ids[k])), tuple(arrays), edits)
-
-
-def _event_reading(
-    index: Index, reader: SampleReader, ids: npt.NDArray[np.int64], changes: EventChanges
-) -> _Reading:
-    """Samples to be read and changed."""
-    # DALI has no roll with wrap-around; one made of its concatenations and slices would take longer
-    # than numpy does.
-    return _Reading(ids, lambda k: changes.of(k, _read_frames(index, reader, int(ids[k]))))
-
-
-def _as_stored(
-    index: Index, reader: SampleReader, batches: list[npt.NDArray[np.int64]]
-) -> Iterator[_Reading]:
-    """Samples to be read and no more."""
-
-    def reading(ids: npt.NDArray[np.int64]) -> _Reading:
-        return _Reading(ids, lambda k: _read_frames(index, reader, int(ids[k])))
-
-    return (reading(ids) for ids in batches if ids.size)
-
-
-def _frames_shape(index: Index) -> tuple[int, int, int, int]:
-    assert index.kind == "events"
-    assert index.timesteps is not None
-    return index.timesteps, 2, int(index.heights[0]), int(index.widths[0])
-
-
-def _read_frames(index: Index, reader: SampleReader, i: int) -> npt.NDArray[Any]:
-    """Read the frames (T, 2, H, W) of a sample.
-
-    The index has verified that the file is a header and nothing but these.
-    """
-    data = reader.read(i)
-    shape, dtype = _frames_shape(index), np.dtype(index.dtype)
+def _events(
+    index: Index, ids: npt.NDArray[np.int64], changes: EventChanges | None = None
+) -> Inputs:
+    shape, dtype = index.frames_shape, np.dtype(index.dtype)
     num_bytes = int(np.prod(shape)) * dtype.itemsize
-    return np.frombuffer(data, dtype, offset=len(data) - num_bytes).reshape(shape)
 
+    def frames(k: int, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        # The index has verified that the file is a header and nothing but these.
+        found = np.frombuffer(data, dtype, offset=len(data) - num_bytes).reshape(shape)
+        # DALI has no roll with wrap-around; one made of its concatenations and slices would take
+        # longer than numpy does.
+        return found if changes is None else changes.of(k, found)
 
-def _read_ahead(readings: Iterator[_Reading], reader: SampleReader, workers: Workers) -> Stream:
-    """Yield what each batch is made from, in order, while the next batches are being read."""
-    ahead: deque[tuple[_Reading, list[Future[list[npt.NDArray[Any]]]]]] = deque()
-    pool = ThreadPoolExecutor(workers.threads, thread_name_prefix="tetdist-read")
-
-    def collect() -> Inputs:
-        reading, parts = ahead.popleft()
-        first = [array for part in parts for array in part.result()]
-        return Inputs(
-            reading.ids,
-            (first, *reading.arrays),
-            reading.edits,
-            reading.mix,
-            reading.transforms,
-        )
-
-    try:
-        for reading in readings:
-            parts = np.array_split(np.arange(len(reading.ids)), workers.threads)
-            ahead.append((reading, [pool.submit(_read_part, reading, part) for part in parts]))
-            if len(ahead) > workers.prefetch:
-                yield collect()
-        while ahead:
-            yield collect()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        reader.close()
-
-
-def _read_part(reading: _Reading, part: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
-    return [reading.read(int(k)) for k in part]
+    return Inputs(ids, change=frames)

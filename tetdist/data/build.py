@@ -1,28 +1,19 @@
 """The batches that this process gets, made from the configuration."""
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import assert_never
 
 import numpy as np
 
-from tetdist.config.rand_augment import rand_augment
 from tetdist.config.schema import RunConfig, phase_image_sizes
-from tetdist.config.sections.data import DataSection
 from tetdist.data import batches, dali, loader
-from tetdist.data.auto_augment import Policy
 from tetdist.data.delivery import Batches, DeviceBatches
-from tetdist.data.erasing import Erasing
-from tetdist.data.event_augment import EventAugmentation
-from tetdist.data.image_augmentation import ImageAugmentation
 from tetdist.data.own_process import LoaderProcess
-from tetdist.data.pixels import Output
-from tetdist.data.rand_augment import RandomPolicy
-from tetdist.data.transforms import TRANSFORMS, ColorJitter, Mixing, Transform
+from tetdist.data.transforms import transforms_called
 from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
+from tetdist.order import evaluation_batches
 
 
 def train_loader(
@@ -37,53 +28,8 @@ def train_loader(
         UserError: Decoding on a GPU is asked for where the model runs on the CPU, or the data do
             not suit the batch sizes.
     """
-    _transforms(config.data)
-    return _delivered(config, world, partial(_train_batches, config.data, index, share, image_size))
-
-
-def _train_batches(
-    data: DataSection,
-    index: Index,
-    share: batches.Share,
-    image_size: int,
-    workers: dali.Workers,
-) -> loader.Loader:
-    mixing = Mixing(data.mixup, data.cutmix, **data.mixing.model_dump())
-    transforms = _transforms(data)
-    match data.kind:
-        case "events":
-            return batches.event_train_batches(
-                index,
-                data.root,
-                share,
-                workers,
-                EventAugmentation(
-                    flip=data.flip,
-                    roll=data.roll,
-                    policy=None if data.event_augment == "none" else data.event_augment,
-                    drop=data.event_drop,
-                    cutout=data.cutout,
-                    mixing=mixing,
-                    transforms=transforms,
-                ),
-            )
-        case "images":
-            augmentation = ImageAugmentation(
-                scale=data.scale,
-                ratio=data.ratio,
-                flip=data.flip,
-                padding=_padding(data),
-                policy=_policy(data.auto_augment),
-                jitter=ColorJitter(**data.color_jitter.model_dump()),
-                cutout=data.cutout,
-                erasing=Erasing(**data.erasing.model_dump()),
-                mixing=mixing,
-                transforms=transforms,
-            )
-            output = _output(data, image_size)
-            return batches.train_batches(index, data.root, share, workers, output, augmentation)
-        case _:
-            assert_never(data.kind)
+    make = partial(batches.train_batches, config.data, index, share, image_size)
+    return _delivered(config, world, make)
 
 
 def _delivered(
@@ -119,38 +65,6 @@ def _delivered(
     return DeviceBatches(source, world.device)
 
 
-def _padding(data: DataSection) -> int | None:
-    match data.crop:
-        case "padded":
-            return data.padding
-        case "resized":
-            return None
-        case _:
-            assert_never(data.crop)
-
-
-def _policy(text: str) -> Policy | RandomPolicy | None:
-    match text:
-        case "none":
-            return None
-        case "cifar10" | "imagenet" | "trivial" | "3a" as policy:
-            return policy
-        case _:
-            return rand_augment(text)
-
-
-def _output(data: DataSection, size: int) -> Output:
-    return Output(size=size, mean=data.mean, std=data.std, interpolation=data.interpolation)
-
-
-def _transforms(data: DataSection) -> tuple[Transform, ...]:
-    repeated = [name for name, times in Counter(data.transforms).items() if times > 1]
-    if repeated:
-        # Both would get the same random numbers.
-        raise UserError(f"data.transforms: {repeated[0]!r} is there twice; name each once")
-    return tuple(TRANSFORMS[name] for name in data.transforms)
-
-
 def check_augmentation(config: RunConfig, index: Index) -> None:
     """Make sure that all transforms are known and all phases' crops fit into the training images.
 
@@ -159,18 +73,17 @@ def check_augmentation(config: RunConfig, index: Index) -> None:
             for data.crop=padded.
     """
     data = config.data
-    _transforms(data)
-    padding = _padding(data)
-    if data.kind == "events" or padding is None:
+    transforms_called(data.transforms)
+    if data.kind == "events" or data.crop == "resized":
         return
     largest = max(max(phase_image_sizes(config, phase)) for phase in config.phases)
     sides = np.minimum(index.heights, index.widths)
-    least = largest - 2 * padding
+    least = largest - 2 * data.padding
     if sides.min() < least:
         i = int(sides.argmin())
         raise UserError(
             f"{index.path(i)} has {index.widths[i]}x{index.heights[i]} pixels and data.crop=padded "
-            f"needs {least} of each side for crops of {largest} with data.padding={padding}; "
+            f"needs {least} of each side for crops of {largest} with data.padding={data.padding}; "
             "set data.crop=resized, or a smaller image size"
         )
 
@@ -181,24 +94,9 @@ def eval_loader(config: RunConfig, index: Index, world: World) -> Batches:
     Raises:
         UserError: Decoding on a GPU is asked for where the model runs on the CPU.
     """
-    share = batches.EvaluationShare(
-        batch_size=config.batch.eval, rank=world.rank, world_size=world.world_size
-    )
+    ids = list(evaluation_batches(len(index), config.batch.eval, world.rank, world.world_size))
     # Only training samples go through transforms.
     without = config.model_copy(
         update={"data": config.data.model_copy(update={"transforms": ()}), "imports": ()}
     )
-    return _delivered(without, world, partial(_eval_batches, without.data, index, share))
-
-
-def _eval_batches(
-    data: DataSection, index: Index, share: batches.EvaluationShare, workers: dali.Workers
-) -> loader.Loader:
-    match data.kind:
-        case "events":
-            return batches.event_eval_batches(index, data.root, share, workers)
-        case "images":
-            output = _output(data, data.image_size)
-            return batches.eval_batches(index, data.root, share, workers, output, data.resize_side)
-        case _:
-            assert_never(data.kind)
+    return _delivered(without, world, partial(batches.eval_batches, without.data, index, ids))

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tetdist.data.pixels import Output
-from tetdist.datasets.index import Index
+import numpy as np
+import numpy.typing as npt
+
+from tetdist.data.pixels import Edits, Output
 from tetdist.errors import UserError
 
 
@@ -39,8 +41,6 @@ class Workers:
 
 # A source gives the pipeline's inputs for the next batch, or raises StopIteration.
 Source = Callable[[], tuple[Any, ...]]
-# A graph takes DALI's module and the source of its inputs, and gives the node of the images.
-Graph = Callable[[Any, Source], Any]
 
 
 def import_dali() -> Any:
@@ -53,38 +53,53 @@ def import_dali() -> Any:
         ) from error
 
 
-def image_graph(workers: Workers, output: Output) -> Graph:
-    """Make a graph that decodes windows; each comes out as (H, W, 3) uint8, of its own size.
+def image_inputs(workers: Workers, edits: Edits) -> list[npt.NDArray[Any]]:
+    """Return the inputs of `image_graph` besides the files, each (B, ...)."""
+    # DALI takes no views with strides.
+    arrays = [np.ascontiguousarray(edits.window[:, :2]), np.ascontiguousarray(edits.window[:, 2:])]
+    if workers.device == "gpu":
+        arrays += [
+            edits.size.astype(np.float32),
+            -edits.corner.astype(np.int32),
+            edits.mirror.astype(np.int32),
+        ]
+    return arrays
+
+
+def image_graph(dali: Any, source: Source, workers: Workers, output: Output) -> Any:
+    """Make the node of decoded windows; each comes out as (H, W, 3) uint8, of its own size.
 
     On a GPU it also does what the finishing threads do on a CPU, so that all windows come out as
     (size, size, 3).
+
+    Args:
+        dali: DALI's module.
+        source: Gives the files and `image_inputs`.
+        workers: The device that decodes.
+        output: What all images come out as.
     """
-
-    def graph(dali: Any, source: Source) -> Any:
-        fn, types = dali.fn, dali.types
-        on_gpu = workers.device == "gpu"
-        encoded, corner, extent, *edits = fn.external_source(
-            source,
-            num_outputs=6 if on_gpu else 3,
-            dtype=[types.UINT8, types.INT32, types.INT32]
-            + ([types.FLOAT, types.INT32, types.INT32] if on_gpu else []),
-            ndim=[1, 1, 1] + ([1, 1, 0] if on_gpu else []),
-            # Nobody else has the stream's arrays, so DALI need not copy them.
-            no_copy=True,
-        )
-        windows = fn.decoders.image_slice(
-            encoded,
-            device="mixed" if on_gpu else "cpu",
-            start=corner,
-            shape=extent,
-            axis_names="HW",
-            # PIL does not turn images by their EXIF orientation either, and the index has their
-            # sizes as stored.
-            adjust_orientation=False,
-        )
-        return _placed(dali, windows, edits, output) if on_gpu else windows
-
-    return graph
+    fn, types = dali.fn, dali.types
+    on_gpu = workers.device == "gpu"
+    encoded, corner, extent, *edits = fn.external_source(
+        source,
+        num_outputs=6 if on_gpu else 3,
+        dtype=[types.UINT8, types.INT32, types.INT32]
+        + ([types.FLOAT, types.INT32, types.INT32] if on_gpu else []),
+        ndim=[1, 1, 1] + ([1, 1, 0] if on_gpu else []),
+        # Nobody else has the stream's arrays, so DALI need not copy them.
+        no_copy=True,
+    )
+    windows = fn.decoders.image_slice(
+        encoded,
+        device="mixed" if on_gpu else "cpu",
+        start=corner,
+        shape=extent,
+        axis_names="HW",
+        # PIL does not turn images by their EXIF orientation either, and the index has their sizes
+        # as stored.
+        adjust_orientation=False,
+    )
+    return _placed(dali, windows, edits, output) if on_gpu else windows
 
 
 def _placed(dali: Any, windows: Any, edits: list[Any], output: Output) -> Any:
@@ -108,15 +123,9 @@ def _placed(dali: Any, windows: Any, edits: list[Any], output: Output) -> Any:
     return fn.flip(squares, horizontal=mirror, vertical=0)
 
 
-def event_graph(workers: Workers, index: Index) -> Graph:
-    """Make a graph that copies frames to the device and makes them float32, unless raw."""
-
-    def graph(dali: Any, source: Source) -> Any:
-        fn, types = dali.fn, dali.types
-        stored = {"uint8": types.UINT8, "float16": types.FLOAT16}[str(index.dtype)]
-        (frames,) = fn.external_source(source, num_outputs=1, dtype=[stored], ndim=[4])
-        if workers.device == "gpu":
-            frames = frames.gpu()
-        return frames if workers.raw else fn.cast(frames, dtype=types.FLOAT)
-
-    return graph
+def event_graph(dali: Any, source: Source, workers: Workers, dtype: str) -> Any:
+    """Make the node of event frames as they are stored, copied to the device."""
+    fn, types = dali.fn, dali.types
+    stored = {"uint8": types.UINT8, "float16": types.FLOAT16}[dtype]
+    (frames,) = fn.external_source(source, num_outputs=1, dtype=[stored], ndim=[4])
+    return frames.gpu() if workers.device == "gpu" else frames

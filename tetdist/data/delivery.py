@@ -8,9 +8,8 @@ from typing import Protocol, Self
 
 import torch
 
-from tetdist.data.erasing import erase_batch
 from tetdist.data.loader import Batch
-from tetdist.data.pixels import Scale, finished, scale_on
+from tetdist.data.pixels import finished
 from tetdist.data.transfer import on_device, taker
 
 # Copied ahead of the consumer: while one is in use the next is there and one is on its way.
@@ -40,7 +39,6 @@ class DeviceBatches:
         """
         self._source, self._device = source, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._scale: Scale | None = None  # that of all batches, when the first one is there
         self._ahead: deque[Future[Batch | None]] = deque()
         self._taker = taker(device, "tetdist-deliver")
 
@@ -79,16 +77,7 @@ class DeviceBatches:
         # A copy also on a CPU: the source is about to write the next batch there.
         images = batch.images.to(self._device, non_blocking=True, copy=True)
         labels = on_device(batch.labels.clone(), self._device)
-        if batch.rest is not None:
-            output, boxes, erased = batch.rest
-            cutout = None if boxes is None else on_device(torch.from_numpy(boxes), self._device)
-            if self._scale is None:
-                self._scale = scale_on(self._device, output)
-            images = finished(images, self._scale, cutout)
-            if erased is not None:
-                erase_batch(images, erased)
-        # Events come as they are stored; a network is given float32.
-        return batch._replace(images=images.float(), labels=labels, rest=None)
+        return batch._replace(images=finished(images, batch.rest), labels=labels, rest=None)
 
     def close(self) -> None:
         """Close the source, too."""

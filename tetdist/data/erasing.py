@@ -6,17 +6,17 @@ numbers and a table, so that it has the same bits on a CPU and on a GPU.
 
 import functools
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple, assert_never
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tetdist.config.sections.data import ErasingSection
 from tetdist.data.boxes import inside
 from tetdist.data.transfer import on_device
-from tetdist.order import hashed, named_stream, position_keys, uniforms
+from tetdist.order import named_stream, position_keys, uniforms
 
 _BOXES, _NOISE = named_stream("erasing"), named_stream("erasing: noise")
 _TRIES = 10
@@ -24,21 +24,6 @@ _AREA = (0.02, 1 / 3)
 _LOG_RATIO = (math.log(0.3), math.log(1 / 0.3))
 
 _Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Erasing:
-    """Rectangles to erase, and their contents.
-
-    Attributes:
-        probability: Of an image to lose anything.
-        mode: pixel: normal noise. rand: one normal number a channel. const: 0.
-        count: Most rectangles of an image; it gets from 1 to so many, which share the area of one.
-    """
-
-    probability: float = 0.0
-    mode: Literal["pixel", "rand", "const"] = "pixel"
-    count: int = 1
 
 
 class Erased(NamedTuple):
@@ -60,7 +45,7 @@ def erased(
     epoch: int,
     positions: npt.NDArray[np.int64],
     size: int,
-    erasing: Erasing,
+    erasing: ErasingSection,
 ) -> Erased:
     """Draw what is erased of the images (size, size) at some positions of an epoch."""
     count = erasing.count
@@ -71,15 +56,18 @@ def erased(
     boxes = _rectangles(each, size, np.maximum(number, 1)[:, None, None])
     boxes[np.arange(count) >= number[:, None]] = 0
     keys = position_keys(seed, epoch, positions, _NOISE)
+    colours: npt.NDArray[np.float32] | None
     match erasing.mode:
         case "pixel":
             colours = None
         case "rand":
             # Their words are behind those of all pixels.
-            words = 2**62 + np.arange(count, dtype=np.uint64)
-            colours = normals(keys[:, None], words)
+            words = 2**62 + torch.arange(count)
+            colours = normals(torch.from_numpy(keys.view(np.int64)), words).movedim(1, 2).numpy()
         case "const":
             colours = np.zeros((len(positions), count, 3), np.float32)
+        case _:
+            assert_never(erasing.mode)
     return Erased(boxes, colours, keys)
 
 
@@ -112,17 +100,9 @@ def _quantiles(device: torch.device) -> Tensor:
     return on_device(torch.special.ndtri(shares).float(), device)
 
 
-def normals(keys: npt.NDArray[np.uint64], words: npt.NDArray[np.uint64]) -> npt.NDArray[Any]:
-    """Normal numbers of three channels, (..., 3) float32, from the upper bits of a hash of each."""
-    hashes = hashed(keys, words)[..., None]
-    bits = hashes >> np.array([48, 32, 16], np.uint64) & np.uint64(0xFFFF)
-    found: npt.NDArray[np.float32] = _quantiles(torch.device("cpu")).numpy()[bits]
-    return found
-
-
-def _normals_of_pixels(keys: Tensor, pixels: int) -> Tensor:
-    """The same of whole images on a device, of keys (n,) as int64: (n, 3, pixels)."""
-    hashes = _hashed(keys[:, None], torch.arange(pixels, device=keys.device))
+def normals(keys: Tensor, words: Tensor) -> Tensor:
+    """Normal numbers of three channels: of keys (n,) and words (m,), both int64, (n, 3, m)."""
+    hashes = _hashed(keys[:, None], words)
     bits = torch.stack([_shifted(hashes, by) & 0xFFFF for by in (48, 32, 16)], dim=1)
     return _quantiles(keys.device)[bits]
 
@@ -147,18 +127,7 @@ def _signed(word: int) -> int:
 # --- pixels ---------------------------------------------------------------------------------------
 
 
-def erase(image: npt.NDArray[np.float32], what: Erased, k: int) -> None:
-    """Erase rectangles of the k-th image (H, W, 3), in place."""
-    for j, (top, left, bottom, right) in enumerate(what.boxes[k].tolist()):
-        if what.colours is not None:
-            image[top:bottom, left:right] = what.colours[k, j]
-            continue
-        rows = np.arange(top, bottom, dtype=np.uint64)[:, None] * np.uint64(image.shape[1])
-        columns = np.arange(left, right, dtype=np.uint64)
-        image[top:bottom, left:right] = normals(what.keys[k], rows + columns)
-
-
-def erase_batch(images: Tensor, what: Erased) -> None:
+def erase(images: Tensor, what: Erased) -> None:
     """Erase rectangles of images (B, 3, H, W) on the device where they are, in place."""
     device, (height, width) = images.device, images.shape[2:]
     some = np.flatnonzero(what.boxes.any(axis=(1, 2)))
@@ -168,7 +137,8 @@ def erase_batch(images: Tensor, what: Erased) -> None:
     boxes = on_device(torch.from_numpy(what.boxes[some]), device)
     if what.colours is None:
         keys = on_device(torch.from_numpy(what.keys[some].view(np.int64)), device)
-        noise = _normals_of_pixels(keys, height * width).view(len(some), 3, height, width)
+        noise = normals(keys, torch.arange(height * width, device=device))
+        noise = noise.view(len(some), 3, height, width)
         filled = [noise] * boxes.shape[1]
     else:
         colours = on_device(torch.from_numpy(what.colours[some]), device)

@@ -6,7 +6,6 @@ nothing comes in). Which one a sample gets is decided by numbers of its own stre
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, assert_never
 
 import numpy as np
@@ -14,17 +13,9 @@ import numpy.typing as npt
 import torch
 from torchvision.transforms import functional as vision
 
+from tetdist.config.sections.data import DataSection
 from tetdist.data.pixels import cut_out
-from tetdist.data.transforms import (
-    NO_MIXING,
-    Mixing,
-    Transform,
-    cutout_boxes,
-    event_draws,
-    flip_and_roll,
-    flips,
-    shifts,
-)
+from tetdist.data.transforms import cutout_boxes, event_draws, shifts
 from tetdist.order import named_stream, uniforms
 
 Policy = Literal["nda", "snn_augment_wide"]
@@ -37,32 +28,12 @@ OPERATION_DRAWS, DROP_DRAWS = 4, 4
 OPERATION_STREAM, DROP_STREAM = named_stream("event operations"), named_stream("event drop")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EventAugmentation:
-    """Random changes of training event tensors, in this order.
-
-    Attributes:
-        flip: Probability of mirroring left to right.
-        roll: Largest shift in pixels, up or down and left or right; what leaves at one side comes
-            in at the other.
-        policy: One operation of this one; None: none. See `operations`.
-        drop: Probability of losing events; see `dropped`.
-        cutout: Side of a square that is then emptied.
-        mixing: What the batches say about mixing; the frames come unmixed.
-        transforms: Transforms of one's own, in their order.
-    """
-
-    flip: float
-    roll: int
-    policy: Policy | None = None
-    drop: float = 0.0
-    cutout: int = 0
-    mixing: Mixing = NO_MIXING
-    transforms: tuple[Transform, ...] = ()
-
-
 class EventChanges:
-    """Changes of a micro-batch's frames, before the user's transforms and mixing."""
+    """Changes of a micro-batch's frames, before the user's transforms and mixing.
+
+    They are mirrored, rolled, changed by one operation, robbed of events and cut out, in this
+    order.
+    """
 
     def __init__(
         self,
@@ -70,29 +41,29 @@ class EventChanges:
         epoch: int,
         positions: npt.NDArray[np.int64],
         size: tuple[int, int],
-        augmentation: EventAugmentation,
+        data: DataSection,
     ) -> None:
         """
         Args:
             positions: (B,) of the samples in the epoch's order.
             size: Height and width of the frames.
-            augmentation: How they are changed.
+            data: How they are changed.
         """
         draws = event_draws(seed, epoch, positions)
-        self._mirror = flips(draws.flip[:, 0], augmentation.flip)
-        self._shift = shifts(draws.roll, augmentation.roll)
+        self._mirror = draws.flip[:, 0] < data.flip
+        self._shift = shifts(draws.roll, data.roll)
         self._operations: list[Operation] | None = None
-        if augmentation.policy is not None:
+        if data.event_augment != "none":
             numbers = uniforms(seed, epoch, positions, OPERATION_DRAWS, OPERATION_STREAM)
-            self._operations = operations(numbers, augmentation.policy, size)
-        self._drop = augmentation.drop
-        self._boxes = cutout_boxes(draws.cutout, *size, augmentation.cutout)
+            self._operations = operations(numbers, data.event_augment, size)
+        self._drop = data.event_drop
+        self._boxes = cutout_boxes(draws.cutout, *size, data.cutout)
         self._key = seed, epoch, positions
 
     def of(self, k: int, frames: _Frames) -> _Frames:
         """Change the frames of the k-th sample; those given stay as they are."""
-        down, right = self._shift[k].tolist()
-        frames = flip_and_roll(frames, bool(self._mirror[k]), down, right)
+        frames = frames[..., ::-1] if self._mirror[k] else frames
+        frames = np.roll(frames, self._shift[k].tolist(), axis=(-2, -1))
         if self._operations is not None:
             frames = operated(frames, self._operations[k])
         if self._drop:

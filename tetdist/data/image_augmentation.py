@@ -1,69 +1,30 @@
-"""Random changes of training images: which there are, and what becomes of each sample."""
+"""Random changes of training images: what becomes of each sample.
 
-from dataclasses import dataclass
+After the crop come the flip, the policy's operations, the colours, normalisation, the cutout, the
+erasing, and the user's transforms.
+"""
+
 from itertools import chain
+from typing import assert_never
 
 import numpy as np
 import numpy.typing as npt
 
-from tetdist.data.auto_augment import Policy, auto_augment
-from tetdist.data.erasing import Erasing, erased
-from tetdist.data.pixels import Edits
-from tetdist.data.rand_augment import (
-    RANDOM_POLICY,
-    RandomPolicy,
-    num_draws,
-    random_operations,
-)
+from tetdist.config.rand_augment import rand_augment
+from tetdist.config.sections.data import DataSection
+from tetdist.data.auto_augment import auto_augment
+from tetdist.data.erasing import erased
+from tetdist.data.pixels import Edits, Output, Rest
+from tetdist.data.rand_augment import RANDOM_POLICY, RandomPolicy, num_draws, random_operations
 from tetdist.data.transforms import (
-    NO_MIXING,
-    ColorJitter,
-    Mixing,
-    Transform,
     color_jitter,
     cutout_boxes,
-    flips,
     image_draws,
     padded_crop,
     random_resized_crop,
 )
 from tetdist.datasets.index import Index
 from tetdist.order import uniforms
-
-NO_JITTER, NO_ERASING = ColorJitter(), Erasing()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageAugmentation:
-    """Random changes of training images.
-
-    After the crop come the flip, the policy's operations, the colours, normalisation, the cutout,
-    the erasing, and the transforms.
-
-    Attributes:
-        scale: Least and greatest part of the image's area in a crop.
-        ratio: Least and greatest width / height of a crop.
-        flip: Probability of mirroring left to right.
-        padding: Instead of a crop by scale and ratio, one of the output's size from the image with
-            so many black pixels on each side; no image may be too small for it.
-        policy: AutoAugment's, or one that nobody searched for; None for none.
-        jitter: Reach of the changes of colour.
-        cutout: Side of a square that is 0 after normalisation.
-        erasing: Rectangles that are replaced after that.
-        mixing: What the batches say about mixing; the images come unmixed.
-        transforms: Transforms of one's own, in their order.
-    """
-
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    flip: float
-    padding: int | None = None
-    policy: Policy | RandomPolicy | None = None
-    jitter: ColorJitter = NO_JITTER
-    cutout: int = 0
-    erasing: Erasing = NO_ERASING
-    mixing: Mixing = NO_MIXING
-    transforms: tuple[Transform, ...] = ()
 
 
 def augmented(
@@ -72,50 +33,61 @@ def augmented(
     seed: int,
     epoch: int,
     positions: npt.NDArray[np.int64],
-    image_size: int,
-    augmentation: ImageAugmentation,
-) -> tuple[npt.NDArray[np.int32], Edits]:
-    """Windows (B, 4) of the images at some positions of an epoch, and what becomes of them.
+    output: Output,
+    data: DataSection,
+) -> tuple[Edits, Rest]:
+    """Draw what becomes of the images at some positions of an epoch.
 
     Args:
         index: The training split.
         ids: (B,) sample numbers.
-        seed: Of augmentation.
-        epoch: Counted from 0.
+        seed: Seed of augmentation.
+        epoch: The epoch, counted from 0.
         positions: (B,) in the epoch's order.
-        image_size: Height and width that they come out with.
-        augmentation: How they are changed.
+        output: What all come out as.
+        data: How they are changed.
     """
-    draws = image_draws(seed, epoch, positions)
-    heights, widths = index.heights[ids], index.widths[ids]
-    if augmentation.padding is None:
-        window = random_resized_crop(
-            heights, widths, draws.crop, augmentation.scale, augmentation.ratio
-        )
-        size = np.full((len(ids), 2), image_size, np.int32)
-        corner = np.zeros_like(size)
-    else:
-        window, corner = padded_crop(
-            heights, widths, draws.crop[:, :2], augmentation.padding, image_size
-        )
-        size = window[:, 2:]
+    draws, side = image_draws(seed, epoch, positions), output.size
+    sizes = index.heights[ids], index.widths[ids]
+    match data.crop:
+        case "resized":
+            window = random_resized_crop(*sizes, draws.crop, data.scale, data.ratio)
+            size = np.full((len(ids), 2), side, np.int32)
+            corner = np.zeros_like(size)
+        case "padded":
+            window, corner = padded_crop(*sizes, draws.crop[:, :2], data.padding, side)
+            size = window[:, 2:]
+        case _:
+            assert_never(data.crop)
     operations = []
-    match augmentation.policy:
-        case None:
+    match data.auto_augment:
+        case "none":
             pass
-        case "cifar10" | "imagenet" as policy:
-            operations.append(auto_augment(draws.auto_augment, policy, image_size))
-        case policy:
+        case "cifar10" | "imagenet" as searched:
+            operations.append(auto_augment(draws.auto_augment, searched, side))
+        case text:
+            policy = _random_policy(text)
             own_draws = uniforms(seed, epoch, positions, num_draws(policy), RANDOM_POLICY)
-            operations.append(random_operations(own_draws, policy, image_size))
-    if any(augmentation.jitter):
-        operations.append(color_jitter(draws.color_jitter, augmentation.jitter))
-    side, erasing = augmentation.cutout, augmentation.erasing
-    return window, Edits(
+            operations.append(random_operations(own_draws, policy, side))
+    if any(data.color_jitter.model_dump().values()):
+        operations.append(color_jitter(draws.color_jitter, data.color_jitter))
+    edits = Edits(
+        window=window,
         size=size,
         corner=corner,
-        mirror=flips(draws.flip[:, 0], augmentation.flip),
+        mirror=draws.flip[:, 0] < data.flip,
         operations=[list(chain(*of_a_sample)) for of_a_sample in zip(*operations, strict=True)],
-        cutout=cutout_boxes(draws.cutout, image_size, image_size, side) if side else None,
-        erased=erased(seed, epoch, positions, image_size, erasing) if erasing.probability else None,
     )
+    boxes = cutout_boxes(draws.cutout, side, side, data.cutout) if data.cutout else None
+    gone = None
+    if data.erasing.probability:
+        gone = erased(seed, epoch, positions, side, data.erasing)
+    return edits, Rest(output, boxes, gone)
+
+
+def _random_policy(text: str) -> RandomPolicy:
+    match text:
+        case "trivial" | "3a" as policy:
+            return policy
+        case _:
+            return rand_augment(text)

@@ -1,10 +1,10 @@
-"""An iterator of batches: DALI decodes what batches.py describes, and threads finish it.
+"""An iterator of batches: threads read what batches.py describes, DALI decodes it, threads edit it.
 
-Whatever DALI leaves to do is done by threads (pixels.py), ahead of the consumer.
+All of it is done ahead of the consumer; what is done to an image's pixels is in pixels.py.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -14,30 +14,23 @@ import numpy.typing as npt
 import torch
 
 from tetdist.data.batch_operations import operate
-from tetdist.data.dali import Graph, Source, Workers, import_dali
-from tetdist.data.erasing import Erased, erase
-from tetdist.data.pixels import Edits, Output, cut_out, edited, normalized
+from tetdist.data.dali import (
+    Source,
+    Workers,
+    event_graph,
+    image_graph,
+    image_inputs,
+    import_dali,
+)
+from tetdist.data.pixels import Edits, Output, Rest, edited, finished
 from tetdist.data.transfer import taker
 from tetdist.data.transforms import Mix, Transform
 from tetdist.datasets.index import Index
 from tetdist.datasets.probe import probe_image, probe_range
+from tetdist.datasets.reader import SampleReader
 from tetdist.errors import UserError
 
 _NAMED_FILES = 5
-
-
-class Rest(NamedTuple):
-    """Work left to do on a raw batch of images: `tetdist.data.pixels.finished`.
-
-    Attributes:
-        output: Scale of the images.
-        cutout: (B, 4) boxes that are then 0; None: none.
-        erased: What is erased after that; None: nothing.
-    """
-
-    output: Output
-    cutout: npt.NDArray[np.int32] | None
-    erased: Erased | None
 
 
 class Batch(NamedTuple):
@@ -49,7 +42,7 @@ class Batch(NamedTuple):
         labels: Int64, (B,).
         ids: Int64, (B,), numbers of the samples in the index.
         mix: How the images are to be mixed with each other (mixing.py); None: not at all.
-        rest: What a raw batch of images lacks; None: nothing.
+        rest: What a raw batch of images lacks (`pixels.finished`); None: nothing.
     """
 
     images: torch.Tensor
@@ -63,24 +56,27 @@ Transforms = tuple[tuple[Transform, npt.NDArray[np.float64]], ...]
 
 
 class Inputs(NamedTuple):
-    """Inputs of DALI and of the finishing threads for one batch.
+    """One batch to be read, decoded and finished.
 
     Attributes:
         ids: (B,) sample numbers.
-        arrays: DALI's inputs, each an array (B, ...) or a list of B arrays.
-        edits: What becomes of images after that; None for events.
+        edits: What becomes of decoded images; None for events.
+        rest: What images lack after that.
+        change: Makes of the k-th sample's bytes what DALI is given; None: nothing else.
         mix: What the batch says about mixing.
         transforms: What finished samples go through in the end, with its draws (B, n).
     """
 
     ids: npt.NDArray[np.int64]
-    arrays: tuple[npt.NDArray[Any] | list[npt.NDArray[Any]], ...]
-    edits: Edits | None
-    mix: Mix | None
-    transforms: Transforms
+    edits: Edits | None = None
+    rest: Rest | None = None
+    change: Callable[[int, npt.NDArray[np.uint8]], npt.NDArray[Any]] | None = None
+    mix: Mix | None = None
+    transforms: Transforms = ()
 
 
-Stream = Generator[Inputs, None, None]
+# What DALI is given of each batch.
+Stream = Generator[tuple[Inputs, tuple[Any, ...]], None, None]
 
 
 class Loader:
@@ -93,22 +89,29 @@ class Loader:
         self,
         index: Index,
         root: str | Path,
-        stream: Stream,
-        graph: Graph,
+        inputs: Iterator[Inputs],
         workers: Workers,
+        output: Output | None,
         *,
-        sample_shape: tuple[int, ...],
         max_batch: int,
         empty_batches: int = 0,
-        output: Output | None = None,
     ) -> None:
+        """
+        Args:
+            index: The split.
+            root: The data root.
+            inputs: What the batches are made from.
+            workers: What does the work.
+            output: What all images come out as; None for events.
+            max_batch: Samples in a batch, at most.
+            empty_batches: Batches without samples that follow.
+        """
         dali = import_dali()
         on_gpu = workers.device == "gpu"
         self._index = index
         self._root = root
-        self._stream = stream
+        self._stream = _read_ahead(inputs, SampleReader(index, root), workers)
         self._workers = workers
-        self._sample_shape = sample_shape
         self._empty_batches = empty_batches
         self._output = output
         self._device = torch.device(f"cuda:{workers.device_id}" if on_gpu else "cpu")
@@ -123,7 +126,11 @@ class Loader:
         )
         with self._pipeline:
             # The source knows nothing of self: the cycle would keep DALI's threads beyond close().
-            self._pipeline.set_outputs(graph(dali, _source(stream, self._in_work)))
+            source = _source(self._stream, self._in_work)
+            if output is None:
+                self._pipeline.set_outputs(event_graph(dali, source, workers, str(index.dtype)))
+            else:
+                self._pipeline.set_outputs(image_graph(dali, source, workers, output))
         self._pipeline.build()
         # One thread takes batches from DALI and has them finished by others, ahead of the consumer.
         self._ahead: deque[Future[Batch | None]] = deque()
@@ -164,27 +171,20 @@ class Loader:
                 + ", ".join(self._index.path(i) for i in ids)
             )
             raise
-        inputs, rest = self._in_work.popleft(), None
+        inputs = self._in_work.popleft()
         if inputs.edits is None:
             images = torch.from_dlpack(output.as_tensor())
             if self._workers.pinned:
                 images = images.pin_memory()
-        elif self._workers.raw:
-            assert self._output is not None
-            images = self._edited(output, inputs.edits, self._output)
-            rest = Rest(self._output, inputs.edits.cutout, inputs.edits.erased)
         else:
             assert self._output is not None
-            images = self._finished(output, inputs.edits, self._output)
+            images = self._edited(output, inputs.edits, self._output)
+        batch = self._batch(images, inputs.ids)._replace(mix=inputs.mix, rest=inputs.rest)
+        if not self._workers.raw:
+            batch = batch._replace(images=finished(images, inputs.rest), rest=None)
         if inputs.transforms:
-            self._divided(len(images), _transform_part, images, inputs.transforms)
-        return self._batch(images, inputs.ids)._replace(mix=inputs.mix, rest=rest)
-
-    def _finished(self, windows: Any, edits: Edits, output: Output) -> torch.Tensor:
-        """Finish decoded windows: (B, 3, H, W) in channels_last memory."""
-        images = torch.empty(len(edits.size), output.size, output.size, 3)
-        self._divided(len(images), _finish_part, images, windows, edits, output)
-        return images.permute(0, 3, 1, 2)
+            self._divided(len(images), _transform_part, batch.images, inputs.transforms)
+        return batch
 
     def _edited(self, windows: Any, edits: Edits, output: Output) -> torch.Tensor:
         """Do what changes bytes to decoded windows: (B, H, W, 3)."""
@@ -210,7 +210,9 @@ class Loader:
         if self._empty_batches == 0:
             raise StopIteration
         self._empty_batches -= 1
-        return self._batch(torch.empty(0, *self._sample_shape), np.empty(0, np.int64))
+        size = self._output and self._output.size
+        shape = (3, size, size) if size else self._index.frames_shape
+        return self._batch(torch.empty(0, *shape), np.empty(0, np.int64))
 
     def _batch(self, images: torch.Tensor, ids: npt.NDArray[np.int64]) -> Batch:
         return Batch(images, torch.from_numpy(self._index.labels[ids].astype(np.int64)), ids)
@@ -233,18 +235,6 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _finish_part(
-    part: npt.NDArray[np.int64], images: torch.Tensor, windows: Any, edits: Edits, output: Output
-) -> None:
-    """Write some images of a batch into (B, H, W, 3)."""
-    for k in part.tolist():
-        normalized(edited(torch.from_dlpack(windows[k]), edits, k, output), output, images[k])
-        if edits.cutout is not None:
-            cut_out(images[k].permute(2, 0, 1), edits.cutout[k])
-        if edits.erased is not None:
-            erase(images[k].numpy(), edits.erased, k)
 
 
 def _edit_part(
@@ -277,11 +267,38 @@ def _source(stream: Stream, in_work: deque[Inputs]) -> Source:
     """Make the callback by which DALI takes its inputs; it notes what DALI works on."""
 
     def source() -> tuple[Any, ...]:
-        inputs = next(stream)
+        inputs, arrays = next(stream)
         in_work.append(inputs)
-        return inputs.arrays
+        return arrays
 
     return source
+
+
+def _read_ahead(inputs: Iterator[Inputs], reader: SampleReader, workers: Workers) -> Stream:
+    """Yield what each batch is made from, in order, while the next batches are being read."""
+    ahead: deque[tuple[Inputs, list[Future[list[npt.NDArray[Any]]]]]] = deque()
+    pool = ThreadPoolExecutor(workers.threads, thread_name_prefix="tetdist-read")
+
+    def read(one: Inputs, part: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
+        samples = [(k, reader.read(int(one.ids[k]))) for k in part.tolist()]
+        return [data if one.change is None else one.change(k, data) for k, data in samples]
+
+    def collect() -> tuple[Inputs, tuple[Any, ...]]:
+        one, parts = ahead.popleft()
+        samples = [sample for part in parts for sample in part.result()]
+        return one, (samples, *(image_inputs(workers, one.edits) if one.edits else ()))
+
+    try:
+        for one in inputs:
+            parts = np.array_split(np.arange(len(one.ids)), workers.threads)
+            ahead.append((one, [pool.submit(read, one, part) for part in parts]))
+            if len(ahead) > workers.prefetch:
+                yield collect()
+        while ahead:
+            yield collect()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        reader.close()
 
 
 def _undecodable(index: Index, root: str | Path, ids: list[int]) -> UserError | None:

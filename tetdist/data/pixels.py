@@ -6,9 +6,10 @@ is Pillow's arithmetic with shorter weights, so that a few values in a thousand 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,37 +20,32 @@ from torch import Tensor
 from torchvision.transforms import functional as vision
 
 from tetdist.data.boxes import inside
+from tetdist.data.erasing import Erased, erase
 from tetdist.data.transfer import on_device
 from tetdist.data.transforms import Operation
-
-if TYPE_CHECKING:
-    from tetdist.data.erasing import Erased
 
 Interpolation = Literal["bilinear", "bicubic"]
 Channels = tuple[float, float, float]
 _Ints = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Edits:
+class Edits(NamedTuple):
     """Changes of each of B decoded windows.
 
     Attributes:
+        window: (B, 4) top, left, height, width of what is decoded of an image.
         size: (B, 2) height and width that it is resized to.
         corner: (B, 2) row and column of the output where that begins; negative: so much of it is
             cut off. What it does not cover is black.
         mirror: (B,) whether the output is then mirrored left to right.
         operations: Changes of each that follow; empty: none of any.
-        cutout: (B, 4) top, left, bottom, right of what is 0 after normalisation; None: nothing.
-        erased: What is erased after that; None: nothing.
     """
 
+    window: _Ints
     size: _Ints
     corner: _Ints
     mirror: npt.NDArray[np.bool_]
-    operations: list[list[Operation]]
-    cutout: _Ints | None = None
-    erased: "Erased | None" = None
+    operations: Sequence[list[Operation]] = ()
 
 
 class Resampling(NamedTuple):
@@ -221,48 +217,47 @@ def solarize_add_levels(add: float) -> list[int]:
     return [min(255, level + int(add)) if level < 128 else level for level in range(256)]
 
 
-def normalized(image: Tensor, output: Output, into: Tensor) -> None:
-    """Write an image (size, size, 3) as float32 into a tensor of that shape."""
-    mean, scale = 255 * np.array(output.mean), 1 / (255 * np.array(output.std))
-    # This goes row by row, since numpy is quick where the innermost dimension is long. torch would
-    # divide the work among threads, which cost more than they save.
-    rows = into.numpy().reshape(output.size, -1)
-    np.subtract(image.numpy().reshape(output.size, -1), _row(mean, output.size), out=rows)
-    np.multiply(rows, _row(scale, output.size), out=rows)
+class Rest(NamedTuple):
+    """Changes of a batch of edited images that are left: they are normalised, and parts replaced.
+
+    Attributes:
+        output: Scale of the images.
+        cutout: (B, 4) top, left, bottom, right of what is 0 after that; None: nothing.
+        erased: What is erased in the end; None: nothing.
+    """
+
+    output: Output
+    cutout: _Ints | None = None
+    erased: Erased | None = None
 
 
-def _row(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float32]:
-    return np.tile(values.astype(np.float32), width)
-
-
-class Scale(NamedTuple):
-    """Offset that is subtracted from bytes, and factor that follows, (3,) each, on a device."""
-
-    mean: Tensor
-    scale: Tensor
-
-
-def scale_on(device: torch.device, output: Output) -> Scale:
-    """The numbers of `normalized`, brought to a device."""
-    wide = (255 * np.array(output.mean), 1 / (255 * np.array(output.std)))
-    return Scale(*(on_device(torch.from_numpy(one.astype(np.float32)), device) for one in wide))
-
-
-def finished(pixels: Tensor, scale: Scale, cutout: Tensor | None) -> Tensor:
-    """Normalise a batch on the device where it is, to the bits of `normalized` and `cut_out`.
+def finished(pixels: Tensor, rest: Rest | None) -> Tensor:
+    """Finish a batch on the device where it is.
 
     Args:
-        pixels: (B, size, size, 3), uint8.
-        scale: On the same device.
-        cutout: (B, 4) top, left, bottom, right of what is 0 afterwards.
+        pixels: (B, size, size, 3), uint8; or frames of events as they are stored.
+        rest: What is left to do; None for events.
 
     Returns:
-        (B, 3, size, size), float32, in channels_last memory.
+        (B, 3, size, size) in channels_last memory, or the frames; float32.
     """
-    images = pixels.float().sub_(scale.mean).mul_(scale.scale).permute(0, 3, 1, 2)
-    if cutout is not None:
-        images.masked_fill_(inside(cutout, *images.shape[2:])[:, None], 0)
+    if rest is None:
+        return pixels.float()
+    mean, scale = _scale(pixels.device, rest.output)
+    images = pixels.float().sub_(mean).mul_(scale).permute(0, 3, 1, 2)
+    if rest.cutout is not None:
+        boxes = on_device(torch.from_numpy(rest.cutout), images.device)
+        images.masked_fill_(inside(boxes, *images.shape[2:])[:, None], 0)
+    if rest.erased is not None:
+        erase(images, rest.erased)
     return images
+
+
+@lru_cache
+def _scale(device: torch.device, output: Output) -> tuple[Tensor, ...]:
+    """What is subtracted from bytes, and the factor that follows, (3,) each, on a device."""
+    wide = (255 * np.array(output.mean), 1 / (255 * np.array(output.std)))
+    return tuple(on_device(torch.from_numpy(one.astype(np.float32)), device) for one in wide)
 
 
 def cut_out(image: Any, box: _Ints) -> None:

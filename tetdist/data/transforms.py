@@ -6,13 +6,15 @@ image as stored, rows before columns.
 """
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from tetdist.config.sections.data import ColorJitterSection
 from tetdist.errors import UserError
 from tetdist.order import MIXING, transform_stream, uniforms
 from tetdist.plugins import Registry
@@ -104,18 +106,10 @@ def padded_crop(
     return window.astype(np.int32), (first - start).astype(np.int32)
 
 
-def resized_size(heights: _Ints, widths: _Ints, shorter: int) -> _Ints:
-    """Sizes after torchvision's Resize(shorter): the longer side is cut to a whole number.
-
-    Returns:
-        (B, 2): height, width.
-    """
-    size = np.stack([heights, widths], axis=1).astype(np.int64)
-    return (shorter * size // size.min(axis=1, keepdims=True)).astype(np.int32)
-
-
 def centre_crop(heights: _Ints, widths: _Ints, resize: int, crop: int) -> tuple[_Ints, _Ints]:
     """The sizes of torchvision's Resize(resize), and where its CenterCrop(crop) begins in them.
+
+    The longer side is cut to a whole number.
 
     Returns:
         (B, 2): height and width to resize to; (B, 2): row and column of the crop's first pixel.
@@ -129,28 +123,14 @@ def centre_crop(heights: _Ints, widths: _Ints, resize: int, crop: int) -> tuple[
             f"evaluation cannot crop {crop} pixels from images resized to {resize}: the resize must"
             " be at least as large as the crop"
         )
-    resized = resized_size(heights, widths, resize)
+    size = np.stack([heights, widths], axis=1).astype(np.int64)
+    resized = (resize * size // size.min(axis=1, keepdims=True)).astype(np.int32)
     return resized, np.rint((resized - crop) / 2).astype(np.int32)
-
-
-def flips(draws: _Floats, probability: float) -> npt.NDArray[np.bool_]:
-    """Decide which samples are mirrored left to right, by (B,) uniform draws."""
-    return draws < probability
 
 
 def shifts(draws: _Floats, largest: int) -> _Ints:
     """Shifts by whole pixels from -largest to +largest, equally likely, one for each draw."""
     return (draws * (2 * largest + 1)).astype(np.int32) - np.int32(largest)
-
-
-def flip_and_roll(
-    frames: npt.NDArray[np.generic], flip: bool, down: int, right: int
-) -> npt.NDArray[np.generic]:
-    """Mirror (T, 2, H, W) frames left to right if asked, then shift them all alike.
-
-    What leaves at one side comes in at the other.
-    """
-    return np.roll(frames[..., ::-1] if flip else frames, (down, right), axis=(-2, -1))
 
 
 class Operation(NamedTuple):
@@ -160,38 +140,23 @@ class Operation(NamedTuple):
     value: float
 
 
-class ColorJitter(NamedTuple):
-    """Reach of torchvision's ColorJitter; 0: no change.
-
-    Attributes:
-        brightness: Factors from 1 - brightness (at least 0) to 1 + brightness.
-        contrast: Likewise.
-        saturation: Likewise.
-        hue: Shifts from -hue to hue; 0.5 turns it by half a circle.
-    """
-
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-
-
 COLOR_JITTER_DRAWS = 8
 
 
-def color_jitter(draws: _Floats, jitter: ColorJitter) -> list[list[Operation]]:
+def color_jitter(draws: _Floats, jitter: ColorJitterSection) -> list[list[Operation]]:
     """Draw each sample's changes of brightness, contrast, saturation and hue, in a random order.
 
     Args:
         draws: (B, COLOR_JITTER_DRAWS) uniform in [0, 1).
     """
-    names = ColorJitter._fields
-    low = [max(0.0, 1 - reach) for reach in jitter[:3]] + [-jitter.hue]
-    high = [1 + reach for reach in jitter[:3]] + [jitter.hue]
+    reaches: dict[str, float] = jitter.model_dump()
+    names, factors = list(reaches), list(reaches.values())[:3]
+    low = [max(0.0, 1 - reach) for reach in factors] + [-jitter.hue]
+    high = [1 + reach for reach in factors] + [jitter.hue]
     values = _between(np.array(low), np.array(high), draws[:, 4:])
     orders = draws[:, :4].argsort(axis=1, kind="stable")
     return [
-        [Operation(names[i], float(row[i])) for i in order if jitter[i]]
+        [Operation(names[i], float(row[i])) for i in order if reaches[names[i]]]
         for row, order in zip(values, orders.tolist(), strict=True)
     ]
 
@@ -237,9 +202,6 @@ class Mixing(NamedTuple):
         return self.mixup > 0 or self.cutmix > 0
 
 
-NO_MIXING = Mixing()
-
-
 class Mix(NamedTuple):
     """Share of each of B samples that is kept; the rest is of another one in the micro-batch.
 
@@ -269,11 +231,9 @@ def micro_batch_mix(
     """
     if mixing.off_epoch and epoch >= mixing.off_epoch:
         mixing = mixing._replace(probability=0.0)
-    if mixing.mode == "sample":
-        return mixes(mixing_draws(seed, epoch, positions), *size, mixing)
-    one = mixes(mixing_draws(seed, epoch, positions[:1]), *size, mixing)
-    rows = np.zeros(len(positions), np.int64)
-    return Mix(one.share[rows], one.pixels[rows], one.boxes[rows], mirrored=True)
+    rows = np.arange(len(positions)) if mixing.mode == "sample" else np.zeros_like(positions)
+    mix = mixes(uniforms(seed, epoch, positions[rows], MIXING_DRAWS, MIXING), *size, mixing)
+    return mix._replace(mirrored=mixing.mode == "batch")
 
 
 def mixes(draws: _Floats, height: int, width: int, mixing: Mixing) -> Mix:
@@ -345,23 +305,22 @@ class EventDraws(NamedTuple):
     cutout: _Floats
 
 
-_IMAGE_DRAWS = (RANDOM_RESIZED_CROP_DRAWS, 1, AUTO_AUGMENT_DRAWS, COLOR_JITTER_DRAWS, 2)
-_EVENT_DRAWS = (1, 2, 2)
-
-
 def image_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> ImageDraws:
     """Draw for the images at some positions of an epoch."""
-    return ImageDraws(*_columns(uniforms(seed, epoch, positions, sum(_IMAGE_DRAWS)), _IMAGE_DRAWS))
+    widths = (RANDOM_RESIZED_CROP_DRAWS, 1, AUTO_AUGMENT_DRAWS, COLOR_JITTER_DRAWS, 2)
+    return ImageDraws(*_columns(seed, epoch, positions, widths))
 
 
 def event_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> EventDraws:
     """Draw for the event tensors at some positions of an epoch."""
-    return EventDraws(*_columns(uniforms(seed, epoch, positions, sum(_EVENT_DRAWS)), _EVENT_DRAWS))
+    return EventDraws(*_columns(seed, epoch, positions, (1, 2, 2)))
 
 
-def mixing_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> _Floats:
-    """Draw for the samples at some positions, of whatever kind: (B, MIXING_DRAWS)."""
-    return uniforms(seed, epoch, positions, MIXING_DRAWS, stream=MIXING)
+def _columns(
+    seed: int, epoch: int, positions: npt.NDArray[np.int64], widths: tuple[int, ...]
+) -> list[_Floats]:
+    draws = uniforms(seed, epoch, positions, sum(widths))
+    return np.split(draws, np.cumsum(widths)[:-1], axis=1)
 
 
 TransformFunction = Callable[["Tensor", tuple[float, ...]], "Tensor"]
@@ -407,5 +366,14 @@ def register_transform(
     return enter
 
 
-def _columns(draws: _Floats, widths: tuple[int, ...]) -> list[_Floats]:
-    return np.split(draws, np.cumsum(widths)[:-1], axis=1)
+def transforms_called(names: Sequence[str]) -> tuple[Transform, ...]:
+    """Return the transforms of some names.
+
+    Raises:
+        UserError: No transform is registered by a name, or one is there twice.
+    """
+    repeated = [name for name, times in Counter(names).items() if times > 1]
+    if repeated:
+        # Both would get the same random numbers.
+        raise UserError(f"data.transforms: {repeated[0]!r} is there twice; name each once")
+    return tuple(TRANSFORMS[name] for name in names)

@@ -89,6 +89,12 @@ class Index:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def frames_shape(self) -> tuple[int, int, int, int]:
+        """(T, 2, H, W) of every event tensor."""
+        assert self.timesteps is not None
+        return self.timesteps, 2, int(self.heights[0]), int(self.widths[0])
+
     def path(self, i: int) -> str:
         """Path of sample `i`, relative to the data root, as if its archive were a folder."""
         start, end = self.path_offsets[i : i + 2]

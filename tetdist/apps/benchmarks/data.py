@@ -122,10 +122,9 @@ def make_images(folder: Path, count: int = 100) -> list[Path]:
 
 @contextlib.contextmanager
 def ours(options: argparse.Namespace, root: Path) -> Iterator[Step]:
+    from tetdist.config.sections.data import DataSection
     from tetdist.data.batches import Share, train_batches
     from tetdist.data.dali import Workers
-    from tetdist.data.image_augmentation import ImageAugmentation
-    from tetdist.data.pixels import Output
     from tetdist.datasets.index import build_index
 
     index, _ = build_index(root, "train", workers=1, decode=False)
@@ -140,9 +139,8 @@ def ours(options: argparse.Namespace, root: Path) -> Iterator[Step]:
         step_in_epoch=0,
     )
     workers = Workers(device="cpu", device_id=None, threads=options.threads, prefetch=2)
-    output = Output(size=options.size, mean=MEAN, std=STD, interpolation="bilinear")
-    augmentation = ImageAugmentation(scale=SCALE, ratio=RATIO, flip=0.5)
-    loader = train_batches(index, root, share, workers, output, augmentation)
+    data = DataSection(root=str(root), scale=SCALE, ratio=RATIO, mean=MEAN, std=STD)
+    loader = train_batches(data, index, share, options.size, workers)
     with loader:
         yield lambda: next(loader)
 
