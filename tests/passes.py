@@ -48,7 +48,7 @@ def interpreted() -> Iterator[None]:
 @contextlib.contextmanager
 def native_passes() -> Iterator[None]:
     """The passes of CPUs, and nothing else in their place."""
-    if native.kernels(LIF()) is None:
+    if native.neuron_library(LIF()) is None:
         assert not os.environ.get("CI"), "CI has a C++ compiler, and this does not build"
         pytest.skip("no C++ compiler")
     with pytest.MonkeyPatch.context() as patch:

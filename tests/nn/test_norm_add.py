@@ -198,9 +198,7 @@ def test_triton_is_cpp_to_the_bit(shared: bool, dtype: torch.dtype) -> None:
     assert pair.norm is not None
     rows = [x.detach().permute(0, 1, 3, 4, 2).flatten(1, 3).contiguous() for x in inputs.values()]
     wide = torch.promote_types(dtype, torch.float32)
-    kernels = native.norm_kernels()
-    assert kernels is not None
-    ours = native.NormPasses(kernels, 3)
+    ours = native.NormPasses(3)
     with torch.no_grad(), interpreted():
         from tetdist.nn.fast import triton_passes
 

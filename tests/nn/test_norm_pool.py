@@ -12,9 +12,9 @@ from passes import (
 )
 from torch import Tensor, nn
 
+from tetdist.nn.fast import passes
 from tetdist.nn.fast.fused import Affine
 from tetdist.nn.norm_pool import NormPool
-from tetdist.nn.packed import pool_kernel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,7 +78,7 @@ def test_the_pass_of_gpus_is_that_of_cpus_to_the_bit(dtype: torch.dtype) -> None
     found = []
     for context in (native_passes(), interpreted()):
         with context:
-            kernel = pool_kernel(x)
+            kernel = passes.pooling_for(x)
             assert kernel is not None
             pooled, where = kernel.forward_normalized(x, affine, window)
             found.append((pooled, where, kernel.backward(pooled, where, x.shape, window)))

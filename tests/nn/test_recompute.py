@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "ms_resnet18": {"width": 8},
     "spiking_convnet": {"channels": (4, 8, 8), "input_size": 16},
     "vggsnn": {"input_size": 16},
+    "qkformer_4_384_cifar": {"widths": (8, 8, 16), "depths": (1, 1, 1), "heads": 2},
 }
 # What their blocks exchange are currents.
 REAL = ("preact_resnet18", "ms_resnet18")

@@ -57,11 +57,9 @@ def affine(seed: int, channels: int, wide: torch.dtype) -> Affine:
 def both_passes(
     neuron: NeuronConfig, timesteps: int, carries: bool
 ) -> tuple[passes.Passes, passes.Passes]:
-    kernels = native.kernels(neuron)
-    assert kernels is not None, "there is no C++ compiler"
     return (
         triton_passes.Passes(neuron, timesteps, carries=carries, packs=True),
-        native.Passes(kernels, timesteps, carries=carries, packs=True),
+        native.Passes(neuron, timesteps, carries=carries, packs=True),
     )
 
 

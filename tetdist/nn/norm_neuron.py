@@ -16,7 +16,14 @@ from tetdist.nn import neurons
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.dropout import DropPath
 from tetdist.nn.fast import passes
-from tetdist.nn.fast.fused import FusedNeuron, FusedNormAdd, FusedNormNeuron, NormPasses, Passes
+from tetdist.nn.fast.fused import (
+    FusedNeuron,
+    FusedNormAdd,
+    FusedNormNeuron,
+    NormPasses,
+    Norms,
+    Passes,
+)
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import Packed, carried, carry
 
@@ -345,21 +352,16 @@ class NormNeuron(NeuronLayer):
         shortcut_norm: BatchNorm | None,
         kernels: Passes,
     ) -> Tensor:
-        norm = self.norm
-        added = None if shortcut is None else rows_of(shortcut)
-        joined = None if identity is None else rows_of(identity)
-        others = shortcut_norm if added is not None else None
-        assert others is None or others.training == norm.training
+        norms = Norms(self.norm, None if shortcut is None else shortcut_norm)
+        added, joined = (None if one is None else rows_of(one) for one in (shortcut, identity))
         batch, channels, height, width = current.shape[1:]
         start = None
         if self.membrane is not None:
             start = self.membrane.permute(0, 2, 3, 1).reshape(-1, channels)
-        parameters: list[Tensor | None] = [norm.weight, norm.bias]
-        parameters += [None, None] if others is None else [others.weight, others.bias]
+        learned = _in_passes(self.neuron, self.learned, current, kernels)
         rows, packed, end = FusedNormNeuron.apply(
-            *(rows_of(current), added, joined, start),
-            *(*parameters, norm, others, kernels),
-            *_in_passes(self.neuron, self.learned, current, kernels),
+            *(rows_of(current), added, joined, start, norms, kernels),
+            *(*norms.parameters(), *learned),
         )
         if self.carries:
             self.membrane = end.view(batch, height, width, channels).permute(0, 3, 1, 2)
@@ -476,11 +478,8 @@ def _norm_add(
         normalized = _norm_add(norm, current, None, None, drop_path, kernels)
         return drop_path.added(normalized, shortcut)
     added = None if shortcut is None else rows_of(shortcut)
-    others = shortcut_norm if added is not None else None
-    assert others is None or others.training == norm.training
-    parameters: list[Tensor | None] = [norm.weight, norm.bias]
-    parameters += [None, None] if others is None else [others.weight, others.bias]
-    rows = FusedNormAdd.apply(rows_of(current), added, *parameters, norm, others, kernels)
+    norms = Norms(norm, None if shortcut is None else shortcut_norm)
+    rows = FusedNormAdd.apply(rows_of(current), added, norms, kernels, *norms.parameters())
     return image_of(rows, current.shape)
 
 

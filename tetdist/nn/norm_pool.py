@@ -12,9 +12,10 @@ from torch.autograd.function import once_differentiable
 
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast import passes
-from tetdist.nn.fast.fused import Affine, NormPasses, averaged_sums, gradients_of_norms
+from tetdist.nn.fast.fused import Affine, NormPasses, Norms
+from tetdist.nn.fast.pooling import Pooling
 from tetdist.nn.norm_neuron import FusedLayer, image_of, rows_of
-from tetdist.nn.packed import MaxPool, PoolKernel, pool_kernel
+from tetdist.nn.packed import MaxPool
 
 
 class NormPool(FusedLayer):
@@ -36,11 +37,11 @@ class NormPool(FusedLayer):
         """
         if self.is_fused():
             kernels = passes.norm_passes_for((current,), copies * current.shape[0])
-            pooling = pool_kernel(current)
+            pooling = passes.pooling_for(current)
             if kernels is not None and pooling is not None:
-                norm = self.norm
+                norms = Norms(self.norm)
                 pooled = _FusedNormPool.apply(
-                    current, norm.weight, norm.bias, norm, self.pool, kernels, pooling
+                    current, norms, self.pool, kernels, pooling, *norms.parameters()
                 )
                 return pooled.unflatten(0, current.shape[:2])
         return self.reference(current, copies)
@@ -57,34 +58,32 @@ class _FusedNormPool(torch.autograd.Function):
     def forward(
         ctx: Any,
         current: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        norm: BatchNorm,
+        norms: Norms,
         pool: MaxPool,
         kernels: NormPasses,
-        pooling: PoolKernel,
+        pooling: Pooling,
+        *parameters: Tensor,
     ) -> Tensor:
         x = rows_of(current)
-        affine = kernels.normalization(norm, x, weight, bias)
+        affine, _ = norms.normalizations(kernels, x, None, parameters)
         pooled, where = pooling.forward_normalized(current.flatten(0, 1), affine, pool)
         ctx.save_for_backward(x, where, *affine)
-        ctx.shape, ctx.norm, ctx.pool = current.shape, norm, pool
+        ctx.shape, ctx.norms, ctx.pool = current.shape, norms, pool
         ctx.kernels, ctx.pooling = kernels, pooling
-        ctx.training = norm.training
+        ctx.training = norms.of_x.training
         return pooled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, where, *saved = ctx.saved_tensors
-        affine, kernels, shape = Affine(*saved), ctx.kernels, ctx.shape
+        affine, kernels, shape, norms = Affine(*saved), ctx.kernels, ctx.shape, ctx.norms
         images = torch.Size((shape[0] * shape[1], *shape[2:]))
         of_images = ctx.pooling.backward(grad_outputs[0], where, images, ctx.pool)
         grad = rows_of(of_images.unflatten(0, shape[:2]))
         sums = kernels.add_sums(x, None, affine, None, grad)
-        of_x, _ = averaged_sums(sums, ctx.norm, None, training=ctx.training)
+        of_x, _ = norms.averaged(sums, training=ctx.training)
         grad_current = None
         if ctx.needs_input_grad[0]:
             grad_current = image_of(kernels.norm_gradient(x, grad, affine, of_x), shape)
-        grad_weight, grad_bias, *_ = gradients_of_norms(sums, ctx.norm, None)
-        return grad_current, grad_weight, grad_bias, *(None,) * 4
+        return grad_current, *(None,) * 4, *norms.gradients(sums)

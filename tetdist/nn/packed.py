@@ -7,15 +7,15 @@ along as an attribute; the operations here keep that and let go of the tensor it
 attribute they are torch's own.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tetdist.nn.fast import native_library, native_pool, passes
-from tetdist.nn.fast.fused import Affine
+from tetdist.nn.fast import passes
+from tetdist.nn.fast.pooling import Pooling
 
 
 class Packed(NamedTuple):
@@ -185,77 +185,26 @@ class MaxPool(nn.MaxPool2d):
         flat = x.flatten(0, 1)
         if packed is None or not torch.is_grad_enabled():
             return super().forward(flat).unflatten(0, x.shape[:2])
+        kernels = passes.pooling_for(flat)
+        if kernels is None:
+            y = super().forward(flat).unflatten(0, x.shape[:2])
+            return carry(y, pack(y.detach(), packed.levels))
         flat_packed = packed._replace(values=packed.values.flatten(0, 1))
-        kernel = pool_kernel(flat)
-        if kernel is not None:
-            pooled, values = _MaxPoolInBytes.apply(flat, flat_packed, self, kernel)
-            again = packed._replace(values=values.unflatten(0, x.shape[:2]))
-            return carry(pooled.unflatten(0, x.shape[:2]), again)
-        y = _MaxPool.apply(flat, flat_packed, self).unflatten(0, x.shape[:2])
-        return carry(y, pack(y.detach(), packed.levels))
-
-
-class PoolKernel(Protocol):
-    """Max-pooling of images (N, C, H, W): of those whose values are in bytes, too, and of currents
-    that are normalised."""
-
-    def forward(
-        self, packed: Tensor, levels: int, dtype: torch.dtype, pool: nn.MaxPool2d
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest of each window, of ``dtype`` and in bytes, and where it was."""
-
-    def forward_normalized(
-        self, x: Tensor, affine: Affine, pool: nn.MaxPool2d
-    ) -> tuple[Tensor, Tensor]:
-        """The largest of each window of a current, normalised, and where it was."""
-
-    def backward(
-        self, grad: Tensor, where: Tensor, shape: torch.Size, pool: nn.MaxPool2d
-    ) -> Tensor:
-        """The gradient of the images, whose shape is given."""
-
-
-def pool_kernel(x: Tensor) -> PoolKernel | None:
-    """Return the kernel that pools tensors like ``x``; None: torch pools."""
-    if native_library.serves(x):
-        return native_pool.pool()
-    gpu = passes.triton_for(x)
-    return None if gpu is None else gpu.Pool()
+        y, values = _MaxPool.apply(flat, flat_packed, self, kernels)
+        again = packed._replace(values=values.unflatten(0, x.shape[:2]))
+        return carry(y.unflatten(0, x.shape[:2]), again)
 
 
 class _MaxPool(torch.autograd.Function):
-    """Max-pooling that looks for each window's maximum again in the backward pass: torch would keep
-    the input and eight bytes an output."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed, pool: nn.MaxPool2d) -> Tensor:
-        ctx.save_for_backward(packed.values)
-        ctx.levels, ctx.pool = packed.levels, pool
-        return F.max_pool2d(x, pool.kernel_size, pool.stride, pool.padding)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (values,) = ctx.saved_tensors
-        grad = grad_outputs[0]
-        x = Packed(values, ctx.levels).unpack(grad.dtype)
-        with torch.enable_grad():
-            x.requires_grad_()
-            y = F.max_pool2d(x, ctx.pool.kernel_size, ctx.pool.stride, ctx.pool.padding)
-        (grad_x,) = torch.autograd.grad(y, x, grad)
-        return grad_x, None, None
-
-
-class _MaxPoolInBytes(torch.autograd.Function):
     """Max-pooling that keeps a byte an output: where in its window it was."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, packed: Packed, pool: nn.MaxPool2d, kernel: PoolKernel
+        ctx: Any, x: Tensor, packed: Packed, pool: nn.MaxPool2d, kernels: Pooling
     ) -> tuple[Tensor, Tensor]:
-        y, values, where = kernel.forward(packed.values, packed.levels, x.dtype, pool)
+        y, values, where = kernels.forward(packed.values, packed.levels, x.dtype, pool)
         ctx.save_for_backward(where)
-        ctx.shape, ctx.pool, ctx.kernel = x.shape, pool, kernel
+        ctx.shape, ctx.pool, ctx.kernels = x.shape, pool, kernels
         ctx.mark_non_differentiable(values)
         return y, values
 
@@ -263,7 +212,7 @@ class _MaxPoolInBytes(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (where,) = ctx.saved_tensors
-        grad_x = ctx.kernel.backward(grad_outputs[0], where, ctx.shape, ctx.pool)
+        grad_x = ctx.kernels.backward(grad_outputs[0], where, ctx.shape, ctx.pool)
         return grad_x, None, None, None
 
 

@@ -114,7 +114,7 @@ class _Recomputed(torch.autograd.Function):
         kept = block.pack(x)
         # Autograd itself keeps the tensor, and frees it with the graph.
         ctx.save_for_backward(kept if isinstance(kept, Tensor) else kept.values)
-        ctx.rebuild = _rebuilder(kept)
+        ctx.form = None if isinstance(kept, Tensor) else kept._replace(values=x.new_empty(0))
         return block.run_all(x)
 
     @staticmethod
@@ -122,12 +122,13 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         block: Block = ctx.block
         (values,) = ctx.saved_tensors
-        x = block.unpack(ctx.rebuild(values), ctx.dtype)
+        kept = values if ctx.form is None else ctx.form._replace(values=values)
+        x = block.unpack(kept, ctx.dtype)
         segments = list(zip(block.split(x), block.lengths, strict=True))
         dropped = dropout.using(block.dropping, ctx.factors)
-        with batch_norm.recomputing(), ctx.autocast(), dropped:
+        with batch_norm.recomputing(), dropped:
             starts: list[list[Tensor] | None] = [None]
-            with torch.no_grad():
+            with torch.no_grad(), ctx.autocast():
                 for part, length in segments[:-1]:
                     starts.append(block.run(part, length, starts[-1])[1])
             grads_x: list[Tensor] = []
@@ -141,7 +142,7 @@ class _Recomputed(torch.autograd.Function):
                 list(zip(segments, starts, grads, strict=True))
             ):
                 grad_part, grad_ends, grad_own = _segment_gradients(
-                    block, part, length, start, grad, grad_ends, ctx.needs_input_grad[0]
+                    ctx, part, length, start, grad, grad_ends
                 )
                 if grad_part is not None:
                     grads_x.insert(0, grad_part)
@@ -155,17 +156,6 @@ class _Recomputed(torch.autograd.Function):
 Kept = Tensor | Packed | Halved
 
 
-def _rebuilder(kept: Kept) -> Callable[[Tensor], Kept]:
-    """Return what makes the kept again of its tensor, without holding that."""
-    if isinstance(kept, Packed):
-        levels = kept.levels
-        return lambda values: Packed(values, levels)
-    if isinstance(kept, Halved):
-        shape, strides = kept.shape, kept.strides
-        return lambda values: Halved(values, shape, strides)
-    return lambda values: values
-
-
 def _joined(grads: list[Tensor], *, one_for_all: bool) -> Tensor | None:
     if len(grads) < 2:
         return grads[0] if grads else None
@@ -173,16 +163,20 @@ def _joined(grads: list[Tensor], *, one_for_all: bool) -> Tensor | None:
 
 
 def _segment_gradients(
-    block: Block,
+    ctx: Any,
     x: Tensor,
     timesteps: int,
     start: list[Tensor] | None,
     grad_output: Tensor,
     grad_ends: list[Tensor],
-    needs_input_grad: bool,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """Run one segment again, and back: gradients of its input, its first membranes, parameters."""
-    with torch.enable_grad():
+    """Run one segment again, and back: gradients of its input, its first membranes, parameters.
+
+    The way back computes in the autocast mode of the backward pass, as that of any other layer.
+    """
+    block: Block = ctx.block
+    needs_input_grad: bool = ctx.needs_input_grad[0]
+    with torch.enable_grad(), ctx.autocast():
         packed = carried(x)
         x = x.detach().requires_grad_(needs_input_grad)
         if packed:

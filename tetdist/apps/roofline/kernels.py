@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast.fused import Affine, Inputs, Sums
+from tetdist.nn.fast.pooling import Pooling, Sizes
 from tetdist.nn.neurons import LIF
-from tetdist.nn.window import Window
 
 # Takes a kind, a name, all tensors of a kernel and the number of kernels that are started.
 Note = Callable[[str, str, tuple[Tensor | None, ...], int], None]
@@ -149,37 +149,14 @@ class Passes(NormPasses):
         return results
 
 
-class Pool:
-    """See `tetdist.nn.packed.PoolKernel`."""
+class Pool(Pooling):
+    """See `tetdist.nn.fast.pooling.Pooling`."""
 
-    def forward(
-        self, packed: Tensor, _levels: int, dtype: torch.dtype, pool: nn.MaxPool2d
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        images, channels, height, width = packed.shape
-        window = Window.of(pool)
-        shape = (images, window.outputs(height), window.outputs(width), channels)
-        out = _empty(packed, *shape, dtype=dtype)
-        most, where = _empty(packed, *shape), _empty(packed, *shape)
-        note(POOLING, "pool forward", (packed, out, most, where), 1)
-        return out.permute(0, 3, 1, 2), most.permute(0, 3, 1, 2), where
-
-    def forward_normalized(
-        self, x: Tensor, _affine: Affine, pool: nn.MaxPool2d
-    ) -> tuple[Tensor, Tensor]:
-        images, channels, height, width = x.shape
-        window = Window.of(pool)
-        out = _empty(x, images, window.outputs(height), window.outputs(width), channels)
-        where = torch.empty_like(out, dtype=torch.uint8)
-        note(POOLING, "pool forward_normalized", (x, out, where), 1)
-        return out.permute(0, 3, 1, 2), where
-
-    def backward(
-        self, grad: Tensor, where: Tensor, shape: torch.Size, _pool: nn.MaxPool2d
-    ) -> Tensor:
-        images, channels, height, width = shape
-        grad_in = _empty(grad, images, height, width, channels)
-        note(POOLING, "pool backward", (grad, where, grad_in), 1)
-        return grad_in.permute(0, 3, 1, 2)
+    def start(
+        self, name: str, tensors: tuple[Tensor, ...], _sizes: Sizes, _levels: int | None
+    ) -> None:
+        # Numbers of a channel are next to nothing.
+        note(POOLING, f"pool {name}", tuple(one for one in tensors if one.ndim > 1), 1)
 
 
 def unpack(values: Tensor, _levels: int, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ normalised current and the membranes again from them, in registers, so nothing o
 membranes is ever stored. The passes see every activation as (T, N, C), N = B*H*W, channels last.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -54,6 +55,65 @@ class Sums(NamedTuple):
     grad_xhat: Tensor
     grad_shortcut_hat: Tensor | None
     grad_learned: tuple[Tensor, ...] = ()
+
+
+class Norms(NamedTuple):
+    """The norm of a convolution's output, and that of the shortcut; None: it is added as it is."""
+
+    of_x: BatchNorm
+    of_shortcut: BatchNorm | None = None
+
+    def parameters(self) -> list[Tensor | None]:
+        """Weight and bias of both norms."""
+        other = self.of_shortcut
+        others = [None, None] if other is None else [other.weight, other.bias]
+        return [self.of_x.weight, self.of_x.bias, *others]
+
+    def normalizations(
+        self, kernels: "NormPasses", x: Tensor, shortcut: Tensor | None, parameters: Sequence[Any]
+    ) -> tuple[Affine, Affine | None]:
+        """Make the normalisations of x and the shortcut; `parameters` are as autograd has them."""
+        affine = kernels.normalization(self.of_x, x, *parameters[:2])
+        if self.of_shortcut is None:
+            return affine, None
+        assert shortcut is not None
+        assert self.of_shortcut.training == self.of_x.training
+        return affine, kernels.normalization(self.of_shortcut, shortcut, *parameters[2:4])
+
+    def averaged(
+        self, sums: Sums, *, training: bool
+    ) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
+        """The sums for x and for the shortcut, over the processes that normalise together.
+
+        None: it is not normalised, or not by statistics of its own.
+        """
+
+        def averaged(norm: BatchNorm, products: Tensor) -> tuple[Tensor, Tensor]:
+            if norm.average is None:
+                return sums.grad, products
+            first, second = norm.average_over_processes(torch.stack([sums.grad, products]))
+            return first, second
+
+        if not training:
+            return None, None
+        of_shortcut = None
+        if self.of_shortcut is not None:
+            assert sums.grad_shortcut_hat is not None
+            of_shortcut = averaged(self.of_shortcut, sums.grad_shortcut_hat)
+        return averaged(self.of_x, sums.grad_xhat), of_shortcut
+
+    def gradients(self, sums: Sums) -> tuple[Tensor | None, ...]:
+        """Gradients of `parameters`, each (C,)."""
+        of_x = (_times(self.of_x.scale, sums.grad_xhat), sums.grad)
+        if self.of_shortcut is None:
+            return *of_x, None, None
+        assert sums.grad_shortcut_hat is not None
+        return *of_x, _times(self.of_shortcut.scale, sums.grad_shortcut_hat), sums.grad
+
+
+def _times(scale: float, x: Tensor) -> Tensor:
+    # Most norms have no scale of their own, and on a GPU a product is one kernel more to start.
+    return x if scale == 1 else scale * x
 
 
 class NormPasses(Protocol):
@@ -194,8 +254,9 @@ def _gradients_of_outputs(
 class FusedNormNeuron(torch.autograd.Function):
     """Forward and backward of norm + shortcut + neuron + identity on (T, N, C) tensors.
 
-    Returns the spikes; where they are to be packed, the same in bytes; where it is to be carried
-    on, the membrane after the last reset, (N, C).
+    ``parameters`` are those of the norms, and what the neurons learn. Returns the spikes; where
+    they are to be packed, the same in bytes; where it is to be carried on, the membrane after the
+    last reset, (N, C).
     """
 
     @staticmethod
@@ -205,27 +266,14 @@ class FusedNormNeuron(torch.autograd.Function):
         shortcut: Tensor | None,
         identity: Tensor | None,
         membrane: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        shortcut_weight: Tensor | None,
-        shortcut_bias: Tensor | None,
-        norm: BatchNorm,
-        shortcut_norm: BatchNorm | None,
+        norms: Norms,
         kernels: Passes,
-        *learned: Tensor,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        affine = kernels.normalization(norm, x, weight, bias)
-        of_shortcut: Affine | None = None
-        if shortcut_norm is not None:
-            assert shortcut is not None
-            assert shortcut_weight is not None
-            assert shortcut_bias is not None
-            of_shortcut = kernels.normalization(
-                shortcut_norm, shortcut, shortcut_weight, shortcut_bias
-            )
+        affine, of_shortcut = norms.normalizations(kernels, x, shortcut, parameters)
+        learned = parameters[4:]
         ctx.save_for_backward(x, shortcut, membrane, *affine, *(of_shortcut or ()), *learned)
-        ctx.norm, ctx.shortcut_norm, ctx.kernels = norm, shortcut_norm, kernels
-        ctx.training = norm.training
+        ctx.norms, ctx.kernels, ctx.training = norms, kernels, norms.of_x.training
         ctx.has_identity = identity is not None
         ctx.set_materialize_grads(False)
         inputs = Inputs(x, shortcut, affine, of_shortcut, membrane, learned)
@@ -238,66 +286,27 @@ class FusedNormNeuron(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         x, shortcut, membrane, *saved = ctx.saved_tensors
+        norms: Norms = ctx.norms
         affine, saved = Affine(*saved[:4]), saved[4:]
         affine_of_shortcut = None
-        if ctx.shortcut_norm is not None:
+        if norms.of_shortcut is not None:
             affine_of_shortcut, saved = Affine(*saved[:4]), saved[4:]
         inputs = Inputs(x, shortcut, affine, affine_of_shortcut, membrane, tuple(saved))
         grads = _gradients_of_outputs(x, ctx.kernels.timesteps, grad_outputs)
         sums, kept = ctx.kernels.sums(inputs, *grads)
-
-        of_x, of_shortcut = averaged_sums(sums, ctx.norm, ctx.shortcut_norm, training=ctx.training)
+        averages = norms.averaged(sums, training=ctx.training)
         grad_x, grad_shortcut, grad_start = ctx.kernels.gradients(
-            inputs,
-            *grads,
-            kept,
-            of_x,
-            of_shortcut,
-            needs_x=ctx.needs_input_grad[0],
+            inputs, *grads, kept, *averages, needs_x=ctx.needs_input_grad[0]
         )
         return (
             grad_x,
             None if grad_shortcut is None else grad_shortcut.to(shortcut.dtype),
             grad_outputs[0] if ctx.has_identity else None,
             grad_start,
-            *gradients_of_norms(sums, ctx.norm, ctx.shortcut_norm),
-            *(None,) * 3,
+            *(None, None),
+            *norms.gradients(sums),
             *sums.grad_learned,
         )
-
-
-def averaged_sums(
-    sums: Sums, norm: BatchNorm, shortcut_norm: BatchNorm | None, *, training: bool
-) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
-    """The sums for x and for the shortcut, over the processes that normalise together.
-
-    None: it is not normalised, or not by statistics of its own.
-    """
-
-    def averaged(norm: BatchNorm, products: Tensor) -> tuple[Tensor, Tensor]:
-        if norm.average is None:
-            return sums.grad, products
-        first, second = norm.average_over_processes(torch.stack([sums.grad, products]))
-        return first, second
-
-    if not training:
-        return None, None
-    of_shortcut = None
-    if shortcut_norm is not None:
-        assert sums.grad_shortcut_hat is not None
-        of_shortcut = averaged(shortcut_norm, sums.grad_shortcut_hat)
-    return averaged(norm, sums.grad_xhat), of_shortcut
-
-
-def gradients_of_norms(
-    sums: Sums, norm: BatchNorm, shortcut_norm: BatchNorm | None
-) -> tuple[Tensor | None, ...]:
-    """Gradients of weight and bias of the norm of x, and of that of the shortcut, each (C,)."""
-    of_x = (_times(norm.scale, sums.grad_xhat), sums.grad)
-    if shortcut_norm is None:
-        return *of_x, None, None
-    assert sums.grad_shortcut_hat is not None
-    return *of_x, _times(shortcut_norm.scale, sums.grad_shortcut_hat), sums.grad
 
 
 class FusedNormAdd(torch.autograd.Function):
@@ -311,28 +320,14 @@ class FusedNormAdd(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         shortcut: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        shortcut_weight: Tensor | None,
-        shortcut_bias: Tensor | None,
-        norm: BatchNorm,
-        shortcut_norm: BatchNorm | None,
+        norms: Norms,
         kernels: NormPasses,
+        *parameters: Tensor,
     ) -> Tensor:
-        affine = kernels.normalization(norm, x, weight, bias)
-        of_shortcut: Affine | None = None
-        kept = None
-        if shortcut_norm is not None:
-            assert shortcut is not None
-            assert shortcut_weight is not None
-            assert shortcut_bias is not None
-            of_shortcut = kernels.normalization(
-                shortcut_norm, shortcut, shortcut_weight, shortcut_bias
-            )
-            kept = shortcut
+        affine, of_shortcut = norms.normalizations(kernels, x, shortcut, parameters)
+        kept = None if of_shortcut is None else shortcut
         ctx.save_for_backward(x, kept, *affine, *(of_shortcut or ()))
-        ctx.norm, ctx.shortcut_norm, ctx.kernels = norm, shortcut_norm, kernels
-        ctx.training = norm.training
+        ctx.norms, ctx.kernels, ctx.training = norms, kernels, norms.of_x.training
         ctx.shared = shortcut is not None and shortcut.shape[0] < x.shape[0]
         return kernels.add(x, shortcut, affine, of_shortcut)
 
@@ -340,12 +335,13 @@ class FusedNormAdd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, shortcut, *saved = ctx.saved_tensors
+        norms: Norms = ctx.norms
         kernels: NormPasses = ctx.kernels
         affine = Affine(*saved[:4])
-        affine_of_shortcut = Affine(*saved[4:]) if ctx.shortcut_norm is not None else None
+        affine_of_shortcut = Affine(*saved[4:]) if norms.of_shortcut is not None else None
         grad = grad_outputs[0].contiguous()
         sums = kernels.add_sums(x, shortcut, affine, affine_of_shortcut, grad)
-        of_x, of_shortcut = averaged_sums(sums, ctx.norm, ctx.shortcut_norm, training=ctx.training)
+        of_x, of_shortcut = norms.averaged(sums, training=ctx.training)
         grad_x = grad_shortcut = None
         if ctx.needs_input_grad[0]:
             grad_x = kernels.norm_gradient(x, grad, affine, of_x)
@@ -355,10 +351,4 @@ class FusedNormAdd(torch.autograd.Function):
                 grad_shortcut = kernels.norm_gradient(
                     shortcut, grad_shortcut, affine_of_shortcut, of_shortcut
                 )
-        of_norms = gradients_of_norms(sums, ctx.norm, ctx.shortcut_norm)
-        return grad_x, grad_shortcut, *of_norms, *(None,) * 3
-
-
-def _times(scale: float, x: Tensor) -> Tensor:
-    # Most norms have no scale of their own, and on a GPU a product is one kernel more to start.
-    return x if scale == 1 else scale * x
+        return grad_x, grad_shortcut, None, None, *norms.gradients(sums)

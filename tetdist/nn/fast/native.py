@@ -7,16 +7,16 @@ a reason to compile again.
 import ctypes
 import functools
 from ctypes import POINTER, byref, c_double, c_int, c_int64, c_void_p
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast.build import load_library
-from tetdist.nn.fast.dynamics import Dynamics, dynamics_of
+from tetdist.nn.fast.dynamics import dynamics_of
 from tetdist.nn.fast.fused import Affine, Inputs, Sums
-from tetdist.nn.fast.native_library import CHANNELS, TYPES, Library, as_wide, at, threads, wide_type
+from tetdist.nn.fast.native_library import CHANNELS, Library, as_wide, at, threads, wide_type
 from tetdist.nn.neurons import SURROGATES, NeuronConfig
 
 
@@ -74,24 +74,31 @@ class _Add(ctypes.Structure):
 _NONE = (None,) * 4  # instead of an `Affine`
 
 
-class NormKernels(Library):
-    """The functions of kernels/norm.cpp. All tensors are without gaps, (T, N, C)."""
+class NormPasses:
+    """The passes of fused.py without neurons: kernels/norm.cpp."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        signatures: dict[str, tuple[Any, ...]] = {
-            "statistics": (c_void_p, c_int64, c_int64, *[c_void_p] * 3, c_int),
-            "add": (POINTER(_Add), c_int),
-            "add_sums": (POINTER(_Add), c_int),
-            "input_gradient": (*[c_void_p] * 8, c_int64, c_int64, c_int),
-        }
-        super().__init__(library, signatures)
+    def __init__(self, timesteps: int) -> None:
+        library = norm_library()
+        assert library is not None
+        self.norms, self.timesteps = library, timesteps
+
+    def normalization(self, norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Affine:
+        mean, var = norm.running_mean, norm.running_var
+        if norm.training:
+            mean, var = norm.over_processes(*self.statistics(x))
+            # Where one x serves all timesteps, mean and variance are those of its T copies, too.
+            norm.record(mean, var, self.timesteps * x.shape[1])
+        rstd = torch.rsqrt(var + norm.eps)
+        gain = norm.scale * weight * rstd
+        return Affine(gain, bias - gain * mean, mean, rstd)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of each channel."""
         channels, rows = x.shape[-1], x.shape[0] * x.shape[1]
         mean, var = torch.empty(2, channels, dtype=wide_type(x))
-        partial = self.partial(2, rows, x)
-        function = self.function("statistics", TYPES[x.dtype])
-        function(*map(at, (x,)), rows, channels, *map(at, (mean, var, partial)), threads())
+        partial = self.norms.partial(2, rows, x)
+        sizes, results = (rows, channels), map(at, (mean, var, partial))
+        self.norms.function("statistics", x.dtype)(at(x), *sizes, *results, threads())
         return mean, var
 
     def add(
@@ -109,13 +116,10 @@ class NormKernels(Library):
         of_shortcut: Affine | None,
         grad: Tensor,
     ) -> Sums:
-        channels, wide = x.shape[-1], wide_type(x)
-        sum_grad, sum_grad_xhat = torch.empty(2, channels, dtype=wide)
-        sum_shortcut = None if of_shortcut is None else torch.empty(channels, dtype=wide)
-        partial = self.partial(3, x.shape[0] * x.shape[1], x)
-        sums = (sum_grad, sum_grad_xhat, sum_shortcut)
-        self._add("add_sums", x, shortcut, affine, of_shortcut, None, grad, *sums, partial)
-        return Sums(*sums)
+        sums = _empty_sums(x, of_shortcut)
+        partial = self.norms.partial(3, x.shape[0] * x.shape[1], x)
+        self._add("add_sums", x, shortcut, affine, of_shortcut, None, grad, *sums[:3], partial)
+        return sums
 
     def _add(
         self,
@@ -130,37 +134,51 @@ class NormKernels(Library):
         period = 1 if shortcut is None else shortcut.shape[0] * shortcut.shape[1]
         sizes = (x.shape[0] * x.shape[1], x.shape[2], period)
         job = _Add(*map(at, (x, shortcut, *norms, *results)), *sizes)
-        self.function(function, TYPES[x.dtype])(byref(job), threads())
+        self.norms.function(function, x.dtype)(byref(job), threads())
 
-    def input_gradient(
+    def norm_gradient(
         self,
         x: Tensor,
-        grad_y: Tensor,
+        grad: Tensor,
         affine: Affine,
-        sum_grad: Tensor,
-        sum_grad_xhat: Tensor,
+        sums: tuple[Tensor, Tensor] | None,
         *,
-        in_place: bool,
+        in_place: bool = False,
     ) -> Tensor:
+        if sums is None:
+            return (grad * affine.gain).to(x.dtype)
         rows, channels = x.shape[0] * x.shape[1], x.shape[2]
-        grad_x = grad_y if in_place else torch.empty_like(grad_y)
+        grad_x = grad if in_place else torch.empty_like(grad)
         gain, _, mean, rstd = affine
-        wide = [as_wide(t, x) for t in (gain, mean, rstd, sum_grad, sum_grad_xhat)]
-        function = self.function("input_gradient", TYPES[x.dtype])
-        function(*map(at, (x, grad_y, *wide, grad_x)), rows, channels, threads())
+        wide = [as_wide(t, x) for t in (gain, mean, rstd, *sums)]
+        function = self.norms.function("input_gradient", x.dtype)
+        function(*map(at, (x, grad, *wide, grad_x)), rows, channels, threads())
         return grad_x
 
 
-class Kernels(Library):
-    """The functions of the library of one neuron. All tensors are without gaps."""
+def _empty_sums(x: Tensor, of_shortcut: Affine | None) -> Sums:
+    grad, grad_xhat, of_others = torch.empty(3, x.shape[-1], dtype=wide_type(x))
+    return Sums(grad, grad_xhat, None if of_shortcut is None else of_others)
 
-    def __init__(self, library: ctypes.CDLL, norms: NormKernels, dynamics: Dynamics) -> None:
-        signatures: dict[str, tuple[Any, ...]] = {
-            "forward": (POINTER(_Forward), c_int),
-            "backward": (POINTER(_Backward), c_int),
-        }
-        super().__init__(library, signatures)
-        self.norms, self.dynamics = norms, dynamics
+
+class _Gradients(NamedTuple):
+    """Gradients of the current, (T, N, C), or None where nobody needs it at each timestep; of x as
+    it was normalised, which is its sum over time where all timesteps share x; of the start."""
+
+    total: Tensor | None
+    of_normalized: Tensor
+    start: Tensor | None
+
+
+class Passes(NormPasses):
+    """The passes of fused.py, for a neuron, T, and what the spikes come with: neuron.cpp."""
+
+    def __init__(self, config: NeuronConfig, timesteps: int, *, carries: bool, packs: bool) -> None:
+        super().__init__(timesteps)
+        library = neuron_library(config)
+        assert library is not None
+        self.library, self.dynamics = library, dynamics_of(config)
+        self.carries, self.packs = carries, packs
 
     def _neuron(self, learned: Tensor | None) -> _Neuron:
         """The numbers of the neuron; it refers to those that are learnt, flat in float64."""
@@ -174,43 +192,37 @@ class Kernels(Library):
         return _Neuron(*numbers, at(learned) if of.parallel else None)
 
     def spikes(
-        self,
-        inputs: Inputs,
-        identity: Tensor | None,
-        *,
-        timesteps: int,
-        packs: bool,
-        carries: bool,
+        self, inputs: Inputs, identity: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, shortcut, affine, of_shortcut, start, _ = inputs
-        shape = (timesteps, *x.shape[1:])
+        x, shortcut, affine, of_shortcut, start, learned = inputs
+        shape = (self.timesteps, *x.shape[1:])
         norms = [as_wide(t, x) for one in (affine, of_shortcut) for t in (one or _NONE)[:2]]
         start = as_wide(start, x)
         spikes = torch.empty(shape, dtype=x.dtype)
-        packed = torch.empty(shape, dtype=torch.uint8) if packs else None
-        end = torch.empty(shape[1:], dtype=wide_type(x)) if carries else None
+        packed = torch.empty(shape, dtype=torch.uint8) if self.packs else None
+        end = torch.empty(shape[1:], dtype=wide_type(x)) if self.carries else None
         pointers = map(at, (x, shortcut, *norms, start, identity, spikes, packed, end))
-        flat = _flat(inputs.learned)
+        flat = _flat(learned)
         job = _Forward(*pointers, *shape, x.shape[0] == 1, self._neuron(flat))
-        self.function("forward", TYPES[x.dtype])(byref(job), threads())
+        self.library.function("forward", x.dtype)(byref(job), threads())
         return spikes, packed, end
 
-    def current_gradient(
+    def sums(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
-    ) -> tuple[Sums, "_Gradients"]:
+    ) -> tuple[Sums, _Gradients]:
+        # On a CPU the gradient of the current is worth writing down: to compute it again would take
+        # longer than to read it.
         x, shortcut, affine, of_shortcut, start, learned = inputs
         timesteps, rows, channels = grad_spikes.shape
         shared = x.shape[0] == 1
-        wide = wide_type(x)
         norms = [as_wide(t, x) for one in (affine, of_shortcut) for t in one or _NONE]
         start, grad_end = as_wide(start, x), as_wide(grad_end, x)
         # Where all timesteps share x, theirs is the sum; each one's own is the shortcut's alone.
         total = torch.empty_like(grad_spikes) if shortcut is not None or not shared else None
         own = torch.empty_like(x) if shared else None
-        sum_grad, sum_grad_xhat = torch.empty(2, channels, dtype=wide)
-        sum_shortcut = None if of_shortcut is None else torch.empty(channels, dtype=wide)
+        sums = _empty_sums(x, of_shortcut)
         grad_start = None if start is None else torch.empty_like(start)
-        partial = None if affine is None else self.partial(3, rows, x)
+        partial = None if affine is None else self.library.partial(3, rows, x)
         flat, grad_flat, partial_learned = _flat(learned), None, None
         if flat is not None:
             grad_flat = torch.empty_like(flat)
@@ -218,118 +230,23 @@ class Kernels(Library):
             if affine is not None:
                 parts = self.library.num_blocks(rows, channels)
             partial_learned = torch.empty(parts, len(flat), dtype=torch.float64)
-        pointers = map(
-            at,
-            (
-                x,
-                shortcut,
-                *norms,
-                start,
-                grad_spikes,
-                grad_end,
-                total,
-                own,
-                sum_grad,
-                sum_grad_xhat,
-                sum_shortcut,
-                grad_start,
-                partial,
-                grad_flat,
-                partial_learned,
-            ),
-        )
-        neuron = self._neuron(flat)
-        job = _Backward(*pointers, timesteps, rows, channels, shared, neuron)
-        self.function("backward", TYPES[x.dtype])(byref(job), threads())
+        given = (x, shortcut, *norms, start, grad_spikes, grad_end)
+        results = (total, own, *sums[:3], grad_start, partial, grad_flat, partial_learned)
+        sizes = (timesteps, rows, channels, shared)
+        job = _Backward(*map(at, (*given, *results)), *sizes, self._neuron(flat))
+        self.library.function("backward", x.dtype)(byref(job), threads())
         grad_y = own if own is not None else total
         assert grad_y is not None
-        grad_learned: list[Tensor] = []
         if grad_flat is not None:
-            parts_of_it = grad_flat.to(wide).split([one.numel() for one in learned])
-            grad_learned = [a.view_as(b) for a, b in zip(parts_of_it, learned, strict=True)]
-        sums = Sums(sum_grad, sum_grad_xhat, sum_shortcut, tuple(grad_learned))
+            parts_of_it = grad_flat.to(wide_type(x)).split([one.numel() for one in learned])
+            grad_learned = (a.view_as(b) for a, b in zip(parts_of_it, learned, strict=True))
+            sums = sums._replace(grad_learned=tuple(grad_learned))
         return sums, _Gradients(total, grad_y, grad_start)
-
-
-class _Gradients(NamedTuple):
-    """Gradients of the current, (T, N, C), or None where nobody needs it at each timestep; of x as
-    it was normalised, which is its sum over time where all timesteps share x; of the start."""
-
-    total: Tensor | None
-    of_normalized: Tensor
-    start: Tensor | None
-
-
-class NormPasses:
-    """The passes of fused.py without neurons."""
-
-    def __init__(self, norms: NormKernels, timesteps: int) -> None:
-        self.norms, self.timesteps = norms, timesteps
-
-    def normalization(self, norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Affine:
-        mean, var = norm.running_mean, norm.running_var
-        if norm.training:
-            mean, var = norm.over_processes(*self.norms.statistics(x))
-            # Where one x serves all timesteps, mean and variance are those of its T copies, too.
-            norm.record(mean, var, self.timesteps * x.shape[1])
-        rstd = torch.rsqrt(var + norm.eps)
-        gain = norm.scale * weight * rstd
-        return Affine(gain, bias - gain * mean, mean, rstd)
-
-    def add(
-        self, x: Tensor, shortcut: Tensor | None, affine: Affine, of_shortcut: Affine | None
-    ) -> Tensor:
-        return self.norms.add(x, shortcut, affine, of_shortcut)
-
-    def add_sums(
-        self,
-        x: Tensor,
-        shortcut: Tensor | None,
-        affine: Affine,
-        of_shortcut: Affine | None,
-        grad: Tensor,
-    ) -> Sums:
-        return self.norms.add_sums(x, shortcut, affine, of_shortcut, grad)
-
-    def norm_gradient(
-        self,
-        x: Tensor,
-        grad: Tensor,
-        affine: Affine,
-        sums: tuple[Tensor, Tensor] | None,
-        *,
-        in_place: bool = False,
-    ) -> Tensor:
-        if sums is None:
-            return (grad * affine.gain).to(x.dtype)
-        return self.norms.input_gradient(x, grad, affine, *sums, in_place=in_place)
-
-
-class Passes(NormPasses):
-    """The passes of fused.py, for a neuron, T, and what the spikes come with."""
-
-    def __init__(self, kernels: Kernels, timesteps: int, *, carries: bool, packs: bool) -> None:
-        super().__init__(kernels.norms, timesteps)
-        self.kernels, self.carries, self.packs = kernels, carries, packs
-
-    def spikes(
-        self, inputs: Inputs, identity: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return self.kernels.spikes(
-            inputs, identity, timesteps=self.timesteps, packs=self.packs, carries=self.carries
-        )
-
-    def sums(
-        self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
-    ) -> tuple[Sums, _Gradients]:
-        # On a CPU the gradient of the current is worth writing down: to compute it again would take
-        # longer than to read it.
-        return self.kernels.current_gradient(inputs, grad_spikes, grad_end)
 
     def current_gradient(
         self, inputs: Inputs, grad_spikes: Tensor, grad_end: Tensor | None
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        sums, gradients = self.kernels.current_gradient(inputs, grad_spikes, grad_end)
+        sums, gradients = self.sums(inputs, grad_spikes, grad_end)
         return gradients.of_normalized, gradients.start, sums.grad_learned
 
     def gradients(
@@ -373,9 +290,9 @@ def _flat(learned: tuple[Tensor, ...]) -> Tensor | None:
 
 
 @functools.cache
-def kernels(config: NeuronConfig) -> Kernels | None:
+def neuron_library(config: NeuronConfig) -> Library | None:
     """Return the neuron's compiled kernels, building them on first use; None without a compiler."""
-    of, norms = dynamics_of(config), norm_kernels()
+    of = dynamics_of(config)
     library = load_library(
         "neuron",
         f"-DSURROGATE={list(SURROGATES).index(of.surrogate)}",
@@ -387,11 +304,26 @@ def kernels(config: NeuronConfig) -> Kernels | None:
         f"-DSCALES_INPUT={int(of.scales_input)}",
         f"-DPARALLEL={int(of.parallel)}",
     )
-    return None if library is None or norms is None else Kernels(library, norms, of)
+    if library is None:
+        return None
+    return Library(
+        library,
+        {"forward": (POINTER(_Forward), c_int), "backward": (POINTER(_Backward), c_int)},
+    )
 
 
 @functools.cache
-def norm_kernels() -> NormKernels | None:
-    """Normalisation, compiled if it never was on this machine; None without a compiler."""
+def norm_library() -> Library | None:
+    """Return the compiled kernels of norms, built on first use; None without a compiler."""
     library = load_library("norm")
-    return None if library is None else NormKernels(library)
+    if library is None:
+        return None
+    return Library(
+        library,
+        {
+            "statistics": (c_void_p, c_int64, c_int64, *[c_void_p] * 3, c_int),
+            "add": (POINTER(_Add), c_int),
+            "add_sums": (POINTER(_Add), c_int),
+            "input_gradient": (*[c_void_p] * 8, c_int64, c_int64, c_int),
+        },
+    )

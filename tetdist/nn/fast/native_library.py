@@ -24,18 +24,21 @@ class Library:
 
     def __init__(self, library: ctypes.CDLL, signatures: dict[str, tuple[Any, ...]]) -> None:
         self.library = library
-        library.num_blocks.restype = c_int64
-        library.num_blocks.argtypes = (c_int64, c_int64)
-        for (name, signature), dtype in itertools.product(signatures.items(), TYPES.values()):
+        for (name, signature), dtype in itertools.product(signatures.items(), TYPES):
             self.function(name, dtype).argtypes = signature
 
-    def function(self, name: str, type_name: str) -> Any:
-        return getattr(self.library, f"{name}_{type_name}")
+    def function(self, name: str, dtype: torch.dtype) -> Any:
+        return getattr(self.library, f"{name}_{TYPES[dtype]}")
+
+    def num_blocks(self, rows: int, channels: int) -> int:
+        count = self.library.num_blocks
+        count.restype, count.argtypes = c_int64, (c_int64, c_int64)
+        return int(count(rows, channels))
 
     def partial(self, sums: int, rows: int, like: Tensor) -> Tensor:
         """Room for so many sums a channel of every block of rows."""
         channels = like.shape[-1]
-        blocks = self.library.num_blocks(rows, channels)
+        blocks = self.num_blocks(rows, channels)
         return torch.empty(sums * blocks * channels, dtype=wide_type(like))
 
 

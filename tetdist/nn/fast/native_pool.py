@@ -8,89 +8,44 @@ import torch
 from torch import Tensor
 
 from tetdist.nn.fast.build import load_library
-from tetdist.nn.fast.fused import Affine
-from tetdist.nn.fast.native_library import TYPES, as_wide, at, serves, threads
-from tetdist.nn.window import Window
+from tetdist.nn.fast.native_library import Library, at, serves, threads
+from tetdist.nn.fast.pooling import Pooling, Sizes
 
 
 class _Sizes(ctypes.Structure):
     """Sizes of kernels/pool.cpp."""
 
-    _fields_ = tuple(
-        (name, c_int64)
-        for name in (
-            *("images", "height", "width", "channels", "out_height", "out_width"),
-            *("kernel", "stride", "padding"),
-        )
-    )
+    _fields_ = tuple((name, c_int64) for name in Sizes._fields)
 
 
-class Pool:
-    """Max-pooling of images (N, C, H, W): of those whose values are in bytes, too, and of currents
-    that are normalised."""
+class Pool(Pooling):
+    """Max-pooling in C++."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: Library) -> None:
         self.library = library
-        for name in TYPES.values():
-            function = getattr(library, f"forward_{name}")
-            function.argtypes = (*[c_void_p] * 4, POINTER(_Sizes), c_double, c_int)
-            function = getattr(library, f"forward_normalized_{name}")
-            function.argtypes = (*[c_void_p] * 5, POINTER(_Sizes), c_int)
-            function = getattr(library, f"backward_{name}")
-            function.argtypes = (*[c_void_p] * 3, POINTER(_Sizes), c_int)
 
-    def forward(
-        self, packed: Tensor, levels: int, dtype: torch.dtype, pool: torch.nn.MaxPool2d
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest of each window, of ``dtype`` and in bytes, and where it was."""
-        sizes = _pool_sizes(packed.shape, pool)
-        images, channels = packed.shape[:2]
-        shape = (images, sizes.out_height, sizes.out_width, channels)
-        out = torch.empty(shape, dtype=dtype)
-        most, where = torch.empty(2, *shape, dtype=torch.uint8)
-        rows = packed.permute(0, 2, 3, 1).contiguous()
-        function = getattr(self.library, f"forward_{TYPES[dtype]}")
-        function(*map(at, (rows, out, most, where)), byref(sizes), levels, threads())
-        return out.permute(0, 3, 1, 2), most.permute(0, 3, 1, 2), where
-
-    def forward_normalized(
-        self, x: Tensor, affine: Affine, pool: torch.nn.MaxPool2d
-    ) -> tuple[Tensor, Tensor]:
-        """The largest of each window of a current (N, C, H, W), normalised, and where it was."""
-        sizes = _pool_sizes(x.shape, pool)
-        images, channels = x.shape[:2]
-        out = torch.empty(images, sizes.out_height, sizes.out_width, channels, dtype=x.dtype)
-        where = torch.empty(out.shape, dtype=torch.uint8)
-        rows = x.permute(0, 2, 3, 1).contiguous()
-        gain, offset = as_wide(affine.gain, x), as_wide(affine.offset, x)
-        function = getattr(self.library, f"forward_normalized_{TYPES[x.dtype]}")
-        function(*map(at, (rows, gain, offset, out, where)), byref(sizes), threads())
-        return out.permute(0, 3, 1, 2), where
-
-    def backward(
-        self, grad: Tensor, where: Tensor, shape: torch.Size, pool: torch.nn.MaxPool2d
-    ) -> Tensor:
-        """The gradient of the images, whose shape is given."""
-        images, channels, height, width = shape
-        sizes = _pool_sizes(shape, pool)
-        rows = grad.permute(0, 2, 3, 1).contiguous()
-        grad_in = torch.empty(images, height, width, channels, dtype=grad.dtype)
-        function = getattr(self.library, f"backward_{TYPES[grad.dtype]}")
-        function(*map(at, (rows, where, grad_in)), byref(sizes), threads())
-        return grad_in.permute(0, 3, 1, 2)
-
-
-def _pool_sizes(shape: torch.Size, pool: torch.nn.MaxPool2d) -> _Sizes:
-    window = Window.of(pool)
-    images, channels, *sides = shape
-    return _Sizes(images, *sides, channels, *map(window.outputs, sides), *window)
+    def start(
+        self, name: str, tensors: tuple[Tensor, ...], sizes: Sizes, levels: int | None
+    ) -> None:
+        dtype = next(one.dtype for one in tensors if one.is_floating_point())
+        numbers = () if levels is None else (levels,)
+        function = self.library.function(name, dtype)
+        function(*map(at, tensors), byref(_Sizes(*sizes)), *numbers, threads())
 
 
 @functools.cache
 def pool() -> Pool | None:
     """Pooling, compiled if it never was on this machine; None without a compiler."""
     library = load_library("pool")
-    return None if library is None else Pool(library)
+    if library is None:
+        return None
+    sizes = POINTER(_Sizes)
+    signatures = {
+        "forward": (*[c_void_p] * 4, sizes, c_double, c_int),
+        "forward_normalized": (*[c_void_p] * 5, sizes, c_int),
+        "backward": (*[c_void_p] * 3, sizes, c_int),
+    }
+    return Pool(Library(library, signatures))
 
 
 def total(x: Tensor) -> Tensor:

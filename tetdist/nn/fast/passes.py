@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tetdist.nn.fast import build, native, native_library
+from tetdist.nn.fast import build, native, native_library, native_pool
 from tetdist.nn.fast.fused import NormPasses, Passes
+from tetdist.nn.fast.pooling import Pooling
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.parallel_neurons import ParallelNeuron
 
@@ -44,41 +45,49 @@ def passes_for(
         carries: Whether membranes are carried on.
         packs: Whether spikes are packed, too.
     """
-    if not config.has_passes:
+    parallel = isinstance(config, ParallelNeuron)
+    # What sums over time carry on is no membrane.
+    if not config.has_passes or (carries and parallel):
         return None
-    if carries and isinstance(config, ParallelNeuron):
-        return None  # What it carries on is no membrane.
-    if native_library.serves(*tensors):
-        return _native_passes(config, timesteps, carries, packs)
+    kernels = _kernels_for(*tensors)
     # For sums over time there are no kernels in Triton yet.
-    if isinstance(config, ParallelNeuron):
+    if kernels is None or (parallel and kernels is not native):
         return None
-    if (kernels := triton_for(*tensors)) is not None:
-        return _triton_passes(kernels, config, timesteps, carries, packs)
-    return None
+    if kernels is native and native.neuron_library(config) is None:
+        _say_that_there_is_no_library()
+        return None
+    return _passes(kernels, config, timesteps, carries, packs)
+
+
+@functools.cache
+def _passes(
+    kernels: Any, config: NeuronConfig, timesteps: int, carries: bool, packs: bool
+) -> Passes:
+    return kernels.Passes(config, timesteps, carries=carries, packs=packs)
 
 
 def norm_passes_for(tensors: tuple[Tensor | None, ...], timesteps: int) -> NormPasses | None:
     """The passes of normalisation alone; otherwise like `passes_for`."""
-    if native_library.serves(*tensors):
-        kernels = native.norm_kernels()
-        if kernels is None:
-            _say_that_there_is_no_library()
-            return None
-        return native.NormPasses(kernels, timesteps)
-    gpu = triton_for(*tensors)
-    return None if gpu is None else gpu.NormPasses(timesteps)
+    kernels = _kernels_for(*tensors)
+    return None if kernels is None else kernels.NormPasses(timesteps)
 
 
-@functools.cache
-def _native_passes(
-    config: NeuronConfig, timesteps: int, carries: bool, packs: bool
-) -> Passes | None:
-    kernels = native.kernels(config)
-    if kernels is None:
+def pooling_for(x: Tensor) -> Pooling | None:
+    """Return the kernels that pool tensors like ``x``; None: torch pools."""
+    if native_library.serves(x):
+        return native_pool.pool()
+    gpu = triton_for(x)
+    return None if gpu is None else gpu.Pool()
+
+
+def _kernels_for(*tensors: Tensor | None) -> Any:
+    """The module, native or triton_passes, whose passes serve these tensors; None: neither."""
+    if not native_library.serves(*tensors):
+        return triton_for(*tensors)
+    if native.norm_library() is None:
         _say_that_there_is_no_library()
         return None
-    return native.Passes(kernels, timesteps, carries=carries, packs=packs)
+    return native
 
 
 @functools.cache
@@ -89,13 +98,6 @@ def _say_that_there_is_no_library() -> None:
         "install g++) mends it.",
         build.failures.get("neuron") or build.failures.get("norm", "for a reason unknown"),
     )
-
-
-@functools.cache
-def _triton_passes(
-    kernels: Any, config: NeuronConfig, timesteps: int, carries: bool, packs: bool
-) -> Passes:
-    return kernels.Passes(config, timesteps, carries=carries, packs=packs)
 
 
 def triton_for(*tensors: Tensor | None) -> Any:

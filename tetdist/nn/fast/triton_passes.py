@@ -21,8 +21,8 @@ from tetdist.nn.fast.dynamics import dynamics_of
 from tetdist.nn.fast.fused import Affine, Inputs, Sums
 from tetdist.nn.fast.kernels import neuron, packing
 from tetdist.nn.fast.kernels import pool as pooling
+from tetdist.nn.fast.pooling import Pooling, Sizes
 from tetdist.nn.neurons import NeuronConfig
-from tetdist.nn.window import Window
 
 Argument = Tensor | int | None
 # Before, kernels knew no tuples.
@@ -392,74 +392,23 @@ def _grad_learned(learned: tuple[Tensor, ...], partial: Tensor | None) -> tuple[
 # --- pooling ------------------------------------------------------------------------------------
 
 
-class Pool:
-    """Max-pooling of images (N, C, H, W): of those whose values are in bytes, too, and of currents
-    that are normalised."""
+class Pool(Pooling):
+    """Max-pooling in Triton."""
 
-    def forward(
-        self, packed: Tensor, levels: int, dtype: torch.dtype, pool: torch.nn.MaxPool2d
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest of each window, of ``dtype`` and in bytes, and where it was."""
-        images, channels, height, width = packed.shape
-        window = Window.of(pool)
-        out_height, out_width = window.outputs(height), window.outputs(width)
-        shape = (images, out_height, out_width, channels)
-        out = torch.empty(shape, dtype=dtype, device=packed.device)
-        most = torch.empty(shape, dtype=torch.uint8, device=packed.device)
-        where = torch.empty_like(most)
-        rows = packed.permute(0, 2, 3, 1).contiguous()
-        pixels = images * out_height * out_width
-        grid, groups, sizes = _pixels(pixels, rows)
-        arguments: list[Argument] = [rows, out, most, where, pixels, groups]
-        arguments += [height, width, out_height, out_width]
-        known = _known(window) | sizes | {"LEVELS": levels}
-        launch(pooling.forward, grid, arguments, known)
-        return out.permute(0, 3, 1, 2), most.permute(0, 3, 1, 2), where
-
-    def forward_normalized(
-        self, x: Tensor, affine: Affine, pool: torch.nn.MaxPool2d
-    ) -> tuple[Tensor, Tensor]:
-        """The largest of each window of a current (N, C, H, W), normalised, and where it was."""
-        images, channels, height, width = x.shape
-        window = Window.of(pool)
-        out_height, out_width = window.outputs(height), window.outputs(width)
-        out = torch.empty(images, out_height, out_width, channels, dtype=x.dtype, device=x.device)
-        where = torch.empty_like(out, dtype=torch.uint8)
-        rows = x.permute(0, 2, 3, 1).contiguous()
-        pixels = images * out_height * out_width
-        grid, groups, sizes = _pixels(pixels, rows)
-        arguments: list[Argument] = [rows, affine.gain, affine.offset, out, where, pixels, groups]
-        arguments += [height, width, out_height, out_width]
-        launch(pooling.forward_normalized, grid, arguments, _known(window) | sizes)
-        return out.permute(0, 3, 1, 2), where
-
-    def backward(
-        self, grad: Tensor, where: Tensor, shape: torch.Size, pool: torch.nn.MaxPool2d
-    ) -> Tensor:
-        """The gradient of the images, whose shape is given."""
-        images, channels, height, width = shape
-        rows = grad.permute(0, 2, 3, 1).contiguous()
-        grad_in = torch.empty(images, height, width, channels, dtype=grad.dtype, device=grad.device)
-        pixels = images * height * width
-        grid, groups, sizes = _pixels(pixels, rows)
-        arguments: list[Argument] = [rows, where, grad_in, pixels, groups]
-        arguments += [height, width, *where.shape[1:3]]
-        launch(pooling.backward, grid, arguments, _known(Window.of(pool)) | sizes)
-        return grad_in.permute(0, 3, 1, 2)
-
-
-def _known(window: Window) -> dict[str, int]:
-    return {name.upper(): number for name, number in window._asdict().items()}
-
-
-def _pixels(pixels: int, rows: Tensor) -> tuple[tuple[int, int], int, dict[str, int]]:
-    """Programs, groups of channels, and what is to be known of them."""
-    assert max(pixels, rows[..., 0].numel()) < 2**31
-    channels = rows.shape[-1]
-    columns = min(64, triton.next_power_of_2(channels))
-    sizes = {"VEC": math.gcd(channels, 16), "BN": 8 * THREADS // columns, "BC": columns}
-    grid = (triton.cdiv(pixels, sizes["BN"]), triton.cdiv(channels, columns))
-    return grid, channels // sizes["VEC"], sizes
+    def start(
+        self, name: str, tensors: tuple[Tensor, ...], sizes: Sizes, levels: int | None
+    ) -> None:
+        rows, results = tensors[0], tensors[-1]
+        pixels = math.prod(results.shape[:3])
+        assert max(pixels, math.prod(rows.shape[:3])) < 2**31
+        columns = min(64, triton.next_power_of_2(sizes.channels))
+        known = {"VEC": math.gcd(sizes.channels, 16), "BN": 8 * THREADS // columns, "BC": columns}
+        grid = (triton.cdiv(pixels, known["BN"]), triton.cdiv(sizes.channels, columns))
+        arguments: list[Argument] = [*tensors, pixels, sizes.channels // known["VEC"]]
+        arguments += [sizes.height, sizes.width, sizes.out_height, sizes.out_width]
+        known |= {"KERNEL": sizes.kernel, "STRIDE": sizes.stride, "PADDING": sizes.padding}
+        known |= {} if levels is None else {"LEVELS": levels}
+        launch(getattr(pooling, name), grid, arguments, known)
 
 
 # --- spikes in bytes ----------------------------------------------------------------------------

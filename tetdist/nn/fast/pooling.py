@@ -1,0 +1,95 @@
+"""Max-pooling whose kernels, in C++ and in Triton, remember in a byte where a maximum was."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tetdist.nn.fast.fused import Affine
+
+
+class Sizes(NamedTuple):
+    """Sizes of images, of what is pooled of them, and of the windows, in the order of pool.cpp."""
+
+    images: int
+    height: int
+    width: int
+    channels: int
+    out_height: int
+    out_width: int
+    kernel: int
+    stride: int
+    padding: int
+
+    @classmethod
+    def of(cls, shape: torch.Size, pool: nn.MaxPool2d) -> "Sizes":
+        """The sizes for images (N, C, H, W) and square windows, without dilation and all whole."""
+        kernel, stride, padding = pool.kernel_size, pool.stride, pool.padding
+        assert isinstance(kernel, int)
+        assert isinstance(stride, int)
+        assert isinstance(padding, int)
+        assert kernel <= 16, "positions in a window are bytes"
+        assert pool.dilation == 1
+        assert not pool.ceil_mode
+        images, channels, height, width = shape
+        sides = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
+        return cls(images, height, width, channels, *sides, kernel, stride, padding)
+
+
+class Pooling:
+    """Max-pooling of images (N, C, H, W): of those whose values are in bytes, too, and of currents
+    that are normalised. A subclass starts the kernels."""
+
+    def start(
+        self, name: str, tensors: tuple[Tensor, ...], sizes: Sizes, levels: int | None
+    ) -> None:
+        """Start a kernel.
+
+        Args:
+            name: Its function.
+            tensors: What it reads, then what it writes: vectors (C,) and images (N, H, W, C),
+                without gaps.
+            sizes: Those of the pooling.
+            levels: Bytes are multiples of ``1 / levels``; None: it reads none.
+        """
+        raise NotImplementedError  # C++ and Triton have their own.
+
+    def forward(
+        self, packed: Tensor, levels: int, dtype: torch.dtype, pool: nn.MaxPool2d
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest of each window, of ``dtype`` and in bytes, and where it was."""
+        sizes = Sizes.of(packed.shape, pool)
+        out, where = _results(packed, sizes, dtype)
+        most = torch.empty_like(where)
+        self.start("forward", (_rows(packed), out, most, where), sizes, levels)
+        return out.permute(0, 3, 1, 2), most.permute(0, 3, 1, 2), where
+
+    def forward_normalized(
+        self, x: Tensor, affine: Affine, pool: nn.MaxPool2d
+    ) -> tuple[Tensor, Tensor]:
+        """The largest of each window of a current, normalised, and where it was."""
+        sizes = Sizes.of(x.shape, pool)
+        out, where = _results(x, sizes, x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        gain, offset = (one.to(wide).contiguous() for one in affine[:2])
+        self.start("forward_normalized", (_rows(x), gain, offset, out, where), sizes, None)
+        return out.permute(0, 3, 1, 2), where
+
+    def backward(
+        self, grad: Tensor, where: Tensor, shape: torch.Size, pool: nn.MaxPool2d
+    ) -> Tensor:
+        """The gradient of the images, whose shape is given."""
+        sizes = Sizes.of(shape, pool)
+        grad_in = grad.new_empty(sizes.images, sizes.height, sizes.width, sizes.channels)
+        self.start("backward", (_rows(grad), where, grad_in), sizes, None)
+        return grad_in.permute(0, 3, 1, 2)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _results(like: Tensor, sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for what is pooled, of ``dtype``, and for where it was."""
+    shape = (sizes.images, sizes.out_height, sizes.out_width, sizes.channels)
+    return like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=torch.uint8)
