@@ -1,13 +1,10 @@
 """tools/compare_runs.py says where two runs part, by how much, and finds no difference in none."""
 
-import importlib
 import json
 import math
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,29 +12,21 @@ import tiny
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import Farm
 
+from tetdist.apps.cli import compare_runs
 from tetdist.apps.reports import compare
-
-COMPARE = tiny.PROJECT / "tools" / "compare_runs.py"
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    return importlib.import_module("tetdist.apps.cli.compare_runs")
-
 
 Tool = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run_tool(tool: ModuleType, capfd: pytest.CaptureFixture[str]) -> Tool:
+def run_tool(capfd: pytest.CaptureFixture[str]) -> Tool:
     """Runs the tool in this process: status, standard output, standard error."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
         try:
-            status = tool.main([*map(str, arguments)])
+            status = compare_runs.main([*map(str, arguments)])
         except SystemExit as ended:  # argparse
             status = int(ended.code or 0)
         return status, *capfd.readouterr()
@@ -165,10 +154,8 @@ def test_the_tolerance_decides_what_is_different(run_tool: Tool, tmp_path: Path)
     # What is within the tolerance is shown nevertheless.
     assert row(printed, "train/loss")[1:5] == ["0.001", "3", "-", "0"]
     assert "The runs are the same within 0.0011." in printed
-    assert (
-        run_tool(a, make_run(tmp_path / "c", {("val", 5): {"top1": None}}), "--tolerance", 9)[0]
-        == 1
-    )
+    c = make_run(tmp_path / "c", {("val", 5): {"top1": None}})
+    assert run_tool(a, c, "--tolerance", 9)[0] == 1
 
 
 def test_what_is_not_finite(run_tool: Tool, tmp_path: Path) -> None:
@@ -248,10 +235,17 @@ def test_mistakes_end_in_one_sentence(run_tool: Tool, tmp_path: Path) -> None:
     assert f"error: {empty} is no run folder: there is no metrics.jsonl in it" in mistaken(a, empty)
     assert f"there is no {tmp_path}/none; give a run folder" in mistaken(tmp_path / "none", a)
     assert "result.json cannot be written" in mistaken(a, b, "--json", empty / "none/result.json")
+    file = b / "metrics.jsonl"
+    file.write_text("{\n" + json.dumps(train_line(1)) + "\n")
+    assert f"{file}: line 1 is damaged" in mistaken(a, b)
+    for kinds_and_steps in (("train", 5), ("train", 3)), (("val", 5), ("train", 5), ("val", 5)):
+        write_lines(file, [{"kind": kind, "step": step} for kind, step in kinds_and_steps])
+        kind, step = kinds_and_steps[-1]
+        said = f"{file}: step {step} of {kind} comes after step 5, and steps must ascend to be"
+        assert said in mistaken(a, b)
+        assert said in mistaken(file, a)
     (b / "config.yaml").write_text("a: [")
     assert f"{b}/config.yaml is damaged" in mistaken(a, b)
-    (b / "metrics.jsonl").write_text("{\n" + json.dumps(train_line(1)) + "\n")
-    assert f"{b}/metrics.jsonl: line 1 is damaged" in mistaken(a, b)
     for text in ("-1", "nan", "inf", "much"):
         status, _, said = run_tool(a, a, f"--tolerance={text}")
         assert status == 2
@@ -366,32 +360,6 @@ def test_samples_of_one_run_only_and_damaged(run_tool: Tool, sampled: tuple[Path
         assert f"{b}/samples-0.jsonl: line 1 is damaged" in said
 
 
-# --- whole runs -----------------------------------------------------------------------------------
-
-
-@pytest.mark.long
-def test_runs_of_the_trainer(
-    run_tool: Tool, farm: Farm, tiny_config: Callable[..., Path], tmp_path: Path
-) -> None:
-    runs = tmp_path / "runs"
-    assert farm(tiny_config({"name": "straight"})).status == 0
-    assert farm(tiny_config({"name": "killed"}), stop=("step", 7, signal.SIGKILL)).status < 0
-    assert farm(tiny_config({"name": "killed"})).status == 0
-    assert farm(tiny_config({"name": "faster", "phases.0.optimizer.lr": 0.06})).status == 0
-
-    status, printed, said = run_tool(runs / "straight", runs / "killed")
-    assert status == 0, printed + said
-    # As a program.
-    status, text = tiny.execute(tiny.python(COMPARE, "runs/straight", "runs/faster"), tmp_path)
-    assert status == 1, text
-    assert row(text, "phases.0.optimizer.lr") == ["phases.0.optimizer.lr", "0.05", "0.06"]
-    # The first update is made with another rate; its loss is still the same.
-    assert "they part at step 1." in text
-    first, over_all = text.split("Over all")
-    assert row(first, "train/lr") == ["train/lr", "0.05", "0.06", "0.17"]
-    assert row(over_all, "train/loss")[3] == "2"
-
-
 # --- several --------------------------------------------------------------------------------------
 
 
@@ -439,43 +407,11 @@ def test_several_runs_in_one_table(run_tool: Tool, series: list[Path], tmp_path:
     assert status == 0
     each, groups = printed.split("group", 1)
     assert row(each, "run")[-1] == "loss.kind"
-    assert row(each, "tet_1") == [
-        "tet_1",
-        "2",
-        "74.00",
-        "74.00",
-        "2",
-        "1.0000",
-        "0.5000",
-        "200",
-        "tet",
-    ]
-    assert row(each, "sdt_0") == [
-        "sdt_0",
-        "2",
-        "60.00",
-        "65.00",
-        "1",
-        "1.0000",
-        "0.5000",
-        "200",
-        "sdt",
-    ]
+    assert " ".join(row(each, "tet_1")) == "tet_1 2 74.00 74.00 2 1.0000 0.5000 200 tet"
+    assert " ".join(row(each, "sdt_0")) == "sdt_0 2 60.00 65.00 1 1.0000 0.5000 200 sdt"
     # (70 + 74) / 2, and the standard deviation of a sample: 2.83
-    expected = [
-        "loss.kind=tet",
-        "2",
-        "72.00",
-        "+-",
-        "2.83",
-        "72.00",
-        "+-",
-        "2.83",
-        "1.0000",
-        "+-",
-        "0.0000",
-    ]
-    assert row(groups, "loss.kind=tet") == expected
+    expected = "loss.kind=tet 2 72.00 +- 2.83 72.00 +- 2.83 1.0000 +- 0.0000"
+    assert " ".join(row(groups, "loss.kind=tet")) == expected
     assert " ".join(row(groups, "sdt_0")) == "sdt_0 1 60.00 65.00 1.0000"
     result = json.loads((tmp_path / "all.json").read_text())
     assert [run["best_epoch"] for run in result["runs"]] == [2.0, 2.0, 1.0]

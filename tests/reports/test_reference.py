@@ -1,6 +1,5 @@
 """A run beside a published training: equal epochs, equal images, and a sentence that says which."""
 
-import importlib
 import json
 import math
 from collections.abc import Sequence
@@ -11,8 +10,8 @@ import tiny
 import yaml
 from tiny import Farm
 
+from tetdist.apps.cli import compare_runs
 from tetdist.apps.reports import runs_table
-from tetdist.apps.reports.compare import plot
 from tetdist.apps.reports.reference import IMAGES, find_reference, references
 from tetdist.apps.reports.runs_table import RunRecord
 from tetdist.config.loading import load
@@ -43,8 +42,7 @@ def a_run(
 
 
 def compare(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    status = importlib.import_module("tetdist.apps.cli.compare_runs").main([*map(str, arguments)])
-    return status, *capsys.readouterr()
+    return compare_runs.main([*map(str, arguments)]), *capsys.readouterr()
 
 
 def test_every_curve_is_whole() -> None:
@@ -252,13 +250,13 @@ def test_the_phase_that_the_run_is_in_is_compared(
 
 
 def test_the_figure_of_an_average_has_the_average(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn: list[RunRecord] = []
     monkeypatch.setattr(runs_table, "plot", lambda records, *_: drawn.extend(records))
     run = a_run(a_run(tmp_path / "r", {1: 40.0}), {1: 60.0}, kind="val_ema")
     for name in ("t_revsnn", "t_revsnn_ema"):
-        plot([run], tmp_path / "figure.png", name)
+        compare(capsys, run, "--reference", name, "--plot", tmp_path / "figure.png")
     assert [record.name for record in drawn] == ["r", "r (EMA)"]
     assert [[line["top1"] for line in one.of_kind("val")] for one in drawn] == [[40.0], [60.0]]
 
@@ -301,7 +299,9 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "needs the run's folder" in told
 
 
-def test_a_run_says_so_itself(farm: Farm, tiny_root: Path, tmp_path: Path) -> None:
+def test_a_run_says_so_itself(
+    farm: Farm, tiny_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = tmp_path / "runs"
     config = tiny.write_config(tmp_path / "c.yaml", tiny_root)
     unknown = farm(config, "reference=sew43")
@@ -333,3 +333,6 @@ def test_a_run_says_so_itself(farm: Farm, tiny_root: Path, tmp_path: Path) -> No
     average = farm(config, f"imports=[{small}]", "reference=t_revsnn_ema", "name=average")
     assert average.status == 0, average.text
     assert "t_revsnn_ema is a moving average of weights and this run keeps none" in average.text
+    status, out, _ = compare(capsys, runs / "other", runs / "average")
+    assert status == 0, out
+    assert "Metrics: the same in the 13 lines that both have." in out

@@ -22,38 +22,38 @@ CONFIG: dict[str, Any] = {
 
 def train_line(step: int) -> dict[str, Any]:
     values = {"epoch": step / 5, "phase": 0, "loss": 1 / step, "top1": 50.0, "lr": 0.1}
-    return (
-        {"kind": "train", "step": step}
-        | values
-        | {
-            "samples_per_s": 16.0,
-            "data_wait": 3.0,
-            "eta_s": 24.4,
-        }
-    )
+    speed = {"samples_per_s": 16.0, "data_wait": 3.0, "eta_s": 24.4}
+    return {"kind": "train", "step": step, **values, **speed}
 
 
-def val_line(step: int, top1: float) -> dict[str, Any]:
-    values = {"epoch": step / 5, "phase": 0, "loss": 1.0, "top1": top1, "seconds": 10.0}
-    return {"kind": "val", "step": step} | values
+def val_line(step: int, top1: float, best: float) -> dict[str, Any]:
+    values = {"epoch": step / 5, "phase": 0, "loss": 1.0, "top1": top1, "best_top1": best}
+    return {"kind": "val", "step": step, **values}
 
 
 def made(folder: Path, lines: list[dict[str, Any]], saved: int | None, **config: Any) -> Path:
-    """The folder of a run of 20 steps, 5 an epoch."""
+    """The folder of a run of 20 steps, 5 an epoch, whose best checkpoint is the first."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | config))
     if lines:
-        text = "".join(json.dumps(line | {"time": time.time() - 60}) + "\n" for line in lines)
+        text = "".join(json.dumps({"time": time.time() - 60} | line) + "\n" for line in lines)
         (folder / "metrics.jsonl").write_text(text)
-    if saved is not None:
-        (folder / "checkpoints" / f"step-{saved:08d}.1").mkdir(parents=True)
-        (folder / "checkpoints" / "last").write_text(f"step-{saved:08d}.1\n")
+    for name, step in {"best": 5, "last": saved}.items():
+        if saved is not None:
+            (folder / "checkpoints" / f"step-{step:08d}.1").mkdir(parents=True)
+            (folder / "checkpoints" / name).write_text(f"step-{step:08d}.1\n")
     (folder / ".lock").touch()
     return folder
 
 
-LINES = [train_line(5), val_line(5, 70.0), train_line(10), val_line(10, 60.0), train_line(12)]
-FINISHED = [*LINES, train_line(20), val_line(20, 65.0), {"kind": "final", "step": 20}]
+LINES = [
+    train_line(5),
+    val_line(5, 70.0, 70.0),
+    train_line(10),
+    val_line(10, 60.0, 70.0),
+    train_line(12),
+]
+FINISHED = [*LINES, train_line(20), val_line(20, 65.0, 70.0), {"kind": "final", "step": 20}]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,11 @@ def test_a_run_that_trains_says_how_far_it_is(tmp_path: Path) -> None:
 
 def test_max_steps_end_a_run(tmp_path: Path) -> None:
     assert read_status(made(tmp_path / "run", LINES, 12, max_steps=14)).last_step == 14
+
+
+def test_best_evaluation_may_not_be_saved_yet(tmp_path: Path) -> None:
+    status = read_status(made(tmp_path / "run", [*LINES, val_line(15, 80.0, 80.0)], 12))
+    assert (status.best_top1, status.best_step) == (80.0, 15)
 
 
 def test_several_runs_are_a_table_and_json(
@@ -157,6 +162,59 @@ def test_damaged_run_is_a_row_among_others_and_no_run_is_none_yet(
     said = capsys.readouterr()
     assert said.out == ""
     assert "config.yaml is not the configuration of a run" in said.err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("checkpoints/last", "step-x", "last is damaged: 'step-x' is no checkpoint's name"),
+        ("checkpoints/last", "..", "last is damaged: '..' is no checkpoint's name"),
+        ("checkpoints/last", "\udcff", "last is damaged: "),
+        ("checkpoints/best", "step-", "best is damaged: 'step-' is no checkpoint's name"),
+        (
+            "config.yaml",
+            "phases: [{epochs: 1}]\nmax_steps: abc",
+            "is not the configuration of a run",
+        ),
+        ("config.yaml", "phases: [{epochs: .inf}]", "is not the configuration of a run"),
+        ("config.yaml", "[phases]", "config.yaml"),
+        ("config.yaml", "\udcff", "config.yaml"),
+        ("metrics.jsonl", "\udcff", "line 1 is damaged"),
+        (
+            "metrics.jsonl",
+            '{"kind": "train", "step": 1}',
+            "train of step 1 is damaged, with time=None",
+        ),
+        ("metrics.jsonl", json.dumps(val_line(3, 1, 1) | {"time": "x"}), "with time=x; restore"),
+        ("metrics.jsonl", '{"kind": "other", "step": 9}', "other of step 9 is damaged, with time"),
+        (
+            "metrics.jsonl",
+            json.dumps(train_line(1) | {"time": 1.0, "lr": "NaN"}),
+            "train of step 1 is damaged, with lr=nan",
+        ),
+        (
+            "metrics.jsonl",
+            json.dumps(val_line(3, 1, 1) | {"time": 1.0, "best_top1": [3]}),
+            "with best_top1=[3]",
+        ),
+    ],
+)
+def test_one_damaged_run_leaves_the_table(
+    name: str, text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [made(tmp_path / run, LINES, 12) for run in ("a", "b")]
+    (runs[0] / name).write_text(text + "\n", errors="surrogateescape")
+    assert command.main([str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [
+        ["a", "damaged"],
+        ["b", "stopped"],
+    ]
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert said in err
+    assert command.main([str(runs[0])]) == 2
+    assert capsys.readouterr() == ("", err)
 
 
 def test_it_loads_no_torch(tmp_path: Path) -> None:

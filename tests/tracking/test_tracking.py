@@ -24,9 +24,9 @@ import pytest
 
 from tetdist.errors import UserError
 from tetdist.tracking import environment as environment_module
-from tetdist.tracking import mlflow_follower
+from tetdist.tracking import metrics_file, mlflow_follower
 from tetdist.tracking.environment import environment
-from tetdist.tracking.metrics_file import keep_until, read_from, read_metrics
+from tetdist.tracking.metrics_file import from_end, keep_until, read_from, read_metrics, strict
 from tetdist.tracking.mlflow_follower import Dataset, ui_command
 from tetdist.tracking.tracker import Tracker
 from tetdist.tracking.trackers import TrackedRun, _line_start
@@ -254,6 +254,26 @@ def test_a_damaged_line_is_named(untracked: Callable[..., Tracker], tmp_path: Pa
     subprocess.run(shlex.split(command[1]), check=True, timeout=60)
     untracked(resume_step=3).close("FINISHED")
     assert [line["step"] for line in read_metrics(path)] == [1, 3]
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
+@pytest.mark.parametrize("torn", ["", '{"kind": "tra'])
+def test_lines_from_the_end_are_those_from_the_beginning(
+    block: int, torn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics_file, "_BLOCK", block)
+    path = tmp_path / "metrics.jsonl"
+    for steps in range(4):
+        lines = [{"kind": "train", "step": step, "loss": math.inf} for step in range(steps)]
+        path.write_text("".join(json.dumps(strict(line)) + "\n" for line in lines) + torn)
+        assert list(from_end(path)) == read_metrics(path)[::-1] == lines[::-1]
+    path.write_text(
+        f'{{"kind": "train", "step": 1}}\n{{"kind"\n{{"kind": "val", "step": 2}}\n{torn}'
+    )
+    found = from_end(path)
+    assert next(found)["kind"] == "val"
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
+        next(found)
 
 
 def test_a_tracker_of_ones_own_is_given_no_torn_line(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ strings "NaN", "Infinity" and "-Infinity", which `float()` understands and `read
 import io
 import json
 import math
+import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tetdist.errors import UserError
 from tetdist.storage.files import replacing
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_BLOCK = 1 << 20  # bytes that are read at once from the end of a file
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -27,7 +29,34 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: A line is damaged.
     """
-    return read_from(path, 0)[0]
+    return list(each_line(path))
+
+
+def each_line(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of `read_metrics` one by one: a file of any size takes no memory."""
+    with path.open("rb") as file:
+        whole = (raw for raw in file if raw.endswith(b"\n"))
+        yield from (line for _, line in _parsed(path, whole))
+
+
+def from_end(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of `read_metrics`, the last one first; the file is read no further than that.
+
+    Raises:
+        UserError: A line is damaged.
+    """
+    with path.open("rb") as file:
+        offset = file.seek(0, os.SEEK_END)
+        position, rest, is_whole = offset + 1, b"", False
+        while offset > 0:
+            size = min(offset, _BLOCK)
+            offset = file.seek(offset - size)
+            rest, *lines = (file.read(size) + rest).split(b"\n")
+            for raw in reversed(lines if offset else [rest, *lines]):
+                position -= len(raw) + 1
+                if is_whole:
+                    yield _line(path, raw, position)
+                is_whole = True  # but for what follows the last line's end
 
 
 def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
@@ -36,26 +65,36 @@ def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
         file.seek(offset)
         data = file.read()
     data = data[: data.rfind(b"\n") + 1]
-    return [restored(line) for _, line in _parsed(path, data, offset)], offset + len(data)
+    lines = [line for _, line in _parsed(path, io.BytesIO(data), offset)]
+    return lines, offset + len(data)
 
 
-def _parsed(path: Path, data: bytes, offset: int = 0) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _parsed(
+    path: Path, lines: Iterable[bytes], offset: int = 0
+) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield lines and what they say; ``offset`` is where in the file the first of them begins."""
-    for position, raw in enumerate(io.BytesIO(data)):
-        try:
-            line = json.loads(raw)
-            whole = isinstance(line["kind"], str) and isinstance(line["step"], int)
-        except (ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            with path.open("rb") as file:
-                number = file.read(offset).count(b"\n") + position + 1
-            raise UserError(
-                f"{path}: line {number} is damaged: {_shown(raw)}; restore the file, or remove the "
-                f"line (sed -i {number}d {shlex.quote(str(path))}): what it said is lost to curves "
-                "and reports, the checkpoints are untouched"
-            )
-        yield raw, line
+    for raw in lines:
+        yield raw, _line(path, raw, offset)
+        offset += len(raw)
+
+
+def _line(path: Path, raw: bytes, offset: int) -> dict[str, Any]:
+    """Return what a line says that begins at ``offset`` of the file."""
+    try:
+        line = json.loads(raw)
+        whole = isinstance(line["kind"], str) and isinstance(line["step"], int)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        with path.open("rb") as file:
+            number = file.read(offset).count(b"\n") + 1
+        raise UserError(
+            f"{path}: line {number} is damaged: {_shown(raw)}; restore the file, or remove the "
+            f"line (sed -i {number}d {shlex.quote(str(path))}): what it said is lost to curves "
+            "and reports, the checkpoints are untouched"
+        )
+    # To look into each value takes longer than to parse the line.
+    return restored(line) if b"NaN" in raw or b"Infinity" in raw else line
 
 
 def _shown(raw: bytes) -> str:
@@ -71,7 +110,7 @@ def keep_until(path: Path, step: int) -> tuple[dict[str, int], int]:
     """
     data = path.read_bytes() if path.exists() else b""
     whole = data[: data.rfind(b"\n") + 1]
-    kept = [(raw, line) for raw, line in _parsed(path, whole) if line["step"] <= step]
+    kept = [(raw, line) for raw, line in _parsed(path, io.BytesIO(whole)) if line["step"] <= step]
     last: dict[str, int] = {}
     for _, line in kept:
         last[line["kind"]] = line["step"]

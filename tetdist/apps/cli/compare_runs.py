@@ -22,9 +22,12 @@ With --reference: 1 if a run is behind.
 import argparse
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from tetdist.apps.cli.common import answer, program
+from tetdist.storage.files import explaining
+from tetdist.tables import aligned
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,51 +38,38 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(options: argparse.Namespace) -> int:
     """Compare two runs, or show several side by side; the exit status."""
-    from tetdist.apps.reports.compare import (
-        as_dict,
-        compare,
-        overview,
-        plot,
-        read_run,
-        report,
-        require_plots,
-        write_json,
-    )
+    from tetdist.apps.reports.compare import compare, write_json
 
-    status = 0
     if options.plot:
-        require_plots()
-    if options.reference:
-        status = beside(options)
-    elif len(options.runs) == 2:
-        a, b = (read_run(path) for path in options.runs)
-        comparison = compare(a, b, options.tolerance)
-        print(report(comparison))
-        if options.json:
-            write_json(options.json, as_dict(comparison))
-        status = 0 if comparison.same else 1
-    else:
-        overview(options.runs, options.json)
-    if options.plot:
-        plot(options.runs, options.plot, options.reference)
-    return status
+        from tetdist.apps.reports import style
 
+        style.new_figure(1, 1)  # says before the work if matplotlib is missing
+    is_pair = len(options.runs) == 2 and not options.reference
+    if is_pair:
+        a, b = options.runs
+        found, text = compare(a, b, options.tolerance)
+        status = 0 if found["same"] else 1
+        print(text)
+    if options.plot or not is_pair:
+        from tetdist.apps.reports import reference, runs_table
 
-def beside(options: argparse.Namespace) -> int:
-    """Show runs beside a published training; 1 if one of them is behind, else 0."""
-    from tetdist.apps.reports import reference
-    from tetdist.apps.reports.compare import read_records, write_json
-
-    published = reference.find_reference(options.reference)
-    verdicts = [reference.verdict(record, published) for record in read_records(options.runs)]
-    print(f"{published.name}: {published.what}, {published.epochs} epochs ({published.source})")
-    if published.caveat:
-        print(f"  of its numbers: {published.caveat}")
-    for found in verdicts:
-        print(f"\n{found.run}\n{reference.table(found)}\n{found.sentence}")
+        published = reference.find_reference(options.reference) if options.reference else None
+        records = runs_table.read_records(options.runs, curves=options.plot is not None)
+        if published is not None:
+            verdicts = [reference.verdict(record, published) for record in records]
+            print(reference.report(verdicts, published))
+            found = {"verdicts": [asdict(verdict) for verdict in verdicts]}
+            status = int(any(verdict.on_the_way is False for verdict in verdicts))
+        elif not is_pair:
+            found, status = runs_table.as_dict(records), 0
+            for table in runs_table.tables(records):
+                print(aligned(table, right=range(1, len(table[0]))), end="\n\n")
+        if options.plot:
+            with explaining(options.plot):
+                reference.plot(records, published, options.plot)
     if options.json:
-        write_json(options.json, {"verdicts": [reference.as_dict(found) for found in verdicts]})
-    return int(any(found.on_the_way is False for found in verdicts))
+        write_json(options.json, found)
+    return status
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -48,6 +48,7 @@ def show(options: argparse.Namespace) -> int:
         UserError: There is no such run, or the only one is damaged.
     """
     from tetdist.apps.reports import run_status
+    from tetdist.apps.reports.compare import reading
     from tetdist.apps.reports.run_status import JobEvent, RunStatus
     from tetdist.apps.slurm.history import history
     from tetdist.tracking.metrics_file import strict
@@ -60,7 +61,8 @@ def show(options: argparse.Namespace) -> int:
 
     def status_of(folder: Path) -> RunStatus:
         try:
-            return run_status.read_status(folder, last_event(folder))
+            with reading():
+                return run_status.read_status(folder, last_event(folder))
         except UserError as error:
             if len(folders) == 1:
                 raise

@@ -1,21 +1,27 @@
 """The differences of two runs: where their metrics part, by how much, and whether they saw the
-same samples."""
+same samples.
 
+Both files of metrics are read side by side, a step at a time, so that no length takes memory.
+"""
+
+import heapq
+import itertools
 import json
 import math
 import re
 import sys
 from collections import Counter
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tetdist.errors import UserError
+from tetdist.storage.files import explaining, write_text
 from tetdist.tables import aligned
+from tetdist.tracking.metrics_file import each_line, strict
 from tetdist.wording import counted
-
-if TYPE_CHECKING:
-    from tetdist.apps.reports.runs_table import RunRecord
 
 # And of the machine.
 OF_THE_CLOCK = (
@@ -28,49 +34,13 @@ OF_THE_CLOCK = (
     "seconds",
 )
 
+_NOT_COMPARED = frozenset(("kind", "step", *OF_THE_CLOCK))
 SHOWN = 8  # rows or items of what may be long; --json has all
+_MISSING = object()  # the value of a key that one of the two does not have
 
-# kind ("train", "val") -> step -> key -> value
-Metrics = dict[str, dict[int, dict[str, Any]]]
 # step -> how often each (id, crc32) was seen by all ranks together
 Samples = dict[int, Counter[tuple[Any, int]]]
-
-
-class Missing:
-    """The value of a key that one of the two does not have."""
-
-    def __repr__(self) -> str:
-        return "-"
-
-
-MISSING = Missing()
-
-
-@dataclass(frozen=True)
-class ComparedRun:
-    """The parts of one run that are compared; None where a part is not there."""
-
-    path: Path
-    metrics: Metrics
-    configuration: dict[str, Any] | None
-    samples: Samples | None
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One key's two values; ``relative`` is their relative difference."""
-
-    key: str
-    a: Any
-    b: Any
-    relative: float = math.nan
-
-    def as_dict(self) -> dict[str, Any]:
-        """The pair, ready for JSON; a value that is missing is left out."""
-        values = {"key": self.key, "a": self.a, "b": self.b, "relative": self.relative}
-        if math.isnan(self.relative):  # of the configuration
-            del values["relative"]
-        return {key: value for key, value in values.items() if value is not MISSING}
+Extent = dict[str, tuple[int, int, int]]
 
 
 @dataclass
@@ -86,109 +56,56 @@ class KeyResult:
     largest_at: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class MetricsResult:
-    keys: list[KeyResult]
+    """The differences of two files of metrics."""
+
+    keys: dict[str, dict[str, KeyResult]] = field(default_factory=dict)  # by kind
     # The first step at which a value differs, the kind of its line, and what differs there.
-    first: tuple[int, str, list[Pair]] | None
-    # Steps that only a and only b have, by kind.
-    only: dict[str, tuple[list[int], list[int]]]
-    common: int  # lines that both have
-
-
-@dataclass(frozen=True)
-class SamplesResult:
-    common: int  # steps
-    different: list[int]
-    only: tuple[list[int], list[int]]
-    # At the first different step: ids that only a and only b have (as often as that), and ids that
-    # both have with other content.
-    first_only: tuple[list[Any], list[Any]]
-    first_content: list[Any]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    a: ComparedRun
-    b: ComparedRun
-    tolerance: float
-    configuration: list[Pair] | None
-    metrics: MetricsResult
-    samples: SamplesResult | None
-
-    @property
-    def same(self) -> bool:
-        metrics, samples = self.metrics, self.samples
-        if metrics.first or any(a or b for a, b in metrics.only.values()):
-            return False
-        return samples is None or not (samples.different or any(samples.only))
+    first: dict[str, Any] | None = None
+    only: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # steps, by kind and run
+    common: int = 0  # lines that both have
+    # Of a and of b, by kind: the number of lines, the first step and the last.
+    extents: tuple[Extent, Extent] = field(default_factory=lambda: ({}, {}))
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read_run(path: Path, *, effective: bool = False) -> ComparedRun:
-    """Read a run folder or a metrics.jsonl.
+@contextmanager
+def reading() -> Iterator[None]:
+    """Turn an OSError while a run is read into a sentence for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+def open_run(path: Path, *, effective: bool = False) -> tuple[Path, dict[str, Any] | None]:
+    """Find a run's metrics.jsonl, and read its configuration if it has one.
 
     Args:
-        path: One of the two.
+        path: A run folder or a metrics.jsonl.
         effective: Leave out the keys of the configuration that have no effect.
 
+    Returns:
+        The file, and the configuration with dotted keys.
+
     Raises:
-        UserError: There is none, or something in it is damaged.
+        UserError: There is none, or its configuration is damaged.
     """
-    from tetdist.errors import UserError
-
-    try:
-        if not path.is_dir():
-            if not path.exists():
-                raise UserError(f"there is no {path}; give a run folder or a metrics.jsonl")
-            return ComparedRun(path, read_values(path), None, None)
-        if not (path / "metrics.jsonl").exists():
-            raise UserError(f"{path} is no run folder: there is no metrics.jsonl in it")
-        return ComparedRun(
-            path,
-            read_values(path / "metrics.jsonl"),
-            read_configuration(path / "config.yaml", effective),
-            read_samples(path),
-        )
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from error
+    if not path.exists():
+        raise UserError(f"there is no {path}; give a run folder or a metrics.jsonl")
+    if not path.is_dir():
+        return path, None
+    if not (path / "metrics.jsonl").exists():
+        raise UserError(f"{path} is no run folder: there is no metrics.jsonl in it")
+    return path / "metrics.jsonl", _read_configuration(path / "config.yaml", effective)
 
 
-def read_values(path: Path) -> Metrics:
-    from tetdist.tracking.metrics_file import read_metrics
-
-    metrics: Metrics = {}
-    for line in read_metrics(path):
-        metrics.setdefault(line["kind"], {})[line["step"]] = values_of(line)
-    return metrics
-
-
-def values_of(line: dict[str, Any]) -> dict[str, Any]:
-    """A line's single values: entries of a dict as key.entry, of a list as key.t1, key.t2, ..."""
-    values: dict[str, Any] = {}
-
-    def add(key: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for entry, item in value.items():
-                add(f"{key}.{entry}", item)
-        elif isinstance(value, list):
-            for t, item in enumerate(value, start=1):
-                add(f"{key}.t{t}", item)
-        else:
-            values[key] = value
-
-    for key, value in line.items():
-        if key not in ("kind", "step", *OF_THE_CLOCK):
-            add(key, value)
-    return values
-
-
-def read_configuration(path: Path, effective: bool) -> dict[str, Any] | None:
+def _read_configuration(path: Path, effective: bool) -> dict[str, Any] | None:
     from tetdist.config import checks, identity, loading
     from tetdist.config.yaml_files import read_yaml
-    from tetdist.errors import UserError
 
     if not path.exists():
         return None
@@ -204,30 +121,78 @@ def read_configuration(path: Path, effective: bool) -> dict[str, Any] | None:
     return identity.flatten(values)
 
 
-def read_samples(folder: Path) -> Samples | None:
+def _ascending(path: Path, side: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield step, side and line of each line.
+
+    Raises:
+        UserError: A line is damaged, or the steps do not ascend.
+    """
+    before, kinds = -1, set[str]()
+    for line in each_line(path):
+        step, kind = line["step"], line["kind"]
+        if step > before:
+            kinds.clear()
+        if step < before or kind in kinds:
+            raise UserError(
+                f"{path}: step {step} of {kind} comes after step {before}, and steps must ascend "
+                "to be compared; remove the lines that are of another run"
+            )
+        before = step
+        kinds.add(kind)
+        yield step, side, line
+
+
+def _side_by_side(a: Path, b: Path) -> Iterator[tuple[int, str, list[dict[str, Any] | None]]]:
+    """Yield step, kind and the two runs' lines; None where one of them has no such line."""
+    merged = heapq.merge(_ascending(a, 0), _ascending(b, 1), key=lambda one: one[0])
+    for step, lines in itertools.groupby(merged, key=lambda one: one[0]):
+        kinds: dict[str, list[dict[str, Any] | None]] = {}
+        for _, side, line in lines:
+            kinds.setdefault(line["kind"], [None, None])[side] = line
+        for kind, both in kinds.items():
+            yield step, kind, both
+
+
+def _values_of(line: dict[str, Any]) -> dict[str, Any]:
+    """A line's single values: entries of a dict as key.entry, of a list as key.t1, key.t2, ..."""
+    values: dict[str, Any] = {}
+
+    def add(key: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for entry, item in value.items():
+                add(f"{key}.{entry}", item)
+        elif isinstance(value, list):
+            for t, item in enumerate(value, start=1):
+                add(f"{key}.t{t}", item)
+        else:
+            values[key] = value
+
+    for key, value in line.items():
+        if key not in _NOT_COMPARED:
+            add(key, value)
+    return values
+
+
+def _read_samples(folder: Path) -> Samples | None:
     """The samples that all ranks saw at each step; None if the run has kept no record of them."""
+    samples: Samples = {}
     files = [
         file
         for file in sorted(folder.glob("samples-*.jsonl"))
         if re.fullmatch(r"samples-\d+\.jsonl", file.name)
     ]
-    if not files:
-        return None
-    samples: Samples = {}
     for file in files:
-        for step, seen in read_rank_samples(file).items():
+        for step, seen in _read_rank_samples(file).items():
             samples.setdefault(step, Counter()).update(seen)
-    return samples
+    return samples if files else None
 
 
-def read_rank_samples(path: Path) -> dict[int, list[tuple[Any, int]]]:
+def _read_rank_samples(path: Path) -> dict[int, list[tuple[Any, int]]]:
     """Id and content (crc32) of each sample, at each step of one rank.
 
     A step has several lines, one a micro-batch. After a resume steps come again; then the lines of
     the last start count.
     """
-    from tetdist.errors import UserError
-
     steps: dict[int, list[tuple[Any, int]]] = {}
     last: int | None = None
     ids_of_step: set[Any] = set()
@@ -256,93 +221,87 @@ def read_rank_samples(path: Path) -> dict[int, list[tuple[Any, int]]]:
     return steps
 
 
-# --- several runs ---------------------------------------------------------------------------------
-
-
-def overview(paths: list[Path], json_file: Path | None) -> None:
-    from tetdist.apps.reports import runs_table
-
-    records = read_records(paths)
-    for table in runs_table.tables(records):
-        print(aligned(table, right=tuple(range(1, len(table[0])))), end="\n\n")
-    if json_file:
-        write_json(json_file, runs_table.as_dict(records))
-
-
-def require_plots() -> None:
-    """See that matplotlib is there before the work, not after it.
-
-    Raises:
-        UserError: It is not installed.
-    """
-    from tetdist.apps.reports import style
-
-    style.new_figure(1, 1)
-
-
-def plot(paths: list[Path], out: Path, beside: str | None = None) -> None:
-    """Draw the curves of runs, and the published one of that name beside them."""
-    from tetdist.apps.reports import reference, runs_table
-    from tetdist.storage.files import explaining
-
-    records = read_records(paths)
-    published = None
-    if beside is not None:
-        found = reference.find_reference(beside)
-        if found.of_average:
-            records = [record.of_average() for record in records]
-        evaluated = [line["epoch"] for record in records for line in record.of_kind("val")]
-        # No further than the runs are: the rest would press them into the first corner.
-        published = (f"{beside} (published)", *reference.curve(found, max(evaluated, default=1.0)))
-    with explaining(out):
-        runs_table.plot(records, out, published)
-
-
-def read_records(paths: list[Path]) -> "list[RunRecord]":
-    """The runs as `runs_table` takes them.
-
-    Raises:
-        UserError: See `read_run`.
-    """
-    from tetdist.apps.reports.runs_table import RunRecord
-    from tetdist.tracking.metrics_file import read_metrics
-
-    folders = Counter(path.name for path in paths if path.is_dir())
-    records = []
-    for path in paths:
-        run = read_run(path, effective=True)
-        file = path / "metrics.jsonl" if path.is_dir() else path
-        name = path.name if folders[path.name] == 1 else str(path)
-        records.append(RunRecord(name, read_metrics(file), run.configuration))
-    return records
-
-
 # --- comparing ------------------------------------------------------------------------------------
 
 
-def compare(a: ComparedRun, b: ComparedRun, tolerance: float) -> Comparison:
-    configuration = None
-    if a.configuration is not None and b.configuration is not None:
-        configuration = [
-            Pair(key, ours, theirs)
-            for key, ours, theirs in side_by_side(a.configuration, b.configuration)
-            if not equal(ours, theirs)
-        ]
-    samples = None
-    if a.samples is not None and b.samples is not None:
-        samples = compare_samples(a.samples, b.samples)
-    metrics = compare_metrics(a.metrics, b.metrics, tolerance)
-    return Comparison(a, b, tolerance, configuration, metrics, samples)
+def compare(a: Path, b: Path, tolerance: float) -> tuple[dict[str, Any], str]:
+    """Compare two runs.
+
+    Args:
+        a: A run folder or a metrics.jsonl.
+        b: The other one.
+        tolerance: Relative difference up to which values count as the same.
+
+    Returns:
+        The differences, ready for JSON (``same`` among them), and the text that a person reads.
+
+    Raises:
+        UserError: There is no such run, or something in it is damaged.
+    """
+    with reading():
+        (file_a, config_a), (file_b, config_b) = open_run(a), open_run(b)
+        pairs, of_configuration = compare_configurations(config_a, config_b)
+        samples, of_samples = compare_samples(_read_samples(a), _read_samples(b))
+        metrics = compare_metrics(file_a, file_b, tolerance)
+    alone = [steps for sides in metrics.only.values() for steps in sides.values()]
+    if samples is not None:
+        alone += [samples["different"], *samples["only"].values()]
+    found = {
+        "a": str(a),
+        "b": str(b),
+        "tolerance": tolerance,
+        "same": metrics.first is None and not any(alone),
+        "configuration": pairs,
+        "first": metrics.first,
+        "keys": [vars(one) for results in metrics.keys.values() for one in results.values()],
+        "only": metrics.only,
+        "samples": samples,
+    }
+    width = max(len(str(path)) for path in (a, b))
+    within = f" within {tolerance:g}" if tolerance else ""
+    parts = [
+        f"a  {a!s:{width}}  {_extent(metrics.extents[0])}\n"
+        f"b  {b!s:{width}}  {_extent(metrics.extents[1])}",
+        of_configuration,
+        *_report(metrics, within),
+        of_samples,
+        f"The runs are the same{within}." if found["same"] else "The runs differ.",
+    ]
+    return found, "\n\n".join(part for part in parts if part)
 
 
-def side_by_side(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Every key of either, in the order of the first, with both values."""
-    return [(key, a.get(key, MISSING), b.get(key, MISSING)) for key in a | b]
+def compare_configurations(
+    a: dict[str, Any] | None, b: dict[str, Any] | None
+) -> tuple[list[dict[str, Any]] | None, str]:
+    """The keys whose values differ, and the text that says so; None: one run has none."""
+    if a is None or b is None:
+        which = "b" if a is None else "a"
+        return None, "" if a is b else f"Configuration: only {which} has one; not compared."
+    pairs = [
+        _pair(key, a, b) for key in a | b if not _equal(a.get(key, _MISSING), b.get(key, _MISSING))
+    ]
+    if not pairs:
+        return [], "Configuration: the same."
+    verb = "differs" if len(pairs) == 1 else "differ"
+    rows = [["", "a", "b"], *([pair["key"], *_both(pair)] for pair in pairs)]
+    return pairs, f"Configuration: {counted(len(pairs), 'key')} {verb}.\n" + aligned(rows)
 
 
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(equal, a, b))
+def _pair(key: str, a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """One key's two values; one that is missing is left out."""
+    return {"key": key, **{name: one[key] for name, one in (("a", a), ("b", b)) if key in one}}
+
+
+def _both(pair: dict[str, Any]) -> list[str]:
+    """The two values to the last bit, text without quotes."""
+    values = (pair.get(name, _MISSING) for name in "ab")
+    return [
+        "-" if value is _MISSING else value if isinstance(value, str) else repr(value)
+        for value in values
+    ]
+
+
+def _equal(a: Any, b: Any) -> bool:
     return bool(a == b) or (a != a and b != b)
 
 
@@ -351,163 +310,170 @@ def relative_difference(a: Any, b: Any) -> float:
 
     Infinity where they differ and are not both finite numbers.
     """
-    if equal(a, b):
+    if _equal(a, b):
         return 0.0
-    if not (is_finite(a) and is_finite(b)):
+    if not (_is_finite(a) and _is_finite(b)):
         return math.inf
     larger = max(abs(a), abs(b))
     difference = abs(a - b)
     # The difference of two huge numbers of different signs is more than a float holds.
-    return difference / larger if is_finite(difference) else abs(a / larger - b / larger)
+    return difference / larger if _is_finite(difference) else abs(a / larger - b / larger)
 
 
-def is_finite(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
-def compare_metrics(a: Metrics, b: Metrics, tolerance: float) -> MetricsResult:
-    results: dict[tuple[str, str], KeyResult] = {}
-    first: tuple[int, str, list[Pair]] | None = None
-    only: dict[str, tuple[list[int], list[int]]] = {}
-    common = 0
-    for kind in a | b:
-        ours, theirs = a.get(kind, {}), b.get(kind, {})
-        only[kind] = (sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys()))
-        for step in sorted(ours.keys() & theirs.keys()):
-            common += 1
-            different: list[Pair] = []
-            for key, x, y in side_by_side(ours[step], theirs[step]):
-                relative = relative_difference(x, y)
-                result = results.setdefault((kind, key), KeyResult(kind, key))
-                result.common += 1
-                if relative > result.largest:
-                    result.largest, result.largest_at = relative, step
-                if relative > tolerance:
-                    different.append(Pair(key, x, y, relative))
-                    result.different += 1
-                    if result.first is None:
-                        result.first = step
-            # Two lines of the same step stand in the order in which they were written: train, val.
-            if different and (first is None or step < first[0]):
-                first = step, kind, different
-    return MetricsResult(list(results.values()), first, only, common)
+def compare_metrics(a: Path, b: Path, tolerance: float) -> MetricsResult:
+    """Compare two files of metrics, which are read once and side by side.
+
+    Raises:
+        UserError: A line is damaged, or steps do not ascend.
+    """
+    found = MetricsResult()
+    for step, kind, both in _side_by_side(a, b):
+        alone = found.only.setdefault(kind, {"a": [], "b": []})
+        for extent, line in zip(found.extents, both, strict=True):
+            if line is not None:
+                number, first, _ = extent.get(kind, (0, step, step))
+                extent[kind] = number + 1, first, step
+        a_line, b_line = both
+        if a_line is None or b_line is None:
+            alone["b" if a_line is None else "a"].append(step)
+            continue
+        found.common += 1
+        different = []
+        ours, theirs = _values_of(a_line), _values_of(b_line)
+        results = found.keys.setdefault(kind, {})
+        for key in ours | theirs:
+            if (result := results.get(key)) is None:
+                result = results[key] = KeyResult(kind, key)
+            result.common += 1
+            relative = relative_difference(ours.get(key, _MISSING), theirs.get(key, _MISSING))
+            if relative == 0:
+                continue
+            if relative > result.largest:
+                result.largest, result.largest_at = relative, step
+            if relative > tolerance:
+                different.append(_pair(key, ours, theirs) | {"relative": relative})
+                result.different += 1
+                if result.first is None:
+                    result.first = step
+        if different and found.first is None:
+            found.first = {"step": step, "kind": kind, "values": different}
+    return found
 
 
-def compare_samples(a: Samples, b: Samples) -> SamplesResult:
+def compare_samples(a: Samples | None, b: Samples | None) -> tuple[dict[str, Any] | None, str]:
+    """The steps with other samples, and the text that says so; None: a run has no record.
+
+    ``first`` is of the first of these steps: ids that only a and only b have (as often as that),
+    and ids that both have with other content.
+    """
+    if a is None or b is None:
+        which = "b" if a is None else "a"
+        return None, "" if a is b else f"Samples: only {which} has a record of them; not compared."
     common = sorted(a.keys() & b.keys())
     different = [step for step in common if a[step] != b[step]]
-    first_only: tuple[list[Any], list[Any]] = ([], [])
-    content: list[Any] = []
+    only = {"a": sorted(a.keys() - b.keys()), "b": sorted(b.keys() - a.keys())}
+    ids: dict[str, list[Any]] = {"a": [], "b": [], "content": []}
     if different:
-        ours, theirs = (Counter(ids_of(samples[different[0]])) for samples in (a, b))
-        first_only = in_order((ours - theirs).elements()), in_order((theirs - ours).elements())
-        changed = (a[different[0]] - b[different[0]]).keys()
-        content = in_order({id_ for id_, _ in changed if ours[id_] == theirs[id_]})
-    only = sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys())
-    return SamplesResult(len(common), different, only, first_only, content)
+        step = different[0]
+        ours, theirs = (Counter(id_ for id_, _ in one[step].elements()) for one in (a, b))
+        ids["a"] = _in_order((ours - theirs).elements())
+        ids["b"] = _in_order((theirs - ours).elements())
+        changed = {id_ for id_, _ in a[step] - b[step]}
+        ids["content"] = _in_order(id_ for id_ in changed if ours[id_] == theirs[id_])
+        lines = [
+            f"Samples: they part at step {step}, and differ at {len(different)} of "
+            f"{counted(len(common), 'step')}. At step {step}:"
+        ]
+    elif common:
+        lines = [f"Samples: the same at {counted(len(common), 'step')}."]
+    else:
+        lines = ["Samples: no step is in both."]
+    said = {"a": "only a saw", "b": "only b saw", "content": "with other content"}
+    for name in (name for name in said if ids[name]):
+        more = ", ..." if len(ids[name]) > SHOWN else ""
+        shown = ", ".join(map(str, ids[name][:SHOWN]))
+        lines.append(f"  {said[name]}: {counted(len(ids[name]), 'sample')} ({shown}{more})")
+    lines += [
+        f"  only {name} has a record of step {_steps(steps)}"
+        for name, steps in only.items()
+        if steps
+    ]
+    found = {
+        "common": len(common),
+        "different": different,
+        "only": only,
+        "first": {"only": {"a": ids["a"], "b": ids["b"]}, "content": ids["content"]},
+    }
+    return found, "\n".join(lines)
 
 
-def ids_of(seen: Counter[tuple[Any, int]]) -> list[Any]:
-    return [id_ for id_, _ in seen.elements()]
-
-
-def in_order(ids: Any) -> list[Any]:
+def _in_order(ids: Iterable[Any]) -> list[Any]:
     return sorted(ids, key=lambda id_: (isinstance(id_, str), id_))
 
 
 # --- showing --------------------------------------------------------------------------------------
 
 
-def report(comparison: Comparison) -> str:
-    """The text that a person reads."""
-    a, b = comparison.a, comparison.b
-    width = max(len(str(run.path)) for run in (a, b))
-    parts = [
-        "\n".join(
-            f"{name}  {run.path!s:{width}}  {extent(run.metrics)}"
-            for name, run in (("a", a), ("b", b))
+def _extent(kinds: dict[str, tuple[int, int, int]]) -> str:
+    return (
+        "; ".join(
+            f"{kind}: {counted(number, 'line')}, step {first}"
+            + (f" to {last}" if number > 1 else "")
+            for kind, (number, first, last) in kinds.items()
         )
-    ]
-    parts.append(report_configuration(comparison))
-    parts += report_metrics(comparison)
-    if comparison.samples is not None:
-        parts.append(report_samples(comparison.samples))
-    elif (a.samples is None) != (b.samples is None):
-        which = "b" if a.samples is None else "a"
-        parts.append(f"Samples: only {which} has a record of them; not compared.")
-    within = f" within {comparison.tolerance:g}" if comparison.tolerance else ""
-    parts.append(f"The runs are the same{within}." if comparison.same else "The runs differ.")
-    return "\n\n".join(part for part in parts if part)
-
-
-def extent(metrics: Metrics) -> str:
-    if not metrics:
-        return "no metrics"
-    return "; ".join(
-        f"{kind}: {count(len(steps), 'line')}, step {min(steps)}"
-        + (f" to {max(steps)}" if len(steps) > 1 else "")
-        for kind, steps in metrics.items()
+        or "no metrics"
     )
 
 
-def report_configuration(comparison: Comparison) -> str:
-    pairs = comparison.configuration
-    if pairs is None:
-        here = [run.configuration is not None for run in (comparison.a, comparison.b)]
-        if not any(here):
-            return ""
-        return f"Configuration: only {'a' if here[0] else 'b'} has one; not compared."
-    if not pairs:
-        return "Configuration: the same."
-    verb = "differs" if len(pairs) == 1 else "differ"
-    rows = [("", "a", "b"), *((pair.key, plain(pair.a), plain(pair.b)) for pair in pairs)]
-    return f"Configuration: {count(len(pairs), 'key')} {verb}.\n" + aligned(rows)
-
-
-def report_metrics(comparison: Comparison) -> list[str]:
-    metrics = comparison.metrics
+def _report(metrics: MetricsResult, within: str) -> list[str]:
     parts: list[str] = []
     if metrics.first is not None:
-        step, kind, pairs = metrics.first
-        rows = [("", "a", "b", "relative difference")]
+        step, kind, pairs = metrics.first.values()
+        rows = [["", "a", "b", "relative difference"]]
         rows += [
-            (f"{kind}/{pair.key}", plain(pair.a), plain(pair.b), f"{pair.relative:.2g}")
+            [f"{kind}/{pair['key']}", *_both(pair), f"{pair['relative']:.2g}"]
             for pair in pairs[:SHOWN]
         ]
         more = f"\n  and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
         parts.append(f"Metrics: they part at step {step}.\n" + aligned(rows) + more)
     elif metrics.common:
-        within = f" within {comparison.tolerance:g}" if comparison.tolerance else ""
-        lines = count(metrics.common, "line")
+        lines = counted(metrics.common, "line")
         parts.append(f"Metrics: the same{within} in the {lines} that both have.")
     else:
         parts.append("Metrics: no step is in both.")
 
-    moved = [result for result in metrics.keys if result.largest > 0]
-    still = [f"{result.kind}/{result.key}" for result in metrics.keys if result.largest == 0]
-    if moved:
-        table = [("", "largest difference", "at step", "first at", "different at")]
-        table += [
-            (
-                f"{result.kind}/{result.key}",
-                f"{result.largest:.2g}",
-                str(result.largest_at),
-                "-" if result.first is None else str(result.first),
-                f"{result.different} of {count(result.common, 'step')}",
-            )
-            for result in moved
+    results = {
+        f"{kind}/{key}": result
+        for kind, of_kind in metrics.keys.items()
+        for key, result in of_kind.items()
+    }
+    table = [
+        [
+            name,
+            f"{result.largest:.2g}",
+            str(result.largest_at),
+            "-" if result.first is None else str(result.first),
+            f"{result.different} of {counted(result.common, 'step')}",
         ]
-        rest = ""
-        if still:
-            names = ", ".join(still[:SHOWN])
-            more = f" and {len(still) - SHOWN} more" if len(still) > SHOWN else ""
-            rest = f"\n  the same to the bit: {names}{more}"
-        parts.append("Over all steps that both have:\n" + aligned(table, right=(1, 2, 3)) + rest)
+        for name, result in results.items()
+        if result.largest > 0
+    ]
+    still = [name for name, result in results.items() if result.largest == 0]
+    if table:
+        head = ["", "largest difference", "at step", "first at", "different at"]
+        more = f" and {len(still) - SHOWN} more" if len(still) > SHOWN else ""
+        rest = f"\n  the same to the bit: {', '.join(still[:SHOWN])}{more}" if still else ""
+        said = aligned([head, *table], right=(1, 2, 3))
+        parts.append(f"Over all steps that both have:\n{said}{rest}")
 
     extra = [
-        (kind, f"only {name}", steps_text(steps))
+        [kind, f"only {name}", _steps(steps)]
         for kind, both in metrics.only.items()
-        for name, steps in zip("ab", both, strict=True)
+        for name, steps in both.items()
         if steps
     ]
     if extra:
@@ -515,88 +481,18 @@ def report_metrics(comparison: Comparison) -> list[str]:
     return parts
 
 
-def report_samples(samples: SamplesResult) -> str:
-    lines: list[str] = []
-    if samples.different:
-        first, number = samples.different[0], len(samples.different)
-        lines.append(
-            f"Samples: they part at step {first}, and differ at {number} of "
-            f"{count(samples.common, 'step')}. At step {first}:"
-        )
-        for text, ids in (
-            ("only a saw", samples.first_only[0]),
-            ("only b saw", samples.first_only[1]),
-            ("with other content", samples.first_content),
-        ):
-            if ids:
-                more = ", ..." if len(ids) > SHOWN else ""
-                shown = ", ".join(map(str, ids[:SHOWN]))
-                lines.append(f"  {text}: {count(len(ids), 'sample')} ({shown}{more})")
-    elif samples.common:
-        lines.append(f"Samples: the same at {count(samples.common, 'step')}.")
-    else:
-        lines.append("Samples: no step is in both.")
-    for name, steps in zip("ab", samples.only, strict=True):
-        if steps:
-            lines.append(f"  only {name} has a record of step {steps_text(steps)}")
-    return "\n".join(lines)
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def plain(value: Any) -> str:
-    """A value to the last bit; text without quotes."""
-    return value if isinstance(value, str) else repr(value)
-
-
-def steps_text(steps: list[int]) -> str:
+def _steps(steps: list[int]) -> str:
     if len(steps) <= SHOWN:
         return ", ".join(map(str, steps))
     return f"{steps[0]}, {steps[1]}, ... {steps[-1]} ({counted(len(steps), 'step')})"
 
 
-def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """The comparison, ready for JSON."""
-    metrics, samples = comparison.metrics, comparison.samples
-    values: dict[str, Any] = {
-        "a": str(comparison.a.path),
-        "b": str(comparison.b.path),
-        "tolerance": comparison.tolerance,
-        "same": comparison.same,
-        "configuration": None,
-        "first": None,
-        "keys": [vars(result) for result in metrics.keys],
-        "only": {kind: {"a": a, "b": b} for kind, (a, b) in metrics.only.items()},
-        "samples": None,
-    }
-    if comparison.configuration is not None:
-        values["configuration"] = [pair.as_dict() for pair in comparison.configuration]
-    if metrics.first is not None:
-        step, kind, pairs = metrics.first
-        values["first"] = {
-            "step": step,
-            "kind": kind,
-            "values": [pair.as_dict() for pair in pairs],
-        }
-    if samples is not None:
-        values["samples"] = {
-            "common": samples.common,
-            "different": samples.different,
-            "only": {"a": samples.only[0], "b": samples.only[1]},
-            "first": {
-                "only": {"a": samples.first_only[0], "b": samples.first_only[1]},
-                "content": samples.first_content,
-            },
-        }
-    return values
-
-
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    from tetdist.storage.files import explaining, write_text
-    from tetdist.tracking.metrics_file import strict
+    """Write a result.
 
+    Raises:
+        UserError: The file cannot be written.
+    """
     # YAML knows dates, JSON does not.
     text = json.dumps(strict(values), indent=1, allow_nan=False, default=str)
     with explaining(path):

@@ -8,10 +8,11 @@ difference is for a person to judge.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tetdist.apps.reports import runs_table
 from tetdist.apps.reports.runs_table import RunRecord
 from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError
@@ -330,6 +331,27 @@ def curve(reference: Reference, until: float) -> tuple[list[float], list[float]]
     return epochs, [top1 for epoch in epochs if (top1 := reference.at(epoch)) is not None]
 
 
-def as_dict(found: Verdict) -> dict[str, Any]:
-    """The verdict, ready for JSON."""
-    return asdict(found)
+def report(verdicts: Sequence[Verdict], published: Reference) -> str:
+    """The text that a person reads of runs beside a published training."""
+    of_published = f"{published.what}, {published.epochs} epochs ({published.source})"
+    caveat = f"\n  of its numbers: {published.caveat}" if published.caveat else ""
+    texts = [f"{found.run}\n{table(found)}\n{found.sentence}" for found in verdicts]
+    return "\n\n".join([f"{published.name}: {of_published}{caveat}", *texts])
+
+
+def plot(records: Sequence[RunRecord], published: Reference | None, out: Path) -> None:
+    """Draw the curves of runs, and a published one beside them.
+
+    Raises:
+        UserError: matplotlib is not installed.
+        OSError: The file cannot be written.
+    """
+    if published is None:
+        runs_table.plot(records, out)
+        return
+    if published.of_average:
+        records = [record.of_average() for record in records]
+    evaluated = [line["epoch"] for record in records for line in record.of_kind("val")]
+    # No further than the runs are: the rest would press them into the first corner.
+    shown = curve(published, max(evaluated, default=1.0))
+    runs_table.plot(records, out, (f"{published.name} (published)", *shown))

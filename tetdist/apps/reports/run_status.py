@@ -4,6 +4,7 @@ No torch is loaded, and nobody but the file system is asked, so that it takes no
 """
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -14,10 +15,17 @@ from tetdist.config.yaml_files import read_yaml
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import is_held
 from tetdist.tables import aligned, number
-from tetdist.tracking.metrics_file import read_metrics
+from tetdist.tracking.metrics_file import from_end
 from tetdist.wording import duration
 
 DAMAGED = "damaged"
+# The numbers that a line of each kind needs to be shown, and those that are shown where they are.
+NEEDED = {
+    "train": ("time", "epoch", "loss", "top1", "lr", "samples_per_s", "data_wait"),
+    "val": ("time", "epoch", "loss", "top1"),
+}
+OPTIONAL = ("phase", "eta_s", "gpu_memory", "best_top1")
+_CHECKPOINT = re.compile(r"step-(\d+)(?:\.\d+)?")  # step-00000040, or step-00000040.2
 
 
 class JobEvent(NamedTuple):
@@ -120,50 +128,75 @@ def read_status(folder: Path, job: JobEvent | None = None) -> RunStatus:
     Raises:
         UserError: The configuration or a line of the metrics is damaged.
     """
-    try:
-        config = read_yaml(folder / "config.yaml")
-        epochs = sum(int(phase["epochs"]) for phase in config["phases"])
-        most = config.get("max_steps")
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(
-            f"{folder / 'config.yaml'} is not the configuration of a run, or damaged"
-        ) from error
     file, now = folder / "metrics.jsonl", time.time()
-    lines = read_metrics(file) if file.is_file() else []
-    train = _last(lines, "train")
-    val = _last(lines, "val")
+    epochs, phases, most = _configured(folder / "config.yaml")
+    end, train, val = _last_lines(file)
     where = max(train, val, key=lambda line: line.get("step", -1))
     step, epoch = where.get("step"), where.get("epoch")
     last_step = None
     if step and epoch:
-        last_step = min(epochs * round(step / epoch), most or math.inf)
-    best = max(
-        (line for line in lines if line["kind"] == "val"), key=lambda line: line["top1"], default={}
-    )
-    checkpoint = _newest_checkpoint(folder)
+        last_step = int(min(epochs * round(step / epoch), most))
+    checkpoint = _checkpoint(folder, "last")
     saved = _step_of(checkpoint)
-    state, text = _state(folder, lines, saved, job)
+    best_top1 = val.get("best_top1")
+    is_best = best_top1 is not None and val["top1"] == best_top1 and val["step"] > saved
+    best = _checkpoint(folder, "best")
+    state, text = _state(folder, end, saved, job)
     return RunStatus(
         run=folder.resolve().name,
         folder=str(folder),
         state=state,
         text=text,
         step=step,
-        last_step=None if last_step is None else int(last_step),
+        last_step=last_step,
         epoch=epoch,
         epochs=epochs,
         phase=where.get("phase"),
-        phases=len(config["phases"]),
+        phases=phases,
         train=train,
         val=val,
-        best_top1=best.get("top1"),
-        best_step=best.get("step"),
+        best_top1=best_top1,
+        # Of an evaluation that is not saved yet, no checkpoint is the best.
+        best_step=val["step"] if is_best else _step_of(best) if best else None,
         eta_s=train.get("eta_s") if state == "training" else None,
-        line_age_s=now - lines[-1]["time"] if lines else None,
+        line_age_s=now - end["time"] if end else None,
         checkpoint=None if checkpoint is None else checkpoint.name,
         checkpoint_age_s=None if checkpoint is None else now - checkpoint.stat().st_mtime,
         bytes=_bytes_of(folder),
     )
+
+
+def _configured(file: Path) -> tuple[int, int, float]:
+    """Return the epochs and phases of a configuration, and its max_steps, or infinity."""
+    try:
+        config = read_yaml(file)
+        epochs = [int(phase["epochs"]) for phase in config["phases"]]
+        return sum(epochs), len(epochs), int(config.get("max_steps") or 0) or math.inf
+    except (KeyError, TypeError, ValueError, OverflowError, OSError) as error:
+        raise UserError(f"{file} is not the configuration of a run, or damaged") from error
+
+
+def _last_lines(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return the last line, that of training and that of the evaluation; {} where there is none.
+
+    Raises:
+        UserError: One of them is damaged, or lacks a value.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for line in from_end(file) if file.is_file() else ():
+        shown = {key: line.get(key) for key in NEEDED.get(line["kind"], ("time",))}
+        for key, value in (shown | {key: line[key] for key in OPTIONAL if key in line}).items():
+            # A loss that is not finite is what a run measured.
+            if not isinstance(value, int | float) or not (key == "loss" or math.isfinite(value)):
+                raise UserError(
+                    f"{file}: the line {line['kind']} of step {line['step']} is damaged, with "
+                    f"{key}={value}; restore the file, or remove the line"
+                )
+        found.setdefault("end", line)
+        found.setdefault(line["kind"], line)
+        if NEEDED.keys() <= found.keys():
+            break
+    return found.get("end", {}), found.get("train", {}), found.get("val", {})
 
 
 def damaged(folder: Path, reason: str) -> RunStatus:
@@ -174,19 +207,13 @@ def damaged(folder: Path, reason: str) -> RunStatus:
     return RunStatus(**values)
 
 
-def _last(lines: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    return next((line for line in reversed(lines) if line["kind"] == kind), {})
-
-
-def _state(
-    folder: Path, lines: list[dict[str, Any]], saved: int, job: JobEvent | None
-) -> tuple[str, str]:
-    """The state of a run, and more about it."""
+def _state(folder: Path, end: dict[str, Any], saved: int, job: JobEvent | None) -> tuple[str, str]:
+    """The state of a run whose metrics end with a line, and more about it."""
     if is_held(folder / ".lock"):
         # It is opened anew by each process that trains.
         since = time.time() - (folder / ".lock").stat().st_mtime
         return "training", f"for {duration(since)}"
-    if lines and lines[-1]["kind"] == "final":
+    if end.get("kind") == "final":
         return "finished", ""
     if job is not None and job.kind in ("submitted", "started", "failed", "cancelled"):
         # Of a lock that a process on another host holds, a file system may know nothing.
@@ -194,25 +221,37 @@ def _state(
         more = {"submitted": asked, "started": asked}.get(job.kind, job.text)
         name = {"submitted": "queued"}.get(job.kind, job.kind)
         return name, f"job {job.job}: {more}" if more else f"job {job.job}"
-    if not lines and not saved:
+    if not end and not saved:
         return "begun", "no step is logged"
-    ahead = max((line["step"] for line in lines), default=0) - saved
+    ahead = end.get("step", 0) - saved
     if ahead > 0:
         return "broken off", f"{ahead:,} logged steps after the last checkpoint are to be repeated"
     return "stopped", "all is saved; the same command continues"
 
 
-def _newest_checkpoint(folder: Path) -> Path | None:
-    pointer = folder / "checkpoints" / "last"
+def _checkpoint(folder: Path, which: str) -> Path | None:
+    """Return the checkpoint that ``last`` or ``best`` names, if it is there.
+
+    Raises:
+        UserError: It names none.
+    """
+    pointer = folder / "checkpoints" / which
     if not pointer.is_file():
         return None
-    path = pointer.with_name(pointer.read_text().strip())
+    name = pointer.read_text(errors="replace").strip()
+    if not _CHECKPOINT.fullmatch(name):
+        raise UserError(
+            f"{pointer} is damaged: {name[:80]!r} is no checkpoint's name, such as step-00000040; "
+            "write the newest one's name into it"
+        )
+    path = pointer.with_name(name)
     return path if path.is_dir() else None
 
 
 def _step_of(checkpoint: Path | None) -> int:
-    """A checkpoint's step, by its name: step-00000040, or step-00000040.2."""
-    return int(checkpoint.name.removeprefix("step-").partition(".")[0]) if checkpoint else 0
+    """A checkpoint's step, by its name; 0 without one."""
+    found = _CHECKPOINT.fullmatch(checkpoint.name) if checkpoint else None
+    return int(found[1]) if found else 0
 
 
 def _bytes_of(folder: Path) -> int:
@@ -250,7 +289,8 @@ def as_text(status: RunStatus) -> str:
     if val:
         lines.append(
             f"  evaluation  top-1 {val['top1']:.2f} %  loss {val['loss']:.3f}, epoch "
-            f"{val['epoch']:g}; at best {status.best_top1:.2f} %, step {status.best_step:,}"
+            f"{val['epoch']:g}; at best {number(status.best_top1, '.2f')} %, step "
+            f"{number(status.best_step, ',')}"
         )
     if status.checkpoint is not None and status.checkpoint_age_s is not None:
         age = duration(max(status.checkpoint_age_s, 0))

@@ -2,29 +2,42 @@
 
 import itertools
 import re
+from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tetdist.apps.reports import overlay
+from tetdist.apps.reports.compare import open_run, reading
 from tetdist.config.identity import OPERATIONAL_KEYS, PATH_KEYS, absolute_path
 from tetdist.tables import number
+from tetdist.tracking.metrics_file import each_line
 
 # The keys that may differ within a group; OPERATIONAL_KEYS have no effect on the result.
 OF_THE_SEED = ("seed", "name", *OPERATIONAL_KEYS)
 
+# The values of a line that tables and plots show.
+KEPT = ("kind", "step", "epoch", "phase", "loss", "top1", "per_timestep_top1")
 # The length of a value in a table or a legend; --json has all of it.
 SHOWN_CHARACTERS = 24
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run: its name, the lines of its metrics, and its flattened configuration if it has one."""
+    """A run as tables and plots take it.
+
+    Attributes:
+        name: Its folder's, with the path where several folders have the same.
+        lines: Of its metrics, with the values that are `KEPT`.
+        speeds: Samples per second of each line of training.
+        configuration: With dotted keys, if it has one.
+    """
 
     name: str
     lines: list[dict[str, Any]]
+    speeds: Sequence[float]
     configuration: dict[str, Any] | None
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
@@ -37,14 +50,14 @@ class RunRecord:
             for line in self.lines
             if line["kind"] != "val"
         ]
-        return RunRecord(f"{self.name} (EMA)", lines, self.configuration)
+        return replace(self, name=f"{self.name} (EMA)", lines=lines)
 
     def result(self) -> dict[str, Any]:
         """The numbers that the run reached; None where they have not been measured."""
         train, val = self.of_kind("train"), self.of_kind("val")
         last_train, last_val = (lines[-1] if lines else {} for lines in (train, val))
         best = max(val, key=lambda line: line["top1"], default={})
-        speeds = sorted(line["samples_per_s"] for line in train if "samples_per_s" in line)
+        speeds = sorted(self.speeds)
         return {
             "run": self.name,
             "step": max((line["step"] for line in self.lines), default=None),
@@ -62,6 +75,33 @@ class RunRecord:
         """Return the results of the moving average of the weights, if the run has one."""
         reached = [line["top1"] for line in self.of_kind("val_ema")]
         return {"ema_top1": reached[-1], "best_ema_top1": max(reached)} if reached else {}
+
+
+def read_records(paths: Sequence[Path], *, curves: bool) -> list[RunRecord]:
+    """Read runs.
+
+    Args:
+        paths: Run folders or files of metrics.
+        curves: Keep all lines of training, not only those that an evaluation follows.
+
+    Raises:
+        UserError: There is no such run, or something in it is damaged.
+    """
+    folders = Counter(path.name for path in paths if path.is_dir())
+    records = []
+    for path in paths:
+        lines, speeds = list[dict[str, Any]](), array("d")
+        with reading():
+            file, configuration = open_run(path, effective=True)
+            for line in each_line(file):
+                if line["kind"] == "train":
+                    speeds.extend(line[key] for key in ("samples_per_s",) if key in line)
+                    if not curves and lines and lines[-1]["kind"] == "train":
+                        lines.pop()
+                lines.append({key: line[key] for key in KEPT if key in line})
+        name = path.name if folders[path.name] == 1 else str(path)
+        records.append(RunRecord(name, lines, speeds, configuration))
+    return records
 
 
 def differing_keys(records: Sequence[RunRecord]) -> list[str]:
