@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import logging
 import os
 import shutil
 import signal
@@ -210,17 +211,18 @@ def event_root(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def call(
-    capsys: pytest.CaptureFixture[str],
-) -> Callable[..., tuple[int, str]]:
+def call(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str]]]:
     """Runs a tool in this process, which saves the seconds of its imports: status and output."""
 
     def run_main(tool: str, *arguments: object) -> tuple[int, str]:
         module = importlib.import_module(f"tetdist.apps.cli.{tool.removesuffix('.py')}")
+        capfd.readouterr()
         try:
             status = module.main([*map(str, arguments)])
         except SystemExit as e:
             status = e.code
-        return status, "".join(capsys.readouterr())
+        return status, "".join(capfd.readouterr())
 
-    return run_main
+    yield run_main
+    # Which some tools set for a process of their own.
+    logging.getLogger("tetdist.tracking").setLevel(logging.NOTSET)

@@ -1,9 +1,8 @@
 """A search by successive halving: who goes on, what is evaluated on what, and that it goes on."""
 
 import json
-import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny import Outcome
+from tiny_study import Here
 
-from tetdist.apps.cli import study
-from tetdist.apps.studies import local, search
-from tetdist.apps.studies.plan import STUDIES_DIR, StudyRun
+from tetdist.apps.studies import search, summary
+from tetdist.apps.studies.plan import STUDIES_DIR
 from tetdist.errors import UserError
 
 RATES = {"c01": 0.001, "c02": 0.05, "c03": 1e30, "c04": 0.2}
@@ -55,79 +54,38 @@ def write(tiny_config: Callable[..., Path], tmp_path: Path) -> Callable[..., Pat
     return made
 
 
-@pytest.fixture
-def here(main: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Has runs trained in this process, which saves the seconds of a start.
-
-    What is returned has the names of the runs that were trained, and takes a number of them after
-    which the search is interrupted.
-    """
-    state: dict[str, Any] = {"trained": [], "interrupt_after": None}
-
-    def work(runs: list[StudyRun], _jobs: int, _parent: object) -> dict[str, str]:
-        failed = {}
-        for run in runs:
-            if len(state["trained"]) == state["interrupt_after"]:
-                raise KeyboardInterrupt
-            _, config, *overrides = run.arguments
-            outcome = main(config, *overrides)
-            state["trained"].append((run.name, run.config.max_steps))
-            run.log.parent.mkdir(parents=True, exist_ok=True)
-            said = [line for line in outcome.text.splitlines() if line.startswith("error")]
-            run.log.write_text("\n".join(said))
-            if outcome.status:
-                failed[run.name] = said[-1]
-        return failed
-
-    monkeypatch.setattr(local, "work", work)
-    return state
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str]) -> Iterator[Call]:
-    """Runs the tool in this process: status, and what it said."""
-
-    def run(*arguments: object) -> tuple[int, str]:
-        capfd.readouterr()
-        status = study.main([*map(str, arguments)])
-        return status, "".join(capfd.readouterr())
-
-    yield run
-    # Which the tool sets for a process of its own.
-    logging.getLogger("tetdist.tracking").setLevel(logging.NOTSET)
-
-
 def test_halving_goes_on_after_a_stop_and_sees_validation_once(
     call: Call,
     write: Callable[..., Path],
-    here: dict[str, Any],
+    here: Here,
     main: Callable[..., Outcome],
     tmp_path: Path,
 ) -> None:
     file, output = write(), tmp_path / "out"
-    arguments = (file, "--output", output)
+    arguments = ("study", file, "--output", output)
     status, said = call(*arguments, "--dry-run")
     assert status == 0, said
     # 4 x 1 + 2 x 1 + 3 epochs.
     assert "4 candidates to epoch 1, 2 candidates to epoch 2, " in said
     assert "9 epochs in all, as many as 3 whole trainings" in said
-    _, said = call(write({"seeds": [0, 1]}), "--output", output, "--dry-run")
+    _, said = call("study", write({"seeds": [0, 1]}), "--output", output, "--dry-run")
     assert "with 2 seeds: 18 epochs in all, as many as 6 whole trainings" in said
     write()
     assert not output.exists()
 
-    here["interrupt_after"] = 3
+    here.interrupt_at = 3
     status, said = call(*arguments)
     assert status == 130, said
-    here["interrupt_after"] = None
+    here.interrupt_at = -1
     status, said = call(*arguments)
     assert status == 0, said
 
     # What was trained before the stop is not trained again, nor is what did not stay finite.
-    names = [name.removesuffix("-seed0") for name, _ in here["trained"]]
+    given = [dict(word.partition("=")[::2] for word in words) for words in here.started]
+    names = [values["name"].removesuffix("-seed0") for values in given]
     assert names[:4] == ["c01", "c02", "c03", "c04"]
-    steps = [most for _, most in here["trained"]]
-    assert steps == [4, 4, 4, 4, 8, 8, None]  # an epoch of 32 samples has 4 steps of 8
+    steps = [values.get("max_steps") for values in given]
+    assert steps == ["4", "4", "4", "4", "8", "8", None]  # an epoch of 32 samples has 4 steps of 8
     validations = {name: tiny.metrics(output / f"{name}-seed0", "val") for name in RATES}
     assert validations["c03"] == []
     assert {line["data_split"] for lines in validations.values() for line in lines} == {
@@ -156,23 +114,29 @@ def test_halving_goes_on_after_a_stop_and_sees_validation_once(
     assert f"is known to ± {error:.2g} points" in report
     assert f"top-1 **{only['top1']:.2f}** % on the 23 samples of the validation split" in report
     assert (output / "report" / "search.png").stat().st_size > 10_000
+    # A study that has its section in the same file goes on without it.
+    head = f"{summary.BEGIN}{summary.END}"
+    made = summary.refreshed(head + report, output / "report", output / "report.md")
+    assert made.endswith(f"{summary.END}{report}")
 
     # Through rungs it is the run that it would have been at once.
-    straight = _search(file, output).run(search.Candidate("straight", _values(second)), 0, 2)
-    _, config, *overrides = straight.arguments
+    straight = search.Search(search.read(file), output, (), ())
+    straight.candidates["straight"] = {"phases.0.optimizer.lr": RATES[second]}
+    run = straight.run("straight", 0, 2)
+    _, config, *overrides = run.arguments
     assert main(config, *overrides).status == 0
-    halved = output / f"{second}-seed0"
+    both = run.folder, output / f"{second}-seed0"
     for kind in ("train", "val"):
-        assert tiny.metrics(straight.folder, kind) == tiny.metrics(halved, kind)
-    weights = [tiny.newest(run) / "model.safetensors" for run in (straight.folder, halved)]
-    ours, theirs = map(load_file, weights)
+        straight_lines, halved_lines = (tiny.metrics(folder, kind) for folder in both)
+        assert straight_lines == halved_lines
+    ours, theirs = (load_file(tiny.newest(folder) / "model.safetensors") for folder in both)
     assert ours.keys() == theirs.keys()
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
 
     # Nothing is left to do.
-    trained = len(here["trained"])
+    trained = len(here.started)
     assert call(*arguments)[0] == 0
-    assert len(here["trained"]) == trained
+    assert len(here.started) == trained
     # Whoever would have another winner after that is told.
     (other,) = {*first[:2]} - {second}
     with (output / f"{other}-seed0" / "metrics.jsonl").open("a") as metrics:
@@ -181,14 +145,6 @@ def test_halving_goes_on_after_a_stop_and_sees_validation_once(
     assert status == 2
     evaluated = "another candidate was evaluated on the validation split before"
     assert f"{other} is best now, and {evaluated}" in said
-
-
-def _values(name: str) -> dict[str, Any]:
-    return {"phases.0.optimizer.lr": RATES[name]}
-
-
-def _search(file: Path, output: Path) -> search.Search:
-    return search.Search(search.read(file), output, (), ())
 
 
 @pytest.mark.parametrize(
@@ -202,21 +158,15 @@ def _search(file: Path, output: Path) -> search.Search:
 def test_values_of_an_axis(write: Callable[..., Path], axis: Any, values: list[Any]) -> None:
     over = {"loss.phi": axis, "loss.kind": ["sdt", "tet"]}
     found = search.read(write({"over": over})).search
-    assert search.axes(found) == {"loss.phi": values, "loss.kind": ["sdt", "tet"]}
-    combined = [tuple(one.values.values()) for one in search.candidates(found)]
+    assert found.axes == {"loss.phi": values, "loss.kind": ["sdt", "tet"]}
+    combined = [tuple(one.values()) for one in found.candidates.values()]
     assert combined == [(value, kind) for value in values for kind in ("sdt", "tet")]
 
 
 def test_ties_and_losses_are_ranked() -> None:
-    a, b, c, d = (search.Candidate(name, {}) for name in "abcd")
-    scores: dict[search.Candidate, list[float | None]] = {
-        a: [1.0, 3.0],
-        b: [2.0, 2.0],
-        c: [],
-        d: [1.0, 2.0],
-    }
-    assert search.Rung(1, scores, "top1").ranked == [a, b, d, c]
-    assert search.Rung(1, scores, "loss").ranked == [d, a, b, c]
+    scores = {"a": [1.0, 3.0], "b": [2.0, 2.0], "c": [], "d": [1.0, 2.0]}
+    assert search.Rung(1, scores, "top1").ranked == ["a", "b", "d", "c"]
+    assert search.Rung(1, scores, "loss").ranked == ["d", "a", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +192,7 @@ def test_ties_and_losses_are_ranked() -> None:
 def test_mistakes_in_a_search_are_named(
     call: Call, write: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
-    status, said = call(write(changes), "--output", tmp_path / "out")
+    status, said = call("study", write(changes), "--output", tmp_path / "out")
     assert (status, said.count("\n")) == (2, 1), said
     assert words in said
     assert not (tmp_path / "out").exists()
@@ -257,7 +207,7 @@ def test_flags_that_a_search_does_not_take(
         (("--slurm", "--time", "1:00:00"), "--slurm: "),
         (("phases.0.optimizer.lr=0.1",), "phases.0.optimizer.lr: is searched over"),
     ):
-        status, said = call(file, "--output", tmp_path / "out", *arguments)
+        status, said = call("study", file, "--output", tmp_path / "out", *arguments)
         assert (status, words in said) == (2, True), said
 
 

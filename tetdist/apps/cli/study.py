@@ -15,6 +15,7 @@ they were saved. On a cluster it also says how they are, and leaves alone what i
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def study(options: argparse.Namespace) -> int:
     from tetdist.apps.studies import plan, report, search, tracking
-    from tetdist.apps.studies.local import refuse_if_at_work, start_again, work
+    from tetdist.apps.studies.local import catch_up, refuse_if_at_work, work
 
     file = plan.find(options.study)
     if search.is_search(file):
@@ -117,7 +118,6 @@ def study(options: argparse.Namespace) -> int:
         print(warning, file=sys.stderr)
     for run in runs:
         plan.check_folder(run)
-    failed: dict[str, str] = {}
     if options.dry_run:
         print(planned(chosen))
         return 0
@@ -125,6 +125,7 @@ def study(options: argparse.Namespace) -> int:
         from tetdist.apps.studies import slurm
 
         return slurm.submit(file.stem, chosen, output, options.slurm, options.again)
+    failed: dict[str, str] = {}
     if not options.report_only:
         left = [run for run in chosen if run.next_command()]
         plan.check_inputs(left)
@@ -136,20 +137,13 @@ def study(options: argparse.Namespace) -> int:
         untrained = [run for run in left if not plan.is_trained(run)]
         parent = tracking.Parent(file.stem, untrained, output)
         failed = work(chosen, options.jobs, parent)
-        tracking.catch_up(file.stem, chosen, output, partial(start_again, jobs=options.jobs))
-    report.write(section, file.stem, runs, output / "report.md", command(options, file))
-    print(f"the report is {output / 'report.md'}")
-    if options.append_to:
-        report.write(section, file.stem, runs, options.append_to, command(options, file))
-        print(f"and in {options.append_to}")
-    for name, reason in failed.items():
-        print(f"failed: {name}: {reason}", file=sys.stderr)
-    return 1 if failed else 0
+        catch_up(file.stem, chosen, output, options.jobs)
+    return conclude(options, file, output, partial(report.write, section, runs), failed)
 
 
 def search_for(options: argparse.Namespace, file: Path) -> int:
     from tetdist.apps.studies import search, search_report, tracking
-    from tetdist.apps.studies.local import refuse_if_at_work, start_again, work
+    from tetdist.apps.studies.local import catch_up, refuse_if_at_work, work
 
     for flag, given in (("--slurm", options.slurm is not None), ("--only", bool(options.only))):
         if given:
@@ -171,10 +165,29 @@ def search_for(options: argparse.Namespace, file: Path) -> int:
             failed = {name: why for name, why in failed.items() if search.NOT_FINITE not in why}
             standing = found.standing()
     if not options.report_only:
-        start = partial(start_again, jobs=options.jobs)
-        tracking.catch_up(file.stem, found.runs_of(standing), output, start)
+        catch_up(file.stem, found.runs_of(standing), output, options.jobs)
+    return conclude(options, file, output, partial(search_report.write, found, standing), failed)
+
+
+def conclude(
+    options: argparse.Namespace,
+    file: Path,
+    output: Path,
+    write: Callable[[str, Path, str], None],
+    failed: dict[str, str],
+) -> int:
+    """Write the report, and say what failed; returns the exit status.
+
+    Args:
+        options: The command line.
+        file: The file of the study or search.
+        output: Folder of its runs.
+        write: Writes the section of a name into a file, with the command that it is of.
+        failed: The runs that failed, and why.
+    """
+    print("writing the report and its figure", file=sys.stderr)
     for target in filter(None, (output / "report.md", options.append_to)):
-        search_report.write(found, standing, file.stem, target, command(options, file))
+        write(file.stem, target, command(options, file))
         print(f"the report is {target}")
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)

@@ -17,7 +17,7 @@ from tetdist.apps.reports.style import (
     new_figure,
     widened,
 )
-from tetdist.apps.studies.numbers import Numbers, exit_curve, exit_timesteps, exit_top1, last
+from tetdist.apps.studies.numbers import Numbers, at, exit_curve, exit_timesteps, exit_top1, last
 
 
 def draw(numbers: Numbers) -> Any:
@@ -26,7 +26,7 @@ def draw(numbers: Numbers) -> Any:
     Raises:
         UserError: matplotlib is not installed.
     """
-    compared = [entry for entry in numbers.entries if numbers.difference(entry, last)]
+    compared = [entry for entry in numbers.entries if numbers.difference(entry, last).n]
     figure = new_figure(15 if compared else 10.4, 4.8)
     axes = figure.subplots(1, 3 if compared else 2)
     styles = styles_of(numbers)
@@ -75,7 +75,7 @@ def _timesteps(axis: Any, numbers: Numbers, styles: dict[str, dict[str, Any]]) -
     """Mean over seeds as a line, its standard deviation as a band; a ring at the T of training."""
     timesteps = list(numbers.study.test_timesteps)
     for entry in numbers.entries:
-        points = [numbers.at(entry, t) for t in timesteps]
+        points = [numbers.spread(entry, at(t)) for t in timesteps]
         means = np.array([point.mean for point in points])
         stds = np.nan_to_num([point.std for point in points])
         axis.plot(timesteps, means, marker="o", markersize=3.5, label=entry, **styles[entry])
@@ -154,8 +154,7 @@ def _differences(
 ) -> None:
     for row, entry in enumerate(reversed(compared)):
         difference = numbers.difference(entry, last)
-        assert difference is not None
-        half = 0.0 if math.isnan(difference.low) else difference.high - difference.mean
+        half = None if math.isnan(difference.low) else difference.high - difference.mean
         colour = styles[entry]["color"]
         axis.errorbar(difference.mean, row, xerr=half, fmt="o", color=colour, capsize=4)
     axis.axvline(0, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))

@@ -13,26 +13,33 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tetdist.apps.studies.plan import Command, StudyRun, evaluation, is_trained, lines
+from tetdist.apps.studies.tracking import Parent, lacking_runs
 from tetdist.distributed.signals import let_go_of_closed_streams
 from tetdist.distributed.starters import as_starter
 from tetdist.errors import UserError
 from tetdist.storage.files import is_held
-
-if TYPE_CHECKING:
-    from tetdist.apps.studies.plan import Command, StudyRun
-    from tetdist.apps.studies.tracking import Parent
+from tetdist.wording import counted
 
 LOOK_EVERY = 0.2  # seconds between two looks at the processes
+_AT_WORK = (
+    "another process is at work in {}: wait for it, or stop it; the same command then goes on from "
+    "there"
+)
 
 
-# --- on this machine ------------------------------------------------------------------------------
-
-
-def work(runs: "list[StudyRun]", jobs: int, parent: "Parent") -> dict[str, str]:
+def work(runs: list[StudyRun], jobs: int, parent: Parent, *, again: bool = False) -> dict[str, str]:
     """Train and evaluate what is not done yet, some runs at a time.
+
+    Args:
+        runs: None before one that it needs.
+        jobs: How many at a time.
+        parent: The study's run in MLflow, which is told of those that are not trained.
+        again: Start finished runs again instead, each of which sends MLflow what it lacks.
 
     Returns:
         The runs that failed, and why.
@@ -40,27 +47,26 @@ def work(runs: "list[StudyRun]", jobs: int, parent: "Parent") -> dict[str, str]:
     Raises:
         KeyboardInterrupt: A signal asked for it; all that was under way is saved.
     """
-    from tetdist.apps.studies.plan import is_trained, lines
-
-    waiting = [run for run in runs if run.next_command() is not None]
+    waiting = [run for run in runs if again or run.next_command() is not None]
     if jobs > 1:
         waiting = needed_first(waiting)
     progress = StudyProgress(len(runs), waiting, jobs)
     running: dict[StudyRun, Child] = {}
     failed: dict[str, str] = {}
 
-    def fail(run: "StudyRun", reason: str) -> None:
+    def fail(run: StudyRun, reason: str) -> None:
         failed[run.name] = reason
         progress.end(run, reason)
 
-    def start(run: "StudyRun", command: "Command | None") -> None:
+    def start(run: StudyRun, command: Command | None) -> None:
+        assert command is not None
         progress.begin(run, is_whole=not lines(run, "train"))
         try:
             running[run] = Child(run, jobs, command)
         except UserError as error:  # Somebody else was quicker.
             fail(run, str(error))
 
-    with progress, StopRequest() as stop, ended_at_exit(running, stop):
+    with StopRequest() as stop, ended_at_exit(running, stop):
         while waiting or running:
             stop.check()
             for run in list(waiting):
@@ -68,18 +74,17 @@ def work(runs: "list[StudyRun]", jobs: int, parent: "Parent") -> dict[str, str]:
                 if lost:
                     waiting.remove(run)
                     fail(run, f"not started, because {lost[0]} failed")
-                elif len(running) < jobs and all(map(is_trained, run.needs)):
+                elif len(running) < jobs and (again or all(map(is_trained, run.needs))):
                     waiting.remove(run)
                     if not is_trained(run):
                         parent.tell(run, "SCHEDULED")
                     stop.check()
-                    start(run, run.next_command())
+                    start(run, run.train_command if again else run.next_command())
             ended = first_to_end(running, stop)
             if ended is None:
                 continue
             run = ended
-            child = running.pop(run)
-            reason = child.failure()
+            reason = running.pop(run).failure()
             if reason is not None:
                 fail(run, reason)
                 if not is_trained(run):
@@ -91,25 +96,47 @@ def work(runs: "list[StudyRun]", jobs: int, parent: "Parent") -> dict[str, str]:
     return failed
 
 
-def start_again(runs: "list[StudyRun]", jobs: int) -> None:
-    """Start finished runs again, so many at a time, each of which sends MLflow what it lacks.
+def catch_up(study: str, runs: Iterable[StudyRun], output: Path, jobs: int) -> None:
+    """Send MLflow what it lacks of a study's finished runs, or say that it lacks it.
+
+    The study's result does not depend on MLflow, so that a study which cannot send it has not
+    failed.
+
+    Args:
+        study: Name of the study.
+        runs: Its runs.
+        output: Folder of the study.
+        jobs: How many runs are started again at a time.
 
     Raises:
-        UserError: Another process is at work on one of them.
-        KeyboardInterrupt: A signal asked for it.
+        KeyboardInterrupt: A signal asked for it; the same command sends the rest.
     """
-    waiting, running = list(runs), dict["StudyRun", Child]()
-    with StopRequest() as stop, ended_at_exit(running, stop):
-        while waiting or running:
-            stop.check()
-            while waiting and len(running) < jobs:
-                run = waiting.pop(0)
-                running[run] = Child(run, jobs, run.train_command)
-            if (ended := first_to_end(running, stop)) is not None:
-                del running[ended]
+    tracked = [run for run in runs if run.config.tracking_uri is not None]
+    if tracked:
+        _say("asking MLflow which runs it lacks points of")
+    try:
+        lacking, untagged = lacking_runs(tracked)
+        if lacking:
+            _say(f"MLflow lacks points of {_named(lacking)}: sending them")
+            work(lacking, jobs, Parent(study, [], output), again=True)
+        if lacking or untagged:
+            parent = Parent(study, lacking + untagged, output)
+            for run in lacking + untagged:
+                parent.tell(run, None)
+        if lacking and (left := lacking_runs(lacking)[0]):
+            raise UserError(f"MLflow still lacks points of {_named(left)}; see {left[0].log}")
+    except UserError as error:
+        _say(
+            f"{error}. The runs' metrics.jsonl have all points, and the same command sends MLflow "
+            "those that it lacks"
+        )
 
 
-def needed_first(runs: "list[StudyRun]") -> "list[StudyRun]":
+def _named(runs: list[StudyRun]) -> str:
+    return f"{counted(len(runs), 'run')} ({', '.join(run.name for run in runs)})"
+
+
+def needed_first(runs: list[StudyRun]) -> list[StudyRun]:
     """Put runs that others wait for, to begin with or learn from, in front: longest chains first.
 
     In the order of seeds one core would be left with the last seed's chain while others are idle.
@@ -121,7 +148,7 @@ def needed_first(runs: "list[StudyRun]") -> "list[StudyRun]":
     return sorted(runs, key=lambda run: -after[run])
 
 
-def waiting_for(runs: "list[StudyRun]") -> "dict[StudyRun, int]":
+def waiting_for(runs: list[StudyRun]) -> dict[StudyRun, int]:
     """The size of the longest chain of runs that waits for each; none is before what it needs."""
     after = dict.fromkeys(runs, 0)
     for run in reversed(runs):
@@ -131,7 +158,7 @@ def waiting_for(runs: "list[StudyRun]") -> "dict[StudyRun, int]":
     return after
 
 
-def refuse_if_at_work(runs: "list[StudyRun]") -> None:
+def refuse_if_at_work(runs: list[StudyRun]) -> None:
     """Refuse to start beside another process that trains or evaluates one of the runs.
 
     Raises:
@@ -140,14 +167,7 @@ def refuse_if_at_work(runs: "list[StudyRun]") -> None:
     for run in runs:
         # The log is held by what this command has started, the other file by whatever trains there.
         if is_held(run.log) or is_held(run.folder / ".lock"):
-            raise at_work(run)
-
-
-def at_work(run: "StudyRun") -> UserError:
-    return UserError(
-        f"another process is at work in {run.folder}: wait for it, or stop it; the same command "
-        "then goes on from there"
-    )
+            raise UserError(_AT_WORK.format(run.folder))
 
 
 class Child:
@@ -157,8 +177,7 @@ class Child:
         UserError: Another process is at work on the run.
     """
 
-    def __init__(self, run: "StudyRun", jobs: int, command: "Command | None") -> None:
-        assert command is not None
+    def __init__(self, run: StudyRun, jobs: int, command: Command) -> None:
         self.run, self.command = run, command
         run.log.parent.mkdir(parents=True, exist_ok=True)
         threads = max(1, len(os.sched_getaffinity(0)) // jobs)
@@ -168,7 +187,7 @@ class Child:
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise at_work(run) from error
+                raise UserError(_AT_WORK.format(run.folder)) from error
             except OSError:
                 pass  # There are file systems without locks.
             self.said_before = log.tell()
@@ -236,7 +255,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def ended_at_exit(running: "dict[StudyRun, Child]", stop: StopRequest) -> Iterator[None]:
+def ended_at_exit(running: dict[StudyRun, "Child"], stop: StopRequest) -> Iterator[None]:
     """Leave no child behind, whatever happens: each saves and ends."""
     try:
         yield
@@ -250,7 +269,7 @@ def ended_at_exit(running: "dict[StudyRun, Child]", stop: StopRequest) -> Iterat
             time.sleep(LOOK_EVERY / 4)
 
 
-def first_to_end(running: "dict[StudyRun, Child]", stop: StopRequest) -> "StudyRun | None":
+def first_to_end(running: dict[StudyRun, "Child"], stop: StopRequest) -> StudyRun | None:
     """Wait until a process ends, or a signal comes; None if there is none, or a signal came."""
     while running and not stop.came:
         for run, child in running.items():
@@ -260,9 +279,7 @@ def first_to_end(running: "dict[StudyRun, Child]", stop: StopRequest) -> "StudyR
     return None
 
 
-def outcome(run: "StudyRun") -> str:
-    from tetdist.apps.studies.plan import evaluation, lines
-
+def outcome(run: StudyRun) -> str:
     if run.is_judged_apart:
         found = evaluation(run)
         assert found is not None  # A run without one is not at its end.
@@ -272,7 +289,7 @@ def outcome(run: "StudyRun") -> str:
 
 
 class StudyProgress:
-    """Runs done, with rate and time left: a bar on a terminal, a line a run elsewhere.
+    """Runs done, and the time left: a line a run.
 
     Args:
         total: Number of runs, also of those that were done before.
@@ -280,33 +297,15 @@ class StudyProgress:
         jobs: How many are under way at a time.
     """
 
-    def __init__(self, total: int, left: "Iterable[StudyRun]", jobs: int) -> None:
-        from tqdm import tqdm
-
+    def __init__(self, total: int, left: Iterable[StudyRun], jobs: int) -> None:
         self.total, self.left, self.jobs = total, list(left), jobs
         self.begun: dict[StudyRun, float] = {}
         self.whole: set[StudyRun] = set()  # trained from the beginning here
         self.seconds, self.size = 0.0, 0  # of those of them that are finished
-        self.on_terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=total,
-            initial=total - len(self.left),
-            unit="run",
-            dynamic_ncols=True,
-            disable=not self.on_terminal,
-            # Without tqdm's own time left, for which all runs would have to be of one size.
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]",
-        )
         if len(self.left) < total:
-            self.say(f"{total - len(self.left)} of {total} runs are done already")
+            _say(f"{total - len(self.left)} of {total} runs are done already")
 
-    def __enter__(self) -> "StudyProgress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def begin(self, run: "StudyRun", *, is_whole: bool) -> None:
+    def begin(self, run: StudyRun, *, is_whole: bool) -> None:
         """Start a run's clock; a second call, for its evaluation, changes nothing.
 
         Args:
@@ -318,18 +317,14 @@ class StudyProgress:
             if is_whole:
                 self.whole.add(run)
 
-    def end(self, run: "StudyRun", text: str, *, finished: bool = False) -> None:
+    def end(self, run: StudyRun, text: str, *, finished: bool = False) -> None:
         """Say how a run ended, and how much time is left."""
         self.left.remove(run)
         begun = self.begun.pop(run, None)
         if finished and begun is not None and run in self.whole:
             self.seconds += time.monotonic() - begun
             self.size += run.size
-        eta = self._time_left()
-        self.bar.set_postfix_str(eta, refresh=False)
-        self.bar.update()
-        behind = f"; {eta}" if eta and not self.on_terminal else ""
-        self.say(f"[{self.total - len(self.left)}/{self.total}] {run.name}: {text}{behind}")
+        _say(f"[{self.total - len(self.left)}/{self.total}] {run.name}: {text}{self._time_left()}")
 
     def _time_left(self) -> str:
         """The time left in words; none before the first whole run is finished, or at the end."""
@@ -341,8 +336,8 @@ class StudyProgress:
         # However many are under way at a time, a chain of runs goes one by one.
         after = waiting_for(self.left)
         longest = max(still[run] + pace * after[run] for run in self.left)
-        return f"about {max(sum(still.values()) / self.jobs, longest) / 60:.0f} min left"
+        return f"; about {max(sum(still.values()) / self.jobs, longest) / 60:.0f} min left"
 
-    def say(self, text: str) -> None:
-        self.bar.write(text, file=sys.stderr)
-        sys.stderr.flush()
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

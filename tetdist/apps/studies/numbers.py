@@ -2,19 +2,13 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tetdist.apps.studies.plan import (
-    StudyRun,
-    StudySection,
-    evaluation,
-    is_trained,
-    lines,
-)
+from tetdist.apps.studies.plan import StudyRun, StudySection, evaluation, is_trained, lines
 from tetdist.training.schedule import Phase, schedule_phases
 
 CONFIDENCE = 0.95
@@ -36,7 +30,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean difference of n pairs; its 95 % interval and p are NaN where n is 1.
+    """Mean difference of n pairs; its 95 % interval and p are NaN where they cannot be estimated:
+    of fewer than two pairs, and where all pairs differ alike.
 
     Attributes:
         p: That of the paired t-test, two-sided.
@@ -175,11 +170,9 @@ def run_environment(run: StudyRun) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> Spread:
-    return Spread(
-        len(values),
-        float(np.mean(values)),
-        float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
-    )
+    """The spread of at least one value."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return Spread(len(values), float(np.mean(values)), std)
 
 
 def signed(value: float) -> str:
@@ -192,15 +185,18 @@ def paired_difference(values: list[float], control: list[float]) -> Difference:
     from scipy import stats
 
     differences = np.subtract(values, control)
-    n, mean = len(differences), float(np.mean(differences))
-    if n < 2:
+    n, mean = len(differences), float(np.mean(differences)) if values else math.nan
+    # Differences that are alike but for rounding show no spread, and would have an interval of no
+    # width.
+    if n < 2 or np.ptp(differences) < 1e-9:
         return Difference(n, mean, math.nan, math.nan, math.nan)
     error = float(np.std(differences, ddof=1)) / math.sqrt(n)
-    if error == 0:  # All are alike, so there is no spread to estimate.
-        return Difference(n, mean, math.nan, math.nan, math.nan)
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
     return Difference(n, mean, mean - half, mean + half, p)
+
+
+Value = Callable[[Result], float]
 
 
 @dataclass(frozen=True)
@@ -227,25 +223,19 @@ class Numbers:
         """T at the end of training."""
         return self.of(entry)[0].run.timesteps
 
-    def at(self, entry: str, timesteps: int) -> Spread:
-        """Top-1 at a number of test timesteps, over seeds."""
-        return spread([result.by_timestep[timesteps - 1] for result in self.of(entry)])
+    def spread(self, entry: str, value: Value) -> Spread:
+        """The spread over seeds of a number of each result."""
+        return spread(list(map(value, self.of(entry))))
 
-    def difference(self, entry: str, value: Any) -> Difference | None:
-        """The difference to the control, seed by seed; ``value`` makes a number of a result.
+    def difference(self, entry: str, value: Value) -> Difference:
+        """The difference to the control in a number of each result, seed by seed.
 
-        None without a control, or without a seed that both have finished.
+        It is of no pairs without a control, or without a seed that both have finished.
         """
         control = self.study.entries[entry].control
-        if control is None:
-            return None
-        seeds = [seed for seed in self.results[entry] if seed in self.results[control]]
-        if not seeds:
-            return None
-        return paired_difference(
-            [value(self.results[entry][seed]) for seed in seeds],
-            [value(self.results[control][seed]) for seed in seeds],
-        )
+        ours, theirs = self.results[entry], self.results[control] if control else {}
+        seeds = [seed for seed in ours if seed in theirs]
+        return paired_difference(*([value(of[seed]) for seed in seeds] for of in (ours, theirs)))
 
     def cost(self, entry: str) -> tuple[float, float]:
         """Image-timesteps and seconds of training, medians over seeds, with the runs it needed."""
@@ -270,47 +260,34 @@ class Numbers:
         return list(dict.fromkeys([entry, *(n for name in needed for n in self.with_needed(name))]))
 
     def as_dict(self) -> dict[str, Any]:
-        differences = {
-            entry: {
-                "control": self.study.entries[entry].control,
-                "top1": vars(found),
-                **{
-                    key: vars(difference)
-                    for key, value in EXIT_VALUES.items()
-                    if self.study.exit_within is not None
-                    and (difference := self.difference(entry, value)) is not None
-                },
-                "by_timestep": {
-                    t: vars(difference)
-                    for t in self.study.test_timesteps
-                    if (difference := self.difference(entry, at(t))) is not None
-                },
+        exits = EXIT_VALUES if self.study.exit_within is not None else {}
+        by_t = {t: at(t) for t in self.study.test_timesteps}
+        entries, differences = {}, {}
+        for entry in self.entries:
+            values = {"top1": last, "best_top1": best, "loss": loss, **exits}
+            image_timesteps, seconds = self.cost(entry)
+            entries[entry] = {
+                **{key: vars(self.spread(entry, value)) for key, value in values.items()},
+                "by_timestep": {t: vars(self.spread(entry, value)) for t, value in by_t.items()},
+                "image_timesteps": image_timesteps,
+                "seconds": seconds,
             }
-            for entry in self.entries
-            if (found := self.difference(entry, last)) is not None
-        }
+            if not (top1 := self.difference(entry, last)).n:
+                continue
+            differences[entry] = {
+                "control": self.study.entries[entry].control,
+                "top1": vars(top1),
+                **{key: vars(self.difference(entry, value)) for key, value in exits.items()},
+                "by_timestep": {t: vars(self.difference(entry, of)) for t, of in by_t.items()},
+            }
+        results = [result for entry in self.entries for result in self.of(entry)]
         return {
             "study": self.study.model_dump(mode="json"),
             "missing": self.missing,
-            "entries": {
-                entry: {
-                    "top1": vars(spread([result.top1 for result in self.of(entry)])),
-                    "best_top1": vars(spread([result.best_top1 for result in self.of(entry)])),
-                    "loss": vars(spread([result.loss for result in self.of(entry)])),
-                    **{
-                        key: vars(spread([value(result) for result in self.of(entry)]))
-                        for key, value in EXIT_VALUES.items()
-                        if self.study.exit_within is not None
-                    },
-                    "by_timestep": {t: vars(self.at(entry, t)) for t in self.study.test_timesteps},
-                    "image_timesteps": self.cost(entry)[0],
-                    "seconds": self.cost(entry)[1],
-                }
-                for entry in self.entries
-            },
+            "entries": entries,
             "differences": differences,
-            "runs": [result.as_dict() for entry in self.entries for result in self.of(entry)],
-            "environments": distinct([r.environment for e in self.entries for r in self.of(e)]),
+            "runs": [result.as_dict() for result in results],
+            "environments": distinct([result.environment for result in results]),
         }
 
 
@@ -322,6 +299,14 @@ def best(result: Result) -> float:
     return result.best_top1
 
 
+def loss(result: Result) -> float:
+    return result.loss
+
+
+def at(timesteps: int) -> Value:
+    return lambda result: result.by_timestep[timesteps - 1]
+
+
 def exit_timesteps(result: Result) -> float:
     """Timesteps of a sample on average, with early exit at the threshold that was chosen."""
     assert result.chosen_exit is not None
@@ -331,6 +316,9 @@ def exit_timesteps(result: Result) -> float:
 def exit_top1(result: Result) -> float:
     assert result.chosen_exit is not None
     return float(result.chosen_exit["top1"])
+
+
+EXIT_VALUES = {"exit_timesteps": exit_timesteps, "exit_top1": exit_top1}
 
 
 def exit_curve(
@@ -359,13 +347,6 @@ def timesteps_for(curve: list[tuple[float, float]], top1: float) -> float:
             return before[0] + share * (point[0] - before[0])
         before = point
     return math.nan
-
-
-EXIT_VALUES = {"exit_timesteps": exit_timesteps, "exit_top1": exit_top1}
-
-
-def at(timesteps: int) -> Any:
-    return lambda result: result.by_timestep[timesteps - 1]
 
 
 def gather(study: StudySection, runs: list[StudyRun]) -> Numbers:

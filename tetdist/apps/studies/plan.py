@@ -2,11 +2,12 @@
 
 import difflib
 import json
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import yaml
@@ -58,15 +59,23 @@ class EntrySection(Section):
     """Evaluate the moving average of the weights (ema.decay) at the end."""
 
 
-class StudySection(Section):
+class QuestionSection(Section):
+    """The keys that a study and a search have in common."""
+
     title: str
     question: str = ""
-    """Markdown, for the report: what is asked, and what is the same in all entries."""
+    """Markdown, for the report: what is asked, and what is the same in all runs."""
     config: str
     """A file, or the name of one in configs/."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """Dotted keys of the configuration, for all entries."""
+    """Dotted keys of the configuration, for all runs."""
+
+
+Kind = TypeVar("Kind", bound=QuestionSection)
+
+
+class StudySection(QuestionSection):
     test_timesteps: Annotated[tuple[Timesteps, ...], Field(min_length=1)]
     """Numbers of timesteps at which every run is evaluated."""
     exit_within: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -81,9 +90,9 @@ class StudyRun:
     """One entry with one seed.
 
     Attributes:
-        control: The entry that its entry is compared with.
         arguments: What the commands train and slurm are given: the configuration, all
             ``key=value`` and ``--import``.
+        control: The entry that its entry is compared with.
         init: The run whose weights it begins with.
         teacher: The run whose network it learns from.
         test_timesteps: Numbers of timesteps at which it is evaluated; none: at its own.
@@ -92,13 +101,13 @@ class StudyRun:
     """
 
     entry: str
-    control: str | None
     seed: int
     arguments: tuple[str, ...]
     config: RunConfig
-    init: "StudyRun | None"
-    teacher: "StudyRun | None"
-    test_timesteps: tuple[int, ...]
+    control: str | None = None
+    init: "StudyRun | None" = None
+    teacher: "StudyRun | None" = None
+    test_timesteps: tuple[int, ...] = ()
     exit_within: float | None = None
     average: bool = False
 
@@ -212,19 +221,50 @@ def find(name: str) -> Path:
     raise UserError(f"no study {name!r}, neither as a file nor in configs/studies/; {hint}")
 
 
+def read_section(path: Path, kind: type[Kind], inner: dict[str, type[Section]]) -> Kind:
+    """Read the file of a study or of a search.
+
+    Args:
+        path: The file.
+        kind: Its section.
+        inner: The sections within that, by the key that they stand below.
+
+    Raises:
+        UserError: The file is none; the text says what is wrong with it.
+    """
+    try:
+        section = kind.model_validate_json(json.dumps(read_yaml(path)))
+    except ValidationError as error:
+        problems = "; ".join(
+            _explain(one, kind, inner) for one in messages.innermost(error.errors())
+        )
+        raise UserError(f"{path}: {problems}") from None
+    if len(set(section.seeds)) < len(section.seeds):
+        raise UserError(f"{path}: seeds: one of {list(section.seeds)} is there twice")
+    return section
+
+
+def _explain(error: Any, kind: type[Section], inner: dict[str, type[Section]]) -> str:
+    # Where a key takes values of two types, pydantic names the type after the key.
+    location = [str(part) for part in error["loc"] if not re.search(r"Section$|tuple", str(part))]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        at = [kind, *(inner[part] for part in location[:-1] if part in inner)]
+        fields = at[-1].model_fields
+        known = ", ".join(field.alias or name for name, field in fields.items())
+        return f"unknown key {key!r}; known here are {known}"
+    if error["type"] == "missing":
+        return f"{key!r} is missing"
+    return f"{key!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
 def read(path: Path) -> StudySection:
     """Read a study file.
 
     Raises:
         UserError: The file is no study; the text says what is wrong with it.
     """
-    try:
-        study = StudySection.model_validate_json(json.dumps(read_yaml(path)))
-    except ValidationError as error:
-        problems = "; ".join(_explain(e) for e in messages.innermost(error.errors()))
-        raise UserError(f"{path}: {problems}") from None
-    if len(set(study.seeds)) < len(study.seeds):
-        raise UserError(f"{path}: seeds: one of {list(study.seeds)} is there twice")
+    study = read_section(path, StudySection, {"entries": EntrySection})
     if list(study.test_timesteps) != sorted(set(study.test_timesteps)):
         raise UserError(
             f"{path}: test_timesteps: {list(study.test_timesteps)} must rise, each number once"
@@ -238,16 +278,6 @@ def read(path: Path) -> StudySection:
                     f"{path}: entries.{name}.{key}: {other!r} is no other entry; there are {known}"
                 )
     return study
-
-
-def _explain(error: Any) -> str:
-    key = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        section = EntrySection if error["loc"][0] == "entries" else StudySection
-        return f"unknown key {key!r}; known here are {', '.join(section.model_fields)}"
-    if error["type"] == "missing":
-        return f"{key!r} is missing"
-    return f"{key!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def import_flags(files: Sequence[str]) -> list[str]:
@@ -275,19 +305,113 @@ def runs_of(
             raise UserError(
                 f"entries.{name}: init and teacher go in a circle: {' <- '.join((*after, name))}"
             )
-        if (name, seed) not in runs:
-            entry = study.entries[name]
-            init, teacher = (
-                None if other is None else add(other, seed, (*after, name))
-                for other in (entry.init, entry.teacher)
+        if (name, seed) in runs:
+            return runs[name, seed]
+        entry = study.entries[name]
+        init, teacher = (
+            None if other is None else add(other, seed, (*after, name))
+            for other in (entry.init, entry.teacher)
+        )
+        # It may name weights or a teacher from elsewhere, unless another entry is named for them.
+        own, own_keys = list[str](), dict(OWN_KEYS)
+        for needed, key, reason in (
+            (init, "init_checkpoint", "it begins with the weights of init"),
+            (teacher, TEACHER_KEY, "it learns from its teacher"),
+        ):
+            if needed is not None:
+                own.append(f"{key}={needed.folder}")
+                own_keys[key] = f"{reason}, {needed.entry}; leave out one"
+        given = joined(as_overrides(study.overrides), as_overrides(entry.overrides), more)
+        try:
+            run = make_run(
+                name, seed, output, entry.config or study.config, given, own, own_keys, imports
             )
-            runs[name, seed] = _run(study, name, seed, output, more, imports, init, teacher)
+        except UserError as error:
+            raise UserError(f"entries.{name}: {error}") from error
+        runs[name, seed] = replace(
+            run,
+            control=entry.control,
+            init=init,
+            teacher=teacher,
+            test_timesteps=study.test_timesteps,
+            exit_within=study.exit_within,
+            average=entry.average,
+        )
+        _check(runs[name, seed])
         return runs[name, seed]
 
     for seed in study.seeds:
         for name in study.entries:
             add(name, seed)
     return list(runs.values())
+
+
+def make_run(
+    entry: str,
+    seed: int,
+    output: Path,
+    config_name: str,
+    given: list[str],
+    own: list[str],
+    own_keys: dict[str, str],
+    imports: Sequence[str],
+) -> StudyRun:
+    """Return a run that needs no other, with its configuration.
+
+    Args:
+        entry: Its entry.
+        seed: Its seed.
+        output: Folder of all runs.
+        config_name: A file, or the name of one in configs/.
+        given: ``key=value`` of the file and the command line.
+        own: ``key=value`` that the study sets besides.
+        own_keys: Keys that only the study may set, and what to do instead.
+        imports: Files that it imports.
+
+    Raises:
+        UserError: The configuration is wrong, or one of the study's keys is given.
+    """
+    nested: dict[str, Any] = {}
+    for override in given:
+        apply_override(nested, override)
+    for key in identity.flatten(nested):
+        if key in own_keys:
+            raise UserError(f"overrides: {key} is set by the study itself: {own_keys[key]}")
+    named = [f"seed={seed}", f"name={entry}-seed{seed}", f"runs_dir={output}"]
+    overrides = [*given, *named, *own]
+    config = loading.load(config_name, overrides, imports)
+    check_names(config.tracking.trackers)
+    arguments = ("--config", config_name, *overrides, *import_flags(imports))
+    return StudyRun(entry, seed, arguments, config)
+
+
+def _check(run: StudyRun) -> None:
+    """Refuse what a run cannot be evaluated with.
+
+    Raises:
+        UserError: It is asked for.
+    """
+    name, config, last = run.entry, run.config, max(run.test_timesteps)
+    if run.exit_within is not None and not config.data.held_out:
+        raise UserError(
+            f"exit_within: entries.{name} holds out no training samples to choose a threshold on; "
+            "set data.held_out: 0.1 in overrides"
+        )
+    if run.exit_within is not None and not config.model.neuron.causal:
+        raise UserError(
+            f"exit_within: entries.{name} has neurons that see later timesteps, so that there is "
+            "no early exit; leave out one of them"
+        )
+    if run.average and config.ema.decay is None:
+        raise UserError(f"entries.{name}.average: there is none; set ema.decay, such as 0.999")
+    for timesteps in run.test_timesteps:
+        if (reason := config.model.neuron.refusal(timesteps)) is not None:
+            raise UserError(f"test_timesteps: of entries.{name}, {reason}")
+    if run.is_judged_apart and last < run.timesteps:
+        raise UserError(
+            f"test_timesteps: entries.{name} is evaluated at up to "
+            f"{counted(last, 'timestep')}, and trained with {run.timesteps}; add these"
+        )
 
 
 def replaced(study: StudySection, more: Sequence[str]) -> list[str]:
@@ -313,106 +437,9 @@ def replaced(study: StudySection, more: Sequence[str]) -> list[str]:
     return said
 
 
-def _run(
-    study: StudySection,
-    name: str,
-    seed: int,
-    output: Path,
-    more: list[str],
-    imports: Sequence[str],
-    init: StudyRun | None,
-    teacher: StudyRun | None,
-) -> StudyRun:
-    entry = study.entries[name]
-    config_name = entry.config or study.config
-    layers = [[f"{key}={as_text(v)}" for key, v in one.overrides.items()] for one in (study, entry)]
-    given = joined(*layers, more)
-    own = [f"seed={seed}", f"name={name}-seed{seed}", f"runs_dir={output}"]
-    if init is not None:
-        own.append(f"init_checkpoint={init.folder}")
-    if teacher is not None:
-        own.append(f"{TEACHER_KEY}={teacher.folder}")
-    overrides = given + own
-    try:
-        refuse_own_keys(given, _own_keys(entry))
-        resolved = loading.load(config_name, overrides, imports)
-        check_names(resolved.tracking.trackers)
-    except UserError as error:
-        raise UserError(f"entries.{name}: {error}") from error
-    if study.exit_within is not None:
-        _check_exit(name, resolved)
-    if entry.average and resolved.ema.decay is None:
-        raise UserError(f"entries.{name}.average: there is none; set ema.decay, such as 0.999")
-    for one in study.test_timesteps:
-        if (reason := resolved.model.neuron.refusal(one)) is not None:
-            raise UserError(f"test_timesteps: of entries.{name}, {reason}")
-    run = StudyRun(
-        entry=name,
-        control=entry.control,
-        seed=seed,
-        arguments=("--config", config_name, *overrides, *import_flags(imports)),
-        config=resolved,
-        init=init,
-        teacher=teacher,
-        test_timesteps=study.test_timesteps,
-        exit_within=study.exit_within,
-        average=entry.average,
-    )
-    if run.is_judged_apart and (last := max(study.test_timesteps)) < run.timesteps:
-        raise UserError(
-            f"test_timesteps: entries.{name} is evaluated at up to "
-            f"{counted(last, 'timestep')}, and trained with {run.timesteps}; add these"
-        )
-    return run
-
-
-def _check_exit(name: str, config: RunConfig) -> None:
-    """Refuse an entry for which no threshold of early exit can be chosen.
-
-    Raises:
-        UserError: That is so.
-    """
-    if not config.data.held_out:
-        raise UserError(
-            f"exit_within: entries.{name} holds out no training samples to choose a threshold on; "
-            "set data.held_out: 0.1 in overrides"
-        )
-    if not config.model.neuron.causal:
-        raise UserError(
-            f"exit_within: entries.{name} has neurons that see later timesteps, so that there is "
-            "no early exit; leave out one of them"
-        )
-
-
-def _own_keys(entry: EntrySection) -> dict[str, str]:
-    """Keys that the study sets for an entry, and what to do instead.
-
-    An entry may name weights or a teacher from elsewhere, unless another entry is named for them.
-    """
-    own = dict(OWN_KEYS)
-    if entry.init is not None:
-        own["init_checkpoint"] = f"it begins with the weights of init, {entry.init}; leave out one"
-    if entry.teacher is not None:
-        own[TEACHER_KEY] = f"it learns from its teacher, {entry.teacher}; leave out one"
-    return own
-
-
-def refuse_own_keys(overrides: list[str], own: dict[str, str]) -> None:
-    """Refuse overrides that the study itself would override in silence.
-
-    Args:
-        overrides: ``key=value``.
-        own: The study's keys, and what to do instead.
-
-    Raises:
-        UserError: One of them is there.
-    """
-    given: dict[str, Any] = {}
-    for override in overrides:
-        apply_override(given, override)
-    for key in identity.flatten(given):
-        if key in own:
-            raise UserError(f"overrides: {key} is set by the study itself: {own[key]}")
+def as_overrides(values: dict[str, Any]) -> list[str]:
+    """Dotted keys and their values as overrides on the command line."""
+    return [f"{key}={as_text(value)}" for key, value in values.items()]
 
 
 def as_text(value: Any) -> str:
@@ -489,8 +516,12 @@ def check_folder(run: StudyRun) -> None:
         )
 
 
-def check_inputs(runs: list[StudyRun]) -> None:
+def check_inputs(runs: list[StudyRun], kind: str = "entries.") -> None:
     """See that each entry's data are there and suit its network, and that MLflow can take its runs.
+
+    Args:
+        runs: The runs.
+        kind: What errors call an entry, before its name.
 
     Raises:
         UserError: They are not or do not, so that all runs of the entry would fail.
@@ -511,4 +542,4 @@ def check_inputs(runs: list[StudyRun]) -> None:
             train_index, _ = open_data(run.config, alone)
             make_model(run.config, train_index)
         except UserError as error:
-            raise UserError(f"entries.{run.entry}: {error}") from error
+            raise UserError(f"{kind}{run.entry}: {error}") from error

@@ -3,15 +3,15 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from tetdist.apps.reports import style
 from tetdist.apps.studies import figures, summary
 from tetdist.apps.studies.numbers import (
     Numbers,
+    Result,
     at,
     best,
     distinct,
@@ -19,17 +19,13 @@ from tetdist.apps.studies.numbers import (
     exit_top1,
     gather,
     last,
-    spread,
+    loss,
 )
-from tetdist.apps.studies.plan import (
-    TEACHER_KEY,
-    StudyRun,
-    StudySection,
-    as_text,
-)
+from tetdist.apps.studies.plan import TEACHER_KEY, StudyRun, StudySection, as_text
 from tetdist.config.checks import effective
 from tetdist.config.identity import flatten
 from tetdist.errors import UserError, without_passwords
+from tetdist.storage.files import explaining, write_text
 from tetdist.tables import markdown
 from tetdist.tracking.metrics_file import strict
 from tetdist.wording import are, counted
@@ -40,7 +36,7 @@ OF_THE_RUN = ("name", "seed", "init_checkpoint", TEACHER_KEY)
 # --- the report -----------------------------------------------------------------------------------
 
 
-def write(study: StudySection, name: str, runs: list[StudyRun], file: Path, command: str) -> None:
+def write(study: StudySection, runs: list[StudyRun], name: str, file: Path, command: str) -> None:
     """Put the study's section, with figure and numbers beside it, into a Markdown file.
 
     A section that the study has there already is replaced, and so is the summary of all studies
@@ -55,18 +51,34 @@ def write(study: StudySection, name: str, runs: list[StudyRun], file: Path, comm
             f"there is nothing to report: of {counted(len(runs), 'run')} none is finished and "
             "evaluated"
         )
+    figure = figures.draw(numbers)
+    put(name, file, lambda link: section(numbers, link, command), figure, numbers.as_dict())
+
+
+def put(
+    name: str, file: Path, section: Callable[[str], str], figure: Any, values: dict[str, Any]
+) -> None:
+    """Put a study's or a search's section into a Markdown file, figure and numbers beside it.
+
+    Args:
+        name: Its name.
+        file: The Markdown file.
+        section: Makes the section, of the link to figure and numbers without their suffix.
+        figure: The figure.
+        values: The numbers.
+
+    Raises:
+        UserError: The file's section has no end.
+    """
     folder = file.with_suffix("")
-    text = replaced(
-        file.read_text() if file.is_file() else "",
-        name,
-        section(numbers, f"{folder.name}/{name}", command),
-        file,
-    )
+    whole = section(f"{folder.name}/{name}")
+    text = replaced(file.read_text() if file.is_file() else "", name, whole, file)
     folder.mkdir(parents=True, exist_ok=True)
-    style.save(figures.draw(numbers), folder / f"{name}.png")
-    values = json.dumps(strict(numbers.as_dict()), indent=1, allow_nan=False)
-    write_whole(folder / f"{name}.json", without_passwords(values) + "\n")
-    write_whole(file, summary.refreshed(text, folder, file))
+    style.save(figure, folder / f"{name}.png")
+    numbers = json.dumps(strict(values), indent=1, allow_nan=False)
+    with explaining(file):
+        write_text(folder / f"{name}.json", without_passwords(numbers) + "\n")
+        write_text(file, summary.refreshed(text, folder, file))
 
 
 def replaced(text: str, name: str, section: str, file: Path) -> str:
@@ -82,13 +94,6 @@ def replaced(text: str, name: str, section: str, file: Path) -> str:
     return before + whole + after
 
 
-def write_whole(file: Path, text: str) -> None:
-    from tetdist.storage.files import explaining, write_text
-
-    with explaining(file):
-        write_text(file, text)
-
-
 def section(numbers: Numbers, link: str, command: str) -> str:
     """The section in Markdown; ``link`` and a suffix are the names of figure and numbers."""
     study = numbers.study
@@ -100,16 +105,16 @@ def section(numbers: Numbers, link: str, command: str) -> str:
             f"{are(len(numbers.missing))} missing ({', '.join(numbers.missing)})."
         )
     verdicts = [verdict(numbers, entry) for entry in numbers.entries]
-    parts.append("\n".join(text for text in verdicts if text))
     parts += [
+        "\n".join(text for text in verdicts if text),
         overview(numbers),
         early_exit(numbers),
         f"![{study.title}]({link}.png)",
         by_timestep(numbers),
+        difference_by_timestep(numbers),
+        what_differs(numbers),
+        commands(numbers, f"{link}.json"),
     ]
-    if any(study.entries[entry].control for entry in numbers.entries):
-        parts.append(difference_by_timestep(numbers))
-    parts += [what_differs(numbers), commands(numbers, f"{link}.json")]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -170,10 +175,10 @@ def differs_unnamed(numbers: Numbers) -> str:
 def verdict(numbers: Numbers, entry: str) -> str:
     """One line on an entry against its control; empty where it has none."""
     difference = numbers.difference(entry, last)
-    if difference is None:
-        return ""
     control = numbers.study.entries[entry].control
-    if difference.n < 2:
+    if difference.n == 0:
+        return ""
+    if difference.n == 1:
         said = "one seed says nothing about chance"
     elif math.isnan(difference.low):
         said = "no spread between the seeds"
@@ -192,17 +197,15 @@ def overview(numbers: Numbers) -> str:
     apart = all(run.is_judged_apart for run in numbers.runs)
     shown = (last,) if apart else (last, best)
     for entry in numbers.entries:
-        results = numbers.of(entry)
         image_timesteps, seconds = numbers.cost(entry)
-        against = [numbers.difference(entry, value) for value in shown]
         rows.append(
             [
                 f"`{entry}`",
                 str(numbers.timesteps(entry)),
-                str(len(results)),
-                *(str(spread(list(map(value, results)))) for value in shown),
-                *("" if difference is None else str(difference) for difference in against),
-                f"{np.mean([result.loss for result in results]):.4f}",
+                str(len(numbers.of(entry))),
+                *(str(numbers.spread(entry, value)) for value in shown),
+                *(str(numbers.difference(entry, value)) for value in shown),
+                f"{numbers.spread(entry, loss).mean:.4f}",
                 f"{image_timesteps / 1e6:.3g}",
                 f"{seconds:.0f}",
             ]
@@ -230,29 +233,27 @@ def early_exit(numbers: Numbers) -> str:
     """Return the table of early exit at the chosen thresholds; empty without any."""
     if numbers.study.exit_within is None:
         return ""
+    # An entry may have been trained with fewer timesteps than early exit is up to.
+    most = max(numbers.study.test_timesteps)
+
+    def lost(result: Result) -> float:
+        return exit_top1(result) - at(most)(result)
+
     rows = []
     for entry in numbers.entries:
-        results = numbers.of(entry)
-        thresholds = [(result.chosen_exit or {}).get("threshold") for result in results]
+        thresholds = [(result.chosen_exit or {}).get("threshold") for result in numbers.of(entry)]
         chosen = [threshold for threshold in thresholds if threshold is not None]
-        # An entry may have been trained with fewer timesteps than early exit is up to.
-        full = at(max(numbers.study.test_timesteps))
-        lost = [exit_top1(result) - full(result) for result in results]
-        against = [numbers.difference(entry, value) for value in (exit_timesteps, exit_top1)]
         rows.append(
             [
                 f"`{entry}`",
                 f"{min(chosen):.3f} to {max(chosen):.3f}" if chosen else "none",
-                str(spread(list(map(exit_timesteps, results)))),
-                str(spread(list(map(exit_top1, results)))),
-                str(spread(lost)),
-                *("" if difference is None else str(difference) for difference in against),
+                *(str(numbers.spread(entry, of)) for of in (exit_timesteps, exit_top1, lost)),
+                *(str(numbers.difference(entry, of)) for of in (exit_timesteps, exit_top1)),
             ]
         )
     head = ["", "confidence", "T on average", "top-1, %", "- at full T"]
     head += ["T on average - control", "top-1 - control"]
     held_out = numbers.of(numbers.entries[0])[0].chosen_exit or {}
-    most = max(numbers.study.test_timesteps)
     fewer = [f"`{entry}`" for entry in numbers.entries if numbers.timesteps(entry) < most]
     beyond = (
         f"\n\nThe full T is {most}, more timesteps than in the training of {' and '.join(fewer)}."
@@ -270,29 +271,31 @@ def early_exit(numbers: Numbers) -> str:
 def by_timestep(numbers: Numbers) -> str:
     rows = []
     for entry in numbers.entries:
+        found = {t: numbers.spread(entry, at(t)) for t in numbers.study.test_timesteps}
         trained = numbers.timesteps(entry)
-        cells = [
-            f"**{numbers.at(entry, t)}**" if t == trained else str(numbers.at(entry, t))
-            for t in numbers.study.test_timesteps
-        ]
+        cells = [f"**{of}**" if t == trained else str(of) for t, of in found.items()]
         rows.append([f"`{entry}`", *cells])
-    head = ["tested at T =", *map(str, numbers.study.test_timesteps)]
     title = "Top-1, last epoch, at other T than trained for (bold: the T of training):"
-    return f"{title}\n\n{markdown(head, rows, numbers=True)}"
+    return f"{title}\n\n{_table_by_timestep(numbers, rows)}"
 
 
 def difference_by_timestep(numbers: Numbers) -> str:
+    """Return the table of differences at every T; empty without any."""
     rows = []
     for entry in numbers.entries:
         found = [numbers.difference(entry, at(t)) for t in numbers.study.test_timesteps]
-        if any(found):
+        if found[0].n:
             control = numbers.study.entries[entry].control
             rows.append([f"`{entry}` - `{control}`", *map(str, found)])
     if not rows:
         return ""
-    head = ["tested at T =", *map(str, numbers.study.test_timesteps)]
-    table = markdown(head, rows, numbers=True)
+    table = _table_by_timestep(numbers, rows)
     return f"Difference to the control there, with its interval:\n\n{table}"
+
+
+def _table_by_timestep(numbers: Numbers, rows: list[list[str]]) -> str:
+    head = ["tested at T =", *map(str, numbers.study.test_timesteps)]
+    return markdown(head, rows, numbers=True)
 
 
 def what_differs(numbers: Numbers) -> str:
@@ -310,29 +313,22 @@ def what_differs(numbers: Numbers) -> str:
                     for key, value in flat[entry].items()
                     if key in is_set or not key.startswith(f"phases.{i}.")
                 }
-    keys = [
-        key for key in dict.fromkeys(k for e in entries for k in flat[e]) if key not in OF_THE_RUN
-    ]
-    differing = [key for key in keys if len({str(flat[entry].get(key)) for entry in entries}) > 1]
-    sections = [numbers.study.entries[entry] for entry in entries]
-    others = {
-        head: names
-        for head, names in (
-            ("begins with", [section.init for section in sections]),
-            ("learns from", [section.teacher for section in sections]),
-        )
-        if any(names)
+    keys = dict.fromkeys(key for entry in entries for key in flat[entry])
+    columns = {
+        f"`{key}`": [str(flat[entry].get(key, "")) for entry in entries]
+        for key in keys
+        if key not in OF_THE_RUN and len({str(flat[entry].get(key)) for entry in entries}) > 1
     }
-    if not differing and not others:
+    for head, names in (
+        ("begins with", [numbers.study.entries[entry].init for entry in entries]),
+        ("learns from", [numbers.study.entries[entry].teacher for entry in entries]),
+    ):
+        if any(names):
+            columns[head] = [f"`{name}`" if name else "" for name in names]
+    if not columns:
         return ""
-    rows = [
-        [f"`{entry}`", *(str(flat[entry].get(key, "")) for key in differing)] for entry in entries
-    ]
-    head = ["", *(f"`{key}`" for key in differing), *others]
-    for names in others.values():
-        for row, name in zip(rows, names, strict=True):
-            row.append(f"`{name}`" if name else "")
-    return f"What differs between them:\n\n{markdown(head, rows, numbers=True)}"
+    rows = list(zip((f"`{entry}`" for entry in entries), *columns.values(), strict=True))
+    return f"What differs between them:\n\n{markdown(['', *columns], rows, numbers=True)}"
 
 
 def commands(numbers: Numbers, link: str) -> str:

@@ -11,39 +11,37 @@ been. Where a search is follows from its runs alone: there is no file of its own
 """
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from tetdist.apps.studies.plan import (
     OWN_KEYS,
+    QuestionSection,
     StudyRun,
-    as_text,
+    as_overrides,
     check_folder,
-    import_flags,
+    check_inputs,
     is_trained,
     lines,
-    refuse_own_keys,
+    make_run,
+    read_section,
 )
-from tetdist.config import loading, messages
 from tetdist.config.fields import Epochs, Section
 from tetdist.config.overrides import joined, key_of
 from tetdist.config.yaml_files import read_yaml
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.order import steps_per_epoch
-from tetdist.tracking.mlflow_store import check_store
-from tetdist.tracking.trackers import check_names
 from tetdist.training.health import NOT_FINITE
-from tetdist.training.setup import make_model, open_data
+from tetdist.training.setup import open_data
 from tetdist.wording import counted
 
 FINAL = "final"
@@ -88,24 +86,40 @@ class SearchSection(Section):
     metric: Literal["top1", "loss"] = "top1"
     """Metric that decides, of the evaluation at the rung on held-out samples."""
 
+    @property
+    def axes(self) -> dict[str, list[Any]]:
+        """The values of every key that is searched over."""
+        return {
+            key: axis.values if isinstance(axis, RangeSection) else list(axis)
+            for key, axis in self.over.items()
+        }
 
-class SearchStudy(Section):
-    title: str
-    question: str = ""
-    """Markdown, for the report."""
-    config: str
-    """A file, or the name of one in configs/."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
-    """Each candidate is trained with each of them, and judged by the mean."""
-    overrides: dict[str, Any] = Field(default_factory=dict)
-    """Dotted keys of the configuration, for all candidates."""
+    @property
+    def candidates(self) -> dict[str, dict[str, Any]]:
+        """The values of every candidate, by its name."""
+        combined = list(itertools.product(*self.axes.values()))
+        width = max(2, len(str(len(combined))))
+        return {
+            f"c{number:0{width}}": dict(zip(self.over, one, strict=True))
+            for number, one in enumerate(combined, start=1)
+        }
+
+    @property
+    def at_rungs(self) -> list[tuple[int, int]]:
+        """Each rung's epochs, and how many candidates come there."""
+        number, found = len(self.candidates), list[tuple[int, int]]()
+        for epochs in self.rungs:
+            found.append((epochs, number))
+            number = self.kept(number)
+        return found
+
+    def kept(self, number: int) -> int:
+        """Return the number of candidates that continue, of so many."""
+        return math.ceil(number / self.eta)
+
+
+class SearchStudy(QuestionSection):
     search: SearchSection
-
-
-@dataclass(frozen=True)
-class Candidate:
-    name: str
-    values: dict[str, Any] = field(hash=False)
 
 
 @dataclass(frozen=True)
@@ -113,12 +127,13 @@ class Rung:
     """Candidates at the epoch where they are compared.
 
     Attributes:
-        scores: The metric of every seed, None where the run has not come here yet; empty for a
-            candidate of which a run could not go on, since its gradients were not finite.
+        scores: The metric of every seed, by candidate, None where the run has not come here yet;
+            empty for a candidate of which a run could not go on, since its gradients were not
+            finite.
     """
 
     epochs: int
-    scores: dict[Candidate, list[float | None]]
+    scores: dict[str, list[float | None]]
     metric: str
 
     @property
@@ -126,20 +141,20 @@ class Rung:
         return not any(score is None for scores in self.scores.values() for score in scores)
 
     @property
-    def ranked(self) -> list[Candidate]:
+    def ranked(self) -> list[str]:
         """The best first; candidates that are equal stay in their order."""
-        return sorted(self.scores, key=lambda one: -self.merit(one))
 
-    def mean(self, candidate: Candidate) -> float:
+        def demerit(candidate: str) -> float:
+            mean = self.mean(candidate)
+            if math.isnan(mean):
+                return math.inf
+            return -mean if self.metric == "top1" else mean
+
+        return sorted(self.scores, key=demerit)
+
+    def mean(self, candidate: str) -> float:
         known = [score for score in self.scores[candidate] if score is not None]
         return float(np.mean(known)) if known else math.nan
-
-    def merit(self, candidate: Candidate) -> float:
-        """A number that is larger for the better one."""
-        mean = self.mean(candidate)
-        if math.isnan(mean):
-            return -math.inf
-        return mean if self.metric == "top1" else -mean
 
 
 @dataclass(frozen=True)
@@ -152,7 +167,7 @@ class Standing:
     """
 
     rungs: list[Rung]
-    winner: Candidate | None
+    winner: str | None
 
 
 def is_search(path: Path) -> bool:
@@ -165,13 +180,8 @@ def read(path: Path) -> SearchStudy:
     Raises:
         UserError: The file is none; the text says what is wrong with it.
     """
-    try:
-        study = SearchStudy.model_validate_json(json.dumps(read_yaml(path)))
-    except ValidationError as error:
-        problems = "; ".join(_explain(one) for one in messages.innermost(error.errors()))
-        raise UserError(f"{path}: {problems}") from None
-    if len(set(study.seeds)) < len(study.seeds):
-        raise UserError(f"{path}: seeds: one of {list(study.seeds)} is there twice")
+    inner: dict[str, type[Section]] = {"search": SearchSection, "over": RangeSection}
+    study = read_section(path, SearchStudy, inner)
     search, rungs = study.search, list(study.search.rungs)
     if rungs != sorted(set(rungs)):
         raise UserError(f"{path}: search.rungs: {rungs} must rise, each number once")
@@ -185,61 +195,13 @@ def read(path: Path) -> SearchStudy:
             )
         if key in study.overrides:
             raise UserError(f"{path}: search.over.{key}: is in overrides, too; leave out one")
-    for epochs, number in at_rungs(search):
+    for epochs, number in search.at_rungs:
         if number == 1:
             raise UserError(
                 f"{path}: search.rungs: with eta {search.eta} there is one candidate left before "
                 f"epoch {epochs}, so that nothing is compared there; leave out {epochs}"
             )
     return study
-
-
-def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"] if part not in _BRANCHES)
-    if error["type"] == "extra_forbidden":
-        section = {"search": SearchSection}.get(str(error["loc"][0]), SearchStudy)
-        known = RangeSection if "over" in error["loc"] else section
-        names = [one.alias or name for name, one in known.model_fields.items()]
-        return f"unknown key {key!r}; known here are {', '.join(names)}"
-    if error["type"] == "missing":
-        return f"{key!r} is missing"
-    return f"{key!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-# How pydantic names the two kinds of an axis, between the keys.
-_BRANCHES = ("RangeSection", "tuple[any, ...]", "constrained-tuple")
-
-
-def axes(search: SearchSection) -> dict[str, list[Any]]:
-    """The values of every key that is searched over."""
-    return {
-        key: axis.values if isinstance(axis, RangeSection) else list(axis)
-        for key, axis in search.over.items()
-    }
-
-
-def candidates(search: SearchSection) -> list[Candidate]:
-    values = axes(search)
-    combined = list(itertools.product(*values.values()))
-    width = max(2, len(str(len(combined))))
-    return [
-        Candidate(f"c{number:0{width}}", dict(zip(values, one, strict=True)))
-        for number, one in enumerate(combined, start=1)
-    ]
-
-
-def kept(number: int, eta: int) -> int:
-    """Return the number of candidates that continue, of so many."""
-    return math.ceil(number / eta)
-
-
-def at_rungs(search: SearchSection) -> list[tuple[int, int]]:
-    """Each rung's epochs, and how many candidates come there."""
-    number, found = len(candidates(search)), list[tuple[int, int]]()
-    for epochs in search.rungs:
-        found.append((epochs, number))
-        number = kept(number, search.eta)
-    return found
 
 
 class Search:
@@ -259,76 +221,55 @@ class Search:
         self, study: SearchStudy, output: Path, more: Sequence[str], imports: Sequence[str]
     ) -> None:
         self.study, self.output = study, output
-        self.more, self.imports = more, imports
-        self.candidates = candidates(study.search)
+        self.more, self.imports = list(more), imports
+        self.candidates = study.search.candidates
         self._steps: dict[tuple[str, Path, int, int], int] = {}
-        self._runs: dict[tuple[str, ...], StudyRun] = {}
+        self._runs: dict[tuple[object, ...], StudyRun] = {}
         for override in more:
             if (key := key_of(override)) in study.search.over:
                 raise UserError(f"{key}: is searched over; leave {override} out")
         last = study.search.rungs[-1]
         for candidate in self.candidates:
-            config = self._run(candidate, study.seeds[0], candidate.name).config
+            config = self._run(candidate, study.seeds[0], candidate).config
             if config.start_phase:
                 raise UserError("search: start_phase: candidates begin with the first phase")
             if (epochs := sum(phase.epochs for phase in config.phases)) < last:
                 raise UserError(
                     f"search.rungs: {last} is beyond the {counted(epochs, 'epoch')} of "
-                    f"{candidate.name}'s training; take fewer, or more phases.*.epochs"
+                    f"{candidate}'s training; take fewer, or more phases.*.epochs"
                 )
 
     # --- its runs ---------------------------------------------------------------------------------
 
-    def run(self, candidate: Candidate, seed: int, epochs: int) -> StudyRun:
+    def run(self, candidate: str, seed: int, epochs: int) -> StudyRun:
         """The run of a candidate, up to a rung."""
         held_out = f"data.held_out={self.study.search.held_out:g}"
-        to_the_end = self._run(candidate, seed, candidate.name, held_out)
-        steps = epochs * self._steps_per_epoch(to_the_end)
-        return self._run(candidate, seed, candidate.name, held_out, f"max_steps={steps}")
+        config = self._run(candidate, seed, candidate, held_out).config
+        # Pieces of one recording stay together, so that it may depend on the seed.
+        key = (config.data.root, config.data.index_dir, seed, config.batch.global_)
+        if key not in self._steps:
+            train, _ = open_data(config, World(0, 1, torch.device("cpu"), control=None))
+            self._steps[key] = steps_per_epoch(len(train), config.batch.global_)
+        most = f"max_steps={epochs * self._steps[key]}"
+        return self._run(candidate, seed, candidate, held_out, most)
 
-    def final_runs(self, winner: Candidate) -> list[StudyRun]:
+    def final_runs(self, winner: str) -> list[StudyRun]:
         """The winner's training on all data, whose only evaluation is that of its last epoch."""
         every = f"evaluate_every={self.epochs}"
         return [self._run(winner, seed, FINAL, every) for seed in self.study.seeds]
 
-    def _run(self, candidate: Candidate, seed: int, entry: str, *own: str) -> StudyRun:
-        if (key := (candidate.name, str(seed), entry, *own)) not in self._runs:
-            self._runs[key] = self._made(candidate, seed, entry, *own)
+    def _run(self, candidate: str, seed: int, entry: str, *own: str) -> StudyRun:
+        if (key := (candidate, seed, entry, *own)) not in self._runs:
+            study, values = self.study, as_overrides(self.candidates[candidate])
+            given = joined(as_overrides(study.overrides), self.more, values)
+            try:
+                self._runs[key] = make_run(
+                    entry, seed, self.output, study.config, given, [*own], _OWN_KEYS, self.imports
+                )
+            except UserError as error:
+                shown = ", ".join(values)
+                raise UserError(f"the candidate {candidate} ({shown}): {error}") from error
         return self._runs[key]
-
-    def _made(self, candidate: Candidate, seed: int, entry: str, *own: str) -> StudyRun:
-        study = self.study
-        layers = [[f"{k}={as_text(v)}" for k, v in study.overrides.items()], list(self.more)]
-        values = [f"{key}={as_text(value)}" for key, value in candidate.values.items()]
-        given = joined(*layers, values)
-        named = [f"seed={seed}", f"name={entry}-seed{seed}", f"runs_dir={self.output}"]
-        overrides = [*given, *own, *named]
-        try:
-            refuse_own_keys(given, _OWN_KEYS)
-            config = loading.load(study.config, overrides, self.imports)
-            check_names(config.tracking.trackers)
-        except UserError as error:
-            shown = ", ".join(values)
-            raise UserError(f"the candidate {candidate.name} ({shown}): {error}") from error
-        return StudyRun(
-            entry=entry,
-            control=None,
-            seed=seed,
-            arguments=("--config", study.config, *overrides, *import_flags(self.imports)),
-            config=config,
-            init=None,
-            teacher=None,
-            test_timesteps=(),
-        )
-
-    def _steps_per_epoch(self, run: StudyRun) -> int:
-        config = run.config
-        # Pieces of one recording stay together, so that it may depend on the seed.
-        key = (config.data.root, config.data.index_dir, run.seed, config.batch.global_)
-        if key not in self._steps:
-            train, _ = open_data(config, World(0, 1, torch.device("cpu"), control=None))
-            self._steps[key] = steps_per_epoch(len(train), config.batch.global_)
-        return self._steps[key]
 
     def check_inputs(self) -> None:
         """See that data, networks, MLflow and the folder suit all candidates.
@@ -336,21 +277,17 @@ class Search:
         Raises:
             UserError: They do not.
         """
-        alone = World(0, 1, torch.device("cpu"), control=None)
-        for candidate in self.candidates:
-            runs = [self.run(candidate, seed, 1) for seed in self.study.seeds]
-            for run in runs:
-                check_folder(run)
-            if runs[0].config.tracking_uri is not None:
-                check_store(runs[0].config.tracking_uri)
-            make_model(runs[0].config, open_data(runs[0].config, alone)[0])
+        runs = [self.run(one, seed, 1) for one in self.candidates for seed in self.study.seeds]
+        for run in runs:
+            check_folder(run)
+        check_inputs(runs, "the candidate ")
 
     # --- how far it is ----------------------------------------------------------------------------
 
     @cached_property
     def epochs(self) -> int:
         """The epochs of the recipe, for which the winner is trained at last."""
-        first = self._run(self.candidates[0], self.study.seeds[0], FINAL).config
+        first = self._run(next(iter(self.candidates)), self.study.seeds[0], FINAL).config
         return sum(phase.epochs for phase in first.phases)
 
     def standing(self) -> Standing:
@@ -360,7 +297,7 @@ class Search:
             UserError: None of the candidates came to a rung, or another one than the best has been
                 trained on all data already.
         """
-        search, left = self.study.search, self.candidates
+        search, left = self.study.search, list(self.candidates)
         rungs = list[Rung]()
         for epochs in search.rungs:
             scores = {one: self._scores(one, epochs) for one in left}
@@ -374,34 +311,33 @@ class Search:
                     f"search: the gradients of no candidate stayed finite up to epoch {epochs}; "
                     "search over smaller learning rates, or set gradient_clipping"
                 )
-            left = able[: kept(len(left), search.eta)]
+            left = able[: search.kept(len(left))]
         for run in self.final_runs(left[0]):
             try:
                 check_folder(run)
             except UserError as error:
                 raise UserError(
-                    f"{left[0].name} is best now, and another candidate was evaluated on the "
+                    f"{left[0]} is best now, and another candidate was evaluated on the "
                     f"validation split before; a second look chooses by it: {error}"
                 ) from error
         return Standing(rungs, left[0])
 
-    def _scores(self, candidate: Candidate, epochs: int) -> list[float | None]:
+    def _scores(self, candidate: str, epochs: int) -> list[float | None]:
+        """The metric at the rung of each seed, None before it; none where one was not finite."""
         runs = [self.run(candidate, seed, epochs) for seed in self.study.seeds]
-        found = [self._score(run) for run in runs]
-        for run, score in zip(runs, found, strict=True):
-            if score is None and not_finite(run):
+        found = list[float | None]()
+        for run in runs:
+            most = run.config.max_steps
+            at_rung = [one for one in lines(run, "val") if one["step"] == most]
+            if not at_rung and is_trained(run):
+                raise UserError(
+                    f"{run.folder} was trained past step {most} without an evaluation there, for "
+                    "other search.rungs; give another --output, or remove that folder"
+                )
+            if not at_rung and not_finite(run):
                 return []
+            found.append(float(at_rung[-1][self.study.search.metric]) if at_rung else None)
         return found
-
-    def _score(self, run: StudyRun) -> float | None:
-        """The metric at the run's last step; None before it."""
-        at_rung = [one for one in lines(run, "val") if one["step"] == run.config.max_steps]
-        if not at_rung and is_trained(run):
-            raise UserError(
-                f"{run.folder} was trained past step {run.config.max_steps} without an evaluation "
-                "there, for other search.rungs; give another --output, or remove that folder"
-            )
-        return float(at_rung[-1][self.study.search.metric]) if at_rung else None
 
     def runs_of(self, standing: Standing) -> list[StudyRun]:
         """List a candidate's runs up to the last rung that it came to, and the final runs."""
@@ -433,7 +369,7 @@ class Search:
         """The epochs that the search takes in all, in words."""
         search, seeds = self.study.search, len(self.study.seeds)
         parts, total, before = list[str](), 0, 0
-        for epochs, number in at_rungs(search):
+        for epochs, number in search.at_rungs:
             parts.append(f"{counted(number, 'candidate')} to epoch {epochs}")
             total += number * (epochs - before)
             before = epochs

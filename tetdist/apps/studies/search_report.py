@@ -1,19 +1,16 @@
 """The report of a search: all that was tried, how far it came, and what the winner gave at last."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from tetdist.apps.reports import style
+from tetdist.apps.studies import report
 from tetdist.apps.studies.figures import colours
 from tetdist.apps.studies.numbers import distinct, run_environment, spread
-from tetdist.apps.studies.plan import StudyRun, is_trained, lines
-from tetdist.apps.studies.report import machine, replaced, write_whole
-from tetdist.apps.studies.search import FINAL, Candidate, RangeSection, Rung, Search, Standing, axes
-from tetdist.errors import without_passwords
+from tetdist.apps.studies.plan import is_trained, lines
+from tetdist.apps.studies.search import FINAL, Rung, Search, Standing
 from tetdist.tables import aligned, markdown
-from tetdist.tracking.metrics_file import strict
 from tetdist.wording import counted
 
 _UNITS = {"top1": "top-1, %", "loss": "cross-entropy"}
@@ -25,21 +22,14 @@ def write(search: Search, standing: Standing, name: str, file: Path, command: st
     Raises:
         UserError: The file's section has no end.
     """
-    folder = file.with_suffix("")
-    link = f"{folder.name}/{name}"
-    whole = section(search, standing, link, command)
-    text = replaced(file.read_text() if file.is_file() else "", name, whole, file)
-    folder.mkdir(parents=True, exist_ok=True)
-    style.save(draw(search, standing), folder / f"{name}.png")
-    values = json.dumps(strict(as_dict(search, standing)), indent=1, allow_nan=False)
-    write_whole(folder / f"{name}.json", without_passwords(values) + "\n")
-    write_whole(file, text)
+    figure, values = draw(search, standing), as_dict(search, standing)
+    report.put(name, file, lambda link: section(search, standing, link, command), figure, values)
 
 
 def candidates_as_text(search: Search) -> str:
     """The candidates with their values, in columns."""
-    head = ["", *axes(search.study.search)]
-    rows = [[one.name, *map(_shown, one.values.values())] for one in search.candidates]
+    head = ["", *search.study.search.over]
+    rows = [[name, *map(_shown, values.values())] for name, values in search.candidates.items()]
     return aligned([head, *rows])
 
 
@@ -61,12 +51,9 @@ def section(search: Search, standing: Standing, link: str, command: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def ranked(standing: Standing) -> list[Candidate]:
+def ranked(standing: Standing) -> list[str]:
     """All candidates: those that came furthest first, and of these the best."""
-    found = list[Candidate]()
-    for rung in reversed(standing.rungs):
-        found += [one for one in rung.ranked if one not in found]
-    return found
+    return list(dict.fromkeys(one for rung in reversed(standing.rungs) for one in rung.ranked))
 
 
 def table(search: Search, standing: Standing) -> str:
@@ -79,23 +66,22 @@ def table(search: Search, standing: Standing) -> str:
         reached = [rung for rung in standing.rungs if candidate in rung.scores]
         cells = [_score(rung, candidate) for rung in reached]
         cells += [""] * (len(study.rungs) - len(reached))
-        row = [candidate.name, *map(_shown, candidate.values.values()), *cells]
-        rows.append([*row, _outcome(standing, candidate, reached)])
+        row = [candidate, *map(_shown, search.candidates[candidate].values()), *cells]
+        rows.append([*row, _outcome(standing, candidate, reached[-1])])
     unit = _UNITS[study.metric]
     over = f"mean ± standard deviation over {counted(len(search.study.seeds), 'seed')}"
     told = f"On what is held out, {unit}" + (f", {over}:" if len(search.study.seeds) > 1 else ":")
     return f"{told}\n\n{markdown([*head, ''], rows, numbers=True)}"
 
 
-def _score(rung: Rung, candidate: Candidate) -> str:
+def _score(rung: Rung, candidate: str) -> str:
     known = [score for score in rung.scores[candidate] if score is not None]
     if not known:
         return ""
     return str(spread(known)) if rung.metric == "top1" else f"{rung.mean(candidate):.4f}"
 
 
-def _outcome(standing: Standing, candidate: Candidate, reached: list[Rung]) -> str:
-    last = reached[-1]
+def _outcome(standing: Standing, candidate: str, last: Rung) -> str:
     if candidate == standing.winner:
         return "**chosen**"
     if not last.scores[candidate]:
@@ -133,14 +119,15 @@ def at_the_edge(search: Search, standing: Standing) -> str:
     if standing.winner is None:
         return ""
     said = []
-    for key, axis in search.study.search.over.items():
-        values = axis.values if isinstance(axis, RangeSection) else list(axis)
+    for key, values in search.study.search.axes.items():
         numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-        value = standing.winner.values[key]
+        value = search.candidates[standing.winner][key]
         if len(numbers) == len(values) > 2 and value in (min(numbers), max(numbers)):
             edge = "smallest" if value == min(numbers) else "largest"
-            said.append(f"`{key}`: {_shown(value)} is the {edge} that was tried, and a better one ")
-            said[-1] += "may lie beyond."
+            said.append(
+                f"`{key}`: {_shown(value)} is the {edge} that was tried, and a better one may lie "
+                "beyond."
+            )
     return "\n".join(said)
 
 
@@ -149,14 +136,15 @@ def conclusion(search: Search, standing: Standing) -> str:
     if standing.winner is None:
         return "**Not complete**: the same command goes on."
     runs = search.final_runs(standing.winner)
-    values = ", ".join(f"`{k}={_shown(v)}`" for k, v in standing.winner.values.items())
-    chosen = f"**{standing.winner.name}** is chosen: {values}."
+    values = search.candidates[standing.winner].items()
+    given = ", ".join(f"`{key}={_shown(value)}`" for key, value in values)
+    chosen = f"**{standing.winner}** is chosen: {given}."
     done = [run for run in runs if is_trained(run)]
     if len(done) < len(runs):
         return f"{chosen} **Not complete**: its last training is not finished."
-    results = [_result(run) for run in done]
+    results = [lines(run, "val")[-1] for run in done]
     top1 = spread([result["top1"] for result in results])
-    environment = machine(run_environment(done[0]))
+    environment = report.machine(run_environment(done[0]))
     told = "\n".join(str(run.train_command) for run in done)
     return (
         f"{chosen} Trained anew on all training data for {counted(search.epochs, 'epoch')}, with "
@@ -164,10 +152,6 @@ def conclusion(search: Search, standing: Standing) -> str:
         f"samples of the validation split, evaluated once, after the last epoch. On {environment}."
         f"\n\n```\n{told}\n```"
     )
-
-
-def _result(run: StudyRun) -> dict[str, Any]:
-    return lines(run, "val")[-1]
 
 
 def _shown(value: Any) -> str:
@@ -179,17 +163,14 @@ def as_dict(search: Search, standing: Standing) -> dict[str, Any]:
     runs = search.runs_of(standing)
     return {
         "study": search.study.model_dump(mode="json"),
-        "overrides": list(search.more),  # of the command line, beside those of the study
+        "overrides": search.more,  # of the command line, beside those of the study
         "commands": {run.name: str(run.train_command) for run in runs},
         "environments": distinct([run_environment(run) for run in runs]),
         "budget": search.budget(),
-        "candidates": {one.name: one.values for one in search.candidates},
-        "rungs": [
-            {"epochs": rung.epochs, "scores": {one.name: s for one, s in rung.scores.items()}}
-            for rung in standing.rungs
-        ],
-        "chosen": standing.winner.name if standing.winner else None,
-        "final": {run.name: _result(run) for run in runs if run.entry == FINAL},
+        "candidates": search.candidates,
+        "rungs": [{"epochs": rung.epochs, "scores": rung.scores} for rung in standing.rungs],
+        "chosen": standing.winner,
+        "final": {run.name: lines(run, "val")[-1] for run in runs if run.entry == FINAL},
     }
 
 
@@ -206,7 +187,7 @@ def draw(search: Search, standing: Standing) -> Any:
         width = 2.4 if candidate == standing.winner else 1.0
         for number, seed in enumerate(search.study.seeds):
             found = lines(search.run(candidate, seed, furthest), "val")
-            label = ", ".join([candidate.name, *map(_shown, candidate.values.values())])
+            label = ", ".join([candidate, *map(_shown, search.candidates[candidate].values())])
             axis.plot(
                 [line["epoch"] for line in found],
                 [float(line[metric]) for line in found],

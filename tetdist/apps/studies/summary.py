@@ -59,7 +59,8 @@ def refreshed(text: str, folder: Path, file: Path) -> str:
     # In the order of their sections; a file of numbers without one was left over.
     names = [file.stem for file in folder.glob("*.json") if f"<!-- study {file.stem} -->" in text]
     names.sort(key=lambda name: text.index(f"<!-- study {name} -->"))
-    studies = {name: _read(folder / f"{name}.json") for name in names}
+    read = {name: _read(folder / f"{name}.json") for name in names}
+    studies = {name: values for name, values in read.items() if "candidates" not in values}
     return f"{before}{BEGIN}{table(studies)}\n{END}{after}"
 
 
@@ -68,7 +69,8 @@ def _read(file: Path) -> dict[str, Any]:
         values = restored(json.loads(file.read_text()))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); run its study again") from None
-    if not isinstance(values, dict) or not {"study", "entries", "differences"} <= values.keys():
+    of_one = ({"study", "entries", "differences"}, {"study", "candidates"})
+    if not isinstance(values, dict) or not any(keys <= values.keys() for keys in of_one):
         raise UserError(f"{file} has no numbers of a study; run it again")
     return values
 

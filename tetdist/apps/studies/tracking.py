@@ -1,14 +1,11 @@
 """A study in MLflow: one run of its name, and below it all that it trains."""
 
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from tetdist.apps.slurm import history
 from tetdist.apps.studies.plan import StudyRun, is_trained
-from tetdist.errors import UserError
 from tetdist.tracking import mlflow_follower
-from tetdist.wording import counted
 
 
 class Parent:
@@ -50,43 +47,7 @@ class Parent:
         history.announce(run.config, status, tags)
 
 
-def catch_up(
-    study: str, runs: Iterable[StudyRun], output: Path, start: Callable[[list[StudyRun]], None]
-) -> None:
-    """Send MLflow what it lacks of a study's finished runs, or say that it lacks it.
-
-    The study's result does not depend on MLflow, so that a study which cannot send it has not
-    failed.
-
-    Args:
-        study: Name of the study.
-        runs: Its runs.
-        output: Folder of the study.
-        start: Starts finished runs again, which send what is in their folders.
-
-    Raises:
-        KeyboardInterrupt: A signal asked for it; the same command sends the rest.
-    """
-    try:
-        lacking, untagged = _lacking(runs)
-        if lacking:
-            print(f"MLflow lacks points of {_named(lacking)}: sending them", file=sys.stderr)
-            start(lacking)
-        if lacking or untagged:
-            parent = Parent(study, lacking + untagged, output)
-            for run in lacking + untagged:
-                parent.tell(run, None)
-        if lacking and (left := _lacking(lacking)[0]):
-            raise UserError(f"MLflow still lacks points of {_named(left)}; see {left[0].log}")
-    except UserError as error:
-        print(
-            f"{error}. The runs' metrics.jsonl have all points, and the same command sends MLflow "
-            "those that it lacks",
-            file=sys.stderr,
-        )
-
-
-def _lacking(runs: Iterable[StudyRun]) -> tuple[list[StudyRun], list[StudyRun]]:
+def lacking_runs(runs: Iterable[StudyRun]) -> tuple[list[StudyRun], list[StudyRun]]:
     """Find the finished runs that MLflow lacks points of, and those without the study's tags.
 
     Raises:
@@ -104,7 +65,3 @@ def _lacking(runs: Iterable[StudyRun]) -> tuple[list[StudyRun], list[StudyRun]]:
         elif "study" not in found.data.tags:
             untagged.append(run)
     return lacking, untagged
-
-
-def _named(runs: list[StudyRun]) -> str:
-    return f"{counted(len(runs), 'run')} ({', '.join(run.name for run in runs)})"
