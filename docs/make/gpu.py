@@ -13,7 +13,6 @@ import json
 import re
 import sys
 import tempfile
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,13 @@ import triton
 
 import tetdist.models  # noqa: F401  # registers them with timm
 from tetdist.apps.roofline.cards import CARDS
-from tetdist.apps.roofline.count import Kernel, Work, count
+from tetdist.apps.roofline.count import Work, count
 from tetdist.apps.roofline.estimate import (
+    ARITHMETIC_SHARES,
     BANDWIDTH_SHARE,
     LAUNCH_SECONDS,
     Estimate,
-    arithmetic_share,
     estimate,
-    memory_seconds,
 )
 from tetdist.apps.slurm.cluster import ClusterSection
 from tetdist.apps.slurm.plan import communication_seconds
@@ -72,16 +70,7 @@ class Cost:
         return "memory" if is_memory else "instructions"
 
 
-# What torch.compile made of the same passes before they were written by hand: the kernels of torch
-# 2.13's Inductor for sizes that it does not know, read in the same way. `backward_sums` were three,
-# which wrote five float32 tensors of the size of a timestep.
-COMPILED = {
-    "statistics": Cost(4, 180),
-    "fire": Cost(7, 60),
-    "fire with identity": Cost(9, 60),
-    "backward_sums": Cost(20, 217),
-    "backward": Cost(6, 95),
-}
+PASSES = ("statistics", "fire", "fire with identity", "backward_sums", "backward")
 # Numbers and timesteps in a thread's part of a tile, of bfloat16 at T = 4: four times 16 bytes.
 NUMBERS_OF_THREAD = 32
 
@@ -100,7 +89,7 @@ def hand_written() -> dict[str, Cost]:
     """Costs of the passes; what comes once a program is shared out among its tiles."""
     launches = gpu_code.recorded_launches()
     costs = {}
-    for name in COMPILED:
+    for name in PASSES:
         timesteps = 1 if name == "statistics" else TIMESTEPS
         code, steps = gpu_code.compiled(launches[name], 90), launches[name].argument("steps")
         assert isinstance(steps, int)
@@ -119,26 +108,6 @@ def work_of(recompute: str) -> Work:
     model.set_grad_checkpointing(recompute != "none")
     model.set_segment(2 if recompute == "{timesteps: 2}" else None)
     return count(model, (BATCH, 3, 224, 224), PRECISION)
-
-
-def estimated(work: Work) -> Estimate:
-    found = estimate(work, H100)
-    assert found is not None
-    return found
-
-
-def seconds_before(work: Work, by_hand: dict[str, Cost]) -> dict[str, float]:
-    """Seconds by kind, with the passes that torch.compile made."""
-    found: defaultdict[str, float] = defaultdict(float, estimated(work).by_kind)
-
-    def longer(kernel: Kernel) -> float:
-        times = COMPILED[kernel.name].seconds() / by_hand[kernel.name].seconds()
-        return (times - 1) * memory_seconds(kernel, H100)
-
-    for kernel in work.kernels:
-        if kernel.name in COMPILED:
-            found[kernel.kind] += longer(kernel)
-    return found
 
 
 PHASES = (("forward", "loss", "backward"), ("update", "statistics"), ("input",))
@@ -183,45 +152,36 @@ def section(code: dict[str, Any]) -> str:
     rows = [
         [
             name,
-            f"{before.bytes:g}",
-            f"{before.instructions:.0f}",
             f"{by_hand[name].bytes:g}",
             f"{by_hand[name].instructions:.0f}",
             f"{code['code'][f'{name} sm_90']['registers']}",
-            f"{1e12 * before.seconds():.1f}",
             f"{1e12 * by_hand[name].seconds():.1f}",
             by_hand[name].bound(),
         ]
-        for name, before in COMPILED.items()
+        for name in PASSES
     ]
     passes = markdown(
         [
             "pass",
-            "bytes before",
-            "instructions",
-            "bytes now",
+            "bytes",
             "instructions",
             "registers",
-            "ps before",
-            "ps now",
+            "ps",
             "bound by",
         ],
         rows,
     )
     works = {recompute: work_of(recompute) for recompute in RECOMPUTE}
-    now = estimated(works["none"])
+    now = estimate(works["none"], H100)
     kinds = sorted(now.by_kind, key=lambda kind: -now.by_kind[kind])
     networks = []
-    for name, recompute, parts in (
-        ("torch.compile's", "none", seconds_before(works["none"], by_hand)),
-        *(("hand-written", recompute, estimated(works[recompute]).by_kind) for recompute in works),
-    ):
+    for recompute, work in works.items():
+        parts = estimate(work, H100).by_kind
         total = sum(parts.values())
         each = [f"{1e6 * parts[kind] / BATCH / TIMESTEPS:.0f}" for kind in kinds]
-        mib = works[recompute].peak_bytes / BATCH / 2**20
+        mib = work.peak_bytes / BATCH / 2**20
         networks.append(
             [
-                name,
                 recompute,
                 *each,
                 f"{1e6 * total / BATCH / TIMESTEPS:.0f}",
@@ -231,14 +191,13 @@ def section(code: dict[str, Any]) -> str:
             ]
         )
     whole = markdown(
-        ["passes", "recompute", *kinds, "all", "images/s", f"ms, batch {BATCH}", "MiB an image"],
+        ["recompute", *kinds, "all", "images/s", f"ms, batch {BATCH}", "MiB an image"],
         networks,
     )
     cards = []
     for card in CARDS.values():
         precision = PRECISION if card.arithmetic(PRECISION) else "fp16"
         found = estimate(Work(BATCH, precision, works["none"].kernels, 0), card)
-        assert found is not None
         memory = found.memory / (found.memory + found.arithmetic)
         cards.append(
             [
@@ -268,7 +227,9 @@ def section(code: dict[str, Any]) -> str:
     gpus = markdown(["GPUs", "averaging, ms", "efficiency", "images/s"], many_gpus(now))
     host = 1e3 * LAUNCH_SECONDS * alone
     bandwidth = f"{100 * BANDWIDTH_SHARE:.0f} % of {H100.bandwidth / 1e3:g} TB/s"
-    arithmetic = f"{100 * arithmetic_share(H100, PRECISION):.0f} % of {H100.bf16:g} TFLOP/s"
+    arithmetic = (
+        f"{100 * ARITHMETIC_SHARES[PRECISION] * H100.reached:.0f} % of {H100.bf16:g} TFLOP/s"
+    )
     return f"""{TITLE}
 
 *Computed, not measured*: no GPU has run these passes. Made by `python docs/make/gpu.py`, from the
@@ -280,8 +241,7 @@ Of a number and timestep, in bfloat16 at T = {TIMESTEPS}, with 64 channels: byte
 and stores, instructions of a thread in machine code, registers of a thread, and the picoseconds
 that the larger of the two takes at {bandwidth}, or at
 65 % of all instructions that 132 processors can issue. What comes once a program is shared out as
-for a layer of 56x56 pixels at batch 32. "Before" is what torch.compile made of the passes, without
-knowing their sizes; its backward sums were three kernels. (`tests/gpu_code.py`;
+for a layer of 56x56 pixels at batch 32. (`tests/gpu_code.py`;
 `pytest tests/nn/test_triton_code.py` compares it with docs/performance/gpu_code.json.)
 
 {passes}
@@ -307,10 +267,10 @@ Left out are the loss, the update and loading.
 ### Launches
 
 Kernels of a step of one micro-batch (`PYTHONPATH=.:tests python tests/gpu_without_a_gpu/count.py
-{MODEL} engine=torch`), before the passes were written by hand some 1,650; a graph is one launch,
-beside the copies of its input. At an estimated {1e6 * LAUNCH_SECONDS:.0f} us each, forward and
-backward take the host {host:.1f} ms, and the GPU waits for it where the batch is so small that its
-own time is less: there `cuda_graphs=true` helps.
+{MODEL} engine=torch`); a graph is one launch, beside the copies of its input. At
+an estimated {1e6 * LAUNCH_SECONDS:.0f} us each, forward and backward take the host {host:.1f} ms,
+and the GPU waits for it where the batch is so small that its own time is less: there
+`cuda_graphs=true` helps.
 
 {of_engines}
 

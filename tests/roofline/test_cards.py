@@ -4,7 +4,6 @@ import pytest
 
 from tetdist.apps.roofline import cards
 from tetdist.apps.slurm import jobs
-from tetdist.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -34,11 +33,6 @@ def test_names(text: str, name: str | None) -> None:
 def test_each_is_found_by_its_own_name() -> None:
     for name, card in cards.CARDS.items():
         assert cards.find(name) is card
-
-
-def test_an_unknown_card_is_said_with_the_way_out() -> None:
-    with pytest.raises(UserError, match=r"gpu: 'X1' is none of .*H100.*--benchmark FILE of"):
-        cards.named("X1", "gpu")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from passes import needs_triton
 
 from tetdist.apps.slurm import plan, speed
 from tetdist.apps.slurm.cluster import ClusterSection, gather
@@ -13,6 +14,8 @@ from tetdist.apps.slurm.speed import Network, Speed
 from tetdist.config import loading
 from tetdist.errors import UserError
 from tetdist.nn.neurons import NEURONS
+
+needs_triton()
 
 IMAGENET = {"train_images": 1281167, "val_images": 50000, "parameters": 20_000_000, "buffers": 0}
 GPUS = {"nodes": 1, "gpus_per_node": 8, "gpu": "H100"}
@@ -52,7 +55,10 @@ def test_a_gpus_speed_is_computed_and_says_so() -> None:
     text = " ".join(text for _, text in found.details)
     assert "computed, not measured" in text
     assert re.search(r"\d+ samples/s", text)
-    assert re.search(r"its memory bounds \d+ %|starting of kernels bounds", text)
+    limits = (
+        r"the GPU takes \d+\.\d ms for memory and \d+\.\d ms for arithmetic, the host \d+\.\d ms"
+    )
+    assert re.search(limits, text)
     assert re.search(r"about \d+\.\d GB of the 80;", text)
     config = loading.load("sew34_t4.yaml", [])
     made = plan.make(config, ClusterSection(**GPUS), **IMAGENET)

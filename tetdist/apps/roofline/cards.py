@@ -3,8 +3,6 @@
 import re
 from dataclasses import dataclass
 
-from tetdist.errors import UserError
-
 
 @dataclass(frozen=True)
 class Card:
@@ -45,29 +43,26 @@ class Card:
 # white papers on GA102 and Ada for the two RTX. What Hopper reaches fits MLPerf's rates relative to
 # an A100 (tests/roofline/test_estimate.py), as L40S does without a factor. B200 is taken to be as
 # Hopper; A40 and the RTX are compared with no measurement.
-CARDS = {
-    card.name: card
-    for card in (
-        Card("V100", 16, 900, 15.7, None, None, 125),
-        Card("V100-32", 32, 900, 15.7, None, None, 125, words=("v100", "32")),
-        Card("A100-40", 40, 1555, 19.5, 156, 312, 312, words=("a100",)),
-        Card("A100-80", 80, 2039, 19.5, 156, 312, 312, words=("a100", "80")),
-        Card("A40", 48, 696, 37.4, 74.8, 149.7, 149.7),
-        Card("L40S", 48, 864, 91.6, 183, 362, 362),
-        Card("H100", 80, 3350, 67, 495, 989, 989, reached=0.75),
-        Card("H100-PCIe", 80, 2000, 51, 378, 756, 756, words=("h100", "pcie"), reached=0.75),
-        Card("H200", 141, 4800, 67, 495, 989, 989, reached=0.75),
-        Card("B200", 180, 7700, 75, 1100, 2250, 2250, reached=0.75),
-        Card("RTX-3090", 24, 936, 35.6, 35.6, 71, 71, words=("3090",)),
-        Card("RTX-4090", 24, 1008, 82.6, 82.6, 165, 165, words=("4090",)),
-    )
-}
+_CARDS = (
+    Card("V100", 16, 900, 15.7, None, None, 125),
+    Card("V100-32", 32, 900, 15.7, None, None, 125, words=("v100", "32")),
+    Card("A100-40", 40, 1555, 19.5, 156, 312, 312, words=("a100",)),
+    Card("A100-80", 80, 2039, 19.5, 156, 312, 312, words=("a100", "80")),
+    Card("A40", 48, 696, 37.4, 74.8, 149.7, 149.7),
+    Card("L40S", 48, 864, 91.6, 183, 362, 362),
+    Card("H100", 80, 3350, 67, 495, 989, 989, reached=0.75),
+    Card("H100-PCIe", 80, 2000, 51, 378, 756, 756, words=("h100", "pcie"), reached=0.75),
+    Card("H200", 141, 4800, 67, 495, 989, 989, reached=0.75),
+    Card("B200", 180, 7700, 75, 1100, 2250, 2250, reached=0.75),
+    Card("RTX-3090", 24, 936, 35.6, 35.6, 71, 71, words=("3090",)),
+    Card("RTX-4090", 24, 1008, 82.6, 82.6, 165, 165, words=("4090",)),
+)
+CARDS = {card.name: card for card in _CARDS}
 
 
 def find(text: str) -> Card | None:
     """The card that a driver's or a cluster's name means, such as ``NVIDIA H100 80GB HBM3`` or
     ``gpu:a100_80:4``; of several that it may be, the one of which it says most."""
-
     if re.search(r"\bmig\b|\dg[._]\d+gb|laptop", text.lower()):
         return None  # a part of one, or a slower one of the same name
 
@@ -76,25 +71,5 @@ def find(text: str) -> Card | None:
         before = r"(?<![0-9])" if word[0].isdigit() else r"(?<![a-z0-9])"
         return re.search(rf"{before}{word}(?![0-9])", text.lower()) is not None
 
-    found = [card for card in CARDS.values() if all(map(means, card.words or [card.name.lower()]))]
+    found = [card for card in _CARDS if all(map(means, card.words or [card.name.lower()]))]
     return max(found, key=lambda card: len(card.words), default=None)
-
-
-def named(text: str, key: str) -> Card:
-    """The card of that name.
-
-    Args:
-        text: What stands there.
-        key: Where it stands, for the error.
-
-    Raises:
-        UserError: None is called so.
-    """
-    card = find(text)
-    if card is None:
-        raise UserError(
-            f"{key}: {text!r} is none of the GPUs that the plan knows ({', '.join(CARDS)}); name "
-            "the one that is nearest to it, or give the speed: --images-per-s X, or --benchmark "
-            "FILE of tools/check_gpu.py"
-        )
-    return card

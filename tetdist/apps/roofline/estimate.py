@@ -11,10 +11,10 @@ What is left out (the loss, the update, the processes' own work, loading) makes 
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Literal
 
 from tetdist.apps.roofline.cards import Card
-from tetdist.apps.roofline.count import Kernel, Work
+from tetdist.apps.roofline.count import Work
+from tetdist.errors import UserError
 
 # Of the memory's bandwidth, and of the arithmetic of each type.
 BANDWIDTH_SHARE = 0.8
@@ -23,8 +23,6 @@ ARITHMETIC_SHARES = {"fp32": 0.7, "tf32": 0.25, "bf16": 0.4, "fp16": 0.4}
 LAUNCH_SECONDS = 12e-6
 # Beside the graph itself two copies of its input, and the sums for the metrics.
 LAUNCHES_OF_GRAPH = 5
-
-Bound = Literal["memory", "arithmetic", "launches"]
 
 
 @dataclass(frozen=True)
@@ -53,44 +51,31 @@ class Estimate:
     def images_per_s(self) -> float:
         return self.batch / self.seconds
 
-    @property
-    def bound(self) -> Bound:
-        """The resource that limits most of the time."""
-        if self.launches > self.memory + self.arithmetic:
-            return "launches"
-        return "memory" if self.memory > self.arithmetic else "arithmetic"
 
-
-def estimate(work: Work, card: Card, *, as_graph: bool = False) -> Estimate | None:
-    """The time of counted work on a card; None: it has no arithmetic for that precision.
+def estimate(work: Work, card: Card, *, as_graph: bool = False) -> Estimate:
+    """The time of counted work on a card.
 
     With ``as_graph`` the host starts all kernels at once (training/graphs.py).
+
+    Raises:
+        UserError: The card has no arithmetic for that precision.
     """
+    peak = card.arithmetic(work.precision)
+    if peak is None:
+        raise UserError(
+            f"the plan knows no arithmetic of a {card.name} for precision={work.precision}; take "
+            "another precision"
+        )
+    bandwidth = 1e9 * card.bandwidth * BANDWIDTH_SHARE
+    speed = 1e12 * peak * ARITHMETIC_SHARES[work.precision] * card.reached
     by_kind: defaultdict[str, float] = defaultdict(float)
-    by_bound: defaultdict[Bound, float] = defaultdict(float)
-    speed = operations_per_s(card, work.precision)
-    if speed is None:
-        return None
+    memory = arithmetic = 0.0
     for kernel in work.kernels:
-        memory, arithmetic = memory_seconds(kernel, card), kernel.operations / speed
-        by_kind[kernel.kind] += max(memory, arithmetic)
-        by_bound["memory" if memory >= arithmetic else "arithmetic"] += max(memory, arithmetic)
-    count = LAUNCHES_OF_GRAPH if as_graph else sum(kernel.launches for kernel in work.kernels)
-    launches = count * LAUNCH_SECONDS
-    return Estimate(work.batch, dict(by_kind), by_bound["memory"], by_bound["arithmetic"], launches)
-
-
-def memory_seconds(kernel: Kernel, card: Card) -> float:
-    """Seconds that a card takes to read and write what a kernel does."""
-    return kernel.bytes / (1e9 * card.bandwidth * BANDWIDTH_SHARE)
-
-
-def arithmetic_share(card: Card, precision: str) -> float:
-    """Share of a card's arithmetic that convolutions are taken to reach."""
-    return ARITHMETIC_SHARES[precision] * card.reached
-
-
-def operations_per_s(card: Card, precision: str) -> float | None:
-    """Operations a second that convolutions are taken to reach; None: see `estimate`."""
-    peak = card.arithmetic(precision)
-    return None if peak is None else 1e12 * peak * arithmetic_share(card, precision)
+        moving, computing = kernel.bytes / bandwidth, kernel.operations / speed
+        by_kind[kernel.kind] += max(moving, computing)
+        if moving >= computing:
+            memory += moving
+        else:
+            arithmetic += computing
+    launches = LAUNCHES_OF_GRAPH if as_graph else len(work.kernels)
+    return Estimate(work.batch, dict(by_kind), memory, arithmetic, launches * LAUNCH_SECONDS)

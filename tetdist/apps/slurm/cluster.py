@@ -99,9 +99,16 @@ def gather(section: dict[str, Any], flags: dict[str, Any]) -> ClusterSection:
             f"cluster.time: {cluster.time} is over before the warning {cluster.warn_before_end} s "
             "ahead of its end; set a longer time, or a smaller cluster.warn_before_end"
         )
-    if cluster.gpu is not None:
-        return cluster.model_copy(update={"gpu": cards.named(cluster.gpu, "cluster.gpu").name})
-    return cluster
+    if cluster.gpu is None:
+        return cluster
+    card = cards.find(cluster.gpu)
+    if card is None:
+        raise UserError(
+            f"cluster.gpu: {cluster.gpu!r} is none of the GPUs that the plan knows "
+            f"({', '.join(cards.CARDS)}); name the one that is nearest to it, or give the speed: "
+            "--images-per-s X, or --benchmark FILE of tools/check_gpu.py"
+        )
+    return cluster.model_copy(update={"gpu": card.name})
 
 
 def cluster_file() -> Path:

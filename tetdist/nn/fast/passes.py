@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 # By type of device, whether Triton's passes are used there; asked once in a process.
 _uses_triton: dict[str, bool] = {}
-# See on_meta.
+# The module triton_passes in the context on_meta.
 _for_meta: Any = None
 
 
@@ -115,18 +115,19 @@ def triton_for(*tensors: Tensor | None) -> Any:
 
 
 @contextlib.contextmanager
-def on_meta(kernels: Any) -> Iterator[None]:
-    """Have tensors without numbers treated as a GPU's would be, in this context.
+def on_meta(launch: Callable[..., None]) -> Iterator[None]:
+    """Treat tensors without numbers as a GPU's, in this context, and start no kernel.
 
     Args:
-        kernels: A module with the functions and classes of triton_passes.py.
+        launch: Called in place of triton_passes.launch.
     """
     global _for_meta
-    before, _for_meta = _for_meta, kernels
+    _for_meta = importlib.import_module("tetdist.nn.fast.triton_passes")
+    real, _for_meta.launch = _for_meta.launch, launch
     try:
         yield
     finally:
-        _for_meta = before
+        _for_meta.launch, _for_meta = real, None
 
 
 def decide(
