@@ -33,12 +33,7 @@ def config(tmp_path: Path) -> RunConfig:
 @pytest.fixture
 def tracker(config: RunConfig) -> Iterator[Tracker]:
     config.run_dir.mkdir(parents=True)
-    tracker = Tracker(
-        TrackedRun(config.run_dir, "r", {}, {}, None),
-        tracking_uri=None,
-        experiment="e",
-        artifact_root=config.run_dir,
-    )
+    tracker = Tracker(TrackedRun(config.run_dir, "r", {}, {}, None), None)
     yield tracker
     tracker.close("FINISHED")
 

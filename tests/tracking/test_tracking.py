@@ -1,52 +1,50 @@
 """metrics.jsonl keeps everything, and MLflow ends up with the same, whatever happens between."""
 
+import importlib
+import itertools
 import json
 import logging
 import math
 import os
 import re
+import resource
 import secrets
 import shlex
 import shutil
-import signal
 import socket
 import sqlite3
 import subprocess
 import sys
-import textwrap
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
+import tetdist
 from tetdist.errors import UserError
 from tetdist.tracking import environment as environment_module
-from tetdist.tracking import metrics_file, mlflow_follower
+from tetdist.tracking import metrics_file, mlflow_follower, trackers
 from tetdist.tracking.environment import environment
-from tetdist.tracking.metrics_file import from_end, keep_until, read_from, read_metrics, strict
-from tetdist.tracking.mlflow_follower import Dataset, ui_command
+from tetdist.tracking.metrics_file import (
+    from_end,
+    keep_until,
+    lines_of,
+    points_of,
+    read_metrics,
+    strict,
+)
+from tetdist.tracking.mlflow_follower import Destination, ui_command
 from tetdist.tracking.tracker import Tracker
-from tetdist.tracking.trackers import TrackedRun, _line_start
+from tetdist.tracking.trackers import Dataset, TrackedRun, _line_start
 
-
-def wait_until(condition: Callable[[], bool], seconds: float = 40) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-def run_python(code: str, *args: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+MONITOR = "mlflow.system_metrics.system_metrics_monitor"
+PHASES: list[dict[str, Any]] = [
+    {"timesteps": 4, "epochs": 90, "optimizer.kind": "sgd", "optimizer.lr": 0.1},
+    {"timesteps": 6, "epochs": 30, "optimizer.kind": "adam", "optimizer.lr": 0.001},
+]
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +59,9 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_follower, "SEND_EVERY", 0.05)
+    monkeypatch.setattr(trackers, "SEND_EVERY", 0.05)
+    # A missing psutil must do no harm.
+    monkeypatch.setitem(sys.modules, MONITOR, None)
 
 
 class Store:
@@ -78,30 +78,26 @@ class Store:
 
         return mlflow.MlflowClient(tracking_uri=self.uri)
 
-    def open(self, run_dir: Path, resume_step: int | None = None, **settings: Any) -> Tracker:
+    def open(
+        self,
+        run_dir: Path,
+        resume_step: int | None = None,
+        *,
+        params: dict[str, Any] | None = None,
+        tags: dict[str, str] | None = None,
+        uri: str | None = None,
+        experiment: str = "trials",
+        **known: Any,
+    ) -> Tracker:
         run_dir.mkdir(exist_ok=True)
-        given: dict[str, Any] = {
-            "params": {"model.name": "sew_resnet18", "lr": 0.1},
-            "tags": {"loss": "tet"},
-            "tracking_uri": self.uri,
-            "experiment": "trials",
-            "artifact_root": self.folder / "artifacts",
-            **settings,
-        }
-        known = {"params": given.pop("params"), "tags": given.pop("tags")}
-        run = TrackedRun(run_dir, "a run", resume_step=resume_step, **known)
-        tracker = Tracker(run, **given)
-        self.opened.append(tracker)
-        return tracker
+        params = {"model.name": "sew_resnet18", "lr": 0.1} if params is None else params
+        run = TrackedRun(run_dir, "a run", params, tags or {"loss": "tet"}, resume_step, **known)
+        destination = Destination(uri or self.uri, experiment, self.folder / "artifacts")
+        self.opened.append(Tracker(run, destination))
+        return self.opened[-1]
 
     def run(self, run_dir: Path) -> Any:
         return self.client.get_run((run_dir / "mlflow_run_id").read_text().strip())
-
-    def history(self, run_dir: Path, key: str) -> list[tuple[int, float]]:
-        if not (run_dir / "mlflow_run_id").exists():
-            return []
-        run_id = (run_dir / "mlflow_run_id").read_text().strip()
-        return sorted((m.step, m.value) for m in self.client.get_metric_history(run_id, key))
 
     def phases(self, run_dir: Path) -> list[Any]:
         """The child runs that stand for phases, in their order."""
@@ -117,12 +113,21 @@ class Store:
     def statuses(self, run_dir: Path) -> list[str]:
         return [run.info.status for run in self.phases(run_dir)]
 
-    def steps(self, run_dir: Path, key: str) -> list[list[int]]:
-        """The steps at which each phase's run has a metric."""
-        return [
-            sorted(m.step for m in self.client.get_metric_history(run.info.run_id, key))
-            for run in self.phases(run_dir)
-        ]
+    def points(self, run: Any) -> list[tuple[str, int, float]]:
+        """All that a run has been sent, sorted; NaN as -1, which equals itself."""
+        with sqlite3.connect(self.folder / "mlflow.db") as database:
+            found = database.execute(
+                "select key, step, case when is_nan then -1 else value end from metrics "
+                "where run_uuid = ? and key not like 'system/%'",
+                [run.info.run_id],
+            )
+            return sorted(found)
+
+    def steps(self, run_dir: Path, key: str = "train/loss") -> list[int]:
+        """The steps at which a run has a metric."""
+        if not (run_dir / "mlflow_run_id").exists():
+            return []
+        return [step for name, step, _ in self.points(self.run(run_dir)) if name == key]
 
 
 @pytest.fixture
@@ -137,9 +142,30 @@ def store(tmp_path: Path, empty_store: Path) -> Iterator[Store]:
 @pytest.fixture
 def untracked(tmp_path: Path) -> Callable[..., Tracker]:
     def open_tracker(resume_step: int | None = None) -> Tracker:
-        return Store(tmp_path).open(tmp_path / "run", resume_step, tracking_uri=None)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        return Tracker(TrackedRun(tmp_path / "run", "a run", {}, {}, resume_step), None)
 
     return open_tracker
+
+
+def log_steps(tracker: Tracker, first: int, last: int, **values: float) -> None:
+    """One line a step, and an evaluation at every fifth; the second phase begins at step 11."""
+    for step in range(first, last + 1):
+        phase = int(step > 10)
+        tracker.enter_phase(phase)
+        tracker.log("train", step, {"phase": phase, "loss": float(step)} | values)
+        if step % 5 == 0:
+            tracker.log("val", step, {"phase": phase, "top1": float(step)})
+
+
+def assert_all_there(store: Store, run_dir: Path) -> None:
+    """Each point of the file once, in the run and in the run of its phase, which are finished."""
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    for number, run in ((None, store.run(run_dir)), *enumerate(store.phases(run_dir))):
+        of_run = [line for line in lines if number in (None, line.get("phase"))]
+        expected = [(key, line["step"], value) for line in of_run for key, value in points_of(line)]
+        assert store.points(run) == sorted(expected), number
+        assert run.info.status == "FINISHED"
 
 
 # The file.
@@ -200,7 +226,7 @@ def test_resume_removes_later_steps_and_a_torn_line(
     with path.open("ab") as file:
         file.write(torn)
 
-    assert keep_until(path, 8) == ({"train": 8, "val": 5}, 9)
+    assert keep_until(path, 8) == {"train": 8, "val": 5}
     tracker = untracked(resume_step=8)
     assert path.read_bytes() == kept
     for step in (9, 10):
@@ -237,17 +263,20 @@ def test_the_checkpoints_own_step_is_not_written_twice(
     ]
 
 
-def test_a_damaged_line_is_named(untracked: Callable[..., Tracker], tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", ['{"kind": "tr', '{"step": 1}', '{"a":' * 10**5])
+def test_a_damaged_line_is_named(
+    untracked: Callable[..., Tracker], tmp_path: Path, damaged: str
+) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     path.parent.mkdir()
-    path.write_text('{"kind": "train", "step": 1}\n{"kind": "tr\n{"kind": "train", "step": 3}\n')
+    path.write_text(f'{{"kind": "a", "step": 1}}\n{damaged}\n{{"kind": "b", "step": 3}}\n')
     before = path.read_bytes()
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged") as caught:
         untracked(resume_step=3)
     assert path.read_bytes() == before
     # Whoever follows the file and has read the first line tells the same number.
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
-        read_from(path, before.index(b"\n") + 1)
+        list(lines_of(path, before.index(b"\n") + 1))
     # The way out that it names, followed to the letter.
     command = re.search(r"\((sed .*?)\)", str(caught.value))
     assert command is not None
@@ -286,62 +315,36 @@ def test_a_tracker_of_ones_own_is_given_no_torn_line(tmp_path: Path) -> None:
     assert _line_start(path, 10_000) == path.stat().st_size
     path.write_text("".join(lines[1:]))
     assert _line_start(path, second) == 0
-    assert read_from(path, _line_start(path, second))[0] == read_metrics(path)
+    assert [line for _, line in lines_of(path, _line_start(path, second))] == read_metrics(path)
 
 
-def test_a_full_disk_is_said_and_leaves_whole_lines(tmp_path: Path) -> None:
-    done = run_python(
-        """
-        import resource, sys
-        from pathlib import Path
-        from tetdist.errors import UserError
-        from tetdist.tracking.tracker import Tracker
-        from tetdist.tracking.trackers import TrackedRun
-
-        tracker = Tracker(TrackedRun(Path(sys.argv[1]), "", {}, {}, None), tracking_uri=None,
-                          experiment="", artifact_root=Path())
-        tracker.log("train", 1, {"loss": 1.0})
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-        try:
+def test_a_full_disk_is_said_and_leaves_whole_lines(
+    untracked: Callable[..., Tracker], tmp_path: Path
+) -> None:
+    tracker = untracked()
+    tracker.log("train", 1, {"loss": 1.0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(UserError, match=rf"cannot write {tmp_path}/run/metrics\.jsonl: "):
             tracker.log("train", 2, {"loss": 2.0})
-        except UserError as error:
-            print(error)
-        assert "mlflow" not in sys.modules
-        assert "matplotlib" not in sys.modules
-        """,
-        tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"cannot write {tmp_path}/metrics.jsonl: ")
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
-    assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"}\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    path = tmp_path / "run" / "metrics.jsonl"
+    assert [line["step"] for line in read_metrics(path)] == [1]
+    assert path.read_bytes().endswith(b"}\n")
+
+
+def test_without_mlflow_its_package_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tetdist, "tracking", tetdist.tracking)  # which the import sets
+    for name in [name for name in sys.modules if name.startswith("tetdist.tracking")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("mlflow", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    importlib.import_module("tetdist.tracking.tracker")
 
 
 # MLflow.
-
-
-def test_a_line_is_sent_whole(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # What MLflow has is asked by step, so half a line would stay half.
-    import mlflow
-
-    calls: list[list[int]] = []
-    send = mlflow.MlflowClient.log_batch
-
-    def spy(client: Any, run_id: str, metrics: Any = (), **others: Any) -> None:
-        calls.append([metric.step for metric in metrics if metric.key.startswith("train/")])
-        send(client, run_id, metrics, **others)
-
-    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", spy)
-    tracker = store.open(tmp_path / "run")
-    for step in range(1, 601):
-        tracker.log("train", step, dict.fromkeys("abcdefg", 1.0))
-    tracker.close("FINISHED")
-    assert all(len(steps) <= 1000 for steps in calls)
-    assert max(len(steps) for steps in calls) > 900
-    times = Counter(step for steps in calls for step in set(steps))
-    assert times == dict.fromkeys(range(1, 601), 1)
 
 
 def test_everything_arrives(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,12 +352,16 @@ def test_everything_arrives(store: Store, tmp_path: Path, monkeypatch: pytest.Mo
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    monkeypatch.delitem(sys.modules, MONITOR)
     run_dir = tmp_path / "run"
     params = {"model.name": "sew_resnet18", "crop": [0.08, 1.0], "long": "x" * 9000}
     tracker = store.open(run_dir, params=params | {f"p{i}": i for i in range(250)})
-    for step in range(1, 301):  # more values than MLflow takes at once
-        values = {"loss": 1 / step, "lr": 0.1, "epoch": step / 100, "top1": 1.0, "phase": 0}
-        tracker.log("train", step, values)
+
+    def values_of(step: int) -> list[tuple[str, float]]:
+        return [("train/loss", 1 / step), ("train/lr", 0.1), ("train/epoch", step / 100)]
+
+    for step in range(1, 301):
+        tracker.log("train", step, {key.partition("/")[2]: v for key, v in values_of(step)})
     tracker.log("train", 301, {"loss": math.nan, "grad_norm": math.inf})
     tracker.log(
         "val",
@@ -373,11 +380,13 @@ def test_everything_arrives(store: Store, tmp_path: Path, monkeypatch: pytest.Mo
     tracker.artifact(plots / "curves.png")
     tracker.artifact(run_dir / "config.yaml")
     artifact = tmp_path / "artifacts"
-    wait_until(lambda: any(artifact.glob("*/artifacts/plots/curves.png")))
+    tiny.wait_until(lambda: any(artifact.glob("*/artifacts/plots/curves.png")), 40)
     (plots / "curves.png").write_bytes(b"new")
     tracker.artifact(plots / "curves.png")
     tracker.set_tag("checkpoint", "/there/last")
-    wait_until(lambda: len(store.history(run_dir, "system/cpu_utilization_percentage")) >= 2)
+    tiny.wait_until(
+        lambda: store.run(run_dir).data.metrics.get("system/cpu_utilization_percentage"), 40
+    )
     assert store.run(run_dir).info.status == "RUNNING"
     tracker.close("FINISHED")
 
@@ -390,18 +399,11 @@ def test_everything_arrives(store: Store, tmp_path: Path, monkeypatch: pytest.Mo
     assert run.data.tags["loss"] == "tet"
     assert run.data.tags["checkpoint"] == "/there/last"
     assert "resumed_at_step" not in run.data.tags
-    losses = store.history(run_dir, "train/loss")
-    assert losses[:300] == [(step, 1 / step) for step in range(1, 301)]
-    assert losses[300][0] == 301
-    assert math.isnan(losses[300][1])
-    assert store.history(run_dir, "train/grad_norm")[0][1] > 1e300
-    assert len(store.history(run_dir, "train/epoch")) == 300
-    assert store.history(run_dir, "val/top1") == [(301, 61.5)]
-    assert store.history(run_dir, "val/top1_t1") == [(301, 58.0)]
-    assert store.history(run_dir, "val/top1_t3") == [(301, 61.5)]
-    assert store.history(run_dir, "val/firing_rate/layer1.0.sn1") == [(301, 0.25)]
-    assert store.history(run_dir, "val/firing_rate/a_b") == [(301, 0.5)]
-    assert not any("note" in key for key in run.data.metrics)
+    expected = [(key, step, value) for step in range(1, 301) for key, value in values_of(step)]
+    expected += [("train/loss", 301, -1.0), ("train/grad_norm", 301, sys.float_info.max)]
+    expected += [("val/top1", 301, 61.5), ("val/firing_rate/layer1.0.sn1", 301, 0.25)]
+    expected += [(f"val/top1_t{t}", 301, top1) for t, top1 in ((1, 58.0), (2, 60.0), (3, 61.5))]
+    assert store.points(run) == sorted([*expected, ("val/firing_rate/a_b", 301, 0.5)])
 
     assert run.info.artifact_uri.startswith((tmp_path / "artifacts").as_uri())
     (copy,) = artifact.glob("*/artifacts/plots/curves.png")
@@ -423,99 +425,10 @@ def test_experiments_open_as_model_training(store: Store, tmp_path: Path) -> Non
     assert kind("chosen") == "genai_development"
 
 
-def test_a_resumed_run_has_every_step_once(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_resumed_run_is_the_same_run_and_newest_values_count(
+    store: Store, tmp_path: Path
 ) -> None:
-    # No psutil must do no harm.
-    monkeypatch.setitem(sys.modules, "mlflow.system_metrics.system_metrics_monitor", None)
-    run_dir = tmp_path / "run"
-    tracker = store.open(run_dir)
-    for step in range(1, 11):
-        tracker.log("train", step, {"loss": float(step)})
-        if step % 5 == 0:
-            tracker.log("val", step, {"top1": float(step)})
-    tracker.close("RUNNING")
-    first = store.run(run_dir)
-    assert first.info.status == "RUNNING"  # a requeued job
-
-    tracker = store.open(run_dir, 7, params={"lr": 0.2, "new": 1}, tags={"loss": "sdt"})
-    for step in range(8, 13):
-        tracker.log("train", step, {"loss": float(step)})
-        if step % 5 == 0:
-            tracker.log("val", step, {"top1": float(step)})
-    tracker.close("FAILED")
-    assert store.run(run_dir).info.status == "FAILED"
-
-    tracker = store.open(run_dir, 12)
-    wait_until(lambda: store.run(run_dir).info.status == "RUNNING")
-    tracker.close("FINISHED")
-
-    run = store.run(run_dir)
-    assert run.info.run_id == first.info.run_id
-    assert run.info.status == "FINISHED"
-    assert store.history(run_dir, "train/loss") == [(step, float(step)) for step in range(1, 13)]
-    assert store.history(run_dir, "val/top1") == [(5, 5.0), (10, 10.0)]
-    assert run.data.params == {"model.name": "sew_resnet18", "lr": "0.1", "new": "1"}
-    assert run.data.tags["resumed_at_step"] == "7, 12"
-    assert run.data.tags["loss"] == "tet"
-
-
-KILLED = """
-import os, sys, time
-from pathlib import Path
-from tetdist.tracking import mlflow_follower
-from tetdist.tracking.tracker import Tracker
-from tetdist.tracking.trackers import TrackedRun
-
-mlflow_follower.SEND_EVERY = 0.01
-run_dir, uri = Path(sys.argv[1]), sys.argv[2]
-tracker = Tracker(TrackedRun(run_dir, "a run", {}, {}, None), tracking_uri=uri,
-                  experiment="trials", artifact_root=run_dir.parent / "artifacts")
-step = 0
-while tracker._follower.sent < 30:  # until MLflow has some, and while it gets more
-    step += 1
-    tracker.log("train", step, {"loss": float(step), "lr": 0.1})
-    if step % 7 == 0:
-        tracker.log("val", step, {"top1": float(step)})
-    time.sleep(0.002)
-with (run_dir / "metrics.jsonl").open("a") as file:
-    file.write('{"kind": "train", "step"')
-print(step, flush=True)
-os._exit(9)
-"""
-
-
-def test_a_killed_run_is_caught_up(store: Store, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    done = run_python(KILLED, run_dir, store.uri)
-    assert done.returncode == 9, done.stderr
-    last = int(done.stdout)
-    assert store.run(run_dir).info.status == "RUNNING"
-    in_mlflow = len(store.history(run_dir, "train/loss"))
-    assert 20 <= in_mlflow <= last
-
-    # From a step that MLflow is beyond, and then from one that it has not reached.
-    checkpoint = 13
-    tracker = store.open(run_dir, checkpoint)
-    for step in range(checkpoint + 1, last + 21):
-        tracker.log("train", step, {"loss": float(step), "lr": 0.1})
-        if step % 7 == 0:
-            tracker.log("val", step, {"top1": float(step)})
-    tracker.close("FINISHED")
-
-    expected = [(step, float(step)) for step in range(1, last + 21)]
-    assert store.history(run_dir, "train/loss") == expected
-    assert store.history(run_dir, "val/top1") == [pair for pair in expected if pair[0] % 7 == 0]
-    lines = read_metrics(run_dir / "metrics.jsonl")
-    assert set(Counter((line["kind"], line["step"]) for line in lines).values()) == {1}
-
-
-def test_steps_computed_again_have_their_new_values(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed at step 6 after a checkpoint of step 2; only the speed comes out another."""
-    monkeypatch.setitem(sys.modules, "mlflow.system_metrics.system_metrics_monitor", None)
+    """Requeued at step 6 after a checkpoint of step 2; only the speed comes out another."""
     run_dir = tmp_path / "run"
 
     def train(tracker: Tracker, first: int, last: int, speed: float) -> None:
@@ -524,56 +437,123 @@ def test_steps_computed_again_have_their_new_values(
             values = {"loss": math.inf if step == 4 else math.nan if step == 5 else float(step)}
             tracker.log("train", step, values | {"samples_per_s": speed + step, "phase": 1})
 
-    def newest(run: str, key: str) -> dict[int, float]:
-        found = sorted(store.client.get_metric_history(run, key), key=lambda m: m.timestamp)
-        return {metric.step: metric.value for metric in found}
-
     tracker = store.open(run_dir, phases=PHASES)
     train(tracker, 1, 6, 100.0)
-    tracker.close("RUNNING")  # all that a killed process could have sent
-    tracker = store.open(run_dir, 2, phases=PHASES)
+    tracker.close("RUNNING")
+    first = store.run(run_dir).info
+    assert first.status == "RUNNING"
+    tracker = store.open(run_dir, 2, phases=PHASES, params={"lr": 0.2, "new": 1})
     train(tracker, 3, 8, 200.0)
+    tracker.close("FAILED")
+    assert store.run(run_dir).info.status == "FAILED"
+    tracker = store.open(run_dir, 8, phases=PHASES, tags={"loss": "sdt"})
+    tiny.wait_until(lambda: store.run(run_dir).info.status == "RUNNING", 40)
     tracker.close("FINISHED")
-    # Nothing is sent a third time.
-    store.open(run_dir, 8, phases=PHASES).close("FINISHED")
 
-    speeds = {step: (100.0 if step <= 2 else 200.0) + step for step in range(1, 9)}
-    runs = [store.run(run_dir), *store.phases(run_dir)]
-    assert len(runs) == 2
-    for run in (run.info.run_id for run in runs):
-        assert newest(run, "train/samples_per_s") == speeds
-        rates = store.client.get_metric_history(run, "train/samples_per_s")
-        assert Counter(metric.step for metric in rates) == Counter([*range(1, 9), 3, 4, 5, 6])
-        losses = store.client.get_metric_history(run, "train/loss")
-        assert sorted(metric.step for metric in losses) == list(range(1, 9))
-    assert runs[0].data.metrics["train/samples_per_s"] == 208.0
+    run = store.run(run_dir)
+    assert (run.info.run_id, run.info.status) == (first.run_id, "FINISHED")
+    assert run.data.params == {"model.name": "sew_resnet18", "lr": "0.1", "new": "1"}
+    assert run.data.tags["resumed_at_step"] == "2, 8"
+    assert run.data.tags["loss"] == "sdt"
+    assert run.data.metrics["train/samples_per_s"] == 208.0
+    phases = store.phases(run_dir)
+    assert len(phases) == 1
+    expected = [("train/samples_per_s", step, 100.0 + step) for step in range(1, 7)]
+    expected += [("train/samples_per_s", step, 200.0 + step) for step in range(3, 9)]
+    expected += [("train/phase", step, 1.0) for step in range(1, 9)]
+    losses = {4: sys.float_info.max, 5: -1.0}
+    expected += [("train/loss", step, losses.get(step, float(step))) for step in range(1, 9)]
+    for one in (run, *phases):
+        assert store.points(one) == sorted(expected)
+        history = store.client.get_metric_history(one.info.run_id, "train/samples_per_s")
+        newest = {m.step: m.value for m in sorted(history, key=lambda m: m.timestamp)}
+        assert newest == {step: (100 if step <= 2 else 200) + step for step in range(1, 9)}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_kill_at_any_call_is_caught_up(store: Store, tmp_path: Path) -> None:
+    """MLflow gets the first calls of a process, and all the rest from the next one.
+
+    A line has values enough for MLflow's client to cut a line's in two.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    values = {f"value{i}": float(i) for i in range(65)}
+    for number in itertools.count():
+        run_dir = tmp_path / f"run{number}"
+        run_dir.mkdir()
+        before = Tracker(TrackedRun(run_dir, "a run", {}, {}, None), None)
+        log_steps(before, 1, 17, **values)
+        before.close("RUNNING")
+        calls = itertools.count(1)
+
+        def counted(original: Any, calls: Any = calls, number: int = number) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if next(calls) > number:
+                    raise Killed
+                return original(*args, **kwargs)
+
+            return call
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("create_run", "log_batch", "update_run_info"):
+                patch.setattr(SqlAlchemyStore, name, counted(getattr(SqlAlchemyStore, name)))
+            killed = store.open(run_dir, 17, phases=PHASES)
+            killed.enter_phase(1)
+            killed.close("KILLED")
+        # Lines after a checkpoint are computed again.
+        tracker = store.open(run_dir, 14, phases=PHASES)
+        log_steps(tracker, 15, 20, **values)
+        tracker.close("FINISHED")
+        assert_all_there(store, run_dir)
+        if killed.is_complete:
+            break
+    assert number > 12
 
 
 def test_a_run_that_mlflow_forgot_is_sent_anew(
     store: Store, empty_store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_dir = tmp_path / "run"
-    tracker = store.open(run_dir)
-    tracker.log("train", 1, {"loss": 1.0})
+    tracker = store.open(run_dir)  # by a version that knew nothing of phases
+    log_steps(tracker, 1, 10)
     tracker.close("KILLED")
+    tracker = store.open(run_dir, 10, phases=PHASES)
+    log_steps(tracker, 11, 20)
+    tracker.close("FINISHED")
+    assert_all_there(store, run_dir)
     first = store.run(run_dir).info.run_id
 
     elsewhere = Store(tmp_path / "other")
     elsewhere.folder.mkdir()
     shutil.copy(empty_store, elsewhere.folder / "mlflow.db")
     with caplog.at_level(logging.INFO, logger="tetdist"):
-        tracker = elsewhere.open(run_dir, 1)
-        tracker.log("train", 2, {"loss": 2.0})
-        tracker.close("FINISHED")
+        elsewhere.open(run_dir, 20, phases=PHASES).close("FINISHED")
     (message,) = [record.getMessage() for record in caplog.records]
     assert f"does not know run {first}" in message
-    assert elsewhere.history(run_dir, "train/loss") == [(1, 1.0), (2, 2.0)]
+    assert_all_there(elsewhere, run_dir)
 
-    # Deleted by hand, in the user interface.
-    elsewhere.client.delete_run(elsewhere.run(run_dir).info.run_id)
-    elsewhere.open(run_dir, 2).close("FINISHED")
-    assert elsewhere.history(run_dir, "train/loss") == [(1, 1.0), (2, 2.0)]
-    assert elsewhere.run(run_dir).info.lifecycle_stage == "active"
+    # Deleted by hand, in the user interface: a phase, beside runs that others have hung below ours.
+    client, parent = elsewhere.client, elsewhere.run(run_dir).info
+    client.delete_run(elsewhere.phases(run_dir)[0].info.run_id)
+    below = {"mlflow.parentRunId": parent.run_id}
+    for tags in (below, below | {"phase": "of the moon"}):
+        client.create_run(parent.experiment_id, tags=tags)
+    before = {run.info.run_id for run in client.search_runs([parent.experiment_id])}
+    elsewhere.open(run_dir, 20, phases=PHASES).close("FINISHED")
+    after = {run.info.run_id for run in client.search_runs([parent.experiment_id])}
+    assert before < after
+    assert len(after - before) == 1
+    assert_all_there(elsewhere, run_dir)
+
+    # And the run.
+    client.delete_run(parent.run_id)
+    elsewhere.open(run_dir, 20, phases=PHASES).close("FINISHED")
+    assert_all_there(elsewhere, run_dir)
 
 
 def test_datasets_and_the_registered_model(store: Store, tmp_path: Path) -> None:
@@ -615,68 +595,20 @@ def test_datasets_and_the_registered_model(store: Store, tmp_path: Path) -> None
     assert sorted(v.version for v in versions) == [1, 2]
 
 
-def test_an_outage_is_one_line_and_is_caught_up(
-    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    database = tmp_path / "mlflow.db"
-    aside = database.rename(tmp_path / "aside.db")
-    database.mkdir()  # so that it cannot be opened
-    run_dir = tmp_path / "run"
-    with caplog.at_level(logging.INFO, logger="tetdist"):
-        tracker = store.open(run_dir)
-        for step in range(1, 6):
-            tracker.log("train", step, {"loss": float(step)})
-        wait_until(lambda: len(caplog.records) > 0)
-        assert not (run_dir / "mlflow_run_id").exists()
-        database.rmdir()
-        aside.rename(database)
-        wait_until(lambda: len(store.history(run_dir, "train/loss")) == 5)
-        tracker.log("train", 6, {"loss": 6.0})
-        tracker.close("FINISHED")
-    lost, back = [record.getMessage() for record in caplog.records]
-    assert "Training goes on" in lost
-    assert lost.count("\n") == 0
-    assert "is back" in back
-    assert [step for step, _ in store.history(run_dir, "train/loss")] == list(range(1, 7))
-
-
 # The phases below a run.
-
-PHASES: list[dict[str, Any]] = [
-    {"timesteps": 4, "epochs": 90, "optimizer.kind": "sgd", "optimizer.lr": 0.1},
-    {"timesteps": 6, "epochs": 30, "optimizer.kind": "adam", "optimizer.lr": 0.001},
-]
-
-
-def log_steps(tracker: Tracker, phase: int, first: int, last: int) -> None:
-    """One line a step, and an evaluation at every fifth."""
-    for step in range(first, last + 1):
-        tracker.log("train", step, {"phase": phase, "loss": float(step)})
-        if step % 5 == 0:
-            tracker.log("val", step, {"phase": phase, "top1": float(step)})
-
-
-def assert_all_there(store: Store, run_dir: Path) -> None:
-    """Ten steps of each phase, each once."""
-    expected = [(step, float(step)) for step in range(1, 21)]
-    assert store.history(run_dir, "train/loss") == expected
-    assert store.history(run_dir, "val/top1") == expected[4::5]
-    assert store.steps(run_dir, "train/loss") == [list(range(1, 11)), list(range(11, 21))]
-    assert store.steps(run_dir, "val/top1") == [[5, 10], [15, 20]]
-    assert store.statuses(run_dir) == ["FINISHED", "FINISHED"]
-    assert store.run(run_dir).info.status == "FINISHED"
 
 
 def test_each_phase_is_a_run_below_the_run(store: Store, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     tracker = store.open(run_dir, phases=PHASES)
     tracker.enter_phase(0)
-    wait_until(lambda: store.statuses(run_dir) == ["RUNNING"])  # before its first line
-    log_steps(tracker, 0, 1, 10)
+    # Before its first line.
+    tiny.wait_until(lambda: store.statuses(run_dir) == ["RUNNING"], 40)
+    log_steps(tracker, 1, 10)
     tracker.enter_phase(1)
-    wait_until(lambda: store.statuses(run_dir) == ["FINISHED", "RUNNING"])
-    assert store.steps(run_dir, "train/loss") == [list(range(1, 11)), []]
-    log_steps(tracker, 1, 11, 20)
+    tiny.wait_until(lambda: store.statuses(run_dir) == ["FINISHED", "RUNNING"], 40)
+    assert store.points(store.phases(run_dir)[1]) == []
+    log_steps(tracker, 11, 20)
     tracker.close("FINISHED")
 
     assert_all_there(store, run_dir)
@@ -695,355 +627,130 @@ def test_each_phase_is_a_run_below_the_run(store: Store, tmp_path: Path) -> None
 
 
 def test_a_single_phase_has_no_run_below_it(store: Store, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    tracker = store.open(run_dir, phases=PHASES[:1])
-    tracker.enter_phase(0)
-    log_steps(tracker, 0, 1, 5)
+    tracker = store.open(tmp_path / "run", phases=PHASES[:1])
+    log_steps(tracker, 1, 5)
     tracker.close("FINISHED")
-    assert len(store.client.search_runs([store.run(run_dir).info.experiment_id])) == 1
-    assert store.history(run_dir, "val/top1") == [(5, 5.0)]
+    experiment = store.run(tmp_path / "run").info.experiment_id
+    assert len(store.client.search_runs([experiment])) == 1
+    assert_all_there(store, tmp_path / "run")
 
 
-@pytest.mark.parametrize("status", ["FAILED", "KILLED"])
-def test_the_phase_that_stops_has_the_state_of_its_run(
-    store: Store, tmp_path: Path, status: mlflow_follower.Status
-) -> None:
+def test_the_phase_that_stops_has_the_state_of_its_run(store: Store, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     tracker = store.open(run_dir, phases=PHASES)
-    tracker.enter_phase(0)
-    log_steps(tracker, 0, 1, 10)
+    log_steps(tracker, 1, 10)
     tracker.enter_phase(1)  # and before its first line, say, memory runs out
-    tracker.close(status)
-    assert store.statuses(run_dir) == ["FINISHED", status]
+    tracker.close("FAILED")
+    assert store.statuses(run_dir) == ["FINISHED", "FAILED"]
     ended = store.phases(run_dir)[0].info.end_time
 
-    tracker = store.open(run_dir, 10, phases=PHASES)
-    wait_until(lambda: store.run(run_dir).info.status == "RUNNING")
-    tracker.enter_phase(1)
-    wait_until(lambda: store.statuses(run_dir) == ["FINISHED", "RUNNING"])
-    log_steps(tracker, 1, 11, 13)
+    # From a checkpoint of the phase before: the second, which had begun, does not run now.
+    tracker = store.open(run_dir, 8, phases=PHASES)
+    log_steps(tracker, 9, 9)
+    tiny.wait_until(lambda: store.statuses(run_dir) == ["RUNNING", "KILLED"], 40)
+    log_steps(tracker, 10, 13)
     tracker.close("RUNNING")  # a requeued job
     assert store.statuses(run_dir) == ["FINISHED", "RUNNING"]
+    again = store.phases(run_dir)[0].info.end_time
+    assert again > ended
 
     tracker = store.open(run_dir, 12, phases=PHASES)
-    tracker.enter_phase(1)
-    log_steps(tracker, 1, 13, 20)
+    log_steps(tracker, 13, 20)
     tracker.close("FINISHED")
-    assert_all_there(store, run_dir)
-    assert store.phases(run_dir)[0].info.end_time == ended
-
     # Started again though nothing is left to do.
     store.open(run_dir, 20, phases=PHASES).close("FINISHED")
     assert_all_there(store, run_dir)
+    assert store.phases(run_dir)[0].info.end_time == again
 
 
-KILLED_IN_PHASE_2 = """
-import os, sys, time
-from pathlib import Path
-from tetdist.tracking import mlflow_follower
-from tetdist.tracking.tracker import Tracker
-from tetdist.tracking.trackers import TrackedRun
-
-mlflow_follower.SEND_EVERY = 0.01
-run_dir, uri = Path(sys.argv[1]), sys.argv[2]
-phases = [{"timesteps": 4}, {"timesteps": 6}]
-tracker = Tracker(TrackedRun(run_dir, "a run", {}, {}, None), tracking_uri=uri,
-                  experiment="trials", artifact_root=run_dir.parent / "artifacts", phases=phases)
-end = time.monotonic() + 40
-for step in range(1, 18):
-    phase = 0 if step <= 10 else 1
-    tracker.enter_phase(phase)
-    tracker.log("train", step, {"phase": phase, "loss": float(step)})
-    if step % 5 == 0:
-        tracker.log("val", step, {"phase": phase, "top1": float(step)})
-    # MLflow is behind by a different number of lines at each kill.
-    while tracker._follower.sent < min(step, int(sys.argv[3])) and time.monotonic() < end:
-        time.sleep(0.005)
-os._exit(9)
-"""
+# Servers and databases.
 
 
-@pytest.mark.parametrize(
-    ("sent", "checkpoint"),
-    [
-        pytest.param(17, 8, marks=pytest.mark.long),
-        (17, 10),
-        pytest.param(4, 14, marks=pytest.mark.long),
-        pytest.param(13, 14, marks=pytest.mark.long),
-    ],
-)
-def test_phases_of_a_killed_run_have_every_step_once(
-    store: Store, tmp_path: Path, sent: int, checkpoint: int
-) -> None:
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    done = run_python(KILLED_IN_PHASE_2, run_dir, store.uri, sent)
-    assert done.returncode == 9, done.stderr
-
-    tracker = store.open(run_dir, checkpoint, phases=PHASES)
-    if checkpoint <= 10:
-        tracker.enter_phase(0)
-        if sent == 17:  # the second phase, which had begun, does not run now
-            wait_until(lambda: store.statuses(run_dir) == ["RUNNING", "KILLED"])
-        log_steps(tracker, 0, checkpoint + 1, 10)
-    tracker.enter_phase(1)
-    log_steps(tracker, 1, max(checkpoint, 10) + 1, 20)
-    tracker.close("FINISHED")
-    assert_all_there(store, run_dir)
-
-
-def test_phases_that_mlflow_forgot_are_sent_anew(
-    store: Store, empty_store: Path, tmp_path: Path
-) -> None:
-    run_dir = tmp_path / "run"
-    tracker = store.open(run_dir)  # by a version that knew nothing of phases
-    log_steps(tracker, 0, 1, 10)
-    tracker.close("KILLED")
-    tracker = store.open(run_dir, 10, phases=PHASES)
-    tracker.enter_phase(1)
-    log_steps(tracker, 1, 11, 20)
-    tracker.close("FINISHED")
-    assert_all_there(store, run_dir)
-
-    elsewhere = Store(tmp_path / "other")
-    elsewhere.folder.mkdir()
-    shutil.copy(empty_store, elsewhere.folder / "mlflow.db")
-    elsewhere.open(run_dir, 20, phases=PHASES).close("FINISHED")
-    assert_all_there(elsewhere, run_dir)
-
-    # One that was deleted by hand, beside runs that others have hung below ours.
-    client, parent = elsewhere.client, elsewhere.run(run_dir).info
-    client.delete_run(elsewhere.phases(run_dir)[0].info.run_id)
-    below = {"mlflow.parentRunId": parent.run_id}
-    for tags in (below, below | {"phase": "of the moon"}):
-        client.create_run(parent.experiment_id, tags=tags)
-    before = {run.info.run_id for run in client.search_runs([parent.experiment_id])}
-    elsewhere.open(run_dir, 20, phases=PHASES).close("FINISHED")
-    after = {run.info.run_id for run in client.search_runs([parent.experiment_id])}
-    assert before < after
-    assert len(after - before) == 1
-    assert_all_there(elsewhere, run_dir)
-
-
-def test_points_that_only_the_run_got_reach_its_phase_later(
-    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run_dir = tmp_path / "run"
-    tracker = store.open(run_dir, phases=PHASES)
-    tracker.enter_phase(0)
-    log_steps(tracker, 0, 1, 7)
-    wait_until(lambda: store.steps(run_dir, "train/loss") == [list(range(1, 8))])
-    # A store that refuses the points of phases.
-    with sqlite3.connect(tmp_path / "mlflow.db") as database:
-        database.execute(
-            "create trigger refuse before insert on metrics when new.run_uuid in "
-            "(select run_uuid from tags where key = 'phase') "
-            "begin select raise(abort, 'no more'); end"
-        )
-    log_steps(tracker, 0, 8, 10)
-    tracker.enter_phase(1)
-    log_steps(tracker, 1, 11, 20)
-    wait_until(lambda: len(store.history(run_dir, "train/loss")) == 20)
-    wait_until(lambda: "Training goes on" in caplog.text)
-    assert store.steps(run_dir, "train/loss")[0] == list(range(1, 8))
-    with sqlite3.connect(tmp_path / "mlflow.db") as database:
-        database.execute("drop trigger refuse")
-    tracker.close("FINISHED")
-    assert_all_there(store, run_dir)
-
-
-def test_a_twin_of_a_phases_run_is_let_be(store: Store, tmp_path: Path) -> None:
-    # As a request leaves it whose answer was lost.
-    run_dir = tmp_path / "run"
-    tracker = store.open(run_dir, phases=PHASES)
-    tracker.enter_phase(0)
-    log_steps(tracker, 0, 1, 4)
-    tracker.close("KILLED")
-    phase, parent = store.phases(run_dir)[0], store.run(run_dir).info
-    tags = {"mlflow.parentRunId": parent.run_id, "phase": "0"}
-    for start in (1, 2**42):
-        store.client.create_run(parent.experiment_id, start_time=start, tags=tags)
-    tracker = store.open(run_dir, 4, phases=PHASES)
-    tracker.enter_phase(0)
-    log_steps(tracker, 0, 5, 9)
-    tracker.close("FINISHED")
-    history = store.client.get_metric_history(phase.info.run_id, "train/loss")
-    assert sorted(metric.step for metric in history) == list(range(1, 10))
-    assert sorted(map(len, store.steps(run_dir, "train/loss"))) == [0, 0, 9]
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-@pytest.fixture
-def server(store: Store, tmp_path: Path) -> Iterator[Callable[[int], subprocess.Popen[bytes]]]:
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(port: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-        command += ["--backend-store-uri", store.uri]
-        command += ["--artifacts-destination", str(tmp_path / "served")]
-        with (tmp_path / "server.log").open("wb") as out:
-            # A session of its own, since the server has children.
-            process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        end_group(process)
-
-
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(10)
-
-
-@pytest.mark.long
 def test_a_server_comes_late_and_goes_early(
     store: Store,
-    server: Callable[[int], subprocess.Popen[bytes]],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run_dir = tmp_path / "run"
-    port = free_port()
-    uri = f"http://user:secret@127.0.0.1:{port}"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    run_dir, port = tmp_path / "run", tiny.free_port()
+    uri = f"http://me:secret@127.0.0.1:{port}"
     with caplog.at_level(logging.INFO, logger="tetdist"):
-        tracker = store.open(run_dir, tracking_uri=uri)
+        tracker = store.open(run_dir, uri=uri)
         begin = time.monotonic()
         for step in range(1, 1001):
             tracker.log("train", step, {"loss": float(step)})
         assert time.monotonic() - begin < 2
         (run_dir / "config.yaml").write_text("model: {}\n")
         tracker.artifact(run_dir / "config.yaml")
-        wait_until(lambda: len(caplog.records) == 1)
-        assert "Connection refused" in caplog.text
-
-        process = server(port)
-        # Over the store that the server uses.
-        wait_until(lambda: len(store.history(run_dir, "train/loss")) == 1000)
-        wait_until(lambda: any((tmp_path / "served").rglob("config.yaml")))
-        wait_until(lambda: "is back" in caplog.text)
-
-        end_group(process)
+        tiny.wait_until(lambda: len(caplog.records) == 1, 40)
+        with tiny.mlflow_server(tmp_path / "mlflow.db", port, "secret"):
+            # Over the store that the server uses.
+            tiny.wait_until(lambda: len(store.steps(run_dir)) == 1000, 40)
+            tiny.wait_until(lambda: any((tmp_path / "artifacts").rglob("config.yaml")), 40)
+            tiny.wait_until(lambda: "is back" in caplog.text, 40)
         for step in range(1001, 1011):
             tracker.log("train", step, {"loss": float(step)})
         begin = time.monotonic()
         tracker.close("FINISHED", timeout=5)
         assert time.monotonic() - begin < 7
-    assert "up to 10 of the 1010 points" in caplog.records[-1].getMessage()
-    assert len(caplog.records) <= 4
+    said = [one.getMessage() for one in caplog.records if one.name.startswith("tetdist")]
+    assert "Connection refused. Training goes on" in said[0]
+    assert "up to 10 of the 1010 points" in said[-1]
+    assert len(said) <= 4
+    assert not any("\n" in message for message in said)
     assert "secret" not in caplog.text
 
     caplog.clear()
     store.open(run_dir, 1010).close("FINISHED")
     assert caplog.records == []
-    assert [step for step, _ in store.history(run_dir, "train/loss")] == list(range(1, 1011))
+    assert store.steps(run_dir) == list(range(1, 1011))
     assert store.run(run_dir).info.status == "FINISHED"
 
 
-@pytest.mark.long
-def test_a_server_is_away_while_the_next_phase_begins(
-    store: Store, server: Callable[[int], subprocess.Popen[bytes]], tmp_path: Path
+def test_a_server_that_never_answers_holds_nobody_up(
+    store: Store,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run_dir = tmp_path / "run"
-    port = free_port()
-    process = server(port)
-    tracker = store.open(run_dir, tracking_uri=f"http://127.0.0.1:{port}", phases=PHASES)
-    tracker.enter_phase(0)
-    log_steps(tracker, 0, 1, 8)
-    # Over the store that the server uses.
-    wait_until(lambda: len(store.history(run_dir, "val/top1")) == 1)
-    end_group(process)
-    log_steps(tracker, 0, 9, 10)
-    tracker.enter_phase(1)
-    log_steps(tracker, 1, 11, 14)
-    server(port)
-    wait_until(lambda: store.statuses(run_dir) == ["FINISHED", "RUNNING"])
-    log_steps(tracker, 1, 15, 20)
-    tracker.close("FINISHED")
-    assert_all_there(store, run_dir)
-
-
-SHORT_RUN = """
-import logging, sys
-from pathlib import Path
-from tetdist.tracking.tracker import Tracker
-from tetdist.tracking.trackers import TrackedRun
-
-logging.basicConfig(level=logging.WARNING)
-run_dir, uri = Path(sys.argv[1]), sys.argv[2]
-tracker = Tracker(TrackedRun(run_dir, "a run", {"a": 1}, {}, None), tracking_uri=uri,
-                  experiment="trials", artifact_root=run_dir.parent / "artifacts")
-tracker.log("train", 1, {"loss": 1.0})
-sys.stdin.readline()
-tracker.close("FINISHED", timeout=float(sys.argv[3]))
-"""
-
-
-def test_a_server_that_never_answers_holds_nobody_up(tmp_path: Path) -> None:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        sock.listen()
-        sock.settimeout(60)
-        uri = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        process = subprocess.Popen(
-            [sys.executable, "-c", SHORT_RUN, str(tmp_path), uri, "1"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        try:
-            sock.accept()  # the request is on its way
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        server.settimeout(30)
+        tracker = store.open(tmp_path / "run", uri=f"http://127.0.0.1:{server.getsockname()[1]}")
+        tracker.log("train", 1, {"loss": 1.0})
+        connection, _ = server.accept()  # the request is on its way
+        with connection:
+            assert b"mlflow/experiments/get-by-name?" in connection.recv(1000)
             begin = time.monotonic()
-            printed, _ = process.communicate("now\n", timeout=60)
-        finally:
-            process.kill()
-    assert time.monotonic() - begin < 10
-    assert process.returncode == 0
-    assert printed.count("\n") == 1
-    assert "no answer within 1 s" in printed
-    assert "up to 1 of the 1 points" in printed
+            tracker.close("FINISHED", timeout=0.5)
+    assert time.monotonic() - begin < 5
+    assert tracker._following[0]._thread.daemon  # so it does not hold the process up either
+    (record,) = caplog.records
+    assert "no answer within 0.5 s" in record.getMessage()
+    assert "up to 1 of the 1 points" in record.getMessage()
 
 
-@pytest.mark.long
-def test_two_runs_make_one_database_at_once_and_print_nothing(
-    tmp_path: Path, ended: Callable[..., subprocess.Popen[str]]
+def test_two_runs_make_one_database_at_once_after_a_kill(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     store = Store(tmp_path / "not" / "yet")
+    store.folder.mkdir(parents=True)
+    for name in (".mlflow.db.1.tmp", ".mlflow.db.1.tmp-journal"):  # of one that was killed
+        (store.folder / name).write_text("half")
     run_dirs = [tmp_path / "a", tmp_path / "b"]
-    processes = []
+    for tracker in [store.open(run_dir) for run_dir in run_dirs]:
+        tracker.log("train", 1, {"loss": 1.0})
+        tracker.close("FINISHED", timeout=60)
     for run_dir in run_dirs:
-        run_dir.mkdir()
-        process = subprocess.Popen(
-            [sys.executable, "-c", SHORT_RUN, str(run_dir), store.uri, "60"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=run_dir,
-            start_new_session=True,
-        )
-        processes.append(ended(process))
-    for process in processes:
-        printed, _ = process.communicate(timeout=60)
-        assert printed == ""
-        assert process.returncode == 0
-    assert [store.run(run_dir).info.status for run_dir in run_dirs] == ["FINISHED", "FINISHED"]
-    assert [store.history(run_dir, "train/loss") for run_dir in run_dirs] == [[(1, 1.0)]] * 2
+        assert_all_there(store, run_dir)
+        assert sorted(path.name for path in run_dir.iterdir()) == ["metrics.jsonl", "mlflow_run_id"]
     assert len({store.run(run_dir).info.experiment_id for run_dir in run_dirs}) == 1
-    assert [entry.name for entry in (tmp_path / "not" / "yet").iterdir()] == ["mlflow.db"]
-    for run_dir in run_dirs:
-        assert sorted(entry.name for entry in run_dir.iterdir()) == [
-            "metrics.jsonl",
-            "mlflow_run_id",
-        ]
+    assert [path.name for path in store.folder.iterdir()] == ["mlflow.db"]
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
 
 
 def test_mlflow_missing_is_said_at_once(
@@ -1116,7 +823,8 @@ def test_ui_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ui_command("sqlite:////a b/x.db") == (
         "mlflow ui --backend-store-uri 'sqlite:////a b/x.db'"
     )
-    assert ui_command("https://me:secret@tracker.example.org") == "https://tracker.example.org"
+    assert ui_command("https://me:secret@there.org/") == "https://there.org/"
+    assert ui_command("https://there.org/", "a1") == "https://there.org/#/runs/a1"
     monkeypatch.setattr(mlflow_follower.shutil, "which", lambda _: None)
     program = Path(ui_command("sqlite:////x.db").split()[0])
     assert program.parent == Path(sys.executable).parent

@@ -71,6 +71,18 @@ def write_text(file: Path, text: str) -> None:
         stream.write(text.encode())
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON that somebody else may have written.
+
+    Raises:
+        ValueError: The text is not JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def write_json(file: Path, values: Any) -> None:
     """Write JSON, whole or not at all; see `made_aside`."""
     write_text(file, json.dumps(values, indent=1) + "\n")
@@ -170,6 +182,23 @@ def is_held(file: Path) -> bool:
 
 
 @contextlib.contextmanager
+def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a folder that exists locked against other processes of this machine.
+
+    Raises:
+        BlockingIOError: Another process holds it, and is not waited for.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        # To close it is not enough if this process has forked meanwhile.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Make a folder, keep others from writing to it meanwhile, remove what a kill has left in it.
 
@@ -177,17 +206,14 @@ def only_writer(folder: Path) -> Iterator[None]:
         UserError: Another process is writing there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for leftover in folder.rglob(".*.tmp"):
-            if _ASIDE.fullmatch(leftover.name):
-                leftover.unlink()
-        yield
+        with locked(folder, wait=False):
+            for leftover in folder.rglob(".*.tmp"):
+                if _ASIDE.fullmatch(leftover.name):
+                    leftover.unlink()
+            yield
     except BlockingIOError as error:
         raise UserError(f"another process is writing to {folder}: let it finish") from error
-    finally:
-        os.close(descriptor)
 
 
 def check_space(folder: Path, needed: int) -> None:

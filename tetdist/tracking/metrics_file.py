@@ -5,38 +5,52 @@ time in seconds. JSON has no word for a value that is not finite; here such a va
 strings "NaN", "Infinity" and "-Infinity", which `float()` understands and `read_metrics` restores.
 """
 
-import io
-import json
 import math
 import os
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tetdist.errors import UserError
-from tetdist.storage.files import replacing
+from tetdist.storage.files import parse_json
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _BLOCK = 1 << 20  # bytes that are read at once from the end of a file
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics.jsonl, also while it is being written.
-
-    Values that are not finite are floats again; a last line that a kill tore is left out.
-
-    Raises:
-        UserError: A line is damaged.
-    """
+    """Read all lines of a metrics.jsonl; see `lines_of`."""
     return list(each_line(path))
 
 
 def each_line(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of `read_metrics` one by one: a file of any size takes no memory."""
+    return (line for _, line in lines_of(path))
+
+
+def lines_of(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the lines of a metrics.jsonl, also while it is being written.
+
+    Values that are not finite are floats again; a last line that a kill tore is left out.
+
+    Args:
+        path: The file.
+        offset: Where the first of these lines begins, in bytes.
+
+    Yields:
+        Where the next line begins, in bytes, and what this one says.
+
+    Raises:
+        UserError: A line is damaged.
+    """
     with path.open("rb") as file:
-        whole = (raw for raw in file if raw.endswith(b"\n"))
-        yield from (line for _, line in _parsed(path, whole))
+        file.seek(offset)
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                return
+            offset += len(raw)
+            yield offset, _parsed(path, raw, offset)
 
 
 def from_end(path: Path) -> Iterator[dict[str, Any]]:
@@ -47,78 +61,52 @@ def from_end(path: Path) -> Iterator[dict[str, Any]]:
     """
     with path.open("rb") as file:
         offset = file.seek(0, os.SEEK_END)
-        position, rest, is_whole = offset + 1, b"", False
+        end, rest, is_whole = offset + 1, b"", False
         while offset > 0:
             size = min(offset, _BLOCK)
             offset = file.seek(offset - size)
             rest, *lines = (file.read(size) + rest).split(b"\n")
             for raw in reversed(lines if offset else [rest, *lines]):
-                position -= len(raw) + 1
                 if is_whole:
-                    yield _line(path, raw, position)
+                    yield _parsed(path, raw, end)
+                end -= len(raw) + 1
                 is_whole = True  # but for what follows the last line's end
 
 
-def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
-    """Read the whole lines from `offset` on; returns them and the offset of the next one."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        data = file.read()
-    data = data[: data.rfind(b"\n") + 1]
-    lines = [line for _, line in _parsed(path, io.BytesIO(data), offset)]
-    return lines, offset + len(data)
-
-
-def _parsed(
-    path: Path, lines: Iterable[bytes], offset: int = 0
-) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield lines and what they say; ``offset`` is where in the file the first of them begins."""
-    for raw in lines:
-        yield raw, _line(path, raw, offset)
-        offset += len(raw)
-
-
-def _line(path: Path, raw: bytes, offset: int) -> dict[str, Any]:
-    """Return what a line says that begins at ``offset`` of the file."""
+def _parsed(path: Path, raw: bytes, end: int) -> dict[str, Any]:
     try:
-        line = json.loads(raw)
-        whole = isinstance(line["kind"], str) and isinstance(line["step"], int)
+        line = parse_json(raw)
+        if isinstance(line["kind"], str) and isinstance(line["step"], int):
+            # Few lines have such values, and to look for them in all takes as long as to parse.
+            return restored(line) if b'"NaN"' in raw or b'Infinity"' in raw else line
     except (ValueError, KeyError, TypeError, RecursionError):
-        whole = False
-    if not whole:
-        with path.open("rb") as file:
-            number = file.read(offset).count(b"\n") + 1
-        raise UserError(
-            f"{path}: line {number} is damaged: {_shown(raw)}; restore the file, or remove the "
-            f"line (sed -i {number}d {shlex.quote(str(path))}): what it said is lost to curves "
-            "and reports, the checkpoints are untouched"
-        )
-    # To look into each value takes longer than to parse the line.
-    return restored(line) if b"NaN" in raw or b"Infinity" in raw else line
-
-
-def _shown(raw: bytes) -> str:
+        pass
+    with path.open("rb") as file:
+        number = file.read(end).count(b"\n")
     text = raw[:80].decode(errors="replace").strip()
-    return text if text.isprintable() else repr(text)
+    raise UserError(
+        f"{path}: line {number} is damaged: {text if text.isprintable() else repr(text)}; restore "
+        f"the file, or remove the line (sed -i {number}d {shlex.quote(str(path))}): what it said "
+        "is lost to curves and reports, the checkpoints are untouched"
+    )
 
 
-def keep_until(path: Path, step: int) -> tuple[dict[str, int], int]:
-    """Remove the lines of later steps, and a last one that a kill tore.
+def keep_until(path: Path, step: int) -> dict[str, int]:
+    """Remove the lines of later steps, which come last, and what a kill tore.
 
     Returns:
-        The last step of each kind, and the number of lines that are left.
+        The last step of each kind that is left.
     """
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    kept = [(raw, line) for raw, line in _parsed(path, io.BytesIO(whole)) if line["step"] <= step]
     last: dict[str, int] = {}
-    for _, line in kept:
-        last[line["kind"]] = line["step"]
-    result = b"".join(raw for raw, _ in kept)
-    if result != data:
-        with replacing(path) as file:
-            file.write(result)
-    return last, len(kept)
+    kept = 0
+    if not path.exists():
+        return last
+    for end, line in lines_of(path):
+        if line["step"] > step:
+            break
+        last[line["kind"]], kept = line["step"], end
+    os.truncate(path, kept)
+    return last
 
 
 def points_of(line: dict[str, Any]) -> Iterator[tuple[str, float]]:

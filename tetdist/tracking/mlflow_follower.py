@@ -24,27 +24,21 @@ import shlex
 import shutil
 import sqlite3
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, assert_never
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tetdist.errors import UserError, without_passwords
-from tetdist.storage.files import write_text
+from tetdist.storage.files import locked, remove, write_text
 from tetdist.tracking.environment import git_state
-from tetdist.tracking.metrics_file import points_of, read_from
-from tetdist.tracking.trackers import TrackedRun
+from tetdist.tracking.metrics_file import points_of
+from tetdist.tracking.trackers import Status, TrackedRun, first_line
+
+if TYPE_CHECKING:
+    from tetdist.config.schema import RunConfig
 
 logger = logging.getLogger(__name__)
-
-Status = Literal["FINISHED", "FAILED", "KILLED", "RUNNING"]
-
-SEND_EVERY = 2.0  # seconds; a call to MLflow costs about the same for one point as for a hundred
-LONGEST_PAUSE = 60.0  # seconds between two attempts to reach a tracker that is down
-BATCH = 1000  # the most metrics that MLflow takes in one call
 
 PARENT_TAG = "mlflow.parentRunId"  # by which MLflow's pages nest runs
 # By which MLflow chooses the pages of an experiment; without it, it guesses.
@@ -53,159 +47,144 @@ PHASE_TAG = "phase"  # the phase's number, as in the file and in the configurati
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """A split of the data, as MLflow's pages show it.
+class Destination:
+    """The place of a run in MLflow.
 
     Attributes:
-        name: Of the split and the data.
-        digest: Tells its content, in at most 36 characters.
-        source: Where it is.
-        context: "training" or "validation".
-        profile: Sizes, by name.
+        uri: A server's http(s) address or an absolute sqlite:/// URI.
+        experiment: The experiment's name, made when missing.
+        artifact_root: Where a new experiment in a local store keeps its files. A server decides for
+            itself.
     """
 
-    name: str
-    digest: str
-    source: str
-    context: str
-    profile: Mapping[str, int]
+    uri: str
+    experiment: str
+    artifact_root: Path
+
+    @classmethod
+    def of(cls, config: "RunConfig") -> "Destination | None":
+        """Return the place of a configuration's run; None without MLflow."""
+        if config.tracking_uri is None:
+            return None
+        root = Path(config.runs_dir).absolute() / "mlartifacts"
+        return cls(config.tracking_uri, config.tracking.experiment, root)
 
 
-class MLflowFollower:
-    """The thread that keeps MLflow level with the file.
+class MLflow:
+    """MLflow as a tracker of one run, and what it is told beside the lines of metrics.
 
-    The training thread only sets `tags`, `artifacts`, `model`, `phase`, `status` and `closing`;
-    this one only reads them. Single operations on a dict are atomic, hence no locks.
+    The training thread only sets `tags`, `artifacts`, `model` and `phase`; the one that follows
+    only reads them. Single operations on a dict are atomic, hence no locks.
 
     Args:
-        path: The run's metrics.jsonl.
+        destination: Where MLflow keeps the run.
         run: The run.
-        uri, experiment, artifact_root, datasets, note: As of `Tracker`.
-        phases: As of `Tracker`; empty: no child runs.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        run: TrackedRun,
-        *,
-        uri: str,
-        experiment: str,
-        artifact_root: Path,
-        phases: Sequence[Mapping[str, Any]],
-        datasets: Sequence[Dataset],
-        note: str | None,
-    ) -> None:
-        self.path, self.run, self.phases, self.datasets = path, run, phases, datasets
-        self.uri, self.experiment, self.artifact_root = uri, experiment, artifact_root
+    from_first_line: ClassVar[bool] = True
 
-        self.tags = dict(run.tags) | ({} if note is None else {"mlflow.note.content": note})
+    def __init__(self, destination: Destination, run: TrackedRun) -> None:
+        self.destination = destination
+        self.tags = dict(run.tags)
+        if run.note is not None:
+            self.tags["mlflow.note.content"] = run.note
         self.phase: int | None = None  # the one that runs; None: none was entered yet
         self.artifacts: dict[Path, int] = {}  # how often each was announced
         # An artifact, its name in the registry, and the description of that version of it.
         self.model: tuple[Path, str, str] | None = None
-        self.status: Status = "RUNNING"
-        self.closing = threading.Event()
-
-        # What MLflow had, of each of its runs, before this process sent anything: see `_Receiver`.
-        self.had: dict[str, dict[str, int]] = {}
-        self.sent = 0  # lines of the file that MLflow has
-        self.complete = False
-        self.trouble = ""
-        self.thread = threading.Thread(target=self._follow, name="mlflow-follower", daemon=True)
-
+        self.monitor: Any = None  # of the system
         _set_mlflow_up()
 
-    def close(self, status: Status, timeout: float) -> bool:
-        """Send what is left and end, in so many seconds; whether MLflow has everything."""
-        self.status = status
-        self.closing.set()
-        self.thread.join(timeout)
-        return self.complete
+    def __call__(self, run: TrackedRun) -> "_Session":
+        return _Session(self, run)
 
-    def _follow(self) -> None:
-        session: _Session | None = None
-        failures = 0
-        while True:
-            # Both are asked before sending, so that what was logged before close(), or before the
-            # next phase began, is surely sent before a run is called finished.
-            closing, phase = self.closing.is_set(), self.phase
-            try:
-                if session is None:
-                    session = _Session(self, system_metrics=not closing)
-                session.send_points()
-                session.show_phases(phase, self.status if closing else None)
-                if closing:
-                    # Artifacts come later, lest a full artifact store leave the run unfinished.
-                    session.end(self.status)
-                session.send_artifacts()
-                session.register_model()
-            except Exception as error:
-                failures += 1
-                self.trouble = first_line(error)
-                # One failure is often two jobs that open the same database; it passes.
-                if failures == 2:
-                    logger.warning(
-                        "MLflow at %s: %s. Training goes on, %s has everything, and MLflow gets it "
-                        "as soon as it takes it again",
-                        without_passwords(self.uri),
-                        self.trouble,
-                        self.path,
-                    )
-                if session is not None:
-                    session.stop_system_metrics()
-                    session = None
-                if closing and failures >= 3:
-                    return
-                pause = min(2.0 ** (failures - 1), LONGEST_PAUSE)
-            else:
-                if failures >= 2:
-                    logger.info(
-                        "MLflow at %s is back and has everything", without_passwords(self.uri)
-                    )
-                failures, self.trouble = 0, ""
-                if closing:
-                    self.complete = True
-                    return
-                pause = SEND_EVERY
-            if closing:
-                time.sleep(0.3)
-            else:
-                self.closing.wait(pause)
+    def start_monitor(self, run_id: str) -> None:
+        """Have MLflow measure the system, in place of a monitor that an outage has ended."""
+        self.stop_monitor()
+        try:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            self.monitor = SystemMetricsMonitor(
+                run_id, resume_logging=True, tracking_uri=self.destination.uri
+            )
+        except Exception as error:  # no psutil, or a device that it cannot read
+            logger.debug("no system metrics: %s", error)
+            return
+        self.monitor.start()
+
+    def stop_monitor(self) -> None:
+        if self.monitor is not None:
+            self.monitor.finish()
+            self.monitor = None
 
 
 class _Receiver:
-    """A run in MLflow: what it has, and what is about to be sent to it."""
+    """A run in MLflow: what it has, and what is about to be sent to it.
 
-    def __init__(self, run: Any) -> None:
+    Args:
+        client: MLflow's.
+        run: MLflow's entity.
+        tracked: The run that is followed.
+    """
+
+    def __init__(self, client: Any, run: Any, tracked: TrackedRun) -> None:
+        self._client = client
         self.run_id: str = run.info.run_id
         self.status: str = run.info.status
-        self.params = set(run.data.params)
-        # The last step of each kind. The protobuf form is the public one that shows the step of
-        # each metric's newest value.
-        self.have: dict[str, int] = {}
-        for metric in run.data.to_proto().metrics:
-            kind = metric.key.partition("/")[0]
-            self.have[kind] = max(metric.step, self.have.get(kind, -1))
+        self._params = set(run.data.params)
+        again_after = tracked.resume_step
+        self._again_after = math.inf if again_after is None else again_after
+        # The last step of each metric. The protobuf form is the public one that shows it.
+        self.have: dict[str, int] = {m.key: m.step for m in run.data.to_proto().metrics}
+        self._last: dict[str, int] = {}  # of each kind of line
+        for key, step in self.have.items():
+            kind = key.partition("/")[0]
+            self._last[kind] = max(step, self._last.get(kind, -1))
+        self._newest: dict[str, dict[int, float | str]] = {}
         self.batch: list[Any] = []
-        self._newest: dict[str, dict[int, tuple[int, float]]] = {}
 
-    def lacks(self, line: dict[str, Any]) -> bool:
-        return line["step"] > self.have.get(line["kind"], -1)
+    def add(self, line: dict[str, Any]) -> None:
+        """Have the points of a line sent that are missing or have another value.
 
-    def changed(self, points: Sequence[Any], client: Any) -> list[Any]:
-        """The points whose values differ from the newest ones that MLflow has of their steps."""
-        return [p for p in points if _stored(p.value) != self._value(p.key, p.step, client)]
+        They were sent in the order of the file, so all of a kind's last line but one are there.
+        """
+        import mlflow
 
-    def _value(self, key: str, step: int, client: Any) -> float | str | None:
+        step = line["step"]
+        if step < self._last.get(line["kind"], -1) and step <= self._again_after:
+            return
+        for name, value in points_of(line):
+            key = _allowed(name)
+            if step > self.have.get(key, -1) or (
+                step > self._again_after and self._newest_of(key).get(step) != _stored(value)
+            ):
+                time = int(line["time"] * 1000)
+                self.batch.append(mlflow.entities.Metric(key, value, time, step))
+
+    def _newest_of(self, key: str) -> dict[int, float | str]:
+        """Return the values that MLflow has of the steps that are computed again."""
         if key not in self._newest:
-            newest: dict[int, tuple[int, float]] = {}
-            for metric in client.get_metric_history(self.run_id, key):
-                entry = metric.timestamp, metric.value
-                newest[metric.step] = max(newest.get(metric.step, entry), entry)
-            self._newest[key] = newest
-        known = self._newest[key].get(step)
-        return None if known is None else _stored(known[1])
+            history = self._client.get_metric_history(self.run_id, key)
+            again = (metric for metric in history if metric.step > self._again_after)
+            ordered = sorted(again, key=lambda metric: (metric.timestamp, metric.value))
+            self._newest[key] = {metric.step: _stored(metric.value) for metric in ordered}
+        return self._newest[key]
+
+    def send(self) -> None:
+        self._client.log_batch(self.run_id, metrics=self.batch)
+        self.batch = []
+
+    def send_params(self, params: Mapping[str, Any]) -> None:
+        import mlflow
+
+        known = ((_allowed(name), str(value)) for name, value in params.items())
+        missing = [mlflow.entities.Param(*pair) for pair in known if pair[0] not in self._params]
+        self._client.log_batch(self.run_id, params=missing)
+
+    def set_status(self, status: Status) -> None:
+        if self.status != status:
+            _set_status(self._client, self.run_id, status)
+            self.status = status
 
 
 class _Session:
@@ -215,226 +194,132 @@ class _Session:
     whether a request that failed had its effect or not.
     """
 
-    def __init__(self, follower: MLflowFollower, *, system_metrics: bool) -> None:
-        self._follower = follower
-        self._run_dir = follower.run.folder
-        self._client = new_client(follower.uri)
-        run = self._known_run() or _create_run(
-            self._client,
-            self._run_dir,
-            uri=follower.uri,
-            experiment=follower.experiment,
-            artifact_root=follower.artifact_root,
-            run_name=follower.run.name,
+    def __init__(self, mlflow: MLflow, run: TrackedRun) -> None:
+        self._mlflow, self._tracked = mlflow, run
+        self._client = new_client(mlflow.destination.uri)
+        found = _known_run(self._client, run.folder) or _create_run(
+            self._client, run.folder, mlflow.destination, run.name
         )
-        self._run = _Receiver(run)
-        self._run_id = self._run.run_id
-        self._set_status(self._run, "RUNNING")
-
-        if (step := follower.run.resume_step) is not None:
+        self._run = _Receiver(self._client, found, run)
+        self._run.set_status("RUNNING")
+        if run.resume_step is not None:
             # Each process that resumes notes it once, whatever its number of sessions.
-            noted = run.data.tags.get("resumed_at_step")
-            note = f"{noted}, {step}" if noted else str(step)
-            follower.tags.setdefault("resumed_at_step", note)
-        self._send_params(self._run, follower.run.params)
+            noted = found.data.tags.get("resumed_at_step")
+            note = f"{noted}, {run.resume_step}" if noted else str(run.resume_step)
+            mlflow.tags.setdefault("resumed_at_step", note)
+        self._run.send_params(run.params)
         self._send_datasets()
 
-        self._experiment_id: str = run.info.experiment_id
-        self._phases = self._known_phases() if follower.phases else {}
-        self._last_phase: int | None = None  # of the lines read so far
+        self._experiment_id: str = found.info.experiment_id
+        # A single phase is the run itself.
+        self._phase_params = run.phases if len(run.phases) > 1 else ()
+        self._phases: dict[int, _Receiver] = {}
+        self._find_phases()
+        self._last_phase: int | None = None  # of the lines so far
 
-        self._offset = 0
-        self._lines = 0
         self._tags: dict[str, str] = {}
         self._artifacts: dict[Path, int] = {}
-        self._monitor: Any = None
-        if system_metrics:
-            self._start_system_metrics()
+        mlflow.start_monitor(self._run.run_id)
 
-    def _known_run(self) -> Any:
-        """Return the run of an earlier session, or None."""
-        id_file = self._run_dir / "mlflow_run_id"
-        if not id_file.exists():
-            return None
-        run = _get_run(self._client, id_file)
-        if run is None or run.info.lifecycle_stage != "active":
-            logger.warning(
-                "MLflow at %s does not know run %s (any more): sending all of %s to a new one",
-                without_passwords(self._follower.uri),
-                id_file.read_text().strip(),
-                self._follower.path,
-            )
-            return None
-        return run
-
-    def _start_system_metrics(self) -> None:
-        try:
-            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-            monitor = SystemMetricsMonitor(
-                self._run_id, resume_logging=True, tracking_uri=self._follower.uri
-            )
-        except Exception as error:  # no psutil, or a device that it cannot read
-            logger.debug("no system metrics: %s", error)
-            return
-        monitor.start()
-        self._monitor = monitor
-
-    def stop_system_metrics(self) -> None:
-        if self._monitor is not None:
-            self._monitor.finish()
-            self._monitor = None
-
-    def _known_phases(self) -> dict[int, _Receiver]:
+    def _find_phases(self) -> None:
         """Find the phases' runs of earlier sessions, by their tags."""
-        found: dict[int, _Receiver] = {}
+        if not self._phase_params:
+            return
         for run in self._client.search_runs(
             [self._experiment_id],
-            f"tags.`{PARENT_TAG}` = '{self._run_id}'",
-            order_by=["attributes.start_time ASC"],
+            f"tags.`{PARENT_TAG}` = '{self._run.run_id}'",
+            # A request to create a run whose answer was lost leaves a twin; the older one goes on.
+            order_by=["attributes.start_time DESC"],
         ):
             number = run.data.tags.get(PHASE_TAG, "")
             # A user may have hung runs of another kind below ours.
-            if not number.isdecimal() or int(number) >= len(self._follower.phases):
-                continue
-            phase = _Receiver(run)
-            # A request to create a run whose answer was lost leaves a twin. The one that got
-            # points, or else the older one, goes on.
-            twin = found.get(int(number))
-            if twin is None or (phase.have and not twin.have):
-                found[int(number)] = phase
-        for number, phase in found.items():
-            self._send_params(phase, self._follower.phases[number])
-        return found
+            if number.isdecimal() and int(number) < len(self._phase_params):
+                self._phases[int(number)] = _Receiver(self._client, run, self._tracked)
+        for number, phase in self._phases.items():
+            phase.send_params(self._phase_params[number])
 
     def _phase(self, number: int) -> _Receiver:
         """Return the run of a phase, made when missing."""
         if number not in self._phases:
-            params = self._follower.phases[number]
-            of_run = {_allowed(key): value for key, value in self._follower.run.tags.items()}
+            params = self._phase_params[number]
+            of_run = {_allowed(key): value for key, value in self._tracked.tags.items()}
             of_phase = {"timesteps": str(params["timesteps"]), PHASE_TAG: str(number)}
             run = self._client.create_run(
                 self._experiment_id,
                 run_name=f"phase {number}: T={params['timesteps']}",
-                tags=of_run | of_phase | _origin() | {PARENT_TAG: self._run_id},
+                tags=of_run | of_phase | _origin() | {PARENT_TAG: self._run.run_id},
             )
-            self._phases[number] = _Receiver(run)
-            self._send_params(self._phases[number], params)
+            self._phases[number] = _Receiver(self._client, run, self._tracked)
+            self._phases[number].send_params(params)
         return self._phases[number]
 
-    def _send_params(self, receiver: _Receiver, params: Mapping[str, Any]) -> None:
-        import mlflow
-
-        missing = [
-            mlflow.entities.Param(key, str(value))
-            for name, value in params.items()
-            if (key := _allowed(name)) not in receiver.params
-        ]
-        self._client.log_batch(receiver.run_id, params=missing)
-
-    def _set_status(self, receiver: _Receiver, status: Status) -> None:
-        if receiver.status == status:
-            return
-        match status:
-            case "RUNNING":
-                self._client.update_run(receiver.run_id, status=status)
-            case "FINISHED" | "FAILED" | "KILLED":
-                self._client.set_terminated(receiver.run_id, status)
-            case other:
-                assert_never(other)
-        receiver.status = status
-
-    def send_points(self) -> None:
-        """Send the lines that are new in the file, and the tags that have changed."""
-        import mlflow
-
-        lines, self._offset = read_from(self._follower.path, self._offset)
+    def log(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:
-            receivers = [self._run]
+            self._run.add(line)
             number = line.get("phase")
-            if isinstance(number, int) and number < len(self._follower.phases):
-                receivers.append(self._phase(number))
+            if isinstance(number, int) and number < len(self._phase_params):
+                self._phase(number).add(line)
                 self._last_phase = number
-            points = [
-                mlflow.entities.Metric(
-                    _allowed(name), value, int(line["time"] * 1000), line["step"]
-                )
-                for name, value in points_of(line)
-            ]
-            for receiver in receivers:
-                # A line goes whole, because what MLflow has is asked by step.
-                missing = points
-                if not receiver.lacks(line):
-                    again = self._is_computed_again(line, receiver)
-                    missing = receiver.changed(points, self._client) if again else []
-                if len(receiver.batch) + len(missing) > BATCH:
-                    self._send_batches()
-                receiver.batch += missing
-            self._lines += 1
-        self._send_batches()
-
-        tags = dict(self._follower.tags)
-        if tags != self._tags:
-            entities = [mlflow.entities.RunTag(_allowed(key), tags[key]) for key in tags]
-            self._client.log_batch(self._run_id, tags=entities)
-            self._tags = tags
-
-    def _is_computed_again(self, line: dict[str, Any], receiver: _Receiver) -> bool:
-        """Return whether this process computed a step that MLflow has from an earlier one."""
-        resumed, had = self._follower.run.resume_step, self._follower.had
-        earlier = had.setdefault(receiver.run_id, dict(receiver.have))
-        return resumed is not None and resumed < line["step"] <= earlier.get(line["kind"], -1)
-
-    def _send_batches(self) -> None:
         for receiver in (self._run, *self._phases.values()):
-            if receiver.batch:
-                self._client.log_batch(receiver.run_id, metrics=receiver.batch)
-                receiver.batch = []
-        self._follower.sent = max(self._follower.sent, self._lines)
+            receiver.send()
 
-    def show_phases(self, present: int | None, ending: Status | None) -> None:
-        """Give the phases' runs the states that they are in.
+    def show(self, ending: Status | None = None) -> None:
+        """Show what else is known of the run, and that it ends where a state is given."""
+        tags = dict(self._mlflow.tags)
+        if tags != self._tags:
+            _set_tags(self._client, self._run.run_id, tags)
+            self._tags = tags
+        self._show_phases(ending)
+        if ending is not None:
+            # The monitor ends by itself, without its last values, when it sees a run that does not
+            # run: so it is stopped first.
+            self._mlflow.stop_monitor()
+            # Artifacts come later, lest a full artifact store leave the run unfinished.
+            self._run.set_status(ending)
+        self._send_artifacts()
+        self._register_model()
 
-        Args:
-            present: The phase that was entered last, if any was.
-            ending: The run's state from now on, if it ends; None while it runs.
-        """
+    def close(self, status: Status) -> None:
+        self.show(status)
+
+    def _show_phases(self, ending: Status | None) -> None:
+        """Give the phases' runs the states that they are in."""
+        present = self._mlflow.phase
         if present is None and ending is not None:
             # It ended before any phase was entered, as a finished run that is started again does.
             present = self._last_phase
-        if present is None or not self._follower.phases:
+        if present is None or not self._phase_params:
             return
         self._phase(present)
         for number, phase in self._phases.items():
             if number < present:
-                self._set_status(phase, "FINISHED")
+                phase.set_status("FINISHED")
             elif number == present:
-                self._set_status(phase, ending or "RUNNING")
+                phase.set_status(ending or "RUNNING")
             else:
                 # It began before a resume from an earlier phase, and will begin again.
-                self._set_status(phase, "KILLED")
+                phase.set_status("KILLED")
 
-    def send_artifacts(self) -> None:
-        for path, version in list(self._follower.artifacts.items()):
+    def _send_artifacts(self) -> None:
+        for path, version in list(self._mlflow.artifacts.items()):
             if version == self._artifacts.get(path) or not path.is_file():
                 continue
-            self._client.log_artifact(self._run_id, str(path), self._artifact_folder(path))
+            self._client.log_artifact(self._run.run_id, str(path), self._artifact_folder(path))
             self._artifacts[path] = version
 
     def _artifact_folder(self, path: Path) -> str | None:
         """Return where among the run's artifacts a file goes; None: to the top."""
         folder = path.parent
-        inside = folder != self._run_dir and folder.is_relative_to(self._run_dir)
-        return folder.relative_to(self._run_dir).as_posix() if inside else None
+        inside = folder != self._tracked.folder and folder.is_relative_to(self._tracked.folder)
+        return folder.relative_to(self._tracked.folder).as_posix() if inside else None
 
     def _send_datasets(self) -> None:
-        from mlflow.entities import Dataset as Entity
-        from mlflow.entities import DatasetInput, InputTag
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
         # What MLflow has of the same name and digest it does not take twice.
         entries = [
             DatasetInput(
-                Entity(
+                Dataset(
                     name=dataset.name,
                     digest=dataset.digest,
                     source_type="local",
@@ -443,50 +328,56 @@ class _Session:
                 ),
                 [InputTag("mlflow.data.context", dataset.context)],
             )
-            for dataset in self._follower.datasets
+            for dataset in self._tracked.datasets
         ]
         if entries:
-            self._client.log_inputs(self._run_id, entries)
+            self._client.log_inputs(self._run.run_id, entries)
 
-    def register_model(self) -> None:
+    def _register_model(self) -> None:
         """Register what was asked for, once, when the artifact is there."""
-        if self._follower.model is None:
+        if self._mlflow.model is None:
             return
-        path, name, description = self._follower.model
+        path, name, description = self._mlflow.model
         if path not in self._artifacts:
             return
         import mlflow
 
-        run = self._client.get_run(self._run_id)
+        run = self._client.get_run(self._run.run_id)
         source = f"{run.info.artifact_uri}/{self._artifact_folder(path)}"
         try:
             self._client.create_registered_model(name)
         except mlflow.exceptions.MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        versions = self._client.search_model_versions(f"run_id = '{self._run_id}'")
+        versions = self._client.search_model_versions(f"run_id = '{run.info.run_id}'")
         if not any(version.name == name and version.source == source for version in versions):
             self._client.create_model_version(
-                name, source, run_id=self._run_id, description=description
+                name, source, run_id=run.info.run_id, description=description
             )
 
-    def end(self, status: Status) -> None:
-        # The monitor ends by itself, without its last values, when it sees a run that does not
-        # run: so it is stopped first.
-        self.stop_system_metrics()
-        self._set_status(self._run, status)
 
-
-def _get_run(client: Any, id_file: Path) -> Any:
-    """Return the run in MLflow whose id a file holds; None if MLflow has no such run."""
+def _known_run(client: Any, run_dir: Path) -> Any:
+    """Return the run in MLflow of a run's folder; None if MLflow has none, or none any more."""
     import mlflow
 
+    id_file = run_dir / "mlflow_run_id"
+    if not id_file.exists():
+        return None
+    run_id, run = id_file.read_text().strip(), None
     try:
-        return client.get_run(id_file.read_text().strip())
+        run = client.get_run(run_id)
     except mlflow.exceptions.MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
+    if run is None or run.info.lifecycle_stage != "active":
+        logger.warning(
+            "MLflow at %s does not know run %s (any more): sending all of %s to a new one",
+            without_passwords(client.tracking_uri),
+            run_id,
+            run_dir / "metrics.jsonl",
+        )
         return None
+    return run
 
 
 def find_run(run_dir: Path, uri: str) -> Any:
@@ -497,22 +388,16 @@ def find_run(run_dir: Path, uri: str) -> Any:
     Raises:
         UserError: MLflow does not answer.
     """
-    id_file = run_dir / "mlflow_run_id"
-    if not id_file.exists():
-        return None
     try:
-        return _get_run(new_client(uri), id_file)
+        return _known_run(new_client(uri), run_dir)
     except Exception as error:  # MLflow raises many kinds
         raise UserError(f"MLflow at {without_passwords(uri)}: {first_line(error)}") from error
 
 
 def announce(
     run_dir: Path,
-    *,
     run_name: str,
-    uri: str,
-    experiment: str,
-    artifact_root: Path,
+    destination: Destination,
     tags: Mapping[str, str],
     status: str | None,
 ) -> str | None:
@@ -522,60 +407,34 @@ def announce(
 
     Args:
         run_dir: The run's folder, which exists.
+        run_name: The run's name.
+        destination: Where MLflow keeps it.
+        tags: Further tags.
         status: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED; None: as it is.
-        run_name, uri, experiment, artifact_root, tags: As of `Tracker`.
 
     Returns:
         The run's MLflow id; None if MLflow does not answer, which is only warned of: the run gets
         there when it trains.
     """
     try:
-        client = new_client(uri)
-        id_file = run_dir / "mlflow_run_id"
-        run_id = id_file.read_text().strip() if id_file.exists() else None
-        if run_id is None:
-            run = _create_run(
-                client,
-                run_dir,
-                uri=uri,
-                experiment=experiment,
-                artifact_root=artifact_root,
-                run_name=run_name,
-            )
-            run_id = str(run.info.run_id)
-        for key, value in tags.items():
-            client.set_tag(run_id, _allowed(key), value)
-        if status in ("FINISHED", "FAILED", "KILLED"):
-            client.set_terminated(run_id, status)
-        elif status is not None:
-            client.update_run(run_id, status=status)
+        client = new_client(destination.uri)
+        run = _known_run(client, run_dir) or _create_run(client, run_dir, destination, run_name)
+        run_id = str(run.info.run_id)
+        _set_tags(client, run_id, tags)
+        if status is not None:
+            _set_status(client, run_id, status)
     except Exception as error:
         logger.warning(
             "MLflow at %s: %s; the run goes on without it",
-            without_passwords(uri),
+            without_passwords(destination.uri),
             first_line(error),
         )
         return None
     return run_id
 
 
-def run_address(uri: str, run_id: str) -> str | None:
-    """Return a run's address on a server; None for a local store, which has no server by itself."""
-    if not is_server(uri):
-        return None
-    try:
-        import mlflow
-
-        run = mlflow.MlflowClient(tracking_uri=uri).get_run(run_id)
-    except Exception:  # announce() has said what is wrong
-        return None
-    return (
-        f"{without_passwords(uri).rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
-    )
-
-
 def _set_mlflow_up() -> None:
-    """Bound how long MLflow tries, before it is imported; what the environment says stands."""
+    """Bound how long MLflow tries; what the environment says stands."""
     # By default MLflow tries for four minutes, then 120 s more for the last answer: close() would
     # leave everything behind. Here the pauses between attempts are ours.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -603,34 +462,43 @@ def new_client(uri: str) -> Any:
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
-def _create_run(
-    client: Any, run_dir: Path, *, uri: str, experiment: str, artifact_root: Path, run_name: str
-) -> Any:
+def _create_run(client: Any, run_dir: Path, destination: Destination, run_name: str) -> Any:
     """Make a run, and its experiment when missing, and note its id in the run's folder."""
     import mlflow
 
-    found = client.get_experiment_by_name(experiment)
-    if found is not None:
-        experiment_id = found.experiment_id
-        if KIND_TAG not in found.tags:  # of an earlier version, or made by hand
-            client.set_experiment_tag(experiment_id, KIND_TAG, KIND)
-    else:
+    name = destination.experiment
+    found = client.get_experiment_by_name(name)
+    if found is None:
         # A server's own location works for all who can reach the server; a path of this machine
         # would not.
-        location = None if is_server(uri) else artifact_root.absolute().as_uri()
+        local = not is_server(destination.uri)
+        location = destination.artifact_root.as_uri() if local else None
         try:
-            experiment_id = client.create_experiment(
-                experiment, artifact_location=location, tags={KIND_TAG: KIND}
-            )
+            client.create_experiment(name, artifact_location=location, tags={KIND_TAG: KIND})
         except mlflow.exceptions.MlflowException:
             # Another run may have been faster.
-            found = client.get_experiment_by_name(experiment)
-            if found is None:
+            if client.get_experiment_by_name(name) is None:
                 raise
-            experiment_id = found.experiment_id
-    run = client.create_run(experiment_id, run_name=run_name, tags=_origin())
+        found = client.get_experiment_by_name(name)
+    elif KIND_TAG not in found.tags:  # of an earlier version, or made by hand
+        client.set_experiment_tag(found.experiment_id, KIND_TAG, KIND)
+    run = client.create_run(found.experiment_id, run_name=run_name, tags=_origin())
     write_text(run_dir / "mlflow_run_id", run.info.run_id + "\n")
     return run
+
+
+def _set_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
+    import mlflow
+
+    entities = [mlflow.entities.RunTag(_allowed(key), value) for key, value in tags.items()]
+    client.log_batch(run_id, tags=entities)
+
+
+def _set_status(client: Any, run_id: str, status: str) -> None:
+    if status in ("FINISHED", "FAILED", "KILLED"):
+        client.set_terminated(run_id, status)
+    else:
+        client.update_run(run_id, status=status)
 
 
 def _stored(value: float) -> float | str:
@@ -655,18 +523,19 @@ def _prepare_database(path: Path) -> None:
 
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent) as folder:
-            draft, ready = Path(folder, "draft.db"), Path(folder, "ready.db")
-            mlflow.MlflowClient(tracking_uri=f"sqlite:///{draft}").search_experiments()
-            # A copy, because MLflow holds the draft open.
-            shutil.copyfile(draft, ready)
-            try:
-                path.hardlink_to(ready)  # unlike a rename, never over the one of a faster process
-            except FileExistsError:
-                pass
-            except OSError:  # a file system without hard links
-                if not path.exists():
-                    ready.rename(path)
+        with locked(path.parent):
+            for leftover in path.parent.glob(f".{path.name}.*.tmp*"):
+                remove(leftover)  # of a process that was killed
+            draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            if not path.exists():
+                mlflow.MlflowClient(tracking_uri=f"sqlite:///{draft}").search_experiments()
+                try:
+                    path.hardlink_to(draft)  # unlike a rename, never over the one of another node
+                except FileExistsError:
+                    pass
+                except OSError:  # a file system without hard links
+                    draft.rename(path)
+                remove(draft)
     # MLflow itself would try for 100 s before it says that it cannot open a database.
     with contextlib.closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA schema_version")
@@ -674,14 +543,6 @@ def _prepare_database(path: Path) -> None:
 
 def is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what MLflow raises, without passwords."""
-    text = str(error).strip() or type(error).__name__
-    # The reason of a refused connection is at the end of a long line, the request at its start.
-    reason = re.search(r"Caused by \w+\((.*)\)\)?$", text.splitlines()[0])
-    return without_passwords((reason[1] if reason else text.splitlines()[0]).strip("\"'"))[:300]
 
 
 def _origin() -> dict[str, str]:
@@ -699,14 +560,19 @@ def _origin() -> dict[str, str]:
     return tags
 
 
-def ui_command(tracking_uri: str) -> str:
+def ui_command(tracking_uri: str, run_id: str | None = None) -> str:
     """Say how to look at a tracker: the command for a local store, the address of a server.
 
     MLflow listens on 127.0.0.1:5000 unless told otherwise, so no address is needed to keep it from
     the network.
+
+    Args:
+        tracking_uri: The tracker's.
+        run_id: A run whose page at a server is to be named.
     """
+    shown = without_passwords(tracking_uri)
     if is_server(tracking_uri):
-        return without_passwords(tracking_uri)
+        return f"{shown.rstrip('/')}/#/runs/{run_id}" if run_id else shown
     # In an environment that is not activated, `mlflow` alone would not be found.
     program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
-    return shlex.join([program, "ui", "--backend-store-uri", without_passwords(tracking_uri)])
+    return shlex.join([program, "ui", "--backend-store-uri", shown])

@@ -7,7 +7,6 @@ caught up whenever it answers, in this process or in a later one.
 
 import importlib.util
 import json
-import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -17,26 +16,15 @@ from typing import Any
 
 from tetdist.errors import UserError, without_passwords
 from tetdist.tracking.metrics_file import keep_until, strict
-from tetdist.tracking.mlflow_follower import Dataset, MLflowFollower, Status
-from tetdist.tracking.trackers import Following, TrackedRun
-
-logger = logging.getLogger(__name__)
+from tetdist.tracking.mlflow_follower import Destination, MLflow
+from tetdist.tracking.trackers import TRACKERS, Following, Status, TrackedRun
 
 
 class Tracker:
     """The record of what a run measures; one per run, on rank 0."""
 
     def __init__(
-        self,
-        run: TrackedRun,
-        *,
-        tracking_uri: str | None,
-        experiment: str,
-        artifact_root: Path,
-        phases: Sequence[Mapping[str, Any]] = (),
-        datasets: Sequence[Dataset] = (),
-        note: str | None = None,
-        trackers: Sequence[str] = (),
+        self, run: TrackedRun, destination: Destination | None, trackers: Sequence[str] = ()
     ) -> None:
         """Open the run's file and have it followed.
 
@@ -44,14 +32,7 @@ class Tracker:
             run: The run. What MLflow already knows of its parameters from an earlier start is left
                 as it is, since MLflow lets none change; tags may. Lines of metrics after its
                 ``resume_step`` are removed, because those steps are computed again.
-            tracking_uri: A server's http(s) address or an absolute sqlite:/// URI; None: no MLflow.
-            experiment: The experiment's name, made when missing.
-            artifact_root: Where a new experiment in a local store keeps its files. A server decides
-                for itself.
-            phases: The configuration of each phase, flattened, with its `timesteps`. If there are
-                several, each gets a child run in MLflow when it begins.
-            datasets: What the run is trained and evaluated on.
-            note: The description on the run's page in MLflow, in Markdown.
+            destination: Where MLflow keeps the run; None: no MLflow.
             trackers: Names in `TRACKERS` of those that follow the file, besides MLflow.
 
         Raises:
@@ -59,19 +40,17 @@ class Tracker:
                 asked for and not installed, or there is no tracker of a name.
         """
         self.path = run.folder / "metrics.jsonl"
-        self.is_complete = False  # whether MLflow had everything when the record was closed
         self._resume_step = run.resume_step
+        self.is_complete = False  # whether all had everything when the record was closed
         self._last: dict[str, int] = {}
-        self._lines = 0
-        if run.resume_step is None:
-            if self.path.exists():
-                raise UserError(
-                    f"{self.path} belongs to an earlier run: resume that run, or give this one "
-                    "another folder"
-                )
-        else:
-            self._last, self._lines = keep_until(self.path, run.resume_step)
-        if tracking_uri is not None and importlib.util.find_spec("mlflow") is None:
+        if run.resume_step is not None:
+            self._last = keep_until(self.path, run.resume_step)
+        elif self.path.exists():
+            raise UserError(
+                f"{self.path} belongs to an earlier run: resume that run, or give this one "
+                "another folder"
+            )
+        if destination is not None and importlib.util.find_spec("mlflow") is None:
             raise UserError(
                 "MLflow is not installed: pip install 'tetdist[train]', or train without a tracker"
             )
@@ -79,23 +58,14 @@ class Tracker:
         # when log() returns.
         self._file = self.path.open("xb" if run.resume_step is None else "ab", buffering=0)
         self._size = self._file.seek(0, os.SEEK_END)
-        self._follower: MLflowFollower | None = None
-        if tracking_uri is not None:
-            self._follower = MLflowFollower(
-                self.path,
-                run,
-                uri=tracking_uri,
-                experiment=experiment,
-                artifact_root=artifact_root,
-                # A single phase is the run itself.
-                phases=phases if len(phases) > 1 else (),
-                datasets=datasets,
-                note=note,
-            )
-            self._follower.thread.start()
+        self._mlflow = None if destination is None else MLflow(destination, run)
+        self._following: list[Following] = []
+        if self._mlflow is not None:
+            name = f"MLflow at {without_passwords(self._mlflow.destination.uri)}"
+            self._following.append(Following(name, self._mlflow, self.path, run))
         # They know nothing of a run whose file is empty.
         run = run if self._size else replace(run, resume_step=None)
-        self._following = [Following(name, self.path, run) for name in trackers]
+        self._following += [Following(name, TRACKERS[name], self.path, run) for name in trackers]
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one line; never wait for whoever follows.
@@ -130,7 +100,6 @@ class Tracker:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
         self._size += len(raw)
         self._last[kind] = step
-        self._lines += 1
 
     def sync(self) -> None:
         """Force the file to the disk.
@@ -146,8 +115,8 @@ class Tracker:
         It is read when it is sent, so it should only ever be replaced by renaming. Announce it
         again when it has changed.
         """
-        if self._follower is not None:
-            artifacts = self._follower.artifacts
+        if self._mlflow is not None:
+            artifacts = self._mlflow.artifacts
             artifacts[path] = artifacts.get(path, 0) + 1
 
     def register(self, path: Path, name: str, description: str) -> None:
@@ -160,18 +129,18 @@ class Tracker:
             name: Of the model.
             description: Of this version, in Markdown.
         """
-        if self._follower is not None:
-            self._follower.model = path, name, description
+        if self._mlflow is not None:
+            self._mlflow.model = path, name, description
 
     def set_tag(self, key: str, value: str) -> None:
         """Set a tag of the run in MLflow."""
-        if self._follower is not None:
-            self._follower.tags[key] = value
+        if self._mlflow is not None:
+            self._mlflow.tags[key] = value
 
     def enter_phase(self, number: int) -> None:
         """Say which phase runs from now on; what was logged before belongs to those before it."""
-        if self._follower is not None:
-            self._follower.phase = number
+        if self._mlflow is not None:
+            self._mlflow.phase = number
 
     def close(self, status: Status, timeout: float = 30) -> None:
         """End the record and wait until all who follow have all of it.
@@ -182,17 +151,5 @@ class Tracker:
             timeout: For each of them, in seconds.
         """
         self._file.close()
-        follower = self._follower
-        self.is_complete = follower is None or follower.close(status, timeout)
-        if follower is not None and not self.is_complete:
-            logger.warning(
-                "MLflow at %s has not taken everything (%s): it lacks up to %d of the %d points in "
-                "%s. It gets them when this run is started again and MLflow answers",
-                without_passwords(follower.uri),
-                follower.trouble or f"no answer within {timeout:g} s",
-                self._lines - follower.sent,
-                self._lines,
-                self.path,
-            )
-        for following in self._following:
-            following.close(status, timeout)
+        complete = [one.close(status, timeout) for one in self._following]
+        self.is_complete = all(complete)

@@ -138,11 +138,10 @@ def is_trained(config: RunConfig) -> bool:
         UserError: A line of its metrics is damaged.
     """
     file = config.run_dir / "metrics.jsonl"
-    lines = metrics_file.read_metrics(file) if file.exists() else []
-    validations = [line for line in lines if line["kind"] == "val"]
-    if not validations:
+    lines = metrics_file.from_end(file) if file.exists() else ()
+    last = next((line for line in lines if line["kind"] == "val"), None)
+    if last is None:
         return False
-    last = validations[-1]
     epochs, most = sum(phase.epochs for phase in config.phases), config.max_steps
     at_end = last["epoch"] >= epochs or (most is not None and last["step"] >= most)
     return at_end and _saved_evaluation(config) == last["step"]

@@ -12,9 +12,9 @@ from tetdist.errors import Stopped, typed
 from tetdist.storage import checkpoint
 from tetdist.tables import markdown
 from tetdist.tracking import environment
-from tetdist.tracking.mlflow_follower import Dataset, Status
+from tetdist.tracking.mlflow_follower import Destination
 from tetdist.tracking.tracker import Tracker
-from tetdist.tracking.trackers import TrackedRun
+from tetdist.tracking.trackers import Dataset, Status, TrackedRun
 from tetdist.training.prepared import Prepared
 from tetdist.wording import counted
 
@@ -76,14 +76,12 @@ class RunRecord:
                 params=flatten(config.as_dict()),
                 tags=self._tags(),
                 resume_step=step if (folder / "metrics.jsonl").exists() else None,
+                phases=[flatten(phase) for phase in config.as_dict()["phases"]],
+                datasets=self._datasets(),
+                note=self._note(),
             ),
-            tracking_uri=config.tracking_uri,
-            experiment=config.tracking.experiment,
-            artifact_root=Path(config.runs_dir).resolve() / "mlartifacts",
-            phases=[flatten(phase) for phase in config.as_dict()["phases"]],
-            datasets=self._datasets(),
-            note=self._note(),
-            trackers=config.tracking.trackers,
+            Destination.of(config),
+            config.tracking.trackers,
         )
         show_checkpoints(tracker, folder / "checkpoints")
         tracker.artifact(folder / "config.yaml")

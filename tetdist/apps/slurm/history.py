@@ -233,14 +233,7 @@ def announce_parent(
 def _announce(
     config: "RunConfig", folder: Path, name: str, status: str | None, tags: dict[str, str]
 ) -> str | None:
-    if config.tracking_uri is None:
+    destination = mlflow_follower.Destination.of(config)
+    if destination is None:
         return None
-    return mlflow_follower.announce(
-        folder,
-        run_name=name,
-        uri=config.tracking_uri,
-        experiment=config.tracking.experiment,
-        artifact_root=Path(config.runs_dir).absolute() / "mlartifacts",
-        tags=tags,
-        status=status,
-    )
+    return mlflow_follower.announce(folder, name, destination, tags, status)

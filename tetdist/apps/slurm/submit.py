@@ -27,7 +27,7 @@ from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
 from tetdist.plugins import import_files
 from tetdist.storage import checkpoint, hub
-from tetdist.tracking import mlflow_follower
+from tetdist.tracking.mlflow_follower import ui_command
 from tetdist.tracking.mlflow_store import check_store, hand_over
 from tetdist.tracking.trackers import check_names
 from tetdist.training.run_folder import RunFolder, is_trained
@@ -380,10 +380,7 @@ def where_to_look(config: RunConfig) -> str | None:
     uri, id_file = config.tracking_uri, config.run_dir / "mlflow_run_id"
     if uri is None:
         return None
-    address = (
-        mlflow_follower.run_address(uri, id_file.read_text().strip()) if id_file.exists() else None
-    )
-    return address or mlflow_follower.ui_command(uri)
+    return ui_command(uri, id_file.read_text().strip() if id_file.exists() else None)
 
 
 # --- what is shown --------------------------------------------------------------------------------
