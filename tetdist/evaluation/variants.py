@@ -72,17 +72,68 @@ class Compared:
     subset: Sequence[str] = ()
 
 
-def numbered_classes(index: Index, trained: list[str] | None, num_classes: int) -> Compared:
-    """A split whose class folders are called by number, as imagenet-v2's.
+def compared_with_model(
+    index: Index,
+    trained: list[str] | None,
+    num_classes: int | None,
+    variant: str | None,
+    source: str,
+) -> Compared:
+    """Give a split the labels that its classes have among a network's outputs.
 
     Args:
-        index: Of it.
+        index: Of the split.
         trained: The network's classes; None: not known by name.
-        num_classes: How many it knows.
+        num_classes: How many it knows, where the configuration says so.
+        variant: The variant of ImageNet's validation set that it is; None: none.
+        source: What the network was read from.
 
     Raises:
-        UserError: They are not the numbers of the network's classes.
+        UserError: A class has none.
     """
+    match variant:
+        case "imagenet-v2":
+            return _numbered_classes(index, trained, num_classes or len(trained or ()))
+        case "imagenet-a" | "imagenet-r":
+            return _classes_alone(index, trained, variant)
+        case "real":
+            check_numbered("real", trained)
+    known = with_classes_of_model(index, trained, num_classes, source)
+    return Compared(known, subset=list(index.classes) if index.classes != known.classes else [])
+
+
+def with_classes_of_model(
+    index: Index, trained: list[str] | None, num_classes: int | None, source: str
+) -> Index:
+    """The index with all classes of the model, and the labels that they have there.
+
+    The data may have some of the classes only, which are found by their names; see
+    `compared_with_model`.
+
+    Raises:
+        UserError: The model does not know a class, or does not name those that it knows.
+    """
+    present = index.classes
+    if trained is None:
+        # The weights were converted from a file that does not name the classes.
+        if num_classes != len(present):
+            raise UserError(
+                f"the data has {counted(len(present), 'class')} and {source} knows "
+                f"{num_classes}, without their names; give the data set of its training with --data"
+            )
+        return index
+    unknown = sorted(set(present) - set(trained))
+    if unknown:
+        raise UserError(
+            f"the data has other classes than {source} was trained on (unknown to the "
+            f"model are {unknown[:3]}); give data of the classes of the training with --data"
+        )
+    labels = np.array([trained.index(name) for name in present], np.int32)[index.labels]
+    return dataclasses.replace(index, classes=tuple(trained), labels=labels)
+
+
+def _numbered_classes(index: Index, trained: list[str] | None, num_classes: int) -> Compared:
+    """A split whose class folders are called by number, as imagenet-v2's."""
     check_numbered("imagenet-v2", trained)
     wrong = [k for k in index.classes if not k.isdecimal() or int(k) >= num_classes]
     if wrong:
@@ -99,12 +150,8 @@ def numbered_classes(index: Index, trained: list[str] | None, num_classes: int) 
     )
 
 
-def classes_alone(index: Index, trained: list[str] | None, variant: str) -> Compared:
-    """A split of some classes, which are compared with each other alone: imagenet-a and -r.
-
-    Raises:
-        UserError: The network does not know one, or does not name those that it knows.
-    """
+def _classes_alone(index: Index, trained: list[str] | None, variant: str) -> Compared:
+    """A split of some classes, which are compared with each other alone: imagenet-a and -r."""
     known = trained or ()
     unknown = [name for name in index.classes if name not in known]
     if unknown:

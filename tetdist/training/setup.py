@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import assert_never
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tetdist.config.schema import RunConfig, phase_image_sizes
@@ -16,7 +16,9 @@ from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
 from tetdist.models import SpikingNetwork
 from tetdist.nn.fast import passes
+from tetdist.nn.precision import choose_algorithms, place
 from tetdist.optimizers import layers_of
+from tetdist.storage import checkpoint
 from tetdist.training.engines.clipping import Clipping
 
 
@@ -149,6 +151,30 @@ def make_model(config: RunConfig, index: Index) -> SpikingNetwork:
             _call(section.name, model, "set_segment", config.recompute.timesteps)
         case never:
             assert_never(never)
+    return model
+
+
+def load_model(
+    config: RunConfig, index: Index, weights: dict[str, Tensor], source: Path, world: World
+) -> SpikingNetwork:
+    """The model of `make_model` with weights, on the device, the same on all processes.
+
+    Args:
+        config: The configuration that it is built and computed by.
+        index: Of the data.
+        weights: By the names of the model's state.
+        source: The file or folder that they were read from.
+        world: The processes.
+
+    Raises:
+        UserError: The weights or the configuration do not suit the model.
+    """
+    model = world.run_on_all(lambda: make_model(config, index))
+    choose_algorithms(config.precision)
+    if config.execution == "fused":
+        world.run_on_all(lambda: choose_passes(world))
+    place(model, world.device, config.precision)
+    world.run_on_all(lambda: checkpoint.load_weights(model, weights, source))
     return model
 
 

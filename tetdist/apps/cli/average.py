@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 
 from tetdist.apps.cli.common import answer, check_new_weights, program
-from tetdist.apps.cli.eval import HANGS_AFTER, evaluation_config, with_classes_of_model
+from tetdist.apps.cli.eval import HANGS_AFTER, evaluation_config
 from tetdist.config.flags import add_import, positive
 from tetdist.wording import counted
 
@@ -69,12 +69,12 @@ def average(options: argparse.Namespace) -> None:
     from tetdist.apps.weights.average import mean_weights, recompute_statistics
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
+    from tetdist.evaluation.variants import with_classes_of_model
     from tetdist.nn.batch_norm import has_running_statistics
-    from tetdist.nn.precision import choose_algorithms, place
     from tetdist.order import steps_per_epoch
     from tetdist.storage import checkpoint
     from tetdist.tracking.progress import FileProgress
-    from tetdist.training.setup import choose_passes, make_model, open_split
+    from tetdist.training.setup import load_model, open_split
 
     with (
         join(options.device, run=vars(options) | {"local_rank": None}) as world,
@@ -88,16 +88,12 @@ def average(options: argparse.Namespace) -> None:
         )
         config = world.run_on_all(lambda: evaluation_config(description.config, options))
         data = world.run_on_all(lambda: open_split(config, "train", world))
+        known, source = config.model.num_classes, str(options.checkpoint)
         index = world.run_on_all(
-            lambda: with_classes_of_model(data, description.classes, config, options)
+            lambda: with_classes_of_model(data, description.classes, known, source)
         )
         epoch = world.run_on_all(lambda: steps_per_epoch(len(index), config.batch.global_))
-        model = world.run_on_all(lambda: make_model(config, index))
-        choose_algorithms(config.precision)
-        if config.execution == "fused":
-            world.run_on_all(lambda: choose_passes(world))
-        place(model, world.device, config.precision)
-        world.run_on_all(lambda: checkpoint.load_weights(model, weights, options.checkpoint))
+        model = load_model(config, index, weights, options.checkpoint, world)
         said = "it has no running statistics"
         if has_running_statistics(model):
             model.set_timesteps(description.timesteps)

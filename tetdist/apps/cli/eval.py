@@ -9,7 +9,6 @@ deepspeed launcher or torchrun.
 """
 
 import argparse
-import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,6 @@ from tetdist.apps.cli.common import answer, program
 from tetdist.config.flags import MOST_TIMESTEPS, add_import, positive
 from tetdist.errors import UserError
 from tetdist.storage import files
-from tetdist.wording import counted
 
 # Variants of ImageNet's validation set, see evaluation/variants.py; the first have a folder of
 # class folders.
@@ -28,10 +26,12 @@ VARIANTS = (*OF_CLASS_FOLDERS, "imagenet-c", "real")
 HANGS_AFTER = 600  # seconds without progress of one of several processes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tetdist.config.schema import RunConfig
     from tetdist.datasets.index import Index
     from tetdist.distributed.world import World
-    from tetdist.evaluation.variants import Compared, RealLabels
+    from tetdist.evaluation.variants import Compared
     from tetdist.models import SpikingNetwork
     from tetdist.storage.checkpoint import Description
 
@@ -189,15 +189,12 @@ def main(arguments: list[str] | None = None) -> int:
     return answer(lambda: evaluate_checkpoint(options))
 
 
-def evaluate_checkpoint(options: argparse.Namespace) -> int:
-    from tetdist import plugins
+def evaluate_checkpoint(options: argparse.Namespace) -> None:
     from tetdist.distributed.watchdog import Watch
     from tetdist.distributed.world import join
+    from tetdist.evaluation import variants
     from tetdist.evaluation.suite import Passes, choose_exit, run_suite
-    from tetdist.evaluation.variants import Compared, run_corruptions
-    from tetdist.nn.precision import choose_algorithms, place
-    from tetdist.storage import checkpoint
-    from tetdist.training.setup import choose_passes, make_model
+    from tetdist.training.setup import load_model
 
     with (
         join(options.device, run=vars(options) | {"local_rank": None}) as world,
@@ -207,46 +204,41 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         def alive() -> None:
             watch.progress("the evaluation")
 
-        world.run_on_all(lambda: check_data_folder(options))
-        locate_variant(options)
-        world.run_on_all(lambda: plugins.import_files(options.imports))
-        weights, description = world.run_on_all(
-            lambda: checkpoint.load_model_file(
-                options.checkpoint, "best" if options.best else "last", ema=options.ema
+        def opened(split: str) -> "Compared":
+            if options.variant is not None:
+                world.run_on_all(
+                    lambda: index_variant(config, split, alive) if world.rank == 0 else None
+                )
+            return world.run_on_all(
+                lambda: open_compared(split, description, config, options, world)
             )
-        )
-        world.run_on_all(lambda: plugins.require(description.imports, options.checkpoint))
-        config = world.run_on_all(lambda: evaluation_config(description.config, options))
-        corrupted = world.run_on_all(lambda: corrupted_splits(options))
 
-        def opened(split: str) -> Compared:
-            return open_compared(split, description, config, options, world, alive)
-
-        compared = opened(next(iter(corrupted), options.split))
-        index = compared.index
-        wanted = world.run_on_all(lambda: wanted_timesteps(options, config, description.timesteps))
-        world.run_on_all(lambda: check_options(options, wanted, index))
-        trained = description.timesteps
-        headline = trained if trained in wanted else wanted[-1]
-        model = world.run_on_all(lambda: make_model(config, index))
-        real = world.run_on_all(lambda: real_labels(options, config, model, index, headline, world))
-        choose_algorithms(config.precision)
-        if config.execution == "fused":
-            world.run_on_all(lambda: choose_passes(world))
-        place(model, world.device, config.precision)
-        world.run_on_all(lambda: checkpoint.load_weights(model, weights, options.checkpoint))
-        found = about(description, config, compared, options) | {"reported_timesteps": wanted}
-
-        def passes(of: Compared) -> Passes:
+        def passes(of: "Compared") -> Passes:
             return Passes(model, config, of.index, world, alive, outputs=of.outputs)
 
-        exit_choice = None
+        weights, description, config = world.run_on_all(lambda: open_checkpoint(options))
+        trained = description.timesteps
+        corrupted: dict[str, tuple[str, int]] = {}
+        if options.variant == "imagenet-c":
+            corrupted = world.run_on_all(lambda: variants.corruptions(Path(options.data)))
+        compared = opened(next(iter(corrupted), options.split))
+        index = compared.index
+        wanted = world.run_on_all(lambda: wanted_timesteps(options, config, trained, index))
+        headline = trained if trained in wanted else wanted[-1]
+        model = load_model(config, index, weights, options.checkpoint, world)
+        found = about(description, config, compared, options) | {"reported_timesteps": wanted}
+        real = exit_choice = None
+        if options.variant == "real":
+            file = Path(config.data.root, variants.REAL_FILE)
+            real = world.run_on_all(
+                lambda: variants.RealLabels(file, index, model.num_classes, headline, world.device)
+            )
         if options.exit_within is not None:
-            held = held_out_samples(config, description, model, world)
+            held = world.run_on_all(lambda: held_out_samples(config, description, model, world))
             exit_choice = choose_exit(passes(held), headline, options.exit_within)
         if corrupted:
             model.set_timesteps(headline)
-            found |= {"timesteps": headline} | run_corruptions(
+            found |= {"timesteps": headline} | variants.run_corruptions(
                 corrupted, lambda split, title: passes(opened(split)).run(title)
             )
         else:
@@ -262,238 +254,34 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
                 exit_choice=exit_choice,
             )
         world.run_on_all(lambda: show(found, options) if world.rank == 0 else None)
-    return 0
 
 
-def about(
-    description: "Description",
-    config: "RunConfig",
-    compared: "Compared",
+def open_checkpoint(
     options: argparse.Namespace,
-) -> dict[str, Any]:
-    """Return which network was evaluated, and on which data."""
-    from tetdist.datasets.recorded_split import recorded_split
-
-    data_split = recorded_split(config.data.root)
-    return {
-        "checkpoint": str(options.checkpoint),
-        "model": description.config["model"]["name"],
-        "step": description.step,
-        **({"averaged": description.averaged} if description.averaged else {}),
-        "split": options.split,
-        **({"variant": options.variant} if options.variant else {}),
-        **({"protocol": compared.protocol} if compared.protocol else {}),
-        **({"data_split": data_split} if data_split else {}),
-        **({"subset": compared.subset} if compared.subset else {}),
-        "trained_timesteps": description.timesteps,
-        "seed": options.seed,
-    }
-
-
-def open_compared(
-    split: str,
-    description: "Description",
-    config: "RunConfig",
-    options: argparse.Namespace,
-    world: "World",
-    alive: Callable[[], None],
-) -> "Compared":
-    """Open a split, with the labels that its classes have among the network's outputs."""
-    from tetdist.training.setup import open_split
-
-    if options.variant is not None:
-        world.run_on_all(lambda: index_variant(config, split, alive) if world.rank == 0 else None)
-    world.run_on_all(lambda: check_split(config, split, options))
-    data = world.run_on_all(lambda: open_split(config, split, world))
-    return world.run_on_all(lambda: compared_with_model(data, description.classes, config, options))
-
-
-def corrupted_splits(options: argparse.Namespace) -> "dict[str, tuple[str, int]]":
-    """Corruption and severity of each split of imagenet-c; of other data none."""
-    from tetdist.evaluation.variants import corruptions
-
-    return corruptions(Path(options.data)) if options.variant == "imagenet-c" else {}
-
-
-def check_data_folder(options: argparse.Namespace) -> None:
-    """Refuse a --data that is no folder, before anything is made of its name.
+) -> "tuple[dict[str, Tensor], Description, RunConfig]":
+    """Read the weights and what is noted with them, and configure their evaluation.
 
     Raises:
-        UserError: That is so.
+        UserError: The checkpoint or the folder of the data is not there, or cannot be used.
     """
-    if options.data is None or Path(options.data).is_dir():
-        return
-    if Path(options.data).exists():
-        raise UserError(f"--data: {options.data} is a file; give the folder that the data lie in")
-    raise UserError(f"--data: {options.data} does not exist; give the folder of the data")
+    from tetdist import plugins
+    from tetdist.storage import checkpoint
 
-
-def locate_variant(options: argparse.Namespace) -> None:
-    """Have a variant's folder be the split that it is, of the folder that it lies in."""
+    if options.data is not None and not Path(options.data).is_dir():
+        if Path(options.data).exists():
+            said = f"{options.data} is a file; give the folder that the data lie in"
+        else:
+            said = f"{options.data} does not exist; give the folder of the data"
+        raise UserError(f"--data: {said}")
     if options.variant in OF_CLASS_FOLDERS:
+        # Its folder is a split of the folder that it lies in.
         folder = Path(options.data).absolute()
         options.data, options.split = str(folder.parent), folder.name
-
-
-def index_variant(config: "RunConfig", split: str, alive: Callable[[], None]) -> None:
-    """Index a variant's split, unless it is indexed."""
-    from tetdist.evaluation.variants import make_index
-
-    data = config.data
-    if data.kind != "images":
-        raise UserError("--variant is of ImageNet, and this network is of events; leave it out")
-    make_index(Path(data.root), data.index_dir, split, data.threads, alive)
-
-
-def compared_with_model(
-    data: "Index",
-    trained: list[str] | None,
-    config: "RunConfig",
-    options: argparse.Namespace,
-) -> "Compared":
-    """A split with the labels that its classes have among the network's outputs.
-
-    Raises:
-        UserError: They have none.
-    """
-    from tetdist.evaluation import variants
-
-    match options.variant:
-        case "imagenet-v2":
-            num_classes = config.model.num_classes or len(trained or ())
-            return variants.numbered_classes(data, trained, num_classes)
-        case "imagenet-a" | "imagenet-r":
-            return variants.classes_alone(data, trained, options.variant)
-        case "real":
-            variants.check_numbered("real", trained)
-    index = with_classes_of_model(data, trained, config, options)
-    subset = list(data.classes) if data.classes != index.classes else []
-    return variants.Compared(index, subset=subset)
-
-
-def held_out_samples(
-    config: "RunConfig", description: "Description", model: "SpikingNetwork", world: "World"
-) -> "Compared":
-    """The training samples that the run held out.
-
-    Raises:
-        UserError: It held out none, or the network cannot be stopped early.
-    """
-    from tetdist.evaluation.variants import Compared
-    from tetdist.nn.norm_neuron import is_causal
-    from tetdist.training.setup import open_data
-
-    if not config.data.held_out:
-        raise UserError(
-            "--exit-within chooses on training samples that the run held out, and this run held "
-            "out none; train it with data.held_out=0.1"
-        )
-    if not is_causal(model):
-        raise UserError("--exit-within: the network is not causal, so that it has no early exit")
-    _, held_out = world.run_on_all(lambda: open_data(config, world))
-    if list(held_out.classes) != list(description.classes or held_out.classes):
-        raise UserError(
-            f"--exit-within: the classes of {config.data.root} are not those that the network was "
-            "trained on"
-        )
-    return Compared(held_out)
-
-
-def real_labels(
-    options: argparse.Namespace,
-    config: "RunConfig",
-    model: "SpikingNetwork",
-    index: "Index",
-    timesteps: int,
-    world: "World",
-) -> "RealLabels | None":
-    """The several labels of each image of the validation set, where they are asked for."""
-    from tetdist.evaluation.variants import REAL_FILE, RealLabels
-
-    if options.variant != "real":
-        return None
-    file = Path(config.data.root, REAL_FILE)
-    return RealLabels(file, index, model.num_classes, timesteps, world.device)
-
-
-def wanted_timesteps(options: argparse.Namespace, config: "RunConfig", trained: int) -> list[int]:
-    """Every T that was asked for, or all up to that of the training that the neurons can run.
-
-    Raises:
-        UserError: The neurons cannot run one that was asked for.
-    """
-    refusal = config.model.neuron.refusal
-    if options.timesteps is None:
-        return [t for t in range(1, trained + 1) if refusal(t) is None]
-    for one in options.timesteps:
-        if (reason := refusal(one)) is not None:
-            raise UserError(f"--timesteps: {reason}")
-    return list(options.timesteps)
-
-
-def check_split(config: "RunConfig", split: str, options: argparse.Namespace) -> None:
-    """Refuse a split without an index where another folder or another split is what was meant.
-
-    Raises:
-        UserError: The training's data are not here, or only other splits are indexed.
-    """
-    from tetdist.datasets.index import index_command, index_file
-
-    data = config.data
-    file = index_file(data.index_dir, split)
-    others = sorted(other.stem for other in file.parent.glob("*.npz"))
-    if file.is_file():
-        return
-    if options.data is None and not Path(data.root).is_dir():
-        raise UserError(
-            f"--data: the folder of the training's data, {data.root}, is not here; give --data "
-            f"ROOT, a folder with the split {split}"
-        )
-    if others:
-        raise UserError(
-            f"--split: there is no index {file}; there is that of {', '.join(others)}, so give"
-            f" --split {others[0]}"
-        )
-    if options.data is None:
-        raise UserError(
-            f"--data: there is no index {file} in the folder that the recipe names; give --data "
-            f"ROOT, or index it with `{index_command(data.root, split, data.kind)}`"
-        )
-
-
-def check_options(options: argparse.Namespace, wanted: list[int], index: "Index") -> None:
-    """Refuse, before an hour of evaluation, what would fail after it.
-
-    Raises:
-        UserError: The options do not suit the data or this machine.
-    """
-    from tetdist.apps.reports import style
-
-    if index.timesteps is not None and wanted[-1] > index.timesteps:
-        raise UserError(f"--timesteps: the data has {index.timesteps} time bins, not {wanted[-1]}")
-    if options.drop_events and index.dtype != "uint8":
-        raise UserError(
-            f"--drop-events needs frames that hold numbers of events (uint8), and the data are "
-            f"{index.dtype or 'images'}; leave it out"
-        )
-    if options.report:
-        style.new_figure(1, 1)  # says if matplotlib is missing
-    for flag, file in (("--json", options.json), ("--report", options.report)):
-        if file:
-            files.check_writable(flag, file)
-
-
-def show(found: dict[str, Any], options: argparse.Namespace) -> None:
-    """Print the result, and write what was asked for."""
-    from tetdist.apps.reports.evaluation_page import as_text, corruptions_as_text, write_page
-
-    print(corruptions_as_text(found) if "corruptions" in found else as_text(found))
-    if options.json:
-        with files.explaining(options.json):
-            files.write_json(options.json, found)
-    if options.report:
-        with files.explaining(options.report):
-            write_page(found, options.report)
+    plugins.import_files(options.imports)
+    which = "best" if options.best else "last"
+    weights, description = checkpoint.load_model_file(options.checkpoint, which, ema=options.ema)
+    plugins.require(description.imports, options.checkpoint)
+    return weights, description, evaluation_config(description.config, options)
 
 
 def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunConfig":
@@ -529,36 +317,156 @@ def evaluation_config(raw: dict[str, Any], options: argparse.Namespace) -> "RunC
     return parse(changed, str(options.checkpoint), warn=False)
 
 
-def with_classes_of_model(
-    index: "Index",
-    trained: list[str] | None,
+def index_variant(config: "RunConfig", split: str, alive: Callable[[], None]) -> None:
+    """Index a variant's split, unless it is indexed."""
+    from tetdist.evaluation.variants import make_index
+
+    data = config.data
+    if data.kind != "images":
+        raise UserError("--variant is of ImageNet, and this network is of events; leave it out")
+    make_index(Path(data.root), data.index_dir, split, data.threads, alive)
+
+
+def open_compared(
+    split: str,
+    description: "Description",
     config: "RunConfig",
     options: argparse.Namespace,
-) -> "Index":
-    """The index with the classes of the model, all of them, and the labels that they have there.
-
-    The data may have some of the classes only, which are found by their names.
+    world: "World",
+) -> "Compared":
+    """Open a split, with the labels that its classes have among the network's outputs.
 
     Raises:
-        UserError: The model does not know a class, or does not name those that it knows.
+        UserError: They have none, the training's data are not here, or only other splits are
+            indexed.
     """
-    import numpy as np
+    from tetdist.datasets.index import index_command, index_file
+    from tetdist.evaluation.variants import compared_with_model
+    from tetdist.training.setup import open_split
 
-    present = index.classes
-    if trained is None:
-        # The weights were converted from a file that does not name the classes.
-        if config.model.num_classes != len(present):
+    data = config.data
+    file = index_file(data.index_dir, split)
+    if not file.is_file():
+        others = sorted(other.stem for other in file.parent.glob("*.npz"))
+        if options.data is None and not Path(data.root).is_dir():
             raise UserError(
-                f"the data has {counted(len(present), 'class')} and {options.checkpoint} knows "
-                f"{config.model.num_classes}, without their names; give the data set of its "
-                "training with --data"
+                f"--data: the folder of the training's data, {data.root}, is not here; give --data "
+                f"ROOT, a folder with the split {split}"
             )
-        return index
-    unknown = sorted(set(present) - set(trained))
-    if unknown:
+        if others:
+            raise UserError(
+                f"--split: there is no index {file}; there is that of {', '.join(others)}, so give"
+                f" --split {others[0]}"
+            )
+        if options.data is None:
+            raise UserError(
+                f"--data: there is no index {file} in the folder that the recipe names; give "
+                f"--data ROOT, or index it with `{index_command(data.root, split, data.kind)}`"
+            )
+    index = open_split(config, split, world)
+    known = config.model.num_classes
+    return compared_with_model(
+        index, description.classes, known, options.variant, str(options.checkpoint)
+    )
+
+
+def held_out_samples(
+    config: "RunConfig", description: "Description", model: "SpikingNetwork", world: "World"
+) -> "Compared":
+    """The training samples that the run held out.
+
+    Raises:
+        UserError: It held out none, or the network cannot be stopped early.
+    """
+    from tetdist.evaluation.variants import Compared
+    from tetdist.nn.norm_neuron import is_causal
+    from tetdist.training.setup import open_data
+
+    if not config.data.held_out:
         raise UserError(
-            f"the data has other classes than {options.checkpoint} was trained on (unknown to the "
-            f"model are {unknown[:3]}); give data of the classes of the training with --data"
+            "--exit-within chooses on training samples that the run held out, and this run held "
+            "out none; train it with data.held_out=0.1"
         )
-    labels = np.array([trained.index(name) for name in present], np.int32)[index.labels]
-    return dataclasses.replace(index, classes=tuple(trained), labels=labels)
+    if not is_causal(model):
+        raise UserError("--exit-within: the network is not causal, so that it has no early exit")
+    _, held_out = open_data(config, world)
+    if list(held_out.classes) != list(description.classes or held_out.classes):
+        raise UserError(
+            f"--exit-within: the classes of {config.data.root} are not those that the network was "
+            "trained on"
+        )
+    return Compared(held_out)
+
+
+def wanted_timesteps(
+    options: argparse.Namespace, config: "RunConfig", trained: int, index: "Index"
+) -> list[int]:
+    """Every T that was asked for, or all up to that of the training that the neurons can run.
+
+    It refuses, before an hour of evaluation, whatever would fail after it.
+
+    Raises:
+        UserError: The options do not suit the network, the data or this machine.
+    """
+    from tetdist.apps.reports import style
+
+    refusal = config.model.neuron.refusal
+    if options.timesteps is None:
+        wanted = [t for t in range(1, trained + 1) if refusal(t) is None]
+    else:
+        wanted = options.timesteps
+        for reason in filter(None, map(refusal, wanted)):
+            raise UserError(f"--timesteps: {reason}")
+    if index.timesteps is not None and wanted[-1] > index.timesteps:
+        raise UserError(f"--timesteps: the data has {index.timesteps} time bins, not {wanted[-1]}")
+    if options.drop_events and index.dtype != "uint8":
+        raise UserError(
+            f"--drop-events needs frames that hold numbers of events (uint8), and the data are "
+            f"{index.dtype or 'images'}; leave it out"
+        )
+    if options.report:
+        style.new_figure(1, 1)  # says if matplotlib is missing
+    for flag, file in (("--json", options.json), ("--report", options.report)):
+        if file:
+            files.check_writable(flag, file)
+    return wanted
+
+
+def about(
+    description: "Description",
+    config: "RunConfig",
+    compared: "Compared",
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Return which network was evaluated, and on which data."""
+    from tetdist.datasets.recorded_split import recorded_split
+
+    some = {
+        "variant": options.variant,
+        "protocol": compared.protocol,
+        "data_split": recorded_split(config.data.root),
+        "subset": compared.subset,
+    }
+    return {
+        "checkpoint": str(options.checkpoint),
+        "model": description.config["model"]["name"],
+        "step": description.step,
+        **({"averaged": description.averaged} if description.averaged else {}),
+        "split": options.split,
+        **{key: value for key, value in some.items() if value},
+        "trained_timesteps": description.timesteps,
+        "seed": options.seed,
+    }
+
+
+def show(found: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print the result, and write what was asked for."""
+    from tetdist.apps.reports.evaluation_page import as_text, corruptions_as_text, write_page
+
+    print(corruptions_as_text(found) if "corruptions" in found else as_text(found))
+    if options.json:
+        with files.explaining(options.json):
+            files.write_json(options.json, found)
+    if options.report:
+        with files.explaining(options.report):
+            write_page(found, options.report)
