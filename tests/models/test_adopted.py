@@ -342,10 +342,10 @@ def test_grad_checkpointing_keeps_less_and_can_be_switched_off() -> None:
 def test_parts_that_are_run_again() -> None:
     parts = adopted(sew18)._parts
     assert [type(part).__name__ for part in parts.alone] == ["LIFNode"]  # of the stem
-    again = [modules for groups in parts.cut.values() for modules, twice in groups if twice]
-    assert [type(m).__name__ for (m,) in again] == ["BasicBlock"] * 8
-    again = [m for groups in adopted(small)._parts.cut.values() for m, twice in groups if twice]
-    assert [[type(m).__name__ for m in modules] for modules in again] == [
+    again = [part for cut in parts.cut.values() for part, twice in cut if twice]
+    assert [type(part).__name__ for part in again] == ["BasicBlock"] * 8
+    again = [part for cut in adopted(small)._parts.cut.values() for part, twice in cut if twice]
+    assert [[type(m).__name__ for m in part] for part in again] == [
         ["Conv2d", "AdoptedBatchNorm", "LIFNode"],
         ["MaxPool2d", "Conv2d", "AdoptedBatchNorm", "LIFNode"],
         ["Linear", "ParametricLIFNode"],

@@ -24,7 +24,7 @@ from tetdist.models import QKFormer, SpikingNetwork
 from tetdist.models.attention import StreamAttention, attention_neuron
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.neurons import LIF, NEURONS, ReLU, make
-from tetdist.nn.norm_neuron import Neuron, NormNeuron
+from tetdist.nn.norm_neuron import NeuronLayer
 
 assert tetdist.__doc__  # registers the models
 
@@ -356,9 +356,9 @@ def test_mixing_of_samples_is_warned_of(caplog: pytest.LogCaptureFixture) -> Non
 
 def neurons_of(model: nn.Module) -> dict[str, Any]:
     return {
-        name: module.neuron if isinstance(module, NormNeuron) else module.config
+        name: module.neuron
         for name, module in model.named_modules()
-        if isinstance(module, (NormNeuron, Neuron))
+        if isinstance(module, NeuronLayer)
     }
 
 

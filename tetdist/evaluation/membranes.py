@@ -11,7 +11,7 @@ from tetdist.nn import neurons
 from tetdist.nn.integer_neurons import ILIF, NILIF
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF
-from tetdist.nn.norm_neuron import Neuron, NormNeuron, neuron_of, spiking_layers
+from tetdist.nn.norm_neuron import NeuronLayer, NormNeuron, spiking_layers
 from tetdist.nn.precision import autocast
 
 LOWEST, HIGHEST, BINS = -3.0, 3.0, 120  # in thresholds; a border of bins is at 1
@@ -44,8 +44,8 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
     shares: dict[str, list[float]] = {}
     fires: dict[str, float] = {}
 
-    def note(name: str, current: Tensor, layer: NormNeuron | Neuron) -> None:
-        config = neuron_of(layer)
+    def note(name: str, current: Tensor, layer: NeuronLayer) -> None:
+        config = layer.neuron
         assert isinstance(config, (LIF, ILIF))
         learned = neurons.broadcasting(config, layer.learned, 2 if current.ndim == 5 else 0)
         shares[name], fires[name] = _histogram(current, config, learned)
@@ -69,7 +69,7 @@ def membrane_distribution(model: nn.Module, images: Tensor, precision: str) -> M
         module.register_forward_pre_hook(look(name), with_kwargs=True)
         for name, module in spiking_layers(model).items()
         # Others have no membrane, or move it by numbers of their own.
-        if type(neuron_of(module)) in (LIF, PLIF, ILIF, NILIF)
+        if type(module.neuron) in (LIF, PLIF, ILIF, NILIF)
     ]
     was_training = model.training
     model.eval()

@@ -210,14 +210,11 @@ class AdoptedBatchNorm(BatchNorm):
 
     def forward(self, current: Tensor, copies: int = 1) -> Tensor:
         """Normalise (T, B, C, ...), or (N, C, ...) in single-step mode; ``copies`` as there."""
-        x = current[None] if self.folded else current
-        dimensions = x.ndim - 3
-        if dimensions not in self.dimensions:
+        x = current if self.folded else current.flatten(0, 1)
+        if x.ndim - 2 not in self.dimensions:
             raise ValueError(f"{self} cannot normalise an input of shape {tuple(current.shape)}")
-        if dimensions < 2:
-            x = x[(..., *[None] * (2 - dimensions))]
-        elif dimensions == 3:
-            x = x.flatten(4)
+        if x.ndim != 4:
+            x = x.reshape(*x.shape[:2], -1, 1)
         return super().forward(x, copies).reshape(current.shape)
 
 
@@ -423,21 +420,15 @@ def _examine(net: nn.Module, sequence: Tensor) -> None:
 def _outputs(net: nn.Module, sequence: Tensor) -> list[tuple[str, Tensor]]:
     """Record each module's output for (T, 1, C, H, W), in the order of execution."""
     found: list[tuple[str, Tensor]] = []
+    names = {module: name for name, module in net.named_modules()}
 
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim:
-                found.append((name, output.clone()))
+    def keep(module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim and module in names:
+            found.append((names[module], output.clone()))
 
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in net.named_modules()]
-    try:
+    with nn.modules.module.register_module_forward_hook(keep):
         functional.reset_net(net)
         net(sequence)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 
@@ -471,7 +462,7 @@ class _Parts:
     def __init__(self, net: nn.Module) -> None:
         self.alone: list[nn.Module] = []
         # Sequentials, cut into what is run at a time and whether it is run again.
-        self.cut: dict[nn.Sequential, list[tuple[list[nn.Module], bool]]] = {}
+        self.cut: dict[nn.Sequential, list[tuple[nn.Module, bool]]] = {}
         self._divide(net)
 
     def _divide(self, module: nn.Module) -> None:
@@ -484,32 +475,31 @@ class _Parts:
             elif _has_neurons(child) and child not in self.alone:
                 self.alone.append(child)
 
-    def _cut(self, sequential: nn.Sequential) -> list[tuple[list[nn.Module], bool]]:
-        groups: list[tuple[list[nn.Module], bool]] = []
+    def _cut(self, sequential: nn.Sequential) -> list[tuple[nn.Module, bool]]:
+        parts: list[tuple[nn.Module, bool]] = []
         joined: list[nn.Module] = []
         for child in sequential:
             if not _has_neurons(child) or isinstance(child, layer.Dropout):
                 joined.append(child)
-            elif isinstance(child, base.MemoryModule) or _fires(child):
-                groups.append(([*joined, child], True))
-                joined = []
+                continue
+            if isinstance(child, base.MemoryModule) or _fires(child):
+                parts.append((nn.Sequential(*joined, child), True))
             else:
-                groups += [(joined, False), ([child], not _is_sequential(child))]
-                joined = []
+                parts += [(nn.Sequential(*joined), False), (child, not _is_sequential(child))]
                 if _is_sequential(child):
                     self._divide(child)
-        return [group for group in [*groups, (joined, False)] if group[0]]
+            joined = []
+        return [*parts, (nn.Sequential(*joined), False)]
 
     @contextlib.contextmanager
     def recomputed(self) -> Iterator[None]:
         """Have forward passes keep only the parts' inputs, within this context."""
-        seen: set[int] = set()
+        seen: set[nn.Module] = set()
         with contextlib.ExitStack() as stack:
             for part in self.alone:
-                forward = _recomputed([part], part.forward, seen)
-                stack.enter_context(_running(part, forward))
-            for sequential, groups in self.cut.items():
-                stack.enter_context(_running(sequential, _chained(groups, seen)))
+                stack.enter_context(_running(part, _recomputed(part, seen)))
+            for sequential, parts in self.cut.items():
+                stack.enter_context(_running(sequential, _chained(parts, seen)))
             yield
 
 
@@ -533,45 +523,36 @@ def _running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def _chained(
-    groups: list[tuple[list[nn.Module], bool]], seen: set[int]
+    parts: list[tuple[nn.Module, bool]], seen: set[nn.Module]
 ) -> Callable[[Tensor], Tensor]:
+    runs = [_recomputed(part, seen) if again else part for part, again in parts]
+
     def forward(x: Tensor) -> Tensor:
-        for modules, again in groups:
-            run = _one_after_another(modules)
-            x = _recomputed(modules, run, seen)(x) if again else run(x)
+        for run in runs:
+            x = run(x)
         return x
 
     return forward
 
 
-def _one_after_another(modules: list[nn.Module]) -> Callable[[Tensor], Tensor]:
-    def run(x: Tensor) -> Tensor:
-        for module in modules:
-            x = module(x)
-        return x
-
-    return run
-
-
-def _recomputed(
-    modules: list[nn.Module], run: Callable[..., Any], seen: set[int]
-) -> Callable[..., Any]:
-    """``run``, which runs the modules, but again in the backward pass."""
+def _recomputed(part: nn.Module, seen: set[nn.Module]) -> Callable[..., Any]:
+    """The part's forward pass, but again in the backward pass."""
+    run = part.forward
+    last = part[-1] if _is_sequential(part) else part
 
     @contextlib.contextmanager
     def again() -> Iterator[None]:
-        for module in modules:
-            functional.reset_net(module)
+        functional.reset_net(part)
         with batch_norm.recomputing():
             yield
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if id(modules[-1]) in seen:
+        if last in seen:
             raise UserError(
-                f"{type(modules[-1]).__name__} runs more than once in a forward pass, and would "
+                f"{type(last).__name__} runs more than once in a forward pass, and would "
                 "not find the state it had when it is run again; set recompute=none"
             )
-        seen.add(id(modules[-1]))
+        seen.add(last)
         return checkpoint(
             run,
             *args,

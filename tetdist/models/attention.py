@@ -7,6 +7,7 @@ other. The products of spikes are in nn/products.py. The families are in files o
 """
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Iterable
 
 import torch
@@ -145,17 +146,11 @@ class StreamMlp(nn.Module):
         return self.add(self.fc2(self.fc1(self.neuron(x))), x)
 
 
-class Block(nn.Module):
+class Block(nn.Sequential):
     """Attention, then an MLP."""
 
     def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
-        super().__init__()
-        self.attention = attention
-        self.mlp = mlp
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.mlp(self.attention(x))
-        return y
+        super().__init__(OrderedDict(attention=attention, mlp=mlp))
 
 
 class StreamTransformer(SpikingNetwork):
@@ -163,10 +158,6 @@ class StreamTransformer(SpikingNetwork):
 
     spike_levels = None
     head_neuron: Neuron
-
-    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        current: Tensor = self.stem(x, timesteps)
-        return current
 
     def pooled(self, x: Tensor) -> Tensor:
         """Spikes (T, B, C) of the mean current over positions."""

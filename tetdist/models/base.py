@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, assert_never
 
@@ -55,20 +55,21 @@ class SpikingModel(Protocol):
 class SpikingNetwork(nn.Module):
     """Base of all models: ``encode`` the input, ``body`` of blocks, pooled ``head``.
 
-    Subclasses set ``stem``, ``blocks`` (an ``nn.Sequential`` of (T, B, C, H, W) modules),
-    ``num_features``, ``fc`` and, for a ``drop_rate``, ``head_drop``, and call `init_weights` when
-    done. A subclass with a `pooled` of its own that is no mean over positions names it in
-    ``global_pool``.
+    Subclasses set ``stem``, ``blocks`` (an ``nn.Sequential`` of (T, B, C, H, W) modules) and the
+    head (`set_head`, or ``num_features`` and ``fc``), and call `init_weights` when done. A subclass
+    with a `pooled` of its own that is no mean over positions names it in ``global_pool``.
 
     Args:
         num_classes: K; 0 makes ``fc`` the identity.
         timesteps: T, how often a static image is shown; for events, how many of the input's
             bins are used.
 
-    Subclasses take two more, by timm's names: ``drop_rate``, the share of the features that the
-    classifier does not see in training, the same ones at all timesteps; and ``drop_path_rate``, how
-    often the branch of the last block is dropped in training, of a sample for all timesteps, while
-    that of the others rises to this from 0, by equal steps.
+        drop_path_rate: timm's name: how often the branch of the last block is dropped in training,
+            of a sample for all timesteps, while that of the others rises to this from 0, by equal
+            steps (see dropout.py).
+
+    Subclasses take ``drop_rate``, too, the share of the features that the classifier does not see
+    in training, the same ones at all timesteps.
     """
 
     stem: nn.Module
@@ -87,8 +88,6 @@ class SpikingNetwork(nn.Module):
     small_blocks: int = 0
     # timm's name of the pooling before the classifier; '' is none, without a classifier.
     global_pool: str = "avg"
-    # Stochastic depth of the last block, see dropout.py; that of the others rises to it.
-    drop_path_rate = 0.0
     # images (B, C, H, W), the same at all timesteps, or events (B, T, C, H, W).
     input_kind: Literal["images", "events"] = "images"
     # Height and width of the input where the classifier depends on it.
@@ -99,9 +98,10 @@ class SpikingNetwork(nn.Module):
     pretrained_cfg: dict[str, Any]
     default_cfg: dict[str, Any]
 
-    def __init__(self, *, num_classes: int, timesteps: int) -> None:
+    def __init__(self, *, num_classes: int, timesteps: int, drop_path_rate: float = 0.0) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.drop_path_rate = drop_path_rate
         self.set_timesteps(timesteps)
         self.grad_checkpointing = False
         self.segment: int | None = None
@@ -155,6 +155,12 @@ class SpikingNetwork(nn.Module):
                     "recompute=blocks"
                 )
         self.segment = timesteps
+
+    def set_head(self, num_features: int, drop_rate: float) -> None:
+        """Make the classifier of as many features, of which training drops a share."""
+        self.num_features = self.head_hidden_size = num_features
+        self.head_drop = dropout.Dropout(drop_rate, num_features)
+        self.fc = new_classifier(num_features, self.num_classes)
 
     def get_classifier(self) -> nn.Module:
         return self.fc
@@ -264,8 +270,10 @@ class SpikingNetwork(nn.Module):
         return block.run_all(x)
 
     def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        """(1 or T, B, C, H, W) to spikes (T, B, C', H', W'); each family has its own."""
-        raise NotImplementedError  # A family without one is a mistake in it.
+        """(1 or T, B, C, H, W) to spikes (T, B, C', H', W'), or to the current of a stream, which
+        may be that of all timesteps, (1, ...)."""
+        y: Tensor = self.stem(x, timesteps)
+        return y
 
     def forward_block(self, block: nn.Module, x: Tensor, timesteps: int) -> Tensor:
         """One of ``blocks``, whose input says T; families whose stem ends in a current, which may
@@ -319,6 +327,25 @@ class ConvNormNeuron(nn.Module):
         return self.neuron(self.conv(x), timesteps or x.shape[0], identity=identity)
 
 
+def resnet_blocks(
+    layers: tuple[int, ...], in_channels: int, width: int, *, expansion: int = 1, first: int = 1
+) -> Iterator[tuple[int, int, int]]:
+    """Input channels, width and stride of each block of a ResNet.
+
+    Args:
+        layers: Number of blocks in each of the stages.
+        in_channels: Of the first block's input.
+        width: That of the first stage; it doubles from stage to stage.
+        expansion: Channels of a block's output, in its width.
+        first: Stride of the first stage; that of the others is 2.
+    """
+    for stage, num_blocks in enumerate(layers):
+        for i in range(num_blocks):
+            stride = 1 if i else (2 if stage else first)
+            yield in_channels, width * 2**stage, stride
+            in_channels = width * 2**stage * expansion
+
+
 def new_classifier(num_features: int, num_classes: int) -> nn.Module:
     return nn.Linear(num_features, num_classes) if num_classes > 0 else nn.Identity()
 
@@ -349,6 +376,16 @@ def init_weights(model: nn.Module, init: Init = "kaiming") -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+# What timm's descriptions of networks for CIFAR-10 and for event frames have in common.
+CIFAR: dict[str, Any] = {
+    "num_classes": 10,
+    "crop_pct": 1.0,
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+}
+EVENTS: dict[str, Any] = {"crop_pct": 1.0, "mean": (0.0, 0.0), "std": (1.0, 1.0)}
 
 
 def model_cfg(image_size: int = 224, **overrides: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ Any other kind of neuron can take their place, as everywhere.
 """
 
 import dataclasses
+from collections import OrderedDict
 from typing import Any
 
 from timm.models import generate_default_cfgs
@@ -33,7 +34,7 @@ from tetdist.models.attention import (
     init_as_published,
 )
 from tetdist.models.base import ConvNormNeuron, conv1x1, conv3x3
-from tetdist.nn.dropout import Dropout, rising_rates
+from tetdist.nn.dropout import rising_rates
 from tetdist.nn.integer_neurons import ILIF, NILIF
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
@@ -99,22 +100,18 @@ class ConvMlp(nn.Module):
         return self.add(self.conv2(self.conv1(self.neuron(x))), x)
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(nn.Sequential):
     """A separable convolution of 7x7, then two of 3x3."""
 
     def __init__(
         self, channels: int, mlp_ratio: int, neuron: NeuronConfig, drop_path: float
     ) -> None:
-        super().__init__()
-        self.separable = SeparableConv(channels, 7, neuron, drop_path)
-        self.mlp = ConvMlp(channels, mlp_ratio * channels, neuron, drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.mlp(self.separable(x))
-        return y
+        separable = SeparableConv(channels, 7, neuron, drop_path)
+        mlp = ConvMlp(channels, mlp_ratio * channels, neuron, drop_path)
+        super().__init__(OrderedDict[str, nn.Module](separable=separable, mlp=mlp))
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(nn.Sequential):
     """A separable convolution of 3x3, self-attention, and an MLP.
 
     Args:
@@ -135,9 +132,8 @@ class TransformerBlock(nn.Module):
         threshold: float,
         drop_path: float,
     ) -> None:
-        super().__init__()
-        self.separable = SeparableConv(channels, 3, neuron, drop_path)
-        self.attention = StreamAttention(
+        separable = SeparableConv(channels, 3, neuron, drop_path)
+        attention = StreamAttention(
             channels,
             heads,
             neuron,
@@ -147,11 +143,9 @@ class TransformerBlock(nn.Module):
             bias=False,
             drop_path=drop_path,
         )
-        self.mlp = StreamMlp(channels, mlp_ratio * channels, neuron, drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.mlp(self.attention(self.separable(x)))
-        return y
+        mlp = StreamMlp(channels, mlp_ratio * channels, neuron, drop_path)
+        layers = OrderedDict[str, nn.Module](separable=separable, attention=attention, mlp=mlp)
+        super().__init__(layers)
 
 
 class Downsampling(nn.Module):
@@ -204,8 +198,9 @@ class ESpikeFormer(StreamTransformer):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(num_classes=num_classes, timesteps=timesteps)
-        self.drop_path_rate = drop_path_rate
+        super().__init__(
+            num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
+        )
         if len(widths) != 4 or len(depths) != 2:
             raise ValueError(
                 f"there are four widths and two depths, not {len(widths)} and {len(depths)}"
@@ -238,9 +233,7 @@ class ESpikeFormer(StreamTransformer):
             *(transformer(fourth) for _ in range(depths[1])),
         )
         self.head_neuron = Neuron(counting_neuron(neuron), fourth)
-        self.num_features = self.head_hidden_size = fourth
-        self.head_drop = Dropout(drop_rate, self.num_features)
-        self.fc = base.new_classifier(fourth, num_classes)
+        self.set_head(fourth, drop_rate)
         init_as_published([self.fc])
 
 

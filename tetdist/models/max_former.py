@@ -7,6 +7,7 @@ blocks of the first stages mix positions by a depthwise convolution in place of 
 stage has self-attention without a softmax.
 """
 
+from collections import OrderedDict
 from typing import Any
 
 from timm.models import generate_default_cfgs
@@ -23,7 +24,7 @@ from tetdist.models.attention import (
 )
 from tetdist.models.base import ConvNormNeuron, conv1x1, conv3x3
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.dropout import Dropout, rising_rates
+from tetdist.nn.dropout import rising_rates
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.norm_pool import NormPool
@@ -101,17 +102,11 @@ class DepthwiseMixer(nn.Module):
         return self.add(self.conv(self.neuron(x)), x)
 
 
-class Block(nn.Module):
+class Block(nn.Sequential):
     """A mixer of positions, then an MLP."""
 
     def __init__(self, mixer: DepthwiseMixer | StreamAttention, mlp: StreamMlp) -> None:
-        super().__init__()
-        self.mixer = mixer
-        self.mlp = mlp
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.mlp(self.mixer(x))
-        return y
+        super().__init__(OrderedDict[str, nn.Module](mixer=mixer, mlp=mlp))
 
 
 class MaxFormer(StreamTransformer):
@@ -148,8 +143,9 @@ class MaxFormer(StreamTransformer):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(num_classes=num_classes, timesteps=timesteps)
-        self.drop_path_rate = drop_path_rate
+        super().__init__(
+            num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
+        )
         if not len(widths) == len(depths) == len(kernels) + 1:
             raise ValueError(
                 f"widths {widths}, depths {depths} and kernels {kernels} (of all stages but the "
@@ -183,9 +179,7 @@ class MaxFormer(StreamTransformer):
                 blocks.append(Block(mixer, StreamMlp(width, mlp_ratio * width, neuron, drop_path)))
         self.blocks = nn.Sequential(*blocks)
         self.head_neuron = Neuron(neuron, widths[-1])
-        self.num_features = self.head_hidden_size = widths[-1]
-        self.head_drop = Dropout(drop_rate, self.num_features)
-        self.fc = base.new_classifier(widths[-1], num_classes)
+        self.set_head(widths[-1], drop_rate)
         # As the authors' code: attention keeps torch's own.
         of_attention = {
             layer

@@ -17,7 +17,7 @@ from tetdist.models import base
 from tetdist.models.base import SpikingNetwork, conv3x3
 from tetdist.models.preact_resnet import Block, Stem
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.dropout import Dropout, rising_rates
+from tetdist.nn.dropout import rising_rates
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.packed import Conv2d
@@ -63,8 +63,9 @@ class MSResNet(SpikingNetwork):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(num_classes=num_classes, timesteps=timesteps)
-        self.drop_path_rate = drop_path_rate
+        super().__init__(
+            num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
+        )
         conv: nn.Module
         match stem:
             case "plain":
@@ -80,28 +81,18 @@ class MSResNet(SpikingNetwork):
             case _:
                 raise ValueError(f"stem must be 'plain', 'deep' or 'cifar', not {stem!r}")
         self.stem = Stem(conv, width)
-        blocks: list[nn.Module] = []
+        places = base.resnet_blocks(layers, width, width, first=2)
         rates = rising_rates(drop_path_rate, sum(layers))
-        channels = width
-        for stage, num_blocks in enumerate(layers):
-            for i in range(num_blocks):
-                blocks.append(
-                    Block(
-                        channels,
-                        width * 2**stage,
-                        2 if i == 0 else 1,
-                        neuron,
-                        pooled_projection=pooled_projections,
-                        drop_path=rates[len(blocks)],
-                    )
-                )
-                channels = width * 2**stage
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(
+            *(
+                Block(*place, neuron, pooled_projection=pooled_projections, drop_path=rate)
+                for place, rate in zip(places, rates, strict=True)
+            )
+        )
         self.small_blocks = layers[-1]
-        self.neuron = Neuron(neuron, channels)
-        self.num_features = self.head_hidden_size = channels
-        self.head_drop = Dropout(drop_rate, self.num_features)
-        self.fc = base.new_classifier(channels, num_classes)
+        num_features = width * 2 ** (len(layers) - 1)
+        self.neuron = Neuron(neuron, num_features)
+        self.set_head(num_features, drop_rate)
         base.init_weights(self, init)
         self._init_norms(neuron.threshold)
 
@@ -112,11 +103,6 @@ class MSResNet(SpikingNetwork):
         for module in self.blocks:
             assert isinstance(module, Block)
             nn.init.zeros_(module.add.norm.weight)
-
-    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        """(1 or T, B, C, H, W) to a current of as many timesteps."""
-        current: Tensor = self.stem(x, timesteps)
-        return current
 
     def forward_block(self, block: nn.Module, x: Tensor, timesteps: int) -> Tensor:
         y: Tensor = block(x, timesteps)
@@ -129,15 +115,7 @@ class MSResNet(SpikingNetwork):
 default_cfgs = generate_default_cfgs(
     {f"ms_resnet{depth}": base.model_cfg() for depth in (18, 34)}
     | {"ms_resnet104": base.model_cfg(first_conv="stem.conv.0")}
-    | {
-        "ms_resnet14_cifar": base.model_cfg(
-            32,
-            num_classes=10,
-            crop_pct=1.0,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2470, 0.2435, 0.2616),
-        )
-    }
+    | {"ms_resnet14_cifar": base.model_cfg(32, **base.CIFAR)}
 )
 
 # 11,693,736, 21,801,896 and 77,350,504 parameters at 1000 classes.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.dropout import Dropout, rising_rates
+from tetdist.nn.dropout import rising_rates
 from tetdist.nn.neurons import LIF, NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.packed import AvgPool, Conv2d, MaxPool
@@ -119,28 +119,21 @@ class PreActResNet(SpikingNetwork):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(num_classes=num_classes, timesteps=timesteps)
-        self.drop_path_rate = drop_path_rate
+        super().__init__(
+            num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
+        )
         self.stem = Stem(Conv2d(in_chans, width, 7, stride=2, padding=3), width)
         self.pool = MaxPool(3, stride=2, padding=1)
-        blocks: list[nn.Module] = []
+        places = base.resnet_blocks(layers, width, width)
         rates = rising_rates(drop_path_rate, sum(layers))
-        channels = width
-        for stage, num_blocks in enumerate(layers):
-            for i in range(num_blocks):
-                stride = 2 if stage > 0 and i == 0 else 1
-                drop_path = rates[len(blocks)]
-                blocks.append(
-                    Block(
-                        channels, width * 2**stage, stride, neuron, bias=True, drop_path=drop_path
-                    )
-                )
-                channels = width * 2**stage
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(
+            *(
+                Block(*place, neuron, bias=True, drop_path=rate)
+                for place, rate in zip(places, rates, strict=True)
+            )
+        )
         self.small_blocks = layers[-1]
-        self.num_features = self.head_hidden_size = channels
-        self.head_drop = Dropout(drop_rate, self.num_features)
-        self.fc = base.new_classifier(channels, num_classes)
+        self.set_head(width * 2 ** (len(layers) - 1), drop_rate)
         base.init_weights(self)
 
     def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:

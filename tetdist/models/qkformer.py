@@ -29,7 +29,7 @@ from tetdist.models.attention import (
 )
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.models.sew_resnet import connect
-from tetdist.nn.dropout import Dropout, DropPath, rising_rates
+from tetdist.nn.dropout import DropPath, rising_rates
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron
 from tetdist.nn.packed import carried, carry, converted
@@ -235,8 +235,9 @@ class QKFormer(SpikingNetwork):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(num_classes=num_classes, timesteps=timesteps)
-        self.drop_path_rate = drop_path_rate
+        super().__init__(
+            num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
+        )
         if len(widths) != len(depths):
             raise ValueError(f"widths {widths} and depths {depths} are not of as many stages")
         if odd := [width for width in widths if width % heads]:
@@ -292,13 +293,8 @@ class QKFormer(SpikingNetwork):
                 highest += 2
         self.blocks = nn.Sequential(*blocks)
         self.highest_inputs = tuple(highest_inputs)
-        self.num_features = self.head_hidden_size = widths[-1]
-        self.head_drop = Dropout(drop_rate, self.num_features)
-        self.fc = base.new_classifier(widths[-1], num_classes)
+        self.set_head(widths[-1], drop_rate)
         init_as_published([self.fc])
-
-    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        return self.stem(x, timesteps)
 
 
 class QKFormerDVS(QKFormer):
@@ -307,22 +303,10 @@ class QKFormerDVS(QKFormer):
     input_kind = "events"
 
 
-_IMAGENET: dict[str, Any] = {"first_conv": "stem.layers.0.conv", "interpolation": "bicubic"}
-_EVENTS: dict[str, Any] = {
-    "first_conv": "stem.layers.0.conv",
-    "input_size": (2, 128, 128),
-    "crop_pct": 1.0,
-    "mean": (0.0, 0.0),
-    "std": (1.0, 1.0),
-}
-_CIFAR: dict[str, Any] = {
-    "first_conv": "stem.layers.0.conv",
-    "num_classes": 10,
-    "crop_pct": 1.0,
-    "interpolation": "bicubic",
-    "mean": (0.4914, 0.4822, 0.4465),
-    "std": (0.2470, 0.2435, 0.2616),
-}
+_FIRST: dict[str, Any] = {"first_conv": "stem.layers.0.conv"}
+_IMAGENET = _FIRST | {"interpolation": "bicubic"}
+_CIFAR = _IMAGENET | base.CIFAR
+_EVENTS = _FIRST | base.EVENTS | {"input_size": (2, 128, 128)}
 default_cfgs = generate_default_cfgs(
     {f"qkformer_10_{width}": base.model_cfg(**_IMAGENET) for width in (384, 512, 768)}
     | {

@@ -16,7 +16,7 @@ from tetdist.errors import UserError
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.nn import neurons
-from tetdist.nn.dropout import Dropout, DropPath, rising_rates
+from tetdist.nn.dropout import DropPath, rising_rates
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import Conv2d, MaxPool, carried, carry, pack
 
@@ -145,8 +145,9 @@ class SEWResNet(SpikingNetwork):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(num_classes=num_classes, timesteps=timesteps)
-        self.drop_path_rate = drop_path_rate
+        super().__init__(
+            num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
+        )
         if connect_function not in CONNECT:
             raise ValueError(f"connect_function must be add, and or iand, not {connect_function!r}")
         of_others = neuron.levels is not None and not neuron.binary
@@ -159,27 +160,22 @@ class SEWResNet(SpikingNetwork):
             Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False), neuron
         )
         self.pool: nn.Module = MaxPool(3, stride=2, padding=1)
-        blocks: list[nn.Module] = []
+        places = base.resnet_blocks(layers, width, width, expansion=block.expansion)
         rates = rising_rates(drop_path_rate, sum(layers))
-        channels, highest = width, 1
-        highest_inputs: list[int | None] = []
-        for stage, num_blocks in enumerate(layers):
-            stage_width = width * 2**stage
-            for i in range(num_blocks):
-                stride = 2 if stage > 0 and i == 0 else 1
-                rate = rates[len(blocks)]
-                blocks.append(block(channels, stage_width, stride, connect_function, neuron, rate))
-                highest_inputs.append(highest)
-                if connect_function == "add":
-                    is_identity = isinstance(blocks[-1].downsample, nn.Identity)
-                    highest = 1 + (highest if is_identity else 1)
-                channels = stage_width * block.expansion
+        self.blocks = nn.Sequential(
+            *(
+                block(*place, connect_function, neuron, rate)
+                for place, rate in zip(places, rates, strict=True)
+            )
+        )
+        highest, highest_inputs = 1, list[int | None]()
+        for one in self.blocks:
+            highest_inputs.append(highest)
+            if connect_function == "add":
+                highest = 1 + (highest if isinstance(one.downsample, nn.Identity) else 1)
         self.highest_inputs = tuple(highest_inputs)
-        self.blocks = nn.Sequential(*blocks)
         self.small_blocks = layers[-1]
-        self.num_features = self.head_hidden_size = channels
-        self.head_drop = Dropout(drop_rate, self.num_features)
-        self.fc = base.new_classifier(channels, num_classes)
+        self.set_head(width * 2 ** (len(layers) - 1) * block.expansion, drop_rate)
         base.init_weights(self)
 
     def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:

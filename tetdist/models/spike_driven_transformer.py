@@ -28,7 +28,7 @@ from tetdist.models.attention import (
 )
 from tetdist.models.base import ConvNormNeuron, conv1x1, conv3x3
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.dropout import Dropout, rising_rates
+from tetdist.nn.dropout import rising_rates
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormAdd
 from tetdist.nn.norm_pool import NormPool
@@ -171,8 +171,9 @@ class SpikeDrivenTransformer(StreamTransformer):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(num_classes=num_classes, timesteps=timesteps)
-        self.drop_path_rate = drop_path_rate
+        super().__init__(
+            num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
+        )
         if len(pools) != 4 or not all(isinstance(one, bool) for one in pools):
             raise ValueError(
                 f"pools must be four of true or false, one a convolution of the stem, not {pools!r}"
@@ -197,9 +198,7 @@ class SpikeDrivenTransformer(StreamTransformer):
             )
         )
         self.head_neuron = Neuron(neuron, channels)
-        self.num_features = self.head_hidden_size = channels
-        self.head_drop = Dropout(drop_rate, self.num_features)
-        self.fc = base.new_classifier(channels, num_classes)
+        self.set_head(channels, drop_rate)
         init_as_published(module for module in self.modules() if isinstance(module, nn.Conv2d))
 
 
@@ -211,14 +210,8 @@ class SpikeDrivenTransformerDVS(SpikeDrivenTransformer):
 
 _FIRST: dict[str, Any] = {"first_conv": "stem.layers.0.conv"}
 _IMAGENET = _FIRST | {"crop_pct": 0.95, "interpolation": "bicubic"}
-_CIFAR = _FIRST | {
-    "num_classes": 10,
-    "crop_pct": 1.0,
-    "interpolation": "bicubic",
-    "mean": (0.4914, 0.4822, 0.4465),
-    "std": (0.2470, 0.2435, 0.2616),
-}
-_EVENTS = _FIRST | {"crop_pct": 1.0, "mean": (0.0, 0.0), "std": (1.0, 1.0)}
+_CIFAR = _FIRST | base.CIFAR | {"interpolation": "bicubic"}
+_EVENTS = _FIRST | base.EVENTS
 default_cfgs = generate_default_cfgs(
     {f"sdt_{size}": base.model_cfg(**_IMAGENET) for size in ("8_384", "6_512", "8_512", "10_512")}
     | {"sdt_8_768": base.model_cfg(**_IMAGENET)}

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv3x3
-from tetdist.nn.dropout import Dropout
 from tetdist.nn.neurons import NeuronConfig
 
 
@@ -52,13 +51,8 @@ class SpikingConvNet(SpikingNetwork):
         self.input_size = side = input_size
         for _ in channels[1:]:
             side = (side + 1) // 2
-        self.num_features = self.head_hidden_size = channels[-1] * side**2
-        self.head_drop = Dropout(drop_rate, self.num_features)
-        self.fc = base.new_classifier(self.num_features, num_classes)
+        self.set_head(channels[-1] * side**2, drop_rate)
         base.init_weights(self)
-
-    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        return self.stem(x, timesteps)
 
     def pooled(self, x: Tensor) -> Tensor:
         return x.flatten(2)
@@ -76,7 +70,7 @@ default_cfgs = generate_default_cfgs(
             28, num_classes=10, crop_pct=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
         ),
         "spiking_convnet_dvs": base.model_cfg(
-            num_classes=10, input_size=(2, 34, 34), crop_pct=1.0, mean=(0.0, 0.0), std=(1.0, 1.0)
+            num_classes=10, input_size=(2, 34, 34), **base.EVENTS
         ),
     }
 )

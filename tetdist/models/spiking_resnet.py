@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tetdist.models import base
 from tetdist.models.base import INV_SQRT_2, ConvNormNeuron, SpikingNetwork, conv1x1, conv3x3
 from tetdist.nn.batch_norm import BatchNorm
-from tetdist.nn.dropout import Dropout, rising_rates
+from tetdist.nn.dropout import rising_rates
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.norm_neuron import Neuron, NormNeuron
 from tetdist.nn.packed import Conv2d, MaxPool
@@ -151,8 +151,9 @@ class SpikingResNet(SpikingNetwork):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(num_classes=num_classes, timesteps=timesteps)
-        self.drop_path_rate = drop_path_rate
+        super().__init__(
+            num_classes=num_classes, timesteps=timesteps, drop_path_rate=drop_path_rate
+        )
         self.input_size = input_size
         scale, _ = _norm_scales(neuron, norm)
         self.pool: nn.Module = nn.Identity()
@@ -165,26 +166,19 @@ class SpikingResNet(SpikingNetwork):
             case _:
                 raise ValueError(f"stem must be 'imagenet' or 'cifar', not {stem!r}")
         self.stem = ConvNormNeuron(conv, neuron, norm_scale=scale)
-        blocks: list[nn.Module] = []
+        places = base.resnet_blocks(layers, stem_width, width, expansion=block.expansion)
         rates = rising_rates(drop_path_rate, sum(layers))
-        channels = stem_width
-        for stage, num_blocks in enumerate(layers):
-            stage_width = width * 2**stage
-            for i in range(num_blocks):
-                stride = 2 if stage > 0 and i == 0 else 1
-                drop_path = rates[len(blocks)]
-                blocks.append(block(channels, stage_width, stride, neuron, norm, drop_path))
-                channels = stage_width * block.expansion
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(
+            *(block(*place, neuron, norm, rate) for place, rate in zip(places, rates, strict=True))
+        )
         self.small_blocks = layers[-1]
+        channels = width * 2 ** (len(layers) - 1) * block.expansion
         self.hidden: nn.Module = nn.Identity()
         if hidden_features:
             self.hidden = nn.Sequential(
                 nn.Linear(channels, hidden_features), Neuron(neuron, hidden_features)
             )
-        self.num_features = self.head_hidden_size = hidden_features or channels
-        self.head_drop = Dropout(drop_rate, self.num_features)
-        self.fc = base.new_classifier(self.num_features, num_classes)
+        self.set_head(hidden_features or channels, drop_rate)
         base.init_weights(self, init)
 
     def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
@@ -202,12 +196,7 @@ class SpikingResNetDVS(SpikingResNet):
 
 # The numbers of the paper's code. Its standard deviation is a widespread one, a mean over images of
 # each one's own; that of all pixels together is 0.2470, 0.2435, 0.2616.
-_CIFAR = {
-    "num_classes": 10,
-    "crop_pct": 1.0,
-    "mean": (0.4914, 0.4822, 0.4465),
-    "std": (0.2023, 0.1994, 0.2010),
-}
+_CIFAR = base.CIFAR | {"std": (0.2023, 0.1994, 0.2010)}
 default_cfgs = generate_default_cfgs(
     {f"spiking_resnet{depth}": base.model_cfg() for depth in (18, 34, 50)}
     | {
@@ -216,7 +205,7 @@ default_cfgs = generate_default_cfgs(
     }
     | {
         "spiking_resnet19_dvs": base.model_cfg(
-            num_classes=10, input_size=(2, 48, 48), crop_pct=1.0, mean=(0.0, 0.0), std=(1.0, 1.0)
+            num_classes=10, input_size=(2, 48, 48), **base.EVENTS
         )
     }
 )

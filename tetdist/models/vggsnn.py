@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from tetdist.models import base
 from tetdist.models.base import ConvNormNeuron, SpikingNetwork, conv3x3
-from tetdist.nn.dropout import Dropout
 from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import AvgPool
 
@@ -51,24 +50,15 @@ class VGGSNN(SpikingNetwork):
             nn.Sequential(layer(256, 512), layer(512, 512), AvgPool()),
             nn.Sequential(layer(512, 512), layer(512, 512), AvgPool()),
         )
-        self.num_features = self.head_hidden_size = 512 * (input_size // 16) ** 2
-        self.head_drop = Dropout(drop_rate, self.num_features)
-        self.fc = base.new_classifier(self.num_features, num_classes)
+        self.set_head(512 * (input_size // 16) ** 2, drop_rate)
         base.init_weights(self)
-
-    def forward_stem(self, x: Tensor, timesteps: int) -> Tensor:
-        return self.stem(x, timesteps)
 
     def pooled(self, x: Tensor) -> Tensor:
         return x.flatten(2)
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        "vggsnn": base.model_cfg(
-            num_classes=10, input_size=(2, 48, 48), crop_pct=1.0, mean=(0.0, 0.0), std=(1.0, 1.0)
-        )
-    }
+    {"vggsnn": base.model_cfg(num_classes=10, input_size=(2, 48, 48), **base.EVENTS)}
 )
 
 vggsnn = base.register(VGGSNN, "vggsnn")  # 9.27 million parameters at 48x48 and 10 classes

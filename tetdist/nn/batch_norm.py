@@ -88,7 +88,8 @@ class BatchNorm(_Module):
         self.num_processes = 1
 
     def forward(self, current: Tensor, copies: int = 1) -> Tensor:
-        """Normalise (T, B, C, H, W); computes in float32 at least, returns the current's type.
+        """Normalise (T, B, C, H, W), or (N, C, H, W) of a plain network, which folds time into its
+        batch; computes in float32 at least, returns the current's type.
 
         ``copies`` is how many equal timesteps each of the current's stands for: T where a static
         image's (1, B, C, H, W) serves them all. The running variance counts them.
@@ -173,8 +174,8 @@ class BatchNorm(_Module):
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel, each (C,), of (T, B, C, H, W)."""
-    var, mean = torch.var_mean(x, dim=(0, 1, 3, 4), correction=0)
+    """Mean and biased variance per channel, each (C,), of (..., C, H, W)."""
+    var, mean = torch.var_mean(x, dim=(*range(x.ndim - 3), -2, -1), correction=0)
     return mean, var
 
 

@@ -28,48 +28,35 @@ from tetdist.nn.neurons import NeuronConfig
 from tetdist.nn.packed import Packed, carried, carry
 
 
-def spiking_layers(model: nn.Module) -> "dict[str, NormNeuron | Neuron]":
+def spiking_layers(model: nn.Module) -> "dict[str, NeuronLayer]":
     """A model's layers of neurons, by name; none in a ReLU network."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (NormNeuron, Neuron))
-        and (neuron := neuron_of(module)) is not None
-        and neuron.spiking
+        if isinstance(module, NeuronLayer) and module.neuron.spiking
     }
 
 
 def neurons_of(model: nn.Module) -> list[NeuronConfig]:
     """The neurons of a model's layers of them; none in a ReLU network."""
-    found = (neuron_of(module) for module in model.modules())
-    return [neuron for neuron in found if neuron is not None and neuron.spiking]
+    return [layer.neuron for layer in spiking_layers(model).values()]
 
 
 def neuron_of(module: nn.Module) -> NeuronConfig | None:
     """The neuron of a layer of them; None: the module is none."""
-    match module:
-        case NormNeuron():
-            return module.neuron
-        case Neuron():
-            return module.config
-    return None
+    return module.neuron if isinstance(module, NeuronLayer) else None
 
 
-def changing_neurons(model: nn.Module) -> "dict[NormNeuron | Neuron, NeuronConfig]":
+def changing_neurons(model: nn.Module) -> "dict[NeuronLayer, NeuronConfig]":
     """Layers whose neurons change from one epoch of training to another, and their neurons."""
-    layers = spiking_layers(model).values()
-    found = {layer: neuron for layer in layers if (neuron := neuron_of(layer)) is not None}
+    found = {layer: layer.neuron for layer in spiking_layers(model).values()}
     return {layer: neuron for layer, neuron in found.items() if neuron.at_epoch(0) is not neuron}
 
 
-def enter_epoch(neurons: "dict[NormNeuron | Neuron, NeuronConfig]", epoch: int) -> None:
+def enter_epoch(neurons: "dict[NeuronLayer, NeuronConfig]", epoch: int) -> None:
     """Have what `changing_neurons` returned be as it is in an epoch of training."""
     for layer, neuron in neurons.items():
-        match layer:
-            case NormNeuron():
-                layer.neuron = neuron.at_epoch(epoch)
-            case Neuron():
-                layer.config = neuron.at_epoch(epoch)
+        layer.neuron = neuron.at_epoch(epoch)
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -138,62 +125,85 @@ class FusedLayer(nn.Module):
 
 
 class NeuronLayer(FusedLayer):
-    """A layer of neurons: one that has membranes, see `carrying_membranes`."""
+    """A layer of neurons: one that has membranes, see `carrying_membranes`.
+
+    Args:
+        neuron: The neuron.
+
+    Attributes:
+        learned: What the neurons learn themselves; a subclass makes it, behind its norm.
+    """
 
     learned: nn.ParameterDict
 
-    def __init__(self) -> None:
+    def __init__(self, neuron: NeuronConfig) -> None:
         super().__init__()
+        self.neuron = neuron
         self.carries = False
         self.membrane: Tensor | None = None
 
-    def fire(self, neuron: NeuronConfig, current: Tensor, timesteps: int) -> Tensor:
+    def fire(self, current: Tensor, timesteps: int) -> Tensor:
         """Spikes (T, B, ...) of a current (1 or T, B, ...), in its type and memory layout."""
         if self.is_fused():
             kernels = passes.passes_for(
-                neuron,
+                self.neuron,
                 (current,),
                 timesteps,
                 carries=self.carries,
                 packs=self.training and torch.is_grad_enabled(),
             )
             if kernels is not None:
-                return self._fire_fused(neuron, current, kernels)
-        return self.fire_by_definition(neuron, current, timesteps)
+                return self._fire_fused(current, kernels)
+        return self.fire_by_definition(current, timesteps)
 
-    def fire_by_definition(self, neuron: NeuronConfig, current: Tensor, timesteps: int) -> Tensor:
+    def fire_by_definition(self, current: Tensor, timesteps: int) -> Tensor:
         """The definition of `fire`."""
-        learned = neurons.broadcasting(neuron, self.learned, 2 if current.ndim == 5 else 0)
+        learned = neurons.broadcasting(self.neuron, self.learned, 2 if current.ndim == 5 else 0)
         current = current.expand(timesteps, *current.shape[1:])
-        spikes, membrane = neuron.run(current, self.membrane, **learned)
+        spikes, membrane = self.neuron.run(current, self.membrane, **learned)
         if self.carries:
             self.membrane = membrane
         return spikes
 
-    def _fire_fused(self, neuron: NeuronConfig, current: Tensor, kernels: Passes) -> Tensor:
+    def _fire_fused(self, current: Tensor, kernels: Passes) -> Tensor:
         layout = _Layout.of(current)
         start = None if self.membrane is None else layout.flat(self.membrane[None])[0]
-        learned = _in_passes(neuron, self.learned, current, kernels)
+        learned = self.in_passes(current, kernels)
         spikes, packed, end = FusedNeuron.apply(layout.flat(current), start, kernels, *learned)
         if self.carries:
             self.membrane = layout.shaped(end[None])[0]
         spikes = layout.shaped(spikes)
-        return _carrying(spikes, None if packed is None else layout.shaped(packed), neuron)
+        return self.carrying(spikes, None if packed is None else layout.shaped(packed))
+
+    def in_passes(self, current: Tensor, kernels: Passes) -> tuple[Tensor, ...]:
+        """Return the learnt values as the kernels take them, in their compute type."""
+        wide = torch.promote_types(current.dtype, torch.float32)
+        parameters = {name: value.to(wide) for name, value in self.learned.items()}
+        return self.neuron.in_passes(kernels.timesteps, **parameters)
+
+    def carrying(self, spikes: Tensor, packed: Tensor | None) -> Tensor:
+        """Spikes that carry their form in bytes, if there is one."""
+        if packed is None:
+            return spikes
+        assert self.neuron.levels is not None
+        return carry(spikes, Packed(packed, self.neuron.levels))
+
+    def extra_repr(self) -> str:
+        return str(self.neuron)
 
 
 class Neuron(NeuronLayer):
     """Neurons that start every sample at rest: current (T, B, ...) to spikes (T, B, ...).
 
     Args:
-        config: The neuron.
+        neuron: The neuron.
         num_channels: C of a current (T, B, C, H, W), else its last dimension; it matters for kinds
             that learn a number for each.
     """
 
-    def __init__(self, config: NeuronConfig, num_channels: int = 1) -> None:
-        super().__init__()
-        self.config = config
-        self.learned = neurons.learned(config, num_channels)
+    def __init__(self, neuron: NeuronConfig, num_channels: int = 1) -> None:
+        super().__init__(neuron)
+        self.learned = neurons.learned(neuron, num_channels)
 
     def forward(self, current: Tensor, timesteps: int | None = None) -> Tensor:
         """Spikes (T, B, ...), of the current's type and memory layout.
@@ -204,14 +214,11 @@ class Neuron(NeuronLayer):
         """
         timesteps = timesteps or current.shape[0]
         assert current.shape[0] in (1, timesteps), (current.shape, timesteps)
-        return self.fire(self.config, current, timesteps)
+        return self.fire(current, timesteps)
 
     def reference(self, current: Tensor, timesteps: int) -> Tensor:
         """The definition of `forward`."""
-        return self.fire_by_definition(self.config, current, timesteps)
-
-    def extra_repr(self) -> str:
-        return str(self.config)
+        return self.fire_by_definition(current, timesteps)
 
 
 class _Layout(NamedTuple):
@@ -262,10 +269,9 @@ class NormNeuron(NeuronLayer):
         norm_scale: float = 1.0,
         drop_path: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(neuron)
         self.norm = BatchNorm(num_channels, scale=norm_scale)
         self.drop_path = DropPath(drop_path)
-        self.neuron = neuron
         self.learned = neurons.learned(neuron, num_channels)
 
     def forward(
@@ -294,7 +300,7 @@ class NormNeuron(NeuronLayer):
                 total = _norm_add(
                     self.norm, current, shortcut, shortcut_norm, self.drop_path, norms
                 )
-                return self.fire(self.neuron, total, timesteps)
+                return self.fire(total, timesteps)
         elif self.is_fused():
             kernels = passes.passes_for(
                 self.neuron,
@@ -327,7 +333,7 @@ class NormNeuron(NeuronLayer):
     ) -> Tensor:
         """The definition of `forward`."""
         total = self.input_current(current, timesteps, shortcut, shortcut_norm)
-        spikes = self.fire_by_definition(self.neuron, total, timesteps)
+        spikes = self.fire_by_definition(total, timesteps)
         return spikes if identity is None else spikes + identity
 
     def input_current(
@@ -358,7 +364,7 @@ class NormNeuron(NeuronLayer):
         start = None
         if self.membrane is not None:
             start = self.membrane.permute(0, 2, 3, 1).reshape(-1, channels)
-        learned = _in_passes(self.neuron, self.learned, current, kernels)
+        learned = self.in_passes(current, kernels)
         rows, packed, end = FusedNormNeuron.apply(
             *(rows_of(current), added, joined, start, norms, kernels),
             *(*norms.parameters(), *learned),
@@ -367,27 +373,7 @@ class NormNeuron(NeuronLayer):
             self.membrane = end.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
         bytes_of = None if packed is None else image_of(packed, current.shape)
-        return _carrying(image_of(rows, current.shape), bytes_of, self.neuron)
-
-    def extra_repr(self) -> str:
-        return str(self.neuron)
-
-
-def _in_passes(
-    neuron: NeuronConfig, learned: nn.ParameterDict, current: Tensor, kernels: Passes
-) -> tuple[Tensor, ...]:
-    """Return a layer's learnt values as the kernels take them, in their compute type."""
-    wide = torch.promote_types(current.dtype, torch.float32)
-    parameters = {name: value.to(wide) for name, value in learned.items()}
-    return neuron.in_passes(kernels.timesteps, **parameters)
-
-
-def _carrying(spikes: Tensor, packed: Tensor | None, neuron: NeuronConfig) -> Tensor:
-    """Spikes that carry their form in bytes, if there is one."""
-    if packed is None:
-        return spikes
-    assert neuron.levels is not None
-    return carry(spikes, Packed(packed, neuron.levels))
+        return self.carrying(image_of(rows, current.shape), bytes_of)
 
 
 def rows_of(x: Tensor) -> Tensor:

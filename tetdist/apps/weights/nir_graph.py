@@ -50,7 +50,7 @@ from tetdist.models.base import ConvNormNeuron
 from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.learned_decay import PLIF
 from tetdist.nn.neurons import LIF, NeuronConfig
-from tetdist.nn.norm_neuron import Neuron, NormNeuron
+from tetdist.nn.norm_neuron import NeuronLayer
 from tetdist.nn.norm_pool import NormPool
 from tetdist.nn.packed import AvgPool, MaxPool
 
@@ -237,9 +237,8 @@ class _Builder:
         return self.add(name, node, x, shape)
 
     def neurons(self, name: str, module: nn.Module, x: Signal) -> Signal:
-        assert isinstance(module, (NormNeuron, Neuron))
-        config = module.neuron if isinstance(module, NormNeuron) else module.config
-        return self.add(name, self.neuron(config, x.shape, module.learned), x, x.shape)
+        assert isinstance(module, NeuronLayer)
+        return self.add(name, self.neuron(module.neuron, x.shape, module.learned), x, x.shape)
 
     def neuron(
         self, config: NeuronConfig, shape: tuple[int, ...], learned: nn.ParameterDict

@@ -32,8 +32,8 @@ class Sizes(NamedTuple):
         assert pool.dilation == 1
         assert not pool.ceil_mode
         images, channels, height, width = shape
-        sides = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
-        return cls(images, height, width, channels, *sides, kernel, stride, padding)
+        rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
+        return cls(images, height, width, channels, rows, columns, kernel, stride, padding)
 
 
 class Pooling:
