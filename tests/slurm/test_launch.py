@@ -310,13 +310,40 @@ def test_dry_run_writes_nothing(
     before = sorted(tmp_path.rglob("*"))
     arguments = ["--config", str(file), "--dry-run", "--nodes", "2", "--gpus-per-node", "2"]
     assert main([*arguments, "--partition", "gpu", "--images-per-s", "100"]) == 0
-    script, rest = capfd.readouterr().out.split("# --- configuration\n")
+    text, rest = capfd.readouterr().out.split("# --- batch script\n")
+    script, config = rest.split("# --- configuration\n")
+    assert text.startswith("# --- plan\n")
     assert "#SBATCH --partition=gpu" in script
-    config, text = rest.split("# --- plan\n")
     assert yaml.safe_load(config)["cluster"]["gpus_per_node"] == 2
     assert Path(yaml.safe_load(config)["runs_dir"]).is_absolute()
     assert "5 an epoch, 10 in all (2 epochs)" in text
+    # Nothing says how many GPUs a node has.
+    assert main(["--config", str(file), "--dry-run", "batch.micro=1"]) == 0
+    said = capfd.readouterr()
+    assert "no --gpus-per-node is given: the plan takes 8" in said.err
+    assert "#SBATCH --gpus-per-node=8" in said.out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_plan_without_the_data(
+    tiny_config: ConfigWriter, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = str(tiny_config())
+
+    def planned(*arguments: str) -> str:
+        flags = ("--dry-run", "--gpus-per-node", "1", "--images-per-s", "9")
+        assert main(["--config", file, *flags, *arguments]) == 0
+        return capfd.readouterr().out
+
+    assert "(1281167 as published" in planned(f"data.root={tmp_path}/imagenet")
+    text = planned("data.root=/nowhere", "--images", "80")
+    assert "10 an epoch, 20 in all (2 epochs)" in text
+    assert "2 evaluations of 0" in text
+    # The data that are there are counted, unless another number is given.
+    assert " in the split)" in planned()
+    assert "(48 as published or given" in planned("--images", "48")
+    root = ["--config", file, "--dry-run", "data.root=/nowhere"]
+    refused(capfd, root, "there is no folder /nowhere", "--images N")
 
 
 def test_what_is_refused_before_anything_is_written(
@@ -353,6 +380,7 @@ def test_wrong_command_line(capfd: pytest.CaptureFixture[str]) -> None:
         (["--config", "x", "--nodes", "none"], "'none' is not a whole number"),
         (["status"], "RUN"),
         (["--config", "x", "--dry-run", "--follow"], "not allowed"),
+        (["--config", "x", "--images", "8"], "--images is for --dry-run"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
@@ -413,10 +441,25 @@ def test_starts_that_lead_nowhere_end(
     assert history.history(run)[-1].kind == "cancelled"
 
 
+def test_one_failed_process_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever it is; here the last."""
+    monkeypatch.setattr(local, "PATIENCE", 0.1)
+    programs = ("import time; time.sleep(20)", "raise SystemExit(3)")
+    running = [subprocess.Popen([sys.executable, "-S", "-c", program]) for program in programs]
+    try:
+        assert local._wait(running) == 3
+        assert running[0].poll() is None
+    finally:
+        running[0].kill()
+        running[0].wait()
+
+
 def test_cluster_file_of_the_documentation(cluster_file: Path) -> None:
-    """Has every key, and those with their defaults where it says so."""
+    """An example, and all other keys with their defaults."""
     text = (tiny.PROJECT / "docs" / "slurm.md").read_text()
-    example = text.split("```yaml\n")[1].split("```")[0]
+    example, others = (part.split("```")[0] for part in text.split("```yaml\n")[1:3])
     cluster_file.write_text(example)
     assert cluster.gather({}, {}).gpus_per_node == 8
-    assert set(yaml.safe_load(example)) == set(ClusterSection.model_fields)
+    defaults = yaml.safe_load(others)
+    assert {*yaml.safe_load(example), *defaults} == set(ClusterSection.model_fields)
+    assert {key: getattr(ClusterSection(), key) for key in defaults} == defaults

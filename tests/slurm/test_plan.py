@@ -111,7 +111,11 @@ def test_table() -> None:
     text = plan.describe(make(), Speed(100.0, 4))
     rows = {line.split()[0]: line for line in text.splitlines() if line[:5].strip().isdigit()}
     assert list(rows) == ["1", "2", "4", "8", "16", "32", "64"]
-    assert rows["4"].endswith("8 micro-batches cannot be shared equally")
+    said = "8 micro-batches cannot be shared equally; another run could: "
+    assert rows["4"].endswith(f"{said}batch.micro=16, or batch.global=512")
+    # More processes than samples of a step.
+    large = plan.describe(make(nodes=1, gpus_per_node=8), Speed(100.0, 4))
+    assert large.endswith(f"64        512  {said}batch.global=16384")
     # The newest three and the best; with a moving average its best, too.
     assert "160.0 MB each, 4 kept: 640.0 MB" in text
     averaged = plan.describe(make(overrides=("ema.decay=0.999",)), Speed(100.0, 4))
@@ -122,6 +126,20 @@ def test_table() -> None:
     assert f"{one.hours:.1f}" in rows["1"]
     assert f"{two.hours:.1f}" in rows["2"]
     assert one.hours / 2 < two.hours < one.hours
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, "warning: the cluster's default a process, often 1, for the 8 threads"),
+        (4, "warning: 4 a process, for the 8 threads"),
+        (8, "8 a process, of which data.threads=8 load samples"),
+    ],
+)
+def test_cpus_that_are_too_few_are_said(given: int | None, said: str) -> None:
+    text = plan.describe(make(cpus_per_task=given), "nobody said")
+    assert f"CPUs         {said}" in text
+    assert ("give cluster.cpus_per_task=8" in text) == (given != 8)
 
 
 def test_run_that_begins_with_a_later_phase() -> None:

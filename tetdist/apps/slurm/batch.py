@@ -68,6 +68,8 @@ def parameters(
             # The snapshot comes before whatever is installed; `python -m` looks here first.
             f"cd {shlex.quote(str(code))}",
             f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            "# srun starts one process a task. The Python behind -c holds back Slurm's warning",
+            "# signals until the trainer can take them, and becomes the one that trains.",
         ],
         "additional_parameters": {"requeue": True} | _depending_on(after, cluster.sbatch),
         "wckey": None,

@@ -1,6 +1,7 @@
 """The command slurm: submit, status, cancel, resume."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,23 +13,32 @@ if TYPE_CHECKING:
     from tetdist.apps.slurm.cluster import ClusterSection
     from tetdist.apps.slurm.submit import Prepared
 
-COMMANDS = ("submit", "status", "cancel", "resume")
+# Those that take a run, and what they do.
+RUN_COMMANDS = {
+    "status": "Say how a run is: state, progress, restarts and their reasons.",
+    "cancel": "End a run's job; while it trains it saves first. `resume` continues it.",
+    "resume": "Submit a run again, from its newest checkpoint, with the code it began with.",
+}
 PROGRAM = typed("slurm").removeprefix("python ")
+# GPUs of a node that a dry run takes where nothing says how many.
+ASSUMED_GPUS = 8
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command, ``submit`` if none is named, and its flags."""
-    command = arguments[0] if arguments[:1] and arguments[0] in COMMANDS else "submit"
-    rest = arguments[1:] if arguments[:1] == [command] else arguments
-    parser = {"submit": _submit_parser, "resume": _resume_parser}.get(command, _run_parser)(command)
+    command = arguments[0] if arguments[:1] and arguments[0] in RUN_COMMANDS else "submit"
+    rest = arguments[1:] if arguments[:1] in ([command], ["submit"]) else arguments
+    parser = _submit_parser() if command == "submit" else _run_parser(command)
     options = parser.parse_intermixed_args(rest)
     options.command = command
     if command == "submit" and not options.config:
         parser.error("--config is missing: a YAML file, or the name of one in configs/")
+    if command == "submit" and options.images and not options.dry_run:
+        parser.error("--images is for --dry-run; a run counts the images of its data itself")
     return options
 
 
-def _submit_parser(_: str) -> argparse.ArgumentParser:
+def _submit_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Send a run to a Slurm cluster, once; it finishes by itself.",
@@ -61,7 +71,7 @@ def _submit_parser(_: str) -> argparse.ArgumentParser:
     how.add_argument(
         "--dry-run",
         action="store_true",
-        help="show batch script, configuration and plan; needs no Slurm, writes nothing",
+        help="show plan, batch script and configuration; needs no Slurm, writes nothing",
     )
     how.add_argument("--follow", action="store_true", help="then show the log as it grows")
     how.add_argument(
@@ -69,6 +79,13 @@ def _submit_parser(_: str) -> argparse.ArgumentParser:
         type=positive,
         metavar="N",
         help="run the same job here, in N processes, without Slurm",
+    )
+    parser.add_argument(
+        "--images",
+        type=positive,
+        metavar="N",
+        help="with --dry-run: plan for N training images, without the data; default: those of the "
+        "data or, of ImageNet and CIFAR, as published",
     )
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument(
@@ -85,32 +102,17 @@ def _submit_parser(_: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _resume_parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} {command}",
-        description="Submit a run again, from its newest checkpoint, with the code it began with.",
-    )
-    parser.add_argument(
-        "run", metavar="RUN", help="folder of the run or sweep, or its name in runs/"
-    )
-    parser.add_argument(
-        "--new-code", action="store_true", help="take the code as it is here and now"
-    )
-    _add_cluster_flags(parser)
-    parser.add_argument("--follow", action="store_true", help="then show the log as it grows")
-    return parser
-
-
 def _run_parser(command: str) -> argparse.ArgumentParser:
-    text = {
-        "status": "Say how a run is: state, progress, restarts and their reasons.",
-        "cancel": "End a run's job; while it trains it saves first. `resume` continues it.",
-    }[command]
-    parser = argparse.ArgumentParser(prog=f"{PROGRAM} {command}", description=text)
+    parser = argparse.ArgumentParser(prog=f"{PROGRAM} {command}", description=RUN_COMMANDS[command])
     parser.add_argument(
         "run", metavar="RUN", help="folder of the run or sweep, or its name in runs/"
     )
-    if command == "status":
+    if command == "resume":
+        parser.add_argument(
+            "--new-code", action="store_true", help="take the code as it is here and now"
+        )
+        _add_cluster_flags(parser)
+    if command != "cancel":
         parser.add_argument("--follow", action="store_true", help="show the log as it grows")
     return parser
 
@@ -148,7 +150,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def submit(options: argparse.Namespace) -> int:
-    from tetdist.apps.slurm import plan, speed
+    from tetdist.apps.slurm import plan, published, speed
     from tetdist.apps.slurm import status as show
     from tetdist.apps.slurm import submit as submission
     from tetdist.config import loading as configuration
@@ -170,7 +172,8 @@ def submit(options: argparse.Namespace) -> int:
     for name, overrides in zip(names, changes, strict=True):
         own = joined([*options.overrides, *overrides], [f"name={name}"])
         config = configuration.load(options.config, own, options.imports) if options.sweep else base
-        runs.append(submission.prepare(config, cluster, options.after))
+        data = published.indexes(config, options.images) if options.dry_run else None
+        runs.append(submission.prepare(config, cluster, options.after, data))
     found = speed.speed_of(
         runs[0].config,
         cluster,
@@ -266,6 +269,9 @@ def cluster_of(section: dict[str, Any], options: argparse.Namespace) -> "Cluster
     names = ("nodes", "gpus_per_node", "gpu", *of_job)
     flags = {name: value for name in names if (value := getattr(options, name)) is not None}
     facts = cluster.gather(section, flags)
+    if facts.gpus_per_node is None and getattr(options, "dry_run", False):
+        print(f"no --gpus-per-node is given: the plan takes {ASSUMED_GPUS}", file=sys.stderr)
+        facts = facts.model_copy(update={"gpus_per_node": ASSUMED_GPUS})
     if facts.gpus_per_node is None and not getattr(options, "local", None):
         raise UserError(
             "how many GPUs of each node shall train is not said: --gpus-per-node G (0: none, on "

@@ -83,7 +83,8 @@ def _wait(running: list[subprocess.Popen[bytes]]) -> int:
     """Wait until all have ended, or one has failed and the others have had time to say so."""
     failed_at: float | None = None
     first = 0
-    while any(process.poll() is None for process in running):
+    # Each is asked: the status of one that is not asked stays unknown.
+    while None in [process.poll() for process in running]:
         failed = [p.returncode for p in running if p.returncode not in (None, 0, AGAIN)]
         if failed and failed_at is None:
             first, failed_at = failed[0], time.monotonic()

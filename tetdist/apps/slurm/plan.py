@@ -32,26 +32,31 @@ class Plan:
     """The work of a run, whatever the speed.
 
     Attributes:
-        micro_batches: Micro-batches of a step, over all processes.
         steps_per_epoch: Optimiser steps.
         first_step, last_step: The run's; the first is not 0 where it begins with a later phase.
         evaluations: How often the whole validation split is evaluated, by weights and average.
         train_images, val_images: Sizes of the splits.
+        counted: Where these sizes come from.
         parameters: The model's.
         checkpoint_bytes: Size of one checkpoint.
     """
 
     config: RunConfig
     cluster: ClusterSection
-    micro_batches: int
     steps_per_epoch: int
     first_step: int
     last_step: int
     evaluations: int
     train_images: int
     val_images: int
+    counted: str
     parameters: int
     checkpoint_bytes: int
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step, over all processes."""
+        return self.config.batch.global_ // self.config.batch.micro
 
     @property
     def steps(self) -> int:
@@ -74,11 +79,9 @@ class Cost:
     Attributes:
         hours: Time of computing, without waiting in a queue.
         communication: Its share of a training step.
-        periods: The number of time limits that the run takes.
+        periods: The number of time limits that the run takes; 0: they are too short.
     """
 
-    nodes: int
-    processes: int
     hours: float
     gpu_hours: float
     communication: float
@@ -94,6 +97,7 @@ def make(
     val_images: int,
     parameters: int,
     buffers: int,
+    counted: str = "in the split",
 ) -> Plan:
     """The plan of a run; ``buffers`` are the model's numbers that are not parameters.
 
@@ -104,8 +108,7 @@ def make(
     order.rank_micro_batches(0, cluster.processes, batch.global_, batch.micro)
     per_epoch = order.steps_per_epoch(train_images, batch.global_)
     phases = schedule_phases(config.phases, per_epoch, config.batch.global_)
-    end = phases[-1].end_step
-    last_step = min(end, config.max_steps or end)
+    last_step = min(phases[-1].end_step, config.max_steps or phases[-1].end_step)
     first_step = phases[config.start_phase].first_step
     every = config.evaluate_every * per_epoch
     moments = max(kind_of(phase.optimizer.kind).moments for phase in config.phases)
@@ -113,13 +116,13 @@ def make(
     return Plan(
         config=config,
         cluster=cluster,
-        micro_batches=batch.global_ // batch.micro,
         steps_per_epoch=per_epoch,
         first_step=first_step,
         last_step=last_step,
         evaluations=copies * math.ceil((last_step - first_step) / every),
         train_images=train_images,
         val_images=val_images,
+        counted=counted,
         parameters=parameters,
         checkpoint_bytes=4 * (parameters * (copies + moments) + copies * buffers),
     )
@@ -146,8 +149,6 @@ def cost(plan: Plan, speed: Speed, nodes: int) -> Cost | None:
     seconds = training + evaluating + waiting
     stretch = cluster.minutes * 60 - cluster.warn_before_end - RESTART_MINUTES * 60
     return Cost(
-        nodes=nodes,
-        processes=processes,
         hours=seconds / 3600,
         gpu_hours=seconds / 3600 * nodes * (cluster.gpus_per_node or 0),
         communication=waiting / (training + waiting),
@@ -170,8 +171,7 @@ def communication_seconds(
 
 def describe(plan: Plan, speed: Speed | str) -> str:
     """The plan as a person reads it; without a speed it says why there is none."""
-    config, cluster = plan.config, plan.cluster
-    per_process = plan.micro_batches // cluster.processes
+    config, cluster, batch = plan.config, plan.cluster, plan.config.batch
     # The newest and the best, of the weights and of their moving average.
     kept = config.save.keep_last + (1 if config.ema.decay is None else 2)
     phases = config.phases[config.start_phase :]
@@ -181,11 +181,12 @@ def describe(plan: Plan, speed: Speed | str) -> str:
     lines = [
         f"processes    {cluster.processes}: {counted(cluster.nodes, 'node')} x "
         f"{cluster.processes_per_node} ({devices} a node)",
-        f"a step       {counted(config.batch.global_, 'sample')} in "
-        f"{counted(plan.micro_batches, 'micro-batch')} of "
-        f"{config.batch.micro}, {per_process} a process",
+        f"CPUs         {_cpus(config.data.threads, cluster.cpus_per_task)}",
+        f"a step       {counted(batch.global_, 'sample')} in "
+        f"{counted(plan.micro_batches, 'micro-batch')} of {batch.micro}, "
+        f"{plan.micro_batches // cluster.processes} a process",
         f"steps        {plan.steps_per_epoch} an epoch, {plan.steps} in all ({epochs} epochs)",
-        f"samples      {plan.images} to train on ({plan.train_images} in the split), "
+        f"samples      {plan.images} to train on ({plan.train_images} {plan.counted}), "
         f"{counted(plan.evaluations, 'evaluation')} of {plan.val_images}; T = {timesteps}",
         f"model        {plan.parameters / 1e6:.2f} million parameters",
         f"checkpoints  {_size(plan.checkpoint_bytes)} each, {kept} kept: "
@@ -198,10 +199,10 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         lines.append(f"{name:12} " + text.replace("\n", "\n" + 13 * " "))
     own = cost(plan, speed, cluster.nodes)
     assert own is not None, "make() has checked it"
-    epochs_of_run = plan.steps / plan.steps_per_epoch
     lines += [
-        f"hours        {own.hours:.1f}, {own.hours / epochs_of_run:.2g} an epoch, GPU-hours "
-        f"{own.gpu_hours:.0f}, time limits {_periods(own)} ({own.images_per_s:.0f} samples/s)",
+        f"hours        {own.hours:.1f}, {own.hours * plan.steps_per_epoch / plan.steps:.2g} an "
+        f"epoch, GPU-hours {own.gpu_hours:.0f}, time limits {own.periods or 'too short'} "
+        f"({own.images_per_s:.0f} samples/s)",
         "",
         f"By size, from {speed.images_per_s:.4g} samples/s a process at T={speed.timesteps} "
         f"({speed.source}),",
@@ -211,23 +212,38 @@ def describe(plan: Plan, speed: Speed | str) -> str:
         "",
         "nodes  processes  samples/s   hours  GPU-hours  averaging  time limits",
     ]
-    for nodes in sorted({*TABLE_NODES, cluster.nodes}):
-        row = cost(plan, speed, nodes)
-        count = nodes * cluster.processes_per_node
-        if row is None:
-            lines.append(
-                f"{nodes:5}  {count:9}  {plan.micro_batches} micro-batches cannot be shared equally"
-            )
-            continue
-        lines.append(
-            f"{nodes:5}  {count:9}  {row.images_per_s:9.0f}  {row.hours:6.1f}  "
-            f"{row.gpu_hours:9.0f}  {100 * row.communication:7.1f} %  {_periods(row):>11}"
-        )
+    lines += [_row(plan, speed, nodes) for nodes in sorted({*TABLE_NODES, cluster.nodes})]
     return "\n".join(lines)
 
 
-def _periods(cost: Cost) -> str:
-    return str(cost.periods) if cost.periods else "too short"
+def _cpus(threads: int, given: int | None) -> str:
+    if given is not None and given >= threads:
+        return f"{given} a process, of which data.threads={threads} load samples"
+    found = "the cluster's default a process, often 1" if given is None else f"{given} a process"
+    return (
+        f"warning: {found}, for the {threads} threads that load samples: give "
+        f"cluster.cpus_per_task={threads}"
+    )
+
+
+def _row(plan: Plan, speed: Speed, nodes: int) -> str:
+    """A line of the table; where no run of this size is possible, what would make it so."""
+    processes, batch = nodes * plan.cluster.processes_per_node, plan.config.batch
+    found = cost(plan, speed, nodes)
+    if found is not None:
+        return (
+            f"{nodes:5}  {processes:9}  {found.images_per_s:9.0f}  {found.hours:6.1f}  "
+            f"{found.gpu_hours:9.0f}  {100 * found.communication:7.1f} %  "
+            f"{found.periods or 'too short':>11}"
+        )
+    each = math.ceil(plan.micro_batches / processes)
+    advice = f"batch.global={each * processes * batch.micro}"
+    if batch.global_ % processes == 0:
+        advice = f"batch.micro={batch.global_ // processes}, or {advice}"
+    return (
+        f"{nodes:5}  {processes:9}  {plan.micro_batches} micro-batches cannot be shared equally; "
+        f"another run could: {advice}"
+    )
 
 
 def _size(num_bytes: int) -> str:

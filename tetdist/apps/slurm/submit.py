@@ -23,6 +23,7 @@ from tetdist.apps.slurm.plan import Plan
 from tetdist.apps.slurm.speed import Network, Speed
 from tetdist.config import fields, identity, loading
 from tetdist.config.schema import RunConfig
+from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, typed
 from tetdist.plugins import import_files
@@ -46,7 +47,10 @@ class Prepared:
 
 
 def prepare(
-    config: RunConfig, cluster: ClusterSection, after: Sequence[Path | str] = ()
+    config: RunConfig,
+    cluster: ClusterSection,
+    after: Sequence[Path | str] = (),
+    data: tuple[Index, Index] | None = None,
 ) -> Prepared:
     """Check configuration, data, model and the batch arithmetic, as the run itself will.
 
@@ -55,6 +59,7 @@ def prepare(
         cluster: The facts.
         after: Runs that are finished before this one begins; what it takes from them need not be
             there yet.
+        data: Stand-ins for the indexes of what is trained on and evaluated on; None: open those.
 
     Raises:
         UserError: One of them is not right.
@@ -77,7 +82,7 @@ def prepare(
     # Made absolute now: the job runs in another folder, and the run's own folder records the paths.
     config = _with_absolute_paths(config)
     world = World(0, cluster.processes, torch.device("cpu"), control=None)
-    train_index, val_index = open_data(config, world)
+    train_index, val_index = data or open_data(config, world)
     model = make_model(config, train_index)
     parameters = sum(p.numel() for p in model.parameters())
     made = plan.make(
@@ -87,6 +92,7 @@ def prepare(
         val_images=len(val_index),
         parameters=parameters,
         buffers=sum(b.numel() for b in model.buffers()),
+        counted="in the split" if data is None else "as published or given, the data is not read",
     )
     frames = None
     if train_index.timesteps is not None:
@@ -408,24 +414,30 @@ def log_summary(submission: Submission, config: RunConfig) -> None:
 
 
 def dry_run(runs: list[Prepared], name: str, speed: Speed | str, after: Sequence[str] = ()) -> str:
-    """The batch script, the configuration and the plan; nothing is written."""
+    """The plan, the batch script and the configuration; nothing is written."""
     first = runs[0]
     folder = _home(runs, name).absolute() / "slurm" / "submission-N"
     # Placeholders: the jobs need not be there yet.
     depends_on = [f"JOB_OF_{Path(run).name}" for run in after]
     values = batch.parameters(name, first.cluster, folder / "code", depends_on)
     config = absolute(first.config).as_dict() | {"cluster": first.cluster.model_dump(mode="json")}
-    parts = [
-        "# --- batch script",
-        batch.text(values, folder, len(runs)),
-        "# --- configuration" + (f" of the first of {len(runs)} runs" if len(runs) > 1 else ""),
-        yaml.safe_dump(config, sort_keys=False),
-        "# --- plan" + (f" of each of the {len(runs)} runs" if len(runs) > 1 else ""),
-        plan.describe(first.plan, speed),
-    ]
+    of_each = of_first = ""
     if len(runs) > 1:
-        parts.append("\nruns  " + "\n      ".join(run.config.name for run in runs))
-    return "\n".join(parts)
+        of_each, of_first = (
+            f" of each of the {len(runs)} runs",
+            f" of the first of {len(runs)} runs",
+        )
+    return "\n".join(
+        [
+            f"# --- plan{of_each}",
+            plan.describe(first.plan, speed),
+            *(["\nruns  " + "\n      ".join(run.config.name for run in runs)] if of_each else []),
+            "\n# --- batch script",
+            batch.text(values, folder, len(runs)),
+            f"# --- configuration{of_first}",
+            yaml.safe_dump(config, sort_keys=False),
+        ]
+    )
 
 
 # --- without Slurm --------------------------------------------------------------------------------

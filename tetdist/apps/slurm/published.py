@@ -1,0 +1,63 @@
+"""Sizes of published data sets: a plan needs no more of data that are not on this machine."""
+
+from pathlib import Path
+
+import numpy as np
+
+from tetdist.config.schema import RunConfig
+from tetdist.datasets.index import Index
+from tetdist.errors import UserError
+
+# Images to train on, images to evaluate on, and classes, by the name of the data's folder.
+SIZES = {
+    "imagenet": (1_281_167, 50_000, 1000),
+    "cifar10": (50_000, 10_000, 10),
+    "cifar100": (50_000, 10_000, 100),
+}
+
+
+def indexes(config: RunConfig, images: int | None) -> tuple[Index, Index] | None:
+    """Indexes without files, of a published or given size; None: the data's own are to be read.
+
+    Args:
+        config: The run's.
+        images: Images to train on; None: as published, where the data are not on this machine.
+
+    Raises:
+        UserError: The data are not here, and their size is not known.
+    """
+    root = Path(config.data.root)
+    if images is None and (root.is_dir() or config.data.kind == "events"):
+        return None
+    if images is None and root.name not in SIZES:
+        raise UserError(
+            f"data.root: there is no folder {root}; set data.root=FOLDER, or give the plan the "
+            "number of training images: --images N"
+        )
+    train, val, classes = SIZES.get(root.name, (0, 0, 1000))
+    return _without_files(images or train, classes), _without_files(val, classes)
+
+
+def _without_files(images: int, classes: int) -> Index:
+    numbers, nothing = np.zeros(images, np.int64), np.zeros(0, np.uint8)
+    return Index(
+        kind="images",
+        split="",
+        classes=tuple(map(str, range(classes))),
+        labels=numbers.astype(np.int32),
+        heights=numbers.astype(np.int32),
+        widths=numbers.astype(np.int32),
+        file_sizes=numbers,
+        offsets=numbers,
+        archive_ids=numbers.astype(np.int32),
+        archives=(),
+        archive_sizes=numbers[:0],
+        path_blob=nothing,
+        path_offsets=numbers[:1],
+        class_mtimes_ns=numbers[:0],
+        skipped=(),
+        options="",
+        timesteps=None,
+        dtype=None,
+        fingerprint="",
+    )
