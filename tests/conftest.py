@@ -85,10 +85,7 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("tiny") / "data"
     tiny.make_images(root)
-    for split in ("train", "val"):
-        built, bad = index.build_index(root, split, workers=1)
-        assert not bad
-        index.save_index(built, index.index_file(root / "index", split))
+    index.index_splits(root)
     return root
 
 

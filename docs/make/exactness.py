@@ -24,7 +24,7 @@ from typing import Any
 
 from exactness_runs import COMPARED, Runs, Stop, compare, identical, loss_difference
 
-from tetdist.datasets.index import build_index, index_file, save_index
+from tetdist.datasets.index import index_splits
 from tetdist.tables import markdown
 
 STEPS = 30
@@ -150,9 +150,7 @@ def first_images(source: Path, root: Path) -> None:
             (root / split / images.name).mkdir(parents=True)
             for file in sorted(images.iterdir())[:count]:
                 shutil.copy(file, root / split / images.name)
-        index, bad = build_index(root, split, workers=1)
-        assert not bad
-        save_index(index, index_file(root / "index", split))
+    index_splits(root)
 
 
 # --- the report --------------------------------------------------------------------------------

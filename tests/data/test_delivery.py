@@ -19,7 +19,7 @@ from tetdist.data.batches import Share
 from tetdist.data.dali import import_dali
 from tetdist.data.loader import Batch
 from tetdist.data.pixels import Edits, Output, edited
-from tetdist.datasets.index import Index, build_event_index, load_index
+from tetdist.datasets.index import Index, build_index, load_index
 from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
 
@@ -88,7 +88,7 @@ def test_events_are_the_same_from_a_process_of_their_own(
     dtype: type[np.generic],
 ) -> None:
     root = event_root(dtype)
-    index, _ = build_event_index(root, "train", workers=1)
+    index, _ = build_index(root, "train", workers=1, kind="events")
     changes = {"data.kind": "events", "data.root": str(root), "data.roll": 2, "data.cutout": 2}
     changes["model.name"] = "spiking_convnet_dvs"
     here = load(tiny_config(changes), [])

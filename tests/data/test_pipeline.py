@@ -30,7 +30,7 @@ from tetdist.data.batches import Share, eval_batches, train_batches
 from tetdist.data.dali import Workers
 from tetdist.data.loader import Loader
 from tetdist.data.transforms import Transform
-from tetdist.datasets.index import Index, build_event_index, build_index, load_index
+from tetdist.datasets.index import Index, build_index, load_index
 from tetdist.distributed.world import join
 from tetdist.errors import UserError
 from tetdist.plugins import Registry
@@ -69,8 +69,7 @@ def evaluate(
 
 
 def indexed(root, split="train", kind="images"):
-    build_one = build_event_index if kind == "events" else build_index
-    index, bad = build_one(root, split, workers=1)
+    index, bad = build_index(root, split, workers=1, kind=kind)
     assert bad == []
     return index
 

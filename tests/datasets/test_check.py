@@ -202,11 +202,6 @@ def test_training_counts_of_imagenet_are_known():
     assert len(texts) == 3
 
 
-def save(root, split="train"):
-    index, _ = ix.build_index(root, split, workers=1)
-    ix.save_index(index, ix.index_file(root / "index", split))
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -220,7 +215,7 @@ def save(root, split="train"):
 )
 def test_an_index_of_other_files_is_found(image_root, change, words):
     root = image_root()
-    save(root)
+    ix.index_splits(root, ["train"])
     if change:
         change(root)
     found = list(check.index_findings(root, root / "index", *examine(root)))

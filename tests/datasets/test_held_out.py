@@ -15,7 +15,7 @@ from tiny import Outcome
 
 from tetdist.config.loading import parse
 from tetdist.datasets import held_out
-from tetdist.datasets.index import Index, build_event_index, index_file, load_index, save_index
+from tetdist.datasets.index import Index, index_file, index_splits, load_index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.training.setup import evaluated_split, open_data
@@ -111,8 +111,7 @@ def test_pieces_of_event_data_stay_together(event_root: Callable[..., Path]) -> 
     root = made.parent / "dest" / "splits" / "published"
     root.parent.mkdir(parents=True)
     shutil.move(made, root)
-    built, _ = build_event_index(root, "train", workers=1)
-    save_index(built, index_file(root / "index", "train"))
+    index_splits(root, ["train"], kind="events")
     (root / "dataset.json").write_text('{"split": "published"}')
     # Pieces 0 and 1 of both classes are of one recording, the others of one each.
     records = [

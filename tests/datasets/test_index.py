@@ -14,6 +14,7 @@ from samples import SHARED, needs_real_data, picture
 
 from tetdist.datasets import index as ix
 from tetdist.datasets.layouts import check_same_classes
+from tetdist.datasets.processes import run_tasks
 from tetdist.errors import UserError
 
 
@@ -64,6 +65,15 @@ def test_workers_do_not_change_the_index(image_root):
     two, _ = ix.build_index(root, "train", 2, progress=lambda *numbers: progress.append(numbers))
     assert two.fingerprint == one.fingerprint
     assert progress == [(64, 150), (128, 150), (150, 150)]
+
+
+def test_the_end_of_what_starts_workers_is_told(monkeypatch):
+    def ended(_):  # What multiprocessing raises when that process was sent SIGTERM.
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr("multiprocessing.forkserver.connect_to_new_process", ended)
+    with pytest.raises(UserError, match="a worker process died"):
+        list(run_tasks(len, [(), ()], workers=2))
 
 
 def test_hidden_and_foreign_files_are_passed_over(image_root):
@@ -309,7 +319,7 @@ def test_an_index_of_imagenets_size_loads_fast_and_small(tmp_path):
 
 
 def test_event_tensors_are_indexed(event_root):
-    index, bad = ix.build_event_index(event_root(), "train", workers=1)
+    index, bad = build(event_root(), kind="events")
     assert bad == []
     assert (index.kind, index.timesteps, index.dtype) == ("events", 3, "uint8")
     assert index.classes == ("left", "right")
@@ -331,7 +341,7 @@ def test_event_tensors_that_differ_or_are_damaged_are_named(event_root):
     (folder / "g.npy").write_bytes(data + b"0")
     (folder / "h.npy").write_bytes(b"PK" + data)
     np.save(folder / "i.npy", good[:, :1])
-    index, bad = ix.build_event_index(root, "train", workers=1)
+    index, bad = build(root, kind="events")
     assert len(index) == 10
     words = ["float16, but train/left/0.npy has", "(2, 2, 8, 6)", "type float32", "shape (2, 8, 6)"]
     words += ["Fortran", "bytes where", "bytes where", "not a .npy file", "shape (3, 1, 8, 6)"]

@@ -41,10 +41,8 @@ SMALL = 16 * 1024  # bytes a shard: a few of the tests' images
 
 
 def indexed(root, split="train"):
-    index, bad = ix.build_index(root, split, workers=1)
-    assert bad == []
-    ix.save_index(index, ix.index_file(root / "index", split))
-    return index
+    ix.index_splits(root, [split])
+    return ix.load_index(ix.index_file(root / "index", split))
 
 
 def pack(root, dest, split="train", *, seed=0, max_bytes=SMALL):

@@ -276,8 +276,7 @@ def test_events_are_dropped(main: Callable[..., Any], evaluate: Tool, tmp_path: 
                 half = np.s_[:, :, :8] if label else np.s_[:, :, 8:]
                 frames[half] = rng.poisson(2, frames[half].shape)
                 np.save(root / split / name / f"{i}.npy", frames)
-        built, _ = index.build_event_index(root, split, workers=1)
-        index.save_index(built, index.index_file(root / "index", split))
+    index.index_splits(root, kind="events")
     changes = {
         "model": {"name": "vggsnn", "arguments": {"input_size": 16}},
         "data": {"kind": "events", "root": str(root), "threads": 1},
@@ -507,8 +506,7 @@ def test_some_of_the_classes_are_found_by_their_names_and_said_to_be_a_subset(
         folder = tmp_path / split
         for name in names:
             shutil.copytree(tiny_copy / "val" / name, folder / split / name)
-        built, _ = index.build_index(folder, split, workers=1)
-        index.save_index(built, index.index_file(folder / "index", split))
+        index.index_splits(folder, [split])
         options = ("--data", folder, "--split", split, "--json", file, "--report", page)
         status, out, err = evaluate("--checkpoint", run, *options)
         assert status == 0, err
@@ -540,8 +538,7 @@ def test_bad_data(run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path) ->
     assert "there is that of train, val, so give" in problem("--split", "test")
     (tiny_copy / "val/up").rename(tiny_copy / "val/top")
     assert "val/" in problem()
-    built, _ = index.build_index(tiny_copy, "val", workers=1)
-    index.save_index(built, index.index_file(tiny_copy / "index", "val"))
+    index.index_splits(tiny_copy, ["val"])
     text = problem()
     assert "other classes" in text
     assert "top" in text
@@ -550,8 +547,7 @@ def test_bad_data(run: Path, tiny_copy: Path, evaluate: Tool, tmp_path: Path) ->
     for name in tiny.CLASSES:
         (events / "val" / name).mkdir(parents=True)
         np.save(events / "val" / name / "0.npy", np.zeros((4, 2, 16, 16), np.uint8))
-    built, _ = index.build_event_index(events, "val", workers=1)
-    index.save_index(built, index.index_file(events / "index", "val"))
+    index.index_splits(events, ["val"], kind="events")
     text = broken(evaluate, "--checkpoint", run, "--data", events)
     assert "images" in text
     assert "events" in text

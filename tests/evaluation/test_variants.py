@@ -190,9 +190,7 @@ def test_several_labels_of_an_image(file: Path, evaluate: Evaluate, tmp_path: Pa
             image = tmp_path / "val" / name / f"{i}.png"
             image.rename(image.with_name(f"ILSVRC2012_val_{numbers[k, i] + 1:08}.JPEG"))
     outputs = decided(file, pixels)
-    built, bad = index.build_index(tmp_path, "val", workers=1)
-    assert not bad
-    index.save_index(built, index.index_file(tmp_path / "index", "val"))
+    index.index_splits(tmp_path, ["val"])
     rng = np.random.default_rng(2)
     answers: list[list[int]] = [
         sorted(rng.choice(12, size, replace=False).tolist()) for size in rng.integers(0, 5, 36)

@@ -40,10 +40,7 @@ def make_digits(root: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             image = pixels[number].reshape(28, 28).astype("uint8")
             Image.fromarray(image).save(folder / f"{number:04}.png")
-    for split in ("train", "val"):
-        built, bad = index.build_index(root, split, workers=1)
-        assert not bad
-        index.save_index(built, index.index_file(root / "index", split))
+    index.index_splits(root)
 
 
 def write_config(file: Path, root: Path, runs_dir: Path) -> None:

@@ -31,10 +31,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in root.rglob("*.png"):
         Image.open(file).save(file.with_suffix(".bmp"))
         file.unlink()
-    for split in ("train", "val"):
-        built, bad = index.build_index(root, split, workers=1)
-        assert not bad
-        index.save_index(built, index.index_file(root / "index", split))
+    index.index_splits(root)
     return root
 
 

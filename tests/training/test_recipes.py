@@ -17,7 +17,6 @@ from tetdist.apps.cli import slurm
 from tetdist.config.loading import CONFIGS_DIR, load
 from tetdist.config.schema import RunConfig
 from tetdist.datasets import index as data_index
-from tetdist.datasets.layouts import list_split
 from tetdist.storage import checkpoint
 
 Main = Callable[..., Outcome]
@@ -60,10 +59,7 @@ def event_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder.mkdir(parents=True)
             for i in range(2):
                 np.save(folder / f"{i}.npy", rng.integers(0, 4, (2, 2, 16, 16)).astype(np.uint8))
-        listing = list_split(root, split, "events", 1)
-        built, bad = data_index.index_listing(root, listing, 1)
-        assert not bad
-        data_index.save_index(built, data_index.index_file(root / "index", split))
+    data_index.index_splits(root, kind="events")
     return root
 
 

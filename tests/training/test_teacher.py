@@ -235,8 +235,7 @@ def test_teacher_of_other_classes(relu: Path, tiny_config: ConfigWriter, tmp_pat
     tiny.make_images(root)
     for split in ("train", "val"):
         (root / split / "left").rename(root / split / "links")
-        built, _ = data_index.build_index(root, split, workers=1)
-        data_index.save_index(built, data_index.index_file(root / "index", split))
+    data_index.index_splits(root)
     with pytest.raises(UserError, match=f"{KEY}: .* knows other classes than"):
         teacher(tiny_config({"data.root": str(root)}), f"{KEY}={relu}")
 

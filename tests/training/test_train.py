@@ -630,8 +630,7 @@ def test_other_data_than_the_checkpoint(
     file = tiny_config({"max_steps": 2, "data.root": str(tiny_copy)})
     ended(main(file), status=0)
     (tiny_copy / "train/up/11.png").unlink()
-    built, _ = index.build_index(tiny_copy, "train", workers=1)
-    index.save_index(built, index.index_file(tiny_copy / "index", "train"))
+    index.index_splits(tiny_copy, ["train"])
     ended(main(file, "max_steps=4"), "trained on other data", "another name")
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from tetdist.datasets.archives import WORDNET_ID
 from tetdist.datasets.index import assemble, check_fresh, index_file, load_index
 from tetdist.datasets.layouts import Listing, imagenet_classes
-from tetdist.datasets.probe import SAMPLES_PER_TASK, Probe, probe_batches, probe_image
+from tetdist.datasets.probe import Probe, probe_batches, probe_image
 from tetdist.datasets.processes import ReportProgress
 from tetdist.errors import UserError
 from tetdist.wording import counted
@@ -93,11 +93,11 @@ def examine_split(
     found = _resume(Path(root), listing, journal)
     remaining = [i for i in range(len(listing.byte_ranges)) if i not in found]
     ranges = [listing.byte_ranges[i] for i in remaining]
-    batches = probe_batches(_examine, (), root, ranges, workers)
+    left = iter(remaining)
     with journal.open("a", encoding="utf-8") as stream:
-        for start, results in zip(range(0, len(ranges), SAMPLES_PER_TASK), batches, strict=True):
-            numbers = remaining[start : start + SAMPLES_PER_TASK]
-            for i, result in zip(numbers, results, strict=True):
+        for results in probe_batches(_examine, (), root, ranges, workers):
+            for result in results:
+                i = next(left)
                 found[i] = result
                 stream.write(json.dumps([i, result]) + "\n")
             stream.flush()

@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Literal, NamedTuple
@@ -130,3 +130,21 @@ def _way_out(root: Path, split: str) -> str:
         f"; there is {found[0]!r}: training takes it as {split!r} if it is renamed, or linked, `ln"
         f" -s {name} {link}`{evaluate}"
     )
+
+
+def first_difference(
+    first: Collection[str], second: Collection[str], names: tuple[str, str]
+) -> tuple[str, str]:
+    """Find the first name that only one of two collections has.
+
+    Args:
+        first: One of them.
+        second: The other, which is not the same.
+        names: What messages call them.
+
+    Returns:
+        The name, and "in FIRST but not in SECOND", or the other way round.
+    """
+    name = min(set(first) ^ set(second))
+    has, lacks = names if name in first else reversed(names)
+    return name, f"in {has} but not in {lacks}"

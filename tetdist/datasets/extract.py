@@ -1,26 +1,18 @@
 """Unpack shards or the official tars into class folders."""
 
+import functools
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from tetdist.datasets.archives import ByteRange
 from tetdist.datasets.layouts import Listing
-from tetdist.datasets.probe import SAMPLES_PER_TASK
-from tetdist.datasets.processes import ReportProgress, run_tasks
+from tetdist.datasets.processes import ReportProgress, run_on_samples
 from tetdist.errors import UserError
 from tetdist.storage.files import check_space, explaining, only_writer, replacing
 
 _NUMBER = re.compile(r"^\d{8}-(?=.)")
-
-
-class _Task(NamedTuple):
-    root: str
-    folder: str
-    byte_ranges: Sequence[ByteRange]
-    files: Sequence[str]
 
 
 def extract_split(
@@ -59,20 +51,10 @@ def extract_split(
             if not _is_there(folder / file, byte_range)
         ]
         check_space(folder, sum(missing))
-        tasks = [
-            _Task(
-                str(root),
-                str(folder),
-                listing.byte_ranges[i : i + SAMPLES_PER_TASK],
-                files[i : i + SAMPLES_PER_TASK],
-            )
-            for i in range(0, len(files), SAMPLES_PER_TASK)
-        ]
-        done = 0
-        for count in run_tasks(_extract, tasks, workers):
-            done += count
-            if progress is not None:
-                progress(done, len(files))
+        work = functools.partial(_extract, root, folder)
+        samples = list(zip(listing.byte_ranges, files, strict=True))
+        for _ in run_on_samples(work, samples, workers, progress):
+            pass
         # This waits once for all files: to wait after each would take hours.
         os.sync()
 
@@ -109,16 +91,15 @@ def _is_there(file: Path, byte_range: ByteRange) -> bool:
     return size == byte_range.size
 
 
-def _extract(task: _Task) -> int:
-    for byte_range, name in zip(task.byte_ranges, task.files, strict=True):
-        file = Path(task.folder, name)
+def _extract(root: str | Path, folder: Path, samples: Sequence[tuple[ByteRange, str]]) -> None:
+    for byte_range, name in samples:
+        file = folder / name
         if _is_there(file, byte_range):
             continue
-        with Path(task.root, byte_range.file).open("rb") as source:
+        with Path(root, byte_range.file).open("rb") as source:
             source.seek(byte_range.offset)
             data = source.read(byte_range.size or 0)
         if len(data) != byte_range.size:
-            raise UserError(f"{byte_range.file} in {task.root} has become shorter: fetch it again")
+            raise UserError(f"{byte_range.file} in {root} has become shorter: fetch it again")
         with explaining(file), replacing(file, sync=False) as stream:
             stream.write(data)
-    return len(task.files)

@@ -13,16 +13,17 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, assert_never
+from typing import Any, assert_never
 
 import numpy as np
 import numpy.typing as npt
 
 from tetdist.datasets.archives import BadFile, ByteRange
-from tetdist.datasets.class_folders import Kind, list_class, list_classes
+from tetdist.datasets.class_folders import Kind, first_difference, list_class, list_classes
 from tetdist.datasets.layouts import Listing, list_split
-from tetdist.datasets.probe import Probe, probe_all, probe_image, probe_tensor
+from tetdist.datasets.probe import Probe, probe_batches, probe_image, probe_tensor
 from tetdist.datasets.processes import ReportProgress
 from tetdist.errors import UserError, typed
 from tetdist.storage.files import explaining, replacing
@@ -200,21 +201,21 @@ def build_index(
     workers: int,
     decode: bool = True,
     progress: ReportProgress | None = None,
+    kind: Kind = "images",
 ) -> tuple[Index, list[BadFile]]:
-    """List and index a split of images; see `list_split` and `index_listing`."""
-    listing = list_split(root, split, "images", workers)
+    """List and index a split; see `list_split` and `index_listing`."""
+    listing = list_split(root, split, kind, workers)
     return index_listing(root, listing, workers, decode, progress)
 
 
-def build_event_index(
-    root: str | Path, split: str, workers: int, progress: ReportProgress | None = None
-) -> tuple[Index, list[BadFile]]:
-    """Index a split of event tensors, .npy files of one shape (T, 2, H, W) and one type.
-
-    Arguments, returned values and errors are those of `list_split` and `index_listing`. A file
-    whose shape or type is not that of the first good one counts as bad.
-    """
-    return index_listing(root, list_split(root, split, "events"), workers, progress=progress)
+def index_splits(
+    root: str | Path, splits: Iterable[str] = ("train", "val"), workers: int = 1, **options: Any
+) -> None:
+    """Index splits of which all is good, with options of `build_index`, in ROOT/index."""
+    for split in splits:
+        index, bad = build_index(root, split, workers, **options)
+        assert not bad, bad[0]
+        save_index(index, index_file(Path(root, "index"), split))
 
 
 def index_listing(
@@ -225,6 +226,8 @@ def index_listing(
     progress: ReportProgress | None = None,
 ) -> tuple[Index, list[BadFile]]:
     """Open every sample of a listing and make the index of the good ones.
+
+    Event tensors whose shape or type is not that of the first good one count as bad.
 
     Args:
         root: The data root.
@@ -241,14 +244,15 @@ def index_listing(
     Raises:
         UserError: A worker dies.
     """
+    what = root, listing.byte_ranges, workers, progress
     match listing.kind:
         case "events":
-            found = probe_all(probe_tensor, (), root, listing.byte_ranges, workers, progress)
+            found = probe_batches(probe_tensor, (), *what)
         case "images":
-            found = probe_all(probe_image, (decode,), root, listing.byte_ranges, workers, progress)
+            found = probe_batches(probe_image, (decode,), *what)
         case _:
             assert_never(listing.kind)
-    return assemble(root, listing, found)
+    return assemble(root, listing, chain.from_iterable(found))
 
 
 def check_fresh(index: Index, root: str | Path, file: str | Path | None = None) -> None:
@@ -292,11 +296,8 @@ def check_fresh(index: Index, root: str | Path, file: str | Path | None = None) 
 def _check_names(index: Index, root: str | Path, again: str) -> None:
     present = list_classes(root, index.split)
     if present != index.classes:
-        first = _first_difference(set(index.classes), set(present))
-        raise UserError(
-            f"the class folder {index.split}/{first.name} is {first.where('the index', str(root))}:"
-            f" {again}"
-        )
+        name, where = first_difference(index.classes, present, ("the index", str(root)))
+        raise UserError(f"the class folder {index.split}/{name} is {where}: {again}")
     bounds = np.searchsorted(index.labels, np.arange(len(index.classes) + 1))
     for label, name in enumerate(index.classes):
         folder = Path(root, index.split, name)
@@ -307,22 +308,8 @@ def _check_names(index: Index, root: str | Path, again: str) -> None:
         known |= {path for path in index.skipped if path.startswith(prefix)}
         listed = {prefix + file for file in list_class(folder, index.kind).samples}
         if known != listed:
-            first = _first_difference(known, listed)
-            raise UserError(f"{first.name} is {first.where('the index', str(root))}: {again}")
-
-
-class _Difference(NamedTuple):
-    name: str
-    only_in_first: bool
-
-    def where(self, first: str, second: str) -> str:
-        has, lacks = (first, second) if self.only_in_first else (second, first)
-        return f"in {has} but not in {lacks}"
-
-
-def _first_difference(first: set[str], second: set[str]) -> _Difference:
-    name = min(first ^ second)
-    return _Difference(name, name in first)
+            path, where = first_difference(known, listed, ("the index", str(root)))
+            raise UserError(f"{path} is {where}: {again}")
 
 
 def assemble(

@@ -22,6 +22,7 @@ from tetdist.datasets.class_folders import (
     Kind,
     PassedOver,
     fewest_classes,
+    first_difference,
     folders_called,
     is_folder,
     is_held_out,
@@ -192,13 +193,12 @@ def check_same_classes(classes: Mapping[str, tuple[str, ...]]) -> None:
     (first, expected), *others = classes.items()
     for split, names in others:
         if names != expected:
-            name = min(set(expected) ^ set(names), default=None)
-            if name is None:
+            if set(names) == set(expected):
                 raise UserError(f"the classes of {first} and {split} are in different orders")
-            has, lacks = (first, split) if name in expected else (split, first)
+            name, where = first_difference(expected, names, (first, split))
             raise UserError(
-                f"the class {name!r} is in {has} but not in {lacks}: both must have the same"
-                " classes, or labels would not mean the same (of shards, --classes names them)"
+                f"the class {name!r} is {where}: both must have the same classes, or labels would"
+                " not mean the same (of shards, --classes names them)"
             )
 
 
@@ -233,13 +233,7 @@ def _list_shards(
     if not labels:
         raise UserError(f"the shards of {split} in {root} hold no image with a label")
     classes = _shard_classes(root, split, max(labels), hints)
-    listing = Listing(
-        kind="images",
-        split=split,
-        classes=classes,
-        archives=tuple(files),
-        options=hints.options(split),
-    )
+    listing = _of_archives(split, classes, files, hints)
     for file, found in zip(files, samples, strict=True):
         _add(listing, file, found.members, found.labels)
         listing.bad.extend(BadFile(f"{file}/{path}", reason) for path, reason in found.bad)
@@ -361,13 +355,7 @@ def _list_training_tar(
     root: Path, file: str, split: str, workers: int, hints: Hints, progress: ReportProgress | None
 ) -> Listing:
     tars = archives.class_tars(root / file)
-    listing = Listing(
-        kind="images",
-        split=split,
-        classes=tuple(sorted(tars)),
-        archives=(file,),
-        options=hints.options(split),
-    )
+    listing = _of_archives(split, sorted(tars), [file], hints)
     if len(tars) < 2:
         raise UserError(
             f"{root / file} holds {counted(len(tars), 'tar')} of classes: at least two are needed"
@@ -401,20 +389,26 @@ def _list_validation_tar(root: Path, file: str, split: str, hints: Hints) -> Lis
         raise UserError(
             f"{labels_file} names {counted(len(classes), 'class')}: at least two are needed"
         )
-    listing = Listing(
-        kind="images",
-        split=split,
-        classes=classes,
-        archives=(file,),
-        options=hints.options(split),
-        bad=[BadFile(f"{file}/{n}", f"no label in {labels_file}") for n in names if n not in ids],
-    )
+    listing = _of_archives(split, classes, [file], hints)
+    without = [name for name in names if name not in ids]
+    listing.bad = [BadFile(f"{file}/{name}", f"no label in {labels_file}") for name in without]
     for other in found.others:
         listing.passed_over.add(f"{file}/{other}")
     labels = {name: label for label, name in enumerate(classes)}
     labelled = [member for member in members if member.name in ids]
     _add(listing, file, labelled, [labels[ids[member.name]] for member in labelled])
     return _sorted(listing)
+
+
+def _of_archives(split: str, classes: Sequence[str], files: Sequence[str], hints: Hints) -> Listing:
+    """A listing without samples yet."""
+    return Listing(
+        kind="images",
+        split=split,
+        classes=tuple(classes),
+        archives=tuple(files),
+        options=hints.options(split),
+    )
 
 
 def _add(listing: Listing, file: str, members: list[Member], labels: list[int]) -> None:

@@ -3,6 +3,7 @@
 A reason why a sample cannot be used is a plain `str` here, so that one bad file ends nothing.
 """
 
+import functools
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +13,12 @@ from typing import IO, Any, NamedTuple, TypeVar
 import numpy as np
 
 from tetdist.datasets.archives import ByteRange
-from tetdist.datasets.processes import ReportProgress, run_tasks
+from tetdist.datasets.processes import ReportProgress, run_on_samples
 from tetdist.storage.files import open_file
 
 # PIL and DALI both decode these; PIL alone opens many more, whatever the suffix.
 _PIL_FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
 _EXIF_ORIENTATION = 0x0112
-SAMPLES_PER_TASK = 64
 
 _Result = TypeVar("_Result")
 
@@ -43,45 +43,28 @@ class Probe(NamedTuple):
     format: str | None = None
 
 
-def probe_all(
-    probe: Callable[..., _Result | str],
-    arguments: tuple[Any, ...],
-    root: str | Path,
-    byte_ranges: Sequence[ByteRange],
-    workers: int,
-    progress: ReportProgress | None,
-) -> list[_Result | str]:
-    """All results of `probe_batches`."""
-    found: list[_Result | str] = []
-    for results in probe_batches(probe, arguments, root, byte_ranges, workers):
-        found.extend(results)
-        if progress is not None:
-            progress(len(found), len(byte_ranges))
-    return found
-
-
 def probe_batches(
     probe: Callable[..., _Result | str],
     arguments: tuple[Any, ...],
     root: str | Path,
     byte_ranges: Sequence[ByteRange],
     workers: int,
+    progress: ReportProgress | None = None,
 ) -> Iterator[list[_Result | str]]:
     """Call `probe(stream, size, *arguments)` for every sample: results in order, some at a time.
 
     A sample whose file cannot be opened gives the reason instead of a result.
     """
-    tasks = [
-        (probe, str(root), byte_ranges[i : i + SAMPLES_PER_TASK], arguments)
-        for i in range(0, len(byte_ranges), SAMPLES_PER_TASK)
-    ]
-    return run_tasks(_probe_ranges, tasks, workers)
+    work = functools.partial(_probe_ranges, probe, root, arguments)
+    return run_on_samples(work, byte_ranges, workers, progress)
 
 
 def _probe_ranges(
-    task: tuple[Callable[..., _Result | str], str, list[ByteRange], tuple[Any, ...]],
+    probe: Callable[..., _Result | str],
+    root: str | Path,
+    arguments: tuple[Any, ...],
+    byte_ranges: Sequence[ByteRange],
 ) -> list[_Result | str]:
-    probe, root, byte_ranges, arguments = task
     return [probe_range(probe, root, byte_range, *arguments) for byte_range in byte_ranges]
 
 

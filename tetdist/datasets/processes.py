@@ -14,7 +14,28 @@ from tetdist.errors import UserError
 # Takes the number of tasks (or samples) done, and of all.
 ReportProgress = Callable[[int, int], None]
 
+_SAMPLES_PER_TASK = 64
+
 _Result = TypeVar("_Result")
+
+
+def run_on_samples(
+    work: Callable[[Any], _Result],
+    samples: Sequence[Any],
+    workers: int,
+    progress: ReportProgress | None = None,
+) -> Iterator[_Result]:
+    """Results of `work(samples[i : i + 64])`, in order, by `run_tasks`.
+
+    Args:
+        progress: Called with the number of samples done and of all, after the results were taken.
+    """
+    starts = range(0, len(samples), _SAMPLES_PER_TASK)
+    tasks = [samples[i : i + _SAMPLES_PER_TASK] for i in starts]
+    for start, task, result in zip(starts, tasks, run_tasks(work, tasks, workers), strict=True):
+        yield result
+        if progress is not None:
+            progress(start + len(task), len(samples))
 
 
 def run_tasks(
@@ -29,7 +50,7 @@ def run_tasks(
         progress: Called with the number of tasks done and of all.
 
     Raises:
-        UserError: A worker dies.
+        UserError: A worker, or the process that starts them, dies.
     """
     for done, result in enumerate(_results(work, tasks, workers), 1):
         if progress is not None:
@@ -45,11 +66,11 @@ def _results(
         return
     # A fork would copy the locks of the caller's threads (DALI's, torch's) as they are.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([work.__module__])
+    context.set_forkserver_preload([getattr(work, "func", work).__module__])
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _prepare_worker)
     try:
         yield from pool.map(work, tasks)
-    except BrokenProcessPool as error:
+    except (BrokenProcessPool, EOFError, ConnectionError) as error:
         raise UserError(
             "a worker process died, most often for lack of memory: use fewer workers"
         ) from error

@@ -37,38 +37,29 @@ class SampleReader:
         """
         byte_range = self._index.byte_range(i)
         try:
-            if self._index.archives:
-                return self._read_member(byte_range, i)
-            return self._read_file(byte_range, i)
+            descriptor, is_kept = self._opened(byte_range.file)
+            try:
+                size = os.fstat(descriptor).st_size
+                if not self._index.archives and size != byte_range.size:
+                    raise self._error(i, f"has {size} bytes where the index says {byte_range.size}")
+                return self._read_bytes(descriptor, byte_range, i)
+            finally:
+                if not is_kept:
+                    os.close(descriptor)
         except OSError as error:
             raise self._error(i, f"cannot be read ({error.strerror})") from error
 
-    def _read_member(self, byte_range: ByteRange, i: int) -> npt.NDArray[np.uint8]:
-        descriptor = self._kept.get(byte_range.file)
-        if descriptor is not None:
-            return self._read_bytes(descriptor, byte_range, i)
-        descriptor = os.open(self._prefix + byte_range.file, os.O_RDONLY)
-        # Another thread may have opened it meanwhile: one of the two is kept.
-        if (
-            len(self._kept) < _KEPT_OPEN
-            and self._kept.setdefault(byte_range.file, descriptor) == descriptor
-        ):
-            return self._read_bytes(descriptor, byte_range, i)
-        try:
-            return self._read_bytes(descriptor, byte_range, i)
-        finally:
-            os.close(descriptor)
-
-    def _read_file(self, byte_range: ByteRange, i: int) -> npt.NDArray[np.uint8]:
+    def _opened(self, file: str) -> tuple[int, bool]:
+        """Return the descriptor of a file, and whether it stays open."""
+        known = self._kept.get(file)
+        if known is not None:
+            return known, True
         # To open what has become a pipe would otherwise wait for somebody who writes to it.
-        descriptor = os.open(self._prefix + byte_range.file, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            size = os.fstat(descriptor).st_size
-            if size != byte_range.size:
-                raise self._error(i, f"has {size} bytes where the index says {byte_range.size}")
-            return self._read_bytes(descriptor, byte_range, i)
-        finally:
-            os.close(descriptor)
+        descriptor = os.open(self._prefix + file, os.O_RDONLY | os.O_NONBLOCK)
+        if not self._index.archives or len(self._kept) >= _KEPT_OPEN:
+            return descriptor, False
+        # Another thread may have opened it meanwhile: one of the two is kept.
+        return descriptor, self._kept.setdefault(file, descriptor) == descriptor
 
     def _read_bytes(self, descriptor: int, byte_range: ByteRange, i: int) -> npt.NDArray[np.uint8]:
         assert byte_range.size is not None

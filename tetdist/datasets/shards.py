@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,13 +33,6 @@ _VERSION = 1
 _BLOCK = 512
 # Letters of the sample's own name in its key; a tar's header has room for 100 bytes.
 _NAME_LENGTH = 60
-
-
-class _Task(NamedTuple):
-    index_file: str
-    root: str
-    file: str
-    ids: list[int]
 
 
 def shard_split(
@@ -80,13 +73,10 @@ def shard_split(
     with only_writer(folder):
         _begin(dest, index, {"seed": seed, "max_bytes": max_bytes, "shards": len(plan)})
         files = [folder / f"{index.split}-{number:06d}.tar" for number in range(len(plan))]
-        tasks = [
-            _Task(str(file), str(root), str(shard), ids.tolist())
-            for shard, ids in zip(files, plan, strict=True)
-        ]
-        missing = [ids for shard, ids in zip(files, plan, strict=True) if not shard.is_file()]
+        tasks = list(zip(files, plan, strict=True))
+        missing = [ids for shard, ids in tasks if not shard.is_file()]
         check_space(folder, int(sum(_tar_sizes(index)[ids].sum() for ids in missing)))
-        for _ in run_tasks(_pack, tasks, workers, progress):
+        for _ in run_tasks(functools.partial(_pack, file, root), tasks, workers, progress):
             pass
         packed = _index_of_shards(dest, index, workers)
         save_index(packed, index_file(dest / "index", index.split))
@@ -133,20 +123,20 @@ def _begin(dest: Path, index: Index, settings: dict[str, int]) -> None:
             stream.write(data)
 
 
-def _pack(task: _Task) -> None:
+def _pack(index_file: Path, root: str | Path, task: tuple[Path, npt.NDArray[np.int64]]) -> None:
     """Write one shard, read it back, and only then give it its name."""
-    file = Path(task.file)
+    file, ids = task
     if file.is_file():
         return
-    index = _load_once(task.index_file)
+    index = _load_once(index_file)
     checksums: dict[str, str] = {}
     with (
         explaining(file),
         replacing(file) as stream,
-        SampleReader(index, task.root) as reader,
+        SampleReader(index, root) as reader,
     ):
         with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for i in task.ids:
+            for i in ids.tolist():
                 key, suffix = _key(index, i)
                 data = reader.read(i).tobytes()
                 checksums[key + suffix] = _checksum(data)
@@ -160,7 +150,7 @@ def _pack(task: _Task) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_once(file: str) -> Index:
+def _load_once(file: Path) -> Index:
     return load_index(file)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from tetdist.apps.check_gpu.check import Finding, Machine
-from tetdist.datasets.index import build_index, index_file, save_index
+from tetdist.datasets.index import index_splits
 from tetdist.distributed.starters import as_starter
 from tetdist.storage.checkpoint import load_model_file
 
@@ -55,8 +55,7 @@ def _prepared(root: Path, small: bool) -> Path:
             file = root / split / "01"[i % 2] / f"{i}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(file)
-        index, _ = build_index(root, split, workers=1)
-        save_index(index, index_file(root / "index", split))
+    index_splits(root)
     file = root / "check.yaml"
     values = {
         "name": "straight",

