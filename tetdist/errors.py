@@ -60,8 +60,8 @@ def sentence(error: Exception) -> str:
     """Return an error as a sentence; for a missing package, with the command that installs it."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
-        extra = _EXTRAS.get(package, "train")
-        return f"the package {package} is not installed; pip install 'tetdist[{extra}]'"
+        extra = _EXTRAS.get(package, "train,cuda130")
+        return f"the package {package} is not installed; {pip_install(extra)}"
     return without_passwords(str(error))
 
 
@@ -85,6 +85,13 @@ def typed(command: str, *arguments: object) -> str:
     program = f"python {script.relative_to(_CHECKOUT)}" if script else f"tetdist {command}"
     shown = (shlex.quote(without_passwords(str(argument))) for argument in arguments)
     return " ".join([program, *shown])
+
+
+def pip_install(extras: str) -> str:
+    """Return the command that installs tetdist with these extras: no index has it by its name."""
+    if script_of("slurm"):
+        return f"pip install -e {shlex.quote(f'{_CHECKOUT}[{extras}]')}"
+    return f"pip install 'FOLDER_OR_WHEEL[{extras}]', with where tetdist came from"
 
 
 def way_out(error: BaseException) -> str:

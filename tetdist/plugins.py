@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Generic, TypeVar, cast
 
 from tetdist.errors import UserError
-from tetdist.storage.files import replacing, write_text
+from tetdist.storage.files import open_file, replacing, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,8 @@ def checksum(path: Path) -> str:
     if path.suffix != ".py" or not path.stem.isidentifier():
         raise UserError(f"imports: {path} must be a file such as my_snn.py, its name one word")
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with open_file(path) as file:
+            return hashlib.sha256(file.read()).hexdigest()
     except OSError as error:
         raise UserError(f"imports: {path} cannot be read ({error.strerror})") from error
 

@@ -128,6 +128,18 @@ def resolved(changes: dict[str, Any] | None = None) -> RunConfig:
         ({"model.neuron": {"reset": "none"}}, ("'model.neuron.reset'", "'none'")),
         ({"model.arguments": {"num_classes": 3}}, ("model.arguments.num_classes",)),
         ({"model.arguments": {"timesteps": 3}}, ("model.arguments.timesteps",)),
+        ({"data.repeats": 9}, ("data.repeats: 9 copies", "a step of 8 samples")),
+        (
+            {
+                "phases.0.optimizer": {
+                    "kind": "timm:lamb",
+                    "lr": 0.1,
+                    "arguments": {"betas": [0, 0]},
+                }
+            },
+            ("phases.0.optimizer.arguments.betas: has a key of its own",),
+        ),
+        ({"tracking.trackers": ["wandb", "wandb"]}, ("tracking.trackers: wandb is there twice",)),
         ({"data.scale": [1.0, 0.5]}, ("data.scale",)),
         ({"data.ratio": [-1.0, 0.5]}, ("data.ratio",)),
         ({"data.std": [0.5, 0.0, 0.5]}, ("data.std",)),
@@ -392,8 +404,13 @@ def _laughs(levels: int) -> str:
         ("a: 2026-13-45", "not valid YAML"),
         ('a: "\\ud800"', "not valid YAML"),
         ("a: 2026-01-01", "quote it"),
+        ("a: 1:30", "a number of base 60"),
+        ("# " + "x" * 600_000, "larger than 524,288 bytes"),
     ],
-    ids=["circle", "inner", "merged", "laughs", "deep", "digits", "date", "surrogate", "day"],
+    ids=[
+        *("circle", "inner", "merged", "laughs", "deep", "digits", "date", "surrogate", "day"),
+        *("minutes", "large"),
+    ],
 )
 def test_yaml_without_an_end_or_a_meaning(
     tiny_config: ConfigWriter, tmp_path: Path, text: str, said: str

@@ -467,7 +467,7 @@ def test_without_dali_the_way_out_is_named(image_root, monkeypatch):
     root = image_root()
     index = indexed(root)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(UserError, match=r"pip install 'tetdist\[cuda130\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.*\[cuda130\]'"):
         train(index, root)
 
 

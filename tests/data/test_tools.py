@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from samples import picture, write_tar
 
@@ -361,7 +362,9 @@ def test_a_missing_package_is_named(image_root, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "hidden")}
     done = run("images.py", "index", root, "--workers", 1, cwd=tmp_path, env=environment)
     assert done.returncode == 2
-    assert done.stderr == "error: the package PIL is not installed; pip install 'tetdist[train]'\n"
+    # No index has tetdist by its name, so that the command names the checkout.
+    command = f"pip install -e '{tiny.PROJECT}[train,cuda130]'"
+    assert done.stderr == f"error: the package PIL is not installed; {command}\n"
 
 
 def test_a_terminal_gets_a_bar_and_ctrl_c_writes_nothing(tmp_path, ended):

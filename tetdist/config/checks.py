@@ -34,6 +34,11 @@ def check(config: RunConfig) -> None:
             f"batch.global: {batch.global_} is not a multiple of batch.micro, {batch.micro}; "
             f"{batch.global_ // batch.micro * batch.micro or batch.micro} is"
         )
+    if config.data.repeats > batch.global_:
+        raise UserError(
+            f"data.repeats: {config.data.repeats} copies of a sample do not fit into a step of "
+            f"{batch.global_} samples; choose less, 3 is usual"
+        )
     _check_model(config)
     _check_kinds(config)
     data = config.data
@@ -53,6 +58,9 @@ def check(config: RunConfig) -> None:
     _check_cuda_graphs(config)
     _check_distillation(config)
     _check_profile(config)
+    trackers = config.tracking.trackers
+    if twice := [name for name in trackers if trackers.count(name) > 1]:
+        raise UserError(f"tracking.trackers: {twice[0]} is there twice; leave out one")
     if config.tracking.register_ is not None and config.tracking.log_checkpoint == "none":
         raise UserError(
             f"tracking.register: {config.tracking.register_!r} needs a checkpoint that MLflow has; "
@@ -73,6 +81,11 @@ def check(config: RunConfig) -> None:
             raise UserError(
                 f"phases.{i}.warmup_epochs{both}: {phase.warmup_epochs + phase.cooldown_epochs:g} "
                 f"must be below the phase's {counted(phase.epochs, 'epoch')}"
+            )
+        own = {"lr", "weight_decay", *kind_of(phase.optimizer.kind).reads}
+        for key in phase.optimizer.arguments.keys() & own:
+            raise UserError(
+                f"phases.{i}.optimizer.arguments.{key}: has a key of its own; set it there"
             )
         peak = phase.optimizer.peak_lr(config.batch.global_)
         for key, value in (("warmup_lr", phase.warmup_lr), ("min_lr", phase.min_lr)):

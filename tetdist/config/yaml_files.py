@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
 from tetdist.errors import UserError
+from tetdist.storage.files import open_file
 
 # Anchors may make a small file stand for any number of values; no configuration has so many.
 _MOST_VALUES = 100_000
+# PyYAML reads some 100,000 bytes a second.
+_MOST_BYTES = 2**19
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -19,8 +22,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: It is no YAML, holds something else, a key twice, or anchors without an end.
         OSError: The file cannot be read.
     """
-    with path.open() as file:
-        raw = _plain(file, str(path))
+    with open_file(path) as file:
+        raw = _plain(file.read(_MOST_BYTES + 1), str(path))
     if not isinstance(raw, dict):
         found = "and is empty" if raw is None else f"not a {type(raw).__name__}"
         raise UserError(f"{path} must hold keys and values, {found}")
@@ -36,9 +39,14 @@ def read_value(text: str, source: str) -> Any:
     return _plain(text, source)
 
 
-def _plain(stream: TextIO | str, source: str) -> Any:
+def _plain(stream: bytes | str, source: str) -> Any:
+    if len(stream) > _MOST_BYTES:
+        raise UserError(
+            f"{source} is larger than {_MOST_BYTES:,} bytes, which no configuration is; see that "
+            "it is the right file"
+        )
     try:
-        loader = _Loader(stream)
+        loader = _Loader(stream if isinstance(stream, str) else stream.decode())
         loader.name = source  # which YAML's own errors name, too
         value = loader.get_single_data()
         # Through JSON, because YAML's aliases are one object at several places: an override of one
@@ -83,6 +91,26 @@ class _Loader(yaml.SafeLoader):
                 )
             lines[key.value] = line
         return node
+
+
+def _plain_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
+    """Construct a number, but none of base 60, as which YAML 1.1 reads 1:30.
+
+    Raises:
+        UserError: It is one.
+    """
+    if ":" in node.value:
+        line = node.start_mark.line + 1
+        raise UserError(
+            f"{node.start_mark.name}: {node.value} in line {line} is a number of base 60 to YAML "
+            "1.1; write it as a decimal, or quote it if it is meant as text"
+        )
+    is_int = node.tag == "tag:yaml.org,2002:int"
+    return loader.construct_yaml_int(node) if is_int else loader.construct_yaml_float(node)
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _plain_number)
 
 
 def _size(node: yaml.Node, sizes: dict[int, int], inside: set[int]) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tetdist.data.pixels import Edits, Output
-from tetdist.errors import UserError
+from tetdist.errors import UserError, pip_install
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,7 @@ def import_dali() -> Any:
         return importlib.import_module("nvidia.dali")
     except ModuleNotFoundError as error:
         raise UserError(
-            "DALI is not installed: pip install 'tetdist[cuda130]' (CUDA 13, or no GPU) or"
-            " 'tetdist[cuda120]' (CUDA 12)"
+            f"DALI is not installed: {pip_install('cuda130')}; cuda120 instead, for CUDA 12"
         ) from error
 
 

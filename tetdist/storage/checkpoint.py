@@ -68,7 +68,7 @@ class Description(BaseModel):
 
     config: dict[str, Any]
     classes: list[str] | None
-    timesteps: Annotated[int, Field(gt=0)]
+    timesteps: Annotated[int, Field(gt=0, le=10_000)]  # the most of phases.*.timesteps
     step: int
     validation: dict[str, float] | None = None
     imports: dict[str, str] = {}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tetdist.errors import UserError
+from tetdist.storage.files import open_file
 from tetdist.wording import and_more
 
 # The keys under which training programs put a state dict, in the order of preference.
@@ -70,6 +71,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def _load(path: Path) -> Any:
+    open_file(path).close()  # a pipe or a device would be read without an end
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file

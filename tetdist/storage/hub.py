@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from tetdist.errors import UserError
 
 HF = "hf:"  # before the name of a repository, where a path could stand
-_REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
+_REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"
 _NAME = re.compile(rf"{HF}(?P<repo>{_REPOSITORY})(?:@(?P<revision>.+))?")
 # What a repository that was made on the hub's pages may hold; a README.md is replaced by the card.
 _OF_THE_HUB = frozenset({".gitattributes", "LICENSE"})

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tetdist.errors import UserError, without_passwords
+from tetdist.errors import UserError, pip_install, without_passwords
 from tetdist.tracking.metrics_file import keep_until, strict
 from tetdist.tracking.mlflow_follower import Destination, MLflow
 from tetdist.tracking.trackers import TRACKERS, Following, Status, TrackedRun
@@ -52,7 +52,8 @@ class Tracker:
             )
         if destination is not None and importlib.util.find_spec("mlflow") is None:
             raise UserError(
-                "MLflow is not installed: pip install 'tetdist[train]', or train without a tracker"
+                f"MLflow is not installed: {pip_install('train,cuda130')}; or train without it, "
+                "tracking.mlflow=false"
             )
         # It is unbuffered, so that a line is with the operating system, and survives our death,
         # when log() returns.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from tetdist.errors import UserError, sentence
+from tetdist.errors import UserError, pip_install, sentence
 
 SMI_TIMEOUT = 20  # seconds, of which a driver that works needs one or two
 
@@ -99,7 +99,7 @@ def torch_for(driver: int | None, gpu: tuple[int, int] | None) -> str:
             return (
                 "pip uninstall -y torch torchvision nvidia-dali-cuda120 nvidia-dali-cuda130; "
                 f"pip install {build.packages} --index-url https://download.pytorch.org/whl/"
-                f"{build.name}; pip install 'tetdist[train,{build.dali}]'"
+                f"{build.name}; {pip_install(f'train,{build.dali}')}"
             )
     if not for_gpu:
         return f"no torch is built for a GPU of capability {gpu}: take another GPU"

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from tetdist.apps.check_gpu import remedies
 from tetdist.apps.check_gpu.check import Finding, Machine
+from tetdist.errors import pip_install
 from tetdist.tracking.environment import versions
 
 
@@ -128,25 +129,25 @@ def _dali_of_another_cuda(here: Machine) -> Problem | None:
     major = (torch.version.cuda or "13").partition(".")[0]
     wanted = f"cuda{major}0"
     if not installed:
-        return "DALI is not installed", f"pip install 'tetdist[{wanted}]'"
+        return "DALI is not installed", pip_install(wanted)
     if len(installed) > 1:
         return (
             "two builds of DALI are installed, which write into one folder",
-            "pip uninstall -y nvidia-dali-cuda130 nvidia-dali-cuda120; "
-            f"pip install 'tetdist[{wanted}]'",
+            f"pip uninstall -y nvidia-dali-cuda130 nvidia-dali-cuda120; {pip_install(wanted)}",
         )
     if not here.on_gpu or torch.version.cuda is None or installed == [wanted]:
         return None
     return (
         f"torch is built for CUDA {torch.version.cuda} and DALI is {installed[0]}",
-        f"pip uninstall -y nvidia-dali-{installed[0]}; pip install 'tetdist[{wanted}]'",
+        f"pip uninstall -y nvidia-dali-{installed[0]}; {pip_install(wanted)}",
     )
 
 
 def _no_deepspeed(_: Machine) -> Problem | None:
     if any(_distributions("deepspeed")):
         return None
-    return "DeepSpeed is not installed", "pip install 'tetdist[train]', or train with engine=torch"
+    install = pip_install("train,cuda130")
+    return "DeepSpeed is not installed", f"{install}; or train with engine=torch"
 
 
 # In an order in which the first explains those after it.

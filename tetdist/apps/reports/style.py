@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tetdist.errors import UserError
+from tetdist.errors import UserError, sentence
 from tetdist.storage.files import replacing
 
 # Okabe and Ito's colours, told apart by most eyes; each means the same in every panel.
@@ -39,7 +39,7 @@ def new_figure(width: float, height: float, *, dpi: int = 110) -> Any:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ModuleNotFoundError as error:
-        raise UserError("matplotlib is not installed: pip install 'tetdist[train]'") from error
+        raise UserError(sentence(error)) from error
     # The object interface: pyplot would keep every figure and look for a display.
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(width, height), dpi=dpi, layout=layout)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tetdist.config.schema import RunConfig
 from tetdist.distributed.world import World
-from tetdist.errors import UserError
+from tetdist.errors import UserError, pip_install
 from tetdist.nn.precision import LOW_PRECISION
 from tetdist.training.engines.base import (
     GradientMean,
@@ -304,7 +304,8 @@ def _accumulate(engine: Any, loss: Tensor) -> None:
 def _import_deepspeed(device: torch.device) -> Any:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            "DeepSpeed is not installed: pip install 'tetdist[train]', or train with engine=torch"
+            f"DeepSpeed is not installed: {pip_install('train,cuda130')}; or train with "
+            "engine=torch"
         )
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tetdist.apps.events.recording import BadRecording, Events, Sensor, checked_events
-from tetdist.errors import UserError
+from tetdist.errors import UserError, pip_install
 from tetdist.wording import counted
 
 _MAGIC = b"#!AER-DAT4.0\r\n"
@@ -159,7 +159,7 @@ def _decompressed(packet: bytes, compression: int) -> bytes:
             whole = decompressor.eof and not decompressor.unused_data
     except ModuleNotFoundError as error:
         raise UserError(
-            f"this AEDAT 4 file needs the package {name}: pip install 'tetdist[events]'"
+            f"this AEDAT 4 file needs the package {name}: {pip_install('events')}"
         ) from error
     except Exception as error:  # Each package has errors of its own.
         raise BadRecording(f"a packet does not decompress ({error})") from error

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tetdist.apps.events.recording import BadRecording, Events, Sensor, checked_events
-from tetdist.errors import UserError
+from tetdist.errors import UserError, pip_install
 
 _FIELDS = ("x", "y", "t", "p")
 
@@ -28,7 +28,7 @@ def read_hdf5(data: bytes, sensor: Sensor | None) -> Events:
     try:
         import h5py
     except ModuleNotFoundError as error:
-        raise UserError("HDF5 needs the package h5py: pip install 'tetdist[events]'") from error
+        raise UserError(f"HDF5 needs the package h5py: {pip_install('events')}") from error
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
             found = file.get("events", file)
