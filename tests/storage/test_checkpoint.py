@@ -1,12 +1,10 @@
 """Checkpoints are whole or not there, and damage is found, named and passed over."""
 
-import contextlib
 import json
 import logging
 import os
 import pickle
-import re
-import signal
+import resource
 import subprocess
 import sys
 import textwrap
@@ -45,9 +43,10 @@ def save(
     keep_last: int = 10,
     best: bool = False,
     best_average: bool | None = None,
+    seed: int | None = None,
 ) -> Path:
     """Save a checkpoint, with an average of its weights if it is said whether that is the best."""
-    model, optimizer = trained(step)
+    model, optimizer = trained(step if seed is None else seed)
     description = Description(config={}, classes=["a"], timesteps=1, step=step)
     average = None
     if best_average is not None:
@@ -125,24 +124,22 @@ def test_damaged_one_is_named_and_the_one_before_it_used(
     assert name in record.getMessage()
 
 
-@pytest.mark.parametrize("damage", [cut, empty, Path.unlink])
-def test_damaged_manifest(damage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "manifest", [None, "", "null", "[]", '{"files": {}}', '{"files": {"x": 1}}', "{", "[" * 10**5]
+)
+def test_damaged_manifest(
+    manifest: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     older, newer = save(tmp_path, 2), save(tmp_path, 3)
-    damage(newer / "manifest.json")
+    if manifest is None:
+        (newer / "manifest.json").unlink()
+    else:
+        (newer / "manifest.json").write_text(manifest)
     with caplog.at_level(logging.WARNING):
         found = checkpoint.newest(tmp_path)
     assert found is not None
     assert found.path == older
     assert "manifest.json" in caplog.text
-
-
-@pytest.mark.parametrize("manifest", ["null", "[]", '{"files": {}}', '{"files": {"x": 1}}', "{"])
-def test_odd_manifest_is_no_crash(manifest: str, tmp_path: Path) -> None:
-    older, newer = save(tmp_path, 2), save(tmp_path, 3)
-    (newer / "manifest.json").write_text(manifest)
-    found = checkpoint.newest(tmp_path)
-    assert found is not None
-    assert found.path == older
 
 
 def test_all_damaged_is_an_error(tmp_path: Path) -> None:
@@ -168,32 +165,17 @@ def test_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
 
 
 def test_same_step_again_replaces(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    model, optimizer = trained(99)
-    checkpoint.save(
-        tmp_path,
-        model=model,
-        optimizer=optimizer.state_dict(),
-        description=Description(config={}, classes=None, timesteps=1, step=1),
-        state={"step": 1},
-        keep_last=2,
-        best=False,
-    )
-    found = checkpoint.newest(tmp_path)
-    assert found is not None
-    assert torch.equal(found.model["0.weight"], model.state_dict()["0.weight"])
-    assert names(tmp_path) == ["last", "step-00000001.1"]
-
-
-def test_same_step_more_than_ten_times(tmp_path: Path) -> None:
     """Numbers, not text: .10 comes after .9."""
     save(tmp_path, 1)
     for number in range(13):
-        path = save(tmp_path, 2, keep_last=2)
+        path = save(tmp_path, 2, keep_last=2, seed=number)
         assert path.name == ("step-00000002" if number == 0 else f"step-00000002.{number}")
-        assert checkpoint.newest(tmp_path).path == path
+        found = checkpoint.newest(tmp_path)
+        assert found is not None
+        assert found.path == path
+        assert torch.equal(found.model["0.weight"], trained(number)[0].state_dict()["0.weight"])
+        assert names(tmp_path) == ["last", "step-00000001", path.name]
         assert (tmp_path / "last").read_text().strip() == path.name
-    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000001", path.name]
 
 
 def test_leftovers_of_a_kill_are_ignored_and_then_removed(tmp_path: Path) -> None:
@@ -255,26 +237,19 @@ def test_full_disk_leaves_the_earlier_ones(left: int, small_disk: Path) -> None:
 
 
 def test_file_size_limit_is_an_error_too(tmp_path: Path) -> None:
-    """What stands for a full disk where nothing can be mounted: writes of a file that fail."""
-    code = f"""
-        import resource, signal, sys
-        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(tiny.PROJECT / "tests")!r}]
-        from pathlib import Path
-        import test_checkpoint as t
-        folder = Path({str(tmp_path / "c")!r})
-        t.save(folder, 1)
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
-        try:
-            t.save(folder, 2)
-        except t.UserError as error:
-            print("error:", error)
-        print(t.checkpoint.newest(folder).state["step"], t.names(folder))
-    """
-    status, output = tiny.execute(tiny.python("-c", textwrap.dedent(code)), tmp_path, timeout=60)
-    assert status == 0, output
-    assert "error: the checkpoint of step 2 could not be written" in output
-    assert "1 ['last', 'step-00000001']" in output
+    """A limit stands for a full disk where nothing can be mounted: writes of a file fail."""
+    save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
+    try:
+        with pytest.raises(UserError, match="the checkpoint of step 2 could not be written"):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.state["step"] == 1
+    assert names(tmp_path) == ["last", "step-00000001"]
 
 
 def test_unwritable_folder_is_an_error(tmp_path: Path) -> None:
@@ -283,8 +258,7 @@ def test_unwritable_folder_is_an_error(tmp_path: Path) -> None:
         save(tmp_path / "file" / "checkpoints", 1)
 
 
-@pytest.mark.parametrize("same_step", [False, True])
-def test_kill_while_saving_always_leaves_a_whole_newest(same_step: bool, tmp_path: Path) -> None:
+def test_kill_while_saving_always_leaves_a_whole_newest(tmp_path: Path) -> None:
     """SIGKILL at each of the places where the state of the disk changes."""
     code = f"""
         import itertools, os, signal, sys
@@ -300,69 +274,38 @@ def test_kill_while_saving_always_leaves_a_whole_newest(same_step: bool, tmp_pat
                         os.kill(os.getpid(), signal.SIGKILL)
 
         # One start for all the places: each is tried in a child of this process.
-        for at in range(200):
-            folder = Path(sys.argv[1]) / str(at)
-            t.save(folder, 1)
-            calls = itertools.count()
-            child = os.fork()
-            if child == 0:
-                sys.addaudithook(audit)
-                t.save(folder, 1 if {same_step} else 2, keep_last=2, best=True)
-                os._exit(0)
-            _, status = os.waitpid(child, 0)
-            killed = os.WIFSIGNALED(status)
-            found = t.checkpoint.newest(folder)
-            if not killed:
-                break
-            try:
-                shown = t.checkpoint.load_model_file(folder)[1].step
-            except t.UserError:
-                shown = None
-            print(at, "killed", found and found.state["step"], shown, flush=True)
-            t.save(folder, 3)
-            rest = t.names(folder)
-            assert [n for n in rest if n.startswith(".step")] == [], rest
-        print("completed", at, flush=True)
+        for again in (1, 2):
+            for at in range(200):
+                folder = Path(sys.argv[1]) / f"{{again}}-{{at}}"
+                t.save(folder, 1)
+                calls = itertools.count()
+                child = os.fork()
+                if child == 0:
+                    sys.addaudithook(audit)
+                    t.save(folder, again, keep_last=2, best=True)
+                    os._exit(0)
+                _, status = os.waitpid(child, 0)
+                if not os.WIFSIGNALED(status):
+                    break
+                found = t.checkpoint.newest(folder)
+                try:
+                    shown = t.checkpoint.load_model_file(folder)[1].step
+                except t.UserError:
+                    shown = None
+                print(again, at, found and found.state["step"], shown, flush=True)
+                t.save(folder, 3)
+                rest = t.names(folder)
+                assert [n for n in rest if n.startswith(".step")] == [], rest
     """
     status, output = tiny.execute(
         tiny.python("-c", textwrap.dedent(code), tmp_path), tmp_path, timeout=100
     )
     assert status == 0, output
-    lines = output.splitlines()
-    assert re.fullmatch(r"completed \d+", lines[-1]), output
-    assert len(lines) > 12, output  # it was killed at as many places
-    allowed = {"1"} if same_step else {"1", "2"}
-    for line in lines[:-1]:
-        _, _, newest, shown = line.split()
-        assert newest in allowed, line
-        assert shown in allowed, line
-
-
-@pytest.mark.parametrize("delay", [0.003, 0.031])
-def test_kill_from_outside_while_saving_again_and_again(delay: float, tmp_path: Path) -> None:
-    code = f"""
-        import itertools, sys
-        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(tiny.PROJECT / "tests")!r}]
-        from pathlib import Path
-        import test_checkpoint as t
-        for step in itertools.count(1):
-            t.save(Path(sys.argv[1]), step, keep_last=2, best=step % 3 == 0)
-            print(step, flush=True)
-    """
-    folder = tmp_path / "c"
-    with tiny.started(tiny.python("-c", textwrap.dedent(code), folder), tmp_path) as process:
-        assert process.stdout is not None
-        while int(process.stdout.readline()) < 3:
-            pass
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(delay)
-        process.send_signal(signal.SIGKILL)
-        rest = process.stdout.read().split()
-        assert process.wait(20) == -signal.SIGKILL
-    said = int(rest[-1]) if rest else 3
-    found = checkpoint.newest(folder)
-    assert found is not None
-    assert found.state["step"] in (said, said + 1)
+    lines = [line.split() for line in output.splitlines()]
+    for again in ("1", "2"):
+        killed = [line for line in lines if line[0] == again]
+        assert len(killed) > 12, output  # it was killed at as many places
+        assert all({newest, shown} <= {"1", again} for _, _, newest, shown in killed), output
 
 
 def test_other_model_is_told_apart(tmp_path: Path) -> None:
@@ -451,7 +394,7 @@ def test_model_file_errors(tmp_path: Path) -> None:
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert "checksum" in problem(file)
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    for text in ("{}", "not json"):
+    for text in ("{}", "not json", '{"config":' * 10**5):
         save_file({"a": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={"tetdist": text})
         assert "damaged or of another version" in problem(tmp_path / "odd.safetensors")
     right = {"config": {}, "classes": ["a"], "timesteps": 1, "step": 0}

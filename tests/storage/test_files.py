@@ -114,3 +114,9 @@ def test_links_are_followed_and_what_is_no_file_is_written_through(tmp_path: Pat
     with pytest.raises(OSError, match="symbolic links"):
         files.write_json(itself, [5])
     assert names(tmp_path) == ["elsewhere", "itself.json", "link.json", "pipe.json"]
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 10**5, b"\xff"])
+def test_what_is_no_json_is_a_value_error(text: str | bytes) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  # in the words of json
+        files.parse_json(text)

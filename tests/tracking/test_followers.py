@@ -4,9 +4,6 @@ whatever happens between; and both go on beside each other."""
 import json
 import math
 import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -130,33 +127,6 @@ def test_both_have_each_point_once_across_stops_and_steps_computed_again(tmp_pat
     assert not (run / "trackers").exists()
     assert len(list((run / "tensorboard").iterdir())) == 1
     assert len(list((run / "wandb").glob("offline-run-*"))) == 1
-
-
-def test_a_killed_process_leaves_no_other_and_is_caught_up(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    code = f"""
-        import os, sys, time
-        sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]}
-        from pathlib import Path
-        import test_followers as tests
-        run = Path(sys.argv[1])
-        tracker = tests.opened(run, ["tensorboard", "wandb"])
-        tests.train(tracker, 1, 6)
-        tests.tiny.wait_until(lambda: list(run.glob("wandb/offline-run-*/*.wandb")), 40)
-        os.kill(os.getpid(), 9)
-    """
-    mark, environment = tiny.marked({**os.environ, "PYTHONPATH": str(tiny.PROJECT)})
-    command = [sys.executable, "-c", textwrap.dedent(code), str(run)]
-    killed = subprocess.run(command, env=environment, timeout=60, check=False)
-    assert killed.returncode == -9
-    # W&B's service sees that its process is gone.
-    tiny.wait_until(lambda: not tiny.alive(mark), 20)
-    tracker = opened(run, ["tensorboard", "wandb"], resume_step=4)
-    train(tracker, 5, 8)
-    tracker.close("FINISHED")
-    expected = in_file(run)
-    for name, read in READ.items():
-        assert read(run) == expected, name
 
 
 def test_online_only_what_wandb_lacks_is_sent(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from tiny import Farm, Outcome
+from tiny import Outcome
 
 from tetdist.errors import UserError, without_passwords
 from tetdist.tracking import mlflow_store
@@ -96,7 +96,7 @@ def test_permissions_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_run_is_refused_and_the_way_out_works(
-    main: Callable[..., Outcome], farm: Farm, tiny_config: ConfigWriter, tmp_path: Path
+    main: Callable[..., Outcome], tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
     file = tiny_config({"tracking": {"mlflow": True}, "max_steps": 2})
     refused = main(file, "tracking.uri=foo://bar")
@@ -110,7 +110,7 @@ def test_the_run_is_refused_and_the_way_out_works(
     assert "is damaged" in refused.text
     assert not (tmp_path / "runs/tiny").exists()
     shutil.move(database, tmp_path / "away")
-    done = farm(file)
+    done = main(file)
     assert done.status == 0, done.text
     assert "mlflow ui" in done.text
     with sqlite3.connect(database) as store:
@@ -188,11 +188,11 @@ def test_what_is_shown_of_an_address(address: str, shown: str) -> None:
 
 
 def test_the_end_does_not_send_to_an_mlflow_that_has_nothing(
-    farm: Farm, tiny_config: ConfigWriter
+    main: Callable[..., Outcome], tiny_config: ConfigWriter
 ) -> None:
     uri = f"http://127.0.0.1:{tiny.free_port()}"
     file = tiny_config({"tracking": {"mlflow": True, "uri": uri}, "max_steps": 1})
-    done = farm(file)
+    done = main(file)
     assert done.status == 0, done.text
     assert "runs/tiny is finished" in done.text
     assert "started again and it answers" in done.text

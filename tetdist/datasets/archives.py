@@ -6,7 +6,6 @@ unpacks later need not look again.
 """
 
 import io
-import json
 import re
 import tarfile
 from collections import defaultdict
@@ -15,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from tetdist.errors import UserError
+from tetdist.storage.files import parse_json
 from tetdist.wording import counted
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -161,7 +161,7 @@ def _label(file: Path, parts: Mapping[str, Member]) -> int | str:
         texts.append(read(file, parts[".cls"]).decode("ascii", "replace").strip())
     if ".json" in parts:
         try:
-            description = json.loads(read(file, parts[".json"]))
+            description = parse_json(read(file, parts[".json"]))
         except ValueError as error:
             return f"its .json is damaged: {error}"
         if not isinstance(description, dict):

@@ -26,7 +26,7 @@ from tetdist.datasets.layouts import Listing, list_split
 from tetdist.datasets.probe import Probe, probe_batches, probe_image, probe_tensor
 from tetdist.datasets.processes import ReportProgress
 from tetdist.errors import UserError, typed
-from tetdist.storage.files import explaining, replacing
+from tetdist.storage.files import explaining, parse_json, replacing
 
 _FORMAT_VERSION = 2
 _SAMPLED_FILES = 10_000
@@ -170,7 +170,7 @@ def load_index(file: str | Path) -> Index:
         raise UserError(f"there is no index {file}: build it with `{command}`")
     try:
         with zipfile.ZipFile(file) as archive:
-            meta = json.loads(_read_array(archive, "meta").tobytes())
+            meta = parse_json(_read_array(archive, "meta").tobytes())
             version = meta["version"]
             if version != _FORMAT_VERSION:
                 raise UserError(

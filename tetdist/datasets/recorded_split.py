@@ -1,10 +1,10 @@
 """The record that a data root keeps of its split: its name, and the recording of each sample."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tetdist.errors import UserError
+from tetdist.storage.files import parse_json
 
 DATASET_FILE, RECORDS_FILE = "dataset.json", "recordings.jsonl"
 
@@ -19,7 +19,7 @@ def description(root: str | Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_text(encoding="utf-8"))
         if isinstance(found, dict) and isinstance(found["split"], str):
             return found
     except (OSError, ValueError, KeyError) as error:
@@ -40,7 +40,7 @@ def recordings_of(root: str | Path) -> dict[str, str] | None:
     file = Path(root).resolve().parent.parent / RECORDS_FILE
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-        return {record["key"]: record["source"] for record in map(json.loads, lines)}
+        return {record["key"]: record["source"] for record in map(parse_json, lines)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{file}, which says what pieces of one recording are, cannot be read ({error!r}): "

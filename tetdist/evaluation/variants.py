@@ -9,7 +9,6 @@
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
 from tetdist.evaluation.evaluate import Evaluation, running_means
+from tetdist.storage.files import parse_json
 from tetdist.wording import counted
 
 REAL_FILE = "real.json"
@@ -329,7 +329,7 @@ class RealLabels:
 
 def _read_real(file: Path, outputs: int) -> list[list[int]]:
     try:
-        answers = json.loads(file.read_text())
+        answers = parse_json(file.read_text())
         good = isinstance(answers, list) and all(
             isinstance(k, int) and 0 <= k < outputs for labels in answers for k in labels
         )

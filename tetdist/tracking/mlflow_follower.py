@@ -125,13 +125,17 @@ class _Receiver:
         client: MLflow's.
         run: MLflow's entity.
         tracked: The run that is followed.
+        params: Parameters of `run`, of which MLflow lets none change that it has.
     """
 
-    def __init__(self, client: Any, run: Any, tracked: TrackedRun) -> None:
+    def __init__(
+        self, client: Any, run: Any, tracked: TrackedRun, params: Mapping[str, Any]
+    ) -> None:
+        import mlflow
+
         self._client = client
         self.run_id: str = run.info.run_id
         self.status: str = run.info.status
-        self._params = set(run.data.params)
         again_after = tracked.resume_step
         self._again_after = math.inf if again_after is None else again_after
         # The last step of each metric. The protobuf form is the public one that shows it.
@@ -141,7 +145,10 @@ class _Receiver:
             kind = key.partition("/")[0]
             self._last[kind] = max(step, self._last.get(kind, -1))
         self._newest: dict[str, dict[int, float | str]] = {}
-        self.batch: list[Any] = []
+        self._batch: list[Any] = []
+        known = ((_allowed(name), str(value)) for name, value in params.items())
+        missing = [mlflow.entities.Param(*pair) for pair in known if pair[0] not in run.data.params]
+        client.log_batch(self.run_id, params=missing)
 
     def add(self, line: dict[str, Any]) -> None:
         """Have the points of a line sent that are missing or have another value.
@@ -159,7 +166,7 @@ class _Receiver:
                 step > self._again_after and self._newest_of(key).get(step) != _stored(value)
             ):
                 time = int(line["time"] * 1000)
-                self.batch.append(mlflow.entities.Metric(key, value, time, step))
+                self._batch.append(mlflow.entities.Metric(key, value, time, step))
 
     def _newest_of(self, key: str) -> dict[int, float | str]:
         """Return the values that MLflow has of the steps that are computed again."""
@@ -171,15 +178,8 @@ class _Receiver:
         return self._newest[key]
 
     def send(self) -> None:
-        self._client.log_batch(self.run_id, metrics=self.batch)
-        self.batch = []
-
-    def send_params(self, params: Mapping[str, Any]) -> None:
-        import mlflow
-
-        known = ((_allowed(name), str(value)) for name, value in params.items())
-        missing = [mlflow.entities.Param(*pair) for pair in known if pair[0] not in self._params]
-        self._client.log_batch(self.run_id, params=missing)
+        self._client.log_batch(self.run_id, metrics=self._batch)
+        self._batch = []
 
     def set_status(self, status: Status) -> None:
         if self.status != status:
@@ -200,14 +200,13 @@ class _Session:
         found = _known_run(self._client, run.folder) or _create_run(
             self._client, run.folder, mlflow.destination, run.name
         )
-        self._run = _Receiver(self._client, found, run)
+        self._run = _Receiver(self._client, found, run, run.params)
         self._run.set_status("RUNNING")
         if run.resume_step is not None:
             # Each process that resumes notes it once, whatever its number of sessions.
             noted = found.data.tags.get("resumed_at_step")
             note = f"{noted}, {run.resume_step}" if noted else str(run.resume_step)
             mlflow.tags.setdefault("resumed_at_step", note)
-        self._run.send_params(run.params)
         self._send_datasets()
 
         self._experiment_id: str = found.info.experiment_id
@@ -234,9 +233,10 @@ class _Session:
             number = run.data.tags.get(PHASE_TAG, "")
             # A user may have hung runs of another kind below ours.
             if number.isdecimal() and int(number) < len(self._phase_params):
-                self._phases[int(number)] = _Receiver(self._client, run, self._tracked)
-        for number, phase in self._phases.items():
-            phase.send_params(self._phase_params[number])
+                self._phases[int(number)] = self._receiver(run, int(number))
+
+    def _receiver(self, run: Any, phase: int) -> _Receiver:
+        return _Receiver(self._client, run, self._tracked, self._phase_params[phase])
 
     def _phase(self, number: int) -> _Receiver:
         """Return the run of a phase, made when missing."""
@@ -249,8 +249,7 @@ class _Session:
                 run_name=f"phase {number}: T={params['timesteps']}",
                 tags=of_run | of_phase | _origin() | {PARENT_TAG: self._run.run_id},
             )
-            self._phases[number] = _Receiver(self._client, run, self._tracked)
-            self._phases[number].send_params(params)
+            self._phases[number] = self._receiver(run, number)
         return self._phases[number]
 
     def log(self, lines: list[dict[str, Any]]) -> None:

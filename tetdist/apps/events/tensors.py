@@ -34,7 +34,7 @@ from tetdist.datasets.index import BadFile
 from tetdist.datasets.processes import ReportProgress, run_tasks
 from tetdist.datasets.recorded_split import RECORDS_FILE
 from tetdist.errors import UserError
-from tetdist.storage.files import explaining, open_file, replacing, write_json
+from tetdist.storage.files import explaining, open_file, parse_json, replacing, write_json
 
 # This goes up when the same parameters make other tensors than before.
 _FORMAT_VERSION = 1
@@ -194,7 +194,7 @@ def _claim(dest: Path, source: Path, settings: Settings) -> None:
             write_json(file, manifest)
         return
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = parse_json(file.read_text(encoding="utf-8"))
         recorded = {"format_version": before["format_version"], **before["parameters"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error!r}): {_way_out()}") from error
@@ -320,7 +320,7 @@ def _recorded(dest: Path, listing: Listing) -> dict[str, Record]:
             stream.write(whole)
     for line in whole.splitlines():
         try:
-            values = json.loads(line)
+            values = parse_json(line)
             values["sensor"] = Sensor(*values["sensor"])
             values["window"] = values["window"] and tuple(values["window"])
             record = Record(**values)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdist.errors import UserError
-from tetdist.storage.files import explaining, write_text
+from tetdist.storage.files import explaining, parse_json, write_text
 from tetdist.tables import aligned
 from tetdist.tracking.metrics_file import each_line, strict
 from tetdist.wording import counted
@@ -200,7 +200,7 @@ def _read_rank_samples(path: Path) -> dict[int, list[tuple[Any, int]]]:
     # A last line without its end was torn by a kill.
     for number, raw in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
         try:
-            line = json.loads(raw)
+            line = parse_json(raw)
             step, ids = line["step"], line["ids"]
             seen = list(zip(ids, line["crc32"], strict=True))
             whole = isinstance(step, int) and all(

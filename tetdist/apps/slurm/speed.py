@@ -6,7 +6,6 @@ so that what counts is the share of the roofline that was reached. If nothing wa
 roofline alone is the estimate, for the kind of GPU that the cluster's facts name.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from tetdist.config.sections.phase import PhaseSection
 from tetdist.errors import UserError, typed
 from tetdist.nn import neurons
 from tetdist.optimizers import kind_of
+from tetdist.storage.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def measured(
             another network and the kind of GPU is not known.
     """
     try:
-        values = json.loads(Path(file).read_text())
+        values = parse_json(Path(file).read_text())
         speed = _speed_in(values, config)
     except OSError as error:
         raise UserError(f"--benchmark: {file} cannot be read ({error.strerror})") from error

@@ -1,6 +1,5 @@
 """The results of a study in numbers: means, spreads and paired differences over seeds."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tetdist.apps.studies.plan import StudyRun, StudySection, evaluation, is_trained, lines
+from tetdist.storage.files import parse_json
 from tetdist.training.schedule import Phase, schedule_phases
 
 CONFIDENCE = 0.95
@@ -163,7 +163,7 @@ def training_seconds(run: StudyRun) -> float:
 
 def run_environment(run: StudyRun) -> dict[str, Any]:
     try:
-        values = json.loads((run.folder / "environment.json").read_text())
+        values = parse_json((run.folder / "environment.json").read_text())
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

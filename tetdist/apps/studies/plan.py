@@ -22,6 +22,7 @@ from tetdist.config.sections.phase import PhaseSection
 from tetdist.config.yaml_files import read_yaml
 from tetdist.distributed.world import World
 from tetdist.errors import UserError, script_of, typed
+from tetdist.storage.files import parse_json
 from tetdist.tracking import metrics_file
 from tetdist.tracking.mlflow_store import check_store
 from tetdist.tracking.trackers import check_names
@@ -477,7 +478,7 @@ def evaluation(run: StudyRun) -> dict[str, Any] | None:
     if len(last["per_timestep_top1"]) >= most and not run.is_judged_apart:
         return last
     try:
-        values = json.loads((run.folder / EVALUATION_FILE).read_text())
+        values = parse_json((run.folder / EVALUATION_FILE).read_text())
         if values["step"] != last["step"] or len(values["per_timestep_top1"]) < most:
             return None
         if not run.is_judged_apart:

@@ -1,6 +1,5 @@
 """One table of all studies that have a section in a Markdown file."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tetdist.apps.studies.numbers import (
     timesteps_for,
 )
 from tetdist.errors import UserError
+from tetdist.storage.files import parse_json
 from tetdist.tables import markdown
 from tetdist.tracking.metrics_file import restored
 
@@ -66,7 +66,7 @@ def refreshed(text: str, folder: Path, file: Path) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        values = restored(json.loads(file.read_text()))
+        values = restored(parse_json(file.read_text()))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); run its study again") from None
     of_one = ({"study", "entries", "differences"}, {"study", "candidates"})
