@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	  { echo "error: $(PYTHON) lacks venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing tetdist and what it needs into $(VENV) (minutes, the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
 	  -e '.[train,$(DALI),quickstart,events,export,test,lint]'
 	@touch $@
 
@@ -44,7 +44,7 @@ quickstart: venv ## real data, a trained and evaluated spiking network, in minut
 	@$(BIN)/python tools/eval.py --checkpoint $(RUN) --json $(RUN)/evaluation.json
 	@echo
 	@echo "The run is in $(RUN), its curves are in $(RUN)/plots/learning_curves.png. To watch it:"
-	@echo "  $(BIN)/mlflow ui --backend-store-uri 'sqlite:///$(CURDIR)/runs/mlflow.db'"
+	@echo "  $(BIN)/mlflow ui --workers 1 --backend-store-uri 'sqlite:///$(CURDIR)/runs/mlflow.db'"
 
 test: $(VENV)/.tests ## run the tests (minutes)
 	@$(BIN)/python -m pytest -m "not long" -n $(WORKERS) --dist loadfile --no-loadscope-reorder \

@@ -29,6 +29,7 @@ COMMANDS = {
     "average": "average the weights of several trained networks",
     "bench": "measure speed and memory",
     "check_gpu": "check a machine with GPUs before training on it: ten minutes",
+    "list": "list recipes, networks, neurons, losses and optimisers",
     "quickstart": "make the digits, train on them, evaluate: minutes on two cores",
 }
 
@@ -41,8 +42,14 @@ def main() -> int:
 def _main(name: str, *arguments: str) -> int:
     name = name.replace("-", "_") if not name.startswith("-") else name
     if name in ("-h", "--help"):
-        print("usage: tetdist COMMAND ...   (tetdist COMMAND --help says more)\n")
+        print("usage: tetdist COMMAND ...   (tetdist COMMAND --help says more)")
+        print("       tetdist --version\n")
         print("\n".join(f"  {command:13} {text}" for command, text in COMMANDS.items()))
+        return 0
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"tetdist {version('tetdist')}")
         return 0
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)

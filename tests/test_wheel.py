@@ -1,6 +1,7 @@
 """The wheel, unpacked in an empty folder: all is in it, and commands need no checkout."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -67,6 +68,10 @@ def test_commands_answer_without_a_checkout(installed: Path, tmp_path: Path) -> 
     for command in COMMANDS:
         said = tetdist(installed, tmp_path, command, "--help")
         assert said.startswith(f"usage: tetdist {command}"), said
+    assert re.fullmatch(r"tetdist \d+\.\d+\.\d+\n", tetdist(installed, tmp_path, "--version"))
+    listed = tetdist(installed, tmp_path, "list")
+    assert "  sew34_t4.yaml " in listed
+    assert "sew_resnet34," in listed
     assert "there is no command 'evla'" in tetdist(installed, tmp_path, "evla", status=2)
 
 

@@ -62,6 +62,16 @@ def test_a_base_is_beside_the_file_and_may_have_a_base(tmp_path: Path) -> None:
     ]
 
 
+def test_a_key_without_effect_is_said_of_the_file_that_sets_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written(tmp_path / "first.yaml", "base: quickstart\nloss: {lambda: 0.1}\n")
+    own = written(tmp_path / "second.yaml", "base: first.yaml\nloss: {kind: sdt, phi: 2.0}\n")
+    load(own)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("loss.phi has no effect with loss.kind=sdt")
+
+
 def test_printed_configuration_says_where_each_value_is_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

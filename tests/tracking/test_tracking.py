@@ -821,7 +821,7 @@ def test_environment_tells_the_state_of_the_checkout(
 def test_ui_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlflow_follower.shutil, "which", lambda _: "/usr/bin/mlflow")
     assert ui_command("sqlite:////a b/x.db") == (
-        "mlflow ui --backend-store-uri 'sqlite:////a b/x.db'"
+        "mlflow ui --workers 1 --backend-store-uri 'sqlite:////a b/x.db'"
     )
     assert ui_command("https://me:secret@there.org/") == "https://there.org/"
     assert ui_command("https://there.org/", "a1") == "https://there.org/#/runs/a1"

@@ -1007,7 +1007,7 @@ def test_mlflow_has_the_run(farm: Farm, tiny_config: ConfigWriter, tmp_path: Pat
     assert first.status == 143, first.text
     second = farm(file)
     assert second.status == 0, second.text
-    assert "mlflow ui --backend-store-uri" in second.text
+    assert "mlflow ui --workers 1 --backend-store-uri" in second.text
     run = tmp_path / "runs/tiny"
     with sqlite3.connect(tmp_path / "runs/mlflow.db") as store:
 

@@ -3,7 +3,7 @@
 import difflib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, assert_never
 
 from pydantic import BaseModel
@@ -278,10 +278,10 @@ def effective(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def warn_without_effect(config: RunConfig) -> None:
-    """Say which keys were set that nothing reads."""
+def warn_without_effect(config: RunConfig, inherited: Collection[str]) -> None:
+    """Say which keys were set that nothing reads, but those that a ``base`` has set."""
     for key, is_set, because in _without_effect(config):
-        if is_set:
+        if is_set and not any(one == key or one.startswith(f"{key}.") for one in inherited):
             logger.warning("%s has no effect with %s", key, because)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pydantic
 
 from tetdist.config.checks import check, check_name, warn_without_effect
-from tetdist.config.inheritance import overridden, read_layers
+from tetdist.config.inheritance import COMMAND_LINE, overridden, read_layers
 from tetdist.config.messages import sentences
 from tetdist.config.overrides import apply_override, key_of, refuse_repeated
 from tetdist.config.schema import RunConfig
@@ -145,7 +145,9 @@ def parse(
         raise UserError(sentences(error, source, overrides, origins or {})) from None
     check(config)
     if warn:
-        warn_without_effect(config)
+        own = (source, COMMAND_LINE)
+        inherited = [key for key, origin in (origins or {}).items() if origin not in own]
+        warn_without_effect(config, inherited)
     return config
 
 

@@ -574,4 +574,4 @@ def ui_command(tracking_uri: str, run_id: str | None = None) -> str:
         return f"{shown.rstrip('/')}/#/runs/{run_id}" if run_id else shown
     # In an environment that is not activated, `mlflow` alone would not be found.
     program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
-    return shlex.join([program, "ui", "--backend-store-uri", shown])
+    return shlex.join([program, "ui", "--workers", "1", "--backend-store-uri", shown])
