@@ -40,8 +40,8 @@ def test_shards_are_the_data_set_that_they_were_made_of(shard_root, split):
     root, dest = shard_root
     (dest / "classes.txt").write_text("ant\nbee\ncow\n")
     folder, _ = ix.build_index(root, split, workers=1)
-    index, bad = ix.build_index(dest, split, workers=1)
-    assert bad == []
+    ix.index_splits(dest, [split])
+    index = ix.load_index(dest / "index" / f"{split}.npz")
     assert len(index.archives) == 3
     assert index.fingerprint == folder.fingerprint
     assert index.labels.tolist() == folder.labels.tolist()
@@ -49,16 +49,6 @@ def test_shards_are_the_data_set_that_they_were_made_of(shard_root, split):
     assert index.path(0).startswith("imagenet1k-")
     assert index.path(0).endswith(".tar/00000000.jpg")
     ix.check_fresh(index, dest)
-
-
-def test_an_index_of_shards_survives_saving(shard_root, tmp_path):
-    index, _ = build(shard_root[1], shards="imagenet1k-train-*.tar")
-    ix.save_index(index, tmp_path / "i.npz")
-    loaded = ix.load_index(tmp_path / "i.npz")
-    assert loaded.archives == index.archives
-    assert [loaded.byte_range(i) for i in range(12)] == [index.byte_range(i) for i in range(12)]
-    command = loaded.command("/data")
-    assert command.endswith("index /data --splits train --shards 'train=imagenet1k-train-*.tar'")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +91,10 @@ def test_a_shard_that_was_not_fetched_is_named(shard_root):
     (shard_root[1] / "imagenet1k-train-0001.tar").unlink()
     with pytest.raises(UserError, match=r"the shard imagenet1k-train-0001.tar is missing"):
         build(shard_root[1])
-    assert len(build(shard_root[1], shards="imagenet1k-train-*.tar")[0]) == 7
+    index, _ = build(shard_root[1], shards="imagenet1k-train-*.tar")
+    assert len(index) == 7
+    command = index.command("/data")
+    assert command.endswith("index /data --splits train --shards 'train=imagenet1k-train-*.tar'")
 
 
 def test_classes_of_shards(shard_root, tmp_path):

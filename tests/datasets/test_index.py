@@ -1,5 +1,6 @@
 """The index: what it holds, what it refuses, and when it is out of date."""
 
+import dataclasses
 import json
 import os
 import time
@@ -13,7 +14,6 @@ from PIL import Image
 from samples import SHARED, needs_real_data, picture
 
 from tetdist.datasets import index as ix
-from tetdist.datasets.layouts import check_same_classes
 from tetdist.datasets.processes import run_tasks
 from tetdist.errors import UserError
 
@@ -273,38 +273,18 @@ def test_a_change_makes_an_index_stale(image_root, change, words):
     assert f"python tools/images.py index {root} --splits train" in str(error.value)
 
 
-def test_classes_must_be_the_same_in_all_splits(image_root):
-    root = image_root(per_class=1)
-    check_same_classes({s: build(root, s)[0].classes for s in ("train", "val")})
-    (root / "val" / "bee").rename(root / "val" / "wasp")
-    with pytest.raises(UserError, match="'bee' is in train but not in val"):
-        check_same_classes({s: build(root, s)[0].classes for s in ("train", "val")})
-
-
-def test_an_index_of_imagenets_size_loads_fast_and_small(tmp_path):
+def test_an_index_of_imagenets_size_loads_fast_and_small(image_root, tmp_path):
     n, classes = 1_281_167, tuple(f"n{k:08d}" for k in range(1000))
     labels = np.sort(np.arange(n, dtype=np.int32) % 1000)
     paths = [f"train/{classes[k]}/{classes[k]}_{i}.JPEG".encode() for i, k in enumerate(labels)]
-    index = ix.Index(
-        kind="images",
-        split="train",
+    small, _ = build(image_root(per_class=1))
+    each = ("labels", "heights", "widths", "file_sizes", "offsets", "archive_ids")
+    index = dataclasses.replace(
+        small,
         classes=classes,
-        labels=labels,
-        heights=np.full(n, 375, np.int32),
-        widths=np.full(n, 500, np.int32),
-        file_sizes=np.full(n, 110_000),
-        offsets=np.arange(n) * 110_000,
-        archive_ids=np.arange(n, dtype=np.int32) // 1252,
-        archives=tuple(f"imagenet1k-train-{k:04d}.tar" for k in range(1024)),
-        archive_sizes=np.zeros(1024, np.int64),
         path_blob=np.frombuffer(b"".join(paths), np.uint8),
         path_offsets=np.cumsum([0, *map(len, paths)]),
-        class_mtimes_ns=np.zeros(1000, np.int64),
-        skipped=(),
-        options="",
-        timesteps=None,
-        dtype=None,
-        fingerprint="",
+        **{name: np.resize(getattr(small, name), n) for name in each} | {"labels": labels},
     )
     ix.save_index(index, tmp_path / "i.npz")
     tracemalloc.start()
@@ -313,7 +293,7 @@ def test_an_index_of_imagenets_size_loads_fast_and_small(tmp_path):
     seconds = time.perf_counter() - start
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert loaded.path(n - 1) == f"imagenet1k-train-1023.tar/{paths[-1].decode()}"
+    assert loaded.path(n - 1) == paths[-1].decode()
     assert seconds < 2
     assert peak < 300e6
 

@@ -4,9 +4,6 @@ import io
 import os
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -28,6 +25,7 @@ from tetdist.config.sections.data import DataSection
 from tetdist.data.batches import Share, eval_batches, train_batches
 from tetdist.data.dali import Workers
 from tetdist.datasets import index as ix
+from tetdist.datasets import shards
 from tetdist.datasets.extract import extract_split
 from tetdist.datasets.layouts import Hints, list_split
 from tetdist.datasets.shards import plan_shards, shard_split
@@ -35,7 +33,6 @@ from tetdist.errors import UserError
 from tetdist.order import evaluation_batches
 from tetdist.storage.files import only_writer
 
-TOOL = Path(__file__).parents[2] / "tools" / "images.py"
 ONE_WORKER = ("--splits", "train", "--workers", "1")
 SMALL = 16 * 1024  # bytes a shard: a few of the tests' images
 
@@ -187,62 +184,44 @@ def test_packing_goes_on_where_it_was_stopped(image_root, tmp_path):
     assert all(file.stat().st_mtime_ns == mtime for file, mtime in done.items())
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_shard_that_was_not_finished_leaves_nothing(image_root, tmp_path, how):
+def test_a_shard_that_was_not_finished_leaves_nothing(image_root, tmp_path, call, monkeypatch):
     root, dest = image_root(), tmp_path / "p"
     indexed(root)
-    arguments = [TOOL, "shard", root, dest, *ONE_WORKER]
-    # The signal comes when the first shard is written, but not yet verified.
-    code = (
-        "import os, runpy, sys\n"
-        "from tetdist.datasets import shards\n"
-        f"shards._verify = lambda *_: os.kill(os.getpid(), {int(how)})\n"
-        f"sys.argv = {[str(argument) for argument in arguments]}\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == (-9 if how == signal.SIGKILL else 130), done.stderr
-    assert how == signal.SIGKILL or "stopped; the same command continues" in done.stderr
-    assert list(dest.glob("train/*.tar")) == []
-    assert len(list(dest.glob("train/.*"))) == (1 if how == signal.SIGKILL else 0)
+
+    def stopped(*_):  # Ctrl-C when the first shard is written, but not yet verified.
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_verify", stopped)
+        status, output = call("images.py", "shard", root, dest, *ONE_WORKER)
+    assert (status, "stopped; the same command continues" in output) == (130, True)
+    assert [file.name for file in (dest / "train").iterdir()] == ["plan.json"]
+    (dest / "train" / ".train-000000.tar.123.tmp").write_bytes(b"what a kill leaves")
     pack(root, dest, max_bytes=256 * 2**20)
-    assert [file.name for file in sorted((dest / "train").iterdir())] == [
-        "plan.json",
-        "train-000000.tar",
-    ]
+    files = sorted(file.name for file in (dest / "train").iterdir())
+    assert files == ["plan.json", "train-000000.tar"]
 
 
 @pytest.mark.parametrize("command", ["shard", "extract"])
-def test_a_disk_that_is_full_is_a_sentence(image_root, tmp_path, command):
+def test_a_disk_that_is_full_is_a_sentence(image_root, tmp_path, call, command):
     root = image_root(size=(300, 400))
     indexed(root)
     if command == "extract":
         pack(root, tmp_path / "packed")
         root = tmp_path / "packed"
-
-    def limit():  # A file that may not grow is refused as on a full disk.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 1024, 8 * 1024))
-
-    done = subprocess.run(
-        [sys.executable, TOOL, command, root, tmp_path / "dest", *ONE_WORKER],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        preexec_fn=limit,
-    )
-    errors = done.stderr
-    assert done.returncode == 2, errors
-    assert "cannot be written (File too large), and nothing of it was: make room" in errors
-    assert "Traceback" not in errors
+    arguments = ("images.py", command, root, tmp_path / "dest", *ONE_WORKER)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A file that may not grow is refused as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 1024, before[1]))
+    try:
+        status, output = call(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2
+    assert "cannot be written (File too large), and nothing of it was: make room" in output
     assert [f for f in (tmp_path / "dest").rglob("*") if f.name.endswith((".tmp", ".jpg"))] == []
     # With room the same command goes on from there.
-    if command == "shard":
-        pack(root, tmp_path / "dest", max_bytes=256 * 2**20)
-    else:
-        extract(root, tmp_path / "dest")
+    assert call(*arguments)[0] == 0
 
 
 def extract(root, dest, split="train", **hints):
@@ -267,16 +246,6 @@ def test_the_official_tars_become_class_folders(image_root, tmp_path):
         for images in images_by_class(tmp_path / "d", "val").values()
         for name in images
     )
-
-
-def test_extraction_gives_packed_files_their_names_again(image_root, tmp_path):
-    root = image_root(per_class=12)
-    indexed(root)
-    pack(root, tmp_path / "p")
-    extract(tmp_path / "p", tmp_path / "d")
-    assert images_by_class(tmp_path / "d", "train") == images_by_class(root, "train")
-    again, _ = ix.build_index(tmp_path / "d", "train", workers=1)
-    assert again.fingerprint == ix.load_index(ix.index_file(root / "index", "train")).fingerprint
 
 
 def test_extraction_continues_and_overwrites_nothing(image_root, tmp_path):
@@ -330,74 +299,31 @@ def test_class_folders_need_no_extraction(image_root, tmp_path):
         extract(image_root(), tmp_path / "d")
 
 
-WORKERS = Workers(device="cpu", device_id=None, threads=2, prefetch=2)
-
-
-def section(root):
-    return DataSection(root=str(root), image_size=32, resize=36)
-
-
-def training(index, root, rank, world_size, count):
+def batches(index, root, training):
+    """Images of an epoch, or of an evaluation."""
+    workers = Workers(device="cpu", device_id=None, threads=2, prefetch=2)
+    data = DataSection(root=str(root), image_size=32, resize=36)
+    if not training:
+        ids = list(evaluation_batches(len(index), 4, rank=0, world_size=1))
+        return [batch.images for batch in eval_batches(data, index, ids, workers)]
     share = Share(
-        seed=5,
-        global_batch=6,
-        micro_batch=1,
-        rank=rank,
-        world_size=world_size,
-        epoch=0,
-        step_in_epoch=0,
+        seed=5, global_batch=6, micro_batch=3, rank=0, world_size=1, epoch=0, step_in_epoch=0
     )
-    with train_batches(section(root), index, share, 32, WORKERS) as loader:
-        return [batch.images.clone() for batch in islice(loader, count)]
+    with train_batches(data, index, share, 32, workers) as loader:
+        return [batch.images for batch in islice(loader, 4)]
 
 
-def evaluation(index, root, rank, world_size):
-    batches = list(evaluation_batches(len(index), 4, rank, world_size))
-    loader = eval_batches(section(root), index, batches, WORKERS)
-    return [(batch.images.clone(), batch.labels, batch.ids.tolist()) for batch in loader]
-
-
-def layouts(root, tmp_path):
-    """Folder, our shards, others' shards and, of three classes, the official tars: index, root."""
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=needs_real_data)])
+def test_batches_of_shards_are_those_of_the_folder(image_root, tmp_path, real):
+    root = tmp_path / "real" if real else image_root()
+    if real:
+        root.mkdir()
+        (root / "train").symlink_to(SHARED / "imagenet-sample")
     index = indexed(root)
-    pack(root, tmp_path / "ours")
-    write_shards(root, tmp_path / "others", "train", "x-train-{:02d}.tar")
-    found = [(index, root)]
-    names = ["ours", "others"]
-    if len(index.classes) == 3:
-        write_official(root, tmp_path / "official")
-        names.append("official")
-    roots = [tmp_path / name for name in names]
-    return found + [(ix.build_index(place, "train", workers=1)[0], place) for place in roots]
-
-
-def test_every_layout_gives_the_same_batches_at_any_world_size(image_root, tmp_path):
-    root = image_root()  # 12 samples: 2 steps of 6 an epoch
-    (folder, _), *archives = layouts(root, tmp_path)
-    straight = training(folder, root, 0, 1, 24)
-    for world_size in (1, 2, 3):
-        for rank in range(world_size):
-            evaluated = evaluation(folder, root, rank, world_size)
-            for index, place in archives:
-                mine = training(index, place, rank, world_size, 24 // world_size)
-                assert all(map(torch.equal, mine, straight[rank::world_size]))
-                got = evaluation(index, place, rank, world_size)
-                assert len(got) == len(evaluated)
-                for (images, labels, ids), expected in zip(got, evaluated, strict=True):
-                    assert torch.equal(images, expected[0])
-                    assert torch.equal(labels, expected[1])
-                    assert ids == expected[2]
-
-
-@needs_real_data
-def test_real_imagenet_files_come_out_of_shards_as_from_their_folder(tmp_path):
-    root = tmp_path / "images"
-    root.mkdir()
-    (root / "train").symlink_to(SHARED / "imagenet-sample")
-    (folder, _), *archives = layouts(root, tmp_path)
-    straight = training(folder, root, 0, 1, 60)
-    for index, place in archives:
-        assert all(map(torch.equal, training(index, place, 0, 1, 60), straight))
+    packed = pack(root, tmp_path / "p")
+    for training in (True, False):
+        expected = batches(index, root, training)
+        assert all(map(torch.equal, batches(packed, tmp_path / "p", training), expected))
 
 
 def test_an_image_in_a_shard_that_went_bad_is_named(image_root, tmp_path):
@@ -410,4 +336,4 @@ def test_an_image_in_a_shard_that_went_bad_is_named(image_root, tmp_path):
     data[damaged.offset + 700 : damaged.offset + damaged.size] = bytes(damaged.size - 700)
     file.write_bytes(data)
     with pytest.raises(UserError, match=r"00000007-bee3.jpg \(does not decode.*images.py index"):
-        evaluation(index, tmp_path / "p", 0, 1)
+        batches(index, tmp_path / "p", training=False)
