@@ -72,7 +72,7 @@ def test_job_that_slurm_refuses_leaves_nothing_behind(
 
     monkeypatch.setattr(submit, "is_here", lambda: True)
     monkeypatch.setattr(submit, "refuse_if_queued", lambda _: None)
-    monkeypatch.setattr(submit, "_announce", lambda _run, status, _tags: told.append(status))
+    monkeypatch.setattr(history, "announce", lambda _run, status, _tags: told.append(status))
     monkeypatch.setattr(submit.batch, "submit", refuse)
     with pytest.raises(UserError, match="no such partition"):
         submit.submit([run], "tiny", code=tmp_path)

@@ -118,18 +118,12 @@ def submit(jobs: list[Job], values: dict[str, Any], folder: Path) -> list[str]:
     """Submit one job, or several as an array; returns their ids.
 
     Raises:
-        UserError: There is no Slurm here, or it refuses the job.
+        UserError: Slurm refuses the job.
     """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    try:
-        executor = submitit.SlurmExecutor(folder=folder, python=python_command())
-    except RuntimeError as error:
-        raise UserError(
-            "there is no Slurm here (no srun on the PATH): run this on a login node, or use "
-            "--dry-run to look at the job, or --local N to train here"
-        ) from error
+    executor = submitit.SlurmExecutor(folder=folder, python=python_command())
     executor.update_parameters(**values)
     try:
         # submitit prints what sbatch says; it is in its error, too, and would be there twice.

@@ -207,33 +207,26 @@ def submitting(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def announce(config: "RunConfig", status: str | None, tags: dict[str, str]) -> None:
-    """Tell MLflow about a run that no process trains now; see `mlflow_follower.announce`."""
-    _announce(config, config.run_dir, config.name, status, tags)
-
-
-def announce_parent(
-    config: "RunConfig", folder: Path, name: str, tags: dict[str, str]
+def announce(
+    config: "RunConfig",
+    status: str | None,
+    tags: dict[str, str],
+    heading: tuple[Path, str] | None = None,
 ) -> str | None:
-    """Make or find a run in MLflow that others are shown below; as a heading it counts as finished.
+    """Tell MLflow about a run that no process trains now; see `mlflow_follower.announce`.
 
     Args:
-        config: The configuration of one of them, which says where MLflow is.
-        folder: Keeps the run's id; made if missing.
-        name: The run's name in MLflow.
+        config: The run's.
+        status: The run's status in MLflow; None: as it is.
         tags: The run's tags in MLflow.
+        heading: Tell instead of the run below which this one is shown: the folder that keeps its
+            id, which exists, and its name.
 
     Returns:
         The run's MLflow id; None without MLflow, or if it does not answer.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    return _announce(config, folder, name, "FINISHED", tags)
-
-
-def _announce(
-    config: "RunConfig", folder: Path, name: str, status: str | None, tags: dict[str, str]
-) -> str | None:
     destination = mlflow_follower.Destination.of(config)
     if destination is None:
         return None
+    folder, name = heading or (config.run_dir, config.name)
     return mlflow_follower.announce(folder, name, destination, tags, status)

@@ -5,6 +5,7 @@ first, a requeue by the job itself, by an administrator, after a preemption or a
 the newest whole checkpoint says where to go on.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -92,17 +93,19 @@ class _Start:
         self.config: RunConfig | None = None
 
     def run(self) -> int:
-        self._configure_logging()
+        level = logging.INFO if self.is_first else logging.ERROR
+        logging.basicConfig(level=level, format="%(message)s", force=True)
         try:
             self._check_code()
             if self._is_cancelled():
                 # This is no success: another run may be waiting for this one to finish.
                 return 128 + signal.SIGTERM
             from tetdist.apps.reports.observers import observers
+            from tetdist.config import loading
             from tetdist.training.run import train
             from tetdist.training.run_record import Launcher
 
-            self.config = self._read_config()
+            self.config = loading.load_written(Path(self.job.config))
             tags = self._begin() if self.is_first else {}
             launcher = Launcher(tags=tags, goes_on_after=RESTART_AFTER, on_failure=self._on_failure)
             status = train(self.config, observers, launcher)
@@ -127,17 +130,6 @@ class _Start:
             traceback.print_exc()
             return self._end_failed(1, f"{type(error).__name__}: {error}".splitlines()[0])
         return self._end(status)
-
-    def _configure_logging(self) -> None:
-        import logging
-
-        level = logging.INFO if self.is_first else logging.ERROR
-        logging.basicConfig(level=level, format="%(message)s", force=True)
-
-    def _read_config(self) -> "RunConfig":
-        from tetdist.config import loading
-
-        return loading.load_written(Path(self.job.config))
 
     def _check_code(self) -> None:
         """See that the queued code is what runs, whatever the environment has installed.

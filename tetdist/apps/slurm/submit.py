@@ -43,7 +43,6 @@ class Prepared:
     cluster: ClusterSection
     plan: Plan
     network: Network
-    world: World
 
 
 def prepare(
@@ -81,8 +80,7 @@ def prepare(
         hand_over(config.tracking_uri)
     # Made absolute now: the job runs in another folder, and the run's own folder records the paths.
     config = _with_absolute_paths(config)
-    world = World(0, cluster.processes, torch.device("cpu"), control=None)
-    train_index, val_index = data or open_data(config, world)
+    train_index, val_index = data or open_data(config, _world(cluster))
     model = make_model(config, train_index)
     parameters = sum(p.numel() for p in model.parameters())
     made = plan.make(
@@ -98,7 +96,7 @@ def prepare(
     if train_index.timesteps is not None:
         height, width = int(train_index.heights[0]), int(train_index.widths[0])
         frames = (train_index.timesteps, height, width)
-    return Prepared(config, cluster, made, Network(model.to("meta"), frames), world)
+    return Prepared(config, cluster, made, Network(model.to("meta"), frames))
 
 
 def _check_inputs(config: RunConfig) -> None:
@@ -254,44 +252,36 @@ def submit(
         for run in runs:
             refuse_if_queued(run.config.run_dir)
             _claim(run)
-        return _submit(runs, name, code, after, depends_on, sweep)
-
-
-def _submit(
-    runs: list[Prepared],
-    name: str,
-    code: Path | None,
-    after: Sequence[Path],
-    depends_on: Sequence[str],
-    sweep: Sequence[Prepared],
-) -> list[Submission]:
-    """Submit runs whose folders are locked."""
-    home = _home(sweep or runs, name)
-    parent = _announce_parent(sweep, home, name) if len(sweep) > 1 else None
-    folder = history.next_submission(home)
-    code = code or copy_code(folder / "code")
-    jobs: list[Job] = []
-    for run in runs:
-        _announce(run, "SCHEDULED", {"mlflow.parentRunId": parent} if parent else {})
-        jobs.append(_job(run, folder, code))
-    try:
-        ids = batch.submit(jobs, batch.parameters(name, runs[0].cluster, code, depends_on), folder)
-    except UserError:
+        home = _home(sweep or runs, name)
+        tags: dict[str, str] = {}
+        if len(sweep) > 1:
+            home.mkdir(parents=True, exist_ok=True)
+            # The run in MLflow below which those of a sweep are shown; it counts as finished.
+            of_sweep = {"sweep": ", ".join(run.config.name for run in sweep)}
+            parent = history.announce(sweep[0].config, "FINISHED", of_sweep, heading=(home, name))
+            tags = {"mlflow.parentRunId": parent} if parent else {}
+        folder = history.next_submission(home)
+        code = code or copy_code(folder / "code")
+        jobs: list[Job] = []
         for run in runs:
-            _announce(run, "KILLED", {})
-        raise
-    submissions: list[Submission] = []
-    for run, job, job_id in zip(runs, jobs, ids, strict=True):
-        submission = _submission(run, job, job_id, after)
-        # Written while the lock is held, so that the next program to take it sees this job.
-        history.write_submission(Path(job.config).parent, submission)
-        history.note(run.config.run_dir, JobEvent("submitted", job_id))
-        submissions.append(submission)
-    if len(sweep) > 1:
-        history.write_sweep(folder, [run.config.run_dir for run in sweep])
-    for run, submission in zip(runs, submissions, strict=True):
-        _announce(run, None, {"slurm_job": submission.job})
-    return submissions
+            history.announce(run.config, "SCHEDULED", tags)
+            jobs.append(_job(run, folder, code))
+        values = batch.parameters(name, runs[0].cluster, code, depends_on)
+        try:
+            ids = batch.submit(jobs, values, folder)
+        except UserError:
+            for run in runs:
+                history.announce(run.config, "KILLED", {})
+            raise
+        submissions = [
+            _noted(run, job, job_id, after)
+            for run, job, job_id in zip(runs, jobs, ids, strict=True)
+        ]
+        if len(sweep) > 1:
+            history.write_sweep(folder, [run.config.run_dir for run in sweep])
+        for run, submission in zip(runs, submissions, strict=True):
+            history.announce(run.config, None, {"slurm_job": submission.job})
+        return submissions
 
 
 def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
@@ -323,7 +313,12 @@ def _home(runs: Sequence[Prepared], name: str) -> Path:
 def _claim(run: Prepared) -> None:
     """Make the run's folder, or see that it holds this very run and is not in use."""
     # The folder's lock is given up when this function ends; the job takes it.
-    RunFolder(run.config, run.world)
+    RunFolder(run.config, _world(run.cluster))
+
+
+def _world(cluster: ClusterSection) -> World:
+    """The job's processes, as this one, which is none of them, plays the first."""
+    return World(0, cluster.processes, torch.device("cpu"), control=None)
 
 
 def copy_code(target: Path) -> Path:
@@ -352,8 +347,9 @@ def _job(run: Prepared, folder: Path, code: Path) -> Job:
     )
 
 
-def _submission(run: Prepared, job: Job, job_id: str, after: Sequence[Path] = ()) -> Submission:
-    return Submission(
+def _noted(run: Prepared, job: Job, job_id: str, after: Sequence[Path] = ()) -> Submission:
+    """Write down, while the lock is held, so that the next program to take it sees this job."""
+    submission = Submission(
         job=job_id,
         run_dir=job.run_dir,
         config=job.config,
@@ -366,27 +362,9 @@ def _submission(run: Prepared, job: Job, job_id: str, after: Sequence[Path] = ()
         time=round(time.time(), 3),
         after=[str(path.absolute()) for path in after],
     )
-
-
-# --- MLflow ---------------------------------------------------------------------------------------
-
-
-def _announce(run: Prepared, status: str | None, tags: dict[str, str]) -> None:
-    history.announce(run.config, status, tags)
-
-
-def _announce_parent(sweep: Sequence[Prepared], home: Path, name: str) -> str | None:
-    """Make the run in MLflow below which those of a sweep are shown."""
-    tags = {"sweep": ", ".join(run.config.name for run in sweep)}
-    return history.announce_parent(sweep[0].config, home, name, tags)
-
-
-def where_to_look(config: RunConfig) -> str | None:
-    """Address of the run in MLflow, or the command that shows it."""
-    uri, id_file = config.tracking_uri, config.run_dir / "mlflow_run_id"
-    if uri is None:
-        return None
-    return ui_command(uri, id_file.read_text().strip() if id_file.exists() else None)
+    history.write_submission(Path(job.config).parent, submission)
+    history.note(run.config.run_dir, JobEvent("submitted", job_id))
+    return submission
 
 
 # --- what is shown --------------------------------------------------------------------------------
@@ -407,9 +385,10 @@ def log_summary(submission: Submission, config: RunConfig) -> None:
         f"  stop    {command('cancel')}",
         f"  resume  {command('resume')}",
     ]
-    look = where_to_look(config)
-    if look:
-        lines.insert(2, f"  MLflow  {look}")
+    uri, id_file = config.tracking_uri, config.run_dir / "mlflow_run_id"
+    if uri is not None:
+        known = id_file.read_text().strip() if id_file.exists() else None
+        lines.insert(2, f"  MLflow  {ui_command(uri, known)}")
     print("\n".join(lines))
 
 
@@ -457,10 +436,9 @@ def run_here(run: Prepared) -> int:
         _claim(run)
         folder = history.next_submission(run.config.run_dir)
         code = copy_code(folder / "code")
-        _announce(run, "SCHEDULED", {})
+        history.announce(run.config, "SCHEDULED", {})
         job = _job(run, folder, code)
-        history.write_submission(folder, _submission(run, job, history.LOCAL))
-        history.note(run.config.run_dir, JobEvent("submitted", history.LOCAL))
+        _noted(run, job, history.LOCAL)
         return local.run_here(job, run.cluster.processes)
 
 

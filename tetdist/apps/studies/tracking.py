@@ -25,7 +25,10 @@ class Parent:
         self.run_id: str | None = None
         tracked = next((run.config for run in runs if run.config.tracking_uri is not None), None)
         if tracked is not None:
-            self.run_id = history.announce_parent(tracked, output, study, {"study": study})
+            output.mkdir(parents=True, exist_ok=True)
+            # As a heading it counts as finished.
+            tags = {"study": study}
+            self.run_id = history.announce(tracked, "FINISHED", tags, heading=(output, study))
 
     def tell(self, run: StudyRun, status: str | None) -> None:
         """Show a run below this one, with tags that tell what it is in the study.
