@@ -29,8 +29,8 @@ ConfigWriter = Callable[..., Path]
         ("https://", "names no host"),
         ("sqlite://", "in memory"),
         ("sqlite:///:memory:", "in memory"),
-        ("postgresql+nosuchdriver://host/runs", "cannot be used"),
-        ("mysql+nosuchdriver://user:secret@host/runs", "cannot be used"),
+        ("postgresql+nosuchdriver://host/runs", "MLflow cannot use"),
+        ("mysql+nosuchdriver://user:secret@host/runs", "MLflow cannot use"),
     ],
 )
 def test_an_address_of_no_kind_is_refused(uri: str, said: str) -> None:

@@ -556,49 +556,35 @@ def test_a_run_that_mlflow_forgot_is_sent_anew(
     assert_all_there(elsewhere, run_dir)
 
 
-def test_datasets_and_the_registered_model(store: Store, tmp_path: Path) -> None:
-    """Once each, however often the run is opened and asks for it."""
-    run_dir = tmp_path / "run"
-    file = run_dir / "checkpoints" / "step-00000005" / "model.safetensors"
-    datasets = [
-        Dataset("digits/train", "0123456789abcdef", "/d/train", "training", {"samples": 40}),
-        Dataset("digits/val", "fedcba9876543210", "/d/val", "validation", {"samples": 10}),
-    ]
-    for start in range(3):
-        tracker = store.open(run_dir, resume_step=5 if start else None, datasets=datasets)
-        if not start:
-            file.parent.mkdir(parents=True)
-            file.write_bytes(b"weights")
-            tracker.log("train", 5, {"loss": 0.5})
-        if start:  # asked for afterwards
+def test_datasets_and_models_are_there_once_however_often_a_run_is_opened(
+    store: Store, tmp_path: Path
+) -> None:
+    data = Dataset("digits/train", "0123456789abcdef", "/d/train", "training", {"samples": 40})
+    for name, starts in (("run", 3), ("other", 1)):
+        file = tmp_path / name / "checkpoints" / "step-00000005" / "model.safetensors"
+        file.parent.mkdir(parents=True)
+        file.write_text(name)
+        for start in range(starts):
+            resume_step = 5 if start else None
+            tracker = store.open(tmp_path / name, resume_step, datasets=[data])
             tracker.artifact(file)
-            tracker.register(file, "digits", "top-1 50 %")
-        tracker.close("FINISHED")
-        assert len(store.client.search_model_versions("name = 'digits'")) == min(start, 1)
-    inputs = store.run(run_dir).inputs.dataset_inputs
-    assert sorted((i.dataset.name, i.dataset.digest, i.tags[0].value) for i in inputs) == [
-        ("digits/train", "0123456789abcdef", "training"),
-        ("digits/val", "fedcba9876543210", "validation"),
-    ]
-    (version,) = store.client.search_model_versions("name = 'digits'")
-    assert version.run_id == store.run(run_dir).info.run_id
-    assert version.description == "top-1 50 %"
-    folder = Path(version.source.removeprefix("file://"))
-    assert (folder / "model.safetensors").read_bytes() == b"weights"
-    # Another run's model is the next version.
-    other = store.open(tmp_path / "other", datasets=datasets)
-    (tmp_path / "other" / "model.safetensors").write_bytes(b"others")
-    other.artifact(tmp_path / "other" / "model.safetensors")
-    other.register(tmp_path / "other" / "model.safetensors", "digits", "")
-    other.close("FINISHED")
-    versions = store.client.search_model_versions("name = 'digits'")
-    assert sorted(v.version for v in versions) == [1, 2]
+            tracker.register(file, "digits", f"top-1 of {name}")
+            tracker.close("FINISHED")
+    (found,) = store.run(tmp_path / "run").inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.digest) == ("digits/train", "0123456789abcdef")
+    assert found.tags[0].value == "training"
+    versions = {v.version: v for v in store.client.search_model_versions("name = 'digits'")}
+    assert sorted(versions) == [1, 2]
+    for number, name in ((1, "run"), (2, "other")):
+        assert versions[number].run_id == store.run(tmp_path / name).info.run_id
+        assert versions[number].description == f"top-1 of {name}"
+        folder = Path(versions[number].source.removeprefix("file://"))
+        assert (folder / "model.safetensors").read_text() == name
 
 
-# The phases below a run.
-
-
-def test_each_phase_is_a_run_below_the_run(store: Store, tmp_path: Path) -> None:
+def test_a_phase_has_its_state_and_the_one_that_stops_that_of_its_run(
+    store: Store, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     tracker = store.open(run_dir, phases=PHASES)
     tracker.enter_phase(0)
@@ -607,40 +593,7 @@ def test_each_phase_is_a_run_below_the_run(store: Store, tmp_path: Path) -> None
     log_steps(tracker, 1, 10)
     tracker.enter_phase(1)
     tiny.wait_until(lambda: store.statuses(run_dir) == ["FINISHED", "RUNNING"], 40)
-    assert store.points(store.phases(run_dir)[1]) == []
-    log_steps(tracker, 11, 20)
-    tracker.close("FINISHED")
-
-    assert_all_there(store, run_dir)
-    first, second = store.phases(run_dir)
-    assert [first.info.run_name, second.info.run_name] == ["phase 0: T=4", "phase 1: T=6"]
-    assert first.data.params == {name: str(value) for name, value in PHASES[0].items()}
-    assert second.data.params["optimizer.kind"] == "adam"
-    assert second.data.metrics["train/phase"] == 1
-    parent = store.run(run_dir)
-    assert first.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    # They are found by the run's tags, too, and by their own T.
-    assert first.data.tags["loss"] == "tet"
-    assert [run.data.tags["timesteps"] for run in (first, second)] == ["4", "6"]
-    assert parent.data.params == {"model.name": "sew_resnet18", "lr": "0.1"}
-    assert "mlflow.parentRunId" not in parent.data.tags
-
-
-def test_a_single_phase_has_no_run_below_it(store: Store, tmp_path: Path) -> None:
-    tracker = store.open(tmp_path / "run", phases=PHASES[:1])
-    log_steps(tracker, 1, 5)
-    tracker.close("FINISHED")
-    experiment = store.run(tmp_path / "run").info.experiment_id
-    assert len(store.client.search_runs([experiment])) == 1
-    assert_all_there(store, tmp_path / "run")
-
-
-def test_the_phase_that_stops_has_the_state_of_its_run(store: Store, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    tracker = store.open(run_dir, phases=PHASES)
-    log_steps(tracker, 1, 10)
-    tracker.enter_phase(1)  # and before its first line, say, memory runs out
-    tracker.close("FAILED")
+    tracker.close("FAILED")  # before a line of the second, say, memory runs out
     assert store.statuses(run_dir) == ["FINISHED", "FAILED"]
     ended = store.phases(run_dir)[0].info.end_time
 
@@ -651,8 +604,11 @@ def test_the_phase_that_stops_has_the_state_of_its_run(store: Store, tmp_path: P
     log_steps(tracker, 10, 13)
     tracker.close("RUNNING")  # a requeued job
     assert store.statuses(run_dir) == ["FINISHED", "RUNNING"]
-    again = store.phases(run_dir)[0].info.end_time
-    assert again > ended
+    first, second = store.phases(run_dir)
+    assert first.info.end_time > ended
+    # They are found by the run's tags, too, and by their own T.
+    assert first.data.tags["loss"] == "tet"
+    assert [run.data.tags["timesteps"] for run in (first, second)] == ["4", "6"]
 
     tracker = store.open(run_dir, 12, phases=PHASES)
     log_steps(tracker, 13, 20)
@@ -660,7 +616,7 @@ def test_the_phase_that_stops_has_the_state_of_its_run(store: Store, tmp_path: P
     # Started again though nothing is left to do.
     store.open(run_dir, 20, phases=PHASES).close("FINISHED")
     assert_all_there(store, run_dir)
-    assert store.phases(run_dir)[0].info.end_time == again
+    assert store.phases(run_dir)[0].info.end_time == first.info.end_time
 
 
 # Servers and databases.

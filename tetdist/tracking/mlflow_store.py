@@ -48,13 +48,25 @@ def check_store(uri: str) -> None:
                     f"tracking.uri: {shown} is a database in memory, which is gone with the run; "
                     f"{_SUGGESTED}"
                 )
-            _check_database(Path(path))
-        case "postgresql" | "mysql" | "mssql":
-            _check_driver(uri)
-        case _:
+            problem = _problem(Path(path))
+            if problem is not None:
+                raise UserError(
+                    f"tracking.uri: MLflow cannot keep runs in {path}: {problem}; {_SUGGESTED}"
+                )
+        case scheme:
             try:
-                new_client(uri)
-            except Exception as error:  # MLflow raises many kinds
+                if scheme in ("postgresql", "mysql", "mssql"):
+                    from sqlalchemy import create_engine
+
+                    create_engine(uri)  # does not connect yet
+                else:
+                    new_client(uri)
+            except ModuleNotFoundError as error:
+                raise UserError(
+                    f"tracking.uri: {shown} needs the package {error.name}; install it, "
+                    f"{_OTHERWISE}"
+                ) from error
+            except Exception as error:  # MLflow and SQLAlchemy raise many kinds
                 raise UserError(
                     f"tracking.uri: MLflow cannot use {shown} ({first_line(error)}); {_SUGGESTED}"
                 ) from error
@@ -96,49 +108,23 @@ def _warn_of_password(of_server: bool) -> None:
     )
 
 
-def _check_driver(uri: str) -> None:
-    from sqlalchemy import create_engine
-
-    try:
-        create_engine(uri)  # does not connect yet
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"tracking.uri: {without_passwords(uri)} needs the package {error.name}; install it, "
-            f"{_OTHERWISE}"
-        ) from error
-    except Exception as error:  # SQLAlchemy raises many kinds
-        raise UserError(
-            f"tracking.uri: {without_passwords(uri)} cannot be used ({first_line(error)}); "
-            f"{_SUGGESTED}"
-        ) from error
-
-
-def _check_database(path: Path) -> None:
+def _problem(path: Path) -> str | None:
+    """Return why MLflow cannot keep runs in an SQLite file; None: it can."""
     # A database that is missing will be made, and its folder with it.
     place = next(one for one in (path, *path.absolute().parents) if one.exists())
-    if place != path and not place.is_dir():
-        raise UserError(
-            f"tracking.uri: MLflow's database {path} cannot be made: {place} is no folder; "
-            f"{_SUGGESTED}"
-        )
-    if place == path and not path.is_file():
-        raise UserError(f"tracking.uri: {path} is no file, so no database; {_SUGGESTED}")
     folder = path.parent if place == path else place
-    locked = next((one for one in (place, folder) if not os.access(one, os.W_OK)), None)
-    if locked is not None:
-        raise UserError(
-            f"tracking.uri: MLflow's database {path} needs permission to write to {locked}; give "
-            f"yourself that, {_SUGGESTED}"
-        )
-    if place != path:
-        return
-    damage = _damage(path)
-    if damage is not None:
-        raise UserError(
-            f"tracking.uri: MLflow's database {path} is damaged ({damage}); restore it, or move it "
-            f"away and a new one is made, to which this run is sent from its first step on; "
-            f"{_OTHERWISE}"
-        )
+    if place == path and not path.is_file():
+        return "it is no file"
+    if not folder.is_dir():
+        return f"{folder} is no folder"
+    for one in (place, folder):
+        if not os.access(one, os.W_OK):
+            return f"you need permission to write to {one}"
+    damage = _damage(path) if place == path else None
+    return damage and (
+        f"it is damaged ({damage}); restore it, or move it away and a new one is made, to which "
+        "this run is sent from its first step on"
+    )
 
 
 def _damage(path: Path) -> str | None:
