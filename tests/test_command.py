@@ -1,6 +1,8 @@
 """What every command does, whichever it is: tetdist_command.py."""
 
+import json
 import os
+import re
 import subprocess
 
 import pytest
@@ -28,6 +30,15 @@ def test_output_that_nobody_reads_is_no_fault(command: tuple[object, ...]) -> No
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_the_dockerfile_copies_and_runs_what_is_there() -> None:
+    text = (tiny.PROJECT / "Dockerfile").read_text()
+    copied = " ".join(re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE)).split()
+    _, script, _ = json.loads(text.splitlines()[-1].removeprefix("CMD"))
+    missing = [name for name in (*copied, script) if not (tiny.PROJECT / name).exists()]
+    assert "pyproject.toml" in copied
+    assert missing == []
 
 
 def test_another_pipe_that_breaks_is_a_fault() -> None:

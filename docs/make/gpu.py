@@ -266,8 +266,8 @@ Left out are the loss, the update and loading.
 
 ### Launches
 
-Kernels of a step of one micro-batch (`PYTHONPATH=.:tests python tests/gpu_without_a_gpu/count.py
-{MODEL} engine=torch`); a graph is one launch, beside the copies of its input. At
+Kernels of a step of one micro-batch, counted by tests/gpu_without_a_gpu; a graph is one launch,
+beside the copies of its input. At
 an estimated {1e6 * LAUNCH_SECONDS:.0f} us each, forward and backward take the host {host:.1f} ms,
 and the GPU waits for it where the batch is so small that its own time is less: there
 `cuda_graphs=true` helps.

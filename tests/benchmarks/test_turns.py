@@ -55,28 +55,3 @@ def test_the_better_way_of_waiting_competes(
             assert sum(p.steps for p in Pretended.alive) == sum(before) + 1
             assert not any(process.unanswered for process in Pretended.alive)
     assert not Pretended.alive
-
-
-@pytest.mark.long
-def test_real_processes_are_timed_and_end() -> None:
-    """Steps of a network of one layer, in processes of their own."""
-    options = argparse.Namespace(
-        model="spiking_convnet",
-        size=None,
-        timesteps=1,
-        batch=1,
-        precision="fp32",
-        device="cpu",
-        evaluate=True,
-        modes=["none"],
-        segment=1,
-        spikingjelly=None,
-    )
-    with turns.contestants(["tetdist, none"], options) as found:
-        (one,) = found.values()
-        seconds = [one.step() for _ in range(3)]
-        assert all(0 < value < 60 for value in seconds)
-        process = one._process
-        assert process is not None
-        assert process.process.poll() is None
-    assert process.process.poll() == 0

@@ -361,23 +361,30 @@ def test_versions_that_suit_each_other(on_gpu: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "version", "text", "remedy"),
+    ("changes", "text", "remedy"),
     [
-        ("triton", "3.2.0", "Triton 3.2.0 is older than 3.3", "pip install torch torchvision "),
-        ("triton", "3.6.0", "wants ==3.7.0", "pip install 'triton==3.7.0'"),
-        ("nvidia-nccl-cu13", "2.27.5", "NCCL 2.28.9 is loaded", "unset LD_LIBRARY_PATH"),
-        ("nvidia-dali-cuda130", None, "DALI is not installed", "[cuda130]'"),
+        ({"triton": ["3.2.0"]}, "Triton 3.2.0 is older than 3.3", "pip install torch torchvision "),
+        ({"triton": ["3.6.0"]}, "wants ==3.7.0", "pip install 'triton==3.7.0'"),
+        ({"nvidia-nccl-cu13": ["2.27.5"]}, "NCCL 2.28.9 is loaded", "unset LD_LIBRARY_PATH"),
+        ({"nvidia-dali-cuda130": []}, "DALI is not installed", "[cuda130]'"),
+        ({"nvidia-dali-cuda120": ["2.0"]}, "two builds of DALI", "pip uninstall -y nvidia-dali-"),
+        (
+            {"nvidia-dali-cuda130": [], "nvidia-dali-cuda120": ["2.0"]},
+            "torch is built for CUDA 13.0 and DALI is cuda120",
+            "uninstall -y nvidia-dali-cuda120; pip install ",
+        ),
+        ({"deepspeed": []}, "DeepSpeed is not installed", "or train with engine=torch"),
     ],
 )
 def test_a_version_that_does_not_fit_comes_with_a_command(
     on_gpu: Machine,
     monkeypatch: pytest.MonkeyPatch,
-    package: str,
-    version: str | None,
+    changes: dict[str, list[str]],
     text: str,
     remedy: str,
 ) -> None:
-    monkeypatch.setitem(INSTALLED, package, [version] if version else [])
+    for package, installed in changes.items():
+        monkeypatch.setitem(INSTALLED, package, installed)
     found = versions.check_versions(on_gpu)
     assert found.status == "bad"
     assert text in found.text
@@ -449,36 +456,3 @@ def test_losses_with_graphs_are_compared(here: Machine, monkeypatch: pytest.Monk
     # The second micro-batch of the first step is another one already.
     assert found.text.startswith("bf16: the loss of step 1 is ")
     assert str(found.remedy).startswith("train with cuda_graphs=false")
-
-
-@pytest.mark.parametrize(
-    ("installed", "problem"),
-    [
-        ({"nvidia-dali-cuda130", "deepspeed"}, None),
-        ({"deepspeed"}, "DALI is not installed"),
-        ({"nvidia-dali-cuda130", "nvidia-dali-cuda120", "deepspeed"}, "two builds of DALI"),
-        ({"nvidia-dali-cuda120"}, "DeepSpeed is not installed"),
-    ],
-)
-def test_packages_that_do_not_suit_each_other(
-    here: Machine, monkeypatch: pytest.MonkeyPatch, installed: set[str], problem: str | None
-) -> None:
-    monkeypatch.setattr(versions, "_distributions", lambda name: [name] * (name in installed))
-    found = versions.check_versions(here)
-    assert (found.status, problem is None) in (("ok", True), ("bad", False))
-    if problem:
-        assert problem in found.text
-        assert "pip " in str(found.remedy)
-
-
-def test_dali_of_another_cuda_is_told(monkeypatch: pytest.MonkeyPatch, here: Machine) -> None:
-    on_gpu = dataclasses.replace(
-        here, world=World(0, 1, torch.device("cuda", 0), here.world.control)
-    )
-    only: dict[str, Any] = {"nvidia-dali-cuda130": ["2.0"]}
-    monkeypatch.setattr(versions, "_distributions", lambda name: only.get(name, []))
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    problem = versions._dali_of_another_cuda(on_gpu)
-    assert problem is not None
-    assert "CUDA 12.8" in problem[0]
-    assert "[cuda120]'" in problem[1]

@@ -4,6 +4,7 @@ import struct
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 
 class Made(NamedTuple):
@@ -165,3 +166,15 @@ def evt3(made, header="% format EVT3;height=720;width=1280\n% end\n"):
         i += len(group)
     words.append(0xA << 12)
     return header.encode() + np.array(words, "<u2").tobytes()
+
+
+def draw_bars(root, **parts):
+    """Images of two classes, an upright and a lying white bar; so many of each in a part."""
+    for part, number in parts.items():
+        for name, size in (("lying", (20, 5)), ("upright", (5, 20))):
+            (root / part / name).mkdir(parents=True)
+            for i in range(number):
+                image = Image.new("L", (34, 34))
+                image.paste(255, (2 + i, 2 + i, 2 + i + size[0], 2 + i + size[1]))
+                image.save(root / part / name / f"{i}.png")
+    return root

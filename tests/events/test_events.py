@@ -7,26 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import cameras
 import pytest
 import tiny
 import torch
-from PIL import Image
 from tiny import Outcome
 
 TOOLS = tiny.PROJECT / "tools"
 SPLIT = "simulated-published"
-
-
-def draw_bars(root: Path) -> Path:
-    """Images of two classes, an upright and a lying white bar."""
-    for part, number in (("train", 8), ("val", 3)):
-        for name, size in (("lying", (20, 5)), ("upright", (5, 20))):
-            (root / part / name).mkdir(parents=True)
-            for i in range(number):
-                image = Image.new("L", (34, 34))
-                image.paste(255, (2 + i, 2 + i, 2 + i + size[0], 2 + i + size[1]))
-                image.save(root / part / name / f"{i}.png")
-    return root
 
 
 def tool(name: str) -> ModuleType:
@@ -35,7 +23,7 @@ def tool(name: str) -> ModuleType:
 
 @pytest.fixture
 def data_root(tmp_path: Path) -> Path:
-    images, dest = draw_bars(tmp_path / "images"), tmp_path / "events"
+    images, dest = cameras.draw_bars(tmp_path / "images", train=8, val=3), tmp_path / "events"
     options = ["--simulate", "--timesteps", "2", "--size", "16", "--workers", "1"]
     assert tool("prebin_dvs").main([str(images), str(dest), *options]) == 0
     return dest / "splits" / SPLIT

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import cameras
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from samples import SHARED, needs_real_data
 
@@ -141,7 +143,7 @@ def test_workers_do_not_change_what_is_written(source, tmp_path, prebin_dvs):
     ]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_call_is_continued(tmp_path, prebin_dvs, ended, how):
     source, dest = make_source(tmp_path / "source", per_class=150), tmp_path / "dest"
     command = [sys.executable, PATH, source, dest, "--timesteps", "4", "--workers", "2"]
@@ -153,13 +155,17 @@ def test_a_stopped_call_is_continued(tmp_path, prebin_dvs, ended, how):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < give_up
         time.sleep(0.01)
-    if how == signal.SIGINT:
-        os.killpg(process.pid, how)  # As a terminal does it: to parent and workers alike.
-    else:
+    memory = Path(f"/proc/{process.pid}/maps").read_text()
+    semaphores = {Path(name) for name in re.findall(r"/dev/shm/sem\.\S+", memory)}
+    if how == signal.SIGKILL:
         process.send_signal(how)
+    else:
+        os.killpg(process.pid, how)  # As a terminal does it: to parent and workers alike.
     # Comes to an end only when the workers have ended, too, who hold the same output.
     output, _ = process.communicate(timeout=60)
     assert process.returncode == (130 if how == signal.SIGINT else -how)
+    assert semaphores
+    tiny.wait_until(lambda: not any(file.exists() for file in semaphores), 20)
     assert "Traceback" not in output
     if how == signal.SIGINT:
         assert "the same command goes on from here" in output
@@ -383,20 +389,8 @@ def test_labelled_gestures_are_cut_out(tmp_path, prebin_dvs):
     assert "the labels of user0.aedat have changed" in output
 
 
-def bars(root):
-    """Images of two classes, an upright and a lying white bar, 4 to train and 2 to validate."""
-    for part, number in (("train", 4), ("val", 2)):
-        for name, size in (("lying", (20, 5)), ("upright", (5, 20))):
-            (root / part / name).mkdir(parents=True)
-            for i in range(number):
-                image = Image.new("L", (28, 28))
-                image.paste(255, (4 + i, 4 + i, 4 + i + size[0], 4 + i + size[1]))
-                image.save(root / part / name / f"{i}.png")
-    return root
-
-
 def test_images_become_simulated_recordings_named_so(tmp_path, prebin_dvs):
-    images, dest = bars(tmp_path / "images"), tmp_path / "dest"
+    images, dest = cameras.draw_bars(tmp_path / "images", train=4, val=2), tmp_path / "dest"
     status, output = prebin_dvs(images, "--simulate", "--preview")
     assert status == 0, output
     root = dest / "splits" / "simulated-published"

@@ -127,22 +127,6 @@ def test_a_training_part_alone_is_divided(tmp_path):
         assign(sources, "published", 0)
 
 
-def test_the_folders_of_n_cars_are_its_published_split(tmp_path):
-    folders = [f"n-cars_{part}/{name}" for part in ("train", "test") for name in ("car", "road")]
-    touch(tmp_path, *(f"{folder}/obj_{i}.dat" for folder in folders for i in (1, 2)))
-    sources = list_sources(tmp_path, [".dat"]).sources
-    assert default_split(sources) == "published"
-    assert {path.split("/")[0] for path in trained(sources, "published")} == {"n-cars_train"}
-
-
-def test_one_class_can_be_evaluated_and_not_learnt(tmp_path):
-    touch(tmp_path, *(f"mug/{i}.bin" for i in range(10)))
-    sources = list_sources(tmp_path, [".bin"]).sources
-    assert len(assign(sources, "all-to-val", 0)) == 10
-    with pytest.raises(UserError, match=r"only one class, 'mug', .* give --split all-to-val"):
-        assign(sources, "stratified-9-1", 0)
-
-
 def test_labelled_recordings_are_cut_and_never_divided(gestures):
     sources = list_sources(gestures, [".aedat"]).sources
     assert [source.path for source in sources] == [f"user{i}.aedat" for i in range(20)]
@@ -219,13 +203,9 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_impossible_splits_are_refused(classes):
-    with pytest.raises(UserError, match=r"nothing says the part of cutter/cutter_0\.aedat"):
-        assign(classes, "published", 0)
     few = [source for source in classes if "cutter" not in source.path or "_1.aedat" in source.path]
     with pytest.raises(UserError, match="leaves nothing to train of 'cutter', which has 1"):
         assign(few, "first-90-percent", 0)
-    with pytest.raises(UserError, match="leaves nothing to train of 'cutter'"):
-        assign(few, "0-99-test", 0)
 
 
 def test_a_splits_name_says_what_it_depends_on():

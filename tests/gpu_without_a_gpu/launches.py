@@ -149,39 +149,27 @@ def _of_products(arguments: tuple[Any, ...], _options: dict[str, Any]) -> bool:
     return arguments[4] == "prod"
 
 
-# What torch.use_deterministic_algorithms' documentation says to raise on CUDA tensors, and when.
+# What torch.use_deterministic_algorithms' documentation says to raise on CUDA tensors, and when, of
+# what a network for images could call.
 REFUSED_IF_DETERMINISTIC: dict[str, When] = {
     "aten._adaptive_avg_pool2d_backward": _always,
-    "aten._adaptive_avg_pool3d_backward": _always,
-    "aten._ctc_loss_backward": _always,
-    "aten._embedding_bag_dense_backward": _always,
     "aten._upsample_bicubic2d_aa_backward": _always,
     "aten._upsample_bilinear2d_aa_backward": _always,
     "aten.adaptive_max_pool2d_backward": _always,
-    "aten.avg_pool3d_backward": _always,
     "aten.bincount": _with_weights,
     "aten.cumsum": _of_floats,
     "aten.cumsum_": _of_floats,
-    "aten.fractional_max_pool2d_backward": _always,
-    "aten.fractional_max_pool3d_backward": _always,
     "aten.grid_sampler_2d_backward": _always,
     "aten.grid_sampler_3d_backward": _always,
     "aten.histc": _always,
     "aten.kthvalue": _always,
-    "aten.max_unpool2d": _always,
-    "aten.max_unpool3d": _always,
     "aten.median": _always,
-    "aten.nll_loss2d_forward": _always,
     "aten.put_": _always,
-    "aten.reflection_pad1d_backward": _always,
     "aten.reflection_pad2d_backward": _always,
-    "aten.reflection_pad3d_backward": _always,
     "aten.scatter_reduce": _of_products,
     "aten.scatter_reduce_": _of_products,
     "aten.upsample_bicubic2d_backward": _always,
     "aten.upsample_bilinear2d_backward": _always,
-    "aten.upsample_linear1d_backward": _always,
-    "aten.upsample_trilinear3d_backward": _always,
 }
 
 

@@ -79,11 +79,6 @@ def seeded(*_: Any) -> None:
         _active.refuse_in_graph("a seed")
 
 
-def silent() -> contextlib.AbstractContextManager[None]:
-    """A context in which nothing is counted: one kernel does all of it."""
-    return contextlib.nullcontext() if _active is None else _active.silent()
-
-
 def within(phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
     """A function during which a phase of the step runs."""
 
@@ -290,24 +285,20 @@ class Recorder(TorchDispatchMode):
         refused: Operations that ``torch.use_deterministic_algorithms`` refuses on a GPU.
         layouts: Fused optimisers' tensors whose elements do not lie in the same order, and weights
             of convolutions that are not channels_last.
-        places: Numbers of kernels by (phase, name, place), if ``with_places``.
         captures: What was launched in each capture of a CUDA graph, one after another.
         ungraphed: What a capture refuses, or does not do again at a replay.
     """
 
-    def __init__(self, *, with_places: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.phase = "input"
         self.launches: Counter[tuple[str, str]] = Counter()
-        self.places: Counter[tuple[str, str, str]] = Counter()
         self.waits: list[tuple[str, str]] = []
         self.refused: list[str] = []
         self.layouts: list[str] = []
         self.captures: list[_Capture] = []
         self.ungraphed: list[str] = []
         self._capture: _Capture | None = None
-        self._with_places = with_places
-        self._silent = 0
         # Storages whose memory would be pinned; held, so that no other gets the address of one.
         self._pinned: dict[int, Any] = {}
 
@@ -322,10 +313,6 @@ class Recorder(TorchDispatchMode):
         _active = None
         super().__exit__(*error)
 
-    def total(self, *phases: str) -> int:
-        """Launches in the given phases."""
-        return sum(n for (phase, _), n in self.launches.items() if phase in phases)
-
     def wait(self, what: str) -> None:
         self.waits.append((self.phase, what))
 
@@ -334,20 +321,8 @@ class Recorder(TorchDispatchMode):
         return [what for phase, what in self.waits if phase in phases]
 
     def count(self, name: str, number: int = 1) -> None:
-        if self._silent or self._capture is not None:
-            return
-        self.launches[self.phase, name] += number
-        if self._with_places:
-            self.places[self.phase, name, _place()] += number
-
-    @contextlib.contextmanager
-    def silent(self) -> Iterator[None]:
-        """What is done in this context is not counted: one kernel does all of it."""
-        self._silent += 1
-        try:
-            yield
-        finally:
-            self._silent -= 1
+        if self._capture is None:
+            self.launches[self.phase, name] += number
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:

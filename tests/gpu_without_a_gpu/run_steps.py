@@ -6,16 +6,14 @@ leaves on standard output; one without any fields asks for what is found of `MIS
 of cuda_guard.cpp has to be preloaded.
 """
 
-import contextlib
 import ctypes
 import gc
 import itertools
 import json
 import os
 import sys
-import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,10 +46,8 @@ class Case:
         base: The configuration that they change.
         steps: Optimiser steps that are taken; the last one's launches are counted.
         micro_batches: Of this process, in each.
-        world_size: Processes that there are said to be.
         learns: Whether it learns from a teacher, which has no weights.
         evaluates: Whether a batch is evaluated, too, and the membranes are looked at.
-        places: Whether the answer says from which line each launch comes.
         mistake: One of `TRAINING_MISTAKES`, which is made.
     """
 
@@ -60,10 +56,8 @@ class Case:
     base: str = "sew34_t4.yaml"
     steps: int = 1
     micro_batches: int = 1
-    world_size: int = WORLD_SIZE
     learns: bool = False
     evaluates: bool = False
-    places: bool = False
     mistake: str | None = None
 
 
@@ -206,18 +200,17 @@ class _FakeTensors(FakeTensorMode):
 def answer(case: Case) -> dict[str, Any]:
     # DeepSpeed's optimisers of the case before wait for the device when they are let go of.
     gc.collect()
-    recorder = Recorder(with_places=case.places)
-    started = time.process_time()
+    recorder = Recorder()
     error = None
     torch.set_grad_enabled(True)
     try:
-        with _FakeTensors(), _world(case) as world:
-            run(case, world, recorder)
+        with _FakeTensors():
+            run(case, _world(), recorder)
     except Exception as raised:
         error = pretended.failure(raised)
     finally:
         torch.use_deterministic_algorithms(False)
-    return report(recorder, error) | {"seconds": round(time.process_time() - started, 2)}
+    return report(recorder, error)
 
 
 def report(recorder: Recorder, error: str | None) -> dict[str, Any]:
@@ -233,12 +226,10 @@ def report(recorder: Recorder, error: str | None) -> dict[str, Any]:
         "captures": len(recorder.captures),
         "ungraphed": recorder.ungraphed,
         "launches": launches,
-        "places": [[*key, number] for key, number in recorder.places.most_common()],
     }
 
 
-@contextlib.contextmanager
-def _world(case: Case) -> Iterator[Any]:
+def _world() -> Any:
     from tetdist.distributed.world import World
 
     class Alone(World):
@@ -250,7 +241,7 @@ def _world(case: Case) -> Iterator[Any]:
         def sum(self, values: list[float]) -> list[float]:
             return values
 
-    yield Alone(0, case.world_size, DEVICE, None)
+    return Alone(0, WORLD_SIZE, DEVICE, None)
 
 
 def run(case: Case, world: Any, recorder: Recorder) -> None:
@@ -270,7 +261,6 @@ def run(case: Case, world: Any, recorder: Recorder) -> None:
             TRAINING_MISTAKES[case.mistake](trainer)
         for number in range(case.steps):
             recorder.launches.clear()
-            recorder.places.clear()
             with recorder:
                 trainer._train_step()
             recorder.phase = "input"

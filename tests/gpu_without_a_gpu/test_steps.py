@@ -5,7 +5,9 @@ the engines' own code. So these tests find tensors on the wrong device, what has
 the device, and kernels that are launched without need; they are blind to numbers and to time.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -257,12 +259,6 @@ def test_everything_in_a_graph(model: str, recompute: str, precision: str, ask: 
     graphed(ask, model, recompute, precision)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("model", "recompute"), EVERY_WAY)
-def test_everything_in_a_graph_with_every_network(model: str, recompute: str, ask: Ask) -> None:
-    graphed(ask, model, recompute, "bf16")
-
-
 @pytest.mark.parametrize(
     ("mistake", "text"),
     [
@@ -291,12 +287,6 @@ SHORT = [
     ("preact_resnet18", "blocks", "deepspeed", "bf16"),
     ("ms_resnet18", "segments", "torch", "fp16"),
 ]
-# Of networks of the same layers one is enough for all ways of training: the others are wider or
-# deeper.
-LARGER = (
-    *("qkformer_10_512", "qkformer_10_768", "qkformer_2_256_gesture"),
-    *("sdt_6_512", "sdt_8_512", "sdt_10_512", "sdt_8_768", "sdt_2_512_cifar", "sdt_2_256_gesture"),
-)
 
 
 def everything(ask: Ask, model: str, recompute: str, engine: str, precision: str) -> Answer:
@@ -320,18 +310,27 @@ def test_everything(model: str, recompute: str, engine: str, precision: str, ask
     everything(ask, model, recompute, engine, precision)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("engine", "precision"), CHECKS)
-@pytest.mark.parametrize(("model", "recompute"), [way for way in EVERY_WAY if way[0] not in LARGER])
-def test_everything_with_every_network(
-    model: str, recompute: str, engine: str, precision: str, ask: Ask
-) -> None:
-    everything(ask, model, recompute, engine, precision)
+# Each network with each recomputation, of which each is in each way, as is each kind of network:
+# those of few networks are in all of them.
+WAYS: tuple[Any, ...] = (*CHECKS, "graph", "as it is")
+FEW = ("preact_resnet18", "psn_sew_resnet18", "spiking_convnet", "vggsnn")
+PAIRS = list(zip((way for way in EVERY_WAY if way[0] not in FEW), itertools.cycle(WAYS)))
+for few in FEW:
+    PAIRS += zip(itertools.cycle(way for way in EVERY_WAY if way[0] == few), WAYS)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("model", "recompute"), EVERY_WAY)
-def test_every_network_as_it_is(model: str, recompute: str, ask: Ask) -> None:
-    answer = ask(model, RECOMPUTE[recompute], *ENGINES["torch"], evaluates=True)
-    assert_runs(answer)
-    assert len(answer["evaluation_waits"]) == 1
+@pytest.mark.parametrize(("network", "way"), PAIRS)
+def test_every_pair_of_choices(network: tuple[str, str], way: Any, ask: Ask) -> None:
+    model, recompute = network
+    match way:
+        case "as it is":
+            answer = ask(model, RECOMPUTE[recompute], *ENGINES["torch"], evaluates=True)
+            assert_runs(answer)
+            assert len(answer["evaluation_waits"]) == 1
+        case "graph":
+            graphed(ask, model, recompute, "bf16")
+        case engine, precision:
+            everything(ask, model, recompute, engine, precision)
+        case _:
+            raise AssertionError(way)

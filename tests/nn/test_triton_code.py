@@ -1,7 +1,7 @@
 """What the kernels of the GPU become: no GPU is needed to compile them and to read their code."""
 
-import dataclasses
 import functools
+import itertools
 import json
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ from tetdist.nn.batch_norm import BatchNorm
 from tetdist.nn.fast.fused import Inputs
 from tetdist.nn.integer_neurons import NILIF
 from tetdist.nn.learned_decay import PLIF
-from tetdist.nn.neurons import LIF, SURROGATES, NeuronConfig
+from tetdist.nn.neurons import LIF, SURROGATES
 
 needs_triton()
 
@@ -174,26 +174,6 @@ def test_one_compilation_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> N
     assert set(numbers.values()) == {1}, numbers
 
 
-@each_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_stream_that_all_timesteps_share(dtype: torch.dtype, capability: int) -> None:
-    """With everything that there can be, on any number of channels."""
-    for channels in (64, 3):
-        stream = Stream(dtype=dtype, timesteps=2, channels=channels, shared=True, normalized=True)
-        for launch in stream.launches():
-            if launch.name in ("add", "add_sums"):
-                check(gpu_code.compiled(launch, capability))
-
-
-@each_gpu
-@pytest.mark.parametrize("neuron", [PLIF(), PLIF(decay_input=False, reset="soft"), NILIF()])
-def test_other_kinds_of_neurons(neuron: NeuronConfig, capability: int) -> None:
-    layer = Layer(neuron=neuron, shortcut="normalized", identity=True)
-    for launch in layer.launches():
-        if launch.name in ("fire", "backward_sums", "backward"):
-            check(gpu_code.compiled(launch, capability))
-
-
 def test_of_any_number_of_channels() -> None:
     # Loads as wide as rows allow: 24 channels are a multiple of 8 numbers, 3 of none.
     for channels, width in ((24, "LDG.128"), (3, "LDG.16")):
@@ -206,58 +186,61 @@ def test_of_any_number_of_channels() -> None:
         assert code.memory[width] >= 2
 
 
-@each_gpu
-@pytest.mark.parametrize("timesteps", [1, 10, 12, 16], ids="T{}".format)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.long
-def test_nothing_spills_with_many_timesteps(
-    dtype: torch.dtype, timesteps: int, capability: int
-) -> None:
-    layer = Layer(dtype=dtype, timesteps=timesteps, shortcut="normalized", carries=True)
-    launches = layer.launches() + dataclasses.replace(layer, shortcut="none").launches()
-    launches += Stream(dtype=dtype, timesteps=timesteps).launches()
-    for launch in launches:
-        if launch.name in ("fire", "backward_sums", "backward"):
-            check(gpu_code.compiled(launch, capability))
-
-
-@each_gpu
-@pytest.mark.parametrize(
-    ("timesteps", "shortcut", "carries", "surrogate"),
+FULL = {"shortcut": "normalized", "identity": True}
+USUAL: list[Layer | Stream] = [
+    *(
+        Layer(neuron=one, **FULL)
+        for one in (PLIF(), PLIF(reset="soft", decay_input=False), NILIF())
+    ),
+    Layer(timesteps=8, shortcut="plain", carries=True, neuron=LIF(surrogate="atan")),
+]
+FURTHER: list[Layer | Stream] = [
+    Layer(timesteps=timesteps, shortcut=shortcut, carries=carries, neuron=LIF(surrogate=surrogate))
+    for timesteps, shortcut, carries, surrogate in (
+        (8, "plain", False, "sigmoid"),
+        (8, "plain", True, "triangle"),
+        (8, "none", False, "sigmoid"),
+        (16, "plain", True, "triangle"),
+        (4, "normalized", True, "sigmoid"),
+    )
+]
+for dtype in (torch.bfloat16, torch.float32):
+    for timesteps in (1, 10, 12, 16):
+        FURTHER += [
+            Layer(dtype=dtype, timesteps=timesteps, shortcut="normalized", carries=True),
+            Layer(dtype=dtype, timesteps=timesteps, carries=True),
+            Stream(dtype=dtype, timesteps=timesteps),
+        ]
+WAYS = itertools.cycle(
     [
-        (8, "plain", True, "atan"),
-        pytest.param(8, "plain", False, "sigmoid", marks=pytest.mark.long),
-        pytest.param(8, "plain", True, "triangle", marks=pytest.mark.long),
-        pytest.param(8, "none", False, "sigmoid", marks=pytest.mark.long),
-        pytest.param(16, "plain", True, "triangle", marks=pytest.mark.long),
-        pytest.param(4, "normalized", True, "sigmoid", marks=pytest.mark.long),
-    ],
-)
-def test_nothing_spills_where_much_is_kept(
-    timesteps: int, shortcut: Any, carries: bool, surrogate: Any, capability: int
-) -> None:
-    neuron = LIF(surrogate=surrogate)
-    layer = Layer(timesteps=timesteps, shortcut=shortcut, carries=carries, neuron=neuron)
-    for launch in layer.launches():
-        if launch.name in ("backward_sums", "backward"):
-            check(gpu_code.compiled(launch, capability))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("surrogate", SURROGATES)
-def test_every_neuron(surrogate: str, dtype: torch.dtype) -> None:
-    for reset, detach, shared, shortcut in (
         ("hard", False, True, "plain"),
         ("hard", True, False, "none"),
         ("soft", False, True, "none"),
         ("soft", True, False, "plain"),
-    ):
-        neuron = LIF(
-            reset=reset, detach_reset=detach, surrogate=surrogate, surrogate_width=1.5, decay=0.9
-        )
-        layer = Layer(neuron=neuron, dtype=dtype, shared=shared, shortcut=shortcut)
-        for launch in layer.launches():
-            if launch.name in ("backward_sums", "backward"):
-                # The assembler spills a number of float64 where it has three times the registers.
-                check(gpu_code.compiled(launch, 90), spills=dtype == torch.float64)
+        ("hard", False, True, "none"),
+    ]
+)
+DTYPES = (torch.float16, torch.bfloat16, torch.float64)
+for surrogate, dtype in itertools.product(SURROGATES, DTYPES):
+    reset, detach, shared, shortcut = next(WAYS)
+    options = {"reset": reset, "detach_reset": detach, "surrogate": surrogate}
+    neuron = LIF(surrogate_width=1.5, decay=0.9, **options)
+    FURTHER.append(Layer(neuron=neuron, dtype=dtype, shared=shared, shortcut=shortcut))
+for dtype in (torch.bfloat16, torch.float64):
+    # With everything that there can be, on any number of channels.
+    full = {"dtype": dtype, "timesteps": 2, "shared": True, "normalized": True}
+    USUAL += [Stream(channels=channels, **full) for channels in (64, 3)]
+
+
+@each_gpu
+@pytest.mark.parametrize(
+    "layer", [*USUAL, *(pytest.param(layer, marks=pytest.mark.long) for layer in FURTHER)]
+)
+def test_nothing_spills(layer: Layer | Stream, capability: int) -> None:
+    adds = isinstance(layer, Stream) and layer.shared
+    names = ("add", "add_sums") if adds else ("fire", "backward_sums", "backward")
+    # The assembler spills a number of float64 where it has three times the registers.
+    spills = not adds and layer.dtype == torch.float64
+    for launch in layer.launches():
+        if launch.name in names:
+            check(gpu_code.compiled(launch, capability), spills=spills)

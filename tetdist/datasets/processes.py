@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from tetdist.errors import UserError
@@ -67,6 +68,11 @@ def _results(
     # A fork would copy the locks of the caller's threads (DALI's, torch's) as they are.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([getattr(work, "func", work).__module__])
+    # What removes the pool's semaphores when this process is killed, and inherits the mask, must
+    # outlive the hangup of a terminal, which all its processes are told of.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _prepare_worker)
     try:
         yield from pool.map(work, tasks)

@@ -125,8 +125,7 @@ def _row(name: str, seconds: dict[str, list[float]], options: argparse.Namespace
         "name": name,
         "seconds": statistics.median(values),
         "fastest": min(values),
-        # The ratio is taken round by round, since whatever slows the machine slows both.
-        "ratio": statistics.median(a / b for a, b in zip(values, first, strict=True)),
+        "ratio": turns.ratio(values, first),
         "images_per_s": options.batch / statistics.median(values),
     }
 

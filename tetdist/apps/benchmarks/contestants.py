@@ -116,26 +116,22 @@ def spikingjelly_network(name: str) -> torch.nn.Module:
             return getattr(sew_resnet, name)(spiking_neuron=spikingjelly_neuron, cnf="ADD")
         case "spiking":
             return getattr(spiking_resnet, name)(spiking_neuron=spikingjelly_neuron)
-        case "qkformer":
+        case "qkformer" | "maxformer":
             width = int(numbers[1])
-            widths = (width // 4, width // 2, width)
-            return peers.QKFormer(widths, (1, 2, 7), width // 64, halving_neuron)
-        case "maxformer":
-            width = int(numbers[1])
-            widths = (width // 4, width // 2, width)
-            return peers.MaxFormer(widths, (1, 2, 7), width // 64, halving_neuron)
+            make = peers.qkformer if family == "qkformer" else peers.max_former
+            return make((width // 4, width // 2, width), (1, 2, 7), width // 64, halving_neuron)
         case "sdt":
             depth, width = map(int, numbers)
-            return peers.SpikeDrivenTransformer(width, depth, halving_neuron)
+            return peers.spike_driven_transformer(width, depth, halving_neuron)
         case "espikeformer":
-            of_size = {
+            widths = {
                 "t": (24, 48, 96, 128),
                 "s": (32, 64, 128, 192),
                 "m": (48, 96, 192, 240),
                 "l": (64, 128, 256, 360),
             }
-            return peers.ESpikeFormer(
-                of_size[numbers[0]], (6, 2), 8, sharing_neuron, counting_neuron
+            return peers.espikeformer(
+                widths[numbers[0]], (6, 2), 8, sharing_neuron, counting_neuron
             )
         case _:
             raise AssertionError(name)

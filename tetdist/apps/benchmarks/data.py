@@ -19,6 +19,8 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from tetdist.apps.benchmarks.turns import ratio
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 NOT_COUNTED = 6
@@ -51,17 +53,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def row(name: str, rates: dict[str, list[float]]) -> dict[str, Any]:
-    def against(other: str) -> float:
-        # The ratio is taken round by round, since whatever slows the machine slows both.
-        return statistics.median(a / b for a, b in zip(rates[name], rates[other], strict=True))
-
     return {
         "name": name,
         "images_per_s": statistics.median(rates[name]),
         "fastest": max(rates[name]),
-        "of_torchvision": against("torchvision"),
-        "of_dali": against("DALI's reader"),
-        "of_decoding": against("decoding alone"),
+        "of_torchvision": ratio(rates[name], rates["torchvision"]),
+        "of_dali": ratio(rates[name], rates["DALI's reader"]),
+        "of_decoding": ratio(rates[name], rates["decoding alone"]),
     }
 
 

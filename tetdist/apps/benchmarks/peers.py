@@ -25,6 +25,31 @@ class MakeNeuron(Protocol):
 OF_ATTENTION = 0.5
 
 
+class Network(nn.Module):
+    """Parts one after another on frames (T, B, 3, H, W), the mean over pixels, and a classifier."""
+
+    def __init__(self, parts: Sequence[nn.Module], neuron: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.parts, self.neuron = nn.Sequential(*parts), neuron
+        self.head = nn.Linear(channels, 1000)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        y: Tensor = self.head(self.neuron(self.parts(frames).mean((3, 4))))
+        return y
+
+
+class Residual(nn.Module):
+    """Layers one after another, added to their input."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x) + x
+        return y
+
+
 class Layer(nn.Module):
     """Convolution, batch norm, and what comes behind: pooling, neurons, both or nothing."""
 
@@ -38,7 +63,7 @@ class Layer(nn.Module):
         super().__init__()
         self.conv, self.norm = conv, nn.BatchNorm2d(conv.out_channels)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if pools else nn.Identity()
-        self.neuron = neuron if neuron is not None else nn.Identity()
+        self.neuron = neuron or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         current = self.pool(self.norm(self.conv(x.flatten(0, 1))))
@@ -62,6 +87,66 @@ def of_heads(x: Tensor, heads: int) -> Tensor:
 def image_of(x: Tensor, shape: torch.Size) -> Tensor:
     """The reverse of `of_heads`."""
     return x.transpose(3, 4).reshape(shape).contiguous()
+
+
+def depthwise(channels: int, kernel: int, *, bias: bool) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, kernel, 1, kernel // 2, groups=channels, bias=bias)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention that is added to its input; values may be wider than that.
+
+    Args:
+        channels, heads: Of the input.
+        make: Makes neurons.
+        first: Neurons before all, where the input is a current.
+        last: Neurons behind the projection, where the input is spikes.
+        scale: Factor of the attended values.
+        threshold: Threshold of the neurons that these go through.
+        value_ratio: Width of the values, as a multiple of the input's.
+        bias: Whether the projection has one.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        make: MakeNeuron,
+        *,
+        first: nn.Module | None = None,
+        last: nn.Module | None = None,
+        scale: float = 0.125,
+        threshold: float = OF_ATTENTION,
+        value_ratio: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, scale
+        wide = value_ratio * channels
+        self.first = first or nn.Identity()
+        self.q = Layer(conv1x1(channels, channels), make())
+        self.k = Layer(conv1x1(channels, channels), make())
+        self.v = Layer(conv1x1(channels, wide), make())
+        self.neuron = make(threshold)
+        self.proj = Layer(conv1x1(wide, channels, bias=bias), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = self.first(x)
+        q, k, v = (of_heads(layer(spikes), self.heads) for layer in (self.q, self.k, self.v))
+        wide = torch.Size([*x.shape[:2], v.shape[2] * v.shape[4], *x.shape[3:]])
+        attended = image_of(q @ (k.mT @ v) * self.scale, wide)
+        y: Tensor = self.proj(self.neuron(attended)) + x
+        return y
+
+
+def driven_mlp(channels: int, make: MakeNeuron) -> nn.Module:
+    """Neurons first, and the current of the last convolution added to the stream."""
+    wide = 4 * channels
+    layers = (
+        Layer(conv1x1(channels, wide, bias=True), make()),
+        Layer(conv1x1(wide, channels, bias=True)),
+    )
+    return Residual(make(), *layers)
 
 
 # ---------------------------------------------------------------------------------------- QKFormer
@@ -105,55 +190,25 @@ class TokenAttention(nn.Module):
         return x + self.proj((mask * k).flatten(2, 3))
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, channels: int, heads: int, make: MakeNeuron) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q = Layer(conv1x1(channels, channels), make())
-        self.k = Layer(conv1x1(channels, channels), make())
-        self.v = Layer(conv1x1(channels, channels), make())
-        self.neuron = make(OF_ATTENTION)
-        self.proj = Layer(conv1x1(channels, channels, bias=True), make())
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (of_heads(layer(x), self.heads) for layer in (self.q, self.k, self.v))
-        attended = image_of(q @ (k.mT @ v) * 0.125, x.shape)
-        return x + self.proj(self.neuron(attended))
-
-
-class Mlp(nn.Module):
-    def __init__(self, channels: int, make: MakeNeuron) -> None:
-        super().__init__()
-        self.fc1 = Layer(conv1x1(channels, 4 * channels, bias=True), make())
-        self.fc2 = Layer(conv1x1(4 * channels, channels, bias=True), make())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(self.fc1(x))
-
-
-class QKFormer(nn.Module):
-    """The network of models/qkformer.py, of frames (T, B, 3, H, W)."""
-
-    def __init__(
-        self, widths: Sequence[int], depths: Sequence[int], heads: int, make: MakeNeuron
-    ) -> None:
-        super().__init__()
-        first = widths[0]
-        parts: list[nn.Module] = [
-            Embedding(3, [(first // 2, True), (first, True), (first, False)], 1, make)
-        ]
-        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            if stage > 0:
-                parts.append(Embedding(widths[stage - 1], [(width, True), (width, False)], 0, make))
-            kind = TokenAttention if stage < len(widths) - 1 else SelfAttention
-            for _ in range(depth):
-                parts += [kind(width, heads, make), Mlp(width, make)]
-        self.parts = nn.Sequential(*parts)
-        self.head = nn.Linear(widths[-1], 1000)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        y: Tensor = self.head(self.parts(frames).mean((3, 4)))
-        return y
+def qkformer(widths: Sequence[int], depths: Sequence[int], heads: int, make: MakeNeuron) -> Network:
+    """The network of models/qkformer.py."""
+    first = widths[0]
+    parts: list[nn.Module] = [
+        Embedding(3, [(first // 2, True), (first, True), (first, False)], 1, make)
+    ]
+    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        if stage > 0:
+            parts.append(Embedding(widths[stage - 1], [(width, True), (width, False)], 0, make))
+        for _ in range(depth):
+            is_last = stage == len(widths) - 1
+            parts.append(
+                SelfAttention(width, heads, make, last=make())
+                if is_last
+                else TokenAttention(width, heads, make)
+            )
+            layers = (width, 4 * width), (4 * width, width)
+            parts.append(Residual(*(Layer(conv1x1(*one, bias=True), make()) for one in layers)))
+    return Network(parts, nn.Identity(), widths[-1])
 
 
 # ------------------------------------------------------------------------- Spike-driven Transformer
@@ -199,33 +254,12 @@ class DrivenAttention(nn.Module):
         return y
 
 
-class DrivenMlp(nn.Module):
-    def __init__(self, channels: int, make: MakeNeuron) -> None:
-        super().__init__()
-        self.neuron = make()
-        self.fc1 = Layer(conv1x1(channels, 4 * channels, bias=True), make())
-        self.fc2 = Layer(conv1x1(4 * channels, channels, bias=True))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(self.fc1(self.neuron(x))) + x
-        return y
-
-
-class SpikeDrivenTransformer(nn.Module):
-    """The network of models/spike_driven_transformer.py, of frames (T, B, 3, H, W)."""
-
-    def __init__(self, channels: int, depth: int, make: MakeNeuron) -> None:
-        super().__init__()
-        parts: list[nn.Module] = [DrivenEmbedding(channels, make)]
-        for _ in range(depth):
-            parts += [DrivenAttention(channels, 8, make), DrivenMlp(channels, make)]
-        self.parts = nn.Sequential(*parts)
-        self.neuron = make()
-        self.head = nn.Linear(channels, 1000)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        y: Tensor = self.head(self.neuron(self.parts(frames).mean((3, 4))))
-        return y
+def spike_driven_transformer(channels: int, depth: int, make: MakeNeuron) -> Network:
+    """The network of models/spike_driven_transformer.py."""
+    parts: list[nn.Module] = [DrivenEmbedding(channels, make)]
+    for _ in range(depth):
+        parts += [DrivenAttention(channels, 8, make), driven_mlp(channels, make)]
+    return Network(parts, make(), channels)
 
 
 # -------------------------------------------------------------------------------------- Max-Former
@@ -275,87 +309,35 @@ class MaxEmbedding(nn.Module):
         return y
 
 
-class Residual(nn.Module):
-    """Layers whose first one is of neurons, added to the stream."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layers(x) + x
-        return y
-
-
-def depthwise(channels: int, kernel: int, *, bias: bool) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, kernel, 1, kernel // 2, groups=channels, bias=bias)
-
-
-class StreamAttention(nn.Module):
-    """Self-attention that adds its current to the stream; values may be wider than the stream."""
-
-    def __init__(
-        self,
-        channels: int,
-        heads: int,
-        make: MakeNeuron,
-        *,
-        scale: float,
-        threshold: float = OF_ATTENTION,
-        value_ratio: int = 1,
-        bias: bool,
-    ) -> None:
-        super().__init__()
-        self.heads, self.scale = heads, scale
-        wide = value_ratio * channels
-        self.neuron = make()
-        self.q = Layer(conv1x1(channels, channels), make())
-        self.k = Layer(conv1x1(channels, channels), make())
-        self.v = Layer(conv1x1(channels, wide), make())
-        self.attended = make(threshold)
-        self.proj = Layer(conv1x1(wide, channels, bias=bias))
-
-    def forward(self, x: Tensor) -> Tensor:
-        spikes = self.neuron(x)
-        q, k, v = (of_heads(layer(spikes), self.heads) for layer in (self.q, self.k, self.v))
-        wide = torch.Size([*x.shape[:2], v.shape[2] * v.shape[4], *x.shape[3:]])
-        attended = image_of(q @ (k.mT @ v) * self.scale, wide)
-        y: Tensor = self.proj(self.attended(attended)) + x
-        return y
-
-
-class MaxFormer(nn.Module):
-    """The network of models/max_former.py, of frames (T, B, 3, H, W)."""
-
-    def __init__(
-        self, widths: Sequence[int], depths: Sequence[int], heads: int, make: MakeNeuron
-    ) -> None:
-        super().__init__()
-        parts: list[nn.Module] = [MaxStem(widths[0], make)]
-        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            if stage > 0:
-                parts.append(MaxEmbedding(widths[stage - 1], width, make))
-            for _ in range(depth):
-                if stage < 2:
-                    conv = depthwise(width, (7, 5)[stage], bias=True)
-                    parts.append(Residual(make(), Layer(conv)))
-                else:
-                    parts.append(StreamAttention(width, heads, make, scale=0.125, bias=True))
-                parts.append(DrivenMlp(width, make))
-        self.parts = nn.Sequential(*parts)
-        self.neuron = make()
-        self.head = nn.Linear(widths[-1], 1000)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        y: Tensor = self.head(self.neuron(self.parts(frames).mean((3, 4))))
-        return y
+def max_former(
+    widths: Sequence[int], depths: Sequence[int], heads: int, make: MakeNeuron
+) -> Network:
+    """The network of models/max_former.py."""
+    parts: list[nn.Module] = [MaxStem(widths[0], make)]
+    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        if stage > 0:
+            parts.append(MaxEmbedding(widths[stage - 1], width, make))
+        for _ in range(depth):
+            if stage < 2:
+                conv = depthwise(width, (7, 5)[stage], bias=True)
+                parts.append(Residual(make(), Layer(conv)))
+            else:
+                parts.append(SelfAttention(width, heads, make, first=make()))
+            parts.append(driven_mlp(width, make))
+    return Network(parts, make(), widths[-1])
 
 
 # ----------------------------------------------------------------------------------- E-SpikeFormer
 
 
-class ESpikeFormer(nn.Module):
-    """The network of models/espikeformer.py, of frames (T, B, 3, H, W).
+def espikeformer(
+    widths: Sequence[int],
+    depths: Sequence[int],
+    heads: int,
+    make: MakeNeuron,
+    counting: MakeNeuron,
+) -> Network:
+    """The network of models/espikeformer.py.
 
     Args:
         widths, depths, heads: As there.
@@ -363,58 +345,43 @@ class ESpikeFormer(nn.Module):
         counting: Makes those before the classifier, which send whole numbers.
     """
 
-    def __init__(
-        self,
-        widths: Sequence[int],
-        depths: Sequence[int],
-        heads: int,
-        make: MakeNeuron,
-        counting: MakeNeuron,
-    ) -> None:
-        super().__init__()
+    def separable(channels: int, kernel: int) -> nn.Module:
+        wide = 2 * channels
+        return Residual(
+            make(),
+            Layer(conv1x1(channels, wide), make()),
+            Layer(depthwise(wide, kernel, bias=False), make()),
+            Layer(conv1x1(wide, channels)),
+        )
 
-        def separable(channels: int, kernel: int) -> nn.Module:
-            wide = 2 * channels
-            return Residual(
-                make(),
-                Layer(conv1x1(channels, wide), make()),
-                Layer(depthwise(wide, kernel, bias=False), make()),
-                Layer(conv1x1(wide, channels)),
-            )
+    def convolutional(channels: int) -> list[nn.Module]:
+        wide = 4 * channels
+        mlp = [make(), Layer(conv3x3(channels, wide), make()), Layer(conv3x3(wide, channels))]
+        return [separable(channels, 7), Residual(*mlp)]
 
-        def convolutional(channels: int) -> list[nn.Module]:
-            wide = 4 * channels
-            mlp = [make(), Layer(conv3x3(channels, wide), make()), Layer(conv3x3(wide, channels))]
-            return [separable(channels, 7), Residual(*mlp)]
+    def downsampling(before: int, channels: int, stride: int) -> list[nn.Module]:
+        return [make(), Layer(nn.Conv2d(before, channels, 3, stride, 1))]
 
-        def downsampling(before: int, channels: int, stride: int) -> list[nn.Module]:
-            return [make(), Layer(nn.Conv2d(before, channels, 3, stride, 1))]
+    def transformer(channels: int) -> list[nn.Module]:
+        attention = SelfAttention(
+            channels,
+            heads,
+            make,
+            first=make(),
+            scale=2 * (channels // heads) ** -0.5,
+            threshold=1.0,
+            value_ratio=4,
+            bias=False,
+        )
+        return [separable(channels, 3), attention, driven_mlp(channels, make)]
 
-        def transformer(channels: int) -> list[nn.Module]:
-            attention = StreamAttention(
-                channels,
-                heads,
-                make,
-                scale=2 * (channels // heads) ** -0.5,
-                threshold=1.0,
-                value_ratio=4,
-                bias=False,
-            )
-            return [separable(channels, 3), attention, DrivenMlp(channels, make)]
-
-        first, second, third, fourth = widths
-        parts = [Layer(nn.Conv2d(3, first // 2, 7, 2, 3)), *convolutional(first // 2)]
-        parts += [*downsampling(first // 2, first, 2), *convolutional(first)]
-        parts += downsampling(first, second, 2)
-        parts += [*convolutional(second), *convolutional(second)]
-        parts += downsampling(second, third, 2)
-        parts += [part for _ in range(depths[0]) for part in transformer(third)]
-        parts += downsampling(third, fourth, 1)
-        parts += [part for _ in range(depths[1]) for part in transformer(fourth)]
-        self.parts = nn.Sequential(*parts)
-        self.neuron = counting()
-        self.head = nn.Linear(fourth, 1000)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        y: Tensor = self.head(self.neuron(self.parts(frames).mean((3, 4))))
-        return y
+    first, second, third, fourth = widths
+    parts = [Layer(nn.Conv2d(3, first // 2, 7, 2, 3)), *convolutional(first // 2)]
+    parts += [*downsampling(first // 2, first, 2), *convolutional(first)]
+    parts += downsampling(first, second, 2)
+    parts += [*convolutional(second), *convolutional(second)]
+    parts += downsampling(second, third, 2)
+    parts += [part for _ in range(depths[0]) for part in transformer(third)]
+    parts += downsampling(third, fourth, 1)
+    parts += [part for _ in range(depths[1]) for part in transformer(fourth)]
+    return Network(parts, counting(), fourth)

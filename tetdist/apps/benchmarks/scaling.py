@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tetdist.apps.benchmarks.contestants import wait
-from tetdist.apps.benchmarks.turns import Told, answer, options_told
+from tetdist.apps.benchmarks.turns import Told, answer, options_told, ratio
 
 if TYPE_CHECKING:
     from tetdist.distributed.world import World
@@ -89,24 +89,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             seconds["apart"].append(together(singles, options.steps))
             seconds["together"].append(together(group, options.steps))
     images = options.batch * options.accumulation
-    rows = [
-        {
-            "name": name,
-            "processes": 1 if name == "alone" else options.processes,
-            "seconds": statistics.median(values),
-            # The share of the rate of as many independent processes, round by round.
-            "efficiency": statistics.median(
-                one / own for one, own in zip(seconds["alone"], values, strict=True)
-            ),
-            "of_apart": statistics.median(
-                one / own for one, own in zip(seconds["apart"], values, strict=True)
-            ),
-            "images_per_s": (1 if name == "alone" else options.processes)
-            * images
-            / statistics.median(values),
-        }
-        for name, values in seconds.items()
-    ]
+    rows = []
+    for name, values in seconds.items():
+        count, median = 1 if name == "alone" else options.processes, statistics.median(values)
+        rows.append(
+            {
+                "name": name,
+                "processes": count,
+                "seconds": median,
+                # The share of the rate of as many independent processes.
+                "efficiency": ratio(seconds["alone"], values),
+                "of_apart": ratio(seconds["apart"], values),
+                "images_per_s": count * images / median,
+            }
+        )
     keys = ("model", "size", "timesteps", "batch", "accumulation", "precision", "device", "engine")
     return {key: getattr(options, key) for key in keys} | {
         "rows": rows,
@@ -150,7 +146,16 @@ def work() -> None:
 
     with join(options.device) as world:
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints
-            step, _ = training_step(options, world)
+            step, _ = training_step(
+                world,
+                options.model,
+                size=options.size,
+                batch=options.batch,
+                accumulation=options.accumulation,
+                timesteps=options.timesteps,
+                precision=options.precision,
+                engine=options.engine,
+            )
 
         def one() -> None:
             step()
@@ -160,20 +165,25 @@ def work() -> None:
 
 
 def training_step(
-    options: argparse.Namespace,
     world: "World",
-    zero_stage: int = 0,
+    name: str,
     *,
-    cuda_graphs: bool = False,
+    size: int | None,
+    batch: int,
+    accumulation: int = 1,
+    timesteps: int = 4,
+    **settings: Any,
 ) -> tuple[Callable[[], Tensor], Callable[[], None]]:
     """Make a training step on three batches in turn, again and again.
 
     Args:
-        options: ``model``, ``size``, ``batch``, ``accumulation``, ``timesteps``, ``precision`` and
-            ``engine``.
         world: All processes.
-        zero_stage: DeepSpeed's.
-        cuda_graphs: Whether a micro-batch is a CUDA graph.
+        name: The network's.
+        size: Pixels of an image's side; None for the network's own.
+        batch: The micro-batch of a process.
+        accumulation: Micro-batches of a process in a step.
+        timesteps: T.
+        settings: Other keys of the configuration, such as ``engine``.
 
     Returns:
         A function that takes a step and returns its mean loss, (), without waiting for the device;
@@ -189,56 +199,36 @@ def training_step(
     from tetdist.training.engines.create import make_engine
     from tetdist.training.step import LOSS, SAMPLES, Step
 
-    choose_algorithms(options.precision)
-    config = parse(
-        {
-            "name": "bench",
-            "model": {"name": options.model},
-            "data": {"root": "none"},
-            "batch": {
-                "global": options.batch * options.accumulation * world.world_size,
-                "micro": options.batch,
-            },
-            "phases": [
-                {
-                    "epochs": 1,
-                    "timesteps": options.timesteps,
-                    "optimizer": {"kind": "sgd", "lr": 0.01},
-                }
-            ],
-            "precision": options.precision,
-            "engine": options.engine,
-            "zero_stage": zero_stage,
-            "cuda_graphs": cuda_graphs,
-        },
-        "the benchmark",
-    )
+    optimizer = {"kind": "sgd", "lr": 0.01}
+    values = {
+        "name": "bench",
+        "model": {"name": name},
+        "data": {"root": "none"},
+        "batch": {"global": batch * accumulation * world.world_size, "micro": batch},
+        "phases": [{"epochs": 1, "timesteps": timesteps, "optimizer": optimizer}],
+    }
+    config = parse(values | settings, "the benchmark")
+    choose_algorithms(config.precision)
     torch.manual_seed(0)
-    model = timm.create_model(options.model, timesteps=options.timesteps).to(world.device).train()
+    model = timm.create_model(name, timesteps=timesteps).to(world.device).train()
     batch_norm.defer_running_statistics(model)
-    optimizer = make_optimizer(model, config.phases[0].optimizer)
-    engine = make_engine(config, model, optimizer, options.accumulation, world)
-    channels, size, _ = model.default_cfg["input_size"]
-    size = options.size or size
-    frames = (options.timesteps,) if model.input_kind == "events" else ()
-    shape = (options.batch, *frames, channels, size, size)
+    made = make_optimizer(model, config.phases[0].optimizer)
+    engine = make_engine(config, model, made, accumulation, world)
+    channels, own_size, _ = model.default_cfg["input_size"]
+    frames = (timesteps,) if model.input_kind == "events" else ()
+    shape = (batch, *frames, channels, size or own_size, size or own_size)
     layout = torch.contiguous_format if frames else torch.channels_last
-    order = torch.arange(options.batch, device=world.device)
+    order = torch.arange(batch, device=world.device)
+    images = (torch.rand(shape, device=world.device) for _ in range(3))
     # Several, so that a graph that went on with those of its capture would show.
     batches = itertools.cycle(
-        [
-            (
-                torch.rand(shape, device=world.device).contiguous(memory_format=layout),
-                (order + i) % 10,
-            )
-            for i in range(3)
-        ]
+        [(x.contiguous(memory_format=layout), (order + i) % 10) for i, x in enumerate(images)]
     )
-    one = Step(config, model, engine, world, range(options.accumulation))
+    one = Step(config, model, engine, world, range(accumulation))
     numbers = itertools.count()
 
     def step() -> Tensor:
-        given = itertools.islice(batches, options.accumulation)
+        given = itertools.islice(batches, accumulation)
         _, sums = one.take(next(numbers), given, 0.01)
         return sums[LOSS] / sums[SAMPLES]
 

@@ -13,12 +13,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-# By what the report calls it. The second is torch's own when nothing is set.
-WAITING = {"asleep": {"OMP_WAIT_POLICY": "PASSIVE"}, "spinning": {}}
+# OMP_WAIT_POLICY by what the report calls it. The second is torch's own when nothing is set.
+WAITING = {"asleep": "PASSIVE", "spinning": None}
 _TRIALS = 3  # steps of each by which the better one is found
 _OPTIONS = "TETDIST_BENCH"
+
+
+def ratio(values: Iterable[float], others: Iterable[float]) -> float:
+    """Return the median ratio, round by round, since whatever slows the machine slows both."""
+    return statistics.median(one / other for one, other in zip(values, others, strict=True))
 
 
 class Told:
@@ -94,54 +99,46 @@ def answer(step: Callable[[], object]) -> None:
 
 
 class Contestant:
-    """One network's steps in a process of its own."""
+    """One network's steps in a process of its own.
+
+    Attributes:
+        waiting: The key of `WAITING` with which it competes.
+        warm_up: Seconds of the first two steps.
+    """
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
-        self.waiting, self._process, self.warm_up = "", None, 0.0
-        tried: dict[str, tuple[float, Told]] = {}
+        options = argparse.Namespace(**vars(options) | {"contestant": name})
+        # Ours waits as in training.
+        ways = ["asleep"] if name.startswith("tetdist") else list(WAITING)
+        self._processes: dict[str, Told] = {}
         try:
-            for waiting, variables in _ways_of(name).items():
-                environment = {"OMP_WAIT_POLICY": None} | variables
-                told = Told(__name__, _of(options, name), **environment)
-                tried[waiting] = (float("inf"), told)
-                told.tell("2")
-                first_two = 2 * told.seconds()
+            self.waiting, self.warm_up, best = "", 0.0, float("inf")
+            for waiting in ways:
+                self._processes[waiting] = Told(__name__, options, OMP_WAIT_POLICY=WAITING[waiting])
+                first_two = 2 * self._seconds(waiting, 2)
                 # Kernels are built by the first process, so that its time is that of a first start.
                 self.warm_up = self.warm_up or first_two
-                tried[waiting] = (_median(told), told)
-            self.waiting = min(tried, key=lambda one: tried[one][0])
-            _, self._process = tried.pop(self.waiting)
-        finally:
-            for _, told in tried.values():
-                told.end()
+                found = statistics.median(self._seconds(waiting) for _ in range(_TRIALS))
+                if found < best:
+                    self.waiting, best = waiting, found
+            for waiting in ways:
+                if waiting != self.waiting:
+                    self._processes.pop(waiting).end()
+        except BaseException:
+            self.end()
+            raise
+
+    def _seconds(self, waiting: str, steps: int = 1) -> float:
+        self._processes[waiting].tell(str(steps))
+        return self._processes[waiting].seconds()
 
     def step(self) -> float:
         """Make a step; its seconds."""
-        assert self._process is not None
-        self._process.tell("1")
-        return self._process.seconds()
+        return self._seconds(self.waiting)
 
     def end(self) -> None:
-        if self._process is not None:
-            self._process.end()
-
-
-def _ways_of(name: str) -> dict[str, dict[str, str]]:
-    """The ways of waiting that a contestant may choose from: of ours the one that training has."""
-    ours = name.startswith("tetdist")
-    return {way: WAITING[way] for way in WAITING if not ours or way == "asleep"}
-
-
-def _of(options: argparse.Namespace, name: str) -> argparse.Namespace:
-    return argparse.Namespace(**vars(options) | {"contestant": name})
-
-
-def _median(told: Told) -> float:
-    seconds = []
-    for _ in range(_TRIALS):
-        told.tell("1")
-        seconds.append(told.seconds())
-    return statistics.median(seconds)
+        for process in self._processes.values():
+            process.end()
 
 
 @contextlib.contextmanager

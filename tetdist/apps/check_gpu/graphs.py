@@ -1,6 +1,5 @@
 """The check of CUDA graphs: the same results as without them, and the speed-up."""
 
-import argparse
 import statistics
 import time
 from typing import Any
@@ -54,8 +53,16 @@ def losses(here: Machine, precision: str, *, cuda_graphs: bool) -> list[float]:
     Raises:
         RuntimeError: A step makes the host wait for the device.
     """
-    options = _options("sew_resnet18", size=64, batch=4, accumulation=2, precision=precision)
-    step, close = training_step(options, here.world, cuda_graphs=cuda_graphs)
+    step, close = training_step(
+        here.world,
+        "sew_resnet18",
+        size=64,
+        batch=4,
+        accumulation=2,
+        precision=precision,
+        engine="torch",
+        cuda_graphs=cuda_graphs,
+    )
     # Sums must not depend on who comes first, nor on which algorithm was the fastest just then.
     choose_algorithms(precision, deterministic=True)
     try:
@@ -71,8 +78,9 @@ def losses(here: Machine, precision: str, *, cuda_graphs: bool) -> list[float]:
 
 def _images_per_s(here: Machine, batch: int) -> tuple[float, float]:
     """Images a second without graphs and with them, which take turns."""
-    options = _options("sew_resnet34", size=None, batch=batch, accumulation=1, precision="bf16")
-    two = [training_step(options, here.world, cuda_graphs=on) for on in (False, True)]
+    network: dict[str, Any] = {"name": "sew_resnet34", "size": None, "batch": batch}
+    settings: dict[str, Any] = {"engine": "torch", "precision": "bf16"}
+    two = [training_step(here.world, **network, **settings, cuda_graphs=on) for on in (False, True)]
     seconds: tuple[list[float], list[float]] = ([], [])
     try:
         for number in range(1 + ROUNDS):
@@ -90,17 +98,3 @@ def _images_per_s(here: Machine, batch: int) -> tuple[float, float]:
             close()
     without, with_graphs = (batch * TIMED / statistics.median(kept) for kept in seconds)
     return without, with_graphs
-
-
-def _options(
-    model: str, *, size: int | None, batch: int, accumulation: int, precision: str
-) -> argparse.Namespace:
-    return argparse.Namespace(
-        model=model,
-        size=size,
-        batch=batch,
-        accumulation=accumulation,
-        timesteps=4,
-        precision=precision,
-        engine="torch",
-    )

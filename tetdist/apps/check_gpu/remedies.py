@@ -3,7 +3,6 @@
 import re
 import shutil
 import subprocess
-from typing import NamedTuple
 
 import torch
 
@@ -12,22 +11,14 @@ from tetdist.errors import UserError, pip_install, sentence
 SMI_TIMEOUT = 20  # seconds, of which a driver that works needs one or two
 
 
-class Build(NamedTuple):
-    """A build of torch for CUDA, as download.pytorch.org has it."""
-
-    name: str
-    driver: int  # the oldest that serves all of this major version of CUDA
-    oldest: tuple[int, int]  # GPU, by its compute capability
-    newest: tuple[int, int]
-    packages: str
-    dali: str  # the extra of tetdist for the same CUDA
-
-
-# The newest first. NVIDIA: "Minor Version Compatibility"; the GPUs are those that pytorch/pytorch
-# lists for its releases 2.10 to 2.14 (issues 172352, 190385), after which none is for CUDA 12.
+# Builds of torch at download.pytorch.org, the newest first: the oldest driver that serves all of
+# this major version of CUDA, the oldest and the newest GPU by compute capability, the packages, and
+# tetdist's extra for DALI. NVIDIA: "Minor Version Compatibility"; the GPUs are those that
+# pytorch/pytorch lists for its releases 2.10 to 2.14 (issues 172352, 190385), after which none is
+# for CUDA 12.
 BUILDS = (
-    Build("cu130", 580, (7, 5), (12, 9), "torch torchvision", "cuda130"),
-    Build("cu126", 525, (5, 0), (9, 9), "'torch<2.15' torchvision", "cuda120"),
+    ("cu130", 580, (7, 5), (12, 9), "torch torchvision", "cuda130"),
+    ("cu126", 525, (5, 0), (9, 9), "'torch<2.15' torchvision", "cuda120"),
 )
 
 BUSY = "end what else runs on that GPU (nvidia-smi lists it), or take one with more memory"
@@ -93,17 +84,19 @@ def torch_for(driver: int | None, gpu: tuple[int, int] | None) -> str:
         driver: Its major version; None: unknown, taken to be new enough.
         gpu: Compute capability; None: unknown.
     """
-    for_gpu = [build for build in BUILDS if gpu is None or build.oldest <= gpu <= build.newest]
-    for build in for_gpu:
-        if driver is None or driver >= build.driver:
+    wanted = None
+    for name, oldest_driver, oldest, newest, packages, dali in BUILDS:
+        if gpu is not None and not oldest <= gpu <= newest:
+            continue
+        if driver is None or driver >= oldest_driver:
             return (
                 "pip uninstall -y torch torchvision nvidia-dali-cuda120 nvidia-dali-cuda130; "
-                f"pip install {build.packages} --index-url https://download.pytorch.org/whl/"
-                f"{build.name}; {pip_install(f'train,{build.dali}')}"
+                f"pip install {packages} --index-url https://download.pytorch.org/whl/{name}; "
+                f"{pip_install(f'train,{dali}')}"
             )
-    if not for_gpu:
+        wanted = oldest_driver
+    if wanted is None:
         return f"no torch is built for a GPU of capability {gpu}: take another GPU"
-    wanted = min(build.driver for build in for_gpu)
     return (
         f"install a driver of version {wanted} or newer, as root (Ubuntu: apt-get install "
         f"nvidia-driver-{wanted}-server), and restart the machine; this one is {driver}"
@@ -119,11 +112,6 @@ def driver_and_gpu() -> tuple[int | None, tuple[int, int] | None]:
         return int(driver.partition(".")[0]), (int(major), int(minor))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None, None
-
-
-def has_gpu() -> bool:
-    """Return whether nvidia-smi shows a GPU."""
-    return driver_and_gpu() != (None, None)
 
 
 def smi(query: str) -> str:

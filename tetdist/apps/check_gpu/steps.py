@@ -1,6 +1,5 @@
 """The check of steps: every engine takes steps without making the host wait for the device."""
 
-import argparse
 import contextlib
 import math
 import traceback
@@ -30,16 +29,15 @@ def check_steps(here: Machine) -> Finding:
     numbers: dict[str, Any] = {}
     for engine, stage, asynchronous in ENGINES:
         name = f"{engine} ZeRO {stage}" if stage else engine
-        options = argparse.Namespace(
-            model="sew_resnet18",
+        step, close = training_step(
+            here.world,
+            "sew_resnet18",
             size=33 if here.small else 64,
             batch=2 if here.small else 4,
-            accumulation=1,
-            timesteps=4,
             precision="bf16",
             engine=engine,
+            zero_stage=stage,
         )
-        step, close = training_step(options, here.world, stage)
         step()  # Kernels are built and memory is taken.
         try:
             with refusing_synchronisation(here.on_gpu and asynchronous):

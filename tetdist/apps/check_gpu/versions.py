@@ -50,7 +50,7 @@ def check_versions(here: Machine) -> Finding:
         memory = round(properties.total_memory / 2**30, 1)
         found |= same | {"gpu_memory_gib": memory, "gpu_uuid": str(properties.uuid)}
         text = f"{found['gpu']}, driver {driver}, {text}, NCCL {found['nccl']}"
-    for misfit in _MISFITS:
+    for misfit in (*_GPU_MISFITS, *_MISFITS) if here.on_gpu else _MISFITS:
         problem = misfit(here)
         if problem is not None:
             wrong, remedy = problem
@@ -62,8 +62,6 @@ Problem = tuple[str, str]  # what is wrong, and what mends it
 
 
 def _foreign_architecture(here: Machine) -> Problem | None:
-    if not here.on_gpu:
-        return None
     major, minor = torch.cuda.get_device_capability(here.device)
     built = [name.removeprefix("sm_") for name in torch.cuda.get_arch_list() if "sm_" in name]
     # A GPU runs what is built for a smaller minor version of its own, and no other major one.
@@ -77,9 +75,7 @@ def _foreign_architecture(here: Machine) -> Problem | None:
     )
 
 
-def _no_triton(here: Machine) -> Problem | None:
-    if not here.on_gpu:
-        return None
+def _no_triton(_: Machine) -> Problem | None:
     wanted = _named_by_torch("triton")
     package = f"triton{wanted}" if wanted else "triton"
     if importlib.util.find_spec("triton") is None:
@@ -96,10 +92,8 @@ def _no_triton(here: Machine) -> Problem | None:
     return None
 
 
-def _no_compiler(here: Machine) -> Problem | None:
+def _no_compiler(_: Machine) -> Problem | None:
     """Tell of what Triton misses to build the code by which Python launches a kernel."""
-    if not here.on_gpu:
-        return None
     if not any(shutil.which(name) for name in (os.environ.get("CC") or "gcc", "clang")):
         return "there is no C compiler, which Triton needs", "apt-get install gcc"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
@@ -108,7 +102,7 @@ def _no_compiler(here: Machine) -> Problem | None:
 
 
 def _foreign_nccl(here: Machine) -> Problem | None:
-    if not here.on_gpu or here.world.world_size == 1:
+    if here.world.world_size == 1:
         return None
     if not dist.is_nccl_available():
         text = f"torch {torch.__version__} is built without NCCL"
@@ -123,24 +117,19 @@ def _foreign_nccl(here: Machine) -> Problem | None:
 
 
 def _dali_of_another_cuda(here: Machine) -> Problem | None:
-    installed = [
-        name for name in ("cuda130", "cuda120") if any(_distributions(f"nvidia-dali-{name}"))
-    ]
+    builds = [f"nvidia-dali-{name}" for name in ("cuda130", "cuda120")]
+    installed = [build for build in builds if _distributions(build)]
     major = (torch.version.cuda or "13").partition(".")[0]
-    wanted = f"cuda{major}0"
+    install = pip_install(f"cuda{major}0")
+    instead = f"pip uninstall -y {' '.join(installed)}; {install}"
     if not installed:
-        return "DALI is not installed", pip_install(wanted)
+        return "DALI is not installed", install
     if len(installed) > 1:
-        return (
-            "two builds of DALI are installed, which write into one folder",
-            f"pip uninstall -y nvidia-dali-cuda130 nvidia-dali-cuda120; {pip_install(wanted)}",
-        )
-    if not here.on_gpu or torch.version.cuda is None or installed == [wanted]:
+        return "two builds of DALI are installed, which write into one folder", instead
+    if not here.on_gpu or torch.version.cuda is None or installed[0].endswith(f"cuda{major}0"):
         return None
-    return (
-        f"torch is built for CUDA {torch.version.cuda} and DALI is {installed[0]}",
-        f"pip uninstall -y nvidia-dali-{installed[0]}; {pip_install(wanted)}",
-    )
+    dali = installed[0].removeprefix("nvidia-dali-")
+    return f"torch is built for CUDA {torch.version.cuda} and DALI is {dali}", instead
 
 
 def _no_deepspeed(_: Machine) -> Problem | None:
@@ -151,14 +140,8 @@ def _no_deepspeed(_: Machine) -> Problem | None:
 
 
 # In an order in which the first explains those after it.
-_MISFITS = (
-    _foreign_architecture,
-    _no_triton,
-    _no_compiler,
-    _foreign_nccl,
-    _dali_of_another_cuda,
-    _no_deepspeed,
-)
+_GPU_MISFITS = (_foreign_architecture, _no_triton, _no_compiler, _foreign_nccl)
+_MISFITS = (_dali_of_another_cuda, _no_deepspeed)
 
 
 def _distributions(name: str) -> list[str]:

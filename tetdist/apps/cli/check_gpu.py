@@ -123,8 +123,9 @@ def _no_start(options: argparse.Namespace, error: Exception, names: list[str]) -
     if isinstance(error, UserError):
         # What it says is wrong it also says how to mend, but for the driver.
         sees_none = "torch sees no GPU" in str(error) or "torch does not see it" in str(error)
-        install = remedies.torch_for(*remedies.driver_and_gpu())
-        remedy = install if sees_none and remedies.has_gpu() else str(error)
+        seen = remedies.driver_and_gpu()  # by nvidia-smi
+        has_gpu = seen != (None, None)
+        remedy = remedies.torch_for(*seen) if sees_none and has_gpu else str(error)
     found = Finding("bad", str(error), remedy)
     report = Report(machine("cpu"), "cpu", 1, small=False, not_reached=names)
     report.results.append(Result("device", [found], 0.0))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from tetdist.apps.events.folders import natural_key
 from tetdist.apps.events.tensors import Record, tensor_file
 from tetdist.storage.files import replacing
+from tetdist.tables import aligned
 
 ALL = "all"
 
@@ -74,11 +75,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
                 f"{values['saturated']}",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, len(row)))])
-        for row in rows
-    )
+    return aligned(rows, right=range(1, len(_HEADINGS)))
 
 
 def draw_preview(dest: Path, records: Iterable[Record], file: Path) -> None:

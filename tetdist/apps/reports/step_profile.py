@@ -9,14 +9,13 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from typing_extensions import override
 
 from tetdist.data.loader import Batch
 from tetdist.storage.files import explaining, made_aside, write_text
-from tetdist.tables import markdown
 from tetdist.training.observers import Observer, Watched
 from tetdist.wording import counted
 
@@ -24,21 +23,6 @@ logger = logging.getLogger(__name__)
 
 SHOWN = 20  # operations in the table
 _STEP = "step "  # begins the name of a step in the trace
-
-
-class Operation(NamedTuple):
-    """All calls of an operation in the profiled steps.
-
-    Attributes:
-        name: As torch.profiler has it.
-        calls: How often it was called.
-        seconds: What it took itself, without the operations that it called; on a GPU that of the
-            kernels that it started.
-    """
-
-    name: str
-    calls: int
-    seconds: float
 
 
 class StepProfile(Observer):
@@ -131,83 +115,31 @@ def _named(steps: list[int]) -> str:
 
 
 def _report(profiler: Any, steps: list[int], seconds: float, device: torch.device) -> str:
-    on_gpu = device.type == "cuda"
-    of_cpu = torch.autograd.DeviceType.CPU
-    events = [one for one in profiler.key_averages() if not one.key.startswith(_STEP)]
-    operations = [
-        Operation(
-            one.key,
-            one.count,
-            (one.self_device_time_total if on_gpu else one.self_cpu_time_total) / 1e6,
-        )
-        for one in events
-        if one.device_type == of_cpu
-    ]
-    where = "the GPU's time" if on_gpu else "the CPU's time"
+    """Torch's own table, and in which files of tetdist the operations are that it names."""
+    kind = "device" if device.type == "cuda" else "cpu"
+    averages = profiler.key_averages()
+    averages[:] = [one for one in averages if not one.key.startswith(_STEP)]
+    table = averages.table(f"self_{kind}_time_total", row_limit=SHOWN, max_name_column_width=60)
+    own = [f"* `{name}`: {file}" for name, file in _own_files().items() if f" {name} " in table]
     parts = [
         f"# Profile of {_named(steps)}",
         f"{counted(len(steps), 'step')} of {1e3 * seconds / len(steps):.1f} ms on rank 0, waiting "
-        "for data included; to be profiled makes them slower. An operation's time is its own, "
-        f"without that of others it calls: {where}.",
-        as_table("operation", operations, len(steps), own_passes()),
+        "for data included; to be profiled makes them slower. The table is torch's, of all steps.",
+        f"```\n{table.strip()}\n```",
+        "Of tetdist, with their backward passes:\n\n" + "\n".join(own),
     ]
-    if on_gpu:
-        kernels = [
-            Operation(one.key, one.count, one.self_device_time_total / 1e6)
-            for one in events
-            if one.device_type == torch.autograd.DeviceType.CUDA
-        ]
-        parts += ["The same by kernels:", as_table("kernel", kernels, len(steps), own_kernels())]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts[: None if own else -1]) + "\n"
 
 
-def as_table(what: str, operations: list[Operation], steps: int, own: dict[str, str]) -> str:
-    """The dearest operations, those of tetdist by their meaning, and what all took.
-
-    Args:
-        what: Title of the first column.
-        operations: In any order.
-        steps: Over how many steps they were counted.
-        own: What is shown instead of a name.
-    """
-    total = sum(one.seconds for one in operations) or 1.0
-    dearest = sorted(operations, key=lambda one: -one.seconds)[:SHOWN]
-    rows = [
-        [
-            own.get(one.name, one.name).replace("|", "\\|"),
-            f"{one.calls / steps:g}",
-            f"{1e3 * one.seconds / steps:.3f}",
-            f"{100 * one.seconds / total:.1f}",
-        ]
-        for one in dearest
-    ]
-    others = total - sum(one.seconds for one in dearest)
-    if len(operations) > len(dearest):
-        calls = sum(one.calls for one in operations) - sum(one.calls for one in dearest)
-        row = [f"{counted(len(operations) - len(dearest), 'other')}", f"{calls / steps:g}"]
-        rows.append([*row, f"{1e3 * others / steps:.3f}", f"{100 * others / total:.1f}"])
-    return markdown([what, "calls a step", "ms a step", "%"], rows, numbers=True)
-
-
-def own_passes() -> dict[str, str]:
-    """Return the names of tetdist's autograd functions for a table, by their names in a profile."""
-    found: dict[str, str] = {}
-    for function in torch.autograd.Function.__subclasses__():
-        if function.__module__.startswith("tetdist."):
-            room = function.__module__.removeprefix("tetdist.").replace(".", "/")
-            name = f"tetdist {function.__name__.lstrip('_')} ({room}.py)"
-            found[function.__name__] = f"{name}, forward"
-            found[f"{function.__name__}Backward"] = f"{name}, backward"
-    return found
-
-
-def own_kernels() -> dict[str, str]:
-    """Return the names of tetdist's Triton kernels for a table, by their names in a profile."""
-    prefix = "tetdist.nn.fast.kernels."
-    return {
-        name: f"tetdist {name} (nn/fast/kernels/{module.removeprefix(prefix)}.py)"
-        for module in list(sys.modules)
-        if module.startswith(prefix)
-        for name in vars(sys.modules[module])
-        if not name.startswith("_")
+def _own_files() -> dict[str, str]:
+    """Return the files of tetdist's autograd functions and Triton kernels, by the names of these in
+    a profile."""
+    modules = {
+        one.__name__: one.__module__
+        for one in torch.autograd.Function.__subclasses__()
+        if one.__module__.startswith("tetdist.")
     }
+    for module in list(sys.modules):
+        if module.startswith("tetdist.nn.fast.kernels."):
+            modules |= dict.fromkeys(vars(sys.modules[module]), module)
+    return {name: f"{module.replace('.', '/')}.py" for name, module in modules.items()}
