@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -50,14 +50,17 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The repositories there are, all requests so far as METHOD PATH, what lies beside them, and
-    headers that are not as they should be."""
+    """The repositories there are, all requests so far as METHOD PATH, what lies beside them,
+    headers that are not as they should be, and a status and headers that answer every request; to
+    status 0 nothing is answered until the hub ends."""
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)  # of LFS, by their SHA-256
     url: str = ""
     lies: dict[str, str] = field(default_factory=dict)
+    broken: tuple[int, dict[str, str]] | None = None
+    ended: Event = field(default_factory=Event)
 
     @property
     def storage(self) -> str:
@@ -73,6 +76,17 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         timeout = 10
+
+        def parse_request(self) -> bool:
+            if not super().parse_request() or hub.broken is None:
+                return hub.broken is None
+            status, headers = hub.broken
+            if status:
+                self._send(status, b"<html></html>", headers)
+            else:
+                hub.ended.wait()
+            self.close_connection = True
+            return False
 
         def do_GET(self) -> None:
             self._answer_get()
@@ -278,6 +292,7 @@ def serving(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.ended.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -168,7 +168,8 @@ def test_without_a_network_one_sentence_says_so(
     assert status == 2
     assert said == (
         f"error: hf:us/other is not in the cache of huggingface_hub, and {nobody} cannot be "
-        "reached; fetch it once where there is a network, or give a file or folder\n"
+        "reached ([Errno 111] Connection refused); fetch it once where there is a network, or give "
+        "a file or folder\n"
     )
     assert hub.fetch(f"hf:us/small@{commit}", "model.safetensors").is_file()
 
@@ -225,6 +226,7 @@ def test_files_that_may_hold_code_are_not_fetched(there: Hub, tmp_path: Path) ->
     [
         ("hf:small", "hf:small is not of the form hf:ORG/NAME"),
         ("hf:us/small/more", "is not of the form"),
+        ("hf:-a/b", "is not of the form"),
         ("hf:them/nothing", "there is no hf:them/nothing at http://127.0.0.1"),
         ("hf:them/it@v2", "hf:them/it@v2: the repository has no such revision"),
         ("hf:them/secret", "there is no hf:them/secret at http://127.0.0.1.*, or it is private"),
@@ -238,6 +240,31 @@ def test_what_cannot_be_fetched_is_named(there: Hub, tmp_path: Path, name: str, 
     with pytest.raises(UserError, match=words) as raised:
         load(Path(name))
     assert "hf_of" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "words"),
+    [
+        (500, {}, r"did not answer as it should for hf:them/it \(status 500\); try again later"),
+        (200, {"Content-Type": "text/html"}, "answers for hf:them/it, but not as a hub does"),
+        (302, {"Location": "/again"}, r"cannot be reached \(.*redirects"),
+    ],
+)
+def test_hub_that_answers_wrongly_is_not_called_away(
+    there: Hub, status: int, headers: dict[str, str], words: str
+) -> None:
+    there.broken = status, headers
+    with pytest.raises(UserError, match=words):
+        hub.fetch("hf:them/it", "model.safetensors")
+
+
+def test_hub_that_answers_nothing_is_not_waited_for(
+    there: Hub, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there.broken = 0, {}
+    monkeypatch.setattr(hub, "_PATIENCE", 0.2)
+    with pytest.raises(UserError, match=r"could not be asked for us/small \(.*timed out"):
+        hub.push(file.parent, "us/small", private=True, message="")
 
 
 @pytest.mark.parametrize(

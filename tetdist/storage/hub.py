@@ -15,6 +15,7 @@ from tetdist.errors import UserError
 HF = "hf:"  # before the name of a repository, where a path could stand
 _REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"
 _NAME = re.compile(rf"{HF}(?P<repo>{_REPOSITORY})(?:@(?P<revision>.+))?")
+_PATIENCE = 30.0  # seconds without a byte of an answer
 # What a repository that was made on the hub's pages may hold; a README.md is replaced by the card.
 _OF_THE_HUB = frozenset({".gitattributes", "LICENSE"})
 
@@ -61,14 +62,21 @@ def fetch(name: str, file: str) -> Path:
                 # To download what is not in the cache tries again for 20 seconds where there is no
                 # network; this asks once.
                 try:
-                    HfApi().get_hf_file_metadata(url=hf_hub_url(repo, file, revision=revision))
+                    found_there = HfApi().get_hf_file_metadata(
+                        url=hf_hub_url(repo, file, revision=revision)
+                    )
                 except (HfHubHTTPError, ValueError):
-                    pass  # it was reached, or the name is none; what is wrong is said below
+                    raise  # it was reached, or the name is none
                 except Exception as error:  # of other classes in each version
-                    raise _unreachable(name) from error
+                    raise _unreachable(name, error) from error
+                if found_there.etag is None or found_there.commit_hash is None:
+                    raise UserError(
+                        f"{_endpoint()} answers for {name}, but not as a hub does: see that "
+                        "HF_ENDPOINT is one, and that no login page of your network answers for it"
+                    )
             return Path(HfApi().hf_hub_download(repo, file, revision=revision))
         except LocalEntryNotFoundError as error:  # one of EntryNotFoundError's
-            raise _unreachable(name) from error
+            raise _unreachable(name, error) from error
         except EntryNotFoundError as error:
             others = ", ".join(sorted(HfApi().list_repo_files(repo, revision=revision)))
             raise UserError(
@@ -117,11 +125,15 @@ def names_checked(name: str) -> Iterator[None]:
         file_download.get_hf_file_metadata = ask
 
 
-def _unreachable(name: str) -> UserError:
+def _unreachable(name: str, error: Exception) -> UserError:
     return UserError(
-        f"{name} is not in the cache of huggingface_hub, and {_endpoint()} cannot be reached; "
-        "fetch it once where there is a network, or give a file or folder"
+        f"{name} is not in the cache of huggingface_hub, and {_endpoint()} cannot be reached "
+        f"({_reason(error)}); fetch it once where there is a network, or give a file or folder"
     )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def push(folder: Path, repo: str, *, private: bool, message: str) -> Pushed:
@@ -182,8 +194,11 @@ def _explained(name: str) -> Iterator[None]:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from huggingface_hub.utils import get_session
     from huggingface_hub.utils import logging as hub_logging
 
+    # Without this it waits for an answer forever.
+    get_session().timeout = _PATIENCE
     verbosity = hub_logging.get_verbosity()
     # It warns of each attempt, once by its own handler and once by that of the command.
     hub_logging.set_verbosity_error()
@@ -217,10 +232,9 @@ def _explained(name: str) -> Iterator[None]:
             "later"
         ) from error
     except Exception as error:  # those of the network are of other classes in each version
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"{_endpoint()} could not be asked for {name} ({reason}); see that there is a network, "
-            "and try again"
+            f"{_endpoint()} could not be asked for {name} ({_reason(error)}); see that there is a "
+            "network, and try again"
         ) from error
     finally:
         hub_logging.set_verbosity(verbosity)
