@@ -4,6 +4,7 @@ and against Pillow's where torchvision has none.
 They are run here on tensors of the CPU, which are the same to them.
 """
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from tetdist.data.batch_operations import CHANGES, operate
 from tetdist.data.transforms import AUTO_AUGMENT_DRAWS, Operation, color_jitter
 from tetdist.order import uniforms
 
-RESAMPLING = pixels.Resampling("bicubic", (124, 116, 104))
+OUTPUT = pixels.Output(size=0, mean=(0.485, 0.456, 0.406), std=(1, 1, 1), interpolation="bicubic")
 ONLY_TIMMS = ("solarize_add", "gaussian_blur")
 TORCHVISIONS = [name for name in CHANGES if name not in ONLY_TIMMS]
 
@@ -73,7 +74,7 @@ def test_each_operation_is_torchvisions_to_the_bit(name: str, size: tuple[int, i
     operations = [[Operation(name, value)] for value in values for _ in range(4)]
     batch = images(len(operations), *size)
     expected = one_by_one(batch, operations)
-    operate(batch, operations, RESAMPLING)
+    operate(batch, operations, OUTPUT)
     assert torch.equal(batch, expected)
 
 
@@ -87,7 +88,7 @@ def test_a_batch_of_mixed_operations_is_torchvisions() -> None:
     operations[3] = []
     batch = images(count, 48, 48)
     expected = one_by_one(batch, operations)
-    operate(batch, operations, RESAMPLING)
+    operate(batch, operations, OUTPUT)
     assert torch.equal(batch, expected)
 
 
@@ -108,15 +109,14 @@ TIMMS_VALUES = {
 def test_what_only_timm_has_is_pillows_to_the_bit(
     interpolation: Any, size: tuple[int, int]
 ) -> None:
-    resampling = RESAMPLING._replace(interpolation=interpolation)
+    output = dataclasses.replace(OUTPUT, interpolation=interpolation)
     each = [Operation(name, value) for name, values in TIMMS_VALUES.items() for value in values]
     operations = [[operation] for operation in each for _ in range(4)]
     batch = images(len(operations), *size)
     expected = [
-        pixels.operated(image, one, resampling)
-        for image, one in zip(batch, operations, strict=True)
+        pixels.operated(image, one, output) for image, one in zip(batch, operations, strict=True)
     ]
-    operate(batch, operations, resampling)
+    operate(batch, operations, output)
     for got, image, one in zip(batch, expected, operations, strict=True):
         assert torch.equal(got, image), one
 
@@ -151,7 +151,7 @@ def kernels(batch: int) -> int:
     ]
     with Kernels() as counted:
         empty = torch.empty(batch, 32, 32, 3, dtype=torch.uint8, device="meta")
-        operate(empty, operations, RESAMPLING)
+        operate(empty, operations, OUTPUT)
     return counted.count
 
 

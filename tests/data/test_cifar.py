@@ -1,12 +1,10 @@
 """tools/cifar.py: the binary archives become a folder of images, and nothing else is believed."""
 
-import importlib
 import io
 import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,26 +12,11 @@ from PIL import Image
 
 from tetdist.datasets.index import check_fresh, index_file, load_index
 
-TOOL = Path(__file__).parents[2] / "tools" / "cifar.py"
 TEN = [f"class{i}" for i in range(10)]
 HUNDRED = [f"fine_{i}" for i in range(100)]
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    return importlib.import_module("tetdist.apps.cli.cifar")
-
-
 Call = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def call(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> Call:
-    def run(*arguments: object) -> tuple[int, str]:
-        status = tool.main([*map(str, arguments)])
-        return status, "".join(capsys.readouterr())
-
-    return run
 
 
 def records(labels: list[list[int]], seed: int) -> tuple[bytes, np.ndarray]:
@@ -67,7 +50,7 @@ def cifar10(changes: dict[str, bytes | None] | None = None) -> dict[str, bytes]:
 
 
 def test_cifar10(call: Call, tmp_path: Path) -> None:
-    status, said = call(archive(tmp_path / "ten.tar.gz", cifar10()), tmp_path / "ten")
+    status, said = call("cifar.py", archive(tmp_path / "ten.tar.gz", cifar10()), tmp_path / "ten")
     assert status == 0, said
     assert "20 images to train and 10 to validate, in 10 classes" in said
     files = sorted((tmp_path / "ten" / "train" / "class3").iterdir())
@@ -92,7 +75,9 @@ def test_cifar100_takes_the_fine_label(call: Call, tmp_path: Path) -> None:
         "cifar-100-binary/fine_label_names.txt": "\n".join(HUNDRED).encode(),
         "cifar-100-binary/coarse_label_names.txt": b"animals\n",
     }
-    status, said = call(archive(tmp_path / "hundred.tar.gz", contents), tmp_path / "hundred")
+    status, said = call(
+        "cifar.py", archive(tmp_path / "hundred.tar.gz", contents), tmp_path / "hundred"
+    )
     assert status == 0, said
     (file,) = (tmp_path / "hundred" / "train" / "fine_42").iterdir()
     assert np.array_equal(np.asarray(Image.open(file)), pixels[42])
@@ -102,7 +87,7 @@ def test_the_first_of_each_class(call: Call, tmp_path: Path) -> None:
     three_each = records([[k] for k in range(10)] * 3, 0)[0]
     contents = cifar10({"test_batch.bin": three_each})
     file = archive(tmp_path / "ten.tar.gz", contents)
-    status, said = call(file, tmp_path / "ten", "--per-class", "1,2")
+    status, said = call("cifar.py", file, tmp_path / "ten", "--per-class", "1,2")
     assert (status, "10 images to train and 20 to validate" in said) == (0, True)
     (first,) = (tmp_path / "ten" / "train" / "class3").iterdir()
     assert first.name == "00005.png"
@@ -120,7 +105,7 @@ def test_pickles_are_refused_and_not_opened(call: Call, tmp_path: Path) -> None:
             "cifar-10-batches-py/batches.meta": pickle.dumps(Trap()),
         },
     )
-    status, said = call(file, tmp_path / "ten")
+    status, said = call("cifar.py", file, tmp_path / "ten")
     assert status == 2
     assert "pickles" in said
     assert "cifar-10-binary.tar.gz" in said
@@ -144,7 +129,9 @@ def test_pickles_are_refused_and_not_opened(call: Call, tmp_path: Path) -> None:
 def test_a_wrong_archive_is_named(
     call: Call, tmp_path: Path, changes: dict[str, bytes | None], words: tuple[str, ...]
 ) -> None:
-    status, said = call(archive(tmp_path / "ten.tar.gz", cifar10(changes)), tmp_path / "ten")
+    status, said = call(
+        "cifar.py", archive(tmp_path / "ten.tar.gz", cifar10(changes)), tmp_path / "ten"
+    )
     assert status == 2
     assert [word for word in ("ten.tar.gz", *words) if word not in said] == [], said
     assert not (tmp_path / "ten").exists()
@@ -153,7 +140,7 @@ def test_a_wrong_archive_is_named(
 def test_names_that_lead_away_are_not_followed(call: Call, tmp_path: Path) -> None:
     """The files are read into memory, whatever folder they claim to be in."""
     away = {name.replace("cifar-10-batches-bin", "../../away"): c for name, c in cifar10().items()}
-    status, _ = call(archive(tmp_path / "ten.tar.gz", away), tmp_path / "root" / "ten")
+    status, _ = call("cifar.py", archive(tmp_path / "ten.tar.gz", away), tmp_path / "root" / "ten")
     assert status == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["root", "ten.tar.gz"]
 
@@ -161,14 +148,14 @@ def test_names_that_lead_away_are_not_followed(call: Call, tmp_path: Path) -> No
 def test_no_archive_and_no_room(call: Call, tmp_path: Path) -> None:
     (tmp_path / "text.tar.gz").write_text("hello")
     for name in ("text.tar.gz", "none.tar.gz"):
-        status, said = call(tmp_path / name, tmp_path / "ten")
+        status, said = call("cifar.py", tmp_path / name, tmp_path / "ten")
         assert (status, name in said) == (2, True)
     whole = archive(tmp_path / "ten.tar.gz", cifar10())
     torn = tmp_path / "torn.tar.gz"
     torn.write_bytes(whole.read_bytes()[:-2000])
-    status, said = call(torn, tmp_path / "ten")
+    status, said = call("cifar.py", torn, tmp_path / "ten")
     assert (status, "torn.tar.gz cannot be read" in said) == (2, True)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").touch()
-    status, said = call(whole, tmp_path / "taken")
+    status, said = call("cifar.py", whole, tmp_path / "taken")
     assert (status, "not empty" in said) == (2, True)

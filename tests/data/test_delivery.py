@@ -15,7 +15,6 @@ import torch
 from tetdist.config.loading import load
 from tetdist.config.schema import RunConfig
 from tetdist.data import build, dali, own_process, transfer
-from tetdist.data.batches import Share
 from tetdist.data.dali import import_dali
 from tetdist.data.loader import Batch
 from tetdist.data.pixels import Edits, Output, edited
@@ -23,7 +22,6 @@ from tetdist.datasets.index import Index, build_index, load_index
 from tetdist.distributed.world import World, join
 from tetdist.errors import UserError
 
-SHARE = Share(seed=5, global_batch=4, micro_batch=2, rank=0, world_size=1, epoch=0, step_in_epoch=0)
 # All that is done to images, before and after normalisation.
 AUGMENTED = {
     "data.crop": "padded",
@@ -46,7 +44,7 @@ def batches_of(
     config: RunConfig, index: Index, world: World, count: int, *, train: bool = True
 ) -> list[Batch]:
     with (
-        build.train_loader(config, index, SHARE, world, config.data.image_size)
+        build.train_loader(config, index, world, 0, config.data.image_size)
         if train
         else build.eval_loader(config, index, world)
     ) as batches:
@@ -107,14 +105,17 @@ def test_a_bad_file_is_named_as_ever(config: RunConfig, tiny_copy: Path, world: 
     file.write_bytes(bytes(file.stat().st_size))
     with (
         pytest.raises(UserError, match=r"do not decode: .*mend or remove"),
-        build.train_loader(config, index, SHARE, world, 16) as batches,
+        build.train_loader(config, index, world, 0, 16) as batches,
     ):
         list(islice(batches, 40))
 
 
 def test_a_killed_loader_is_told(config: RunConfig, tiny_copy: Path, world: World) -> None:
     index = load_index(tiny_copy / "index" / "train.npz")
-    with build.train_loader(config, index, SHARE, world, 16) as batches:
+    for taken in (0, 1, 5):  # Closing ends the process at any moment.
+        batches_of(config, index, world, taken)
+        assert not multiprocessing.active_children()
+    with build.train_loader(config, index, world, 0, 16) as batches:
         next(batches)
         (child,) = multiprocessing.active_children()
         # What asks the training to stop is no matter of the loader's.
@@ -125,15 +126,6 @@ def test_a_killed_loader_is_told(config: RunConfig, tiny_copy: Path, world: Worl
         with pytest.raises(UserError, match=r"died \(killed.*own_process=false"):
             list(islice(batches, 40))
     assert not multiprocessing.active_children()
-
-
-def test_closing_ends_the_process_at_any_moment(
-    config: RunConfig, tiny_copy: Path, world: World
-) -> None:
-    index = load_index(tiny_copy / "index" / "train.npz")
-    for taken in (0, 1, 5):
-        batches_of(config, index, world, taken)
-        assert not multiprocessing.active_children()
 
 
 def test_missing_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,14 @@ from tetdist.data import auto_augment, pixels, transforms
 from tetdist.order import uniforms
 
 # What timm takes for images of ImageNet.
-TIMMS = pixels.Resampling("bicubic", (124, 116, 104))
+TIMMS = pixels.Output(size=0, mean=(0.485, 0.456, 0.406), std=(1, 1, 1), interpolation="bicubic")
 
 
 def tensor(image):
     return torch.from_numpy(np.array(image))
 
 
-@pytest.mark.parametrize("size", [(31, 17), (200, 300), (224, 224), (500, 375)])
+@pytest.mark.parametrize("size", [(31, 17), (200, 300)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_images_are_resized_as_pillow_does_within_a_level(size, interpolation):
     image = picture(*size)

@@ -54,7 +54,7 @@ def ours(policy: RandomPolicy, count: int) -> tuple[np.ndarray, list[Any], list[
     draws = uniforms(3, 1, np.arange(count), num_draws(policy))
     operations = random_operations(draws, policy, 32)
     image = torch.from_numpy(np.array(IMAGE))
-    return draws, operations, [pixels.operated(image, o, OUTPUT.resampling) for o in operations]
+    return draws, operations, [pixels.operated(image, o, OUTPUT) for o in operations]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_magnitudes_vary_as_asked() -> None:
 
 
 def test_the_mean_comes_in_from_outside() -> None:
-    assert OUTPUT.resampling == pixels.Resampling("bicubic", HYPERPARAMETERS["img_mean"])
+    assert OUTPUT.fill == HYPERPARAMETERS["img_mean"]
 
 
 @pytest.mark.parametrize(

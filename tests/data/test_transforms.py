@@ -17,38 +17,24 @@ from tetdist.order import uniforms
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
-def windows(height, width, n, scale=SCALE, ratio=RATIO, seed=0):
-    draws = uniforms(seed, 0, np.arange(n), transforms.RANDOM_RESIZED_CROP_DRAWS)
+def windows(height, width, n, scale=SCALE, ratio=RATIO):
+    draws = uniforms(0, 0, np.arange(n), transforms.RANDOM_RESIZED_CROP_DRAWS)
     size = np.full(n, height, np.int32), np.full(n, width, np.int32)
     return transforms.random_resized_crop(*size, draws, scale, ratio)
 
 
-@given(
-    st.integers(1, 3000),
-    st.integers(1, 3000),
-    st.floats(0.01, 1),
-    st.floats(0.01, 1),
-    st.floats(0.1, 10),
-    st.floats(0.1, 10),
-    st.integers(0, 2**32),
-)
-def test_windows_lie_inside(height, width, scale_1, scale_2, ratio_1, ratio_2, seed):
+@given(*[st.integers(1, 3000)] * 2, *[st.floats(0.01, 1)] * 2, *[st.floats(0.1, 10)] * 2)
+def test_windows_lie_inside(height, width, scale_1, scale_2, ratio_1, ratio_2):
     scale, ratio = sorted([scale_1, scale_2]), sorted([ratio_1, ratio_2])
-    top, left, rows, columns = windows(height, width, 16, scale, ratio, seed).T
-    assert (top >= 0).all()
-    assert (left >= 0).all()
-    assert (rows >= 1).all()
-    assert (columns >= 1).all()
-    assert (top + rows <= height).all()
-    assert (left + columns <= width).all()
+    found = windows(height, width, 16, scale, ratio)
+    assert (found >= [0, 0, 1, 1]).all()
+    assert (found[:, :2] + found[:, 2:] <= [height, width]).all()
 
 
 @pytest.mark.parametrize(
     ("height", "width", "scale", "ratio"),
     [
-        (375, 500, SCALE, RATIO),
         (500, 333, SCALE, RATIO),
-        (75, 56, SCALE, RATIO),
         (32, 32, (0.5, 1.0), RATIO),
         # Wide images refuse most tries, and some fall back to the centre.
         (100, 300, (0.4, 1.0), RATIO),
@@ -108,8 +94,9 @@ def test_resized_sizes_are_torchvisions(height, width, resize):
     assert tuple(ours[0]) == tuple(tv.resize(image, resize).shape[1:])
 
 
-@pytest.mark.parametrize("size", [(40, 57), (41, 41), (57, 40), (300, 31), (33, 32)])
-@pytest.mark.parametrize("crop", [32, 31, 28])
+@pytest.mark.parametrize(
+    ("size", "crop"), [((40, 57), 32), ((41, 41), 31), ((57, 40), 28), ((300, 31), 31)]
+)
 def test_the_centre_crop_is_torchvisions(size, crop):
     image = picture(*size)
     heights, widths = np.array([size[0]], np.int32), np.array([size[1]], np.int32)
@@ -142,16 +129,6 @@ def test_padded_crops_show_a_window_of_the_padded_image(height, width, padding, 
         where = padding + top - row, padding + left - column
         expected = padded[where[0] : where[0] + size, where[1] : where[1] + size]
         assert np.array_equal(crop, expected)
-
-
-def test_padded_crops_begin_anywhere_as_often():
-    draws = uniforms(0, 0, np.arange(9000), 2)
-    sizes = np.full(9000, 32), np.full(9000, 32)
-    windows, corners = transforms.padded_crop(*sizes, draws, 4, 32)
-    for axis in (0, 1):
-        starts, counts = np.unique(windows[:, axis] - corners[:, axis], return_counts=True)
-        assert starts.tolist() == list(range(-4, 5))
-        assert np.abs(counts - 1000).max() < 120
 
 
 def test_shifts_are_equally_likely_from_end_to_end():

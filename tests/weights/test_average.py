@@ -16,12 +16,12 @@ from tetdist.apps.weights.average import mean_weights, recompute_statistics
 from tetdist.config.loading import parse
 from tetdist.config.schema import RunConfig
 from tetdist.data import mixing
-from tetdist.data.batches import Share
 from tetdist.data.build import train_loader
 from tetdist.datasets.index import Index, index_file, load_index
 from tetdist.distributed.world import World
 from tetdist.models import SpikingNetwork
 from tetdist.nn.batch_norm import BatchNorm
+from tetdist.order import steps_per_epoch
 from tetdist.storage import checkpoint
 
 Call = Callable[..., tuple[int, str]]
@@ -130,19 +130,11 @@ def test_statistics_are_of_the_training_samples(
     norms = {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm)}
     for name, norm in norms.items():
         norm.register_forward_pre_hook(note(name))
-    share = Share(
-        seed=0,
-        global_batch=8,
-        micro_batch=2,
-        rank=0,
-        world_size=1,
-        epoch=sum(phase.epochs for phase in config.phases) - 1,
-        step_in_epoch=0,
-        repeats=config.data.repeats,
-    )
+    last = sum(phase.epochs for phase in config.phases) - 1
+    step = last * steps_per_epoch(len(index), 8)
     model.train()
     world = Alone(0, 1, torch.device("cpu"), None)
-    with train_loader(config, index, share, world, size) as loader, torch.no_grad():
+    with train_loader(config, index, world, step, size) as loader, torch.no_grad():
         for _ in range(8):
             batch = next(loader)
             assert batch.mix is not None

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import functional as vision
 
-from tetdist.data.pixels import WARPS, Resampling, Rows, solarize_add_levels
+from tetdist.data.pixels import WARPS, Output, Rows, solarize_add_levels
 from tetdist.data.transfer import on_device
 from tetdist.data.transforms import Operation
 
@@ -26,7 +26,7 @@ from tetdist.data.transforms import Operation
 _Change = Callable[[Tensor, list[float]], Tensor]
 
 
-def operate(images: Tensor, operations: Sequence[list[Operation]], resampling: Resampling) -> None:
+def operate(images: Tensor, operations: Sequence[list[Operation]], output: Output) -> None:
     """Change images (B, H, W, 3), uint8, in place, each by its operations one after another."""
     planes = images.permute(0, 3, 1, 2)
     for turn in range(max(map(len, operations), default=0)):
@@ -39,7 +39,7 @@ def operate(images: Tensor, operations: Sequence[list[Operation]], resampling: R
             rows = on_device(torch.tensor([k for k, _ in those]), images.device)
             chosen = planes.index_select(0, rows)
             if name == "warp":
-                changed = _warped(chosen, [operation for _, operation in those], resampling)
+                changed = _warped(chosen, [operation for _, operation in those], output)
             else:
                 changed = CHANGES[name](chosen, [operation.value for _, operation in those])
             planes.index_copy_(0, rows, changed)
@@ -204,28 +204,12 @@ def _moved(rows_of: Callable[[float, int, int], Rows]) -> _Change:
     return change
 
 
-def _shear_x(value: float, height: int, _: int) -> Rows:
-    return (1, value, value * height / 2, 0, 1, 0)
-
-
-def _shear_y(value: float, _: int, width: int) -> Rows:
-    return (1, 0, 0, value, 1, value * width / 2)
-
-
-def _translate_x(value: float, _: int, __: int) -> Rows:
-    return (1, 0, -int(value), 0, 1, 0)
-
-
-def _translate_y(value: float, _: int, __: int) -> Rows:
-    return (1, 0, 0, 0, 1, -int(value))
-
-
-def _rotate(degrees: float, _: int, __: int) -> Rows:
+def _rotation(degrees: float, *_: int) -> Rows:
     angle = math.radians(-degrees)
     return (math.cos(angle), math.sin(angle), 0, -math.sin(angle), math.cos(angle), 0)
 
 
-def _warped(images: Tensor, operations: list[Operation], resampling: Resampling) -> Tensor:
+def _warped(images: Tensor, operations: list[Operation], output: Output) -> Tensor:
     """Take each pixel from between others, as Pillow does, in its order of sums and products."""
     height, width = images.shape[2:]
     rows = [WARPS[name](value, height, width) for name, value in operations]
@@ -237,7 +221,7 @@ def _warped(images: Tensor, operations: list[Operation], resampling: Resampling)
     place_x, place_y = place_x - 0.5, place_y - 0.5
     left, top = place_x.floor(), place_y.floor()
     right_of, below = (place_x - left)[:, None], (place_y - top)[:, None]
-    between, offsets = _BETWEEN[resampling.interpolation]
+    between, offsets = _BETWEEN[output.interpolation]
     columns = [(left.long() + offset).clamp(0, width - 1) for offset in offsets]
     pixels, found = images.flatten(2), []
     for offset in offsets:
@@ -248,7 +232,7 @@ def _warped(images: Tensor, operations: list[Operation], resampling: Resampling)
         ]
         found.append(between([one.view_as(images).double() for one in row], right_of))
     warped = between(found, below).clamp(0, 255).to(torch.uint8)
-    fill = on_device(torch.tensor(resampling.fill, dtype=torch.uint8), images.device)
+    fill = on_device(torch.tensor(output.fill, dtype=torch.uint8), images.device)
     return torch.where(is_inside[:, None], warped, fill[:, None, None])
 
 
@@ -278,11 +262,11 @@ CHANGES: dict[str, _Change] = {
     "saturation": _saturation,
     "hue": _hue,
     "sharpness": _sharpness,
-    "shear_x": _moved(_shear_x),
-    "shear_y": _moved(_shear_y),
-    "translate_x": _moved(_translate_x),
-    "translate_y": _moved(_translate_y),
-    "rotate": _moved(_rotate),
+    "shear_x": _moved(lambda value, height, _: (1, value, value * height / 2, 0, 1, 0)),
+    "shear_y": _moved(lambda value, _, width: (1, 0, 0, value, 1, value * width / 2)),
+    "translate_x": _moved(lambda value, *_: (1, 0, -int(value), 0, 1, 0)),
+    "translate_y": _moved(lambda value, *_: (1, 0, 0, 0, 1, -int(value))),
+    "rotate": _moved(_rotation),
     "posterize": _posterize,
     "solarize": _solarize,
     "autocontrast": lambda images, _: vision.autocontrast(images),

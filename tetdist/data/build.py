@@ -13,21 +13,37 @@ from tetdist.data.transforms import transforms_called
 from tetdist.datasets.index import Index
 from tetdist.distributed.world import World
 from tetdist.errors import UserError
-from tetdist.order import evaluation_batches
+from tetdist.order import evaluation_batches, steps_per_epoch
 
 
 def train_loader(
-    config: RunConfig, index: Index, share: batches.Share, world: World, image_size: int
+    config: RunConfig, index: Index, world: World, step: int, image_size: int
 ) -> Batches:
-    """Make the iterator of this process's training batches from ``share`` on, for ever.
+    """Make the iterator of this process's training batches from a step on, for ever.
 
     Args:
+        config: The run's.
+        index: The training split.
+        world: The processes of the run.
+        step: Optimiser steps before the first batch.
         image_size: Height and width of images; events come as they are stored.
 
     Raises:
         UserError: Decoding on a GPU is asked for where the model runs on the CPU, or the data do
             not suit the batch sizes.
     """
+    batch = config.batch
+    epoch, step_in_epoch = divmod(step, steps_per_epoch(len(index), batch.global_))
+    share = batches.Share(
+        seed=config.seed,
+        global_batch=batch.global_,
+        micro_batch=batch.micro,
+        rank=world.rank,
+        world_size=world.world_size,
+        epoch=epoch,
+        step_in_epoch=step_in_epoch,
+        repeats=config.data.repeats,
+    )
     make = partial(batches.train_batches, config.data, index, share, image_size)
     return _delivered(config, world, make)
 

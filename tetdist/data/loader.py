@@ -191,7 +191,7 @@ class Loader:
         if self._device.type == "cuda":
             # DALI has brought them to their size and mirrored them.
             images = torch.from_dlpack(windows.as_tensor())
-            operate(images, edits.operations, output.resampling)
+            operate(images, edits.operations, output)
             # Whoever takes the batch has another stream.
             torch.cuda.current_stream(self._device).synchronize()
             return images

@@ -48,18 +48,6 @@ class Edits(NamedTuple):
     operations: Sequence[list[Operation]] = ()
 
 
-class Resampling(NamedTuple):
-    """Rules by which timm's operations that move pixels find colours between them.
-
-    Attributes:
-        interpolation: That of the resize, but without antialiasing.
-        fill: What comes in from outside of the image.
-    """
-
-    interpolation: Interpolation
-    fill: tuple[int, int, int]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Output:
     """Size and scale of all images that come out.
@@ -68,7 +56,7 @@ class Output:
         size: Height and width.
         mean: Mean of each channel, where white is 1.
         std: Standard deviation of each channel, likewise.
-        interpolation: Always antialiased.
+        interpolation: Antialiased in the resize, and not in timm's operations that move pixels.
     """
 
     size: int
@@ -77,10 +65,10 @@ class Output:
     interpolation: Interpolation
 
     @property
-    def resampling(self) -> Resampling:
-        """The resampling of operations, for which the mean comes in from outside."""
+    def fill(self) -> tuple[int, int, int]:
+        """The mean, which comes in from outside where timm's operations move pixels."""
         red, green, blue = (min(max(round(255 * mean), 0), 255) for mean in self.mean)
-        return Resampling(self.interpolation, (red, green, blue))
+        return red, green, blue
 
 
 def edited(window: Tensor, edits: Edits, k: int, output: Output) -> Tensor:
@@ -98,7 +86,7 @@ def edited(window: Tensor, edits: Edits, k: int, output: Output) -> Tensor:
     if edits.mirror[k]:
         image = mirrored(image)
     if edits.operations and edits.operations[k]:
-        image = operated(image, edits.operations[k], output.resampling)
+        image = operated(image, edits.operations[k], output)
     return image
 
 
@@ -133,7 +121,7 @@ def mirrored(image: Tensor) -> Tensor:
     )
 
 
-def operated(image: Tensor, operations: list[Operation], resampling: Resampling) -> Tensor:
+def operated(image: Tensor, operations: list[Operation], output: Output) -> Tensor:
     """Change an image (H, W, 3) with Pillow, which published recipes use; batch_operations.py does
     it on a GPU."""
     picture = Image.fromarray(image.numpy())
@@ -143,8 +131,8 @@ def operated(image: Tensor, operations: list[Operation], resampling: Resampling)
                 picture.size,
                 Image.Transform.AFFINE,
                 WARPS[name](value, picture.height, picture.width),
-                resample=_FILTERS[resampling.interpolation],
-                fillcolor=resampling.fill,
+                resample=_FILTERS[output.interpolation],
+                fillcolor=output.fill,
             )
         else:
             picture = _OPERATIONS[name](picture, value)
@@ -164,7 +152,7 @@ def _rotation(degrees: float, height: int, width: int) -> Rows:
     return (cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y)
 
 
-# timm's geometry, with a `Resampling`; torchvision's is below, and takes the nearest pixel.
+# timm's geometry, between pixels; torchvision's is below, and takes the nearest one.
 WARPS: dict[str, Callable[[float, int, int], Rows]] = {
     "warp_rotate": _rotation,
     "warp_shear_x": lambda v, *_: (1, v, 0, 0, 1, 0),

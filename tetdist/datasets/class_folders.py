@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from tetdist.datasets import archives
 from tetdist.errors import UserError
@@ -43,13 +43,6 @@ class PassedOver:
         )
 
 
-class ClassFiles(NamedTuple):
-    """Names of a class folder's files, sorted: samples of the kind, and all others."""
-
-    samples: tuple[str, ...]
-    others: tuple[str, ...]
-
-
 def list_classes(root: str | Path, split: str) -> tuple[str, ...]:
     """The sorted class names of a split in class folders, without hidden ones.
 
@@ -72,8 +65,8 @@ def list_classes(root: str | Path, split: str) -> tuple[str, ...]:
     return classes
 
 
-def list_class(folder: Path, kind: Kind) -> ClassFiles:
-    """List a class folder, without hidden files.
+def list_class(folder: Path, kind: Kind) -> tuple[list[str], list[str]]:
+    """List the names of a class folder's samples, and of its other files, without hidden ones.
 
     Raises:
         UserError: It holds a folder.
@@ -84,9 +77,8 @@ def list_class(folder: Path, kind: Kind) -> ClassFiles:
             f"{folder} holds a folder, {folders[0]!r}: files must lie directly in the class folder"
         )
     names = names_in(folder, lambda _: True)
-    samples = tuple(name for name in names if name.lower().endswith(SUFFIXES[kind]))
-    taken = set(samples)
-    return ClassFiles(samples, tuple(name for name in names if name not in taken))
+    samples = [name for name in names if name.lower().endswith(SUFFIXES[kind])]
+    return samples, sorted(set(names) - set(samples))
 
 
 def names_in(folder: Path, wanted: Callable[[os.DirEntry[str]], bool]) -> tuple[str, ...]:

@@ -306,7 +306,7 @@ def _check_names(index: Index, root: str | Path, again: str) -> None:
         prefix = f"{index.split}/{name}/"
         known = {index.path(i) for i in range(bounds[label], bounds[label + 1])}
         known |= {path for path in index.skipped if path.startswith(prefix)}
-        listed = {prefix + file for file in list_class(folder, index.kind).samples}
+        listed = {prefix + file for file in list_class(folder, index.kind)[0]}
         if known != listed:
             path, where = first_difference(known, listed, ("the index", str(root)))
             raise UserError(f"{path} is {where}: {again}")

@@ -210,15 +210,15 @@ def _list_folder(root: Path, split: str, kind: Kind) -> Listing:
         folder = root / split / name
         # The time is taken first: a file added before the listing must make the index stale.
         found.class_mtimes_ns.append(folder.stat().st_mtime_ns)
-        files = list_class(folder, kind)
-        for file in files.others:
+        samples, others = list_class(folder, kind)
+        for file in others:
             found.passed_over.add(f"{split}/{name}/{file}")
-        if not files.samples:
+        if not samples:
             wanted = ", ".join(SUFFIXES[kind])
-            there = f", but {found.passed_over}" if files.others else ""
+            there = f", but {found.passed_over}" if others else ""
             raise UserError(f"the class folder {folder} holds no {kind} ({wanted}){there}")
-        found.labels.extend([label] * len(files.samples))
-        found.names.extend(f"{split}/{name}/{file}" for file in files.samples)
+        found.labels.extend([label] * len(samples))
+        found.names.extend(f"{split}/{name}/{file}" for file in samples)
     found.byte_ranges = [ByteRange(name) for name in found.names]
     return found
 

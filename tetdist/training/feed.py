@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 
 from tetdist.data import mixing
-from tetdist.data.batches import Share
 from tetdist.data.build import train_loader
 from tetdist.data.delivery import Batches
 from tetdist.data.loader import Batch
@@ -64,19 +63,8 @@ class Feed:
         return self.run.phase_at(step).image_size(step, self.run.config.data.image_size)
 
     def _open_loader(self, step: int) -> Batches:
-        config, world = self.run.config, self.run.world
-        epoch, step_in_epoch = divmod(step, self.run.steps_per_epoch)
-        share = Share(
-            seed=config.seed,
-            global_batch=config.batch.global_,
-            micro_batch=config.batch.micro,
-            rank=world.rank,
-            world_size=world.world_size,
-            epoch=epoch,
-            step_in_epoch=step_in_epoch,
-            repeats=config.data.repeats,
-        )
-        return train_loader(config, self.run.train, share, world, self.image_size(step))
+        run = self.run
+        return train_loader(run.config, run.train, run.world, step, self.image_size(step))
 
     def prepared(self, batch: Batch) -> MicroBatch:
         """Bring a batch to the device and mix it."""

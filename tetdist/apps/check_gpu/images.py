@@ -13,7 +13,6 @@ from tetdist.apps.check_gpu.check import Finding, Machine
 from tetdist.apps.check_gpu.rates import images_per_s_of_a_step
 from tetdist.config.loading import parse
 from tetdist.config.schema import RunConfig
-from tetdist.data.batches import Share
 from tetdist.data.build import eval_loader, train_loader
 from tetdist.datasets.index import Index, build_index
 from tetdist.distributed.world import cores_of
@@ -53,17 +52,8 @@ def check_loading(here: Machine) -> Finding:
     size, batch = (33, 4) if here.small else (224, 32)
     threads = cores_of(here.world)
     config = _config(root, {"threads": threads, "image_size": size}, batch=batch)
-    share = Share(
-        seed=0,
-        global_batch=batch,
-        micro_batch=batch,
-        rank=0,
-        world_size=1,
-        epoch=0,
-        step_in_epoch=0,
-    )
     counted = 5 if here.small else 60
-    with train_loader(config, index, share, here.world, size) as batches:
+    with train_loader(config, index, here.world, 0, size) as batches:
         for _ in itertools.islice(batches, 5):
             pass
         started = time.perf_counter()

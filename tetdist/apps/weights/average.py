@@ -17,7 +17,6 @@ from tetdist.config.identity import differences
 from tetdist.config.loading import parse
 from tetdist.config.schema import RunConfig, phase_image_sizes
 from tetdist.data import mixing
-from tetdist.data.batches import Share
 from tetdist.data.build import train_loader
 from tetdist.data.dropping import drop_factors
 from tetdist.data.transfer import on_device
@@ -147,22 +146,12 @@ def recompute_statistics(
     steps = -(-samples // batch.global_)
     numbers = order.rank_micro_batches(world.rank, world.world_size, batch.global_, batch.micro)
     epoch = sum(phase.epochs for phase in config.phases) - 1
-    share = Share(
-        seed=config.seed,
-        global_batch=batch.global_,
-        micro_batch=batch.micro,
-        rank=world.rank,
-        world_size=world.world_size,
-        epoch=epoch,
-        step_in_epoch=0,
-        repeats=config.data.repeats,
-    )
     first = epoch * order.steps_per_epoch(len(index), batch.global_)
     dropping = dropout.dropping(model)
     size = phase_image_sizes(config, config.phases[-1])[1]
     batch_norm.defer_running_statistics(model)
     model.train()
-    with train_loader(config, index, share, world, size) as loader:
+    with train_loader(config, index, world, first, size) as loader:
         for step in range(steps):
             for number in numbers:
                 given = next(loader)
