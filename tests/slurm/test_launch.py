@@ -266,6 +266,9 @@ def test_sweeps() -> None:
     for wrong in (["seed"], ["=1"], ["seed=1,,2"], ["seed="]):
         with pytest.raises(UserError, match="--sweep"):
             submit.combinations(wrong)
+    many = [f"x.y{i}={','.join(map(str, range(200)))}" for i in range(3)]
+    with pytest.raises(UserError, match="--sweep: 8,000,000 runs; more than 1,000 are no array"):
+        submit.combinations(many)
     with pytest.raises(UserError, match="two of its runs are the same"):
         submit.sweep_names("run", ["seed=1,1"])
 

@@ -84,6 +84,19 @@ def test_of_several_phases_the_present_one_is_said_and_a_gpus_memory(
     assert "data wait 3 %  GPU 12.3 GiB  ETA" in line
 
 
+def test_a_terminal_of_110_columns_shows_the_bar_and_all_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with RunProgress(500, 1000, 100, 32, silent=False) as shown:
+        shown.bar.dynamic_ncols = lambda _: (110, 40)
+        shown.report_training(500, TRAINED)
+        line = str(shown.bar)
+    assert line.startswith("epoch 0.1 50 %|█████     | ")
+    assert line.endswith("loss 1.000, top-1 50.0 %, lr 0.1, data wait 3 %")
+    assert len(line) <= 110
+
+
 def test_a_long_evaluation_says_how_far_it_is(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,8 @@ class RunProgress:
             unit=" samples",
             unit_scale=True,
             dynamic_ncols=True,
+            # A bar that takes what the numbers leave would be of one character at 110 columns.
+            bar_format="{desc} {percentage:.0f} %|{bar:10}| {remaining} left, {rate_fmt}{postfix}",
             disable=silent or not self.on_terminal,
         )
 
@@ -98,7 +100,7 @@ class RunProgress:
         # Phases are counted from 0 here as everywhere.
         phase = f"phase {values['phase']}  " if self.phases > 1 else ""
         if self.on_terminal:
-            self.bar.set_description(f"{phase}epoch {values['epoch']:.1f}  step {step}")
+            self.bar.set_description_str(f"{phase}epoch {values['epoch']:.1f}")
             self.bar.set_postfix_str(", ".join([*learned, *machine]))
             return
         rate, left = _pace(values["samples_per_s"]), f"ETA {_clock(values['eta_s'])}"

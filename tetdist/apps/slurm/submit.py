@@ -1,6 +1,7 @@
 """Make a queued job of a configuration: check, write down, copy the code, submit."""
 
 import itertools
+import math
 import re
 import sys
 import time
@@ -33,6 +34,8 @@ from tetdist.tracking.mlflow_store import check_store, hand_over
 from tetdist.tracking.trackers import check_names
 from tetdist.training.run_folder import RunFolder, is_trained
 from tetdist.training.setup import make_model, open_data
+
+_MOST_RUNS = 1000  # of a sweep; Slurm's MaxArraySize
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,11 @@ def combinations(sweep: list[str]) -> list[list[str]]:
         if not separator or not key or not all(values):
             raise UserError(f"--sweep: {item!r} is not of the form key=value,value,...")
         choices.append([f"{key}={value}" for value in values])
+    if (count := math.prod(map(len, choices))) > _MOST_RUNS:
+        raise UserError(
+            f"--sweep: {count:,} runs; more than {_MOST_RUNS:,} are no array of jobs of Slurm's by "
+            "default: name fewer values"
+        )
     return [list(each) for each in itertools.product(*choices)]
 
 
