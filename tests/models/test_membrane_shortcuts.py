@@ -107,7 +107,7 @@ def test_how_ms_resnets_begin() -> None:
 # ----------------------------------------------------------------------------- the definitions
 
 # Networks of all kinds of stem, projection and head, neurons of both resets.
-SMALL: dict[str, tuple[str, dict[str, Any], Shapes, foreign.Source, Any]] = {
+SMALL: dict[str, tuple[str, dict[str, Any], Shapes, str, Any]] = {
     "preact, decoupling": (
         "preact_resnet18",
         {"width": 8},

@@ -81,9 +81,9 @@ def test_published_number_of_parameters(name: str) -> None:
 # ------------------------------------------------------------------------- the published networks
 
 
-def source_of(name: str) -> foreign.Source:
+def source_of(name: str) -> str:
     """Where the weights of a network are from."""
-    sources: tuple[foreign.Source, ...] = ("qkformer", "sdt", "espikeformer", "maxformer")
+    sources: tuple[str, ...] = ("qkformer", "sdt", "espikeformer", "maxformer")
     (source,) = (source for source in sources if name.startswith(f"{source}_"))
     return source
 
@@ -112,7 +112,7 @@ class Case:
     gain: float = 1.0
 
     @property
-    def source(self) -> foreign.Source:
+    def source(self) -> str:
         return source_of(self.name)
 
     def state(self) -> dict[str, Tensor]:

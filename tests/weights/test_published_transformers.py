@@ -1,6 +1,5 @@
 """Transformers in and out: from a published file to a program that somebody else runs."""
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,23 +34,7 @@ each_family = pytest.mark.parametrize("family", NAMES)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-Tool = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def tool(capfd: pytest.CaptureFixture[str]) -> Tool:
-    """Runs a command in this process: status, standard output, standard error."""
-
-    def call(name: str, *arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        module = importlib.import_module(f"tetdist.apps.cli.{name}")
-        try:
-            status = module.main([str(argument) for argument in arguments])
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        return status, *capfd.readouterr()
-
-    return call
+Call = Callable[..., tuple[int, str]]
 
 
 def state_of(family: str) -> dict[str, Tensor]:
@@ -66,7 +49,7 @@ def state_of(family: str) -> dict[str, Tensor]:
     return state
 
 
-def converted(family: str, tool: Tool, folder: Path, *more: str) -> tuple[Path, str]:
+def converted(family: str, call: Call, folder: Path, *more: str) -> tuple[Path, str]:
     """A file made of a small published one, and what the command said."""
     wrapper, small = {
         "qkformer": ("model", {"widths": [8, 16, 24], "depths": [1, 1, 1], "heads": 2}),
@@ -90,9 +73,9 @@ def converted(family: str, tool: Tool, folder: Path, *more: str) -> tuple[Path, 
         output,
     ]
     arguments = [f"model.arguments.{key}={value}" for key, value in small.items()]
-    status, out, err = tool("convert", *command, *arguments, "data.image_size=32", *more)
-    assert status == 0, err
-    return output, out
+    status, said = call("convert", *command, *arguments, "data.image_size=32", *more)
+    assert status == 0, said
+    return output, said
 
 
 def images(batch: int) -> Tensor:
@@ -101,10 +84,10 @@ def images(batch: int) -> Tensor:
 
 
 @each_family
-def test_published_file_is_recognised_and_computes_what_it_did(
-    family: str, tool: Tool, tmp_path: Path
+def test_published_file_is_recognised_computes_what_it_did_and_goes_out_again(
+    family: str, call: Call, tmp_path: Path
 ) -> None:
-    file, out = converted(family, tool, tmp_path)
+    file, out = converted(family, call, tmp_path)
     assert f"as of {family}" in out
     trained = load(file)
     net = Published({k: v.float() for k, v in state_of(family).items()}, training=False)
@@ -119,7 +102,8 @@ def test_published_file_is_recognised_and_computes_what_it_did(
         case "maxformer":
             expected = formers.maxformer(net, frames, MAXFORMER)
     with torch.no_grad():
-        torch.testing.assert_close(trained.model(images(4)), expected.mean(0), rtol=1e-4, atol=1e-5)
+        logits = trained.model(images(4))
+        torch.testing.assert_close(logits, expected.mean(0), rtol=1e-4, atol=1e-5)
     data = trained.config.data
     assert data.interpolation == "bicubic"
     side = {"qkformer": 256, "sdt": 235, "espikeformer": 232, "maxformer": 256}[family]
@@ -130,29 +114,31 @@ def test_published_file_is_recognised_and_computes_what_it_did(
     else:
         assert neuron.threshold == 2
 
+    status, said = call("export", file, "--format", "timm", "--output", tmp_path / "given")
+    assert status == 0, said
+    model: Any = timm.create_model(f"local-dir:{tmp_path / 'given'}", pretrained=True).eval()
+    model.set_execution("reference")
+    with torch.no_grad():
+        assert torch.equal(model(images(4)), logits)
+    status, said = call("export", file, "--format", "nir", "--output", tmp_path / "net.nir")
+    assert status == 2
+    assert "NIR cannot express" in said
+    assert "the product of two signals, of which attention is made" in said
 
-def test_unused_weights_are_named(tool: Tool, tmp_path: Path) -> None:
-    _, out = converted("sdt", tool, tmp_path)
+
+def test_unused_weights_are_named(call: Call, tmp_path: Path) -> None:
+    _, out = converted("sdt", call, tmp_path)
     assert "1 tensor that its network does not use: block.0.attn.talking_heads.weight" in out
 
 
-def test_mixing_of_samples_is_told_and_may_be_asked_for(tool: Tool, tmp_path: Path) -> None:
-    plain, out = converted("qkformer", tool, tmp_path)
+def test_mixing_of_samples_is_told_and_may_be_asked_for(call: Call, tmp_path: Path) -> None:
+    plain, out = converted("qkformer", call, tmp_path)
     assert "the samples of a batch influence each other" in out
-    mixing, out = converted("qkformer", tool, tmp_path, "model.arguments.mixes_samples=true")
+    mixing, out = converted("qkformer", call, tmp_path, "model.arguments.mixes_samples=true")
     assert "QKFormer's accuracies" not in out
     with torch.no_grad():
         logits = [load(file).model(images(4)) for file in (plain, mixing)]
     assert not torch.allclose(*logits)
-
-
-@each_family
-def test_nir_is_refused_by_name(family: str, tool: Tool, tmp_path: Path) -> None:
-    file, _ = converted(family, tool, tmp_path)
-    status, _, err = tool("export", file, "--format", "nir", "--output", tmp_path / "net.nir")
-    assert status == 2
-    assert "NIR cannot express" in err
-    assert "the product of two signals, of which attention is made" in err
 
 
 # Traced with all timesteps, of which each is some tens of operations a layer: that takes its time.
@@ -162,11 +148,11 @@ LONG = ("qkformer", "espikeformer", "maxformer")
 @pytest.mark.parametrize(
     "family", ["sdt", *(pytest.param(family, marks=pytest.mark.long) for family in LONG)]
 )
-def test_program_of_torch_is_the_network(family: str, tool: Tool, tmp_path: Path) -> None:
-    file, _ = converted(family, tool, tmp_path)
-    status, out, err = tool("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")
-    assert status == 0, err
-    assert "its logits are the model's" in out
+def test_program_of_torch_is_the_network(family: str, call: Call, tmp_path: Path) -> None:
+    file, _ = converted(family, call, tmp_path)
+    status, said = call("export", file, "--format", "torch", "--output", tmp_path / "net.pt2")
+    assert status == 0, said
+    assert "its logits are the model's" in said
     x = images(5)  # another batch size than it was traced with
     with torch.no_grad():
         actual = torch.export.load(tmp_path / "net.pt2").module()(x)
@@ -175,30 +161,18 @@ def test_program_of_torch_is_the_network(family: str, tool: Tool, tmp_path: Path
 
 @pytest.mark.long
 @each_family
-def test_onnx_graph_is_the_network(family: str, tool: Tool, tmp_path: Path) -> None:
-    file, _ = converted(family, tool, tmp_path)
+def test_onnx_graph_is_the_network(family: str, call: Call, tmp_path: Path) -> None:
+    file, _ = converted(family, call, tmp_path)
     path = tmp_path / "net.onnx"
-    status, out, err = tool("export", file, "--format", "onnx", "--output", path)
-    assert status == 0, err
-    assert "its logits are the model's" in out
+    status, said = call("export", file, "--format", "onnx", "--output", path)
+    assert status == 0, said
+    assert "its logits are the model's" in said
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     x = images(5)
     (actual,) = session.run(["logits"], {"images": x.numpy()})
     with torch.no_grad():
         expected = load(file).model(x)
     torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-3, atol=1e-4)
-
-
-@each_family
-def test_timm_loads_the_folder(family: str, tool: Tool, tmp_path: Path) -> None:
-    file, _ = converted(family, tool, tmp_path)
-    folder = tmp_path / "given"
-    status, _, err = tool("export", file, "--format", "timm", "--output", folder)
-    assert status == 0, err
-    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    model.set_execution("reference")
-    with torch.no_grad():
-        assert torch.equal(model(images(2)), load(file).model(images(2)))
 
 
 def test_program_of_events_has_the_size_that_the_network_is_described_with() -> None:

@@ -55,11 +55,11 @@ def read(path: Path) -> dict[str, Tensor]:
     for prefix in ("module.", "_orig_mod.", "module."):
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
-    odd = [k for k, v in state.items() if v.layout != torch.strided or v.is_meta or v.is_complex()]
+    odd = [key for key, value in state.items() if not _is_plain(value)]
     if odd:
         raise UserError(
-            f"{path} holds other than plain numbers (in {odd[0]}{and_more(odd)}): sparse, complex "
-            "or without values; save it as an ordinary state dict"
+            f"{path} holds other than plain numbers (in {odd[0]}{and_more(odd)}): sparse, complex, "
+            "expanded from fewer values or without values; save it as an ordinary state dict"
         )
     broken = [key for key, value in state.items() if not value.isfinite().all()]
     if broken:
@@ -68,6 +68,14 @@ def read(path: Path) -> dict[str, Tensor]:
             "training went wrong; take an earlier file"
         )
     return state
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Return whether a tensor has each of its numbers stored, so that it is no larger than its file
+    seems."""
+    if value.layout != torch.strided or value.is_meta or value.is_complex():
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _load(path: Path) -> Any:

@@ -13,30 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdist.apps.cli.common import answer, check_new_weights, program
+from tetdist.apps.weights.sources import SOURCES
 from tetdist.errors import UserError
 from tetdist.wording import counted
 
 if TYPE_CHECKING:
-    from tetdist.apps.weights.foreign import Converted, Source
+    from tetdist.apps.weights.foreign import Converted
     from tetdist.config.schema import RunConfig
 
 SHOWN = 5  # of the tensors that do not fit, unless all are asked for
-SOURCES = (
-    "auto",
-    "spikingjelly",
-    "sew",
-    "tet",
-    "torchvision",
-    "timm",
-    "qkformer",
-    "sdt",
-    "espikeformer",
-    "maxformer",
-    "decoupling",
-    "seal",
-    "ms",
-    "psn",
-)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -46,7 +31,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", metavar="FILE", type=Path, help=".safetensors, or what torch.save wrote")
     add("--model", required=True, metavar="NAME", help="the model here: sew_resnet34, vggsnn, ...")
-    add("--from", dest="layout", choices=SOURCES, default="auto", help="where FILE is from")
+    choices = ["auto", *SOURCES]
+    add("--from", dest="layout", choices=choices, default="auto", help="where FILE is from")
     add("--output", required=True, metavar="FILE.safetensors", type=Path)
     add("--timesteps", type=int, metavar="T", help="that it was trained at; default: the model's")
     add(
@@ -92,7 +78,7 @@ def convert_file(options: argparse.Namespace) -> None:
     check_new_weights(options.output)
     state = foreign_files.read(options.source)
     layout = options.layout
-    source: Source = foreign.source_of(state, options.source) if layout == "auto" else layout
+    source = foreign.source_of(state, options.source) if layout == "auto" else layout
     config, timesteps = configuration(options, source, foreign.num_classes(state, source))
     classes = class_names(options, config)
     torch.manual_seed(config.seed)
@@ -113,13 +99,13 @@ def convert_file(options: argparse.Namespace) -> None:
 
 
 def configuration(
-    options: argparse.Namespace, source: "Source", num_classes: int | None
+    options: argparse.Namespace, source: str, num_classes: int | None
 ) -> tuple["RunConfig", int]:
     """A configuration that builds and evaluates the network, and its T."""
     import timm
 
     from tetdist import models
-    from tetdist.apps.weights.foreign import SCALES, arguments_of, neuron_of
+    from tetdist.apps.weights.foreign import arguments_of, neuron_of, scale_of
     from tetdist.config.loading import parse
     from tetdist.config.overrides import apply_override, refuse_repeated
 
@@ -134,7 +120,7 @@ def configuration(
     num_classes = num_classes or cfg.num_classes
     data: dict[str, Any] = {"kind": "events", "root": "data"}
     if models.input_kind(options.model) == "images":
-        scale = SCALES.get((source, num_classes), {"mean": cfg.mean, "std": cfg.std})
+        scale = scale_of(source, num_classes) or {"mean": cfg.mean, "std": cfg.std}
         data = {
             "root": "data",
             "image_size": side,
@@ -186,7 +172,7 @@ def report(
     converted: "Converted",
     options: argparse.Namespace,
     config: "RunConfig",
-    source: "Source",
+    source: str,
     timesteps: int,
 ) -> None:
     """Say what was found.

@@ -102,16 +102,14 @@ class _Builder:
                 f"signals, of which attention is made{maximum if pools else ''}; export it to onnx "
                 "or torch"
             )
-        if isinstance(model, PreActResNet):
+        lacking = {
+            PreActResNet: "takes maxima of real numbers in its stem",
+            PSNSEWResNet: "adds a number of its own to the image at each timestep",
+        }.get(type(model))
+        if lacking is not None:
             raise UserError(
-                f"{model.default_cfg['architecture']} takes maxima of real numbers in its stem, "
-                "for which NIR has no node: it cannot be expressed; export it to onnx or torch"
-            )
-        if isinstance(model, PSNSEWResNet):
-            raise UserError(
-                f"{model.default_cfg['architecture']} adds a number of its own to the image at "
-                "each timestep, for which NIR has no node: it cannot be expressed; export it to "
-                "onnx or torch"
+                f"{model.default_cfg['architecture']} {lacking}, for which NIR has no node: it "
+                "cannot be expressed; export it to onnx or torch"
             )
         self.nodes["input"] = nir.Input({"input": np.array(input_shape)})
         x = self.layer("stem", model.stem, Signal(("input",), input_shape))
@@ -141,7 +139,11 @@ class _Builder:
                 x = self.convolution(f"{name}_conv", module.conv, norm_neuron.norm, x)
                 return self.neurons(f"{name}_neuron", norm_neuron, x)
             case preact_resnet.Stem():
-                return self.stem(name, module, x)
+                stem = module.conv
+                *convs, last = stem if isinstance(stem, nn.Sequential) else [stem]
+                for i, conv in enumerate(convs):
+                    x = self.convolution(f"{name}_conv{i}", conv, None, x)
+                return self.convolution(f"{name}_conv", last, module.add.norm, x)
             case preact_resnet.Block():
                 return self.preact_block(name, module, x)
             case sew_resnet.BasicBlock() | sew_resnet.Bottleneck():
@@ -161,19 +163,14 @@ class _Builder:
         if isinstance(model, (sew_resnet.SEWResNet, SpikingResNet, MSResNet)):
             x = self.average_pool("head_pool", x.shape[-1], x)
         size = int(np.prod(x.shape))
-        flatten = nir.Flatten({"input": np.array(x.shape)}, start_dim=0, end_dim=-1)
+        # Counted from the end, whether or not its reader counts the dimensions of time and batch.
+        flatten = nir.Flatten({"input": np.array(x.shape)}, start_dim=-len(x.shape), end_dim=-1)
         x = self.add("head_flatten", flatten, x, (size,))
         if isinstance(model, SpikingResNet) and isinstance(model.hidden, nn.Sequential):
             linear, neuron = model.hidden
             x = self.affine("hidden_linear", linear, x)
             x = self.neurons("hidden_neuron", neuron, x)
         return x if isinstance(model.fc, nn.Identity) else self.affine("fc", model.fc, x)
-
-    def stem(self, name: str, stem: preact_resnet.Stem, x: Signal) -> Signal:
-        convs = list(stem.conv) if isinstance(stem.conv, nn.Sequential) else [stem.conv]
-        for i, conv in enumerate(convs[:-1]):
-            x = self.convolution(f"{name}_conv{i}", conv, None, x)
-        return self.convolution(f"{name}_conv", convs[-1], stem.add.norm, x)
 
     def preact_block(self, name: str, block: preact_resnet.Block, x: Signal) -> Signal:
         residual = self.neurons(f"{name}_neuron", block.neuron, x)
@@ -248,16 +245,19 @@ class _Builder:
                 f"NIR has no neurons of the kind of this network ({type(config).__name__}); export "
                 "it to onnx or torch"
             )
+        reason = None
         if config.reset == "soft":
-            raise UserError(
-                "NIR's neurons are reset to a constant, and this network's by subtraction "
-                "(model.neuron.reset is soft): it cannot be expressed; export it to onnx or torch"
+            reason = (
+                "are reset to a constant, and this network's by subtraction (model.neuron.reset is "
+                "soft)"
             )
-
-        if config.spike != "step":
+        elif config.spike != "step":
+            reason = (
+                f"fire or do not, and this network's do not (model.neuron.spike is {config.spike})"
+            )
+        if reason is not None:
             raise UserError(
-                "NIR's neurons fire or do not, and this network's do not (model.neuron.spike is "
-                f"{config.spike}): it cannot be expressed; export it to onnx or torch"
+                f"NIR's neurons {reason}: it cannot be expressed; export it to onnx or torch"
             )
 
         def everywhere(value: float) -> np.ndarray:
