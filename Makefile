@@ -26,6 +26,9 @@ $(VENV)/.installed: pyproject.toml setup.py
 	  { echo "error: $(PYTHON) lacks venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing tetdist and what it needs into $(VENV) (minutes, the first time)"
+	@# PyPI's torch is for CUDA 13.
+	@test '$(DALI)' != cuda120 || $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
+	  'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/cu126
 	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
 	  -e '.[train,$(DALI),quickstart,events,export,test,lint]'
 	@touch $@
