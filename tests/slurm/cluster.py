@@ -25,7 +25,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+
+import psutil
 
 # Debian's names, by what they bring.
 PACKAGES = {
@@ -70,6 +71,10 @@ def output(*command: str, env: dict[str, str] | None = None, timeout: float = 40
     return done.stdout
 
 
+def ip(command: str) -> None:
+    output("ip", *command.split())
+
+
 class Cluster:
     """``nodes`` nodes, node1 and following, of 8 claimed CPUs and no GPU each."""
 
@@ -108,20 +113,15 @@ class Cluster:
         self._configure()
         socket_of_munge = self.folder / "munge.socket"
         self._run(
-            "munged",
-            "--foreground",
-            "--force",
-            f"--key-file={self.folder}/munge.key",
-            f"--socket={socket_of_munge}",
-            f"--pid-file={self.folder}/munged.pid",
-            f"--seed-file={self.folder}/munged.seed",
-            f"--log-file={self.folder}/log/munge",
+            f"munged --foreground --force --key-file={self.folder}/munge.key "
+            f"--socket={socket_of_munge} --pid-file={self.folder}/munged.pid "
+            f"--seed-file={self.folder}/munged.seed --log-file={self.folder}/log/munge"
         )
         self._start_database()
         wait_until(socket_of_munge.exists, "munge's socket")
-        self._run("slurmdbd", "-D")
+        self._run("slurmdbd -D")
         wait_until(lambda: self._answers("sacctmgr", "-n", "show", "cluster"), "slurmdbd")
-        self._run("slurmctld", "-D", "-c")
+        self._run("slurmctld -D -c")
         wait_until(lambda: self._answers("scontrol", "ping"), "slurmctld")
         for node in self.nodes:
             self._start_node(node)
@@ -166,7 +166,7 @@ class Cluster:
 
     def start_controller(self) -> None:
         """Start the controller again, with what it knew."""
-        self._run("slurmctld", "-D")
+        self._run("slurmctld -D")
         wait_until(lambda: self._answers("scontrol", "ping"), "slurmctld")
 
     def crash(self, node: str) -> None:
@@ -174,21 +174,20 @@ class Cluster:
         # Otherwise the kernel would close the connections of the processes that are killed.
         cable = self._cable(node)
         if cable in self.devices():
-            output("ip", "link", "set", cable, "down")
+            ip(f"link set {cable} down")
         self._kill_all(node)
         self._crashed.add(node)
 
     def _kill_all(self, node: str) -> None:
-        end = time.monotonic() + 10
-        while pids := self.processes_of(node):
-            for pid in pids:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+        def is_empty() -> bool:
+            for process in self.processes_of(node):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             if (daemon := self._daemons.get(node)) is not None:
                 daemon.poll()
-            assert time.monotonic() < end, f"these processes do not end: {pids}"
+            return not self.processes_of(node)
+
+        wait_until(is_empty, f"the end of all processes of {node}", 10)
 
     # --- asking -------------------------------------------------------------------------------
 
@@ -208,59 +207,50 @@ class Cluster:
         lines = self.run("sinfo", "-h", "-N", "-o", "%N %T").splitlines()
         return dict(line.split() for line in lines)
 
-    def processes_of(self, node: str) -> list[int]:
+    def processes_of(self, node: str) -> list[psutil.Process]:
         """All processes in a node's network namespace that are not dead already."""
         namespace = self._namespaces.get(node)
-        found: list[int] = []
-        for folder in Path("/proc").glob("[0-9]*") if namespace else ():
-            try:
-                same = str((folder / "ns/net").readlink()) == namespace
-                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-            except OSError:
-                continue  # it ended meanwhile
-            if same and state not in "ZX":
-                found.append(int(folder.name))
+        found: list[psutil.Process] = []
+        for process in psutil.process_iter() if namespace else ():
+            with contextlib.suppress(OSError, psutil.NoSuchProcess):  # it ended meanwhile
+                same = str(Path(f"/proc/{process.pid}/ns/net").readlink()) == namespace
+                if same and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                    found.append(process)
         return found
 
-    def tasks_of(self, node: str) -> list[int]:
+    def tasks_of(self, node: str) -> list[psutil.Process]:
         """The training processes of jobs on a node."""
-        found: dict[int, int] = {}
-        for pid in self.processes_of(node):
-            try:
-                line = Path(f"/proc/{pid}/cmdline").read_bytes()
-                stat = Path(f"/proc/{pid}/stat").read_text()
-            except OSError:
-                continue  # it ended meanwhile
-            if b"submitit.core._submit" in line and b"python" in line.split(b"\0")[0]:
-                found[pid] = int(stat.rpartition(")")[2].split()[1])
+        found: dict[psutil.Process, int] = {}
+        for process in self.processes_of(node):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                line = process.cmdline()
+                if "submitit.core._submit" in line and "python" in line[0]:
+                    found[process] = process.ppid()
         # Without their children: one that is about to become another program has the same line.
-        return [pid for pid, parent in found.items() if parent not in found]
+        pids = {process.pid for process in found}
+        return [process for process, parent in found.items() if parent not in pids]
 
-    def task(self, job_id: str, rank: int) -> int:
+    def task(self, job_id: str, rank: int) -> psutil.Process:
         """The training process of a rank."""
-        wanted = {f"SLURM_JOB_ID={job_id}".encode(), f"SLURM_PROCID={rank}".encode()}
-        tasks = [pid for node in self.nodes for pid in self.tasks_of(node)]
-        variables = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in tasks}
-        (found,) = [pid for pid in tasks if wanted <= set(variables[pid])]
+        wanted = {"SLURM_JOB_ID": job_id, "SLURM_PROCID": str(rank)}
+        tasks = [process for node in self.nodes for process in self.tasks_of(node)]
+        (found,) = [process for process in tasks if wanted.items() <= process.environ().items()]
         return found
 
     def sharing_memory(self) -> list[bool]:
         """Of each training process, whether it averages through memory that it shares."""
-        tasks = [pid for node in self.nodes for pid in self.tasks_of(node)]
-        return ["memfd:tetdist" in Path(f"/proc/{pid}/maps").read_text() for pid in tasks]
+        tasks = [process for node in self.nodes for process in self.tasks_of(node)]
+        return ["memfd:tetdist" in Path(f"/proc/{one.pid}/maps").read_text() for one in tasks]
 
     def leftovers(self) -> list[str]:
         """The command lines of jobs' processes on all nodes: everything but the daemons."""
         lines: list[str] = []
         for node in self.nodes:
-            for pid in self.processes_of(node):
-                try:
-                    line = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
-                except OSError:
-                    continue
-                program = line.split(" ")[0]
-                if program != "unshare" and "slurmd" not in program:
-                    lines.append(f"{node}: {line}")
+            for process in self.processes_of(node):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    line = process.cmdline()
+                    if line and line[0] != "unshare" and "slurmd" not in line[0]:
+                        lines.append(f"{node}: {' '.join(line)}")
         return lines
 
     def devices(self) -> list[str]:
@@ -275,9 +265,9 @@ class Cluster:
     # --- parts --------------------------------------------------------------------------------
 
     def _network(self) -> None:
-        output("ip", "link", "add", self._bridge, "type", "bridge")
-        output("ip", "address", "add", f"{self._net}.1/24", "dev", self._bridge)
-        output("ip", "link", "set", self._bridge, "up")
+        ip(f"link add {self._bridge} type bridge")
+        ip(f"address add {self._net}.1/24 dev {self._bridge}")
+        ip(f"link set {self._bridge} up")
 
     def _free_port(self) -> int:
         with socket.socket() as s:
@@ -378,16 +368,11 @@ class Cluster:
         folder = self.folder
         # In /tmp, the temporary tables of two clusters were seen to meet.
         (folder / "tmp").mkdir()
-        output(
-            "mariadb-install-db",
-            "--no-defaults",
-            "--user=root",
-            f"--datadir={folder}/db",
-            f"--tmpdir={folder}/tmp",
-            "--skip-test-db",
-            "--skip-name-resolve",
-            timeout=60,
+        install = (
+            f"mariadb-install-db --no-defaults --user=root --datadir={folder}/db "
+            f"--tmpdir={folder}/tmp --skip-test-db --skip-name-resolve"
         )
+        output(*install.split(), timeout=60)
         # slurmdbd would make its database itself, but its first connection then fails (seen with
         # Debian 13's client library).
         (folder / "database.sql").write_text(
@@ -396,20 +381,11 @@ class Cluster:
             f"GRANT ALL ON accounts.* TO slurm@'{self._net}.1';\n"
         )
         self._run(
-            "mariadbd",
-            "--no-defaults",
-            "--user=root",
-            f"--datadir={folder}/db",
-            f"--bind-address={self._net}.1",
-            f"--port={self._database_port}",
-            f"--socket={folder}/mariadb.socket",
-            f"--pid-file={folder}/mariadb.pid",
-            f"--init-file={folder}/database.sql",
-            f"--tmpdir={folder}/tmp",
-            "--skip-name-resolve",
-            "--innodb-buffer-pool-size=32M",
-            "--innodb-log-file-size=8M",
-            "--innodb-flush-log-at-trx-commit=0",
+            f"mariadbd --no-defaults --user=root --datadir={folder}/db --tmpdir={folder}/tmp "
+            f"--bind-address={self._net}.1 --port={self._database_port} "
+            f"--socket={folder}/mariadb.socket --pid-file={folder}/mariadb.pid "
+            f"--init-file={folder}/database.sql --skip-name-resolve --innodb-buffer-pool-size=32M "
+            "--innodb-log-file-size=8M --innodb-flush-log-at-trx-commit=0"
         )
 
         def listens() -> bool:
@@ -431,52 +407,29 @@ class Cluster:
             mount --bind {self.folder}/hosts-{node} /etc/hosts &&
             mount --bind {self.folder}/nothing /etc/resolv.conf &&
             echo ready >{self.folder}/ready-{node} && read -r _ && exec slurmd -D </dev/null"""
-        process = self._run(
-            "unshare",
-            "--net",
-            "--uts",
-            "--mount",
-            "--pid",
-            "--fork",
-            "--mount-proc",
-            "--kill-child",
-            "sh",
-            "-c",
-            script,
-            name=node,
-            talk=True,
-        )
+        namespaces = "unshare --net --uts --mount --pid --fork --mount-proc --kill-child sh -c"
+        process = self._run(namespaces, script, name=node, talk=True)
         wait_until((self.folder / f"ready-{node}").exists, f"namespaces of {node}")
         self._namespaces[node] = str(Path(f"/proc/{process.pid}/ns/net").readlink())
         cable, number = self._cable(node), self.nodes.index(node) + 11
-        output(
-            "ip",
-            "link",
-            "add",
-            cable,
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "eth0",
-            "netns",
-            str(process.pid),
-        )
-        output("ip", "link", "set", cable, "master", self._bridge, "up")
-        inside = ("nsenter", f"--net=/proc/{process.pid}/ns/net")
-        output(*inside, "ip", "address", "add", f"{self._net}.{number}/24", "dev", "eth0")
-        output(*inside, "ip", "link", "set", "eth0", "up")
+        ip(f"link add {cable} type veth peer name eth0 netns {process.pid}")
+        ip(f"link set {cable} master {self._bridge} up")
+        inside = ("nsenter", f"--net=/proc/{process.pid}/ns/net", "ip")
+        output(*inside, "address", "add", f"{self._net}.{number}/24", "dev", "eth0")
+        output(*inside, "link", "set", "eth0", "up")
         assert process.stdin is not None
         process.stdin.write(b"\n")
         process.stdin.close()
 
-    def _run(self, *command: str, name: str = "", talk: bool = False) -> subprocess.Popen[bytes]:
+    def _run(
+        self, command: str, *more: str, name: str = "", talk: bool = False
+    ) -> subprocess.Popen[bytes]:
         """Start a daemon in the foreground that dies with this process."""
-        name = name or command[0]
-        log: IO[bytes]
+        words = command.split()
+        name = name or words[0]
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
             self._daemons[name] = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *command],
+                ["setpriv", "--pdeathsig", "KILL", *words, *more],
                 env=os.environ | self.env,
                 stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
                 stdout=log,

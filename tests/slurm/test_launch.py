@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +19,6 @@ from cluster import wait_until
 from tetdist.apps.cli.slurm import main
 from tetdist.apps.slurm import batch, cluster, history, local, snapshot, submit
 from tetdist.apps.slurm.cluster import ClusterSection
-from tetdist.apps.slurm.history import JobEvent
-from tetdist.apps.slurm.job import Job
 from tetdist.apps.slurm.placement import interface_towards
 from tetdist.config import identity, loading
 from tetdist.errors import UserError
@@ -75,7 +72,8 @@ def test_cluster_file_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     [
         ("partiton: gpu", ["cluster.yaml", "unknown key 'partiton'", "'partition'"]),
         ("zzz: 1", ["unknown key 'zzz'; known: partition, account"]),
-        ("time: 24:00:00", ["'time'", 'in quotes: time: "24:00:00"']),
+        ("time: 24:00:00", ["cluster.yaml: 24:00:00 in line 1", "quote it"]),
+        ("time: 30", ["'time'", "a valid string, in quotes, not 30"]),
         ("time: tomorrow", ["cluster.time: 'tomorrow' is no time"]),
         ("nodes: 0", ["cluster.yaml", "'nodes'", "greater than 0"]),
         ("gpus_per_node: many", ["'gpus_per_node'", "not 'many'"]),
@@ -129,22 +127,19 @@ def test_batch_script_of_a_typical_submission(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_further_flags_of_sbatch() -> None:
-    section = ClusterSection(gpus_per_node=0, sbatch={"exclusive": True, "mail-user": "a@b.c"})
+    further = {"exclusive": True, "mail-user": "a@b.c", "dependency": "singleton"}
+    section = ClusterSection(gpus_per_node=0, sbatch=further)
     text = batch.text(batch.parameters("x", section, Path("/code")), Path("/folder"), count=3)
     assert "#SBATCH --exclusive\n" in text
     assert "#SBATCH --mail-user=a@b.c\n" in text
     assert "#SBATCH --array=0-2%3\n" in text
+    assert "#SBATCH --dependency=singleton\n" in text
+    assert "kill-on-invalid-dep" not in text
     assert "gpus" not in text
-
-
-def test_a_job_that_begins_after_others() -> None:
-    section = ClusterSection(gpus_per_node=0, sbatch={"dependency": "singleton"})
+    # After others.
     text = batch.text(batch.parameters("x", section, Path("/code"), ["3", "4_1"]), Path("/folder"))
     assert "#SBATCH --dependency=afterok:3:4_1,singleton\n" in text
     assert "#SBATCH --kill-on-invalid-dep=yes\n" in text
-    alone = batch.text(batch.parameters("x", section, Path("/code")), Path("/folder"))
-    assert "#SBATCH --dependency=singleton\n" in alone
-    assert "kill-on-invalid-dep" not in alone
 
 
 def test_files_of_others_are_found_from_the_folder_of_the_code(
@@ -215,37 +210,17 @@ def test_snapshot_holds_what_is_not_committed(tmp_path: Path) -> None:
     assert "with uncommitted changes" in snapshot.describe(taken)
 
 
-def test_snapshot_outside_a_checkout(tmp_path: Path) -> None:
-    (tmp_path / "project" / "tetdist").mkdir(parents=True)
-    taken = snapshot.take(tmp_path / "copy", tmp_path / "project")
-    assert snapshot.describe(taken) == "not from a git checkout"
-
-
 def test_snapshot_of_an_installed_package(tmp_path: Path) -> None:
     """A wheel's folder: configs/ is in the package, and tools/ beside it is somebody else's."""
-    site, code = tmp_path / "site-packages", tmp_path / "code"
-    hidden = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(tiny.PROJECT / "tetdist", site / "tetdist", ignore=hidden)
-    shutil.copytree(tiny.PROJECT / "configs", site / "tetdist" / "configs")
-    shutil.copy(tiny.PROJECT / "tetdist_command.py", site)
-    (site / "tools").mkdir()
-    (site / "tools" / "others.py").touch()
-    taken = snapshot.take(code, site)
+    site = tmp_path / "site-packages"
+    for file in ("tetdist/a.py", "tetdist/configs/a.yaml", "tetdist_command.py", "tools/b.py"):
+        (site / file).parent.mkdir(parents=True, exist_ok=True)
+        (site / file).touch()
+    taken = snapshot.take(tmp_path / "code", site)
     assert snapshot.describe(taken) == "not from a git checkout"
     copied = {"tetdist", "tetdist_command.py", "snapshot.diff", "snapshot.json"}
-    assert {path.name for path in code.iterdir()} == copied
-    # What a job imports, and what it tells a person to type.
-    program = (
-        "import tetdist_command; from tetdist.config.loading import load, CONFIGS_DIR; "
-        "from tetdist.errors import typed; from tetdist.apps.slurm import snapshot; "
-        "print(snapshot.PROJECT, CONFIGS_DIR, load('quickstart').name, typed('slurm', 'resume'))"
-    )
-    env = tiny.clean_environment(PYTHONPATH=str(code), TETDIST_COMMAND="job")
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=code, env=env, capture_output=True, text=True
-    )
-    expected = f"{code} {code / 'tetdist' / 'configs'} quickstart tetdist slurm resume"
-    assert (done.stdout.strip(), done.returncode) == (expected, 0), done.stderr
+    assert {path.name for path in (tmp_path / "code").iterdir()} == copied
+    assert (tmp_path / "code/tetdist/configs/a.yaml").exists()
 
 
 def test_sweeps() -> None:
@@ -414,34 +389,6 @@ def test_local_run_starts_again_after_a_warning(tiny_config: ConfigWriter, tmp_p
     kinds = [event.kind for event in history.history(run)]
     assert kinds == ["submitted", "started", "stopped", "started", "finished"]
     tiny.assert_same_run(run, tmp_path / "runs" / "straight")
-
-
-@pytest.mark.long
-def test_starts_that_lead_nowhere_end(
-    tiny_config: ConfigWriter, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """What Slurm's requeues would write, five of them before the first checkpoint."""
-    file = tiny_config({"engine": "torch", "max_steps": 3})
-    run = tmp_path / "runs" / "tiny"
-    assert main(["--config", str(file), "--local", "1"]) == 0
-    capfd.readouterr()
-    # As if it had been started again and again since that, its newest submission.
-    for restart in range(1, 6):
-        history.note(run, JobEvent("started", "local", restart, step=3))
-        history.note(run, JobEvent("stopped", "local", restart, step=3, text="preempted (SIGUSR2)"))
-    submission = history.newest_submission(run)
-    assert submission is not None
-    job = Job(**json.loads(Path(submission.config).with_name("job.json").read_text()))
-    assert local.run_here(job, 1) == 2
-    said = capfd.readouterr().err
-    assert "was started 5 times without getting past step 3" in said
-    assert "until: preempted (SIGUSR2)" in said
-    assert "launch/slurm.py resume" in said
-    assert history.history(run)[-1].kind == "failed"
-    # Nor is one that was cancelled started by a late requeue, or taken for finished by others.
-    history.note(run, JobEvent("cancelled", "local", step=3))
-    assert local.run_here(job, 1) == 128 + signal.SIGTERM
-    assert history.history(run)[-1].kind == "cancelled"
 
 
 def test_one_failed_process_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

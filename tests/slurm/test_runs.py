@@ -1,7 +1,6 @@
 """Whole runs on a real cluster: whatever happens to them, they finish as if nothing had."""
 
 import contextlib
-import os
 import re
 import shutil
 import signal
@@ -9,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny
 from cluster import Cluster, wait_until
@@ -45,6 +45,8 @@ def test_submitted_to_finished(
 ) -> None:
     assert straight.logged_step == LAST_STEP
     assert [event.kind for event in straight.history] == ["submitted", "started", "finished"]
+    # Its processes on two nodes average over the network.
+    assert straight.sharing_memory == [False] * 4
     tags = assert_mlflow_has(straight)
     assert (tags["slurm_job"], tags["restarts"]) == (straight.job, "0")
     straight.cluster.wait_until_clean()
@@ -57,64 +59,11 @@ def test_submitted_to_finished(
     assert (straight.path / "environment.json").read_text() == environment
 
 
-def test_processes_on_two_nodes_average_over_the_network(straight: Run) -> None:
-    assert straight.sharing_memory == [False] * 4
-
-
-@pytest.mark.long
-def test_processes_on_one_node_average_through_memory(
-    launcher: Launcher, straight: Run, cluster: Cluster
-) -> None:
-    run = launcher("on-one-node", "--nodes", "1", "cluster.tasks_per_node=4", "max_steps=40")
-    run.wait_for_step(1)
-    assert cluster.sharing_memory() == [True] * 4
-    run.wait_for("finished")
-    ours, theirs = (
-        [line["loss"] for line in tiny.metrics(each.path, "train")][:10] for each in (run, straight)
-    )
-    # gloo sums in another order, which after some steps makes a spike appear or disappear.
-    assert ours == pytest.approx(theirs, rel=1e-3)
-
-
-@pytest.mark.long
-def test_warned_and_started_once_more(
-    launcher: Launcher, straight: Run, cluster: Cluster, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A warning, as before a time limit: saved by all, requeued by itself, continued to the bit.
-
-    After its end it is started once more, as Slurm does after some preemptions: it notices.
-    """
-    run = launcher("warned")
-    run.wait_for_step(20)
-    cluster.run("scancel", "--signal=USR2", run.job)
-    run.wait_for("finished")
-    (restart,) = run.restarts
-    # The step that it reached is the one that it goes on from.
-    assert 20 < restart.step < LAST_STEP
-    assert f"restart 1, job {run.job}, from step {restart.step}" in run.log
-    assert_undisturbed(run, straight)
-
-    cluster.run("scontrol", "requeue", run.job)
-    run.wait_for_start(3)
-    run.wait_for("finished")
-    assert "nothing to do" in run.log
-    assert_undisturbed(run, straight)
-    tags = assert_mlflow_has(run)
-    assert tags["restarts"] == "2"
-    assert tags["restart_001"] == f"step {restart.step}: {restart.text}"
-
-    capsys.readouterr()
-    assert slurm.main(["status", str(run.path)]) == 0
-    said = capsys.readouterr().out
-    assert f"job {run.job} COMPLETED" in said
-    assert f"step {LAST_STEP} of {LAST_STEP}" in said
-    assert f"from step {restart.step}: SIGUSR2 from outside" in said
-
-
 @pytest.mark.long
 def test_preempted_requeued_cancelled_resumed(
     launcher: Launcher, straight: Run, cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """After its end it is started once more, as Slurm does after some preemptions: it notices."""
     run = launcher("badly-treated")
     run.wait_for_step(STEPS_PER_EPOCH + 5)
     preempt(cluster, run)
@@ -149,6 +98,21 @@ def test_preempted_requeued_cancelled_resumed(
     assert run.restarts[2].step == stopped
     assert_undisturbed(run, straight)
 
+    cluster.run("scontrol", "requeue", run.job)
+    run.wait_for_start(5)
+    run.wait_for("finished")
+    assert "nothing to do" in run.log
+    assert_undisturbed(run, straight)
+    tags = assert_mlflow_has(run)
+    first = run.restarts[0]
+    assert (tags["restarts"], tags["restart_001"]) == ("4", f"step {first.step}: {first.text}")
+    capsys.readouterr()
+    assert slurm.main(["status", str(run.path)]) == 0
+    said = capsys.readouterr().out
+    assert f"job {run.job} COMPLETED" in said
+    assert f"step {LAST_STEP} of {LAST_STEP}" in said
+    assert f"from step {first.step}: preempted (SIGUSR2)" in said
+
 
 @pytest.mark.long
 def test_preempted_without_grace_and_a_node_crashes(
@@ -178,7 +142,7 @@ def test_a_rank_that_is_killed_is_named(
     run = launcher("killed")
     for rank in (2, 0):
         run.wait_for_step(run.logged_step + 5)
-        os.kill(cluster.task(run.job, rank), signal.SIGKILL)
+        cluster.task(run.job, rank).kill()
         run.wait_for("failed")
         assert cluster.job(run.job)["JobState"] == "FAILED"
         assert re.match(rf"rank {rank} .*has died or ", run.history[-1].text)
@@ -209,7 +173,7 @@ def test_started_again_when_the_controller_is_back(
     run.wait_for_step(10)
     cluster.stop_controller()
     try:
-        os.kill(cluster.task(run.job, 0), signal.SIGUSR2)
+        cluster.task(run.job, 0).send_signal(signal.SIGUSR2)
         wait_until(lambda: "the controller of Slurm does not answer" in run.log, "that", 120)
     finally:
         cluster.start_controller()
@@ -229,18 +193,18 @@ def test_time_limit(launcher: Launcher, straight: Run, cluster: Cluster) -> None
     run.wait_for_start(1)
     last_node = cluster.job(run.job)["NodeList"].strip("]")[-1]
     process = cluster.tasks_of(f"node{last_node}")[-1]
-    os.kill(process, signal.SIGSTOP)
+    process.suspend()
 
     def warned() -> bool:
-        return is_pending(process, signal.SIGUSR2) or run.history[-1].kind == "stopped"
+        return is_pending(process.pid, signal.SIGUSR2) or run.history[-1].kind == "stopped"
 
     try:
         wait_until(warned, "a warning ahead of the limit", 90)
         # One is enough.
         cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGCONT)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
     run.wait_for("finished")
     assert run.restarts
     for restart in run.restarts:
@@ -400,25 +364,6 @@ def test_rank_that_raises_ends_the_job(
     assert "a fault of rank 2 at step 7" in said
     # In the log of rank 0 it stands before what rank 0 itself made of it.
     assert "the first to fail was rank 2" in run.log
-
-
-@pytest.mark.long
-def test_configuration_error_is_not_tried_again(
-    launcher: Launcher, cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = Path(shutil.copytree(launcher.config.parent / "digits", tmp_path / "digits"))
-    one = ("--nodes", "1", "cluster.tasks_per_node=1")
-    run = held(launcher, "misconfigured", f"data.root={root}", *one)
-    shutil.rmtree(root / "index")
-    cluster.run("scontrol", "release", run.job)
-    run.wait_for("failed")
-    job = cluster.job(run.job)
-    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
-    assert run.log.count("error: there is no index") == 1
-    assert mlflow_status(run) == "FAILED"
-    capsys.readouterr()
-    assert slurm.main(["status", str(run.path)]) == 0
-    assert "error: there is no index" in capsys.readouterr().out
 
 
 @pytest.mark.long

@@ -76,18 +76,6 @@ def test_a_better_gpu_is_faster_and_what_it_does_more_is_slower() -> None:
     assert known(*SMALL, "phases.0.timesteps=8").images_per_s < 0.7 * rate
 
 
-def test_more_gpus_take_fewer_hours_and_a_larger_share_of_averaging() -> None:
-    config = loading.load("sew34_t4_64gpus.yaml", [])
-    found = known(*SMALL)
-    made = plan.make(config, ClusterSection(**GPUS), **IMAGENET)
-    costs = [plan.cost(made, found, nodes) for nodes in (1, 2, 4, 8)]
-    hours = [cost.hours for cost in costs if cost]
-    shares = [cost.communication for cost in costs if cost]
-    assert hours == sorted(hours, reverse=True)
-    assert shares == sorted(shares)
-    assert hours[0] / hours[3] < 8
-
-
 def test_each_phase_has_its_own_speed() -> None:
     small, grown = known(*SMALL), known(*SMALL, "phases.0.final_image_size=256")
     large = known(*SMALL, "phases.0.image_size=256")
@@ -182,12 +170,11 @@ def test_another_card_or_neuron_is_compared_by_the_roofline(tmp_path: Path) -> N
         of(*SMALL, file=too_fast, gpu="A100-80")
 
 
-def test_a_graph_helps_where_the_host_is_what_is_waited_for() -> None:
+def test_a_graph_is_advised_where_the_host_is_waited_for() -> None:
     small = (*SMALL, "batch.micro=4", "engine=torch")
     alone, graphed = known(*small), known(*small, "cuda_graphs=true")
     assert graphed.images_per_s > 1.5 * alone.images_per_s
-    assert "cuda_graphs=true" in str(alone.details)
-    assert "cuda_graphs=true" not in str(graphed.details)
+    assert ["cuda_graphs=true" in str(one.details) for one in (alone, graphed)] == [True, False]
 
 
 @pytest.mark.parametrize("kind", NEURONS)

@@ -64,7 +64,7 @@ def start(tmp_path: Path) -> Starter:
         described = Job(
             run_dir=str(run_dir),
             config=str(run_dir / "config.yaml"),
-            code=str(tmp_path),
+            code=str(tiny.PROJECT),
             log=str(tmp_path / "log"),
             give_up_after=3,
             warn_before_end=60,
@@ -229,12 +229,21 @@ def test_first_failure_is_kept_and_shown(
     assert capsys.readouterr().err == ""
 
 
-def test_lost_node_is_waited_for(start: Starter, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_lost_node_is_waited_for(
+    in_thread: bool, start: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the watch's thread, where no signal can be handled, for which it must not end."""
     slept: list[float] = []
     monkeypatch.setattr(job.time, "sleep", slept.append)
-    monkeypatch.setattr(job.signal, "signal", lambda *_: None)
+    before = signal.getsignal(TERM)
     this = start(silent=[["node2"], ["node2"], []])
-    this._on_failure(PeerFailed("rank 1 has died"))
+    if in_thread:
+        with ThreadPoolExecutor(1) as watch:
+            watch.submit(this._on_failure, PeerFailed("rank 1 has died")).result()
+    else:
+        this._on_failure(PeerFailed("rank 1 has died"))
+        signal.signal(TERM, before)
     assert len(slept) == 2
     events = [(event.kind, event.text) for event in history.history(this.run_dir)]
     lost = ("stopped", "a node failed: node2 does not answer")
@@ -246,17 +255,16 @@ def test_lost_node_is_waited_for(start: Starter, monkeypatch: pytest.MonkeyPatch
     assert len(history.history(alone.run_dir)) == 2
 
 
-def test_lost_node_is_waited_for_in_the_watchs_thread_too(
-    start: Starter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """There no signal can be handled; the process must not end for that."""
-    slept: list[float] = []
-    monkeypatch.setattr(job.time, "sleep", slept.append)
-    this = start(silent=[["node2"], ["node2"], []])
-    with ThreadPoolExecutor(1) as watch:
-        watch.submit(this._on_failure, PeerFailed("rank 1 has died")).result()
-    assert len(slept) == 2
-    assert kinds(this) == ["stopped", "failed"]
+def test_what_was_cancelled_is_not_started_by_a_late_requeue(start: Starter) -> None:
+    this = start()
+    note(this, ("submitted", 0, ""), ("cancelled", 3, ""))
+    assert this.run() == 128 + TERM
+    assert kinds(this) == ["submitted", "cancelled"]
+    # Nor does it run other code than was submitted.
+    note(this, ("submitted", 3, ""))
+    object.__setattr__(this.job, "code", "/elsewhere")
+    assert this.run() == 2
+    assert kinds(this)[-1] == "failed"
 
 
 def test_rank_1_writes_where_rank_0_has_died(start: Starter) -> None:

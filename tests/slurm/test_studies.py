@@ -255,6 +255,8 @@ def test_what_begins_after_a_run_that_fails_leaves_the_queue_and_is_named(
     status, said, errors = tiny_study("--slurm", *ON_CPU)
     assert status == 1
     assert re.search(rf"bad-seed0: failed, job {bad.job}: error: there is no index", said), said
+    assert bad.log.count("error: there is no index") == 1
+    assert cluster.job(bad.job)["Restarts"] == "0"
     assert "child-seed0: does not begin, because bad-seed0 failed" in said
     assert "grandchild-seed0: does not begin, because child-seed0 does not begin either" in said
     assert "other-seed0: finished" in said

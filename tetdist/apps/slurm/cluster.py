@@ -181,7 +181,5 @@ def _explain(error: Any) -> str:
         hint = f"the nearest known one is {close[0]!r}" if close else f"known: {', '.join(known)}"
         return f"unknown key {key!r}; {hint}"
     message = error["msg"][0].lower() + error["msg"][1:]
-    if key == "time":
-        # YAML reads 24:00:00 as a number, to the base of 60.
-        return f'{key!r}: {message}; write it in quotes: time: "24:00:00"'
-    return f"{key!r}: {message}, not {error['input']!r}"
+    quoted = ", in quotes" if error["type"] == "string_type" else ""
+    return f"{key!r}: {message}{quoted}, not {error['input']!r}"
