@@ -46,10 +46,11 @@ def aligned(rows: Sequence[Row], right: Sequence[int] = ()) -> str:
     )
 
 
-def as_html(head: Row, rows: Sequence[Row]) -> str:
-    """An HTML table, a line each row; the cells' text is escaped."""
+def as_html(rows: Sequence[Row]) -> str:
+    """An HTML table whose first row is the head, a line each row; the cells' text is escaped."""
 
     def line(cells: Row, kind: str) -> str:
         return "<tr>" + "".join(f"<{kind}>{html.escape(c)}</{kind}>" for c in cells) + "</tr>"
 
-    return "\n".join(["<table>", line(head, "th"), *(line(row, "td") for row in rows), "</table>"])
+    lines = [line(row, "td" if i else "th") for i, row in enumerate(rows)]
+    return "\n".join(["<table>", *lines, "</table>"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tetdist.apps.reports.evaluation_page import SHOWN_CLASSES, _text_classes
+from tetdist.apps.reports.evaluation_page import SHOWN_CLASSES, _classes
 from tetdist.distributed.world import World, join
 from tetdist.evaluation.decisions import THRESHOLDS, DecisionCounts, Decisions
 from tetdist.evaluation.evaluate import _count, running_means
@@ -98,8 +98,8 @@ def test_confusion_and_classes(world: World) -> None:
 def test_of_many_classes_those_of_least_recall_are_shown() -> None:
     row = {"samples": 1, "precision": None, "mistaken_for": None, "mistaken": 0}
     rows = [row | {"class": f"c{k}", "recall": 100.0 - k} for k in range(SHOWN_CLASSES + 2)]
-    said = _text_classes({"per_class": rows}).splitlines()[1:]
-    assert [line.split()[0] for line in said] == [f"c{k}" for k in range(SHOWN_CLASSES + 1, 1, -1)]
+    shown = _classes({"per_class": rows}, brief=True)[1:]
+    assert [row[0] for row in shown] == [f"c{k}" for k in range(SHOWN_CLASSES + 1, 1, -1)]
 
 
 def test_at_the_largest_threshold_it_is_nearly_the_accuracy_at_t(world: World) -> None:

@@ -10,13 +10,13 @@ of ImageNet's; and all that `suite.run_suite` returns, of which ``timesteps`` is
 import base64
 import html
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tetdist import tables
 from tetdist.apps.reports import style
 from tetdist.storage.files import replacing
+from tetdist.tables import aligned, as_html, number
 from tetdist.wording import counted
 
 # Rows of the table of classes on a terminal; the JSON file and the page have all.
@@ -25,11 +25,170 @@ SHOWN_CLASSES = 20
 NUMBERED_CLASSES, NAMED_CLASSES = 20, 50
 
 EvaluationResults = dict[str, Any]
+Panel = Callable[[Any, EvaluationResults], None]
+Table = list[list[str]]  # the first row is the head
 
-NO_EARLY_EXIT = (
-    "no early exit: the network is not causal, so that its first logits depend on the timesteps "
-    "that come after them"
-)
+
+class Section(NamedTuple):
+    """A part of the results: sentences, tables, and panels of so many inches."""
+
+    title: str
+    sentences: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    panels: Sequence[Panel] = ()
+    width: float = 6.5  # of a panel
+    height: float = 4.0
+
+
+def sections(found: EvaluationResults, *, brief: bool) -> list[Section]:
+    """The results in their order; in brief, without assumptions and all but some classes."""
+    shows_each = found["early_exit"] is not None
+    operations = found["operations"] or {"layers": {}, "assumptions": []}
+    of_layers = [(found["firing_rate"], _firing_rate), (operations["layers"], _operations)]
+    counts = operations_lines(found)
+    if brief and found["operations"]:
+        counts[-1] += " (an estimate; --json and --report state its assumptions)"
+    elif not brief:
+        counts += operations["assumptions"]
+    if not found["firing_rate"]:
+        counts.append("no firing rates: a network without neurons that fire")
+    rates = [[f"{rate:.4f}", layer] for layer, rate in found["firing_rate"].items()]
+    title = f"firing rate over {counted(found['timesteps'], 'timestep')}"
+    return [
+        Section(
+            "Accuracy by timesteps, and early exit",
+            _early_exit_lines(found),
+            [_by_timesteps(found), *([_exits(found)] if shows_each else [])],
+            [_timesteps, *([_early_exit] if shows_each else [])],
+            height=4.5,
+        ),
+        *_robustness(found),
+        Section(
+            "Firing rates and operations",
+            [*_unrolled(found), *counts],
+            [[["", title], *rates]] if rates else [],
+            [panel for values, panel in of_layers if values],
+            height=1.5 + 0.22 * max(len(values) for values, _ in of_layers),
+        ),
+        Section("Classes", (), [_classes(found, brief=brief)], [_confusion], 9, 7.5),
+    ]
+
+
+def _by_timesteps(found: EvaluationResults) -> Table:
+    specs = {"top1": ".2f", "top5": ".2f", "loss": ".4f"}
+    return [["T", "top-1 %", "top-5 %", "loss"]] + [
+        [str(t), *(format(found[f"per_timestep_{key}"][t - 1], specs[key]) for key in specs)]
+        for t in found["reported_timesteps"]
+    ]
+
+
+def _exits(found: EvaluationResults) -> Table:
+    return [["confidence", "top-1 %", "mean T"]] + [
+        [f"{point['threshold']:g}", f"{point['top1']:.2f}", f"{point['mean_timesteps']:.3f}"]
+        for point in found["early_exit"]
+    ]
+
+
+def _early_exit_lines(found: EvaluationResults) -> list[str]:
+    if found["early_exit"] is None:
+        return [
+            "no early exit: the network is not causal, so that its first logits depend on the "
+            "timesteps that come after them"
+        ]
+    chosen = [_of_chosen_exit(found)] if "chosen_exit" in found else []
+    return [
+        "early exit: a sample is decided at the first timestep at which the softmax of its "
+        "time-mean reaches the confidence, at the latest at T",
+        *chosen,
+    ]
+
+
+def _of_chosen_exit(found: EvaluationResults) -> str:
+    chosen = found["chosen_exit"]
+    samples = chosen["chosen_on"]["samples"]
+    on = f"{counted(samples, 'training sample')} held out (one is {100 / samples:.2g} points)"
+    limit = f"at most {chosen['within']:g} points lost on {on}"
+    if chosen["threshold"] is None:
+        return f"early exit with {limit}: at no threshold"
+    lost = chosen["top1"] - found["top1"]
+    return (
+        f"early exit with {limit}: at confidence {chosen['threshold']:.4g}, "
+        f"{chosen['top1']:.2f} % ({lost:+.2f} points) at T = {chosen['mean_timesteps']:.3f} on "
+        "average"
+    )
+
+
+def _robustness(found: EvaluationResults) -> list[Section]:
+    """Return what dropping does, if anything was dropped."""
+    tables = [
+        [[f"dropped {what}", "top-1 %"]]
+        + [[f"{100 * at['share']:g} %", f"{at['top1']:.2f}"] for at in found[f"dropped_{what}"]]
+        for what in ("timesteps", "events")
+        if found[f"dropped_{what}"]
+    ]
+    said = (
+        "a dropped timestep shows an image of the mean colour, or no events; each is dropped by "
+        f"itself, with seed {found['seed']}"
+    )
+    return [Section("Robustness", [said], tables, [_dropped])] if tables else []
+
+
+def _unrolled(found: EvaluationResults) -> list[str]:
+    """Return the sentence on --unroll, if it was given."""
+    if "sub_timesteps" not in found:
+        return []
+    several = {name: most for name, most in found["sub_timesteps"].items() if most > 1}
+    if not several:
+        return ["nothing to unroll: every layer that sees spikes sees 0 and 1 as it is"]
+    return [
+        f"unrolled: {counted(len(several), 'layer')} in up to {max(several.values())} "
+        "sub-timesteps of 0 and 1 a timestep"
+    ]
+
+
+def _classes(found: EvaluationResults, *, brief: bool) -> Table:
+    """The table of classes; in brief, of many those of least recall."""
+    rows, head = found["per_class"], "class"
+    if brief:
+        rows = [row for row in rows if row["samples"]]
+        if len(rows) > SHOWN_CLASSES:
+            rows = sorted(rows, key=lambda row: row["recall"])[:SHOWN_CLASSES]
+            head = f"the {SHOWN_CLASSES} classes of least recall"
+    return [[head, "samples", "recall %", "precision %", "most often taken for"]] + [
+        [
+            row["class"],
+            str(row["samples"]),
+            number(row["recall"], ".2f"),
+            number(row["precision"], ".2f"),
+            f"{row['mistaken_for']} ({row['mistaken']})" if row["mistaken"] else "-",
+        ]
+        for row in rows
+    ]
+
+
+def operations_lines(found: EvaluationResults) -> list[str]:
+    """Sentences on operations and energy."""
+    operations = found["operations"]
+    if operations is None:
+        return ["operations are not counted: they are of tetdist's own networks only"]
+    share = operations["energy_pj"] / operations["relu_energy_pj"]
+    return [
+        f"{quantity(operations['accumulates'])} accumulates and "
+        f"{quantity(operations['multiply_accumulates'])} multiply-accumulates a sample at "
+        f"T = {found['timesteps']}: about {operations['energy_pj'] / 1e6:.4g} uJ",
+        f"the ReLU network of the same synapses: "
+        f"{quantity(operations['relu_multiply_accumulates'])} multiply-accumulates, about "
+        f"{operations['relu_energy_pj'] / 1e6:.4g} uJ; the spiking one takes {100 * share:.3g} % "
+        "of it",
+    ]
+
+
+def quantity(number: float) -> str:
+    """Three digits and a unit: 1.23 M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
 
 
 # --- on a terminal --------------------------------------------------------------------------------
@@ -37,33 +196,13 @@ NO_EARLY_EXIT = (
 
 def as_text(found: EvaluationResults) -> str:
     """The text that a person reads on a terminal."""
-    return "\n\n".join(
-        [
-            heading(found),
-            _text_sweep(found),
-            f"  {headline(found)}",
-            *_text_real(found),
-            _text_early_exit(found),
-            *_text_dropped(found),
-            *_text_unrolled(found),
-            _text_classes(found),
-            _text_operations(found),
-            _text_firing_rates(found),
-        ]
-    )
-
-
-def _text_unrolled(found: EvaluationResults) -> list[str]:
-    """Return the lines on --unroll, if it was given."""
-    if "sub_timesteps" not in found:
-        return []
-    several = {name: most for name, most in found["sub_timesteps"].items() if most > 1}
-    if not several:
-        return ["  nothing to unroll: every layer that sees spikes sees 0 and 1 as it is"]
-    return [
-        f"  unrolled: {counted(len(several), 'layer')} in up to {max(several.values())} "
-        "sub-timesteps of 0 and 1 a timestep"
-    ]
+    parts = [heading(found), f"  {headline(found)}"]
+    if "real" in found:
+        parts.append(f"  {real_line(found)}")
+    for section in sections(found, brief=True):
+        parts += [f"  {line}" for line in section.sentences]
+        parts += [aligned(table, right=range(1, 4)) for table in section.tables]
+    return "\n\n".join(parts)
 
 
 def heading(found: EvaluationResults) -> str:
@@ -108,18 +247,6 @@ def _of_subset(found: EvaluationResults) -> str:
     )
 
 
-def _text_sweep(found: EvaluationResults) -> str:
-    lines = ["  T   top-1 %   top-5 %     loss"]
-    for t in found["reported_timesteps"]:
-        top1, top5, loss = (found[f"per_timestep_{key}"][t - 1] for key in ("top1", "top5", "loss"))
-        lines.append(f"{t:3}{top1:10.2f}{top5:10.2f}{loss:9.4f}")
-    return "\n".join(lines)
-
-
-def _text_real(found: EvaluationResults) -> list[str]:
-    return [f"  {real_line(found)}"] if "real" in found else []
-
-
 def real_line(found: EvaluationResults) -> str:
     """Return the line on accuracy by several labels of each image."""
     real = found["real"]
@@ -133,15 +260,18 @@ def real_line(found: EvaluationResults) -> str:
 
 def corruptions_as_text(found: EvaluationResults) -> str:
     """The text of an evaluation of corruptions: top-1 by severity."""
-    severities = sorted({s for by_severity in found["corruptions"].values() for s in by_severity})
-    width = max(map(len, found["corruptions"]))
-    lines = [f"  {'top-1 % at severity':{width}}" + "".join(f"{s:8}" for s in severities)]
-    width = len(lines[0]) - 8 * len(severities) - 2
-    for name, by_severity in found["corruptions"].items():
-        cells = [f"{by_severity[s]:8.2f}" if s in by_severity else f"{'-':>8}" for s in severities]
-        lines.append(f"  {name:{width}}{''.join(cells)}")
-    lines.append("")
-    mean, mce = found["mean_error"], found["mce"]
+    top1, mean, mce = found["corruptions"], found["mean_error"], found["mce"]
+    severities = sorted({severity for by_severity in top1.values() for severity in by_severity})
+    rows = [["top-1 % at severity", *map(str, severities)]] + [
+        [name, *(number(by_severity.get(one), ".2f") for one in severities)]
+        for name, by_severity in top1.items()
+    ]
+    lines = [
+        f"{_of_network(found)}, imagenet-c at T = {found['timesteps']}",
+        "",
+        aligned(rows, right=range(1, len(rows[0]))),
+        "",
+    ]
     if mean is not None:
         lines.append(
             f"  mean error {mean:.2f} % of those of the 15 published corruptions that are there"
@@ -150,112 +280,10 @@ def corruptions_as_text(found: EvaluationResults) -> str:
         lines.append("  no mean corruption error: it is of all 15, each at 5 severities")
     else:
         lines.append(f"  mean corruption error (mCE) {mce:.2f} %, each error over AlexNet's")
-    heading = f"{_of_network(found)}, imagenet-c at T = {found['timesteps']}"
-    return "\n".join([heading, "", *lines])
-
-
-def _text_early_exit(found: EvaluationResults) -> str:
-    if found["early_exit"] is None:
-        return f"  {NO_EARLY_EXIT}"
-    lines = ["  early exit: at confidence   top-1 %   mean T"]
-    for point in found["early_exit"]:
-        spent = point["mean_timesteps"]
-        lines.append(f"{point['threshold']:29g}{point['top1']:10.2f}{spent:9.3f}")
-    if "chosen_exit" in found:
-        lines += ["", f"  {_of_chosen_exit(found)}"]
-    return "\n".join(lines)
-
-
-def _of_chosen_exit(found: EvaluationResults) -> str:
-    chosen = found["chosen_exit"]
-    samples = chosen["chosen_on"]["samples"]
-    on = f"{counted(samples, 'training sample')} held out (one is {100 / samples:.2g} points)"
-    limit = f"at most {chosen['within']:g} points lost on {on}"
-    if chosen["threshold"] is None:
-        return f"early exit with {limit}: at no threshold"
-    lost = chosen["top1"] - found["top1"]
-    return (
-        f"early exit with {limit}: at confidence {chosen['threshold']:.4g}, "
-        f"{chosen['top1']:.2f} % ({lost:+.2f} points) at T = {chosen['mean_timesteps']:.3f} on "
-        "average"
-    )
-
-
-def _text_dropped(found: EvaluationResults) -> list[str]:
-    return [
-        "\n".join(
-            [f"  dropped {what}   top-1 %"]
-            + [f"{100 * at['share']:{len(what) + 8}g} %{at['top1']:10.2f}" for at in found[key]]
-        )
-        for what, key in (("timesteps", "dropped_timesteps"), ("events", "dropped_events"))
-        if found[key]
-    ]
-
-
-def _text_classes(found: EvaluationResults) -> str:
-    rows = [row for row in found["per_class"] if row["samples"]]
-    title = "  class: samples, recall %, precision %, taken for"
-    if len(rows) > SHOWN_CLASSES:
-        rows = sorted(rows, key=lambda row: row["recall"])[:SHOWN_CLASSES]
-        title = f"  the {SHOWN_CLASSES} classes of least recall{title[7:]}"
-    width = max(len(row["class"]) for row in rows)
-    lines = [title]
-    for row in rows:
-        mistaken = f"{row['mistaken_for']} ({row['mistaken']})" if row["mistaken"] else "-"
-        lines.append(
-            f"  {row['class']:{width}}{row['samples']:7}{row['recall']:8.2f}"
-            f"{_or_dash(row['precision']):>8}  {mistaken}"
-        )
-    return "\n".join(lines)
-
-
-def _or_dash(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _text_operations(found: EvaluationResults) -> str:
-    lines = operations_lines(found)
-    if found["operations"]:
-        lines[-1] += " (an estimate; --json and --report state its assumptions)"
-    return "\n".join(f"  {line}" for line in lines)
-
-
-def operations_lines(found: EvaluationResults) -> list[str]:
-    """Sentences on operations and energy."""
-    operations = found["operations"]
-    if operations is None:
-        return ["operations are not counted: they are of tetdist's own networks only"]
-    share = operations["energy_pj"] / operations["relu_energy_pj"]
-    return [
-        f"{quantity(operations['accumulates'])} accumulates and "
-        f"{quantity(operations['multiply_accumulates'])} multiply-accumulates a sample at "
-        f"T = {found['timesteps']}: about {operations['energy_pj'] / 1e6:.4g} uJ",
-        f"the ReLU network of the same synapses: "
-        f"{quantity(operations['relu_multiply_accumulates'])} multiply-accumulates, about "
-        f"{operations['relu_energy_pj'] / 1e6:.4g} uJ; the spiking one takes {100 * share:.3g} % "
-        "of it",
-    ]
-
-
-def quantity(number: float) -> str:
-    """Three digits and a unit: 1.23 M."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.3g}"
-
-
-def _text_firing_rates(found: EvaluationResults) -> str:
-    if not found["firing_rate"]:
-        return "  no firing rates: a network without neurons that fire"
-    lines = [f"  firing rate over {counted(found['timesteps'], 'timestep')}"]
-    lines += [f"{rate:10.4f}  {layer}" for layer, rate in found["firing_rate"].items()]
     return "\n".join(lines)
 
 
 # --- as a picture ---------------------------------------------------------------------------------
-
-Panel = Callable[[Any, EvaluationResults], None]
 
 
 def write_page(found: EvaluationResults, out: Path) -> None:
@@ -278,7 +306,7 @@ def write_page(found: EvaluationResults, out: Path) -> None:
 
 def png_page(found: EvaluationResults) -> bytes:
     """All panels in one PNG."""
-    panels = [panel for panel, wanted in _panels(found) if wanted]
+    panels = [panel for part in sections(found, brief=True) for panel in part.panels]
     operations = found["operations"] or {"layers": {}, "assumptions": []}
     layers = max(len(found["firing_rate"]), len(operations["layers"]))
     height = max(5.0, 1.5 + 0.16 * layers)
@@ -297,18 +325,6 @@ def png_page(found: EvaluationResults) -> bytes:
             textwrap.fill(assumptions, 240), x=0.01, ha="left", fontsize=9, color=style.QUIET
         )
     return style.png(figure)
-
-
-def _panels(found: EvaluationResults) -> list[tuple[Panel, bool]]:
-    """The panels in their order, and whether there is something to show."""
-    return [
-        (_timesteps, True),
-        (_early_exit, found["early_exit"] is not None),
-        (_confusion, True),
-        (_firing_rate, bool(found["firing_rate"])),
-        (_operations, bool(found["operations"])),
-        (_dropped, bool(found["dropped_timesteps"] or found["dropped_events"])),
-    ]
 
 
 def _timesteps(axis: Any, found: EvaluationResults) -> None:
@@ -444,64 +460,15 @@ img { max-width: 100%; vertical-align: top } .note { color: #555; font-size: .9r
 
 def html_page(found: EvaluationResults) -> str:
     """The page, with its pictures within it, and nothing that is fetched or run."""
-    by_timesteps: list[Panel] = [_timesteps]
-    if found["early_exit"] is not None:
-        by_timesteps.append(_early_exit)
-    parts = [
-        f"<h1>{html.escape(heading(found))}</h1>",
-        f"<p><b>{headline(found)}.</b></p>",
-        *([f"<p>{html.escape(real_line(found))}</p>"] if "real" in found else []),
-        "<h2>Accuracy by timesteps, and early exit</h2>",
-        _image(found, by_timesteps, 6.5 * len(by_timesteps), 4.5),
-        tables.as_html(
-            ["T", "top-1 %", "top-5 %", "loss"],
-            [
-                [
-                    str(t),
-                    f"{found['per_timestep_top1'][t - 1]:.2f}",
-                    f"{found['per_timestep_top5'][t - 1]:.2f}",
-                    f"{found['per_timestep_loss'][t - 1]:.4f}",
-                ]
-                for t in found["reported_timesteps"]
-            ],
-        ),
-        *_html_early_exit(found),
-    ]
-    if found["dropped_timesteps"] or found["dropped_events"]:
-        parts += [
-            "<h2>Robustness</h2>",
-            _image(found, [_dropped], 6.5, 4),
-            '<p class="note">A dropped timestep shows an image of the mean colour, or no events; '
-            f"each is dropped by itself, with seed {found['seed']}.</p>",
-        ]
-    operations = found["operations"] or {"layers": {}, "assumptions": []}
-    layers = max(len(found["firing_rate"]), len(operations["layers"]))
-    panels: list[Panel] = [_firing_rate] if found["firing_rate"] else []
-    if operations["layers"]:
-        panels.append(_operations)
-    parts += [
-        "<h2>Firing rates and operations</h2>",
-        *([_image(found, panels, 6.5 * len(panels), 1.5 + 0.22 * layers)] if panels else []),
-        *(f"<p>{html.escape(line)}</p>" for line in operations_lines(found)),
-        "<ul class=note>",
-        *(f"<li>{html.escape(text)}</li>" for text in operations["assumptions"]),
-        "</ul>",
-        "<h2>Classes</h2>",
-        _image(found, [_confusion], 9, 7.5),
-        tables.as_html(
-            ["class", "samples", "recall %", "precision %", "most often taken for"],
-            [
-                [
-                    row["class"],
-                    str(row["samples"]),
-                    _or_dash(row["recall"]),
-                    _or_dash(row["precision"]),
-                    f"{row['mistaken_for']} ({row['mistaken']})" if row["mistaken"] else "-",
-                ]
-                for row in found["per_class"]
-            ],
-        ),
-    ]
+    parts = [f"<h1>{html.escape(heading(found))}</h1>", f"<p><b>{headline(found)}.</b></p>"]
+    if "real" in found:
+        parts.append(f"<p>{html.escape(real_line(found))}</p>")
+    for section in sections(found, brief=False):
+        parts.append(f"<h2>{section.title}</h2>")
+        if section.panels:
+            parts.append(_image(found, section))
+        parts += [f"<p>{html.escape(line)}</p>" for line in section.sentences]
+        parts += map(as_html, section.tables)
     title = html.escape(f"{found['model']}: {found['top1']:.2f} %")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -509,26 +476,11 @@ def html_page(found: EvaluationResults) -> str:
     )
 
 
-def _html_early_exit(found: EvaluationResults) -> list[str]:
-    if found["early_exit"] is None:
-        return [f'<p class="note">{html.escape(NO_EARLY_EXIT.capitalize())}.</p>']
-    return [
-        '<p class="note">Early exit: a sample is decided at the first timestep at which the '
-        "softmax of its time-mean reaches the confidence, at the latest at T.</p>",
-        tables.as_html(
-            ["confidence", "top-1 %", "mean T"],
-            [
-                [f"{p['threshold']:g}", f"{p['top1']:.2f}", f"{p['mean_timesteps']:.3f}"]
-                for p in found["early_exit"]
-            ],
-        ),
-        *([f"<p>{_of_chosen_exit(found).capitalize()}.</p>"] if "chosen_exit" in found else []),
-    ]
-
-
-def _image(found: EvaluationResults, panels: list[Panel], width: float, height: float) -> str:
-    figure = style.new_figure(width, height, dpi=100)
-    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+def _image(found: EvaluationResults, section: Section) -> str:
+    columns = len(section.panels)
+    figure = style.new_figure(section.width * columns, section.height, dpi=100)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis, panel in zip(axes, section.panels, strict=True):
         panel(axis, found)
     data = base64.b64encode(style.png(figure)).decode()
     return f'<p><img alt="" src="data:image/png;base64,{data}"></p>'
