@@ -6,14 +6,15 @@ network's precision.
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Any, Literal, assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tetdist.errors import UserError
 from tetdist.plugins import Registry
 
 # What a timestep learns from, and how it is compared with a teacher: see `self_target` and
@@ -41,6 +42,32 @@ class Loss:
         """Names of the function's keyword arguments."""
         parameters = inspect.signature(self.function).parameters.values()
         return [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
+
+    def compute(
+        self, kind: str, logits: Tensor, targets: Tensor, arguments: Mapping[str, Any]
+    ) -> Tensor:
+        """The loss that ``loss.kind`` names, ().
+
+        Raises:
+            UserError: The function does not take these, or returns something else.
+        """
+        try:
+            inspect.signature(self.function).bind(logits, targets, **arguments)
+        except TypeError as error:
+            raise UserError(
+                f"loss.kind: {kind} does not take logits, targets and {list(arguments)} ({error}); "
+                "what else it needs must be keyword-only, and given in loss.arguments"
+            ) from error
+        total: Any = self.function(logits, targets, **arguments)
+        if not isinstance(total, Tensor):
+            raise UserError(f"loss.kind: {kind} returns {total}, not a tensor of the shape ()")
+        if total.ndim:
+            raise UserError(
+                f"loss.kind: {kind} has the shape {tuple(total.shape)}, not (); take the mean"
+            )
+        if logits.requires_grad and not total.requires_grad:
+            raise UserError(f"loss.kind: {kind} has no gradient; compute it of the logits' tensor")
+        return total
 
 
 LOSSES: Registry[Loss] = Registry("loss", "loss.kind")

@@ -187,6 +187,8 @@ def make_optimizer(model: nn.Module, section: "OptimizerSettings") -> torch.opti
             f"{OPTIMIZERS.key}: {section.kind} cannot be made with arguments {section.arguments} "
             f"({error})"
         ) from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"{OPTIMIZERS.key}: {section.kind} returns {optimizer}, not an optimiser")
     scales = ["lr_scale" in group for group in optimizer.param_groups]
     if section.layer_decay is not None and not all(scales):
         raise UserError(

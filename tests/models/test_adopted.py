@@ -508,6 +508,13 @@ class Mean(Small):
         return super().forward(x).mean(0)
 
 
+class Looping(Small):
+    """Runs its timesteps itself, as the library's SNASNet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x[0])[None].flatten(2))
+
+
 class Ahead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x - x.mean(0)
@@ -533,6 +540,11 @@ class Counter(nn.Module):
     [
         (Mean, r"Mean gives \(2, 4\) instead of logits \(T, B, K\) = \(2, 2, 4\)"),
         (lambda: Small(num_classes=5), r"gives \(2, 2, 5\) instead of"),
+        (
+            Looping,
+            r"Looping cannot run a sequence \(T, B, C, H, W\), here \(2, 1, 3, 16, 16\): .*; one "
+            "that loops over time itself cannot be adopted",
+        ),
         (
             lambda: with_module(nn.Sequential(layer.MaxPool2d(2, 2, step_mode="m"), Ahead())),
             r"features\.3\.1 cannot be adopted: its output at t depends on inputs after t",

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import timm
+import timm.task
 import torch
 import torch.nn.functional as F
 from passes import assert_same, randomize, results_of
@@ -392,6 +393,38 @@ def test_fused_network_is_the_definition(name: str, training: bool) -> None:
 def test_unknown_execution_is_refused() -> None:
     with pytest.raises(ValueError, match="execution must be 'fused' or 'reference', not 'eager'"):
         create("spiking_convnet").set_execution("eager")
+
+
+# ----------------------------------------------------------------- as torch and timm take models
+
+
+@pytest.mark.parametrize("name", ["sew_resnet18", "sdt_2_256_cifar"])
+def test_models_of_a_low_type(name: str) -> None:
+    """Also where a convolution sees one pixel, and where attention's sums are float32."""
+    size = {"width": 4} if name == "sew_resnet18" else {"channels": 16, "depth": 1}
+    model = timm.create_model(name, num_classes=5, timesteps=2, **size).bfloat16()
+    logits = model(torch.rand(2, 3, 32, 32).bfloat16())
+    assert logits.dtype == torch.bfloat16
+    logits.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_export_takes_the_definition_and_trace_is_refused() -> None:
+    model, x = create("spiking_convnet").eval(), inputs_for("spiking_convnet")
+    exported = torch.export.export(model, (x,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(0.5 * x), model(0.5 * x))
+    with pytest.raises(UserError, match=r"use torch\.export, not torch\.jit\.trace"):
+        torch.jit.trace(model, x)
+
+
+def test_timms_distillation_takes_ours_as_student_and_teacher() -> None:
+    model, other = (create("spiking_convnet").float() for _ in range(2))
+    task = timm.task.LogitDistillationTask(model, other, nn.CrossEntropyLoss(), verbose=False)
+    found = task.train()(inputs_for("spiking_convnet").float(), torch.tensor([1, 4]))
+    assert 0 < found["kd_loss"] < 1
+    found["loss"].backward()
+    assert first_convolution(model).weight.grad.any()
 
 
 # ------------------------------------------------------------------------------------ the stem

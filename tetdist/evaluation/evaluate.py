@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tetdist.data.loader import Batch
 from tetdist.data.transfer import on_device
 from tetdist.distributed.world import World
-from tetdist.errors import UserError
 from tetdist.models import SpikingNetwork
+from tetdist.models.base import check_logits
 from tetdist.nn.fast import native_pool
 from tetdist.nn.norm_neuron import firing_layers, is_causal, neuron_of
 from tetdist.nn.precision import autocast, parameter_type
@@ -106,7 +106,7 @@ def evaluate(
                 with autocast(device, precision):
                     logits = model(images, per_timestep=True)
                 labels = on_device(batch.labels, device)
-                _check_shape(logits, timesteps, len(labels))
+                check_logits(logits, timesteps, len(labels))
                 if compared is not None:
                     logits = logits.index_select(-1, compared)
                 counts += _count(logits, labels)
@@ -140,19 +140,6 @@ def evaluate(
             for i, name in enumerate(names)
         },
     )
-
-
-def _check_shape(logits: Tensor, timesteps: int, samples: int) -> None:
-    """See that the logits are (T, B, K), which a network from outside may get wrong.
-
-    Raises:
-        UserError: They are not.
-    """
-    if logits.ndim != 3 or logits.shape[:2] != (timesteps, samples):
-        raise UserError(
-            f"the network returned {tuple(logits.shape)} for {samples} samples at T = {timesteps}; "
-            f"with per_timestep=True it must return logits ({timesteps}, {samples}, classes)"
-        )
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:

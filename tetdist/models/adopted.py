@@ -396,6 +396,12 @@ def _examine(net: nn.Module, sequence: Tensor) -> None:
     state = _random_state(sample.device)
     try:
         ours, theirs = (_outputs(net, x) for x in (sample, later))
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        said = str(error).partition("\n")[0]
+        raise UserError(
+            f"{type(net).__name__} cannot run a sequence (T, B, C, H, W), here "
+            f"{tuple(sample.shape)}: {said}; one that loops over time itself cannot be adopted"
+        ) from error
     finally:
         functional.reset_net(net)
         for module, mode in modes.items():

@@ -163,7 +163,7 @@ class StreamTransformer(SpikingNetwork):
         """Spikes (T, B, C) of the mean current over positions."""
         current = x.mean((3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
         spikes: Tensor = self.head_neuron(current)
-        return spikes
+        return spikes.to(next(self.parameters()).dtype)
 
 
 def init_as_published(layers: Iterable[nn.Module]) -> None:

@@ -52,6 +52,24 @@ class SpikingModel(Protocol):
         """Logits: their mean over time, (B, K), or each timestep's own, (T, B, K)."""
 
 
+def check_logits(
+    logits: object, timesteps: int, samples: int, num_classes: int | None = None
+) -> None:
+    """See that the logits are (T, B, K), which a network from outside may get wrong.
+
+    Raises:
+        UserError: They are not.
+    """
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    right = isinstance(found, tuple) and len(found) == 3 and found[:2] == (timesteps, samples)
+    if not right or num_classes not in (None, found[-1]):
+        raise UserError(
+            f"the network returned {found} for {samples} samples at T = {timesteps}; with "
+            f"per_timestep=True it must return logits ({timesteps}, {samples}, "
+            f"{num_classes or 'classes'})"
+        )
+
+
 class SpikingNetwork(nn.Module):
     """Base of all models: ``encode`` the input, ``body`` of blocks, pooled ``head``.
 
@@ -161,6 +179,11 @@ class SpikingNetwork(nn.Module):
         self.num_features = self.head_hidden_size = num_features
         self.head_drop = dropout.Dropout(drop_rate, num_features)
         self.fc = new_classifier(num_features, self.num_classes)
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the input, by the name that timm's distillation asks for."""
+        return next(one.in_channels for one in self.modules() if isinstance(one, nn.Conv2d))
 
     def get_classifier(self) -> nn.Module:
         return self.fc

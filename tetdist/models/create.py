@@ -36,6 +36,10 @@ def create_model(
         )
     except UserError:
         raise
+    except AttributeError as error:
+        if "_model_args" not in str(error):  # timm notes it on what the function returns
+            raise
+        raise UserError(f"model.name: the function {name} returns no network") from error
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise UserError(
             f"model.arguments: {name} cannot be built with {dict(arguments)} ({error})"

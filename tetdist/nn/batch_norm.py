@@ -159,8 +159,8 @@ class BatchNorm(_Module):
         raise UserError(
             "tetdist's batch norm is part of fused layers, and no synchronised, split or frozen "
             "one can replace it: set batch_norm.sync=true, or call "
-            "tetdist.nn.batch_norm.synchronize, to normalise over all processes, and give timm's "
-            "freeze include_bn_running_stats=False"
+            "tetdist.nn.batch_norm.synchronize, to normalise over all processes; give timm's "
+            "freeze include_bn_running_stats=False; and use torch.export, not torch.jit.trace"
         )
 
     def discard(self) -> None:

@@ -249,13 +249,18 @@ def class_of(kind: str) -> type[NeuronConfig]:
     """The class of a kind of neuron.
 
     Raises:
-        UserError: There is no such kind, or it does not declare its numbers.
+        UserError: There is no such kind, or it does not declare its numbers by `option`.
     """
     cls = NEURONS[kind]
     if "__dataclass_fields__" not in vars(cls):
         raise UserError(
             f"model.neuron.kind: {cls.__name__} declares no numbers of its own; put "
             "@dataclass(frozen=True, kw_only=True) above it"
+        )
+    if bare := [one.name for one in fields(cls) if "doc" not in one.metadata]:
+        raise UserError(
+            f"model.neuron.kind: {bare[0]} of {cls.__name__} has no description; declare it as "
+            f'{bare[0]} = neurons.option(DEFAULT, "What it is."), with its type'
         )
     return cls
 

@@ -117,8 +117,10 @@ class Conv2d(nn.Conv2d):
             # torch 2.13 on a CPU: the weight's gradient of a strided bfloat16 convolution of a
             # single pixel is whatever was in memory.
             dtype = _compute_type(x)
+            bias = None if self.bias is None else self.bias.float()
             with torch.autocast("cpu", enabled=False):
-                return super().forward(flat.float()).unflatten(0, x.shape[:2]).to(dtype)
+                y = self._conv_forward(flat.float(), self.weight.float(), bias)
+            return y.unflatten(0, x.shape[:2]).to(dtype)
         if packed is None or not torch.is_grad_enabled():
             return super().forward(flat).unflatten(0, x.shape[:2])
         flat_packed = packed._replace(values=packed.values.flatten(0, 1))

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from tetdist.config.sections.loss import LossSection
-from tetdist.errors import UserError
 from tetdist.losses import LOSSES, distillation_loss, error_aware_alignment, self_target
 
 
@@ -25,11 +24,7 @@ def compute_loss(
         "label_smoothing": settings.label_smoothing,
     }
     known = {name: value for name, value in given.items() if name in loss.arguments}
-    total = loss.function(logits, targets, **known, **settings.arguments)
-    if total.ndim:
-        raise UserError(
-            f"loss.kind: {settings.kind} has the shape {tuple(total.shape)}, not (); take the mean"
-        )
+    total = loss.compute(settings.kind, logits, targets, known | settings.arguments)
     distillation = settings.distillation
     learning = logits.mean(0, keepdim=True) if loss.of_time_mean else logits
     if teacher_logits is not None:

@@ -14,6 +14,7 @@ from tetdist.config.schema import RunConfig
 from tetdist.data.dropping import drop_factors
 from tetdist.distributed.world import World
 from tetdist.models import SpikingNetwork
+from tetdist.models.base import check_logits
 from tetdist.nn import batch_norm, dropout
 from tetdist.nn.precision import autocast
 from tetdist.training import graphs, health
@@ -109,6 +110,7 @@ class Step:
         return sums_of(logits.detach(), targets, loss.detach())
 
     def _loss(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        check_logits(logits, self.model.timesteps, len(images), self.model.num_classes)
         return compute_loss(self.config.loss, logits, targets, self._teacher_logits(images))
 
     def _teacher_logits(self, images: Tensor) -> Tensor | None:
