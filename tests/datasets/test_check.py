@@ -178,7 +178,6 @@ def test_training_counts_of_imagenet_are_known():
     [
         (None, None),
         (lambda root: (root / "train" / "bee" / "bee1.jpg").unlink(), "bee1.jpg is in the index"),
-        (lambda root: (root / "train" / "bee" / "bee1.jpg").write_bytes(b"x"), "has 1 bytes"),
         (lambda root: turn(root / "train" / "bee" / "bee1.jpg"), "not of the files that are there"),
         (lambda root: (root / "index" / "train.npz").write_bytes(b"x"), "is damaged"),
         (lambda root: (root / "index" / "train.npz").unlink(), None),

@@ -6,7 +6,7 @@ of the step in the run alone.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, assert_never
+from typing import Any, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -145,16 +145,11 @@ def _output(data: DataSection, size: int) -> Output | None:
             assert_never(data.kind)
 
 
-class _MicroBatch(NamedTuple):
-    """Samples of a micro-batch and their positions in the epoch's order, both (B,)."""
-
-    epoch: int
-    positions: npt.NDArray[np.int64]
-    ids: npt.NDArray[np.int64]
+_MicroBatch = tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
 def _micro_batches(num_samples: int, share: Share) -> Iterator[_MicroBatch]:
-    """Yield the micro-batches of a share, for ever."""
+    """Yield epoch, positions in its order (B,), and sample numbers (B,) of a share, for ever."""
     mine = rank_micro_batches(share.rank, share.world_size, share.global_batch, share.micro_batch)
     steps = steps_per_epoch(num_samples, share.global_batch)
     assert share.step_in_epoch <= steps
@@ -170,7 +165,7 @@ def _micro_batches(num_samples: int, share: Share) -> Iterator[_MicroBatch]:
                     places = repeated(
                         positions, share.repeats, share.global_batch, share.micro_batch
                     )
-                    yield _MicroBatch(epoch, positions, order[places])
+                    yield epoch, positions, order[places]
             epoch, first_step = epoch + 1, 0
 
     # This is a generator of its own, so that the checks above are made now and not at the first

@@ -122,9 +122,12 @@ class LoaderProcess:
 
     def _death(self) -> UserError:
         self._process.join(timeout=5)
+        status = self._process.exitcode
+        killed = status == -signal.SIGKILL
+        cause = "killed, most often for lack of memory" if killed else f"exit status {status}"
         return UserError(
-            "the process that loads the data died "
-            f"({_cause(self._process.exitcode)}); set data.own_process=false to load it in this one"
+            f"the process that loads the data died ({cause}); set data.own_process=false to load it"
+            " in this one"
         )
 
     def close(self) -> None:
@@ -141,12 +144,6 @@ class LoaderProcess:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _cause(exit_code: int | None) -> str:
-    if exit_code == -signal.SIGKILL:
-        return "killed, most often for lack of memory"
-    return f"exit status {exit_code}"
 
 
 def _check(status: Any) -> None:

@@ -162,13 +162,10 @@ WARPS: dict[str, Callable[[float, int, int], Rows]] = {
 }
 
 
-def _shear(x: float, y: float) -> dict[str, Any]:
-    degrees = [math.degrees(math.atan(x)), math.degrees(math.atan(y))]
-    return {"translate": [0, 0], "shear": degrees, "center": [0, 0]}
-
-
-def _translation(x: float, y: float) -> dict[str, Any]:
-    return {"translate": [int(x), int(y)], "shear": [0.0, 0.0]}
+def _affine(image: Any, across: int = 0, down: int = 0, *shear: float) -> Any:
+    degrees = [math.degrees(math.atan(one)) for one in shear] or [0.0, 0.0]
+    centre = [0, 0] if shear else None
+    return vision.affine(image, 0.0, [across, down], 1.0, degrees, center=centre)
 
 
 # They take an image, of Pillow's, and the value. What comes in at a side is black.
@@ -178,14 +175,10 @@ _OPERATIONS: dict[str, Callable[[Any, float], Any]] = {
     "saturation": vision.adjust_saturation,
     "hue": vision.adjust_hue,
     "sharpness": vision.adjust_sharpness,
-    "shear_x": lambda image, v: vision.affine(image, angle=0.0, scale=1.0, **_shear(v, 0)),
-    "shear_y": lambda image, v: vision.affine(image, angle=0.0, scale=1.0, **_shear(0, v)),
-    "translate_x": lambda image, v: vision.affine(
-        image, angle=0.0, scale=1.0, **_translation(v, 0)
-    ),
-    "translate_y": lambda image, v: vision.affine(
-        image, angle=0.0, scale=1.0, **_translation(0, v)
-    ),
+    "shear_x": lambda image, v: _affine(image, 0, 0, v, 0),
+    "shear_y": lambda image, v: _affine(image, 0, 0, 0, v),
+    "translate_x": lambda image, v: _affine(image, int(v)),
+    "translate_y": lambda image, v: _affine(image, 0, int(v)),
     "rotate": vision.rotate,
     # Pillow takes 0 bits no longer, which timm still asks for: nothing is left then.
     "posterize": lambda image, v: (

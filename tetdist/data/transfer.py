@@ -1,6 +1,7 @@
 """Copies from the host to the device that computes, for which the host does not wait."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,8 +26,5 @@ def taker(device: torch.device, name: str) -> ThreadPoolExecutor:
     A new thread's present GPU is the first one. What it asks of CUDA would make a context there, of
     half a gigabyte, in each process of a machine that trains on the others.
     """
-    if device.type != "cuda":
-        return ThreadPoolExecutor(1, thread_name_prefix=name)
-    return ThreadPoolExecutor(
-        1, thread_name_prefix=name, initializer=torch.cuda.set_device, initargs=(device,)
-    )
+    set_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    return ThreadPoolExecutor(1, thread_name_prefix=name, initializer=set_device)

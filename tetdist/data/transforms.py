@@ -9,18 +9,16 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from tetdist.config.sections.data import ColorJitterSection
 from tetdist.errors import UserError
 from tetdist.order import MIXING, transform_stream, uniforms
 from tetdist.plugins import Registry
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _TRIES = 10
 RANDOM_RESIZED_CROP_DRAWS = 2 * _TRIES + 2
@@ -323,7 +321,7 @@ def _columns(
     return np.split(draws, np.cumsum(widths)[:-1], axis=1)
 
 
-TransformFunction = Callable[["Tensor", tuple[float, ...]], "Tensor"]
+TransformFunction = Callable[[Tensor, tuple[float, ...]], Tensor]
 
 
 @dataclass(frozen=True)

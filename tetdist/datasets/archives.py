@@ -53,13 +53,6 @@ class Member(NamedTuple):
     size: int
 
 
-class Images(NamedTuple):
-    """The images of a tar, in its order, and the names of its other files."""
-
-    members: list[Member]
-    others: list[str]
-
-
 class Samples(NamedTuple):
     """Samples of one tar, in its order; `bad` are those without an image or a usable label."""
 
@@ -196,15 +189,16 @@ def class_tars(file: Path) -> dict[str, ByteRange]:
     return found
 
 
-def images(tar: ByteRange) -> Images:
-    """Divide the members of a tar into those that have an image's suffix and all others."""
-    found = Images([], [])
+def images(tar: ByteRange) -> tuple[list[Member], list[str]]:
+    """Return the members of a tar that have an image's suffix, and the names of all others."""
+    found: list[Member] = []
+    others: list[str] = []
     for member in members(tar):
         if PurePosixPath(member.name).suffix.lower() in IMAGE_SUFFIXES:
-            found.members.append(member)
+            found.append(member)
         else:
-            found.others.append(member.name)
-    return found
+            others.append(member.name)
+    return found, others
 
 
 def validation_labels(file: Path, names: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:

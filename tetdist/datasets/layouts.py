@@ -7,7 +7,6 @@
 | official tars | ROOT/ILSVRC2012_img_train.tar | ROOT/ILSVRC2012_img_val.tar and the devkit |
 """
 
-import functools
 import os
 import re
 import shlex
@@ -227,8 +226,8 @@ def _list_shards(
     root: Path, split: str, workers: int, hints: Hints, progress: ReportProgress | None
 ) -> Listing:
     files = _expand(root, hints.shards) if hints.shards else _shards_of(root, split)
-    work = functools.partial(_shard_samples, root)
-    samples = list(run_tasks(work, files, workers, progress))
+    paths = [root / file for file in files]
+    samples = list(run_tasks(archives.shard_samples, paths, workers, progress))
     labels = {label for found in samples for label in found.labels}
     if not labels:
         raise UserError(f"the shards of {split} in {root} hold no image with a label")
@@ -238,10 +237,6 @@ def _list_shards(
         _add(listing, file, found.members, found.labels)
         listing.bad.extend(BadFile(f"{file}/{path}", reason) for path, reason in found.bad)
     return _sorted(listing)
-
-
-def _shard_samples(root: Path, file: str) -> archives.Samples:
-    return archives.shard_samples(root / file)
 
 
 def _shards_of(root: Path, split: str) -> list[str]:
@@ -362,12 +357,12 @@ def _list_training_tar(
         )
     inner = [tars[name] for name in listing.classes]
     members = run_tasks(archives.images, inner, workers, progress)
-    for label, (name, found) in enumerate(zip(listing.classes, members, strict=True)):
-        for other in found.others:
+    for label, (name, (found, others)) in enumerate(zip(listing.classes, members, strict=True)):
+        for other in others:
             listing.passed_over.add(f"{file}/{name}.tar/{other}")
-        if not found.members:
+        if not found:
             raise UserError(f"the class {name} in {root / file} holds no images")
-        named = [member._replace(name=f"{name}.tar/{member.name}") for member in found.members]
+        named = [member._replace(name=f"{name}.tar/{member.name}") for member in found]
         _add(listing, file, named, [label] * len(named))
     return _sorted(listing)
 
@@ -379,8 +374,8 @@ def _list_validation_tar(root: Path, file: str, split: str, hints: Hints) -> Lis
             f"the labels of {root / file} are missing: put {_DEVKIT_FILE} beside it, or name a file"
             " of labels with --labels"
         )
-    found = archives.images(ByteRange(str(root / file)))
-    members = sorted(found.members)
+    members, others = archives.images(ByteRange(str(root / file)))
+    members.sort()
     if not members:
         raise UserError(f"{root / file} holds no images")
     names = [member.name for member in members]
@@ -392,7 +387,7 @@ def _list_validation_tar(root: Path, file: str, split: str, hints: Hints) -> Lis
     listing = _of_archives(split, classes, [file], hints)
     without = [name for name in names if name not in ids]
     listing.bad = [BadFile(f"{file}/{name}", f"no label in {labels_file}") for name in without]
-    for other in found.others:
+    for other in others:
         listing.passed_over.add(f"{file}/{other}")
     labels = {name: label for label, name in enumerate(classes)}
     labelled = [member for member in members if member.name in ids]
