@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -263,6 +264,9 @@ def test_a_bad_file_is_one_sentence(tmp_path: Path, text: str, said: str) -> Non
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.py")
+    with pytest.raises(UserError, match=r"pipe.py cannot be read \(It is a pipe, a device"):
+        import_files([tmp_path / "pipe.py"])
     with pytest.raises(UserError, match=r"nothing.py cannot be read"):
         import_files([tmp_path / "nothing.py"])
     with pytest.raises(UserError, match="its name one word"):

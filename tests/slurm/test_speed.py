@@ -1,6 +1,7 @@
 """The speed that a plan reckons with: given, measured, or by the roofline."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,12 @@ def test_file_that_is_no_benchmark(text: str, tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(UserError, match=r"--benchmark: .*bench\.json"):
         of(file=file)
+
+
+def test_benchmark_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"pipe cannot be read \(It is a pipe, a device"):
+        of(file=tmp_path / "pipe")
 
 
 def test_speed_that_is_none(tmp_path: Path) -> None:

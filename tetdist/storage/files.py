@@ -118,6 +118,16 @@ def open_file(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def read_text(path: Path) -> str:
+    """Read a text that somebody names, as UTF-8; a pipe or a device is refused as by `open_file`.
+
+    Raises:
+        OSError: It cannot be opened, or is no file.
+    """
+    with open_file(path) as file:
+        return file.read().decode()
+
+
 def _is_pipe_or_device(path: Path) -> bool:
     """Return whether a path leads to something that is there and neither a file nor a folder.
 

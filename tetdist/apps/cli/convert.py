@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tetdist.apps.cli.common import answer, check_new_weights, program
 from tetdist.apps.weights.sources import SOURCES
 from tetdist.errors import UserError
+from tetdist.storage.files import read_text
 from tetdist.wording import counted
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def class_names(options: argparse.Namespace, config: "RunConfig") -> list[str] |
         if options.classes.is_dir():
             names = sorted(path.name for path in options.classes.iterdir() if path.is_dir())
         else:
-            names = options.classes.read_text().split("\n")
+            names = read_text(options.classes).split("\n")
             names = [name.strip() for name in names if name.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--classes: {options.classes} cannot be read ({error})") from error

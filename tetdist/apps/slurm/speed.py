@@ -25,7 +25,7 @@ from tetdist.config.sections.phase import PhaseSection
 from tetdist.errors import UserError, typed
 from tetdist.nn import neurons
 from tetdist.optimizers import kind_of
-from tetdist.storage.files import parse_json
+from tetdist.storage.files import parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def measured(
             another network and the kind of GPU is not known.
     """
     try:
-        values = parse_json(Path(file).read_text())
+        values = parse_json(read_text(Path(file)))
         speed = _speed_in(values, config)
     except OSError as error:
         raise UserError(f"--benchmark: {file} cannot be read ({error.strerror})") from error
