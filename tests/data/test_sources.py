@@ -121,47 +121,30 @@ def test_samples_without_image_or_label_are_named(image_root, tmp_path):
     good = {"a/1.jpg": image, "a/1.cls": b"0", "b/1.jpeg": image, "b/1.json": b'{"cls": 1}'}
     good["a/1.json"] = b'{"width": 5}'
     bad = {
-        "x1.jpg": image,
-        "x2.jpg": image,
-        "x2.cls": b"dog",
-        "x3.jpg": image,
-        "x3.cls": b"-1",
-        "x4.jpg": image,
-        "x4.json": b"{",
-        "x5.jpg": image,
-        "x5.json": b'{"label": true}',
-        "x6.jpg": image,
-        "x6.json": b"[1]",
-        "x7.cls": b"0",
-        "x8.jpg": image,
-        "x8.png": image,
-        "x8.cls": b"1",
-        "x10.jpg": image,
-        "x10.cls": b"0",
-        "x10.json": b'{"label": 1}',
-        "x9.jpg": b"hello",
-        "x9.cls": b"1",
-        "._x10.jpg": b"what a Mac leaves",
+        "x1.jpg": ({".jpg": image}, "no label"),
+        "x2.jpg": ({".jpg": image, ".cls": b"dog"}, "'dog' is not a number"),
+        "x3.jpg": ({".jpg": image, ".cls": b"-1"}, "'-1' is not a number"),
+        "x4.jpg": ({".jpg": image, ".json": b"{"}, ".json is damaged"),
+        "x5.jpg": ({".jpg": image, ".json": b'{"label": true}'}, "True is not a number"),
+        "x6.jpg": ({".jpg": image, ".json": b"[1]"}, "not an object"),
+        "x7": ({".cls": b"0"}, "0 images"),
+        "x8": ({".jpg": image, ".png": image, ".cls": b"1"}, "2 images"),
+        "x9.jpg": ({".jpg": b"hello", ".cls": b"1"}, "not an image"),
+        "x10.jpg": (
+            {".jpg": image, ".cls": b"0", ".json": b'{"label": 1}'},
+            "labels differ: '0', 1",
+        ),
     }
-    write_tar(tmp_path / "t" / "train" / "0.tar", good | bad)
+    members = {"._x10.jpg": b"what a Mac leaves"} | good
+    for name, (parts, _) in bad.items():
+        members |= {name.split(".")[0] + suffix: data for suffix, data in parts.items()}
+    write_tar(tmp_path / "t" / "train" / "0.tar", members)
     index, found = build(tmp_path / "t")
     assert index.labels.tolist() == [0, 1]
     assert [index.path(i) for i in (0, 1)] == ["train/0.tar/a/1.jpg", "train/0.tar/b/1.jpeg"]
     reasons = dict(found)
-    expected = {
-        "x1.jpg": "no label",
-        "x2.jpg": "'dog' is not a number",
-        "x3.jpg": "'-1' is not a number",
-        "x4.jpg": ".json is damaged",
-        "x5.jpg": "True is not a number",
-        "x6.jpg": "not an object",
-        "x7": "0 images",
-        "x8": "2 images",
-        "x9.jpg": "not an image",
-        "x10.jpg": "labels differ: '0', 1",
-    }
-    assert set(reasons) == {f"train/0.tar/{name}" for name in expected}
-    for name, words in expected.items():
+    assert set(reasons) == {f"train/0.tar/{name}" for name in bad}
+    for name, (_, words) in bad.items():
         assert words in reasons[f"train/0.tar/{name}"]
 
 

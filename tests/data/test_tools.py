@@ -1,17 +1,12 @@
 """tools/images.py and tools/digits.py, as a user runs them."""
 
-import fcntl
 import json
 import os
-import pty
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import termios
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +15,7 @@ import tiny
 from PIL import Image
 from samples import images_by_class, picture, write_tar
 
+import tetdist_command
 from tetdist.datasets.index import check_fresh, load_index
 from tetdist.datasets.reader import SampleReader
 from tetdist.errors import UserError
@@ -350,43 +346,21 @@ def test_a_missing_package_is_named(image_root, call, monkeypatch):
     assert output.endswith(f"error: the package PIL is not installed; {command}\n")
 
 
-def test_a_terminal_gets_a_bar_and_ctrl_c_writes_nothing(tmp_path, ended):
-    root = tmp_path / "images"
-    image = picture(1200, 1600)
-    for name in ("ant", "bee"):
-        (root / "train" / name).mkdir(parents=True)
-        image.save(root / "train" / name / "0.jpg")
-        for i in range(1, 1500):
-            os.link(root / "train" / name / "0.jpg", root / "train" / name / f"{i}.jpg")
-    terminal, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [sys.executable, TOOLS / "images.py", "index", root, "--splits", "train"]
-    command += ["--workers", "2"]
-    streams = {"stdin": end, "stdout": end, "stderr": end}
-
-    def ignore_ctrl_c():  # As a shell does to what a script starts in the background.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    process = ended(
-        subprocess.Popen(command, start_new_session=True, preexec_fn=ignore_ctrl_c, **streams)
+def test_ctrl_c_writes_no_index(image_root, capsys, monkeypatch):
+    root = image_root(per_class=1)
+    monkeypatch.setattr("tetdist.distributed.starters.end_with_starters", lambda: None)
+    monkeypatch.setattr(
+        "tetdist.datasets.index.index_listing", lambda *_: os.kill(os.getpid(), signal.SIGINT)
     )
-    os.close(end)
-    output = b""
-    while b"/3000" not in output:  # The bar shows that decoding is under way.
-        output += os.read(terminal, 4096)
-    os.killpg(process.pid, signal.SIGINT)  # As a terminal does it: to parent and workers alike.
-    start = time.monotonic()
-    while True:
-        try:
-            output += os.read(terminal, 4096)
-        except OSError:  # The last process has closed its end.
-            break
-    assert process.wait(timeout=60) == 130
-    assert time.monotonic() - start < 20
-    os.close(terminal)
-    assert b"file/s" in output
-    assert b"stopped; no index was written" in output
-    assert b"Traceback" not in output
+    monkeypatch.setenv("TETDIST_COMMAND", "images")
+    # As a shell does to what a script starts in the background.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        status = tetdist_command.run("images", ["index", str(root), "--workers", "1"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    said = capsys.readouterr().err.splitlines()
+    assert (status, said[-1]) == (130, "stopped; no index was written")
     assert not (root / "index").exists()
 
 
