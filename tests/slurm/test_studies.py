@@ -178,9 +178,6 @@ def test_cancelled_in_the_queue_where_nobody_remembers_it(
         (("--partition", "nowhere"), ("first-seed0: Slurm refuses the job", "nowhere", "`sinfo`")),
         (("--constraint", "fast"), ("Invalid feature specification", "--constraint")),
         (("--nodes", "9", "cluster.tasks_per_node=1", "cluster.mem_gb=1e6"), ("`sinfo",)),
-        (("--time", "soon"), ("--time: 'soon' is no time in Slurm's notation",)),
-        (("--follow",), ("--follow is for single runs",)),
-        (("loss.kind=sdt",), ("only flags and cluster.key=value may follow", "loss.kind=sdt")),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_queued(

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -492,7 +491,7 @@ def test_dry_run_leaves_out_what_is_finished(call: Call, finished: tuple[Path, P
     ("flags", "words"),
     [
         (("--gpus-per-node", "0"), ("there is no Slurm here", "leave out --slurm", "--dry-run")),
-        (("--dry-run",), ("how many GPUs", "--gpus-per-node")),
+        (("--dry-run",), ("no --gpus-per-node is given", "by 8 processes")),
         (("--dry-run", "--time", "soon"), ("--time: 'soon' is no time", "24:00:00")),
         (("--sweep", "seed=0,1"), ("--sweep is for single runs",)),
         (("--local", "2"), ("--local is for single runs",)),
@@ -662,59 +661,24 @@ def test_runs_that_others_wait_for_go_first_side_by_side(write: Write, tmp_path:
     assert local.needed_first(left) == left
 
 
-@dataclass(frozen=True)
-class Sized:
-    name: str
-    size: int
-    needs: "tuple[Sized, ...]" = ()
-
-
 def test_the_time_left_goes_by_the_size_of_runs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = 0.0
     monkeypatch.setattr(local.time, "monotonic", lambda: clock)
-    trunk, half, broken, short = (
-        Sized(*of) for of in (("trunk", 20), ("half", 4), ("broken", 4), ("short", 4))
-    )
-    next_one, last = Sized("next", 4, (trunk,)), Sized("last", 12, (trunk,))
-    left: Any = [trunk, half, broken, short, next_one, last]
-
-    def begin(run: Any, *, is_whole: bool = True) -> None:
-        progress.begin(run, is_whole=is_whole)
-
-    def end(run: Any) -> None:
-        progress.end(run, "well", finished=True)
-
-    progress = local.StudyProgress(7, left, jobs=2)
-    for at, act, run in (
-        (0, begin, trunk),
-        (0, lambda run: begin(run, is_whole=False), half),
-        # How fast runs are follows from none that was half done before, or failed at once.
-        (2, end, half),
-        (2, begin, broken),
-        (60, lambda run: progress.end(run, "lost"), broken),
-        (60, begin, short),
-        (80, begin, short),
-        # 24 s for the size of 1: of the trunk 324 s more, and of its longest chain 288.
-        (156, end, short),
-        # Of the size of 16 there is 192 in each of two, and the last one takes 288.
-        (480, end, trunk),
-        (480, begin, next_one),
-        (480, begin, last),
-        (576, end, next_one),
-        (768, end, last),
-    ):
+    sizes = {"long": 20, "broken": 4, "short": 4, "other": 12}
+    left: Any = [SimpleNamespace(name=name, size=size) for name, size in sizes.items()]
+    progress = local.StudyProgress(5, left)
+    for at, number, finished in ((60, 1, False), (300, 0, True), (360, 2, True), (900, 3, True)):
         clock = at
-        act(run)
+        progress.end(left[number], "well" if finished else "lost", finished=finished)
     assert capsys.readouterr().err.splitlines() == [
-        "1 of 7 runs are done already",
-        "[2/7] half: well",
-        "[3/7] broken: lost",
-        "[4/7] short: well; about 10 min left",
-        "[5/7] trunk: well; about 5 min left",
-        "[6/7] next: well; about 3 min left",
-        "[7/7] last: well",
+        "1 of 5 runs are done already",
+        "[2/5] broken: lost",
+        # 15 s for the size of 1, of which 16 are left, and then 12.
+        "[3/5] long: well; about 4 min left",
+        "[4/5] short: well; about 3 min left",
+        "[5/5] other: well",
     ]
 
 
@@ -736,14 +700,13 @@ def test_mistakes_on_the_command_line_are_named(call: Call, write: Write, tmp_pa
         assert (status, word in said) == (2, True), said
 
 
-def test_the_studies_of_the_project_resolve(call: Call, tmp_path: Path) -> None:
-    """Each stops where it looks for its data or its results, not before."""
+def test_the_studies_of_the_project_resolve(tmp_path: Path) -> None:
     files = sorted((tiny.PROJECT / "configs" / "studies").glob("*.yaml"))
-    studies = [file for file in files if not search.is_search(file)]
+    studies = [plan.read(file) for file in files if not search.is_search(file)]
     assert studies
-    for file in studies:
-        status, said = call("study", file, "--output", tmp_path / "out", "--report-only")
-        assert (status, "none is finished" in said) == (2, True), (file, said)
+    for study in studies:
+        one_seed = study.model_copy(update={"seeds": study.seeds[:1]})
+        assert len(plan.runs_of(one_seed, tmp_path / "out", [])) == len(study.entries)
 
 
 # --- numbers --------------------------------------------------------------------------------------

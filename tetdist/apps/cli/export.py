@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from tetdist.apps.cli.common import answer, check_new_weights, program
 from tetdist.config.flags import add_import
+from tetdist.errors import UserError
+from tetdist.wording import counted
 
 if TYPE_CHECKING:
     from tetdist.apps.weights.trained import Trained
@@ -155,22 +157,36 @@ def export(options: argparse.Namespace) -> None:
 
 
 def publish(trained: "Trained", options: argparse.Namespace) -> None:
-    """Push a network to the hub, or say what would be pushed."""
-    from tetdist.apps.weights import publishing
-    from tetdist.storage.hub import destination
+    """Push a network to the hub, or say what would be pushed.
+
+    Raises:
+        UserError: Its classes have no names, it cannot be written, or the hub does not take it.
+    """
+    import tetdist
+    from tetdist.apps.weights.export import write_timm
+    from tetdist.storage import hub
 
     repo, private = options.push, not options.public
+    if not trained.description.classes:
+        raise UserError(
+            "--push: these weights do not name their classes, which those who fetch them need; "
+            "convert them again with --classes"
+        )
     with TemporaryDirectory() as aside:
         folder = options.output or Path(aside, "it")
-        publishing.write(trained, repo, folder)
+        write_timm(trained, folder, repo)
         if options.output is not None:
             print(f"wrote {folder}")
         if options.dry_run:
             kind = "private" if private else "public"
-            print(
-                f"would push to {destination(repo)}, {kind} if there is none yet:\n"
-                f"{publishing.contents(folder)}\nnothing was sent"
-            )
+            sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+            print(f"would push to {hub.destination(repo)}, {kind} if there is none yet:")
+            for name, size in sizes.items():
+                print(f"{size:14,} bytes  {name}")
+            print(f"{sum(sizes.values()):14,} bytes  in {counted(len(sizes), 'file')}")
+            print("nothing was sent")
             return
-        pushed = publishing.push(trained, repo, folder, private=private)
+        step = counted(trained.description.step, "step")
+        message = f"{trained.config.name} after {step}, by tetdist {tetdist.__version__}"
+        pushed = hub.push(folder, repo, private=private, message=message)
         print(f"pushed {pushed.url}, commit {pushed.commit}")

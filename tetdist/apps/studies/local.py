@@ -50,7 +50,7 @@ def work(runs: list[StudyRun], jobs: int, parent: Parent, *, again: bool = False
     waiting = [run for run in runs if again or run.next_command() is not None]
     if jobs > 1:
         waiting = needed_first(waiting)
-    progress = StudyProgress(len(runs), waiting, jobs)
+    progress = StudyProgress(len(runs), waiting)
     running: dict[StudyRun, Child] = {}
     failed: dict[str, str] = {}
 
@@ -60,7 +60,6 @@ def work(runs: list[StudyRun], jobs: int, parent: Parent, *, again: bool = False
 
     def start(run: StudyRun, command: Command | None) -> None:
         assert command is not None
-        progress.begin(run, is_whole=not lines(run, "train"))
         try:
             running[run] = Child(run, jobs, command)
         except UserError as error:  # Somebody else was quicker.
@@ -144,18 +143,12 @@ def needed_first(runs: list[StudyRun]) -> list[StudyRun]:
     Args:
         runs: None before one that it needs; nor are they in the result.
     """
-    after = waiting_for(runs)
-    return sorted(runs, key=lambda run: -after[run])
-
-
-def waiting_for(runs: list[StudyRun]) -> dict[StudyRun, int]:
-    """The size of the longest chain of runs that waits for each; none is before what it needs."""
-    after = dict.fromkeys(runs, 0)
+    after = dict.fromkeys(runs, 0)  # the size of the longest chain of runs that waits for each
     for run in reversed(runs):
         for needed in run.needs:
             if needed in after:
                 after[needed] = max(after[needed], run.size + after[run])
-    return after
+    return sorted(runs, key=lambda run: -after[run])
 
 
 def refuse_if_at_work(runs: list[StudyRun]) -> None:
@@ -293,50 +286,23 @@ class StudyProgress:
 
     Args:
         total: Number of runs, also of those that were done before.
-        left: Those to do, none before one that it needs.
-        jobs: How many are under way at a time.
+        left: Those to do.
     """
 
-    def __init__(self, total: int, left: Iterable[StudyRun], jobs: int) -> None:
-        self.total, self.left, self.jobs = total, list(left), jobs
-        self.begun: dict[StudyRun, float] = {}
-        self.whole: set[StudyRun] = set()  # trained from the beginning here
-        self.seconds, self.size = 0.0, 0  # of those of them that are finished
+    def __init__(self, total: int, left: Iterable[StudyRun]) -> None:
+        self.total, self.left = total, list(left)
+        self.begun, self.size = time.monotonic(), 0  # the size of those that are finished
         if len(self.left) < total:
             _say(f"{total - len(self.left)} of {total} runs are done already")
 
-    def begin(self, run: StudyRun, *, is_whole: bool) -> None:
-        """Start a run's clock; a second call, for its evaluation, changes nothing.
-
-        Args:
-            run: Which one.
-            is_whole: Whether nothing of it had been trained before.
-        """
-        if run not in self.begun:
-            self.begun[run] = time.monotonic()
-            if is_whole:
-                self.whole.add(run)
-
     def end(self, run: StudyRun, text: str, *, finished: bool = False) -> None:
-        """Say how a run ended, and how much time is left."""
+        """Say how a run ended, and how much time is left, by the sizes of runs."""
         self.left.remove(run)
-        begun = self.begun.pop(run, None)
-        if finished and begun is not None and run in self.whole:
-            self.seconds += time.monotonic() - begun
-            self.size += run.size
-        _say(f"[{self.total - len(self.left)}/{self.total}] {run.name}: {text}{self._time_left()}")
-
-    def _time_left(self) -> str:
-        """The time left in words; none before the first whole run is finished, or at the end."""
-        if not self.left or not self.size:
-            return ""
-        now, pace = time.monotonic(), self.seconds / self.size
-        spent = {run: now - self.begun.get(run, now) for run in self.left}
-        still = {run: max(pace * run.size - spent[run], 0.0) for run in self.left}
-        # However many are under way at a time, a chain of runs goes one by one.
-        after = waiting_for(self.left)
-        longest = max(still[run] + pace * after[run] for run in self.left)
-        return f"; about {max(sum(still.values()) / self.jobs, longest) / 60:.0f} min left"
+        self.size += run.size if finished else 0
+        if self.left and self.size:
+            pace = (time.monotonic() - self.begun) / self.size
+            text += f"; about {pace * sum(run.size for run in self.left) / 60:.0f} min left"
+        _say(f"[{self.total - len(self.left)}/{self.total}] {run.name}: {text}")
 
 
 def _say(text: str) -> None:

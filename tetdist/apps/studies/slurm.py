@@ -78,8 +78,9 @@ def submit(study: str, runs: list[StudyRun], output: Path, flags: list[str], aga
             history.announce(run.config, "KILLED", {})
         print(f"{run.name}: {standings[run].text}")
     for run in left:
-        if found[run].word == "queued":
-            _leave_queue(run)
+        # The job of one that waits for a run that has failed.
+        if found[run].word == "queued" and (submitted := history.newest_submission(run.folder)):
+            cancel(submitted.job)
     if left:
         standings |= send_all(study, left, output)
     return log_summary(standings, output)
@@ -224,13 +225,6 @@ def job_of(run: StudyRun, flags: list[str]) -> tuple[RunConfig, ClusterSection]:
     return config, command.cluster_of(config.cluster, options)
 
 
-def _leave_queue(run: StudyRun) -> None:
-    """Take the job of a run, which waits for one that has failed, out of the queue."""
-    submitted = history.newest_submission(run.folder)
-    assert submitted is not None
-    cancel(submitted.job)
-
-
 def send_all(
     study: str, left: dict[StudyRun, tuple[RunConfig, ClusterSection]], output: Path
 ) -> dict[StudyRun, Standing]:
@@ -254,7 +248,13 @@ def send_all(
         rest += ", the same command submits the others"
         raise UserError(f"{run.name}: {error}{rest if done else ''}") from error
     finally:
-        note_as_sweep(list(standings), folder)
+        # Status and cancel then take the study's folder for all runs, also for those that an
+        # earlier command submitted.
+        earlier = history.newest_sweep(output)
+        if all_runs := list(
+            dict.fromkeys([*earlier, *(run.folder.absolute() for run in standings)])
+        ):
+            history.write_sweep(folder, all_runs)
     return standings
 
 
@@ -269,14 +269,6 @@ def send(run: StudyRun, config: RunConfig, cluster: ClusterSection, code: Path) 
     prepared = submission.prepare(config, cluster, folders)
     (done,) = submission.submit([prepared], run.name, code, folders)
     return Standing("submitted", f"submitted as job {done.job}{_begins_after(after)}")
-
-
-def note_as_sweep(runs: list[StudyRun], folder: Path) -> None:
-    """Note the runs as a sweep: status and cancel then take the study's folder for all of them."""
-    # The runs that an earlier command submitted stay in the list.
-    earlier = history.newest_sweep(folder.parent.parent)
-    if everything := list(dict.fromkeys([*earlier, *(run.folder.absolute() for run in runs)])):
-        history.write_sweep(folder, everything)
 
 
 def log_summary(standings: dict[StudyRun, Standing], output: Path) -> int:

@@ -14,6 +14,7 @@ from typing import Any, assert_never
 import timm
 import torch
 import yaml
+from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 
 import tetdist
@@ -30,8 +31,6 @@ from tetdist.storage.hub import HF
 from tetdist.wording import counted
 
 _INPUTS = {"images": "image", "events": "event frame a timestep"}
-# What the hub finds a network by; it has no word for event frames.
-_TASKS = {"images": ["pipeline_tag: image-classification"], "events": []}
 # How many inputs an exported program is compared on, and how far it may be off.
 _CHECKED, _TOLERANCE = 4, 1e-4
 # Beside the weights of a folder for timm: the configuration, which the command train takes.
@@ -197,12 +196,14 @@ model = timm.create_model({_create_arguments(trained, source)}).eval()
     weights = checkpoint.MODEL_FILE
     if source is not None and source.startswith(_TIMMS_HUB):
         weights = source.replace(_TIMMS_HUB, HF)
+    found_by = ModelCardData(
+        library_name="timm",
+        # The hub has no word for event frames.
+        pipeline_tag="image-classification" if data.kind == "images" else None,
+        tags=["spiking-neural-network", "tetdist"],
+    )
     lines = [
-        "---",
-        "library_name: timm",
-        *_TASKS[data.kind],
-        "tags: [spiking-neural-network, tetdist]",
-        "---",
+        f"---\n{found_by.to_yaml()}\n---",
         "",
         f"# {config.name}",
         "",
