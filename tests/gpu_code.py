@@ -70,8 +70,8 @@ def noted() -> Iterator[list[Launch]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
-    """A layer of neurons in training; the defaults are one of SEW-ResNet-34's first stage."""
+class Part:
+    """Part of a network in training; the defaults are of SEW-ResNet-34's first stage."""
 
     dtype: torch.dtype = torch.bfloat16
     timesteps: int = 4
@@ -79,24 +79,33 @@ class Layer:
     channels: int = 64
     neuron: NeuronConfig = field(default_factory=LIF)
     shared: bool = False
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer(Part):
+    """A layer of neurons behind a norm."""
+
     shortcut: Literal["none", "plain", "normalized"] = "none"
     identity: bool = False
     carries: bool = False
 
     def launches(self) -> list[Launch]:
         """Return its kernel launches: the forward pass, then the backward pass."""
-        wide = torch.promote_types(self.dtype, torch.float32)
 
         def empty(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
         one_step = (self.rows, self.channels)
         all_steps = (self.timesteps, *one_step)
-        norm = BatchNorm(self.channels).to("meta", wide)
+        norm = BatchNorm(self.channels).to("meta", self.wide)
         passes = triton_passes.Passes(self.neuron, self.timesteps, carries=self.carries, packs=True)
         with noted() as launches:
             x = empty(1 if self.shared else self.timesteps, *one_step)
-            start = empty(*one_step, dtype=wide) if self.carries else None
+            start = empty(*one_step, dtype=self.wide) if self.carries else None
             affine = passes.normalization(norm, x, norm.weight, norm.bias)
             shortcut = of_shortcut = None
             if self.shortcut != "none":
@@ -104,7 +113,7 @@ class Layer:
             if self.shortcut == "normalized":
                 of_shortcut = passes.normalization(norm, shortcut, norm.weight, norm.bias)
             # What a kind of neuron learns of which there are kernels is one number.
-            learned = (empty(dtype=wide),) if isinstance(self.neuron, PLIF) else ()
+            learned = (empty(dtype=self.wide),) if isinstance(self.neuron, PLIF) else ()
             inputs = Inputs(x, shortcut, affine, of_shortcut, start, learned)
             passes.spikes(inputs, empty(*all_steps) if self.identity else None)
             grads = (empty(*all_steps), start)
@@ -116,24 +125,17 @@ class Layer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream:
+class Stream(Part):
     """A norm, a shortcut that is added, and neurons without a norm: of membrane shortcuts."""
 
-    dtype: torch.dtype = torch.bfloat16
-    timesteps: int = 4
-    rows: int = 32 * 56 * 56
-    channels: int = 64
-    neuron: LIF = field(default_factory=LIF)
-    shared: bool = False
     normalized: bool = False
 
     def launches(self) -> list[Launch]:
         """Return its kernel launches without statistics: forward, then backward."""
-        wide = torch.promote_types(self.dtype, torch.float32)
         shape = (self.rows, self.channels)
         x = torch.empty(self.timesteps, *shape, dtype=self.dtype, device="meta")
         shortcut = x[:1] if self.shared else x
-        affine = Affine(*torch.empty(4, self.channels, dtype=wide, device="meta"))
+        affine = Affine(*torch.empty(4, self.channels, dtype=self.wide, device="meta"))
         of_shortcut = affine if self.normalized else None
         norm = triton_passes.NormPasses(self.timesteps)
         passes = triton_passes.Passes(self.neuron, self.timesteps, carries=False, packs=True)

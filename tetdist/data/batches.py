@@ -135,7 +135,7 @@ def eval_batches(
 
 
 def _output(data: DataSection, size: int) -> Output | None:
-    """What all images come out as; None for events."""
+    """Form of all images; None for events."""
     match data.kind:
         case "events":
             return None

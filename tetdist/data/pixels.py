@@ -236,7 +236,7 @@ def finished(pixels: Tensor, rest: Rest | None) -> Tensor:
 
 @lru_cache
 def _scale(device: torch.device, output: Output) -> tuple[Tensor, ...]:
-    """What is subtracted from bytes, and the factor that follows, (3,) each, on a device."""
+    """Offset subtracted from bytes, and the factor that follows, (3,) each, on a device."""
     wide = (255 * np.array(output.mean), 1 / (255 * np.array(output.std)))
     return tuple(on_device(torch.from_numpy(one.astype(np.float32)), device) for one in wide)
 

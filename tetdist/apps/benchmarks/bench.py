@@ -20,6 +20,7 @@ from torch import Tensor
 from tetdist.apps.benchmarks import turns
 from tetdist.apps.benchmarks.contestants import Contestant, contestants_of, step_of
 from tetdist.nn.precision import choose_algorithms
+from tetdist.tables import aligned, number
 
 MIB = 2**20
 
@@ -132,20 +133,24 @@ def _row(name: str, seconds: dict[str, list[float]], options: argparse.Namespace
 
 def model_table(result: dict[str, Any]) -> str:
     what = "evaluation" if result["evaluate"] else "training step"
-    lines = [
-        f"{result['model']}, T={result['timesteps']}, batch {result['batch']}, "
-        f"{result['precision']}, {result['device']}: a {what}, median of {result['repeats']}",
-        "",
-        "                            s    / first   images/s   first two steps, s",
-    ]
-    lines += [
-        f"{row['name']:22}{row['seconds']:9.3f}{row['ratio']:12.3f}{row['images_per_s']:11.2f}"
-        f"{row['warm_up']:14.1f}"
-        + (f"   waiting {row['waiting']}" if row["waiting"] else "")
-        + (f"   at most {row['peak_mib']:.0f} MiB" if row["peak_mib"] else "")
+    rows = [["", "s", "/ first", "images/s", "first two steps, s", "waiting", "at most, MiB"]]
+    rows += [
+        [
+            row["name"],
+            f"{row['seconds']:.3f}",
+            f"{row['ratio']:.3f}",
+            f"{row['images_per_s']:.2f}",
+            f"{row['warm_up']:.1f}",
+            row["waiting"] or "",
+            number(row["peak_mib"], ".0f"),
+        ]
         for row in result["rows"]
     ]
-    return "\n".join(lines)
+    return (
+        f"{result['model']}, T={result['timesteps']}, batch {result['batch']}, "
+        f"{result['precision']}, {result['device']}: a {what}, median of {result['repeats']}\n\n"
+        f"{aligned(rows, right=range(1, 7))}"
+    )
 
 
 def peak_mib(step: Callable[[], None]) -> float:
@@ -241,22 +246,19 @@ def _held(options: argparse.Namespace, contestant: Contestant) -> tuple[int, int
 
 
 def memory_table(result: dict[str, Any]) -> str:
-    rows = result["rows"]
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    lines = [
-        f"{result['model']}, {result['precision']}: MiB an image kept for the backward pass, after "
-        "the forward pass (and at most)",
-        "",
-        "   T" + "".join(f"{name:>24}" for name in names),
+    table = {(row["timesteps"], row["name"]): row for row in result["rows"]}
+    names = list(dict.fromkeys(name for _, name in table))
+
+    def cell(timesteps: int, name: str) -> str:
+        row, first = table[timesteps, name], table[timesteps, names[0]]
+        share = row["after_forward_mib"] / first["after_forward_mib"]
+        return f"{row['after_forward_mib']:.1f} ({row['at_most_mib']:6.1f}) {100 * share:4.0f} %"
+
+    rows = [["T", *names]]
+    rows += [
+        [str(t), *(cell(t, name) for name in names)] for t in dict.fromkeys(t for t, _ in table)
     ]
-    table = {(row["timesteps"], row["name"]): row for row in rows}
-    for timesteps in dict.fromkeys(row["timesteps"] for row in rows):
-        cells = []
-        for name in names:
-            row = table[timesteps, name]
-            share = row["after_forward_mib"] / table[timesteps, names[0]]["after_forward_mib"]
-            cells.append(
-                f"{row['after_forward_mib']:8.1f} ({row['at_most_mib']:6.1f}) {100 * share:4.0f} %"
-            )
-        lines.append(f"{timesteps:4}" + "".join(f"{cell:>24}" for cell in cells))
-    return "\n".join(lines)
+    return (
+        f"{result['model']}, {result['precision']}: MiB an image kept for the backward pass, after "
+        f"the forward pass (and at most)\n\n{aligned(rows, right=range(len(rows[0])))}"
+    )

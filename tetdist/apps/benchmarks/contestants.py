@@ -11,24 +11,6 @@ from torch import Tensor
 from tetdist.apps.benchmarks import peers
 from tetdist.apps.benchmarks.relu_twins import relu_twin
 
-# --- contestants -------------------------------------------------------------------------------
-
-
-class Mode(NamedTuple):
-    """A way to run our model."""
-
-    execution: str = "fused"
-    recompute: bool = False
-    segmented: bool = False
-
-
-MODES = {
-    "none": Mode(),
-    "blocks": Mode(recompute=True),
-    "timesteps": Mode(recompute=True, segmented=True),
-    "reference": Mode(execution="reference"),
-}
-
 
 class Contestant(NamedTuple):
     model: torch.nn.Module
@@ -54,10 +36,9 @@ def ours(options: argparse.Namespace, mode: str) -> Contestant:
 
     torch.manual_seed(0)
     model = timm.create_model(options.model, timesteps=options.timesteps)
-    execution, recompute, segmented = MODES[mode]
-    model.set_execution(execution)
-    model.set_grad_checkpointing(recompute)
-    model.set_segment(options.segment if segmented else None)
+    model.set_execution("reference" if mode == "reference" else "fused")
+    model.set_grad_checkpointing(mode in ("blocks", "timesteps"))
+    model.set_segment(options.segment if mode == "timesteps" else None)
     return laid_out(options, model, batch_of(options, model), lambda x: model(x, per_timestep=True))
 
 

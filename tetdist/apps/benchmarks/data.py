@@ -20,6 +20,7 @@ import psutil
 from PIL import Image
 
 from tetdist.apps.benchmarks.turns import ratio
+from tetdist.tables import aligned
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -126,16 +127,8 @@ def ours(options: argparse.Namespace, root: Path) -> Iterator[Step]:
     from tetdist.datasets.index import build_index
 
     index, _ = build_index(root, "train", workers=1, decode=False)
-    batch = options.batch
-    share = Share(
-        seed=0,
-        global_batch=batch,
-        micro_batch=batch,
-        rank=0,
-        world_size=1,
-        epoch=0,
-        step_in_epoch=0,
-    )
+    batch, alone = options.batch, {"rank": 0, "world_size": 1}
+    share = Share(seed=0, global_batch=batch, micro_batch=batch, **alone, epoch=0, step_in_epoch=0)
     workers = Workers(device="cpu", device_id=None, threads=options.threads, prefetch=2)
     data = DataSection(root=str(root), scale=SCALE, ratio=RATIO, mean=MEAN, std=STD)
     loader = train_batches(data, index, share, options.size, workers)
@@ -245,24 +238,22 @@ def memory(options: argparse.Namespace, root: Path) -> list[float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [
+    rows = [["", "images/s", "fastest", "/ torchvision", "/ DALI's", "/ decoding"]]
+    for row in result["rows"]:
+        rates = [f"{row[name]:.0f}" for name in ("images_per_s", "fastest")]
+        ratios = [f"{row[name]:.2f}" for name in ("of_torchvision", "of_dali", "of_decoding")]
+        rows.append([row["name"], *rates, *ratios])
+    parts = [
         f"{result['data'] or 'made images'}, {result['size']} pixels, batch {result['batch']}, "
         f"{result['threads']} threads or workers: median of {result['repeats']}",
-        "",
-        "                   images/s   fastest  / torchvision  / DALI's  / decoding",
-    ]
-    lines += [
-        f"{row['name']:18}{row['images_per_s']:9.0f}{row['fastest']:10.0f}"
-        f"{row['of_torchvision']:15.2f}{row['of_dali']:10.2f}{row['of_decoding']:12.2f}"
-        for row in result["rows"]
+        aligned(rows, right=range(1, 6)),
     ]
     if wait := result["wait"]:
-        lines += [
-            "",
+        parts.append(
             f"{wait['model']}, batch {wait['batch']}, {wait['precision']}: {wait['step_s']:.2f} s "
-            f"a step, {wait['wait_percent']:.2f} % of it waiting for images",
-        ]
+            f"a step, {wait['wait_percent']:.2f} % of it waiting for images"
+        )
     if result["memory_mib"]:
         used = ", ".join(f"{value:.0f}" for value in result["memory_mib"])
-        lines += ["", f"MiB of the process after each epoch: {used}"]
-    return "\n".join(lines)
+        parts.append(f"MiB of the process after each epoch: {used}")
+    return "\n\n".join(parts)

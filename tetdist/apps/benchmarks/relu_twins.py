@@ -1,5 +1,8 @@
 """ReLU networks of the convolutions of our spiking ones, of torch's own layers."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,14 +20,15 @@ def relu_twin(name: str) -> nn.Module | None:
             twin.maxpool = nn.AvgPool2d(3, 2, 1)
             return twin
         case ("preact_", depth):
-            return _PreActTwin(_LAYERS[depth])
+            stem = nn.Conv2d(3, 64, 7, 2, 3), nn.BatchNorm2d(64), nn.MaxPool2d(3, 2, 1)
+            return _of_blocks(_LAYERS[depth], stem, first_stride=1, bias=True)
         case ("ms_", "14_cifar"):
-            return _MSTwin((2, 2, 2), nn.Conv2d(3, 64, 3, 1, 1, bias=False), num_classes=10)
+            return _ms_twin((2, 2, 2), nn.Conv2d(3, 64, 3, 1, 1, bias=False), num_classes=10)
         case ("ms_", "104"):
             deep = [nn.Conv2d(3, 64, 3, 2, 1), *(nn.Conv2d(64, 64, 3, 1, 1) for _ in range(2))]
-            return _MSTwin(_LAYERS["104"], *deep, pooled=True)
+            return _ms_twin(_LAYERS["104"], *deep, pooled=True)
         case ("ms_", depth):
-            return _MSTwin(_LAYERS[depth], nn.Conv2d(3, 64, 7, 2, 3, bias=False))
+            return _ms_twin(_LAYERS[depth], nn.Conv2d(3, 64, 7, 2, 3, bias=False))
         case ("spiking_", "19"):
             return _for_small_images((3, 3, 2), stem=64, width=128)
         case ("spiking_", "19_dvs"):
@@ -85,49 +89,30 @@ class _Block(nn.Module):
         return y.add_(self.shortcut(x))
 
 
-class _PreActTwin(nn.Sequential):
-    def __init__(self, layers: tuple[int, ...]) -> None:
-        blocks: list[nn.Module] = []
-        channels = 64
-        for stage, count in enumerate(layers):
-            for i in range(count):
-                stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(_Block(channels, 64 << stage, stride, bias=True))
-                channels = 64 << stage
-        super().__init__(
-            nn.Conv2d(3, 64, 7, 2, 3),
-            nn.BatchNorm2d(64),
-            nn.MaxPool2d(3, 2, 1),
-            *blocks,
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(channels, 1000),
-        )
+def _of_blocks(
+    layers: tuple[int, ...],
+    stem: Sequence[nn.Module],
+    *,
+    last: Sequence[nn.Module] = (),
+    num_classes: int = 1000,
+    first_stride: int = 2,
+    **kind: bool,
+) -> nn.Module:
+    """A network of `_Block`s between a stem and a classifier."""
+    blocks: list[nn.Module] = []
+    channels = 64
+    for stage, count in enumerate(layers):
+        for i in range(count):
+            stride = 1 if i else 2 if stage else first_stride
+            blocks.append(_Block(channels, 64 << stage, stride, **kind))
+            channels = 64 << stage
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)
+    return nn.Sequential(*stem, *blocks, *last, *head)
 
 
-class _MSTwin(nn.Sequential):
-    def __init__(
-        self,
-        layers: tuple[int, ...],
-        *stem: nn.Module,
-        pooled: bool = False,
-        num_classes: int = 1000,
-    ) -> None:
-        blocks: list[nn.Module] = []
-        channels = 64
-        for stage, count in enumerate(layers):
-            for i in range(count):
-                blocks.append(_Block(channels, 64 << stage, 2 if i == 0 else 1, pooled=pooled))
-                channels = 64 << stage
-        super().__init__(
-            *stem,
-            nn.BatchNorm2d(64),
-            *blocks,
-            nn.ReLU(inplace=True),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(channels, num_classes),
-        )
+def _ms_twin(layers: tuple[int, ...], *stem: nn.Module, **settings: Any) -> nn.Module:
+    stem = (*stem, nn.BatchNorm2d(64))
+    return _of_blocks(layers, stem, last=[nn.ReLU(inplace=True)], **settings)
 
 
 def _vgg_twin() -> nn.Module:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tetdist.apps.benchmarks.contestants import wait
 from tetdist.apps.benchmarks.turns import Told, answer, options_told, ratio
+from tetdist.tables import aligned
 
 if TYPE_CHECKING:
     from tetdist.distributed.world import World
@@ -114,26 +115,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     count = result["processes"]
-    lines = [
-        f"{result['model']}, T={result['timesteps']}, {result['accumulation']} x batch "
-        f"{result['batch']} a process, {result['precision']}, {result['engine']}, "
-        f"{result['device']}: a step",
-        "",
-        f"                              s   images/s   / {count} x alone   / apart",
-    ]
     names = {
         "alone": "one process",
         "apart": f"{count}, each for itself",
         "together": f"{count}, averaging",
     }
+    rows = [["", "s", "images/s", f"/ {count} x alone", "/ apart"]]
     for row in result["rows"]:
-        apart = "" if row["name"] == "alone" else f"{row['of_apart']:10.3f}"
-        efficiency = "" if row["name"] == "alone" else f"{row['efficiency']:14.3f}"
-        lines.append(
-            f"{names[row['name']]:22}{row['seconds']:9.3f}{row['images_per_s']:11.2f}"
-            f"{efficiency}{apart}"
-        )
-    return "\n".join(lines)
+        shares = [f"{row[name]:.3f}" for name in ("efficiency", "of_apart")]
+        rates = [f"{row['seconds']:.3f}", f"{row['images_per_s']:.2f}"]
+        rows.append([names[row["name"]], *rates, *(["", ""] if row["name"] == "alone" else shares)])
+    return (
+        f"{result['model']}, T={result['timesteps']}, {result['accumulation']} x batch "
+        f"{result['batch']} a process, {result['precision']}, {result['engine']}, "
+        f"{result['device']}: a step\n\n{aligned(rows, right=range(1, 5))}"
+    )
 
 
 # --- in one of the processes --------------------------------------------------------------------

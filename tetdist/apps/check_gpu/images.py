@@ -15,7 +15,7 @@ from tetdist.config.loading import parse
 from tetdist.config.schema import RunConfig
 from tetdist.data.build import eval_loader, train_loader
 from tetdist.datasets.index import Index, build_index
-from tetdist.distributed.world import cores_of
+from tetdist.distributed.world import World, cores_of
 
 # Levels of 255 by which an image may differ on average. Both decoders are within the standard's
 # tolerance, and they filter in other ways.
@@ -27,12 +27,10 @@ def check_pixels(here: Machine) -> Finding:
     if not here.on_gpu:
         return Finding("left out", "only a GPU decodes otherwise than a CPU")
     index = _indexed(here.folder / "pixels", copies=1)
-    # Each GPU decodes all images, however many GPUs there are.
-    alone = dataclasses.replace(here.world, rank=0, world_size=1)
     two = []
     for device in ("cpu", "gpu"):
         config = _config(here.folder / "pixels", {"device": device}, batch=25)
-        with eval_loader(config, index, alone) as batches:
+        with eval_loader(config, index, _alone(here)) as batches:
             two.append(torch.cat([batch.images.cpu() for batch in batches]))
     difference = float((two[0] - two[1]).abs().mean() * 255 * 0.226)
     text = (
@@ -53,7 +51,7 @@ def check_loading(here: Machine) -> Finding:
     threads = cores_of(here.world)
     config = _config(root, {"threads": threads, "image_size": size}, batch=batch)
     counted = 5 if here.small else 60
-    with train_loader(config, index, here.world, 0, size) as batches:
+    with train_loader(config, index, _alone(here), 0, size) as batches:
         for _ in itertools.islice(batches, 5):
             pass
         started = time.perf_counter()
@@ -75,6 +73,11 @@ def check_loading(here: Machine) -> Finding:
             numbers,
         )
     return Finding("ok", text, None, numbers)
+
+
+def _alone(here: Machine) -> World:
+    """This process as the only one: each decodes all images, however many processes there are."""
+    return dataclasses.replace(here.world, rank=0, world_size=1)
 
 
 def _indexed(root: Path, copies: int) -> Index:

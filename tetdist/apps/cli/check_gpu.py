@@ -199,13 +199,10 @@ def _quiet() -> Iterator[None]:
 
     # DeepSpeed sets its logger's level when it is imported, and leaves filters alone.
     loud = [logging.getLogger(name) for name in ("DeepSpeed", "torch.distributed")]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         for category in (FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", category)
         for one in loud:
             one.addFilter(is_error)
-        try:
-            yield
-        finally:
-            for one in loud:
-                one.removeFilter(is_error)
+            stack.callback(one.removeFilter, is_error)
+        yield

@@ -261,13 +261,8 @@ def _keep(
         for item in listing.sources
         if item.pieces and len(by_source.get(item.path, ())) == len(item.pieces)
     ]
-    advance = progress("verify") if tasks else None
-    kept: dict[str, Record] = {}
-    for number, records in enumerate(run_tasks(_verify, tasks, workers), start=1):
-        kept |= {record.key: record for record in records}
-        if advance:
-            advance(number, len(tasks))
-    return kept
+    verified = run_tasks(_verify, tasks, workers, progress("verify") if tasks else None)
+    return {record.key: record for records in verified for record in records}
 
 
 def _add(
@@ -289,13 +284,11 @@ def _add(
     advance = progress("bin") if tasks else None
     made: dict[str, Record] = {}
     with (dest / _RECORDS).open("a", encoding="utf-8") as stream:
-        for number, (records, wrong) in enumerate(run_tasks(_make, tasks, workers), start=1):
+        for records, wrong in run_tasks(_make, tasks, workers, advance):
             stream.writelines(json.dumps(asdict(record)) + "\n" for record in records)
             stream.flush()
             made |= {record.key: record for record in records}
             bad.extend(wrong)
-            if advance:
-                advance(number, len(tasks))
         os.fsync(stream.fileno())
     return made, bad
 
