@@ -239,12 +239,21 @@ def test_every_gpu_decodes_every_image(here: Machine, monkeypatch: pytest.Monkey
 def test_images_that_come_slower_than_they_are_trained_on_are_bad(
     here: Machine, monkeypatch: pytest.MonkeyPatch, trained: float, status: str
 ) -> None:
-    loader = contextlib.nullcontext(itertools.repeat(None))
+    """Of each process for itself, which has an index of its own."""
+    worlds: list[World] = []
+
+    def loader(_config: object, _index: object, world: World, *_: object) -> Any:
+        worlds.append(world)
+        return contextlib.nullcontext(itertools.repeat(None))
+
     monkeypatch.setattr(Machine, "on_gpu", True)
     monkeypatch.setattr(images, "_indexed", lambda *_, **__: None)
-    monkeypatch.setattr(images, "train_loader", lambda *_: loader)
+    monkeypatch.setattr(images, "cores_of", lambda _: 2)
+    monkeypatch.setattr(images, "train_loader", loader)
     monkeypatch.setattr(images, "images_per_s_of_a_step", lambda *_: trained)
-    assert images.check_loading(here).status == status
+    last = dataclasses.replace(here, world=dataclasses.replace(here.world, rank=7, world_size=8))
+    assert images.check_loading(last).status == status
+    assert [(world.rank, world.world_size) for world in worlds] == [(0, 1)]
 
 
 @pytest.mark.parametrize(("hosts", "status"), [("aa", "bad"), ("ab", "ok")])
