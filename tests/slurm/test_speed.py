@@ -1,5 +1,6 @@
 """The speed that a plan reckons with: given, measured, or by the roofline."""
 
+import functools
 import json
 import os
 import re
@@ -35,6 +36,7 @@ def of(
     return speed.speed_of(config, facts, network, file=None if file is None else str(file))
 
 
+@functools.cache
 def known(*overrides: str, **more: Any) -> Speed:
     found = of(*overrides, **more)
     assert isinstance(found, Speed), found
@@ -56,10 +58,9 @@ def test_a_gpus_speed_is_computed_and_says_so() -> None:
     text = " ".join(text for _, text in found.details)
     assert "computed, not measured" in text
     assert re.search(r"\d+ samples/s", text)
-    limits = (
-        r"the GPU takes \d+\.\d ms for memory and \d+\.\d ms for arithmetic, the host \d+\.\d ms"
+    assert re.search(
+        r"takes \d+\.\d ms for memory and \d+\.\d ms for arithmetic, the host \d", text
     )
-    assert re.search(limits, text)
     assert re.search(r"about \d+\.\d GB of the 80;", text)
     config = loading.load("sew34_t4.yaml", [])
     made = plan.make(config, ClusterSection(**GPUS), **IMAGENET)
@@ -139,36 +140,33 @@ def test_the_batch_that_is_nearest_counts(tmp_path: Path) -> None:
         assert found.images_per_s == expected, micro
 
 
-def test_another_network_is_compared_by_the_roofline(tmp_path: Path) -> None:
-    by_itself, larger = known(*SMALL), known("model.name=sew_resnet34")
-    half = written(
-        tmp_path,
-        images_per_s=by_itself.images_per_s / 2,
-        timesteps=4,
-        **MEASURED,
-        machine={"device": "NVIDIA H100 80GB HBM3"},
-    )
-    found = known("model.name=sew_resnet34", file=half, gpu=None)
-    assert found.images_per_s == pytest.approx(larger.images_per_s / 2, rel=0.01)
+def on_h100(tmp_path: Path, share: float) -> Path:
+    """A benchmark of SMALL that reached that share of the roofline."""
+    rate, machine = share * known(*SMALL).images_per_s, {"device": "NVIDIA H100 80GB HBM3"}
+    return written(tmp_path, images_per_s=rate, timesteps=4, machine=machine, **MEASURED)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpu"),
+    [
+        (("model.name=sew_resnet34",), None),
+        ((*SMALL, "recompute=blocks"), None),
+        ((*SMALL, "model.neuron={kind: relu}"), None),
+        (SMALL, "A100-80"),
+    ],
+)
+def test_what_differs_is_compared_by_the_roofline(
+    overrides: tuple[str, ...], gpu: str | None, tmp_path: Path
+) -> None:
+    found = known(*overrides, file=on_h100(tmp_path, 0.5), gpu=gpu)
+    alone = known(*overrides, gpu=gpu or "H100")
+    assert found.images_per_s == pytest.approx(alone.images_per_s / 2, rel=0.01)
     assert "was measured to reach 50 %" in found.source
-    # So is the same network that computes again what it did not keep.
-    again = known(*SMALL, "recompute=blocks", file=half, gpu=None)
-    alone = known(*SMALL, "recompute=blocks")
-    assert again.images_per_s == pytest.approx(alone.images_per_s / 2, rel=0.01)
 
 
-def test_another_card_or_neuron_is_compared_by_the_roofline(tmp_path: Path) -> None:
-    on_h100, on_a100 = known(*SMALL), known(*SMALL, gpu="A100-80")
-    values = {"timesteps": 4, "machine": {"device": "NVIDIA H100 80GB HBM3"}} | MEASURED
-    half = written(tmp_path, images_per_s=on_h100.images_per_s / 2, **values)
-    found = known(*SMALL, file=half, gpu="A100-80")
-    assert found.images_per_s == pytest.approx(on_a100.images_per_s / 2, rel=0.01)
-    relu = ("model.neuron={kind: relu}",)
-    found = known(*SMALL, *relu, file=half, gpu=None)
-    assert found.images_per_s == pytest.approx(known(*SMALL, *relu).images_per_s / 2, rel=0.01)
-    too_fast = written(tmp_path, images_per_s=on_h100.images_per_s * 2, **values)
+def test_more_than_the_roofline_allows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="200 % of what the roofline of an H100 allows"):
-        of(*SMALL, file=too_fast, gpu="A100-80")
+        of(*SMALL, file=on_h100(tmp_path, 2), gpu="A100-80")
 
 
 def test_a_graph_is_advised_where_the_host_is_waited_for() -> None:

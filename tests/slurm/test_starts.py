@@ -131,12 +131,11 @@ def test_starts_are_counted_and_told_to_mlflow(
     assert capsys.readouterr().err == ""
     save(first, 5)
     assert first._end(128 + USR2) == AGAIN
-    again = start(restart=1)
-    tags = again._begin()
     why = "SIGUSR2 from outside; on node1, node2"
-    assert tags == {"slurm_job": "12", "restarts": "1", "restart_001": f"step 5: {why}"}
+    told = {"slurm_job": "12", "restarts": "1", "restart_001": f"step 5: {why}"}
+    assert start(restart=1)._begin() == told
     assert "restart 1, job 12, from step 5, on node1, node2: SIGUSR2" in capsys.readouterr().err
-    assert kinds(again) == ["submitted", "started", "stopped", "started"]
+    assert kinds(first) == ["submitted", "started", "stopped", "started"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Sizes of published data sets: a plan needs no more of data that are not on this machine."""
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,25 +41,7 @@ def indexes(config: RunConfig, images: int | None) -> tuple[Index, Index] | None
 
 
 def _without_files(images: int, classes: int) -> Index:
-    numbers, nothing = np.zeros(images, np.int64), np.zeros(0, np.uint8)
-    return Index(
-        kind="images",
-        split="",
-        classes=tuple(map(str, range(classes))),
-        labels=numbers.astype(np.int32),
-        heights=numbers.astype(np.int32),
-        widths=numbers.astype(np.int32),
-        file_sizes=numbers,
-        offsets=numbers,
-        archive_ids=numbers.astype(np.int32),
-        archives=(),
-        archive_sizes=numbers[:0],
-        path_blob=nothing,
-        path_offsets=numbers[:1],
-        class_mtimes_ns=numbers[:0],
-        skipped=(),
-        options="",
-        timesteps=None,
-        dtype=None,
-        fingerprint="",
-    )
+    nothing: Any = np.zeros(0, np.int64)
+    values = {field.name: nothing for field in fields(Index)}
+    values |= {"kind": "images", "timesteps": None, "labels": np.zeros(images, np.int32)}
+    return Index(**values | {"classes": tuple(map(str, range(classes)))})

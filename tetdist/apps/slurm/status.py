@@ -9,7 +9,7 @@ from tetdist.apps.slurm import history, jobs
 from tetdist.apps.slurm.history import JobEvent, Submission
 from tetdist.apps.slurm.jobs import State
 from tetdist.errors import UserError, typed
-from tetdist.tracking.metrics_file import read_metrics
+from tetdist.tracking.metrics_file import from_end
 
 ASK_EVERY = 5.0  # seconds between two questions to Slurm, which serves many
 LOOK_EVERY = 0.5  # seconds between two looks at a log
@@ -64,12 +64,11 @@ def describe(run_dir: Path) -> str:
 
 def progress(run_dir: Path, submission: Submission, state: State) -> str:
     """The last step, the rate and the time to go."""
-    metrics = run_dir / "metrics.jsonl"
-    trained = [m for m in read_metrics(metrics) if m["kind"] == "train"] if metrics.exists() else []
-    saved = history.saved_step(run_dir)
-    if not trained:
+    metrics, saved = run_dir / "metrics.jsonl", history.saved_step(run_dir)
+    lines = from_end(metrics) if metrics.exists() else ()
+    last = next((line for line in lines if line["kind"] == "train"), None)
+    if last is None:
         return f"no step is logged yet, of {submission.last_step}; saved at step {saved}"
-    last = trained[-1]
     step, rate = int(last["step"]), float(last["samples_per_s"])
     parts = [
         f"step {step} of {submission.last_step} ({100 * step / submission.last_step:.1f} %)",

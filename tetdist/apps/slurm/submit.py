@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -82,7 +83,10 @@ def prepare(
         check_store(config.tracking_uri)
         hand_over(config.tracking_uri)
     # Made absolute now: the job runs in another folder, and the run's own folder records the paths.
-    config = _with_absolute_paths(config)
+    values = _with_absolute(config, *identity.PATH_KEYS)
+    # The values have no password, which is needed to announce the run.
+    tracking = {"tracking": config.tracking}
+    config = loading.parse(values, config.name, warn=False).model_copy(update=tracking)
     train_index, val_index = data or open_data(config, _world(cluster))
     model = make_model(config, train_index)
     parameters = sum(p.numel() for p in model.parameters())
@@ -120,18 +124,17 @@ def _check_inputs(config: RunConfig) -> None:
             )
 
 
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
+def _with_absolute(config: RunConfig, *keys: str) -> dict[str, Any]:
+    """The configuration's values, with absolute paths in these keys."""
     values = config.as_dict()
-    for key in identity.PATH_KEYS:
+    for key in keys:
         *sections, last = key.split(".")
         section = values
         for name in sections:
             section = section[name]
         if section[last] is not None:
             section[last] = identity.absolute_path(section[last])
-    parsed = loading.parse(values, config.name, warn=False)
-    # The values have no password, which is needed to announce the run.
-    return parsed.model_copy(update={"tracking": config.tracking})
+    return values
 
 
 def absolute(config: RunConfig) -> RunConfig:
@@ -139,13 +142,8 @@ def absolute(config: RunConfig) -> RunConfig:
 
     ``resume`` becomes auto: whether the run may exist is asked once, when it is submitted.
     """
-    values = config.as_dict()
-    values["runs_dir"] = str(Path(config.runs_dir).absolute())
-    values["data"]["root"] = str(Path(config.data.root).absolute())
-    if config.data.index:
-        values["data"]["index"] = str(Path(config.data.index).absolute())
-    values["cluster"], values["resume"] = {}, "auto"
-    return loading.parse(values, config.name, warn=False)
+    values = _with_absolute(config, "runs_dir", "data.root", "data.index")
+    return loading.parse(values | {"cluster": {}, "resume": "auto"}, config.name, warn=False)
 
 
 def combinations(sweep: list[str]) -> list[list[str]]:
