@@ -14,7 +14,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -98,10 +98,7 @@ class OwnTracker(Protocol):
         """End with ``FINISHED``, ``FAILED``, ``KILLED``, or ``RUNNING``: it goes on elsewhere."""
 
 
-class MakesTracker(Protocol):
-    def __call__(self, run: TrackedRun) -> OwnTracker: ...
-
-
+MakesTracker = Callable[[TrackedRun], OwnTracker]
 TRACKERS: Registry[MakesTracker] = Registry("tracker", "tracking.trackers")
 
 
