@@ -4,7 +4,6 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import hub_stand_in
 import pytest
@@ -16,8 +15,6 @@ from hub_stand_in import Hub, Repository
 from huggingface_hub import constants
 from tiny import Outcome
 
-from tetdist.apps.cli import eval as evaluation
-from tetdist.apps.cli import export as exporting
 from tetdist.apps.weights.trained import load
 from tetdist.config.loading import parse
 from tetdist.errors import UserError
@@ -34,23 +31,7 @@ def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         yield found
 
 
-Command = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command in this process: its status, and all that it said."""
-
-    def call(module: Any, *arguments: object) -> tuple[int, str]:
-        capfd.readouterr()
-        try:
-            status = module.main([str(argument) for argument in arguments])
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        said = capfd.readouterr()
-        return status, said.out + said.err
-
-    return call
+Call = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +63,9 @@ def save(path: Path, classes: tuple[str, ...] | None) -> Path:
 
 
 def test_network_goes_out_and_comes_back(
-    there: Hub, command: Command, file: Path, tiny_root: Path, tmp_path: Path
+    there: Hub, call: Call, file: Path, tiny_root: Path, tmp_path: Path
 ) -> None:
-    status, said = command(exporting, file, "--push", "us/small")
+    status, said = call("export", file, "--push", "us/small")
     assert status == 0, said
     repository = there.repositories["us/small"]
     assert repository.private
@@ -111,21 +92,21 @@ def test_network_goes_out_and_comes_back(
         assert torch.equal(model(x), trained.model(x))
     # The next push is a commit of its own, and the first one stays.
     save(tmp_path / "other.safetensors", ("a", "b", "c", "d"))
-    status, said = command(exporting, tmp_path / "other.safetensors", "--push", "us/small")
+    status, said = call("export", tmp_path / "other.safetensors", "--push", "us/small")
     assert status == 0, said
     evaluated = {}
     for source in (file, f"hf:us/small@{commit}"):
-        status, said = command(evaluation, "--checkpoint", source, "--data", tiny_root)
+        status, said = call("eval", "--checkpoint", source, "--data", tiny_root)
         assert status == 0, said
         evaluated[source] = said.replace(str(source), "")
     assert len(set(evaluated.values())) == 1
-    status, said = command(evaluation, "--checkpoint", "hf:us/small", "--data", tiny_root)
+    status, said = call("eval", "--checkpoint", "hf:us/small", "--data", tiny_root)
     assert status == 2
     assert "the data has other classes than hf:us/small was trained on" in said
 
 
-def test_weights_are_sent_as_an_object_and_once(there: Hub, command: Command, file: Path) -> None:
-    assert command(exporting, file, "--push", "us/small")[0] == 0
+def test_weights_are_sent_as_an_object_and_once(there: Hub, call: Call, file: Path) -> None:
+    assert call("export", file, "--push", "us/small")[0] == 0
     (oid,) = there.objects
     steps = [
         "POST /us/small.git/info/lfs/objects/batch",
@@ -134,18 +115,18 @@ def test_weights_are_sent_as_an_object_and_once(there: Hub, command: Command, fi
         "POST /api/models/us/small/commit/main",
     ]
     assert [one for one in there.requests if one in steps] == steps
-    assert command(exporting, file, "--push", "us/again")[0] == 0
+    assert call("export", file, "--push", "us/again")[0] == 0
     assert there.requests.count(f"PUT /lfs/{oid}") == 1
     fetched = hub.fetch("hf:us/again", "model.safetensors")
     assert hashlib.sha256(fetched.read_bytes()).hexdigest() == oid
 
 
 def test_repository_that_was_made_on_the_hubs_pages_is_taken(
-    there: Hub, command: Command, file: Path
+    there: Hub, call: Call, file: Path
 ) -> None:
     repository = there.repositories["us/made"] = Repository()
     repository.commit({".gitattributes": b"x", "LICENSE": b"theirs", "README.md": b"---\n---\n"})
-    status, said = command(exporting, file, "--push", "us/made")
+    status, said = call("export", file, "--push", "us/made")
     assert status == 0, said
     files = repository.files("main")
     assert files is not None
@@ -155,16 +136,16 @@ def test_repository_that_was_made_on_the_hubs_pages_is_taken(
 
 
 def test_without_a_network_one_sentence_says_so(
-    there: Hub, command: Command, file: Path, monkeypatch: pytest.MonkeyPatch
+    there: Hub, call: Call, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert command(exporting, file, "--push", "us/small")[0] == 0
+    assert call("export", file, "--push", "us/small")[0] == 0
     commit = there.repositories["us/small"].hash("main")
     assert hub.fetch(f"hf:us/small@{commit}", "model.safetensors").is_file()
     nobody = "http://127.0.0.1:9"
     monkeypatch.setattr(constants, "ENDPOINT", nobody)
     template = f"{nobody}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    status, said = command(evaluation, "--checkpoint", "hf:us/other")
+    status, said = call("eval", "--checkpoint", "hf:us/other")
     assert status == 2
     assert said == (
         f"error: hf:us/other is not in the cache of huggingface_hub, and {nobody} cannot be "
@@ -174,9 +155,9 @@ def test_without_a_network_one_sentence_says_so(
     assert hub.fetch(f"hf:us/small@{commit}", "model.safetensors").is_file()
 
 
-def test_dry_run_sends_nothing(there: Hub, command: Command, file: Path, tmp_path: Path) -> None:
+def test_dry_run_sends_nothing(there: Hub, call: Call, file: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    status, said = command(exporting, file, "--push", "us/it", "--dry-run", "--output", kept)
+    status, said = call("export", file, "--push", "us/it", "--dry-run", "--output", kept)
     assert status == 0, said
     assert there.requests == []
     assert f"would push to {there.url}/us/it, private if there is none yet" in said
@@ -188,12 +169,12 @@ def test_dry_run_sends_nothing(there: Hub, command: Command, file: Path, tmp_pat
 
 def test_run_begins_with_a_network_of_the_hub_and_is_taught_by_it(
     there: Hub,
-    command: Command,
+    call: Call,
     file: Path,
     main: Callable[..., Outcome],
     tiny_config: Callable[..., Path],
 ) -> None:
-    assert command(exporting, file, "--push", "us/small", "--public")[0] == 0
+    assert call("export", file, "--push", "us/small", "--public")[0] == 0
     assert not there.repositories["us/small"].private
     commit = there.repositories["us/small"].hash("main")
     changes = {
@@ -297,10 +278,10 @@ def test_hub_writes_nothing_outside_of_the_cache(
 
 
 def test_what_cannot_be_pushed_is_named(
-    there: Hub, command: Command, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    there: Hub, call: Call, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(source: Path, repo: str, words: str) -> None:
-        status, said = command(exporting, source, "--push", repo)
+        status, said = call("export", source, "--push", repo)
         assert status == 2, said
         assert words in said
         assert "hf_of" not in said
@@ -334,7 +315,7 @@ def test_what_cannot_be_pushed_is_named(
         (["--format", "timm"], "give --format and --output, or --push ORG/NAME"),
     ],
 )
-def test_arguments_are_checked(command: Command, arguments: list[str], complaint: str) -> None:
-    status, said = command(exporting, "nowhere", *arguments)
+def test_arguments_are_checked(call: Call, arguments: list[str], complaint: str) -> None:
+    status, said = call("export", "nowhere", *arguments)
     assert status == 2
     assert complaint in said

@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import re
+import secrets
 import shlex
 import shutil
 import sqlite3
@@ -525,7 +526,8 @@ def _prepare_database(path: Path) -> None:
         with locked(path.parent):
             for leftover in path.parent.glob(f".{path.name}.*.tmp*"):
                 remove(leftover)  # of a process that was killed
-            draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            # MLflow keeps what it has opened, so that each attempt needs a name of its own.
+            draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
             if not path.exists():
                 mlflow.MlflowClient(tracking_uri=f"sqlite:///{draft}").search_experiments()
                 try:
