@@ -140,27 +140,6 @@ def test_each_timestep_is_the_evaluation_at_that_many(
         assert alone["loss"] == pytest.approx(together["per_timestep_loss"][t - 1], rel=1e-6)
 
 
-def test_batch_size_changes_nothing(run: Path, evaluate: Tool, tmp_path: Path) -> None:
-    results = []
-    for batch in (1, 5, 100):
-        file = tmp_path / f"{batch}.json"
-        assert evaluate("--checkpoint", run, "--json", file, "--batch", batch)[0] == 0
-        results.append(json.loads(file.read_text()))
-    for result in results[1:]:
-        assert result["samples"] == NUM_SAMPLES
-        assert result["per_timestep_top1"] == results[0]["per_timestep_top1"]
-        assert result["loss"] == pytest.approx(results[0]["loss"], rel=1e-5)
-        assert result["firing_rate"] == pytest.approx(results[0]["firing_rate"], rel=1e-6)
-
-
-def test_table_of_the_wanted_timesteps(run: Path, evaluate: Tool) -> None:
-    status, out, _ = evaluate("--checkpoint", run, "--timesteps", "1,2")
-    assert status == 0
-    rows = [line.split() for line in out.splitlines()]
-    assert [row[0] for row in rows if len(row) == 4 and row[0].isdigit()] == ["1", "2"]
-    assert f"{NUM_SAMPLES} samples of val" in out
-
-
 def test_what_is_decided_and_what_it_takes(run: Path, evaluate: Tool, tmp_path: Path) -> None:
     """At the T of training, 3, though the table of T goes beyond; or at the one T that is given."""
     by_timesteps = {}
@@ -200,6 +179,9 @@ def test_what_is_decided_and_what_it_takes(run: Path, evaluate: Tool, tmp_path: 
     assert nothing["per_timestep_top1"] == found["per_timestep_top1"][:3]
     assert everything["top1"] in [pytest.approx(100 * n / NUM_SAMPLES) for n in tiny.VAL_SIZES]
     assert "multiply-accumulates a sample at T = 3" in out
+    assert f"{NUM_SAMPLES} samples of val" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[0] for row in rows if len(row) == 4 and row[0].isdigit()] == ["1", "2", "3", "5"]
     said = f"top-1 {found['top1']:.2f} %, top-5 100.00 %, loss {found['loss']:.4f} at T = 3, as is"
     assert said in out
     assert said in evaluation_page.html_page(found)
@@ -224,11 +206,9 @@ def test_report(run: Path, evaluate: Tool, tmp_path: Path) -> None:
     with Image.open(picture) as image:
         assert image.width > 1000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e.json", "page.html", "page.png"]
-    status, _, err = evaluate("--checkpoint", run, "--report", tmp_path / "no" / "page.html")
-    assert status == 2
-    assert "--report: cannot write" in err
-
     found = json.loads((tmp_path / "e.json").read_text())
+    found["per_class"][0]["class"] = found["classes"][0] = "<script>alert(1)</script>"
+    assert "<script" not in evaluation_page.html_page(found)
     # The T of training is marked, wherever the others are; and lies on the line.
     line, star = panel(evaluation_page._timesteps, found).get_lines()
     assert (list(line.get_xdata()), list(star.get_xdata())) == ([1, 3, 4], [3])
@@ -251,16 +231,6 @@ def panel(draw: Callable[..., None], found: dict[str, Any]) -> Any:
     axis = style.new_figure(4, 4).subplots()
     draw(axis, found)
     return axis
-
-
-def test_class_names_are_text_to_the_page(run: Path, evaluate: Tool, tmp_path: Path) -> None:
-    from tetdist.apps.reports.evaluation_page import html_page
-
-    file = tmp_path / "e.json"
-    assert evaluate("--checkpoint", run, "--json", file)[0] == 0
-    found = json.loads(file.read_text())
-    found["per_class"][0]["class"] = found["classes"][0] = "<script>alert(1)</script>"
-    assert "<script" not in html_page(found)
 
 
 def test_events_are_dropped(main: Callable[..., Any], evaluate: Tool, tmp_path: Path) -> None:
@@ -344,10 +314,6 @@ def test_a_threshold_of_early_exit_is_chosen_on_what_was_held_out(
         assert said in broken(evaluate, *arguments)
 
 
-def test_images_have_no_events(run: Path, evaluate: Tool) -> None:
-    assert "--drop-events needs" in broken(evaluate, "--checkpoint", run, "--drop-events", "0.5")
-
-
 def test_best_and_last(run: Path, evaluate: Tool, tmp_path: Path) -> None:
     steps = {}
     for name, options in {"last": (), "best": ("--best",)}.items():
@@ -417,10 +383,16 @@ def test_more_processes_than_batches(farm: Farm, run: Path, tiny_root: Path) -> 
     assert f"({NUM_SAMPLES} samples)" in outcome.text
 
 
-def test_json_is_written_whole(run: Path, evaluate: Tool, tmp_path: Path) -> None:
-    status, _, err = evaluate("--checkpoint", run, "--json", tmp_path / "no" / "e.json")
-    assert status == 2
-    assert "--json: cannot write" in err
+def test_what_would_fail_after_the_evaluation_fails_before(
+    run: Path, evaluate: Tool, tmp_path: Path
+) -> None:
+    for arguments, said in (
+        (("--json", tmp_path / "no" / "e.json"), "--json: cannot write"),
+        (("--json", tmp_path), f"--json: cannot write {tmp_path}: name a file in a folder"),
+        (("--report", tmp_path / "no" / "page.html"), "--report: cannot write"),
+        (("--drop-events", "0.5"), "--drop-events needs"),
+    ):
+        assert said in broken(evaluate, "--checkpoint", run, *arguments)
     kept = tmp_path / "kept.json"
     kept.write_text("earlier")
     status, *_ = evaluate("--checkpoint", tmp_path / "none", "--json", kept)

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from tetdist.apps.reports.curves import (
-    _beside,
     _learning_rate,
     _phase_borders,
     firing_rates,
@@ -219,6 +218,7 @@ def test_a_group_has_points_where_they_are_few_and_a_spread_within_its_limits() 
     assert (heights.min(), heights.max()) == (pytest.approx(69 - 1800**0.5), 100)
     _group(axis, [([*range(99)], [1.0] * 99)], TRAIN, "", PERCENT)
     assert axis.get_lines()[-1].get_marker() == "None"
+    _group(axis, [([1.0], [1.0]), ([2.0], [1.0])], TRAIN, "no epoch in common", PERCENT)
 
 
 def test_means_over_a_few_steps_are_not_drawn() -> None:
@@ -239,17 +239,6 @@ def test_small_rates_are_written_as_others_are() -> None:
         "0.0003",
         "0.1",
     ]
-
-
-def test_numbers_of_points_lie_beside_the_line() -> None:
-    def sides(*values: float) -> list[tuple[bool, str]]:
-        found = [_beside(values, index) for index in range(len(values))]
-        return [(y > 0, side) for _, y, side in found]
-
-    above, below = (True, "center"), (False, "center")
-    assert sides(1.0, 2.0, 3.0) == [(True, "right"), (True, "right"), above]
-    assert sides(3.0, 1.0, 2.0, 1.0) == [above, below, above, (True, "left")]
-    assert sides(5.0) == [above]
 
 
 @pytest.mark.parametrize(
@@ -304,5 +293,5 @@ def test_no_display_and_no_global_figures(tmp_path: Path) -> None:
 
 def test_matplotlib_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match=r"matplotlib is not installed: pip install"):
+    with pytest.raises(UserError, match=r"matplotlib is not installed; pip install"):
         draw(tmp_path, [train_line(10)])

@@ -62,7 +62,7 @@ def show(options: argparse.Namespace) -> int:
             status = int(any(verdict.on_the_way is False for verdict in verdicts))
         elif not is_pair:
             found, status = runs_table.as_dict(records), 0
-            for table in runs_table.tables(records):
+            for table in runs_table.tables(found):
                 print(aligned(table, right=range(1, len(table[0]))), end="\n\n")
         if options.plot:
             with explaining(options.plot):

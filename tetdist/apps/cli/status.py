@@ -11,6 +11,7 @@ Of one run some lines, of several a table. It asks nobody, Slurm neither; `slurm
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from tetdist.apps.cli.common import answer, fail, program
@@ -70,7 +71,7 @@ def show(options: argparse.Namespace) -> int:
 
     statuses = [status_of(folder) for folder in folders]
     if options.json:
-        print(json.dumps(strict([status.as_dict() for status in statuses]), indent=1))
+        print(json.dumps(strict([asdict(status) for status in statuses]), indent=1))
     elif not statuses:
         print("there are no runs yet in runs/")
     elif len(statuses) == 1:

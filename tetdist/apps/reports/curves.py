@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -19,7 +20,6 @@ from tetdist.apps.reports.style import (
     WAIT,
     finish,
     markers,
-    median,
     new_figure,
     raw_and_smooth,
     save,
@@ -305,14 +305,12 @@ def _timesteps(axis: Any, val: list[dict[str, Any]]) -> None:
         axis.plot(steps, top1, "o-", color=VALIDATION)
         # Every value has its number where there is room, else the first and the last one.
         for step in steps if len(top1) <= 8 else (1, len(top1)):
-            x, y, side = _beside(top1, step - 1)
             axis.annotate(
                 f"{top1[step - 1]:.2f}",
                 (step, top1[step - 1]),
-                xytext=(x, y),
+                xytext=(0, 7),
                 textcoords="offset points",
-                ha=side,
-                va="bottom" if y > 0 else "top",
+                ha="center",
                 fontsize=9,
                 color=VALIDATION,
             )
@@ -322,18 +320,6 @@ def _timesteps(axis: Any, val: list[dict[str, Any]]) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("timesteps averaged")
     finish(axis, title, ACCURACY, legend=False)
-
-
-def _beside(values: Sequence[float], index: int) -> tuple[int, int, str]:
-    """A position at which a point's number meets no line: distance in points, side at the point."""
-    here = values[index]
-    before = values[index - 1] if index > 0 else here
-    after = values[index + 1] if index + 1 < len(values) else here
-    if before > here < after:
-        return 0, -7, "center"
-    if before <= here >= after:
-        return 0, 7, "center"
-    return (-4, 4, "right") if after > before else (4, 4, "left")
 
 
 def _learning_rate(axis: Any, train: list[dict[str, Any]]) -> None:
@@ -356,7 +342,7 @@ def _throughput(axis: Any, train: list[dict[str, Any]], *, room: float) -> None:
     unit = "samples per second"
     speeds = series(train, "samples_per_s")[1]
     if speeds:
-        unit += f", median {median(speeds):,.4g}"
+        unit += f", median {statistics.median_high(speeds):,.4g}"
         raw_and_smooth(axis, train, "samples_per_s", SPEED, "speed")
         axis.set_ylim(0, max(speeds) * room)
     epochs, waits = series(train, "data_wait")

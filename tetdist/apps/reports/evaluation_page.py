@@ -52,7 +52,7 @@ def sections(found: EvaluationResults, *, brief: bool) -> list[Section]:
         counts += operations["assumptions"]
     if not found["firing_rate"]:
         counts.append("no firing rates: a network without neurons that fire")
-    rates = [[f"{rate:.4f}", layer] for layer, rate in found["firing_rate"].items()]
+    rates = [[layer, f"{rate:.4f}"] for layer, rate in found["firing_rate"].items()]
     title = f"firing rate over {counted(found['timesteps'], 'timestep')}"
     return [
         Section(
@@ -66,7 +66,7 @@ def sections(found: EvaluationResults, *, brief: bool) -> list[Section]:
         Section(
             "Firing rates and operations",
             [*_unrolled(found), *counts],
-            [[["", title], *rates]] if rates else [],
+            [[["layer", title], *rates]] if rates else [],
             [panel for values, panel in of_layers if values],
             height=1.5 + 0.22 * max(len(values) for values, _ in of_layers),
         ),

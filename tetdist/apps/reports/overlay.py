@@ -1,11 +1,12 @@
 """Several runs in one picture, seeds as one curve with its spread."""
 
 import itertools
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tetdist.apps.reports.style import (
     ACCURACY,
@@ -22,9 +23,11 @@ from tetdist.apps.reports.style import (
     steady_part,
 )
 
+Lines = list[dict[str, Any]]
+
 
 def runs(
-    groups: Mapping[str, Sequence[tuple[str, list[dict[str, Any]]]]],
+    groups: Mapping[str, Sequence[Lines]],
     title: str,
     out: Path,
     published: tuple[str, list[float], list[float]] | None = None,
@@ -32,7 +35,7 @@ def runs(
     """Draw the curves of several runs over each other, the mean and spread of each group.
 
     Args:
-        groups: By name, the runs that differ only by their seed: names and lines of metrics.
+        groups: By name, the lines of metrics of each run that differs only by its seed.
         title: Above the picture.
         out: The PNG; its folder is made.
         published: A curve of top-1 beside theirs: its name, epochs and percent.
@@ -51,7 +54,7 @@ def runs(
     for panel, (kind, key, heading, unit, limits) in panels.items():
         axis = axes[panel]
         for colour, (name, members) in zip(itertools.cycle(SERIES), groups.items(), strict=False):
-            measured = [[line for line in lines if line["kind"] == kind] for _, lines in members]
+            measured = [[line for line in lines if line["kind"] == kind] for lines in members]
             curves = [
                 series(steady_part(lines) if kind == "train" else lines, key) for lines in measured
             ]
@@ -98,29 +101,24 @@ def _group(
         marker = marker_style(values)
         axis.plot(epochs, values, marker, color=colour, linewidth=0.7, markersize=2.5, alpha=0.45)
     at_all = sorted(set.intersection(*(set(epochs) for epochs, _ in curves)))
-    columns = [
-        [dict(zip(epochs, values, strict=True))[epoch] for epochs, values in curves]
-        for epoch in at_all
-    ]
-    means = [sum(column) / len(column) for column in columns]
-    spreads = [standard_deviation(column) for column in columns]
+    known = [dict(zip(epochs, values, strict=True)) for epochs, values in curves]
+    columns = np.array([[values[epoch] for epoch in at_all] for values in known])
+    means, spreads = columns.mean(axis=0), columns.std(axis=0, ddof=1)
     axis.fill_between(
         at_all,
-        [max(mean - spread, limits[0]) for mean, spread in zip(means, spreads, strict=True)],
-        [min(mean + spread, limits[1]) for mean, spread in zip(means, spreads, strict=True)],
+        np.maximum(means - spreads, limits[0]),
+        np.minimum(means + spreads, limits[1]),
         color=colour,
         alpha=0.2,
         linewidth=0,
     )
-    markers(axis, at_all, means, colour, label)
+    markers(axis, at_all, means.tolist(), colour, label)
 
 
-def _group_timesteps(
-    axis: Any, groups: Mapping[str, Sequence[tuple[str, list[dict[str, Any]]]]]
-) -> None:
+def _group_timesteps(axis: Any, groups: Mapping[str, Sequence[Lines]]) -> None:
     for colour, members in zip(itertools.cycle(SERIES), groups.values(), strict=False):
         curves = []
-        for _, lines in members:
+        for lines in members:
             evaluated = [line for line in lines if line.get("per_timestep_top1")]
             if evaluated:
                 top1 = evaluated[-1]["per_timestep_top1"]
@@ -129,10 +127,3 @@ def _group_timesteps(
     axis.set_xlabel("timesteps averaged")
     axis.xaxis.get_major_locator().set_params(integer=True)
     finish(axis, "Last accuracy by timestep", ACCURACY, legend=False)
-
-
-def standard_deviation(values: Sequence[float]) -> float:
-    """The standard deviation of a sample, with n - 1 in the denominator; 0 of a single value."""
-    mean = sum(values) / len(values)
-    squares = sum((value - mean) ** 2 for value in values)
-    return math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else 0.0

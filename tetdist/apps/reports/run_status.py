@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,24 +71,21 @@ class RunStatus:
     folder: str
     state: str
     text: str
-    step: int | None
-    last_step: int | None
-    epoch: float | None
-    epochs: int | None
-    phase: int | None
-    phases: int | None
-    train: dict[str, Any]
-    val: dict[str, Any]
-    best_top1: float | None
-    best_step: int | None
-    eta_s: float | None
-    line_age_s: float | None
-    checkpoint: str | None
-    checkpoint_age_s: float | None
-    bytes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    step: int | None = None
+    last_step: int | None = None
+    epoch: float | None = None
+    epochs: int | None = None
+    phase: int | None = None
+    phases: int | None = None
+    train: dict[str, Any] = field(default_factory=dict)
+    val: dict[str, Any] = field(default_factory=dict)
+    best_top1: float | None = None
+    best_step: int | None = None
+    eta_s: float | None = None
+    line_age_s: float | None = None
+    checkpoint: str | None = None
+    checkpoint_age_s: float | None = None
+    bytes: int = 0
 
 
 def find_runs(names: Sequence[str], runs_dir: str = "runs") -> list[Path]:
@@ -201,10 +198,7 @@ def _last_lines(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, A
 
 def damaged(folder: Path, reason: str) -> RunStatus:
     """The status of a run whose own cannot be read."""
-    unknown = {one.name: None for one in fields(RunStatus)}
-    known = {"run": folder.resolve().name, "folder": str(folder), "state": DAMAGED, "text": reason}
-    values: dict[str, Any] = unknown | known | {"train": {}, "val": {}, "bytes": _bytes_of(folder)}
-    return RunStatus(**values)
+    return RunStatus(folder.resolve().name, str(folder), DAMAGED, reason, bytes=_bytes_of(folder))
 
 
 def _state(folder: Path, end: dict[str, Any], saved: int, job: JobEvent | None) -> tuple[str, str]:

@@ -2,12 +2,15 @@
 
 import itertools
 import re
+import statistics
 from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tetdist.apps.reports import overlay
 from tetdist.apps.reports.compare import open_run, reading
@@ -57,7 +60,6 @@ class RunRecord:
         train, val = self.of_kind("train"), self.of_kind("val")
         last_train, last_val = (lines[-1] if lines else {} for lines in (train, val))
         best = max(val, key=lambda line: line["top1"], default={})
-        speeds = sorted(self.speeds)
         return {
             "run": self.name,
             "step": max((line["step"] for line in self.lines), default=None),
@@ -68,7 +70,7 @@ class RunRecord:
             **self._of_average(),
             "val_loss": last_val.get("loss"),
             "train_loss": last_train.get("loss"),
-            "samples_per_s": speeds[len(speeds) // 2] if speeds else None,
+            "samples_per_s": statistics.median_high(self.speeds) if self.speeds else None,
         }
 
     def _of_average(self) -> dict[str, Any]:
@@ -208,7 +210,7 @@ def group_result(name: str, members: Sequence[RunRecord]) -> dict[str, Any]:
     for key in ("top1", "best_top1", "val_loss"):
         values = [value for r in members if (value := r.result()[key]) is not None]
         found[key] = sum(values) / len(values) if values else None
-        found[f"{key}_deviation"] = overlay.standard_deviation(values) if len(values) > 1 else None
+        found[f"{key}_deviation"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return found
 
 
@@ -225,50 +227,45 @@ def as_dict(records: Sequence[RunRecord]) -> dict[str, Any]:
     }
 
 
-def tables(records: Sequence[RunRecord]) -> list[list[list[str]]]:
-    """The table of the runs and, if some differ only by their seed, that of the groups."""
-    keys = differing_keys(records)
-    results = [record.result() for record in records]
-    averaged = any("ema_top1" in result for result in results)
-    head = ["run", "epoch", "top-1 %", "best", "at epoch", "val loss", "train loss", "per s"]
-    head += ["EMA top-1 %", "EMA best"] if averaged else []
-    rows = [[*head, *keys]]
-    for record, result in zip(records, results, strict=True):
-        of_average = [number(result.get(f"{key}ema_top1"), ".2f") for key in ("", "best_")]
-        rows.append(
-            [
-                result["run"],
-                number(result["epoch"], "g"),
-                number(result["top1"], ".2f"),
-                number(result["best_top1"], ".2f"),
-                number(result["best_epoch"], "g"),
-                number(result["val_loss"], ".4f"),
-                number(result["train_loss"], ".4f"),
-                number(result["samples_per_s"], ".0f"),
-                *(of_average if averaged else []),
-                *(shortened((record.configuration or {}).get(key, "-")) for key in keys),
-            ]
-        )
-    groups = group(records)
-    if all(len(members) == 1 for members in groups.values()):
+def tables(found: dict[str, Any]) -> list[list[list[str]]]:
+    """Return the table of the runs of `as_dict` and, if some differ only by seed, of the groups."""
+    runs = found["runs"]
+    averaged = any("ema_top1" in run for run in runs)
+    columns = {
+        "epoch": ("epoch", "g"),
+        "top1": ("top-1 %", ".2f"),
+        "best_top1": ("best", ".2f"),
+        "best_epoch": ("at epoch", "g"),
+        "val_loss": ("val loss", ".4f"),
+        "train_loss": ("train loss", ".4f"),
+        "samples_per_s": ("per s", ".0f"),
+    }
+    if averaged:
+        columns |= {"ema_top1": ("EMA top-1 %", ".2f"), "best_ema_top1": ("EMA best", ".2f")}
+    head = ["run", *(title for title, _ in columns.values()), *runs[0]["configuration"]]
+    rows = [head] + [
+        [
+            run["run"],
+            *(number(run.get(key), spec) for key, (_, spec) in columns.items()),
+            *("-" if x is None else shortened(x) for x in run["configuration"].values()),
+        ]
+        for run in runs
+    ]
+    if all(len(group["runs"]) == 1 for group in found["groups"]):
         return [rows]
-    of_groups = [["group", "runs", "top-1 %", "best", "val loss"]]
-    for name, members in groups.items():
-        result = group_result(name, members)
-        of_groups.append(
-            [
-                name,
-                str(len(members)),
-                *(
-                    with_deviation(result[key], result[f"{key}_deviation"], spec)
-                    for key, spec in (("top1", ".2f"), ("best_top1", ".2f"), ("val_loss", ".4f"))
-                ),
-            ]
-        )
+    specs = {"top1": ".2f", "best_top1": ".2f", "val_loss": ".4f"}
+    of_groups = [["group", "runs", *(columns[key][0] for key in specs)]] + [
+        [
+            group["group"],
+            str(len(group["runs"])),
+            *(_with_deviation(group[key], group[f"{key}_deviation"], specs[key]) for key in specs),
+        ]
+        for group in found["groups"]
+    ]
     return [rows, of_groups]
 
 
-def with_deviation(mean: float | None, deviation: float | None, spec: str) -> str:
+def _with_deviation(mean: float | None, deviation: float | None, spec: str) -> str:
     if deviation is None:
         return number(mean, spec)
     return f"{number(mean, spec)} +- {number(deviation, spec)}"
@@ -289,5 +286,5 @@ def plot(
     title = "1 run" if len(members) == 1 else f"{len(members)} runs"
     if len(groups) < len(members):
         title += "; of runs that differ only by their seed: mean and standard deviation"
-    lines = {name: [(r.name, r.lines) for r in rs] for name, rs in groups.items()}
+    lines = {name: [record.lines for record in of_name] for name, of_name in groups.items()}
     overlay.runs(lines, title, out, published)

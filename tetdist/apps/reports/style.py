@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def steady_part(train: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     steps = [0, *(line["step"] for line in train)]
     counts = [float(after - before) for before, after in itertools.pairwise(steps)]
-    least = median(counts) / 2 if counts else 0
+    least = statistics.median_high(counts) / 2 if counts else 0
     return [line for line, count in zip(train, counts, strict=True) if count >= least]
 
 
@@ -155,10 +156,6 @@ def _running_mean(values: list[float], half: int) -> list[float]:
         first, end = max(0, index - half), min(len(values), index + half + 1)
         means.append((sums[end] - sums[first]) / (end - first))
     return means
-
-
-def median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def series(lines: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
