@@ -87,6 +87,7 @@ def test_printed_configuration_says_where_each_value_is_from(
     # What an override replaced as a whole comes from nowhere else.
     assert said["flip: 0.5"] == DEFAULT
     assert said["- 0.485"] == DEFAULT
+    assert said["padding: 4"] == f"{DEFAULT}; no effect with data.crop=resized"
 
 
 def test_arguments_are_those_of_the_named_network(tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def _check_distillation(config: RunConfig) -> None:
 
 def effective(config: RunConfig) -> dict[str, Any]:
     """The configuration as one dictionary of dotted keys, without those that have no effect."""
-    unread = [key for key, *_ in _without_effect(config)]
+    unread = [key for key, *_ in without_effect(config)]
     return {
         key: value
         for key, value in flatten(config.as_dict()).items()
@@ -280,12 +280,12 @@ def effective(config: RunConfig) -> dict[str, Any]:
 
 def warn_without_effect(config: RunConfig, inherited: Collection[str]) -> None:
     """Say which keys were set that nothing reads, but those that a ``base`` has set."""
-    for key, is_set, because in _without_effect(config):
+    for key, is_set, because in without_effect(config):
         if is_set and not any(one == key or one.startswith(f"{key}.") for one in inherited):
             logger.warning("%s has no effect with %s", key, because)
 
 
-def _without_effect(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
+def without_effect(config: RunConfig) -> Iterator[tuple[str, bool, str]]:
     """Every key that nothing reads, whether it was set, and the setting that makes it so."""
     for section, prefix, names, because in _unread(config):
         for name in names:

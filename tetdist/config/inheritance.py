@@ -129,15 +129,25 @@ def origin_of(key: str, origins: Mapping[str, str]) -> str:
     return origins.get(key, DEFAULT)
 
 
-def annotated(text: str, origins: Mapping[str, str]) -> str:
-    """YAML with a comment behind each value that says where it is from."""
+def annotated(text: str, origins: Mapping[str, str], unread: Mapping[str, str]) -> str:
+    """Add a comment behind each value of a YAML: its origin, and why it has no effect if so.
+
+    Args:
+        text: The configuration.
+        origins: By dotted key, as of `Layered`.
+        unread: By dotted key of a value or a section, the setting that leaves it without effect.
+    """
     lines = text.splitlines()
     root = yaml.compose(text, yaml.SafeLoader)
     assert root is not None
     ends = {end: key for key, end in _values_by_line(root, "")}
     width = min(max(map(len, lines)), 50)
     for number, key in ends.items():
-        lines[number] = f"{lines[number]:{width}}  # {origin_of(key, origins)}"
+        comment = origin_of(key, origins)
+        for section, because in unread.items():
+            if key == section or key.startswith(f"{section}."):
+                comment += f"; no effect with {because}"
+        lines[number] = f"{lines[number]:{width}}  # {comment}"
     return "\n".join(lines) + "\n"
 
 

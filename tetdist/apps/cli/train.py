@@ -104,6 +104,7 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
     """The configuration; None where showing it was all that was asked for."""
     from tetdist.apps.reports.reference import find_reference
     from tetdist.config import loading
+    from tetdist.config.checks import without_effect
     from tetdist.config.documentation import documented_keys
     from tetdist.config.inheritance import DEFAULT, annotated
     from tetdist.nn.neurons import kind_of
@@ -133,6 +134,7 @@ def read_config(options: argparse.Namespace) -> "RunConfig | None":
             f"model.neuron.{key}": f"{DEFAULT} of {kind_of(model.neuron)}, in place of {own}"
             for key, (own, _) in model.changed_by_kind.items()
         }
-        print(annotated(loaded.config.as_yaml(), of_kind | loaded.origins), end="")
+        unread = {key: because for key, _, because in without_effect(loaded.config)}
+        print(annotated(loaded.config.as_yaml(), of_kind | loaded.origins, unread), end="")
         return None
     return loaded.config
