@@ -98,8 +98,8 @@ def neuron_section(kind: str) -> type[BaseModel]:
     described = Field(
         default="lif",
         description=(
-            "Or one of your own; see imports. Kind and numbers that are not given are those that "
-            "the network was published with."
+            "Kind of neuron, or one of your own (see imports). Unset keys default to the network's "
+            "published neuron."
         ),
     )
     section: type[BaseModel] = pydantic.create_model(

@@ -34,75 +34,81 @@ class RunConfig(Section):
     """Python files of your own, beside the configuration, that register models, neurons, losses,
     optimisers, transforms or trackers; docs/extending.md. --import FILE adds one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of everything that is drawn: initial weights, sample order, augmentation, dropout."""
+    """Seed of all random numbers: initial weights, sample order, augmentation, dropout."""
     model: ModelSection
     data: DataSection
     batch: BatchSection
     loss: LossSection = LossSection()
     phases: Annotated[tuple[PhaseSection, ...], Field(min_length=1)]
     precision: Literal["bf16", "fp32", "tf32", "fp16", "fp64"] = "bf16"
-    """bf16, fp16 (GPU only): of convolutions, beside parameters in float32. tf32 (GPU only): fp32
-    with the inputs of convolutions rounded to ten bits. fp64: for checks."""
+    """Numeric precision. bf16, fp16 (GPU only): for convolutions, with float32 parameters. fp32.
+    tf32 (GPU only): fp32 whose convolutions round their inputs to ten bits. fp64: for checks."""
     batch_norm: BatchNormSection = BatchNormSection()
     execution: Literal["fused", "reference"] = "fused"
-    """reference runs the plain definitions of normalisation and neurons."""
+    """Implementation of norms and neurons. fused: C++ and Triton kernels; reference: the
+    definitions in plain torch."""
     recompute: Literal["none", "blocks"] | SegmentsSection = "none"
-    """Activation memory. blocks: keep each block's input only, compute the rest again; the same
-    result to the bit. {timesteps: k}: the same over segments of k timesteps, for long T; batch
-    norm then normalises each segment by itself, which is another network in training."""
+    """Activation memory (gradient checkpointing). blocks: keep each block's input only and compute
+    the rest again; results stay bitwise identical. {timesteps: k}: the same over segments of k
+    timesteps, for long T; batch norm then normalises each segment by itself, which trains another
+    network."""
     gradient_clipping: Annotated[float, Field(gt=0)] | None = None
-    """Largest norm of the gradient, or what clip_mode says; null: it is not clipped."""
+    """Limit of the gradient's norm, or of what clip_mode names; null: no clipping."""
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     """Quantity that gradient_clipping limits. norm: norm of the whole gradient; value: each
-    element; agc (adaptive): norm of each filter's gradient, relative to the weights' norm,
-    except for the classifier; 0.01, for instance."""
+    element; agc (adaptive): each filter's gradient norm relative to its weights' norm, except in
+    the classifier (0.01, for instance). timm's clip_mode."""
     ema: EmaSection = EmaSection()
     non_finite_limit: Positive = 5
-    """Steps in a row without a finite gradient after which the run ends; until then each of them
+    """Number of steps in a row without a finite gradient after which the run ends. Such a step
     changes nothing and is counted."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
-    """torch: a few lines of plain torch, the check on DeepSpeed's result."""
+    """Training engine: deepspeed, or torch, a minimal one in PyTorch with the same results."""
     zero_stage: Literal[0, 1, 2] = 0
-    """DeepSpeed's ZeRO. 1: the optimiser's state is divided among processes; 2: gradients, too."""
+    """DeepSpeed's ZeRO stage. 1: the optimiser's state is divided among processes; 2: gradients,
+    too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where torch sees a GPU, else cpu."""
+    """Device to train on. auto: cuda if torch sees a GPU, else cpu."""
     cuda_graphs: bool = False
-    """Have a GPU start a micro-batch's kernels, forward and backward, all at once: for small
-    micro-batches, where it would wait for the host. With engine=torch. What a micro-batch needs
-    stays reserved between them, beside what an evaluation takes. Shown right on no GPU yet: run
-    tools/check_gpu.py there first."""
+    """Capture each micro-batch's forward and backward pass as a CUDA graph, for micro-batches so
+    small that the GPU waits for the host. Needs engine=torch and a GPU; graph memory stays reserved
+    during evaluation. Not yet verified on a GPU: run tools/check_gpu.py first."""
     deterministic: bool = False
-    """Only algorithms that repeat to the bit on a GPU; slower. (On a CPU they all do.)"""
+    """Use only algorithms that are bitwise repeatable on a GPU, which are slower; those on a CPU
+    always are."""
     max_steps: Positive | None = None
-    """End after so many optimiser steps in all, for a try; schedules stay those of the phases."""
+    """Number of optimiser steps after which the run ends, for a smoke test; schedules stay those of
+    the phases. Null: no limit."""
     log_every: Positive = 20
-    """Optimiser steps between two lines of metrics."""
+    """Number of optimiser steps between two lines of metrics."""
     plots: bool = True
-    """Draw the pictures in RUN/plots, which takes a second or two at the first evaluation, at the
-    last and now and then between."""
+    """Draw plots in RUN/plots: a second or two at the first and last evaluation and at some
+    between."""
     reference: str | None = None
-    """A published training on ImageNet, such as sew34: its accuracy after as many images is in the
-    metrics and plots beside each evaluation, and a run that is far behind warns. More by
-    tools/compare_runs.py --reference; an unknown name lists those that there are."""
+    """Name of a published ImageNet training, such as sew34, to compare with: its accuracy after as
+    many images stands beside each evaluation in metrics and plots, and a run far below it warns. An
+    unknown name lists those known; tools/compare_runs.py --reference shows more."""
     evaluate_every: Positive = 1
-    """Epochs between two evaluations; the last epoch is always evaluated."""
+    """Number of epochs between two evaluations; the last epoch is always evaluated."""
     init_checkpoint: str | None = None
-    """Weights and running statistics to begin with: a run folder (its last checkpoint), the folder
-    of a checkpoint or an export, a .safetensors file (tools/convert.py makes one of other
-    libraries' weights), or hf:ORG/NAME[@REVISION]. The optimiser starts anew."""
+    """Initial weights and running statistics: a run folder (its last checkpoint), the folder of a
+    checkpoint or an export, a .safetensors file (tools/convert.py makes one from other libraries'
+    weights), or hf:ORG/NAME[@REVISION]. The optimiser starts anew. Null: random weights."""
     start_phase: Annotated[int, Field(ge=0)] = 0
-    """Begin with this phase, from init_checkpoint, as if those before it were done."""
+    """Phase to begin with, from init_checkpoint, as if the phases before it were done."""
     peer_timeout: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds without any progress of a process after which all others end."""
+    """Time in seconds without progress of a process after which all others end."""
     record_samples: bool = False
     """Debugging aid: write ids and checksums of the samples of each step to samples-RANK.jsonl."""
     profile: ProfileSection | None = None
-    """Time the operations of some steps on rank 0, by torch.profiler: RUN/profile/ gets a trace and
-    a table of the dearest. Results stay the same."""
+    """Profile of some steps on rank 0 by torch.profiler: RUN/profile/ gets a trace and a table of
+    the costliest operations. Results stay the same. Null: none."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """Treatment of checkpoints in the run folder: auto resumes if there are any."""
+    """Treatment of checkpoints in the run folder. auto: resume if there are any; must: refuse to
+    start without one; never: refuse to start with one."""
     runs_dir: str = "runs"
-    """Folder of the run's folder, and of MLflow's database unless tracking.uri says another."""
+    """Folder that holds the run's folder, and MLflow's database unless tracking.uri names
+    another."""
     save: SaveSection = SaveSection()
     tracking: TrackingSection = TrackingSection()
     cluster: dict[str, Any] = {}

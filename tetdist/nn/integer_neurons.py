@@ -46,14 +46,16 @@ class ILIF(NeuronConfig):
 
     decay: float = option(
         0.25,
-        "Share of the membrane kept from one timestep to the next; 0: no membrane.",
+        "Fraction of the membrane kept from one timestep to the next; 0: no membrane.",
         ge=0,
         le=1,
     )
     # Products of two numbers of spikes, as in attention, have to stay within a byte.
-    most_spikes: int = option(4, "D, the most spikes of a neuron in a timestep.", ge=1, le=15)
+    most_spikes: int = option(
+        4, "Maximum number of spikes D of a neuron in a timestep.", ge=1, le=15
+    )
     detach_reset: bool = option(
-        False, "Treat the reset as a constant in the backward pass. The paper does not."
+        False, "Treat the reset as a constant in the backward pass; TET's paper does not."
     )
 
     @property

@@ -26,15 +26,15 @@ class PLIF(LIF):
 
     decay: float = option(
         0.5,
-        "Share of the membrane kept from one timestep to the next, 1 - 1/tau, as it begins.",
+        "Initial fraction of the membrane kept from one timestep to the next, 1 - 1/tau.",
         gt=0,
         lt=1,
     )
     surrogate: SurrogateName = option(
-        "sigmoid", "Stands in for the spike's derivative in the backward pass."
+        "sigmoid", "Surrogate derivative of the spike in the backward pass."
     )
     surrogate_width: float = option(
-        4.0, "Half-width of triangle and rectangle, steepness of atan and sigmoid.", gt=0
+        4.0, "Half-width of triangle and rectangle; steepness of atan and sigmoid.", gt=0
     )
     fires_at_threshold: bool = option(True, "Fire exactly at the threshold, too.")
     decay_input: bool = option(

@@ -168,7 +168,7 @@ class NeuronConfig:
     # Parameters that all channels share and that have a shape of their own, such as (T, T).
     over_time: ClassVar[frozenset[str]] = frozenset()
 
-    threshold: float = option(1.0, "V_th, in units of the input current.", gt=0)
+    threshold: float = option(1.0, "Firing threshold V_th, in units of the input current.", gt=0)
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -316,24 +316,26 @@ class LIF(NeuronConfig):
 
     decay: float = option(
         0.5,
-        "Share of the membrane kept from one timestep to the next; 1 is the IF neuron.",
+        "Fraction of the membrane kept from one timestep to the next; 1: an IF neuron.",
         gt=0,
         le=1,
     )
-    reset: Literal["hard", "soft"] = option("hard", "hard: to 0; soft: by the threshold.")
+    reset: Literal["hard", "soft"] = option(
+        "hard", "Reset after a spike. hard: to 0; soft: minus V_th."
+    )
     detach_reset: bool = option(
-        False, "Treat the reset as a constant in the backward pass. The paper does not."
+        False, "Treat the reset as a constant in the backward pass; TET's paper does not."
     )
     surrogate: SurrogateName = option(
-        "triangle", "Stands in for the spike's derivative in the backward pass."
+        "triangle", "Surrogate derivative of the spike in the backward pass."
     )
     surrogate_width: float = option(
-        1.0, "Half-width of triangle and rectangle, steepness of atan and sigmoid.", gt=0
+        1.0, "Half-width of triangle and rectangle; steepness of atan and sigmoid.", gt=0
     )
     spike: Literal["step", "sigmoid"] = option(
         "step",
-        "sigmoid: the control of the paper whose gradient is its own. Needs surrogate=sigmoid, "
-        "whose width is its steepness; without fused passes, so slower.",
+        "Output of a neuron. step: a spike; sigmoid: a smooth control without gradient mismatch, "
+        "which needs surrogate=sigmoid and has no fused kernels, so it is slower.",
     )
     fires_at_threshold: bool = option(
         False,

@@ -36,10 +36,10 @@ class ParallelNeuron(NeuronConfig):
     segments: ClassVar[bool] = False
 
     surrogate: SurrogateName = option(
-        "atan", "Stands in for the spike's derivative in the backward pass."
+        "atan", "Surrogate derivative of the spike in the backward pass."
     )
     surrogate_width: float = option(
-        2.0, "Half-width of triangle and rectangle, steepness of atan and sigmoid.", gt=0
+        2.0, "Half-width of triangle and rectangle; steepness of atan and sigmoid.", gt=0
     )
 
     @property
@@ -76,7 +76,7 @@ class PSN(ParallelNeuron):
 
     causal: ClassVar[bool] = False
 
-    timesteps: int = option(4, "T, of whose currents the neurons learn weighted sums.", ge=1)
+    timesteps: int = option(4, "Number of timesteps T that the learnt weights combine.", ge=1)
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:
         del num_channels
@@ -100,15 +100,15 @@ class PSN(ParallelNeuron):
 class MaskedPSN(ParallelNeuron):
     """The parallel spiking neuron with only the last `order` currents, as far as `mask` says."""
 
-    timesteps: int = option(4, "T, of whose currents the neurons learn weighted sums.", ge=1)
+    timesteps: int = option(4, "Number of timesteps T that the learnt weights combine.", ge=1)
     order: int = option(2, "Number of timesteps, up to its own, that a spike depends on.", ge=1)
     mask: float = option(
-        1.0, "lambda: 1 leaves nothing of what the mask takes away, 0 leaves all.", ge=0, le=1
+        1.0, "Strength lambda of the mask: 1 removes all masked weights, 0 none.", ge=0, le=1
     )
     mask_epochs: float = option(
         0.0,
-        "Epochs, from the run's first one on, over which mask rises from 0 to its value, once an "
-        "epoch. Until then spikes depend on later currents, too.",
+        "Number of epochs, from the run's first, over which mask rises from 0 to its value, once "
+        "an epoch. Until then spikes depend on later currents, too.",
         ge=0,
     )
 
@@ -168,8 +168,8 @@ class SlidingPSN(ParallelNeuron):
     order: int = option(2, "Number of timesteps, up to its own, that a spike depends on.", ge=1)
     init: Literal["exponential", "uniform"] = option(
         "exponential",
-        "Weights as they begin: 1 of the present current, 1/2 of the one before it, and so on; or "
-        "uniform between -1 and 1 over the root of order.",
+        "Initial weights. exponential: 1 for the present current, 1/2 for the one before it, and "
+        "so on; uniform: between -1 and 1 over the root of order.",
     )
 
     def parameters(self, num_channels: int) -> dict[str, Tensor]:

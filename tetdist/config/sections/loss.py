@@ -13,35 +13,41 @@ class DistillationSection(Section):
     input. With TET they are those of every timestep, with SDT of the time-mean."""
 
     teacher: str | None = None
-    """A run folder (its last checkpoint), the folder of a checkpoint or an export, a .safetensors
-    file (see init_checkpoint), hf:ORG/NAME, or timm:NAME. Null: none."""
+    """Teacher network: a run folder (its last checkpoint), the folder of a checkpoint or an export,
+    a .safetensors file (see init_checkpoint), hf:ORG/NAME, or timm:NAME; null: none."""
     teacher_weights: str | None = None
     """File with the weights of a timm:NAME teacher; null: timm downloads those it knows."""
     weight: Annotated[float, Field(ge=0)] = 0.2
     """Weight of the teacher's KL divergence; without effect if there is no teacher."""
     teacher_alignment: TeacherAlignment = "plain"
-    """plain: logits are compared as they are. error_aware, that of SeAl: where a timestep's class
-    is wrong, its logit is replaced by that of the right class, and the teacher's of both by the
-    smaller one."""
+    """Alignment of logits before the teacher's divergence. plain: none. error_aware (SeAl): at a
+    timestep whose class is wrong, its logit is replaced by that of the right class, and the
+    teacher's logits of both by the smaller one."""
     self_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of each timestep's KL divergence from self_target; 0: none. For TET only."""
+    """Weight of each timestep's KL divergence from self_target (self-distillation); 0: off. Needs
+    loss.kind=tet."""
     self_target: SelfTarget = "time_mean"
-    """time_mean: the mean of all timesteps. correct_mean, that of full-range distillation: of those
-    whose class is right, and equal shares of the classes where none is. similarity, that of SeAl:
-    each timestep's own mean of the others, by their confidence and similarity to it."""
+    """Target of self-distillation. time_mean: the mean of all timesteps. correct_mean (full-range
+    distillation): the mean of the timesteps whose class is right, or equal probabilities if none
+    is. similarity (SeAl): each timestep's own mean of the other timesteps, weighted by their
+    confidence and similarity to it."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    """Divisor of the logits in both divergences; above 1 lesser classes count more."""
+    """Temperature: divisor of the logits in both divergences. Above 1, less likely classes count
+    more."""
 
 
 class LossSection(Section):
     kind: Annotated[str, OneOf(lambda: LOSSES)] = "tet"
-    """tet, sdt (cross-entropy of the time-mean), or one of your own; see imports."""
+    """Objective. tet: mean of every timestep's cross-entropy; sdt: cross-entropy of the time-mean;
+    or one of your own (see imports)."""
     lambda_: Fraction = Field(default=0.001, alias="lambda")
-    """TET's weight of the pull towards phi."""
+    """Weight of TET's regulariser, the mean squared distance of all outputs from phi; the
+    cross-entropy has weight 1 - lambda."""
     phi: float = 1.0
-    """TET's target of all outputs; the paper takes the threshold."""
+    """Target of TET's regulariser for all outputs; the paper takes the threshold."""
     label_smoothing: Share = 0.0
-    """Share of the target that is spread evenly over all classes, as of torch's cross_entropy."""
+    """Probability that is spread evenly over all classes in the target, as in torch's
+    cross_entropy."""
     arguments: dict[str, Any] = {}
     """Further arguments of a loss of your own."""
     distillation: DistillationSection = DistillationSection()

@@ -74,9 +74,9 @@ def network_neuron(model: Mapping[str, Any]) -> NeuronConfig:
 
 class ModelSection(Section):
     name: Annotated[str, OneOf(models.names)]
-    """A model registered with timm, or one of your own; see imports."""
+    """Name of a network registered with timm, or of one of your own (see imports)."""
     num_classes: Annotated[int, Field(gt=1)] | None = None
-    """Null: as many as the data set has."""
+    """Number of classes; null: as many as the data set has."""
     neuron: Neuron
     """Neuron of all layers. Unset fields default to the network's published neuron."""
     arguments: dict[str, Any] = {}

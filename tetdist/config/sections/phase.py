@@ -10,24 +10,27 @@ from tetdist.optimizers import OPTIMIZERS
 
 class OptimizerSection(Section):
     kind: Annotated[str, OneOf(lambda: OPTIMIZERS)] = "sgd"
-    """sgd, adam, adamw; timm:NAME is timm's, such as timm:lamb; or one of your own; see imports."""
+    """Optimiser: sgd, adam or adamw; timm:NAME for one of timm's, such as timm:lamb; or one of your
+    own (see imports)."""
     lr: Annotated[float, Field(gt=0)]
-    """Peak learning rate; for the global batch as it is, unless lr_per is set."""
+    """Peak learning rate, for the global batch as it is unless lr_per is set."""
     lr_per: Annotated[int, Field(gt=0)] | None = None
-    """lr is meant for so many samples a step, and is multiplied by batch.global over them, the rule
-    of recipes that say "per 256". A run says both. Null: nothing is scaled."""
+    """Number of samples a step that lr is given for: lr is multiplied by batch.global / lr_per, the
+    rule of recipes that say "per 256". Null: lr is not scaled."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Factor of the learning rate for each layer below the classifier (stem, blocks, classifier);
-    metrics show the classifier's rate. Null: all layers have the same; timm's layer_decay."""
+    """Factor of the learning rate from each layer to the one below it, from the classifier down;
+    metrics show the classifier's rate. Null: all layers learn at the same rate. timm's
+    layer_decay."""
     momentum: Share = 0.9
     """SGD momentum."""
     nesterov: bool = False
     """Use Nesterov momentum (SGD)."""
     betas: tuple[Share, Share] = (0.9, 0.999)
-    """Decays of the averages of gradients and of their squares; not of sgd."""
+    """Decay factors of the running averages of gradients and of squared gradients (adam, adamw and
+    most of timm's)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Share of a weight that is added to its gradient; adamw and its like subtract it, times the
-    learning rate, from the weight itself."""
+    """Weight decay: this fraction of a weight is added to its gradient; decoupled optimisers such
+    as adamw subtract learning rate x weight_decay x weight instead."""
     decay_norms: bool = True
     """Apply weight decay to batch norm parameters and biases, too."""
     decay_neurons: bool = False
@@ -55,19 +58,20 @@ class PhaseSection(Section):
     epochs: Epochs
     """Number of passes over the training samples in this phase."""
     timesteps: Timesteps
-    """T: how often the network sees an image, or how many time bins of a recording."""
+    """T: the number of times the network sees an image, or of a recording's time bins."""
     optimizer: OptimizerSection
     schedule: Literal["cosine", "constant", "polynomial", "step"] = "cosine"
-    """cosine: half a period, from the peak to min_lr; polynomial: to min_lr by (1 - share)^power;
-    step: times decay_rate every decay_epochs."""
+    """Learning-rate schedule. cosine: half a period from the peak to min_lr; polynomial: to min_lr
+    by (1 - progress)^power; step: multiplied by decay_rate every decay_epochs; constant."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Linear from warmup_lr at the phase's start."""
+    """Number of epochs over which the learning rate rises linearly from warmup_lr, at the phase's
+    start."""
     warmup_lr: Annotated[float, Field(ge=0)] = 0.0
-    """The learning rate at which warmup_epochs begins."""
+    """Learning rate at the beginning of warmup_epochs."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Final learning rate; also the rate during cooldown_epochs."""
     cooldown_epochs: Annotated[int, Field(ge=0)] = 0
-    """The last of the phase's epochs, in which the schedule has ended."""
+    """Number of last epochs of the phase that stay at min_lr, after the schedule's end."""
     lr_changes: Literal["steps", "epochs"] = "steps"
     """Interval at which the learning rate changes. steps: each step; epochs: once an epoch, as in
     timm's trainer, to the rate at the epoch's beginning."""

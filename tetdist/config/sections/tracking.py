@@ -21,10 +21,11 @@ class TrackingSection(Section):
     password in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD: no file keeps a password that
     is given here, so a continued run needs it again."""
     experiment: str = "tetdist"
-    """MLflow's; also the project of wandb, where WANDB_PROJECT does not name one."""
+    """Name of the experiment in MLflow, and of the W&B project unless WANDB_PROJECT names one."""
     log_checkpoint: Literal["none", "last", "best"] = "none"
     """Copy this checkpoint's model.safetensors to MLflow when the run is finished."""
     trackers: Names = ()
-    """Beside MLflow or instead of it: tensorboard, wandb, or your own; see imports."""
+    """Names of trackers to use beside or instead of MLflow: tensorboard, wandb, or your own (see
+    imports)."""
     register_: str | None = Field(default=None, alias="register")
     """Name of a model in MLflow's registry that gets the logged checkpoint as its next version."""

@@ -9,22 +9,22 @@ from tetdist.config.fields import Positive, Samples, Section, Steps, Timesteps
 
 class BatchSection(Section):
     global_: Samples = Field(alias="global")
-    """Samples of one optimiser step, whatever the number of processes."""
+    """Number of samples of one optimiser step, over all processes together."""
     micro: Samples
-    """Samples of one forward pass on one process: what batch norm normalises over."""
+    """Number of samples of one forward pass on one process, over which batch norm normalises."""
     eval: Samples = 64
-    """Samples of one evaluation batch on one process."""
+    """Number of samples of one evaluation batch on one process."""
 
 
 class SegmentsSection(Section):
     timesteps: Timesteps
-    """Run each block over segments of so many timesteps, and recompute segment by segment."""
+    """Number of timesteps a segment: each block runs and is recomputed segment by segment."""
 
 
 class BatchNormSection(Section):
     sync: bool = False
-    """Normalise over the micro-batches of all processes together, not over each one's own. Batch
-    statistics then depend on the number of processes, as they do not otherwise."""
+    """Normalise over the micro-batches of all processes together (synchronised batch norm). Batch
+    statistics then depend on the number of processes; without it they do not."""
 
 
 class EmaSection(Section):
@@ -32,21 +32,23 @@ class EmaSection(Section):
     it from its first step or not at all."""
 
     decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The share that the average keeps at each step, such as 0.9998; null: there is none. Running
-    statistics are averaged likewise. As in timm's ModelEmaV3 the first step is taken whole."""
+    """Decay of the moving average of the weights (EMA) at each step, such as 0.9998; null: no
+    average. Running statistics are averaged with it. As in timm's ModelEmaV3 the first step is
+    taken whole."""
     warmup: bool = False
-    """Let the share rise to decay as 1 - step^(-2/3) does, timm's way, so that the average of the
-    beginning is one of fewer steps."""
+    """Raise the average's decay as 1 - step^(-2/3) up to ema.decay (timm's EMA warm-up), so that
+    early averages span fewer steps."""
 
 
 class SaveSection(Section):
     every_steps: Positive | None = None
-    """Besides each epoch's end; null: only there."""
+    """Number of optimiser steps between two checkpoints, besides those at each epoch's end; null:
+    only at epochs' ends."""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """Number of newest checkpoints to keep, at least 2: a failing disk may ruin the newest."""
 
 
 class ProfileSection(Section):
     steps: Steps
-    """First and last of the optimiser steps, counted from 1: [20, 30], or 20..30. It ends with the
-    epoch at the latest."""
+    """First and last optimiser step to profile, counted from 1: [20, 30], or 20..30. The profile
+    ends with the epoch at the latest."""
